@@ -1,0 +1,62 @@
+# Needs Python 3.11 or newer, nothing else. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# torch comes first and pinned: asked for as a dependency, pip would take the newest build, on Linux with several GB of
+# CUDA. A CPU-only build: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= torch==2.13.0
+# Two workers; a file stays on one of them, so that what it compiles is compiled once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+DEMO_ARGS   ?= gpt-oss-120b --tp 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint setup clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.run ## show how the order of two passes starves one of them (no GPU, weights or network)
+	@$(BIN)/fuseplan explain $(DEMO_ARGS)
+
+test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff and strict mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.dev ## create .venv with everything that development needs
+
+clean: ## remove .venv and all caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  found=$$($(PYTHON) -V 2>/dev/null) || found="not there"; \
+	  echo "fuseplan needs Python 3.11 or newer, but $(PYTHON) is $$found. Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot create virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@echo "fuseplan: creating $(VENV) ($$($(PYTHON) -V 2>&1))"
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	@echo "fuseplan: installing $(TORCH)"
+	@$(PIP) install -c constraints.txt $(TORCH)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "fuseplan: installing the package"
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "fuseplan: installing the development tools"
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
