@@ -1,0 +1,221 @@
+"""What a user can set: `PassConfig`, `CompileRange`, `Policy`, and the only reader of environment variables."""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from fuseplan.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def unknown(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
+    """The error for a name that isn't known: what was given, the nearest spelling, what is allowed."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"unknown {kind} {given!r}; {hint}allowed: {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class CompileRange:
+    """Numbers of tokens that one graph and one plan serve, both ends included.
+
+    Tokens are the product of the model input's leading dimensions: [B, S] gives B * S.
+
+    Raises:
+        ConfigError: an end that isn't an integer of at least 1, or a first after a last.
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("end", self.end)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"compile range {self.start}:{self.end}: {name} must be an integer of at least 1")
+        if self.start > self.end:
+            raise ConfigError(f"compile range {self.start}:{self.end} is empty; write {self.end}:{self.start}?")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`"1:64"`, or `"8"` for 8 tokens alone.
+
+        Raises:
+            ConfigError: `text` isn't of that form.
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+        if match is None:
+            raise ConfigError(f"compile range {text!r} isn't of the form FIRST:LAST, e.g. 1:64")
+        return cls(start=int(match[1]), end=int(match[2] or match[1]))
+
+    def __contains__(self, tokens: int) -> bool:
+        return self.start <= tokens <= self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+
+def check_ranges(ranges: Sequence[CompileRange]) -> tuple[CompileRange, ...]:
+    """The ranges in ascending order.
+
+    Raises:
+        ConfigError: two of them overlap.
+    """
+    ordered = tuple(sorted(ranges))
+    for before, after in zip(ordered, ordered[1:], strict=False):
+        if after.start <= before.end:
+            raise ConfigError(f"compile ranges {before} and {after} overlap; each number of tokens has one plan")
+    return ordered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How fusions are chosen where several match.
+
+    `ordered(a, b)`: one pass a rule, applied in this order, each taking what it can; rules not listed are off.
+    `off`: reports what would match and rewrites nothing.
+    """
+
+    name: str
+    order: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`"off"` or `"ordered(act_padding, allreduce_rms)"`.
+
+        Raises:
+            ConfigError: neither form, an empty order, or a rule listed twice.
+        """
+        match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
+        name = match[1] if match else text.strip()
+        if match is None or name not in ("ordered", "off"):
+            raise ConfigError(f"unknown policy {text!r}; allowed: off, ordered(RULE, RULE, ...)")
+        order = tuple(part.strip() for part in match[2].split(",") if part.strip()) if match[2] else ()
+        if name == "off" and match[2] is not None:
+            raise ConfigError(f"policy {text!r}: off takes no rules; write off")
+        if name == "ordered" and not order:
+            raise ConfigError(f"policy {text!r} lists no rules; write e.g. ordered(act_padding, allreduce_rms), or off")
+        repeated = [rule for rule in dict.fromkeys(order) if order.count(rule) > 1]
+        if repeated:
+            raise ConfigError(f"policy {text!r} lists {repeated[0]} twice; each rule has one place")
+        return cls(name=name, order=order)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(self.order)})" if self.order else self.name
+
+
+DEFAULT_POLICY = Policy(name="ordered", order=("act_padding", "allreduce_rms", "norm_quant", "act_quant"))
+"""The repaired order of vLLM #42411: padding before all-reduce."""
+
+
+def _refuse_unknown_flags(cls: type[T]) -> type[T]:
+    init: Callable[..., None] = cls.__init__
+    names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    def __init__(self: Any, **flags: Any) -> None:
+        for flag in flags:
+            if flag not in names:
+                raise unknown("flag of PassConfig", flag, names)
+        init(self, **flags)
+
+    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_refuse_unknown_flags
+@dataclass(frozen=True, kw_only=True)
+class PassConfig:
+    """Which fusions are on, and how they are chosen. Flag names are those of vLLM's `PassConfig`.
+
+    A fusion flag is True, False or None. None, the default, is on wherever it can have an effect: with a provider for
+    this device and, for all-reduce fusions, with more than one rank. A flag that is True and can have no effect is
+    reported as a warning with the reason.
+
+    Attributes:
+        fuse_act_padding: RMSNorm (with residual add) + pad, rule `act_padding`.
+        fuse_allreduce_rms: all-reduce + (residual add) + RMSNorm, rule `allreduce_rms`.
+        fuse_norm_quant: RMSNorm (with residual add) + fp8 quantisation, rule `norm_quant`.
+        fuse_act_quant: SiLU-and-mul + fp8 quantisation, rule `act_quant`.
+        enable_qk_norm_rope_fusion: reserved for QK RMSNorm + RoPE, which no rule provides yet.
+        eliminate_noops: see through views and casts that do nothing.
+        policy: a `Policy` or its text.
+        compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.
+        max_fusions: apply only the first n fusions of each plan, in graph order: bisect a wrong result by it.
+
+    Raises:
+        ConfigError: an unknown flag or policy, a value of the wrong type, overlapping ranges.
+    """
+
+    fuse_act_padding: bool | None = None
+    fuse_allreduce_rms: bool | None = None
+    fuse_norm_quant: bool | None = None
+    fuse_act_quant: bool | None = None
+    enable_qk_norm_rope_fusion: bool | None = None
+    eliminate_noops: bool = True
+    policy: Policy | str = DEFAULT_POLICY
+    compile_ranges: Sequence[CompileRange] = field(default=())
+    max_fusions: int | None = None
+
+    def __post_init__(self) -> None:
+        for flag in FUSION_FLAGS:
+            if getattr(self, flag) not in (True, False, None):
+                raise ConfigError(f"{flag}={getattr(self, flag)!r}: allowed are True, False and None (on where it has an effect)")
+        if self.eliminate_noops not in (True, False):
+            raise ConfigError(f"eliminate_noops={self.eliminate_noops!r}: allowed are True and False")
+        if self.max_fusions is not None and (not isinstance(self.max_fusions, int) or self.max_fusions < 0):
+            raise ConfigError(f"max_fusions={self.max_fusions!r}: allowed are None and integers of at least 0")
+        if isinstance(self.policy, str):
+            object.__setattr__(self, "policy", Policy.parse(self.policy))
+        object.__setattr__(self, "compile_ranges", check_ranges(self.compile_ranges))
+
+    @property
+    def chosen_policy(self) -> Policy:
+        """`policy`, parsed."""
+        assert isinstance(self.policy, Policy)
+        return self.policy
+
+    @property
+    def policy_is_given(self) -> bool:
+        """Whether the policy is another than the default, which flags may thin out without contradicting it."""
+        return self.policy != DEFAULT_POLICY
+
+
+FUSION_FLAGS = (
+    "fuse_act_padding",
+    "fuse_allreduce_rms",
+    "fuse_norm_quant",
+    "fuse_act_quant",
+    "enable_qk_norm_rope_fusion",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Environment variables, read once per compiled model.
+
+    Attributes:
+        enabled: False where `FUSEPLAN=0`: every graph goes on as it is.
+        debug_dir: `FUSEPLAN_DEBUG_DIR`: where graphs before and after, patterns and match tables are written.
+    """
+
+    enabled: bool = True
+    debug_dir: Path | None = None
+
+    @classmethod
+    def read(cls) -> Self:
+        """The variables as they stand now.
+
+        Raises:
+            ConfigError: `FUSEPLAN` is neither 0 nor 1.
+        """
+        switch = os.environ.get("FUSEPLAN", "1").strip()
+        if switch not in ("0", "1", ""):
+            raise ConfigError(f"FUSEPLAN={switch!r}: allowed are 0 (off) and 1 (on)")
+        directory = os.environ.get("FUSEPLAN_DEBUG_DIR")
+        return cls(enabled=switch != "0", debug_dir=Path(directory) if directory else None)

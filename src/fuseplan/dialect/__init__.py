@@ -1,0 +1,49 @@
+"""The ops that rules are written in: schema, fake, reference, tolerance, sample inputs, a file per family.
+
+Importing this package registers them with torch as `torch.ops.fuseplan.*`.
+"""
+
+from fuseplan.dialect import activation, collective, layout, norm, quant
+from fuseplan.dialect.fused import (
+    ACTIVATION_FAMILY,
+    DYNAMIC_FP8_QUANT,
+    NORM_FAMILY,
+    PAD,
+    STATIC_FP8_QUANT,
+    Epilogue,
+)
+from fuseplan.dialect.quant import FP8_DTYPES
+from fuseplan.dialect.registry import Dialect, DialectOp, Sample, implement
+from fuseplan.dialect.rounding import ActivationRounding, QuantRounding, Rounding
+
+ops = Dialect(
+    [
+        activation.silu_and_mul,
+        collective.all_reduce,
+        layout.pad,
+        norm.fused_add_rms_norm,
+        norm.rms_norm,
+        quant.dynamic_per_token_scaled_fp8_quant,
+        quant.static_scaled_fp8_quant,
+        *NORM_FAMILY.values(),
+        *ACTIVATION_FAMILY.values(),
+    ]
+)
+
+__all__ = [
+    "ACTIVATION_FAMILY",
+    "DYNAMIC_FP8_QUANT",
+    "FP8_DTYPES",
+    "NORM_FAMILY",
+    "PAD",
+    "STATIC_FP8_QUANT",
+    "ActivationRounding",
+    "Dialect",
+    "DialectOp",
+    "Epilogue",
+    "QuantRounding",
+    "Rounding",
+    "Sample",
+    "implement",
+    "ops",
+]

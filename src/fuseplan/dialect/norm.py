@@ -1,0 +1,135 @@
+"""RMSNorm, with and without a residual add."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuseplan.dialect.registry import Sample, define
+from fuseplan.dialect.rounding import Rounding
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, so that a reference run in float64 is exact; float32 for all else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _normalize(total: Tensor, weight: Tensor, eps: float, rounding: Rounding, dtype: torch.dtype) -> Tensor:
+    normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
+    if rounding.rounds_normed:
+        return weight * normed.to(dtype)
+    scale = weight.to(total.dtype)
+    return (normed * (1.0 + scale if rounding.adds_one else scale)).to(dtype)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
+    """y = x * rsqrt(mean(x^2, -1) + eps) * weight
+
+    Args:
+        x: [..., hidden], floating point.
+        weight: [hidden].
+        eps: added to the mean square.
+        rounding: one of `Rounding`.
+
+    Returns:
+        [..., hidden], contiguous, in x's dtype (in the promoted dtype of x and weight where the convention multiplies
+        by the weight in the weight's own dtype).
+
+    Raises:
+        ValueError: `rounding` isn't one of `Rounding`.
+    """
+    return _normalize(
+        x.to(compute_dtype(x.dtype)), weight, eps, Rounding(rounding), x.dtype
+    ).contiguous()
+
+
+def fused_add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str
+) -> tuple[Tensor, Tensor]:
+    """residual_out = x + residual;  y = residual_out * rsqrt(mean(residual_out^2, -1) + eps) * weight
+
+    Args:
+        x: [..., hidden].
+        residual: [..., hidden], x's dtype.
+        weight: [hidden].
+        eps: added to the mean square.
+        rounding: one of `Rounding`; says whether the norm reads the rounded or the unrounded sum.
+
+    Returns:
+        (y, residual_out), both [..., hidden] and contiguous.
+
+    Raises:
+        ValueError: `rounding` isn't one of `Rounding`.
+    """
+    convention = Rounding(rounding)
+    wide = compute_dtype(x.dtype)
+    total = x.to(wide) + residual.to(wide)
+    residual_out = total.to(x.dtype)
+    if convention.rounds_sum:
+        total = residual_out.to(wide)
+    y = _normalize(total, weight, eps, convention, x.dtype)
+    return y.contiguous(), residual_out.contiguous()
+
+
+def norm_dtype(x: Tensor, weight: Tensor, rounding: str) -> torch.dtype:
+    """The dtype of y."""
+    return torch.promote_types(x.dtype, weight.dtype) if Rounding(rounding).rounds_normed else x.dtype
+
+
+def rms_norm_fake(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
+    """Shape and dtype of `rms_norm_reference`."""
+    return x.new_empty(x.shape, dtype=norm_dtype(x, weight, rounding))
+
+
+def fused_add_rms_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of `fused_add_rms_norm_reference`."""
+    return rms_norm_fake(x, weight, eps, rounding), x.new_empty(x.shape)
+
+
+SAMPLE_SHAPES = ((1, 64), (7, 320), (2, 5, 2880), (33, 257))
+SAMPLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def random_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    """Standard normal values, drawn on the CPU so that one seed gives the same values on every device."""
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+
+def norm_samples(residual: bool) -> list[Sample]:
+    """Arguments of `rms_norm` or, with `residual`, of `fused_add_rms_norm`, for every shape, dtype and convention."""
+
+    def sample(shape: tuple[int, ...], dtype: torch.dtype, rounding: Rounding) -> Sample:
+        def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+            activations = [random_tensor(shape, dtype, device, generator) for _ in range(1 + residual)]
+            weight = 1 + 0.1 * random_tensor(shape[-1:], torch.float32, device, generator)
+            return (*activations, weight.to(dtype), 1e-5, rounding.value)
+
+        name = f"{'x'.join(map(str, shape))}-{str(dtype).removeprefix('torch.')}-{rounding}"
+        return Sample(name=name, make=make)
+
+    conventions = tuple(Rounding) if residual else (Rounding.LLAMA, Rounding.GPT_OSS, Rounding.GEMMA)
+    cases = [(SAMPLE_SHAPES[0], dtype, conventions[0]) for dtype in SAMPLE_DTYPES]
+    cases += [(shape, torch.bfloat16, conventions[0]) for shape in SAMPLE_SHAPES[1:]]
+    cases += [(SAMPLE_SHAPES[1], torch.bfloat16, convention) for convention in conventions[1:]]
+    return [sample(*case) for case in cases]
+
+
+rms_norm = define(
+    "rms_norm",
+    "(Tensor x, Tensor weight, float eps, str rounding) -> Tensor",
+    reference=rms_norm_reference,
+    fake=rms_norm_fake,
+    samples=norm_samples(residual=False),
+)
+
+fused_add_rms_norm = define(
+    "fused_add_rms_norm",
+    "(Tensor x, Tensor residual, Tensor weight, float eps, str rounding) -> (Tensor, Tensor)",
+    reference=fused_add_rms_norm_reference,
+    fake=fused_add_rms_norm_fake,
+    samples=norm_samples(residual=True),
+)

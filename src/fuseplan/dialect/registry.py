@@ -1,0 +1,135 @@
+"""`DialectOp`: one operation of the dialect, with everything that is known about it in one place."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Proxy
+
+NAMESPACE = "fuseplan"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One set of arguments that an op accepts: `make(device, generator)` returns them, fresh and random."""
+
+    name: str
+    make: Callable[[torch.device, torch.Generator], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DialectOp:
+    """An op that rules are written in.
+
+    Calling it runs `torch.ops.fuseplan.<name>.default`, or, on `torch.fx.Proxy` arguments, records that call.
+
+    Attributes:
+        name: `fused_add_rms_norm`; the op is `torch.ops.fuseplan.<name>`.
+        schema: the part of the schema after the name, e.g. `(Tensor x, float eps) -> Tensor`.
+        reference: plain PyTorch, the semantics and the oracle for every provider. Run on float64 inputs it makes no
+            casts at all, which is the exact value that errors are measured against.
+        fake: shapes and dtypes alone; works with symbolic sizes.
+        samples: arguments for tests, benchmarks and verification.
+        error_factor: how many times the reference's own error against the exact value a provider may make (plus one
+            unit in the last place of the output dtype).
+        fused: whether it is what rules put into a graph; the others are what they are written in.
+        collective: whether it communicates, i.e. every rank of a group must run it in the same order.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    samples: tuple[Sample, ...]
+    error_factor: float
+    fused: bool = False
+    collective: bool = False
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The op as it stands in a graph."""
+        return self.implementation("torch")
+
+    def implementation(self, provider: str) -> torch._ops.OpOverload:
+        """The overload that runs a provider's kernel; the provider `torch` is the reference, `default`.
+
+        Raises:
+            AttributeError: no such provider has registered an implementation of this op.
+        """
+        packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        overload: torch._ops.OpOverload = getattr(packet, "default" if provider == "torch" else provider)
+        return overload
+
+    def __call__(self, *args: Any) -> Any:
+        for arg in args:
+            if isinstance(arg, Proxy):
+                return arg.tracer.create_proxy("call_function", self.overload, args, {})
+        return self.overload(*args)
+
+    def __repr__(self) -> str:
+        return f"fuseplan::{self.name}"
+
+
+class Dialect(Mapping[str, DialectOp]):
+    """All ops by name, also as attributes: `ops.rms_norm`, `ops["rms_norm"]`. Iterates in order of name."""
+
+    def __init__(self, ops: Sequence[DialectOp]) -> None:
+        self._ops = {op.name: op for op in sorted(ops, key=lambda op: op.name)}
+        self._by_target = {op.overload: op for op in self._ops.values()}
+
+    def __getitem__(self, name: str) -> DialectOp:
+        return self._ops[name]
+
+    def __getattr__(self, name: str) -> DialectOp:
+        try:
+            return self.__dict__["_ops"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(f"no dialect op named {name!r}; there are {', '.join(self)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ops)
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def of(self, target: object) -> DialectOp | None:
+        """The op whose reference overload is `target`, if any."""
+        return self._by_target.get(target)  # type: ignore[call-overload, no-any-return]
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    samples: Sequence[Sample],
+    error_factor: float = 2.0,
+    fused: bool = False,
+    collective: bool = False,
+) -> DialectOp:
+    """Registers `fuseplan::<name>` with torch and returns its record."""
+    _register(name, schema, reference, fake)
+    return DialectOp(
+        name=name,
+        schema=schema,
+        reference=reference,
+        fake=fake,
+        samples=tuple(samples),
+        error_factor=error_factor,
+        fused=fused,
+        collective=collective,
+    )
+
+
+def implement(op: DialectOp, provider: str, kernel: Callable[..., Any]) -> None:
+    """Registers a provider's kernel as the overload `fuseplan::<op>.<provider>`, with the op's own schema and fake."""
+    _register(f"{op.name}.{provider}", op.schema, kernel, op.fake)
+
+
+def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)

@@ -1,0 +1,60 @@
+"""Where a norm rounds. Real graphs differ, and a fusion may not move a rounding point silently.
+
+`sum` is x + residual, `normed` is sum * rsqrt(mean(sum^2) + eps); all arithmetic is float32 (float64 on float64 inputs)
+except where the table says "rounded", i.e. cast to the activation dtype.
+
+| convention | sum          | normed before the weight | weight                        | seen in                          |
+|------------|--------------|--------------------------|-------------------------------|----------------------------------|
+| `llama`    | rounded      | rounded                  | multiplied in its own dtype   | Hugging Face Llama, Qwen3, Mixtral |
+| `gpt_oss`  | rounded      | not rounded              | multiplied in float32         | Hugging Face GPT-OSS, `F.rms_norm` |
+| `gemma`    | rounded      | not rounded              | 1 + weight, in float32        | Hugging Face Gemma               |
+| `vllm`     | not rounded  | rounded                  | multiplied in its own dtype   | vLLM's RMSNorm                   |
+| `fp32`     | not rounded  | not rounded              | multiplied in float32         | most hand-written kernels        |
+
+residual_out is always the sum rounded to the activation dtype. Without a residual `vllm` means `llama`, and `fp32` means
+`gpt_oss`: canonical graphs then use the latter names, so that equal computations are spelled equally.
+"""
+
+from enum import StrEnum
+
+
+class Rounding(StrEnum):
+    """A convention of the table above. Liger Kernel's `casting_mode` names the first three the same way."""
+
+    LLAMA = "llama"
+    GPT_OSS = "gpt_oss"
+    GEMMA = "gemma"
+    VLLM = "vllm"
+    FP32 = "fp32"
+
+    @property
+    def rounds_sum(self) -> bool:
+        """Whether x + residual is rounded before it is normalised."""
+        return self not in (Rounding.VLLM, Rounding.FP32)
+
+    @property
+    def rounds_normed(self) -> bool:
+        """Whether the normalised value is rounded before the weight is multiplied in."""
+        return self in (Rounding.LLAMA, Rounding.VLLM)
+
+    @property
+    def adds_one(self) -> bool:
+        """Whether the norm multiplies by 1 + weight."""
+        return self is Rounding.GEMMA
+
+
+class ActivationRounding(StrEnum):
+    """Where SiLU-and-mul rounds: `llama` rounds silu(gate) to the activation dtype before the product, `fp32` doesn't."""
+
+    LLAMA = "llama"
+    FP32 = "fp32"
+
+
+class QuantRounding(StrEnum):
+    """How a scale is applied: `divide` computes x / scale; `multiply` takes the reciprocal of the scale and multiplies.
+
+    The two differ in the last place of float32, which can move an fp8 code by one.
+    """
+
+    DIVIDE = "divide"
+    MULTIPLY = "multiply"

@@ -1,0 +1,26 @@
+"""The error tree. Whatever a user can cause is a `FuseplanError` whose text is one clear line:
+what was given, what is allowed, and what to do."""
+
+
+class FuseplanError(Exception):
+    """Base class of every error that fuseplan raises on purpose."""
+
+
+class ConfigError(FuseplanError, ValueError):
+    """A flag, policy, range or environment variable that is unknown, malformed or contradictory."""
+
+
+class WorkloadError(FuseplanError, ValueError):
+    """A workload that can't be built or traced: unknown name, broken `config.json`, heads that don't divide."""
+
+
+class RuleError(FuseplanError, ValueError):
+    """A rule that contradicts itself, e.g. a pattern and a replacement that yield different outputs."""
+
+
+class CompatibilityError(FuseplanError, RuntimeError):
+    """A torch that fuseplan can't work with: too old, or with a private interface that moved."""
+
+
+class UnsupportedError(FuseplanError, RuntimeError):
+    """A request that is refused by name, e.g. AOTInductor."""
