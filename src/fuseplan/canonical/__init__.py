@@ -1,0 +1,42 @@
+"""Raising a post-grad graph into the dialect, on a copy.
+
+`canonicalize` reads like the list of what it does; every step is a function of its own, a file per source.
+"""
+
+from torch import fx
+
+from fuseplan.canonical.activations import raise_silu_and_mul
+from fuseplan.canonical.collectives import hoist_views, raise_all_reduces
+from fuseplan.canonical.layout import raise_pads, sink_reshapes
+from fuseplan.canonical.noops import eliminate_noops
+from fuseplan.canonical.norms import raise_rms_norms
+from fuseplan.canonical.quant import raise_quants
+from fuseplan.canonical.view import CanonicalGraph
+from fuseplan.graph.surgery import sort_topologically
+
+
+def canonicalize(graph: fx.Graph, *, see_through_noops: bool = True) -> CanonicalGraph:
+    """The graph in the dialect.
+
+    Args:
+        graph: a functional post-grad graph with fake tensors in `meta["val"]`; it is not changed.
+        see_through_noops: `PassConfig.eliminate_noops`.
+
+    Returns:
+        A raised copy, topologically sorted, that knows the original of each of its values.
+    """
+    canonical = CanonicalGraph.copy_of(graph)
+    if see_through_noops:
+        eliminate_noops(canonical)
+    raise_all_reduces(canonical)
+    hoist_views(canonical)
+    raise_rms_norms(canonical)
+    raise_silu_and_mul(canonical)
+    raise_pads(canonical)
+    raise_quants(canonical)
+    sink_reshapes(canonical)
+    sort_topologically(canonical.graph)
+    return canonical
+
+
+__all__ = ["CanonicalGraph", "canonicalize"]

@@ -1,0 +1,60 @@
+"""Functional all-reduces, and what may be moved from behind them to before them."""
+
+import torch
+from torch import fx
+
+from fuseplan.canonical.view import CanonicalGraph
+from fuseplan.dialect import ops
+from fuseplan.graph.facts import RESHAPES, aten, is_call
+
+functional_all_reduce = torch.ops._c10d_functional.all_reduce.default
+wait_tensor = torch.ops._c10d_functional.wait_tensor.default
+
+ELEMENTWISE_VIEWS = (
+    *RESHAPES,
+    aten.slice.Tensor,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+"""Ops that only choose and arrange elements: view(all_reduce(x)) == all_reduce(view(x)), bit for bit.
+
+A cast is not among them: a sum of rounded values is not the rounded sum. (It is exact for max and min, and for a single rank,
+neither of which is raised.)
+"""
+
+
+def raise_all_reduces(canonical: CanonicalGraph) -> None:
+    """`wait_tensor(_c10d_functional.all_reduce(x, "sum", group))` -> `all_reduce(x, group)`."""
+    for wait in canonical.calls(wait_tensor):
+        started = wait.args[0]
+        if not is_call(started, functional_all_reduce) or len(started.users) > 1:
+            continue
+        x, reduce_op, group_name = started.args
+        if str(reduce_op).lower() == "sum" and isinstance(group_name, str):
+            canonical.raise_op(ops.all_reduce, (x, group_name), (wait,))
+
+
+def hoist_views(canonical: CanonicalGraph) -> None:
+    """`view(all_reduce(x))` -> `all_reduce(view(x))`, so that a norm behind the view meets the all-reduce.
+
+    Only where nothing else reads the reduced value. A hoisted slice also makes the message smaller.
+    """
+    for reduce in canonical.calls(ops.all_reduce.overload):
+        while (view := _only_view(reduce)) is not None:
+            x, group_name = reduce.args
+            moved = canonical.insert_before(view, view.target, (x, *view.args[1:]), view.meta["val"])
+            moved.kwargs = view.kwargs
+            hoisted = canonical.insert_before(view, ops.all_reduce.overload, (moved, group_name), view.meta["val"])
+            canonical.replace(view, hoisted)
+            reduce = hoisted
+
+
+def _only_view(reduce: fx.Node) -> fx.Node | None:
+    if len(reduce.users) != 1:
+        return None
+    (user,) = reduce.users
+    return user if is_call(user, *ELEMENTWISE_VIEWS) else None
+
+

@@ -1,0 +1,131 @@
+"""`CanonicalGraph`: a copy of a graph in the dialect, and the original of each of its values."""
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fuseplan.dialect import DialectOp, ops
+from fuseplan.graph.facts import depths, is_call, mutation_regions, tensor_of
+from fuseplan.graph.surgery import copy_graph, erase_dead
+from fuseplan.record import Refusal
+
+
+@dataclass(eq=False)
+class CanonicalGraph:
+    """What matching reads. The original graph is not touched by it.
+
+    Attributes:
+        original: the graph as Inductor handed it over.
+        graph: its copy, raised.
+        origin: for a node of `graph` the node of `original` with the same value. Nodes without one, e.g. a slice that
+            was hoisted over an all-reduce, come into being only when a fusion needs them.
+        depth: the longest path to a node from an input; see `facts.depths`.
+        region: the number of mutations before a node; see `facts.mutation_regions`.
+        refusals: what looked like a dialect op and wasn't raised.
+    """
+
+    original: fx.Graph
+    graph: fx.Graph
+    origin: dict[fx.Node, fx.Node]
+    depth: dict[fx.Node, int]
+    region: dict[fx.Node, int]
+    refusals: list[Refusal] = field(default_factory=list)
+
+    @classmethod
+    def copy_of(cls, original: fx.Graph) -> "CanonicalGraph":
+        """A copy in which nothing is raised yet."""
+        graph, origin = copy_graph(original)
+        return cls(original=original, graph=graph, origin=origin, depth=depths(graph), region=mutation_regions(graph))
+
+    def calls(self, *targets: Any) -> list[fx.Node]:
+        """The nodes that call one of `targets`, in graph order."""
+        found = [node for target in targets for node in self.graph.find_nodes(op="call_function", target=target)]
+        return sorted(found) if len(targets) > 1 else found
+
+    def raise_op(self, op: DialectOp, args: Sequence[Any], results: Sequence[fx.Node | None]) -> fx.Node:
+        """Puts one dialect op in the place of the nodes that compute `results`.
+
+        Args:
+            op: the dialect op.
+            args: its arguments, nodes of `graph` among them.
+            results: the nodes whose values the op yields, in its order; None where a result is dead.
+
+        Returns:
+            The new node. It stands before the first of `results`, or after its last argument where that comes later; the
+            caller has made sure that the region is convex, and `canonicalize` sorts the graph afterwards.
+        """
+        live = [result for result in results if result is not None]
+        place = min(live)
+        inputs = [arg for arg in args if isinstance(arg, fx.Node)]
+        late = max([node for node in inputs if place < node], default=None)
+        with self.graph.inserting_after(late) if late is not None else self.graph.inserting_before(place):
+            node = self.graph.call_function(op.overload, tuple(args))
+        node.meta = {key: live[0].meta[key] for key in PROVENANCE if key in live[0].meta}
+        if len(results) == 1:
+            self._stand_in(node, live[0])
+        else:
+            node.meta["val"] = tuple(tensor_of(result) for result in results)
+            self._take_place(node, live[0])
+            for index in reversed(range(len(results))):
+                result = results[index]
+                if result is not None:
+                    with self.graph.inserting_after(node):
+                        self._stand_in(self.graph.call_function(operator.getitem, (node, index)), result)
+        erase_dead(self.graph, live)
+        return node
+
+    def _stand_in(self, node: fx.Node, replaced: fx.Node) -> None:
+        node.meta = {**node.meta, **{key: replaced.meta[key] for key in (*PROVENANCE, "val") if key in replaced.meta}}
+        self._take_place(node, replaced)
+        if replaced in self.origin:
+            self.origin[node] = self.origin[replaced]
+        replaced.replace_all_uses_with(node)
+
+    def insert_before(self, place: fx.Node, target: Any, args: Sequence[Any], value: Any) -> fx.Node:
+        """A new node without an original: a value that no node of the original graph has."""
+        with self.graph.inserting_before(place):
+            node = self.graph.call_function(target, tuple(args))
+        node.meta = {key: place.meta[key] for key in PROVENANCE if key in place.meta}
+        node.meta["val"] = value
+        self._take_place(node, place)
+        return node
+
+    def _take_place(self, node: fx.Node, place: fx.Node) -> None:
+        self.depth[node], self.region[node] = self.depth[place], self.region[place]
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Makes `new`, which has the same value, stand for `old`."""
+        if old in self.origin:
+            self.origin[new] = self.origin[old]
+        old.replace_all_uses_with(new)
+        erase_dead(self.graph, [old])
+
+    def source_node(self, node: fx.Node) -> fx.Node:
+        """The original of a node, or of the nearest value computed from it that has one, or the node itself."""
+        if node in self.origin:
+            return self.origin[node]
+        return next((self.origin[user] for user in node.users if user in self.origin), node)
+
+    def recognized(self) -> dict[str, int]:
+        """How many of each dialect op there are, as `op[last dimension]`."""
+        counts: Counter[str] = Counter()
+        for node in self.graph.nodes:
+            op = ops.of(node.target) if node.op == "call_function" else None
+            if op is not None:
+                first = tensor_of(node.args[0])
+                width = first.shape[-1] if first is not None and first.dim() else ""
+                counts[f"{op.name}[{width}]"] += 1
+        return dict(sorted(counts.items()))
+
+
+PROVENANCE = ("stack_trace", "nn_module_stack", "custom")
+"""Metadata that says where in the user's model a node comes from."""
+
+
+def is_dialect(node: object, *operations: DialectOp) -> bool:
+    """Whether a node calls one of the dialect ops."""
+    return is_call(node, *(op.overload for op in operations))

@@ -1,0 +1,1 @@
+"""FX facts and surgery that know nothing of fusions."""

@@ -1,0 +1,109 @@
+"""Facts about FX nodes: what they are, what they hold, where they come from."""
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+convert_element_type = torch.ops.prims.convert_element_type.default
+
+ADDS = (aten.add.Tensor, aten.add.Scalar)
+MULS = (aten.mul.Tensor, aten.mul.Scalar)
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+
+
+def is_call(node: object, *targets: object) -> bool:
+    """Whether `node` is an FX node that calls one of `targets`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def tensor_of(node: object) -> Tensor | None:
+    """The fake tensor that stands for a node's value, or None where it holds no single tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def dtype_of(node: object) -> torch.dtype | None:
+    """The dtype of a node's value."""
+    value = tensor_of(node)
+    return None if value is None else value.dtype
+
+
+def equal_size(left: object, right: object) -> bool:
+    """Whether two sizes are equal for every value of their symbols; adds no guard."""
+    return statically_known_true(left == right)  # type: ignore[arg-type]
+
+
+def equal_shape(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two tensors have the same shape for every value of its symbols; adds no guard."""
+    if left is None or right is None or left.dim() != right.dim():
+        return False
+    return all(equal_size(a, b) for a, b in zip(left.shape, right.shape, strict=True))
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether a node writes to one of its arguments.
+
+    The same test as Inductor's pattern matcher makes for ops with a schema; functionalised higher-order ops don't mutate.
+    """
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return node.op == "call_method" and str(node.target).endswith("_")
+
+
+def mutation_regions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For every node the number of mutations at or before it. A region of nodes may be moved only within one number."""
+    regions, count = {}, 0
+    for node in graph.nodes:
+        count += is_mutation(node)
+        regions[node] = count
+    return regions
+
+
+def depths(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The length of the longest path to each node from an input.
+
+    Of two addends the deeper one is a block's output and the shallower one the residual it was computed from, however
+    the nodes are laid out.
+    """
+    result: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        result[node] = 1 + max((result[source] for source in node.all_input_nodes), default=-1)
+    return result
+
+
+def item(node: fx.Node, index: int) -> fx.Node | None:
+    """The `getitem` that takes result `index` of a node with several results, or None where that result is dead."""
+    for user in node.users:
+        if is_call(user, operator.getitem) and user.args[1] == index:
+            return user
+    return None
+
+
+def module_path(node: fx.Node) -> str | None:
+    """The module of the user's model that a node was traced from, e.g. `layers.3.mlp`, or None."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = str(list(stack.values())[-1][0])
+    parts = [part for part in _path_parts(path) if part not in ("L", "self", "fn", "_orig_mod", "_modules")]
+    return ".".join(parts) or None
+
+
+def _path_parts(path: str) -> Iterator[str]:
+    for piece in path.replace("[", ".").replace("]", "").split("."):
+        cleaned = piece.strip("'\"() ")
+        if cleaned:
+            yield cleaned
+
+
+def source_line(node: fx.Node) -> str | None:
+    """`file.py:12` of the innermost line of the user's model that a node was traced from, or None."""
+    for line in reversed((node.meta.get("stack_trace") or "").splitlines()):
+        if line.strip().startswith("File "):
+            name, number = line.strip().split(", ")[:2]
+            return f"{name.split('/')[-1].strip(chr(34))}:{number.removeprefix('line ')}"
+    return None

@@ -1,0 +1,80 @@
+"""Changing FX graphs: copying, erasing what became dead, restoring topological order."""
+
+import heapq
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from fuseplan.graph.facts import is_mutation
+
+COLLECTIVES = (torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and the original of each of its nodes. The graphs share their owning module and fake tensors."""
+    copy = fx.Graph(owning_module=graph.owning_module)
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = copy.graph_copy(graph, mapping)
+    original = graph.output_node()
+    node = copy.output(output)
+    node.meta = dict(original.meta)
+    mapping[original] = node
+    return copy, {new: old for old, new in mapping.items()}
+
+
+def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erases those of `nodes` that no node uses, and whatever becomes unused by that.
+
+    Nodes with side effects stay, but for functional all-reduces, whose results are all that they are for.
+    """
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node._erased or node.users or node.op != "call_function":  # type: ignore[attr-defined]
+            continue
+        if is_mutation(node) or (node.is_impure() and node.target not in COLLECTIVES):
+            continue
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        stack.extend(sources)
+
+
+def is_sorted(graph: fx.Graph) -> bool:
+    """Whether every node comes after its inputs."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        if any(source not in seen for source in node.all_input_nodes):
+            return False
+        seen.add(node)
+    return True
+
+
+def sort_topologically(graph: fx.Graph) -> None:
+    """Moves nodes so that each comes after its inputs, and otherwise leaves them in the order they are in.
+
+    Raises:
+        ValueError: the graph is cyclic; the text names nodes on the cycle.
+    """
+    if is_sorted(graph):
+        return
+    nodes = list(graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    missing = {node: len(node.all_input_nodes) for node in nodes}
+    ready = [position[node] for node in nodes if not missing[node]]
+    heapq.heapify(ready)
+    ordered: list[fx.Node] = []
+    while ready:
+        node = nodes[heapq.heappop(ready)]
+        ordered.append(node)
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, position[user])
+    if len(ordered) < len(nodes):
+        stuck = ", ".join(node.name for node in nodes if missing[node])
+        raise ValueError(f"the graph is cyclic; nodes on or behind the cycle: {stuck[:200]}")
+    cursor = graph._root
+    for node in ordered:
+        cursor.append(node)
+        cursor = node
