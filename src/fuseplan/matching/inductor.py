@@ -1,0 +1,68 @@
+"""The one place that touches Inductor's private pattern matcher."""
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import (
+    MULTIPLE,
+    CallFunction,
+    KeywordArg,
+    MatchContext,
+    PatternExpr,
+    is_match,
+)
+
+from fuseplan.rules.base import Traced
+
+
+class CompiledPattern:
+    """A rule's pattern as an Inductor pattern expression, rooted at its anchor.
+
+    Every node of it may have other users (`MULTIPLE`); whether they matter is decided after the match, since a fused op can
+    yield more than its first result.
+
+    Attributes:
+        target: what an anchor calls.
+        expression: for `PatternMatcherPass` and its like.
+        by_node: the expression of each node of the traced pattern that leads to the anchor.
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        self.by_node: dict[fx.Node, PatternExpr] = {}
+        anchor = traced.outputs[0]
+        for name, node in traced.inputs.items():
+            self.by_node[node] = KeywordArg(name)
+        self.expression = self._convert(anchor)
+        self.target = anchor.target
+
+    def _convert(self, node: fx.Node) -> PatternExpr:
+        if node not in self.by_node:
+            args = fx.map_arg(node.args, self._convert)
+            assert callable(node.target)
+            self.by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE)
+        return self.by_node[node]
+
+    def match(self, anchor: fx.Node) -> "tuple[dict[str, Any], dict[fx.Node, fx.Node]] | str":
+        """Matches the pattern at `anchor`.
+
+        Returns:
+            (value by variable, graph node by pattern node), or Inductor's own words for why it doesn't match.
+        """
+        context = MatchContext([self.expression], graph=anchor.graph)
+        result = context.match(self.expression, anchor)
+        if not is_match(result):
+            return str(result)
+        found = {
+            node: context.pattern_to_node[expression]
+            for node, expression in self.by_node.items()
+            if node.op == "call_function"
+        }
+        return dict(result.kwargs), {node: target for node, target in found.items() if target is not None}
+
+
+def supported() -> str | None:
+    """Why this torch's pattern matcher can't be worked with, or None."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+        return f"torch {torch.__version__} is too old: fuseplan needs torch 2.11 or newer"
+    return None

@@ -1,0 +1,134 @@
+"""Puts the chosen fusions into the original graph and leaves every other node of it as it was.
+
+Nothing has to be lowered back: what was raised and not fused was raised on a copy.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.canonical.view import PROVENANCE
+from fuseplan.graph.surgery import erase_dead, sort_topologically
+from fuseplan.matching import Match
+
+
+def apply(canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
+    """Rewrites `canonical.original` in place.
+
+    Args:
+        canonical: the raised copy, and the original of each of its values.
+        chosen: matches that share no nodes and form no cycle, in graph order.
+
+    Raises:
+        ValueError: the matches form a cycle after all; the original graph is then broken, so callers check before.
+    """
+    rewriter = _Rewriter(canonical, chosen)
+    for match in chosen:
+        rewriter.replace(match)
+    sort_topologically(canonical.original)
+    canonical.original.lint()
+
+
+class _Rewriter:
+    """Values of the canonical graph in the original one, made where they aren't there yet."""
+
+    def __init__(self, canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
+        self.canonical = canonical
+        self.graph = canonical.original
+        self.placed: dict[fx.Node, fx.Node] = {}
+        self.consumed = {node for match in chosen for node in match.consumed}
+
+    def replace(self, match: Match) -> None:
+        """Emits the fused op of one match and gives its results to whoever read the values it replaces."""
+        originals = [self.canonical.origin[node] for node in match.consumed if node in self.canonical.origin]
+        inputs = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
+        first = min(originals) if originals else self.canonical.source_node(match.anchor)
+        arguments = {name: self._value(node, first) for name, node in inputs.items()}
+        place = _Place.after_inputs(first, list(arguments.values()))
+        results = self._emit(match, arguments, place)
+        for node, result in zip(match.outputs, results, strict=True):
+            if node is not None:
+                self._settle(node, result)
+        erase_dead(self.graph, [*results, *(node for node in originals if not node._erased)])  # type: ignore[attr-defined]
+
+    def _emit(self, match: Match, arguments: dict[str, fx.Node], place: "_Place") -> list[fx.Node]:
+        traced = match.rule.trace_replacement(match.values)
+        mapping = {traced.inputs[name]: node for name, node in arguments.items()}
+        fused = match.rule.op.overload
+        for node in traced.graph.nodes:
+            if node.op == "call_function":
+                target = match.rule.op.implementation(match.provider) if node.target is fused else node.target
+                args = fx.map_arg(node.args, lambda source: mapping[source])
+                mapping[node] = self._create(place, target, args, {}, match.core)
+        return [mapping[node] for node in traced.outputs]
+
+    def _create(self, place: "_Place", target: Any, args: Any, kwargs: Any, provenance: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(place.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {key: provenance.meta[key] for key in PROVENANCE if key in provenance.meta}
+        node.meta["val"] = _fake_value(node)
+        return node
+
+    def _value(self, node: fx.Node, place: fx.Node) -> fx.Node:
+        """The node of the original graph that has a canonical node's value."""
+        if node in self.placed:
+            return self.placed[node]
+        if node in self.canonical.origin:
+            return self.canonical.origin[node]
+        args = fx.map_arg(node.args, lambda source: self._value(source, place))
+        kwargs = fx.map_arg(node.kwargs, lambda source: self._value(source, place))
+        inputs: list[fx.Node] = []
+        fx.map_arg((args, kwargs), inputs.append)
+        self.placed[node] = self._create(_Place.after_inputs(place, inputs), node.target, args, kwargs, node)
+        return self.placed[node]
+
+    def _settle(self, node: fx.Node, result: fx.Node) -> None:
+        """Lets `result` stand for a canonical node, and for the values computed from it if it has no original itself."""
+        self.placed[node] = result
+        original = self.canonical.origin.get(node)
+        if original is not None:
+            original.replace_all_uses_with(result)
+            return
+        for user in list(node.users):
+            if user not in self.consumed:
+                args = fx.map_arg(user.args, lambda source: self._value(source, result.next))
+                kwargs = fx.map_arg(user.kwargs, lambda source: self._value(source, result.next))
+                inputs: list[fx.Node] = []
+                fx.map_arg((args, kwargs), inputs.append)
+                place = _Place.after_inputs(result.next, inputs)
+                self._settle(user, self._create(place, user.target, args, kwargs, user))
+
+
+class _Place:
+    """Where new nodes go: before `before`."""
+
+    def __init__(self, before: fx.Node) -> None:
+        self.before = before
+
+    @classmethod
+    def after_inputs(cls, preferred: fx.Node, inputs: Sequence[fx.Node]) -> "_Place":
+        """Before `preferred`, or right after the last of the inputs where one of them comes later."""
+        late = [node for node in inputs if node is preferred or preferred < node]
+        return cls(max(late).next if late else preferred)
+
+
+def _fake_value(node: fx.Node) -> Any:
+    """What the node would yield, computed on fake tensors."""
+    values: list[Any] = []
+
+    def value(source: fx.Node) -> Any:
+        values.append(source.meta["val"])
+        return values[-1]
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    mode = detect_fake_mode([each for each in values if isinstance(each, Tensor)])
+    assert callable(node.target)
+    if mode is None:
+        with torch.no_grad():
+            return node.target(*args, **kwargs)
+    with mode:
+        return node.target(*args, **kwargs)

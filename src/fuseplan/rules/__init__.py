@@ -1,0 +1,47 @@
+"""Fusions: pattern, check, replacement; a file per family."""
+
+from collections.abc import Mapping, Sequence
+
+from fuseplan.config import PassConfig, unknown
+from fuseplan.errors import ConfigError
+from fuseplan.rules.activation import ACTIVATION_RULES
+from fuseplan.rules.base import Bindings, Rule
+from fuseplan.rules.norm import NORM_RULES
+
+BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES)
+
+
+def by_name(rules: Sequence[Rule]) -> dict[str, tuple[Rule, ...]]:
+    """The members of each rule, in an order that doesn't depend on the order of `rules`."""
+    names = sorted({rule.name for rule in rules})
+    return {name: tuple(sorted((r for r in rules if r.name == name), key=lambda r: r.op.name)) for name in names}
+
+
+def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) -> Mapping[str, tuple[Rule, ...]]:
+    """The rules that a configuration leaves on, by name.
+
+    Under `ordered(...)` those are the rules it lists; under `off` all whose flags aren't False, since they are reported.
+
+    Raises:
+        ConfigError: the policy lists an unknown rule, lists one whose flag is False, or leaves out one whose flag is True.
+    """
+    known = by_name(rules)
+    policy = config.chosen_policy
+    for name in policy.order:
+        if name not in known:
+            raise unknown("rule", name, known)
+    enabled = {}
+    for name, members in known.items():
+        flags = {flag: getattr(config, flag) for member in members for flag in member.flags}
+        off = [flag for flag, value in flags.items() if value is False]
+        listed = name in policy.order
+        if off and listed and config.policy_is_given:
+            raise ConfigError(f"{off[0]}=False contradicts policy {policy}: switch the flag on or take {name} off the list")
+        if policy.name == "ordered" and not listed and all(value is True for value in flags.values()):
+            raise ConfigError(f"{' and '.join(flags)}=True contradicts policy {policy}: add {name} to the list")
+        if not off and (listed or policy.name != "ordered"):
+            enabled[name] = members
+    return enabled
+
+
+__all__ = ["BUILT_IN_RULES", "Bindings", "Rule", "by_name", "enabled_rules"]

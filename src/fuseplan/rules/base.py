@@ -1,0 +1,163 @@
+"""`Rule`: what a fusion is. Declarative and stateless; no rule reads configuration, and no order among rules has a meaning."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from fuseplan.dialect import DialectOp, ops
+from fuseplan.errors import RuleError
+from fuseplan.graph.facts import tensor_of
+from fuseplan.record import Reason, Refusal
+
+
+class Bindings:
+    """What a pattern's variables were bound to: `m.x` is the fake tensor of a node, or a plain value.
+
+    Attributes:
+        values: nodes and plain values by variable.
+    """
+
+    def __init__(self, rule: str, values: Mapping[str, Any]) -> None:
+        self.rule = rule
+        self.values = dict(values)
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("values", {})
+        if name not in values:
+            raise AttributeError(f"rule {self.__dict__.get('rule')} binds no variable {name!r}; it binds {', '.join(values)}")
+        value = values[name]
+        return tensor_of(value) if isinstance(value, fx.Node) else value
+
+    def refuse(self, reason: Reason, variable: str, detail: str, mend: str | None = None) -> Refusal:
+        """The refusal of this match because of what `variable` was bound to."""
+        node = self.values[variable]
+        nodes = (node.name,) if isinstance(node, fx.Node) else ()
+        return Refusal(reason=reason, rule=self.rule, detail=detail, nodes=nodes, mend=mend)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A pattern or a replacement as an FX graph.
+
+    Attributes:
+        graph: placeholders for the variables, dialect and aten calls.
+        inputs: placeholder by variable.
+        outputs: the values it yields.
+    """
+
+    graph: fx.Graph
+    inputs: Mapping[str, fx.Node]
+    outputs: tuple[fx.Node, ...]
+
+
+class Rule:
+    """One fusion: where it matches, what it refuses, and what stands there afterwards.
+
+    A subclass gives `name`, `flags`, `op`, `pattern`, `replacement` and, where something can't be seen in the pattern,
+    `check`. Variables bind by parameter name; epsilons, widths, groups and dtypes are variables like tensors.
+
+    Attributes:
+        name: shared by the members of a family, e.g. `allreduce_rms`.
+        flags: the flags of `PassConfig` that must all be on.
+        op: the fused op, whose providers the plan chooses from.
+        core: the dialect op that this fusion takes and others may want too.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    op: DialectOp
+    core: DialectOp
+
+    def pattern(self, *variables: Any, **named: Any) -> Any:
+        """The values that the fusion computes, written in dialect ops; the first of them is the match's anchor."""
+        raise NotImplementedError
+
+    def replacement(self, *variables: Any, **named: Any) -> Any:
+        """The same values in the same order, computed by the fused op."""
+        raise NotImplementedError
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Why a match that the pattern admits must be refused, or None."""
+        return None
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The pattern's parameters."""
+        return tuple(inspect.signature(self.pattern).parameters)
+
+    @cached_property
+    def traced_pattern(self) -> Traced:
+        """The pattern as a graph.
+
+        Raises:
+            RuleError: the pattern yields nothing, or a value that isn't computed by an op.
+        """
+        traced = _trace(self, self.pattern, dict.fromkeys(self.variables, _NODE))
+        if not traced.outputs or traced.outputs[0].op == "placeholder":
+            raise RuleError(f"rule {self.name} ({type(self).__name__}): the pattern must yield a value that an op computes")
+        used = [node for node in traced.graph.nodes if node.op == "call_function"]
+        _require_connected(self, traced, used)
+        return traced
+
+    def trace_replacement(self, values: Mapping[str, Any]) -> Traced:
+        """The replacement as a graph, for variables bound to nodes or plain values.
+
+        Raises:
+            RuleError: it yields another number of values than the pattern.
+        """
+        traced = _trace(self, self.replacement, values)
+        expected = len(self.traced_pattern.outputs)
+        if len(traced.outputs) != expected:
+            raise RuleError(
+                f"rule {self.name} ({type(self).__name__}): pattern and replacement disagree in outputs: the pattern yields "
+                f"{expected}, the replacement {len(traced.outputs)}; both must yield the same values in the same order"
+            )
+        return traced
+
+    def describe(self) -> str:
+        """`a -> b` on one line: the pattern's ops, then the fused op."""
+        names = [ops.of(node.target) for node in self.traced_pattern.graph.nodes if node.op == "call_function"]
+        return f"{' -> '.join(op.name for op in names if op)}  =>  {self.op.name}"
+
+
+_NODE = object()
+"""Marks a variable that is traced; anything else is a plain value that the function receives as it is."""
+
+
+def _trace(rule: Rule, function: Any, values: Mapping[str, Any]) -> Traced:
+    graph = fx.Graph()
+    tracer = GraphAppendingTracer(graph)
+    inputs: dict[str, fx.Node] = {}
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is _NODE or isinstance(value, fx.Node):
+            inputs[name] = graph.placeholder(name)
+            arguments[name] = fx.Proxy(inputs[name], tracer)
+        else:
+            arguments[name] = value
+    yielded = function(**arguments)
+    results = yielded if isinstance(yielded, tuple) else (yielded,)
+    if not all(isinstance(result, fx.Proxy) for result in results):
+        raise RuleError(f"rule {rule.name} ({type(rule).__name__}): {function.__name__} must yield values that ops compute")
+    return Traced(graph=graph, inputs=inputs, outputs=tuple(result.node for result in results))
+
+
+def _require_connected(rule: Rule, traced: Traced, calls: Sequence[fx.Node]) -> None:
+    """Every call must lead to the anchor or be a further result of one that does."""
+    reached: set[fx.Node] = set()
+    stack = [traced.outputs[0]]
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack.extend(node.all_input_nodes)
+    for node in calls:
+        if node not in reached and not (node in traced.outputs and all(source in reached for source in node.all_input_nodes)):
+            raise RuleError(
+                f"rule {rule.name} ({type(rule).__name__}): {node.name} doesn't lead to the first value that the pattern yields"
+            )
