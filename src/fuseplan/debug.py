@@ -1,0 +1,83 @@
+"""Debug dumps: one folder a graph under `FUSEPLAN_DEBUG_DIR`.
+
+    1-before.txt      the graph as Inductor handed it over
+    2-canonical.txt   its copy in the dialect
+    3-after.txt       the graph with the chosen fusions, if there are any
+    patterns.txt      every rule's pattern as Inductor's matcher sees it
+    matches.txt       every candidate: chosen, or what took its nodes
+    report.json       the record of all that
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.config import CompileRange
+from fuseplan.matching import Match, Matches, compiled_pattern, fusion_of
+from fuseplan.planner import Choice
+from fuseplan.record import GraphReport, to_json
+from fuseplan.rules import Rule
+
+
+@dataclass(frozen=True)
+class DebugDump:
+    """Writes the files of one graph, or nothing where `folder` is None."""
+
+    folder: Path | None
+
+    @classmethod
+    def open(cls, directory: Path | None, graph: str, compile_range: CompileRange | None) -> "DebugDump":
+        """A folder of its own for one graph: `<graph>[-<first>-<last>]-pid<process>`."""
+        if directory is None:
+            return cls(None)
+        suffix = f"-{compile_range.start}-{compile_range.end}" if compile_range else ""
+        folder = directory / f"{graph}{suffix}-pid{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    def graph(self, name: str, graph: fx.Graph) -> None:
+        """A graph as readable Python."""
+        if self.folder is not None:
+            owner = graph.owning_module
+            module = fx.GraphModule(owner if owner is not None else {}, graph)
+            self._write(f"{name}.txt", module.print_readable(print_output=False, include_stride=True, include_device=True))
+
+    def analysis(
+        self, canonical: CanonicalGraph, rules: Mapping[str, tuple[Rule, ...]], matches: Matches, choice: Choice
+    ) -> None:
+        """The canonical graph, the patterns and the table of matches."""
+        if self.folder is None:
+            return
+        self.graph("2-canonical", canonical.graph)
+        patterns = [
+            f"{name} [{rule.describe()}]\n    {compiled_pattern(rule).expression!r}\n"
+            for name, members in rules.items()
+            for rule in members
+        ]
+        self._write("patterns.txt", "\n".join(patterns))
+        chosen = {id(match) for match in choice.chosen}
+        blocked = {id(match): winners for match, winners in choice.lost}
+        lines = [self._line(canonical, match, id(match) in chosen, blocked.get(id(match), ())) for match in matches.candidates]
+        refused = [f"refused    {refusal.rule or '-':16} {refusal.reason}: {refusal.detail}" for refusal in matches.refusals]
+        self._write("matches.txt", "\n".join([*lines, *refused]) + "\n")
+
+    def report(self, report: GraphReport) -> None:
+        """The record as JSON."""
+        if self.folder is not None:
+            self._write("report.json", json.dumps(to_json(report), indent=1))
+
+    def _line(self, canonical: CanonicalGraph, match: Match, chosen: bool, winners: tuple[Match, ...]) -> str:
+        fusion = fusion_of(canonical, match)
+        fate = "chosen    " if chosen else "not chosen"
+        why = f"  lost to {', '.join(sorted({winner.rule.name for winner in winners}))}" if winners else ""
+        where = f"  {fusion.source}" if fusion.source else ""
+        return f"{fate} {fusion.rule:16} {fusion.op:40} {fusion.provider:10} {fusion.anchor}{where}{why}"
+
+    def _write(self, name: str, text: str) -> None:
+        assert self.folder is not None
+        (self.folder / name).write_text(text)

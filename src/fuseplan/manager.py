@@ -1,0 +1,228 @@
+"""`PostGradPassManager`: Inductor's custom graph pass. It reads like the way of the data: canonical, matching, choosing,
+rewriting, report."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+
+from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.config import CompileRange, Environment, PassConfig, Policy
+from fuseplan.debug import DebugDump
+from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
+from fuseplan.matching import Match, Matches, find_matches, fusion_of, missing_ops
+from fuseplan.planner import Choice, choose_in_order
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
+from fuseplan.record import GraphReport, Loss, Reason, Refusal, Report
+from fuseplan.rewriting import apply
+from fuseplan.rules import BUILT_IN_RULES, Rule, enabled_rules
+
+ReportCallback = Callable[[Report], None]
+GraphPass = Callable[..., Any]
+
+
+@dataclass(eq=False, kw_only=True)
+class Analysis:
+    """What is known of a graph before anything is chosen.
+
+    Attributes:
+        canonical: the raised copy.
+        matches: every candidate and refusal.
+        rules: the rules that were on, by name.
+        stages_ns: time of each stage so far.
+    """
+
+    canonical: CanonicalGraph
+    matches: Matches
+    rules: Mapping[str, tuple[Rule, ...]]
+    stages_ns: dict[str, int] = field(default_factory=dict)
+
+
+class PostGradPassManager(CustomInferenceAwareGraphPass):
+    """Plans and applies fusions on each post-grad graph that Inductor hands over.
+
+    Args:
+        config: flags and policy.
+        compile_range: the numbers of tokens that the graphs serve; None where they aren't limited.
+        on_report: called with a `Report` for every graph that is compiled; a warm compile cache skips the pass, and with it
+            this call.
+        previous: a custom pass, or several, that stood in Inductor's hook; it runs first, as it would without fuseplan.
+        rules: what can be fused.
+        providers: who can run it.
+        device: a profile whose providers are taken as present; None: those of this machine.
+        environment: None reads it now.
+
+    Raises:
+        ConfigError: flags and policy contradict each other, or the environment is malformed.
+    """
+
+    def __init__(
+        self,
+        config: PassConfig,
+        *,
+        compile_range: CompileRange | None = None,
+        on_report: ReportCallback | None = None,
+        previous: Sequence[GraphPass] = (),
+        rules: Sequence[Rule] = BUILT_IN_RULES,
+        providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
+        device: DeviceProfile | None = None,
+        environment: Environment | None = None,
+    ) -> None:
+        self.config = config
+        self.compile_range = compile_range
+        self.on_report = on_report
+        self.previous = tuple(previous)
+        self.rules = enabled_rules(config, rules)
+        self.providers = tuple(providers)
+        self.device = device
+        self.environment = environment or Environment.read()
+        self._ordinals = itertools.count()
+
+    def __call__(self, graph: fx.Graph, is_inference: bool = True) -> None:
+        """Rewrites `graph` in place, or leaves it exactly as it is."""
+        for graph_pass in self.previous:
+            _run_previous(graph_pass, graph, is_inference)
+        name = f"graph_{next(self._ordinals)}"
+        refusal = self._hands_off(is_inference)
+        if refusal is not None:
+            self._deliver(GraphReport(graph=name, range=self._range, refusals=(refusal,)))
+            return
+        dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
+        dump.graph("1-before", graph)
+        analysis = self.analyze(graph)
+        choice = self.choose(analysis, self.config.chosen_policy)
+        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, choice)
+        if choice.chosen:
+            with _stage(analysis.stages_ns, "rewriting"):
+                apply(analysis.canonical, choice.chosen)
+            dump.graph("3-after", graph)
+        report = self.report(name, analysis, choice, rewritten=bool(choice.chosen))
+        dump.report(report)
+        self._deliver(report)
+
+    def analyze(self, graph: fx.Graph) -> Analysis:
+        """Raises a copy of the graph and finds every match on it."""
+        stages: dict[str, int] = {}
+        with _stage(stages, "canonical"):
+            canonical = canonicalize(graph, see_through_noops=self.config.eliminate_noops)
+        with _stage(stages, "matching"):
+            matches = find_matches(canonical, self.rules, self.providers, self.device)
+        return Analysis(canonical=canonical, matches=matches, rules=self.rules, stages_ns=stages)
+
+    def choose(self, analysis: Analysis, policy: Policy) -> Choice:
+        """What the policy would apply, `max_fusions` included."""
+        with _stage(analysis.stages_ns, "choosing"):
+            if policy.name == "off":
+                return Choice(chosen=())
+            candidates = [match for match in analysis.matches.candidates if match.rule.name in policy.order]
+            choice = choose_in_order(analysis.canonical.graph, candidates, policy.order)
+        return choice.at_most(self.config.max_fusions)
+
+    def report(self, name: str, analysis: Analysis, choice: Choice, *, rewritten: bool = False) -> GraphReport:
+        """The record of one graph."""
+        canonical = analysis.canonical
+        refusals = [*analysis.matches.refusals, *canonical.refusals, *self._ineffective(analysis)]
+        limit = f"max_fusions={self.config.max_fusions}"
+        refusals += [_given_up(canonical, match, Reason.LIMIT, f"beyond {limit}") for match in choice.limited]
+        cycle = "together with fusions that were chosen it would make the graph cyclic"
+        refusals += [_given_up(canonical, match, Reason.CYCLE, cycle) for match in choice.cyclic]
+        matched = [match.rule.name for match in analysis.matches.candidates]
+        return GraphReport(
+            graph=name,
+            range=self._range,
+            applied=tuple(fusion_of(canonical, match) for match in choice.chosen),
+            lost=tuple(
+                Loss(fusion=fusion_of(canonical, match), blocked_by=tuple(fusion_of(canonical, w) for w in winners))
+                for match, winners in choice.lost
+            ),
+            matched={rule: matched.count(rule) for rule in analysis.rules},
+            recognized=canonical.recognized(),
+            refusals=tuple(refusals),
+            stages_ns=dict(analysis.stages_ns),
+            rewritten=rewritten,
+        )
+
+    def uuid(self) -> str:
+        """The key under which Inductor caches what this pass does: a hash of everything that can change it."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
+        return fingerprint(
+            config=repr(self.config),
+            enabled=self.environment.enabled,
+            compile_range=str(self.compile_range),
+            rules={name: [rule_key(rule) for rule in members] for name, members in self.rules.items()},
+            providers=sorted(provider_key(provider, self.device) for provider in self.providers),
+            device=self.device.name if self.device else None,
+            previous=[pass_key(graph_pass) for graph_pass in self.previous],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PostGradPassManager) and self.uuid() == other.uuid()
+
+    def __hash__(self) -> int:
+        return hash(self.uuid())
+
+    @property
+    def _range(self) -> tuple[int, int] | None:
+        return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
+
+    def _hands_off(self, is_inference: bool) -> Refusal | None:
+        if not self.environment.enabled:
+            return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
+        if not is_inference:
+            return Refusal(
+                reason=Reason.TRAINING,
+                detail="the graph has a backward and is left alone; fuseplan is for inference",
+                mend="run the model under torch.inference_mode() or torch.no_grad()",
+            )
+        return None
+
+    def _ineffective(self, analysis: Analysis) -> Iterator[Refusal]:
+        """Rules that a flag switches on by name and that can do nothing in this graph."""
+        counts = {match.rule.name for match in analysis.matches.candidates}
+        for name, members in analysis.rules.items():
+            flags = members[0].flags
+            if name in counts or not all(getattr(self.config, flag) is True for flag in flags):
+                continue
+            missing = missing_ops(analysis.canonical, members)
+            detail = f"{' and '.join(flags)}=True has no effect: " + (
+                f"the graph has no {' and no '.join(missing)}" if missing else f"{name} matches nowhere in the graph"
+            )
+            yield Refusal(reason=Reason.NO_EFFECT, rule=name, detail=detail)
+
+    def _deliver(self, graph: GraphReport) -> None:
+        if self.on_report is not None:
+            policy = self.config.chosen_policy
+            warnings = tuple(refusal for refusal in graph.refusals if refusal.reason is Reason.NO_EFFECT)
+            self.on_report(
+                Report(
+                    policy=policy.name, order=policy.order, rules=tuple(self.rules), graphs=(graph,), warnings=warnings
+                )
+            )
+
+
+@contextmanager
+def _stage(stages: dict[str, int], name: str) -> Iterator[None]:
+    start = time.perf_counter_ns()
+    yield
+    stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start
+
+
+def _run_previous(graph_pass: GraphPass, graph: fx.Graph, is_inference: bool) -> None:
+    if isinstance(graph_pass, CustomInferenceAwareGraphPass):
+        graph_pass(graph, is_inference)
+    else:
+        graph_pass(graph)
+
+
+def _given_up(canonical: CanonicalGraph, match: Match, reason: Reason, detail: str) -> Refusal:
+    fusion = fusion_of(canonical, match)
+    return Refusal(reason=reason, rule=fusion.rule, detail=detail, nodes=(fusion.anchor,), source=fusion.source)
