@@ -89,7 +89,7 @@ class PostGradPassManager(CustomInferenceAwareGraphPass):
         for graph_pass in self.previous:
             _run_previous(graph_pass, graph, is_inference)
         name = f"graph_{next(self._ordinals)}"
-        refusal = self._hands_off(is_inference)
+        refusal = self.hands_off(is_inference)
         if refusal is not None:
             self._deliver(GraphReport(graph=name, range=self._range, refusals=(refusal,)))
             return
@@ -174,7 +174,8 @@ class PostGradPassManager(CustomInferenceAwareGraphPass):
     def _range(self) -> tuple[int, int] | None:
         return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
 
-    def _hands_off(self, is_inference: bool) -> Refusal | None:
+    def hands_off(self, is_inference: bool) -> Refusal | None:
+        """Why graphs are left alone altogether, or None."""
         if not self.environment.enabled:
             return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
         if not is_inference:

@@ -60,27 +60,33 @@ class _Norm:
 class _NotANorm(Exception):
     """Ends the reading of a candidate; carries why, and the node that was in the way."""
 
-    def __init__(self, reason: Reason, detail: str, node: fx.Node) -> None:
+    def __init__(self, reason: Reason, detail: str, node: fx.Node, mend: str | None = None) -> None:
         super().__init__(detail)
-        self.reason, self.detail, self.node = reason, detail, node
+        self.reason, self.detail, self.node, self.mend = reason, detail, node, mend
+
+
+DYNAMIC_EPSILON = (
+    "dynamic=True makes Python floats dynamic: mark sizes with torch._dynamo.mark_dynamic instead, or set "
+    "torch._dynamo.config.specialize_float = True"
+)
 
 
 def raise_rms_norms(canonical: CanonicalGraph) -> None:
     """Raises every RMSNorm, and the residual add before it where there is one."""
     for rsqrt in canonical.calls(aten.rsqrt.default):
-        mean_square = _mean_square(rsqrt)
-        if mean_square is None:
-            continue
         try:
-            norm = _read_norm(rsqrt, *mean_square)
-            _raise(canonical, norm)
+            mean_square = _mean_square(rsqrt)
+            if mean_square is not None:
+                _raise(canonical, _read_norm(rsqrt, *mean_square))
         except _NotANorm as refused:
             canonical.refusals.append(
                 Refusal(
                     reason=refused.reason,
+                    op=ops.rms_norm.name,
                     detail=f"RMSNorm not recognised: {refused.detail}",
                     nodes=(canonical.source_node(refused.node).name,),
                     source=module_path(rsqrt),
+                    mend=refused.mend,
                 )
             )
 
@@ -88,11 +94,13 @@ def raise_rms_norms(canonical: CanonicalGraph) -> None:
 def _mean_square(rsqrt: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]] | None:
     """(total, eps, interior) of `rsqrt(mean(total ** 2, -1) + eps)`, or None."""
     add = rsqrt.args[0]
-    if not is_call(add, *ADDS) or not isinstance(add.args[1], (int, float)):
+    if not is_call(add, *ADDS):
         return None
     mean, eps = add.args
     if not is_call(mean, aten.mean.dim):
         return None
+    if isinstance(eps, fx.Node):
+        raise _NotANorm(Reason.ATTRIBUTE, "epsilon is a value of the graph, and the op takes a constant", eps, DYNAMIC_EPSILON)
     square, dims, keepdim = (*mean.args, None, None)[:3]
     value = tensor_of(square)
     if value is None or not keepdim or list(dims) not in ([-1], [value.dim() - 1]):

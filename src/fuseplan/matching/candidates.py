@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -117,7 +117,7 @@ def _complete(
     return (
         _stray_user(canonical, rule, consumed, outputs)
         or _illegal(canonical, rule, consumed, values)
-        or _placed(canonical, rule.check(Bindings(rule.name, values)), core)
+        or _placed(canonical, rule, rule.check(Bindings(rule.name, values)), core)
         or Match(rule=rule, provider="", values=values, consumed=consumed, outputs=outputs, core=core)
     )
 
@@ -134,6 +134,7 @@ def _stray_user(
                 return Refusal(
                     reason=Reason.USERS,
                     rule=rule.name,
+                    op=rule.core.name,
                     detail=f"{_describe(node)} is also read by {_describe(user)}, and {rule.op.name} doesn't yield it",
                     nodes=(canonical.source_node(user).name, canonical.source_node(node).name),
                     source=module_path(user),
@@ -147,27 +148,27 @@ def _illegal(
     names = tuple(canonical.source_node(node).name for node in consumed)
     if len({canonical.region[node] for node in consumed}) > 1:
         detail = "an in-place op stands between two nodes of the match"
-        return Refusal(reason=Reason.MUTATION, rule=rule.name, detail=detail, nodes=names, source=module_path(consumed[-1]))
+        return _refusal(rule, Reason.MUTATION, detail, names, consumed[-1])
     inputs = [value for value in values.values() if isinstance(value, fx.Node)]
     if not is_convex(consumed, inputs):
         detail = "an input of the fused op depends on one of its results"
-        return Refusal(reason=Reason.CYCLE, rule=rule.name, detail=detail, nodes=names, source=module_path(consumed[-1]))
+        return _refusal(rule, Reason.CYCLE, detail, names, consumed[-1])
     return None
 
 
-def _placed(canonical: CanonicalGraph, refusal: Refusal | None, core: fx.Node) -> Refusal | None:
+def _refusal(rule: Rule, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node) -> Refusal:
+    return Refusal(
+        reason=reason, rule=rule.name, op=rule.core.name, detail=detail, nodes=nodes, source=module_path(place)
+    )
+
+
+def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core: fx.Node) -> Refusal | None:
     """A rule's refusal with the names of the user's graph, and its place."""
     if refusal is None:
         return None
     by_name = {node.name: canonical.source_node(node).name for node in core.all_input_nodes}
-    return Refusal(
-        reason=refusal.reason,
-        detail=refusal.detail,
-        rule=refusal.rule,
-        nodes=tuple(by_name.get(name, name) for name in refusal.nodes),
-        source=refusal.source or module_path(core),
-        mend=refusal.mend,
-    )
+    nodes = tuple(by_name.get(name, name) for name in refusal.nodes)
+    return replace(refusal, op=rule.core.name, nodes=nodes, source=refusal.source or module_path(core))
 
 
 def _providers_of(rule: Rule, match: Match, available: Sequence[Provider]) -> list[Match | Refusal]:
@@ -191,7 +192,7 @@ def _providers_of(rule: Rule, match: Match, available: Sequence[Provider]) -> li
         )
     if not results:
         detail = f"no available provider implements {rule.op.name}"
-        results.append(Refusal(reason=Reason.PROVIDER, rule=rule.name, detail=detail, source=module_path(match.core)))
+        results.append(_refusal(rule, Reason.PROVIDER, detail, (), match.core))
     return results
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
@@ -60,9 +59,3 @@ class CompiledPattern:
         }
         return dict(result.kwargs), {node: target for node, target in found.items() if target is not None}
 
-
-def supported() -> str | None:
-    """Why this torch's pattern matcher can't be worked with, or None."""
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
-        return f"torch {torch.__version__} is too old: fuseplan needs torch 2.11 or newer"
-    return None

@@ -42,6 +42,7 @@ class Refusal:
         reason: its kind.
         detail: one clause for a person: expected against found.
         rule: the rule that refused, if it was one.
+        op: the dialect op at the heart of what was refused, if there is one.
         nodes: names of the FX nodes concerned, the one in the way first.
         source: module path or line of the user's model, if known.
         mend: what would mend it, if known.
@@ -50,6 +51,7 @@ class Refusal:
     reason: Reason
     detail: str
     rule: str | None = None
+    op: str | None = None
     nodes: tuple[str, ...] = ()
     source: str | None = None
     mend: str | None = None

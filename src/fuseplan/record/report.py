@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from fuseplan.record.refusal import Refusal
+from fuseplan.record.refusal import Reason, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,29 @@ class ConflictClass:
     sources: tuple[str, ...] = ()
     lost_us: float | None = None
     flips_at_us: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearMiss:
+    """Matches that were refused for one reason, counted.
+
+    Attributes:
+        rule: the rule that refused, None for what looked like a dialect op and wasn't one.
+        reason: the kind of thing that stood in the way.
+        op: the dialect op at the heart of it.
+        detail: the first of them, for a person.
+        source: the first place in the user's model.
+        count: in how many places, over all graphs and ranges.
+        mend: what would mend it, if known.
+    """
+
+    rule: str | None
+    reason: Reason
+    op: str | None
+    detail: str
+    source: str | None
+    count: int
+    mend: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +186,32 @@ class Report:
             )
             for (winner, loser, op), sources in sorted(places.items())
         )
+
+    @property
+    def near_misses(self) -> tuple[NearMiss, ...]:
+        """Matches that were refused, one row a cause."""
+        causes: dict[tuple[str, str, str], list[Refusal]] = {}
+        for graph in self.graphs:
+            for refusal in graph.refusals:
+                if refusal.reason not in _NOT_A_MISS:
+                    key = (refusal.rule or "", refusal.reason.value, refusal.op or "")
+                    causes.setdefault(key, []).append(refusal)
+        return tuple(
+            NearMiss(
+                rule=refusals[0].rule,
+                reason=refusals[0].reason,
+                op=refusals[0].op,
+                detail=refusals[0].detail,
+                source=refusals[0].source,
+                count=len(refusals),
+                mend=refusals[0].mend,
+            )
+            for _, refusals in sorted(causes.items())
+        )
+
+
+_NOT_A_MISS = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
+"""Refusals that concern a whole graph or rule, not a place at which a rule nearly matched."""
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

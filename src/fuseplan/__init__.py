@@ -1,0 +1,52 @@
+"""A fusion-pass manager for `torch.compile`."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fuseplan.config import CompileRange, PassConfig, Policy
+    from fuseplan.errors import FuseplanError
+    from fuseplan.frontend import FuseplanWarning, compile, explain, inductor_options  # noqa: A004
+    from fuseplan.manager import PostGradPassManager
+    from fuseplan.record import Report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CompileRange": "config",
+    "FuseplanError": "errors",
+    "FuseplanWarning": "frontend",
+    "PassConfig": "config",
+    "Policy": "config",
+    "PostGradPassManager": "manager",
+    "Report": "record",
+    "compile": "frontend",
+    "explain": "frontend",
+    "inductor_options": "frontend",
+}
+"""Where each public name lives. They are imported when they are asked for, so that importing fuseplan costs nothing and an
+unsuitable torch is reported by whoever asks first."""
+
+__all__ = [
+    "CompileRange",
+    "FuseplanError",
+    "FuseplanWarning",
+    "PassConfig",
+    "Policy",
+    "PostGradPassManager",
+    "Report",
+    "compile",
+    "explain",
+    "inductor_options",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fuseplan' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"fuseplan.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

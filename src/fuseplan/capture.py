@@ -1,0 +1,131 @@
+"""Post-grad graphs of a model as a custom pass would receive them, without generating any code."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx, view_to_reshape
+from torch._inductor.virtualized import V
+from torch._inductor import config as inductor_config
+
+from fuseplan.errors import WorkloadError
+from fuseplan.graph.surgery import copy_graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """What tracing gave.
+
+    Attributes:
+        graphs: post-grad graphs, in the order in which they were compiled; more than one where the graph breaks.
+        training: for each of them, whether it has a backward.
+        breaks: graph breaks, one line each.
+        time_ns: how long it took.
+    """
+
+    graphs: tuple[fx.GraphModule, ...]
+    training: tuple[bool, ...]
+    breaks: tuple[str, ...] = ()
+    time_ns: int = 0
+
+
+@dataclass
+class _Recorder:
+    """A backend that copies each graph where Inductor hands it to custom passes, and then interprets it."""
+
+    graphs: list[fx.GraphModule] = field(default_factory=list)
+    training: list[bool] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = compile_fx(gm, inputs, inner_compile=self._inner)  # type: ignore[arg-type]
+        return compiled
+
+    def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        # Passes after the hook rewrite collectives to act in place, so the graph is copied inside the hook.
+        is_inference = bool(options.get("is_inference", False))
+        view_to_reshape(gm)
+        mode = detect_fake_mode(example_inputs)
+        hook = inductor_config.patch(post_grad_custom_post_pass=self._copy(is_inference))
+        with hook, V.set_fake_mode(mode) if mode is not None else contextlib.nullcontext():
+            _recursive_post_grad_passes(gm, is_inference=is_inference)
+        return fx.Interpreter(gm).run
+
+    def _copy(self, is_inference: bool) -> Callable[[fx.Graph], None]:
+        def copy(graph: fx.Graph) -> None:
+            owner = graph.owning_module
+            self.graphs.append(fx.GraphModule(owner if owner is not None else {}, copy_graph(graph)[0]))
+            self.training.append(not is_inference)
+
+        return copy
+
+
+def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
+    """Traces `model(*inputs, **kwargs)` through Dynamo, AOTAutograd and Inductor's post-grad passes.
+
+    The model is run once, on fake tensors where its inputs are fake.
+
+    Args:
+        model: a module or function.
+        inputs: its positional arguments.
+        kwargs: its keyword arguments.
+        dynamic: treat the leading dimensions of tensor arguments as unknown. (`torch.compile(dynamic=True)` would treat
+            epsilons as unknown too.)
+
+    Raises:
+        WorkloadError: nothing could be traced; the text has torch's reason.
+    """
+    start = time.perf_counter_ns()
+    recorder = _Recorder()
+    torch._dynamo.reset()
+    before = dict(counters["graph_break"])
+    compiled = torch.compile(model, backend=recorder)
+    if dynamic:
+        for value in _tensors([*inputs, *kwargs.values()]):
+            _mark_leading_dimensions(value)
+    mode = detect_fake_mode(_tensors(inputs))
+    failure: Exception | None = None
+    with _quiet(), torch.no_grad(), mode or contextlib.nullcontext():
+        try:
+            compiled(*inputs, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
+            failure = error
+    breaks = tuple(_one_line(reason) for reason, count in counters["graph_break"].items() if count > before.get(reason, 0))
+    torch._dynamo.reset()
+    if failure is not None or not recorder.graphs:
+        why = _one_line(str(failure) or type(failure).__name__) if failure else "; ".join(breaks) or "it runs no tensor op"
+        raise WorkloadError(f"the model could not be traced: {why}") from failure
+    return Capture(
+        graphs=tuple(recorder.graphs),
+        training=tuple(recorder.training),
+        breaks=breaks,
+        time_ns=time.perf_counter_ns() - start,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No caches: the graphs must be made here and now."""
+    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
+        yield
+
+
+def _tensors(inputs: Sequence[Any]) -> list[torch.Tensor]:
+    return [value for value in inputs if isinstance(value, torch.Tensor)]
+
+
+def _mark_leading_dimensions(value: torch.Tensor) -> None:
+    leading = value.dim() - value.dtype.is_floating_point
+    for dim in range(leading):
+        if value.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(value, dim)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

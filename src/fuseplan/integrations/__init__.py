@@ -1,0 +1,1 @@
+"""Thin adapters to other projects, each imported only when it is asked for."""

@@ -1,0 +1,189 @@
+"""What `fuseplan explain WORKLOAD` can name: built-in models, Hugging Face configurations, and factories of the user's."""
+
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fuseplan import models
+from fuseplan.config import CompileRange, unknown
+from fuseplan.errors import WorkloadError
+from fuseplan.integrations import transformers as huggingface
+
+DEFAULT_RANGES = (
+    CompileRange(start=1, end=64),
+    CompileRange(start=65, end=512),
+    CompileRange(start=513, end=8192),
+)
+"""Decoding, mixed batches, prefill."""
+
+HUGGING_FACE: Mapping[str, Mapping[str, Any]] = {
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "llama-3.1-8b-tiny": {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 1024,
+        "rms_norm_eps": 1e-5,
+    },
+}
+"""The shape of meta-llama/Llama-3.1-8B, from its published configuration, and a small twin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltWorkload:
+    """A model ready to be traced.
+
+    Attributes:
+        name: as the user wrote it.
+        model: a module or function.
+        inputs: its arguments.
+        build_ns: how long it took to build.
+    """
+
+    name: str
+    model: Callable[..., Any]
+    inputs: Sequence[Any]
+    build_ns: int
+
+
+def names() -> list[str]:
+    """The built-in workloads."""
+    return sorted([*models.WORKLOADS, *HUGGING_FACE])
+
+
+@contextlib.contextmanager
+def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[BuiltWorkload]:
+    """Builds a workload without weights or network, inside a stand-in for a process group of `tp` ranks.
+
+    Args:
+        name: a built-in name, the path of a Hugging Face `config.json`, or `package.module:factory`, where
+            `factory(tp) -> (module, inputs)`. Naming a factory imports and runs the code it lives in.
+        tp: ranks of tensor parallelism; collectives are traced, never run.
+        layers: another number of layers than the model's own; not for factories.
+
+    Raises:
+        WorkloadError: there is no such workload, it can't be built, or `tp` doesn't divide it.
+    """
+    if tp < 1:
+        raise WorkloadError(f"tp={tp}: give a number of ranks of at least 1")
+    if layers is not None and layers < 1:
+        raise WorkloadError(f"layers={layers}: give a number of layers of at least 1")
+    start = time.perf_counter_ns()
+    with _stand_in_group(tp) as group:
+        if name in models.WORKLOADS:
+            model, inputs = _build_gpt_oss(name, tp, group, layers)
+        elif name in HUGGING_FACE:
+            model, inputs = _build_hugging_face(huggingface.config_from_dict(HUGGING_FACE[name], name), name, group, layers)
+        elif _is_path(name):
+            model, inputs = _build_hugging_face(huggingface.load_config(Path(name)), name, group, layers)
+        elif ":" in name:
+            if layers is not None:
+                raise WorkloadError(f"layers={layers}: {name} is a factory, which decides on its layers itself")
+            model, inputs = _call_factory(name, tp)
+        else:
+            error = unknown("workload", name, names())
+            raise WorkloadError(f"{error}, the path of a Hugging Face config.json, or package.module:factory")
+        yield BuiltWorkload(name=name, model=model, inputs=inputs, build_ns=time.perf_counter_ns() - start)
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(".json") or "/" in name or Path(name).exists()
+
+
+@contextlib.contextmanager
+def _stand_in_group(tp: int) -> Iterator[dist.ProcessGroup | None]:
+    """The default process group where one is initialised, else a fake one; None for a single rank."""
+    if tp == 1:
+        yield None
+        return
+    if dist.is_initialized():
+        group = dist.group.WORLD
+        assert group is not None
+        if group.size() != tp:
+            raise WorkloadError(f"tp={tp}, but this process belongs to a group of {group.size()} ranks; use --tp {group.size()}")
+        yield group
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def _build_gpt_oss(
+    name: str, tp: int, group: dist.ProcessGroup | None, layers: int | None
+) -> tuple[torch.nn.Module, Sequence[Any]]:
+    workload = models.workload(name)
+    workload = workload if layers is None else workload.with_layers(layers)
+    try:
+        workload.check_size(tp)
+        with _fake_mode():
+            return workload.build(group), workload.example_inputs()
+    except ValueError as error:
+        raise WorkloadError(str(error)) from error
+
+
+def _build_hugging_face(
+    config: Any, name: str, group: dist.ProcessGroup | None, layers: int | None
+) -> tuple[Callable[..., Any], Sequence[Any]]:
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = [text.layer_types[index % len(text.layer_types)] for index in range(layers)]
+    config.use_cache = False
+    with _fake_mode():
+        model = huggingface.build(config, group, name)
+        return model, (torch.randint(config.get_text_config().vocab_size, (1, 16)),)
+
+
+def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]]:
+    module_name, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        made = factory(tp)
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise WorkloadError(f"{name}: the factory failed: {why}") from error
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
+        raise WorkloadError(f"{name}: factory(tp) must return (module, inputs), found {type(made).__name__}")
+    return made[0], tuple(made[1])
