@@ -1,11 +1,12 @@
 """A fusion-pass manager for `torch.compile`."""
 
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from fuseplan.config import CompileRange, PassConfig, Policy
     from fuseplan.errors import FuseplanError
-    from fuseplan.frontend import FuseplanWarning, compile, explain, inductor_options  # noqa: A004
+    from fuseplan.frontend import FuseplanWarning, compile, explain, inductor_options
     from fuseplan.manager import PostGradPassManager
     from fuseplan.record import Report
 
@@ -23,8 +24,8 @@ _HOMES = {
     "explain": "frontend",
     "inductor_options": "frontend",
 }
-"""Where each public name lives. They are imported when they are asked for, so that importing fuseplan costs nothing and an
-unsuitable torch is reported by whoever asks first."""
+"""Where each public name lives. They are imported when they are asked for, so that importing fuseplan costs nothing
+and an unsuitable torch is reported by whoever asks first."""
 
 __all__ = [
     "CompileRange",
@@ -40,12 +41,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fuseplan' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"fuseplan.{_HOMES[name]}"), name)
+    return getattr(_importlib.import_module(f"fuseplan.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

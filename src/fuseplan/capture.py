@@ -4,16 +4,17 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._guards import detect_fake_mode
-from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx, view_to_reshape
-from torch._inductor.virtualized import V
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch._inductor.virtualized import V
 
 from fuseplan.errors import WorkloadError
 from fuseplan.graph.surgery import copy_graph
@@ -44,8 +45,7 @@ class _Recorder:
     training: list[bool] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = compile_fx(gm, inputs, inner_compile=self._inner)  # type: ignore[arg-type]
-        return compiled
+        return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=self._inner))  # type: ignore[arg-type]
 
     def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         # Passes after the hook rewrite collectives to act in place, so the graph is copied inside the hook.
@@ -96,10 +96,16 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
             compiled(*inputs, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
             failure = error
-    breaks = tuple(_one_line(reason) for reason, count in counters["graph_break"].items() if count > before.get(reason, 0))
+    breaks = tuple(
+        _one_line(reason) for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
+    )
     torch._dynamo.reset()
     if failure is not None or not recorder.graphs:
-        why = _one_line(str(failure) or type(failure).__name__) if failure else "; ".join(breaks) or "it runs no tensor op"
+        why = (
+            _one_line(str(failure) or type(failure).__name__)
+            if failure
+            else "; ".join(breaks) or "it runs no tensor op"
+        )
         raise WorkloadError(f"the model could not be traced: {why}") from failure
     return Capture(
         graphs=tuple(recorder.graphs),

@@ -56,16 +56,22 @@ def _progress(text: str) -> Iterator[Callable[[str], None]]:
 @app.command()
 def explain(
     workload: Annotated[
-        str, typer.Argument(help="A built-in name, the path of a Hugging Face config.json, or package.module:factory (runs it).")
+        str,
+        typer.Argument(
+            help="A built-in name, the path of a Hugging Face config.json, or package.module:factory (runs it)."
+        ),
     ],
     tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.")] = 1,
     device: Annotated[str, typer.Option(help="A device profile, whose providers are taken as present.")] = "h200",
     ranges: Annotated[
-        list[str] | None, typer.Option("--range", metavar="FIRST:LAST", help="A compile range in tokens; may be repeated.")
+        list[str] | None,
+        typer.Option("--range", metavar="FIRST:LAST", help="A compile range in tokens; may be repeated."),
     ] = None,
     policies: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="off or ordered(RULE, ...); may be repeated. Default: off and every order that differs."),
+        typer.Option(
+            "--policy", help="off or ordered(RULE, ...); may be repeated. Default: off and every order that differs."
+        ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Another number of layers than the model's own.")] = None,
     as_json: Json = False,
@@ -96,7 +102,11 @@ def explain(
 
 
 @app.command()
-def rules(name: Annotated[str | None, typer.Argument(help="One rule; default: all.")] = None, as_json: Json = False, debug: Debug = False) -> None:
+def rules(
+    name: Annotated[str | None, typer.Argument(help="One rule; default: all.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """List the fusions: what each matches and the op that takes its place."""
     with _one_line_errors(debug):
         from fuseplan.config import unknown

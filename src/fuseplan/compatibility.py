@@ -16,4 +16,6 @@ def require_supported_torch(version: str | None = None) -> None:
     version = version or torch.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
-        raise CompatibilityError(f"torch {version} is too old: fuseplan needs torch {oldest} or newer; pip install -U torch")
+        raise CompatibilityError(
+            f"torch {version} is too old: fuseplan needs torch {oldest} or newer; pip install -U torch"
+        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -68,7 +69,7 @@ def check_ranges(ranges: Sequence[CompileRange]) -> tuple[CompileRange, ...]:
         ConfigError: two of them overlap.
     """
     ordered = tuple(sorted(ranges))
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if after.start <= before.end:
             raise ConfigError(f"compile ranges {before} and {after} overlap; each number of tokens has one plan")
     return ordered
@@ -124,7 +125,7 @@ def _refuse_unknown_flags(cls: type[T]) -> type[T]:
                 raise unknown("flag of PassConfig", flag, names)
         init(self, **flags)
 
-    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+    cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
 
 
@@ -165,7 +166,9 @@ class PassConfig:
     def __post_init__(self) -> None:
         for flag in FUSION_FLAGS:
             if getattr(self, flag) not in (True, False, None):
-                raise ConfigError(f"{flag}={getattr(self, flag)!r}: allowed are True, False and None (on where it has an effect)")
+                raise ConfigError(
+                    f"{flag}={getattr(self, flag)!r}: allowed are True, False and None (on where it has an effect)"
+                )
         if self.eliminate_noops not in (True, False):
             raise ConfigError(f"eliminate_noops={self.eliminate_noops!r}: allowed are True and False")
         if self.max_fusions is not None and (not isinstance(self.max_fusions, int) or self.max_fusions < 0):

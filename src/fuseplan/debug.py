@@ -1,11 +1,11 @@
 """Debug dumps: one folder a graph under `FUSEPLAN_DEBUG_DIR`.
 
-    1-before.txt      the graph as Inductor handed it over
-    2-canonical.txt   its copy in the dialect
-    3-after.txt       the graph with the chosen fusions, if there are any
-    patterns.txt      every rule's pattern as Inductor's matcher sees it
-    matches.txt       every candidate: chosen, or what took its nodes
-    report.json       the record of all that
+1-before.txt      the graph as Inductor handed it over
+2-canonical.txt   its copy in the dialect
+3-after.txt       the graph with the chosen fusions, if there are any
+patterns.txt      every rule's pattern as Inductor's matcher sees it
+matches.txt       every candidate: chosen, or what took its nodes
+report.json       the record of all that
 """
 
 import json
@@ -45,7 +45,9 @@ class DebugDump:
         if self.folder is not None:
             owner = graph.owning_module
             module = fx.GraphModule(owner if owner is not None else {}, graph)
-            self._write(f"{name}.txt", module.print_readable(print_output=False, include_stride=True, include_device=True))
+            self._write(
+                f"{name}.txt", module.print_readable(print_output=False, include_stride=True, include_device=True)
+            )
 
     def analysis(
         self, canonical: CanonicalGraph, rules: Mapping[str, tuple[Rule, ...]], matches: Matches, choice: Choice
@@ -62,8 +64,13 @@ class DebugDump:
         self._write("patterns.txt", "\n".join(patterns))
         chosen = {id(match) for match in choice.chosen}
         blocked = {id(match): winners for match, winners in choice.lost}
-        lines = [self._line(canonical, match, id(match) in chosen, blocked.get(id(match), ())) for match in matches.candidates]
-        refused = [f"refused    {refusal.rule or '-':16} {refusal.reason}: {refusal.detail}" for refusal in matches.refusals]
+        lines = [
+            self._line(canonical, match, id(match) in chosen, blocked.get(id(match), ()))
+            for match in matches.candidates
+        ]
+        refused = [
+            f"refused    {refusal.rule or '-':16} {refusal.reason}: {refusal.detail}" for refusal in matches.refusals
+        ]
         self._write("matches.txt", "\n".join([*lines, *refused]) + "\n")
 
     def report(self, report: GraphReport) -> None:

@@ -16,8 +16,8 @@ T = TypeVar("T", bound=Callable[..., Any])
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """A call's number of tokens: the product of the leading dimensions of its first tensor.
 
-    Token ids are integers, [B, S] or [tokens], and all their dimensions are leading; of activations [..., hidden] the last
-    is not. None where no argument is a tensor.
+    Token ids are integers, [B, S] or [tokens], and all their dimensions are leading; of activations [..., hidden] the
+    last is not. None where no argument is a tensor.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -26,7 +26,10 @@ def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 
 def dispatch_by_tokens(
-    model: T, branches: Mapping[CompileRange, Callable[..., Any]], plain: Callable[..., Any], warn: Callable[[str], None]
+    model: T,
+    branches: Mapping[CompileRange, Callable[..., Any]],
+    plain: Callable[..., Any],
+    warn: Callable[[str], None],
 ) -> T:
     """A module or function that calls the branch whose range holds its number of tokens.
 
@@ -58,7 +61,9 @@ def dispatch_by_tokens(
 
 
 class RangedModule(torch.nn.Module):
-    """A module whose calls go to the graph of their compile range; like `torch.compile`'s it keeps the original as `_orig_mod`."""
+    """A module whose calls go to the graph of their compile range; like `torch.compile`'s it keeps the original as
+    `_orig_mod`.
+    """
 
     _orig_mod: torch.nn.Module
 

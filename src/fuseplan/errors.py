@@ -1,5 +1,6 @@
 """The error tree. Whatever a user can cause is a `FuseplanError` whose text is one clear line:
-what was given, what is allowed, and what to do."""
+what was given, what is allowed, and what to do.
+"""
 
 
 class FuseplanError(Exception):

@@ -42,8 +42,8 @@ def inductor_options(
 
     Args:
         config: flags and policy; None: the defaults.
-        on_report: called with a `Report` for every graph that is compiled cold. A warm compile cache skips the pass and this
-            call with it; `fuseplan.compile` delivers reports then too.
+        on_report: called with a `Report` for every graph that is compiled cold. A warm compile cache skips the pass
+            and this call with it; `fuseplan.compile` delivers reports then too.
         options: further Inductor options. A custom pass among them, or in Inductor's global configuration, runs before
             fuseplan's and is not dropped.
 
@@ -70,7 +70,7 @@ def _options(
     return {**options, HOOK: manager}
 
 
-def compile(  # noqa: A001 - the name that users of torch.compile look for
+def compile(
     model: T,
     *,
     config: PassConfig | None = None,
@@ -81,9 +81,10 @@ def compile(  # noqa: A001 - the name that users of torch.compile look for
 
     Args:
         model: a module, function or bound method.
-        config: flags, policy and compile ranges; None: the defaults. With `compile_ranges`, a call goes to the graph whose
-            range holds its number of tokens: the product of the leading dimensions of its first tensor argument, [B, S]
-            for integers, [B, S, hidden] for activations. A call outside of all ranges runs as under plain `torch.compile`.
+        config: flags, policy and compile ranges; None: the defaults. With `compile_ranges`, a call goes to the graph
+            whose range holds its number of tokens: the product of the leading dimensions of its first tensor argument,
+            [B, S] for integers, [B, S, hidden] for activations. A call outside of all ranges runs as under plain
+            `torch.compile`.
         on_report: called with a `Report` for every graph that is compiled, from a warm compile cache too.
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 
@@ -91,7 +92,8 @@ def compile(  # noqa: A001 - the name that users of torch.compile look for
         What `torch.compile` returns; with compile ranges a module or function that chooses among several of those.
 
     Raises:
-        ConfigError: flags and policy contradict each other, `backend` isn't Inductor, `mode` and `options` name the same option.
+        ConfigError: flags and policy contradict each other, `backend` isn't Inductor, `mode` and `options` set one
+            option to different values.
         CompatibilityError: this torch is too old.
     """
     require_supported_torch()
@@ -120,7 +122,9 @@ def _merge_mode(mode: str | None, options: Mapping[str, Any] | None, dynamic: bo
     expanded = dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
     for name, value in (options or {}).items():
         if expanded.get(name, value) != value:
-            raise ConfigError(f"mode={mode!r} sets {name}={expanded[name]!r} and options set it to {value!r}; drop one of them")
+            raise ConfigError(
+                f"mode={mode!r} sets {name}={expanded[name]!r} and options set it to {value!r}; drop one of them"
+            )
     return {**expanded, **(options or {})}
 
 
@@ -155,8 +159,10 @@ class _Warner:
             warnings.warn(text, FuseplanWarning, stacklevel=2)
 
 
-class _Backend(torch._TorchCompileInductorWrapper):  # type: ignore[name-defined, misc]
-    """Inductor with fuseplan's pass, which delivers a report for every graph, compiled cold or found in a warm cache."""
+class _Backend(torch._TorchCompileInductorWrapper):
+    """Inductor with fuseplan's pass, which delivers a report for every graph, compiled cold or found in a warm
+    cache.
+    """
 
     __name__ = "fuseplan"
 
@@ -170,13 +176,14 @@ class _Backend(torch._TorchCompileInductorWrapper):  # type: ignore[name-defined
     ) -> None:
         self.deliver = deliver
         self.fresh: list[Report] = []
-        super().__init__(None, _options(config, compile_range, self.fresh.append, dict(options)), dynamic)
+        merged = _options(config, compile_range, self.fresh.append, dict(options))
+        super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **extra: Any) -> Any:
+    def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
         manager: PostGradPassManager = self.config[HOOK]
-        key = store.graph_key(gm, inputs, manager.uuid())
+        key = store.graph_key(model_, inputs_, manager.uuid())
         self.fresh.clear()
-        compiled = super().__call__(gm, inputs, **extra)
+        compiled = super().__call__(model_, inputs_, **extra)  # type: ignore[no-untyped-call]
         if self.fresh:
             merged = replace(
                 self.fresh[0],
@@ -190,7 +197,9 @@ class _Backend(torch._TorchCompileInductorWrapper):  # type: ignore[name-defined
         return compiled
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Backend) and self.deliver.on_report is other.deliver.on_report and super().__eq__(other)
+        if not isinstance(other, _Backend) or self.deliver.on_report is not other.deliver.on_report:
+            return False
+        return bool(super().__eq__(other))  # type: ignore[no-untyped-call]
 
     def __hash__(self) -> int:
         return hash(self.config[HOOK])
@@ -205,8 +214,8 @@ def explain(
 ) -> Report:
     """What `compile(model, config=config)` would fuse in `model(*inputs, **model_arguments)`, and what not and why.
 
-    The model is traced as `torch.compile` would, and run once; no code is generated. Fake tensors will do for its weights and
-    inputs, and so neither a GPU nor weights are needed.
+    The model is traced as `torch.compile` would, and run once; no code is generated. Fake tensors will do for its
+    weights and inputs, and so neither a GPU nor weights are needed.
 
     Args:
         model: a module or function.
@@ -299,7 +308,9 @@ class _Explanation:
             graphs.append(manager.report(name, timed, manager.choose(timed, policy)))
         warnings = dict.fromkeys(r for graph in graphs for r in graph.refusals if r.reason is Reason.NO_EFFECT)
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
-        return Report(policy=policy.name, order=policy.order, rules=rules, graphs=tuple(graphs), warnings=tuple(warnings))
+        return Report(
+            policy=policy.name, order=policy.order, rules=rules, graphs=tuple(graphs), warnings=tuple(warnings)
+        )
 
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among all orders of the rules that match anywhere."""
@@ -315,4 +326,3 @@ class _Explanation:
             if not matching:
                 break
         return list(outcomes.values())
-

@@ -1,5 +1,6 @@
-"""`PostGradPassManager`: Inductor's custom graph pass. It reads like the way of the data: canonical, matching, choosing,
-rewriting, report."""
+"""`PostGradPassManager`: Inductor's custom graph pass. It reads like the way of the data: canonical, matching,
+choosing, rewriting, report.
+"""
 
 import itertools
 import time
@@ -50,8 +51,8 @@ class PostGradPassManager(CustomInferenceAwareGraphPass):
     Args:
         config: flags and policy.
         compile_range: the numbers of tokens that the graphs serve; None where they aren't limited.
-        on_report: called with a `Report` for every graph that is compiled; a warm compile cache skips the pass, and with it
-            this call.
+        on_report: called with a `Report` for every graph that is compiled; a warm compile cache skips the pass, and
+            with it this call.
         previous: a custom pass, or several, that stood in Inductor's hook; it runs first, as it would without fuseplan.
         rules: what can be fused.
         providers: who can run it.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.runtime.runtime_utils import cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from fuseplan.record import Report, from_json, to_json
 

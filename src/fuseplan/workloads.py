@@ -1,4 +1,6 @@
-"""What `fuseplan explain WORKLOAD` can name: built-in models, Hugging Face configurations, and factories of the user's."""
+"""What `fuseplan explain WORKLOAD` can name: built-in models, Hugging Face configurations, and factories of the
+user's.
+"""
 
 import contextlib
 import importlib
@@ -100,11 +102,15 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
     if layers is not None and layers < 1:
         raise WorkloadError(f"layers={layers}: give a number of layers of at least 1")
     start = time.perf_counter_ns()
+    model: Callable[..., Any]
+    inputs: Sequence[Any]
     with _stand_in_group(tp) as group:
         if name in models.WORKLOADS:
             model, inputs = _build_gpt_oss(name, tp, group, layers)
         elif name in HUGGING_FACE:
-            model, inputs = _build_hugging_face(huggingface.config_from_dict(HUGGING_FACE[name], name), name, group, layers)
+            model, inputs = _build_hugging_face(
+                huggingface.config_from_dict(HUGGING_FACE[name], name), name, group, layers
+            )
         elif _is_path(name):
             model, inputs = _build_hugging_face(huggingface.load_config(Path(name)), name, group, layers)
         elif ":" in name:
@@ -131,7 +137,9 @@ def _stand_in_group(tp: int) -> Iterator[dist.ProcessGroup | None]:
         group = dist.group.WORLD
         assert group is not None
         if group.size() != tp:
-            raise WorkloadError(f"tp={tp}, but this process belongs to a group of {group.size()} ranks; use --tp {group.size()}")
+            raise WorkloadError(
+                f"tp={tp}, but this process belongs to a group of {group.size()} ranks; use --tp {group.size()}"
+            )
         yield group
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -1,9 +1,9 @@
 """SiLU-and-mul as Inductor's post-grad graphs spell it in aten.
 
-    g32 = convert(gate, float32)                        absent in float32 models
-    act = g32 / (exp(-g32) + 1)  |  g32 * sigmoid(g32)
-    y   = convert(act, dtype) * up                      `llama`
-        | convert(act * convert(up, float32), dtype)    `fp32`
+g32 = convert(gate, float32)                        absent in float32 models
+act = g32 / (exp(-g32) + 1)  |  g32 * sigmoid(g32)
+y   = convert(act, dtype) * up                      `llama`
+    | convert(act * convert(up, float32), dtype)    `fp32`
 """
 
 from torch import fx

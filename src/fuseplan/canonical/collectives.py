@@ -20,8 +20,8 @@ ELEMENTWISE_VIEWS = (
 )
 """Ops that only choose and arrange elements: view(all_reduce(x)) == all_reduce(view(x)), bit for bit.
 
-A cast is not among them: a sum of rounded values is not the rounded sum. (It is exact for max and min, and for a single rank,
-neither of which is raised.)
+A cast is not among them: a sum of rounded values is not the rounded sum. (It is exact for max and min, and for a
+single rank, neither of which is raised.)
 """
 
 
@@ -41,7 +41,8 @@ def hoist_views(canonical: CanonicalGraph) -> None:
 
     Only where nothing else reads the reduced value. A hoisted slice also makes the message smaller.
     """
-    for reduce in canonical.calls(ops.all_reduce.overload):
+    for found in canonical.calls(ops.all_reduce.overload):
+        reduce: fx.Node = found
         while (view := _only_view(reduce)) is not None:
             x, group_name = reduce.args
             moved = canonical.insert_before(view, view.target, (x, *view.args[1:]), view.meta["val"])
@@ -56,5 +57,3 @@ def _only_view(reduce: fx.Node) -> fx.Node | None:
         return None
     (user,) = reduce.users
     return user if is_call(user, *ELEMENTWISE_VIEWS) else None
-
-

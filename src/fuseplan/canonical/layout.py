@@ -15,7 +15,13 @@ def raise_pads(canonical: CanonicalGraph) -> None:
     """`constant_pad_nd(x, [0, n], 0)` -> `pad(x, n)`."""
     for node in canonical.calls(aten.constant_pad_nd.default):
         x, amounts, value = (*node.args, 0.0)[:3]
-        if value == 0 and list(amounts[:1]) == [0] and isinstance(amounts[1], int) and amounts[1] > 0 and not any(amounts[2:]):
+        if (
+            value == 0
+            and list(amounts[:1]) == [0]
+            and isinstance(amounts[1], int)
+            and amounts[1] > 0
+            and not any(amounts[2:])
+        ):
             canonical.raise_op(ops.pad, (x, amounts[1]), (node,))
 
 
@@ -53,8 +59,8 @@ def _reshape_like(canonical: CanonicalGraph, moved: fx.Node, old: fx.Node) -> No
     """Replaces `old` by `moved` in old's shape."""
     value = tensor_of(old)
     assert value is not None
-    symbolic = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
     sizes: list[Any] = list(value.shape)
+    symbolic = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
     for dim in symbolic:
         # One unknown size may be inferred; more are read off the reshape that is being moved.
         sizes[dim] = -1 if len(symbolic) == 1 else _size_of(canonical, old, dim)

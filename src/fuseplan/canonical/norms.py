@@ -6,8 +6,8 @@
            | convert(normed * weight, dtype)        `gpt_oss`
            | convert(normed * (1 + weight), dtype)  `gemma`
 
-and before it, with a residual add, `x = a + residual` in the activation dtype, or `x32 = convert(a) + convert(residual)` with
-`residual_out = convert(x32, dtype)` in vLLM's form.
+and before it, with a residual add, `x = a + residual` in the activation dtype, or `x32 = convert(a) +
+convert(residual)` with `residual_out = convert(x32, dtype)` in vLLM's form.
 """
 
 from collections.abc import Iterable
@@ -100,25 +100,25 @@ def _mean_square(rsqrt: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]] |
     if not is_call(mean, aten.mean.dim):
         return None
     if isinstance(eps, fx.Node):
-        raise _NotANorm(Reason.ATTRIBUTE, "epsilon is a value of the graph, and the op takes a constant", eps, DYNAMIC_EPSILON)
+        raise _NotANorm(
+            Reason.ATTRIBUTE, "epsilon is a value of the graph, and the op takes a constant", eps, DYNAMIC_EPSILON
+        )
     square, dims, keepdim = (*mean.args, None, None)[:3]
     value = tensor_of(square)
     if value is None or not keepdim or list(dims) not in ([-1], [value.dim() - 1]):
         return None
-    if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        total = square.args[0]
-    elif is_call(square, *MULS) and square.args[0] is square.args[1]:
-        total = square.args[0]
-    else:
+    power = is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
+    product = is_call(square, *MULS) and square.args[0] is square.args[1]
+    if not power and not product:
         return None
-    return total, float(eps), (square, mean, add, rsqrt)
+    return square.args[0], float(eps), (square, mean, add, rsqrt)
 
 
 def _read_norm(rsqrt: fx.Node, total: fx.Node, eps: float, interior: tuple[fx.Node, ...]) -> _Norm:
     normed = _only_user(rsqrt, MULS, "the reciprocal root is multiplied to the input")
     if total not in normed.args:
         raise _NotANorm(Reason.OP, "the reciprocal root is multiplied to something else than the input", normed)
-    (user,) = _users(normed, "the normalised value")
+    user = _single_user(normed, "the normalised value")
     if is_call(user, convert_element_type):
         product = _only_user(user, MULS, "the normalised value is multiplied by a weight")
         weight = _weight(_other(product, user), total, product)
@@ -130,9 +130,10 @@ def _read_norm(rsqrt: fx.Node, total: fx.Node, eps: float, interior: tuple[fx.No
         raise _NotANorm(Reason.OP, "the normalised value is not multiplied by a weight", user)
     factor, adds_one = _strip_weight(_other(user, normed))
     weight = _weight(factor, total, user)
-    y, tail = user, (normed, user)
+    y: fx.Node = user
+    tail: tuple[fx.Node, ...] = (normed, user)
     if _input_dtype(total) in LOW_PRECISION:
-        (y,) = _users(user, "the weighted value")
+        y = _single_user(user, "the weighted value")
         if not is_call(y, convert_element_type):
             raise _NotANorm(Reason.DTYPE, f"the weighted value stays in {dtype_of(user)}", y)
         tail = (*tail, y)
@@ -154,7 +155,12 @@ def _strip_weight(factor: object) -> tuple[object, bool]:
 
 def _weight(node: object, total: fx.Node, product: fx.Node) -> fx.Node:
     weight, normalised = tensor_of(node), tensor_of(total)
-    if weight is None or normalised is None or weight.dim() != 1 or not equal_size(weight.shape[0], normalised.shape[-1]):
+    if (
+        weight is None
+        or normalised is None
+        or weight.dim() != 1
+        or not equal_size(weight.shape[0], normalised.shape[-1])
+    ):
         raise _NotANorm(Reason.OP, "the factor is not a weight of one dimension", product)
     assert isinstance(node, fx.Node)
     return node
@@ -181,7 +187,9 @@ def _raise(canonical: CanonicalGraph, norm: _Norm) -> None:
     elif is_call(total, aten.add.Tensor) and dtype_of(norm.y) in LOW_PRECISION:
         _raise_wide_sum(canonical, norm, total)
     elif dtype_of(total) is dtype_of(norm.y):
-        if is_call(total, aten.add.Tensor) and _raise_with_residual(canonical, norm, total, total.args, total, norm.rounding):
+        if is_call(total, aten.add.Tensor) and _raise_with_residual(
+            canonical, norm, total, total.args, total, norm.rounding
+        ):
             return
         _raise_plain(canonical, norm, total)
     else:
@@ -248,15 +256,15 @@ def _check_interior(canonical: CanonicalGraph, norm: _Norm) -> None:
             raise _NotANorm(Reason.MUTATION, "an in-place op stands inside it", node)
 
 
-def _users(node: fx.Node, what: str) -> tuple[fx.Node]:
+def _single_user(node: fx.Node, what: str) -> fx.Node:
     if len(node.users) != 1:
         raise _NotANorm(Reason.USERS, f"{what} has {len(node.users)} users, expected 1", node)
     (user,) = node.users
-    return (user,)
+    return user
 
 
 def _only_user(node: fx.Node, targets: tuple[object, ...], what: str) -> fx.Node:
-    (user,) = _users(node, node.name)
+    user = _single_user(node, node.name)
     if not is_call(user, *targets):
         raise _NotANorm(Reason.OP, f"expected that {what}, found {user.target}", user)
     return user

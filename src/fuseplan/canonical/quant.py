@@ -102,9 +102,9 @@ def _dynamic_min_scale(scaling: _Scaling, limit: float) -> float | None:
     if not isinstance(min_scale, float) or not is_call(quotient, aten.div.Tensor) or quotient.args[1] != limit:
         return None
     amax = _uncast(quotient.args[0])
-    if not is_call(amax, aten.amax.default) or not list(amax.args[1:]) or amax.args[2:] != (True,):  # type: ignore[arg-type]
+    if not is_call(amax, aten.amax.default) or not list(amax.args[1:]) or amax.args[2:] != (True,):
         return None
-    dims = list(amax.args[1])  # type: ignore[arg-type]
+    dims = list(amax.args[1])
     magnitude = _uncast(amax.args[0])
     value = tensor_of(scaling.scale)
     rows_agree = value is not None and value.dim() == x.dim() and equal_size(value.shape[-1], 1)

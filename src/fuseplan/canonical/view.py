@@ -4,12 +4,12 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from torch import fx
 
 from fuseplan.dialect import DialectOp, ops
-from fuseplan.graph.facts import depths, is_call, mutation_regions, tensor_of
+from fuseplan.graph.facts import Call, depths, is_call, mutation_regions, tensor_of
 from fuseplan.graph.surgery import copy_graph, erase_dead
 from fuseplan.record import Refusal
 
@@ -41,10 +41,10 @@ class CanonicalGraph:
         graph, origin = copy_graph(original)
         return cls(original=original, graph=graph, origin=origin, depth=depths(graph), region=mutation_regions(graph))
 
-    def calls(self, *targets: Any) -> list[fx.Node]:
+    def calls(self, *targets: Any) -> list[Call]:
         """The nodes that call one of `targets`, in graph order."""
         found = [node for target in targets for node in self.graph.find_nodes(op="call_function", target=target)]
-        return sorted(found) if len(targets) > 1 else found
+        return cast(list[Call], sorted(found) if len(targets) > 1 else found)
 
     def raise_op(self, op: DialectOp, args: Sequence[Any], results: Sequence[fx.Node | None]) -> fx.Node:
         """Puts one dialect op in the place of the nodes that compute `results`.
@@ -55,8 +55,8 @@ class CanonicalGraph:
             results: the nodes whose values the op yields, in its order; None where a result is dead.
 
         Returns:
-            The new node. It stands before the first of `results`, or after its last argument where that comes later; the
-            caller has made sure that the region is convex, and `canonicalize` sorts the graph afterwards.
+            The new node. It stands before the first of `results`, or after its last argument where that comes later;
+            the caller has made sure that the region is convex, and `canonicalize` sorts the graph afterwards.
         """
         live = [result for result in results if result is not None]
         place = min(live)
@@ -126,6 +126,6 @@ PROVENANCE = ("stack_trace", "nn_module_stack", "custom")
 """Metadata that says where in the user's model a node comes from."""
 
 
-def is_dialect(node: object, *operations: DialectOp) -> bool:
+def is_dialect(node: object, *operations: DialectOp) -> TypeGuard[Call]:
     """Whether a node calls one of the dialect ops."""
     return is_call(node, *(op.overload for op in operations))

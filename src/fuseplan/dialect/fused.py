@@ -7,8 +7,8 @@ A member's arguments and results follow from its parts:
 
     (x, [residual], weight, eps, rounding, [the epilogue's own], [group_name]) -> (y or the epilogue's, [residual_out])
 
-The last result is the sum that was normalised, rounded: x + residual, or the reduced x where there is no residual. A member
-with neither prologue yields no such result, since it would be x itself.
+The last result is the sum that was normalised, rounded: x + residual, or the reduced x where there is no residual. A
+member with neither prologue yields no such result, since it would be x itself.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,13 @@ class NormParts:
     def compose(self) -> DialectOp:
         """Defines the fused op: its reference and fake are those of its parts, one after the other."""
         epilogue = self.epilogue
-        parameters = ["Tensor x", *(["Tensor residual"] if self.residual else []), "Tensor weight", "float eps", "str rounding"]
+        parameters = [
+            "Tensor x",
+            *(["Tensor residual"] if self.residual else []),
+            "Tensor weight",
+            "float eps",
+            "str rounding",
+        ]
         norm_arguments = len(parameters)
         parameters += epilogue.parameters if epilogue else ()
         parameters += ["str group_name"] if self.reduce else []
@@ -149,7 +155,9 @@ def _compose_activation(epilogue: Epilogue) -> DialectOp:
         return epilogue.op.fake(core.fake(gate, up, rounding), *arguments)
 
     def sample(inner: Sample) -> Sample:
-        return Sample(name=inner.name, make=lambda device, generator: (*inner.make(device, generator), *epilogue.sample(device)))
+        return Sample(
+            name=inner.name, make=lambda device, generator: (*inner.make(device, generator), *epilogue.sample(device))
+        )
 
     reference.__doc__ = f"{core.name} -> {epilogue.op.name}, each as its own reference computes it."
     return define(
@@ -176,5 +184,7 @@ NORM_FAMILY = {
 }
 """Fused norms by (reduce, residual, the epilogue's suffix)."""
 
-ACTIVATION_FAMILY = {epilogue.suffix: _compose_activation(epilogue) for epilogue in (STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT)}
+ACTIVATION_FAMILY = {
+    epilogue.suffix: _compose_activation(epilogue) for epilogue in (STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT)
+}
 """Fused activations by the epilogue's suffix."""

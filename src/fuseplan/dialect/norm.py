@@ -38,9 +38,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, rounding: str) -> 
     Raises:
         ValueError: `rounding` isn't one of `Rounding`.
     """
-    return _normalize(
-        x.to(compute_dtype(x.dtype)), weight, eps, Rounding(rounding), x.dtype
-    ).contiguous()
+    return _normalize(x.to(compute_dtype(x.dtype)), weight, eps, Rounding(rounding), x.dtype).contiguous()
 
 
 def fused_add_rms_norm_reference(
@@ -112,6 +110,7 @@ def norm_samples(residual: bool) -> list[Sample]:
         return Sample(name=name, make=make)
 
     conventions = tuple(Rounding) if residual else (Rounding.LLAMA, Rounding.GPT_OSS, Rounding.GEMMA)
+    cases: list[tuple[tuple[int, ...], torch.dtype, Rounding]]
     cases = [(SAMPLE_SHAPES[0], dtype, conventions[0]) for dtype in SAMPLE_DTYPES]
     cases += [(shape, torch.bfloat16, conventions[0]) for shape in SAMPLE_SHAPES[1:]]
     cases += [(SAMPLE_SHAPES[1], torch.bfloat16, convention) for convention in conventions[1:]]

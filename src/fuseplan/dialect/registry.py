@@ -63,6 +63,7 @@ class DialectOp:
         return overload
 
     def __call__(self, *args: Any) -> Any:
+        """Runs the reference overload, or records the call on `torch.fx.Proxy` arguments."""
         for arg in args:
             if isinstance(arg, Proxy):
                 return arg.tracer.create_proxy("call_function", self.overload, args, {})

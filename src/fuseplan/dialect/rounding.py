@@ -3,16 +3,16 @@
 `sum` is x + residual, `normed` is sum * rsqrt(mean(sum^2) + eps); all arithmetic is float32 (float64 on float64 inputs)
 except where the table says "rounded", i.e. cast to the activation dtype.
 
-| convention | sum          | normed before the weight | weight                        | seen in                          |
-|------------|--------------|--------------------------|-------------------------------|----------------------------------|
-| `llama`    | rounded      | rounded                  | multiplied in its own dtype   | Hugging Face Llama, Qwen3, Mixtral |
-| `gpt_oss`  | rounded      | not rounded              | multiplied in float32         | Hugging Face GPT-OSS, `F.rms_norm` |
-| `gemma`    | rounded      | not rounded              | 1 + weight, in float32        | Hugging Face Gemma               |
-| `vllm`     | not rounded  | rounded                  | multiplied in its own dtype   | vLLM's RMSNorm                   |
-| `fp32`     | not rounded  | not rounded              | multiplied in float32         | most hand-written kernels        |
+| convention | sum         | normed before the weight | weight             | seen in                            |
+|------------|-------------|--------------------------|--------------------|------------------------------------|
+| `llama`    | rounded     | rounded                  | in its own dtype   | Hugging Face Llama, Qwen3, Mixtral |
+| `gpt_oss`  | rounded     | not rounded              | in float32         | Hugging Face GPT-OSS, `F.rms_norm` |
+| `gemma`    | rounded     | not rounded              | 1 + w, in float32  | Hugging Face Gemma                 |
+| `vllm`     | not rounded | rounded                  | in its own dtype   | vLLM's RMSNorm                     |
+| `fp32`     | not rounded | not rounded              | in float32         | most hand-written kernels          |
 
-residual_out is always the sum rounded to the activation dtype. Without a residual `vllm` means `llama`, and `fp32` means
-`gpt_oss`: canonical graphs then use the latter names, so that equal computations are spelled equally.
+residual_out is always the sum rounded to the activation dtype. Without a residual `vllm` means `llama`, and `fp32`
+means `gpt_oss`: canonical graphs then use the latter names, so that equal computations are spelled equally.
 """
 
 from enum import StrEnum
@@ -44,7 +44,9 @@ class Rounding(StrEnum):
 
 
 class ActivationRounding(StrEnum):
-    """Where SiLU-and-mul rounds: `llama` rounds silu(gate) to the activation dtype before the product, `fp32` doesn't."""
+    """Where SiLU-and-mul rounds: `llama` rounds silu(gate) to the activation dtype before the product, `fp32`
+    doesn't.
+    """
 
     LLAMA = "llama"
     FP32 = "fp32"

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +16,14 @@ MULS = (aten.mul.Tensor, aten.mul.Scalar)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
-def is_call(node: object, *targets: object) -> bool:
+class Call(fx.Node):
+    """An FX node that calls a function, for type checkers: its arguments are what the function's schema says."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def is_call(node: object, *targets: object) -> TypeGuard[Call]:
     """Whether `node` is an FX node that calls one of `targets`."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
@@ -34,7 +42,7 @@ def dtype_of(node: object) -> torch.dtype | None:
 
 def equal_size(left: object, right: object) -> bool:
     """Whether two sizes are equal for every value of their symbols; adds no guard."""
-    return statically_known_true(left == right)  # type: ignore[arg-type]
+    return statically_known_true(left == right)
 
 
 def equal_shape(left: Tensor | None, right: Tensor | None) -> bool:
@@ -47,7 +55,8 @@ def equal_shape(left: Tensor | None, right: Tensor | None) -> bool:
 def is_mutation(node: fx.Node) -> bool:
     """Whether a node writes to one of its arguments.
 
-    The same test as Inductor's pattern matcher makes for ops with a schema; functionalised higher-order ops don't mutate.
+    The same test as Inductor's pattern matcher makes for ops with a schema; functionalised higher-order ops don't
+    mutate.
     """
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable

@@ -39,7 +39,8 @@ def is_convex(nodes: Collection[fx.Node], extra_inputs: Iterable[fx.Node] = ()) 
 
 
 def groups_on_cycle(graph: fx.Graph, groups: Sequence[Collection[fx.Node]]) -> list[int]:
-    """Contracts each group of nodes to one and returns the groups that lie on or behind a cycle; empty if there is none.
+    """Contracts each group of nodes to one and returns the groups that lie on or behind a cycle; empty if there is
+    none.
 
     Groups can each be convex and still form a cycle together.
     """

@@ -12,7 +12,9 @@ COLLECTIVES = (torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_fu
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of a graph, and the original of each of its nodes. The graphs share their owning module and fake tensors."""
+    """A copy of a graph, and the original of each of its nodes. The graphs share their owning module and fake
+    tensors.
+    """
     copy = fx.Graph(owning_module=graph.owning_module)
     mapping: dict[fx.Node, fx.Node] = {}
     output = copy.graph_copy(graph, mapping)
@@ -31,7 +33,7 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node._erased or node.users or node.op != "call_function":  # type: ignore[attr-defined]
+        if node._erased or node.users or node.op != "call_function":
             continue
         if is_mutation(node) or (node.is_impure() and node.target not in COLLECTIVES):
             continue

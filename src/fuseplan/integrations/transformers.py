@@ -18,14 +18,17 @@ def load_config(path: Path) -> Any:
     """The transformers configuration in a `config.json`, or in a folder that has one.
 
     Raises:
-        WorkloadError: the file is missing, isn't a JSON object, names no architecture or an unknown one, or transformers is
+        WorkloadError: the file is missing, isn't a JSON object, names no architecture or an unknown one, or
+        transformers is
             not installed.
     """
     path = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise WorkloadError(f"{path}: can't be read ({error.strerror}); give the path of a Hugging Face config.json") from error
+        raise WorkloadError(
+            f"{path}: can't be read ({error.strerror}); give the path of a Hugging Face config.json"
+        ) from error
     except ValueError as error:
         raise WorkloadError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
@@ -43,7 +46,9 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
         from transformers import CONFIG_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except ImportError as error:
-        raise WorkloadError(f"{where}: Hugging Face workloads need transformers; pip install fuseplan[transformers]") from error
+        raise WorkloadError(
+            f"{where}: Hugging Face workloads need transformers; pip install fuseplan[transformers]"
+        ) from error
     fields = dict(data)
     model_type = fields.pop("model_type")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
@@ -71,7 +76,7 @@ def build(config: Any, group: dist.ProcessGroup | None, where: str, dtype: torch
     if group is not None:
         _check_heads(config, group.size(), where)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise WorkloadError(f"{where}: transformers can't build it: {' '.join(str(error).split())[:300]}") from error
     if group is not None:
@@ -91,7 +96,9 @@ def _check_heads(config: Any, tp: int, where: str) -> None:
 def _shard(model: nn.Module, group: dist.ProcessGroup, where: str) -> None:
     plan = _tp_plan(model)
     if not plan:
-        raise WorkloadError(f"{where}: {type(model).__name__} has no tp_plan; use --tp 1, or shard the model in a factory")
+        raise WorkloadError(
+            f"{where}: {type(model).__name__} has no tp_plan; use --tp 1, or shard the model in a factory"
+        )
     patterns = {re.compile(re.escape(key).replace(r"\*", r"\d+")): style for key, style in plan.items()}
     for name, module in model.named_modules():
         for parameter, _ in list(module.named_parameters(recurse=False)):
@@ -103,7 +110,7 @@ def _shard(model: nn.Module, group: dist.ProcessGroup, where: str) -> None:
                 _style(style, where).apply(module, group, where)
 
 
-def _tp_plan(model: nn.Module) -> dict[str, str]:
+def _tp_plan(model: Any) -> dict[str, str]:
     base = {f"{model.base_model_prefix}.{key}": style for key, style in (model.config.base_model_tp_plan or {}).items()}
     head = getattr(type(model), "_tp_plan", None)
     return {**base, **(head or {})} if base else {}
@@ -141,7 +148,9 @@ class _Style:
         dim = parameter.dim() - 1 if name == "bias" else parameter.dim() + self.dim
         halves = parameter.chunk(2, dim) if self.packed else (parameter,)
         if halves[0].shape[dim] % group.size():
-            raise WorkloadError(f"tp={group.size()} does not divide dimension {dim} of {name}, {tuple(parameter.shape)}, in {where}")
+            raise WorkloadError(
+                f"tp={group.size()} does not divide dimension {dim} of {name}, {tuple(parameter.shape)}, in {where}"
+            )
         mine = [half.chunk(group.size(), dim)[group.rank()] for half in halves]
         setattr(module, name, nn.Parameter(torch.cat(mine, dim), requires_grad=False))
 
@@ -160,13 +169,15 @@ _STYLES = {
 
 def _style(name: str, where: str) -> _Style:
     if name not in _STYLES:
-        raise WorkloadError(f"{where}: the model's tp_plan has the style {name!r}; supported are {', '.join(sorted(_STYLES))}")
+        raise WorkloadError(
+            f"{where}: the model's tp_plan has the style {name!r}; supported are {', '.join(sorted(_STYLES))}"
+        )
     return _STYLES[name]
 
 
 def _sum(group: dist.ProcessGroup, bias: Tensor | None) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        total = collectives.all_reduce(output, "sum", group)
+        total: Tensor = collectives.all_reduce(output, "sum", group)
         return total if bias is None else total + bias
 
     return hook
@@ -174,7 +185,8 @@ def _sum(group: dist.ProcessGroup, bias: Tensor | None) -> Callable[..., Tensor]
 
 def _gather(group: dist.ProcessGroup) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return collectives.all_gather_tensor(output, output.dim() - 1, group)
+        gathered: Tensor = collectives.all_gather_tensor(output, output.dim() - 1, group)
+        return gathered
 
     return hook
 

@@ -95,7 +95,7 @@ def find_matches(
             candidates += [found_by for found_by in chosen if isinstance(found_by, Match)]
             if not any(isinstance(each, Match) for each in chosen):
                 refusals += [each for each in chosen if isinstance(each, Refusal)]
-    candidates.sort(key=lambda m: (m.anchor._sort_key, m.rule.name, m.rule.op.name, m.provider))  # type: ignore[attr-defined]
+    candidates.sort(key=lambda m: (m.anchor._sort_key, m.rule.name, m.rule.op.name, m.provider))
     return Matches(candidates=tuple(candidates), refusals=tuple(refusals))
 
 
@@ -213,12 +213,15 @@ def fusion_of(canonical: CanonicalGraph, match: Match) -> Fusion:
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:
-    """The dialect ops that every member of a rule needs and the graph doesn't have: why the rule can do nothing here."""
+    """The dialect ops that every member of a rule needs and the graph doesn't have: why the rule can do nothing
+    here."""
     missing: list[set[str]] = []
     for rule in members:
         calls = [ops.of(node.target) for node in rule.traced_pattern.graph.nodes if node.op == "call_function"]
-        missing.append({op.name for op in calls if op and not canonical.graph.find_nodes(op="call_function", target=op.overload)})
-    return sorted(min(missing, key=len)) if all(missing) else []
+        missing.append(
+            {op.name for op in calls if op and not canonical.graph.find_nodes(op="call_function", target=op.overload)}
+        )
+    return min((sorted(names) for names in missing), key=len) if all(missing) else []
 
 
 def _describe(node: fx.Node) -> str:

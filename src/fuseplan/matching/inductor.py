@@ -18,8 +18,8 @@ from fuseplan.rules.base import Traced
 class CompiledPattern:
     """A rule's pattern as an Inductor pattern expression, rooted at its anchor.
 
-    Every node of it may have other users (`MULTIPLE`); whether they matter is decided after the match, since a fused op can
-    yield more than its first result.
+    Every node of it may have other users (`MULTIPLE`); whether they matter is decided after the match, since a fused
+    op can yield more than its first result.
 
     Attributes:
         target: what an anchor calls.
@@ -37,7 +37,7 @@ class CompiledPattern:
 
     def _convert(self, node: fx.Node) -> PatternExpr:
         if node not in self.by_node:
-            args = fx.map_arg(node.args, self._convert)
+            args = fx.map_arg(node.args, self._convert)  # type: ignore[arg-type]
             assert callable(node.target)
             self.by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE)
         return self.by_node[node]
@@ -58,4 +58,3 @@ class CompiledPattern:
             if node.op == "call_function"
         }
         return dict(result.kwargs), {node: target for node, target in found.items() if target is not None}
-

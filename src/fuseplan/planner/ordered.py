@@ -1,9 +1,9 @@
 """The policy `ordered(a, b, ...)`: what Inductor's greedy matcher does with one pass a rule, registered in that order.
 
-`PatternMatcherPass.apply` walks the graph from its end to its beginning and replaces whatever matches at once, so that a
-pass leaves nothing of a match for the passes after it. On canonical graphs no replacement creates a match of another rule
-(fused ops occur in no pattern), so the outcome can be read off the candidates of the unmodified graph. A test holds it
-against the real thing.
+`PatternMatcherPass.apply` walks the graph from its end to its beginning and replaces whatever matches at once, so that
+a pass leaves nothing of a match for the passes after it. On canonical graphs no replacement creates a match of another
+rule (fused ops occur in no pattern), so the outcome can be read off the candidates of the unmodified graph. A test
+holds it against the real thing.
 """
 
 from collections.abc import Sequence
@@ -39,11 +39,13 @@ class Choice:
 
 
 def choose_in_order(graph: fx.Graph, candidates: Sequence[Match], order: Sequence[str]) -> Choice:
-    """Each rule of `order` takes, from the end of the graph to its beginning, every candidate whose nodes are still there.
+    """Each rule of `order` takes, from the end of the graph to its beginning, every candidate whose nodes are still
+    there.
 
     Args:
         graph: the canonical graph that the candidates are of.
-        candidates: in graph order; one a rule and place, or more where several providers could run it: the first by name is taken.
+        candidates: in graph order; one a rule and place, or more where several providers could run it: the first by
+            name is taken.
         order: rule names.
     """
     taken: dict[fx.Node, Match] = {}

@@ -1,7 +1,7 @@
 """Which implementations of fused ops there are, and for each whether it is available here or why not.
 
-The seed asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for itself, and the
-answer carries its reason.
+The seed asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for
+itself, and the answer carries its reason.
 """
 
 import importlib.metadata
@@ -26,7 +26,8 @@ class Provider:
         package: the Python package it needs, None where fuseplan's own requirements bring it.
         distribution: the name under which the package is installed, where it differs.
         install: what to do where the package is missing.
-        implements: names of the fused ops it implements, each with a check of its arguments: None, or why it refuses them.
+        implements: names of the fused ops it implements, each with a check of its arguments: None, or why it refuses
+            them.
     """
 
     name: str
@@ -47,7 +48,9 @@ class Provider:
         if vendor not in self.vendors:
             where = device.name if device else "this machine"
             served = " and ".join(_VENDOR_NAMES[name] for name in sorted(self.vendors))
-            return self._refuse(f"serves {served}, and {where} has {'no GPU' if vendor == 'cpu' else _VENDOR_NAMES[vendor]}")
+            return self._refuse(
+                f"serves {served}, and {where} has {'no GPU' if vendor == 'cpu' else _VENDOR_NAMES[vendor]}"
+            )
         if device is None and self.package is not None and importlib.util.find_spec(self.package) is None:
             return self._refuse(f"the package {self.package} is not installed", mend=self.install)
         return None

@@ -1,5 +1,6 @@
 """What happened: per graph and range under one policy (`GraphReport`), over all of them (`Report`), and several
-policies side by side (`Comparison`, the object that `fuseplan explain --json` prints)."""
+policies side by side (`Comparison`, the object that `fuseplan explain --json` prints).
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -161,9 +162,7 @@ class Report:
     def per_range(self) -> dict[tuple[int, int] | None, dict[str, int]]:
         """`fused`, split by compile range."""
         ranges = dict.fromkeys(graph.range for graph in self.graphs)
-        return {
-            key: _total(graph.count(self.rules) for graph in self.graphs if graph.range == key) for key in ranges
-        }
+        return {key: _total(graph.count(self.rules) for graph in self.graphs if graph.range == key) for key in ranges}
 
     @property
     def conflicts(self) -> tuple[ConflictClass, ...]:

@@ -1,4 +1,6 @@
-"""Records to JSON and back: frozen dataclasses of plain values, nothing executed, unknown or ill-typed fields refused."""
+"""Records to JSON and back: frozen dataclasses of plain values, nothing executed, unknown or ill-typed fields
+refused.
+"""
 
 import dataclasses
 import types
@@ -65,7 +67,9 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
         _expect(name in fields, f"{where}.{name}", f"one of the fields {sorted(fields)}", name)
     required = (dataclasses.MISSING, dataclasses.MISSING)
     for name, field in fields.items():
-        _expect(name in data or (field.default, field.default_factory) != required, where, f"a field {name!r}", sorted(data))
+        _expect(
+            name in data or (field.default, field.default_factory) != required, where, f"a field {name!r}", sorted(data)
+        )
     return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in data.items()})
 
 

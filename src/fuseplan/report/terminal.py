@@ -12,7 +12,9 @@ from fuseplan.record import Comparison, ConflictClass, Report
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
-    """One screen: a headline, a table of policies by rules, conflicts, near misses, warnings, and where the time went."""
+    """One screen: a headline, a table of policies by rules, conflicts, near misses, warnings, and where the time
+    went.
+    """
     parts: list[RenderableType] = [_headline(comparison), Text(), _table(comparison)]
     for section in (_conflicts(comparison), _near_misses(comparison), _warnings(comparison)):
         if section:
@@ -70,7 +72,12 @@ def _conflicts(comparison: Comparison) -> list[RenderableType]:
             classes.setdefault((conflict.rules, conflict.op), []).append((report, conflict))
     lines: list[RenderableType] = []
     for (rules, op), rows in classes.items():
-        lines.append(Text.assemble(("conflict  ", "bold yellow"), f"{' and '.join(rules)} want the same {op}, and it can be in one fusion only"))
+        lines.append(
+            Text.assemble(
+                ("conflict  ", "bold yellow"),
+                f"{' and '.join(rules)} want the same {op}, and it can be in one fusion only",
+            )
+        )
         lines += [_indented(f"where  {places(rows[0][1].sources)}")] if rows[0][1].sources else []
         for report, conflict in rows:
             verdict = Text(f"{policy_name(report)}: ")
@@ -85,7 +92,10 @@ def _near_misses(comparison: Comparison) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for miss in comparison.reports[0].near_misses:
         where = f" ({places([miss.source])})" if miss.source else ""
-        title = Text.assemble(("near miss ", "bold yellow"), f"{miss.rule or miss.op}: {miss.reason.value}, {_count(miss.count, 'place')}{where}")
+        title = Text.assemble(
+            ("near miss ", "bold yellow"),
+            f"{miss.rule or miss.op}: {miss.reason.value}, {_count(miss.count, 'place')}{where}",
+        )
         lines += [title, _indented(miss.detail), *([_indented(f"mend   {miss.mend}")] if miss.mend else [])]
     return lines
 

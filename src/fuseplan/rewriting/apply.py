@@ -53,7 +53,7 @@ class _Rewriter:
         for node, result in zip(match.outputs, results, strict=True):
             if node is not None:
                 self._settle(node, result)
-        erase_dead(self.graph, [*results, *(node for node in originals if not node._erased)])  # type: ignore[attr-defined]
+        erase_dead(self.graph, [*results, *(node for node in originals if not node._erased)])
 
     def _emit(self, match: Match, arguments: dict[str, fx.Node], place: "_Place") -> list[fx.Node]:
         traced = match.rule.trace_replacement(match.values)
@@ -87,7 +87,9 @@ class _Rewriter:
         return self.placed[node]
 
     def _settle(self, node: fx.Node, result: fx.Node) -> None:
-        """Lets `result` stand for a canonical node, and for the values computed from it if it has no original itself."""
+        """Lets `result` stand for a canonical node, and for the values computed from it if it has no original
+        itself.
+        """
         self.placed[node] = result
         original = self.canonical.origin.get(node)
         if original is not None:

@@ -20,10 +20,12 @@ def by_name(rules: Sequence[Rule]) -> dict[str, tuple[Rule, ...]]:
 def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) -> Mapping[str, tuple[Rule, ...]]:
     """The rules that a configuration leaves on, by name.
 
-    Under `ordered(...)` those are the rules it lists; under `off` all whose flags aren't False, since they are reported.
+    Under `ordered(...)` those are the rules it lists; under `off` all whose flags aren't False, since they are
+    reported.
 
     Raises:
-        ConfigError: the policy lists an unknown rule, lists one whose flag is False, or leaves out one whose flag is True.
+        ConfigError: the policy lists an unknown rule, lists one whose flag is False, or leaves out one whose flag is
+        True.
     """
     known = by_name(rules)
     policy = config.chosen_policy
@@ -36,7 +38,9 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) ->
         off = [flag for flag, value in flags.items() if value is False]
         listed = name in policy.order
         if off and listed and config.policy_is_given:
-            raise ConfigError(f"{off[0]}=False contradicts policy {policy}: switch the flag on or take {name} off the list")
+            raise ConfigError(
+                f"{off[0]}=False contradicts policy {policy}: switch the flag on or take {name} off the list"
+            )
         if policy.name == "ordered" and not listed and all(value is True for value in flags.values()):
             raise ConfigError(f"{' and '.join(flags)}=True contradicts policy {policy}: add {name} to the list")
         if not off and (listed or policy.name != "ordered"):

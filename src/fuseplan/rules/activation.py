@@ -32,4 +32,6 @@ class SiluAndMulQuant(Rule):
         return (value,) if self.epilogue.results == 1 else (value[0], value[1])
 
 
-ACTIVATION_RULES: tuple[Rule, ...] = tuple(SiluAndMulQuant(epilogue) for epilogue in (STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT))
+ACTIVATION_RULES: tuple[Rule, ...] = tuple(
+    SiluAndMulQuant(epilogue) for epilogue in (STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT)
+)

@@ -1,4 +1,5 @@
-"""`Rule`: what a fusion is. Declarative and stateless; no rule reads configuration, and no order among rules has a meaning."""
+"""`Rule`: what a fusion is. Declarative and stateless; no rule reads configuration, and no order among rules has a
+meaning."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from fuseplan.dialect import DialectOp, ops
@@ -29,7 +30,9 @@ class Bindings:
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("values", {})
         if name not in values:
-            raise AttributeError(f"rule {self.__dict__.get('rule')} binds no variable {name!r}; it binds {', '.join(values)}")
+            raise AttributeError(
+                f"rule {self.__dict__.get('rule')} binds no variable {name!r}; it binds {', '.join(values)}"
+            )
         value = values[name]
         return tensor_of(value) if isinstance(value, fx.Node) else value
 
@@ -99,7 +102,9 @@ class Rule:
         """
         traced = _trace(self, self.pattern, dict.fromkeys(self.variables, _NODE))
         if not traced.outputs or traced.outputs[0].op == "placeholder":
-            raise RuleError(f"rule {self.name} ({type(self).__name__}): the pattern must yield a value that an op computes")
+            raise RuleError(
+                f"rule {self.name} ({type(self).__name__}): the pattern must yield a value that an op computes"
+            )
         used = [node for node in traced.graph.nodes if node.op == "call_function"]
         _require_connected(self, traced, used)
         return traced
@@ -114,8 +119,9 @@ class Rule:
         expected = len(self.traced_pattern.outputs)
         if len(traced.outputs) != expected:
             raise RuleError(
-                f"rule {self.name} ({type(self).__name__}): pattern and replacement disagree in outputs: the pattern yields "
-                f"{expected}, the replacement {len(traced.outputs)}; both must yield the same values in the same order"
+                f"rule {self.name} ({type(self).__name__}): pattern and replacement disagree in outputs: the pattern "
+                f"yields {expected}, the replacement {len(traced.outputs)}; both must yield the same values in the "
+                "same order"
             )
         return traced
 
@@ -143,7 +149,9 @@ def _trace(rule: Rule, function: Any, values: Mapping[str, Any]) -> Traced:
     yielded = function(**arguments)
     results = yielded if isinstance(yielded, tuple) else (yielded,)
     if not all(isinstance(result, fx.Proxy) for result in results):
-        raise RuleError(f"rule {rule.name} ({type(rule).__name__}): {function.__name__} must yield values that ops compute")
+        raise RuleError(
+            f"rule {rule.name} ({type(rule).__name__}): {function.__name__} must yield values that ops compute"
+        )
     return Traced(graph=graph, inputs=inputs, outputs=tuple(result.node for result in results))
 
 
@@ -157,7 +165,10 @@ def _require_connected(rule: Rule, traced: Traced, calls: Sequence[fx.Node]) -> 
             reached.add(node)
             stack.extend(node.all_input_nodes)
     for node in calls:
-        if node not in reached and not (node in traced.outputs and all(source in reached for source in node.all_input_nodes)):
+        if node not in reached and not (
+            node in traced.outputs and all(source in reached for source in node.all_input_nodes)
+        ):
             raise RuleError(
-                f"rule {rule.name} ({type(rule).__name__}): {node.name} doesn't lead to the first value that the pattern yields"
+                f"rule {rule.name} ({type(rule).__name__}): {node.name} doesn't lead to the first value that the "
+                "pattern yields"
             )

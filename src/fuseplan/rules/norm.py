@@ -1,8 +1,8 @@
 """Fusions around RMSNorm, composed and not enumerated.
 
-    prologue    (all_reduce) (residual add)
-    core        rms_norm
-    epilogue    (pad | static fp8 quant | dynamic fp8 quant)
+prologue    (all_reduce) (residual add)
+core        rms_norm
+epilogue    (pad | static fp8 quant | dynamic fp8 quant)
 """
 
 from typing import Any
@@ -39,7 +39,14 @@ class NormRule(Rule):
         return tuple(argument.name for argument in self.op.overload._schema.arguments)
 
     def pattern(
-        self, x: Any, weight: Any, eps: Any, rounding: Any, residual: Any = None, group_name: Any = None, **epilogue: Any
+        self,
+        x: Any,
+        weight: Any,
+        eps: Any,
+        rounding: Any,
+        residual: Any = None,
+        group_name: Any = None,
+        **epilogue: Any,
     ) -> Any:
         """The parts, one after the other."""
         if self.reduce:
