@@ -97,7 +97,7 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
         except Exception as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
             failure = error
     breaks = tuple(
-        _one_line(reason) for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
+        _first_line(reason) for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
     )
     torch._dynamo.reset()
     if failure is not None or not recorder.graphs:
@@ -131,6 +131,10 @@ def _mark_leading_dimensions(value: torch.Tensor) -> None:
     for dim in range(leading):
         if value.shape[dim] > 1:
             torch._dynamo.maybe_mark_dynamic(value, dim)
+
+
+def _first_line(text: str) -> str:
+    return _one_line(next(iter(text.strip().splitlines()), ""))
 
 
 def _one_line(text: str) -> str:

@@ -1,6 +1,7 @@
 """The command line: parse, call the API, render."""
 
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which fusions fire in a torch.compile'd model, which starve, and why.",
 )
+
+PIPED_WIDTH = 110
+"""Columns of output that goes to no terminal, unless COLUMNS says otherwise."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -183,4 +187,6 @@ def _show(content: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(content, indent=1))
     else:
-        Console(file=sys.stdout, highlight=False).print(content)
+        piped = not sys.stdout.isatty()
+        width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns if piped else None
+        Console(file=sys.stdout, highlight=False, width=width).print(content)

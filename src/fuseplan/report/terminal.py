@@ -15,8 +15,9 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     """One screen: a headline, a table of policies by rules, conflicts, near misses, warnings, and where the time
     went.
     """
-    parts: list[RenderableType] = [_headline(comparison), Text(), _table(comparison)]
-    for section in (_conflicts(comparison), _near_misses(comparison), _warnings(comparison)):
+    parts: list[RenderableType] = [_headline(comparison), Text(), *_table(comparison)]
+    sections = (_conflicts(comparison), _uncontested(comparison), _near_misses(comparison), _warnings(comparison))
+    for section in sections:
         if section:
             parts += [Text(), *section]
     parts += [Text(), _footer(comparison)]
@@ -36,9 +37,11 @@ def _headline(comparison: Comparison) -> Text:
     return text
 
 
-def _table(comparison: Comparison) -> Table:
+def _table(comparison: Comparison) -> list[RenderableType]:
     rules = sorted({rule for report in comparison.reports for rule in report.rules if _matters(comparison, rule)})
-    rules = rules or sorted({rule for report in comparison.reports for rule in report.rules})
+    if not any(report.matched.get(rule, 0) for report in comparison.reports for rule in rules):
+        known = sorted({rule for report in comparison.reports for rule in report.rules})
+        return [Text(f"nothing to fuse: none of {', '.join(known)} matches anywhere")]
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column("policy", overflow="fold")
     for rule in rules:
@@ -48,11 +51,11 @@ def _table(comparison: Comparison) -> Table:
         starved = [rule for rule in rules if _starved(report, rule)]
         note = Text(f"{' and '.join(starved)} starved", style="bold red") if starved else Text()
         table.add_row(policy_name(report), *(_cell(report, rule) for rule in rules), note)
-    return table
+    return [table, Text("fired, of the matches there are on the unmodified graphs", style="dim")]
 
 
 def _matters(comparison: Comparison, rule: str) -> bool:
-    return any(report.matched.get(rule, 0) or rule in report.order for report in comparison.reports)
+    return any(report.matched.get(rule, 0) for report in comparison.reports)
 
 
 def _starved(report: Report, rule: str) -> bool:
@@ -85,6 +88,21 @@ def _conflicts(comparison: Comparison) -> list[RenderableType]:
             left = report.fused.get(conflict.loser, 0)
             verdict.append(f", {conflict.loser} is left with {left}", style="red" if not left else "")
             lines.append(_indented(verdict))
+    return lines
+
+
+def _uncontested(comparison: Comparison) -> list[RenderableType]:
+    """What every order applies: the matches of a conflicting rule that no other rule wants."""
+    ordered = [report for report in comparison.reports if report.order]
+    if not any(report.conflicts for report in ordered):
+        return []
+    applied = [[(graph.range, fusion) for graph in report.graphs for fusion in graph.applied] for report in ordered]
+    always = [entry for entry in applied[0] if all(entry in others for others in applied[1:])]
+    lines: list[RenderableType] = []
+    for rule in sorted({fusion.rule for _, fusion in always}):
+        mine = [fusion for _, fusion in always if fusion.rule == rule]
+        where = places(fusion.source for fusion in mine)
+        lines.append(Text(f"uncontested  {rule} in {_count(len(mine), 'place')}{f': {where}' if where else ''}"))
     return lines
 
 

@@ -1,0 +1,83 @@
+"""Models split by their own `tp_plan` compute what the whole model computes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fuseplan.errors import WorkloadError
+from fuseplan.integrations import transformers as huggingface
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+CONFIGS = {
+    "llama": {"model_type": "llama", "num_hidden_layers": 2, **SIZES},
+    "qwen3": {"model_type": "qwen3", "num_hidden_layers": 2, "head_dim": 16, **SIZES},
+    "mixtral": {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, **SIZES},
+    "phi3": {"model_type": "phi3", "num_hidden_layers": 2, "pad_token_id": 0, **SIZES},
+}
+
+
+def _logits(name: str, group: dist.ProcessGroup | None) -> torch.Tensor:
+    torch.manual_seed(0)
+    config = huggingface.config_from_dict(CONFIGS[name], name)
+    config.use_cache = False
+    model = huggingface.build(config, group, name, dtype=torch.float32)
+    ids = torch.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids).logits
+    return logits
+
+
+def _rank(rank: int, store: str, results: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    assert group is not None
+    logits = {name: _logits(name, group) for name in CONFIGS}
+    if rank == 0:
+        torch.save(logits, results)
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
+    arguments = (str(tmp_path / "store"), str(tmp_path / "logits.pt"))
+    mp.spawn(_rank, args=arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    split = torch.load(tmp_path / "logits.pt")
+    for name in CONFIGS:
+        torch.testing.assert_close(split[name], _logits(name, None), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_must_divide() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    try:
+        with pytest.raises(
+            WorkloadError, match="tp=3 does not divide the 4 num_attention_heads of llama; use one of 1, 2, 4"
+        ):
+            huggingface.build(huggingface.config_from_dict(CONFIGS["llama"], "llama"), dist.group.WORLD, "llama")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_models_without_a_plan_are_refused_by_name() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    config = huggingface.config_from_dict({"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}, "gpt2")
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(WorkloadError, match="has no tp_plan; use --tp 1"):
+            huggingface.build(config, dist.group.WORLD, "gpt2")
+    finally:
+        dist.destroy_process_group()

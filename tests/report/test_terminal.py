@@ -1,0 +1,90 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Reason, Refusal, Report
+from fuseplan.report import comparison_to_json, render_comparison
+from fuseplan.report.terminal import places
+
+
+def fusion(rule: str, layer: int) -> Fusion:
+    return Fusion(
+        rule=rule, op="fused", provider="torch", anchor=f"mul_{layer}", consumed=("a", "b"),
+        contested_op="fused_add_rms_norm", site=f"norm_{layer}", source=f"layers.{layer}.norm",
+    )  # fmt: skip
+
+
+def comparison(*, refusals: tuple[Refusal, ...] = ()) -> Comparison:
+    def report(winner: str, loser: str) -> Report:
+        applied = tuple(fusion(winner, layer) for layer in range(3))
+        lost = tuple(Loss(fusion=fusion(loser, layer), blocked_by=(applied[layer],)) for layer in range(3))
+        graph = GraphReport(
+            graph="graph_0", range=(1, 8), applied=applied, lost=lost, matched={winner: 3, loser: 3},
+            recognized={"fused_add_rms_norm[64]": 3}, refusals=refusals, stages_ns={"canonical": 2_000_000},
+        )  # fmt: skip
+        return Report(policy="ordered", order=(winner, loser), rules=tuple(sorted((winner, loser))), graphs=(graph,))
+
+    reports = (report("act_padding", "allreduce_rms"), report("allreduce_rms", "act_padding"))
+    return Comparison(workload="w", tp=2, device="h200", ranges=((1, 8),), reports=reports, trace_ns=1_500_000_000)
+
+
+def render(subject: Comparison, width: int, color: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
+    console.print(render_comparison(subject))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_every_width_shows_counts_and_conflicts(width: int) -> None:
+    text = render(comparison(), width)
+    assert "3 of 3" in text
+    assert "0 of 3" in text
+    assert "starved" in text
+    assert "layers.0-2.norm" in text
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_color_only_on_terminals() -> None:
+    assert "\x1b[" in render(comparison(), 80, color=True)
+    assert "\x1b[" not in render(comparison(), 80)
+
+
+def test_markup_in_names_is_text() -> None:
+    refusal = Refusal(
+        reason=Reason.DTYPE, rule="act_padding", detail="weight [bold]is[/bold] float32", mend="cast [it]"
+    )
+    text = render(comparison(refusals=(refusal,)), 100)
+    assert "weight [bold]is[/bold] float32" in text
+    assert "cast [it]" in text
+
+
+def test_near_misses_are_one_row_a_cause() -> None:
+    refusals = tuple(
+        Refusal(reason=Reason.USERS, rule="norm_quant", op="rms_norm", detail=f"read by add_{layer}")
+        for layer in range(5)
+    )
+    data = comparison_to_json(comparison(refusals=refusals))
+    (row,) = data["near_misses"]
+    assert (row["rule"], row["reason"], row["op"], row["count"]) == ("norm_quant", "users", "rms_norm", 5)
+    assert "5 places" in render(comparison(refusals=refusals), 100)
+
+
+def test_warnings_are_shown_once() -> None:
+    warning = Refusal(reason=Reason.TRAINING, detail="the graph has a backward")
+    assert render(comparison(refusals=(warning, warning)), 100).count("the graph has a backward") == 1
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ([], ""),
+        (["norm"], "norm"),
+        ([f"layers.{layer}.norm" for layer in range(36)], "layers.0-35.norm"),
+        (["layers.0.a", "layers.2.a", "layers.3.a", "layers.1.b"], "layers.0,2-3.a, layers.1.b"),
+        (["layers.1.experts.3", None], "layers.1.experts.3"),
+    ],
+)
+def test_places_fold_layers(sources: list[str | None], expected: str) -> None:
+    assert places(sources) == expected

@@ -1,0 +1,249 @@
+"""The command line as a user meets it: what it prints, and one clear line for each request that can't be served."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from fuseplan import compatibility
+from fuseplan.cli import app
+from fuseplan.errors import WorkloadError
+from fuseplan.rules import BUILT_IN_RULES
+
+FACTORIES = """
+import torch
+
+class Breaks(torch.nn.Module):
+    def forward(self, x):
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+class Raises(torch.nn.Module):
+    def forward(self, x):
+        raise RuntimeError("no such luck\\non two lines")
+
+def breaks(tp): return Breaks(), (torch.randn(4, 8),)
+def raises(tp): return Raises(), (torch.randn(4, 8),)
+def wrong(tp): return 3
+def fails(tp): raise ValueError("not today")
+def no_ops(tp): return (lambda x: 3), (torch.randn(2),)
+"""
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Any]:
+    """`explain gpt-oss-120b-tiny --tp 2 --json`: 4 layers, three ranges."""
+    result = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--json")
+    assert result.exit_code == 0, result.output
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "some_factories.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def by_order(data: dict[str, Any], *order: str) -> dict[str, Any]:
+    (policy,) = [policy for policy in data["policies"] if tuple(policy.get("order", ())) == order]
+    return dict(policy)
+
+
+def test_case_1_each_order_starves_the_other_rule(tiny: dict[str, Any]) -> None:
+    """vLLM #42411: one site a layer is contested, and one more, after the embedding, is not."""
+    layers, ranges = 4, 3
+    first = by_order(tiny, "allreduce_rms", "act_padding")
+    assert first["fused"] == {"act_padding": 0, "allreduce_rms": (layers + 1) * ranges}
+    repaired = by_order(tiny, "act_padding", "allreduce_rms")
+    assert repaired["fused"] == {"act_padding": layers * ranges, "allreduce_rms": ranges}
+    assert by_order(tiny)["fused"] == {"act_padding": 0, "act_quant": 0, "allreduce_rms": 0, "norm_quant": 0}
+
+
+def test_json_contract(tiny: dict[str, Any]) -> None:
+    assert tiny["schema"] == 1
+    assert (tiny["workload"], tiny["tp"], tiny["device"]) == ("gpt-oss-120b-tiny", 2, "h200")
+    assert tiny["ranges"] == [[1, 64], [65, 512], [513, 8192]]
+    for policy in tiny["policies"]:
+        totals = dict.fromkeys(policy["fused"], 0)
+        for row in policy["per_range"]:
+            for rule, count in row["fused"].items():
+                totals[rule] += count
+        assert totals == policy["fused"]
+        assert [row["range"] for row in policy["per_range"]] == tiny["ranges"]
+
+
+def test_conflicts_name_winner_loser_and_places(tiny: dict[str, Any]) -> None:
+    rows = {(row["winner"], row["loser"]): row for row in tiny["conflicts"]}
+    assert set(rows) == {("act_padding", "allreduce_rms"), ("allreduce_rms", "act_padding")}
+    for row in rows.values():
+        assert row["op"] == "fused_add_rms_norm"
+        assert row["count"] == 12
+        assert row["rules"] == ["act_padding", "allreduce_rms"]
+        assert row["sources"] == [f"layers.{layer}.post_attention_norm" for layer in range(4)]
+
+
+@pytest.mark.parametrize(("layers", "tp", "spans"), [(1, 4, ["1:8"]), (3, 2, ["1:8", "9:100"])])
+def test_counts_follow_layers_tp_and_ranges(layers: int, tp: int, spans: list[str]) -> None:
+    ranges = [argument for span in spans for argument in ("--range", span)]
+    result = run(
+        "explain", "gpt-oss-120b-tiny:outer-reduce", "--tp", str(tp), "--layers", str(layers), "--json", *ranges
+    )  # fmt: skip
+    data = json.loads(result.stdout)
+    count = len(spans)
+    pad_first = by_order(data, "act_padding", "allreduce_rms")["fused"]
+    assert pad_first == {"act_padding": layers * count, "allreduce_rms": (layers + 1) * count}
+    reduce_first = by_order(data, "allreduce_rms", "act_padding")["fused"]
+    assert reduce_first == {"act_padding": 0, "allreduce_rms": (2 * layers + 1) * count}
+
+
+def test_one_rank_has_no_all_reduce_to_fuse() -> None:
+    data = json.loads(run("explain", "gpt-oss-20b-tiny", "--layers", "2", "--json", "--range", "1:8").stdout)
+    assert by_order(data, "act_padding")["fused"] == {"act_padding": 2}
+
+
+def test_screen_shows_the_starved_rule_where_and_why() -> None:
+    result = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    (starved,) = [line for line in lines if "act_padding starved" in line]
+    assert starved.startswith("ordered(allreduce_rms, act_padding)")
+    assert "0 of 6" in starved
+    assert "9 of 9" in starved
+    assert "layers.0-1.post_attention_norm" in result.stdout
+    assert "uncontested  allreduce_rms in 3 places: layers.0.input_norm" in result.stdout
+    assert "\x1b[" not in result.stdout
+
+
+def test_policies_can_be_named() -> None:
+    result = run(
+        "explain", "gpt-oss-120b-tiny", "--layers", "1", "--tp", "2", "--json", "--range", "1:8",
+        "--policy", "ordered(allreduce_rms)", "--policy", "off",
+    )  # fmt: skip
+    data = json.loads(result.stdout)
+    assert [policy["policy"] for policy in data["policies"]] == ["ordered", "off"]
+    assert data["policies"][0]["fused"] == {"allreduce_rms": 2}
+
+
+def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> None:
+    result = run("explain", "some_factories:breaks")
+    assert result.exit_code == 0
+    assert "2 graphs" in result.stdout
+    assert "graph break" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["explain", "gpt-os-120b"], "did you mean 'gpt-oss-120b'"),
+        (
+            ["explain", "gpt-oss-120b", "--tp", "3"],
+            "tp=3 does not divide 64 query heads of gpt-oss-120b; use one of 1, 2",
+        ),
+        (["explain", "llama-3.1-8b-tiny", "--tp", "3"], "use one of 1, 2, 4, 8"),
+        (["explain", "gpt-oss-120b", "--tp", "0"], "at least 1"),
+        (["explain", "gpt-oss-120b", "--layers", "0"], "at least 1"),
+        (["explain", "gpt-oss-120b", "--device", "h20"], "did you mean 'h200'"),
+        (["explain", "gpt-oss-120b", "--policy", "planed"], "unknown policy 'planed'; allowed: off, ordered(RULE"),
+        (["explain", "gpt-oss-120b", "--policy", "ordered(act_pading)"], "did you mean 'act_padding'"),
+        (["explain", "gpt-oss-120b", "--policy", "ordered()"], "lists no rules"),
+        (["explain", "gpt-oss-120b", "--policy", "ordered(act_padding, act_padding)"], "twice"),
+        (["explain", "gpt-oss-120b", "--range", "9:1"], "empty"),
+        (["explain", "gpt-oss-120b", "--range", "x"], "FIRST:LAST"),
+        (["explain", "gpt-oss-120b", "--range", "1:9", "--range", "4:20"], "overlap"),
+        (["explain", "nowhere/config.json"], "can't be read (No such file or directory)"),
+        (["explain", "some_factories:wrong"], "must return (module, inputs), found int"),
+        (["explain", "some_factories:fails"], "ValueError: not today"),
+        (["explain", "some_factories:nonesuch"], "no attribute 'nonesuch'"),
+        (["explain", "no_such_module:factory"], "No module named 'no_such_module'"),
+        (["explain", "some_factories:wrong", "--layers", "2"], "is a factory"),
+        (["explain", "some_factories:raises"], "could not be traced: no such luck on two lines"),
+        (["explain", "some_factories:no_ops"], "it runs no tensor op"),
+        (["rules", "act_pading"], "did you mean 'act_padding'"),
+    ],
+)
+def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expected: str, factories: Path) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("fuseplan: ")
+    assert expected in line
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", 'has no "model_type"'),
+        ('{"model_type": "nonesuch"}', "no causal language model of type 'nonesuch'"),
+        ('{"model_type": "bert-japanese"}', "no causal language model"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers can't read it"),
+    ],
+)
+def test_broken_configs_end_in_one_line_and_status_2(content: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    result = run("explain", str(path))
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert expected in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_config_of_transformers_is_explained(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "num_hidden_layers": 3, "vocab_size": 96, "head_dim": 16, **sizes})
+    )
+    data = json.loads(run("explain", str(tmp_path), "--tp", "2", "--json", "--range", "1:8").stdout)
+    assert by_order(data, "allreduce_rms")["fused"] == {"allreduce_rms": 2 * 3}
+    assert data["recognized"]["fused_add_rms_norm[64]"] + data["recognized"]["rms_norm[64]"] == 2 * 3 + 1
+    assert data["recognized"]["rms_norm[16]"] == 2 * 3  # QK norms
+
+
+def test_old_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    result = run("explain", "gpt-oss-120b")
+    assert result.exit_code == 2
+    assert (
+        result.stderr
+        == "fuseplan: torch 2.10.1+cu128 is too old: fuseplan needs torch 2.11 or newer; pip install -U torch\n"
+    )
+    monkeypatch.setattr(torch, "__version__", "2.11.0a0+git1234")
+    compatibility.require_supported_torch()
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run("explain", "gpt-os-120b", "--debug")
+    assert result.exit_code == 2
+    assert WorkloadError.__name__ in result.stderr
+    assert "Traceback" in result.stderr
+
+
+def test_rules_lists_every_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    data = json.loads(run("rules", "--json").stdout)
+    assert sum(len(row["fusions"]) for row in data["rules"]) == len(BUILT_IN_RULES)
+    for rule in BUILT_IN_RULES:
+        assert rule.describe() in run("rules", rule.name).stdout
+
+
+def test_providers_say_why_not() -> None:
+    rows = {row["provider"]: row for row in json.loads(run("providers", "--json").stdout)["providers"]}
+    assert rows["torch"]["available"]
+    assert rows["torch"]["why_not"] is None
+    assert {rule.op.name for rule in BUILT_IN_RULES} == set(rows["torch"]["implements"])
+    if not torch.cuda.is_available():
+        assert rows["aiter"]["why_not"] == "serves AMD GPUs, and this machine has no GPU"
+        assert "serves AMD GPUs" in run("providers").stdout
