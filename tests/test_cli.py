@@ -66,7 +66,7 @@ def test_case_1_each_order_starves_the_other_rule(tiny: dict[str, Any]) -> None:
     assert first["fused"] == {"act_padding": 0, "allreduce_rms": (layers + 1) * ranges}
     repaired = by_order(tiny, "act_padding", "allreduce_rms")
     assert repaired["fused"] == {"act_padding": layers * ranges, "allreduce_rms": ranges}
-    assert by_order(tiny)["fused"] == {"act_padding": 0, "act_quant": 0, "allreduce_rms": 0, "norm_quant": 0}
+    assert set(by_order(tiny)["fused"].values()) == {0}
 
 
 def test_json_contract(tiny: dict[str, Any]) -> None:
@@ -84,8 +84,8 @@ def test_json_contract(tiny: dict[str, Any]) -> None:
 
 def test_conflicts_name_winner_loser_and_places(tiny: dict[str, Any]) -> None:
     rows = {(row["winner"], row["loser"]): row for row in tiny["conflicts"]}
-    assert set(rows) == {("act_padding", "allreduce_rms"), ("allreduce_rms", "act_padding")}
-    for row in rows.values():
+    contest = ("act_padding", "allreduce_rms")
+    for row in (rows[contest], rows[contest[::-1]]):
         assert row["op"] == "fused_add_rms_norm"
         assert row["count"] == 12
         assert row["rules"] == ["act_padding", "allreduce_rms"]

@@ -26,13 +26,11 @@ class Capture:
 
     Attributes:
         graphs: post-grad graphs, in the order in which they were compiled; more than one where the graph breaks.
-        training: for each of them, whether it has a backward.
         breaks: graph breaks, one line each.
         time_ns: how long it took.
     """
 
     graphs: tuple[fx.GraphModule, ...]
-    training: tuple[bool, ...]
     breaks: tuple[str, ...] = ()
     time_ns: int = 0
 
@@ -42,7 +40,6 @@ class _Recorder:
     """A backend that copies each graph where Inductor hands it to custom passes, and then interprets it."""
 
     graphs: list[fx.GraphModule] = field(default_factory=list)
-    training: list[bool] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=self._inner))  # type: ignore[arg-type]
@@ -52,18 +49,14 @@ class _Recorder:
         is_inference = bool(options.get("is_inference", False))
         view_to_reshape(gm)
         mode = detect_fake_mode(example_inputs)
-        hook = inductor_config.patch(post_grad_custom_post_pass=self._copy(is_inference))
+        hook = inductor_config.patch(post_grad_custom_post_pass=self._copy)
         with hook, V.set_fake_mode(mode) if mode is not None else contextlib.nullcontext():
             _recursive_post_grad_passes(gm, is_inference=is_inference)
         return fx.Interpreter(gm).run
 
-    def _copy(self, is_inference: bool) -> Callable[[fx.Graph], None]:
-        def copy(graph: fx.Graph) -> None:
-            owner = graph.owning_module
-            self.graphs.append(fx.GraphModule(owner if owner is not None else {}, copy_graph(graph)[0]))
-            self.training.append(not is_inference)
-
-        return copy
+    def _copy(self, graph: fx.Graph) -> None:
+        owner = graph.owning_module
+        self.graphs.append(fx.GraphModule(owner if owner is not None else {}, copy_graph(graph)[0]))
 
 
 def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
@@ -109,7 +102,6 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
         raise WorkloadError(f"the model could not be traced: {why}") from failure
     return Capture(
         graphs=tuple(recorder.graphs),
-        training=tuple(recorder.training),
         breaks=breaks,
         time_ns=time.perf_counter_ns() - start,
     )

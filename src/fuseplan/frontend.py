@@ -294,8 +294,8 @@ class _Explanation:
         for compile_range in config.compile_ranges or (None,):
             manager = PostGradPassManager(config, compile_range=compile_range, device=device)
             span = (compile_range.start, compile_range.end) if compile_range else None
-            for index, (gm, training) in enumerate(zip(traced.graphs, traced.training, strict=True)):
-                refusal = manager.hands_off(is_inference=not training)
+            for index, gm in enumerate(traced.graphs):
+                refusal = manager.hands_off(gm.graph)
                 if refusal is not None:
                     self.skipped.append(GraphReport(graph=f"graph_{index}", range=span, refusals=(refusal,)))
                 else:
@@ -313,16 +313,22 @@ class _Explanation:
         )
 
     def orders(self) -> list[Policy]:
-        """One `ordered` policy for every distinct outcome among all orders of the rules that match anywhere."""
-        matching = sorted({m.rule.name for _, _, analysis in self.entries for m in analysis.matches.candidates})
+        """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
+
+        A composed rule, which does what several simple ones do, is left out, or comes first of all.
+        """
+        members = {match.rule.name: match.rule for _, _, each in self.entries for match in each.matches.candidates}
+        simple = sorted(name for name, rule in members.items() if len(rule.flags) == 1)
+        composed = sorted(set(members) - set(simple))
+        if not simple:
+            return [Policy(name="ordered", order=self.rules)] if self.rules else []
         outcomes: dict[tuple[Any, ...], Policy] = {}
-        for order in itertools.permutations(matching or self.rules):
-            policy = Policy(name="ordered", order=order)
-            chosen = tuple(
-                tuple((match.rule.name, match.anchor) for match in manager.choose(analysis, policy).chosen)
-                for _, manager, analysis in self.entries
-            )
-            outcomes.setdefault(chosen, policy)
-            if not matching:
-                break
+        for first in ((), *itertools.permutations(composed)):
+            for rest in itertools.permutations(simple):
+                policy = Policy(name="ordered", order=(*first, *rest))
+                outcomes.setdefault(self._outcome(policy), policy)
         return list(outcomes.values())
+
+    def _outcome(self, policy: Policy) -> tuple[Any, ...]:
+        chosen = (manager.choose(analysis, policy).chosen for _, manager, analysis in self.entries)
+        return tuple(tuple((match.rule.op.name, match.anchor) for match in matches) for matches in chosen)

@@ -2,6 +2,7 @@
 choosing, rewriting, report.
 """
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,12 +12,15 @@ from functools import cached_property
 from typing import Any
 
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.virtualized import V
 
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
+from fuseplan.errors import UnsupportedError
 from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
+from fuseplan.graph.facts import is_training
 from fuseplan.matching import Match, Matches, find_matches, fusion_of, missing_ops
 from fuseplan.planner import Choice, choose_in_order
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
@@ -45,7 +49,7 @@ class Analysis:
     stages_ns: dict[str, int] = field(default_factory=dict)
 
 
-class PostGradPassManager(CustomInferenceAwareGraphPass):
+class PostGradPassManager(CustomGraphPass):
     """Plans and applies fusions on each post-grad graph that Inductor hands over.
 
     Args:
@@ -85,12 +89,16 @@ class PostGradPassManager(CustomInferenceAwareGraphPass):
         self.environment = environment or Environment.read()
         self._ordinals = itertools.count()
 
-    def __call__(self, graph: fx.Graph, is_inference: bool = True) -> None:
-        """Rewrites `graph` in place, or leaves it exactly as it is."""
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrites `graph` in place, or leaves it exactly as it is.
+
+        Raises:
+            UnsupportedError: the graph is compiled by AOTInductor.
+        """
         for graph_pass in self.previous:
-            _run_previous(graph_pass, graph, is_inference)
+            _run_previous(graph_pass, graph)
         name = f"graph_{next(self._ordinals)}"
-        refusal = self.hands_off(is_inference)
+        refusal = self.hands_off(graph)
         if refusal is not None:
             self._deliver(GraphReport(graph=name, range=self._range, refusals=(refusal,)))
             return
@@ -175,15 +183,24 @@ class PostGradPassManager(CustomInferenceAwareGraphPass):
     def _range(self) -> tuple[int, int] | None:
         return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
 
-    def hands_off(self, is_inference: bool) -> Refusal | None:
-        """Why graphs are left alone altogether, or None."""
+    def hands_off(self, graph: fx.Graph) -> Refusal | None:
+        """Why a graph is left alone altogether, or None.
+
+        Raises:
+            UnsupportedError: the graph is compiled by AOTInductor.
+        """
         if not self.environment.enabled:
             return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
-        if not is_inference:
+        if is_training(graph):
             return Refusal(
                 reason=Reason.TRAINING,
                 detail="the graph has a backward and is left alone; fuseplan is for inference",
                 mend="run the model under torch.inference_mode() or torch.no_grad()",
+            )
+        if V.aot_compilation:
+            raise UnsupportedError(
+                "AOTInductor is not supported: fused ops are Python ops, which its packages can't carry; "
+                "leave fuseplan's options out, or use torch.compile"
             )
         return None
 
@@ -218,9 +235,9 @@ def _stage(stages: dict[str, int], name: str) -> Iterator[None]:
     stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start
 
 
-def _run_previous(graph_pass: GraphPass, graph: fx.Graph, is_inference: bool) -> None:
-    if isinstance(graph_pass, CustomInferenceAwareGraphPass):
-        graph_pass(graph, is_inference)
+def _run_previous(graph_pass: GraphPass, graph: fx.Graph) -> None:
+    if "is_inference" in inspect.signature(graph_pass).parameters:
+        graph_pass(graph, is_inference=not is_training(graph))
     else:
         graph_pass(graph)
 

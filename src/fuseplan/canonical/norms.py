@@ -168,11 +168,9 @@ def _weight(node: object, total: fx.Node, product: fx.Node) -> fx.Node:
 
 def _input_dtype(total: fx.Node) -> torch.dtype | None:
     """The dtype of what was cast to `total`, looking through an addition of casts."""
-    node: object = total
-    if is_call(node, aten.add.Tensor) and is_call(node.args[0], convert_element_type):
-        node = node.args[0]
-    if is_call(node, convert_element_type):
-        return dtype_of(node.args[0])
+    for node in (total, *(total.args if is_call(total, aten.add.Tensor) else ())):
+        if is_call(node, convert_element_type) and dtype_of(node.args[0]) in LOW_PRECISION:
+            return dtype_of(node.args[0])
     return dtype_of(total)
 
 
@@ -203,20 +201,25 @@ def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:
 
 
 def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> None:
-    """vLLM's form: the sum stays in float32 and is rounded for the residual stream alone."""
+    """vLLM's form: the sum stays in float32, and is rounded for the residual stream alone or not at all."""
     dtype = dtype_of(norm.y)
-    addends = [node.args[0] for node in total.args if is_call(node, convert_element_type)]
-    if len(addends) != 2 or any(dtype_of(addend) is not dtype for addend in addends):
-        raise _NotANorm(Reason.DTYPE, f"a sum in {dtype_of(total)} of something else than two values in {dtype}", total)
-    rounded = [user for user in total.users if is_call(user, convert_element_type) and dtype_of(user) is dtype]
-    stray = [user for user in total.users if user not in norm.interior and user not in rounded]
-    if stray:
-        raise _NotANorm(Reason.USERS, "the unrounded sum has other users", stray[0])
-    for twin in rounded[1:]:
-        canonical.replace(twin, rounded[0])
-    residual_out = rounded[0] if rounded else None
-    rounding = Rounding.VLLM if norm.rounding.rounds_normed else Rounding.FP32
-    if norm.rounding.adds_one or not _raise_with_residual(canonical, norm, total, addends, residual_out, rounding):
+    narrow = [node.args[0] if is_call(node, convert_element_type) else node for node in total.args]
+    if dtype not in [dtype_of(node) for node in narrow] or norm.rounding.adds_one:
+        detail = f"a sum in {dtype_of(total)} of something else than values in {dtype}"
+        raise _NotANorm(Reason.DTYPE, detail, total)
+    others = [user for user in total.users if user not in norm.interior]
+    rounded = [user for user in others if is_call(user, convert_element_type) and dtype_of(user) is dtype]
+    residual_out: fx.Node | None
+    if all(dtype_of(node) is dtype for node in narrow) and rounded == others:
+        for twin in rounded[1:]:
+            canonical.replace(twin, rounded[0])
+        residual_out = rounded[0] if rounded else None
+        rounding = Rounding.VLLM if norm.rounding.rounds_normed else Rounding.FP32
+    elif norm.rounding.rounds_normed:
+        residual_out, rounding = total if others else None, Rounding.VLLM_FP32_RESIDUAL
+    else:
+        raise _NotANorm(Reason.USERS, "the unrounded sum has other users", others[0] if others else total)
+    if not _raise_with_residual(canonical, norm, total, narrow, residual_out, rounding):
         raise _NotANorm(Reason.OP, "no convention fits this sum", total)
 
 
@@ -231,10 +234,13 @@ def _raise_with_residual(
     left, right = addends
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or total.kwargs:
         return False
-    shapes_agree = equal_shape(tensor_of(left), tensor_of(right))
-    if not shapes_agree or dtype_of(left) is not dtype_of(right):
+    if not equal_shape(tensor_of(left), tensor_of(right)):
         return False
     x, residual = (left, right) if canonical.depth[left] > canonical.depth[right] else (right, left)
+    if dtype_of(x) is not dtype_of(residual):
+        x, residual = (left, right) if dtype_of(left) is dtype_of(norm.y) else (right, left)
+        if rounding.rounds_residual or dtype_of(residual) is not torch.float32:
+            return False
     region = {*norm.interior, norm.total, total, *([residual_out] if residual_out else [])}
     if canonical.region[total] != canonical.region[norm.y] or not is_convex(region, (x, residual, norm.weight)):
         return False

@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
@@ -25,6 +25,7 @@ class CanonicalGraph:
             was hoisted over an all-reduce, come into being only when a fusion needs them.
         depth: the longest path to a node from an input; see `facts.depths`.
         region: the number of mutations before a node; see `facts.mutation_regions`.
+        interior: for a raised node the nodes of `original` that it stands for.
         refusals: what looked like a dialect op and wasn't raised.
     """
 
@@ -33,6 +34,7 @@ class CanonicalGraph:
     origin: dict[fx.Node, fx.Node]
     depth: dict[fx.Node, int]
     region: dict[fx.Node, int]
+    interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
 
     @classmethod
@@ -75,8 +77,26 @@ class CanonicalGraph:
                 if result is not None:
                     with self.graph.inserting_after(node):
                         self._stand_in(self.graph.call_function(operator.getitem, (node, index)), result)
-        erase_dead(self.graph, live)
+        self._claim(node, erase_dead(self.graph, live))
         return node
+
+    def _claim(self, node: fx.Node, erased: Iterable[fx.Node]) -> None:
+        """Notes that `node` stands for what the erased nodes stood for."""
+        claimed = set(self.interior.get(node, ()))
+        for each in erased:
+            claimed |= self.interior.get(each, frozenset())
+            if each in self.origin:
+                claimed.add(self.origin[each])
+        self.interior[node] = frozenset(claimed)
+
+    def claims(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """The nodes of the original graph that a set of canonical nodes stands for."""
+        claimed: set[fx.Node] = set()
+        for node in nodes:
+            claimed |= self.interior.get(node, frozenset())
+            if node in self.origin:
+                claimed.add(self.origin[node])
+        return frozenset(claimed)
 
     def _stand_in(self, node: fx.Node, replaced: fx.Node) -> None:
         node.meta = {**node.meta, **{key: replaced.meta[key] for key in (*PROVENANCE, "val") if key in replaced.meta}}
@@ -102,7 +122,7 @@ class CanonicalGraph:
         if old in self.origin:
             self.origin[new] = self.origin[old]
         old.replace_all_uses_with(new)
-        erase_dead(self.graph, [old])
+        self._claim(new, erase_dead(self.graph, [old]))
 
     def source_node(self, node: fx.Node) -> fx.Node:
         """The original of a node, or of the nearest value computed from it that has one, or the node itself."""

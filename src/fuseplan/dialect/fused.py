@@ -174,12 +174,11 @@ def _compose_activation(epilogue: Epilogue) -> DialectOp:
 NORM_FAMILY = {
     (parts.reduce, parts.residual, parts.epilogue.suffix if parts.epilogue else None): parts.compose()
     for parts in (
-        *(NormParts(reduce=True, residual=residual) for residual in (False, True)),
-        *(
-            NormParts(residual=residual, epilogue=epilogue)
-            for residual in (False, True)
-            for epilogue in (PAD, STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT)
-        ),
+        NormParts(reduce=reduce, residual=residual, epilogue=epilogue)
+        for reduce in (False, True)
+        for residual in (False, True)
+        for epilogue in (None, PAD, STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT)
+        if reduce or epilogue
     )
 }
 """Fused norms by (reduce, residual, the epilogue's suffix)."""

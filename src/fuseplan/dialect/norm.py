@@ -48,13 +48,14 @@ def fused_add_rms_norm_reference(
 
     Args:
         x: [..., hidden].
-        residual: [..., hidden], x's dtype.
+        residual: [..., hidden], x's dtype, or float32 under `vllm_fp32_residual`.
         weight: [hidden].
         eps: added to the mean square.
         rounding: one of `Rounding`; says whether the norm reads the rounded or the unrounded sum.
 
     Returns:
-        (y, residual_out), both [..., hidden] and contiguous.
+        (y, residual_out), both [..., hidden] and contiguous; residual_out in x's dtype, or float32 under
+        `vllm_fp32_residual`.
 
     Raises:
         ValueError: `rounding` isn't one of `Rounding`.
@@ -62,7 +63,7 @@ def fused_add_rms_norm_reference(
     convention = Rounding(rounding)
     wide = compute_dtype(x.dtype)
     total = x.to(wide) + residual.to(wide)
-    residual_out = total.to(x.dtype)
+    residual_out = total.to(x.dtype) if convention.rounds_residual else total
     if convention.rounds_sum:
         total = residual_out.to(wide)
     y = _normalize(total, weight, eps, convention, x.dtype)
@@ -83,7 +84,8 @@ def fused_add_rms_norm_fake(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `fused_add_rms_norm_reference`."""
-    return rms_norm_fake(x, weight, eps, rounding), x.new_empty(x.shape)
+    dtype = x.dtype if Rounding(rounding).rounds_residual else compute_dtype(x.dtype)
+    return rms_norm_fake(x, weight, eps, rounding), x.new_empty(x.shape, dtype=dtype)
 
 
 SAMPLE_SHAPES = ((1, 64), (7, 320), (2, 5, 2880), (33, 257))
@@ -102,7 +104,9 @@ def norm_samples(residual: bool) -> list[Sample]:
 
     def sample(shape: tuple[int, ...], dtype: torch.dtype, rounding: Rounding) -> Sample:
         def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-            activations = [random_tensor(shape, dtype, device, generator) for _ in range(1 + residual)]
+            residual_dtype = dtype if rounding.rounds_residual else torch.float32
+            dtypes = (dtype, residual_dtype) if residual else (dtype,)
+            activations = [random_tensor(shape, each, device, generator) for each in dtypes]
             weight = 1 + 0.1 * random_tensor(shape[-1:], torch.float32, device, generator)
             return (*activations, weight.to(dtype), 1e-5, rounding.value)
 

@@ -3,16 +3,19 @@
 `sum` is x + residual, `normed` is sum * rsqrt(mean(sum^2) + eps); all arithmetic is float32 (float64 on float64 inputs)
 except where the table says "rounded", i.e. cast to the activation dtype.
 
-| convention | sum         | normed before the weight | weight             | seen in                            |
-|------------|-------------|--------------------------|--------------------|------------------------------------|
-| `llama`    | rounded     | rounded                  | in its own dtype   | Hugging Face Llama, Qwen3, Mixtral |
-| `gpt_oss`  | rounded     | not rounded              | in float32         | Hugging Face GPT-OSS, `F.rms_norm` |
-| `gemma`    | rounded     | not rounded              | 1 + w, in float32  | Hugging Face Gemma                 |
-| `vllm`     | not rounded | rounded                  | in its own dtype   | vLLM's RMSNorm                     |
-| `fp32`     | not rounded | not rounded              | in float32         | most hand-written kernels          |
+| convention           | sum         | normed before the weight | weight            | seen in                            |
+|----------------------|-------------|--------------------------|-------------------|------------------------------------|
+| `llama`              | rounded     | rounded                  | in its own dtype  | Hugging Face Llama, Qwen3, Mixtral |
+| `gpt_oss`            | rounded     | not rounded              | in float32        | Hugging Face GPT-OSS, `F.rms_norm` |
+| `gemma`              | rounded     | not rounded              | 1 + w, in float32 | Hugging Face Gemma                 |
+| `vllm`               | not rounded | rounded                  | in its own dtype  | vLLM's RMSNorm                     |
+| `vllm_fp32_residual` | not rounded | rounded                  | in its own dtype  | the same, compiled by torch 2.11   |
+| `fp32`               | not rounded | not rounded              | in float32        | most hand-written kernels          |
 
-residual_out is always the sum rounded to the activation dtype. Without a residual `vllm` means `llama`, and `fp32`
-means `gpt_oss`: canonical graphs then use the latter names, so that equal computations are spelled equally.
+residual_out is the sum rounded to the activation dtype. Under `vllm_fp32_residual` it stays float32, and the residual
+may come in as float32: Inductor of torch 2.11 drops the cast of the residual to bf16 and back between two layers.
+Without a residual `vllm` means `llama`, and `fp32` means `gpt_oss`: canonical graphs then use the latter names, so that
+equal computations are spelled equally.
 """
 
 from enum import StrEnum
@@ -25,17 +28,23 @@ class Rounding(StrEnum):
     GPT_OSS = "gpt_oss"
     GEMMA = "gemma"
     VLLM = "vllm"
+    VLLM_FP32_RESIDUAL = "vllm_fp32_residual"
     FP32 = "fp32"
 
     @property
     def rounds_sum(self) -> bool:
         """Whether x + residual is rounded before it is normalised."""
-        return self not in (Rounding.VLLM, Rounding.FP32)
+        return self in (Rounding.LLAMA, Rounding.GPT_OSS, Rounding.GEMMA)
+
+    @property
+    def rounds_residual(self) -> bool:
+        """Whether the sum is rounded for the residual stream."""
+        return self is not Rounding.VLLM_FP32_RESIDUAL
 
     @property
     def rounds_normed(self) -> bool:
         """Whether the normalised value is rounded before the weight is multiplied in."""
-        return self in (Rounding.LLAMA, Rounding.VLLM)
+        return self in (Rounding.LLAMA, Rounding.VLLM, Rounding.VLLM_FP32_RESIDUAL)
 
     @property
     def adds_one(self) -> bool:

@@ -63,6 +63,16 @@ def is_mutation(node: fx.Node) -> bool:
     return node.op == "call_method" and str(node.target).endswith("_")
 
 
+def is_training(graph: fx.Graph) -> bool:
+    """Whether a graph is the forward or the backward half of a joint graph.
+
+    AOTAutograd names the inputs of those `primals_*` and `tangents_*`, which its partitioner relies on too, and those
+    of an inference graph `arg*`. (From torch 2.12 on a custom pass can be told; 2.11 has no other sign.)
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    return any(str(node.target).startswith(("primals", "tangents")) for node in inputs)
+
+
 def mutation_regions(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node the number of mutations at or before it. A region of nodes may be moved only within one number."""
     regions, count = {}, 0

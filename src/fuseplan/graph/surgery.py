@@ -25,12 +25,16 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copy, {new: old for old, new in mapping.items()}
 
 
-def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """Erases those of `nodes` that no node uses, and whatever becomes unused by that.
 
     Nodes with side effects stay, but for functional all-reduces, whose results are all that they are for.
+
+    Returns:
+        The erased nodes.
     """
     stack = list(nodes)
+    erased: list[fx.Node] = []
     while stack:
         node = stack.pop()
         if node._erased or node.users or node.op != "call_function":
@@ -39,7 +43,9 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
             continue
         sources = node.all_input_nodes
         graph.erase_node(node)
+        erased.append(node)
         stack.extend(sources)
+    return erased
 
 
 def is_sorted(graph: fx.Graph) -> bool:

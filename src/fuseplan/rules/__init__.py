@@ -41,7 +41,7 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) ->
             raise ConfigError(
                 f"{off[0]}=False contradicts policy {policy}: switch the flag on or take {name} off the list"
             )
-        if policy.name == "ordered" and not listed and all(value is True for value in flags.values()):
+        if policy.name == "ordered" and not listed and [*flags.values()] == [True]:
             raise ConfigError(f"{' and '.join(flags)}=True contradicts policy {policy}: add {name} to the list")
         if not off and (listed or policy.name != "ordered"):
             enabled[name] = members

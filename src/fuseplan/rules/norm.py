@@ -101,6 +101,8 @@ NORM_RULES: tuple[Rule, ...] = tuple(
         ("allreduce_rms", ("fuse_allreduce_rms",), True, (None,)),
         ("act_padding", ("fuse_act_padding",), False, (PAD,)),
         ("norm_quant", ("fuse_norm_quant",), False, (STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT)),
+        ("allreduce_rms_padding", ("fuse_allreduce_rms", "fuse_act_padding"), True, (PAD,)),
+        ("allreduce_rms_quant", ("fuse_allreduce_rms", "fuse_norm_quant"), True, (STATIC_FP8_QUANT, DYNAMIC_FP8_QUANT)),
     )
     for epilogue in epilogues
     for residual in (False, True)
