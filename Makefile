@@ -5,8 +5,8 @@ VENV   ?= .venv
 # torch comes first and pinned: asked for as a dependency, pip would take the newest build, on Linux with several GB of
 # CUDA. A CPU-only build: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH  ?= torch==2.13.0
-# Two workers; a file stays on one of them, so that what it compiles is compiled once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two workers, who take tests from each other: a few of them compile for a minute.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?= gpt-oss-120b --tp 2
 
 BIN := $(VENV)/bin

@@ -115,8 +115,8 @@ def test_screen_shows_the_starved_rule_where_and_why() -> None:
     result = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    (starved,) = [line for line in lines if "act_padding starved" in line]
-    assert starved.startswith("ordered(allreduce_rms, act_padding)")
+    (starved,) = [line for line in lines if line.startswith("ordered(allreduce_rms, act_padding)")]
+    assert "act_padding starved" in starved
     assert "0 of 6" in starved
     assert "9 of 9" in starved
     assert "layers.0-1.post_attention_norm" in result.stdout

@@ -80,7 +80,7 @@ def build(config: Any, group: dist.ProcessGroup | None, where: str, dtype: torch
     except Exception as error:
         raise WorkloadError(f"{where}: transformers can't build it: {' '.join(str(error).split())[:300]}") from error
     if group is not None:
-        _shard(model, group, where)
+        shard(model, group, where)
     return model.requires_grad_(False).eval()
 
 
@@ -93,8 +93,23 @@ def _check_heads(config: Any, tp: int, where: str) -> None:
             raise WorkloadError(f"tp={tp} does not divide the {heads} {name} of {where}; use one of {allowed}")
 
 
-def _shard(model: nn.Module, group: dist.ProcessGroup, where: str) -> None:
-    plan = _tp_plan(model)
+def shard(model: nn.Module, group: dist.ProcessGroup, where: str, plan: Mapping[str, str] | None = None) -> None:
+    """Splits a causal language model over the ranks of a group, in place.
+
+    Collectives are functional and come from hooks, so that `torch.compile` traces the model whole. A bias that is added
+    to a sum over the ranks stays on the first rank and is zero on the others: the ranks' graphs are equal, and nothing
+    stands between the all-reduce and what follows it.
+
+    Args:
+        model: on the meta device, fake or real; the model's own code isn't touched.
+        group: the ranks.
+        where: names the workload in errors.
+        plan: style by module or parameter name, `*` for layer numbers; None: the model's own `tp_plan`.
+
+    Raises:
+        WorkloadError: there is no plan, it has an unknown style, or a size isn't divisible.
+    """
+    plan = _tp_plan(model) if plan is None else plan
     if not plan:
         raise WorkloadError(
             f"{where}: {type(model).__name__} has no tp_plan; use --tp 1, or shard the model in a factory"
@@ -131,15 +146,15 @@ class _Style:
 
     def apply(self, module: nn.Module, group: dist.ProcessGroup, where: str) -> None:
         """Splits the module's own parameters and completes its result."""
-        bias: Tensor | None = None
-        for name, _ in list(module.named_parameters(recurse=False)) if self.dim is not None else []:
+        for name, parameter in list(module.named_parameters(recurse=False)) if self.dim is not None else []:
             if name == "bias" and self.output == "sum":
-                bias, module.bias = module.bias, None  # type: ignore[assignment]
+                kept = parameter.detach() if group.rank() == 0 else torch.zeros_like(parameter)
+                module.bias = nn.Parameter(kept, requires_grad=False)
             else:
                 self.narrow(module, name, group, where)
         module.register_forward_pre_hook(_take_slice(group)) if self.splits_input else None
         if self.output != "keep":
-            module.register_forward_hook(_sum(group, bias) if self.output == "sum" else _gather(group))
+            module.register_forward_hook(_sum(group) if self.output == "sum" else _gather(group))
 
     def narrow(self, module: nn.Module, name: str, group: dist.ProcessGroup, where: str) -> None:
         """Keeps this rank's part of one parameter."""
@@ -175,10 +190,10 @@ def _style(name: str, where: str) -> _Style:
     return _STYLES[name]
 
 
-def _sum(group: dist.ProcessGroup, bias: Tensor | None) -> Callable[..., Tensor]:
+def _sum(group: dist.ProcessGroup) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         total: Tensor = collectives.all_reduce(output, "sum", group)
-        return total if bias is None else total + bias
+        return total
 
     return hook
 
