@@ -49,7 +49,7 @@ def llama(folder: Path) -> dict[str, Any]:
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=128,
         )  # fmt: skip
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(path)
     dist.barrier()
     one_rank = LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     whole, whole_weight = one_rank(IDS).logits, one_rank.model.embed_tokens.weight

@@ -1,7 +1,7 @@
 """Unmodified Hugging Face models, compiled on the CPU with fuseplan beside plain `torch.compile`.
 
-The models run on a gloo group of one rank, split by a tensor-parallel plan through hooks: their all-reduces are real, so
-that there is something to fuse in a model that neither pads nor quantises.
+The models run on a gloo group of one rank, split by a tensor-parallel plan through hooks: their all-reduces are real,
+so that there is something to fuse in a model that neither pads nor quantises.
 """
 
 import json
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import HashStore
 
 import fuseplan
 from fuseplan.integrations import transformers as huggingface
@@ -40,7 +41,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     world = dist.group.WORLD
     assert world is not None
     yield world
@@ -51,11 +52,9 @@ def build(name: str, group: dist.ProcessGroup) -> nn.Module:
     torch.manual_seed(0)
     config = huggingface.config_from_dict(CASES[name].config, name)
     model = huggingface.build(config, None, name)
-    if name == "gpt_oss":  # it has no tp_plan of its own; its MoE returns (states, scores), so the sum is taken by hand
-        huggingface.shard(model, group, name, {"model.layers.*.self_attn.o_proj": "rowwise"})
-        huggingface.shard(model, group, name, {"model.layers.*.mlp.experts": "moe_tp_experts"})
-    else:
-        huggingface.shard(model, group, name)
+    # GPT-OSS has no tp_plan of its own.
+    plan = {"model.layers.*.self_attn.o_proj": "rowwise", "model.layers.*.mlp.experts": "moe_tp_experts"}
+    huggingface.shard(model, group, name, plan if name == "gpt_oss" else None)
     return model
 
 
@@ -71,9 +70,8 @@ def generate(forward: Callable[..., Any], model: Any, batch: int) -> list[Tensor
     for step in steps:
         positions = torch.arange(start, start + step.shape[1])
         mask = torch.ones(batch, start + step.shape[1], dtype=torch.long)
-        out = forward(
-            step, past_key_values=cache, position_ids=positions[None].expand(batch, -1), attention_mask=mask, use_cache=True
-        )  # fmt: skip
+        everyone = positions[None].expand(batch, -1)
+        out = forward(step, past_key_values=cache, position_ids=everyone, attention_mask=mask, use_cache=True)
         logits.append(out.logits.clone())
         start += step.shape[1]
     return logits
