@@ -9,6 +9,7 @@ from torch import fx
 from fuseplan.canonical.view import CanonicalGraph, is_dialect
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
+from fuseplan.graph.surgery import erase_dead
 
 
 def raise_pads(canonical: CanonicalGraph) -> None:
@@ -45,6 +46,7 @@ def sink_reshapes(canonical: CanonicalGraph) -> None:
         assert op is not None
         fakes = op.fake(before, *(tensor_of(arg) if isinstance(arg, fx.Node) else arg for arg in node.args[1:]))
         moved = canonical.insert_before(node, node.target, (inner, *node.args[1:]), fakes)
+        canonical.interior[moved] = canonical.claims([node, *node.users] if isinstance(fakes, tuple) else [node])
         if isinstance(fakes, torch.Tensor):
             _reshape_like(canonical, moved, node)
             continue
@@ -52,7 +54,7 @@ def sink_reshapes(canonical: CanonicalGraph) -> None:
             index = old.args[1]
             assert isinstance(index, int)
             _reshape_like(canonical, canonical.insert_before(node, operator.getitem, (moved, index), fakes[index]), old)
-        canonical.graph.erase_node(node)
+        erase_dead(canonical.graph, [node])
 
 
 def _reshape_like(canonical: CanonicalGraph, moved: fx.Node, old: fx.Node) -> None:

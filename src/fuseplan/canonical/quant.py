@@ -15,7 +15,6 @@ from torch import fx
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import FP8_DTYPES, QuantRounding, ops
 from fuseplan.graph.facts import MULS, aten, convert_element_type, dtype_of, equal_size, is_call, tensor_of
-from fuseplan.graph.legality import is_convex
 
 CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
 
@@ -79,18 +78,16 @@ def _read_scaling(scaled: fx.Node) -> _Scaling | None:
 
 def _raise(canonical: CanonicalGraph, cast: fx.Node, dtype: torch.dtype, scaling: _Scaling) -> None:
     scale = tensor_of(scaling.scale)
+    args: tuple[object, ...]
     assert scale is not None
     if scale.numel() == 1 and scale.dim() <= 1:
         args = (scaling.x, scaling.scale, dtype, scaling.rounding.value)
-        if is_convex({cast}, (scaling.x, scaling.scale)):
-            canonical.raise_op(ops.static_scaled_fp8_quant, args, (cast,))
+        canonical.raise_op(ops.static_scaled_fp8_quant, args, (cast,))
         return
     min_scale = _dynamic_min_scale(scaling, torch.finfo(dtype).max)
-    if min_scale is not None and is_convex({cast, scaling.scale}, (scaling.x,)):
-        results = (cast, scaling.scale)
-        canonical.raise_op(
-            ops.dynamic_per_token_scaled_fp8_quant, (scaling.x, dtype, min_scale, scaling.rounding.value), results
-        )
+    if min_scale is not None:
+        args = (scaling.x, dtype, min_scale, scaling.rounding.value)
+        canonical.raise_op(ops.dynamic_per_token_scaled_fp8_quant, args, (cast, scaling.scale))
 
 
 def _dynamic_min_scale(scaling: _Scaling, limit: float) -> float | None:

@@ -1,0 +1,14 @@
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+
+@pytest.fixture
+def one_rank() -> Iterator[str]:
+    """The name of a gloo group of this process alone: its collectives run, and are the identity."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()

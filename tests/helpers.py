@@ -1,0 +1,84 @@
+"""Small models in the spellings that real ones use, and the graphs that Inductor makes of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.distributed import _functional_collectives as collectives
+from torch.nn import functional as F
+
+from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.capture import capture
+
+HIDDEN = 64
+Norm = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+
+
+def llama(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else residual + x
+    wide = total.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * wide.to(x.dtype), total
+
+
+def gpt_oss(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else residual + x
+    wide = total.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (weight * wide).to(x.dtype), total
+
+
+def gemma(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else residual + x
+    wide = total.float()
+    wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-6)
+    return (wide * (1.0 + weight.float())).type_as(x), total
+
+
+def vllm(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x.float() if residual is None else x.float() + residual.float()
+    wide = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return wide.to(x.dtype) * weight, total.to(x.dtype)
+
+
+def built_in(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else residual + x
+    return F.rms_norm(total, (total.shape[-1],), weight, 1e-6), total
+
+
+SPELLINGS: dict[str, Norm] = {"llama": llama, "gpt_oss": gpt_oss, "gemma": gemma, "vllm": vllm, "built_in": built_in}
+CONVENTIONS = {"llama": "llama", "gpt_oss": "gpt_oss", "gemma": "gemma", "vllm": "vllm", "built_in": "gpt_oss"}
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    reduced: Tensor = collectives.all_reduce(x, "sum", group)  # type: ignore[arg-type]
+    return reduced
+
+
+def quantize(x: Tensor, scale: Tensor, *, reciprocal: bool = False) -> Tensor:
+    """Static per-tensor fp8, as vLLM's QuantFP8 computes it natively."""
+    scaled = x.float() * scale.reciprocal() if reciprocal else x.float() / scale
+    return scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic per-token fp8, as vLLM's QuantFP8 computes it natively."""
+    scale = x.abs().amax(-1, keepdim=True).float() / 448.0
+    scale = scale.clamp(min=1 / (448.0 * 512.0))
+    return (x.float() * scale.reciprocal()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def post_grad(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> fx.Graph:
+    """The one graph that Inductor hands to custom passes."""
+    (gm,) = capture(function, inputs, {}, dynamic=dynamic).graphs
+    return gm.graph
+
+
+def canonical(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> CanonicalGraph:
+    """That graph, raised."""
+    return canonicalize(post_grad(function, *inputs, dynamic=dynamic))
