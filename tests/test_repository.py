@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,10 @@ def test_readme_python_compiles() -> None:
     assert blocks
     for number, block in enumerate(blocks, start=1):
         compile(block, f"README.md, python block {number}", "exec")
+
+
+def test_readme_python_runs() -> None:
+    """Every block runs as it is written, in a process of its own."""
+    for block in readme_blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], check=False, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,24 @@ LARGEST_BYTES = 64 * 2**20
 
 def graph_key(gm: fx.GraphModule, inputs: Sequence[Any], *rest: str) -> str:
     """A hash of a graph as Dynamo made it, of its inputs' metadata and of `rest`."""
-    facts = [_describe(value) for value in inputs]
-    return hashlib.sha256("\0".join([gm.code, *facts, *rest]).encode()).hexdigest()
+    # With gradients the same graph has a backward, and fuseplan leaves it alone.
+    facts = [f"gradients: {torch.is_grad_enabled()}", *(_describe(value) for value in inputs)]
+    return hashlib.sha256("\0".join([*_structure(gm.graph), *facts, *rest]).encode()).hexdigest()
+
+
+def _structure(graph: fx.Graph) -> Iterator[str]:
+    """A graph without names, which differ where equal code is reached on different ways."""
+    numbers = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = "" if node.op == "placeholder" else _name(node.target)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: numbers[source])
+        yield f"{node.op} {target} {args} {kwargs}"
+
+
+def _name(target: Any) -> str:
+    """A function by where it is defined, since its text has an address; a method or attribute by its name."""
+    qualified = getattr(target, "__qualname__", None)
+    return f"{getattr(target, '__module__', '')}.{qualified}" if qualified else str(target)
 
 
 def save(key: str, report: Report) -> None:

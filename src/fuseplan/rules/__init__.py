@@ -24,9 +24,12 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) ->
     reported.
 
     Raises:
+        RuleError: the two sides of a rule disagree.
         ConfigError: the policy lists an unknown rule, lists one whose flag is False, or leaves out one whose flag is
         True.
     """
+    for rule in rules:
+        rule.validate()
     known = by_name(rules)
     policy = config.chosen_policy
     for name in policy.order:

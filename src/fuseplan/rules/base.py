@@ -125,11 +125,23 @@ class Rule:
             )
         return traced
 
+    def validate(self) -> None:
+        """Traces pattern and replacement once, with a stand-in for every plain value.
+
+        Raises:
+            RuleError: they disagree in outputs, or the pattern isn't one region.
+        """
+        types = {argument.name: str(argument.type) for argument in self.op.overload._schema.arguments}
+        self.trace_replacement({name: _STAND_INS.get(types.get(name, "Tensor"), _NODE) for name in self.variables})
+
     def describe(self) -> str:
         """`a -> b` on one line: the pattern's ops, then the fused op."""
         names = [ops.of(node.target) for node in self.traced_pattern.graph.nodes if node.op == "call_function"]
         return f"{' -> '.join(op.name for op in names if op)}  =>  {self.op.name}"
 
+
+_STAND_INS: dict[str, Any] = {"int": 1, "float": 1.0, "str": "", "bool": False}
+"""A plain value for each type of a schema's argument that isn't a tensor."""
 
 _NODE = object()
 """Marks a variable that is traced; anything else is a plain value that the function receives as it is."""

@@ -1,0 +1,310 @@
+"""Every rule fires as often as it should, computes what it replaces, refuses by name, and is off when disabled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.dialect import ops
+from fuseplan.errors import RuleError
+from fuseplan.manager import PostGradPassManager
+from fuseplan.record import Reason, Report
+from fuseplan.rules import BUILT_IN_RULES, Rule
+from tests.helpers import (
+    HIDDEN,
+    SPELLINGS,
+    all_reduce,
+    built_in,
+    gpt_oss,
+    llama,
+    post_grad,
+    quantize,
+    quantize_rows,
+    randn,
+    vllm,
+)
+
+W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
+ALONE = {
+    rule: fuseplan.PassConfig(policy=f"ordered({rule})") for rule in sorted({rule.name for rule in BUILT_IN_RULES})
+}
+
+
+def compare(function: Callable[..., Any], *inputs: Tensor, rule: str, ulps: int = 2) -> Report:
+    """Compiles with one rule and without fuseplan, compares every output, and returns the report.
+
+    `ulps` counts units in the last place of bf16, of values of about 1. Inside its own kernels Inductor keeps
+    intermediates in float32 that the references round, as eager PyTorch does.
+    """
+    reports: list[Report] = []
+    with torch.inference_mode():
+        torch._dynamo.reset()
+        expected = torch.compile(function)(*inputs)
+        torch._dynamo.reset()
+        actual = fuseplan.compile(function, config=ALONE[rule], on_report=reports.append)(*inputs)
+    for left, right in zip(
+        torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(expected), strict=True
+    ):
+        assert left.dtype is right.dtype
+        assert left.shape == right.shape
+        if left.dtype is torch.float8_e4m3fn:
+            codes = left.view(torch.uint8).int() - right.view(torch.uint8).int()
+            assert codes.abs().max() <= 1
+        else:
+            torch.testing.assert_close(left, right, rtol=ulps * 2**-8, atol=ulps * 2**-8)
+    return reports[-1]
+
+
+def arguments_of(rule: Rule, device: torch.device) -> list[dict[str, Any]]:
+    """Values for a rule's variables from the samples of its fused op, by the names in the op's schema."""
+    generator = torch.Generator().manual_seed(0)
+    names = [argument.name for argument in rule.op.overload._schema.arguments]
+    return [dict(zip(names, sample.make(device, generator), strict=True)) for sample in rule.op.samples]
+
+
+def rule_id(rule: Rule) -> str:
+    return f"{rule.name}-{rule.op.name}"
+
+
+@pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=rule_id)
+def test_pattern_and_replacement_compute_the_same(rule: Rule, one_rank: str) -> None:
+    for arguments in arguments_of(rule, torch.device("cpu")):
+        expected, actual = rule.pattern(**arguments), rule.replacement(**arguments)
+        expected, actual = (value if isinstance(value, tuple) else (value,) for value in (expected, actual))
+        assert len(expected) == len(actual)
+        for left, right in zip(actual, expected, strict=True):
+            assert left.dtype is right.dtype
+            assert torch.equal(left.float(), right.float())
+
+
+def stack(spelling: str, layers: int, width: int, group: str | None) -> Callable[..., Any]:
+    """A GPT-OSS-like stack: (all-reduce,) residual add, norm, router on the norm, pad of the norm for the experts."""
+    norm = SPELLINGS[spelling]
+
+    def model(x: Tensor, weight: Tensor, router: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x
+        scores = x.new_zeros(())
+        for _ in range(layers):
+            block = x.sigmoid()
+            block = all_reduce(block, group) if group else block
+            y, residual = norm(block, residual, weight)
+            scores = scores + F.linear(y, router, bias) / HIDDEN
+            x = F.pad(y, (0, width)).relu()[..., width:]
+        return norm(x, residual, weight)[0], scores
+
+    return model
+
+
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+@pytest.mark.parametrize(("layers", "width"), [(1, 1), (3, 192)])
+def test_act_padding_fires_once_a_layer(spelling: str, layers: int, width: int) -> None:
+    inputs = (randn(7, HIDDEN), W, randn(8, HIDDEN, seed=2), randn(8, seed=3))
+    report = compare(stack(spelling, layers, width, None), *inputs, rule="act_padding", ulps=8)
+    assert report.fused == {"act_padding": layers}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("users", [0, 1, 3])
+def test_act_padding_with_other_users_of_the_norm(dtype: torch.dtype, users: int) -> None:
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(x, residual, weight)
+        return F.pad(y, (0, 16)), total, *(y * (index + 2) for index in range(users))
+
+    inputs = (randn(7, HIDDEN, dtype=dtype), randn(7, HIDDEN, dtype=dtype, seed=1), W.to(dtype))
+    assert compare(model, *inputs, rule="act_padding").fused == {"act_padding": 1}
+
+
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+def test_allreduce_rms_fires_at_every_norm_behind_an_all_reduce(spelling: str, one_rank: str) -> None:
+    inputs = (randn(7, HIDDEN), W, randn(8, HIDDEN, seed=2), randn(8, seed=3))
+    report = compare(stack(spelling, 2, 8, one_rank), *inputs, rule="allreduce_rms", ulps=8)
+    assert report.fused == {"allreduce_rms": 2}
+
+
+def test_allreduce_rms_without_residual_still_yields_the_sum(one_rank: str) -> None:
+    def model(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = all_reduce(x, one_rank)
+        return llama(reduced, None, weight)[0], reduced * 2
+
+    report = compare(model, randn(7, HIDDEN), W, rule="allreduce_rms")
+    assert [fusion.op for fusion in report.graphs[0].applied] == ["all_reduce_rms_norm"]
+
+
+def test_allreduce_rms_with_dead_residual(one_rank: str) -> None:
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return vllm(all_reduce(x, one_rank), residual, weight)[0]
+
+    report = compare(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, rule="allreduce_rms")
+    assert report.fused == {"allreduce_rms": 1}
+
+
+def test_composed_rules(one_rank: str) -> None:
+    def padded(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, total = vllm(all_reduce(x, one_rank), residual, weight)
+        return F.pad(y, (0, 32)), total, y.relu()
+
+    inputs = (randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W)
+    assert compare(padded, *inputs, rule="allreduce_rms_padding").fused == {"allreduce_rms_padding": 1}
+
+    def quantized(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(all_reduce(x, one_rank), residual, weight)
+        return quantize(y, scale), total
+
+    scale = torch.tensor([0.02])
+    assert compare(quantized, *inputs, scale, rule="allreduce_rms_quant").fused == {"allreduce_rms_quant": 1}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dynamic_scale", [False, True])
+def test_norm_quant(residual: bool, dynamic_scale: bool) -> None:
+    def model(x: Tensor, r: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(x, r if residual else None, weight)
+        return *(quantize_rows(y) if dynamic_scale else (quantize(y, scale),)), total * 2
+
+    inputs = (randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, torch.tensor([0.02]))
+    assert compare(model, *inputs, rule="norm_quant").fused == {"norm_quant": 1}
+
+
+@pytest.mark.parametrize("dynamic_scale", [False, True])
+def test_act_quant(dynamic_scale: bool) -> None:
+    def model(gate: Tensor, up: Tensor, scale: Tensor) -> Any:
+        y = F.silu(gate) * up
+        return quantize_rows(y) if dynamic_scale else quantize(y, scale)
+
+    inputs = (randn(7, HIDDEN), randn(7, HIDDEN, seed=1), torch.tensor([0.02]))
+    assert compare(model, *inputs, rule="act_quant").fused == {"act_quant": 1}
+
+
+def test_case_3_a_slice_behind_the_all_reduce_fuses(one_rank: str) -> None:
+    """vLLM #28841."""
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(all_reduce(x, one_rank)[..., :HIDDEN], residual, weight)
+
+    report = compare(model, randn(7, 96), randn(7, HIDDEN, seed=1), W, rule="allreduce_rms")
+    assert report.fused == {"allreduce_rms": 1}
+
+
+def test_case_4_reshapes_on_both_sides_fuse_with_any_batch(one_rank: str) -> None:
+    """vLLM #48757, TensorRT-LLM #14781 and #14796: runs at two other batch sizes."""
+
+    def reduced(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(all_reduce(x.reshape(-1, HIDDEN), one_rank).reshape(x.shape), residual, weight)
+
+    def padded(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = llama(x, residual, weight)
+        return F.pad(y.reshape(-1, HIDDEN), (0, 8)), total
+
+    for function, rule in ((reduced, "allreduce_rms"), (padded, "act_padding")):
+        reports: list[Report] = []
+        torch._dynamo.reset()
+        fused = fuseplan.compile(function, config=ALONE[rule], on_report=reports.append)
+        for batch in (3, 4, 9):
+            inputs = (randn(batch, 5, HIDDEN, seed=batch), randn(batch, 5, HIDDEN, seed=1), W)
+            with torch.inference_mode():
+                for left, right in zip(fused(*inputs), function(*inputs), strict=True):
+                    torch.testing.assert_close(left, right, rtol=2**-7, atol=2**-7)
+        assert [report.fused[rule] for report in reports] == [1] * len(reports)
+        assert len(reports) <= 2, "static first, then one graph for every batch"
+
+
+def refused(function: Callable[..., Any], *inputs: Tensor, rule: str) -> list[Any]:
+    """The refusals of one rule on a graph in which it doesn't match."""
+    manager = PostGradPassManager(ALONE[rule])
+    matches = manager.analyze(post_grad(function, *inputs)).matches
+    assert not matches.candidates
+    return list(matches.refusals)
+
+
+def test_case_6_mixed_dtypes_are_refused_by_name_and_their_twins_fuse() -> None:
+    """vLLM #48324: bf16 input with fp32 weight gave garbage; #48447: the guard against it matched nothing at all."""
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return F.pad(gpt_oss(x, residual, weight)[0], (0, 8))
+
+    inputs = (randn(7, HIDDEN), randn(7, HIDDEN, seed=1))
+    (refusal,) = refused(model, *inputs, W.float(), rule="act_padding")
+    assert refusal.reason is Reason.DTYPE
+    assert refusal.detail == "weight is float32 and x is bfloat16; the fused op takes one dtype"
+    assert refusal.mend == "cast the weight to bfloat16"
+    assert compare(model, *inputs, W, rule="act_padding").fused == {"act_padding": 1}
+
+
+def test_unsupported_dtype_is_refused() -> None:
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        return F.pad(llama(x, None, weight)[0], (0, 8))
+
+    wide = (randn(7, HIDDEN, dtype=torch.float64), W.double())
+    assert not PostGradPassManager(ALONE["act_padding"]).analyze(post_grad(model, *wide)).matches.candidates
+
+
+def test_a_quantised_norm_that_is_also_read_unquantised_is_refused() -> None:
+    def model(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = llama(x, None, weight)
+        return quantize(y, scale), y.relu()
+
+    (refusal,) = refused(model, randn(7, HIDDEN), W, torch.tensor([0.02]), rule="norm_quant")
+    assert refusal.reason is Reason.USERS
+    assert "relu" in refusal.detail
+
+
+def test_a_reduced_value_that_is_read_elsewhere_is_refused_with_residual(one_rank: str) -> None:
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = all_reduce(x, one_rank)
+        return llama(reduced, residual, weight)[0], reduced.relu()
+
+    refusals = refused(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, rule="allreduce_rms")
+    assert [refusal.reason for refusal in refusals] == [Reason.USERS]
+
+
+@pytest.mark.parametrize("rule", sorted(ALONE))
+def test_disabled_is_identity(rule: str, one_rank: str) -> None:
+    def model(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(all_reduce(x, one_rank), residual, weight)
+        return F.pad(y, (0, 8)), total
+
+    inputs = (randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, torch.tensor([0.02]))
+    graph = post_grad(model, *inputs)
+    before = str(graph)
+    (flags,) = {each.flags for each in BUILT_IN_RULES if each.name == rule}
+    switched_off: dict[str, Any] = dict.fromkeys(flags, False)
+    config = fuseplan.PassConfig(**switched_off, policy="off")
+    manager = PostGradPassManager(config)
+    assert rule not in manager.rules
+    manager(graph)
+    assert str(graph) == before
+
+
+def test_a_rule_without_candidates_is_reported_and_leaves_the_graph_alone() -> None:
+    """Case 10: vLLM #55720 registered no pattern and still paid; #45604 logged fusions that could not be."""
+    reports: list[Report] = []
+    config = fuseplan.PassConfig(fuse_norm_quant=True, policy="ordered(norm_quant)")
+    graph = post_grad(lambda x, w: built_in(x, None, w)[0], randn(7, HIDDEN), W)
+    before = str(graph)
+    PostGradPassManager(config, on_report=reports.append)(graph)
+    assert str(graph) == before
+    (warning,) = reports[0].warnings
+    assert warning.detail.startswith("fuse_norm_quant=True has no effect: the graph has no ")
+
+
+class Lopsided(Rule):
+    """rms_norm -> pad, replaced by one value too many."""
+
+    name, flags, op, core = "lopsided", ("fuse_act_padding",), ops.rms_norm_pad, ops.rms_norm
+
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, weight, eps, rounding), right)
+
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        padded = ops.rms_norm_pad(x, weight, eps, rounding, right)
+        return padded, padded
+
+
+def test_a_rule_whose_sides_disagree_is_refused_when_the_manager_is_made() -> None:
+    message = "pattern and replacement disagree in outputs: the pattern yields 1, the replacement 2"
+    with pytest.raises(RuleError, match=message):
+        PostGradPassManager(fuseplan.PassConfig(policy="ordered(lopsided)"), rules=(Lopsided(),))

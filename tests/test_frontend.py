@@ -1,0 +1,230 @@
+"""The doors: what `compile`, `inductor_options` and `explain` promise beside what the pass does."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.dispatch import tokens_of
+from fuseplan.errors import CompatibilityError, ConfigError, UnsupportedError, WorkloadError
+from fuseplan.record import Reason
+from tests.helpers import HIDDEN, randn
+
+PAD = fuseplan.PassConfig(policy="ordered(act_padding)")
+
+
+class Block(nn.Module):
+    """One padded RMSNorm."""
+
+    def __init__(self, width: int = HIDDEN) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6, dtype=torch.bfloat16)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.norm(x + x.sin()), (0, 8))
+
+
+def compiled(model: Any, config: fuseplan.PassConfig = PAD, **arguments: Any) -> tuple[Any, list[fuseplan.Report]]:
+    torch._dynamo.reset()
+    reports: list[fuseplan.Report] = []
+    return fuseplan.compile(model, config=config, on_report=reports.append, **arguments), reports
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def test_modules_functions_and_bound_methods() -> None:
+    block, x = Block(), randn(5, HIDDEN)
+
+    def function(x: Tensor) -> Any:
+        return block(x)
+
+    for target in (block, function, block.forward):
+        model, reports = compiled(target)
+        torch.testing.assert_close(model(x), block(x), rtol=2**-7, atol=2**-7)
+        assert [report.fused for report in reports] == [{"act_padding": 1}]
+
+
+def test_modes_are_expanded_and_merged_with_options() -> None:
+    model, reports = compiled(Block(), mode="max-autotune-no-cudagraphs", options={"epilogue_fusion": False})
+    model(randn(5, HIDDEN))
+    assert reports[-1].fused == {"act_padding": 1}
+    with pytest.raises(
+        ConfigError, match="mode='max-autotune-no-cudagraphs' sets max_autotune=True and options set it to False"
+    ):
+        compiled(Block(), mode="max-autotune-no-cudagraphs", options={"max_autotune": False})
+
+
+def test_other_backends_are_refused() -> None:
+    with pytest.raises(ConfigError, match="backend='eager': fusions are passes of Inductor"):
+        compiled(Block(), backend="eager")
+
+
+def test_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    for door in (
+        lambda: compiled(Block()),
+        fuseplan.inductor_options,
+        lambda: fuseplan.explain(Block(), randn(5, HIDDEN)),
+    ):
+        with pytest.raises(CompatibilityError, match=r"torch 2\.10\.0 is too old"):
+            door()
+
+
+def test_inductor_options_plan_over_the_hull_of_the_ranges() -> None:
+    ranges = [fuseplan.CompileRange(start=1, end=8), fuseplan.CompileRange(start=20, end=30)]
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(policy="ordered(act_padding)", compile_ranges=ranges)
+    torch._dynamo.reset()
+    torch.compile(
+        Block(), options=fuseplan.inductor_options(config, on_report=reports.append, options={"cpp.threads": 1})
+    )(randn(6, HIDDEN))
+    assert [graph.range for report in reports for graph in report.graphs] in ([(1, 30)], [])
+
+
+def test_calls_go_to_the_graph_of_their_range() -> None:
+    ranges = [fuseplan.CompileRange(start=1, end=8), fuseplan.CompileRange(start=9, end=16)]
+    block = Block()
+    config = fuseplan.PassConfig(policy="ordered(act_padding)", compile_ranges=ranges)
+    model, reports = compiled(block, config)
+    for tokens in (8, 9):
+        model(randn(tokens, HIDDEN))
+    assert [graph.range for report in reports for graph in report.graphs] == [(1, 8), (9, 16)]
+    with pytest.warns(fuseplan.FuseplanWarning, match="17 tokens lies in none of the compile ranges 1:8, 9:16"):
+        outside = model(randn(17, HIDDEN))
+    assert len(reports) == 2
+    torch.testing.assert_close(outside, block(randn(17, HIDDEN)), rtol=2**-7, atol=2**-7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(randn(17, HIDDEN))
+    assert model.width == HIDDEN
+    assert [name for name, _ in model.named_parameters()] == ["_orig_mod.norm.weight"]
+
+
+def test_tokens_are_the_product_of_leading_dimensions() -> None:
+    assert tokens_of([torch.zeros(2, 5, dtype=torch.long)], {}) == 10
+    assert tokens_of([None, torch.zeros(2, 5, 7)], {}) == 10
+    assert tokens_of([], {"input_ids": torch.zeros(3, dtype=torch.int32)}) == 3
+    assert tokens_of([1], {}) is None
+
+
+def test_models_with_different_configurations_do_not_leak() -> None:
+    first, second = Block(), Block(96)
+    fused, reports = compiled(first)
+    plain: list[fuseplan.Report] = []
+    unfused = fuseplan.compile(second, config=fuseplan.PassConfig(policy="off"), on_report=plain.append)
+    fused(randn(5, HIDDEN))
+    unfused(randn(5, 96))
+    fused(randn(5, HIDDEN))
+    assert [report.fused for report in reports] == [{"act_padding": 1}]
+    assert [report.matched["act_padding"] for report in plain] == [1]
+    assert set(plain[0].fused.values()) == {0}
+
+
+def test_training_graphs_are_left_alone_and_reported() -> None:
+    with torch.inference_mode(False):
+        model, reports = compiled(Block())
+        with pytest.warns(fuseplan.FuseplanWarning, match="the graph has a backward and is left alone"):
+            model(randn(5, HIDDEN)).sum().backward()
+    assert {refusal.reason for report in reports for graph in report.graphs for refusal in graph.refusals} == {
+        Reason.TRAINING
+    }
+
+
+def test_case_10_nothing_compiled_is_one_visible_warning() -> None:
+    """vLLM #45604 logged enabled fusions with compilation off."""
+    with pytest.warns(fuseplan.FuseplanWarning, match="torch.compile is switched off by disable=True"):
+        fuseplan.compile(Block(), disable=True)
+
+
+def test_case_10_a_flag_without_effect_is_one_visible_warning() -> None:
+    """vLLM #21325, #55720: on, and never anything to do."""
+    config = fuseplan.PassConfig(fuse_allreduce_rms=True)
+    model, _ = compiled(Block(), config)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        model(randn(5, HIDDEN))
+        model(randn(5, 2, HIDDEN))
+    texts = [str(warning.message) for warning in shown if warning.category is fuseplan.FuseplanWarning]
+    assert texts == ["fuse_allreduce_rms=True has no effect: the graph has no all_reduce"]
+
+
+def test_aot_inductor_is_refused_by_name() -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        program = torch.export.export(Block(), (randn(5, HIDDEN),))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export's own
+            with pytest.raises(Exception, match="AOTInductor is not supported") as raised:
+                torch._inductor.aoti_compile_and_package(program, inductor_configs=fuseplan.inductor_options(PAD))
+    assert UnsupportedError.__name__ in str(raised.value)
+
+
+def test_explain_counts_what_compile_fuses() -> None:
+    explained = fuseplan.explain(Block(), randn(5, HIDDEN), config=PAD)
+    model, reports = compiled(Block())
+    model(randn(5, HIDDEN))
+    assert explained.fused == reports[0].fused == {"act_padding": 1}
+    assert not explained.graphs[0].rewritten
+    assert reports[0].graphs[0].rewritten
+
+
+def test_explain_covers_graphs_between_breaks() -> None:
+    block = Block()
+
+    def broken(x: Tensor) -> Any:
+        y = block(x)
+        torch._dynamo.graph_break()
+        return block(y[..., :HIDDEN])
+
+    report = fuseplan.explain(broken, randn(5, HIDDEN), config=PAD)
+    assert report.fused == {"act_padding": 2}
+    assert len(report.graphs) == 2
+
+
+def test_what_can_not_be_traced_is_one_line() -> None:
+    def impossible(x: Tensor) -> Tensor:
+        raise RuntimeError("no\nway")
+
+    with pytest.raises(WorkloadError, match="the model could not be traced: no way"):
+        fuseplan.explain(impossible, randn(5, HIDDEN))
+
+
+WARM = """
+import sys, torch, fuseplan
+from tests.helpers import randn
+from tests.test_frontend import Block, PAD
+torch.manual_seed(0)
+reports = []
+block = Block()
+with torch.inference_mode():
+    model = fuseplan.compile(block, config=PAD, on_report=reports.append)
+    difference = (model(randn(5, 64)) - block(randn(5, 64))).abs().max().item()
+(graph,) = reports[0].graphs
+print(graph.from_cache, reports[0].fused, difference < 2 ** -6, "fused" if graph.applied else "")
+"""
+
+
+def test_a_warm_compile_cache_still_reports(tmp_path: Path) -> None:
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", WARM],
+            check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1],
+            env={"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "src:."},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout.split())
+    assert outputs[0] == ["False", *outputs[1][1:]]
+    assert outputs[1][0] == "True"
+    assert outputs[1][-1] == "fused"
