@@ -27,7 +27,7 @@ from fuseplan.graph.facts import (
     equal_shape,
     equal_size,
     is_call,
-    module_path,
+    place_of,
     tensor_of,
 )
 from fuseplan.graph.legality import is_convex
@@ -85,7 +85,7 @@ def raise_rms_norms(canonical: CanonicalGraph) -> None:
                     op=ops.rms_norm.name,
                     detail=f"RMSNorm not recognised: {refused.detail}",
                     nodes=(canonical.source_node(refused.node).name,),
-                    source=module_path(rsqrt),
+                    source=place_of(rsqrt),
                     mend=refused.mend,
                 )
             )

@@ -119,6 +119,11 @@ def _path_parts(path: str) -> Iterator[str]:
             yield cleaned
 
 
+def place_of(node: fx.Node) -> str | None:
+    """Where in the user's model a node comes from: its module, else its source line, or None."""
+    return module_path(node) or source_line(node)
+
+
 def source_line(node: fx.Node) -> str | None:
     """`file.py:12` of the innermost line of the user's model that a node was traced from, or None."""
     for line in reversed((node.meta.get("stack_trace") or "").splitlines()):

@@ -10,7 +10,7 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
-from fuseplan.graph.facts import item, module_path
+from fuseplan.graph.facts import item, place_of
 from fuseplan.graph.legality import is_convex
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.providers import DeviceProfile, Provider
@@ -137,7 +137,7 @@ def _stray_user(
                     op=rule.core.name,
                     detail=f"{_describe(node)} is also read by {_describe(user)}, and {rule.op.name} doesn't yield it",
                     nodes=(canonical.source_node(user).name, canonical.source_node(node).name),
-                    source=module_path(user),
+                    source=place_of(user),
                 )
     return None
 
@@ -157,9 +157,7 @@ def _illegal(
 
 
 def _refusal(rule: Rule, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node) -> Refusal:
-    return Refusal(
-        reason=reason, rule=rule.name, op=rule.core.name, detail=detail, nodes=nodes, source=module_path(place)
-    )
+    return Refusal(reason=reason, rule=rule.name, op=rule.core.name, detail=detail, nodes=nodes, source=place_of(place))
 
 
 def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core: fx.Node) -> Refusal | None:
@@ -168,7 +166,7 @@ def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core
         return None
     by_name = {node.name: canonical.source_node(node).name for node in core.all_input_nodes}
     nodes = tuple(by_name.get(name, name) for name in refusal.nodes)
-    return replace(refusal, op=rule.core.name, nodes=nodes, source=refusal.source or module_path(core))
+    return replace(refusal, op=rule.core.name, nodes=nodes, source=refusal.source or place_of(core))
 
 
 def _providers_of(rule: Rule, match: Match, available: Sequence[Provider]) -> list[Match | Refusal]:
@@ -208,7 +206,7 @@ def fusion_of(canonical: CanonicalGraph, match: Match) -> Fusion:
         consumed=tuple(node.name for node in match.consumed),
         contested_op=core.name,
         site=match.core.name,
-        source=module_path(match.core),
+        source=place_of(match.core),
     )
 
 

@@ -12,8 +12,6 @@ class Reason(StrEnum):
     USERS = "users"
     """A value inside the region is needed outside it, and the fused op doesn't yield it."""
     DTYPE = "dtype"
-    LAYOUT = "layout"
-    SIZE = "size"
     ATTRIBUTE = "attribute"
     """An attribute that the replacement would drop."""
     MUTATION = "mutation"
@@ -28,8 +26,6 @@ class Reason(StrEnum):
     """Switched on, but nothing it could do here."""
     TRAINING = "training"
     """The graph has a backward."""
-    BLOCKED = "blocked"
-    """Another fusion took the same nodes."""
     LIMIT = "limit"
     """Beyond `max_fusions`."""
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -39,19 +39,39 @@ def _headline(comparison: Comparison) -> Text:
 
 def _table(comparison: Comparison) -> list[RenderableType]:
     rules = sorted({rule for report in comparison.reports for rule in report.rules if _matters(comparison, rule)})
-    if not any(report.matched.get(rule, 0) for report in comparison.reports for rule in rules):
+    if not rules:
         known = sorted({rule for report in comparison.reports for rule in report.rules})
         return [Text(f"nothing to fuse: none of {', '.join(known)} matches anywhere")]
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    table.add_column("policy", overflow="fold")
-    for rule in rules:
-        table.add_column(rule, justify="right")
-    table.add_column("")
-    for report in comparison.reports:
-        starved = [rule for rule in rules if _starved(report, rule)]
-        note = Text(f"{' and '.join(starved)} starved", style="bold red") if starved else Text()
-        table.add_row(policy_name(report), *(_cell(report, rule) for rule in rules), note)
-    return [table, Text("fired, of the matches there are on the unmodified graphs", style="dim")]
+    return [_Policies(comparison, rules), Text("fired, of the matches there are on the unmodified graphs", style="dim")]
+
+
+class _Policies:
+    """Policies by rules: a table where the terminal is wide enough for it, else one paragraph a policy."""
+
+    def __init__(self, comparison: Comparison, rules: Sequence[str]) -> None:
+        self.comparison, self.rules = comparison, rules
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = max(len(name) for name in map(policy_name, self.comparison.reports) if name.count(",") < 2)
+        columns = sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules)
+        yield self._table() if names + 3 + columns <= options.max_width else self._paragraphs()
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+        table.add_column("policy", overflow="fold")
+        for rule in self.rules:
+            table.add_column(rule, justify="right", no_wrap=True)
+        for report in self.comparison.reports:
+            table.add_row(policy_name(report), *(_cell(report, rule) for rule in self.rules))
+        return table
+
+    def _paragraphs(self) -> Group:
+        lines: list[RenderableType] = []
+        for report in self.comparison.reports:
+            lines.append(Text(policy_name(report), style="bold"))
+            listed = [rule for rule in self.rules if not report.order or rule in report.order]
+            lines += [_indented(Text(f"{rule}  ").append_text(_cell(report, rule)), 4) for rule in listed]
+        return Group(*lines)
 
 
 def _matters(comparison: Comparison, rule: str) -> bool:
@@ -65,30 +85,42 @@ def _starved(report: Report, rule: str) -> bool:
 def _cell(report: Report, rule: str) -> Text:
     fused, matched = report.fused.get(rule, 0), report.matched.get(rule, 0)
     style = "bold red" if _starved(report, rule) else "green" if fused else "dim"
-    return Text(str(fused), style=style).append(f" of {matched}", style="dim")
+    if report.order and rule not in report.order:
+        return Text("not listed", style="dim")
+    cell = Text(str(fused), style=style).append(f" of {matched}", style="dim")
+    return cell.append(", starved", style="bold red") if _starved(report, rule) else cell
 
 
 def _conflicts(comparison: Comparison) -> list[RenderableType]:
-    classes: dict[tuple[tuple[str, ...], str], list[tuple[Report, ConflictClass]]] = {}
+    """One paragraph for each set of places: who wants them, and who gets them under each policy."""
+    contests: dict[tuple[str, tuple[str, ...]], list[tuple[Report, ConflictClass]]] = {}
     for report in comparison.reports:
         for conflict in report.conflicts:
-            classes.setdefault((conflict.rules, conflict.op), []).append((report, conflict))
+            contests.setdefault((conflict.op, conflict.sources), []).append((report, conflict))
     lines: list[RenderableType] = []
-    for (rules, op), rows in classes.items():
-        lines.append(
-            Text.assemble(
-                ("conflict  ", "bold yellow"),
-                f"{' and '.join(rules)} want the same {op}, and it can be in one fusion only",
-            )
-        )
-        lines += [_indented(f"where  {places(rows[0][1].sources)}")] if rows[0][1].sources else []
-        for report, conflict in rows:
-            verdict = Text(f"{policy_name(report)}: ")
-            verdict.append(f"{conflict.winner} takes {conflict.count}", style="green")
-            left = report.fused.get(conflict.loser, 0)
-            verdict.append(f", {conflict.loser} is left with {left}", style="red" if not left else "")
-            lines.append(_indented(verdict))
+    for (op, sources), rows in contests.items():
+        rules = sorted({rule for _, conflict in rows for rule in conflict.rules})
+        text = f"{_enumerate(rules)} want the same {op}, which can be in one fusion only"
+        lines.append(Text.assemble(("conflict  ", "bold yellow"), text))
+        lines += [_indented(f"where  {places(sources)}")] if sources else []
+        for report in comparison.reports:
+            mine = [conflict for owner, conflict in rows if owner is report]
+            lines += [_indented(_verdict(report, mine))] if mine else []
     return lines
+
+
+def _verdict(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
+    verdict = Text(f"{policy_name(report)}: ")
+    winners = {conflict.winner: conflict.count for conflict in conflicts}
+    verdict.append(_enumerate([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
+    for rule in dict.fromkeys(conflict.loser for conflict in conflicts):
+        left = report.fused.get(rule, 0)
+        verdict.append(f", {rule} is left with {left}", style="" if left else "red")
+    return verdict
+
+
+def _enumerate(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
 def _uncontested(comparison: Comparison) -> list[RenderableType]:
@@ -167,8 +199,8 @@ def _runs(indices: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _indented(content: str | Text) -> Padding:
-    return Padding(content if isinstance(content, Text) else Text(content), (0, 0, 0, 10))
+def _indented(content: str | Text, columns: int = 10) -> Padding:
+    return Padding(content if isinstance(content, Text) else Text(content), (0, 0, 0, columns))
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,134 @@
+import operator
+
+import pytest
+import torch
+from torch import fx
+
+from fuseplan.graph.facts import depths, module_path, mutation_regions, source_line
+from fuseplan.graph.legality import external_inputs, groups_on_cycle, is_convex
+from fuseplan.graph.surgery import copy_graph, erase_dead, is_sorted, sort_topologically
+
+aten = torch.ops.aten
+
+
+def diamond() -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """x -> a -> (b, c) -> d, and e, which reads b alone."""
+    graph = fx.Graph()
+    nodes = {"x": graph.placeholder("x")}
+
+    def call(name: str, *sources: str) -> None:
+        target = aten.add.Tensor if len(sources) == 2 else aten.relu.default
+        nodes[name] = graph.call_function(target, tuple(nodes[source] for source in sources))
+
+    call("a", "x")
+    call("b", "a")
+    call("c", "a")
+    call("d", "b", "c")
+    call("e", "b")
+    graph.output((nodes["d"], nodes["e"]))
+    return graph, nodes
+
+
+@pytest.mark.parametrize(
+    ("region", "extra", "convex"),
+    [
+        ("ab", "", True),
+        ("ad", "", False),
+        ("abcd", "", True),
+        ("bc", "", True),
+        ("a", "d", False),
+        ("b", "c", True),
+        ("be", "d", False),
+        ("a", "e", False),
+        ("e", "d", True),
+    ],
+)
+def test_convexity(region: str, extra: str, convex: bool) -> None:
+    _, nodes = diamond()
+    assert is_convex([nodes[name] for name in region], [nodes[name] for name in extra]) is convex
+
+
+def test_external_inputs_in_order_of_use() -> None:
+    _, nodes = diamond()
+    assert external_inputs([nodes["d"], nodes["e"]]) == [nodes["b"], nodes["c"]]
+
+
+def test_groups_that_are_convex_can_be_cyclic_together() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    a, b = (graph.call_function(aten.relu.default, (x,)) for _ in range(2))
+    c, d = graph.call_function(aten.sin.default, (b,)), graph.call_function(aten.cos.default, (a,))
+    graph.output((c, d))
+    assert is_convex([a, c], [])
+    assert is_convex([b, d], [])
+    assert groups_on_cycle(graph, [[a, c]]) == []
+    assert groups_on_cycle(graph, [[a, c], [b, d]]) == [0, 1]
+
+
+def test_sorting_moves_only_what_must() -> None:
+    graph, nodes = diamond()
+    late = graph.call_function(aten.sin.default, (nodes["x"],))
+    nodes["e"].append(late)
+    nodes["b"].replace_input_with(nodes["a"], late)
+    assert not is_sorted(graph)
+    sort_topologically(graph)
+    graph.lint()
+    assert [node.name for node in graph.nodes if node.op == "call_function"] == [
+        nodes[name].name if name in nodes else late.name for name in ("a", "c", "late", "b", "d", "e")
+    ]
+
+
+def test_cycles_can_not_be_sorted() -> None:
+    graph, nodes = diamond()
+    nodes["a"].replace_input_with(nodes["x"], nodes["d"])
+    with pytest.raises(ValueError, match="the graph is cyclic"):
+        sort_topologically(graph)
+
+
+def test_copies_know_their_originals() -> None:
+    graph, nodes = diamond()
+    copy, origin = copy_graph(graph)
+    assert str(copy) == str(graph)
+    assert {origin[node] for node in copy.nodes} == set(graph.nodes)
+    copy.erase_node(copy.output_node())
+    graph.lint()
+    assert nodes["d"].users
+
+
+def test_dead_nodes_go_and_side_effects_stay() -> None:
+    graph, nodes = diamond()
+    output = graph.output_node()
+    written = graph.call_function(aten.copy_.default, (nodes["x"], nodes["d"]))
+    output.prepend(written)
+    output.args = ((nodes["e"],),)
+    assert erase_dead(graph, [nodes["d"], written]) == []
+    graph.erase_node(written)
+    assert set(erase_dead(graph, [nodes["d"]])) == {nodes["d"], nodes["c"]}
+    graph.lint()
+
+
+def test_regions_are_split_by_mutations() -> None:
+    graph, nodes = diamond()
+    written = graph.call_function(aten.copy_.default, (nodes["x"], nodes["a"]))
+    nodes["a"].append(written)
+    regions = mutation_regions(graph)
+    assert [regions[nodes[name]] for name in "xab"] == [0, 0, 1]
+
+
+def test_depth_is_the_longest_path() -> None:
+    graph, nodes = diamond()
+    assert [depths(graph)[nodes[name]] for name in "xabde"] == [0, 1, 2, 3, 3]
+
+
+def test_places_in_the_user_model() -> None:
+    graph = fx.Graph()
+    node = graph.call_function(operator.add, (1, 2))
+    assert module_path(node) is None
+    assert source_line(node) is None
+    node.meta["nn_module_stack"] = {
+        "k": ("L['self']._modules['layers']._modules['3']", None),
+        "m": ("L['self'].layers[3].mlp", None),
+    }
+    assert module_path(node) == "layers.3.mlp"
+    node.meta["stack_trace"] = '  File "a/model.py", line 12, in forward\n    y = f(x)\n'
+    assert source_line(node) == "model.py:12"

@@ -1,0 +1,91 @@
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuseplan.record import Fusion, GraphReport, Loss, Reason, Refusal, Report, from_json, to_json
+
+FUSION = Fusion(
+    rule="act_padding", op="rms_norm_pad", provider="torch", anchor="pad", consumed=("a", "b"), contested_op="rms_norm",
+    site="rms_norm", source="layers.0",
+)  # fmt: skip
+OTHER = Fusion(
+    rule="allreduce_rms", op="all_reduce_rms_norm", provider="torch", anchor="mul", consumed=("b",),
+    contested_op="rms_norm", site="rms_norm",
+)  # fmt: skip
+GRAPH = GraphReport(
+    graph="graph_0", range=(1, 8), applied=(FUSION,), lost=(Loss(fusion=OTHER, blocked_by=(FUSION,)),),
+    matched={"act_padding": 1, "allreduce_rms": 1}, recognized={"rms_norm[64]": 1},
+    refusals=(Refusal(reason=Reason.DTYPE, detail="float32"),), stages_ns={"matching": 5},
+)  # fmt: skip
+REPORT = Report(
+    policy="ordered", order=("act_padding", "allreduce_rms"), rules=("act_padding", "allreduce_rms"), graphs=(GRAPH,)
+)
+
+
+def test_reports_survive_json() -> None:
+    assert from_json(Report, to_json(REPORT)) == REPORT
+
+
+def test_counts_are_split_by_range_and_include_zeros() -> None:
+    other = GraphReport(graph="graph_1", range=(9, 20), applied=(FUSION, FUSION))
+    report = Report(policy="ordered", order=(), rules=REPORT.rules, graphs=(GRAPH, other))
+    assert report.fused == {"act_padding": 3, "allreduce_rms": 0}
+    assert report.per_range == {
+        (1, 8): {"act_padding": 1, "allreduce_rms": 0},
+        (9, 20): {"act_padding": 2, "allreduce_rms": 0},
+    }
+
+
+def test_conflicts_are_one_row_a_class() -> None:
+    report = Report(policy="ordered", order=(), rules=REPORT.rules, graphs=(GRAPH, GRAPH))
+    (row,) = report.conflicts
+    assert (row.winner, row.loser, row.op, row.count) == ("act_padding", "allreduce_rms", "rms_norm", 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("policy",), 3, r"Report\.policy: expected str"),
+        (("order",), "a", r"Report\.order: expected a list"),
+        (("graphs", 0, "range"), [1], r"graphs\[0\]\.range: expected a list of 2"),
+        (("graphs", 0, "range"), [1, True], r"range\[1\]: expected int"),
+        (("graphs", 0, "refusals", 0, "reason"), "bored", r"reason: expected one of"),
+        (("graphs", 0, "matched"), {"a": "b"}, r"matched\.a: expected int"),
+        (("graphs", 0, "surprise"), 1, r"surprise: expected one of the fields"),
+    ],
+)
+def test_malformed_reports_name_the_field(path: tuple[Any, ...], value: Any, message: str) -> None:
+    data = copy.deepcopy(to_json(REPORT))
+    place = data
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        from_json(Report, data)
+
+
+def test_missing_fields_are_named() -> None:
+    data = to_json(REPORT)
+    del data["graphs"][0]["graph"]
+    with pytest.raises(ValueError, match="expected a field 'graph'"):
+        from_json(Report, data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["policy", "graphs", "order", "rules"]), inner)
+    ),
+)
+
+
+@given(JSON)
+def test_whatever_comes_in_is_a_report_or_a_value_error(data: Any) -> None:
+    try:
+        report = from_json(Report, data)
+    except ValueError:
+        return
+    assert to_json(report)["policy"] == data["policy"]
