@@ -109,7 +109,7 @@ def test_norms_are_bit_for_bit_those_of_transformers(name: str) -> None:
     weight = randn(64, seed=1)
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
     with torch.no_grad():
-        module.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        module.weight.copy_(weight)
         assert torch.equal(module(randn(5, 64)), ops.rms_norm(randn(5, 64), weight, eps, convention))
 
 

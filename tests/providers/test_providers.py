@@ -34,7 +34,8 @@ def narrow_only(m: Any) -> Refusal | None:
 
 
 COUNTED = Provider(
-    name="counted", description="counts its calls", vendors=frozenset({"nvidia", "amd", "cpu"}), package=None, install="",
+    name="counted", description="counts its calls", vendors=frozenset({"nvidia", "amd", "cpu"}), package=None,
+    install="",
     implements={"rms_norm_pad": narrow_only},
 )  # fmt: skip
 
