@@ -111,7 +111,8 @@ def test_one_rank_has_no_all_reduce_to_fuse() -> None:
     assert by_order(data, "act_padding")["fused"] == {"act_padding": 2}
 
 
-def test_screen_shows_the_starved_rule_where_and_why() -> None:
+def test_screen_shows_the_starved_rule_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     result = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()

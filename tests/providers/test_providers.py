@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
 import fuseplan
@@ -48,7 +49,7 @@ def test_a_registered_kernel_runs_where_the_plan_puts_it() -> None:
     reports: list[Report] = []
     config = fuseplan.PassConfig(policy="ordered(act_padding)")
     manager = PostGradPassManager(config, providers=[COUNTED], on_report=reports.append)
-    with torch.inference_mode():
+    with torch.inference_mode(), fresh_cache():
         torch._dynamo.reset()
         options: dict[str, Any] = {"post_grad_custom_post_pass": manager}
         actual = torch.compile(padded, options=options)(randn(5, HIDDEN), W)
