@@ -1,5 +1,6 @@
 """The pass as Inductor sees it: what it leaves alone, its key, its dumps, and who it shares the hook with."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -180,6 +181,11 @@ def test_equal_content_is_one_key() -> None:
     assert key() == key(rules=BUILT_IN_RULES[::-1], providers=BUILT_IN_PROVIDERS[::-1])
     assert PostGradPassManager(PAD) == PostGradPassManager(PAD)
     assert len({PostGradPassManager(PAD), PostGradPassManager(PAD)}) == 1
+
+
+def test_copies_of_inductors_configuration_share_the_manager() -> None:
+    manager = PostGradPassManager(PAD)
+    assert copy.deepcopy({"post_grad_custom_post_pass": manager})["post_grad_custom_post_pass"] is manager
 
 
 def test_debug_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

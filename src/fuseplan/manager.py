@@ -3,13 +3,12 @@ choosing, rewriting, report.
 """
 
 import inspect
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -87,7 +86,7 @@ class PostGradPassManager(CustomGraphPass):
         self.providers = tuple(providers)
         self.device = device
         self.environment = environment or Environment.read()
-        self._ordinals = itertools.count()
+        self._graphs = 0
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is.
@@ -97,7 +96,8 @@ class PostGradPassManager(CustomGraphPass):
         """
         for graph_pass in self.previous:
             _run_previous(graph_pass, graph)
-        name = f"graph_{next(self._ordinals)}"
+        name = f"graph_{self._graphs}"
+        self._graphs += 1
         refusal = self.hands_off(graph)
         if refusal is not None:
             self._deliver(GraphReport(graph=name, range=self._range, refusals=(refusal,)))
@@ -178,6 +178,10 @@ class PostGradPassManager(CustomGraphPass):
 
     def __hash__(self) -> int:
         return hash(self.uuid())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: Inductor copies its configuration, and reports go to the one callback that the user gave."""
+        return self
 
     @property
     def _range(self) -> tuple[int, int] | None:
