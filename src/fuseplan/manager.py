@@ -216,9 +216,9 @@ class PostGradPassManager(CustomGraphPass):
             if name in counts or not all(getattr(self.config, flag) is True for flag in flags):
                 continue
             missing = missing_ops(analysis.canonical, members)
-            detail = f"{' and '.join(flags)}=True has no effect: " + (
-                f"the graph has no {' and no '.join(missing)}" if missing else f"{name} matches nowhere in the graph"
-            )
+            refused = next((each.detail for each in analysis.matches.refusals if each.rule == name), None)
+            why = f"the graph has no {' and no '.join(missing)}" if missing else refused or f"{name} matches nowhere"
+            detail = f"{' and '.join(flags)}=True has no effect: {why}"
             yield Refusal(reason=Reason.NO_EFFECT, rule=name, detail=detail)
 
     def _deliver(self, graph: GraphReport) -> None:

@@ -14,7 +14,9 @@ from torch._inductor.pattern_matcher import Match as InductorMatch
 from torch._inductor.pattern_matcher import PatternMatcherPass, register_graph_pattern
 from torch.nn import functional as F
 
+from fuseplan import workloads
 from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.capture import capture
 from fuseplan.graph.surgery import erase_dead
 from fuseplan.matching import compiled_pattern, find_matches
 from fuseplan.planner import choose_in_order
@@ -143,3 +145,13 @@ def test_every_order_of_the_contest(layers: int, one_rank: str) -> None:
         assert len(taken) == layers
         outcomes.add(tuple(name for name, _ in taken))
     assert len(outcomes) == 3
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce", "llama-3.1-8b-tiny"])
+def test_every_order_on_real_models(name: str) -> None:
+    with workloads.build(name, tp=2, layers=2) as built:
+        (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
+        for order in itertools.permutations(("act_padding", "allreduce_rms", "allreduce_rms_padding")):
+            taken = emulated(gm.graph, order)
+            assert taken
+            assert taken == really_apply(gm.graph, order)

@@ -67,9 +67,15 @@ def test_arguments_that_no_provider_accepts_are_a_refusal() -> None:
 
 def test_a_rule_that_no_provider_implements_is_a_refusal() -> None:
     nothing = dataclasses.replace(COUNTED, implements={})
-    manager = PostGradPassManager(fuseplan.PassConfig(policy="ordered(act_padding)"), providers=[nothing])
-    (refusal,) = manager.analyze(post_grad(padded, randn(5, HIDDEN), W)).matches.refusals
+    reports: list[Report] = []
+    config = fuseplan.PassConfig(policy="ordered(act_padding)", fuse_act_padding=True)
+    manager = PostGradPassManager(config, providers=[nothing], on_report=reports.append)
+    graph = post_grad(padded, randn(5, HIDDEN), W)
+    (refusal,) = manager.analyze(graph).matches.refusals
     assert refusal.detail == "no available provider implements rms_norm_pad"
+    manager(graph)
+    (warning,) = reports[0].warnings
+    assert warning.detail == f"fuse_act_padding=True has no effect: {refusal.detail}"
 
 
 def test_torch_implements_every_fused_op_on_every_device() -> None:
