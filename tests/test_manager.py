@@ -183,6 +183,14 @@ def test_equal_content_is_one_key() -> None:
     assert len({PostGradPassManager(PAD), PostGradPassManager(PAD)}) == 1
 
 
+def test_a_flag_that_no_rule_answers_to_is_a_warning() -> None:
+    reports: list[Report] = []
+    config = dataclasses.replace(PAD, enable_qk_norm_rope_fusion=True)
+    PostGradPassManager(config, on_report=reports.append)(post_grad(padded, *INPUTS))
+    (warning,) = reports[0].warnings
+    assert warning.detail == "enable_qk_norm_rope_fusion=True has no effect: no rule provides it yet"
+
+
 def test_copies_of_inductors_configuration_share_the_manager() -> None:
     manager = PostGradPassManager(PAD)
     assert copy.deepcopy({"post_grad_custom_post_pass": manager})["post_grad_custom_post_pass"] is manager

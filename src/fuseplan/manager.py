@@ -15,7 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 
 from fuseplan.canonical import CanonicalGraph, canonicalize
-from fuseplan.config import CompileRange, Environment, PassConfig, Policy
+from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
 from fuseplan.errors import UnsupportedError
 from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
@@ -83,6 +83,7 @@ class PostGradPassManager(CustomGraphPass):
         self.on_report = on_report
         self.previous = tuple(previous)
         self.rules = enabled_rules(config, rules)
+        self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
         self.providers = tuple(providers)
         self.device = device
         self.environment = environment or Environment.read()
@@ -210,6 +211,9 @@ class PostGradPassManager(CustomGraphPass):
 
     def _ineffective(self, analysis: Analysis) -> Iterator[Refusal]:
         """Rules that a flag switches on by name and that can do nothing in this graph."""
+        for flag in self.idle_flags:
+            if getattr(self.config, flag) is True:
+                yield Refusal(reason=Reason.NO_EFFECT, detail=f"{flag}=True has no effect: no rule provides it yet")
         counts = {match.rule.name for match in analysis.matches.candidates}
         for name, members in analysis.rules.items():
             flags = members[0].flags
