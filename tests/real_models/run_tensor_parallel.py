@@ -1,8 +1,11 @@
-"""One rank of a run under torchrun: `run_tensor_parallel.py llama|gpt_oss RESULTS.json`; rank 0 writes what it saw."""
+"""One rank of a run under torchrun: `run_tensor_parallel.py huggingface|gpt_oss RESULTS.json`; rank 0 writes what all
+ranks saw.
+"""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,12 @@ from torch.distributed.tensor import DTensor
 
 import fuseplan
 from fuseplan.models import KVCache, workload
+from tests.real_models.cases import CASES, LAYERS, fused_calls
 
 REDUCE_FIRST = "ordered(allreduce_rms, act_padding)"
 PAD_FIRST = "ordered(act_padding, allreduce_rms)"
 IDS = (torch.arange(2 * 9).reshape(2, 9) * 11) % 128
-STEPS = 8
+PROMPT, STEPS = 4, 9
 
 
 def compiled(model: Any, policy: str) -> tuple[Any, list[fuseplan.Report]]:
@@ -38,47 +42,66 @@ def difference(left: Tensor, right: Tensor) -> float:
     return (left.float() - right.float()).abs().max().item()
 
 
-def llama(folder: Path) -> dict[str, Any]:
-    """Hugging Face Llama with its own `tp_plan="auto"`, beside the whole model and beside itself unfused."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = folder / "llama"
-    if dist.get_rank() == 0:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=128,
-        )  # fmt: skip
-        LlamaForCausalLM(config).bfloat16().save_pretrained(path)
-    dist.barrier()
-    one_rank = LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    whole, whole_weight = one_rank(IDS).logits, one_rank.model.embed_tokens.weight
-    split = LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16, tp_plan="auto")
-    plain = compiled(split, "plain")[0](IDS, use_cache=False).logits
-    model, reports = compiled(split, "ordered(allreduce_rms)")
-    fused = model(IDS, use_cache=False).logits
-    return {
-        "layers": split.config.num_hidden_layers,
-        "applied": [[fusion.op for fusion in report.graphs[0].applied] for report in reports],
-        "recognized": [report.recognized for report in reports],
-        "splits_embedding": local(split.model.embed_tokens.weight).shape != whole_weight.shape,
-        "whole_difference": difference(fused, whole),
-        "plain_difference": difference(fused, plain),
-        "scale": whole.abs().max().item(),
-    }
+@contextmanager
+def without_sums() -> Iterator[None]:
+    """Every rank keeps its partial sums."""
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: None
+    try:
+        yield
+    finally:
+        dist.all_reduce = all_reduce
 
 
-def generated(forward: Callable[..., Tensor], model: Any) -> tuple[list[int], Tensor]:
-    """Greedy tokens from a prompt on a cache, and the logits of a teacher-forced run without one."""
+def huggingface(folder: Path) -> dict[str, Any]:
+    """Each model split by transformers with the model's own plan, beside the whole model and beside itself unfused."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    results = {}
+    for name, case in CASES.items():
+        path = folder / name
+        if dist.get_rank() == 0:
+            case.build(None).save_pretrained(path)  # type: ignore[operator]
+        dist.barrier()
+        whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        distribution = DistributedConfig(**case.distribution)
+        split = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, distributed_config=distribution)
+        assert type(split) is type(whole)
+        expected = whole(IDS).logits
+        with without_sums():
+            unsummed = split(IDS).logits
+        plain = compiled(split, "plain")[0](IDS, use_cache=False).logits
+        model, reports = compiled(split, PAD_FIRST)
+        model(IDS, use_cache=False)
+        output, calls = fused_calls(lambda: model(IDS, use_cache=False))  # noqa: B023
+        (report,) = reports
+        results[name] = {
+            "model": type(split).__name__,
+            "fused": report.fused,
+            "calls": calls,
+            "recognized": report.recognized,
+            "splits_embedding": local(split.model.embed_tokens.weight).shape != whole.model.embed_tokens.weight.shape,
+            "whole_difference": difference(output.logits, expected),
+            "plain_difference": difference(output.logits, plain),
+            "unsummed_difference": difference(unsummed, expected),
+            "scale": expected.abs().max().item(),
+        }
+    return results
+
+
+def decoded(forward: Callable[..., Tensor], model: Any, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of a prefill and decode steps on a cache: greedy, or teacher-forced along given tokens."""
     cache = KVCache.empty(model, 1, 32)
-    ids, tokens, start = IDS[:1, :4], [], 0
-    for _ in range(STEPS):
+    ids, tokens, steps, start = IDS[:1, :PROMPT], [], [], 0
+    for step in range(STEPS):
         positions = torch.arange(start, start + ids.shape[1])[None]
         logits = forward(ids, positions, cache)
         start += ids.shape[1]
-        ids = logits[:, -1:].argmax(-1)
-        tokens.append(int(ids))
-    return tokens, forward(IDS)
+        steps.append(logits.clone())
+        tokens.append(logits[:, -1:].argmax(-1))
+        ids = tokens[-1] if forced is None else forced[0, step].reshape(1, 1)
+    return torch.cat(tokens, 1), torch.cat(steps, 1)
 
 
 def gpt_oss(folder: Path) -> dict[str, Any]:
@@ -87,18 +110,20 @@ def gpt_oss(folder: Path) -> dict[str, Any]:
     for name in ("gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce"):
         group = dist.group.WORLD
         assert group is not None
-        model = workload(name).with_layers(2).build(group)
-        tokens, logits = generated(compiled(model, "plain")[0], model)
+        model = workload(name).with_layers(LAYERS).build(group)
+        tokens, logits = decoded(compiled(model, "plain")[0], model)
         rows = {}
         for policy in (REDUCE_FIRST, PAD_FIRST):
             forward, reports = compiled(model, policy)
-            fused_tokens, fused_logits = generated(forward, model)
+            fused_tokens, _ = decoded(forward, model)
+            (_, forced_logits), calls = fused_calls(lambda: decoded(forward, model, tokens))  # noqa: B023
             rows[policy] = {
                 "fused": [report.fused for report in reports],
-                "tokens": fused_tokens,
-                "difference": difference(fused_logits, logits),
+                "calls": calls,
+                "tokens": fused_tokens.tolist(),
+                "difference": difference(forced_logits, logits),
             }
-        results[name] = {"layers": 2, "tokens": tokens, "scale": logits.abs().max().item(), "policies": rows}
+        results[name] = {"tokens": tokens.tolist(), "scale": logits.abs().max().item(), "policies": rows}
     return results
 
 
@@ -107,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     with torch.inference_mode():
-        outcome = {"llama": llama, "gpt_oss": gpt_oss}[what](results.parent)
+        outcome = {"huggingface": huggingface, "gpt_oss": gpt_oss}[what](results.parent)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, outcome)
     if dist.get_rank() == 0:

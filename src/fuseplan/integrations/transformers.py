@@ -200,8 +200,10 @@ def _sum(group: dist.ProcessGroup) -> Callable[..., Tensor]:
 
 def _gather(group: dist.ProcessGroup) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        gathered: Tensor = collectives.all_gather_tensor(output, output.dim() - 1, group)
-        return gathered
+        # The op itself: its wrapper is deprecated under one name and not there yet under the other.
+        ops = torch.ops._c10d_functional
+        gathered = ops.wait_tensor(ops.all_gather_into_tensor(output.contiguous(), group.size(), group.group_name))
+        return torch.cat(gathered.chunk(group.size()), -1)
 
     return hook
 
