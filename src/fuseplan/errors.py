@@ -19,6 +19,10 @@ class RuleError(FuseplanError, ValueError):
     """A rule that contradicts itself, e.g. a pattern and a replacement that yield different outputs."""
 
 
+class PlanError(FuseplanError, ValueError):
+    """A plan that can't be made, or that doesn't fit: contradictory force and forbid, a replay on another graph."""
+
+
 class CompatibilityError(FuseplanError, RuntimeError):
     """A torch that fuseplan can't work with: too old, or with a private interface that moved."""
 

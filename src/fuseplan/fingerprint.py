@@ -46,7 +46,10 @@ def rule_key(rule: Rule) -> list[str]:
 
 def provider_key(provider: Provider, device: DeviceProfile | None) -> list[str]:
     """A provider by content: whether it can run, its version, what it implements and accepts."""
-    accepts = {name: _source(check) for name, check in sorted(provider.implements.items())}
+    accepts = {
+        name: [_source(offer.accepts), sorted(offer.roundings or ())]
+        for name, offer in sorted(provider.offers(device).items())
+    }
     return [provider.name, str(provider.unavailable(device)), str(provider.version()), json.dumps(accepts)]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 from fuseplan.graph.facts import depths, module_path, mutation_regions, source_line
-from fuseplan.graph.legality import external_inputs, groups_on_cycle, is_convex
+from fuseplan.graph.legality import Contraction, external_inputs, is_convex
 from fuseplan.graph.surgery import copy_graph, erase_dead, is_sorted, sort_topologically
 
 aten = torch.ops.aten
@@ -61,8 +61,8 @@ def test_groups_that_are_convex_can_be_cyclic_together() -> None:
     graph.output((c, d))
     assert is_convex([a, c], [])
     assert is_convex([b, d], [])
-    assert groups_on_cycle(graph, [[a, c]]) == []
-    assert groups_on_cycle(graph, [[a, c], [b, d]]) == [0, 1]
+    assert Contraction(graph).cycles([[a, c]]) == []
+    assert Contraction(graph).cycles([[a, c], [b, d]]) == [(0, 1)]
 
 
 def test_sorting_moves_only_what_must() -> None:

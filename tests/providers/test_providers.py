@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.dialect import implement, ops
 from fuseplan.manager import PostGradPassManager
-from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider, device_profile
+from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Offer, Provider, device_profile
 from fuseplan.record import Reason, Refusal, Report
 from tests.helpers import HIDDEN, llama, post_grad, randn
 
@@ -37,7 +37,7 @@ def narrow_only(m: Any) -> Refusal | None:
 COUNTED = Provider(
     name="counted", description="counts its calls", vendors=frozenset({"nvidia", "amd", "cpu"}), package=None,
     install="",
-    implements={"rms_norm_pad": narrow_only},
+    implements={"rms_norm_pad": Offer(accepts=narrow_only)},
 )  # fmt: skip
 
 

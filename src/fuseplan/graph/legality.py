@@ -1,6 +1,7 @@
 """Whether a set of nodes may become one node."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Collection, Hashable, Iterable, Sequence
 
 from torch import fx
 
@@ -38,31 +39,99 @@ def is_convex(nodes: Collection[fx.Node], extra_inputs: Iterable[fx.Node] = ()) 
     return True
 
 
-def groups_on_cycle(graph: fx.Graph, groups: Sequence[Collection[fx.Node]]) -> list[int]:
-    """Contracts each group of nodes to one and returns the groups that lie on or behind a cycle; empty if there is
-    none.
+class Contraction:
+    """Tells which groups of nodes of one graph can't all become one node each, because of a cycle.
 
     Groups can each be convex and still form a cycle together.
+
+    Args:
+        graph: topologically sorted, and not changed afterwards.
     """
-    owner = {node: index for index, group in enumerate(groups) for node in group}
 
-    def unit(node: fx.Node) -> object:
-        return owner.get(node, node)
+    def __init__(self, graph: fx.Graph) -> None:
+        self._nodes = list(graph.nodes)
+        self._position = {node: index for index, node in enumerate(self._nodes)}
 
-    units = dict.fromkeys(unit(node) for node in graph.nodes)
-    successors: dict[object, set[object]] = {key: set() for key in units}
-    for node in graph.nodes:
-        for user in node.users:
-            if unit(user) != unit(node):
-                successors[unit(node)].add(unit(user))
-    missing = dict.fromkeys(units, 0)
+    def cycles(self, groups: Sequence[Collection[fx.Node]]) -> list[tuple[int, ...]]:
+        """For every cycle found the groups on it, ascending; no group occurs twice. Empty only if there is no cycle.
+
+        Args:
+            groups: disjoint and each of them convex. Of such groups only those whose spans in the order of the graph
+                overlap can form a cycle: a path between two others can't come back.
+        """
+        spans = []
+        for index, group in enumerate(groups):
+            positions = [self._position[node] for node in group]
+            spans.append((min(positions), max(positions), index))
+        found: list[tuple[int, ...]] = []
+        cluster: list[int] = []
+        first = last = -1
+        for start, end, index in sorted(spans):
+            if start > last:
+                found += self._cycles_within(first, last, groups, cluster)
+                cluster, first = [], start
+            cluster.append(index)
+            last = max(last, end)
+        return found + self._cycles_within(first, last, groups, cluster)
+
+    def _cycles_within(
+        self, first: int, last: int, groups: Sequence[Collection[fx.Node]], cluster: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        if len(cluster) < 2:
+            return []
+        owner: dict[fx.Node, Hashable] = {node: index for index in cluster for node in groups[index]}
+        successors: dict[Hashable, dict[Hashable, None]] = {}
+        for node in self._nodes[first : last + 1]:
+            unit = owner.get(node, node)
+            targets = successors.setdefault(unit, {})
+            for user in node.users:
+                if self._position[user] <= last and (target := owner.get(user, user)) != unit:
+                    targets[target] = None
+        _drop_acyclic(successors)
+        found: list[tuple[int, ...]] = []
+        used: set[int] = set()
+        for index in sorted(cluster):
+            if index not in used and (cycle := _shortest_cycle(successors, index)):
+                found.append(cycle)
+                used.update(cycle)
+                for each in cycle:
+                    successors.pop(each, None)
+        return found
+
+
+def _drop_acyclic(successors: dict[Hashable, dict[Hashable, None]]) -> None:
+    """Leaves only the units on a cycle or behind one."""
+    missing = dict.fromkeys(successors, 0)
     for targets in successors.values():
         for target in targets:
             missing[target] += 1
-    ready = [key for key, count in missing.items() if not count]
+    ready = [unit for unit, count in missing.items() if not count]
     while ready:
-        for target in successors[ready.pop()]:
+        for target in successors.pop(ready.pop()):
             missing[target] -= 1
             if not missing[target]:
                 ready.append(target)
-    return sorted(key for key, count in missing.items() if count and isinstance(key, int))
+
+
+def _shortest_cycle(successors: dict[Hashable, dict[Hashable, None]], start: int) -> tuple[int, ...]:
+    """The groups (integers among the units) on a cycle through `start` that has the fewest of them; empty if none."""
+    if start not in successors:
+        return ()
+    parent: dict[Hashable, Hashable] = {}
+    queue: deque[Hashable] = deque([start])
+    done: set[Hashable] = set()
+    while queue:
+        unit = queue.popleft()
+        if unit in done:
+            continue
+        done.add(unit)
+        for target in successors[unit]:
+            if target == start:
+                path = [unit]
+                while path[-1] != start:
+                    path.append(parent[path[-1]])
+                return tuple(sorted(each for each in path if isinstance(each, int)))
+            if target in successors and target not in done:
+                parent[target] = unit
+                queue.append(target) if isinstance(target, int) else queue.appendleft(target)
+    return ()

@@ -1,6 +1,28 @@
 """Candidates and refusals; the one place that touches `torch._inductor.pattern_matcher`."""
 
 from fuseplan.matching.candidates import Match, Matches, compiled_pattern, find_matches, fusion_of, missing_ops
+from fuseplan.matching.external import (
+    ExternalMatch,
+    ExternalMatches,
+    ExternalPass,
+    GraphPass,
+    as_external,
+    find_external,
+)
 from fuseplan.matching.inductor import CompiledPattern
 
-__all__ = ["CompiledPattern", "Match", "Matches", "compiled_pattern", "find_matches", "fusion_of", "missing_ops"]
+__all__ = [
+    "CompiledPattern",
+    "ExternalMatch",
+    "ExternalMatches",
+    "ExternalPass",
+    "GraphPass",
+    "Match",
+    "Matches",
+    "as_external",
+    "compiled_pattern",
+    "find_external",
+    "find_matches",
+    "fusion_of",
+    "missing_ops",
+]

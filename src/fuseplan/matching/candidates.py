@@ -29,6 +29,7 @@ class Match:
         consumed: the nodes that the fusion takes, in graph order.
         outputs: for each value that the pattern yields the node that has it, None where it is dead.
         core: the node of the dialect op that fusions contend for.
+        rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
     """
 
     rule: Rule
@@ -37,6 +38,7 @@ class Match:
     consumed: tuple[fx.Node, ...]
     outputs: tuple[fx.Node | None, ...]
     core: fx.Node
+    rounding_change: tuple[str, str] | None = None
 
     @property
     def anchor(self) -> fx.Node:
@@ -69,6 +71,8 @@ def find_matches(
     rules: Mapping[str, Sequence[Rule]],
     providers: Sequence[Provider],
     device: DeviceProfile | None = None,
+    *,
+    allow_rounding_changes: bool = False,
 ) -> Matches:
     """Enumerates, without changing the graph.
 
@@ -77,6 +81,7 @@ def find_matches(
         rules: members by rule name.
         providers: who may run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
+        allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
     """
     available = [p for p in sorted(providers, key=lambda p: p.name) if p.unavailable(device) is None]
     candidates: list[Match] = []
@@ -91,7 +96,7 @@ def find_matches(
             if isinstance(found, Refusal):
                 refusals.append(found)
                 continue
-            chosen = _providers_of(rule, found, available)
+            chosen = _providers_of(found, available, device, allow_rounding_changes)
             candidates += [found_by for found_by in chosen if isinstance(found_by, Match)]
             if not any(isinstance(each, Match) for each in chosen):
                 refusals += [each for each in chosen if isinstance(each, Refusal)]
@@ -169,25 +174,32 @@ def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core
     return replace(refusal, op=rule.core.name, nodes=nodes, source=refusal.source or place_of(core))
 
 
-def _providers_of(rule: Rule, match: Match, available: Sequence[Provider]) -> list[Match | Refusal]:
+def _providers_of(
+    match: Match, available: Sequence[Provider], device: DeviceProfile | None, allow_rounding_changes: bool
+) -> list[Match | Refusal]:
     """The match once for each provider that accepts its arguments; where none does, why not."""
-    results: list[Match | Refusal] = []
+    rule, results = match.rule, list[Match | Refusal]()
     for provider in available:
-        accepts = provider.implements.get(rule.op.name)
-        if accepts is None:
+        offer = provider.offers(device).get(rule.op.name)
+        if offer is None:
             continue
-        refusal = accepts(Bindings(rule.name, match.values))
-        results.append(
-            refusal
-            or Match(
-                rule=rule,
-                provider=provider.name,
-                values=match.values,
-                consumed=match.consumed,
-                outputs=match.outputs,
-                core=match.core,
-            )
-        )
+        refusal = offer.accepts(Bindings(rule.name, match.values))
+        rounding = match.values.get("rounding")
+        fits = offer.roundings is None or rounding in offer.roundings
+        if refusal is not None:
+            results.append(refusal)
+        elif fits:
+            results.append(replace(match, provider=provider.name))
+        elif offer.roundings and allow_rounding_changes:
+            other = min(offer.roundings)
+            values = {**match.values, "rounding": other}
+            change = (str(rounding), other)
+            results.append(replace(match, provider=provider.name, values=values, rounding_change=change))
+        else:
+            computed = " or ".join(sorted(offer.roundings or ()))
+            detail = f"{provider.name}'s {rule.op.name} rounds as {computed}, and the graph as {rounding}"
+            refused = _refusal(rule, Reason.ROUNDING, detail, (match.core.name,), match.core)
+            results.append(replace(refused, mend="set allow_rounding_changes"))
     if not results:
         detail = f"no available provider implements {rule.op.name}"
         results.append(_refusal(rule, Reason.PROVIDER, detail, (), match.core))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from fuseplan.graph.legality import groups_on_cycle
+from fuseplan.graph.legality import Contraction
 from fuseplan.matching import Match
 
 
@@ -57,8 +57,9 @@ def choose_in_order(graph: fx.Graph, candidates: Sequence[Match], order: Sequenc
                 taken.update(dict.fromkeys(match.consumed, match))
                 chosen.append(match)
     cyclic: list[Match] = []
-    while groups := groups_on_cycle(graph, [match.consumed for match in chosen]):
-        given_up = chosen.pop(max(groups))
+    contraction = Contraction(graph)
+    while cycles := contraction.cycles([match.consumed for match in chosen]):
+        given_up = chosen.pop(max(cycles[0]))
         cyclic.append(given_up)
         for node in given_up.consumed:
             del taken[node]

@@ -1,6 +1,15 @@
 """Implementations of fused ops: when each is available, what it accepts."""
 
-from fuseplan.providers.devices import PROFILES, DeviceProfile, device_profile, local_vendor
-from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider
+from fuseplan.providers.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
+from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Offer, Provider
 
-__all__ = ["BUILT_IN_PROVIDERS", "PROFILES", "DeviceProfile", "Provider", "device_profile", "local_vendor"]
+__all__ = [
+    "BUILT_IN_PROVIDERS",
+    "PROFILES",
+    "DeviceProfile",
+    "Offer",
+    "Provider",
+    "device_profile",
+    "local_profile",
+    "local_vendor",
+]

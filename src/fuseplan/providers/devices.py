@@ -47,6 +47,16 @@ def device_profile(name: str) -> DeviceProfile:
     return PROFILES[name]
 
 
+def local_profile() -> DeviceProfile:
+    """The profile of this machine's accelerator; of an unknown one that of the vendor's that is nearest in age."""
+    vendor = local_vendor()
+    if vendor == "cpu":
+        return PROFILES["cpu"]
+    name = torch.cuda.get_device_name(0).lower()
+    known = [profile for profile in PROFILES.values() if profile.vendor == vendor and profile.name in name]
+    return known[0] if known else PROFILES["mi300x" if vendor == "amd" else "h100"]
+
+
 def local_vendor() -> Literal["nvidia", "amd", "cpu"]:
     """Whose accelerator torch sees on this machine."""
     if not torch.cuda.is_available():

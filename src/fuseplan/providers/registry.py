@@ -6,13 +6,26 @@ itself, and the answer carries its reason.
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuseplan.dialect import ops
+from fuseplan.dialect import QuantRounding, Rounding, ops
 from fuseplan.providers.devices import DeviceProfile, local_vendor
 from fuseplan.record import Reason, Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """One fused op of a provider: what it accepts, and where its kernel rounds.
+
+    Attributes:
+        accepts: None, or why it refuses the arguments.
+        roundings: the conventions that its kernel computes; None: whichever it is asked for.
+    """
+
+    accepts: Callable[[Any], Refusal | None]
+    roundings: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +39,9 @@ class Provider:
         package: the Python package it needs, None where fuseplan's own requirements bring it.
         distribution: the name under which the package is installed, where it differs.
         install: what to do where the package is missing.
-        implements: names of the fused ops it implements, each with a check of its arguments: None, or why it refuses
-            them.
+        implements: the fused ops, by name, that fuseplan runs by it.
+        prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
+            does not call yet: they are candidates where a plan is only explained.
     """
 
     name: str
@@ -36,7 +50,12 @@ class Provider:
     package: str | None
     distribution: str | None = None
     install: str
-    implements: Mapping[str, Callable[[Any], Refusal | None]] = field(default_factory=dict)
+    implements: Mapping[str, Offer] = field(default_factory=dict)
+    prices: Mapping[str, Offer] = field(default_factory=dict)
+
+    def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
+        """The fused ops that are candidates: for another device than this one, those that are only priced too."""
+        return self.implements if device is None else {**self.prices, **self.implements}
 
     def unavailable(self, device: DeviceProfile | None = None) -> Refusal | None:
         """Why this provider can't run, or None if it can.
@@ -76,6 +95,24 @@ def accept_all(m: Any) -> Refusal | None:
     return None
 
 
+def accept_multiplied_scale(m: Any) -> Refusal | None:
+    """The check of a kernel that multiplies by the reciprocal of a static scale."""
+    if m.quant_rounding == QuantRounding.MULTIPLY:
+        return None
+    return Refusal(
+        reason=Reason.ROUNDING, detail="the kernel multiplies by the reciprocal of the scale; the graph divides by it"
+    )
+
+
+def _offers(
+    names: Iterable[str], *roundings: Rounding, accepts: Callable[[Any], Refusal | None] = accept_all
+) -> dict[str, Offer]:
+    computed = frozenset(rounding.value for rounding in roundings) if roundings else None
+    return {name: Offer(accepts=accepts, roundings=computed) for name in names}
+
+
+ALL_FUSED = tuple(op.name for op in ops.values() if op.fused)
+
 BUILT_IN_PROVIDERS: Sequence[Provider] = (
     Provider(
         name="torch",
@@ -83,7 +120,7 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         vendors=frozenset({"nvidia", "amd", "cpu"}),
         package=None,
         install="",
-        implements={op.name: accept_all for op in ops.values() if op.fused},
+        implements=_offers(ALL_FUSED),
     ),
     Provider(
         name="triton",
@@ -91,6 +128,7 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         vendors=frozenset({"nvidia", "amd"}),
         package="triton",
         install="pip install fuseplan[triton]",
+        prices=_offers(ALL_FUSED),
     ),
     Provider(
         name="flashinfer",
@@ -99,6 +137,15 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         package="flashinfer",
         distribution="flashinfer-python",
         install="pip install flashinfer-python",
+        # FlashInfer at fb28d724, include/flashinfer/comm/trtllm_allreduce_fusion.cuh: sums in the activation dtype,
+        # one rounding after the weight, then float(y) * (1 / scale). Its norm + quant kernels (norm.cuh) quantise the
+        # unrounded y, which no graph that casts y first computes.
+        prices={
+            **_offers(["all_reduce_fused_add_rms_norm"], Rounding.GPT_OSS),
+            **_offers(
+                ["all_reduce_fused_add_rms_norm_static_fp8_quant"], Rounding.GPT_OSS, accepts=accept_multiplied_scale
+            ),
+        },
     ),
     Provider(
         name="aiter",
@@ -106,5 +153,14 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         vendors=frozenset({"amd"}),
         package="aiter",
         install="install AITER from its ROCm release",
+        # AITER, aiter/ops/triton/_triton_kernels/fused_add_rmsnorm_pad.py: the sum stays in float32, one rounding at
+        # the end. Its all-reduce + norm kernels are taken to do the same.
+        prices={
+            **_offers(
+                ["fused_add_rms_norm_pad", "all_reduce_fused_add_rms_norm", "all_reduce_fused_add_rms_norm_pad"],
+                Rounding.FP32,
+            ),
+            **_offers(["rms_norm_pad", "all_reduce_rms_norm"], Rounding.GPT_OSS),
+        },
     ),
 )

@@ -14,6 +14,8 @@ class Reason(StrEnum):
     DTYPE = "dtype"
     ATTRIBUTE = "attribute"
     """An attribute that the replacement would drop."""
+    ROUNDING = "rounding"
+    """The kernel rounds at other points than the graph."""
     MUTATION = "mutation"
     """An in-place op stands between two nodes of the region."""
     CYCLE = "cycle"

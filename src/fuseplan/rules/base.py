@@ -69,12 +69,17 @@ class Rule:
         flags: the flags of `PassConfig` that must all be on.
         op: the fused op, whose providers the plan chooses from.
         core: the dialect op that this fusion takes and others may want too.
+        requires: rules of which every match that shares a value with one of this rule must be applied with it, by the
+            same provider; e.g. where a kernel leaves its result in a layout that only another one reads.
+        together: whether all matches of the rule in a graph are applied, or none.
     """
 
     name: str
     flags: tuple[str, ...]
     op: DialectOp
     core: DialectOp
+    requires: tuple[str, ...] = ()
+    together: bool = False
 
     def pattern(self, *variables: Any, **named: Any) -> Any:
         """The values that the fusion computes, written in dialect ops; the first of them is the match's anchor."""
@@ -133,6 +138,11 @@ class Rule:
         """
         types = {argument.name: str(argument.type) for argument in self.op.overload._schema.arguments}
         self.trace_replacement({name: _STAND_INS.get(types.get(name, "Tensor"), _NODE) for name in self.variables})
+
+    @property
+    def size(self) -> int:
+        """How many dialect ops the pattern holds."""
+        return sum(ops.of(node.target) is not None for node in self.traced_pattern.graph.nodes)
 
     def describe(self) -> str:
         """`a -> b` on one line: the pattern's ops, then the fused op."""

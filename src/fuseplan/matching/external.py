@@ -1,0 +1,215 @@
+"""Passes that others wrote as `PatternMatcherPass` objects, read without applying them.
+
+A pass can be planned if all that it does is replace what it matches (`register_replacement`). One that runs a function
+on the graph is procedural, and one whose patterns hold an op that another pass puts in is chained to that one: these
+run where their owner put them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import (
+    Match as InductorMatch,
+)
+from torch._inductor.pattern_matcher import (
+    PatternEntry,
+    PatternExpr,
+    PatternMatcherPass,
+    ReplacementPatternEntry,
+    is_match,
+)
+
+from fuseplan.errors import ConfigError
+from fuseplan.graph.facts import mutation_regions
+from fuseplan.graph.legality import is_convex
+
+GraphPass: TypeAlias = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExternalPass:
+    """Somebody's pass, and what a match of it is worth.
+
+    Attributes:
+        matcher: a `torch._inductor.pattern_matcher.PatternMatcherPass`, unmodified.
+        name: unique; default: the pass's own name.
+        saving_us: what each match saves; None: one kernel launch, since a replacement usually is one kernel less.
+    """
+
+    matcher: PatternMatcherPass
+    name: str = ""
+    saving_us: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.matcher, PatternMatcherPass):
+            raise ConfigError(
+                f"matcher={self.matcher!r} isn't a PatternMatcherPass; hand over other passes as they are"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", self.matcher.pass_name or "external")
+
+    @property
+    def entries(self) -> list[PatternEntry]:
+        """Everything that is registered in the pass."""
+        return [entry for entries in self.matcher.patterns.values() for entry in entries]
+
+    @property
+    def is_procedural(self) -> bool:
+        """Whether it does more than replace what it matches."""
+        return not all(isinstance(entry, ReplacementPatternEntry) for entry in self.entries)
+
+    @property
+    def key(self) -> str:
+        """The pass by content: its patterns, and what they are worth."""
+        return f"{self.name} {self.saving_us} {sorted(repr(entry.pattern) for entry in self.entries)}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExternalMatch:
+    """One place at which somebody's pattern matches.
+
+    Attributes:
+        owner: the pass.
+        entry: the pattern and its replacement.
+        anchor: the node at which the pattern was matched.
+        consumed: the nodes that it replaces, in graph order.
+        ordinal: of the pass's matches, in graph order.
+        emits: what the replacement calls.
+    """
+
+    owner: ExternalPass
+    entry: PatternEntry
+    anchor: fx.Node
+    consumed: tuple[fx.Node, ...]
+    ordinal: int
+    emits: tuple[str, ...]
+
+    def apply(self) -> bool:
+        """Matches again, since an input may be another node by now, and replaces; False if it no longer matches."""
+        if self.anchor._erased:
+            return False
+        match = _match(self.entry, self.anchor)
+        if match is None:
+            return False
+        self.entry.apply(match, self.anchor.graph, self.anchor)
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalMatches:
+    """What passes of others match on an unmodified graph.
+
+    Attributes:
+        candidates: of passes that can be planned.
+        before: passes that run before the plan, and after nothing that is planned.
+        after: passes that run after the plan, in their order.
+    """
+
+    candidates: tuple[ExternalMatch, ...] = ()
+    before: tuple[GraphPass, ...] = ()
+    after: tuple[GraphPass, ...] = field(default=())
+
+
+def as_external(passes: Sequence[object]) -> tuple["ExternalPass | GraphPass", ...]:
+    """Each pass as an `ExternalPass` or a function of the graph.
+
+    Raises:
+        ConfigError: it is neither, or two have one name.
+    """
+    result: list[ExternalPass | GraphPass] = []
+    for each in passes:
+        if isinstance(each, PatternMatcherPass):
+            result.append(ExternalPass(matcher=each))
+        elif isinstance(each, ExternalPass) or callable(each):
+            result.append(each)
+        else:
+            raise ConfigError(
+                f"pass {each!r} is neither a PatternMatcherPass, an ExternalPass nor a function of a graph"
+            )
+    names = [each.name for each in result if isinstance(each, ExternalPass)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two passes are named {name!r}; wrap them as ExternalPass(matcher=..., name=...)")
+    return tuple(result)
+
+
+def find_external(graph: fx.Graph, passes: Sequence["ExternalPass | GraphPass"]) -> ExternalMatches:
+    """Enumerates, without changing the graph."""
+    regions = mutation_regions(graph) if passes else {}
+    planned = [each for each in passes if isinstance(each, ExternalPass) and not each.is_procedural]
+    found = {each.name: list(_matches(graph, each, regions)) for each in planned}
+    emitted = {each.name: {target for match in found[each.name] for target in match.emits} for each in planned}
+    chained = [each for i, each in enumerate(planned) if any(emitted[o.name] & _targets(each) for o in planned[:i])]
+    independent = {each.name for each in planned if each not in chained}
+    before: list[GraphPass] = []
+    after: list[GraphPass] = []
+    has_planned = False
+    for each in passes:
+        if isinstance(each, ExternalPass) and each.name in independent:
+            has_planned = True
+        else:
+            run = each.matcher.apply if isinstance(each, ExternalPass) else each
+            (after if has_planned else before).append(run)
+    candidates = [match for each in planned if each.name in independent for match in found[each.name]]
+    return ExternalMatches(candidates=tuple(candidates), before=tuple(before), after=tuple(after))
+
+
+def _matches(graph: fx.Graph, owner: ExternalPass, regions: dict[fx.Node, int]) -> Iterator[ExternalMatch]:
+    ordinal = 0
+    seen: set[frozenset[fx.Node]] = set()
+    for node in graph.nodes:
+        for entry in owner.matcher.patterns.get((node.op, node.target), ()):
+            match = _match(entry, node)
+            if match is None:
+                continue
+            consumed = tuple(sorted(match.nodes))
+            inputs = [each for each in _nodes(match.kwargs, match.args) if each not in consumed]
+            if frozenset(consumed) in seen or not consumed or not is_convex(consumed, inputs):
+                continue
+            if len({regions[each] for each in consumed}) > 1:
+                continue
+            seen.add(frozenset(consumed))
+            emits = _calls(match.replacement_graph)
+            yield ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=consumed, ordinal=ordinal, emits=emits)
+            ordinal += 1
+            break
+
+
+def _match(entry: PatternEntry, node: fx.Node) -> InductorMatch | None:
+    match = entry.pattern.match(node)
+    if not is_match(match):
+        return None
+    assert isinstance(match, InductorMatch)
+    streams = {each.meta.get("custom", {}).get("stream", 0) for each in match.nodes}
+    return match if len(streams) == 1 and entry.extra_check(match) else None
+
+
+def _calls(replacement: fx.GraphModule | None) -> tuple[str, ...]:
+    if replacement is None:
+        return ()
+    return tuple(sorted({str(node.target) for node in replacement.graph.nodes if node.op == "call_function"}))
+
+
+def _targets(owner: ExternalPass) -> set[str]:
+    """Everything that the patterns of a pass call."""
+    found: set[str] = set()
+    stack: list[Any] = [entry.pattern for entry in owner.entries]
+    while stack:
+        pattern = stack.pop()
+        if isinstance(pattern, PatternExpr):
+            found.update(str(target) for target in getattr(pattern, "fns", ()))
+            parts = (getattr(pattern, name, ()) for name in ("args", "outputs"))
+            stack += [each for part in parts if part for each in part]
+            stack += [*getattr(pattern, "kwargs", {}).values()]
+            inner = getattr(pattern, "pattern", None)
+            stack += [inner] if inner is not None else []
+        elif isinstance(pattern, (list, tuple)):
+            stack += pattern
+    return found
+
+
+def _nodes(*values: Any) -> Iterable[fx.Node]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]

@@ -1,0 +1,163 @@
+"""Candidates: matches with stable names, and what ties them to each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.facts import place_of, tensor_of
+from fuseplan.matching import ExternalMatch, Match
+from fuseplan.planner.sites import Site
+
+EXTERNAL = "external"
+"""The provider of other people's replacements."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidate:
+    """A match that could be applied, by one provider.
+
+    Attributes:
+        name: unique and the same on every rank and in every order of registration: place, rule, fused op, provider.
+        rule: its rule, or the name of somebody's pass.
+        op: what it would put in.
+        provider: whose kernel, `external` for somebody's pass.
+        match: the match.
+        site: where it contends; None for somebody's pass.
+        consumed: nodes of the original graph that disappear.
+        context: nodes of the canonical graph that must stay as they are.
+        re_emitted: nodes of the canonical graph that it consumes and yields again.
+        source: the place in the user's model, if known.
+        signature: what it computes, without names: two graphs with equal signatures at equal places can share a plan.
+    """
+
+    name: str
+    rule: str
+    op: str
+    provider: str
+    match: Match | ExternalMatch
+    site: Site | None
+    consumed: frozenset[fx.Node]
+    context: frozenset[fx.Node] = frozenset()
+    re_emitted: frozenset[fx.Node] = frozenset()
+    source: str | None = None
+    signature: str = ""
+
+
+def candidates_of(
+    canonical: CanonicalGraph, sites: Sequence[Site], matches: Sequence[Match], external: Sequence[ExternalMatch]
+) -> tuple[Candidate, ...]:
+    """Every match as a candidate, in order of name, whatever the order of the matches."""
+    by_core = {site.core: site for site in sites}
+    result = []
+    for match in matches:
+        site = by_core.get(match.core)
+        inside = frozenset(match.consumed)
+        yielded = frozenset(node for node in match.outputs if node is not None)
+        inputs = frozenset(v for v in match.values.values() if isinstance(v, fx.Node)) - inside
+        place = f"{site.ordinal:05}" if site else f"{match.core.name}"
+        result.append(
+            Candidate(
+                name=f"{place} {match.rule.name} {match.rule.op.name} {match.provider}",
+                rule=match.rule.name,
+                op=match.rule.op.name,
+                provider=match.provider,
+                match=match,
+                site=site,
+                consumed=canonical.claims(match.consumed),
+                context=inputs,
+                re_emitted=yielded & inside,
+                source=place_of(match.core),
+                signature=_signature(match),
+            )
+        )
+    result += [
+        Candidate(
+            name=f"{EXTERNAL} {other.owner.name} {other.ordinal:05}",
+            rule=other.owner.name,
+            op=" ".join(other.emits) or other.owner.name,
+            provider=EXTERNAL,
+            match=other,
+            site=None,
+            consumed=frozenset(other.consumed),
+            source=place_of(other.anchor),
+            signature=f"{other.owner.name} {' '.join(str(node.target) for node in other.consumed)}",
+        )
+        for other in external
+    ]
+    result.sort(key=lambda candidate: candidate.name)
+    return _unique(result)
+
+
+def _unique(candidates: list[Candidate]) -> tuple[Candidate, ...]:
+    """Matches of one rule at one core, e.g. two pads of one norm, are told apart by their order in the graph."""
+    counts: dict[str, int] = {}
+    for candidate in candidates:
+        counts[candidate.name] = counts.get(candidate.name, 0) + 1
+    if all(count == 1 for count in counts.values()):
+        return tuple(candidates)
+    result, seen = [], dict.fromkeys(counts, 0)
+    for candidate in sorted(candidates, key=lambda c: (c.name, min(c.match.consumed)._sort_key)):
+        seen[candidate.name] += 1
+        suffix = f" {seen[candidate.name]}" if counts[candidate.name] > 1 else ""
+        result.append(replace(candidate, name=f"{candidate.name}{suffix}"))
+    return tuple(result)
+
+
+def _signature(match: Match) -> str:
+    parts = []
+    for name, value in match.values.items():
+        if name == "group_name":
+            continue
+        tensor = tensor_of(value) if isinstance(value, fx.Node) else None
+        if tensor is not None:
+            shape = "x".join("?" if not isinstance(size, int) else str(size) for size in tensor.shape)
+            parts.append(f"{name}:{str(tensor.dtype).removeprefix('torch.')}[{shape}]")
+        elif not isinstance(value, fx.Node):
+            parts.append(f"{name}={value}")
+    return f"{match.rule.op.name}({', '.join(parts)})"
+
+
+def conflicts_of(candidates: Sequence[Candidate]) -> frozenset[tuple[int, int]]:
+    """Pairs that consume a common node, or one of which consumes what the other reads without yielding it again."""
+    conflicts: set[tuple[int, int]] = set()
+    consumers: dict[fx.Node, list[int]] = {}
+    lost: dict[fx.Node, list[int]] = {}
+    for index, candidate in enumerate(candidates):
+        for node in candidate.consumed:
+            consumers.setdefault(node, []).append(index)
+        if isinstance(candidate.match, Match):
+            for node in candidate.match.consumed:
+                if node not in candidate.re_emitted:
+                    lost.setdefault(node, []).append(index)
+    for group in consumers.values():
+        conflicts.update((i, j) for k, j in enumerate(group) for i in group[:k])
+    for index, candidate in enumerate(candidates):
+        for node in candidate.context:
+            conflicts.update((min(index, o), max(index, o)) for o in lost.get(node, ()) if o != index)
+    return frozenset(conflicts)
+
+
+def couplings_of(
+    candidates: Sequence[Candidate],
+) -> tuple[frozenset[tuple[int, int]], tuple[frozenset[int], ...]]:
+    """(requires, together) as the rules ask for them; both hold between candidates of one provider."""
+    ours = [(i, c, c.match.rule) for i, c in enumerate(candidates) if isinstance(c.match, Match)]
+    together: dict[tuple[str, str], set[int]] = {}
+    requires: set[tuple[int, int]] = set()
+    for index, candidate, rule in ours:
+        if rule.together:
+            together.setdefault((candidate.rule, candidate.provider), set()).add(index)
+        for name in rule.requires:
+            requires.update(
+                (index, other)
+                for other, needed, _ in ours
+                if (needed.rule, needed.provider) == (name, candidate.provider) and _touch(candidate, needed)
+            )
+    return frozenset(requires), tuple(frozenset(group) for _, group in sorted(together.items()))
+
+
+def _touch(left: Candidate, right: Candidate) -> bool:
+    """Whether one reads what the other yields."""
+    return not (left.context.isdisjoint(right.re_emitted) and right.context.isdisjoint(left.re_emitted))

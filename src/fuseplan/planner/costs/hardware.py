@@ -1,0 +1,153 @@
+"""What the cost model knows of a device: constants, each with its unit and where it comes from."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number of the model.
+
+    Attributes:
+        value: in `unit`.
+        unit: `ns`, `GB/s` (1e9 bytes a second, which is bytes a nanosecond) or `bytes`.
+        source: the datasheet, measurement or publication it was read from, or what it was derived from.
+    """
+
+    value: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way in which a library runs an all-reduce around a ring of N ranks.
+
+    time = latency + (steps - 2) * step + steps / N * bytes / bandwidth,   steps = 2 * (N - 1)
+
+    Attributes:
+        name: as the library names it.
+        latency: of an empty all-reduce of two ranks, its launch included.
+        step: what each step beyond the two of two ranks adds.
+        bandwidth: of a rank's link, in one direction, as achieved.
+    """
+
+    name: str
+    latency: Constant
+    step: Constant
+    bandwidth: Constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """How a kernel of one launch exchanges rows with the other ranks.
+
+    Attributes:
+        signal: what waiting for the other ranks costs: a barrier, or Lamport's spinning on the data.
+        bandwidth: of one link in one direction, as achieved by loads and stores of a kernel.
+        mesh: whether each pair of ranks has a link of its own, as on AMD's boards, or one switched link is shared.
+        stages: whether a rank first copies its rows to a buffer that the others can read.
+    """
+
+    signal: Constant
+    bandwidth: Constant
+    mesh: bool
+    stages: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """When a library takes its one-stage kernel; elsewhere it takes two stages.
+
+    Attributes:
+        source: which version of which code.
+        max_tokens: rows above which it doesn't.
+        widths: row widths it does so for, None for every width.
+        max_bytes: by the largest number of ranks it holds for, the size from which on it doesn't; None is no limit.
+    """
+
+    source: str
+    max_tokens: int | None = None
+    widths: frozenset[int] | None = None
+    max_bytes: Mapping[int, int | None] = field(default_factory=dict)
+
+    def takes_one_stage(self, *, tokens: int, width: int, nbytes: int, ranks: int) -> bool:
+        """Whether rows of that shape go through the one-stage kernel."""
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            return False
+        if self.widths is not None and width not in self.widths:
+            return False
+        limits = [limit for most, limit in sorted(self.max_bytes.items()) if ranks <= most]
+        return bool(limits) and (limits[0] is None or nbytes < limits[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aiter:
+    """AITER's all-reduces, which serve the unfused graph as well as the fused ops.
+
+    Attributes:
+        peers: its kernels' exchange.
+        plain: its gate of the all-reduce alone.
+        fused: its gate of the all-reduce fused with a norm.
+        norm: what its fused norm kernels without an all-reduce take beyond a launch.
+    """
+
+    peers: Peers
+    plain: Gate
+    fused: Gate
+    norm: Constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device, with its usual links and libraries, as the cost model sees it.
+
+    Attributes:
+        name: a device profile's.
+        launch: a kernel with next to nothing to do, from its predecessor's end to its own, inside a CUDA graph.
+        generated_norm: what a row reduction that Inductor generates takes beyond a launch.
+        cache: bytes that stay in the last-level cache between two kernels.
+        cache_bandwidth: of traffic within the cache.
+        memory_bandwidth: of traffic beyond it.
+        strided_copy: of eager `copy_` into a narrowed tensor, the second half of eager `F.pad`.
+        ring: the all-reduce of torch.distributed; the fastest protocol is taken. Empty where AITER replaces it.
+        triton: the exchange of Triton kernels over symmetric memory, None where there is no Triton.
+        flashinfer: FlashInfer's exchange, None off NVIDIA.
+        aiter: AITER's, None off AMD.
+    """
+
+    name: str
+    launch: Constant
+    generated_norm: Constant
+    cache: Constant
+    cache_bandwidth: Constant
+    memory_bandwidth: Constant
+    strided_copy: Constant
+    ring: tuple[Protocol, ...] = ()
+    triton: Peers | None = None
+    flashinfer: Peers | None = None
+    aiter: Aiter | None = None
+
+    def constants(self) -> Iterator[tuple[str, Constant]]:
+        """Every constant by its dotted name, e.g. `triton.signal` or `ring.LL.latency`."""
+        yield from _constants("", self)
+
+    def memory_ns(self, nbytes: float) -> float:
+        """nbytes through cache or memory: all of it through the cache while it fits, nothing from twice its size on.
+
+        A stream larger than a cache that evicts what was used longest ago pushes out what it is about to read.
+        """
+        cached = max(0.0, min(nbytes, 2 * self.cache.value - nbytes))
+        return cached / self.cache_bandwidth.value + (nbytes - cached) / self.memory_bandwidth.value
+
+
+def _constants(prefix: str, value: Any) -> Iterator[tuple[str, Constant]]:
+    if isinstance(value, Constant):
+        yield prefix, value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _constants(f"{prefix}.{item.name}", item)
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from _constants(f"{prefix}.{item.name}" if prefix else item.name, getattr(value, item.name))

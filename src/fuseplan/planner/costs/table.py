@@ -1,0 +1,230 @@
+"""Cost tables: times of alternatives, with where each came from, as JSON that can be committed and shared."""
+
+import bisect
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fuseplan.errors import ConfigError
+from fuseplan.record import from_json, to_json
+
+SCHEMA = 1
+LARGEST_BYTES = 16 * 2**20
+LARGEST_NS = 3_600_000_000_000
+"""An hour: no region of a graph takes longer, so more is a mistake of units."""
+
+
+class Provenance(StrEnum):
+    """How a time came about."""
+
+    MEASURED = "measured"
+    MODELLED = "modelled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The time of one alternative at one size.
+
+    Attributes:
+        key: the component class and the alternative.
+        tokens: rows of the activations.
+        time_ns: the median.
+        spread_ns: the interquartile range, 0 where modelled.
+        provenance: whether it was measured or modelled.
+        device: the profile's name.
+        torch: torch's version, empty where it doesn't matter.
+        triton: triton's version, likewise.
+        topology: ranks and links, e.g. `tp2 nvlink`.
+        date: ISO 8601.
+        command: what was run.
+    """
+
+    key: str
+    tokens: int
+    time_ns: int
+    spread_ns: int
+    provenance: Provenance
+    device: str
+    torch: str
+    triton: str
+    topology: str
+    date: str
+    command: str
+
+    def __post_init__(self) -> None:
+        where = f"row {self.key[:80]!r} at {self.tokens} tokens"
+        _require(bool(self.key), "a row has no key")
+        _require(self.tokens >= 1, f"{where}: tokens must be at least 1")
+        for name, value in (("time_ns", self.time_ns), ("spread_ns", self.spread_ns)):
+            _require(0 <= value <= LARGEST_NS, f"{where}: {name} must be between 0 and {LARGEST_NS}, not {value}")
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError:
+            raise ConfigError(f"{where}: date {self.date[:40]!r} isn't an ISO 8601 date") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Times of alternatives on one device, one a key and size; the order of rows means nothing.
+
+    Raises:
+        ConfigError: two rows share key and tokens, or one is of another device.
+    """
+
+    device: str
+    rows: tuple[Row, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[str, int]] = set()
+        for row in self.rows:
+            where = f"row {row.key[:80]!r} at {row.tokens} tokens"
+            _require(row.device == self.device, f"{where} is of {row.device[:40]!r}, the table of {self.device[:40]!r}")
+            _require((row.key, row.tokens) not in seen, f"{where} occurs twice")
+            seen.add((row.key, row.tokens))
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, int], Row]:
+        return {(row.key, row.tokens): row for row in self.rows}
+
+    def lookup(self, key: str, tokens: int) -> Row | None:
+        """The row of an alternative at a size, None where there is none."""
+        return self._by_key.get((key, tokens))
+
+    def interpolate(self, key: str, tokens: int) -> tuple[int, int] | None:
+        """(time, spread) in ns of an alternative at a size: its row, or on the line between its neighbours' rows, with
+        the larger spread of the two; None outside of what was measured.
+        """
+        rows = self._curves.get(key, ())
+        at = bisect.bisect_left(rows, tokens, key=lambda row: row.tokens)
+        if at < len(rows) and rows[at].tokens == tokens:
+            return rows[at].time_ns, rows[at].spread_ns
+        if not 0 < at < len(rows):
+            return None
+        left, right = rows[at - 1], rows[at]
+        share = (tokens - left.tokens) / (right.tokens - left.tokens)
+        time_ns = round(left.time_ns + share * (right.time_ns - left.time_ns))
+        return time_ns, max(left.spread_ns, right.spread_ns)
+
+    @cached_property
+    def _curves(self) -> dict[str, list[Row]]:
+        curves: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: (row.key, row.tokens)):
+            curves.setdefault(row.key, []).append(row)
+        return curves
+
+    def updated(self, rows: Iterable[Row]) -> "CostTable":
+        """The same table with `rows` added, each in the place of a row of its key and tokens."""
+        merged = {**self._by_key, **{(row.key, row.tokens): row for row in rows}}
+        return CostTable(device=self.device, rows=tuple(merged[name] for name in sorted(merged)))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the content, whatever the order of rows or the layout of the file."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        rows = sorted(self.rows, key=lambda row: (row.key, row.tokens))
+        return {"schema": SCHEMA, "device": self.device, "rows": [to_json(row) for row in rows]}
+
+    def save(self, path: Path) -> None:
+        """Writes the table as JSON: the whole of it or, where that fails, nothing.
+
+        Raises:
+            ConfigError: the file can't be written.
+        """
+        temporary: Path | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            temporary = Path(name)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self._content(), file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            raise ConfigError(f"cost table {str(path)!r} can't be written: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: Path, *, device: str | None = None) -> "CostTable":
+        """Reads a table.
+
+        Args:
+            path: of the JSON file.
+            device: the only device whose table will do; None takes any.
+
+        Raises:
+            ConfigError: there is no such file, or it isn't a sound table of this schema and of that device.
+        """
+        try:
+            with path.open("rb") as file:
+                content = file.read(LARGEST_BYTES + 1)
+        except OSError as error:
+            raise ConfigError(f"cost table {str(path)!r} can't be read: {error.strerror or error}") from error
+        return cls.parse(content, name=str(path), device=device)
+
+    @classmethod
+    def parse(cls, content: bytes, *, name: str = "", device: str | None = None) -> "CostTable":
+        """Reads a table from the bytes of its file.
+
+        Args:
+            content: JSON in UTF-8.
+            name: of the file, for errors.
+            device: as for `load`.
+
+        Raises:
+            ConfigError: it isn't a sound table of this schema and of that device; the text is one line.
+        """
+        try:
+            _require(len(content) <= LARGEST_BYTES, f"it is larger than {LARGEST_BYTES} bytes")
+            table = cls._decode(_json(content))
+            _require(device in (None, table.device), f"it is of {table.device[:40]!r}, not of {device!r}")
+        except ValueError as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(f"cost table {name!r}: {text}") from error
+        return table
+
+    @classmethod
+    def _decode(cls, data: Any) -> "CostTable":
+        _require(isinstance(data, dict), "the file isn't a JSON object")
+        schema = data.pop("schema", None)
+        known = isinstance(schema, int) and not isinstance(schema, bool) and schema == SCHEMA
+        _require(known, f"schema is {str(schema)[:40]!r}; this version reads {SCHEMA}")
+        _require("rows" in data, "it has no rows")
+        return from_json(cls, data)
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except ConfigError:
+        raise
+    except UnicodeDecodeError:
+        raise ConfigError("the file isn't UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the file isn't JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        _require(names.count(name) == 1, f"the name {name[:40]!r} occurs twice in one object")
+    return dict(pairs)
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise ConfigError(text)

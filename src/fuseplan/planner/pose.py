@@ -1,0 +1,185 @@
+"""From matches to a problem: candidates, conflicts, couplings, prices, and what the user forces and forbids."""
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.config import unknown
+from fuseplan.errors import ConfigError, PlanError
+from fuseplan.graph.legality import Contraction
+from fuseplan.matching import ExternalMatch, Match
+from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, couplings_of
+from fuseplan.planner.components import components
+from fuseplan.planner.pricing import Priced, Prices, Pricing
+from fuseplan.planner.problem import Problem
+from fuseplan.planner.sites import Rows, find_sites
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Posed:
+    """A graph's problem.
+
+    Attributes:
+        canonical: the graph.
+        candidates: in order of name; the problem knows them by index.
+        problem: what to solve.
+        priced: their prices.
+        sites: the signature of every site, in graph order.
+    """
+
+    canonical: CanonicalGraph
+    candidates: tuple[Candidate, ...]
+    problem: Problem
+    priced: Priced
+    sites: tuple[str, ...]
+
+    @property
+    def unfused_ns(self) -> int:
+        """All contested sites at the middle size, as Inductor leaves them."""
+        return self.priced.unfused[len(self.priced.unfused) // 2]
+
+    def saved_by_size(self, selected: Sequence[int]) -> list[int]:
+        """What a selection saves at each size, in ns."""
+        return [sum(s[k] for i in selected if (s := self.priced.savings[i])) for k in range(len(self.priced.tokens))]
+
+    @cached_property
+    def index(self) -> dict[int, int]:
+        """The candidate of a match, by the match's identity."""
+        return {id(candidate.match): i for i, candidate in enumerate(self.candidates)}
+
+    def find_cycles(self, selected: Sequence[int]) -> list[tuple[int, ...]]:
+        """A `CycleFinder`. Matches of rules are contracted in the canonical graph; where there are others', all of them
+        in the original one too.
+        """
+        ours = [i for i in selected if isinstance(self.candidates[i].match, Match)]
+        groups = [self.candidates[i].match.consumed for i in ours]
+        found = [tuple(ours[k] for k in cycle) for cycle in self._canonical_contraction.cycles(groups)]
+        if len(ours) < len(selected):
+            claims = [sorted(self.candidates[i].consumed) for i in selected]
+            cycles = self._original_contraction.cycles(claims)
+            known = {each for cycle in found for each in cycle}
+            found += [t for cycle in cycles if known.isdisjoint(t := tuple(selected[k] for k in cycle))]
+        return found
+
+    @cached_property
+    def _canonical_contraction(self) -> Contraction:
+        return Contraction(self.canonical.graph)
+
+    @cached_property
+    def _original_contraction(self) -> Contraction:
+        return Contraction(self.canonical.original)
+
+
+def pose(
+    canonical: CanonicalGraph,
+    matches: Sequence[Match],
+    external: Sequence[ExternalMatch],
+    prices: Prices,
+    span: tuple[int, int],
+    *,
+    force: Sequence[str] = (),
+    forbid: Sequence[str] = (),
+) -> Posed:
+    """The problem of one graph in one range.
+
+    Args:
+        canonical: the graph.
+        matches: of rules, in any order.
+        external: of other people's passes, in any order.
+        prices: what they cost.
+        span: first and last number of tokens.
+        force: selectors of what has to be applied; see `selects`.
+        forbid: selectors of what must not.
+
+    Raises:
+        PlanError: a selector that matches nothing, or what is forced is forbidden.
+    """
+    sites = find_sites(canonical)
+    candidates = candidates_of(canonical, sites, matches, external)
+    requires, together = couplings_of(candidates)
+    structure = Problem(
+        names=tuple(candidate.name for candidate in candidates),
+        savings_ns=(0,) * len(candidates),
+        conflicts=conflicts_of(candidates),
+        requires=requires,
+        together=together,
+    )
+    pricing = Pricing(candidates, sites, prices, Rows.of(canonical.graph), span)
+    priced = pricing.price(components(structure), structure)
+    forbidden = frozenset(i for text in forbid for i, c in enumerate(candidates) if selects(text, c))
+    groups = [(text, group) for text in force for group in _groups(text, candidates, structure)]
+    for text, group in groups:
+        if group <= forbidden:
+            names = ", ".join(candidates[i].name for i in sorted(group))
+            raise PlanError(
+                f"force {text!r} and forbid {', '.join(map(repr, forbid))} contradict each other at {names}"
+            )
+    open_groups = dict.fromkeys(group - forbidden for _, group in groups)
+    problem = replace(
+        structure,
+        savings_ns=tuple(priced.values),
+        forced=frozenset(i for group in open_groups if len(group) == 1 for i in group),
+        one_of=tuple(group for group in open_groups if len(group) > 1),
+        forbidden=forbidden,
+        alternatives=priced.alternatives,
+    )
+    signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
+    return Posed(canonical=canonical, candidates=candidates, problem=problem, priced=priced, sites=signatures)
+
+
+_SELECTOR = re.compile(r"(?P<rule>[^@:#\s]+)(?:#(?P<ordinal>\d+)|@(?P<place>[^:\s]+))?(?::(?P<provider>[^:\s]+))?")
+SELECTOR_FORM = "RULE[@PLACE | #SITE][:PROVIDER], e.g. act_padding, act_padding@model.layers.3.*, act_padding#17:triton"
+
+
+def check_selector(text: str, rules: Sequence[str]) -> None:
+    """Refuses a selector of what is forced or forbidden.
+
+    Args:
+        text: `RULE`, `RULE@PLACE` with a pattern of module paths, or `RULE#SITE`, each with `:PROVIDER` or without.
+        rules: the names there are.
+
+    Raises:
+        ConfigError: it isn't of that form, or the rule is unknown.
+    """
+    match = _SELECTOR.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"selector {text!r} isn't of the form {SELECTOR_FORM}")
+    if match["rule"] not in rules:
+        raise unknown("rule", match["rule"], rules)
+
+
+def selects(text: str, candidate: Candidate) -> bool:
+    """Whether a selector of the form `SELECTOR_FORM` means a candidate."""
+    match = _SELECTOR.fullmatch(text)
+    assert match is not None, text
+    return (
+        match["rule"] == candidate.rule
+        and match["provider"] in (None, candidate.provider)
+        and (
+            match["ordinal"] is None or (candidate.site is not None and candidate.site.ordinal == int(match["ordinal"]))
+        )
+        and (match["place"] is None or fnmatch.fnmatchcase(candidate.source or "", match["place"]))
+    )
+
+
+def _groups(text: str, candidates: Sequence[Candidate], structure: Problem) -> list[frozenset[int]]:
+    """What a forcing selector means: at each place one of the candidates that it selects there, whoever runs it.
+
+    Raises:
+        PlanError: it selects nothing.
+    """
+    by_place: dict[object, list[int]] = {}
+    for index, candidate in enumerate(candidates):
+        if selects(text, candidate):
+            by_place.setdefault(candidate.site.ordinal if candidate.site else candidate.name, []).append(index)
+    if not by_place:
+        raise PlanError(f"force {text!r} can't be met: it selects no match in this graph")
+    groups: list[frozenset[int]] = []
+    for place in by_place.values():
+        # Of candidates that don't exclude each other, e.g. two that somebody coupled, all are meant.
+        exclusive = all((i, j) in structure.conflicts for k, j in enumerate(place) for i in place[:k])
+        groups += [frozenset(place)] if exclusive else [frozenset((index,)) for index in place]
+    return groups

@@ -1,0 +1,256 @@
+"""What alternatives save at their sites, in a compile range: from measured rows or from the cost model, never mixed."""
+
+import math
+import statistics
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from fuseplan.graph.facts import tensor_of
+from fuseplan.matching import ExternalMatch, Match
+from fuseplan.planner.candidates import Candidate
+from fuseplan.planner.costs import CostModel, CostTable, Provenance
+from fuseplan.planner.problem import Problem
+from fuseplan.planner.sites import Rows, Shape, Site, Tail
+
+CostSource: TypeAlias = Literal["auto", "measured", "modelled"]
+UNFUSED = "unfused"
+MAX_ENUMERATED = 12
+"""Candidates up to which a component's alternatives are looked up as a whole; beyond, each candidate is modelled."""
+
+
+def sizes_of(span: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of tokens that a range is priced at: both ends and the geometric middle."""
+    first, last = span
+    return tuple(sorted({first, round(math.sqrt(first * last)), last}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Where prices come from.
+
+    Attributes:
+        model: of the device that the plan is for.
+        table: measured rows, or a user's own.
+        source: which of the two; `auto` takes the table where it has all rows of a component, and else the model.
+    """
+
+    model: CostModel
+    table: CostTable | None = None
+    source: CostSource = "auto"
+    _cache: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def key(self) -> list[str]:
+        """What a plan depends on; the model's constants are part of the source."""
+        return [self.model.name, self.model.pad, self.source, self.table.digest if self.table else ""]
+
+    @property
+    def launch_ns(self) -> int:
+        """A kernel with next to nothing to do."""
+        return round(self.model.hardware.launch.value)
+
+    def unfused_ns(self, shape: Shape) -> int:
+        """A site as Inductor leaves it, by the model."""
+        return self._once((shape,), lambda: shape.unfused_ns(self.model))
+
+    def fused_ns(self, shape: Shape, provider: str, *, reduce: bool, tail: Tail | None) -> int:
+        """A fused op at a site, by the model."""
+        key = (shape, provider, reduce, tail)
+        return self._once(key, lambda: shape.fused_ns(self.model, provider, reduce=reduce, tail=tail))
+
+    def rest_ns(self, shape: Shape, *, reduce: bool, tail: Tail | None) -> int:
+        """What a fused op leaves of a site, by the model."""
+        return self._once((shape, reduce, tail), lambda: shape.rest_ns(self.model, reduce=reduce, tail=tail))
+
+    def _once(self, key: Hashable, compute: Callable[[], int]) -> int:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+    def times(self, signature: str, alternative: str, rows: Sequence[int]) -> "list[tuple[int, int]] | None":
+        """(time, spread) in ns of a component under an alternative, by size; None where the table hasn't all of it."""
+        assert self.table is not None
+        times = [self.table.interpolate(row_key(signature, alternative), each) for each in rows]
+        known = [time for time in times if time is not None]
+        return known if len(known) == len(times) else None
+
+
+def row_key(signature: str, alternative: str) -> str:
+    """The key of a row in a cost table: a component's sites, and what is applied there."""
+    return f"{signature}: {alternative}"
+
+
+def alternative_name(candidates: Sequence[Candidate], places: Sequence[int]) -> str:
+    """An alternative in a cost table, e.g. `act_padding fused_add_rms_norm_pad triton`; the place of each candidate
+    among the component's sites comes first where there are several sites.
+    """
+    names = []
+    for candidate in candidates:
+        assert candidate.site is not None
+        place = f"{places.index(candidate.site.ordinal)}: " if len(places) > 1 else ""
+        names.append(f"{place}{candidate.rule} {candidate.op} {candidate.provider}")
+    return " + ".join(sorted(names)) or UNFUSED
+
+
+def weighted(savings: Sequence[int], unfused: Sequence[int]) -> int:
+    """The mean over sizes of saving / unfused time, times the unfused time of the middle size: ns, and additive.
+
+    Args:
+        savings: by size.
+        unfused: of the whole component, by size.
+    """
+    if len(savings) == 1:
+        return savings[0]
+    mean = statistics.fmean(saving / max(1, time) for saving, time in zip(savings, unfused, strict=True))
+    return round(mean * unfused[len(unfused) // 2])
+
+
+@dataclass(kw_only=True)
+class Priced:
+    """A graph's prices.
+
+    Attributes:
+        tokens: the sizes.
+        values: what each candidate saves, weighted over sizes, in ns.
+        savings: what each candidate saves at each size; empty where nothing is known of it.
+        costs: what each candidate's op takes at the middle size; None where nothing is known of it.
+        provenance: where each candidate's price is from.
+        alternatives: of components measured as a whole, what each alternative saves.
+        unfused: all contested sites, as Inductor leaves them, by size.
+    """
+
+    tokens: tuple[int, ...]
+    values: list[int]
+    savings: list[tuple[int, ...]]
+    costs: list[int | None]
+    provenance: list[Provenance]
+    alternatives: dict[frozenset[int], dict[frozenset[int], int]]
+    unfused: list[int]
+
+
+class Pricing:
+    """Prices the candidates of one graph in one range."""
+
+    def __init__(self, candidates: Sequence[Candidate], sites: Sequence[Site], prices: Prices, rows: Rows,
+                 span: tuple[int, int]) -> None:  # fmt: skip
+        self.candidates, self.prices = candidates, prices
+        self.tokens = sizes_of(span) if rows.is_dynamic else (rows.traced,)
+        self.shapes: dict[int, list[Shape]] = {}
+        for site in sites:
+            value = tensor_of(site.core.args[0])
+            assert value is not None
+            self.shapes[site.ordinal] = [site.shape(rows.at(value, size)) for size in self.tokens]
+
+    def price(self, components: Sequence[tuple[int, ...]], structure: Problem) -> Priced:
+        """Prices every component from measured rows where they suffice, and else from the model.
+
+        Args:
+            components: of the candidates.
+            structure: their conflicts and couplings.
+        """
+        count = len(self.candidates)
+        result = Priced(
+            tokens=self.tokens, values=[0] * count, savings=[()] * count, costs=[None] * count,
+            provenance=[Provenance.MODELLED] * count, alternatives={}, unfused=[0] * len(self.tokens),
+        )  # fmt: skip
+        for component in components:
+            places = sorted({site.ordinal for i in component if (site := self.candidates[i].site) is not None})
+            if not self._look_up(component, places, structure, result):
+                self._model(component, places, result)
+        return result
+
+    def _model(self, component: Sequence[int], places: Sequence[int], result: Priced) -> None:
+        sizes = range(len(self.tokens))
+        unfused = [sum(self.prices.unfused_ns(self.shapes[place][size]) for place in places) for size in sizes]
+        for index in component:
+            candidate = self.candidates[index]
+            savings, costs = zip(*(self._modelled(candidate, size) for size in sizes), strict=True)
+            result.savings[index] = savings
+            result.costs[index] = costs[len(costs) // 2]
+            result.values[index] = weighted(savings, unfused) if places else savings[0]
+        result.unfused = [a + b for a, b in zip(result.unfused, unfused, strict=True)]
+
+    def _modelled(self, candidate: Candidate, size: int) -> tuple[int, int | None]:
+        """(what a candidate saves, what its op takes) at a size. Where the model doesn't know the op, and the owner has
+        not said what it saves, that is a launch for each op less.
+        """
+        match, site = candidate.match, candidate.site
+        if isinstance(match, ExternalMatch):
+            given = match.owner.saving_us
+            return (self.prices.launch_ns if given is None else round(given * 1000)), None
+        parts = site.taken(match.consumed) if site is not None else None
+        if site is None or parts is None:
+            return self.prices.launch_ns * (match.rule.size - 1), None
+        shape = self.shapes[site.ordinal][size]
+        fused = self.prices.fused_ns(shape, candidate.provider, reduce=parts.reduce, tail=parts.tail)
+        rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
+        return self.prices.unfused_ns(shape) - fused - rest, fused
+
+    def _look_up(self, component: Sequence[int], places: Sequence[int], structure: Problem, result: Priced) -> bool:
+        """Fills in a component from the table; False where the model has to do it."""
+        prices = self.prices
+        ours = all(isinstance(self.candidates[index].match, Match) for index in component)
+        if prices.table is None or prices.source == "modelled" or not places or not ours:
+            return False
+        if len(component) > MAX_ENUMERATED:
+            return False
+        signature = " & ".join(self.shapes[place][0].signature for place in places)
+        rows = [shape.rows for shape in self.shapes[places[0]]]
+        unfused = prices.times(signature, UNFUSED, rows)
+        times: dict[frozenset[int], list[tuple[int, int]]] = {}
+        for subset in compatible(component, structure):
+            name = alternative_name([self.candidates[i] for i in subset], places)
+            found = prices.times(signature, name, rows)
+            if found is not None and unfused is not None:
+                times[frozenset(subset)] = found
+            elif prices.source == "auto":
+                return False
+        before = [ns for ns, _ in unfused or [(0, 0)] * len(rows)]
+        values: dict[frozenset[int], int] = {}
+        noise = {frozenset[int](): max(spread for _, spread in unfused or [(0, 0)])}
+        for alternative, measured in times.items():
+            savings = tuple(a - ns for a, (ns, _) in zip(before, measured, strict=True))
+            values[alternative], noise[alternative] = weighted(savings, before), max(spread for _, spread in measured)
+            if len(alternative) == 1:
+                (index,) = alternative
+                result.savings[index] = savings
+                result.costs[index] = measured[len(measured) // 2][0]
+        values = break_ties(values, noise)
+        result.alternatives[frozenset(component)] = values
+        for index in component:
+            result.provenance[index] = Provenance.MEASURED
+            result.values[index] = values.get(frozenset((index,)), 0)
+        result.unfused = [a + b for a, b in zip(result.unfused, before, strict=True)]
+        return True
+
+
+def compatible(component: Sequence[int], structure: Problem) -> Iterator[tuple[int, ...]]:
+    """The subsets of a component, the empty one aside, in which nothing conflicts."""
+
+    def grow(chosen: tuple[int, ...], rest: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        for position, index in enumerate(rest):
+            if not any((other, index) in structure.conflicts for other in chosen):
+                yield (*chosen, index)
+                yield from grow((*chosen, index), rest[position + 1 :])
+
+    for subset in grow((), sorted(component)):
+        inside = set(subset)
+        coupled = all(j in inside for i, j in structure.requires if i in inside)
+        if coupled and all(len(inside & group) in (0, len(group)) for group in structure.together):
+            yield subset
+
+
+def break_ties(values: Mapping[frozenset[int], int], noise: Mapping[frozenset[int], int]) -> dict[frozenset[int], int]:
+    """Makes alternatives equal whose margin to the best lies inside the noise, so that no fusion wins, then names do.
+
+    Args:
+        values: what each alternative saves; leaving all unfused, the empty one, saves 0.
+        noise: the spread of each, the empty one included.
+    """
+    empty = frozenset[int]()
+    everything = {empty: 0, **values}
+    best = max(everything, key=lambda subset: (everything[subset], -len(subset), sorted(subset)))
+    tied = [s for s in everything if everything[best] - everything[s] <= max(noise[best], noise[s])]
+    level = 0 if empty in tied else min(everything[subset] for subset in tied)
+    return {subset: level if subset in tied else value for subset, value in values.items()}

@@ -1,0 +1,99 @@
+"""What the solver is asked, and what it answers: integers and sets, no graph."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+CycleFinder = Callable[[Sequence[int]], Sequence[tuple[int, ...]]]
+"""The cycles that candidates make when they are applied together: for each the candidates on it, one or more cycles
+if there are any. Whatever holds all candidates of one of them is cyclic too.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Maximise the saving of the candidates selected.
+
+    A candidate is known by its index. Of selections that save the same the one with fewer candidates is preferred, then
+    the one that comes first when both are written in ascending order.
+
+    Attributes:
+        names: unique, in ascending order of a key that does not depend on the order of discovery.
+        savings_ns: what applying each candidate saves; may be zero or negative.
+        conflicts: pairs `(i, j)`, `i < j`: never both.
+        requires: pairs `(i, j)`: `i` only together with `j`.
+        together: sets of candidates: all of a set or none of it.
+        forced: always selected.
+        one_of: of each of these sets one candidate is selected. The members of a set conflict with each other.
+        forbidden: never selected.
+        alternatives: for components (see `components.components`) measured as a whole: the saving of each compatible
+            subset, in place of the sum of `savings_ns`. A subset that is absent is not allowed; the empty one always
+            is, and saves 0.
+    """
+
+    names: tuple[str, ...]
+    savings_ns: tuple[int, ...]
+    conflicts: frozenset[tuple[int, int]] = frozenset()
+    requires: frozenset[tuple[int, int]] = frozenset()
+    together: tuple[frozenset[int], ...] = ()
+    forced: frozenset[int] = frozenset()
+    one_of: tuple[frozenset[int], ...] = ()
+    forbidden: frozenset[int] = frozenset()
+    alternatives: Mapping[frozenset[int], Mapping[frozenset[int], int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.savings_ns) == len(set(self.names))
+        assert all(i < j for i, j in self.conflicts)
+        assert all(
+            (min(i, j), max(i, j)) in self.conflicts for each in self.one_of for i in each for j in each if i != j
+        )
+
+    def saving(self, selected: Collection[int]) -> int:
+        """What a legal selection saves, in ns."""
+        chosen = set(selected)
+        total = 0
+        for members, savings in self.alternatives.items():
+            if measured := chosen & members:
+                total += savings[frozenset(measured)]
+                chosen -= measured
+        return total + sum(self.savings_ns[candidate] for candidate in chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A legal selection, and how much a better one could save at most.
+
+    Attributes:
+        selected: in ascending order.
+        objective_ns: what the selection saves.
+        bound_ns: no legal selection saves more.
+        components: how many sets of candidates were solved independently of each other.
+        classes: how many of those differ.
+        nodes: branch-and-bound nodes visited.
+        cuts: the sets of candidates found cyclic together on the way, in the order in which they were found.
+    """
+
+    selected: tuple[int, ...]
+    objective_ns: int
+    bound_ns: int
+    components: int
+    classes: int
+    nodes: int
+    cuts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """(bound - objective) / max(1, |bound|). 0.0 certifies that no legal selection saves more."""
+        return (self.bound_ns - self.objective_ns) / max(1, abs(self.bound_ns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A legal selection that nothing is claimed of.
+
+    Attributes:
+        selected: in ascending order.
+        objective_ns: what it saves.
+    """
+
+    selected: tuple[int, ...]
+    objective_ns: int

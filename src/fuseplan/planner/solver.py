@@ -1,0 +1,120 @@
+"""The best legal selection, with a bound that certifies it.
+
+Components are solved apart and equal ones once. Cycles are cut lazily: a selection that turns out cyclic forbids the
+candidates on the cycle to be selected together, and the components that this ties together are solved again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fuseplan.errors import PlanError
+from fuseplan.planner.baselines import greedy, heaviest
+from fuseplan.planner.branch_and_bound import search
+from fuseplan.planner.components import Component, components, isolate
+from fuseplan.planner.milp import solve_linear
+from fuseplan.planner.packing import Packing, contract
+from fuseplan.planner.problem import CycleFinder, Problem, Solution
+
+DEFAULT_NODE_BUDGET = 20_000
+LARGE = 48
+"""Atoms from which on a component that the root of the search doesn't settle goes to linear relaxations."""
+FIRST_NODES = 50
+"""What the search may spend on such a component before: most are settled by then, with all ties broken."""
+FIRST_VISITS = 1_000_000
+"""At most how many conflicts these nodes may look at; a node looks at all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A component's answer: candidates by their place in it."""
+
+    chosen: tuple[int, ...]
+    saving_ns: int
+    bound_ns: int
+    nodes: int
+
+
+class Solver:
+    """Remembers the components it has solved, so that graphs and ranges with equal layers share their answers.
+
+    Args:
+        node_budget: branch-and-bound nodes a component; then the best selection found stands, beside its bound.
+    """
+
+    def __init__(self, node_budget: int = DEFAULT_NODE_BUDGET) -> None:
+        self.node_budget = node_budget
+        self._answers: dict[Component, _Part | None] = {}
+
+    def solve(self, problem: Problem, find_cycles: CycleFinder | None = None) -> Solution:
+        """Chooses.
+
+        Args:
+            problem: what there is to choose from.
+            find_cycles: of a selection that is legal otherwise; None: there can be none.
+
+        Raises:
+            PlanError: what is forced rules itself out.
+        """
+        cuts: list[tuple[int, ...]] = []
+        nodes = 0
+        while True:
+            members = components(problem, cuts)
+            parts = isolate(problem, members, cuts)
+            answers = [self._answer(problem, part, candidates) for part, candidates in zip(parts, members, strict=True)]
+            selected = sorted(candidates[i] for a, candidates in zip(answers, members, strict=True) for i in a.chosen)
+            nodes += sum(answer.nodes for answer in dict(zip(parts, answers, strict=True)).values())
+            cycles = find_cycles(selected) if find_cycles and selected else ()
+            objective, bound = sum(a.saving_ns for a in answers), sum(a.bound_ns for a in answers)
+            if cycles and len(cuts) >= self.node_budget:
+                assert find_cycles
+                repaired = greedy(problem, heaviest, find_cycles, selected)
+                selected, objective, cycles = [*repaired.selected], repaired.objective_ns, ()
+            if not cycles:
+                return Solution(
+                    selected=tuple(selected),
+                    objective_ns=objective,
+                    bound_ns=bound,
+                    components=len(members),
+                    classes=len(set(parts)),
+                    nodes=nodes,
+                    cuts=tuple(cuts),
+                )
+            new = [tuple(sorted(cycle)) for cycle in cycles]
+            assert not set(new) & set(cuts), "a cut selection came back"
+            cuts += dict.fromkeys(new)
+
+    def _answer(self, problem: Problem, part: Component, candidates: Sequence[int]) -> _Part:
+        if part not in self._answers:
+            packing = contract(part)
+            self._answers[part] = None if packing is None else _solve_packing(part, packing, self.node_budget)
+        answer = self._answers[part]
+        if answer is None:
+            raise PlanError(_contradiction(problem, candidates))
+        return answer
+
+
+def _solve_packing(part: Component, packing: Packing, node_budget: int) -> _Part | None:
+    is_large = len(packing.alive) > LARGE
+    visits = 1 + sum(map(len, packing.neighbours))
+    first = min(node_budget, FIRST_NODES, 1 + FIRST_VISITS // visits)
+    outcome = search(packing, first if is_large else node_budget)
+    if not packing.feasible(outcome.chosen):
+        return None
+    chosen, bound, nodes = outcome.chosen, packing.saving(outcome.bound), outcome.nodes
+    if is_large and not outcome.is_optimal and node_budget > first:
+        relaxed = solve_linear(packing, node_budget)
+        if relaxed is not None:
+            bound, nodes = min(bound, relaxed.bound_ns), nodes + relaxed.nodes
+            if relaxed.chosen is not None and packing.weigh(relaxed.chosen) > outcome.weight:
+                chosen = relaxed.chosen
+    selected = packing.candidates(chosen)
+    saving = part.saving(selected)
+    return _Part(chosen=selected, saving_ns=saving, bound_ns=max(bound, saving), nodes=nodes)
+
+
+def _contradiction(problem: Problem, candidates: Sequence[int]) -> str:
+    forced = [problem.names[c] for c in candidates if c in problem.forced]
+    forced += [" or ".join(problem.names[c] for c in sorted(g)) for g in problem.one_of if g.issubset(candidates)]
+    forbidden = [problem.names[c] for c in candidates if c in problem.forbidden]
+    without = f" without {', '.join(forbidden[:3])}" if forbidden else ""
+    return f"what is forced can't all be applied{without}: {'; '.join(forced[:3])}"
