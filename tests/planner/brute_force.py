@@ -52,4 +52,4 @@ def is_acyclic(edges: Iterable[tuple[int, int]], groups: Sequence[frozenset[int]
         a, b = owner.get(a, a), owner.get(b, b)
         if a != b:
             quotient.add_edge(a, b)
-    return nx.is_directed_acyclic_graph(quotient)
+    return bool(nx.is_directed_acyclic_graph(quotient))

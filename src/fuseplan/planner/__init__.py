@@ -1,5 +1,32 @@
-"""Choosing among candidates."""
+"""Choosing among candidates: a problem posed, priced, solved exactly, and recorded."""
 
-from fuseplan.planner.ordered import Choice, choose_in_order
+from fuseplan.planner.decide import (
+    Decision,
+    Lost,
+    decide_in_order,
+    decide_off,
+    decide_planned,
+    limit,
+    plan_record,
+    replay,
+)
+from fuseplan.planner.pose import Posed, check_selector, pose
+from fuseplan.planner.pricing import Prices
+from fuseplan.planner.solver import DEFAULT_NODE_BUDGET, Solver
 
-__all__ = ["Choice", "choose_in_order"]
+__all__ = [
+    "DEFAULT_NODE_BUDGET",
+    "Decision",
+    "Lost",
+    "Posed",
+    "Prices",
+    "Solver",
+    "check_selector",
+    "decide_in_order",
+    "decide_off",
+    "decide_planned",
+    "limit",
+    "plan_record",
+    "pose",
+    "replay",
+]

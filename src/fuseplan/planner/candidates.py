@@ -44,6 +44,11 @@ class Candidate:
     source: str | None = None
     signature: str = ""
 
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that the match is named after; sorts in graph order among matches of one kind."""
+        return self.match.anchor
+
 
 def candidates_of(
     canonical: CanonicalGraph, sites: Sequence[Site], matches: Sequence[Match], external: Sequence[ExternalMatch]

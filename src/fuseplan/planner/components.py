@@ -120,10 +120,10 @@ def isolate(
     forbidden = grouped(((candidate,) for candidate in problem.forbidden), False)
     one_of = grouped(problem.one_of, False)
     tables: dict[int, list[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]]]] = {}
-    for candidates, alternatives in problem.alternatives.items():
+    for tabled, alternatives in problem.alternatives.items():
         rows = [(tuple(sorted(local[c] for c in subset)), saving) for subset, saving in alternatives.items() if subset]
-        table = (tuple(sorted(local[c] for c in candidates)), tuple(sorted(rows)))
-        tables.setdefault(owner[min(candidates)], []).append(table)
+        table = (tuple(sorted(local[c] for c in tabled)), tuple(sorted(rows)))
+        tables.setdefault(owner[min(tabled)], []).append(table)
     return [
         Component(
             savings=tuple(problem.savings_ns[candidate] for candidate in candidates),

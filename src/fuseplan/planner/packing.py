@@ -190,8 +190,8 @@ def contract(component: Component) -> Packing | None:
     state.drop([atom for atom, each in enumerate(closures) if any(packing.neighbours[a] & each for a in each)])
     state.drop([atom for limit in limits for atom, count in limit.counts.items() if count > limit.room])
     for candidate in component.forced:
-        atom = atoms.of.get(candidate)
-        if atom is not None and atom not in state.chosen and (atom not in state.alive or not state.take(atom)):
+        held = atoms.of.get(candidate)
+        if held is not None and held not in state.chosen and (held not in state.alive or not state.take(held)):
             return None
     if any(state.alive.isdisjoint(block) and state.chosen.isdisjoint(block) for block in packing.mandatory):
         return None

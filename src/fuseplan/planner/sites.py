@@ -135,7 +135,7 @@ class Site:
         """Of the group that reduces."""
         if self.reduce is None:
             return 1
-        group: dist.ProcessGroup = distributed_c10d._resolve_process_group(self.reduce.args[1])  # type: ignore[attr-defined]
+        group: dist.ProcessGroup = distributed_c10d._resolve_process_group(self.reduce.args[1])  # type: ignore[attr-defined,arg-type]
         return group.size()
 
     def shape(self, rows: int) -> Shape:

@@ -5,7 +5,7 @@ candidates on the cycle to be selected together, and the components that this ti
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fuseplan.errors import PlanError
 from fuseplan.planner.baselines import greedy, heaviest
@@ -44,6 +44,7 @@ class Solver:
     def __init__(self, node_budget: int = DEFAULT_NODE_BUDGET) -> None:
         self.node_budget = node_budget
         self._answers: dict[Component, _Part | None] = {}
+        self._regrets: dict[Component, tuple[int | None, ...]] = {}
 
     def solve(self, problem: Problem, find_cycles: CycleFinder | None = None) -> Solution:
         """Chooses.
@@ -83,11 +84,49 @@ class Solver:
             assert not set(new) & set(cuts), "a cut selection came back"
             cuts += dict.fromkeys(new)
 
-    def _answer(self, problem: Problem, part: Component, candidates: Sequence[int]) -> _Part:
+    def regrets(self, problem: Problem, cuts: Sequence[tuple[int, ...]]) -> list[int | None]:
+        """For each candidate by how much the best selection that holds it saves less than the best one at all; None
+        where none holds it. In components too large to be solved again for each of them this is an upper bound: what
+        its neighbours save in the best selection, less what it saves.
+
+        Args:
+            problem: as it was solved.
+            cuts: of its solution.
+        """
+        result: list[int | None] = [None] * len(problem.names)
+        members = components(problem, cuts)
+        for part, candidates in zip(isolate(problem, members, cuts), members, strict=True):
+            if part not in self._regrets:
+                self._regrets[part] = self._regrets_of(part)
+            for candidate, regret in zip(candidates, self._regrets[part], strict=True):
+                result[candidate] = regret
+        return result
+
+    def _regrets_of(self, part: Component) -> tuple[int | None, ...]:
+        best = self._answers[part]
+        assert best is not None
+        chosen, size = set(best.chosen), len(part.savings)
+        if size > LARGE:
+            gone = [0] * size
+            for i, j in part.conflicts:
+                gone[i] += part.savings[j] if j in chosen else 0
+                gone[j] += part.savings[i] if i in chosen else 0
+            return tuple(0 if i in chosen else gone[i] - part.savings[i] for i in range(size))
+        regrets: list[int | None] = []
+        for index in range(size):
+            held = replace(part, forced=tuple(sorted({*part.forced, index}))) if index not in chosen else part
+            answer = best if held is part else self._solved(held)
+            regrets.append(None if answer is None else best.saving_ns - answer.saving_ns)
+        return tuple(regrets)
+
+    def _solved(self, part: Component) -> _Part | None:
         if part not in self._answers:
             packing = contract(part)
             self._answers[part] = None if packing is None else _solve_packing(part, packing, self.node_budget)
-        answer = self._answers[part]
+        return self._answers[part]
+
+    def _answer(self, problem: Problem, part: Component, candidates: Sequence[int]) -> _Part:
+        answer = self._solved(part)
         if answer is None:
             raise PlanError(_contradiction(problem, candidates))
         return answer

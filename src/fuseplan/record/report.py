@@ -3,9 +3,10 @@ policies side by side (`Comparison`, the object that `fuseplan explain --json` p
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fuseplan.record.plan import Plan
 from fuseplan.record.refusal import Reason, Refusal
 
 
@@ -22,6 +23,8 @@ class Fusion:
         contested_op: the dialect op that other fusions could want too: the core of the match.
         site: a name for the place that every candidate there shares: the core's node.
         source: module path in the user's model, if known.
+        saving_ns: what it saves, weighted over the sizes of the range; None where nothing was priced.
+        rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
     """
 
     rule: str
@@ -32,14 +35,40 @@ class Fusion:
     contested_op: str
     site: str
     source: str | None = None
+    saving_ns: int | None = None
+    rounding_change: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A fusion that matched and was not applied, and the applied ones that took its nodes."""
+    """A fusion that matched and was not applied.
+
+    Attributes:
+        fusion: the fusion.
+        blocked_by: the applied ones that took its nodes; empty where it was not worth it.
+        lost_ns: by how much less would be saved with it; negative where more would be, as can be under `ordered`.
+        flips_at_ns: what its op would have to take at most to be applied; None where no time is short enough.
+    """
 
     fusion: Fusion
     blocked_by: tuple[Fusion, ...]
+    lost_ns: int | None = None
+    flips_at_ns: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizePrice:
+    """The contested sites of a graph at one size.
+
+    Attributes:
+        tokens: the size.
+        unfused_ns: as Inductor leaves them.
+        saved_ns: what the applied fusions save of that.
+    """
+
+    tokens: int
+    unfused_ns: int
+    saved_ns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +79,13 @@ class ConflictClass:
         rules: the rules involved, sorted.
         op: the dialect op they contend for.
         count: in how many places, over all graphs and ranges.
-        winner: the rule that took it.
+        winner: the rule that took it, or `unfused` where leaving it to Inductor is cheaper.
         loser: the rule that got nothing there.
-        sources: the places in the user's model, the first few of them.
-        lost_us: what the loser would have saved there; None where nothing is priced.
-        flips_at_us: the cost at which the choice would flip; None where nothing is priced.
+        sources: the places in the user's model.
+        lost_us: how much less a place would save if the loser were applied there, by its best provider: the mean over
+            places; negative where it would save more.
+        flips_at_us: what the loser's op would have to take at most to be applied, the mean over places; None where no
+            time is short enough.
     """
 
     rules: tuple[str, ...]
@@ -104,6 +135,11 @@ class GraphReport:
         refusals: everything else that was not done, and why.
         stages_ns: time of each stage, in nanoseconds.
         rewritten: whether the graph was changed; False under `off` and in `explain`.
+        plan: the plan, under `planned`.
+        sizes: what is saved at each size that was priced.
+        saved_ns: what the applied fusions save, weighted over sizes.
+        unfused_ns: what all contested sites take unfused, at the middle size.
+        plan_ns: how long the solver took.
         from_cache: whether the report was stored by an earlier compilation that a warm compile cache now stands for.
     """
 
@@ -116,6 +152,11 @@ class GraphReport:
     refusals: tuple[Refusal, ...] = ()
     stages_ns: Mapping[str, int] = field(default_factory=dict)
     rewritten: bool = False
+    plan: Plan | None = None
+    sizes: tuple[SizePrice, ...] = ()
+    saved_ns: int = 0
+    unfused_ns: int = 0
+    plan_ns: int = 0
     from_cache: bool = False
 
     def count(self, rules: Iterable[str]) -> dict[str, int]:
@@ -129,7 +170,7 @@ class Report:
     """What one policy did to every graph, over all compile ranges.
 
     Attributes:
-        policy: `ordered` or `off`.
+        policy: `planned`, `ordered` or `off`.
         order: the order of registration of an `ordered` policy.
         rules: every rule that the configuration switched on, in order of name; `fused` has a key for each.
         graphs: one entry for each graph and range.
@@ -167,24 +208,40 @@ class Report:
     @property
     def conflicts(self) -> tuple[ConflictClass, ...]:
         """Where one rule took the nodes of another, one row a class."""
-        places: dict[tuple[str, str, str], list[str | None]] = {}
+        classes: dict[tuple[str, str, str], list[Loss]] = {}
         for graph in self.graphs:
+            best: dict[tuple[str, str], Loss] = {}
             for loss in graph.lost:
-                winners = {winner.rule for winner in loss.blocked_by}
-                for winner in sorted(winners):
-                    key = (winner, loss.fusion.rule, loss.fusion.contested_op)
-                    places.setdefault(key, []).append(loss.fusion.source)
+                place = (loss.fusion.site, loss.fusion.rule)
+                if place not in best or _margin(loss) < _margin(best[place]):
+                    best[place] = loss
+            for loss in best.values():
+                winners = {winner.rule for winner in loss.blocked_by} or {UNFUSED}
+                for winner in sorted(winners - {loss.fusion.rule}):
+                    classes.setdefault((winner, loss.fusion.rule, loss.fusion.contested_op), []).append(loss)
         return tuple(
             ConflictClass(
-                rules=tuple(sorted({winner, loser})),
+                rules=tuple(sorted({winner, loser} - {UNFUSED})),
                 op=op,
-                count=len(sources),
+                count=len(losses),
                 winner=winner,
                 loser=loser,
-                sources=tuple(dict.fromkeys(source for source in sources if source is not None)),
+                sources=tuple(dict.fromkeys(s for loss in losses if (s := loss.fusion.source) is not None)),
+                lost_us=_mean_us([loss.lost_ns for loss in losses]),
+                flips_at_us=_mean_us([loss.flips_at_ns for loss in losses]),
             )
-            for (winner, loser, op), sources in sorted(places.items())
+            for (winner, loser, op), losses in sorted(classes.items())
         )
+
+    @property
+    def saved_us(self) -> float:
+        """What the applied fusions save, over all graphs and ranges, in microseconds."""
+        return sum(graph.saved_ns for graph in self.graphs) / 1000
+
+    @property
+    def region_us(self) -> float:
+        """What all contested sites take, over all graphs and ranges, in microseconds."""
+        return sum(graph.unfused_ns - graph.saved_ns for graph in self.graphs) / 1000
 
     @property
     def near_misses(self) -> tuple[NearMiss, ...]:
@@ -207,6 +264,19 @@ class Report:
             )
             for _, refusals in sorted(causes.items())
         )
+
+
+UNFUSED = "unfused"
+"""The winner where leaving a site to Inductor is cheaper."""
+
+
+def _margin(loss: Loss) -> float:
+    return float("inf") if loss.lost_ns is None else loss.lost_ns
+
+
+def _mean_us(values: Sequence[int | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known) / 1000, 3) if known else None
 
 
 _NOT_A_MISS = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})

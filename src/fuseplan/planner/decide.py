@@ -1,0 +1,212 @@
+"""Decisions: what a policy selects of a graph's candidates, and what each of the others lost."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fuseplan.errors import PlanError
+from fuseplan.matching import Match
+from fuseplan.planner.ordered import choose_in_order
+from fuseplan.planner.pose import Posed
+from fuseplan.planner.problem import Solution
+from fuseplan.planner.solver import Solver
+from fuseplan.record import Plan, Rejected, Selected
+from fuseplan.record.plan import first_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A candidate that was not selected.
+
+    Attributes:
+        candidate: its index.
+        blocked_by: the selected ones in its way; empty where it is not worth it by itself.
+        lost_ns: by how much a selection with it saves less than this one; None where there is none.
+        flips_at_ns: what its op would have to take at most, for the two to be even; None where that is not known.
+    """
+
+    candidate: int
+    blocked_by: tuple[int, ...] = ()
+    lost_ns: int | None = None
+    flips_at_ns: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a policy does with a graph.
+
+    Attributes:
+        selected: candidates, ascending.
+        saving_ns: what they save.
+        lost: the other candidates that the policy looks at.
+        cyclic: candidates given up because together with selected ones they would make the graph cyclic.
+        limited: candidates selected and given up again, since `max_fusions` allows no more.
+        solution: the proof, of a plan.
+        plan_ns: how long it took.
+    """
+
+    selected: tuple[int, ...] = ()
+    saving_ns: int = 0
+    lost: tuple[Lost, ...] = ()
+    cyclic: tuple[int, ...] = ()
+    limited: tuple[int, ...] = ()
+    solution: Solution | None = None
+    plan_ns: int = 0
+
+
+def decide_off() -> Decision:
+    """Nothing is applied."""
+    return Decision()
+
+
+def decide_in_order(posed: Posed, order: Sequence[str]) -> Decision:
+    """`ordered(a, b, ...)`: see `planner.ordered`. Of several providers the one that saves the most runs a match.
+
+    What is forced or forbidden has no influence, but for what is forbidden, which is no candidate.
+    """
+    values, forbidden = posed.problem.savings_ns, posed.problem.forbidden
+    best: dict[object, int] = {}
+    for index, candidate in enumerate(posed.candidates):
+        match = candidate.match
+        if isinstance(match, Match) and candidate.rule in order and index not in forbidden:
+            key = (match.rule.name, match.rule.op.name, match.anchor)
+            if key not in best or values[index] > values[best[key]]:
+                best[key] = index
+    matches = sorted(
+        (match for index in best.values() if isinstance(match := posed.candidates[index].match, Match)),
+        key=lambda match: (match.anchor, match.rule.name, match.rule.op.name),
+    )
+    choice = choose_in_order(posed.canonical.graph, matches, order)
+    index = posed.index
+    lost = []
+    for match, winners in choice.lost:
+        taken = tuple(index[id(winner)] for winner in winners)
+        margin = sum(values[winner] for winner in taken) - values[index[id(match)]]
+        lost.append(Lost(candidate=index[id(match)], blocked_by=taken, lost_ns=margin))
+    selected = tuple(sorted(index[id(match)] for match in choice.chosen))
+    return Decision(
+        selected=selected,
+        saving_ns=sum(values[each] for each in selected),
+        lost=tuple(lost),
+        cyclic=tuple(index[id(match)] for match in choice.cyclic),
+    )
+
+
+def decide_planned(posed: Posed, solver: Solver) -> Decision:
+    """The best legal selection, and for each other candidate what it lost.
+
+    Raises:
+        PlanError: what is forced can't be applied.
+    """
+    start = time.perf_counter_ns()
+    solution = solver.solve(posed.problem, posed.find_cycles)
+    plan_ns = time.perf_counter_ns() - start
+    problem, chosen = posed.problem, set(solution.selected)
+    neighbours: dict[int, set[int]] = {}
+    for i, j in problem.conflicts:
+        neighbours.setdefault(i, set()).add(j)
+        neighbours.setdefault(j, set()).add(i)
+    for cut in solution.cuts:
+        for i in cut:
+            neighbours.setdefault(i, set()).update(cut)
+    regrets = solver.regrets(problem, solution.cuts)
+    lost = []
+    for index in range(len(posed.candidates)):
+        if index in chosen:
+            continue
+        regret, cost = regrets[index], posed.priced.costs[index]
+        flips = cost - regret if cost is not None and regret is not None and cost > regret else None
+        blocked = tuple(sorted(neighbours.get(index, set()) & chosen))
+        lost.append(Lost(candidate=index, blocked_by=blocked, lost_ns=regret, flips_at_ns=flips))
+    return Decision(
+        selected=solution.selected,
+        saving_ns=solution.objective_ns,
+        lost=tuple(lost),
+        solution=solution,
+        plan_ns=plan_ns,
+    )
+
+
+def limit(posed: Posed, decision: Decision, most: int | None) -> Decision:
+    """The same decision, cut after the first `most` selected candidates in graph order."""
+    if most is None or len(decision.selected) <= most:
+        return decision
+    in_order = sorted(decision.selected, key=lambda index: posed.candidates[index].anchor)
+    kept = tuple(sorted(in_order[:most]))
+    values = posed.problem.savings_ns
+    return replace(
+        decision,
+        selected=kept,
+        limited=tuple(in_order[most:]),
+        saving_ns=sum(values[index] for index in kept),
+    )
+
+
+def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, int] | None, device: str) -> Plan:
+    """A decision as a record."""
+    candidates, values, solution = posed.candidates, posed.problem.savings_ns, decision.solution
+    rejected = []
+    for lost in decision.lost:
+        candidate = candidates[lost.candidate]
+        rejected.append(
+            Rejected(
+                name=candidate.name,
+                signature=candidate.signature,
+                source=candidate.source,
+                saving_ns=values[lost.candidate],
+                blocked_by=tuple(candidates[index].name for index in lost.blocked_by),
+                lost_ns=lost.lost_ns,
+                flips_at_ns=lost.flips_at_ns,
+            )
+        )
+    return Plan(
+        graph=graph,
+        range=span,
+        device=device,
+        prices=tuple(sorted({provenance.value for provenance in posed.priced.provenance})),
+        sites=posed.sites,
+        selected=tuple(
+            Selected(
+                name=candidates[index].name,
+                signature=candidates[index].signature,
+                source=candidates[index].source,
+                saving_ns=values[index],
+            )
+            for index in decision.selected
+        ),
+        rejected=tuple(rejected),
+        objective_ns=decision.saving_ns,
+        bound_ns=solution.bound_ns if solution else decision.saving_ns,
+        unfused_ns=posed.unfused_ns,
+        components=solution.components if solution else 0,
+        classes=solution.classes if solution else 0,
+        cuts=tuple(tuple(candidates[i].name for i in cut) for cut in solution.cuts) if solution else (),
+    )
+
+
+def replay(posed: Posed, plan: Plan) -> Decision:
+    """What a saved plan selects, if it still fits.
+
+    Raises:
+        PlanError: the graph has other sites, or lacks a match that the plan applies; the text names the first
+            difference.
+    """
+    where = f"the saved plan of {plan.graph} doesn't fit this graph"
+    if difference := first_difference(plan.sites, posed.sites):
+        raise PlanError(f"{where}: {difference}")
+    by_name = {candidate.name: index for index, candidate in enumerate(posed.candidates)}
+    selected = []
+    for each in plan.selected:
+        index = by_name.get(each.name)
+        if index is None:
+            raise PlanError(f"{where}: it applies {each.name!r}, which matches nothing here")
+        found = posed.candidates[index].signature
+        if found != each.signature:
+            raise PlanError(f"{where}: {each.name!r} was {each.signature} and is {found}")
+        selected.append(index)
+    chosen = tuple(sorted(selected))
+    pairs = [(i, j) for i, j in sorted(posed.problem.conflicts) if i in chosen and j in chosen]
+    if pairs or posed.find_cycles(chosen):
+        what = " and ".join(posed.candidates[index].name for index in pairs[0]) if pairs else "what it applies"
+        raise PlanError(f"{where}: {what} can't be applied together")
+    return Decision(selected=chosen, saving_ns=posed.problem.saving(chosen))

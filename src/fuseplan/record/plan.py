@@ -1,0 +1,241 @@
+"""A plan: what is applied to one graph in one compile range, what is not and why, and the proof that nothing better is
+legal. Saved as JSON, compared, replayed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fuseplan.errors import PlanError
+from fuseplan.record.serialization import from_json, to_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """A fusion that is applied.
+
+    Attributes:
+        name: place, rule, fused op, provider; the same on every rank.
+        signature: the op with dtypes, static sizes and attributes.
+        source: module path in the user's model, if known.
+        saving_ns: what it saves, weighted over the sizes of the range.
+    """
+
+    name: str
+    signature: str
+    source: str | None
+    saving_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A fusion that matches and is not applied.
+
+    Attributes:
+        name: as for `Selected`.
+        signature: likewise.
+        source: likewise.
+        saving_ns: what it would save by itself; negative where it costs.
+        blocked_by: names of what stands in its way; empty where it is just not worth it.
+        lost_ns: by how much a plan that has to apply it saves less; None where none can.
+        flips_at_ns: what its op would have to take at most, for it to be applied; None where no time is short enough, or
+            its time isn't known.
+    """
+
+    name: str
+    signature: str
+    source: str | None
+    saving_ns: int
+    blocked_by: tuple[str, ...]
+    lost_ns: int | None
+    flips_at_ns: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is applied to one graph.
+
+    Attributes:
+        graph: its name in the report.
+        range: first and last number of tokens, None where they aren't limited.
+        device: the profile that it was priced for.
+        prices: `modelled`, `measured`, or both where components differ.
+        sites: the signature of every place that fusions could want, in graph order.
+        selected: in order of name.
+        rejected: in order of name.
+        objective_ns: what the selected save together.
+        bound_ns: no legal selection saves more.
+        unfused_ns: what all contested sites take unfused, at the middle size of the range.
+        components: how many sets of candidates are independent of each other.
+        classes: how many of those differ.
+        cuts: sets of candidates that would be cyclic together.
+    """
+
+    graph: str
+    range: tuple[int, int] | None
+    device: str
+    prices: tuple[str, ...]
+    sites: tuple[str, ...]
+    selected: tuple[Selected, ...]
+    rejected: tuple[Rejected, ...]
+    objective_ns: int
+    bound_ns: int
+    unfused_ns: int
+    components: int
+    classes: int
+    cuts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """(bound - objective) / max(1, |bound|). 0.0 certifies that no legal selection saves more."""
+        return (self.bound_ns - self.objective_ns) / max(1, abs(self.bound_ns))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what is applied where: rules, ops, providers, shapes and places, no node names and no prices."""
+        content = [[each.name, each.signature] for each in self.selected]
+        return hashlib.sha256(json.dumps([self.sites, content]).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPlans:
+    """The plans of a workload: one a graph and range.
+
+    Attributes:
+        workload: as the user named it.
+        tp: ranks of tensor parallelism.
+        plans: in the order of graphs and ranges.
+        schema: of the file.
+    """
+
+    workload: str
+    tp: int
+    plans: tuple[Plan, ...]
+    schema: int = field(default=SCHEMA)
+
+    def save(self, path: Path) -> None:
+        """Writes the plans as JSON: the whole file, or none.
+
+        Raises:
+            PlanError: the file can't be written.
+        """
+        plans = [{**to_json(plan), "gap": plan.gap, "digest": plan.digest} for plan in self.plans]
+        text = json.dumps({"schema": self.schema, "workload": self.workload, "tp": self.tp, "plans": plans}, indent=1)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise PlanError(f"plan file {str(path)!r} can't be written: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "SavedPlans":
+        """Reads a file that `save` wrote.
+
+        Raises:
+            PlanError: there is none, it isn't one of this schema, or a digest doesn't fit what it stands beside.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"plan file {str(path)!r} can't be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise PlanError(f"plan file {str(path)!r} isn't JSON: {error}") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else None
+            raise PlanError(f"plan file {str(path)!r} has schema {found!r}; this version reads {SCHEMA}")
+        try:
+            plans = [dict(plan) for plan in data.get("plans", ())]
+            digests = [(plan.pop("gap", None), plan.pop("digest", None))[1] for plan in plans]
+            saved = from_json(cls, {**data, "plans": plans})
+        except (ValueError, TypeError) as error:
+            raise PlanError(f"plan file {str(path)!r}: {error}") from None
+        for plan, digest in zip(saved.plans, digests, strict=True):
+            if digest not in (None, plan.digest):
+                raise PlanError(f"plan file {str(path)!r}: {_title(plan)} was changed after it was saved")
+        return saved
+
+    def find(self, graph: str, span: tuple[int, int] | None) -> Plan:
+        """The plan of a graph in a range.
+
+        Raises:
+            PlanError: there is none; the text says which there are.
+        """
+        for plan in self.plans:
+            if (plan.graph, plan.range) == (graph, span):
+                return plan
+        there = ", ".join(_title(plan) for plan in self.plans) or "none"
+        wanted = f"{graph} at {span[0]}:{span[1]} tokens" if span else graph
+        raise PlanError(f"the saved plans have none for {wanted}; there are: {there}")
+
+
+def diff(left: SavedPlans, right: SavedPlans) -> list[str]:
+    """What changed between two files, one line each; empty where the same is applied at the same places."""
+    lines = [
+        f"{name}: {before} -> {after}"
+        for name, before, after in (("workload", left.workload, right.workload), ("tp", left.tp, right.tp))
+        if before != after
+    ]
+    rows = {(plan.graph, plan.range): plan for plan in left.plans}
+    others = {(plan.graph, plan.range): plan for plan in right.plans}
+    for key in {**rows, **others}:
+        if key not in others:
+            lines.append(f"{_title(rows[key])}: only in the first")
+        elif key not in rows:
+            lines.append(f"{_title(others[key])}: only in the second")
+        else:
+            lines += [f"{_title(rows[key])}: {change}" for change in _changes(rows[key], others[key])]
+    return lines
+
+
+def _changes(left: Plan, right: Plan) -> Iterator[str]:
+    for name in ("device", "prices"):
+        before, after = getattr(left, name), getattr(right, name)
+        if before != after:
+            yield f"{name}: {_text(before)} -> {_text(after)}"
+    site = first_difference(left.sites, right.sites)
+    if site is not None:
+        yield site
+    before, after = ({_place(each.name): each for each in plan.selected} for plan in (left, right))
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for place in {**before, **after}:
+        old, new = before.get(place), after.get(place)
+        change = (_choice(old), _choice(new))
+        if change[0] != change[1]:
+            grouped.setdefault(change, []).append(place)
+    for (old_choice, new_choice), places in grouped.items():
+        where = f"site {places[0]}" if len(places) == 1 else f"{len(places)} sites, first {places[0]}"
+        yield f"{old_choice} -> {new_choice} ({where})"
+    if left.objective_ns != right.objective_ns:
+        yield f"saves {left.objective_ns / 1000:.1f} us -> {right.objective_ns / 1000:.1f} us"
+
+
+def first_difference(before: Sequence[str], after: Sequence[str]) -> str | None:
+    """The first place at which two graphs differ, or None."""
+    for index, (old, new) in enumerate(zip(before, after, strict=False)):
+        if old != new:
+            return f"site {index} was {old} and is {new}"
+    if len(before) != len(after):
+        return f"there were {len(before)} sites and are {len(after)}"
+    return None
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.graph} {plan.range[0]}:{plan.range[1]}" if plan.range else plan.graph
+
+
+def _place(name: str) -> str:
+    return name.split(" ")[0]
+
+
+def _choice(selected: Selected | None) -> str:
+    return " ".join(selected.name.split(" ")[1:]) if selected else "unfused"
+
+
+def _text(value: object) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
