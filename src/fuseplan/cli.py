@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,10 +75,27 @@ def explain(
     policies: Annotated[
         list[str] | None,
         typer.Option(
-            "--policy", help="off or ordered(RULE, ...); may be repeated. Default: off and every order that differs."
+            "--policy",
+            help="planned, off or ordered(RULE, ...); may be repeated. Default: planned, off, orders that differ.",
         ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Another number of layers than the model's own.")] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SELECTOR", help="What the plan must apply: RULE[@PLACE | #SITE][:PROVIDER]; repeatable."),
+    ] = None,
+    forbid: Annotated[
+        list[str] | None, typer.Option(metavar="SELECTOR", help="What the plan must not apply; may be repeated.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Who may run fused ops; may be repeated. Default: all.")
+    ] = None,
+    costs: Annotated[Path | None, typer.Option(metavar="FILE", help="A cost table, in place of the model.")] = None,
+    allow_rounding_changes: Annotated[
+        bool, typer.Option("--allow-rounding-changes", help="Let kernels round at other points than the graph.")
+    ] = False,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Replay saved plans.")] = None,
+    save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plans to a file.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -87,7 +105,7 @@ def explain(
 
         require_supported_torch()
         from fuseplan import workloads
-        from fuseplan.config import CompileRange, Policy, check_ranges
+        from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
         from fuseplan.frontend import compare
         from fuseplan.providers import device_profile
         from fuseplan.report import comparison_to_json, render_comparison
@@ -96,12 +114,23 @@ def explain(
         spans = check_ranges([CompileRange.parse(text) for text in ranges or ()]) or workloads.DEFAULT_RANGES
         chosen = [Policy.parse(text) for text in policies or ()]
         check_policies(chosen)
+        config = PassConfig(
+            force=tuple(force or ()),
+            forbid=tuple(forbid or ()),
+            cost_table=costs,
+            plan=plan,
+            allow_rounding_changes=allow_rounding_changes,
+        )
+        allowed = find_providers(provider)
+        check_manager(config, profile)
         with _progress(f"building {workload}") as update, workloads.build(workload, tp=tp, layers=layers) as built:
             update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
             comparison = compare(
                 built.model, built.inputs, workload=workload, tp=tp, ranges=spans, device=profile, policies=chosen,
-                build_ns=built.build_ns,
+                build_ns=built.build_ns, config=config, providers=allowed,
             )  # fmt: skip
+        if save_plan is not None:
+            comparison.plans().save(save_plan)
         _show(comparison_to_json(comparison) if as_json else render_comparison(comparison), as_json)
 
 
@@ -161,6 +190,97 @@ def providers(as_json: Json = False, debug: Debug = False) -> None:
             why = "; ".join(str(text) for text in (row["why_not"] or row["description"], row["mend"]) if text)
             table.add_row(str(row["provider"]), available, str(len(row["implements"])), why)
         return _show(table, as_json=False)
+
+
+@app.command()
+def devices(as_json: Json = False, debug: Debug = False) -> None:
+    """List the device profiles, and the constants of their cost model with their sources."""
+    with _one_line_errors(debug):
+        from fuseplan.planner.costs import HARDWARE
+        from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, local_profile
+
+        local = local_profile().name
+        rows: list[dict[str, Any]] = [
+            {
+                "device": name,
+                "description": profile.description,
+                "here": name == local,
+                "providers": sorted(p.name for p in BUILT_IN_PROVIDERS if p.unavailable(profile) is None),
+                "constants": [
+                    {"name": each, "value": constant.value, "unit": constant.unit, "source": constant.source}
+                    for each, constant in HARDWARE[name].constants()
+                ],
+            }
+            for name, profile in PROFILES.items()
+        ]
+        if as_json:
+            return _show({"schema": 1, "devices": rows}, as_json=True)
+        table = _table("device", "", "here", "providers", "launch", "memory", "measured constants")
+        for row in rows:
+            constants = {each["name"]: each for each in row["constants"]}
+            table.add_row(
+                row["device"],
+                row["description"],
+                Text("yes", style="green") if row["here"] else "",
+                ", ".join(row["providers"]),
+                f"{constants['launch']['value'] / 1000:.1f} us",
+                f"{constants['memory_bandwidth']['value']:.0f} GB/s",
+                _measured(row["constants"]),
+            )
+        _show(table, as_json=False)
+        return _show(Text("--json prints every constant with its source", style="dim"), as_json=False)
+
+
+def _measured(constants: list[dict[str, Any]]) -> str:
+    known = [each for each in constants if "not measured" not in each["source"] and "nominal" not in each["source"]]
+    return f"{len(known)} of {len(constants)}"
+
+
+@app.command(name="diff")
+def diff_plans(
+    first: Annotated[Path, typer.Argument(help="A file that explain --save-plan wrote.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what changed between two files of plans. Exit status 1 where anything did."""
+    with _one_line_errors(debug):
+        from fuseplan.record import SavedPlans, diff
+
+        changes = diff(SavedPlans.load(first), SavedPlans.load(second))
+        if as_json:
+            _show({"schema": 1, "changes": changes}, as_json=True)
+        else:
+            _show(Text("\n".join(changes) or "the same fusions at the same places"), as_json=False)
+        if changes:
+            raise typer.Exit(1)
+
+
+def find_providers(names: list[str] | None) -> Any:
+    """The providers of those names, or all.
+
+    Raises:
+        ConfigError: there is no such provider.
+    """
+    from fuseplan.config import unknown
+    from fuseplan.providers import BUILT_IN_PROVIDERS
+
+    known = {provider.name: provider for provider in BUILT_IN_PROVIDERS}
+    for name in names or ():
+        if name not in known:
+            raise unknown("provider", name, known)
+    return tuple(known[name] for name in dict.fromkeys(names)) if names else BUILT_IN_PROVIDERS
+
+
+def check_manager(config: Any, device: Any) -> None:
+    """Refuses broken tables, plans and selectors before anything is built.
+
+    Raises:
+        FuseplanError: the text says which.
+    """
+    from fuseplan.manager import PostGradPassManager
+
+    PostGradPassManager(config, device=device)
 
 
 def check_policies(policies: list[Any]) -> None:

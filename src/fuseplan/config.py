@@ -79,6 +79,7 @@ def check_ranges(ranges: Sequence[CompileRange]) -> tuple[CompileRange, ...]:
 class Policy:
     """How fusions are chosen where several match.
 
+    `planned`: the set that saves the most by the prices of the device, whatever the order of registration.
     `ordered(a, b)`: one pass a rule, applied in this order, each taking what it can; rules not listed are off.
     `off`: reports what would match and rewrites nothing.
     """
@@ -88,18 +89,18 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`"off"` or `"ordered(act_padding, allreduce_rms)"`.
+        """`"planned"`, `"off"` or `"ordered(act_padding, allreduce_rms)"`.
 
         Raises:
-            ConfigError: neither form, an empty order, or a rule listed twice.
+            ConfigError: none of these forms, an empty order, or a rule listed twice.
         """
         match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
         name = match[1] if match else text.strip()
-        if match is None or name not in ("ordered", "off"):
-            raise ConfigError(f"unknown policy {text!r}; allowed: off, ordered(RULE, RULE, ...)")
+        if match is None or name not in ("planned", "ordered", "off"):
+            raise ConfigError(f"unknown policy {text!r}; allowed: planned, off, ordered(RULE, RULE, ...)")
         order = tuple(part.strip() for part in match[2].split(",") if part.strip()) if match[2] else ()
-        if name == "off" and match[2] is not None:
-            raise ConfigError(f"policy {text!r}: off takes no rules; write off")
+        if name != "ordered" and match[2] is not None:
+            raise ConfigError(f"policy {text!r}: {name} takes no rules; write {name}")
         if name == "ordered" and not order:
             raise ConfigError(f"policy {text!r} lists no rules; write e.g. ordered(act_padding, allreduce_rms), or off")
         repeated = [rule for rule in dict.fromkeys(order) if order.count(rule) > 1]
@@ -111,8 +112,9 @@ class Policy:
         return f"{self.name}({', '.join(self.order)})" if self.order else self.name
 
 
-DEFAULT_POLICY = Policy(name="ordered", order=("act_padding", "allreduce_rms", "norm_quant", "act_quant"))
-"""The repaired order of vLLM #42411: padding before all-reduce."""
+DEFAULT_POLICY = Policy(name="planned")
+
+COST_SOURCES = ("auto", "measured", "modelled")
 
 
 def _refuse_unknown_flags(cls: type[T]) -> type[T]:
@@ -148,9 +150,20 @@ class PassConfig:
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.
         max_fusions: apply only the first n fusions of each plan, in graph order: bisect a wrong result by it.
+        force: what a plan has to apply: `RULE`, `RULE@PLACE` with a pattern of module paths such as
+            `act_padding@model.layers.3.*`, or `RULE#SITE`, each also with `:PROVIDER`. Of several providers the plan
+            chooses one.
+        forbid: what it must not apply, in the same form.
+        costs: `auto`: from the cost table where it has all that a component needs, else from the model; `measured`:
+            from the table alone; `modelled`: from the model alone.
+        cost_table: a file that `CostTable.save` wrote; default: `FUSEPLAN_COSTS`. A broken one is an error.
+        plan: a file of saved plans to replay in place of planning anew; one that doesn't fit is an error.
+        node_budget: branch-and-bound nodes a component, after which the best plan found stands beside its bound.
+        allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.
 
     Raises:
-        ConfigError: an unknown flag or policy, a value of the wrong type, overlapping ranges.
+        ConfigError: an unknown flag or policy, a value of the wrong type, overlapping ranges, `force` or `plan` under
+            another policy than `planned`.
     """
 
     fuse_act_padding: bool | None = None
@@ -162,6 +175,13 @@ class PassConfig:
     policy: Policy | str = DEFAULT_POLICY
     compile_ranges: Sequence[CompileRange] = field(default=())
     max_fusions: int | None = None
+    force: Sequence[str] = field(default=())
+    forbid: Sequence[str] = field(default=())
+    costs: str = "auto"
+    cost_table: Path | str | None = None
+    plan: Path | str | None = None
+    node_budget: int = 20_000
+    allow_rounding_changes: bool = False
 
     def __post_init__(self) -> None:
         for flag in FUSION_FLAGS:
@@ -176,6 +196,26 @@ class PassConfig:
         if isinstance(self.policy, str):
             object.__setattr__(self, "policy", Policy.parse(self.policy))
         object.__setattr__(self, "compile_ranges", check_ranges(self.compile_ranges))
+        self._check_planning()
+
+    def _check_planning(self) -> None:
+        for name in ("force", "forbid"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(each, str) for each in value):
+                raise ConfigError(f"{name}={value!r}: allowed are sequences of texts, e.g. ('act_padding',)")
+            object.__setattr__(self, name, tuple(value))
+        if self.costs not in COST_SOURCES:
+            raise unknown("source of costs", str(self.costs), COST_SOURCES)
+        if self.allow_rounding_changes not in (True, False):
+            raise ConfigError(f"allow_rounding_changes={self.allow_rounding_changes!r}: allowed are True and False")
+        if not isinstance(self.node_budget, int) or isinstance(self.node_budget, bool) or self.node_budget < 1:
+            raise ConfigError(f"node_budget={self.node_budget!r}: allowed are integers of at least 1")
+        for name in ("force", "plan"):
+            if getattr(self, name) and self.chosen_policy.name != "planned":
+                raise ConfigError(f"{name} needs policy planned, and the policy is {self.policy}")
+        both = sorted(set(self.force) & set(self.forbid))
+        if both:
+            raise ConfigError(f"{both[0]!r} is forced and forbidden; drop one of them")
 
     @property
     def chosen_policy(self) -> Policy:
@@ -205,10 +245,12 @@ class Environment:
     Attributes:
         enabled: False where `FUSEPLAN=0`: every graph goes on as it is.
         debug_dir: `FUSEPLAN_DEBUG_DIR`: where graphs before and after, patterns and match tables are written.
+        cost_table: `FUSEPLAN_COSTS`: a cost table, where the configuration names none.
     """
 
     enabled: bool = True
     debug_dir: Path | None = None
+    cost_table: Path | None = None
 
     @classmethod
     def read(cls) -> Self:
@@ -221,4 +263,9 @@ class Environment:
         if switch not in ("0", "1", ""):
             raise ConfigError(f"FUSEPLAN={switch!r}: allowed are 0 (off) and 1 (on)")
         directory = os.environ.get("FUSEPLAN_DEBUG_DIR")
-        return cls(enabled=switch != "0", debug_dir=Path(directory) if directory else None)
+        costs = os.environ.get("FUSEPLAN_COSTS")
+        return cls(
+            enabled=switch != "0",
+            debug_dir=Path(directory) if directory else None,
+            cost_table=Path(costs) if costs else None,
+        )

@@ -4,7 +4,7 @@
 2-canonical.txt   its copy in the dialect
 3-after.txt       the graph with the chosen fusions, if there are any
 patterns.txt      every rule's pattern as Inductor's matcher sees it
-matches.txt       every candidate: chosen, or what took its nodes
+matches.txt       every candidate: chosen, or what took its nodes, and what it saves
 report.json       the record of all that
 """
 
@@ -18,8 +18,8 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import CompileRange
-from fuseplan.matching import Match, Matches, compiled_pattern, fusion_of
-from fuseplan.planner import Choice
+from fuseplan.matching import Matches, compiled_pattern
+from fuseplan.planner import Decision, Posed
 from fuseplan.record import GraphReport, to_json
 from fuseplan.rules import Rule
 
@@ -50,7 +50,12 @@ class DebugDump:
             )
 
     def analysis(
-        self, canonical: CanonicalGraph, rules: Mapping[str, tuple[Rule, ...]], matches: Matches, choice: Choice
+        self,
+        canonical: CanonicalGraph,
+        rules: Mapping[str, tuple[Rule, ...]],
+        matches: Matches,
+        posed: Posed,
+        decision: Decision,
     ) -> None:
         """The canonical graph, the patterns and the table of matches."""
         if self.folder is None:
@@ -62,12 +67,18 @@ class DebugDump:
             for rule in members
         ]
         self._write("patterns.txt", "\n".join(patterns))
-        chosen = {id(match) for match in choice.chosen}
-        blocked = {id(match): winners for match, winners in choice.lost}
-        lines = [
-            self._line(canonical, match, id(match) in chosen, blocked.get(id(match), ()))
-            for match in matches.candidates
-        ]
+        lost = {each.candidate: each for each in decision.lost}
+        lines = []
+        for index, candidate in enumerate(posed.candidates):
+            fate = "chosen    " if index in decision.selected else "not chosen"
+            winners = {posed.candidates[winner].rule for winner in lost[index].blocked_by} if index in lost else set()
+            why = f"  lost to {', '.join(sorted(winners))}" if winners else ""
+            where = f"  {candidate.source}" if candidate.source else ""
+            saving = f"{posed.problem.savings_ns[index] / 1000:+9.2f} us"
+            anchor = canonical.source_node(candidate.anchor).name
+            lines.append(
+                f"{fate} {saving} {candidate.rule:16} {candidate.op:40} {candidate.provider:10} {anchor}{where}{why}"
+            )
         refused = [
             f"refused    {refusal.rule or '-':16} {refusal.reason}: {refusal.detail}" for refusal in matches.refusals
         ]
@@ -77,13 +88,6 @@ class DebugDump:
         """The record as JSON."""
         if self.folder is not None:
             self._write("report.json", json.dumps(to_json(report), indent=1))
-
-    def _line(self, canonical: CanonicalGraph, match: Match, chosen: bool, winners: tuple[Match, ...]) -> str:
-        fusion = fusion_of(canonical, match)
-        fate = "chosen    " if chosen else "not chosen"
-        why = f"  lost to {', '.join(sorted({winner.rule.name for winner in winners}))}" if winners else ""
-        where = f"  {fusion.source}" if fusion.source else ""
-        return f"{fate} {fusion.rule:16} {fusion.op:40} {fusion.provider:10} {fusion.anchor}{where}{why}"
 
     def _write(self, name: str, text: str) -> None:
         assert self.folder is not None

@@ -8,7 +8,7 @@ class FuseplanError(Exception):
 
 
 class ConfigError(FuseplanError, ValueError):
-    """A flag, policy, range or environment variable that is unknown, malformed or contradictory."""
+    """A flag, policy, range, cost table or environment variable that is unknown, malformed or contradictory."""
 
 
 class WorkloadError(FuseplanError, ValueError):

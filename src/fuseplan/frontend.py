@@ -2,7 +2,8 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.errors import ConfigError
 from fuseplan.manager import Analysis, PostGradPassManager, ReportCallback
-from fuseplan.providers import DeviceProfile
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import Comparison, GraphReport, Reason, Report
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -35,6 +36,7 @@ def inductor_options(
     *,
     on_report: ReportCallback | None = None,
     options: Mapping[str, Any] | None = None,
+    passes: Sequence[object] = (),
 ) -> dict[str, Any]:
     """Options for `torch.compile(model, options=...)` that put fuseplan into Inductor's custom-pass hook.
 
@@ -46,6 +48,7 @@ def inductor_options(
             and this call with it; `fuseplan.compile` delivers reports then too.
         options: further Inductor options. A custom pass among them, or in Inductor's global configuration, runs before
             fuseplan's and is not dropped.
+        passes: other people's passes, as for `compile`.
 
     Returns:
         `options` with fuseplan's pass manager in its hook.
@@ -58,15 +61,21 @@ def inductor_options(
     config = config or PassConfig()
     ranges = config.compile_ranges
     whole = CompileRange(start=ranges[0].start, end=ranges[-1].end) if ranges else None
-    return _options(config, whole, on_report, dict(options or {}))
+    return _options(config, whole, on_report, dict(options or {}), passes)
 
 
 def _options(
-    config: PassConfig, compile_range: CompileRange | None, on_report: ReportCallback | None, options: dict[str, Any]
+    config: PassConfig,
+    compile_range: CompileRange | None,
+    on_report: ReportCallback | None,
+    options: dict[str, Any],
+    passes: Sequence[object],
 ) -> dict[str, Any]:
     given = options.get(HOOK, getattr(inductor_config, HOOK))
     previous = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    manager = PostGradPassManager(config, compile_range=compile_range, on_report=on_report, previous=previous)
+    manager = PostGradPassManager(
+        config, compile_range=compile_range, on_report=on_report, previous=previous, passes=passes
+    )
     return {**options, HOOK: manager}
 
 
@@ -75,6 +84,7 @@ def compile(
     *,
     config: PassConfig | None = None,
     on_report: ReportCallback | None = None,
+    passes: Sequence[object] = (),
     **torch_compile_arguments: Any,
 ) -> T:
     """`torch.compile(model)` with planned fusions.
@@ -86,6 +96,9 @@ def compile(
             [B, S] for integers, [B, S, hidden] for activations. A call outside of all ranges runs as under plain
             `torch.compile`.
         on_report: called with a `Report` for every graph that is compiled, from a warm compile cache too.
+        passes: other people's passes: `PatternMatcherPass` objects, unmodified, join the plan, each match of them worth
+            one kernel launch, or what an `ExternalPass` around it says. Functions of a graph, and passes whose patterns
+            hold what another one puts in, run before or after the plan, where they stand among these.
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 
     Returns:
@@ -107,7 +120,7 @@ def compile(
     warner = _Warner(on_report)
 
     def compiled(compile_range: CompileRange | None) -> Any:
-        backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"))
+        backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), passes)
         return torch.compile(model, backend=backend, **arguments)
 
     if not config.compile_ranges:
@@ -173,10 +186,11 @@ class _Backend(torch._TorchCompileInductorWrapper):
         deliver: _Warner,
         options: Mapping[str, Any],
         dynamic: bool | None,
+        passes: Sequence[object],
     ) -> None:
         self.deliver = deliver
         self.fresh: list[Report] = []
-        merged = _options(config, compile_range, self.fresh.append, dict(options))
+        merged = _options(config, compile_range, self.fresh.append, dict(options), passes)
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
 
     def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
@@ -234,7 +248,7 @@ def explain(
     require_supported_torch()
     config = config or PassConfig()
     traced = capture(model, inputs, model_arguments, dynamic=bool(config.compile_ranges))
-    return _Explanation(traced, config, device).report(config.chosen_policy)
+    return _Explanation(traced, config, device, BUILT_IN_PROVIDERS).report(config.chosen_policy)
 
 
 def compare(
@@ -248,6 +262,7 @@ def compare(
     policies: Sequence[Policy] = (),
     config: PassConfig | None = None,
     build_ns: int = 0,
+    providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
 ) -> Comparison:
     """Several policies on one workload.
 
@@ -258,9 +273,10 @@ def compare(
         tp: ranks of tensor parallelism.
         ranges: the compile ranges.
         device: the profile whose providers are taken as present.
-        policies: what to compare; empty: `off` and every order of registration that differs in effect.
+        policies: what to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
         config: flags; its policy and ranges aren't used.
         build_ns: how long the model took to build.
+        providers: who may run fused ops.
 
     Raises:
         WorkloadError: nothing could be traced.
@@ -268,10 +284,12 @@ def compare(
     """
     config = replace(config or PassConfig(), compile_ranges=tuple(ranges))
     for policy in policies:
-        PostGradPassManager(replace(config, policy=policy))
+        PostGradPassManager(replace(config, policy=policy, force=(), plan=None))
+    config = replace(config, policy=Policy(name="planned"))
     traced = capture(model, inputs, {}, dynamic=True)
-    explanation = _Explanation(traced, replace(config, policy=Policy(name="off")), device)
-    reports = [explanation.report(policy) for policy in policies or (*explanation.orders(), Policy(name="off"))]
+    explanation = _Explanation(traced, config, device, providers)
+    every = policies or (config.chosen_policy, *explanation.orders(), Policy(name="off"))
+    reports = [explanation.report(policy) for policy in every]
     return Comparison(
         workload=workload,
         tp=tp,
@@ -280,19 +298,52 @@ def compare(
         reports=tuple(reports),
         breaks=traced.breaks,
         trace_ns=build_ns + traced.time_ns,
+        notes=tuple(_notes(reports, providers, device)),
     )
+
+
+def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: DeviceProfile) -> Iterator[str]:
+    """What the figures don't show: how they were priced, and which kernels this version prices without running them."""
+    plans = [graph.plan for report in reports for graph in report.graphs if graph.plan is not None]
+    sources = sorted({source for plan in plans for source in plan.prices}) or ["modelled"]
+    yield f"costs are {' and '.join(sources)} for {device.name}"
+    runs = {provider.name: provider.implements for provider in providers}
+    priced = Counter(
+        fusion.provider
+        for report in reports[:1]
+        for graph in report.graphs
+        for fusion in graph.applied
+        if fusion.provider in runs and fusion.op not in runs[fusion.provider]
+    )
+    for name, count in sorted(priced.items()):
+        yield f"{count} of the fusions shown first are {name}'s: priced here, not yet run by this version of fuseplan"
+    changes = Counter(
+        fusion.rounding_change
+        for report in reports[:1]
+        for graph in report.graphs
+        for fusion in graph.applied
+        if fusion.rounding_change is not None
+    )
+    for (before, after), count in sorted(changes.items()):
+        yield f"{count} of the fusions shown first round as {after} where the graph rounds as {before}"
 
 
 class _Explanation:
     """Matches of every graph in every range, found once and shared by all policies."""
 
-    def __init__(self, traced: Capture, config: PassConfig, device: DeviceProfile | None) -> None:
+    def __init__(
+        self, traced: Capture, config: PassConfig, device: DeviceProfile | None, providers: Sequence[Provider]
+    ) -> None:
         self.config = config
-        self.rules = tuple(PostGradPassManager(config, device=device).rules)
+        shared = PostGradPassManager(config, device=device, providers=providers)
+        self.rules = tuple(shared.rules)
         self.entries: list[tuple[str, PostGradPassManager, Analysis]] = []
         self.skipped: list[GraphReport] = []
         for compile_range in config.compile_ranges or (None,):
-            manager = PostGradPassManager(config, compile_range=compile_range, device=device)
+            manager = PostGradPassManager(
+                config, compile_range=compile_range, device=device, prices=shared.prices, providers=providers
+            )
+            manager.solver = shared.solver
             span = (compile_range.start, compile_range.end) if compile_range else None
             for index, gm in enumerate(traced.graphs):
                 refusal = manager.hands_off(gm.graph)
@@ -305,7 +356,7 @@ class _Explanation:
         graphs = list(self.skipped)
         for name, manager, analysis in self.entries:
             timed = replace(analysis, stages_ns=dict(analysis.stages_ns))
-            graphs.append(manager.report(name, timed, manager.choose(timed, policy)))
+            graphs.append(manager.report(name, timed, manager.decide(timed, policy, name)))
         warnings = dict.fromkeys(r for graph in graphs for r in graph.refusals if r.reason is Reason.NO_EFFECT)
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
         return Report(
@@ -330,5 +381,8 @@ class _Explanation:
         return list(outcomes.values())
 
     def _outcome(self, policy: Policy) -> tuple[Any, ...]:
-        chosen = (manager.choose(analysis, policy).chosen for _, manager, analysis in self.entries)
-        return tuple(tuple((match.rule.op.name, match.anchor) for match in matches) for matches in chosen)
+        outcome = []
+        for name, manager, analysis in self.entries:
+            selected = manager.decide(replace(analysis, stages_ns={}), policy, name).selected
+            outcome.append(tuple(sorted(analysis.posed.candidates[index].name for index in selected)))
+        return tuple(outcome)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 from torch import fx
@@ -17,18 +18,47 @@ from torch._inductor.virtualized import V
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
-from fuseplan.errors import UnsupportedError
+from fuseplan.dialect import ops
+from fuseplan.errors import ConfigError, UnsupportedError
 from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
 from fuseplan.graph.facts import is_training
-from fuseplan.matching import Match, Matches, find_matches, fusion_of, missing_ops
-from fuseplan.planner import Choice, choose_in_order
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
-from fuseplan.record import GraphReport, Loss, Reason, Refusal, Report
+from fuseplan.matching import (
+    ExternalMatch,
+    ExternalMatches,
+    ExternalPass,
+    GraphPass,
+    Match,
+    Matches,
+    as_external,
+    find_external,
+    find_matches,
+    missing_ops,
+)
+from fuseplan.planner import (
+    Decision,
+    Posed,
+    Prices,
+    Solver,
+    check_selector,
+    decide_in_order,
+    decide_off,
+    decide_planned,
+    limit,
+    plan_record,
+    pose,
+    replay,
+)
+from fuseplan.planner.candidates import EXTERNAL
+from fuseplan.planner.costs import HARDWARE, CostModel, CostTable
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, local_profile
+from fuseplan.record import Fusion, GraphReport, Loss, Reason, Refusal, Report, SavedPlans, SizePrice
 from fuseplan.rewriting import apply
 from fuseplan.rules import BUILT_IN_RULES, Rule, enabled_rules
 
 ReportCallback = Callable[[Report], None]
-GraphPass = Callable[..., Any]
+DEFAULT_SPAN = CompileRange(start=1, end=8192)
+"""What a graph of any size is priced for: decoding one token to a prefill of vLLM's default
+`max_num_batched_tokens`."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -38,12 +68,16 @@ class Analysis:
     Attributes:
         canonical: the raised copy.
         matches: every candidate and refusal.
+        external: what other people's passes match.
+        posed: the problem.
         rules: the rules that were on, by name.
         stages_ns: time of each stage so far.
     """
 
     canonical: CanonicalGraph
     matches: Matches
+    external: ExternalMatches
+    posed: Posed
     rules: Mapping[str, tuple[Rule, ...]]
     stages_ns: dict[str, int] = field(default_factory=dict)
 
@@ -61,9 +95,15 @@ class PostGradPassManager(CustomGraphPass):
         providers: who can run it.
         device: a profile whose providers are taken as present; None: those of this machine.
         environment: None reads it now.
+        prices: what fusions cost; None: the model of the device, and the cost table that configuration or environment
+            name.
+        passes: other people's passes: `PatternMatcherPass` objects, unmodified, or `ExternalPass`es that say what a
+            match is worth, join the plan under `planned`; functions of a graph, and passes that are chained to others,
+            run before or after the plan, where they stand.
 
     Raises:
-        ConfigError: flags and policy contradict each other, or the environment is malformed.
+        ConfigError: flags and policy contradict each other, the environment is malformed, or a cost table is broken.
+        PlanError: a file of saved plans is broken.
     """
 
     def __init__(
@@ -77,6 +117,8 @@ class PostGradPassManager(CustomGraphPass):
         providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
         device: DeviceProfile | None = None,
         environment: Environment | None = None,
+        prices: Prices | None = None,
+        passes: Sequence[object] = (),
     ) -> None:
         self.config = config
         self.compile_range = compile_range
@@ -87,6 +129,13 @@ class PostGradPassManager(CustomGraphPass):
         self.providers = tuple(providers)
         self.device = device
         self.environment = environment or Environment.read()
+        self.prices = prices or prices_of(config, self.environment, device)
+        self.passes = as_external(passes)
+        self.solver = Solver(config.node_budget)
+        self.saved = SavedPlans.load(Path(config.plan)) if config.plan else None
+        names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
+        for selector in (*config.force, *config.forbid):
+            check_selector(selector, names)
         self._graphs = 0
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -96,7 +145,7 @@ class PostGradPassManager(CustomGraphPass):
             UnsupportedError: the graph is compiled by AOTInductor.
         """
         for graph_pass in self.previous:
-            _run_previous(graph_pass, graph)
+            _run(graph_pass, graph)
         name = f"graph_{self._graphs}"
         self._graphs += 1
         refusal = self.hands_off(graph)
@@ -106,56 +155,154 @@ class PostGradPassManager(CustomGraphPass):
         dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
         dump.graph("1-before", graph)
         analysis = self.analyze(graph)
-        choice = self.choose(analysis, self.config.chosen_policy)
-        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, choice)
-        if choice.chosen:
-            with _stage(analysis.stages_ns, "rewriting"):
-                apply(analysis.canonical, choice.chosen)
+        for graph_pass in analysis.external.before:
+            _run(graph_pass, graph)
+        if analysis.external.before:
+            analysis = self.analyze(graph)
+        decision = self.decide(analysis, self.config.chosen_policy, name)
+        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.posed, decision)
+        unapplied = self._rewrite(analysis, decision)
+        for graph_pass in analysis.external.after:
+            _run(graph_pass, graph)
+        if decision.selected:
             dump.graph("3-after", graph)
-        report = self.report(name, analysis, choice, rewritten=bool(choice.chosen))
+        report = self.report(name, analysis, decision, rewritten=bool(decision.selected), further=unapplied)
         dump.report(report)
         self._deliver(report)
 
     def analyze(self, graph: fx.Graph) -> Analysis:
-        """Raises a copy of the graph and finds every match on it."""
+        """Raises a copy of the graph, finds every match on it, and prices them."""
         stages: dict[str, int] = {}
         with _stage(stages, "canonical"):
             canonical = canonicalize(graph, see_through_noops=self.config.eliminate_noops)
         with _stage(stages, "matching"):
-            matches = find_matches(canonical, self.rules, self.providers, self.device)
-        return Analysis(canonical=canonical, matches=matches, rules=self.rules, stages_ns=stages)
+            allow = self.config.allow_rounding_changes
+            matches = find_matches(canonical, self.rules, self.providers, self.device, allow_rounding_changes=allow)
+            external = find_external(graph, self.passes)
+        with _stage(stages, "pricing"):
+            span = self.compile_range or DEFAULT_SPAN
+            posed = pose(
+                canonical,
+                matches.candidates,
+                external.candidates,
+                self.prices,
+                (span.start, span.end),
+                force=self.config.force,
+                forbid=self.config.forbid,
+            )
+        return Analysis(
+            canonical=canonical, matches=matches, external=external, posed=posed, rules=self.rules, stages_ns=stages
+        )
 
-    def choose(self, analysis: Analysis, policy: Policy) -> Choice:
-        """What the policy would apply, `max_fusions` included."""
+    def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:
+        """What the policy would apply, `max_fusions` included.
+
+        Args:
+            analysis: of the graph.
+            policy: how to choose.
+            graph: its name, by which a saved plan is found.
+
+        Raises:
+            PlanError: what is forced can't be applied, or a saved plan doesn't fit.
+        """
+        posed = analysis.posed
         with _stage(analysis.stages_ns, "choosing"):
             if policy.name == "off":
-                return Choice(chosen=())
-            candidates = [match for match in analysis.matches.candidates if match.rule.name in policy.order]
-            choice = choose_in_order(analysis.canonical.graph, candidates, policy.order)
-        return choice.at_most(self.config.max_fusions)
+                decision = decide_off()
+            elif policy.name == "ordered":
+                decision = decide_in_order(posed, policy.order)
+            elif self.saved is not None:
+                decision = replay(posed, self.saved.find(graph, self._range))
+            else:
+                decision = decide_planned(posed, self.solver)
+            return limit(posed, decision, self.config.max_fusions)
 
-    def report(self, name: str, analysis: Analysis, choice: Choice, *, rewritten: bool = False) -> GraphReport:
+    def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
+        """Applies a decision: rules' matches first, then those of other people's passes, which read their results."""
+        matches = [analysis.posed.candidates[index].match for index in decision.selected]
+        ours = sorted((match for match in matches if isinstance(match, Match)), key=lambda match: match.anchor)
+        refusals = []
+        with _stage(analysis.stages_ns, "rewriting"):
+            if ours:
+                apply(analysis.canonical, ours)
+            for match in matches:
+                if isinstance(match, ExternalMatch) and not match.apply():
+                    detail = f"a match of pass {match.owner.name} is gone after other fusions were applied"
+                    refusals.append(Refusal(reason=Reason.OP, rule=match.owner.name, detail=detail))
+        return refusals
+
+    def report(
+        self,
+        name: str,
+        analysis: Analysis,
+        decision: Decision,
+        *,
+        rewritten: bool = False,
+        further: Sequence[Refusal] = (),
+    ) -> GraphReport:
         """The record of one graph."""
-        canonical = analysis.canonical
-        refusals = [*analysis.matches.refusals, *canonical.refusals, *self._ineffective(analysis)]
-        limit = f"max_fusions={self.config.max_fusions}"
-        refusals += [_given_up(canonical, match, Reason.LIMIT, f"beyond {limit}") for match in choice.limited]
+        canonical, posed = analysis.canonical, analysis.posed
+        refusals = [*analysis.matches.refusals, *canonical.refusals, *self._ineffective(analysis), *further]
+        most = f"max_fusions={self.config.max_fusions}"
+        refusals += [_given_up(self._fusion(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
         cycle = "together with fusions that were chosen it would make the graph cyclic"
-        refusals += [_given_up(canonical, match, Reason.CYCLE, cycle) for match in choice.cyclic]
-        matched = [match.rule.name for match in analysis.matches.candidates]
+        refusals += [_given_up(self._fusion(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
+        matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
+        counts = [rule for rule, _, _ in matched]
+        saved = posed.saved_by_size(decision.selected)
+        device = self.prices.model.name
+        is_planned = decision.solution is not None
+        in_order = sorted(decision.selected, key=lambda i: (posed.candidates[i].provider == EXTERNAL, i))
         return GraphReport(
             graph=name,
             range=self._range,
-            applied=tuple(fusion_of(canonical, match) for match in choice.chosen),
+            applied=tuple(self._fusion(posed, index) for index in in_order),
             lost=tuple(
-                Loss(fusion=fusion_of(canonical, match), blocked_by=tuple(fusion_of(canonical, w) for w in winners))
-                for match, winners in choice.lost
+                Loss(
+                    fusion=self._fusion(posed, lost.candidate),
+                    blocked_by=tuple(self._fusion(posed, winner) for winner in lost.blocked_by),
+                    lost_ns=lost.lost_ns,
+                    flips_at_ns=lost.flips_at_ns,
+                )
+                for lost in decision.lost
             ),
-            matched={rule: matched.count(rule) for rule in analysis.rules},
+            matched={rule: counts.count(rule) for rule in self.names},
             recognized=canonical.recognized(),
             refusals=tuple(refusals),
             stages_ns=dict(analysis.stages_ns),
             rewritten=rewritten,
+            plan=plan_record(posed, decision, name, self._range, device) if is_planned else None,
+            sizes=tuple(
+                SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving)
+                for tokens, unfused, saving in zip(posed.priced.tokens, posed.priced.unfused, saved, strict=True)
+            ),
+            saved_ns=decision.saving_ns,
+            unfused_ns=posed.unfused_ns,
+            plan_ns=decision.plan_ns,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rules that are on, and other people's passes that can be planned."""
+        external = sorted(p.name for p in self.passes if isinstance(p, ExternalPass) and not p.is_procedural)
+        return (*self.rules, *external)
+
+    def _fusion(self, posed: Posed, index: int) -> Fusion:
+        candidate, value = posed.candidates[index], posed.problem.savings_ns[index]
+        canonical, match = posed.canonical, candidate.match
+        core = match.core if isinstance(match, Match) else match.anchor
+        op = ops.of(core.target)
+        return Fusion(
+            rule=candidate.rule,
+            op=candidate.op,
+            provider=candidate.provider,
+            anchor=canonical.source_node(match.anchor).name,
+            consumed=tuple(node.name for node in match.consumed),
+            contested_op=op.name if op else str(core.target),
+            site=core.name,
+            source=candidate.source,
+            saving_ns=value,
+            rounding_change=match.rounding_change if isinstance(match, Match) else None,
         )
 
     def uuid(self) -> str:
@@ -172,6 +319,9 @@ class PostGradPassManager(CustomGraphPass):
             providers=sorted(provider_key(provider, self.device) for provider in self.providers),
             device=self.device.name if self.device else None,
             previous=[pass_key(graph_pass) for graph_pass in self.previous],
+            passes=[each.key if isinstance(each, ExternalPass) else pass_key(each) for each in self.passes],
+            prices=self.prices.key,
+            plan=[plan.digest for plan in self.saved.plans] if self.saved else None,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -230,9 +380,7 @@ class PostGradPassManager(CustomGraphPass):
             policy = self.config.chosen_policy
             warnings = tuple(refusal for refusal in graph.refusals if refusal.reason is Reason.NO_EFFECT)
             self.on_report(
-                Report(
-                    policy=policy.name, order=policy.order, rules=tuple(self.rules), graphs=(graph,), warnings=warnings
-                )
+                Report(policy=policy.name, order=policy.order, rules=self.names, graphs=(graph,), warnings=warnings)
             )
 
 
@@ -243,13 +391,26 @@ def _stage(stages: dict[str, int], name: str) -> Iterator[None]:
     stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start
 
 
-def _run_previous(graph_pass: GraphPass, graph: fx.Graph) -> None:
+def _run(graph_pass: GraphPass, graph: fx.Graph) -> None:
     if "is_inference" in inspect.signature(graph_pass).parameters:
         graph_pass(graph, is_inference=not is_training(graph))
     else:
         graph_pass(graph)
 
 
-def _given_up(canonical: CanonicalGraph, match: Match, reason: Reason, detail: str) -> Refusal:
-    fusion = fusion_of(canonical, match)
+def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:
     return Refusal(reason=reason, rule=fusion.rule, detail=detail, nodes=(fusion.anchor,), source=fusion.source)
+
+
+def prices_of(config: PassConfig, environment: Environment, device: DeviceProfile | None) -> Prices:
+    """Prices as a configuration asks for them: the device's model, and the cost table that it or the environment names.
+
+    Raises:
+        ConfigError: the table is broken or of another device, or `costs` is measured and there is none.
+    """
+    profile = device or local_profile()
+    path = config.cost_table or environment.cost_table
+    if path is None and config.costs == "measured":
+        raise ConfigError("costs='measured' needs a cost table: set cost_table or FUSEPLAN_COSTS")
+    table = CostTable.load(Path(path), device=profile.name) if path and config.costs != "modelled" else None
+    return Prices(model=CostModel(HARDWARE[profile.name]), table=table, source=config.costs)

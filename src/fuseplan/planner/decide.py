@@ -66,14 +66,14 @@ def decide_in_order(posed: Posed, order: Sequence[str]) -> Decision:
     """
     values, forbidden = posed.problem.savings_ns, posed.problem.forbidden
     best: dict[object, int] = {}
-    for index, candidate in enumerate(posed.candidates):
+    for candidate_index, candidate in enumerate(posed.candidates):
         match = candidate.match
-        if isinstance(match, Match) and candidate.rule in order and index not in forbidden:
+        if isinstance(match, Match) and candidate.rule in order and candidate_index not in forbidden:
             key = (match.rule.name, match.rule.op.name, match.anchor)
-            if key not in best or values[index] > values[best[key]]:
-                best[key] = index
+            if key not in best or values[candidate_index] > values[best[key]]:
+                best[key] = candidate_index
     matches = sorted(
-        (match for index in best.values() if isinstance(match := posed.candidates[index].match, Match)),
+        (match for chosen in best.values() if isinstance(match := posed.candidates[chosen].match, Match)),
         key=lambda match: (match.anchor, match.rule.name, match.rule.op.name),
     )
     choice = choose_in_order(posed.canonical.graph, matches, order)

@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import ExternalMatch, Match
@@ -13,7 +12,6 @@ from fuseplan.planner.costs import CostModel, CostTable, Provenance
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.sites import Rows, Shape, Site, Tail
 
-CostSource: TypeAlias = Literal["auto", "measured", "modelled"]
 UNFUSED = "unfused"
 MAX_ENUMERATED = 12
 """Candidates up to which a component's alternatives are looked up as a whole; beyond, each candidate is modelled."""
@@ -37,7 +35,7 @@ class Prices:
 
     model: CostModel
     table: CostTable | None = None
-    source: CostSource = "auto"
+    source: str = "auto"
     _cache: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property

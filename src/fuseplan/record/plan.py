@@ -42,8 +42,8 @@ class Rejected:
         saving_ns: what it would save by itself; negative where it costs.
         blocked_by: names of what stands in its way; empty where it is just not worth it.
         lost_ns: by how much a plan that has to apply it saves less; None where none can.
-        flips_at_ns: what its op would have to take at most, for it to be applied; None where no time is short enough, or
-            its time isn't known.
+        flips_at_ns: what its op would have to take at most to be applied; None where no time is short enough, or its
+            time isn't known.
     """
 
     name: str
@@ -230,7 +230,7 @@ def _title(plan: Plan) -> str:
 
 
 def _place(name: str) -> str:
-    return name.split(" ")[0]
+    return name.split(" ", 1)[0]
 
 
 def _choice(selected: Selected | None) -> str:

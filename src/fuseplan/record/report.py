@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fuseplan.record.plan import Plan
+from fuseplan.errors import PlanError
+from fuseplan.record.plan import Plan, SavedPlans
 from fuseplan.record.refusal import Reason, Refusal
 
 
@@ -302,6 +303,7 @@ class Comparison:
         reports: one for each policy.
         breaks: graph breaks met while tracing, one line each.
         trace_ns: time to build and trace the model.
+        notes: what a reader of the figures has to know, one line each.
     """
 
     workload: str
@@ -311,3 +313,17 @@ class Comparison:
     reports: tuple[Report, ...]
     breaks: tuple[str, ...] = ()
     trace_ns: int = 0
+    notes: tuple[str, ...] = ()
+
+    def plans(self) -> SavedPlans:
+        """The plans of policy `planned`, for a file.
+
+        Raises:
+            PlanError: the policy isn't among the reports.
+        """
+        found = [graph.plan for report in self.reports for graph in report.graphs if graph.plan is not None]
+        if not found:
+            raise PlanError(
+                "there is no plan to save: policy planned isn't among those compared, or nothing was traced"
+            )
+        return SavedPlans(workload=self.workload, tp=self.tp, plans=tuple(found))

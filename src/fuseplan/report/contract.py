@@ -10,7 +10,7 @@ SCHEMA = 1
 def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
     """A comparison as plain JSON values.
 
-    Costs (`region_us`, `saved_us`, `lost_us`, `flips_at_us`) are null where nothing is priced.
+    Times are of the middle size of each range, `saved_us` weighted over its sizes, and sums over graphs and ranges.
     """
     first = comparison.reports[0]
     return {
@@ -29,21 +29,50 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
         "recognized": first.recognized,
         "warnings": [to_json(warning) for warning in first.warnings],
         "breaks": list(comparison.breaks),
+        "notes": list(comparison.notes),
     }
 
 
 def _policy(report: Report) -> dict[str, Any]:
-    order = {"order": list(report.order)} if report.order else {}
-    return {
-        "policy": report.policy,
-        **order,
+    row: dict[str, Any] = {"policy": report.policy}
+    if report.order:
+        row["order"] = list(report.order)
+    row |= {
         "fused": report.fused,
         "matched": report.matched,
-        "per_range": [
-            {"range": list(span) if span else None, "fused": fused} for span, fused in report.per_range.items()
+        "per_range": [_range(report, span) for span in report.per_range],
+        "region_us": report.region_us,
+        "saved_us": report.saved_us,
+    }
+    plans = [graph.plan for graph in report.graphs if graph.plan is not None]
+    if plans:
+        objective, bound = sum(plan.objective_ns for plan in plans), sum(plan.bound_ns for plan in plans)
+        row |= {
+            "objective_ns": objective,
+            "bound_ns": bound,
+            "gap": (bound - objective) / max(1, abs(bound)),
+            "plan_ms": sum(graph.plan_ns for graph in report.graphs) / 1e6,
+            "digests": [plan.digest for plan in plans],
+        }
+    return row
+
+
+def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
+    graphs = [graph for graph in report.graphs if graph.range == span]
+    sizes: dict[int, list[int]] = {}
+    for size in (size for graph in graphs for size in graph.sizes):
+        total = sizes.setdefault(size.tokens, [0, 0])
+        total[0] += size.unfused_ns
+        total[1] += size.saved_ns
+    return {
+        "range": list(span) if span else None,
+        "fused": report.per_range[span],
+        "region_us": sum(graph.unfused_ns - graph.saved_ns for graph in graphs) / 1000,
+        "saved_us": sum(graph.saved_ns for graph in graphs) / 1000,
+        "sizes": [
+            {"tokens": tokens, "unfused_us": unfused / 1000, "saved_us": saved / 1000}
+            for tokens, (unfused, saved) in sorted(sizes.items())
         ],
-        "region_us": None,
-        "saved_us": None,
     }
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fuseplan.record import Comparison, ConflictClass, Report
+from fuseplan.record.report import UNFUSED
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
@@ -16,7 +17,13 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     went.
     """
     parts: list[RenderableType] = [_headline(comparison), Text(), *_table(comparison)]
-    sections = (_conflicts(comparison), _uncontested(comparison), _near_misses(comparison), _warnings(comparison))
+    sections = (
+        _conflicts(comparison),
+        _uncontested(comparison),
+        _not_worth_it(comparison),
+        _near_misses(comparison),
+        _warnings(comparison),
+    )
     for section in sections:
         if section:
             parts += [Text(), *section]
@@ -38,22 +45,32 @@ def _headline(comparison: Comparison) -> Text:
 
 
 def _table(comparison: Comparison) -> list[RenderableType]:
-    rules = sorted({rule for report in comparison.reports for rule in report.rules if _matters(comparison, rule)})
+    rules = sorted({rule for report in comparison.reports for rule in report.matched if _matters(comparison, rule)})
     if not rules:
         known = sorted({rule for report in comparison.reports for rule in report.rules})
         return [Text(f"nothing to fuse: none of {', '.join(known)} matches anywhere")]
-    return [_Policies(comparison, rules), Text("fired, of the matches there are on the unmodified graphs", style="dim")]
+    legend = "fired, of the matches there are on the unmodified graphs"
+    return [_Policies(comparison, rules), Text(f"{legend}; {_saving_legend(comparison)}", style="dim")]
+
+
+def _saving_legend(comparison: Comparison) -> str:
+    sizes = [graph.sizes[len(graph.sizes) // 2].tokens for graph in comparison.reports[0].graphs if graph.sizes]
+    middles = ", ".join(str(tokens) for tokens in dict.fromkeys(sizes))
+    return f"saved: us a step at the middle of each range ({middles} tokens)"
 
 
 class _Policies:
-    """Policies by rules: a table where the terminal is wide enough for it, else one paragraph a policy."""
+    """Policies by rules and by ranges: a table where the terminal is wide enough for it, else one paragraph a
+    policy.
+    """
 
     def __init__(self, comparison: Comparison, rules: Sequence[str]) -> None:
         self.comparison, self.rules = comparison, rules
+        self.spans = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         names = max(len(name) for name in map(policy_name, self.comparison.reports) if name.count(",") < 2)
-        columns = sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules)
+        columns = sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules) + 12 * len(self.spans)
         yield self._table() if names + 3 + columns <= options.max_width else self._paragraphs()
 
     def _table(self) -> Table:
@@ -61,8 +78,11 @@ class _Policies:
         table.add_column("policy", overflow="fold")
         for rule in self.rules:
             table.add_column(rule, justify="right", no_wrap=True)
+        for span in self.spans:
+            table.add_column(f"{_span(span)}", justify="right", no_wrap=True)
         for report in self.comparison.reports:
-            table.add_row(policy_name(report), *(_cell(report, rule) for rule in self.rules))
+            cells = [_cell(report, rule) for rule in self.rules]
+            table.add_row(policy_name(report), *cells, *(self._saved(report, span) for span in self.spans))
         return table
 
     def _paragraphs(self) -> Group:
@@ -71,7 +91,22 @@ class _Policies:
             lines.append(Text(policy_name(report), style="bold"))
             listed = [rule for rule in self.rules if not report.order or rule in report.order]
             lines += [_indented(Text(f"{rule}  ").append_text(_cell(report, rule)), 4) for rule in listed]
+            saved = [Text(f"{_span(span)}: ").append_text(self._saved(report, span)) for span in self.spans]
+            lines.append(_indented(Text("saved  ").append_text(Text(", ").join(saved)), 4))
         return Group(*lines)
+
+    def _saved(self, report: Report, span: tuple[int, int] | None) -> Text:
+        best = max(_saved_ns(each, span) for each in self.comparison.reports)
+        saved_ns = _saved_ns(report, span)
+        return Text(f"{saved_ns / 1000:.1f}", style="green" if saved_ns == best and best > 0 else "")
+
+
+def _saved_ns(report: Report, span: tuple[int, int] | None) -> int:
+    return sum(graph.saved_ns for graph in report.graphs if graph.range == span)
+
+
+def _span(span: tuple[int, int] | None) -> str:
+    return f"saved {span[0]}-{span[1]}" if span else "saved"
 
 
 def _matters(comparison: Comparison, rule: str) -> bool:
@@ -95,7 +130,7 @@ def _conflicts(comparison: Comparison) -> list[RenderableType]:
     """One paragraph for each set of places: who wants them, and who gets them under each policy."""
     contests: dict[tuple[str, tuple[str, ...]], list[tuple[Report, ConflictClass]]] = {}
     for report in comparison.reports:
-        for conflict in report.conflicts:
+        for conflict in (each for each in report.conflicts if each.winner != UNFUSED):
             contests.setdefault((conflict.op, conflict.sources), []).append((report, conflict))
     lines: list[RenderableType] = []
     for (op, sources), rows in contests.items():
@@ -113,14 +148,42 @@ def _verdict(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
     verdict = Text(f"{policy_name(report)}: ")
     winners = {conflict.winner: conflict.count for conflict in conflicts}
     verdict.append(_enumerate([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
-    for rule in dict.fromkeys(conflict.loser for conflict in conflicts):
+    losers: dict[str, list[ConflictClass]] = {}
+    for conflict in conflicts:
+        losers.setdefault(conflict.loser, []).append(conflict)
+    for rule, rows in losers.items():
         left = report.fused.get(rule, 0)
         verdict.append(f", {rule} is left with {left}", style="" if left else "red")
+        verdict.append(_margin(rows[0]))
     return verdict
+
+
+def _margin(conflict: ConflictClass) -> str:
+    """By how much a place would be worse off with the loser, and from which cost on it would not."""
+    if conflict.lost_us is None:
+        return ""
+    text = f"{abs(conflict.lost_us):.1f} us {'more' if conflict.lost_us < 0 else 'less'} a place"
+    flips = "" if conflict.flips_at_us is None else f", wins at {conflict.flips_at_us:.1f} us"
+    return f" (would save {text}{flips})"
 
 
 def _enumerate(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def _not_worth_it(comparison: Comparison) -> list[RenderableType]:
+    """Of the first policy: matches that nothing else wants, and that cost more than they save."""
+    lines: list[RenderableType] = []
+    for conflict in comparison.reports[0].conflicts:
+        if conflict.winner == UNFUSED:
+            where = places(conflict.sources)
+            title = f"{conflict.loser} in {_count(conflict.count, 'place')}{f': {where}' if where else ''}"
+            lines.append(Text.assemble(("not worth it  ", "bold yellow"), title))
+            flips = (
+                "" if conflict.flips_at_us is None else f"; it would pay if its op took {conflict.flips_at_us:.1f} us"
+            )
+            lines.append(_indented(f"leaving it to Inductor is {conflict.lost_us or 0:.1f} us a place cheaper{flips}"))
+    return lines
 
 
 def _uncontested(comparison: Comparison) -> list[RenderableType]:
@@ -170,7 +233,8 @@ def _footer(comparison: Comparison) -> Text:
             stages[stage] = stages.get(stage, 0) + time_ns
     times = [f"build and trace {comparison.trace_ns / 1e9:.1f} s"]
     times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in stages.items()]
-    return Text("time  " + ", ".join(times), style="dim")
+    notes = "".join(f"note  {note}\n" for note in comparison.notes)
+    return Text(f"{notes}time  {', '.join(times)}", style="dim")
 
 
 def policy_name(report: Report) -> str:
