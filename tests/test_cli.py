@@ -66,7 +66,14 @@ def test_case_1_each_order_starves_the_other_rule(tiny: dict[str, Any]) -> None:
     assert first["fused"] == {"act_padding": 0, "allreduce_rms": (layers + 1) * ranges}
     repaired = by_order(tiny, "act_padding", "allreduce_rms")
     assert repaired["fused"] == {"act_padding": layers * ranges, "allreduce_rms": ranges}
-    assert set(by_order(tiny)["fused"].values()) == {0}
+    (off,) = [policy for policy in tiny["policies"] if policy["policy"] == "off"]
+    assert set(off["fused"].values()) == {0}
+    planned = tiny["policies"][0]
+    assert planned["policy"] == "planned"
+    assert planned["fused"]["allreduce_rms_padding"] == layers * ranges
+    assert planned["gap"] == 0.0
+    assert planned["objective_ns"] == planned["bound_ns"] == round(planned["saved_us"] * 1000)
+    assert all(policy["saved_us"] <= planned["saved_us"] for policy in tiny["policies"])
 
 
 def test_json_contract(tiny: dict[str, Any]) -> None:
@@ -116,7 +123,7 @@ def test_screen_shows_the_starved_rule_where_and_why(monkeypatch: pytest.MonkeyP
     result = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    (starved,) = [line for line in lines if line.startswith("ordered(allreduce_rms, act_padding)")]
+    starved = next(line for line in lines if line.startswith("ordered(allreduce_rms, act_padding)"))
     assert "0 of 6, starved" in starved
     assert "9 of 9" in starved
     assert "layers.0-1.post_attention_norm" in result.stdout
@@ -153,7 +160,10 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "gpt-oss-120b", "--tp", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--layers", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--device", "h20"], "did you mean 'h200'"),
-        (["explain", "gpt-oss-120b", "--policy", "planed"], "unknown policy 'planed'; allowed: off, ordered(RULE"),
+        (
+            ["explain", "gpt-oss-120b", "--policy", "planed"],
+            "unknown policy 'planed'; allowed: planned, off, ordered(RULE",
+        ),
         (["explain", "gpt-oss-120b", "--policy", "ordered(act_pading)"], "did you mean 'act_padding'"),
         (["explain", "gpt-oss-120b", "--policy", "ordered()"], "lists no rules"),
         (["explain", "gpt-oss-120b", "--policy", "ordered(act_padding, act_padding)"], "twice"),
@@ -247,3 +257,51 @@ def test_providers_say_why_not() -> None:
     if not torch.cuda.is_available():
         assert rows["aiter"]["why_not"] == "serves AMD GPUs, and this machine has no GPU"
         assert "serves AMD GPUs" in run("providers").stdout
+
+
+EXPLAIN = ("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "1", "--range", "1:64")
+
+
+def test_plans_are_saved_replayed_and_compared(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert run(*EXPLAIN, "--save-plan", str(first)).exit_code == 0
+    assert run(*EXPLAIN, "--save-plan", str(second), "--forbid", "allreduce_rms_padding").exit_code == 0
+    same = run("diff", str(first), str(first))
+    assert (same.exit_code, same.stdout.strip()) == (0, "the same fusions at the same places")
+    changed = run("diff", str(first), str(second))
+    assert changed.exit_code == 1
+    assert "allreduce_rms_padding" in changed.stdout
+    assert json.loads(run("diff", str(first), str(second), "--json").stdout)["changes"]
+    replayed = json.loads(run(*EXPLAIN, "--plan", str(second), "--policy", "planned", "--json").stdout)
+    assert replayed["policies"][0]["fused"]["allreduce_rms_padding"] == 0
+    assert replayed["policies"][0]["fused"]["allreduce_rms"] == 2
+    other = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--plan", str(first))
+    assert other.exit_code == 2
+    assert "doesn't fit this graph: there were" in " ".join(other.stderr.split())
+
+
+def test_devices_and_their_constants() -> None:
+    rows = {row["device"]: row for row in json.loads(run("devices", "--json").stdout)["devices"]}
+    assert set(rows) == {"h100", "h200", "b200", "mi300x", "mi355x", "cpu"}
+    assert all(each["source"] for row in rows.values() for each in row["constants"])
+    assert rows["mi355x"]["providers"] == ["aiter", "torch", "triton"]
+    assert "NVIDIA H200" in run("devices").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--costs", "absent.json"), "can't be read"),
+        (("--plan", "absent.json"), "can't be read"),
+        (("--force", "act_pading"), "did you mean 'act_padding'"),
+        (("--force", "act_padding", "--forbid", "act_padding"), "is forced and forbidden"),
+        (("--force", "norm_quant"), "selects no match"),
+        (("--provider", "tritonn"), "did you mean 'triton'"),
+        (("--save-plan", "nowhere/plan.json"), "can't be written"),
+    ],
+)
+def test_bad_planning_requests_end_in_one_line_and_status_2(arguments: tuple[str, ...], says: str) -> None:
+    result = run(*EXPLAIN, *arguments)
+    assert result.exit_code == 2
+    assert says in " ".join(result.stderr.split())
+    assert result.stderr.startswith("fuseplan: ")

@@ -14,7 +14,7 @@ from fuseplan.rules import enabled_rules
         ({"fuse_act_padding": "yes"}, "fuse_act_padding='yes': allowed are True, False and None"),
         ({"eliminate_noops": None}, "eliminate_noops=None: allowed are True and False"),
         ({"max_fusions": -1}, "max_fusions=-1"),
-        ({"policy": "greedy"}, r"unknown policy 'greedy'; allowed: off, ordered\(RULE"),
+        ({"policy": "greedy"}, r"unknown policy 'greedy'; allowed: planned, off, ordered\(RULE"),
         ({"policy": "off(act_padding)"}, "off takes no rules"),
         ({"policy": "ordered()"}, "lists no rules"),
         ({"policy": "ordered(a, a)"}, "lists a twice"),

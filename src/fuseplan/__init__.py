@@ -8,12 +8,14 @@ if _typing.TYPE_CHECKING:
     from fuseplan.errors import FuseplanError
     from fuseplan.frontend import FuseplanWarning, compile, explain, inductor_options
     from fuseplan.manager import PostGradPassManager
+    from fuseplan.matching import ExternalPass
     from fuseplan.record import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CompileRange": "config",
+    "ExternalPass": "matching",
     "FuseplanError": "errors",
     "FuseplanWarning": "frontend",
     "PassConfig": "config",
@@ -29,6 +31,7 @@ and an unsuitable torch is reported by whoever asks first."""
 
 __all__ = [
     "CompileRange",
+    "ExternalPass",
     "FuseplanError",
     "FuseplanWarning",
     "PassConfig",

@@ -232,7 +232,8 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def _measured(constants: list[dict[str, Any]]) -> str:
-    known = [each for each in constants if "not measured" not in each["source"] and "nominal" not in each["source"]]
+    derived = ("H200's", "MI355X's", "AITER's", "datasheet", "nominal", "not measured")
+    known = [each for each in constants if not any(mark in each["source"] for mark in derived)]
     return f"{len(known)} of {len(constants)}"
 
 

@@ -19,7 +19,7 @@ from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.errors import ConfigError
 from fuseplan.manager import Analysis, PostGradPassManager, ReportCallback
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
 from fuseplan.record import Comparison, GraphReport, Reason, Report
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -223,7 +223,7 @@ def explain(
     model: Callable[..., Any],
     *inputs: Any,
     config: PassConfig | None = None,
-    device: DeviceProfile | None = None,
+    device: DeviceProfile | str | None = None,
     **model_arguments: Any,
 ) -> Report:
     """What `compile(model, config=config)` would fuse in `model(*inputs, **model_arguments)`, and what not and why.
@@ -235,7 +235,8 @@ def explain(
         model: a module or function.
         *inputs: its positional arguments.
         config: flags, policy and compile ranges; with ranges, tracing treats sizes as dynamic.
-        device: a profile whose providers are taken as present; None: those of this machine.
+        device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: those
+            of this machine.
         **model_arguments: its keyword arguments.
 
     Returns:
@@ -247,8 +248,9 @@ def explain(
     """
     require_supported_torch()
     config = config or PassConfig()
+    profile = device_profile(device) if isinstance(device, str) else device
     traced = capture(model, inputs, model_arguments, dynamic=bool(config.compile_ranges))
-    return _Explanation(traced, config, device, BUILT_IN_PROVIDERS).report(config.chosen_policy)
+    return _Explanation(traced, config, profile, BUILT_IN_PROVIDERS).report(config.chosen_policy)
 
 
 def compare(

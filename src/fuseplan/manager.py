@@ -18,8 +18,7 @@ from torch._inductor.virtualized import V
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
-from fuseplan.dialect import ops
-from fuseplan.errors import ConfigError, UnsupportedError
+from fuseplan.errors import UnsupportedError
 from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
 from fuseplan.graph.facts import is_training
 from fuseplan.matching import (
@@ -43,14 +42,15 @@ from fuseplan.planner import (
     decide_in_order,
     decide_off,
     decide_planned,
+    fusion_record,
     limit,
     plan_record,
     pose,
+    prices_of,
     replay,
 )
 from fuseplan.planner.candidates import EXTERNAL
-from fuseplan.planner.costs import HARDWARE, CostModel, CostTable
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, local_profile
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import Fusion, GraphReport, Loss, Reason, Refusal, Report, SavedPlans, SizePrice
 from fuseplan.rewriting import apply
 from fuseplan.rules import BUILT_IN_RULES, Rule, enabled_rules
@@ -244,9 +244,9 @@ class PostGradPassManager(CustomGraphPass):
         canonical, posed = analysis.canonical, analysis.posed
         refusals = [*analysis.matches.refusals, *canonical.refusals, *self._ineffective(analysis), *further]
         most = f"max_fusions={self.config.max_fusions}"
-        refusals += [_given_up(self._fusion(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
+        refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
         cycle = "together with fusions that were chosen it would make the graph cyclic"
-        refusals += [_given_up(self._fusion(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
+        refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
         matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
         counts = [rule for rule, _, _ in matched]
         saved = posed.saved_by_size(decision.selected)
@@ -256,11 +256,11 @@ class PostGradPassManager(CustomGraphPass):
         return GraphReport(
             graph=name,
             range=self._range,
-            applied=tuple(self._fusion(posed, index) for index in in_order),
+            applied=tuple(fusion_record(posed, index) for index in in_order),
             lost=tuple(
                 Loss(
-                    fusion=self._fusion(posed, lost.candidate),
-                    blocked_by=tuple(self._fusion(posed, winner) for winner in lost.blocked_by),
+                    fusion=fusion_record(posed, lost.candidate),
+                    blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
                     lost_ns=lost.lost_ns,
                     flips_at_ns=lost.flips_at_ns,
                 )
@@ -286,24 +286,6 @@ class PostGradPassManager(CustomGraphPass):
         """The rules that are on, and other people's passes that can be planned."""
         external = sorted(p.name for p in self.passes if isinstance(p, ExternalPass) and not p.is_procedural)
         return (*self.rules, *external)
-
-    def _fusion(self, posed: Posed, index: int) -> Fusion:
-        candidate, value = posed.candidates[index], posed.problem.savings_ns[index]
-        canonical, match = posed.canonical, candidate.match
-        core = match.core if isinstance(match, Match) else match.anchor
-        op = ops.of(core.target)
-        return Fusion(
-            rule=candidate.rule,
-            op=candidate.op,
-            provider=candidate.provider,
-            anchor=canonical.source_node(match.anchor).name,
-            consumed=tuple(node.name for node in match.consumed),
-            contested_op=op.name if op else str(core.target),
-            site=core.name,
-            source=candidate.source,
-            saving_ns=value,
-            rounding_change=match.rounding_change if isinstance(match, Match) else None,
-        )
 
     def uuid(self) -> str:
         """The key under which Inductor caches what this pass does: a hash of everything that can change it."""
@@ -400,17 +382,3 @@ def _run(graph_pass: GraphPass, graph: fx.Graph) -> None:
 
 def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:
     return Refusal(reason=reason, rule=fusion.rule, detail=detail, nodes=(fusion.anchor,), source=fusion.source)
-
-
-def prices_of(config: PassConfig, environment: Environment, device: DeviceProfile | None) -> Prices:
-    """Prices as a configuration asks for them: the device's model, and the cost table that it or the environment names.
-
-    Raises:
-        ConfigError: the table is broken or of another device, or `costs` is measured and there is none.
-    """
-    profile = device or local_profile()
-    path = config.cost_table or environment.cost_table
-    if path is None and config.costs == "measured":
-        raise ConfigError("costs='measured' needs a cost table: set cost_table or FUSEPLAN_COSTS")
-    table = CostTable.load(Path(path), device=profile.name) if path and config.costs != "modelled" else None
-    return Prices(model=CostModel(HARDWARE[profile.name]), table=table, source=config.costs)

@@ -19,7 +19,7 @@ from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.capture import capture
 from fuseplan.graph.surgery import erase_dead
 from fuseplan.matching import compiled_pattern, find_matches
-from fuseplan.planner import choose_in_order
+from fuseplan.planner.ordered import choose_in_order
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
 from tests.helpers import HIDDEN, SPELLINGS, all_reduce, post_grad, quantize, randn

@@ -1,6 +1,6 @@
 """Candidates and refusals; the one place that touches `torch._inductor.pattern_matcher`."""
 
-from fuseplan.matching.candidates import Match, Matches, compiled_pattern, find_matches, fusion_of, missing_ops
+from fuseplan.matching.candidates import Match, Matches, compiled_pattern, find_matches, missing_ops
 from fuseplan.matching.external import (
     ExternalMatch,
     ExternalMatches,
@@ -23,6 +23,5 @@ __all__ = [
     "compiled_pattern",
     "find_external",
     "find_matches",
-    "fusion_of",
     "missing_ops",
 ]

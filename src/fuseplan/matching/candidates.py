@@ -14,7 +14,7 @@ from fuseplan.graph.facts import item, place_of
 from fuseplan.graph.legality import is_convex
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.providers import DeviceProfile, Provider
-from fuseplan.record import Fusion, Reason, Refusal
+from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Bindings, Rule
 
 
@@ -90,7 +90,7 @@ def find_matches(
         pattern = compiled_pattern(rule)
         for anchor in canonical.graph.find_nodes(op="call_function", target=pattern.target):
             result = pattern.match(anchor)
-            if isinstance(result, str):
+            if result is None:
                 continue
             found = _complete(canonical, rule, *result)
             if isinstance(found, Refusal):
@@ -204,22 +204,6 @@ def _providers_of(
         detail = f"no available provider implements {rule.op.name}"
         results.append(_refusal(rule, Reason.PROVIDER, detail, (), match.core))
     return results
-
-
-def fusion_of(canonical: CanonicalGraph, match: Match) -> Fusion:
-    """The record of a match."""
-    core = ops.of(match.core.target)
-    assert core is not None
-    return Fusion(
-        rule=match.rule.name,
-        op=match.rule.op.name,
-        provider=match.provider,
-        anchor=canonical.source_node(match.anchor).name,
-        consumed=tuple(node.name for node in match.consumed),
-        contested_op=core.name,
-        site=match.core.name,
-        source=place_of(match.core),
-    )
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:

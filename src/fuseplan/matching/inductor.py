@@ -1,5 +1,6 @@
 """The one place that touches Inductor's private pattern matcher."""
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -34,6 +35,7 @@ class CompiledPattern:
             self.by_node[node] = KeywordArg(name)
         self.expression = self._convert(anchor)
         self.target = anchor.target
+        self._item = _item_of(anchor)
 
     def _convert(self, node: fx.Node) -> PatternExpr:
         if node not in self.by_node:
@@ -42,19 +44,29 @@ class CompiledPattern:
             self.by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE)
         return self.by_node[node]
 
-    def match(self, anchor: fx.Node) -> "tuple[dict[str, Any], dict[fx.Node, fx.Node]] | str":
+    def match(self, anchor: fx.Node) -> tuple[dict[str, Any], dict[fx.Node, fx.Node]] | None:
         """Matches the pattern at `anchor`.
 
         Returns:
-            (value by variable, graph node by pattern node), or Inductor's own words for why it doesn't match.
+            (value by variable, graph node by pattern node), or None.
         """
+        # Most anchors are items of something else: a look at what they are items of is cheaper than a match.
+        if self._item is not None and _item_of(anchor) != self._item:
+            return None
         context = MatchContext([self.expression], graph=anchor.graph)
         result = context.match(self.expression, anchor)
         if not is_match(result):
-            return str(result)
+            return None
         found = {
             node: context.pattern_to_node[expression]
             for node, expression in self.by_node.items()
             if node.op == "call_function"
         }
         return dict(result.kwargs), {node: target for node, target in found.items() if target is not None}
+
+
+def _item_of(node: fx.Node) -> tuple[Any, Any] | None:
+    """(what the producer calls, index) of a `getitem`, None of any other node."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    return node.args[0].target, node.args[1]

@@ -6,6 +6,7 @@ from fuseplan.planner.decide import (
     decide_in_order,
     decide_off,
     decide_planned,
+    fusion_record,
     limit,
     plan_record,
     replay,
@@ -13,6 +14,7 @@ from fuseplan.planner.decide import (
 from fuseplan.planner.pose import Posed, check_selector, pose
 from fuseplan.planner.pricing import Prices
 from fuseplan.planner.solver import DEFAULT_NODE_BUDGET, Solver
+from fuseplan.planner.sources import prices_of
 
 __all__ = [
     "DEFAULT_NODE_BUDGET",
@@ -25,8 +27,10 @@ __all__ = [
     "decide_in_order",
     "decide_off",
     "decide_planned",
+    "fusion_record",
     "limit",
     "plan_record",
     "pose",
+    "prices_of",
     "replay",
 ]

@@ -4,13 +4,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
 from fuseplan.matching import Match
 from fuseplan.planner.ordered import choose_in_order
 from fuseplan.planner.pose import Posed
 from fuseplan.planner.problem import Solution
 from fuseplan.planner.solver import Solver
-from fuseplan.record import Plan, Rejected, Selected
+from fuseplan.record import Fusion, Plan, Rejected, Selected
 from fuseplan.record.plan import first_difference
 
 
@@ -139,6 +140,26 @@ def limit(posed: Posed, decision: Decision, most: int | None) -> Decision:
         selected=kept,
         limited=tuple(in_order[most:]),
         saving_ns=sum(values[index] for index in kept),
+    )
+
+
+def fusion_record(posed: Posed, index: int) -> Fusion:
+    """A candidate as a record."""
+    candidate, canonical = posed.candidates[index], posed.canonical
+    match = candidate.match
+    core = match.core if isinstance(match, Match) else match.anchor
+    op = ops.of(core.target)
+    return Fusion(
+        rule=candidate.rule,
+        op=candidate.op,
+        provider=candidate.provider,
+        anchor=canonical.source_node(match.anchor).name,
+        consumed=tuple(node.name for node in match.consumed),
+        contested_op=op.name if op else str(core.target),
+        site=core.name,
+        source=candidate.source,
+        saving_ns=posed.problem.savings_ns[index],
+        rounding_change=match.rounding_change if isinstance(match, Match) else None,
     )
 
 

@@ -7,7 +7,7 @@ holds it against the real thing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -23,19 +23,11 @@ class Choice:
         chosen: the matches to apply, in graph order.
         lost: the other matches, each with those of `chosen` that took its nodes.
         cyclic: matches given up because together with chosen ones they would make the graph cyclic.
-        limited: matches chosen and given up again, since `max_fusions` allows no more.
     """
 
     chosen: tuple[Match, ...]
     lost: tuple[tuple[Match, tuple[Match, ...]], ...] = ()
     cyclic: tuple[Match, ...] = ()
-    limited: tuple[Match, ...] = ()
-
-    def at_most(self, limit: int | None) -> "Choice":
-        """The same choice, cut after the first `limit` matches in graph order."""
-        if limit is None or len(self.chosen) <= limit:
-            return self
-        return replace(self, chosen=self.chosen[:limit], limited=self.chosen[limit:])
 
 
 def choose_in_order(graph: fx.Graph, candidates: Sequence[Match], order: Sequence[str]) -> Choice:

@@ -139,6 +139,9 @@ class Pricing:
             value = tensor_of(site.core.args[0])
             assert value is not None
             self.shapes[site.ordinal] = [site.shape(rows.at(value, size)) for size in self.tokens]
+        kinds: dict[tuple[Shape, ...], int] = {}
+        self._kinds = {place: kinds.setdefault(tuple(s), len(kinds)) for place, s in self.shapes.items()}
+        self._known: dict[Hashable, tuple[tuple[int, ...], tuple[int | None, ...]]] = {}
 
     def price(self, components: Sequence[tuple[int, ...]], structure: Problem) -> Priced:
         """Prices every component from measured rows where they suffice, and else from the model.
@@ -163,27 +166,33 @@ class Pricing:
         unfused = [sum(self.prices.unfused_ns(self.shapes[place][size]) for place in places) for size in sizes]
         for index in component:
             candidate = self.candidates[index]
-            savings, costs = zip(*(self._modelled(candidate, size) for size in sizes), strict=True)
+            savings, costs = self._modelled(candidate)
             result.savings[index] = savings
             result.costs[index] = costs[len(costs) // 2]
             result.values[index] = weighted(savings, unfused) if places else savings[0]
         result.unfused = [a + b for a, b in zip(result.unfused, unfused, strict=True)]
 
-    def _modelled(self, candidate: Candidate, size: int) -> tuple[int, int | None]:
-        """(what a candidate saves, what its op takes) at a size. Where the model doesn't know the op, and the owner has
+    def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+        """(what a candidate saves, what its op takes) by size. Where the model doesn't know the op, and the owner has
         not said what it saves, that is a launch for each op less.
         """
-        match, site = candidate.match, candidate.site
+        match, site, sizes = candidate.match, candidate.site, len(self.tokens)
         if isinstance(match, ExternalMatch):
             given = match.owner.saving_us
-            return (self.prices.launch_ns if given is None else round(given * 1000)), None
+            return (self.prices.launch_ns if given is None else round(given * 1000),) * sizes, (None,) * sizes
         parts = site.taken(match.consumed) if site is not None else None
         if site is None or parts is None:
-            return self.prices.launch_ns * (match.rule.size - 1), None
-        shape = self.shapes[site.ordinal][size]
-        fused = self.prices.fused_ns(shape, candidate.provider, reduce=parts.reduce, tail=parts.tail)
-        rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
-        return self.prices.unfused_ns(shape) - fused - rest, fused
+            return (self.prices.launch_ns * (match.rule.size - 1),) * sizes, (None,) * sizes
+        key = (self._kinds[site.ordinal], candidate.provider, parts)
+        if key not in self._known:
+            before, after = [], []
+            for shape in self.shapes[site.ordinal]:
+                fused = self.prices.fused_ns(shape, candidate.provider, reduce=parts.reduce, tail=parts.tail)
+                rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
+                before.append(self.prices.unfused_ns(shape) - fused - rest)
+                after.append(fused)
+            self._known[key] = tuple(before), tuple(after)
+        return self._known[key]
 
     def _look_up(self, component: Sequence[int], places: Sequence[int], structure: Problem, result: Priced) -> bool:
         """Fills in a component from the table; False where the model has to do it."""

@@ -6,7 +6,7 @@ leaves of its site is run unfused, so that a price always covers the whole site.
 
 import operator
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -208,6 +208,7 @@ class Rows:
 
     tokens: Any
     traced: int
+    _varies: dict[tuple[Any, ...], bool] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, graph: fx.Graph) -> "Rows":
@@ -233,11 +234,16 @@ class Rows:
 
         Where tokens have several symbols, the last one varies and the others stay as traced.
         """
-        rows = _product([hint(size) for size in value.shape[:-1]])
+        leading = value.shape[:-1]
+        rows = _product([hint(size) for size in leading])
         if self.tokens is None:
             return rows
-        symbols = getattr(_expression(value.shape[:-1]), "free_symbols", set()) & self.tokens.free_symbols
-        return max(1, round(rows * tokens / self.traced)) if symbols else rows
+        sizes: list[Any] = list(leading)
+        key = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+        if key not in self._varies:
+            symbols: set[Any] = getattr(_expression(leading), "free_symbols", set())
+            self._varies[key] = bool(symbols & self.tokens.free_symbols)
+        return max(1, round(rows * tokens / self.traced)) if self._varies[key] else rows
 
 
 def _expression(sizes: Iterable[Any]) -> Any:

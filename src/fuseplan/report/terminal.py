@@ -70,19 +70,27 @@ class _Policies:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         names = max(len(name) for name in map(policy_name, self.comparison.reports) if name.count(",") < 2)
-        columns = sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules) + 12 * len(self.spans)
-        yield self._table() if names + 3 + columns <= options.max_width else self._paragraphs()
+        counts = names + 3 + sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules)
+        savings = sum(max(len(_span(span)), 8) + 3 for span in self.spans)
+        if counts + savings <= options.max_width:
+            yield self._table(self.rules, self.spans)
+        elif counts <= options.max_width:
+            yield self._table(self.rules, ())
+            yield Text()
+            yield self._table((), self.spans)
+        else:
+            yield self._paragraphs()
 
-    def _table(self) -> Table:
+    def _table(self, rules: Sequence[str], spans: Sequence[tuple[int, int] | None]) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
         table.add_column("policy", overflow="fold")
-        for rule in self.rules:
+        for rule in rules:
             table.add_column(rule, justify="right", no_wrap=True)
-        for span in self.spans:
-            table.add_column(f"{_span(span)}", justify="right", no_wrap=True)
+        for span in spans:
+            table.add_column(_span(span), justify="right", no_wrap=True)
         for report in self.comparison.reports:
-            cells = [_cell(report, rule) for rule in self.rules]
-            table.add_row(policy_name(report), *cells, *(self._saved(report, span) for span in self.spans))
+            cells = [_cell(report, rule) for rule in rules]
+            table.add_row(policy_name(report), *cells, *(self._saved(report, span) for span in spans))
         return table
 
     def _paragraphs(self) -> Group:

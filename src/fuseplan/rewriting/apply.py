@@ -3,6 +3,7 @@
 Nothing has to be lowered back: what was raised and not fused was raised on a copy.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch._guards import detect_fake_mode
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import PROVENANCE
+from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
+from fuseplan.rules.base import Traced
 
 
 def apply(canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
@@ -59,18 +62,21 @@ class _Rewriter:
         traced = match.rule.trace_replacement(match.values)
         mapping = {traced.inputs[name]: node for name, node in arguments.items()}
         fused = match.rule.op.overload
+        known = _known_values(traced, match)
         for node in traced.graph.nodes:
             if node.op == "call_function":
                 target = match.rule.op.implementation(match.provider) if node.target is fused else node.target
                 args = fx.map_arg(node.args, lambda source: mapping[source])
-                mapping[node] = self._create(place, target, args, {}, match.core)
+                mapping[node] = self._create(place, target, args, {}, match.core, known.get(node))
         return [mapping[node] for node in traced.outputs]
 
-    def _create(self, place: "_Place", target: Any, args: Any, kwargs: Any, provenance: fx.Node) -> fx.Node:
+    def _create(
+        self, place: "_Place", target: Any, args: Any, kwargs: Any, provenance: fx.Node, value: Any = None
+    ) -> fx.Node:
         with self.graph.inserting_before(place.before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {key: provenance.meta[key] for key in PROVENANCE if key in provenance.meta}
-        node.meta["val"] = _fake_value(node)
+        node.meta["val"] = _fake_value(node) if value is None else value
         return node
 
     def _value(self, node: fx.Node, place: fx.Node) -> fx.Node:
@@ -116,6 +122,24 @@ class _Place:
         """Before `preferred`, or right after the last of the inputs where one of them comes later."""
         late = [node for node in inputs if node is preferred or preferred < node]
         return cls(max(late).next if late else preferred)
+
+
+def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
+    """The fake values of a fused op and its results, where the nodes that they replace have them: running the op's fake
+    implementation again takes longer than all else. What isn't contiguous isn't what a fused op yields.
+    """
+    known: dict[fx.Node, Any] = {}
+    for node, output in zip(traced.outputs, match.outputs, strict=True):
+        value = tensor_of(output)
+        if value is not None and value.is_contiguous() and node.target in (operator.getitem, match.rule.op.overload):
+            known[node] = value
+    for node in traced.graph.find_nodes(op="call_function", target=match.rule.op.overload):
+        count = len(match.rule.op.overload._schema.returns)
+        items = {user.args[1]: known.get(user) for user in node.users if user.target is operator.getitem}
+        values = tuple(items.get(index) for index in range(count))
+        if count > 1 and all(value is not None for value in values):
+            known[node] = values
+    return known
 
 
 def _fake_value(node: fx.Node) -> Any:

@@ -1,0 +1,228 @@
+"""Other people's `PatternMatcherPass` objects, written against torch only, planned unmodified together with ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._inductor.pattern_matcher import (
+    Arg,
+    CallFunction,
+    Match,
+    PatternMatcherPass,
+    fwd_only,
+    register_graph_pattern,
+    register_replacement,
+)
+
+import fuseplan
+from fuseplan.config import PassConfig
+from fuseplan.errors import ConfigError
+from fuseplan.manager import PostGradPassManager
+from fuseplan.matching import ExternalPass
+from fuseplan.providers import PROFILES
+from fuseplan.record import Report
+from tests.helpers import HIDDEN, llama, post_grad, randn
+
+aten = torch.ops.aten
+W = torch.ones(HIDDEN, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("others::add_relu", mutates_args=())
+def add_relu(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu(x + y)
+
+
+@torch.library.custom_op("others::relu_neg", mutates_args=())
+def relu_neg(x: Tensor) -> Tensor:
+    return -torch.relu(x)
+
+
+add_relu.register_fake(lambda x, y: torch.empty_like(x))
+relu_neg.register_fake(torch.empty_like)
+
+
+def add_relu_call(x: Tensor, y: Tensor) -> Any:
+    return torch.ops.others.add_relu(x, y)
+
+
+def relu_neg_call(x: Tensor) -> Any:
+    return torch.ops.others.relu_neg(x)
+
+
+def replacing(
+    name: str, search: Callable[..., Any], replacement: Callable[..., Any], inputs: int
+) -> PatternMatcherPass:
+    result = PatternMatcherPass(pass_name=name)
+    register_replacement(search, replacement, [torch.randn(4, 4) for _ in range(inputs)], fwd_only, result)
+    return result
+
+
+def add_relu_pass() -> PatternMatcherPass:
+    return replacing("add_relu", lambda x, y: torch.relu(x + y), add_relu_call, 2)
+
+
+def relu_neg_pass() -> PatternMatcherPass:
+    return replacing("relu_neg", lambda x: -torch.relu(x), relu_neg_call, 1)
+
+
+def fought_over(x: Tensor, y: Tensor) -> Tensor:
+    """Both passes want the relu."""
+    return -torch.relu(x + y)
+
+
+def compiled(function: Callable[..., Any], passes: list[Any], **config: Any) -> tuple[Any, list[Report]]:
+    torch._dynamo.reset()
+    reports: list[Report] = []
+    with torch._inductor.utils.fresh_cache(), torch.inference_mode():
+        model = fuseplan.compile(function, config=PassConfig(**config), on_report=reports.append, passes=passes)
+        return model(*inputs_of(function)), reports
+
+
+def inputs_of(function: Callable[..., Any]) -> list[Tensor]:
+    count = function.__code__.co_argcount
+    return [torch.linspace(-2, 2, 16).reshape(4, 4) + i for i in range(count)]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("add", "neg", "winner"), [(3.0, 1.0, "add_relu"), (1.0, 3.0, "relu_neg")])
+def test_two_passes_that_fight_are_settled_by_what_they_save(
+    swapped: bool, add: float, neg: float, winner: str
+) -> None:
+    passes = [
+        ExternalPass(matcher=add_relu_pass(), saving_us=add),
+        ExternalPass(matcher=relu_neg_pass(), saving_us=neg),
+    ]
+    output, (report,) = compiled(fought_over, passes[::-1] if swapped else passes)
+    torch.testing.assert_close(output, fought_over(*inputs_of(fought_over)))
+    (graph,) = report.graphs
+    assert [fusion.rule for fusion in graph.applied] == [winner]
+    assert report.fused[winner] == 1
+    (loss,) = graph.lost
+    assert [each.rule for each in loss.blocked_by] == [winner]
+    assert loss.lost_ns == 2000
+    assert report.saved_us == 3.0
+
+
+def test_independent_passes_all_join() -> None:
+    def both(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return torch.relu(x + y) * (-torch.relu(z))
+
+    output, (report,) = compiled(both, [add_relu_pass(), relu_neg_pass()])
+    torch.testing.assert_close(output, both(*inputs_of(both)))
+    assert report.fused["add_relu"] == report.fused["relu_neg"] == 1
+    assert report.saved_us > 0
+
+
+def test_they_compete_with_rules() -> None:
+    """Somebody's pass wants the pad that a rule wants too; who saves more gets it."""
+
+    def padded(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.pad(llama(x, None, weight)[0], (0, 8))
+
+    other = replacing(
+        "own_pad",
+        lambda x: aten.constant_pad_nd.default(x, [0, 8], 0.0),
+        lambda x: torch.cat([x, x.new_zeros(x.shape[0], 8)], -1),
+        1,
+    )
+
+    graph = post_grad(padded, randn(4, HIDDEN), W)
+    for saving, winner in ((1000.0, "own_pad"), (0.001, "act_padding")):
+        passes = [ExternalPass(matcher=other, saving_us=saving)]
+        manager = PostGradPassManager(PassConfig(), passes=passes, device=PROFILES["h200"])
+        analysis = manager.analyze(graph)
+        decision = manager.decide(analysis, manager.config.chosen_policy, "graph_0")
+        chosen = [analysis.posed.candidates[index].rule for index in decision.selected]
+        assert chosen == [winner]
+
+
+def test_procedural_and_chained_passes_stay_where_their_owner_put_them() -> None:
+    calls: list[str] = []
+
+    def first(graph: fx.Graph) -> None:
+        calls.append(f"first {len(graph.find_nodes(op='call_function', target=aten.relu.default))}")
+
+    def last(graph: fx.Graph) -> None:
+        fused = graph.find_nodes(op="call_function", target=torch.ops.others.relu_neg.default)
+        calls.append(f"last {len(fused)}")
+
+    handler = PatternMatcherPass(pass_name="handler")
+
+    @register_graph_pattern(CallFunction(torch.ops.others.relu_neg.default, Arg()), pass_dict=handler)
+    def handle(match: Match, x: fx.Node) -> None:
+        calls.append("handled")
+
+    chained = replacing("chained", relu_neg_call, lambda x: torch.ops.others.relu_neg(x) + 0.0, 1)
+    output, (report,) = compiled(fought_over, [first, relu_neg_pass(), handler, chained, last])
+    torch.testing.assert_close(output, fought_over(*inputs_of(fought_over)))
+    assert calls == ["first 1", "handled", "last 1"]
+    assert report.fused["relu_neg"] == 1
+    assert "handler" not in report.fused
+
+
+def test_ordered_and_off_leave_them_alone() -> None:
+    for policy in ("off", "ordered(act_padding)"):
+        _, (report,) = compiled(fought_over, [add_relu_pass()], policy=policy)
+        assert report.fused.get("add_relu", 0) == 0
+
+
+def test_force_and_forbid_by_name() -> None:
+    passes = [
+        ExternalPass(matcher=add_relu_pass(), saving_us=3.0),
+        ExternalPass(matcher=relu_neg_pass(), saving_us=1.0),
+    ]
+    _, (report,) = compiled(fought_over, passes, forbid=["add_relu"])
+    assert (report.fused["add_relu"], report.fused["relu_neg"]) == (0, 1)
+    _, (report,) = compiled(fought_over, passes, force=["relu_neg"])
+    assert (report.fused["add_relu"], report.fused["relu_neg"]) == (0, 1)
+
+
+def test_a_match_across_a_mutation_is_refused() -> None:
+    def mutated(x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        y.mul_(2)
+        return torch.relu(total) + y
+
+    torch._dynamo.reset()
+    reports: list[Report] = []
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    expected_y = y.clone()
+    expected = mutated(x, expected_y)
+    with torch._inductor.utils.fresh_cache(), torch.inference_mode():
+        model = fuseplan.compile(mutated, on_report=reports.append, passes=[add_relu_pass()])
+        torch.testing.assert_close(model(x, y), expected)
+    torch.testing.assert_close(y, expected_y)
+
+
+def test_passes_are_part_of_the_cache_key() -> None:
+    keys = {
+        PostGradPassManager(PassConfig(), passes=passes).uuid()
+        for passes in (
+            [],
+            [add_relu_pass()],
+            [relu_neg_pass()],
+            [ExternalPass(matcher=add_relu_pass(), saving_us=2.0)],
+        )
+    }
+    assert len(keys) == 4
+    first, second = (PostGradPassManager(PassConfig(), passes=[add_relu_pass()]).uuid() for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("passes", "says"),
+    [
+        ([3], "neither a PatternMatcherPass"),
+        ([add_relu_pass(), add_relu_pass()], "two passes are named 'add_relu'"),
+    ],
+)
+def test_what_is_no_pass_is_refused(passes: list[Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        PostGradPassManager(PassConfig(), passes=passes)
+
+
+def test_an_external_pass_needs_a_pattern_matcher_pass() -> None:
+    with pytest.raises(ConfigError, match="isn't a PatternMatcherPass"):
+        ExternalPass(matcher=lambda graph: None)  # type: ignore[arg-type]

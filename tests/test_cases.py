@@ -1,0 +1,178 @@
+"""Reports from the field that the planner answers: each test names its report."""
+
+import json
+from collections.abc import Iterator
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from typer.testing import CliRunner
+
+from fuseplan import workloads
+from fuseplan.capture import capture
+from fuseplan.cli import app
+from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.manager import PostGradPassManager
+from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
+from fuseplan.record import GraphReport
+from fuseplan.rules import BUILT_IN_RULES
+from tests.helpers import all_reduce, post_grad, quantize, randn, vllm
+
+LAYERS, HIDDEN = 3, 2880
+SPAN = CompileRange(start=1, end=64)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss() -> Iterator[fx.Graph]:
+    with workloads.build("gpt-oss-120b", tp=2, layers=LAYERS) as built:
+        (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
+        yield gm.graph
+
+
+@pytest.fixture
+def two_ranks(gpt_oss: fx.Graph) -> str:
+    """The name of the group that the workload stands in."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.group_name
+
+
+def explained(graph: fx.Graph, policy: str = "planned", span: CompileRange = SPAN, **options: Any) -> GraphReport:
+    config = options.pop("config", PassConfig())
+    options.setdefault("device", PROFILES["h200"])
+    manager = PostGradPassManager(config, compile_range=span, **options)
+    analysis = manager.analyze(graph)
+    return manager.report("graph_0", analysis, manager.decide(analysis, Policy.parse(policy), "graph_0"))
+
+
+def counts(report: GraphReport) -> dict[str, int]:
+    return {rule: n for rule, n in report.count(report.matched).items() if n}
+
+
+def without(*rules: str) -> list[Any]:
+    return [rule for rule in BUILT_IN_RULES if rule.name not in rules]
+
+
+def test_case_1_vllm_42411_order_of_registration_means_nothing(gpt_oss: fx.Graph) -> None:
+    """AR+RMS claimed every fused_add_rms_norm and starved the RMSNorm+pad fusion."""
+    orders = list(permutations(("allreduce_rms", "act_padding", "allreduce_rms_padding")))
+    plans = []
+    for order in orders:
+        rules = sorted(without(), key=lambda rule: order.index(rule.name) if rule.name in order else 9)
+        report = explained(gpt_oss, rules=rules)
+        assert report.plan is not None
+        plans.append((report.plan.digest, report.plan.objective_ns, report.applied))
+    assert all(plan == plans[0] for plan in plans)
+    assert all(explained(gpt_oss, f"ordered({', '.join(order)})").saved_ns <= plans[0][1] for order in orders)
+
+
+def test_case_1_vllm_42411_losers_are_listed_with_what_they_lost(gpt_oss: fx.Graph) -> None:
+    report = explained(gpt_oss, rules=without("allreduce_rms_padding"))
+    assert counts(report) == {"allreduce_rms": LAYERS + 1}
+    losers = [loss for loss in report.lost if loss.fusion.rule == "act_padding" and loss.fusion.provider == "triton"]
+    assert len(losers) == LAYERS
+    for loss in losers:
+        (winner,) = loss.blocked_by
+        assert winner.rule == "allreduce_rms"
+        assert winner.saving_ns is not None
+        assert loss.fusion.saving_ns is not None
+        assert loss.lost_ns == winner.saving_ns - loss.fusion.saving_ns > 0
+
+
+def test_case_1_vllm_42411_the_plan_follows_the_costs(gpt_oss: fx.Graph, tmp_path: Path) -> None:
+    """The same graph, the other price, the other plan; the report's own: pad first wins on MI355X with AITER."""
+    rules = without("allreduce_rms_padding")
+    aiter = [provider for provider in BUILT_IN_PROVIDERS if provider.name == "aiter"]
+    span, config = CompileRange(start=32, end=32), PassConfig(allow_rounding_changes=True)
+    on_amd = explained(gpt_oss, span=span, config=config, rules=rules, providers=aiter, device=PROFILES["mi355x"])
+    assert counts(on_amd) == {"act_padding": LAYERS, "allreduce_rms": 1}
+    on_nvidia = explained(gpt_oss, span=span, rules=rules)
+    assert counts(on_nvidia) == {"allreduce_rms": LAYERS + 1}
+
+
+def quantised(group: str) -> Any:
+    def block(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = vllm(all_reduce(x, group), residual, weight)
+        return quantize(y, scale), total
+
+    return block
+
+
+def quantised_graph(group: str) -> fx.Graph:
+    return post_grad(quantised(group), randn(16, HIDDEN), randn(16, HIDDEN, seed=1), randn(HIDDEN), torch.tensor(0.5))
+
+
+def test_case_2_vllm_42864_all_reduce_norm_and_quant_become_one(two_ranks: str) -> None:
+    """AR+RMS absorbed the norm, so that norm+quant could not fire and the quants stood alone."""
+    graph = quantised_graph(two_ranks)
+    starved = explained(graph, "ordered(allreduce_rms, norm_quant)")
+    assert counts(starved) == {"allreduce_rms": 1}
+    assert [loss.fusion.rule for loss in starved.lost] == ["norm_quant"]
+    planned = explained(graph)
+    assert counts(planned) == {"allreduce_rms_quant": 1}
+    assert planned.saved_ns > starved.saved_ns
+
+
+def test_case_2_vllm_42864_without_it_the_cheaper_of_the_two(two_ranks: str) -> None:
+    graph, rules = quantised_graph(two_ranks), without("allreduce_rms_quant")
+    each = {
+        order: explained(graph, f"ordered({order})", rules=rules).saved_ns for order in ("allreduce_rms", "norm_quant")
+    }
+    planned = explained(graph, rules=rules)
+    best = max(each, key=each.__getitem__)
+    assert counts(planned) == {best: 1}
+    assert planned.saved_ns == each[best]
+
+
+def test_case_8_vllm_57681_fuses_only_in_ranges_where_it_is_faster(gpt_oss: fx.Graph, tmp_path: Path) -> None:
+    """Fusions that are faster when small and slower when large (#57681, #34391, #44079, TensorRT-LLM #14629)."""
+    from tests.planner.test_planning import cost_rows
+
+    analysis = PostGradPassManager(PassConfig(), compile_range=SPAN, device=PROFILES["h200"]).analyze(gpt_oss)
+    rows = []
+    for row in cost_rows(analysis, {"allreduce_rms_padding": 5_000}):
+        fused = "allreduce_rms_padding" in row["key"] and "triton" in row["key"]
+        rows += [{**row, "tokens": 1 if row["tokens"] == 1 else 64}]
+        for tokens in (65, 8192):
+            rows.append({**row, "tokens": tokens, "time_ns": 60_000 if fused else row["time_ns"]})
+    unique = {(row["key"], row["tokens"]): row for row in rows}
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"schema": 1, "device": "h200", "rows": list(unique.values())}))
+    config = PassConfig(cost_table=path)
+    assert counts(explained(gpt_oss, config=config)) == {"allreduce_rms_padding": LAYERS}
+    assert counts(explained(gpt_oss, config=config, span=CompileRange(start=65, end=8192))) == {}
+
+
+def test_case_8_vllm_57681_the_better_order_flips_with_the_range(gpt_oss: fx.Graph) -> None:
+    """By the model, too, a plan is made for each range: FlashInfer wins small messages and loses large ones."""
+    config = PassConfig(allow_rounding_changes=True)
+    providers = []
+    for span in (CompileRange(start=1, end=8), CompileRange(start=4096, end=8192)):
+        report = explained(gpt_oss, span=span, config=config, rules=without("allreduce_rms_padding", "act_padding"))
+        providers.append({fusion.provider for fusion in report.applied if fusion.op.startswith("all_reduce_fused")})
+    assert providers == [{"flashinfer"}, {"triton"}]
+
+
+def test_case_11_vllm_39356_command_line_and_configuration_choose_rules(tmp_path: Path) -> None:
+    """Passes chosen from the command line, statistics of what ran; other people's passes: `matching/test_external`."""
+
+    def run(*arguments: str) -> dict[str, int]:
+        command = ["explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--json"]
+        result = CliRunner().invoke(app, [*command, "--policy", "planned", *arguments])
+        assert result.exit_code == 0, result.output
+        (policy,) = json.loads(result.stdout)["policies"]
+        return {rule: n for rule, n in policy["fused"].items() if n}
+
+    assert run() == {"allreduce_rms": 1, "allreduce_rms_padding": 2}
+    assert run("--forbid", "allreduce_rms_padding") == {"allreduce_rms": 3}
+    assert run("--force", "act_padding") == {"act_padding": 2, "allreduce_rms": 1}
+    assert run("--force", "act_padding@layers.1.*") == {
+        "act_padding": 1,
+        "allreduce_rms": 1,
+        "allreduce_rms_padding": 1,
+    }
+    assert run("--forbid", "allreduce_rms", "--forbid", "allreduce_rms_padding") == {"act_padding": 2}
+    assert run("--provider", "torch") == {}
