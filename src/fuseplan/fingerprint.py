@@ -39,9 +39,10 @@ def source_digest() -> str:
 
 
 def rule_key(rule: Rule) -> list[str]:
-    """A rule by content: its pattern as a graph, its fused op, and the source of its class."""
+    """A rule by content: its pattern as a graph, its fused op, its couplings, and the source of its class."""
     pattern = "\n".join(node.format_node() or str(node.args) for node in rule.traced_pattern.graph.nodes)
-    return [rule.name, str(rule.op.overload._schema), pattern, _source(type(rule))]
+    couplings = f"{sorted(rule.requires)} {rule.together}"
+    return [rule.name, str(rule.op.overload._schema), pattern, couplings, _source(type(rule))]
 
 
 def provider_key(provider: Provider, device: DeviceProfile | None) -> list[str]:

@@ -226,3 +226,21 @@ def test_what_is_no_pass_is_refused(passes: list[Any], says: str) -> None:
 def test_an_external_pass_needs_a_pattern_matcher_pass() -> None:
     with pytest.raises(ConfigError, match="isn't a PatternMatcherPass"):
         ExternalPass(matcher=lambda graph: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("length", "fired"), [(2, 1), (3, 1), (4, 2), (5, 2)])
+def test_a_pass_whose_matches_overlap_each_other_conflicts_with_itself(length: int, fired: int) -> None:
+    """cos of cos, in a chain of cosines: every two neighbours match, and no node can be in two of them."""
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(length):
+            x = torch.cos(x)
+        return x
+
+    pairs = replacing("pairs", lambda x: torch.cos(torch.cos(x)), relu_neg_call, 1)
+    manager = PostGradPassManager(PassConfig(), passes=[pairs])
+    analysis = manager.analyze(post_grad(chain, torch.randn(4, 4)))
+    decision = manager.decide(analysis, manager.config.chosen_policy, "graph_0")
+    assert len(analysis.posed.candidates) == length - 1
+    assert len(decision.selected) == fired
+    assert all(lost.blocked_by for lost in decision.lost)

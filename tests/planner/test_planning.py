@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -271,6 +272,17 @@ def test_the_plan_follows_a_cost_table(gpt_oss: fx.Graph, tmp_path: Path, winner
     assert sum(counts.values()) == counts[winner]
 
 
+def test_the_environment_names_a_cost_table(
+    gpt_oss: fx.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = with_table(tmp_path, cost_rows(manager().analyze(gpt_oss), {"act_padding": 5_000}))
+    monkeypatch.setenv("FUSEPLAN_COSTS", str(path))
+    assert fused(manager(), gpt_oss)["act_padding"] == LAYERS
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="isn't JSON"):
+        manager()
+
+
 def test_margins_inside_the_noise_are_ties_toward_no_fusion(gpt_oss: fx.Graph, tmp_path: Path) -> None:
     analysis = manager().analyze(gpt_oss)
     quiet = cost_rows(analysis, {"allreduce_rms_padding": 19_000})
@@ -308,7 +320,9 @@ def test_prices_tables_plans_and_requests_change_the_cache_key(gpt_oss: fx.Graph
     ]
     keys = {manager(PassConfig(**config)).uuid() for config in configs}
     keys.add(manager(device=PROFILES["b200"]).uuid())
-    assert len(keys) == len(configs) + 1
+    keys.add(manager(rules=[coupled("act_padding")]).uuid())
+    keys.add(manager(rules=[coupled("act_padding", together=True)]).uuid())
+    assert len(keys) == len(configs) + 3
     before = manager(PassConfig(cost_table=path)).uuid()
     rows[0]["time_ns"] += 1
     with_table(tmp_path, rows)
@@ -345,3 +359,35 @@ def _sites(canonical: Any) -> Any:
     from fuseplan.planner.sites import find_sites
 
     return find_sites(canonical)
+
+
+def coupled(name: str, **attributes: Any) -> Any:
+    """A rule of the built-in ones that asks for more."""
+    found = next(rule for rule in BUILT_IN_RULES if rule.name == name and getattr(rule, "residual", False))
+    rule = copy(found)
+    for key, value in attributes.items():
+        setattr(rule, key, value)
+    return rule
+
+
+def test_a_rule_whose_matches_go_together(gpt_oss: fx.Graph) -> None:
+    """With one place forbidden, a rule that is applied everywhere or nowhere is applied nowhere."""
+    alone = manager(PassConfig(forbid=["act_padding@*layers.1.*"]), rules=[coupled("act_padding")])
+    assert fused(alone, gpt_oss)["act_padding"] == LAYERS - 1
+    together = manager(PassConfig(forbid=["act_padding@*layers.1.*"]), rules=[coupled("act_padding", together=True)])
+    assert fused(together, gpt_oss)["act_padding"] == 0
+    assert fused(manager(rules=[coupled("act_padding", together=True)]), gpt_oss)["act_padding"] == LAYERS
+
+
+def test_a_rule_that_requires_what_it_conflicts_with_is_never_applied(gpt_oss: fx.Graph) -> None:
+    """Each reads the residual that the one before yields, so every pad needs its neighbours' all-reduce fusions."""
+    others = [rule for rule in BUILT_IN_RULES if rule.name == "allreduce_rms"]
+    needy = coupled("act_padding", requires=("allreduce_rms",))
+    planner = manager(rules=[needy, *others])
+    analysis = planner.analyze(gpt_oss)
+    posed = analysis.posed
+    assert posed.problem.requires
+    chosen = set(planner.decide(analysis, PLANNED, "graph_0").selected)
+    assert all(j in chosen for i, j in posed.problem.requires if i in chosen)
+    contradiction = manager(rules=[coupled("act_padding", requires=("act_padding",)), *others])
+    assert fused(contradiction, gpt_oss)["allreduce_rms"] == LAYERS + 1

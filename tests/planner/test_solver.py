@@ -207,3 +207,105 @@ def test_seeds_hold_sets_that_are_cyclic_only_together() -> None:
             cyclic.append(seed)
     assert CYCLIC_ONLY_TOGETHER in cyclic
     assert len(cyclic) > 20
+
+
+def overlapping(count: int, seed: int = 0, width: int = 8) -> Problem:
+    """One component, as overlapping regions of a graph make it."""
+    random = Random(seed)
+    places = [random.randrange(count // 2) for _ in range(count)]
+    regions = [{place + random.randrange(width) for _ in range(3)} for place in places]
+    conflicts = {(i, j) for j in range(count) for i in range(j) if regions[i] & regions[j]}
+    return tangled(count, conflicts, random)
+
+
+def tangled(count: int, conflicts: set[tuple[int, int]], random: Random) -> Problem:
+    return Problem(
+        names=tuple(f"c{i:04}" for i in range(count)),
+        savings_ns=tuple(random.randint(1, 20_000) for _ in range(count)),
+        conflicts=frozenset(conflicts),
+    )
+
+
+def is_valid(problem: Problem, solution: Solution) -> bool:
+    chosen = frozenset(solution.selected)
+    return is_legal(problem, chosen) and problem.saving(chosen) == solution.objective_ns <= solution.bound_ns
+
+
+def test_large_components_are_certified_and_beat_the_heuristics() -> None:
+    problem = overlapping(400)
+    solution = Solver().solve(problem)
+    assert is_valid(problem, solution)
+    assert solution.gap == 0.0
+    for preference in (heaviest, largest([1] * 400)):
+        assert greedy(problem, preference).objective_ns <= solution.objective_ns
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_integer_programming_and_branch_and_bound_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = overlapping(44, seed)
+    exact = Solver().solve(problem)
+    monkeypatch.setattr("fuseplan.planner.solver.LARGE", 8)
+    monkeypatch.setattr("fuseplan.planner.solver.FIRST_VISITS", 0)
+    linear = Solver().solve(problem)
+    assert exact.gap == linear.gap == 0.0
+    assert exact.objective_ns == linear.objective_ns
+
+
+def test_a_component_past_every_limit_returns_its_incumbent_and_bound() -> None:
+    random = Random(3)
+    pairs = {(min(p), max(p)) for p in ((random.randrange(600), random.randrange(600)) for _ in range(4000))}
+    problem = tangled(600, {pair for pair in pairs if pair[0] != pair[1]}, random)
+    for budget in (1, 20_000):
+        solution = Solver(budget).solve(problem)
+        assert is_valid(problem, solution)
+        assert solution.objective_ns > 0
+    assert Solver(1).solve(problem) == Solver(1).solve(problem)
+    assert Solver(1).solve(problem).gap > 0
+
+
+@pytest.mark.parametrize("seed", [7, 16, 21, 26])
+def test_a_budget_of_one_node_is_still_legal_where_cycles_are(seed: int) -> None:
+    case = random_case(seed)
+    solution = Solver(1).solve(case.problem, case.find_cycles)
+    chosen = frozenset(solution.selected)
+    assert is_legal(case.problem, chosen)
+    assert brute_force.is_acyclic(case.edges, case.regions, chosen)
+    best = Solver().solve(case.problem, case.find_cycles)
+    assert solution.objective_ns <= best.objective_ns <= solution.bound_ns
+
+
+def test_equal_components_are_solved_once() -> None:
+    layers = 50
+    problem = Problem(
+        names=tuple(f"c{i:03}" for i in range(2 * layers)),
+        savings_ns=(5, 7) * layers,
+        conflicts=frozenset((2 * i, 2 * i + 1) for i in range(layers)),
+    )
+    solution = Solver().solve(problem)
+    assert (solution.components, solution.classes, solution.nodes) == (layers, 1, 1)
+    assert solution.objective_ns == 7 * layers
+
+
+def test_ties_go_to_fewer_candidates_then_to_the_first() -> None:
+    tie = Problem(names=("a", "b", "c"), savings_ns=(5, 5, 10), conflicts=frozenset({(0, 2), (1, 2)}))
+    assert Solver().solve(tie).selected == (2,)
+    equal = Problem(names=("a", "b"), savings_ns=(5, 5), conflicts=frozenset({(0, 1)}))
+    assert Solver().solve(equal).selected == (0,)
+    nothing = Problem(names=("a",), savings_ns=(0,))
+    assert Solver().solve(nothing).selected == ()
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(tables=False))
+def test_regrets_are_what_forcing_costs(problem: Problem) -> None:
+    solver = Solver()
+    try:
+        best = solver.solve(problem)
+    except PlanError:
+        return
+    for index, regret in enumerate(solver.regrets(problem, best.cuts)):
+        forced = replace(problem, forced=problem.forced | {index})
+        try:
+            assert regret == best.objective_ns - Solver().solve(forced).objective_ns
+        except PlanError:
+            assert regret is None
