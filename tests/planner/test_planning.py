@@ -272,9 +272,7 @@ def test_the_plan_follows_a_cost_table(gpt_oss: fx.Graph, tmp_path: Path, winner
     assert sum(counts.values()) == counts[winner]
 
 
-def test_the_environment_names_a_cost_table(
-    gpt_oss: fx.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_names_a_cost_table(gpt_oss: fx.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = with_table(tmp_path, cost_rows(manager().analyze(gpt_oss), {"act_padding": 5_000}))
     monkeypatch.setenv("FUSEPLAN_COSTS", str(path))
     assert fused(manager(), gpt_oss)["act_padding"] == LAYERS

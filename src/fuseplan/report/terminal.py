@@ -32,7 +32,7 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 
 
 def _headline(comparison: Comparison) -> Text:
-    spans = ", ".join(f"{first}-{last}" for first, last in comparison.ranges)
+    spans = ", ".join(map(_tokens, comparison.ranges))
     graphs = len({graph.graph for graph in comparison.reports[0].graphs})
     text = Text()
     text.append(comparison.workload, style="bold")
@@ -114,7 +114,12 @@ def _saved_ns(report: Report, span: tuple[int, int] | None) -> int:
 
 
 def _span(span: tuple[int, int] | None) -> str:
-    return f"saved {span[0]}-{span[1]}" if span else "saved"
+    return f"saved {_tokens(span)}" if span else "saved"
+
+
+def _tokens(span: tuple[int, int]) -> str:
+    first, last = span
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _matters(comparison: Comparison, rule: str) -> bool:
@@ -171,7 +176,7 @@ def _margin(conflict: ConflictClass) -> str:
     if conflict.lost_us is None:
         return ""
     text = f"{abs(conflict.lost_us):.1f} us {'more' if conflict.lost_us < 0 else 'less'} a place"
-    flips = "" if conflict.flips_at_us is None else f", wins at {conflict.flips_at_us:.1f} us"
+    flips = "" if conflict.flips_at_us is None else f", wins below {conflict.flips_at_us:.1f} us"
     return f" (would save {text}{flips})"
 
 
