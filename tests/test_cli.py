@@ -295,7 +295,6 @@ def test_devices_and_their_constants() -> None:
         (("--plan", "absent.json"), "can't be read"),
         (("--force", "act_pading"), "did you mean 'act_padding'"),
         (("--force", "act_padding", "--forbid", "act_padding"), "is forced and forbidden"),
-        (("--force", "norm_quant"), "selects no match"),
         (("--provider", "tritonn"), "did you mean 'triton'"),
         (("--save-plan", "nowhere/plan.json"), "can't be written"),
     ],

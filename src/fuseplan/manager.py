@@ -32,7 +32,6 @@ from fuseplan.matching import (
     as_external,
     find_external,
     find_matches,
-    missing_ops,
 )
 from fuseplan.planner import (
     Decision,
@@ -44,6 +43,7 @@ from fuseplan.planner import (
     decide_off,
     decide_planned,
     fusion_record,
+    idle_requests,
     limit,
     plan_record,
     pose,
@@ -243,7 +243,8 @@ class PostGradPassManager(CustomGraphPass):
     ) -> GraphReport:
         """The record of one graph."""
         canonical, posed = analysis.canonical, analysis.posed
-        refusals = [*analysis.matches.refusals, *canonical.refusals, *self._ineffective(analysis), *further]
+        refusals = [*analysis.matches.refusals, *canonical.refusals, *further]
+        refusals += idle_requests(self.config, self.idle_flags, analysis.rules, analysis.matches, posed, decision)
         most = f"max_fusions={self.config.max_fusions}"
         refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
         cycle = "together with fusions that were chosen it would make the graph cyclic"
@@ -341,22 +342,6 @@ class PostGradPassManager(CustomGraphPass):
                 "leave fuseplan's options out, or use torch.compile"
             )
         return None
-
-    def _ineffective(self, analysis: Analysis) -> Iterator[Refusal]:
-        """Rules that a flag switches on by name and that can do nothing in this graph."""
-        for flag in self.idle_flags:
-            if getattr(self.config, flag) is True:
-                yield Refusal(reason=Reason.NO_EFFECT, detail=f"{flag}=True has no effect: no rule provides it yet")
-        counts = {match.rule.name for match in analysis.matches.candidates}
-        for name, members in analysis.rules.items():
-            flags = members[0].flags
-            if name in counts or not all(getattr(self.config, flag) is True for flag in flags):
-                continue
-            missing = missing_ops(analysis.canonical, members)
-            refused = next((each.detail for each in analysis.matches.refusals if each.rule == name), None)
-            why = f"the graph has no {' and no '.join(missing)}" if missing else refused or f"{name} matches nowhere"
-            detail = f"{' and '.join(flags)}=True has no effect: {why}"
-            yield Refusal(reason=Reason.NO_EFFECT, rule=name, detail=detail)
 
     def _deliver(self, graph: GraphReport) -> None:
         if self.on_report is not None:

@@ -24,7 +24,7 @@ from fuseplan.planner.decide import decide_in_order, plan_record, replay
 from fuseplan.planner.pricing import UNFUSED, alternative_name, row_key
 from fuseplan.planner.solver import Solver
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
-from fuseplan.record import SavedPlans, diff
+from fuseplan.record import Reason, SavedPlans, diff
 from fuseplan.rules import BUILT_IN_RULES
 
 PLANNED = Policy(name="planned")
@@ -161,7 +161,6 @@ def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
         ({"force": ["act_padding"], "forbid": ["act_padding"]}, ConfigError, "'act_padding' is forced and forbidden"),
         ({"force": ["act_padding"], "forbid": ["act_padding@*"]}, PlanError, "contradict each other"),
         ({"force": ["act_padding", "allreduce_rms"]}, PlanError, "can't all be applied"),
-        ({"force": ["norm_quant"]}, PlanError, "selects no match"),
         ({"force": ["act_pading"]}, ConfigError, "did you mean 'act_padding'"),
         ({"force": ["act_padding#x"]}, ConfigError, "isn't of the form RULE"),
         ({"force": "act_padding"}, ConfigError, "sequences of texts"),
@@ -178,6 +177,17 @@ def test_requests_that_contradict_themselves_end_in_one_line(
         fused(manager(PassConfig(**config)), gpt_oss)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("request_", [{"force": ["norm_quant"]}, {"forbid": ["act_padding@nowhere.*"]}])
+def test_requests_that_select_nothing_are_a_warning(gpt_oss: fx.Graph, request_: dict[str, Any]) -> None:
+    """A model can have several graphs, and what is asked for need not be in all of them."""
+    planner = manager(PassConfig(**request_))
+    analysis = planner.analyze(gpt_oss)
+    report = planner.report("graph_0", analysis, planner.decide(analysis, PLANNED, "graph_0"))
+    (refusal,) = [each for each in report.refusals if each.reason is Reason.NO_EFFECT]
+    assert "selects no match in this graph" in refusal.detail
+    assert fused(planner, gpt_oss) == fused(manager(), gpt_oss)
 
 
 def test_a_plan_is_saved_replayed_and_compared(gpt_oss: fx.Graph, tmp_path: Path) -> None:
@@ -389,3 +399,16 @@ def test_a_rule_that_requires_what_it_conflicts_with_is_never_applied(gpt_oss: f
     assert all(j in chosen for i, j in posed.problem.requires if i in chosen)
     contradiction = manager(rules=[coupled("act_padding", requires=("act_padding",)), *others])
     assert fused(contradiction, gpt_oss)["allreduce_rms"] == LAYERS + 1
+
+
+def test_a_flag_whose_fusions_cost_more_than_they_save_is_a_warning(gpt_oss: fx.Graph) -> None:
+    torch_alone = [provider for provider in BUILT_IN_PROVIDERS if provider.name == "torch"]
+    for flag, warned in ((None, False), (True, True)):
+        planner = manager(PassConfig(fuse_act_padding=flag), providers=torch_alone)
+        analysis = planner.analyze(gpt_oss)
+        report = planner.report("graph_0", analysis, planner.decide(analysis, PLANNED, "graph_0"))
+        assert not report.applied
+        details = [each.detail for each in report.refusals if each.reason is Reason.NO_EFFECT]
+        assert bool(details) is warned
+        assert all("fuse_act_padding=True has no effect: it costs at least" in detail for detail in details)
+        assert all(not loss.blocked_by and (loss.lost_ns or 0) > 0 for loss in report.lost)

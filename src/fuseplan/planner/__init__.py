@@ -11,6 +11,7 @@ from fuseplan.planner.decide import (
     plan_record,
     replay,
 )
+from fuseplan.planner.idle import idle_requests
 from fuseplan.planner.pose import Posed, check_selector, pose
 from fuseplan.planner.pricing import Prices
 from fuseplan.planner.solver import DEFAULT_NODE_BUDGET, Solver
@@ -28,6 +29,7 @@ __all__ = [
     "decide_off",
     "decide_planned",
     "fusion_record",
+    "idle_requests",
     "limit",
     "plan_record",
     "pose",

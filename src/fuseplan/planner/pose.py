@@ -28,6 +28,7 @@ class Posed:
         problem: what to solve.
         priced: their prices.
         sites: the signature of every site, in graph order.
+        idle: selectors of what is forced or forbidden that select nothing in this graph.
     """
 
     canonical: CanonicalGraph
@@ -35,6 +36,7 @@ class Posed:
     problem: Problem
     priced: Priced
     sites: tuple[str, ...]
+    idle: tuple[str, ...]
 
     @property
     def unfused_ns(self) -> int:
@@ -95,7 +97,7 @@ def pose(
         forbid: selectors of what must not.
 
     Raises:
-        PlanError: a selector that matches nothing, or what is forced is forbidden.
+        PlanError: what is forced is forbidden.
     """
     sites = find_sites(canonical)
     candidates = candidates_of(canonical, sites, matches, external)
@@ -127,7 +129,10 @@ def pose(
         alternatives=priced.alternatives,
     )
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
-    return Posed(canonical=canonical, candidates=candidates, problem=problem, priced=priced, sites=signatures)
+    idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
+    return Posed(
+        canonical=canonical, candidates=candidates, problem=problem, priced=priced, sites=signatures, idle=idle
+    )
 
 
 _SELECTOR = re.compile(r"(?P<rule>[^@:#\s]+)(?:#(?P<ordinal>\d+)|@(?P<place>[^:\s]+))?(?::(?P<provider>[^:\s]+))?")
@@ -166,17 +171,11 @@ def selects(text: str, candidate: Candidate) -> bool:
 
 
 def _groups(text: str, candidates: Sequence[Candidate], structure: Problem) -> list[frozenset[int]]:
-    """What a forcing selector means: at each place one of the candidates that it selects there, whoever runs it.
-
-    Raises:
-        PlanError: it selects nothing.
-    """
+    """What a forcing selector means: at each place one of the candidates that it selects there, whoever runs it."""
     by_place: dict[object, list[int]] = {}
     for index, candidate in enumerate(candidates):
         if selects(text, candidate):
             by_place.setdefault(candidate.site.ordinal if candidate.site else candidate.name, []).append(index)
-    if not by_place:
-        raise PlanError(f"force {text!r} can't be met: it selects no match in this graph")
     groups: list[frozenset[int]] = []
     for place in by_place.values():
         # Of candidates that don't exclude each other, e.g. two that somebody coupled, all are meant.

@@ -1,0 +1,64 @@
+"""What was asked for and does nothing in a graph. Each is a refusal that users see as a warning, with the reason."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fuseplan.config import PassConfig
+from fuseplan.matching import Matches, missing_ops
+from fuseplan.planner.decide import Decision
+from fuseplan.planner.pose import Posed
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules import Rule
+
+
+def idle_requests(
+    config: PassConfig,
+    idle_flags: Sequence[str],
+    rules: Mapping[str, Sequence[Rule]],
+    matches: Matches,
+    posed: Posed,
+    decision: Decision,
+) -> Iterator[Refusal]:
+    """Selectors that select nothing, and flags that are True and switch on nothing that is applied.
+
+    A rule that lost to another fusion did have an effect: the report has it among the conflicts.
+
+    Args:
+        config: what was asked for.
+        idle_flags: flags that no rule answers to.
+        rules: those that are on, by name.
+        matches: of the graph.
+        posed: its problem.
+        decision: what is applied.
+    """
+    for flag in idle_flags:
+        if getattr(config, flag) is True:
+            yield _no_effect(f"{flag}=True has no effect: no rule provides it yet")
+    for selector in posed.idle:
+        yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
+    counts = {match.rule.name for match in matches.candidates}
+    for name, members in rules.items():
+        flags = members[0].flags
+        if not all(getattr(config, flag) is True for flag in flags):
+            continue
+        why = _too_dear(name, posed, decision)
+        if name not in counts:
+            missing = missing_ops(posed.canonical, members)
+            refused = next((each.detail for each in matches.refusals if each.rule == name), None)
+            why = f"the graph has no {' and no '.join(missing)}" if missing else refused or f"{name} matches nowhere"
+        if why is not None:
+            yield _no_effect(f"{' and '.join(flags)}=True has no effect: {why}", name)
+
+
+def _too_dear(name: str, posed: Posed, decision: Decision) -> str | None:
+    """Why none of a rule's matches is worth it, if nothing but its price stands in the way of any of them."""
+    mine = {index for index, candidate in enumerate(posed.candidates) if candidate.rule == name}
+    lost = [each for each in decision.lost if each.candidate in mine]
+    margins = [each.lost_ns for each in lost if each.lost_ns is not None]
+    if len(lost) < len(mine) or not margins or any(each.blocked_by for each in lost):
+        return None
+    places = "place" if len(mine) == 1 else "places"
+    return f"it costs at least {min(margins) / 1000:.1f} us more than it saves in each of {len(mine)} {places}"
+
+
+def _no_effect(detail: str, rule: str | None = None) -> Refusal:
+    return Refusal(reason=Reason.NO_EFFECT, rule=rule, detail=detail)
