@@ -20,7 +20,7 @@ from fuseplan.planner.problem import CycleFinder, Problem, Solution
 from fuseplan.planner.solver import Solver
 from tests.planner import brute_force
 
-PROBLEMS, GRAPHS = 1200, 1200
+PROBLEMS, GRAPHS = 1000, 2000
 
 
 def is_legal(problem: Problem, chosen: frozenset[int]) -> bool:
@@ -189,6 +189,12 @@ def test_best_legal_set_of_a_random_graph(seed: int) -> None:
         simple = greedy(problem, preference, case.find_cycles)
         assert legal(frozenset(simple.selected))
         assert simple.objective_ns == problem.saving(simple.selected) <= solution.objective_ns
+
+    order = Random(seed).sample(range(len(sizes)), len(sizes))
+    shuffled = replace(
+        case, regions=tuple(case.regions[i] for i in order), savings=tuple(case.savings[i] for i in order)
+    )
+    assert Solver().solve(shuffled.problem, shuffled.find_cycles).objective_ns == solution.objective_ns
 
     before = run(case.graph)
     for index in solution.selected:
