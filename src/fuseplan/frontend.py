@@ -96,8 +96,8 @@ def compile(
             [B, S] for integers, [B, S, hidden] for activations. A call outside of all ranges runs as under plain
             `torch.compile`.
         on_report: called with a `Report` for every graph that is compiled, from a warm compile cache too.
-        passes: other people's passes: `PatternMatcherPass` objects, unmodified, join the plan, each match of them worth
-            one kernel launch, or what an `ExternalPass` around it says. Functions of a graph, and passes whose patterns
+        passes: other people's passes: `PatternMatcherPass` objects, unmodified, join the plan under `planned`, each
+            match worth one kernel launch, or what an `ExternalPass` around the pass says. Functions of a graph, and passes whose patterns
             hold what another one puts in, run before or after the plan, where they stand among these.
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 

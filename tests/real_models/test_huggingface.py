@@ -82,7 +82,7 @@ def test_fused_agrees_with_plain_compile(name: str, group: dist.ProcessGroup) ->
 
             assert len(reports) == 2, "prefill and decode are graphs of their own"
             for report in reports:
-                assert report.policy == "ordered"
+                assert report.policy == "planned"
                 assert {rule: count for rule, count in report.fused.items() if count} == {"allreduce_rms": 2 * LAYERS}
                 assert norms(report.recognized) == case.norms
 
