@@ -97,8 +97,9 @@ def compile(
             `torch.compile`.
         on_report: called with a `Report` for every graph that is compiled, from a warm compile cache too.
         passes: other people's passes: `PatternMatcherPass` objects, unmodified, join the plan under `planned`, each
-            match worth one kernel launch, or what an `ExternalPass` around the pass says. Functions of a graph, and passes whose patterns
-            hold what another one puts in, run before or after the plan, where they stand among these.
+            match worth one kernel launch, or what an `ExternalPass` around the pass says. Functions of a graph, and
+            passes whose patterns hold what another one puts in, run before or after the plan, where they stand among
+            these.
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 
     Returns:
