@@ -207,6 +207,9 @@ def test_passes_are_part_of_the_cache_key() -> None:
         )
     }
     assert len(keys) == 4
+    same_pattern = replacing("add_relu", lambda x, y: torch.relu(x + y), lambda x, y: torch.clamp(x + y, min=0), 2)
+    keys.add(PostGradPassManager(PassConfig(), passes=[same_pattern]).uuid())
+    assert len(keys) == 5, "the same pattern with another replacement is another pass"
     first, second = (PostGradPassManager(PassConfig(), passes=[add_relu_pass()]).uuid() for _ in range(2))
     assert first == second
 
