@@ -1,0 +1,25 @@
+"""The command line: parse, call the API, render."""
+
+import typer
+
+from fuseplan.cli.explain import explain
+from fuseplan.cli.listing import devices, providers, rules
+from fuseplan.cli.plans import diff_plans
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Which fusions fire in a torch.compile'd model, which starve, and why.",
+)
+app.command()(explain)
+app.command()(rules)
+app.command()(providers)
+app.command()(devices)
+app.command(name="diff")(diff_plans)
+
+
+def main() -> None:
+    """The console script. Exit status: 0; 1 when a check failed; 2 when the request can't be served."""
+    app()

@@ -1,0 +1,108 @@
+"""`fuseplan rules`, `providers`, `devices`: what there is, and what is available here and why not."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from fuseplan.cli.console import Debug, Json, one_line_errors, show, table_of
+
+
+def rules(
+    name: Annotated[str | None, typer.Argument(help="One rule; default: all.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the fusions: what each matches and the op that takes its place."""
+    with one_line_errors(debug):
+        from fuseplan.config import unknown
+        from fuseplan.rules import BUILT_IN_RULES, by_name
+
+        known = by_name(BUILT_IN_RULES)
+        if name is not None and name not in known:
+            raise unknown("rule", name, known)
+        rows = [
+            {"rule": rule, "flags": list(members[0].flags), "fusions": [member.describe() for member in members]}
+            for rule, members in known.items()
+            if name in (None, rule)
+        ]
+        if as_json:
+            return show({"schema": 1, "rules": rows}, as_json=True)
+        table = table_of("rule", "flag", "pattern  =>  fused op")
+        for row in rows:
+            for index, fusion in enumerate(row["fusions"]):
+                table.add_row(*(("", "") if index else (str(row["rule"]), " and ".join(row["flags"]))), fusion)
+        return show(table, as_json=False)
+
+
+def providers(as_json: Json = False, debug: Debug = False) -> None:
+    """List who can run fused ops: available on this machine, or why not."""
+    with one_line_errors(debug):
+        from fuseplan.providers import BUILT_IN_PROVIDERS
+
+        rows: list[dict[str, Any]] = []
+        for provider in sorted(BUILT_IN_PROVIDERS, key=lambda each: each.name):
+            refusal = provider.unavailable()
+            rows.append(
+                {
+                    "provider": provider.name,
+                    "description": provider.description,
+                    "available": refusal is None,
+                    "why_not": refusal.detail if refusal else None,
+                    "mend": refusal.mend if refusal else None,
+                    "version": provider.version(),
+                    "implements": sorted(provider.implements),
+                }
+            )
+        if as_json:
+            return show({"schema": 1, "providers": rows}, as_json=True)
+        table = table_of("provider", "available", "fused ops", "")
+        for row in rows:
+            available = Text("yes", style="green") if row["available"] else Text("no", style="red")
+            why = "; ".join(str(text) for text in (row["why_not"] or row["description"], row["mend"]) if text)
+            table.add_row(str(row["provider"]), available, str(len(row["implements"])), why)
+        return show(table, as_json=False)
+
+
+def devices(as_json: Json = False, debug: Debug = False) -> None:
+    """List the device profiles, and the constants of their cost model with their sources."""
+    with one_line_errors(debug):
+        from fuseplan.planner.costs import HARDWARE
+        from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, local_profile
+
+        local = local_profile().name
+        rows: list[dict[str, Any]] = [
+            {
+                "device": name,
+                "description": profile.description,
+                "here": name == local,
+                "providers": sorted(p.name for p in BUILT_IN_PROVIDERS if p.unavailable(profile) is None),
+                "constants": [
+                    {"name": each, "value": constant.value, "unit": constant.unit, "source": constant.source}
+                    for each, constant in HARDWARE[name].constants()
+                ],
+            }
+            for name, profile in PROFILES.items()
+        ]
+        if as_json:
+            return show({"schema": 1, "devices": rows}, as_json=True)
+        table = table_of("device", "", "here", "providers", "launch", "memory", "measured constants")
+        for row in rows:
+            constants = {each["name"]: each for each in row["constants"]}
+            table.add_row(
+                row["device"],
+                row["description"],
+                Text("yes", style="green") if row["here"] else "",
+                ", ".join(row["providers"]),
+                f"{constants['launch']['value'] / 1000:.1f} us",
+                f"{constants['memory_bandwidth']['value']:.0f} GB/s",
+                _measured(row["constants"]),
+            )
+        show(table, as_json=False)
+        return show(Text("--json prints every constant with its source", style="dim"), as_json=False)
+
+
+def _measured(constants: list[dict[str, Any]]) -> str:
+    derived = ("H200's", "MI355X's", "AITER's", "datasheet", "nominal", "not measured")
+    known = [each for each in constants if not any(mark in each["source"] for mark in derived)]
+    return f"{len(known)} of {len(constants)}"
