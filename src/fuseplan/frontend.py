@@ -1,9 +1,7 @@
-"""The doors: `compile`, `inductor_options`, `explain`, and `compare`, which `fuseplan explain` prints."""
+"""The doors: `compile`, `inductor_options`, `explain`."""
 
-import itertools
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,14 +11,15 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 
 from fuseplan import store
-from fuseplan.capture import Capture, capture
+from fuseplan.capture import capture
 from fuseplan.compatibility import require_supported_torch
-from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.errors import ConfigError
-from fuseplan.manager import Analysis, PostGradPassManager, ReportCallback
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
-from fuseplan.record import Comparison, GraphReport, Reason, Report
+from fuseplan.explanation import Explanation
+from fuseplan.manager import PostGradPassManager, ReportCallback
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, device_profile
+from fuseplan.record import Reason, Report
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -251,141 +250,4 @@ def explain(
     config = config or PassConfig()
     profile = device_profile(device) if isinstance(device, str) else device
     traced = capture(model, inputs, model_arguments, dynamic=bool(config.compile_ranges))
-    return _Explanation(traced, config, profile, BUILT_IN_PROVIDERS).report(config.chosen_policy)
-
-
-def compare(
-    model: Callable[..., Any],
-    inputs: Sequence[Any],
-    *,
-    workload: str,
-    tp: int,
-    ranges: Sequence[CompileRange],
-    device: DeviceProfile,
-    policies: Sequence[Policy] = (),
-    config: PassConfig | None = None,
-    build_ns: int = 0,
-    providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
-) -> Comparison:
-    """Several policies on one workload.
-
-    Args:
-        model: a module or function.
-        inputs: its positional arguments.
-        workload: its name.
-        tp: ranks of tensor parallelism.
-        ranges: the compile ranges.
-        device: the profile whose providers are taken as present.
-        policies: what to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
-        config: flags; its policy and ranges aren't used.
-        build_ns: how long the model took to build.
-        providers: who may run fused ops.
-
-    Raises:
-        WorkloadError: nothing could be traced.
-        ConfigError: a policy names an unknown rule, or contradicts a flag.
-    """
-    config = replace(config or PassConfig(), compile_ranges=tuple(ranges))
-    for policy in policies:
-        PostGradPassManager(replace(config, policy=policy, force=(), plan=None))
-    config = replace(config, policy=Policy(name="planned"))
-    traced = capture(model, inputs, {}, dynamic=True)
-    explanation = _Explanation(traced, config, device, providers)
-    every = policies or (config.chosen_policy, *explanation.orders(), Policy(name="off"))
-    reports = [explanation.report(policy) for policy in every]
-    return Comparison(
-        workload=workload,
-        tp=tp,
-        device=device.name,
-        ranges=tuple((each.start, each.end) for each in config.compile_ranges),
-        reports=tuple(reports),
-        breaks=traced.breaks,
-        trace_ns=build_ns + traced.time_ns,
-        notes=tuple(_notes(reports, providers, device)),
-    )
-
-
-def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: DeviceProfile) -> Iterator[str]:
-    """What the figures don't show: how they were priced, and which kernels this version prices without running them."""
-    plans = [graph.plan for report in reports for graph in report.graphs if graph.plan is not None]
-    sources = sorted({source for plan in plans for source in plan.prices}) or ["modelled"]
-    yield f"costs are {' and '.join(sources)} for {device.name}"
-    runs = {provider.name: provider.implements for provider in providers}
-    priced = Counter(
-        fusion.provider
-        for report in reports[:1]
-        for graph in report.graphs
-        for fusion in graph.applied
-        if fusion.provider in runs and fusion.op not in runs[fusion.provider]
-    )
-    for name, count in sorted(priced.items()):
-        yield f"{count} of the fusions shown first are {name}'s: priced here, not yet run by this version of fuseplan"
-    changes = Counter(
-        fusion.rounding_change
-        for report in reports[:1]
-        for graph in report.graphs
-        for fusion in graph.applied
-        if fusion.rounding_change is not None
-    )
-    for (before, after), count in sorted(changes.items()):
-        yield f"{count} of the fusions shown first round as {after} where the graph rounds as {before}"
-
-
-class _Explanation:
-    """Matches of every graph in every range, found once and shared by all policies."""
-
-    def __init__(
-        self, traced: Capture, config: PassConfig, device: DeviceProfile | None, providers: Sequence[Provider]
-    ) -> None:
-        self.config = config
-        shared = PostGradPassManager(config, device=device, providers=providers)
-        self.rules = tuple(shared.rules)
-        self.entries: list[tuple[str, PostGradPassManager, Analysis]] = []
-        self.skipped: list[GraphReport] = []
-        for compile_range in config.compile_ranges or (None,):
-            manager = PostGradPassManager(
-                config, compile_range=compile_range, device=device, prices=shared.prices, providers=providers
-            )
-            manager.solver = shared.solver
-            span = (compile_range.start, compile_range.end) if compile_range else None
-            for index, gm in enumerate(traced.graphs):
-                refusal = manager.hands_off(gm.graph)
-                if refusal is not None:
-                    self.skipped.append(GraphReport(graph=f"graph_{index}", range=span, refusals=(refusal,)))
-                else:
-                    self.entries.append((f"graph_{index}", manager, manager.analyze(gm.graph)))
-
-    def report(self, policy: Policy) -> Report:
-        graphs = list(self.skipped)
-        for name, manager, analysis in self.entries:
-            timed = replace(analysis, stages_ns=dict(analysis.stages_ns))
-            graphs.append(manager.report(name, timed, manager.decide(timed, policy, name)))
-        warnings = dict.fromkeys(r for graph in graphs for r in graph.refusals if r.reason is Reason.NO_EFFECT)
-        rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
-        return Report(
-            policy=policy.name, order=policy.order, rules=rules, graphs=tuple(graphs), warnings=tuple(warnings)
-        )
-
-    def orders(self) -> list[Policy]:
-        """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
-
-        A composed rule, which does what several simple ones do, is left out, or comes first of all.
-        """
-        members = {match.rule.name: match.rule for _, _, each in self.entries for match in each.matches.candidates}
-        simple = sorted(name for name, rule in members.items() if len(rule.flags) == 1)
-        composed = sorted(set(members) - set(simple))
-        if not simple:
-            return [Policy(name="ordered", order=self.rules)] if self.rules else []
-        outcomes: dict[tuple[Any, ...], Policy] = {}
-        for first in ((), *itertools.permutations(composed)):
-            for rest in itertools.permutations(simple):
-                policy = Policy(name="ordered", order=(*first, *rest))
-                outcomes.setdefault(self._outcome(policy), policy)
-        return list(outcomes.values())
-
-    def _outcome(self, policy: Policy) -> tuple[Any, ...]:
-        outcome = []
-        for name, manager, analysis in self.entries:
-            selected = manager.decide(replace(analysis, stages_ns={}), policy, name).selected
-            outcome.append(tuple(sorted(analysis.posed.candidates[index].name for index in selected)))
-        return tuple(outcome)
+    return Explanation(traced, config, profile, BUILT_IN_PROVIDERS).report(config.chosen_policy)

@@ -7,7 +7,6 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +15,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 
+from fuseplan.analysis import Analysis, graph_report
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
@@ -24,63 +24,38 @@ from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
 from fuseplan.graph.facts import is_training
 from fuseplan.matching import (
     ExternalMatch,
-    ExternalMatches,
     ExternalPass,
     GraphPass,
     Match,
     Matches,
     as_external,
+    find_disabled,
     find_external,
     find_matches,
+    find_near_misses,
 )
 from fuseplan.planner import (
     Decision,
-    Posed,
     Prices,
     Solver,
     check_selector,
     decide_in_order,
     decide_off,
     decide_planned,
-    fusion_record,
-    idle_requests,
     limit,
-    plan_record,
     pose,
     prices_of,
     replay,
 )
-from fuseplan.planner.candidates import EXTERNAL
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
-from fuseplan.record import Fusion, GraphReport, Loss, Reason, Refusal, Report, SavedPlans, SizePrice
+from fuseplan.record import GraphReport, Reason, Refusal, Report, SavedPlans
 from fuseplan.rewriting import apply
-from fuseplan.rules import BUILT_IN_RULES, Rule, enabled_rules
+from fuseplan.rules import BUILT_IN_RULES, Rule, by_name, disabled_rules, enabled_rules
 
 ReportCallback = Callable[[Report], None]
 DEFAULT_SPAN = CompileRange(start=1, end=8192)
 """What a graph of any size is priced for: decoding one token to a prefill of vLLM's default
 `max_num_batched_tokens`."""
-
-
-@dataclass(eq=False, kw_only=True)
-class Analysis:
-    """What is known of a graph before anything is chosen.
-
-    Attributes:
-        canonical: the raised copy.
-        matches: every candidate and refusal.
-        external: what other people's passes match.
-        posed: the problem.
-        rules: the rules that were on, by name.
-        stages_ns: time of each stage so far.
-    """
-
-    canonical: CanonicalGraph
-    matches: Matches
-    external: ExternalMatches
-    posed: Posed
-    rules: Mapping[str, tuple[Rule, ...]]
-    stages_ns: dict[str, int] = field(default_factory=dict)
 
 
 class PostGradPassManager(CustomGraphPass):
@@ -126,6 +101,8 @@ class PostGradPassManager(CustomGraphPass):
         self.on_report = on_report
         self.previous = tuple(previous)
         self.rules = enabled_rules(config, rules)
+        self.disabled_by = disabled_rules(config, rules)
+        self.disabled = {name: members for name, members in by_name(rules).items() if name in self.disabled_by}
         self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
         self.providers = tuple(providers)
         self.device = device
@@ -171,15 +148,24 @@ class PostGradPassManager(CustomGraphPass):
         dump.report(report)
         self._deliver(report)
 
-    def analyze(self, graph: fx.Graph) -> Analysis:
-        """Raises a copy of the graph, finds every match on it, and prices them."""
+    def analyze(self, graph: fx.Graph, canonical: CanonicalGraph | None = None) -> Analysis:
+        """Raises a copy of the graph, finds every match on it and what nearly matched, and prices the matches.
+
+        Args:
+            graph: as Inductor made it.
+            canonical: its raised copy, where there is one already.
+        """
         stages: dict[str, int] = {}
-        with _stage(stages, "canonical"):
-            canonical = canonicalize(graph, see_through_noops=self.config.eliminate_noops)
+        if canonical is None:
+            with _stage(stages, "canonical"):
+                canonical = canonicalize(graph, see_through_noops=self.config.eliminate_noops)
         with _stage(stages, "matching"):
-            allow = self.config.allow_rounding_changes
-            matches = find_matches(canonical, self.rules, self.providers, self.device, allow_rounding_changes=allow)
+            matches = self._find_matches(canonical, self.rules)
             external = find_external(graph, self.passes)
+        with _stage(stages, "near misses"):
+            near_misses = find_near_misses(canonical, self.rules, matches)
+            if self.disabled:
+                near_misses += find_disabled(self._find_matches(canonical, self.disabled), self.disabled_by)
         with _stage(stages, "pricing"):
             span = self.compile_range or DEFAULT_SPAN
             posed = pose(
@@ -192,8 +178,13 @@ class PostGradPassManager(CustomGraphPass):
                 forbid=self.config.forbid,
             )
         return Analysis(
-            canonical=canonical, matches=matches, external=external, posed=posed, rules=self.rules, stages_ns=stages
-        )
+            canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
+            rules=self.rules, stages_ns=stages,
+        )  # fmt: skip
+
+    def _find_matches(self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]]) -> Matches:
+        allow = self.config.allow_rounding_changes
+        return find_matches(canonical, rules, self.providers, self.device, allow_rounding_changes=allow)
 
     def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:
         """What the policy would apply, `max_fusions` included.
@@ -242,46 +233,10 @@ class PostGradPassManager(CustomGraphPass):
         further: Sequence[Refusal] = (),
     ) -> GraphReport:
         """The record of one graph."""
-        canonical, posed = analysis.canonical, analysis.posed
-        refusals = [*analysis.matches.refusals, *canonical.refusals, *further]
-        refusals += idle_requests(self.config, self.idle_flags, analysis.rules, analysis.matches, posed, decision)
-        most = f"max_fusions={self.config.max_fusions}"
-        refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
-        cycle = "together with fusions that were chosen it would make the graph cyclic"
-        refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
-        matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
-        counts = [rule for rule, _, _ in matched]
-        saved = posed.saved_by_size(decision.selected)
-        device = self.prices.model.name
-        is_planned = decision.solution is not None
-        in_order = sorted(decision.selected, key=lambda i: (posed.candidates[i].provider == EXTERNAL, i))
-        return GraphReport(
-            graph=name,
-            range=self._range,
-            applied=tuple(fusion_record(posed, index) for index in in_order),
-            lost=tuple(
-                Loss(
-                    fusion=fusion_record(posed, lost.candidate),
-                    blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
-                    lost_ns=lost.lost_ns,
-                    flips_at_ns=lost.flips_at_ns,
-                )
-                for lost in decision.lost
-            ),
-            matched={rule: counts.count(rule) for rule in self.names},
-            recognized=canonical.recognized(),
-            refusals=tuple(refusals),
-            stages_ns=dict(analysis.stages_ns),
-            rewritten=rewritten,
-            plan=plan_record(posed, decision, name, self._range, device) if is_planned else None,
-            sizes=tuple(
-                SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving)
-                for tokens, unfused, saving in zip(posed.priced.tokens, posed.priced.unfused, saved, strict=True)
-            ),
-            saved_ns=decision.saving_ns,
-            unfused_ns=posed.unfused_ns,
-            plan_ns=decision.plan_ns,
-        )
+        return graph_report(
+            name, self._range, self.config, analysis, decision, rules=self.names, idle_flags=self.idle_flags,
+            device=self.prices.model.name, rewritten=rewritten, further=further,
+        )  # fmt: skip
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -373,7 +328,3 @@ def _run(graph_pass: GraphPass, graph: fx.Graph) -> None:
         graph_pass(graph, is_inference=not is_training(graph))
     else:
         graph_pass(graph)
-
-
-def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:
-    return Refusal(reason=reason, rule=fusion.rule, detail=detail, nodes=(fusion.anchor,), source=fusion.source)

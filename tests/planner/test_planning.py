@@ -14,11 +14,12 @@ import pytest
 from torch import fx
 
 from fuseplan import workloads
+from fuseplan.analysis import Analysis
 from fuseplan.canonical import canonicalize
 from fuseplan.capture import capture
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.errors import ConfigError, PlanError, WorkloadError
-from fuseplan.manager import Analysis, PostGradPassManager
+from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.decide import decide_in_order, plan_record, replay
 from fuseplan.planner.pricing import UNFUSED, alternative_name, row_key

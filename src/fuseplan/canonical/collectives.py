@@ -6,6 +6,7 @@ from torch import fx
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import RESHAPES, aten, is_call
+from fuseplan.record import Reason
 
 functional_all_reduce = torch.ops._c10d_functional.all_reduce.default
 wait_tensor = torch.ops._c10d_functional.wait_tensor.default
@@ -29,10 +30,19 @@ def raise_all_reduces(canonical: CanonicalGraph) -> None:
     """`wait_tensor(_c10d_functional.all_reduce(x, "sum", group))` -> `all_reduce(x, group)`."""
     for wait in canonical.calls(wait_tensor):
         started = wait.args[0]
-        if not is_call(started, functional_all_reduce) or len(started.users) > 1:
+        if not is_call(started, functional_all_reduce):
             continue
         x, reduce_op, group_name = started.args
-        if str(reduce_op).lower() == "sum" and isinstance(group_name, str):
+        if str(reduce_op).lower() != "sum":
+            canonical.refuse(
+                ops.all_reduce, [wait], Reason.ATTRIBUTE,
+                f"all_reduce not recognised: it reduces by {reduce_op!r}, and fused ops sum", node=wait, place=wait,
+                expected="reduce op sum", found=f"reduce op {reduce_op}", mend="sum, and divide before or after",
+            )  # fmt: skip
+        elif len(started.users) > 1:
+            detail = f"all_reduce not recognised: it is waited for {len(started.users)} times"
+            canonical.refuse(ops.all_reduce, [wait], Reason.USERS, detail, node=wait, place=wait)
+        elif isinstance(group_name, str):
             canonical.raise_op(ops.all_reduce, (x, group_name), (wait,))
 
 

@@ -10,6 +10,7 @@ from fuseplan.canonical.view import CanonicalGraph, is_dialect
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
 from fuseplan.graph.surgery import erase_dead
+from fuseplan.record import Reason
 
 
 def raise_pads(canonical: CanonicalGraph) -> None:
@@ -24,6 +25,13 @@ def raise_pads(canonical: CanonicalGraph) -> None:
             and not any(amounts[2:])
         ):
             canonical.raise_op(ops.pad, (x, amounts[1]), (node,))
+        else:
+            canonical.refuse(
+                ops.pad, [node], Reason.ATTRIBUTE,
+                f"pad not recognised: it pads {list(amounts)} with {value}; fused ops append zeros to each row",
+                node=node, place=node, expected="[0, n] with 0", found=f"{list(amounts)} with {value}",
+                mend="append zeros to the last dimension alone",
+            )  # fmt: skip
 
 
 EPILOGUES = (ops.pad, ops.static_scaled_fp8_quant, ops.dynamic_per_token_scaled_fp8_quant)

@@ -27,11 +27,10 @@ from fuseplan.graph.facts import (
     equal_shape,
     equal_size,
     is_call,
-    place_of,
     tensor_of,
 )
 from fuseplan.graph.legality import is_convex
-from fuseplan.record import Reason, Refusal
+from fuseplan.record import Reason
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -60,9 +59,13 @@ class _Norm:
 class _NotANorm(Exception):
     """Ends the reading of a candidate; carries why, and the node that was in the way."""
 
-    def __init__(self, reason: Reason, detail: str, node: fx.Node, mend: str | None = None) -> None:
+    def __init__(
+        self, reason: Reason, detail: str, node: fx.Node, mend: str | None = None, *, expected: str = ""
+    ) -> None:
         super().__init__(detail)
         self.reason, self.detail, self.node, self.mend = reason, detail, node, mend
+        self.expected = expected or None
+        self.found = str(node.target) if expected and node.op == "call_function" else None
 
 
 DYNAMIC_EPSILON = (
@@ -79,16 +82,21 @@ def raise_rms_norms(canonical: CanonicalGraph) -> None:
             if mean_square is not None:
                 _raise(canonical, _read_norm(rsqrt, *mean_square))
         except _NotANorm as refused:
-            canonical.refusals.append(
-                Refusal(
-                    reason=refused.reason,
-                    op=ops.rms_norm.name,
-                    detail=f"RMSNorm not recognised: {refused.detail}",
-                    nodes=(canonical.source_node(refused.node).name,),
-                    source=place_of(rsqrt),
-                    mend=refused.mend,
-                )
-            )
+            canonical.refuse(
+                ops.rms_norm, [rsqrt, *_normalised(rsqrt)], refused.reason,
+                f"RMSNorm not recognised: {refused.detail}", node=refused.node, place=rsqrt, found=refused.found,
+                expected=refused.expected, mend=refused.mend,
+            )  # fmt: skip
+
+
+def _normalised(rsqrt: fx.Node) -> list[fx.Node]:
+    """What `rsqrt(mean(total ** 2) + eps)` normalises, and what that was cast from."""
+    node: object = rsqrt
+    for _ in range(4):
+        node = node.args[0] if isinstance(node, fx.Node) and node.args else None
+    if not isinstance(node, fx.Node):
+        return []
+    return [node, node.args[0]] if is_call(node, convert_element_type) else [node]
 
 
 def _mean_square(rsqrt: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]] | None:
@@ -105,12 +113,12 @@ def _mean_square(rsqrt: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]] |
         )
     square, dims, keepdim = (*mean.args, None, None)[:3]
     value = tensor_of(square)
-    if value is None or not keepdim or list(dims) not in ([-1], [value.dim() - 1]):
-        return None
     power = is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
     product = is_call(square, *MULS) and square.args[0] is square.args[1]
-    if not power and not product:
+    if value is None or not keepdim or not (power or product):
         return None
+    if list(dims) not in ([-1], [value.dim() - 1]):
+        raise _NotANorm(Reason.LAYOUT, f"the mean is over dimensions {list(dims)}, not over the last alone", mean)
     return square.args[0], float(eps), (square, mean, add, rsqrt)
 
 
@@ -127,7 +135,10 @@ def _read_norm(rsqrt: fx.Node, total: fx.Node, eps: float, interior: tuple[fx.No
             interior=(*interior, normed, user, product),
         )  # fmt: skip
     if not is_call(user, *MULS):
-        raise _NotANorm(Reason.OP, "the normalised value is not multiplied by a weight", user)
+        raise _NotANorm(
+            Reason.OP, f"expected that the normalised value is multiplied by a weight, found {user.target}", user,
+            expected=str(aten.mul.Tensor),
+        )  # fmt: skip
     factor, adds_one = _strip_weight(_other(user, normed))
     weight = _weight(factor, total, user)
     y: fx.Node = user
@@ -272,7 +283,9 @@ def _single_user(node: fx.Node, what: str) -> fx.Node:
 def _only_user(node: fx.Node, targets: tuple[object, ...], what: str) -> fx.Node:
     user = _single_user(node, node.name)
     if not is_call(user, *targets):
-        raise _NotANorm(Reason.OP, f"expected that {what}, found {user.target}", user)
+        raise _NotANorm(
+            Reason.OP, f"expected that {what}, found {user.target}", user, expected=" or ".join(map(str, targets[:1]))
+        )
     return user
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import FP8_DTYPES, QuantRounding, ops
 from fuseplan.graph.facts import MULS, aten, convert_element_type, dtype_of, equal_size, is_call, tensor_of
+from fuseplan.record import Reason
 
 CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
 
@@ -35,10 +36,16 @@ def raise_quants(canonical: CanonicalGraph) -> None:
         if dtype not in FP8_DTYPES:
             continue
         assert isinstance(dtype, torch.dtype)
-        scaled = _unclamped(cast.args[0], torch.finfo(dtype).max)
+        limit = torch.finfo(dtype).max
+        scaled = _unclamped(cast.args[0], limit)
         scaling = _read_scaling(scaled) if scaled is not None else None
-        if scaling is not None:
-            _raise(canonical, cast, dtype, scaling)
+        why = f"what is cast isn't clamped to +-{limit:g}" if scaled is None else "what is clamped isn't x / scale"
+        if scaling is None or not _raise(canonical, cast, dtype, scaling):
+            why = why if scaling is None else "the scale is neither one number nor the largest of each row"
+            canonical.refuse(
+                ops.static_scaled_fp8_quant, [cast], Reason.OP, f"fp8 quantisation not recognised: {why}", node=cast,
+                place=cast,
+            )  # fmt: skip
 
 
 def _unclamped(node: object, limit: float) -> fx.Node | None:
@@ -76,18 +83,20 @@ def _read_scaling(scaled: fx.Node) -> _Scaling | None:
     return _Scaling(x=x, scale=scale, rounding=rounding)
 
 
-def _raise(canonical: CanonicalGraph, cast: fx.Node, dtype: torch.dtype, scaling: _Scaling) -> None:
+def _raise(canonical: CanonicalGraph, cast: fx.Node, dtype: torch.dtype, scaling: _Scaling) -> bool:
     scale = tensor_of(scaling.scale)
     args: tuple[object, ...]
     assert scale is not None
     if scale.numel() == 1 and scale.dim() <= 1:
         args = (scaling.x, scaling.scale, dtype, scaling.rounding.value)
         canonical.raise_op(ops.static_scaled_fp8_quant, args, (cast,))
-        return
+        return True
     min_scale = _dynamic_min_scale(scaling, torch.finfo(dtype).max)
-    if min_scale is not None:
-        args = (scaling.x, dtype, min_scale, scaling.rounding.value)
-        canonical.raise_op(ops.dynamic_per_token_scaled_fp8_quant, args, (cast, scaling.scale))
+    if min_scale is None:
+        return False
+    args = (scaling.x, dtype, min_scale, scaling.rounding.value)
+    canonical.raise_op(ops.dynamic_per_token_scaled_fp8_quant, args, (cast, scaling.scale))
+    return True
 
 
 def _dynamic_min_scale(scaling: _Scaling, limit: float) -> float | None:

@@ -9,9 +9,9 @@ from typing import Any, TypeGuard, cast
 from torch import fx
 
 from fuseplan.dialect import DialectOp, ops
-from fuseplan.graph.facts import Call, depths, is_call, mutation_regions, tensor_of
+from fuseplan.graph.facts import Call, depths, is_call, mutation_regions, place_of, source_code, source_line, tensor_of
 from fuseplan.graph.surgery import copy_graph, erase_dead
-from fuseplan.record import Refusal
+from fuseplan.record import Nearness, Reason, Refusal
 
 
 @dataclass(eq=False)
@@ -26,7 +26,8 @@ class CanonicalGraph:
         depth: the longest path to a node from an input; see `facts.depths`.
         region: the number of mutations before a node; see `facts.mutation_regions`.
         interior: for a raised node the nodes of `original` that it stands for.
-        refusals: what looked like a dialect op and wasn't raised.
+        unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
+            come to.
     """
 
     original: fx.Graph
@@ -35,7 +36,7 @@ class CanonicalGraph:
     depth: dict[fx.Node, int]
     region: dict[fx.Node, int]
     interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
-    refusals: list[Refusal] = field(default_factory=list)
+    unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
 
     @classmethod
     def copy_of(cls, original: fx.Graph) -> "CanonicalGraph":
@@ -43,10 +44,44 @@ class CanonicalGraph:
         graph, origin = copy_graph(original)
         return cls(original=original, graph=graph, origin=origin, depth=depths(graph), region=mutation_regions(graph))
 
+    @property
+    def dialect_nodes(self) -> list[fx.Node]:
+        """The nodes that call a dialect op, op by op, each in graph order."""
+        return [node for op in ops.values() for node in self.graph.find_nodes(op="call_function", target=op.overload)]
+
     def calls(self, *targets: Any) -> list[Call]:
         """The nodes that call one of `targets`, in graph order."""
         found = [node for target in targets for node in self.graph.find_nodes(op="call_function", target=target)]
         return cast(list[Call], sorted(found) if len(targets) > 1 else found)
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Why what looked like a dialect op wasn't raised, each once."""
+        return list({id(refusal): refusal for refusal in self.unraised.values()}.values())
+
+    def refuse(
+        self, op: DialectOp, at: Sequence[fx.Node], reason: Reason, detail: str, *, node: fx.Node, place: fx.Node,
+        expected: str | None = None, found: str | None = None, mend: str | None = None,
+    ) -> None:  # fmt: skip
+        """Notes that something looks like a dialect op and isn't one.
+
+        Args:
+            op: the dialect op.
+            at: the nodes by which a search from the op's neighbours would find it.
+            reason: its kind.
+            detail: for a person.
+            node: what is in the way.
+            place: where in the user's model it is looked for, if the node in the way has no place.
+            expected: what should be there.
+            found: what is there.
+            mend: what would mend it.
+        """
+        refusal = Refusal(
+            reason=reason, op=op.name, detail=detail, nodes=(self.source_node(node).name,), source=place_of(place),
+            mend=mend, nearness=Nearness.UNRECOGNIZED, expected=expected, found=found,
+            line=source_line(node) or source_line(place), code=source_code(node) or source_code(place),
+        )  # fmt: skip
+        self.unraised.update(dict.fromkeys(at, refusal))
 
     def raise_op(self, op: DialectOp, args: Sequence[Any], results: Sequence[fx.Node | None]) -> fx.Node:
         """Puts one dialect op in the place of the nodes that compute `results`.
@@ -133,12 +168,12 @@ class CanonicalGraph:
     def recognized(self) -> dict[str, int]:
         """How many of each dialect op there are, as `op[last dimension]`."""
         counts: Counter[str] = Counter()
-        for node in self.graph.nodes:
-            op = ops.of(node.target) if node.op == "call_function" else None
-            if op is not None:
-                first = tensor_of(node.args[0])
-                width = first.shape[-1] if first is not None and first.dim() else ""
-                counts[f"{op.name}[{width}]"] += 1
+        for node in self.dialect_nodes:
+            op = ops.of(node.target)
+            assert op is not None
+            first = tensor_of(node.args[0])
+            width = first.shape[-1] if first is not None and first.dim() else ""
+            counts[f"{op.name}[{width}]"] += 1
         return dict(sorted(counts.items()))
 
 

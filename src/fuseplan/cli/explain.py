@@ -54,8 +54,8 @@ def explain(
 
         require_supported_torch()
         from fuseplan import workloads
+        from fuseplan.comparison import compare
         from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
-        from fuseplan.frontend import compare
         from fuseplan.providers import device_profile
         from fuseplan.report import comparison_to_json, render_comparison
 

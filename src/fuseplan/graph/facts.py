@@ -1,11 +1,16 @@
 """Facts about FX nodes: what they are, what they hold, where they come from."""
 
+import functools
 import operator
+import os
+import re
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx
+from torch.distributed import distributed_c10d
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
@@ -102,12 +107,46 @@ def item(node: fx.Node, index: int) -> fx.Node | None:
     return None
 
 
+def group_size(name: str) -> int | None:
+    """The number of ranks of a process group, by `ProcessGroup.group_name`; None where this process knows none of that
+    name.
+    """
+    try:
+        group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    except (RuntimeError, ValueError, LookupError):
+        return None
+    return group.size()
+
+
+def written_in_place(node: fx.Node) -> str | None:
+    """What the user's model calls where a node comes from, if that is in place: `add_`, `imul`; or None.
+
+    Functionalization made an op of it that writes to a new tensor, and an op with its own schema a higher-order one.
+    """
+    if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
+        return str(node.args[0])
+    for _, function in node.meta.get("source_fn_stack") or ():
+        name = function if isinstance(function, str) else getattr(function, "__name__", "")
+        if (name.endswith("_") and not name.startswith("_")) or function in _IN_PLACE:
+            return name
+    return None
+
+
+_IN_PLACE = tuple(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "iand", "ior", "ixor")
+)
+
+
 def module_path(node: fx.Node) -> str | None:
     """The module of the user's model that a node was traced from, e.g. `layers.3.mlp`, or None."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return None
-    path = str(list(stack.values())[-1][0])
+    return _clean_path(str(list(stack.values())[-1][0])) if stack else None
+
+
+@functools.lru_cache(maxsize=16384)
+def _clean_path(path: str) -> str | None:
+    """A module's path without what Dynamo and wrappers put into it."""
     parts = [part for part in _path_parts(path) if part not in ("L", "self", "fn", "_orig_mod", "_modules")]
     return ".".join(parts) or None
 
@@ -125,9 +164,35 @@ def place_of(node: fx.Node) -> str | None:
 
 
 def source_line(node: fx.Node) -> str | None:
-    """`file.py:12` of the innermost line of the user's model that a node was traced from, or None."""
-    for line in reversed((node.meta.get("stack_trace") or "").splitlines()):
-        if line.strip().startswith("File "):
-            name, number = line.strip().split(", ")[:2]
-            return f"{name.split('/')[-1].strip(chr(34))}:{number.removeprefix('line ')}"
-    return None
+    """`file.py:12` of the line of the user's model that a node was traced from, or None."""
+    frame = _frame(node)
+    return f"{frame[0].split('/')[-1]}:{frame[1]}" if frame else None
+
+
+def source_code(node: fx.Node) -> str | None:
+    """The text of that line, or None."""
+    frame = _frame(node)
+    return frame[2] or None if frame else None
+
+
+def _frame(node: fx.Node) -> tuple[str, str, str] | None:
+    """(file, line, text) of the innermost frame of a node's stack that isn't torch's own."""
+    return _innermost(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _innermost(stack_trace: str) -> tuple[str, str, str] | None:
+    """Many nodes share the text of one stack, so each text is read once."""
+    lines = stack_trace.splitlines()
+    frames = []
+    for index, line in enumerate(lines):
+        found = _FRAME.match(line)
+        if found:
+            text = lines[index + 1].strip() if index + 1 < len(lines) else ""
+            frames.append((found[1], found[2], "" if _FRAME.match(text) else text))
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    return own[-1] if own else None
+
+
+_FRAME = re.compile(r'\s*File "(.*)", line (\d+)')
+_TORCH = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120 - a prefix of the texts in stack traces

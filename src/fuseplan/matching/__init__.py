@@ -10,6 +10,7 @@ from fuseplan.matching.external import (
     find_external,
 )
 from fuseplan.matching.inductor import CompiledPattern
+from fuseplan.matching.near_misses import find_disabled, find_near_misses
 
 __all__ = [
     "CompiledPattern",
@@ -21,7 +22,9 @@ __all__ = [
     "Matches",
     "as_external",
     "compiled_pattern",
+    "find_disabled",
     "find_external",
     "find_matches",
+    "find_near_misses",
     "missing_ops",
 ]

@@ -10,11 +10,11 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
-from fuseplan.graph.facts import item, place_of
+from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.providers import DeviceProfile, Provider
-from fuseplan.record import Reason, Refusal
+from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule
 
 
@@ -47,17 +47,39 @@ class Match:
         return self.outputs[0]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Miss:
+    """One place at which one rule has all of its ops, and why it doesn't match, or not by one of the providers.
+
+    Attributes:
+        rule: the member of the rule's family.
+        anchor: the node of the first value that the pattern yields.
+        consumed: the nodes that the fusion would have taken.
+        refusal: why.
+    """
+
+    rule: Rule
+    anchor: fx.Node
+    consumed: tuple[fx.Node, ...]
+    refusal: Refusal
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matches:
     """What matching found.
 
     Attributes:
         candidates: all matches, in graph order, then by rule and fused op; the order of rules given has no influence.
-        refusals: matches that a rule, the graph or the providers refused.
+        misses: matches that a rule, the graph or the providers refused.
     """
 
     candidates: tuple[Match, ...] = ()
-    refusals: tuple[Refusal, ...] = field(default=())
+    misses: tuple[Miss, ...] = field(default=())
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Why, for each of the misses that no provider takes."""
+        return tuple(miss.refusal for miss in self.misses if miss.refusal.nearness is Nearness.REFUSED)
 
 
 @lru_cache(maxsize=256)
@@ -85,29 +107,31 @@ def find_matches(
     """
     available = [p for p in sorted(providers, key=lambda p: p.name) if p.unavailable(device) is None]
     candidates: list[Match] = []
-    refusals: list[Refusal] = []
+    misses: list[Miss] = []
     for rule in (member for _, members in sorted(rules.items()) for member in members):
         pattern = compiled_pattern(rule)
         for anchor in canonical.graph.find_nodes(op="call_function", target=pattern.target):
             result = pattern.match(anchor)
             if result is None:
                 continue
-            found = _complete(canonical, rule, *result)
-            if isinstance(found, Refusal):
-                refusals.append(found)
+            found = _complete(rule, *result)
+            refusal = _refused(canonical, found)
+            if refusal is not None:
+                misses.append(Miss(rule=rule, anchor=anchor, consumed=found.consumed, refusal=refusal))
                 continue
-            chosen = _providers_of(found, available, device, allow_rounding_changes)
-            candidates += [found_by for found_by in chosen if isinstance(found_by, Match)]
-            if not any(isinstance(each, Match) for each in chosen):
-                refusals += [each for each in chosen if isinstance(each, Refusal)]
+            taken, declined = _offered(found, available, device, allow_rounding_changes)
+            candidates += taken
+            nearness = Nearness.DECLINED if taken else Nearness.REFUSED
+            misses += [
+                Miss(rule=rule, anchor=anchor, consumed=found.consumed, refusal=replace(each, nearness=nearness))
+                for each in declined
+            ]
     candidates.sort(key=lambda m: (m.anchor._sort_key, m.rule.name, m.rule.op.name, m.provider))
-    return Matches(candidates=tuple(candidates), refusals=tuple(refusals))
+    return Matches(candidates=tuple(candidates), misses=tuple(misses))
 
 
-def _complete(
-    canonical: CanonicalGraph, rule: Rule, values: Mapping[str, Any], found: Mapping[fx.Node, fx.Node]
-) -> Match | Refusal:
-    """Adds further results to what the pattern matched, and checks what a pattern can't say."""
+def _complete(rule: Rule, values: Mapping[str, Any], found: Mapping[fx.Node, fx.Node]) -> Match:
+    """Adds further results to what the pattern matched."""
     traced = rule.traced_pattern
     located: dict[fx.Node, fx.Node | None] = dict(found)
     for node in traced.outputs:
@@ -119,50 +143,75 @@ def _complete(
     consumed = tuple(sorted(node for node in set(located.values()) if node is not None))
     outputs = tuple(located[node] for node in traced.outputs)
     core = next(target for node, target in found.items() if node.target is rule.core.overload)
+    return Match(rule=rule, provider="", values=values, consumed=consumed, outputs=outputs, core=core)
+
+
+def _refused(canonical: CanonicalGraph, match: Match) -> Refusal | None:
+    """Checks what a pattern can't say."""
+    rule = match.rule
     return (
-        _stray_user(canonical, rule, consumed, outputs)
-        or _illegal(canonical, rule, consumed, values)
-        or _placed(canonical, rule, rule.check(Bindings(rule.name, values)), core)
-        or Match(rule=rule, provider="", values=values, consumed=consumed, outputs=outputs, core=core)
+        _stray_user(canonical, match)
+        or _illegal(canonical, match)
+        or _unknown_group(match)
+        or _placed(canonical, rule, rule.check(Bindings(rule.name, match.values)), match.core)
     )
 
 
-def _stray_user(
-    canonical: CanonicalGraph, rule: Rule, consumed: Sequence[fx.Node], outputs: Sequence[fx.Node | None]
-) -> Refusal | None:
-    inside = {*consumed}
-    for node in consumed:
-        if node in outputs:
-            continue
-        for user in node.users:
-            if user not in inside:
-                return Refusal(
-                    reason=Reason.USERS,
-                    rule=rule.name,
-                    op=rule.core.name,
-                    detail=f"{_describe(node)} is also read by {_describe(user)}, and {rule.op.name} doesn't yield it",
-                    nodes=(canonical.source_node(user).name, canonical.source_node(node).name),
-                    source=place_of(user),
-                )
+def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
+    inside = {*match.consumed}
+    for node in match.consumed:
+        user = next((user for user in node.users if user not in inside), None)
+        if node not in match.outputs and user is not None:
+            names = (canonical.source_node(user).name, canonical.source_node(node).name)
+            detail = f"{_describe(node)} is also read by {_describe(user)}, and {match.rule.op.name} doesn't yield it"
+            return _refusal(
+                match, Reason.USERS, detail, names, user, expected=f"no other reader of {op_name(node)}",
+                found=op_name(user), mend=f"let {op_name(user)} read something else, or nothing",
+            )  # fmt: skip
     return None
 
 
-def _illegal(
-    canonical: CanonicalGraph, rule: Rule, consumed: Sequence[fx.Node], values: Mapping[str, Any]
-) -> Refusal | None:
+def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
+    consumed, last = match.consumed, match.consumed[-1]
     names = tuple(canonical.source_node(node).name for node in consumed)
     if len({canonical.region[node] for node in consumed}) > 1:
-        detail = "an in-place op stands between two nodes of the match"
-        return _refusal(rule, Reason.MUTATION, detail, names, consumed[-1])
-    inputs = [value for value in values.values() if isinstance(value, fx.Node)]
+        # The copy of the graph has the writing node too: nothing of it is raised.
+        first = canonical.region[consumed[0]]
+        writer = next(each for each in canonical.graph.nodes if is_mutation(each) and canonical.region[each] > first)
+        detail = f"{_describe(writer)}, an in-place op, stands between two nodes of the match"
+        return _refusal(
+            match, Reason.MUTATION, detail, (canonical.source_node(writer).name, *names), writer,
+            expected="no in-place op", found=op_name(writer), mend="write in place before or after all of them",
+        )  # fmt: skip
+    inputs = [value for value in match.values.values() if isinstance(value, fx.Node)]
     if not is_convex(consumed, inputs):
         detail = "an input of the fused op depends on one of its results"
-        return _refusal(rule, Reason.CYCLE, detail, names, consumed[-1])
+        return _refusal(match, Reason.CYCLE, detail, names, last)
     return None
 
 
-def _refusal(rule: Rule, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node) -> Refusal:
-    return Refusal(reason=reason, rule=rule.name, op=rule.core.name, detail=detail, nodes=nodes, source=place_of(place))
+def _unknown_group(match: Match) -> Refusal | None:
+    name = match.values.get("group_name")
+    if name is None or group_size(name) is not None:
+        return None
+    detail = f"the process group {name!r} of the all-reduce isn't known in this process"
+    mend = "initialise torch.distributed and the group before the model is compiled"
+    return _refusal(
+        match, Reason.GROUP, detail, (match.core.name,), match.core, expected="a group of this process",
+        found=f"group {name!r}", mend=mend,
+    )  # fmt: skip
+
+
+def _refusal(
+    match: Match, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node, *, expected: str | None = None,
+    found: str | None = None, mend: str | None = None, provider: str | None = None,
+) -> Refusal:  # fmt: skip
+    """Of something that has all ops of the pattern."""
+    return Refusal(
+        reason=reason, rule=match.rule.name, op=match.rule.core.name, detail=detail, nodes=nodes,
+        source=place_of(place), mend=mend, nearness=Nearness.REFUSED, expected=expected, found=found,
+        provider=provider, site=place_of(match.core), line=source_line(place), code=source_code(place),
+    )  # fmt: skip
 
 
 def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core: fx.Node) -> Refusal | None:
@@ -171,14 +220,17 @@ def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core
         return None
     by_name = {node.name: canonical.source_node(node).name for node in core.all_input_nodes}
     nodes = tuple(by_name.get(name, name) for name in refusal.nodes)
-    return replace(refusal, op=rule.core.name, nodes=nodes, source=refusal.source or place_of(core))
+    return replace(
+        refusal, op=rule.core.name, nodes=nodes, source=refusal.source or place_of(core),
+        nearness=Nearness.REFUSED, site=place_of(core), line=source_line(core), code=source_code(core),
+    )  # fmt: skip
 
 
-def _providers_of(
+def _offered(
     match: Match, available: Sequence[Provider], device: DeviceProfile | None, allow_rounding_changes: bool
-) -> list[Match | Refusal]:
-    """The match once for each provider that accepts its arguments; where none does, why not."""
-    rule, results = match.rule, list[Match | Refusal]()
+) -> tuple[list[Match], list[Refusal]]:
+    """The match once for each provider that takes its arguments, and why others don't."""
+    rule, taken, declined = match.rule, list[Match](), list[Refusal]()
     for provider in available:
         offer = provider.offers(device).get(rule.op.name)
         if offer is None:
@@ -187,23 +239,32 @@ def _providers_of(
         rounding = match.values.get("rounding")
         fits = offer.roundings is None or rounding in offer.roundings
         if refusal is not None:
-            results.append(refusal)
+            declined.append(
+                _refusal(
+                    match, refusal.reason, refusal.detail, (match.core.name,), match.core, expected=refusal.expected,
+                    found=refusal.found, mend=refusal.mend, provider=provider.name,
+                )
+            )  # fmt: skip
         elif fits:
-            results.append(replace(match, provider=provider.name))
+            taken.append(replace(match, provider=provider.name))
         elif offer.roundings and allow_rounding_changes:
             other = min(offer.roundings)
             values = {**match.values, "rounding": other}
             change = (str(rounding), other)
-            results.append(replace(match, provider=provider.name, values=values, rounding_change=change))
+            taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
         else:
             computed = " or ".join(sorted(offer.roundings or ()))
             detail = f"{provider.name}'s {rule.op.name} rounds as {computed}, and the graph as {rounding}"
-            refused = _refusal(rule, Reason.ROUNDING, detail, (match.core.name,), match.core)
-            results.append(replace(refused, mend="set allow_rounding_changes"))
-    if not results:
+            declined.append(
+                _refusal(
+                    match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,
+                    found=str(rounding), mend="set allow_rounding_changes", provider=provider.name,
+                )
+            )  # fmt: skip
+    if not taken and not declined:
         detail = f"no available provider implements {rule.op.name}"
-        results.append(_refusal(rule, Reason.PROVIDER, detail, (), match.core))
-    return results
+        declined.append(_refusal(match, Reason.PROVIDER, detail, (match.core.name,), match.core))
+    return taken, declined
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:
@@ -219,5 +280,16 @@ def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]
 
 
 def _describe(node: fx.Node) -> str:
+    return f"{op_name(node)} ({node.name})"
+
+
+def op_name(node: fx.Node) -> str:
+    """What a node calls: a dialect op by its name, an op that was made functional by what it was before."""
     op = ops.of(node.target)
-    return f"{op.name if op else node.target} ({node.name})"
+    if op is not None:
+        return op.name
+    if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
+        return str(node.args[0])
+    if is_call(node, operator.getitem) and isinstance(node.args[0], fx.Node):
+        return op_name(node.args[0])
+    return str(getattr(node.target, "__name__", node.target) if node.op != "call_function" else node.target)

@@ -44,14 +44,19 @@ class CompiledPattern:
             self.by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE)
         return self.by_node[node]
 
+    def fits(self, anchor: fx.Node) -> bool:
+        """Whether a node that calls `target` can be the pattern's anchor. Most are items of something else: a look at
+        what they are items of is cheaper than a match.
+        """
+        return self._item is None or _item_of(anchor) == self._item
+
     def match(self, anchor: fx.Node) -> tuple[dict[str, Any], dict[fx.Node, fx.Node]] | None:
         """Matches the pattern at `anchor`.
 
         Returns:
             (value by variable, graph node by pattern node), or None.
         """
-        # Most anchors are items of something else: a look at what they are items of is cheaper than a match.
-        if self._item is not None and _item_of(anchor) != self._item:
+        if not self.fits(anchor):
             return None
         context = MatchContext([self.expression], graph=anchor.graph)
         result = context.match(self.expression, anchor)

@@ -27,6 +27,7 @@ class Posed:
         candidates: in order of name; the problem knows them by index.
         problem: what to solve.
         priced: their prices.
+        pricing: what made them, for who wants to see the rows behind them.
         sites: the signature of every site, in graph order.
         idle: selectors of what is forced or forbidden that select nothing in this graph.
     """
@@ -35,6 +36,7 @@ class Posed:
     candidates: tuple[Candidate, ...]
     problem: Problem
     priced: Priced
+    pricing: Pricing
     sites: tuple[str, ...]
     idle: tuple[str, ...]
 
@@ -51,6 +53,11 @@ class Posed:
     def index(self) -> dict[int, int]:
         """The candidate of a match, by the match's identity."""
         return {id(candidate.match): i for i, candidate in enumerate(self.candidates)}
+
+    @cached_property
+    def components(self) -> list[tuple[int, ...]]:
+        """Candidates that constrain each other, apart from cycles."""
+        return components(self.problem)
 
     def find_cycles(self, selected: Sequence[int]) -> list[tuple[int, ...]]:
         """A `CycleFinder`. Matches of rules are contracted in the canonical graph; where there are others', all of them
@@ -131,8 +138,9 @@ def pose(
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
     idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
     return Posed(
-        canonical=canonical, candidates=candidates, problem=problem, priced=priced, sites=signatures, idle=idle
-    )
+        canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
+        idle=idle,
+    )  # fmt: skip
 
 
 _SELECTOR = re.compile(r"(?P<rule>[^@:#\s]+)(?:#(?P<ordinal>\d+)|@(?P<place>[^:\s]+))?(?::(?P<provider>[^:\s]+))?")

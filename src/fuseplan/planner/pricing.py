@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate
-from fuseplan.planner.costs import CostModel, CostTable, Provenance
+from fuseplan.planner.costs import CostModel, CostTable, Provenance, total_ns
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.sites import Rows, Shape, Site, Tail
 
@@ -50,16 +50,16 @@ class Prices:
 
     def unfused_ns(self, shape: Shape) -> int:
         """A site as Inductor leaves it, by the model."""
-        return self._once((shape,), lambda: shape.unfused_ns(self.model))
+        return self._once((shape,), lambda: total_ns(shape.unfused(self.model)))
 
     def fused_ns(self, shape: Shape, provider: str, *, reduce: bool, tail: Tail | None) -> int:
         """A fused op at a site, by the model."""
         key = (shape, provider, reduce, tail)
-        return self._once(key, lambda: shape.fused_ns(self.model, provider, reduce=reduce, tail=tail))
+        return self._once(key, lambda: total_ns(shape.fused(self.model, provider, reduce=reduce, tail=tail)))
 
     def rest_ns(self, shape: Shape, *, reduce: bool, tail: Tail | None) -> int:
         """What a fused op leaves of a site, by the model."""
-        return self._once((shape, reduce, tail), lambda: shape.rest_ns(self.model, reduce=reduce, tail=tail))
+        return self._once((shape, reduce, tail), lambda: total_ns(shape.rest(self.model, reduce=reduce, tail=tail)))
 
     def _once(self, key: Hashable, compute: Callable[[], int]) -> int:
         if key not in self._cache:
@@ -133,6 +133,7 @@ class Pricing:
     def __init__(self, candidates: Sequence[Candidate], sites: Sequence[Site], prices: Prices, rows: Rows,
                  span: tuple[int, int]) -> None:  # fmt: skip
         self.candidates, self.prices = candidates, prices
+        self.is_dynamic = rows.is_dynamic
         self.tokens = sizes_of(span) if rows.is_dynamic else (rows.traced,)
         self.shapes: dict[int, list[Shape]] = {}
         for site in sites:

@@ -11,14 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
-from torch.distributed import distributed_c10d
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
-from fuseplan.graph.facts import item, tensor_of
-from fuseplan.planner.costs import CostModel, Region, total_ns
+from fuseplan.graph.facts import group_size, item, tensor_of
+from fuseplan.planner.costs import CostModel, Kernel, Region
 from fuseplan.planner.costs.model import Core, Epilogue
 
 CORES = (ops.rms_norm, ops.fused_add_rms_norm, ops.silu_and_mul)
@@ -82,28 +80,30 @@ class Shape:
             ranks=self.ranks if reduce else 1,
         )
 
-    def unfused_ns(self, model: CostModel) -> int:
+    def unfused(self, model: CostModel) -> tuple[Kernel, ...]:
         """The site as Inductor leaves it: quantisations join the core's kernel, a pad is one of its own."""
         inside = [tail for tail in self.tails if tail.kind != "pad"]
         first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
         kernels = (*(model.reduce(first) if first.reduce else ()), *model.core(first))
         more = [self.region(reduce=False, tail=tail).result_bytes for tail in inside[1:]]
+        if more:
+            kernels = (*kernels, Kernel(name="further results", memory=round(sum(map(model.hardware.memory_ns, more)))))
         padded = [tail for tail in self.tails if tail.kind == "pad"]
         rest = [kernel for tail in padded for kernel in model.epilogue(self.region(reduce=False, tail=tail))]
-        return total_ns((*kernels, *rest)) + round(sum(map(model.hardware.memory_ns, more)))
+        return (*kernels, *rest)
 
-    def fused_ns(self, model: CostModel, provider: str, *, reduce: bool, tail: Tail | None) -> int:
+    def fused(self, model: CostModel, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """The fused op alone."""
-        return model.fused_ns(self.region(reduce=reduce, tail=tail), provider)
+        return model.fused(self.region(reduce=reduce, tail=tail), provider)
 
-    def rest_ns(self, model: CostModel, *, reduce: bool, tail: Tail | None) -> int:
+    def rest(self, model: CostModel, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own."""
         left = list(self.tails)
         if tail is not None:
             left.remove(tail)
         before = model.reduce(self.region(reduce=True, tail=None)) if self.ranks > 1 and not reduce else ()
         after = [kernel for other in left for kernel in model.epilogue(self.region(reduce=False, tail=other))]
-        return total_ns((*before, *after))
+        return (*before, *after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,7 @@ class Site:
         """Of the group that reduces."""
         if self.reduce is None:
             return 1
-        group: dist.ProcessGroup = distributed_c10d._resolve_process_group(self.reduce.args[1])  # type: ignore[attr-defined,arg-type]
-        return group.size()
+        return group_size(str(self.reduce.args[1])) or 1
 
     def shape(self, rows: int) -> Shape:
         """The site at a number of rows."""

@@ -1,24 +1,43 @@
 """What everything speaks of: pure data, JSON in and out, no torch."""
 
+from fuseplan.record.evidence import (
+    Box,
+    CostRow,
+    DeviceConstant,
+    Drawing,
+    Evidence,
+    KernelTime,
+    PolicyAt,
+    SizePoint,
+)
 from fuseplan.record.plan import Plan, Rejected, SavedPlans, Selected, diff
-from fuseplan.record.refusal import Reason, Refusal
+from fuseplan.record.refusal import Nearness, Reason, Refusal
 from fuseplan.record.report import Comparison, ConflictClass, Fusion, GraphReport, Loss, NearMiss, Report, SizePrice
 from fuseplan.record.serialization import from_json, to_json
 
 __all__ = [
+    "Box",
     "Comparison",
     "ConflictClass",
+    "CostRow",
+    "DeviceConstant",
+    "Drawing",
+    "Evidence",
     "Fusion",
     "GraphReport",
+    "KernelTime",
     "Loss",
     "NearMiss",
+    "Nearness",
     "Plan",
+    "PolicyAt",
     "Reason",
     "Refusal",
     "Rejected",
     "Report",
     "SavedPlans",
     "Selected",
+    "SizePoint",
     "SizePrice",
     "diff",
     "from_json",

@@ -12,6 +12,14 @@ class Reason(StrEnum):
     USERS = "users"
     """A value inside the region is needed outside it, and the fused op doesn't yield it."""
     DTYPE = "dtype"
+    LAYOUT = "layout"
+    """Strides that the kernel doesn't take."""
+    SIZE = "size"
+    """A size that the kernel doesn't take."""
+    GROUP = "group"
+    """A process group that isn't known here, or two that would have to be one."""
+    DEAD = "dead"
+    """What would be fused computes nothing that is used."""
     ATTRIBUTE = "attribute"
     """An attribute that the replacement would drop."""
     ROUNDING = "rounding"
@@ -32,6 +40,23 @@ class Reason(StrEnum):
     """Beyond `max_fusions`."""
 
 
+class Nearness(StrEnum):
+    """How much of a match there is where a rule doesn't match, the nearest first."""
+
+    REFUSED = "refused"
+    """All of its ops, as the pattern has them: a predicate failed."""
+    OBSTRUCTED = "obstructed"
+    """All of its ops, and something between them."""
+    UNRECOGNIZED = "unrecognized"
+    """Something that looks like one of its ops and isn't."""
+    MISSING = "missing"
+    """All but an op that the same place in other layers has."""
+    DECLINED = "declined"
+    """A match, which one provider declines and another takes."""
+    ABSENT = "absent"
+    """An op of the pattern, and nothing like the rest of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
     """One thing that was not done.
@@ -42,8 +67,15 @@ class Refusal:
         rule: the rule that refused, if it was one.
         op: the dialect op at the heart of what was refused, if there is one.
         nodes: names of the FX nodes concerned, the one in the way first.
-        source: module path or line of the user's model, if known.
+        source: module path or line of the user's model, of the node in the way, if known.
         mend: what would mend it, if known.
+        nearness: how much of a match there is; None for what isn't about a place in a graph.
+        expected: the op that the pattern has in the place of the node in the way, or what the predicate asks for.
+        found: what is there.
+        provider: who declined, if it was a provider.
+        site: module path of what would have been fused, if known.
+        line: `file.py:12` of the line of the user's model that the node in the way comes from, if known.
+        code: the text of that line, if known.
     """
 
     reason: Reason
@@ -53,3 +85,10 @@ class Refusal:
     nodes: tuple[str, ...] = ()
     source: str | None = None
     mend: str | None = None
+    nearness: Nearness | None = None
+    expected: str | None = None
+    found: str | None = None
+    provider: str | None = None
+    site: str | None = None
+    line: str | None = None
+    code: str | None = None

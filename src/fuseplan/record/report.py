@@ -2,13 +2,16 @@
 policies side by side (`Comparison`, the object that `fuseplan explain --json` prints).
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fuseplan.errors import PlanError
+from fuseplan.record.evidence import Evidence
 from fuseplan.record.plan import Plan, SavedPlans
-from fuseplan.record.refusal import Reason, Refusal
+from fuseplan.record.refusal import Nearness, Reason, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +52,14 @@ class Loss:
         blocked_by: the applied ones that took its nodes; empty where it was not worth it.
         lost_ns: by how much less would be saved with it; negative where more would be, as can be under `ordered`.
         flips_at_ns: what its op would have to take at most to be applied; None where no time is short enough.
+        forbidden: whether it was ruled out by `PassConfig.forbid`.
     """
 
     fusion: Fusion
     blocked_by: tuple[Fusion, ...]
     lost_ns: int | None = None
     flips_at_ns: int | None = None
+    forbidden: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +106,25 @@ class ConflictClass:
 
 @dataclass(frozen=True, kw_only=True)
 class NearMiss:
-    """Matches that were refused for one reason, counted.
+    """Places at which a rule doesn't match for one cause, counted.
 
     Attributes:
-        rule: the rule that refused, None for what looked like a dialect op and wasn't one.
+        rule: the rule, None for what looked like a dialect op and wasn't one.
         reason: the kind of thing that stood in the way.
         op: the dialect op at the heart of it.
         detail: the first of them, for a person.
         source: the first place in the user's model.
         count: in how many places, over all graphs and ranges.
         mend: what would mend it, if known.
+        nearness: how much of a match there is.
+        expected: what the pattern or the predicate asks for, the same in all of them.
+        found: what is there, likewise.
+        provider: who declines, if it is a provider.
+        sources: all places in the user's model, of the nodes in the way.
+        sites: all places of what would have been fused.
+        line: the line of the user's model that the first node in the way comes from, if known.
+        code: the text of that line, if known.
+        nodes: of the first, names of the FX nodes concerned, the one in the way first.
     """
 
     rule: str | None
@@ -120,6 +134,15 @@ class NearMiss:
     source: str | None
     count: int
     mend: str | None
+    nearness: Nearness
+    expected: str | None = None
+    found: str | None = None
+    provider: str | None = None
+    sources: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    line: str | None = None
+    code: str | None = None
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +199,8 @@ class Report:
         rules: every rule that the configuration switched on, in order of name; `fused` has a key for each.
         graphs: one entry for each graph and range.
         warnings: what was on but can have no effect, and other things a user should see once.
+        force: selectors of what had to be applied.
+        forbid: selectors of what must not be.
     """
 
     policy: str
@@ -183,6 +208,8 @@ class Report:
     rules: tuple[str, ...]
     graphs: tuple[GraphReport, ...]
     warnings: tuple[Refusal, ...] = ()
+    force: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
 
     @property
     def fused(self) -> dict[str, int]:
@@ -212,7 +239,7 @@ class Report:
         classes: dict[tuple[str, str, str], list[Loss]] = {}
         for graph in self.graphs:
             best: dict[tuple[str, str], Loss] = {}
-            for loss in graph.lost:
+            for loss in (each for each in graph.lost if not each.forbidden):
                 place = (loss.fusion.site, loss.fusion.rule)
                 if place not in best or _margin(loss) < _margin(best[place]):
                     best[place] = loss
@@ -244,27 +271,50 @@ class Report:
         """What all contested sites take, over all graphs and ranges, in microseconds."""
         return sum(graph.unfused_ns - graph.saved_ns for graph in self.graphs) / 1000
 
-    @property
+    @cached_property
     def near_misses(self) -> tuple[NearMiss, ...]:
-        """Matches that were refused, one row a cause."""
-        causes: dict[tuple[str, str, str], list[Refusal]] = {}
+        """Where a rule nearly matched, one row a cause: the nearest first, then the most frequent."""
+        causes: dict[tuple[object, ...], list[Refusal]] = {}
         for graph in self.graphs:
             for refusal in graph.refusals:
-                if refusal.reason not in _NOT_A_MISS:
-                    key = (refusal.rule or "", refusal.reason.value, refusal.op or "")
-                    causes.setdefault(key, []).append(refusal)
-        return tuple(
-            NearMiss(
-                rule=refusals[0].rule,
-                reason=refusals[0].reason,
-                op=refusals[0].op,
-                detail=refusals[0].detail,
-                source=refusals[0].source,
-                count=len(refusals),
-                mend=refusals[0].mend,
-            )
-            for _, refusals in sorted(causes.items())
-        )
+                if refusal.nearness is not None or refusal.reason not in _NOT_OF_A_PLACE:
+                    causes.setdefault(_cause(refusal), []).append(refusal)
+        rows = [_near_miss(refusals) for refusals in causes.values()]
+        nearness = list(Nearness)
+        rows.sort(key=lambda row: (nearness.index(row.nearness), -row.count, row.rule or "", row.detail))
+        return tuple(rows)
+
+
+_NOT_OF_A_PLACE = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
+"""Refusals that concern a whole graph or rule, unless they say how near a match was."""
+
+
+def _cause(refusal: Refusal) -> tuple[object, ...]:
+    """What equal refusals share: all but names of nodes and places."""
+    texts = (refusal.expected, refusal.found) if refusal.found else (re.sub(r"\d+", "", refusal.detail), None)
+    return refusal.nearness, refusal.rule, refusal.reason, refusal.provider, refusal.mend, *texts
+
+
+def _near_miss(refusals: Sequence[Refusal]) -> NearMiss:
+    first = refusals[0]
+    return NearMiss(
+        rule=first.rule,
+        reason=first.reason,
+        op=first.op,
+        detail=first.detail,
+        source=first.source,
+        count=len(refusals),
+        mend=first.mend,
+        nearness=first.nearness or Nearness.REFUSED,
+        expected=first.expected,
+        found=first.found,
+        provider=first.provider,
+        sources=tuple(dict.fromkeys(refusal.source for refusal in refusals if refusal.source is not None)),
+        sites=tuple(dict.fromkeys(refusal.site for refusal in refusals if refusal.site is not None)),
+        line=first.line,
+        code=first.code,
+        nodes=first.nodes,
+    )
 
 
 UNFUSED = "unfused"
@@ -278,10 +328,6 @@ def _margin(loss: Loss) -> float:
 def _mean_us(values: Sequence[int | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(sum(known) / len(known) / 1000, 3) if known else None
-
-
-_NOT_A_MISS = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
-"""Refusals that concern a whole graph or rule, not a place at which a rule nearly matched."""
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -304,6 +350,8 @@ class Comparison:
         breaks: graph breaks met while tracing, one line each.
         trace_ns: time to build and trace the model.
         notes: what a reader of the figures has to know, one line each.
+        unconstrained: the plan without what is forced and forbidden, where something is.
+        evidence: what a reader can look up, where it was asked for.
     """
 
     workload: str
@@ -314,6 +362,8 @@ class Comparison:
     breaks: tuple[str, ...] = ()
     trace_ns: int = 0
     notes: tuple[str, ...] = ()
+    unconstrained: Report | None = None
+    evidence: Evidence | None = None
 
     def plans(self) -> SavedPlans:
         """The plans of policy `planned`, for a file.

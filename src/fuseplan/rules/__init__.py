@@ -51,4 +51,11 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) ->
     return enabled
 
 
-__all__ = ["BUILT_IN_RULES", "Bindings", "Rule", "by_name", "enabled_rules"]
+def disabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) -> Mapping[str, str]:
+    """The rules that a flag of the configuration switches off, by name, with the first such flag."""
+    off = {name: [f for member in members for f in member.flags if getattr(config, f) is False]
+           for name, members in by_name(rules).items()}  # fmt: skip
+    return {name: flags[0] for name, flags in off.items() if flags}
+
+
+__all__ = ["BUILT_IN_RULES", "Bindings", "Rule", "by_name", "disabled_rules", "enabled_rules"]

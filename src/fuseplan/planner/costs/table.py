@@ -103,16 +103,21 @@ class CostTable:
         """(time, spread) in ns of an alternative at a size: its row, or on the line between its neighbours' rows, with
         the larger spread of the two; None outside of what was measured.
         """
-        rows = self._curves.get(key, ())
-        at = bisect.bisect_left(rows, tokens, key=lambda row: row.tokens)
-        if at < len(rows) and rows[at].tokens == tokens:
-            return rows[at].time_ns, rows[at].spread_ns
-        if not 0 < at < len(rows):
-            return None
-        left, right = rows[at - 1], rows[at]
+        rows = self.neighbours(key, tokens)
+        if len(rows) < 2:
+            return (rows[0].time_ns, rows[0].spread_ns) if rows else None
+        left, right = rows
         share = (tokens - left.tokens) / (right.tokens - left.tokens)
         time_ns = round(left.time_ns + share * (right.time_ns - left.time_ns))
         return time_ns, max(left.spread_ns, right.spread_ns)
+
+    def neighbours(self, key: str, tokens: int) -> tuple[Row, ...]:
+        """The rows that `interpolate` reads: one of that size, or one on either side."""
+        rows = self._curves.get(key, ())
+        at = bisect.bisect_left(rows, tokens, key=lambda row: row.tokens)
+        if at < len(rows) and rows[at].tokens == tokens:
+            return (rows[at],)
+        return tuple(rows[at - 1 : at + 1]) if 0 < at < len(rows) else ()
 
     @cached_property
     def _curves(self) -> dict[str, list[Row]]:

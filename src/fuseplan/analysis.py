@@ -1,0 +1,112 @@
+"""What is known of a graph before anything is chosen, and the record of what was chosen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.config import PassConfig
+from fuseplan.matching import ExternalMatches, Matches
+from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
+from fuseplan.planner.candidates import EXTERNAL
+from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, SizePrice
+from fuseplan.rules import Rule
+
+
+@dataclass(eq=False, kw_only=True)
+class Analysis:
+    """What is known of a graph before anything is chosen.
+
+    Attributes:
+        canonical: the raised copy.
+        matches: every candidate and refusal.
+        near_misses: what rules failed at beside the refusals of `matches`.
+        external: what other people's passes match.
+        posed: the problem.
+        rules: the rules that were on, by name.
+        stages_ns: time of each stage so far.
+    """
+
+    canonical: CanonicalGraph
+    matches: Matches
+    near_misses: tuple[Refusal, ...]
+    external: ExternalMatches
+    posed: Posed
+    rules: Mapping[str, tuple[Rule, ...]]
+    stages_ns: dict[str, int] = field(default_factory=dict)
+
+
+def graph_report(
+    name: str,
+    span: tuple[int, int] | None,
+    config: PassConfig,
+    analysis: Analysis,
+    decision: Decision,
+    *,
+    rules: Sequence[str],
+    idle_flags: Sequence[str],
+    device: str,
+    rewritten: bool,
+    further: Sequence[Refusal],
+) -> GraphReport:
+    """The record of one graph.
+
+    Args:
+        name: of the graph.
+        span: first and last number of tokens, None where they aren't limited.
+        config: what was asked for.
+        analysis: of the graph.
+        decision: what is applied.
+        rules: names of the rules and passes that are on.
+        idle_flags: flags that no rule answers to.
+        device: that it was priced for.
+        rewritten: whether the graph was changed.
+        further: refusals beside those of the analysis.
+    """
+    canonical, posed = analysis.canonical, analysis.posed
+    refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
+    refusals += idle_requests(config, idle_flags, analysis.rules, analysis.matches, posed, decision)
+    most = f"max_fusions={config.max_fusions}"
+    refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
+    cycle = "together with fusions that were chosen it would make the graph cyclic"
+    refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
+    matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
+    counts = [rule for rule, _, _ in matched]
+    saved = posed.saved_by_size(decision.selected)
+    is_planned = decision.solution is not None
+    in_order = sorted(decision.selected, key=lambda i: (posed.candidates[i].provider == EXTERNAL, i))
+    return GraphReport(
+        graph=name,
+        range=span,
+        applied=tuple(fusion_record(posed, index) for index in in_order),
+        lost=tuple(
+            Loss(
+                fusion=fusion_record(posed, lost.candidate),
+                blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
+                lost_ns=lost.lost_ns,
+                flips_at_ns=lost.flips_at_ns,
+                forbidden=lost.candidate in posed.problem.forbidden,
+            )
+            for lost in decision.lost
+        ),
+        matched={rule: counts.count(rule) for rule in rules},
+        recognized=canonical.recognized(),
+        refusals=tuple(refusals),
+        stages_ns=dict(analysis.stages_ns),
+        rewritten=rewritten,
+        plan=plan_record(posed, decision, name, span, device) if is_planned else None,
+        sizes=tuple(
+            SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving)
+            for tokens, unfused, saving in zip(posed.priced.tokens, posed.priced.unfused, saved, strict=True)
+        ),
+        saved_ns=decision.saving_ns,
+        unfused_ns=posed.unfused_ns,
+        plan_ns=decision.plan_ns,
+    )
+
+
+def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:
+    nearness = Nearness.REFUSED if reason is Reason.CYCLE else None
+    return Refusal(
+        reason=reason, rule=fusion.rule, op=fusion.contested_op, detail=detail, nodes=(fusion.anchor,),
+        source=fusion.source, site=fusion.source, nearness=nearness,
+    )  # fmt: skip

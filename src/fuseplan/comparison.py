@@ -1,0 +1,96 @@
+"""Several policies on one workload: what `fuseplan explain` shows."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fuseplan.capture import capture
+from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.explanation import Explanation
+from fuseplan.manager import PostGradPassManager
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
+from fuseplan.record import Comparison, Report
+
+
+def compare(
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    workload: str,
+    tp: int,
+    ranges: Sequence[CompileRange],
+    device: DeviceProfile,
+    policies: Sequence[Policy] = (),
+    config: PassConfig | None = None,
+    build_ns: int = 0,
+    providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
+    evidence: bool = False,
+) -> Comparison:
+    """Several policies on one workload.
+
+    Args:
+        model: a module or function.
+        inputs: its positional arguments.
+        workload: its name.
+        tp: ranks of tensor parallelism.
+        ranges: the compile ranges.
+        device: the profile whose providers are taken as present.
+        policies: what to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
+        config: flags; its policy and ranges aren't used.
+        build_ns: how long the model took to build.
+        providers: who may run fused ops.
+        evidence: whether the comparison brings the drawn graphs, the rows behind its figures and the policies at many
+            sizes, which takes a second or two more.
+
+    Raises:
+        WorkloadError: nothing could be traced.
+        ConfigError: a policy names an unknown rule, or contradicts a flag.
+    """
+    config = replace(config or PassConfig(), compile_ranges=tuple(ranges))
+    for policy in policies:
+        PostGradPassManager(replace(config, policy=policy, force=(), plan=None))
+    config = replace(config, policy=Policy(name="planned"))
+    traced = capture(model, inputs, {}, dynamic=True)
+    explanation = Explanation(traced, config, device, providers)
+    every = policies or (config.chosen_policy, *explanation.orders(), Policy(name="off"))
+    reports = [explanation.report(policy) for policy in every]
+    is_constrained = bool(config.force or config.forbid) and config.chosen_policy in every
+    return Comparison(
+        workload=workload,
+        tp=tp,
+        device=device.name,
+        ranges=tuple((each.start, each.end) for each in config.compile_ranges),
+        reports=tuple(reports),
+        breaks=traced.breaks,
+        trace_ns=build_ns + traced.time_ns,
+        notes=tuple(_notes(reports, providers, device)),
+        unconstrained=explanation.unconstrained() if is_constrained else None,
+        evidence=explanation.evidence(every) if evidence else None,
+    )
+
+
+def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: DeviceProfile) -> Iterator[str]:
+    """What the figures don't show: how they were priced, and which kernels this version prices without running them."""
+    plans = [graph.plan for report in reports for graph in report.graphs if graph.plan is not None]
+    sources = sorted({source for plan in plans for source in plan.prices}) or ["modelled"]
+    yield f"costs are {' and '.join(sources)} for {device.name}"
+    runs = {provider.name: provider.implements for provider in providers}
+    priced = Counter(
+        fusion.provider
+        for report in reports[:1]
+        for graph in report.graphs
+        for fusion in graph.applied
+        if fusion.provider in runs and fusion.op not in runs[fusion.provider]
+    )
+    for name, count in sorted(priced.items()):
+        yield f"{count} of the fusions shown first are {name}'s: priced here, not yet run by this version of fuseplan"
+    changes = Counter(
+        fusion.rounding_change
+        for report in reports[:1]
+        for graph in report.graphs
+        for fusion in graph.applied
+        if fusion.rounding_change is not None
+    )
+    for (before, after), count in sorted(changes.items()):
+        yield f"{count} of the fusions shown first round as {after} where the graph rounds as {before}"

@@ -1,0 +1,176 @@
+"""Graphs traced once, held against every policy, range and size."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from fuseplan.analysis import Analysis
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.capture import Capture
+from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.drawing import draw
+from fuseplan.manager import PostGradPassManager
+from fuseplan.planner.costs import HARDWARE
+from fuseplan.planner.evidence import cost_rows
+from fuseplan.providers import DeviceProfile, Provider
+from fuseplan.record import (
+    DeviceConstant,
+    Evidence,
+    GraphReport,
+    PolicyAt,
+    Reason,
+    Report,
+    SizePoint,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One graph in one range.
+
+    Attributes:
+        name: of the graph.
+        manager: of the range.
+        analysis: of the graph there.
+    """
+
+    name: str
+    manager: PostGradPassManager
+    analysis: Analysis
+
+
+class Explanation:
+    """What each policy would do with the graphs of one model. A graph is raised once, whatever the ranges.
+
+    Args:
+        traced: the graphs.
+        config: flags and compile ranges.
+        device: a profile whose providers are taken as present; None: those of this machine.
+        providers: who may run fused ops.
+    """
+
+    def __init__(
+        self, traced: Capture, config: PassConfig, device: DeviceProfile | None, providers: Sequence[Provider]
+    ) -> None:
+        self.traced, self.config, self.device, self.providers = traced, config, device, providers
+        self._shared = PostGradPassManager(config, device=device, providers=providers)
+        self.rules = tuple(self._shared.rules)
+        self.entries: list[Entry] = []
+        self.skipped: list[GraphReport] = []
+        self._canonical: dict[int, CanonicalGraph] = {}
+        for compile_range in config.compile_ranges or (None,):
+            self.entries += self._entries(config, compile_range, self.skipped)
+
+    def _entries(
+        self, config: PassConfig, compile_range: CompileRange | None, skipped: list[GraphReport] | None = None
+    ) -> list[Entry]:
+        manager = PostGradPassManager(
+            config, compile_range=compile_range, device=self.device, prices=self._shared.prices,
+            providers=self.providers,
+        )  # fmt: skip
+        manager.solver = self._shared.solver
+        span = (compile_range.start, compile_range.end) if compile_range else None
+        entries = []
+        for index, gm in enumerate(self.traced.graphs):
+            name, refusal = f"graph_{index}", manager.hands_off(gm.graph)
+            if refusal is None:
+                analysis = manager.analyze(gm.graph, self._canonical.get(index))
+                self._canonical[index] = analysis.canonical
+                entries.append(Entry(name, manager, analysis))
+            elif skipped is not None:
+                skipped.append(GraphReport(graph=name, range=span, refusals=(refusal,)))
+        return entries
+
+    def report(self, policy: Policy) -> Report:
+        """What a policy would do."""
+        graphs = list(self.skipped)
+        for entry in self.entries:
+            timed = replace(entry.analysis, stages_ns=dict(entry.analysis.stages_ns))
+            decision = entry.manager.decide(timed, policy, entry.name)
+            graphs.append(entry.manager.report(entry.name, timed, decision))
+        warnings = dict.fromkeys(r for graph in graphs for r in graph.refusals if r.reason is Reason.NO_EFFECT)
+        rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
+        constrained = policy.name == "planned"
+        return Report(
+            policy=policy.name, order=policy.order, rules=rules, graphs=tuple(graphs), warnings=tuple(warnings),
+            force=tuple(self.config.force) if constrained else (),
+            forbid=tuple(self.config.forbid) if policy.name != "off" else (),
+        )  # fmt: skip
+
+    def orders(self) -> list[Policy]:
+        """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
+
+        A composed rule, which does what several simple ones do, is left out, or comes first of all.
+        """
+        members = {match.rule.name: match.rule for entry in self.entries for match in entry.analysis.matches.candidates}
+        simple = sorted(name for name, rule in members.items() if len(rule.flags) == 1)
+        composed = sorted(set(members) - set(simple))
+        if not simple:
+            return [Policy(name="ordered", order=self.rules)] if self.rules else []
+        outcomes: dict[tuple[Any, ...], Policy] = {}
+        for first in ((), *itertools.permutations(composed)):
+            for rest in itertools.permutations(simple):
+                policy = Policy(name="ordered", order=(*first, *rest))
+                outcomes.setdefault(self._outcome(policy), policy)
+        return list(outcomes.values())
+
+    def _outcome(self, policy: Policy) -> tuple[Any, ...]:
+        outcome = []
+        for entry in self.entries:
+            analysis = replace(entry.analysis, stages_ns={})
+            selected = entry.manager.decide(analysis, policy, entry.name).selected
+            outcome.append(tuple(sorted(analysis.posed.candidates[index].name for index in selected)))
+        return tuple(outcome)
+
+    def unconstrained(self) -> Report:
+        """The plan without what is forced and forbidden."""
+        return Explanation(self.traced, replace(self.config, force=(), forbid=()), self.device, self.providers).report(
+            self.config.chosen_policy
+        )
+
+    def evidence(self, policies: Sequence[Policy]) -> Evidence:
+        """What a reader of reports under these policies can look up."""
+        sized = [(size, self._entries(self._alone, CompileRange(start=size, end=size))) for size in self._sizes]
+        model = self._shared.prices.model.name
+        return Evidence(
+            drawings=tuple(draw(graph, f"graph_{index}") for index, graph in sorted(self._canonical.items())),
+            costs=cost_rows(entry.analysis.posed for entry in self.entries),
+            constants=tuple(
+                DeviceConstant(name=name, value=constant.value, unit=constant.unit, source=constant.source)
+                for name, constant in HARDWARE[model].constants()
+            ),
+            sizes=tuple(_point(size, entries, policies) for size, entries in sized if entries),
+        )
+
+    @property
+    def _alone(self) -> PassConfig:
+        """The configuration for other ranges than a saved plan has."""
+        return replace(self.config, plan=None)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Sizes from the first of all ranges to the last: two an octave, and the ends of ranges."""
+        spans = [entry.manager.compile_range for entry in self.entries]
+        ends = {end for span in spans if span for end in (span.start, span.end)}
+        if not ends or not any(entry.analysis.posed.pricing.is_dynamic for entry in self.entries):
+            return []
+        first, last = min(ends), max(ends)
+        octaves = {round(2 ** (half / 2)) for half in range(2 * last.bit_length())}
+        return sorted(ends | {size for size in octaves if first < size < last})
+
+
+def _point(size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> SizePoint:
+    rows = []
+    for policy in policies:
+        saved, fused = 0, Counter[str]()
+        for entry in entries:
+            analysis = replace(entry.analysis, stages_ns={})
+            decision = entry.manager.decide(analysis, policy, entry.name)
+            saved += decision.saving_ns
+            fused.update(analysis.posed.candidates[index].rule for index in decision.selected)
+        rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))
+    unfused = sum(entry.analysis.posed.unfused_ns for entry in entries)
+    return SizePoint(tokens=size, unfused_ns=unfused, policies=tuple(rows))

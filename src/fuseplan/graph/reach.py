@@ -1,0 +1,87 @@
+"""What lies near a node: reached through ops that only move, cast or compute elements one by one."""
+
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import fx
+
+from fuseplan.graph.facts import aten, equal_shape, tensor_of
+
+LIMIT = 6
+"""Ops between two nodes up to which they count as near each other."""
+
+MOVES = (
+    aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.copy.default,
+    aten.index_select.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.wait_tensor.default,
+)
+"""Ops without torch's tags for it that move elements, or combine equal ones."""
+
+
+def is_thin(node: fx.Node) -> bool:
+    """Whether a node computes each element of its result from few elements of its inputs, without mixing rows: a view,
+    a move, a cast, pointwise arithmetic, an all-reduce, an op that was in place, or somebody's op that keeps the shape
+    of its one tensor.
+    """
+    target = node.target
+    if node.op != "call_function":
+        return False
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
+    if is_view(node) or torch.Tag.pointwise in target.tags or target in MOVES:
+        return True
+    if target.namespace in ("aten", "prims", "_c10d_functional"):
+        return False
+    tensors = [value for source in node.all_input_nodes if (value := tensor_of(source)) is not None]
+    return len(tensors) == 1 and equal_shape(tensors[0], tensor_of(node))
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only arranges the elements of its first input."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def path_between(
+    start: fx.Node, is_goal: Callable[[fx.Node], bool], towards: Literal["inputs", "users"], limit: int = LIMIT
+) -> tuple[list[fx.Node], fx.Node] | None:
+    """The shortest way from a node to one that is a goal, through thin nodes.
+
+    Args:
+        start: the first node on the way; a goal itself, or thin.
+        is_goal: what is looked for.
+        towards: which way.
+        limit: the most nodes on the way.
+
+    Returns:
+        (the thin nodes on the way in its order, the goal), or None.
+    """
+    before: dict[fx.Node, fx.Node | None] = {start: None}
+    queue = deque([(start, 0)])
+    while queue:
+        node, length = queue.popleft()
+        if is_goal(node):
+            return _way_to(node, before), node
+        if length < limit and is_thin(node):
+            neighbours: Iterable[fx.Node] = node.all_input_nodes if towards == "inputs" else node.users
+            for each in neighbours:
+                if each not in before and each.op == "call_function":
+                    before[each] = node
+                    queue.append((each, length + 1))
+    return None
+
+
+def _way_to(goal: fx.Node, before: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+    way: list[fx.Node] = []
+    node = before[goal]
+    while node is not None:
+        way.append(node)
+        node = before[node]
+    return way[::-1]

@@ -1,0 +1,343 @@
+"""Where a rule nearly matched: for every op that a fusion should start or end with, what stands in the way.
+
+A pattern is followed from its anchor towards its inputs. Where the graph has another op than the pattern, the expected
+one is looked for a few thin ops further: found, these ops are obstacles; not found, it is absent. All-reduces that no
+match takes are looked at from their own side too, since their norm may be hidden or gone.
+"""
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.dialect import DialectOp, ops
+from fuseplan.graph.facts import is_call, place_of, source_code, source_line
+from fuseplan.graph.reach import is_view, path_between
+from fuseplan.matching.candidates import Matches, compiled_pattern, missing_ops, op_name
+from fuseplan.matching.obstacles import drop_residual_adds, obstruction
+from fuseplan.matching.siblings import missing_siblings
+from fuseplan.record import Nearness, Reason, Refusal
+from fuseplan.rules import Rule
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gap:
+    """An edge of the pattern where the graph has something else.
+
+    Attributes:
+        expected: what the pattern has there.
+        consumer: the node that should read it.
+        found: what it reads.
+        way: from `found` towards the expected one, if that is near.
+        goal: the expected one, or what looks like it; None where it is not near.
+    """
+
+    expected: DialectOp
+    consumer: fx.Node
+    found: object
+    way: Sequence[fx.Node] = ()
+    goal: fx.Node | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Attempt:
+    """A pattern held against the graph at one anchor, as far as it goes.
+
+    Attributes:
+        rule: the member of the rule's family.
+        anchor: where it was held.
+        core: the node of its core, if there is one.
+        gaps: where the graph differs, from the anchor on.
+        ops_found: how many of its dialect ops there are.
+    """
+
+    rule: Rule
+    anchor: fx.Node
+    core: fx.Node | None = None
+    gaps: list[Gap] = field(default_factory=list)
+    ops_found: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """The nearest first: fewest ops missing, fewest obstacles, most ops found."""
+        missing = sum(gap.goal is None for gap in self.gaps)
+        return missing, sum(len(gap.way) for gap in self.gaps), -self.ops_found
+
+
+def find_near_misses(
+    canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], matches: Matches
+) -> tuple[Refusal, ...]:
+    """Everything that a rule's match failed at, beside what `matches` says already.
+
+    Args:
+        canonical: the graph.
+        rules: members by rule name.
+        matches: of these rules on this graph.
+    """
+    found: list[Refusal] = []
+    claimed: set[int] = set()
+    for _, members in sorted(rules.items()):
+        if not missing_ops(canonical, members):
+            search = _Search(canonical, members, matches)
+            found += search.refusals()
+            claimed |= search.claimed
+    return (*found, *_unclaimed(canonical, claimed))
+
+
+def find_disabled(matches: Matches, flags: Mapping[str, str]) -> tuple[Refusal, ...]:
+    """What would match, were its flag not off.
+
+    Args:
+        matches: of rules that are off, on one graph.
+        flags: by rule name, the flag that is off.
+    """
+    first = {(match.rule.name, match.anchor): match for match in reversed(matches.candidates)}
+    return tuple(
+        Refusal(
+            reason=Reason.DISABLED, rule=name, op=match.rule.core.name, nodes=(match.core.name,),
+            detail=f"it matches, and {flags[name]}=False switches it off", source=place_of(match.core),
+            mend=f"leave {flags[name]} out, or set it to True", nearness=Nearness.REFUSED, site=place_of(match.core),
+            expected=f"{flags[name]} not False", found=f"{flags[name]}=False", line=source_line(match.core),
+            code=source_code(match.core),
+        )
+        for (name, _), match in reversed(first.items())
+    )  # fmt: skip
+
+
+def _unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]:
+    """What looked like a dialect op and wasn't, where no rule has said so: norms, and what is near a core."""
+    for node, refusal in canonical.unraised.items():
+        if id(refusal) not in claimed and (refusal.op == ops.rms_norm.name or _core_near(node, refusal)):
+            claimed.add(id(refusal))
+            yield refusal
+
+
+def _core_near(node: fx.Node, refusal: Refusal) -> bool:
+    cores = {ops.rms_norm.overload, ops.fused_add_rms_norm.overload, ops.silu_and_mul.overload}
+    towards_users = refusal.op == ops.all_reduce.name
+    starts = node.users if towards_users else node.all_input_nodes
+    return any(
+        path_between(start, lambda each: each.target in cores, "users" if towards_users else "inputs")
+        for start in starts
+        if start.op == "call_function"
+    )
+
+
+class _Search:
+    """Near misses of one rule.
+
+    Attributes:
+        claimed: identities of refusals of the canonical graph that the rule reports as its own.
+    """
+
+    def __init__(self, canonical: CanonicalGraph, members: Sequence[Rule], matches: Matches) -> None:
+        self.canonical, self.members, self.name = canonical, members, members[0].name
+        mine = [match for match in matches.candidates if match.rule.name == self.name]
+        misses = [miss for miss in matches.misses if miss.rule.name == self.name]
+        self.candidates = mine
+        self.covered = {node for match in mine for node in match.consumed}
+        self.done = {match.anchor for match in mine} | {miss.anchor for miss in misses}
+        self.named = {node for miss in misses for node in miss.consumed}
+        self.claimed: set[int] = set()
+
+    def refusals(self) -> Iterator[Refusal]:
+        """One for each place."""
+        told: list[fx.Node] = []
+        for anchor, members in self._anchors().items():
+            attempt = min((self._attempt(member, anchor) for member in members), key=lambda each: each.rank)
+            told += [node for node in (attempt.core, anchor) if node is not None]
+            self.named.update(gap.goal for gap in attempt.gaps if gap.goal is not None)
+            yield self._explain(attempt)
+        yield from self._unread_prologues()
+        yield from missing_siblings(self.canonical, self.members, self.candidates, [*told, *self.named])
+
+    def _anchors(self) -> dict[fx.Node, list[Rule]]:
+        """Nodes that a member's pattern could end at and that aren't settled, in graph order."""
+        found: dict[fx.Node, list[Rule]] = {}
+        for member in self.members:
+            pattern = compiled_pattern(member)
+            for node in self.canonical.graph.find_nodes(op="call_function", target=pattern.target):
+                if node not in self.done and pattern.fits(node):
+                    found.setdefault(node, []).append(member)
+        unraised = {
+            node: [member for member in self.members if _root(member).name == refusal.op]
+            for node, refusal in self.canonical.unraised.items()
+            if refusal.op != ops.rms_norm.name
+        }
+        found.update({node: members for node, members in unraised.items() if members and self._is_near(node, members)})
+        return dict(sorted(found.items()))
+
+    def _is_near(self, node: fx.Node, members: Sequence[Rule]) -> bool:
+        """Whether something that looks like an anchor has behind it what the pattern has there."""
+        return any(gap.goal is not None for member in members for gap in self._attempt(member, node).gaps)
+
+    def _attempt(self, rule: Rule, anchor: fx.Node) -> Attempt:
+        attempt = Attempt(rule=rule, anchor=anchor)
+        root = rule.traced_pattern.outputs[0]
+        unraised = self.canonical.unraised.get(anchor)
+        if unraised is not None:
+            attempt.gaps.append(Gap(expected=_op(root), consumer=anchor, found=anchor, goal=anchor))
+            (first,) = anchor.all_input_nodes[:1] or (None,)
+            self._follow(attempt, root.all_input_nodes[0], first, anchor)
+        else:
+            self._enter(attempt, root, anchor)
+        return attempt
+
+    def _follow(self, attempt: Attempt, expected: fx.Node, found: object, consumer: fx.Node) -> None:
+        """Holds one node of the pattern against what the graph has in its place."""
+        if expected.op == "placeholder":
+            return
+        if isinstance(found, fx.Node) and _calls_like(expected, found) and not self._is_taken(attempt.rule, found):
+            self._enter(attempt, expected, found)
+            return
+        op = _op(expected)
+        reached = self._search(attempt.rule, expected, found) if isinstance(found, fx.Node) else None
+        if reached is None:
+            attempt.gaps.append(Gap(expected=op, consumer=consumer, found=found))
+            return
+        way, goal = reached
+        attempt.gaps.append(Gap(expected=op, consumer=consumer, found=found, way=way, goal=goal))
+        if goal not in self.canonical.unraised:
+            self._enter(attempt, expected, goal)
+
+    def _enter(self, attempt: Attempt, expected: fx.Node, found: fx.Node) -> None:
+        """Goes on to the inputs of a node that is as the pattern has it."""
+        op = ops.of(expected.target)
+        if op is not None:
+            attempt.ops_found += 1
+            if op is attempt.rule.core:
+                attempt.core = found
+        for part, value in zip(expected.args, found.args, strict=False):
+            if isinstance(part, fx.Node):
+                self._follow(attempt, part, value, found)
+
+    def _search(self, rule: Rule, expected: fx.Node, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
+        """(obstacles, the expected node or what looks like it) behind `found`."""
+        name = ops.rms_norm.name if _op(expected) is rule.core else _op(expected).name
+
+        def is_goal(node: fx.Node) -> bool:
+            refusal = self.canonical.unraised.get(node)
+            if refusal is not None:
+                return refusal.op == name
+            return _calls_like(expected, node) and not self._is_taken(rule, node)
+
+        return path_between(found, is_goal, "inputs")
+
+    def _is_taken(self, rule: Rule, node: fx.Node) -> bool:
+        """Whether a prologue's op belongs to another match already; one core can have several epilogues."""
+        return node in self.covered and ops.of(node.target) is not rule.core and not is_call(node, operator.getitem)
+
+    def _unread_prologues(self) -> Iterator[Refusal]:
+        """All-reduces that no match takes and no anchor has led to, looked at from their own side."""
+        prologues = {
+            _op(node)
+            for member in self.members
+            if len(member.flags) == 1
+            for node in member.traced_pattern.graph.nodes
+            if (op := ops.of(node.target)) is not None and op is not member.core and op is not _root(member)
+        }
+        for op in sorted(prologues, key=lambda each: each.name):
+            for node in self.canonical.graph.find_nodes(op="call_function", target=op.overload):
+                if node not in self.covered and node not in self.named:
+                    yield self._explain_unread(op, node)
+
+    def _explain_unread(self, op: DialectOp, node: fx.Node) -> Refusal:
+        cores = {member.core.overload: member.core for member in self.members}
+
+        def is_core(each: fx.Node) -> bool:
+            refusal = self.canonical.unraised.get(each)
+            return each.target in cores or (refusal is not None and refusal.op == ops.rms_norm.name)
+
+        for user in node.users:
+            reached = path_between(user, is_core, "users")
+            if reached is not None:
+                way, goal = reached
+                if goal in self.canonical.unraised:
+                    return self._claim(goal, ops.rms_norm.name)
+                gap = Gap(expected=op, consumer=goal, found=way[-1] if way else node, way=way[::-1], goal=node)
+                return self._obstructed(gap, goal)
+        reader = next((each for each in node.users if each.op == "call_function"), None)
+        found = op_name(reader) if reader is not None else "the graph's output"
+        return self._refuse(
+            reader or node, Reason.OP, f"expected {ops.rms_norm.name} after {op.name}, found {found}",
+            nearness=Nearness.ABSENT, expected=ops.rms_norm.name, found=found, site=place_of(node), further=(node,),
+        )  # fmt: skip
+
+    def _explain(self, attempt: Attempt) -> Refusal:
+        site = attempt.core or attempt.anchor
+        absent = [gap for gap in attempt.gaps if gap.goal is None]
+        if not absent:
+            gap = attempt.gaps[0]
+            assert gap.goal is not None
+            if gap.goal in self.canonical.unraised:
+                return self._claim(gap.goal, attempt.rule.core.name)
+            return self._obstructed(gap, site)
+        gap = absent[0]
+        place = _origin(gap.found)
+        found = op_name(place) if place is not None else "an input of the graph"
+        place = place or gap.consumer
+        return self._refuse(
+            place, Reason.OP, f"expected {gap.expected.name} before {op_name(gap.consumer)}, found {found}",
+            nearness=Nearness.ABSENT, expected=gap.expected.name, found=found, site=place_of(site),
+            further=(gap.consumer,),
+        )  # fmt: skip
+
+    def _obstructed(self, gap: Gap, site: fx.Node) -> Refusal:
+        assert gap.goal is not None
+        obstacles = drop_residual_adds(gap.way, gap.goal)
+        told = obstruction(obstacles, gap.goal, gap.consumer)
+        return self._refuse(
+            obstacles[0] if told.node is None else told.node, told.reason, told.detail, nearness=Nearness.OBSTRUCTED,
+            expected=gap.expected.name, found=told.found, site=place_of(site), mend=told.mend,
+            further=(*obstacles, gap.consumer, gap.goal),
+        )  # fmt: skip
+
+    def _claim(self, node: fx.Node, core: str) -> Refusal:
+        refusal = self.canonical.unraised[node]
+        self.claimed.add(id(refusal))
+        return replace(refusal, rule=self.name, site=refusal.source, op=core)
+
+    def _refuse(
+        self, node: fx.Node, reason: Reason, detail: str, *, nearness: Nearness, expected: str, found: str,
+        site: str | None, mend: str | None = None, further: Iterable[fx.Node] = (),
+    ) -> Refusal:  # fmt: skip
+        names = dict.fromkeys(self.canonical.source_node(each).name for each in (node, *further))
+        return Refusal(
+            reason=reason, rule=self.name, op=self.members[0].core.name, detail=detail, nodes=tuple(names),
+            source=place_of(node) or site, mend=mend, nearness=nearness, expected=expected, found=found, site=site,
+            line=source_line(node), code=source_code(node),
+        )  # fmt: skip
+
+
+def _origin(found: object) -> fx.Node | None:
+    """The op that computes what is there, behind views of it; None for an input of the graph."""
+    while isinstance(found, fx.Node) and found.op == "call_function" and is_view(found):
+        found = found.all_input_nodes[0]
+    return found if isinstance(found, fx.Node) and found.op == "call_function" else None
+
+
+def _op(node: fx.Node) -> DialectOp:
+    """The dialect op that a pattern's node calls, or is a result of."""
+    op = ops.of(node.target)
+    if op is None:
+        producer = node.args[0]
+        assert isinstance(producer, fx.Node)
+        op = ops.of(producer.target)
+    assert op is not None
+    return op
+
+
+def _root(rule: Rule) -> DialectOp:
+    return _op(rule.traced_pattern.outputs[0])
+
+
+def _calls_like(expected: fx.Node, found: fx.Node) -> bool:
+    """Whether a node calls what a pattern's node calls, the index of a result included."""
+    if found.target is not expected.target:
+        return False
+    if not is_call(expected, operator.getitem):
+        return True
+    producer, owner = expected.args[0], found.args[0]
+    return isinstance(owner, fx.Node) and owner.target is producer.target and found.args[1] == expected.args[1]

@@ -1,0 +1,87 @@
+"""What the same place in other layers has and a layer lacks: an op whose result is dead leaves nothing behind."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import TypeAlias
+
+from torch import fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.dialect import ops
+from fuseplan.graph.facts import place_of
+from fuseplan.matching.candidates import Match
+from fuseplan.record import Nearness, Reason, Refusal
+from fuseplan.rules import Rule
+
+Layer: TypeAlias = tuple[str, int, str]
+"""(what comes before the number of a layer, the number, what comes after) of a module path."""
+
+_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
+
+
+def missing_siblings(
+    canonical: CanonicalGraph, members: Sequence[Rule], candidates: Sequence[Match], told: Collection[fx.Node]
+) -> Iterator[Refusal]:
+    """Layers in which nothing is left of what a rule takes at the same place of most others.
+
+    Args:
+        canonical: the graph.
+        members: of the rule.
+        candidates: its matches.
+        told: nodes of places for which there is a refusal already.
+    """
+    matched: dict[tuple[str, str], dict[int, Match]] = {}
+    for match in candidates:
+        layer = layer_of(place_of(match.core))
+        if layer is not None:
+            matched.setdefault((layer[0], layer[2]), {}).setdefault(layer[1], match)
+    if not any(len(by_number) > 1 for by_number in matched.values()):
+        return
+    present: dict[str, set[int]] = {}
+    for layer in filter(None, (layer_of(place_of(node)) for node in canonical.dialect_nodes)):
+        present.setdefault(layer[0], set()).add(layer[1])
+    known = {place_of(node) for node in told}
+    for (before, after), by_number in sorted(matched.items()):
+        missing = sorted(present[before] - set(by_number))
+        if 0 < len(missing) < len(by_number):
+            yield from _missing(canonical, members, by_number, [f"{before}{n}{after}" for n in missing], known)
+
+
+def _missing(
+    canonical: CanonicalGraph,
+    members: Sequence[Rule],
+    matched: dict[int, Match],
+    places: Sequence[str],
+    told: Collection[str | None],
+) -> Iterator[Refusal]:
+    sample = next(iter(matched.values()))
+    cores = {member.core.overload for member in members}
+    here = {place_of(node): node for node in canonical.dialect_nodes if node.target in cores}
+    for place in places:
+        if place in told:
+            continue
+        core = here.get(place)
+        gone = sample.rule.core.name if core is None else _first_op(sample)
+        yield Refusal(
+            reason=Reason.DEAD, rule=sample.rule.name, op=sample.rule.core.name,
+            detail=f"{len(matched)} other layers have {gone} there and this one has none: is its result not used? What "
+            "is dead is gone before fusions are looked for",
+            nodes=(canonical.source_node(core).name,) if core is not None else (), source=place, site=place,
+            nearness=Nearness.MISSING, expected=gone, found="nothing",
+            mend=f"let something read the result of {gone}, if the model means it to be used",
+        )  # fmt: skip
+
+
+def _first_op(match: Match) -> str:
+    """The op of the value that a match is named after."""
+    target = match.anchor.target
+    op = ops.of(target)
+    return op.name if op is not None else match.rule.core.name
+
+
+def layer_of(place: str | None) -> Layer | None:
+    """A module path taken apart at the number of its layer, the first number in it; None where there is none."""
+    found = _NUMBER.search(place or "")
+    if place is None or found is None:
+        return None
+    return place[: found.start()], int(found[0]), place[found.end() :]

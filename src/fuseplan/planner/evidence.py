@@ -1,0 +1,107 @@
+"""The rows behind a plan's numbers: what each alternative takes at each class of places, and how that is known."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from fuseplan.matching import Match
+from fuseplan.planner.candidates import Candidate
+from fuseplan.planner.costs import Kernel, Provenance, Row, total_ns
+from fuseplan.planner.pose import Posed
+from fuseplan.planner.pricing import UNFUSED, alternative_name, compatible, row_key
+from fuseplan.planner.sites import Shape
+from fuseplan.record import CostRow, KernelTime
+
+
+def cost_rows(problems: Iterable[Posed]) -> tuple[CostRow, ...]:
+    """What the problems were priced by, each row once: by class of places, size and alternative.
+
+    Args:
+        problems: of one graph or several, in one range or several.
+    """
+    rows: dict[tuple[str, int, str], CostRow] = {}
+    for posed in problems:
+        for row in (*_modelled(posed), *_measured(posed)):
+            rows.setdefault((row.site, row.tokens, row.alternative), row)
+    order = {name: place for place, name in enumerate(dict.fromkeys(site for site, _, _ in rows))}
+    return tuple(sorted(rows.values(), key=lambda row: (order[row.site], row.tokens, _unfused_first(row))))
+
+
+def _unfused_first(row: CostRow) -> tuple[bool, str]:
+    return row.alternative != UNFUSED, row.alternative
+
+
+def _modelled(posed: Posed) -> Iterator[CostRow]:
+    """Rows of every site that a candidate contends for and the model prices."""
+    contenders: dict[int, list[Candidate]] = {}
+    for candidate, provenance in zip(posed.candidates, posed.priced.provenance, strict=True):
+        if candidate.site is not None and isinstance(candidate.match, Match) and provenance is Provenance.MODELLED:
+            contenders.setdefault(candidate.site.ordinal, []).append(candidate)
+    places = Counter(posed.sites[ordinal] for ordinal in contenders)
+    seen: set[str] = set()
+    for ordinal, candidates in contenders.items():
+        name = posed.sites[ordinal]
+        if name not in seen:
+            seen.add(name)
+            for tokens, shape in zip(posed.priced.tokens, posed.pricing.shapes[ordinal], strict=True):
+                for alternative, kernels in _alternatives(posed, shape, candidates):
+                    yield CostRow(
+                        site=name, places=places[name], alternative=alternative, tokens=tokens, spread_ns=0,
+                        time_ns=total_ns(kernels), provenance=Provenance.MODELLED.value,
+                        kernels=tuple(map(_time, kernels)),
+                    )  # fmt: skip
+
+
+def _alternatives(
+    posed: Posed, shape: Shape, candidates: Sequence[Candidate]
+) -> Iterator[tuple[str, tuple[Kernel, ...]]]:
+    model = posed.pricing.prices.model
+    yield UNFUSED, shape.unfused(model)
+    for candidate in candidates:
+        assert candidate.site is not None and isinstance(candidate.match, Match)
+        taken = candidate.site.taken(candidate.match.consumed)
+        if taken is not None:
+            fused = shape.fused(model, candidate.provider, reduce=taken.reduce, tail=taken.tail)
+            rest = shape.rest(model, reduce=taken.reduce, tail=taken.tail)
+            yield alternative_name([candidate], [candidate.site.ordinal]), (*fused, *rest)
+
+
+def _time(kernel: Kernel) -> KernelTime:
+    return KernelTime(
+        name=kernel.name, launch=kernel.launch, signal=kernel.signal, staging=kernel.staging, memory=kernel.memory,
+        wire=kernel.wire,
+    )  # fmt: skip
+
+
+def _measured(posed: Posed) -> Iterator[CostRow]:
+    """Rows of every component that was measured as a whole."""
+    table = posed.pricing.prices.table
+    classes: Counter[str] = Counter()
+    first: dict[str, tuple[int, ...]] = {}
+    for component in posed.components:
+        if table is not None and frozenset(component) in posed.problem.alternatives:
+            name = " & ".join(posed.sites[place] for place in _places(posed, component))
+            classes[name] += 1
+            first.setdefault(name, component)
+    for name, component in first.items():
+        assert table is not None
+        places = _places(posed, component)
+        for tokens, shape in zip(posed.priced.tokens, posed.pricing.shapes[places[0]], strict=True):
+            for subset in ((), *compatible(component, posed.problem)):
+                alternative = alternative_name([posed.candidates[index] for index in subset], places)
+                found = table.interpolate(row_key(name, alternative), shape.rows)
+                if found is not None:
+                    yield CostRow(
+                        site=name, places=classes[name], alternative=alternative, tokens=tokens, time_ns=found[0],
+                        spread_ns=found[1], provenance=Provenance.MEASURED.value,
+                        origin=tuple(map(_origin, table.neighbours(row_key(name, alternative), shape.rows))),
+                    )  # fmt: skip
+
+
+def _places(posed: Posed, component: Sequence[int]) -> list[int]:
+    return sorted({site.ordinal for index in component if (site := posed.candidates[index].site) is not None})
+
+
+def _origin(row: Row) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in (("torch", row.torch), ("triton", row.triton)) if value)
+    parts = (f"{row.provenance} at {row.tokens} tokens", row.device, row.topology, versions, row.date, row.command)
+    return "; ".join(part for part in parts if part)
