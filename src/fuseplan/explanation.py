@@ -170,7 +170,8 @@ def _point(size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> S
             analysis = replace(entry.analysis, stages_ns={})
             decision = entry.manager.decide(analysis, policy, entry.name)
             saved += decision.saving_ns
-            fused.update(analysis.posed.candidates[index].rule for index in decision.selected)
+            chosen = [analysis.posed.candidates[index] for index in decision.selected]
+            fused.update(f"{candidate.rule} {candidate.provider}" for candidate in chosen)
         rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))
     unfused = sum(entry.analysis.posed.unfused_ns for entry in entries)
     return SizePoint(tokens=size, unfused_ns=unfused, policies=tuple(rows))
