@@ -46,6 +46,7 @@ class _Norm:
         rounding: the convention, as if there were no residual.
         y: the result.
         interior: every node from `total`, exclusive, to `y`.
+        rounded_to: what the normalised value is rounded to before the weight, None where it isn't.
     """
 
     total: fx.Node
@@ -54,6 +55,7 @@ class _Norm:
     rounding: Rounding
     y: fx.Node
     interior: tuple[fx.Node, ...]
+    rounded_to: torch.dtype | None = None
 
 
 class _NotANorm(Exception):
@@ -132,7 +134,7 @@ def _read_norm(rsqrt: fx.Node, total: fx.Node, eps: float, interior: tuple[fx.No
         weight = _weight(_other(product, user), total, product)
         return _Norm(
             total=total, weight=weight, eps=eps, rounding=Rounding.LLAMA, y=product,
-            interior=(*interior, normed, user, product),
+            interior=(*interior, normed, user, product), rounded_to=dtype_of(user),
         )  # fmt: skip
     if not is_call(user, *MULS):
         raise _NotANorm(
@@ -188,21 +190,24 @@ def _input_dtype(total: fx.Node) -> torch.dtype | None:
 def _raise(canonical: CanonicalGraph, norm: _Norm) -> None:
     _check_interior(canonical, norm)
     total = norm.total
+    dtype = norm.rounded_to or dtype_of(norm.y)
     if is_call(total, convert_element_type) and dtype_of(total.args[0]) in LOW_PRECISION:
         x = total.args[0]
+        if dtype_of(x) is not dtype:
+            raise _NotANorm(Reason.DTYPE, f"{dtype_of(x)} input, {dtype} normalised value", total)
         if is_call(x, aten.add.Tensor) and _raise_with_residual(canonical, norm, x, x.args, x, norm.rounding):
             return
         _raise_plain(canonical, norm, x)
-    elif is_call(total, aten.add.Tensor) and dtype_of(norm.y) in LOW_PRECISION:
+    elif is_call(total, aten.add.Tensor) and dtype in LOW_PRECISION:
         _raise_wide_sum(canonical, norm, total)
-    elif dtype_of(total) is dtype_of(norm.y):
+    elif dtype_of(total) is dtype:
         if is_call(total, aten.add.Tensor) and _raise_with_residual(
             canonical, norm, total, total.args, total, norm.rounding
         ):
             return
         _raise_plain(canonical, norm, total)
     else:
-        raise _NotANorm(Reason.DTYPE, f"{dtype_of(total)} input, {dtype_of(norm.y)} result", total)
+        raise _NotANorm(Reason.DTYPE, f"{dtype_of(total)} input, {dtype} result", total)
 
 
 def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:
@@ -213,7 +218,7 @@ def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:
 
 def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> None:
     """vLLM's form: the sum stays in float32, and is rounded for the residual stream alone or not at all."""
-    dtype = dtype_of(norm.y)
+    dtype = norm.rounded_to or dtype_of(norm.y)
     narrow = [node.args[0] if is_call(node, convert_element_type) else node for node in total.args]
     if dtype not in [dtype_of(node) for node in narrow] or norm.rounding.adds_one:
         detail = f"a sum in {dtype_of(total)} of something else than values in {dtype}"
@@ -249,7 +254,7 @@ def _raise_with_residual(
         return False
     x, residual = (left, right) if canonical.depth[left] > canonical.depth[right] else (right, left)
     if dtype_of(x) is not dtype_of(residual):
-        x, residual = (left, right) if dtype_of(left) is dtype_of(norm.y) else (right, left)
+        x, residual = (left, right) if dtype_of(left) is (norm.rounded_to or dtype_of(norm.y)) else (right, left)
         if rounding.rounds_residual or dtype_of(residual) is not torch.float32:
             return False
     region = {*norm.interior, norm.total, total, *([residual_out] if residual_out else [])}

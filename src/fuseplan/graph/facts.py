@@ -57,6 +57,16 @@ def equal_shape(left: Tensor | None, right: Tensor | None) -> bool:
     return all(equal_size(a, b) for a, b in zip(left.shape, right.shape, strict=True))
 
 
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor is contiguous for every value of its symbols; adds no guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not equal_size(stride, expected) and not equal_size(size, 1):
+            return False
+        expected = expected * size
+    return True
+
+
 def is_mutation(node: fx.Node) -> bool:
     """Whether a node writes to one of its arguments.
 
@@ -125,17 +135,15 @@ def written_in_place(node: fx.Node) -> str | None:
     """
     if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
         return str(node.args[0])
-    for _, function in node.meta.get("source_fn_stack") or ():
-        name = function if isinstance(function, str) else getattr(function, "__name__", "")
-        if (name.endswith("_") and not name.startswith("_")) or function in _IN_PLACE:
-            return name
+    for name, _ in node.meta.get("source_fn_stack") or ():
+        found = _IN_PLACE.fullmatch(str(name))
+        if found:
+            return found[1]
     return None
 
 
-_IN_PLACE = tuple(
-    getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "iand", "ior", "ixor")
-)
+_IN_PLACE = re.compile(r"((?:[a-z]\w*[a-z0-9])_|i(?:add|sub|mul|truediv|floordiv|pow|matmul|and|or|xor))(?:_\d+)?")
+"""A method that writes in place, or an augmented assignment, as Dynamo names its nodes: `add_`, `add__1`, `imul_2`."""
 
 
 def module_path(node: fx.Node) -> str | None:

@@ -163,7 +163,8 @@ def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         user = next((user for user in node.users if user not in inside), None)
         if node not in match.outputs and user is not None:
             names = (canonical.source_node(user).name, canonical.source_node(node).name)
-            detail = f"{_describe(node)} is also read by {_describe(user)}, and {match.rule.op.name} doesn't yield it"
+            told = [f"{op_name(each)} ({name})" for each, name in zip((user, node), names, strict=True)]
+            detail = f"{told[1]} is also read by {told[0]}, and {match.rule.op.name} doesn't yield it"
             return _refusal(
                 match, Reason.USERS, detail, names, user, expected=f"no other reader of {op_name(node)}",
                 found=op_name(user), mend=f"let {op_name(user)} read something else, or nothing",
@@ -178,7 +179,7 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         # The copy of the graph has the writing node too: nothing of it is raised.
         first = canonical.region[consumed[0]]
         writer = next(each for each in canonical.graph.nodes if is_mutation(each) and canonical.region[each] > first)
-        detail = f"{_describe(writer)}, an in-place op, stands between two nodes of the match"
+        detail = f"{op_name(writer)} ({writer.name}), an in-place op, stands between two nodes of the match"
         return _refusal(
             match, Reason.MUTATION, detail, (canonical.source_node(writer).name, *names), writer,
             expected="no in-place op", found=op_name(writer), mend="write in place before or after all of them",
@@ -277,10 +278,6 @@ def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]
             {op.name for op in calls if op and not canonical.graph.find_nodes(op="call_function", target=op.overload)}
         )
     return min((sorted(names) for names in missing), key=len) if all(missing) else []
-
-
-def _describe(node: fx.Node) -> str:
-    return f"{op_name(node)} ({node.name})"
 
 
 def op_name(node: fx.Node) -> str:

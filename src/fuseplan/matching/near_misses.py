@@ -16,7 +16,7 @@ from fuseplan.dialect import DialectOp, ops
 from fuseplan.graph.facts import is_call, place_of, source_code, source_line
 from fuseplan.graph.reach import is_view, path_between
 from fuseplan.matching.candidates import Matches, compiled_pattern, missing_ops, op_name
-from fuseplan.matching.obstacles import drop_residual_adds, obstruction
+from fuseplan.matching.obstacles import obstruction, without_residual_add
 from fuseplan.matching.siblings import missing_siblings
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
@@ -256,8 +256,9 @@ class _Search:
                 way, goal = reached
                 if goal in self.canonical.unraised:
                     return self._claim(goal, ops.rms_norm.name)
-                gap = Gap(expected=op, consumer=goal, found=way[-1] if way else node, way=way[::-1], goal=node)
-                return self._obstructed(gap, goal)
+                if without_residual_add(way, node):
+                    gap = Gap(expected=op, consumer=goal, found=way[-1], way=way[::-1], goal=node)
+                    return self._obstructed(gap, goal)
         reader = next((each for each in node.users if each.op == "call_function"), None)
         found = op_name(reader) if reader is not None else "the graph's output"
         return self._refuse(
@@ -286,10 +287,10 @@ class _Search:
 
     def _obstructed(self, gap: Gap, site: fx.Node) -> Refusal:
         assert gap.goal is not None
-        obstacles = drop_residual_adds(gap.way, gap.goal)
+        obstacles = without_residual_add(gap.way, gap.goal) or list(gap.way)
         told = obstruction(obstacles, gap.goal, gap.consumer)
         return self._refuse(
-            obstacles[0] if told.node is None else told.node, told.reason, told.detail, nearness=Nearness.OBSTRUCTED,
+            told.node, told.reason, told.detail, nearness=Nearness.OBSTRUCTED,
             expected=gap.expected.name, found=told.found, site=place_of(site), mend=told.mend,
             further=(*obstacles, gap.consumer, gap.goal),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from fuseplan.graph.facts import (
     tensor_of,
     written_in_place,
 )
+from fuseplan.graph.reach import is_view
 from fuseplan.matching.candidates import op_name
 from fuseplan.record import Reason
 
@@ -56,18 +57,23 @@ class Obstruction:
     mend: str | None
 
 
-def drop_residual_adds(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
-    """The obstacles without the residual add that the rule would have taken along, were it not for the others."""
-    others = [node for node in way if not _is_residual_add(node, goal)]
-    return others or list(way)
+def without_residual_add(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
+    """The obstacles without the residual add that the rule would have taken along, and the casts around it.
+
+    Args:
+        way: the obstacles, in either direction.
+        goal: what is added to the residual.
+    """
+    read = {goal, *(node for node in way if is_call(node, convert_element_type) and node.args[0] is goal)}
+    adds = {node for node in way if _is_residual_add(node) and not read.isdisjoint(node.all_input_nodes)}
+    around = {node for node in way if is_call(node, convert_element_type) and (node.args[0] in adds or node in read)}
+    return [node for node in way if node not in adds and not (adds and node in around)]
 
 
-def _is_residual_add(node: fx.Node, goal: fx.Node) -> bool:
-    if not is_call(node, aten.add.Tensor) or goal not in node.all_input_nodes or written_in_place(node):
+def _is_residual_add(node: fx.Node) -> bool:
+    if not is_call(node, aten.add.Tensor) or len(node.all_input_nodes) != 2:
         return False
-    return len(node.all_input_nodes) == 2 and all(
-        equal_shape(tensor_of(source), tensor_of(node)) for source in node.all_input_nodes
-    )
+    return all(equal_shape(tensor_of(source), tensor_of(node)) for source in node.all_input_nodes)
 
 
 def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obstruction:
@@ -78,15 +84,49 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
         goal: the op that should be read.
         consumer: the op that should read it.
     """
-    # A cast or an arithmetic op weighs more than the views around it: views alone are often seen through.
-    node = min(way, key=lambda each: (_weight(each), way.index(each)), default=goal)
-    names = list(dict.fromkeys(op_name(each) for each in way))
-    found = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) or op_name(goal)
+    # Views weigh least: alone they are often seen through. Of equals the one next to the goal is in the others' way.
+    node = min(reversed(way), key=_weight, default=goal)
     before, after = op_name(goal), op_name(consumer)
-    verb = "stands" if len(names) < 2 else "stand"
-    detail = f"{_title(node, found)} {verb} between {before} and {after}"
-    reason, why, mend = _judge(node, goal, before, after)
-    return Obstruction(node=node, reason=reason, found=found, detail=f"{detail}{why}", mend=mend)
+    if ops.of(node.target) is ops.all_reduce:
+        return _second_all_reduce(node, goal, after)
+    reader = _other_reader(node, goal)
+    if reader is not None and not is_view(reader):
+        return _read_elsewhere(reader, node, goal)
+    found = op_name(node)
+    others = [name for name in dict.fromkeys(op_name(each) for each in way) if name != found]
+    reason, why, mend = _judge(node, reader, before, after)
+    too = f"; so {'does' if len(others) == 1 else 'do'} {' and '.join(others)}" if others else ""
+    detail = f"{_title(node, found)} stands between {before} and {after}{why}{too}"
+    return Obstruction(node=node, reason=reason, found=found, detail=detail, mend=mend)
+
+
+def _other_reader(node: fx.Node, goal: fx.Node) -> fx.Node | None:
+    """What reads an all-reduce beside a view, which could be moved before it if nothing did."""
+    if ops.of(goal.target) is not ops.all_reduce or not is_call(node, *MOVERS) or node not in goal.users:
+        return None
+    readers = [user for user in goal.users if user is not node]
+    return min(readers, key=is_view, default=None)
+
+
+def _read_elsewhere(reader: fx.Node, view: fx.Node, goal: fx.Node) -> Obstruction:
+    before, found = op_name(goal), op_name(reader)
+    return Obstruction(
+        node=reader, reason=Reason.USERS, found=found,
+        detail=f"{before} is also read by {found} ({reader.name}), so that {op_name(view)} can't be moved before it",
+        mend=f"let {found} read something else, or nothing",
+    )  # fmt: skip
+
+
+def _second_all_reduce(node: fx.Node, goal: fx.Node, after: str) -> Obstruction:
+    """Of two all-reduces in a row the first is to blame: the second is next to what follows."""
+    first, second = (str(each.args[1]) for each in (goal, node))
+    if first == second:
+        detail = f"what is reduced over group {first!r} is reduced once more before {after}"
+        return Obstruction(node=goal, reason=Reason.OP, found=op_name(node), detail=detail, mend="reduce once")
+    detail = f"another all_reduce, over group {second!r}, stands between this one, over group {first!r}, and {after}"
+    mend = f"reduce over one group: {after} takes one all_reduce along, the last"
+    found = f"all_reduce over group {second}"
+    return Obstruction(node=goal, reason=Reason.GROUP, found=found, detail=detail, mend=mend)
 
 
 def _weight(node: fx.Node) -> int:
@@ -94,7 +134,9 @@ def _weight(node: fx.Node) -> int:
         return 0
     if is_call(node, convert_element_type):
         return 2
-    return 3 if is_call(node, *MOVERS, aten.clone.default) else 1
+    if is_call(node, aten.clone.default):
+        return 3
+    return 4 if is_call(node, *MOVERS) else 1
 
 
 def _title(node: fx.Node, found: str) -> str:
@@ -102,11 +144,8 @@ def _title(node: fx.Node, found: str) -> str:
     return f"{in_place}, an in-place op ({found})" if in_place and in_place != found else found
 
 
-def _judge(node: fx.Node, goal: fx.Node, before: str, after: str) -> tuple[Reason, str, str | None]:
+def _judge(node: fx.Node, reader: fx.Node | None, before: str, after: str) -> tuple[Reason, str, str | None]:
     """(reason, what explains it, what would mend it) of the obstacle to blame."""
-    group = ops.of(node.target) is ops.all_reduce
-    if group:
-        return _other_group(node, goal, after)
     if written_in_place(node):
         return Reason.MUTATION, "", f"write in place before {before} or after {after}"
     if is_call(node, convert_element_type):
@@ -115,28 +154,13 @@ def _judge(node: fx.Node, goal: fx.Node, before: str, after: str) -> tuple[Reaso
     if is_call(node, aten.clone.default):
         seen_through = ", or leave eliminate_noops on, which sees through it" if is_noop(node) else ""
         return Reason.LAYOUT, "", f"drop the copy{seen_through}"
-    if is_call(node, *MOVERS):
-        return _view(node, goal, before, after)
+    if reader is not None:
+        why = f", and can't be moved before it, since {op_name(reader)} ({reader.name}) reads {before} too"
+        return Reason.OP, why, f"do it before {before}, or let nothing else read {before}"
     sums = [each for each in node.all_input_nodes if ops.of(each.target) is ops.all_reduce]
     if is_call(node, *ADDS) and len(sums) > 1:
         return _sum_of_sums(sums, after)
     return Reason.OP, "", f"do it before {before} or after {after}, where the model allows"
-
-
-def _view(node: fx.Node, goal: fx.Node, before: str, after: str) -> tuple[Reason, str, str | None]:
-    readers = [user for user in goal.users if user is not node]
-    if ops.of(goal.target) is ops.all_reduce and node in goal.users and readers:
-        why = f", and can't be moved before it, since {op_name(readers[0])} ({readers[0].name}) reads {before} too"
-        return Reason.OP, why, f"do it before {before}, or let nothing else read {before}"
-    return Reason.OP, "", f"do it before {before} or after {after}, where the model allows"
-
-
-def _other_group(node: fx.Node, goal: fx.Node, after: str) -> tuple[Reason, str, str | None]:
-    mine, others = (str(each.args[1]) for each in (node, goal))
-    if mine == others:
-        return Reason.OP, ": what is reduced is reduced again", "reduce once"
-    why = f": it reduces over group {mine!r}, and what it reads over group {others!r}"
-    return Reason.GROUP, why, f"reduce once, over one group; only the last all_reduce is fused with {after}"
 
 
 def _sum_of_sums(sums: Sequence[fx.Node], after: str) -> tuple[Reason, str, str | None]:

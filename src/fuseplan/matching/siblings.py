@@ -42,9 +42,10 @@ def missing_siblings(
         present.setdefault(layer[0], set()).add(layer[1])
     known = {place_of(node) for node in told}
     for (before, after), by_number in sorted(matched.items()):
-        missing = sorted(present[before] - set(by_number))
+        missing = [f"{before}{number}{after}" for number in sorted(present[before] - set(by_number))]
+        missing = [place for place in missing if place not in known]
         if 0 < len(missing) < len(by_number):
-            yield from _missing(canonical, members, by_number, [f"{before}{n}{after}" for n in missing], known)
+            yield from _missing(canonical, members, by_number, missing)
 
 
 def _missing(
@@ -52,14 +53,11 @@ def _missing(
     members: Sequence[Rule],
     matched: dict[int, Match],
     places: Sequence[str],
-    told: Collection[str | None],
 ) -> Iterator[Refusal]:
     sample = next(iter(matched.values()))
     cores = {member.core.overload for member in members}
     here = {place_of(node): node for node in canonical.dialect_nodes if node.target in cores}
     for place in places:
-        if place in told:
-            continue
         core = here.get(place)
         gone = sample.rule.core.name if core is None else _first_op(sample)
         yield Refusal(

@@ -6,12 +6,12 @@ itself, and the answer carries its reason.
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from fuseplan.dialect import QuantRounding, Rounding, ops
+from fuseplan.dialect import Rounding, ops
 from fuseplan.providers.devices import DeviceProfile, local_vendor
+from fuseplan.providers.gates import FLASHINFER_ALL_REDUCE, FLASHINFER_ALL_REDUCE_QUANT, Accepts, accept_all
 from fuseplan.record import Reason, Refusal
 
 
@@ -24,7 +24,7 @@ class Offer:
         roundings: the conventions that its kernel computes; None: whichever it is asked for.
     """
 
-    accepts: Callable[[Any], Refusal | None]
+    accepts: Accepts
     roundings: frozenset[str] | None = None
 
 
@@ -90,23 +90,7 @@ class Provider:
 _VENDOR_NAMES = {"nvidia": "NVIDIA GPUs", "amd": "AMD GPUs", "cpu": "CPUs"}
 
 
-def accept_all(m: Any) -> Refusal | None:
-    """The check of an implementation that takes whatever its op takes."""
-    return None
-
-
-def accept_multiplied_scale(m: Any) -> Refusal | None:
-    """The check of a kernel that multiplies by the reciprocal of a static scale."""
-    if m.quant_rounding == QuantRounding.MULTIPLY:
-        return None
-    return Refusal(
-        reason=Reason.ROUNDING, detail="the kernel multiplies by the reciprocal of the scale; the graph divides by it"
-    )
-
-
-def _offers(
-    names: Iterable[str], *roundings: Rounding, accepts: Callable[[Any], Refusal | None] = accept_all
-) -> dict[str, Offer]:
+def _offers(names: Iterable[str], *roundings: Rounding, accepts: Accepts = accept_all) -> dict[str, Offer]:
     computed = frozenset(rounding.value for rounding in roundings) if roundings else None
     return {name: Offer(accepts=accepts, roundings=computed) for name in names}
 
@@ -141,9 +125,11 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         # one rounding after the weight, then float(y) * (1 / scale). Its norm + quant kernels (norm.cuh) quantise the
         # unrounded y, which no graph that casts y first computes.
         prices={
-            **_offers(["all_reduce_fused_add_rms_norm"], Rounding.GPT_OSS),
+            **_offers(["all_reduce_fused_add_rms_norm"], Rounding.GPT_OSS, accepts=FLASHINFER_ALL_REDUCE),
             **_offers(
-                ["all_reduce_fused_add_rms_norm_static_fp8_quant"], Rounding.GPT_OSS, accepts=accept_multiplied_scale
+                ["all_reduce_fused_add_rms_norm_static_fp8_quant"],
+                Rounding.GPT_OSS,
+                accepts=FLASHINFER_ALL_REDUCE_QUANT,
             ),
         },
     ),

@@ -273,20 +273,25 @@ class Report:
 
     @cached_property
     def near_misses(self) -> tuple[NearMiss, ...]:
-        """Where a rule nearly matched, one row a cause: the nearest first, then the most frequent."""
+        """Where a rule nearly matched, one row a cause: the nearest first, then the most frequent; that nobody
+        implements an op comes after what can be mended.
+        """
         causes: dict[tuple[object, ...], list[Refusal]] = {}
         for graph in self.graphs:
             for refusal in graph.refusals:
                 if refusal.nearness is not None or refusal.reason not in _NOT_OF_A_PLACE:
                     causes.setdefault(_cause(refusal), []).append(refusal)
         rows = [_near_miss(refusals) for refusals in causes.values()]
-        nearness = list(Nearness)
-        rows.sort(key=lambda row: (nearness.index(row.nearness), -row.count, row.rule or "", row.detail))
-        return tuple(rows)
+        return tuple(sorted(rows, key=_distance))
 
 
 _NOT_OF_A_PLACE = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
 """Refusals that concern a whole graph or rule, unless they say how near a match was."""
+
+
+def _distance(row: NearMiss) -> tuple[int, bool, int, str, str]:
+    nobody = row.reason is Reason.PROVIDER
+    return list(Nearness).index(row.nearness), nobody, -row.count, row.rule or "", row.detail
 
 
 def _cause(refusal: Refusal) -> tuple[object, ...]:

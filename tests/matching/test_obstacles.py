@@ -1,0 +1,101 @@
+"""Twelve obstacles, planted in real models at places that a seeded generator picks: the report names each first."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from fuseplan.config import PassConfig
+from fuseplan.record import Nearness, Reason
+from tests.matching import planted
+from tests.matching.planted import GPT_OSS, WORKLOADS, Garden, Place, explain, garden
+
+PLANTED = "planted.py:"
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What is planted, and what must be said of it.
+
+    Attributes:
+        plant: puts it into a model.
+        reason: the reason of the first near miss.
+        told: what its detail contains.
+        line: the file of the line that is to blame; empty: the model's own.
+        config: under which it is one.
+        providers: who may run fused ops; empty: all.
+        layers: that the model needs for it: what is dead is told by what other layers have.
+        at_norm: whether it is planted in the norm's module, and not in the module whose result is reduced.
+    """
+
+    plant: Callable[[Garden, Place], None]
+    reason: Reason
+    told: str
+    line: str = PLANTED
+    config: PassConfig = field(default_factory=PassConfig)
+    providers: tuple[str, ...] = ()
+    layers: int = planted.LAYERS
+    at_norm: bool = False
+
+
+OBSTACLES = {
+    "slice": Obstacle(planted.a_slice, Reason.OP, "aten.slice.Tensor stands between all_reduce and"),
+    "reshape": Obstacle(planted.a_reshape, Reason.OP, "aten.reshape.default stands between all_reduce and"),
+    "transpose": Obstacle(planted.a_transpose, Reason.OP, "aten.permute.default stands between all_reduce and"),
+    "clone": Obstacle(
+        planted.a_clone, Reason.LAYOUT, "aten.clone.default stands between", config=PassConfig(eliminate_noops=False)
+    ),
+    "dtype cast": Obstacle(planted.a_cast, Reason.DTYPE, "fused_add_rms_norm: float32 is cast to bfloat16"),
+    "extra user": Obstacle(planted.an_extra_user, Reason.USERS, "is also read by aten.sum.default"),
+    "dead output": Obstacle(
+        planted.a_dead_output, Reason.DEAD, "is its result not used?", line="", layers=4, at_norm=True
+    ),
+    "fp32 weight": Obstacle(
+        planted.an_fp32_weight, Reason.DTYPE, "weight is float32 and x is bfloat16", line="", at_norm=True
+    ),
+    "in-place add": Obstacle(planted.an_in_place_add, Reason.MUTATION, "add_, an in-place op"),
+    "different group": Obstacle(
+        planted.another_group, Reason.GROUP, "another all_reduce, over group '0'", line="helpers.py:"
+    ),
+    "unsupported hidden size": Obstacle(
+        planted.an_unsupported_hidden_size, Reason.SIZE, "hidden sizes that are multiples of 8",
+        config=PassConfig(allow_rounding_changes=True), providers=("flashinfer",), at_norm=True,
+    ),
+    "disabled flag": Obstacle(
+        planted.nothing, Reason.DISABLED, "fuse_allreduce_rms=False switches it off", line="",
+        config=PassConfig(fuse_allreduce_rms=False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_the_first_cause_is_the_planted_obstacle(name: str, workload: str) -> None:
+    obstacle = OBSTACLES[name]
+    with garden(workload, obstacle.layers) as made:
+        place = random.Random(f"{name} in {workload}").choice(made.places)
+        obstacle.plant(made, place)
+        report = explain(made, obstacle.config, obstacle.providers)
+    first = report.near_misses[0]
+    assert first.rule in ("allreduce_rms", "act_padding")
+    assert (first.reason, obstacle.told in first.detail) == (obstacle.reason, True), first
+    if name == "disabled flag":
+        assert first.count == len(first.sites) > len(made.places) / 2
+        assert place.norm in first.sites
+        return
+    assert first.count == 1
+    assert first.sites == (place.norm,)
+    expected = place.norm if obstacle.at_norm else place.reduced
+    assert first.source is not None
+    assert first.source.startswith(expected)
+    assert first.line is None if name == "dead output" else str(first.line).startswith(obstacle.line)
+    assert first.mend
+
+
+@pytest.mark.parametrize("workload", [GPT_OSS, "llama"])
+def test_nothing_is_near_where_nothing_is_planted(workload: str) -> None:
+    with garden(workload) as made:
+        report = explain(made, PassConfig(), ())
+    assert {miss.nearness for miss in report.near_misses} <= {Nearness.DECLINED, Nearness.ABSENT}
+    assert report.matched["allreduce_rms"] >= len(made.places)
