@@ -279,10 +279,12 @@ class _Search:
         place = _origin(gap.found)
         found = op_name(place) if place is not None else "an input of the graph"
         place = place or gap.consumer
+        # With or without a residual: either would do.
+        expected = min((member.core.name for member in self.members if gap.expected is attempt.rule.core), key=len,
+                       default=gap.expected.name)  # fmt: skip
         return self._refuse(
-            place, Reason.OP, f"expected {gap.expected.name} before {op_name(gap.consumer)}, found {found}",
-            nearness=Nearness.ABSENT, expected=gap.expected.name, found=found, site=place_of(site),
-            further=(gap.consumer,),
+            place, Reason.OP, f"expected {expected} before {op_name(gap.consumer)}, found {found}",
+            nearness=Nearness.ABSENT, expected=expected, found=found, site=place_of(site), further=(gap.consumer,),
         )  # fmt: skip
 
     def _obstructed(self, gap: Gap, site: fx.Node) -> Refusal:

@@ -1,0 +1,287 @@
+"""What is said of places at which a rule doesn't match, on small graphs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+from torch.nn import functional as F
+
+from fuseplan.config import PassConfig
+from fuseplan.manager import PostGradPassManager
+from fuseplan.providers import PROFILES
+from fuseplan.record import NearMiss, Nearness, Reason, Report
+from tests.helpers import HIDDEN, all_reduce, gpt_oss, llama, post_grad, quantize, randn, vllm
+
+W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
+X, R = randn(6, HIDDEN), randn(6, HIDDEN, seed=1)
+
+
+@torch.library.custom_op("near_misses::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@opaque.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("near_misses::scale_", mutates_args=("x",))
+def scale_(x: Tensor, factor: float) -> None:
+    x.mul_(factor)
+
+
+def near_misses(function: Callable[..., Any], *inputs: Tensor, rule: str = "", **options: Any) -> list[NearMiss]:
+    """The rows of one rule, or all, for the graph of a function on an H200; what providers decline aside."""
+    manager = PostGradPassManager(PassConfig(**options), device=PROFILES["h200"])
+    analysis = manager.analyze(post_grad(function, *inputs))
+    report = manager.report("graph_0", analysis, manager.decide(analysis, manager.config.chosen_policy, "graph_0"))
+    rows = Report(policy="planned", order=(), rules=manager.names, graphs=(report,)).near_misses
+    return [row for row in rows if row.rule in (rule, None) or not rule if row.nearness is not Nearness.DECLINED]
+
+
+BETWEEN_NORM_AND_PAD: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str]] = {
+    "slice": (lambda y: y[..., :-8], Reason.OP, "aten.slice.Tensor stands between rms_norm and pad"),
+    "reshape": (lambda y: y.reshape(-1, 32), Reason.OP, "aten.reshape.default stands between rms_norm and pad"),
+    "transpose": (lambda y: y.t(), Reason.OP, "aten.permute.default stands between rms_norm and pad"),
+    "cast": (lambda y: y.half(), Reason.DTYPE, "stands between rms_norm and pad: bfloat16 is cast to float16"),
+    "arithmetic": (lambda y: y * 2, Reason.OP, "aten.mul.Tensor stands between rms_norm and pad"),
+    "in place": (lambda y: y.mul_(2), Reason.MUTATION, "mul_, an in-place op (aten.mul.Tensor) stands between"),
+    "opaque": (opaque, Reason.OP, "near_misses.opaque.default stands between rms_norm and pad"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN_NORM_AND_PAD)
+def test_what_stands_between_norm_and_pad(name: str) -> None:
+    change, reason, told = BETWEEN_NORM_AND_PAD[name]
+    (row,) = near_misses(lambda x, w: F.pad(change(llama(x, None, w)[0]), (0, 8)), X, W)
+    assert (row.rule, row.nearness, row.reason) == ("act_padding", Nearness.OBSTRUCTED, reason)
+    assert told in row.detail
+    assert row.expected == "rms_norm"
+    assert row.line is not None
+    assert row.line.startswith("test_near_misses.py:")
+    assert row.code
+
+
+def test_an_op_that_was_in_place_is_named_by_its_own_name() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        y = llama(x, None, w)[0]
+        scale_(y, 2.0)
+        return F.pad(y, (0, 8))
+
+    (row,) = near_misses(model, X, W)
+    assert row.reason is Reason.MUTATION
+    assert "near_misses.scale_.default stands between rms_norm and pad" in row.detail
+
+
+def test_several_obstacles_are_all_named_and_one_is_blamed() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return F.pad(llama(x, None, w)[0].half()[:, :32].relu(), (0, 8))
+
+    (row,) = near_misses(model, X, W)
+    assert "so do" in row.detail
+    assert all(name in row.detail for name in ("convert_element_type", "slice", "relu"))
+
+
+def test_far_is_not_near() -> None:
+    def model(x: Tensor, w: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        y = llama(x, None, w)[0]
+        return F.pad(y @ m, (0, 8)), y
+
+    (row,) = near_misses(model, X, W, randn(HIDDEN, HIDDEN))
+    assert (row.nearness, row.found) == (Nearness.ABSENT, "aten.mm.default")
+    assert row.detail == "expected rms_norm before pad, found aten.mm.default"
+
+
+def test_a_pad_of_the_residual_stream_is_not_a_pad_of_the_norm() -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = llama(x, r, w)
+        return y, F.pad(total * 1.5, (0, 8))
+
+    assert [row.nearness for row in near_misses(model, X, R, W)] == [Nearness.ABSENT]
+
+
+def test_an_obstacle_between_residual_add_and_norm(one_rank: str) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = all_reduce(x, one_rank) + r
+        return llama(total[1:], None, w)[0], total
+
+    (row,) = near_misses(model, X, R, W, rule="allreduce_rms")
+    assert row.detail.startswith("aten.slice.Tensor stands between all_reduce and rms_norm")
+
+
+def test_sums_that_are_added_after_they_are_reduced(one_rank: str) -> None:
+    def model(x: Tensor, z: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(all_reduce(x, one_rank) + all_reduce(z, one_rank), r, w)
+
+    row = near_misses(model, X, randn(6, HIDDEN, seed=2), R, W, rule="allreduce_rms")[0]
+    assert "it adds two all_reduces" in row.detail
+    assert row.mend == "add before the all_reduce, once, instead of after both"
+
+
+def test_two_groups_that_are_added(one_rank: str) -> None:
+    other = dist.new_group([0]).group_name
+
+    def model(x: Tensor, z: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(all_reduce(x, one_rank) + all_reduce(z, other), r, w)
+
+    row = near_misses(model, X, randn(6, HIDDEN, seed=2), R, W, rule="allreduce_rms")[0]
+    assert row.reason is Reason.GROUP
+    assert f"over groups '{one_rank}' and '{other}'" in row.detail
+
+
+def test_a_group_that_this_process_does_not_know(one_rank: str) -> None:
+    graph = post_grad(lambda x, r, w: llama(all_reduce(x, one_rank), r, w), X, R, W)
+    for node in graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.all_reduce.default):
+        node.args = (*node.args[:2], "elsewhere")
+    manager = PostGradPassManager(PassConfig(), device=PROFILES["h200"])
+    (refusal,) = manager.analyze(graph).matches.refusals
+    assert refusal.reason is Reason.GROUP
+    assert refusal.detail == "the process group 'elsewhere' of the all-reduce isn't known in this process"
+
+
+def test_an_all_reduce_of_another_kind(one_rank: str) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        reduced: Tensor = collectives.all_reduce(x, "max", one_rank)  # type: ignore[arg-type]
+        return llama(reduced, r, w)[0]
+
+    (row,) = near_misses(model, X, R, W)
+    assert (row.rule, row.nearness, row.reason) == (None, Nearness.UNRECOGNIZED, Reason.ATTRIBUTE)
+    assert "it reduces by 'max', and fused ops sum" in row.detail
+
+
+def test_one_of_another_kind_among_others_is_told_by_the_rule(one_rank: str) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        reduced: Tensor = collectives.all_reduce(x, "avg", one_rank)  # type: ignore[arg-type]
+        y, total = llama(reduced, r, w)
+        return llama(all_reduce(y.sigmoid(), one_rank), total, w)[0]
+
+    row = near_misses(model, X, R, W)[0]
+    assert (row.rule, row.nearness) == ("allreduce_rms", Nearness.UNRECOGNIZED)
+    assert "it reduces by 'avg'" in row.detail
+
+
+@pytest.mark.parametrize(("amounts", "value"), [((8, 0), 0.0), ((0, 8), 1.0), ((0, 8, 0, 1), 0.0)])
+def test_a_pad_of_another_kind(amounts: tuple[int, ...], value: float) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = llama(x, r, w)
+        z = llama(y.sigmoid(), total, w)[0]
+        return F.pad(y, amounts, value=value), F.pad(z, (0, 8))
+
+    (row,) = near_misses(model, X, R, W)
+    assert (row.rule, row.reason) == ("act_padding", Reason.ATTRIBUTE)
+    assert row.detail.startswith(f"pad not recognised: it pads {list(amounts)} with {value}")
+
+
+def test_a_pad_of_another_kind_far_from_norms_is_not_told() -> None:
+    assert near_misses(lambda x, w: (F.pad(x, (8, 0)), llama(x, None, w)[0] @ w), X, W) == []
+
+
+def test_a_quantisation_of_another_kind() -> None:
+    def model(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        return (llama(x, None, w)[0].float() / s).clamp(-240.0, 240.0).to(torch.float8_e4m3fn)
+
+    (row,) = near_misses(model, X, W, torch.tensor([0.02]))
+    assert row.detail == "fp8 quantisation not recognised: what is cast isn't clamped to +-448"
+
+
+def test_a_norm_over_another_dimension(one_rank: str) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        wide = (all_reduce(x, one_rank) + r).float()
+        y = (wide * torch.rsqrt(wide.pow(2).mean(0, keepdim=True) + 1e-6)).to(x.dtype) * w
+        return llama(all_reduce(y.sigmoid(), one_rank), r, w)
+
+    row = near_misses(model, X, R, W)[0]
+    assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.UNRECOGNIZED, Reason.LAYOUT)
+    assert "the mean is over dimensions [0]" in row.detail
+
+
+def test_an_unrecognised_norm_is_told_without_rules_that_could_take_it() -> None:
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return w * (x.float() * scale).to(x.dtype), scale
+
+    (row,) = near_misses(model, X, W)
+    assert (row.rule, row.reason) == (None, Reason.USERS)
+    assert row.line is not None
+
+
+@pytest.mark.parametrize("norm", [vllm, gpt_oss, llama])
+def test_an_fp32_weight_is_refused_in_every_spelling(norm: Any, one_rank: str) -> None:
+    """What is rounded to bfloat16 before a float32 weight is multiplied in is no float32 norm."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = norm(all_reduce(x, one_rank), r, w)
+        return y.bfloat16(), total
+
+    (row,) = near_misses(model, X, R, W.float(), rule="allreduce_rms")
+    assert row.detail == "weight is float32 and x is bfloat16; the fused op takes one dtype"
+
+
+def test_one_cause_is_one_row_with_all_its_places() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return F.pad(llama(x, None, w)[0].relu(), (0, 8))[..., :HIDDEN]
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(5))
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x, w).sin()
+            return x
+
+    (row,) = near_misses(Model(), X, W)
+    assert row.count == 5
+    assert row.sites == tuple(f"layers.{index}" for index in range(5))
+
+
+def test_disabled_rules_cost_a_row_each_and_only_then() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return F.pad(llama(x, None, w)[0], (0, 8))
+
+    assert near_misses(model, X, W) == []
+    (row,) = near_misses(model, X, W, fuse_act_padding=False)
+    assert (row.rule, row.nearness, row.reason) == ("act_padding", Nearness.REFUSED, Reason.DISABLED)
+    assert row.mend == "leave fuse_act_padding out, or set it to True"
+
+
+def test_layers_that_differ_by_design_are_no_siblings(one_rank: str) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self, pads: bool) -> None:
+            super().__init__()
+            self.pads = pads
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            y = llama(x, None, w)[0]
+            return F.pad(y, (0, 8))[..., 8:] if self.pads else y
+
+    class Model(torch.nn.Module):
+        def __init__(self, pads: list[bool]) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(map(Layer, pads))
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x, w).sin()
+            return x
+
+    assert near_misses(Model([True, False, True, False]), X, W) == []
+    (row,) = near_misses(Model([True, True, False, True]), X, W)
+    assert (row.nearness, row.expected, row.sites) == (Nearness.MISSING, "pad", ("layers.2",))
+
+
+def test_quantised_values_read_by_others_stay_refusals() -> None:
+    def model(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        y = llama(x, None, w)[0]
+        return quantize(y, s), y.relu()
+
+    (row,) = near_misses(model, X, W, torch.tensor([0.02]))
+    assert (row.rule, row.nearness, row.reason) == ("norm_quant", Nearness.REFUSED, Reason.USERS)
+    assert row.mend == "let aten.relu.default read something else, or nothing"
