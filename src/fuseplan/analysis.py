@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.config import PassConfig
+from fuseplan.config import PassConfig, Policy
 from fuseplan.matching import ExternalMatches, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
-from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, SizePrice
+from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report, SizePrice
 from fuseplan.rules import Rule
 
 
@@ -109,4 +109,21 @@ def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:
     return Refusal(
         reason=reason, rule=fusion.rule, op=fusion.contested_op, detail=detail, nodes=(fusion.anchor,),
         source=fusion.source, site=fusion.source, nearness=nearness,
+    )  # fmt: skip
+
+
+def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: Sequence[GraphReport]) -> Report:
+    """The record of all graphs under one policy.
+
+    Args:
+        policy: what chose.
+        config: what was asked for; what is forced concerns plans alone.
+        rules: that were on.
+        graphs: one record each.
+    """
+    warnings = dict.fromkeys(r for graph in graphs for r in graph.refusals if r.reason is Reason.NO_EFFECT)
+    return Report(
+        policy=policy.name, order=policy.order, rules=tuple(rules), graphs=tuple(graphs), warnings=tuple(warnings),
+        force=tuple(config.force) if policy.name == "planned" else (),
+        forbid=tuple(config.forbid) if policy.name != "off" else (),
     )  # fmt: skip

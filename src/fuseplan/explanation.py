@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fuseplan.analysis import Analysis
+from fuseplan.analysis import Analysis, report_of
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.capture import Capture
 from fuseplan.config import CompileRange, PassConfig, Policy
@@ -21,7 +21,6 @@ from fuseplan.record import (
     Evidence,
     GraphReport,
     PolicyAt,
-    Reason,
     Report,
     SizePoint,
 )
@@ -91,14 +90,8 @@ class Explanation:
             timed = replace(entry.analysis, stages_ns=dict(entry.analysis.stages_ns))
             decision = entry.manager.decide(timed, policy, entry.name)
             graphs.append(entry.manager.report(entry.name, timed, decision))
-        warnings = dict.fromkeys(r for graph in graphs for r in graph.refusals if r.reason is Reason.NO_EFFECT)
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
-        constrained = policy.name == "planned"
-        return Report(
-            policy=policy.name, order=policy.order, rules=rules, graphs=tuple(graphs), warnings=tuple(warnings),
-            force=tuple(self.config.force) if constrained else (),
-            forbid=tuple(self.config.forbid) if policy.name != "off" else (),
-        )  # fmt: skip
+        return report_of(policy, self.config, rules, graphs)
 
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.

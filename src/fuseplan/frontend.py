@@ -20,6 +20,7 @@ from fuseplan.explanation import Explanation
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, device_profile
 from fuseplan.record import Reason, Report
+from fuseplan.report.trace import publish
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -207,6 +208,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
             store.save(key, merged)
             self.deliver(merged)
         elif (stored := store.load(key)) is not None:
+            publish(stored)
             self.deliver(stored)
         return compiled
 

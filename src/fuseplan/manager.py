@@ -15,7 +15,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 
-from fuseplan.analysis import Analysis, graph_report
+from fuseplan.analysis import Analysis, graph_report, report_of
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
@@ -49,6 +49,7 @@ from fuseplan.planner import (
 )
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import GraphReport, Reason, Refusal, Report, SavedPlans
+from fuseplan.report.trace import publish
 from fuseplan.rewriting import apply
 from fuseplan.rules import BUILT_IN_RULES, Rule, by_name, disabled_rules, enabled_rules
 
@@ -299,12 +300,10 @@ class PostGradPassManager(CustomGraphPass):
         return None
 
     def _deliver(self, graph: GraphReport) -> None:
+        report = report_of(self.config.chosen_policy, self.config, self.names, (graph,))
+        publish(report)
         if self.on_report is not None:
-            policy = self.config.chosen_policy
-            warnings = tuple(refusal for refusal in graph.refusals if refusal.reason is Reason.NO_EFFECT)
-            self.on_report(
-                Report(policy=policy.name, order=policy.order, rules=self.names, graphs=(graph,), warnings=warnings)
-            )
+            self.on_report(report)
 
 
 @contextmanager

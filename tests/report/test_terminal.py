@@ -5,7 +5,7 @@ from rich.console import Console
 
 from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Reason, Refusal, Report
 from fuseplan.report import comparison_to_json, render_comparison
-from fuseplan.report.terminal import places
+from fuseplan.report.text import places
 
 
 def fusion(rule: str, layer: int) -> Fusion:

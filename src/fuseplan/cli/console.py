@@ -1,5 +1,6 @@
 """What every command shares: options, one-line errors, progress, and where output goes."""
 
+import io
 import json
 import shutil
 import sys
@@ -57,7 +58,11 @@ def show(content: Any, as_json: bool) -> None:
     """Prints JSON, or a renderable: as wide as the terminal is, and without colour where there is none."""
     if as_json:
         print(json.dumps(content, indent=1))
+    elif sys.stdout.isatty():
+        Console(highlight=False).print(content)
     else:
-        piped = not sys.stdout.isatty()
-        width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns if piped else None
-        Console(file=sys.stdout, highlight=False, width=width).print(content)
+        width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
+        text = io.StringIO()
+        Console(file=text, highlight=False, width=width).print(content)
+        # Tables fill their lines up to their width.
+        print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))

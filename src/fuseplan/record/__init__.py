@@ -1,5 +1,6 @@
 """What everything speaks of: pure data, JSON in and out, no torch."""
 
+from fuseplan.record.counterfactual import Change, Difference, changes, differences
 from fuseplan.record.evidence import (
     Box,
     CostRow,
@@ -17,10 +18,12 @@ from fuseplan.record.serialization import from_json, to_json
 
 __all__ = [
     "Box",
+    "Change",
     "Comparison",
     "ConflictClass",
     "CostRow",
     "DeviceConstant",
+    "Difference",
     "Drawing",
     "Evidence",
     "Fusion",
@@ -39,7 +42,9 @@ __all__ = [
     "Selected",
     "SizePoint",
     "SizePrice",
+    "changes",
     "diff",
+    "differences",
     "from_json",
     "to_json",
 ]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fuseplan.errors import PlanError
 from fuseplan.record.serialization import from_json, to_json
@@ -101,6 +102,11 @@ class Plan:
         return hashlib.sha256(json.dumps([self.sites, content]).encode()).hexdigest()
 
 
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """A plan as plain JSON values, with what certifies and what identifies it."""
+    return {**to_json(plan), "gap": plan.gap, "digest": plan.digest}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedPlans:
     """The plans of a workload: one a graph and range.
@@ -123,7 +129,7 @@ class SavedPlans:
         Raises:
             PlanError: the file can't be written.
         """
-        plans = [{**to_json(plan), "gap": plan.gap, "digest": plan.digest} for plan in self.plans]
+        plans = [plan_to_json(plan) for plan in self.plans]
         text = json.dumps({"schema": self.schema, "workload": self.workload, "tp": self.tp, "plans": plans}, indent=1)
         temporary = path.with_name(f".{path.name}.tmp")
         try:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from fuseplan.record import Comparison, Report, to_json
+from fuseplan.record import Comparison, Report, changes, differences, to_json
+from fuseplan.report.text import policy_name
 
 SCHEMA = 1
 
@@ -21,7 +22,7 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
         "ranges": [list(span) for span in comparison.ranges],
         "policies": [_policy(report) for report in comparison.reports],
         "conflicts": [
-            {**to_json(conflict), "policy": _policy_name(report)}
+            {**to_json(conflict), "policy": policy_name(report)}
             for report in comparison.reports
             for conflict in report.conflicts
         ],
@@ -30,6 +31,38 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
         "warnings": [to_json(warning) for warning in first.warnings],
         "breaks": list(comparison.breaks),
         "notes": list(comparison.notes),
+        "counterfactual": _counterfactual(comparison),
+    }
+
+
+def report_to_json(report: Report) -> dict[str, Any]:
+    """What one compilation did, as plain JSON values: counts, conflicts and near misses, then graph by graph."""
+    return {
+        "schema": SCHEMA,
+        **_policy(report),
+        "conflicts": [to_json(conflict) for conflict in report.conflicts],
+        "near_misses": [to_json(miss) for miss in report.near_misses],
+        "recognized": report.recognized,
+        "warnings": [to_json(warning) for warning in report.warnings],
+        "graphs": [to_json(graph) for graph in report.graphs],
+    }
+
+
+def _counterfactual(comparison: Comparison) -> dict[str, Any] | None:
+    """What forcing and forbidding changes, beside the plan without it; None where nothing is forced or forbidden."""
+    free = comparison.unconstrained
+    if free is None:
+        return None
+    asked = next(report for report in comparison.reports if report.policy == free.policy)
+    return {
+        "force": list(asked.force),
+        "forbid": list(asked.forbid),
+        "without": _policy(free),
+        "changes": to_json(changes(free, asked)),
+        "lost_us": [
+            {"range": list(each.range) if each.range else None, "lost_us": (each.before_ns - each.after_ns) / 1000}
+            for each in differences(free, asked)
+        ],
     }
 
 
@@ -37,6 +70,7 @@ def _policy(report: Report) -> dict[str, Any]:
     row: dict[str, Any] = {"policy": report.policy}
     if report.order:
         row["order"] = list(report.order)
+    row |= {name: list(given) for name, given in (("force", report.force), ("forbid", report.forbid)) if given}
     row |= {
         "fused": report.fused,
         "matched": report.matched,
@@ -74,7 +108,3 @@ def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
             for tokens, (unfused, saved) in sorted(sizes.items())
         ],
     }
-
-
-def _policy_name(report: Report) -> str:
-    return f"{report.policy}({', '.join(report.order)})" if report.order else report.policy

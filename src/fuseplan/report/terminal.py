@@ -1,15 +1,15 @@
 """The record on a terminal: what fired, what starved, where and why, on one screen."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.padding import Padding
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fuseplan.record import Comparison, ConflictClass, Report
+from fuseplan.record import Comparison, ConflictClass, Report, changes, differences
 from fuseplan.record.report import UNFUSED
+from fuseplan.report.misses import render_near_misses
+from fuseplan.report.policies import Policies, matters
+from fuseplan.report.text import count_of, entry, enumerate_names, indented, places, policy_name, tokens_of
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
@@ -18,10 +18,12 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     """
     parts: list[RenderableType] = [_headline(comparison), Text(), *_table(comparison)]
     sections = (
+        _what_if(comparison),
         _conflicts(comparison),
         _uncontested(comparison),
         _not_worth_it(comparison),
-        _near_misses(comparison),
+        _forbidden(comparison),
+        render_near_misses(comparison.reports[0].near_misses),
         _warnings(comparison),
     )
     for section in sections:
@@ -32,12 +34,12 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 
 
 def _headline(comparison: Comparison) -> Text:
-    spans = ", ".join(map(_tokens, comparison.ranges))
+    spans = ", ".join(map(tokens_of, comparison.ranges))
     graphs = len({graph.graph for graph in comparison.reports[0].graphs})
     text = Text()
     text.append(comparison.workload, style="bold")
     text.append(f"  TP={comparison.tp}, providers of {comparison.device}, ")
-    text.append(f"{_count(graphs, 'graph')} in {_count(len(comparison.ranges), 'compile range')} (tokens {spans})")
+    text.append(f"{count_of(graphs, 'graph')} in {count_of(len(comparison.ranges), 'compile range')} (tokens {spans})")
     norms = {name: n for name, n in comparison.reports[0].recognized.items() if n}
     if norms:
         text.append("\nrecognised: " + ", ".join(f"{n} {name}" for name, n in sorted(norms.items())), style="dim")
@@ -45,12 +47,12 @@ def _headline(comparison: Comparison) -> Text:
 
 
 def _table(comparison: Comparison) -> list[RenderableType]:
-    rules = sorted({rule for report in comparison.reports for rule in report.matched if _matters(comparison, rule)})
+    rules = sorted({rule for report in comparison.reports for rule in report.matched if matters(comparison, rule)})
     if not rules:
         known = sorted({rule for report in comparison.reports for rule in report.rules})
         return [Text(f"nothing to fuse: none of {', '.join(known)} matches anywhere")]
     legend = "fired, of the matches there are on the unmodified graphs"
-    return [_Policies(comparison, rules), Text(f"{legend}; {_saving_legend(comparison)}", style="dim")]
+    return [Policies(comparison, rules), Text(f"{legend}; {_saving_legend(comparison)}", style="dim")]
 
 
 def _saving_legend(comparison: Comparison) -> str:
@@ -59,84 +61,47 @@ def _saving_legend(comparison: Comparison) -> str:
     return f"saved: us a step at the middle of each range ({middles} tokens)"
 
 
-class _Policies:
-    """Policies by rules and by ranges: a table where the terminal is wide enough for it, else one paragraph a
-    policy.
-    """
-
-    def __init__(self, comparison: Comparison, rules: Sequence[str]) -> None:
-        self.comparison, self.rules = comparison, rules
-        self.spans = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        names = max(len(name) for name in map(policy_name, self.comparison.reports) if name.count(",") < 2)
-        counts = names + 3 + sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules)
-        savings = sum(max(len(_span(span)), 8) + 3 for span in self.spans)
-        if counts + savings <= options.max_width:
-            yield self._table(self.rules, self.spans)
-        elif counts <= options.max_width:
-            yield self._table(self.rules, ())
-            yield Text()
-            yield self._table((), self.spans)
-        else:
-            yield self._paragraphs()
-
-    def _table(self, rules: Sequence[str], spans: Sequence[tuple[int, int] | None]) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-        table.add_column("policy", overflow="fold")
-        for rule in rules:
-            table.add_column(rule, justify="right", no_wrap=True)
-        for span in spans:
-            table.add_column(_span(span), justify="right", no_wrap=True)
-        for report in self.comparison.reports:
-            cells = [_cell(report, rule) for rule in rules]
-            table.add_row(policy_name(report), *cells, *(self._saved(report, span) for span in spans))
-        return table
-
-    def _paragraphs(self) -> Group:
-        lines: list[RenderableType] = []
-        for report in self.comparison.reports:
-            lines.append(Text(policy_name(report), style="bold"))
-            listed = [rule for rule in self.rules if not report.order or rule in report.order]
-            lines += [_indented(Text(f"{rule}  ").append_text(_cell(report, rule)), 4) for rule in listed]
-            saved = [Text(f"{_span(span)}: ").append_text(self._saved(report, span)) for span in self.spans]
-            lines.append(_indented(Text("saved  ").append_text(Text(", ").join(saved)), 4))
-        return Group(*lines)
-
-    def _saved(self, report: Report, span: tuple[int, int] | None) -> Text:
-        best = max(_saved_ns(each, span) for each in self.comparison.reports)
-        saved_ns = _saved_ns(report, span)
-        return Text(f"{saved_ns / 1000:.1f}", style="green" if saved_ns == best and best > 0 else "")
+def _what_if(comparison: Comparison) -> list[RenderableType]:
+    """What forcing and forbidding costs, and what it changes where."""
+    free = comparison.unconstrained
+    if free is None:
+        return []
+    asked = next(report for report in comparison.reports if report.policy == free.policy)
+    given = [f"{verb} {text}" for verb, texts in (("force", asked.force), ("forbid", asked.forbid)) for text in texts]
+    lines: list[RenderableType] = [entry("what if", enumerate_names(given))]
+    saved = [_saves(each.range, each.before_ns, each.after_ns) for each in differences(free, asked)]
+    lines.append(indented(Text("saves ").append_text(Text(", ").join(saved))))
+    grouped: dict[tuple[str, str, tuple[str, ...]], int] = {}
+    for change in changes(free, asked):
+        key = (change.before, change.after, change.sources)
+        grouped[key] = grouped.get(key, 0) + change.count
+    for (before, after, sources), count in grouped.items():
+        where = f": {places(sources)}" if sources else ""
+        lines.append(indented(f"{after} in place of {before} in {count_of(count, 'place')}{where}"))
+    if not grouped:
+        lines.append(indented("it changes nothing: the plan is the same without it"))
+    return lines
 
 
-def _saved_ns(report: Report, span: tuple[int, int] | None) -> int:
-    return sum(graph.saved_ns for graph in report.graphs if graph.range == span)
+def _saves(span: tuple[int, int] | None, before_ns: int, after_ns: int) -> Text:
+    worse = after_ns < before_ns
+    at = f" at {tokens_of(span)}" if span else ""
+    return Text.assemble(
+        (f"{after_ns / 1000:.1f} us", "red" if worse else ""), f" instead of {before_ns / 1000:.1f} us{at}"
+    )
 
 
-def _span(span: tuple[int, int] | None) -> str:
-    return f"saved {_tokens(span)}" if span else "saved"
-
-
-def _tokens(span: tuple[int, int]) -> str:
-    first, last = span
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def _matters(comparison: Comparison, rule: str) -> bool:
-    return any(report.matched.get(rule, 0) for report in comparison.reports)
-
-
-def _starved(report: Report, rule: str) -> bool:
-    return bool(report.order) and report.matched.get(rule, 0) > 0 and not report.fused.get(rule, 0)
-
-
-def _cell(report: Report, rule: str) -> Text:
-    fused, matched = report.fused.get(rule, 0), report.matched.get(rule, 0)
-    style = "bold red" if _starved(report, rule) else "green" if fused else "dim"
-    if report.order and rule not in report.order:
-        return Text("not listed", style="dim")
-    cell = Text(str(fused), style=style).append(f" of {matched}", style="dim")
-    return cell.append(", starved", style="bold red") if _starved(report, rule) else cell
+def _forbidden(comparison: Comparison) -> list[RenderableType]:
+    """Matches that the first policy was told not to apply."""
+    sources: dict[str, list[str | None]] = {}
+    for graph in comparison.reports[0].graphs:
+        for rule, site in dict.fromkeys((loss.fusion.rule, loss.fusion.site) for loss in graph.lost if loss.forbidden):
+            place = next(loss.fusion.source for loss in graph.lost if loss.fusion.site == site)
+            sources.setdefault(rule, []).append(place)
+    return [
+        entry("forbidden", f"{rule} in {count_of(len(where), 'place')}: {places(where)}".rstrip(": "))
+        for rule, where in sorted(sources.items())
+    ]
 
 
 def _conflicts(comparison: Comparison) -> list[RenderableType]:
@@ -148,19 +113,19 @@ def _conflicts(comparison: Comparison) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for (op, sources), rows in contests.items():
         rules = sorted({rule for _, conflict in rows for rule in conflict.rules})
-        text = f"{_enumerate(rules)} want the same {op}, which can be in one fusion only"
-        lines.append(Text.assemble(("conflict  ", "bold yellow"), text))
-        lines += [_indented(f"where  {places(sources)}")] if sources else []
+        text = f"{enumerate_names(rules)} want the same {op}, which can be in one fusion only"
+        lines.append(entry("conflict", text))
+        lines += [indented(f"where  {places(sources)}")] if sources else []
         for report in comparison.reports:
             mine = [conflict for owner, conflict in rows if owner is report]
-            lines += [_indented(_verdict(report, mine))] if mine else []
+            lines += [indented(_verdict(report, mine))] if mine else []
     return lines
 
 
 def _verdict(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
     verdict = Text(f"{policy_name(report)}: ")
     winners = {conflict.winner: conflict.count for conflict in conflicts}
-    verdict.append(_enumerate([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
+    verdict.append(enumerate_names([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
     losers: dict[str, list[ConflictClass]] = {}
     for conflict in conflicts:
         losers.setdefault(conflict.loser, []).append(conflict)
@@ -176,12 +141,15 @@ def _margin(conflict: ConflictClass) -> str:
     if conflict.lost_us is None:
         return ""
     text = f"{abs(conflict.lost_us):.1f} us {'more' if conflict.lost_us < 0 else 'less'} a place"
-    flips = "" if conflict.flips_at_us is None else f", wins below {conflict.flips_at_us:.1f} us"
-    return f" (would save {text}{flips})"
+    return f" (would save {text}{_flip(conflict)})"
 
 
-def _enumerate(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+def _flip(conflict: ConflictClass) -> str:
+    """What the loser's op would have to take, beside what it takes."""
+    if conflict.flips_at_us is None or conflict.lost_us is None:
+        return ""
+    takes = conflict.flips_at_us + conflict.lost_us
+    return f"; it would win if its op took {conflict.flips_at_us:.1f} us instead of {takes:.1f}"
 
 
 def _not_worth_it(comparison: Comparison) -> list[RenderableType]:
@@ -190,12 +158,10 @@ def _not_worth_it(comparison: Comparison) -> list[RenderableType]:
     for conflict in comparison.reports[0].conflicts:
         if conflict.winner == UNFUSED:
             where = places(conflict.sources)
-            title = f"{conflict.loser} in {_count(conflict.count, 'place')}{f': {where}' if where else ''}"
-            lines.append(Text.assemble(("not worth it  ", "bold yellow"), title))
-            flips = (
-                "" if conflict.flips_at_us is None else f"; it would pay if its op took {conflict.flips_at_us:.1f} us"
-            )
-            lines.append(_indented(f"leaving it to Inductor is {conflict.lost_us or 0:.1f} us a place cheaper{flips}"))
+            title = f"{conflict.loser} in {count_of(conflict.count, 'place')}{f': {where}' if where else ''}"
+            lines.append(entry("not worth it", title))
+            cheaper = f"leaving it to Inductor is {conflict.lost_us or 0:.1f} us a place cheaper"
+            lines.append(indented(f"{cheaper}{_flip(conflict)}"))
     return lines
 
 
@@ -210,19 +176,8 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
     for rule in sorted({fusion.rule for _, fusion in always}):
         mine = [fusion for _, fusion in always if fusion.rule == rule]
         where = places(fusion.source for fusion in mine)
-        lines.append(Text(f"uncontested  {rule} in {_count(len(mine), 'place')}{f': {where}' if where else ''}"))
-    return lines
-
-
-def _near_misses(comparison: Comparison) -> list[RenderableType]:
-    lines: list[RenderableType] = []
-    for miss in comparison.reports[0].near_misses:
-        where = f" ({places([miss.source])})" if miss.source else ""
-        title = Text.assemble(
-            ("near miss ", "bold yellow"),
-            f"{miss.rule or miss.op}: {miss.reason.value}, {_count(miss.count, 'place')}{where}",
-        )
-        lines += [title, _indented(miss.detail), *([_indented(f"mend   {miss.mend}")] if miss.mend else [])]
+        told = f"{rule} in {count_of(len(mine), 'place')}{f': {where}' if where else ''}"
+        lines.append(entry("uncontested", told, style=""))
     return lines
 
 
@@ -233,10 +188,10 @@ def _warnings(comparison: Comparison) -> list[RenderableType]:
         for report in comparison.reports
         for graph in report.graphs
         for refusal in graph.refusals
-        if refusal.reason.value in ("training", "disabled")
+        if refusal.reason.value in ("training", "disabled") and refusal.nearness is None
     )
     texts = [*lines, *refused, *(f"graph break: {reason}" for reason in comparison.breaks)]
-    return [Text.assemble(("warning   ", "bold yellow"), text) for text in texts]
+    return [entry("warning", text) for text in texts]
 
 
 def _footer(comparison: Comparison) -> Text:
@@ -248,37 +203,3 @@ def _footer(comparison: Comparison) -> Text:
     times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in stages.items()]
     notes = "".join(f"note  {note}\n" for note in comparison.notes)
     return Text(f"{notes}time  {', '.join(times)}", style="dim")
-
-
-def policy_name(report: Report) -> str:
-    """A policy as it is written on the command line."""
-    return f"{report.policy}({', '.join(report.order)})" if report.order else report.policy
-
-
-def places(sources: Iterable[str | None]) -> str:
-    """Module paths with runs of layer numbers folded: `layers.0-35.mlp`."""
-    numbers: dict[str, list[int]] = {}
-    for source in sources:
-        if source is not None:
-            found = re.search(r"\d+", source)
-            template = re.sub(r"\d+", "{}", source, count=1) if found else source
-            numbers.setdefault(template, []).extend([int(found[0])] if found else [])
-    return ", ".join(template.replace("{}", _runs(sorted(set(indices)))) for template, indices in numbers.items())
-
-
-def _runs(indices: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _indented(content: str | Text, columns: int = 10) -> Padding:
-    return Padding(content if isinstance(content, Text) else Text(content), (0, 0, 0, columns))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

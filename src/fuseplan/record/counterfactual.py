@@ -1,0 +1,80 @@
+"""What forcing and forbidding changes: two reports on the same graphs, place by place."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fuseplan.record.report import UNFUSED, GraphReport, Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Places of one range at which one choice takes the place of another.
+
+    Attributes:
+        range: first and last number of tokens, None where they aren't limited.
+        before: rule and provider, e.g. `allreduce_rms triton`, or `unfused`.
+        after: likewise.
+        count: in how many places.
+        sources: the places in the user's model.
+    """
+
+    range: tuple[int, int] | None
+    before: str
+    after: str
+    count: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What a range saves under two reports.
+
+    Attributes:
+        range: first and last number of tokens, None where they aren't limited.
+        before_ns: what the first saves there.
+        after_ns: what the second saves.
+    """
+
+    range: tuple[int, int] | None
+    before_ns: int
+    after_ns: int
+
+
+def changes(before: Report, after: Report) -> tuple[Change, ...]:
+    """Where the second report applies something else than the first, range by range."""
+    grouped: dict[tuple[tuple[int, int] | None, str, str], list[str | None]] = {}
+    for old, new in _pairs(before, after):
+        choices = _choices(old), _choices(new)
+        for site in dict.fromkeys((*choices[0], *choices[1])):
+            (left, place), (right, other) = (each.get(site, (UNFUSED, None)) for each in choices)
+            if left != right:
+                grouped.setdefault((old.range, left, right), []).append(place or other)
+    return tuple(
+        Change(
+            range=span, before=left, after=right, count=len(places),
+            sources=tuple(dict.fromkeys(place for place in places if place is not None)),
+        )
+        for (span, left, right), places in grouped.items()
+    )  # fmt: skip
+
+
+def differences(before: Report, after: Report) -> tuple[Difference, ...]:
+    """What each range saves under both."""
+    totals: dict[tuple[int, int] | None, list[int]] = {}
+    for old, new in _pairs(before, after):
+        total = totals.setdefault(old.range, [0, 0])
+        total[0] += old.saved_ns
+        total[1] += new.saved_ns
+    return tuple(Difference(range=span, before_ns=old, after_ns=new) for span, (old, new) in totals.items())
+
+
+def _pairs(before: Report, after: Report) -> Iterator[tuple[GraphReport, GraphReport]]:
+    others = {(graph.graph, graph.range): graph for graph in after.graphs}
+    for graph in before.graphs:
+        if (graph.graph, graph.range) in others:
+            yield graph, others[graph.graph, graph.range]
+
+
+def _choices(graph: GraphReport) -> dict[str, tuple[str, str | None]]:
+    """(rule and provider, source) by site."""
+    return {fusion.site: (f"{fusion.rule} {fusion.provider}", fusion.source) for fusion in graph.applied}

@@ -1,0 +1,68 @@
+"""Small things that every text about a report needs: places, counts, lists, indents, names of policies."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fuseplan.record import Report
+
+INDENT = 13
+
+
+def policy_name(report: Report) -> str:
+    """A policy as it is written on the command line."""
+    return f"{report.policy}({', '.join(report.order)})" if report.order else report.policy
+
+
+def places(sources: Iterable[str | None]) -> str:
+    """Module paths with runs of layer numbers folded: `layers.0-35.mlp`."""
+    numbers: dict[str, list[int]] = {}
+    for source in sources:
+        if source is not None:
+            found = re.search(r"\d+", source)
+            template = re.sub(r"\d+", "{}", source, count=1) if found else source
+            numbers.setdefault(template, []).extend([int(found[0])] if found else [])
+    return ", ".join(template.replace("{}", _runs(sorted(set(indices)))) for template, indices in numbers.items())
+
+
+def _runs(indices: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def enumerate_names(parts: Sequence[str]) -> str:
+    """`a, b and c`"""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def tokens_of(span: tuple[int, int]) -> str:
+    """`1-64`, or `8`"""
+    first, last = span
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def indented(content: str | Text, columns: int = INDENT) -> Padding:
+    """A paragraph that stands under a title."""
+    return Padding(content if isinstance(content, Text) else Text(content), (0, 0, 0, columns))
+
+
+def entry(label: str, content: str | Text, style: str = "bold yellow") -> Table:
+    """A paragraph with its title beside it."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(width=INDENT - 1, no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(Text(label, style=style), content)
+    return table
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 place`, `2 places`"""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
