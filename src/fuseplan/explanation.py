@@ -24,6 +24,7 @@ from fuseplan.record import (
     Report,
     SizePoint,
 )
+from fuseplan.rules import BUILT_IN_RULES, Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +50,19 @@ class Explanation:
         config: flags and compile ranges.
         device: a profile whose providers are taken as present; None: those of this machine.
         providers: who may run fused ops.
+        rules: what can be fused.
     """
 
     def __init__(
-        self, traced: Capture, config: PassConfig, device: DeviceProfile | None, providers: Sequence[Provider]
+        self,
+        traced: Capture,
+        config: PassConfig,
+        device: DeviceProfile | None,
+        providers: Sequence[Provider],
+        rules: Sequence[Rule] = BUILT_IN_RULES,
     ) -> None:
-        self.traced, self.config, self.device, self.providers = traced, config, device, providers
-        self._shared = PostGradPassManager(config, device=device, providers=providers)
+        self.traced, self.config, self.device, self.providers, self._every = traced, config, device, providers, rules
+        self._shared = PostGradPassManager(config, device=device, providers=providers, rules=rules)
         self.rules = tuple(self._shared.rules)
         self.entries: list[Entry] = []
         self.skipped: list[GraphReport] = []
@@ -68,7 +75,7 @@ class Explanation:
     ) -> list[Entry]:
         manager = PostGradPassManager(
             config, compile_range=compile_range, device=self.device, prices=self._shared.prices,
-            providers=self.providers,
+            providers=self.providers, rules=self._every,
         )  # fmt: skip
         manager.solver = self._shared.solver
         span = (compile_range.start, compile_range.end) if compile_range else None
@@ -99,7 +106,7 @@ class Explanation:
         A composed rule, which does what several simple ones do, is left out, or comes first of all.
         """
         members = {match.rule.name: match.rule for entry in self.entries for match in entry.analysis.matches.candidates}
-        simple = sorted(name for name, rule in members.items() if len(rule.flags) == 1)
+        simple = sorted(name for name, rule in members.items() if not rule.is_composed)
         composed = sorted(set(members) - set(simple))
         if not simple:
             return [Policy(name="ordered", order=self.rules)] if self.rules else []
@@ -120,9 +127,9 @@ class Explanation:
 
     def unconstrained(self) -> Report:
         """The plan without what is forced and forbidden."""
-        return Explanation(self.traced, replace(self.config, force=(), forbid=()), self.device, self.providers).report(
-            self.config.chosen_policy
-        )
+        config = replace(self.config, force=(), forbid=())
+        free = Explanation(self.traced, config, self.device, self.providers, self._every)
+        return free.report(config.chosen_policy)
 
     def evidence(self, policies: Sequence[Policy]) -> Evidence:
         """What a reader of reports under these policies can look up."""

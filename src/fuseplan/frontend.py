@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx
@@ -18,9 +18,10 @@ from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.errors import ConfigError
 from fuseplan.explanation import Explanation
 from fuseplan.manager import PostGradPassManager, ReportCallback
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, device_profile
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
 from fuseplan.record import Reason, Report
 from fuseplan.report.trace import publish
+from fuseplan.rules import BUILT_IN_RULES, Rule
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -37,6 +38,8 @@ def inductor_options(
     on_report: ReportCallback | None = None,
     options: Mapping[str, Any] | None = None,
     passes: Sequence[object] = (),
+    rules: Sequence[Rule] = (),
+    providers: Sequence[Provider] = (),
 ) -> dict[str, Any]:
     """Options for `torch.compile(model, options=...)` that put fuseplan into Inductor's custom-pass hook.
 
@@ -49,6 +52,8 @@ def inductor_options(
         options: further Inductor options. A custom pass among them, or in Inductor's global configuration, runs before
             fuseplan's and is not dropped.
         passes: other people's passes, as for `compile`.
+        rules: fusions beside the built-in ones, likewise.
+        providers: who can run them, likewise.
 
     Returns:
         `options` with fuseplan's pass manager in its hook.
@@ -61,7 +66,15 @@ def inductor_options(
     config = config or PassConfig()
     ranges = config.compile_ranges
     whole = CompileRange(start=ranges[0].start, end=ranges[-1].end) if ranges else None
-    return _options(config, whole, on_report, dict(options or {}), passes)
+    return _options(config, whole, on_report, dict(options or {}), _Further(passes, rules, providers))
+
+
+class _Further(NamedTuple):
+    """What a user brings beside what is built in."""
+
+    passes: Sequence[object]
+    rules: Sequence[Rule]
+    providers: Sequence[Provider]
 
 
 def _options(
@@ -69,13 +82,14 @@ def _options(
     compile_range: CompileRange | None,
     on_report: ReportCallback | None,
     options: dict[str, Any],
-    passes: Sequence[object],
+    further: _Further,
 ) -> dict[str, Any]:
     given = options.get(HOOK, getattr(inductor_config, HOOK))
     previous = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     manager = PostGradPassManager(
-        config, compile_range=compile_range, on_report=on_report, previous=previous, passes=passes
-    )
+        config, compile_range=compile_range, on_report=on_report, previous=previous, passes=further.passes,
+        rules=(*BUILT_IN_RULES, *further.rules), providers=(*BUILT_IN_PROVIDERS, *further.providers),
+    )  # fmt: skip
     return {**options, HOOK: manager}
 
 
@@ -85,6 +99,8 @@ def compile(
     config: PassConfig | None = None,
     on_report: ReportCallback | None = None,
     passes: Sequence[object] = (),
+    rules: Sequence[Rule] = (),
+    providers: Sequence[Provider] = (),
     **torch_compile_arguments: Any,
 ) -> T:
     """`torch.compile(model)` with planned fusions.
@@ -100,6 +116,8 @@ def compile(
             match worth one kernel launch, or what an `ExternalPass` around the pass says. Functions of a graph, and
             passes whose patterns hold what another one puts in, run before or after the plan, where they stand among
             these.
+        rules: fusions beside the built-in ones.
+        providers: who can run them, beside the built-in ones; `providers.provider_of` makes one of kernels.
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 
     Returns:
@@ -118,10 +136,10 @@ def compile(
         raise ConfigError(f"backend={backend!r}: fusions are passes of Inductor; leave backend out or use 'inductor'")
     options = _merge_mode(arguments.pop("mode", None), arguments.pop("options", None), arguments.get("dynamic"))
     _warn_if_nothing_compiles(arguments)
-    warner = _Warner(on_report)
+    warner, further = _Warner(on_report), _Further(passes, rules, providers)
 
     def compiled(compile_range: CompileRange | None) -> Any:
-        backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), passes)
+        backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), further)
         return torch.compile(model, backend=backend, **arguments)
 
     if not config.compile_ranges:
@@ -187,11 +205,11 @@ class _Backend(torch._TorchCompileInductorWrapper):
         deliver: _Warner,
         options: Mapping[str, Any],
         dynamic: bool | None,
-        passes: Sequence[object],
+        further: _Further,
     ) -> None:
         self.deliver = deliver
         self.fresh: list[Report] = []
-        merged = _options(config, compile_range, self.fresh.append, dict(options), passes)
+        merged = _options(config, compile_range, self.fresh.append, dict(options), further)
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
 
     def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
@@ -226,6 +244,8 @@ def explain(
     *inputs: Any,
     config: PassConfig | None = None,
     device: DeviceProfile | str | None = None,
+    rules: Sequence[Rule] = (),
+    providers: Sequence[Provider] = (),
     **model_arguments: Any,
 ) -> Report:
     """What `compile(model, config=config)` would fuse in `model(*inputs, **model_arguments)`, and what not and why.
@@ -239,6 +259,8 @@ def explain(
         config: flags, policy and compile ranges; with ranges, tracing treats sizes as dynamic.
         device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: those
             of this machine.
+        rules: fusions beside the built-in ones.
+        providers: who can run them, beside the built-in ones.
         **model_arguments: its keyword arguments.
 
     Returns:
@@ -252,4 +274,5 @@ def explain(
     config = config or PassConfig()
     profile = device_profile(device) if isinstance(device, str) else device
     traced = capture(model, inputs, model_arguments, dynamic=bool(config.compile_ranges))
-    return Explanation(traced, config, profile, BUILT_IN_PROVIDERS).report(config.chosen_policy)
+    everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)
+    return Explanation(traced, config, profile, everyone, everything).report(config.chosen_policy)

@@ -13,7 +13,7 @@ from fuseplan.dialect.fused import (
     Epilogue,
 )
 from fuseplan.dialect.quant import FP8_DTYPES
-from fuseplan.dialect.registry import Dialect, DialectOp, Sample, implement
+from fuseplan.dialect.registry import Dialect, DialectOp, Sample, define, implement
 from fuseplan.dialect.rounding import ActivationRounding, QuantRounding, Rounding
 
 ops = Dialect(
@@ -44,6 +44,7 @@ __all__ = [
     "QuantRounding",
     "Rounding",
     "Sample",
+    "define",
     "implement",
     "ops",
 ]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.fx import Proxy
 
+from fuseplan.errors import RuleError
+
 NAMESPACE = "fuseplan"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -111,7 +113,21 @@ def define(
     fused: bool = False,
     collective: bool = False,
 ) -> DialectOp:
-    """Registers `fuseplan::<name>` with torch and returns its record."""
+    """Registers `fuseplan::<name>` with torch and returns its record.
+
+    Args:
+        name: unique.
+        schema: arguments and results as in a torch schema, without the name.
+        reference: what it computes, in plain PyTorch; the oracle for every provider's kernel.
+        fake: shapes and dtypes of the results, symbolic sizes included.
+        samples: arguments, for tests and verification.
+        error_factor: how much more a kernel may be off than the reference is.
+        fused: whether it stands for several others.
+        collective: whether ranks meet in it.
+
+    Raises:
+        RuleError: there is an op of that name already.
+    """
     _register(name, schema, reference, fake)
     return DialectOp(
         name=name,
@@ -126,11 +142,19 @@ def define(
 
 
 def implement(op: DialectOp, provider: str, kernel: Callable[..., Any]) -> None:
-    """Registers a provider's kernel as the overload `fuseplan::<op>.<provider>`, with the op's own schema and fake."""
+    """Registers a provider's kernel as the overload `fuseplan::<op>.<provider>`, with the op's own schema and fake.
+
+    Raises:
+        RuleError: the provider has a kernel of that op already.
+    """
     _register(f"{op.name}.{provider}", op.schema, kernel, op.fake)
 
 
 def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    try:
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise RuleError(f"{NAMESPACE}::{name}{schema} can't be defined: {why}") from error
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)

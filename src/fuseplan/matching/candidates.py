@@ -9,13 +9,13 @@ from typing import Any
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.dialect import ops
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule
+from fuseplan.rules.base import op_text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -269,24 +269,19 @@ def _offered(
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:
-    """The dialect ops that every member of a rule needs and the graph doesn't have: why the rule can do nothing
-    here."""
-    missing: list[set[str]] = []
-    for rule in members:
-        calls = [ops.of(node.target) for node in rule.traced_pattern.graph.nodes if node.op == "call_function"]
-        missing.append(
-            {op.name for op in calls if op and not canonical.graph.find_nodes(op="call_function", target=op.overload)}
-        )
+    """The ops that every member of a rule needs and the graph doesn't have: why the rule can do nothing here."""
+    graph = canonical.graph
+    missing = [
+        {op_text(node.target) for node in rule.calls if not graph.find_nodes(op="call_function", target=node.target)}
+        for rule in members
+    ]
     return min((sorted(names) for names in missing), key=len) if all(missing) else []
 
 
 def op_name(node: fx.Node) -> str:
     """What a node calls: a dialect op by its name, an op that was made functional by what it was before."""
-    op = ops.of(node.target)
-    if op is not None:
-        return op.name
     if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
         return str(node.args[0])
     if is_call(node, operator.getitem) and isinstance(node.args[0], fx.Node):
         return op_name(node.args[0])
-    return str(getattr(node.target, "__name__", node.target) if node.op != "call_function" else node.target)
+    return op_text(node.target)

@@ -8,6 +8,7 @@ match takes are looked at from their own side too, since their norm may be hidde
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 
@@ -20,6 +21,7 @@ from fuseplan.matching.obstacles import obstruction, without_residual_add
 from fuseplan.matching.siblings import missing_siblings
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
+from fuseplan.rules.base import op_text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,7 +36,7 @@ class Gap:
         goal: the expected one, or what looks like it; None where it is not near.
     """
 
-    expected: DialectOp
+    expected: str
     consumer: fx.Node
     found: object
     way: Sequence[fx.Node] = ()
@@ -162,7 +164,7 @@ class _Search:
                 if node not in self.done and pattern.fits(node):
                     found.setdefault(node, []).append(member)
         unraised = {
-            node: [member for member in self.members if _root(member).name == refusal.op]
+            node: [member for member in self.members if op_text(_root(member)) == refusal.op]
             for node, refusal in self.canonical.unraised.items()
             if refusal.op != ops.rms_norm.name
         }
@@ -178,7 +180,7 @@ class _Search:
         root = rule.traced_pattern.outputs[0]
         unraised = self.canonical.unraised.get(anchor)
         if unraised is not None:
-            attempt.gaps.append(Gap(expected=_op(root), consumer=anchor, found=anchor, goal=anchor))
+            attempt.gaps.append(Gap(expected=op_text(_target(root)), consumer=anchor, found=anchor, goal=anchor))
             (first,) = anchor.all_input_nodes[:1] or (None,)
             self._follow(attempt, root.all_input_nodes[0], first, anchor)
         else:
@@ -192,7 +194,7 @@ class _Search:
         if isinstance(found, fx.Node) and _calls_like(expected, found) and not self._is_taken(attempt.rule, found):
             self._enter(attempt, expected, found)
             return
-        op = _op(expected)
+        op = op_text(_target(expected))
         reached = self._search(attempt.rule, expected, found) if isinstance(found, fx.Node) else None
         if reached is None:
             attempt.gaps.append(Gap(expected=op, consumer=consumer, found=found))
@@ -204,18 +206,16 @@ class _Search:
 
     def _enter(self, attempt: Attempt, expected: fx.Node, found: fx.Node) -> None:
         """Goes on to the inputs of a node that is as the pattern has it."""
-        op = ops.of(expected.target)
-        if op is not None:
-            attempt.ops_found += 1
-            if op is attempt.rule.core:
-                attempt.core = found
+        attempt.ops_found += not is_call(expected, operator.getitem)
+        if expected.target is attempt.rule.core.overload:
+            attempt.core = found
         for part, value in zip(expected.args, found.args, strict=False):
             if isinstance(part, fx.Node):
                 self._follow(attempt, part, value, found)
 
     def _search(self, rule: Rule, expected: fx.Node, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
         """(obstacles, the expected node or what looks like it) behind `found`."""
-        name = ops.rms_norm.name if _op(expected) is rule.core else _op(expected).name
+        name = ops.rms_norm.name if _target(expected) is rule.core.overload else op_text(_target(expected))
 
         def is_goal(node: fx.Node) -> bool:
             refusal = self.canonical.unraised.get(node)
@@ -232,11 +232,11 @@ class _Search:
     def _unread_prologues(self) -> Iterator[Refusal]:
         """All-reduces that no match takes and no anchor has led to, looked at from their own side."""
         prologues = {
-            _op(node)
+            op
             for member in self.members
-            if len(member.flags) == 1
-            for node in member.traced_pattern.graph.nodes
-            if (op := ops.of(node.target)) is not None and op is not member.core and op is not _root(member)
+            if not member.is_composed
+            for node in member.calls
+            if (op := ops.of(node.target)) is not None and op is not member.core and op.overload is not _root(member)
         }
         for op in sorted(prologues, key=lambda each: each.name):
             for node in self.canonical.graph.find_nodes(op="call_function", target=op.overload):
@@ -257,7 +257,7 @@ class _Search:
                 if goal in self.canonical.unraised:
                     return self._claim(goal, ops.rms_norm.name)
                 if without_residual_add(way, node):
-                    gap = Gap(expected=op, consumer=goal, found=way[-1], way=way[::-1], goal=node)
+                    gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
                     return self._obstructed(gap, goal)
         reader = next((each for each in node.users if each.op == "call_function"), None)
         found = op_name(reader) if reader is not None else "the graph's output"
@@ -280,8 +280,8 @@ class _Search:
         found = op_name(place) if place is not None else "an input of the graph"
         place = place or gap.consumer
         # With or without a residual: either would do.
-        expected = min((member.core.name for member in self.members if gap.expected is attempt.rule.core), key=len,
-                       default=gap.expected.name)  # fmt: skip
+        cores = [member.core.name for member in self.members if gap.expected == attempt.rule.core.name]
+        expected = min(cores, key=len, default=gap.expected)
         return self._refuse(
             place, Reason.OP, f"expected {expected} before {op_name(gap.consumer)}, found {found}",
             nearness=Nearness.ABSENT, expected=expected, found=found, site=place_of(site), further=(gap.consumer,),
@@ -293,7 +293,7 @@ class _Search:
         told = obstruction(obstacles, gap.goal, gap.consumer)
         return self._refuse(
             told.node, told.reason, told.detail, nearness=Nearness.OBSTRUCTED,
-            expected=gap.expected.name, found=told.found, site=place_of(site), mend=told.mend,
+            expected=gap.expected, found=told.found, site=place_of(site), mend=told.mend,
             further=(*obstacles, gap.consumer, gap.goal),
         )  # fmt: skip
 
@@ -321,19 +321,15 @@ def _origin(found: object) -> fx.Node | None:
     return found if isinstance(found, fx.Node) and found.op == "call_function" else None
 
 
-def _op(node: fx.Node) -> DialectOp:
-    """The dialect op that a pattern's node calls, or is a result of."""
-    op = ops.of(node.target)
-    if op is None:
-        producer = node.args[0]
-        assert isinstance(producer, fx.Node)
-        op = ops.of(producer.target)
-    assert op is not None
-    return op
+def _target(node: fx.Node) -> Any:
+    """What a pattern's node calls, or, where it is one of several results, what yields it."""
+    producer = node.args[0] if is_call(node, operator.getitem) else node
+    assert isinstance(producer, fx.Node)
+    return producer.target
 
 
-def _root(rule: Rule) -> DialectOp:
-    return _op(rule.traced_pattern.outputs[0])
+def _root(rule: Rule) -> Any:
+    return _target(rule.traced_pattern.outputs[0])
 
 
 def _calls_like(expected: fx.Node, found: fx.Node) -> bool:

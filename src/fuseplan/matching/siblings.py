@@ -7,9 +7,8 @@ from typing import TypeAlias
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.dialect import ops
 from fuseplan.graph.facts import place_of
-from fuseplan.matching.candidates import Match
+from fuseplan.matching.candidates import Match, op_name
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
@@ -59,7 +58,7 @@ def _missing(
     here = {place_of(node): node for node in canonical.dialect_nodes if node.target in cores}
     for place in places:
         core = here.get(place)
-        gone = sample.rule.core.name if core is None else _first_op(sample)
+        gone = sample.rule.core.name if core is None else op_name(sample.anchor)
         yield Refusal(
             reason=Reason.DEAD, rule=sample.rule.name, op=sample.rule.core.name,
             detail=f"{len(matched)} other layers have {gone} there and this one has none: is its result not used? What "
@@ -68,13 +67,6 @@ def _missing(
             nearness=Nearness.MISSING, expected=gone, found="nothing",
             mend=f"let something read the result of {gone}, if the model means it to be used",
         )  # fmt: skip
-
-
-def _first_op(match: Match) -> str:
-    """The op of the value that a match is named after."""
-    target = match.anchor.target
-    op = ops.of(target)
-    return op.name if op is not None else match.rule.core.name
 
 
 def layer_of(place: str | None) -> Layer | None:

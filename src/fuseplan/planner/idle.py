@@ -38,7 +38,7 @@ def idle_requests(
     counts = {match.rule.name for match in matches.candidates}
     for name, members in rules.items():
         flags = members[0].flags
-        if not all(getattr(config, flag) is True for flag in flags):
+        if not flags or not all(getattr(config, flag) is True for flag in flags):
             continue
         why = _too_dear(name, posed, decision)
         if name not in counts:

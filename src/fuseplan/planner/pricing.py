@@ -183,7 +183,7 @@ class Pricing:
             return (self.prices.launch_ns if given is None else round(given * 1000),) * sizes, (None,) * sizes
         parts = site.taken(match.consumed) if site is not None else None
         if site is None or parts is None:
-            return (self.prices.launch_ns * (match.rule.size - 1),) * sizes, (None,) * sizes
+            return (self.prices.launch_ns * (len(match.rule.calls) - 1),) * sizes, (None,) * sizes
         key = (self._kinds[site.ordinal], candidate.provider, parts)
         if key not in self._known:
             before, after = [], []

@@ -6,10 +6,11 @@ itself, and the answer carries its reason.
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from fuseplan.dialect import Rounding, ops
+from fuseplan.dialect import DialectOp, Rounding, implement, ops
 from fuseplan.providers.devices import DeviceProfile, local_vendor
 from fuseplan.providers.gates import FLASHINFER_ALL_REDUCE, FLASHINFER_ALL_REDUCE_QUANT, Accepts, accept_all
 from fuseplan.record import Reason, Refusal
@@ -93,6 +94,34 @@ _VENDOR_NAMES = {"nvidia": "NVIDIA GPUs", "amd": "AMD GPUs", "cpu": "CPUs"}
 def _offers(names: Iterable[str], *roundings: Rounding, accepts: Accepts = accept_all) -> dict[str, Offer]:
     computed = frozenset(rounding.value for rounding in roundings) if roundings else None
     return {name: Offer(accepts=accepts, roundings=computed) for name in names}
+
+
+def provider_of(
+    name: str,
+    kernels: Mapping[DialectOp, Callable[..., Any]],
+    *,
+    description: str = "",
+    vendors: Iterable[str] = ("nvidia", "amd", "cpu"),
+    accepts: Accepts = accept_all,
+) -> Provider:
+    """A provider of one's own: it runs fused ops by given kernels.
+
+    Args:
+        name: unique among the providers that are handed over together.
+        kernels: by fused op; a kernel takes and yields what the op's reference does.
+        description: for a person.
+        vendors: whose devices it serves.
+        accepts: a check of arguments, as `Bindings`: None, or why it refuses them.
+
+    Raises:
+        RuleError: a kernel of that name is registered for one of the ops already.
+    """
+    for op, kernel in kernels.items():
+        implement(op, name, kernel)
+    offers = {op.name: Offer(accepts=accepts) for op in kernels}
+    return Provider(
+        name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers
+    )
 
 
 ALL_FUSED = tuple(op.name for op in ops.values() if op.fused)

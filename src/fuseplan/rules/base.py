@@ -2,6 +2,7 @@
 meaning."""
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +67,7 @@ class Rule:
 
     Attributes:
         name: shared by the members of a family, e.g. `allreduce_rms`.
-        flags: the flags of `PassConfig` that must all be on.
+        flags: the flags of `PassConfig` that must all be on; none: it is on wherever it is handed over.
         op: the fused op, whose providers the plan chooses from.
         core: the dialect op that this fusion takes and others may want too.
         requires: rules of which every match that shares a value with one of this rule must be applied with it, by the
@@ -140,14 +141,25 @@ class Rule:
         self.trace_replacement({name: _STAND_INS.get(types.get(name, "Tensor"), _NODE) for name in self.variables})
 
     @property
-    def size(self) -> int:
-        """How many dialect ops the pattern holds."""
-        return sum(ops.of(node.target) is not None for node in self.traced_pattern.graph.nodes)
+    def calls(self) -> list[fx.Node]:
+        """The ops of the pattern, in its order; taking one of several results is no op."""
+        nodes = self.traced_pattern.graph.nodes
+        return [node for node in nodes if node.op == "call_function" and node.target is not operator.getitem]
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it does in one op what several simpler rules do, each with a flag of its own."""
+        return len(self.flags) > 1
 
     def describe(self) -> str:
         """`a -> b` on one line: the pattern's ops, then the fused op."""
-        names = [ops.of(node.target) for node in self.traced_pattern.graph.nodes if node.op == "call_function"]
-        return f"{' -> '.join(op.name for op in names if op)}  =>  {self.op.name}"
+        return f"{' -> '.join(op_text(node.target) for node in self.calls)}  =>  {self.op.name}"
+
+
+def op_text(target: Any) -> str:
+    """A dialect op by its name, any other function by its own text."""
+    op = ops.of(target)
+    return op.name if op is not None else str(target)
 
 
 _STAND_INS: dict[str, Any] = {"int": 1, "float": 1.0, "str": "", "bool": False}

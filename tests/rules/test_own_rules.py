@@ -1,0 +1,111 @@
+"""A fusion that a user writes: an op, a rule, a provider, handed to the doors."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.dialect import define, ops
+from fuseplan.errors import RuleError
+from fuseplan.providers import provider_of
+from fuseplan.record import Nearness, Report
+from fuseplan.rules import Rule
+from tests.helpers import HIDDEN, llama, randn
+
+W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
+
+
+def reference(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
+    return torch.relu(ops.rms_norm.reference(x, weight, eps, rounding))
+
+
+rms_norm_relu = define(
+    "rms_norm_relu", "(Tensor x, Tensor weight, float eps, str rounding) -> Tensor",
+    reference=reference, fake=lambda x, *rest: torch.empty_like(x), samples=ops.rms_norm.samples, fused=True,
+)  # fmt: skip
+
+
+class NormRelu(Rule):
+    """rms_norm -> relu  =>  one op.   y = relu(rms_norm(x) * weight)"""
+
+    name, flags, op, core = "norm_relu", (), rms_norm_relu, ops.rms_norm
+
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return torch.ops.aten.relu.default(ops.rms_norm(x, weight, eps, rounding))
+
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return rms_norm_relu(x, weight, eps, rounding)
+
+
+CALLS: list[int] = []
+
+
+def kernel(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
+    CALLS.append(x.shape[0])
+    return reference(x, weight, eps, rounding)
+
+
+MINE = provider_of("mine", {rms_norm_relu: kernel})
+
+
+def model(x: Tensor, w: Tensor) -> Tensor:
+    return llama(x, None, w)[0].relu()
+
+
+def obstructed(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return llama(x, None, w)[0].sin().relu(), llama(x.sin(), None, w)[0].relu()
+
+
+def test_it_is_planned_applied_and_run() -> None:
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    compiled = fuseplan.compile(model, rules=[NormRelu()], providers=[MINE], on_report=reports.append)
+    with torch.inference_mode():
+        actual = compiled(randn(5, HIDDEN), W)
+    torch.testing.assert_close(actual, model(randn(5, HIDDEN), W), rtol=2**-7, atol=2**-7)
+    assert reports[0].fused["norm_relu"] == 1
+    assert reports[0].graphs[0].applied[0].provider == "mine"
+    assert CALLS[-1] == 5
+
+
+def test_explain_knows_it_and_its_near_misses() -> None:
+    report = fuseplan.explain(obstructed, randn(5, HIDDEN), W, device="h200", rules=[NormRelu()], providers=[MINE])
+    assert report.fused["norm_relu"] == 1
+    (miss,) = [row for row in report.near_misses if row.rule == "norm_relu"]
+    assert miss.nearness is Nearness.OBSTRUCTED
+    assert miss.detail.startswith("aten.sin.default stands between rms_norm and aten.relu.default")
+
+
+def test_without_a_provider_the_report_says_so() -> None:
+    report = fuseplan.explain(model, randn(5, HIDDEN), W, device="h200", rules=[NormRelu()])
+    (miss,) = [row for row in report.near_misses if row.rule == "norm_relu"]
+    assert (miss.nearness, miss.detail) == (Nearness.REFUSED, "no available provider implements rms_norm_relu")
+
+
+def test_it_contends_with_others_and_is_forbidden_like_them() -> None:
+    def contested(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = llama(x, None, w)[0]
+        return F.pad(y, (0, 8)), y.relu()
+
+    for forbid, expected in (((), {"act_padding": 1}), (("act_padding",), {})):
+        report = fuseplan.explain(
+            contested, randn(5, HIDDEN), W, device="h200", config=fuseplan.PassConfig(forbid=forbid),
+            rules=[NormRelu()], providers=[MINE],
+        )  # fmt: skip
+        assert {rule: count for rule, count in report.fused.items() if count} == expected
+    (miss,) = [row for row in report.near_misses if row.rule == "norm_relu"]
+    assert "is also read by pad" in miss.detail
+
+
+def test_an_op_is_defined_once() -> None:
+    with pytest.raises(RuleError, match=r"fuseplan::rms_norm_relu\(.* can't be defined"):
+        define("rms_norm_relu", "(Tensor x) -> Tensor", reference=torch.relu, fake=torch.empty_like, samples=())
+    with pytest.raises(RuleError, match=r"fuseplan::rms_norm_relu.mine\(.* can't be defined"):
+        provider_of("mine", {rms_norm_relu: kernel})
+
+
+def test_it_describes_itself() -> None:
+    assert NormRelu().describe() == "rms_norm -> aten.relu.default  =>  rms_norm_relu"
