@@ -149,7 +149,7 @@ _IN_PLACE = re.compile(r"((?:[a-z]\w*[a-z0-9])_|i(?:add|sub|mul|truediv|floordiv
 def module_path(node: fx.Node) -> str | None:
     """The module of the user's model that a node was traced from, e.g. `layers.3.mlp`, or None."""
     stack = node.meta.get("nn_module_stack")
-    return _clean_path(str(list(stack.values())[-1][0])) if stack else None
+    return _clean_path(str(next(reversed(stack.values()))[0])) if stack else None
 
 
 @functools.lru_cache(maxsize=16384)

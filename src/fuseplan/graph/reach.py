@@ -1,9 +1,10 @@
 """What lies near a node: reached through ops that only move, cast or compute elements one by one."""
 
+import functools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -31,17 +32,23 @@ def is_thin(node: fx.Node) -> bool:
     a move, a cast, pointwise arithmetic, an all-reduce, an op that was in place, or somebody's op that keeps the shape
     of its one tensor.
     """
-    target = node.target
     if node.op != "call_function":
         return False
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
-    if is_view(node) or torch.Tag.pointwise in target.tags or target in MOVES:
-        return True
-    if target.namespace in ("aten", "prims", "_c10d_functional"):
-        return False
+    kind = _kind(node.target)
+    if kind is not None:
+        return kind
     tensors = [value for source in node.all_input_nodes if (value := tensor_of(source)) is not None]
     return len(tensors) == 1 and equal_shape(tensors[0], tensor_of(node))
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(target: Any) -> bool | None:
+    """Whether an op is thin wherever it is called; None where that depends on its arguments."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
+    if target.is_view or torch.Tag.pointwise in target.tags or target in MOVES:
+        return True
+    return False if target.namespace in ("aten", "prims", "_c10d_functional") else None
 
 
 def is_view(node: fx.Node) -> bool:

@@ -5,23 +5,21 @@ one is looked for a few thin ops further: found, these ops are obstacles; not fo
 match takes are looked at from their own side too, since their norm may be hidden or gone.
 """
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import DialectOp, ops
-from fuseplan.graph.facts import is_call, place_of, source_code, source_line
+from fuseplan.graph.facts import place_of, source_code, source_line
 from fuseplan.graph.reach import is_view, path_between
-from fuseplan.matching.candidates import Matches, compiled_pattern, missing_ops, op_name
+from fuseplan.matching.candidates import Matches, missing_ops, op_name
 from fuseplan.matching.obstacles import obstruction, without_residual_add
+from fuseplan.matching.outline import Outline, outline_of
 from fuseplan.matching.siblings import missing_siblings
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
-from fuseplan.rules.base import op_text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,85 +157,75 @@ class _Search:
         """Nodes that a member's pattern could end at and that aren't settled, in graph order."""
         found: dict[fx.Node, list[Rule]] = {}
         for member in self.members:
-            pattern = compiled_pattern(member)
-            for node in self.canonical.graph.find_nodes(op="call_function", target=pattern.target):
-                if node not in self.done and pattern.fits(node):
+            for node in outline_of(member).nodes(self.canonical.graph):
+                if node not in self.done:
                     found.setdefault(node, []).append(member)
-        unraised = {
-            node: [member for member in self.members if op_text(_root(member)) == refusal.op]
-            for node, refusal in self.canonical.unraised.items()
-            if refusal.op != ops.rms_norm.name
-        }
-        found.update({node: members for node, members in unraised.items() if members and self._is_near(node, members)})
+        for node, refusal in self.canonical.unraised.items():
+            members = [each for each in self.members if outline_of(each).name == refusal.op]
+            if refusal.op != ops.rms_norm.name and any(self._is_near(each, node) for each in members):
+                found[node] = members
         return dict(sorted(found.items()))
 
-    def _is_near(self, node: fx.Node, members: Sequence[Rule]) -> bool:
+    def _is_near(self, rule: Rule, node: fx.Node) -> bool:
         """Whether something that looks like an anchor has behind it what the pattern has there."""
-        return any(gap.goal is not None for member in members for gap in self._attempt(member, node).gaps)
+        return all(gap.goal is not None for gap in self._attempt(rule, node).gaps)
 
     def _attempt(self, rule: Rule, anchor: fx.Node) -> Attempt:
-        attempt = Attempt(rule=rule, anchor=anchor)
-        root = rule.traced_pattern.outputs[0]
-        unraised = self.canonical.unraised.get(anchor)
-        if unraised is not None:
-            attempt.gaps.append(Gap(expected=op_text(_target(root)), consumer=anchor, found=anchor, goal=anchor))
+        attempt, outline = Attempt(rule=rule, anchor=anchor), outline_of(rule)
+        if anchor in self.canonical.unraised:
+            attempt.gaps.append(Gap(expected=outline.name, consumer=anchor, found=anchor, goal=anchor))
             (first,) = anchor.all_input_nodes[:1] or (None,)
-            self._follow(attempt, root.all_input_nodes[0], first, anchor)
+            for _, part in outline.inputs[:1]:
+                self._follow(attempt, part, first, anchor)
         else:
-            self._enter(attempt, root, anchor)
+            self._enter(attempt, outline, outline.call_of(anchor))
         return attempt
 
-    def _follow(self, attempt: Attempt, expected: fx.Node, found: object, consumer: fx.Node) -> None:
-        """Holds one node of the pattern against what the graph has in its place."""
-        if expected.op == "placeholder":
-            return
-        if isinstance(found, fx.Node) and _calls_like(expected, found) and not self._is_taken(attempt.rule, found):
-            self._enter(attempt, expected, found)
-            return
-        op = op_text(_target(expected))
-        reached = self._search(attempt.rule, expected, found) if isinstance(found, fx.Node) else None
+    def _follow(self, attempt: Attempt, expected: Outline, found: object, consumer: fx.Node) -> None:
+        """Holds one call of the pattern against what the graph has in its place."""
+        reached: tuple[list[fx.Node], fx.Node] | None = None
+        if isinstance(found, fx.Node):
+            if expected.fits(found) and not self._is_taken(expected, found):
+                self._enter(attempt, expected, expected.call_of(found))
+                return
+            reached = self._search(expected, found)
         if reached is None:
-            attempt.gaps.append(Gap(expected=op, consumer=consumer, found=found))
+            attempt.gaps.append(Gap(expected=expected.name, consumer=consumer, found=found))
             return
         way, goal = reached
-        attempt.gaps.append(Gap(expected=op, consumer=consumer, found=found, way=way, goal=goal))
+        attempt.gaps.append(Gap(expected=expected.name, consumer=consumer, found=found, way=way, goal=goal))
         if goal not in self.canonical.unraised:
-            self._enter(attempt, expected, goal)
+            self._enter(attempt, expected, expected.call_of(goal))
 
-    def _enter(self, attempt: Attempt, expected: fx.Node, found: fx.Node) -> None:
-        """Goes on to the inputs of a node that is as the pattern has it."""
-        attempt.ops_found += not is_call(expected, operator.getitem)
-        if expected.target is attempt.rule.core.overload:
+    def _enter(self, attempt: Attempt, expected: Outline, found: fx.Node) -> None:
+        """Goes on to the inputs of a call that is as the pattern has it."""
+        attempt.ops_found += 1
+        if expected.is_core:
             attempt.core = found
-        for part, value in zip(expected.args, found.args, strict=False):
-            if isinstance(part, fx.Node):
-                self._follow(attempt, part, value, found)
+        for place, part in expected.inputs:
+            self._follow(attempt, part, found.args[place], found)
 
-    def _search(self, rule: Rule, expected: fx.Node, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
+    def _search(self, expected: Outline, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
         """(obstacles, the expected node or what looks like it) behind `found`."""
-        name = ops.rms_norm.name if _target(expected) is rule.core.overload else op_text(_target(expected))
+        name = ops.rms_norm.name if expected.is_core else expected.name
+        unraised = self.canonical.unraised
 
         def is_goal(node: fx.Node) -> bool:
-            refusal = self.canonical.unraised.get(node)
-            if refusal is not None:
-                return refusal.op == name
-            return _calls_like(expected, node) and not self._is_taken(rule, node)
+            if node in unraised:
+                return unraised[node].op == name
+            return expected.fits(node) and not self._is_taken(expected, node)
 
         return path_between(found, is_goal, "inputs")
 
-    def _is_taken(self, rule: Rule, node: fx.Node) -> bool:
+    def _is_taken(self, expected: Outline, node: fx.Node) -> bool:
         """Whether a prologue's op belongs to another match already; one core can have several epilogues."""
-        return node in self.covered and ops.of(node.target) is not rule.core and not is_call(node, operator.getitem)
+        return not expected.is_core and node in self.covered
 
     def _unread_prologues(self) -> Iterator[Refusal]:
         """All-reduces that no match takes and no anchor has led to, looked at from their own side."""
-        prologues = {
-            op
-            for member in self.members
-            if not member.is_composed
-            for node in member.calls
-            if (op := ops.of(node.target)) is not None and op is not member.core and op.overload is not _root(member)
-        }
+        ends = {member.core.overload for member in self.members} | {outline_of(each).target for each in self.members}
+        targets = {node.target for member in self.members if not member.is_composed for node in member.calls}
+        prologues = {op for target in targets - ends if (op := ops.of(target)) is not None}
         for op in sorted(prologues, key=lambda each: each.name):
             for node in self.canonical.graph.find_nodes(op="call_function", target=op.overload):
                 if node not in self.covered and node not in self.named:
@@ -319,24 +307,3 @@ def _origin(found: object) -> fx.Node | None:
     while isinstance(found, fx.Node) and found.op == "call_function" and is_view(found):
         found = found.all_input_nodes[0]
     return found if isinstance(found, fx.Node) and found.op == "call_function" else None
-
-
-def _target(node: fx.Node) -> Any:
-    """What a pattern's node calls, or, where it is one of several results, what yields it."""
-    producer = node.args[0] if is_call(node, operator.getitem) else node
-    assert isinstance(producer, fx.Node)
-    return producer.target
-
-
-def _root(rule: Rule) -> Any:
-    return _target(rule.traced_pattern.outputs[0])
-
-
-def _calls_like(expected: fx.Node, found: fx.Node) -> bool:
-    """Whether a node calls what a pattern's node calls, the index of a result included."""
-    if found.target is not expected.target:
-        return False
-    if not is_call(expected, operator.getitem):
-        return True
-    producer, owner = expected.args[0], found.args[0]
-    return isinstance(owner, fx.Node) and owner.target is producer.target and found.args[1] == expected.args[1]

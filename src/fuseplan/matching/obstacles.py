@@ -85,18 +85,19 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
         consumer: the op that should read it.
     """
     # Views weigh least: alone they are often seen through. Of equals the one next to the goal is in the others' way.
-    node = min(reversed(way), key=_weight, default=goal)
+    node = way[0] if len(way) == 1 else min(reversed(way), key=_weight, default=goal)
     before, after = op_name(goal), op_name(consumer)
     if ops.of(node.target) is ops.all_reduce:
         return _second_all_reduce(node, goal, after)
     reader = _other_reader(node, goal)
     if reader is not None and not is_view(reader):
         return _read_elsewhere(reader, node, goal)
-    found = op_name(node)
+    found, in_place = op_name(node), written_in_place(node)
     others = [name for name in dict.fromkeys(op_name(each) for each in way) if name != found]
-    reason, why, mend = _judge(node, reader, before, after)
+    reason, why, mend = _judge(node, in_place, reader, before, after)
     too = f"; so {'does' if len(others) == 1 else 'do'} {' and '.join(others)}" if others else ""
-    detail = f"{_title(node, found)} stands between {before} and {after}{why}{too}"
+    title = f"{in_place}, an in-place op ({found})" if in_place and in_place != found else found
+    detail = f"{title} stands between {before} and {after}{why}{too}"
     return Obstruction(node=node, reason=reason, found=found, detail=detail, mend=mend)
 
 
@@ -139,14 +140,11 @@ def _weight(node: fx.Node) -> int:
     return 4 if is_call(node, *MOVERS) else 1
 
 
-def _title(node: fx.Node, found: str) -> str:
-    in_place = written_in_place(node)
-    return f"{in_place}, an in-place op ({found})" if in_place and in_place != found else found
-
-
-def _judge(node: fx.Node, reader: fx.Node | None, before: str, after: str) -> tuple[Reason, str, str | None]:
+def _judge(
+    node: fx.Node, in_place: str | None, reader: fx.Node | None, before: str, after: str
+) -> tuple[Reason, str, str | None]:
     """(reason, what explains it, what would mend it) of the obstacle to blame."""
-    if written_in_place(node):
+    if in_place is not None:
         return Reason.MUTATION, "", f"write in place before {before} or after {after}"
     if is_call(node, convert_element_type):
         source, target = (str(dtype_of(each)).removeprefix("torch.") for each in (node.args[0], node))

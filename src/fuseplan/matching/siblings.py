@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 from torch import fx
@@ -69,6 +70,7 @@ def _missing(
         )  # fmt: skip
 
 
+@lru_cache(maxsize=16384)
 def layer_of(place: str | None) -> Layer | None:
     """A module path taken apart at the number of its layer, the first number in it; None where there is none."""
     found = _NUMBER.search(place or "")

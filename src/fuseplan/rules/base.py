@@ -5,7 +5,7 @@ import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import fx
@@ -156,6 +156,7 @@ class Rule:
         return f"{' -> '.join(op_text(node.target) for node in self.calls)}  =>  {self.op.name}"
 
 
+@lru_cache(maxsize=4096)
 def op_text(target: Any) -> str:
     """A dialect op by its name, any other function by its own text."""
     op = ops.of(target)

@@ -1,0 +1,74 @@
+"""A rule's pattern as a tree of what it calls: lighter to follow than its FX graph, once a rule."""
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import fx
+
+from fuseplan.graph.facts import item
+from fuseplan.rules import Rule
+from fuseplan.rules.base import op_text
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """One call of a pattern.
+
+    Attributes:
+        target: what is called.
+        index: which of its results is meant, None where it has one.
+        name: the op's.
+        is_core: whether it is the op that fusions contend for.
+        inputs: calls that it reads, by the place of the argument; variables are left out.
+    """
+
+    target: Any
+    index: Any
+    name: str
+    is_core: bool
+    inputs: tuple[tuple[int, "Outline"], ...]
+
+    def fits(self, node: fx.Node) -> bool:
+        """Whether a node is this call, or the meant one of its results."""
+        if self.index is None:
+            return node.target is self.target
+        if node.target is not operator.getitem:
+            return False
+        source, index = node.args
+        return bool(index == self.index) and isinstance(source, fx.Node) and source.target is self.target
+
+    def nodes(self, graph: fx.Graph) -> list[fx.Node]:
+        """All fitting nodes, in graph order."""
+        calls = graph.find_nodes(op="call_function", target=self.target)
+        if self.index is None:
+            return list(calls)
+        # Most items of a graph are items of something else, so they are looked for from what yields them.
+        found = (item(call, self.index) for call in calls)
+        return [node for node in found if node is not None]
+
+    def call_of(self, node: fx.Node) -> fx.Node:
+        """The call that a fitting node is, or is a result of."""
+        source = node if self.index is None else node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+
+@lru_cache(maxsize=256)
+def outline_of(rule: Rule) -> Outline:
+    """The pattern from its anchor on. Rules are stateless, so one serves every graph."""
+    return _outline(rule, rule.traced_pattern.outputs[0])
+
+
+def _outline(rule: Rule, node: fx.Node) -> Outline:
+    index: Any = None
+    if node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        node = source
+    parts = [(i, arg) for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op != "placeholder"]
+    return Outline(
+        target=node.target, index=index, name=op_text(node.target), is_core=node.target is rule.core.overload,
+        inputs=tuple((place, _outline(rule, arg)) for place, arg in parts),
+    )  # fmt: skip
