@@ -4,7 +4,7 @@ policies side by side (`Comparison`, the object that `fuseplan explain --json` p
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,6 +29,8 @@ class Fusion:
         source: module path in the user's model, if known.
         saving_ns: what it saves, weighted over the sizes of the range; None where nothing was priced.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
+        site_class: what its site has in common with others that cost the same, as `CostRow.site` names it; None for
+            somebody else's pass.
     """
 
     rule: str
@@ -41,6 +43,7 @@ class Fusion:
     source: str | None = None
     saving_ns: int | None = None
     rounding_change: tuple[str, str] | None = None
+    site_class: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,24 +278,34 @@ class Report:
     def near_misses(self) -> tuple[NearMiss, ...]:
         """Where a rule nearly matched, one row a cause: the nearest first, then the most frequent."""
         causes: dict[tuple[object, ...], list[Refusal]] = {}
-        for graph in self.graphs:
-            for refusal in graph.refusals:
-                if refusal.nearness is not None or refusal.reason not in _NOT_OF_A_PLACE:
-                    causes.setdefault(_cause(refusal), []).append(refusal)
+        for _, refusal in self._of_places():
+            causes.setdefault(_cause(refusal), []).append(refusal)
         rows = [_near_miss(refusals) for refusals in causes.values()]
         nearness = list(Nearness)
         rows.sort(key=lambda row: (nearness.index(row.nearness), -row.count, row.rule or "", row.detail))
         return tuple(rows)
+
+    def counted_in(self, miss: NearMiss) -> list[tuple[GraphReport, Refusal]]:
+        """What a row of `near_misses` counts, each refusal with the graph that it is of."""
+        cause = _cause(miss)
+        return [(graph, refusal) for graph, refusal in self._of_places() if _cause(refusal) == cause]
+
+    def _of_places(self) -> Iterator[tuple[GraphReport, Refusal]]:
+        for graph in self.graphs:
+            for refusal in graph.refusals:
+                if refusal.nearness is not None or refusal.reason not in _NOT_OF_A_PLACE:
+                    yield graph, refusal
 
 
 _NOT_OF_A_PLACE = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
 """Refusals that concern a whole graph or rule, unless they say how near a match was."""
 
 
-def _cause(refusal: Refusal) -> tuple[object, ...]:
+def _cause(refusal: Refusal | NearMiss) -> tuple[object, ...]:
     """What equal refusals share: all but names of nodes and places."""
     texts = (refusal.expected, refusal.found) if refusal.found else (re.sub(r"\d+", "", refusal.detail), None)
-    return refusal.nearness, refusal.rule, refusal.reason, refusal.provider, refusal.mend, *texts
+    nearness = refusal.nearness or Nearness.REFUSED
+    return nearness, refusal.rule, refusal.reason, refusal.provider, refusal.mend, *texts
 
 
 def _near_miss(refusals: Sequence[Refusal]) -> NearMiss:
