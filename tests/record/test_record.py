@@ -1,11 +1,23 @@
 import copy
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report, from_json, to_json
+from fuseplan.record import (
+    DeviceConstant,
+    Fusion,
+    GraphReport,
+    Loss,
+    Nearness,
+    Reason,
+    Refusal,
+    Report,
+    from_json,
+    to_json,
+)
 
 FUSION = Fusion(
     rule="act_padding", op="rms_norm_pad", provider="torch", anchor="pad", consumed=("a", "b"), contested_op="rms_norm",
@@ -27,6 +39,13 @@ REPORT = Report(
 
 def test_reports_survive_json() -> None:
     assert from_json(Report, to_json(REPORT)) == REPORT
+
+
+def test_whole_numbers_survive_json_as_floats() -> None:
+    constant = DeviceConstant(name="launch", value=1402, unit="ns", source="measured")
+    assert from_json(DeviceConstant, json.loads(json.dumps(to_json(constant)))) == constant
+    with pytest.raises(ValueError, match=r"value: expected float, found 'True'"):
+        from_json(DeviceConstant, {**to_json(constant), "value": True})
 
 
 def test_counts_are_split_by_range_and_include_zeros() -> None:
