@@ -31,7 +31,7 @@ def render_html(comparison: Comparison) -> str:
         comparison: what to show; without evidence the page has no drawing, no slider and no rows behind its figures.
     """
     style, script = _style(), _script()
-    return _template().render(
+    text = _template().render(
         comparison=comparison,
         view=view_of(comparison),
         style=Markup(style),
@@ -40,6 +40,8 @@ def render_html(comparison: Comparison) -> str:
         script_hash=_hash(script),
         embedded=_embedded,
     )
+    # A name from the command line may hold bytes that are no text.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def save_html(comparison: Comparison, path: Path) -> None:
