@@ -18,8 +18,8 @@ from fuseplan.report.html.view import view_of
 ASSETS = Path(__file__).with_name("assets")
 STYLES = ("colours", "page", "tokens", "graph", "rows", "details", "media")
 SCRIPTS = (
-    "dom", "format", "view", "state", "theme", "layout", "figure", "layer", "layers", "focus", "chart", "tokens",
-    "policies", "contests", "misses", "costs", "details", "fusion", "places", "search", "main",
+    "dom", "format", "view", "state", "theme", "layout", "figure", "layer", "layers", "focus", "flips", "chart",
+    "tokens", "policies", "contests", "misses", "costs", "details", "fusion", "places", "search", "main",
 )  # fmt: skip
 """In the order in which they are put into one function, whose names they share."""
 

@@ -38,6 +38,7 @@ class _View:
             "tp": comparison.tp,
             "device": comparison.device,
             "headline": headline(comparison),
+            "prices": self._prices(),
             "ranges": [list(span) if span else None for span in self.spans],
             "rules": self._rules(),
             "policies": [self._policy(report) for report in self.reports],
@@ -56,6 +57,12 @@ class _View:
             "constants": constant_rows(evidence.constants) if evidence else [],
         }
         return {**view, "fusions": self.fusions.rows, "kernels": self.kernels.rows, "strings": self.strings.rows}
+
+    def _prices(self) -> list[str]:
+        """Where costs come from: `measured`, `modelled` or both."""
+        rows = self.comparison.evidence.costs if self.comparison.evidence else ()
+        plans = [graph.plan for report in self.reports for graph in report.graphs if graph.plan is not None]
+        return sorted({row.provenance for row in rows} | {price for plan in plans for price in plan.prices})
 
     def _rules(self) -> list[dict[str, Any]]:
         """Every rule that is on anywhere, those that match anything first."""

@@ -36,7 +36,8 @@ function drawChart(width) {
         },
         bandsOf(width),
         gridOf(low, high, step, y, left, width - right),
-        flips(0).map((index) => flipLine(index, width)),
+        orderSets().map((set) => orderFlips(set).map((index) => flipLine("g.flip.order", index, width))),
+        planFlips().map((index) => flipLine("g.flip", index, width)),
         [...LINED].reverse().map((policy) => lineOf(policy, y, width)),
         plannedDots(y, width),
         cursorOf(y, width),
@@ -124,17 +125,10 @@ function cursorOf(y, width) {
     );
 }
 
-/** Between which sizes the first policy, choosing for one size alone, chooses something else: index of the second. */
-function flips(policy) {
-    return POINTS.flatMap((point, index) =>
-        index && point.at[policy].outcome !== POINTS[index - 1].at[policy].outcome ? [index] : [],
-    );
-}
-
-function flipLine(index, width) {
+function flipLine(kind, index, width) {
     const x = (stepX(index, width) + stepX(index - 1, width)) / 2;
     return svg(
-        "g.flip",
+        kind,
         null,
         svg("path", { d: `M${x} 0 V${CHART_HEIGHT}` }),
         svg("path.flag", { d: `M${x - 5} 0 H${x + 5} L${x} 7 Z` }),
@@ -155,7 +149,7 @@ function endLabels(y, width) {
     return labels.map((end) => {
         const { top } = end;
         const now = end.policies.some((policy) => policy.index === STATE.policy);
-        const names = right > 100 ? ` ${fitted(end.policies.map(shortPolicy), 18)}` : "";
+        const names = right > 100 ? ` ${fitted(end.policies.map(shortPolicy), 20)}` : "";
         return svg(
             now ? "text.end.now" : "text.end",
             { x: width - right + 10, y: top + 4 },

@@ -1,5 +1,29 @@
 // Who takes whose place, by how many microseconds, and from which cost on it would be otherwise.
 
+/** Under the headline: what the first policy applies and saves, and what a reader has to know of the run. */
+function openSummary() {
+    const policy = POLICIES[0];
+    const { warnings, breaks } = VIEW;
+    const counts = policy.rules.flatMap(([fused], index) => (fused ? [[RULES[index], fused]] : []));
+    const saved = policy.ranges.map((range, index) => [
+        index ? ", " : null,
+        el("b", null, us(range.saved)),
+        ` ${index ? "" : "a step "}at ${spanText(VIEW.ranges[index])}`,
+    ]);
+    const proven = policy.ranges.every((range) => range.proof?.gap === 0);
+    const fusions = counts.map(([rule, count], index) => [index ? " + " : null, `${number(count)} `, ruleName(rule)]);
+    if (counts.length) {
+        const proof = proven ? "; gap 0, so that no legal selection saves more" : "";
+        refill(byId("summary"), policyLabel(policy), " applies ", fusions, ` and saves `, saved, ` tokens${proof}.`);
+    }
+    const alerts = [...warnings.map((each) => each.detail), ...breaks.map((reason) => `graph break: ${reason}`)];
+    const more = alerts.length > 3 ? [el("a", { href: "#run" }, `${alerts.length - 3} more`)] : [];
+    refill(
+        byId("alerts"),
+        [...alerts.slice(0, 3), ...more].map((text) => el("p", null, nearGlyph(false), el("span", null, text))),
+    );
+}
+
 /** At the top of the page: a row for each rule that a fixed order makes lose. */
 function openVerdicts() {
     const { verdicts } = VIEW;
@@ -46,7 +70,7 @@ function openVerdicts() {
     });
     refill(
         byId("verdicts"),
-        el("div.scroll", { tabindex: "-1" }, el("table.verdicts", null, verdictHead(spans), el("tbody", null, rows))),
+        reachable(el("div.scroll", null, el("table.verdicts", null, verdictHead(spans), el("tbody", null, rows)))),
     );
 }
 
@@ -155,11 +179,16 @@ function conflictRow(policy, row, index) {
             "td.figure",
             null,
             row.flips_at_us === null
-                ? el("span.faint", { title: "no time of its op is short enough, or its time isn't known" }, "never")
+                ? el("span.faint", { title: neverText(policy) }, policy.order.length ? "the order decides" : "never")
                 : `${number(row.flips_at_us, 2)} µs`,
         ),
     );
 }
+
+const neverText = (policy) =>
+    policy.order.length
+        ? "the order decides, whatever its op takes"
+        : "no time of its op is short enough, or it isn't known";
 
 /** What force and forbid cost, and what they changed. */
 function openChanges() {
@@ -174,7 +203,6 @@ function openChanges() {
             "tr",
             null,
             el("td", null, code(row.before)),
-            el("td", { "aria-hidden": "true" }, "→"),
             el("td", null, code(row.after)),
             el("td.figure", null, number(row.count)),
             el("td", null, code(row.where)),
@@ -203,19 +231,20 @@ function openChanges() {
                 ".",
             ),
             rows.length
-                ? el(
-                      "div.scroll",
-                      { tabindex: "-1" },
-                      table(
-                          "diff",
-                          [
-                              ["without them", ""],
-                              ["", ""],
-                              ["with them", ""],
-                              ["places", "figure"],
-                              ["where", ""],
-                          ],
-                          rows,
+                ? reachable(
+                      el(
+                          "div.scroll",
+                          null,
+                          table(
+                              "diff",
+                              [
+                                  ["without them", ""],
+                                  ["with them", ""],
+                                  ["places", "figure"],
+                                  ["where", ""],
+                              ],
+                              rows,
+                          ),
                       ),
                   )
                 : el("p.note", null, "The same is applied at the same places."),

@@ -135,22 +135,19 @@ function conflictDetails({ policy: index, conflict }) {
         title: [ruleName(row.loser), " loses"],
         parts: [
             el("p.sub", null, taker, " the ", code(row.op), ` in ${places}`, policyLabel(policy)),
-            facts(conflictFacts(row)),
+            facts(conflictFacts(row, policy)),
             losses.length ? alternativesOf(losses[0].fusion.cls, losses[0].fusion, index) : null,
             part(`Places in range ${spanText(spanNow())}`, el("ul.fates", null, losses.map(placeOfLoss))),
         ],
     };
 }
 
-function conflictFacts(row) {
+function conflictFacts(row, policy) {
     const lost = row.lost_us === null ? "can't be applied" : `${marginText(row.lost_us * 1000, 2)} a place`;
     const flips = row.flips_at_us === null ? null : `${number(row.flips_at_us, 2)} µs for its op`;
     return [
         ["with the loser", `${lost}${row.lost_us === null ? "" : ", mean over all ranges"}`],
-        [
-            "wins below",
-            flips ? `${flips}, mean over all ranges` : "never: no time of its op is short enough, or it isn't known",
-        ],
+        ["wins below", flips ? `${flips}, mean over all ranges` : `never: ${neverText(policy)}`],
         ["where", code(row.where)],
     ];
 }

@@ -57,6 +57,12 @@ function table(kind, columns, rows) {
     return el(`table.${kind}`, null, el("thead", null, el("tr", null, head)), el("tbody", null, rows));
 }
 
+/** What may be wider than the page: it scrolls by itself, and keys reach it while it has to. */
+function reachable(element) {
+    new ResizeObserver(() => (element.tabIndex = element.scrollWidth > element.clientWidth ? 0 : -1)).observe(element);
+    return element;
+}
+
 /** Says something to who can't see what changed. */
 function announce(text) {
     byId("live").textContent = text;

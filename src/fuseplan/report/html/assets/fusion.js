@@ -76,14 +76,15 @@ function verdictOf(fate) {
                   ? "With it the same would be saved."
                   : ["With it the step would be ", el("b", null, marginText(fate.lost, 2)), ` ${where}.`],
         ),
-        el(
-            "p",
-            null,
-            fate.flips === null
-                ? "No time of its op is short enough to change that, or its time isn't known."
-                : ["It would be chosen if its op took at most ", el("b", null, us(fate.flips, 2)), "."],
-        ),
+        el("p", null, flipOf(fate)),
     );
+}
+
+/** From which time of its op on a fusion would be applied. */
+function flipOf(fate) {
+    if (policyNow().order.length) return "The order decides that, whatever its op takes.";
+    if (fate.flips === null) return "No time of its op is short enough to change that, or its time isn't known.";
+    return ["It would be chosen if its op took at most ", el("b", null, us(fate.flips, 2)), "."];
 }
 
 /** Every fusion at the same site, and how it fares. */

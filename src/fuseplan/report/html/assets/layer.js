@@ -64,8 +64,10 @@ const at = (x, y, w, h) => ({ left: `${x}px`, top: `${y}px`, width: `${w}px`, ..
 
 function boxItem(box, place, region, metrics) {
     const rule = region ? region.fusion.rule : null;
+    const shown = metrics.detailed ? [box.title, box.subtitle].filter(Boolean).join(" ") : shortTitle(box);
     const words = [
-        box.op ? `op ${box.op}` : box.title,
+        shown,
+        box.op && !metrics.detailed ? box.op : null,
         box.source,
         region ? `in ${rule} by ${region.fusion.provider}` : null,
         box.marks.length ? plural(box.marks.length, "near miss", "near misses") : null,
@@ -83,7 +85,7 @@ function boxItem(box, place, region, metrics) {
             onclick: (event) => select({ kind: "box", graph: box.graph, box: box.index }, event),
         },
         el("span.box-title", null, metrics.detailed ? breakable(box.title) : shortTitle(box)),
-        metrics.detailed && box.subtitle ? el("span.box-more", null, box.subtitle) : null,
+        metrics.detailed && box.subtitle ? [" ", el("span.box-more", null, box.subtitle)] : null,
     );
 }
 
@@ -99,8 +101,10 @@ function regionItem({ fusion, saving, before, after, home }, graph, layout, metr
     const top =
         Math.max(...places.filter((place) => place.row === places[0].row).map((place) => place.y + place.h)) +
         metrics.pad / 2;
-    const worth = saving === null ? "not priced" : `saves ${us(saving, 2)}`;
-    const way = after ? "goes on in the next segment" : "from the segment before";
+    const worth = home && saving !== null ? us(saving, 2) : null;
+    const provider = home && right - left > 200 ? fusion.provider : null;
+    const way = after ? "goes on in the next segment" : before ? "from the segment before" : null;
+    const words = [[fusion.rule, provider, worth].filter(Boolean).join(" "), "fused region", way];
     return el(
         "button.item.region-name",
         {
@@ -110,17 +114,15 @@ function regionItem({ fusion, saving, before, after, home }, graph, layout, metr
             "data-fusion": fusion.id,
             "data-rule": ruleHue(fusion.rule),
             style: at(left, top, right - left, metrics.label),
-            "aria-label": ["fused region", fusion.rule, "by", fusion.provider, worth, before || after ? way : ""].join(
-                " ",
-            ),
+            "aria-label": words.filter(Boolean).join(", "),
             title: `${fusion.rule} · ${fusion.op} · ${fusion.provider}`,
             onclick: (event) => select({ kind: "fusion", fusion: fusion.id }, event),
         },
-        before && !home ? "↤ " : null,
+        before && !home ? el("span", { "aria-hidden": "true" }, "↤") : null,
         el("b", null, fusion.rule),
-        home && right - left > 200 ? el("span", null, fusion.provider) : null,
-        home && saving !== null ? el("i", null, us(saving, 2)) : null,
-        after ? el("span", null, "↦") : null,
+        provider ? [" ", el("span", null, provider)] : null,
+        worth ? [" ", el("i", null, worth)] : null,
+        after ? el("span", { "aria-hidden": "true" }, "↦") : null,
     );
 }
 
@@ -142,12 +144,13 @@ function bracketItem({ loss, lane, from, to }, layout, metrics) {
             "data-fusion": fusion.id,
             "data-rule": ruleHue(fusion.rule),
             style: at(left, lane * metrics.lane, right - left, metrics.lane - 4),
-            "aria-label": `lost candidate ${fusion.rule} by ${fusion.provider}: ${why}, ${marginText(loss.lost, 2)} with it`,
+            "aria-label": `${fusion.rule} ${figure}, candidate of ${fusion.provider} that lost, ${why}`,
             title: `${fusion.rule} · ${fusion.op} · ${fusion.provider}\n${why}`,
             onclick: (event) => select({ kind: "fusion", fusion: fusion.id }, event),
         },
         el("span.no", { "aria-hidden": "true" }, "✕"),
         el("b", null, fusion.rule),
+        " ",
         el("i", null, figure),
     );
 }

@@ -53,8 +53,10 @@ function legend() {
 
 function openPage() {
     openState();
+    for (const element of document.querySelectorAll("main .scroll")) reachable(element);
     openTheme();
     if (POLICIES.length) {
+        openSummary();
         openVerdicts();
         openTokens();
         openPolicies();

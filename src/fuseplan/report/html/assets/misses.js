@@ -120,36 +120,38 @@ function proofs() {
         ["prices", ""],
         ["digest", ""],
     ];
-    return el(
-        "div.scroll",
-        { tabindex: "-1" },
-        table(
-            "proof",
-            columns,
-            rows.map((row) =>
-                el(
-                    "tr",
-                    null,
-                    el("td", null, spanText(row.span)),
-                    el("td.figure", null, us(row.objective)),
-                    el("td.figure", null, us(row.bound)),
-                    el("td.figure", null, row.gap === 0 ? "0" : `${number(100 * row.gap, 2)} %`),
-                    el("td.figure", null, number(row.components)),
-                    el("td.figure", null, number(row.classes)),
-                    el("td.figure", null, time(row.plan_ns)),
-                    el("td", null, row.prices.join(", ")),
+    return reachable(
+        el(
+            "div.scroll",
+            null,
+            table(
+                "proof",
+                columns,
+                rows.map((row) =>
                     el(
-                        "td",
+                        "tr",
                         null,
+                        el("td", null, spanText(row.span)),
+                        el("td.figure", null, us(row.objective)),
+                        el("td.figure", null, us(row.bound)),
+                        el("td.figure", null, row.gap === 0 ? "0" : `${number(100 * row.gap, 2)} %`),
+                        el("td.figure", null, number(row.components)),
+                        el("td.figure", null, number(row.classes)),
+                        el("td.figure", null, time(row.plan_ns)),
+                        el("td", null, row.prices.join(", ")),
                         el(
-                            "span.code",
-                            { title: row.digests.join("\n") },
-                            row.digests.map((each) => each.slice(0, 10)).join(" "),
+                            "td",
+                            null,
+                            el(
+                                "span.code",
+                                { title: row.digests.join("\n") },
+                                row.digests.map((each) => each.slice(0, 10)).join(" "),
+                            ),
                         ),
                     ),
                 ),
             ),
+            el("p.note", null, "Gap 0: no legal selection saves more."),
         ),
-        el("p.note", null, "Gap 0: no legal selection saves more."),
     );
 }

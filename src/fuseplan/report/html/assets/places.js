@@ -6,6 +6,7 @@ let opener = null;
 function select(selection, event) {
     if (!byId("details").contains(document.activeElement)) opener = document.activeElement;
     change({ selection });
+    event?.target.closest?.(".item")?.scrollIntoView({ block: "nearest", inline: "nearest" });
     if (event && event.detail === 0) byId("details").querySelector("h2")?.focus({ preventScroll: true });
 }
 

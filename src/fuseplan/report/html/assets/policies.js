@@ -77,19 +77,27 @@ function policyPick(policy) {
 /** What a policy saves if it has to serve the size at hand alone; the most of all is bold. */
 function savedCells(policy, point) {
     const at = policy.counterfactual ? null : point.at[policy.index];
+    if (!at) return [el("td.figure", null, "–"), el("td.figure", null, "–")];
     const most = Math.max(...point.at.map((each) => each.saved));
+    const text = at.saved === most && most > 0 ? el("b", null, bare(at.saved)) : bare(at.saved);
+    const priced = COSTS.some((row) => row.tokens === point.tokens);
     return [
-        el("td.figure", null, at ? el(at.saved === most && most > 0 ? "b" : "span", null, bare(at.saved)) : "–"),
-        el("td.figure", null, at ? share(at.saved, point.unfused) : "–"),
+        el("td.figure", null, priced ? rowsLink({ tokens: point.tokens }, "size", text) : text),
+        el("td.figure", null, share(at.saved, point.unfused)),
     ];
 }
 
-/** What the plan of the range saves, which leads to the rows it was computed from. */
+/** A figure that leads to the rows it was computed from. */
+function rowsLink(rows, what, text) {
+    const title = `show the cost rows of this ${what}`;
+    return el("button.link", { type: "button", title, onclick: () => showCosts(rows) }, text);
+}
+
+/** What the plan of the range saves. */
 function savedOf(range) {
-    if (!range.sizes.length || !COSTS.length) return bare(range.saved);
-    const open = () => showCosts({ range: STATE.range });
-    const title = "show the cost rows of this range";
-    return el("button.link", { type: "button", title, onclick: open }, bare(range.saved));
+    return range.sizes.length && COSTS.length
+        ? rowsLink({ range: STATE.range }, "range", bare(range.saved))
+        : bare(range.saved);
 }
 
 function againstFirst(policy, range) {

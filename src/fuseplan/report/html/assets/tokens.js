@@ -11,25 +11,15 @@ function openTokens() {
     const tracks = el("div.tracks");
     refill(chart, plot, tracks);
     const draw = () => {
-        refill(plot, drawChart(chart.clientWidth));
-        refill(tracks, tracksOf(chart.clientWidth));
-        placeSlider(chart.clientWidth);
+        const width = chart.clientWidth;
+        if (!width) return; // nothing is laid out yet; the observer calls again
+        refill(plot, drawChart(width));
+        refill(tracks, tracksOf(width));
+        placeSlider(width);
     };
     listen(["size", "range", "policy", "unit"], draw);
     new ResizeObserver(draw).observe(chart);
     draw();
-}
-
-/** Where the first policy, if it plans, would choose otherwise. */
-function flipText() {
-    const [first] = LINED;
-    if (first.name !== "planned") return "the slider goes over sizes";
-    const turns = flips(first.index).map(
-        (index) => `${number(POINTS[index - 1].tokens)} and ${number(POINTS[index].tokens)}`,
-    );
-    return turns.length
-        ? `the best plan flips between ${turns.join(", between ")} tokens`
-        : "one plan is best at every size";
 }
 
 function unitPicker() {
@@ -127,46 +117,17 @@ function outcomeText(index) {
     return outcome.length ? outcome.map(([name, count]) => `${number(count)} ${name}`).join(" + ") : "nothing fused";
 }
 
-/** Orders of the same rules, of which one can be better here and another there. */
-function orderSets() {
-    const sets = new Map();
-    for (const policy of LINED.filter((each) => each.order.length)) {
-        const key = [...policy.order].sort().join(" ");
-        sets.set(key, [...(sets.get(key) || []), policy]);
-    }
-    return [...sets.values()].filter((set) => set.length > 1);
-}
-
-/** The orders of a set that save the most at a size, by letter. */
-function bestOrders(set, point) {
-    const most = Math.max(...set.map((policy) => point.at[policy.index].saved));
-    return set.filter((policy) => point.at[policy.index].saved === most);
-}
-
 function orderTrack(set, width) {
-    const runs = runsOf(
-        POINTS.map((point) =>
-            bestOrders(set, point)
-                .map((policy) => policy.index)
-                .join(" "),
-        ),
-    );
-    const name =
-        set.length === 2
-            ? `better of ${set[0].letter}, ${set[1].letter}`
-            : `best of ${set.map((policy) => policy.letter).join(", ")}`;
+    const runs = runsOf(POINTS.map((point) => bestOf(set, point)));
     return trackRow(
-        name,
+        orderTitle(set),
         runs.map((run) => {
             const best = run.value.split(" ").map((index) => POLICIES[index]);
-            const text =
-                best.length > 1
-                    ? `${best.map((policy) => policy.letter).join(" = ")}`
-                    : `${best[0].letter} ${shortPolicy(best[0])}`;
-            return trackPart(run.from, run.to, width, text, {
+            const [first] = best;
+            return trackPart(run.from, run.to, width, best.length > 1 ? lettersOf(best, " = ") : namedPolicy(first), {
                 title: `${best.map((policy) => policy.name).join(" or ")} ${runText(run)}`,
                 pressed: STATE.size >= run.from && STATE.size <= run.to,
-                onclick: () => change({ size: inRun(run), policy: best[0].index }),
+                onclick: () => change({ size: inRun(run), policy: first.index }),
             });
         }),
     );
