@@ -12,6 +12,7 @@ from fuseplan.errors import ReportError
 from fuseplan.record import Comparison, GraphReport, Report
 from fuseplan.report import check_html, render_html, save_html
 from fuseplan.report.html.drawings import Drawn
+from fuseplan.report.html.page import ASSETS, SCRIPTS, STYLES
 from fuseplan.report.html.view import view_of
 from tests.report.synthetic import BOTH, CLASS, PAD, RANGES, REDUCE, TOKENS, Synthetic
 
@@ -40,6 +41,13 @@ def view(comparison: Comparison) -> dict[str, Any]:
     (found,) = re.findall(r'<script type="application/json" id="view">(.*?)</script>', render_html(comparison))
     data: dict[str, Any] = json.loads(found)
     return data
+
+
+def test_every_asset_is_in_the_page() -> None:
+    listed = {*(f"{name}.js" for name in SCRIPTS), *(f"{name}.css" for name in STYLES), "report.html.jinja"}
+    assert {path.name for path in ASSETS.iterdir()} == listed
+    lines = {path.name: path.read_text(encoding="utf-8").count("\n") for path in ASSETS.iterdir()}
+    assert [name for name, count in lines.items() if count > 400] == []
 
 
 def test_loads_nothing() -> None:
