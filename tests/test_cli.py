@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, and one clear line for each request that can't be served."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fuseplan import compatibility
+from fuseplan import compatibility, workloads
 from fuseplan.cli import app
 from fuseplan.errors import WorkloadError
 from fuseplan.rules import BUILT_IN_RULES
@@ -297,6 +298,7 @@ def test_devices_and_their_constants() -> None:
         (("--force", "act_padding", "--forbid", "act_padding"), "is forced and forbidden"),
         (("--provider", "tritonn"), "did you mean 'triton'"),
         (("--save-plan", "nowhere/plan.json"), "can't be written"),
+        (("--html", "nowhere/report.html"), "report 'nowhere/report.html' can't be written: No such file or directory"),
     ],
 )
 def test_bad_planning_requests_end_in_one_line_and_status_2(arguments: tuple[str, ...], says: str) -> None:
@@ -304,3 +306,24 @@ def test_bad_planning_requests_end_in_one_line_and_status_2(arguments: tuple[str
     assert result.exit_code == 2
     assert says in " ".join(result.stderr.split())
     assert result.stderr.startswith("fuseplan: ")
+
+
+def test_html_is_written_beside_what_is_printed(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    result = run(*EXPLAIN, "--html", str(path), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["schema"] == 1
+    assert result.stderr == f"the report is in {path}\n"
+    text = path.read_text(encoding="utf-8")
+    (data,) = re.findall(r'<script type="application/json" id="view">(.*?)</script>', text)
+    view = json.loads(data)
+    assert view["headline"].startswith("act_padding starves under ordered(allreduce_rms, act_padding)")
+    classes = {view["strings"][row[0]] for row in view["costs"]}
+    assert {view["strings"][row[8]] for row in view["fusions"]} <= classes
+    assert all(row[11] for row in view["fusions"])
+
+
+def test_html_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "build", None)
+    result = run(*EXPLAIN, "--html", "nowhere/report.html")
+    assert (result.exit_code, result.stdout) == (2, "")

@@ -23,6 +23,10 @@ class PlanError(FuseplanError, ValueError):
     """A plan that can't be made, or that doesn't fit: contradictory force and forbid, a replay on another graph."""
 
 
+class ReportError(FuseplanError, ValueError):
+    """A report that can't be written."""
+
+
 class CompatibilityError(FuseplanError, RuntimeError):
     """A torch that fuseplan can't work with: too old, or with a private interface that moved."""
 

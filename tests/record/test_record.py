@@ -1,11 +1,23 @@
 import copy
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuseplan.record import Fusion, GraphReport, Loss, Reason, Refusal, Report, from_json, to_json
+from fuseplan.record import (
+    DeviceConstant,
+    Fusion,
+    GraphReport,
+    Loss,
+    Nearness,
+    Reason,
+    Refusal,
+    Report,
+    from_json,
+    to_json,
+)
 
 FUSION = Fusion(
     rule="act_padding", op="rms_norm_pad", provider="torch", anchor="pad", consumed=("a", "b"), contested_op="rms_norm",
@@ -27,6 +39,13 @@ REPORT = Report(
 
 def test_reports_survive_json() -> None:
     assert from_json(Report, to_json(REPORT)) == REPORT
+
+
+def test_whole_numbers_survive_json_as_floats() -> None:
+    constant = DeviceConstant(name="launch", value=1402, unit="ns", source="measured")
+    assert from_json(DeviceConstant, json.loads(json.dumps(to_json(constant)))) == constant
+    with pytest.raises(ValueError, match=r"value: expected float, found 'True'"):
+        from_json(DeviceConstant, {**to_json(constant), "value": True})
 
 
 def test_counts_are_split_by_range_and_include_zeros() -> None:
@@ -89,3 +108,20 @@ def test_whatever_comes_in_is_a_report_or_a_value_error(data: Any) -> None:
     except ValueError:
         return
     assert to_json(report)["policy"] == data["policy"]
+
+
+def test_near_misses_know_what_they_count() -> None:
+    def refusal(layer: int, **more: Any) -> Refusal:
+        return Refusal(reason=Reason.USERS, rule="norm_quant", detail=f"read by add_{layer}", **more)
+
+    other = Refusal(reason=Reason.DTYPE, detail="float32")
+    disabled = Refusal(reason=Reason.DISABLED, detail="off")
+    first, second = refusal(0), refusal(1, nearness=Nearness.REFUSED)
+    graphs = (
+        GraphReport(graph="graph_0", refusals=(first, other, disabled)),
+        GraphReport(graph="graph_1", refusals=(second,)),
+    )
+    report = Report(policy="planned", order=(), rules=(), graphs=graphs)
+    counted = {miss.reason: report.counted_in(miss) for miss in report.near_misses}
+    assert counted == {Reason.USERS: [(graphs[0], first), (graphs[1], second)], Reason.DTYPE: [(graphs[0], other)]}
+    assert [miss.count for miss in report.near_misses] == [2, 1]

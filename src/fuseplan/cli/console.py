@@ -31,7 +31,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except FuseplanError as error:
         if debug:
             traceback.print_exc()
-        Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"fuseplan: {error}"))
+        say(f"fuseplan: {error}")
         raise typer.Exit(2) from None
 
 
@@ -44,6 +44,11 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(text) as status:
         yield status.update
+
+
+def say(text: str) -> None:
+    """One line on standard error, beside what was asked for."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text))
 
 
 def table_of(*columns: str) -> Table:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fuseplan.cli.console import Debug, Json, one_line_errors, progress, show
+from fuseplan.cli.console import Debug, Json, one_line_errors, progress, say, show
 
 
 def explain(
@@ -45,6 +45,9 @@ def explain(
     ] = False,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Replay saved plans.")] = None,
     save_plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plans to a file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as a page, which needs no other file.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -57,8 +60,10 @@ def explain(
         from fuseplan.comparison import compare
         from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
         from fuseplan.providers import device_profile
-        from fuseplan.report import comparison_to_json, render_comparison
+        from fuseplan.report import check_html, comparison_to_json, render_comparison, save_html
 
+        if html is not None:
+            check_html(html)
         profile = device_profile(device)
         spans = check_ranges([CompileRange.parse(text) for text in ranges or ()]) or workloads.DEFAULT_RANGES
         chosen = [Policy.parse(text) for text in policies or ()]
@@ -76,10 +81,13 @@ def explain(
             update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
             comparison = compare(
                 built.model, built.inputs, workload=workload, tp=tp, ranges=spans, device=profile, policies=chosen,
-                build_ns=built.build_ns, config=config, providers=allowed,
+                build_ns=built.build_ns, config=config, providers=allowed, evidence=html is not None,
             )  # fmt: skip
         if save_plan is not None:
             comparison.plans().save(save_plan)
+        if html is not None:
+            save_html(comparison, html)
+            say(f"the report is in {html}")
         show(comparison_to_json(comparison) if as_json else render_comparison(comparison), as_json)
 
 

@@ -160,6 +160,7 @@ def fusion_record(posed: Posed, index: int) -> Fusion:
         source=candidate.source,
         saving_ns=posed.problem.savings_ns[index],
         rounding_change=match.rounding_change if isinstance(match, Match) else None,
+        site_class=posed.sites[candidate.site.ordinal] if candidate.site else None,
     )
 
 

@@ -11,9 +11,10 @@ from fuseplan.record.evidence import (
     PolicyAt,
     SizePoint,
 )
+from fuseplan.record.near_miss import NearMiss
 from fuseplan.record.plan import Plan, Rejected, SavedPlans, Selected, diff
 from fuseplan.record.refusal import Nearness, Reason, Refusal
-from fuseplan.record.report import Comparison, ConflictClass, Fusion, GraphReport, Loss, NearMiss, Report, SizePrice
+from fuseplan.record.report import Comparison, ConflictClass, Fusion, GraphReport, Loss, Report, SizePrice
 from fuseplan.record.serialization import from_json, to_json
 
 __all__ = [

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fuseplan.record.report import UNFUSED, GraphReport, Report
+from fuseplan.record.report import UNFUSED, Fusion, GraphReport, Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class Change:
 
     Attributes:
         range: first and last number of tokens, None where they aren't limited.
-        before: rule and provider, e.g. `allreduce_rms triton`, or `unfused`.
+        before: rule and provider, e.g. `allreduce_rms triton`, or `unfused`; several where they were coupled.
         after: likewise.
         count: in how many places.
         sources: the places in the user's model.
@@ -76,5 +76,11 @@ def _pairs(before: Report, after: Report) -> Iterator[tuple[GraphReport, GraphRe
 
 
 def _choices(graph: GraphReport) -> dict[str, tuple[str, str | None]]:
-    """(rule and provider, source) by site."""
-    return {fusion.site: (f"{fusion.rule} {fusion.provider}", fusion.source) for fusion in graph.applied}
+    """(rules and providers, source) by site; fusions that were coupled share one."""
+    applied: dict[str, list[Fusion]] = {}
+    for fusion in graph.applied:
+        applied.setdefault(fusion.site, []).append(fusion)
+    return {
+        site: (" and ".join(sorted(f"{each.rule} {each.provider}" for each in fusions)), fusions[0].source)
+        for site, fusions in applied.items()
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fuseplan.errors import PlanError
+from fuseplan.record.files import write_whole
 from fuseplan.record.serialization import from_json, to_json
 
 SCHEMA = 1
@@ -131,12 +132,9 @@ class SavedPlans:
         """
         plans = [plan_to_json(plan) for plan in self.plans]
         text = json.dumps({"schema": self.schema, "workload": self.workload, "tp": self.tp, "plans": plans}, indent=1)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_whole(path, text + "\n")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise PlanError(f"plan file {str(path)!r} can't be written: {error.strerror or error}") from error
 
     @classmethod

@@ -2,16 +2,16 @@
 policies side by side (`Comparison`, the object that `fuseplan explain --json` prints).
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from fuseplan.errors import PlanError
 from fuseplan.record.evidence import Evidence
+from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
-from fuseplan.record.refusal import Nearness, Reason, Refusal
+from fuseplan.record.refusal import Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Fusion:
         source: module path in the user's model, if known.
         saving_ns: what it saves, weighted over the sizes of the range; None where nothing was priced.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
+        site_class: what its site has in common with others that cost the same, as `CostRow.site` names it; None for
+            somebody else's pass.
     """
 
     rule: str
@@ -41,6 +43,7 @@ class Fusion:
     source: str | None = None
     saving_ns: int | None = None
     rounding_change: tuple[str, str] | None = None
+    site_class: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,47 +105,6 @@ class ConflictClass:
     sources: tuple[str, ...] = ()
     lost_us: float | None = None
     flips_at_us: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class NearMiss:
-    """Places at which a rule doesn't match for one cause, counted.
-
-    Attributes:
-        rule: the rule, None for what looked like a dialect op and wasn't one.
-        reason: the kind of thing that stood in the way.
-        op: the dialect op at the heart of it.
-        detail: the first of them, for a person.
-        source: the first place in the user's model.
-        count: in how many places, over all graphs and ranges.
-        mend: what would mend it, if known.
-        nearness: how much of a match there is.
-        expected: what the pattern or the predicate asks for, the same in all of them.
-        found: what is there, likewise.
-        provider: who declines, if it is a provider.
-        sources: all places in the user's model, of the nodes in the way.
-        sites: all places of what would have been fused.
-        line: the line of the user's model that the first node in the way comes from, if known.
-        code: the text of that line, if known.
-        nodes: of the first, names of the FX nodes concerned, the one in the way first.
-    """
-
-    rule: str | None
-    reason: Reason
-    op: str | None
-    detail: str
-    source: str | None
-    count: int
-    mend: str | None
-    nearness: Nearness
-    expected: str | None = None
-    found: str | None = None
-    provider: str | None = None
-    sources: tuple[str, ...] = ()
-    sites: tuple[str, ...] = ()
-    line: str | None = None
-    code: str | None = None
-    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,53 +235,19 @@ class Report:
 
     @cached_property
     def near_misses(self) -> tuple[NearMiss, ...]:
-        """Where a rule nearly matched, one row a cause: the nearest first, then the most frequent; that nobody
-        implements an op comes after what can be mended.
-        """
-        causes: dict[tuple[object, ...], list[Refusal]] = {}
+        """Where a rule nearly matched, one row a cause: see `near_misses_of`."""
+        return near_misses_of(refusal for _, refusal in self._of_places())
+
+    def counted_in(self, miss: NearMiss) -> list[tuple[GraphReport, Refusal]]:
+        """What a row of `near_misses` counts, each refusal with the graph that it is of."""
+        cause = cause_of(miss)
+        return [(graph, refusal) for graph, refusal in self._of_places() if cause_of(refusal) == cause]
+
+    def _of_places(self) -> Iterator[tuple[GraphReport, Refusal]]:
         for graph in self.graphs:
             for refusal in graph.refusals:
-                if refusal.nearness is not None or refusal.reason not in _NOT_OF_A_PLACE:
-                    causes.setdefault(_cause(refusal), []).append(refusal)
-        rows = [_near_miss(refusals) for refusals in causes.values()]
-        return tuple(sorted(rows, key=_distance))
-
-
-_NOT_OF_A_PLACE = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
-"""Refusals that concern a whole graph or rule, unless they say how near a match was."""
-
-
-def _distance(row: NearMiss) -> tuple[int, bool, int, str, str]:
-    nobody = row.reason is Reason.PROVIDER
-    return list(Nearness).index(row.nearness), nobody, -row.count, row.rule or "", row.detail
-
-
-def _cause(refusal: Refusal) -> tuple[object, ...]:
-    """What equal refusals share: all but names of nodes and places."""
-    texts = (refusal.expected, refusal.found) if refusal.found else (re.sub(r"\d+", "", refusal.detail), None)
-    return refusal.nearness, refusal.rule, refusal.reason, refusal.provider, refusal.mend, *texts
-
-
-def _near_miss(refusals: Sequence[Refusal]) -> NearMiss:
-    first = refusals[0]
-    return NearMiss(
-        rule=first.rule,
-        reason=first.reason,
-        op=first.op,
-        detail=first.detail,
-        source=first.source,
-        count=len(refusals),
-        mend=first.mend,
-        nearness=first.nearness or Nearness.REFUSED,
-        expected=first.expected,
-        found=first.found,
-        provider=first.provider,
-        sources=tuple(dict.fromkeys(refusal.source for refusal in refusals if refusal.source is not None)),
-        sites=tuple(dict.fromkeys(refusal.site for refusal in refusals if refusal.site is not None)),
-        line=first.line,
-        code=first.code,
-        nodes=first.nodes,
-    )
+                if is_of_a_place(refusal):
+                    yield graph, refusal
 
 
 UNFUSED = "unfused"

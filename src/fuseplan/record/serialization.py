@@ -55,7 +55,9 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         _expect(data in [member.value for member in kind], where, f"one of {[m.value for m in kind]}", data)
         return kind(data)
-    _expect(isinstance(data, kind) and (kind is bool or not isinstance(data, bool)), where, kind.__name__, data)
+    # A whole number is written without a point.
+    kinds = (kind, int) if kind is float else (kind,)
+    _expect(isinstance(data, kinds) and (kind is bool or not isinstance(data, bool)), where, kind.__name__, data)
     return data
 
 

@@ -1,12 +1,9 @@
 """Cost tables: times of alternatives, with where each came from, as JSON that can be committed and shared."""
 
 import bisect
-import contextlib
 import datetime
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,6 +13,7 @@ from typing import Any
 
 from fuseplan.errors import ConfigError
 from fuseplan.record import from_json, to_json
+from fuseplan.record.files import write_whole
 
 SCHEMA = 1
 LARGEST_BYTES = 16 * 2**20
@@ -146,21 +144,10 @@ class CostTable:
         Raises:
             ConfigError: the file can't be written.
         """
-        temporary: Path | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-            temporary = Path(name)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self._content(), file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_whole(path, json.dumps(self._content(), indent=1) + "\n")
         except OSError as error:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
             raise ConfigError(f"cost table {str(path)!r} can't be written: {error.strerror or error}") from error
 
     @classmethod

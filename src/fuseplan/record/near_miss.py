@@ -1,0 +1,100 @@
+"""Near misses: refusals of places, one row a cause."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fuseplan.record.refusal import Nearness, Reason, Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearMiss:
+    """Places at which a rule doesn't match for one cause, counted.
+
+    Attributes:
+        rule: the rule, None for what looked like a dialect op and wasn't one.
+        reason: the kind of thing that stood in the way.
+        op: the dialect op at the heart of it.
+        detail: the first of them, for a person.
+        source: the first place in the user's model.
+        count: in how many places, over all graphs and ranges.
+        mend: what would mend it, if known.
+        nearness: how much of a match there is.
+        expected: what the pattern or the predicate asks for, the same in all of them.
+        found: what is there, likewise.
+        provider: who declines, if it is a provider.
+        sources: all places in the user's model, of the nodes in the way.
+        sites: all places of what would have been fused.
+        line: the line of the user's model that the first node in the way comes from, if known.
+        code: the text of that line, if known.
+        nodes: of the first, names of the FX nodes concerned, the one in the way first.
+    """
+
+    rule: str | None
+    reason: Reason
+    op: str | None
+    detail: str
+    source: str | None
+    count: int
+    mend: str | None
+    nearness: Nearness
+    expected: str | None = None
+    found: str | None = None
+    provider: str | None = None
+    sources: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    line: str | None = None
+    code: str | None = None
+    nodes: tuple[str, ...] = ()
+
+
+def near_misses_of(refusals: Iterable[Refusal]) -> tuple[NearMiss, ...]:
+    """One row a cause: the nearest first, then the most frequent; that nobody implements an op comes after what can be
+    mended.
+    """
+    causes: dict[tuple[object, ...], list[Refusal]] = {}
+    for refusal in refusals:
+        causes.setdefault(cause_of(refusal), []).append(refusal)
+    return tuple(sorted(map(_row, causes.values()), key=_distance))
+
+
+def is_of_a_place(refusal: Refusal) -> bool:
+    """Whether a refusal says how near a match was somewhere, and doesn't concern a whole graph or rule."""
+    return refusal.nearness is not None or refusal.reason not in _OF_A_WHOLE
+
+
+_OF_A_WHOLE = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
+
+
+def cause_of(refusal: Refusal | NearMiss) -> tuple[object, ...]:
+    """What equal refusals share: all but names of nodes and places."""
+    texts = (refusal.expected, refusal.found) if refusal.found else (re.sub(r"\d+", "", refusal.detail), None)
+    nearness = refusal.nearness or Nearness.REFUSED
+    return nearness, refusal.rule, refusal.reason, refusal.provider, refusal.mend, *texts
+
+
+def _distance(row: NearMiss) -> tuple[int, bool, int, str, str]:
+    nobody = row.reason is Reason.PROVIDER
+    return list(Nearness).index(row.nearness), nobody, -row.count, row.rule or "", row.detail
+
+
+def _row(refusals: Sequence[Refusal]) -> NearMiss:
+    first = refusals[0]
+    return NearMiss(
+        rule=first.rule,
+        reason=first.reason,
+        op=first.op,
+        detail=first.detail,
+        source=first.source,
+        count=len(refusals),
+        mend=first.mend,
+        nearness=first.nearness or Nearness.REFUSED,
+        expected=first.expected,
+        found=first.found,
+        provider=first.provider,
+        sources=tuple(dict.fromkeys(refusal.source for refusal in refusals if refusal.source is not None)),
+        sites=tuple(dict.fromkeys(refusal.site for refusal in refusals if refusal.site is not None)),
+        line=first.line,
+        code=first.code,
+        nodes=first.nodes,
+    )

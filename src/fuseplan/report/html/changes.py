@@ -1,0 +1,38 @@
+"""What force and forbid change: the plan against the same plan without them."""
+
+from typing import Any
+
+from fuseplan import record
+from fuseplan.record import Change, Comparison, Report
+from fuseplan.report.html.verdicts import behind_us
+from fuseplan.report.text import places
+
+
+def changes(comparison: Comparison) -> dict[str, Any] | None:
+    """What the constraints cost by range, and what is applied where in the place of what; None where there are none."""
+    free = comparison.unconstrained
+    bound = next((report for report in comparison.reports if report.policy == "planned"), None)
+    if free is None or bound is None:
+        return None
+    return {
+        "force": list(bound.force),
+        "forbid": list(bound.forbid),
+        "lost_us": behind_us(bound, free),
+        "rows": _rows(bound, free),
+    }
+
+
+def _rows(bound: Report, free: Report) -> list[dict[str, Any]]:
+    """One row for each change of choice, over all ranges, with the places where it happens."""
+    rows: dict[tuple[str, str], list[Change]] = {}
+    for each in record.changes(free, bound):
+        rows.setdefault((each.before, each.after), []).append(each)
+    return [
+        {
+            "before": before,
+            "after": after,
+            "count": sum(each.count for each in changed),
+            "where": places(source for each in changed for source in each.sources),
+        }
+        for (before, after), changed in rows.items()
+    ]

@@ -1,0 +1,112 @@
+"""What a reader should know first: which rule starves which under which policy, and what that costs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fuseplan.record import Comparison, ConflictClass, Loss, Report
+from fuseplan.record.report import UNFUSED
+from fuseplan.report.text import places, policy_name
+
+
+def headline(comparison: Comparison) -> str:
+    """One sentence: who starves, or else who loses most, or else what the first policy does."""
+    rows = sorted(verdicts(comparison), key=lambda row: row["fused"] / max(1, row["matched"]))
+    if rows:
+        row, name = rows[0], policy_name(comparison.reports[rows[0]["policy"]])
+        if row["state"] == "starved":
+            return f"{row['loser']} starves under {name}: 0 of {row['matched']} matches fire"
+        return f"{row['loser']} is left with {row['fused']} of {row['matched']} matches under {name}"
+    if not comparison.reports:
+        return "Nothing was compared"
+    report = comparison.reports[0]
+    fused, matched = sum(report.fused.values()), sum(report.matched.values())
+    if fused:
+        starving = "; no rule starves under any order" if any(each.order for each in comparison.reports) else ""
+        return f"{policy_name(report)} applies {fused} fusion{'s' if fused > 1 else ''}{starving}"
+    if not matched:
+        return "Nothing to fuse: no rule matches anywhere"
+    return f"{policy_name(report)} applies none of {matched} matches"
+
+
+def verdicts(comparison: Comparison) -> list[dict[str, Any]]:
+    """One row for every rule that loses places under a fixed order to a rule that doesn't do its work too; those that
+    get none first.
+    """
+    rows = [row for index, report in enumerate(comparison.reports) for row in _of(comparison, index, report)]
+    return sorted(rows, key=lambda row: row["state"] != "starved")
+
+
+def _of(comparison: Comparison, index: int, report: Report) -> Iterator[dict[str, Any]]:
+    losers: dict[str, list[ConflictClass]] = {}
+    for conflict in report.conflicts if report.order else ():
+        if conflict.winner != UNFUSED:
+            losers.setdefault(conflict.loser, []).append(conflict)
+    for loser, conflicts in losers.items():
+        if not is_covered(report, loser):
+            known = [(row.lost_us, row.count) for row in conflicts if row.lost_us is not None]
+            weight = sum(count for _, count in known)
+            yield {
+                "policy": index,
+                "loser": loser,
+                "winners": [[row.winner, row.count] for row in conflicts],
+                "op": conflicts[0].op,
+                "where": places(source for row in conflicts for source in row.sources),
+                "fused": report.fused.get(loser, 0),
+                "matched": report.matched.get(loser, 0),
+                "state": rule_state(report, loser),
+                "lost_us": round(sum(us * count for us, count in known) / weight, 3) if weight else None,
+                "behind_us": behind_us(report, comparison.reports[0]),
+            }
+
+
+def rule_state(report: Report, rule: str) -> str:
+    """How a rule fares under a policy.
+
+    `unlisted` (by its order), `unmatched`, `all` or `some` of its matches applied; and where none is: `off`,
+    `covered` by fusions that take all that it would, `starved` by the order, `forbidden`, `outdone` in the plan, or not
+    `worth` it.
+    """
+    fused, matched = report.fused.get(rule, 0), report.matched.get(rule, 0)
+    if report.order and rule not in report.order:
+        return "unlisted"
+    if not matched:
+        return "unmatched"
+    if fused:
+        return "all" if fused == matched else "some"
+    if report.policy == "off":
+        return "off"
+    if is_covered(report, rule):
+        return "covered"
+    if report.order:
+        return "starved"
+    losses = list(_losses(report, rule))
+    if losses and all(loss.forbidden for loss in losses):
+        return "forbidden"
+    return "outdone" if any(loss.blocked_by for loss in losses) else "worth"
+
+
+def is_covered(report: Report, rule: str) -> bool:
+    """Whether all that a rule loses goes to fusions that take all that it would: a composed rule does its work."""
+    losses = list(_losses(report, rule))
+    return bool(losses) and all(
+        any(set(loss.fusion.consumed) <= set(winner.consumed) for winner in loss.blocked_by) for loss in losses
+    )
+
+
+def _losses(report: Report, rule: str) -> Iterator[Loss]:
+    for graph in report.graphs:
+        taken = {(fusion.rule, fusion.anchor) for fusion in graph.applied}
+        for loss in graph.lost:
+            # Another provider of a match that is applied has lost nothing of its rule's.
+            if loss.fusion.rule == rule and (rule, loss.fusion.anchor) not in taken:
+                yield loss
+
+
+def behind_us(report: Report, first: Report) -> list[float]:
+    """By how much less a policy saves than the first one, by range."""
+    return [round((saved_ns(first, span) - saved_ns(report, span)) / 1000, 3) for span in report.per_range]
+
+
+def saved_ns(report: Report, span: tuple[int, int] | None) -> int:
+    """What a policy saves in a range, over all graphs."""
+    return sum(graph.saved_ns for graph in report.graphs if graph.range == span)
