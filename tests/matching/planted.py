@@ -97,7 +97,12 @@ class Garden:
         module = self.model.get_submodule(place.reduced)
         inner = getattr(module, "inner", module)
         assert isinstance(inner, nn.Module)
-        inner.register_forward_hook(lambda module, args, output: function(output), prepend=True)
+        # Not prepend=True: Dynamo of torch 2.11 guards on another hook than it means where the order was changed.
+        later = list(inner._forward_hooks.values())
+        inner._forward_hooks.clear()
+        inner.register_forward_hook(lambda module, args, output: function(output))
+        for hook in later:
+            inner.register_forward_hook(hook)
 
     def after(self, place: Place, function: Callable[[Tensor], Tensor]) -> None:
         """Changes what was all-reduced."""

@@ -353,7 +353,9 @@ def test_rounding_changes_are_refused_unless_allowed(gpt_oss: fx.Graph) -> None:
     assert savings["act_padding", "allreduce_rms"] > savings["allreduce_rms", "act_padding"] > 0
     decision = lenient.decide(analysis, PLANNED, "graph_0")
     report = lenient.report("graph_0", analysis, decision)
-    assert {fusion.rounding_change for fusion in report.applied} <= {("vllm", "fp32"), ("llama", "gpt_oss")}
+    # torch 2.11 leaves the residual stream of vLLM's spelling in float32.
+    allowed = {("vllm", "fp32"), ("vllm_fp32_residual", "fp32"), ("llama", "gpt_oss")}
+    assert {fusion.rounding_change for fusion in report.applied} <= allowed
 
 
 def test_sites_do_not_change_with_rules_that_are_off(gpt_oss: fx.Graph) -> None:

@@ -221,8 +221,10 @@ def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> N
     dtype = norm.rounded_to or dtype_of(norm.y)
     narrow = [node.args[0] if is_call(node, convert_element_type) else node for node in total.args]
     if dtype not in [dtype_of(node) for node in narrow] or norm.rounding.adds_one:
-        detail = f"a sum in {dtype_of(total)} of something else than values in {dtype}"
-        raise _NotANorm(Reason.DTYPE, detail, total)
+        found = " and ".join(str(dtype_of(node)).removeprefix("torch.") for node in narrow)
+        wanted = str(dtype).removeprefix("torch.")
+        mend = f"reduce, cast and add in {wanted}"
+        raise _NotANorm(Reason.DTYPE, f"it norms a float32 sum of {found}; both must be {wanted}", total, mend)
     others = [user for user in total.users if user not in norm.interior]
     rounded = [user for user in others if is_call(user, convert_element_type) and dtype_of(user) is dtype]
     residual_out: fx.Node | None
