@@ -281,6 +281,48 @@ def test_plans_are_saved_replayed_and_compared(tmp_path: Path) -> None:
     assert "doesn't fit this graph: there were" in " ".join(other.stderr.split())
 
 
+def test_what_is_forced_stands_beside_the_plan_without_it() -> None:
+    """ "What if": what it saves less, and what changes where."""
+    arguments = (*EXPLAIN, "--policy", "planned", "--force", "act_padding")
+    data = json.loads(run(*arguments, "--json").stdout)
+    (asked,) = data["policies"]
+    assert (asked["force"], asked["fused"]["act_padding"]) == (["act_padding"], 1)
+    other = data["counterfactual"]
+    assert (other["force"], other["forbid"]) == (["act_padding"], [])
+    assert other["without"]["fused"] == {**asked["fused"], "act_padding": 0, "allreduce_rms_padding": 1}
+    (change,) = other["changes"]
+    assert (change["before"], change["after"], change["count"]) == (
+        "allreduce_rms_padding triton",
+        "act_padding triton",
+        1,
+    )
+    (lost,) = other["lost_us"]
+    assert lost["lost_us"] == pytest.approx(other["without"]["saved_us"] - asked["saved_us"])
+    assert lost["lost_us"] > 0
+    screen = " ".join(run(*arguments).stdout.split())
+    assert "what if force act_padding saves" in screen
+    assert "act_padding triton in place of allreduce_rms_padding triton in 1 place" in screen
+    assert json.loads(run(*EXPLAIN, "--json").stdout)["counterfactual"] is None
+
+
+def test_what_is_forbidden_is_no_conflict_and_not_too_dear() -> None:
+    rules = ("act_padding", "allreduce_rms", "allreduce_rms_padding")
+    arguments = [argument for rule in rules for argument in ("--forbid", rule)]
+    screen = run(*EXPLAIN, "--policy", "planned", *arguments).stdout
+    assert "not worth it" not in screen
+    assert "conflict" not in screen
+    assert all(f"{rule} in " in screen.split("forbidden", 1)[1] for rule in rules)
+
+
+def test_a_conflict_says_which_cost_would_flip_it() -> None:
+    screen = " ".join(run(*EXPLAIN, "--policy", "planned").stdout.split())
+    margin = r"would save ([\d.]+) us less a place; it would win if its op took ([\d.]+) us instead of ([\d.]+)"
+    found = re.search(rf"allreduce_rms is left with 1 \({margin}\)", screen)
+    assert found is not None, screen
+    lost, flips, takes = map(float, found.groups())
+    assert flips + lost == pytest.approx(takes, abs=0.11)
+
+
 def test_devices_and_their_constants() -> None:
     rows = {row["device"]: row for row in json.loads(run("devices", "--json").stdout)["devices"]}
     assert set(rows) == {"h100", "h200", "b200", "mi300x", "mi355x", "cpu"}

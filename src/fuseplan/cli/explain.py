@@ -60,10 +60,13 @@ def explain(
         from fuseplan.comparison import compare
         from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
         from fuseplan.providers import device_profile
+        from fuseplan.record import SavedPlans
         from fuseplan.report import check_html, comparison_to_json, render_comparison, save_html
 
         if html is not None:
             check_html(html)
+        if save_plan is not None:
+            SavedPlans.check_file(save_plan)
         profile = device_profile(device)
         spans = check_ranges([CompileRange.parse(text) for text in ranges or ()]) or workloads.DEFAULT_RANGES
         chosen = [Policy.parse(text) for text in policies or ()]

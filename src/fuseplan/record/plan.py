@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fuseplan.errors import PlanError
-from fuseplan.record.files import write_whole
+from fuseplan.record.files import check_writable, write_whole
 from fuseplan.record.serialization import from_json, to_json
 
 SCHEMA = 1
@@ -135,7 +135,19 @@ class SavedPlans:
         try:
             write_whole(path, text + "\n")
         except OSError as error:
-            raise PlanError(f"plan file {str(path)!r} can't be written: {error.strerror or error}") from error
+            raise _unwritable(path, error) from error
+
+    @staticmethod
+    def check_file(path: Path) -> None:
+        """Refuses a path that plans can't be written to, before there are any.
+
+        Raises:
+            PlanError: the text says why not.
+        """
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     @classmethod
     def load(cls, path: Path) -> "SavedPlans":
@@ -176,6 +188,10 @@ class SavedPlans:
         there = ", ".join(_title(plan) for plan in self.plans) or "none"
         wanted = f"{graph} at {span[0]}:{span[1]} tokens" if span else graph
         raise PlanError(f"the saved plans have none for {wanted}; there are: {there}")
+
+
+def _unwritable(path: Path, error: OSError) -> PlanError:
+    return PlanError(f"plan file {str(path)!r} can't be written: {error.strerror or error}")
 
 
 def diff(left: SavedPlans, right: SavedPlans) -> list[str]:
