@@ -18,7 +18,7 @@ from fuseplan.cli import app
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
-from fuseplan.record import GraphReport
+from fuseplan.record import GraphReport, NearMiss, Nearness, Reason, Report
 from fuseplan.rules import BUILT_IN_RULES
 from tests.helpers import all_reduce, post_grad, quantize, randn, vllm
 
@@ -176,3 +176,76 @@ def test_case_11_vllm_39356_command_line_and_configuration_choose_rules(tmp_path
     }
     assert run("--forbid", "allreduce_rms", "--forbid", "allreduce_rms_padding") == {"act_padding": 2}
     assert run("--provider", "torch") == {}
+
+
+def near_misses(function: Any, *inputs: Tensor, rule: str) -> list[NearMiss]:
+    """What one rule's near misses are in the graph of a function, the declined aside."""
+    rows = Report(policy="planned", order=(), rules=(), graphs=(explained(post_grad(function, *inputs)),)).near_misses
+    return [row for row in rows if row.rule == rule and row.nearness is not Nearness.DECLINED]
+
+
+X, R, W = randn(16, HIDDEN), randn(16, HIDDEN, seed=1), randn(HIDDEN)
+
+
+def test_case_3_vllm_28841_a_slice_that_cannot_be_hoisted_is_named(two_ranks: str) -> None:
+    """gpt-oss: a slice 3072 -> 2880 hid the match. Hoisted it fuses; where the rest is read too, it is named."""
+
+    def sliced(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        reduced = all_reduce(x, two_ranks)
+        return *vllm(reduced[..., :HIDDEN], r, w), reduced[..., HIDDEN:].relu()
+
+    def alone(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return vllm(all_reduce(x, two_ranks)[..., :HIDDEN], r, w)
+
+    wide = randn(16, HIDDEN + 192)
+    (row,) = near_misses(sliced, wide, R, W, rule="allreduce_rms")
+    assert row.detail.startswith("aten.slice.Tensor stands between all_reduce and fused_add_rms_norm")
+    assert row.line is not None
+    assert row.line.startswith("test_cases.py:")
+    assert row.code is not None
+    assert "vllm(reduced[..., :HIDDEN], r, w)" in row.code
+    assert near_misses(alone, wide, R, W, rule="allreduce_rms") == []
+    assert counts(explained(post_grad(alone, wide, R, W))) == {"allreduce_rms": 1}
+
+
+def test_case_4_vllm_48757_a_reshape_that_cannot_be_hoisted_is_named(two_ranks: str) -> None:
+    """A reshape hid AR+RMS in Hugging Face models (TensorRT-LLM #14781, #14796); nobody could see it."""
+
+    def reshaped(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        flat = all_reduce(x.reshape(4, 4 * HIDDEN), two_ranks)
+        return *vllm(flat.reshape(16, HIDDEN), r, w), flat[:2].relu()
+
+    (row,) = near_misses(reshaped, X, R, W, rule="allreduce_rms")
+    assert row.detail.startswith("aten.reshape.default stands between all_reduce and fused_add_rms_norm")
+    assert row.mend == "do it before all_reduce, or let nothing else read all_reduce"
+
+
+def test_case_6_vllm_48324_an_fp32_weight_is_a_near_miss_with_its_mend(two_ranks: str) -> None:
+    """bf16 input with fp32 weight matched and gave garbage; the guard against it matched nothing at all (#48447)."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y, total = vllm(all_reduce(x, two_ranks), r, w)
+        return y.bfloat16(), total
+
+    (row,) = near_misses(model, X, R, W.float(), rule="allreduce_rms")
+    assert (row.reason, row.nearness) == (Reason.DTYPE, Nearness.REFUSED)
+    assert row.detail == "weight is float32 and x is bfloat16; the fused op takes one dtype"
+    assert row.mend == "cast the weight to bfloat16"
+    assert counts(explained(post_grad(model, X, R, W))) == {"allreduce_rms": 1}
+
+
+def test_case_12_pytorch_169440_a_match_that_failed_says_at_which_node_and_line(two_ranks: str) -> None:
+    """ "Nobody can see why a specific match failed": the predicate, the node, and its source line in the model."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        scaled = all_reduce(x, two_ranks) * 0.5
+        return vllm(scaled, r, w)
+
+    graph = post_grad(model, X, R, W)
+    (row,) = near_misses(model, X, R, W, rule="allreduce_rms")
+    assert (row.expected, row.found) == ("all_reduce", "aten.mul.Tensor")
+    named = {node.name: node for node in graph.nodes}
+    assert str(named[row.nodes[0]].target) == "aten.mul.Tensor"
+    assert row.code == "scaled = all_reduce(x, two_ranks) * 0.5"
+    assert row.line is not None
+    assert row.line.startswith("test_cases.py:")
