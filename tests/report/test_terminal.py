@@ -1,10 +1,11 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Reason, Refusal, Report
-from fuseplan.report import comparison_to_json, render_comparison
+from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report
+from fuseplan.report import comparison_to_json, render_comparison, render_report
 from fuseplan.report.text import places
 
 
@@ -29,9 +30,9 @@ def comparison(*, refusals: tuple[Refusal, ...] = ()) -> Comparison:
     return Comparison(workload="w", tp=2, device="h200", ranges=((1, 8),), reports=reports, trace_ns=1_500_000_000)
 
 
-def render(subject: Comparison, width: int, color: bool = False) -> str:
+def render(subject: Comparison | Report, width: int, color: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
-    console.print(render_comparison(subject))
+    console.print(render_comparison(subject) if isinstance(subject, Comparison) else render_report(subject, "block"))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -88,3 +89,54 @@ def test_warnings_are_shown_once() -> None:
 )
 def test_places_fold_layers(sources: list[str | None], expected: str) -> None:
     assert places(sources) == expected
+
+
+MISSES = tuple(
+    Refusal(
+        reason=Reason.OP, rule=rule, op="rms_norm", detail="aten.mul.Tensor stands between them",
+        source=f"layers.{n}.mlp", site=f"layers.{n}.norm", nearness=Nearness.OBSTRUCTED, expected="all_reduce", found="aten.mul.Tensor",
+        line="model.py:12", code="y = y * [0.5]", mend="do it before",
+    )
+    for n in range(36)
+    for rule in ("allreduce_rms", "allreduce_rms_padding")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_36_layers_and_two_rules_are_one_paragraph_with_line_and_mend(width: int) -> None:
+    text = render(comparison(refusals=MISSES), width)
+    flat = " ".join(text.split())
+    assert flat.count("near miss") == 1
+    assert "allreduce_rms and allreduce_rms_padding: op, 36 places (layers.0-35.norm)" in flat
+    assert "at layers.0-35.mlp model.py:12 y = y * [0.5]" in flat
+    assert "mend do it before" in flat
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_the_rest_of_many_causes_is_counted() -> None:
+    many = tuple(replace(MISSES[0], found=f"aten.op_{chr(97 + n)}", line=f"model.py:{n}") for n in range(11))
+    text = render(comparison(refusals=many), 120)
+    assert text.count("mend  do it before") == 8
+    assert "3 more causes: --json and --html have them all" in text
+
+
+def test_what_is_declined_or_far_is_one_dim_line() -> None:
+    declined = replace(
+        MISSES[0], nearness=Nearness.DECLINED, provider="flashinfer", detail="it rounds", mend="allow it"
+    )
+    far = [
+        replace(miss, nearness=Nearness.ABSENT, found=op) for miss, op in zip(MISSES[::2], ("mm", "mm", "embedding"))
+    ]
+    flat = " ".join(render(comparison(refusals=(declined, *far)), 120).split())
+    assert "near miss" not in flat
+    assert "declined allreduce_rms in 1 place: it rounds; allow" in flat
+    assert "no match allreduce_rms in 3 places, where mm and embedding is and no all_reduce: layers.0-2.norm" in flat
+
+
+def test_a_single_report_has_the_same_screen() -> None:
+    whole = comparison(refusals=MISSES)
+    text = render(whole.reports[0], 120)
+    assert text.startswith("block  ordered(act_padding, allreduce_rms), 1 graph")
+    assert "3 of 3" in text
+    assert "near miss" in text
+    assert "TP=" not in text

@@ -16,7 +16,29 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     """One screen: a headline, a table of policies by rules, conflicts, near misses, warnings, and where the time
     went.
     """
-    parts: list[RenderableType] = [_headline(comparison), Text(), *_table(comparison)]
+    return Group(_headline(comparison), Text(), *_sections(comparison), Text(), _footer(comparison))
+
+
+def render_report(report: Report, name: str = "model") -> RenderableType:
+    """One screen for one report, of `fuseplan.compile` or `fuseplan.explain`: `rich.print(render_report(report))`.
+
+    Args:
+        report: on one policy.
+        name: of what was compiled.
+    """
+    spans = dict.fromkeys(graph.range for graph in report.graphs)
+    devices = dict.fromkeys(graph.plan.device for graph in report.graphs if graph.plan is not None)
+    comparison = Comparison(
+        workload=name, tp=1, device=", ".join(devices), ranges=tuple(span for span in spans if span), reports=(report,)
+    )
+    graphs = len({graph.graph for graph in report.graphs})
+    priced = f", priced for {comparison.device}" if devices else ""
+    headline = Text.assemble((name, "bold"), f"  {policy_name(report)}, {count_of(graphs, 'graph')}{priced}")
+    return Group(headline.append_text(_recognised(report)), Text(), *_sections(comparison))
+
+
+def _sections(comparison: Comparison) -> list[RenderableType]:
+    parts: list[RenderableType] = [*_table(comparison)]
     sections = (
         _what_if(comparison),
         _conflicts(comparison),
@@ -29,8 +51,7 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     for section in sections:
         if section:
             parts += [Text(), *section]
-    parts += [Text(), _footer(comparison)]
-    return Group(*parts)
+    return parts
 
 
 def _headline(comparison: Comparison) -> Text:
@@ -40,10 +61,12 @@ def _headline(comparison: Comparison) -> Text:
     text.append(comparison.workload, style="bold")
     text.append(f"  TP={comparison.tp}, providers of {comparison.device}, ")
     text.append(f"{count_of(graphs, 'graph')} in {count_of(len(comparison.ranges), 'compile range')} (tokens {spans})")
-    norms = {name: n for name, n in comparison.reports[0].recognized.items() if n}
-    if norms:
-        text.append("\nrecognised: " + ", ".join(f"{n} {name}" for name, n in sorted(norms.items())), style="dim")
-    return text
+    return text.append_text(_recognised(comparison.reports[0]))
+
+
+def _recognised(report: Report) -> Text:
+    found = ", ".join(f"{count} {name}" for name, count in sorted(report.recognized.items()) if count)
+    return Text(f"\nrecognised: {found}" if found else "", style="dim")
 
 
 def _table(comparison: Comparison) -> list[RenderableType]:
