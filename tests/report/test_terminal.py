@@ -5,7 +5,6 @@ from rich.console import Console
 
 from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Reason, Refusal, Report
 from fuseplan.report import comparison_to_json, render_comparison
-from fuseplan.report.text import places
 
 
 def fusion(rule: str, layer: int) -> Fusion:
@@ -74,17 +73,3 @@ def test_near_misses_are_one_row_a_cause() -> None:
 def test_warnings_are_shown_once() -> None:
     warning = Refusal(reason=Reason.TRAINING, detail="the graph has a backward")
     assert render(comparison(refusals=(warning, warning)), 100).count("the graph has a backward") == 1
-
-
-@pytest.mark.parametrize(
-    ("sources", "expected"),
-    [
-        ([], ""),
-        (["norm"], "norm"),
-        ([f"layers.{layer}.norm" for layer in range(36)], "layers.0-35.norm"),
-        (["layers.0.a", "layers.2.a", "layers.3.a", "layers.1.b"], "layers.0,2-3.a, layers.1.b"),
-        (["layers.1.experts.3", None], "layers.1.experts.3"),
-    ],
-)
-def test_places_fold_layers(sources: list[str | None], expected: str) -> None:
-    assert places(sources) == expected
