@@ -1,7 +1,20 @@
-"""Renderers of the record."""
+"""Renderers of the record, and locks: what a record is held against."""
 
 from fuseplan.report.contract import comparison_to_json
 from fuseplan.report.html import check_html, render_html, save_html
+from fuseplan.report.lock import FusionLock, LockSettings
 from fuseplan.report.terminal import render_comparison
+from fuseplan.report.verdict import Verdict, render_verdict, verdict_to_json
 
-__all__ = ["check_html", "comparison_to_json", "render_comparison", "render_html", "save_html"]
+__all__ = [
+    "FusionLock",
+    "LockSettings",
+    "Verdict",
+    "check_html",
+    "comparison_to_json",
+    "render_comparison",
+    "render_html",
+    "render_verdict",
+    "save_html",
+    "verdict_to_json",
+]
