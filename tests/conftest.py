@@ -4,6 +4,8 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
+
 
 @pytest.fixture
 def one_rank() -> Iterator[str]:

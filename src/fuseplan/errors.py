@@ -33,3 +33,7 @@ class CompatibilityError(FuseplanError, RuntimeError):
 
 class UnsupportedError(FuseplanError, RuntimeError):
     """A request that is refused by name, e.g. AOTInductor."""
+
+
+class LockError(FuseplanError, ValueError):
+    """A fusion lock that isn't there, is broken, or is of another question than the one that was asked."""

@@ -111,8 +111,8 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
             model, inputs = _build_hugging_face(
                 huggingface.config_from_dict(HUGGING_FACE[name], name), name, group, layers
             )
-        elif _is_path(name):
-            model, inputs = _build_hugging_face(huggingface.load_config(Path(name)), name, group, layers)
+        elif (path := path_of(name)) is not None:
+            model, inputs = _build_hugging_face(huggingface.load_config(path), name, group, layers)
         elif ":" in name:
             if layers is not None:
                 raise WorkloadError(f"layers={layers}: {name} is a factory, which decides on its layers itself")
@@ -123,8 +123,11 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
         yield BuiltWorkload(name=name, model=model, inputs=inputs, build_ns=time.perf_counter_ns() - start)
 
 
-def _is_path(name: str) -> bool:
-    return name.endswith(".json") or "/" in name or Path(name).exists()
+def path_of(name: str) -> Path | None:
+    """The Hugging Face configuration that a workload's name is the path of; None for what is named otherwise."""
+    is_built_in = name in models.WORKLOADS or name in HUGGING_FACE
+    is_path = not is_built_in and (name.endswith(".json") or "/" in name or Path(name).exists())
+    return Path(name) if is_path else None
 
 
 @contextlib.contextmanager

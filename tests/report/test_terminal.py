@@ -6,7 +6,6 @@ from rich.console import Console
 
 from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report
 from fuseplan.report import comparison_to_json, render_comparison, render_report
-from fuseplan.report.text import places
 
 
 def fusion(rule: str, layer: int) -> Fusion:
@@ -77,25 +76,11 @@ def test_warnings_are_shown_once() -> None:
     assert render(comparison(refusals=(warning, warning)), 100).count("the graph has a backward") == 1
 
 
-@pytest.mark.parametrize(
-    ("sources", "expected"),
-    [
-        ([], ""),
-        (["norm"], "norm"),
-        ([f"layers.{layer}.norm" for layer in range(36)], "layers.0-35.norm"),
-        (["layers.0.a", "layers.2.a", "layers.3.a", "layers.1.b"], "layers.0,2-3.a, layers.1.b"),
-        (["layers.1.experts.3", None], "layers.1.experts.3"),
-    ],
-)
-def test_places_fold_layers(sources: list[str | None], expected: str) -> None:
-    assert places(sources) == expected
-
-
 MISSES = tuple(
     Refusal(
         reason=Reason.OP, rule=rule, op="rms_norm", detail="aten.mul.Tensor stands between them",
-        source=f"layers.{n}.mlp", site=f"layers.{n}.norm", nearness=Nearness.OBSTRUCTED, expected="all_reduce", found="aten.mul.Tensor",
-        line="model.py:12", code="y = y * [0.5]", mend="do it before",
+        source=f"layers.{n}.mlp", site=f"layers.{n}.norm", nearness=Nearness.OBSTRUCTED, expected="all_reduce",
+        found="aten.mul.Tensor", line="model.py:12", code="y = y * [0.5]", mend="do it before",
     )
     for n in range(36)
     for rule in ("allreduce_rms", "allreduce_rms_padding")
@@ -124,12 +109,11 @@ def test_what_is_declined_or_far_is_one_dim_line() -> None:
     declined = replace(
         MISSES[0], nearness=Nearness.DECLINED, provider="flashinfer", detail="it rounds", mend="allow it"
     )
-    far = [
-        replace(miss, nearness=Nearness.ABSENT, found=op) for miss, op in zip(MISSES[::2], ("mm", "mm", "embedding"))
-    ]
+    ops = ("mm", "mm", "embedding")
+    far = [replace(MISSES[2 * n], nearness=Nearness.ABSENT, found=op) for n, op in enumerate(ops)]
     flat = " ".join(render(comparison(refusals=(declined, *far)), 120).split())
     assert "near miss" not in flat
-    assert "declined allreduce_rms in 1 place: it rounds; allow" in flat
+    assert "declined allreduce_rms in 1 place: it rounds; allow it" in flat
     assert "no match allreduce_rms in 3 places, where mm and embedding is and no all_reduce: layers.0-2.norm" in flat
 
 

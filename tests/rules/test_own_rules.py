@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.dialect import define, ops
 from fuseplan.errors import RuleError
+from fuseplan.integrations.pytest_plugin import assert_fusions
 from fuseplan.providers import provider_of
 from fuseplan.record import Nearness, Report
 from fuseplan.rules import Rule
@@ -98,6 +99,13 @@ def test_it_contends_with_others_and_is_forbidden_like_them() -> None:
         assert {rule: count for rule, count in report.fused.items() if count} == expected
     (miss,) = [row for row in report.near_misses if row.rule == "norm_relu"]
     assert "is also read by pad" in miss.detail
+
+
+def test_tests_can_count_it() -> None:
+    theirs: dict[str, Any] = {"rules": [NormRelu()], "providers": [MINE]}
+    assert_fusions(obstructed, (randn(5, HIDDEN), W), {"norm_relu": 1}, **theirs)
+    with pytest.raises(AssertionError, match=r"why     near miss: aten\.sin\.default stands between rms_norm and aten"):
+        assert_fusions(obstructed, (randn(5, HIDDEN), W), {"norm_relu": 2}, **theirs)
 
 
 def test_an_op_is_defined_once() -> None:

@@ -2,6 +2,7 @@
 
 import typer
 
+from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
 from fuseplan.cli.listing import devices, providers, rules
 from fuseplan.cli.plans import diff_plans
@@ -14,6 +15,7 @@ app = typer.Typer(
     help="Which fusions fire in a torch.compile'd model, which starve, and why.",
 )
 app.command()(explain)
+app.command()(check)
 app.command()(rules)
 app.command()(providers)
 app.command()(devices)

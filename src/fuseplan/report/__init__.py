@@ -1,15 +1,22 @@
-"""Renderers of the record."""
+"""Renderers of the record, and locks: what a record is held against."""
 
 from fuseplan.report.contract import comparison_to_json, report_to_json
 from fuseplan.report.html import check_html, render_html, save_html
+from fuseplan.report.lock import FusionLock, LockSettings
 from fuseplan.report.terminal import render_comparison, render_report
+from fuseplan.report.verdict import Verdict, render_verdict, verdict_to_json
 
 __all__ = [
+    "FusionLock",
+    "LockSettings",
+    "Verdict",
     "check_html",
     "comparison_to_json",
     "render_comparison",
     "render_html",
     "render_report",
+    "render_verdict",
     "report_to_json",
     "save_html",
+    "verdict_to_json",
 ]

@@ -7,7 +7,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from fuseplan.record import NearMiss, Nearness
-from fuseplan.report.text import count_of, entry, enumerate_names, indented, places
+from fuseplan.report.places import places
+from fuseplan.report.text import count_of, entry, enumerate_names, indented
 
 SHOWN = 8
 """Causes that are told in full; the rest are counted."""

@@ -8,8 +8,9 @@ from rich.text import Text
 from fuseplan.record import Comparison, ConflictClass, Report, changes, differences
 from fuseplan.record.report import UNFUSED
 from fuseplan.report.misses import render_near_misses
+from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, matters
-from fuseplan.report.text import count_of, entry, enumerate_names, indented, places, policy_name, tokens_of
+from fuseplan.report.text import count_of, entry, enumerate_names, indented, policy_name, tokens_of
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:

@@ -1,7 +1,6 @@
-"""Small things that every text about a report needs: places, counts, lists, indents, names of policies."""
+"""Small things that every text about a report needs: counts, lists, indents, names of policies."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.padding import Padding
 from rich.table import Table
@@ -15,27 +14,6 @@ INDENT = 13
 def policy_name(report: Report) -> str:
     """A policy as it is written on the command line."""
     return f"{report.policy}({', '.join(report.order)})" if report.order else report.policy
-
-
-def places(sources: Iterable[str | None]) -> str:
-    """Module paths with runs of layer numbers folded: `layers.0-35.mlp`."""
-    numbers: dict[str, list[int]] = {}
-    for source in sources:
-        if source is not None:
-            found = re.search(r"\d+", source)
-            template = re.sub(r"\d+", "{}", source, count=1) if found else source
-            numbers.setdefault(template, []).extend([int(found[0])] if found else [])
-    return ", ".join(template.replace("{}", _runs(sorted(set(indices)))) for template, indices in numbers.items())
-
-
-def _runs(indices: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def enumerate_names(parts: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 from fuseplan import record
 from fuseplan.record import Change, Comparison, Report
 from fuseplan.report.html.verdicts import behind_us
-from fuseplan.report.text import places
+from fuseplan.report.places import places
 
 
 def changes(comparison: Comparison) -> dict[str, Any] | None:

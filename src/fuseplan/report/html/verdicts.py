@@ -5,7 +5,8 @@ from typing import Any
 
 from fuseplan.record import Comparison, ConflictClass, Loss, Report
 from fuseplan.record.report import UNFUSED
-from fuseplan.report.text import places, policy_name
+from fuseplan.report.places import places
+from fuseplan.report.text import policy_name
 
 
 def headline(comparison: Comparison) -> str:

@@ -9,7 +9,8 @@ from fuseplan.report.html.drawings import Drawn, drawing_json
 from fuseplan.report.html.evidence import constant_rows, cost_rows, size_rows
 from fuseplan.report.html.tables import Table
 from fuseplan.report.html.verdicts import headline, rule_state, verdicts
-from fuseplan.report.text import places, policy_name
+from fuseplan.report.places import places
+from fuseplan.report.text import policy_name
 
 Span = tuple[int, int] | None
 

@@ -1,0 +1,204 @@
+"""`fuseplan check`: whether a workload still has the fusions that a lock names."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fuseplan.cli.console import Debug, Json, one_line_errors, show
+from fuseplan.cli.request import (
+    AllowRoundingChanges,
+    Forbid,
+    Force,
+    Layers,
+    ProviderNames,
+    Ranges,
+    Workload,
+    compared,
+    find_policies,
+    find_providers,
+    find_ranges,
+)
+
+DEFAULT_DEVICE = "h200"
+
+
+def check(
+    workload: Workload,
+    lock: Annotated[Path, typer.Option(metavar="FILE", help="The lock file, made to be committed.")],
+    update: Annotated[bool, typer.Option("--update", help="Write the lock, and say what changed.")] = False,
+    tp: Annotated[int | None, typer.Option(help="Ranks of tensor parallelism. Default: the lock's, or 1.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help=f"A device profile. Default: the lock's, or {DEFAULT_DEVICE}.")
+    ] = None,
+    ranges: Ranges = None,
+    policy: Annotated[
+        str | None, typer.Option(help="planned, off or ordered(RULE, ...). Default: the lock's, or planned.")
+    ] = None,
+    layers: Layers = None,
+    force: Force = None,
+    forbid: Forbid = None,
+    provider: ProviderNames = None,
+    allow_rounding_changes: AllowRoundingChanges = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fail with exit status 1 where the fusions of WORKLOAD differ from those of a lock file. What the lock pins is
+    asked again; other options than its own need --update.
+    """
+    with one_line_errors(debug):
+        from fuseplan.compatibility import require_supported_torch
+
+        require_supported_torch()
+        from fuseplan.config import PassConfig
+        from fuseplan.integrations.locks import pinned
+        from fuseplan.report import render_verdict, verdict_to_json
+
+        pinned(PassConfig())
+        asked: dict[str, Any] = {
+            "tp": tp,
+            "layers": layers,
+            "device": device,
+            "policy": str(find_policies([policy])[0]) if policy is not None else None,
+            "ranges": tuple(map(_text, find_ranges(ranges))) if ranges else None,
+            "force": _unordered(force),
+            "forbid": _unordered(forbid),
+            "providers": _unordered(provider),
+            "allow_rounding_changes": allow_rounding_changes or None,
+        }
+        given = {name: value for name, value in asked.items() if value is not None}
+        verdict = _check(workload, lock, given, update=update)
+        show(verdict_to_json(verdict) if as_json else render_verdict(verdict), as_json)
+        if not verdict.passed:
+            raise typer.Exit(1)
+
+
+def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) -> Any:
+    """The verdict on a lock.
+
+    Args:
+        workload: as the user named it.
+        path: of the lock.
+        given: settings that stand on the command line.
+        update: whether to write the lock.
+
+    Raises:
+        FuseplanError: the lock is missing or broken, is of another workload or contradicts `given`; or the question
+            can't be served.
+    """
+    from fuseplan.report.drift import drifts
+    from fuseplan.report.lock import FusionLock, check_writable
+    from fuseplan.report.verdict import Verdict
+
+    name = _name_in_lock(workload, path)
+    before = _read(path, update)
+    settings, resettled = _settle(before, name, given, path, update)
+    if update:
+        check_writable(path)
+    comparison = _ask(workload, settings, None if given or before is None else path)
+    report = comparison.reports[0]
+    after = FusionLock.of(settings, report)
+    is_comparable = before is not None and before.settings.ranges == settings.ranges
+    written = update and (before is None or before.text() != after.text())
+    if written:
+        after.save(path)
+    return Verdict(
+        path=str(path),
+        lock=after if update or before is None else before,
+        found=after,
+        drifts=drifts(before, report) if before is not None and is_comparable else (),
+        resettled=resettled,
+        breaks=comparison.breaks,
+        written=written,
+        mend="where that is meant, the same command with --update pins it",
+    )
+
+
+def _read(path: Path, update: bool) -> Any:
+    """The lock, None where it is to be written and isn't there yet."""
+    from fuseplan.errors import LockError
+    from fuseplan.report.lock import FusionLock
+
+    try:
+        return FusionLock.load(path)
+    except LockError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise LockError(f"{error}; mend it, or delete it and write it anew with --update") from None
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        if update:
+            return None
+        raise LockError(f"there is no lock file {str(path)!r}; the same command with --update writes it") from None
+
+
+def _settle(before: Any, name: str, given: dict[str, Any], path: Path, update: bool) -> tuple[Any, Any]:
+    """The question, and what of it the lock has otherwise.
+
+    Raises:
+        LockError: the command line contradicts the lock.
+        ConfigError: it contradicts itself.
+    """
+    from fuseplan.errors import ConfigError, LockError
+    from fuseplan.report.lock import LockSettings, contradiction
+
+    try:
+        if before is None:
+            ranges = tuple(map(_text, find_ranges(None)))
+            defaults = LockSettings(workload=name, device=DEFAULT_DEVICE, policy="planned", ranges=ranges, tp=1)
+            return dataclasses.replace(defaults, **given), {}
+        if before.settings.workload != name:
+            pinned = before.settings.workload
+            raise LockError(f"lock file {str(path)!r} is of workload {pinned!r}, not {name!r}; name another file")
+        settings = dataclasses.replace(before.settings, **given)
+    except LockError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    changes = before.settings.changes(settings)
+    if changes and not update:
+        told = contradiction(changes, "the command line")
+        raise LockError(f"lock file {str(path)!r} {told}; leave it out, or pin it with --update")
+    return settings, changes
+
+
+def _ask(workload: str, settings: Any, source: Path | None) -> Any:
+    """What the question's policy does.
+
+    Args:
+        workload: as the user named it.
+        settings: the question.
+        source: the lock that all of it is from; None where the user has a part in it.
+    """
+    from fuseplan.errors import FuseplanError, LockError
+    from fuseplan.integrations.locks import config_of
+    from fuseplan.providers import device_profile
+
+    try:
+        config, policies = config_of(settings), find_policies([settings.policy])
+        device, providers = device_profile(settings.device), find_providers(settings.providers)
+    except FuseplanError as error:
+        raise (LockError(f"lock file {str(source)!r}: {error}") if source else error) from None
+    return compared(
+        workload, tp=settings.tp or 1, layers=settings.layers, ranges=config.compile_ranges,
+        device=device, policies=policies, config=config, providers=providers,
+    )  # fmt: skip
+
+
+def _name_in_lock(workload: str, lock: Path) -> str:
+    """The workload as a lock has it: a configuration by its path from the lock, so that both can move together."""
+    from fuseplan.workloads import path_of
+
+    path = path_of(workload)
+    return workload if path is None else Path(os.path.relpath(path.resolve(), lock.resolve().parent)).as_posix()
+
+
+def _text(compile_range: Any) -> str:
+    from fuseplan.report.lock import span_text
+
+    return span_text((compile_range.start, compile_range.end))
+
+
+def _unordered(texts: list[str] | None) -> tuple[str, ...] | None:
+    return tuple(sorted(set(texts))) if texts else None

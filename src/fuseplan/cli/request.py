@@ -1,0 +1,109 @@
+"""What commands that look at a workload share: their options, and the way from those to a comparison."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from fuseplan.cli.console import progress
+
+Workload = Annotated[
+    str,
+    typer.Argument(
+        help="A built-in name, the path of a Hugging Face config.json, or package.module:factory (runs it)."
+    ),
+]
+Ranges = Annotated[
+    list[str] | None,
+    typer.Option("--range", metavar="FIRST:LAST", help="A compile range in tokens; may be repeated."),
+]
+Layers = Annotated[int | None, typer.Option(help="Another number of layers than the model's own.")]
+Force = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SELECTOR", help="What the plan must apply: RULE[@PLACE | #SITE][:PROVIDER]; repeatable."),
+]
+Forbid = Annotated[
+    list[str] | None, typer.Option(metavar="SELECTOR", help="What the plan must not apply; may be repeated.")
+]
+ProviderNames = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Who may run fused ops; may be repeated. Default: all.")
+]
+AllowRoundingChanges = Annotated[
+    bool, typer.Option("--allow-rounding-changes", help="Let kernels round at other points than the graph.")
+]
+
+
+def compared(
+    workload: str,
+    *,
+    tp: int,
+    layers: int | None,
+    ranges: Sequence[Any],
+    device: Any,
+    policies: Sequence[Any],
+    config: Any,
+    providers: Sequence[Any],
+    evidence: bool = False,
+) -> Any:
+    """Builds a workload and compares policies on it, with a sign of life where that can be seen.
+
+    The arguments are those of `comparison.compare` and `workloads.build`.
+
+    Raises:
+        FuseplanError: something of it can't be served; broken tables, plans and selectors are found before anything
+            is built.
+    """
+    from fuseplan import workloads
+    from fuseplan.comparison import compare
+    from fuseplan.manager import PostGradPassManager
+
+    PostGradPassManager(config, device=device)
+    with progress(f"building {workload}") as update, workloads.build(workload, tp=tp, layers=layers) as built:
+        update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
+        return compare(
+            built.model, built.inputs, workload=workload, tp=tp, ranges=ranges, device=device, policies=policies,
+            build_ns=built.build_ns, config=config, providers=providers, evidence=evidence,
+        )  # fmt: skip
+
+
+def find_providers(names: Sequence[str] | None) -> Any:
+    """The providers of those names, or all.
+
+    Raises:
+        ConfigError: there is no such provider.
+    """
+    from fuseplan.config import unknown
+    from fuseplan.providers import BUILT_IN_PROVIDERS
+
+    known = {provider.name: provider for provider in BUILT_IN_PROVIDERS}
+    for name in names or ():
+        if name not in known:
+            raise unknown("provider", name, known)
+    return tuple(known[name] for name in dict.fromkeys(names)) if names else BUILT_IN_PROVIDERS
+
+
+def find_ranges(texts: Sequence[str] | None) -> Any:
+    """The compile ranges of those texts, or the default ones.
+
+    Raises:
+        ConfigError: one isn't of the form FIRST:LAST, or two overlap.
+    """
+    from fuseplan.config import CompileRange, check_ranges
+    from fuseplan.workloads import DEFAULT_RANGES
+
+    return check_ranges([CompileRange.parse(text) for text in texts or ()]) or DEFAULT_RANGES
+
+
+def find_policies(texts: Sequence[str] | None) -> list[Any]:
+    """The policies of those texts.
+
+    Raises:
+        ConfigError: one is malformed, or names an unknown rule; the text names the near spelling.
+    """
+    from fuseplan.config import PassConfig, Policy
+    from fuseplan.rules import enabled_rules
+
+    policies = [Policy.parse(text) for text in texts or ()]
+    for policy in policies:
+        enabled_rules(PassConfig(policy=policy))
+    return policies

@@ -1,0 +1,308 @@
+"""A pytest plugin: tests that fail when fusions regress, and say which, where and why.
+
+pytest loads it wherever fuseplan is installed, so that it imports torch and the rest where they are used.
+"""
+
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+if TYPE_CHECKING:
+    from fuseplan.config import PassConfig
+    from fuseplan.providers import DeviceProfile, Provider
+    from fuseplan.record import Report
+    from fuseplan.report import FusionLock, LockSettings
+    from fuseplan.rules import Rule
+
+NAMES = ("fuseplan", __name__)
+"""Under which pytest may come to know this module: as an entry point, and by `-p` or `pytest_plugins`."""
+
+UPDATE = "--update-fusion-lock"
+MEANT = f"where that is meant: pytest {UPDATE}"
+FOLDER = "fusion_locks"
+WRITTEN = "fusion lock written"
+"""The property of a test under which it names locks to the process that prints the summary."""
+DEFAULT_DEVICE = "h200"
+LONGEST_NAME = 100
+
+Inputs = Sequence[Any] | Mapping[str, Any]
+
+
+class _OtherName:
+    """Holds a name under which this module is already known by another one: pytest refuses to register it twice."""
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Adds the option that writes locks."""
+    for name in NAMES:
+        if not pluginmanager.has_plugin(name):
+            pluginmanager.register(_OtherName(), name)
+    group = parser.getgroup("fuseplan")
+    group.addoption(UPDATE, action="store_true", help="Write the fusion locks of the tests that run.")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names the locks that were written, by whichever process."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [each for report in reports for each in getattr(report, "user_properties", ())]
+    written = sorted({text for name, text in properties if name == WRITTEN})
+    if written:
+        terminalreporter.section("fusion locks written")
+        for text in written:
+            terminalreporter.write_line(text)
+
+
+def assert_fusions(
+    model: Callable[..., Any],
+    inputs: Inputs,
+    expected: Mapping[str, int],
+    *,
+    config: "PassConfig | None" = None,
+    device: "DeviceProfile | str" = DEFAULT_DEVICE,
+    rules: "Sequence[Rule]" = (),
+    providers: "Sequence[Provider]" = (),
+    exact: bool = False,
+) -> "Report":
+    """Fails where `fuseplan.explain(model, *inputs)` counts other fusions than expected, at modelled costs.
+
+    Args:
+        model: a module or function.
+        inputs: its arguments: a tuple or list, or a mapping by name.
+        expected: fusions by rule, over all graphs and all of `config.compile_ranges`. Rules that aren't named aren't
+            looked at.
+        config: flags, policy and compile ranges.
+        device: a profile, or its name.
+        rules: fusions beside the built-in ones.
+        providers: who can run them, beside the built-in ones.
+        exact: rules that aren't named must not be applied at all.
+
+    Returns:
+        The report.
+
+    Raises:
+        AssertionError: counts differ; the text says where the rule is and isn't applied, and why.
+        ConfigError: an unknown rule, or something that can't be asked.
+    """
+    __tracebackhide__ = True
+    from fuseplan.report.expectation import unmet
+    from fuseplan.report.paragraphs import plain
+
+    wanted = _counts(expected, [rule.name for rule in rules], exact)
+    report = _explained(model, inputs, config=config, device=device, rules=rules, providers=providers)
+    paragraphs = unmet(report, {**dict.fromkeys(report.rules, 0), **wanted} if exact else wanted)
+    if paragraphs:
+        raise AssertionError(f"fusions aren't what was expected{_asked(config, device)}\n\n{plain(paragraphs)}")
+    return report
+
+
+@pytest.fixture(name="assert_fusions")
+def _assert_fusions() -> Callable[..., "Report"]:
+    """`assert_fusions(model, inputs, {"allreduce_rms": 2 * n_layers})`: see its docstring."""
+    return assert_fusions
+
+
+class FusionLockFixture(Protocol):
+    """What the fixture `fusion_lock` is."""
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        inputs: Inputs,
+        *,
+        config: "PassConfig | None" = None,
+        device: "DeviceProfile | str" = DEFAULT_DEVICE,
+        rules: "Sequence[Rule]" = (),
+        providers: "Sequence[Provider]" = (),
+        name: str | None = None,
+    ) -> "Report":
+        """Fails where the fusions of a model differ from those of the test's lock file.
+
+        The file lies beside the test's: `fusion_locks/<test file>/<test>.lock`.
+
+        Args:
+            model: a module or function.
+            inputs: its arguments: a tuple or list, or a mapping by name.
+            config: flags, policy and compile ranges.
+            device: a profile, or its name.
+            rules: fusions beside the built-in ones.
+            providers: who can run them, beside the built-in ones.
+            name: takes the place of the test's name in the file's; needed where a test calls it twice.
+
+        Returns:
+            The report.
+
+        Raises:
+            AssertionError: fusions or settings differ, or there is no lock yet; the text says what to do.
+            LockError: the file is broken, or can't be written.
+            ConfigError: something that a lock can't pin.
+        """
+
+
+@pytest.fixture
+def fusion_lock(request: pytest.FixtureRequest) -> FusionLockFixture:
+    """`fusion_lock(model, inputs)` compares fusions with a file beside the test; see `FusionLockFixture`."""
+    used: set[Path] = set()
+
+    def check(
+        model: Callable[..., Any],
+        inputs: Inputs,
+        *,
+        config: "PassConfig | None" = None,
+        device: "DeviceProfile | str" = DEFAULT_DEVICE,
+        rules: "Sequence[Rule]" = (),
+        providers: "Sequence[Provider]" = (),
+        name: str | None = None,
+    ) -> "Report":
+        __tracebackhide__ = True
+        from fuseplan.config import PassConfig
+        from fuseplan.errors import LockError
+        from fuseplan.integrations.locks import settings_of
+        from fuseplan.report import FusionLock, Verdict
+        from fuseplan.report.drift import drifts
+
+        path = lock_path(request.node.path, request.node.nodeid, name)
+        if path in used:
+            raise LockError(
+                f"fusion_lock has compared {path.name} in this test already; give each call a name of its own"
+            )
+        used.add(path)
+        shown = _shown(path, request.config.rootpath)
+        settings = settings_of(config or PassConfig(), workload=path.stem, device=_name(device))
+        is_update = request.config.getoption(UPDATE)
+        lock = None if is_update else _read(path, shown, settings)
+        report = _explained(model, inputs, config=config, device=device, rules=rules, providers=providers)
+        if lock is None:
+            if _write(path, FusionLock.of(settings, report)):
+                request.node.user_properties.append((WRITTEN, shown))
+            return report
+        verdict = Verdict(
+            path=shown, lock=lock, found=FusionLock.of(settings, report), drifts=drifts(lock, report),
+            mend=MEANT,
+        )  # fmt: skip
+        if not verdict.passed:
+            raise AssertionError(verdict.text)
+        return report
+
+    return check
+
+
+def lock_path(test_file: Path, nodeid: str, name: str | None = None) -> Path:
+    """Where the lock of a test lies: a file of its own for each function, class and set of parameters.
+
+    Args:
+        test_file: the file with the test.
+        nodeid: pytest's id of the test.
+        name: what stands in for the test's name; parameters follow it all the same.
+    """
+    test, bracket, parameters = nodeid.partition("::")[2].partition("[")
+    full = f"{name or test.replace('::', '.')}{'-' if bracket else ''}{parameters.removesuffix(']')}"
+    plain = re.sub(r"[^\w.\-]", "_", full, flags=re.ASCII).lstrip(".")
+    if plain != full or len(plain) > LONGEST_NAME:
+        plain = f"{plain[:LONGEST_NAME]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+    return test_file.parent / FOLDER / test_file.stem / f"{plain}.lock"
+
+
+def _write(path: Path, lock: "FusionLock") -> bool:
+    """Writes a lock, unless it is there already; whether it was written."""
+    from fuseplan.errors import LockError
+
+    try:
+        if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == lock.text():
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LockError(f"lock file {str(path)!r} can't be written: {error.strerror or error}") from error
+    lock.save(path)
+    return True
+
+
+def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
+    """The lock, if it is there and is the answer to the same question."""
+    __tracebackhide__ = True
+    from fuseplan.errors import LockError
+    from fuseplan.report import FusionLock
+    from fuseplan.report.lock import contradiction
+
+    try:
+        lock = FusionLock.load(path)
+    except LockError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        missing = f"there is no fusion lock {shown}; write it with pytest {UPDATE}, and commit it"
+        raise AssertionError(missing) from None
+    changes = lock.settings.changes(settings)
+    if changes:
+        raise AssertionError(f"{shown} {contradiction(changes, 'the test')}; {MEANT}")
+    return lock
+
+
+def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig | None", **asked: Any) -> "Report":
+    """What `fuseplan.explain` says at modelled costs."""
+    __tracebackhide__ = True
+    from fuseplan.config import PassConfig
+    from fuseplan.errors import ConfigError
+    from fuseplan.frontend import explain
+    from fuseplan.integrations.locks import pinned
+
+    config = pinned(config or PassConfig())
+    by_name = dict(inputs) if isinstance(inputs, Mapping) else {}
+    if not isinstance(inputs, (tuple, list, Mapping)):
+        kind = type(inputs).__name__
+        raise ConfigError(f"inputs are a {kind}; give a tuple or list of arguments, e.g. (x,), or a mapping by name")
+    with _quiet_traces():
+        return explain(model, *(() if by_name else inputs), config=config, **asked, **by_name)
+
+
+@contextlib.contextmanager
+def _quiet_traces() -> Iterator[None]:
+    """Keeps torch's trace of a compilation, hundreds of lines, from what pytest shows of a failure."""
+    logger = logging.getLogger("torch.__trace")
+    handlers = [handler for handler in logger.handlers if type(handler).__module__.startswith("_pytest.")]
+    for handler in handlers:
+        logger.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.addHandler(handler)
+
+
+def _counts(expected: Mapping[str, int], further: Sequence[str], exact: bool) -> dict[str, int]:
+    """The expected counts, if they can be.
+
+    Raises:
+        ConfigError: an unknown rule, something that is no count, or nothing at all.
+    """
+    __tracebackhide__ = True
+    from fuseplan.config import unknown
+    from fuseplan.errors import ConfigError
+    from fuseplan.rules import BUILT_IN_RULES, by_name
+
+    known = {*by_name(BUILT_IN_RULES), *further}
+    for rule, count in expected.items():
+        if rule not in known:
+            raise unknown("rule", str(rule), known)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ConfigError(f"expected {rule!r}: {count!r}; give a number of fusions of at least 0")
+    if not expected and not exact:
+        raise ConfigError("nothing is expected; name rules with their counts, or set exact=True for none at all")
+    return dict(expected)
+
+
+def _asked(config: "PassConfig | None", device: "DeviceProfile | str") -> str:
+    policy = str(config.policy) if config is not None else "planned"
+    return f" ({policy} for {_name(device)}, modelled costs)"
+
+
+def _name(device: "DeviceProfile | str") -> str:
+    return device if isinstance(device, str) else device.name
+
+
+def _shown(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

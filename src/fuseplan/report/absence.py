@@ -1,0 +1,250 @@
+"""Why a fusion that was expected at a place isn't there, from what a report says about that place."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from fuseplan.record import Loss, NearMiss, Nearness, Reason, Refusal, Report
+from fuseplan.record.near_miss import cause_of, near_misses_of
+from fuseplan.report.lock import Kernel, Span
+from fuseplan.report.places import module_of
+
+
+class AbsenceKind(StrEnum):
+    """What kind of thing explains that a fusion is not there."""
+
+    CONFLICT = "conflict"
+    """It matches, and another fusion takes its nodes."""
+    NOT_WORTH_IT = "not worth it"
+    """It matches, and costs more than it saves."""
+    FORBIDDEN = "forbidden"
+    """It matches, and must not be applied."""
+    NEAR_MISS = "near miss"
+    """It doesn't match, and the report says what stands in the way."""
+    LEFT_ALONE = "left alone"
+    """The graph as a whole was not looked at."""
+    OFF = "off"
+    """The rule isn't on, or the provider isn't there."""
+    GONE = "gone"
+    """Nothing of it is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absence:
+    """Why a rule isn't applied at some places.
+
+    Attributes:
+        kind: its kind.
+        detail: one clause for a person.
+        near_miss: the row of the report, narrowed down to those places.
+        winners: what took the nodes, as `RULE OP PROVIDER`.
+        lost_us: how much less a place would save with it, the mean over places; negative where it would save more.
+        line: `file.py:12` of the user's model, if known.
+        code: the text of that line, if known.
+        mend: what would mend it, if known.
+    """
+
+    kind: AbsenceKind
+    detail: str
+    near_miss: NearMiss | None = None
+    winners: tuple[str, ...] = ()
+    lost_us: float | None = None
+    line: str | None = None
+    code: str | None = None
+    mend: str | None = None
+
+
+class Finding(NamedTuple):
+    """What a report says about one fusion at one place."""
+
+    kind: AbsenceKind
+    found: Loss | Refusal | None = None
+    detail: str = ""
+
+
+class Witness:
+    """A report, asked about single places."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self._losses: dict[tuple[Span, str, str | None], list[Loss]] = defaultdict(list)
+        self._refusals: dict[tuple[Span, str | None], list[Refusal]] = defaultdict(list)
+        self._left_alone: dict[Span, list[Refusal]] = defaultdict(list)
+        for graph in report.graphs:
+            for loss in graph.lost:
+                self._losses[graph.range, loss.fusion.rule, module_of(loss.fusion.source)].append(loss)
+            for refusal in graph.refusals:
+                if refusal.rule is None and refusal.reason in (Reason.TRAINING, Reason.DISABLED):
+                    self._left_alone[graph.range].append(refusal)
+                elif refusal.reason is not Reason.NO_EFFECT:
+                    for place in dict.fromkeys((module_of(refusal.site), module_of(refusal.source))):
+                        self._refusals[graph.range, place].append(refusal)
+
+    def about(self, kernel: Kernel, span: Span, place: str | None, count: int = 1) -> list[Finding]:
+        """Why a fusion isn't at a place, for each of `count` of them.
+
+        Args:
+            kernel: what was expected.
+            span: in which range.
+            place: a module path; None: at some place without one.
+            count: how many are missing.
+        """
+        losses = self._losses[span, kernel.rule, place]
+        mine = [loss for loss in losses if Kernel.of(loss.fusion) == kernel]
+        refusals = self._nearest(kernel, span, place)
+        found = [_of_loss(loss) for loss in mine]
+        found += [Finding(AbsenceKind.NEAR_MISS, refusal) for refusal in refusals]
+        found += [_of_loss(loss) for loss in losses if loss not in mine]
+        found = found or [self._nothing(kernel, span, place)]
+        return found[:count] + found[:1] * (count - len(found))
+
+    def of_rule(self, rule: str) -> Iterator[tuple[Finding, Span, str | None]]:
+        """All that stands in the way of a rule: at which range and place, a line of code where there is no module."""
+        for graph in self.report.graphs:
+            # Where one provider lost to another of the same rule, the rule is there.
+            there = {fusion.site for fusion in graph.applied if fusion.rule == rule}
+            mine = [loss for loss in graph.lost if loss.fusion.rule == rule and loss.fusion.site not in there]
+            cheapest = {loss.fusion.site: loss for loss in sorted(mine, key=_margin, reverse=True)}
+            yield from ((_of_loss(loss), graph.range, loss.fusion.source) for loss in cheapest.values())
+            for refusal in graph.refusals:
+                is_meant = refusal.rule == rule and refusal.nearness is not Nearness.DECLINED
+                if is_meant and refusal.reason is not Reason.NO_EFFECT:
+                    yield Finding(AbsenceKind.NEAR_MISS, refusal), graph.range, refusal.site or refusal.source
+        for span, refusals in self._left_alone.items():
+            yield from ((Finding(AbsenceKind.LEFT_ALONE, refusal), span, None) for refusal in refusals)
+
+    def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Refusal]:
+        """Of the rule at the place, else of anything there, else of the rule in the same layer; the nearest first."""
+        here = self._refusals[span, place]
+        tiers: list[Callable[[], Iterable[Refusal]]] = [
+            lambda: [each for each in here if each.rule == kernel.rule],
+            lambda: [each for each in here if place and each.rule != kernel.rule and _is_obstacle(each)],
+            lambda: [each for each in self._in_layer(span, place) if each.rule == kernel.rule and _is_obstacle(each)],
+        ]
+        for tier in tiers:
+            found = [each for each in tier() if _concerns(each, kernel)]
+            if found:
+                return sorted(found, key=_distance)
+        return []
+
+    def _in_layer(self, span: Span, place: str | None) -> Iterator[Refusal]:
+        layer = _layer(place)
+        for (of, where), refusals in self._refusals.items():
+            if of == span and layer is not None and _layer(where) == layer:
+                yield from refusals
+
+    def _nothing(self, kernel: Kernel, span: Span, place: str | None) -> Finding:
+        """What is to be said where the report has nothing about a place."""
+        if self._left_alone[span]:
+            return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
+        if kernel.rule not in self.report.rules:
+            return Finding(AbsenceKind.OFF, None, f"{kernel.rule} isn't among the rules that are on")
+        here = [
+            fusion
+            for graph in self.report.graphs
+            for fusion in graph.applied
+            if (graph.range, fusion.rule, module_of(fusion.source)) == (span, kernel.rule, place)
+        ]
+        if here and here[0].op == kernel.op:
+            return Finding(AbsenceKind.OFF, None, f"it matches, and {kernel.provider} has no kernel for it any more")
+        return Finding(AbsenceKind.GONE, None, "the graph has nothing there any more that it could match")
+
+
+def absences(findings: Sequence[Finding]) -> list[Absence]:
+    """What each finding comes to. Those that are the same but for places share one object."""
+    alike: dict[object, list[Finding]] = defaultdict(list)
+    keys = [_key(finding) for finding in findings]
+    for key, finding in zip(keys, findings, strict=True):
+        alike[key].append(finding)
+    made = {key: _absence(members) for key, members in alike.items()}
+    return [made[key] for key in keys]
+
+
+def _key(finding: Finding) -> object:
+    if isinstance(finding.found, Refusal):
+        return finding.kind, cause_of(finding.found)
+    if isinstance(finding.found, Loss):
+        return finding.kind, finding.found.fusion.rule, _winners(finding.found)
+    return finding
+
+
+def _absence(findings: Sequence[Finding]) -> Absence:
+    """Of findings that are alike."""
+    kind, detail = findings[0].kind, findings[0].detail
+    refusals = {id(each.found): each.found for each in findings if isinstance(each.found, Refusal)}
+    losses = [each.found for each in findings if isinstance(each.found, Loss)]
+    if refusals:
+        return _of_row(kind, near_misses_of(refusals.values())[0])
+    return _of_contest(kind, losses) if losses else Absence(kind=kind, detail=detail)
+
+
+def _of_loss(loss: Loss) -> Finding:
+    if loss.forbidden:
+        return Finding(AbsenceKind.FORBIDDEN, loss)
+    return Finding(AbsenceKind.CONFLICT if loss.blocked_by else AbsenceKind.NOT_WORTH_IT, loss)
+
+
+def _winners(loss: Loss) -> tuple[Kernel, ...]:
+    return tuple(sorted({Kernel.of(winner) for winner in loss.blocked_by}))
+
+
+def _of_row(kind: AbsenceKind, row: NearMiss) -> Absence:
+    return Absence(
+        kind=kind, detail=row.detail, near_miss=row if kind is AbsenceKind.NEAR_MISS else None, line=row.line,
+        code=row.code, mend=row.mend,
+    )  # fmt: skip
+
+
+def _of_contest(kind: AbsenceKind, losses: Sequence[Loss]) -> Absence:
+    winners = _winners(losses[0])
+    margins = [loss.lost_ns for loss in losses if loss.lost_ns is not None]
+    lost_us = round(sum(margins) / len(margins) / 1000, 3) if margins else None
+    if kind is AbsenceKind.FORBIDDEN:
+        detail, mend = "it matches, and is forbidden", "take it off what is forbidden"
+    elif kind is AbsenceKind.NOT_WORTH_IT:
+        cheaper = "" if lost_us is None else f" {lost_us:.1f} us a place"
+        detail, mend = f"it matches, and leaving it to Inductor is{cheaper} cheaper", None
+    else:
+        names = " and ".join(f"{winner.rule} by {winner.provider}" for winner in winners)
+        detail, mend = f"it matches, and lost its nodes to {names}{_lead(lost_us)}", None
+    return Absence(
+        kind=kind, detail=detail, winners=tuple(map(str, winners)) if kind is AbsenceKind.CONFLICT else (),
+        lost_us=lost_us, mend=mend,
+    )  # fmt: skip
+
+
+def _lead(lost_us: float | None) -> str:
+    """By how much the winners save more, or less where they came first of an order."""
+    if lost_us is None:
+        return ""
+    return f", {abs(lost_us):.1f} us a place {'behind' if lost_us < 0 else 'ahead'}"
+
+
+def _margin(loss: Loss) -> float:
+    return float("inf") if loss.lost_ns is None else loss.lost_ns
+
+
+def _concerns(refusal: Refusal, kernel: Kernel) -> bool:
+    """Whether a refusal can explain that a kernel isn't there: what one provider declines, another takes."""
+    is_mine = (refusal.rule, refusal.provider) == (kernel.rule, kernel.provider)
+    return is_mine or refusal.nearness is not Nearness.DECLINED
+
+
+def _is_obstacle(refusal: Refusal) -> bool:
+    """Whether a refusal says more of a place than that one rule has no business there."""
+    has_parts = refusal.nearness not in (None, Nearness.DECLINED, Nearness.ABSENT)
+    return has_parts and refusal.reason not in (Reason.DISABLED, Reason.PROVIDER)
+
+
+def _distance(refusal: Refusal) -> tuple[int, bool]:
+    nearness = refusal.nearness or Nearness.REFUSED
+    return list(Nearness).index(nearness), refusal.reason is Reason.PROVIDER
+
+
+def _layer(place: str | None) -> str | None:
+    """`model.layers.7` of `model.layers.7.mlp.act`, None for a place in no layer."""
+    parts = (place or "").split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else None

@@ -1,0 +1,153 @@
+"""What changed between a lock and a report: which fusion, where, and why."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from fuseplan.record import Report
+from fuseplan.report.absence import Absence, Finding, Witness, absences
+from fuseplan.report.lock import FusionLock, Kernel, Placed, Span, placed_in, span_text
+from fuseplan.report.places import fold
+
+
+class DriftKind(StrEnum):
+    """What became of a fusion."""
+
+    LOST = "lost"
+    MOVED = "moved"
+    """Another fusion has its place."""
+    GAINED = "gained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Places that are the same in several ranges.
+
+    Attributes:
+        ranges: as a lock writes them.
+        places: folded, as a lock writes them.
+        count: how many, over these ranges.
+    """
+
+    ranges: tuple[str, ...]
+    places: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """One change, for one cause, at all places where it happened.
+
+    Attributes:
+        change: lost, moved or gained.
+        before: what the lock has, as `RULE OP PROVIDER`; None where it has nothing.
+        after: what the report has, likewise.
+        count: in how many places, over all graphs and ranges.
+        where: these places.
+        cause: why what the lock has isn't there; None for what is gained.
+    """
+
+    change: DriftKind
+    before: str | None
+    after: str | None
+    count: int
+    where: tuple[Where, ...]
+    cause: Absence | None = None
+
+
+class _Unit(NamedTuple):
+    """One fusion at one place in one range."""
+
+    span: Span
+    place: str | None
+    before: Kernel | None
+    after: Kernel | None
+    finding: Finding | None = None
+
+
+def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
+    """What a report has and its lock has not, and the reverse, in the ranges of the lock.
+
+    Args:
+        lock: what is expected.
+        report: the answer to the same question.
+    """
+    witness = Witness(report)
+    units = [
+        unit for span, placed in lock.placed.items() for unit in _units(placed, placed_in(report, span), span, witness)
+    ]
+    explained = [unit for unit in units if unit.finding is not None]
+    told = absences([unit.finding for unit in explained if unit.finding is not None])
+    rows: dict[tuple[int | None, Kernel | None, Kernel | None], list[_Unit]] = defaultdict(list)
+    causes = {id(cause): cause for cause in told}
+    for unit, cause in zip(explained, told, strict=True):
+        rows[id(cause), unit.before, unit.after].append(unit)
+    for unit in units:
+        if unit.finding is None:
+            rows[None, unit.before, unit.after].append(unit)
+    order = [*causes, None]
+    return tuple(
+        _drift(members, causes[key] if key is not None else None)
+        for (key, _, _), members in sorted(rows.items(), key=lambda row: order.index(row[0][0]))
+    )
+
+
+def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Iterator[_Unit]:
+    lost, gained = before - after, after - before
+    for (kernel, place), count in sorted(lost.items(), key=_by_text):
+        for finding in witness.about(kernel, span, place, count):
+            successor = _successor(gained, place)
+            if successor is not None:
+                gained[successor, place] -= 1
+            yield _Unit(span, place, kernel, successor, finding)
+    for (kernel, place), count in sorted(gained.items(), key=_by_text):
+        yield from (_Unit(span, place, None, kernel) for _ in range(count))
+
+
+def _successor(gained: Placed, place: str | None) -> Kernel | None:
+    """What has come to a place. Of places without a module path nobody can tell which is which."""
+    if place is None:
+        return None
+    return min((kernel for (kernel, where), count in gained.items() if where == place and count), default=None)
+
+
+def _by_text(item: tuple[tuple[Kernel, str | None], int]) -> tuple[Kernel, str]:
+    (kernel, place), _ = item
+    return kernel, place or ""
+
+
+def _drift(units: Sequence[_Unit], cause: Absence | None) -> Drift:
+    before, after = units[0].before, units[0].after
+    return Drift(
+        change=DriftKind.GAINED if before is None else DriftKind.LOST if after is None else DriftKind.MOVED,
+        before=str(before) if before else None,
+        after=str(after) if after else None,
+        count=len(units),
+        where=wheres((unit.span, unit.place) for unit in units),
+        cause=cause,
+    )
+
+
+def wheres(found: Iterable[tuple[Span, str | None]]) -> tuple[Where, ...]:
+    """Places by range, those together that are the same in several.
+
+    Args:
+        found: range and module path of each.
+    """
+    by_span: dict[Span, Counter[str | None]] = defaultdict(Counter)
+    for span, place in found:
+        by_span[span][place] += 1
+    groups: dict[tuple[Span, ...], dict[str | None, int]] = defaultdict(dict)
+    for place in dict.fromkeys(place for counts in by_span.values() for place in counts):
+        spans_by_count: dict[int, list[Span]] = defaultdict(list)
+        for span, counts in by_span.items():
+            if counts[place]:
+                spans_by_count[counts[place]].append(span)
+        for count, spans in spans_by_count.items():
+            groups[tuple(spans)][place] = count
+    return tuple(
+        Where(ranges=tuple(map(span_text, spans)), places=fold(counts), count=sum(counts.values()) * len(spans))
+        for spans, counts in groups.items()
+    )

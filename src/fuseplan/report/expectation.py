@@ -1,0 +1,66 @@
+"""How many fusions a report has against how many were expected, and what explains those that are missing."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from fuseplan.record import Nearness, Report
+from fuseplan.report.absence import Absence, AbsenceKind, Witness, absences
+from fuseplan.report.drift import wheres
+from fuseplan.report.lock import Span
+from fuseplan.report.paragraphs import Line, cause_lines, where_text
+
+MOST_CAUSES = 5
+"""Causes that are told of one rule, the likeliest first."""
+
+
+def unmet(report: Report, expected: Mapping[str, int]) -> list[list[Line]]:
+    """Paragraphs about every rule whose count differs; none where all are met.
+
+    Args:
+        report: what there is.
+        expected: fusions by rule, over all graphs and ranges.
+    """
+    fused = report.fused
+    return [
+        paragraph
+        for rule, count in sorted(expected.items())
+        if fused.get(rule, 0) != count
+        for paragraph in _about(report, rule, count)
+    ]
+
+
+def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
+    ranges = len({graph.range for graph in report.graphs})
+    found = [(graph.range, fusion.source) for graph in report.graphs for fusion in graph.applied if fusion.rule == rule]
+    lines = [Line("wrong", f"{rule}: expected {expected}, found {len(found)}")]
+    if found:
+        lines.append(Line("there", where_text(wheres(found), ranges)))
+    if len(found) > expected:
+        yield lines
+        return
+    told = _missing(report, rule)
+    if not told:
+        is_on = rule in report.rules
+        why = "the graph has nothing that it could match" if is_on else "it isn't among the rules that are on"
+        lines.append(Line("why", why))
+    yield lines
+    for cause, places in told[:MOST_CAUSES]:
+        yield [Line("missed", where_text(wheres(places), ranges)), *cause_lines(cause)]
+    if len(told) > MOST_CAUSES:
+        yield [Line("", f"and {len(told) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
+
+
+def _missing(report: Report, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:
+    """Causes with their places: matches first, then what is nearest to one, then what is most frequent."""
+    found = list(Witness(report).of_rule(rule))
+    places: dict[int, list[tuple[Span, str | None]]] = defaultdict(list)
+    made: dict[int, Absence] = {}
+    for cause, (_, span, place) in zip(absences([finding for finding, _, _ in found]), found, strict=True):
+        made[id(cause)] = cause
+        places[id(cause)].append((span, place))
+
+    def distance(cause: Absence) -> tuple[int, int, int]:
+        nearness = cause.near_miss.nearness if cause.near_miss else Nearness.REFUSED
+        return list(AbsenceKind).index(cause.kind), list(Nearness).index(nearness), -len(places[id(cause)])
+
+    return [(cause, places[id(cause)]) for cause in sorted(made.values(), key=distance)]

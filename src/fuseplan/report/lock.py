@@ -1,0 +1,336 @@
+"""A fusion lock: which fusions a model has, and all that has to be asked again to find out whether it still has them.
+
+It pins a device profile, modelled costs and a policy, and names places by module path, so that it is the same on every
+machine. It is made to be committed and read in diffs: a fusion lost in layer 7 turns `layers.0-35.norm` into
+`layers.0-6,8-35.norm`. Rules that match and aren't applied are not in it: what they would do is no promise, and every
+new rule or provider would change it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fuseplan.errors import LockError
+from fuseplan.record import Fusion, Report, files, from_json, to_json
+from fuseplan.report.places import fold, module_of, unfold
+
+SCHEMA = 1
+LARGEST_BYTES = 2**20
+MODELLED = "modelled"
+ANY_SIZE = "any size"
+"""The range of graphs that serve every number of tokens."""
+
+Span = tuple[int, int] | None
+"""A compile range: its first and last number of tokens; None where they aren't limited."""
+
+
+class Kernel(NamedTuple):
+    """What is applied at a place."""
+
+    rule: str
+    op: str
+    provider: str
+
+    @classmethod
+    def of(cls, fusion: Fusion) -> "Kernel":
+        """That of a fusion."""
+        return cls(fusion.rule, fusion.op, fusion.provider)
+
+    @classmethod
+    def parse(cls, text: str) -> "Kernel":
+        """The inverse of `str`.
+
+        Raises:
+            ValueError: these aren't three words.
+        """
+        words = text.split(" ")
+        if len(words) != 3 or not all(words):
+            raise ValueError(f"{text[:80]!r} isn't of the form RULE OP PROVIDER")
+        return cls(*words)
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+
+Placed = Counter[tuple[Kernel, str | None]]
+"""How often each kernel is applied at each module path; None: at places without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockSettings:
+    """The question that a lock is the answer to.
+
+    Attributes:
+        workload: as it is named; a configuration by its path from the lock's folder.
+        device: the profile whose providers are taken as present and whose costs are modelled.
+        policy: as on the command line.
+        ranges: compile ranges, ascending, e.g. `1:64`; empty: one graph serves every size.
+        tp: ranks of tensor parallelism; None where the caller made the model.
+        layers: another number of layers than the model's own.
+        costs: where prices come from; nothing but the model is the same on every machine.
+        providers: who may run fused ops; empty: all.
+        force: what the plan has to apply.
+        forbid: what it must not apply.
+        allow_rounding_changes: whether kernels may round elsewhere than the graph.
+        flags: of `PassConfig`, where they aren't the defaults.
+        limits: of `PassConfig`, likewise.
+    """
+
+    workload: str
+    device: str
+    policy: str
+    ranges: tuple[str, ...] = ()
+    tp: int | None = None
+    layers: int | None = None
+    costs: str = MODELLED
+    providers: tuple[str, ...] = ()
+    force: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
+    allow_rounding_changes: bool = False
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.costs != MODELLED:
+            raise ValueError(f"costs are {self.costs[:40]!r}, and a lock pins {MODELLED} ones")
+        for name in ("tp", "layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: allowed are integers of at least 1")
+        last = 0
+        for text in self.ranges:
+            span = parse_span(text)
+            if span is None or span[0] <= last or span[1] < span[0]:
+                raise ValueError(f"ranges {', '.join(self.ranges)[:80]!r} overlap or don't ascend")
+            last = span[1]
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The compile ranges."""
+        return tuple(map(parse_span, self.ranges)) or (None,)
+
+    def changes(self, other: "LockSettings") -> dict[str, tuple[str, str]]:
+        """Where another question differs, by name of the setting: its text here and there."""
+        return {
+            each.name: (setting_text(mine), setting_text(theirs))
+            for each in dataclasses.fields(self)
+            if (mine := getattr(self, each.name)) != (theirs := getattr(other, each.name))
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionLock:
+    """Which fusions there are.
+
+    Attributes:
+        settings: what was asked.
+        fusions: for each set of ranges with the same fusions, `RULE OP PROVIDER` with its folded places.
+        schema: of the file.
+
+    Raises:
+        ValueError: parts of it contradict each other.
+    """
+
+    settings: LockSettings
+    fusions: Mapping[str, Mapping[str, tuple[str, ...]]]
+    schema: int = field(default=SCHEMA)
+
+    def __post_init__(self) -> None:
+        there, wanted = set(self.placed), set(self.settings.spans)
+        for spans, what in ((there - wanted, "fusions are for"), (wanted - there, "no fusions are for")):
+            if spans:
+                raise ValueError(f"{what} range {span_text(min(spans, key=str))}, and the ranges are {self._ranges}")
+
+    @property
+    def _ranges(self) -> str:
+        return ", ".join(map(span_text, self.settings.spans))
+
+    @classmethod
+    def of(cls, settings: LockSettings, report: Report) -> "FusionLock":
+        """The fusions of a report.
+
+        Args:
+            settings: what was asked.
+            report: the answer.
+        """
+        same: dict[frozenset[tuple[Any, int]], list[Span]] = {}
+        placed = {span: placed_in(report, span) for span in settings.spans}
+        for span, counts in placed.items():
+            same.setdefault(frozenset(counts.items()), []).append(span)
+        return cls(
+            settings=settings,
+            fusions={", ".join(map(span_text, spans)): _folded(placed[spans[0]]) for spans in same.values()},
+        )
+
+    @cached_property
+    def placed(self) -> Mapping[Span, Placed]:
+        """What is applied where, by range.
+
+        Raises:
+            ValueError: a range is there twice, or a line can't be read.
+        """
+        result: dict[Span, Placed] = {}
+        for spans, kernels in self.fusions.items():
+            counts = Placed()
+            for text, lines in kernels.items():
+                kernel = Kernel.parse(text)
+                counts.update({(kernel, place): count for place, count in unfold(lines).items()})
+            for span in map(parse_span, spans.split(", ")):
+                if span in result:
+                    raise ValueError(f"fusions of range {span_text(span)} are there twice")
+                result[span] = counts
+        return result
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """Fusions by rule, over all ranges, as `Report.fused` counts them, zeros left out."""
+        return self.fused_in(*self.placed)
+
+    def fused_in(self, *spans: Span) -> dict[str, int]:
+        """`fused` in some of the ranges."""
+        counts: Counter[str] = Counter()
+        for (kernel, _), count in (item for span in spans for item in self.placed[span].items()):
+            counts[kernel.rule] += count
+        return dict(sorted(counts.items()))
+
+    def text(self) -> str:
+        """The content of the file: sorted, what isn't set left out."""
+        given = {name: value for name, value in to_json(self.settings).items() if value not in (None, False, [], {})}
+        content = {"schema": self.schema, "settings": given, "fusions": to_json(self.fusions)}
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Writes the file: the whole of it or, where that fails, nothing.
+
+        Raises:
+            LockError: it can't be written.
+        """
+        with _writing(path):
+            files.write_whole(path, self.text())
+
+    @classmethod
+    def load(cls, path: Path) -> "FusionLock":
+        """Reads a file that `save` wrote.
+
+        Raises:
+            LockError: there is none, it isn't one of this schema, or parts of it contradict each other.
+        """
+        where = f"lock file {str(path)!r}"
+        try:
+            with path.open("rb") as file:
+                content = file.read(LARGEST_BYTES + 1)
+        except OSError as error:
+            raise LockError(f"{where} can't be read: {error.strerror or error}") from error
+        if len(content) > LARGEST_BYTES:
+            raise LockError(f"{where} has more than {LARGEST_BYTES} bytes, which no lock needs")
+        try:
+            data = json.loads(content, object_pairs_hook=_without_repetition)
+        except _RepeatedError as error:
+            raise LockError(f"{where}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            why = error if isinstance(error, ValueError) else "it is nested too deeply"
+            raise LockError(f"{where} isn't JSON: {why}") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else None
+            raise LockError(f"{where} has schema {str(found)[:40]}; this version reads {SCHEMA}")
+        try:
+            return from_json(cls, data)
+        except ValueError as error:
+            # A name in the file can be anything, lines and pages of it too.
+            raise LockError(f"{where}: {' '.join(str(error).split())[:300]}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Finds out early that a lock can't be written.
+
+    Raises:
+        LockError: the text says why.
+    """
+    with _writing(path):
+        files.check_writable(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LockError(f"lock file {str(path)!r} can't be written: {error.strerror or error}") from error
+
+
+class _RepeatedError(ValueError):
+    """A name occurs twice in one object, as merging two versions of a file can leave it."""
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedError(f"{repeated[:80]!r} is there twice")
+    return result
+
+
+def placed_in(report: Report, span: Span) -> Placed:
+    """What a report applies where in one range, over all of its graphs."""
+    return Placed(
+        (Kernel.of(fusion), module_of(fusion.source))
+        for graph in report.graphs
+        if graph.range == span
+        for fusion in graph.applied
+    )
+
+
+def _folded(placed: Placed) -> dict[str, tuple[str, ...]]:
+    counts: dict[Kernel, dict[str | None, int]] = {}
+    for (kernel, place), count in placed.items():
+        counts.setdefault(kernel, {})[place] = count
+    return {str(kernel): fold(counts[kernel]) for kernel in sorted(counts)}
+
+
+def span_text(span: Span) -> str:
+    """A range as it is written in a lock: `1:64`, or `8` for one size alone."""
+    if span is None:
+        return ANY_SIZE
+    return str(span[0]) if span[0] == span[1] else f"{span[0]}:{span[1]}"
+
+
+def parse_span(text: str) -> Span:
+    """The inverse of `span_text`.
+
+    Raises:
+        ValueError: it isn't of that form.
+    """
+    if text == ANY_SIZE:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,17})(?::([1-9][0-9]{0,17}))?", text)
+    if match is None:
+        raise ValueError(f"range {text[:80]!r} isn't of the form FIRST:LAST, e.g. 1:64")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def contradiction(changes: Mapping[str, tuple[str, str]], other: str) -> str:
+    """What a lock pins and somebody says otherwise, as the end of a sentence.
+
+    Args:
+        changes: as `LockSettings.changes` yields them.
+        other: who says it.
+    """
+    pinned, said = (" and ".join(f"{name}={texts[side]}" for name, texts in changes.items()) for side in (0, 1))
+    return f"pins {pinned}, and {other} says {said}"
+
+
+def setting_text(value: object) -> str:
+    """A setting for a person."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={each}" for name, each in sorted(value.items())) or "none"
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,98 @@
+"""Drift and its causes as labelled lines, one paragraph a cause: in colour on a terminal, plain in a failed test."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fuseplan.report.absence import Absence
+from fuseplan.report.drift import Drift, Where
+from fuseplan.report.lock import Kernel
+from fuseplan.report.text import count_of, entry
+
+MOST_LINES = 6
+"""Folded places that are listed; of more the first ones, and how many they are."""
+
+STYLES = {
+    "lost": "bold red", "wrong": "bold red", "moved": "bold yellow", "missed": "bold yellow", "gained": "bold green",
+    "mend": "dim", "": "dim",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a paragraph.
+
+    Attributes:
+        label: what kind of line it is; empty for one that continues the line before.
+        text: what it says.
+    """
+
+    label: str
+    text: str
+
+
+def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:
+    """One paragraph a cause: what changed, where, and why.
+
+    Args:
+        drifts: as `drifts` yields them, those of one cause next to each other.
+        ranges: how many compile ranges there are.
+    """
+    paragraphs = []
+    for cause, members in itertools.groupby(drifts, key=lambda each: each.cause):
+        lines = [Line(each.change.value, f"{_title(each)}, {where_text(each.where, ranges)}") for each in members]
+        paragraphs.append(lines + (cause_lines(cause) if cause is not None else []))
+    return paragraphs
+
+
+def cause_lines(cause: Absence) -> list[Line]:
+    """Why, on which line of the model, and what would mend it."""
+    told = f"near miss: {cause.detail}" if cause.near_miss is not None else cause.detail
+    lines = [Line("why", told)]
+    if cause.line is not None:
+        lines.append(Line("", f"{cause.line}: {cause.code}" if cause.code else cause.line))
+    if cause.mend is not None:
+        lines.append(Line("mend", cause.mend))
+    return lines
+
+
+def where_text(where: Sequence[Where], ranges: int) -> str:
+    """`36 places: layers.0-35.norm`, and in which ranges if there are several.
+
+    Args:
+        where: the places.
+        ranges: how many compile ranges there are.
+    """
+    return "; ".join(_places_in(each, ranges) for each in where)
+
+
+def _places_in(where: Where, ranges: int) -> str:
+    count = where.count // len(where.ranges)
+    shown, more = where.places[:MOST_LINES], len(where.places) - MOST_LINES
+    listed = ", ".join(shown) + (f" and {more} more like these" if more > 0 else "")
+    sizes = "" if ranges == 1 else f" at {' and '.join(where.ranges)} tokens"
+    sizes = " in every range" if sizes and len(where.ranges) == ranges else sizes
+    return f"{count_of(count, 'place')}{sizes}: {listed}"
+
+
+def plain(paragraphs: Iterable[Sequence[Line]]) -> str:
+    """Paragraphs as text: labels in a column of their own, a blank line between paragraphs."""
+    return "\n\n".join("\n".join(f"{line.label:<8}{line.text}" for line in lines) for lines in paragraphs)
+
+
+def render_paragraphs(paragraphs: Iterable[Sequence[Line]]) -> RenderableType:
+    """Paragraphs for a terminal, wrapped beside their labels."""
+    parts: list[RenderableType] = []
+    for lines in paragraphs:
+        parts += [Text(), *(entry(line.label, line.text, STYLES.get(line.label, "")) for line in lines)]
+    return Group(*parts[1:])
+
+
+def _title(drift: Drift) -> str:
+    kernels = [Kernel.parse(text) for text in (drift.before, drift.after) if text is not None]
+    tells_apart = len({(kernel.rule, kernel.provider) for kernel in kernels}) == len(kernels)
+    names = [f"{each.rule}{'' if tells_apart else f' ({each.op})'} by {each.provider}" for each in kernels]
+    return " -> ".join(names)

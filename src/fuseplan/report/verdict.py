@@ -1,0 +1,121 @@
+"""What a check of a lock found: a line where it holds, a paragraph for each cause where it doesn't, or JSON."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from fuseplan.record import to_json
+from fuseplan.report.drift import Drift, DriftKind
+from fuseplan.report.lock import FusionLock
+from fuseplan.report.paragraphs import drift_paragraphs, plain, render_paragraphs
+from fuseplan.report.text import count_of
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        path: of the lock, as the user named it.
+        lock: what the file has after the check.
+        found: what the model has.
+        drifts: what the lock that was there before has and the model has not, and the reverse.
+        resettled: settings that were pinned anew, with their texts before and after.
+        breaks: graph breaks met while tracing, one line each.
+        written: whether the file was written.
+        mend: what to do where the differences are meant.
+    """
+
+    path: str
+    lock: FusionLock
+    found: FusionLock
+    drifts: tuple[Drift, ...] = ()
+    resettled: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    breaks: tuple[str, ...] = ()
+    written: bool = False
+    mend: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file and the model agree, if only since the file was written."""
+        return self.written or not self.drifts
+
+    @property
+    def headline(self) -> str:
+        """What was found, in one line."""
+        if not self.passed:
+            return f"{self.path} doesn't hold: {self._changes} ({self._question})"
+        verb = f"wrote {self.path}" if self.written else f"{self.path} holds"
+        changed = f"; {self._changes}" if self.drifts else ""
+        return f"{verb}: {self._fusions} of {self._question}{changed}"
+
+    @property
+    def text(self) -> str:
+        """All of it, plain."""
+        paragraphs = drift_paragraphs(self.drifts, len(self.lock.settings.spans))
+        tail = [self.mend] if self.mend and not self.passed else []
+        return "\n\n".join([self.headline, *([plain(paragraphs)] if paragraphs else []), *tail])
+
+    @property
+    def _changes(self) -> str:
+        counts = Counter[DriftKind]()
+        for drift in self.drifts:
+            counts[drift.change] += drift.count
+        return ", ".join(f"{counts[change]} {change.value}" for change in DriftKind if counts[change])
+
+    @property
+    def _fusions(self) -> str:
+        fused = self.lock.fused
+        total = sum(fused.values())
+        each = ", ".join(f"{rule} {count}" for rule, count in fused.items())
+        return f"{count_of(total, 'fusion')}{f' ({each})' if each else ''}"
+
+    @property
+    def _question(self) -> str:
+        settings = self.lock.settings
+        ranks = f", TP={settings.tp}" if settings.tp is not None else ""
+        return f"{settings.workload}{ranks}, {settings.policy} for {settings.device}"
+
+
+def render_verdict(verdict: Verdict) -> RenderableType:
+    """A verdict for a terminal."""
+    parts: list[RenderableType] = [Text(verdict.headline, style="green" if verdict.passed else "bold red")]
+    parts += [Text(f"{name}: {before} -> {after}") for name, (before, after) in verdict.resettled.items()]
+    if verdict.drifts:
+        paragraphs = drift_paragraphs(verdict.drifts, len(verdict.lock.settings.spans))
+        parts += [Text(), render_paragraphs(paragraphs)]
+        parts += [Padding(Text(f"graph break: {reason}", style="dim"), (1, 0, 0, 0)) for reason in verdict.breaks]
+    if verdict.mend and not verdict.passed:
+        parts += [Text(), Text(verdict.mend, style="dim")]
+    return Group(*parts)
+
+
+def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
+    """The object that `fuseplan check --json` prints; its shape is a contract, versioned by `schema`."""
+    settings = verdict.lock.settings
+    return {
+        "schema": SCHEMA,
+        "lock": verdict.path,
+        "passed": verdict.passed,
+        "written": verdict.written,
+        "workload": settings.workload,
+        "tp": settings.tp,
+        "device": settings.device,
+        "policy": settings.policy,
+        "ranges": [list(span) if span else None for span in settings.spans],
+        "fused": verdict.found.fused,
+        "locked": verdict.lock.fused,
+        "per_range": [
+            {"range": list(span) if span else None, "fused": verdict.found.fused_in(span)} for span in settings.spans
+        ],
+        "settings": {name: {"before": old, "after": new} for name, (old, new) in verdict.resettled.items()},
+        "differences": [to_json(drift) for drift in verdict.drifts],
+        "breaks": list(verdict.breaks),
+    }

@@ -1,0 +1,323 @@
+"""The plugin in runs of pytest of its own, and its parts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fuseplan
+from fuseplan.config import PassConfig
+from fuseplan.errors import ConfigError
+from fuseplan.integrations.locks import settings_of
+from fuseplan.integrations.pytest_plugin import LONGEST_NAME, UPDATE, assert_fusions, lock_path
+from fuseplan.report.drift import drifts
+from fuseplan.report.lock import FusionLock
+from tests import regressing_model
+from tests.regressing_model import LAYERS, plant
+
+SRC = Path(fuseplan.__file__).resolve().parents[1]
+MODULE = "fuseplan.integrations.pytest_plugin"
+ENTRY_POINT = "[pytest11]\nfuseplan = fuseplan.integrations.pytest_plugin\n"
+
+USERS_TESTS = """
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import regressing_model
+from fuseplan import CompileRange, PassConfig
+
+RANGES = (CompileRange(start=1, end=8), CompileRange(start=9, end=64))
+
+@pytest.fixture
+def model():
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield regressing_model.build(2)
+    dist.destroy_process_group()
+
+def test_counts(model, assert_fusions):
+    module, inputs = model
+    report = assert_fusions(module, inputs, {"allreduce_rms": 4, "act_quant": 0})
+    assert report.fused["allreduce_rms"] == 4
+
+def test_ranges(model, assert_fusions):
+    module, (x,) = model
+    assert_fusions(module, {"x": x}, {"allreduce_rms": 8}, config=PassConfig(compile_ranges=RANGES), exact=True)
+
+@pytest.mark.parametrize("policy", ["planned", "ordered(act_padding)"])
+def test_lock(model, fusion_lock, policy):
+    fusion_lock(*model, config=PassConfig(policy=policy, compile_ranges=RANGES))
+
+class TestClass:
+    def test_lock(self, model, fusion_lock):
+        fusion_lock(*model, name="one")
+        fusion_lock(*model, name="two", device="mi355x")
+"""
+TESTS = 5
+LOCKS = {"one.lock", "test_lock-ordered_act_padding_-37b4cfc1.lock", "test_lock-planned.lock", "two.lock"}
+
+
+class Run:
+    """Runs a user's tests: in this process, since importing torch anew takes seconds, and once all that they need is
+    imported here, since pytester forgets whatever is imported while it runs.
+    """
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        self.locks = pytester.path / "fusion_locks" / "test_users"
+
+    def __call__(self, *arguments: str) -> pytest.RunResult:
+        return self.pytester.runpytest_inprocess("-p", MODULE, *arguments)
+
+
+@pytest.fixture(scope="module")
+def warm() -> None:
+    """What a failing test imports."""
+    model, inputs = regressing_model.build(1)
+    report = assert_fusions(model, inputs, {"act_padding": LAYERS})
+    with pytest.raises(AssertionError):
+        assert_fusions(model, inputs, {"act_padding": 0})
+    lock = FusionLock.of(settings_of(PassConfig(), workload="w", device="h200"), report)
+    assert drifts(lock, report) == ()
+
+
+@pytest.fixture
+def run(warm: None, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    shutil.copy(regressing_model.__file__, pytester.path / "regressing_model.py")
+    pytester.makepyfile(test_users=USERS_TESTS)
+    pytester.makeini("[pytest]\npythonpath = .\n")
+    return Run(pytester)
+
+
+def test_a_missing_lock_says_how_to_write_it(run: Run) -> None:
+    result = run("-k", "lock")
+    result.assert_outcomes(failed=3)
+    result.stdout.fnmatch_lines([f"*there is no fusion lock fusion_locks/test_users/*write it with pytest {UPDATE}*"])
+    assert not run.locks.exists()
+
+
+def test_locks_are_written_beside_the_test_and_hold(run: Run) -> None:
+    written = run(UPDATE)
+    written.assert_outcomes(passed=TESTS)
+    assert {path.name for path in run.locks.iterdir()} == LOCKS
+    for name in LOCKS:
+        written.stdout.fnmatch_lines([f"fusion_locks/test_users/{name}"])
+    lock = json.loads((run.locks / "test_lock-planned.lock").read_text())
+    assert lock["fusions"] == {
+        "1:8, 9:64": {"allreduce_rms all_reduce_fused_add_rms_norm flashinfer": ["layers.0-3.norm"]}
+    }
+    assert lock["settings"]["workload"] == "test_lock-planned"
+    held = run("-k", "planned or TestClass")
+    held.assert_outcomes(passed=2)
+    held.stdout.no_fnmatch_line("*fusion locks written*")
+
+
+PLANNED_LOCK = """{
+ "fusions": {
+  "1:8, 9:64": {
+   "allreduce_rms all_reduce_fused_add_rms_norm flashinfer": [
+    "layers.0-3.norm"
+   ]
+  }
+ },
+ "schema": 1,
+ "settings": {
+  "costs": "modelled",
+  "device": "h200",
+  "policy": "planned",
+  "ranges": [
+   "1:8",
+   "9:64"
+  ],
+  "workload": "test_lock-planned"
+ }
+}
+"""
+
+
+@pytest.fixture
+def planned(run: Run) -> Path:
+    """The lock of the first test that compares with one."""
+    run.locks.mkdir(parents=True)
+    path = run.locks / "test_lock-planned.lock"
+    path.write_text(PLANNED_LOCK)
+    return path
+
+
+def test_a_regression_fails_with_rule_place_and_line(run: Run, planned: Path) -> None:
+    plant(run.pytester.path, "1 scale", "2 scale")
+    regressed = run("-k", "counts or ranges or planned")
+    regressed.assert_outcomes(failed=3)
+    text = regressed.stdout.str()
+    for line in (
+        "fusion_locks/test_users/test_lock-planned.lock doesn't hold: 4 moved (test_lock-planned, planned for h200)",
+        "moved   allreduce_rms by flashinfer -> act_padding by triton, 2 places in every range: layers.1-2.norm",
+        "why     near miss: aten.mul.Tensor stands between all_reduce and fused_add_rms_norm",
+        ": x = x * 0.5",
+        "mend    do it before all_reduce or after fused_add_rms_norm, where the model allows",
+        f"where that is meant: pytest {UPDATE}",
+        "wrong   allreduce_rms: expected 4, found 2",
+        "there   2 places: layers.0,3.norm",
+        "missed  2 places: layers.1-2.norm",
+        "wrong   act_padding: expected 0, found 4",
+    ):
+        assert line in text
+    assert "pytest_plugin.py" not in text
+    assert "torch.__trace" not in text
+    run(UPDATE, "-k", "planned").assert_outcomes(passed=1)
+    assert '"layers.0,3.norm"' in planned.read_text()
+
+
+def test_broken_locks_and_other_settings_are_told_and_can_be_written_anew(run: Run, planned: Path) -> None:
+    planned.write_text(PLANNED_LOCK.replace("h200", "h100"))
+    (run.locks / "one.lock").write_text("<<<<<<<")
+    broken = run("-k", "planned or TestClass")
+    broken.assert_outcomes(failed=2)
+    broken.stdout.fnmatch_lines([f"*planned.lock pins device=h100, and the test says device=h200; where that*{UPDATE}"])
+    broken.stdout.fnmatch_lines(["*LockError: lock file '*one.lock' isn't JSON*"])
+    run(UPDATE, "-k", "planned or TestClass").assert_outcomes(passed=2)
+    assert planned.read_text() == PLANNED_LOCK
+
+
+def test_misuse_is_told_in_a_line(run: Run) -> None:
+    run.pytester.makepyfile(
+        test_users="""
+import pytest, torch
+from fuseplan import PassConfig
+
+X = torch.ones(2, 2)
+
+def test_twice(fusion_lock):
+    fusion_lock(torch.relu, (X,))
+    fusion_lock(torch.relu, (X,))
+
+def test_folder(fusion_lock, request):
+    fusion_lock(torch.relu, (X,), name="../../outside")
+
+def test_device(fusion_lock):
+    fusion_lock(torch.relu, (X,), device="h20")
+
+def test_plan(fusion_lock):
+    fusion_lock(torch.relu, (X,), config=PassConfig(plan="plan.json"))
+
+def test_training(assert_fusions):
+    layer = torch.nn.Linear(2, 2)
+    assert_fusions(layer, (X,), {"act_padding": 1})
+"""
+    )
+    result = run(UPDATE)
+    result.assert_outcomes(failed=4, passed=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*LockError: fusion_lock has compared test_twice.lock in this test already; give each call a name of*",
+            "*ConfigError: unknown device 'h20'; did you mean 'h200'*",
+            "*ConfigError: plan='plan.json': a lock pins what is planned, not a file of plans; leave it out",
+            "*wrong   act_padding: expected 1, found 0",
+            "*why     the graph has nothing that it could match",
+        ]
+    )
+    names = sorted(path.name for path in run.locks.iterdir())
+    assert [name.split("-")[0] for name in names] == ["_.._outside", "test_twice.lock"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "conftest"),
+    [
+        ((), ""),
+        (("-p", MODULE), ""),
+        (("-p", "fuseplan"), f"pytest_plugins = ['{MODULE}']"),
+        (("-p", MODULE, "-p", "fuseplan"), ""),
+        (("-p", "fuseplan", "-p", MODULE), ""),
+    ],
+)
+def test_one_plugin_whatever_the_ways_to_it(
+    arguments: tuple[str, ...], conftest: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an entry point of an installed distribution, by `-p`, and by a conftest: in any order, and all at once."""
+    installed = pytester.mkdir("site")
+    information = installed / "users_fuseplan-1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: users-fuseplan\nVersion: 1\n")
+    (information / "entry_points.txt").write_text(ENTRY_POINT)
+    (information / "RECORD").write_text("fuseplan/__init__.py,,\nfuseplan/integrations/pytest_plugin.py,,\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), str(SRC)]))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(
+        """
+import sys
+
+def test_plugin(assert_fusions, fusion_lock, pytestconfig):
+    assert pytestconfig.getoption("--update-fusion-lock") is False
+    assert "torch" not in sys.modules
+    assert "rich" not in sys.modules
+"""
+    )
+    pytester.runpytest_subprocess("-W", "error", *arguments).assert_outcomes(passed=1)
+
+
+def test_importing_the_plugin_costs_nothing() -> None:
+    code = f"import sys, {MODULE}; assert not {{'torch', 'rich', 'numpy'}} & set(sys.modules), 'heavy'"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=SRC)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "name", "expected"),
+    [
+        ("t/test_a.py::test_x", None, "test_x"),
+        ("t/test_a.py::TestA::test_x", None, "TestA.test_x"),
+        ("t/test_a.py::test_x[8-bf16]", None, "test_x-8-bf16"),
+        ("t/test_a.py::test_x[8-bf16]", "decode", "decode-8-bf16"),
+        ("t/test_a.py::test_x", "decode", "decode"),
+    ],
+)
+def test_locks_lie_beside_the_test(nodeid: str, name: str | None, expected: str) -> None:
+    folder = Path("t")
+    assert lock_path(folder / "test_a.py", nodeid, name) == folder / "fusion_locks" / "test_a" / f"{expected}.lock"
+
+
+def test_every_test_has_a_lock_of_its_own_in_the_folder() -> None:
+    parameters = ["a/b", "a_b", "a b", "../b", "x" * 300, "x" * 301, ".", "", "[", "a::b", "ä"]
+    paths = [lock_path(Path("t/test_a.py"), f"t/test_a.py::test_x[{each}]") for each in parameters]
+    paths += [lock_path(Path("t/test_a.py"), "t/test_a.py::test_x", each) for each in ("/etc/x", "..", ".hidden")]
+    assert len(set(paths)) == len(paths)
+    for path in paths:
+        assert path.parent == Path("t/fusion_locks/test_a")
+        assert not path.name.startswith(".")
+        assert len(path.name) < LONGEST_NAME + 20
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected", "says"),
+    [
+        (((),), {"allreduce_rm": 1}, "unknown rule 'allreduce_rm'; did you mean 'allreduce_rms'"),
+        (((),), {"act_padding": -1}, "expected 'act_padding': -1; give a number"),
+        (((),), {"act_padding": True}, "expected 'act_padding': True; give a number"),
+        (((),), {}, "nothing is expected; name rules with their counts, or set exact=True"),
+        ("x", {"act_padding": 1}, r"inputs are a str; give a tuple or list of arguments, e\.g\. \(x,\), or a mapping"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(inputs: tuple[object, ...], expected: dict[str, int], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        assert_fusions(print, inputs, expected)
+
+
+def test_the_switch_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEPLAN", "0")
+    with pytest.raises(ConfigError, match="FUSEPLAN=0 switches every fusion off"):
+        assert_fusions(print, (), {"act_padding": 0})
+
+
+def test_the_function_works_without_the_fixture() -> None:
+    model, inputs = regressing_model.build(1)
+    report = assert_fusions(model, inputs, {"act_padding": LAYERS}, exact=True)
+    assert report.policy == "planned"
+    with pytest.raises(AssertionError, match="wrong   act_padding: expected 5, found 4\nthere   4 places"):
+        assert_fusions(model, inputs, {"act_padding": LAYERS + 1})

@@ -1,0 +1,234 @@
+"""What is said of a lock that doesn't hold: what, where and why."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report
+from fuseplan.report.absence import Absence, AbsenceKind
+from fuseplan.report.drift import Drift, DriftKind, drifts
+from fuseplan.report.lock import FusionLock
+from fuseplan.report.paragraphs import drift_paragraphs, plain
+from fuseplan.report.verdict import Verdict, render_verdict, verdict_to_json
+from tests.report.locked import SPANS, Place, applied, fusion, graph, lock_of, loss, norms, refusal, report, settings
+
+PLACE = "layers.7.norm"
+ALL = applied("allreduce_rms_padding", norms(range(36)))
+LESS = [each for each in ALL if each.source != PLACE]
+OTHER = fusion("allreduce_rms", PLACE)
+
+
+def only(lock: FusionLock, now: Report) -> Drift:
+    (drift,) = drifts(lock, now)
+    return drift
+
+
+def cause_of(*graphs: GraphReport, place: Place = PLACE, before: Fusion | None = None) -> Absence:
+    """Why the fusion that was at a place is not there any more."""
+    drift = only(lock_of(before or fusion("allreduce_rms_padding", place)), report(*graphs))
+    assert drift.cause is not None
+    return drift.cause
+
+
+def test_the_same_fusions_hold() -> None:
+    assert drifts(lock_of(*ALL), report(graph(reversed(ALL)))) == ()
+
+
+def test_what_is_lost_is_named_with_its_place_and_near_miss() -> None:
+    now = report(graph(LESS, refusals=[refusal("allreduce_rms_padding", PLACE)]))
+    drift = only(lock_of(*ALL), now)
+    assert (drift.change, drift.count) == (DriftKind.LOST, 1)
+    assert drift.where[0].places == (PLACE,)
+    assert drift.cause is not None
+    assert drift.cause.near_miss is not None
+    assert plain(drift_paragraphs([drift], 1)).splitlines() == [
+        "lost    allreduce_rms_padding by triton, 1 place: layers.7.norm",
+        "why     near miss: clone stands between",
+        "        model.py:7: x = x.clone()",
+        "mend    drop the copy",
+    ]
+
+
+def test_what_another_fusion_took_has_moved() -> None:
+    now = report(graph([*LESS, OTHER], lost=[loss("allreduce_rms_padding", PLACE, OTHER, lost_ns=1500)]))
+    drift = only(lock_of(*ALL), now)
+    assert (drift.change, drift.before, drift.after) == (
+        DriftKind.MOVED,
+        "allreduce_rms_padding fused_allreduce_rms_padding triton",
+        "allreduce_rms fused_allreduce_rms triton",
+    )
+    assert drift.cause == Absence(
+        kind=AbsenceKind.CONFLICT, lost_us=1.5, winners=("allreduce_rms fused_allreduce_rms triton",),
+        detail="it matches, and lost its nodes to allreduce_rms by triton, 1.5 us a place ahead",
+    )  # fmt: skip
+
+
+def test_what_is_gained_needs_no_explanation() -> None:
+    drift = only(lock_of(*LESS), report(graph(ALL)))
+    assert (drift.change, drift.cause) == (DriftKind.GAINED, None)
+
+
+def test_thirty_six_layers_in_two_ranges_are_one_paragraph() -> None:
+    places = norms(range(36))
+    graphs = [graph(refusals=[refusal("allreduce_rms_padding", each) for each in places], span=span) for span in SPANS]
+    lock = FusionLock.of(settings("1:64", "65:512"), report(*(graph(ALL, span=span) for span in SPANS)))
+    drift = only(lock, report(*graphs))
+    assert drift.count == 72
+    (paragraph,) = drift_paragraphs([drift], 2)
+    assert paragraph[0].text == "allreduce_rms_padding by triton, 36 places in every range: layers.0-35.norm"
+
+
+def test_ranges_are_named_where_they_differ_and_a_cause_is_told_once() -> None:
+    lock = FusionLock.of(settings("1:64", "65:512"), report(*(graph(ALL, span=span) for span in SPANS)))
+    refusals = [refusal("allreduce_rms_padding", PLACE), refusal("allreduce_rms_padding", "layers.8.norm")]
+    less = [each for each in LESS if each.source != "layers.8.norm"]
+    now = report(graph([*LESS, OTHER], refusals=refusals, span=SPANS[0]), graph(less, refusals=refusals, span=SPANS[1]))
+    assert plain(drift_paragraphs(drifts(lock, now), 2)).splitlines() == [
+        "moved   allreduce_rms_padding by triton -> allreduce_rms by triton, 1 place at 1:64 tokens: layers.7.norm",
+        "lost    allreduce_rms_padding by triton, 2 places at 65:512 tokens: layers.7-8.norm",
+        "why     near miss: clone stands between",
+        "        model.py:7: x = x.clone()",
+        "mend    drop the copy",
+    ]
+
+
+def test_places_of_one_cause_that_differ_by_range_are_told_apart() -> None:
+    lock = FusionLock.of(settings("1:64", "65:512"), report(*(graph(ALL, span=span) for span in SPANS)))
+    refusals = [refusal("allreduce_rms_padding", each) for each in norms((7, 8))]
+    now = report(
+        graph([each for each in ALL if each.source not in norms((7, 8))], refusals=refusals, span=SPANS[0]),
+        graph(LESS, refusals=refusals[:1], span=SPANS[1]),
+    )
+    ((line, *_),) = drift_paragraphs([only(lock, now)], 2)
+    assert line.text == (
+        "allreduce_rms_padding by triton, 1 place in every range: layers.7.norm; 1 place at 1:64 tokens: layers.8.norm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lost", "kind", "says"),
+    [
+        (loss("allreduce_rms_padding", PLACE, lost_ns=1200), AbsenceKind.NOT_WORTH_IT, "is 1.2 us a place cheaper"),
+        (loss("allreduce_rms_padding", PLACE), AbsenceKind.NOT_WORTH_IT, "leaving it to Inductor is cheaper"),
+        (loss("allreduce_rms_padding", PLACE, forbidden=True), AbsenceKind.FORBIDDEN, "is forbidden"),
+        (loss("allreduce_rms_padding", PLACE, OTHER, lost_ns=-500), AbsenceKind.CONFLICT, "0.5 us a place behind"),
+        (loss("allreduce_rms_padding", PLACE, OTHER), AbsenceKind.CONFLICT, "its nodes to allreduce_rms by triton"),
+    ],
+)  # fmt: skip
+def test_matches_that_are_not_applied_say_what_they_lost_to(lost: Loss, kind: AbsenceKind, says: str) -> None:
+    cause = cause_of(graph(lost=[lost], refusals=[refusal("act_padding", PLACE)]))
+    assert cause.kind is kind
+    assert says in cause.detail
+
+
+def test_of_several_near_misses_the_nearest_is_told() -> None:
+    far = refusal("allreduce_rms_padding", PLACE, "far", nearness=Nearness.ABSENT, found="mm")
+    near = refusal("allreduce_rms_padding", PLACE, "near", nearness=Nearness.REFUSED, found="float32")
+    other = refusal("act_padding", PLACE, "another rule", nearness=Nearness.REFUSED)
+    assert cause_of(graph(refusals=[far, other, near])).detail == "near"
+
+
+DECLINED = refusal("allreduce_rms_padding", PLACE, "declined", nearness=Nearness.DECLINED, provider="triton")
+
+
+@pytest.mark.parametrize(
+    ("refusals", "says"),
+    [
+        ([refusal("act_padding", PLACE, "its parts")], "its parts"),
+        ([refusal(None, PLACE, "no norm", nearness=Nearness.UNRECOGNIZED)], "no norm"),
+        ([refusal("allreduce_rms_padding", "layers.7.mlp", "elsewhere in the layer")], "elsewhere in the layer"),
+        ([refusal("allreduce_rms_padding", "x", "by source", source=PLACE)], "by source"),
+        ([refusal("allreduce_rms_padding", "layers.8.mlp", "another layer")], None),
+        ([refusal("norm_quant", PLACE, "nothing to do", nearness=Nearness.ABSENT)], None),
+        ([refusal("norm_quant", PLACE, "off", nearness=Nearness.REFUSED, reason=Reason.DISABLED)], None),
+        ([DECLINED], "declined"),
+        ([refusal("allreduce_rms_padding", PLACE, nearness=Nearness.DECLINED, provider="aiter")], None),
+    ],
+)  # fmt: skip
+def test_what_else_explains_a_place(refusals: list[Refusal], says: str | None) -> None:
+    cause = cause_of(graph(refusals=refusals))
+    gone = (AbsenceKind.GONE, "the graph has nothing there any more that it could match")
+    assert (cause.kind, cause.detail) == ((AbsenceKind.NEAR_MISS, says) if says else gone)
+
+
+def test_a_graph_that_is_left_alone_explains_all_of_it() -> None:
+    training = Refusal(reason=Reason.TRAINING, detail="the graph has a backward", mend="use no_grad")
+    cause = cause_of(graph(refusals=[training]))
+    assert (cause.kind, cause.detail, cause.mend) == (AbsenceKind.LEFT_ALONE, training.detail, training.mend)
+
+
+def test_rules_and_providers_that_are_off() -> None:
+    cause = only(lock_of(fusion("gone_rule", PLACE)), report(graph())).cause
+    assert cause is not None
+    assert (cause.kind, cause.detail) == (AbsenceKind.OFF, "gone_rule isn't among the rules that are on")
+    moved = cause_of(graph([fusion("act_padding", PLACE)]), before=fusion("act_padding", PLACE, provider="aiter"))
+    assert (moved.kind, moved.detail) == (AbsenceKind.OFF, "it matches, and aiter has no kernel for it any more")
+
+
+def test_places_without_a_module_are_told_apart_by_number_alone() -> None:
+    before = lock_of(*applied("allreduce_rms_padding", ["f.py:1", "f.py:2", "f.py:3"]))
+    refusals = [refusal("allreduce_rms_padding", "f.py:2"), refusal("allreduce_rms_padding", "f.py:3")]
+    now = report(graph([fusion("allreduce_rms_padding", "f.py:9"), fusion("act_padding", "f.py:2")], refusals=refusals))
+    lost, gained = drifts(before, now)
+    assert (lost.change, lost.count, lost.where[0].places) == (DriftKind.LOST, 2, ("(no module) x2",))
+    assert lost.cause is not None
+    assert lost.cause.near_miss is not None
+    assert lost.cause.near_miss.count == 2
+    assert (gained.change, gained.count) == (DriftKind.GAINED, 1)
+
+
+def test_another_op_of_one_rule_and_provider_is_named() -> None:
+    before, after = (fusion("act_padding", PLACE, op=op) for op in ("rms_norm_pad", "fused_add_rms_norm_pad"))
+    ((line, *_),) = drift_paragraphs([only(lock_of(before), report(graph([after])))], 1)
+    assert line.text.startswith(
+        "act_padding (rms_norm_pad) by triton -> act_padding (fused_add_rms_norm_pad) by triton"
+    )
+
+
+def test_a_place_with_two_fusions_can_lose_one() -> None:
+    both = applied("act_padding", [PLACE, PLACE])
+    drift = only(lock_of(*both), report(graph(both[:1], refusals=[refusal("act_padding", PLACE)])))
+    assert (drift.change, drift.count, drift.where[0].places) == (DriftKind.LOST, 1, (PLACE,))
+
+
+def verdict() -> Verdict:
+    now = report(graph([*LESS[5:], OTHER], refusals=[refusal("allreduce_rms_padding", PLACE)]))
+    lock = lock_of(*ALL)
+    return Verdict(
+        path="f.lock", lock=lock, found=FusionLock.of(lock.settings, now), drifts=drifts(lock, now),
+        mend="pin it", breaks=("a [break]",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_every_width_shows_all_of_it(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(render_verdict(verdict()))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    assert "f.lock doesn't hold: 5 lost, 1 moved (w, planned for h200)" in text
+    assert "layers.0-4.norm" in text
+    assert "near miss: clone stands between" in text
+    assert "graph break: a [break]" in text
+    assert text.endswith("pin it")
+
+
+def test_verdicts_as_json() -> None:
+    data = verdict_to_json(verdict())
+    assert (data["schema"], data["passed"], data["written"], data["lock"]) == (1, False, False, "f.lock")
+    assert data["locked"] == {"allreduce_rms_padding": 36}
+    assert data["fused"] == {"allreduce_rms": 1, "allreduce_rms_padding": 30}
+    assert data["per_range"] == [{"range": [1, 64], "fused": data["fused"]}]
+    assert sorted(each["change"] for each in data["differences"]) == ["lost", "moved"]
+    moved = next(each for each in data["differences"] if each["change"] == "moved")
+    assert moved["cause"]["near_miss"]["rule"] == "allreduce_rms_padding"
+    assert moved["where"] == [{"ranges": ["1:64"], "places": ["layers.7.norm"], "count": 1}]
+
+
+def test_a_lock_that_holds_is_one_line() -> None:
+    for lock, says in ((lock_of(*ALL), "36 fusions (allreduce_rms_padding 36)"), (lock_of(), "0 fusions")):
+        held = Verdict(path="f.lock", lock=lock, found=lock, mend="pin it")
+        assert held.text == f"f.lock holds: {says} of w, planned for h200"

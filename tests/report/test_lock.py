@@ -1,0 +1,192 @@
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuseplan.errors import LockError
+from fuseplan.report.lock import ANY_SIZE, LARGEST_BYTES, FusionLock, Kernel, LockSettings, parse_span, span_text
+from fuseplan.report.places import module_of
+from tests.report.locked import SPANS, applied, fusion, graph, norms, report, settings
+
+LAYERS = 36
+
+
+def gpt_oss(missing: tuple[int, ...] = ()) -> FusionLock:
+    """As gpt-oss-120b's: a fusion a layer, and one before all of them, the same in both ranges."""
+    fusions = applied("allreduce_rms", ["layers.0.input_norm"])
+    fusions += applied("allreduce_rms_padding", norms(layer for layer in range(LAYERS) if layer not in missing))
+    return FusionLock.of(settings("1:64", "65:512", tp=2), report(*(graph(fusions, span=span) for span in SPANS)))
+
+
+def test_thirty_six_layers_are_a_few_lines() -> None:
+    lock = gpt_oss()
+    assert lock.text() == (
+        '{\n "fusions": {\n  "1:64, 65:512": {\n'
+        '   "allreduce_rms fused_allreduce_rms triton": [\n    "layers.0.input_norm"\n   ],\n'
+        '   "allreduce_rms_padding fused_allreduce_rms_padding triton": [\n    "layers.0-35.norm"\n   ]\n'
+        "  }\n },\n"
+        ' "schema": 1,\n "settings": {\n  "costs": "modelled",\n  "device": "h200",\n  "policy": "planned",\n'
+        '  "ranges": [\n   "1:64",\n   "65:512"\n  ],\n  "tp": 2,\n  "workload": "w"\n }\n}\n'
+    )
+    assert lock.fused == {"allreduce_rms": 2, "allreduce_rms_padding": 2 * LAYERS}
+    assert lock.text() == json.dumps(json.loads(lock.text()), indent=1, sort_keys=True) + "\n"
+
+
+def test_a_layer_less_is_a_line_of_a_diff() -> None:
+    before, after = (set(lock.text().splitlines()) for lock in (gpt_oss(), gpt_oss((7,))))
+    assert {line.strip() for line in before ^ after} == {'"layers.0-35.norm"', '"layers.0-6,8-35.norm"'}
+
+
+def test_ranges_that_differ_stand_apart_and_empty_ones_are_named() -> None:
+    graphs = graph(applied("act_padding", ["a"]), span=(1, 64)), graph(span=(65, 512))
+    lock = FusionLock.of(settings("1:64", "65:512", "513"), report(*graphs))
+    assert dict(lock.fusions) == {"1:64": {"act_padding fused_act_padding triton": ("a",)}, "65:512, 513": {}}
+
+
+def test_graphs_are_counted_together_and_lines_of_code_only_counted() -> None:
+    graphs = graph(applied("act_padding", ["a", "model.py:3", None])), graph(applied("act_padding", ["a"]))
+    lock = FusionLock.of(settings("1:64"), report(*graphs))
+    assert lock.fusions["1:64"] == {"act_padding fused_act_padding triton": ("(no module) x2", "a x2")}
+    assert lock.placed[1, 64] == Counter({(Kernel("act_padding", "fused_act_padding", "triton"), None): 2,
+                                          (Kernel("act_padding", "fused_act_padding", "triton"), "a"): 2})  # fmt: skip
+
+
+def test_without_ranges_one_graph_serves_every_size() -> None:
+    lock = FusionLock.of(settings(), report(graph(applied("act_padding", ["a"]), span=None)))
+    assert list(lock.fusions) == [ANY_SIZE]
+    assert lock.fused == {"act_padding": 1}
+
+
+NAMES = st.sampled_from(["act_padding", "allreduce_rms", "x"])
+PLACES = st.none() | st.sampled_from([*norms(range(9)), "norm", "blocks.1-2.norm", "=", "a x2"]) | st.text(max_size=6)
+PLACED = st.dictionaries(st.tuples(st.builds(Kernel, NAMES, NAMES, NAMES), PLACES), st.integers(1, 3), max_size=12)
+SETTINGS = st.builds(
+    LockSettings,
+    workload=st.text(max_size=6), device=st.text(max_size=6), policy=st.text(max_size=6),
+    tp=st.none() | st.integers(1, 9), layers=st.none() | st.integers(1, 9),
+    force=st.lists(st.text(max_size=3), max_size=2).map(tuple),
+    allow_rounding_changes=st.booleans(), flags=st.dictionaries(st.text(max_size=3), st.booleans(), max_size=2),
+    limits=st.dictionaries(st.text(max_size=3), st.integers(0, 9), max_size=2),
+    ranges=st.sets(st.integers(1, 99), max_size=4).map(lambda ends: tuple(map(str, sorted(ends)))),
+)  # fmt: skip
+
+
+@given(SETTINGS, st.lists(PLACED, min_size=4, max_size=4))
+def test_what_is_written_is_read_back(asked: LockSettings, placed: list[dict[tuple[Kernel, str | None], int]]) -> None:
+    graphs = []
+    for span, counts in zip(asked.spans, placed, strict=False):
+        fusions = [
+            fusion(kernel.rule, module_of(place), op=kernel.op, provider=kernel.provider)
+            for (kernel, place), count in counts.items()
+            for _ in range(count)
+        ]
+        graphs.append(graph(fusions, span=span))
+    lock = FusionLock.of(asked, report(*graphs))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fusions.lock"
+        lock.save(path)
+        read = FusionLock.load(path)
+    assert read == lock
+    assert read.text() == lock.text()
+    for each in graphs:
+        assert sum(read.placed[each.range].values()) == len(each.applied)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["settings", "fusions"]), inner),
+)
+
+
+@given(JSON)
+def test_whatever_is_in_the_file_is_a_lock_or_one_line(data: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fusions.lock"
+        path.write_text(json.dumps({**data, "schema": 1} if isinstance(data, dict) else data))
+        with pytest.raises(LockError) as caught:
+            FusionLock.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def content() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(gpt_oss().text())
+    return data
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        (("schema",), 2, "has schema 2; this version reads 1"),
+        (("schema",), True, "schema: expected int"),
+        (("settings", "tp"), "two", r"settings\.tp: expected int, found 'two'"),
+        (("settings", "tp"), 0, "tp=0: allowed are integers of at least 1"),
+        (("settings", "surprise"), 1, r"settings\.surprise: expected one of the fields"),
+        (("settings", "costs"), "measured", "costs are 'measured', and a lock pins modelled ones"),
+        (("settings", "ranges"), ["1:64", "9:512"], "overlap or don't ascend"),
+        (("settings", "ranges"), ["1:64", "x"], "range 'x' isn't of the form FIRST:LAST"),
+        (("settings", "ranges"), ["64:1"], "overlap or don't ascend"),
+        (("settings", "ranges"), ["1:64"], "fusions are for range 65:512, and the ranges are 1:64"),
+        (("settings", "ranges"), ["1:64", "65:512", "513"], "no fusions are for range 513"),
+        (("fusions",), [], "fusions: expected an object"),
+        (("fusions", "1:64"), {}, "fusions of range 1:64 are there twice"),
+        (("fusions", "1:64, 65:512", "act_padding"), [], "isn't of the form RULE OP PROVIDER"),
+        (("fusions", "1:64, 65:512", "a b c"), ["layers.0-3.x", "layers.2.x"], r"layers\.2\.x is there twice"),
+        (("fusions", "1:64, 65:512", "a b c"), ["layers.0-999999999.x"], "more than 100000 places"),
+    ],
+)
+def test_contradictions_are_one_line(part: tuple[str, ...], value: Any, says: str, tmp_path: Path) -> None:
+    data = place = content()
+    for step in part[:-1]:
+        place = place[step]
+    place[part[-1]] = value
+    path = tmp_path / "fusions.lock"
+    path.write_text(json.dumps(data))
+    with pytest.raises(LockError, match=says) as caught:
+        FusionLock.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "isn't JSON"),
+        ("<<<<<<< ours\n{}", "isn't JSON"),
+        ("[" * 100_000, "isn't JSON: it is nested too deeply"),
+        ("[1]", "has schema None"),
+        ('{"schema": 1, "fusions": {}, "fusions": {}}', "'fusions' is there twice"),
+        (" " * (LARGEST_BYTES + 1), "has more than 1048576 bytes"),
+        ("\udcff", "isn't JSON"),
+    ],
+)
+def test_broken_files_are_one_line(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "fusions.lock"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(LockError, match=says):
+        FusionLock.load(path)
+
+
+def test_files_that_are_not_there_or_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(LockError, match="can't be read: No such file or directory"):
+        FusionLock.load(tmp_path / "fusions.lock")
+    with pytest.raises(LockError, match="can't be read: Is a directory"):
+        FusionLock.load(tmp_path)
+    with pytest.raises(LockError, match="can't be written: No such file or directory"):
+        gpt_oss().save(tmp_path / "nowhere" / "fusions.lock")
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - hidden files too
+
+
+def test_spans_have_a_text() -> None:
+    for span in ((1, 64), (8, 8), None):
+        assert parse_span(span_text(span)) == span
+
+
+def test_settings_say_where_they_differ() -> None:
+    changes = settings("1:64", tp=2).changes(settings(force=("act_padding",), tp=4))
+    assert changes == {"ranges": ("1:64", "none"), "tp": ("2", "4"), "force": ("none", "act_padding")}
