@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from fuseplan.errors import WorkloadError
 from fuseplan.integrations import transformers as huggingface
+from tests.ranks import leave
 
 SIZES = {
     "hidden_size": 64,
@@ -46,7 +47,7 @@ def _rank(rank: int, store: str, results: str) -> None:
     logits = {name: _logits(name, group) for name in CONFIGS}
     if rank == 0:
         torch.save(logits, results)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

@@ -9,6 +9,7 @@ from torch.multiprocessing.spawn import spawn
 
 from fuseplan.models import GptOss, KVCache, Workload, shard_, workload
 from tests.models.conftest import FakeGroup
+from tests.ranks import leave
 
 TINY = workload("gpt-oss-120b-tiny")
 
@@ -85,18 +86,16 @@ def decode(model: GptOss, input_ids: torch.Tensor, steps: int) -> tuple[torch.Te
 def compare_with_whole(rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    try:
-        with torch.no_grad():
-            (input_ids,) = TINY.example_inputs(sequence=12, batch=2)
-            for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.15)):
-                expected, expected_tokens = decode(TINY.build(dtype=dtype), input_ids, steps=3)
-                for name in (TINY.name, TINY.name + ":outer-reduce"):
-                    model = workload(name).build(dist.group.WORLD, dtype=dtype)
-                    logits, tokens = decode(model, input_ids, steps=3)
-                    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
-                    assert torch.equal(tokens, expected_tokens)
-    finally:
-        dist.destroy_process_group()
+    with torch.no_grad():
+        (input_ids,) = TINY.example_inputs(sequence=12, batch=2)
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.15)):
+            expected, expected_tokens = decode(TINY.build(dtype=dtype), input_ids, steps=3)
+            for name in (TINY.name, TINY.name + ":outer-reduce"):
+                model = workload(name).build(dist.group.WORLD, dtype=dtype)
+                logits, tokens = decode(model, input_ids, steps=3)
+                torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
+                assert torch.equal(tokens, expected_tokens)
+    leave()
 
 
 @pytest.mark.distributed

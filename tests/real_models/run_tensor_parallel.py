@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import fuseplan
 from fuseplan.models import KVCache, workload
+from tests.ranks import leave
 from tests.real_models.cases import CASES, LAYERS, fused_calls
 
 REDUCE_FIRST = "ordered(allreduce_rms, act_padding)"
@@ -137,7 +138,7 @@ def main() -> None:
     dist.all_gather_object(gathered, outcome)
     if dist.get_rank() == 0:
         results.write_text(json.dumps(gathered))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
