@@ -225,3 +225,15 @@ def test_a_warm_compile_cache_still_reports(tmp_path: Path) -> None:
     assert outputs[0] == ["False", *outputs[1][1:]]
     assert outputs[1][0] == "True"
     assert outputs[1][-1] == "fused"
+
+
+def test_explain_leaves_the_users_tensors_as_they_were() -> None:
+    ranges = (fuseplan.CompileRange(start=1, end=8),)
+    fresh, marked = randn(5, HIDDEN), randn(5, HIDDEN)
+    torch._dynamo.maybe_mark_dynamic(marked, 1)
+    before = {name: set(value) if isinstance(value, set) else value for name, value in marked.__dict__.items()}
+    for x in (fresh, marked):
+        report = fuseplan.explain(Block(), x, config=fuseplan.PassConfig(compile_ranges=ranges))
+        assert report.recognized
+    assert fresh.__dict__ == {}
+    assert marked.__dict__ == before

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -79,12 +80,10 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
     torch._dynamo.reset()
     before = dict(counters["graph_break"])
     compiled = torch.compile(model, backend=recorder)
-    if dynamic:
-        for value in _tensors([*inputs, *kwargs.values()]):
-            _mark_leading_dimensions(value)
     mode = detect_fake_mode(_tensors(inputs))
+    marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
     failure: Exception | None = None
-    with _quiet(), torch.no_grad(), mode or contextlib.nullcontext():
+    with _quiet(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
         try:
             compiled(*inputs, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
@@ -116,6 +115,24 @@ def _quiet() -> Iterator[None]:
 
 def _tensors(inputs: Sequence[Any]) -> list[torch.Tensor]:
     return [value for value in inputs if isinstance(value, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def _unknown_leading_dimensions(values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Dynamo keeps its marks on the tensors themselves, which are the user's: they are taken off again."""
+    before = [{name: copy(value.__dict__[name]) for name in _MARKS if name in value.__dict__} for value in values]
+    for value in values:
+        _mark_leading_dimensions(value)
+    try:
+        yield
+    finally:
+        for value, marks in zip(values, before, strict=True):
+            for name in _MARKS:
+                value.__dict__.pop(name, None)
+            value.__dict__.update(marks)
+
+
+_MARKS = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
 
 
 def _mark_leading_dimensions(value: torch.Tensor) -> None:

@@ -115,5 +115,13 @@ def test_an_op_is_defined_once() -> None:
         provider_of("mine", {rms_norm_relu: kernel})
 
 
+def test_a_name_is_one_word() -> None:
+    class TwoWords(NormRelu):
+        name = "norm relu"
+
+    with pytest.raises(RuleError, match=r"rule 'norm relu' \(TwoWords\): a name is one word"):
+        fuseplan.inductor_options(rules=[TwoWords()])
+
+
 def test_it_describes_itself() -> None:
     assert NormRelu().describe() == "rms_norm -> aten.relu.default  =>  rms_norm_relu"

@@ -3,6 +3,7 @@ meaning."""
 
 import inspect
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -135,8 +136,13 @@ class Rule:
         """Traces pattern and replacement once, with a stand-in for every plain value.
 
         Raises:
-            RuleError: they disagree in outputs, or the pattern isn't one region.
+            RuleError: they disagree in outputs, the pattern isn't one region, or the name isn't one word.
         """
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.name):
+            raise RuleError(
+                f"rule {self.name!r} ({type(self).__name__}): a name is one word of letters, digits and underscores; "
+                "policies, selectors and locks are written with it"
+            )
         types = {argument.name: str(argument.type) for argument in self.op.overload._schema.arguments}
         self.trace_replacement({name: _STAND_INS.get(types.get(name, "Tensor"), _NODE) for name in self.variables})
 
