@@ -13,10 +13,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint docs pictures setup clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run ## show how the order of two passes starves one of them (no GPU, weights or network)
 	@$(BIN)/fuseplan explain $(DEMO_ARGS)
@@ -29,10 +29,17 @@ lint: $(VENV)/.dev ## ruff and strict mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev ## build the documentation into docs/_build/html; a warning is an error
+	@$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "fuseplan: the documentation is in docs/_build/html/index.html"
+
+pictures: $(VENV)/.dev ## make the pictures of the documentation anew, from real runs; needs chromium
+	@PYTHONPATH=. $(BIN)/python docs/make_pictures.py
+
 setup: $(VENV)/.dev ## create .venv with everything that development needs
 
 clean: ## remove .venv and all caches
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.

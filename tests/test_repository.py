@@ -2,15 +2,14 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from docs.blocks import ROOT, blocks_of
+
 # An absolute path into somebody's machine; not the middle of a URL, of a relative path or of ~/.
 MACHINE_PATH = re.compile(r"(?<![\w.~/*-])/(?:home|root|work|Users)/[\w.-]")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def repository_files() -> list[Path]:
@@ -28,14 +27,6 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return ""
-
-
-def readme_blocks(*languages: str) -> list[str]:
-    return [
-        body
-        for language, body in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-        if language in languages
-    ]
 
 
 def test_no_paths_of_a_developer_machine() -> None:
@@ -57,19 +48,6 @@ def test_machine_paths_are_recognised(folder: str) -> None:
 
 
 def test_readme_opens_with_demo_and_test() -> None:
-    commands = [line.split("#")[0].strip() for block in readme_blocks("sh") for line in block.splitlines()]
+    scripts = [block.body for block in blocks_of(ROOT / "README.md") if block.language == "sh"]
+    commands = [line.split("#")[0].strip() for script in scripts for line in script.splitlines()]
     assert [command for command in commands if command][:2] == ["make demo", "make test"]
-
-
-def test_readme_python_compiles() -> None:
-    blocks = readme_blocks("python")
-    assert blocks
-    for number, block in enumerate(blocks, start=1):
-        compile(block, f"README.md, python block {number}", "exec")
-
-
-def test_readme_python_runs() -> None:
-    """Every block runs as it is written, in a process of its own."""
-    for block in readme_blocks("python"):
-        done = subprocess.run([sys.executable, "-c", block], check=False, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr

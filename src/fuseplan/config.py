@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import os
 import re
@@ -121,6 +122,7 @@ def _refuse_unknown_flags(cls: type[T]) -> type[T]:
     init: Callable[..., None] = cls.__init__
     names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
+    @functools.wraps(init)  # help() and documentation show the flags
     def __init__(self: Any, **flags: Any) -> None:
         for flag in flags:
             if flag not in names:

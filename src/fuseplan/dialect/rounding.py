@@ -3,14 +3,16 @@
 `sum` is x + residual, `normed` is sum * rsqrt(mean(sum^2) + eps); all arithmetic is float32 (float64 on float64 inputs)
 except where the table says "rounded", i.e. cast to the activation dtype.
 
-| convention           | sum         | normed before the weight | weight            | seen in                          |
-|----------------------|-------------|--------------------------|-------------------|----------------------------------|
-| `llama`              | rounded     | rounded                  | in its own dtype  | Hugging Face Llama, Qwen3        |
-| `gpt_oss`            | rounded     | not rounded              | in float32        | Hugging Face GPT-OSS, `rms_norm` |
-| `gemma`              | rounded     | not rounded              | 1 + w, in float32 | Hugging Face Gemma               |
-| `vllm`               | not rounded | rounded                  | in its own dtype  | vLLM's RMSNorm                   |
-| `vllm_fp32_residual` | not rounded | rounded                  | in its own dtype  | the same, compiled by torch 2.11 |
-| `fp32`               | not rounded | not rounded              | in float32        | most hand-written kernels        |
+====================  ===========  ========================  =================  ================================
+convention            sum          normed before the weight  weight             seen in
+====================  ===========  ========================  =================  ================================
+`llama`               rounded      rounded                   in its own dtype   Hugging Face Llama, Qwen3
+`gpt_oss`             rounded      not rounded               in float32         Hugging Face GPT-OSS, `rms_norm`
+`gemma`               rounded      not rounded               1 + w, in float32  Hugging Face Gemma
+`vllm`                not rounded  rounded                   in its own dtype   vLLM's RMSNorm
+`vllm_fp32_residual`  not rounded  rounded                   in its own dtype   the same, compiled by torch 2.11
+`fp32`                not rounded  not rounded               in float32         most hand-written kernels
+====================  ===========  ========================  =================  ================================
 
 residual_out is the sum rounded to the activation dtype. Under `vllm_fp32_residual` it stays float32, and the residual
 may come in as float32: Inductor of torch 2.11 drops the cast of the residual to bf16 and back between two layers.

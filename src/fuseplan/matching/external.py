@@ -64,7 +64,7 @@ class ExternalPass:
 
     @property
     def key(self) -> str:
-        """The pass by content: its patterns, what replaces them under which check, and what they are worth."""
+        """The pass by content, i.e. its patterns, what replaces them under which check, and what they are worth."""
         return f"{self.name} {self.saving_us} {sorted(map(_entry_key, self.entries))}"
 
 

@@ -1,6 +1,6 @@
 """Which implementations of fused ops there are, and for each whether it is available here or why not.
 
-The seed asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for
+vLLM asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for
 itself, and the answer carries its reason.
 """
 

@@ -93,12 +93,12 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """(bound - objective) / max(1, |bound|). 0.0 certifies that no legal selection saves more."""
+        """`(bound - objective) / max(1, |bound|)`. 0.0 certifies that no legal selection saves more."""
         return (self.bound_ns - self.objective_ns) / max(1, abs(self.bound_ns))
 
     @property
     def digest(self) -> str:
-        """sha256 of what is applied where: rules, ops, providers, shapes and places, no node names and no prices."""
+        """sha256 of what is applied where by rule, op, provider, shape and place; no node names and no prices."""
         content = [[each.name, each.signature] for each in self.selected]
         return hashlib.sha256(json.dumps([self.sites, content]).encode()).hexdigest()
 

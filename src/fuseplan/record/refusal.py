@@ -12,6 +12,7 @@ class Reason(StrEnum):
     USERS = "users"
     """A value inside the region is needed outside it, and the fused op doesn't yield it."""
     DTYPE = "dtype"
+    """Mixed dtypes, one that the op doesn't take, or a cast between two ops of the region."""
     LAYOUT = "layout"
     """Strides that the kernel doesn't take."""
     SIZE = "size"
@@ -44,7 +45,7 @@ class Nearness(StrEnum):
     """How much of a match there is where a rule doesn't match, the nearest first."""
 
     REFUSED = "refused"
-    """All of its ops, as the pattern has them: a predicate failed."""
+    """All of its ops, as the pattern has them, and a predicate that failed."""
     OBSTRUCTED = "obstructed"
     """All of its ops, and something between them."""
     UNRECOGNIZED = "unrecognized"

@@ -235,7 +235,7 @@ class Report:
 
     @cached_property
     def near_misses(self) -> tuple[NearMiss, ...]:
-        """Where a rule nearly matched, one row a cause: see `near_misses_of`."""
+        """Where a rule nearly matched, one row a cause; the order is that of `near_misses_of`."""
         return near_misses_of(refusal for _, refusal in self._of_places())
 
     def counted_in(self, miss: NearMiss) -> list[tuple[GraphReport, Refusal]]:

@@ -1,0 +1,1 @@
+"""Scripts of the documentation; tests import them."""

@@ -1,0 +1,138 @@
+"""Sphinx configuration. The site is built without network, and needs none to be read."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.domains.python import PyObject
+
+import fuseplan
+from fuseplan.planner.costs import HARDWARE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = "fuseplan"
+author = "fuseplan contributors"
+version = release = fuseplan.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["substitution"]
+myst_heading_anchors = 3
+
+default_role = "literal"  # docstrings have single backticks
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 88
+nitpicky = True
+nitpick_ignore_regex = [
+    # Of other projects; their inventories can't be had without network.
+    (r"py:.*", r"(torch|collections|pathlib|pytest)\..*"),
+    # Type variables.
+    (r"py:class", r"fuseplan\.(frontend|record\.serialization)\.T"),
+    # What the manager is handed by other parts of fuseplan, and by nobody else.
+    (r"py:class", r"fuseplan\.(config\.Environment|planner\.pricing\.Prices)"),
+]
+
+html_theme = "furo"
+html_title = f"fuseplan {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_copyright = False
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {"top_of_page_buttons": []}
+
+
+def _figures() -> dict[str, str]:
+    """The figures that pages quote, from the file that the benchmark wrote."""
+    results = json.loads((ROOT / "benchmarks/results/planning.json").read_text(encoding="utf-8"))
+    contest, times = results["contest"], results["contest"]["fuseplan_ms"]
+    tangled = {row["component"]: row for row in results["tangled"]}
+    overlapping, random_pairs = tangled["overlapping regions"], tangled["random pairs"]
+    last = results["scaling"][-1]
+    scaling: list[tuple[object, ...]] = [
+        (f"{row['layers']:,}", f"{row['nodes']:,}", f"{row['planned_ms']:,.0f} ms", f"{row['us_per_node']:.0f} us")
+        for row in results["scaling"]
+    ]
+    return {
+        "planned_ms": f"{times['planned']['median']:.0f} ms",
+        "solving_ms": f"{times['solving']['median']:.0f} ms",
+        "total_ms": f"{times['total']['median']:.0f} ms",
+        "sequential_ms": f"{contest['sequential_ms']['median']:.0f} ms",
+        "ratio": f"{contest['ratio']:.0f}",
+        "nodes": f"{contest['nodes']:,}",
+        "planning_command": f"`{results['command']}`",
+        "planning_machine": f"torch {results['versions']['torch']}, {results['machine']}, {results['date']}",
+        "scaling": _table(("layers", "nodes", "planned in", "a node"), scaling),
+        "scaling_layers": f"{last['layers']:,}",
+        "tangled_candidates": f"{overlapping['candidates']:,}",
+        "tangled_conflicts": f"{overlapping['conflicts']:,}",
+        "tangled_gap": f"{overlapping['gap']:.0f}",
+        "tangled_s": f"{overlapping['s']:.1f} s",
+        "random_conflicts": f"{random_pairs['conflicts']:,}",
+        "random_gap": f"{random_pairs['gap']:.0%}",
+        "random_s": f"{random_pairs['s']:.1f} s",
+    }
+
+
+def _constants(device: str) -> str:
+    """The constants of a device's cost model, with their sources."""
+    rows = [
+        (f"`{name}`", f"{constant.value:,.0f} {constant.unit}", constant.source)
+        for name, constant in HARDWARE[device].constants()
+    ]
+    return _table(("constant", "value", "source"), rows)
+
+
+def _errors() -> str:
+    """How far H200's model is from what was measured, column by column."""
+    runs = json.loads((ROOT / "benchmarks/results/cost_model_h200.json").read_text(encoding="utf-8"))["committed"]
+    described = json.loads((ROOT / "benchmarks/data/h200x2-ar-add-rms-pad.json").read_text(encoding="utf-8"))["columns"]
+    fitted = {"U": "run 1", "C": "run 1", "B": "run 1", "D": "run 1", "F": "run 2"}
+    rows = []
+    for column in dict.fromkeys(column for errors in runs.values() for column in errors):
+        errors = [run[column] for run in runs.values() if column in run]
+        medians = sorted(error["median"] for error in errors)
+        span = f"{medians[0]:.0%} to {medians[-1]:.0%}"
+        most = f"{max(error['max'] for error in errors):.0%}"
+        rows.append((f"`{column}`", described[column], fitted.get(column, "none"), span, most))
+    return _table(("column", "what was timed", "fitted to", "median error of a run", "largest"), rows)
+
+
+def _table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+myst_substitutions = {**_figures(), "h200_constants": _constants("h200"), "h200_errors": _errors()}
+
+
+def shorten_signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Records list their fields below; nobody calls them with all of them, so the list isn't repeated above."""
+    if dataclasses.is_dataclass(obj) and re.match(r"fuseplan\.(record|report)\.", str(getattr(obj, "__module__", ""))):
+        return "", None
+    return None
+
+
+def shorten_types(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Fields' types by their last names, as in signatures; napoleon writes them in full."""
+    for index, line in enumerate(lines):
+        if line.startswith(":vartype "):
+            lines[index] = re.sub(r"\b((?:collections|fuseplan|pathlib|torch)\.[\w.]+)", r"~\1", line)
+
+
+def setup(app: Any) -> None:
+    """Sphinx's entry point."""
+    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-process-docstring", shorten_types, priority=900)  # after napoleon
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"

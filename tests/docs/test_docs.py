@@ -1,0 +1,227 @@
+"""The documentation does what it says: every block of every page runs as written and prints what stands under it."""
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fuseplan
+import fuseplan.errors
+import fuseplan.record
+from docs.blocks import PAGES, ROOT, Block, blocks_of, save_files
+from docs.make_pictures import PAGES as SCREENSHOTS
+from docs.make_pictures import PICTURES, TERMINALS, lines_of
+from fuseplan.cli import app
+from fuseplan.record import Nearness, Reason
+from tests.docs.commands import Command, Forks, Outcome, Shell, commands_of, traced_once
+from tests.matching.test_obstacles import OBSTACLES
+
+LANGUAGES = ("python", "sh", "text", "none")
+"""Beside directives. `text` is output, which is compared; `none` is a diagram or a formula."""
+
+PINNED = re.search(r"^TORCH +\?= torch==(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+PRINTS_THE_SAME = PINNED is not None and torch.__version__.startswith(PINNED[1]) and not torch.cuda.is_available()
+"""Output is shown as it is with the torch that the Makefile pins, on a machine without GPU."""
+
+TIME = re.compile(r"\b\d+(\.\d+)?(?= (s|ms)\b)")
+READING = ROOT / "docs/reading-a-report.md"
+
+
+def words(text: str) -> str:
+    """Text without its line breaks and columns, times replaced."""
+    return TIME.sub("T", " ".join(text.split()))
+
+
+def shown(text: str) -> str:
+    """A regular expression for what a page shows, where `...` stands for anything."""
+    return re.escape(words(text)).replace(re.escape("..."), ".*").replace(r"\ ", r"\s*").replace(r"\s*.*\s*", ".*")
+
+
+class Reader:
+    """Follows a page from its top, as its reader would.
+
+    Python blocks stand on their own, so that they run from the start, beside the commands.
+    """
+
+    def __init__(self, page: Path, forks: Forks, folder: Path) -> None:
+        self.page, self.forks, self.folder, self.shell = page, forks, folder, Shell(forks, folder)
+        self.blocks = blocks_of(page)
+        self.started: dict[Block, int] = {}
+        self.printed: list[str] = []
+
+    def start(self) -> None:
+        """Has the Python blocks run."""
+        save_files(self.page, self.folder)
+        for block in (each for each in self.blocks if each.language == "python" and each not in self.started):
+            path = self.folder / f"block_{block.line}.py"
+            path.write_text(block.body, encoding="utf-8")
+            self.started[block] = self.forks.start(self.folder, {}, [], path=str(path))
+
+    def read(self) -> None:
+        """Runs every block, and compares what is shown with what was printed."""
+        self.start()
+        for block in self.blocks:
+            self._read(block)
+
+    def _read(self, block: Block) -> None:
+        if block.language == "python":
+            self.printed = [self._python(block)]
+        elif block.language == "sh":
+            self.printed = [self._command(block, command) for command in commands_of(block.body)]
+        elif block.language == "text" and PRINTS_THE_SAME:
+            self._compare(block)
+
+    def _python(self, block: Block) -> str:
+        if block.file:
+            (self.folder / block.file).write_text(block.body, encoding="utf-8")
+        outcome = self.forks.outcome(self.started[block])
+        assert outcome.status == 0, f"{block}\n{outcome.output}"
+        return outcome.output
+
+    def _command(self, block: Block, command: Command) -> str:
+        outcome: Outcome = self.shell.run(command)
+        assert outcome.status == command.status, f"{block}: {command}\n{outcome.output}"
+        return outcome.output
+
+    def _compare(self, block: Block) -> None:
+        """Right under a block stands all that it or its last commands print; further down a part of it."""
+        printed, expected = words("\n".join(self.printed)), shown(block.body)
+        if not block.shows_output:
+            expected = f".*{expected}.*"
+        elif len(self.printed) > 1:
+            expected = f".*{expected}"
+        assert re.fullmatch(expected, printed), f"{block} shows\n\n{block.body}\nand printed was\n\n" + "\n".join(
+            self.printed
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    with traced_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def readers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Reader]]:
+    """One for each page. Alone in its session, this module has the Python blocks of all pages run from the start."""
+    forks = Forks(tmp_path_factory.mktemp("inductor"))
+    readers = {page: Reader(page, forks, tmp_path_factory.mktemp(page.stem)) for page in PAGES}
+    if not hasattr(request.config, "workerinput"):
+        wanted = [item.callspec.params.get("page") for item in request.session.items if hasattr(item, "callspec")]
+        for page in (each for each in wanted if each in readers):
+            readers[page].start()
+    yield readers
+    forks.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs_and_prints_what_it_shows(page: Path, readers: dict[Path, Reader]) -> None:
+    for block in readers[page].blocks:
+        assert block.language.startswith("{") or block.language in LANGUAGES, f"{block}: {block.language!r}"
+    readers[page].read()
+
+
+def test_what_is_shown_is_compared() -> None:
+    printed = words("saves 2.0 us instead of 5.9 us\ntime  build 2.4 s, pricing 13 ms")
+    assert re.fullmatch(shown("saves 2.0 us\n   instead of 5.9 us\ntime  build 0.1 s, pricing 2 ms"), printed)
+    assert re.fullmatch(shown("saves 2.0 us ...\ntime ..."), printed)
+    assert not re.fullmatch(shown("saves 2.1 us ..."), printed)
+    assert not re.fullmatch(shown("saves 2.0 us"), printed)
+
+
+def test_commands_are_read_as_a_shell_reads_them() -> None:
+    script = 'A=1 B_C="x y" .venv/bin/fuseplan diff \\\n  a.json b.json  # exit status 1\n\n# a remark\nmake demo\n'
+    assert [*commands_of(script)] == [
+        Command({"A": "1", "B_C": "x y"}, "fuseplan", ["diff", "a.json", "b.json"], 1),
+        Command({}, "make", ["demo"], 0),
+    ]
+
+
+# What pages list is all there is.
+
+
+def rows_under(heading: str, page: Path = READING) -> list[list[str]]:
+    """The cells of the first table that follows a text."""
+    lines = page.read_text(encoding="utf-8").partition(heading)[2].splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("|---"))
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@pytest.mark.parametrize(("heading", "kind"), [("How near is its\n`Nearness`", Nearness), ("is its `Reason`", Reason)])
+def test_tables_of_near_misses_are_complete(heading: str, kind: type[Nearness] | type[Reason]) -> None:
+    assert [name for row in rows_under(heading) for name in names(row[0])] == [member.value for member in kind]
+
+
+def test_the_table_of_obstacles_is_the_one_that_is_planted() -> None:
+    rows = {row[0]: names(row[1]) for row in rows_under("These twelve obstacles")}
+    assert rows == {name: [obstacle.reason.value] for name, obstacle in OBSTACLES.items()}
+
+
+def test_fields_of_json_are_all_told() -> None:
+    import json
+
+    arguments = ["explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--json"]
+    data: dict[str, Any] = json.loads(CliRunner().invoke(app, [*arguments, "--forbid", "act_quant"]).stdout)
+    told = [name for row in rows_under("versioned by `schema`") for name in names(row[0])]
+    assert told == [*data]
+    told = [name for row in rows_under("A row of `policies`") for name in names(row[0])]
+    assert set(told) - {"force"} == {name for policy in data["policies"] for name in policy}
+
+
+@pytest.mark.parametrize("package", [fuseplan, fuseplan.record, fuseplan.errors])
+def test_the_reference_has_every_public_name(package: ModuleType) -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
+    told = set(re.findall(r"^\.\. auto\w+:: fuseplan\.(?:record\.)?(\w+)$", pages, re.MULTILINE))
+    assert ".. automodule:: fuseplan.errors\n   :members:" in pages
+    named = getattr(package, "__all__", [name for name in vars(fuseplan.errors) if name.endswith("Error")])
+    assert set(named) - told <= {name for name in vars(fuseplan.errors) if name.endswith("Error")}
+
+
+# Pictures.
+
+
+def referenced() -> dict[str, str]:
+    """The page of each picture that pages show."""
+    return {
+        name: page.relative_to(ROOT).as_posix()
+        for page in PAGES
+        for name in re.findall(r"\((?:\.\./|docs/)?pictures/([\w.-]+)\)", page.read_text(encoding="utf-8"))
+    }
+
+
+def test_every_picture_is_shown_and_can_be_made_again() -> None:
+    assert {path.name for path in PICTURES.iterdir()} == {*TERMINALS, *SCREENSHOTS} == {*referenced()}
+
+
+@pytest.mark.parametrize("name", [*TERMINALS, *SCREENSHOTS])
+def test_a_picture_stands_by_the_command_it_is_made_of(name: str) -> None:
+    picture = TERMINALS.get(name) or SCREENSHOTS[name]
+    (made,) = commands_of(picture.command)
+    page = ROOT / referenced()[name]
+    scripts = [block.body for block in blocks_of(page) if block.language == "sh"]
+    assert made in [command for script in scripts for command in commands_of(script)]
+
+
+@pytest.mark.skipif(not PRINTS_THE_SAME, reason="prints otherwise")
+@pytest.mark.parametrize("name", TERMINALS)
+def test_a_terminal_shows_what_is_printed_today(name: str) -> None:
+    content = (PICTURES / name).read_text(encoding="utf-8")
+    drawn = [html.unescape(re.sub(r"<[^>]+>", "", text)) for text in re.findall(r"<text .*</text>", content)]
+    printed = ["".join(segment.text for segment in line) for line in lines_of(TERMINALS[name])]
+    assert words("\n".join(drawn)).endswith(words("\n".join(printed)))
+    assert re.search(r"(https?:)?//(?!www\.w3\.org/2000/svg)", content) is None
