@@ -2,9 +2,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
 
 pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
+
+# How long inputs take to be made says how busy the machine is, and nothing about what is tested.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture

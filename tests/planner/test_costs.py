@@ -87,7 +87,7 @@ def test_the_measured_data_is_the_data_that_was_fitted() -> None:
         assert committed[name] == pytest.approx(value, rel=2e-3), name
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.sampled_from(sorted(HARDWARE)),
     st.integers(1, 8192),

@@ -123,7 +123,9 @@ LAYER = st.fixed_dictionaries(
 INPUTS = (randn(5, HIDDEN), W, torch.tensor([0.02]))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(layers=st.lists(LAYER, min_size=1, max_size=4), data=st.data())
 def test_random_stacks(layers: list[dict[str, Any]], data: st.DataObject, one_rank: str) -> None:
     graph = post_grad(stack(layers, one_rank), *INPUTS)

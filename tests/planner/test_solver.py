@@ -69,7 +69,7 @@ def check_optimal(problem: Problem, solution: Solution, expected: tuple[int, tup
     assert solution.gap == 0.0
 
 
-@settings(max_examples=PROBLEMS, deadline=None)
+@settings(max_examples=PROBLEMS)
 @given(problems())
 def test_solver_finds_what_brute_force_finds(problem: Problem) -> None:
     expected = brute_force.best(problem.savings_ns, lambda chosen: is_legal(problem, chosen), problem.alternatives)
@@ -167,7 +167,7 @@ CYCLIC_ONLY_TOGETHER = 7
 """A seed whose best selection without regard to cycles is cyclic; a test makes sure of it."""
 
 
-@settings(max_examples=GRAPHS, deadline=None)
+@settings(max_examples=GRAPHS)
 @given(st.integers(0, 2**32))
 @example(CYCLIC_ONLY_TOGETHER)
 def test_best_legal_set_of_a_random_graph(seed: int) -> None:
@@ -301,7 +301,7 @@ def test_ties_go_to_fewer_candidates_then_to_the_first() -> None:
     assert Solver().solve(nothing).selected == ()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(tables=False))
 def test_regrets_are_what_forcing_costs(problem: Problem) -> None:
     solver = Solver()
