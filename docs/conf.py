@@ -56,6 +56,9 @@ def _figures() -> dict[str, str]:
     tangled = {row["component"]: row for row in results["tangled"]}
     overlapping, random_pairs = tangled["overlapping regions"], tangled["random pairs"]
     last = results["scaling"][-1]
+    misses = json.loads((ROOT / "benchmarks/results/near_misses.json").read_text(encoding="utf-8"))
+    ratios = {name: row["ratio"] for name, row in misses["workloads"].items()}
+    as_built = [ratio for name, ratio in ratios.items() if ", " not in name]
     scaling: list[tuple[object, ...]] = [
         (f"{row['layers']:,}", f"{row['nodes']:,}", f"{row['planned_ms']:,.0f} ms", f"{row['us_per_node']:.0f} us")
         for row in results["scaling"]
@@ -75,6 +78,10 @@ def _figures() -> dict[str, str]:
         "tangled_conflicts": f"{overlapping['conflicts']:,}",
         "tangled_gap": f"{overlapping['gap']:.0f}",
         "tangled_s": f"{overlapping['s']:.1f} s",
+        "misses_least": f"{min(as_built):.0%}",
+        "misses_most": f"{max(as_built):.0%}",
+        "misses_worst": f"{max(ratios.values()):.0%}",
+        "misses_command": f"`{misses['command']}`",
         "random_conflicts": f"{random_pairs['conflicts']:,}",
         "random_gap": f"{random_pairs['gap']:.0%}",
         "random_s": f"{random_pairs['s']:.1f} s",
