@@ -32,7 +32,7 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 nitpick_ignore_regex = [
     # Of other projects; their inventories can't be had without network.
-    (r"py:.*", r"(torch|collections|pathlib|pytest)\..*"),
+    (r"py:.*", r"(torch|collections|pathlib|pytest|rich)\..*"),
     # Type variables.
     (r"py:class", r"fuseplan\.(frontend|record\.serialization)\.T"),
     # What the manager is handed by other parts of fuseplan, and by nobody else.

@@ -1,4 +1,4 @@
-"""The doors: `compile`, `inductor_options`, `explain`."""
+"""The entry points: `compile`, `inductor_options`, `explain`."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence

@@ -211,13 +211,12 @@ def lock_path(test_file: Path, nodeid: str, name: str | None = None) -> Path:
 def _write(path: Path, lock: "FusionLock") -> bool:
     """Writes a lock, unless it is there already; whether it was written."""
     from fuseplan.errors import LockError
+    from fuseplan.record.files import writing
 
-    try:
+    with writing("lock file", path, LockError):
         if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == lock.text():
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LockError(f"lock file {str(path)!r} can't be written: {error.strerror or error}") from error
     lock.save(path)
     return True
 

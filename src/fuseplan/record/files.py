@@ -3,6 +3,8 @@
 import errno
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -42,6 +44,19 @@ def write_whole(path: Path, text: str) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(what: str, path: Path, error: type[Exception]) -> Iterator[None]:
+    """Makes an OSError of what is written to `path` an `error` that says what couldn't be written, and why.
+
+    Raises:
+        Exception: of that type.
+    """
+    try:
+        yield
+    except OSError as reason:
+        raise error(f"{what} {str(path)!r} can't be written: {reason.strerror or reason}") from reason
 
 
 def _error(number: int, path: Path) -> OSError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fuseplan.errors import PlanError
-from fuseplan.record.files import check_writable, write_whole
+from fuseplan.record.files import check_writable, write_whole, writing
 from fuseplan.record.serialization import from_json, to_json
 
 SCHEMA = 1
@@ -132,10 +132,8 @@ class SavedPlans:
         """
         plans = [plan_to_json(plan) for plan in self.plans]
         text = json.dumps({"schema": self.schema, "workload": self.workload, "tp": self.tp, "plans": plans}, indent=1)
-        try:
+        with writing("plan file", path, PlanError):
             write_whole(path, text + "\n")
-        except OSError as error:
-            raise _unwritable(path, error) from error
 
     @staticmethod
     def check_file(path: Path) -> None:
@@ -144,10 +142,8 @@ class SavedPlans:
         Raises:
             PlanError: the text says why not.
         """
-        try:
+        with writing("plan file", path, PlanError):
             check_writable(path)
-        except OSError as error:
-            raise _unwritable(path, error) from error
 
     @classmethod
     def load(cls, path: Path) -> "SavedPlans":
@@ -188,10 +184,6 @@ class SavedPlans:
         there = ", ".join(_title(plan) for plan in self.plans) or "none"
         wanted = f"{graph} at {span[0]}:{span[1]} tokens" if span else graph
         raise PlanError(f"the saved plans have none for {wanted}; there are: {there}")
-
-
-def _unwritable(path: Path, error: OSError) -> PlanError:
-    return PlanError(f"plan file {str(path)!r} can't be written: {error.strerror or error}")
 
 
 def diff(left: SavedPlans, right: SavedPlans) -> list[str]:

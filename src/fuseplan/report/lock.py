@@ -6,12 +6,11 @@ machine. It is made to be committed and read in diffs: a fusion lost in layer 7 
 new rule or provider would change it.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -212,7 +211,7 @@ class FusionLock:
         Raises:
             LockError: it can't be written.
         """
-        with _writing(path):
+        with files.writing("lock file", path, LockError):
             files.write_whole(path, self.text())
 
     @classmethod
@@ -253,16 +252,8 @@ def check_writable(path: Path) -> None:
     Raises:
         LockError: the text says why.
     """
-    with _writing(path):
+    with files.writing("lock file", path, LockError):
         files.check_writable(path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LockError(f"lock file {str(path)!r} can't be written: {error.strerror or error}") from error
 
 
 class _RepeatedError(ValueError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from fuseplan.errors import ConfigError
 from fuseplan.record import from_json, to_json
-from fuseplan.record.files import write_whole
+from fuseplan.record.files import write_whole, writing
 
 SCHEMA = 1
 LARGEST_BYTES = 16 * 2**20
@@ -144,11 +144,9 @@ class CostTable:
         Raises:
             ConfigError: the file can't be written.
         """
-        try:
+        with writing("cost table", path, ConfigError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(self._content(), indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(f"cost table {str(path)!r} can't be written: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: Path, *, device: str | None = None) -> "CostTable":

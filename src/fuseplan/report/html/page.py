@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from fuseplan.errors import ReportError
 from fuseplan.record import Comparison
-from fuseplan.record.files import check_writable, write_whole
+from fuseplan.record.files import check_writable, write_whole, writing
 from fuseplan.report.html.view import view_of
 
 ASSETS = Path(__file__).with_name("assets")
@@ -50,10 +50,8 @@ def save_html(comparison: Comparison, path: Path) -> None:
     Raises:
         ReportError: the file can't be written.
     """
-    try:
+    with writing("report", path, ReportError):
         write_whole(path, render_html(comparison))
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 def check_html(path: Path) -> None:
@@ -62,14 +60,8 @@ def check_html(path: Path) -> None:
     Raises:
         ReportError: the text says why not.
     """
-    try:
+    with writing("report", path, ReportError):
         check_writable(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ReportError:
-    return ReportError(f"report {str(path)!r} can't be written: {error.strerror or error}")
 
 
 def _embedded(view: dict[str, Any]) -> Markup:
