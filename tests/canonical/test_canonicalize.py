@@ -118,20 +118,22 @@ def test_layer_norm_and_plain_rsqrt_are_left_alone() -> None:
     assert canonical(model, randn(5, HIDDEN), W).recognized() == {}
 
 
-def test_dynamic_epsilon_is_named() -> None:
-    (gm,) = [post_grad_dynamic_floats()]
-    raised = canonicalize(gm)
-    assert raised.recognized() == {}
-    assert [refusal.reason for refusal in raised.refusals] == [Reason.ATTRIBUTE]
-    assert "specialize_float" in str(raised.refusals[0].mend)
-
-
-def post_grad_dynamic_floats() -> fx.Graph:
+@pytest.mark.parametrize(
+    ("epsilon", "mend"),
+    [
+        (torch.tensor(1e-6, dtype=torch.float64), "specialize_float"),  # what Dynamo makes of a dynamic Python float
+        (torch.tensor(1e-6), "make epsilon a Python float"),
+    ],
+)
+def test_an_epsilon_that_is_no_constant_is_named(epsilon: Tensor, mend: str) -> None:
     def model(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    return post_grad(model, randn(5, HIDDEN), W, torch.tensor(1e-6))
+    raised = canonical(model, randn(5, HIDDEN), W, epsilon)
+    assert raised.recognized() == {}
+    assert [refusal.reason for refusal in raised.refusals] == [Reason.ATTRIBUTE]
+    assert mend in str(raised.refusals[0].mend)
 
 
 def test_the_original_graph_is_not_touched() -> None:

@@ -8,18 +8,34 @@ y   = convert(act, dtype) * up                      `llama`
 
 from torch import fx
 
+from fuseplan.canonical.unraised import Unraised, only_reader
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import ActivationRounding, ops
-from fuseplan.graph.facts import ADDS, MULS, aten, convert_element_type, dtype_of, equal_shape, is_call, tensor_of
+from fuseplan.graph.facts import (
+    ADDS,
+    MULS,
+    aten,
+    convert_element_type,
+    dtype_name,
+    dtype_of,
+    equal_shape,
+    is_call,
+    tensor_of,
+)
 from fuseplan.graph.legality import is_convex
+from fuseplan.record import Reason
 
 
 def raise_silu_and_mul(canonical: CanonicalGraph) -> None:
     """Raises every gated SiLU."""
     for root in canonical.calls(aten.exp.default, aten.sigmoid.default):
         activated = _silu_of_exp(root) if is_call(root, aten.exp.default) else _silu_of_sigmoid(root)
-        if activated is not None:
-            _raise(canonical, *activated)
+        if activated is None:
+            continue
+        try:
+            _raise(canonical, root, *activated)
+        except Unraised as refused:
+            refused.tell(canonical, ops.silu_and_mul, "SiLU-and-mul", at=[activated[1]], place=activated[1])
 
 
 def _silu_of_exp(exp: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -36,37 +52,45 @@ def _silu_of_exp(exp: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _silu_of_sigmoid(sigmoid: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(wide, activated) of `wide * sigmoid(wide)`."""
-    wide, product = sigmoid.args[0], _single_user(sigmoid)
+    """(wide, activated) of `wide * sigmoid(wide)`, or of `wide * sigmoid(1.702 * wide)`, which is no SiLU."""
+    inner, product = sigmoid.args[0], _single_user(sigmoid)
+    wide = inner.args[0] if is_call(inner, *MULS) and not isinstance(inner.args[1], fx.Node) else inner
     if not is_call(product, *MULS) or wide not in product.args or not isinstance(wide, fx.Node):
         return None
     return wide, product
 
 
-def _raise(canonical: CanonicalGraph, wide: fx.Node, activated: fx.Node) -> None:
+def _raise(canonical: CanonicalGraph, root: fx.Node, wide: fx.Node, activated: fx.Node) -> None:
+    scaled = root.args[0]
+    if is_call(scaled, *MULS) and scaled is not wide:
+        raise Unraised(Reason.OP, f"what the sigmoid takes is scaled by {scaled.args[1]}", scaled)
     gate = wide.args[0] if is_call(wide, convert_element_type) else wide
     assert isinstance(gate, fx.Node)
     dtype = dtype_of(gate)
-    value, product = activated, _single_user(activated)
+    value, product = activated, only_reader(activated, "what SiLU yields")
     rounding = ActivationRounding.LLAMA
     if is_call(product, convert_element_type) and dtype_of(product) is dtype:
-        value, product = product, _single_user(product)
+        value, product = product, only_reader(product, "what SiLU yields")
     elif wide is not gate:
         rounding = ActivationRounding.FP32
     if not is_call(product, *MULS):
-        return
+        raise Unraised(Reason.OP, f"what SiLU yields isn't multiplied, but goes into {product.target}", product)
     up = product.args[1] if product.args[0] is value else product.args[0]
     y = product
     if rounding is ActivationRounding.FP32:
-        converted = _single_user(product)
+        converted = only_reader(product, "the product")
         if not is_call(converted, convert_element_type) or not is_call(up, convert_element_type):
-            return
+            detail = f"the product stays in {dtype_name(product)}, and the gate is {dtype_name(gate)}"
+            raise Unraised(Reason.DTYPE, detail, product, f"cast the product to {dtype_name(gate)}")
         y, up = converted, up.args[0]
-    if not equal_shape(tensor_of(up), tensor_of(gate)) or dtype_of(up) is not dtype or dtype_of(y) is not dtype:
-        return
-    assert isinstance(up, fx.Node)
-    if is_convex({activated, value, product, y}, (gate, up)):
-        canonical.raise_op(ops.silu_and_mul, (gate, up, rounding.value), (y,))
+    if not isinstance(up, fx.Node) or not equal_shape(tensor_of(up), tensor_of(gate)):
+        raise Unraised(Reason.SIZE, "what SiLU yields is multiplied by another shape", product)
+    if dtype_of(up) is not dtype or dtype_of(y) is not dtype:
+        detail = f"gate, up and result are {', '.join(map(dtype_name, (gate, up, y)))}"
+        raise Unraised(Reason.DTYPE, detail, product, "keep all three in one dtype")
+    if not is_convex({activated, value, product, y}, (gate, up)):
+        raise Unraised(Reason.CYCLE, "what is multiplied depends on what SiLU yields", product)
+    canonical.raise_op(ops.silu_and_mul, (gate, up, rounding.value), (y,))
 
 
 def _single_user(node: fx.Node) -> fx.Node | None:

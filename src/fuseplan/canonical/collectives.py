@@ -1,5 +1,7 @@
 """Functional all-reduces, and what may be moved from behind them to before them."""
 
+import operator
+
 import torch
 from torch import fx
 
@@ -9,6 +11,12 @@ from fuseplan.graph.facts import RESHAPES, aten, is_call
 from fuseplan.record import Reason
 
 functional_all_reduce = torch.ops._c10d_functional.all_reduce.default
+OTHER_COLLECTIVES: dict[object, str | None] = {
+    torch.ops._c10d_functional.all_reduce_coalesced.default: "let an all_reduce of its own reduce each tensor",
+    torch.ops._c10d_functional.reduce_scatter_tensor.default: None,
+    torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default: None,
+}
+"""What else reduces over ranks, and what mends that where it isn't another way to split a model."""
 wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 
 ELEMENTWISE_VIEWS = (
@@ -30,6 +38,12 @@ def raise_all_reduces(canonical: CanonicalGraph) -> None:
     """`wait_tensor(_c10d_functional.all_reduce(x, "sum", group))` -> `all_reduce(x, group)`."""
     for wait in canonical.calls(wait_tensor):
         started = wait.args[0]
+        reduction = started.args[0] if is_call(started, operator.getitem) else started
+        if is_call(reduction, *OTHER_COLLECTIVES):
+            canonical.refuse(
+                ops.all_reduce, [wait], Reason.OP, f"no all_reduce, but {reduction.target}", node=wait, place=wait,
+                expected=ops.all_reduce.name, found=str(reduction.target), mend=OTHER_COLLECTIVES[reduction.target],
+            )  # fmt: skip
         if not is_call(started, functional_all_reduce):
             continue
         x, reduce_op, group_name = started.args
@@ -37,7 +51,8 @@ def raise_all_reduces(canonical: CanonicalGraph) -> None:
             canonical.refuse(
                 ops.all_reduce, [wait], Reason.ATTRIBUTE,
                 f"all_reduce not recognised: it reduces by {reduce_op!r}, and fused ops sum", node=wait, place=wait,
-                expected="reduce op sum", found=f"reduce op {reduce_op}", mend="sum, and divide before or after",
+                expected="reduce op sum", found=f"reduce op {reduce_op}",
+                mend="sum, and divide before" if str(reduce_op).lower() == "avg" else None,
             )  # fmt: skip
         elif len(started.users) > 1:
             detail = f"all_reduce not recognised: it is waited for {len(started.users)} times"

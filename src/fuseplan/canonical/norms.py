@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fuseplan.canonical.mean_square import MeanSquare, mean_squares
+from fuseplan.canonical.unraised import Unraised, only_reader, read_elsewhere
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import Rounding, ops
 from fuseplan.graph.facts import (
@@ -23,6 +25,7 @@ from fuseplan.graph.facts import (
     MULS,
     aten,
     convert_element_type,
+    dtype_name,
     dtype_of,
     equal_shape,
     equal_size,
@@ -58,77 +61,33 @@ class _Norm:
     rounded_to: torch.dtype | None = None
 
 
-class _NotANorm(Exception):
-    """Ends the reading of a candidate; carries why, and the node that was in the way."""
-
-    def __init__(
-        self, reason: Reason, detail: str, node: fx.Node, mend: str | None = None, *, expected: str = ""
-    ) -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.node, self.mend = reason, detail, node, mend
-        self.expected = expected or None
-        self.found = str(node.target) if expected and node.op == "call_function" else None
-
-
-DYNAMIC_EPSILON = (
-    "dynamic=True makes Python floats dynamic: mark sizes with torch._dynamo.mark_dynamic instead, or set "
-    "torch._dynamo.config.specialize_float = True"
-)
-
-
 def raise_rms_norms(canonical: CanonicalGraph) -> None:
     """Raises every RMSNorm, and the residual add before it where there is one."""
-    for rsqrt in canonical.calls(aten.rsqrt.default):
+    _merge_equal_casts(canonical)
+    for root, found in mean_squares(canonical.graph):
         try:
-            mean_square = _mean_square(rsqrt)
-            if mean_square is not None:
-                _raise(canonical, _read_norm(rsqrt, *mean_square))
-        except _NotANorm as refused:
-            canonical.refuse(
-                ops.rms_norm, [rsqrt, *_normalised(rsqrt)], refused.reason,
-                f"RMSNorm not recognised: {refused.detail}", node=refused.node, place=rsqrt, found=refused.found,
-                expected=refused.expected, mend=refused.mend,
-            )  # fmt: skip
+            if found.deviations:
+                raise found.deviation
+            _raise(canonical, _read_norm(root, found))
+        except Unraised as refused:
+            refused.tell(canonical, ops.rms_norm, "RMSNorm", at=[root, *found.normalised], place=root)
 
 
-def _normalised(rsqrt: fx.Node) -> list[fx.Node]:
-    """What `rsqrt(mean(total ** 2) + eps)` normalises, and what that was cast from."""
-    node: object = rsqrt
-    for _ in range(4):
-        node = node.args[0] if isinstance(node, fx.Node) and node.args else None
-    if not isinstance(node, fx.Node):
-        return []
-    return [node, node.args[0]] if is_call(node, convert_element_type) else [node]
+def _merge_equal_casts(canonical: CanonicalGraph) -> None:
+    """Models that write `x.float()` twice mean one value."""
+    first: dict[tuple[object, ...], fx.Node] = {}
+    for cast in canonical.calls(convert_element_type):
+        known = first.setdefault((*cast.args, canonical.region[cast]), cast)
+        if known is not cast:
+            canonical.replace(cast, known)
 
 
-def _mean_square(rsqrt: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]] | None:
-    """(total, eps, interior) of `rsqrt(mean(total ** 2, -1) + eps)`, or None."""
-    add = rsqrt.args[0]
-    if not is_call(add, *ADDS):
-        return None
-    mean, eps = add.args
-    if not is_call(mean, aten.mean.dim):
-        return None
-    if isinstance(eps, fx.Node):
-        raise _NotANorm(
-            Reason.ATTRIBUTE, "epsilon is a value of the graph, and the op takes a constant", eps, DYNAMIC_EPSILON
-        )
-    square, dims, keepdim = (*mean.args, None, None)[:3]
-    value = tensor_of(square)
-    power = is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2
-    product = is_call(square, *MULS) and square.args[0] is square.args[1]
-    if value is None or not keepdim or not (power or product):
-        return None
-    if list(dims) not in ([-1], [value.dim() - 1]):
-        raise _NotANorm(Reason.LAYOUT, f"the mean is over dimensions {list(dims)}, not over the last alone", mean)
-    return square.args[0], float(eps), (square, mean, add, rsqrt)
-
-
-def _read_norm(rsqrt: fx.Node, total: fx.Node, eps: float, interior: tuple[fx.Node, ...]) -> _Norm:
+def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
+    total, eps, interior = mean_square.total, mean_square.eps, mean_square.interior
     normed = _only_user(rsqrt, MULS, "the reciprocal root is multiplied to the input")
     if total not in normed.args:
-        raise _NotANorm(Reason.OP, "the reciprocal root is multiplied to something else than the input", normed)
-    user = _single_user(normed, "the normalised value")
+        raise Unraised(Reason.OP, "the reciprocal root is multiplied to something else than the input", normed)
+    user = only_reader(normed, "the normalised value")
     if is_call(user, convert_element_type):
         product = _only_user(user, MULS, "the normalised value is multiplied by a weight")
         weight = _weight(_other(product, user), total, product)
@@ -137,18 +96,18 @@ def _read_norm(rsqrt: fx.Node, total: fx.Node, eps: float, interior: tuple[fx.No
             interior=(*interior, normed, user, product), rounded_to=dtype_of(user),
         )  # fmt: skip
     if not is_call(user, *MULS):
-        raise _NotANorm(
+        raise Unraised(
             Reason.OP, f"expected that the normalised value is multiplied by a weight, found {user.target}", user,
-            expected=str(aten.mul.Tensor),
+            expected=aten.mul.Tensor,
         )  # fmt: skip
     factor, adds_one = _strip_weight(_other(user, normed))
     weight = _weight(factor, total, user)
     y: fx.Node = user
     tail: tuple[fx.Node, ...] = (normed, user)
     if _input_dtype(total) in LOW_PRECISION:
-        y = _single_user(user, "the weighted value")
+        y = only_reader(user, "the weighted value")
         if not is_call(y, convert_element_type):
-            raise _NotANorm(Reason.DTYPE, f"the weighted value stays in {dtype_of(user)}", y)
+            raise Unraised(Reason.DTYPE, f"the weighted value stays in {dtype_of(user)}", y)
         tail = (*tail, y)
     rounding = Rounding.GEMMA if adds_one else Rounding.GPT_OSS
     if dtype_of(y) is dtype_of(total) and not adds_one:
@@ -174,7 +133,7 @@ def _weight(node: object, total: fx.Node, product: fx.Node) -> fx.Node:
         or weight.dim() != 1
         or not equal_size(weight.shape[0], normalised.shape[-1])
     ):
-        raise _NotANorm(Reason.OP, "the factor is not a weight of one dimension", product)
+        raise Unraised(Reason.OP, "the factor is not a weight of one dimension", product)
     assert isinstance(node, fx.Node)
     return node
 
@@ -194,7 +153,7 @@ def _raise(canonical: CanonicalGraph, norm: _Norm) -> None:
     if is_call(total, convert_element_type) and dtype_of(total.args[0]) in LOW_PRECISION:
         x = total.args[0]
         if dtype_of(x) is not dtype:
-            raise _NotANorm(Reason.DTYPE, f"{dtype_of(x)} input, {dtype} normalised value", total)
+            raise Unraised(Reason.DTYPE, f"{dtype_of(x)} input, {dtype} normalised value", total)
         if is_call(x, aten.add.Tensor) and _raise_with_residual(canonical, norm, x, x.args, x, norm.rounding):
             return
         _raise_plain(canonical, norm, x)
@@ -207,12 +166,12 @@ def _raise(canonical: CanonicalGraph, norm: _Norm) -> None:
             return
         _raise_plain(canonical, norm, total)
     else:
-        raise _NotANorm(Reason.DTYPE, f"{dtype_of(total)} input, {dtype} result", total)
+        raise Unraised(Reason.DTYPE, f"{dtype_of(total)} input, {dtype} result", total)
 
 
 def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:
     if not is_convex({*norm.interior}, (x, norm.weight)):
-        raise _NotANorm(Reason.CYCLE, "the weight depends on the norm", norm.weight)
+        raise Unraised(Reason.CYCLE, "the weight depends on the norm", norm.weight)
     canonical.raise_op(ops.rms_norm, (x, norm.weight, norm.eps, norm.rounding.value), (norm.y,))
 
 
@@ -221,10 +180,10 @@ def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> N
     dtype = norm.rounded_to or dtype_of(norm.y)
     narrow = [node.args[0] if is_call(node, convert_element_type) else node for node in total.args]
     if dtype not in [dtype_of(node) for node in narrow] or norm.rounding.adds_one:
-        found = " and ".join(str(dtype_of(node)).removeprefix("torch.") for node in narrow)
+        found = " and ".join(map(dtype_name, narrow))
         wanted = str(dtype).removeprefix("torch.")
         mend = f"reduce, cast and add in {wanted}"
-        raise _NotANorm(Reason.DTYPE, f"it norms a float32 sum of {found}; both must be {wanted}", total, mend)
+        raise Unraised(Reason.DTYPE, f"it norms a float32 sum of {found}; both must be {wanted}", total, mend)
     others = [user for user in total.users if user not in norm.interior]
     rounded = [user for user in others if is_call(user, convert_element_type) and dtype_of(user) is dtype]
     residual_out: fx.Node | None
@@ -235,10 +194,16 @@ def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> N
         rounding = Rounding.VLLM if norm.rounding.rounds_normed else Rounding.FP32
     elif norm.rounding.rounds_normed:
         residual_out, rounding = total if others else None, Rounding.VLLM_FP32_RESIDUAL
+    elif rounded != others:
+        other = next(user for user in others if user not in rounded)
+        raise read_elsewhere(other, total, "the unrounded sum")
     else:
-        raise _NotANorm(Reason.USERS, "the unrounded sum has other users", others[0] if others else total)
+        found = " and ".join(map(dtype_name, narrow))
+        wanted = str(dtype).removeprefix("torch.")
+        detail = f"it norms a float32 sum of {found}, and weighs what isn't rounded; both must be {wanted}"
+        raise Unraised(Reason.DTYPE, detail, total, f"keep the residual in {wanted}")
     if not _raise_with_residual(canonical, norm, total, narrow, residual_out, rounding):
-        raise _NotANorm(Reason.OP, "no convention fits this sum", total)
+        raise Unraised(Reason.OP, "no convention fits this sum", total)
 
 
 def _raise_with_residual(
@@ -274,25 +239,16 @@ def _check_interior(canonical: CanonicalGraph, norm: _Norm) -> None:
     for node in norm.interior[:-1]:
         for user in node.users:
             if user not in inside:
-                raise _NotANorm(Reason.USERS, f"{node.name}, a value inside it, has other users", user)
+                raise read_elsewhere(user, node, f"{node.name}, a value inside it,")
     for node in norm.interior:
         if canonical.region[node] != canonical.region[norm.interior[0]]:
-            raise _NotANorm(Reason.MUTATION, "an in-place op stands inside it", node)
-
-
-def _single_user(node: fx.Node, what: str) -> fx.Node:
-    if len(node.users) != 1:
-        raise _NotANorm(Reason.USERS, f"{what} has {len(node.users)} users, expected 1", node)
-    (user,) = node.users
-    return user
+            raise Unraised(Reason.MUTATION, "an in-place op stands inside it", node)
 
 
 def _only_user(node: fx.Node, targets: tuple[object, ...], what: str) -> fx.Node:
-    user = _single_user(node, node.name)
+    user = only_reader(node, node.name)
     if not is_call(user, *targets):
-        raise _NotANorm(
-            Reason.OP, f"expected that {what}, found {user.target}", user, expected=" or ".join(map(str, targets[:1]))
-        )
+        raise Unraised(Reason.OP, f"expected that {what}, found {user.target}", user, expected=targets[0])
     return user
 
 

@@ -45,6 +45,11 @@ def dtype_of(node: object) -> torch.dtype | None:
     return None if value is None else value.dtype
 
 
+def dtype_name(node: object) -> str:
+    """That dtype without torch's prefix: `bfloat16`."""
+    return str(dtype_of(node)).removeprefix("torch.")
+
+
 def equal_size(left: object, right: object) -> bool:
     """Whether two sizes are equal for every value of their symbols; adds no guard."""
     return statically_known_true(left == right)
@@ -154,9 +159,19 @@ def module_path(node: fx.Node) -> str | None:
 
 @functools.lru_cache(maxsize=16384)
 def _clean_path(path: str) -> str | None:
-    """A module's path without what Dynamo and wrappers put into it."""
-    parts = [part for part in _path_parts(path) if part not in ("L", "self", "fn", "_orig_mod", "_modules")]
+    """A module's path without what Dynamo and wrappers put into it.
+
+    Dynamo starts with where it found the root: `L['self']` of a module's own forward, `L['fn']` of what is called by
+    fuseplan or by a wrapper, `L['fn'].__self__` of a bound method, `G['model']` of a global.
+    """
+    root = _ROOT.match(path)
+    if root:
+        path = path[root.end() :] if root[1] in ("self", "fn") else f"{root[1]}.{path[root.end() :]}"
+    parts = [part for part in _path_parts(path) if part not in ("_orig_mod", "_modules")]
     return ".".join(parts) or None
+
+
+_ROOT = re.compile(r"[LG]\['(\w+)'\](?:\.__self__)?")
 
 
 def _path_parts(path: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ MOVES = (
     aten.cat.default,
     aten.constant_pad_nd.default,
     aten.copy.default,
+    aten.index.Tensor,
     aten.index_select.default,
     aten.select_scatter.default,
     aten.slice_scatter.default,

@@ -163,11 +163,14 @@ def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         user = next((user for user in node.users if user not in inside), None)
         if node not in match.outputs and user is not None:
             names = (canonical.source_node(user).name, canonical.source_node(node).name)
-            told = [f"{op_name(each)} ({name})" for each, name in zip((user, node), names, strict=True)]
-            detail = f"{told[1]} is also read by {told[0]}, and {match.rule.op.name} doesn't yield it"
+            reader, read = (f"{op_name(each)} ({name})" for each, name in zip((user, node), names, strict=True))
+            how, mend = f"also read by {reader}", f"let {op_name(user)} read something else, or nothing"
+            if user.op == "output":
+                how, mend = "returned from the graph, too", f"return what is computed from {op_name(node)} alone"
             return _refusal(
-                match, Reason.USERS, detail, names, user, expected=f"no other reader of {op_name(node)}",
-                found=op_name(user), mend=f"let {op_name(user)} read something else, or nothing",
+                match, Reason.USERS, f"{read} is {how}, and {match.rule.op.name} doesn't yield it", names,
+                node if user.op == "output" else user, expected=f"no other reader of {op_name(node)}",
+                found=op_name(user), mend=mend,
             )  # fmt: skip
     return None
 

@@ -5,7 +5,7 @@ one is looked for a few thin ops further: found, these ops are obstacles; not fo
 match takes are looked at from their own side too, since their norm may be hidden or gone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -78,11 +78,22 @@ def find_near_misses(
     """
     found: list[Refusal] = []
     claimed: set[int] = set()
+    looks_like = {refusal.op for refusal in canonical.refusals}
+    settled = {node for match in matches.candidates for node in match.consumed}
+    settled |= {node for miss in matches.misses for node in miss.consumed}
+    coreless: list[Sequence[Rule]] = []
     for _, members in sorted(rules.items()):
-        if not missing_ops(canonical, members):
+        missing = {name for name in missing_ops(canonical, members) if _lookalike(name) not in looks_like}
+        if not missing:
             search = _Search(canonical, members, matches)
             found += search.refusals()
             claimed |= search.claimed
+            settled |= search.anchors.keys()
+        elif missing <= {member.core.name for member in members}:
+            coreless.append(members)
+    # Without a core anywhere, a rule has nothing to say of what other rules match, or nearly do.
+    for members in coreless:
+        found += _Search(canonical, members, matches, settled).refusals()
     return (*found, *_unclaimed(canonical, claimed))
 
 
@@ -107,11 +118,20 @@ def find_disabled(matches: Matches, flags: Mapping[str, str]) -> tuple[Refusal, 
 
 
 def _unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]:
-    """What looked like a dialect op and wasn't, where no rule has said so: norms, and what is near a core."""
+    """What looked like a dialect op and wasn't, where no rule has said so: norms, and what is near a core. A SiLU alone
+    is an activation like others.
+    """
     for node, refusal in canonical.unraised.items():
-        if id(refusal) not in claimed and (refusal.op == ops.rms_norm.name or _core_near(node, refusal)):
+        if id(refusal) in claimed or refusal.op == ops.silu_and_mul.name:
+            continue
+        if refusal.op == ops.rms_norm.name or _core_near(node, refusal):
             claimed.add(id(refusal))
             yield refusal
+
+
+def _lookalike(name: str) -> str:
+    """The op by whose name something is refused that isn't raised: of norms the one without a residual."""
+    return ops.rms_norm.name if name == ops.fused_add_rms_norm.name else name
 
 
 def _core_near(node: fx.Node, refusal: Refusal) -> bool:
@@ -130,22 +150,26 @@ class _Search:
 
     Attributes:
         claimed: identities of refusals of the canonical graph that the rule reports as its own.
+        anchors: the nodes that a member's pattern could end at and that aren't settled, with these members.
     """
 
-    def __init__(self, canonical: CanonicalGraph, members: Sequence[Rule], matches: Matches) -> None:
+    def __init__(
+        self, canonical: CanonicalGraph, members: Sequence[Rule], matches: Matches, settled: Collection[fx.Node] = ()
+    ) -> None:
         self.canonical, self.members, self.name = canonical, members, members[0].name
         mine = [match for match in matches.candidates if match.rule.name == self.name]
         misses = [miss for miss in matches.misses if miss.rule.name == self.name]
         self.candidates = mine
         self.covered = {node for match in mine for node in match.consumed}
-        self.done = {match.anchor for match in mine} | {miss.anchor for miss in misses}
+        self.done = {match.anchor for match in mine} | {miss.anchor for miss in misses} | {*settled}
         self.named = {node for miss in misses for node in miss.consumed}
         self.claimed: set[int] = set()
+        self.anchors = self._anchors()
 
     def refusals(self) -> Iterator[Refusal]:
         """One for each place."""
         told: list[fx.Node] = []
-        for anchor, members in self._anchors().items():
+        for anchor, members in self.anchors.items():
             attempt = min((self._attempt(member, anchor) for member in members), key=lambda each: each.rank)
             told += [node for node in (attempt.core, anchor) if node is not None]
             self.named.update(gap.goal for gap in attempt.gaps if gap.goal is not None)
@@ -207,7 +231,7 @@ class _Search:
 
     def _search(self, expected: Outline, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
         """(obstacles, the expected node or what looks like it) behind `found`."""
-        name = ops.rms_norm.name if expected.is_core else expected.name
+        name = _lookalike(expected.name)
         unraised = self.canonical.unraised
 
         def is_goal(node: fx.Node) -> bool:
@@ -248,10 +272,19 @@ class _Search:
                     gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
                     return self._obstructed(gap, goal)
         reader = next((each for each in node.users if each.op == "call_function"), None)
+        if reader is not None and reader.target in cores:
+            return self._second_addend(op, node, reader)
         found = op_name(reader) if reader is not None else "the graph's output"
         return self._refuse(
             reader or node, Reason.OP, f"expected {ops.rms_norm.name} after {op.name}, found {found}",
             nearness=Nearness.ABSENT, expected=ops.rms_norm.name, found=found, site=place_of(node), further=(node,),
+        )  # fmt: skip
+
+    def _second_addend(self, op: DialectOp, node: fx.Node, core: fx.Node) -> Refusal:
+        detail = f"{op.name} is added as the residual of {op_name(core)}, whose other addend is reduced, too"
+        return self._refuse(
+            core, Reason.OP, detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}", found=f"two of {op.name}",
+            site=place_of(core), mend=f"add before the {op.name}, once, instead of after both", further=(node,),
         )  # fmt: skip
 
     def _explain(self, attempt: Attempt) -> Refusal:

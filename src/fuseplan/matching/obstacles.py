@@ -10,10 +10,12 @@ from fuseplan.dialect import ops
 from fuseplan.graph.facts import (
     ADDS,
     RESHAPES,
+    Call,
     aten,
     convert_element_type,
-    dtype_of,
+    dtype_name,
     equal_shape,
+    equal_size,
     is_call,
     tensor_of,
     written_in_place,
@@ -71,7 +73,7 @@ def without_residual_add(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]
 
 
 def _is_residual_add(node: fx.Node) -> bool:
-    if not is_call(node, aten.add.Tensor) or len(node.all_input_nodes) != 2:
+    if not is_call(node, aten.add.Tensor) or len(node.all_input_nodes) != 2 or node.kwargs:
         return False
     return all(equal_shape(tensor_of(source), tensor_of(node)) for source in node.all_input_nodes)
 
@@ -111,10 +113,12 @@ def _other_reader(node: fx.Node, goal: fx.Node) -> fx.Node | None:
 
 def _read_elsewhere(reader: fx.Node, view: fx.Node, goal: fx.Node) -> Obstruction:
     before, found = op_name(goal), op_name(reader)
+    how, mend = f"also read by {found} ({reader.name})", f"let {found} read something else, or nothing"
+    if reader.op == "output":
+        how, mend = "returned from the graph, too", f"return what {op_name(view)} makes of it"
     return Obstruction(
-        node=reader, reason=Reason.USERS, found=found,
-        detail=f"{before} is also read by {found} ({reader.name}), so that {op_name(view)} can't be moved before it",
-        mend=f"let {found} read something else, or nothing",
+        node=view if reader.op == "output" else reader, reason=Reason.USERS, found=found,
+        detail=f"{before} is {how}, so that {op_name(view)} can't be moved before it", mend=mend,
     )  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def _judge(
     if in_place is not None:
         return Reason.MUTATION, "", f"write in place before {before} or after {after}"
     if is_call(node, convert_element_type):
-        source, target = (str(dtype_of(each)).removeprefix("torch.") for each in (node.args[0], node))
+        source, target = map(dtype_name, (node.args[0], node))
         return Reason.DTYPE, f": {source} is cast to {target}", f"cast to {target} before {before}, or not at all"
     if is_call(node, aten.clone.default):
         seen_through = ", or leave eliminate_noops on, which sees through it" if is_noop(node) else ""
@@ -155,10 +159,46 @@ def _judge(
     if reader is not None:
         why = f", and can't be moved before it, since {op_name(reader)} ({reader.name}) reads {before} too"
         return Reason.OP, why, f"do it before {before}, or let nothing else read {before}"
+    if is_call(node, *RESHAPES) and (widths := _widths(node)):
+        # Norms and scales of rows are others after it.
+        return Reason.OP, f": rows of {widths[0]} become rows of {widths[1]}", None
     sums = [each for each in node.all_input_nodes if ops.of(each.target) is ops.all_reduce]
     if is_call(node, *ADDS) and len(sums) > 1:
         return _sum_of_sums(sums, after)
+    if is_call(node, aten.add.Tensor) and len(node.all_input_nodes) == 2:
+        unfit = _unfit_residual(node, before)
+        if unfit is not None:
+            return unfit
     return Reason.OP, "", f"do it before {before} or after {after}, where the model allows"
+
+
+def _widths(reshape: fx.Node) -> tuple[object, object] | None:
+    """The size of rows before and after, where that differs."""
+    before, after = tensor_of(reshape.args[0]), tensor_of(reshape)
+    if before is None or after is None or not before.dim() or not after.dim():
+        return None
+    widths = before.shape[-1], after.shape[-1]
+    return None if equal_size(*widths) else widths
+
+
+def _unfit_residual(add: Call, before: str) -> tuple[Reason, str, str] | None:
+    """Why an addition isn't the residual add that the rule would take along, or None where nothing is known."""
+    left, right = add.args
+    if add.kwargs:
+        return Reason.ATTRIBUTE, f": it adds {add.kwargs['alpha']} times one of the two", f"scale before {before}"
+    if not equal_shape(tensor_of(left), tensor_of(right)):
+        values = [value for each in add.args if (value := tensor_of(each)) is not None]
+        if min(value.dim() for value in values) <= 1:
+            return Reason.OP, ": it adds a bias", f"add the bias before {before}, on one rank alone"
+        shapes = " and ".join(str([*value.shape]) for value in values)
+        why = f": it adds {shapes}, and a residual has the shape of the sum"
+        return Reason.SIZE, why, "expand the smaller one first"
+    narrow = [each.args[0] if is_call(each, convert_element_type) else each for each in add.args]
+    dtypes = [*map(dtype_name, narrow)]
+    if dtypes[0] == dtypes[1]:
+        return None
+    mend = "keep the residual in the dtype of what is added to it"
+    return Reason.DTYPE, f": it adds {dtypes[0]} and {dtypes[1]}", mend
 
 
 def _sum_of_sums(sums: Sequence[fx.Node], after: str) -> tuple[Reason, str, str | None]:

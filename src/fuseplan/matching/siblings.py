@@ -8,7 +8,7 @@ from typing import TypeAlias
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.graph.facts import place_of
+from fuseplan.graph.facts import item, place_of, tensor_of
 from fuseplan.matching.candidates import Match, op_name
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
@@ -57,8 +57,11 @@ def _missing(
     sample = next(iter(matched.values()))
     cores = {member.core.overload for member in members}
     here = {place_of(node): node for node in canonical.dialect_nodes if node.target in cores}
+    usual = _readers(sample.core)
     for place in places:
         core = here.get(place)
+        if core is not None and not _readers(core) <= usual:
+            continue  # by design: another op has the result
         gone = sample.rule.core.name if core is None else op_name(sample.anchor)
         yield Refusal(
             reason=Reason.DEAD, rule=sample.rule.name, op=sample.rule.core.name,
@@ -68,6 +71,13 @@ def _missing(
             nearness=Nearness.MISSING, expected=gone, found="nothing",
             mend=f"let something read the result of {gone}, if the model means it to be used",
         )  # fmt: skip
+
+
+def _readers(core: fx.Node) -> set[tuple[object, str | None]]:
+    """What reads the result of a core, and in which module of its layer."""
+    values = [core] if tensor_of(core) is not None else [value] if (value := item(core, 0)) is not None else []
+    found = [(user.target, layer_of(place_of(user))) for value in values for user in value.users]
+    return {(target, layer[2] if layer else None) for target, layer in found}
 
 
 @lru_cache(maxsize=16384)

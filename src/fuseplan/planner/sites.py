@@ -229,12 +229,12 @@ class Rows:
         return self.tokens is not None
 
     def at(self, value: torch.Tensor, tokens: int) -> int:
-        """The rows of a tensor, all its dimensions but the last, at a number of tokens.
+        """The rows of a tensor, all its dimensions but the last, at a number of tokens; an empty one has one.
 
         Where tokens have several symbols, the last one varies and the others stay as traced.
         """
         leading = value.shape[:-1]
-        rows = _product([hint(size) for size in leading])
+        rows = max(1, _product([hint(size) for size in leading]))
         if self.tokens is None:
             return rows
         sizes: list[Any] = list(leading)

@@ -67,10 +67,20 @@ _OF_A_WHOLE = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Rea
 
 
 def cause_of(refusal: Refusal | NearMiss) -> tuple[object, ...]:
-    """What equal refusals share: all but names of nodes and places."""
-    texts = (refusal.expected, refusal.found) if refusal.found else (re.sub(r"\d+", "", refusal.detail), None)
+    """What equal refusals share: all that is told but names of nodes and symbols of sizes.
+
+    Two lines of the model with the same op in the way are two obstacles: both have to be changed. Where nothing is in
+    the way of the place itself, lines don't count.
+    """
     nearness = refusal.nearness or Nearness.REFUSED
-    return nearness, refusal.rule, refusal.reason, refusal.provider, refusal.mend, *texts
+    in_the_way = nearness is Nearness.OBSTRUCTED or refusal.reason is Reason.USERS
+    detail = _NUMBERED.sub("", refusal.detail)
+    line = refusal.line if in_the_way else None
+    return nearness, refusal.rule, refusal.reason, refusal.provider, detail, refusal.found, line
+
+
+_NUMBERED = re.compile(r"(?<=[a-z])_\d+\b|\bs\d+\b")
+"""What tells `add_12` from `add`, and the number of a symbolic size."""
 
 
 def _distance(row: NearMiss) -> tuple[int, bool, int, str, str]:
