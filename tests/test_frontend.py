@@ -1,4 +1,4 @@
-"""The doors: what `compile`, `inductor_options` and `explain` promise beside what the pass does."""
+"""The entry points: what `compile`, `inductor_options` and `explain` promise beside what the pass does."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import fuseplan
@@ -195,6 +196,28 @@ def test_what_can_not_be_traced_is_one_line() -> None:
 
     with pytest.raises(WorkloadError, match="the model could not be traced: no way"):
         fuseplan.explain(impossible, randn(5, HIDDEN))
+
+
+@pytest.mark.parametrize("policy", ["planned", "ordered(act_padding)"])
+def test_an_empty_batch_is_planned_and_compiled(policy: str) -> None:
+    config = fuseplan.PassConfig(policy=policy)
+    assert fuseplan.explain(Block(), randn(0, HIDDEN), config=config, device="h200").fused["act_padding"] == 1
+    block = fuseplan.compile(Block(), config=config)
+    with torch.inference_mode():
+        shapes = [block(randn(rows, HIDDEN)).shape for rows in (0, 4, 0)]
+    assert shapes == [Block()(randn(rows, HIDDEN)).shape for rows in (0, 4, 0)]
+
+
+def test_a_model_on_the_meta_device_is_refused_with_what_works() -> None:
+    def build(device: str) -> tuple[nn.Module, Tensor]:
+        model = nn.Sequential(nn.RMSNorm(64, eps=1e-6, device=device), nn.ConstantPad1d((0, 64), 0.0))
+        return model, torch.empty(4, 64, device=device)
+
+    with pytest.raises(WorkloadError, match="is on the meta device"):
+        fuseplan.explain(*build("meta"), device="h200")
+    with FakeTensorMode():
+        model, x = build("cpu")
+    assert fuseplan.explain(model, x, device="h200").fused["act_padding"] == 1
 
 
 WARM = """

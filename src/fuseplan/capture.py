@@ -18,6 +18,7 @@ from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.virtualized import V
 
 from fuseplan.errors import WorkloadError
+from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.surgery import copy_graph
 
 
@@ -73,7 +74,7 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
             epsilons as unknown too.)
 
     Raises:
-        WorkloadError: nothing could be traced; the text has torch's reason.
+        WorkloadError: nothing could be traced, and the text has torch's reason; or the model is on the meta device.
     """
     start = time.perf_counter_ns()
     recorder = _Recorder()
@@ -99,10 +100,21 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
             else "; ".join(breaks) or "it runs no tensor op"
         )
         raise WorkloadError(f"the model could not be traced: {why}") from failure
+    if any(map(_is_meta, recorder.graphs)):
+        raise WorkloadError(
+            "the model is on the meta device, for which Inductor computes nothing: its graphs are empty. Build it, and "
+            "its inputs, on cpu under torch._subclasses.FakeTensorMode(), which allocates nothing either"
+        )
     return Capture(
         graphs=tuple(recorder.graphs),
         breaks=breaks,
         time_ns=time.perf_counter_ns() - start,
+    )
+
+
+def _is_meta(gm: fx.GraphModule) -> bool:
+    return any(
+        (value := tensor_of(node)) is not None and value.is_meta for node in gm.graph.find_nodes(op="placeholder")
     )
 
 

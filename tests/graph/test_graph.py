@@ -120,6 +120,15 @@ def test_depth_is_the_longest_path() -> None:
     assert [depths(graph)[nodes[name]] for name in "xabde"] == [0, 1, 2, 3, 3]
 
 
+PATHS = {
+    "L['self']": None,
+    "L['fn'].0.fn.norm": "0.fn.norm",  # the root is called fn, and so is a module in it
+    "L['fn'].__self__.layers.1._orig_mod.self": "layers.1.self",
+    "G['model'].L.norm": "model.L.norm",
+    "L['self']._modules['layers']._modules['3'].norm": "layers.3.norm",
+}
+
+
 def test_places_in_the_user_model() -> None:
     graph = fx.Graph()
     node = graph.call_function(operator.add, (1, 2))
@@ -130,5 +139,8 @@ def test_places_in_the_user_model() -> None:
         "m": ("L['self'].layers[3].mlp", None),
     }
     assert module_path(node) == "layers.3.mlp"
+    for path, expected in PATHS.items():
+        node.meta["nn_module_stack"] = {"k": (path, None)}
+        assert module_path(node) == expected
     node.meta["stack_trace"] = '  File "a/model.py", line 12, in forward\n    y = f(x)\n'
     assert source_line(node) == "model.py:12"

@@ -13,11 +13,9 @@ from torch.nn import functional as F
 from fuseplan.config import PassConfig
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import PROFILES
-from fuseplan.record import NearMiss, Nearness, Reason, Report
+from fuseplan.record import Nearness, Reason
 from tests.helpers import HIDDEN, all_reduce, gpt_oss, llama, post_grad, quantize, randn, vllm
-
-W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
-X, R = randn(6, HIDDEN), randn(6, HIDDEN, seed=1)
+from tests.matching.told import R, W, X, near_misses
 
 
 @torch.library.custom_op("near_misses::opaque", mutates_args=())
@@ -33,15 +31,6 @@ def _(x: Tensor) -> Tensor:
 @torch.library.custom_op("near_misses::scale_", mutates_args=("x",))
 def scale_(x: Tensor, factor: float) -> None:
     x.mul_(factor)
-
-
-def near_misses(function: Callable[..., Any], *inputs: Tensor, rule: str = "", **options: Any) -> list[NearMiss]:
-    """The rows of one rule, or all, for the graph of a function on an H200; what providers decline aside."""
-    manager = PostGradPassManager(PassConfig(**options), device=PROFILES["h200"])
-    analysis = manager.analyze(post_grad(function, *inputs))
-    report = manager.report("graph_0", analysis, manager.decide(analysis, manager.config.chosen_policy, "graph_0"))
-    rows = Report(policy="planned", order=(), rules=manager.names, graphs=(report,)).near_misses
-    return [row for row in rows if row.rule in (rule, None) or not rule if row.nearness is not Nearness.DECLINED]
 
 
 BETWEEN_NORM_AND_PAD: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str]] = {

@@ -10,7 +10,7 @@ and before it, with a residual add, `x = a + residual` in the activation dtype, 
 convert(residual)` with `residual_out = convert(x32, dtype)` in vLLM's form.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +154,8 @@ def _raise(canonical: CanonicalGraph, norm: _Norm) -> None:
         x = total.args[0]
         if dtype_of(x) is not dtype:
             raise Unraised(Reason.DTYPE, f"{dtype_of(x)} input, {dtype} normalised value", total)
-        if is_call(x, aten.add.Tensor) and _raise_with_residual(canonical, norm, x, x.args, x, norm.rounding):
+        addends = _addends(x)
+        if addends and _raise_with_residual(canonical, norm, x, addends, x, norm.rounding):
             return
         _raise_plain(canonical, norm, x)
     elif is_call(total, aten.add.Tensor) and dtype in LOW_PRECISION:
@@ -167,6 +168,17 @@ def _raise(canonical: CanonicalGraph, norm: _Norm) -> None:
         _raise_plain(canonical, norm, total)
     else:
         raise Unraised(Reason.DTYPE, f"{dtype_of(total)} input, {dtype} result", total)
+
+
+def _addends(x: fx.Node) -> Sequence[object]:
+    """The addends of a sum in low precision, or of one in float32 that is rounded to it: bit for bit the same."""
+    if is_call(x, aten.add.Tensor):
+        return x.args
+    if is_call(x, convert_element_type) and is_call(x.args[0], aten.add.Tensor) and not x.args[0].kwargs:
+        narrow = [each.args[0] if is_call(each, convert_element_type) else each for each in x.args[0].args]
+        if all(dtype_of(each) is dtype_of(x) for each in narrow):
+            return narrow
+    return ()
 
 
 def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:

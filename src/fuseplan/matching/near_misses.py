@@ -271,17 +271,29 @@ class _Search:
                 if without_residual_add(way, node):
                     gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
                     return self._obstructed(gap, goal)
+        for core in node.users:
+            if core.target in cores:
+                return self._taken_as_residual(op, node, core)
         reader = next((each for each in node.users if each.op == "call_function"), None)
-        if reader is not None and reader.target in cores:
-            return self._second_addend(op, node, reader)
         found = op_name(reader) if reader is not None else "the graph's output"
         return self._refuse(
             reader or node, Reason.OP, f"expected {ops.rms_norm.name} after {op.name}, found {found}",
             nearness=Nearness.ABSENT, expected=ops.rms_norm.name, found=found, site=place_of(node), further=(node,),
         )  # fmt: skip
 
-    def _second_addend(self, op: DialectOp, node: fx.Node, core: fx.Node) -> Refusal:
-        detail = f"{op.name} is added as the residual of {op_name(core)}, whose other addend is reduced, too"
+    def _taken_as_residual(self, op: DialectOp, node: fx.Node, core: fx.Node) -> Refusal:
+        """Of two addends the one that more was computed for is the block's output, and the other the residual."""
+        other, added = core.args[0], op_name(core)
+        reader = next((user for user in node.users if user is not core), None)
+        if op.overload is not getattr(other, "target", None) and reader is not None:
+            found = op_name(reader)
+            detail = f"{op.name} is also read by {found} ({reader.name}), and what {added} adds depends on that"
+            return self._refuse(
+                reader, Reason.USERS, detail, nearness=Nearness.OBSTRUCTED, expected=f"no other reader of {op.name}",
+                found=found, site=place_of(core), mend=f"let {found} read something else, or nothing",
+                further=(node, core),
+            )  # fmt: skip
+        detail = f"{op.name} is added as the residual of {added}, whose other addend is reduced, too"
         return self._refuse(
             core, Reason.OP, detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}", found=f"two of {op.name}",
             site=place_of(core), mend=f"add before the {op.name}, once, instead of after both", further=(node,),

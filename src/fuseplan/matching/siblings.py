@@ -1,7 +1,8 @@
 """What the same place in other layers has and a layer lacks: an op whose result is dead leaves nothing behind."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -41,22 +42,25 @@ def missing_siblings(
     for layer in filter(None, (layer_of(place_of(node)) for node in canonical.dialect_nodes)):
         present.setdefault(layer[0], set()).add(layer[1])
     known = {place_of(node) for node in told}
+    overloads = {member.core.overload for member in members}
+    here = {place_of(node): node for node in canonical.dialect_nodes if node.target in overloads}
+    cores = _cores_by_layer(canonical, members)
     for (before, after), by_number in sorted(matched.items()):
-        missing = [f"{before}{number}{after}" for number in sorted(present[before] - set(by_number))]
-        missing = [place for place in missing if place not in known]
+        # A layer with as many cores as others has this one too, by another name or spelling.
+        usual = max(cores[before, number] for number in by_number)
+        lacking = {
+            f"{before}{number}{after}": cores[before, number] < usual
+            for number in sorted(present[before] - set(by_number))
+        }
+        missing = [place for place, lacks in lacking.items() if place not in known and (lacks or place in here)]
         if 0 < len(missing) < len(by_number):
-            yield from _missing(canonical, members, by_number, missing)
+            yield from _missing(canonical, by_number, missing, here)
 
 
 def _missing(
-    canonical: CanonicalGraph,
-    members: Sequence[Rule],
-    matched: dict[int, Match],
-    places: Sequence[str],
+    canonical: CanonicalGraph, matched: dict[int, Match], places: Sequence[str], here: Mapping[str | None, fx.Node]
 ) -> Iterator[Refusal]:
     sample = next(iter(matched.values()))
-    cores = {member.core.overload for member in members}
-    here = {place_of(node): node for node in canonical.dialect_nodes if node.target in cores}
     usual = _readers(sample.core)
     for place in places:
         core = here.get(place)
@@ -71,6 +75,19 @@ def _missing(
             nearness=Nearness.MISSING, expected=gone, found="nothing",
             mend=f"let something read the result of {gone}, if the model means it to be used",
         )  # fmt: skip
+
+
+def _cores_by_layer(canonical: CanonicalGraph, members: Sequence[Rule]) -> Counter[tuple[str, int]]:
+    """How many cores of a rule's members each layer has, with those that only look like one."""
+    overloads, names = {member.core.overload for member in members}, {member.core.name for member in members}
+    places = [place_of(node) for node in canonical.dialect_nodes if node.target in overloads]
+    places += [refusal.source for refusal in canonical.refusals if refusal.op in names]
+    return Counter(key for place in places if (key := _layer_key(place)) is not None)
+
+
+def _layer_key(place: str | None) -> tuple[str, int] | None:
+    layer = layer_of(place)
+    return layer[:2] if layer is not None else None
 
 
 def _readers(core: fx.Node) -> set[tuple[object, str | None]]:
