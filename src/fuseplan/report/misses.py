@@ -57,7 +57,7 @@ def _paragraph(cause: Cause) -> Iterator[RenderableType]:
     title = f"{who}: {row.reason.value}, {count_of(row.count, 'place')}{f' ({where})' if where else ''}"
     yield entry("near miss", title)
     yield indented(row.detail)
-    shown = places(row.sources) if row.sources != row.sites else ""
+    shown = "" if places(row.sources) == where else places(row.sources)
     at = "  ".join(dict.fromkeys(part for part in (shown, row.line) if part))
     if at or row.code:
         yield indented(Text.assemble("at    ", at, (f"  {row.code}" if row.code else "", "italic dim")))
