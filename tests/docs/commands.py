@@ -27,6 +27,8 @@ FORKS = Path(__file__).with_name("forks.py")
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
     "COLUMNS": "110",
+    # Pages show a machine without GPU; and what has been forked can't use one.
+    "CUDA_VISIBLE_DEVICES": "",
     # No threads in the process that forks.
     "OPENBLAS_NUM_THREADS": "1",
     # Scalar code, without headers compiled beforehand: the quickest to compile once.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.record import NearMiss, Nearness, Reason
-from tests.helpers import HIDDEN, all_reduce, gpt_oss, llama, quantize, randn
+from tests.helpers import HIDDEN, all_reduce, built_in, gpt_oss, llama, quantize, randn
 from tests.matching.told import R, W, X, near_misses
 
 
@@ -193,7 +193,7 @@ def test_groups_of_a_row_are_no_rows() -> None:
 
 ADDITIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Reason, str]] = {
     "alpha": (lambda y, r: torch.add(r, y, alpha=0.5), Reason.ATTRIBUTE, "it adds 0.5 times one of the two"),
-    "float32": (lambda y, r: (y + r.float()).bfloat16(), Reason.DTYPE, "it adds bfloat16 and float32"),
+    "float32": (lambda y, r: y + r, Reason.DTYPE, "it adds bfloat16 and float32"),
     "broadcast": (lambda y, r: y + r[:1], Reason.SIZE, "it adds [6, 64] and [1, 64]"),
     "bias": (lambda y, r: y + r[0], Reason.OP, "it adds a bias"),
 }
@@ -202,8 +202,8 @@ ADDITIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Reason, str]] = {
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_an_addition_that_is_no_residual_add_says_why(name: str, one_rank: str) -> None:
     change, reason, told = ADDITIONS[name]
-    residual = R.float() if name == "float32" else R
-    (row,) = near_misses(lambda x, r, w: llama(change(all_reduce(x, one_rank), r), None, w)[0], X, residual, W)
+    r, w = (R.float(), W.float()) if name == "float32" else (R, W)
+    (row,) = near_misses(lambda x, r, w: built_in(change(all_reduce(x, one_rank), r), None, w)[0], X, r, w)
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.OBSTRUCTED, reason)
     assert told in row.detail
     assert row.mend is not None
