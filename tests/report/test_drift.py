@@ -1,6 +1,7 @@
 """What is said of a lock that doesn't hold: what, where and why."""
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -8,8 +9,9 @@ from rich.console import Console
 from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report
 from fuseplan.report.absence import Absence, AbsenceKind
 from fuseplan.report.drift import Drift, DriftKind, drifts
+from fuseplan.report.expectation import unmet
 from fuseplan.report.lock import FusionLock
-from fuseplan.report.paragraphs import drift_paragraphs, plain
+from fuseplan.report.paragraphs import Line, drift_paragraphs, plain
 from fuseplan.report.verdict import Verdict, render_verdict, verdict_to_json
 from tests.report.locked import SPANS, Place, applied, fusion, graph, lock_of, loss, norms, refusal, report, settings
 
@@ -164,6 +166,25 @@ def test_rules_and_providers_that_are_off() -> None:
     assert (cause.kind, cause.detail) == (AbsenceKind.OFF, "gone_rule isn't among the rules that are on")
     moved = cause_of(graph([fusion("act_padding", PLACE)]), before=fusion("act_padding", PLACE, provider="aiter"))
     assert (moved.kind, moved.detail) == (AbsenceKind.OFF, "it matches, and aiter has no kernel for it any more")
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ({"policy": "off"}, "the policy is off, which applies nothing"),
+        (
+            {"policy": "ordered", "order": ("act_padding", "allreduce_rms")},
+            "the policy ordered(act_padding, allreduce_rms) doesn't list allreduce_rms_padding",
+        ),
+    ],
+)
+def test_a_policy_that_leaves_the_rule_out_is_the_cause_whatever_is_there(policy: dict[str, Any], says: str) -> None:
+    now = report(graph(refusals=[refusal("allreduce_rms_padding", PLACE)]), rules=(), **policy)
+    cause = only(lock_of(*ALL), now).cause
+    assert cause is not None
+    assert (cause.kind, cause.detail, cause.near_miss) == (AbsenceKind.OFF, says, None)
+    (paragraph,) = unmet(now, {"allreduce_rms_padding": 36})
+    assert paragraph[1:] == [Line("why", says)]
 
 
 def test_places_without_a_module_are_told_apart_by_number_alone() -> None:

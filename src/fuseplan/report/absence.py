@@ -10,6 +10,7 @@ from fuseplan.record import Loss, NearMiss, Nearness, Reason, Refusal, Report
 from fuseplan.record.near_miss import cause_of, near_misses_of
 from fuseplan.report.lock import Kernel, Span
 from fuseplan.report.places import module_of
+from fuseplan.report.text import policy_name
 
 
 class AbsenceKind(StrEnum):
@@ -26,7 +27,7 @@ class AbsenceKind(StrEnum):
     LEFT_ALONE = "left alone"
     """The graph as a whole was not looked at."""
     OFF = "off"
-    """The rule isn't on, or the provider isn't there."""
+    """The policy or the configuration leaves the rule out, or the provider isn't there."""
     GONE = "gone"
     """Nothing of it is left."""
 
@@ -91,6 +92,9 @@ class Witness:
             place: a module path; None: at some place without one.
             count: how many are missing.
         """
+        policy = self.policy_off(kernel.rule)
+        if policy is not None:
+            return [policy] * count
         losses = self._losses[span, kernel.rule, place]
         mine = [loss for loss in losses if Kernel.of(loss.fusion) == kernel]
         refusals = self._nearest(kernel, span, place)
@@ -100,8 +104,19 @@ class Witness:
         found = found or [self._nothing(kernel, span, place)]
         return found[:count] + found[:1] * (count - len(found))
 
+    def policy_off(self, rule: str) -> Finding | None:
+        """That the policy applies a rule nowhere, whatever there is in the graph; None where it may."""
+        report = self.report
+        if report.policy == "off":
+            return Finding(AbsenceKind.OFF, None, "the policy is off, which applies nothing")
+        if report.order and rule not in report.order:
+            return Finding(AbsenceKind.OFF, None, f"the policy {policy_name(report)} doesn't list {rule}")
+        return None
+
     def of_rule(self, rule: str) -> Iterator[tuple[Finding, Span, str | None]]:
         """All that stands in the way of a rule: at which range and place, a line of code where there is no module."""
+        if self.policy_off(rule) is not None:
+            return
         for graph in self.report.graphs:
             # Where one provider lost to another of the same rule, the rule is there.
             there = {fusion.site for fusion in graph.applied if fusion.rule == rule}

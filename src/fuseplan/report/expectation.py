@@ -38,11 +38,10 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
     if len(found) > expected:
         yield lines
         return
-    told = _missing(report, rule)
+    witness = Witness(report)
+    told = _missing(witness, rule)
     if not told:
-        is_on = rule in report.rules
-        why = "the graph has nothing that it could match" if is_on else "it isn't among the rules that are on"
-        lines.append(Line("why", why))
+        lines.append(Line("why", _nothing(witness, rule)))
     yield lines
     for cause, places in told[:MOST_CAUSES]:
         yield [Line("missed", where_text(wheres(places), ranges)), *cause_lines(cause)]
@@ -50,9 +49,19 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
         yield [Line("", f"and {len(told) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
 
 
-def _missing(report: Report, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:
+def _nothing(witness: Witness, rule: str) -> str:
+    """What is to be said of a rule where the report names nothing in its way."""
+    policy = witness.policy_off(rule)
+    if policy is not None:
+        return policy.detail
+    if rule not in witness.report.rules:
+        return "it isn't among the rules that are on"
+    return "the graph has nothing that it could match"
+
+
+def _missing(witness: Witness, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:
     """Causes with their places: matches first, then what is nearest to one, then what is most frequent."""
-    found = list(Witness(report).of_rule(rule))
+    found = list(witness.of_rule(rule))
     places: dict[int, list[tuple[Span, str | None]]] = defaultdict(list)
     made: dict[int, Absence] = {}
     for cause, (_, span, place) in zip(absences([finding for finding, _, _ in found]), found, strict=True):
