@@ -187,6 +187,47 @@ def test_a_policy_that_leaves_the_rule_out_is_the_cause_whatever_is_there(policy
     assert paragraph[1:] == [Line("why", says)]
 
 
+LOCKED = fusion("allreduce_rms", PLACE, op="all_reduce_fused_add_rms_norm", provider="flashinfer")
+
+
+@pytest.mark.parametrize(
+    ("op", "further", "kind", "says"),
+    [
+        (
+            "all_reduce_rms_norm", {}, AbsenceKind.CHANGED,
+            "what matches there now is all_reduce_rms_norm, and no longer all_reduce_fused_add_rms_norm",
+        ),
+        (
+            "all_reduce_fused_add_rms_norm", {}, AbsenceKind.OFF,
+            "it matches, and flashinfer has no kernel for it any more",
+        ),
+        (
+            "all_reduce_fused_add_rms_norm", {"policy": "ordered", "order": ("allreduce_rms",)}, AbsenceKind.OFF,
+            "it matches, and flashinfer has no kernel for it any more, or a slower one",
+        ),
+    ],
+)  # fmt: skip
+def test_what_other_kernels_lost_to_is_not_the_cause(
+    op: str, further: dict[str, Any], kind: AbsenceKind, says: str
+) -> None:
+    there = fusion("allreduce_rms", PLACE, op=op)
+    other = Loss(fusion=fusion("allreduce_rms", PLACE, op=op, provider="torch"), blocked_by=(there,), lost_ns=16_800)
+    far = refusal("allreduce_rms", PLACE, "far", nearness=Nearness.ABSENT)
+    drift = only(lock_of(LOCKED), report(graph([there], lost=[other], refusals=[far]), **further))
+    assert drift.change is DriftKind.MOVED
+    assert drift.cause is not None
+    assert (drift.cause.kind, drift.cause.detail) == (kind, says)
+
+
+def test_that_a_provider_declines_says_more_than_that_it_is_not_there() -> None:
+    there = fusion("allreduce_rms", PLACE, op=LOCKED.op)
+    facts = {"nearness": Nearness.DECLINED, "provider": "flashinfer"}
+    declined = refusal("allreduce_rms", PLACE, "it takes rows", **facts)
+    cause = only(lock_of(LOCKED), report(graph([there], refusals=[declined]))).cause
+    assert cause is not None
+    assert (cause.kind, cause.detail) == (AbsenceKind.NEAR_MISS, "it takes rows")
+
+
 def test_places_without_a_module_are_told_apart_by_number_alone() -> None:
     before = lock_of(*applied("allreduce_rms_padding", ["f.py:1", "f.py:2", "f.py:3"]))
     refusals = [refusal("allreduce_rms_padding", "f.py:2"), refusal("allreduce_rms_padding", "f.py:3")]
@@ -211,6 +252,9 @@ def test_a_place_with_two_fusions_can_lose_one() -> None:
     both = applied("act_padding", [PLACE, PLACE])
     drift = only(lock_of(*both), report(graph(both[:1], refusals=[refusal("act_padding", PLACE)])))
     assert (drift.change, drift.count, drift.where[0].places) == (DriftKind.LOST, 1, (PLACE,))
+    drift = only(lock_of(*both), report(graph(both[:1])))
+    assert drift.cause is not None
+    assert drift.cause.kind is AbsenceKind.GONE  # its provider has a kernel, as the other one shows
 
 
 def verdict() -> Verdict:

@@ -10,7 +10,7 @@ from fuseplan.record import Loss, NearMiss, Nearness, Reason, Refusal, Report
 from fuseplan.record.near_miss import cause_of, near_misses_of
 from fuseplan.report.lock import Kernel, Span
 from fuseplan.report.places import module_of
-from fuseplan.report.text import policy_name
+from fuseplan.report.text import enumerate_names, policy_name
 
 
 class AbsenceKind(StrEnum):
@@ -28,6 +28,8 @@ class AbsenceKind(StrEnum):
     """The graph as a whole was not looked at."""
     OFF = "off"
     """The policy or the configuration leaves the rule out, or the provider isn't there."""
+    CHANGED = "changed"
+    """The rule matches there as another op."""
     GONE = "gone"
     """Nothing of it is left."""
 
@@ -71,9 +73,13 @@ class Witness:
     def __init__(self, report: Report) -> None:
         self.report = report
         self._losses: dict[tuple[Span, str, str | None], list[Loss]] = defaultdict(list)
+        self._matches: dict[tuple[Span, str, str | None], dict[str, set[Kernel]]] = defaultdict(dict)
         self._refusals: dict[tuple[Span, str | None], list[Refusal]] = defaultdict(list)
         self._left_alone: dict[Span, list[Refusal]] = defaultdict(list)
         for graph in report.graphs:
+            for fusion in (*graph.applied, *(loss.fusion for loss in graph.lost)):
+                at_site = self._matches[graph.range, fusion.rule, module_of(fusion.source)]
+                at_site.setdefault(f"{graph.graph} {fusion.site}", set()).add(Kernel.of(fusion))
             for loss in graph.lost:
                 self._losses[graph.range, loss.fusion.rule, module_of(loss.fusion.source)].append(loss)
             for refusal in graph.refusals:
@@ -95,13 +101,11 @@ class Witness:
         policy = self.policy_off(kernel.rule)
         if policy is not None:
             return [policy] * count
-        losses = self._losses[span, kernel.rule, place]
-        mine = [loss for loss in losses if Kernel.of(loss.fusion) == kernel]
-        refusals = self._nearest(kernel, span, place)
+        mine = [loss for loss in self._losses[span, kernel.rule, place] if Kernel.of(loss.fusion) == kernel]
         found = [_of_loss(loss) for loss in mine]
-        found += [Finding(AbsenceKind.NEAR_MISS, refusal) for refusal in refusals]
-        found += [_of_loss(loss) for loss in losses if loss not in mine]
-        found = found or [self._nothing(kernel, span, place)]
+        for further in (self._refused, self._changed, self._nearest):
+            found += further(kernel, span, place) if len(found) < count else ()
+        found = found or [self._nothing(kernel, span)]
         return found[:count] + found[:1] * (count - len(found))
 
     def policy_off(self, rule: str) -> Finding | None:
@@ -130,18 +134,26 @@ class Witness:
         for span, refusals in self._left_alone.items():
             yield from ((Finding(AbsenceKind.LEFT_ALONE, refusal), span, None) for refusal in refusals)
 
-    def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Refusal]:
-        """Of the rule at the place, else of anything there, else of the rule in the same layer; the nearest first."""
+    def _refused(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+        """What is there of the rule, at the place itself."""
+        mine = [each for each in self._refusals[span, place] if each.rule == kernel.rule and _concerns(each, kernel)]
+        return _near([each for each in mine if each.nearness not in (Nearness.MISSING, Nearness.ABSENT)])
+
+    def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+        """What is far from a match of the rule at the place, else anything there, else of the rule in the same layer;
+        the nearest first.
+        """
         here = self._refusals[span, place]
+        far = Nearness.MISSING, Nearness.ABSENT
         tiers: list[Callable[[], Iterable[Refusal]]] = [
-            lambda: [each for each in here if each.rule == kernel.rule],
+            lambda: [each for each in here if each.rule == kernel.rule and each.nearness in far],
             lambda: [each for each in here if place and each.rule != kernel.rule and _is_obstacle(each)],
             lambda: [each for each in self._in_layer(span, place) if each.rule == kernel.rule and _is_obstacle(each)],
         ]
         for tier in tiers:
             found = [each for each in tier() if _concerns(each, kernel)]
             if found:
-                return sorted(found, key=_distance)
+                return _near(found)
         return []
 
     def _in_layer(self, span: Span, place: str | None) -> Iterator[Refusal]:
@@ -150,21 +162,30 @@ class Witness:
             if of == span and layer is not None and _layer(where) == layer:
                 yield from refusals
 
-    def _nothing(self, kernel: Kernel, span: Span, place: str | None) -> Finding:
+    def _nothing(self, kernel: Kernel, span: Span) -> Finding:
         """What is to be said where the report has nothing about a place."""
         if self._left_alone[span]:
             return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
         if kernel.rule not in self.report.rules:
             return Finding(AbsenceKind.OFF, None, f"{kernel.rule} isn't among the rules that are on")
-        here = [
-            fusion
-            for graph in self.report.graphs
-            for fusion in graph.applied
-            if (graph.range, fusion.rule, module_of(fusion.source)) == (span, kernel.rule, place)
-        ]
-        if here and here[0].op == kernel.op:
-            return Finding(AbsenceKind.OFF, None, f"it matches, and {kernel.provider} has no kernel for it any more")
         return Finding(AbsenceKind.GONE, None, "the graph has nothing there any more that it could match")
+
+    def _changed(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+        """What the rule matches as at the place, if that is something else than it was. What other kernels lost to is
+        no reason for this one's absence: that it isn't among them is.
+        """
+        at_site = self._matches[span, kernel.rule, place]
+        others = [kernels for kernels in at_site.values() if kernel not in kernels]
+        if any(each.op == kernel.op for kernels in others for each in kernels):
+            # An order looks at one provider a match, the one that saves the most.
+            slower = ", or a slower one" if self.report.order else ""
+            told = f"it matches, and {kernel.provider} has no kernel for it any more{slower}"
+            return [Finding(AbsenceKind.OFF, None, told)]
+        ops = sorted({each.op for kernels in others for each in kernels})
+        if not ops:
+            return []
+        told = f"what matches there now is {enumerate_names(ops)}, and no longer {kernel.op}"
+        return [Finding(AbsenceKind.CHANGED, None, told)]
 
 
 def absences(findings: Sequence[Finding]) -> list[Absence]:
@@ -193,6 +214,10 @@ def _absence(findings: Sequence[Finding]) -> Absence:
     if refusals:
         return _of_row(kind, near_misses_of(refusals.values())[0])
     return _of_contest(kind, losses) if losses else Absence(kind=kind, detail=detail)
+
+
+def _near(refusals: Iterable[Refusal]) -> list[Finding]:
+    return [Finding(AbsenceKind.NEAR_MISS, refusal) for refusal in sorted(refusals, key=_distance)]
 
 
 def _of_loss(loss: Loss) -> Finding:
