@@ -131,6 +131,7 @@ def test_of_several_near_misses_the_nearest_is_told() -> None:
     assert cause_of(graph(refusals=[far, other, near])).detail == "near"
 
 
+GUESS = refusal("allreduce_rms_padding", PLACE, "others have it", nearness=Nearness.MISSING, reason=Reason.DEAD)
 DECLINED = refusal("allreduce_rms_padding", PLACE, "declined", nearness=Nearness.DECLINED, provider="triton")
 
 
@@ -140,6 +141,8 @@ DECLINED = refusal("allreduce_rms_padding", PLACE, "declined", nearness=Nearness
         ([refusal("act_padding", PLACE, "its parts")], "its parts"),
         ([refusal(None, PLACE, "no norm", nearness=Nearness.UNRECOGNIZED)], "no norm"),
         ([refusal("allreduce_rms_padding", "layers.7.mlp", "elsewhere in the layer")], "elsewhere in the layer"),
+        ([GUESS], "others have it"),
+        ([GUESS, refusal("allreduce_rms_padding", "layers.7", "read elsewhere")], "read elsewhere"),
         ([refusal("allreduce_rms_padding", "x", "by source", source=PLACE)], "by source"),
         ([refusal("allreduce_rms_padding", "layers.8.mlp", "another layer")], None),
         ([refusal("norm_quant", PLACE, "nothing to do", nearness=Nearness.ABSENT)], None),
@@ -185,6 +188,41 @@ def test_a_policy_that_leaves_the_rule_out_is_the_cause_whatever_is_there(policy
     assert (cause.kind, cause.detail, cause.near_miss) == (AbsenceKind.OFF, says, None)
     (paragraph,) = unmet(now, {"allreduce_rms_padding": 36})
     assert paragraph[1:] == [Line("why", says)]
+
+
+def test_what_is_in_its_layer_under_another_name_has_moved() -> None:
+    renamed = applied("allreduce_rms_padding", ["layers.7", "layers.9", *norms(set(range(36)) - {7, 9})])
+    drift = only(lock_of(*ALL), report(graph(renamed, refusals=[GUESS])))
+    assert (drift.change, drift.before, drift.count) == (DriftKind.MOVED, drift.after, 2)
+    assert plain(drift_paragraphs([drift], 1)).splitlines() == [
+        "moved   allreduce_rms_padding by triton, 2 places: layers.7,9.norm",
+        "why     the same fusions are there, now called layers.7,9",
+    ]
+
+
+def test_names_of_several_places_of_a_layer_can_change() -> None:
+    before, after = (
+        applied("act_padding", [f"layers.{i}.{name}" for i in (0, 1) for name in names]) for names in ("ab", "cd")
+    )
+    drift = only(lock_of(*before), report(graph(after)))
+    assert (drift.change, drift.count) == (DriftKind.MOVED, 4)
+    assert drift.cause is not None
+    assert drift.cause.detail == "the same fusions are there, now called layers.0-1.c, layers.0-1.d"
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        graph(applied("allreduce_rms_padding", ["layers.8"])),  # another layer
+        graph(applied("allreduce_rms_padding", ["layers.7.a", "layers.7.b"])),  # nobody knows which
+        graph(applied("allreduce_rms_padding", ["layers.7"], provider="torch")),  # another fusion
+        graph(applied("allreduce_rms_padding", ["layers.7"]), refusals=[refusal("allreduce_rms_padding", PLACE)]),
+        graph(applied("allreduce_rms_padding", ["layers.7"]), lost=[loss("allreduce_rms_padding", PLACE, OTHER)]),
+    ],
+)
+def test_what_is_still_at_its_place_or_may_be_another_one_is_lost(now: GraphReport) -> None:
+    lost, gained = drifts(lock_of(fusion("allreduce_rms_padding", PLACE)), report(now))
+    assert (lost.change, gained.change) == (DriftKind.LOST, DriftKind.GAINED)
 
 
 LOCKED = fusion("allreduce_rms", PLACE, op="all_reduce_fused_add_rms_norm", provider="flashinfer")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fuseplan.record import Loss, NearMiss, Nearness, Reason, Refusal, Report
 from fuseplan.record.near_miss import cause_of, near_misses_of
 from fuseplan.report.lock import Kernel, Span
-from fuseplan.report.places import module_of
+from fuseplan.report.places import module_of, places
 from fuseplan.report.text import enumerate_names, policy_name
 
 
@@ -30,6 +30,8 @@ class AbsenceKind(StrEnum):
     """The policy or the configuration leaves the rule out, or the provider isn't there."""
     CHANGED = "changed"
     """The rule matches there as another op."""
+    RENAMED = "renamed"
+    """It is applied, at a place that has another name."""
     GONE = "gone"
     """Nothing of it is left."""
 
@@ -65,6 +67,8 @@ class Finding(NamedTuple):
     kind: AbsenceKind
     found: Loss | Refusal | None = None
     detail: str = ""
+    now: str | None = None
+    """The new name of the place, where it has one."""
 
 
 class Witness:
@@ -108,6 +112,11 @@ class Witness:
         found = found or [self._nothing(kernel, span)]
         return found[:count] + found[:1] * (count - len(found))
 
+    def is_gone(self, kernel: Kernel, span: Span, place: str) -> bool:
+        """Whether a place isn't there any more, as far as a rule can tell: it neither matches there nor nearly."""
+        is_there = self._matches[span, kernel.rule, place] or self._refused(kernel, span, place)
+        return not is_there and self.policy_off(kernel.rule) is None
+
     def policy_off(self, rule: str) -> Finding | None:
         """That the policy applies a rule nowhere, whatever there is in the graph; None where it may."""
         report = self.report
@@ -140,15 +149,15 @@ class Witness:
         return _near([each for each in mine if each.nearness not in (Nearness.MISSING, Nearness.ABSENT)])
 
     def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
-        """What is far from a match of the rule at the place, else anything there, else of the rule in the same layer;
-        the nearest first.
+        """What is far from a match of the rule at the place, else anything there, else of the rule in the same layer,
+        else what the place lacks beside other layers, which is a guess; the nearest first.
         """
-        here = self._refusals[span, place]
-        far = Nearness.MISSING, Nearness.ABSENT
+        here, rule = self._refusals[span, place], kernel.rule
         tiers: list[Callable[[], Iterable[Refusal]]] = [
-            lambda: [each for each in here if each.rule == kernel.rule and each.nearness in far],
-            lambda: [each for each in here if place and each.rule != kernel.rule and _is_obstacle(each)],
-            lambda: [each for each in self._in_layer(span, place) if each.rule == kernel.rule and _is_obstacle(each)],
+            lambda: [each for each in here if each.rule == rule and each.nearness is Nearness.ABSENT],
+            lambda: [each for each in here if place and each.rule != rule and _is_obstacle(each)],
+            lambda: [each for each in self._in_layer(span, place) if each.rule == rule and _is_obstacle(each)],
+            lambda: [each for each in here if place and each.nearness is Nearness.MISSING],
         ]
         for tier in tiers:
             found = [each for each in tier() if _concerns(each, kernel)]
@@ -157,9 +166,9 @@ class Witness:
         return []
 
     def _in_layer(self, span: Span, place: str | None) -> Iterator[Refusal]:
-        layer = _layer(place)
+        layer = layer_of(place)
         for (of, where), refusals in self._refusals.items():
-            if of == span and layer is not None and _layer(where) == layer:
+            if of == span and layer is not None and layer_of(where) == layer:
                 yield from refusals
 
     def _nothing(self, kernel: Kernel, span: Span) -> Finding:
@@ -201,6 +210,8 @@ def absences(findings: Sequence[Finding]) -> list[Absence]:
 def _key(finding: Finding) -> object:
     if isinstance(finding.found, Refusal):
         return finding.kind, cause_of(finding.found)
+    if finding.now is not None:
+        return finding.kind
     if isinstance(finding.found, Loss):
         return finding.kind, finding.found.fusion.rule, _winners(finding.found)
     return finding
@@ -213,6 +224,10 @@ def _absence(findings: Sequence[Finding]) -> Absence:
     losses = [each.found for each in findings if isinstance(each.found, Loss)]
     if refusals:
         return _of_row(kind, near_misses_of(refusals.values())[0])
+    names = dict.fromkeys(each.now for each in findings if each.now is not None)
+    if names:
+        what = "the same fusion is" if len(names) == 1 else "the same fusions are"
+        detail = f"{what} there, now called {places(names)}"
     return _of_contest(kind, losses) if losses else Absence(kind=kind, detail=detail)
 
 
@@ -274,7 +289,7 @@ def _concerns(refusal: Refusal, kernel: Kernel) -> bool:
 
 def _is_obstacle(refusal: Refusal) -> bool:
     """Whether a refusal says more of a place than that one rule has no business there."""
-    has_parts = refusal.nearness not in (None, Nearness.DECLINED, Nearness.ABSENT)
+    has_parts = refusal.nearness in (Nearness.REFUSED, Nearness.OBSTRUCTED, Nearness.UNRECOGNIZED)
     return has_parts and refusal.reason not in (Reason.DISABLED, Reason.PROVIDER)
 
 
@@ -283,7 +298,7 @@ def _distance(refusal: Refusal) -> tuple[int, bool]:
     return list(Nearness).index(nearness), refusal.reason is Reason.PROVIDER
 
 
-def _layer(place: str | None) -> str | None:
+def layer_of(place: str | None) -> str | None:
     """`model.layers.7` of `model.layers.7.mlp.act`, None for a place in no layer."""
     parts = (place or "").split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
