@@ -251,6 +251,17 @@ def test_flags_and_limits_of_a_lock_are_asked_again(model: Path, lock: Path) -> 
     assert causes == {"it matches, and fuse_allreduce_rms=False switches it off"}
 
 
+def test_what_selects_nothing_is_said_when_it_is_pinned_and_whenever_it_is_asked(model: Path, tmp_path: Path) -> None:
+    lock = ["--lock", str(tmp_path / "fusions.lock")]
+    says = "'act_padding@layer.*' is forced or forbidden, and selects no match in this graph"
+    written = run(WORKLOAD, *lock, "--update", "--forbid", "act_padding@layer.*")
+    assert (written.exit_code, written.stderr) == (0, f"warning: {says}\n")
+    held = run(WORKLOAD, *lock, "--json")
+    assert (held.exit_code, held.stderr) == (0, "")
+    (warning,) = json.loads(held.stdout)["warnings"]
+    assert (warning["reason"], warning["detail"]) == ("no effect", says)
+
+
 def test_the_environment_changes_nothing_silently(
     model: Path, lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,6 +315,14 @@ def test_the_switch_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_fusions(print, (), {"act_padding": 0})
 
 
+def test_warnings_of_a_report_are_the_tests_own() -> None:
+    model, inputs = regressing_model.build(1)
+    config = PassConfig(forbid=["act_padding@layer.*"])
+    with pytest.warns(fuseplan.FuseplanWarning, match="selects no match in this graph") as caught:
+        assert_fusions(model, inputs, {"act_padding": LAYERS}, config=config)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_the_function_works_without_the_fixture() -> None:
     model, inputs = regressing_model.build(1)
     report = assert_fusions(model, inputs, {"act_padding": LAYERS}, exact=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fuseplan.cli.console import Debug, Json, one_line_errors, show
+from fuseplan.cli.console import Debug, Json, one_line_errors, say, show
 from fuseplan.cli.request import (
     AllowRoundingChanges,
     Forbid,
@@ -70,6 +70,9 @@ def check(
         }
         given = {name: value for name, value in asked.items() if value is not None}
         verdict = _check(workload, lock, given, update=update)
+        if not as_json:
+            for warning in verdict.warnings:
+                say(f"warning: {'; '.join(filter(None, (warning.detail, warning.mend)))}")
         show(verdict_to_json(verdict) if as_json else render_verdict(verdict), as_json)
         if not verdict.passed:
             raise typer.Exit(1)
@@ -90,6 +93,7 @@ def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) ->
     """
     from fuseplan.report.drift import drifts
     from fuseplan.report.lock import FusionLock, check_writable
+    from fuseplan.report.text import warnings_of
     from fuseplan.report.verdict import Verdict
 
     name = _name_in_lock(workload, path)
@@ -111,6 +115,7 @@ def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) ->
         drifts=drifts(before, report) if before is not None and is_comparable else (),
         resettled=resettled,
         breaks=comparison.breaks,
+        warnings=warnings_of(report),
         written=written,
         mend="where that is meant, the same command with --update pins it",
     )

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -246,8 +247,9 @@ def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig
     __tracebackhide__ = True
     from fuseplan.config import PassConfig
     from fuseplan.errors import ConfigError
-    from fuseplan.frontend import explain
+    from fuseplan.frontend import FuseplanWarning, explain
     from fuseplan.integrations.locks import pinned
+    from fuseplan.report.text import warnings_of
 
     config = pinned(config or PassConfig())
     by_name = dict(inputs) if isinstance(inputs, Mapping) else {}
@@ -255,7 +257,11 @@ def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig
         kind = type(inputs).__name__
         raise ConfigError(f"inputs are a {kind}; give a tuple or list of arguments, e.g. (x,), or a mapping by name")
     with _quiet_traces():
-        return explain(model, *(() if by_name else inputs), config=config, **asked, **by_name)
+        report = explain(model, *(() if by_name else inputs), config=config, **asked, **by_name)
+    for warning in warnings_of(report):
+        text = "; ".join(filter(None, (warning.detail, warning.mend)))
+        warnings.warn(text, FuseplanWarning, stacklevel=3)
+    return report
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from fuseplan.record.report import UNFUSED
 from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, matters
-from fuseplan.report.text import count_of, entry, enumerate_names, indented, policy_name, tokens_of
+from fuseplan.report.text import count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
@@ -206,15 +206,8 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
 
 
 def _warnings(comparison: Comparison) -> list[RenderableType]:
-    lines = dict.fromkeys(warning.detail for report in comparison.reports for warning in report.warnings)
-    refused = dict.fromkeys(
-        refusal.detail
-        for report in comparison.reports
-        for graph in report.graphs
-        for refusal in graph.refusals
-        if refusal.reason.value in ("training", "disabled") and refusal.nearness is None
-    )
-    texts = [*lines, *refused, *(f"graph break: {reason}" for reason in comparison.breaks)]
+    lines = dict.fromkeys(warning.detail for report in comparison.reports for warning in warnings_of(report))
+    texts = [*lines, *(f"graph break: {reason}" for reason in comparison.breaks)]
     return [entry("warning", text) for text in texts]
 
 

@@ -6,7 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fuseplan.record import Report
+from fuseplan.record import Reason, Refusal, Report
 
 INDENT = 13
 
@@ -14,6 +14,17 @@ INDENT = 13
 def policy_name(report: Report) -> str:
     """A policy as it is written on the command line."""
     return f"{report.policy}({', '.join(report.order)})" if report.order else report.policy
+
+
+def warnings_of(report: Report) -> tuple[Refusal, ...]:
+    """What is on and has no effect, what is forced or forbidden and selects nothing, and why graphs were left alone."""
+    alone = [
+        refusal
+        for graph in report.graphs
+        for refusal in graph.refusals
+        if refusal.reason in (Reason.TRAINING, Reason.DISABLED) and refusal.nearness is None
+    ]
+    return tuple(dict.fromkeys((*report.warnings, *alone)))
 
 
 def enumerate_names(parts: Sequence[str]) -> str:

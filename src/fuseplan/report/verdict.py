@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from fuseplan.record import to_json
+from fuseplan.record import Refusal, to_json
 from fuseplan.report.drift import Drift, DriftKind
 from fuseplan.report.lock import FusionLock
 from fuseplan.report.paragraphs import drift_paragraphs, plain, render_paragraphs
@@ -29,6 +29,7 @@ class Verdict:
         drifts: what the lock that was there before has and the model has not, and the reverse.
         resettled: settings that were pinned anew, with their texts before and after.
         breaks: graph breaks met while tracing, one line each.
+        warnings: what is on or selected and has no effect.
         written: whether the file was written.
         mend: what to do where the differences are meant.
     """
@@ -39,6 +40,7 @@ class Verdict:
     drifts: tuple[Drift, ...] = ()
     resettled: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     breaks: tuple[str, ...] = ()
+    warnings: tuple[Refusal, ...] = ()
     written: bool = False
     mend: str = ""
 
@@ -117,5 +119,6 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         ],
         "settings": {name: {"before": old, "after": new} for name, (old, new) in verdict.resettled.items()},
         "differences": [to_json(drift) for drift in verdict.drifts],
+        "warnings": [to_json(warning) for warning in verdict.warnings],
         "breaks": list(verdict.breaks),
     }
