@@ -15,6 +15,7 @@ from fuseplan.errors import WorkloadError
 from fuseplan.rules import BUILT_IN_RULES
 
 FACTORIES = """
+import sys
 import torch
 
 class Breaks(torch.nn.Module):
@@ -27,10 +28,16 @@ class Raises(torch.nn.Module):
     def forward(self, x):
         raise RuntimeError("no such luck\\non two lines")
 
+class Exits(torch.nn.Module):
+    def forward(self, x):
+        raise SystemExit(0)
+
 def breaks(tp): return Breaks(), (torch.randn(4, 8),)
 def raises(tp): return Raises(), (torch.randn(4, 8),)
 def wrong(tp): return 3
 def fails(tp): raise ValueError("not today")
+def exits(tp): sys.exit(0)
+def exits_later(tp): return Exits(), (torch.randn(4, 8),)
 def no_ops(tp): return (lambda x: 3), (torch.randn(2),)
 """
 
@@ -174,6 +181,9 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "nowhere/config.json"], "can't be read (No such file or directory)"),
         (["explain", "some_factories:wrong"], "must return (module, inputs), found int"),
         (["explain", "some_factories:fails"], "ValueError: not today"),
+        (["explain", "some_factories:exits"], "the factory failed: it calls sys.exit(0)"),
+        (["explain", "some_factories:exits_later"], "could not be traced: it calls sys.exit(0)"),
+        (["check", "some_factories:exits", "--lock", "l.lock", "--update"], "the factory failed: it calls sys.exit(0)"),
         (["explain", "some_factories:nonesuch"], "no attribute 'nonesuch'"),
         (["explain", "no_such_module:factory"], "No module named 'no_such_module'"),
         (["explain", "some_factories:wrong", "--layers", "2"], "is a factory"),

@@ -82,22 +82,18 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
     compiled = torch.compile(model, backend=recorder)
     mode = detect_fake_mode(_tensors(inputs))
     marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
-    failure: Exception | None = None
+    failure: Exception | SystemExit | None = None
     with _quiet(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
         try:
             compiled(*inputs, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
             failure = error
     breaks = tuple(
         _first_line(reason) for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
     )
     torch._dynamo.reset()
     if failure is not None or not recorder.graphs:
-        why = (
-            _one_line(str(failure) or type(failure).__name__)
-            if failure
-            else "; ".join(breaks) or "it runs no tensor op"
-        )
+        why = _one_line(_told(failure)) if failure else "; ".join(breaks) or "it runs no tensor op"
         raise WorkloadError(f"the model could not be traced: {why}") from failure
     return Capture(
         graphs=tuple(recorder.graphs),
@@ -140,6 +136,12 @@ def _mark_leading_dimensions(value: torch.Tensor) -> None:
     for dim in range(leading):
         if value.shape[dim] > 1:
             torch._dynamo.maybe_mark_dynamic(value, dim)
+
+
+def _told(failure: Exception | SystemExit) -> str:
+    if isinstance(failure, SystemExit):
+        return f"it calls sys.exit({failure.code!r})"
+    return str(failure) or type(failure).__name__
 
 
 def _first_line(text: str) -> str:

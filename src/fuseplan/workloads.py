@@ -192,8 +192,14 @@ def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
         made = factory(tp)
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except (Exception, SystemExit) as error:
+        # A script without a main guard ends the program when it is imported: with 0, as if all were well.
+        what = (
+            f"it calls sys.exit({error.code!r})"
+            if isinstance(error, SystemExit)
+            else f"{type(error).__name__}: {error}"
+        )
+        why = " ".join(what.split())[:300]
         raise WorkloadError(f"{name}: the factory failed: {why}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise WorkloadError(f"{name}: factory(tp) must return (module, inputs), found {type(made).__name__}")
