@@ -28,11 +28,20 @@ class Raises(torch.nn.Module):
     def forward(self, x):
         raise RuntimeError("no such luck\\non two lines")
 
+class Prints(torch.nn.Module):
+    def forward(self, x):
+        y = x.sin()
+        print("from the model")
+        return y.cos()
+
 class Exits(torch.nn.Module):
     def forward(self, x):
         raise SystemExit(0)
 
 def breaks(tp): return Breaks(), (torch.randn(4, 8),)
+def prints(tp):
+    print("from the factory")
+    return Prints(), (torch.randn(4, 8),)
 def raises(tp): return Raises(), (torch.randn(4, 8),)
 def wrong(tp): return 3
 def fails(tp): raise ValueError("not today")
@@ -154,6 +163,15 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
     assert result.exit_code == 0
     assert "2 graphs" in result.stdout
     assert "graph break" in result.stdout
+
+
+@pytest.mark.parametrize("command", [["explain"], ["check", "--update", "--lock"]])
+def test_what_the_users_code_prints_goes_beside_the_json(command: list[str], factories: Path) -> None:
+    lock = [str(factories / "fusions.lock")] if "--lock" in command else []
+    result = run(*command, *lock, "some_factories:prints", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["schema"] == 1
+    assert result.stderr.splitlines() == ["from the factory", "from the model"]
 
 
 @pytest.mark.parametrize(
