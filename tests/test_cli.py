@@ -1,7 +1,9 @@
 """The command line as a user meets it: what it prints, and one clear line for each request that can't be served."""
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fuseplan import compatibility, workloads
+from fuseplan import cli, compatibility, workloads
 from fuseplan.cli import app
 from fuseplan.errors import WorkloadError
 from fuseplan.rules import BUILT_IN_RULES
@@ -38,6 +40,12 @@ class Exits(torch.nn.Module):
     def forward(self, x):
         raise SystemExit(0)
 
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        y = torch.nn.functional.rms_norm(x, (8,), eps=1e-6)
+        return torch.nn.functional.pad(y * 2, (0, 8))  # größe → klein
+
+def odd(tp): return Odd(), (torch.randn(4, 8),)
 def breaks(tp): return Breaks(), (torch.randn(4, 8),)
 def prints(tp):
     print("from the factory")
@@ -66,7 +74,7 @@ def tiny() -> dict[str, Any]:
 
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "some_factories.py").write_text(FACTORIES)
+    (tmp_path / "some_factories.py").write_text(FACTORIES, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
@@ -163,6 +171,38 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
     assert result.exit_code == 0
     assert "2 graphs" in result.stdout
     assert "graph break" in result.stdout
+
+
+def test_the_spinner_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("x[/b]/config.json", ":smile:/config.json"):
+        result = run("explain", name)
+        assert result.exit_code == 2
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert f"building {name}" in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_lacks_is_escaped(encoding: str, factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(*arguments: str) -> tuple[object, str, str]:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        monkeypatch.setattr(sys, "argv", ["fuseplan", *arguments])
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        for stream in streams:
+            stream.flush()
+        out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
+        return caught.value.code, out, err
+
+    code, out, _ = main("explain", "some_factories:odd", "--policy", "planned", "--range", "1:8")
+    assert code == 0
+    assert "(0, 8)) # größe → klein".encode(encoding, "backslashreplace").decode(encoding) in " ".join(out.split())
+    code, _, err = main("explain", "wörk→load")
+    assert code == 2
+    assert "wörk→load".encode(encoding, "backslashreplace").decode(encoding) in err
 
 
 @pytest.mark.parametrize("command", [["explain"], ["check", "--update", "--lock"]])

@@ -44,11 +44,11 @@ def indented(content: str | Text, columns: int = INDENT) -> Padding:
 
 
 def entry(label: str, content: str | Text, style: str = "bold yellow") -> Table:
-    """A paragraph with its title beside it."""
+    """A paragraph with its title beside it; a string is shown as it is, without markup."""
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=INDENT - 1, no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(Text(label, style=style), content)
+    table.add_row(Text(label, style=style), content if isinstance(content, Text) else Text(content))
     return table
 
 
