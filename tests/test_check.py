@@ -194,6 +194,7 @@ def test_options_that_contradict_the_lock_are_one_line(arguments: list[str], say
         (["--force", "act_pading"], "did you mean 'act_padding'"),
         (["--range", "9:1"], "empty"),
         (["--tp", "0"], "at least 1"),
+        (["--tp", "2147483648"], "tp=2147483648: allowed are at most 65536 ranks"),
         (["--force", "act_padding", "--policy", "off"], "force needs policy planned"),
         (["--layers", "2"], "is a factory"),
     ],

@@ -224,6 +224,7 @@ def test_what_the_users_code_prints_goes_beside_the_json(command: list[str], fac
         ),
         (["explain", "llama-3.1-8b-tiny", "--tp", "3"], "use one of 1, 2, 4, 8"),
         (["explain", "gpt-oss-120b", "--tp", "0"], "at least 1"),
+        (["explain", "gpt-oss-120b", "--tp", "2147483648"], "tp=2147483648: give a number of ranks of at most 65536"),
         (["explain", "gpt-oss-120b", "--layers", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--device", "h20"], "did you mean 'h200'"),
         (

@@ -20,6 +20,7 @@ from fuseplan import models
 from fuseplan.config import CompileRange, unknown
 from fuseplan.errors import WorkloadError
 from fuseplan.integrations import transformers as huggingface
+from fuseplan.record.report import MOST_RANKS
 
 DEFAULT_RANGES = (
     CompileRange(start=1, end=64),
@@ -91,7 +92,7 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
     Args:
         name: a built-in name, the path of a Hugging Face `config.json`, or `package.module:factory`, where
             `factory(tp) -> (module, inputs)`. Naming a factory imports and runs the code it lives in.
-        tp: ranks of tensor parallelism; collectives are traced, never run.
+        tp: ranks of tensor parallelism, up to `MOST_RANKS`; collectives are traced, never run.
         layers: another number of layers than the model's own; not for factories.
 
     Raises:
@@ -99,6 +100,8 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
     """
     if tp < 1:
         raise WorkloadError(f"tp={tp}: give a number of ranks of at least 1")
+    if tp > MOST_RANKS:
+        raise WorkloadError(f"tp={tp}: give a number of ranks of at most {MOST_RANKS}")
     if layers is not None and layers < 1:
         raise WorkloadError(f"layers={layers}: give a number of layers of at least 1")
     start = time.perf_counter_ns()

@@ -126,6 +126,7 @@ def content() -> dict[str, Any]:
         (("schema",), True, "schema: expected int"),
         (("settings", "tp"), "two", r"settings\.tp: expected int, found 'two'"),
         (("settings", "tp"), 0, "tp=0: allowed are integers of at least 1"),
+        (("settings", "tp"), 2**31, "tp=2147483648: allowed are at most 65536 ranks"),
         (("settings", "surprise"), 1, r"settings\.surprise: expected one of the fields"),
         (("settings", "costs"), "measured", "costs are 'measured', and a lock pins modelled ones"),
         (("settings", "ranges"), ["1:64", "9:512"], "overlap or don't ascend"),

@@ -29,7 +29,9 @@ def check(
     workload: Workload,
     lock: Annotated[Path, typer.Option(metavar="FILE", help="The lock file, made to be committed.")],
     update: Annotated[bool, typer.Option("--update", help="Write the lock, and say what changed.")] = False,
-    tp: Annotated[int | None, typer.Option(help="Ranks of tensor parallelism. Default: the lock's, or 1.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="Ranks of tensor parallelism, up to 65536. Default: the lock's, or 1.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help=f"A device profile. Default: the lock's, or {DEFAULT_DEVICE}.")
     ] = None,

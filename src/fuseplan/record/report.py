@@ -250,6 +250,9 @@ class Report:
                     yield graph, refusal
 
 
+MOST_RANKS = 65_536
+"""Of tensor parallelism: more than any system has; torch's process groups end where a C int does."""
+
 UNFUSED = "unfused"
 """The winner where leaving a site to Inductor is cheaper."""
 
@@ -276,7 +279,7 @@ class Comparison:
 
     Attributes:
         workload: as the user named it.
-        tp: ranks of tensor parallelism.
+        tp: ranks of tensor parallelism, up to `MOST_RANKS`.
         device: the device profile whose providers were taken as present.
         ranges: the compile ranges.
         reports: one for each policy.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from fuseplan.errors import LockError
 from fuseplan.record import Fusion, Report, files, from_json, to_json
+from fuseplan.record.report import MOST_RANKS
 from fuseplan.report.places import fold, module_of, unfold
 
 SCHEMA = 1
@@ -71,7 +72,7 @@ class LockSettings:
         device: the profile whose providers are taken as present and whose costs are modelled.
         policy: as on the command line.
         ranges: compile ranges, ascending, e.g. `1:64`; empty: one graph serves every size.
-        tp: ranks of tensor parallelism; None where the caller made the model.
+        tp: ranks of tensor parallelism, up to `MOST_RANKS`; None where the caller made the model.
         layers: another number of layers than the model's own.
         costs: where prices come from; nothing but the model is the same on every machine.
         providers: who may run fused ops; empty: all.
@@ -103,6 +104,8 @@ class LockSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: allowed are integers of at least 1")
+        if self.tp is not None and self.tp > MOST_RANKS:
+            raise ValueError(f"tp={self.tp}: allowed are at most {MOST_RANKS} ranks")
         last = 0
         for text in self.ranges:
             span = parse_span(text)
