@@ -62,7 +62,7 @@ def compare(
         device=device.name,
         ranges=tuple((each.start, each.end) for each in config.compile_ranges),
         reports=tuple(reports),
-        breaks=traced.breaks,
+        breaks=tuple(map(str, traced.breaks)),
         trace_ns=build_ns + traced.time_ns,
         notes=tuple(_notes(reports, providers, device)),
         unconstrained=explanation.unconstrained() if is_constrained else None,

@@ -98,7 +98,7 @@ class Explanation:
             decision = entry.manager.decide(timed, policy, entry.name)
             graphs.append(entry.manager.report(entry.name, timed, decision))
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
-        return report_of(policy, self.config, rules, graphs)
+        return replace(report_of(policy, self.config, rules, graphs), breaks=self.traced.breaks)
 
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.

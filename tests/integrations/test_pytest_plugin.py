@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fuseplan
 from fuseplan.config import PassConfig
@@ -321,6 +322,22 @@ def test_warnings_of_a_report_are_the_tests_own() -> None:
     with pytest.warns(fuseplan.FuseplanWarning, match="selects no match in this graph") as caught:
         assert_fusions(model, inputs, {"act_padding": LAYERS}, config=config)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+class Breaks(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.rms_norm(x, (64,), eps=1e-6)
+        if y.sum() > 0:
+            y = y * 1
+        return torch.nn.functional.pad(y, (0, 64))
+
+
+def test_graph_breaks_are_named_with_their_line() -> None:
+    with pytest.raises(AssertionError) as caught:
+        assert_fusions(Breaks(), (torch.ones(4, 64, dtype=torch.bfloat16),), {"act_padding": 1})
+    lines = str(caught.value).splitlines()
+    assert lines[-1].startswith("break   a branch on the value of a tensor (test_pytest_plugin.py:")
+    assert lines[-1].endswith(": if y.sum() > 0:)")
 
 
 def test_the_function_works_without_the_fixture() -> None:

@@ -1,12 +1,13 @@
 """What is said of a lock that doesn't hold: what, where and why."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report
+from fuseplan.record import Fusion, GraphBreak, GraphReport, Loss, Nearness, Reason, Refusal, Report
 from fuseplan.report.absence import Absence, AbsenceKind
 from fuseplan.report.drift import Drift, DriftKind, drifts
 from fuseplan.report.expectation import unmet
@@ -132,6 +133,45 @@ def test_of_several_near_misses_the_nearest_is_told() -> None:
 
 
 GUESS = refusal("allreduce_rms_padding", PLACE, "others have it", nearness=Nearness.MISSING, reason=Reason.DEAD)
+BREAK = GraphBreak(reason="Call to print()", line="model.py:9", code="print(x)")
+BROKEN = (
+    "the graph has nothing there any more that it could match: the model is traced in 2 graphs, broken at model.py:9"
+)
+
+
+@pytest.mark.parametrize(
+    ("there", "kind"),
+    [
+        ([], AbsenceKind.BROKEN),
+        ([GUESS], AbsenceKind.BROKEN),
+        (
+            [refusal("allreduce_rms_padding", PLACE, nearness=Nearness.ABSENT, found="an input of the graph")],
+            AbsenceKind.BROKEN,
+        ),
+        ([refusal("allreduce_rms_padding", PLACE, nearness=Nearness.ABSENT, found="mm")], AbsenceKind.NEAR_MISS),
+        ([refusal("allreduce_rms_padding", PLACE)], AbsenceKind.NEAR_MISS),
+    ],
+)
+def test_a_broken_graph_explains_what_nothing_else_does(there: list[Refusal], kind: AbsenceKind) -> None:
+    now = report(graph(refusals=there), replace(graph(), graph="graph_1"), breaks=(BREAK,))
+    cause = only(lock_of(fusion("allreduce_rms_padding", PLACE)), now).cause
+    assert cause is not None
+    assert cause.kind is kind
+    if kind is AbsenceKind.BROKEN:
+        assert (cause.detail, cause.line, cause.code) == (BROKEN, BREAK.line, BREAK.code)
+
+
+def test_breaks_are_named_where_counts_are_not_met() -> None:
+    now = report(graph(), replace(graph(), graph="graph_1"), breaks=(BREAK,))
+    assert plain(unmet(now, {"act_padding": 1})).splitlines() == [
+        "wrong   act_padding: expected 1, found 0",
+        "why     the graph has nothing that it could match: the model is traced in 2 graphs, broken at model.py:9",
+        "",
+        "break   Call to print() (model.py:9: print(x))",
+    ]
+    assert unmet(now, {"act_padding": 0}) == []
+
+
 DECLINED = refusal("allreduce_rms_padding", PLACE, "declined", nearness=Nearness.DECLINED, provider="triton")
 
 
@@ -315,8 +355,9 @@ def test_every_width_shows_all_of_it(width: int) -> None:
     assert "f.lock doesn't hold: 5 lost, 1 moved (w, planned for h200)" in text
     assert "layers.0-4.norm" in text
     assert "near miss: clone stands between" in text
-    assert "graph break: a [break]" in text
+    assert "break a [break]" in text
     assert text.endswith("pin it")
+    assert "break   a [break]" in verdict().text.splitlines()
 
 
 def test_verdicts_as_json() -> None:

@@ -184,7 +184,7 @@ def fusion_lock(request: pytest.FixtureRequest) -> FusionLockFixture:
             return report
         verdict = Verdict(
             path=shown, lock=lock, found=FusionLock.of(settings, report), drifts=drifts(lock, report),
-            mend=MEANT,
+            breaks=tuple(map(str, report.breaks)), mend=MEANT,
         )  # fmt: skip
         if not verdict.passed:
             raise AssertionError(verdict.text)

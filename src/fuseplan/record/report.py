@@ -9,6 +9,7 @@ from functools import cached_property
 
 from fuseplan.errors import PlanError
 from fuseplan.record.evidence import Evidence
+from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
 from fuseplan.record.refusal import Refusal
@@ -163,6 +164,7 @@ class Report:
         warnings: what was on but can have no effect, and other things a user should see once.
         force: selectors of what had to be applied.
         forbid: selectors of what must not be.
+        breaks: graph breaks met while tracing, of `explain`; a compilation doesn't see them.
     """
 
     policy: str
@@ -172,6 +174,7 @@ class Report:
     warnings: tuple[Refusal, ...] = ()
     force: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
+    breaks: tuple[GraphBreak, ...] = ()
 
     @property
     def fused(self) -> dict[str, int]:

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from fuseplan.record import Loss, NearMiss, Nearness, Reason, Refusal, Report
+from fuseplan.record import GraphBreak, Loss, NearMiss, Nearness, Reason, Refusal, Report
 from fuseplan.record.near_miss import cause_of, near_misses_of
 from fuseplan.report.lock import Kernel, Span
 from fuseplan.report.places import module_of, places
-from fuseplan.report.text import enumerate_names, policy_name
+from fuseplan.report.text import count_of, enumerate_names, policy_name
+
+MOST_BREAKS = 3
+"""Graph breaks that one cause names."""
+
+GRAPH_ENDS = ("an input of the graph", "the graph's output")
+"""What is found in the place of an op where a graph starts or ends."""
 
 
 class AbsenceKind(StrEnum):
@@ -32,6 +38,8 @@ class AbsenceKind(StrEnum):
     """The rule matches there as another op."""
     RENAMED = "renamed"
     """It is applied, at a place that has another name."""
+    BROKEN = "graph break"
+    """The model is traced in several graphs, and what would be fused is not in one of them."""
     GONE = "gone"
     """Nothing of it is left."""
 
@@ -69,6 +77,7 @@ class Finding(NamedTuple):
     detail: str = ""
     now: str | None = None
     """The new name of the place, where it has one."""
+    at: GraphBreak | None = None
 
 
 class Witness:
@@ -154,16 +163,20 @@ class Witness:
         """
         here, rule = self._refusals[span, place], kernel.rule
         tiers: list[Callable[[], Iterable[Refusal]]] = [
-            lambda: [each for each in here if each.rule == rule and each.nearness is Nearness.ABSENT],
+            lambda: [each for each in here if each.rule == rule and self._is_absent(each)],
             lambda: [each for each in here if place and each.rule != rule and _is_obstacle(each)],
             lambda: [each for each in self._in_layer(span, place) if each.rule == rule and _is_obstacle(each)],
-            lambda: [each for each in here if place and each.nearness is Nearness.MISSING],
+            lambda: [each for each in here if place and each.nearness is Nearness.MISSING and not self.report.breaks],
         ]
         for tier in tiers:
             found = [each for each in tier() if _concerns(each, kernel)]
             if found:
                 return _near(found)
         return []
+
+    def _is_absent(self, refusal: Refusal) -> bool:
+        """Whether the rest of a pattern isn't there; where a graph breaks it may be, in another graph."""
+        return refusal.nearness is Nearness.ABSENT and not (self.report.breaks and refusal.found in GRAPH_ENDS)
 
     def _in_layer(self, span: Span, place: str | None) -> Iterator[Refusal]:
         layer = layer_of(place)
@@ -177,7 +190,20 @@ class Witness:
             return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
         if kernel.rule not in self.report.rules:
             return Finding(AbsenceKind.OFF, None, f"{kernel.rule} isn't among the rules that are on")
-        return Finding(AbsenceKind.GONE, None, "the graph has nothing there any more that it could match")
+        nothing = "the graph has nothing there any more that it could match"
+        if self.report.breaks:
+            return Finding(AbsenceKind.BROKEN, None, f"{nothing}: {self.broken}", at=self.report.breaks[0])
+        return Finding(AbsenceKind.GONE, None, nothing)
+
+    @property
+    def broken(self) -> str:
+        """How many graphs the model is traced in, and where it breaks; empty where it doesn't."""
+        if not self.report.breaks:
+            return ""
+        lines = list(dict.fromkeys(each.line or each.reason for each in self.report.breaks))
+        more = f" and {len(lines) - MOST_BREAKS} more lines" if len(lines) > MOST_BREAKS else ""
+        graphs = count_of(len({graph.graph for graph in self.report.graphs}), "graph")
+        return f"the model is traced in {graphs}, broken at {', '.join(lines[:MOST_BREAKS])}{more}"
 
     def _changed(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
         """What the rule matches as at the place, if that is something else than it was. What other kernels lost to is
@@ -228,7 +254,10 @@ def _absence(findings: Sequence[Finding]) -> Absence:
     if names:
         what = "the same fusion is" if len(names) == 1 else "the same fusions are"
         detail = f"{what} there, now called {places(names)}"
-    return _of_contest(kind, losses) if losses else Absence(kind=kind, detail=detail)
+    if losses:
+        return _of_contest(kind, losses)
+    at = findings[0].at
+    return Absence(kind=kind, detail=detail, line=at.line if at else None, code=at.code if at else None)
 
 
 def _near(refusals: Iterable[Refusal]) -> list[Finding]:

@@ -7,7 +7,7 @@ from fuseplan.record import Nearness, Report
 from fuseplan.report.absence import Absence, AbsenceKind, Witness, absences
 from fuseplan.report.drift import wheres
 from fuseplan.report.lock import Span
-from fuseplan.report.paragraphs import Line, cause_lines, where_text
+from fuseplan.report.paragraphs import Line, break_paragraphs, cause_lines, where_text
 
 MOST_CAUSES = 5
 """Causes that are told of one rule, the likeliest first."""
@@ -21,12 +21,13 @@ def unmet(report: Report, expected: Mapping[str, int]) -> list[list[Line]]:
         expected: fusions by rule, over all graphs and ranges.
     """
     fused = report.fused
-    return [
+    paragraphs = [
         paragraph
         for rule, count in sorted(expected.items())
         if fused.get(rule, 0) != count
         for paragraph in _about(report, rule, count)
     ]
+    return paragraphs + break_paragraphs(map(str, report.breaks)) if paragraphs else []
 
 
 def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
@@ -56,7 +57,7 @@ def _nothing(witness: Witness, rule: str) -> str:
         return policy.detail
     if rule not in witness.report.rules:
         return "it isn't among the rules that are on"
-    return "the graph has nothing that it could match"
+    return ": ".join(filter(None, ("the graph has nothing that it could match", witness.broken)))
 
 
 def _missing(witness: Witness, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:

@@ -17,7 +17,7 @@ MOST_LINES = 6
 
 STYLES = {
     "lost": "bold red", "wrong": "bold red", "moved": "bold yellow", "missed": "bold yellow", "gained": "bold green",
-    "mend": "dim", "": "dim",
+    "mend": "dim", "break": "dim", "": "dim",
 }  # fmt: skip
 
 
@@ -57,6 +57,12 @@ def cause_lines(cause: Absence) -> list[Line]:
     if cause.mend is not None:
         lines.append(Line("mend", cause.mend))
     return lines
+
+
+def break_paragraphs(breaks: Iterable[str]) -> list[list[Line]]:
+    """One paragraph of all graph breaks, none where there are none."""
+    lines = [Line("break", text) for text in breaks]
+    return [lines] if lines else []
 
 
 def where_text(where: Sequence[Where], ranges: int) -> str:
