@@ -60,7 +60,12 @@ class TestClass:
         fusion_lock(*model, name="two", device="mi355x")
 """
 TESTS = 5
-LOCKS = {"one.lock", "test_lock-ordered_act_padding_-37b4cfc1.lock", "test_lock-planned.lock", "two.lock"}
+LOCKS = {
+    "TestClass.test_lock+one.lock",
+    "TestClass.test_lock+two.lock",
+    "test_lock-ordered_act_padding_-37b4cfc1.lock",
+    "test_lock-planned.lock",
+}
 
 
 class Run:
@@ -177,11 +182,11 @@ def test_a_regression_fails_with_rule_place_and_line(run: Run, planned: Path) ->
 
 def test_broken_locks_and_other_settings_are_told_and_can_be_written_anew(run: Run, planned: Path) -> None:
     planned.write_text(PLANNED_LOCK.replace("h200", "h100"))
-    (run.locks / "one.lock").write_text("<<<<<<<")
+    (run.locks / "TestClass.test_lock+one.lock").write_text("<<<<<<<")
     broken = run("-k", "planned or TestClass")
     broken.assert_outcomes(failed=2)
     broken.stdout.fnmatch_lines([f"*planned.lock pins device=h100, and the test says device=h200; where that*{UPDATE}"])
-    broken.stdout.fnmatch_lines(["*LockError: lock file '*one.lock' isn't JSON*"])
+    broken.stdout.fnmatch_lines(["*LockError: lock file '*+one.lock' isn't JSON*"])
     run(UPDATE, "-k", "planned or TestClass").assert_outcomes(passed=2)
     assert planned.read_text() == PLANNED_LOCK
 
@@ -224,7 +229,7 @@ def test_training(assert_fusions):
         ]
     )
     names = sorted(path.name for path in run.locks.iterdir())
-    assert [name.split("-")[0] for name in names] == ["_.._outside", "test_twice.lock"]
+    assert [name.split("-")[0] for name in names] == ["test_folder+.._.._outside", "test_twice.lock"]
 
 
 @pytest.mark.parametrize(
@@ -275,8 +280,8 @@ def test_importing_the_plugin_costs_nothing() -> None:
         ("t/test_a.py::test_x", None, "test_x"),
         ("t/test_a.py::TestA::test_x", None, "TestA.test_x"),
         ("t/test_a.py::test_x[8-bf16]", None, "test_x-8-bf16"),
-        ("t/test_a.py::test_x[8-bf16]", "decode", "decode-8-bf16"),
-        ("t/test_a.py::test_x", "decode", "decode"),
+        ("t/test_a.py::test_x[8-bf16]", "decode", "test_x-8-bf16+decode"),
+        ("t/test_a.py::test_x", "decode", "test_x+decode"),
     ],
 )
 def test_locks_lie_beside_the_test(nodeid: str, name: str | None, expected: str) -> None:
@@ -288,6 +293,19 @@ def test_every_test_has_a_lock_of_its_own_in_the_folder() -> None:
     parameters = ["a/b", "a_b", "a b", "../b", "x" * 300, "x" * 301, ".", "", "[", "a::b", "ä"]
     paths = [lock_path(Path("t/test_a.py"), f"t/test_a.py::test_x[{each}]") for each in parameters]
     paths += [lock_path(Path("t/test_a.py"), "t/test_a.py::test_x", each) for each in ("/etc/x", "..", ".hidden")]
+    named = {
+        ("a", "b+c"),
+        ("a+b", "c"),
+        ("a", "b"),
+        ("a+b", None),
+        ("a-b", None),
+        ("a_b", "c"),
+        ("a", "b_c"),
+        ("b", "b"),
+    }
+    paths += [lock_path(Path("t/test_a.py"), f"t/test_a.py::test_x[{own}]", name) for own, name in named]
+    paths.append(lock_path(Path("t/test_a.py"), "t/test_a.py::test_y", "decode"))
+    paths.append(lock_path(Path("t/test_a.py"), "t/test_a.py::test_z", "decode"))
     assert len(set(paths)) == len(paths)
     for path in paths:
         assert path.parent == Path("t/fusion_locks/test_a")

@@ -124,7 +124,7 @@ class FusionLockFixture(Protocol):
     ) -> "Report":
         """Fails where the fusions of a model differ from those of the test's lock file.
 
-        The file lies beside the test's: `fusion_locks/<test file>/<test>.lock`.
+        The file lies beside the test's: `fusion_locks/<test file>/<test>.lock`, or `<test>+<name>.lock`.
 
         Args:
             model: a module or function.
@@ -133,7 +133,7 @@ class FusionLockFixture(Protocol):
             device: a profile, or its name.
             rules: fusions beside the built-in ones.
             providers: who can run them, beside the built-in ones.
-            name: takes the place of the test's name in the file's; needed where a test calls it twice.
+            name: follows the test's in the name of the file; needed where a test calls it twice.
 
         Returns:
             The report.
@@ -162,11 +162,13 @@ def fusion_lock(request: pytest.FixtureRequest) -> FusionLockFixture:
     ) -> "Report":
         __tracebackhide__ = True
         from fuseplan.config import PassConfig
-        from fuseplan.errors import LockError
+        from fuseplan.errors import ConfigError, LockError
         from fuseplan.integrations.locks import settings_of
         from fuseplan.report import FusionLock, Verdict
         from fuseplan.report.drift import drifts
 
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"name={name!r}: give a text")
         path = lock_path(request.node.path, request.node.nodeid, name)
         if path in used:
             raise LockError(
@@ -199,14 +201,20 @@ def lock_path(test_file: Path, nodeid: str, name: str | None = None) -> Path:
     Args:
         test_file: the file with the test.
         nodeid: pytest's id of the test.
-        name: what stands in for the test's name; parameters follow it all the same.
+        name: of one of several locks of the test; what stands before it is the test's, so that no other has it.
     """
     test, bracket, parameters = nodeid.partition("::")[2].partition("[")
-    full = f"{name or test.replace('::', '.')}{'-' if bracket else ''}{parameters.removesuffix(']')}"
-    plain = re.sub(r"[^\w.\-]", "_", full, flags=re.ASCII).lstrip(".")
+    own = f"{test.replace('::', '.')}{'-' if bracket else ''}{parameters.removesuffix(']')}"
+    # No name of a test or of parameters keeps a plus, and so none is taken for one with a name behind it.
+    full, plain = ("+".join(map(change, (own, *([name] if name else [])))) for change in (str, _plain))
+    plain = plain.lstrip(".")
     if plain != full or len(plain) > LONGEST_NAME:
         plain = f"{plain[:LONGEST_NAME]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
     return test_file.parent / FOLDER / test_file.stem / f"{plain}.lock"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.\-]", "_", text, flags=re.ASCII)
 
 
 def _write(path: Path, lock: "FusionLock") -> bool:
