@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,7 +187,14 @@ def test_broken_locks_and_other_settings_are_told_and_can_be_written_anew(run: R
     broken = run("-k", "planned or TestClass")
     broken.assert_outcomes(failed=2)
     broken.stdout.fnmatch_lines([f"*planned.lock pins device=h100, and the test says device=h200; where that*{UPDATE}"])
-    broken.stdout.fnmatch_lines(["*LockError: lock file '*+one.lock' isn't JSON*"])
+    advice = f"mend it, or write it anew with pytest {UPDATE}"
+    broken.stdout.fnmatch_lines([f"*LockError: lock file '*+one.lock' isn't JSON*; {advice}"])
+    assert "src/fuseplan" not in broken.stdout.str()
+    for other, says in (("", "isn't JSON"), ('{"schema": 9}', "has schema 9; this version reads 1")):
+        planned.write_text(other)
+        told = run("-k", "planned")
+        told.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock' {says}*; {advice}"])
+        assert "src/fuseplan" not in told.stdout.str()
     run(UPDATE, "-k", "planned or TestClass").assert_outcomes(passed=2)
     assert planned.read_text() == PLANNED_LOCK
 
@@ -212,17 +220,25 @@ def test_device(fusion_lock):
 def test_plan(fusion_lock):
     fusion_lock(torch.relu, (X,), config=PassConfig(plan="plan.json"))
 
+def test_profile(fusion_lock):
+    fusion_lock(torch.relu, (X,), device=torch.device("cpu"))
+
+def test_name(fusion_lock):
+    fusion_lock(torch.relu, (X,), name=3)
+
 def test_training(assert_fusions):
     layer = torch.nn.Linear(2, 2)
     assert_fusions(layer, (X,), {"act_padding": 1})
 """
     )
     result = run(UPDATE)
-    result.assert_outcomes(failed=4, passed=1)
+    result.assert_outcomes(failed=6, passed=1)
     result.stdout.fnmatch_lines_random(
         [
             "*LockError: fusion_lock has compared test_twice.lock in this test already; give each call a name of*",
             "*ConfigError: unknown device 'h20'; did you mean 'h200'*",
+            "*ConfigError: device=device(type='cpu'): give a profile or the name of one: b200, cpu, *",
+            "*ConfigError: name=3: give a text",
             "*ConfigError: plan='plan.json': a lock pins what is planned, not a file of plans; leave it out",
             "*wrong   act_padding: expected 1, found 0",
             "*why     the graph has nothing that it could match",
@@ -319,13 +335,20 @@ def test_every_test_has_a_lock_of_its_own_in_the_folder() -> None:
         (((),), {"allreduce_rm": 1}, "unknown rule 'allreduce_rm'; did you mean 'allreduce_rms'"),
         (((),), {"act_padding": -1}, "expected 'act_padding': -1; give a number"),
         (((),), {"act_padding": True}, "expected 'act_padding': True; give a number"),
+        (((),), None, "expected is a NoneType; give a mapping of rules to counts, e.g"),
+        (((),), ["act_padding"], "expected is a list; give a mapping of rules to counts, e.g"),
         (((),), {}, "nothing is expected; name rules with their counts, or set exact=True"),
         ("x", {"act_padding": 1}, r"inputs are a str; give a tuple or list of arguments, e\.g\. \(x,\), or a mapping"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(inputs: tuple[object, ...], expected: dict[str, int], says: str) -> None:
+def test_what_cannot_be_asked_is_one_line(inputs: tuple[object, ...], expected: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         assert_fusions(print, inputs, expected)
+
+
+def test_what_is_no_model_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="the model is of type int; give a module or a function"):
+        assert_fusions(3, (), {"act_padding": 1})  # type: ignore[arg-type]
 
 
 def test_the_switch_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +363,29 @@ def test_warnings_of_a_report_are_the_tests_own() -> None:
     with pytest.warns(fuseplan.FuseplanWarning, match="selects no match in this graph") as caught:
         assert_fusions(model, inputs, {"act_padding": LAYERS}, config=config)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+class Named(torch.nn.Module):
+    """Its arguments have the names of those of `explain`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(64, eps=1e-6)
+
+    def forward(self, model: torch.Tensor, config: int, device: int, rules: int, providers: int) -> torch.Tensor:
+        return torch.nn.functional.pad(self.norm(model), (0, config + device + rules + providers))
+
+
+def test_inputs_can_have_any_name() -> None:
+    x = torch.ones(4, 64, dtype=torch.bfloat16)
+    inputs = {"model": x, "config": 16, "device": 16, "rules": 16, "providers": 16}
+    assert_fusions(Named().bfloat16(), inputs, {"act_padding": 1})
+
+
+def test_what_is_more_than_there_is_matches_nowhere_else() -> None:
+    model, inputs = regressing_model.build(1)
+    with pytest.raises(AssertionError, match=r"there   4 places: .*\nwhy     the graph has nothing else that it"):
+        assert_fusions(model, inputs, {"act_padding": LAYERS + 1})
 
 
 class Breaks(torch.nn.Module):

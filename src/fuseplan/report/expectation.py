@@ -42,7 +42,7 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
     witness = Witness(report)
     told = _missing(witness, rule)
     if not told:
-        lines.append(Line("why", _nothing(witness, rule)))
+        lines.append(Line("why", _nothing(witness, rule, "nothing else" if found else "nothing")))
     yield lines
     for cause, places in told[:MOST_CAUSES]:
         yield [Line("missed", where_text(wheres(places), ranges)), *cause_lines(cause)]
@@ -50,14 +50,14 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
         yield [Line("", f"and {len(told) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
 
 
-def _nothing(witness: Witness, rule: str) -> str:
-    """What is to be said of a rule where the report names nothing in its way."""
+def _nothing(witness: Witness, rule: str, nothing: str) -> str:
+    """What is to be said of a rule where the report names nothing in its way, and has `nothing` (else) of it."""
     policy = witness.policy_off(rule)
     if policy is not None:
         return policy.detail
     if rule not in witness.report.rules:
         return "it isn't among the rules that are on"
-    return ": ".join(filter(None, ("the graph has nothing that it could match", witness.broken)))
+    return ": ".join(filter(None, (f"the graph has {nothing} that it could match", witness.broken)))
 
 
 def _missing(witness: Witness, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:
