@@ -96,6 +96,27 @@ def test_ranges_are_named_where_they_differ_and_a_cause_is_told_once() -> None:
     ]
 
 
+def test_one_cause_of_two_rules_is_one_paragraph() -> None:
+    before = lock_of(OTHER, *applied("allreduce_rms_padding", norms((1, 2))), fusion("act_padding", "layers.3.norm"))
+    refusals = [refusal("allreduce_rms", PLACE), refusal("allreduce_rms_padding", "layers.1.norm")]
+    refusals += [refusal("allreduce_rms_padding", "layers.2.norm", "another"), refusal("act_padding", "layers.3.norm")]
+    told = plain(drift_paragraphs(drifts(before, report(graph(refusals=refusals))), 1)).split("\n\n")
+    why = ["why     near miss: clone stands between", "        model.py:7: x = x.clone()", "mend    drop the copy"]
+    assert [paragraph.splitlines() for paragraph in told] == [
+        [
+            "lost    act_padding by triton, 1 place: layers.3.norm",
+            "lost    allreduce_rms by triton, 1 place: layers.7.norm",
+            "lost    allreduce_rms_padding by triton, 1 place: layers.1.norm",
+            *why,
+        ],
+        [
+            "lost    allreduce_rms_padding by triton, 1 place: layers.2.norm",
+            "why     near miss: another",
+            *why[1:],
+        ],
+    ]
+
+
 def test_places_of_one_cause_that_differ_by_range_are_told_apart() -> None:
     lock = FusionLock.of(settings("1:64", "65:512"), report(*(graph(ALL, span=span) for span in SPANS)))
     refusals = [refusal("allreduce_rms_padding", each) for each in norms((7, 8))]

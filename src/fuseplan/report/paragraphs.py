@@ -1,6 +1,5 @@
 """Drift and its causes as labelled lines, one paragraph a cause: in colour on a terminal, plain in a failed test."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,17 +34,18 @@ class Line:
 
 
 def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:
-    """One paragraph a cause: what changed, where, and why.
+    """One paragraph a cause: what changed, where, and why. Two rules that fail at the same thing have one cause.
 
     Args:
-        drifts: as `drifts` yields them, those of one cause next to each other.
+        drifts: as `drifts` yields them.
         ranges: how many compile ranges there are.
     """
-    paragraphs = []
-    for cause, members in itertools.groupby(drifts, key=lambda each: each.cause):
-        lines = [Line(each.change.value, f"{_title(each)}, {where_text(each.where, ranges)}") for each in members]
-        paragraphs.append(lines + (cause_lines(cause) if cause is not None else []))
-    return paragraphs
+    told: dict[tuple[Line, ...], list[Line]] = {}
+    for each in drifts:
+        why = tuple(cause_lines(each.cause)) if each.cause is not None else ()
+        line = Line(each.change.value, f"{_title(each)}, {where_text(each.where, ranges)}")
+        told.setdefault(why, []).append(line)
+    return [[*lines, *why] for why, lines in told.items()]
 
 
 def cause_lines(cause: Absence) -> list[Line]:
