@@ -173,7 +173,7 @@ class FusionLock:
 
     @cached_property
     def placed(self) -> Mapping[Span, Placed]:
-        """What is applied where, by range.
+        """What is applied where, by range, in their order.
 
         Raises:
             ValueError: a range is there twice, or a line can't be read.
@@ -188,7 +188,7 @@ class FusionLock:
                 if span in result:
                     raise ValueError(f"fusions of range {span_text(span)} are there twice")
                 result[span] = counts
-        return result
+        return dict(sorted(result.items(), key=lambda item: item[0] or (0, 0)))
 
     @property
     def fused(self) -> dict[str, int]:
@@ -203,10 +203,13 @@ class FusionLock:
         return dict(sorted(counts.items()))
 
     def text(self) -> str:
-        """The content of the file: sorted, what isn't set left out."""
+        """The content of the file: sorted, ranges by their numbers, what isn't set left out."""
         given = {name: value for name, value in to_json(self.settings).items() if value not in (None, False, [], {})}
-        content = {"schema": self.schema, "settings": given, "fusions": to_json(self.fusions)}
-        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+        # As text 513:8192 comes before 65:512.
+        in_order = sorted(self.fusions.items(), key=lambda item: parse_span(item[0].split(", ")[0]) or (0, 0))
+        fusions = {spans: _sorted(to_json(kernels)) for spans, kernels in in_order}
+        content = {"fusions": fusions, "schema": self.schema, "settings": _sorted(given)}
+        return json.dumps(content, indent=1) + "\n"
 
     def save(self, path: Path) -> None:
         """Writes the file: the whole of it or, where that fails, nothing.
@@ -280,6 +283,11 @@ def placed_in(report: Report, span: Span) -> Placed:
         if graph.range == span
         for fusion in graph.applied
     )
+
+
+def _sorted(value: Any) -> Any:
+    """Objects with their names in order, at every depth."""
+    return {name: _sorted(each) for name, each in sorted(value.items())} if isinstance(value, dict) else value
 
 
 def _folded(placed: Placed) -> dict[str, tuple[str, ...]]:
