@@ -376,6 +376,30 @@ def test_what_is_forced_stands_beside_the_plan_without_it() -> None:
     assert json.loads(run(*EXPLAIN, "--json").stdout)["counterfactual"] is None
 
 
+def test_what_is_forbidden_is_held_against_the_first_order_too() -> None:
+    order = "ordered(allreduce_rms, act_padding)"
+    arguments = (*EXPLAIN, "--policy", "off", "--policy", order, "--forbid", "allreduce_rms@layers.0.post*")
+    data = json.loads(run(*arguments, "--json").stdout)
+    other = data["counterfactual"]
+    assert (other["force"], other["forbid"]) == ([], ["allreduce_rms@layers.0.post*"])
+    assert other["without"]["order"] == ["allreduce_rms", "act_padding"]
+    (change,) = other["changes"]
+    assert (change["before"].split()[0], change["after"].split()[0]) == ("allreduce_rms", "act_padding")
+    screen = " ".join(run(*arguments).stdout.split())
+    assert f"what if forbid allreduce_rms@layers.0.post* under {order} saves" in screen
+
+
+@pytest.mark.parametrize("policy", ["off", "ordered(allreduce_rms)"])
+def test_what_is_forced_needs_a_policy_that_it_concerns(policy: str) -> None:
+    result = run(*EXPLAIN, "--policy", policy, "--force", "act_padding")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"fuseplan: force 'act_padding' concerns policy planned alone, and what is shown is {policy}; "
+        "add planned, or leave it out\n"
+    )
+    assert run(*EXPLAIN, "--policy", policy, "--policy", "planned", "--force", "act_padding").exit_code == 0
+
+
 def test_what_is_forbidden_is_no_conflict_and_not_too_dear() -> None:
     rules = ("act_padding", "allreduce_rms", "allreduce_rms_padding")
     arguments = [argument for rule in rules for argument in ("--forbid", rule)]

@@ -289,7 +289,7 @@ class Comparison:
         breaks: graph breaks met while tracing, one line each.
         trace_ns: time to build and trace the model.
         notes: what a reader of the figures has to know, one line each.
-        unconstrained: the plan without what is forced and forbidden, where something is.
+        unconstrained: the first policy that what is forced and forbidden concerns, without it, where something is.
         evidence: what a reader can look up, where it was asked for.
     """
 
@@ -303,6 +303,15 @@ class Comparison:
     notes: tuple[str, ...] = ()
     unconstrained: Report | None = None
     evidence: Evidence | None = None
+
+    @property
+    def constrained(self) -> Report | None:
+        """The report that `unconstrained` is the other one of."""
+        free = self.unconstrained
+        if free is None:
+            return None
+        asked = (report for report in self.reports if (report.policy, report.order) == (free.policy, free.order))
+        return next(asked, None)
 
     def plans(self) -> SavedPlans:
         """The plans of policy `planned`, for a file.
