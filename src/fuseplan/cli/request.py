@@ -73,6 +73,20 @@ def compared(
         )  # fmt: skip
 
 
+def check_selectors(texts: Sequence[str]) -> None:
+    """Refuses selectors of what is forced or forbidden that select nothing in any graph.
+
+    Raises:
+        ConfigError: one is malformed, or names an unknown rule.
+    """
+    from fuseplan.planner import check_selector
+    from fuseplan.rules import BUILT_IN_RULES, by_name
+
+    known = sorted(by_name(BUILT_IN_RULES))
+    for text in texts:
+        check_selector(text, known)
+
+
 def find_providers(names: Sequence[str] | None) -> Any:
     """The providers of those names, or all.
 

@@ -121,7 +121,7 @@ class LockSettings:
     def changes(self, other: "LockSettings") -> dict[str, tuple[str, str]]:
         """Where another question differs, by name of the setting: its text here and there."""
         return {
-            each.name: (setting_text(mine), setting_text(theirs))
+            each.name: (setting_text(mine, each.name), setting_text(theirs, each.name))
             for each in dataclasses.fields(self)
             if (mine := getattr(self, each.name)) != (theirs := getattr(other, each.name))
         }
@@ -329,10 +329,16 @@ def contradiction(changes: Mapping[str, tuple[str, str]], other: str) -> str:
     return f"pins {pinned}, and {other} says {said}"
 
 
-def setting_text(value: object) -> str:
-    """A setting for a person."""
+def setting_text(value: object, name: str = "") -> str:
+    """A setting for a person.
+
+    Args:
+        value: of the setting.
+        name: of the setting; no providers are all of them.
+    """
+    empty = "all" if name == "providers" else "none"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}={each}" for name, each in sorted(value.items())) or "none"
+        return ", ".join(f"{each}={texts}" for each, texts in sorted(value.items())) or empty
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+        return ", ".join(str(each) or "''" for each in value) or empty
+    return empty if value is None else str(value)
