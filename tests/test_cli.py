@@ -196,7 +196,7 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str, factories: Path, monke
             cli.main()
         for stream in streams:
             stream.flush()
-        out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
+        out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
         return caught.value.code, out, err
 
     code, out, _ = main("explain", "some_factories:odd", "--policy", "planned", "--range", "1:8")

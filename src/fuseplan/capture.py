@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo.output_graph import GraphCompileReason, graph_break_reasons
-from torch._dynamo.utils import counters
+from torch._dynamo.output_graph import GraphCompileReason
+from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config

@@ -292,12 +292,12 @@ def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig
     _name(asked["device"])
     if not callable(model):
         raise ConfigError(f"the model is of type {type(model).__name__}; give a module or a function")
-    by_name = dict(inputs) if isinstance(inputs, Mapping) else {}
     if not isinstance(inputs, (tuple, list, Mapping)):
         kind = type(inputs).__name__
         raise ConfigError(f"inputs are a {kind}; give a tuple or list of arguments, e.g. (x,), or a mapping by name")
+    by_position, by_name = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     with _quiet_traces():
-        return explain_call(model, () if by_name else inputs, by_name, config=config, **asked)
+        return explain_call(model, by_position, by_name, config=config, **asked)
 
 
 def _warn(report: "Report") -> None:
@@ -324,7 +324,7 @@ def _quiet_traces() -> Iterator[None]:
             logger.addHandler(handler)
 
 
-def _counts(expected: Mapping[str, int], further: Sequence[str], exact: bool) -> dict[str, int]:
+def _counts(expected: object, further: Sequence[str], exact: bool) -> dict[str, int]:
     """The expected counts, if they can be.
 
     Raises:

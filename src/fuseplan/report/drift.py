@@ -96,10 +96,10 @@ def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
 
 def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Iterator[_Unit]:
     lost, gained = before - after, after - before
-    for kernel, place, name in _renamed(lost, gained, span, witness):
-        lost[kernel, place] -= 1
-        gained[kernel, name] -= 1
-        yield _Unit(span, place, kernel, kernel, Finding(AbsenceKind.RENAMED, now=name))
+    for kernel, old, new in _renamed(lost, gained, span, witness):
+        lost[kernel, old] -= 1
+        gained[kernel, new] -= 1
+        yield _Unit(span, old, kernel, kernel, Finding(AbsenceKind.RENAMED, now=new))
     lost, gained = +lost, +gained
     for (kernel, place), count in sorted(lost.items(), key=_by_text):
         for finding in witness.about(kernel, span, place, count):
