@@ -52,11 +52,7 @@ def compare(
     config = replace(config or PassConfig(), compile_ranges=tuple(ranges))
     for policy in policies:
         PostGradPassManager(replace(config, policy=policy, force=(), plan=None))
-    if config.force and policies and not any(policy.name == "planned" for policy in policies):
-        forced, shown = " and ".join(map(repr, config.force)), ", ".join(map(str, policies))
-        raise ConfigError(
-            f"force {forced} concerns policy planned alone, and what is shown is {shown}; add planned, or leave it out"
-        )
+    _check_force(config, policies)
     config = replace(config, policy=Policy(name="planned"))
     traced = capture(model, inputs, {}, dynamic=True)
     explanation = Explanation(traced, config, device, providers)
@@ -75,6 +71,14 @@ def compare(
         unconstrained=explanation.unconstrained(subject) if subject else None,
         evidence=explanation.evidence(every) if evidence else None,
     )
+
+
+def _check_force(config: PassConfig, policies: Sequence[Policy]) -> None:
+    if config.force and policies and not any(policy.name == "planned" for policy in policies):
+        forced, shown = " and ".join(map(repr, config.force)), ", ".join(map(str, policies))
+        raise ConfigError(
+            f"force {forced} concerns policy planned alone, and what is shown is {shown}; add planned, or leave it out"
+        )
 
 
 def _concerned(config: PassConfig, policies: Sequence[Policy]) -> Policy | None:

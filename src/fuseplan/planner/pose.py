@@ -123,16 +123,7 @@ def pose(
     priced = pricing.price(components(structure), structure)
     forbidden = frozenset(i for text in forbid for i, c in enumerate(candidates) if selects(text, c))
     groups = [(text, group) for text in force for group in _groups(text, candidates, structure)]
-    for text in force:
-        mine = [group for each, group in groups if each == text and group <= forbidden]
-        if mine:
-            ruled_out = sorted(frozenset().union(*mine))
-            against = [each for each in forbid if any(selects(each, candidates[i]) for i in ruled_out)]
-            raise ContradictionError(
-                [f"force {text!r}", *(f"forbid {each!r}" for each in against)],
-                [candidates[i].source for i in ruled_out],
-                "what is forced there is forbidden",
-            )
+    _check_open(groups, forbidden, forbid, candidates)
     forced = tuple((text, group - forbidden) for text, group in groups)
     open_groups = dict.fromkeys(group for _, group in forced)
     problem = replace(
@@ -149,6 +140,23 @@ def pose(
         canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
         idle=idle, forced=forced,
     )  # fmt: skip
+
+
+def _check_open(
+    groups: Groups, forbidden: frozenset[int], forbid: Sequence[str], candidates: Sequence[Candidate]
+) -> None:
+    """Refuses what is forced and leaves nothing open, since it is forbidden."""
+    ruled_out: dict[str, set[int]] = {}
+    for text, group in groups:
+        if group <= forbidden:
+            ruled_out.setdefault(text, set()).update(group)
+    for text, indices in ruled_out.items():
+        against = [each for each in forbid if any(selects(each, candidates[i]) for i in indices)]
+        raise ContradictionError(
+            [f"force {text!r}", *(f"forbid {each!r}" for each in against)],
+            [candidates[i].source for i in sorted(indices)],
+            "what is forced there is forbidden",
+        )
 
 
 _SELECTOR = re.compile(r"(?P<rule>[^@:#\s]+)(?:#(?P<ordinal>\d+)|@(?P<place>[^:\s]+))?(?::(?P<provider>[^:\s]+))?")
