@@ -166,7 +166,7 @@ def test_an_update_can_pin_another_question(model: Path, lock: Path) -> None:
         (["--policy", "off"], "pins policy=planned, and the command line says policy=off"),
         (["--force", "act_padding"], "pins force=none, and the command line says force=act_padding"),
         (["--forbid", "act_padding"], "pins forbid=none, and the command line says forbid=act_padding"),
-        (["--provider", "triton"], "pins providers=none, and the command line says providers=triton"),
+        (["--provider", "triton"], "pins providers=all, and the command line says providers=triton"),
         (["--layers", "3"], "pins layers=none, and the command line says layers=3"),
         (
             ["--allow-rounding-changes"],
@@ -194,6 +194,7 @@ def test_options_that_contradict_the_lock_are_one_line(arguments: list[str], say
         (["--force", "act_pading"], "did you mean 'act_padding'"),
         (["--range", "9:1"], "empty"),
         (["--tp", "0"], "at least 1"),
+        (["--tp", "2147483648"], "tp=2147483648: allowed are at most 65536 ranks"),
         (["--force", "act_padding", "--policy", "off"], "force needs policy planned"),
         (["--layers", "2"], "is a factory"),
     ],
@@ -212,7 +213,19 @@ def test_no_lock_says_how_to_write_one(model: Path, tmp_path: Path) -> None:
     assert "can't be written: No such file or directory" in one_line(
         run(WORKLOAD, "--lock", str(tmp_path / "nowhere" / "fusions.lock"), "--update")
     )
-    assert "can't be read: Is a directory" in one_line(run(WORKLOAD, "--lock", str(tmp_path)))
+    for update in ([], ["--update"]):
+        line = one_line(run(WORKLOAD, "--lock", str(tmp_path), *update))
+        assert line.endswith(f"can't be read: Is a directory; name a file, e.g. '{tmp_path / 'fusions.lock'}'")
+
+
+def test_forces_of_a_lock_that_contradict_each_other_name_the_lock(model: Path, lock: Path) -> None:
+    lock.write_text(changed(lock.read_text(), force=["act_padding", "allreduce_rms"]))
+    line = one_line(run(WORKLOAD, "--lock", str(lock), "--tp", "2"))
+    assert f"lock file '{lock}': force 'act_padding' and force 'allreduce_rms' contradict each other at" in line
+
+
+def test_an_empty_selector_is_told_as_one(model: Path, lock: Path) -> None:
+    assert "selector '' isn't of the form RULE" in one_line(run(WORKLOAD, "--lock", str(lock), "--force", ""))
 
 
 def changed(text: str, **settings: Any) -> str:
@@ -232,6 +245,9 @@ def test_a_broken_lock_is_one_line(update: bool, lock: Path) -> None:
         (changed(good, costs="measured"), "a lock pins modelled ones"),
         (changed(good, workload="other:build"), f"is of workload 'other:build', not '{WORKLOAD}'; name another file"),
         (changed(good, device="h20x"), "did you mean 'h200'"),
+        (changed(good, force=["act_pading"]), "did you mean 'act_padding'"),
+        (changed(good, forbid=[""]), "selector '' isn't of the form"),
+        (changed(good, force=["act_padding"], policy="off"), "force needs policy planned"),
         (changed(good, policy="plan"), "unknown policy 'plan'"),
         (changed(good, flags={"fuse_everything": True}), "settings.flags: unknown name 'fuse_everything'"),
         (changed(good, limits={"fuse_act_padding": 1}), "settings.limits: unknown name 'fuse_act_padding'"),
@@ -249,6 +265,17 @@ def test_flags_and_limits_of_a_lock_are_asked_again(model: Path, lock: Path) -> 
     assert data["fused"] == {"act_padding": 2 * RANGES}
     causes = {row["cause"]["detail"] for row in data["differences"]}
     assert causes == {"it matches, and fuse_allreduce_rms=False switches it off"}
+
+
+def test_what_selects_nothing_is_said_when_it_is_pinned_and_whenever_it_is_asked(model: Path, tmp_path: Path) -> None:
+    lock = ["--lock", str(tmp_path / "fusions.lock")]
+    says = "'act_padding@layer.*' is forced or forbidden, and selects no match in this graph"
+    written = run(WORKLOAD, *lock, "--update", "--forbid", "act_padding@layer.*")
+    assert (written.exit_code, written.stderr) == (0, f"warning: {says}\n")
+    held = run(WORKLOAD, *lock, "--json")
+    assert (held.exit_code, held.stderr) == (0, "")
+    (warning,) = json.loads(held.stdout)["warnings"]
+    assert (warning["reason"], warning["detail"]) == ("no effect", says)
 
 
 def test_the_environment_changes_nothing_silently(
@@ -286,6 +313,11 @@ def test_a_configuration_is_named_by_its_path_from_the_lock(tmp_path: Path, monk
     held = run("config.json", "--lock", "../locks/llama.lock", "--json")
     assert json.loads(held.stdout)["fused"] == {"allreduce_rms": 2 * 2}
     assert held.exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert run("configs", "--lock", str(lock)).exit_code == 0
+    lock.write_text(lock.read_text().replace("../configs/config.json", "../configs"))  # as older ones have it
+    for name in ("configs", "configs/config.json"):
+        assert run(name, "--lock", str(lock)).exit_code == 0
 
 
 def test_a_built_in_workload(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fuseplan.errors import WorkloadError
 from fuseplan.rules import BUILT_IN_RULES
 
 FACTORIES = """
+import sys
 import torch
 
 class Breaks(torch.nn.Module):
@@ -27,10 +28,16 @@ class Raises(torch.nn.Module):
     def forward(self, x):
         raise RuntimeError("no such luck\\non two lines")
 
+class Exits(torch.nn.Module):
+    def forward(self, x):
+        raise SystemExit(0)
+
 def breaks(tp): return Breaks(), (torch.randn(4, 8),)
 def raises(tp): return Raises(), (torch.randn(4, 8),)
 def wrong(tp): return 3
 def fails(tp): raise ValueError("not today")
+def exits(tp): sys.exit(0)
+def exits_later(tp): return Exits(), (torch.randn(4, 8),)
 def no_ops(tp): return (lambda x: 3), (torch.randn(2),)
 """
 
@@ -50,7 +57,7 @@ def tiny() -> dict[str, Any]:
 
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "some_factories.py").write_text(FACTORIES)
+    (tmp_path / "some_factories.py").write_text(FACTORIES, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
@@ -146,7 +153,9 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
     result = run("explain", "some_factories:breaks")
     assert result.exit_code == 0
     assert "2 graphs" in result.stdout
-    assert "graph break" in result.stdout
+    line = next(number for number, text in enumerate(FACTORIES.splitlines(), 1) if "graph_break()" in text)
+    told = f"graph break: Call to `torch._dynamo.graph_break()` (some_factories.py:{line}: torch._dynamo.graph_break())"
+    assert told in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,7 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         ),
         (["explain", "llama-3.1-8b-tiny", "--tp", "3"], "use one of 1, 2, 4, 8"),
         (["explain", "gpt-oss-120b", "--tp", "0"], "at least 1"),
+        (["explain", "gpt-oss-120b", "--tp", "2147483648"], "tp=2147483648: give a number of ranks of at most 65536"),
         (["explain", "gpt-oss-120b", "--layers", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--device", "h20"], "did you mean 'h200'"),
         (
@@ -174,6 +184,9 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "nowhere/config.json"], "can't be read (No such file or directory)"),
         (["explain", "some_factories:wrong"], "must return (module, inputs), found int"),
         (["explain", "some_factories:fails"], "ValueError: not today"),
+        (["explain", "some_factories:exits"], "the factory failed: it calls sys.exit(0)"),
+        (["explain", "some_factories:exits_later"], "could not be traced: it calls sys.exit(0)"),
+        (["check", "some_factories:exits", "--lock", "l.lock", "--update"], "the factory failed: it calls sys.exit(0)"),
         (["explain", "some_factories:nonesuch"], "no attribute 'nonesuch'"),
         (["explain", "no_such_module:factory"], "No module named 'no_such_module'"),
         (["explain", "some_factories:wrong", "--layers", "2"], "is a factory"),
@@ -303,6 +316,30 @@ def test_what_is_forced_stands_beside_the_plan_without_it() -> None:
     assert "what if force act_padding saves" in screen
     assert "act_padding triton in place of allreduce_rms_padding triton in 1 place" in screen
     assert json.loads(run(*EXPLAIN, "--json").stdout)["counterfactual"] is None
+
+
+def test_what_is_forbidden_is_held_against_the_first_order_too() -> None:
+    order = "ordered(allreduce_rms, act_padding)"
+    arguments = (*EXPLAIN, "--policy", "off", "--policy", order, "--forbid", "allreduce_rms@layers.0.post*")
+    data = json.loads(run(*arguments, "--json").stdout)
+    other = data["counterfactual"]
+    assert (other["force"], other["forbid"]) == ([], ["allreduce_rms@layers.0.post*"])
+    assert other["without"]["order"] == ["allreduce_rms", "act_padding"]
+    (change,) = other["changes"]
+    assert (change["before"].split()[0], change["after"].split()[0]) == ("allreduce_rms", "act_padding")
+    screen = " ".join(run(*arguments).stdout.split())
+    assert f"what if forbid allreduce_rms@layers.0.post* under {order} saves" in screen
+
+
+@pytest.mark.parametrize("policy", ["off", "ordered(allreduce_rms)"])
+def test_what_is_forced_needs_a_policy_that_it_concerns(policy: str) -> None:
+    result = run(*EXPLAIN, "--policy", policy, "--force", "act_padding")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"fuseplan: force 'act_padding' concerns policy planned alone, and what is shown is {policy}; "
+        "add planned, or leave it out\n"
+    )
+    assert run(*EXPLAIN, "--policy", policy, "--policy", "planned", "--force", "act_padding").exit_code == 0
 
 
 def test_what_is_forbidden_is_no_conflict_and_not_too_dear() -> None:

@@ -2,14 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo.utils import counters
+from torch._dynamo.output_graph import GraphCompileReason
+from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
@@ -20,6 +22,7 @@ from torch._inductor.virtualized import V
 from fuseplan.errors import WorkloadError
 from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.surgery import copy_graph
+from fuseplan.record import GraphBreak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,12 @@ class Capture:
 
     Attributes:
         graphs: post-grad graphs, in the order in which they were compiled; more than one where the graph breaks.
-        breaks: graph breaks, one line each.
+        breaks: graph breaks, in the order in which they were met.
         time_ns: how long it took.
     """
 
     graphs: tuple[fx.GraphModule, ...]
-    breaks: tuple[str, ...] = ()
+    breaks: tuple[GraphBreak, ...] = ()
     time_ns: int = 0
 
 
@@ -79,26 +82,21 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
     start = time.perf_counter_ns()
     recorder = _Recorder()
     torch._dynamo.reset()
-    before = dict(counters["graph_break"])
+    before, met = dict(counters["graph_break"]), len(graph_break_reasons)
     compiled = torch.compile(model, backend=recorder)
     mode = detect_fake_mode(_tensors(inputs))
     marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
-    failure: Exception | None = None
+    failure: Exception | SystemExit | None = None
     with _quiet(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
         try:
             compiled(*inputs, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
             failure = error
-    breaks = tuple(
-        _first_line(reason) for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
-    )
+    counted = [text for text, count in counters["graph_break"].items() if count > before.get(text, 0)]
+    breaks = _breaks(graph_break_reasons[met:], counted)
     torch._dynamo.reset()
     if failure is not None or not recorder.graphs:
-        why = (
-            _one_line(str(failure) or type(failure).__name__)
-            if failure
-            else "; ".join(breaks) or "it runs no tensor op"
-        )
+        why = _one_line(_told(failure)) if failure else "; ".join(map(str, breaks)) or "it runs no tensor op"
         raise WorkloadError(f"the model could not be traced: {why}") from failure
     if any(map(_is_meta, recorder.graphs)):
         raise WorkloadError(
@@ -152,6 +150,32 @@ def _mark_leading_dimensions(value: torch.Tensor) -> None:
     for dim in range(leading):
         if value.shape[dim] > 1:
             torch._dynamo.maybe_mark_dynamic(value, dim)
+
+
+def _told(failure: Exception | SystemExit) -> str:
+    if isinstance(failure, SystemExit):
+        return f"it calls sys.exit({failure.code!r})"
+    return str(failure) or type(failure).__name__
+
+
+def _breaks(reasons: Sequence[GraphCompileReason], counted: Iterable[str]) -> tuple[GraphBreak, ...]:
+    """Breaks with their lines, and those that Dynamo counted without saying where, before any op of a graph."""
+    found = []
+    for each in reasons:
+        frames = [frame for frame in each.user_stack if not frame.filename.startswith(_TORCH)] or each.user_stack
+        line = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
+        code = (frames[-1].line or None) if frames else None
+        found.append(GraphBreak(reason=_break_reason(each.reason), line=line, code=code))
+    told = {each.reason for each in found}
+    found += [GraphBreak(reason=text) for text in map(_break_reason, counted) if text not in told]
+    return tuple(dict.fromkeys(found))
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def _break_reason(text: str) -> str:
+    return "a branch on the value of a tensor" if text.startswith("generic_jump") else _first_line(text)
 
 
 def _first_line(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fuseplan.capture import capture
 from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.errors import ConfigError
 from fuseplan.explanation import Explanation
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
@@ -45,29 +46,45 @@ def compare(
 
     Raises:
         WorkloadError: nothing could be traced.
-        ConfigError: a policy names an unknown rule, or contradicts a flag.
+        ConfigError: a policy names an unknown rule, or contradicts a flag; or something is forced, which concerns none
+            of the policies.
     """
     config = replace(config or PassConfig(), compile_ranges=tuple(ranges))
     for policy in policies:
         PostGradPassManager(replace(config, policy=policy, force=(), plan=None))
+    _check_force(config, policies)
     config = replace(config, policy=Policy(name="planned"))
     traced = capture(model, inputs, {}, dynamic=True)
     explanation = Explanation(traced, config, device, providers)
     every = policies or (config.chosen_policy, *explanation.orders(), Policy(name="off"))
     reports = [explanation.report(policy) for policy in every]
-    is_constrained = bool(config.force or config.forbid) and config.chosen_policy in every
+    subject = _concerned(config, every)
     return Comparison(
         workload=workload,
         tp=tp,
         device=device.name,
         ranges=tuple((each.start, each.end) for each in config.compile_ranges),
         reports=tuple(reports),
-        breaks=traced.breaks,
+        breaks=tuple(map(str, traced.breaks)),
         trace_ns=build_ns + traced.time_ns,
         notes=tuple(_notes(reports, providers, device)),
-        unconstrained=explanation.unconstrained() if is_constrained else None,
+        unconstrained=explanation.unconstrained(subject) if subject else None,
         evidence=explanation.evidence(every) if evidence else None,
     )
+
+
+def _check_force(config: PassConfig, policies: Sequence[Policy]) -> None:
+    if config.force and policies and not any(policy.name == "planned" for policy in policies):
+        forced, shown = " and ".join(map(repr, config.force)), ", ".join(map(str, policies))
+        raise ConfigError(
+            f"force {forced} concerns policy planned alone, and what is shown is {shown}; add planned, or leave it out"
+        )
+
+
+def _concerned(config: PassConfig, policies: Sequence[Policy]) -> Policy | None:
+    """The first policy that what is forced, or else what is forbidden, has an influence on."""
+    names = ("planned",) if config.force else ("planned", "ordered") if config.forbid else ()
+    return next((policy for policy in policies if policy.name in names), None)
 
 
 def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: DeviceProfile) -> Iterator[str]:

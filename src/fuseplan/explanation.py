@@ -98,7 +98,7 @@ class Explanation:
             decision = entry.manager.decide(timed, policy, entry.name)
             graphs.append(entry.manager.report(entry.name, timed, decision))
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
-        return report_of(policy, self.config, rules, graphs)
+        return replace(report_of(policy, self.config, rules, graphs), breaks=self.traced.breaks)
 
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
@@ -125,11 +125,11 @@ class Explanation:
             outcome.append(tuple(sorted(analysis.posed.candidates[index].name for index in selected)))
         return tuple(outcome)
 
-    def unconstrained(self) -> Report:
-        """The plan without what is forced and forbidden."""
+    def unconstrained(self, policy: Policy) -> Report:
+        """What a policy would do without what is forced and forbidden."""
         config = replace(self.config, force=(), forbid=())
         free = Explanation(self.traced, config, self.device, self.providers, self._every)
-        return free.report(config.chosen_policy)
+        return free.report(policy)
 
     def evidence(self, policies: Sequence[Policy]) -> Evidence:
         """What a reader of reports under these policies can look up."""

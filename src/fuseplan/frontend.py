@@ -270,9 +270,25 @@ def explain(
         WorkloadError: nothing could be traced.
         ConfigError: flags and policy contradict each other.
     """
+    return explain_call(
+        model, inputs, model_arguments, config=config, device=device, rules=rules, providers=providers
+    )  # fmt: skip
+
+
+def explain_call(
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    model_arguments: Mapping[str, Any],
+    *,
+    config: PassConfig | None = None,
+    device: DeviceProfile | str | None = None,
+    rules: Sequence[Rule] = (),
+    providers: Sequence[Provider] = (),
+) -> Report:
+    """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
     config = config or PassConfig()
     profile = device_profile(device) if isinstance(device, str) else device
-    traced = capture(model, inputs, model_arguments, dynamic=bool(config.compile_ranges))
+    traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
     everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)
     return Explanation(traced, config, profile, everyone, everything).report(config.chosen_policy)

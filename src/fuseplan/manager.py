@@ -19,7 +19,7 @@ from fuseplan.analysis import Analysis, graph_report, report_of
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
-from fuseplan.errors import UnsupportedError
+from fuseplan.errors import PlanError, UnsupportedError
 from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
 from fuseplan.graph.facts import is_training
 from fuseplan.matching import (
@@ -35,6 +35,7 @@ from fuseplan.matching import (
     find_near_misses,
 )
 from fuseplan.planner import (
+    ContradictionError,
     Decision,
     Prices,
     Solver,
@@ -49,6 +50,7 @@ from fuseplan.planner import (
 )
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import GraphReport, Reason, Refusal, Report, SavedPlans
+from fuseplan.report.places import places
 from fuseplan.report.trace import publish
 from fuseplan.rewriting import apply
 from fuseplan.rules import BUILT_IN_RULES, Rule, by_name, disabled_rules, enabled_rules
@@ -155,6 +157,9 @@ class PostGradPassManager(CustomGraphPass):
         Args:
             graph: as Inductor made it.
             canonical: its raised copy, where there is one already.
+
+        Raises:
+            PlanError: what is forced is forbidden.
         """
         stages: dict[str, int] = {}
         if canonical is None:
@@ -169,15 +174,16 @@ class PostGradPassManager(CustomGraphPass):
                 near_misses += find_disabled(self._find_matches(canonical, self.disabled), self.disabled_by)
         with _stage(stages, "pricing"):
             span = self.compile_range or DEFAULT_SPAN
-            posed = pose(
-                canonical,
-                matches.candidates,
-                external.candidates,
-                self.prices,
-                (span.start, span.end),
-                force=self.config.force,
-                forbid=self.config.forbid,
-            )
+            with _places_folded():
+                posed = pose(
+                    canonical,
+                    matches.candidates,
+                    external.candidates,
+                    self.prices,
+                    (span.start, span.end),
+                    force=self.config.force,
+                    forbid=self.config.forbid,
+                )
         return Analysis(
             canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
             rules=self.rules, stages_ns=stages,
@@ -207,7 +213,8 @@ class PostGradPassManager(CustomGraphPass):
             elif self.saved is not None:
                 decision = replay(posed, self.saved.find(graph, self._range))
             else:
-                decision = decide_planned(posed, self.solver)
+                with _places_folded():
+                    decision = decide_planned(posed, self.solver)
             return limit(posed, decision, self.config.max_fusions)
 
     def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
@@ -304,6 +311,15 @@ class PostGradPassManager(CustomGraphPass):
         publish(report)
         if self.on_report is not None:
             self.on_report(report)
+
+
+@contextmanager
+def _places_folded() -> Iterator[None]:
+    """A contradiction of what is forced is told with its places as reports have them."""
+    try:
+        yield
+    except ContradictionError as error:
+        raise PlanError(error.told(places)) from None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fuseplan import models
 from fuseplan.config import CompileRange, unknown
 from fuseplan.errors import WorkloadError
 from fuseplan.integrations import transformers as huggingface
+from fuseplan.record.report import MOST_RANKS
 
 DEFAULT_RANGES = (
     CompileRange(start=1, end=64),
@@ -91,7 +92,7 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
     Args:
         name: a built-in name, the path of a Hugging Face `config.json`, or `package.module:factory`, where
             `factory(tp) -> (module, inputs)`. Naming a factory imports and runs the code it lives in.
-        tp: ranks of tensor parallelism; collectives are traced, never run.
+        tp: ranks of tensor parallelism, up to `MOST_RANKS`; collectives are traced, never run.
         layers: another number of layers than the model's own; not for factories.
 
     Raises:
@@ -99,6 +100,8 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
     """
     if tp < 1:
         raise WorkloadError(f"tp={tp}: give a number of ranks of at least 1")
+    if tp > MOST_RANKS:
+        raise WorkloadError(f"tp={tp}: give a number of ranks of at most {MOST_RANKS}")
     if layers is not None and layers < 1:
         raise WorkloadError(f"layers={layers}: give a number of layers of at least 1")
     start = time.perf_counter_ns()
@@ -192,8 +195,14 @@ def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
         made = factory(tp)
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except (Exception, SystemExit) as error:
+        # A script without a main guard ends the program when it is imported: with 0, as if all were well.
+        what = (
+            f"it calls sys.exit({error.code!r})"
+            if isinstance(error, SystemExit)
+            else f"{type(error).__name__}: {error}"
+        )
+        why = " ".join(what.split())[:300]
         raise WorkloadError(f"{name}: the factory failed: {why}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise WorkloadError(f"{name}: factory(tp) must return (module, inputs), found {type(made).__name__}")

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import fuseplan
 from fuseplan.config import PassConfig
@@ -59,7 +61,12 @@ class TestClass:
         fusion_lock(*model, name="two", device="mi355x")
 """
 TESTS = 5
-LOCKS = {"one.lock", "test_lock-ordered_act_padding_-37b4cfc1.lock", "test_lock-planned.lock", "two.lock"}
+LOCKS = {
+    "TestClass.test_lock+one.lock",
+    "TestClass.test_lock+two.lock",
+    "test_lock-ordered_act_padding_-37b4cfc1.lock",
+    "test_lock-planned.lock",
+}
 
 
 class Run:
@@ -176,11 +183,18 @@ def test_a_regression_fails_with_rule_place_and_line(run: Run, planned: Path) ->
 
 def test_broken_locks_and_other_settings_are_told_and_can_be_written_anew(run: Run, planned: Path) -> None:
     planned.write_text(PLANNED_LOCK.replace("h200", "h100"))
-    (run.locks / "one.lock").write_text("<<<<<<<")
+    (run.locks / "TestClass.test_lock+one.lock").write_text("<<<<<<<")
     broken = run("-k", "planned or TestClass")
     broken.assert_outcomes(failed=2)
     broken.stdout.fnmatch_lines([f"*planned.lock pins device=h100, and the test says device=h200; where that*{UPDATE}"])
-    broken.stdout.fnmatch_lines(["*LockError: lock file '*one.lock' isn't JSON*"])
+    advice = f"mend it, or write it anew with pytest {UPDATE}"
+    broken.stdout.fnmatch_lines([f"*LockError: lock file '*+one.lock' isn't JSON*; {advice}"])
+    assert "src/fuseplan" not in broken.stdout.str()
+    for other, says in (("", "isn't JSON"), ('{"schema": 9}', "has schema 9; this version reads 1")):
+        planned.write_text(other)
+        told = run("-k", "planned")
+        told.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock' {says}*; {advice}"])
+        assert "src/fuseplan" not in told.stdout.str()
     run(UPDATE, "-k", "planned or TestClass").assert_outcomes(passed=2)
     assert planned.read_text() == PLANNED_LOCK
 
@@ -206,24 +220,32 @@ def test_device(fusion_lock):
 def test_plan(fusion_lock):
     fusion_lock(torch.relu, (X,), config=PassConfig(plan="plan.json"))
 
+def test_profile(fusion_lock):
+    fusion_lock(torch.relu, (X,), device=torch.device("cpu"))
+
+def test_name(fusion_lock):
+    fusion_lock(torch.relu, (X,), name=3)
+
 def test_training(assert_fusions):
     layer = torch.nn.Linear(2, 2)
     assert_fusions(layer, (X,), {"act_padding": 1})
 """
     )
     result = run(UPDATE)
-    result.assert_outcomes(failed=4, passed=1)
+    result.assert_outcomes(failed=6, passed=1)
     result.stdout.fnmatch_lines_random(
         [
             "*LockError: fusion_lock has compared test_twice.lock in this test already; give each call a name of*",
             "*ConfigError: unknown device 'h20'; did you mean 'h200'*",
+            "*ConfigError: device=device(type='cpu'): give a profile or the name of one: b200, cpu, *",
+            "*ConfigError: name=3: give a text",
             "*ConfigError: plan='plan.json': a lock pins what is planned, not a file of plans; leave it out",
             "*wrong   act_padding: expected 1, found 0",
             "*why     the graph has nothing that it could match",
         ]
     )
     names = sorted(path.name for path in run.locks.iterdir())
-    assert [name.split("-")[0] for name in names] == ["_.._outside", "test_twice.lock"]
+    assert [name.split("-")[0] for name in names] == ["test_folder+.._.._outside", "test_twice.lock"]
 
 
 @pytest.mark.parametrize(
@@ -274,8 +296,8 @@ def test_importing_the_plugin_costs_nothing() -> None:
         ("t/test_a.py::test_x", None, "test_x"),
         ("t/test_a.py::TestA::test_x", None, "TestA.test_x"),
         ("t/test_a.py::test_x[8-bf16]", None, "test_x-8-bf16"),
-        ("t/test_a.py::test_x[8-bf16]", "decode", "decode-8-bf16"),
-        ("t/test_a.py::test_x", "decode", "decode"),
+        ("t/test_a.py::test_x[8-bf16]", "decode", "test_x-8-bf16+decode"),
+        ("t/test_a.py::test_x", "decode", "test_x+decode"),
     ],
 )
 def test_locks_lie_beside_the_test(nodeid: str, name: str | None, expected: str) -> None:
@@ -287,6 +309,19 @@ def test_every_test_has_a_lock_of_its_own_in_the_folder() -> None:
     parameters = ["a/b", "a_b", "a b", "../b", "x" * 300, "x" * 301, ".", "", "[", "a::b", "ä"]
     paths = [lock_path(Path("t/test_a.py"), f"t/test_a.py::test_x[{each}]") for each in parameters]
     paths += [lock_path(Path("t/test_a.py"), "t/test_a.py::test_x", each) for each in ("/etc/x", "..", ".hidden")]
+    named = {
+        ("a", "b+c"),
+        ("a+b", "c"),
+        ("a", "b"),
+        ("a+b", None),
+        ("a-b", None),
+        ("a_b", "c"),
+        ("a", "b_c"),
+        ("b", "b"),
+    }
+    paths += [lock_path(Path("t/test_a.py"), f"t/test_a.py::test_x[{own}]", name) for own, name in named]
+    paths.append(lock_path(Path("t/test_a.py"), "t/test_a.py::test_y", "decode"))
+    paths.append(lock_path(Path("t/test_a.py"), "t/test_a.py::test_z", "decode"))
     assert len(set(paths)) == len(paths)
     for path in paths:
         assert path.parent == Path("t/fusion_locks/test_a")
@@ -300,19 +335,73 @@ def test_every_test_has_a_lock_of_its_own_in_the_folder() -> None:
         (((),), {"allreduce_rm": 1}, "unknown rule 'allreduce_rm'; did you mean 'allreduce_rms'"),
         (((),), {"act_padding": -1}, "expected 'act_padding': -1; give a number"),
         (((),), {"act_padding": True}, "expected 'act_padding': True; give a number"),
+        (((),), None, "expected is a NoneType; give a mapping of rules to counts, e.g"),
+        (((),), ["act_padding"], "expected is a list; give a mapping of rules to counts, e.g"),
         (((),), {}, "nothing is expected; name rules with their counts, or set exact=True"),
         ("x", {"act_padding": 1}, r"inputs are a str; give a tuple or list of arguments, e\.g\. \(x,\), or a mapping"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(inputs: tuple[object, ...], expected: dict[str, int], says: str) -> None:
+def test_what_cannot_be_asked_is_one_line(inputs: tuple[object, ...], expected: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         assert_fusions(print, inputs, expected)
+
+
+def test_what_is_no_model_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="the model is of type int; give a module or a function"):
+        assert_fusions(3, (), {"act_padding": 1})  # type: ignore[arg-type]
 
 
 def test_the_switch_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEPLAN", "0")
     with pytest.raises(ConfigError, match="FUSEPLAN=0 switches every fusion off"):
         assert_fusions(print, (), {"act_padding": 0})
+
+
+def test_warnings_of_a_report_are_the_tests_own() -> None:
+    model, inputs = regressing_model.build(1)
+    config = PassConfig(forbid=["act_padding@layer.*"])
+    with pytest.warns(fuseplan.FuseplanWarning, match="selects no match in this graph") as caught:
+        assert_fusions(model, inputs, {"act_padding": LAYERS}, config=config)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+class Named(torch.nn.Module):
+    """Its arguments have the names of those of `explain`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(64, eps=1e-6)
+
+    def forward(self, model: torch.Tensor, config: int, device: int, rules: int, providers: int) -> torch.Tensor:
+        return torch.nn.functional.pad(self.norm(model), (0, config + device + rules + providers))
+
+
+def test_inputs_can_have_any_name() -> None:
+    x = torch.ones(4, 64, dtype=torch.bfloat16)
+    inputs = {"model": x, "config": 16, "device": 16, "rules": 16, "providers": 16}
+    assert_fusions(Named().bfloat16(), inputs, {"act_padding": 1})
+
+
+def test_what_is_more_than_there_is_matches_nowhere_else() -> None:
+    model, inputs = regressing_model.build(1)
+    with pytest.raises(AssertionError, match=r"there   4 places: .*\nwhy     the graph has nothing else that it"):
+        assert_fusions(model, inputs, {"act_padding": LAYERS + 1})
+
+
+class Breaks(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.rms_norm(x, (64,), eps=1e-6)
+        if y.sum() > 0:
+            y = y * 1
+        return torch.nn.functional.pad(y, (0, 64))
+
+
+def test_graph_breaks_are_named_with_their_line() -> None:
+    with pytest.raises(AssertionError) as caught:
+        assert_fusions(Breaks(), (torch.ones(4, 64, dtype=torch.bfloat16),), {"act_padding": 1})
+    lines = str(caught.value).splitlines()
+    assert lines[-1].startswith("break   a branch on the value of a tensor (test_pytest_plugin.py:")
+    assert lines[-1].endswith(": if y.sum() > 0:)")
 
 
 def test_the_function_works_without_the_fixture() -> None:

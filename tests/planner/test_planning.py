@@ -160,8 +160,22 @@ def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
     ("config", "error", "says"),
     [
         ({"force": ["act_padding"], "forbid": ["act_padding"]}, ConfigError, "'act_padding' is forced and forbidden"),
-        ({"force": ["act_padding"], "forbid": ["act_padding@*"]}, PlanError, "contradict each other"),
-        ({"force": ["act_padding", "allreduce_rms"]}, PlanError, "can't all be applied"),
+        (
+            {"force": ["act_padding"], "forbid": ["allreduce_rms", "act_padding@*.1.*"]},
+            PlanError,
+            (
+                "force 'act_padding' and forbid 'act_padding@*.1.*' contradict each other at "
+                "layers.1.post_attention_norm: what is forced there is forbidden; drop one of them"
+            ),
+        ),
+        (
+            {"force": ["act_padding", "allreduce_rms"]},
+            PlanError,
+            (
+                "force 'act_padding' and force 'allreduce_rms' contradict each other at "
+                "layers.0-1.post_attention_norm: they want the same op there, which can be in one fusion only"
+            ),
+        ),
         ({"force": ["act_pading"]}, ConfigError, "did you mean 'act_padding'"),
         ({"force": ["act_padding#x"]}, ConfigError, "isn't of the form RULE"),
         ({"force": "act_padding"}, ConfigError, "sequences of texts"),

@@ -38,8 +38,8 @@ def refusal(rule: str | None, site: Place, detail: str = "clone stands between",
     return Refusal(**{**facts, "rule": rule, "site": site, "detail": detail, **further})
 
 
-def report(*graphs: GraphReport, rules: Sequence[str] = RULES) -> Report:
-    return Report(policy="planned", order=(), rules=tuple(rules), graphs=graphs)
+def report(*graphs: GraphReport, rules: Sequence[str] = RULES, **further: Any) -> Report:
+    return Report(**{"policy": "planned", "order": (), "rules": tuple(rules), "graphs": graphs, **further})
 
 
 def graph(

@@ -1,15 +1,18 @@
 """What is said of a lock that doesn't hold: what, where and why."""
 
 import io
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report
+from fuseplan.record import Fusion, GraphBreak, GraphReport, Loss, Nearness, Reason, Refusal, Report
 from fuseplan.report.absence import Absence, AbsenceKind
 from fuseplan.report.drift import Drift, DriftKind, drifts
+from fuseplan.report.expectation import unmet
 from fuseplan.report.lock import FusionLock
-from fuseplan.report.paragraphs import drift_paragraphs, plain
+from fuseplan.report.paragraphs import Line, drift_paragraphs, plain
 from fuseplan.report.verdict import Verdict, render_verdict, verdict_to_json
 from tests.report.locked import SPANS, Place, applied, fusion, graph, lock_of, loss, norms, refusal, report, settings
 
@@ -93,6 +96,27 @@ def test_ranges_are_named_where_they_differ_and_a_cause_is_told_once() -> None:
     ]
 
 
+def test_one_cause_of_two_rules_is_one_paragraph() -> None:
+    before = lock_of(OTHER, *applied("allreduce_rms_padding", norms((1, 2))), fusion("act_padding", "layers.3.norm"))
+    refusals = [refusal("allreduce_rms", PLACE), refusal("allreduce_rms_padding", "layers.1.norm")]
+    refusals += [refusal("allreduce_rms_padding", "layers.2.norm", "another"), refusal("act_padding", "layers.3.norm")]
+    told = plain(drift_paragraphs(drifts(before, report(graph(refusals=refusals))), 1)).split("\n\n")
+    why = ["why     near miss: clone stands between", "        model.py:7: x = x.clone()", "mend    drop the copy"]
+    assert [paragraph.splitlines() for paragraph in told] == [
+        [
+            "lost    act_padding by triton, 1 place: layers.3.norm",
+            "lost    allreduce_rms by triton, 1 place: layers.7.norm",
+            "lost    allreduce_rms_padding by triton, 1 place: layers.1.norm",
+            *why,
+        ],
+        [
+            "lost    allreduce_rms_padding by triton, 1 place: layers.2.norm",
+            "why     near miss: another",
+            *why[1:],
+        ],
+    ]
+
+
 def test_places_of_one_cause_that_differ_by_range_are_told_apart() -> None:
     lock = FusionLock.of(settings("1:64", "65:512"), report(*(graph(ALL, span=span) for span in SPANS)))
     refusals = [refusal("allreduce_rms_padding", each) for each in norms((7, 8))]
@@ -129,6 +153,46 @@ def test_of_several_near_misses_the_nearest_is_told() -> None:
     assert cause_of(graph(refusals=[far, other, near])).detail == "near"
 
 
+GUESS = refusal("allreduce_rms_padding", PLACE, "others have it", nearness=Nearness.MISSING, reason=Reason.DEAD)
+BREAK = GraphBreak(reason="Call to print()", line="model.py:9", code="print(x)")
+BROKEN = (
+    "the graph has nothing there any more that it could match: the model is traced in 2 graphs, broken at model.py:9"
+)
+
+
+@pytest.mark.parametrize(
+    ("there", "kind"),
+    [
+        ([], AbsenceKind.BROKEN),
+        ([GUESS], AbsenceKind.BROKEN),
+        (
+            [refusal("allreduce_rms_padding", PLACE, nearness=Nearness.ABSENT, found="an input of the graph")],
+            AbsenceKind.BROKEN,
+        ),
+        ([refusal("allreduce_rms_padding", PLACE, nearness=Nearness.ABSENT, found="mm")], AbsenceKind.NEAR_MISS),
+        ([refusal("allreduce_rms_padding", PLACE)], AbsenceKind.NEAR_MISS),
+    ],
+)
+def test_a_broken_graph_explains_what_nothing_else_does(there: list[Refusal], kind: AbsenceKind) -> None:
+    now = report(graph(refusals=there), replace(graph(), graph="graph_1"), breaks=(BREAK,))
+    cause = only(lock_of(fusion("allreduce_rms_padding", PLACE)), now).cause
+    assert cause is not None
+    assert cause.kind is kind
+    if kind is AbsenceKind.BROKEN:
+        assert (cause.detail, cause.line, cause.code) == (BROKEN, BREAK.line, BREAK.code)
+
+
+def test_breaks_are_named_where_counts_are_not_met() -> None:
+    now = report(graph(), replace(graph(), graph="graph_1"), breaks=(BREAK,))
+    assert plain(unmet(now, {"act_padding": 1})).splitlines() == [
+        "wrong   act_padding: expected 1, found 0",
+        "why     the graph has nothing that it could match: the model is traced in 2 graphs, broken at model.py:9",
+        "",
+        "break   Call to print() (model.py:9: print(x))",
+    ]
+    assert unmet(now, {"act_padding": 0}) == []
+
+
 DECLINED = refusal("allreduce_rms_padding", PLACE, "declined", nearness=Nearness.DECLINED, provider="triton")
 
 
@@ -138,6 +202,8 @@ DECLINED = refusal("allreduce_rms_padding", PLACE, "declined", nearness=Nearness
         ([refusal("act_padding", PLACE, "its parts")], "its parts"),
         ([refusal(None, PLACE, "no norm", nearness=Nearness.UNRECOGNIZED)], "no norm"),
         ([refusal("allreduce_rms_padding", "layers.7.mlp", "elsewhere in the layer")], "elsewhere in the layer"),
+        ([GUESS], "others have it"),
+        ([GUESS, refusal("allreduce_rms_padding", "layers.7", "read elsewhere")], "read elsewhere"),
         ([refusal("allreduce_rms_padding", "x", "by source", source=PLACE)], "by source"),
         ([refusal("allreduce_rms_padding", "layers.8.mlp", "another layer")], None),
         ([refusal("norm_quant", PLACE, "nothing to do", nearness=Nearness.ABSENT)], None),
@@ -166,6 +232,101 @@ def test_rules_and_providers_that_are_off() -> None:
     assert (moved.kind, moved.detail) == (AbsenceKind.OFF, "it matches, and aiter has no kernel for it any more")
 
 
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ({"policy": "off"}, "the policy is off, which applies nothing"),
+        (
+            {"policy": "ordered", "order": ("act_padding", "allreduce_rms")},
+            "the policy ordered(act_padding, allreduce_rms) doesn't list allreduce_rms_padding",
+        ),
+    ],
+)
+def test_a_policy_that_leaves_the_rule_out_is_the_cause_whatever_is_there(policy: dict[str, Any], says: str) -> None:
+    now = report(graph(refusals=[refusal("allreduce_rms_padding", PLACE)]), rules=(), **policy)
+    cause = only(lock_of(*ALL), now).cause
+    assert cause is not None
+    assert (cause.kind, cause.detail, cause.near_miss) == (AbsenceKind.OFF, says, None)
+    (paragraph,) = unmet(now, {"allreduce_rms_padding": 36})
+    assert paragraph[1:] == [Line("why", says)]
+
+
+def test_what_is_in_its_layer_under_another_name_has_moved() -> None:
+    renamed = applied("allreduce_rms_padding", ["layers.7", "layers.9", *norms(set(range(36)) - {7, 9})])
+    drift = only(lock_of(*ALL), report(graph(renamed, refusals=[GUESS])))
+    assert (drift.change, drift.before, drift.count) == (DriftKind.MOVED, drift.after, 2)
+    assert plain(drift_paragraphs([drift], 1)).splitlines() == [
+        "moved   allreduce_rms_padding by triton, 2 places: layers.7,9.norm",
+        "why     the same fusions are there, now called layers.7,9",
+    ]
+
+
+def test_names_of_several_places_of_a_layer_can_change() -> None:
+    before, after = (
+        applied("act_padding", [f"layers.{i}.{name}" for i in (0, 1) for name in names]) for names in ("ab", "cd")
+    )
+    drift = only(lock_of(*before), report(graph(after)))
+    assert (drift.change, drift.count) == (DriftKind.MOVED, 4)
+    assert drift.cause is not None
+    assert drift.cause.detail == "the same fusions are there, now called layers.0-1.c, layers.0-1.d"
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        graph(applied("allreduce_rms_padding", ["layers.8"])),  # another layer
+        graph(applied("allreduce_rms_padding", ["layers.7.a", "layers.7.b"])),  # nobody knows which
+        graph(applied("allreduce_rms_padding", ["layers.7"], provider="torch")),  # another fusion
+        graph(applied("allreduce_rms_padding", ["layers.7"]), refusals=[refusal("allreduce_rms_padding", PLACE)]),
+        graph(applied("allreduce_rms_padding", ["layers.7"]), lost=[loss("allreduce_rms_padding", PLACE, OTHER)]),
+    ],
+)
+def test_what_is_still_at_its_place_or_may_be_another_one_is_lost(now: GraphReport) -> None:
+    lost, gained = drifts(lock_of(fusion("allreduce_rms_padding", PLACE)), report(now))
+    assert (lost.change, gained.change) == (DriftKind.LOST, DriftKind.GAINED)
+
+
+LOCKED = fusion("allreduce_rms", PLACE, op="all_reduce_fused_add_rms_norm", provider="flashinfer")
+
+
+@pytest.mark.parametrize(
+    ("op", "further", "kind", "says"),
+    [
+        (
+            "all_reduce_rms_norm", {}, AbsenceKind.CHANGED,
+            "what matches there now is all_reduce_rms_norm, and no longer all_reduce_fused_add_rms_norm",
+        ),
+        (
+            "all_reduce_fused_add_rms_norm", {}, AbsenceKind.OFF,
+            "it matches, and flashinfer has no kernel for it any more",
+        ),
+        (
+            "all_reduce_fused_add_rms_norm", {"policy": "ordered", "order": ("allreduce_rms",)}, AbsenceKind.OFF,
+            "it matches, and flashinfer has no kernel for it any more, or a slower one",
+        ),
+    ],
+)  # fmt: skip
+def test_what_other_kernels_lost_to_is_not_the_cause(
+    op: str, further: dict[str, Any], kind: AbsenceKind, says: str
+) -> None:
+    there = fusion("allreduce_rms", PLACE, op=op)
+    other = Loss(fusion=fusion("allreduce_rms", PLACE, op=op, provider="torch"), blocked_by=(there,), lost_ns=16_800)
+    far = refusal("allreduce_rms", PLACE, "far", nearness=Nearness.ABSENT)
+    drift = only(lock_of(LOCKED), report(graph([there], lost=[other], refusals=[far]), **further))
+    assert drift.change is DriftKind.MOVED
+    assert drift.cause is not None
+    assert (drift.cause.kind, drift.cause.detail) == (kind, says)
+
+
+def test_that_a_provider_declines_says_more_than_that_it_is_not_there() -> None:
+    there = fusion("allreduce_rms", PLACE, op=LOCKED.op)
+    facts = {"nearness": Nearness.DECLINED, "provider": "flashinfer"}
+    declined = refusal("allreduce_rms", PLACE, "it takes rows", **facts)
+    cause = only(lock_of(LOCKED), report(graph([there], refusals=[declined]))).cause
+    assert cause is not None
+    assert (cause.kind, cause.detail) == (AbsenceKind.NEAR_MISS, "it takes rows")
+
+
 def test_places_without_a_module_are_told_apart_by_number_alone() -> None:
     before = lock_of(*applied("allreduce_rms_padding", ["f.py:1", "f.py:2", "f.py:3"]))
     refusals = [refusal("allreduce_rms_padding", "f.py:2"), refusal("allreduce_rms_padding", "f.py:3")]
@@ -190,6 +351,9 @@ def test_a_place_with_two_fusions_can_lose_one() -> None:
     both = applied("act_padding", [PLACE, PLACE])
     drift = only(lock_of(*both), report(graph(both[:1], refusals=[refusal("act_padding", PLACE)])))
     assert (drift.change, drift.count, drift.where[0].places) == (DriftKind.LOST, 1, (PLACE,))
+    drift = only(lock_of(*both), report(graph(both[:1])))
+    assert drift.cause is not None
+    assert drift.cause.kind is AbsenceKind.GONE  # its provider has a kernel, as the other one shows
 
 
 def verdict() -> Verdict:
@@ -212,8 +376,9 @@ def test_every_width_shows_all_of_it(width: int) -> None:
     assert "f.lock doesn't hold: 5 lost, 1 moved (w, planned for h200)" in text
     assert "layers.0-4.norm" in text
     assert "near miss: clone stands between" in text
-    assert "graph break: a [break]" in text
+    assert "break a [break]" in text
     assert text.endswith("pin it")
+    assert "break   a [break]" in verdict().text.splitlines()
 
 
 def test_verdicts_as_json() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuseplan.errors import LockError
+from fuseplan.report.drift import drifts
 from fuseplan.report.lock import ANY_SIZE, LARGEST_BYTES, FusionLock, Kernel, LockSettings, parse_span, span_text
 from fuseplan.report.places import module_of
 from tests.report.locked import SPANS, applied, fusion, graph, norms, report, settings
@@ -47,6 +48,22 @@ def test_ranges_that_differ_stand_apart_and_empty_ones_are_named() -> None:
     graphs = graph(applied("act_padding", ["a"]), span=(1, 64)), graph(span=(65, 512))
     lock = FusionLock.of(settings("1:64", "65:512", "513"), report(*graphs))
     assert dict(lock.fusions) == {"1:64": {"act_padding fused_act_padding triton": ("a",)}, "65:512, 513": {}}
+
+
+def test_ranges_stand_in_the_order_of_their_numbers_and_others_are_read(tmp_path: Path) -> None:
+    spans = ("1:64", "65:512", "513:8192", "8193")
+    graphs = [
+        graph(applied("act_padding", norms(range(layers))), span=parse_span(span))
+        for layers, span in enumerate(spans, start=1)
+    ]
+    lock = FusionLock.of(settings(*spans), report(*graphs))
+    assert list(json.loads(lock.text())["fusions"]) == list(spans)
+    path = tmp_path / "fusions.lock"
+    path.write_text(json.dumps(json.loads(lock.text()), indent=1, sort_keys=True))  # as they were written before
+    read = FusionLock.load(path)
+    assert (read, read.text()) == (lock, lock.text())
+    (lost,) = drifts(read, report(*(graph(span=each.range) for each in graphs)))
+    assert [range_ for where in lost.where for range_ in where.ranges][:4] == list(spans)
 
 
 def test_graphs_are_counted_together_and_lines_of_code_only_counted() -> None:
@@ -126,6 +143,7 @@ def content() -> dict[str, Any]:
         (("schema",), True, "schema: expected int"),
         (("settings", "tp"), "two", r"settings\.tp: expected int, found 'two'"),
         (("settings", "tp"), 0, "tp=0: allowed are integers of at least 1"),
+        (("settings", "tp"), 2**31, "tp=2147483648: allowed are at most 65536 ranks"),
         (("settings", "surprise"), 1, r"settings\.surprise: expected one of the fields"),
         (("settings", "costs"), "measured", "costs are 'measured', and a lock pins modelled ones"),
         (("settings", "ranges"), ["1:64", "9:512"], "overlap or don't ascend"),

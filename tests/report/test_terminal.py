@@ -51,6 +51,40 @@ def test_color_only_on_terminals() -> None:
     assert "\x1b[" not in render(comparison(), 80)
 
 
+def test_an_order_of_three_rules_can_stand_alone() -> None:
+    (first, _), order = comparison().reports, ("act_padding", "allreduce_rms", "act_quant")
+    text = render(replace(comparison(), reports=(replace(first, order=order),)), 80)
+    assert "ordered(act_padding, allreduce_rms, act_quant)" in text
+
+
+NAMES = ("[red]", "layers:smile:", "x[/b]")
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_names_of_workloads_rules_and_places_are_shown_as_they_are(width: int) -> None:
+    def renamed(report: Report) -> Report:
+        graph = report.graphs[0]
+        applied = tuple(replace(each, rule=NAMES[0], source=f"layers.0.{NAMES[1]}") for each in graph.applied[:1])
+        lost = tuple(replace(graph.lost[0], blocked_by=applied, fusion=replace(graph.lost[0].fusion, rule=name))
+                     for name in NAMES[1:])  # fmt: skip
+        warning = Refusal(reason=Reason.NO_EFFECT, detail=f"warned of {NAMES[0]}")
+        graph = replace(graph, applied=applied, lost=lost, matched=dict.fromkeys(NAMES, 1))
+        return replace(report, order=NAMES, rules=NAMES, graphs=(graph,), warnings=(warning,))
+
+    told = comparison()
+    text = render(
+        replace(
+            told, workload=NAMES[0], reports=tuple(map(renamed, told.reports)), breaks=(NAMES[1],), notes=(NAMES[2],)
+        ),
+        width,
+    )
+    for shown in (
+        f"{NAMES[0]}  TP=2", f"{', '.join(NAMES[:-1])} and {NAMES[-1]} want", f"warned of {NAMES[0]}",
+        f"graph break: {NAMES[1]}", f"note  {NAMES[2]}", f"uncontested  {NAMES[0]} in 1 place: layers.0.{NAMES[1]}",
+    ):  # fmt: skip
+        assert " ".join(shown.split()) in " ".join(text.split())
+
+
 def test_markup_in_names_is_text() -> None:
     refusal = Refusal(
         reason=Reason.DTYPE, rule="act_padding", detail="weight [bold]is[/bold] float32", mend="cast [it]"

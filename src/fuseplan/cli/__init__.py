@@ -1,5 +1,8 @@
 """The command line: parse, call the API, render."""
 
+import io
+import sys
+
 import typer
 
 from fuseplan.cli.check import check
@@ -24,4 +27,8 @@ app.command(name="diff")(diff_plans)
 
 def main() -> None:
     """The console script. Exit status: 0; 1 when a check failed; 2 when the request can't be served."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A quoted line of a model can have anything, and a terminal or a pipe in CI may be ASCII.
+            stream.reconfigure(errors="backslashreplace")
     app()

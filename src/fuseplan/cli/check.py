@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fuseplan.cli.console import Debug, Json, one_line_errors, show
+from fuseplan.cli.console import Debug, Json, one_line_errors, say, show
 from fuseplan.cli.request import (
     AllowRoundingChanges,
     Forbid,
@@ -16,6 +16,7 @@ from fuseplan.cli.request import (
     ProviderNames,
     Ranges,
     Workload,
+    check_selectors,
     compared,
     find_policies,
     find_providers,
@@ -23,13 +24,16 @@ from fuseplan.cli.request import (
 )
 
 DEFAULT_DEVICE = "h200"
+CONFIG = "config.json"
 
 
 def check(
     workload: Workload,
     lock: Annotated[Path, typer.Option(metavar="FILE", help="The lock file, made to be committed.")],
     update: Annotated[bool, typer.Option("--update", help="Write the lock, and say what changed.")] = False,
-    tp: Annotated[int | None, typer.Option(help="Ranks of tensor parallelism. Default: the lock's, or 1.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="Ranks of tensor parallelism, up to 65536. Default: the lock's, or 1.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help=f"A device profile. Default: the lock's, or {DEFAULT_DEVICE}.")
     ] = None,
@@ -57,6 +61,7 @@ def check(
         from fuseplan.report import render_verdict, verdict_to_json
 
         pinned(PassConfig())
+        check_selectors([*(force or ()), *(forbid or ())])
         asked: dict[str, Any] = {
             "tp": tp,
             "layers": layers,
@@ -70,6 +75,9 @@ def check(
         }
         given = {name: value for name, value in asked.items() if value is not None}
         verdict = _check(workload, lock, given, update=update)
+        if not as_json:
+            for warning in verdict.warnings:
+                say(f"warning: {'; '.join(filter(None, (warning.detail, warning.mend)))}")
         show(verdict_to_json(verdict) if as_json else render_verdict(verdict), as_json)
         if not verdict.passed:
             raise typer.Exit(1)
@@ -90,6 +98,7 @@ def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) ->
     """
     from fuseplan.report.drift import drifts
     from fuseplan.report.lock import FusionLock, check_writable
+    from fuseplan.report.text import warnings_of
     from fuseplan.report.verdict import Verdict
 
     name = _name_in_lock(workload, path)
@@ -97,7 +106,7 @@ def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) ->
     settings, resettled = _settle(before, name, given, path, update)
     if update:
         check_writable(path)
-    comparison = _ask(workload, settings, None if given or before is None else path)
+    comparison = _ask(workload, settings, None if resettled or before is None else path)
     report = comparison.reports[0]
     after = FusionLock.of(settings, report)
     is_comparable = before is not None and before.settings.ranges == settings.ranges
@@ -111,6 +120,7 @@ def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) ->
         drifts=drifts(before, report) if before is not None and is_comparable else (),
         resettled=resettled,
         breaks=comparison.breaks,
+        warnings=warnings_of(report),
         written=written,
         mend="where that is meant, the same command with --update pins it",
     )
@@ -126,6 +136,8 @@ def _read(path: Path, update: bool) -> Any:
     except LockError as error:
         if not isinstance(error.__cause__, OSError):
             raise LockError(f"{error}; mend it, or delete it and write it anew with --update") from None
+        if isinstance(error.__cause__, IsADirectoryError):
+            raise LockError(f"{error}; name a file, e.g. {str(path / 'fusions.lock')!r}") from None
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         if update:
@@ -148,7 +160,7 @@ def _settle(before: Any, name: str, given: dict[str, Any], path: Path, update: b
             ranges = tuple(map(_text, find_ranges(None)))
             defaults = LockSettings(workload=name, device=DEFAULT_DEVICE, policy="planned", ranges=ranges, tp=1)
             return dataclasses.replace(defaults, **given), {}
-        if before.settings.workload != name:
+        if not _is_of(before.settings.workload, name):
             pinned = before.settings.workload
             raise LockError(f"lock file {str(path)!r} is of workload {pinned!r}, not {name!r}; name another file")
         settings = dataclasses.replace(before.settings, **given)
@@ -171,27 +183,38 @@ def _ask(workload: str, settings: Any, source: Path | None) -> Any:
         settings: the question.
         source: the lock that all of it is from; None where the user has a part in it.
     """
-    from fuseplan.errors import FuseplanError, LockError
+    from fuseplan.errors import ConfigError, LockError, PlanError
     from fuseplan.integrations.locks import config_of
     from fuseplan.providers import device_profile
 
     try:
         config, policies = config_of(settings), find_policies([settings.policy])
         device, providers = device_profile(settings.device), find_providers(settings.providers)
-    except FuseplanError as error:
+        return compared(
+            workload, tp=settings.tp or 1, layers=settings.layers, ranges=config.compile_ranges,
+            device=device, policies=policies, config=config, providers=providers,
+        )  # fmt: skip
+    except (ConfigError, LockError, PlanError) as error:
         raise (LockError(f"lock file {str(source)!r}: {error}") if source else error) from None
-    return compared(
-        workload, tp=settings.tp or 1, layers=settings.layers, ranges=config.compile_ranges,
-        device=device, policies=policies, config=config, providers=providers,
-    )  # fmt: skip
 
 
 def _name_in_lock(workload: str, lock: Path) -> str:
-    """The workload as a lock has it: a configuration by its path from the lock, so that both can move together."""
+    """The workload as a lock has it: a configuration by its path from the lock, so that both can move together. A
+    folder stands for the configuration in it.
+    """
     from fuseplan.workloads import path_of
 
     path = path_of(workload)
-    return workload if path is None else Path(os.path.relpath(path.resolve(), lock.resolve().parent)).as_posix()
+    if path is None:
+        return workload
+    file = path / CONFIG if path.is_dir() else path
+    return Path(os.path.relpath(file.resolve(), lock.resolve().parent)).as_posix()
+
+
+def _is_of(locked: str, name: str) -> bool:
+    """Whether a lock is of a workload; older ones name the folder of a configuration."""
+    path = Path(name)
+    return locked == name or (path.name == CONFIG and locked == path.parent.as_posix())
 
 
 def _text(compile_range: Any) -> str:

@@ -19,6 +19,9 @@ from fuseplan.errors import FuseplanError
 PIPED_WIDTH = 110
 """Columns of output that goes to no terminal, unless COLUMNS says otherwise."""
 
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+"""Of consoles: names of workloads, modules and files are shown as they are."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -38,17 +41,18 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 @contextmanager
 def progress(text: str) -> Iterator[Callable[[str], None]]:
     """A spinner on standard error where that is a terminal; what comes out is not disturbed by it."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, **PLAIN)
     if not console.is_terminal:
         yield lambda text: None
         return
-    with console.status(text) as status:
-        yield status.update
+    spinner = "dots" if console.encoding.startswith("utf") else "line"
+    with console.status(Text(text), spinner=spinner) as status:
+        yield lambda text: status.update(Text(text))
 
 
 def say(text: str) -> None:
     """One line on standard error, beside what was asked for."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text))
+    Console(stderr=True, soft_wrap=True, **PLAIN).print(Text(text))
 
 
 def table_of(*columns: str) -> Table:
@@ -64,10 +68,10 @@ def show(content: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(content, indent=1))
     elif sys.stdout.isatty():
-        Console(highlight=False).print(content)
+        Console(**PLAIN).print(content)
     else:
         width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
         text = io.StringIO()
-        Console(file=text, highlight=False, width=width).print(content)
+        Console(file=text, width=width, **PLAIN).print(content)
         # Tables fill their lines up to their width.
         print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))

@@ -23,7 +23,7 @@ from fuseplan.cli.request import (
 
 def explain(
     workload: Workload,
-    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.")] = 1,
+    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism, up to 65536.")] = 1,
     device: Annotated[str, typer.Option(help="A device profile, whose providers are taken as present.")] = "h200",
     ranges: Ranges = None,
     policies: Annotated[

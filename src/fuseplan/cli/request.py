@@ -1,5 +1,7 @@
 """What commands that look at a workload share: their options, and the way from those to a comparison."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -45,7 +47,8 @@ def compared(
     providers: Sequence[Any],
     evidence: bool = False,
 ) -> Any:
-    """Builds a workload and compares policies on it, with a sign of life where that can be seen.
+    """Builds a workload and compares policies on it, with a sign of life where that can be seen. What the user's code
+    prints meanwhile goes to standard error, so that standard output has what was asked for alone.
 
     The arguments are those of `comparison.compare` and `workloads.build`.
 
@@ -58,12 +61,30 @@ def compared(
     from fuseplan.manager import PostGradPassManager
 
     PostGradPassManager(config, device=device)
-    with progress(f"building {workload}") as update, workloads.build(workload, tp=tp, layers=layers) as built:
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        progress(f"building {workload}") as update,
+        workloads.build(workload, tp=tp, layers=layers) as built,
+    ):
         update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
         return compare(
             built.model, built.inputs, workload=workload, tp=tp, ranges=ranges, device=device, policies=policies,
             build_ns=built.build_ns, config=config, providers=providers, evidence=evidence,
         )  # fmt: skip
+
+
+def check_selectors(texts: Sequence[str]) -> None:
+    """Refuses selectors of what is forced or forbidden that select nothing in any graph.
+
+    Raises:
+        ConfigError: one is malformed, or names an unknown rule.
+    """
+    from fuseplan.planner import check_selector
+    from fuseplan.rules import BUILT_IN_RULES, by_name
+
+    known = sorted(by_name(BUILT_IN_RULES))
+    for text in texts:
+        check_selector(text, known)
 
 
 def find_providers(names: Sequence[str] | None) -> Any:

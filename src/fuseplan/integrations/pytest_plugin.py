@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fuseplan.config import PassConfig
     from fuseplan.providers import DeviceProfile, Provider
     from fuseplan.record import Report
-    from fuseplan.report import FusionLock, LockSettings
+    from fuseplan.report import FusionLock, LockSettings, Verdict
     from fuseplan.rules import Rule
 
 NAMES = ("fuseplan", __name__)
@@ -90,11 +91,16 @@ def assert_fusions(
         ConfigError: an unknown rule, or something that can't be asked.
     """
     __tracebackhide__ = True
+    from fuseplan.errors import FuseplanError
     from fuseplan.report.expectation import unmet
     from fuseplan.report.paragraphs import plain
 
-    wanted = _counts(expected, [rule.name for rule in rules], exact)
-    report = _explained(model, inputs, config=config, device=device, rules=rules, providers=providers)
+    try:
+        wanted = _counts(expected, [rule.name for rule in rules], exact)
+        report = _explained(model, inputs, config=config, device=device, rules=rules, providers=providers)
+    except FuseplanError as error:
+        raise error.with_traceback(None)  # noqa: B904 - what the test reads has no lines of fuseplan
+    _warn(report)
     paragraphs = unmet(report, {**dict.fromkeys(report.rules, 0), **wanted} if exact else wanted)
     if paragraphs:
         raise AssertionError(f"fusions aren't what was expected{_asked(config, device)}\n\n{plain(paragraphs)}")
@@ -123,7 +129,7 @@ class FusionLockFixture(Protocol):
     ) -> "Report":
         """Fails where the fusions of a model differ from those of the test's lock file.
 
-        The file lies beside the test's: `fusion_locks/<test file>/<test>.lock`.
+        The file lies beside the test's: `fusion_locks/<test file>/<test>.lock`, or `<test>+<name>.lock`.
 
         Args:
             model: a module or function.
@@ -132,7 +138,7 @@ class FusionLockFixture(Protocol):
             device: a profile, or its name.
             rules: fusions beside the built-in ones.
             providers: who can run them, beside the built-in ones.
-            name: takes the place of the test's name in the file's; needed where a test calls it twice.
+            name: follows the test's in the name of the file; needed where a test calls it twice.
 
         Returns:
             The report.
@@ -160,36 +166,63 @@ def fusion_lock(request: pytest.FixtureRequest) -> FusionLockFixture:
         name: str | None = None,
     ) -> "Report":
         __tracebackhide__ = True
-        from fuseplan.config import PassConfig
-        from fuseplan.errors import LockError
-        from fuseplan.integrations.locks import settings_of
-        from fuseplan.report import FusionLock, Verdict
-        from fuseplan.report.drift import drifts
+        from fuseplan.errors import FuseplanError
 
-        path = lock_path(request.node.path, request.node.nodeid, name)
-        if path in used:
-            raise LockError(
-                f"fusion_lock has compared {path.name} in this test already; give each call a name of its own"
-            )
-        used.add(path)
-        shown = _shown(path, request.config.rootpath)
-        settings = settings_of(config or PassConfig(), workload=path.stem, device=_name(device))
-        is_update = request.config.getoption(UPDATE)
-        lock = None if is_update else _read(path, shown, settings)
-        report = _explained(model, inputs, config=config, device=device, rules=rules, providers=providers)
-        if lock is None:
-            if _write(path, FusionLock.of(settings, report)):
-                request.node.user_properties.append((WRITTEN, shown))
-            return report
-        verdict = Verdict(
-            path=shown, lock=lock, found=FusionLock.of(settings, report), drifts=drifts(lock, report),
-            mend=MEANT,
-        )  # fmt: skip
-        if not verdict.passed:
+        asked = {"config": config, "device": device, "rules": rules, "providers": providers}
+        try:
+            report, verdict = _compared(request, used, model, inputs, name, asked)
+        except FuseplanError as error:
+            raise error.with_traceback(None)  # noqa: B904 - what the test reads has no lines of fuseplan
+        _warn(report)
+        if verdict is not None and not verdict.passed:
             raise AssertionError(verdict.text)
         return report
 
     return check
+
+
+def _compared(
+    request: pytest.FixtureRequest,
+    used: set[Path],
+    model: Callable[..., Any],
+    inputs: Inputs,
+    name: str | None,
+    asked: Mapping[str, Any],
+) -> "tuple[Report, Verdict | None]":
+    """The report, and the verdict on a lock; None where the lock is written.
+
+    Args:
+        request: of the test.
+        used: locks that it has compared with, to which this one is added.
+        model: a module or function.
+        inputs: its arguments.
+        name: of the lock among several of the test.
+        asked: what else `explain` takes.
+    """
+    __tracebackhide__ = True
+    from fuseplan.config import PassConfig
+    from fuseplan.errors import ConfigError, LockError
+    from fuseplan.integrations.locks import settings_of
+    from fuseplan.report import FusionLock, Verdict
+    from fuseplan.report.drift import drifts
+
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"name={name!r}: give a text")
+    path = lock_path(request.node.path, request.node.nodeid, name)
+    if path in used:
+        raise LockError(f"fusion_lock has compared {path.name} in this test already; give each call a name of its own")
+    used.add(path)
+    shown = _shown(path, request.config.rootpath)
+    settings = settings_of(asked["config"] or PassConfig(), workload=path.stem, device=_name(asked["device"]))
+    lock = None if request.config.getoption(UPDATE) else _read(path, shown, settings)
+    report = _explained(model, inputs, **asked)
+    found = FusionLock.of(settings, report)
+    if lock is None:
+        if _write(path, found):
+            request.node.user_properties.append((WRITTEN, shown))
+        return report, None
+    breaks = tuple(map(str, report.breaks))
+    return report, Verdict(path=shown, lock=lock, found=found, drifts=drifts(lock, report), breaks=breaks, mend=MEANT)
 
 
 def lock_path(test_file: Path, nodeid: str, name: str | None = None) -> Path:
@@ -198,14 +231,20 @@ def lock_path(test_file: Path, nodeid: str, name: str | None = None) -> Path:
     Args:
         test_file: the file with the test.
         nodeid: pytest's id of the test.
-        name: what stands in for the test's name; parameters follow it all the same.
+        name: of one of several locks of the test; what stands before it is the test's, so that no other has it.
     """
     test, bracket, parameters = nodeid.partition("::")[2].partition("[")
-    full = f"{name or test.replace('::', '.')}{'-' if bracket else ''}{parameters.removesuffix(']')}"
-    plain = re.sub(r"[^\w.\-]", "_", full, flags=re.ASCII).lstrip(".")
+    own = f"{test.replace('::', '.')}{'-' if bracket else ''}{parameters.removesuffix(']')}"
+    # No name of a test or of parameters keeps a plus, and so none is taken for one with a name behind it.
+    full, plain = ("+".join(map(change, (own, *([name] if name else [])))) for change in (str, _plain))
+    plain = plain.lstrip(".")
     if plain != full or len(plain) > LONGEST_NAME:
         plain = f"{plain[:LONGEST_NAME]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
     return test_file.parent / FOLDER / test_file.stem / f"{plain}.lock"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.\-]", "_", text, flags=re.ASCII)
 
 
 def _write(path: Path, lock: "FusionLock") -> bool:
@@ -232,7 +271,7 @@ def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
         lock = FusionLock.load(path)
     except LockError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
-            raise
+            raise LockError(f"{error}; mend it, or write it anew with pytest {UPDATE}") from None
         missing = f"there is no fusion lock {shown}; write it with pytest {UPDATE}, and commit it"
         raise AssertionError(missing) from None
     changes = lock.settings.changes(settings)
@@ -246,16 +285,29 @@ def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig
     __tracebackhide__ = True
     from fuseplan.config import PassConfig
     from fuseplan.errors import ConfigError
-    from fuseplan.frontend import explain
+    from fuseplan.frontend import explain_call
     from fuseplan.integrations.locks import pinned
 
     config = pinned(config or PassConfig())
-    by_name = dict(inputs) if isinstance(inputs, Mapping) else {}
+    _name(asked["device"])
+    if not callable(model):
+        raise ConfigError(f"the model is of type {type(model).__name__}; give a module or a function")
     if not isinstance(inputs, (tuple, list, Mapping)):
         kind = type(inputs).__name__
         raise ConfigError(f"inputs are a {kind}; give a tuple or list of arguments, e.g. (x,), or a mapping by name")
+    by_position, by_name = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     with _quiet_traces():
-        return explain(model, *(() if by_name else inputs), config=config, **asked, **by_name)
+        return explain_call(model, by_position, by_name, config=config, **asked)
+
+
+def _warn(report: "Report") -> None:
+    """Shows the warnings of a report at the line of the test that called who calls this."""
+    from fuseplan.frontend import FuseplanWarning
+    from fuseplan.report.text import warnings_of
+
+    for warning in warnings_of(report):
+        text = "; ".join(filter(None, (warning.detail, warning.mend)))
+        warnings.warn(text, FuseplanWarning, stacklevel=3)
 
 
 @contextlib.contextmanager
@@ -272,7 +324,7 @@ def _quiet_traces() -> Iterator[None]:
             logger.addHandler(handler)
 
 
-def _counts(expected: Mapping[str, int], further: Sequence[str], exact: bool) -> dict[str, int]:
+def _counts(expected: object, further: Sequence[str], exact: bool) -> dict[str, int]:
     """The expected counts, if they can be.
 
     Raises:
@@ -283,6 +335,9 @@ def _counts(expected: Mapping[str, int], further: Sequence[str], exact: bool) ->
     from fuseplan.errors import ConfigError
     from fuseplan.rules import BUILT_IN_RULES, by_name
 
+    if not isinstance(expected, Mapping):
+        kind = type(expected).__name__
+        raise ConfigError(f"expected is a {kind}; give a mapping of rules to counts, e.g. {{'act_padding': 2}}")
     known = {*by_name(BUILT_IN_RULES), *further}
     for rule, count in expected.items():
         if rule not in known:
@@ -300,7 +355,19 @@ def _asked(config: "PassConfig | None", device: "DeviceProfile | str") -> str:
 
 
 def _name(device: "DeviceProfile | str") -> str:
-    return device if isinstance(device, str) else device.name
+    """The name of a profile.
+
+    Raises:
+        ConfigError: it is none, e.g. a `torch.device`.
+    """
+    from fuseplan.errors import ConfigError
+    from fuseplan.providers import PROFILES, DeviceProfile
+
+    if isinstance(device, DeviceProfile):
+        return device.name
+    if not isinstance(device, str):
+        raise ConfigError(f"device={device!r}: give a profile or the name of one: {', '.join(sorted(PROFILES))}")
+    return device
 
 
 def _shown(path: Path, root: Path) -> str:

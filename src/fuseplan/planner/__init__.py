@@ -1,5 +1,6 @@
 """Choosing among candidates: a problem posed, priced, solved exactly, and recorded."""
 
+from fuseplan.planner.contradiction import ContradictionError
 from fuseplan.planner.decide import (
     Decision,
     Lost,
@@ -19,6 +20,7 @@ from fuseplan.planner.sources import prices_of
 
 __all__ = [
     "DEFAULT_NODE_BUDGET",
+    "ContradictionError",
     "Decision",
     "Lost",
     "Posed",

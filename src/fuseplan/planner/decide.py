@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
 from fuseplan.matching import Match
+from fuseplan.planner.contradiction import contradiction
 from fuseplan.planner.ordered import choose_in_order
 from fuseplan.planner.pose import Posed
 from fuseplan.planner.problem import Solution
@@ -100,7 +101,10 @@ def decide_planned(posed: Posed, solver: Solver) -> Decision:
         PlanError: what is forced can't be applied.
     """
     start = time.perf_counter_ns()
-    solution = solver.solve(posed.problem, posed.find_cycles)
+    try:
+        solution = solver.solve(posed.problem, posed.find_cycles)
+    except PlanError:
+        raise contradiction(posed.problem, posed.forced, [each.source for each in posed.candidates]) from None
     plan_ns = time.perf_counter_ns() - start
     problem, chosen = posed.problem, set(solution.selected)
     neighbours: dict[int, set[int]] = {}

@@ -8,11 +8,12 @@ from functools import cached_property
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import unknown
-from fuseplan.errors import ConfigError, PlanError
+from fuseplan.errors import ConfigError
 from fuseplan.graph.legality import Contraction
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, couplings_of
 from fuseplan.planner.components import components
+from fuseplan.planner.contradiction import ContradictionError, Groups
 from fuseplan.planner.pricing import Priced, Prices, Pricing
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.sites import Rows, find_sites
@@ -30,6 +31,7 @@ class Posed:
         pricing: what made them, for who wants to see the rows behind them.
         sites: the signature of every site, in graph order.
         idle: selectors of what is forced or forbidden that select nothing in this graph.
+        forced: selectors of what is forced, with what is open to each of them at each place.
     """
 
     canonical: CanonicalGraph
@@ -39,6 +41,7 @@ class Posed:
     pricing: Pricing
     sites: tuple[str, ...]
     idle: tuple[str, ...]
+    forced: Groups = ()
 
     @property
     def unfused_ns(self) -> int:
@@ -120,13 +123,9 @@ def pose(
     priced = pricing.price(components(structure), structure)
     forbidden = frozenset(i for text in forbid for i, c in enumerate(candidates) if selects(text, c))
     groups = [(text, group) for text in force for group in _groups(text, candidates, structure)]
-    for text, group in groups:
-        if group <= forbidden:
-            names = ", ".join(candidates[i].name for i in sorted(group))
-            raise PlanError(
-                f"force {text!r} and forbid {', '.join(map(repr, forbid))} contradict each other at {names}"
-            )
-    open_groups = dict.fromkeys(group - forbidden for _, group in groups)
+    _check_open(groups, forbidden, forbid, candidates)
+    forced = tuple((text, group - forbidden) for text, group in groups)
+    open_groups = dict.fromkeys(group for _, group in forced)
     problem = replace(
         structure,
         savings_ns=tuple(priced.values),
@@ -139,8 +138,25 @@ def pose(
     idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
     return Posed(
         canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
-        idle=idle,
+        idle=idle, forced=forced,
     )  # fmt: skip
+
+
+def _check_open(
+    groups: Groups, forbidden: frozenset[int], forbid: Sequence[str], candidates: Sequence[Candidate]
+) -> None:
+    """Refuses what is forced and leaves nothing open, since it is forbidden."""
+    ruled_out: dict[str, set[int]] = {}
+    for text, group in groups:
+        if group <= forbidden:
+            ruled_out.setdefault(text, set()).update(group)
+    for text, indices in ruled_out.items():
+        against = [each for each in forbid if any(selects(each, candidates[i]) for i in indices)]
+        raise ContradictionError(
+            [f"force {text!r}", *(f"forbid {each!r}" for each in against)],
+            [candidates[i].source for i in sorted(indices)],
+            "what is forced there is forbidden",
+        )
 
 
 _SELECTOR = re.compile(r"(?P<rule>[^@:#\s]+)(?:#(?P<ordinal>\d+)|@(?P<place>[^:\s]+))?(?::(?P<provider>[^:\s]+))?")

@@ -11,6 +11,7 @@ from fuseplan.record.evidence import (
     PolicyAt,
     SizePoint,
 )
+from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss
 from fuseplan.record.plan import Plan, Rejected, SavedPlans, Selected, diff
 from fuseplan.record.refusal import Nearness, Reason, Refusal
@@ -28,6 +29,7 @@ __all__ = [
     "Drawing",
     "Evidence",
     "Fusion",
+    "GraphBreak",
     "GraphReport",
     "KernelTime",
     "Loss",

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from fuseplan.errors import PlanError
 from fuseplan.record.evidence import Evidence
+from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
 from fuseplan.record.refusal import Refusal
@@ -163,6 +164,7 @@ class Report:
         warnings: what was on but can have no effect, and other things a user should see once.
         force: selectors of what had to be applied.
         forbid: selectors of what must not be.
+        breaks: graph breaks met while tracing, of `explain`; a compilation doesn't see them.
     """
 
     policy: str
@@ -172,6 +174,7 @@ class Report:
     warnings: tuple[Refusal, ...] = ()
     force: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
+    breaks: tuple[GraphBreak, ...] = ()
 
     @property
     def fused(self) -> dict[str, int]:
@@ -250,6 +253,9 @@ class Report:
                     yield graph, refusal
 
 
+MOST_RANKS = 65_536
+"""Of tensor parallelism: more than any system has; torch's process groups end where a C int does."""
+
 UNFUSED = "unfused"
 """The winner where leaving a site to Inductor is cheaper."""
 
@@ -276,14 +282,14 @@ class Comparison:
 
     Attributes:
         workload: as the user named it.
-        tp: ranks of tensor parallelism.
+        tp: ranks of tensor parallelism, up to `MOST_RANKS`.
         device: the device profile whose providers were taken as present.
         ranges: the compile ranges.
         reports: one for each policy.
         breaks: graph breaks met while tracing, one line each.
         trace_ns: time to build and trace the model.
         notes: what a reader of the figures has to know, one line each.
-        unconstrained: the plan without what is forced and forbidden, where something is.
+        unconstrained: the first policy that what is forced and forbidden concerns, without it, where something is.
         evidence: what a reader can look up, where it was asked for.
     """
 
@@ -297,6 +303,15 @@ class Comparison:
     notes: tuple[str, ...] = ()
     unconstrained: Report | None = None
     evidence: Evidence | None = None
+
+    @property
+    def constrained(self) -> Report | None:
+        """The report that `unconstrained` is the other one of."""
+        free = self.unconstrained
+        if free is None:
+            return None
+        asked = (report for report in self.reports if (report.policy, report.order) == (free.policy, free.order))
+        return next(asked, None)
 
     def plans(self) -> SavedPlans:
         """The plans of policy `planned`, for a file.

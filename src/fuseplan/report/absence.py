@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from fuseplan.record import Loss, NearMiss, Nearness, Reason, Refusal, Report
+from fuseplan.record import GraphBreak, Loss, NearMiss, Nearness, Reason, Refusal, Report
 from fuseplan.record.near_miss import cause_of, near_misses_of
 from fuseplan.report.lock import Kernel, Span
-from fuseplan.report.places import module_of
+from fuseplan.report.places import module_of, places
+from fuseplan.report.text import count_of, enumerate_names, policy_name
+
+MOST_BREAKS = 3
+"""Graph breaks that one cause names."""
+
+GRAPH_ENDS = ("an input of the graph", "the graph's output")
+"""What is found in the place of an op where a graph starts or ends."""
 
 
 class AbsenceKind(StrEnum):
@@ -26,7 +33,13 @@ class AbsenceKind(StrEnum):
     LEFT_ALONE = "left alone"
     """The graph as a whole was not looked at."""
     OFF = "off"
-    """The rule isn't on, or the provider isn't there."""
+    """The policy or the configuration leaves the rule out, or the provider isn't there."""
+    CHANGED = "changed"
+    """The rule matches there as another op."""
+    RENAMED = "renamed"
+    """It is applied, at a place that has another name."""
+    BROKEN = "graph break"
+    """The model is traced in several graphs, and what would be fused is not in one of them."""
     GONE = "gone"
     """Nothing of it is left."""
 
@@ -62,6 +75,9 @@ class Finding(NamedTuple):
     kind: AbsenceKind
     found: Loss | Refusal | None = None
     detail: str = ""
+    now: str | None = None
+    """The new name of the place, where it has one."""
+    at: GraphBreak | None = None
 
 
 class Witness:
@@ -70,9 +86,13 @@ class Witness:
     def __init__(self, report: Report) -> None:
         self.report = report
         self._losses: dict[tuple[Span, str, str | None], list[Loss]] = defaultdict(list)
+        self._matches: dict[tuple[Span, str, str | None], dict[str, set[Kernel]]] = defaultdict(dict)
         self._refusals: dict[tuple[Span, str | None], list[Refusal]] = defaultdict(list)
         self._left_alone: dict[Span, list[Refusal]] = defaultdict(list)
         for graph in report.graphs:
+            for fusion in (*graph.applied, *(loss.fusion for loss in graph.lost)):
+                at_site = self._matches[graph.range, fusion.rule, module_of(fusion.source)]
+                at_site.setdefault(f"{graph.graph} {fusion.site}", set()).add(Kernel.of(fusion))
             for loss in graph.lost:
                 self._losses[graph.range, loss.fusion.rule, module_of(loss.fusion.source)].append(loss)
             for refusal in graph.refusals:
@@ -91,17 +111,34 @@ class Witness:
             place: a module path; None: at some place without one.
             count: how many are missing.
         """
-        losses = self._losses[span, kernel.rule, place]
-        mine = [loss for loss in losses if Kernel.of(loss.fusion) == kernel]
-        refusals = self._nearest(kernel, span, place)
+        policy = self.policy_off(kernel.rule)
+        if policy is not None:
+            return [policy] * count
+        mine = [loss for loss in self._losses[span, kernel.rule, place] if Kernel.of(loss.fusion) == kernel]
         found = [_of_loss(loss) for loss in mine]
-        found += [Finding(AbsenceKind.NEAR_MISS, refusal) for refusal in refusals]
-        found += [_of_loss(loss) for loss in losses if loss not in mine]
-        found = found or [self._nothing(kernel, span, place)]
+        for further in (self._refused, self._changed, self._nearest):
+            found += further(kernel, span, place) if len(found) < count else ()
+        found = found or [self._nothing(kernel, span)]
         return found[:count] + found[:1] * (count - len(found))
+
+    def is_gone(self, kernel: Kernel, span: Span, place: str) -> bool:
+        """Whether a place isn't there any more, as far as a rule can tell: it neither matches there nor nearly."""
+        is_there = self._matches[span, kernel.rule, place] or self._refused(kernel, span, place)
+        return not is_there and self.policy_off(kernel.rule) is None
+
+    def policy_off(self, rule: str) -> Finding | None:
+        """That the policy applies a rule nowhere, whatever there is in the graph; None where it may."""
+        report = self.report
+        if report.policy == "off":
+            return Finding(AbsenceKind.OFF, None, "the policy is off, which applies nothing")
+        if report.order and rule not in report.order:
+            return Finding(AbsenceKind.OFF, None, f"the policy {policy_name(report)} doesn't list {rule}")
+        return None
 
     def of_rule(self, rule: str) -> Iterator[tuple[Finding, Span, str | None]]:
         """All that stands in the way of a rule: at which range and place, a line of code where there is no module."""
+        if self.policy_off(rule) is not None:
+            return
         for graph in self.report.graphs:
             # Where one provider lost to another of the same rule, the rule is there.
             there = {fusion.site for fusion in graph.applied if fusion.rule == rule}
@@ -115,41 +152,75 @@ class Witness:
         for span, refusals in self._left_alone.items():
             yield from ((Finding(AbsenceKind.LEFT_ALONE, refusal), span, None) for refusal in refusals)
 
-    def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Refusal]:
-        """Of the rule at the place, else of anything there, else of the rule in the same layer; the nearest first."""
-        here = self._refusals[span, place]
+    def _refused(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+        """What is there of the rule, at the place itself."""
+        mine = [each for each in self._refusals[span, place] if each.rule == kernel.rule and _concerns(each, kernel)]
+        return _near([each for each in mine if each.nearness not in (Nearness.MISSING, Nearness.ABSENT)])
+
+    def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+        """What is far from a match of the rule at the place, else anything there, else of the rule in the same layer,
+        else what the place lacks beside other layers, which is a guess; the nearest first.
+        """
+        here, rule = self._refusals[span, place], kernel.rule
         tiers: list[Callable[[], Iterable[Refusal]]] = [
-            lambda: [each for each in here if each.rule == kernel.rule],
-            lambda: [each for each in here if place and each.rule != kernel.rule and _is_obstacle(each)],
-            lambda: [each for each in self._in_layer(span, place) if each.rule == kernel.rule and _is_obstacle(each)],
+            lambda: [each for each in here if each.rule == rule and self._is_absent(each)],
+            lambda: [each for each in here if place and each.rule != rule and _is_obstacle(each)],
+            lambda: [each for each in self._in_layer(span, place) if each.rule == rule and _is_obstacle(each)],
+            lambda: [each for each in here if place and each.nearness is Nearness.MISSING and not self.report.breaks],
         ]
         for tier in tiers:
             found = [each for each in tier() if _concerns(each, kernel)]
             if found:
-                return sorted(found, key=_distance)
+                return _near(found)
         return []
 
+    def _is_absent(self, refusal: Refusal) -> bool:
+        """Whether the rest of a pattern isn't there; where a graph breaks it may be, in another graph."""
+        return refusal.nearness is Nearness.ABSENT and not (self.report.breaks and refusal.found in GRAPH_ENDS)
+
     def _in_layer(self, span: Span, place: str | None) -> Iterator[Refusal]:
-        layer = _layer(place)
+        layer = layer_of(place)
         for (of, where), refusals in self._refusals.items():
-            if of == span and layer is not None and _layer(where) == layer:
+            if of == span and layer is not None and layer_of(where) == layer:
                 yield from refusals
 
-    def _nothing(self, kernel: Kernel, span: Span, place: str | None) -> Finding:
+    def _nothing(self, kernel: Kernel, span: Span) -> Finding:
         """What is to be said where the report has nothing about a place."""
         if self._left_alone[span]:
             return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
         if kernel.rule not in self.report.rules:
             return Finding(AbsenceKind.OFF, None, f"{kernel.rule} isn't among the rules that are on")
-        here = [
-            fusion
-            for graph in self.report.graphs
-            for fusion in graph.applied
-            if (graph.range, fusion.rule, module_of(fusion.source)) == (span, kernel.rule, place)
-        ]
-        if here and here[0].op == kernel.op:
-            return Finding(AbsenceKind.OFF, None, f"it matches, and {kernel.provider} has no kernel for it any more")
-        return Finding(AbsenceKind.GONE, None, "the graph has nothing there any more that it could match")
+        nothing = "the graph has nothing there any more that it could match"
+        if self.report.breaks:
+            return Finding(AbsenceKind.BROKEN, None, f"{nothing}: {self.broken}", at=self.report.breaks[0])
+        return Finding(AbsenceKind.GONE, None, nothing)
+
+    @property
+    def broken(self) -> str:
+        """How many graphs the model is traced in, and where it breaks; empty where it doesn't."""
+        if not self.report.breaks:
+            return ""
+        lines = list(dict.fromkeys(each.line or each.reason for each in self.report.breaks))
+        more = f" and {len(lines) - MOST_BREAKS} more lines" if len(lines) > MOST_BREAKS else ""
+        graphs = count_of(len({graph.graph for graph in self.report.graphs}), "graph")
+        return f"the model is traced in {graphs}, broken at {', '.join(lines[:MOST_BREAKS])}{more}"
+
+    def _changed(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+        """What the rule matches as at the place, if that is something else than it was. What other kernels lost to is
+        no reason for this one's absence: that it isn't among them is.
+        """
+        at_site = self._matches[span, kernel.rule, place]
+        others = [kernels for kernels in at_site.values() if kernel not in kernels]
+        if any(each.op == kernel.op for kernels in others for each in kernels):
+            # An order looks at one provider a match, the one that saves the most.
+            slower = ", or a slower one" if self.report.order else ""
+            told = f"it matches, and {kernel.provider} has no kernel for it any more{slower}"
+            return [Finding(AbsenceKind.OFF, None, told)]
+        ops = sorted({each.op for kernels in others for each in kernels})
+        if not ops:
+            return []
+        told = f"what matches there now is {enumerate_names(ops)}, and no longer {kernel.op}"
+        return [Finding(AbsenceKind.CHANGED, None, told)]
 
 
 def absences(findings: Sequence[Finding]) -> list[Absence]:
@@ -165,6 +236,8 @@ def absences(findings: Sequence[Finding]) -> list[Absence]:
 def _key(finding: Finding) -> object:
     if isinstance(finding.found, Refusal):
         return finding.kind, cause_of(finding.found)
+    if finding.now is not None:
+        return finding.kind
     if isinstance(finding.found, Loss):
         return finding.kind, finding.found.fusion.rule, _winners(finding.found)
     return finding
@@ -177,7 +250,18 @@ def _absence(findings: Sequence[Finding]) -> Absence:
     losses = [each.found for each in findings if isinstance(each.found, Loss)]
     if refusals:
         return _of_row(kind, near_misses_of(refusals.values())[0])
-    return _of_contest(kind, losses) if losses else Absence(kind=kind, detail=detail)
+    names = dict.fromkeys(each.now for each in findings if each.now is not None)
+    if names:
+        what = "the same fusion is" if len(names) == 1 else "the same fusions are"
+        detail = f"{what} there, now called {places(names)}"
+    if losses:
+        return _of_contest(kind, losses)
+    at = findings[0].at
+    return Absence(kind=kind, detail=detail, line=at.line if at else None, code=at.code if at else None)
+
+
+def _near(refusals: Iterable[Refusal]) -> list[Finding]:
+    return [Finding(AbsenceKind.NEAR_MISS, refusal) for refusal in sorted(refusals, key=_distance)]
 
 
 def _of_loss(loss: Loss) -> Finding:
@@ -234,7 +318,7 @@ def _concerns(refusal: Refusal, kernel: Kernel) -> bool:
 
 def _is_obstacle(refusal: Refusal) -> bool:
     """Whether a refusal says more of a place than that one rule has no business there."""
-    has_parts = refusal.nearness not in (None, Nearness.DECLINED, Nearness.ABSENT)
+    has_parts = refusal.nearness in (Nearness.REFUSED, Nearness.OBSTRUCTED, Nearness.UNRECOGNIZED)
     return has_parts and refusal.reason not in (Reason.DISABLED, Reason.PROVIDER)
 
 
@@ -243,7 +327,7 @@ def _distance(refusal: Refusal) -> tuple[int, bool]:
     return list(Nearness).index(nearness), refusal.reason is Reason.PROVIDER
 
 
-def _layer(place: str | None) -> str | None:
+def layer_of(place: str | None) -> str | None:
     """`model.layers.7` of `model.layers.7.mlp.act`, None for a place in no layer."""
     parts = (place or "").split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]

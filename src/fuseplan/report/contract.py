@@ -49,11 +49,10 @@ def report_to_json(report: Report) -> dict[str, Any]:
 
 
 def _counterfactual(comparison: Comparison) -> dict[str, Any] | None:
-    """What forcing and forbidding changes, beside the plan without it; None where nothing is forced or forbidden."""
-    free = comparison.unconstrained
-    if free is None:
+    """What forcing and forbidding changes, beside the same policy without it; None where there is nothing of it."""
+    free, asked = comparison.unconstrained, comparison.constrained
+    if free is None or asked is None:
         return None
-    asked = next(report for report in comparison.reports if report.policy == free.policy)
     return {
         "force": list(asked.force),
         "forbid": list(asked.forbid),

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from fuseplan.record import Report
-from fuseplan.report.absence import Absence, Finding, Witness, absences
+from fuseplan.report.absence import Absence, AbsenceKind, Finding, Witness, absences, layer_of
 from fuseplan.report.lock import FusionLock, Kernel, Placed, Span, placed_in, span_text
 from fuseplan.report.places import fold
 
@@ -17,7 +17,7 @@ class DriftKind(StrEnum):
 
     LOST = "lost"
     MOVED = "moved"
-    """Another fusion has its place."""
+    """Another fusion has its place, or its place has another name."""
     GAINED = "gained"
 
 
@@ -96,6 +96,11 @@ def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
 
 def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Iterator[_Unit]:
     lost, gained = before - after, after - before
+    for kernel, old, new in _renamed(lost, gained, span, witness):
+        lost[kernel, old] -= 1
+        gained[kernel, new] -= 1
+        yield _Unit(span, old, kernel, kernel, Finding(AbsenceKind.RENAMED, now=new))
+    lost, gained = +lost, +gained
     for (kernel, place), count in sorted(lost.items(), key=_by_text):
         for finding in witness.about(kernel, span, place, count):
             successor = _successor(gained, place)
@@ -104,6 +109,26 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
             yield _Unit(span, place, kernel, successor, finding)
     for (kernel, place), count in sorted(gained.items(), key=_by_text):
         yield from (_Unit(span, place, None, kernel) for _ in range(count))
+
+
+def _renamed(lost: Placed, gained: Placed, span: Span, witness: Witness) -> list[tuple[Kernel, str, str]]:
+    """Fusions that are still in their layer, at places with other names: (kernel, name before, name now). Which is
+    which can't be told where a layer has several, and so as many have to be there as before.
+    """
+    taken = {place for _, place in lost}, {place for _, place in gained}
+    old: dict[tuple[Kernel, str], list[str]] = defaultdict(list)
+    new: dict[tuple[Kernel, str], list[str]] = defaultdict(list)
+    for counts, others, found in ((lost, taken[1], old), (gained, taken[0], new)):
+        for (kernel, place), count in sorted(counts.items(), key=_by_text):
+            layer = layer_of(place)
+            if place is not None and layer is not None and place not in others:
+                found[kernel, layer] += [place] * count
+    return [
+        (kernel, before, now)
+        for (kernel, layer), places in old.items()
+        if len(places) == len(new[kernel, layer]) and all(witness.is_gone(kernel, span, place) for place in places)
+        for before, now in zip(places, new[kernel, layer], strict=True)
+    ]
 
 
 def _successor(gained: Placed, place: str | None) -> Kernel | None:

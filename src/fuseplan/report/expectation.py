@@ -7,7 +7,7 @@ from fuseplan.record import Nearness, Report
 from fuseplan.report.absence import Absence, AbsenceKind, Witness, absences
 from fuseplan.report.drift import wheres
 from fuseplan.report.lock import Span
-from fuseplan.report.paragraphs import Line, cause_lines, where_text
+from fuseplan.report.paragraphs import Line, break_paragraphs, cause_lines, where_text
 
 MOST_CAUSES = 5
 """Causes that are told of one rule, the likeliest first."""
@@ -21,12 +21,13 @@ def unmet(report: Report, expected: Mapping[str, int]) -> list[list[Line]]:
         expected: fusions by rule, over all graphs and ranges.
     """
     fused = report.fused
-    return [
+    paragraphs = [
         paragraph
         for rule, count in sorted(expected.items())
         if fused.get(rule, 0) != count
         for paragraph in _about(report, rule, count)
     ]
+    return paragraphs + break_paragraphs(map(str, report.breaks)) if paragraphs else []
 
 
 def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
@@ -38,11 +39,10 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
     if len(found) > expected:
         yield lines
         return
-    told = _missing(report, rule)
+    witness = Witness(report)
+    told = _missing(witness, rule)
     if not told:
-        is_on = rule in report.rules
-        why = "the graph has nothing that it could match" if is_on else "it isn't among the rules that are on"
-        lines.append(Line("why", why))
+        lines.append(Line("why", _nothing(witness, rule, "nothing else" if found else "nothing")))
     yield lines
     for cause, places in told[:MOST_CAUSES]:
         yield [Line("missed", where_text(wheres(places), ranges)), *cause_lines(cause)]
@@ -50,9 +50,19 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
         yield [Line("", f"and {len(told) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
 
 
-def _missing(report: Report, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:
+def _nothing(witness: Witness, rule: str, nothing: str) -> str:
+    """What is to be said of a rule where the report names nothing in its way, and has `nothing` (else) of it."""
+    policy = witness.policy_off(rule)
+    if policy is not None:
+        return policy.detail
+    if rule not in witness.report.rules:
+        return "it isn't among the rules that are on"
+    return ": ".join(filter(None, (f"the graph has {nothing} that it could match", witness.broken)))
+
+
+def _missing(witness: Witness, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:
     """Causes with their places: matches first, then what is nearest to one, then what is most frequent."""
-    found = list(Witness(report).of_rule(rule))
+    found = list(witness.of_rule(rule))
     places: dict[int, list[tuple[Span, str | None]]] = defaultdict(list)
     made: dict[int, Absence] = {}
     for cause, (_, span, place) in zip(absences([finding for finding, _, _ in found]), found, strict=True):

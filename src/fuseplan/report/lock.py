@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from fuseplan.errors import LockError
 from fuseplan.record import Fusion, Report, files, from_json, to_json
+from fuseplan.record.report import MOST_RANKS
 from fuseplan.report.places import fold, module_of, unfold
 
 SCHEMA = 1
@@ -71,7 +72,7 @@ class LockSettings:
         device: the profile whose providers are taken as present and whose costs are modelled.
         policy: as on the command line.
         ranges: compile ranges, ascending, e.g. `1:64`; empty: one graph serves every size.
-        tp: ranks of tensor parallelism; None where the caller made the model.
+        tp: ranks of tensor parallelism, up to `MOST_RANKS`; None where the caller made the model.
         layers: another number of layers than the model's own.
         costs: where prices come from; nothing but the model is the same on every machine.
         providers: who may run fused ops; empty: all.
@@ -103,6 +104,8 @@ class LockSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: allowed are integers of at least 1")
+        if self.tp is not None and self.tp > MOST_RANKS:
+            raise ValueError(f"tp={self.tp}: allowed are at most {MOST_RANKS} ranks")
         last = 0
         for text in self.ranges:
             span = parse_span(text)
@@ -118,7 +121,7 @@ class LockSettings:
     def changes(self, other: "LockSettings") -> dict[str, tuple[str, str]]:
         """Where another question differs, by name of the setting: its text here and there."""
         return {
-            each.name: (setting_text(mine), setting_text(theirs))
+            each.name: (setting_text(mine, each.name), setting_text(theirs, each.name))
             for each in dataclasses.fields(self)
             if (mine := getattr(self, each.name)) != (theirs := getattr(other, each.name))
         }
@@ -170,7 +173,7 @@ class FusionLock:
 
     @cached_property
     def placed(self) -> Mapping[Span, Placed]:
-        """What is applied where, by range.
+        """What is applied where, by range, in their order.
 
         Raises:
             ValueError: a range is there twice, or a line can't be read.
@@ -185,7 +188,7 @@ class FusionLock:
                 if span in result:
                     raise ValueError(f"fusions of range {span_text(span)} are there twice")
                 result[span] = counts
-        return result
+        return dict(sorted(result.items(), key=lambda item: item[0] or (0, 0)))
 
     @property
     def fused(self) -> dict[str, int]:
@@ -200,10 +203,13 @@ class FusionLock:
         return dict(sorted(counts.items()))
 
     def text(self) -> str:
-        """The content of the file: sorted, what isn't set left out."""
+        """The content of the file: sorted, ranges by their numbers, what isn't set left out."""
         given = {name: value for name, value in to_json(self.settings).items() if value not in (None, False, [], {})}
-        content = {"schema": self.schema, "settings": given, "fusions": to_json(self.fusions)}
-        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+        # As text 513:8192 comes before 65:512.
+        in_order = sorted(self.fusions.items(), key=lambda item: parse_span(item[0].split(", ")[0]) or (0, 0))
+        fusions = {spans: _sorted(to_json(kernels)) for spans, kernels in in_order}
+        content = {"fusions": fusions, "schema": self.schema, "settings": _sorted(given)}
+        return json.dumps(content, indent=1) + "\n"
 
     def save(self, path: Path) -> None:
         """Writes the file: the whole of it or, where that fails, nothing.
@@ -279,6 +285,11 @@ def placed_in(report: Report, span: Span) -> Placed:
     )
 
 
+def _sorted(value: Any) -> Any:
+    """Objects with their names in order, at every depth."""
+    return {name: _sorted(each) for name, each in sorted(value.items())} if isinstance(value, dict) else value
+
+
 def _folded(placed: Placed) -> dict[str, tuple[str, ...]]:
     counts: dict[Kernel, dict[str | None, int]] = {}
     for (kernel, place), count in placed.items():
@@ -318,10 +329,16 @@ def contradiction(changes: Mapping[str, tuple[str, str]], other: str) -> str:
     return f"pins {pinned}, and {other} says {said}"
 
 
-def setting_text(value: object) -> str:
-    """A setting for a person."""
+def setting_text(value: object, name: str = "") -> str:
+    """A setting for a person.
+
+    Args:
+        value: of the setting.
+        name: of the setting; no providers are all of them.
+    """
+    empty = "all" if name == "providers" else "none"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}={each}" for name, each in sorted(value.items())) or "none"
+        return ", ".join(f"{each}={texts}" for each, texts in sorted(value.items())) or empty
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+        return ", ".join(str(each) or "''" for each in value) or empty
+    return empty if value is None else str(value)

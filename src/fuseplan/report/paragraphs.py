@@ -1,6 +1,5 @@
 """Drift and its causes as labelled lines, one paragraph a cause: in colour on a terminal, plain in a failed test."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ MOST_LINES = 6
 
 STYLES = {
     "lost": "bold red", "wrong": "bold red", "moved": "bold yellow", "missed": "bold yellow", "gained": "bold green",
-    "mend": "dim", "": "dim",
+    "mend": "dim", "break": "dim", "": "dim",
 }  # fmt: skip
 
 
@@ -35,17 +34,18 @@ class Line:
 
 
 def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:
-    """One paragraph a cause: what changed, where, and why.
+    """One paragraph a cause: what changed, where, and why. Two rules that fail at the same thing have one cause.
 
     Args:
-        drifts: as `drifts` yields them, those of one cause next to each other.
+        drifts: as `drifts` yields them.
         ranges: how many compile ranges there are.
     """
-    paragraphs = []
-    for cause, members in itertools.groupby(drifts, key=lambda each: each.cause):
-        lines = [Line(each.change.value, f"{_title(each)}, {where_text(each.where, ranges)}") for each in members]
-        paragraphs.append(lines + (cause_lines(cause) if cause is not None else []))
-    return paragraphs
+    told: dict[tuple[Line, ...], list[Line]] = {}
+    for each in drifts:
+        why = tuple(cause_lines(each.cause)) if each.cause is not None else ()
+        line = Line(each.change.value, f"{_title(each)}, {where_text(each.where, ranges)}")
+        told.setdefault(why, []).append(line)
+    return [[*lines, *why] for why, lines in told.items()]
 
 
 def cause_lines(cause: Absence) -> list[Line]:
@@ -57,6 +57,12 @@ def cause_lines(cause: Absence) -> list[Line]:
     if cause.mend is not None:
         lines.append(Line("mend", cause.mend))
     return lines
+
+
+def break_paragraphs(breaks: Iterable[str]) -> list[list[Line]]:
+    """One paragraph of all graph breaks, none where there are none."""
+    lines = [Line("break", text) for text in breaks]
+    return [lines] if lines else []
 
 
 def where_text(where: Sequence[Where], ranges: int) -> str:
@@ -92,7 +98,8 @@ def render_paragraphs(paragraphs: Iterable[Sequence[Line]]) -> RenderableType:
 
 
 def _title(drift: Drift) -> str:
-    kernels = [Kernel.parse(text) for text in (drift.before, drift.after) if text is not None]
+    """Who was and who is there; one of them where that is the same, at a place with another name."""
+    kernels = [Kernel.parse(text) for text in dict.fromkeys((drift.before, drift.after)) if text is not None]
     tells_apart = len({(kernel.rule, kernel.provider) for kernel in kernels}) == len(kernels)
     names = [f"{each.rule}{'' if tells_apart else f' ({each.op})'} by {each.provider}" for each in kernels]
     return " -> ".join(names)

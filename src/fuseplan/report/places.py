@@ -16,6 +16,8 @@ _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _RUNS = re.compile(r"(?<![0-9])[0-9]+(?:[-,][0-9]+)+")
 _LINE = re.compile(r":[0-9]+$")
 _COUNTED = re.compile(r"(.*) x([1-9][0-9]{0,8})", re.DOTALL)
+_MISWRITTEN = re.compile(r"[0-9][-,]{2,}[0-9]|[0-9][-,](?=\.|$)|(?:^|\.)[-,][0-9]| x[0-9]+$")
+"""What looks like a list of numbers or a count and is none: a slip, unless it is quoted."""
 _LITERAL = "="
 
 
@@ -64,6 +66,9 @@ def unfold(lines: Iterable[str]) -> Counter[str | None]:
     for line in lines:
         found = _COUNTED.fullmatch(line)
         text, count = (found[1], int(found[2])) if found else (line, 1)
+        is_literal = text.startswith(_LITERAL)
+        if (is_literal and not found) or (not is_literal and (_MISWRITTEN.search(text) or (found and count == 1))):
+            raise ValueError(f"{line[:80]!r} isn't a line of places such as layers.0-6,8.norm or layers.0-6,8.norm x2")
         for place in _unfolded(text, MOST_PLACES - total):
             if place in counts:
                 raise ValueError(f"{place or NO_MODULE} is there twice, the second time in {line[:80]!r}")
@@ -77,7 +82,7 @@ def unfold(lines: Iterable[str]) -> Counter[str | None]:
 def _quoted(place: str | None) -> str:
     if place is None:
         return NO_MODULE
-    is_plain = not _RUNS.search(place) and not _COUNTED.fullmatch(place) and place != NO_MODULE
+    is_plain = not _RUNS.search(place) and not _MISWRITTEN.search(place) and place != NO_MODULE
     return place if is_plain and place and not place.startswith(_LITERAL) else _LITERAL + place
 
 
@@ -126,8 +131,10 @@ def _numbers(runs: str, text: str, most: int) -> list[int]:
         if len(ends) > 2 or any(str(int(end[:9])) != end for end in ends):
             raise ValueError(f"{run[:40]!r} in {text[:80]!r} isn't a run of numbers such as 0-35")
         first, last = int(ends[0]), int(ends[-1])
-        if (len(ends) == 2 and first >= last) or (numbers and first <= numbers[-1]):
-            raise ValueError(f"the numbers {runs[:40]!r} in {text[:80]!r} don't ascend")
+        if (len(ends) == 2 and first >= last) or (numbers and first <= numbers[-1] + 1):
+            raise ValueError(
+                f"the numbers {runs[:40]!r} in {text[:80]!r} don't ascend, or aren't in as few runs as can be"
+            )
         if last - first + len(numbers) >= most:
             raise ValueError(f"{text[:80]!r} makes it more than {MOST_PLACES} places")
         numbers += range(first, last + 1)

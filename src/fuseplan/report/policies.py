@@ -20,7 +20,8 @@ class Policies:
         self.spans = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        names = max(len(name) for name in map(policy_name, self.comparison.reports) if name.count(",") < 2)
+        short = [name for name in map(policy_name, self.comparison.reports) if name.count(",") < 2]
+        names = max(map(len, short or ["planned"]))  # longer ones fold
         counts = names + 3 + sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules)
         savings = sum(max(len(_span(span)), 8) + 3 for span in self.spans)
         if counts + savings <= options.max_width:
@@ -36,12 +37,12 @@ class Policies:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
         table.add_column("policy", overflow="fold")
         for rule in rules:
-            table.add_column(rule, justify="right", no_wrap=True)
+            table.add_column(Text(rule), justify="right", no_wrap=True)
         for span in spans:
             table.add_column(_span(span), justify="right", no_wrap=True)
         for report in self.comparison.reports:
             cells = [_cell(report, rule) for rule in rules]
-            table.add_row(policy_name(report), *cells, *(self._saved(report, span) for span in spans))
+            table.add_row(Text(policy_name(report)), *cells, *(self._saved(report, span) for span in spans))
         return table
 
     def _paragraphs(self) -> Group:

@@ -10,7 +10,7 @@ from fuseplan.record.report import UNFUSED
 from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, matters
-from fuseplan.report.text import count_of, entry, enumerate_names, indented, policy_name, tokens_of
+from fuseplan.report.text import count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
@@ -87,12 +87,12 @@ def _saving_legend(comparison: Comparison) -> str:
 
 def _what_if(comparison: Comparison) -> list[RenderableType]:
     """What forcing and forbidding costs, and what it changes where."""
-    free = comparison.unconstrained
-    if free is None:
+    free, asked = comparison.unconstrained, comparison.constrained
+    if free is None or asked is None:
         return []
-    asked = next(report for report in comparison.reports if report.policy == free.policy)
     given = [f"{verb} {text}" for verb, texts in (("force", asked.force), ("forbid", asked.forbid)) for text in texts]
-    lines: list[RenderableType] = [entry("what if", enumerate_names(given))]
+    under = f" under {policy_name(asked)}" if asked.order else ""
+    lines: list[RenderableType] = [entry("what if", f"{enumerate_names(given)}{under}")]
     saved = [_saves(each.range, each.before_ns, each.after_ns) for each in differences(free, asked)]
     lines.append(indented(Text("saves ").append_text(Text(", ").join(saved))))
     grouped: dict[tuple[str, str, tuple[str, ...]], int] = {}
@@ -103,7 +103,8 @@ def _what_if(comparison: Comparison) -> list[RenderableType]:
         where = f": {places(sources)}" if sources else ""
         lines.append(indented(f"{after} in place of {before} in {count_of(count, 'place')}{where}"))
     if not grouped:
-        lines.append(indented("it changes nothing: the plan is the same without it"))
+        same = "the order does" if asked.order else "the plan is"
+        lines.append(indented(f"it changes nothing: {same} the same without it"))
     return lines
 
 
@@ -206,15 +207,8 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
 
 
 def _warnings(comparison: Comparison) -> list[RenderableType]:
-    lines = dict.fromkeys(warning.detail for report in comparison.reports for warning in report.warnings)
-    refused = dict.fromkeys(
-        refusal.detail
-        for report in comparison.reports
-        for graph in report.graphs
-        for refusal in graph.refusals
-        if refusal.reason.value in ("training", "disabled") and refusal.nearness is None
-    )
-    texts = [*lines, *refused, *(f"graph break: {reason}" for reason in comparison.breaks)]
+    lines = dict.fromkeys(warning.detail for report in comparison.reports for warning in warnings_of(report))
+    texts = [*lines, *(f"graph break: {reason}" for reason in comparison.breaks)]
     return [entry("warning", text) for text in texts]
 
 

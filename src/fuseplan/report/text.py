@@ -6,7 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fuseplan.record import Report
+from fuseplan.record import Reason, Refusal, Report
 
 INDENT = 13
 
@@ -14,6 +14,17 @@ INDENT = 13
 def policy_name(report: Report) -> str:
     """A policy as it is written on the command line."""
     return f"{report.policy}({', '.join(report.order)})" if report.order else report.policy
+
+
+def warnings_of(report: Report) -> tuple[Refusal, ...]:
+    """What is on and has no effect, what is forced or forbidden and selects nothing, and why graphs were left alone."""
+    alone = [
+        refusal
+        for graph in report.graphs
+        for refusal in graph.refusals
+        if refusal.reason in (Reason.TRAINING, Reason.DISABLED) and refusal.nearness is None
+    ]
+    return tuple(dict.fromkeys((*report.warnings, *alone)))
 
 
 def enumerate_names(parts: Sequence[str]) -> str:
@@ -33,11 +44,11 @@ def indented(content: str | Text, columns: int = INDENT) -> Padding:
 
 
 def entry(label: str, content: str | Text, style: str = "bold yellow") -> Table:
-    """A paragraph with its title beside it."""
+    """A paragraph with its title beside it; a string is shown as it is, without markup."""
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=INDENT - 1, no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(Text(label, style=style), content)
+    table.add_row(Text(label, style=style), content if isinstance(content, Text) else Text(content))
     return table
 
 

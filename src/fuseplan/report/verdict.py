@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
-from fuseplan.record import to_json
+from fuseplan.record import Refusal, to_json
 from fuseplan.report.drift import Drift, DriftKind
 from fuseplan.report.lock import FusionLock
-from fuseplan.report.paragraphs import drift_paragraphs, plain, render_paragraphs
+from fuseplan.report.paragraphs import Line, break_paragraphs, drift_paragraphs, plain, render_paragraphs
 from fuseplan.report.text import count_of
 
 SCHEMA = 1
@@ -29,6 +28,7 @@ class Verdict:
         drifts: what the lock that was there before has and the model has not, and the reverse.
         resettled: settings that were pinned anew, with their texts before and after.
         breaks: graph breaks met while tracing, one line each.
+        warnings: what is on or selected and has no effect.
         written: whether the file was written.
         mend: what to do where the differences are meant.
     """
@@ -39,6 +39,7 @@ class Verdict:
     drifts: tuple[Drift, ...] = ()
     resettled: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     breaks: tuple[str, ...] = ()
+    warnings: tuple[Refusal, ...] = ()
     written: bool = False
     mend: str = ""
 
@@ -59,9 +60,16 @@ class Verdict:
     @property
     def text(self) -> str:
         """All of it, plain."""
-        paragraphs = drift_paragraphs(self.drifts, len(self.lock.settings.spans))
+        paragraphs = self.paragraphs
         tail = [self.mend] if self.mend and not self.passed else []
         return "\n\n".join([self.headline, *([plain(paragraphs)] if paragraphs else []), *tail])
+
+    @property
+    def paragraphs(self) -> list[list[Line]]:
+        """What changed and why, and where the graph breaks; nothing where nothing changed."""
+        if not self.drifts:
+            return []
+        return drift_paragraphs(self.drifts, len(self.lock.settings.spans)) + break_paragraphs(self.breaks)
 
     @property
     def _changes(self) -> str:
@@ -89,9 +97,7 @@ def render_verdict(verdict: Verdict) -> RenderableType:
     parts: list[RenderableType] = [Text(verdict.headline, style="green" if verdict.passed else "bold red")]
     parts += [Text(f"{name}: {before} -> {after}") for name, (before, after) in verdict.resettled.items()]
     if verdict.drifts:
-        paragraphs = drift_paragraphs(verdict.drifts, len(verdict.lock.settings.spans))
-        parts += [Text(), render_paragraphs(paragraphs)]
-        parts += [Padding(Text(f"graph break: {reason}", style="dim"), (1, 0, 0, 0)) for reason in verdict.breaks]
+        parts += [Text(), render_paragraphs(verdict.paragraphs)]
     if verdict.mend and not verdict.passed:
         parts += [Text(), Text(verdict.mend, style="dim")]
     return Group(*parts)
@@ -117,5 +123,6 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         ],
         "settings": {name: {"before": old, "after": new} for name, (old, new) in verdict.resettled.items()},
         "differences": [to_json(drift) for drift in verdict.drifts],
+        "warnings": [to_json(warning) for warning in verdict.warnings],
         "breaks": list(verdict.breaks),
     }

@@ -1,4 +1,4 @@
-"""What force and forbid change: the plan against the same plan without them."""
+"""What force and forbid change: a policy against the same policy without them."""
 
 from typing import Any
 
@@ -10,8 +10,7 @@ from fuseplan.report.places import places
 
 def changes(comparison: Comparison) -> dict[str, Any] | None:
     """What the constraints cost by range, and what is applied where in the place of what; None where there are none."""
-    free = comparison.unconstrained
-    bound = next((report for report in comparison.reports if report.policy == "planned"), None)
+    free, bound = comparison.unconstrained, comparison.constrained
     if free is None or bound is None:
         return None
     return {
