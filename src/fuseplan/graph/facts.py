@@ -140,11 +140,14 @@ def written_in_place(node: fx.Node) -> str | None:
     """
     if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
         return str(node.args[0])
-    for name, _ in node.meta.get("source_fn_stack") or ():
-        found = _IN_PLACE.fullmatch(str(name))
-        if found:
-            return found[1]
-    return None
+    found = (_in_place(str(name)) for name, _ in node.meta.get("source_fn_stack") or ())
+    return next(filter(None, found), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_place(name: str) -> str | None:
+    found = _IN_PLACE.fullmatch(name)
+    return found[1] if found else None
 
 
 _IN_PLACE = re.compile(r"((?:[a-z]\w*[a-z0-9])_|i(?:add|sub|mul|truediv|floordiv|pow|matmul|and|or|xor))(?:_\d+)?")

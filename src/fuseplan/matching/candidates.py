@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
@@ -283,8 +284,10 @@ def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]
 
 def op_name(node: fx.Node) -> str:
     """What a node calls: a dialect op by its name, an op that was made functional by what it was before."""
-    if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
-        return str(node.args[0])
+    if isinstance(node.target, torch._ops.OpOverload):  # nearly all
+        return op_text(node.target)
     if is_call(node, operator.getitem) and isinstance(node.args[0], fx.Node):
         return op_name(node.args[0])
+    if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
+        return str(node.args[0])
     return op_text(node.target)

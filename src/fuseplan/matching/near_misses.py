@@ -15,9 +15,9 @@ from fuseplan.dialect import DialectOp, ops
 from fuseplan.graph.facts import place_of, source_code, source_line
 from fuseplan.graph.reach import is_view, path_between
 from fuseplan.matching.candidates import Matches, missing_ops, op_name
-from fuseplan.matching.obstacles import obstruction, without_residual_add
+from fuseplan.matching.obstacles import Obstruction, obstruction, without_residual_add
 from fuseplan.matching.outline import Outline, outline_of
-from fuseplan.matching.siblings import missing_siblings
+from fuseplan.matching.siblings import Siblings
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
@@ -82,10 +82,11 @@ def find_near_misses(
     settled = {node for match in matches.candidates for node in match.consumed}
     settled |= {node for miss in matches.misses for node in miss.consumed}
     coreless: list[Sequence[Rule]] = []
+    shared = _Shared(canonical)
     for _, members in sorted(rules.items()):
         missing = {name for name in missing_ops(canonical, members) if _lookalike(name) not in looks_like}
         if not missing:
-            search = _Search(canonical, members, matches)
+            search = _Search(shared, members, matches)
             found += search.refusals()
             claimed |= search.claimed
             settled |= search.anchors.keys()
@@ -93,7 +94,7 @@ def find_near_misses(
             coreless.append(members)
     # Without a core anywhere, a rule has nothing to say of what other rules match, or nearly do.
     for members in coreless:
-        found += _Search(canonical, members, matches, settled).refusals()
+        found += _Search(shared, members, matches, settled).refusals()
     return (*found, *_unclaimed(canonical, claimed))
 
 
@@ -145,6 +146,21 @@ def _core_near(node: fx.Node, refusal: Refusal) -> bool:
     )
 
 
+class _Shared:
+    """What rules with the same parts find alike: read once a graph."""
+
+    def __init__(self, canonical: CanonicalGraph) -> None:
+        self.canonical, self.siblings = canonical, Siblings(canonical)
+        self._told: dict[tuple[fx.Node, ...], Obstruction] = {}
+
+    def obstruction(self, way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obstruction:
+        """What is to be said of the obstacles between two ops."""
+        key = (*way, goal, consumer)
+        if key not in self._told:
+            self._told[key] = obstruction(way, goal, consumer)
+        return self._told[key]
+
+
 class _Search:
     """Near misses of one rule.
 
@@ -154,9 +170,10 @@ class _Search:
     """
 
     def __init__(
-        self, canonical: CanonicalGraph, members: Sequence[Rule], matches: Matches, settled: Collection[fx.Node] = ()
+        self, shared: "_Shared", members: Sequence[Rule], matches: Matches, settled: Collection[fx.Node] = ()
     ) -> None:
-        self.canonical, self.members, self.name = canonical, members, members[0].name
+        self.canonical, self.shared = shared.canonical, shared
+        self.members, self.name = members, members[0].name
         mine = [match for match in matches.candidates if match.rule.name == self.name]
         misses = [miss for miss in matches.misses if miss.rule.name == self.name]
         self.candidates = mine
@@ -175,7 +192,7 @@ class _Search:
             self.named.update(gap.goal for gap in attempt.gaps if gap.goal is not None)
             yield self._explain(attempt)
         yield from self._unread_prologues()
-        yield from missing_siblings(self.canonical, self.members, self.candidates, [*told, *self.named])
+        yield from self.shared.siblings.missing(self.members, self.candidates, [*told, *self.named])
 
     def _anchors(self) -> dict[fx.Node, list[Rule]]:
         """Nodes that a member's pattern could end at and that aren't settled, in graph order."""
@@ -323,7 +340,7 @@ class _Search:
     def _obstructed(self, gap: Gap, site: fx.Node) -> Refusal:
         assert gap.goal is not None
         obstacles = without_residual_add(gap.way, gap.goal) or list(gap.way)
-        told = obstruction(obstacles, gap.goal, gap.consumer)
+        told = self.shared.obstruction(obstacles, gap.goal, gap.consumer)
         return self._refuse(
             told.node, told.reason, told.detail, nearness=Nearness.OBSTRUCTED,
             expected=gap.expected, found=told.found, site=place_of(site), mend=told.mend,

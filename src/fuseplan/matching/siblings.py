@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 from torch import fx
@@ -20,41 +20,62 @@ Layer: TypeAlias = tuple[str, int, str]
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
-def missing_siblings(
-    canonical: CanonicalGraph, members: Sequence[Rule], candidates: Sequence[Match], told: Collection[fx.Node]
-) -> Iterator[Refusal]:
-    """Layers in which nothing is left of what a rule takes at the same place of most others.
+class Siblings:
+    """The layers of one graph, as far as modules tell; read once for all rules."""
 
-    Args:
-        canonical: the graph.
-        members: of the rule.
-        candidates: its matches.
-        told: nodes of places for which there is a refusal already.
-    """
-    matched: dict[tuple[str, str], dict[int, Match]] = {}
-    for match in candidates:
-        layer = layer_of(place_of(match.core))
-        if layer is not None:
-            matched.setdefault((layer[0], layer[2]), {}).setdefault(layer[1], match)
-    if not any(len(by_number) > 1 for by_number in matched.values()):
-        return
-    present: dict[str, set[int]] = {}
-    for layer in filter(None, (layer_of(place_of(node)) for node in canonical.dialect_nodes)):
-        present.setdefault(layer[0], set()).add(layer[1])
-    known = {place_of(node) for node in told}
-    overloads = {member.core.overload for member in members}
-    here = {place_of(node): node for node in canonical.dialect_nodes if node.target in overloads}
-    cores = _cores_by_layer(canonical, members)
-    for (before, after), by_number in sorted(matched.items()):
-        # A layer with as many cores as others has this one too, by another name or spelling.
-        usual = max(cores[before, number] for number in by_number)
-        lacking = {
-            f"{before}{number}{after}": cores[before, number] < usual
-            for number in sorted(present[before] - set(by_number))
-        }
-        missing = [place for place, lacks in lacking.items() if place not in known and (lacks or place in here)]
-        if 0 < len(missing) < len(by_number):
-            yield from _missing(canonical, by_number, missing, here)
+    def __init__(self, canonical: CanonicalGraph) -> None:
+        self.canonical = canonical
+
+    @cached_property
+    def _placed(self) -> list[tuple[fx.Node, str | None]]:
+        return [(node, place_of(node)) for node in self.canonical.dialect_nodes]
+
+    @cached_property
+    def _present(self) -> dict[str, set[int]]:
+        """The numbers of all layers, by what comes before the number."""
+        present: dict[str, set[int]] = {}
+        for layer in filter(None, (layer_of(place) for _, place in self._placed)):
+            present.setdefault(layer[0], set()).add(layer[1])
+        return present
+
+    def missing(
+        self, members: Sequence[Rule], candidates: Sequence[Match], told: Collection[fx.Node]
+    ) -> Iterator[Refusal]:
+        """Layers in which nothing is left of what a rule takes at the same place of most others.
+
+        Args:
+            members: of the rule.
+            candidates: its matches.
+            told: nodes of places for which there is a refusal already.
+        """
+        matched: dict[tuple[str, str], dict[int, Match]] = {}
+        for match in candidates:
+            layer = layer_of(place_of(match.core))
+            if layer is not None:
+                matched.setdefault((layer[0], layer[2]), {}).setdefault(layer[1], match)
+        wanting = {key: by_number for key, by_number in matched.items() if self._present[key[0]] - by_number.keys()}
+        if not any(len(by_number) > 1 for by_number in wanting.values()):
+            return
+        overloads = {member.core.overload for member in members}
+        here = {place: node for node, place in self._placed if node.target in overloads}
+        cores, known = self._cores_by_layer(members), {place_of(node) for node in told}
+        for (before, after), by_number in sorted(wanting.items()):
+            # A layer with as many cores as others has this one too, by another name or spelling.
+            usual = max(cores[before, number] for number in by_number)
+            lacking = {
+                f"{before}{number}{after}": cores[before, number] < usual
+                for number in sorted(self._present[before] - by_number.keys())
+            }
+            missing = [place for place, lacks in lacking.items() if place not in known and (lacks or place in here)]
+            if 0 < len(missing) < len(by_number):
+                yield from _missing(self.canonical, by_number, missing, here)
+
+    def _cores_by_layer(self, members: Sequence[Rule]) -> Counter[tuple[str, int]]:
+        """How many cores of a rule's members each layer has, with those that only look like one."""
+        overloads, names = {member.core.overload for member in members}, {member.core.name for member in members}
+        places = [place for node, place in self._placed if node.target in overloads]
+        places += [refusal.source for refusal in self.canonical.refusals if refusal.op in names]
+        return Counter(layer[:2] for layer in map(layer_of, places) if layer is not None)
 
 
 def _missing(
@@ -75,19 +96,6 @@ def _missing(
             nearness=Nearness.MISSING, expected=gone, found="nothing",
             mend=f"let something read the result of {gone}, if the model means it to be used",
         )  # fmt: skip
-
-
-def _cores_by_layer(canonical: CanonicalGraph, members: Sequence[Rule]) -> Counter[tuple[str, int]]:
-    """How many cores of a rule's members each layer has, with those that only look like one."""
-    overloads, names = {member.core.overload for member in members}, {member.core.name for member in members}
-    places = [place_of(node) for node in canonical.dialect_nodes if node.target in overloads]
-    places += [refusal.source for refusal in canonical.refusals if refusal.op in names]
-    return Counter(key for place in places if (key := _layer_key(place)) is not None)
-
-
-def _layer_key(place: str | None) -> tuple[str, int] | None:
-    layer = layer_of(place)
-    return layer[:2] if layer is not None else None
 
 
 def _readers(core: fx.Node) -> set[tuple[object, str | None]]:
