@@ -58,8 +58,8 @@ class Garden:
         world = dist.group.WORLD
         assert world is not None
         self.group = world.group_name
-        # Symbolic sizes double the time of a trace, so one model of transformers stands for all in that.
-        self.dynamic = name in (GPT_OSS, "llama")
+        # Symbolic sizes double the time of a trace, so one model stands for all in that.
+        self.dynamic = name == GPT_OSS
         self.ids = torch.randint(100, (1, 16))
         self._kept: list[Tensor] = []
         if name == GPT_OSS:

@@ -18,6 +18,8 @@ import fuseplan
 from tests.real_models.cases import CASES, LAYERS, ROUNDOFF, fused_calls, norms
 
 STEPS = 3
+BATCHES = {"gpt_oss": (1,), "llama": (1, 2), "mixtral": (2,), "qwen3": (1,)}
+"""Each takes four compilations, so that each is tried on a dense model and on one with experts."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_fused_agrees_with_plain_compile(name: str, group: dist.ProcessGroup) ->
     # Planned, but for the choice whether to fuse at all: the reference that runs here is slower than what it replaces.
     config = fuseplan.PassConfig(force=["allreduce_rms"])
     with torch.inference_mode():
-        for batch in (1, 2):
+        for batch in BATCHES[name]:
             torch._dynamo.reset()
             expected = generate(torch.compile(model), model, batch)
             torch._dynamo.reset()
