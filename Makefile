@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs pictures setup clean
+.PHONY: help demo test nightly lint docs pictures setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(VENV)/.run ## show how the order of two passes starves one of them (no G
 
 test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+nightly: $(VENV)/.dev ## the tests that take long: many random models, fuzzing, leaks
+	@$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff and strict mypy
 	$(BIN)/ruff check .
