@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -116,6 +117,7 @@ class Policy:
 DEFAULT_POLICY = Policy(name="planned")
 
 COST_SOURCES = ("auto", "measured", "modelled")
+VERIFICATIONS = ("first-use", "always", "off")
 
 
 def _refuse_unknown_flags(cls: type[T]) -> type[T]:
@@ -162,6 +164,10 @@ class PassConfig:
         plan: a file of saved plans to replay in place of planning anew; one that doesn't fit is an error.
         node_budget: branch-and-bound nodes a component, after which the best plan found stands beside its bound.
         allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.
+        verify: `first-use`: before a fused op is applied it is run against the unfused ops on random arguments, once
+            for its kernel, signature, versions and hardware; what fails is not applied. `always`: in every compilation.
+            `off`: never.
+        verify_timeout_s: seconds that one such run may take, the compilation of the kernel included.
 
     Raises:
         ConfigError: an unknown flag or policy, a value of the wrong type, overlapping ranges, `force` or `plan` under
@@ -184,6 +190,8 @@ class PassConfig:
     plan: Path | str | None = None
     node_budget: int = 20_000
     allow_rounding_changes: bool = False
+    verify: str = "first-use"
+    verify_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         for flag in FUSION_FLAGS:
@@ -212,6 +220,11 @@ class PassConfig:
             raise ConfigError(f"allow_rounding_changes={self.allow_rounding_changes!r}: allowed are True and False")
         if not isinstance(self.node_budget, int) or isinstance(self.node_budget, bool) or self.node_budget < 1:
             raise ConfigError(f"node_budget={self.node_budget!r}: allowed are integers of at least 1")
+        if self.verify not in VERIFICATIONS:
+            raise unknown("verification", str(self.verify), VERIFICATIONS)
+        seconds = self.verify_timeout_s
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise ConfigError(f"verify_timeout_s={seconds!r}: allowed are seconds, more than 0 and finite")
         for name in ("force", "plan"):
             if getattr(self, name) and self.chosen_policy.name != "planned":
                 raise ConfigError(f"{name} needs policy planned, and the policy is {self.policy}")

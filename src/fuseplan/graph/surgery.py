@@ -25,6 +25,17 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copy, {new: old for old, new in mapping.items()}
 
 
+def restore(graph: fx.Graph, copy: fx.Graph) -> None:
+    """Makes a graph equal to a copy that was taken of it, whatever was done to it since."""
+    for node in reversed(list(graph.nodes)):
+        for user in list(node.users):
+            user.args, user.kwargs = (), {}
+        graph.erase_node(node)
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(copy, mapping)
+    graph.output(output).meta = dict(copy.output_node().meta)
+
+
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """Erases those of `nodes` that no node uses, and whatever becomes unused by that.
 

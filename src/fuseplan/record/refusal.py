@@ -39,6 +39,10 @@ class Reason(StrEnum):
     """The graph has a backward."""
     LIMIT = "limit"
     """Beyond `max_fusions`."""
+    VERIFICATION = "verification"
+    """The fused op was run here and is not what it stands for."""
+    FAULT = "fault"
+    """A rule, a provider or fuseplan itself raised what nobody expects."""
 
 
 class Nearness(StrEnum):
