@@ -32,7 +32,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "manager",
         "capture store dispatch",
         "explanation",
-        "comparison frontend",
+        "comparison frontend testing",
         "fuseplan",
         "integrations",
         "workloads",

@@ -35,5 +35,9 @@ class UnsupportedError(FuseplanError, RuntimeError):
     """A request that is refused by name, e.g. AOTInductor."""
 
 
+class VerificationError(FuseplanError, AssertionError):
+    """A rule or a kernel that `fuseplan.testing` found wrong; the text has a line for each failed check."""
+
+
 class LockError(FuseplanError, ValueError):
     """A fusion lock that isn't there, is broken, or is of another question than the one that was asked."""

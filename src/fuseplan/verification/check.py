@@ -63,9 +63,12 @@ def check(
         watch = _Watched(rule.op, rule.op.kernel(provider), [value for value in made.values() if _is_guarded(value)])
         for device in {each.device for each in expected}:
             poison_allocator(device, max(each.nbytes for each in expected))
-        with Poisoned():
-            actual = fused(rule, inputs, watch)
-        wrong = watch.wrong or _of_another_kind(rule, inputs, actual, expected)
+        try:
+            with Poisoned():
+                actual = fused(rule, inputs, watch)
+        except _MisbehavedError as error:
+            return Finding(wrong=str(error))
+        wrong = _of_another_kind(rule, inputs, actual, expected)
         if wrong is not None:
             return Finding(wrong=wrong)
         finding = _compared(rule, actual, expected, precise, "")
@@ -73,6 +76,18 @@ def check(
             unraised = region.evaluate(inputs, case.symbols)
             return replace(_compared(rule, unraised, expected, precise, READ_WRONG), worst=finding.worst)
         return finding
+
+
+def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3) -> bool:
+    """Whether equal arguments give equal bits every time; an error that moves is a race."""
+    runs = []
+    with torch.no_grad(), Alone():
+        for _ in range(times):
+            made = make_arguments(case.arguments, rule.op, _generators(case.arguments, seed))
+            inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
+            with Poisoned():
+                runs.append(fused(rule, inputs, rule.op.kernel(provider)))
+        return all(torch.equal(_bits(a), _bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 READ_WRONG = "the unfused ops aren't what the graph computes: "
@@ -104,21 +119,22 @@ def _is_guarded(value: Any) -> bool:
     return isinstance(value, Guarded)
 
 
-class _Watched:
-    """A kernel that is watched for what a function of its arguments doesn't do.
+class _MisbehavedError(Exception):
+    """A kernel did what a function of its arguments doesn't do."""
 
-    Attributes:
-        wrong: what it did.
-    """
+
+class _Watched:
+    """A kernel that is watched for what a function of its arguments doesn't do."""
 
     def __init__(self, op: DialectOp, kernel: Callable[..., Any], guarded: Sequence[Guarded]) -> None:
         self.op, self.kernel, self.guarded = op, kernel, guarded
-        self.wrong: str | None = None
 
     def __call__(self, *args: Any) -> Any:
         results = self.kernel(*args)
         yielded = list(results) if isinstance(results, (tuple, list)) else [results]
-        self.wrong = self.wrong or self._misshaped(yielded) or self._shared(args, yielded) or self._written(args)
+        wrong = self._misshaped(yielded) or self._shared(args, yielded) or self._written(args)
+        if wrong is not None:
+            raise _MisbehavedError(wrong)
         return results
 
     def _misshaped(self, yielded: Sequence[Any]) -> str | None:

@@ -39,6 +39,42 @@ def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> 
     """
     if actual.numel() == 0:
         return Deviation(share=0.0, text="no elements")
+    width = actual.shape[-1] if actual.dim() else 1
+    flat = [each.reshape(-1, width) for each in (actual, reference, exact)]
+    step = max(1, BLOCK // width)
+    parts = zip(*(each.split(step) for each in flat), strict=True)
+    blocks = [_block(got, wanted, true, factor) for got, wanted, true in parts]
+    worst = max(range(len(blocks)), key=lambda index: blocks[index].share)
+    block = blocks[worst]
+    place = torch.unravel_index(torch.tensor(worst * step * width + block.place), actual.shape)
+    where = ", ".join(str(int(index)) for index in place)
+    unit = " codes" if actual.dtype in FP8 else ""
+    off = f": off by {block.error:.3g}{unit}, allowed {block.allowed:.3g}" if math.isfinite(block.error) else ""
+    wrong = sum(each.wrong for each in blocks)
+    text = (
+        f"element [{where}] is {block.actual:.6g} where {block.exact:.6g} is exact{off}; {wrong} of {actual.numel()} "
+        "are wrong"
+    )
+    return Deviation(share=block.share, text=text)
+
+
+BLOCK = 2**17
+"""Elements that are looked at together: few enough for a processor's cache to hold all that is computed of them."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    share: float
+    place: int
+    wrong: int
+    actual: float
+    exact: float
+    error: float
+    allowed: float
+
+
+def _block(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> _Block:
+    """The worst element of some rows."""
     if actual.dtype in FP8:
         error, allowed = _codes(actual, reference, exact)
     elif actual.dtype.is_floating_point:
@@ -46,17 +82,9 @@ def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> 
     else:
         error, allowed = (actual != reference).double(), torch.full_like(actual, 0.5, dtype=torch.float64)
     share = _as_the_reference(actual, reference, error / allowed)
-    worst = int(share.argmax())
-    place = torch.unravel_index(torch.tensor(worst), actual.shape)
-    where = ", ".join(str(int(index)) for index in place)
-    wanted = float(exact.flatten()[worst].double())
-    wrong = int((share > 1).sum())
-    by, most = float(error.flatten()[worst]), float(allowed.flatten()[worst])
-    unit = " codes" if actual.dtype in FP8 else ""
-    off = f": off by {by:.3g}{unit}, allowed {most:.3g}" if math.isfinite(by) else ""
-    got = float(actual.flatten()[worst].double())
-    text = f"element [{where}] is {got:.6g} where {wanted:.6g} is exact{off}; {wrong} of {actual.numel()} are wrong"
-    return Deviation(share=float(share.flatten()[worst]), text=text)
+    place = int(share.argmax())
+    at = [float(each.flatten()[place].double()) for each in (share, actual, exact, error, allowed)]
+    return _Block(at[0], place, int((share > 1).sum()), *at[1:])
 
 
 def _as_the_reference(actual: Tensor, reference: Tensor, share: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a fused op will be called with: the arguments of a match, at each number of tokens that they are checked at."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,9 +72,11 @@ class Sizes:
         self._traced = _traced_symbols(graph)
 
     def tokens(self, span: tuple[int, int]) -> tuple[int, ...]:
-        """What a kernel is checked at: both ends of the range, odd sizes in it, and the size that was traced."""
+        """What a kernel is checked at: both ends of the range, odd sizes in it, and the size that was traced; none for
+        a graph of one size alone.
+        """
         if not self.rows.is_dynamic:
-            return (self.rows.traced,)
+            return ()
         first, last = span
         inside = (size for size in (*ODD_SIZES, self.rows.traced) if first <= size <= last)
         return tuple(sorted({first, last, *inside}))
@@ -103,10 +106,16 @@ def _traced_symbols(graph: fx.Graph) -> dict[Any, int]:
 def cases_of(match: Match, sizes: Sizes, span: tuple[int, int]) -> tuple[Case, ...]:
     """The arguments of a match, the smallest size first."""
     cases = []
-    for tokens in sizes.tokens(span):
+    for tokens in sizes.tokens(span) or (_rows_of(match),):
         symbols = sizes.at(tokens)
         cases.append(Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols))
     return tuple(cases)
+
+
+def _rows_of(match: Match) -> int:
+    """The rows of the first result, as traced."""
+    value = tensor_of(match.anchor)
+    return math.prod(map(hint, value.shape[:-1])) if value is not None else 1
 
 
 def _arguments(values: Mapping[str, Any], symbols: Mapping[Any, int]) -> dict[str, Any]:
