@@ -22,7 +22,7 @@ from fuseplan.debug import DebugDump
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
 from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
 from fuseplan.graph.facts import is_training
-from fuseplan.graph.surgery import copy_graph, restore
+from fuseplan.graph.surgery import undone_on_error
 from fuseplan.matching import (
     ExternalMatch,
     ExternalPass,
@@ -139,13 +139,11 @@ class PostGradPassManager(CustomGraphPass):
         if refusal is not None:
             self._deliver(GraphReport(graph=name, range=self._range, refusals=(refusal,)))
             return
-        before = copy_graph(graph)[0]
         try:
             report = self._fuse(graph, name)
         except FuseplanError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
-            restore(graph, before)
             report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
         self._deliver(report)
 
@@ -154,15 +152,23 @@ class PostGradPassManager(CustomGraphPass):
         dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
         dump.graph("1-before", graph)
         analysis = self.analyze(graph)
-        for graph_pass in analysis.external.before:
-            _run(graph_pass, graph)
-        if analysis.external.before:
-            analysis = self.analyze(graph)
+        if not analysis.external.before:
+            return self._change(graph, name, analysis, dump)
+        with undone_on_error(graph):
+            for graph_pass in analysis.external.before:
+                _run(graph_pass, graph)
+            return self._change(graph, name, self.analyze(graph), dump)
+
+    def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
+        """Decides, and applies what was decided, all of it or nothing."""
         decision, verified = self.decide_verified(analysis, name)
         dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.posed, decision)
-        unapplied = self._rewrite(analysis, decision)
-        for graph_pass in analysis.external.after:
-            _run(graph_pass, graph)
+        unapplied: list[Refusal] = []
+        if decision.selected or analysis.external.after:
+            with undone_on_error(graph):
+                unapplied = self._rewrite(analysis, decision)
+                for graph_pass in analysis.external.after:
+                    _run(graph_pass, graph)
         if decision.selected:
             dump.graph("3-after", graph)
         report = self.report(
