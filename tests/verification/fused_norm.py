@@ -178,7 +178,7 @@ FAULTS: dict[Kernel, str] = {
     too_much_memory: "the kernel needs more memory than there is",
     reads_what_was_never_written: r"result 0: element \[0, 0\] is nan",
     forgets_the_last_rows: r"at 1 tokens: result 0: element \[0, 0\] is nan",
-    wrong_above_4096: r"at 8191 tokens: result 0: element \[\d+, \d+\] is \S+ where \S+ is exact: off by",
+    wrong_above_4096: r"at 8192 tokens: result 0: element \[\d+, \d+\] is \S+ where \S+ is exact: off by",
     writes_to_an_argument: "the kernel writes to its argument residual, and its schema says that it doesn't",
     yields_an_argument: "result 1 of the kernel shares memory with an argument",
     yields_one_twice: "result 1 of the kernel shares memory with result 0",

@@ -15,6 +15,9 @@ from fuseplan.planner.sites import Rows, hint
 ODD_SIZES = (1, 7, 33, 8191)
 """Numbers of tokens that no tile divides, where they lie in the range: kernels forget their last, partial tile."""
 
+SMALL = 64
+"""Sizes up to which the reference itself is run: right by definition, only how it is called is in question."""
+
 ALIGNMENT = 128
 """Bytes: what a pointer's alignment is told modulo of; the widest load of any kernel divides it."""
 
@@ -78,7 +81,8 @@ class Sizes:
         if not self.rows.is_dynamic:
             return ()
         first, last = span
-        inside = (size for size in (*ODD_SIZES, self.rows.traced) if first <= size <= last)
+        # The end is large and has a partial tile one below it: one of the two is enough.
+        inside = (size for size in (*ODD_SIZES, self.rows.traced) if first <= size <= last and size != last - 1)
         return tuple(sorted({first, last, *inside}))
 
     def at(self, tokens: int) -> dict[Any, int]:
@@ -104,9 +108,12 @@ def _traced_symbols(graph: fx.Graph) -> dict[Any, int]:
 
 
 def cases_of(match: Match, sizes: Sizes, span: tuple[int, int]) -> tuple[Case, ...]:
-    """The arguments of a match, the smallest size first."""
+    """The arguments of a match, the smallest size first; of the provider `torch` small sizes alone."""
     cases = []
-    for tokens in sizes.tokens(span) or (_rows_of(match),):
+    tokens_of = sizes.tokens(span) or (_rows_of(match),)
+    if match.provider == "torch":
+        tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
+    for tokens in tokens_of:
         symbols = sizes.at(tokens)
         cases.append(Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols))
     return tuple(cases)
