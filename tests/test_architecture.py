@@ -30,7 +30,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "verification tuning rewriting",
         "analysis debug drawing",
         "manager",
-        "capture store dispatch",
+        "capture store dispatch first_run",
         "explanation",
         "comparison frontend testing",
         "fuseplan",

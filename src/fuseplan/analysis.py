@@ -1,5 +1,7 @@
 """What is known of a graph before anything is chosen, and the record of what was chosen."""
 
+import hashlib
+import json
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,7 +111,15 @@ def graph_report(
         unfused_ns=posed.unfused_ns,
         plan_ns=decision.plan_ns,
         verified=tuple(verified),
+        digest=_digest(posed, decision) if decision.selected else "",
     )
+
+
+def _digest(posed: Posed, decision: Decision) -> str:
+    """As `Plan.digest`, whatever the policy."""
+    chosen = [posed.candidates[index] for index in decision.selected]
+    content = [posed.sites, [[candidate.name, candidate.signature] for candidate in chosen]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _failures(posed: Posed, decision: Decision) -> list[Refusal]:

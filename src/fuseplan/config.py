@@ -167,6 +167,8 @@ class PassConfig:
         verify: `first-use`: before a fused op is applied it is run against the unfused ops on random arguments, once
             for its kernel, signature, versions and hardware; what fails is not applied. `always`: in every compilation.
             `off`: never.
+        agreement_timeout_s: seconds that a rank waits, before the first run of a graph with collectives, for the plans
+            of the other ranks; None: the timeout of their process group. After it all of them run the graph unfused.
         verify_timeout_s: seconds that one such run may take, the compilation of the kernel included.
 
     Raises:
@@ -192,6 +194,7 @@ class PassConfig:
     allow_rounding_changes: bool = False
     verify: str = "first-use"
     verify_timeout_s: float = 300.0
+    agreement_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for flag in FUSION_FLAGS:
@@ -222,9 +225,12 @@ class PassConfig:
             raise ConfigError(f"node_budget={self.node_budget!r}: allowed are integers of at least 1")
         if self.verify not in VERIFICATIONS:
             raise unknown("verification", str(self.verify), VERIFICATIONS)
-        seconds = self.verify_timeout_s
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-            raise ConfigError(f"verify_timeout_s={seconds!r}: allowed are seconds, more than 0 and finite")
+        for name in ("verify_timeout_s", "agreement_timeout_s"):
+            seconds = getattr(self, name)
+            unset = seconds is None and name == "agreement_timeout_s"
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not unset and not (number and 0 < seconds < math.inf):
+                raise ConfigError(f"{name}={seconds!r}: allowed are seconds, more than 0 and finite")
         for name in ("force", "plan"):
             if getattr(self, name) and self.chosen_policy.name != "planned":
                 raise ConfigError(f"{name} needs policy planned, and the policy is {self.policy}")

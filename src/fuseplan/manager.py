@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,7 @@ from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig,
 from fuseplan.debug import DebugDump
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
 from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
-from fuseplan.graph.facts import is_training
+from fuseplan.graph.facts import groups_in, is_training
 from fuseplan.graph.surgery import undone_on_error
 from fuseplan.matching import (
     ExternalMatch,
@@ -135,17 +136,17 @@ class PostGradPassManager(CustomGraphPass):
             _run(graph_pass, graph)
         name = f"graph_{self._graphs}"
         self._graphs += 1
-        refusal = self.hands_off(graph)
-        if refusal is not None:
-            self._deliver(GraphReport(graph=name, range=self._range, refusals=(refusal,)))
-            return
+        groups, refusal = groups_in(graph), self.hands_off(graph)
         try:
-            report = self._fuse(graph, name)
+            if refusal is not None:
+                report = GraphReport(graph=name, range=self._range, refusals=(refusal,))
+            else:
+                report = self._fuse(graph, name)
         except FuseplanError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
             report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
-        self._deliver(report)
+        self._deliver(replace(report, groups=groups))
 
     def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
         """All stages, one after the other."""

@@ -133,6 +133,17 @@ def group_size(name: str) -> int | None:
     return group.size()
 
 
+def groups_in(graph: fx.Graph) -> tuple[str, ...]:
+    """The process groups whose collectives are in a graph, by `ProcessGroup.group_name`."""
+    names: dict[str, None] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional":
+            arguments = [argument.name for argument in node.target._schema.arguments]
+            if "group_name" in arguments:
+                names[str(node.args[arguments.index("group_name")])] = None
+    return tuple(names)
+
+
 def written_in_place(node: fx.Node) -> str | None:
     """What the user's model calls where a node comes from, if that is in place: `add_`, `imul`; or None.
 

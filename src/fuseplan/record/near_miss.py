@@ -64,7 +64,15 @@ def is_of_a_place(refusal: Refusal) -> bool:
 
 
 _OF_A_WHOLE = frozenset(
-    {Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT, Reason.VERIFICATION, Reason.FAULT}
+    {
+        Reason.NO_EFFECT,
+        Reason.TRAINING,
+        Reason.DISABLED,
+        Reason.LIMIT,
+        Reason.VERIFICATION,
+        Reason.FAULT,
+        Reason.RANKS,
+    }
 )
 
 

@@ -43,6 +43,8 @@ class Reason(StrEnum):
     """The fused op was run here and is not what it stands for."""
     FAULT = "fault"
     """A rule, a provider or fuseplan itself raised what nobody expects."""
+    RANKS = "ranks"
+    """The ranks of a process group didn't agree on one plan."""
 
 
 class Nearness(StrEnum):
