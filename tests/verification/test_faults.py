@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.verification.fused_norm import (
     model,
     provider,
     raises,
+    reference,
     right,
     wrong_above_4096,
     yields_nan,
@@ -148,3 +150,31 @@ def test_one_line_says_it_to_the_user_of_compile() -> None:
     )
     assert warning.endswith(f"forbid add_norm_relu:{wrong.name}")
     assert not actual[0].isnan().any()
+
+
+def gemma(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    wide = (total := x + residual).float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (normed * (1.0 + weight.float())).type_as(x).relu(), total
+
+
+def test_a_weight_with_one_added_is_no_other_rounding() -> None:
+    """A kernel that multiplies by the weight may round elsewhere, with leave, but not stand for 1 + weight."""
+    mine = provider(right)
+    offers = {"add_norm_relu": replace(mine.implements["add_norm_relu"], roundings=frozenset({"llama", "fp32"}))}
+    _, report = fuse(post_grad(gemma, *inputs(3)), replace(mine, implements=offers), allow_rounding_changes=True)
+    assert not report.applied
+    assert not report.verified
+    assert any(refusal.reason is Reason.ROUNDING for refusal in report.refusals)
+
+
+def test_a_kernel_that_rounds_elsewhere_with_leave_is_held_against_the_graph(traced: fx.Graph) -> None:
+    def precise(x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str) -> Any:
+        assert rounding == "fp32"
+        return reference(x, residual, weight, eps, rounding)
+
+    mine = provider(precise)
+    offers = {"add_norm_relu": replace(mine.implements["add_norm_relu"], roundings=frozenset({"fp32"}))}
+    _, report = fuse(traced, replace(mine, implements=offers), allow_rounding_changes=True)
+    assert [fusion.rounding_change for fusion in report.applied] == [("llama", "fp32")]
+    assert [outcome.passed for outcome in report.verified] == [True]

@@ -1,7 +1,7 @@
 """Every match of every rule on one unmodified canonical graph, and what was refused."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
+from fuseplan.dialect import Rounding
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
 from fuseplan.matching.inductor import CompiledPattern
@@ -252,8 +253,8 @@ def _offered(
             )  # fmt: skip
         elif fits:
             taken.append(replace(match, provider=provider.name))
-        elif offer.roundings and allow_rounding_changes:
-            other = min(offer.roundings)
+        elif allow_rounding_changes and (others := _other_roundings(rounding, offer.roundings)):
+            other = min(others)
             values = {**match.values, "rounding": other}
             change = (str(rounding), other)
             taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
@@ -270,6 +271,12 @@ def _offered(
         detail = f"no available provider implements {rule.op.name}"
         declined.append(_refusal(match, Reason.PROVIDER, detail, (match.core.name,), match.core))
     return taken, declined
+
+
+def _other_roundings(rounding: object, offered: Collection[str] | None) -> list[str]:
+    """The conventions that compute the same but for rounding: 1 + weight is no other rounding of weight."""
+    adds_one = rounding == Rounding.GEMMA
+    return [other for other in offered or () if (other == Rounding.GEMMA) is adds_one]
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:
