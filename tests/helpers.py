@@ -106,7 +106,7 @@ def written(function: Callable[..., Any], inputs: Mapping[str, Tensor], *, dynam
 
 def _fake(value: Tensor, mode: FakeTensorMode, dynamic: bool) -> Tensor:
     if not dynamic or value.dim() != 2:
-        return mode.from_tensor(value)
+        return mode.from_tensor(value, static_shapes=True)
     sizes = [DimDynamic.DUCK, DimDynamic.STATIC]  # equal sizes are one symbol
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context)

@@ -21,7 +21,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -85,6 +85,7 @@ def settings() -> Settings:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("files", nargs="*", help="of the package, e.g. planner/solver.py; none: all")
+    parser.add_argument("--tests", nargs="+", help="the only files of tests to ask; default: those of pyproject.toml")
     parser.add_argument("--sample", type=int, help="mutants a file")
     parser.add_argument("--shard", default="1/1", help="which part of how many, e.g. 1/2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="starts no mutant after that")
@@ -96,6 +97,8 @@ def main() -> int:
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and not without its forks
     began, config = time.monotonic(), settings()
+    if chosen.tests:
+        config = replace(config, tests=chosen.tests)
     files = chosen.files or config.files
     with ProcessPoolExecutor(chosen.jobs) as pool:
         mutants = [mutant for found in pool.map(config.mutants, files) for mutant in found]

@@ -10,9 +10,9 @@ from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.canonical import canonicalize
 from fuseplan.dialect import define, ops
-from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
+from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.components import components
-from fuseplan.planner.costs import CostModel, CostTable, Provenance, Row
+from fuseplan.planner.costs import CostTable, Provenance, Row
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.planner.pose import Posed, pose
 from fuseplan.planner.pricing import (
@@ -27,16 +27,13 @@ from fuseplan.planner.pricing import (
     weighted,
 )
 from fuseplan.planner.problem import Problem
-from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider, provider_of
+from fuseplan.providers import provider_of
 from fuseplan.record import CostRow
-from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
-from tests.helpers import randn, written
-from tests.planner.round_device import DEVICE
+from fuseplan.rules import BUILT_IN_RULES, Rule
+from tests.helpers import written
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, posed, twice
 
 aten = torch.ops.aten
-MODEL = CostModel(DEVICE)
-TRITON = [provider for provider in BUILT_IN_PROVIDERS if provider.name in ("triton", "torch")]
-X, R, W = randn(10, 100), randn(10, 100, seed=1), torch.ones(100, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -112,36 +109,6 @@ def test_margins_inside_the_noise_are_ties(
     assert break_ties(subsets(values), subsets(noise)) == subsets(expected)
 
 
-def norm_and_pad(x: Any, r: Any, w: Any) -> Any:
-    y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
-    return ops.pad(y, 28), total
-
-
-def twice(x: Any, r: Any, w: Any) -> Any:
-    """Two norms whose pads contend with nobody."""
-    y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
-    return ops.pad(y, 28), ops.pad(ops.rms_norm(total, w, 1e-5, "llama"), 28)
-
-
-def posed(
-    function: Any = norm_and_pad,
-    prices: Prices | None = None,
-    span: tuple[int, int] = (10, 10),
-    *,
-    dynamic: bool = False,
-    rules: Sequence[Rule] = BUILT_IN_RULES,
-    providers: Sequence[Provider] = TRITON,
-    **more: Any,
-) -> Posed:
-    canonical = canonicalize(written(function, {"x": X, "r": R, "w": W}, dynamic=dynamic))
-    found = find_matches(canonical, by_name(rules), providers, PROFILES["h200"]).candidates
-    return pose(canonical, found, more.pop("external", ()), prices or Prices(model=MODEL), span, **more)
-
-
-def by_provider(given: Posed, values: Sequence[Any]) -> dict[str, Any]:
-    return {each.provider: value for each, value in zip(given.candidates, values, strict=True)}
-
-
 UNFUSED_NS = 1182 + 1046  # the norm reads 4200 bytes and writes 4000, the pad reads 2000 and writes 2560
 TRITON_NS = 1000 + 88  # reads 4200, writes 2560 and 2000
 TORCH_NS = 15 * 1080 + 1026 + 1240
@@ -179,9 +146,9 @@ def test_a_dynamic_graph_is_priced_at_every_size_of_its_range() -> None:
 def test_sites_of_one_component_are_priced_together() -> None:
     """`together` ties both pads to one component, whose unfused time is that of both sites."""
     rules = [_together(rule) for rule in BUILT_IN_RULES if rule.name == "act_padding"]
-    given = posed(twice, rules=rules, dynamic=True, span=(10, 1000), providers=TRITON[:1])
+    given = posed(twice, rules=rules, dynamic=True, span=(10, 1000), providers=TORCH)
     assert given.components == [(0, 1)]
-    alone = posed(twice, dynamic=True, span=(10, 1000), providers=TRITON[:1])
+    alone = posed(twice, dynamic=True, span=(10, 1000), providers=TORCH)
     assert alone.components == [(0,), (1,)]
     assert given.priced.unfused == alone.priced.unfused
     for index in range(2):
@@ -339,7 +306,7 @@ def many(count: int) -> Any:
 @pytest.mark.parametrize("count", [MAX_ENUMERATED, MAX_ENUMERATED + 1])
 def test_large_components_are_not_looked_up(count: int) -> None:
     """A table from which only the unfused row can be read, and that is all there is, is asked up to a number."""
-    alone = [provider for provider in TRITON if provider.name == "triton"]
+    alone = [provider for provider in PROVIDERS if provider.name == "triton"]
     plain = posed(many(count), providers=alone)
     assert [len(each) for each in plain.components] == [count]
     table = measured(plain, {"": [(5000, 10)]})
@@ -349,7 +316,7 @@ def test_large_components_are_not_looked_up(count: int) -> None:
 
 
 def test_names_of_alternatives() -> None:
-    given = posed(twice, providers=TRITON[:1])
+    given = posed(twice, providers=TORCH)
     first, second = given.candidates
     assert alternative_name([], [0, 1]) == UNFUSED
     assert alternative_name([first], [0]) == "act_padding fused_add_rms_norm_pad torch"
@@ -391,7 +358,7 @@ def test_equal_places_share_their_rows() -> None:
         z = ops.rms_norm(r, w, 1e-5, "llama")
         return ops.pad(y, 28), ops.pad(z, 28), ops.pad(ops.silu_and_mul(x, r, "llama"), 28)
 
-    given = posed(same, providers=TRITON[:1])
+    given = posed(same, providers=TORCH)
     rows = cost_rows([given, given])
     assert [(row.alternative, row.places) for row in rows] == [(UNFUSED, 2), ("act_padding rms_norm_pad torch", 2)]
 
