@@ -47,7 +47,8 @@ from tests.mutation.forks import (
 from tests.mutation.mutants import Equivalent, Mutant, equivalents, mutants_of
 
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
-KILLED, SURVIVED, TIMEOUT, UNTESTED, EXCLUDED = "killed", "survived", "timeout", "untested", "equivalent"
+KILLED, SURVIVED, TIMEOUT, UNTESTED = "killed", "survived", "timeout", "untested"
+EXCLUDED, NOT_RUN = "equivalent", "not run"
 NO_SUCH_TEST = (4, 5)
 
 
@@ -91,9 +92,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="starts no mutant after that")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--again", action="append", default=[], help="repeat those of a result, e.g. survived")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".mutants", help="where copies and results go")
+    parser.add_argument(
+        "--folder",
+        type=lambda text: Path(text).resolve(),
+        default=ROOT / ".mutants",
+        help="where copies and results go",
+    )
     parser.add_argument("--show", action="append", default=[], help="print those of a result, and run nothing")
     parser.add_argument("--report", type=Path, help="write the summary as JSON, and run nothing")
+    parser.add_argument("--least", type=float, default=0.0, help="the score below which the report is a failure")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and not without its forks
     began, config = time.monotonic(), settings()
@@ -104,13 +111,15 @@ def main() -> int:
         mutants = [mutant for found in pool.map(config.mutants, files) for mutant in found]
     known, results = equivalents(EQUIVALENT), Results(chosen.folder / "results.jsonl")
     if chosen.show or chosen.report:
-        return tell(mutants, known, results, chosen.show, chosen.report, config)
+        return tell(mutants, known, results, chosen.show, chosen.report, chosen.least, config)
     excluded = [mutant for mutant in mutants if any(each.is_(mutant) for each in known)]
     wanted = choose([mutant for mutant in mutants if mutant not in excluded], chosen.sample, chosen.shard)
     wanted = [m for m in wanted if results.status(m) is None or results.status(m) in chosen.again]
     print(f"{len(mutants)} mutants, {len(excluded)} of them equivalent, {len(wanted)} to run")
     if wanted:
         facts = facts_of(config, chosen.folder, chosen.jobs)
+        for test in facts.failed:
+            print(f"not asked, since it fails on the package as it is: {test}")
         preload(facts.modules)
         until = began + 60 * chosen.minutes
         run(wanted, facts, config, results, chosen.folder, chosen.jobs, until)
@@ -260,11 +269,12 @@ def start(slot: Slot, mutant: Mutant, tests: Sequence[str], facts: Observed, con
     limits = Limits(facts.seconds, note)
 
     def work() -> int:
-        code = run_pytest(slot, tests, limits)
+        code = run_pytest(slot, ["-x", *tests], limits)
         if code in NO_SUCH_TEST:
             # Names of tests can hang on what is mutated: the files then say whether a test fails.
             files = list(dict.fromkeys(test.split("::")[0] for test in tests))
-            code = run_pytest(slot, [*files, *(f"--deselect={each}" for each in config.deselected)], limits)
+            without = [f"--deselect={each}" for each in (*config.deselected, *facts.failed)]
+            code = run_pytest(slot, ["-x", *files, *without], limits)
         return code
 
     deadline = 120 + 10 * sum(facts.seconds[test] for test in tests)
@@ -273,16 +283,16 @@ def start(slot: Slot, mutant: Mutant, tests: Sequence[str], facts: Observed, con
 
 def tell(
     mutants: Sequence[Mutant], known: Sequence[Equivalent], results: Results, show: Sequence[str], report: Path | None,
-    config: Settings,
+    least: float, config: Settings,
 ) -> int:  # fmt: skip
     """Prints and writes what is known of mutants.
 
     Returns:
-        1 where the list of equivalent mutants has entries that are none, else 0.
+        1 where the score is too low, or the list of equivalent mutants has entries that are none; else 0.
     """
     tables: dict[str, Counter[str]] = {}
     for mutant in mutants:
-        status = EXCLUDED if any(each.is_(mutant) for each in known) else results.status(mutant) or "not run"
+        status = EXCLUDED if any(each.is_(mutant) for each in known) else results.status(mutant) or NOT_RUN
         tables.setdefault(mutant.path, Counter())[status] += 1
         if status in show:
             print(f"{mutant.path}:{mutant.lines[0]} {mutant.operator}\n    - {mutant.before}\n    + {mutant.after}")
@@ -295,7 +305,7 @@ def tell(
         print(f"equivalent.toml: no mutant of {each.path} turns {each.before!r} into {each.after!r}")
     if report is not None:
         report.write_text(json.dumps(summary(tables, config), indent=1) + "\n")
-    return 1 if stale else 0
+    return 1 if stale or score(total) < least else 0
 
 
 def score(counts: Mapping[str, int]) -> float:
@@ -305,7 +315,7 @@ def score(counts: Mapping[str, int]) -> float:
 
 
 def summary(tables: Mapping[str, Counter[str]], config: Settings) -> dict[str, Any]:
-    names = (KILLED, SURVIVED, TIMEOUT, UNTESTED, EXCLUDED)
+    names = (KILLED, SURVIVED, TIMEOUT, UNTESTED, EXCLUDED, NOT_RUN)
     rows = {
         path: {"mutants": counts.total(), **{name: counts[name] for name in names}, "score": round(score(counts), 4)}
         for path, counts in tables.items()
@@ -324,4 +334,7 @@ def summary(tables: Mapping[str, Counter[str]], config: Settings) -> dict[str, A
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # what is left to the order of sets is left to the same one each time
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-u", "-m", "tests.mutation", *sys.argv[1:]])
     sys.exit(main())

@@ -33,6 +33,9 @@ FAMILIES = (
     "jinja2",
 )
 BY_ALARM = -signal.SIGALRM
+# One thread a process, since there are as many processes as cores; and none of these tests needs a GPU.
+ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+ALONE["CUDA_VISIBLE_DEVICES"] = ""
 BROKEN = 70
 """The exit status of a fork that couldn't run tests."""
 
@@ -102,10 +105,12 @@ class Observer:
     Attributes:
         coverage: started.
         seconds: by test.
+        failed: tests.
     """
 
     coverage: Any
     seconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, None] = field(default_factory=dict)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.coverage.switch_context(nodeid)
@@ -115,10 +120,13 @@ class Observer:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed[report.nodeid] = None
 
 
 def preload(modules: Iterable[str]) -> None:
     """Imports what forks needn't import again."""
+    os.environ.update(ALONE)
     for name in modules:
         with suppress(Exception):
             importlib.import_module(name)
@@ -130,6 +138,7 @@ def run_pytest(slot: Slot, arguments: Sequence[str], plugin: object) -> int:
     """Runs tests in this process, which must be a fork, on the slot's copy of the package."""
     os.environ.update(
         {
+            **ALONE,
             "HYPOTHESIS_STORAGE_DIRECTORY": str(slot.folder / "hypothesis"),
             "PYTHONPATH": str(slot.folder / "src"),
             "XDG_CACHE_HOME": str(slot.folder / "cache"),
@@ -140,7 +149,7 @@ def run_pytest(slot: Slot, arguments: Sequence[str], plugin: object) -> int:
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(slot.folder / "src"))
     # pytest would rather import plugins itself, to rewrite the assertions in them.
-    common = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    common = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     code = int(pytest.main([*common, *arguments], plugins=[plugin]))
     assert sys.modules["fuseplan"].__file__ == str(slot.folder / "src" / "fuseplan" / "__init__.py")
     return code
@@ -206,11 +215,13 @@ class Observed:
 
     Attributes:
         seconds: by test.
-        tests: by file and line.
+        failed: tests that fail as it is.
+        tests: by file and line, those that pass.
         modules: that they import, of other people.
     """
 
     seconds: Mapping[str, float]
+    failed: Sequence[str]
     tests: Mapping[str, Mapping[int, Sequence[str]]]
     modules: Sequence[str]
 
@@ -235,26 +246,29 @@ def observe(slot: Slot, file: str, deselected: Sequence[str], mutated: Sequence[
     data = measured.get_data()
     tests = {
         path: {
-            str(line): sorted(contexts) for line, contexts in data.contexts_by_lineno(source).items()
+            str(line): sorted(set(contexts) - set(observer.failed))
+            for line, contexts in data.contexts_by_lineno(source).items()
         }
         for path, source in zip(mutated, sources, strict=True)
-    }  # fmt: skip
+    }
     modules = [name for name in sys.modules if name.split(".")[0] in FAMILIES]
-    content = {"seconds": observer.seconds, "tests": tests, "modules": modules}
+    content = {"seconds": observer.seconds, "failed": list(observer.failed), "tests": tests, "modules": modules}
     (slot.folder / "observed.json").write_text(json.dumps(content))
-    return code
+    return 0 if observer.seconds else code
 
 
 def observed(slots: Iterable[Slot]) -> Observed:
     """What several slots hold, together."""
     seconds: dict[str, float] = {}
+    failed: list[str] = []
     tests: dict[str, dict[int, list[str]]] = {}
     modules: dict[str, None] = {}
     for slot in slots:
         content = json.loads((slot.folder / "observed.json").read_text())
         seconds.update(content["seconds"])
+        failed += content["failed"]
         modules.update(dict.fromkeys(content["modules"]))
         for path, lines in content["tests"].items():
             for line, names in lines.items():
                 tests.setdefault(path, {}).setdefault(int(line), []).extend(names)
-    return Observed(seconds=seconds, tests=tests, modules=tuple(modules))
+    return Observed(seconds=seconds, failed=failed, tests=tests, modules=tuple(modules))

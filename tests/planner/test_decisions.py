@@ -109,8 +109,17 @@ def test_in_order_what_would_be_cyclic_is_given_up() -> None:
     assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1,), (0,), 7)
 
 
-def test_a_loser_of_two_winners_loses_what_both_save() -> None:
-    """A quantisation and a pad of one norm, which a third fusion wants too."""
+def test_in_order_of_several_cycles_the_first_in_the_graph_is_cut_first() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        first, second, _ = crossing(x, r, w)
+        return *crossing(aten.add.Tensor(first, second), r, w), w
+
+    given = priced(posed(model, providers=TORCH), 1, 2, 4, 8)
+    decision = decide_in_order(given, ["allreduce_rms"])
+    assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1, 3), (0, 2), 10)
+
+
+def test_losers_are_those_whose_nodes_are_taken() -> None:
 
     def model(x: Any, r: Any, w: Any) -> Any:
         y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")

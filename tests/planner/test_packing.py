@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import combinations
+from random import Random
 from typing import Any
 
 import pytest
@@ -293,6 +294,23 @@ def test_components_hold_their_own_constraints_by_place() -> None:
     assert third.saving((0, 1)) == 9
     assert third.saving(()) == 0
     assert second.saving((1, 2)) == 10
+
+
+def test_components_are_sorted_so_that_equal_ones_are_equal() -> None:
+    random = Random(0)
+    pairs = [(i, j) for j in range(40) for i in range(j) if random.random() < 0.2]
+    groups = [frozenset(random.sample(range(40), 3)) for _ in range(12)]
+    problem = Problem(
+        names=tuple(f"c{i:02}" for i in range(40)), savings_ns=(1,) * 40, conflicts=frozenset(pairs),
+        requires=frozenset((j, i) for i, j in pairs), together=tuple(groups), forced=frozenset(range(0, 40, 3)),
+    )  # fmt: skip
+    cuts = [tuple(random.sample(range(40), 4)) for _ in range(12)]
+    (only,) = isolate(problem, [tuple(range(40))], cuts)
+    assert list(only.conflicts) == sorted(pairs)
+    assert list(only.requires) == sorted((j, i) for i, j in pairs)
+    assert list(only.together) == sorted(tuple(sorted(group)) for group in groups)
+    assert list(only.cuts) == sorted(tuple(sorted(cut)) for cut in cuts)
+    assert list(only.forced) == list(range(0, 40, 3))
 
 
 def tie(*savings: int, **constraints: Any) -> Problem:

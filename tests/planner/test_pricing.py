@@ -31,7 +31,7 @@ from fuseplan.providers import provider_of
 from fuseplan.record import CostRow
 from fuseplan.rules import BUILT_IN_RULES, Rule
 from tests.helpers import written
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, posed, twice
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, norm_and_pad, posed, twice
 
 aten = torch.ops.aten
 
@@ -126,6 +126,25 @@ def test_the_model_prices_a_site_with_and_without_a_fusion() -> None:
     assert given.priced.alternatives == {}
     # Of a static graph whose inputs are no token ids nobody knows the tokens.
     assert given.priced.tokens == (1,)
+
+
+def test_the_model_adds_what_a_fusion_leaves_of_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("planner.sites", "matching.candidates"):
+        monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
+
+    def contested(x: Any, r: Any, w: Any) -> Any:
+        return norm_and_pad(ops.all_reduce(x, "g"), r, w)
+
+    given = posed(contested, providers=PROVIDERS[1:])
+    ring, pad = 3200 + 375, 1046
+    unfused = ring + UNFUSED_NS
+    exchange = 1000 + 400 + 40 + 375
+    taken = {"act_padding": TRITON_NS, "allreduce_rms": exchange + 82, "allreduce_rms_padding": exchange + 88}
+    left = {"act_padding": ring, "allreduce_rms": pad, "allreduce_rms_padding": 0}
+    assert {each.rule: cost for each, cost in zip(given.candidates, given.priced.costs, strict=True)} == taken
+    for candidate, saving in zip(given.candidates, given.problem.savings_ns, strict=True):
+        assert saving == unfused - taken[candidate.rule] - left[candidate.rule], candidate.rule
+    assert given.priced.unfused == [unfused]
 
 
 def test_a_dynamic_graph_is_priced_at_every_size_of_its_range() -> None:
