@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly lint docs pictures setup clean
+.PHONY: help demo test nightly mutants lint docs pictures setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,13 @@ demo: $(VENV)/.run ## show how the order of two passes starves one of them (no G
 test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-nightly: $(VENV)/.dev ## the tests that take long: many random models, fuzzing, leaks
+nightly: $(VENV)/.dev ## the tests that take long: many random models, fuzzing, leaks; then mutants
 	@$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+	@$(MAKE) mutants
+
+mutants: $(VENV)/.mutation ## whether tests notice changes to planner, rewriting and rules; MUTANTS="--sample 10" tries some
+	@$(BIN)/python -m tests.mutation $(MUTANTS)
+	@$(BIN)/python -m tests.mutation --least 0.85 --report benchmarks/results/mutation.json
 
 lint: $(VENV)/.dev ## ruff and strict mypy
 	$(BIN)/ruff check .
@@ -42,7 +47,7 @@ pictures: $(VENV)/.dev ## make the pictures of the documentation anew, from real
 setup: $(VENV)/.dev ## create .venv with everything that development needs
 
 clean: ## remove .venv and all caches
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.
@@ -69,4 +74,9 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.run
 	@echo "fuseplan: installing the development tools"
 	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.mutation: $(VENV)/.dev
+	@echo "fuseplan: installing what makes mutants"
+	@$(PIP) install -c constraints.txt -e ".[mutation]"
 	@touch $@
