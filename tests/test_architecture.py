@@ -23,7 +23,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "record",
         "config compatibility",
-        "dialect graph",
+        "content dialect graph",
         "canonical rules providers distributed",
         "matching",
         "planner",

@@ -208,7 +208,7 @@ def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expecte
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("{", "is not JSON"),
+        ("{", "it isn't JSON"),
         ("[1]", 'has no "model_type"'),
         ('{"model_type": "nonesuch"}', "no causal language model of type 'nonesuch'"),
         ('{"model_type": "bert-japanese"}', "no causal language model"),

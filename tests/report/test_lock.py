@@ -140,7 +140,7 @@ def content() -> dict[str, Any]:
     ("part", "value", "says"),
     [
         (("schema",), 2, "has schema 2; this version reads 1"),
-        (("schema",), True, "schema: expected int"),
+        (("schema",), True, "has schema True; this version reads 1"),
         (("settings", "tp"), "two", r"settings\.tp: expected int, found 'two'"),
         (("settings", "tp"), 0, "tp=0: allowed are integers of at least 1"),
         (("settings", "tp"), 2**31, "tp=2147483648: allowed are at most 65536 ranks"),
@@ -176,11 +176,11 @@ def test_contradictions_are_one_line(part: tuple[str, ...], value: Any, says: st
     [
         ("", "isn't JSON"),
         ("<<<<<<< ours\n{}", "isn't JSON"),
-        ("[" * 100_000, "isn't JSON: it is nested too deeply"),
-        ("[1]", "has schema None"),
+        ("[" * 100_000, "it is nested more than 64 deep"),
+        ("[1]", "it isn't a JSON object"),
         ('{"schema": 1, "fusions": {}, "fusions": {}}', "'fusions' is there twice"),
         (" " * (LARGEST_BYTES + 1), "has more than 1048576 bytes"),
-        ("\udcff", "isn't JSON"),
+        ("\udcff", "it isn't UTF-8"),
     ],
 )
 def test_broken_files_are_one_line(text: str, says: str, tmp_path: Path) -> None:

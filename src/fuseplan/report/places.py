@@ -55,8 +55,12 @@ def fold(counts: Mapping[str | None, int]) -> tuple[str, ...]:
     return tuple(text for *_, text in sorted(rows))
 
 
-def unfold(lines: Iterable[str]) -> Counter[str | None]:
+def unfold(lines: Iterable[str], most: int = MOST_PLACES) -> Counter[str | None]:
     """The inverse of `fold`.
+
+    Args:
+        lines: as `fold` yields them.
+        most: places that are left of `MOST_PLACES`.
 
     Raises:
         ValueError: a line isn't of that form, two of them have a place in common, or there are too many places.
@@ -69,12 +73,12 @@ def unfold(lines: Iterable[str]) -> Counter[str | None]:
         is_literal = text.startswith(_LITERAL)
         if (is_literal and not found) or (not is_literal and (_MISWRITTEN.search(text) or (found and count == 1))):
             raise ValueError(f"{line[:80]!r} isn't a line of places such as layers.0-6,8.norm or layers.0-6,8.norm x2")
-        for place in _unfolded(text, MOST_PLACES - total):
+        for place in _unfolded(text, most - total):
             if place in counts:
                 raise ValueError(f"{place or NO_MODULE} is there twice, the second time in {line[:80]!r}")
             counts[place] = count
             total += count
-        if total > MOST_PLACES:
+        if total > most:
             raise ValueError(f"{line[:80]!r} makes it more than {MOST_PLACES} places")
     return counts
 
