@@ -181,7 +181,7 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "gpt-oss-120b", "--range", "9:1"], "empty"),
         (["explain", "gpt-oss-120b", "--range", "x"], "FIRST:LAST"),
         (["explain", "gpt-oss-120b", "--range", "1:9", "--range", "4:20"], "overlap"),
-        (["explain", "nowhere/config.json"], "can't be read (No such file or directory)"),
+        (["explain", "nowhere/config.json"], "can't be read: No such file or directory"),
         (["explain", "some_factories:wrong"], "must return (module, inputs), found int"),
         (["explain", "some_factories:fails"], "ValueError: not today"),
         (["explain", "some_factories:exits"], "the factory failed: it calls sys.exit(0)"),

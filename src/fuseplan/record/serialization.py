@@ -10,6 +10,8 @@ from enum import Enum
 from functools import cache
 from typing import Any, TypeVar
 
+from fuseplan.record.text import printable
+
 T = TypeVar("T")
 
 
@@ -35,7 +37,7 @@ def from_json(kind: type[T], data: Any) -> T:
     try:
         return typing.cast(T, _decode(kind, data))
     except _MisfitError as misfit:
-        where = "".join([kind.__name__, *reversed(misfit.steps)])
+        where = printable("".join([kind.__name__, *reversed(misfit.steps)]))
         # Names in the data can be of any length.
         where = where if len(where) <= LONGEST_WHERE else f"...{where[-LONGEST_WHERE:]}"
         raise ValueError(f"{where}: expected {misfit.expected}, found {str(misfit.found)[:80]!r}") from None
