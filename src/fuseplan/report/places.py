@@ -92,14 +92,17 @@ def _quoted(place: str | None) -> str:
 
 def _folded(texts: Iterable[str]) -> list[tuple[str, str]]:
     """(text, template) of places that differ in one number, in the order in which they are first met."""
-    numbers: dict[tuple[str, str], list[int]] = {}
+    numbers: dict[tuple[str, str | None], list[int]] = {}
     for text in texts:
         is_read_as_it_is = text.startswith(_LITERAL) or _RUNS.search(text)
         found = None if is_read_as_it_is else _INDEX.search(text) or _NUMBER.search(text)
-        ends = (text[: found.start()], text[found.end() :]) if found else (text, "")
+        # What has no number isn't what has one at its end: norm, norm1.
+        ends = (text[: found.start()], text[found.end() :]) if found else (text, None)
         numbers.setdefault(ends, []).extend([int(found[0])] if found else [])
     return [
-        (f"{before}{_runs(sorted(set(indices)))}{after}", f"{before}{{}}{after}")
+        (before, f"{before}{{}}")
+        if after is None
+        else (f"{before}{_runs(sorted(set(indices)))}{after}", f"{before}{{}}{after}")
         for (before, after), indices in numbers.items()
     ]
 
