@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ class Module:
     def package(self) -> str:
         return ".".join(["fuseplan", *self.path.split("/")[:-1]])
 
-    @property
+    @cached_property
     def tree(self) -> ast.Module:
         return ast.parse(self.source, self.path)
 
@@ -205,6 +206,7 @@ def unlisted(init: Module) -> list[str]:
     return sorted((public - listed) | (listed - bound))
 
 
+@cache
 def source_modules() -> list[Module]:
     package = SRC / "fuseplan"
     return [

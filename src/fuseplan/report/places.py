@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from fuseplan.record.text import one_line
+
 MOST_PLACES = 100_000
 """More than any model has: what unfolds to more is a mistake, or meant to exhaust the reader's memory."""
 
@@ -75,7 +77,7 @@ def unfold(lines: Iterable[str], most: int = MOST_PLACES) -> Counter[str | None]
             raise ValueError(f"{line[:80]!r} isn't a line of places such as layers.0-6,8.norm or layers.0-6,8.norm x2")
         for place in _unfolded(text, most - total):
             if place in counts:
-                raise ValueError(f"{place or NO_MODULE} is there twice, the second time in {line[:80]!r}")
+                raise ValueError(f"{one_line(place or NO_MODULE, 80)} is there twice, the second time in {line[:80]!r}")
             counts[place] = count
             total += count
         if total > most:
