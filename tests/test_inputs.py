@@ -47,9 +47,8 @@ def what_runs_text(module: Module) -> Iterator[str]:
         if any(_within(each.dotted, name) or _within(each.module, name) for name in RUN_WHAT_THEY_READ):
             yield f"{module.path}:{each.line}: {each.dotted}"
     for node in ast.walk(module.tree):
-        called = node.func if isinstance(node, ast.Call) else None
-        if isinstance(called, ast.Name) and called.id in BUILTINS - own:
-            yield f"{module.path}:{node.lineno}: {called.id}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BUILTINS - own:
+            yield f"{module.path}:{node.lineno}: {node.func.id}"
 
 
 def dynamic_imports(module: Module) -> set[tuple[str, str]]:
