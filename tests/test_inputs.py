@@ -21,7 +21,7 @@ from fuseplan.record.plan import LARGEST_BYTES as LARGEST_PLANS
 from fuseplan.record.report import MOST_LAYERS
 from fuseplan.report.lock import LARGEST_BYTES as LARGEST_LOCK
 from fuseplan.report.lock import FusionLock
-from tests.test_architecture import Module, _dotted, _within, imports, source_modules
+from tests.test_architecture import Module, _within, dotted, imports, names_of, source_modules
 
 RUN_WHAT_THEY_READ = (
     "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "runpy", "code",
@@ -53,15 +53,14 @@ def what_runs_text(module: Module) -> Iterator[str]:
 
 def dynamic_imports(module: Module) -> set[tuple[str, str]]:
     """Functions in which a module is imported whose name isn't written there."""
-    names = {alias.asname or alias.name: alias.name for node in ast.walk(module.tree) if isinstance(node, ast.Import)
-             for alias in node.names}  # fmt: skip
+    names = names_of(module)
     return {
         (module.path, function.name)
         for function in ast.walk(module.tree)
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Call)
-        and _dotted(node.func, names) == "importlib.import_module"
+        and dotted(node.func, names) == "importlib.import_module"
         and not isinstance(node.args[0], ast.Constant)
     }
 
