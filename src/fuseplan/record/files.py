@@ -2,8 +2,8 @@
 
 import contextlib
 import errno
-import glob
 import os
+import re
 import secrets
 import stat
 import time
@@ -104,11 +104,16 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
         folder: where they wrote.
         name: of the file that they wrote; None: any.
     """
-    pattern = f".{'*' if name is None else glob.escape(name)}.????????.tmp"
     with contextlib.suppress(OSError):
-        for path in folder.glob(pattern):
-            if time.time() - path.stat().st_mtime > ABANDONED_S:
+        for path in folder.iterdir():
+            found = _TEMPORARY.fullmatch(path.name)
+            is_meant = found is not None and name in (None, found[1])
+            if is_meant and time.time() - path.stat().st_mtime > ABANDONED_S:
                 path.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+"""A file that is being written, as `write_whole` names it."""
 
 
 def _target(path: Path) -> Path:

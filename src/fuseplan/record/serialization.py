@@ -10,7 +10,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, TypeVar
 
-from fuseplan.record.text import printable
+from fuseplan.record.text import one_line, printable
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def from_json(kind: type[T], data: Any) -> T:
         where = printable("".join([kind.__name__, *reversed(misfit.steps)]))
         # Names in the data can be of any length.
         where = where if len(where) <= LONGEST_WHERE else f"...{where[-LONGEST_WHERE:]}"
-        raise ValueError(f"{where}: expected {misfit.expected}, found {str(misfit.found)[:80]!r}") from None
+        raise ValueError(f"{where}: expected {misfit.expected}, found '{one_line(misfit.found, 80)}'") from None
 
 
 LONGEST_WHERE = 120
