@@ -219,7 +219,6 @@ def test_settings_say_where_they_differ() -> None:
     [
         {"a b c": ["layers.0-19999.x"]},
         {f"a b c{index}": [f"norm{index}.x"] for index in range(10_000)},
-        {"act_padding fused_act_padding triton": [f"norm{index}.x{index % 7}" for index in range(20_000)]},
     ],
     ids=["layers", "kernels"],
 )
