@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class CompileRange:
         Raises:
             ConfigError: `text` isn't of that form.
         """
-        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+        match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?::\s*([0-9]{1,18})\s*)?", text)
         if match is None:
             raise ConfigError(f"compile range {text!r} isn't of the form FIRST:LAST, e.g. 1:64")
         return cls(start=int(match[1]), end=int(match[2] or match[1]))
@@ -96,7 +97,7 @@ class Policy:
         Raises:
             ConfigError: none of these forms, an empty order, or a rule listed twice.
         """
-        match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
+        match = re.fullmatch(r"(\w+)\s*(?:\(([^()]*)\))?", text.strip())
         name = match[1] if match else text.strip()
         if match is None or name not in ("planned", "ordered", "off"):
             raise ConfigError(f"unknown policy {text!r}; allowed: planned, off, ordered(RULE, RULE, ...)")
@@ -105,7 +106,7 @@ class Policy:
             raise ConfigError(f"policy {text!r}: {name} takes no rules; write {name}")
         if name == "ordered" and not order:
             raise ConfigError(f"policy {text!r} lists no rules; write e.g. ordered(act_padding, allreduce_rms), or off")
-        repeated = [rule for rule in dict.fromkeys(order) if order.count(rule) > 1]
+        repeated = [rule for rule, count in Counter(order).items() if count > 1]
         if repeated:
             raise ConfigError(f"policy {text!r} lists {repeated[0]} twice; each rule has one place")
         return cls(name=name, order=order)

@@ -16,6 +16,7 @@ from fuseplan import store
 from fuseplan.capture import capture, no_caches
 from fuseplan.compatibility import require_supported_torch
 from fuseplan.config import CompileRange, PassConfig
+from fuseplan.content import content_of
 from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
@@ -220,7 +221,8 @@ class _Backend(torch._TorchCompileInductorWrapper):
 
     def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
         manager: PostGradPassManager = self.config[HOOK]
-        key = store.graph_key(model_, inputs_, manager.uuid())
+        options = {name: value for name, value in self.config.items() if name != HOOK}
+        key = store.graph_key(model_, inputs_, manager.uuid(), content_of(options))
         self.fresh.clear()
         try:
             compiled = super().__call__(model_, inputs_, **extra)  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ choosing, rewriting, report.
 
 import gc
 import inspect
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
-from fuseplan.fingerprint import fingerprint, pass_key, provider_key, rule_key
+from fuseplan.fingerprint import config_key, fingerprint, pass_key, plans_key, provider_key, rule_key
 from fuseplan.graph.facts import groups_in, is_training
 from fuseplan.graph.surgery import undone_on_error
 from fuseplan.matching import (
@@ -304,28 +305,29 @@ class PostGradPassManager(CustomGraphPass):
 
     def uuid(self) -> str:
         """The key under which Inductor caches what this pass does: a hash of everything that can change it."""
-        return self._key
+        # Ranks may join groups after the manager was made.
+        return fingerprint(**self._content)
 
     @cached_property
-    def _key(self) -> str:
-        return fingerprint(
-            config=repr(self.config),
-            enabled=self.environment.enabled,
-            compile_range=str(self.compile_range),
-            rules={name: [rule_key(rule) for rule in members] for name, members in self.rules.items()},
-            providers=sorted(provider_key(provider, self.device) for provider in self.providers),
-            device=self.device.name if self.device else None,
-            previous=[pass_key(graph_pass) for graph_pass in self.previous],
-            passes=[each.key if isinstance(each, ExternalPass) else pass_key(each) for each in self.passes],
-            prices=self.prices.key,
-            plan=[plan.digest for plan in self.saved.plans] if self.saved else None,
-        )
+    def _content(self) -> dict[str, Any]:
+        return {
+            "config": config_key(self.config),
+            "enabled": self.environment.enabled,
+            "compile_range": str(self.compile_range),
+            "rules": {name: sorted(map(rule_key, members)) for name, members in self.rules.items()},
+            "providers": sorted(provider_key(provider, self.device) for provider in self.providers),
+            "device": repr(self.device),
+            "previous": [pass_key(graph_pass) for graph_pass in self.previous],
+            "passes": [pass_key(each) for each in self.passes],
+            "prices": self.prices.key,
+            "plan": plans_key(self.saved),
+        }
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PostGradPassManager) and self.uuid() == other.uuid()
 
     def __hash__(self) -> int:
-        return hash(self.uuid())
+        return hash(json.dumps(self._content, sort_keys=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Itself: Inductor copies its configuration, and reports go to the one callback that the user gave."""

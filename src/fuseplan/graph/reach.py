@@ -42,11 +42,15 @@ def is_thin(node: fx.Node) -> bool:
     return len(tensors) == 1 and equal_shape(tensors[0], tensor_of(node))
 
 
-@functools.lru_cache(maxsize=4096)
 def _kind(target: Any) -> bool | None:
-    """Whether an op is thin wherever it is called; None where that depends on its arguments."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
+    """Whether a function is thin wherever it is called; None where that depends on its arguments."""
+    if isinstance(target, torch._ops.OpOverload):
+        return _kind_of_op(target)
+    return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of_op(target: torch._ops.OpOverload) -> bool | None:
     if target.is_view or torch.Tag.pointwise in target.tags or target in MOVES:
         return True
     return False if target.namespace in ("aten", "prims", "_c10d_functional") else None

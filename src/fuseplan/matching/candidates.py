@@ -3,7 +3,6 @@
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,9 +83,8 @@ class Matches:
         return tuple(miss.refusal for miss in self.misses if miss.refusal.nearness is Nearness.REFUSED)
 
 
-@lru_cache(maxsize=256)
 def compiled_pattern(rule: Rule) -> CompiledPattern:
-    """The rule's pattern for Inductor's matcher. Rules are stateless, so one serves every graph."""
+    """The rule's pattern for Inductor's matcher."""
     return CompiledPattern(rule.traced_pattern)
 
 

@@ -194,7 +194,9 @@ def _check_open(
         )
 
 
-_SELECTOR = re.compile(r"(?P<rule>[^@:#\s]+)(?:#(?P<ordinal>\d+)|@(?P<place>[^:\s]+))?(?::(?P<provider>[^:\s]+))?")
+_SELECTOR = re.compile(
+    r"(?P<rule>[^@:#\s]+)(?:#(?P<ordinal>[0-9]{1,9})|@(?P<place>[^:\s]+))?(?::(?P<provider>[^:\s]+))?"
+)
 SELECTOR_FORM = "RULE[@PLACE | #SITE][:PROVIDER], e.g. act_padding, act_padding@model.layers.3.*, act_padding#17:triton"
 
 

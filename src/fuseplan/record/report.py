@@ -263,6 +263,9 @@ class Report:
 MOST_RANKS = 65_536
 """Of tensor parallelism: more than any system has; torch's process groups end where a C int does."""
 
+MOST_LAYERS = 10_000
+"""Of a model that is built from a number: more than any has, and building them ends within minutes."""
+
 UNFUSED = "unfused"
 """The winner where leaving a site to Inductor is cheaper."""
 

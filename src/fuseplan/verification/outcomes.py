@@ -14,7 +14,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from fuseplan.fingerprint import fingerprint, provider_key, rule_key
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Verification, from_json, to_json
-from fuseplan.record.files import write_whole
+from fuseplan.record.files import read_bytes, remove_abandoned, write_whole
+from fuseplan.record.parsing import parse_json
 from fuseplan.rules import Rule
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, TensorSpec
@@ -57,12 +58,10 @@ def _hardware(device: torch.device) -> str:
 
 def load(key: str) -> Verification | None:
     """A stored outcome, or None where there is none that can be read."""
-    path = _path(key)
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            return None
-        return from_json(Verification, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        content = read_bytes(_path(key), LARGEST_BYTES)
+        return from_json(Verification, parse_json(content, most_bytes=LARGEST_BYTES))
+    except (OSError, ValueError):
         return None
 
 
@@ -71,6 +70,7 @@ def save(key: str, outcome: Verification) -> None:
     path = _path(key)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
         write_whole(path, json.dumps(to_json(outcome)))
 
 
