@@ -23,7 +23,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "record",
         "config compatibility",
-        "dialect graph",
+        "dialect graph fallback",
         "canonical rules providers distributed",
         "matching fingerprint",
         "planner",
