@@ -30,8 +30,8 @@ def paths(module: Module) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            names[node.targets[0].id] = _dotted(node.value, names) or ""  # ops = torch.ops.aten
+        elif isinstance(node, ast.Assign):
+            names |= _aliases(node, names)
     for node in nodes:
         if isinstance(node, ast.Attribute) and (dotted := _dotted(node, names)):
             found.add(dotted)
@@ -39,6 +39,13 @@ def paths(module: Module) -> frozenset[str]:
             found |= {f"{function.removesuffix('.patch')}.{keyword.arg}" for keyword in node.keywords}
     private = {dotted for dotted in found if is_private(dotted)}
     return frozenset(each for each in private if not any(other.startswith(f"{each}.") for other in private))
+
+
+def _aliases(node: ast.Assign, names: dict[str, str]) -> dict[str, str]:
+    """`ops = torch.ops.aten`, also several at once."""
+    targets, values = [each.elts if isinstance(each, ast.Tuple) else [each] for each in (node.targets[0], node.value)]
+    pairs = zip(targets, values, strict=False)
+    return {left.id: _dotted(right, names) or "" for left, right in pairs if isinstance(left, ast.Name)}
 
 
 @functools.cache

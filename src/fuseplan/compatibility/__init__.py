@@ -9,11 +9,11 @@ import functools
 import torch
 
 from fuseplan.compatibility.check import Moved, find_moved
-from fuseplan.compatibility.private import COMMAND_LINE, PRIVATE_APIS, TRACED, PrivateApi
+from fuseplan.compatibility.private import ASIDE, PRIVATE_APIS, TRACED, PrivateApi
 from fuseplan.errors import CompatibilityError
 
 __all__ = [
-    "COMMAND_LINE",
+    "ASIDE",
     "NEWEST_TORCH",
     "OLDEST_TORCH",
     "PRIVATE_APIS",
@@ -34,28 +34,27 @@ SHOWN = 2
 """Moved interfaces that are named; where one moves, the names beside it mostly went with it."""
 
 
-def require_supported_torch(version: str | None = None, *, command_line: bool = False) -> None:
+def require_supported_torch(*, everything: bool = False) -> None:
     """Checks the torch that is installed.
 
     Args:
-        version: takes the place of the version of the torch that is installed.
-        command_line: also what building workloads needs.
+        everything: also what `fuseplan.compile` does without; see `ASIDE`.
 
     Raises:
         CompatibilityError: it is older than 2.11, or something moved that fuseplan is built on.
     """
-    require_torch_version(version)
-    if (text := incompatibility(command_line)) is not None:
+    require_torch_version()
+    if (text := incompatibility(everything)) is not None:
         raise CompatibilityError(text)
 
 
-def require_torch_version(version: str | None = None) -> None:
-    """Checks a torch version, by default that of the torch that is installed.
+def require_torch_version() -> None:
+    """Checks the version of the torch that is installed.
 
     Raises:
         CompatibilityError: it is older than 2.11.
     """
-    version = version or torch.__version__
+    version = torch.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         raise CompatibilityError(
             f"torch {version} is too old: fuseplan needs torch {_dotted(OLDEST_TORCH)} or newer; pip install -U torch"
@@ -63,13 +62,13 @@ def require_torch_version(version: str | None = None) -> None:
 
 
 @functools.cache
-def incompatibility(command_line: bool = False) -> str | None:
+def incompatibility(everything: bool = False) -> str | None:
     """One line on what the installed torch no longer has as fuseplan needs it, or None.
 
     Args:
-        command_line: also what building workloads needs; `fuseplan.compile` works without that.
+        everything: also what `fuseplan.compile` does without; see `ASIDE`.
     """
-    moved = find_moved(each for each in PRIVATE_APIS if command_line or not COMMAND_LINE.issuperset(each.users))
+    moved = find_moved(each for each in PRIVATE_APIS if everything or not ASIDE.issuperset(each.users))
     if not moved:
         return None
     more = f", and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""

@@ -36,8 +36,9 @@ class PrivateApi:
         return self.path.replace(":", ".")
 
 
-COMMAND_LINE = frozenset({"workloads", "integrations", "models"})
-"""Parts that build workloads for the command line. `fuseplan.compile` does without them."""
+ASIDE = frozenset({"integrations", "models", "testing", "workloads"})
+"""Parts that build workloads for the command line, or check rules for those who write them. `fuseplan.compile` does
+without."""
 
 DYNAMO = (
     PrivateApi("torch._dynamo.config:disable", ("frontend",)),
@@ -69,7 +70,7 @@ INDUCTOR = (
     PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.__call__", ("manager",), 1),
     PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.uuid", ("fingerprint", "manager"), 0),
     PrivateApi("torch._inductor.fx_passes.post_grad:view_to_reshape", ("capture",), 1),
-    PrivateApi("torch._inductor.runtime.cache_dir_utils:cache_dir", ("store",), 0),
+    PrivateApi("torch._inductor.runtime.cache_dir_utils:cache_dir", ("store", "verification"), 0),
     PrivateApi("torch._inductor.virtualized:V.aot_compilation", ("manager",)),
     PrivateApi("torch._inductor.virtualized:V.set_fake_mode", ("capture",), 1),
 )
@@ -97,30 +98,41 @@ PATTERN_MATCHER = (
 )  # fmt: skip
 
 GRAPHS = (
+    PrivateApi("torch.fx:Graph._graph_namespace", ("graph",)),
     PrivateApi("torch.fx:Graph._root", ("graph",)),
     PrivateApi("torch.fx:Node._erased", ("graph", "matching", "rewriting")),
     PrivateApi("torch.fx:Node._sort_key", ("matching", "planner")),
-    PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv", ("workloads",), 0),
+    PrivateApi("torch.fx.experimental.symbolic_shapes:DimDynamic.DUCK", ("testing",)),
+    PrivateApi("torch.fx.experimental.symbolic_shapes:DimDynamic.STATIC", ("testing",)),
+    PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv", ("testing", "workloads"), 0),
+    PrivateApi("torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", ("testing",), 0, ("dynamic_sizes",)),
     PrivateApi("torch.fx.experimental.symbolic_shapes:statically_known_true", ("graph",), 1),
-    PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode", ("workloads",), 0,
+    PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode", ("testing", "verification", "workloads"), 0,
                ("shape_env", "allow_non_fake_inputs")),
+    PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode.from_tensor", ("testing", "verification"), 1,
+               ("symbolic_context",)),
+    PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("verification",), 0),
+    PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("verification",), 4),
     PrivateApi("torch.utils._pytree:tree_leaves", ("matching",), 1),
 )  # fmt: skip
 
 OPS = (
+    PrivateApi("torch._ops:HigherOrderOperator", ("verification",)),
     PrivateApi("torch._ops:OpOverload", ("dialect", "graph", "matching")),
-    PrivateApi("torch._ops:OpOverload._schema", ("fingerprint", "graph", "rewriting", "rules")),
+    PrivateApi("torch._ops:OpOverload._schema",
+               ("fingerprint", "graph", "rewriting", "rules", "testing", "verification")),
     PrivateApi("torch._ops:OpOverload.is_view", ("graph",)),
     PrivateApi("torch._ops:OpOverload.namespace", ("graph",)),
     PrivateApi("torch._ops:OpOverload.tags", ("graph",)),
     PrivateApi("torch:ops.aten._unsafe_view.default", ("graph",)),
     PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "models")),
-    PrivateApi("torch:ops._c10d_functional.all_reduce.default", ("canonical", "dialect", "graph", "models")),
+    PrivateApi("torch:ops._c10d_functional.all_reduce.default",
+               ("canonical", "dialect", "graph", "models", "verification")),
     PrivateApi("torch:ops._c10d_functional.all_reduce_coalesced.default", ("canonical",)),
     PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor.default", ("canonical",)),
     PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor_coalesced.default", ("canonical",)),
     PrivateApi("torch:ops._c10d_functional.wait_tensor.default",
-               ("canonical", "dialect", "graph", "integrations", "models")),
+               ("canonical", "dialect", "graph", "integrations", "models", "verification")),
     PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "models"), 3),
     PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group", ("graph",), 1),
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
@@ -134,7 +146,7 @@ TRACED: Mapping[str, tuple[str, ...]] = {
     "nn_module_stack": ("canonical", "graph", "rewriting"),
     "source_fn_stack": ("graph",),
     "stack_trace": ("canonical", "graph", "rewriting"),
-    "val": ("canonical", "graph", "rewriting"),
+    "val": ("canonical", "graph", "rewriting", "testing", "verification"),
 }
 """The keys of `Node.meta` that are read, and by whom. Which ones torch writes shows only when it traces a model: tests
 look for them, not an import."""
