@@ -37,7 +37,10 @@ def _wrong(api: PrivateApi) -> str | None:
         return f"can't be imported ({' '.join(str(error).split())[:200]})"
     except AttributeError:
         return "is gone"
-    return None if api.args is None else _misfit(found, api, unbound=isinstance(owner, type))
+    if api.args is None:
+        return None
+    is_static = isinstance(inspect.getattr_static(owner, api.attributes[-1], None), staticmethod)
+    return _misfit(found, api, unbound=isinstance(owner, type) and not is_static)
 
 
 def _member(owner: Any, name: str) -> Any:

@@ -52,6 +52,8 @@ DYNAMO = (
     PrivateApi("torch._functorch.config:enable_autograd_cache", ("capture",)),
     PrivateApi("torch._functorch.config:patch", ("capture",), 0, ("enable_autograd_cache",)),
     PrivateApi("torch._guards:detect_fake_mode", ("capture", "rewriting"), 1),
+    PrivateApi("torch._guards:TracingContext.try_get", ("frontend",), 0),
+    PrivateApi("torch._guards:tracing", ("frontend",), 1),
     PrivateApi("torch._logging._internal:trace_structured", ("report",), 1,
                ("metadata_fn", "payload_fn", "expect_trace_id")),
 )  # fmt: skip
@@ -134,7 +136,10 @@ OPS = (
     PrivateApi("torch:ops._c10d_functional.wait_tensor.default",
                ("canonical", "dialect", "graph", "integrations", "models", "verification")),
     PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "models"), 3),
-    PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group", ("graph",), 1),
+    PrivateApi("torch._C._distributed_c10d:Store", ("distributed",)),
+    PrivateApi("torch.distributed.distributed_c10d:_get_default_timeout", ("distributed",), 1),
+    PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store", ("distributed",), 1),
+    PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group", ("distributed", "graph"), 1),
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
 )  # fmt: skip
 
