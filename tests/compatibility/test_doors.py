@@ -1,5 +1,6 @@
 """The entry points on a torch that fuseplan doesn't fit: they fall back, or say so in one line."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -141,6 +142,14 @@ def test_old_torch_is_an_error_even_where_more_is_missing(moved: Any, monkeypatc
     for door in (lambda: moved.compile(model), moved.inductor_options, lambda: moved.explain(model)):
         with pytest.raises(CompatibilityError, match=r"torch 2\.10\.0 is too old"):
             door()
+
+
+def test_the_range_of_versions_is_the_same_everywhere() -> None:
+    root = Path(__file__).parents[2]
+    text = "\n".join((root / name).read_text(encoding="utf-8") for name in ("Makefile", "pyproject.toml"))
+    found = re.findall(r'^NEWEST_TORCH \?= torch==(\d+)\.(\d+)\.|^    "torch>=(\d+)\.(\d+)', text, re.MULTILINE)
+    versions = [tuple(int(part) for part in match if part) for match in found]
+    assert versions == [compatibility.NEWEST_TORCH, compatibility.OLDEST_TORCH]
 
 
 def test_what_only_workloads_need_stops_the_command_line_alone(moved_later: Any) -> None:
