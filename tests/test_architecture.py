@@ -24,7 +24,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "record",
         "config compatibility",
-        "content dialect graph",
+        "content dialect graph fallback",
         "canonical rules providers distributed",
         "matching fingerprint",
         "planner",

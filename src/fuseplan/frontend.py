@@ -20,7 +20,7 @@ from fuseplan.content import content_of
 from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
-from fuseplan.errors import ConfigError
+from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation import Explanation
 from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, unfused
 from fuseplan.manager import PostGradPassManager, ReportCallback
@@ -32,10 +32,6 @@ from fuseplan.rules import BUILT_IN_RULES, Rule
 T = TypeVar("T", bound=Callable[..., Any])
 
 HOOK = "post_grad_custom_post_pass"
-
-
-class FuseplanWarning(UserWarning):
-    """Something that is on and can have no effect, or was left undone. Each is shown once for a compiled model."""
 
 
 def inductor_options(
@@ -66,7 +62,8 @@ def inductor_options(
 
     Raises:
         ConfigError: flags and policy contradict each other, or the environment is malformed.
-        CompatibilityError: this torch is too old.
+        CompatibilityError: this torch is too old. Where private interfaces of torch's have moved, a `FuseplanWarning`
+            names them, and `options` come back as they are.
     """
     require_supported_torch()
     config = config or PassConfig()
@@ -132,7 +129,8 @@ def compile(
     Raises:
         ConfigError: flags and policy contradict each other, `backend` isn't Inductor, `mode` and `options` set one
             option to different values.
-        CompatibilityError: this torch is too old.
+        CompatibilityError: this torch is too old. Where private interfaces of torch's have moved, a `FuseplanWarning`
+            names them, and the model is compiled by plain `torch.compile`.
     """
     require_supported_torch()
     config = config or PassConfig()
@@ -314,6 +312,7 @@ def explain(
     Raises:
         WorkloadError: nothing could be traced.
         ConfigError: flags and policy contradict each other.
+        CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
     return explain_call(
         model, inputs, model_arguments, config=config, device=device, rules=rules, providers=providers

@@ -88,11 +88,11 @@ class DialectOp:
         return self.draws.get(argument, draw_activations)
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> "torch._ops.OpOverload":
         """The op as it stands in a graph."""
         return self.implementation("torch")
 
-    def implementation(self, provider: str) -> torch._ops.OpOverload:
+    def implementation(self, provider: str) -> "torch._ops.OpOverload":
         """The overload that runs a provider's kernel; the provider `torch` is the reference, `default`.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed import distributed_c10d
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental import symbolic_shapes
 
 aten = torch.ops.aten
 convert_element_type = torch.ops.prims.convert_element_type.default
@@ -52,7 +52,7 @@ def dtype_name(node: object) -> str:
 
 def equal_size(left: object, right: object) -> bool:
     """Whether two sizes are equal for every value of their symbols; adds no guard."""
-    return statically_known_true(left == right)
+    return symbolic_shapes.statically_known_true(left == right)
 
 
 def equal_shape(left: Tensor | None, right: Tensor | None) -> bool:
