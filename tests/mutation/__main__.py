@@ -60,12 +60,14 @@ class Settings:
         paths: folders under the package whose files are mutated.
         tests: files of tests that may notice.
         deselected: tests among them that are too slow.
+        imported: files of tests that may notice, by file that is run while it is imported alone.
         without: operators to leave out, by file.
     """
 
     paths: Sequence[str]
     tests: Sequence[str]
     deselected: Sequence[str]
+    imported: Mapping[str, Sequence[str]]
     without: Mapping[str, Sequence[str]]
 
     @cached_property
@@ -206,7 +208,7 @@ def run(
                 todo.clear()
             while todo and free:
                 mutant = todo.pop(0)
-                tests = selected(mutant, facts)
+                tests = selected(mutant, facts, config)
                 if tests:
                     running.append(start(free.pop(), mutant, tests, facts, config))
                 else:
@@ -235,17 +237,19 @@ def finish(done: Fork, code: int, results: Results) -> str:
     return status
 
 
-def selected(mutant: Mutant, facts: Observed) -> list[str]:
+def selected(mutant: Mutant, facts: Observed, config: Settings) -> list[str]:
     """The tests that run what is mutated, the fastest first, then those that run the rest of the function."""
-    tests = facts.tests.get(mutant.path, {})
+    tests, seconds = facts.tests.get(mutant.path, {}), facts.seconds
     first, last = mutant.lines
     near = {test for line in range(first, last + 1) for test in tests.get(line, ()) if test}
     start, stop = scope(mutant)
     far = {test for line in range(start, stop + 1) for test in tests.get(line, ())}
     if not near:
         # It is run while modules are imported, or for the first test of many alone.
+        files = set(config.imported.get(mutant.path, ()))
         far = {test for names in tests.values() for test in names}
-    return [*sorted(near, key=facts.seconds.__getitem__), *sorted(far - near - {""}, key=facts.seconds.__getitem__)]
+        far |= {test for test in seconds if test.split("::")[0] in files} - set(facts.failed)
+    return [*sorted(near, key=seconds.__getitem__), *sorted(far - near - {""}, key=seconds.__getitem__)]
 
 
 def scope(mutant: Mutant) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Problems of small graphs that are written in dialect ops, priced on the device with round constants."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,9 @@ import torch
 from fuseplan.canonical import canonicalize
 from fuseplan.dialect import ops
 from fuseplan.matching import find_matches
-from fuseplan.planner.costs import CostModel
+from fuseplan.planner.costs import CostModel, CostTable, Provenance, Row
 from fuseplan.planner.pose import Posed, pose
-from fuseplan.planner.pricing import Prices
+from fuseplan.planner.pricing import Prices, alternative_name, row_key
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
 from tests.helpers import randn, written
@@ -50,3 +50,22 @@ def posed(
 
 def by_provider(given: Posed, values: Sequence[Any]) -> dict[str, Any]:
     return {each.provider: value for each, value in zip(given.candidates, values, strict=True)}
+
+
+def measured(given: Posed, rows: Mapping[str, Sequence[tuple[int, int]]], sizes: Sequence[int] = (10,)) -> CostTable:
+    """A table of the one component of a graph: (time, spread) by size of alternatives, or of their candidates."""
+    (component,) = given.components
+    places = sorted({each.site.ordinal for i in component if (each := given.candidates[i]).site})
+    signature = " & ".join(given.sites[place] for place in places)
+    made = []
+    for name, times in rows.items():
+        chosen = [given.candidates[i] for i in component if given.candidates[i].provider in name.split()]
+        key = row_key(signature, alternative_name(chosen, places))
+        made += [
+            Row(
+                key=key, tokens=tokens, time_ns=time, spread_ns=spread, provenance=Provenance.MEASURED, device="round",
+                torch="2.13", triton="", topology="tp1", date="2026-11-22", command="by hand",
+            )
+            for tokens, (time, spread) in zip(sizes, times, strict=True)
+        ]  # fmt: skip
+    return CostTable(device="round", rows=tuple(made))

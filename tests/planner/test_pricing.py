@@ -1,6 +1,6 @@
 """What alternatives save: by the model, by a table, and how sizes and noise are weighed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,9 +12,8 @@ from fuseplan.canonical import canonicalize
 from fuseplan.dialect import define, ops
 from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.components import components
-from fuseplan.planner.costs import CostTable, Provenance, Row
-from fuseplan.planner.evidence import cost_rows
-from fuseplan.planner.pose import Posed, pose
+from fuseplan.planner.costs import Provenance
+from fuseplan.planner.pose import pose
 from fuseplan.planner.pricing import (
     MAX_ENUMERATED,
     UNFUSED,
@@ -27,11 +26,11 @@ from fuseplan.planner.pricing import (
     weighted,
 )
 from fuseplan.planner.problem import Problem
+from fuseplan.planner.sites import Rows
 from fuseplan.providers import provider_of
-from fuseplan.record import CostRow
 from fuseplan.rules import BUILT_IN_RULES, Rule
 from tests.helpers import written
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, norm_and_pad, posed, twice
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, measured, norm_and_pad, posed, twice
 
 aten = torch.ops.aten
 
@@ -234,25 +233,6 @@ def test_somebodys_pass_saves_what_its_owner_says_or_a_launch(saving_us: float |
     assert (given.candidates[0].provider, given.candidates[0].op) == ("external", "theirs")
 
 
-def measured(given: Posed, rows: Mapping[str, Sequence[tuple[int, int]]], sizes: Sequence[int] = (10,)) -> CostTable:
-    """A table of the one component of a graph: (time, spread) by size of alternatives, or of their candidates."""
-    (component,) = given.components
-    places = sorted({each.site.ordinal for i in component if (each := given.candidates[i]).site})
-    signature = " & ".join(given.sites[place] for place in places)
-    made = []
-    for name, times in rows.items():
-        chosen = [given.candidates[i] for i in component if given.candidates[i].provider in name.split()]
-        key = row_key(signature, alternative_name(chosen, places))
-        made += [
-            Row(
-                key=key, tokens=tokens, time_ns=time, spread_ns=spread, provenance=Provenance.MEASURED, device="round",
-                torch="2.13", triton="", topology="tp1", date="2026-11-22", command="by hand",
-            )
-            for tokens, (time, spread) in zip(sizes, times, strict=True)
-        ]  # fmt: skip
-    return CostTable(device="round", rows=tuple(made))
-
-
 ALL = {"": [(5000, 10)], "triton": [(2000, 20)], "torch": [(9000, 30)]}
 
 
@@ -352,51 +332,15 @@ def test_prices_know_what_they_depend_on() -> None:
     assert Prices(model=MODEL).launch_ns == 1000
 
 
-def rows_of(given: Posed) -> dict[tuple[str, int], CostRow]:
-    return {(row.alternative, row.tokens): row for row in cost_rows([given])}
-
-
-def test_modelled_rows_show_every_alternative_at_every_size() -> None:
-    given = posed(dynamic=True, span=(10, 1000))
-    rows = rows_of(given)
-    name = "act_padding fused_add_rms_norm_pad"
-    alternatives = (UNFUSED, f"{name} torch", f"{name} triton")
-    assert list(rows) == [(alternative, size) for size in (10, 100, 1000) for alternative in alternatives]
-    assert rows[UNFUSED, 10].time_ns == UNFUSED_NS
-    assert [kernel.name for kernel in rows[UNFUSED, 10].kernels] == ["rms_norm", "pad"]
-    (kernel,) = rows[f"{name} triton", 10].kernels
-    assert (kernel.launch, kernel.memory, kernel.signal, kernel.staging, kernel.wire) == (1000, 88, 0, 0, 0)
-    for row in rows.values():
-        assert (row.site, row.places, row.provenance, row.spread_ns) == (given.sites[0], 1, "modelled", 0)
-        assert row.origin == ()
-
-
-def test_equal_places_share_their_rows() -> None:
-    def same(x: Any, r: Any, w: Any) -> Any:
-        y = ops.rms_norm(x, w, 1e-5, "llama")
-        z = ops.rms_norm(r, w, 1e-5, "llama")
-        return ops.pad(y, 28), ops.pad(z, 28), ops.pad(ops.silu_and_mul(x, r, "llama"), 28)
-
-    given = posed(same, providers=TORCH)
-    rows = cost_rows([given, given])
-    assert [(row.alternative, row.places) for row in rows] == [(UNFUSED, 2), ("act_padding rms_norm_pad torch", 2)]
-
-
-def test_measured_rows_name_where_they_come_from() -> None:
-    rows = {"": [(1000, 1), (4000, 2)], "triton": [(500, 3), (1000, 4)]}
-    plain = posed(dynamic=True, span=(10, 40))
-    prices = Prices(model=MODEL, table=measured(plain, rows, (10, 40)), source="measured")
-    given = posed(dynamic=True, span=(10, 40), prices=prices)
-    found = rows_of(given)
-    triton = "act_padding fused_add_rms_norm_pad triton"
-    assert list(found) == [(name, size) for size in (10, 20, 40) for name in (UNFUSED, triton)]
-    assert (found[triton, 20].time_ns, found[triton, 20].spread_ns) == (667, 4)
-    origin = "measured at {} tokens; round; tp1; torch 2.13; 2026-11-22; by hand"
-    assert found[triton, 20].origin == (origin.format(10), origin.format(40))
-    assert found[triton, 40].origin == (origin.format(40),)
-    assert {row.provenance for row in found.values()} == {"measured"}
-    assert {row.places for row in found.values()} == {1}
-    assert {row.kernels for row in found.values()} == {()}
+def test_what_prices_and_rows_remember_is_no_part_of_them() -> None:
+    prices = Prices(model=MODEL)
+    given = posed(prices=prices, dynamic=True)
+    assert prices == Prices(model=MODEL)
+    assert repr(prices) == repr(Prices(model=MODEL))
+    rows, fresh = Rows.of(given.canonical.graph), Rows.of(given.canonical.graph)
+    rows.at(X.new_empty(3, 5), 7)
+    assert rows == fresh
+    assert repr(rows) == repr(fresh)
 
 
 def test_components_of_the_structure_are_what_is_priced() -> None:

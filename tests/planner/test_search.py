@@ -115,17 +115,16 @@ def _tangle(size: int, share: float, seed: int, **constraints: Any) -> Component
     return Component(savings=tuple(random.randint(1, 50) for _ in range(size)), conflicts=conflicts, **constraints)
 
 
-def test_the_search_stays_short() -> None:
-    """What it may cost on components without any structure; a worse choice of what to branch on costs more."""
-    nodes = []
+def test_the_search_costs_the_same_everywhere() -> None:
+    """On components without any structure; another choice of what to branch on costs more, or less."""
+    plain, coupled = 0, 0
     for seed in range(12):
-        packing = contract(_tangle(28, 0.25, seed))
-        coupled = contract(_tangle(20, 0.15, seed, requires=((0, 1), (2, 3), (4, 3)), cuts=((5, 6, 7), (8, 9, 10, 11))))
-        assert packing is not None
-        assert coupled is not None
-        nodes += [search(packing, 10_000).nodes, search(coupled, 10_000).nodes]
-    assert sum(nodes[::2]) <= 418
-    assert sum(nodes[1::2]) <= 122
+        first = contract(_tangle(28, 0.25, seed))
+        second = contract(_tangle(20, 0.15, seed, requires=((0, 1), (2, 3), (4, 3)), cuts=((5, 6, 7), (8, 9, 10, 11))))
+        assert first is not None
+        assert second is not None
+        plain, coupled = plain + search(first, 10_000).nodes, coupled + search(second, 10_000).nodes
+    assert (plain, coupled) == (418, 122)
 
 
 def covers(packing: Packing, found: Iterable[Sequence[int]], atoms: Iterable[int]) -> bool:

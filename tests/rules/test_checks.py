@@ -1,5 +1,6 @@
 """What each rule takes, refuses and asks for: its table, its check, and the pieces that all rules are made of."""
 
+import operator
 from itertools import product
 from typing import Any
 
@@ -65,6 +66,11 @@ def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     expected = 1 + ("pad" in name or "dynamic" in name) + sums
     assert len(rule.traced_pattern.outputs) == expected
     assert tuple(rule.traced_pattern.inputs) == rule.variables
+    items = [node for node in rule.traced_pattern.outputs if node.target is operator.getitem]
+    scales = [(after[0], 0), (after[0], 1)] if "dynamic" in name else []
+    unpadded = [(core, 0)] if core == "fused_add_rms_norm" and ("pad" in name or not after) else []
+    total = [(core, 1)] if core == "fused_add_rms_norm" else []
+    assert [(op_text(item.all_input_nodes[0].target), item.args[1]) for item in items] == [*scales, *unpadded, *total]
     rule.validate()
 
 
