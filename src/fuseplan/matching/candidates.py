@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
+from fuseplan.dialect import Rounding
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
 from fuseplan.matching.inductor import CompiledPattern
@@ -243,6 +244,7 @@ def _offered(
         refusal = offer.accepts(Bindings(rule.name, match.values))
         rounding = match.values.get("rounding")
         fits = offer.roundings is None or rounding in offer.roundings
+        near = sorted(each for each in offer.roundings or () if _differs_by_rounding(rounding, each))
         if refusal is not None:
             declined.append(
                 _refusal(
@@ -252,10 +254,9 @@ def _offered(
             )  # fmt: skip
         elif fits:
             taken.append(replace(match, provider=provider.name))
-        elif offer.roundings and allow_rounding_changes:
-            other = min(offer.roundings)
-            values = {**match.values, "rounding": other}
-            change = (str(rounding), other)
+        elif near and allow_rounding_changes:
+            values = {**match.values, "rounding": near[0]}
+            change = (str(rounding), near[0])
             taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
         else:
             computed = " or ".join(sorted(offer.roundings or ()))
@@ -263,13 +264,19 @@ def _offered(
             declined.append(
                 _refusal(
                     match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,
-                    found=str(rounding), mend="set allow_rounding_changes", provider=provider.name,
+                    found=str(rounding), mend="set allow_rounding_changes" if near else None, provider=provider.name,
                 )
             )  # fmt: skip
     if not taken and not declined:
         detail = f"no available provider implements {rule.op.name}"
         declined.append(_refusal(match, Reason.PROVIDER, detail, (match.core.name,), match.core))
     return taken, declined
+
+
+def _differs_by_rounding(found: object, computed: str) -> bool:
+    """Whether two conventions round one formula differently. Activations' have names of norms'; others aren't known."""
+    known: dict[object, Rounding] = {convention.value: convention for convention in Rounding}
+    return found in known and computed in known and known[found].differs_by_rounding(known[computed])
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:
