@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fuseplan.canonical.view import PROVENANCE
 from fuseplan.compatibility import PrivateApi
-from tests.test_architecture import Module, _dotted
+from tests.test_architecture import Module, dotted
 
 
 def is_private(dotted: str) -> bool:
@@ -33,9 +33,9 @@ def paths(module: Module) -> frozenset[str]:
         elif isinstance(node, ast.Assign):
             names |= _aliases(node, names)
     for node in nodes:
-        if isinstance(node, ast.Attribute) and (dotted := _dotted(node, names)):
-            found.add(dotted)
-        elif isinstance(node, ast.Call) and (function := _dotted(node.func, names) or "").endswith("config.patch"):
+        if isinstance(node, ast.Attribute) and (name := dotted(node, names)):
+            found.add(name)
+        elif isinstance(node, ast.Call) and (function := dotted(node.func, names) or "").endswith("config.patch"):
             found |= {f"{function.removesuffix('.patch')}.{keyword.arg}" for keyword in node.keywords}
     private = {dotted for dotted in found if is_private(dotted)}
     return frozenset(each for each in private if not any(other.startswith(f"{each}.") for other in private))
@@ -45,7 +45,7 @@ def _aliases(node: ast.Assign, names: dict[str, str]) -> dict[str, str]:
     """`ops = torch.ops.aten`, also several at once."""
     targets, values = [each.elts if isinstance(each, ast.Tuple) else [each] for each in (node.targets[0], node.value)]
     pairs = zip(targets, values, strict=False)
-    return {left.id: _dotted(right, names) or "" for left, right in pairs if isinstance(left, ast.Name)}
+    return {left.id: dotted(right, names) or "" for left, right in pairs if isinstance(left, ast.Name)}
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from torch.fx.experimental import symbolic_shapes
 aten = torch.ops.aten
 convert_element_type = torch.ops.prims.convert_element_type.default
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 ADDS = (aten.add.Tensor, aten.add.Scalar)
 MULS = (aten.mul.Tensor, aten.mul.Scalar)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)

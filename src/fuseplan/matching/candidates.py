@@ -1,7 +1,7 @@
 """Every match of every rule on one unmodified canonical graph, and what was refused."""
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -242,6 +242,7 @@ def _offered(
         refusal = offer.accepts(Bindings(rule.name, match.values))
         rounding = match.values.get("rounding")
         fits = offer.roundings is None or rounding in offer.roundings
+        near = sorted(each for each in offer.roundings or () if _differs_by_rounding(rounding, each))
         if refusal is not None:
             declined.append(
                 _refusal(
@@ -251,10 +252,9 @@ def _offered(
             )  # fmt: skip
         elif fits:
             taken.append(replace(match, provider=provider.name))
-        elif allow_rounding_changes and (others := _other_roundings(rounding, offer.roundings)):
-            other = min(others)
-            values = {**match.values, "rounding": other}
-            change = (str(rounding), other)
+        elif near and allow_rounding_changes:
+            values = {**match.values, "rounding": near[0]}
+            change = (str(rounding), near[0])
             taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
         else:
             computed = " or ".join(sorted(offer.roundings or ()))
@@ -262,7 +262,7 @@ def _offered(
             declined.append(
                 _refusal(
                     match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,
-                    found=str(rounding), mend="set allow_rounding_changes", provider=provider.name,
+                    found=str(rounding), mend="set allow_rounding_changes" if near else None, provider=provider.name,
                 )
             )  # fmt: skip
     if not taken and not declined:
@@ -271,10 +271,10 @@ def _offered(
     return taken, declined
 
 
-def _other_roundings(rounding: object, offered: Collection[str] | None) -> list[str]:
-    """The conventions that compute the same but for rounding: 1 + weight is no other rounding of weight."""
-    adds_one = rounding == Rounding.GEMMA
-    return [other for other in offered or () if (other == Rounding.GEMMA) is adds_one]
+def _differs_by_rounding(found: object, computed: str) -> bool:
+    """Whether two conventions round one formula differently. Activations' have names of norms'; others aren't known."""
+    known: dict[object, Rounding] = {convention.value: convention for convention in Rounding}
+    return found in known and computed in known and known[found].differs_by_rounding(known[computed])
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:
