@@ -103,8 +103,8 @@ def test_files_count_by_their_content(files: Path) -> None:
         keys.add(key(planned))
     assert len(keys) == 6
     text = json.dumps(json.loads((files / "costs.json").read_text()))
-    (files / "costs.json").write_text(text)
-    assert key(priced) in keys
+    (files / "moved.json").write_text(text)
+    assert key(PassConfig(cost_table="moved.json")) in keys
 
 
 def test_the_environment_counts_where_it_decides(files: Path) -> None:
