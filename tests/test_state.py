@@ -17,6 +17,7 @@ from tests.helpers import HIDDEN, randn
 from tests.test_architecture import Module, dotted, names_of, source_modules
 
 CACHES = {
+    "compatibility/__init__.py:incompatibility": "nothing: the torch that is there doesn't change while it runs",
     "fingerprint.py:source_digest": "nothing: the source doesn't change while it runs",
     "graph/facts.py:_clean_path": "text",
     "graph/facts.py:_in_place": "text",

@@ -44,8 +44,9 @@ def source_digest() -> str:
 
 
 def config_key(config: PassConfig) -> str:
-    """A configuration by content; what is forced and forbidden has no order."""
-    return content_of([replace(config, force=(), forbid=()), set(config.force), set(config.forbid)])
+    """A configuration by content: what is forced and forbidden has no order, and files count by what is in them."""
+    plain = replace(config, force=(), forbid=(), cost_table=None, plan=None)
+    return content_of([plain, set(config.force), set(config.forbid)])
 
 
 def rule_key(rule: Rule) -> list[str]:

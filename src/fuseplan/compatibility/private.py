@@ -56,6 +56,7 @@ DYNAMO = (
     PrivateApi("torch._guards:tracing", ("frontend",), 1),
     PrivateApi("torch._logging._internal:trace_structured", ("report",), 1,
                ("metadata_fn", "payload_fn", "expect_trace_id")),
+    PrivateApi("torch._logging._internal:warning_once", ("debug", "store"), 2),
 )  # fmt: skip
 
 INDUCTOR = (
@@ -137,7 +138,10 @@ OPS = (
                ("canonical", "dialect", "graph", "integrations", "models", "verification")),
     PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "models"), 3),
     PrivateApi("torch._C._distributed_c10d:Store", ("distributed",)),
+    PrivateApi("torch._ops:OpOverload", ("content",)),
+    PrivateApi("torch._inductor:config.save_config_portable", ("store",), 0),
     PrivateApi("torch.distributed.distributed_c10d:_get_default_timeout", ("distributed",), 1),
+    PrivateApi("torch.distributed.distributed_c10d:_world.pg_names.items", ("fingerprint",), 0),
     PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store", ("distributed",), 1),
     PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group", ("distributed", "graph"), 1),
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
