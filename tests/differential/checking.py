@@ -3,12 +3,14 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.exc import InductorError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import fuseplan
 from fuseplan.errors import PlanError
@@ -17,7 +19,7 @@ from fuseplan.graph.surgery import is_sorted
 from fuseplan.record import Report
 from tests.differential.errors import Exact, exactly, excess, same, widened
 from tests.differential.program import Program
-from tests.differential.recording import Recorded, copies
+from tests.differential.recording import Recorded, copies, uncached
 from tests.differential.settings import Setting
 
 
@@ -167,16 +169,23 @@ def _rounds_as_before(graph: fx.Graph, setting: Setting) -> bool:
 def through_inductor(program: Program, setting: Setting, group: str) -> Outcome:
     """Compiles a program by Inductor with and without fuseplan, and compares results, arguments and buffers."""
     outcome, reports = Outcome(), list[Report]()
-    plain = _runs(program, torch.compile(program.module(group)))
-    module = program.module(group)
+    options: dict[str, Any] = {"freezing": setting.freezing}
+    try:
+        plain = _runs(program, torch.compile(program.module(group), options=options))
+    except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
+        if program.marked != "unbacked":
+            raise
+        return through_inductor(replace(program, marked="dynamic"), setting, group)
     compiled = fuseplan.compile(
-        module, config=setting.config, rules=setting.rules, providers=setting.providers, passes=setting.passes,
-        on_report=reports.append,
+        program.module(group), config=setting.config, rules=setting.rules, providers=setting.providers,
+        passes=setting.passes, on_report=reports.append, options=options,
     )  # fmt: skip
     try:
         actual = _runs(program, compiled)
-    except PlanError:
-        outcome.contradictory = True
+    except InductorError as error:
+        outcome.contradictory = isinstance(error.inner_exception, PlanError)
+        if not outcome.contradictory:
+            raise
         return outcome
     for report in reports:
         outcome.fused.update({rule: count for rule, count in report.fused.items() if count})
@@ -193,8 +202,7 @@ def through_inductor(program: Program, setting: Setting, group: str) -> Outcome:
 def _runs(program: Program, module: Any, prepare: Callable[[Tensor], Tensor] = lambda value: value) -> list[list[Any]]:
     """For each run of a program its results, its arguments and the buffers as they are afterwards."""
     found = []
-    torch._dynamo.reset()
-    with torch.no_grad():
+    with uncached(), torch.no_grad():
         for run in range(len(program.sizes)):
             arguments = [prepare(each) for each in program.inputs(run)]
             results = module(*arguments)

@@ -20,6 +20,8 @@ worst element. (A dialect op's own factor is 2 and one unit, for one op and many
 class Exact(TorchDispatchMode):
     """Runs everything in float64, whatever dtype is asked for."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 

@@ -1,11 +1,14 @@
 """Graphs as Inductor hands them to custom passes, with the arguments that they are called with."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fuseplan.capture import _Recorder
@@ -68,9 +71,16 @@ def record_program(program: Program, group: str) -> list[Recorded]:
 def record(function: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> list[Recorded]:
     """Traces a model, and runs it with each list of arguments."""
     backend = _Backend()
-    torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend)
-    with torch.no_grad():
+    with uncached(), torch.no_grad():
         for arguments in calls:
             compiled(*arguments)
     return backend.recorded
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """What is compiled is compiled here and now, whatever was compiled before."""
+    torch._dynamo.reset()
+    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
+        yield

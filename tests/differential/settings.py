@@ -104,12 +104,14 @@ class Setting:
         rules: beside the built-in ones.
         providers: beside the built-in ones.
         saving_us: what a match of somebody's pass saves; None: there is no such pass.
+        freezing: whether Inductor makes constants of the buffers.
     """
 
     config: PassConfig = field(default_factory=PassConfig)
     rules: tuple[Rule, ...] = ()
     providers: tuple[Provider, ...] = ()
     saving_us: float | None = None
+    freezing: bool = False
 
     @property
     def passes(self) -> tuple[ExternalPass, ...]:
@@ -132,22 +134,22 @@ class Setting:
 
     def __str__(self) -> str:
         given = {name: value for name, value in vars(self.config).items() if value != getattr(PassConfig(), name)}
-        more = [*(rule.name for rule in self.rules), *(provider.name for provider in self.providers)]
-        text = ", ".join(f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items())
-        others = f", with {', '.join(more)}" if more else ""
-        return f"{text}{others}{'' if self.saving_us is None else f', product_relu saves {self.saving_us}'}"
+        told = [f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items()]
+        told += [f"rule {rule.name}" for rule in self.rules] + [f"provider {each.name}" for each in self.providers]
+        told += [f"product_relu saves {self.saving_us} us"] if self.saving_us is not None else []
+        return ", ".join([*told, *(["freezing"] if self.freezing else [])])
 
 
 def draw(rng: random.Random) -> Setting:
     """A setting that forces nothing."""
-    flags: dict[str, Any] = {flag: rng.choice((None, None, None, True, False)) for flag in FUSION_FLAGS[:-1]}
+    flags: dict[str, Any] = {flag: rng.choice((None, None, None, True, True, False)) for flag in FUSION_FLAGS[:-1]}
     rules = OWN_RULES if rng.random() < 0.4 else ()
     providers = [each for each in (WIDE, ONE_ROUNDING) if rng.random() < 0.3]
-    policy = rng.choices(("planned", "ordered", "off"), (6, 3, 0.3))[0]
+    policy = rng.choices(("planned", "ordered", "off"), (5, 4, 0.2))[0]
     if policy == "ordered":
         flags = dict.fromkeys(flags)
         names = [name for name in RULE_NAMES if rules or name != NormRelu.name]
-        policy = f"ordered({', '.join(rng.sample(names, rng.randint(1, len(names))))})"
+        policy = f"ordered({', '.join(rng.sample(names, rng.randint(2, len(names))))})"
     return Setting(
         config=PassConfig(
             **flags,
@@ -160,21 +162,22 @@ def draw(rng: random.Random) -> Setting:
         rules=rules,
         providers=(*providers, *([MINE] if rules else [])),
         saving_us=rng.choice((None, None, None, 0.1, 50.0)),
+        freezing=rng.random() < 0.15,
     )
 
 
-def force(setting: Setting, candidates: Sequence[Candidate], rng: random.Random) -> Setting:
-    """The same setting with some of a graph's candidates forced, and some forbidden; they may contradict each other."""
+def direct(setting: Setting, candidates: Sequence[Candidate], rng: random.Random) -> Setting:
+    """The same setting, in which some of a graph's candidates are forced or forbidden; they may contradict each other.
+
+    The model of a CPU finds hardly a fusion worth it, so that most plans fuse what is forced.
+    """
     selectors = sorted({_selector(each, rng) for each in candidates})
-    if not selectors:
+    is_planned = setting.config.chosen_policy.name == "planned"
+    if not selectors or rng.random() > (0.9 if is_planned else 0.3):
         return setting
-    chosen = rng.sample(selectors, min(len(selectors), rng.choice((1, 1, 2, 3))))
-    forced = chosen[:1] if setting.config.chosen_policy.name != "planned" else chosen
-    if setting.config.chosen_policy.name != "planned" or rng.random() < 0.25:
-        return replace(setting, config=replace(setting.config, forbid=forced))
-    forbidden = [
-        each for each in rng.sample(selectors, min(len(selectors), rng.choice((0, 0, 1)))) if each not in chosen
-    ]
+    chosen = rng.sample(selectors, min(len(selectors), rng.choice((1, 1, 2, 3, 5))))
+    forced = chosen[rng.choice((0, 0, 0, 1)) :] if is_planned else []
+    forbidden = [each for each in chosen if each not in forced]
     return replace(setting, config=replace(setting.config, force=forced, forbid=forbidden))
 
 

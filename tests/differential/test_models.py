@@ -15,7 +15,7 @@ from tests.differential.checking import Interpreted, Outcome, through_inductor
 from tests.differential.generate import generate
 from tests.differential.program import Program
 from tests.differential.recording import record, record_program
-from tests.differential.settings import Setting, draw, force
+from tests.differential.settings import Setting, direct, draw
 
 SETTINGS = 4
 """That each interpreted model is tried under: tracing takes longer than all of them."""
@@ -62,9 +62,7 @@ def interpreted(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
         graph = Interpreted(recorded)
         for _ in range(SETTINGS):
             setting = draw(rng)
-            if rng.random() < 0.6:
-                candidates = setting.manager().analyze(recorded.copy()).posed.candidates
-                setting = force(setting, candidates, rng)
+            setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
             outcomes.append((setting, graph.check(setting, rng)))
     return outcomes
 
@@ -73,9 +71,8 @@ def compiled(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
     """Compiles a program by Inductor under one setting."""
     rng = random.Random(program.seed)
     setting = draw(rng)
-    if rng.random() < 0.6:
-        recorded, *_ = record(program.module(group), [program.inputs(0)])
-        setting = force(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
+    recorded, *_ = record(program.module(group), [program.inputs(0)])
+    setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
     return [(setting, through_inductor(program, setting, group))]
 
 

@@ -7,8 +7,10 @@ Every function here can be called by a program's text.
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed import distributed_c10d
 from torch.nn import functional as F
 
 from tests.differential.norms import NORMS
@@ -26,6 +28,28 @@ def scattered(x: Tensor, group: str) -> Tensor:
     part = collectives.reduce_scatter_tensor(x, "sum", 0, group)  # type: ignore[arg-type]
     gathered: Tensor = collectives.all_gather_tensor(part, 0, group)  # type: ignore[arg-type]
     return gathered
+
+
+def summed_in_place(x: Tensor, group: str) -> Tensor:
+    """What Dynamo makes a functional all-reduce and a copy of."""
+    result = x.clone()
+    dist.all_reduce(result, group=distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined,arg-type]
+    return result
+
+
+@torch.library.custom_op("differential::mark", mutates_args=("x",))
+def mark(x: Tensor) -> None:
+    """Somebody's op that writes to what it is given."""
+    x[..., 0].fill_(0.25)
+
+
+def marked_(x: Tensor) -> Tensor:
+    mark(x)
+    return x.clone()
+
+
+def relu_of_product(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y.sigmoid()).relu()
 
 
 def turned(x: Tensor) -> Tensor:
@@ -186,11 +210,13 @@ NAMES: dict[str, Callable[..., object]] = {
     **{
         each.__name__: each
         for each in (
-            turned, padded_by_cat, padded_by_copy, dequantize, experts, routed_experts, best_shares, attend,
+            turned, padded_by_cat, padded_by_copy, dequantize, experts, routed_experts, best_shares, attend, marked_,
+            relu_of_product,
         )
     },
 }  # fmt: skip
 """What a program's text may call beside torch and F."""
 
-COLLECTIVES: dict[str, Callable[..., Tensor]] = {each.__name__: each for each in (all_reduce, largest, scattered)}
+REDUCTIONS = (all_reduce, largest, scattered, summed_in_place)
+COLLECTIVES: dict[str, Callable[..., Tensor]] = {each.__name__: each for each in REDUCTIONS}
 """The same, with the group bound."""
