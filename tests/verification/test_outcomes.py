@@ -15,7 +15,6 @@ from tests.verification.fused_norm import WEIGHT, hangs, model, provider, raises
 from tests.verification.test_faults import fuse
 
 
-
 class Calls:
     """How often a kernel ran. Data that a kernel names would be part of what the kernel is."""
 

@@ -121,7 +121,7 @@ GRAPHS = (
 
 OPS = (
     PrivateApi("torch._ops:HigherOrderOperator", ("verification",)),
-    PrivateApi("torch._ops:OpOverload", ("dialect", "graph", "matching")),
+    PrivateApi("torch._ops:OpOverload", ("content", "dialect", "graph", "matching")),
     PrivateApi("torch._ops:OpOverload._schema",
                ("fingerprint", "graph", "rewriting", "rules", "testing", "verification")),
     PrivateApi("torch._ops:OpOverload.is_view", ("graph",)),
@@ -138,10 +138,9 @@ OPS = (
                ("canonical", "dialect", "graph", "integrations", "models", "verification")),
     PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "models"), 3),
     PrivateApi("torch._C._distributed_c10d:Store", ("distributed",)),
-    PrivateApi("torch._ops:OpOverload", ("content",)),
     PrivateApi("torch._inductor:config.save_config_portable", ("store",), 0),
     PrivateApi("torch.distributed.distributed_c10d:_get_default_timeout", ("distributed",), 1),
-    PrivateApi("torch.distributed.distributed_c10d:_world.pg_names.items", ("fingerprint",), 0),
+    PrivateApi("torch.distributed.distributed_c10d:_world.pg_names.items", ("fingerprint",)),
     PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store", ("distributed",), 1),
     PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group", ("distributed", "graph"), 1),
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
