@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._inductor.utils import fresh_cache
+from torch._logging._internal import warning_once
 from torch.nn import functional as F
 
 import fuseplan
@@ -186,7 +187,7 @@ def test_reports_that_cannot_be_stored_fail_no_compilation(
     def fail(*arguments: Any, **further: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    store.warning_once.cache_clear()
+    warning_once.cache_clear()
     owner = {"mkdir": Path, "fsync": os, "replace": Path}[call]
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, fail)
