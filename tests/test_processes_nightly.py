@@ -49,10 +49,10 @@ def halve(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     "spoil", [halve, lambda content: b"", lambda content: content[::-1]], ids=["half", "empty", "reversed"]
 )
-@pytest.mark.parametrize("part", ["fuseplan", "fxgraph", "aotautograd", "*"])
+@pytest.mark.parametrize("part", ["fuseplan", "fxgraph", "aotautograd"])
 def test_entries_of_caches_that_are_broken(part: str, spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
     assert result(start(tmp_path)) == [COLD]
-    spoiled = [path for path in tmp_path.glob(f"{part}/**/*") if path.is_file() and path.suffix != ".so"]
+    spoiled = [path for path in tmp_path.glob(f"{part}/**/*") if path.is_file()]
     for path in spoiled:
         path.write_bytes(spoil(path.read_bytes()))
     (found,) = result(start(tmp_path))
