@@ -194,6 +194,11 @@ def through_inductor(program: Program, setting: Setting, group: str) -> Outcome:
         exact = _runs(program, program.module(group).double(), widened)
     for result, first, second, truth in zip(actual, plain, eager, exact, strict=True):
         outcome.problems += compare(result, [first, second], truth)
+        outcome.problems += [
+            f"result {index} has the strides {left.stride()}, not {right.stride()}"
+            for index, (left, right) in enumerate(zip(result, first, strict=True))
+            if isinstance(left, Tensor) and left.stride() != right.stride()
+        ]
         if not outcome.fused and not all(map(same, result, first)):
             outcome.problems.append("nothing is fused, and the results are others")
     return outcome

@@ -1,6 +1,7 @@
 """Random programs: what models do, one statement after the other, with what may stand in a fusion's way."""
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 from tests.differential.norms import NORMS
@@ -17,7 +18,12 @@ def generate(seed: int, *, most: int = 9) -> Program:
         seed: any.
         most: statements; each writes a few lines.
     """
-    model = Model(seed)
+    attempts = (_attempt(seed, attempt, most) for attempt in itertools.count())
+    return next(program for program in attempts if _runs(program))
+
+
+def _attempt(seed: int, attempt: int, most: int) -> Program:
+    model = Model(seed, attempt)
     rng = model.rng
     others = rng.choices(list(model.statements), list(model.statements.values()), k=rng.randint(1, most - 1))
     statements = [model.layer, *others]
@@ -27,6 +33,16 @@ def generate(seed: int, *, most: int = 9) -> Program:
         with contextlib.suppress(RuntimeError, IndexError, TypeError):
             statement()
     return model.finish()
+
+
+def _runs(program: Program) -> bool:
+    """Whether a program runs at its own sizes, too, and not only at those at which its lines were tried."""
+    try:
+        for run in range(len(program.sizes)):
+            program.module(None)(*program.inputs(run))
+    except (RuntimeError, IndexError):
+        return False
+    return True
 
 
 class Model(Writer):
@@ -95,7 +111,7 @@ class Model(Writer):
             (f"F.pad({{}}, (0, {right}))", 4), (f"F.pad({{}}.reshape(-1, {width}), (0, {right}))", 1),
             (f"padded_by_cat({{}}, {right})", 1), (f"F.pad({{}}, ({right}, 0))", 1), ("{}.relu()", 1.5),
             ("{} * 2", 1), (f"F.pad({{}}, (0, {right}), value=1.0)", 1), (f"F.pad({{}}[..., :-1], (0, {right}))", 1),
-            ("{}[:, -1]", 0.5), ("{} * {}", 0.5), ("marked_({})", 0.3),
+            ("{}[:, -1]", 0.5), ("{} * {}", 0.5), ("marked_({})", 0.3), ("{}.as_strided((2, 3), (1, 1))", 0.3),
         ]  # fmt: skip
         if rows is not None:
             forms.append((f"F.pad({{}}.reshape(-1, {width}), (0, {right})).reshape({rows}, -1)", 2))
@@ -181,7 +197,7 @@ class Model(Writer):
         width, dims = self.width(name), self.tensors[name].dim()
         forms = [
             (f"{{}}.reshape(-1, {width})", 1), ("turned({})", 1), ("{}.unsqueeze(0)[0]", 1), ("{}.contiguous()", 1),
-            ("{}.transpose(0, 1)", 1), (f"{{}}.reshape(-1, {width})[0]", 0.3),
+            ("{}.transpose(0, 1)", 1), ("{}.unfold(-1, 4, 2)[..., 0]", 0.3), (f"{{}}.reshape(-1, {width})[0]", 0.3),
         ]  # fmt: skip
         forms += [("{}[:, -1]", 1), ("{}[:, :1]", 1)] if dims == 3 else []
         forms += [(f"{{}}.reshape(B, S, {width})", 4)] if self.leading == ("B", "S") and dims == 2 else []

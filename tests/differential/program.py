@@ -95,11 +95,11 @@ class Program:
         head = f"# seed {self.seed}, {self.marked} sizes: {runs}"
         return "\n".join((head, *(f"# {spec}" for spec in self.arguments), *state, self.source))
 
-    def module(self, group: str) -> nn.Module:
+    def module(self, group: str | None) -> nn.Module:
         """A fresh module: its buffers have the values that they start with.
 
         Args:
-            group: the name of a process group of one rank.
+            group: the name of a process group of one rank; None: collectives do nothing.
         """
         module = nn.Module()
         for spec in self.specs:
@@ -108,7 +108,9 @@ class Program:
         filename = f"program_{self.seed}.py"
         # Stack traces, and with them places in reports, are read from there.
         linecache.cache[filename] = (len(self.source), None, self.source.splitlines(keepends=True), filename)
-        reductions = {name: partial(function, group=group) for name, function in COLLECTIVES.items()}
+        reductions: dict[str, Any] = dict.fromkeys(COLLECTIVES, torch.clone)
+        if group is not None:
+            reductions = {name: partial(function, group=group) for name, function in COLLECTIVES.items()}
         namespace: dict[str, Any] = {"torch": torch, "F": F, **NAMES, **reductions}
         exec(compile(self.source, filename, "exec"), namespace)
         module.forward = MethodType(namespace["forward"], module)

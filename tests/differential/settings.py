@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 
-from fuseplan.config import FUSION_FLAGS, PassConfig
+from fuseplan.config import FUSION_FLAGS, CompileRange, PassConfig
 from fuseplan.dialect import DialectOp, Rounding, define, implement, ops
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.matching import ExternalPass
@@ -164,6 +164,14 @@ def draw(rng: random.Random) -> Setting:
         saving_us=rng.choice((None, None, None, 0.1, 50.0)),
         freezing=rng.random() < 0.15,
     )
+
+
+RANGES = (CompileRange(start=1, end=9), CompileRange(start=10, end=64))
+
+
+def in_ranges(setting: Setting) -> Setting:
+    """The same setting with a graph and a plan for few tokens and one for many."""
+    return replace(setting, config=replace(setting.config, compile_ranges=RANGES))
 
 
 def direct(setting: Setting, candidates: Sequence[Candidate], rng: random.Random) -> Setting:

@@ -15,6 +15,7 @@ from tests.differential.checking import Interpreted
 from tests.differential.norms import EPSILON, root
 from tests.differential.recording import record
 from tests.differential.settings import ONE_ROUNDING, Setting
+from tests.differential.vocabulary import turned
 from tests.helpers import HIDDEN, gemma, llama, quantize, quantize_rows, randn, vllm
 
 X, R, W = randn(5, HIDDEN), randn(5, HIDDEN, seed=1), 1 + randn(HIDDEN, seed=2) / 5
@@ -152,3 +153,16 @@ def test_results_that_may_not_lie_row_after_row_need_no_guard() -> None:
     x = randn(5, 3, HIDDEN)
     torch._dynamo.decorators.mark_unbacked(x, 0)
     assert fused(model, x, W) == {"act_padding": 1}
+
+
+def test_what_reads_memory_by_strides_keeps_its_memory() -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(turned(x), turned(r), w)
+        return F.pad(y, (0, 8)), total.transpose(0, 1).as_strided((3,), (1,))
+
+    def padded(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y, _ = llama(x, None, w)
+        return F.pad(y, (0, 8)), y.as_strided((3,), (HIDDEN,))
+
+    assert fused(model, X, R, W) == {}
+    assert fused(padded, X, W) == {}

@@ -15,7 +15,7 @@ from tests.differential.checking import Interpreted, Outcome, through_inductor
 from tests.differential.generate import generate
 from tests.differential.program import Program
 from tests.differential.recording import record, record_program
-from tests.differential.settings import Setting, direct, draw
+from tests.differential.settings import Setting, direct, draw, in_ranges
 
 SETTINGS = 4
 """That each interpreted model is tried under: tracing takes longer than all of them."""
@@ -73,6 +73,8 @@ def compiled(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
     setting = draw(rng)
     recorded, *_ = record(program.module(group), [program.inputs(0)])
     setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
+    if program.marked == "dynamic" and rng.random() < 0.3:
+        setting = in_ranges(setting)
     return [(setting, through_inductor(program, setting, group))]
 
 

@@ -12,6 +12,7 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import Rounding
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
+from fuseplan.graph.reach import strided_reader
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Nearness, Reason, Refusal
@@ -151,6 +152,7 @@ def _refused(canonical: CanonicalGraph, match: Match) -> Refusal | None:
     rule = match.rule
     return (
         _stray_user(canonical, match)
+        or _restrided(canonical, match)
         or _illegal(canonical, match)
         or _unknown_group(match)
         or _placed(canonical, rule, rule.check(Bindings(rule.name, match.values)), match.core)
@@ -171,6 +173,20 @@ def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
                 match, Reason.USERS, f"{read} is {how}, and {match.rule.op.name} doesn't yield it", names,
                 node if user.op == "output" else user, expected=f"no other reader of {op_name(node)}",
                 found=op_name(user), mend=mend,
+            )  # fmt: skip
+    return None
+
+
+def _restrided(canonical: CanonicalGraph, match: Match) -> Refusal | None:
+    """What a fused op yields need not lie in memory as the value that it replaces."""
+    for node in match.outputs:
+        reader = strided_reader(node) if node is not None else None
+        if node is not None and reader is not None:
+            names = (canonical.source_node(reader).name, canonical.source_node(node).name)
+            detail = f"{op_name(reader)} ({names[0]}) reads the memory of {op_name(node)} ({names[1]}) by its strides"
+            return _refusal(
+                match, Reason.LAYOUT, detail, names, reader, expected="readers by shape", found=op_name(reader),
+                mend="index, slice or reshape instead",
             )  # fmt: skip
     return None
 
