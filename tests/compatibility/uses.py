@@ -42,10 +42,11 @@ def paths(module: Module) -> frozenset[str]:
 
 
 def _aliases(node: ast.Assign, names: dict[str, str]) -> dict[str, str]:
-    """`ops = torch.ops.aten`, also several at once."""
+    """`ops = torch.ops.aten`, also several at once. What is below other values is seldom torch's own."""
     targets, values = [each.elts if isinstance(each, ast.Tuple) else [each] for each in (node.targets[0], node.value)]
     pairs = zip(targets, values, strict=False)
-    return {left.id: dotted(right, names) or "" for left, right in pairs if isinstance(left, ast.Name)}
+    found = {left.id: dotted(right, names) or "" for left, right in pairs if isinstance(left, ast.Name)}
+    return {name: path for name, path in found.items() if path.startswith("torch.ops")}
 
 
 @functools.cache

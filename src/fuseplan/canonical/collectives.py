@@ -1,6 +1,7 @@
 """Functional all-reduces, and what may be moved from behind them to before them."""
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -36,14 +37,15 @@ single rank, neither of which is raised.)
 
 def raise_all_reduces(canonical: CanonicalGraph) -> None:
     """`wait_tensor(_c10d_functional.all_reduce(x, "sum", group))` -> `all_reduce(x, group)`."""
+    for reduction in canonical.calls(*OTHER_COLLECTIVES):
+        for result in dict.fromkeys(_results(reduction)):
+            canonical.refuse(
+                ops.all_reduce, [result], Reason.OP, f"no all_reduce, but {reduction.target}", node=result,
+                place=result, expected=ops.all_reduce.name, found=str(reduction.target),
+                mend=OTHER_COLLECTIVES[reduction.target],
+            )  # fmt: skip
     for wait in canonical.calls(wait_tensor):
         started = wait.args[0]
-        reduction = started.args[0] if is_call(started, operator.getitem) else started
-        if is_call(reduction, *OTHER_COLLECTIVES):
-            canonical.refuse(
-                ops.all_reduce, [wait], Reason.OP, f"no all_reduce, but {reduction.target}", node=wait, place=wait,
-                expected=ops.all_reduce.name, found=str(reduction.target), mend=OTHER_COLLECTIVES[reduction.target],
-            )  # fmt: skip
         if not is_call(started, functional_all_reduce):
             continue
         x, reduce_op, group_name = started.args
@@ -59,6 +61,19 @@ def raise_all_reduces(canonical: CanonicalGraph) -> None:
             canonical.refuse(ops.all_reduce, [wait], Reason.USERS, detail, node=wait, place=wait)
         elif isinstance(group_name, str):
             canonical.raise_op(ops.all_reduce, (x, group_name), (wait,))
+
+
+def _results(collective: fx.Node) -> Iterator[fx.Node]:
+    """What other ops read of a collective: behind its wait, which torch 2.15 has one of for several tensors."""
+    behind = [
+        user
+        for user in collective.users
+        if is_call(user, operator.getitem) or str(user.target).startswith("_c10d_functional.wait_tensor")
+    ]
+    if not behind:
+        yield collective
+    for user in behind:
+        yield from _results(user)
 
 
 def hoist_views(canonical: CanonicalGraph) -> None:
