@@ -6,19 +6,13 @@ The last workloads are the worst there are: an op stands behind every all-reduce
 each place of the graph gets a refusal.
 """
 
-import argparse
-import datetime
 import gc
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
+from committed import main
 from torch import nn
 
 from fuseplan import workloads
@@ -80,26 +74,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": round(middle, 2), "iqr": round(high - low, 2)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What near misses cost, beside matching.")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/near_misses.json")
-    write = parser.parse_args().write
+def figures() -> dict[str, Any]:
     rows = {name: measured(name) for name in WORKLOADS}
     rows[f"{WORST}, an op behind every all-reduce"] = measured(WORST, plant=obstruct)
     rows[f"{WORST}, every flag off"] = measured(WORST, disabled=True)
-    result = {
-        "what": "near misses beside matching, one range, TP=2, providers of h200; milliseconds",
-        "command": "PYTHONPATH=src python benchmarks/near_misses.py --write",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "machine": f"{platform.machine()}, one process, {torch.get_num_threads()} threads",
-        "workloads": rows,
-    }
-    text = json.dumps(result, indent=1)
-    sys.stdout.write(text + "\n")
-    if write:
-        (Path(__file__).parent / "results/near_misses.json").write_text(text + "\n")
+    return {"workloads": rows}
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        "near_misses",
+        "What near misses cost, beside matching.",
+        "near misses beside matching, one range, TP=2, providers of h200; milliseconds",
+        figures,
+    )

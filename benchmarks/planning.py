@@ -7,22 +7,17 @@ replacement, applied one after another to a copy of the canonical graph, which i
 graph as Inductor hands it over, raised, matched, priced, planned and rewritten.
 """
 
-import argparse
-import datetime
 import gc
-import json
-import platform
 import statistics
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from committed import main
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
@@ -244,23 +239,8 @@ def scaling(graph: fx.Graph) -> list[dict[str, float]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="How long planning takes, beside Inductor's own matcher.")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/planning.json")
-    write = parser.parse_args().write
-    with workloads.build("gpt-oss-120b", tp=2) as built:
-        (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
-        contests, scales = contest(gm.graph), scaling(gm.graph)
-    result: dict[str, Any] = {
-        "what": "planning gpt-oss-120b at TP=2, one range, modelled costs of h200; milliseconds",
-        "command": "PYTHONPATH=src python benchmarks/planning.py --write",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "machine": f"{platform.machine()}, one process, {torch.get_num_threads()} threads",
-        "contest": contests,
-        "scaling": scales,
-        "tangled": [],
-    }
+def tangled() -> list[dict[str, Any]]:
+    rows = []
     for name, problem in tangles().items():
         start = time.perf_counter()
         solution = Solver().solve(problem)
@@ -270,12 +250,21 @@ def main() -> None:
             "conflicts": len(problem.conflicts),
             "gap": round(solution.gap, 4),
         }
-        result["tangled"].append({**row, "nodes": solution.nodes, "s": round(time.perf_counter() - start, 2)})
-    text = json.dumps(result, indent=1)
-    sys.stdout.write(text + "\n")
-    if write:
-        (Path(__file__).parent / "results/planning.json").write_text(text + "\n")
+        rows.append({**row, "nodes": solution.nodes, "s": round(time.perf_counter() - start, 2)})
+    return rows
+
+
+def figures() -> dict[str, Any]:
+    with workloads.build("gpt-oss-120b", tp=2) as built:
+        (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
+        contests, scales = contest(gm.graph), scaling(gm.graph)
+    return {"contest": contests, "scaling": scales, "tangled": tangled()}
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        "planning",
+        "How long planning takes, beside Inductor's own matcher.",
+        "planning gpt-oss-120b at TP=2, one range, modelled costs of h200; milliseconds",
+        figures,
+    )

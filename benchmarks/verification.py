@@ -7,22 +7,17 @@ alone. Each compilation starts with empty caches. `gpt-oss-20b` is cut to two la
 layers take time to compile and bring nothing new to verify.
 """
 
-import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from committed import main
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -94,23 +89,10 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What verification costs, as a share of compilation.")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/verification.json")
-    write = parser.parse_args().write
-    result = {
-        "what": "verification of every fusion, TP=2 in a stand-in group, as a share of a cold compilation",
-        "command": "PYTHONPATH=src python benchmarks/verification.py --write",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "machine": f"{platform.machine()}, one process, {torch.get_num_threads()} threads",
-        "workloads": {name: measured(name, layers) for name, layers in WORKLOADS.items()},
-    }
-    text = json.dumps(result, indent=1)
-    sys.stdout.write(text + "\n")
-    if write:
-        (Path(__file__).parent / "results/verification.json").write_text(text + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        "verification",
+        "What verification costs, as a share of compilation.",
+        "verification of every fusion, TP=2 in a stand-in group, as a share of a cold compilation",
+        lambda: {"workloads": {name: measured(name, layers) for name, layers in WORKLOADS.items()}},
+    )

@@ -1,7 +1,5 @@
 """What is known of a graph before anything is chosen, and the record of what was chosen."""
 
-import hashlib
-import json
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +12,8 @@ from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan
 from fuseplan.planner.candidates import EXTERNAL
 from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report, SizePrice, Verification
 from fuseplan.record.near_miss import is_of_a_place
+from fuseplan.record.plan import choice_digest
+from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
 
 
@@ -118,8 +118,7 @@ def graph_report(
 def _digest(posed: Posed, decision: Decision) -> str:
     """As `Plan.digest`, whatever the policy."""
     chosen = [posed.candidates[index] for index in decision.selected]
-    content = [posed.sites, [[candidate.name, candidate.signature] for candidate in chosen]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return choice_digest(posed.sites, [(candidate.name, candidate.signature) for candidate in chosen])
 
 
 def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
@@ -131,7 +130,7 @@ def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
         nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
         mend = f"correct the kernel, or forbid {candidate.rule}:{candidate.provider}"
         place = replace(
-            _given_up(fusion, Reason.VERIFICATION, f"{candidate.provider}'s {candidate.op} failed verification {why}"),
+            _given_up(fusion, Reason.VERIFICATION, f"{candidate.provider}'s {candidate.op} {why}"),
             nearness=nearness, provider=candidate.provider, mend=mend,
         )  # fmt: skip
         places.append(place)
@@ -145,11 +144,10 @@ def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
 def fault(error: Exception) -> Refusal:
     """Why a graph goes on as Inductor made it: an error that nobody expects, and where it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())[:300]
-    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
     return Refusal(
         reason=Reason.FAULT,
-        detail=f"the graph is left alone, since {frame.name} ({where}) raises {type(error).__name__}: {text}",
+        detail=f"the graph is left alone, since {where} raises {type(error).__name__}: {one_line(error)}",
         mend="where that is code of your own, mend it; else report it with what FUSEPLAN_DEBUG_DIR writes",
     )
 

@@ -24,6 +24,7 @@ from fuseplan.errors import WorkloadError
 from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.record import GraphBreak
+from fuseplan.record.text import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def _capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str,
     breaks = _breaks(graph_break_reasons[met:], counted)
     torch._dynamo.reset()
     if failure is not None or not recorder.graphs:
-        why = _one_line(_told(failure)) if failure else "; ".join(map(str, breaks)) or "it runs no tensor op"
+        why = one_line(_told(failure)) if failure else "; ".join(map(str, breaks)) or "it runs no tensor op"
         raise WorkloadError(f"the model could not be traced: {why}") from failure
     if any(map(_is_meta, recorder.graphs)):
         raise WorkloadError(
@@ -189,8 +190,4 @@ def _break_reason(text: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    return _one_line(next(iter(text.strip().splitlines()), ""))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return one_line(next(iter(text.strip().splitlines()), ""))

@@ -262,7 +262,7 @@ class PostGradPassManager(CustomGraphPass):
                     [posed.candidates[i] for i in chosen], analysis.canonical, (span.start, span.end)
                 )
             outcomes.update(dict.fromkeys(each for each in found if each is not None))
-            failed = {i: each.detail or "" for i, each in zip(chosen, found, strict=True) if each and not each.passed}
+            failed = {i: each.failure for i, each in zip(chosen, found, strict=True) if each and not each.passed}
             if not failed:
                 return decision, list(outcomes)
             analysis.posed = posed.without(failed)

@@ -1,7 +1,6 @@
 """Reports by content, beside Inductor's own cache: what a warm compile cache skips is still reported."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,9 +14,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import warning_once
 
 from fuseplan.content import content_of
-from fuseplan.record import Report, from_json, to_json
-from fuseplan.record.files import read_bytes, remove_abandoned, write_whole
-from fuseplan.record.parsing import parse_json
+from fuseplan.record import Report, stored
 
 LARGEST_BYTES = 64 * 2**20
 
@@ -64,10 +61,7 @@ def _name(target: Any) -> str:
 def save(key: str, report: Report) -> None:
     """Stores a report; a cache that can't be written to is no reason to fail a compilation."""
     try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(folder)
-        write_whole(folder / f"{key}.json", json.dumps(to_json(report)))
+        stored.store(_path(key), report)
     except OSError as error:
         why = error.strerror or error
         warning_once(log, "reports can't be stored, so that warm compile caches will come without them: %s", why)
@@ -75,12 +69,14 @@ def save(key: str, report: Report) -> None:
 
 def load(key: str) -> Report | None:
     """A stored report, marked as such, or None where there is none that can be read."""
-    try:
-        content = read_bytes(_folder() / f"{key}.json", LARGEST_BYTES)
-        report = from_json(Report, parse_json(content, most_bytes=LARGEST_BYTES))
-    except (OSError, ValueError):
+    report = stored.load_stored(Report, _path(key), LARGEST_BYTES)
+    if report is None:
         return None
     return replace(report, graphs=tuple(replace(graph, from_cache=True) for graph in report.graphs))
+
+
+def _path(key: str) -> Path:
+    return _folder() / f"{key}.json"
 
 
 def _folder() -> Path:

@@ -17,6 +17,7 @@ from fuseplan.errors import FuseplanError, VerificationError
 from fuseplan.matching import find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider
 from fuseplan.record import Reason, Refusal
+from fuseplan.record.text import one_line
 from fuseplan.rules import Bindings, Rule
 from fuseplan.verification.check import check, repeated
 from fuseplan.verification.evaluate import fused
@@ -34,7 +35,6 @@ ADVICE = {
     "layout": "read the strides of the arguments, or refuse them in the provider's `accepts`",
     "symbolic sizes": "compute shapes from the arguments' shapes; no int(), no branch on a size",
     "determinism": "results must not depend on what another block has or hasn't written: look for a missing barrier",
-    "registration": "see torch.library.opcheck",
 }
 
 
@@ -204,8 +204,7 @@ def _refused(rule: Rule, provider: Provider, arguments: Mapping[str, Any]) -> Re
 
 def _empty(spec: TensorSpec) -> Tensor:
     shift = spec.misalignment // spec.dtype.itemsize
-    extent = 1 + sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
-    flat = torch.empty(shift + extent, dtype=spec.dtype, device=spec.device)
+    flat = torch.empty(shift + spec.extent, dtype=spec.dtype, device=spec.device)
     return flat.as_strided(spec.shape, spec.stride, shift)
 
 
@@ -253,7 +252,7 @@ def _check_one(
     except FuseplanError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is a failed check
-        checked.fail(provider.name, kind, what, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        checked.fail(provider.name, kind, what, f"{type(error).__name__}: {one_line(error)}")
 
 
 def _check_symbolic(rule: Rule, provider: Provider, what: str, arguments: Mapping[str, Any], checked: Checked) -> None:

@@ -7,7 +7,7 @@ to a test in `test_found.py`. `--first-seed N` tries other models than those tha
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -78,39 +78,36 @@ def compiled(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
     return [(setting, through_inductor(program, setting, group))]
 
 
+def tried(seeds: range, most: int, run: Callable[[Program, str], list[tuple[Setting, Outcome]]], group: str) -> Tally:
+    """What becomes of the models of some seeds, each of up to `most` statements."""
+    tally = Tally()
+    for seed in seeds:
+        program = generate(seed, most=most)
+        tally.add(program, run(program, group))
+    return tally
+
+
+def chunk_of(first_seed: int, chunk: int, size: int) -> range:
+    return range(first_seed + size * chunk, first_seed + size * (chunk + 1))
+
+
 @pytest.mark.parametrize("chunk", range(3))
 def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tally = Tally()
-    for seed in range(first_seed + 15 * chunk, first_seed + 15 * (chunk + 1)):
-        program = generate(seed, most=4)
-        tally.add(program, interpreted(program, one_rank))
-    tally.check(least=0.4)
+    tried(chunk_of(first_seed, chunk, 15), 4, interpreted, one_rank).check(least=0.4)
 
 
 def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
-    tally = Tally()
-    for seed in range(first_seed, first_seed + 5):
-        program = generate(seed, most=2)
-        tally.add(program, compiled(program, one_rank))
-    tally.check(least=0.4)
+    tried(chunk_of(first_seed, 0, 5), 2, compiled, one_rank).check(least=0.4)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("chunk", range(100))
 def test_many_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tally = Tally()
-    for seed in range(first_seed + 20 * chunk, first_seed + 20 * (chunk + 1)):
-        program = generate(seed, most=9)
-        tally.add(program, interpreted(program, one_rank))
-    tally.check(least=0.4)
+    tried(chunk_of(first_seed, chunk, 20), 9, interpreted, one_rank).check(least=0.4)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("chunk", range(100))
 def test_many_random_models_through_inductor(chunk: int, one_rank: str, first_seed: int) -> None:
     """500 models."""
-    tally = Tally()
-    for seed in range(first_seed + 5 * chunk, first_seed + 5 * (chunk + 1)):
-        program = generate(seed, most=6)
-        tally.add(program, compiled(program, one_rank))
-    tally.check(least=0.0)
+    tried(chunk_of(first_seed, chunk, 5), 6, compiled, one_rank).check(least=0.0)

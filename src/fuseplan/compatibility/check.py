@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fuseplan.compatibility.private import PrivateApi
+from fuseplan.record.text import one_line
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def _wrong(api: PrivateApi) -> str | None:
         for name in api.attributes:
             owner, found = found, _member(found, name)
     except ImportError as error:
-        return f"can't be imported ({' '.join(str(error).split())[:200]})"
+        return f"can't be imported ({one_line(error, 200)})"
     except AttributeError:
         return "is gone"
     if api.args is None:

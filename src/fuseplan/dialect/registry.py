@@ -8,6 +8,7 @@ import torch
 from torch.fx import Proxy
 
 from fuseplan.errors import RuleError
+from fuseplan.record.text import one_line
 
 NAMESPACE = "fuseplan"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -204,8 +205,7 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
     try:
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:200]
-        raise RuleError(f"{NAMESPACE}::{name}{schema} can't be defined: {why}") from error
+        raise RuleError(f"{NAMESPACE}::{name}{schema} can't be defined: {one_line(error, 200)}") from error
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     _KERNELS[name if "." in name else f"{name}.default"] = kernel

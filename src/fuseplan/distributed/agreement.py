@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 
 from fuseplan.errors import UnsupportedError
+from fuseplan.record.text import one_line
 
 PREFIX = "fuseplan/agreement"
 FAILED = "failed: "
@@ -59,7 +60,7 @@ def agree(
         written = json.dumps({"fused": verdict.fused, "reason": verdict.reason})
         settled = json.loads(group_store.compare_set(f"{where}/verdict", "", written))
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error, 200)
         raise UnsupportedError(
             f"the ranks of a process group could not agree on a plan, since its store doesn't answer: {text}; set "
             "FUSEPLAN=0 on all ranks, or find out which of them is gone"
@@ -69,7 +70,7 @@ def agree(
 
 def failed(error: BaseException) -> str:
     """What a rank posts whose compilation failed."""
-    return f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{FAILED}{type(error).__name__}: {one_line(error, 200)}"
 
 
 def _digests(

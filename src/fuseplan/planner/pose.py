@@ -174,7 +174,7 @@ def pose(
 
 
 def _needs(candidate: Candidate) -> str:
-    return f"it needs {candidate.rule} by {candidate.provider}, which failed verification"
+    return f"needs {candidate.rule} by {candidate.provider}, which failed verification"
 
 
 def _check_open(

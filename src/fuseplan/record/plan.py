@@ -102,8 +102,12 @@ class Plan:
     @property
     def digest(self) -> str:
         """sha256 of what is applied where by rule, op, provider, shape and place; no node names and no prices."""
-        content = [[each.name, each.signature] for each in self.selected]
-        return hashlib.sha256(json.dumps([self.sites, content]).encode()).hexdigest()
+        return choice_digest(self.sites, [(each.name, each.signature) for each in self.selected])
+
+
+def choice_digest(sites: Sequence[str], chosen: Sequence[tuple[str, str]]) -> str:
+    """sha256 of the sites of a graph, and of names and signatures of what is applied there."""
+    return hashlib.sha256(json.dumps([sites, chosen]).encode()).hexdigest()
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

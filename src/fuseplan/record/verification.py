@@ -31,3 +31,8 @@ class Verification:
     worst: float | None = None
     from_cache: bool = False
     time_ns: int = 0
+
+    @property
+    def failure(self) -> str:
+        """What is to be said of a kernel that didn't pass, after its name."""
+        return f"failed verification {self.detail}" if self.tokens else f"can't be verified: {self.detail}"

@@ -54,13 +54,12 @@ def check(
     Raises:
         Exception: whatever the kernel raises.
     """
-    made = make_arguments(case.arguments, rule.op, _generators(case.arguments, seed))
-    inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
+    inputs, guarded = _fresh(rule, case, seed)
     graphs = {**inputs, **(unfused or {})}
     with torch.no_grad(), Alone():
         expected = reference(rule, graphs)
         precise = exact(rule, graphs)
-        watch = _Watched(rule.op, rule.op.kernel(provider), [value for value in made.values() if _is_guarded(value)])
+        watch = _Watched(rule.op, rule.op.kernel(provider), guarded)
         for device in {each.device for each in expected}:
             poison_allocator(device, max(each.nbytes for each in expected))
         try:
@@ -83,8 +82,7 @@ def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3
     runs = []
     with torch.no_grad(), Alone():
         for _ in range(times):
-            made = make_arguments(case.arguments, rule.op, _generators(case.arguments, seed))
-            inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
+            inputs, _ = _fresh(rule, case, seed)
             with Poisoned():
                 runs.append(fused(rule, inputs, rule.op.kernel(provider)))
         return all(torch.equal(_bits(a), _bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -110,13 +108,13 @@ def _compared(
     return Finding(wrong=None, worst=worst)
 
 
-def _generators(arguments: Mapping[str, Any], seed: int) -> dict[torch.device, torch.Generator]:
-    devices = {spec.device for spec in arguments.values() if isinstance(spec, TensorSpec)}
-    return {device: torch.Generator(device).manual_seed(seed) for device in devices}
-
-
-def _is_guarded(value: Any) -> bool:
-    return isinstance(value, Guarded)
+def _fresh(rule: Rule, case: Case, seed: int) -> tuple[dict[str, Any], list[Guarded]]:
+    """Random arguments, and the buffers that they lie in."""
+    devices = {spec.device for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
+    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
+    made = make_arguments(case.arguments, rule.op, generators)
+    inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
+    return inputs, [value for value in made.values() if isinstance(value, Guarded)]
 
 
 class _MisbehavedError(Exception):

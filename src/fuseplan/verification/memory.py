@@ -142,14 +142,11 @@ def make_arguments(
 def _guarded(spec: TensorSpec, draw: Draw, generator: torch.Generator) -> Guarded:
     margin = 4 * ALIGNMENT // spec.dtype.itemsize
     shift = margin + spec.misalignment // spec.dtype.itemsize
-    extent = 1 + sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
-    if 0 in spec.shape:
-        extent = 0
-    buffer = poison(torch.empty(shift + extent + margin, dtype=spec.dtype, device=spec.device))
+    buffer = poison(torch.empty(shift + spec.extent + margin, dtype=spec.dtype, device=spec.device))
     # Where a stride is 0 all rows are one.
     stored = tuple(1 if step == 0 else size for size, step in zip(spec.shape, spec.stride, strict=True))
     values = _values(spec, stored, draw, generator)
-    if extent:
+    if spec.extent:
         buffer.as_strided(stored, spec.stride, shift).copy_(values)
     return Guarded(buffer.as_strided(spec.shape, spec.stride, shift), buffer, buffer.clone())
 

@@ -45,6 +45,13 @@ class TensorSpec:
     device: torch.device
     same_as: str | None = None
 
+    @property
+    def extent(self) -> int:
+        """Elements from the first to the last in memory, both included."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

@@ -13,6 +13,8 @@ from fuseplan.matching import Match
 from fuseplan.planner.candidates import Candidate
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Verification
+from fuseplan.record.text import one_line
+from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
 from fuseplan.verification.check import Finding, check
 from fuseplan.verification.deadline import DeadlineError, within
@@ -50,16 +52,19 @@ class Verifier:
         """
         if self.mode == "off" or not candidates:
             return [None] * len(candidates)
-        sizes, known = Sizes(canonical.graph), dict[str, Verification]()
-        questions = [_Question.of(candidate, canonical, sizes, span) for candidate in candidates]
-        return [self._once(question, known) for question in questions]
+        sizes = Sizes(canonical.graph)
+        kinds: dict[tuple[Rule, str], list[Any]] = {}
+        known: dict[str, Verification] = {}
+        return [self._once(_Question.of(each, canonical, sizes, span), kinds, known) for each in candidates]
 
-    def _once(self, question: "_Question", known: dict[str, Verification]) -> Verification:
-        match = question.match
-        (provider,) = [each for each in self.providers if each.name == match.provider]
-        key = outcomes.outcome_key(
-            match.rule, provider, self.device, question.cases, question.unfused, question.region
-        )  # fmt: skip
+    def _once(
+        self, question: "_Question", kinds: dict[tuple[Rule, str], list[Any]], known: dict[str, Verification]
+    ) -> Verification:
+        rule, name = question.match.rule, question.match.provider
+        if (rule, name) not in kinds:
+            (provider,) = [each for each in self.providers if each.name == name]
+            kinds[rule, name] = outcomes.kind_of(rule, provider, self.device)
+        key = outcomes.outcome_key(kinds[rule, name], question.cases, question.unfused, question.region)
         if key not in known:
             stored = outcomes.load(key) if self.mode == "first-use" else None
             known[key] = replace(stored, from_cache=True, time_ns=0) if stored else self._run(question, key)
@@ -139,7 +144,7 @@ def _meets_other_ranks(match: Match) -> bool:
 
 
 def _told(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return f"the kernel needs more memory than there is: {text}"
     return f"the kernel raises {type(error).__name__}: {text}"
