@@ -193,6 +193,7 @@ def test_what_a_linear_relaxation_may_cost(monkeypatch: pytest.MonkeyPatch) -> N
     branched, relaxed = linear(packing), (25, 20, 1)
     assert branched is not None
     assert branched[:2] == (20, 20)
+    assert branched[2] >= 1
     assert linear(packing, milp.NODES_PER_LINEAR_NODE) == branched
     assert linear(packing, milp.NODES_PER_LINEAR_NODE - 1) == relaxed
     monkeypatch.setattr(milp, "MAX_FRACTIONAL", 5)
@@ -257,6 +258,14 @@ def test_regrets_of_large_components_are_what_neighbours_save(
         assert given.regrets(held, ()) == [0 if i == centre else None for i in range(3)]
     else:
         assert given.regrets(held, ()) == [10 - saving if i != centre else 0 for i, saving in enumerate(savings)]
+
+
+def test_regrets_of_large_components_count_neighbours_that_are_chosen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "LARGE", 2)
+    problem = Problem(names=tuple("abcd"), savings_ns=(10, 1, 2, 20), conflicts=frozenset({(0, 1), (1, 2), (2, 3)}))
+    given = Solver()
+    assert given.solve(problem).selected == (0, 3)
+    assert given.regrets(problem, ()) == [0, 9, 18, 0]
 
 
 def test_large_components_are_searched_a_little_and_then_relaxed(monkeypatch: pytest.MonkeyPatch) -> None:
