@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,16 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "record",
         "config compatibility",
-        "dialect graph",
+        "content dialect graph fallback",
         "canonical rules providers distributed",
         "matching",
-        "planner",
+        "planner fingerprint",
         "verification tuning rewriting",
-        "analysis debug drawing fingerprint",
+        "analysis debug drawing",
         "manager",
-        "capture store dispatch",
+        "capture store dispatch first_run",
         "explanation",
-        "comparison frontend",
+        "comparison frontend testing",
         "fuseplan",
         "integrations",
         "workloads",
@@ -85,7 +86,7 @@ class Module:
     def package(self) -> str:
         return ".".join(["fuseplan", *self.path.split("/")[:-1]])
 
-    @property
+    @cached_property
     def tree(self) -> ast.Module:
         return ast.parse(self.source, self.path)
 
@@ -115,25 +116,33 @@ class Import:
         return "fuseplan" if is_api else first
 
 
-def imports(module: Module) -> Iterator[Import]:
-    """Every import of a module, wherever it stands, and every dotted use of what was imported."""
-    names: dict[str, str] = {}
+def imported(module: Module) -> Iterator[tuple[str, str, Import]]:
+    """Every import of a module, wherever it stands: the name that it binds, what that stands for, and the import."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 root = alias.name.split(".")[0]
-                names[alias.asname or root] = alias.name if alias.asname else root
-                yield Import(node.lineno, alias.name)
+                yield alias.asname or root, alias.name if alias.asname else root, Import(node.lineno, alias.name)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parents = module.package.split(".")
                 base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
             for alias in node.names:
-                names[alias.asname or alias.name] = f"{base}.{alias.name}"
-                yield Import(node.lineno, base, alias.name)
+                yield alias.asname or alias.name, f"{base}.{alias.name}", Import(node.lineno, base, alias.name)
+
+
+def names_of(module: Module) -> dict[str, str]:
+    """What each imported name stands for."""
+    return {name: meaning for name, meaning, _ in imported(module)}
+
+
+def imports(module: Module) -> Iterator[Import]:
+    """Every import of a module, wherever it stands, and every dotted use of what was imported."""
+    names = names_of(module)
+    yield from (each for *_, each in imported(module))
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.Attribute) and (owner := _dotted(node.value, names)):
+        if isinstance(node, ast.Attribute) and (owner := dotted(node.value, names)):
             yield Import(node.lineno, owner, node.attr, is_use=True)
         elif isinstance(node, ast.Call) and node.args and _is_dynamic_import(node.func, names):
             target = node.args[0]
@@ -141,18 +150,18 @@ def imports(module: Module) -> Iterator[Import]:
                 yield Import(node.lineno, target.value)
 
 
-def _dotted(node: ast.expr, names: dict[str, str]) -> str | None:
+def dotted(node: ast.expr, names: dict[str, str]) -> str | None:
     """`a.b.c` spelled with the full name of what `a` was imported as."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
-    if isinstance(node, ast.Attribute) and (base := _dotted(node.value, names)):
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value, names)):
         return f"{base}.{node.attr}"
     return None
 
 
 def _is_dynamic_import(func: ast.expr, names: dict[str, str]) -> bool:
     builtin = isinstance(func, ast.Name) and func.id == "__import__"
-    return builtin or _dotted(func, names) == "importlib.import_module"
+    return builtin or dotted(func, names) == "importlib.import_module"
 
 
 def _within(dotted: str, package: str) -> bool:
@@ -205,6 +214,7 @@ def unlisted(init: Module) -> list[str]:
     return sorted((public - listed) | (listed - bound))
 
 
+@cache
 def source_modules() -> list[Module]:
     package = SRC / "fuseplan"
     return [

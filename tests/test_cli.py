@@ -181,7 +181,7 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "gpt-oss-120b", "--range", "9:1"], "empty"),
         (["explain", "gpt-oss-120b", "--range", "x"], "FIRST:LAST"),
         (["explain", "gpt-oss-120b", "--range", "1:9", "--range", "4:20"], "overlap"),
-        (["explain", "nowhere/config.json"], "can't be read (No such file or directory)"),
+        (["explain", "nowhere/config.json"], "can't be read: No such file or directory"),
         (["explain", "some_factories:wrong"], "must return (module, inputs), found int"),
         (["explain", "some_factories:fails"], "ValueError: not today"),
         (["explain", "some_factories:exits"], "the factory failed: it calls sys.exit(0)"),
@@ -208,7 +208,7 @@ def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expecte
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("{", "is not JSON"),
+        ("{", "it isn't JSON"),
         ("[1]", 'has no "model_type"'),
         ('{"model_type": "nonesuch"}', "no causal language model of type 'nonesuch'"),
         ('{"model_type": "bert-japanese"}', "no causal language model"),

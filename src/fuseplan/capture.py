@@ -1,6 +1,7 @@
 """Post-grad graphs of a model as a custom pass would receive them, without generating any code."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
@@ -67,7 +68,8 @@ class _Recorder:
 def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
     """Traces `model(*inputs, **kwargs)` through Dynamo, AOTAutograd and Inductor's post-grad passes.
 
-    The model is run once, on fake tensors where its inputs are fake.
+    The model is run once, on fake tensors where its inputs are fake. Threads that trace take turns; none may compile or
+    run compiled code meanwhile, since Dynamo's caches are dropped, which torch doesn't guard against.
 
     Args:
         model: a module or function.
@@ -79,6 +81,14 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
     Raises:
         WorkloadError: nothing could be traced, and the text has torch's reason; or the model is on the meta device.
     """
+    with _TURN:
+        return _capture(model, inputs, kwargs, dynamic=dynamic)
+
+
+_TURN = threading.RLock()
+
+
+def _capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
     start = time.perf_counter_ns()
     recorder = _Recorder()
     torch._dynamo.reset()
@@ -87,7 +97,7 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
     mode = detect_fake_mode(_tensors(inputs))
     marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
     failure: Exception | SystemExit | None = None
-    with _quiet(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
+    with no_caches(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
         try:
             compiled(*inputs, **kwargs)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
@@ -117,7 +127,7 @@ def _is_meta(gm: fx.GraphModule) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def no_caches() -> Iterator[None]:
     """No caches: the graphs must be made here and now."""
     with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
         yield

@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +53,7 @@ class CompileRange:
         Raises:
             ConfigError: `text` isn't of that form.
         """
-        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+        match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?::\s*([0-9]{1,18})\s*)?", text)
         if match is None:
             raise ConfigError(f"compile range {text!r} isn't of the form FIRST:LAST, e.g. 1:64")
         return cls(start=int(match[1]), end=int(match[2] or match[1]))
@@ -95,7 +97,7 @@ class Policy:
         Raises:
             ConfigError: none of these forms, an empty order, or a rule listed twice.
         """
-        match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
+        match = re.fullmatch(r"(\w+)\s*(?:\(([^()]*)\))?", text.strip())
         name = match[1] if match else text.strip()
         if match is None or name not in ("planned", "ordered", "off"):
             raise ConfigError(f"unknown policy {text!r}; allowed: planned, off, ordered(RULE, RULE, ...)")
@@ -104,7 +106,7 @@ class Policy:
             raise ConfigError(f"policy {text!r}: {name} takes no rules; write {name}")
         if name == "ordered" and not order:
             raise ConfigError(f"policy {text!r} lists no rules; write e.g. ordered(act_padding, allreduce_rms), or off")
-        repeated = [rule for rule in dict.fromkeys(order) if order.count(rule) > 1]
+        repeated = [rule for rule, count in Counter(order).items() if count > 1]
         if repeated:
             raise ConfigError(f"policy {text!r} lists {repeated[0]} twice; each rule has one place")
         return cls(name=name, order=order)
@@ -116,6 +118,7 @@ class Policy:
 DEFAULT_POLICY = Policy(name="planned")
 
 COST_SOURCES = ("auto", "measured", "modelled")
+VERIFICATIONS = ("first-use", "always", "off")
 
 
 def _refuse_unknown_flags(cls: type[T]) -> type[T]:
@@ -162,6 +165,12 @@ class PassConfig:
         plan: a file of saved plans to replay in place of planning anew; one that doesn't fit is an error.
         node_budget: branch-and-bound nodes a component, after which the best plan found stands beside its bound.
         allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.
+        verify: `first-use`: before a fused op is applied it is run against the unfused ops on random arguments, once
+            for its kernel, signature, versions and hardware; what fails is not applied. `always`: in every compilation.
+            `off`: never.
+        agreement_timeout_s: seconds that a rank waits, before the first run of a graph with collectives, for the plans
+            of the other ranks; None: the timeout of their process group. After it all of them run the graph unfused.
+        verify_timeout_s: seconds that one such run may take, the compilation of the kernel included.
 
     Raises:
         ConfigError: an unknown flag or policy, a value of the wrong type, overlapping ranges, `force` or `plan` under
@@ -184,6 +193,9 @@ class PassConfig:
     plan: Path | str | None = None
     node_budget: int = 20_000
     allow_rounding_changes: bool = False
+    verify: str = "first-use"
+    verify_timeout_s: float = 300.0
+    agreement_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for flag in FUSION_FLAGS:
@@ -212,6 +224,14 @@ class PassConfig:
             raise ConfigError(f"allow_rounding_changes={self.allow_rounding_changes!r}: allowed are True and False")
         if not isinstance(self.node_budget, int) or isinstance(self.node_budget, bool) or self.node_budget < 1:
             raise ConfigError(f"node_budget={self.node_budget!r}: allowed are integers of at least 1")
+        if self.verify not in VERIFICATIONS:
+            raise unknown("verification", str(self.verify), VERIFICATIONS)
+        for name in ("verify_timeout_s", "agreement_timeout_s"):
+            seconds = getattr(self, name)
+            unset = seconds is None and name == "agreement_timeout_s"
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not unset and not (number and 0 < seconds < math.inf):
+                raise ConfigError(f"{name}={seconds!r}: allowed are seconds, more than 0 and finite")
         for name in ("force", "plan"):
             if getattr(self, name) and self.chosen_policy.name != "planned":
                 raise ConfigError(f"{name} needs policy planned, and the policy is {self.policy}")

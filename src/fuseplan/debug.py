@@ -9,19 +9,25 @@ report.json       the record of all that
 """
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
+from torch._logging._internal import warning_once
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import CompileRange
 from fuseplan.matching import Matches, compiled_pattern
 from fuseplan.planner import Decision, Posed
 from fuseplan.record import GraphReport, to_json
+from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
+
+log = logging.getLogger("fuseplan")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class DebugDump:
             return cls(None)
         suffix = f"-{compile_range.start}-{compile_range.end}" if compile_range else ""
         folder = directory / f"{graph}{suffix}-pid{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
+        with _told():
+            folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
     def graph(self, name: str, graph: fx.Graph) -> None:
@@ -91,4 +98,15 @@ class DebugDump:
 
     def _write(self, name: str, text: str) -> None:
         assert self.folder is not None
-        (self.folder / name).write_text(text)
+        with _told():
+            # A name in a model may be no text.
+            (self.folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A dump that can't be written is missing, and no reason to fail a compilation."""
+    try:
+        yield
+    except OSError as error:
+        warning_once(log, "%s", one_line(f"FUSEPLAN_DEBUG_DIR: {error}; dumps are left out"))

@@ -1,8 +1,8 @@
 """What a plan depends on, as a key: derived from content, never listed by hand."""
 
 import hashlib
-import inspect
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.distributed import distributed_c10d
 
+from fuseplan.config import PassConfig
+from fuseplan.content import content_of
+from fuseplan.matching import ExternalPass
 from fuseplan.providers import DeviceProfile, Provider
+from fuseplan.record import SavedPlans
 from fuseplan.rules import Rule
 
 
@@ -22,7 +27,7 @@ def fingerprint(**ingredients: Any) -> str:
         "source": source_digest(),
         "torch": torch.__version__,
         "devices": _local_devices(),
-        "world": [dist.get_world_size(), str(dist.get_backend())] if dist.is_initialized() else [1, None],
+        "groups": _groups(),
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
@@ -38,37 +43,50 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+def config_key(config: PassConfig) -> str:
+    """A configuration by content: what is forced and forbidden has no order, and files count by what is in them."""
+    plain = replace(config, force=(), forbid=(), cost_table=None, plan=None)
+    return content_of([plain, set(config.force), set(config.forbid)])
+
+
 def rule_key(rule: Rule) -> list[str]:
-    """A rule by content: its pattern as a graph, its fused op, its couplings, and the source of its class."""
+    """A rule by content: its pattern as a graph, its ops, and its class with all that its own fields say."""
     pattern = "\n".join(node.format_node() or str(node.args) for node in rule.traced_pattern.graph.nodes)
-    couplings = f"{sorted(rule.requires)} {rule.together}"
-    return [rule.name, str(rule.op.overload._schema), pattern, couplings, _source(type(rule))]
+    return [rule.name, str(rule.op.overload._schema), pattern, content_of([rule, rule.op, rule.core])]
 
 
 def provider_key(provider: Provider, device: DeviceProfile | None) -> list[str]:
-    """A provider by content: whether it can run, its version, what it implements and accepts."""
-    accepts = {
-        name: [_source(offer.accepts), sorted(offer.roundings or ())]
-        for name, offer in sorted(provider.offers(device).items())
-    }
-    return [provider.name, str(provider.unavailable(device)), str(provider.version()), json.dumps(accepts)]
+    """A provider by content: whether it can run, its version, what it implements, accepts and runs it by."""
+    offers = content_of(provider.offers(device))
+    return [provider.name, str(provider.unavailable(device)), str(provider.version()), offers]
 
 
 def pass_key(graph_pass: Any) -> str:
-    """Another custom pass: by its own uuid where it has one, else by its source."""
+    """Another pass: by its own uuid where it has one, else by content."""
     if isinstance(graph_pass, CustomGraphPass):
         return str(graph_pass.uuid())
-    return f"{getattr(graph_pass, '__module__', '')}.{getattr(graph_pass, '__qualname__', '')}:{_source(graph_pass)}"
+    if isinstance(graph_pass, ExternalPass):
+        entries = sorted(map(content_of, graph_pass.entries))
+        return content_of([graph_pass.name, graph_pass.saving_us, entries])
+    return content_of(graph_pass)
 
 
-def _source(thing: Any) -> str:
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
-        return repr(thing)
+def plans_key(saved: SavedPlans | None) -> list[str]:
+    """What saved plans apply where."""
+    return [f"{plan.graph} {plan.range} {plan.digest}" for plan in saved.plans] if saved else []
 
 
 def _local_devices() -> list[str]:
     if not torch.cuda.is_available():
         return ["cpu"]
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _groups() -> list[list[Any]]:
+    """The process groups that this process knows by name: a kernel serves some numbers of ranks, and graphs have names
+    alone.
+    """
+    if not dist.is_initialized():
+        return []
+    names = distributed_c10d._world.pg_names
+    return sorted([str(name), group.size(), str(dist.get_backend(group))] for group, name in names.items())

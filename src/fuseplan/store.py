@@ -1,10 +1,8 @@
 """Reports by content, beside Inductor's own cache: what a warm compile cache skips is still reported."""
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +10,49 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._logging._internal import warning_once
 
+from fuseplan.content import content_of
 from fuseplan.record import Report, from_json, to_json
+from fuseplan.record.files import read_bytes, remove_abandoned, write_whole
+from fuseplan.record.parsing import parse_json
 
 LARGEST_BYTES = 64 * 2**20
 
+log = logging.getLogger("fuseplan")
+
 
 def graph_key(gm: fx.GraphModule, inputs: Sequence[Any], *rest: str) -> str:
-    """A hash of a graph as Dynamo made it, of its inputs' metadata and of `rest`."""
-    # With gradients the same graph has a backward, and fuseplan leaves it alone.
-    facts = [f"gradients: {torch.is_grad_enabled()}", *(_describe(value) for value in inputs)]
-    return hashlib.sha256("\0".join([*_structure(gm.graph), *facts, *rest]).encode()).hexdigest()
+    """A hash of a graph as Dynamo made it, of its inputs' metadata, of all that shapes the graph on its way to the
+    custom passes, and of `rest`.
+    """
+    facts = [
+        # With gradients the same graph has a backward, and fuseplan leaves it alone.
+        f"gradients: {torch.is_grad_enabled()} {torch.is_inference_mode_enabled()}",
+        *(f"{device}: {torch.get_autocast_dtype(device)}" for device in _DEVICES if torch.is_autocast_enabled(device)),
+        content_of(inductor_config.save_config_portable()),
+        *(_describe(value) for value in inputs),
+    ]
+    return hashlib.sha256("\0".join([*_structure(gm), *facts, *rest]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _structure(graph: fx.Graph) -> Iterator[str]:
+_DEVICES = ("cpu", "cuda")
+
+
+def _structure(gm: fx.GraphModule) -> Iterator[str]:
     """A graph without names, which differ where equal code is reached on different ways."""
-    numbers = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+    numbers = {node: f"%{number}" for number, node in enumerate(gm.graph.nodes)}
+    for node in gm.graph.nodes:
         target = "" if node.op == "placeholder" else _name(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: numbers[source])
         yield f"{node.op} {target} {args} {kwargs}"
+        if node.op in ("get_attr", "call_module"):
+            owned: Any = gm
+            for step in str(node.target).split("."):
+                owned = getattr(owned, step)
+            yield from _structure(owned) if isinstance(owned, fx.GraphModule) else [_describe(owned)]
 
 
 def _name(target: Any) -> str:
@@ -43,25 +63,21 @@ def _name(target: Any) -> str:
 
 def save(key: str, report: Report) -> None:
     """Stores a report; a cache that can't be written to is no reason to fail a compilation."""
-    folder = _folder()
-    with contextlib.suppress(OSError):
+    try:
+        folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(to_json(report), file)
-            Path(name).replace(folder / f"{key}.json")
-        except OSError:
-            Path(name).unlink(missing_ok=True)
+        remove_abandoned(folder)
+        write_whole(folder / f"{key}.json", json.dumps(to_json(report)))
+    except OSError as error:
+        why = error.strerror or error
+        warning_once(log, "reports can't be stored, so that warm compile caches will come without them: %s", why)
 
 
 def load(key: str) -> Report | None:
     """A stored report, marked as such, or None where there is none that can be read."""
-    path = _folder() / f"{key}.json"
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            return None
-        report = from_json(Report, json.loads(path.read_text()))
+        content = read_bytes(_folder() / f"{key}.json", LARGEST_BYTES)
+        report = from_json(Report, parse_json(content, most_bytes=LARGEST_BYTES))
     except (OSError, ValueError):
         return None
     return replace(report, graphs=tuple(replace(graph, from_cache=True) for graph in report.graphs))

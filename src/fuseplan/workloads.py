@@ -20,7 +20,8 @@ from fuseplan import models
 from fuseplan.config import CompileRange, unknown
 from fuseplan.errors import WorkloadError
 from fuseplan.integrations import transformers as huggingface
-from fuseplan.record.report import MOST_RANKS
+from fuseplan.record.report import MOST_LAYERS, MOST_RANKS
+from fuseplan.record.text import one_line
 
 DEFAULT_RANGES = (
     CompileRange(start=1, end=64),
@@ -93,7 +94,7 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
         name: a built-in name, the path of a Hugging Face `config.json`, or `package.module:factory`, where
             `factory(tp) -> (module, inputs)`. Naming a factory imports and runs the code it lives in.
         tp: ranks of tensor parallelism, up to `MOST_RANKS`; collectives are traced, never run.
-        layers: another number of layers than the model's own; not for factories.
+        layers: another number of layers than the model's own, up to `MOST_LAYERS`; not for factories.
 
     Raises:
         WorkloadError: there is no such workload, it can't be built, or `tp` doesn't divide it.
@@ -104,6 +105,8 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
         raise WorkloadError(f"tp={tp}: give a number of ranks of at most {MOST_RANKS}")
     if layers is not None and layers < 1:
         raise WorkloadError(f"layers={layers}: give a number of layers of at least 1")
+    if layers is not None and layers > MOST_LAYERS:
+        raise WorkloadError(f"layers={layers}: give a number of layers of at most {MOST_LAYERS}")
     start = time.perf_counter_ns()
     model: Callable[..., Any]
     inputs: Sequence[Any]
@@ -129,8 +132,15 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
 def path_of(name: str) -> Path | None:
     """The Hugging Face configuration that a workload's name is the path of; None for what is named otherwise."""
     is_built_in = name in models.WORKLOADS or name in HUGGING_FACE
-    is_path = not is_built_in and (name.endswith(".json") or "/" in name or Path(name).exists())
+    is_path = not is_built_in and (name.endswith(".json") or "/" in name or _exists(name))
     return Path(name) if is_path else None
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # too long for a file
+        return False
 
 
 @contextlib.contextmanager
@@ -177,15 +187,16 @@ def _build_gpt_oss(
 def _build_hugging_face(
     config: Any, name: str, group: dist.ProcessGroup | None, layers: int | None
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
-    if layers is not None:
-        text = config.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = [text.layer_types[index % len(text.layer_types)] for index in range(layers)]
-    config.use_cache = False
-    with _fake_mode():
-        model = huggingface.build(config, group, name)
-        return model, (torch.randint(config.get_text_config().vocab_size, (1, 16)),)
+    try:
+        config = huggingface.with_layers(config, layers, name)
+        config.use_cache = False
+        with _fake_mode():
+            model = huggingface.build(config, group, name)
+            return model, (torch.randint(config.get_text_config().vocab_size, (1, 16)),)
+    except WorkloadError:
+        raise
+    except Exception as error:  # whatever a configuration has in the place of a size
+        raise WorkloadError(f"{name}: it can't be built: {one_line(error)}") from error
 
 
 def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]]:
@@ -202,8 +213,7 @@ def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]
             if isinstance(error, SystemExit)
             else f"{type(error).__name__}: {error}"
         )
-        why = " ".join(what.split())[:300]
-        raise WorkloadError(f"{name}: the factory failed: {why}") from error
+        raise WorkloadError(f"{name}: the factory failed: {one_line(what)}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise WorkloadError(f"{name}: factory(tp) must return (module, inputs), found {type(made).__name__}")
     return made[0], tuple(made[1])

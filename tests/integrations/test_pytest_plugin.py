@@ -188,12 +188,12 @@ def test_broken_locks_and_other_settings_are_told_and_can_be_written_anew(run: R
     broken.assert_outcomes(failed=2)
     broken.stdout.fnmatch_lines([f"*planned.lock pins device=h100, and the test says device=h200; where that*{UPDATE}"])
     advice = f"mend it, or write it anew with pytest {UPDATE}"
-    broken.stdout.fnmatch_lines([f"*LockError: lock file '*+one.lock' isn't JSON*; {advice}"])
+    broken.stdout.fnmatch_lines([f"*LockError: lock file '*+one.lock': it isn't JSON*; {advice}"])
     assert "src/fuseplan" not in broken.stdout.str()
     for other, says in (("", "isn't JSON"), ('{"schema": 9}', "has schema 9; this version reads 1")):
         planned.write_text(other)
         told = run("-k", "planned")
-        told.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock' {says}*; {advice}"])
+        told.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock': it {says}*; {advice}"])
         assert "src/fuseplan" not in told.stdout.str()
     run(UPDATE, "-k", "planned or TestClass").assert_outcomes(passed=2)
     assert planned.read_text() == PLANNED_LOCK

@@ -141,13 +141,13 @@ MISSING = {name: value for name, value in row().items() if name != "time_ns"}
         (table(row(date="yesterday")), "ISO 8601"),
         (table(row(surprise=1)), "surprise"),
         (table(row(provenance="guessed")), "measured"),
-        (table(row(), schema=2), "schema is '2'; this version reads 1"),
-        (table(row(), schema=None), "schema is 'None'"),
+        (table(row(), schema=2), "it has schema 2; this version reads 1"),
+        (table(row(), schema=None), "it has schema None"),
         (json.dumps({"schema": 1, "device": "h200"}).encode(), "no rows"),
         (b"[]", "isn't a JSON object"),
         (b"{", "isn't JSON"),
         (b"\xff", "isn't UTF-8"),
-        (b'{"schema": 1, "schema": 1}', "occurs twice in one object"),
+        (b'{"schema": 1, "schema": 1}', "is there twice in one object"),
     ],
 )
 def test_a_broken_table_is_refused_in_one_line(content: bytes, says: str) -> None:

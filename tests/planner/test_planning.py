@@ -256,7 +256,7 @@ def test_a_replay_that_does_not_fit_names_the_first_difference(gpt_oss: fx.Graph
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match="was changed after it was saved"):
         SavedPlans.load(path)
-    for content, says in (("{", "isn't JSON"), ('{"schema": 9}', "schema 9"), ("[]", "schema None")):
+    for content, says in (("{", "isn't JSON"), ('{"schema": 9}', "schema 9"), ("[]", "isn't a JSON object")):
         path.write_text(content)
         with pytest.raises(PlanError, match=says):
             SavedPlans.load(path)

@@ -9,6 +9,7 @@ from torch import fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.canonical import canonicalize
+from fuseplan.content import content_of
 from fuseplan.dialect import define, ops
 from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.components import components
@@ -327,8 +328,14 @@ def test_names_of_alternatives() -> None:
 
 def test_prices_know_what_they_depend_on() -> None:
     table = measured(posed(), ALL)
-    assert Prices(model=MODEL).key == ["round", "inductor", "auto", ""]
-    assert Prices(model=MODEL, table=table, source="measured").key == ["round", "inductor", "measured", table.digest]
+    assert Prices(model=MODEL).key == ["round", "inductor", content_of(MODEL.hardware), "auto", ""]
+    assert Prices(model=MODEL, table=table, source="measured").key == [
+        "round",
+        "inductor",
+        content_of(MODEL.hardware),
+        "measured",
+        table.digest,
+    ]
     assert Prices(model=MODEL).launch_ns == 1000
 
 

@@ -1,9 +1,15 @@
+import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fuseplan.record.files import check_writable, write_whole
+from fuseplan.record.files import ABANDONED_S, check_writable, read_bytes, remove_abandoned, write_whole
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -20,18 +26,104 @@ def test_others_may_read_it_as_they_may_any_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["open", "write", "flush", "fsync", "close", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> None:
+    """Root may write anywhere, and a test can't fill a disk: each call of the system fails once."""
     path = tmp_path / "file"
     path.write_text("old")
 
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch:
+        if step in ("fsync", "replace"):
+            patch.setattr(*((os, "fsync", fail) if step == "fsync" else (Path, "replace", fail)))
+        elif step == "open":
+            patch.setattr(Path, "open", fail)
+        else:
+            opened = Path.open
+
+            def broken(self: Path, *args: Any, **kwargs: Any) -> Any:
+                return _Broken(opened(self, *args, **kwargs), step, fail)
+
+            patch.setattr(Path, "open", broken)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+
+
+class _Broken:
+    """A file of which one method fails."""
+
+    def __init__(self, file: Any, step: str, fail: Any) -> None:
+        self.file, self.step, self.fail = file, step, fail
+
+    def __enter__(self) -> "_Broken":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+        if self.step == "close":
+            self.fail()
+
+    def __getattr__(self, name: str) -> Any:
+        return self.fail if name == self.step else getattr(self.file, name)
+
+
+def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "0" * 1000)
+    code = (
+        "import sys, itertools, pathlib\n"
+        "from fuseplan.record.files import write_whole\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "for number in itertools.count(1):\n"
+        "    write_whole(path, str(number % 10) * 3_000_000)\n"
+        "    print(number, flush=True)\n"
+    )
+    for wait in (0.0, 0.004, 0.011):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert len(set(path.read_text())) == 1
+        assert path.stat().st_size == 3_000_000
+
+
+def test_what_killed_processes_left_goes_when_it_is_old(tmp_path: Path) -> None:
+    def leave(name: str, age_s: float) -> Path:
+        left = tmp_path / name
+        left.write_text("half")
+        os.utime(left, (time.time() - age_s, time.time() - age_s))
+        return left
+
+    old, young = leave(".file.0123abcd.tmp", 2 * ABANDONED_S), leave(".file.4567abcd.tmp", 1)
+    other, mine = leave(".other.0123abcd.tmp", 2 * ABANDONED_S), leave("file.tmp", 2 * ABANDONED_S)
+    write_whole(tmp_path / "file", "text")
+    assert (old.exists(), young.exists(), other.exists(), mine.exists()) == (False, True, True, True)
+    remove_abandoned(tmp_path)
+    assert (young.exists(), other.exists(), mine.exists()) == (True, False, True)
+    remove_abandoned(tmp_path / "nowhere")
 
 
 def test_links_stay_links(tmp_path: Path) -> None:
@@ -59,3 +151,40 @@ def test_refuses_folders_of_others(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError):
         check_writable(tmp_path / "file")
+
+
+def test_reads_files_alone_and_never_waits(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"text")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_bytes(tmp_path / "file", 4) == read_bytes(tmp_path / "link", 4) == b"text"
+    with pytest.raises(ValueError, match="it has more than 3 bytes"):
+        read_bytes(tmp_path / "file", 3)
+    for path, says in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "It is a pipe, socket or device, not a file"),
+        (Path("/dev/zero"), "It is a pipe, socket or device, not a file"),
+        (tmp_path / "circle", "Too many levels of symbolic links"),
+        (tmp_path / "nowhere", "No such file or directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(OSError, match=says):
+            read_bytes(path, 4)
+
+
+def test_writes_to_no_circle_and_no_path_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    for path, says in ((tmp_path / "circle", "Too many levels"), (tmp_path / "a\0b", "Invalid argument")):
+        for write in (check_writable, lambda path: write_whole(path, "")):
+            with pytest.raises(OSError, match=says):
+                write(path)
+    assert (tmp_path / "circle").is_symlink()
+
+
+def test_reading_leaves_no_handle_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/dev/fd"))  # noqa: PTH208 - names, not paths
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(OSError, match=r"."):
+            read_bytes(path, 4)
+    assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208

@@ -125,3 +125,11 @@ def test_near_misses_know_what_they_count() -> None:
     counted = {miss.reason: report.counted_in(miss) for miss in report.near_misses}
     assert counted == {Reason.USERS: [(graphs[0], first), (graphs[1], second)], Reason.DTYPE: [(graphs[0], other)]}
     assert [miss.count for miss in report.near_misses] == [2, 1]
+
+
+def test_errors_stay_short_whatever_the_names_are() -> None:
+    name = "\x7f" * 5000
+    with pytest.raises(ValueError, match=r"\\x7f") as error:
+        from_json(Report, {**to_json(REPORT), name: name})
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500

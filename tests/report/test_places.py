@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fuseplan.report.places import MOST_PLACES, fold, module_of, places, unfold
 
 COMPONENTS = st.sampled_from(
-    ["layers", "0", "7", "11", "007", "norm1", "a-1", "1-2", "3,4", "=x", "norm x2", "", "-", "("]
+    ["layers", "0", "7", "11", "007", "norm", "norm1", "a-1", "1-2", "3,4", "=x", "norm x2", "", "-", "("]
 )
 PATHS = st.lists(COMPONENTS, max_size=4).map(".".join) | st.text(alphabet="ab.019-,= x()", max_size=12) | st.text()
 
@@ -22,6 +22,7 @@ PATHS = st.lists(COMPONENTS, max_size=4).map(".".join) | st.text(alphabet="ab.01
         (["layers.1.experts.3", None], "layers.1.experts.3"),
         (["h100.layers.0.norm1", "h100.layers.1.norm1"], "h100.layers.0-1.norm1"),
         (["norm1", "norm2"], "norm1-2"),
+        (["norm", "norm1", "norm2"], "norm, norm1-2"),
         (["layers.00.a", "layers.01.a"], "layers.00.a, layers.01.a"),
         (["model.py:3", "model.py:4"], "model.py:3-4"),
     ],
@@ -34,6 +35,7 @@ def test_places_fold_layers(sources: list[str | None], expected: str) -> None:
     ("counts", "lines"),
     [
         ({}, ()),
+        ({"norm": 1, "norm1": 1, "norm2": 1}, ("norm", "norm1-2")),
         ({f"layers.{layer}.norm": 1 for layer in range(36) if layer != 7}, ("layers.0-6,8-35.norm",)),
         ({"layers.0.norm": 2, "layers.1.norm": 2, "layers.2.norm": 1}, ("layers.2.norm", "layers.0-1.norm x2")),
         ({None: 3, "norm": 1}, ("(no module) x3", "norm")),

@@ -55,7 +55,7 @@ def check(
     with one_line_errors(debug):
         from fuseplan.compatibility import require_supported_torch
 
-        require_supported_torch()
+        require_supported_torch(everything=True)
         from fuseplan.config import PassConfig
         from fuseplan.integrations.locks import pinned
         from fuseplan.report import render_verdict, verdict_to_json
@@ -162,7 +162,7 @@ def _settle(before: Any, name: str, given: dict[str, Any], path: Path, update: b
             return dataclasses.replace(defaults, **given), {}
         if not _is_of(before.settings.workload, name):
             pinned = before.settings.workload
-            raise LockError(f"lock file {str(path)!r} is of workload {pinned!r}, not {name!r}; name another file")
+            raise LockError(f"lock file {str(path)!r} is of workload {pinned[:80]!r}, not {name!r}; name another file")
         settings = dataclasses.replace(before.settings, **given)
     except LockError:
         raise
@@ -186,6 +186,7 @@ def _ask(workload: str, settings: Any, source: Path | None) -> Any:
     from fuseplan.errors import ConfigError, LockError, PlanError
     from fuseplan.integrations.locks import config_of
     from fuseplan.providers import device_profile
+    from fuseplan.record.text import one_line
 
     try:
         config, policies = config_of(settings), find_policies([settings.policy])
@@ -195,7 +196,7 @@ def _ask(workload: str, settings: Any, source: Path | None) -> Any:
             device=device, policies=policies, config=config, providers=providers,
         )  # fmt: skip
     except (ConfigError, LockError, PlanError) as error:
-        raise (LockError(f"lock file {str(source)!r}: {error}") if source else error) from None
+        raise (LockError(f"lock file {str(source)!r}: {one_line(error)}") if source else error) from None
 
 
 def _name_in_lock(workload: str, lock: Path) -> str:
@@ -208,7 +209,8 @@ def _name_in_lock(workload: str, lock: Path) -> str:
     if path is None:
         return workload
     file = path / CONFIG if path.is_dir() else path
-    return Path(os.path.relpath(file.resolve(), lock.resolve().parent)).as_posix()
+    # Links in a circle lead nowhere, which who reads the files says.
+    return Path(os.path.relpath(os.path.realpath(file), Path(os.path.realpath(lock)).parent)).as_posix()
 
 
 def _is_of(locked: str, name: str) -> bool:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fuseplan.errors import FuseplanError
+from fuseplan.record.text import printable
 
 PIPED_WIDTH = 110
 """Columns of output that goes to no terminal, unless COLUMNS says otherwise."""
@@ -46,13 +47,13 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: None
         return
     spinner = "dots" if console.encoding.startswith("utf") else "line"
-    with console.status(Text(text), spinner=spinner) as status:
-        yield lambda text: status.update(Text(text))
+    with console.status(Text(printable(text)), spinner=spinner) as status:
+        yield lambda text: status.update(Text(printable(text)))
 
 
 def say(text: str) -> None:
     """One line on standard error, beside what was asked for."""
-    Console(stderr=True, soft_wrap=True, **PLAIN).print(Text(text))
+    Console(stderr=True, soft_wrap=True, **PLAIN).print(Text(printable(text)))
 
 
 def table_of(*columns: str) -> Table:

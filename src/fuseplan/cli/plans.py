@@ -18,11 +18,12 @@ def diff_plans(
     """Show what changed between two files of plans. Exit status 1 where anything did."""
     with one_line_errors(debug):
         from fuseplan.record import SavedPlans, diff
+        from fuseplan.record.text import printable
 
         changes = diff(SavedPlans.load(first), SavedPlans.load(second))
         if as_json:
             show({"schema": 1, "changes": changes}, as_json=True)
         else:
-            show(Text("\n".join(changes) or "the same fusions at the same places"), as_json=False)
+            show(Text("\n".join(map(printable, changes)) or "the same fusions at the same places"), as_json=False)
         if changes:
             raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from fuseplan.graph.facts import aten, equal_shape, tensor_of
+from fuseplan.graph.facts import RESHAPES, aten, equal_shape, tensor_of
 
 LIMIT = 6
 """Ops between two nodes up to which they count as near each other."""
@@ -28,6 +28,9 @@ MOVES = (
 """Ops without torch's tags for it that move elements, or combine equal ones."""
 
 
+STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
+
+
 def is_thin(node: fx.Node) -> bool:
     """Whether a node computes each element of its result from few elements of its inputs, without mixing rows: a view,
     a move, a cast, pointwise arithmetic, an all-reduce, an op that was in place, or somebody's op that keeps the shape
@@ -42,11 +45,15 @@ def is_thin(node: fx.Node) -> bool:
     return len(tensors) == 1 and equal_shape(tensors[0], tensor_of(node))
 
 
-@functools.lru_cache(maxsize=4096)
 def _kind(target: Any) -> bool | None:
-    """Whether an op is thin wherever it is called; None where that depends on its arguments."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
+    """Whether a function is thin wherever it is called; None where that depends on its arguments."""
+    if isinstance(target, torch._ops.OpOverload):
+        return _kind_of_op(target)
+    return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of_op(target: torch._ops.OpOverload) -> bool | None:
     if target.is_view or torch.Tag.pointwise in target.tags or target in MOVES:
         return True
     return False if target.namespace in ("aten", "prims", "_c10d_functional") else None
@@ -55,6 +62,21 @@ def _kind(target: Any) -> bool | None:
 def is_view(node: fx.Node) -> bool:
     """Whether a node only arranges the elements of its first input."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def strided_reader(node: fx.Node) -> fx.Node | None:
+    """The first node that reads a value, or a view of it, by strides of its own; its result depends on how the value
+    lies in memory.
+    """
+    stack, seen = [*node.users], set[fx.Node]()
+    while stack:
+        user = stack.pop()
+        if user.target in STRIDED:
+            return user
+        if user not in seen and (is_view(user) or user.target in RESHAPES):
+            seen.add(user)
+            stack.extend(user.users)
+    return None
 
 
 def path_between(

@@ -1,6 +1,5 @@
 """Hugging Face models from a `config.json` alone: random or fake weights, split by the model's own `tp_plan`."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,16 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
 from fuseplan.errors import WorkloadError
+from fuseplan.record.files import read_bytes, reading
+from fuseplan.record.parsing import parse_json
+from fuseplan.record.report import MOST_LAYERS, MOST_RANKS
+from fuseplan.record.text import one_line
+
+LARGEST_BYTES = 16 * 2**20
+"""Of a config.json; the largest list the labels of their classifiers."""
+
+BUILT_IN_ATTENTION = ("eager", "sdpa")
+"""Others may be fetched from the network, and run."""
 
 
 def load_config(path: Path) -> Any:
@@ -19,18 +28,12 @@ def load_config(path: Path) -> Any:
 
     Raises:
         WorkloadError: the file is missing, isn't a JSON object, names no architecture or an unknown one, or
-        transformers is
-            not installed.
+            transformers is not installed.
     """
     path = path / "config.json" if path.is_dir() else path
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise WorkloadError(
-            f"{path}: can't be read ({error.strerror}); give the path of a Hugging Face config.json"
-        ) from error
-    except ValueError as error:
-        raise WorkloadError(f"{path} is not JSON: {error}") from error
+    with reading("Hugging Face configuration", path, WorkloadError):
+        # Configurations of transformers have infinite limits, e.g. of Mamba's time steps.
+        data = parse_json(read_bytes(path, LARGEST_BYTES), most_bytes=LARGEST_BYTES, finite=False)
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise WorkloadError(f'{path} has no "model_type"; a Hugging Face config.json names its architecture there')
     return config_from_dict(data, str(path))
@@ -49,14 +52,47 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
         raise WorkloadError(
             f"{where}: Hugging Face workloads need transformers; pip install fuseplan[transformers]"
         ) from error
-    fields = dict(data)
+    fields = _without_code(data)
     model_type = fields.pop("model_type")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
-        raise WorkloadError(f"{where}: transformers knows no causal language model of type {model_type!r}")
+        raise WorkloadError(f"{where}: transformers knows no causal language model of type {model_type[:80]!r}")
     try:
         return CONFIG_MAPPING[model_type](**fields)
     except Exception as error:
-        raise WorkloadError(f"{where}: transformers can't read it: {' '.join(str(error).split())[:300]}") from error
+        raise WorkloadError(f"{where}: transformers can't read it: {one_line(error)}") from error
+
+
+def _without_code(data: Any) -> Any:
+    """A configuration, or a part of one, without what names code to fetch and run."""
+    if not isinstance(data, Mapping):
+        return data
+    return {
+        name: _without_code(value)
+        for name, value in data.items()
+        if name != "auto_map" and ("attn_implementation" not in name or value in BUILT_IN_ATTENTION)
+    }
+
+
+def with_layers(config: Any, layers: int | None, where: str) -> Any:
+    """A configuration cut or grown to another number of layers, whose kinds repeat in their order; in place.
+
+    Args:
+        config: a transformers configuration.
+        layers: how many; None: the configuration's own.
+        where: names the workload in errors.
+
+    Raises:
+        WorkloadError: there are more than `MOST_LAYERS`.
+    """
+    text = config.get_text_config()
+    if layers is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = [text.layer_types[index % len(text.layer_types)] for index in range(layers)]
+    found = getattr(text, "num_hidden_layers", None)
+    if isinstance(found, int) and found > MOST_LAYERS:
+        raise WorkloadError(f"{where} has {found} layers; allowed are at most {MOST_LAYERS}")
+    return config
 
 
 def build(config: Any, group: dist.ProcessGroup | None, where: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -78,7 +114,7 @@ def build(config: Any, group: dist.ProcessGroup | None, where: str, dtype: torch
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise WorkloadError(f"{where}: transformers can't build it: {' '.join(str(error).split())[:300]}") from error
+        raise WorkloadError(f"{where}: transformers can't build it: {one_line(error)}") from error
     if group is not None:
         shard(model, group, where)
     return model.requires_grad_(False).eval()
@@ -89,7 +125,7 @@ def _check_heads(config: Any, tp: int, where: str) -> None:
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, name, None)
         if heads and heads % tp:
-            allowed = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            allowed = ", ".join(str(size) for size in range(1, min(heads, MOST_RANKS) + 1) if heads % size == 0)
             raise WorkloadError(f"tp={tp} does not divide the {heads} {name} of {where}; use one of {allowed}")
 
 

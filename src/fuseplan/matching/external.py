@@ -5,7 +5,6 @@ on the graph is procedural, and one whose patterns hold an op that another pass 
 run where their owner put them.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -61,11 +60,6 @@ class ExternalPass:
     def is_procedural(self) -> bool:
         """Whether it does more than replace what it matches."""
         return not all(isinstance(entry, ReplacementPatternEntry) for entry in self.entries)
-
-    @property
-    def key(self) -> str:
-        """The pass by content, i.e. its patterns, what replaces them under which check, and what they are worth."""
-        return f"{self.name} {self.saving_us} {sorted(map(_entry_key, self.entries))}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -156,22 +150,6 @@ def find_external(graph: fx.Graph, passes: Sequence["ExternalPass | GraphPass"])
             (after if has_planned else before).append(run)
     candidates = [match for each in planned if each.name in independent for match in found[each.name]]
     return ExternalMatches(candidates=tuple(candidates), before=tuple(before), after=tuple(after))
-
-
-def _entry_key(entry: PatternEntry) -> str:
-    """A pattern, and the source of its check and of what that closes over: `register_replacement` keeps the replacement
-    there.
-    """
-    cells = getattr(entry.extra_check, "__closure__", None) or ()
-    functions = [entry.extra_check, *(cell.cell_contents for cell in cells if callable(cell.cell_contents))]
-    return f"{entry.pattern!r} {[_source(function) for function in functions]}"
-
-
-def _source(function: Any) -> str:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return repr(function)
 
 
 def _matches(graph: fx.Graph, owner: ExternalPass, regions: dict[fx.Node, int]) -> Iterator[ExternalMatch]:

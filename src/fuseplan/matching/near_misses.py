@@ -174,6 +174,7 @@ class _Search:
     ) -> None:
         self.canonical, self.shared = shared.canonical, shared
         self.members, self.name = members, members[0].name
+        self.outlines = {member: outline_of(member) for member in members}
         mine = [match for match in matches.candidates if match.rule.name == self.name]
         misses = [miss for miss in matches.misses if miss.rule.name == self.name]
         self.candidates = mine
@@ -198,11 +199,11 @@ class _Search:
         """Nodes that a member's pattern could end at and that aren't settled, in graph order."""
         found: dict[fx.Node, list[Rule]] = {}
         for member in self.members:
-            for node in outline_of(member).nodes(self.canonical.graph):
+            for node in self.outlines[member].nodes(self.canonical.graph):
                 if node not in self.done:
                     found.setdefault(node, []).append(member)
         for node, refusal in self.canonical.unraised.items():
-            members = [each for each in self.members if outline_of(each).name == refusal.op]
+            members = [each for each in self.members if self.outlines[each].name == refusal.op]
             if refusal.op != ops.rms_norm.name and any(self._is_near(each, node) for each in members):
                 found[node] = members
         return dict(sorted(found.items()))
@@ -212,7 +213,7 @@ class _Search:
         return all(gap.goal is not None for gap in self._attempt(rule, node).gaps)
 
     def _attempt(self, rule: Rule, anchor: fx.Node) -> Attempt:
-        attempt, outline = Attempt(rule=rule, anchor=anchor), outline_of(rule)
+        attempt, outline = Attempt(rule=rule, anchor=anchor), self.outlines[rule]
         if anchor in self.canonical.unraised:
             attempt.gaps.append(Gap(expected=outline.name, consumer=anchor, found=anchor, goal=anchor))
             (first,) = anchor.all_input_nodes[:1] or (None,)
@@ -264,7 +265,7 @@ class _Search:
 
     def _unread_prologues(self) -> Iterator[Refusal]:
         """All-reduces that no match takes and no anchor has led to, looked at from their own side."""
-        ends = {member.core.overload for member in self.members} | {outline_of(each).target for each in self.members}
+        ends = {member.core.overload for member in self.members} | {each.target for each in self.outlines.values()}
         targets = {node.target for member in self.members if not member.is_composed for node in member.calls}
         prologues = {op for target in targets - ends if (op := ops.of(target)) is not None}
         for op in sorted(prologues, key=lambda each: each.name):

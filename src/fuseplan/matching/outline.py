@@ -2,7 +2,6 @@
 
 import operator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -55,9 +54,8 @@ class Outline:
         return source
 
 
-@lru_cache(maxsize=256)
 def outline_of(rule: Rule) -> Outline:
-    """The pattern from its anchor on. Rules are stateless, so one serves every graph."""
+    """The pattern from its anchor on."""
     return _outline(rule, rule.traced_pattern.outputs[0])
 
 

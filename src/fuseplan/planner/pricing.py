@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fuseplan.content import content_of
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate
@@ -40,8 +41,9 @@ class Prices:
 
     @property
     def key(self) -> list[str]:
-        """What a plan depends on; the model's constants are part of the source."""
-        return [self.model.name, self.model.pad, self.source, self.table.digest if self.table else ""]
+        """What a plan depends on."""
+        model = [self.model.name, self.model.pad, content_of(self.model.hardware)]
+        return [*model, self.source, self.table.digest if self.table else ""]
 
     @property
     def launch_ns(self) -> int:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fuseplan.errors import PlanError
-from fuseplan.record.files import check_writable, write_whole, writing
+from fuseplan.record.files import check_writable, read_bytes, reading, write_whole, writing
+from fuseplan.record.parsing import parse_object
 from fuseplan.record.serialization import from_json, to_json
+from fuseplan.record.text import one_line
 
 SCHEMA = 1
+LARGEST_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,26 +153,22 @@ class SavedPlans:
         """Reads a file that `save` wrote.
 
         Raises:
-            PlanError: there is none, it isn't one of this schema, or a digest doesn't fit what it stands beside.
+            PlanError: there is none, it isn't one of this schema, it is larger than `LARGEST_BYTES`, or a digest
+                doesn't fit what it stands beside.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"plan file {str(path)!r} can't be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise PlanError(f"plan file {str(path)!r} isn't JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            found = data.get("schema") if isinstance(data, dict) else None
-            raise PlanError(f"plan file {str(path)!r} has schema {found!r}; this version reads {SCHEMA}")
-        try:
-            plans = [dict(plan) for plan in data.get("plans", ())]
-            digests = [(plan.pop("gap", None), plan.pop("digest", None))[1] for plan in plans]
-            saved = from_json(cls, {**data, "plans": plans})
-        except (ValueError, TypeError) as error:
-            raise PlanError(f"plan file {str(path)!r}: {error}") from None
+        with reading("plan file", path, PlanError):
+            return cls._decode(parse_object(read_bytes(path, LARGEST_BYTES), most_bytes=LARGEST_BYTES, schema=SCHEMA))
+
+    @classmethod
+    def _decode(cls, data: dict[str, Any]) -> "SavedPlans":
+        plans = data.get("plans")
+        if not isinstance(plans, list) or not all(isinstance(plan, dict) for plan in plans):
+            raise ValueError("its plans aren't a list of objects")
+        digests = [(plan.pop("gap", None), plan.pop("digest", None))[1] for plan in plans]
+        saved = from_json(cls, data)
         for plan, digest in zip(saved.plans, digests, strict=True):
             if digest not in (None, plan.digest):
-                raise PlanError(f"plan file {str(path)!r}: {_title(plan)} was changed after it was saved")
+                raise ValueError(f"{_title(plan)} was changed after it was saved")
         return saved
 
     def find(self, graph: str, span: tuple[int, int] | None) -> Plan:
@@ -181,7 +180,7 @@ class SavedPlans:
         for plan in self.plans:
             if (plan.graph, plan.range) == (graph, span):
                 return plan
-        there = ", ".join(_title(plan) for plan in self.plans) or "none"
+        there = one_line(", ".join(_title(plan) for plan in self.plans)) or "none"
         wanted = f"{graph} at {span[0]}:{span[1]} tokens" if span else graph
         raise PlanError(f"the saved plans have none for {wanted}; there are: {there}")
 

@@ -7,7 +7,10 @@ import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from typing import Any, TypeVar
+
+from fuseplan.record.text import one_line, printable
 
 T = TypeVar("T")
 
@@ -31,50 +34,95 @@ def from_json(kind: type[T], data: Any) -> T:
     Raises:
         ValueError: a field is missing, unknown or of the wrong type; the text names it.
     """
-    return typing.cast(T, _decode(kind, data, kind.__name__))
+    try:
+        return typing.cast(T, _decode(kind, data))
+    except _MisfitError as misfit:
+        where = printable("".join([kind.__name__, *reversed(misfit.steps)]))
+        # Names in the data can be of any length.
+        where = where if len(where) <= LONGEST_WHERE else f"...{where[-LONGEST_WHERE:]}"
+        raise ValueError(f"{where}: expected {misfit.expected}, found '{one_line(misfit.found, 80)}'") from None
 
 
-def _decode(kind: Any, data: Any, where: str) -> Any:
+LONGEST_WHERE = 120
+
+
+class _MisfitError(Exception):
+    """Data of another form than a field has. The way to it is collected from the inside out, where there is one: to
+    carry it along would copy every name for all that is below it.
+    """
+
+    def __init__(self, expected: str, found: Any) -> None:
+        super().__init__(expected)
+        self.expected, self.found = expected, found
+        self.steps: list[str] = []
+
+
+def _decode(kind: Any, data: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if data is None and type(None) in arguments:
             return None
         (kind,) = [argument for argument in arguments if argument is not type(None)]
-        return _decode(kind, data, where)
+        return _decode(kind, data)
     if origin is tuple:
-        _expect(isinstance(data, list), where, "a list", data)
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-        _expect(len(data) == len(arguments), where, f"a list of {len(arguments)}", data)
-        return tuple(_decode(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(arguments, data, strict=True)))
+        return _decode_tuple(arguments, data)
     if origin in (dict, Mapping):
-        _expect(isinstance(data, dict), where, "an object", data)
-        return {str(key): _decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+        if not isinstance(data, dict):
+            raise _MisfitError("an object", data)
+        return {str(key): _within(f".{key}", arguments[1], item) for key, item in data.items()}
     if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, data, where)
+        return _decode_dataclass(kind, data)
     if isinstance(kind, type) and issubclass(kind, Enum):
-        _expect(data in [member.value for member in kind], where, f"one of {[m.value for m in kind]}", data)
+        if data not in [member.value for member in kind]:
+            raise _MisfitError(f"one of {[member.value for member in kind]}", data)
         return kind(data)
     # A whole number is written without a point.
     kinds = (kind, int) if kind is float else (kind,)
-    _expect(isinstance(data, kinds) and (kind is bool or not isinstance(data, bool)), where, kind.__name__, data)
+    if not isinstance(data, kinds) or (kind is not bool and isinstance(data, bool)):
+        raise _MisfitError(kind.__name__, data)
     return data
 
 
-def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
-    _expect(isinstance(data, dict), where, "an object", data)
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+def _decode_tuple(arguments: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
+    if not isinstance(data, list):
+        raise _MisfitError("a list", data)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_within(index, arguments[0], item) for index, item in enumerate(data))
+    if len(data) != len(arguments):
+        raise _MisfitError(f"a list of {len(arguments)}", data)
+    return tuple(_within(i, kind, item) for i, (kind, item) in enumerate(zip(arguments, data, strict=True)))
+
+
+def _decode_dataclass(kind: Any, data: Any) -> Any:
+    if not isinstance(data, dict):
+        raise _MisfitError("an object", data)
+    fields = _fields(kind)
     for name in data:
-        _expect(name in fields, f"{where}.{name}", f"one of the fields {sorted(fields)}", name)
-    required = (dataclasses.MISSING, dataclasses.MISSING)
-    for name, field in fields.items():
-        _expect(
-            name in data or (field.default, field.default_factory) != required, where, f"a field {name!r}", sorted(data)
-        )
-    return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in data.items()})
+        if name not in fields:
+            misfit = _MisfitError(f"one of the fields {sorted(fields)}", name)
+            misfit.steps.append(f".{name}")
+            raise misfit
+    for name, (_, is_required) in fields.items():
+        if is_required and name not in data:
+            raise _MisfitError(f"a field {name!r}", sorted(data))
+    return kind(**{name: _within(f".{name}", fields[name][0], item) for name, item in data.items()})
 
 
-def _expect(condition: bool, where: str, expected: str, found: Any) -> None:
-    if not condition:
-        raise ValueError(f"{where}: expected {expected}, found {str(found)[:80]!r}")
+@cache
+def _fields(kind: Any) -> Mapping[str, tuple[Any, bool]]:
+    """The type of each field of a dataclass, and whether data must have it."""
+    hints = typing.get_type_hints(kind)
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    return {
+        field.name: (hints[field.name], (field.default, field.default_factory) == missing)
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _within(step: str | int, kind: Any, data: Any) -> Any:
+    """What is decoded one step further inside."""
+    try:
+        return _decode(kind, data)
+    except _MisfitError as misfit:
+        misfit.steps.append(f"[{step}]" if isinstance(step, int) else step)
+        raise

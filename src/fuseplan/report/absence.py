@@ -101,6 +101,11 @@ class Witness:
                 elif refusal.reason is not Reason.NO_EFFECT:
                     for place in dict.fromkeys((module_of(refusal.site), module_of(refusal.source))):
                         self._refusals[graph.range, place].append(refusal)
+        self._in_layers: dict[tuple[Span, str | None], list[Refusal]] = defaultdict(list)
+        for (span, place), refusals in self._refusals.items():
+            self._in_layers[span, layer_of(place)] += refusals
+        for index in (self._matches, self._losses, self._refusals, self._left_alone, self._in_layers):
+            index.default_factory = None  # a lock may ask for more places than the report has
 
     def about(self, kernel: Kernel, span: Span, place: str | None, count: int = 1) -> list[Finding]:
         """Why a fusion isn't at a place, for each of `count` of them.
@@ -114,7 +119,8 @@ class Witness:
         policy = self.policy_off(kernel.rule)
         if policy is not None:
             return [policy] * count
-        mine = [loss for loss in self._losses[span, kernel.rule, place] if Kernel.of(loss.fusion) == kernel]
+        losses = self._losses.get((span, kernel.rule, place), [])
+        mine = [loss for loss in losses if Kernel.of(loss.fusion) == kernel]
         found = [_of_loss(loss) for loss in mine]
         for further in (self._refused, self._changed, self._nearest):
             found += further(kernel, span, place) if len(found) < count else ()
@@ -123,7 +129,7 @@ class Witness:
 
     def is_gone(self, kernel: Kernel, span: Span, place: str) -> bool:
         """Whether a place isn't there any more, as far as a rule can tell: it neither matches there nor nearly."""
-        is_there = self._matches[span, kernel.rule, place] or self._refused(kernel, span, place)
+        is_there = (span, kernel.rule, place) in self._matches or self._refused(kernel, span, place)
         return not is_there and self.policy_off(kernel.rule) is None
 
     def policy_off(self, rule: str) -> Finding | None:
@@ -154,18 +160,19 @@ class Witness:
 
     def _refused(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
         """What is there of the rule, at the place itself."""
-        mine = [each for each in self._refusals[span, place] if each.rule == kernel.rule and _concerns(each, kernel)]
+        here = self._refusals.get((span, place), [])
+        mine = [each for each in here if each.rule == kernel.rule and _concerns(each, kernel)]
         return _near([each for each in mine if each.nearness not in (Nearness.MISSING, Nearness.ABSENT)])
 
     def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
         """What is far from a match of the rule at the place, else anything there, else of the rule in the same layer,
         else what the place lacks beside other layers, which is a guess; the nearest first.
         """
-        here, rule = self._refusals[span, place], kernel.rule
+        here, rule = self._refusals.get((span, place), []), kernel.rule
         tiers: list[Callable[[], Iterable[Refusal]]] = [
             lambda: [each for each in here if each.rule == rule and self._is_absent(each)],
             lambda: [each for each in here if place and each.rule != rule and _is_obstacle(each)],
-            lambda: [each for each in self._in_layer(span, place) if each.rule == rule and _is_obstacle(each)],
+            lambda: [each for each in self._layer(span, place) if each.rule == rule and _is_obstacle(each)],
             lambda: [each for each in here if place and each.nearness is Nearness.MISSING and not self.report.breaks],
         ]
         for tier in tiers:
@@ -178,15 +185,13 @@ class Witness:
         """Whether the rest of a pattern isn't there; where a graph breaks it may be, in another graph."""
         return refusal.nearness is Nearness.ABSENT and not (self.report.breaks and refusal.found in GRAPH_ENDS)
 
-    def _in_layer(self, span: Span, place: str | None) -> Iterator[Refusal]:
+    def _layer(self, span: Span, place: str | None) -> list[Refusal]:
         layer = layer_of(place)
-        for (of, where), refusals in self._refusals.items():
-            if of == span and layer is not None and layer_of(where) == layer:
-                yield from refusals
+        return self._in_layers.get((span, layer), []) if layer is not None else []
 
     def _nothing(self, kernel: Kernel, span: Span) -> Finding:
         """What is to be said where the report has nothing about a place."""
-        if self._left_alone[span]:
+        if span in self._left_alone:
             return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
         if kernel.rule not in self.report.rules:
             return Finding(AbsenceKind.OFF, None, f"{kernel.rule} isn't among the rules that are on")
@@ -209,7 +214,7 @@ class Witness:
         """What the rule matches as at the place, if that is something else than it was. What other kernels lost to is
         no reason for this one's absence: that it isn't among them is.
         """
-        at_site = self._matches[span, kernel.rule, place]
+        at_site = self._matches.get((span, kernel.rule, place), {})
         others = [kernels for kernels in at_site.values() if kernel not in kernels]
         if any(each.op == kernel.op for kernels in others for each in kernels):
             # An order looks at one provider a match, the one that saves the most.

@@ -101,9 +101,14 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
         gained[kernel, new] -= 1
         yield _Unit(span, old, kernel, kernel, Finding(AbsenceKind.RENAMED, now=new))
     lost, gained = +lost, +gained
+    # What has come to a place. Of places without a module path nobody can tell which is which.
+    come: dict[str | None, list[Kernel]] = defaultdict(list)
+    for (kernel, place), count in sorted(gained.items(), key=_by_text, reverse=True):
+        if place is not None:
+            come[place] += [kernel] * count
     for (kernel, place), count in sorted(lost.items(), key=_by_text):
         for finding in witness.about(kernel, span, place, count):
-            successor = _successor(gained, place)
+            successor = come[place].pop() if come.get(place) else None
             if successor is not None:
                 gained[successor, place] -= 1
             yield _Unit(span, place, kernel, successor, finding)
@@ -129,13 +134,6 @@ def _renamed(lost: Placed, gained: Placed, span: Span, witness: Witness) -> list
         if len(places) == len(new[kernel, layer]) and all(witness.is_gone(kernel, span, place) for place in places)
         for before, now in zip(places, new[kernel, layer], strict=True)
     ]
-
-
-def _successor(gained: Placed, place: str | None) -> Kernel | None:
-    """What has come to a place. Of places without a module path nobody can tell which is which."""
-    if place is None:
-        return None
-    return min((kernel for (kernel, where), count in gained.items() if where == place and count), default=None)
 
 
 def _by_text(item: tuple[tuple[Kernel, str | None], int]) -> tuple[Kernel, str]:

@@ -18,11 +18,15 @@ from typing import Any, NamedTuple
 
 from fuseplan.errors import LockError
 from fuseplan.record import Fusion, Report, files, from_json, to_json
-from fuseplan.record.report import MOST_RANKS
-from fuseplan.report.places import fold, module_of, unfold
+from fuseplan.record.parsing import parse_object
+from fuseplan.record.report import MOST_LAYERS, MOST_RANKS
+from fuseplan.record.text import one_line
+from fuseplan.report.places import MOST_PLACES, fold, module_of, unfold
 
 SCHEMA = 1
 LARGEST_BYTES = 2**20
+MOST_ENTRIES = 1000
+"""Of a list of settings, each of which is asked of every match or graph."""
 MODELLED = "modelled"
 ANY_SIZE = "any size"
 """The range of graphs that serve every number of tokens."""
@@ -73,7 +77,7 @@ class LockSettings:
         policy: as on the command line.
         ranges: compile ranges, ascending, e.g. `1:64`; empty: one graph serves every size.
         tp: ranks of tensor parallelism, up to `MOST_RANKS`; None where the caller made the model.
-        layers: another number of layers than the model's own.
+        layers: another number of layers than the model's own, up to `MOST_LAYERS`.
         costs: where prices come from; nothing but the model is the same on every machine.
         providers: who may run fused ops; empty: all.
         force: what the plan has to apply.
@@ -106,6 +110,11 @@ class LockSettings:
                 raise ValueError(f"{name}={value}: allowed are integers of at least 1")
         if self.tp is not None and self.tp > MOST_RANKS:
             raise ValueError(f"tp={self.tp}: allowed are at most {MOST_RANKS} ranks")
+        if self.layers is not None and self.layers > MOST_LAYERS:
+            raise ValueError(f"layers={self.layers}: allowed are at most {MOST_LAYERS}")
+        for name in ("ranges", "providers", "force", "forbid"):
+            if len(getattr(self, name)) > MOST_ENTRIES:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries; allowed are at most {MOST_ENTRIES}")
         last = 0
         for text in self.ranges:
             span = parse_span(text)
@@ -176,15 +185,21 @@ class FusionLock:
         """What is applied where, by range, in their order.
 
         Raises:
-            ValueError: a range is there twice, or a line can't be read.
+            ValueError: a range is there twice, a line can't be read, or there are too many places.
         """
         result: dict[Span, Placed] = {}
-        for spans, kernels in self.fusions.items():
+        left = MOST_PLACES
+        for key, kernels in self.fusions.items():
+            spans = [parse_span(text) for text in key.split(", ")]
             counts = Placed()
             for text, lines in kernels.items():
                 kernel = Kernel.parse(text)
-                counts.update({(kernel, place): count for place, count in unfold(lines).items()})
-            for span in map(parse_span, spans.split(", ")):
+                found = unfold(lines, left)
+                left -= found.total() * len(spans)
+                if left < 0:
+                    raise ValueError(f"fusions are at more than {MOST_PLACES} places")
+                counts.update({(kernel, place): count for place, count in found.items()})
+            for span in spans:
                 if span in result:
                     raise ValueError(f"fusions of range {span_text(span)} are there twice")
                 result[span] = counts
@@ -227,29 +242,9 @@ class FusionLock:
         Raises:
             LockError: there is none, it isn't one of this schema, or parts of it contradict each other.
         """
-        where = f"lock file {str(path)!r}"
-        try:
-            with path.open("rb") as file:
-                content = file.read(LARGEST_BYTES + 1)
-        except OSError as error:
-            raise LockError(f"{where} can't be read: {error.strerror or error}") from error
-        if len(content) > LARGEST_BYTES:
-            raise LockError(f"{where} has more than {LARGEST_BYTES} bytes, which no lock needs")
-        try:
-            data = json.loads(content, object_pairs_hook=_without_repetition)
-        except _RepeatedError as error:
-            raise LockError(f"{where}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            why = error if isinstance(error, ValueError) else "it is nested too deeply"
-            raise LockError(f"{where} isn't JSON: {why}") from None
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            found = data.get("schema") if isinstance(data, dict) else None
-            raise LockError(f"{where} has schema {str(found)[:40]}; this version reads {SCHEMA}")
-        try:
-            return from_json(cls, data)
-        except ValueError as error:
-            # A name in the file can be anything, lines and pages of it too.
-            raise LockError(f"{where}: {' '.join(str(error).split())[:300]}") from None
+        with files.reading("lock file", path, LockError):
+            content = files.read_bytes(path, LARGEST_BYTES)
+            return from_json(cls, parse_object(content, most_bytes=LARGEST_BYTES, schema=SCHEMA))
 
 
 def check_writable(path: Path) -> None:
@@ -260,19 +255,6 @@ def check_writable(path: Path) -> None:
     """
     with files.writing("lock file", path, LockError):
         files.check_writable(path)
-
-
-class _RepeatedError(ValueError):
-    """A name occurs twice in one object, as merging two versions of a file can leave it."""
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedError(f"{repeated[:80]!r} is there twice")
-    return result
 
 
 def placed_in(report: Report, span: Span) -> Placed:
@@ -325,7 +307,9 @@ def contradiction(changes: Mapping[str, tuple[str, str]], other: str) -> str:
         changes: as `LockSettings.changes` yields them.
         other: who says it.
     """
-    pinned, said = (" and ".join(f"{name}={texts[side]}" for name, texts in changes.items()) for side in (0, 1))
+    pinned, said = (
+        " and ".join(f"{name}={one_line(texts[side])}" for name, texts in changes.items()) for side in (0, 1)
+    )
     return f"pins {pinned}, and {other} says {said}"
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fuseplan.record.text import printable
 from fuseplan.report.absence import Absence
 from fuseplan.report.drift import Drift, Where
 from fuseplan.report.lock import Kernel
@@ -26,11 +27,14 @@ class Line:
 
     Attributes:
         label: what kind of line it is; empty for one that continues the line before.
-        text: what it says.
+        text: what it says, made printable: names of models can be anything.
     """
 
     label: str
     text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", printable(self.text))
 
 
 def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:

@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from fuseplan.record.text import one_line
+
 MOST_PLACES = 100_000
 """More than any model has: what unfolds to more is a mistake, or meant to exhaust the reader's memory."""
 
@@ -55,8 +57,12 @@ def fold(counts: Mapping[str | None, int]) -> tuple[str, ...]:
     return tuple(text for *_, text in sorted(rows))
 
 
-def unfold(lines: Iterable[str]) -> Counter[str | None]:
+def unfold(lines: Iterable[str], most: int = MOST_PLACES) -> Counter[str | None]:
     """The inverse of `fold`.
+
+    Args:
+        lines: as `fold` yields them.
+        most: places that are left of `MOST_PLACES`.
 
     Raises:
         ValueError: a line isn't of that form, two of them have a place in common, or there are too many places.
@@ -69,12 +75,12 @@ def unfold(lines: Iterable[str]) -> Counter[str | None]:
         is_literal = text.startswith(_LITERAL)
         if (is_literal and not found) or (not is_literal and (_MISWRITTEN.search(text) or (found and count == 1))):
             raise ValueError(f"{line[:80]!r} isn't a line of places such as layers.0-6,8.norm or layers.0-6,8.norm x2")
-        for place in _unfolded(text, MOST_PLACES - total):
+        for place in _unfolded(text, most - total):
             if place in counts:
-                raise ValueError(f"{place or NO_MODULE} is there twice, the second time in {line[:80]!r}")
+                raise ValueError(f"{one_line(place or NO_MODULE, 80)} is there twice, the second time in {line[:80]!r}")
             counts[place] = count
             total += count
-        if total > MOST_PLACES:
+        if total > most:
             raise ValueError(f"{line[:80]!r} makes it more than {MOST_PLACES} places")
     return counts
 
@@ -88,14 +94,17 @@ def _quoted(place: str | None) -> str:
 
 def _folded(texts: Iterable[str]) -> list[tuple[str, str]]:
     """(text, template) of places that differ in one number, in the order in which they are first met."""
-    numbers: dict[tuple[str, str], list[int]] = {}
+    numbers: dict[tuple[str, str | None], list[int]] = {}
     for text in texts:
         is_read_as_it_is = text.startswith(_LITERAL) or _RUNS.search(text)
         found = None if is_read_as_it_is else _INDEX.search(text) or _NUMBER.search(text)
-        ends = (text[: found.start()], text[found.end() :]) if found else (text, "")
+        # What has no number isn't what has one at its end: norm, norm1.
+        ends = (text[: found.start()], text[found.end() :]) if found else (text, None)
         numbers.setdefault(ends, []).extend([int(found[0])] if found else [])
     return [
-        (f"{before}{_runs(sorted(set(indices)))}{after}", f"{before}{{}}{after}")
+        (before, f"{before}{{}}")
+        if after is None
+        else (f"{before}{_runs(sorted(set(indices)))}{after}", f"{before}{{}}{after}")
         for (before, after), indices in numbers.items()
     ]
 

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from fuseplan.record import Comparison, ConflictClass, Report, changes, differences
 from fuseplan.record.report import UNFUSED
+from fuseplan.record.text import printable, shown
 from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, matters
@@ -15,8 +16,9 @@ from fuseplan.report.text import count_of, entry, enumerate_names, indented, pol
 
 def render_comparison(comparison: Comparison) -> RenderableType:
     """One screen: a headline, a table of policies by rules, conflicts, near misses, warnings, and where the time
-    went.
+    went. Names of models that aren't printable are shown as Python writes them.
     """
+    comparison = shown(comparison)
     return Group(_headline(comparison), Text(), *_sections(comparison), Text(), _footer(comparison))
 
 
@@ -27,6 +29,7 @@ def render_report(report: Report, name: str = "model") -> RenderableType:
         report: on one policy.
         name: of what was compiled.
     """
+    report, name = shown(report), printable(name)
     spans = dict.fromkeys(graph.range for graph in report.graphs)
     devices = dict.fromkeys(graph.plan.device for graph in report.graphs if graph.plan is not None)
     comparison = Comparison(

@@ -12,6 +12,7 @@ from torch._logging._internal import trace_structured
 
 from fuseplan.record import GraphReport, NearMiss, Report
 from fuseplan.record.plan import plan_to_json
+from fuseplan.record.text import printable
 from fuseplan.report.contract import report_to_json
 from fuseplan.report.text import policy_name, tokens_of
 
@@ -29,15 +30,15 @@ def publish(report: Report) -> None:
     """
     for graph in report.graphs:
         if log.isEnabledFor(logging.INFO):
-            log.info("%s", _headline(report, graph))
+            log.info("%s", printable(_headline(report, graph)))
         if log.isEnabledFor(logging.DEBUG):
             for line in _lines(graph):
-                log.debug("%s: %s", graph.graph, line)
+                log.debug("%s: %s", graph.graph, printable(line))
         if graph.plan is not None:
             _artifact(PLAN, functools.partial(plan_to_json, graph.plan))
     if log.isEnabledFor(logging.DEBUG):
         for miss in report.near_misses:
-            log.debug("%s", _near_miss(miss))
+            log.debug("%s", printable(_near_miss(miss)))
     _artifact(REPORT, functools.partial(report_to_json, report))
 
 

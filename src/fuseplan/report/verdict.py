@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fuseplan.record import Refusal, to_json
+from fuseplan.record.text import printable
 from fuseplan.report.drift import Drift, DriftKind
 from fuseplan.report.lock import FusionLock
 from fuseplan.report.paragraphs import Line, break_paragraphs, drift_paragraphs, plain, render_paragraphs
@@ -52,10 +53,10 @@ class Verdict:
     def headline(self) -> str:
         """What was found, in one line."""
         if not self.passed:
-            return f"{self.path} doesn't hold: {self._changes} ({self._question})"
+            return printable(f"{self.path} doesn't hold: {self._changes} ({self._question})")
         verb = f"wrote {self.path}" if self.written else f"{self.path} holds"
         changed = f"; {self._changes}" if self.drifts else ""
-        return f"{verb}: {self._fusions} of {self._question}{changed}"
+        return printable(f"{verb}: {self._fusions} of {self._question}{changed}")
 
     @property
     def text(self) -> str:
@@ -95,7 +96,7 @@ class Verdict:
 def render_verdict(verdict: Verdict) -> RenderableType:
     """A verdict for a terminal."""
     parts: list[RenderableType] = [Text(verdict.headline, style="green" if verdict.passed else "bold red")]
-    parts += [Text(f"{name}: {before} -> {after}") for name, (before, after) in verdict.resettled.items()]
+    parts += [Text(printable(f"{name}: {before} -> {after}")) for name, (before, after) in verdict.resettled.items()]
     if verdict.drifts:
         parts += [Text(), render_paragraphs(verdict.paragraphs)]
     if verdict.mend and not verdict.passed:

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -168,7 +168,6 @@ class Rule:
         return f"{' -> '.join(op_text(node.target) for node in self.calls)}  =>  {self.op.name}"
 
 
-@lru_cache(maxsize=4096)
 def op_text(target: Any) -> str:
     """A dialect op by its name, any other function by its own text."""
     op = ops.of(target)

@@ -13,7 +13,8 @@ from typing import Any
 
 from fuseplan.errors import ConfigError
 from fuseplan.record import from_json, to_json
-from fuseplan.record.files import write_whole, writing
+from fuseplan.record.files import read_bytes, reading, write_whole, writing
+from fuseplan.record.parsing import parse_object
 
 SCHEMA = 1
 LARGEST_BYTES = 16 * 2**20
@@ -159,12 +160,8 @@ class CostTable:
         Raises:
             ConfigError: there is no such file, or it isn't a sound table of this schema and of that device.
         """
-        try:
-            with path.open("rb") as file:
-                content = file.read(LARGEST_BYTES + 1)
-        except OSError as error:
-            raise ConfigError(f"cost table {str(path)!r} can't be read: {error.strerror or error}") from error
-        return cls.parse(content, name=str(path), device=device)
+        with reading("cost table", path, ConfigError):
+            return cls._decode(read_bytes(path, LARGEST_BYTES), device)
 
     @classmethod
     def parse(cls, content: bytes, *, name: str = "", device: str | None = None) -> "CostTable":
@@ -178,41 +175,17 @@ class CostTable:
         Raises:
             ConfigError: it isn't a sound table of this schema and of that device; the text is one line.
         """
-        try:
-            _require(len(content) <= LARGEST_BYTES, f"it is larger than {LARGEST_BYTES} bytes")
-            table = cls._decode(_json(content))
-            _require(device in (None, table.device), f"it is of {table.device[:40]!r}, not of {device!r}")
-        except ValueError as error:
-            text = " ".join(str(error).split())
-            raise ConfigError(f"cost table {name!r}: {text}") from error
-        return table
+        with reading("cost table", name, ConfigError):
+            return cls._decode(content, device)
 
     @classmethod
-    def _decode(cls, data: Any) -> "CostTable":
-        _require(isinstance(data, dict), "the file isn't a JSON object")
-        schema = data.pop("schema", None)
-        known = isinstance(schema, int) and not isinstance(schema, bool) and schema == SCHEMA
-        _require(known, f"schema is {str(schema)[:40]!r}; this version reads {SCHEMA}")
+    def _decode(cls, content: bytes, device: str | None) -> "CostTable":
+        data = parse_object(content, most_bytes=LARGEST_BYTES, schema=SCHEMA)
+        del data["schema"]
         _require("rows" in data, "it has no rows")
-        return from_json(cls, data)
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
-    except ConfigError:
-        raise
-    except UnicodeDecodeError:
-        raise ConfigError("the file isn't UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the file isn't JSON: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        _require(names.count(name) == 1, f"the name {name[:40]!r} occurs twice in one object")
-    return dict(pairs)
+        table = from_json(cls, data)
+        _require(device in (None, table.device), f"it is of {table.device[:40]!r}, not of {device!r}")
+        return table
 
 
 def _require(condition: bool, text: str) -> None:

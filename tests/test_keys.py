@@ -1,0 +1,405 @@
+"""The key under which Inductor keeps what the pass did: whatever can change a plan changes it, nothing else does."""
+
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import fuseplan
+from fuseplan import ExternalPass, fingerprint
+from fuseplan.config import CompileRange, Environment, PassConfig
+from fuseplan.dialect import DialectOp, ops
+from fuseplan.manager import PostGradPassManager
+from fuseplan.planner import Prices
+from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Provenance, Row
+from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, device_profile
+from fuseplan.record import Plan, Reason, Refusal, SavedPlans, Selected
+from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule
+
+RANGE = CompileRange(start=1, end=8)
+
+
+def key(config: PassConfig | None = None, **arguments: Any) -> str:
+    return PostGradPassManager(config or PassConfig(), **arguments).uuid()
+
+
+def table(time_ns: int = 5) -> CostTable:
+    row = Row(
+        key="k", tokens=8, time_ns=time_ns, spread_ns=0, provenance=Provenance.MEASURED, device="cpu", torch="",
+        triton="", topology="", date="2026-11-22", command="",
+    )  # fmt: skip
+    return CostTable(device="cpu", rows=(row,))
+
+
+def saved(name: str = "#0 a b c", graph: str = "graph_0", span: tuple[int, int] | None = None) -> SavedPlans:
+    chosen = Selected(name=name, signature="s", source=None, saving_ns=5)
+    plan = Plan(
+        graph=graph, range=span, device="cpu", prices=(), sites=("s",), selected=(chosen,), rejected=(),
+        objective_ns=5, bound_ns=5, unfused_ns=9, components=1, classes=1,
+    )  # fmt: skip
+    return SavedPlans(workload="w", tp=1, plans=(plan,))
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "fuse_act_padding": {"fuse_act_padding": True},
+    "fuse_allreduce_rms": {"fuse_allreduce_rms": False},
+    "fuse_norm_quant": {"fuse_norm_quant": True},
+    "fuse_act_quant": {"fuse_act_quant": False},
+    "verify": {"verify": "always"},
+    "verify_timeout_s": {"verify_timeout_s": 7.0},
+    "agreement_timeout_s": {"agreement_timeout_s": 7.0},
+    "enable_qk_norm_rope_fusion": {"enable_qk_norm_rope_fusion": True},
+    "eliminate_noops": {"eliminate_noops": False},
+    "policy": {"policy": "ordered(act_padding)"},
+    "compile_ranges": {"compile_ranges": (RANGE,)},
+    "max_fusions": {"max_fusions": 3},
+    "force": {"force": ("act_padding",)},
+    "forbid": {"forbid": ("act_padding",)},
+    "costs": {"costs": "modelled"},
+    "cost_table": {"cost_table": "costs.json"},
+    "plan": {"plan": "plan.json"},
+    "node_budget": {"node_budget": 7},
+    "allow_rounding_changes": {"allow_rounding_changes": True},
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    table().save(tmp_path / "costs.json")
+    saved().save(tmp_path / "plan.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def other_value(field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    """The field with another value; of one that isn't listed, e.g. a new one, by its type."""
+    default = getattr(PassConfig(), field.name)
+    return CONFIGS.get(field.name) or {field.name: not default if isinstance(default, bool) else f"other {default}"}
+
+
+def test_every_setting_changes_the_key(files: Path) -> None:
+    fields = dataclasses.fields(PassConfig)
+    keys = {key(), *(key(PassConfig(**other_value(field))) for field in fields)}
+    assert len(keys) == len(fields) + 1
+
+
+def test_files_count_by_their_content(files: Path) -> None:
+    priced, planned = PassConfig(cost_table="costs.json"), PassConfig(plan="plan.json")
+    keys = {key(priced), key(planned)}
+    table(6).save(files / "costs.json")
+    keys.add(key(priced))
+    for other in (saved("#0 a b d"), saved(graph="graph_1"), saved(span=(1, 8))):
+        other.save(files / "plan.json")
+        keys.add(key(planned))
+    assert len(keys) == 6
+    text = json.dumps(json.loads((files / "costs.json").read_text()))
+    (files / "moved.json").write_text(text)
+    assert key(PassConfig(cost_table="moved.json")) in keys
+
+
+def test_the_environment_counts_where_it_decides(files: Path) -> None:
+    environments = [
+        Environment(), Environment(enabled=False), Environment(cost_table=Path("costs.json")),
+    ]  # fmt: skip
+    assert len({key(environment=each) for each in environments}) == len(environments)
+    assert key(environment=Environment(debug_dir=files)) == key()
+    assert {field.name for field in dataclasses.fields(Environment)} == {"enabled", "debug_dir", "cost_table"}
+
+
+class Before(CustomGraphPass):
+    """Somebody's pass."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Nothing."""
+
+    def uuid(self) -> str:
+        return self.version
+
+
+def pass_that_adds(number: int) -> Callable[[fx.Graph], None]:
+    def add(graph: fx.Graph) -> None:
+        graph.number = number  # type: ignore[attr-defined]
+
+    return add
+
+
+def external(scale: float, allowed: bool = True, name: str = "mine", saving_us: float | None = None) -> ExternalPass:
+    """add -> relu  =>  something of `scale`; the text is the same for each."""
+
+    def pattern(x: Tensor, y: Tensor) -> Any:
+        return torch.ops.aten.relu.default(torch.ops.aten.add.Tensor(x, y))
+
+    def replacement(x: Tensor, y: Tensor) -> Any:
+        return torch.ops.aten.mul.Tensor(torch.ops.aten.add.Tensor(x, y), scale)
+
+    matcher = PatternMatcherPass()
+    inputs = [torch.empty(4, 4), torch.empty(4, 4)]
+    register_replacement(pattern, replacement, inputs, fwd_only, matcher, extra_check=lambda match: allowed)
+    return ExternalPass(matcher=matcher, name=name, saving_us=saving_us)
+
+
+ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
+    "compile_range": [lambda: RANGE, lambda: CompileRange(start=1, end=9), lambda: CompileRange(start=2, end=8)],
+    "previous": [
+        lambda: [Before("1")],
+        lambda: [Before("2")],
+        lambda: [Before("1"), Before("2")],
+        lambda: [pass_that_adds(1)],
+        lambda: [pass_that_adds(2)],
+    ],
+    "rules": [lambda: BUILT_IN_RULES[1:]],
+    "providers": [lambda: BUILT_IN_PROVIDERS[:1]],
+    "device": [lambda: device_profile("h200"), lambda: device_profile("h100"),
+               lambda: dataclasses.replace(device_profile("h200"), vendor="amd")],
+    "environment": [lambda: Environment(enabled=False)],
+    "prices": [
+        lambda: Prices(model=CostModel(HARDWARE["h100"])),
+        lambda: Prices(model=CostModel(HARDWARE["cpu"], pad="eager")),
+        lambda: Prices(model=CostModel(HARDWARE["cpu"]), table=table()),
+        lambda: Prices(model=CostModel(HARDWARE["cpu"]), table=table(6)),
+        lambda: Prices(model=CostModel(HARDWARE["cpu"]), table=table(), source="measured"),
+        lambda: Prices(model=CostModel(dataclasses.replace(HARDWARE["cpu"], cache=HARDWARE["h100"].cache))),
+    ],
+    "passes": [
+        lambda: [pass_that_adds(1)],
+        lambda: [pass_that_adds(2)],
+        lambda: [external(2.0)],
+        lambda: [external(3.0)],
+        lambda: [external(2.0, allowed=False)],
+        lambda: [external(2.0, name="other")],
+        lambda: [external(2.0, saving_us=1.0)],
+    ],
+}  # fmt: skip
+OF_NO_CONSEQUENCE = {"config": "its own test", "on_report": "who is told"}
+
+
+def test_every_argument_changes_the_key() -> None:
+    names = set(inspect.signature(PostGradPassManager.__init__).parameters) - {"self"}
+    assert names == {*ARGUMENTS, *OF_NO_CONSEQUENCE}
+    keys = [key(), *(key(**{name: make()}) for name, makes in ARGUMENTS.items() for make in makes)]
+    assert len(set(keys)) == len(keys)
+    assert key(on_report=print) == key()
+    for name, makes in ARGUMENTS.items():
+        assert [key(**{name: make()}) for make in makes] == [key(**{name: make()}) for make in makes]
+
+
+class Own(Rule):
+    """rms_norm -> relu, with everything that a rule has."""
+
+    name, flags, op, core = "own", ("fuse_act_padding",), ops.rms_norm_pad, ops.rms_norm
+    limit = 1
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return torch.ops.aten.relu.default(ops.rms_norm(x, weight, eps, rounding))
+
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return ops.rms_norm_pad(x, weight, eps, rounding, 8)
+
+    def check(self, m: Bindings) -> None:
+        return None
+
+
+def _other_pattern(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+    return torch.ops.aten.sigmoid.default(ops.rms_norm(x, weight, eps, rounding))
+
+
+def _padded(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+    return ops.pad(ops.rms_norm(x, weight, eps, rounding), 8)
+
+
+def _other_replacement(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+    return ops.rms_norm_pad(x, weight, eps, rounding, 16)
+
+
+def _checks(limit: int) -> Callable[..., Refusal | None]:
+    def check(self: Any, m: Bindings) -> Refusal | None:
+        return m.refuse(Reason.SIZE, "x", "too wide") if m.x.shape[-1] > limit else None
+
+    return check
+
+
+def own(**members: Any) -> Rule:
+    return type("Own", (Own,), {"__module__": __name__, **members})()  # type: ignore[no-any-return]
+
+
+def _of_another_op(**changes: Any) -> Rule:
+    op = dataclasses.replace(ops.rms_norm_pad, **changes)
+    return own(op=op)
+
+
+RULES: dict[str, Callable[[], Rule]] = {
+    "as it is": own,
+    "pattern": lambda: own(pattern=_other_pattern),
+    "replacement": lambda: own(replacement=_other_replacement),
+    "check": lambda: own(check=_checks(1)),
+    "what the check closes over": lambda: own(check=_checks(2)),
+    "what the check reads of the class": lambda: own(limit=2),
+    "what the check reads of the instance": lambda: Own(factor=2.0),
+    "requires": lambda: own(requires=("act_padding",)),
+    "together": lambda: own(together=True),
+    "flags": lambda: own(flags=("fuse_norm_quant",)),
+    "name": lambda: own(name="other"),
+    "pattern of two ops": lambda: own(pattern=_padded),
+    "core": lambda: own(pattern=_padded, core=ops.pad),
+    "reference of the op": lambda: _of_another_op(reference=lambda *arguments: arguments[0]),
+    "fake of the op": lambda: _of_another_op(fake=lambda *arguments: arguments[0]),
+    "tolerance of the op": lambda: _of_another_op(error_factor=3.0),
+}
+
+
+def test_every_part_of_a_rule_changes_the_key() -> None:
+    keys = {name: key(rules=[*BUILT_IN_RULES, make()]) for name, make in RULES.items()}
+    assert len({*keys.values(), key()}) == len(keys) + 1
+    assert keys == {name: key(rules=[make(), *BUILT_IN_RULES]) for name, make in RULES.items()}
+
+
+def test_rules_of_one_name_and_op_have_no_order() -> None:
+    rules = [own(), own(pattern=_other_pattern)]
+    assert key(rules=rules) == key(rules=rules[::-1]) != key(rules=rules[:1])
+
+
+def _kernel(factor: float) -> Callable[..., Tensor]:
+    def kernel(x: Tensor, *rest: Any) -> Tensor:
+        return x * factor
+
+    return kernel
+
+
+def _accepts(width: int) -> Callable[[Any], Refusal | None]:
+    return lambda m: None if m.x.shape[-1] == width else Refusal(reason=Reason.SIZE, detail="too wide")
+
+
+def provider(**changes: Any) -> Provider:
+    fields: dict[str, Any] = {"accepts": _accepts(1), "roundings": None, "kernel": _kernel(1.0)}
+    offer = Offer(**{name: changes.pop(name, value) for name, value in fields.items()})
+    op: DialectOp = changes.pop("op", ops.rms_norm_pad)
+    given: dict[str, Any] = {
+        "name": "mine", "description": "", "vendors": frozenset({"cpu", "nvidia"}), "package": None, "install": "",
+        "implements": {op.name: offer},
+    }  # fmt: skip
+    return Provider(**{**given, **changes})
+
+
+PROVIDERS: dict[str, Callable[[], Provider]] = {
+    "as it is": provider,
+    "name": lambda: provider(name="other"),
+    "kernel": lambda: provider(kernel=_kernel(2.0)),
+    "accepts": lambda: provider(accepts=_accepts(2)),
+    "roundings": lambda: provider(roundings=frozenset({"llama"})),
+    "op": lambda: provider(op=ops.rms_norm),
+    "availability": lambda: provider(vendors=frozenset({"amd"})),
+    "missing": lambda: provider(package="a_package_that_nobody_has"),
+    "version": lambda: provider(package="pytest"),
+    "version of another": lambda: provider(package="hypothesis"),
+}
+
+
+def test_every_part_of_a_provider_changes_the_key() -> None:
+    keys = {name: key(providers=[*BUILT_IN_PROVIDERS, make()]) for name, make in PROVIDERS.items()}
+    assert len({*keys.values(), key()}) == len(keys) + 1
+    assert keys == {name: key(providers=[make(), *BUILT_IN_PROVIDERS]) for name, make in PROVIDERS.items()}
+
+
+def test_what_a_provider_only_prices_counts_for_other_devices() -> None:
+    unpriced = [dataclasses.replace(each, prices={}) for each in BUILT_IN_PROVIDERS]
+    assert key(providers=unpriced) == key()
+    assert key(providers=unpriced, device=device_profile("h200")) != key(device=device_profile("h200"))
+
+
+def test_source_torch_and_devices_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [key()]
+    for name, value in (("source_digest", lambda: "other"), ("_local_devices", lambda: ["another GPU"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(fingerprint, name, value)
+            keys.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.12.0")
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_source_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.py", "planner/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "fingerprint.py"))
+    digests = [fingerprint.source_digest.__wrapped__()]
+    (tmp_path / "planner/b.py").write_text("2")
+    digests.append(fingerprint.source_digest.__wrapped__())
+    (tmp_path / "planner/b.py").rename(tmp_path / "planner/c.py")
+    digests.append(fingerprint.source_digest.__wrapped__())
+    assert len(set(digests)) == 3
+
+
+@pytest.fixture
+def world() -> Iterator[Callable[[int], None]]:
+    """Starts worlds of several ranks that this process is the first of."""
+
+    def start(ranks: int) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+
+    yield start
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_ranks_and_groups_change_the_key(world: Callable[[int], None]) -> None:
+    """A graph has the name of a group alone, and a kernel serves some sizes."""
+    manager = PostGradPassManager(PassConfig())
+    keys = [manager.uuid()]
+    for ranks, groups in ((2, ()), (4, ()), (4, ([0, 1],)), (4, ([0, 1, 2],)), (4, ([0, 1], [0, 1]))):
+        world(ranks)
+        for group in groups:
+            dist.new_group(group)
+        keys.append(manager.uuid())
+        assert PostGradPassManager(PassConfig()).uuid() == keys[-1]
+    assert len(set(keys)) == len(keys)
+    assert hash(manager) == hash(PostGradPassManager(PassConfig()))
+
+
+def test_position_changes_nothing() -> None:
+    assert key() == key(rules=BUILT_IN_RULES[::-1], providers=BUILT_IN_PROVIDERS[::-1])
+    one, other = PassConfig(forbid=("act_padding", "norm_quant")), PassConfig(forbid=("norm_quant", "act_padding"))
+    assert key(one) == key(other)
+    one, other = PassConfig(force=("act_padding", "norm_quant")), PassConfig(force=("norm_quant", "act_padding"))
+    assert key(one) == key(other)
+
+
+def test_another_process_has_the_same_key() -> None:
+    code = (
+        "from tests.test_keys import *\n"
+        "print(key(rules=[own(), *BUILT_IN_RULES[::-1]], providers=[provider(), *BUILT_IN_PROVIDERS[::-1]],\n"
+        "    passes=[external(2.0), pass_that_adds(1)], device=device_profile('h200')))\n"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "11"}
+    root = Path(fuseplan.__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    here = key(
+        rules=[*BUILT_IN_RULES, own()], providers=[*BUILT_IN_PROVIDERS, provider()],
+        passes=[external(2.0), pass_that_adds(1)], device=device_profile("h200"),
+    )  # fmt: skip
+    assert run.stdout.split() == [here]
