@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import re
 import tomllib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 from tests.mutation.operators import Span, operators
+
+KEYWORD_ONLY = re.compile(r"(?<=[\s(])\*(?=,)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,18 @@ def mutants_of(path: str, source: str, *, without: Collection[str] = ()) -> list
         for occurrence, place in enumerate(places):
             if name not in without and not any(_within(place, span) for span in skipped):
                 changed = mutate_code(source, operator, occurrence)
-                if changed is not None and changed != source:
+                if changed is not None and changed != source and _compiles(changed):
                     mutant = _mutant(path, name, source, changed)
                     found.setdefault(mutant.key, mutant)
     return sorted(found.values(), key=lambda mutant: (mutant.lines, mutant.operator, mutant.after))
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def _mutant(path: str, operator: str, source: str, changed: str) -> Mutant:
@@ -77,7 +88,9 @@ def _mutant(path: str, operator: str, source: str, changed: str) -> Mutant:
 
 
 def _skipped(source: str) -> list[Span]:
-    """Spans that are no checks: annotations, decorators, assertions of what can't be otherwise, and texts."""
+    """Spans that are no checks: annotations, decorators, texts, assertions of what can't be otherwise (`strict=True` of
+    zip is one), and the mark of parameters that go by keyword alone.
+    """
 
     def spans(node: ast.AST) -> Iterator[ast.AST | None]:
         match node:
@@ -92,9 +105,13 @@ def _skipped(source: str) -> list[Span]:
                 yield from node.decorator_list
             case ast.Assert() | ast.JoinedStr():
                 yield node
+            case ast.keyword(arg="strict"):
+                yield node.value
 
     found = (each for node in ast.walk(ast.parse(source)) for each in spans(node))
-    return [
+    lines = enumerate(source.splitlines(), start=1)
+    marks = [((line, mark.start()), (line, mark.end())) for line, text in lines for mark in KEYWORD_ONLY.finditer(text)]
+    return marks + [
         ((each.lineno, each.col_offset), (each.end_lineno, each.end_col_offset))
         for each in found
         if isinstance(each, ast.expr | ast.stmt) and each.end_lineno is not None and each.end_col_offset is not None

@@ -80,6 +80,8 @@ def test_an_atom_brings_all_that_it_needs() -> None:
     assert packing.closures == [{0, 1, 2}, {1, 2}, {2}, {3}]
     assert packing.dependents == [{0}, {0, 1}, {0, 1, 2}, {3}]
     assert packing.coupled
+    assert packed(5, 7, requires=((0, 1),)).coupled
+    assert not packed(5, 7, conflicts=((0, 1),)).coupled
     state = State.root(packing)
     weights = packing.weights
     assert state.gain(0) == weights[0] + weights[1] + weights[2]

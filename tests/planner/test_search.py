@@ -115,16 +115,21 @@ def _tangle(size: int, share: float, seed: int, **constraints: Any) -> Component
     return Component(savings=tuple(random.randint(1, 50) for _ in range(size)), conflicts=conflicts, **constraints)
 
 
-def test_the_search_costs_the_same_everywhere() -> None:
+NEEDS = ((0, 1), (2, 3), (4, 3), (10, 11), (12, 11), (14, 15))
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "constraints", "nodes"),
+    [
+        (28, 0.25, {}, 418),
+        (20, 0.15, {"requires": NEEDS[:3], "cuts": ((5, 6, 7), (8, 9, 10, 11))}, 122),
+        (24, 0.3, {"requires": NEEDS}, 284),
+    ],
+)
+def test_the_search_costs_the_same_everywhere(size: int, share: float, constraints: dict[str, Any], nodes: int) -> None:
     """On components without any structure; another choice of what to branch on costs more, or less."""
-    plain, coupled = 0, 0
-    for seed in range(12):
-        first = contract(_tangle(28, 0.25, seed))
-        second = contract(_tangle(20, 0.15, seed, requires=((0, 1), (2, 3), (4, 3)), cuts=((5, 6, 7), (8, 9, 10, 11))))
-        assert first is not None
-        assert second is not None
-        plain, coupled = plain + search(first, 10_000).nodes, coupled + search(second, 10_000).nodes
-    assert (plain, coupled) == (418, 122)
+    packings = [contract(_tangle(size, share, seed, **constraints)) for seed in range(12)]
+    assert sum(search(packing, 10_000).nodes for packing in packings if packing) == nodes
 
 
 def covers(packing: Packing, found: Iterable[Sequence[int]], atoms: Iterable[int]) -> bool:
@@ -193,6 +198,7 @@ def test_what_a_linear_relaxation_may_cost(monkeypatch: pytest.MonkeyPatch) -> N
     branched, relaxed = linear(packing), (25, 20, 1)
     assert branched is not None
     assert branched[:2] == (20, 20)
+    assert branched[2] >= 1
     assert linear(packing, milp.NODES_PER_LINEAR_NODE) == branched
     assert linear(packing, milp.NODES_PER_LINEAR_NODE - 1) == relaxed
     monkeypatch.setattr(milp, "MAX_FRACTIONAL", 5)
@@ -257,6 +263,14 @@ def test_regrets_of_large_components_are_what_neighbours_save(
         assert given.regrets(held, ()) == [0 if i == centre else None for i in range(3)]
     else:
         assert given.regrets(held, ()) == [10 - saving if i != centre else 0 for i, saving in enumerate(savings)]
+
+
+def test_regrets_of_large_components_count_neighbours_that_are_chosen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "LARGE", 2)
+    problem = Problem(names=tuple("abcd"), savings_ns=(10, 1, 2, 20), conflicts=frozenset({(0, 1), (1, 2), (2, 3)}))
+    given = Solver()
+    assert given.solve(problem).selected == (0, 3)
+    assert given.regrets(problem, ()) == [0, 9, 18, 0]
 
 
 def test_large_components_are_searched_a_little_and_then_relaxed(monkeypatch: pytest.MonkeyPatch) -> None:

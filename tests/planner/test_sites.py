@@ -91,6 +91,15 @@ def test_shapes_hold_all_that_prices_depend_on() -> None:
     assert sites_of(dtype=torch.float32)[1].shape(3).itemsize == 4
 
 
+def test_widths_are_those_of_the_last_dimension() -> None:
+    def model(x: Any, w: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 28)
+
+    (site,) = find_sites(canonicalize(written(model, {"x": randn(2, 5, 100), "w": randn(100)})))
+    shape = site.shape(10)
+    assert (shape.width, shape.tails) == (100, (PAD,))
+
+
 def test_signatures_say_all_but_the_rows() -> None:
     first, second, third = (site.shape(7).signature for site in sites_of())
     assert first == "all_reduce[4] -> add -> rms_norm -> static_fp8_quant -> pad 100:128 100 bfloat16 llama"

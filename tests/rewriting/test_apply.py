@@ -231,6 +231,18 @@ def test_inputs_that_come_late_are_waited_for_and_nothing_else_moves() -> None:
     ]  # fmt: skip
 
 
+def test_a_fused_op_stands_where_the_first_of_its_nodes_stood() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
+        between = aten.neg.default(x)
+        return ops.pad(y, 8), aten.relu.default(total), between
+
+    graph = written(model, INPUTS)
+    check_rewritten(graph, [*INPUTS.values()], RULES["act_padding"])
+    fused, item = "fuseplan.fused_add_rms_norm_pad.default", str(operator.getitem)
+    assert calls(graph) == [fused, item, item, "aten.neg.default", "aten.relu.default"]
+
+
 def test_a_provider_runs_its_own_overload() -> None:
     def kernel(x: Tensor, weight: Tensor, eps: float, rounding: str, right: int) -> Tensor:
         return F.pad(x + 1, (0, right))

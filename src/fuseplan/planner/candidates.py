@@ -103,7 +103,7 @@ def _unique(candidates: list[Candidate]) -> tuple[Candidate, ...]:
     if all(count == 1 for count in counts.values()):
         return tuple(candidates)
     result, seen = [], dict.fromkeys(counts, 0)
-    for candidate in sorted(candidates, key=lambda c: (c.name, min(c.match.consumed)._sort_key)):
+    for candidate in sorted(candidates, key=lambda c: (c.name, c.anchor._sort_key)):
         seen[candidate.name] += 1
         suffix = f" {seen[candidate.name]}" if counts[candidate.name] > 1 else ""
         result.append(replace(candidate, name=f"{candidate.name}{suffix}"))

@@ -6,7 +6,7 @@ weigh the same and comparing weights is comparing (saving, fewer candidates, ear
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fuseplan.planner.components import Component, DisjointSets
@@ -49,9 +49,9 @@ class Packing:
     members: list[tuple[int, ...]]
     neighbours: list[frozenset[int]]
     closures: list[frozenset[int]]
-    limits: list[Limit] = field(default_factory=list)
-    mandatory: list[frozenset[int]] = field(default_factory=list)
-    bonus: int = 0
+    limits: list[Limit]
+    mandatory: list[frozenset[int]]
+    bonus: int
     alive: frozenset[int] = frozenset()
     chosen: frozenset[int] = frozenset()
     weight: int = 0
