@@ -16,7 +16,7 @@ from tests.differential.norms import EPSILON, root
 from tests.differential.recording import record
 from tests.differential.settings import ONE_ROUNDING, Setting
 from tests.differential.vocabulary import turned
-from tests.helpers import HIDDEN, gemma, llama, quantize, quantize_rows, randn, vllm
+from tests.helpers import HIDDEN, all_reduce, gemma, llama, quantize, quantize_rows, randn, vllm
 
 X, R, W = randn(5, HIDDEN), randn(5, HIDDEN, seed=1), 1 + randn(HIDDEN, seed=2) / 5
 SCALE = torch.tensor([0.02])
@@ -166,3 +166,12 @@ def test_what_reads_memory_by_strides_keeps_its_memory() -> None:
 
     assert fused(model, X, R, W) == {}
     assert fused(padded, X, W) == {}
+
+
+def test_what_was_moved_before_an_all_reduce_is_no_wrong_reading_of_the_graph(one_rank: str) -> None:
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = all_reduce(x.sin().reshape(-1, HIDDEN), one_rank).reshape(x.shape)
+        return llama(reduced, x, w)
+
+    setting = Setting(config=replace(ALL.config, verify="always"))
+    assert fused(model, randn(2, 3, HIDDEN), W, setting=setting) == {"allreduce_rms": 1}
