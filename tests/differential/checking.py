@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import fuseplan
 from fuseplan.errors import PlanError
 from fuseplan.graph.facts import is_dense
 from fuseplan.graph.surgery import is_sorted
-from fuseplan.record import Report
+from fuseplan.record import Reason, Report
 from tests.differential.errors import Exact, exactly, excess, same, widened
 from tests.differential.program import Program
 from tests.differential.recording import Recorded, copies, uncached
@@ -36,6 +36,14 @@ class Outcome:
     fused: Counter[str] = field(default_factory=Counter)
     contradictory: bool = False
     problems: list[str] = field(default_factory=list)
+
+    def add(self, reports: Iterable[Report]) -> None:
+        """Counts what reports say was fused. Nothing may have gone wrong: all providers are right."""
+        for report in reports:
+            self.fused.update({rule: count for rule, count in report.fused.items() if count})
+            for refusal in (each for graph in report.graphs for each in graph.refusals):
+                if refusal.reason in (Reason.FAULT, Reason.VERIFICATION):
+                    self.problems.append(f"{refusal.reason}: {refusal.rule or 'all'}: {refusal.detail}")
 
 
 class Interpreted:
@@ -67,7 +75,7 @@ class Interpreted:
             if str(graph) != text:
                 outcome.problems.append("a refused plan changed the graph")
             return outcome
-        outcome.fused.update({rule: count for rule, count in reports[-1].fused.items() if count})
+        outcome.add(reports)
         setting.manager(shuffle=rng)(again)
         if str(again) != str(graph):
             outcome.problems.append("the order of rules and providers changed the plan")
@@ -187,8 +195,7 @@ def through_inductor(program: Program, setting: Setting, group: str) -> Outcome:
         if not outcome.contradictory:
             raise
         return outcome
-    for report in reports:
-        outcome.fused.update({rule: count for rule, count in report.fused.items() if count})
+    outcome.add(reports)
     eager = _runs(program, program.module(group))
     with Exact():
         exact = _runs(program, program.module(group).double(), widened)

@@ -158,6 +158,7 @@ def draw(rng: random.Random) -> Setting:
             eliminate_noops=rng.random() < 0.8,
             max_fusions=rng.choice((None, None, None, None, 1, 2)),
             allow_rounding_changes=rng.random() < 0.3,
+            verify=rng.choices(("off", "always"), (4, 1))[0],
         ),
         rules=rules,
         providers=(*providers, *([MINE] if rules else [])),

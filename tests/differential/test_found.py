@@ -16,7 +16,7 @@ from tests.differential.norms import EPSILON, root
 from tests.differential.recording import record
 from tests.differential.settings import ONE_ROUNDING, Setting
 from tests.differential.vocabulary import turned
-from tests.helpers import HIDDEN, gemma, llama, quantize, quantize_rows, randn, vllm
+from tests.helpers import HIDDEN, all_reduce, gemma, llama, quantize, quantize_rows, randn, vllm
 
 X, R, W = randn(5, HIDDEN), randn(5, HIDDEN, seed=1), 1 + randn(HIDDEN, seed=2) / 5
 SCALE = torch.tensor([0.02])
@@ -166,3 +166,29 @@ def test_what_reads_memory_by_strides_keeps_its_memory() -> None:
 
     assert fused(model, X, R, W) == {}
     assert fused(padded, X, W) == {}
+
+
+def test_what_was_moved_before_an_all_reduce_is_no_wrong_reading_of_the_graph(one_rank: str) -> None:
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = all_reduce(x.sin().reshape(-1, HIDDEN), one_rank).reshape(x.shape)
+        return llama(reduced, x, w)
+
+    setting = Setting(config=replace(ALL.config, verify="always"))
+    assert fused(model, randn(2, 3, HIDDEN), W, setting=setting) == {"allreduce_rms": 1}
+
+
+def test_a_reduced_value_that_is_its_own_residual_is_not_reduced_twice(one_rank: str) -> None:
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = all_reduce(x, one_rank)
+        return llama(reduced, reduced, w)
+
+    setting = Setting(config=replace(ALL.config, verify="always"))
+    assert fused(model, X, W, setting=setting) == {}
+
+
+def test_strides_of_single_elements_mean_nothing(one_rank: str) -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return llama(all_reduce(x.reshape(2, 1).transpose(0, 1), one_rank), None, w)[0]
+
+    setting = Setting(config=replace(ALL.config, verify="always"))
+    assert fused(model, randn(1, 2), randn(2), setting=setting) == {"allreduce_rms": 1}

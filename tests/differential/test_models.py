@@ -14,7 +14,7 @@ import pytest
 from tests.differential.checking import Interpreted, Outcome, through_inductor
 from tests.differential.generate import generate
 from tests.differential.program import Program
-from tests.differential.recording import record, record_program
+from tests.differential.recording import record_program
 from tests.differential.settings import Setting, direct, draw, in_ranges
 
 SETTINGS = 4
@@ -71,7 +71,7 @@ def compiled(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
     """Compiles a program by Inductor under one setting."""
     rng = random.Random(program.seed)
     setting = draw(rng)
-    recorded, *_ = record(program.module(group), [program.inputs(0)])
+    recorded, *_ = record_program(program, group)
     setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
     if program.marked == "dynamic" and rng.random() < 0.3:
         setting = in_ranges(setting)
@@ -107,7 +107,7 @@ def test_many_random_models_interpreted(chunk: int, one_rank: str, first_seed: i
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("chunk", range(100))
+@pytest.mark.parametrize("chunk", range(50))
 def test_many_random_models_through_inductor(chunk: int, one_rank: str, first_seed: int) -> None:
     """500 models."""
-    tried(chunk_of(first_seed, chunk, 5), 6, compiled, one_rank).check(least=0.0)
+    tried(chunk_of(first_seed, chunk, 10), 6, compiled, one_rank).check(least=0.1)

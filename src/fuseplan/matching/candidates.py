@@ -152,6 +152,7 @@ def _refused(canonical: CanonicalGraph, match: Match) -> Refusal | None:
     rule = match.rule
     return (
         _stray_user(canonical, match)
+        or _own_input(canonical, match)
         or _restrided(canonical, match)
         or _illegal(canonical, match)
         or _unknown_group(match)
@@ -173,6 +174,19 @@ def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
                 match, Reason.USERS, f"{read} is {how}, and {match.rule.op.name} doesn't yield it", names,
                 node if user.op == "output" else user, expected=f"no other reader of {op_name(node)}",
                 found=op_name(user), mend=mend,
+            )  # fmt: skip
+    return None
+
+
+def _own_input(canonical: CanonicalGraph, match: Match) -> Refusal | None:
+    """A value that is computed inside and given to the fused op, too: it would have to be computed twice."""
+    inside = {*match.consumed}
+    for name, node in match.values.items():
+        if isinstance(node, fx.Node) and node in inside:
+            original = canonical.source_node(node).name
+            return _refusal(
+                match, Reason.USERS, f"{op_name(node)} ({original}) is the {name} of {match.rule.op.name}, too",
+                (original,), node, expected=f"no other reader of {op_name(node)}", found=op_name(match.core),
             )  # fmt: skip
     return None
 

@@ -33,12 +33,13 @@ class Region:
 
     @classmethod
     def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
-        """The region, or None where there is none: what the canonical graph moved has no original."""
+        """The region, or None where there is none: an input that the canonical graph moved has no original."""
         bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         inputs: dict[fx.Node, str] = {}
+        if not all(node in canonical.origin for node in bound.values()):
+            return None
         for name, node in bound.items():
-            if node in canonical.origin:
-                inputs.setdefault(canonical.origin[node], name)
+            inputs.setdefault(canonical.origin[node], name)
         outputs = tuple(canonical.origin.get(node) if node is not None else None for node in match.outputs)
         found: set[fx.Node] = set()
         stack = [node for node in outputs if node is not None]
