@@ -1,6 +1,7 @@
 """Post-grad graphs of a model as a custom pass would receive them, without generating any code."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
@@ -67,7 +68,8 @@ class _Recorder:
 def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
     """Traces `model(*inputs, **kwargs)` through Dynamo, AOTAutograd and Inductor's post-grad passes.
 
-    The model is run once, on fake tensors where its inputs are fake.
+    The model is run once, on fake tensors where its inputs are fake. Threads that trace take turns; none may compile or
+    run compiled code meanwhile, since Dynamo's caches are dropped, which torch doesn't guard against.
 
     Args:
         model: a module or function.
@@ -79,6 +81,14 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
     Raises:
         WorkloadError: nothing could be traced, and the text has torch's reason; or the model is on the meta device.
     """
+    with _TURN:
+        return _capture(model, inputs, kwargs, dynamic=dynamic)
+
+
+_TURN = threading.RLock()
+
+
+def _capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
     start = time.perf_counter_ns()
     recorder = _Recorder()
     torch._dynamo.reset()

@@ -253,7 +253,8 @@ def explain(
     """What `compile(model, config=config)` would fuse in `model(*inputs, **model_arguments)`, and what not and why.
 
     The model is traced as `torch.compile` would, and run once; no code is generated. Fake tensors will do for its
-    weights and inputs, and so neither a GPU nor weights are needed.
+    weights and inputs, and so neither a GPU nor weights are needed. Dynamo's caches are dropped: what was compiled
+    before is compiled anew at its next call, and no other thread may compile or run compiled code meanwhile.
 
     Args:
         model: a module or function.
