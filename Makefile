@@ -5,6 +5,9 @@ VENV   ?= .venv
 # torch comes first and pinned: asked for as a dependency, pip would take the newest build, on Linux with several GB of
 # CUDA. A CPU-only build: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH  ?= torch==2.13.0
+# The newest torch that the tests are run on, in an environment of its own; pip's build of it runs on the CPU too.
+NEWEST_TORCH ?= torch==2.14.1
+NEWEST_VENV  ?= .venv-newest
 # Two workers, who take tests from each other: a few of them compile for a minute.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?= gpt-oss-120b --tp 2
@@ -13,10 +16,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly lint docs pictures setup clean
+.PHONY: help demo test test-newest nightly mutants lint docs pictures setup clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run ## show how the order of two passes starves one of them (no GPU, weights or network)
 	@$(BIN)/fuseplan explain $(DEMO_ARGS)
@@ -24,8 +27,17 @@ demo: $(VENV)/.run ## show how the order of two passes starves one of them (no G
 test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-nightly: $(VENV)/.dev ## the tests that take long: many random models, fuzzing, leaks
+test-newest: ## the same on the newest torch that is tried, set up beside the other
+	@$(MAKE) --no-print-directory test VENV="$(NEWEST_VENV)" TORCH="$(NEWEST_TORCH)"
+
+nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks; then mutants and test-newest
 	@$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory mutants
+	@$(MAKE) --no-print-directory test-newest
+
+mutants: $(VENV)/.mutation ## whether tests notice changes to planner, rewriting and rules; MUTANTS="--sample 10" tries some
+	@$(BIN)/python -m tests.mutation $(MUTANTS)
+	@$(BIN)/python -m tests.mutation --least 0.85 --report benchmarks/results/mutation.json
 
 lint: $(VENV)/.dev ## ruff and strict mypy
 	$(BIN)/ruff check .
@@ -41,8 +53,8 @@ pictures: $(VENV)/.dev ## make the pictures of the documentation anew, from real
 
 setup: $(VENV)/.dev ## create .venv with everything that development needs
 
-clean: ## remove .venv and all caches
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-newest and all caches
+	rm -rf $(VENV) $(NEWEST_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.
@@ -69,4 +81,9 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.run
 	@echo "fuseplan: installing the development tools"
 	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.mutation: $(VENV)/.dev
+	@echo "fuseplan: installing what makes mutants"
+	@$(PIP) install -c constraints.txt -e ".[mutation]"
 	@touch $@

@@ -19,3 +19,14 @@ def one_rank() -> Iterator[str]:
     assert dist.group.WORLD is not None
     yield dist.group.WORLD.group_name
     dist.destroy_process_group()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--first-seed", type=int, default=0, help="of the random models in tests/differential")
+
+
+@pytest.fixture(scope="session")
+def first_seed(pytestconfig: pytest.Config) -> int:
+    """The number that random models follow from: another one gives other models."""
+    seed: int = pytestconfig.getoption("--first-seed")
+    return seed

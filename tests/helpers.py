@@ -1,11 +1,15 @@
 """Small models in the spellings that real ones use, and the graphs that Inductor makes of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import _functional_collectives as collectives
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 
 from fuseplan.canonical import CanonicalGraph, canonicalize
@@ -82,3 +86,27 @@ def post_grad(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = Fal
 def canonical(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> CanonicalGraph:
     """That graph, raised."""
     return canonicalize(post_grad(function, *inputs, dynamic=dynamic))
+
+
+def written(function: Callable[..., Any], inputs: Mapping[str, Tensor], *, dynamic: bool = False) -> fx.Graph:
+    """The graph of a function that calls dialect and aten ops itself, with fake values: nothing is captured, so that it
+    takes milliseconds. If it is dynamic, the rows of matrices are symbols.
+
+    `inputs` are handed over by name.
+    """
+    graph = fx.Graph()
+    tracer = GraphAppendingTracer(graph)
+    results = function(**{name: fx.Proxy(graph.placeholder(name), tracer) for name in inputs})
+    graph.output(fx.node.map_aggregate(results, lambda each: each.node if isinstance(each, fx.Proxy) else each))
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    fakes = [_fake(value, mode, dynamic) for value in inputs.values()]
+    FakeTensorProp(fx.GraphModule({}, graph), mode).propagate_dont_convert_inputs(*fakes)
+    return graph
+
+
+def _fake(value: Tensor, mode: FakeTensorMode, dynamic: bool) -> Tensor:
+    if not dynamic or value.dim() != 2:
+        return mode.from_tensor(value, static_shapes=True)
+    sizes = [DimDynamic.DUCK, DimDynamic.STATIC]  # equal sizes are one symbol
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(value, symbolic_context=context)

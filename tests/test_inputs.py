@@ -36,6 +36,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 
 DYNAMIC_IMPORTS = {
     ("__init__.py", "__getattr__"): "a name of fuseplan's own table, in its own modules",
+    ("compatibility/check.py", "_wrong"): "the modules of torch that the list of private interfaces names",
     ("workloads.py", "_call_factory"): "the module of package.module:factory, which the user asks to be run",
 }
 

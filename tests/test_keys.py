@@ -58,6 +58,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fuse_allreduce_rms": {"fuse_allreduce_rms": False},
     "fuse_norm_quant": {"fuse_norm_quant": True},
     "fuse_act_quant": {"fuse_act_quant": False},
+    "verify": {"verify": "always"},
+    "verify_timeout_s": {"verify_timeout_s": 7.0},
+    "agreement_timeout_s": {"agreement_timeout_s": 7.0},
     "enable_qk_norm_rope_fusion": {"enable_qk_norm_rope_fusion": True},
     "eliminate_noops": {"eliminate_noops": False},
     "policy": {"policy": "ordered(act_padding)"},
@@ -219,6 +222,10 @@ def _other_pattern(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> A
     return torch.ops.aten.sigmoid.default(ops.rms_norm(x, weight, eps, rounding))
 
 
+def _padded(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+    return ops.pad(ops.rms_norm(x, weight, eps, rounding), 8)
+
+
 def _other_replacement(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
     return ops.rms_norm_pad(x, weight, eps, rounding, 16)
 
@@ -251,7 +258,8 @@ RULES: dict[str, Callable[[], Rule]] = {
     "together": lambda: own(together=True),
     "flags": lambda: own(flags=("fuse_norm_quant",)),
     "name": lambda: own(name="other"),
-    "core": lambda: own(core=ops.fused_add_rms_norm),
+    "pattern of two ops": lambda: own(pattern=_padded),
+    "core": lambda: own(pattern=_padded, core=ops.pad),
     "reference of the op": lambda: _of_another_op(reference=lambda *arguments: arguments[0]),
     "fake of the op": lambda: _of_another_op(fake=lambda *arguments: arguments[0]),
     "tolerance of the op": lambda: _of_another_op(error_factor=3.0),

@@ -5,8 +5,8 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from fuseplan.config import CompileRange, PassConfig, Policy
-    from fuseplan.errors import FuseplanError
-    from fuseplan.frontend import FuseplanWarning, compile, explain, inductor_options
+    from fuseplan.errors import FuseplanError, FuseplanWarning
+    from fuseplan.frontend import compile, explain, inductor_options
     from fuseplan.manager import PostGradPassManager
     from fuseplan.matching import ExternalPass
     from fuseplan.record import Report
@@ -17,7 +17,7 @@ _HOMES = {
     "CompileRange": "config",
     "ExternalPass": "matching",
     "FuseplanError": "errors",
-    "FuseplanWarning": "frontend",
+    "FuseplanWarning": "errors",
     "PassConfig": "config",
     "Policy": "config",
     "PostGradPassManager": "manager",
@@ -28,6 +28,9 @@ _HOMES = {
 }
 """Where each public name lives. They are imported when they are asked for, so that importing fuseplan costs nothing
 and an unsuitable torch is reported by whoever asks first."""
+
+_ON_PRIVATE_APIS = frozenset({"frontend", "manager", "matching"})
+"""Homes that can't be imported from a torch whose private interfaces have moved; `fallback` takes their place."""
 
 __all__ = [
     "CompileRange",
@@ -47,7 +50,13 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fuseplan' has no attribute {name!r}")
-    return getattr(_importlib.import_module(f"fuseplan.{_HOMES[name]}"), name)
+    return getattr(_importlib.import_module(f"fuseplan.{_home(name)}"), name)
+
+
+def _home(name: str) -> str:
+    if _HOMES[name] in _ON_PRIVATE_APIS and _importlib.import_module("fuseplan.compatibility").incompatibility():
+        return "fallback"
+    return _HOMES[name]
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,19 @@
 """What is known of a graph before anything is chosen, and the record of what was chosen."""
 
+import hashlib
+import json
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import PassConfig, Policy
 from fuseplan.matching import ExternalMatches, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
-from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report, SizePrice
+from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report, SizePrice, Verification
+from fuseplan.record.near_miss import is_of_a_place
 from fuseplan.rules import Rule
 
 
@@ -47,6 +52,7 @@ def graph_report(
     device: str,
     rewritten: bool,
     further: Sequence[Refusal],
+    verified: Sequence[Verification] = (),
 ) -> GraphReport:
     """The record of one graph.
 
@@ -61,12 +67,14 @@ def graph_report(
         device: that it was priced for.
         rewritten: whether the graph was changed.
         further: refusals beside those of the analysis.
+        verified: what was checked before it was applied.
     """
     canonical, posed = analysis.canonical, analysis.posed
     refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
     refusals += idle_requests(config, idle_flags, analysis.rules, analysis.matches, posed, decision)
     most = f"max_fusions={config.max_fusions}"
     refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
+    refusals += _failures(posed, decision)
     cycle = "together with fusions that were chosen it would make the graph cyclic"
     refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
     matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
@@ -87,6 +95,7 @@ def graph_report(
                 forbidden=lost.candidate in posed.problem.forbidden,
             )
             for lost in decision.lost
+            if lost.candidate not in posed.failed
         ),
         matched={rule: counts.count(rule) for rule in rules},
         recognized=canonical.recognized(),
@@ -101,6 +110,47 @@ def graph_report(
         saved_ns=decision.saving_ns,
         unfused_ns=posed.unfused_ns,
         plan_ns=decision.plan_ns,
+        verified=tuple(verified),
+        digest=_digest(posed, decision) if decision.selected else "",
+    )
+
+
+def _digest(posed: Posed, decision: Decision) -> str:
+    """As `Plan.digest`, whatever the policy."""
+    chosen = [posed.candidates[index] for index in decision.selected]
+    content = [posed.sites, [[candidate.name, candidate.signature] for candidate in chosen]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
+    """What failed verification: once for its kernel, and once for every place that lost it."""
+    places, kernels = list[Refusal](), dict[Refusal, None]()
+    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
+    for index, why in sorted(posed.failed.items()):
+        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+        nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
+        mend = f"correct the kernel, or forbid {candidate.rule}:{candidate.provider}"
+        place = replace(
+            _given_up(fusion, Reason.VERIFICATION, f"{candidate.provider}'s {candidate.op} failed verification {why}"),
+            nearness=nearness, provider=candidate.provider, mend=mend,
+        )  # fmt: skip
+        places.append(place)
+        kernels[
+            replace(place, nodes=(), source=None, site=None, nearness=None,
+                    detail=f"{candidate.rule} is not applied: {place.detail}")
+        ] = None  # fmt: skip
+    return [*kernels, *places]
+
+
+def fault(error: Exception) -> Refusal:
+    """Why a graph goes on as Inductor made it: an error that nobody expects, and where it comes from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:300]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return Refusal(
+        reason=Reason.FAULT,
+        detail=f"the graph is left alone, since {frame.name} ({where}) raises {type(error).__name__}: {text}",
+        mend="where that is code of your own, mend it; else report it with what FUSEPLAN_DEBUG_DIR writes",
     )
 
 
@@ -121,7 +171,9 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
         rules: that were on.
         graphs: one record each.
     """
-    warnings = dict.fromkeys(r for graph in graphs for r in graph.refusals if r.reason is Reason.NO_EFFECT)
+    told = (Reason.NO_EFFECT, Reason.VERIFICATION, Reason.FAULT)
+    whole = (r for graph in graphs for r in graph.refusals if r.reason in told and not is_of_a_place(r))
+    warnings = dict.fromkeys(whole)
     return Report(
         policy=policy.name, order=policy.order, rules=tuple(rules), graphs=tuple(graphs), warnings=tuple(warnings),
         force=tuple(config.force) if policy.name == "planned" else (),

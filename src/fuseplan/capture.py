@@ -97,7 +97,7 @@ def _capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str,
     mode = detect_fake_mode(_tensors(inputs))
     marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
     failure: Exception | SystemExit | None = None
-    with _quiet(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
+    with no_caches(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
         try:
             compiled(*inputs, **kwargs)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
@@ -127,7 +127,7 @@ def _is_meta(gm: fx.GraphModule) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def no_caches() -> Iterator[None]:
     """No caches: the graphs must be made here and now."""
     with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
         yield

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
 import os
 import re
 from collections import Counter
@@ -117,6 +118,7 @@ class Policy:
 DEFAULT_POLICY = Policy(name="planned")
 
 COST_SOURCES = ("auto", "measured", "modelled")
+VERIFICATIONS = ("first-use", "always", "off")
 
 
 def _refuse_unknown_flags(cls: type[T]) -> type[T]:
@@ -163,6 +165,12 @@ class PassConfig:
         plan: a file of saved plans to replay in place of planning anew; one that doesn't fit is an error.
         node_budget: branch-and-bound nodes a component, after which the best plan found stands beside its bound.
         allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.
+        verify: `first-use`: before a fused op is applied it is run against the unfused ops on random arguments, once
+            for its kernel, signature, versions and hardware; what fails is not applied. `always`: in every compilation.
+            `off`: never.
+        agreement_timeout_s: seconds that a rank waits, before the first run of a graph with collectives, for the plans
+            of the other ranks; None: the timeout of their process group. After it all of them run the graph unfused.
+        verify_timeout_s: seconds that one such run may take, the compilation of the kernel included.
 
     Raises:
         ConfigError: an unknown flag or policy, a value of the wrong type, overlapping ranges, `force` or `plan` under
@@ -185,6 +193,9 @@ class PassConfig:
     plan: Path | str | None = None
     node_budget: int = 20_000
     allow_rounding_changes: bool = False
+    verify: str = "first-use"
+    verify_timeout_s: float = 300.0
+    agreement_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for flag in FUSION_FLAGS:
@@ -213,6 +224,14 @@ class PassConfig:
             raise ConfigError(f"allow_rounding_changes={self.allow_rounding_changes!r}: allowed are True and False")
         if not isinstance(self.node_budget, int) or isinstance(self.node_budget, bool) or self.node_budget < 1:
             raise ConfigError(f"node_budget={self.node_budget!r}: allowed are integers of at least 1")
+        if self.verify not in VERIFICATIONS:
+            raise unknown("verification", str(self.verify), VERIFICATIONS)
+        for name in ("verify_timeout_s", "agreement_timeout_s"):
+            seconds = getattr(self, name)
+            unset = seconds is None and name == "agreement_timeout_s"
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not unset and not (number and 0 < seconds < math.inf):
+                raise ConfigError(f"{name}={seconds!r}: allowed are seconds, more than 0 and finite")
         for name in ("force", "plan"):
             if getattr(self, name) and self.chosen_policy.name != "planned":
                 raise ConfigError(f"{name} needs policy planned, and the policy is {self.policy}")

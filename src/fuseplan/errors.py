@@ -1,10 +1,14 @@
-"""The error tree. Whatever a user can cause is a `FuseplanError` whose text is one clear line:
+"""The error tree, and the one warning. Whatever a user can cause is a `FuseplanError` whose text is one clear line:
 what was given, what is allowed, and what to do.
 """
 
 
 class FuseplanError(Exception):
     """Base class of every error that fuseplan raises on purpose."""
+
+
+class FuseplanWarning(UserWarning):
+    """Something that is on and can have no effect, or was left undone. Each is shown once for a compiled model."""
 
 
 class ConfigError(FuseplanError, ValueError):
@@ -33,6 +37,10 @@ class CompatibilityError(FuseplanError, RuntimeError):
 
 class UnsupportedError(FuseplanError, RuntimeError):
     """A request that is refused by name, e.g. AOTInductor."""
+
+
+class VerificationError(FuseplanError, AssertionError):
+    """A rule or a kernel that `fuseplan.testing` found wrong; the text has a line for each failed check."""
 
 
 class LockError(FuseplanError, ValueError):

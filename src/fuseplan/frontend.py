@@ -6,18 +6,23 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import fx
+from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 
 from fuseplan import store
-from fuseplan.capture import capture
+from fuseplan.capture import capture, no_caches
 from fuseplan.compatibility import require_supported_torch
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.content import content_of
 from fuseplan.dispatch import dispatch_by_tokens
-from fuseplan.errors import ConfigError
+from fuseplan.distributed import Verdict
+from fuseplan.distributed.agreement import failed
+from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation import Explanation
+from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, unfused
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
 from fuseplan.record import Reason, Report
@@ -27,10 +32,6 @@ from fuseplan.rules import BUILT_IN_RULES, Rule
 T = TypeVar("T", bound=Callable[..., Any])
 
 HOOK = "post_grad_custom_post_pass"
-
-
-class FuseplanWarning(UserWarning):
-    """Something that is on and can have no effect, or was left undone. Each is shown once for a compiled model."""
 
 
 def inductor_options(
@@ -61,7 +62,8 @@ def inductor_options(
 
     Raises:
         ConfigError: flags and policy contradict each other, or the environment is malformed.
-        CompatibilityError: this torch is too old.
+        CompatibilityError: this torch is too old. Where private interfaces of torch's have moved, a `FuseplanWarning`
+            names them, and `options` come back as they are.
     """
     require_supported_torch()
     config = config or PassConfig()
@@ -127,7 +129,8 @@ def compile(
     Raises:
         ConfigError: flags and policy contradict each other, `backend` isn't Inductor, `mode` and `options` set one
             option to different values.
-        CompatibilityError: this torch is too old.
+        CompatibilityError: this torch is too old. Where private interfaces of torch's have moved, a `FuseplanWarning`
+            names them, and the model is compiled by plain `torch.compile`.
     """
     require_supported_torch()
     config = config or PassConfig()
@@ -212,25 +215,55 @@ class _Backend(torch._TorchCompileInductorWrapper):
         self.fresh: list[Report] = []
         merged = _options(config, compile_range, self.fresh.append, dict(options), further)
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
+        self.plain = torch._TorchCompileInductorWrapper(None, dict(options), dynamic)
 
     def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
         manager: PostGradPassManager = self.config[HOOK]
         options = {name: value for name, value in self.config.items() if name != HOOK}
         key = store.graph_key(model_, inputs_, manager.uuid(), content_of(options))
         self.fresh.clear()
-        compiled = super().__call__(model_, inputs_, **extra)  # type: ignore[no-untyped-call]
+        try:
+            compiled = super().__call__(model_, inputs_, **extra)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if self.fresh:
+                self._settle(model_, _merged(self.fresh), failed(error))
+            raise
+        report = _merged(self.fresh) if self.fresh else store.load(key)
+        if report is None:
+            if not dist.is_initialized() or dist.get_world_size() == 1:
+                return compiled
+            # The other ranks will ask what this one applies, and only a cold compilation can say.
+            with no_caches():
+                return self(model_, inputs_, **extra)
         if self.fresh:
-            merged = replace(
-                self.fresh[0],
-                graphs=tuple(graph for report in self.fresh for graph in report.graphs),
-                warnings=tuple(dict.fromkeys(warning for report in self.fresh for warning in report.warnings)),
-            )
-            store.save(key, merged)
-            self.deliver(merged)
-        elif (stored := store.load(key)) is not None:
-            publish(stored)
-            self.deliver(stored)
-        return compiled
+            store.save(key, report)
+        else:
+            publish(report)
+        self.deliver(report)
+        if not groups_of(report):
+            return compiled
+        return AgreedGraph(
+            compiled,
+            self._without(model_, inputs_, extra),
+            lambda: self._settle(model_, report, digest_of(report)),
+            lambda verdict: self.deliver(unfused(report, verdict)),
+        )
+
+    def _without(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any]) -> Callable[[], Any]:
+        """Compiles the graph without fusions, later, as it would be compiled now: the context of this moment has what
+        Dynamo knows of its sizes.
+        """
+        context = TracingContext.try_get()
+
+        def compile_plain() -> Any:
+            with tracing(context):
+                return self.plain(gm, inputs, **extra)
+
+        return compile_plain
+
+    def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Verdict:
+        manager: PostGradPassManager = self.config[HOOK]
+        return settle(gm, groups_of(report), digest, manager.config.agreement_timeout_s)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Backend) or self.deliver.on_report is not other.deliver.on_report:
@@ -239,6 +272,14 @@ class _Backend(torch._TorchCompileInductorWrapper):
 
     def __hash__(self) -> int:
         return hash(self.config[HOOK])
+
+
+def _merged(reports: Sequence[Report]) -> Report:
+    return replace(
+        reports[0],
+        graphs=tuple(graph for report in reports for graph in report.graphs),
+        warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
+    )
 
 
 def explain(
@@ -272,6 +313,7 @@ def explain(
     Raises:
         WorkloadError: nothing could be traced.
         ConfigError: flags and policy contradict each other.
+        CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
     return explain_call(
         model, inputs, model_arguments, config=config, device=device, rules=rules, providers=providers

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,13 +17,14 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 
-from fuseplan.analysis import Analysis, graph_report, report_of
+from fuseplan.analysis import Analysis, fault, graph_report, report_of
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.debug import DebugDump
-from fuseplan.errors import PlanError, UnsupportedError
+from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
 from fuseplan.fingerprint import config_key, fingerprint, pass_key, plans_key, provider_key, rule_key
-from fuseplan.graph.facts import is_training
+from fuseplan.graph.facts import groups_in, is_training
+from fuseplan.graph.surgery import undone_on_error
 from fuseplan.matching import (
     ExternalMatch,
     ExternalPass,
@@ -50,11 +52,12 @@ from fuseplan.planner import (
     replay,
 )
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
-from fuseplan.record import GraphReport, Reason, Refusal, Report, SavedPlans
+from fuseplan.record import GraphReport, Reason, Refusal, Report, SavedPlans, Verification
 from fuseplan.report.places import places
 from fuseplan.report.trace import publish
 from fuseplan.rewriting import apply
 from fuseplan.rules import BUILT_IN_RULES, Rule, by_name, disabled_rules, enabled_rules
+from fuseplan.verification import Verifier
 
 ReportCallback = Callable[[Report], None]
 DEFAULT_SPAN = CompileRange(start=1, end=8192)
@@ -114,6 +117,9 @@ class PostGradPassManager(CustomGraphPass):
         self.prices = prices or prices_of(config, self.environment, device)
         self.passes = as_external(passes)
         self.solver = Solver(config.node_budget)
+        self.verifier = Verifier(
+            mode=config.verify, providers=self.providers, device=device, deadline_s=config.verify_timeout_s
+        )
         self.saved = SavedPlans.load(Path(config.plan)) if config.plan else None
         names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
         for selector in (*config.force, *config.forbid):
@@ -121,36 +127,57 @@ class PostGradPassManager(CustomGraphPass):
         self._graphs = 0
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Rewrites `graph` in place, or leaves it exactly as it is.
+        """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
+        raises what nobody expects, which is reported.
 
         Raises:
-            UnsupportedError: the graph is compiled by AOTInductor.
+            FuseplanError: the request can't be served: AOTInductor, a saved plan of another graph, contradictory force.
         """
         for graph_pass in self.previous:
             _run(graph_pass, graph)
         name = f"graph_{self._graphs}"
         self._graphs += 1
-        refusal = self.hands_off(graph)
-        if refusal is not None:
-            self._deliver(GraphReport(graph=name, range=self._range, refusals=(refusal,)))
-            return
+        groups, refusal = groups_in(graph), self.hands_off(graph)
+        try:
+            if refusal is not None:
+                report = GraphReport(graph=name, range=self._range, refusals=(refusal,))
+            else:
+                report = self._fuse(graph, name)
+        except FuseplanError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
+            report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
+        self._deliver(replace(report, groups=groups))
+
+    def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
+        """All stages, one after the other."""
         dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
         dump.graph("1-before", graph)
         analysis = self.analyze(graph)
-        for graph_pass in analysis.external.before:
-            _run(graph_pass, graph)
-        if analysis.external.before:
-            analysis = self.analyze(graph)
-        decision = self.decide(analysis, self.config.chosen_policy, name)
+        if not analysis.external.before:
+            return self._change(graph, name, analysis, dump)
+        with undone_on_error(graph):
+            for graph_pass in analysis.external.before:
+                _run(graph_pass, graph)
+            return self._change(graph, name, self.analyze(graph), dump)
+
+    def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
+        """Decides, and applies what was decided, all of it or nothing."""
+        decision, verified = self.decide_verified(analysis, name)
         dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.posed, decision)
-        unapplied = self._rewrite(analysis, decision)
-        for graph_pass in analysis.external.after:
-            _run(graph_pass, graph)
+        unapplied: list[Refusal] = []
+        if decision.selected or analysis.external.after:
+            with undone_on_error(graph):
+                unapplied = self._rewrite(analysis, decision)
+                for graph_pass in analysis.external.after:
+                    _run(graph_pass, graph)
         if decision.selected:
             dump.graph("3-after", graph)
-        report = self.report(name, analysis, decision, rewritten=bool(decision.selected), further=unapplied)
+        report = self.report(
+            name, analysis, decision, rewritten=bool(decision.selected), further=unapplied, verified=verified
+        )
         dump.report(report)
-        self._deliver(report)
+        return report
 
     def analyze(self, graph: fx.Graph, canonical: CanonicalGraph | None = None) -> Analysis:
         """Raises a copy of the graph, finds every match on it and what nearly matched, and prices the matches.
@@ -218,6 +245,28 @@ class PostGradPassManager(CustomGraphPass):
                     decision = decide_planned(posed, self.solver)
             return limit(posed, decision, self.config.max_fusions)
 
+    def decide_verified(self, analysis: Analysis, graph: str) -> tuple[Decision, list[Verification]]:
+        """What the configured policy would apply, all of it verified: what fails is taken out of the problem, and the
+        rest is decided again.
+
+        Raises:
+            PlanError: as for `decide`.
+        """
+        span, outcomes = self.compile_range or DEFAULT_SPAN, dict[Verification, None]()
+        while True:
+            decision = self.decide(analysis, self.config.chosen_policy, graph)
+            posed = analysis.posed
+            chosen = [i for i in decision.selected if isinstance(posed.candidates[i].match, Match)]
+            with _stage(analysis.stages_ns, "verification"):
+                found = self.verifier.verify(
+                    [posed.candidates[i] for i in chosen], analysis.canonical, (span.start, span.end)
+                )
+            outcomes.update(dict.fromkeys(each for each in found if each is not None))
+            failed = {i: each.detail or "" for i, each in zip(chosen, found, strict=True) if each and not each.passed}
+            if not failed:
+                return decision, list(outcomes)
+            analysis.posed = posed.without(failed)
+
     def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
         """Applies a decision: rules' matches first, then those of other people's passes, which read their results."""
         matches = [analysis.posed.candidates[index].match for index in decision.selected]
@@ -240,11 +289,12 @@ class PostGradPassManager(CustomGraphPass):
         *,
         rewritten: bool = False,
         further: Sequence[Refusal] = (),
+        verified: Sequence[Verification] = (),
     ) -> GraphReport:
         """The record of one graph."""
         return graph_report(
             name, self._range, self.config, analysis, decision, rules=self.names, idle_flags=self.idle_flags,
-            device=self.prices.model.name, rewritten=rewritten, further=further,
+            device=self.prices.model.name, rewritten=rewritten, further=further, verified=verified,
         )  # fmt: skip
 
     @property

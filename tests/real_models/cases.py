@@ -90,7 +90,8 @@ def fused_calls(run: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
 
     Compiling calls ops too, so `run` should find its graphs compiled.
     """
-    with profile() as profiled:
+    # torch 2.11 warns of what else it would forget.
+    with profile(acc_events=True) as profiled:
         result = run()
     names = [event.name for event in profiled.events() if event.name.startswith("fuseplan::")]
     return result, dict(Counter(name.removeprefix("fuseplan::") for name in names))

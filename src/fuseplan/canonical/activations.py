@@ -13,6 +13,7 @@ from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import ActivationRounding, ops
 from fuseplan.graph.facts import (
     ADDS,
+    LOW_PRECISION,
     MULS,
     aten,
     convert_element_type,
@@ -42,7 +43,9 @@ def _silu_of_exp(exp: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(wide, activated) of `wide / (exp(-wide) + 1)`."""
     negated = exp.args[0]
     plus_one = _single_user(exp)
-    if not is_call(negated, aten.neg.default) or not is_call(plus_one, *ADDS) or plus_one.args[1] != 1:
+    if not is_call(negated, aten.neg.default) or not is_call(plus_one, *ADDS):
+        return None
+    if plus_one.args[1] != 1 or plus_one.kwargs:
         return None
     quotient = _single_user(plus_one)
     wide = negated.args[0]
@@ -67,6 +70,9 @@ def _raise(canonical: CanonicalGraph, root: fx.Node, wide: fx.Node, activated: f
     gate = wide.args[0] if is_call(wide, convert_element_type) else wide
     assert isinstance(gate, fx.Node)
     dtype = dtype_of(gate)
+    if dtype_of(wide) in LOW_PRECISION:
+        detail = f"SiLU is computed in {dtype_name(wide)}, and the op computes it in float32"
+        raise Unraised(Reason.DTYPE, detail, root, "take torch.nn.functional.silu")
     value, product = activated, only_reader(activated, "what SiLU yields")
     rounding = ActivationRounding.LLAMA
     if is_call(product, convert_element_type) and dtype_of(product) is dtype:

@@ -73,17 +73,19 @@ def _reshape_like(canonical: CanonicalGraph, moved: fx.Node, old: fx.Node) -> No
     symbolic = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
     for dim in symbolic:
         # One unknown size may be inferred; more are read off the reshape that is being moved.
-        sizes[dim] = -1 if len(symbolic) == 1 else _size_of(canonical, old, dim)
+        sizes[dim] = -1 if len(symbolic) == 1 else _size_of(canonical, old, moved, dim)
     canonical.replace(old, canonical.insert_before(old, aten.reshape.default, (moved, sizes), value))
 
 
-def _size_of(canonical: CanonicalGraph, old: fx.Node, dim: int) -> fx.Node:
+def _size_of(canonical: CanonicalGraph, old: fx.Node, moved: fx.Node, dim: int) -> fx.Node:
+    """A size of `old`, of which the epilogue may have changed the last."""
+    value, wide = tensor_of(old), tensor_of(moved)
+    assert value is not None and wide is not None
+    if dim == value.dim() - 1:
+        return canonical.insert_before(old, aten.sym_size.int, (moved, wide.dim() - 1), value.shape[dim])
     epilogue = old.args[0] if is_call(old, operator.getitem) else old
     assert isinstance(epilogue, fx.Node)
-    reshape = epilogue.args[0]
-    value = tensor_of(reshape)
-    assert value is not None
-    return canonical.insert_before(old, aten.sym_size.int, (reshape, dim), value.shape[dim])
+    return canonical.insert_before(old, aten.sym_size.int, (epilogue.args[0], dim), value.shape[dim])
 
 
 def _is_norm(node: object) -> bool:

@@ -7,7 +7,17 @@ import torch
 from torch import fx
 
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.graph.facts import ADDS, MULS, RESHAPES, aten, convert_element_type, dtype_name, is_call, tensor_of
+from fuseplan.graph.facts import (
+    ADDS,
+    LOW_PRECISION,
+    MULS,
+    RESHAPES,
+    aten,
+    convert_element_type,
+    dtype_name,
+    is_call,
+    tensor_of,
+)
 from fuseplan.record import Reason
 
 ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
@@ -101,11 +111,15 @@ def _of_the_root(root: fx.Node) -> list[Unraised] | None:
 
 def _of_the_steps(steps: list[fx.Node]) -> list[Unraised]:
     found = []
+    added = [step for step in steps if is_call(step, *ADDS)]
     for step in steps:
         if is_call(step, *ADDS) and isinstance(step.args[1], fx.Node):
             mend = DYNAMIC_EPSILON if _is_dynamic_float(step.args[1]) else CONSTANT_EPSILON
             detail = "epsilon is a value of the graph, and the op takes a constant"
             found.append(Unraised(Reason.ATTRIBUTE, detail, step.args[1], mend))
+        elif is_call(step, *ADDS) and (step.kwargs or step is not added[0]):
+            detail = "epsilon is scaled" if step.kwargs else "something is added to the mean square twice"
+            found.append(Unraised(Reason.OP, detail, step, "add one epsilon"))
         elif is_call(step, *MINIMA):
             mend = "add epsilon, where the model allows"
             found.append(Unraised(Reason.OP, "the mean square has a minimum where epsilon is added", step, mend))
@@ -145,6 +159,13 @@ def _mean_of_squares(node: fx.Node, steps: list[fx.Node]) -> tuple[fx.Node, tupl
     elif not keepdim or any(is_call(step, aten.unsqueeze.default, aten.expand.default, *RESHAPES) for step in steps):
         detail = "the mean loses its dimension, and gets it back later"
         deviations.append(Unraised(Reason.OP, detail, node, "take the mean with keepdim=True"))
+    if value.dtype in LOW_PRECISION:
+        detail = f"x is squared in {dtype_name(square)}"
+        deviations.append(Unraised(Reason.DTYPE, detail, square, "cast x to float32 before"))
+    elif node.kwargs.get("dtype", value.dtype) is not value.dtype:
+        deviations.append(
+            Unraised(Reason.DTYPE, f"squares in {dtype_name(square)} are averaged as {dtype_name(node)}", node)
+        )
     total = square.args[0]
     assert isinstance(total, fx.Node)
     if is_call(total, aten.sub.Tensor) and any(is_call(each, aten.mean.dim) for each in total.all_input_nodes):

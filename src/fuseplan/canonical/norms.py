@@ -22,6 +22,7 @@ from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import Rounding, ops
 from fuseplan.graph.facts import (
     ADDS,
+    LOW_PRECISION,
     MULS,
     aten,
     convert_element_type,
@@ -34,8 +35,6 @@ from fuseplan.graph.facts import (
 )
 from fuseplan.graph.legality import is_convex
 from fuseplan.record import Reason
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +115,18 @@ def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
 
 
 def _strip_weight(factor: object) -> tuple[object, bool]:
-    """(weight, whether 1 is added) of `convert(weight)` or `1 + convert(weight)`."""
+    """(weight, whether 1 is added) of `convert(weight)` or `1 + convert(weight)`.
+
+    A sum in low precision is rounded before it is multiplied: it is a weight itself.
+    """
     adds_one = False
-    if is_call(factor, *ADDS) and isinstance(factor.args[1], (int, float)) and factor.args[1] == 1:
+    if (
+        is_call(factor, *ADDS)
+        and isinstance(factor.args[1], (int, float))
+        and factor.args[1] == 1
+        and dtype_of(factor) not in LOW_PRECISION
+        and not factor.kwargs
+    ):
         factor, adds_one = factor.args[0], True
     if is_call(factor, convert_element_type) and dtype_of(factor.args[0]) in LOW_PRECISION:
         factor = factor.args[0]

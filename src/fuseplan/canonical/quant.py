@@ -59,6 +59,8 @@ def _unclamped(cast: fx.Node, limit: float) -> fx.Node:
         if node.target is aten.clamp_max.default:
             bounds = [None, *bounds]
         minimum, maximum = (*bounds, None, None)[:2]
+        if node.kwargs or (minimum is not None and low is not None) or (maximum is not None and high is not None):
+            break  # a clamp of the model's own, inside the one to the range of fp8
         low, high = minimum if low is None else low, maximum if high is None else high
         node = x
     if not isinstance(node, fx.Node) or low != -limit or high != limit:
@@ -100,7 +102,7 @@ def _raise(canonical: CanonicalGraph, cast: fx.Node, dtype: torch.dtype, scaling
     scale = tensor_of(scaling.scale)
     args: tuple[object, ...]
     assert scale is not None
-    if scale.numel() == 1:
+    if equal_size(scale.numel(), 1):
         if scale.dim() > 1:
             detail = f"the scale has the shape {[*scale.shape]}, and the op takes one number"
             raise Unraised(Reason.SIZE, detail, scaling.scale, "scale.reshape(1)")

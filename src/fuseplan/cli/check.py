@@ -55,7 +55,7 @@ def check(
     with one_line_errors(debug):
         from fuseplan.compatibility import require_supported_torch
 
-        require_supported_torch()
+        require_supported_torch(everything=True)
         from fuseplan.config import PassConfig
         from fuseplan.integrations.locks import pinned
         from fuseplan.report import render_verdict, verdict_to_json

@@ -51,7 +51,7 @@ def explain(
     with one_line_errors(debug):
         from fuseplan.compatibility import require_supported_torch
 
-        require_supported_torch()
+        require_supported_torch(everything=True)
         from fuseplan.config import PassConfig
         from fuseplan.providers import device_profile
         from fuseplan.record import SavedPlans

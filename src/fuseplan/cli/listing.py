@@ -67,6 +67,9 @@ def providers(as_json: Json = False, debug: Debug = False) -> None:
 def devices(as_json: Json = False, debug: Debug = False) -> None:
     """List the device profiles, and the constants of their cost model with their sources."""
     with one_line_errors(debug):
+        from fuseplan.compatibility import require_supported_torch
+
+        require_supported_torch()
         from fuseplan.planner.costs import HARDWARE
         from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, local_profile
 

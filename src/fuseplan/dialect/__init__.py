@@ -13,7 +13,18 @@ from fuseplan.dialect.fused import (
     Epilogue,
 )
 from fuseplan.dialect.quant import FP8_DTYPES
-from fuseplan.dialect.registry import Dialect, DialectOp, Sample, define, implement
+from fuseplan.dialect.registry import (
+    Dialect,
+    DialectOp,
+    Draw,
+    Sample,
+    define,
+    draw_activations,
+    draw_near_one,
+    draw_positive,
+    implement,
+    kernel_of,
+)
 from fuseplan.dialect.rounding import ActivationRounding, QuantRounding, Rounding
 
 ops = Dialect(
@@ -40,11 +51,16 @@ __all__ = [
     "ActivationRounding",
     "Dialect",
     "DialectOp",
+    "Draw",
     "Epilogue",
     "QuantRounding",
     "Rounding",
     "Sample",
     "define",
+    "draw_activations",
+    "draw_near_one",
+    "draw_positive",
     "implement",
+    "kernel_of",
     "ops",
 ]

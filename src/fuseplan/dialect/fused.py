@@ -134,6 +134,7 @@ class NormParts:
             error_factor=self.core.error_factor,
             fused=True,
             collective=self.reduce,
+            draws={**self.core.draws, **(epilogue.op.draws if epilogue else {})},
         )
 
     def _sample(self, core: Sample) -> Sample:
@@ -168,6 +169,7 @@ def _compose_activation(epilogue: Epilogue) -> DialectOp:
         samples=[sample(inner) for inner in core.samples],
         error_factor=core.error_factor,
         fused=True,
+        draws={**core.draws, **epilogue.op.draws},
     )
 
 

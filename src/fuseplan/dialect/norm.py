@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuseplan.dialect.registry import Sample, define
+from fuseplan.dialect.registry import Sample, define, draw_near_one
 from fuseplan.dialect.rounding import Rounding
 
 
@@ -127,6 +127,7 @@ rms_norm = define(
     reference=rms_norm_reference,
     fake=rms_norm_fake,
     samples=norm_samples(residual=False),
+    draws={"weight": draw_near_one},
 )
 
 fused_add_rms_norm = define(
@@ -135,4 +136,5 @@ fused_add_rms_norm = define(
     reference=fused_add_rms_norm_reference,
     fake=fused_add_rms_norm_fake,
     samples=norm_samples(residual=True),
+    draws={"weight": draw_near_one},
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fuseplan.dialect.norm import compute_dtype, random_tensor
-from fuseplan.dialect.registry import Sample, define
+from fuseplan.dialect.registry import Sample, define, draw_positive
 from fuseplan.dialect.rounding import QuantRounding
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -103,6 +103,7 @@ static_scaled_fp8_quant = define(
     reference=static_scaled_fp8_quant_reference,
     fake=static_scaled_fp8_quant_fake,
     samples=[_static_sample((7, 320)), _static_sample((2, 3, 64))],
+    draws={"scale": draw_positive},
 )
 
 dynamic_per_token_scaled_fp8_quant = define(

@@ -1,7 +1,7 @@
 """`DialectOp`: one operation of the dialect, with everything that is known about it in one place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from fuseplan.errors import RuleError
 
 NAMESPACE = "fuseplan"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_KERNELS: dict[str, Callable[..., Any]] = {}
+"""What `_LIBRARY` was given, which torch doesn't give back; like there, nothing is ever replaced or taken out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,36 @@ class Sample:
 
     name: str
     make: Callable[[torch.device, torch.Generator], tuple[Any, ...]]
+
+
+Draw = Callable[[tuple[int, ...], torch.device, torch.Generator], torch.Tensor]
+"""Random values for an argument: `draw(shape, device, generator)` returns them in float32."""
+
+
+def draw_activations(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Normal values in rows of unlike magnitude, one in eight of them zeros: a kernel that mixes rows up, or whose sums
+    overflow or divide by zero, shows.
+    """
+    values = torch.randn(shape, device=device, generator=generator)
+    if len(shape) < 2:
+        return values
+    scales = torch.tensor(ROW_SCALES, device=device)
+    rows = torch.arange(values.shape[:-1].numel(), device=device).view(*values.shape[:-1], 1)
+    return values * scales[rows % len(ROW_SCALES)]
+
+
+def draw_near_one(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """1 + normal / 10, as trained norms' weights are."""
+    return 1 + 0.1 * torch.randn(shape, device=device, generator=generator)
+
+
+def draw_positive(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Uniform between 0.01 and 0.03, so that the largest of normal values stay within fp8 after the division."""
+    return 0.01 + 0.02 * torch.rand(shape, device=device, generator=generator)
+
+
+ROW_SCALES = (1.0, 1.0, 1.0, 0.001, 1.0, 30.0, 1.0, 0.0)
+"""Small enough for an epsilon to count, large enough for the square of a sum not to fit a float16."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +70,7 @@ class DialectOp:
             unit in the last place of the output dtype).
         fused: whether it is what rules put into a graph; the others are what they are written in.
         collective: whether it communicates, i.e. every rank of a group must run it in the same order.
+        draws: how random values for an argument are drawn, by its name; what isn't listed is drawn like activations.
     """
 
     name: str
@@ -48,13 +81,18 @@ class DialectOp:
     error_factor: float
     fused: bool = False
     collective: bool = False
+    draws: Mapping[str, Draw] = field(default_factory=dict)
+
+    def draw(self, argument: str) -> Draw:
+        """How random values for an argument are drawn."""
+        return self.draws.get(argument, draw_activations)
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> "torch._ops.OpOverload":
         """The op as it stands in a graph."""
         return self.implementation("torch")
 
-    def implementation(self, provider: str) -> torch._ops.OpOverload:
+    def implementation(self, provider: str) -> "torch._ops.OpOverload":
         """The overload that runs a provider's kernel; the provider `torch` is the reference, `default`.
 
         Raises:
@@ -63,6 +101,14 @@ class DialectOp:
         packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
         overload: torch._ops.OpOverload = getattr(packet, "default" if provider == "torch" else provider)
         return overload
+
+    def kernel(self, provider: str) -> Callable[..., Any]:
+        """The Python function behind `implementation(provider)`.
+
+        Raises:
+            KeyError: no such provider has registered an implementation of this op.
+        """
+        return _KERNELS[f"{self.name}.{'default' if provider == 'torch' else provider}"]
 
     def __call__(self, *args: Any) -> Any:
         """Runs the reference overload, or records the call on `torch.fx.Proxy` arguments."""
@@ -112,6 +158,7 @@ def define(
     error_factor: float = 2.0,
     fused: bool = False,
     collective: bool = False,
+    draws: Mapping[str, Draw] | None = None,
 ) -> DialectOp:
     """Registers `fuseplan::<name>` with torch and returns its record.
 
@@ -124,6 +171,8 @@ def define(
         error_factor: how much more a kernel may be off than the reference is.
         fused: whether it stands for several others.
         collective: whether ranks meet in it.
+        draws: how random values for an argument are drawn, by its name, where normal ones won't do: a scale that has to
+            be positive, say.
 
     Raises:
         RuleError: there is an op of that name already.
@@ -138,6 +187,7 @@ def define(
         error_factor=error_factor,
         fused=fused,
         collective=collective,
+        draws=dict(draws or {}),
     )
 
 
@@ -158,3 +208,11 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
         raise RuleError(f"{NAMESPACE}::{name}{schema} can't be defined: {why}") from error
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    _KERNELS[name if "." in name else f"{name}.default"] = kernel
+
+
+def kernel_of(target: object) -> Callable[..., Any] | None:
+    """The Python function behind an overload of this namespace, None for all else."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
+        return None
+    return _KERNELS.get(str(target).removeprefix(f"{NAMESPACE}."))

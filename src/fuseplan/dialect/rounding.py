@@ -53,6 +53,11 @@ class Rounding(StrEnum):
         """Whether the norm multiplies by 1 + weight."""
         return self is Rounding.GEMMA
 
+    def differs_by_rounding(self, other: "Rounding") -> bool:
+        """Whether two conventions are one formula with results of one dtype, and round it in different places."""
+        same_formula = self.adds_one is other.adds_one
+        return self is not other and same_formula and self.rounds_residual is other.rounds_residual
+
 
 class ActivationRounding(StrEnum):
     """Where SiLU-and-mul rounds: `llama` rounds silu(gate) to the activation dtype before the product, `fp32`

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed import distributed_c10d
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental import symbolic_shapes
 
 aten = torch.ops.aten
 convert_element_type = torch.ops.prims.convert_element_type.default
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 ADDS = (aten.add.Tensor, aten.add.Scalar)
 MULS = (aten.mul.Tensor, aten.mul.Scalar)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
@@ -52,7 +53,7 @@ def dtype_name(node: object) -> str:
 
 def equal_size(left: object, right: object) -> bool:
     """Whether two sizes are equal for every value of their symbols; adds no guard."""
-    return statically_known_true(left == right)
+    return symbolic_shapes.statically_known_true(left == right)
 
 
 def equal_shape(left: Tensor | None, right: Tensor | None) -> bool:
@@ -131,6 +132,17 @@ def group_size(name: str) -> int | None:
     except (RuntimeError, ValueError, LookupError):
         return None
     return group.size()
+
+
+def groups_in(graph: fx.Graph) -> tuple[str, ...]:
+    """The process groups whose collectives are in a graph, by `ProcessGroup.group_name`."""
+    names: dict[str, None] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional":
+            arguments = [argument.name for argument in node.target._schema.arguments]
+            if "group_name" in arguments:
+                names[str(node.args[arguments.index("group_name")])] = None
+    return tuple(names)
 
 
 def written_in_place(node: fx.Node) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from fuseplan.graph.facts import aten, equal_shape, tensor_of
+from fuseplan.graph.facts import RESHAPES, aten, equal_shape, tensor_of
 
 LIMIT = 6
 """Ops between two nodes up to which they count as near each other."""
@@ -26,6 +26,9 @@ MOVES = (
     torch.ops._c10d_functional.wait_tensor.default,
 )
 """Ops without torch's tags for it that move elements, or combine equal ones."""
+
+
+STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
 
 
 def is_thin(node: fx.Node) -> bool:
@@ -59,6 +62,21 @@ def _kind_of_op(target: torch._ops.OpOverload) -> bool | None:
 def is_view(node: fx.Node) -> bool:
     """Whether a node only arranges the elements of its first input."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def strided_reader(node: fx.Node) -> fx.Node | None:
+    """The first node that reads a value, or a view of it, by strides of its own; its result depends on how the value
+    lies in memory.
+    """
+    stack, seen = [*node.users], set[fx.Node]()
+    while stack:
+        user = stack.pop()
+        if user.target in STRIDED:
+            return user
+        if user not in seen and (is_view(user) or user.target in RESHAPES):
+            seen.add(user)
+            stack.extend(user.users)
+    return None
 
 
 def path_between(

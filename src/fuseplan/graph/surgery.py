@@ -1,7 +1,8 @@
 """Changing FX graphs: copying, erasing what became dead, restoring topological order."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import fx
@@ -23,6 +24,27 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     node.meta = dict(original.meta)
     mapping[original] = node
     return copy, {new: old for old, new in mapping.items()}
+
+
+@contextmanager
+def undone_on_error(graph: fx.Graph) -> Iterator[None]:
+    """Makes a graph what it was, names included, if what is done to it raises."""
+    copy = copy_graph(graph)[0]
+    try:
+        yield
+    except Exception:
+        _clear(graph)
+        output = graph.graph_copy(copy, {})
+        graph.output(output).meta = dict(copy.output_node().meta)
+        raise
+
+
+def _clear(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        for user in list(node.users):
+            user.args, user.kwargs = (), {}
+        graph.erase_node(node)
+    graph._graph_namespace = type(graph._graph_namespace)()
 
 
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:

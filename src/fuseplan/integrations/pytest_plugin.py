@@ -283,6 +283,9 @@ def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
 def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig | None", **asked: Any) -> "Report":
     """What `fuseplan.explain` says at modelled costs."""
     __tracebackhide__ = True
+    from fuseplan.compatibility import require_supported_torch
+
+    require_supported_torch()
     from fuseplan.config import PassConfig
     from fuseplan.errors import ConfigError
     from fuseplan.frontend import explain_call
@@ -302,7 +305,7 @@ def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig
 
 def _warn(report: "Report") -> None:
     """Shows the warnings of a report at the line of the test that called who calls this."""
-    from fuseplan.frontend import FuseplanWarning
+    from fuseplan.errors import FuseplanWarning
     from fuseplan.report.text import warnings_of
 
     for warning in warnings_of(report):

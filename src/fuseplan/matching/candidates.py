@@ -9,8 +9,10 @@ import torch
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
+from fuseplan.dialect import Rounding
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
+from fuseplan.graph.reach import strided_reader
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Nearness, Reason, Refusal
@@ -150,6 +152,7 @@ def _refused(canonical: CanonicalGraph, match: Match) -> Refusal | None:
     rule = match.rule
     return (
         _stray_user(canonical, match)
+        or _restrided(canonical, match)
         or _illegal(canonical, match)
         or _unknown_group(match)
         or _placed(canonical, rule, rule.check(Bindings(rule.name, match.values)), match.core)
@@ -170,6 +173,20 @@ def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
                 match, Reason.USERS, f"{read} is {how}, and {match.rule.op.name} doesn't yield it", names,
                 node if user.op == "output" else user, expected=f"no other reader of {op_name(node)}",
                 found=op_name(user), mend=mend,
+            )  # fmt: skip
+    return None
+
+
+def _restrided(canonical: CanonicalGraph, match: Match) -> Refusal | None:
+    """What a fused op yields need not lie in memory as the value that it replaces."""
+    for node in match.outputs:
+        reader = strided_reader(node) if node is not None else None
+        if node is not None and reader is not None:
+            names = (canonical.source_node(reader).name, canonical.source_node(node).name)
+            detail = f"{op_name(reader)} ({names[0]}) reads the memory of {op_name(node)} ({names[1]}) by its strides"
+            return _refusal(
+                match, Reason.LAYOUT, detail, names, reader, expected="readers by shape", found=op_name(reader),
+                mend="index, slice or reshape instead",
             )  # fmt: skip
     return None
 
@@ -241,6 +258,7 @@ def _offered(
         refusal = offer.accepts(Bindings(rule.name, match.values))
         rounding = match.values.get("rounding")
         fits = offer.roundings is None or rounding in offer.roundings
+        near = sorted(each for each in offer.roundings or () if _differs_by_rounding(rounding, each))
         if refusal is not None:
             declined.append(
                 _refusal(
@@ -250,10 +268,9 @@ def _offered(
             )  # fmt: skip
         elif fits:
             taken.append(replace(match, provider=provider.name))
-        elif offer.roundings and allow_rounding_changes:
-            other = min(offer.roundings)
-            values = {**match.values, "rounding": other}
-            change = (str(rounding), other)
+        elif near and allow_rounding_changes:
+            values = {**match.values, "rounding": near[0]}
+            change = (str(rounding), near[0])
             taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
         else:
             computed = " or ".join(sorted(offer.roundings or ()))
@@ -261,13 +278,19 @@ def _offered(
             declined.append(
                 _refusal(
                     match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,
-                    found=str(rounding), mend="set allow_rounding_changes", provider=provider.name,
+                    found=str(rounding), mend="set allow_rounding_changes" if near else None, provider=provider.name,
                 )
             )  # fmt: skip
     if not taken and not declined:
         detail = f"no available provider implements {rule.op.name}"
         declined.append(_refusal(match, Reason.PROVIDER, detail, (match.core.name,), match.core))
     return taken, declined
+
+
+def _differs_by_rounding(found: object, computed: str) -> bool:
+    """Whether two conventions round one formula differently. Activations' have names of norms'; others aren't known."""
+    known: dict[object, Rounding] = {convention.value: convention for convention in Rounding}
+    return found in known and computed in known and known[found].differs_by_rounding(known[computed])
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:

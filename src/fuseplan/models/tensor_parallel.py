@@ -79,17 +79,16 @@ class AllReduced(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """`embedding(ids)` where the row is on this rank, else 0; to be summed over the ranks."""
 
-    def __init__(self, weight: nn.Parameter, first: int) -> None:
+    def __init__(self, weight: nn.Parameter, rank: int) -> None:
         super().__init__()
-        self.weight, self.first = weight, first
+        self.weight, self.rank = weight, rank
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """[T] int64 -> [T, H]."""
-        local_T = ids_T - self.first
-        elsewhere_T = (local_T < 0) | (local_T >= self.weight.shape[0])
-        return nn.functional.embedding(local_T.masked_fill(elsewhere_T, 0), self.weight).masked_fill(
-            elsewhere_T[:, None], 0
-        )
+        # Not by a subtraction of the first row: on the first rank that is 0, and Inductor leaves it out.
+        rows = self.weight.shape[0]
+        elsewhere_T = ids_T.div(rows, rounding_mode="floor") != self.rank
+        return nn.functional.embedding(ids_T.remainder(rows), self.weight).masked_fill(elsewhere_T[:, None], 0)
 
 
 class AllGathered(nn.Module):
@@ -138,7 +137,7 @@ def shard_ends_(model: GptOss, shard: Shard) -> None:
     assert isinstance(model.embed, nn.Embedding)
     assert isinstance(model.lm_head, Linear)
     rows = shard.part(model.embed.weight, 0)
-    model.embed = AllReduced(VocabParallelEmbedding(rows, shard.rank * rows.shape[0]), shard.group)
+    model.embed = AllReduced(VocabParallelEmbedding(rows, shard.rank), shard.group)
     model.lm_head.weight = shard.part(model.lm_head.weight, 0)
     model.lm_head = AllGathered(model.lm_head, shard)
 

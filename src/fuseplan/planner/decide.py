@@ -230,7 +230,7 @@ def replay(posed: Posed, plan: Plan) -> Decision:
         if found != each.signature:
             raise PlanError(f"{where}: {each.name!r} was {each.signature} and is {found}")
         selected.append(index)
-    chosen = tuple(sorted(selected))
+    chosen = tuple(sorted(index for index in selected if index not in posed.failed))
     pairs = [(i, j) for i, j in sorted(posed.problem.conflicts) if i in chosen and j in chosen]
     if pairs or posed.find_cycles(chosen):
         what = " and ".join(posed.candidates[index].name for index in pairs[0]) if pairs else "what it applies"

@@ -2,8 +2,8 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fuseplan.canonical import CanonicalGraph
@@ -32,6 +32,7 @@ class Posed:
         sites: the signature of every site, in graph order.
         idle: selectors of what is forced or forbidden that select nothing in this graph.
         forced: selectors of what is forced, with what is open to each of them at each place.
+        failed: candidates that failed verification, or need one that did, and why.
     """
 
     canonical: CanonicalGraph
@@ -42,6 +43,36 @@ class Posed:
     sites: tuple[str, ...]
     idle: tuple[str, ...]
     forced: Groups = ()
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+    def without(self, failed: Mapping[int, str]) -> "Posed":
+        """The same problem without candidates that failed verification, and without what needs them. What is forced
+        comes after what is right: a place where all that is forced has failed is open again.
+        """
+        reasons = {**self.failed, **failed}
+        problem = self.problem
+        while more := {
+            **{i: _needs(self.candidates[j]) for i, j in problem.requires if j in reasons and i not in reasons},
+            **{
+                i: _needs(self.candidates[min(group & reasons.keys())])
+                for group in problem.together
+                if not group.isdisjoint(reasons)
+                for i in group - reasons.keys()
+            },
+        }:
+            reasons.update(more)
+        gone = frozenset(reasons)
+        groups = dict.fromkeys(left for _, group in self.forced if (left := group - gone))
+        return replace(
+            self,
+            failed=reasons,
+            forced=tuple((text, left) for text, group in self.forced if (left := group - gone)),
+            problem=replace(
+                problem, forbidden=problem.forbidden | gone,
+                forced=frozenset(i for group in groups if len(group) == 1 for i in group),
+                one_of=tuple(group for group in groups if len(group) > 1),
+            ),
+        )  # fmt: skip
 
     @property
     def unfused_ns(self) -> int:
@@ -140,6 +171,10 @@ def pose(
         canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
         idle=idle, forced=forced,
     )  # fmt: skip
+
+
+def _needs(candidate: Candidate) -> str:
+    return f"it needs {candidate.rule} by {candidate.provider}, which failed verification"
 
 
 def _check_open(

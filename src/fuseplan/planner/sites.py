@@ -202,7 +202,7 @@ class Rows:
 
     Attributes:
         tokens: this product, in the symbols of the graph; None where the graph has none.
-        traced: the number of tokens that the graph was traced with.
+        traced: the number of tokens that the graph was traced with; 1 where no input tells.
     """
 
     tokens: Any
@@ -211,8 +211,8 @@ class Rows:
 
     @classmethod
     def of(cls, graph: fx.Graph) -> "Rows":
-        """Reads it off the inputs of the graph: of those with symbolic leading dimensions, or else of all, the first of
-        integers, or else the first.
+        """Reads it off the inputs of the graph: of those with symbolic leading dimensions the first of integers, or
+        else the first. Where there are none, off the first of integers, since any other input may be a weight.
         """
         inputs = [value for node in graph.find_nodes(op="placeholder") if (value := tensor_of(node)) is not None]
         symbolic = [value for value in inputs if any(isinstance(size, torch.SymInt) for size in _leading(value))]

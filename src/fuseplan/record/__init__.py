@@ -17,6 +17,7 @@ from fuseplan.record.plan import Plan, Rejected, SavedPlans, Selected, diff
 from fuseplan.record.refusal import Nearness, Reason, Refusal
 from fuseplan.record.report import Comparison, ConflictClass, Fusion, GraphReport, Loss, Report, SizePrice
 from fuseplan.record.serialization import from_json, to_json
+from fuseplan.record.verification import Verification
 
 __all__ = [
     "Box",
@@ -45,6 +46,7 @@ __all__ = [
     "Selected",
     "SizePoint",
     "SizePrice",
+    "Verification",
     "changes",
     "diff",
     "differences",

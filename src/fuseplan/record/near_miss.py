@@ -63,7 +63,17 @@ def is_of_a_place(refusal: Refusal) -> bool:
     return refusal.nearness is not None or refusal.reason not in _OF_A_WHOLE
 
 
-_OF_A_WHOLE = frozenset({Reason.NO_EFFECT, Reason.TRAINING, Reason.DISABLED, Reason.LIMIT})
+_OF_A_WHOLE = frozenset(
+    {
+        Reason.NO_EFFECT,
+        Reason.TRAINING,
+        Reason.DISABLED,
+        Reason.LIMIT,
+        Reason.VERIFICATION,
+        Reason.FAULT,
+        Reason.RANKS,
+    }
+)
 
 
 def cause_of(refusal: Refusal | NearMiss) -> tuple[object, ...]:

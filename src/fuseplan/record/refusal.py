@@ -39,6 +39,12 @@ class Reason(StrEnum):
     """The graph has a backward."""
     LIMIT = "limit"
     """Beyond `max_fusions`."""
+    VERIFICATION = "verification"
+    """The fused op was run here and is not what it stands for."""
+    FAULT = "fault"
+    """A rule, a provider or fuseplan itself raised what nobody expects."""
+    RANKS = "ranks"
+    """The ranks of a process group didn't agree on one plan."""
 
 
 class Nearness(StrEnum):

@@ -13,6 +13,7 @@ from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
 from fuseplan.record.refusal import Refusal
+from fuseplan.record.verification import Verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,9 @@ class GraphReport:
         saved_ns: what the applied fusions save, weighted over sizes.
         unfused_ns: what all contested sites take unfused, at the middle size.
         plan_ns: how long the solver took.
+        groups: names of the process groups whose collectives are in the graph.
+        digest: of what is applied where; the same on every rank, or else none of them runs it. Empty where nothing is.
+        verified: the fused ops that were checked against the unfused ones, those that failed included.
         from_cache: whether the report was stored by an earlier compilation that a warm compile cache now stands for.
     """
 
@@ -144,6 +148,9 @@ class GraphReport:
     saved_ns: int = 0
     unfused_ns: int = 0
     plan_ns: int = 0
+    groups: tuple[str, ...] = ()
+    digest: str = ""
+    verified: tuple[Verification, ...] = ()
     from_cache: bool = False
 
     def count(self, rules: Iterable[str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch._guards import detect_fake_mode
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import PROVENANCE
-from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.facts import is_dense, tensor_of
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
 from fuseplan.rules.base import Traced
@@ -131,7 +131,7 @@ def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
     known: dict[fx.Node, Any] = {}
     for node, output in zip(traced.outputs, match.outputs, strict=True):
         value = tensor_of(output)
-        if value is not None and value.is_contiguous() and node.target in (operator.getitem, match.rule.op.overload):
+        if value is not None and is_dense(value) and node.target in (operator.getitem, match.rule.op.overload):
             known[node] = value
     for node in traced.graph.find_nodes(op="call_function", target=match.rule.op.overload):
         count = len(match.rule.op.overload._schema.returns)

@@ -136,12 +136,18 @@ class Rule:
         """Traces pattern and replacement once, with a stand-in for every plain value.
 
         Raises:
-            RuleError: they disagree in outputs, the pattern isn't one region, or the name isn't one word.
+            RuleError: they disagree in outputs, the pattern isn't one region or lacks the core, or the name isn't one
+                word.
         """
         if not re.fullmatch(r"[A-Za-z_]\w*", self.name):
             raise RuleError(
                 f"rule {self.name!r} ({type(self).__name__}): a name is one word of letters, digits and underscores; "
                 "policies, selectors and locks are written with it"
+            )
+        if all(node.target is not self.core.overload for node in self.calls):
+            raise RuleError(
+                f"rule {self.name} ({type(self).__name__}): the pattern has no {self.core.name}, which the rule names "
+                f"as its core; it has {', '.join(op_text(node.target) for node in self.calls)}"
             )
         types = {argument.name: str(argument.type) for argument in self.op.overload._schema.arguments}
         self.trace_replacement({name: _STAND_INS.get(types.get(name, "Tensor"), _NODE) for name in self.variables})

@@ -1,0 +1,83 @@
+"""Which torch fuseplan works with: not too old, and with the private interfaces that fuseplan is built on.
+
+What moved is found when the first of fuseplan's entry points is asked for, before anything of it is imported.
+`fuseplan.compile` then falls back to `torch.compile` (`fuseplan.fallback`); whatever has no fallback raises.
+"""
+
+import functools
+
+import torch
+
+from fuseplan.compatibility.check import Moved, find_moved
+from fuseplan.compatibility.private import ASIDE, PRIVATE_APIS, TRACED, PrivateApi
+from fuseplan.errors import CompatibilityError
+
+__all__ = [
+    "ASIDE",
+    "NEWEST_TORCH",
+    "OLDEST_TORCH",
+    "PRIVATE_APIS",
+    "TRACED",
+    "Moved",
+    "PrivateApi",
+    "find_moved",
+    "incompatibility",
+    "require_supported_torch",
+    "require_torch_version",
+]
+
+OLDEST_TORCH = (2, 11)
+NEWEST_TORCH = (2, 14)
+"""The newest release on which the tests were run. A newer one is used all the same, unless something moved."""
+
+SHOWN = 2
+"""Moved interfaces that are named; where one moves, the names beside it mostly went with it."""
+
+
+def require_supported_torch(*, everything: bool = False) -> None:
+    """Checks the torch that is installed.
+
+    Args:
+        everything: also what `fuseplan.compile` does without; see `ASIDE`.
+
+    Raises:
+        CompatibilityError: it is older than 2.11, or something moved that fuseplan is built on.
+    """
+    require_torch_version()
+    if (text := incompatibility(everything)) is not None:
+        raise CompatibilityError(text)
+
+
+def require_torch_version() -> None:
+    """Checks the version of the torch that is installed.
+
+    Raises:
+        CompatibilityError: it is older than 2.11.
+    """
+    version = torch.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        raise CompatibilityError(
+            f"torch {version} is too old: fuseplan needs torch {_dotted(OLDEST_TORCH)} or newer; pip install -U torch"
+        )
+
+
+@functools.cache
+def incompatibility(everything: bool = False) -> str | None:
+    """One line on what the installed torch no longer has as fuseplan needs it, or None.
+
+    Args:
+        everything: also what `fuseplan.compile` does without; see `ASIDE`.
+    """
+    moved = find_moved(each for each in PRIVATE_APIS if everything or not ASIDE.issuperset(each.users))
+    if not moved:
+        return None
+    more = f", and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""
+    return (
+        f"torch {torch.__version__} has changed private interfaces that fuseplan needs: "
+        f"{', '.join(map(str, moved[:SHOWN]))}{more}; "
+        f"use torch {_dotted(OLDEST_TORCH)} to {_dotted(NEWEST_TORCH)}, or a newer fuseplan"
+    )
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

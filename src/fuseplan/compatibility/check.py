@@ -1,0 +1,93 @@
+"""Looks for private interfaces of torch: are they there, and do they take what fuseplan passes?"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fuseplan.compatibility.private import PrivateApi
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A private interface that isn't as fuseplan needs it, and what is wrong with it."""
+
+    api: PrivateApi
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.api.dotted} {self.what}"
+
+
+def find_moved(apis: Iterable[PrivateApi]) -> tuple[Moved, ...]:
+    """Those that the installed torch doesn't have as they are needed, in their order."""
+    return tuple(Moved(each, what) for each in apis if (what := _wrong(each)) is not None)
+
+
+def _wrong(api: PrivateApi) -> str | None:
+    owner: Any = None
+    try:
+        found: Any = importlib.import_module(api.module)
+        for name in api.attributes:
+            owner, found = found, _member(found, name)
+    except ImportError as error:
+        return f"can't be imported ({' '.join(str(error).split())[:200]})"
+    except AttributeError:
+        return "is gone"
+    if api.args is None:
+        return None
+    is_static = isinstance(inspect.getattr_static(owner, api.attributes[-1], None), staticmethod)
+    return _misfit(found, api, unbound=isinstance(owner, type) and not is_static)
+
+
+def _member(owner: Any, name: str) -> Any:
+    """An attribute of a module, object or class. Some attributes of a class's instances the class only annotates, and
+    others come into being with an instance.
+
+    Raises:
+        AttributeError: there is none, or no instance can be made any more.
+    """
+    # A class itself has more than its instances: it can be called, for one.
+    if not isinstance(owner, type) or any(name in vars(base) for base in owner.__mro__):
+        return getattr(owner, name)
+    if any(name in vars(base).get("__annotations__", {}) for base in owner.__mro__):
+        return None
+    make = _EXAMPLES.get(owner.__name__)
+    if make is None:
+        raise AttributeError(name)
+    try:
+        example = make(owner)
+    except Exception as error:
+        raise AttributeError(name) from error
+    if not isinstance(example, owner):
+        raise AttributeError(name)
+    return getattr(example, name)
+
+
+_EXAMPLES: Mapping[str, Callable[[Any], object]] = {
+    "CallFunction": lambda cls: cls(len),
+    "Graph": lambda cls: cls(),
+    "ListOf": lambda cls: cls(importlib.import_module(cls.__module__).KeywordArg("x")),
+    "OpOverload": lambda cls: torch.ops.aten.relu.default,
+    "PatternMatcherPass": lambda cls: cls(),
+    "_TorchCompileInductorWrapper": lambda cls: cls(None, None, None),
+}
+"""An instance of each class some of whose attributes only instances have."""
+
+
+def _misfit(function: Any, api: PrivateApi, *, unbound: bool) -> str | None:
+    """What is wrong with calling it as fuseplan does; None too of what tells nothing of its parameters."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None if callable(function) else "can't be called any more"
+    given = api.args or 0
+    takes_self = unbound and inspect.isfunction(function)
+    try:
+        signature.bind(*[None] * (given + takes_self), **dict.fromkeys(api.keywords))
+    except TypeError as error:
+        return f"takes other arguments ({error})"
+    return None

@@ -1,0 +1,136 @@
+"""One plan on all ranks of a group, or no fusions on any of them: settled over the group's store, before the first run.
+
+No collective takes part: with a warm compile cache one rank may never come to where the others wait.
+"""
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed import distributed_c10d
+
+from fuseplan.errors import UnsupportedError
+
+PREFIX = "fuseplan/agreement"
+FAILED = "failed: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a group settled on.
+
+    Attributes:
+        fused: whether every rank runs its plan; else every rank runs unfused.
+        reason: why not, one clause.
+    """
+
+    fused: bool
+    reason: str | None = None
+
+
+def agree(
+    group_store: Store, *, graph: str, rank: int, size: int, digest: str, deadline: datetime.timedelta
+) -> Verdict:
+    """Posts this rank's digest, waits for those of the others, and returns what all ranks will be told.
+
+    The first rank that knows enough, or has waited long enough, writes the verdict by one compare-and-set; all others,
+    a late one too, read that one.
+
+    Args:
+        group_store: a store that the ranks share.
+        graph: a name for what is compiled, the same on all ranks.
+        rank: of this process in the group.
+        size: of the group.
+        digest: of this rank's plan, or `failed(why)`.
+        deadline: how long to wait for the others.
+
+    Raises:
+        UnsupportedError: the store doesn't answer: nobody can say what the other ranks run.
+    """
+    try:
+        attempt = group_store.add(f"{PREFIX}/{graph}/{rank}/attempts", 1)
+        where = f"{PREFIX}/{graph}/{attempt}"
+        group_store.set(f"{where}/{rank}", digest)
+        digests, late = _digests(group_store, where, size, deadline)
+        verdict = _verdict(digests, late, deadline)
+        written = json.dumps({"fused": verdict.fused, "reason": verdict.reason})
+        settled = json.loads(group_store.compare_set(f"{where}/verdict", "", written))
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:200]
+        raise UnsupportedError(
+            f"the ranks of a process group could not agree on a plan, since its store doesn't answer: {text}; set "
+            "FUSEPLAN=0 on all ranks, or find out which of them is gone"
+        ) from error
+    return Verdict(fused=settled["fused"], reason=settled["reason"])
+
+
+def failed(error: BaseException) -> str:
+    """What a rank posts whose compilation failed."""
+    return f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _digests(
+    group_store: Store, where: str, size: int, deadline: datetime.timedelta
+) -> tuple[dict[int, str], list[int]]:
+    """What each rank posted, and who posted nothing in time."""
+    names = [f"{where}/{rank}" for rank in range(size)]
+    try:
+        group_store.wait(names, deadline)
+    except RuntimeError:
+        present = [rank for rank, name in enumerate(names) if group_store.check([name])]
+        late = [rank for rank in range(size) if rank not in present]
+        if not late:
+            present = list(range(size))
+    else:
+        present, late = list(range(size)), []
+    return {rank: group_store.get(names[rank]).decode() for rank in present}, late
+
+
+def _verdict(digests: dict[int, str], late: Sequence[int], deadline: datetime.timedelta) -> Verdict:
+    for rank, digest in digests.items():
+        if digest.startswith(FAILED):
+            return Verdict(fused=False, reason=f"rank {rank} could not compile it: {digest.removeprefix(FAILED)}")
+    if late:
+        ranks = ", ".join(map(str, late))
+        seconds = deadline.total_seconds()
+        return Verdict(fused=False, reason=f"rank {ranks} had no plan for it within {seconds:g} s")
+    if len(set(digests.values())) > 1:
+        odd = next(rank for rank, digest in digests.items() if digest != digests[0])
+        return Verdict(fused=False, reason=f"rank 0 and rank {odd} planned differently")
+    return Verdict(fused=True)
+
+
+def agree_in_groups(names: Sequence[str], *, graph: str, digest: str, deadline_s: float | None) -> Verdict:
+    """`agree` among the ranks of a graph's process groups.
+
+    Where a graph has several groups, one of them has to hold all ranks of the others: two groups can't be held to one
+    verdict otherwise.
+
+    Args:
+        names: of the groups whose collectives are in the graph.
+        graph: as for `agree`.
+        digest: likewise.
+        deadline_s: seconds to wait; None: the group's own timeout, after which its collectives would give up too.
+
+    Raises:
+        UnsupportedError: the store doesn't answer.
+    """
+    groups = [distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[attr-defined,arg-type]
+    largest = max(groups, key=lambda group: group.size(), default=None)
+    if largest is None or largest.size() == 1:
+        return Verdict(fused=True)
+    ranks = set(dist.get_process_group_ranks(largest))
+    if any(not ranks.issuperset(dist.get_process_group_ranks(group)) for group in groups):
+        return Verdict(fused=False, reason=f"its collectives are of groups that overlap: {', '.join(sorted(names))}")
+    timeout = datetime.timedelta(seconds=deadline_s) if deadline_s is not None else _timeout(largest)
+    return agree(
+        distributed_c10d._get_process_group_store(largest), graph=graph, rank=dist.get_rank(largest),
+        size=largest.size(), digest=digest, deadline=timeout,
+    )  # fmt: skip
+
+
+def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
+    return distributed_c10d._get_default_timeout(dist.get_backend(group))

@@ -1,0 +1,5 @@
+"""Fused ops against the unfused ones they stand for: poisoned memory, a float64 oracle, every compile range."""
+
+from fuseplan.verification.verifier import Verifier
+
+__all__ = ["Verifier"]

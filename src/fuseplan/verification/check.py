@@ -1,0 +1,188 @@
+"""One rule by one provider on one set of arguments, against the unfused ops."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fuseplan.dialect import DialectOp
+from fuseplan.rules import Rule
+from fuseplan.verification.compare import compare, described
+from fuseplan.verification.evaluate import exact, fused, reference
+from fuseplan.verification.memory import Alone, Guarded, Poisoned, make_arguments, poison_allocator
+from fuseplan.verification.region import Region
+from fuseplan.verification.specs import Case, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What came of one set of arguments.
+
+    Attributes:
+        wrong: what is wrong, with its numbers; None where nothing is.
+        worst: the largest error as a share of what is allowed.
+    """
+
+    wrong: str | None
+    worst: float | None = None
+
+
+def check(
+    rule: Rule,
+    provider: str,
+    case: Case,
+    *,
+    seed: int,
+    unfused: Mapping[str, Any] | None = None,
+    region: Region | None = None,
+) -> Finding:
+    """Runs both sides of a rule on fresh random arguments, in poisoned memory.
+
+    Args:
+        rule: the fusion.
+        provider: whose kernel runs the fused op.
+        case: the arguments.
+        seed: equal seeds draw equal arguments.
+        unfused: plain values that the graph has in place of those of the case, where a kernel rounds elsewhere.
+        region: what the match stands for in the graph, if it is of one: what it computes is held against the same
+            exact values.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    made = make_arguments(case.arguments, rule.op, _generators(case.arguments, seed))
+    inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
+    graphs = {**inputs, **(unfused or {})}
+    with torch.no_grad(), Alone():
+        expected = reference(rule, graphs)
+        precise = exact(rule, graphs)
+        watch = _Watched(rule.op, rule.op.kernel(provider), [value for value in made.values() if _is_guarded(value)])
+        for device in {each.device for each in expected}:
+            poison_allocator(device, max(each.nbytes for each in expected))
+        try:
+            with Poisoned():
+                actual = fused(rule, inputs, watch)
+        except _MisbehavedError as error:
+            return Finding(wrong=str(error))
+        wrong = _of_another_kind(rule, inputs, actual, expected)
+        if wrong is not None:
+            return Finding(wrong=wrong)
+        finding = _compared(rule, actual, expected, precise, "")
+        if finding.wrong is None and region is not None:
+            unraised = region.evaluate(inputs, case.symbols)
+            return replace(_compared(rule, unraised, expected, precise, READ_WRONG), worst=finding.worst)
+        return finding
+
+
+def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3) -> bool:
+    """Whether equal arguments give equal bits every time; an error that moves is a race."""
+    runs = []
+    with torch.no_grad(), Alone():
+        for _ in range(times):
+            made = make_arguments(case.arguments, rule.op, _generators(case.arguments, seed))
+            inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
+            with Poisoned():
+                runs.append(fused(rule, inputs, rule.op.kernel(provider)))
+        return all(torch.equal(_bits(a), _bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+READ_WRONG = "the unfused ops aren't what the graph computes: "
+
+
+def _compared(
+    rule: Rule, actual: Sequence[Tensor | None], expected: Sequence[Tensor], precise: Sequence[Tensor], what: str
+) -> Finding:
+    worst = 0.0
+    for index, (got, wanted, true) in enumerate(zip(actual, expected, precise, strict=True)):
+        if got is None:
+            continue
+        if (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
+            return Finding(wrong=f"{what}result {index} is {described([got])} and not {described([wanted])}")
+        deviation = compare(got, wanted, true, rule.op.error_factor)
+        worst = max(worst, deviation.share)
+        if deviation.share > 1:
+            share = deviation.share if math.isfinite(deviation.share) else None
+            return Finding(wrong=f"{what}result {index}: {deviation.text}", worst=share)
+    return Finding(wrong=None, worst=worst)
+
+
+def _generators(arguments: Mapping[str, Any], seed: int) -> dict[torch.device, torch.Generator]:
+    devices = {spec.device for spec in arguments.values() if isinstance(spec, TensorSpec)}
+    return {device: torch.Generator(device).manual_seed(seed) for device in devices}
+
+
+def _is_guarded(value: Any) -> bool:
+    return isinstance(value, Guarded)
+
+
+class _MisbehavedError(Exception):
+    """A kernel did what a function of its arguments doesn't do."""
+
+
+class _Watched:
+    """A kernel that is watched for what a function of its arguments doesn't do."""
+
+    def __init__(self, op: DialectOp, kernel: Callable[..., Any], guarded: Sequence[Guarded]) -> None:
+        self.op, self.kernel, self.guarded = op, kernel, guarded
+
+    def __call__(self, *args: Any) -> Any:
+        results = self.kernel(*args)
+        yielded = list(results) if isinstance(results, (tuple, list)) else [results]
+        wrong = self._misshaped(yielded) or self._shared(args, yielded) or self._written(args)
+        if wrong is not None:
+            raise _MisbehavedError(wrong)
+        return results
+
+    def _misshaped(self, yielded: Sequence[Any]) -> str | None:
+        count = len(self.op.overload._schema.returns)
+        if len(yielded) == count and all(isinstance(each, Tensor) for each in yielded):
+            return None
+        kinds = ", ".join(type(each).__name__ for each in yielded)
+        return f"the kernel yields {len(yielded)} values ({kinds}) where the schema has {count} tensors"
+
+    def _shared(self, args: Sequence[Any], yielded: Sequence[Any]) -> str | None:
+        memory = [("an argument", each) for each in args if isinstance(each, Tensor)]
+        for index, result in enumerate(yielded):
+            for name, other in memory:
+                if result.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and result.numel():
+                    return f"result {index} of the kernel shares memory with {name}; each result must be a new tensor"
+            memory.append((f"result {index}", result))
+        return None
+
+    def _written(self, args: Sequence[Any]) -> str | None:
+        for each in self.guarded:
+            if not each.is_untouched:
+                names = [argument.name for argument in self.op.overload._schema.arguments]
+                at = [name for name, given in zip(names, args, strict=False) if given is each.tensor]
+                where = f"its argument {at[0]}" if at else "an argument"
+                if torch.equal(_bits(each.tensor), _bits(each.of_before)):
+                    return f"the kernel writes beyond the end of {where}"
+                return f"the kernel writes to {where}, and its schema says that it doesn't"
+        return None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _of_another_kind(
+    rule: Rule, inputs: Mapping[str, Any], actual: Sequence[Tensor], expected: Sequence[Tensor]
+) -> str | None:
+    """Dtypes, shapes and strides: those of the unfused ops, and those that the fake promised Inductor."""
+    promised = _fake(rule, inputs)
+    for index, (got, wanted, fake) in enumerate(zip(actual, expected, promised, strict=True)):
+        if (got.dtype, got.shape, got.device) != (wanted.dtype, wanted.shape, wanted.device):
+            return f"result {index} is {described([got])}, and the unfused ops yield {described([wanted])}"
+        if (got.dtype, got.shape, got.stride()) != (fake.dtype, fake.shape, fake.stride()) and got.numel():
+            return f"result {index} is {described([got])}, and its fake implementation yields {described([fake])}"
+    return None
+
+
+def _fake(rule: Rule, inputs: Mapping[str, Any]) -> list[Tensor]:
+    with FakeTensorMode() as mode:
+        fakes = {n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        return fused(rule, fakes, rule.op.fake)

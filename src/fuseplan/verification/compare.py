@@ -1,0 +1,134 @@
+"""How far a fused op's results are off, as a share of what is allowed.
+
+    allowed = factor * max over the row of |reference - exact| + one unit in the last place of exact
+
+fp8 codes may be one step apart, or as far as the reference's are in that row; integers and truths not at all.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """The worst element of one result.
+
+    Attributes:
+        share: its error over what is allowed; more than 1.0 is too much.
+        text: its place, its value, and what it should be.
+    """
+
+    share: float
+    text: str
+
+
+def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> Deviation:
+    """The worst element of a result.
+
+    Args:
+        actual: what the fused op yields, [..., n].
+        reference: what the unfused ops yield, in the same dtype and shape.
+        exact: the same in float64 (in the dtype of `actual` where that is fp8 or no float).
+        factor: how many times the reference's own error is allowed.
+    """
+    if actual.numel() == 0:
+        return Deviation(share=0.0, text="no elements")
+    width = actual.shape[-1] if actual.dim() else 1
+    flat = [each.reshape(-1, width) for each in (actual, reference, exact)]
+    step = max(1, BLOCK // width)
+    parts = zip(*(each.split(step) for each in flat), strict=True)
+    blocks = [_block(got, wanted, true, factor) for got, wanted, true in parts]
+    worst = max(range(len(blocks)), key=lambda index: blocks[index].share)
+    block = blocks[worst]
+    place = torch.unravel_index(torch.tensor(worst * step * width + block.place), actual.shape)
+    where = ", ".join(str(int(index)) for index in place)
+    unit = " codes" if actual.dtype in FP8 else ""
+    off = f": off by {block.error:.3g}{unit}, allowed {block.allowed:.3g}" if math.isfinite(block.error) else ""
+    wrong = sum(each.wrong for each in blocks)
+    text = (
+        f"element [{where}] is {block.actual:.6g} where {block.exact:.6g} is exact{off}; {wrong} of {actual.numel()} "
+        "are wrong"
+    )
+    return Deviation(share=block.share, text=text)
+
+
+BLOCK = 2**17
+"""Elements that are looked at together: few enough for a processor's cache to hold all that is computed of them."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    share: float
+    place: int
+    wrong: int
+    actual: float
+    exact: float
+    error: float
+    allowed: float
+
+
+def _block(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> _Block:
+    """The worst element of some rows."""
+    if actual.dtype in FP8:
+        error, allowed = _codes(actual, reference, exact)
+    elif actual.dtype.is_floating_point:
+        error, allowed = _floats(actual, reference, exact, factor)
+    else:
+        error, allowed = (actual != reference).double(), torch.full_like(actual, 0.5, dtype=torch.float64)
+    share = _as_the_reference(actual, reference, error / allowed)
+    place = int(share.argmax())
+    at = [float(each.flatten()[place].double()) for each in (share, actual, exact, error, allowed)]
+    return _Block(at[0], place, int((share > 1).sum()), *at[1:])
+
+
+def _as_the_reference(actual: Tensor, reference: Tensor, share: Tensor) -> Tensor:
+    """Where the reference overflows or yields NaN, so must the fused op; elsewhere it must not."""
+    got, wanted = actual.float(), reference.float()
+    finite = got.isfinite() & wanted.isfinite()
+    same = (got == wanted) | (got.isnan() & wanted.isnan())
+    infinite = torch.full_like(share, float("inf"))
+    return torch.where(finite, share, torch.where(same, 0.0, infinite))
+
+
+def _floats(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    own = (reference.double() - exact).abs()
+    own = torch.where(own.isfinite(), own, 0.0)
+    row = own.amax(-1, keepdim=True) if own.dim() else own
+    return (actual.double() - exact).abs(), factor * row + unit_in_the_last_place(exact, actual.dtype)
+
+
+def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of neighbouring values of `dtype` at each element's magnitude: 2^floor(log2 |x|) * epsilon."""
+    finfo = torch.finfo(dtype)
+    _, exponent = torch.frexp(exact)
+    spacing = torch.ldexp(torch.full_like(exact, finfo.eps), exponent - 1)
+    return spacing.clamp(min=finfo.smallest_normal * finfo.eps)
+
+
+def _codes(actual: Tensor, reference: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    true = _ordinal(exact)
+    own = (_ordinal(reference) - true).abs()
+    row = own.amax(-1, keepdim=True) if own.dim() else own
+    return (_ordinal(actual) - true).abs().double(), row.clamp(min=1).double().expand(own.shape)
+
+
+def _ordinal(codes: Tensor) -> Tensor:
+    """fp8 codes as integers in the order of their values, both zeros 0."""
+    bits = codes.view(torch.uint8).int()
+    magnitude = bits & 0x7F
+    return torch.where(bits >= 0x80, -magnitude, magnitude)
+
+
+def described(tensors: Sequence[Tensor]) -> str:
+    """Dtypes, shapes and strides, for a person."""
+    parts = [
+        f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)} with strides {tuple(each.stride())}"
+        for each in tensors
+    ]
+    return "; ".join(parts)

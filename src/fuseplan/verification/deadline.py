@@ -1,0 +1,48 @@
+"""Running somebody's code with a deadline."""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class DeadlineError(Exception):
+    """It took too long."""
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """`function()`, in a thread of its own, which has none of the modes and contexts that a compilation puts up.
+
+    A thread can't be stopped: one that is late is left behind, and ends with the process. One that holds the
+    interpreter's lock for ever holds up everybody.
+
+    Raises:
+        DeadlineError: it took longer than `seconds`.
+        Exception: whatever `function` raises; also where it isn't an `Exception`, such as SystemExit.
+    """
+    results: list[T] = []
+    failures: list[BaseException] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        try:
+            if device is None:
+                results.append(function())
+            else:
+                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+                    results.append(function())
+                    torch.cuda.current_stream().synchronize()
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="fuseplan-verification", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise DeadlineError
+    if failures:
+        raise failures[0]
+    return results[0]

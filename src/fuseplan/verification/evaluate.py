@@ -1,0 +1,70 @@
+"""A rule's two sides as functions: the pattern by the references of its ops, exactly, and the replacement by a
+provider's kernel.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fuseplan.rules.base import Rule, Traced
+
+Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""`call(target, args, kwargs)` runs one node."""
+
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def reference(rule: Rule, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The values of the pattern, each op by its reference, rounding where the graph rounds."""
+    return _evaluate(rule.traced_pattern, arguments, lambda target, args, kwargs: target(*args, **kwargs))
+
+
+def exact(rule: Rule, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The values of the pattern in float64, with no cast on the way, but to fp8, in which codes are compared."""
+    wide = {name: _widened(value) for name, value in arguments.items()}
+
+    def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return target(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+
+    return _evaluate(rule.traced_pattern, wide, call)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in NARROW else value
+    return torch.float64 if value in NARROW else value
+
+
+def fused(rule: Rule, arguments: Mapping[str, Any], kernel: Callable[..., Any]) -> list[Tensor]:
+    """The values of the replacement, its fused op by `kernel`."""
+    traced = rule.trace_replacement({name: _Placeholder.of(value) for name, value in arguments.items()})
+    overload = rule.op.overload
+
+    def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kernel(*args) if target is overload else target(*args, **kwargs)
+
+    return _evaluate(traced, arguments, call)
+
+
+class _Placeholder:
+    """Marks what the replacement is traced with."""
+
+    _node = fx.Graph().placeholder("argument")
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        return cls._node if isinstance(value, Tensor) else value
+
+
+def _evaluate(traced: Traced, arguments: Mapping[str, Any], call: Call) -> list[Tensor]:
+    values: dict[fx.Node, Any] = {}
+    for name, node in traced.inputs.items():
+        if name in arguments:
+            values[node] = arguments[name]
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+            values[node] = call(node.target, args, kwargs)
+    return [values[node] for node in traced.outputs]

@@ -1,0 +1,160 @@
+"""Memory that tells on whoever reads what was never written, or writes what isn't theirs.
+
+Arguments lie between margins of NaN, and whatever is allocated meanwhile is full of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fuseplan.dialect import DialectOp, Draw, kernel_of
+from fuseplan.graph.facts import group_size
+from fuseplan.verification.specs import ALIGNMENT, TensorSpec
+
+aten, functional = torch.ops.aten, torch.ops._c10d_functional
+ALLOCATIONS = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """Fills a tensor with NaN; one of integers with 0x7f in every byte, one of truths with True."""
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+        return tensor.fill_(float("nan"))
+    if tensor.dtype is torch.bool:
+        return tensor.fill_(True)
+    if tensor.dtype.itemsize == 1:  # fp8 in all its formats, and bytes; 0x80 is the NaN of fnuz, 0x7f that of fn
+        return tensor.view(torch.uint8).fill_(0x80 if "fnuz" in str(tensor.dtype) else 0x7F).view(tensor.dtype)
+    return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+class SeeingMode(TorchDispatchMode):
+    """A mode that is in force inside fuseplan's own ops too, which else would run their kernels without it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one op."""
+        kernel = kernel_of(func)
+        if kernel is None:
+            return self.run(func, args, kwargs or {})
+        with self:
+            return kernel(*args, **(kwargs or {}))
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an op that isn't fuseplan's."""
+        raise NotImplementedError
+
+
+class Poisoned(SeeingMode):
+    """Whatever this thread allocates from Python is full of NaN."""
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an op; an allocation is poisoned."""
+        result = func(*args, **kwargs)
+        return poison(result) if func in ALLOCATIONS else result
+
+
+class Alone(SeeingMode):
+    """All-reduces of this thread, as if every rank held what this one does: nothing is sent, and nobody waited for."""
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an op; an all-reduce multiplies by the number of ranks."""
+        if func is functional.all_reduce.default:
+            return args[0] * (group_size(str(args[2])) or 1)
+        if func is functional.wait_tensor.default:
+            return args[0].clone()
+        return func(*args, **kwargs)
+
+
+def poison_allocator(device: torch.device, size: int) -> None:
+    """Leaves NaN in the blocks that a caching allocator hands out next, to kernels that don't ask Python for memory.
+
+    Args:
+        device: only those with a caching allocator are concerned.
+        size: bytes of the largest block.
+    """
+    if device.type == "cuda":
+        blocks = [poison(torch.empty(max(size, 1024) // 4, device=device)) for _ in range(4)]
+        del blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Guarded:
+    """An argument in the middle of a buffer of its own.
+
+    Attributes:
+        tensor: the argument.
+        buffer: all of it, margins included.
+        before: what the buffer held when the argument was made.
+    """
+
+    tensor: Tensor
+    buffer: Tensor
+    before: Tensor
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether neither the argument nor its margins were written to."""
+        return torch.equal(self.buffer.view(torch.uint8), self.before.view(torch.uint8))
+
+    @property
+    def of_before(self) -> Tensor:
+        """The argument as it was."""
+        tensor = self.tensor
+        return self.before.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def make_arguments(
+    arguments: Mapping[str, Any], op: DialectOp, generators: Mapping[torch.device, torch.Generator]
+) -> dict[str, Any]:
+    """Fresh random arguments: a `Guarded` for each `TensorSpec`, plain values as they are.
+
+    Args:
+        arguments: of a case.
+        op: says how its arguments are drawn.
+        generators: by device.
+    """
+    made: dict[str, Any] = {}
+    for name, spec in arguments.items():
+        if not isinstance(spec, TensorSpec):
+            made[name] = spec
+        elif spec.same_as is not None:
+            made[name] = made[spec.same_as]
+        else:
+            made[name] = _guarded(spec, op.draw(name), generators[spec.device])
+    return made
+
+
+def _guarded(spec: TensorSpec, draw: Draw, generator: torch.Generator) -> Guarded:
+    margin = 4 * ALIGNMENT // spec.dtype.itemsize
+    shift = margin + spec.misalignment // spec.dtype.itemsize
+    extent = 1 + sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
+    if 0 in spec.shape:
+        extent = 0
+    buffer = poison(torch.empty(shift + extent + margin, dtype=spec.dtype, device=spec.device))
+    # Where a stride is 0 all rows are one.
+    stored = tuple(1 if step == 0 else size for size, step in zip(spec.shape, spec.stride, strict=True))
+    values = _values(spec, stored, draw, generator)
+    if extent:
+        buffer.as_strided(stored, spec.stride, shift).copy_(values)
+    return Guarded(buffer.as_strided(spec.shape, spec.stride, shift), buffer, buffer.clone())
+
+
+def _values(spec: TensorSpec, shape: tuple[int, ...], draw: Draw, generator: torch.Generator) -> Tensor:
+    if spec.dtype.is_floating_point:
+        return draw(shape, spec.device, generator)
+    return torch.randint(0, 2, shape, device=spec.device, generator=generator)

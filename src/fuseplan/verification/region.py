@@ -1,0 +1,90 @@
+"""The part of the model that a match stands for, as Inductor made it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.facts import tensor_of
+from fuseplan.matching import Match
+from fuseplan.verification.specs import concrete
+
+MOST_NODES = 128
+"""Beyond which a region isn't one of a single fusion."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Region:
+    """Nodes of the original graph between a match's inputs and its results.
+
+    Attributes:
+        inputs: variable by node.
+        nodes: in graph order.
+        outputs: for each result of the pattern the node that has it, None where none does.
+    """
+
+    inputs: Mapping[fx.Node, str]
+    nodes: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node | None, ...]
+
+    @classmethod
+    def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
+        """The region, or None where there is none: what the canonical graph moved has no original."""
+        bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
+        inputs: dict[fx.Node, str] = {}
+        for name, node in bound.items():
+            if node in canonical.origin:
+                inputs.setdefault(canonical.origin[node], name)
+        outputs = tuple(canonical.origin.get(node) if node is not None else None for node in match.outputs)
+        found: set[fx.Node] = set()
+        stack = [node for node in outputs if node is not None]
+        while stack:
+            node = stack.pop()
+            if node in inputs or node in found or _is_size(node):
+                continue
+            if node.op != "call_function" or isinstance(node.target, HigherOrderOperator) or len(found) == MOST_NODES:
+                return None
+            found.add(node)
+            stack += node.all_input_nodes
+        return cls(inputs=inputs, nodes=tuple(sorted(found)), outputs=outputs) if found else None
+
+    def evaluate(self, arguments: Mapping[str, Any], symbols: Mapping[Any, int]) -> list[Tensor | None]:
+        """The region's results.
+
+        Args:
+            arguments: by variable.
+            symbols: the values of symbolic sizes.
+        """
+        values: dict[fx.Node, Any] = {node: arguments[name] for node, name in self.inputs.items()}
+
+        def value(node: fx.Node) -> Any:
+            return values[node] if node in values else concrete(node.meta["val"], symbols)
+
+        for node in self.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            assert callable(node.target)
+            values[node] = node.target(*args, **kwargs)
+        return [values[node] if node is not None else None for node in self.outputs]
+
+    def text(self, symbols: Mapping[Any, int]) -> str:
+        """The region without names."""
+        names: dict[fx.Node, Any] = dict(self.inputs)
+
+        def name(node: fx.Node) -> Any:
+            return names[node] if node in names else concrete(node.meta["val"], symbols)
+
+        lines = []
+        for number, node in enumerate(self.nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), name)
+            names[node] = f"%{number}"
+            lines.append(f"{node.target} {args} {kwargs}")
+        return "\n".join([*lines, str([names[node] if node is not None else None for node in self.outputs])])
+
+
+def _is_size(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return tensor_of(node) is None and isinstance(value, (int, torch.SymInt))

@@ -1,0 +1,164 @@
+"""What a fused op will be called with: the arguments of a match, at each number of tokens that they are checked at."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fuseplan.graph.facts import tensor_of
+from fuseplan.matching import Match
+from fuseplan.planner.sites import Rows, hint
+
+ODD_SIZES = (1, 7, 33, 8191)
+"""Numbers of tokens that no tile divides, where they lie in the range: kernels forget their last, partial tile."""
+
+SMALL = 64
+"""Sizes up to which the reference itself is run: right by definition, only how it is called is in question."""
+
+ALIGNMENT = 128
+"""Bytes: what a pointer's alignment is told modulo of; the widest load of any kernel divides it."""
+
+UNKNOWN = 16
+"""A size that depends on data, such as how many tokens go to an expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor argument.
+
+    Attributes:
+        dtype: of its elements.
+        shape: in elements.
+        stride: in elements.
+        misalignment: bytes from a multiple of `ALIGNMENT` to its first element.
+        device: where it lies.
+        same_as: an earlier argument that is the very same tensor, if any.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    misalignment: int
+    device: torch.device
+    same_as: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """All arguments at one number of tokens.
+
+    Attributes:
+        tokens: the size.
+        arguments: a `TensorSpec` or a plain value by variable.
+        symbols: the values of symbolic sizes.
+    """
+
+    tokens: int
+    arguments: Mapping[str, Any]
+    symbols: Mapping[Any, int] = field(default_factory=dict)
+
+
+class Sizes:
+    """Values for the symbols of a graph.
+
+    Where the number of tokens is a product of several symbols, the last one varies and the others stay as traced.
+
+    Args:
+        graph: whose inputs have the symbols.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.rows = Rows.of(graph)
+        self._traced = _traced_symbols(graph)
+
+    def tokens(self, span: tuple[int, int]) -> tuple[int, ...]:
+        """What a kernel is checked at: both ends of the range, odd sizes in it, and the size that was traced; none for
+        a graph of one size alone.
+        """
+        if not self.rows.is_dynamic:
+            return ()
+        first, last = span
+        # The end is large and has a partial tile one below it: one of the two is enough.
+        inside = (size for size in (*ODD_SIZES, self.rows.traced) if first <= size <= last and size != last - 1)
+        return tuple(sorted({first, last, *inside}))
+
+    def at(self, tokens: int) -> dict[Any, int]:
+        """The value of each symbol."""
+        values = dict(self._traced)
+        if self.rows.is_dynamic:
+            symbols = sorted(self.rows.tokens.free_symbols, key=str)
+            others = self.rows.tokens.xreplace({symbol: values.get(symbol, UNKNOWN) for symbol in symbols[:-1]})
+            factor = int(others.xreplace({symbols[-1]: 1}))
+            values[symbols[-1]] = max(1, tokens // max(1, factor))
+        return values
+
+
+def _traced_symbols(graph: fx.Graph) -> dict[Any, int]:
+    values: dict[Any, int] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                values[size.node.expr] = hint(size)
+    return values
+
+
+def cases_of(match: Match, sizes: Sizes, span: tuple[int, int]) -> tuple[Case, ...]:
+    """The arguments of a match, the smallest size first; of the provider `torch` small sizes alone."""
+    cases = []
+    tokens_of = sizes.tokens(span) or (_rows_of(match),)
+    if match.provider == "torch":
+        tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
+    for tokens in tokens_of:
+        symbols = sizes.at(tokens)
+        cases.append(Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols))
+    return tuple(cases)
+
+
+def _rows_of(match: Match) -> int:
+    """The rows of the first result, as traced."""
+    value = tensor_of(match.anchor)
+    return math.prod(map(hint, value.shape[:-1])) if value is not None else 1
+
+
+def _arguments(values: Mapping[str, Any], symbols: Mapping[Any, int]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    first: dict[fx.Node, str] = {}
+    for name, value in values.items():
+        if not isinstance(value, fx.Node):
+            arguments[name] = concrete(value, symbols)
+            continue
+        tensor = tensor_of(value)
+        if tensor is None:
+            arguments[name] = concrete(value.meta.get("val"), symbols)
+        else:
+            arguments[name] = _spec(tensor, symbols, first.setdefault(value, name), name)
+    return arguments
+
+
+def _spec(tensor: Tensor, symbols: Mapping[Any, int], first: str, name: str) -> TensorSpec:
+    offset = concrete(tensor.storage_offset(), symbols) * tensor.dtype.itemsize
+    return TensorSpec(
+        dtype=tensor.dtype,
+        shape=_concrete(tensor.shape, symbols),
+        stride=_concrete(tensor.stride(), symbols),
+        misalignment=offset % ALIGNMENT,
+        device=tensor.device,
+        same_as=first if first != name else None,
+    )
+
+
+def _concrete(values: Sequence[Any], symbols: Mapping[Any, int]) -> tuple[int, ...]:
+    return tuple(concrete(value, symbols) for value in values)
+
+
+def concrete(value: Any, symbols: Mapping[Any, int]) -> Any:
+    """A size with values for its symbols; what is no symbolic size is returned as it is."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    expression = value.node.expr
+    return int(expression.xreplace({symbol: symbols.get(symbol, UNKNOWN) for symbol in expression.free_symbols}))

@@ -1,0 +1,145 @@
+"""`Verifier`: every rule x provider x signature that a decision applies, once, before the first use."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.facts import group_size
+from fuseplan.matching import Match
+from fuseplan.planner.candidates import Candidate
+from fuseplan.providers import DeviceProfile, Provider
+from fuseplan.record import Verification
+from fuseplan.verification import outcomes
+from fuseplan.verification.check import Finding, check
+from fuseplan.verification.deadline import DeadlineError, within
+from fuseplan.verification.region import Region
+from fuseplan.verification.specs import Case, Sizes, cases_of
+
+UNVERIFIED = "ranks meet in its kernel, which is run nowhere but in lock step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """Checks fused ops against the unfused ones.
+
+    Attributes:
+        mode: `first-use`, `always` or `off`, as `PassConfig.verify` says.
+        providers: who can run fused ops.
+        device: a profile whose providers are taken as present; None: those of this machine.
+        deadline_s: seconds that one size may take, the compilation of a kernel included.
+    """
+
+    mode: str
+    providers: Sequence[Provider]
+    device: DeviceProfile | None = None
+    deadline_s: float = 300.0
+
+    def verify(
+        self, candidates: Sequence[Candidate], canonical: CanonicalGraph, span: tuple[int, int]
+    ) -> list[Verification | None]:
+        """An outcome for each candidate, None for all where verification is off.
+
+        Args:
+            candidates: of rules.
+            canonical: the graph that they were found in.
+            span: first and last number of tokens.
+        """
+        if self.mode == "off" or not candidates:
+            return [None] * len(candidates)
+        sizes, known = Sizes(canonical.graph), dict[str, Verification]()
+        questions = [_Question.of(candidate, canonical, sizes, span) for candidate in candidates]
+        return [self._once(question, known) for question in questions]
+
+    def _once(self, question: "_Question", known: dict[str, Verification]) -> Verification:
+        match = question.match
+        (provider,) = [each for each in self.providers if each.name == match.provider]
+        key = outcomes.outcome_key(
+            match.rule, provider, self.device, question.cases, question.unfused, question.region
+        )  # fmt: skip
+        if key not in known:
+            stored = outcomes.load(key) if self.mode == "first-use" else None
+            known[key] = replace(stored, from_cache=True, time_ns=0) if stored else self._run(question, key)
+        return known[key]
+
+    def _run(self, question: "_Question", key: str) -> Verification:
+        start, match = time.perf_counter_ns(), question.match
+        outcome = Verification(
+            rule=match.rule.name, op=match.rule.op.name, provider=match.provider, signature=question.signature
+        )
+        if _meets_other_ranks(match):
+            return replace(outcome, passed=False, detail=UNVERIFIED)
+        worst: float | None = 0.0
+        tokens, detail, lasting = list[int](), None, True
+        for case in question.cases:
+            tokens.append(case.tokens)
+            finding, lasting = self._finding(question, case, outcomes.seed_of(key))
+            worst = None if finding.worst is None else max(worst or 0.0, finding.worst)
+            if finding.wrong is not None:
+                detail = f"at {case.tokens} tokens: {finding.wrong}"
+                break
+        outcome = replace(
+            outcome, tokens=tuple(tokens), passed=detail is None, detail=detail, worst=worst,
+            time_ns=time.perf_counter_ns() - start,
+        )  # fmt: skip
+        if lasting:
+            outcomes.save(key, outcome)
+        return outcome
+
+    def _finding(self, question: "_Question", case: Case, seed: int) -> tuple[Finding, bool]:
+        """What came of one size, and whether it would come again: memory and time may be there next time."""
+        match = question.match
+        # How the graph was read doesn't depend on the size.
+        region = question.region if case is question.cases[min(2, len(question.cases) - 1)] else None
+
+        def run() -> Finding:
+            return check(match.rule, match.provider, case, seed=seed, unfused=question.unfused, region=region)
+
+        try:
+            return within(self.deadline_s, run), True
+        except DeadlineError:
+            return Finding(wrong=f"the kernel did not end within {self.deadline_s:g} s"), False
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the model runs without it
+            return Finding(wrong=_told(error)), False
+        except SystemExit as error:
+            return Finding(wrong=f"the kernel calls sys.exit({error.code!r})"), False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """One candidate, as far as an outcome depends on it."""
+
+    match: Match
+    signature: str
+    cases: Sequence[Case]
+    unfused: Mapping[str, Any]
+    region: Region | None
+
+    @classmethod
+    def of(cls, candidate: Candidate, canonical: CanonicalGraph, sizes: Sizes, span: tuple[int, int]) -> "_Question":
+        match = candidate.match
+        assert isinstance(match, Match), "other people's replacements are theirs to verify"
+        return cls(
+            match=match,
+            signature=candidate.signature,
+            cases=cases_of(match, sizes, span),
+            unfused={"rounding": match.rounding_change[0]} if match.rounding_change else {},
+            region=Region.of(canonical, match),
+        )
+
+
+def _meets_other_ranks(match: Match) -> bool:
+    """Whether a kernel would wait for ranks that may not be verifying: torch's own all-reduces are intercepted."""
+    group = match.values.get("group_name")
+    alone = group is None or group_size(str(group)) == 1
+    return match.rule.op.collective and match.provider != "torch" and not alone
+
+
+def _told(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return f"the kernel needs more memory than there is: {text}"
+    return f"the kernel raises {type(error).__name__}: {text}"

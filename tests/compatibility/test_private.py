@@ -1,0 +1,147 @@
+"""The list of private interfaces: complete, no longer than what is used, and each entry of it is looked for."""
+
+import sys
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import traceback as fx_traceback
+
+from fuseplan.capture import capture
+from fuseplan.compatibility import ASIDE, PRIVATE_APIS, TRACED, PrivateApi, find_moved
+from tests.compatibility.moved import change, hide
+from tests.compatibility.uses import keys, undeclared, unused
+from tests.test_architecture import KNOWN, Module, source_modules
+
+SOURCE = [module for module in source_modules() if module.part != "compatibility"]
+CALLED = [each for each in PRIVATE_APIS if each.args is not None]
+
+
+def name(api: PrivateApi) -> str:
+    return api.dotted
+
+
+def test_this_torch_has_everything() -> None:
+    assert [str(each) for each in find_moved(PRIVATE_APIS)] == []
+
+
+@pytest.mark.parametrize("api", PRIVATE_APIS, ids=name)
+def test_what_is_gone_is_found(api: PrivateApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, api)
+    moved = find_moved(PRIVATE_APIS)
+    assert f"{api.dotted} is gone" in [str(each) for each in moved]
+    assert {each.api.module for each in moved} == {api.module}
+
+
+@pytest.mark.parametrize("api", CALLED, ids=name)
+def test_other_arguments_are_found(api: PrivateApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch, api)
+    assert [each.api.dotted for each in find_moved(PRIVATE_APIS) if "takes other arguments" in str(each)] == [name(api)]
+
+
+@pytest.mark.parametrize("module", sorted({each.module for each in PRIVATE_APIS} - {"torch"}))
+def test_a_module_that_is_gone_is_found(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    expected = [each.dotted for each in PRIVATE_APIS if each.module == module]
+    moved = find_moved(PRIVATE_APIS)
+    assert [each.api.dotted for each in moved] == expected
+    assert all("can't be imported (import of" in str(each) for each in moved)
+
+
+def test_something_that_can_not_be_called_any_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo, "reset", "no function")
+    assert [str(each) for each in find_moved(PRIVATE_APIS)] == ["torch._dynamo.reset can't be called any more"]
+
+
+def test_a_class_without_its_instances_attribute_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        _graph_namespace = None
+
+    monkeypatch.setattr(torch.fx, "Graph", Graph)
+    assert [str(each) for each in find_moved(PRIVATE_APIS)] == ["torch.fx.Graph._root is gone"]
+
+
+def test_a_class_that_can_not_be_made_any_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        _graph_namespace = None
+
+        def __init__(self) -> None:
+            raise RuntimeError("make me another way")
+
+    monkeypatch.setattr(torch.fx, "Graph", Graph)
+    assert [str(each) for each in find_moved(PRIVATE_APIS)] == ["torch.fx.Graph._root is gone"]
+
+
+def test_everything_that_is_used_is_in_the_list() -> None:
+    assert SOURCE
+    assert undeclared(SOURCE, PRIVATE_APIS) == []
+
+
+def test_everything_in_the_list_is_used_by_whom_it_says() -> None:
+    assert unused(SOURCE, PRIVATE_APIS) == []
+    assert {user for each in PRIVATE_APIS for user in each.users} <= KNOWN
+    assert ASIDE <= KNOWN
+
+
+def test_no_entry_is_there_twice() -> None:
+    assert len({each.path for each in PRIVATE_APIS}) == len(PRIVATE_APIS)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from torch._inductor import fresh", "torch._inductor.fresh"),
+        ("def f():\n    import torch._fresh.thing", "torch._fresh.thing"),
+        ("import torch\ntorch._dynamo.fresh()", "torch._dynamo.fresh"),
+        ("from torch.fx.experimental import fresh", "torch.fx.experimental.fresh"),
+        ("import torch\nops = torch.ops._fresh\nops.thing", "torch.ops._fresh.thing"),
+        ("from torch._inductor import config as c\nc.patch(fresh=1)", "torch._inductor.config.fresh"),
+        ("def f(node):\n    return node._fresh", "_fresh"),
+        # In the list, but not for this part.
+        ("from torch._dynamo.utils import counters", "torch._dynamo.utils.counters"),
+    ],
+)
+def test_the_scan_finds_what_is_not_in_the_list(source: str, found: str) -> None:
+    assert f"rules/fresh.py: {found}" in undeclared([Module("rules/fresh.py", source)], PRIVATE_APIS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\nfrom torch import fx\ntorch.__version__\nfx.Graph().nodes",
+        "class A:\n    def f(self):\n        return self._own, self.__class__.__name__",
+        "def f(op):\n    return op._schema",
+    ],
+)
+def test_the_scan_lets_the_rest_be(source: str) -> None:
+    assert undeclared([Module("rules/fresh.py", source)], PRIVATE_APIS) == []
+
+
+def test_the_scan_finds_what_is_not_used() -> None:
+    api = PrivateApi("torch._inductor:fresh", ("rules",))
+    assert unused([Module("rules/fresh.py", "import torch")], [api]) == ["rules: torch._inductor:fresh"]
+
+
+def test_the_keys_of_metadata_are_in_the_list() -> None:
+    found: dict[str, set[str]] = defaultdict(set)
+    for module in SOURCE:
+        for key in keys(module):
+            found[key].add(module.part)
+    assert {key: set(users) for key, users in TRACED.items()} == found
+
+
+def test_torch_writes_the_keys_of_metadata_that_are_read() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with fx_traceback.annotate({"stream": 0}):
+                y: Tensor = self.norm(x)
+            return y.add_(1)
+
+    traced = capture(Model(), (torch.randn(4, 8),), {}, dynamic=False)
+    written = {key for gm in traced.graphs for node in gm.graph.nodes for key in node.meta}
+    assert set(TRACED) - written == set()

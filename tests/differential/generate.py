@@ -1,0 +1,229 @@
+"""Random programs: what models do, one statement after the other, with what may stand in a fusion's way."""
+
+import contextlib
+import itertools
+from collections.abc import Callable
+
+from tests.differential.norms import NORMS
+from tests.differential.program import Program
+from tests.differential.vocabulary import GATED, QUANTS, ROW_QUANTS
+from tests.differential.writer import WIDTHS, Writer
+from tests.helpers import SPELLINGS
+
+
+def generate(seed: int, *, most: int = 9) -> Program:
+    """The program of a seed.
+
+    Args:
+        seed: any.
+        most: statements; each writes a few lines.
+    """
+    attempts = (_attempt(seed, attempt, most) for attempt in itertools.count())
+    return next(program for program in attempts if _runs(program))
+
+
+def _attempt(seed: int, attempt: int, most: int) -> Program:
+    model = Model(seed, attempt)
+    rng = model.rng
+    others = rng.choices(list(model.statements), list(model.statements.values()), k=rng.randint(1, most - 1))
+    statements = [model.layer, *others]
+    rng.shuffle(statements)
+    for statement in statements:
+        # Not every form suits every value: a statement ends where torch refuses its line.
+        with contextlib.suppress(RuntimeError, IndexError, TypeError):
+            statement()
+    return model.finish()
+
+
+def _runs(program: Program) -> bool:
+    """Whether a program runs at its own sizes, too, and not only at those at which its lines were tried."""
+    try:
+        for run in range(len(program.sizes)):
+            program.module(None)(*program.inputs(run))
+    except (RuntimeError, IndexError):
+        return False
+    return True
+
+
+class Model(Writer):
+    """The statements that a program may have."""
+
+    @property
+    def statements(self) -> dict[Callable[[], None], float]:
+        """All of them, and how often each is written."""
+        return {
+            self.layer: 8, self.mlp: 2, self.quantisation: 2, self.pads_and_slices: 2, self.cast: 1, self.pointwise: 2,
+            self.combination: 2, self.in_place: 2, self.rearrangement: 2, self.buffer: 1, self.mixture: 1,
+            self.attention: 0.5, self.graph_break: 0.1,
+        }  # fmt: skip
+
+    def layer(self) -> None:
+        """(A block, an all-reduce,) a norm, and what reads it."""
+        name = self.some()
+        if self.rng.random() < 0.6:
+            name = self.linear(name, self.rng.choice((self.hidden, self.width(name))))
+        else:
+            name = self.one_of([("torch.sin({})", 1), ("torch.sigmoid({})", 1), ("torch.tanh({})", 1)], name)
+        if self.rng.random() < 0.7:
+            name = self.all_reduce(name)
+        y, total = self.norm(name)
+        for _ in range(self.rng.choice((0, 1, 1, 1, 2, 3))):
+            self.reader(y)
+        if self.rng.random() < 0.5:
+            self.new(f"{total} * 0.5")
+
+    def all_reduce(self, name: str) -> str:
+        """An all-reduce and what may stand around it."""
+        width, rows = self.width(name), self.rows(name)
+        forms = [
+            ("all_reduce({})", 8), (f"all_reduce(F.pad({{}}, (0, 8)))[..., :{width}]", 2),
+            ("all_reduce(turned({}))", 0.7), ("turned(all_reduce({}))", 0.7), ("all_reduce({}[None])[0]", 0.5),
+            ("all_reduce({}.unsqueeze(0)).squeeze(0)", 1), ("all_reduce({}.float()).to({}.dtype)", 0.7),
+            ("largest({})", 0.5), ("scattered({})", 0.5), ("summed_in_place({})", 0.5),
+            ("all_reduce(all_reduce({}))", 0.5), ("all_reduce({}.transpose(0, 1)).transpose(0, 1)", 0.7),
+            ("all_reduce({}).clone().mul_(0.5)", 0.5), (f"all_reduce({{}}).reshape(-1, {width})", 1),
+            ("all_reduce({}[..., 1:])", 1), ("all_reduce({})[..., 1:]", 1),
+            ("all_reduce({}).chunk(2, -1)[1]", 0.5),
+        ]  # fmt: skip
+        if rows is not None:
+            forms.append((f"all_reduce({{}}.reshape(-1, {width})).reshape({rows}, {width})", 2))
+        if self.tensors[name].dim() > 2:
+            forms.append(("all_reduce({})[:, -1:]", 0.5))
+        return self.one_of(forms, name)
+
+    def norm(self, name: str) -> tuple[str, str]:
+        """(the norm, the sum that it normalised)."""
+        spelling = self.rng.choice(list(SPELLINGS if self.rng.random() < 0.65 else NORMS))
+        dtype = "float32" if self.rng.random() < 0.1 else self.dtype_of(name)
+        weight = self.given((self.width(name),), "weight", dtype)
+        residual = self.twin(name, any_dtype=self.rng.random() < 0.2) if self.rng.random() < 0.75 else None
+        if residual is not None and residual != name and self.rng.random() < 0.1:
+            self.write(f"{residual}.add_({name})")
+            name, residual = residual, None
+        y, total = self.new(f"{spelling}({name}, {residual}, {weight})", 2)
+        return y, total
+
+    def reader(self, y: str) -> None:
+        """One more reader of a norm."""
+        width, rows = self.width(y), self.rows(y)
+        right = self.rng.choice((1, 8, 16))
+        forms = [
+            (f"F.pad({{}}, (0, {right}))", 4), (f"F.pad({{}}.reshape(-1, {width}), (0, {right}))", 1),
+            (f"padded_by_cat({{}}, {right})", 1), (f"F.pad({{}}, ({right}, 0))", 1), ("{}.relu()", 1.5),
+            ("{} * 2", 1), (f"F.pad({{}}, (0, {right}), value=1.0)", 1), (f"F.pad({{}}[..., :-1], (0, {right}))", 1),
+            ("{}[:, -1]", 0.5), ("{} * {}", 0.5), ("marked_({})", 0.3), ("{}.as_strided((2, 3), (1, 1))", 0.3),
+        ]  # fmt: skip
+        if rows is not None:
+            forms.append((f"F.pad({{}}.reshape(-1, {width}), (0, {right})).reshape({rows}, -1)", 2))
+        choice = self.rng.random()
+        if choice < 0.35:
+            self.quantised(y)
+        elif choice < 0.85:
+            self.one_of(forms, y)
+        else:
+            self.linear(y, self.rng.choice(WIDTHS))
+
+    def quantised(self, y: str) -> None:
+        """A quantisation to fp8, mostly with its inverse."""
+        if self.rng.random() < 0.5:
+            function = self.rng.choice(("quantize", "quantize", "quantize", *QUANTS))
+            shape = self.rng.choice(((1,), (1,), (1,), (), (1, 1), (self.width(y),)))
+            scale = self.given(shape, "scale", "float32")
+            reciprocal = ", reciprocal=True" if function == "quantize" and self.rng.random() < 0.5 else ""
+            (q,) = self.new(f"{function}({y}, {scale}{reciprocal})")
+        else:
+            source = f"{y}.reshape(-1, {self.width(y)})" if self.rng.random() < 0.2 else y
+            function = self.rng.choice(("quantize_rows", "quantize_rows", *ROW_QUANTS))
+            q, scale = self.new(f"{function}({source})", 2)
+        if self.rng.random() < 0.7:
+            self.new(f"dequantize({q}, {scale}, torch.{self.dtype})")
+
+    def quantisation(self) -> None:
+        self.quantised(self.some())
+
+    def mlp(self) -> None:
+        name = self.some()
+        inner = self.rng.choice((8, 24, 32))
+        matrix = self.given((2 * inner, self.width(name)), "matrix", self.dtype_of(name))
+        gate, up = self.new(f"F.linear({name}, {matrix}).chunk(2, -1)", 2)
+        (y,) = self.new(f"{self.rng.choice(('silu_llama', 'silu_llama', *GATED))}({gate}, {up})")
+        if self.rng.random() < 0.7:
+            self.quantised(y)
+        if self.rng.random() < 0.6:
+            self.linear(y, self.width(name))
+
+    def mixture(self) -> None:
+        name = self.some()
+        width, inner, kinds = self.width(name), 8, 3
+        router, first, second = (
+            self.given(shape, "matrix", self.dtype_of(name))
+            for shape in ((kinds, width), (kinds, width, 2 * inner), (kinds, inner, width))
+        )
+        flat = f"{name}.reshape(-1, {width})"
+        forms = [
+            (f"{{}} * best_shares({{}}, {router})", 1), (f"experts({flat}, {router}, {first}, {second})", 1),
+            (f"routed_experts({flat}, ids, {router}, {first}, {second})", 1),
+        ]  # fmt: skip
+        self.one_of(forms, name)
+
+    def attention(self) -> None:
+        self.new(f"attend({self.some()})")
+
+    def pads_and_slices(self) -> None:
+        name = self.some()
+        forms = [
+            "F.pad({}, (0, 8))", "padded_by_cat({}, 4)", "padded_by_copy({}, 4)", "{}[..., ::2]", "{}[..., 1:]",
+            f"{{}}[..., :{max(1, self.width(name) - 8)}]", f"{{}}[..., :{self.width(name)}]",
+            "F.pad({}, (0, 0, 0, 1))[..., :-1, :]",
+        ]  # fmt: skip
+        self.one_of([(form, 1) for form in forms], name)
+
+    def cast(self) -> None:
+        dtypes = (("bfloat16", 3), ("float16", 3), ("float32", 3), ("float64", 1))
+        self.one_of([(f"{{}}.to(torch.{dtype})", often) for dtype, often in dtypes], self.some())
+
+    def pointwise(self) -> None:
+        forms = ("{}.relu()", "-{}", "{} * 0.5", "{} + 1", "{}.clone()", "{} * 1", "torch.cos({})", "{} / 3", "{} - {}")
+        self.one_of([(form, 1) for form in forms], self.some())
+
+    def combination(self) -> None:
+        name = self.some()
+        other = self.twin(name, any_dtype=self.rng.random() < 0.3)
+        forms = ("{} + OTHER", "{} * torch.sigmoid(OTHER)", "{} - OTHER", "relu_of_product({}, OTHER)")
+        self.one_of([(form.replace("OTHER", str(other)), 1) for form in forms], name)
+
+    def rearrangement(self) -> None:
+        name = self.some()
+        width, dims = self.width(name), self.tensors[name].dim()
+        forms = [
+            (f"{{}}.reshape(-1, {width})", 1), ("turned({})", 1), ("{}.unsqueeze(0)[0]", 1), ("{}.contiguous()", 1),
+            ("{}.transpose(0, 1)", 1), ("{}.unfold(-1, 4, 2)[..., 0]", 0.3), (f"{{}}.reshape(-1, {width})[0]", 0.3),
+        ]  # fmt: skip
+        forms += [("{}[:, -1]", 1), ("{}[:, :1]", 1)] if dims == 3 else []
+        forms += [(f"{{}}.reshape(B, S, {width})", 4)] if self.leading == ("B", "S") and dims == 2 else []
+        self.one_of(forms, name)
+
+    def in_place(self) -> None:
+        name = self.some()
+        other = self.twin(name)
+        forms = [
+            f"{name}.add_({other})", f"{name}.mul_(0.5)", f"{name} += {other}", f"{name}[..., :1] = 0.5",
+            f"{name}.transpose(0, 1).mul_(0.5)", f"{name}.copy_({other}.sin())", f"marked_({name})",
+        ]  # fmt: skip
+        if 0 not in self.tensors[name].stride():
+            self.write(self.rng.choice(forms))
+
+    def buffer(self) -> None:
+        """A cache that the model writes to, and may read."""
+        name = self.some()
+        width = self.width(name)
+        cache = self.given((6, width), "zeros", self.dtype_of(name))
+        row = f"{name}.reshape(-1, {width})[:1]"
+        self.write(f"{cache}.index_copy_(0, ids.reshape(-1)[:1] % 6, {row})")
+        if self.rng.random() < 0.5:
+            self.new(f"{name} + {cache}[2]")
+        if self.rng.random() < 0.3:
+            self.write(f"{cache}[1].add_({row}[0])")
+
+    def graph_break(self) -> None:
+        self.write("torch._dynamo.graph_break()")

@@ -1,0 +1,195 @@
+"""What random programs are compiled with: flags, policies, what is forced and forbidden, and rules, providers and
+passes of one's own that compete with those that are built in.
+"""
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+
+from fuseplan.config import FUSION_FLAGS, CompileRange, PassConfig
+from fuseplan.dialect import DialectOp, Rounding, define, implement, ops
+from fuseplan.manager import PostGradPassManager, ReportCallback
+from fuseplan.matching import ExternalPass
+from fuseplan.planner.candidates import Candidate
+from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, provider_of
+from fuseplan.providers.registry import Offer
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
+
+FUSED = [op for op in ops.values() if op.fused]
+
+
+def rms_norm_relu_reference(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
+    return ops.rms_norm.reference(x, weight, eps, rounding).relu()  # type: ignore[no-any-return]
+
+
+rms_norm_rectified = define(
+    "rms_norm_rectified", ops.rms_norm.schema, reference=rms_norm_relu_reference, fake=ops.rms_norm.fake,
+    samples=ops.rms_norm.samples, fused=True,
+)  # fmt: skip
+
+
+class NormRelu(Rule):
+    """rms_norm -> relu  =>  one op.   y = relu(rms_norm(x) * weight)"""
+
+    name, flags, op, core = "norm_relu", (), rms_norm_rectified, ops.rms_norm
+
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return torch.ops.aten.relu.default(ops.rms_norm(x, weight, eps, rounding))
+
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return rms_norm_rectified(x, weight, eps, rounding)
+
+
+def in_float64(op: DialectOp) -> Any:
+    """A kernel that rounds once, at the end."""
+
+    def kernel(*args: Any) -> Any:
+        wide = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
+        results, fakes = op.reference(*wide), op.fake(*args)
+        if isinstance(results, tuple):
+            return tuple(result.to(fake.dtype) for result, fake in zip(results, fakes, strict=True))
+        return results.to(fakes.dtype)
+
+    return kernel
+
+
+def even_widths(m: Any) -> Refusal | None:
+    width = (m.x if "x" in m.values else m.gate).shape[-1]
+    return Refusal(reason=Reason.SIZE, detail=f"{width} is odd") if width % 2 else None
+
+
+def rounding_as(name: str, op_names: Sequence[str], rounding: Rounding) -> Provider:
+    """A provider whose kernels know one convention."""
+    for op in op_names:
+        implement(ops[op], name, ops[op].reference)
+    offers = {op: Offer(accepts=lambda m: None, roundings=frozenset({rounding.value})) for op in op_names}
+    return Provider(
+        name=name, description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
+    )  # fmt: skip
+
+
+OWN_RULES: tuple[Rule, ...] = (NormRelu(),)
+MINE = provider_of("mine", {rms_norm_rectified: rms_norm_relu_reference})
+WIDE = provider_of("wide", {op: in_float64(op) for op in FUSED}, accepts=even_widths)
+ONE_ROUNDING = rounding_as(
+    "one_rounding", [op.name for op in FUSED if "fused_add" in op.name], Rounding.FP32
+)  # fmt: skip
+RULE_NAMES = sorted(by_name((*BUILT_IN_RULES, *OWN_RULES)))
+
+
+@functools.cache
+def product_and_relu() -> PatternMatcherPass:
+    """Somebody's pass, which takes the last product of many norms: relu(x * y) -> clamp(x * y, 0)."""
+    result = PatternMatcherPass(pass_name="product_relu")
+    inputs = [torch.ones(4, 4), torch.ones(4, 4)]
+    register_replacement(
+        lambda x, y: torch.relu(x * y), lambda x, y: torch.clamp_min(x * y, 0.0), inputs, fwd_only, result
+    )
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a model is compiled with.
+
+    Attributes:
+        config: flags, policy, what is forced.
+        rules: beside the built-in ones.
+        providers: beside the built-in ones.
+        saving_us: what a match of somebody's pass saves; None: there is no such pass.
+        freezing: whether Inductor makes constants of the buffers.
+    """
+
+    config: PassConfig = field(default_factory=PassConfig)
+    rules: tuple[Rule, ...] = ()
+    providers: tuple[Provider, ...] = ()
+    saving_us: float | None = None
+    freezing: bool = False
+
+    @property
+    def passes(self) -> tuple[ExternalPass, ...]:
+        """Somebody's passes."""
+        if self.saving_us is None:
+            return ()
+        return (ExternalPass(matcher=product_and_relu(), saving_us=self.saving_us),)
+
+    def manager(
+        self, on_report: ReportCallback | None = None, shuffle: random.Random | None = None
+    ) -> PostGradPassManager:
+        """A pass manager; with `shuffle`, what it is given is in another order, which has no meaning."""
+        rules, providers = [*BUILT_IN_RULES, *self.rules], [*BUILT_IN_PROVIDERS, *self.providers]
+        if shuffle is not None:
+            shuffle.shuffle(rules)
+            shuffle.shuffle(providers)
+        return PostGradPassManager(
+            self.config, on_report=on_report, rules=rules, providers=providers, passes=self.passes
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in vars(self.config).items() if value != getattr(PassConfig(), name)}
+        told = [f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items()]
+        told += [f"rule {rule.name}" for rule in self.rules] + [f"provider {each.name}" for each in self.providers]
+        told += [f"product_relu saves {self.saving_us} us"] if self.saving_us is not None else []
+        return ", ".join([*told, *(["freezing"] if self.freezing else [])])
+
+
+def draw(rng: random.Random) -> Setting:
+    """A setting that forces nothing."""
+    flags: dict[str, Any] = {flag: rng.choice((None, None, None, True, True, False)) for flag in FUSION_FLAGS[:-1]}
+    rules = OWN_RULES if rng.random() < 0.4 else ()
+    providers = [each for each in (WIDE, ONE_ROUNDING) if rng.random() < 0.3]
+    policy = rng.choices(("planned", "ordered", "off"), (5, 4, 0.2))[0]
+    if policy == "ordered":
+        flags = dict.fromkeys(flags)
+        names = [name for name in RULE_NAMES if rules or name != NormRelu.name]
+        policy = f"ordered({', '.join(rng.sample(names, rng.randint(2, len(names))))})"
+    return Setting(
+        config=PassConfig(
+            **flags,
+            policy=policy,
+            costs="modelled",
+            eliminate_noops=rng.random() < 0.8,
+            max_fusions=rng.choice((None, None, None, None, 1, 2)),
+            allow_rounding_changes=rng.random() < 0.3,
+        ),
+        rules=rules,
+        providers=(*providers, *([MINE] if rules else [])),
+        saving_us=rng.choice((None, None, None, 0.1, 50.0)),
+        freezing=rng.random() < 0.15,
+    )
+
+
+RANGES = (CompileRange(start=1, end=9), CompileRange(start=10, end=64))
+
+
+def in_ranges(setting: Setting) -> Setting:
+    """The same setting with a graph and a plan for few tokens and one for many."""
+    return replace(setting, config=replace(setting.config, compile_ranges=RANGES))
+
+
+def direct(setting: Setting, candidates: Sequence[Candidate], rng: random.Random) -> Setting:
+    """The same setting, in which some of a graph's candidates are forced or forbidden; they may contradict each other.
+
+    The model of a CPU finds hardly a fusion worth it, so that most plans fuse what is forced.
+    """
+    selectors = sorted({_selector(each, rng) for each in candidates})
+    is_planned = setting.config.chosen_policy.name == "planned"
+    if not selectors or rng.random() > (0.9 if is_planned else 0.3):
+        return setting
+    chosen = rng.sample(selectors, min(len(selectors), rng.choice((1, 1, 2, 3, 5))))
+    forced = chosen[rng.choice((0, 0, 0, 1)) :] if is_planned else []
+    forbidden = [each for each in chosen if each not in forced]
+    return replace(setting, config=replace(setting.config, force=forced, forbid=forbidden))
+
+
+def _selector(candidate: Candidate, rng: random.Random) -> str:
+    place = f"#{candidate.site.ordinal}" if candidate.site is not None and rng.random() < 0.8 else ""
+    provider = f":{candidate.provider}" if rng.random() < 0.5 else ""
+    return f"{candidate.rule}{place}{provider}"

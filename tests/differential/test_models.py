@@ -1,0 +1,116 @@
+"""Random models under random settings: with fuseplan they compute what they compute without it.
+
+A failure prints the program and the setting; the program's text runs as it stands, so that it can be cut down by hand
+to a test in `test_found.py`. `--first-seed N` tries other models than those that are always tried.
+"""
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.differential.checking import Interpreted, Outcome, through_inductor
+from tests.differential.generate import generate
+from tests.differential.program import Program
+from tests.differential.recording import record, record_program
+from tests.differential.settings import Setting, direct, draw, in_ranges
+
+SETTINGS = 4
+"""That each interpreted model is tried under: tracing takes longer than all of them."""
+
+
+@pytest.fixture(autouse=True)
+def untroubled() -> Iterator[None]:
+    """Random models do what torch warns of, and random settings have no effect that fuseplan warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Tally:
+    """What became of many models."""
+
+    def __init__(self) -> None:
+        self.models = self.fused = self.contradictory = 0
+        self.rules: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def add(self, program: Program, outcomes: list[tuple[Setting, Outcome]]) -> None:
+        self.models += 1
+        self.fused += any(outcome.fused for _, outcome in outcomes)
+        for setting, outcome in outcomes:
+            self.contradictory += outcome.contradictory
+            self.rules += outcome.fused
+            if outcome.problems:
+                fused = " ".join(f"{rule}={count}" for rule, count in outcome.fused.items())
+                told = "\n".join((*outcome.problems, f"under {setting}", f"fused: {fused}", str(program)))
+                self.failures.append(told)
+
+    def check(self, least: float) -> None:
+        """Nothing failed, and in so many of the models something was fused."""
+        assert not self.failures, "\n\n".join(self.failures)
+        assert self.fused >= least * self.models, f"only {self.fused} of {self.models} models had a fusion"
+
+
+def interpreted(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
+    """Interprets the graphs of a program, before the passes and after them, under some settings."""
+    rng = random.Random(program.seed)
+    outcomes = []
+    for recorded in record_program(program, group):
+        graph = Interpreted(recorded)
+        for _ in range(SETTINGS):
+            setting = draw(rng)
+            setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
+            outcomes.append((setting, graph.check(setting, rng)))
+    return outcomes
+
+
+def compiled(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
+    """Compiles a program by Inductor under one setting."""
+    rng = random.Random(program.seed)
+    setting = draw(rng)
+    recorded, *_ = record(program.module(group), [program.inputs(0)])
+    setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
+    if program.marked == "dynamic" and rng.random() < 0.3:
+        setting = in_ranges(setting)
+    return [(setting, through_inductor(program, setting, group))]
+
+
+@pytest.mark.parametrize("chunk", range(3))
+def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
+    tally = Tally()
+    for seed in range(first_seed + 15 * chunk, first_seed + 15 * (chunk + 1)):
+        program = generate(seed, most=4)
+        tally.add(program, interpreted(program, one_rank))
+    tally.check(least=0.4)
+
+
+def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
+    tally = Tally()
+    for seed in range(first_seed, first_seed + 5):
+        program = generate(seed, most=2)
+        tally.add(program, compiled(program, one_rank))
+    tally.check(least=0.4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chunk", range(100))
+def test_many_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
+    tally = Tally()
+    for seed in range(first_seed + 20 * chunk, first_seed + 20 * (chunk + 1)):
+        program = generate(seed, most=9)
+        tally.add(program, interpreted(program, one_rank))
+    tally.check(least=0.4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chunk", range(100))
+def test_many_random_models_through_inductor(chunk: int, one_rank: str, first_seed: int) -> None:
+    """500 models."""
+    tally = Tally()
+    for seed in range(first_seed + 5 * chunk, first_seed + 5 * (chunk + 1)):
+        program = generate(seed, most=6)
+        tally.add(program, compiled(program, one_rank))
+    tally.check(least=0.0)

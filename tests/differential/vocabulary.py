@@ -1,0 +1,222 @@
+"""What random programs are written in: norms, all-reduces, quantisations and experts as real models spell them, and
+their lookalikes, which are none and have to come out unharmed too.
+
+Every function here can be called by a program's text.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed import distributed_c10d
+from torch.nn import functional as F
+
+from tests.differential.norms import NORMS
+from tests.helpers import all_reduce, quantize, quantize_rows
+
+
+def largest(x: Tensor, group: str) -> Tensor:
+    """An all-reduce that doesn't sum."""
+    reduced: Tensor = collectives.all_reduce(x, "max", group)  # type: ignore[arg-type]
+    return reduced
+
+
+def scattered(x: Tensor, group: str) -> Tensor:
+    """A reduce-scatter and an all-gather, of which an all-reduce is made too."""
+    part = collectives.reduce_scatter_tensor(x, "sum", 0, group)  # type: ignore[arg-type]
+    gathered: Tensor = collectives.all_gather_tensor(part, 0, group)  # type: ignore[arg-type]
+    return gathered
+
+
+def summed_in_place(x: Tensor, group: str) -> Tensor:
+    """What Dynamo makes a functional all-reduce and a copy of."""
+    result = x.clone()
+    dist.all_reduce(result, group=distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined,arg-type]
+    return result
+
+
+@torch.library.custom_op("differential::mark", mutates_args=("x",))
+def mark(x: Tensor) -> None:
+    """Somebody's op that writes to what it is given."""
+    x[..., 0].fill_(0.25)
+
+
+def marked_(x: Tensor) -> Tensor:
+    mark(x)
+    return x.clone()
+
+
+def relu_of_product(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y.sigmoid()).relu()
+
+
+def turned(x: Tensor) -> Tensor:
+    """x, with its last two dimensions the other way around in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def padded_by_cat(x: Tensor, width: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(*x.shape[:-1], width)], -1)
+
+
+def padded_by_copy(x: Tensor, width: int) -> Tensor:
+    result = x.new_zeros(*x.shape[:-1], x.shape[-1] + width)
+    result[..., : x.shape[-1]] = x
+    return result
+
+
+def quantize_with_bounds(x: Tensor, scale: Tensor) -> Tensor:
+    """Twice clamped: what is quantised is never negative."""
+    return (x.float() / scale).clamp(min=0.0).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def quantize_within(x: Tensor, scale: Tensor) -> Tensor:
+    """Clamped to less than fp8 holds, and then to what it holds, by bounds that are named."""
+    return (x.float() / scale).clamp(max=30.0).clamp(max=448.0).clamp(min=-448.0).to(torch.float8_e4m3fn)
+
+
+def quantize_scaled(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale.reciprocal() * 0.5).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def quantize_fnuz(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale).clamp(-240.0, 240.0).to(torch.float8_e4m3fnuz)
+
+
+def quantize_narrow(x: Tensor, scale: Tensor) -> Tensor:
+    """Scaled and clamped in the activation dtype."""
+    return (x / scale.to(x.dtype)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def quantize_all(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for all rows, from their largest element."""
+    scale = (x.abs().amax().float() / 448.0).clamp(min=1e-6)
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def quantize_rows_divided(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.float().abs().amax(-1, keepdim=True) / 448.0).clamp(min=1e-6)
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def quantize_rows_by_others(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of half of the elements, for all of them."""
+    scale = (x[..., ::2].abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6)
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def quantize_rows_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().max(-1, keepdim=True)[0].float() / 448.0).clamp(min=1e-6)
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (q.float() * scale).to(dtype)
+
+
+ROW_QUANTS = {
+    quant.__name__: quant
+    for quant in (quantize_rows, quantize_rows_divided, quantize_rows_max, quantize_rows_by_others, quantize_all)
+}
+QUANTS = {quant.__name__: quant for quant in (
+    quantize, quantize_with_bounds, quantize_within, quantize_scaled, quantize_fnuz, quantize_narrow
+)}  # fmt: skip
+
+
+def silu_llama(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def silu_swapped(gate: Tensor, up: Tensor) -> Tensor:
+    return up * (gate * torch.sigmoid(gate))
+
+
+def silu_wide(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def silu_narrow(gate: Tensor, up: Tensor) -> Tensor:
+    """With a reciprocal of its own, rounded at each step."""
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def silu_half_wide(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate.float()).to(gate.dtype) * up
+
+
+def silu_scaled(gate: Tensor, up: Tensor) -> Tensor:
+    return gate / (torch.exp(-gate) + 2) * up
+
+
+def silu_of_itself(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * (gate + up.sin())
+
+
+def quick_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate * torch.sigmoid(1.702 * gate) * up
+
+
+def gelu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate) * up
+
+
+GATED = {
+    gated.__name__: gated
+    for gated in (
+        silu_llama,
+        silu_swapped,
+        silu_wide,
+        silu_half_wide,
+        silu_narrow,
+        silu_scaled,
+        silu_of_itself,
+        quick_gelu,
+        gelu,
+    )
+}
+
+
+def experts(y: Tensor, router: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """A mixture of experts that all run. y: [N, H], router: [E, H], first: [E, H, 2 I], second: [E, I, H]."""
+    share = torch.softmax(F.linear(y, router).float(), -1).to(y.dtype)
+    gate, up = torch.matmul(y, first).chunk(2, -1)
+    return (torch.matmul(F.silu(gate) * up, second) * share.t().unsqueeze(-1)).sum(0)
+
+
+def routed_experts(y: Tensor, ids: Tensor, router: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Each row goes to the expert that its number names: a choice that rounding can't turn."""
+    chosen = ids.reshape(-1) % router.shape[0]
+    share = (y * router[chosen]).sum(-1, keepdim=True).sigmoid()
+    gate, up = torch.bmm(y.unsqueeze(1), first[chosen]).chunk(2, -1)
+    return torch.bmm(F.silu(gate) * up, second[chosen]).squeeze(1) * share
+
+
+def best_shares(y: Tensor, router: Tensor) -> Tensor:
+    """The largest shares of a router without the next one, which is continuous where two are equal."""
+    found = torch.softmax(F.linear(y, router).float(), -1).topk(2, -1).values
+    return (found[..., :1] - found[..., 1:]).to(y.dtype)
+
+
+def attend(y: Tensor) -> Tensor:
+    """Each row sees the others. y: [..., S, H]."""
+    scores = torch.matmul(y, y.transpose(-1, -2)).float() / y.shape[-1] ** 0.5
+    return torch.matmul(torch.softmax(scores, -1).to(y.dtype), y)
+
+
+NAMES: dict[str, Callable[..., object]] = {
+    **NORMS, **QUANTS, **ROW_QUANTS, **GATED,
+    **{
+        each.__name__: each
+        for each in (
+            turned, padded_by_cat, padded_by_copy, dequantize, experts, routed_experts, best_shares, attend, marked_,
+            relu_of_product,
+        )
+    },
+}  # fmt: skip
+"""What a program's text may call beside torch and F."""
+
+REDUCTIONS = (all_reduce, largest, scattered, summed_in_place)
+COLLECTIVES: dict[str, Callable[..., Tensor]] = {each.__name__: each for each in REDUCTIONS}
+"""The same, with the group bound."""

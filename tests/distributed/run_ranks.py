@@ -1,0 +1,138 @@
+"""One rank of two: `run_ranks.py RANK FOLDER` runs every scenario and writes what it saw to FOLDER/RANK.json."""
+
+import datetime
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+import fuseplan
+from fuseplan.providers import provider_of
+from fuseplan.record import Refusal
+from fuseplan.rules import Bindings
+from tests.helpers import HIDDEN, all_reduce, llama
+from tests.verification.fused_norm import AddNormRelu, add_norm_relu, reference
+
+RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[2])
+FUSE = fuseplan.PassConfig(policy="ordered(allreduce_rms)", agreement_timeout_s=60)
+WEIGHT = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
+
+
+class Careless(AddNormRelu):
+    """A rule that raises on one rank."""
+
+    def check(self, m: Bindings) -> Refusal | None:
+        raise KeyError("only on rank 1")
+
+
+def model(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    y, total = llama(all_reduce(x, group.group_name), residual, WEIGHT)
+    return y.relu(), total
+
+
+def inputs(rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(RANK)
+    x = torch.randn(rows, HIDDEN, generator=generator).bfloat16()
+    return x, torch.ones(rows, HIDDEN).bfloat16()
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """Inductor's own code rounds otherwise than eager ops."""
+    return torch.allclose(actual.float(), expected.float(), rtol=2**-6, atol=2**-6)
+
+
+def calls(function: Any) -> int:
+    """Fused ops that a call runs."""
+    with torch.profiler.profile() as profile:
+        function()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("fuseplan::"))
+
+
+def run(config: fuseplan.PassConfig, **options: Any) -> dict[str, Any]:
+    torch._dynamo.reset()
+    reports: list[fuseplan.Report] = []
+    compiled = fuseplan.compile(model, config=config, on_report=reports.append, dynamic=True, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        outputs = compiled(*inputs(3))
+    expected = model(*inputs(3))
+    more = compiled(*inputs(5)), model(*inputs(5))
+    return {
+        "right": all(close(a, b) for a, b in zip((*outputs, *more[0]), (*expected, *more[1]), strict=True)),
+        "fused": [report.fused.get("allreduce_rms", 0) for report in reports],
+        "cached": [graph.from_cache for graph in reports[0].graphs],
+        "calls": calls(lambda: compiled(*inputs(3))),
+        "warnings": [str(warning.message) for warning in caught if "graph" in str(warning.message)],
+    }
+
+
+def cache(name: str) -> Path:
+    path = FOLDER / f"cache-{name}-{RANK}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
+    return path
+
+
+def scenarios() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    first = cache("first")
+    results["equal plans"] = run(FUSE)
+    if RANK == 1:
+        cache("second")
+    results["rank 0 warm, rank 1 cold"] = run(FUSE)
+    if RANK == 0:
+        shutil.rmtree(first / "fuseplan" / "reports")
+    results["rank 0 warm without its report"] = run(FUSE)
+    name = ("allreduce_rms",)
+    results["opposing plans"] = run(
+        fuseplan.PassConfig(agreement_timeout_s=60, force=name if RANK else (), forbid=() if RANK else name)
+    )
+    mine = provider_of("mine", {add_norm_relu: reference})
+    rule = Careless() if RANK == 1 else AddNormRelu()
+    results["rank 1 raises"] = run(fuseplan.PassConfig(agreement_timeout_s=60), rules=[rule], providers=[mine])
+    if RANK == 1:
+        time.sleep(3)
+    late = fuseplan.PassConfig(policy="ordered(allreduce_rms)", agreement_timeout_s=0.5)
+    results["rank 1 late"] = run(late)
+    return results
+
+
+def after_a_death() -> dict[str, Any]:
+    """Rank 1 ends before a graph's first run; rank 0 has to find out, and may not hang."""
+    if RANK == 1:
+        os._exit(7)
+    torch._dynamo.reset()
+    start = time.monotonic()
+    try:
+        fuseplan.compile(model, config=fuseplan.PassConfig(policy=FUSE.policy, agreement_timeout_s=0.5))(*inputs(2))
+    except Exception as error:  # noqa: BLE001 - which one is gloo's to say
+        return {"raised": type(error).__name__, "seconds": time.monotonic() - start}
+    return {"raised": None, "seconds": time.monotonic() - start}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    store = TCPStore("127.0.0.1", int(os.environ["PORT"]), 2, is_master=RANK == 0)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=2, timeout=datetime.timedelta(seconds=60))
+    with torch.inference_mode():
+        results = scenarios()
+        (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+        dist.barrier()
+        results["rank 1 dies"] = after_a_death()
+    (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Two processes with gloo: they run one plan, or none, whatever happens to one of them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("run_ranks.py")
+Ranks = tuple[dict[str, Any], dict[str, Any]]
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PORT": str(port)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+    running = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 7], "\n".join(errors)[-4000:]
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+    return first, second
+
+
+@pytest.mark.parametrize("name", ["equal plans", "rank 0 warm, rank 1 cold", "rank 0 warm without its report"])
+def test_ranks_that_agree_run_fused(ranks: Ranks, name: str) -> None:
+    for rank in ranks:
+        assert rank[name]["right"]
+        assert rank[name]["fused"] == [1]
+        assert rank[name]["calls"] == 1
+        assert rank[name]["warnings"] == []
+
+
+def test_a_warm_rank_and_a_cold_one_were_both_there(ranks: Ranks) -> None:
+    cached = [rank["rank 0 warm, rank 1 cold"]["cached"] for rank in ranks]
+    assert cached == [[True], [False]]
+    assert [rank["rank 0 warm without its report"]["cached"] for rank in ranks] == [[False], [True]]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("opposing plans", "rank 0 and rank 1 planned differently"),
+        ("rank 1 late", "rank 1 had no plan for it within 0.5 s"),
+    ],
+)
+def test_case_9_ranks_that_do_not_agree_run_unfused(ranks: Ranks, name: str, reason: str) -> None:
+    for rank in ranks:
+        assert rank[name]["right"]
+        assert rank[name]["calls"] == 0
+        assert rank[name]["fused"][-1] == 0
+        assert sum(reason in warning for warning in rank[name]["warnings"]) == 1
+
+
+def test_a_rank_that_raises_sends_the_others_to_unfused(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank["rank 1 raises"]["right"]
+        assert rank["rank 1 raises"]["calls"] == 0
+
+
+def test_a_rank_that_dies_is_an_error_on_the_other(ranks: Ranks) -> None:
+    """Nothing is computed without it, and nobody waits for ever."""
+    assert ranks[0]["rank 1 dies"]["raised"] is not None
+    assert ranks[0]["rank 1 dies"]["seconds"] < 120

@@ -1,0 +1,42 @@
+"""A device whose constants are round, so that prices can be worked out by hand."""
+
+from dataclasses import replace
+
+from fuseplan.planner.costs import Aiter, Constant, Gate, Hardware, Peers, Protocol
+
+
+def ns(value: float) -> Constant:
+    return Constant(value, "ns", "round")
+
+
+def rate(value: float) -> Constant:
+    return Constant(value, "GB/s", "round")
+
+
+DEVICE = Hardware(
+    name="round",
+    launch=ns(1000),
+    generated_norm=ns(100),
+    cache=Constant(1e6, "bytes", "round"),
+    cache_bandwidth=rate(100),
+    memory_bandwidth=rate(10),
+    strided_copy=rate(20),
+    ring=(
+        Protocol(name="LL", latency=ns(2000), step=ns(300), bandwidth=rate(8)),
+        Protocol(name="Simple", latency=ns(5000), step=ns(1000), bandwidth=rate(40)),
+    ),
+    triton=Peers(signal=ns(400), bandwidth=rate(16), mesh=False, stages=True),
+    flashinfer=Peers(signal=ns(200), bandwidth=rate(8), mesh=False, stages=False),
+)
+GATE = Gate(source="round", max_tokens=10, max_bytes={2: None, 4: 4000})
+WITH_AITER = replace(
+    DEVICE,
+    ring=(),
+    flashinfer=None,
+    aiter=Aiter(
+        peers=Peers(signal=ns(50), bandwidth=rate(4), mesh=True, stages=False),
+        plain=replace(GATE, max_tokens=None),
+        fused=GATE,
+        norm=ns(70),
+    ),
+)

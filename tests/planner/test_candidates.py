@@ -1,0 +1,386 @@
+"""From matches to a problem: names, conflicts and couplings, and what selectors force and forbid."""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import PatternMatcherPass
+
+from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.dialect import ops
+from fuseplan.errors import ConfigError
+from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
+from fuseplan.planner.candidates import conflicts_of
+from fuseplan.planner.contradiction import MEND, ContradictionError, contradiction
+from fuseplan.planner.pose import Posed, check_selector, pose, selects
+from fuseplan.planner.pricing import Prices
+from fuseplan.planner.problem import Problem
+from fuseplan.providers import PROFILES
+from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
+from tests.helpers import written
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, R, W, X, norm_and_pad, posed, twice
+
+aten = torch.ops.aten
+
+
+def named(given: Posed, pairs: Any) -> set[tuple[str, ...]]:
+    return {tuple(given.candidates[i].name for i in pair) for pair in pairs}
+
+
+@pytest.fixture
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("planner.sites", "matching.candidates"):
+        monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
+
+
+def test_candidates_are_known_by_place_rule_op_and_provider() -> None:
+    given = posed(twice)
+    assert [candidate.name for candidate in given.candidates] == [
+        "00000 act_padding fused_add_rms_norm_pad torch",
+        "00000 act_padding fused_add_rms_norm_pad triton",
+        "00001 act_padding rms_norm_pad torch",
+        "00001 act_padding rms_norm_pad triton",
+    ]
+    first = given.candidates[0]
+    assert (first.rule, first.op, first.provider) == ("act_padding", "fused_add_rms_norm_pad", "torch")
+    assert first.site is not None
+    assert first.site.ordinal == 0
+    assert first.anchor is first.match.anchor
+    assert given.index == {id(each.match): i for i, each in enumerate(given.candidates)}
+    assert len(given.sites) == 2
+
+
+def test_what_a_candidate_takes_reads_and_yields() -> None:
+    (first, _) = posed().candidates
+    by_name = {node.name: node for node in first.consumed}
+    assert set(by_name) == {"fused_add_rms_norm_default", "getitem", "getitem_1", "pad_default"}
+    assert {node.name for node in first.context} == {"x", "r", "w"}
+    assert {node.name for node in first.re_emitted} == {"pad_default", "getitem", "getitem_1"}
+
+
+def test_signatures_say_dtypes_static_sizes_and_attributes(four_ranks: None) -> None:
+    (first, _) = posed().candidates
+    sizes = "x:bfloat16[10x100], weight:bfloat16[100]"
+    assert first.signature == (
+        "fused_add_rms_norm_pad(x:bfloat16[10x100], residual:bfloat16[10x100], weight:bfloat16[100], eps=1e-05, "
+        "rounding=llama, right=28)"
+    )
+    dynamic = posed(dynamic=True).candidates[0].signature
+    assert dynamic == first.signature.replace("10x100", "?x100")
+
+    def reduced(x: Any, r: Any, w: Any) -> Any:
+        return ops.rms_norm(ops.all_reduce(x, "g"), w, 1e-5, "llama"), r
+
+    assert posed(reduced).candidates[0].signature == f"all_reduce_rms_norm({sizes}, eps=1e-05, rounding=llama)"
+
+
+def test_pads_of_one_norm_are_told_apart_by_their_order() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = ops.rms_norm(x, w, 1e-5, "llama")
+        wide = ops.pad(aten.relu.default(r), 4), ops.pad(y, 28), ops.pad(y, 12)
+        return *wide, ops.pad(ops.rms_norm(r, w, 1e-5, "llama"), 4)
+
+    given = posed(model, providers=TORCH)
+    assert [candidate.name for candidate in given.candidates] == [
+        "00000 act_padding rms_norm_pad torch 1",
+        "00000 act_padding rms_norm_pad torch 2",
+        "00001 act_padding rms_norm_pad torch",
+    ]
+    assert [candidate.anchor.args[1] for candidate in given.candidates] == [28, 12, 4]
+    assert given.problem.conflicts == {(0, 1)}
+
+
+def test_candidates_of_a_common_node_conflict() -> None:
+    given = posed(twice)
+    assert given.problem.conflicts == {(0, 1), (2, 3)}
+    assert given.components == [(0, 1), (2, 3)]
+
+
+def test_a_candidate_conflicts_with_one_that_takes_what_it_reads() -> None:
+    first, second = posed(twice, providers=TORCH).candidates
+    lost, yielded = first.match.consumed[0], first.anchor
+    assert lost not in first.re_emitted
+    assert yielded in first.re_emitted
+    reader = replace(second, context=frozenset({lost}))
+    assert conflicts_of([first, reader]) == conflicts_of([reader, first]) == {(0, 1)}
+    assert conflicts_of([first, replace(second, context=frozenset({yielded}))]) == frozenset()
+    # Its own nodes are not lost to it.
+    own = second.match.consumed[0]
+    assert conflicts_of([first, replace(second, context=frozenset({own}))]) == frozenset()
+
+
+def somebodys(
+    graph: fx.Graph, *nodes: fx.Node, name: str = "somebody", ordinal: int = 0, emits: Sequence[str] = ()
+) -> Any:
+    entry: Any = None
+    return ExternalMatch(
+        owner=ExternalPass(matcher=PatternMatcherPass(pass_name=name)), entry=entry, anchor=nodes[-1], consumed=nodes,
+        ordinal=ordinal, emits=tuple(emits),
+    )  # fmt: skip
+
+
+def with_somebody(function: Any, *targets: Any, providers: Any = TORCH, **more: Any) -> tuple[CanonicalGraph, Posed]:
+    """A problem in which somebody's pass takes the calls of `targets`, a match each."""
+    canonical = canonicalize(written(function, {"x": X, "r": R, "w": W}))
+    found = find_matches(canonical, by_name(BUILT_IN_RULES), providers, PROFILES["h200"]).candidates
+    nodes = [node for node in canonical.original.nodes if node.target in targets]
+    external = [somebodys(canonical.original, node, ordinal=i) for i, node in enumerate(nodes)]
+    return canonical, pose(canonical, found, external, Prices(model=MODEL), (10, 10), **more)
+
+
+def test_somebodys_matches_are_candidates_that_conflict_by_what_they_take() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return *norm_and_pad(x, r, w), aten.relu.default(x)
+
+    _, given = with_somebody(model, ops.pad.overload, aten.relu.default)
+    assert [candidate.name for candidate in given.candidates] == [
+        "00000 act_padding fused_add_rms_norm_pad torch", "external somebody 00000", "external somebody 00001",
+    ]  # fmt: skip
+    assert given.problem.conflicts == {(0, 1)}
+    pad, relu = given.candidates[1:]
+    assert (pad.rule, pad.op, pad.provider, pad.site) == ("somebody", "somebody", "external", None)
+    assert pad.signature == "somebody fuseplan.pad.default"
+    assert relu.signature == "somebody aten.relu.default"
+    assert pad.context == frozenset()
+    assert given.candidates[0].site is not None
+
+
+def together(name: str = "act_padding", **attributes: Any) -> list[Rule]:
+    """The built-in rules of a name, each asking for more."""
+    rules = []
+    for rule in BUILT_IN_RULES:
+        if rule.name == name:
+            changed = copy(rule)
+            for key, value in attributes.items():
+                setattr(changed, key, value)
+            rules.append(changed)
+    return rules
+
+
+def test_couplings_hold_between_candidates_of_one_provider() -> None:
+    given = posed(twice, rules=together(together=True))
+    assert named(given, given.problem.together) == {
+        ("00000 act_padding fused_add_rms_norm_pad torch", "00001 act_padding rms_norm_pad torch"),
+        ("00000 act_padding fused_add_rms_norm_pad triton", "00001 act_padding rms_norm_pad triton"),
+    }
+    assert posed(twice).problem.together == ()
+    assert posed(twice).problem.requires == frozenset()
+
+
+def test_a_rule_requires_those_that_it_shares_a_value_with(four_ranks: None) -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        """The second norm reads the sum of the first; the third reads nothing of theirs."""
+        y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
+        z, _ = ops.fused_add_rms_norm(aten.relu.default(y), total, w, 1e-5, "llama")
+        return ops.pad(z, 28), ops.rms_norm(ops.all_reduce(r, "g"), w, 1e-5, "llama")
+
+    reduces = [rule for rule in BUILT_IN_RULES if rule.name == "allreduce_rms"]
+    given = posed(model, rules=[*together(requires=("allreduce_rms",)), *reduces])
+    pad, first = "00001 act_padding fused_add_rms_norm_pad", "00000 allreduce_rms all_reduce_fused_add_rms_norm"
+    assert named(given, given.problem.requires) == {
+        (f"{pad} {each}", f"{first} {each}") for each in ("torch", "triton")
+    }
+    # The other way round: what reads is required by what yields.
+    pads = [rule for rule in BUILT_IN_RULES if rule.name == "act_padding"]
+    given = posed(model, rules=[*together("allreduce_rms", requires=("act_padding",)), *pads])
+    assert named(given, given.problem.requires) == {
+        (f"{first} {each}", f"{pad} {each}") for each in ("torch", "triton")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("act_padding", True),
+        ("act_padding:torch", True),
+        ("act_padding:triton", False),
+        ("allreduce_rms", False),
+        ("act_padding#1", True),
+        ("act_padding#1:torch", True),
+        ("act_padding#0", False),
+        ("act_padding@layers.3.*", True),
+        ("act_padding@layers.3", False),
+        ("act_padding@layers.?.norm:torch", True),
+        ("act_padding@LAYERS.3.*", False),
+    ],
+)
+def test_selectors_mean_rules_places_and_providers(text: str, meant: bool) -> None:
+    candidate = posed(twice, providers=TORCH).candidates[1]
+    object.__setattr__(candidate, "source", "layers.3.norm")
+    assert selects(text, candidate) is meant
+
+
+def test_selectors_of_a_place_mean_nothing_that_has_none() -> None:
+    _, given = with_somebody(norm_and_pad, ops.pad.overload)
+    (candidate,) = [each for each in given.candidates if each.rule == "somebody"]
+    assert selects("somebody", candidate)
+    assert not selects("somebody#0", candidate)
+    assert not selects("somebody@layers.*", candidate)
+    assert selects("somebody@*", candidate)
+
+
+@pytest.mark.parametrize("text", ["act_padding", "act_padding@a.*.b:torch", "act_padding#12", "act_padding#3:triton"])
+def test_selectors_of_that_form(text: str) -> None:
+    check_selector(text, ["act_padding"])
+
+
+@pytest.mark.parametrize("text", ["", "act padding", "act_padding#x", "act_padding@", "act_padding:", "@a", "a#1@b"])
+def test_selectors_of_no_form(text: str) -> None:
+    with pytest.raises(ConfigError, match="isn't of the form RULE"):
+        check_selector(text, ["act_padding", "a"])
+
+
+def test_selectors_of_an_unknown_rule() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'act_padding'"):
+        check_selector("act_pading", ["act_padding"])
+
+
+def test_forcing_means_one_of_the_providers_at_each_place() -> None:
+    given = posed(twice, force=["act_padding"])
+    assert given.problem.one_of == (frozenset({0, 1}), frozenset({2, 3}))
+    assert given.problem.forced == frozenset()
+    assert given.forced == (("act_padding", frozenset({0, 1})), ("act_padding", frozenset({2, 3})))
+    given = posed(twice, force=["act_padding:triton", "act_padding#0:triton"])
+    assert given.problem.forced == {1, 3}
+    assert given.problem.one_of == ()
+    assert given.forced[2] == ("act_padding#0:triton", frozenset({1}))
+
+
+def test_what_is_forbidden_is_not_open_to_what_is_forced() -> None:
+    given = posed(twice, force=["act_padding"], forbid=["act_padding#0:torch"])
+    assert given.problem.forbidden == {0}
+    assert given.problem.forced == {1}
+    assert given.problem.one_of == (frozenset({2, 3}),)
+
+
+def test_candidates_at_one_place_that_do_not_exclude_each_other_are_all_forced() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return aten.relu.default(x), aten.relu.default(r)
+
+    canonical = canonicalize(written(model, {"x": X, "r": R, "w": W}))
+    nodes = [node for node in canonical.original.nodes if node.target is aten.relu.default]
+    external = [somebodys(canonical.original, node) for node in nodes]
+    given = pose(canonical, [], external, Prices(model=MODEL), (10, 10), force=["somebody"])
+    assert [candidate.name for candidate in given.candidates] == [
+        "external somebody 00000 1",
+        "external somebody 00000 2",
+    ]
+    assert given.problem.forced == {0, 1}
+    assert given.problem.one_of == ()
+
+
+def test_selectors_that_select_nothing_are_idle() -> None:
+    given = posed(twice, force=["act_padding#0", "norm_quant"], forbid=["act_padding#7", "act_padding#1"])
+    assert given.idle == ("norm_quant", "act_padding#7")
+
+
+def test_what_is_forced_and_forbidden_is_refused_with_all_that_forbids_it() -> None:
+    with pytest.raises(ContradictionError) as raised:
+        posed(
+            twice, force=["act_padding"], forbid=["act_padding#1:torch", "act_padding:triton", "act_padding#0:triton"]
+        )
+    assert raised.value.selectors == [
+        "force 'act_padding'",
+        "forbid 'act_padding#1:torch'",
+        "forbid 'act_padding:triton'",
+    ]
+    assert raised.value.why == "what is forced there is forbidden"
+    with pytest.raises(ContradictionError) as raised:
+        posed(twice, force=["act_padding#0:torch"], forbid=["act_padding"])
+    assert raised.value.selectors == ["force 'act_padding#0:torch'", "forbid 'act_padding'"]
+    # One of the two is left at each place.
+    posed(twice, force=["act_padding"], forbid=["act_padding:torch"])
+
+
+def clash(*pairs: tuple[int, int]) -> Problem:
+    return Problem(names=("a", "b", "c", "d"), savings_ns=(0,) * 4, conflicts=frozenset(pairs))
+
+
+SOURCES = ["one", "one", None, "two"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "groups", "selectors", "sources", "why"),
+    [
+        ([(0, 1)], [("p", {0}), ("q", {1})], ["force 'p'", "force 'q'"], ("one",), "they want the same op there"),
+        ([(0, 3)], [("p", {3}), ("q", {0})], ["force 'p'", "force 'q'"], ("one", "two"), "they want the same op"),
+        ([(1, 3)], [("p", {0}), ("q", {1}), ("r", {3})], ["force 'q'", "force 'r'"], ("one", "two"), "same op"),
+        ([(0, 1)], [("p", {0}), ("p", {1})], ["force 'p'"], ("one",), "they want the same op"),
+        # One of the two could be applied beside the other.
+        ([(0, 1)], [("p", {0}), ("q", {1, 2})], ["force 'p'", "force 'q'"], ("one", None), "can't all be applied"),
+        # Both may mean the same one.
+        ([(0, 1)], [("p", {0, 1}), ("q", {0, 1})], ["force 'p'", "force 'q'"], ("one",), "can't all be applied"),
+        ([], [("p", {2}), ("p", {3})], ["force 'p'"], (None, "two"), "what they want can't all be applied together"),
+    ],
+)
+def test_contradictions_name_the_selectors_and_places(
+    pairs: list[tuple[int, int]], groups: list[tuple[str, set[int]]], selectors: list[str],
+    sources: tuple[str | None, ...], why: str,
+) -> None:  # fmt: skip
+    error = contradiction(clash(*pairs), [(text, frozenset(group)) for text, group in groups], SOURCES)
+    assert (error.selectors, error.sources) == (selectors, sources)
+    assert why in error.why
+
+
+@pytest.mark.parametrize(
+    ("selectors", "sources", "text"),
+    [
+        (
+            ["force 'p'", "forbid 'q'"],
+            ["a", "b", "a", None],
+            f"force 'p' and forbid 'q' contradict each other at a, b: so; {MEND}",
+        ),
+        (["force 'p'"], [None], f"force 'p' contradicts itself: so; {MEND}"),
+    ],
+)
+def test_contradictions_in_one_line(selectors: list[str], sources: list[str | None], text: str) -> None:
+    assert str(ContradictionError(selectors, sources, "so")) == text
+
+
+def test_cycles_are_found_in_the_canonical_graph_and_with_others_in_the_original(four_ranks: None) -> None:
+    def crossing(x: Any, r: Any, w: Any) -> Any:
+        a, b = ops.all_reduce(aten.sin.default(x), "g"), ops.all_reduce(aten.cos.default(x), "g")
+        first = ops.rms_norm(a, aten.select.int(b, 0, 0), 1e-5, "llama")
+        return first, ops.rms_norm(b, aten.select.int(a, 0, 0), 1e-5, "llama"), aten.relu.default(r)
+
+    _, given = with_somebody(crossing, aten.relu.default)
+    names = [candidate.name.split()[0] for candidate in given.candidates]
+    assert names == ["00000", "00001", "external"]
+    assert given.find_cycles([0]) == []
+    assert given.find_cycles([0, 1]) == [(0, 1)]
+    assert given.find_cycles([1, 2]) == []
+    # A cycle of rules' matches is told once.
+    assert given.find_cycles([0, 1, 2]) == [(0, 1)]
+
+
+def test_cycles_through_somebodys_match_are_found() -> None:
+    """Somebody takes two relus as one op, one before a norm and pad and one after it."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        before, other = aten.relu.default(x), aten.relu.default(r)
+        wide = ops.pad(ops.rms_norm(before, w, 1e-5, "llama"), 28)
+        return aten.relu.default(wide), other
+
+    canonical = canonicalize(written(model, {"x": X, "r": R, "w": W}))
+    before, other, after = [node for node in canonical.original.nodes if node.target is aten.relu.default]
+    found = find_matches(canonical, by_name(BUILT_IN_RULES), TORCH, PROFILES["h200"]).candidates
+    for nodes, cycles in (((before, after), [(0, 1)]), ((before, other), [])):
+        external = [somebodys(canonical.original, *nodes)]
+        given = pose(canonical, found, external, Prices(model=MODEL), (10, 10))
+        assert given.find_cycles([0, 1]) == cycles
+        assert given.find_cycles([0]) == []
+
+
+def test_candidates_are_the_same_in_any_order_of_matches() -> None:
+    canonical = canonicalize(written(twice, {"x": X, "r": R, "w": W}))
+    found = find_matches(canonical, by_name(BUILT_IN_RULES), PROVIDERS, PROFILES["h200"]).candidates
+
+    def names(matches: Sequence[Any]) -> list[tuple[str, int]]:
+        given = pose(canonical, matches, [], Prices(model=MODEL), (10, 10))
+        return [(each.name, saving) for each, saving in zip(given.candidates, given.problem.savings_ns, strict=True)]
+
+    assert names(found) == names(found[::-1])

@@ -1,0 +1,200 @@
+"""Cost tables: what a row may hold, how times between rows are read, and what a file may be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuseplan.config import Environment, PassConfig
+from fuseplan.errors import ConfigError
+from fuseplan.planner.costs import CostTable, Provenance, Row, table
+from fuseplan.planner.sources import prices_of
+from fuseplan.providers import PROFILES, local_profile
+
+HOUR_NS = 60 * 60 * 10**9
+
+
+def row(tokens: int = 8, time_ns: int = 100, spread_ns: int = 0, key: str = "k", **changes: Any) -> Row:
+    given: dict[str, Any] = {
+        "key": key, "tokens": tokens, "time_ns": time_ns, "spread_ns": spread_ns, "provenance": Provenance.MEASURED,
+        "device": "h200", "torch": "", "triton": "", "topology": "", "date": "2026-11-22", "command": "",
+    }  # fmt: skip
+    return Row(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tokens": 1}, {"time_ns": 0}, {"time_ns": HOUR_NS}, {"spread_ns": HOUR_NS}, {"date": "2026-02-28"}]
+)
+def test_rows_that_may_be(changes: dict[str, Any]) -> None:
+    row(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"key": ""}, "a row has no key"),
+        ({"tokens": 0}, "row 'k' at 0 tokens: tokens must be at least 1"),
+        ({"time_ns": -1}, "time_ns must be between 0 and 3600000000000, not -1"),
+        ({"time_ns": HOUR_NS + 1}, "time_ns must be between 0"),
+        ({"spread_ns": -1}, "spread_ns must be between 0"),
+        ({"spread_ns": HOUR_NS + 1}, "spread_ns must be between 0"),
+        ({"date": "2026-02-30"}, "date '2026-02-30' isn't an ISO 8601 date"),
+    ],
+)
+def test_rows_that_may_not_be(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        row(**changes)
+
+
+CURVE = CostTable(
+    device="h200", rows=(row(20, 3000, 9), row(10, 1000, 5), row(40, 2000, 2), row(10, 7, 1, key="other"))
+)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (9, None),
+        (10, (1000, 5)),
+        (13, (1600, 9)),
+        (20, (3000, 9)),
+        (30, (2500, 9)),
+        (35, (2250, 9)),
+        (40, (2000, 2)),
+        (41, None),
+    ],
+)
+def test_times_between_two_rows_are_on_a_line(tokens: int, expected: tuple[int, int] | None) -> None:
+    assert CURVE.interpolate("k", tokens) == expected
+
+
+def test_what_a_time_was_read_from() -> None:
+    def sizes(tokens: int, key: str = "k") -> list[int]:
+        return [each.tokens for each in CURVE.neighbours(key, tokens)]
+
+    assert [sizes(tokens) for tokens in (5, 10, 11, 20, 21, 40, 50)] == [[], [10], [10, 20], [20], [20, 40], [40], []]
+    assert sizes(10, "other") == [10]
+    assert sizes(11, "other") == sizes(10, "absent") == []
+    assert CURVE.interpolate("absent", 10) is None
+    assert CURVE.interpolate("other", 10) == (7, 1)
+
+
+def test_rows_are_added_or_take_the_place_of_older_ones() -> None:
+    newer = CURVE.updated([row(10, 1), row(80, 5)])
+    assert [(each.key, each.tokens, each.time_ns) for each in newer.rows] == [
+        ("k", 10, 1), ("k", 20, 3000), ("k", 40, 2000), ("k", 80, 5), ("other", 10, 7),
+    ]  # fmt: skip
+    assert newer.lookup("k", 80) == row(80, 5)
+    assert newer.lookup("k", 81) is None
+    assert CURVE.lookup("k", 80) is None
+    assert newer.digest != CURVE.digest
+    assert newer.device == "h200"
+
+
+def test_the_digest_is_of_the_content() -> None:
+    assert CURVE.digest == CostTable(device="h200", rows=CURVE.rows[::-1]).digest
+    assert CURVE.digest != CostTable(device="h200", rows=CURVE.rows[1:]).digest
+    assert CURVE.digest != CostTable(device="h200", rows=(row(20, 3001, 9), *CURVE.rows[1:])).digest
+    assert CostTable(device="h200").digest != CostTable(device="h100").digest
+
+
+def test_a_table_is_a_table_of_one_device_and_one_row_a_size() -> None:
+    with pytest.raises(ConfigError, match="row 'k' at 8 tokens is of 'h200', the table of 'h100'"):
+        CostTable(device="h100", rows=(row(),))
+    with pytest.raises(ConfigError, match="row 'k' at 8 tokens occurs twice"):
+        CostTable(device="h200", rows=(row(), row(time_ns=5)))
+
+
+def test_a_file_may_be_as_large_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table.LARGEST_BYTES == 16 * 1024 * 1024
+    path = tmp_path / "costs.json"
+    CURVE.save(path)
+    content = path.read_bytes()
+    monkeypatch.setattr(table, "LARGEST_BYTES", len(content))
+    assert CostTable.load(path).digest == CURVE.digest
+    assert CostTable.parse(content).digest == CURVE.digest
+    path.write_bytes(content + b" ")
+    with pytest.raises(ConfigError, match=f"it has more than {len(content)} bytes"):
+        CostTable.load(path)
+    with pytest.raises(ConfigError, match="it has more than"):
+        CostTable.parse(content + b" ")
+
+
+def test_files_are_laid_out_for_people_and_diffs(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "costs.json"
+    CostTable(device="h200", rows=(row(),)).save(path)
+    assert path.read_text().startswith('{\n "schema": 1,\n "device": "h200",\n "rows": [\n  {\n   "key": "k",')
+    assert path.read_text().endswith("}\n")
+    CostTable(device="h200").save(path)  # the folder is there
+
+
+def content(**changes: Any) -> bytes:
+    return json.dumps({"schema": 1, "device": "h200", "rows": [], **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (content(schema=True), "it has schema True; this version reads 1"),
+        (content(schema=1.0), "it has schema 1.0"),
+        (content(schema="1"), "it has schema 1"),
+        (content(schema=0), "it has schema 0"),
+        (b'{"device": "h200", "rows": []}', "it has schema None"),
+        (b"[" * 100_000, "it is nested more than 64 deep"),
+        (b'{"schema": 1, "device": "h200", "rows": [{"key": "a", "key": "b"}]}', "'key' is there twice in one object"),
+    ],
+)
+def test_files_that_are_no_table(given: bytes, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        CostTable.parse(given, name="costs.json")
+    assert str(raised.value).startswith(f"cost table 'costs.json': {says}")
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read: No such file"):
+        CostTable.load(tmp_path / "absent.json")
+
+
+def test_a_table_of_any_device_will_do_if_none_is_named() -> None:
+    assert CostTable.parse(content()).device == "h200"
+    assert CostTable.parse(content(), device="h200").device == "h200"
+    with pytest.raises(ConfigError, match="it is of 'h200', not of 'h100'"):
+        CostTable.parse(content(), device="h100")
+
+
+NOWHERE = Environment()
+H200 = PROFILES["h200"]
+
+
+def test_prices_come_from_the_model_of_the_device_and_the_table_that_is_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    CURVE.save(first)
+    CostTable(device="h200", rows=(row(),)).save(second)
+    plain = prices_of(PassConfig(), NOWHERE, H200)
+    assert (plain.model.name, plain.table, plain.source) == ("h200", None, "auto")
+    named = prices_of(PassConfig(cost_table=first), Environment(cost_table=second), H200).table
+    assert named is not None
+    assert named.digest == CURVE.digest
+    found = prices_of(PassConfig(), Environment(cost_table=second), H200).table
+    assert found is not None
+    assert found.lookup("k", 8) == row()
+    assert prices_of(PassConfig(), NOWHERE, None).model.name == local_profile().name
+
+
+def test_a_table_is_needed_and_read_as_the_configuration_asks(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    with pytest.raises(ConfigError, match="costs='measured' needs a cost table: set cost_table or FUSEPLAN_COSTS"):
+        prices_of(PassConfig(costs="measured"), NOWHERE, H200)
+    path.write_text("{")
+    modelled = prices_of(PassConfig(costs="modelled", cost_table=path), NOWHERE, H200)
+    assert (modelled.table, modelled.source) == (None, "modelled")
+    with pytest.raises(ConfigError, match="isn't JSON"):
+        prices_of(PassConfig(costs="measured", cost_table=path), NOWHERE, H200)
+    CURVE.save(path)
+    measured = prices_of(PassConfig(costs="measured", cost_table=path), NOWHERE, H200)
+    assert measured.source == "measured"
+    assert measured.table is not None
+    with pytest.raises(ConfigError, match="it is of 'h200', not of 'h100'"):
+        prices_of(PassConfig(cost_table=path), NOWHERE, PROFILES["h100"])

@@ -1,0 +1,395 @@
+"""What each policy selects of a graph, what the others lost, and the records of both."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fuseplan.config import PassConfig
+from fuseplan.dialect import ops
+from fuseplan.errors import PlanError
+from fuseplan.matching import ExternalMatch, ExternalPass, Match, Matches
+from fuseplan.planner.contradiction import ContradictionError
+from fuseplan.planner.decide import (
+    Decision,
+    Lost,
+    decide_in_order,
+    decide_off,
+    decide_planned,
+    fusion_record,
+    limit,
+    plan_record,
+    replay,
+)
+from fuseplan.planner.idle import idle_requests
+from fuseplan.planner.pose import Posed
+from fuseplan.planner.problem import Solution
+from fuseplan.planner.solver import Solver
+from fuseplan.record import Reason, Rejected, Selected
+from fuseplan.rules import BUILT_IN_RULES, by_name
+from tests.planner.posing import TORCH, posed, twice
+
+aten = torch.ops.aten
+RULES = by_name(BUILT_IN_RULES)
+
+
+@pytest.fixture(autouse=True)
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("planner.sites", "matching.candidates"):
+        monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
+
+
+def contested(x: Any, r: Any, w: Any) -> Any:
+    """An all-reduce, a norm and a pad: three rules want the norm."""
+    y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
+    return ops.pad(y, 28), total
+
+
+def crossing(x: Any, r: Any, w: Any) -> Any:
+    """Each norm reads what the other's all-reduce yields: as fused ops they would wait for each other."""
+    a, b = ops.all_reduce(aten.sin.default(x), "g"), ops.all_reduce(aten.cos.default(x), "g")
+    first = ops.rms_norm(a, aten.select.int(b, 0, 0), 1e-5, "llama")
+    return first, ops.rms_norm(b, aten.select.int(a, 0, 0), 1e-5, "llama"), aten.relu.default(r)
+
+
+def priced(given: Posed, *savings: int, **changes: Any) -> Posed:
+    return replace(given, problem=replace(given.problem, savings_ns=savings, **changes))
+
+
+def names(given: Posed, indices: Sequence[int]) -> list[str]:
+    return [f"{given.candidates[i].rule} {given.candidates[i].provider}" for i in indices]
+
+
+def test_off_applies_nothing_and_looks_at_nothing() -> None:
+    assert decide_off() == Decision(selected=(), saving_ns=0, lost=(), cyclic=(), limited=(), solution=None, plan_ns=0)
+
+
+def test_in_order_the_first_rule_takes_what_it_wants() -> None:
+    given = posed(contested, providers=TORCH)
+    given = priced(given, 10, 20, 50)
+    assert names(given, range(3)) == ["act_padding torch", "allreduce_rms torch", "allreduce_rms_padding torch"]
+    decision = decide_in_order(given, ["act_padding", "allreduce_rms", "allreduce_rms_padding"])
+    assert (decision.selected, decision.saving_ns) == ((0,), 10)
+    # The margin is what the winner saves, less what the loser would have.
+    assert decision.lost == (
+        Lost(candidate=1, blocked_by=(0,), lost_ns=-10), Lost(candidate=2, blocked_by=(0,), lost_ns=-40),
+    )  # fmt: skip
+    assert decision.cyclic == ()
+    # Rules that the order doesn't list are no losers.
+    decision = decide_in_order(given, ["allreduce_rms", "act_padding"])
+    assert (decision.selected, decision.saving_ns) == ((1,), 20)
+    assert decision.lost == (Lost(candidate=0, blocked_by=(1,), lost_ns=10),)
+
+
+@pytest.mark.parametrize(
+    ("savings", "forbidden", "winner"),
+    [
+        ((5, 7), (), "triton"),
+        ((7, 5), (), "torch"),
+        ((7, 7), (), "torch"),
+        ((5, 7), (1,), "torch"),
+        ((7, 5), (0,), "triton"),
+    ],
+)
+def test_in_order_the_provider_that_saves_the_most_runs_a_match(
+    savings: tuple[int, ...], forbidden: tuple[int, ...], winner: str
+) -> None:
+    given = priced(posed(), *savings, forbidden=frozenset(forbidden))
+    decision = decide_in_order(given, ["act_padding"])
+    assert names(given, decision.selected) == [f"act_padding {winner}"]
+    assert decision.lost == ()
+    assert decide_in_order(priced(given, 5, 7, forbidden=frozenset({0, 1})), ["act_padding"]).selected == ()
+
+
+def test_in_order_what_would_be_cyclic_is_given_up() -> None:
+    given = priced(posed(crossing, providers=TORCH), 5, 7)
+    decision = decide_in_order(given, ["allreduce_rms"])
+    assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1,), (0,), 7)
+
+
+def test_in_order_of_several_cycles_the_first_in_the_graph_is_cut_first() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        first, second, _ = crossing(x, r, w)
+        return *crossing(aten.add.Tensor(first, second), r, w), w
+
+    given = priced(posed(model, providers=TORCH), 1, 2, 4, 8)
+    decision = decide_in_order(given, ["allreduce_rms"])
+    assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1, 3), (0, 2), 10)
+
+
+def test_losers_are_those_whose_nodes_are_taken() -> None:
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
+        z = ops.rms_norm(ops.all_reduce(total, "g"), w, 1e-5, "llama")
+        return ops.pad(y, 28), ops.pad(z, 28)
+
+    given = priced(posed(model, providers=TORCH), 1, 2, 4, 8, 16, 32)
+    decision = decide_in_order(given, ["allreduce_rms_padding", "act_padding", "allreduce_rms"])
+    assert names(given, decision.selected) == ["allreduce_rms_padding torch"] * 2
+    assert decision.saving_ns == 4 + 32
+    assert {each.candidate: (each.blocked_by, each.lost_ns) for each in decision.lost} == {
+        0: ((2,), 3), 1: ((2,), 2), 3: ((5,), 24), 4: ((5,), 16),
+    }  # fmt: skip
+
+
+def test_planned_every_other_candidate_knows_its_margin() -> None:
+    given = priced(posed(contested, providers=TORCH), 10, 20, 50)
+    given.priced.costs[:] = [100, 25, 7]
+    decision = decide_planned(given, Solver())
+    assert (decision.selected, decision.saving_ns) == ((2,), 50)
+    assert decision.solution is not None
+    assert decision.solution.gap == 0.0
+    assert decision.plan_ns > 0
+    assert decision.lost == (
+        Lost(candidate=0, blocked_by=(2,), lost_ns=40, flips_at_ns=60),
+        Lost(candidate=1, blocked_by=(2,), lost_ns=30, flips_at_ns=None),
+    )
+
+
+@pytest.mark.parametrize(("cost", "flips"), [(None, None), (40, None), (41, 1), (39, None)])
+def test_no_time_is_short_enough_where_the_margin_is_larger(cost: int | None, flips: int | None) -> None:
+    given = priced(posed(providers=TORCH), -40)
+    given.priced.costs[:] = [cost]
+    (lost,) = decide_planned(given, Solver()).lost
+    assert lost == Lost(candidate=0, blocked_by=(), lost_ns=40, flips_at_ns=flips)
+
+
+def test_planned_what_is_cyclic_with_the_chosen_is_blocked_by_it() -> None:
+    given = priced(posed(crossing, providers=TORCH), 5, 7)
+    decision = decide_planned(given, Solver())
+    assert decision.selected == (1,)
+    assert [(each.candidate, each.blocked_by, each.lost_ns) for each in decision.lost] == [(0, (1,), 2)]
+    record = plan_record(given, decision, "graph_0", None, "round")
+    assert record.cuts == (tuple(candidate.name for candidate in given.candidates),)
+
+
+def test_planned_what_is_forced_and_can_not_be_is_a_contradiction() -> None:
+    given = posed(contested, providers=TORCH, force=["act_padding", "allreduce_rms"])
+    with pytest.raises(ContradictionError, match="force 'act_padding' and force 'allreduce_rms' contradict each other"):
+        decide_planned(given, Solver())
+    given = priced(posed(contested, providers=TORCH, force=["act_padding"]), 10, 20, 50)
+    decision = decide_planned(given, Solver())
+    assert (decision.selected, decision.saving_ns) == ((0,), 10)
+    assert [each.lost_ns for each in decision.lost] == [None, None]
+
+
+def ordered_sites(count: int = 3) -> Posed:
+    """Pads whose names are in graph order, applied to all."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        values = []
+        for _ in range(count):
+            x = ops.rms_norm(x, w, 1e-5, "llama")
+            values.append(ops.pad(x, 28))
+        return tuple(values)
+
+    return priced(posed(model, providers=TORCH), *range(1, count + 1))
+
+
+@pytest.mark.parametrize(
+    ("most", "selected", "limited", "saving"),
+    [
+        (None, (0, 1, 2), (), 6),
+        (3, (0, 1, 2), (), 6),
+        (2, (0, 1), (2,), 3),
+        (1, (0,), (1, 2), 1),
+        (0, (), (0, 1, 2), 0),
+    ],
+)
+def test_a_limit_keeps_the_first_in_graph_order(
+    most: int | None, selected: tuple[int, ...], limited: tuple[int, ...], saving: int
+) -> None:
+    given = ordered_sites()
+    decision = limit(given, decide_planned(given, Solver()), most)
+    assert (decision.selected, decision.limited, decision.saving_ns) == (selected, limited, saving)
+
+
+def test_a_limit_counts_along_the_graph_and_not_along_the_names() -> None:
+    given = ordered_sites()
+    backwards = replace(given, candidates=given.candidates[::-1])
+    decision = limit(backwards, Decision(selected=(0, 1, 2), saving_ns=6), 2)
+    assert (decision.selected, decision.limited, decision.saving_ns) == ((1, 2), (0,), 5)
+
+
+def test_the_record_of_a_fusion() -> None:
+    given = priced(posed(twice, providers=TORCH), 5, 7)
+    object.__setattr__(given.candidates[1], "source", "layers.1.norm")
+    fusion = fusion_record(given, 1)
+    assert (fusion.rule, fusion.op, fusion.provider) == ("act_padding", "rms_norm_pad", "torch")
+    assert (fusion.anchor, fusion.site, fusion.contested_op) == ("pad_default_1", "rms_norm_default", "rms_norm")
+    assert fusion.consumed == ("rms_norm_default", "pad_default_1")
+    assert (fusion.source, fusion.saving_ns, fusion.rounding_change) == ("layers.1.norm", 7, None)
+    assert fusion.site_class == given.sites[1]
+
+
+def test_the_record_of_somebodys_match() -> None:
+    from torch._inductor.pattern_matcher import PatternMatcherPass
+
+    given = posed(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH)
+    node = next(node for node in given.canonical.original.nodes if node.target is aten.relu.default)
+    entry: Any = None
+    owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"))
+    match = ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=())
+    given = posed(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH, external=[match])
+    fusion = fusion_record(given, 0)
+    assert (fusion.rule, fusion.contested_op, fusion.site) == ("somebody", "aten.relu.default", node.name)
+    assert (fusion.rounding_change, fusion.site_class) == (None, None)
+
+
+def test_the_record_of_a_plan() -> None:
+    given = priced(posed(contested, providers=TORCH), 10, 20, 50)
+    decision = decide_planned(given, Solver())
+    plan = plan_record(given, decision, "graph_3", (1, 64), "h200")
+    first, second, third = given.candidates
+    assert (plan.graph, plan.range, plan.device, plan.prices) == ("graph_3", (1, 64), "h200", ("modelled",))
+    assert plan.selected == (Selected(name=third.name, signature=third.signature, source=None, saving_ns=50),)
+    lost = {each.candidate: each for each in decision.lost}
+    assert plan.rejected == tuple(
+        Rejected(
+            name=candidate.name, signature=candidate.signature, source=None, saving_ns=saving, blocked_by=(third.name,),
+            lost_ns=50 - saving, flips_at_ns=lost[index].flips_at_ns,
+        )
+        for index, (candidate, saving) in enumerate(((first, 10), (second, 20)))
+    )  # fmt: skip
+    assert (plan.objective_ns, plan.bound_ns, plan.unfused_ns) == (50, 50, given.unfused_ns)
+    assert (plan.components, plan.classes, plan.cuts, plan.sites) == (1, 1, (), given.sites)
+
+
+def test_the_record_of_what_is_no_plan_claims_nothing() -> None:
+    given = priced(posed(contested, providers=TORCH), 10, 20, 50)
+    plan = plan_record(given, decide_in_order(given, ["act_padding"]), "graph_0", None, "h200")
+    assert (plan.objective_ns, plan.bound_ns, plan.components, plan.classes, plan.cuts) == (10, 10, 0, 0, ())
+    solution = Solution(selected=(0,), objective_ns=10, bound_ns=17, components=3, classes=2, nodes=1, cuts=((1, 0),))
+    decision = Decision(selected=(0,), saving_ns=10, solution=solution)
+    plan = plan_record(given, decision, "graph_0", None, "h200")
+    assert (plan.bound_ns, plan.components, plan.classes) == (17, 3, 2)
+    assert plan.cuts == ((given.candidates[1].name, given.candidates[0].name),)
+
+
+def test_a_saved_plan_is_selected_again() -> None:
+    given = priced(posed(twice, providers=TORCH), 5, 7)
+    plan = plan_record(given, decide_planned(given, Solver()), "graph_0", None, "h200")
+    backwards = replace(plan, selected=plan.selected[::-1])
+    decision = replay(given, backwards)
+    assert (decision.selected, decision.saving_ns, decision.solution) == ((0, 1), 12, None)
+
+
+def selection(given: Posed, *indices: int) -> Any:
+    plan = plan_record(given, decide_off(), "graph_0", None, "h200")
+    chosen = [given.candidates[index] for index in indices]
+    picked = [Selected(name=c.name, signature=c.signature, source=None, saving_ns=1) for c in chosen]
+    return replace(plan, selected=tuple(picked))
+
+
+def test_a_saved_plan_whose_fusions_exclude_each_other_is_refused() -> None:
+    given = posed(contested, providers=TORCH)
+    both = " and ".join(given.candidates[index].name for index in (0, 2))
+    with pytest.raises(PlanError, match=f"doesn't fit this graph: {both} can't be applied together"):
+        replay(given, selection(given, 2, 0))
+    given = posed(crossing, providers=TORCH)
+    assert replay(given, selection(given, 0)).selected == (0,)
+    with pytest.raises(PlanError, match="what it applies can't be applied together"):
+        replay(given, selection(given, 0, 1))
+
+
+def idle(
+    given: Posed, decision: Decision, *, matches: Matches | None = None, flags: Sequence[str] = (), **config: Any
+) -> list[tuple[str | None, str]]:
+    found = matches or Matches(candidates=tuple(c.match for c in given.candidates if isinstance(c.match, Match)))
+    given_config = PassConfig(**config)
+    refusals = list(idle_requests(given_config, flags, RULES, found, given, decision))
+    assert {refusal.reason for refusal in refusals} <= {Reason.NO_EFFECT}
+    return [(refusal.rule, refusal.detail) for refusal in refusals]
+
+
+def test_flags_that_no_rule_answers_to_are_told() -> None:
+    given = posed(providers=TORCH)
+    flag = "enable_qk_norm_rope_fusion"
+    told = [(None, f"{flag}=True has no effect: no rule provides it yet")]
+    assert idle(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=True) == told
+    assert idle(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=False) == []
+    assert idle(given, Decision(), flags=[flag]) == []
+
+
+def test_selectors_that_select_nothing_are_told() -> None:
+    given = posed(providers=TORCH, force=["norm_quant"], forbid=["act_padding#7"])
+    assert [detail for _, detail in idle(given, Decision())] == [
+        "'norm_quant' is forced or forbidden, and selects no match in this graph",
+        "'act_padding#7' is forced or forbidden, and selects no match in this graph",
+    ]
+
+
+def test_flags_whose_ops_the_graph_lacks_are_told() -> None:
+    given = posed(providers=TORCH)
+    missing = "the graph has no dynamic_per_token_scaled_fp8_quant and no silu_and_mul"
+    told = [("act_quant", f"fuse_act_quant=True has no effect: {missing}")]
+    assert idle(given, Decision(), fuse_act_quant=True) == told
+    # Of the rules that need two flags both must be True.
+    assert idle(given, Decision(), fuse_allreduce_rms=True) == [
+        ("allreduce_rms", "fuse_allreduce_rms=True has no effect: the graph has no all_reduce")
+    ]
+    both = idle(given, Decision(), fuse_allreduce_rms=True, fuse_act_padding=True)
+    assert ("allreduce_rms_padding", "fuse_allreduce_rms and fuse_act_padding=True has no effect: ") in [
+        (rule, detail[: detail.index("the graph")]) for rule, detail in both if "the graph" in detail
+    ]
+
+
+def test_a_rule_that_was_refused_says_why() -> None:
+    def mixed(x: Any, r: Any, w: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, aten.to.dtype(w, torch.float32), 1e-5, "llama"), 28), r
+
+    from fuseplan.matching import find_matches
+    from fuseplan.providers import PROFILES
+
+    given = posed(mixed, providers=TORCH)
+    matches = find_matches(given.canonical, RULES, TORCH, PROFILES["h200"])
+    ((rule, detail),) = idle(given, Decision(), matches=matches, fuse_act_padding=True)
+    assert rule == "act_padding"
+    assert detail.startswith("fuse_act_padding=True has no effect: weight is float32 and x is bfloat16")
+
+
+def test_a_rule_that_just_does_not_match_says_so() -> None:
+    def apart(x: Any, r: Any, w: Any) -> Any:
+        return ops.pad(x, 28), ops.rms_norm(r, w, 1e-5, "llama")
+
+    given = posed(apart, providers=TORCH)
+    told = [("act_padding", "fuse_act_padding=True has no effect: act_padding matches nowhere")]
+    assert idle(given, Decision(), fuse_act_padding=True) == told
+
+
+@pytest.mark.parametrize(
+    ("lost", "detail"),
+    [
+        (
+            [Lost(candidate=0, lost_ns=2500), Lost(candidate=1, lost_ns=1200)],
+            "it costs at least 1.2 us more than it saves in each of 2 places",
+        ),
+        (
+            [Lost(candidate=0, lost_ns=2500), Lost(candidate=1)],
+            "it costs at least 2.5 us more than it saves in each of 2",
+        ),
+        # It is applied, blocked, or nobody knows.
+        ([Lost(candidate=0, lost_ns=2500)], None),
+        ([Lost(candidate=0, lost_ns=2500), Lost(candidate=1, lost_ns=1, blocked_by=(0,))], None),
+        ([Lost(candidate=0), Lost(candidate=1)], None),
+    ],
+)
+def test_a_rule_that_is_too_dear_everywhere_says_by_how_much(lost: list[Lost], detail: str | None) -> None:
+    given = posed(twice, providers=TORCH)
+    told = idle(given, Decision(lost=tuple(lost)), fuse_act_padding=True)
+    if detail is None:
+        assert told == []
+    else:
+        ((rule, text),) = told
+        assert rule == "act_padding"
+        assert text.startswith(f"fuse_act_padding=True has no effect: {detail}")
+
+
+def test_a_rule_that_is_too_dear_in_its_one_place() -> None:
+    given = posed(providers=TORCH)
+    ((_, text),) = idle(given, Decision(lost=(Lost(candidate=0, lost_ns=100),)), fuse_act_padding=True)
+    assert text.endswith("it costs at least 0.1 us more than it saves in each of 1 place")
+    assert idle(given, Decision(lost=(Lost(candidate=0, lost_ns=100),))) == []

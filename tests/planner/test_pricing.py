@@ -1,0 +1,355 @@
+"""What alternatives save: by the model, by a table, and how sizes and noise are weighed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import PatternMatcherPass
+
+from fuseplan.canonical import canonicalize
+from fuseplan.content import content_of
+from fuseplan.dialect import define, ops
+from fuseplan.matching import ExternalMatch, ExternalPass
+from fuseplan.planner.components import components
+from fuseplan.planner.costs import Provenance
+from fuseplan.planner.pose import pose
+from fuseplan.planner.pricing import (
+    MAX_ENUMERATED,
+    UNFUSED,
+    Prices,
+    alternative_name,
+    break_ties,
+    compatible,
+    row_key,
+    sizes_of,
+    weighted,
+)
+from fuseplan.planner.problem import Problem
+from fuseplan.planner.sites import Rows
+from fuseplan.providers import provider_of
+from fuseplan.rules import BUILT_IN_RULES, Rule
+from tests.helpers import written
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, measured, norm_and_pad, posed, twice
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("span", "sizes"),
+    [((1, 64), (1, 8, 64)), ((2, 8), (2, 4, 8)), ((5, 5), (5,)), ((1, 2), (1, 2)), ((10, 1000), (10, 100, 1000))],
+)
+def test_a_range_is_priced_at_both_ends_and_the_geometric_middle(span: tuple[int, int], sizes: tuple[int, ...]) -> None:
+    assert sizes_of(span) == sizes
+
+
+@pytest.mark.parametrize(
+    ("savings", "unfused", "expected"),
+    [
+        ([7], [1000], 7),
+        ([10, 30], [100, 300], 30),
+        ([0, 50, 10], [10, 100, 1000], 17),
+        ([2, 4], [0, 4], 6),
+        ([-10, -10, -10], [100, 100, 100], -10),
+    ],
+)
+def test_savings_are_weighed_by_what_they_are_of(savings: list[int], unfused: list[int], expected: int) -> None:
+    assert weighted(savings, unfused) == expected
+
+
+def problem(count: int, **constraints: Any) -> Problem:
+    return Problem(names=tuple(map(str, range(count))), savings_ns=(0,) * count, **constraints)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "expected"),
+    [
+        ({}, {(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)}),
+        ({"conflicts": frozenset({(0, 2)})}, {(0,), (1,), (2,), (0, 1), (1, 2)}),
+        ({"conflicts": frozenset({(0, 1), (0, 2), (1, 2)})}, {(0,), (1,), (2,)}),
+        ({"requires": frozenset({(2, 0)})}, {(0,), (1,), (0, 1), (0, 2), (0, 1, 2)}),
+        ({"together": (frozenset({1, 2}),)}, {(0,), (1, 2), (0, 1, 2)}),
+    ],
+)
+def test_alternatives_are_the_subsets_in_which_nothing_conflicts(
+    constraints: dict[str, Any], expected: set[tuple[int, ...]]
+) -> None:
+    found = list(compatible((2, 0, 1), problem(3, **constraints)))
+    assert set(found) == expected
+    assert len(found) == len(expected)
+
+
+def subsets(values: Mapping[str, int]) -> dict[frozenset[int], int]:
+    return {frozenset(map(int, name)): value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "noise", "expected"),
+    [
+        # Far from each other, nothing changes.
+        ({"0": 100, "1": 50}, {"": 10, "0": 10, "1": 10}, {"0": 100, "1": 50}),
+        # The best lies within its noise of no fusion: none wins.
+        ({"0": 10, "1": -50}, {"": 0, "0": 10, "1": 0}, {"0": 0, "1": -50}),
+        ({"0": 11, "1": -50}, {"": 0, "0": 10, "1": 0}, {"0": 11, "1": -50}),
+        # The noise of what loses counts as well.
+        ({"0": 100, "1": 60}, {"": 0, "0": 1, "1": 40}, {"0": 60, "1": 60}),
+        ({"0": 100, "1": 60}, {"": 0, "0": 1, "1": 39}, {"0": 100, "1": 60}),
+        ({"0": 100}, {"": 100, "0": 1}, {"0": 0}),
+        # Three that tie are level with the least of them.
+        ({"0": 100, "1": 95, "2": 92}, {"": 0, "0": 8, "1": 0, "2": 0}, {"0": 92, "1": 92, "2": 92}),
+        # Of equals the fewest candidates are the best, whose noise counts.
+        ({"01": 100, "2": 100, "3": 90}, {"": 0, "01": 10, "2": 0, "3": 0}, {"01": 100, "2": 100, "3": 90}),
+        ({"0": -5}, {"": 0, "0": 0}, {"0": -5}),
+    ],
+)
+def test_margins_inside_the_noise_are_ties(
+    values: dict[str, int], noise: dict[str, int], expected: dict[str, int]
+) -> None:
+    assert break_ties(subsets(values), subsets(noise)) == subsets(expected)
+
+
+UNFUSED_NS = 1182 + 1046  # the norm reads 4200 bytes and writes 4000, the pad reads 2000 and writes 2560
+TRITON_NS = 1000 + 88  # reads 4200, writes 2560 and 2000
+TORCH_NS = 15 * 1080 + 1026 + 1240
+
+
+def test_the_model_prices_a_site_with_and_without_a_fusion() -> None:
+    given = posed()
+    assert by_provider(given, given.priced.costs) == {"triton": TRITON_NS, "torch": TORCH_NS}
+    saved = {"triton": UNFUSED_NS - TRITON_NS, "torch": UNFUSED_NS - TORCH_NS}
+    assert by_provider(given, given.problem.savings_ns) == saved
+    assert by_provider(given, given.priced.savings) == {name: (value,) for name, value in saved.items()}
+    assert given.priced.unfused == [UNFUSED_NS]
+    assert given.unfused_ns == UNFUSED_NS
+    assert set(given.priced.provenance) == {Provenance.MODELLED}
+    assert given.priced.alternatives == {}
+    # Of a static graph whose inputs are no token ids nobody knows the tokens.
+    assert given.priced.tokens == (1,)
+
+
+def test_the_model_adds_what_a_fusion_leaves_of_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("planner.sites", "matching.candidates"):
+        monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
+
+    def contested(x: Any, r: Any, w: Any) -> Any:
+        return norm_and_pad(ops.all_reduce(x, "g"), r, w)
+
+    given = posed(contested, providers=PROVIDERS[1:])
+    ring, pad = 3200 + 375, 1046
+    unfused = ring + UNFUSED_NS
+    exchange = 1000 + 400 + 40 + 375
+    taken = {"act_padding": TRITON_NS, "allreduce_rms": exchange + 82, "allreduce_rms_padding": exchange + 88}
+    left = {"act_padding": ring, "allreduce_rms": pad, "allreduce_rms_padding": 0}
+    assert {each.rule: cost for each, cost in zip(given.candidates, given.priced.costs, strict=True)} == taken
+    for candidate, saving in zip(given.candidates, given.problem.savings_ns, strict=True):
+        assert saving == unfused - taken[candidate.rule] - left[candidate.rule], candidate.rule
+    assert given.priced.unfused == [unfused]
+
+
+def test_a_dynamic_graph_is_priced_at_every_size_of_its_range() -> None:
+    given = posed(dynamic=True, span=(10, 1000))
+    assert given.priced.tokens == (10, 100, 1000)
+    by_size = [posed(dynamic=True, span=(size, size)) for size in (10, 100, 1000)]
+    for index in range(2):
+        savings = tuple(each.priced.savings[index][0] for each in by_size)
+        assert given.priced.savings[index] == savings
+        assert given.priced.costs[index] == by_size[1].priced.costs[index]
+        assert given.problem.savings_ns[index] == weighted(savings, given.priced.unfused)
+    assert given.priced.unfused == [each.priced.unfused[0] for each in by_size]
+    assert given.unfused_ns == by_size[1].unfused_ns
+    assert given.saved_by_size([0, 1]) == [sum(each.problem.savings_ns) for each in by_size]
+    assert given.saved_by_size([]) == [0, 0, 0]
+
+
+def test_sites_of_one_component_are_priced_together() -> None:
+    """`together` ties both pads to one component, whose unfused time is that of both sites."""
+    rules = [_together(rule) for rule in BUILT_IN_RULES if rule.name == "act_padding"]
+    given = posed(twice, rules=rules, dynamic=True, span=(10, 1000), providers=TORCH)
+    assert given.components == [(0, 1)]
+    alone = posed(twice, dynamic=True, span=(10, 1000), providers=TORCH)
+    assert alone.components == [(0,), (1,)]
+    assert given.priced.unfused == alone.priced.unfused
+    for index in range(2):
+        savings = given.priced.savings[index]
+        assert savings == alone.priced.savings[index]
+        assert given.problem.savings_ns[index] == weighted(savings, given.priced.unfused)
+
+
+def _together(rule: Rule) -> Rule:
+    class Together(type(rule)):  # type: ignore[misc]
+        together = True
+
+    copied: Rule = Together.__new__(Together)
+    copied.__dict__.update(rule.__dict__)
+    return copied
+
+
+padded_relu = define(
+    "pricing_test_padded_relu", "(Tensor x, int right) -> Tensor", samples=(), fused=True,
+    reference=lambda x, right: torch.relu(ops.pad.reference(x, right)), fake=ops.pad.fake,
+)  # fmt: skip
+MINE = provider_of("pricing_test", {padded_relu: padded_relu.reference})
+
+
+class PaddedRelu(Rule):
+    """pad -> relu -> relu  =>  one op, around no core that the model knows."""
+
+    name, flags, op, core = "padded_relu", (), padded_relu, ops.pad
+
+    def pattern(self, x: Any, right: Any) -> Any:
+        return aten.relu.default(aten.relu.default(ops.pad(x, right)))
+
+    def replacement(self, x: Any, right: Any) -> Any:
+        return padded_relu(x, right)
+
+
+def test_what_the_model_does_not_know_saves_a_launch_for_each_op_less() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return aten.relu.default(aten.relu.default(ops.pad(x, 28)))
+
+    given = posed(model, rules=[PaddedRelu()], providers=[MINE], dynamic=True, span=(1, 64))
+    assert given.priced.savings == [(2000,) * 3]
+    assert given.problem.savings_ns == (2000,)
+    assert given.priced.costs == [None]
+    assert given.candidates[0].site is None
+    assert given.priced.unfused == [0, 0, 0]
+
+
+def somebodys(graph: fx.Graph, saving_us: float | None) -> ExternalMatch:
+    owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"), saving_us=saving_us)
+    node = graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+    entry: Any = None
+    return ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=("theirs",))
+
+
+@pytest.mark.parametrize(("saving_us", "expected"), [(None, 1000), (2.5, 2500), (0.0, 0)])
+def test_somebodys_pass_saves_what_its_owner_says_or_a_launch(saving_us: float | None, expected: int) -> None:
+    canonical = canonicalize(written(lambda x: (aten.relu.default(x),), {"x": X}, dynamic=True))
+    match = somebodys(canonical.original, saving_us)
+    given = pose(canonical, [], [match], Prices(model=MODEL), (1, 64))
+    assert given.problem.savings_ns == (expected,)
+    assert given.priced.savings == [(expected,) * 3]
+    assert given.priced.costs == [None]
+    assert (given.candidates[0].provider, given.candidates[0].op) == ("external", "theirs")
+
+
+ALL = {"": [(5000, 10)], "triton": [(2000, 20)], "torch": [(9000, 30)]}
+
+
+def test_a_table_prices_a_component_as_a_whole() -> None:
+    prices = Prices(model=MODEL, table=measured(posed(), ALL))
+    given = posed(prices=prices)
+    assert by_provider(given, given.problem.savings_ns) == {"triton": 3000, "torch": -4000}
+    assert by_provider(given, given.priced.savings) == {"triton": (3000,), "torch": (-4000,)}
+    assert by_provider(given, given.priced.costs) == {"triton": 2000, "torch": 9000}
+    assert set(given.priced.provenance) == {Provenance.MEASURED}
+    assert given.priced.unfused == [5000]
+    index = {each.provider: i for i, each in enumerate(given.candidates)}
+    expected = {frozenset({index["triton"]}): 3000, frozenset({index["torch"]}): -4000}
+    assert given.problem.alternatives == {frozenset({0, 1}): expected}
+
+
+def test_a_table_is_read_at_every_size() -> None:
+    rows = {"": [(1000, 0), (4000, 0)], "triton": [(500, 0), (1000, 0)], "torch": [(1000, 0), (4000, 0)]}
+    plain = posed(dynamic=True, span=(10, 40))
+    given = posed(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
+    assert given.priced.tokens == (10, 20, 40)
+    assert by_provider(given, given.priced.savings)["triton"] == (500, 2000 - 667, 3000)
+    assert by_provider(given, given.priced.costs)["triton"] == 667
+    assert given.priced.unfused == [1000, 2000, 4000]
+    assert by_provider(given, given.problem.savings_ns) == {"triton": weighted((500, 1333, 3000), (1000, 2000, 4000)),
+                                                            "torch": 0}  # fmt: skip
+
+
+def test_the_largest_spread_of_all_sizes_is_the_noise() -> None:
+    rows = {"": [(1000, 1), (4000, 7)], "triton": [(990, 300), (3960, 2)], "torch": [(2000, 0), (5000, 0)]}
+    plain = posed(dynamic=True, span=(10, 40))
+    given = posed(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
+    assert by_provider(given, given.problem.savings_ns)["triton"] == 0
+
+
+@pytest.mark.parametrize("missing", ["", "triton", "torch"])
+@pytest.mark.parametrize("source", ["auto", "measured", "modelled"])
+def test_a_row_that_is_missing_sends_the_whole_component_to_the_model(missing: str, source: str) -> None:
+    rows = {name: times for name, times in ALL.items() if name != missing}
+    given = posed(prices=Prices(model=MODEL, table=measured(posed(), rows), source=source))
+    modelled = source != "measured"
+    assert set(given.priced.provenance) == {Provenance.MODELLED if modelled else Provenance.MEASURED}
+    if modelled:
+        assert given.problem.savings_ns == posed().problem.savings_ns
+    elif missing:
+        (alternatives,) = given.problem.alternatives.values()
+        assert len(alternatives) == 1
+        assert by_provider(given, given.problem.savings_ns)[missing] == 0
+        assert by_provider(given, given.priced.costs)[missing] is None
+        assert by_provider(given, given.priced.savings)[missing] == ()
+    else:
+        # Without what the others are compared with there is nothing to choose, and no time to show.
+        assert given.problem.alternatives == {frozenset({0, 1}): {}}
+        assert given.priced.unfused == [0]
+
+
+def test_a_table_may_be_there_and_not_be_asked() -> None:
+    given = posed(prices=Prices(model=MODEL, table=measured(posed(), ALL), source="modelled"))
+    assert given.problem.savings_ns == posed().problem.savings_ns
+
+
+def many(count: int) -> Any:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = ops.rms_norm(x, w, 1e-5, "llama")
+        return tuple(ops.pad(y, 28) for _ in range(count))
+
+    return model
+
+
+@pytest.mark.parametrize("count", [MAX_ENUMERATED, MAX_ENUMERATED + 1])
+def test_large_components_are_not_looked_up(count: int) -> None:
+    """A table from which only the unfused row can be read, and that is all there is, is asked up to a number."""
+    alone = [provider for provider in PROVIDERS if provider.name == "triton"]
+    plain = posed(many(count), providers=alone)
+    assert [len(each) for each in plain.components] == [count]
+    table = measured(plain, {"": [(5000, 10)]})
+    given = posed(many(count), providers=alone, prices=Prices(model=MODEL, table=table, source="measured"))
+    expected = Provenance.MEASURED if count == MAX_ENUMERATED else Provenance.MODELLED
+    assert set(given.priced.provenance) == {expected}
+
+
+def test_names_of_alternatives() -> None:
+    given = posed(twice, providers=TORCH)
+    first, second = given.candidates
+    assert alternative_name([], [0, 1]) == UNFUSED
+    assert alternative_name([first], [0]) == "act_padding fused_add_rms_norm_pad torch"
+    assert alternative_name([second, first], [0, 1]) == (
+        "0: act_padding fused_add_rms_norm_pad torch + 1: act_padding rms_norm_pad torch"
+    )
+    assert row_key("site", "alternative") == "site: alternative"
+
+
+def test_prices_know_what_they_depend_on() -> None:
+    table = measured(posed(), ALL)
+    assert Prices(model=MODEL).key == ["round", "inductor", content_of(MODEL.hardware), "auto", ""]
+    assert Prices(model=MODEL, table=table, source="measured").key == [
+        "round",
+        "inductor",
+        content_of(MODEL.hardware),
+        "measured",
+        table.digest,
+    ]
+    assert Prices(model=MODEL).launch_ns == 1000
+
+
+def test_what_prices_and_rows_remember_is_no_part_of_them() -> None:
+    prices = Prices(model=MODEL)
+    given = posed(prices=prices, dynamic=True)
+    assert prices == Prices(model=MODEL)
+    assert repr(prices) == repr(Prices(model=MODEL))
+    rows, fresh = Rows.of(given.canonical.graph), Rows.of(given.canonical.graph)
+    rows.at(X.new_empty(3, 5), 7)
+    assert rows == fresh
+    assert repr(rows) == repr(fresh)
+
+
+def test_components_of_the_structure_are_what_is_priced() -> None:
+    given = posed()
+    assert given.components == components(given.problem) == [(0, 1)]

@@ -1,0 +1,259 @@
+"""Sites of a graph, the kernels around them, and how rows follow tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fuseplan.canonical import canonicalize
+from fuseplan.dialect import ops
+from fuseplan.planner.costs import CostModel, Kernel
+from fuseplan.planner.sites import Rows, Shape, Site, Tail, Taken, find_sites, hint
+from tests.helpers import randn, written
+from tests.planner.round_device import DEVICE
+
+aten = torch.ops.aten
+FP8 = torch.float8_e4m3fn
+MODEL = CostModel(DEVICE)
+PAD, STATIC = Tail(kind="pad", padded=128), Tail(kind="static_fp8_quant", padded=100)
+DYNAMIC = Tail(kind="dynamic_fp8_quant", padded=100)
+
+
+@pytest.fixture(autouse=True)
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group `g` has four; no other is known."""
+    monkeypatch.setattr("fuseplan.planner.sites.group_size", {"g": 4}.get)
+
+
+def everything(x: Any, r: Any, w: Any, scale: Any) -> Any:
+    """Three cores: the last has no epilogue, and what the first reads is reduced."""
+    y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
+    quantised = ops.static_scaled_fp8_quant(y, scale, FP8, "divide")
+    wide = ops.pad(y, 28)
+    z = ops.rms_norm(total, w, 1e-5, "gpt_oss")
+    codes, scales = ops.dynamic_per_token_scaled_fp8_quant(z, FP8, 1e-6, "divide")
+    return wide, quantised, codes, scales, ops.silu_and_mul(y, total, "llama")
+
+
+def sites_of(function: Any = everything, dtype: torch.dtype = torch.bfloat16) -> tuple[Site, ...]:
+    x, r, w = randn(10, 100, dtype=dtype), randn(10, 100, dtype=dtype), randn(100, dtype=dtype)
+    return find_sites(canonicalize(written(function, {"x": x, "r": r, "w": w, "scale": torch.tensor([0.5])})))
+
+
+def test_every_core_is_a_site_with_what_stands_around_it() -> None:
+    first, second, third = sites_of()
+    assert [site.ordinal for site in (first, second, third)] == [0, 1, 2]
+    assert [ops.of(site.core.target) for site in (first, second, third)] == [
+        ops.fused_add_rms_norm, ops.rms_norm, ops.silu_and_mul,
+    ]  # fmt: skip
+    assert first.reduce is first.core.args[0]
+    assert second.reduce is None
+    assert [ops.of(tail.target) for tail in first.tails] == [ops.static_scaled_fp8_quant, ops.pad]
+    assert [ops.of(tail.target) for tail in second.tails] == [ops.dynamic_per_token_scaled_fp8_quant]
+    assert third.tails == ()
+    assert (first.ranks, second.ranks) == (4, 1)
+
+
+def test_a_sum_that_is_padded_is_no_tail_and_neither_is_what_nobody_reads() -> None:
+    def model(x: Any, r: Any, w: Any, scale: Any) -> Any:
+        _, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
+        return ops.pad(total, 28)
+
+    (site,) = sites_of(model)
+    assert site.tails == ()
+    assert site.reduce is None
+
+
+def test_a_group_that_is_not_known_counts_as_one_rank() -> None:
+    (site,) = sites_of(lambda x, r, w, scale: ops.rms_norm(ops.all_reduce(x, "h"), w, 1e-5, "llama"))
+    assert site.reduce is not None
+    assert site.ranks == 1
+
+
+def test_shapes_hold_all_that_prices_depend_on() -> None:
+    first, second, third = sites_of()
+    assert first.shape(7) == Shape(
+        core="rms_norm", residual=True, ranks=4, rows=7, width=100, itemsize=2, tails=(STATIC, PAD),
+        convention="bfloat16 llama",
+    )  # fmt: skip
+    assert second.shape(3) == Shape(
+        core="rms_norm", residual=False, ranks=1, rows=3, width=100, itemsize=2, tails=(DYNAMIC,),
+        convention="bfloat16 gpt_oss",
+    )  # fmt: skip
+    assert third.shape(1) == Shape(
+        core="silu_and_mul", residual=False, ranks=1, rows=1, width=100, itemsize=2, tails=(),
+        convention="bfloat16 llama",
+    )  # fmt: skip
+    assert sites_of(dtype=torch.float32)[1].shape(3).itemsize == 4
+
+
+def test_signatures_say_all_but_the_rows() -> None:
+    first, second, third = (site.shape(7).signature for site in sites_of())
+    assert first == "all_reduce[4] -> add -> rms_norm -> static_fp8_quant -> pad 100:128 100 bfloat16 llama"
+    assert second == "rms_norm -> dynamic_fp8_quant 100 bfloat16 gpt_oss"
+    assert third == "silu_and_mul 100 bfloat16 llama"
+    assert shape(ranks=2).signature.startswith("all_reduce[2] -> rms_norm")
+
+
+def shape(*tails: Tail, ranks: int = 1, residual: bool = False) -> Shape:
+    return Shape(
+        core="rms_norm", residual=residual, ranks=ranks, rows=10, width=100, itemsize=2, tails=tails, convention=""
+    )
+
+
+RING = Kernel(name="all_reduce (LL)", launch=3200, wire=375)
+NORM = Kernel(name="rms_norm", launch=1100, memory=42)
+STATIC_NORM = Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=32)
+ALONE = {
+    PAD: Kernel(name="pad", launch=1000, memory=46),
+    STATIC: Kernel(name="static_fp8_quant", launch=1000, memory=30),
+    DYNAMIC: Kernel(name="dynamic_fp8_quant", launch=1100, memory=31),
+}
+
+
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        (shape(), (NORM,)),
+        (shape(residual=True), (Kernel(name="rms_norm", launch=1100, memory=82),)),
+        (shape(PAD), (NORM, ALONE[PAD])),
+        (shape(STATIC), (STATIC_NORM,)),
+        (shape(PAD, STATIC), (STATIC_NORM, ALONE[PAD])),
+        (shape(PAD, PAD), (NORM, ALONE[PAD], ALONE[PAD])),
+        # 1000 bytes and 1040 more that the same kernel writes
+        (shape(STATIC, STATIC, DYNAMIC), (STATIC_NORM, Kernel(name="further results", memory=20))),
+        (shape(PAD, ranks=4), (RING, NORM, ALONE[PAD])),
+    ],
+)
+def test_inductor_quantises_in_the_cores_kernel_and_pads_in_another(site: Shape, expected: Sequence[Kernel]) -> None:
+    assert site.unfused(MODEL) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("site", "reduce", "tail", "left"),
+    [
+        (shape(), False, None, ()),
+        (shape(PAD), False, PAD, ()),
+        (shape(PAD), False, None, (ALONE[PAD],)),
+        (shape(PAD, STATIC), False, PAD, (ALONE[STATIC],)),
+        (shape(PAD, DYNAMIC, PAD), False, PAD, (ALONE[DYNAMIC], ALONE[PAD])),
+        (shape(PAD, ranks=4), False, PAD, (RING,)),
+        (shape(PAD, ranks=4), True, PAD, ()),
+        (shape(PAD, ranks=4), True, None, (ALONE[PAD],)),
+        (shape(STATIC, ranks=4), False, None, (RING, ALONE[STATIC])),
+    ],
+)
+def test_what_a_fused_op_leaves(site: Shape, reduce: bool, tail: Tail | None, left: Sequence[Kernel]) -> None:
+    assert site.rest(MODEL, reduce=reduce, tail=tail) == tuple(left)
+
+
+def test_a_fused_op_takes_its_parts_of_the_site() -> None:
+    site = shape(PAD, STATIC, ranks=4, residual=True)
+    region = site.region(reduce=True, tail=PAD)
+    assert (region.reduce, region.ranks, region.residual, region.epilogue, region.padded) == (True, 4, True, "pad", 128)
+    region = site.region(reduce=False, tail=None)
+    assert (region.reduce, region.ranks, region.residual, region.epilogue, region.padded) == (False, 1, True, None, 100)
+    assert (region.tokens, region.width, region.itemsize, region.core) == (10, 100, 2, "rms_norm")
+    assert not shape(ranks=1).region(reduce=True, tail=None).reduce
+    fused = site.fused(MODEL, "flashinfer", reduce=True, tail=STATIC)
+    assert fused == MODEL.fused(site.region(reduce=True, tail=STATIC), "flashinfer")
+
+
+def test_what_a_match_takes_of_a_site() -> None:
+    first, second, third = sites_of()
+    quantised, wide = first.tails
+    item = next(iter(first.core.users))
+    reduce = first.reduce
+    assert reduce is not None
+    assert first.taken([first.core]) == Taken(reduce=False, tail=None)
+    assert first.taken([first.core, item, wide]) == Taken(reduce=False, tail=PAD)
+    assert first.taken([reduce, first.core, item, quantised]) == Taken(reduce=True, tail=STATIC)
+    assert first.taken([wide]) is None
+    assert first.taken([first.core, wide, quantised]) is None
+    assert first.taken([first.core, second.core]) is None
+    assert second.taken([second.core]) == Taken(reduce=False, tail=None)
+    assert third.taken([third.core]) == Taken(reduce=False, tail=None)
+
+
+class Symbols:
+    """Fake tensors, some of whose sizes are symbols: a negative size is symbolic, and was its absolute value."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.graph = fx.Graph()
+
+    def value(self, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        dynamic = [DimDynamic.DYNAMIC if size < 0 else DimDynamic.STATIC for size in sizes]
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dynamic)
+        tensor = torch.empty([abs(size) for size in sizes], dtype=dtype)
+        return self.mode.from_tensor(tensor, symbolic_context=context, source=None)
+
+    def input(self, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        node = self.graph.placeholder(f"a{len(self.graph.nodes)}")
+        node.meta["val"] = self.value(*sizes, dtype=dtype)
+        value: Tensor = node.meta["val"]
+        return value
+
+
+INTEGER = torch.int64
+
+
+def test_a_symbolic_size_has_the_hint_it_was_traced_with() -> None:
+    value = Symbols().value(-6, 3)
+    assert [hint(size) for size in (*value.shape, 5)] == [6, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "traced", "dynamic"),
+    [
+        ([], 1, False),
+        ([((4, 8), torch.float32)], 1, False),  # may be a weight
+        ([((4, 8), torch.float32), ((2, 3), INTEGER)], 6, False),  # token ids: all dimensions count
+        ([((), INTEGER), ((5,), INTEGER)], 5, False),  # a scalar is no token ids
+        ([((-9,), torch.float32)], 9, True),
+        ([((4, 8), torch.float32), ((-5, 8), torch.float32)], 5, True),
+        ([((2, 3), INTEGER), ((-5, 8), torch.float32)], 5, True),
+        ([((-7, 8), torch.float32), ((-2, -3), INTEGER)], 6, True),
+        ([((4, -8), torch.float32)], 1, False),  # the last dimension isn't leading
+        ([((-3, -5, 8), torch.float32), ((-7, 8), torch.float32)], 15, True),
+    ],
+)
+def test_tokens_are_read_off_the_inputs(
+    inputs: list[tuple[tuple[int, ...], torch.dtype]], traced: int, dynamic: bool
+) -> None:
+    symbols = Symbols()
+    for sizes, dtype in inputs:
+        symbols.input(*sizes, dtype=dtype)
+    symbols.graph.placeholder("not_a_tensor").meta["val"] = 3
+    rows = Rows.of(symbols.graph)
+    assert (rows.traced, rows.is_dynamic) == (traced, dynamic)
+
+
+def test_rows_follow_the_tokens_where_they_share_a_symbol() -> None:
+    symbols = Symbols()
+    x = symbols.input(-6, 8)
+    rows = Rows.of(symbols.graph)
+    assert rows.at(x, 12) == 12
+    assert rows.at(x.new_empty(x.shape[0], 3, 8), 12) == 36
+    assert rows.at(x.new_empty(x.shape[0] + 6, 8), 12) == 24
+    assert rows.at(x.new_empty(5, 8), 12) == 5
+    assert rows.at(x.new_empty(0, 8), 12) == 1
+    assert rows.at(x.new_empty(8), 12) == 1
+    assert rows.at(symbols.value(-9, 8), 12) == 9
+    # Known by its sizes from then on.
+    assert rows.at(x.new_empty(x.shape[0], 3, 5), 60) == 180
+    assert rows.at(x.new_empty(2 * x.shape[0], 8), 1) == 2
+    assert Rows(rows.tokens, 6000).at(x, 1) == 1
+
+
+def test_rows_of_a_static_graph_stay() -> None:
+    symbols = Symbols()
+    x = symbols.input(6, 2, 8)
+    rows = Rows.of(symbols.graph)
+    assert rows.tokens is None
+    assert [rows.at(x, tokens) for tokens in (1, 100)] == [12, 12]
+    assert rows.at(x.new_empty(0, 8), 5) == 1

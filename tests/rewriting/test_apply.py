@@ -1,0 +1,301 @@
+"""Chosen fusions in the original graph: it computes what it did, and what isn't fused stays as it was."""
+
+import operator
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+
+from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.dialect import ops
+from fuseplan.graph.surgery import copy_graph
+from fuseplan.matching import Match, find_matches
+from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, provider_of
+from fuseplan.rewriting import apply
+from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
+from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn, written
+
+aten = torch.ops.aten
+RULES = by_name(BUILT_IN_RULES)
+W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
+INPUTS = {"x": randn(5, HIDDEN), "r": randn(5, HIDDEN, seed=1), "w": W}
+
+
+def rewrite(graph: fx.Graph, rules: Sequence[Rule], provider: Provider = BUILT_IN_PROVIDERS[0]) -> list[Match]:
+    """Applies every match of the rules by one provider, and returns them."""
+    canonical = canonicalize(graph)
+    chosen = list(find_matches(canonical, by_name(rules), [provider]).candidates)
+    apply(canonical, chosen)
+    return chosen
+
+
+def run(graph: fx.Graph, inputs: Sequence[Tensor]) -> Any:
+    with torch.no_grad():
+        return fx.Interpreter(fx.GraphModule({}, graph)).run(*inputs)
+
+
+def check_values(graph: fx.Graph, inputs: Sequence[Tensor], new: Collection[fx.Node]) -> None:
+    """What new nodes yield is what their fake values say."""
+
+    def facts(value: Any) -> list[Any]:
+        each = value if isinstance(value, tuple) else (value,)
+        return [(tensor.shape, tensor.dtype, tensor.stride()) for tensor in each]
+
+    class Checked(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            real = super().run_node(n)
+            if n in new:
+                assert facts(n.meta["val"]) == facts(real), n.name
+            return real
+
+    with torch.no_grad():
+        Checked(fx.GraphModule({}, graph)).run(*inputs)
+
+
+def calls(graph: fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def check_rewritten(
+    graph: fx.Graph, inputs: Sequence[Tensor], rules: Sequence[Rule], exact: bool = True
+) -> list[Match]:
+    (before, _), old = copy_graph(graph), set(graph.nodes)
+    chosen = rewrite(graph, rules)
+    graph.lint()
+    expected, actual = run(before, inputs), run(graph, inputs)
+    for left, right in zip(actual, expected, strict=True):
+        assert left.dtype is right.dtype
+        assert left.shape == right.shape
+        if exact:
+            assert torch.equal(left.float(), right.float())
+        else:
+            torch.testing.assert_close(left, right, rtol=2**-7, atol=2**-7)
+    check_values(graph, inputs, set(graph.nodes) - old)
+    return chosen
+
+
+def pattern_of(rule: Rule) -> tuple[fx.Graph, list[Tensor]]:
+    """A graph of a rule's own pattern, in which all that it yields is read."""
+    sample = rule.op.samples[0].make(torch.device("cpu"), torch.Generator().manual_seed(0))
+    given = dict(zip(rule.variables, sample, strict=True))
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in given.items() if name not in tensors}
+
+    def model(**values: Any) -> Any:
+        results = rule.pattern(**values, **plain)
+        return tuple(aten.alias.default(result) for result in results)
+
+    return written(model, tensors), [*tensors.values()]
+
+
+@pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=lambda rule: rule.op.name)
+def test_a_rules_own_pattern_becomes_its_op(rule: Rule, one_rank: str) -> None:
+    graph, inputs = pattern_of(rule)
+    readers = [node for node in graph.nodes if node.target is aten.alias.default]
+    (match,) = check_rewritten(graph, inputs, [rule])
+    assert match.rule is rule
+    assert calls(graph).count(str(rule.op.overload)) == 1
+    parts = {str(node.target) for node in rule.calls}
+    assert parts.isdisjoint(calls(graph))
+    assert [node for node in graph.nodes if node.target is aten.alias.default] == readers
+
+
+def padded(x: Any, r: Any, w: Any) -> Any:
+    """Two norms, each with a pad; the second adds what the first yields."""
+    y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
+    wide = ops.pad(y, 8)
+    z, total = ops.fused_add_rms_norm(aten.slice.Tensor(wide, -1, 0, HIDDEN), total, w, 1e-5, "llama")
+    return ops.pad(z, 8), aten.relu.default(y), total
+
+
+def test_one_fusion_reads_what_another_yields() -> None:
+    graph = written(padded, INPUTS)
+    kept = {node for node in graph.nodes if node.target in (aten.relu.default, aten.slice.Tensor)}
+    assert len(check_rewritten(graph, [*INPUTS.values()], RULES["act_padding"])) == 2
+    fused = "fuseplan.fused_add_rms_norm_pad.default"
+    unpadded = "aten.slice.Tensor"
+    item = str(operator.getitem)
+    # The first slice is the unpadded value; of the second norm nobody reads it, so that it isn't there.
+    assert calls(graph) == [fused, item, item, unpadded, unpadded, fused, item, item, "aten.relu.default"]
+    assert kept <= set(graph.nodes)
+
+
+def test_nothing_chosen_leaves_everything() -> None:
+    graph = written(padded, INPUTS)
+    before, nodes = str(graph), list(graph.nodes)
+    apply(canonicalize(graph), [])
+    assert str(graph) == before
+    assert list(graph.nodes) == nodes
+
+
+def test_what_is_not_chosen_stays_as_it_was() -> None:
+    graph = written(padded, INPUTS)
+    canonical = canonicalize(graph)
+    first, _ = find_matches(canonical, {"act_padding": RULES["act_padding"]}, BUILT_IN_PROVIDERS).candidates
+    tail = list(graph.nodes)[-6:]
+    apply(canonical, [first])
+    assert list(graph.nodes)[-6:] == tail
+    assert calls(graph).count("fuseplan.fused_add_rms_norm.default") == 1
+
+
+def test_new_nodes_know_their_place_in_the_users_model() -> None:
+    graph = written(padded, INPUTS)
+    for node in graph.nodes:
+        node.meta |= {"stack_trace": f"trace of {node.name}", "custom": {"of": node.name}, "seq_nr": 7}
+    norms = list(graph.find_nodes(op="call_function", target=ops.fused_add_rms_norm.overload))
+    old = set(graph.nodes)
+    rewrite(graph, RULES["act_padding"])
+    new = [node for node in graph.nodes if node not in old]
+    assert {node.meta["stack_trace"] for node in new} == {f"trace of {norm.name}" for norm in norms}
+    for node in new:
+        assert set(node.meta) == {"stack_trace", "custom", "val"}
+
+
+def test_values_that_are_known_are_not_computed_again() -> None:
+    graph = written(padded, INPUTS)
+    old = {node.name: node.meta["val"] for node in graph.nodes}
+    matches = rewrite(graph, RULES["act_padding"])
+    fused = list(graph.find_nodes(op="call_function", target=ops.fused_add_rms_norm_pad.overload))
+    for node, match in zip(fused, matches, strict=True):
+        wide, _, total = match.outputs
+        assert wide is not None
+        assert total is not None
+        assert node.meta["val"][0] is old[wide.name]
+        assert node.meta["val"][1] is old[total.name]
+        items = {user.args[1]: user.meta["val"] for user in node.users if user.target is operator.getitem}
+        assert items == {0: old[wide.name], 1: old[total.name]}
+        assert items[0] is old[wide.name]
+
+
+def test_values_that_are_not_contiguous_are_computed_again() -> None:
+    def model(x: Any, w: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 8), aten.relu.default(x)
+
+    graph = written(model, {"x": INPUTS["x"], "w": W})
+    (pad,) = graph.find_nodes(op="call_function", target=ops.pad.overload)
+    with FakeTensorMode() as mode:
+        pad.meta["val"] = mode.from_tensor(torch.empty(HIDDEN + 8, 5, dtype=torch.bfloat16).t())
+    rewrite(graph, RULES["act_padding"])
+    check_values(graph, [INPUTS["x"], W], graph.find_nodes(op="call_function", target=ops.rms_norm_pad.overload))
+    assert all(isinstance(n.meta["val"], FakeTensor) for n in graph.nodes if n.op == "call_function")
+
+
+def test_results_that_nobody_reads_are_not_there() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return (ops.pad(ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")[0], 8),)
+
+    graph = written(model, INPUTS)
+    check_rewritten(graph, [*INPUTS.values()], RULES["act_padding"])
+    assert calls(graph) == ["fuseplan.fused_add_rms_norm_pad.default", str(operator.getitem)]
+
+
+def test_real_values_give_real_values_without_gradients() -> None:
+    def model(x: Any, w: Any) -> Any:
+        y = ops.rms_norm(x, w, 1e-5, "llama")
+        return ops.pad(y, 8), aten.relu.default(y)
+
+    weight = W.clone().requires_grad_()
+    graph = written(model, {"x": INPUTS["x"], "w": weight})
+    values = {"x": INPUTS["x"], "w": weight}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = values[node.target]
+        elif node.op == "call_function":
+            node.meta["val"] = node.target(*(fx.map_arg(node.args, lambda source: source.meta["val"])))
+    for node in graph.find_nodes(op="call_function", target=ops.pad.overload):
+        node.meta["val"] = node.meta["val"].t().contiguous().t()
+    rewrite(graph, RULES["act_padding"])
+    (fused,) = graph.find_nodes(op="call_function", target=ops.rms_norm_pad.overload)
+    assert type(fused.meta["val"]) is Tensor
+    assert not fused.meta["val"].requires_grad
+
+
+def test_inputs_that_come_late_are_waited_for_and_nothing_else_moves() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
+        early = aten.relu.default(total)
+        scale = aten.sum.default(aten.sigmoid.default(w))
+        quantised = ops.static_scaled_fp8_quant(y, aten.to.dtype(scale, torch.float32), torch.float8_e4m3fn, "divide")
+        return quantised, early, aten.neg.default(early)
+
+    graph = written(model, INPUTS)
+    check_rewritten(graph, [*INPUTS.values()], RULES["norm_quant"])
+    item = str(operator.getitem)
+    assert calls(graph) == [
+        "aten.sigmoid.default", "aten.sum.default", "aten.to.dtype",
+        "fuseplan.fused_add_rms_norm_static_fp8_quant.default", item, item, "aten.relu.default", "aten.neg.default",
+    ]  # fmt: skip
+
+
+def test_a_provider_runs_its_own_overload() -> None:
+    def kernel(x: Tensor, weight: Tensor, eps: float, rounding: str, right: int) -> Tensor:
+        return F.pad(x + 1, (0, right))
+
+    mine = provider_of("rewriting_test", {ops.rms_norm_pad: kernel})
+    graph = written(lambda x, w: (ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 8),), {"x": INPUTS["x"], "w": W})
+    rewrite(graph, RULES["act_padding"], mine)
+    assert calls(graph) == ["fuseplan.rms_norm_pad.rewriting_test"]
+    assert torch.equal(run(graph, [INPUTS["x"], W])[0], F.pad(INPUTS["x"] + 1, (0, 8)))
+
+
+def test_fusions_that_are_cyclic_together_are_an_error(one_rank: str) -> None:
+    def model(x: Any, w: Any) -> Any:
+        a, b = (ops.all_reduce(op(x), one_rank) for op in (aten.sin.default, aten.cos.default))
+        norms = [ops.rms_norm(a, aten.select.int(b, 0, 0), 1e-5, "llama")]
+        return *norms, ops.rms_norm(b, aten.select.int(a, 0, 0), 1e-5, "llama"), w
+
+    with pytest.raises(ValueError, match="cyclic"):
+        rewrite(written(model, {"x": INPUTS["x"], "w": W}), RULES["allreduce_rms"])
+
+
+def sliced(group: str) -> Callable[..., Any]:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(all_reduce(x, group)[..., :HIDDEN], r, w)
+        return y, total, total * 2
+
+    return model
+
+
+def reshaped(group: str) -> Callable[..., Any]:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        reduced = all_reduce(x.reshape(-1, HIDDEN), group).reshape(r.shape)
+        return llama(reduced, r, w)
+
+    return model
+
+
+def sunk(group: str) -> Callable[..., Any]:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(x, r, w)
+        return F.pad(y.reshape(-1, HIDDEN), (0, 8)), total, y.relu()
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "rule"),
+    [
+        (sliced, ((5, HIDDEN + 32), (5, HIDDEN)), "allreduce_rms"),
+        (reshaped, ((2, 3, HIDDEN), (2, 3, HIDDEN)), "allreduce_rms"),
+        (sunk, ((2, 3, HIDDEN), (2, 3, HIDDEN)), "act_padding"),
+    ],
+)
+def test_values_without_an_original_come_into_being(
+    model: Callable[[str], Callable[..., Any]], shapes: tuple[Any, ...], rule: str, one_rank: str
+) -> None:
+    """Case 3, vLLM #28841, and case 4, vLLM #48757: slices and reshapes that were moved out of the way."""
+    inputs = [randn(*shape, seed=seed) for seed, shape in enumerate(shapes)] + [W]
+    graph = post_grad(model(one_rank), *inputs)
+    assert len(check_rewritten(graph, inputs, RULES[rule], exact=False)) == 1
+    assert sum("fuseplan" in each for each in calls(graph)) == 1
+
+
+def test_the_canonical_graph_is_not_touched() -> None:
+    canonical: CanonicalGraph = canonicalize(written(padded, INPUTS))
+    before = str(canonical.graph)
+    apply(canonical, find_matches(canonical, {"act_padding": RULES["act_padding"]}, BUILT_IN_PROVIDERS[:1]).candidates)
+    assert str(canonical.graph) == before

@@ -1,0 +1,304 @@
+"""What each rule takes, refuses and asks for: its table, its check, and the pieces that all rules are made of."""
+
+import operator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from fuseplan.config import PassConfig
+from fuseplan.dialect import ops
+from fuseplan.errors import ConfigError, RuleError
+from fuseplan.record import Reason
+from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule, by_name, disabled_rules, enabled_rules
+from fuseplan.rules.base import op_text
+from fuseplan.rules.norm import NORM_RULES
+
+AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
+NORM_TABLE = {
+    "all_reduce_rms_norm": ("allreduce_rms", (AR,)),
+    "all_reduce_fused_add_rms_norm": ("allreduce_rms", (AR,)),
+    "rms_norm_pad": ("act_padding", (PAD,)),
+    "fused_add_rms_norm_pad": ("act_padding", (PAD,)),
+    "rms_norm_static_fp8_quant": ("norm_quant", (QUANT,)),
+    "fused_add_rms_norm_static_fp8_quant": ("norm_quant", (QUANT,)),
+    "rms_norm_dynamic_fp8_quant": ("norm_quant", (QUANT,)),
+    "fused_add_rms_norm_dynamic_fp8_quant": ("norm_quant", (QUANT,)),
+    "all_reduce_rms_norm_pad": ("allreduce_rms_padding", (AR, PAD)),
+    "all_reduce_fused_add_rms_norm_pad": ("allreduce_rms_padding", (AR, PAD)),
+    "all_reduce_rms_norm_static_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
+    "all_reduce_fused_add_rms_norm_static_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
+    "all_reduce_rms_norm_dynamic_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
+    "all_reduce_fused_add_rms_norm_dynamic_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
+}
+TABLE = {
+    **NORM_TABLE,
+    "silu_and_mul_static_fp8_quant": ("act_quant", ("fuse_act_quant",)),
+    "silu_and_mul_dynamic_fp8_quant": ("act_quant", ("fuse_act_quant",)),
+}
+
+
+def op_name(rule: Rule) -> str:
+    return rule.op.name
+
+
+def test_the_rules_there_are() -> None:
+    assert {rule.op.name: (rule.name, rule.flags) for rule in BUILT_IN_RULES} == TABLE
+    assert len(BUILT_IN_RULES) == len(TABLE)
+    assert {rule.op.name for rule in BUILT_IN_RULES if rule.is_composed} == {
+        name for name, (_, flags) in TABLE.items() if len(flags) == 2
+    }
+
+
+@pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=op_name)
+def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
+    name = rule.op.name
+    core = next(each for each in ("fused_add_rms_norm", "rms_norm", "silu_and_mul") if each in name)
+    epilogues = {"_pad": "pad", "_static": "static_scaled_fp8_quant", "_dynamic": "dynamic_per_token_scaled_fp8_quant"}
+    after = [op for text, op in epilogues.items() if text in name]
+    parts = [*(["all_reduce"] if name.startswith("all_reduce") else []), core, *after]
+    assert rule.core.name == core
+    assert rule.describe() == f"{' -> '.join(parts)}  =>  {name}"
+    # The value that the pad or the quantisation yields, the unpadded one, the scales, and the sum.
+    sums = core == "fused_add_rms_norm" or name.startswith("all_reduce")
+    expected = 1 + ("pad" in name or "dynamic" in name) + sums
+    assert len(rule.traced_pattern.outputs) == expected
+    assert tuple(rule.traced_pattern.inputs) == rule.variables
+    items = [node for node in rule.traced_pattern.outputs if node.target is operator.getitem]
+    scales = [(after[0], 0), (after[0], 1)] if "dynamic" in name else []
+    unpadded = [(core, 0)] if core == "fused_add_rms_norm" and ("pad" in name or not after) else []
+    total = [(core, 1)] if core == "fused_add_rms_norm" else []
+    assert [(op_text(item.all_input_nodes[0].target), item.args[1]) for item in items] == [*scales, *unpadded, *total]
+    rule.validate()
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32)
+
+
+def bound(name: str, dtype: torch.dtype) -> fx.Node:
+    node = fx.Graph().placeholder(name)
+    node.meta["val"] = torch.empty(2, 4, dtype=dtype)
+    return node
+
+
+@pytest.mark.parametrize("rule", NORM_RULES, ids=op_name)
+def test_norms_take_one_dtype_of_three(rule: Rule) -> None:
+    for x, weight in product(DTYPES, DTYPES):
+        refusal = rule.check(Bindings(rule.name, {"x": bound("hidden", x), "weight": bound("scale", weight)}))
+        given, other = (str(dtype).removeprefix("torch.") for dtype in (x, weight))
+        if x in (torch.float64, torch.int32):
+            assert refusal is not None
+            assert (refusal.reason, refusal.rule, refusal.nodes) == (Reason.DTYPE, rule.name, ("hidden",))
+            assert refusal.detail == f"x is {given}; supported are bfloat16, float16, float32"
+            assert refusal.mend is None
+        elif x is not weight:
+            assert refusal is not None
+            assert (refusal.reason, refusal.rule, refusal.nodes) == (Reason.DTYPE, rule.name, ("scale",))
+            assert refusal.detail == f"weight is {other} and x is {given}; the fused op takes one dtype"
+            assert refusal.mend == f"cast the weight to {given}"
+        else:
+            assert refusal is None
+
+
+def test_activations_refuse_nothing_themselves() -> None:
+    for rule in BUILT_IN_RULES:
+        if rule.name == "act_quant":
+            assert rule.check(Bindings(rule.name, {"gate": bound("gate", torch.float64)})) is None
+
+
+def test_bindings_give_tensors_and_plain_values_and_name_what_there_is() -> None:
+    node = bound("y", torch.float16)
+    bindings = Bindings("mine", {"x": node, "eps": 1e-6})
+    assert bindings.x is node.meta["val"]
+    assert bindings.eps == 1e-6
+    with pytest.raises(AttributeError, match="rule mine binds no variable 'width'; it binds x, eps"):
+        _ = bindings.width
+    assert bindings.refuse(Reason.DTYPE, "x", "why").nodes == ("y",)
+    assert bindings.refuse(Reason.ATTRIBUTE, "eps", "why", mend="so").nodes == ()
+
+
+class Pads(Rule):
+    """rms_norm -> pad; its subclasses break one thing each."""
+
+    name, flags, op, core = "pads", (), ops.rms_norm_pad, ops.rms_norm
+
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, weight, eps, rounding), right)
+
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        return ops.rms_norm_pad(x, weight, eps, rounding, right)
+
+
+class YieldsNothing(Pads):
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        return ()
+
+
+class YieldsItsInput(Pads):
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        return x
+
+
+class YieldsItsEpsilon(Pads):
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        return 1e-5
+
+
+class InTwoPieces(Pads):
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        y = ops.rms_norm(x, weight, eps, rounding)
+        ops.silu_and_mul(ops.pad(x, right), x, rounding)
+        return ops.pad(y, right)
+
+
+class YieldsAnotherPiece(Pads):
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, weight, eps, rounding), right), ops.pad(ops.pad(x, right), right)
+
+
+class YieldsWhatItComputes(Pads):
+    """A further value that is computed from what leads to the first."""
+
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        y = ops.rms_norm(x, weight, eps, rounding)
+        return ops.pad(y, right), torch.ops.aten.relu.default(y)
+
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        padded = ops.rms_norm_pad(x, weight, eps, rounding, right)
+        return padded, torch.ops.aten.relu.default(padded)
+
+
+class YieldsTooMuch(Pads):
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+        padded = ops.rms_norm_pad(x, weight, eps, rounding, right)
+        return padded, padded
+
+
+class HasAnotherCore(Pads):
+    """The op that it contends for with others is none of its own."""
+
+    core = ops.silu_and_mul
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (HasAnotherCore(), r"the pattern has no silu_and_mul, which the rule names as its core; it has rms_norm, pad$"),
+        (YieldsNothing(), r"rule pads \(YieldsNothing\): the pattern must yield a value that an op computes"),
+        (YieldsItsInput(), r"\(YieldsItsInput\): the pattern must yield a value that an op computes"),
+        (YieldsItsEpsilon(), r"\(YieldsItsEpsilon\): replacement must yield values that ops compute"),
+        (InTwoPieces(), r"\(InTwoPieces\): pad_default doesn't lead to the first value that the pattern yields"),
+        (YieldsAnotherPiece(), r"\(YieldsAnotherPiece\): pad_default_1 doesn't lead to the first value"),
+        (YieldsTooMuch(), r"the pattern yields 1, the replacement 2; both must yield the same values"),
+    ],
+)
+def test_a_rule_that_is_no_rule_is_refused_in_one_line(rule: Rule, says: str) -> None:
+    with pytest.raises(RuleError, match=says):
+        rule.validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("pads", True), ("_p4ds", True), ("P", True), ("4pads", False), ("two words", False), ("", False), ("a-b", False)],
+)
+def test_names_of_rules(name: str, allowed: bool) -> None:
+    rule = Pads()
+    rule.name = name
+    if allowed:
+        rule.validate()
+    else:
+        with pytest.raises(RuleError, match="a name is one word of letters, digits and underscores"):
+            rule.validate()
+
+
+def test_a_rule_may_yield_what_it_computes_on_the_way() -> None:
+    rule = YieldsWhatItComputes()
+    rule.validate()
+    assert [op_text(node.target) for node in rule.calls] == ["rms_norm", "pad", "aten.relu.default"]
+    assert not rule.is_composed
+
+
+def test_a_replacement_is_traced_for_nodes_and_plain_values() -> None:
+    node = bound("y", torch.float16)
+    traced = Pads().trace_replacement({"x": node, "weight": node, "eps": 0.5, "rounding": "llama", "right": 3})
+    (call,) = traced.graph.find_nodes(op="call_function", target=ops.rms_norm_pad.overload)
+    assert list(traced.inputs) == ["x", "weight"]
+    assert call.args == (traced.inputs["x"], traced.inputs["weight"], 0.5, "llama", 3)
+    assert traced.outputs == (call,)
+
+
+def test_members_are_listed_by_rule_whatever_their_order() -> None:
+    listed = by_name(BUILT_IN_RULES)
+    assert list(listed) == sorted({name for name, _ in TABLE.values()})
+    assert [rule.op.name for rule in listed["norm_quant"]] == sorted(
+        name for name, (rule, _) in TABLE.items() if rule == "norm_quant"
+    )
+    assert by_name(BUILT_IN_RULES[::-1]) == listed
+
+
+ALL = {name for name, _ in TABLE.values()}
+
+
+@pytest.mark.parametrize(
+    ("config", "enabled", "disabled"),
+    [
+        ({}, ALL, {}),
+        ({"fuse_act_padding": True}, ALL, {}),
+        ({"fuse_act_quant": False}, ALL - {"act_quant"}, {"act_quant": "fuse_act_quant"}),
+        (
+            {"fuse_act_padding": False, "policy": "off"},
+            ALL - {"act_padding", "allreduce_rms_padding"},
+            {"act_padding": "fuse_act_padding", "allreduce_rms_padding": "fuse_act_padding"},
+        ),
+        (
+            {"fuse_act_padding": False, "fuse_allreduce_rms": False},
+            {"norm_quant", "act_quant"},
+            {
+                "act_padding": "fuse_act_padding",
+                "allreduce_rms": "fuse_allreduce_rms",
+                "allreduce_rms_padding": "fuse_allreduce_rms",
+                "allreduce_rms_quant": "fuse_allreduce_rms",
+            },
+        ),
+        ({"policy": "ordered(act_quant, norm_quant)"}, {"act_quant", "norm_quant"}, {}),
+        (
+            {"policy": "ordered(act_quant)", "fuse_act_padding": False},
+            {"act_quant"},
+            {"act_padding": "fuse_act_padding", "allreduce_rms_padding": "fuse_act_padding"},
+        ),
+        # One of two flags that are True is no request for the rule that needs both.
+        ({"policy": "ordered(act_padding)", "fuse_act_padding": True}, {"act_padding"}, {}),
+    ],
+)
+def test_flags_and_policies_choose_rules(config: dict[str, Any], enabled: set[str], disabled: dict[str, str]) -> None:
+    given = PassConfig(**config)
+    assert set(enabled_rules(given)) == enabled
+    assert disabled_rules(given) == disabled
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"policy": "ordered(act_quant)", "fuse_act_quant": False},
+            r"fuse_act_quant=False contradicts policy ordered\(act_quant\): switch the flag on or take act_quant off",
+        ),
+        (
+            {"policy": "ordered(act_quant)", "fuse_norm_quant": True},
+            r"fuse_norm_quant=True contradicts policy ordered\(act_quant\): add norm_quant to the list",
+        ),
+        ({"policy": "ordered(act_kwant)"}, "did you mean 'act_quant'"),
+    ],
+)
+def test_requests_that_contradict_the_policy(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        enabled_rules(PassConfig(**config))
+
+
+def test_rules_are_validated_when_they_are_chosen() -> None:
+    with pytest.raises(RuleError, match="must yield a value"):
+        enabled_rules(PassConfig(), [YieldsNothing()])
+    assert enabled_rules(PassConfig(), [Pads()]).keys() == {"pads"}
+    assert disabled_rules(PassConfig(), [Pads()]) == {}

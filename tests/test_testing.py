@@ -1,0 +1,160 @@
+"""`check_rule`: what it lets pass, what it finds, and what it says to do."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuseplan.dialect import define, ops
+from fuseplan.errors import FuseplanError, VerificationError
+from fuseplan.providers import provider_of
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule
+from fuseplan.testing import check_rule
+from tests.verification.fused_norm import (
+    FAULTS,
+    AddNormRelu,
+    Kernel,
+    add_norm_relu,
+    exits,
+    hangs,
+    provider,
+    reference,
+    right,
+    wrong_above_4096,
+)
+
+NOT_FOR_HERE = (exits, hangs, wrong_above_4096)
+
+
+@pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=lambda rule: str(rule.op.name))
+def test_built_in_rules_hold(rule: Rule, one_rank: str) -> None:
+    checked = check_rule(rule)
+    assert checked.cases["torch"] >= 15
+    assert not checked.refused
+
+
+def test_a_right_kernel_holds() -> None:
+    mine = provider(right)
+    assert check_rule(AddNormRelu(), providers=[mine]).cases == {mine.name: 23}
+
+
+@pytest.mark.parametrize("kernel", [each for each in FAULTS if each not in NOT_FOR_HERE], ids=lambda k: str(k.__name__))
+def test_a_wrong_kernel_fails_with_advice(kernel: Kernel) -> None:
+    with pytest.raises(VerificationError, match=r"add_norm_relu \(add_norm_relu\): \d+ checks failed\n") as failure:
+        check_rule(AddNormRelu(), providers=[provider(kernel)])
+    assert all("What to do: " in line for line in str(failure.value).splitlines()[1:])
+
+
+def test_what_a_provider_refuses_is_left_out_and_told() -> None:
+    def only_bfloat16(m: Bindings) -> Refusal | None:
+        if m.x.dtype is not torch.bfloat16:
+            return Refusal(reason=Reason.DTYPE, detail=f"takes bfloat16, not {m.x.dtype}")
+        return None if m.x.is_contiguous() else Refusal(reason=Reason.LAYOUT, detail="takes contiguous activations")
+
+    def kernel(x: Tensor, *rest: Any) -> Any:
+        assert x.dtype is torch.bfloat16
+        assert x.is_contiguous()
+        return reference(x, *rest)
+
+    mine = provider(kernel, accepts=only_bfloat16)
+    checked = check_rule(AddNormRelu(), providers=[mine])
+    assert checked.cases[mine.name] < 23
+    assert any("takes bfloat16, not torch.float16" in line for line in checked.refused)
+    assert any("takes contiguous activations" in line for line in checked.refused)
+
+
+def test_a_kernel_that_takes_nothing_is_no_success() -> None:
+    def nothing(m: Bindings) -> Refusal | None:
+        return Refusal(reason=Reason.SIZE, detail="takes nothing")
+
+    with pytest.raises(VerificationError, match=r"nothing could be run: .*takes nothing"):
+        check_rule(AddNormRelu(), providers=[provider(right, accepts=nothing)])
+
+
+def test_a_race_shows() -> None:
+    calls: list[None] = []
+
+    def racing(x: Tensor, *rest: Any) -> Any:
+        calls.append(None)
+        y, total = reference(x, *rest)
+        y.view(torch.int16)[0, 0] ^= len(calls) % 2
+        return y, total
+
+    with pytest.raises(VerificationError, match=r"determinism, .*: equal arguments give different bits"):
+        check_rule(AddNormRelu(), providers=[provider(racing)])
+
+
+class Mistaken(AddNormRelu):
+    """Its replacement hands the arguments over in another order."""
+
+    name = "mistaken"
+
+    def replacement(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        fused = add_norm_relu(x, x, weight, eps, rounding)
+        return fused[0], fused[1]
+
+
+class Dropping(AddNormRelu):
+    """vLLM #51477, #43676: its replacement drops an attribute."""
+
+    name = "dropping"
+
+    def replacement(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        fused = add_norm_relu(x, residual, weight, 1e-2, rounding)
+        return fused[0], fused[1]
+
+
+class Nowhere(AddNormRelu):
+    """Its pattern is nothing that a graph has: an epsilon of its own."""
+
+    name = "nowhere"
+
+    def pattern(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        y, total = ops.fused_add_rms_norm(x, residual, weight, eps, rounding)
+        return torch.ops.aten.relu.default(y + y), total
+
+
+@pytest.mark.parametrize("rule", [Mistaken(), Dropping()], ids=lambda rule: str(rule.name))
+def test_case_7_sides_that_disagree_fail(rule: Rule) -> None:
+    with pytest.raises(VerificationError, match=f"{rule.name} .*\n.*agreement, .*: result 0: element .* off by"):
+        check_rule(rule, providers=[provider(right)])
+
+
+def specialised(x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(int(x.shape[0]), *x.shape[1:]), torch.empty_like(x)
+
+
+def test_a_fake_that_settles_a_size_fails() -> None:
+    op = define(
+        "add_norm_relu_specialised", add_norm_relu.schema, reference=reference, fake=specialised,
+        samples=ops.fused_add_rms_norm.samples, draws=ops.fused_add_rms_norm.draws, fused=True,
+    )  # fmt: skip
+
+    class Specialised(AddNormRelu):
+        """One whose fake implementation has one size."""
+
+        name = "specialised"
+
+        def replacement(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+            fused = op(x, residual, weight, eps, rounding)
+            return fused[0], fused[1]
+
+    Specialised.op = op
+    with pytest.raises(VerificationError, match=r"symbolic sizes, .*no int\(\)"):
+        check_rule(Specialised(), providers=[provider_of("specialised", {op: reference})])
+
+
+def test_who_has_no_kernel_is_told_so() -> None:
+    with pytest.raises(FuseplanError, match="no provider that is available here implements add_norm_relu; given: none"):
+        check_rule(AddNormRelu(), providers=[])
+
+
+def test_samples_of_ones_own() -> None:
+    sample = {
+        "x": torch.empty(3, 48), "residual": torch.empty(3, 48), "weight": torch.empty(48), "eps": 1e-5,
+        "rounding": "llama",
+    }  # fmt: skip
+    mine = provider(right)
+    assert check_rule(AddNormRelu(), providers=[mine], samples=[sample]).cases[mine.name] == 13
