@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fuseplan
 from fuseplan import ExternalPass, fingerprint
 from fuseplan.config import CompileRange, Environment, PassConfig
-from fuseplan.dialect import DialectOp, ops
+from fuseplan.dialect import DialectOp, ops, registry
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner import Prices
 from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Provenance, Row
@@ -289,7 +289,7 @@ def _accepts(width: int) -> Callable[[Any], Refusal | None]:
 
 
 def provider(**changes: Any) -> Provider:
-    fields: dict[str, Any] = {"accepts": _accepts(1), "roundings": None, "kernel": _kernel(1.0)}
+    fields: dict[str, Any] = {"accepts": _accepts(1), "roundings": None}
     offer = Offer(**{name: changes.pop(name, value) for name, value in fields.items()})
     op: DialectOp = changes.pop("op", ops.rms_norm_pad)
     given: dict[str, Any] = {
@@ -302,7 +302,6 @@ def provider(**changes: Any) -> Provider:
 PROVIDERS: dict[str, Callable[[], Provider]] = {
     "as it is": provider,
     "name": lambda: provider(name="other"),
-    "kernel": lambda: provider(kernel=_kernel(2.0)),
     "accepts": lambda: provider(accepts=_accepts(2)),
     "roundings": lambda: provider(roundings=frozenset({"llama"})),
     "op": lambda: provider(op=ops.rms_norm),
@@ -317,6 +316,18 @@ def test_every_part_of_a_provider_changes_the_key() -> None:
     keys = {name: key(providers=[*BUILT_IN_PROVIDERS, make()]) for name, make in PROVIDERS.items()}
     assert len({*keys.values(), key()}) == len(keys) + 1
     assert keys == {name: key(providers=[make(), *BUILT_IN_PROVIDERS]) for name, make in PROVIDERS.items()}
+
+
+def test_the_kernel_behind_a_name_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is registered a process, for good; another process may have another."""
+    keys = [key(providers=[provider()])]
+    for factor in (1.0, 2.0):
+        monkeypatch.setitem(registry._KERNELS, "rms_norm_pad.mine", _kernel(factor))
+        keys.append(key(providers=[provider()]))
+        assert key(providers=[provider(name="other")]) not in keys
+    assert len(set(keys)) == 3
+    monkeypatch.setitem(registry._KERNELS, "rms_norm_pad.mine", _kernel(1.0))
+    assert key(providers=[provider()]) == keys[1]
 
 
 def test_what_a_provider_only_prices_counts_for_other_devices() -> None:

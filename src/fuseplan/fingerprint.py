@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from fuseplan.config import PassConfig
 from fuseplan.content import content_of
+from fuseplan.dialect import registered_kernel
 from fuseplan.matching import ExternalPass
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import SavedPlans
@@ -57,8 +58,9 @@ def rule_key(rule: Rule) -> list[str]:
 
 def provider_key(provider: Provider, device: DeviceProfile | None) -> list[str]:
     """A provider by content: whether it can run, its version, what it implements, accepts and runs it by."""
-    offers = content_of(provider.offers(device))
-    return [provider.name, str(provider.unavailable(device)), str(provider.version()), offers]
+    kernels = {name: registered_kernel(name, provider.name) for name in provider.implements}
+    content = content_of([provider.offers(device), kernels])
+    return [provider.name, str(provider.unavailable(device)), str(provider.version()), content]
 
 
 def pass_key(graph_pass: Any) -> str:

@@ -24,6 +24,7 @@ from fuseplan.dialect.registry import (
     draw_positive,
     implement,
     kernel_of,
+    registered_kernel,
 )
 from fuseplan.dialect.rounding import ActivationRounding, QuantRounding, Rounding
 
@@ -63,4 +64,5 @@ __all__ = [
     "implement",
     "kernel_of",
     "ops",
+    "registered_kernel",
 ]

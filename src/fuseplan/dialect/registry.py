@@ -211,6 +211,11 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
     _KERNELS[name if "." in name else f"{name}.default"] = kernel
 
 
+def registered_kernel(op: str, provider: str) -> Callable[..., Any] | None:
+    """The Python function by which a provider runs an op, by their names; None where none is registered."""
+    return _KERNELS.get(f"{op}.{'default' if provider == 'torch' else provider}")
+
+
 def kernel_of(target: object) -> Callable[..., Any] | None:
     """The Python function behind an overload of this namespace, None for all else."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:

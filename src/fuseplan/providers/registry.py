@@ -23,12 +23,10 @@ class Offer:
     Attributes:
         accepts: None, or why it refuses the arguments.
         roundings: the conventions that its kernel computes; None: whichever it is asked for.
-        kernel: a user's own, so that another of the same name is told apart; None: fuseplan's, or a library's.
     """
 
     accepts: Accepts
     roundings: frozenset[str] | None = None
-    kernel: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ def provider_of(
     """
     for op, kernel in kernels.items():
         implement(op, name, kernel)
-    offers = {op.name: Offer(accepts=accepts, kernel=kernel) for op, kernel in kernels.items()}
+    offers = {op.name: Offer(accepts=accepts) for op in kernels}
     return Provider(
         name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers
     )
