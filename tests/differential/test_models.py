@@ -33,7 +33,7 @@ class Tally:
     """What became of many models."""
 
     def __init__(self) -> None:
-        self.models = self.fused = self.contradictory = 0
+        self.models = self.fused = self.contradictory = self.not_compiled = 0
         self.rules: Counter[str] = Counter()
         self.failures: list[str] = []
 
@@ -42,6 +42,7 @@ class Tally:
         self.fused += any(outcome.fused for _, outcome in outcomes)
         for setting, outcome in outcomes:
             self.contradictory += outcome.contradictory
+            self.not_compiled += outcome.not_compiled
             self.rules += outcome.fused
             if outcome.problems:
                 fused = " ".join(f"{rule}={count}" for rule, count in outcome.fused.items())
@@ -49,8 +50,9 @@ class Tally:
                 self.failures.append(told)
 
     def check(self, least: float) -> None:
-        """Nothing failed, and in so many of the models something was fused."""
+        """Nothing failed, in so many of the models something was fused, and torch alone could compile nearly all."""
         assert not self.failures, "\n\n".join(self.failures)
+        assert self.not_compiled <= max(1, self.models // 10), f"torch.compile failed on {self.not_compiled} models"
         assert self.fused >= least * self.models, f"only {self.fused} of {self.models} models had a fusion"
 
 
@@ -93,7 +95,7 @@ def chunk_of(first_seed: int, chunk: int, size: int) -> range:
 
 @pytest.mark.parametrize("chunk", range(3))
 def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 15), 4, interpreted, one_rank).check(least=0.4)
+    tried(chunk_of(first_seed, chunk, 15), 4, interpreted, one_rank).check(least=0.25)
 
 
 def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
@@ -103,11 +105,11 @@ def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("chunk", range(100))
 def test_many_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 20), 9, interpreted, one_rank).check(least=0.4)
+    tried(chunk_of(first_seed, chunk, 20), 9, interpreted, one_rank).check(least=0.25)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("chunk", range(50))
+@pytest.mark.parametrize("chunk", range(25))
 def test_many_random_models_through_inductor(chunk: int, one_rank: str, first_seed: int) -> None:
     """500 models."""
-    tried(chunk_of(first_seed, chunk, 10), 6, compiled, one_rank).check(least=0.1)
+    tried(chunk_of(first_seed, chunk, 20), 6, compiled, one_rank).check(least=0.05)

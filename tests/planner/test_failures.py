@@ -6,7 +6,7 @@ from fuseplan.planner.decide import decide_planned, plan_record, replay
 from fuseplan.planner.solver import Solver
 from tests.planner.posing import TORCH, posed, twice
 
-NEEDS = "it needs act_padding by {}, which failed verification"
+NEEDS = "needs act_padding by {}, which failed verification"
 
 
 def test_a_failed_candidate_is_forbidden() -> None:

@@ -3,6 +3,8 @@
 Arguments lie between margins of NaN, and whatever is allocated meanwhile is full of it.
 """
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +65,24 @@ class Poisoned(SeeingMode):
     """Whatever this thread allocates from Python is full of NaN."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs an op; an allocation is poisoned."""
+        """Runs an op; an allocation is poisoned.
+
+        Raises:
+            MemoryError: the system has promised more memory than there is, and would end the process over its use.
+        """
         result = func(*args, **kwargs)
-        return poison(result) if func in ALLOCATIONS else result
+        if func not in ALLOCATIONS:
+            return result
+        if result.device.type == "cpu" and result.nbytes > physical_memory():
+            raise MemoryError(f"{result.nbytes:,} bytes were asked for; this machine has {physical_memory():,}")
+        return poison(result)
+
+
+def physical_memory() -> float:
+    """Bytes of this machine's memory; infinite where the system doesn't tell."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Alone(SeeingMode):
