@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fuseplan.distributed.agreement import Verdict, agree, failed
+from fuseplan.distributed.agreement import Verdict, agree, agree_in_groups, failed
 from fuseplan.errors import UnsupportedError
 
 
@@ -101,3 +102,13 @@ class _Dead(HashStore):
 def test_a_store_that_is_gone_is_an_error() -> None:
     with pytest.raises(UnsupportedError, match="could not agree on a plan, since its store doesn't answer: Connection"):
         agree(_Dead(), graph="g", rank=0, size=2, digest="a", deadline=datetime.timedelta(seconds=1))
+
+
+def test_a_group_whose_other_ranks_do_not_exist_waits_for_none_of_them() -> None:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        assert dist.group.WORLD is not None
+        verdict = agree_in_groups([dist.group.WORLD.group_name], graph="g", digest="a", deadline_s=1.0)
+    finally:
+        dist.destroy_process_group()
+    assert verdict == Verdict(fused=True)

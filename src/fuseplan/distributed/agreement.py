@@ -17,6 +17,8 @@ from fuseplan.record.text import one_line
 
 PREFIX = "fuseplan/agreement"
 FAILED = "failed: "
+# torch's backend for trying things out in one process: the other ranks don't exist, so none of them will post a plan.
+STAND_IN = "fake"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def agree_in_groups(names: Sequence[str], *, graph: str, digest: str, deadline_s
     """`agree` among the ranks of a graph's process groups.
 
     Where a graph has several groups, one of them has to hold all ranks of the others: two groups can't be held to one
-    verdict otherwise.
+    verdict otherwise. A group of torch's `fake` backend has no other ranks to ask.
 
     Args:
         names: of the groups whose collectives are in the graph.
@@ -121,7 +123,7 @@ def agree_in_groups(names: Sequence[str], *, graph: str, digest: str, deadline_s
     """
     groups = [distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[attr-defined,arg-type]
     largest = max(groups, key=lambda group: group.size(), default=None)
-    if largest is None or largest.size() == 1:
+    if largest is None or largest.size() == 1 or dist.get_backend(largest) == STAND_IN:
         return Verdict(fused=True)
     ranks = set(dist.get_process_group_ranks(largest))
     if any(not ranks.issuperset(dist.get_process_group_ranks(group)) for group in groups):
