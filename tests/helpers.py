@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.capture import capture
@@ -53,6 +55,13 @@ def built_in(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor
 
 SPELLINGS: dict[str, Norm] = {"llama": llama, "gpt_oss": gpt_oss, "gemma": gemma, "vllm": vllm, "built_in": built_in}
 CONVENTIONS = {"llama": "llama", "gpt_oss": "gpt_oss", "gemma": "gemma", "vllm": "vllm", "built_in": "gpt_oss"}
+
+
+# Of vLLM's spelling, see `fuseplan.dialect.rounding`: kernels that return it rounded can't be put there.
+KEEPS_FLOAT32_RESIDUAL = TorchVersion(torch.__version__) < "2.12"
+needs_rounded_residual = pytest.mark.skipif(
+    KEEPS_FLOAT32_RESIDUAL, reason="torch 2.11's Inductor leaves the residual stream of vLLM's norms in float32"
+)
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 
 from fuseplan.config import PassConfig
 from fuseplan.record import Nearness, Reason
+from tests.helpers import KEEPS_FLOAT32_RESIDUAL
 from tests.matching import planted
 from tests.matching.planted import GPT_OSS, WORKLOADS, Garden, Place, explain, garden
 
@@ -79,6 +80,8 @@ OBSTACLES = {
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_the_first_cause_is_the_planted_obstacle(name: str, workload: str) -> None:
     obstacle = OBSTACLES[name]
+    if KEEPS_FLOAT32_RESIDUAL and workload == GPT_OSS and obstacle.providers:
+        pytest.skip("its residual stream is in float32, which stands before the planted obstacle")
     with garden(workload, obstacle.layers) as made:
         place = random.Random(f"{name} in {workload}").choice(made.places)
         obstacle.plant(made, place)

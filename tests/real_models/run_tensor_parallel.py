@@ -2,6 +2,7 @@
 ranks saw.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -60,7 +61,10 @@ def huggingface(folder: Path) -> dict[str, Any]:
     from transformers.distributed.configuration_utils import DistributedConfig
 
     results = {}
+    known = {field.name for field in dataclasses.fields(DistributedConfig)}
     for name, case in CASES.items():
+        if not known.issuperset(case.distribution):
+            continue  # transformers 5.17 knows no `ep_size`
         path = folder / name
         if dist.get_rank() == 0:
             case.build(None).save_pretrained(path)  # type: ignore[operator]
@@ -69,6 +73,10 @@ def huggingface(folder: Path) -> dict[str, Any]:
         distribution = DistributedConfig(**case.distribution)
         split = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, distributed_config=distribution)
         assert type(split) is type(whole)
+        for module in split.modules():
+            # transformers 5.17 reduces the gradients of Qwen3's head norms in such hooks, and Dynamo breaks the graph
+            # at each. There is no backward here.
+            module._backward_hooks.clear()
         expected = whole(IDS).logits
         with without_sums():
             unsummed = split(IDS).logits

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from torch.torch_version import TorchVersion
 
 from tests.real_models.cases import CASES, LAYERS, ROUNDOFF, norms
 from tests.real_models.run_tensor_parallel import PAD_FIRST, REDUCE_FIRST, STEPS
@@ -33,8 +35,11 @@ def torchrun(what: str, folder: Path) -> list[dict[str, Any]]:
 
 def test_huggingface_models_with_their_own_plans(tmp_path: Path) -> None:
     first, second = torchrun("huggingface", tmp_path)
-    assert list(first) == list(second) == list(CASES)
-    for name, case in CASES.items():
+    assert list(first) == list(second)
+    missing = set(CASES).difference(first)
+    assert missing == (set() if TorchVersion(transformers.__version__) >= "5.23" else {"gpt_oss"})
+    for name in first:
+        case = CASES[name]
         assert first[name]["fused"] == second[name]["fused"]
         for rank in (first[name], second[name]):
             reduced = {"all_reduce_fused_add_rms_norm": case.reduced * LAYERS}
