@@ -183,12 +183,12 @@ def through_inductor(program: Program, setting: Setting, group: str) -> Outcome:
     options: dict[str, Any] = {"freezing": setting.freezing}
     try:
         plain = _runs(program, torch.compile(program.module(group), options=options))
-    except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
-        if program.marked != "unbacked":
+    except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode) as error:
+        if program.marked == "unbacked":
+            return through_inductor(replace(program, marked="dynamic"), setting, group)
+        outcome.not_compiled = isinstance(error, InductorError)  # torch 2.11 has a few bugs that random models find
+        if not outcome.not_compiled:
             raise
-        return through_inductor(replace(program, marked="dynamic"), setting, group)
-    except InductorError:
-        outcome.not_compiled = True  # e.g. torch 2.11: CppCompileError, "Cycle detected in memory planning graph"
         return outcome
     compiled = fuseplan.compile(
         program.module(group), config=setting.config, rules=setting.rules, providers=setting.providers,

@@ -25,7 +25,7 @@ def largest(x: Tensor, group: str) -> Tensor:
 
 def scattered(x: Tensor, group: str) -> Tensor:
     """A reduce-scatter and an all-gather, of which an all-reduce is made too."""
-    part = collectives.reduce_scatter_tensor(x, "sum", 0, group)  # type: ignore[arg-type]
+    part = collectives.reduce_scatter_tensor(x.contiguous(), "sum", 0, group)  # type: ignore[arg-type]
     gathered: Tensor = collectives.all_gather_tensor(part, 0, group)  # type: ignore[arg-type]
     return gathered
 
