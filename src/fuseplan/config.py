@@ -268,26 +268,39 @@ class Environment:
         enabled: False where `FUSEPLAN=0`: every graph goes on as it is.
         debug_dir: `FUSEPLAN_DEBUG_DIR`: where graphs before and after, patterns and match tables are written.
         cost_table: `FUSEPLAN_COSTS`: a cost table, where the configuration names none.
+        vllm: `FUSEPLAN_VLLM=1`: become vLLM's post-grad pass.
+        report_dir: `FUSEPLAN_REPORT_DIR`: where reports of engines are written.
     """
 
     enabled: bool = True
     debug_dir: Path | None = None
     cost_table: Path | None = None
+    vllm: bool = False
+    report_dir: Path | None = None
 
     @classmethod
     def read(cls) -> Self:
         """The variables as they stand now.
 
         Raises:
-            ConfigError: `FUSEPLAN` is neither 0 nor 1.
+            ConfigError: `FUSEPLAN` or `FUSEPLAN_VLLM` is neither 0 nor 1.
         """
-        switch = os.environ.get("FUSEPLAN", "1").strip()
-        if switch not in ("0", "1", ""):
-            raise ConfigError(f"FUSEPLAN={switch!r}: allowed are 0 (off) and 1 (on)")
-        directory = os.environ.get("FUSEPLAN_DEBUG_DIR")
-        costs = os.environ.get("FUSEPLAN_COSTS")
         return cls(
-            enabled=switch != "0",
-            debug_dir=Path(directory) if directory else None,
-            cost_table=Path(costs) if costs else None,
+            enabled=_switch("FUSEPLAN", default=True),
+            debug_dir=_path("FUSEPLAN_DEBUG_DIR"),
+            cost_table=_path("FUSEPLAN_COSTS"),
+            vllm=_switch("FUSEPLAN_VLLM", default=False),
+            report_dir=_path("FUSEPLAN_REPORT_DIR"),
         )
+
+
+def _switch(name: str, *, default: bool) -> bool:
+    value = os.environ.get(name, "").strip()
+    if value not in ("0", "1", ""):
+        raise ConfigError(f"{name}={value!r}: allowed are 0 (off) and 1 (on)")
+    return value == "1" if value else default
+
+
+def _path(name: str) -> Path | None:
+    value = os.environ.get(name)
+    return Path(value) if value else None

@@ -83,6 +83,8 @@ class PostGradPassManager(CustomGraphPass):
         passes: other people's passes: `PatternMatcherPass` objects, unmodified, or `ExternalPass`es that say what a
             match is worth, join the plan under `planned`; functions of a graph, and passes that are chained to others,
             run before or after the plan, where they stand.
+        engine_groups: tells what an engine calls its groups, and the names of the process groups behind them; asked at
+            each graph, since groups come after managers.
 
     Raises:
         ConfigError: flags and policy contradict each other, the environment is malformed, or a cost table is broken.
@@ -102,6 +104,7 @@ class PostGradPassManager(CustomGraphPass):
         environment: Environment | None = None,
         prices: Prices | None = None,
         passes: Sequence[object] = (),
+        engine_groups: Callable[[], Mapping[object, str]] = dict,
     ) -> None:
         self.config = config
         self.compile_range = compile_range
@@ -116,6 +119,7 @@ class PostGradPassManager(CustomGraphPass):
         self.environment = environment or Environment.read()
         self.prices = prices or prices_of(config, self.environment, device)
         self.passes = as_external(passes)
+        self.engine_groups = engine_groups
         self.solver = Solver(config.node_budget)
         self.verifier = Verifier(
             mode=config.verify, providers=self.providers, device=device, deadline_s=config.verify_timeout_s
@@ -192,7 +196,9 @@ class PostGradPassManager(CustomGraphPass):
         stages: dict[str, int] = {}
         if canonical is None:
             with _stage(stages, "canonical"):
-                canonical = canonicalize(graph, see_through_noops=self.config.eliminate_noops)
+                canonical = canonicalize(
+                    graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups()
+                )
         with _stage(stages, "matching"):
             matches = self._find_matches(canonical, self.rules)
             external = find_external(graph, self.passes)

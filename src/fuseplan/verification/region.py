@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.canonical import CanonicalGraph
+from fuseplan.canonical.vllm import COLLECTIVES
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import Match
 from fuseplan.verification.specs import concrete
@@ -49,6 +50,8 @@ class Region:
                 continue
             if node.op != "call_function" or isinstance(node.target, HigherOrderOperator) or len(found) == MOST_NODES:
                 return None
+            if isinstance(node.target, OpOverload) and node.target.name() in COLLECTIVES:
+                return None  # no rank runs that alone
             found.add(node)
             stack += node.all_input_nodes
         return cls(inputs=inputs, nodes=tuple(sorted(found)), outputs=outputs) if found else None
