@@ -115,8 +115,10 @@ def test_the_environment_counts_where_it_decides(files: Path) -> None:
         Environment(), Environment(enabled=False), Environment(cost_table=Path("costs.json")),
     ]  # fmt: skip
     assert len({key(environment=each) for each in environments}) == len(environments)
-    assert key(environment=Environment(debug_dir=files)) == key()
-    assert {field.name for field in dataclasses.fields(Environment)} == {"enabled", "debug_dir", "cost_table"}
+    told = {"debug_dir": files, "report_dir": files, "vllm": True}
+    for name, value in told.items():
+        assert key(environment=Environment(**{name: value})) == key()  # type: ignore[arg-type]
+    assert {field.name for field in dataclasses.fields(Environment)} == {"enabled", "cost_table", *told}
 
 
 class Before(CustomGraphPass):
@@ -185,6 +187,7 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
         lambda: [external(2.0, name="other")],
         lambda: [external(2.0, saving_us=1.0)],
     ],
+    "engine_groups": [lambda: {"tp:0": "1"}.copy, lambda: {"tp:0": "2"}.copy, lambda: {7: "2"}.copy],
 }  # fmt: skip
 OF_NO_CONSEQUENCE = {"config": "its own test", "on_report": "who is told"}
 

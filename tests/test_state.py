@@ -149,6 +149,8 @@ def _at_the_top() -> dict[str, Any]:
     """All that modules of fuseplan have at their top and that a function could change."""
     found = {}
     for each in pkgutil.walk_packages(fuseplan.__path__, "fuseplan."):
+        if each.name == "fuseplan.integrations.vllm.pass_manager":
+            continue  # a subclass of vLLM's, which isn't installed
         for name, value in vars(importlib.import_module(each.name)).items():
             is_instance = type(value).__module__.partition(".")[0] == "fuseplan"
             if not name.startswith("__") and (is_instance or isinstance(value, (dict, list, set, tuple))):

@@ -3,7 +3,6 @@ choosing, rewriting, report.
 """
 
 import gc
-import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from fuseplan.matching import (
     find_external,
     find_matches,
     find_near_misses,
+    run_pass,
 )
 from fuseplan.planner import (
     ContradictionError,
@@ -138,7 +138,7 @@ class PostGradPassManager(CustomGraphPass):
             FuseplanError: the request can't be served: AOTInductor, a saved plan of another graph, contradictory force.
         """
         for graph_pass in self.previous:
-            _run(graph_pass, graph)
+            run_pass(graph_pass, graph)
         name = f"graph_{self._graphs}"
         self._graphs += 1
         groups, refusal = groups_in(graph), self.hands_off(graph)
@@ -162,7 +162,7 @@ class PostGradPassManager(CustomGraphPass):
             return self._change(graph, name, analysis, dump)
         with undone_on_error(graph):
             for graph_pass in analysis.external.before:
-                _run(graph_pass, graph)
+                run_pass(graph_pass, graph)
             return self._change(graph, name, self.analyze(graph), dump)
 
     def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
@@ -174,7 +174,7 @@ class PostGradPassManager(CustomGraphPass):
             with undone_on_error(graph):
                 unapplied = self._rewrite(analysis, decision)
                 for graph_pass in analysis.external.after:
-                    _run(graph_pass, graph)
+                    run_pass(graph_pass, graph)
         if decision.selected:
             dump.graph("3-after", graph)
         report = self.report(
@@ -312,7 +312,7 @@ class PostGradPassManager(CustomGraphPass):
     def uuid(self) -> str:
         """The key under which Inductor caches what this pass does: a hash of everything that can change it."""
         # Ranks may join groups after the manager was made.
-        return fingerprint(**self._content)
+        return fingerprint(**self._content, engine_groups=sorted(map(str, self.engine_groups().items())))
 
     @cached_property
     def _content(self) -> dict[str, Any]:
@@ -394,10 +394,3 @@ def _stage(stages: dict[str, int], name: str) -> Iterator[None]:
         stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start
         if collects:
             gc.enable()
-
-
-def _run(graph_pass: GraphPass, graph: fx.Graph) -> None:
-    if "is_inference" in inspect.signature(graph_pass).parameters:
-        graph_pass(graph, is_inference=not is_training(graph))
-    else:
-        graph_pass(graph)

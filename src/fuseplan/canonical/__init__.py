@@ -17,7 +17,6 @@ from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.canonical.vllm import raise_vllm
 from fuseplan.graph.surgery import sort_topologically
 
-
 NO_GROUPS: Mapping[object, str] = {}
 
 

@@ -5,6 +5,7 @@ What rounds where is read off vLLM 0.32: `vllm/ir/ops/layernorm.py` for `vllm_ir
 `auto_functionalized` what an op writes to comes after what it returns.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import DialectOp, Rounding, ops
-from fuseplan.graph.facts import dtype_name, dtype_of, item
+from fuseplan.graph.facts import dtype_name, dtype_of, is_call, item
 from fuseplan.record import Reason
 
 NAMESPACES = frozenset({"vllm", "vllm_ir", "_C"})
@@ -36,12 +37,23 @@ def raise_vllm(canonical: CanonicalGraph, groups: Mapping[object, str]) -> None:
             continue
         raising = _RAISING.get(op.name().removesuffix(".default"))
         if raising is not None:
+            _merge_equal_results(canonical, node)
             raising(canonical, node, _arguments(node, op), groups)
+
+
+def _merge_equal_results(canonical: CanonicalGraph, node: fx.Node) -> None:
+    """A result that is taken twice is one value."""
+    first: dict[object, fx.Node] = {}
+    for user in list(node.users):
+        if is_call(user, operator.getitem):
+            known = first.setdefault(user.args[1], user)
+            if known is not user:
+                canonical.replace(user, known)
 
 
 def engine_op(node: fx.Node) -> OpOverload | None:
     """The custom op that a node calls, itself or under `auto_functionalized`."""
-    target = node.target
+    target: object = node.target
     if isinstance(target, HigherOrderOperator) and target.name() == "auto_functionalized" and node.args:
         target = node.args[0]
     return target if isinstance(target, OpOverload) else None
@@ -57,7 +69,12 @@ def _arguments(node: fx.Node, op: OpOverload) -> dict[str, Any]:
 
 
 def _all_reduce(
-    canonical: CanonicalGraph, node: fx.Node, x: fx.Node, name: object, result: fx.Node | None, groups: Mapping[object, str]
+    canonical: CanonicalGraph,
+    node: fx.Node,
+    x: fx.Node,
+    name: object,
+    result: fx.Node | None,
+    groups: Mapping[object, str],
 ) -> None:
     if result is None:
         return
@@ -87,9 +104,7 @@ def _shm_all_reduce(
     _all_reduce(canonical, node, values["data"], values["handle"], item(node, 1), groups)
 
 
-def _ir_norm(
-    canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
-) -> None:
+def _ir_norm(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]) -> None:
     """`vllm_ir::rms_norm(x, weight, epsilon, variance_size)`."""
     convention = _convention(canonical, ops.rms_norm, node, values, Rounding.LLAMA, Rounding.GPT_OSS)
     if convention is not None:
@@ -100,7 +115,7 @@ def _ir_norm(
 def _ir_add_norm(
     canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
 ) -> None:
-    """`vllm_ir::fused_add_rms_norm(x, x_residual, weight, epsilon, variance_size)`: the norm reads the unrounded sum."""
+    """`vllm_ir::fused_add_rms_norm(x, x_residual, weight, epsilon, variance_size)`: it norms the unrounded sum."""
     convention = _convention(canonical, ops.fused_add_rms_norm, node, values, Rounding.VLLM, Rounding.FP32)
     results = (item(node, 0), item(node, 1))
     if convention is not None and results[0] is not None:
@@ -111,7 +126,7 @@ def _ir_add_norm(
 def _convention(
     canonical: CanonicalGraph, op: DialectOp, node: fx.Node, values: Mapping[str, Any], narrow: Rounding, wide: Rounding
 ) -> Rounding | None:
-    """How a norm of `vllm_ir` rounds: it multiplies in the weight's dtype, and rounds to the activation's after that."""
+    """How a norm of `vllm_ir` rounds: it multiplies in the weight's dtype, and rounds to the activation's after it."""
     if values.get("variance_size") is not None:
         detail = f"the variance is taken over the first {values['variance_size']} elements"
         canonical.refuse(op, _read(node), Reason.ATTRIBUTE, f"RMSNorm not recognised: {detail}", node=node, place=node)

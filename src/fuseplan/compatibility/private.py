@@ -121,12 +121,12 @@ GRAPHS = (
 )  # fmt: skip
 
 OPS = (
-    PrivateApi("torch._ops:HigherOrderOperator", ("verification",)),
-    PrivateApi("torch._ops:OpOverload", ("content", "dialect", "graph", "matching")),
+    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "verification")),
+    PrivateApi("torch._ops:OpOverload", ("canonical", "content", "dialect", "graph", "matching", "verification")),
     PrivateApi("torch._ops:OpOverload._schema",
-               ("fingerprint", "graph", "rewriting", "rules", "testing", "verification")),
+               ("canonical", "fingerprint", "graph", "rewriting", "rules", "testing", "verification")),
     PrivateApi("torch._ops:OpOverload.is_view", ("graph",)),
-    PrivateApi("torch._ops:OpOverload.namespace", ("graph",)),
+    PrivateApi("torch._ops:OpOverload.namespace", ("canonical", "graph")),
     PrivateApi("torch._ops:OpOverload.tags", ("graph",)),
     PrivateApi("torch:ops.aten._unsafe_view.default", ("graph",)),
     PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "models")),
@@ -141,7 +141,7 @@ OPS = (
     PrivateApi("torch._C._distributed_c10d:Store", ("distributed",)),
     PrivateApi("torch.distributed.distributed_c10d:_world.pg_names", ("fingerprint",)),
     PrivateApi("torch.distributed.distributed_c10d:_get_default_timeout", ("distributed",), 1),
-    PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store", ("distributed",), 1),
+    PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store", ("distributed", "integrations"), 1),
     PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group", ("distributed", "graph"), 1),
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
 )  # fmt: skip

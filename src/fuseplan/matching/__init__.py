@@ -7,7 +7,9 @@ from fuseplan.matching.external import (
     ExternalPass,
     GraphPass,
     as_external,
+    external_of,
     find_external,
+    run_pass,
 )
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.matching.near_misses import find_disabled, find_near_misses
@@ -22,9 +24,11 @@ __all__ = [
     "Matches",
     "as_external",
     "compiled_pattern",
+    "external_of",
     "find_disabled",
     "find_external",
     "find_matches",
     "find_near_misses",
     "missing_ops",
+    "run_pass",
 ]

@@ -5,6 +5,7 @@ on the graph is procedural, and one whose patterns hold an op that another pass 
 run where their owner put them.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ from torch._inductor.pattern_matcher import (
 )
 
 from fuseplan.errors import ConfigError
-from fuseplan.graph.facts import mutation_regions
+from fuseplan.graph.facts import is_training, mutation_regions
 from fuseplan.graph.legality import is_convex
 
 GraphPass: TypeAlias = Callable[..., Any]
@@ -208,3 +209,20 @@ def _targets(owner: ExternalPass) -> set[str]:
 
 def _nodes(*values: Any) -> Iterable[fx.Node]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
+
+
+def run_pass(graph_pass: GraphPass, graph: fx.Graph) -> None:
+    """Runs somebody's pass on a graph."""
+    if "is_inference" in inspect.signature(graph_pass).parameters:
+        graph_pass(graph, is_inference=not is_training(graph))
+    else:
+        graph_pass(graph)
+
+
+def external_of(owner: object, attributes: Sequence[str], name: str) -> ExternalPass | None:
+    """The `PatternMatcherPass` that an object keeps in one of its attributes, as a pass of that name, or None."""
+    for attribute in attributes:
+        matcher = getattr(owner, attribute, None)
+        if isinstance(matcher, PatternMatcherPass):
+            return ExternalPass(matcher=matcher, name=name)
+    return None

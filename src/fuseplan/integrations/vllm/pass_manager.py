@@ -7,7 +7,6 @@ Whatever runs code of its own, and what matches the results of another one, runs
 from typing import Any
 
 from torch import fx
-from torch._inductor.pattern_matcher import PatternMatcherPass
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager as VllmPassManager
 
@@ -16,11 +15,13 @@ from fuseplan.integrations.vllm.passes import manager_for
 from fuseplan.integrations.vllm.plugin import asked_for
 from fuseplan.integrations.vllm.reports import Journal
 from fuseplan.manager import PostGradPassManager
-from fuseplan.matching import ExternalPass
+from fuseplan.matching import external_of
 
 
 class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
     """Runs vLLM's passes in a plan, and after it vLLM's lowering and clean-up."""
+
+    passes: list[Any]
 
     def configure(self, config: Any) -> None:
         """Reads what vLLM's configuration asks for."""
@@ -34,11 +35,12 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
     def __call__(self, graph: fx.Graph) -> None:
         """Plans, rewrites and lowers one graph."""
         self._manager()(graph)
-        passes, self.passes = self.passes, []
+        planned = self.passes
+        self.passes = []
         try:
             super().__call__(graph)
         finally:
-            self.passes = passes
+            self.passes = planned
 
     def uuid(self) -> str:
         """vLLM's key and fuseplan's."""
@@ -57,8 +59,5 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
 
 def plannable(vllm_pass: Any) -> object:
     """A pass of vLLM's as the planner takes it: its patterns, or as a function of the graph what is more than them."""
-    for name in ("patterns", "pm_pass"):
-        matcher = getattr(vllm_pass, name, None)
-        if isinstance(matcher, PatternMatcherPass):
-            return ExternalPass(matcher=matcher, name=getattr(vllm_pass, "pass_name", type(vllm_pass).__name__))
-    return vllm_pass
+    name = getattr(vllm_pass, "pass_name", type(vllm_pass).__name__)
+    return external_of(vllm_pass, ("patterns", "pm_pass"), name) or vllm_pass

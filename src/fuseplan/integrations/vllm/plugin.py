@@ -6,16 +6,17 @@ before it loads its model.
 """
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 import fuseplan
 from fuseplan.config import Environment, PassConfig
-from fuseplan.errors import ConfigError, FuseplanError
+from fuseplan.errors import ConfigError
 
 KEY = "fuseplan"
 """In `additional_config`: `{"fuseplan": {"policy": "planned", ...}}`, the fields of `PassConfig`."""
@@ -72,25 +73,28 @@ def adopt(config: Any) -> None:
     additional = config.additional_config
     given = additional.get(KEY) if isinstance(additional, dict) else None
     environment = Environment.read()
-    if not environment.enabled or not (named or given is not None or environment.vllm):
-        if named:
-            del compilation.inductor_passes[HOOK]
-            compilation.inductor_compile_config.pop(HOOK, None)
-        return
-    if not isinstance(additional, dict):
-        raise ConfigError(
-            f"additional_config is a {type(additional).__name__}; fuseplan needs a dict there, to enter vLLM's cache key"
-        )
     if named:
         del compilation.inductor_passes[HOOK]
         compilation.inductor_compile_config.pop(HOOK, None)
-    from fuseplan.integrations.vllm.passes import manager_for
-
+    if not environment.enabled or not (named or given is not None or environment.vllm):
+        return
+    if not isinstance(additional, dict):
+        raise ConfigError(
+            f"additional_config is a {type(additional).__name__}; fuseplan needs a dict, to enter vLLM's cache key"
+        )
     settings = {name: value for name, value in (given or {}).items() if name != DIGEST}
-    digest = manager_for(pass_config(settings), None, lambda report: None).uuid()
+    digest = _digest(pass_config(settings))
     if given is None or given.get(DIGEST) != digest:
         additional[KEY] = {**settings, DIGEST: digest}
         _announce(config)
+
+
+def _digest(config: PassConfig) -> str:
+    """Of whatever changes plans. What is forced and forbidden may name vLLM's passes, which only workers know."""
+    from fuseplan.integrations.vllm.passes import manager_for
+
+    manager = manager_for(replace(config, force=(), forbid=()), None, lambda report: None)
+    return hashlib.sha256(repr((manager.uuid(), config.force, config.forbid)).encode()).hexdigest()
 
 
 def pass_config(settings: dict[str, Any]) -> PassConfig:
@@ -154,7 +158,7 @@ def _prepare(worker: Any) -> None:
 
     journal = Journal.of(config)
     platform = type(current_platform)
-    platform.get_pass_manager_cls = classmethod(  # type: ignore[attr-defined]
+    platform.get_pass_manager_cls = classmethod(
         lambda cls: "fuseplan.integrations.vllm.pass_manager.FuseplanPassManager"
     )
     if config.compilation_config.backend == "inductor" and not _splits(config):
@@ -177,6 +181,3 @@ def _splits(config: Any) -> bool:
     from vllm.config import CompilationMode
 
     return bool(config.compilation_config.mode == CompilationMode.VLLM_COMPILE)
-
-
-__all__ = ["FuseplanError", "adopt", "asked_for", "hook_into_vllm", "pass_config"]

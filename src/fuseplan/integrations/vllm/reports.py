@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import logging
-from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,8 @@ from fuseplan.errors import UnsupportedError
 from fuseplan.first_run import digest_of
 from fuseplan.record import Report, stored
 from fuseplan.store import LARGEST_BYTES
+
+KEPT = "fuseplan_journal"
 
 log = logging.getLogger("vllm.fuseplan")
 
@@ -36,9 +37,10 @@ class Journal:
     @classmethod
     def of(cls, config: Any) -> "Journal":
         """The one journal of a `VllmConfig`."""
-        found = getattr(config, "_fuseplan_journal", None)
+        found = vars(config).get(KEPT)
         if found is None:
-            found = config._fuseplan_journal = cls(_path(config), config.parallel_config.rank)
+            found = vars(config)[KEPT] = cls(_path(config), config.parallel_config.rank)
+        assert isinstance(found, cls)
         return found
 
     def add(self, report: Report) -> None:
@@ -92,8 +94,8 @@ def _path(config: Any) -> Path:
     """Beside vLLM's compile cache, by the same factors, or in `FUSEPLAN_REPORT_DIR`."""
     from vllm import envs
 
-    factors = [config.compute_hash(), config.model_config.model, config.model_config.dtype]
-    key = hashlib.sha256(repr(factors).encode()).hexdigest()[:10]
+    model = getattr(config.model_config, "model", None)
+    key = hashlib.sha256(f"{config.compute_hash()} {model}".encode()).hexdigest()[:10]
     name = f"rank_{config.parallel_config.rank}_{config.parallel_config.data_parallel_index}.json"
     folder = Environment.read().report_dir
     return (folder if folder is not None else Path(envs.VLLM_CACHE_ROOT) / "fuseplan" / key) / name
@@ -120,6 +122,3 @@ def _agree(report: Report | None) -> None:
             f"the workers run different plans: {verdict.reason}; start them with one configuration and "
             "VLLM_DISABLE_COMPILE_CACHE=1, or set FUSEPLAN_VLLM=0"
         )
-
-
-__all__ = ["Counter", "Journal"]

@@ -1,0 +1,39 @@
+"""Small models that vLLM loads from disk, with random weights of a size at which a lost all-reduce changes tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+LAYERS, HIDDEN, HEAD, VOCABULARY = 2, 256, 64, 512
+COMMON: dict[str, Any] = {
+    "hidden_size": HIDDEN, "intermediate_size": 512, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": HEAD, "vocab_size": VOCABULARY, "max_position_embeddings": 512,
+    "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+GPT_OSS: dict[str, Any] = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {"llama": COMMON, "qwen3": COMMON, "gpt_oss": {**COMMON, **GPT_OSS}}
+
+
+def save(name: str, folder: Path) -> Path:
+    """Writes a checkpoint with a tokenizer of numbered words, the same each time."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **CONFIGS[name])
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.08)
+            else:
+                parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.1)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(folder)
+    return folder
