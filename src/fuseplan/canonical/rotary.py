@@ -7,7 +7,7 @@ x1 and x2 are the halves of x, by slices or splits. Where x is cast to float32 b
 cast back. Queries and keys are raised together, since they share their angles: two tensors are taken to be a layer's
 queries and keys if they are rotated by the same cosines and sines and neither is computed from the other.
 
-What isn't normalised before concerns no fusion, and stays as it is.
+Where neither is normalised before, no fusion is concerned, and both stay as they are.
 """
 
 import operator
@@ -85,7 +85,10 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
             if rotation is not None:
                 found.append(_checked(canonical, rotation))
         except Unraised as refused:
-            _tell(canonical, root, refused)
+            if _is_normed(root):
+                _tell(canonical, root, refused)
+    angles = {rotation.angles for rotation in found if _is_normed(rotation.x)}
+    found = [rotation for rotation in found if rotation.angles in angles]
     if not found:
         return
     sort_topologically(canonical.graph)
@@ -94,7 +97,7 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
         single -= {q, k}
         canonical.raise_op(ops.rotary_embedding, (q.x, k.x, q.cos, q.sin, q.rounding.value), (q.y, k.y))
     for rotation in found:
-        if rotation in single:
+        if rotation in single and _is_normed(rotation.x):
             detail = "no other tensor is rotated by the same angles, as queries and keys of a layer are"
             _tell(canonical, rotation.root, Unraised(Reason.OP, detail, rotation.root))
 
@@ -105,7 +108,7 @@ def _tell(canonical: CanonicalGraph, root: fx.Node, refused: Unraised) -> None:
 
 def _pairs(canonical: CanonicalGraph, found: Sequence[_Rotation]) -> list[tuple[_Rotation, _Rotation]]:
     """(queries, keys): of tensors with the same angles each and the next in graph order that can be one op with it."""
-    waiting = sorted(found, key=lambda each: each.y)
+    waiting = sorted(found, key=lambda each: each.y._sort_key)
     pairs: list[tuple[_Rotation, _Rotation]] = []
     while waiting:
         first = waiting.pop(0)
@@ -171,7 +174,7 @@ def _read(root: Call) -> _Rotation | None:
 def _read_turned(neg: Call) -> _Rotation | None:
     """`x * cos + cat(-x2, x1) * sin`"""
     second = _part_of(neg.args[0])
-    if second is None or second.index != 1 or not _is_normed(second.source):
+    if second is None or second.index != 1:
         return None
     if second.interleaved:
         raise _interleaved(neg)
@@ -199,10 +202,10 @@ def _read_turned(neg: Call) -> _Rotation | None:
 def _read_halves(sub: Call) -> _Rotation | None:
     """`cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)`"""
     both = [(left, right) for left in _products(sub.args[0]) for right in _products(sub.args[1])]
-    fitting = (each for each in both if _are_parts(*each) and _is_normed(each[0].part.source))
-    left, right = next(fitting, (None, None))
-    if left is None or right is None or sub.kwargs:
+    fitting = [each for each in both if _are_parts(*each)]
+    if not fitting or sub.kwargs:
         return None
+    left, right = min(fitting, key=lambda each: len(fitting) > 1 and not _is_normed(each[0].part.source))
     if left.part.interleaved:
         raise _interleaved(sub)
     source = left.part.source
@@ -281,9 +284,9 @@ def _are_parts(first: _Product, second: _Product) -> bool:
     return one.source is other.source and (one.index, other.index) == (0, 1) and one.interleaved is other.interleaved
 
 
-def _is_normed(source: fx.Node) -> bool:
-    """Whether a norm is near what is rotated."""
-    return path_between(source, lambda node: is_dialect(node, ops.rms_norm), "inputs") is not None
+def _is_normed(node: fx.Node) -> bool:
+    """Whether a norm is near, towards the inputs."""
+    return path_between(node, lambda node: is_dialect(node, ops.rms_norm), "inputs") is not None
 
 
 def _part_of(node: object) -> _Part | None:
