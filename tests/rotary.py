@@ -23,7 +23,9 @@ def rotate_pairs(x: Tensor) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
-def hugging_face(x: Tensor, cos: Tensor, sin: Tensor, rotated: int = HEAD, turn: Any = rotate_half) -> Tensor:
+def hugging_face(
+    x: Tensor, cos: Tensor, sin: Tensor, rotated: int = HEAD, turn: Callable[[Tensor], Tensor] = rotate_half
+) -> Tensor:
     """x [B, heads, S, head_dim], cos [B, S, rotated]"""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if rotated == x.shape[-1]:

@@ -1,6 +1,7 @@
 """Rotary embeddings of normed queries and keys, in the spellings that models have, and what only looks like one."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,19 +150,19 @@ def subtracted(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 LOOKALIKES: dict[str, tuple[Any, tuple[Tensor, ...], Reason, str]] = {
     "partial, as in Hugging Face": (
-        heads_first(lambda *args: hugging_face(*args, rotated=8)), batched(rotated=8), Reason.ATTRIBUTE,
+        heads_first(partial(hugging_face, rotated=8)), batched(rotated=8), Reason.ATTRIBUTE,
         "it rotates 8 of a head's 16 dimensions (partial rotary), and the op rotates all",
     ),
     "partial, as in vLLM": (
-        heads_last(lambda *args: vllm(*args, rotated=8)), flat(rotated=8), Reason.ATTRIBUTE,
+        heads_last(partial(vllm, rotated=8)), flat(rotated=8), Reason.ATTRIBUTE,
         "it rotates 8 of a head's 16 dimensions (partial rotary), and the op rotates all",
     ),
     "interleaved, as in Hugging Face": (
-        heads_first(lambda *args: hugging_face(*args, turn=rotate_pairs)), batched(), Reason.ATTRIBUTE,
+        heads_first(partial(hugging_face, turn=rotate_pairs)), batched(), Reason.ATTRIBUTE,
         "it rotates neighbours against each other (interleaved, GPT-J), and the op rotates halves (GPT-NeoX)",
     ),
     "interleaved, as in vLLM": (
-        heads_last(lambda *args: vllm(*args, neox=False)), flat(), Reason.ATTRIBUTE,
+        heads_last(partial(vllm, neox=False)), flat(), Reason.ATTRIBUTE,
         "it rotates neighbours against each other (interleaved, GPT-J), and the op rotates halves (GPT-NeoX)",
     ),
     "other angles in each half": (

@@ -1,5 +1,6 @@
 """QK norm + rotary embedding: it fires, it is right, it refuses by name, and off it isn't there."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,11 +135,11 @@ def moved_elsewhere(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
 
 MISSES: dict[str, tuple[Any, tuple[Tensor, ...], Nearness, str]] = {
     "partial": (
-        heads_first(lambda *args: hugging_face(*args, rotated=8)), batched(rotated=8), Nearness.UNRECOGNIZED,
+        heads_first(partial(hugging_face, rotated=8)), batched(rotated=8), Nearness.UNRECOGNIZED,
         "rotary embedding not recognised: it rotates 8 of a head's 16 dimensions (partial rotary)",
     ),
     "interleaved": (
-        heads_last(lambda *args: vllm(*args, neox=False)), flat(), Nearness.UNRECOGNIZED,
+        heads_last(partial(vllm, neox=False)), flat(), Nearness.UNRECOGNIZED,
         "rotary embedding not recognised: it rotates neighbours against each other (interleaved, GPT-J)",
     ),
     "an op between": (

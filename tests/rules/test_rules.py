@@ -65,10 +65,13 @@ def arguments_of(rule: Rule, device: torch.device) -> list[dict[str, Any]]:
     names = [argument.name for argument in rule.op.overload._schema.arguments]
     found = [dict(zip(names, sample.make(device, generator), strict=True)) for sample in rule.op.samples]
     if getattr(rule, "transposes", False):
-        turned = ("cos", "sin")
-        found = [each for each in found if each["q"].dim() == 4]
-        found = [{**each, **{name: each[name].transpose(1, 2) for name in turned}} for each in found]
+        found = [{name: _batched(value) for name, value in each.items()} for each in found]
+        found = [{**each, **{name: each[name].transpose(1, 2) for name in ("cos", "sin")}} for each in found]
     return found
+
+
+def _batched(value: Any) -> Any:
+    return value[None] if isinstance(value, Tensor) and value.dim() == 3 else value
 
 
 def rule_id(rule: Rule) -> str:
