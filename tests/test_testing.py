@@ -31,10 +31,8 @@ NOT_FOR_HERE = (exits, hangs, wrong_above_4096)
 
 @pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=rule_id)
 def test_built_in_rules_hold(rule: Rule, one_rank: str) -> None:
-    is_schema = not getattr(
-        rule, "transposes", False
-    )  # else the op's own samples are in another layout than the rule's
-    checked = check_rule(rule, samples=None if is_schema else arguments_of(rule, torch.device("cpu")))
+    other_layout = getattr(rule, "transposes", False)  # than the samples of its op
+    checked = check_rule(rule, samples=arguments_of(rule, torch.device("cpu")) if other_layout else None)
     assert checked.cases["torch"] >= 15
     assert not checked.refused
 

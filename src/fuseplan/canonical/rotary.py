@@ -108,7 +108,7 @@ def _tell(canonical: CanonicalGraph, root: fx.Node, refused: Unraised) -> None:
 
 def _pairs(canonical: CanonicalGraph, found: Sequence[_Rotation]) -> list[tuple[_Rotation, _Rotation]]:
     """(queries, keys): of tensors with the same angles each and the next in graph order that can be one op with it."""
-    waiting = sorted(found, key=lambda each: each.y._sort_key)
+    waiting = sorted(found, key=lambda each: each.y)
     pairs: list[tuple[_Rotation, _Rotation]] = []
     while waiting:
         first = waiting.pop(0)

@@ -66,7 +66,7 @@ def _norm_and_rotate(
     tl.store(y_ptr + out + HALF, (a2 + b2).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_blocks", "tokens", "seq"])  # one compilation for all numbers of tokens
 def _qk_norm_rope(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     q_blocks, tokens, seq, q_heads, k_heads,
