@@ -231,7 +231,7 @@ def test_a_config_of_transformers_is_explained(tmp_path: Path) -> None:
         json.dumps({"model_type": "qwen3", "num_hidden_layers": 3, "vocab_size": 96, "head_dim": 16, **sizes})
     )
     data = json.loads(run("explain", str(tmp_path), "--tp", "2", "--json", "--range", "1:8").stdout)
-    assert by_order(data, "allreduce_rms")["fused"] == {"allreduce_rms": 2 * 3}
+    assert by_order(data, "allreduce_rms", "qk_norm_rope")["fused"] == {"allreduce_rms": 2 * 3, "qk_norm_rope": 3}
     assert data["recognized"]["fused_add_rms_norm[64]"] + data["recognized"]["rms_norm[64]"] == 2 * 3 + 1
     assert data["recognized"]["rms_norm[16]"] == 2 * 3  # QK norms
 

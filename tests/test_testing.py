@@ -12,6 +12,7 @@ from fuseplan.providers import provider_of
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule
 from fuseplan.testing import check_rule
+from tests.rules.test_rules import arguments_of, rule_id
 from tests.verification.fused_norm import (
     FAULTS,
     AddNormRelu,
@@ -28,9 +29,10 @@ from tests.verification.fused_norm import (
 NOT_FOR_HERE = (exits, hangs, wrong_above_4096)
 
 
-@pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=lambda rule: str(rule.op.name))
+@pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=rule_id)
 def test_built_in_rules_hold(rule: Rule, one_rank: str) -> None:
-    checked = check_rule(rule)
+    other_layout = getattr(rule, "transposes", False)  # than the samples of its op
+    checked = check_rule(rule, samples=arguments_of(rule, torch.device("cpu")) if other_layout else None)
     assert checked.cases["torch"] >= 15
     assert not checked.refused
 

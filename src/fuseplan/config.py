@@ -150,7 +150,7 @@ class PassConfig:
         fuse_allreduce_rms: all-reduce + (residual add) + RMSNorm, rule `allreduce_rms`.
         fuse_norm_quant: RMSNorm (with residual add) + fp8 quantisation, rule `norm_quant`.
         fuse_act_quant: SiLU-and-mul + fp8 quantisation, rule `act_quant`.
-        enable_qk_norm_rope_fusion: reserved for QK RMSNorm + RoPE, which no rule provides yet.
+        enable_qk_norm_rope_fusion: RMSNorm of queries and keys + rotary embedding, rule `qk_norm_rope`.
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.

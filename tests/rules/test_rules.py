@@ -63,11 +63,19 @@ def arguments_of(rule: Rule, device: torch.device) -> list[dict[str, Any]]:
     """Values for a rule's variables from the samples of its fused op, by the names in the op's schema."""
     generator = torch.Generator().manual_seed(0)
     names = [argument.name for argument in rule.op.overload._schema.arguments]
-    return [dict(zip(names, sample.make(device, generator), strict=True)) for sample in rule.op.samples]
+    found = [dict(zip(names, sample.make(device, generator), strict=True)) for sample in rule.op.samples]
+    if getattr(rule, "transposes", False):
+        found = [{name: _batched(value) for name, value in each.items()} for each in found]
+        found = [{**each, **{name: each[name].transpose(1, 2) for name in ("cos", "sin")}} for each in found]
+    return found
+
+
+def _batched(value: Any) -> Any:
+    return value[None] if isinstance(value, Tensor) and value.dim() == 3 else value
 
 
 def rule_id(rule: Rule) -> str:
-    return f"{rule.name}-{rule.op.name}"
+    return f"{rule.name}-{rule.op.name}{'-transposes' if getattr(rule, 'transposes', False) else ''}"
 
 
 @pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=rule_id)

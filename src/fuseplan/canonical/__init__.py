@@ -13,6 +13,7 @@ from fuseplan.canonical.layout import raise_pads, sink_reshapes
 from fuseplan.canonical.noops import eliminate_noops
 from fuseplan.canonical.norms import raise_rms_norms
 from fuseplan.canonical.quant import raise_quants
+from fuseplan.canonical.rotary import raise_rotary_embeddings
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.canonical.vllm import raise_vllm
 from fuseplan.graph.surgery import sort_topologically
@@ -43,6 +44,7 @@ def canonicalize(
     raise_silu_and_mul(canonical)
     raise_pads(canonical)
     raise_quants(canonical)
+    raise_rotary_embeddings(canonical)
     sink_reshapes(canonical)
     sort_topologically(canonical.graph)
     return canonical

@@ -3,7 +3,7 @@
 Importing this package registers them with torch as `torch.ops.fuseplan.*`.
 """
 
-from fuseplan.dialect import activation, collective, layout, norm, quant
+from fuseplan.dialect import activation, collective, layout, norm, quant, rotary
 from fuseplan.dialect.fused import (
     ACTIVATION_FAMILY,
     DYNAMIC_FP8_QUANT,
@@ -26,7 +26,7 @@ from fuseplan.dialect.registry import (
     kernel_of,
     registered_kernel,
 )
-from fuseplan.dialect.rounding import ActivationRounding, QuantRounding, Rounding
+from fuseplan.dialect.rounding import ActivationRounding, QuantRounding, RotaryRounding, Rounding
 
 ops = Dialect(
     [
@@ -37,6 +37,8 @@ ops = Dialect(
         norm.rms_norm,
         quant.dynamic_per_token_scaled_fp8_quant,
         quant.static_scaled_fp8_quant,
+        rotary.qk_norm_rope,
+        rotary.rotary_embedding,
         *NORM_FAMILY.values(),
         *ACTIVATION_FAMILY.values(),
     ]
@@ -55,6 +57,7 @@ __all__ = [
     "Draw",
     "Epilogue",
     "QuantRounding",
+    "RotaryRounding",
     "Rounding",
     "Sample",
     "define",

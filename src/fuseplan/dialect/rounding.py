@@ -68,6 +68,15 @@ class ActivationRounding(StrEnum):
     FP32 = "fp32"
 
 
+class RotaryRounding(StrEnum):
+    """Where a rotary embedding rounds x * cos + turned * sin: `products` rounds both products to the activation dtype,
+    then their sum; `fp32` the sum alone.
+    """
+
+    PRODUCTS = "products"
+    FP32 = "fp32"
+
+
 class QuantRounding(StrEnum):
     """How a scale is applied: `divide` computes x / scale; `multiply` takes the reciprocal of the scale and multiplies.
 

@@ -16,7 +16,7 @@ from fuseplan.graph.facts import place_of, source_code, source_line
 from fuseplan.graph.reach import is_view, path_between
 from fuseplan.matching.candidates import Matches, missing_ops, op_name
 from fuseplan.matching.obstacles import Obstruction, obstruction, without_residual_add
-from fuseplan.matching.outline import Outline, outline_of
+from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.siblings import Siblings
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
@@ -320,6 +320,8 @@ class _Search:
     def _explain(self, attempt: Attempt) -> Refusal:
         site = attempt.core or attempt.anchor
         absent = [gap for gap in attempt.gaps if gap.goal is None]
+        if not attempt.gaps:
+            return self._unequal(attempt, site)
         if not absent:
             gap = attempt.gaps[0]
             assert gap.goal is not None
@@ -336,6 +338,16 @@ class _Search:
         return self._refuse(
             place, Reason.OP, f"expected {expected} before {op_name(gap.consumer)}, found {found}",
             nearness=Nearness.ABSENT, expected=expected, found=found, site=place_of(site), further=(gap.consumer,),
+        )  # fmt: skip
+
+    def _unequal(self, attempt: Attempt, site: fx.Node) -> Refusal:
+        """All ops are there, and one of their arguments is another."""
+        found = difference(attempt.rule, attempt.anchor)
+        return self._refuse(
+            found.node if found else site, Reason.ATTRIBUTE,
+            found.detail if found else "its ops are there, and take other keyword arguments than the rule's",
+            nearness=Nearness.REFUSED, expected=found.expected if found else "the rule's arguments",
+            found=found.found if found else "others", site=place_of(site), further=(attempt.anchor,),
         )  # fmt: skip
 
     def _obstructed(self, gap: Gap, site: fx.Node) -> Refusal:

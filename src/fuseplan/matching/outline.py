@@ -59,6 +59,48 @@ def outline_of(rule: Rule) -> Outline:
     return _outline(rule, rule.traced_pattern.outputs[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """An argument by which calls that are all as a pattern has them don't fit it.
+
+    Attributes:
+        node: whose argument it is.
+        detail: for a person.
+        expected: what the pattern has there.
+        found: what is there.
+    """
+
+    node: fx.Node
+    detail: str
+    expected: str
+    found: str
+
+
+def difference(rule: Rule, anchor: fx.Node) -> Difference | None:
+    """The first argument that isn't the pattern's constant, or isn't what its variable stands for elsewhere."""
+    bound: dict[fx.Node, object] = {}
+
+    def follow(pattern: fx.Node, node: fx.Node) -> Difference | None:
+        for wanted, given in zip(pattern.args, node.args, strict=False):
+            if not isinstance(wanted, fx.Node):
+                if wanted != given:
+                    what = op_text(node.target)
+                    detail = f"{what} takes {given}, and the rule has {wanted} there"
+                    return Difference(node=node, detail=detail, expected=str(wanted), found=str(given))
+            elif wanted.op == "placeholder":
+                before = bound.setdefault(wanted, given)
+                if before is not given and before != given:
+                    detail = (
+                        f"{wanted.name} is {before} in one place and {given} in another, and {rule.op.name} takes one"
+                    )
+                    return Difference(node=node, detail=detail, expected=f"{wanted.name} {before}", found=str(given))
+            elif isinstance(given, fx.Node) and (found := follow(wanted, given)) is not None:
+                return found
+        return None
+
+    return follow(rule.traced_pattern.outputs[0], anchor)
+
+
 def _outline(rule: Rule, node: fx.Node) -> Outline:
     index: Any = None
     if node.target is operator.getitem:

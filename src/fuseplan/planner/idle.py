@@ -32,7 +32,7 @@ def idle_requests(
     """
     for flag in idle_flags:
         if getattr(config, flag) is True:
-            yield _no_effect(f"{flag}=True has no effect: no rule provides it yet")
+            yield _no_effect(f"{flag}=True has no effect: none of the rules handed over answers to it")
     for selector in posed.idle:
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
     counts = {match.rule.name for match in matches.candidates}

@@ -15,24 +15,32 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
-from fuseplan.graph.facts import group_size, item, tensor_of
+from fuseplan.graph.facts import aten, group_size, is_call, item, tensor_of
 from fuseplan.planner.costs import CostModel, Kernel, Region
-from fuseplan.planner.costs.model import Core, Epilogue
+from fuseplan.planner.costs.model import Core, Epilogue, Rotation
 
 CORES = (ops.rms_norm, ops.fused_add_rms_norm, ops.silu_and_mul)
 EPILOGUES: dict[str, Epilogue] = {
     ops.pad.name: "pad",
     ops.static_scaled_fp8_quant.name: "static_fp8_quant",
     ops.dynamic_per_token_scaled_fp8_quant.name: "dynamic_fp8_quant",
+    ops.rotary_embedding.name: "rotary",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tail:
-    """An epilogue of a site: its kind, and the width after it."""
+    """An epilogue of a site: its kind, and the width after it; heads and angles where it rotates."""
 
     kind: Epilogue
     padded: int
+    rotation: Rotation | None = None
+
+    @property
+    def text(self) -> str:
+        """For a signature."""
+        heads = f" {self.rotation.q_heads}+{self.rotation.k_heads} heads" if self.rotation else ""
+        return f"{self.kind}{heads}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,7 @@ class Shape:
     def signature(self) -> str:
         """The site without its rows, e.g. `all_reduce[2] -> add -> rms_norm -> pad 2880:3072 bfloat16 gpt_oss`."""
         parts = [f"all_reduce[{self.ranks}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core]
-        parts += [f"{tail.kind} {self.width}:{tail.padded}" if tail.kind == "pad" else tail.kind for tail in self.tails]
+        parts += [f"{tail.kind} {self.width}:{tail.padded}" if tail.kind == "pad" else tail.text for tail in self.tails]
         return f"{' -> '.join(parts)} {self.width} {self.convention}"
 
     def region(self, *, reduce: bool, tail: Tail | None) -> Region:
@@ -78,6 +86,7 @@ class Shape:
             residual=self.residual,
             epilogue=tail.kind if tail else None,
             ranks=self.ranks if reduce else 1,
+            rotation=tail.rotation if tail else None,
         )
 
     def unfused(self, model: CostModel) -> tuple[Kernel, ...]:
@@ -158,6 +167,7 @@ class Site:
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
         """What a fusion that consumes `nodes` takes; None where that is more than parts of one site."""
         parts = {self.core, *([self.reduce] if self.reduce is not None else ()), *self.tails}
+        parts |= {part for node in self.tails for part in _beside(node)}
         inside = set(nodes)
         others = [node for node in inside - parts if node.target is not operator.getitem]
         tails = [node for node in self.tails if node in inside]
@@ -172,7 +182,8 @@ class Site:
         width = hint(value.shape[-1])
         right = node.args[1] if op is ops.pad else 0
         assert isinstance(right, int)
-        return Tail(kind=EPILOGUES[op.name], padded=width + right)
+        rotation = _rotation(node, self.core) if op is ops.rotary_embedding else None
+        return Tail(kind=EPILOGUES[op.name], padded=width + right, rotation=rotation)
 
 
 def find_sites(canonical: CanonicalGraph) -> tuple[Site, ...]:
@@ -184,9 +195,40 @@ def _site(ordinal: int, core: fx.Node) -> Site:
     source = core.args[0]
     reduce = source if isinstance(source, fx.Node) and ops.of(source.target) is ops.all_reduce else None
     result = item(core, 0) if ops.of(core.target) is ops.fused_add_rms_norm else core
-    users = result.users if result is not None else {}
+    users = list(result.users) if result is not None else []
     tails = [user for user in users if (op := ops.of(user.target)) is not None and op.name in EPILOGUES]
-    return Site(ordinal, core, reduce, tuple(sorted(tails)))
+    tails = [tail for tail in tails if ops.of(tail.target) is not ops.rotary_embedding]
+    return Site(ordinal, core, reduce, tuple(sorted({*tails, *_rotations(core)})))
+
+
+def _rotations(core: fx.Node) -> list[fx.Node]:
+    """The rotary embeddings of which a norm's result is the queries."""
+    moved = [user for user in core.users if is_call(user, aten.permute.default)]
+    readers = [reader for node in (core, *moved) for reader in node.users]
+    rotary = [each for each in readers if ops.of(each.target) is ops.rotary_embedding]
+    return [each for each in rotary if _normed(each.args[0])[-1:] == [core] and _normed(each.args[1])]
+
+
+def _normed(value: object) -> list[fx.Node]:
+    """What stands between a rotary embedding and a norm, and the norm; empty where there is none."""
+    between = [value] if is_call(value, aten.permute.default) else []
+    norm = between[0].args[0] if between else value
+    return [*between, norm] if isinstance(norm, fx.Node) and ops.of(norm.target) is ops.rms_norm else []
+
+
+def _beside(tail: fx.Node) -> list[fx.Node]:
+    """What a rotary embedding takes along: the norm of the keys, and transpositions."""
+    if ops.of(tail.target) is not ops.rotary_embedding:
+        return []
+    return [node for source in tail.args[:2] for node in _normed(source)]
+
+
+def _rotation(rotary: fx.Node, core: fx.Node) -> Rotation:
+    q, cos = tensor_of(core.args[0]), tensor_of(rotary.args[2])
+    k = tensor_of(_normed(rotary.args[1])[-1].args[0])
+    assert q is not None and k is not None and cos is not None
+    q_heads, k_heads = (max(1, hint(value.shape[-2])) for value in (q, k))
+    return Rotation(q_heads=q_heads, k_heads=k_heads, angles=2 * hint(cos.shape[-1]))
 
 
 def hint(size: Any) -> int:

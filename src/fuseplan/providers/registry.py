@@ -13,6 +13,7 @@ from typing import Any
 from fuseplan.dialect import DialectOp, Rounding, implement, ops
 from fuseplan.providers.devices import DeviceProfile, local_vendor
 from fuseplan.providers.gates import FLASHINFER_ALL_REDUCE, FLASHINFER_ALL_REDUCE_QUANT, Accepts, accept_all
+from fuseplan.providers.triton import ACCEPTS as TRITON_ACCEPTS
 from fuseplan.record import Reason, Refusal
 
 
@@ -141,7 +142,8 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         vendors=frozenset({"nvidia", "amd"}),
         package="triton",
         install="pip install fuseplan[triton]",
-        prices=_offers(ALL_FUSED),
+        implements={name: Offer(accepts=accepts) for name, accepts in TRITON_ACCEPTS.items()},
+        prices=_offers(name for name in ALL_FUSED if name not in TRITON_ACCEPTS),
     ),
     Provider(
         name="flashinfer",

@@ -7,14 +7,20 @@ from fuseplan.errors import ConfigError
 from fuseplan.rules.activation import ACTIVATION_RULES
 from fuseplan.rules.base import Bindings, Rule
 from fuseplan.rules.norm import NORM_RULES
+from fuseplan.rules.rotary import ROTARY_RULES
 
-BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES)
+BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES)
 
 
 def by_name(rules: Sequence[Rule]) -> dict[str, tuple[Rule, ...]]:
     """The members of each rule, in an order that doesn't depend on the order of `rules`."""
     names = sorted({rule.name for rule in rules})
-    return {name: tuple(sorted((r for r in rules if r.name == name), key=lambda r: r.op.name)) for name in names}
+    return {name: tuple(sorted((rule for rule in rules if rule.name == name), key=_content)) for name in names}
+
+
+def _content(rule: Rule) -> tuple[str, str]:
+    """What members of a rule differ in."""
+    return rule.op.name, rule.describe()
 
 
 def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) -> Mapping[str, tuple[Rule, ...]]:

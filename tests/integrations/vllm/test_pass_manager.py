@@ -47,7 +47,8 @@ class NormRelu(VllmPatternMatcherPass):  # type: ignore[misc]
         self.patterns = PatternMatcherPass(pass_name="norm_relu")
 
         def pattern(x: Tensor, weight: Tensor) -> Tensor:
-            return torch.relu(torch.ops.vllm_ir.rms_norm.default(x, weight, 1e-5))
+            result: Tensor = torch.relu(torch.ops.vllm_ir.rms_norm.default(x, weight, 1e-5))
+            return result
 
         def replacement(x: Tensor, weight: Tensor) -> Tensor:
             return norm_relu(x, weight)

@@ -12,6 +12,7 @@ How Inductor leaves what is not fused:
 - Residual add and norm are one row reduction, SiLU-and-mul is one pointwise kernel.
 - fp8 quantisation joins the kernel before it: static is pointwise, and the row maximum of dynamic is a reduction over
   the rows that this kernel holds already. After an opaque fused op it is a kernel of its own.
+- Normed and rotated queries are one kernel and keys another, the fewest that it can be: two reductions of other sizes.
 - A pad is a kernel of its own: it iterates over another width than the norm. In eager mode it is two, `fill_` of the
   whole output and `copy_` into a part of it.
 """
@@ -23,7 +24,7 @@ from typing import Literal, TypeAlias
 from fuseplan.planner.costs.hardware import Gate, Hardware, Peers, Protocol
 
 Core: TypeAlias = Literal["rms_norm", "silu_and_mul"]
-Epilogue: TypeAlias = Literal["pad", "static_fp8_quant", "dynamic_fp8_quant"]
+Epilogue: TypeAlias = Literal["pad", "static_fp8_quant", "dynamic_fp8_quant", "rotary"]
 PadLowering: TypeAlias = Literal["inductor", "eager"]
 
 FP8_BYTES = 1
@@ -37,8 +38,24 @@ EAGER_KERNELS = {
     "silu_and_mul": 7,
     "static_fp8_quant": 5,
     "dynamic_fp8_quant": 10,
+    "rotary": 34,
 }
 """At most how many kernels the parts of a reference launch in eager mode; tests count them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """A rotary embedding of normed queries, and of the normed keys beside them.
+
+    Attributes:
+        q_heads: heads of the queries.
+        k_heads: heads of the keys.
+        angles: cosines and sines a token.
+    """
+
+    q_heads: int
+    k_heads: int
+    angles: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +67,13 @@ class Region:
         reduce: whether an all-reduce comes before it.
         residual: whether a residual is added before it.
         epilogue: what comes after it.
-        tokens: rows.
+        tokens: rows; where queries are rotated, a row for each of their heads.
         width: of the core's result: hidden, or intermediate size.
         padded: width after the pad; equal to `width` where there is no pad.
         itemsize: bytes of an activation.
         ranks: of the group that reduces, 1 where nothing is reduced.
         keeps_core: whether the core's own result is needed beside the epilogue's. Free for a pad, whose slice it is.
+        rotation: of a `rotary` epilogue, whose region has the norm of the keys, too.
     """
 
     core: Core
@@ -68,11 +86,13 @@ class Region:
     epilogue: Epilogue | None = None
     ranks: int = 1
     keeps_core: bool = False
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         assert min(self.tokens, self.width, self.itemsize, self.ranks) >= 1, self
         assert (self.padded >= self.width) if self.epilogue == "pad" else (self.padded == self.width), self
         assert not (self.reduce and self.ranks == 1), self
+        assert (self.rotation is None) is (self.epilogue != "rotary"), self
         assert self.core == "rms_norm" or not (self.reduce or self.residual or self.epilogue == "pad"), self
 
     @property
@@ -82,7 +102,9 @@ class Region:
 
     @property
     def read_bytes(self) -> int:
-        """What the core reads: its activations and the norm's weight."""
+        """What the core reads: its activations and the norm's weight; of queries and keys both, and the angles."""
+        if self.rotation is not None:
+            return self.rotated_bytes(self.rotation.q_heads + self.rotation.k_heads) + 2 * self.width * self.itemsize
         if self.core == "silu_and_mul":
             return 2 * self.row_bytes
         return (1 + self.residual) * self.row_bytes + self.width * self.itemsize
@@ -101,12 +123,23 @@ class Region:
             return self.tokens * self.padded * self.itemsize
         if self.epilogue is None:
             return self.row_bytes
+        if self.rotation is not None:
+            return self._heads_bytes(self.rotation.q_heads + self.rotation.k_heads)
         scales = self.tokens * SCALE_BYTES if self.epilogue == "dynamic_fp8_quant" else 0
         return self.tokens * self.width * FP8_BYTES + scales
 
+    def rotated_bytes(self, heads: int) -> int:
+        """What a rotation reads of so many heads and of the angles."""
+        assert self.rotation is not None
+        return self._heads_bytes(heads) + self.tokens // self.rotation.q_heads * self.rotation.angles * self.itemsize
+
+    def _heads_bytes(self, heads: int) -> int:
+        assert self.rotation is not None
+        return self.row_bytes // self.rotation.q_heads * heads
+
     def without_epilogue(self) -> "Region":
         """The same without what comes after the core."""
-        return replace(self, epilogue=None, padded=self.width)
+        return replace(self, epilogue=None, padded=self.width, rotation=None)
 
     def without_reduce(self) -> "Region":
         """The same on an activation that is reduced already."""
@@ -204,6 +237,8 @@ class CostModel:
     def core(self, region: Region) -> tuple[Kernel, ...]:
         """The kernel that Inductor makes of the core and of a quantisation after it; all-reduces don't count."""
         rest = region.without_reduce()
+        if region.rotation is not None:
+            return tuple(self._rotated(region, heads) for heads in (region.rotation.q_heads, region.rotation.k_heads))
         rows = region.core == "rms_norm" or region.epilogue == "dynamic_fp8_quant"
         extra = self.hardware.generated_norm.value if rows else 0.0
         name = f"{region.core}+{region.epilogue}" if region.epilogue else region.core
@@ -212,6 +247,9 @@ class CostModel:
     def epilogue(self, region: Region) -> tuple[Kernel, ...]:
         """The epilogue alone, behind an op that Inductor can't see into."""
         read, written = region.row_bytes, region.result_bytes
+        if region.rotation is not None:
+            rotated = self._local("rotary", region.rotated_bytes(region.rotation.q_heads) + region.row_bytes)
+            return (rotated, self._rotated(region, region.rotation.k_heads))
         if region.epilogue == "pad" and self.pad == "eager":
             moved = 2 * region.row_bytes
             copied = self.hardware.memory_ns(moved) + moved / self.hardware.strided_copy.value
@@ -219,6 +257,13 @@ class CostModel:
             return (self._local("fill_", written), copy)
         extra = self.hardware.generated_norm.value if region.epilogue == "dynamic_fp8_quant" else 0.0
         return (self._local(str(region.epilogue), read + written, extra),)
+
+    def _rotated(self, region: Region, heads: int) -> Kernel:
+        """Norm and rotation of so many heads, as Inductor generates them."""
+        assert region.rotation is not None
+        written = region.row_bytes // region.rotation.q_heads * heads
+        nbytes = region.rotated_bytes(heads) + written + region.width * region.itemsize
+        return self._local("rms_norm+rotary", nbytes, self.hardware.generated_norm.value)
 
     # What is fused.
 
@@ -255,6 +300,7 @@ class CostModel:
         """The reference: each kernel is priced as if it read and wrote a whole float32 activation."""
         count = EAGER_KERNELS[region.core] + EAGER_KERNELS["residual"] * region.residual
         count += EAGER_KERNELS.get(region.epilogue or "", 0)
+        count += EAGER_KERNELS[region.core] if region.rotation is not None else 0
         kernels = tuple(self._local("eager", EAGER_BYTES * region.tokens * region.width) for _ in range(count))
         eager = CostModel(self.hardware, pad="eager")
         before = self.reduce(region) if region.reduce else ()

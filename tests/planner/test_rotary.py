@@ -1,0 +1,98 @@
+"""What QK norm + rotary embedding costs: a kernel of the queries and one of the keys, or one of both."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fuseplan.canonical import canonicalize
+from fuseplan.dialect import ops
+from fuseplan.planner.costs import HARDWARE, CostModel, Region
+from fuseplan.planner.costs.model import EAGER_KERNELS, Rotation
+from fuseplan.planner.sites import Tail, find_sites
+from tests.helpers import post_grad
+from tests.rotary import HEAD, K_HEADS, Q_HEADS, batched, flat, heads_first, heads_last, normed
+
+TOKENS, WIDTH = 64, 128
+REGION = Region(
+    core="rms_norm", tokens=TOKENS * 32, width=WIDTH, padded=WIDTH, epilogue="rotary",
+    rotation=Rotation(q_heads=32, k_heads=8, angles=2 * WIDTH),
+)  # fmt: skip
+ANGLES, WEIGHT, HEAD_BYTES = TOKENS * 2 * WIDTH * 2, WIDTH * 2, TOKENS * WIDTH * 2
+
+
+def test_bytes_are_those_of_queries_and_keys_once_and_of_the_angles() -> None:
+    assert REGION.read_bytes == 40 * HEAD_BYTES + ANGLES + 2 * WEIGHT
+    assert REGION.written_bytes == REGION.result_bytes == 40 * HEAD_BYTES
+    assert REGION.without_epilogue().rotation is None
+    with pytest.raises(AssertionError):
+        replace(REGION, rotation=None)
+    with pytest.raises(AssertionError):
+        replace(REGION, epilogue=None)
+
+
+@pytest.mark.parametrize("device", sorted(HARDWARE))
+def test_one_kernel_in_place_of_two(device: str) -> None:
+    hardware = HARDWARE[device]
+    model = CostModel(hardware)
+    q, k = model.unfused(REGION)
+    launch = hardware.launch.value + hardware.generated_norm.value
+    for kernel, heads in ((q, 32), (k, 8)):
+        assert kernel.launch == pytest.approx(launch, abs=1)
+        assert kernel.memory == pytest.approx(hardware.memory_ns(2 * heads * HEAD_BYTES + ANGLES + WEIGHT), abs=1)
+    (fused,) = model.fused(REGION, "triton")
+    assert fused.launch == pytest.approx(hardware.launch.value, abs=1)
+    assert fused.memory == pytest.approx(hardware.memory_ns(80 * HEAD_BYTES + ANGLES + 2 * WEIGHT), abs=1)
+    assert len(model.fused(REGION, "torch")) == 2 * EAGER_KERNELS["rms_norm"] + EAGER_KERNELS["rotary"]
+    # Where another fusion takes the norm of the queries, they are rotated alone.
+    alone, keys = model.epilogue(REGION)
+    assert alone.memory == pytest.approx(hardware.memory_ns(64 * HEAD_BYTES + ANGLES), abs=1)
+    assert keys == k
+
+
+class Counted(TorchDispatchMode):
+    """How many ops that aren't views run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
+    for op, most in ((ops.rotary_embedding, 0), (ops.qk_norm_rope, 2 * EAGER_KERNELS["rms_norm"])):
+        for sample in op.samples:
+            arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+            with Counted() as counted:
+                op.reference(*arguments)
+            assert 0 < counted.count <= most + EAGER_KERNELS["rotary"]
+
+
+@pytest.mark.parametrize("layout", ["heads first", "heads last"])
+def test_a_site_is_the_queries_norm_with_all_that_the_fusion_takes(layout: str) -> None:
+    function, inputs, tokens = (heads_first(), batched(), 10) if layout == "heads first" else (heads_last(), flat(), 7)
+    angles = 2 * HEAD if layout == "heads first" else HEAD
+    canonical = canonicalize(post_grad(function, *inputs))
+    q, k = find_sites(canonical)
+    rotation = Rotation(q_heads=Q_HEADS, k_heads=K_HEADS, angles=angles)
+    tail = Tail(kind="rotary", padded=HEAD, rotation=rotation)
+    shape = q.shape(tokens * Q_HEADS)
+    assert shape.tails == (tail,)
+    assert k.shape(tokens * K_HEADS).tails == ()
+    assert shape.signature == f"rms_norm -> rotary {Q_HEADS}+{K_HEADS} heads {HEAD} bfloat16 llama"
+    region = [node for node in canonical.graph.nodes if node.op == "call_function" and node.meta.get("val") is not None]
+    inside = {q.core, k.core, *q.tails, *(node for node in region if "permute" in str(node.target))}
+    taken = q.taken(inside)
+    assert taken is not None
+    assert taken.tail == tail
+    assert k.taken(inside) is None
+
+
+def test_norms_that_are_not_rotated_have_no_such_tail() -> None:
+    canonical = canonicalize(post_grad(lambda q, k, cos, sin: (normed(q, torch.ones(64) / 3), k), *flat()))
+    (site,) = find_sites(canonical)
+    assert site.tails == ()
