@@ -29,6 +29,7 @@ def check(name: str, layers: int) -> None:
     config = fuseplan.PassConfig(compile_ranges=[fuseplan.CompileRange(start=1, end=64)])
     with workloads.build(str(config_path(name)), tp=TP, layers=layers) as built:
         report = fuseplan.explain(built.model, *built.inputs, config=config, device="h200")
+    assert [note.partition(",")[0] for note in built.notes] == ["gpt_oss has no tp_plan"] * name.startswith("gpt-oss")
     assert report.breaks == ()
     assert len(report.graphs) == 1
 
