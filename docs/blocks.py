@@ -62,7 +62,11 @@ def _blocks(page: str, lines: Sequence[str]) -> Iterator[Block]:
 
 
 def save_files(page: Path, folder: Path) -> None:
-    """Writes the blocks of a page that open with a file's name, as its reader would; of several, the first."""
+    """Writes the blocks of a page that open with a file's name, as its reader would; of several, the first. The
+    examples of the repository are there too.
+    """
+    if not (folder / "examples").exists():
+        (folder / "examples").symlink_to(ROOT / "examples")
     for block in reversed(blocks_of(page)):
         if block.file:
             (folder / block.file).write_text(block.body, encoding="utf-8")

@@ -1,5 +1,8 @@
 """The entry points: what `compile`, `inductor_options` and `explain` promise beside what the pass does."""
 
+import contextlib
+import functools
+import gc
 import subprocess
 import sys
 import warnings
@@ -260,3 +263,24 @@ def test_explain_leaves_the_users_tensors_as_they_were() -> None:
         assert report.recognized
     assert fresh.__dict__ == {}
     assert marked.__dict__ == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_collected_again_after_explaining(fails: bool) -> None:
+    def block(x: Tensor) -> Tensor:
+        if fails:
+            raise ValueError("not today")
+        return x.sin()
+
+    assert gc.isenabled()
+    with pytest.raises(WorkloadError) if fails else contextlib.nullcontext():
+        fuseplan.explain(block, randn(4, 8))
+    assert gc.isenabled()
+
+
+def test_advice_on_what_is_never_run_is_not_given() -> None:
+    @functools.lru_cache
+    def twice(value: int) -> int:
+        return 2 * value
+
+    fuseplan.explain(lambda x: x * twice(3), randn(4, 8))

@@ -1,8 +1,10 @@
 """Post-grad graphs of a model as a custom pass would receive them, without generating any code."""
 
 import contextlib
+import gc
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -98,7 +100,10 @@ def _capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str,
     mode = detect_fake_mode(_tensors(inputs))
     marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
     failure: Exception | SystemExit | None = None
-    with no_caches(), torch.no_grad(), _unknown_leading_dimensions(marked), mode or contextlib.nullcontext():
+    with (
+        no_caches(), torch.no_grad(), _uncollected(), _without_advice(), _unknown_leading_dimensions(marked),
+        mode or contextlib.nullcontext(),
+    ):  # fmt: skip
         try:
             compiled(*inputs, **kwargs)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
@@ -125,6 +130,26 @@ def _is_meta(gm: fx.GraphModule) -> bool:
     return any(
         (value := tensor_of(node)) is not None and value.is_meta for node in gm.graph.find_nodes(op="placeholder")
     )
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Dynamo warns of results that a cached function could make wrong; here there are none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
+        yield
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: what tracing makes it keeps, and looking for what it doesn't takes a fifth of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

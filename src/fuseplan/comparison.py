@@ -27,6 +27,7 @@ def compare(
     build_ns: int = 0,
     providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
     evidence: bool = False,
+    notes: Sequence[str] = (),
 ) -> Comparison:
     """Several policies on one workload.
 
@@ -43,6 +44,7 @@ def compare(
         providers: who may run fused ops.
         evidence: whether the comparison brings the drawn graphs, the rows behind its figures and the policies at many
             sizes, which takes a second or two more.
+        notes: what a reader has to know of the workload, one line each.
 
     Raises:
         WorkloadError: nothing could be traced.
@@ -67,7 +69,7 @@ def compare(
         reports=tuple(reports),
         breaks=tuple(map(str, traced.breaks)),
         trace_ns=build_ns + traced.time_ns,
-        notes=tuple(_notes(reports, providers, device)),
+        notes=(*notes, *_notes(reports, providers, device)),
         unconstrained=explanation.unconstrained(subject) if subject else None,
         evidence=explanation.evidence(every) if evidence else None,
     )

@@ -73,12 +73,14 @@ class BuiltWorkload:
         model: a module or function.
         inputs: its arguments.
         build_ns: how long it took to build.
+        notes: what a reader of figures on it has to know, one line each.
     """
 
     name: str
     model: Callable[..., Any]
     inputs: Sequence[Any]
     build_ns: int
+    notes: Sequence[str] = ()
 
 
 def names() -> list[str]:
@@ -110,15 +112,13 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
     start = time.perf_counter_ns()
     model: Callable[..., Any]
     inputs: Sequence[Any]
+    notes: tuple[str, ...] = ()
     with _stand_in_group(tp) as group:
         if name in models.WORKLOADS:
             model, inputs = _build_gpt_oss(name, tp, group, layers)
-        elif name in HUGGING_FACE:
-            model, inputs = _build_hugging_face(
-                huggingface.config_from_dict(HUGGING_FACE[name], name), name, group, layers
-            )
-        elif (path := path_of(name)) is not None:
-            model, inputs = _build_hugging_face(huggingface.load_config(path), name, group, layers)
+        elif (config := _hugging_face_config(name)) is not None:
+            model, inputs = _build_hugging_face(config, name, group, layers)
+            notes = tuple(note for note in (huggingface.plan_note(config),) if note and group is not None)
         elif ":" in name:
             if layers is not None:
                 raise WorkloadError(f"layers={layers}: {name} is a factory, which decides on its layers itself")
@@ -126,7 +126,8 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
         else:
             error = unknown("workload", name, names())
             raise WorkloadError(f"{error}, the path of a Hugging Face config.json, or package.module:factory")
-        yield BuiltWorkload(name=name, model=model, inputs=inputs, build_ns=time.perf_counter_ns() - start)
+        build_ns = time.perf_counter_ns() - start
+        yield BuiltWorkload(name=name, model=model, inputs=inputs, build_ns=build_ns, notes=notes)
 
 
 def path_of(name: str) -> Path | None:
@@ -182,6 +183,14 @@ def _build_gpt_oss(
             return workload.build(group), workload.example_inputs()
     except ValueError as error:
         raise WorkloadError(str(error)) from error
+
+
+def _hugging_face_config(name: str) -> Any:
+    """The transformers configuration that a workload is named by; None for what is named otherwise."""
+    if name in HUGGING_FACE:
+        return huggingface.config_from_dict(HUGGING_FACE[name], name)
+    path = path_of(name)
+    return None if path is None else huggingface.load_config(path)
 
 
 def _build_hugging_face(

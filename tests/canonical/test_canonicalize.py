@@ -158,6 +158,8 @@ def test_quantisation() -> None:
         raised = canonical(lambda x, s, r=reciprocal: quantize(x, s, reciprocal=r), randn(5, 32), scale)
         (node,) = nodes(raised, "static_scaled_fp8_quant")
         assert node.args[2:] == (torch.float8_e4m3fn, rounding)
+    alone = canonical(quantize_rows, randn(1, 1, 32))  # decoding: of a single row, the scale is one number
+    assert alone.recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 1}
     raised = canonical(quantize_rows, randn(5, 32))
     (node,) = nodes(raised, "dynamic_per_token_scaled_fp8_quant")
     assert node.args[1:] == (torch.float8_e4m3fn, 1 / (448.0 * 512.0), "multiply")

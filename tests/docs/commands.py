@@ -86,7 +86,7 @@ class Command:
 
     Attributes:
         environment: the variables set before it.
-        program: `fuseplan`, `python`, `pytest`, `cat`, `make` or `pip`.
+        program: `fuseplan`, `python`, `torchrun`, `pytest`, `cat`, `make` or `pip`.
         arguments: the words after it.
         status: what its comment says of its exit status.
     """
@@ -127,6 +127,7 @@ class Shell:
             "cat": self._cat,
             "make": self._make,
             "pip": self._pip,
+            "torchrun": self._torchrun,
         }
         assert command.program in programs, f"there is no way to run {command.program!r}"
         return programs[command.program](command)
@@ -142,6 +143,17 @@ class Shell:
         path, *arguments = command.arguments
         started = self.forks.start(self.folder, command.environment, arguments, path=str(self.folder / path))
         return self.forks.outcome(started)
+
+    def _torchrun(self, command: Command) -> Outcome:
+        environment = {**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        arguments = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", *command.arguments]
+        done = subprocess.run(
+            arguments, cwd=self.folder, env={**environment, **command.environment}, capture_output=True, text=True,
+            check=False, timeout=400,
+        )  # fmt: skip
+        # gloo's threads now and then outlive their process group, and the interpreter then aborts after its last line.
+        aborted = "terminate called without an active exception" in done.stderr
+        return Outcome(0 if aborted else done.returncode, done.stdout)
 
     def _pytest(self, command: Command) -> Outcome:
         started = self.forks.start(self.folder, command.environment, command.arguments, module="pytest")

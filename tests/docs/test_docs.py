@@ -1,6 +1,7 @@
 """The documentation does what it says: every block of every page runs as written and prints what stands under it."""
 
 import html
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,9 +173,32 @@ def test_the_table_of_obstacles_is_the_one_that_is_planted() -> None:
     assert rows == {name: [obstacle.reason.value] for name, obstacle in OBSTACLES.items()}
 
 
-def test_fields_of_json_are_all_told() -> None:
-    import json
+def test_tables_of_hugging_face_models_are_what_was_measured() -> None:
+    page = ROOT / "docs/huggingface.md"
+    measured = json.loads((ROOT / "benchmarks/results/huggingface.json").read_text(encoding="utf-8"))
+    models = measured["explain"]
+    rules = sorted(models["gpt-oss-120b"]["sites"])
+    heading = ["model", "layers", "norms", "all-reduces", *(f"`{rule}`" for rule in rules), "s", "MiB"]
+    assert f"| {' | '.join(heading)} |" in page.read_text(encoding="utf-8").splitlines()
+    assert rows_under("## What there is to fuse", page) == [
+        [
+            f"`{name}`", str(row["layers"]), str(sum(row["norms"].values())), str(row["all_reduces"]),
+            *(str(row["sites"][rule]) for rule in rules), str(row["s"]), str(row["peak_mib"]),
+        ]
+        for name, row in models.items()
+    ]  # fmt: skip
+    told = [[names(row[0])[0], *row[1:]] for row in rows_under("## What compiling costs", page)]
+    assert told == [
+        [kind, str(row["plain_s"]["median"]), *compile_costs(row["planned"]), *compile_costs(row["fused"])]
+        for kind, row in measured["compile"].items()
+    ]
 
+
+def compile_costs(row: dict[str, Any]) -> list[str]:
+    return [f"{100 * row['share_of_stages']['median']:.1f} %", str(row["wall_clock_ratio"])]
+
+
+def test_fields_of_json_are_all_told() -> None:
     arguments = ["explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--json"]
     data: dict[str, Any] = json.loads(CliRunner().invoke(app, [*arguments, "--forbid", "act_quant"]).stdout)
     told = [name for row in rows_under("versioned by `schema`") for name in names(row[0])]

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,33 @@ SIZES = {
     "num_key_value_heads": 2,
     "vocab_size": 96,
 }
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_hidden_layers": 2, **SIZES},
     "qwen3": {"model_type": "qwen3", "num_hidden_layers": 2, "head_dim": 16, **SIZES},
     "mixtral": {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, **SIZES},
     "phi3": {"model_type": "phi3", "num_hidden_layers": 2, "pad_token_id": 0, **SIZES},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        **SIZES,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        **SIZES,
+    },
+    "gemma3": {
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2, "head_dim": 16, **SIZES},
+        "vision_config": {},
+    },
 }
 
 
@@ -68,6 +91,28 @@ def test_heads_must_divide() -> None:
             WorkloadError, match="tp=3 does not divide the 4 num_attention_heads of llama; use one of 1, 2, 4"
         ):
             huggingface.build(huggingface.config_from_dict(CONFIGS["llama"], "llama"), dist.group.WORLD, "llama")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_of_models_that_see_the_language_model_alone_is_built() -> None:
+    config = huggingface.config_from_dict(CONFIGS["gemma3"], "gemma3")
+    assert (config.model_type, config.num_hidden_layers) == ("gemma3_text", 2)
+
+
+def test_a_model_without_a_tp_plan_is_split_by_its_ep_plan_and_says_so() -> None:
+    assert huggingface.plan_note(huggingface.config_from_dict(CONFIGS["qwen3_moe"], "")) is None
+    note = huggingface.plan_note(huggingface.config_from_dict(CONFIGS["gpt_oss"], ""))
+    assert note == "gpt_oss has no tp_plan, and is split by its ep_plan: experts alone, attention whole on every rank"
+
+
+def test_experts_must_divide() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    try:
+        with pytest.raises(WorkloadError, match=r"tp=3 does not divide dimension 0 of gate_up_proj, \(4, 64, 256\)"):
+            huggingface.build(huggingface.config_from_dict(CONFIGS["gpt_oss"], ""), dist.group.WORLD, "gpt_oss")
     finally:
         dist.destroy_process_group()
 

@@ -35,13 +35,16 @@ class Case:
     Attributes:
         config: the fields of its `config.json`.
         head_norms: norms a layer on queries and keys, beside its two on the residual stream.
+        normed_before_add: two further norms a layer, on what is added to the residual stream: its all-reduces go into
+            those, as they do into its two on the residual stream elsewhere.
         plan: how to split it over the ranks where it brings no `tp_plan` of its own.
-        distribution: what transformers is told to split it over two ranks.
-        reduced: all-reduces a layer in that split that go straight into a residual add and a norm.
+        distribution: what transformers is told to split it over two ranks; empty where it isn't asked to.
+        reduced: all-reduces a layer in that split that go straight into a norm, or into a residual add and a norm.
     """
 
     config: Mapping[str, Any]
     head_norms: int = 0
+    normed_before_add: bool = False
     plan: Mapping[str, str] | None = None
     distribution: Mapping[str, Any] = field(default_factory=lambda: {"tp_plan": "auto"})
     reduced: int = 2
@@ -49,13 +52,20 @@ class Case:
     @property
     def last(self) -> str:
         """The module of a layer that adds to the residual stream after attention."""
-        return "mlp.experts" if "num_local_experts" in self.config else "mlp.down_proj"
+        has_experts = {"num_local_experts", "num_experts"} & self.config.keys()
+        return "mlp.experts" if has_experts else "mlp.down_proj"
+
+    @property
+    def op(self) -> str:
+        """What an all-reduce and the norm behind it are fused to."""
+        return "all_reduce_rms_norm" if self.normed_before_add else "all_reduce_fused_add_rms_norm"
 
     @property
     def norms(self) -> dict[str, int]:
         """What there is to recognise: the first norm has no residual to add."""
         heads = {f"rms_norm[{HEAD}]": self.head_norms * LAYERS} if self.head_norms else {}
-        return {f"fused_add_rms_norm[{HIDDEN}]": 2 * LAYERS, f"rms_norm[{HIDDEN}]": 1, **heads}
+        plain = 2 * LAYERS * self.normed_before_add + 1
+        return {f"fused_add_rms_norm[{HIDDEN}]": 2 * LAYERS, f"rms_norm[{HIDDEN}]": plain, **heads}
 
     def build(self, group: dist.ProcessGroup | None) -> nn.Module:
         """The model with random bf16 weights, the same on every rank; split where there is a group."""
@@ -77,6 +87,21 @@ CASES = {
         reduced=1,
     ),
     "mixtral": Case({"model_type": "mixtral", **MOE, **COMMON}),
+    "gemma3": Case(
+        {"model_type": "gemma3_text", "query_pre_attn_scalar": HEAD, **COMMON}, head_norms=2, normed_before_add=True
+    ),
+    "phi3": Case({"model_type": "phi3", "pad_token_id": 0, **COMMON}, distribution={}),
+    "qwen3_moe": Case(
+        {
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "norm_topk_prob": True,
+            **COMMON,
+        },
+        head_norms=2,
+    ),
 }
 
 

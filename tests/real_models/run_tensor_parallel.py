@@ -63,6 +63,8 @@ def huggingface(folder: Path) -> dict[str, Any]:
     results = {}
     known = {field.name for field in dataclasses.fields(DistributedConfig)}
     for name, case in CASES.items():
+        if not case.distribution:
+            continue
         if not known.issuperset(case.distribution):
             continue  # transformers 5.17 knows no `ep_size`
         path = folder / name

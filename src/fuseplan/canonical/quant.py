@@ -102,11 +102,13 @@ def _raise(canonical: CanonicalGraph, cast: fx.Node, dtype: torch.dtype, scaling
     scale = tensor_of(scaling.scale)
     args: tuple[object, ...]
     assert scale is not None
-    if equal_size(scale.numel(), 1):
+    is_computed = _largest_of(scaling.scale) is scaling.x
+    # Of a single row, as in decoding, the scale is one number too.
+    if equal_size(scale.numel(), 1) and not (is_computed and scale.dim() > 1):
         if scale.dim() > 1:
             detail = f"the scale has the shape {[*scale.shape]}, and the op takes one number"
             raise Unraised(Reason.SIZE, detail, scaling.scale, "scale.reshape(1)")
-        if _largest_of(scaling.scale) is scaling.x:
+        if is_computed:
             detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
             raise Unraised(Reason.OP, detail, scaling.scale)
         args = (scaling.x, scaling.scale, dtype, scaling.rounding.value)

@@ -69,7 +69,7 @@ def compared(
         update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
         return compare(
             built.model, built.inputs, workload=workload, tp=tp, ranges=ranges, device=device, policies=policies,
-            build_ns=built.build_ns, config=config, providers=providers, evidence=evidence,
+            build_ns=built.build_ns, config=config, providers=providers, evidence=evidence, notes=built.notes,
         )  # fmt: skip
 
 

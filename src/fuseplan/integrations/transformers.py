@@ -1,9 +1,9 @@
-"""Hugging Face models from a `config.json` alone: random or fake weights, split by the model's own `tp_plan`."""
+"""Hugging Face models from a `config.json` alone: random or fake weights, split by the model's own plan."""
 
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def load_config(path: Path) -> Any:
 
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
-    """A transformers configuration from its fields.
+    """A transformers configuration from its fields: of the language model alone where there is more to the model.
 
     Raises:
         WorkloadError: see `load_config`.
@@ -54,12 +54,18 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
         ) from error
     fields = _without_code(data)
     model_type = fields.pop("model_type")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
-        raise WorkloadError(f"{where}: transformers knows no causal language model of type {model_type[:80]!r}")
+    unknown = WorkloadError(f"{where}: transformers knows no causal language model of type {model_type[:80]!r}")
+    if model_type not in CONFIG_MAPPING:
+        raise unknown
     try:
-        return CONFIG_MAPPING[model_type](**fields)
+        config = CONFIG_MAPPING[model_type](**fields)
+        text = config.get_text_config()
     except Exception as error:
         raise WorkloadError(f"{where}: transformers can't read it: {one_line(error)}") from error
+    for each in (text, config):
+        if each.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return each
+    raise unknown
 
 
 def _without_code(data: Any) -> Any:
@@ -100,7 +106,7 @@ def build(config: Any, group: dist.ProcessGroup | None, where: str, dtype: torch
 
     Args:
         config: a transformers configuration.
-        group: the ranks to split over by the model's `tp_plan`; None for a whole model.
+        group: the ranks to split over by the model's own plan; None for a whole model.
         where: names the workload in errors.
         dtype: of the weights.
 
@@ -109,7 +115,7 @@ def build(config: Any, group: dist.ProcessGroup | None, where: str, dtype: torch
     """
     from transformers import AutoModelForCausalLM
 
-    if group is not None:
+    if group is not None and _base_plan(config).splits_attention:
         _check_heads(config, group.size(), where)
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
@@ -140,12 +146,12 @@ def shard(model: nn.Module, group: dist.ProcessGroup, where: str, plan: Mapping[
         model: on the meta device, fake or real; the model's own code isn't touched.
         group: the ranks.
         where: names the workload in errors.
-        plan: style by module or parameter name, `*` for layer numbers; None: the model's own `tp_plan`.
+        plan: style by module or parameter name, `*` for layer numbers; None: the model's own, see `plan_note`.
 
     Raises:
         WorkloadError: there is no plan, it has an unknown style, or a size isn't divisible.
     """
-    plan = _tp_plan(model) if plan is None else plan
+    plan = _own_plan(model) if plan is None else plan
     if not plan:
         raise WorkloadError(
             f"{where}: {type(model).__name__} has no tp_plan; use --tp 1, or shard the model in a factory"
@@ -161,24 +167,64 @@ def shard(model: nn.Module, group: dist.ProcessGroup, where: str, plan: Mapping[
                 _style(style, where).apply(module, group, where)
 
 
-def _tp_plan(model: Any) -> dict[str, str]:
-    base = {f"{model.base_model_prefix}.{key}": style for key, style in (model.config.base_model_tp_plan or {}).items()}
+class _BasePlan(NamedTuple):
+    """How a configuration says to split its model, below the head.
+
+    Attributes:
+        styles: by name below the base model; empty where it doesn't say.
+        splits_attention: whether it is the `tp_plan`, and not the `ep_plan` that a model without one may have.
+    """
+
+    styles: Mapping[str, str]
+    splits_attention: bool
+
+
+def _base_plan(config: Any) -> _BasePlan:
+    tensors = getattr(config, "base_model_tp_plan", None) or {}
+    experts = getattr(config, "base_model_ep_plan", None) or {}
+    return _BasePlan(tensors or experts, bool(tensors) or not experts)
+
+
+def _own_plan(model: Any) -> dict[str, str]:
+    base = {f"{model.base_model_prefix}.{key}": style for key, style in _base_plan(model.config).styles.items()}
     head = getattr(type(model), "_tp_plan", None)
     return {**base, **(head or {})} if base else {}
+
+
+def plan_note(config: Any) -> str | None:
+    """What a reader has to know of how `shard` splits a model by its own plan: None where that is its `tp_plan`.
+
+    A model without a `tp_plan` whose `ep_plan` says how to split its experts, such as GPT-OSS, is split by that.
+    """
+    if _base_plan(config).splits_attention:
+        return None
+    return (
+        f"{config.model_type} has no tp_plan, and is split by its ep_plan: experts alone, attention whole on every rank"
+    )
 
 
 class _Style:
     """How one entry of a `tp_plan` splits a module, named as transformers names it.
 
     Args:
-        dim: the dimension of a weight that is split, from the end; None: nothing is.
+        dim: the dimension of a weight that is split; None: nothing is.
         packed: the dimension holds two halves (gate and up), each of which is split.
         splits_input: the input is whole and the module takes its slice of the last dimension.
+        routes: the module holds this rank's part of the experts, and takes their numbers among all.
         output: what happens to the result: kept, summed over the ranks, or gathered along the last dimension.
     """
 
-    def __init__(self, dim: int | None, output: str, *, packed: bool = False, splits_input: bool = False) -> None:
-        self.dim, self.output, self.packed, self.splits_input = dim, output, packed, splits_input
+    def __init__(
+        self,
+        dim: int | None,
+        output: str,
+        *,
+        packed: bool = False,
+        splits_input: bool = False,
+        routes: bool = False,
+    ) -> None:
+        self.dim, self.output = dim, output
+        self.packed, self.splits_input, self.routes = packed, splits_input, routes
 
     def apply(self, module: nn.Module, group: dist.ProcessGroup, where: str) -> None:
         """Splits the module's own parameters and completes its result."""
@@ -189,6 +235,7 @@ class _Style:
             else:
                 self.narrow(module, name, group, where)
         module.register_forward_pre_hook(_take_slice(group)) if self.splits_input else None
+        module.register_forward_pre_hook(_route(module, group)) if self.routes else None
         if self.output != "keep":
             module.register_forward_hook(_sum(group) if self.output == "sum" else _gather(group))
 
@@ -196,7 +243,7 @@ class _Style:
         """Keeps this rank's part of one parameter."""
         assert self.dim is not None
         parameter = getattr(module, name)
-        dim = parameter.dim() - 1 if name == "bias" else parameter.dim() + self.dim
+        dim = parameter.dim() - 1 if name == "bias" else self.dim % parameter.dim()
         halves = parameter.chunk(2, dim) if self.packed else (parameter,)
         if halves[0].shape[dim] % group.size():
             raise WorkloadError(
@@ -214,6 +261,8 @@ _STYLES = {
     "rowwise": _Style(-1, "sum"),
     "rowwise_split_input": _Style(-1, "sum", splits_input=True),
     "moe_tp_experts": _Style(None, "sum"),
+    "grouped_gemm": _Style(0, "keep"),
+    "ep_dispatch_experts": _Style(None, "sum", routes=True),
     "replicated_with_grad_allreduce": _Style(None, "keep"),
 }
 
@@ -247,5 +296,20 @@ def _gather(group: dist.ProcessGroup) -> Callable[..., Tensor]:
 def _take_slice(group: dist.ProcessGroup) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].chunk(group.size(), -1)[group.rank()], *args[1:])
+
+    return hook
+
+
+def _route(module: Any, group: dist.ProcessGroup) -> Callable[..., Any]:
+    """Numbers experts as a rank does that has a part of them: those of the others are one past its last, weighing
+    nothing. Experts of transformers leave such rows out once they are told that there are any.
+    """
+    count = module.num_experts // group.size()
+    module.num_experts, module._is_expert_parallel = count, True
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, index, weights = args
+        elsewhere = index // count != group.rank()
+        return hidden, torch.where(elsewhere, count, index % count), weights.masked_fill(elsewhere, 0)
 
     return hook

@@ -1,0 +1,57 @@
+"""Models from their published configurations, at full width on fake tensors, split over two ranks by their own plans.
+
+Two layers of each in `make test`, all of them at night.
+"""
+
+import pytest
+import transformers
+from torch.torch_version import TorchVersion
+
+import fuseplan
+from fuseplan import workloads
+from fuseplan.integrations import transformers as huggingface
+from tests.real_models.cases import norms
+from tests.real_models.full_size import FULL_SIZE, TP, config_path
+
+RULES = ("act_padding", "act_quant", "allreduce_rms", "allreduce_rms_padding", "allreduce_rms_quant", "norm_quant")
+
+
+def test_every_configuration_is_tried() -> None:
+    assert {path.stem for path in config_path("").parent.glob("*.json")} == {*FULL_SIZE}
+    for name, shape in FULL_SIZE.items():
+        assert huggingface.load_config(config_path(name)).num_hidden_layers == shape.layers
+
+
+def check(name: str, layers: int) -> None:
+    shape = FULL_SIZE[name]
+    if name.startswith("gpt-oss") and TorchVersion(transformers.__version__) < "5.23":
+        pytest.skip("older transformers split GPT-OSS by another plan")
+    config = fuseplan.PassConfig(compile_ranges=[fuseplan.CompileRange(start=1, end=64)])
+    with workloads.build(str(config_path(name)), tp=TP, layers=layers) as built:
+        report = fuseplan.explain(built.model, *built.inputs, config=config, device="h200")
+    assert [note.partition(",")[0] for note in built.notes] == ["gpt_oss has no tp_plan"] * name.startswith("gpt-oss")
+    assert report.breaks == ()
+    assert len(report.graphs) == 1
+
+    # Every norm and every all-reduce is recognised, and every all-reduce goes into a norm.
+    expected, sites = shape.norms(layers), shape.reduced * layers
+    reduces = {op: count for op, count in report.recognized.items() if op.startswith("all_reduce")}
+    assert norms(report.recognized) == expected
+    assert reduces == shape.all_reduces(layers)
+    assert {rule: report.matched.get(rule) for rule in RULES} == dict.fromkeys(RULES, 0) | {"allreduce_rms": sites}
+    assert report.fused["allreduce_rms"] == sites
+
+    # Every other norm says why not: what is in the place of an all-reduce.
+    misses = [miss for miss in report.near_misses if miss.rule == "allreduce_rms" and miss.expected == "all_reduce"]
+    assert sum(miss.count for miss in misses) == sum(expected.values()) - sites
+
+
+@pytest.mark.parametrize("name", sorted(FULL_SIZE))
+def test_two_layers(name: str) -> None:
+    check(name, 2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", sorted(FULL_SIZE))
+def test_all_layers(name: str) -> None:
+    check(name, FULL_SIZE[name].layers)
