@@ -300,12 +300,17 @@ def _take_slice(group: dist.ProcessGroup) -> Callable[..., Any]:
     return hook
 
 
+SKIPS_ABSENT_EXPERTS = "_is_expert_parallel"
+"""What transformers itself sets on experts that it splits; models without it never read it."""
+
+
 def _route(module: Any, group: dist.ProcessGroup) -> Callable[..., Any]:
     """Numbers experts as a rank does that has a part of them: those of the others are one past its last, weighing
     nothing. Experts of transformers leave such rows out once they are told that there are any.
     """
     count = module.num_experts // group.size()
-    module.num_experts, module._is_expert_parallel = count, True
+    module.num_experts = count
+    setattr(module, SKIPS_ABSENT_EXPERTS, True)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, index, weights = args

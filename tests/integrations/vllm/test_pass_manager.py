@@ -51,7 +51,8 @@ class NormRelu(VllmPatternMatcherPass):  # type: ignore[misc]
             return result
 
         def replacement(x: Tensor, weight: Tensor) -> Tensor:
-            return norm_relu(x, weight)
+            result: Tensor = norm_relu(x, weight)
+            return result
 
         example = [torch.empty(4, HIDDEN, dtype=torch.bfloat16), torch.empty(HIDDEN, dtype=torch.bfloat16)]
         pm.register_replacement(pattern, replacement, example, pm.fwd_only, self.patterns)
