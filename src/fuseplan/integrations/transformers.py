@@ -63,7 +63,8 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
     except Exception as error:
         raise WorkloadError(f"{where}: transformers can't read it: {one_line(error)}") from error
     for each in (text, config):
-        if each.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        # A `text_config` that the model's own configuration doesn't know of stays what the file has.
+        if getattr(each, "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return each
     raise unknown
 
