@@ -31,6 +31,14 @@ def save(name: str, folder: Path) -> Path:
                 parameter.normal_(0.0, 0.08)
             else:
                 parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.1)
+        # As in fuseplan's own workloads: routing is sharp, experts are quiet and the head has an opinion, so that rounding
+        # doesn't grow into other experts and other tokens.
+        for parameter_name, parameter in model.named_parameters():
+            if "router.weight" in parameter_name:
+                parameter.mul_(12.0)
+            elif "experts.down_proj" in parameter_name:
+                parameter.mul_(0.3)
+        model.lm_head.weight.mul_(0.3).add_(model.model.embed_tokens.weight.roll(7, 0), alpha=3.0)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

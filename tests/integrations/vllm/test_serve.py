@@ -52,8 +52,9 @@ def wait_for(port: int, server: "subprocess.Popen[bytes]") -> None:
 def test_a_server_answers_and_names_its_report(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     port, model, log = free_port(), str(checkpoint("llama")), tmp_path / "log"
     reports = tmp_path / "reports"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--dtype", "bfloat16", "--port", str(port)]
-    command += ["--max-model-len", "128", "--max-num-seqs", "4", "--host", "127.0.0.1"]
+    # What `vllm serve` runs: the CPU build has no such command, since its package has another name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "bfloat16"]
+    command += ["--port", str(port), "--max-model-len", "128", "--max-num-seqs", "4", "--host", "127.0.0.1"]
     variables = environment(tmp_path / "cache", FUSEPLAN_REPORT_DIR=str(reports), **ASKED)
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
