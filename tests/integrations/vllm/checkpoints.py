@@ -31,8 +31,8 @@ def save(name: str, folder: Path) -> Path:
                 parameter.normal_(0.0, 0.08)
             else:
                 parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.1)
-        # As in fuseplan's own workloads: routing is sharp, experts are quiet and the head has an opinion, so that rounding
-        # doesn't grow into other experts and other tokens.
+        # As in fuseplan's own workloads: routing is sharp, experts are quiet and the head has an opinion, so that
+        # rounding doesn't grow into other experts and other tokens.
         for parameter_name, parameter in model.named_parameters():
             if "router.weight" in parameter_name:
                 parameter.mul_(12.0)

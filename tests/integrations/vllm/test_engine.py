@@ -12,8 +12,8 @@ from tests.integrations.vllm.conftest import ASKED, Engine, Run
 
 SPLIT = "ordered(allreduce_rms_padding, allreduce_rms, act_padding)"
 CLOSE = 0.25
-"""Of log probabilities; 0.17 was seen. bf16 rounds by 2^-9, and the engines differ in where an all-reduced sum is rounded,
-if at all."""
+"""Of log probabilities; 0.17 was seen. bf16 rounds by 2^-9, and engines differ in where a reduced sum is rounded, if at
+all."""
 
 
 def recognised(model: str, tp: int) -> dict[str, int]:
