@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, unfuse
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
 from fuseplan.record import Reason, Report
+from fuseplan.record.report import merged
 from fuseplan.report.trace import publish
 from fuseplan.rules import BUILT_IN_RULES, Rule
 
@@ -226,9 +226,9 @@ class _Backend(torch._TorchCompileInductorWrapper):
             compiled = super().__call__(model_, inputs_, **extra)  # type: ignore[no-untyped-call]
         except Exception as error:
             if self.fresh:
-                self._settle(model_, _merged(self.fresh), failed(error))
+                self._settle(model_, merged(self.fresh), failed(error))
             raise
-        report = _merged(self.fresh) if self.fresh else store.load(key)
+        report = merged(self.fresh) if self.fresh else store.load(key)
         if report is None:
             if not dist.is_initialized() or dist.get_world_size() == 1:
                 return compiled
@@ -272,14 +272,6 @@ class _Backend(torch._TorchCompileInductorWrapper):
 
     def __hash__(self) -> int:
         return hash(self.config[HOOK])
-
-
-def _merged(reports: Sequence[Report]) -> Report:
-    return replace(
-        reports[0],
-        graphs=tuple(graph for report in reports for graph in report.graphs),
-        warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
-    )
 
 
 def explain(

@@ -69,7 +69,12 @@ def save(key: str, report: Report) -> None:
 
 def load(key: str) -> Report | None:
     """A stored report, marked as such, or None where there is none that can be read."""
-    report = stored.load_stored(Report, _path(key), LARGEST_BYTES)
+    return load_file(_path(key))
+
+
+def load_file(path: Path) -> Report | None:
+    """The report in a file, marked as one of a warm cache, or None where there is none that can be read."""
+    report = stored.load_stored(Report, path, LARGEST_BYTES)
     if report is None:
         return None
     return replace(report, graphs=tuple(replace(graph, from_cache=True) for graph in report.graphs))

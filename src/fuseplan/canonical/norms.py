@@ -31,6 +31,7 @@ from fuseplan.graph.facts import (
     equal_shape,
     equal_size,
     is_call,
+    other_operand,
     tensor_of,
 )
 from fuseplan.graph.legality import is_convex
@@ -89,7 +90,7 @@ def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
     user = only_reader(normed, "the normalised value")
     if is_call(user, convert_element_type):
         product = _only_user(user, MULS, "the normalised value is multiplied by a weight")
-        weight = _weight(_other(product, user), total, product)
+        weight = _weight(other_operand(product, user), total, product)
         return _Norm(
             total=total, weight=weight, eps=eps, rounding=Rounding.LLAMA, y=product,
             interior=(*interior, normed, user, product), rounded_to=dtype_of(user),
@@ -99,7 +100,7 @@ def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
             Reason.OP, f"expected that the normalised value is multiplied by a weight, found {user.target}", user,
             expected=aten.mul.Tensor,
         )  # fmt: skip
-    factor, adds_one = _strip_weight(_other(user, normed))
+    factor, adds_one = _strip_weight(other_operand(user, normed))
     weight = _weight(factor, total, user)
     y: fx.Node = user
     tail: tuple[fx.Node, ...] = (normed, user)
@@ -270,8 +271,3 @@ def _only_user(node: fx.Node, targets: tuple[object, ...], what: str) -> fx.Node
     if not is_call(user, *targets):
         raise Unraised(Reason.OP, f"expected that {what}, found {user.target}", user, expected=targets[0])
     return user
-
-
-def _other(product: fx.Node, operand: fx.Node) -> object:
-    left, right = product.args
-    return right if left is operand else left

@@ -33,6 +33,7 @@ from fuseplan.graph.facts import (
     equal_shape,
     equal_size,
     is_call,
+    other_operand,
     tensor_of,
 )
 from fuseplan.graph.legality import Contraction, is_convex
@@ -195,7 +196,13 @@ def _read_turned(neg: Call) -> _Rotation | None:
         raise Unraised(Reason.OP, "what is added to the turned half isn't x times cosines", total)
     only_reader(straight, "the product of x and the cosines")
     return _finish(
-        neg, source, _other(straight, source), _other(turned, cat), total, (straight, turned), (neg, cat, total)
+        neg,
+        source,
+        other_operand(straight, source),
+        other_operand(turned, cat),
+        total,
+        (straight, turned),
+        (neg, cat, total),
     )
 
 
@@ -338,11 +345,6 @@ def _joined(part: fx.Node) -> Call | None:
     if not is_call(cat, aten.cat.default) or len(cat.args[0]) != 2:
         return None
     return cat if _is_last(cat, (*cat.args, 0)[1]) else None
-
-
-def _other(product: Call, operand: fx.Node) -> object:
-    left, right = product.args
-    return right if left is operand else left
 
 
 def _require_whole(source: fx.Node, root: fx.Node) -> None:

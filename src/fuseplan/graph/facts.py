@@ -34,6 +34,12 @@ def is_call(node: object, *targets: object) -> TypeGuard[Call]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def other_operand(call: fx.Node, operand: object) -> object:
+    """Of an op with two operands the one that isn't `operand`."""
+    left, right = call.args
+    return right if left is operand else left
+
+
 def tensor_of(node: object) -> Tensor | None:
     """The fake tensor that stands for a node's value, or None where it holds no single tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None

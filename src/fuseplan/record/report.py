@@ -4,7 +4,7 @@ policies side by side (`Comparison`, the object that `fuseplan explain --json` p
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fuseplan.errors import PlanError
@@ -335,3 +335,12 @@ class Comparison:
                 "there is no plan to save: policy planned isn't among those compared, or nothing was traced"
             )
         return SavedPlans(workload=self.workload, tp=self.tp, plans=tuple(found))
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """One report on the graphs of several, at least one, of one policy."""
+    return replace(
+        reports[0],
+        graphs=tuple(graph for report in reports for graph in report.graphs),
+        warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
+    )

@@ -26,7 +26,6 @@ PASS_NAME = "vllm_pass"
 
 HOOK = "post_grad_custom_post_pass"
 DIGEST = "digest"
-OLDEST = "0.22"
 
 log = logging.getLogger("vllm.fuseplan")
 """Below vLLM's own logger, so that it is formatted and filtered as vLLM's lines are."""
@@ -82,11 +81,16 @@ def adopt(config: Any) -> None:
         raise ConfigError(
             f"additional_config is a {type(additional).__name__}; fuseplan needs a dict, to enter vLLM's cache key"
         )
-    settings = {name: value for name, value in (given or {}).items() if name != DIGEST}
+    settings = _settings(given or {})
     digest = _digest(pass_config(settings))
     if given is None or given.get(DIGEST) != digest:
         additional[KEY] = {**settings, DIGEST: digest}
-        _announce(config)
+        _announce(config, pass_config(settings))
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """What the user gave, without what the plugin added."""
+    return {name: value for name, value in given.items() if name != DIGEST}
 
 
 def _digest(config: PassConfig) -> str:
@@ -116,15 +120,15 @@ def asked_for(config: Any) -> PassConfig | None:
     additional = config.additional_config
     if not isinstance(additional, dict) or KEY not in additional:
         return None
-    return pass_config({name: value for name, value in additional[KEY].items() if name != DIGEST})
+    return pass_config(_settings(additional[KEY]))
 
 
-def _announce(config: Any) -> None:
+def _announce(config: Any, chosen: PassConfig) -> None:
     """Says in one line what was done, and loudly where nothing will come of it."""
     import vllm
     from vllm.config import CompilationMode
 
-    mode, policy = config.compilation_config.mode, pass_config_text(config)
+    mode = config.compilation_config.mode
     if mode == CompilationMode.NONE or config.compilation_config.backend == "eager":
         why = f"mode={mode.name}" if mode == CompilationMode.NONE else "backend=eager"
         log.warning(
@@ -134,15 +138,8 @@ def _announce(config: Any) -> None:
         return
     log.info(
         "fuseplan %s is vLLM's post-grad pass: policy %s, vLLM %s, torch %s, compilation mode %s",
-        fuseplan.__version__, policy, vllm.__version__, torch.__version__, mode.name,
+        fuseplan.__version__, chosen.chosen_policy, vllm.__version__, torch.__version__, mode.name,
     )  # fmt: skip
-
-
-def pass_config_text(config: Any) -> str:
-    """The policy, for the log."""
-    chosen = asked_for(config)
-    assert chosen is not None
-    return str(chosen.chosen_policy)
 
 
 def _prepare(worker: Any) -> None:

@@ -1,21 +1,20 @@
 """What a worker's graphs became, in its log and as a file; from a warm start, too."""
 
-import functools
 import hashlib
 import logging
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import distributed_c10d
 
+from fuseplan import store
 from fuseplan.config import Environment
 from fuseplan.distributed import agree
 from fuseplan.errors import UnsupportedError
 from fuseplan.first_run import digest_of
 from fuseplan.record import Report, stored
-from fuseplan.store import LARGEST_BYTES
+from fuseplan.record.report import merged
 
 KEPT = "fuseplan_journal"
 
@@ -53,7 +52,7 @@ class Journal:
         Raises:
             UnsupportedError: the ranks of a tensor-parallel group run different plans.
         """
-        report = _merged(self.reports) if self.reports else self._stored()
+        report = merged(self.reports) if self.reports else store.load_file(self.path)
         _agree(report)
         if report is None:
             log.warning(
@@ -71,23 +70,6 @@ class Journal:
             self.rank, graphs, "" if graphs == 1 else "s", "" if self.reports else " from the cache",
             fused or "nothing", found or "nothing", self.path,
         )  # fmt: skip
-
-    def _stored(self) -> Report | None:
-        report = stored.load_stored(Report, self.path, LARGEST_BYTES)
-        if report is None:
-            return None
-        return replace(report, graphs=tuple(replace(graph, from_cache=True) for graph in report.graphs))
-
-
-def _merged(reports: list[Report]) -> Report:
-    return functools.reduce(
-        lambda left, right: replace(
-            left,
-            graphs=(*left.graphs, *right.graphs),
-            warnings=tuple(dict.fromkeys((*left.warnings, *right.warnings))),
-        ),
-        reports,
-    )
 
 
 def _path(config: Any) -> Path:
