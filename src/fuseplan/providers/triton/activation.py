@@ -1,0 +1,72 @@
+"""silu(gate) * up -> static or dynamic fp8 quantisation, in one kernel.
+
+The equivalent eager code is the composed reference of the op, `fuseplan.dialect.fused`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fuseplan.dialect import ActivationRounding
+from fuseplan.providers.triton.launching import Finish, flattened, tile
+from fuseplan.providers.triton.rows import divided, rounded, store_finished
+
+
+@triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
+def _silu_and_mul(
+    gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, rows, gate_row, up_row, min_scale,
+    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDS_ACTIVATED: tl.constexpr, EPILOGUE: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr,
+    INTERPRETED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """Tiles of ROWS x BLOCK; a row may take several of them, side by side, where its scale is given."""
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    at = row.to(tl.int64)[:, None]
+    gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    activated = divided(gate, 1.0 + tl.exp(-gate), INTERPRETED)
+    if ROUNDS_ACTIVATED:
+        activated = rounded(activated, dtype)
+    store_finished(
+        activated * up, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH,
+        EPILOGUE, MOST, MULTIPLIES, INTERPRETED,
+    )  # fmt: skip
+
+
+WIDEST = 4096
+"""Elements of a row that a program takes, where others may take the rest."""
+
+
+def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Tensor, ...]:
+    """The family's op.
+
+    Args:
+        gate: [..., intermediate], any strides; bfloat16, float16 or float32.
+        up: the same.
+        rounding: one of `ActivationRounding`.
+        finish: the epilogue.
+
+    Returns:
+        The epilogue's results.
+    """
+    gates, ups = flattened(gate), flattened(up)
+    rows, width = gates.shape
+    results = finish.results(gate)
+    if gate.numel():
+        shape = tile(width if finish.kind == "dynamic_fp8_quant" else min(width, WIDEST), rows)
+        with torch.cuda.device_of(gate):
+            _silu_and_mul[(triton.cdiv(rows, shape.rows), triton.cdiv(width, shape.block))](
+                gates, ups, results[0], *finish.pointers(results), rows, gates.stride(0), ups.stride(0),
+                finish.min_scale,
+                WIDTH=width, ROWS=shape.rows, BLOCK=shape.block,
+                ROUNDS_ACTIVATED=ActivationRounding(rounding) is ActivationRounding.LLAMA,
+                **finish.constants(width), **shape.launch(gate),
+            )  # fmt: skip
+    return results

@@ -1,0 +1,291 @@
+"""All-reduce [-> residual add] -> RMSNorm [-> pad, static or dynamic fp8 quantisation], in one kernel.
+
+total = sum over ranks of x [+ residual];  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
+
+One shot: each rank stores its rows into every other rank's memory and sums what it was sent. Two shots: it stores each row
+into the memory of the one rank that owns it, which sums the row and stores the sum into everybody's memory; 2 / N of the
+bytes over the links for N ranks, and twice the wait.
+
+There is no barrier. A word of a buffer holds EMPTY, a NaN that no rank ever sends, until its value comes, as in Lamport's
+construction and NCCL's LL protocols. Three slots take turns: while slot n is filled, slot n - 1, which was read in the call
+before, is emptied; no other rank can be sending to it before this rank has taken part in call n + 1. What was written in a
+slot is remembered, so that a smaller call empties after a larger one. The turn is counted in device memory, so that
+replays of a graph advance it like eager calls.
+
+Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fuseplan.distributed.workspace import Workspace
+from fuseplan.providers.triton.launching import Finish, Norm, Tile, flattened, tile
+from fuseplan.providers.triton.rows import normalized, rounded, store_finished
+
+SLOTS = tl.constexpr(3)
+TURN, COUNTED, WRITTEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Words of a workspace's state: calls so far, programs of this call that know it, then how much of each slot was
+written: of what ranks send each other, and of sums."""
+UNIT = tl.constexpr(64)
+ARRIVED, LATE, AWAITED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def clock(polls, TIMED: tl.constexpr):
+    """Nanoseconds, or the number of polls where no clock is known."""
+    if TIMED:
+        return tl.extra.cuda.globaltimer()
+    return polls
+
+
+@triton.jit
+def receive(source, inside, limit, TIMED: tl.constexpr):
+    """Waits until no word of a tile is EMPTY, or for `limit`; (the words, whether some are still missing).
+
+    Whether to go on is a maximum over all elements and not each thread's own view, so that threads stay together.
+    """
+    polls = tl.zeros((), dtype=tl.int64)
+    start = clock(polls, TIMED)
+    words = tl.load(source, mask=inside, other=0, volatile=True)
+    state = tl.max(tl.max(tl.where(words == -1, AWAITED, ARRIVED), axis=1), axis=0)
+    while state == AWAITED:
+        words = tl.load(source, mask=inside, other=0, volatile=True)
+        polls += 1
+        missing = tl.where(clock(polls, TIMED) - start < limit, AWAITED, LATE)
+        state = tl.max(tl.max(tl.where(words == -1, missing, ARRIVED), axis=1), axis=0)
+    return words, state
+
+
+@triton.jit
+def sent(x, WORD: tl.constexpr):
+    """The words of x, none of them EMPTY: another NaN stands for the NaN of that name."""
+    words = x.to(WORD, bitcast=True)
+    return tl.where(words == -1, (1 << (WORD.primitive_bitwidth - 1)) - 1, words).to(WORD)
+
+
+@triton.jit
+def memory_of(mine, distances, rank: tl.constexpr):
+    """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes."""
+    return mine + tl.load(distances + rank) * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
+
+
+@triton.jit
+def empty(mine, chunk, written, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Empties one of the chunks of BLOCK words, of `written`."""
+    at = (chunk * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(mine + at, tl.full((ROWS, BLOCK), -1, mine.dtype.element_ty), mask=at < written)
+
+
+@triton.jit(do_not_specialize=["rows", "limit", "shot_units", "sums_units_at", "sums_units"])
+def _all_reduce_norm(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, scale_ptr, scales_ptr, mine, distances, state, failure,
+    rows, x_row, residual_row, weight_dim, eps, min_scale, limit, shot_units, sums_units_at, sums_units,
+    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
+    ROUNDS_SUM: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, EPILOGUE: tl.constexpr,
+    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, INTERPRETED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
+    """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
+
+    In two shots a tile's owner is the rank of the tile's place in this sequence, modulo ranks.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    turn = tl.load(state + TURN)
+    slot, last = turn % SLOTS, (turn + 2) % SLOTS
+    WORD: tl.constexpr = mine.dtype.element_ty
+    # Parts of a workspace begin at multiples of UNIT words, which lets the compiler store 16 bytes at once.
+    shot_words, sums_words, sums_at = shot_units * UNIT, sums_units * UNIT, sums_units_at * UNIT
+    written = tl.load(state + WRITTEN + last) * UNIT
+    summed = tl.load(state + WRITTEN + SLOTS + last) * UNIT
+    slot_at, last_at = slot * (RANKS - 1) * shot_words, last * (RANKS - 1) * shot_words
+    weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
+    steps = tl.cdiv(tl.cdiv(rows, ROWS), programs)
+    for step in range(steps + (1 + TWO_SHOT) * LAG):
+        # Send.
+        row = (step * programs + program) * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
+        if TWO_SHOT:
+            packed = (step // RANKS * programs + program) * ROWS + tl.arange(0, ROWS)
+            at = packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        else:
+            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        for to in tl.static_range(RANKS):
+            if to != RANK:
+                place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
+                takes = inside
+                if TWO_SHOT:
+                    takes = inside & (step % RANKS == to)
+                tl.store(memory_of(mine, distances, to) + place + at, sent(x, WORD), mask=takes)
+        # Empty what was read in the call before.
+        for source in tl.static_range(RANKS - 1):
+            empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
+        if step == 0:
+            # All threads have used the turn. Once all programs have, it is the next call's.
+            tl.debug_barrier()
+            if tl.atomic_add(state + COUNTED, 1, sem="relaxed", scope="gpu") == programs - 1:
+                tl.store(state + COUNTED, 0)
+                tl.store(state + WRITTEN + last, 0)
+                tl.store(state + WRITTEN + SLOTS + last, 0)
+                if TWO_SHOT:
+                    packed_rows = tl.cdiv(steps, RANKS).to(tl.int64) * programs * ROWS
+                    tl.store(state + WRITTEN + slot, tl.cdiv(packed_rows * WIDTH, UNIT))
+                    tl.store(state + WRITTEN + SLOTS + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
+                else:
+                    tl.store(state + WRITTEN + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
+                tl.store(state + TURN, turn + 1)
+        # Sum what was sent LAG steps ago.
+        row = ((step - LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
+        inside = ((row >= 0) & (row < rows))[:, None] & (column < WIDTH)[None, :]
+        if ADDS and not TWO_SHOT:
+            there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
+            residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
+        if LAG > 0:
+            x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
+        summing = inside
+        if TWO_SHOT:
+            summing = inside & ((step - LAG) % RANKS == RANK)
+            packed = ((step - LAG) // RANKS * programs + program) * ROWS + tl.arange(0, ROWS)
+            at = packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        else:
+            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        for source in tl.static_range(RANKS):
+            if source == RANK:
+                part = x.to(tl.float32)
+            else:
+                place = slot_at + ((source - RANK + RANKS) % RANKS - 1) * shot_words
+                words, arrival = receive(mine + place + at, summing, limit, TIMED)
+                if arrival == LATE:
+                    tl.store(failure, source + 1)
+                    limit = tl.zeros_like(limit)
+                part = words.to(dtype, bitcast=True).to(tl.float32)
+            # -0.0 and -0.0 is -0.0, but not if 0.0 comes first.
+            total = part if source == 0 else total + part
+        total = rounded(total, dtype)
+        if TWO_SHOT:
+            # Hand on the sums of one's own rows, and take everybody's LAG steps later.
+            sums = sums_at + slot * sums_words
+            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            for to in tl.static_range(RANKS):
+                tl.store(memory_of(mine, distances, to) + sums + at, sent(total.to(dtype), WORD), mask=summing)
+            empty(mine + sums_at + last * sums_words, step * programs + program, summed, BLOCK, ROWS)
+            row = ((step - 2 * LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
+            inside = ((row >= 0) & (row < rows))[:, None] & (column < WIDTH)[None, :]
+            if ADDS:
+                there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
+                residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
+            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            words, arrival = receive(mine + sums + at, inside, limit, TIMED)
+            if arrival == LATE:
+                tl.store(failure, RANKS + 1)
+                limit = tl.zeros_like(limit)
+            total = words.to(dtype, bitcast=True).to(tl.float32)
+        if ADDS:
+            total += residual
+        kept = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        tl.store(total_ptr + kept, total.to(total_ptr.dtype.element_ty), mask=inside)
+        if ADDS and ROUNDS_SUM:
+            total = rounded(total, dtype)
+        y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
+        store_finished(
+            y, y_ptr, scale_ptr, scales_ptr, row, column, (row >= 0) & (row < rows), min_scale, dtype, WIDTH, OUT_WIDTH, EPILOGUE, MOST,
+            MULTIPLIES, INTERPRETED,
+        )  # fmt: skip
+    # Empty the rest of what a larger call has left.
+    emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program
+    for chunk in range(emptied, tl.cdiv(written, ROWS * BLOCK), programs):
+        for source in tl.static_range(RANKS - 1):
+            empty(mine + last_at + source * shot_words, chunk, written, BLOCK, ROWS)
+    for chunk in range(emptied, tl.cdiv(summed, ROWS * BLOCK), programs):
+        empty(mine + sums_at + last * sums_words, chunk, summed, BLOCK, ROWS)
+
+
+MOST_ONE_SHOT_PROGRAMS = 512
+"""Not tuned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a call is spread over programs, and its tiles over time.
+
+    Attributes:
+        tile: what a program holds.
+        programs: how many there are; all of them have to be on the device at once.
+        two_shot: whether each row is summed by one rank alone.
+        lag: tiles between sending and summing.
+    """
+
+    tile: Tile
+    programs: int
+    two_shot: bool
+    lag: int
+
+    @classmethod
+    def of(cls, width: int, out_width: int, rows: int, itemsize: int, ranks: int) -> "Schedule":
+        """For rows of `width` elements. Not tuned."""
+        shape = tile(out_width, 1)
+        two_shot = ranks > 2 and rows * width * itemsize > MOST_ONE_SHOT_BYTES
+        programs = min(rows, MOST_ONE_SHOT_PROGRAMS)
+        return cls(tile=shape, programs=programs, two_shot=two_shot, lag=0 if rows <= programs else 1)
+
+    def words(self, width: int, rows: int, ranks: int) -> tuple[int, int]:
+        """Words that a rank is sent by each other rank, and words of sums."""
+        if not self.two_shot:
+            return rows * width, 0
+        steps = triton.cdiv(triton.cdiv(rows, self.tile.rows), self.programs)
+        return triton.cdiv(steps, ranks) * self.programs * self.tile.rows * width, rows * width
+
+
+MOST_ONE_SHOT_BYTES = 1 << 20
+"""Of a message that is sent to every other rank, where there are more than one. Not tuned."""
+
+
+def run(
+    x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish, workspace: Workspace, schedule: Schedule | None = None
+) -> tuple[Tensor, ...]:
+    """The family's op, in one launch.
+
+    Args:
+        x: [..., hidden], any strides; bfloat16, float16 or float32; equal shapes on all ranks.
+        residual: the same, or float32; None: there is none.
+        norm: weight, epsilon and rounding.
+        finish: the epilogue.
+        workspace: of the group; it has to be large enough.
+        schedule: None: by size.
+
+    Returns:
+        The epilogue's results, and the sum that was normalised.
+
+    Raises:
+        CollectiveError: an earlier call in this workspace failed, or the rows don't fit.
+    """
+    flat = flattened(x)
+    rows, width = flat.shape
+    added = flat if residual is None else flattened(residual)
+    results, total = finish.results(x), x.new_empty(x.shape, dtype=norm.total_dtype(x) if residual is not None else x.dtype)
+    if not x.numel():
+        return *results, total
+    schedule = schedule or Schedule.of(width, finish.width(width), rows, x.element_size(), workspace.ranks)
+    workspace.enter(*schedule.words(width, rows, workspace.ranks))
+    with torch.cuda.device_of(x):
+        _all_reduce_norm[(schedule.programs,)](
+            flat, added, norm.weight, results[0], total, *finish.pointers(results),
+            workspace.words, workspace.distances, workspace.state, workspace.failure,
+            rows, flat.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, finish.min_scale,
+            workspace.limit, workspace.shot_words // UNIT.value, workspace.sums_at // UNIT.value, workspace.sums_words // UNIT.value,
+            WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
+            RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
+            TIMED=workspace.timed,
+            **norm.constants, **finish.constants(width), **schedule.tile.launch(x),
+        )  # fmt: skip
+    workspace.leave()
+    return *results, total

@@ -1,0 +1,84 @@
+"""What all kernels of the norm and activation families share: rows in registers, normalised, finished and stored."""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+NONE, PAD, STATIC, DYNAMIC = (tl.constexpr(kind) for kind in range(4))
+"""Epilogues: none, zeros behind each row, fp8 by a given scale, fp8 by a scale of each row."""
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x as `dtype` holds it, in float32."""
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def divided(a, b, INTERPRETED: tl.constexpr):
+    """a / b to the nearest; Triton's own division is off by up to two units in the last place."""
+    if INTERPRETED:
+        return a / b
+    return libdevice.div_rn(a, b)
+
+
+@triton.jit
+def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """clamp(y / scale, -MOST, MOST) as `dtype`; NaN stays NaN."""
+    if MULTIPLIES:
+        scaled = y * divided(1.0, scale, INTERPRETED)
+    else:
+        scaled = divided(y, scale, INTERPRETED)
+    scaled = tl.where(scaled > MOST, MOST, scaled)
+    scaled = tl.where(scaled < -MOST, -MOST, scaled)
+    return scaled.to(dtype)
+
+
+@triton.jit
+def dynamic_scale(y, min_scale, MOST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """max(amax(|y|) / MOST, min_scale) of each row of y [ROWS, BLOCK], NaN where y has one."""
+    scale = divided(tl.max(tl.abs(y), axis=1), MOST, INTERPRETED)
+    scale = tl.where(scale < min_scale, min_scale, scale)
+    return tl.where(tl.max((y != y).to(tl.int32), axis=1) > 0, float("nan"), scale)
+
+
+@triton.jit
+def store_finished(
+    y, y_ptr, scale_ptr, scales_ptr, row, column, valid, min_scale,
+    DTYPE: tl.constexpr, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, EPILOGUE: tl.constexpr, MOST: tl.constexpr,
+    MULTIPLIES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Stores rows y [ROWS, BLOCK], float32, 0 beyond WIDTH: rounded to DTYPE and then through the epilogue."""
+    out = row.to(tl.int64)[:, None] * OUT_WIDTH + column[None, :]
+    inside = valid[:, None] & (column < WIDTH)[None, :]
+    if EPILOGUE == NONE:
+        tl.store(y_ptr + out, y.to(DTYPE), mask=inside)
+    elif EPILOGUE == PAD:
+        # A row of which something is infinite or NaN is NaN also beyond its end.
+        padded = tl.where((column < WIDTH)[None, :], y, 0.0)
+        tl.store(y_ptr + out, padded.to(DTYPE), mask=valid[:, None] & (column < OUT_WIDTH)[None, :])
+    else:
+        y = tl.where(inside, rounded(y, DTYPE), 0.0)
+        code: tl.constexpr = y_ptr.dtype.element_ty
+        if EPILOGUE == STATIC:
+            scale = tl.load(scale_ptr)
+            tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES, INTERPRETED), mask=inside)
+        else:
+            scale = dynamic_scale(y, min_scale, MOST, INTERPRETED)
+            codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, INTERPRETED)
+            tl.store(y_ptr + out, codes, mask=inside)
+            tl.store(scales_ptr + row, scale, mask=valid)
+
+
+@triton.jit
+def normalized(
+    total, weight, eps, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
+):  # fmt: skip
+    """total * rsqrt(mean(total^2) + eps) * weight of rows [ROWS, BLOCK], float32, 0 beyond WIDTH."""
+    mean = tl.sum(total * total, axis=1) / WIDTH
+    y = total * tl.rsqrt(mean + eps)[:, None]
+    if ROUNDS_NORMED:
+        y = rounded(y, DTYPE)
+    if ADDS_ONE:
+        weight = weight + 1.0
+    return y * weight[None, :]
