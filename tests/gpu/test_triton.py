@@ -1,22 +1,63 @@
-"""fuseplan's Triton kernels on a GPU. Skipped where there is none."""
+"""fuseplan's Triton kernels on GPUs. Skipped where there are none."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.rules import BUILT_IN_RULES, Rule
 from fuseplan.rules.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+ROOT = Path(__file__).parents[2]
+GPUS = torch.cuda.device_count()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs a GPU")]
 
 TRITON = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
+OTHERS = [rule for rule in BUILT_IN_RULES if rule not in ROTARY_RULES]
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """Two ranks, one of which is here."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("rule", ROTARY_RULES, ids=["heads last", "heads first"])
 def test_qk_norm_rope_holds(rule: QkNormRope) -> None:
     samples = arguments_of(rule, torch.device("cpu"))
     assert check_rule(rule, providers=TRITON, samples=samples, device="cuda").cases["triton"] >= len(samples) + 12
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("rule", OTHERS, ids=[rule.op.name for rule in OTHERS])
+def test_fused_ops_hold(rule: Rule) -> None:
+    assert check_rule(rule, providers=TRITON, device="cuda").cases["triton"] >= len(rule.op.samples) + 12
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_reduces_between_peers(ranks: int) -> None:
+    if ranks > GPUS:
+        pytest.skip(f"needs {ranks} GPUs")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, "tests/gpu/run_all_reduce.py"], check=False, capture_output=True, text=True, cwd=ROOT,
+        env=environment, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 8
+    assert not any(found.values()), found

@@ -20,13 +20,21 @@ TRITON = dataclasses.replace(
     next(each for each in BUILT_IN_PROVIDERS if each.name == "triton"), vendors=frozenset({"cpu", "nvidia", "amd"})
 )
 convert = interpreter._convert_float
+NARROW = {
+    "bf16": (torch.bfloat16, torch.int16, "uint16"),
+    "fp8e4nv": (torch.float8_e4m3fn, torch.uint8, "uint8"),
+    "fp8e4b8": (torch.float8_e4m3fnuz, torch.uint8, "uint8"),
+}
 
 
 def rounded(data: Any, before: Any, after: Any, mode: Any) -> Any:
-    """The interpreter truncates float32 to bfloat16, where GPUs round to the nearest, ties to even."""
-    if (str(before), str(after)) != ("fp32", "bf16"):
+    """The interpreter truncates float32 to bfloat16 and loses carries to fp8, where GPUs round to the nearest, ties to
+    even.
+    """
+    if str(before) != "fp32" or str(after) not in NARROW:
         return convert(data, before, after, mode)
-    return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+    dtype, bits, words = NARROW[str(after)]
+    return torch.from_numpy(data.copy()).to(dtype).view(bits).numpy().view(words)
 
 
 def transposed(leading: tuple[int, ...], heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Memory that the ranks of a group share, for kernels that communicate by themselves."""
 
 import atexit
+import contextlib
+import contextvars
 import datetime
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +63,14 @@ def allocate_symmetric(size: int, group_name: str, device: torch.device) -> Shar
     return SharedMemory(local=local, addresses=addresses, keep=handle)
 
 
+def allocate_alone(size: int, group_name: str, device: torch.device) -> SharedMemory:
+    """Memory in which this rank finds what it sends to others."""
+    local = torch.empty(max(size, 16), dtype=torch.uint8, device=device)
+    ranks = resolve(group_name).size()
+    addresses = torch.full((ranks,), local.data_ptr(), dtype=torch.int64, device=device)
+    return SharedMemory(local=local, addresses=addresses, keep=None)
+
+
 class Workspace:
     """Shared memory of one group, with what its kernels have to remember between calls.
 
@@ -70,7 +80,9 @@ class Workspace:
     Args:
         group_name: of the process group.
         device: of this rank.
+        itemsize: bytes of an element.
         capacity: bytes of the largest message.
+        alone: whether this rank plays all others too, as if they held what it does: what it sends comes back to it.
         allocate: makes the memory.
         timeout_s: seconds after which a kernel stops to wait for another rank; None: the group's own timeout.
 
@@ -79,7 +91,7 @@ class Workspace:
     """
 
     def __init__(
-        self, group_name: str, device: torch.device, itemsize: int, *, capacity: int = CAPACITY_BYTES,
+        self, group_name: str, device: torch.device, itemsize: int, *, capacity: int = CAPACITY_BYTES, alone: bool = False,
         allocate: Allocate = allocate_symmetric, timeout_s: float | None = None,
     ) -> None:  # fmt: skip
         self.group = resolve(group_name)
@@ -89,8 +101,9 @@ class Workspace:
         seconds = timeout_s if timeout_s is not None else _timeout_s(self.group, device)
         self.timeout_s = seconds
         self.limit = round(seconds * (1e9 if self.timed else POLLS_PER_S))
-        self.sums_words = capacity // itemsize if self.ranks > 2 else 0
-        share = max(SHOT_BYTES, capacity // self.ranks) if self.ranks > 2 else capacity
+        self.one_shot = alone or self.ranks <= 2
+        self.sums_words = 0 if self.one_shot else capacity // itemsize
+        share = capacity if self.one_shot else max(SHOT_BYTES, capacity // self.ranks)
         self.shot_words = share // itemsize
         self.sums_at = SLOTS * (self.ranks - 1) * self.shot_words
         words = self.sums_at + SLOTS * self.sums_words
@@ -99,7 +112,8 @@ class Workspace:
                 f"group {group_name!r} has no workspace yet, and none can be made while a graph is captured: run the "
                 "model once before capturing it"
             )
-        self.memory = allocate(words * itemsize, group_name, device)
+        alone = alone or self.ranks == 1
+        self.memory = (allocate_alone if alone else allocate)(words * itemsize, group_name, device)
         self.memory.local.fill_(255)
         self.words = self.memory.local.view({2: torch.int16, 4: torch.int32}[itemsize])
         self.distances = (self.memory.addresses - self.memory.local.data_ptr()) // 16
@@ -110,8 +124,9 @@ class Workspace:
         self._ended: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        # Nobody may send before everybody's memory is empty.
-        _meet(self.group, group_name, self.ranks, self.timeout_s)
+        if not alone:
+            # Nobody may send before everybody's memory is empty.
+            _meet(self.group, group_name, self.ranks, self.timeout_s)
 
     def enter(self, shot_words: int, sums_words: int) -> None:
         """Before a launch: what it sends has to fit, no earlier one may have failed, and it follows the last one.
@@ -163,8 +178,22 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-_OPEN: dict[tuple[str, torch.device, torch.dtype, int], Workspace] = {}
+_OPEN: dict[tuple[str, torch.device, torch.dtype, int, bool], Workspace] = {}
 _LOCK = threading.Lock()
+_ALONE = contextvars.ContextVar("fuseplan_alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Workspaces of this thread are of this rank alone, which plays the others too: nothing is sent, nobody waited for."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+        with _LOCK:
+            for key in [key for key in _OPEN if key[-1]]:
+                del _OPEN[key]
 
 
 def workspace_of(group_name: str, device: torch.device, dtype: torch.dtype, capacity: int = CAPACITY_BYTES) -> Workspace:
@@ -174,11 +203,13 @@ def workspace_of(group_name: str, device: torch.device, dtype: torch.dtype, capa
     Raises:
         CollectiveError: as for `Workspace`.
     """
-    key = (group_name, device, dtype, capacity)
+    key = (group_name, device, dtype, capacity, _ALONE.get())
     with _LOCK:
         found = _OPEN.get(key)
         if found is None or found.group is not resolve(group_name):
-            found = _OPEN[key] = Workspace(group_name, device, dtype.itemsize, capacity=capacity)
+            size = SHOT_BYTES if _ALONE.get() else capacity
+            found = Workspace(group_name, device, dtype.itemsize, capacity=size, alone=_ALONE.get())
+            _OPEN[key] = found
         return found
 
 

@@ -44,6 +44,10 @@ class Gate:
             or self._layout(m.x)
         )
 
+    def accept_rows(self, x: Tensor) -> Refusal | None:
+        """Why rows of that width are refused, or None."""
+        return self._width(x)
+
     def _scale(self, rounding: str | None) -> Refusal | None:
         if not self.multiplies_scale or rounding in (None, QuantRounding.MULTIPLY.value):
             return None
@@ -57,7 +61,7 @@ class Gate:
     def _width(self, x: Tensor) -> Refusal | None:
         width, itemsize = x.shape[-1], x.dtype.itemsize
         dtype = str(x.dtype).removeprefix("torch.")
-        step, most = self.row_bytes // itemsize, self.most_row_bytes
+        step, most = max(1, self.row_bytes // itemsize), self.most_row_bytes
         if not equal_size(width % step, 0):
             detail = f"{self.name} takes hidden sizes that are multiples of {step} in {dtype}, not {width}"
             return _size(detail, f"a multiple of {step}", width)

@@ -44,6 +44,7 @@ class Provider:
         implements: the fused ops, by name, that fuseplan runs by it.
         prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
             does not call yet: they are candidates where a plan is only explained.
+        runs_alone: whether its collective kernels can be tried by one rank alone, in `distributed.workspace.alone`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Provider:
     install: str
     implements: Mapping[str, Offer] = field(default_factory=dict)
     prices: Mapping[str, Offer] = field(default_factory=dict)
+    runs_alone: bool = False
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
         """The fused ops that are candidates: for another device than this one, those that are only priced too."""
@@ -143,7 +145,7 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         package="triton",
         install="pip install fuseplan[triton]",
         implements={name: Offer(accepts=accepts) for name, accepts in TRITON_ACCEPTS.items()},
-        prices=_offers(name for name in ALL_FUSED if name not in TRITON_ACCEPTS),
+        runs_alone=True,
     ),
     Provider(
         name="flashinfer",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuseplan.dialect import DialectOp
+from fuseplan.distributed.workspace import alone
 from fuseplan.rules import Rule
 from fuseplan.verification.compare import compare, described
 from fuseplan.verification.evaluate import exact, fused, reference
@@ -56,7 +57,7 @@ def check(
     """
     inputs, guarded = _fresh(rule, case, seed)
     graphs = {**inputs, **(unfused or {})}
-    with torch.no_grad(), Alone():
+    with torch.no_grad(), Alone(), alone():
         expected = reference(rule, graphs)
         precise = exact(rule, graphs)
         watch = _Watched(rule.op, rule.op.kernel(provider), guarded)
@@ -80,7 +81,7 @@ def check(
 def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3) -> bool:
     """Whether equal arguments give equal bits every time; an error that moves is a race."""
     runs = []
-    with torch.no_grad(), Alone():
+    with torch.no_grad(), Alone(), alone():
         for _ in range(times):
             inputs, _ = _fresh(rule, case, seed)
             with Poisoned():

@@ -75,7 +75,8 @@ class Verifier:
         outcome = Verification(
             rule=match.rule.name, op=match.rule.op.name, provider=match.provider, signature=question.signature
         )
-        if _meets_other_ranks(match):
+        (provider,) = [each for each in self.providers if each.name == match.provider]
+        if not provider.runs_alone and _meets_other_ranks(match):
             return replace(outcome, passed=False, detail=UNVERIFIED)
         worst: float | None = 0.0
         tokens, detail, lasting = list[int](), None, True

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ActivationRounding
-from fuseplan.providers.triton.launching import Finish, flattened, tile
+from fuseplan.providers.triton.launching import Finish, Tile, block_of, flattened
 from fuseplan.providers.triton.rows import divided, rounded, store_finished
 
 
@@ -60,7 +60,8 @@ def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Ten
     rows, width = gates.shape
     results = finish.results(gate)
     if gate.numel():
-        shape = tile(width if finish.kind == "dynamic_fp8_quant" else min(width, WIDEST), rows)
+        held = width if finish.kind == "dynamic_fp8_quant" else min(width, WIDEST)
+        shape = Tile.holding(block_of(held), elements=16)
         with torch.cuda.device_of(gate):
             _silu_and_mul[(triton.cdiv(rows, shape.rows), triton.cdiv(width, shape.block))](
                 gates, ups, results[0], *finish.pointers(results), rows, gates.stride(0), ups.stride(0),

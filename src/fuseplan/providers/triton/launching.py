@@ -104,29 +104,59 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What a program holds at a time: rows, elements of each, and warps to hold them."""
+    """What a program holds at a time: rows, elements of each, and warps to hold them.
+
+    Attributes:
+        rows: of a tile.
+        block: elements of each, a power of two.
+        warps: of a program.
+        registers: that a thread may use; None: whatever the compiler takes.
+    """
 
     rows: int
     block: int
     warps: int
+    registers: int | None = None
+
+    @classmethod
+    def holding(cls, block: int, *, elements: int, registers: int | None = None, rows: int = 1) -> "Tile":
+        """Rows spread over as many warps as leave a thread that many elements."""
+        warps = max(1, min(MOST_WARPS, rows * block // (WARP * elements)))
+        if registers is not None:
+            registers = min(registers, REGISTERS // (warps * WARP))
+        return cls(rows=rows, block=block, warps=warps, registers=registers)
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor holds at once."""
+        assert self.registers is not None
+        return REGISTERS // (self.warps * WARP * self.registers)
 
     def launch(self, x: Tensor) -> Mapping[str, Any]:
         """Options of a launch."""
-        early = launches_early(x.device)
-        options = {"launch_pdl": True} if early else {}
-        return {"LAUNCHES_EARLY": early, "num_warps": self.warps, **options}
+        options: dict[str, Any] = {"LAUNCHES_EARLY": launches_early(x.device), "num_warps": self.warps}
+        if launches_early(x.device):
+            options["launch_pdl"] = True
+        if self.registers is not None and is_nvidia(x.device):
+            options["maxnreg"] = self.registers
+        return options
 
 
-def tile(width: int, rows: int) -> Tile:
-    """The tile of rows that are `width` elements long. Not tuned."""
-    block = max(16, triton.next_power_of_2(width))
-    held = max(1, min(4096 // block, triton.next_power_of_2(rows)))
-    return Tile(rows=held, block=block, warps=max(1, min(16, held * block // 512)))
+WARP = 32
+MOST_WARPS = 16
+REGISTERS = 65536
+"""Of a multiprocessor: 32 bits each, on every NVIDIA GPU since Kepler. AMD's have more."""
 
 
-def programs_of(x: Tensor, blocks: int, shape: Tile) -> int:
-    """Programs to launch for that many tiles."""
-    return blocks
+def block_of(width: int) -> int:
+    """Elements of a tile's row: at least as many as a program has threads, or threads would see different values."""
+    return max(64, triton.next_power_of_2(width))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def flattened(x: Tensor) -> Tensor:
@@ -140,6 +170,9 @@ def launches_early(device: torch.device) -> bool:
     """Whether a kernel may be launched before its predecessor has ended, to wait for it by itself: NVIDIA's
     programmatic dependent launch, from compute capability 9.0 on.
     """
-    if device.type != "cuda" or torch.version.hip or INTERPRETED:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU."""
+    return device.type == "cuda" and torch.version.hip is None and not INTERPRETED

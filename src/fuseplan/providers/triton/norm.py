@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fuseplan.providers.triton.launching import Finish, Norm, flattened, programs_of, tile
+from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened
 from fuseplan.providers.triton.rows import normalized, rounded, store_finished
 
 
@@ -29,21 +29,20 @@ def _norm(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = block * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-        at = row.to(tl.int64)[:, None]
-        total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if ADDS:
-            total += tl.load(residual_ptr + at * residual_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(total_ptr + at * WIDTH + column[None, :], total.to(total_ptr.dtype.element_ty), mask=inside)
-            if ROUNDS_SUM:
-                total = rounded(total, dtype)
-        y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
-        store_finished(
-            y, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH, EPILOGUE, MOST,
-            MULTIPLIES, INTERPRETED,
-        )  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    at = row.to(tl.int64)[:, None]
+    total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        total += tl.load(residual_ptr + at * residual_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(total_ptr + at * WIDTH + column[None, :], total.to(total_ptr.dtype.element_ty), mask=inside)
+        if ROUNDS_SUM:
+            total = rounded(total, dtype)
+    y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
+    store_finished(
+        y, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH, EPILOGUE, MOST,
+        MULTIPLIES, INTERPRETED,
+    )  # fmt: skip
 
 
 def launch(x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish) -> tuple[Tensor, ...]:
@@ -64,9 +63,9 @@ def launch(x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish) -> tu
     results = finish.results(x)
     totals = () if residual is None else (x.new_empty(x.shape, dtype=norm.total_dtype(x)),)
     if x.numel():
-        shape = tile(finish.width(width), rows)
+        shape = Tile.holding(block_of(finish.width(width)), elements=16)
         with torch.cuda.device_of(x):
-            _norm[(programs_of(x, triton.cdiv(rows, shape.rows), shape),)](
+            _norm[(triton.cdiv(rows, shape.rows),)](
                 flat, flat if added is None else added, norm.weight, results[0], totals[0] if totals else results[0],
                 *finish.pointers(results), rows, flat.stride(0), 0 if added is None else added.stride(0),
                 norm.weight.stride(0), norm.eps, finish.min_scale,
