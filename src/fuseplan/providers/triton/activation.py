@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuseplan.dialect import ActivationRounding
 from fuseplan.providers.triton.launching import Finish, Tile, block_of, flattened
-from fuseplan.providers.triton.rows import divided, rounded, store_finished
+from fuseplan.providers.triton.rows import rounded, store_finished
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
@@ -18,7 +18,7 @@ def _silu_and_mul(
     gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, rows, gate_row, up_row, min_scale,
     WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ROUNDS_ACTIVATED: tl.constexpr, EPILOGUE: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr,
-    INTERPRETED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS x BLOCK; a row may take several of them, side by side, where its scale is given."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
@@ -31,12 +31,12 @@ def _silu_and_mul(
     at = row.to(tl.int64)[:, None]
     gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    activated = divided(gate, 1.0 + tl.exp(-gate), INTERPRETED)
+    activated = tl.div_rn(gate, 1.0 + tl.exp(-gate))
     if ROUNDS_ACTIVATED:
         activated = rounded(activated, dtype)
     store_finished(
         activated * up, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH,
-        EPILOGUE, MOST, MULTIPLIES, INTERPRETED,
+        EPILOGUE, MOST, MULTIPLIES,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def _all_reduce_norm(
     rows, x_row, residual_row, weight_dim, eps, min_scale, limit, shot_units, sums_units_at, sums_units,
     WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
     ROUNDS_SUM: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, EPILOGUE: tl.constexpr,
-    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, INTERPRETED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
@@ -199,7 +199,7 @@ def _all_reduce_norm(
         y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
         store_finished(
             y, y_ptr, scale_ptr, scales_ptr, row, column, (row >= 0) & (row < rows), min_scale, dtype, WIDTH, OUT_WIDTH, EPILOGUE, MOST,
-            MULTIPLIES, INTERPRETED,
+            MULTIPLIES,
         )  # fmt: skip
     # Empty the rest of what a larger call has left.
     emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program

@@ -98,7 +98,6 @@ class Finish:
             "EPILOGUE": ("none", "pad", "static_fp8_quant", "dynamic_fp8_quant").index(self.kind),
             "MOST": 0.0 if self.dtype is None else torch.finfo(self.dtype).max,
             "MULTIPLIES": QuantRounding(self.quant_rounding) is QuantRounding.MULTIPLY,
-            "INTERPRETED": INTERPRETED,
         }
 
 

@@ -21,7 +21,7 @@ def _norm(
     rows, x_row, residual_row, weight_dim, eps, min_scale,
     WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
     ROUNDS_SUM: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, EPILOGUE: tl.constexpr,
-    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, INTERPRETED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def _norm(
     y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
     store_finished(
         y, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH, EPILOGUE, MOST,
-        MULTIPLIES, INTERPRETED,
+        MULTIPLIES,
     )  # fmt: skip
 
 

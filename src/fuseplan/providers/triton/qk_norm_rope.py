@@ -37,7 +37,7 @@ def _norm_and_rotate(
     x1 = tl.load(x_ptr + low, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + low + HALF * x_dim, mask=inside, other=0.0).to(tl.float32)
     mean = (tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF)
-    root = tl.rsqrt(mean + eps)[:, None]
+    root = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
     n1, n2 = x1 * root, x2 * root
 
     is_column = column < HALF

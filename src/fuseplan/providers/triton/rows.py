@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 NONE, PAD, STATIC, DYNAMIC = (tl.constexpr(kind) for kind in range(4))
 """Epilogues: none, zeros behind each row, fp8 by a given scale, fp8 by a scale of each row."""
@@ -15,29 +14,21 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def divided(a, b, INTERPRETED: tl.constexpr):
-    """a / b to the nearest; Triton's own division is off by up to two units in the last place."""
-    if INTERPRETED:
-        return a / b
-    return libdevice.div_rn(a, b)
-
-
-@triton.jit
-def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, INTERPRETED: tl.constexpr):
+def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr):
     """clamp(y / scale, -MOST, MOST) as `dtype`; NaN stays NaN."""
     if MULTIPLIES:
-        scaled = y * divided(1.0, scale, INTERPRETED)
+        scaled = y * tl.div_rn(1.0, scale)
     else:
-        scaled = divided(y, scale, INTERPRETED)
+        scaled = tl.div_rn(y, scale)
     scaled = tl.where(scaled > MOST, MOST, scaled)
     scaled = tl.where(scaled < -MOST, -MOST, scaled)
     return scaled.to(dtype)
 
 
 @triton.jit
-def dynamic_scale(y, min_scale, MOST: tl.constexpr, INTERPRETED: tl.constexpr):
+def dynamic_scale(y, min_scale, MOST: tl.constexpr):
     """max(amax(|y|) / MOST, min_scale) of each row of y [ROWS, BLOCK], NaN where y has one."""
-    scale = divided(tl.max(tl.abs(y), axis=1), MOST, INTERPRETED)
+    scale = tl.div_rn(tl.max(tl.abs(y), axis=1), MOST)
     scale = tl.where(scale < min_scale, min_scale, scale)
     return tl.where(tl.max((y != y).to(tl.int32), axis=1) > 0, float("nan"), scale)
 
@@ -46,7 +37,7 @@ def dynamic_scale(y, min_scale, MOST: tl.constexpr, INTERPRETED: tl.constexpr):
 def store_finished(
     y, y_ptr, scale_ptr, scales_ptr, row, column, valid, min_scale,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, EPILOGUE: tl.constexpr, MOST: tl.constexpr,
-    MULTIPLIES: tl.constexpr, INTERPRETED: tl.constexpr,
+    MULTIPLIES: tl.constexpr,
 ):  # fmt: skip
     """Stores rows y [ROWS, BLOCK], float32, 0 beyond WIDTH: rounded to DTYPE and then through the epilogue."""
     out = row.to(tl.int64)[:, None] * OUT_WIDTH + column[None, :]
@@ -62,10 +53,10 @@ def store_finished(
         code: tl.constexpr = y_ptr.dtype.element_ty
         if EPILOGUE == STATIC:
             scale = tl.load(scale_ptr)
-            tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES, INTERPRETED), mask=inside)
+            tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES), mask=inside)
         else:
-            scale = dynamic_scale(y, min_scale, MOST, INTERPRETED)
-            codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, INTERPRETED)
+            scale = dynamic_scale(y, min_scale, MOST)
+            codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES)
             tl.store(y_ptr + out, codes, mask=inside)
             tl.store(scales_ptr + row, scale, mask=valid)
 
@@ -76,7 +67,8 @@ def normalized(
 ):  # fmt: skip
     """total * rsqrt(mean(total^2) + eps) * weight of rows [ROWS, BLOCK], float32, 0 beyond WIDTH."""
     mean = tl.sum(total * total, axis=1) / WIDTH
-    y = total * tl.rsqrt(mean + eps)[:, None]
+    # To the nearest: the instruction for reciprocal square roots is off by up to two units in the last place.
+    y = total * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
     if ROUNDS_NORMED:
         y = rounded(y, DTYPE)
     if ADDS_ONE:

@@ -1,0 +1,186 @@
+"""fuseplan's Triton kernels on one GPU, beside torch.compile's own code and beside a copy of as many bytes.
+
+PYTHONPATH=src:. python benchmarks/kernels.py [--write]
+"""
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.graphs import compare, versions
+from fuseplan.dialect import ops
+
+WIDTH, PADDED, INTERMEDIATE, EPS = 2880, 3072, 14336, 1e-5
+Q_HEADS, K_HEADS, HEAD_DIM = 32, 8, 128
+ROWS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
+CACHE_BYTES = 200 * 2**20
+"""What the sets of arguments have together, at least: several times the L2 of any GPU."""
+MOST_SETS = 24
+WHAT = (
+    "microseconds a call, [median, interquartile range] of five interleaved repeats of CUDA graphs that rotate among "
+    "sets of arguments larger than the L2; bfloat16, hidden 2880 padded to 3072, intermediate 14336, 32 + 8 heads of 128"
+)
+FP8 = torch.float8_e4m3fn
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = (x.float() + residual.float()).to(x.dtype)
+    wide = total.float()
+    y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()
+    return y.to(x.dtype), total
+
+
+def add_norm_pad(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+    y, total = add_norm(x, residual, weight)
+    return F.pad(y, (0, PADDED - WIDTH)), total
+
+
+def static(y: Tensor, scale: Tensor) -> Tensor:
+    return (y.float() * scale.reciprocal()).clamp(-448, 448).to(FP8)
+
+
+def dynamic(y: Tensor) -> tuple[Tensor, Tensor]:
+    wide = y.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-6)
+    return (wide * scale.reciprocal()).clamp(-448, 448).to(FP8), scale
+
+
+def activated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def rotated(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    found = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        wide = x.float()
+        normed = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        first, second = normed.chunk(2, dim=-1)
+        found.append(normed * cos + torch.cat((-second, first), dim=-1) * sin)
+    return tuple(found)
+
+
+class Op:
+    """One fused op: how its arguments are made, what runs it, and how many bytes it has to move for a row."""
+
+    def __init__(
+        self, name: str, make: Callable[[int], tuple[Tensor, ...]], fused: Callable[..., Any], plain: Callable[..., Any],
+        row_bytes: int,
+    ) -> None:  # fmt: skip
+        self.name, self.make, self.fused, self.row_bytes = name, make, fused, row_bytes
+        self.plain = torch.compile(plain, dynamic=False)
+
+
+def activations(rows: int, width: int, count: int) -> list[Tensor]:
+    return [torch.randn(rows, width, device="cuda").bfloat16() for _ in range(count)]
+
+
+def norm_arguments(rows: int) -> tuple[Tensor, ...]:
+    return (*activations(rows, WIDTH, 2), (1 + 0.1 * torch.randn(WIDTH, device="cuda")).bfloat16())
+
+
+def heads(rows: int) -> tuple[Tensor, ...]:
+    q, k = (torch.randn(rows, each, HEAD_DIM, device="cuda").bfloat16() for each in (Q_HEADS, K_HEADS))
+    weights = [(1 + 0.1 * torch.randn(HEAD_DIM, device="cuda")).bfloat16() for _ in range(2)]
+    turn = torch.rand(rows, 1, HEAD_DIM, device="cuda") * 6
+    return q, k, *weights, turn.cos().bfloat16(), turn.sin().bfloat16()
+
+
+def table() -> list[Op]:
+    """All ops."""
+    scale = torch.tensor([0.02], device="cuda")
+    kernel = {name: ops[name].kernel("triton") for name in ops if ops[name].fused}
+    norm, rounding = (EPS, "gpt_oss"), "llama"
+    shape = (Q_HEADS + K_HEADS) * HEAD_DIM
+    return [
+        Op("add + RMSNorm + pad", norm_arguments,
+           lambda x, r, w: kernel["fused_add_rms_norm_pad"](x, r, w, *norm, PADDED - WIDTH), add_norm_pad,
+           2 * (3 * WIDTH + PADDED)),
+        Op("add + RMSNorm + static fp8", norm_arguments,
+           lambda x, r, w: kernel["fused_add_rms_norm_static_fp8_quant"](x, r, w, *norm, scale, FP8, "multiply"),
+           lambda x, r, w: (lambda y, total: (static(y, scale), total))(*add_norm(x, r, w)), 7 * WIDTH),
+        Op("add + RMSNorm + dynamic fp8", norm_arguments,
+           lambda x, r, w: kernel["fused_add_rms_norm_dynamic_fp8_quant"](x, r, w, *norm, FP8, 1e-6, "multiply"),
+           lambda x, r, w: (lambda y, total: (*dynamic(y), total))(*add_norm(x, r, w)), 7 * WIDTH + 4),
+        Op("SiLU-mul + static fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
+           lambda gate, up: kernel["silu_and_mul_static_fp8_quant"](gate, up, rounding, scale, FP8, "multiply"),
+           lambda gate, up: static(activated(gate, up), scale), 5 * INTERMEDIATE),
+        Op("SiLU-mul + dynamic fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
+           lambda gate, up: kernel["silu_and_mul_dynamic_fp8_quant"](gate, up, rounding, FP8, 1e-6, "multiply"),
+           lambda gate, up: dynamic(activated(gate, up)), 5 * INTERMEDIATE + 4),
+        Op("QK norm + RoPE", heads,
+           lambda *args: kernel["qk_norm_rope"](*args, 1e-6, "llama", "products"), rotated,
+           4 * shape + 4 * HEAD_DIM),
+    ]  # fmt: skip
+
+
+def liger() -> Callable[..., Any] | None:
+    """Liger Kernel's residual add + RMSNorm and torch.compile's pad, or None where it isn't installed."""
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    except ImportError:
+        return None
+    pad = torch.compile(lambda y: F.pad(y, (0, PADDED - WIDTH)), dynamic=False)
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = LigerFusedAddRMSNormFunction.apply(x, residual, weight, EPS, 0.0, "gemma", False)
+        return pad(y), total
+
+    return run
+
+
+def row(op: Op, rows: int, other: Callable[..., Any] | None) -> dict[str, Any]:
+    """Figures of one op at one size."""
+    traffic = rows * op.row_bytes
+    sets = max(1, min(MOST_SETS, -(-CACHE_BYTES // traffic)))
+    arguments = [op.make(rows) for _ in range(sets)]
+    copies = [torch.empty(2, max(2, traffic // 4), device="cuda", dtype=torch.bfloat16).normal_() for _ in range(sets)]
+    alternatives: dict[str, Callable[[int], Any]] = {
+        "fused": lambda number: op.fused(*arguments[number]),
+        "torch.compile": lambda number: op.plain(*arguments[number]),
+        "copy": lambda number: copies[number][0].copy_(copies[number][1]),
+    }
+    if other is not None:
+        alternatives["liger_then_pad"] = lambda number: other(*arguments[number])
+    with torch.no_grad():
+        times = compare(alternatives, sets=sets)
+    fused = times["fused"].us
+    return {
+        "op": op.name, "rows": rows, "MiB": round(traffic / 2**20, 2), **{name: each.json() for name, each in times.items()},
+        "speedup_over_torch_compile": round(times["torch.compile"].us / fused, 2),
+        "share_of_copy_bandwidth": round(times["copy"].us / fused, 3),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/kernels_DEVICE.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
+    arguments = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64
+    other = liger()
+    rows = []
+    for op in table():
+        for size in ROWS:
+            rows.append(row(op, size, other if op.name == "add + RMSNorm + pad" else None))
+            print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "what": WHAT,
+        "command": "PYTHONPATH=src:. python benchmarks/kernels.py --write",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    if arguments.write:
+        name = torch.cuda.get_device_name().split()[1].lower()
+        (arguments.out / f"kernels_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
