@@ -60,7 +60,9 @@ class Captured:
         return float(start.elapsed_time(end) * 1e3 / times / self.calls)
 
 
-def compare(alternatives: Mapping[str, Callable[[int], Any]], *, sets: int = 1, repeats: int = REPEATS) -> dict[str, Figure]:
+def compare(
+    alternatives: Mapping[str, Callable[[int], Any]], *, sets: int = 1, repeats: int = REPEATS
+) -> dict[str, Figure]:
     """Times alternatives side by side: all are captured, then they take turns.
 
     Args:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.graphs import compare, versions
+import fuseplan.providers  # noqa: F401 - registers kernels
 from fuseplan.dialect import ops
 
 WIDTH, PADDED, INTERMEDIATE, EPS = 2880, 3072, 14336, 1e-5

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.graphs import Figure, compare, versions
+import fuseplan.providers  # noqa: F401 - registers kernels
 from fuseplan.dialect import NORM_FAMILY
 
 WIDTH, PADDED, EPS = 2880, 3072, 1e-5
@@ -73,7 +74,9 @@ class FlashInfer:
             dtype=torch.bfloat16, group=group,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, one_shot: bool, scale: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor, one_shot: bool, scale: Tensor | None = None
+    ) -> Tensor:
         """y, or its fp8 codes; the sum is written too."""
         y = torch.empty_like(x, dtype=torch.float8_e4m3fn if scale is not None else x.dtype)
         patterns = self.comm.AllReduceFusionPattern
@@ -87,7 +90,9 @@ class FlashInfer:
         return y
 
 
-def alternatives(tokens: int, group: dist.ProcessGroup, flashinfer: FlashInfer | None) -> dict[str, Callable[[int], Any]]:
+def alternatives(
+    tokens: int, group: dist.ProcessGroup, flashinfer: FlashInfer | None
+) -> dict[str, Callable[[int], Any]]:
     """By column."""
     name = group.group_name
     x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.bfloat16)

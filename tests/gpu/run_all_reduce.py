@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fuseplan.providers  # noqa: F401 - registers kernels
 from fuseplan.dialect import NORM_FAMILY
 from fuseplan.distributed import workspace as workspaces
 from fuseplan.errors import CollectiveError

@@ -196,7 +196,9 @@ def alone() -> Iterator[None]:
                 del _OPEN[key]
 
 
-def workspace_of(group_name: str, device: torch.device, dtype: torch.dtype, capacity: int = CAPACITY_BYTES) -> Workspace:
+def workspace_of(
+    group_name: str, device: torch.device, dtype: torch.dtype, capacity: int = CAPACITY_BYTES
+) -> Workspace:
     """The workspace of a group for messages of a dtype, made at the first call: all ranks make it together, outside of
     any capture. A warm compile cache changes nothing, since it is the kernel's launcher that asks.
 

@@ -264,7 +264,12 @@ class Schedule:
 
 
 def launch(
-    x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish, workspace: Workspace, schedule: Schedule | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    finish: Finish,
+    workspace: Workspace,
+    schedule: Schedule | None = None,
 ) -> tuple[Tensor, ...]:
     """The family's op.
 

@@ -52,7 +52,7 @@ def store_finished(
         y = tl.where(inside, rounded(y, DTYPE), 0.0)
         code: tl.constexpr = y_ptr.dtype.element_ty
         if EPILOGUE == STATIC:
-            scale = tl.load(scale_ptr)
+            scale = tl.load(scale_ptr).to(tl.float32)
             tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES), mask=inside)
         else:
             scale = dynamic_scale(y, min_scale, MOST)
