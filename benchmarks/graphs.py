@@ -74,7 +74,7 @@ def compare(
     times: dict[str, int] = {}
     for name, call in alternatives.items():
         first = Captured(call, sets, max(4, sets))
-        us = _slowest([first.replay(2)])[0]
+        us = slowest([first.replay(2)])[0]
         calls = max(sets, min(MOST_CALLS, round(REPEAT_US / us)))
         captured[name] = Captured(call, sets, calls)
         times[name] = max(1, round(REPEAT_US / us / calls))
@@ -82,7 +82,7 @@ def compare(
     for _ in range(repeats):
         for name, graph in captured.items():
             samples[name].append(graph.replay(times[name]))
-    return {name: figure(_slowest(each)) for name, each in samples.items()}
+    return {name: figure(slowest(each)) for name, each in samples.items()}
 
 
 def figure(samples: Sequence[float]) -> Figure:
@@ -117,7 +117,8 @@ def _meet() -> None:
         torch.cuda.synchronize()
 
 
-def _slowest(samples: Sequence[float]) -> list[float]:
+def slowest(samples: Sequence[float]) -> list[float]:
+    """Each sample as the slowest rank took it."""
     if not dist.is_initialized():
         return list(samples)
     times = torch.tensor(samples, device="cuda", dtype=torch.float64)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import PassConfig, Policy
-from fuseplan.matching import ExternalMatches, Matches
+from fuseplan.graph.facts import dtype_name
+from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
 from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report, SizePrice, Verification
@@ -112,7 +113,18 @@ def graph_report(
         plan_ns=decision.plan_ns,
         verified=tuple(verified),
         digest=_digest(posed, decision) if decision.selected else "",
+        workspaces=_workspaces(posed, decision) if rewritten else (),
     )
+
+
+def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str], ...]:
+    """What fuseplan's own collective kernels need, each once, in graph order."""
+    found = dict[tuple[str, str], None]()
+    for index in decision.selected:
+        match = posed.candidates[index].match
+        if isinstance(match, Match) and match.rule.op.collective and match.provider == "triton":
+            found[str(match.values["group_name"]), dtype_name(match.values["x"])] = None
+    return tuple(found)
 
 
 def _digest(posed: Posed, decision: Decision) -> str:

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fuseplan.distributed import Verdict, agree_in_groups
+from fuseplan.distributed.agreement import failed
+from fuseplan.distributed.workspace import check_workspaces, prepare
+from fuseplan.errors import CollectiveError
 from fuseplan.record import Reason, Refusal, Report
 
 Runnable = Callable[..., Any]
@@ -34,7 +38,12 @@ class AgreedGraph:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the graph."""
+        """Runs the graph.
+
+        Raises:
+            CollectiveError: a kernel of an earlier call gave up waiting for another rank.
+        """
+        check_workspaces()
         if self._chosen is None:
             with self._lock:
                 if self._chosen is None:
@@ -54,9 +63,21 @@ def groups_of(report: Report) -> tuple[str, ...]:
     return tuple(dict.fromkeys(group for graph in report.graphs for group in graph.groups))
 
 
-def settle(gm: fx.GraphModule, groups: Sequence[str], digest: str, deadline_s: float | None) -> Verdict:
-    """`agree_in_groups` on a graph as Dynamo made it."""
-    return agree_in_groups(groups, graph=_name(gm.graph.nodes), digest=digest, deadline_s=deadline_s)
+def settle(gm: fx.GraphModule, report: Report, digest: str, deadline_s: float | None) -> Verdict:
+    """`agree_in_groups` on a graph as Dynamo made it. Ranks that agree share the memory that their kernels need, and
+    agree once more that they do.
+    """
+    groups, graph = groups_of(report), _name(gm.graph.nodes)
+    verdict = agree_in_groups(groups, graph=graph, digest=digest, deadline_s=deadline_s)
+    wanted = tuple(dict.fromkeys(each for found in report.graphs for each in found.workspaces))
+    if not verdict.fused or not wanted:
+        return verdict
+    prepared = digest
+    try:
+        prepare(wanted, torch.device("cuda", torch.cuda.current_device()))
+    except CollectiveError as error:
+        prepared = failed(error)
+    return agree_in_groups(groups, graph=graph, digest=prepared, deadline_s=deadline_s)
 
 
 def digest_of(report: Report | None) -> str:

@@ -263,7 +263,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
 
     def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Verdict:
         manager: PostGradPassManager = self.config[HOOK]
-        return settle(gm, groups_of(report), digest, manager.config.agreement_timeout_s)
+        return settle(gm, report, digest, manager.config.agreement_timeout_s)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Backend) or self.deliver.on_report is not other.deliver.on_report:

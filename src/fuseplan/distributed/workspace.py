@@ -5,7 +5,7 @@ import contextlib
 import contextvars
 import datetime
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ CAPACITY_BYTES = 32 * 2**20
 SHOT_BYTES = 2**20
 """Of a message that every rank sends to every other rank, where there are more than two."""
 STATE_WORDS = 2 + 2 * SLOTS
+HEADER_BYTES = 512
+"""Before the slots: what kernels remember between calls, and how far the other ranks' memory is. It lies here and not in
+tensors of its own, since the first call may come while CUDA graphs' own pool serves all allocations.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +34,12 @@ class SharedMemory:
 
     Attributes:
         local: this rank's, uint8, on its device.
-        addresses: int64 [ranks], on the device: of every rank's memory, as this rank sees it.
+        addresses: of every rank's memory, as this rank sees it.
         keep: what has to live as long.
     """
 
     local: Tensor
-    addresses: Tensor
+    addresses: Sequence[int]
     keep: object
 
 
@@ -59,16 +63,13 @@ def allocate_symmetric(size: int, group_name: str, device: torch.device) -> Shar
             f"the ranks of group {group_name!r} can't share {size} bytes of memory: {error}; forbid the provider triton "
             "for all-reduces: PassConfig(forbid=('allreduce_*:triton',))"
         ) from error
-    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
-    return SharedMemory(local=local, addresses=addresses, keep=handle)
+    return SharedMemory(local=local, addresses=handle.buffer_ptrs, keep=handle)
 
 
 def allocate_alone(size: int, group_name: str, device: torch.device) -> SharedMemory:
     """Memory in which this rank finds what it sends to others."""
-    local = torch.empty(max(size, 16), dtype=torch.uint8, device=device)
-    ranks = resolve(group_name).size()
-    addresses = torch.full((ranks,), local.data_ptr(), dtype=torch.int64, device=device)
-    return SharedMemory(local=local, addresses=addresses, keep=None)
+    local = torch.empty(size, dtype=torch.uint8, device=device)
+    return SharedMemory(local=local, addresses=[local.data_ptr()] * resolve(group_name).size(), keep=None)
 
 
 class Workspace:
@@ -113,11 +114,14 @@ class Workspace:
                 "model once before capturing it"
             )
         alone = alone or self.ranks == 1
-        self.memory = (allocate_alone if alone else allocate)(words * itemsize, group_name, device)
+        size = HEADER_BYTES + words * itemsize
+        self.memory = (allocate_alone if alone else allocate)(size, group_name, device)
         self.memory.local.fill_(255)
-        self.words = self.memory.local.view({2: torch.int16, 4: torch.int32}[itemsize])
-        self.distances = (self.memory.addresses - self.memory.local.data_ptr()) // 16
-        self.state = torch.zeros(STATE_WORDS, dtype=torch.int64, device=device)
+        header = self.memory.local[:HEADER_BYTES].view(torch.int64)
+        self.words = self.memory.local[HEADER_BYTES:].view({2: torch.int16, 4: torch.int32}[itemsize])
+        self.state, self.distances = header[:STATE_WORDS].zero_(), header[STATE_WORDS : STATE_WORDS + self.ranks]
+        distances = [(address - self.memory.local.data_ptr()) // 16 for address in self.memory.addresses]
+        self.distances.copy_(torch.tensor(distances))
         pinned = device.type == "cuda"
         self.failure = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
         self._failure = self.failure.numpy()
@@ -213,6 +217,20 @@ def workspace_of(
             found = Workspace(group_name, device, dtype.itemsize, capacity=size, alone=_ALONE.get())
             _OPEN[key] = found
         return found
+
+
+def prepare(wanted: Iterable[tuple[str, str]], device: torch.device) -> None:
+    """Makes workspaces before anything runs in them; all ranks of each group at once.
+
+    Args:
+        wanted: names of groups, and of dtypes without torch's prefix.
+        device: of this rank.
+
+    Raises:
+        CollectiveError: as for `Workspace`.
+    """
+    for group_name, dtype in wanted:
+        workspace_of(group_name, device, getattr(torch, dtype))
 
 
 def check_workspaces() -> None:

@@ -129,6 +129,7 @@ class GraphReport:
         unfused_ns: what all contested sites take unfused, at the middle size.
         plan_ns: how long the solver took.
         groups: names of the process groups whose collectives are in the graph.
+        workspaces: shared memory that applied fusions need before they run: names of groups and of dtypes.
         digest: of what is applied where; the same on every rank, or else none of them runs it. Empty where nothing is.
         verified: the fused ops that were checked against the unfused ones, those that failed included.
         from_cache: whether the report was stored by an earlier compilation that a warm compile cache now stands for.
@@ -149,6 +150,7 @@ class GraphReport:
     unfused_ns: int = 0
     plan_ns: int = 0
     groups: tuple[str, ...] = ()
+    workspaces: tuple[tuple[str, str], ...] = ()
     digest: str = ""
     verified: tuple[Verification, ...] = ()
     from_cache: bool = False
