@@ -136,14 +136,7 @@ def main() -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    rows = []
-    with torch.no_grad():
-        model = model_of(arguments.layers, rank)
-        for batch in arguments.batch:
-            rows.append(measure(model, batch))
-            if rank == 0:
-                print(json.dumps(rows[-1]), flush=True)
-    ranks = dist.get_world_size()
+    ranks, rows = dist.get_world_size(), list[dict[str, Any]]()
     result = {
         "what": WHAT,
         "command": f"torchrun --nproc-per-node {ranks} benchmarks/decode.py --layers {arguments.layers} --write",
@@ -153,9 +146,16 @@ def main() -> None:
         "layers": arguments.layers,
         "rows": rows,
     }
-    if rank == 0 and arguments.write:
-        name = torch.cuda.get_device_name().split()[1].lower()
-        (arguments.out / f"decode_{name}x{ranks}.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = torch.cuda.get_device_name().split()[1].lower()
+    with torch.no_grad():
+        model = model_of(arguments.layers, rank)
+        for batch in arguments.batch:
+            rows.append(measure(model, batch))
+            if rank == 0:
+                print(json.dumps(rows[-1]), flush=True)
+                if arguments.write:
+                    path = arguments.out / f"decode_{name}x{ranks}.json"
+                    path.write_text(json.dumps(result, indent=1) + "\n")
     dist.barrier()
     torch.cuda.synchronize()
     sys.stdout.flush()

@@ -25,12 +25,17 @@ def _silu_and_mul(
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Programs that follow each other read what follows each other in memory.
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
     at = row.to(tl.int64)[:, None]
-    gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(
+        gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+    ).to(tl.float32)
+    up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first").to(
+        tl.float32
+    )
     if dtype == tl.float32:
         activated = tl.div_rn(gate, 1.0 + tl.exp(-gate))
     else:
@@ -44,8 +49,8 @@ def _silu_and_mul(
     )  # fmt: skip
 
 
-WIDEST = 4096
-"""Elements of a row that a program takes, where others may take the rest."""
+FEW_ROWS, SMALL_PART, PART = 8, 512, 2048
+"""Up to that many rows, and beyond: elements of a row that a program takes, where others may take the rest."""
 
 
 def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Tensor, ...]:
@@ -64,10 +69,12 @@ def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Ten
     rows, width = gates.shape
     results = finish.results(gate)
     if gate.numel():
-        held = width if finish.kind == "dynamic_fp8_quant" else min(width, WIDEST)
-        shape = Tile.holding(block_of(held), elements=16)
+        if finish.kind == "dynamic_fp8_quant":
+            shape = Tile.holding(block_of(width), elements=16)
+        else:
+            shape = Tile.holding(block_of(min(width, SMALL_PART if rows <= FEW_ROWS else PART)), elements=8)
         with torch.cuda.device_of(gate):
-            _silu_and_mul[(triton.cdiv(rows, shape.rows), triton.cdiv(width, shape.block))](
+            _silu_and_mul[(triton.cdiv(width, shape.block), triton.cdiv(rows, shape.rows))](
                 gates, ups, results[0], *finish.pointers(results), rows, gates.stride(0), ups.stride(0),
                 finish.min_scale,
                 WIDTH=width, ROWS=shape.rows, BLOCK=shape.block,

@@ -32,9 +32,13 @@ def _norm(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
     at = row.to(tl.int64)[:, None]
-    total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first").to(
+        tl.float32
+    )
     if ADDS:
-        total += tl.load(residual_ptr + at * residual_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(
+            residual_ptr + at * residual_row + column[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+        ).to(tl.float32)
         tl.store(total_ptr + at * WIDTH + column[None, :], total.to(total_ptr.dtype.element_ty), mask=inside)
         if ROUNDS_SUM:
             total = rounded(total, dtype)
@@ -63,7 +67,7 @@ def launch(x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish) -> tu
     results = finish.results(x)
     totals = () if residual is None else (x.new_empty(x.shape, dtype=norm.total_dtype(x)),)
     if x.numel():
-        shape = Tile.holding(block_of(finish.width(width)), elements=16)
+        shape = Tile.holding(block_of(finish.width(width)), elements=8 if finish.kind == "static_fp8_quant" else 16)
         with torch.cuda.device_of(x):
             _norm[(triton.cdiv(rows, shape.rows),)](
                 flat, flat if added is None else added, norm.weight, results[0], totals[0] if totals else results[0],
