@@ -103,9 +103,9 @@ class Workspace:
         self.timeout_s = seconds
         self.limit = round(seconds * (1e9 if self.timed else POLLS_PER_S))
         self.one_shot = alone or self.ranks <= 2
-        self.sums_words = 0 if self.one_shot else capacity // itemsize
+        self.sums_words = 0 if self.one_shot else _whole_units(capacity // itemsize)
         share = capacity if self.one_shot else max(SHOT_BYTES, capacity // self.ranks)
-        self.shot_words = share // itemsize
+        self.shot_words = _whole_units(share // itemsize)
         self.sums_at = SLOTS * (self.ranks - 1) * self.shot_words
         words = self.sums_at + SLOTS * self.sums_words
         if capturing(device):
@@ -171,6 +171,14 @@ class Workspace:
                 f"an all-reduce in group {self.group_name!r} waited {self.timeout_s:g} s for {who}; results since then "
                 "are NaN. Find out what became of that rank and start all ranks again"
             )
+
+
+UNIT_WORDS = 64
+"""Parts of a workspace begin at multiples of this, so that kernels can store 16 bytes at once."""
+
+
+def _whole_units(words: int) -> int:
+    return words // UNIT_WORDS * UNIT_WORDS
 
 
 POLLS_PER_S = 1e6

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fuseplan.distributed.workspace import Workspace
+from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
 from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, multiprocessors
 from fuseplan.providers.triton.rows import normalized, rounded, store_finished
 
@@ -31,7 +31,7 @@ SLOTS = tl.constexpr(3)
 TURN, COUNTED, WRITTEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Words of a workspace's state: calls so far, programs of this call that know it, then how much of each slot was
 written: of what ranks send each other, and of sums."""
-UNIT = tl.constexpr(64)
+UNIT = tl.constexpr(UNIT_WORDS)
 ARRIVED, LATE, AWAITED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -316,7 +316,7 @@ def _launch(
         x, added, norm.weight, results[0], total, *finish.pointers(results),
         workspace.words, workspace.distances, workspace.state, workspace.failure,
         rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, finish.min_scale, workspace.limit,
-        *(words // UNIT.value for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
+        *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
         TIMED=workspace.timed, **norm.constants, **finish.constants(width), **schedule.tile.launch(x),

@@ -1,0 +1,145 @@
+"""One rank of several, each a process: fuseplan's all-reduces by Triton's interpreter, between ranks that share memory of
+the host as GPUs share theirs. `run_ranks_interpreted.py RANK RANKS FOLDER` prints what it saw as one JSON object.
+"""
+
+import datetime
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FileStore
+from triton.runtime import interpreter
+
+from fuseplan.dialect import NORM_FAMILY, Rounding
+from fuseplan.distributed.workspace import SharedMemory, Workspace
+from fuseplan.errors import CollectiveError
+from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
+from fuseplan.providers.triton.launching import Finish, Norm, Tile
+from tests.providers.run_interpreted import rounded
+from tests.ranks import leave
+
+RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+CPU, WIDTH = torch.device("cpu"), 48
+EPILOGUES: dict[str | None, tuple[Any, ...]] = {
+    None: (),
+    "pad": (16,),
+    "static_fp8_quant": (torch.tensor([0.02]), torch.float8_e4m3fn, "divide"),
+    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, "multiply"),
+}
+ONE_SHOT = ((5, 5, 0, "pad"), (1, 1, 0, None), (11, 2, 1, "static_fp8_quant"), (3, 2, 1, "dynamic_fp8_quant"), (1, 1, 0, "pad"))
+TWO_SHOT = ((11, 2, 1, "pad"), (1, 1, 0, None), (7, 2, 0, "pad"), (12, 1, 2, "dynamic_fp8_quant"), (2, 2, 0, "pad"))
+"""(rows, programs, lag, epilogue): larger and smaller ones take turns."""
+made = 0
+
+
+def allocate(size: int, group_name: str, device: torch.device) -> SharedMemory:
+    """Files that every rank maps."""
+    global made
+    made += 1
+
+    def mapped(rank: int) -> Tensor:
+        return torch.from_file(str(FOLDER / f"memory-{made}-{rank}"), shared=True, size=size, dtype=torch.uint8)
+
+    mine = mapped(RANK)
+    dist.barrier()
+    everyone = [mine if rank == RANK else mapped(rank) for rank in range(RANKS)]
+    return SharedMemory(local=mine, addresses=[each.data_ptr() for each in everyone], keep=everyone)
+
+
+def workspace(timeout_s: float = 1e9, group: str | None = None, capacity: int = 1 << 16) -> Workspace:
+    assert dist.group.WORLD is not None
+    name = group or dist.group.WORLD.group_name
+    return Workspace(name, CPU, 2, capacity=capacity, allocate=allocate, timeout_s=timeout_s)
+
+
+def part(rank: int, rows: int, seed: int) -> Tensor:
+    """What a rank brings; every rank can tell what the others do."""
+    values = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(100 * seed + rank)).bfloat16()
+    values[0, 0] = -0.0
+    return values
+
+
+def call(space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int) -> tuple[bool, Tensor]:
+    """Whether one call gives the reference's bits on the sum in float32, and the sum that was normalised."""
+    parts = [part(rank, rows, seed) for rank in range(RANKS)]
+    residual, weight = part(RANKS, rows, seed), (1 + 0.1 * part(RANKS + 1, 1, seed)[0]).bfloat16()
+    own = EPILOGUES[suffix]
+    got = launch(
+        parts[RANK], residual, Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA), Finish.of(suffix, own), space,
+        schedule,
+    )  # fmt: skip
+    reduced = parts[0].float()
+    for each in parts[1:]:
+        reduced = reduced + each.float()
+    plain = NORM_FAMILY[False, True, suffix].reference if suffix else torch.ops.fuseplan.fused_add_rms_norm
+    wanted = plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *own)
+    same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, wanted, strict=True)]
+    return all(same), got[-1]
+
+
+def schedule(programs: int, lag: int, two_shot: bool) -> Schedule:
+    return Schedule(tile=Tile(rows=1, block=64, warps=1), programs=programs, two_shot=two_shot, lag=lag)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    interpreter._convert_float = rounded
+    store = FileStore(str(FOLDER / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=RANKS)
+    seen: dict[str, Any] = {}
+    space = workspace()
+    shots = [(*each, False) for each in ONE_SHOT]
+    shots += [(*each, True) for each in TWO_SHOT] if RANKS > 2 else []
+    seen["calls"] = [
+        call(space, rows, schedule(programs, lag, two), suffix, seed)[0]
+        for seed, (rows, programs, lag, suffix, two) in enumerate((*shots, *shots[:3]))
+    ]
+    seen["chosen"] = [call(space, rows, None, "pad", 40 + rows)[0] for rows in (1, 3, 9)]
+    total = call(space, 1, None, None, 60)[1]
+    seen["minus zero"] = bool(torch.signbit(total[0, 0]) and total[0, 0] == 0)
+    if RANKS == 2:
+        seen["capacity"] = capacity()
+    seen["deadline"] = deadline()
+    print(json.dumps(seen), flush=True)
+    leave()
+
+
+def capacity() -> list[tuple[bool, int]]:
+    """One row fewer than fit in a launch, as many, and one more: whether it was right, and launches."""
+    space, turns = workspace(capacity=1024), []
+    rows = space.shot_words // WIDTH
+    for count in (rows - 1, rows, rows + 1):
+        before = int(space.state[0])
+        right, _ = call(space, count, schedule(1, 0, two_shot=False), None, 70 + count)
+        turns.append((right, int(space.state[0]) - before))
+    return turns
+
+
+def deadline() -> list[str]:
+    """A rank that doesn't come: NaN, and then an error."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=30))
+    space = workspace(timeout_s=2e-4, group=group.group_name)
+    found = []
+    if RANK == 0:
+        _, total = call(space, 2, None, None, 80)
+        found.append("NaN" if total.isnan().all() else "numbers")
+        for _ in range(2):
+            try:
+                call(space, 2, None, None, 81)
+            except CollectiveError as error:
+                found.append(str(error))
+    else:
+        time.sleep(0.1)
+    dist.barrier()
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    main()
