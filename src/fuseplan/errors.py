@@ -39,6 +39,10 @@ class UnsupportedError(FuseplanError, RuntimeError):
     """A request that is refused by name, e.g. AOTInductor."""
 
 
+class CollectiveError(FuseplanError, RuntimeError):
+    """A kernel in which ranks meet that can't be run, or that gave up waiting for a rank."""
+
+
 class VerificationError(FuseplanError, AssertionError):
     """A rule or a kernel that `fuseplan.testing` found wrong; the text has a line for each failed check."""
 
