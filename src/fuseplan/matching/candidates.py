@@ -313,7 +313,7 @@ def _beyond(offer: Offer, m: Bindings, provider: Provider, most_rows: Callable[[
     if offer.most_rows is None or most_rows is None:
         return None
     held, wanted = offer.most_rows(m), most_rows(m.x)
-    if wanted <= held:
+    if not isinstance(held, int) or wanted <= held:  # where the width is dynamic, the call itself tells
         return None
     detail = f"{provider.name} takes up to {held} rows of this width, and the range has up to {wanted}"
     return Refusal(

@@ -260,8 +260,9 @@ class AllReduceGate(Gate):
         # Rows are shared out in packs of 16 bytes, and a rest that some rank doesn't have is left out.
         return ACCESS_BYTES * (group_size(str(m.group_name)) or 1)
 
-    def _width(self, x: Tensor, m: Any) -> Refusal | None:
-        refusal = super()._width(x, m)
+    def check_width(self, x: Tensor, m: Any) -> Refusal | None:
+        """As `Gate.check_width`."""
+        refusal = super().check_width(x, m)
         if refusal is not None:
             return refusal
         if self.widths and x.shape[-1] not in self.widths:

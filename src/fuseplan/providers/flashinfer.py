@@ -34,7 +34,7 @@ from fuseplan.providers.workspaces import Workspaces
 from fuseplan.record import Refusal
 
 OLDEST = "0.6.18"
-"""The first release with dynamic fp8 scales in the all-reduce fusion."""
+"""The oldest release that the calls are held against."""
 
 EARLY_LAUNCH_FROM = "0.7.1"
 """The first release whose all-reduce fusion reads the residual after it has waited for the kernel before. An older one
@@ -260,8 +260,9 @@ def _aligned(x: Tensor) -> Tensor:
 class AllReduceGate(Gate):
     """A `Gate` with the rule by which the launcher spreads a row over blocks."""
 
-    def _width(self, x: Tensor, m: Any) -> Refusal | None:
-        refusal = super()._width(x, m)
+    def check_width(self, x: Tensor, m: Any) -> Refusal | None:
+        """As `Gate.check_width`."""
+        refusal = super().check_width(x, m)
         width = x.shape[-1]
         if refusal is not None or not isinstance(width, int):
             return refusal

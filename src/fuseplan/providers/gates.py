@@ -72,7 +72,7 @@ class Gate:
         return (
             self._quant(m)
             or self._dtype(m.x)
-            or self._width(m.x, m)
+            or self.check_width(m.x, m)
             or self._group(m.values.get("group_name"))
             or self._layout(m.x)
         )
@@ -110,9 +110,10 @@ class Gate:
         detail = f"{self.name} takes {what} in {names}, not in {dtype_text(found)}"
         return Refusal(reason=Reason.DTYPE, detail=detail, expected=f"{what} in {names}", found=dtype_text(found))
 
-    def _width(self, x: Tensor, m: Any) -> Refusal | None:
+    def check_width(self, x: Tensor, m: Any) -> Refusal | None:
+        """Why the hidden size of x is refused, or None."""
         width, itemsize = x.shape[-1], x.dtype.itemsize
-        step = self._row_bytes(m) // itemsize
+        step = max(1, self._row_bytes(m) // itemsize)
         if not equal_size(width % step, 0):
             return self._size(f"that are multiples of {step}", f"a multiple of {step}", x)
         if isinstance(width, int) and width * itemsize < self.least_row_bytes:
