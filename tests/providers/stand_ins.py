@@ -35,13 +35,15 @@ def signature(text: str) -> inspect.Signature:
 
 
 def bound(text: str, behave: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of that signature: its arguments are bound by it, and handed on by name with all defaults."""
+    """A function of that signature: its arguments are bound by it and handed on by name with all defaults, the instance
+    of a method as `own`.
+    """
     expected = signature(text)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         arguments = expected.bind(*args, **kwargs)
         arguments.apply_defaults()
-        return behave(**arguments.arguments)
+        return behave(**{"own" if name == "self" else name: value for name, value in arguments.arguments.items()})
 
     return call
 

@@ -267,7 +267,7 @@ def test_rows_that_lie_anyhow_are_made_to_fit(library: FlashInfer) -> None:
     ("gate", "shape", "dtype", "more", "detail"),
     [
         (flashinfer.ALL_REDUCE, (8, 64), torch.float32, {}, "takes activations in bfloat16 or float16, not in float32"),
-        (flashinfer.ALL_REDUCE, (8, 60), torch.bfloat16, {}, "hidden sizes that are multiples of 8 in bfloat16, not 60"),
+        (flashinfer.ALL_REDUCE, (8, 60), torch.bfloat16, {}, "sizes that are multiples of 8 in bfloat16, not 60"),
         (flashinfer.ALL_REDUCE, (8, 65544), torch.bfloat16, {}, "hidden sizes up to 65536 in bfloat16, not 65544"),
         (flashinfer.ALL_REDUCE, (8, 8200), torch.bfloat16, {},
          "takes hidden sizes that split into up to 8 blocks of 1024 threads in bfloat16, not 8200"),
