@@ -27,7 +27,7 @@ from torch import Tensor
 from fuseplan.dialect import FP8_DTYPES, QuantRounding, Rounding, implement, ops
 from fuseplan.errors import CollectiveError
 from fuseplan.graph.facts import equal_size, group_size
-from fuseplan.providers.gates import Gate, Offer
+from fuseplan.providers.gates import Gate, Offer, listed
 from fuseplan.providers.workspaces import Workspaces
 from fuseplan.record import Reason, Refusal
 
@@ -256,6 +256,12 @@ class AllReduceGate(Gate):
 
     widths: frozenset[int] = frozenset()
 
+    def limits(self) -> tuple[str, ...]:
+        """As `Gate.limits`."""
+        split = f"rows that split into packs of {ACCESS_BYTES} bytes for each rank"
+        sizes = (f"hidden size {listed(list(map(str, sorted(self.widths))))}",) if self.widths else ()
+        return (*super().limits(), split, *sizes)
+
     def _row_bytes(self, m: Any) -> int:
         # Rows are shared out in packs of 16 bytes, and a rest that some rank doesn't have is left out.
         return ACCESS_BYTES * (group_size(str(m.group_name)) or 1)
@@ -266,7 +272,7 @@ class AllReduceGate(Gate):
         if refusal is not None:
             return refusal
         if self.widths and x.shape[-1] not in self.widths:
-            sizes = ", ".join(map(str, sorted(self.widths)))
+            sizes = listed(list(map(str, sorted(self.widths))))
             return self._size(sizes, sizes, x)
         step, right = ACCESS_BYTES // x.dtype.itemsize, m.values.get("right", 0)
         if equal_size(right % step, 0):

@@ -260,6 +260,10 @@ def _aligned(x: Tensor) -> Tensor:
 class AllReduceGate(Gate):
     """A `Gate` with the rule by which the launcher spreads a row over blocks."""
 
+    def limits(self) -> tuple[str, ...]:
+        """As `Gate.limits`."""
+        return (*super().limits(), f"rows that split into up to {CLUSTER_BLOCKS} blocks of {BLOCK_THREADS} threads")
+
     def check_width(self, x: Tensor, m: Any) -> Refusal | None:
         """As `Gate.check_width`."""
         refusal = super().check_width(x, m)

@@ -36,6 +36,11 @@ class Offer:
     leaves_out: str | None = None
     most_rows: Callable[[Any], int] | None = None
 
+    def limits(self) -> tuple[str, ...]:
+        """What it takes and doesn't do, for a person; empty: whatever its op takes."""
+        limits = self.accepts.limits() if isinstance(self.accepts, Gate) else ()
+        return (*limits, f"doesn't round {self.leaves_out}") if self.leaves_out else limits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -76,6 +81,23 @@ class Gate:
             or self._group(m.values.get("group_name"))
             or self._layout(m.x)
         )
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        sizes = [f"a multiple of {self.row_bytes}"] if self.row_bytes > 1 else []
+        sizes += [f"from {self.least_row_bytes}"] if self.least_row_bytes else []
+        sizes += [f"up to {self.most_row_bytes}"] if self.most_row_bytes is not None else []
+        how = {"multiply": "multiplied by the reciprocal of the scale", "divide": "divided by the scale"}
+        limits = (
+            listed(sorted(map(dtype_text, self.dtypes))) if self.dtypes else None,
+            f"bytes of a row {', '.join(sizes)}" if sizes else None,
+            f"{listed(list(map(str, sorted(self.ranks))))} ranks" if self.ranks else None,
+            "contiguous" if self.dense else None,
+            f"codes in {listed(sorted(map(dtype_text, self.quant_dtypes)))}" if self.quant_dtypes else None,
+            how[self.quant_rounding] if self.quant_rounding is not None else None,
+            f"least scale {self.min_scale:.4g}" if self.min_scale is not None else None,
+        )
+        return tuple(each for each in limits if each is not None)
 
     def _quant(self, m: Any) -> Refusal | None:
         rounding, least = m.values.get("quant_rounding"), m.values.get("min_scale")
