@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from fuseplan.dialect import ops
 from fuseplan.errors import CollectiveError
@@ -70,7 +71,8 @@ class Aiter:
         assert residual.is_contiguous()
         if input.nbytes > min(own.max_size, MOST_BYTES) or input.nbytes % 16 or not input.numel():
             return None
-        return (input.float() * own.world_size).to(input.dtype).float() + residual.float()
+        total: Tensor = (input.float() * own.world_size).to(input.dtype).float() + residual.float()
+        return total
 
     def reduce_and_norm(self, own: Any, **given: Any) -> tuple[Tensor, Tensor] | None:
         self.calls.append(given)
@@ -254,8 +256,7 @@ def test_errors_are_one_line(library: Aiter, groups: list[dict[str, Any]], monke
 
 def test_the_group_is_made_with_gloo(library: Aiter) -> None:
     """By torch itself, in a world of one."""
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         assert dist.group.WORLD is not None
         fuse(4, dist.group.WORLD.group_name)

@@ -155,7 +155,8 @@ def test_norms_with_quantisation_round_nothing_before_it(library: FlashInfer) ->
     for name, offer in flashinfer.OFFERS.items():
         if offer.leaves_out is None:
             continue
-        (rounding,) = offer.roundings or ()
+        assert offer.roundings is not None
+        (rounding,) = offer.roundings
         given = arguments(name, torch.bfloat16, (2, 33, 320), rounding, "")
         x, residual, weight = given[0], given[1], given[-6]
         before = [x.clone(), residual.clone()]
