@@ -53,6 +53,14 @@ class Provider:
         """The fused ops that are candidates: for another device than this one, those that are only priced too."""
         return self.implements if device is None else {**self.prices, **self.implements}
 
+    def runs(self, op: str) -> bool:
+        """Whether a fused op, by name, is applied wherever it is planned: one that is only priced is not, nor are other
+        libraries' kernels in which several ranks meet, since no rank can verify one by itself.
+        """
+        known = ops.get(op)
+        meets = known is not None and known.collective and self.name != "torch"
+        return op in self.implements and not meets
+
     def unavailable(self, device: DeviceProfile | None = None) -> Refusal | None:
         """Why this provider can't run, or None if it can.
 
