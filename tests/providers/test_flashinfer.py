@@ -349,8 +349,8 @@ def test_a_kernel_that_leaves_a_rounding_out_waits_to_be_allowed() -> None:
     assert taken == []
     (detail,) = details
     assert detail == (
-        "flashinfer's fused_add_rms_norm_static_fp8_quant rounds as fp32, and the graph as gpt_oss; the kernel doesn't "
-        "round the norm before it is quantised"
+        "flashinfer's fused_add_rms_norm_static_fp8_quant rounds as fp32, and the graph as gpt_oss; it doesn't round "
+        "the norm before it is quantised, as the graph does"
     )
     _, taken = refusals(function, *inputs, allow=True)
     assert taken == [
@@ -359,6 +359,20 @@ def test_a_kernel_that_leaves_a_rounding_out_waits_to_be_allowed() -> None:
             ("gpt_oss", "fp32, not rounding the norm before it is quantised"),
         )
     ]
+
+
+def test_a_graph_of_the_kernels_convention_hears_of_the_rounding_alone() -> None:
+    def function(x: Tensor, weight: Tensor, scale: Tensor) -> Any:
+        return quantize(gpt_oss(x, None, weight)[0], scale, reciprocal=True)
+
+    inputs = randn(16, 320), torch.ones(320, dtype=torch.bfloat16), torch.tensor([0.02])
+    (detail,), _ = refusals(function, *inputs)
+    assert detail == (
+        "flashinfer's rms_norm_static_fp8_quant doesn't round the norm before it is quantised, as the graph does"
+    )
+    _, taken = refusals(function, *inputs, allow=True)
+    change = ("gpt_oss", "gpt_oss, not rounding the norm before it is quantised")
+    assert taken == [("rms_norm_static_fp8_quant", change)]
 
 
 @pytest.mark.parametrize(

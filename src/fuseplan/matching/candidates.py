@@ -291,10 +291,10 @@ def _offered(
             values = {**match.values, "rounding": computed}
             taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
         else:
-            computed = " or ".join(sorted(offer.roundings or ()))
-            detail = f"{provider.name}'s {rule.op.name} rounds as {computed}, and the graph as {rounding}"
-            if offer.leaves_out is not None:
-                detail = f"{detail}; the kernel doesn't round {offer.leaves_out}"
+            computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
+            told = [] if fits else [f"rounds as {computed}, and the graph as {rounding}"]
+            told += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
+            detail = f"{provider.name}'s {rule.op.name} {'; it '.join(told)}"
             declined.append(
                 _refusal(
                     match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,
