@@ -273,6 +273,30 @@ def test_providers_say_why_not() -> None:
         assert "serves AMD GPUs" in run("providers").stdout
 
 
+def test_a_provider_tells_what_its_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    (row,) = json.loads(run("providers", "flashinfer", "--json").stdout)["providers"]
+    kernels = {each["op"]: each for each in row["kernels"]}
+    assert list(kernels) == row["implements"]
+    reduces = kernels["all_reduce_fused_add_rms_norm"]
+    assert reduces["rounds"] == ["gemma", "gpt_oss"]
+    assert {"bfloat16 or float16", "2, 4 or 8 ranks", "contiguous"} <= set(reduces["takes"])
+    shown = run("providers", "flashinfer").stdout
+    assert all(op in shown for op in kernels)
+    assert "doesn't round the norm before it is quantised" in shown
+    assert "least scale 4.36e-06" in shown
+    assert "whatever the op takes" in run("providers", "torch").stdout
+    misspelled = run("providers", "flashinfr")
+    assert misspelled.exit_code == 2
+    assert "did you mean 'flashinfer'?" in misspelled.stderr
+
+
+def test_what_has_not_been_run_is_said() -> None:
+    rows = {row["provider"]: row for row in json.loads(run("providers", "--json").stdout)["providers"]}
+    assert [name for name, row in rows.items() if row["untested"]] == ["aiter"]
+    assert "not run on ROCm hardware" in run("providers").stdout
+
+
 EXPLAIN = ("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "1", "--range", "1:64")
 
 

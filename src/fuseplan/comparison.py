@@ -94,13 +94,13 @@ def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: Dev
     plans = [graph.plan for report in reports for graph in report.graphs if graph.plan is not None]
     sources = sorted({source for plan in plans for source in plan.prices}) or ["modelled"]
     yield f"costs are {' and '.join(sources)} for {device.name}"
-    runs = {provider.name: provider.implements for provider in providers}
+    known = {provider.name: provider for provider in providers}
     priced = Counter(
         fusion.provider
         for report in reports[:1]
         for graph in report.graphs
         for fusion in graph.applied
-        if fusion.provider in runs and fusion.op not in runs[fusion.provider]
+        if fusion.provider in known and not known[fusion.provider].runs(fusion.op)
     )
     for name, count in sorted(priced.items()):
         yield f"{count} of the fusions shown first are {name}'s: priced here, not yet run by this version of fuseplan"

@@ -51,6 +51,7 @@ from fuseplan.planner import (
     prices_of,
     replay,
 )
+from fuseplan.planner.sites import Rows
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import GraphReport, Reason, Refusal, Report, SavedPlans, Verification
 from fuseplan.report.places import places
@@ -224,8 +225,11 @@ class PostGradPassManager(CustomGraphPass):
         )  # fmt: skip
 
     def _find_matches(self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]]) -> Matches:
-        allow = self.config.allow_rounding_changes
-        return find_matches(canonical, rules, self.providers, self.device, allow_rounding_changes=allow)
+        rows, span = Rows.of(canonical.graph), self.compile_range or DEFAULT_SPAN
+        return find_matches(
+            canonical, rules, self.providers, self.device, allow_rounding_changes=self.config.allow_rounding_changes,
+            most_rows=lambda x: rows.at(x, span.end),
+        )  # fmt: skip
 
     def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:
         """What the policy would apply, `max_fusions` included.

@@ -17,8 +17,7 @@ from fuseplan.dialect import DialectOp, Rounding, define, implement, ops
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.matching import ExternalPass
 from fuseplan.planner.candidates import Candidate
-from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, provider_of
-from fuseplan.providers.registry import Offer
+from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, provider_of
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
 

@@ -98,12 +98,21 @@ def test_a_profile_takes_its_software_as_present(device: str, available: set[str
     assert {name for name, provider in BY_NAME.items() if provider.unavailable(profile) is None} == available
 
 
+def test_kernels_in_which_ranks_meet_are_planned_and_not_run() -> None:
+    reduces, alone = "all_reduce_fused_add_rms_norm", "rms_norm_static_fp8_quant"
+    assert {reduces, alone} <= set(BY_NAME["flashinfer"].implements)
+    assert not BY_NAME["flashinfer"].runs(reduces)
+    assert BY_NAME["flashinfer"].runs(alone)
+    assert not BY_NAME["flashinfer"].runs("rms_norm_pad")
+    assert BY_NAME["torch"].runs(reduces)
+
+
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuseplan.providers.registry.local_vendor", lambda: "amd")
     missing = BY_NAME["aiter"].unavailable()
     assert missing is not None
     assert missing.detail == "the package aiter is not installed"
-    assert missing.mend == "install AITER from its ROCm release"
+    assert missing.mend == "install AITER 0.1.20 or newer from its ROCm release"
     other = BY_NAME["flashinfer"].unavailable()
     assert other is not None
     assert other.detail == "serves NVIDIA GPUs, and this machine has AMD GPUs"

@@ -35,13 +35,21 @@ def rules(
         return show(table, as_json=False)
 
 
-def providers(as_json: Json = False, debug: Debug = False) -> None:
-    """List who can run fused ops: available on this machine, or why not."""
+def providers(
+    name: Annotated[str | None, typer.Argument(help="One provider, with its fused ops; default: all.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List who can run fused ops: available on this machine, or why not; of one provider, what its kernels take."""
     with one_line_errors(debug):
+        from fuseplan.config import unknown
         from fuseplan.providers import BUILT_IN_PROVIDERS
 
+        known = {each.name: each for each in sorted(BUILT_IN_PROVIDERS, key=lambda each: each.name)}
+        if name is not None and name not in known:
+            raise unknown("provider", name, known)
         rows: list[dict[str, Any]] = []
-        for provider in sorted(BUILT_IN_PROVIDERS, key=lambda each: each.name):
+        for provider in (each for each in known.values() if name in (None, each.name)):
             refusal = provider.unavailable()
             rows.append(
                 {
@@ -52,6 +60,16 @@ def providers(as_json: Json = False, debug: Debug = False) -> None:
                     "mend": refusal.mend if refusal else None,
                     "version": provider.version(),
                     "implements": sorted(provider.implements),
+                    "prices": sorted(provider.prices),
+                    "untested": provider.untested,
+                    "kernels": [
+                        {
+                            "op": op,
+                            "rounds": sorted(offer.roundings) if offer.roundings is not None else None,
+                            "takes": list(offer.limits()),
+                        }
+                        for op, offer in sorted(provider.implements.items())
+                    ],
                 }
             )
         if as_json:
@@ -59,9 +77,18 @@ def providers(as_json: Json = False, debug: Debug = False) -> None:
         table = table_of("provider", "available", "fused ops", "")
         for row in rows:
             available = Text("yes", style="green") if row["available"] else Text("no", style="red")
-            why = "; ".join(str(text) for text in (row["why_not"] or row["description"], row["mend"]) if text)
-            table.add_row(str(row["provider"]), available, str(len(row["implements"])), why)
-        return show(table, as_json=False)
+            why = "; ".join(str(text) for text in (row["why_not"], row["mend"]) if text)
+            notes = (row["description"], f"not here: {why}" if why else None, row["untested"])
+            table.add_row(row["provider"], available, str(len(row["implements"])), "\n".join(filter(None, notes)))
+        show(table, as_json=False)
+        if name is not None:
+            show("", as_json=False)
+            kernels = table_of("fused op", "rounds as", "takes")
+            for each in rows[0]["kernels"]:
+                rounds = ", ".join(each["rounds"]) if each["rounds"] is not None else "asked"
+                kernels.add_row(each["op"], rounds, "; ".join(each["takes"]) or "whatever the op takes")
+            show(kernels, as_json=False)
+        return None
 
 
 def devices(as_json: Json = False, debug: Debug = False) -> None:

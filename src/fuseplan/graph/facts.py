@@ -129,15 +129,19 @@ def item(node: fx.Node, index: int) -> fx.Node | None:
     return None
 
 
-def group_size(name: str) -> int | None:
-    """The number of ranks of a process group, by `ProcessGroup.group_name`; None where this process knows none of that
-    name.
-    """
+def process_group(name: str) -> dist.ProcessGroup | None:
+    """The process group of that `ProcessGroup.group_name`; None where this process knows none of that name."""
     try:
         group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
     except (RuntimeError, ValueError, LookupError):
         return None
-    return group.size()
+    return group
+
+
+def group_size(name: str) -> int | None:
+    """The number of ranks of a process group, by its name; None where this process knows none of that name."""
+    group = process_group(name)
+    return None if group is None else group.size()
 
 
 def groups_in(graph: fx.Graph) -> tuple[str, ...]:

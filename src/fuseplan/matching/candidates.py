@@ -1,12 +1,12 @@
 """Every match of every rule on one unmodified canonical graph, and what was refused."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import Rounding
@@ -14,7 +14,7 @@ from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_o
 from fuseplan.graph.legality import is_convex
 from fuseplan.graph.reach import strided_reader
 from fuseplan.matching.inductor import CompiledPattern
-from fuseplan.providers import DeviceProfile, Provider
+from fuseplan.providers import DeviceProfile, Offer, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule
 from fuseplan.rules.base import op_text
@@ -96,6 +96,7 @@ def find_matches(
     device: DeviceProfile | None = None,
     *,
     allow_rounding_changes: bool = False,
+    most_rows: Callable[[Tensor], int] | None = None,
 ) -> Matches:
     """Enumerates, without changing the graph.
 
@@ -105,6 +106,7 @@ def find_matches(
         providers: who may run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
         allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
+        most_rows: how many rows a tensor of the graph has at most; None: nobody asks.
     """
     available = [p for p in sorted(providers, key=lambda p: p.name) if p.unavailable(device) is None]
     candidates: list[Match] = []
@@ -120,7 +122,7 @@ def find_matches(
             if refusal is not None:
                 misses.append(Miss(rule=rule, anchor=anchor, consumed=found.consumed, refusal=refusal))
                 continue
-            taken, declined = _offered(found, available, device, allow_rounding_changes)
+            taken, declined = _offered(found, available, device, allow_rounding_changes, most_rows)
             candidates += taken
             nearness = Nearness.DECLINED if taken else Nearness.REFUSED
             misses += [
@@ -261,16 +263,17 @@ def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core
 
 
 def _offered(
-    match: Match, available: Sequence[Provider], device: DeviceProfile | None, allow_rounding_changes: bool
-) -> tuple[list[Match], list[Refusal]]:
+    match: Match, available: Sequence[Provider], device: DeviceProfile | None, allow_rounding_changes: bool,
+    most_rows: Callable[[Tensor], int] | None,
+) -> tuple[list[Match], list[Refusal]]:  # fmt: skip
     """The match once for each provider that takes its arguments, and why others don't."""
     rule, taken, declined = match.rule, list[Match](), list[Refusal]()
     for provider in available:
         offer = provider.offers(device).get(rule.op.name)
         if offer is None:
             continue
-        refusal = offer.accepts(Bindings(rule.name, match.values))
-        rounding = match.values.get("rounding")
+        bindings, rounding = Bindings(rule.name, match.values), match.values.get("rounding")
+        refusal = offer.accepts(bindings) or _beyond(offer, bindings, provider, most_rows)
         fits = offer.roundings is None or rounding in offer.roundings
         near = sorted(each for each in offer.roundings or () if _differs_by_rounding(rounding, each))
         if refusal is not None:
@@ -280,25 +283,43 @@ def _offered(
                     found=refusal.found, mend=refusal.mend, provider=provider.name,
                 )
             )  # fmt: skip
-        elif fits:
+        elif fits and offer.leaves_out is None:
             taken.append(replace(match, provider=provider.name))
-        elif near and allow_rounding_changes:
-            values = {**match.values, "rounding": near[0]}
-            change = (str(rounding), near[0])
+        elif (fits or near) and allow_rounding_changes:
+            computed = str(rounding) if fits else near[0]
+            change = (str(rounding), f"{computed}, not rounding {offer.leaves_out}" if offer.leaves_out else computed)
+            values = {**match.values, "rounding": computed}
             taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
         else:
-            computed = " or ".join(sorted(offer.roundings or ()))
-            detail = f"{provider.name}'s {rule.op.name} rounds as {computed}, and the graph as {rounding}"
+            computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
+            told = [] if fits else [f"rounds as {computed}, and the graph as {rounding}"]
+            told += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
+            detail = f"{provider.name}'s {rule.op.name} {'; it '.join(told)}"
             declined.append(
                 _refusal(
                     match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,
-                    found=str(rounding), mend="set allow_rounding_changes" if near else None, provider=provider.name,
+                    found=str(rounding), mend="set allow_rounding_changes" if near or fits else None,
+                    provider=provider.name,
                 )
             )  # fmt: skip
     if not taken and not declined:
         detail = f"no available provider implements {rule.op.name}"
         declined.append(_refusal(match, Reason.PROVIDER, detail, (match.core.name,), match.core))
     return taken, declined
+
+
+def _beyond(offer: Offer, m: Bindings, provider: Provider, most_rows: Callable[[Tensor], int] | None) -> Refusal | None:
+    """Why a provider can't serve the largest size, if it can't."""
+    if offer.most_rows is None or most_rows is None:
+        return None
+    held, wanted = offer.most_rows(m), most_rows(m.x)
+    if not isinstance(held, int) or wanted <= held:  # where the width is dynamic, the call itself tells
+        return None
+    detail = f"{provider.name} takes up to {held} rows of this width, and the range has up to {wanted}"
+    return Refusal(
+        reason=Reason.SIZE, detail=detail, expected=f"at most {held} rows", found=f"up to {wanted} rows",
+        mend=f"end a compile range at {held} tokens",
+    )  # fmt: skip
 
 
 def _differs_by_rounding(found: object, computed: str) -> bool:

@@ -1,7 +1,8 @@
 """Implementations of fused ops: when each is available, what it accepts."""
 
 from fuseplan.providers.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
-from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Offer, Provider, provider_of
+from fuseplan.providers.gates import Offer
+from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider, provider_of
 
 __all__ = [
     "BUILT_IN_PROVIDERS",

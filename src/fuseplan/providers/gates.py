@@ -1,9 +1,10 @@
 """What a library's kernel takes: sizes, ranks and layouts, as data with the source they were read from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fuseplan.dialect import QuantRounding
@@ -13,6 +14,34 @@ from fuseplan.record import Reason, Refusal
 Accepts = Callable[[Any], Refusal | None]
 
 
+def accept_all(m: Any) -> Refusal | None:
+    """The check of an implementation that takes whatever its op takes."""
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """One fused op of a provider: what it accepts, and where its kernel rounds.
+
+    Attributes:
+        accepts: None, or why it refuses the arguments.
+        roundings: the conventions that its kernel computes; None: whichever it is asked for.
+        leaves_out: what every graph rounds and its kernel doesn't, whatever the convention; such a kernel is taken
+            where `allow_rounding_changes` is set.
+        most_rows: how many rows its workspace or its counters hold, for given arguments; None: any number.
+    """
+
+    accepts: Accepts = accept_all
+    roundings: frozenset[str] | None = None
+    leaves_out: str | None = None
+    most_rows: Callable[[Any], int] | None = None
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes and doesn't do, for a person; empty: whatever its op takes."""
+        limits = self.accepts.limits() if isinstance(self.accepts, Gate) else ()
+        return (*limits, f"doesn't round {self.leaves_out}") if self.leaves_out else limits
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gate:
     """A check of a fused op's arguments. As a function of `Bindings` it yields None, or why it refuses them.
@@ -20,65 +49,125 @@ class Gate:
     Attributes:
         name: of the library, for a person.
         source: which version of which code says so.
+        dtypes: of the activations; empty: any.
         row_bytes: a row's bytes are a multiple of this.
+        least_row_bytes: and at least this.
         most_row_bytes: and at most this.
         ranks: sizes of the process groups it serves; empty: any, or it doesn't reduce.
         dense: whether the activations must lie in memory row after row.
-        multiplies_scale: whether it multiplies by the reciprocal of a static scale, in place of dividing by it.
+        quant_rounding: how it applies a scale, where it does it in one way.
+        quant_dtypes: of the codes; empty: any.
+        min_scale: the least scale of a row, where it is the kernel's own.
     """
 
     name: str
     source: str
+    dtypes: frozenset[torch.dtype] = frozenset()
     row_bytes: int = 1
+    least_row_bytes: int = 0
     most_row_bytes: int | None = None
     ranks: frozenset[int] = frozenset()
     dense: bool = False
-    multiplies_scale: bool = False
+    quant_rounding: QuantRounding | None = None
+    quant_dtypes: frozenset[torch.dtype] = frozenset()
+    min_scale: float | None = None
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the arguments are refused, or None."""
         return (
-            self._scale(m.values.get("quant_rounding"))
-            or self._width(m.x)
+            self._quant(m)
+            or self._dtype(m.x)
+            or self.check_width(m.x, m)
             or self._group(m.values.get("group_name"))
             or self._layout(m.x)
         )
 
-    def accept_rows(self, x: Tensor) -> Refusal | None:
-        """Why rows of that width are refused, or None."""
-        return self._width(x)
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        sizes = [f"a multiple of {self.row_bytes}"] if self.row_bytes > 1 else []
+        sizes += [f"from {self.least_row_bytes}"] if self.least_row_bytes else []
+        sizes += [f"up to {self.most_row_bytes}"] if self.most_row_bytes is not None else []
+        how = {"multiply": "multiplied by the reciprocal of the scale", "divide": "divided by the scale"}
+        limits = (
+            listed(sorted(map(dtype_text, self.dtypes))) if self.dtypes else None,
+            f"bytes of a row {', '.join(sizes)}" if sizes else None,
+            f"{listed(list(map(str, sorted(self.ranks))))} ranks" if self.ranks else None,
+            "contiguous" if self.dense else None,
+            f"codes in {listed(sorted(map(dtype_text, self.quant_dtypes)))}" if self.quant_dtypes else None,
+            how[self.quant_rounding] if self.quant_rounding is not None else None,
+            f"least scale {self.min_scale:.4g}" if self.min_scale is not None else None,
+        )
+        return tuple(each for each in limits if each is not None)
 
-    def _scale(self, rounding: str | None) -> Refusal | None:
-        if not self.multiplies_scale or rounding in (None, QuantRounding.MULTIPLY.value):
-            return None
-        return Refusal(
-            reason=Reason.ROUNDING,
-            detail="the kernel multiplies by the reciprocal of the scale; the graph divides by it",
-            expected=QuantRounding.MULTIPLY.value,
-            found=rounding,
+    def _quant(self, m: Any) -> Refusal | None:
+        rounding, least = m.values.get("quant_rounding"), m.values.get("min_scale")
+        if self.quant_rounding is not None and rounding not in (None, self.quant_rounding.value):
+            how = {"multiply": "multiplies by the reciprocal of the scale", "divide": "divides by the scale"}
+            return Refusal(
+                reason=Reason.ROUNDING,
+                detail=f"the kernel {how[self.quant_rounding]}; the graph {how[str(rounding)]}",
+                expected=self.quant_rounding.value,
+                found=str(rounding),
+            )
+        if self.min_scale is not None and least is not None and not _equal_in_float32(least, self.min_scale):
+            detail = f"the least scale of {self.name} is {self.min_scale:.6g}, and the graph's is {least:.6g}"
+            return Refusal(
+                reason=Reason.ATTRIBUTE, detail=detail, expected=f"a least scale of {self.min_scale:.6g}",
+                found=f"{least:.6g}",
+            )  # fmt: skip
+        codes = m.values.get("dtype")
+        if self.quant_dtypes and codes is not None and codes not in self.quant_dtypes:
+            return self._other_dtype("codes", codes, self.quant_dtypes)
+        return None
+
+    def _dtype(self, x: Tensor) -> Refusal | None:
+        return (
+            self._other_dtype("activations", x.dtype, self.dtypes)
+            if self.dtypes and x.dtype not in self.dtypes
+            else None
         )
 
-    def _width(self, x: Tensor) -> Refusal | None:
+    def _other_dtype(self, what: str, found: torch.dtype, taken: frozenset[torch.dtype]) -> Refusal:
+        names = listed(sorted(map(dtype_text, taken)))
+        detail = f"{self.name} takes {what} in {names}, not in {dtype_text(found)}"
+        return Refusal(reason=Reason.DTYPE, detail=detail, expected=f"{what} in {names}", found=dtype_text(found))
+
+    def check_width(self, x: Tensor, m: Any) -> Refusal | None:
+        """Why the hidden size of x is refused, or None."""
         width, itemsize = x.shape[-1], x.dtype.itemsize
-        dtype = str(x.dtype).removeprefix("torch.")
-        step, most = max(1, self.row_bytes // itemsize), self.most_row_bytes
+        step = max(1, self._row_bytes(m) // itemsize)
         if not equal_size(width % step, 0):
-            detail = f"{self.name} takes hidden sizes that are multiples of {step} in {dtype}, not {width}"
-            return _size(detail, f"a multiple of {step}", width)
-        if most is not None and isinstance(width, int) and width * itemsize > most:
-            detail = f"{self.name} takes hidden sizes up to {most // itemsize} in {dtype}, not {width}"
-            return _size(detail, f"at most {most // itemsize}", width)
+            return self._size(f"that are multiples of {step}", f"a multiple of {step}", x)
+        if isinstance(width, int) and width * itemsize < self.least_row_bytes:
+            least = self.least_row_bytes // itemsize
+            return self._size(f"from {least}", f"at least {least}", x)
+        if self.most_row_bytes is not None and isinstance(width, int) and width * itemsize > self.most_row_bytes:
+            most = self.most_row_bytes // itemsize
+            return self._size(f"up to {most}", f"at most {most}", x)
         return None
+
+    def _row_bytes(self, m: Any) -> int:
+        """What a row's bytes are a multiple of, for given arguments."""
+        return self.row_bytes
+
+    def _size(self, taken: str, expected: str, x: Tensor) -> Refusal:
+        width = x.shape[-1]
+        return Refusal(
+            reason=Reason.SIZE,
+            detail=f"{self.name} takes hidden sizes {taken} in {dtype_text(x.dtype)}, not {width}",
+            expected=f"hidden size {expected}", found=f"hidden size {width}",
+            mend="pad the hidden size, or let another provider run it",
+        )  # fmt: skip
 
     def _group(self, name: str | None) -> Refusal | None:
         ranks = group_size(name) if name is not None else None
         if not self.ranks or ranks is None or ranks in self.ranks:
             return None
-        *others, last = map(str, sorted(self.ranks))
-        detail = f"{self.name} serves groups of {', '.join(others)} or {last} ranks; group {name!r} has {ranks}"
+        served = f"{listed(list(map(str, sorted(self.ranks))))} ranks"
         return Refusal(
-            reason=Reason.GROUP, detail=detail, expected=f"{', '.join(others)} or {last} ranks", found=f"{ranks} ranks"
-        )
+            reason=Reason.GROUP, detail=f"{self.name} serves groups of {served}; group {name!r} has {ranks}",
+            expected=served, found=f"{ranks} ranks",
+        )  # fmt: skip
 
     def _layout(self, x: Tensor) -> Refusal | None:
         if not self.dense or is_dense(x):
@@ -93,25 +182,16 @@ class Gate:
         )
 
 
-def _size(detail: str, expected: str, width: Any) -> Refusal:
-    return Refusal(
-        reason=Reason.SIZE, detail=detail, expected=f"hidden size {expected}", found=f"hidden size {width}",
-        mend="pad the hidden size, or let another provider run it",
-    )  # fmt: skip
+def _equal_in_float32(left: float, right: float) -> bool:
+    return torch.tensor(left, dtype=torch.float32).equal(torch.tensor(right, dtype=torch.float32))
 
 
-def accept_all(m: Any) -> Refusal | None:
-    """The check of an implementation that takes whatever its op takes."""
-    return None
+def dtype_text(dtype: torch.dtype) -> str:
+    """`bfloat16`"""
+    return str(dtype).removeprefix("torch.")
 
 
-FLASHINFER_ALL_REDUCE = Gate(
-    name="FlashInfer's all-reduce fusion",
-    source="FlashInfer fb28d724 (2026-08-22), include/flashinfer/comm/trtllm_allreduce_fusion.cuh: hidden_dim is a "
-    "multiple of 16 bytes, a token takes at most 8 blocks of 1024 threads of 16 bytes, nranks is 2, 4, 8 or 16",
-    row_bytes=16,
-    most_row_bytes=8 * 1024 * 16,
-    ranks=frozenset({2, 4, 8, 16}),
-    dense=True,
-)
-FLASHINFER_ALL_REDUCE_QUANT = replace(FLASHINFER_ALL_REDUCE, multiplies_scale=True)
+def listed(words: list[str]) -> str:
+    """`2, 4 or 8`"""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last

@@ -10,24 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuseplan.dialect import DialectOp, Rounding, implement, ops
+from torch.torch_version import TorchVersion
+
+from fuseplan.dialect import DialectOp, implement, ops
+from fuseplan.providers import aiter, flashinfer
 from fuseplan.providers.devices import DeviceProfile, local_vendor
-from fuseplan.providers.gates import FLASHINFER_ALL_REDUCE, FLASHINFER_ALL_REDUCE_QUANT, Accepts, accept_all
+from fuseplan.providers.gates import Accepts, Offer, accept_all
 from fuseplan.providers.triton import ACCEPTS as TRITON_ACCEPTS
 from fuseplan.record import Reason, Refusal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Offer:
-    """One fused op of a provider: what it accepts, and where its kernel rounds.
-
-    Attributes:
-        accepts: None, or why it refuses the arguments.
-        roundings: the conventions that its kernel computes; None: whichever it is asked for.
-    """
-
-    accepts: Accepts
-    roundings: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +30,13 @@ class Provider:
         vendors: whose devices it serves.
         package: the Python package it needs, None where fuseplan's own requirements bring it.
         distribution: the name under which the package is installed, where it differs.
-        install: what to do where the package is missing.
+        oldest: the first version of it that will do, where that matters.
+        install: what to do where the package is missing or too old.
         implements: the fused ops, by name, that fuseplan runs by it.
         prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
             does not call yet: they are candidates where a plan is only explained.
         runs_alone: whether its collective kernels can be tried by one rank alone, in `distributed.workspace.alone`.
+        untested: on what its kernels have not been run, for a person; None where they have been.
     """
 
     name: str
@@ -52,14 +44,24 @@ class Provider:
     vendors: frozenset[str]
     package: str | None
     distribution: str | None = None
+    oldest: str | None = None
     install: str
     implements: Mapping[str, Offer] = field(default_factory=dict)
     prices: Mapping[str, Offer] = field(default_factory=dict)
     runs_alone: bool = False
+    untested: str | None = None
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
         """The fused ops that are candidates: for another device than this one, those that are only priced too."""
         return self.implements if device is None else {**self.prices, **self.implements}
+
+    def runs(self, op: str) -> bool:
+        """Whether a fused op, by name, is applied wherever it is planned: one that is only priced is not, nor are other
+        libraries' kernels in which several ranks meet, since no rank can verify one by itself.
+        """
+        known = ops.get(op)
+        meets = known is not None and known.collective and self.name != "torch" and not self.runs_alone
+        return op in self.implements and not meets
 
     def unavailable(self, device: DeviceProfile | None = None) -> Refusal | None:
         """Why this provider can't run, or None if it can.
@@ -76,7 +78,20 @@ class Provider:
             )
         if device is None and self.package is not None and importlib.util.find_spec(self.package) is None:
             return self._refuse(f"the package {self.package} is not installed", mend=self.install)
-        return None
+        return self._outdated() if device is None else None
+
+    def _outdated(self) -> Refusal | None:
+        """Why the package that is installed won't do, or None."""
+        if self.oldest is None:
+            return None
+        name, version = self.distribution or self.package, self.version()
+        if version is None:
+            detail = f"the package {self.package} that is installed isn't that of {name}"
+        elif TorchVersion(version) < self.oldest:
+            detail = f"{name} {version} is installed, and {self.oldest} is the oldest that will do"
+        else:
+            return None
+        return self._refuse(detail, mend=self.install)
 
     def version(self) -> str | None:
         """The version of the package it needs, None where it needs none or the package is not installed."""
@@ -92,11 +107,6 @@ class Provider:
 
 
 _VENDOR_NAMES = {"nvidia": "NVIDIA GPUs", "amd": "AMD GPUs", "cpu": "CPUs"}
-
-
-def _offers(names: Iterable[str], *roundings: Rounding, accepts: Accepts = accept_all) -> dict[str, Offer]:
-    computed = frozenset(rounding.value for rounding in roundings) if roundings else None
-    return {name: Offer(accepts=accepts, roundings=computed) for name in names}
 
 
 def provider_of(
@@ -136,7 +146,7 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         vendors=frozenset({"nvidia", "amd", "cpu"}),
         package=None,
         install="",
-        implements=_offers(ALL_FUSED),
+        implements=dict.fromkeys(ALL_FUSED, Offer()),
     ),
     Provider(
         name="triton",
@@ -153,33 +163,19 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         vendors=frozenset({"nvidia"}),
         package="flashinfer",
         distribution="flashinfer-python",
-        install="pip install flashinfer-python",
-        # FlashInfer at fb28d724, include/flashinfer/comm/trtllm_allreduce_fusion.cuh: sums in the activation dtype,
-        # one rounding after the weight, then float(y) * (1 / scale). Its norm + quant kernels (norm.cuh) quantise the
-        # unrounded y, which no graph that casts y first computes.
-        prices={
-            **_offers(["all_reduce_fused_add_rms_norm"], Rounding.GPT_OSS, accepts=FLASHINFER_ALL_REDUCE),
-            **_offers(
-                ["all_reduce_fused_add_rms_norm_static_fp8_quant"],
-                Rounding.GPT_OSS,
-                accepts=FLASHINFER_ALL_REDUCE_QUANT,
-            ),
-        },
+        oldest=flashinfer.OLDEST,
+        install="pip install -U flashinfer-python",
+        implements=flashinfer.OFFERS,
     ),
     Provider(
         name="aiter",
-        description="AITER's fused norms and custom all-reduce (ROCm)",
+        description="AITER's Triton add + RMSNorm + pad and custom all-reduce (ROCm)",
         vendors=frozenset({"amd"}),
         package="aiter",
-        install="install AITER from its ROCm release",
-        # AITER, aiter/ops/triton/_triton_kernels/fused_add_rmsnorm_pad.py: the sum stays in float32, one rounding at
-        # the end. Its all-reduce + norm kernels are taken to do the same.
-        prices={
-            **_offers(
-                ["fused_add_rms_norm_pad", "all_reduce_fused_add_rms_norm", "all_reduce_fused_add_rms_norm_pad"],
-                Rounding.FP32,
-            ),
-            **_offers(["rms_norm_pad", "all_reduce_rms_norm"], Rounding.GPT_OSS),
-        },
+        distribution="amd-aiter",
+        oldest=aiter.OLDEST,
+        install=f"install AITER {aiter.OLDEST} or newer from its ROCm release",
+        implements=aiter.OFFERS,
+        untested="not run on ROCm hardware so far: its calls are held against AITER's signatures alone",
     ),
 )

@@ -46,7 +46,7 @@ def accept_qk_norm_rope(m: Any) -> Refusal | None:
 
 def accept_activation(m: Any) -> Refusal | None:
     """Why the kernel doesn't take the arguments, or None."""
-    return accept_all(m) if "min_scale" not in m.values else ROW_KERNEL.accept_rows(m.gate)
+    return accept_all(m) if "min_scale" not in m.values else ROW_KERNEL.check_width(m.gate, m)
 
 
 def norm_kernel(reduce: bool, residual: bool, suffix: str | None) -> Callable[..., Any]:

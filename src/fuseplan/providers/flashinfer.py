@@ -1,0 +1,340 @@
+"""FlashInfer's all-reduce fusion, and its RMSNorm with fp8 quantisation. Importing this needs no FlashInfer.
+
+Read from flashinfer-python 0.6.18.post1 and 0.7.2.post1:
+
+- `flashinfer.comm.allreduce_fusion`, backend `trtllm` (comm/trtllm_allreduce_fusion.cuh). The sum over ranks is taken
+  in float32 (`fp32_acc`) and rounded to the activations' dtype, and so is the residual sum. The norm of that is
+  multiplied by the weight in float32 and rounded once: `gpt_oss`, and `gemma` with `weight_bias=1`. A static scale is
+  applied by its reciprocal, a dynamic one by division; both quantise the rounded norm. The residual is read, and its
+  sum is written elsewhere. Up to a size that the library chooses every rank sends its rows to every other (one-shot),
+  beyond it shares are reduced and handed on (two-shot).
+- `flashinfer.norm.rmsnorm_quant` and `fused_add_rmsnorm_quant` (include/flashinfer/norm.cuh, and norm/kernels where
+  nvidia-cutlass-dsl is installed): the norm isn't rounded before it is quantised, nor the residual sum before it is
+  normalised. The sum is written over the residual, so the residual is copied first.
+
+Not used: `rmsnorm`, `fused_add_rmsnorm` and the `gemma_` ones, since no fused op is a norm alone; the backend
+`mnnvl`, which needs NVLink multicast; the patterns with fp4 or grouped scales, which no fused op has.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from fuseplan.dialect import QuantRounding, Rounding, implement, ops
+from fuseplan.graph.facts import group_size
+from fuseplan.providers.gates import Gate, Offer
+from fuseplan.providers.workspaces import Workspaces
+from fuseplan.record import Refusal
+
+OLDEST = "0.6.18"
+"""The oldest release that the calls are held against."""
+
+EARLY_LAUNCH_FROM = "0.7.1"
+"""The first release whose all-reduce fusion reads the residual after it has waited for the kernel before. An older one
+that is launched early (programmatic dependent launch) can read a residual that isn't written yet.
+"""
+
+ACCESS_BYTES = 16
+BLOCK_THREADS = 1024
+CLUSTER_BLOCKS = 8
+"""`kBytesPerAccess`, the most threads of a block, and the most blocks that share a row."""
+
+COUNTED_BYTES = 2**30
+"""The kernels compute twice the bytes of all ranks' messages in 32 bits, with a sign."""
+
+MIN_SCALE = 1 / (448 * 512)
+"""`kDynamicFP8MinScale`."""
+
+
+def _release(workspace: Any) -> None:
+    comm = importlib.import_module("flashinfer.comm")
+    # `destroy` alone leaves the memory to the library's own list of workspaces.
+    comm.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(workspace.ipc_handles)
+    workspace.destroy()
+
+
+_WORKSPACES: Workspaces[Any] = Workspaces("FlashInfer's all-reduce fusion", _release)
+
+
+def all_reduce_fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, group_name: str
+) -> tuple[Tensor, Tensor]:
+    """residual_out = sum_ranks(x) + residual;  y = rms_norm(residual_out) * weight        in one kernel
+
+    Equals `ops.all_reduce_fused_add_rms_norm` under the roundings `gpt_oss` and `gemma`. The kernel's waits for other
+    ranks have no deadline.
+
+    Args:
+        x: [..., hidden], float16 or bfloat16; equal shapes on all ranks.
+        residual: [..., hidden], x's dtype.
+        weight: [hidden], x's dtype.
+        eps: added to the mean square.
+        rounding: `gpt_oss` or `gemma`.
+        group_name: of a process group of 2, 4 or 8 ranks on one node.
+
+    Returns:
+        (y, residual_out), both [..., hidden], contiguous, in x's dtype.
+
+    Raises:
+        CollectiveError: more rows than the kernels count, or no workspace when a CUDA graph is captured.
+    """
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    _all_reduce_fusion("kARResidualRMSNorm", x, residual, weight, eps, rounding, group_name, total, norm_out=_rows(y))
+    return y, total
+
+
+def all_reduce_fused_add_rms_norm_static_fp8_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, scale: Tensor, dtype: torch.dtype,
+    quant_rounding: str, group_name: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, and q = clamp(y * (1 / scale), -448, 448).to(float8_e4m3fn).
+
+    Equals `ops.all_reduce_fused_add_rms_norm_static_fp8_quant` where the scale is multiplied.
+
+    Args:
+        x: as for `all_reduce_fused_add_rms_norm`, and so are the others.
+        residual: likewise.
+        weight: likewise.
+        eps: likewise.
+        rounding: likewise.
+        scale: one float32 element.
+        dtype: float8_e4m3fn.
+        quant_rounding: `multiply`.
+        group_name: likewise.
+
+    Returns:
+        (q, residual_out), both [..., hidden], contiguous.
+
+    Raises:
+        CollectiveError: as for `all_reduce_fused_add_rms_norm`.
+    """
+    q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
+    _all_reduce_fusion(
+        "kARResidualRMSNormFP8Quant", x, residual, weight, eps, rounding, group_name, total, quant_out=_rows(q),
+        scale_factor=scale,
+    )  # fmt: skip
+    return q, total
+
+
+def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, dtype: torch.dtype, min_scale: float,
+    quant_rounding: str, group_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same, and scale = max(amax(|y|, -1) / 448, min_scale);  q = clamp(y / scale, -448, 448).to(float8_e4m3fn).
+
+    Equals `ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant` where the scale divides.
+
+    Args:
+        x: as for `all_reduce_fused_add_rms_norm`, and so are the others.
+        residual: likewise.
+        weight: likewise.
+        eps: likewise.
+        rounding: likewise.
+        dtype: float8_e4m3fn.
+        min_scale: 1 / (448 * 512), which the kernel has built in.
+        quant_rounding: `divide`.
+        group_name: likewise.
+
+    Returns:
+        (q, scale, residual_out): [..., hidden], [..., 1] in float32 and [..., hidden], contiguous.
+
+    Raises:
+        CollectiveError: as for `all_reduce_fused_add_rms_norm`.
+    """
+    q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    _all_reduce_fusion(
+        "kARResidualRMSNormDynamicFP8Quant", x, residual, weight, eps, rounding, group_name, total, quant_out=_rows(q),
+        scale_out=_rows(scale),
+    )  # fmt: skip
+    return q, scale, total
+
+
+def _all_reduce_fusion(
+    pattern: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, group_name: str,
+    residual_out: Tensor, **results: Any,
+) -> None:  # fmt: skip
+    rows, hidden = x.shape[:-1].numel(), x.shape[-1]
+    if rows == 0:
+        return
+    library = importlib.import_module("flashinfer")
+    comm = importlib.import_module("flashinfer.comm")
+
+    ranks = group_size(group_name)
+    assert ranks is not None, group_name
+    most = _most_rows(hidden, x.dtype, ranks)
+    _WORKSPACES.require(rows, most, group_name)
+    capacity = min(most, 1 << (rows - 1).bit_length())
+
+    def make(group: dist.ProcessGroup) -> Any:
+        with torch.cuda.device_of(x):
+            return comm.create_allreduce_fusion_workspace(
+                backend="trtllm", world_size=group.size(), rank=dist.get_rank(group), max_token_num=capacity,
+                hidden_dim=hidden, dtype=x.dtype, group=group,
+            )  # fmt: skip
+
+    workspace = _WORKSPACES.get(group_name, (x.device, x.dtype, hidden), rows, capacity, make)
+    comm.allreduce_fusion(
+        input=_aligned(_rows(x)), workspace=workspace, pattern=getattr(comm.AllReduceFusionPattern, pattern),
+        launch_with_pdl=TorchVersion(library.__version__) >= EARLY_LAUNCH_FROM, residual_out=_rows(residual_out),
+        residual_in=_aligned(_rows(residual)), rms_gamma=_aligned(weight.contiguous()), rms_eps=eps, fp32_acc=True,
+        weight_bias=1.0 if Rounding(rounding).adds_one else 0.0, **results,
+    )  # fmt: skip
+
+
+def rms_norm_static_fp8_quant(
+    x: Tensor, weight: Tensor, eps: float, rounding: str, scale: Tensor, dtype: torch.dtype, quant_rounding: str
+) -> Tensor:
+    """q = clamp(rms_norm(x) * weight * (1 / scale), -448, 448).to(float8_e4m3fn), rounded nowhere before
+
+    `ops.rms_norm_static_fp8_quant` but for the rounding of the norm.
+
+    Args:
+        x: [..., hidden], float16 or bfloat16.
+        weight: [hidden], x's dtype.
+        eps: added to the mean square.
+        rounding: `gpt_oss`.
+        scale: one float32 element.
+        dtype: float8_e4m3fn.
+        quant_rounding: `multiply`.
+
+    Returns:
+        [..., hidden] in `dtype`, contiguous.
+    """
+    q = x.new_empty(x.shape, dtype=dtype)
+    if x.numel():
+        norm = importlib.import_module("flashinfer.norm")
+        norm.rmsnorm_quant(_rows(q), _aligned(_rows(x)), _aligned(weight.contiguous()), scale, eps)
+    return q
+
+
+def fused_add_rms_norm_static_fp8_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, scale: Tensor, dtype: torch.dtype,
+    quant_rounding: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """residual_out = x + residual
+    q = clamp(rms_norm(x + residual) * weight * (1 / scale), -448, 448).to(float8_e4m3fn)
+
+    `ops.fused_add_rms_norm_static_fp8_quant` under the rounding `fp32`, but for the rounding of the norm.
+
+    Args:
+        x: [..., hidden], float16 or bfloat16.
+        residual: [..., hidden], x's dtype; it is copied, since the kernel writes the sum over it.
+        weight: [hidden], x's dtype.
+        eps: added to the mean square.
+        rounding: `fp32`.
+        scale: one float32 element.
+        dtype: float8_e4m3fn.
+        quant_rounding: `multiply`.
+
+    Returns:
+        (q, residual_out), both [..., hidden], contiguous.
+    """
+    q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape).copy_(residual)
+    if x.numel():
+        norm = importlib.import_module("flashinfer.norm")
+        norm.fused_add_rmsnorm_quant(
+            _rows(q), _aligned(_rows(x)), _rows(total), _aligned(weight.contiguous()), scale, eps
+        )
+    return q, total
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[rows, width], contiguous: a view wherever it can be one."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x where a load of 16 bytes may start."""
+    return x if x.data_ptr() % ACCESS_BYTES == 0 else x.clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllReduceGate(Gate):
+    """A `Gate` with the rule by which the launcher spreads a row over blocks."""
+
+    def limits(self) -> tuple[str, ...]:
+        """As `Gate.limits`."""
+        return (*super().limits(), f"rows that split into up to {CLUSTER_BLOCKS} blocks of {BLOCK_THREADS} threads")
+
+    def check_width(self, x: Tensor, m: Any) -> Refusal | None:
+        """As `Gate.check_width`."""
+        refusal = super().check_width(x, m)
+        width = x.shape[-1]
+        if refusal is not None or not isinstance(width, int):
+            return refusal
+        threads = width * x.dtype.itemsize // ACCESS_BYTES
+        if threads // math.gcd(threads, CLUSTER_BLOCKS) <= BLOCK_THREADS:
+            return None
+        return self._size(f"that split into up to {CLUSTER_BLOCKS} blocks of {BLOCK_THREADS} threads", "that splits", x)
+
+
+ALL_REDUCE = AllReduceGate(
+    name="FlashInfer's all-reduce fusion",
+    source="flashinfer-python 0.6.18.post1, include/flashinfer/comm/trtllm_allreduce_fusion.cuh: 16 bytes a thread, a "
+    "row in up to 8 blocks of up to 1024 threads; comm/trtllm_ar.py: it chooses between one-shot and two-shot for 2, 4 "
+    "and 8 ranks, and float32 messages of two ranks don't fit the buffer that it makes for two-shot",
+    dtypes=frozenset({torch.float16, torch.bfloat16}),
+    row_bytes=ACCESS_BYTES,
+    most_row_bytes=CLUSTER_BLOCKS * BLOCK_THREADS * ACCESS_BYTES,
+    ranks=frozenset({2, 4, 8}),
+    dense=True,
+)
+NORM_QUANT = Gate(
+    name="FlashInfer's norm and quantisation",
+    source="flashinfer-python 0.6.18.post1, csrc/norm.cu: float16 and bfloat16, any hidden size",
+    dtypes=frozenset({torch.float16, torch.bfloat16}),
+    quant_rounding=QuantRounding.MULTIPLY,
+    quant_dtypes=frozenset({torch.float8_e4m3fn}),
+)
+ALL_REDUCE_STATIC = replace(
+    ALL_REDUCE, quant_rounding=QuantRounding.MULTIPLY, quant_dtypes=frozenset({torch.float8_e4m3fn})
+)
+ALL_REDUCE_DYNAMIC = replace(ALL_REDUCE_STATIC, quant_rounding=QuantRounding.DIVIDE, min_scale=MIN_SCALE)
+
+
+def _most_rows(hidden: int, dtype: torch.dtype, ranks: int) -> int:
+    return (COUNTED_BYTES - 1) // (hidden * dtype.itemsize * ranks)
+
+
+def most_rows(m: Any) -> int:
+    """How many rows the kernels can count, whatever memory a workspace has."""
+    return _most_rows(m.x.shape[-1], m.x.dtype, group_size(str(m.group_name)) or 1)
+
+
+_CONVENTIONS = frozenset({Rounding.GPT_OSS.value, Rounding.GEMMA.value})
+_UNROUNDED = "the norm before it is quantised"
+
+OFFERS: Mapping[str, Offer] = {
+    **{
+        op.name: Offer(accepts=gate, roundings=_CONVENTIONS, most_rows=most_rows)
+        for op, gate in (
+            (ops.all_reduce_fused_add_rms_norm, ALL_REDUCE),
+            (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, ALL_REDUCE_STATIC),
+            (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, ALL_REDUCE_DYNAMIC),
+        )
+    },
+    ops.rms_norm_static_fp8_quant.name: Offer(
+        accepts=NORM_QUANT, roundings=frozenset({Rounding.GPT_OSS.value}), leaves_out=_UNROUNDED
+    ),
+    ops.fused_add_rms_norm_static_fp8_quant.name: Offer(
+        accepts=NORM_QUANT, roundings=frozenset({Rounding.FP32.value}), leaves_out=_UNROUNDED
+    ),
+}
+"""What each kernel takes, by fused op."""
+
+for _op, _kernel in (
+    (ops.all_reduce_fused_add_rms_norm, all_reduce_fused_add_rms_norm),
+    (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, all_reduce_fused_add_rms_norm_static_fp8_quant),
+    (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_fused_add_rms_norm_dynamic_fp8_quant),
+    (ops.rms_norm_static_fp8_quant, rms_norm_static_fp8_quant),
+    (ops.fused_add_rms_norm_static_fp8_quant, fused_add_rms_norm_static_fp8_quant),
+):
+    implement(_op, "flashinfer", _kernel)

@@ -1,0 +1,399 @@
+"""How FlashInfer is called, held against the signatures of its source by stand-ins that compute what its kernels do."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fuseplan.config import CompileRange, PassConfig
+from fuseplan.dialect import ops
+from fuseplan.errors import CollectiveError
+from fuseplan.manager import PostGradPassManager
+from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, flashinfer
+from fuseplan.rules import Bindings
+from fuseplan.verification.memory import Alone, Poisoned
+from tests.helpers import all_reduce, gpt_oss, post_grad, quantize, randn
+from tests.providers.stand_ins import Library, is_aligned, normed, ranks, snapshot
+
+PROVIDER = next(each for each in BUILT_IN_PROVIDERS if each.name == "flashinfer")
+VERSIONS = ("flashinfer-0.6.18.post1", "flashinfer-0.7.2.post1")
+FN = torch.float8_e4m3fn
+MIN_SCALE = 1 / (448 * 512)
+
+
+class Workspace:
+    """What `create_allreduce_fusion_workspace` yields."""
+
+    def __init__(self, **asked: Any) -> None:
+        self.asked, self.destroyed = asked, False
+        self.ipc_handles = [id(self)]
+
+    def destroy(self) -> None:
+        self.destroyed = True
+
+
+class FlashInfer:
+    """The library as a stand-in, and what became of it."""
+
+    def __init__(self, name: str) -> None:
+        self.created: list[Workspace] = []
+        self.forgotten: list[Any] = []
+        self.fusions: list[dict[str, Any]] = []
+        self.patterns = snapshot(name)["constants"]["flashinfer.comm.AllReduceFusionPattern"]
+        self.library = Library(
+            name,
+            {
+                "flashinfer.comm.allreduce_fusion": self.allreduce_fusion,
+                "flashinfer.comm.create_allreduce_fusion_workspace": self.create,
+                "flashinfer.comm.trtllm_destroy_ipc_workspace_for_all_reduce_fusion": self.forget,
+                "flashinfer.norm.rmsnorm_quant": self.rmsnorm_quant,
+                "flashinfer.norm.fused_add_rmsnorm_quant": self.fused_add_rmsnorm_quant,
+            },
+        )
+
+    def create(self, **asked: Any) -> Workspace:
+        self.created.append(Workspace(**asked))
+        return self.created[-1]
+
+    def forget(self, workspace: Any, group: Any) -> None:
+        self.forgotten.append(workspace)
+
+    def allreduce_fusion(self, input: Tensor, workspace: Workspace, pattern: int, **rest: Any) -> None:
+        self.fusions.append({"pattern": pattern, **rest})
+        asked = workspace.asked
+        assert input.dim() == 2
+        assert not workspace.destroyed
+        assert input.shape[0] * input.shape[1] <= asked["max_token_num"] * asked["hidden_dim"]
+        assert input.dtype is asked["dtype"]
+        assert is_aligned(input, rest["residual_in"], rest["rms_gamma"], rest["residual_out"])
+        assert rest["residual_in"].is_contiguous()
+        assert rest["rms_gamma"].is_contiguous()
+        assert rest["fp32_acc"]
+        dtype = input.dtype
+        reduced = (input.float() * asked["world_size"]).to(dtype)
+        total = (reduced.float() + rest["residual_in"].float()).to(dtype)
+        y = normed(total.float(), rest["rms_gamma"], rest["rms_eps"], rest["weight_bias"]).to(dtype)
+        rest["residual_out"].copy_(total)
+        if pattern == self.patterns["kARResidualRMSNorm"]:
+            rest["norm_out"].copy_(y)
+        elif pattern == self.patterns["kARResidualRMSNormFP8Quant"]:
+            assert rest["scale_factor"].dtype is torch.float32
+            codes = y.float() * (1 / rest["scale_factor"])
+            rest["quant_out"].copy_(codes.clamp(-448, 448).to(FN))
+        else:
+            assert pattern == self.patterns["kARResidualRMSNormDynamicFP8Quant"]
+            scale = (y.float().abs().amax(-1, keepdim=True) / 448).clamp(min=MIN_SCALE)
+            rest["scale_out"].copy_(scale)
+            rest["quant_out"].copy_((y.float() / scale).clamp(-448, 448).to(FN))
+
+    def rmsnorm_quant(self, out: Tensor, input: Tensor, weight: Tensor, scale: Tensor, eps: float, **rest: Any) -> None:
+        assert input.dim() == out.dim() == 2
+        y = normed(input.float(), weight, eps)
+        out.copy_((y * (1 / scale)).clamp(-448, 448).to(out.dtype))
+
+    def fused_add_rmsnorm_quant(
+        self, out: Tensor, input: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, eps: float, **rest: Any
+    ) -> None:
+        total = input.float() + residual.float()
+        residual.copy_(total.to(residual.dtype))
+        out.copy_((normed(total, weight, eps) * (1 / scale)).clamp(-448, 448).to(out.dtype))
+
+
+@pytest.fixture(params=VERSIONS)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlashInfer]:
+    stand_in = FlashInfer(request.param)
+    stand_in.library.install(monkeypatch)
+    yield stand_in
+    flashinfer._WORKSPACES.release()
+
+
+def arguments(op: str, dtype: torch.dtype, shape: tuple[int, ...], rounding: str, group: str) -> list[Any]:
+    x, residual = randn(*shape, seed=1).to(dtype), randn(*shape, seed=2).to(dtype) * 3
+    weight = torch.linspace(0.5, 1.5, shape[-1]).to(dtype)
+    tail: dict[str, list[Any]] = {
+        "static": [torch.tensor([0.02]), FN, "multiply"],
+        "dynamic": [FN, MIN_SCALE, "divide"],
+    }
+    quant = next((values for name, values in tail.items() if name in op), [])
+    with_residual = [residual] if "add" in op else []
+    return [x, *with_residual, weight, 1e-5, rounding, *quant, *([group] if "all_reduce" in op else [])]
+
+
+EXACT = [name for name, offer in flashinfer.OFFERS.items() if offer.leaves_out is None]
+
+
+@pytest.mark.parametrize("rounding", ["gpt_oss", "gemma"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.bfloat16, (7, 64)), (torch.float16, (2, 3, 320)), (torch.bfloat16, (1, 2880))]
+)
+@pytest.mark.parametrize("name", EXACT)
+def test_the_all_reduce_fusion_gives_the_references_bits(
+    library: FlashInfer, name: str, dtype: torch.dtype, shape: tuple[int, ...], rounding: str
+) -> None:
+    op = ops[name]
+    with ranks(2) as group:
+        given = arguments(name, dtype, shape, rounding, group)
+        before = [each.clone() if isinstance(each, Tensor) else each for each in given]
+        with Alone():
+            expected = op.reference(*given)
+            with Poisoned():
+                actual = op.kernel("flashinfer")(*given)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got.dtype, got.shape, got.is_contiguous()) == (wanted.dtype, wanted.shape, True)
+        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True) if isinstance(a, Tensor))
+    (asked,) = [each.asked for each in library.created]
+    assert (asked["backend"], asked["world_size"], asked["rank"]) == ("trtllm", 2, 0)
+
+
+def test_norms_with_quantisation_round_nothing_before_it(library: FlashInfer) -> None:
+    for name, offer in flashinfer.OFFERS.items():
+        if offer.leaves_out is None:
+            continue
+        assert offer.roundings is not None
+        (rounding,) = offer.roundings
+        given = arguments(name, torch.bfloat16, (2, 33, 320), rounding, "")
+        x, residual, weight = given[0], given[1], given[-6]
+        before = [x.clone(), residual.clone()]
+        with Poisoned():
+            actual = ops[name].kernel("flashinfer")(*given)
+        total = x.float() + (residual.float() if "add" in name else 0)
+        codes = (normed(total, weight, 1e-5) * (1 / torch.tensor([0.02]))).clamp(-448, 448).to(FN)
+        got = actual[0] if "add" in name else actual
+        assert torch.equal(got.float(), codes.float())
+        assert not torch.equal(got.float(), ops[name].reference(*given)[0].float())  # which rounds y before
+        if "add" in name:
+            assert torch.equal(actual[1], total.bfloat16())
+        assert torch.equal(x, before[0])
+        assert torch.equal(residual, before[1])
+
+
+def fuse(rows: int, group: str, hidden: int = 64, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    given = arguments("all_reduce_add", torch.bfloat16, (rows, hidden), "gpt_oss", group)
+    given[0] = given[0] if x is None else x
+    result: tuple[Tensor, Tensor] = ops.all_reduce_fused_add_rms_norm.kernel("flashinfer")(*given)
+    return result
+
+
+def test_workspaces_grow_in_powers_of_two_and_serve_whatever_fits(library: FlashInfer) -> None:
+    with ranks(2) as group:
+        for rows in (3, 4, 1, 5, 8, 2, 7):
+            fuse(rows, group)
+        fuse(5, group, hidden=128)
+        made = [(each.asked["max_token_num"], each.asked["hidden_dim"]) for each in library.created]
+        assert made == [(4, 64), (8, 64), (8, 128)]
+        assert all(each.asked["group"] is dist.group.WORLD for each in library.created)
+
+
+def test_a_group_of_the_same_name_gets_a_workspace_of_its_own(library: FlashInfer) -> None:
+    with ranks(2) as first:
+        fuse(4, first)
+    with ranks(4) as second:
+        assert second == first
+        fuse(4, second)
+    old, new = library.created
+    assert (old.destroyed, new.destroyed) == (True, False)
+    assert new.asked["world_size"] == 4
+    assert library.forgotten == [old.ipc_handles]
+
+
+def test_workspaces_are_given_back(library: FlashInfer) -> None:
+    with ranks(2) as group:
+        fuse(4, group)
+        fuse(8, group)
+    flashinfer._WORKSPACES.release()
+    assert [each.destroyed for each in library.created] == [True, True]
+    assert library.forgotten == [each.ipc_handles for each in library.created]
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_capacity_is_what_the_kernels_can_count(
+    library: FlashInfer, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    row = 64 * 2 * count
+    monkeypatch.setattr(flashinfer, "COUNTED_BYTES", 7 * row + 1)
+    with ranks(count) as group:
+        fuse(6, group)
+        assert [each.asked["max_token_num"] for each in library.created] == [7]
+        fuse(7, group)
+        with pytest.raises(CollectiveError, match=r"takes up to 7 rows of this width over group '0', not 8") as error:
+            fuse(8, group)
+        assert "\n" not in str(error.value)
+        monkeypatch.setattr(flashinfer, "COUNTED_BYTES", 7 * row)
+        with pytest.raises(CollectiveError, match="takes up to 6 rows"):
+            fuse(7, group)
+
+
+def test_nothing_is_made_while_a_graph_is_captured(library: FlashInfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ranks(2) as group:
+        fuse(4, group)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        fuse(3, group)
+        with pytest.raises(CollectiveError, match=r"no memory for 5 rows .* run the model once at this size before"):
+            fuse(5, group)
+    assert len(library.created) == 1
+
+
+def test_it_is_launched_early_only_where_it_waits_before_it_reads(library: FlashInfer) -> None:
+    with ranks(2) as group:
+        fuse(4, group)
+    (call,) = library.fusions
+    assert call["launch_with_pdl"] is (library.library.snapshot["version"] == "0.7.2.post1")
+    assert call["use_oneshot"] is None
+
+
+def test_rows_that_lie_anyhow_are_made_to_fit(library: FlashInfer) -> None:
+    with ranks(2) as group:
+        whole = randn(4 * 64 + 1)
+        shifted = whole[1:].view(4, 64)
+        turned = randn(64, 4, seed=3).t()
+        for x in (shifted, turned):
+            with Alone():
+                expected = ops.all_reduce_fused_add_rms_norm.reference(
+                    *[x, *arguments("all_reduce_add", torch.bfloat16, (4, 64), "gpt_oss", group)[1:]]
+                )
+            assert torch.equal(fuse(4, group, x=x)[0], expected[0])
+        empty = fuse(0, group)
+        assert [each.shape for each in empty] == [(0, 64), (0, 64)]
+        assert len(library.fusions) == 2
+
+
+@pytest.mark.parametrize(
+    ("gate", "shape", "dtype", "more", "detail"),
+    [
+        (flashinfer.ALL_REDUCE, (8, 64), torch.float32, {}, "takes activations in bfloat16 or float16, not in float32"),
+        (flashinfer.ALL_REDUCE, (8, 60), torch.bfloat16, {}, "sizes that are multiples of 8 in bfloat16, not 60"),
+        (flashinfer.ALL_REDUCE, (8, 65544), torch.bfloat16, {}, "hidden sizes up to 65536 in bfloat16, not 65544"),
+        (flashinfer.ALL_REDUCE, (8, 8200), torch.bfloat16, {},
+         "takes hidden sizes that split into up to 8 blocks of 1024 threads in bfloat16, not 8200"),
+        (flashinfer.ALL_REDUCE_STATIC, (8, 64), torch.bfloat16, {"quant_rounding": "divide", "dtype": FN},
+         "the kernel multiplies by the reciprocal of the scale; the graph divides by the scale"),
+        (flashinfer.ALL_REDUCE_STATIC, (8, 64), torch.bfloat16,
+         {"quant_rounding": "multiply", "dtype": torch.float8_e4m3fnuz},
+         "takes codes in float8_e4m3fn, not in float8_e4m3fnuz"),
+        (flashinfer.ALL_REDUCE_DYNAMIC, (8, 64), torch.bfloat16,
+         {"quant_rounding": "divide", "dtype": FN, "min_scale": 1e-12}, "and the graph's is 1e-12"),
+    ],
+)  # fmt: skip
+def test_what_is_declined(
+    gate: Any, shape: tuple[int, ...], dtype: torch.dtype, more: dict[str, Any], detail: str
+) -> None:
+    with ranks(2) as group:
+        refusal = gate(Bindings("r", {"x": torch.empty(shape, dtype=dtype), "group_name": group, **more}))
+        assert refusal is not None
+        assert detail in refusal.detail
+
+
+@pytest.mark.parametrize("hidden", [2880, 3072, 4096, 5120, 7168, 8192, 16384, 65536])
+def test_hidden_sizes_of_models_are_taken(hidden: int) -> None:
+    with ranks(4) as group:
+        values = {"x": torch.empty(8, hidden, dtype=torch.bfloat16), "group_name": group}
+        assert flashinfer.ALL_REDUCE(Bindings("r", values)) is None
+        least = torch.tensor(MIN_SCALE).item()  # as a graph may have it
+        dynamic = {**values, "dtype": FN, "min_scale": least, "quant_rounding": "divide"}
+        assert flashinfer.ALL_REDUCE_DYNAMIC(Bindings("r", dynamic)) is None
+
+
+@pytest.mark.parametrize("count", [3, 16])
+def test_groups_of_other_sizes_are_declined(count: int) -> None:
+    with ranks(count) as group:
+        values = {"x": torch.empty(8, 64, dtype=torch.bfloat16), "group_name": group}
+        refusal = flashinfer.ALL_REDUCE(Bindings("r", values))
+        assert refusal is not None
+        assert refusal.detail == (
+            f"FlashInfer's all-reduce fusion serves groups of 2, 4 or 8 ranks; group '{group}' has {count}"
+        )
+
+
+def refusals(
+    function: Callable[..., Any], *inputs: Tensor, last: int = 64, allow: bool = False
+) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Why nobody takes a match, and who takes one with which change of rounding."""
+    manager = PostGradPassManager(
+        PassConfig(allow_rounding_changes=allow), providers=[PROVIDER], device=PROFILES["h200"],
+        compile_range=CompileRange(start=1, end=last),
+    )  # fmt: skip
+    matches = manager.analyze(post_grad(function, *inputs, dynamic=True)).matches
+    taken = [(each.rule.op.name, each.rounding_change) for each in matches.candidates]
+    return [each.detail for each in matches.refusals], taken
+
+
+def test_a_range_beyond_the_capacity_is_declined() -> None:
+    with ranks(2) as group:
+
+        def function(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+            return gpt_oss(all_reduce(x, group), residual, weight)
+
+        inputs = randn(16, 2880), randn(16, 2880), torch.ones(2880, dtype=torch.bfloat16)
+        most = (2**30 - 1) // (2880 * 2 * 2)
+        taken = refusals(function, *inputs, last=most)[1]
+        assert taken == [("all_reduce_fused_add_rms_norm", None)]
+        details, taken = refusals(function, *inputs, last=most + 1)
+        assert taken == []
+        assert f"flashinfer takes up to {most} rows of this width, and the range has up to {most + 1}" in details
+
+
+def test_a_kernel_that_leaves_a_rounding_out_waits_to_be_allowed() -> None:
+    def function(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> Any:
+        y, total = gpt_oss(x, residual, weight)
+        return quantize(y, scale, reciprocal=True), total
+
+    inputs = randn(16, 320), randn(16, 320), torch.ones(320, dtype=torch.bfloat16), torch.tensor([0.02])
+    details, taken = refusals(function, *inputs)
+    assert taken == []
+    (detail,) = details
+    assert detail == (
+        "flashinfer's fused_add_rms_norm_static_fp8_quant rounds as fp32, and the graph as gpt_oss; it doesn't round "
+        "the norm before it is quantised, as the graph does"
+    )
+    _, taken = refusals(function, *inputs, allow=True)
+    assert taken == [
+        (
+            "fused_add_rms_norm_static_fp8_quant",
+            ("gpt_oss", "fp32, not rounding the norm before it is quantised"),
+        )
+    ]
+
+
+def test_a_graph_of_the_kernels_convention_hears_of_the_rounding_alone() -> None:
+    def function(x: Tensor, weight: Tensor, scale: Tensor) -> Any:
+        return quantize(gpt_oss(x, None, weight)[0], scale, reciprocal=True)
+
+    inputs = randn(16, 320), torch.ones(320, dtype=torch.bfloat16), torch.tensor([0.02])
+    (detail,), _ = refusals(function, *inputs)
+    assert detail == (
+        "flashinfer's rms_norm_static_fp8_quant doesn't round the norm before it is quantised, as the graph does"
+    )
+    _, taken = refusals(function, *inputs, allow=True)
+    change = ("gpt_oss", "gpt_oss, not rounding the norm before it is quantised")
+    assert taken == [("rms_norm_static_fp8_quant", change)]
+
+
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        ("0.6.18.post1", None),
+        ("0.7.2.post1", None),
+        ("0.6.17", "flashinfer-python 0.6.17 is installed, and 0.6.18 is the oldest that will do"),
+        (None, "the package flashinfer that is installed isn't that of flashinfer-python"),
+    ],
+)
+def test_an_old_release_will_not_do(monkeypatch: pytest.MonkeyPatch, version: str | None, why: str | None) -> None:
+    def installed(name: str) -> str:
+        assert name == "flashinfer-python"
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("fuseplan.providers.registry.local_vendor", lambda: "nvidia")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flashinfer")
+    monkeypatch.setattr("importlib.metadata.version", installed)
+    refusal = PROVIDER.unavailable()
+    assert (refusal.detail if refusal else None) == why
+    assert dataclasses.replace(PROVIDER, oldest=None).unavailable() is None
