@@ -200,7 +200,14 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def _break_reason(text: str) -> str:
-    return "a branch on the value of a tensor" if text.startswith("generic_jump") else _first_line(text)
+    return next((told for start, told in _DYNAMO_SAYS.items() if text.startswith(start)), _first_line(text))
+
+
+_DYNAMO_SAYS = {
+    "generic_jump": "a branch on the value of a tensor",
+    "step_unsupported": "a call in which the graph breaks",
+}
+"""What it has no words for, in its source's words."""
 
 
 def _first_line(text: str) -> str:
