@@ -21,7 +21,7 @@ SRC = ROOT / "src"
 LEVELS: tuple[frozenset[str], ...] = tuple(
     frozenset(row.split())
     for row in (
-        "errors",
+        "cpython errors",
         "record",
         "config compatibility",
         "content dialect graph fallback",
@@ -54,7 +54,7 @@ NOT_BY_RANK = {"manager": {"tuning", "distributed"}}
 
 KNOWN = frozenset().union(*LEVELS, ASIDE_IMPORTS)
 MODELS_MAY_USE = sys.stdlib_module_names | {"torch", "fuseplan"}
-TORCH_FREE = {"errors", "record"}
+TORCH_FREE = {"cpython", "errors", "record"}
 PATTERN_MATCHER = "torch._inductor.pattern_matcher"
 ENVIRONMENT = {f"os.{name}" for name in ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")}
 MAX_LINES = 400

@@ -212,6 +212,7 @@ def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expecte
         ("[1]", 'has no "model_type"'),
         ('{"model_type": "nonesuch"}', "no causal language model of type 'nonesuch'"),
         ('{"model_type": "bert-japanese"}', "no causal language model"),
+        ('{"model_type": "t5"}', "no causal language model of type 't5'"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "transformers can't read it"),
     ],
 )
@@ -234,6 +235,18 @@ def test_a_config_of_transformers_is_explained(tmp_path: Path) -> None:
     assert by_order(data, "allreduce_rms", "qk_norm_rope")["fused"] == {"allreduce_rms": 2 * 3, "qk_norm_rope": 3}
     assert data["recognized"]["fused_add_rms_norm[64]"] + data["recognized"]["rms_norm[64]"] == 2 * 3 + 1
     assert data["recognized"]["rms_norm[16]"] == 2 * 3  # QK norms
+
+
+def test_graph_breaks_of_a_config_are_named_with_their_lines(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "jetmoe", "num_hidden_layers": 1, "vocab_size": 96, **sizes}))
+    result = run("explain", str(path), "--range", "1:8", "--policy", "planned")
+    assert result.exit_code == 0
+    shown = " ".join(result.stdout.split())
+    assert re.search(r"graph break: .*? \(modeling_jetmoe\.py:\d+: expert_size = expert_size\.tolist\(\)\)", shown)
+    assert "graph break: a call in which the graph breaks (modeling_jetmoe.py:" in shown
+    assert re.search(r"recognised: .*rms_norm\[64\]", shown)
 
 
 def test_old_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Post-grad graphs of a model as a custom pass would receive them, without generating any code."""
 
 import contextlib
-import gc
 import threading
 import time
 import warnings
@@ -13,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.output_graph import GraphCompileReason
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch import config as functorch_config
@@ -22,6 +22,7 @@ from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
 from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.virtualized import V
 
+from fuseplan.cpython import uncollected, with_room
 from fuseplan.errors import WorkloadError
 from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.surgery import copy_graph
@@ -101,11 +102,11 @@ def _capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str,
     marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
     failure: Exception | SystemExit | None = None
     with (
-        no_caches(), torch.no_grad(), _uncollected(), _without_advice(), _unknown_leading_dimensions(marked),
-        mode or contextlib.nullcontext(),
+        no_caches(), torch.no_grad(), uncollected(), dynamo_config.patch(run_gc_after_compile=False), _without_advice(),
+        _unknown_leading_dimensions(marked), mode or contextlib.nullcontext(),
     ):  # fmt: skip
         try:
-            compiled(*inputs, **kwargs)
+            with_room(lambda: compiled(*inputs, **kwargs))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
             failure = error
     counted = [text for text, count in counters["graph_break"].items() if count > before.get(text, 0)]
@@ -138,18 +139,6 @@ def _without_advice() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
         yield
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection: what tracing makes it keeps, and looking for what it doesn't takes a fifth of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager
@@ -211,7 +200,14 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def _break_reason(text: str) -> str:
-    return "a branch on the value of a tensor" if text.startswith("generic_jump") else _first_line(text)
+    return next((told for start, told in _DYNAMO_SAYS.items() if text.startswith(start)), _first_line(text))
+
+
+_DYNAMO_SAYS = {
+    "generic_jump": "a branch on the value of a tensor",
+    "step_unsupported": "a call in which the graph breaks",
+}
+"""What it has no words for, in its source's words."""
 
 
 def _first_line(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fuseplan.capture import capture
 from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.cpython import uncollected
 from fuseplan.errors import ConfigError
 from fuseplan.explanation import Explanation
 from fuseplan.manager import PostGradPassManager
@@ -14,6 +15,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import Comparison, Report
 
 
+@uncollected()
 def compare(
     model: Callable[..., Any],
     inputs: Sequence[Any],

@@ -16,6 +16,7 @@ from fuseplan.capture import capture, no_caches
 from fuseplan.compatibility import require_supported_torch
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.content import content_of
+from fuseplan.cpython import uncollected
 from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
@@ -312,6 +313,7 @@ def explain(
     )  # fmt: skip
 
 
+@uncollected()
 def explain_call(
     model: Callable[..., Any],
     inputs: Sequence[Any],

@@ -2,7 +2,6 @@
 choosing, rewriting, report.
 """
 
-import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch._inductor.virtualized import V
 from fuseplan.analysis import Analysis, fault, graph_report, report_of
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
+from fuseplan.cpython import uncollected
 from fuseplan.debug import DebugDump
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
 from fuseplan.fingerprint import config_key, fingerprint, pass_key, plans_key, provider_key, rule_key
@@ -386,15 +386,10 @@ def _places_folded() -> Iterator[None]:
 
 @contextmanager
 def _stage(stages: dict[str, int], name: str) -> Iterator[None]:
-    """Times a stage. The cyclic garbage collector waits meanwhile: stages make many objects and hardly any garbage, and
-    walking all nodes of a large graph again and again would make their time grow faster than the graph.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    start = time.perf_counter_ns()
-    try:
-        yield
-    finally:
-        stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start
-        if collects:
-            gc.enable()
+    """Times a stage. The cyclic garbage collector waits meanwhile: stages make many objects and hardly any garbage."""
+    with uncollected():
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start

@@ -106,6 +106,20 @@ def test_a_model_without_a_tp_plan_is_split_by_its_ep_plan_and_says_so() -> None
     assert note == "gpt_oss has no tp_plan, and is split by its ep_plan: experts alone, attention whole on every rank"
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mamba"])
+def test_layers_are_cut_and_grown(model_type: str) -> None:
+    """Gemma 3 has kinds of layers, and Mamba works its kind out from how many there are."""
+    for layers in (1, 40):
+        config = huggingface.config_from_dict({"model_type": model_type, **SIZES}, "")
+        kinds = getattr(config, "layer_types", None)
+        huggingface.with_layers(config, layers, "")
+        assert config.num_hidden_layers == layers
+        if kinds is not None:
+            shared = min(layers, len(kinds))
+            assert len(config.layer_types) == layers
+            assert config.layer_types[:shared] == kinds[:shared]
+
+
 def test_experts_must_divide() -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -19,6 +19,7 @@ class FullSize:
         plain: further norms of that width a layer.
         heads: norms a layer on queries and keys, by the width of a head.
         reduced: all-reduces a layer, each of which goes into a norm, after a residual add or without one.
+        rotated: sites of `qk_norm_rope` a layer; where there are none, whatever norms heads is a near miss of it.
     """
 
     layers: int
@@ -27,6 +28,7 @@ class FullSize:
     plain: int = 0
     heads: Mapping[int, int] | None = None
     reduced: int = 2
+    rotated: int = 0
 
     def norms(self, layers: int) -> dict[str, int]:
         """Norms of so many layers, as reports count them."""
@@ -40,7 +42,8 @@ class FullSize:
 
 
 FULL_SIZE = {
-    # Norms behind attention and MLP, before the residual add: its all-reduces go into those.
+    # Norms behind attention and MLP, before the residual add: its all-reduces go into those. Its heads are normed
+    # after they change places with tokens.
     "gemma-3-27b": FullSize(layers=62, hidden=5376, plain=2, heads={128: 2}),
     # Its plan splits experts alone: attention, whole on every rank, needs no all-reduce.
     "gpt-oss-120b": FullSize(layers=36, hidden=2880, reduced=1),
@@ -49,8 +52,8 @@ FULL_SIZE = {
     "llama-3.1-8b": FullSize(layers=32, hidden=4096),
     "mixtral-8x7b": FullSize(layers=32, hidden=4096),
     "phi-4": FullSize(layers=40, hidden=5120),
-    "qwen3-30b-a3b": FullSize(layers=48, hidden=2048, heads={128: 2}),
-    "qwen3-8b": FullSize(layers=36, hidden=4096, heads={128: 2}),
+    "qwen3-30b-a3b": FullSize(layers=48, hidden=2048, heads={128: 2}, rotated=1),
+    "qwen3-8b": FullSize(layers=36, hidden=4096, heads={128: 2}, rotated=1),
 }
 
 

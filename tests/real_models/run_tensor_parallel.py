@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed.tensor import DTensor
 
 import fuseplan
@@ -47,33 +48,43 @@ def difference(left: Tensor, right: Tensor) -> float:
 @contextmanager
 def without_sums() -> Iterator[None]:
     """Every rank keeps its partial sums."""
-    all_reduce = dist.all_reduce
+    in_place, functional = dist.all_reduce, collectives.all_reduce
     dist.all_reduce = lambda tensor, *args, **kwargs: None
+    collectives.all_reduce = lambda tensor, *args, **kwargs: tensor
     try:
         yield
     finally:
-        dist.all_reduce = all_reduce
+        dist.all_reduce, collectives.all_reduce = in_place, functional
+
+
+def whole_and_split(name: str, folder: Path) -> tuple[Any, Any]:
+    """A model, and the same split over the ranks: by transformers, or by fuseplan where a case doesn't ask it to."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    case = CASES[name]
+    if not case.distribution:
+        return case.build(None), case.build(dist.group.WORLD)
+    path = folder / name
+    if dist.get_rank() == 0:
+        case.build(None).save_pretrained(path)  # type: ignore[operator]
+    dist.barrier()
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    distribution = DistributedConfig(**case.distribution)
+    split = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, distributed_config=distribution)
+    return whole, split
 
 
 def huggingface(folder: Path) -> dict[str, Any]:
-    """Each model split by transformers with the model's own plan, beside the whole model and beside itself unfused."""
-    from transformers import AutoModelForCausalLM
+    """Each model split with the model's own plan, beside the whole model and beside itself unfused."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     results = {}
     known = {field.name for field in dataclasses.fields(DistributedConfig)}
     for name, case in CASES.items():
-        if not case.distribution:
-            continue
         if not known.issuperset(case.distribution):
             continue  # transformers 5.17 knows no `ep_size`
-        path = folder / name
-        if dist.get_rank() == 0:
-            case.build(None).save_pretrained(path)  # type: ignore[operator]
-        dist.barrier()
-        whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        distribution = DistributedConfig(**case.distribution)
-        split = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, distributed_config=distribution)
+        whole, split = whole_and_split(name, folder)
         assert type(split) is type(whole)
         for module in split.modules():
             # transformers 5.17 reduces the gradients of Qwen3's head norms in such hooks, and Dynamo breaks the graph

@@ -13,7 +13,8 @@ from fuseplan.integrations import transformers as huggingface
 from tests.real_models.cases import norms
 from tests.real_models.full_size import FULL_SIZE, TP, config_path
 
-RULES = ("act_padding", "act_quant", "allreduce_rms", "allreduce_rms_padding", "allreduce_rms_quant", "norm_quant")
+RULES = ("act_padding", "act_quant", "allreduce_rms", "allreduce_rms_padding", "allreduce_rms_quant", "norm_quant",
+         "qk_norm_rope")  # fmt: skip
 
 
 def test_every_configuration_is_tried() -> None:
@@ -38,8 +39,11 @@ def check(name: str, layers: int) -> None:
     reduces = {op: count for op, count in report.recognized.items() if op.startswith("all_reduce")}
     assert norms(report.recognized) == expected
     assert reduces == shape.all_reduces(layers)
-    assert {rule: report.matched.get(rule) for rule in RULES} == dict.fromkeys(RULES, 0) | {"allreduce_rms": sites}
-    assert report.fused["allreduce_rms"] == sites
+    fired = {"allreduce_rms": sites, "qk_norm_rope": shape.rotated * layers}
+    assert {rule: report.matched.get(rule) for rule in RULES} == dict.fromkeys(RULES, 0) | fired
+    assert {rule: report.fused[rule] for rule in fired} == fired
+    unrotated = [miss.count for miss in report.near_misses if miss.rule == "qk_norm_rope"]
+    assert unrotated == [layers] * (shape.heads is not None and not shape.rotated)
 
     # Every other norm says why not: what is in the place of an all-reduce.
     misses = [miss for miss in report.near_misses if miss.rule == "allreduce_rms" and miss.expected == "all_reduce"]

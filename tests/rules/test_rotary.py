@@ -102,6 +102,10 @@ REFUSED: dict[str, tuple[bool, dict[str, Any], str, str]] = {
     "a weight": (False, {"k_weight": torch.empty(8)}, "k_weight is float32 and q is bfloat16", "dtype"),
     "other rows": (False, {"k": torch.empty(4, 2, 8).bfloat16()}, "may differ in the number of heads alone", "size"),
     "other dimensions": (False, {"k": torch.empty(3, 1, 2, 8).bfloat16()}, "in the number of heads alone", "size"),
+    "heads before tokens": (
+        False, {"q": torch.empty(4, 3, 8).bfloat16(), "k": torch.empty(2, 3, 8).bfloat16()},
+        "q is [4, 3, 8] and k is [2, 3, 8], heads before tokens; the fused op takes tokens before heads", "size",
+    ),
     "angles of each head": (False, {"cos": torch.empty(3, 4, 8)}, "the same for all of its heads", "size"),
     "angles of rows": (False, {"cos": torch.empty(1, 8)}, "cos is [1, 8]; the fused op takes angles of", "size"),
     "heads in another place": (True, {}, "cos is [3, 1, 5, 8]", "size"),

@@ -1,5 +1,6 @@
 """The command line: parse, call the API, render."""
 
+import gc
 import io
 import sys
 
@@ -9,6 +10,7 @@ from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
 from fuseplan.cli.listing import devices, providers, rules
 from fuseplan.cli.plans import diff_plans
+from fuseplan.cpython import uncollected
 
 app = typer.Typer(
     add_completion=False,
@@ -31,4 +33,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A quoted line of a model can have anything, and a terminal or a pipe in CI may be ASCII.
             stream.reconfigure(errors="backslashreplace")
-    app()
+    # Nearly all that a command makes it keeps until its end: the collector would search millions of objects in vain.
+    with uncollected():
+        try:
+            app()
+        finally:
+            gc.freeze()  # Python collects once more as it ends

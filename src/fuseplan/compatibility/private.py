@@ -42,6 +42,8 @@ without."""
 
 DYNAMO = (
     PrivateApi("torch._dynamo.config:disable", ("frontend",)),
+    PrivateApi("torch._dynamo.config:patch", ("capture",), 0, ("run_gc_after_compile",)),
+    PrivateApi("torch._dynamo.config:run_gc_after_compile", ("capture",)),
     PrivateApi("torch._dynamo:maybe_mark_dynamic", ("capture",), 2),
     PrivateApi("torch._dynamo:reset", ("capture",), 0),
     PrivateApi("torch._dynamo.output_graph:GraphCompileReason", ("capture",)),

@@ -1,5 +1,6 @@
 """Hugging Face models from a `config.json` alone: random or fake weights, split by the model's own plan."""
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,7 +96,8 @@ def with_layers(config: Any, layers: int | None, where: str) -> Any:
     if layers is not None:
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            text.layer_types = [text.layer_types[index % len(text.layer_types)] for index in range(layers)]
+            with contextlib.suppress(AttributeError):  # some work their kinds out, and can't be told
+                text.layer_types = [text.layer_types[index % len(text.layer_types)] for index in range(layers)]
     found = getattr(text, "num_hidden_layers", None)
     if isinstance(found, int) and found > MOST_LAYERS:
         raise WorkloadError(f"{where} has {found} layers; allowed are at most {MOST_LAYERS}")
