@@ -1,8 +1,9 @@
-"""Engines, each in a process of its own. Collected where vLLM is installed: `make test-vllm`."""
+"""Engines in processes of their own. Collected where vLLM is installed: `make test-vllm`."""
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,14 @@ from typing import Any
 
 import pytest
 
+from fuseplan.record import Report
+from fuseplan.record.serialization import from_json
+
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
 ENGINE = Path(__file__).with_name("engine.py")
+MARK = "--- next engine ---"
 PROMPTS = [[1, 5, 9, 13], [3, 4], [7, 8, 9, 10, 11, 12, 13]]
 ASKED = {"FUSEPLAN_VLLM": "1"}
 
@@ -26,25 +31,29 @@ class Run:
 
     Attributes:
         tokens: greedy ones, a list a prompt.
-        forced: prompts with continuations.
+        forced: prompts with the continuations of the process's first engine.
         log_probabilities: of the tokens of `forced`.
         log: what it printed.
-        reports: fuseplan's, as JSON, by rank.
     """
 
     tokens: list[list[int]]
     forced: list[list[int]]
     log_probabilities: list[list[float]]
     log: str
-    reports: dict[int, Any]
 
     @property
     def lines(self) -> list[str]:
         """What the plugin said."""
-        return [line for line in self.log.splitlines() if "plugin.py" in line or "reports.py" in line]
+        return [line for line in self.log.splitlines() if re.search(r"\[(plugin|reports|vllm_version)\.py:", line)]
+
+    @property
+    def reports(self) -> dict[int, Report]:
+        """Those that it named, by rank."""
+        told = re.findall(r"fuseplan on rank (\d+): .*; report: (\S+)", self.log)
+        return {int(rank): from_json(Report, json.loads(Path(path).read_text())) for rank, path in told}
 
 
-Engine = Callable[..., Run]
+Engines = Callable[..., list[Run]]
 
 
 @pytest.fixture(scope="session")
@@ -72,44 +81,24 @@ def environment(cache: Path, **further: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def engine(checkpoint: Callable[[str], Path], tmp_path: Path) -> Engine:
-    """`engine(model, tp, variables, ...)`: runs one."""
+@pytest.fixture(scope="session")
+def engines(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """`engines(model, [(variables, arguments), ...], cache)`: one engine after the other, in one new process."""
 
     def run(
-        model: str,
-        tp: int,
-        variables: dict[str, str],
-        *,
-        cache: Path | None = None,
-        forced: Any = None,
-        **arguments: Any,
-    ) -> Run:
-        folder = cache or tmp_path / f"cache_{len(list(tmp_path.iterdir()))}"
-        request = {
-            "model": str(checkpoint(model)), "arguments": {"tensor_parallel_size": tp, **arguments}, "prompts": PROMPTS,
-            "forced": forced,
-        }  # fmt: skip
-        asked, answered = tmp_path / "request.json", tmp_path / "answer.json"
-        asked.write_text(json.dumps(request))
-        answered.unlink(missing_ok=True)
+        model: str, asked: list[tuple[dict[str, str], dict[str, Any]]], cache: Path, *, forced: Any = None
+    ) -> list[Run]:
+        folder = tmp_path_factory.mktemp("engines")
+        request, answer = folder / "request.json", folder / "answer.json"
+        starts = [{"variables": variables, "arguments": arguments} for variables, arguments in asked]
+        content = {"model": str(checkpoint(model)), "prompts": PROMPTS, "forced": forced, "engines": starts}
+        request.write_text(json.dumps(content))
         done = subprocess.run(
-            [sys.executable, str(ENGINE), str(asked), str(answered)], env=environment(folder, **variables),
-            capture_output=True, text=True, check=False, timeout=400,
+            [sys.executable, str(ENGINE), str(request), str(answer)], env=environment(cache), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=600,
         )  # fmt: skip
-        log = done.stdout + done.stderr
-        assert done.returncode == 0, log[-6000:]
-        answer = json.loads(answered.read_text())
-        return Run(
-            tokens=answer["tokens"], forced=answer["forced"], log_probabilities=answer["log_probabilities"], log=log,
-            reports=reports_in(folder),
-        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:]
+        logs = done.stdout.split(MARK)[1:]
+        return [Run(**each, log=log) for each, log in zip(json.loads(answer.read_text()), logs, strict=True)]
 
     return run
-
-
-def reports_in(folder: Path) -> dict[int, Any]:
-    """The reports below a folder, by rank."""
-    return {
-        int(path.stem.split("_")[1]): json.loads(path.read_text()) for path in folder.glob("fuseplan/*/rank_*.json")
-    }

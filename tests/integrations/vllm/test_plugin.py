@@ -59,7 +59,8 @@ def test_asked_for_by_the_environment(
     assert config.compute_hash() != plain, "a part of vLLM's own cache key"
     (record,) = lines
     assert record.levelno == logging.INFO
-    assert "is vLLM's post-grad pass: policy planned" in record.getMessage()
+    assert "is the post-grad pass of vLLM 0." in record.getMessage()
+    assert ": policy planned" in record.getMessage()
 
 
 def test_asked_for_by_name(configure: Configure, lines: list[logging.LogRecord]) -> None:
