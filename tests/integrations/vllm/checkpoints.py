@@ -23,12 +23,14 @@ CLOSE = 0.25
 """Of log probabilities; 0.15 was seen. bf16 rounds by 2^-9, and engines differ in where a reduced sum is rounded, if at
 all."""
 CONFIGS: dict[str, dict[str, Any]] = {"llama": COMMON, "qwen3": COMMON, "gpt_oss": {**COMMON, **GPT_OSS}}
+DEEPER = 4
+"""Layers of a model with pieces that are alike."""
 
 
-def save(name: str, folder: Path) -> Path:
+def save(name: str, folder: Path, *, layers: int = LAYERS) -> Path:
     """Writes a checkpoint with a tokenizer of numbered words, the same each time."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **CONFIGS[name])
+    config = AutoConfig.for_model(name, **CONFIGS[name] | {"num_hidden_layers": layers})
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -56,16 +56,27 @@ class Run:
 Engines = Callable[..., list[Run]]
 
 
+def check_close(left: Run, right: Run) -> None:
+    """Teacher-forced: the same tokens go in, so that one difference doesn't make the next ones."""
+    from tests.integrations.vllm.checkpoints import CLOSE
+
+    assert left.forced == right.forced
+    for ours, theirs in zip(left.log_probabilities, right.log_probabilities, strict=True):
+        assert len(ours) == len(theirs) > 12
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= CLOSE
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkpoint(name)`: the folder of a model."""
-    from tests.integrations.vllm.checkpoints import save
+    """`checkpoint(name)`: the folder of a model; `deep_` ones have more layers."""
+    from tests.integrations.vllm.checkpoints import DEEPER, LAYERS, save
 
     saved: dict[str, Path] = {}
 
     def of(name: str) -> Path:
         if name not in saved:
-            saved[name] = save(name, tmp_path_factory.mktemp(name))
+            kind, layers = (name.removeprefix("deep_"), DEEPER) if name.startswith("deep_") else (name, LAYERS)
+            saved[name] = save(kind, tmp_path_factory.mktemp(name), layers=layers)
         return saved[name]
 
     return of
@@ -83,15 +94,28 @@ def environment(cache: Path, **further: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def engines(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """`engines(model, [(variables, arguments), ...], cache)`: one engine after the other, in one new process."""
+    """`engines(model, [(variables, arguments), ...], cache)`: one engine after the other, in one new process. With
+    `as_on_gpus` vLLM's own backend splits and compiles the model.
+    """
 
     def run(
-        model: str, asked: list[tuple[dict[str, str], dict[str, Any]]], cache: Path, *, forced: Any = None
+        model: str,
+        asked: list[tuple[dict[str, str], dict[str, Any]]],
+        cache: Path,
+        *,
+        forced: Any = None,
+        as_on_gpus: bool = False,
     ) -> list[Run]:
         folder = tmp_path_factory.mktemp("engines")
         request, answer = folder / "request.json", folder / "answer.json"
         starts = [{"variables": variables, "arguments": arguments} for variables, arguments in asked]
-        content = {"model": str(checkpoint(model)), "prompts": PROMPTS, "forced": forced, "engines": starts}
+        content: dict[str, Any] = {
+            "model": str(checkpoint(model)),
+            "prompts": PROMPTS,
+            "forced": forced,
+            "engines": starts,
+        }
+        content["as_on_gpus"] = as_on_gpus
         request.write_text(json.dumps(content))
         done = subprocess.run(
             [sys.executable, str(ENGINE), str(request), str(answer)], env=environment(cache), stdout=subprocess.PIPE,

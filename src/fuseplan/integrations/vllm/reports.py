@@ -84,14 +84,16 @@ class Journal:
                     "holds it; see VLLM_DISABLE_COMPILE_CACHE=1 and the compilation mode"
                 )
             return
-        written = [_write(path, report) for path in dict.fromkeys((self.kept, self.path))]
+        is_written = not self.reports or _write(self.kept, report)
+        if self.path != self.kept:
+            is_written = _write(self.path, report)
         graphs = len(report.graphs)
         fused = ", ".join(f"{rule} {count}" for rule, count in report.fused.items())
         found = ", ".join(f"{op} {count}" for op, count in report.recognized.items())
         log.info(
             "fuseplan on rank %d: %d graph%s%s; fused: %s; recognised: %s; report: %s",
             self.rank, graphs, "" if graphs == 1 else "s", "" if self.reports else " from the cache",
-            fused or "nothing", found or "nothing", self.path if written[-1] else "not written",
+            fused or "nothing", found or "nothing", self.path if is_written else "not written",
         )  # fmt: skip
 
 
