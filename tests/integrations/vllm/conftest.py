@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from fuseplan.record.serialization import from_json
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
-ENGINE = Path(__file__).with_name("engine.py")
+ENGINE = "tests.integrations.vllm.engine"
+ROOT = Path(__file__).parents[3]
 MARK = "--- next engine ---"
 PROMPTS = [[1, 5, 9, 13], [3, 4], [7, 8, 9, 10, 11, 12, 13]]
 ASKED = {"FUSEPLAN_VLLM": "1"}
+NAMED = {"inductor_passes": {"post_grad_custom_post_pass": "fuseplan.vllm_pass"}}
+Configure = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +122,42 @@ def engines(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
         content["as_on_gpus"] = as_on_gpus
         request.write_text(json.dumps(content))
         done = subprocess.run(
-            [sys.executable, str(ENGINE), str(request), str(answer)], env=environment(cache), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, check=False, timeout=600,
+            [sys.executable, "-m", ENGINE, str(request), str(answer)], cwd=ROOT, env=environment(cache),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-6000:]
         logs = done.stdout.split(MARK)[1:]
         return [Run(**each, log=log) for each, log in zip(json.loads(answer.read_text()), logs, strict=True)]
 
     return run
+
+
+@pytest.fixture
+def lines() -> Iterator[list[logging.LogRecord]]:
+    """What the plugin says meanwhile: vLLM's loggers don't propagate."""
+    from fuseplan.integrations.vllm.plugin import log
+
+    records: list[logging.LogRecord] = []
+
+    # Not a handler: vLLM clears those when it configures its loggers.
+    def keep(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return True
+
+    log.addFilter(keep)
+    yield records
+    log.removeFilter(keep)
+
+
+@pytest.fixture
+def configure(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """`configure(**arguments)`: the `VllmConfig` of an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    for name in ("FUSEPLAN", "FUSEPLAN_VLLM"):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(**arguments: Any) -> Any:
+        return EngineArgs(model=str(checkpoint("llama")), skip_tokenizer_init=True, **arguments).create_engine_config()
+
+    return make

@@ -1,4 +1,4 @@
-"""Engines one after the other in one process: `engine.py REQUEST.json ANSWER.json`.
+"""Engines one after the other in one process: `python -m tests.integrations.vllm.engine REQUEST ANSWER`, two files.
 
 The request names a model, prompts, and for each engine environment variables and arguments. The answer has for each
 engine its greedy tokens, and the log probabilities of the first engine's continuations.
@@ -11,16 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from tests.integrations.vllm.missing_ops import define
+
 STEPS = 12
-MISSING = (
-    "fused_add_rms_norm_static_fp8_quant", "fused_qk_norm_rope", "rms_norm_dynamic_per_token_quant",
-    "rms_norm_static_fp8_quant", "silu_and_mul_quant",
-)  # fmt: skip
-KEPT: list[Any] = []
 
 
 def prompts(tokens: list[list[int]]) -> list[Any]:
@@ -44,17 +40,10 @@ def score(llm: LLM, forced: list[list[int]]) -> list[list[float]]:
 
 
 def compile_as_on_gpus() -> None:
-    """Lets vLLM's own backend compile, which the platform of CPUs switches off. Its last pass looks up ops by name that
-    the build for CPUs doesn't have.
-    """
+    """Lets vLLM's own backend compile, which the platform of CPUs switches off."""
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
 
-    library = torch.library.Library("_C", "FRAGMENT")
-    KEPT.append(library)
-    for name in MISSING:
-        if not hasattr(torch.ops._C, name):
-            library.define(f"{name}(Tensor x) -> Tensor")
     update = CpuPlatform.check_and_update_config
 
     def update_and_split(cls: type, config: Any) -> None:
@@ -69,7 +58,8 @@ def compile_as_on_gpus() -> None:
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
-    if request["as_on_gpus"]:
+    ops = define() if request["as_on_gpus"] else None
+    if ops is not None:
         compile_as_on_gpus()
     forced, answers = request["forced"], []
     for each in request["engines"]:

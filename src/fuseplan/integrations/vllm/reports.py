@@ -73,6 +73,7 @@ class Journal:
         Raises:
             UnsupportedError: the ranks of a tensor-parallel group run different plans.
         """
+        self._compiled.clear()
         if self._is_silent:
             return
         report = merged(self.reports) if self.reports else store.load_file(self.kept)

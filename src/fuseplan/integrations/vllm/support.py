@@ -29,7 +29,7 @@ def _vllm(path: str, args: int | None = None) -> PrivateApi:
 
 HOOKS = (
     _vllm("config:VllmConfig.__post_init__", 0),
-    _vllm("v1.worker.worker_base:WorkerBase.__init__"),
+    _vllm("v1.worker.worker_base:WorkerBase"),
 )
 """Where fuseplan learns whether it is asked for. Without them it can't be."""
 
