@@ -144,9 +144,12 @@ def lines() -> Iterator[list[logging.LogRecord]]:
         records.append(record)
         return True
 
+    level = log.level
+    log.setLevel(logging.INFO)
     log.addFilter(keep)
     yield records
     log.removeFilter(keep)
+    log.setLevel(level)
 
 
 @pytest.fixture
