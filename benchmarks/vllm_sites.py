@@ -17,7 +17,7 @@ from typing import Any
 import vllm
 from committed import main
 
-LAYERS = 4
+LAYERS = 2
 COMMON: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -48,15 +48,17 @@ ENVIRONMENT = {
 }
 
 
-def start(model: str, tp: int) -> None:
-    """An engine, in this process. Its workers write their reports before it is up."""
+def start(model: str, folder: Path) -> None:
+    """An engine for each number of ranks, in this process. Workers write their reports before their engine is up."""
     from transformers import AutoConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = COMMON | MODELS[model]
-    with tempfile.TemporaryDirectory() as folder:
-        AutoConfig.for_model(model, **settings, architectures=[ARCHITECTURES[model]]).save_pretrained(folder)
+    AutoConfig.for_model(model, **settings, architectures=[ARCHITECTURES[model]]).save_pretrained(folder)
+    for tp in RANKS:
+        os.environ["FUSEPLAN_REPORT_DIR"] = str(folder / f"reports_{tp}")
         engine = vllm.LLM(
-            folder,
+            str(folder),
             skip_tokenizer_init=True,
             load_format="dummy",
             dtype="bfloat16",
@@ -65,34 +67,39 @@ def start(model: str, tp: int) -> None:
             tensor_parallel_size=tp,
         )
         engine.llm_engine.engine_core.shutdown()
+        del engine
+        cleanup_dist_env_and_memory()
 
 
-def found(model: str, tp: int) -> dict[str, Any]:
-    """What the ranks report, which is the same."""
+def found(model: str) -> dict[str, Any]:
+    """What the ranks report, which is the same on each."""
     from fuseplan.record import Report
     from fuseplan.record.serialization import from_json
 
-    with tempfile.TemporaryDirectory() as folder:
-        own = {"FUSEPLAN_REPORT_DIR": f"{folder}/reports", "VLLM_CACHE_ROOT": f"{folder}/cache"}
-        command = [sys.executable, __file__, "--engine", model, str(tp)]
+    rows = {}
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, __file__, "--engines", model, name]
+        own = {"VLLM_CACHE_ROOT": f"{name}/cache"}
         subprocess.run(command, env=os.environ | ENVIRONMENT | own, check=True, stdout=sys.stderr)
-        texts = [path.read_text() for path in sorted(Path(own["FUSEPLAN_REPORT_DIR"]).glob("rank_*.json"))]
-    reports = [from_json(Report, json.loads(text)) for text in texts]
-    counts = [{"recognised": dict(sorted(each.recognized.items())), "sites": each.matched} for each in reports]
-    assert len(counts) == tp
-    assert all(each == counts[0] for each in counts)
-    return counts[0]
+        for tp in RANKS:
+            texts = [path.read_text() for path in Path(name).glob(f"reports_{tp}/rank_*.json")]
+            reports = [from_json(Report, json.loads(text)) for text in texts]
+            counts = [{"recognised": dict(sorted(each.recognized.items())), "sites": each.matched} for each in reports]
+            assert len(counts) == tp
+            assert all(each == counts[0] for each in counts)
+            rows[f"{model} TP={tp}"] = counts[0]
+    return rows
 
 
 def measure() -> dict[str, Any]:
     """All models on all numbers of ranks."""
-    table = {f"{model} TP={tp}": found(model, tp) for model in MODELS for tp in RANKS}
+    table = {name: row for model in MODELS for name, row in found(model).items()}
     return {"vllm": vllm.__version__, "layers": LAYERS, "models": table}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--engine"]:
-        start(sys.argv[2], int(sys.argv[3]))
+    if sys.argv[1:2] == ["--engines"]:
+        start(sys.argv[2], Path(sys.argv[3]))
     else:
         what = f"counts in models of {LAYERS} layers, one graph for all numbers of tokens, the same on every rank"
         main("vllm_sites", __doc__ or "", what, measure)
