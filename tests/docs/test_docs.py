@@ -194,6 +194,26 @@ def test_tables_of_hugging_face_models_are_what_was_measured() -> None:
     ]
 
 
+def test_the_table_of_models_under_vllm_is_what_was_measured() -> None:
+    page = ROOT / "docs/vllm.md"
+    measured = json.loads((ROOT / "benchmarks/results/vllm_sites.json").read_text(encoding="utf-8"))
+    models = measured["models"]
+    rules = sorted(models["llama TP=1"]["sites"])
+    heading = ["model", "norms", "all-reduces", *(f"`{rule}`" for rule in rules)]
+    assert f"| {' | '.join(heading)} |" in page.read_text(encoding="utf-8").splitlines()
+    assert rows_under("## What there is to fuse", page) == [
+        [
+            f"`{name}`", str(counted("norm", row["recognised"])), str(counted("all_reduce", row["recognised"])),
+            *(str(row["sites"][rule]) for rule in rules),
+        ]
+        for name, row in models.items()
+    ]  # fmt: skip
+
+
+def counted(what: str, found: dict[str, int]) -> int:
+    return sum(count for op, count in found.items() if what in op)
+
+
 def compile_costs(row: dict[str, Any]) -> list[str]:
     return [f"{100 * row['share_of_stages']['median']:.1f} %", str(row["wall_clock_ratio"])]
 

@@ -1,7 +1,9 @@
 """What a worker says after warm-up, and where its report goes."""
 
+import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +106,16 @@ def test_a_folder_that_can_not_be_written_to_stops_nothing(tmp_path: Path, lines
     assert f"can't write its report to {journal.path}" in warned.getMessage()
     assert closed.getMessage().endswith("report: not written")
     assert read(journal.kept) == report()
+
+
+def test_configurations_that_are_copied_or_written_bring_no_second_journal(journal: Journal) -> None:
+    before = len(journal.reports)
+    journal.add(report())
+    journal.note(lambda: None, before)
+    assert copy.deepcopy({"journal": journal})["journal"] is journal
+    written = pickle.loads(pickle.dumps(journal))
+    assert (written.kept, written.path, written.rank) == (journal.kept, journal.path, journal.rank)
+    assert not written.reports
 
 
 def test_pieces_that_are_alike_are_counted(journal: Journal) -> None:

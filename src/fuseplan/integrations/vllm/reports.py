@@ -46,6 +46,14 @@ class Journal:
         assert isinstance(found, cls)
         return found
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Journal":
+        """Itself: vLLM copies its configuration for a second model in a worker."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what was compiled here: vLLM writes its configuration beside its cache."""
+        return type(self), (self.kept, self.path, self.rank)
+
     def add(self, report: Report) -> None:
         """Takes the report of one graph."""
         self.reports.append(report)
