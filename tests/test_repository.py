@@ -51,3 +51,11 @@ def test_readme_opens_with_demo_and_test() -> None:
     scripts = [block.body for block in blocks_of(ROOT / "README.md") if block.language == "sh"]
     commands = [line.split("#")[0].strip() for script in scripts for line in script.splitlines()]
     assert [command for command in commands if command][:2] == ["make demo", "make test"]
+
+
+def test_ci_runs_every_target_and_closes_with_the_tests() -> None:
+    lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    targets = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert targets == ["lint", "docs", "test-vllm", "test"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [each for each in targets if f"\n{each}: " not in makefile] == []

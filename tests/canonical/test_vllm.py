@@ -25,8 +25,10 @@ SCHEMAS = {
     "vllm_ir::fused_add_rms_norm": "(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, "
     "int? variance_size=None) -> (Tensor, Tensor)",
     "vllm::rocm_unquantized_gemm": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
-    "_C::rms_norm": "(Tensor! result, Tensor input, Tensor weight, float epsilon) -> ()",
-    "_C::fused_add_rms_norm": "(Tensor! input, Tensor! residual, Tensor weight, float epsilon) -> ()",
+    "_C::rms_norm": "(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()",
+    "_C::fused_add_rms_norm": "(Tensor! input, Tensor! residual, Tensor? weight, float epsilon) -> ()",
+    "_C::rotary_embedding": "(Tensor positions, Tensor! query, Tensor!? key, int head_size, Tensor cos_sin_cache, "
+    "bool is_neox) -> ()",
     "_C::shm_allreduce": "(int handle, Tensor! data) -> ()",
 }
 FAKES: dict[str, Callable[..., Any]] = {
@@ -110,6 +112,46 @@ def test_the_custom_ops() -> None:
     (norm,) = calls(canonical, "fused_add_rms_norm")
     assert norm[1:] == ("residual", "weight", EPS, "llama")
     assert "auto_functionalized" not in str(canonical.graph), "nothing of them is left in the raised copy"
+
+
+def test_custom_ops_without_a_weight_are_named() -> None:
+    def norms(x: Any, residual: Any) -> Any:
+        empty = torch.ops.aten.empty_like.default(x)
+        first: Any = auto_functionalized(
+            torch.ops._C.rms_norm.default, result=empty, input=x, weight=None, epsilon=EPS
+        )  # fmt: skip
+        second: Any = auto_functionalized(
+            torch.ops._C.fused_add_rms_norm.default, input=first[1], residual=residual, weight=None, epsilon=EPS
+        )
+        return second[1], second[2]
+
+    canonical = raised(norms, x=X, residual=R)
+    assert [each.reason for each in canonical.refusals] == [Reason.OP, Reason.OP]
+    assert all("it has no weight" in each.detail for each in canonical.refusals)
+    assert not canonical.recognized()
+
+
+@pytest.mark.parametrize(
+    ("neox", "table", "reason", "told"),
+    [
+        (True, 32, Reason.OP, "it looks its angles up itself"),
+        (True, 16, Reason.ATTRIBUTE, "it rotates 16 of the 32 elements of a head, and looks its angles up itself"),
+        (False, 32, Reason.ATTRIBUTE, "it rotates neighbours (interleaved), and looks its angles up itself"),
+    ],
+)
+def test_the_custom_op_for_rotary_embeddings_is_named(neox: bool, table: int, reason: Reason, told: str) -> None:
+    def rotated(positions: Any, query: Any, key: Any, table: Any) -> Any:
+        both: Any = auto_functionalized(
+            torch.ops._C.rotary_embedding.default, positions=positions, query=query, key=key, head_size=32,
+            cos_sin_cache=table, is_neox=neox,
+        )  # fmt: skip
+        return both[1], both[2]
+
+    canonical = raised(rotated, positions=torch.arange(4), query=X, key=R, table=randn(128, table))
+    (refusal,) = canonical.refusals
+    assert (refusal.reason, refusal.detail) == (reason, f"rotary embedding not recognised: {told}")
+    assert refusal.mend is not None
+    assert "-rotary_embedding" in refusal.mend
 
 
 def test_what_the_cpu_has() -> None:

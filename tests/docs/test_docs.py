@@ -207,6 +207,26 @@ def test_hugging_face_models_are_measured_within_their_limits() -> None:
         assert max(row[policy]["added_share"]["q3"] for policy in ("planned", "fused")) < 0.05, kind
 
 
+def test_the_table_of_models_under_vllm_is_what_was_measured() -> None:
+    page = ROOT / "docs/vllm.md"
+    measured = json.loads((ROOT / "benchmarks/results/vllm_sites.json").read_text(encoding="utf-8"))
+    models = measured["models"]
+    rules = sorted(models["llama TP=1"]["sites"])
+    heading = ["model", "norms", "all-reduces", *(f"`{rule}`" for rule in rules)]
+    assert f"| {' | '.join(heading)} |" in page.read_text(encoding="utf-8").splitlines()
+    assert rows_under("## What there is to fuse", page) == [
+        [
+            f"`{name}`", str(counted("norm", row["recognised"])), str(counted("all_reduce", row["recognised"])),
+            *(str(row["sites"][rule]) for rule in rules),
+        ]
+        for name, row in models.items()
+    ]  # fmt: skip
+
+
+def counted(what: str, found: dict[str, int]) -> int:
+    return sum(count for op, count in found.items() if what in op)
+
+
 def compile_costs(row: dict[str, Any]) -> list[str]:
     ratio = row["cpu_ratio"]
     return [f"{100 * row['added_share']['median']:.1f} %", f"{ratio['median']} ({ratio['q1']} to {ratio['q3']})"]

@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import DialectOp, Rounding, ops
-from fuseplan.graph.facts import dtype_name, dtype_of, is_call, item
+from fuseplan.graph.facts import dtype_name, dtype_of, is_call, item, tensor_of
 from fuseplan.record import Reason
 
 NAMESPACES = frozenset({"vllm", "vllm_ir", "_C"})
@@ -131,8 +131,7 @@ def _convention(
         detail = f"the variance is taken over the first {values['variance_size']} elements"
         canonical.refuse(op, _read(node), Reason.ATTRIBUTE, f"RMSNorm not recognised: {detail}", node=node, place=node)
         return None
-    if values["weight"] is None:
-        canonical.refuse(op, _read(node), Reason.OP, "RMSNorm not recognised: it has no weight", node=node, place=node)
+    if _lacks_weight(canonical, op, node, values):
         return None
     x, weight = dtype_of(values["x"]), dtype_of(values["weight"])
     if weight is x:
@@ -144,6 +143,14 @@ def _convention(
     return None
 
 
+def _lacks_weight(canonical: CanonicalGraph, op: DialectOp, node: fx.Node, values: Mapping[str, Any]) -> bool:
+    """Whether a norm only scales, which is told."""
+    if values["weight"] is not None:
+        return False
+    canonical.refuse(op, _read(node), Reason.OP, "RMSNorm not recognised: it has no weight", node=node, place=node)
+    return True
+
+
 def _read(node: fx.Node) -> list[fx.Node]:
     """Where a search from a norm's neighbours comes to it."""
     return [node, *(user for user in node.users if user.target is not None)]
@@ -152,7 +159,7 @@ def _read(node: fx.Node) -> list[fx.Node]:
 def _c_norm(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]) -> None:
     """`_C::rms_norm(result!, input, weight, epsilon)`."""
     result = item(node, 1)
-    if result is not None and values["weight"] is not None:
+    if result is not None and not _lacks_weight(canonical, ops.rms_norm, node, values):
         args = (values["input"], values["weight"], values["epsilon"], Rounding.LLAMA.value)
         canonical.raise_op(ops.rms_norm, args, (result,))
 
@@ -162,9 +169,26 @@ def _c_add_norm(
 ) -> None:
     """`_C::fused_add_rms_norm(input!, residual!, weight, epsilon)`."""
     results = (item(node, 1), item(node, 2))
-    if results[0] is not None and values["weight"] is not None:
+    if results[0] is not None and not _lacks_weight(canonical, ops.fused_add_rms_norm, node, values):
         args = (values["input"], values["residual"], values["weight"], values["epsilon"], Rounding.LLAMA.value)
         canonical.raise_op(ops.fused_add_rms_norm, args, results)
+
+
+def _rotary(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]) -> None:
+    """`_C::rotary_embedding(positions, query!, key!, head_size, cos_sin_cache, is_neox, ...)`, which is refused: it has
+    a table where the dialect has angles.
+    """
+    table = tensor_of(values["cos_sin_cache"])
+    size, rotated = values["head_size"], None if table is None else table.shape[-1]
+    reason, why = Reason.OP, "it looks its angles up itself"
+    if not values["is_neox"]:
+        reason, why = Reason.ATTRIBUTE, f"it rotates neighbours (interleaved), and {why[3:]}"
+    elif rotated != size:
+        reason, why = Reason.ATTRIBUTE, f"it rotates {rotated} of the {size} elements of a head, and {why[3:]}"
+    canonical.refuse(
+        ops.rotary_embedding, _read(node), reason, f"rotary embedding not recognised: {why}", node=node, place=node,
+        mend="let vLLM write it in aten: custom_ops -rotary_embedding in its compilation config",
+    )  # fmt: skip
 
 
 _RAISING = {
@@ -174,4 +198,5 @@ _RAISING = {
     "vllm_ir::fused_add_rms_norm": _ir_add_norm,
     "_C::rms_norm": _c_norm,
     "_C::fused_add_rms_norm": _c_add_norm,
+    "_C::rotary_embedding": _rotary,
 }

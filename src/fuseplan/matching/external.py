@@ -183,20 +183,32 @@ def _match(entry: PatternEntry, node: fx.Node) -> InductorMatch | None:
     return match if len(streams) == 1 and entry.extra_check(match) else None
 
 
+GLUE = frozenset({"auto_functionalized", "auto_functionalized_v2", "empty", "empty_like", "getitem", "reshape", "view"})
+"""What holds ops together and stands in most patterns and replacements: no op that one pass puts in for another."""
+
+
 def _calls(replacement: fx.GraphModule | None) -> tuple[str, ...]:
+    """The ops that a replacement calls, those under `auto_functionalized` too."""
     if replacement is None:
         return ()
-    return tuple(sorted({str(node.target) for node in replacement.graph.nodes if node.op == "call_function"}))
+    nodes = [node for node in replacement.graph.nodes if node.op == "call_function"]
+    return tuple(sorted(_ops(each for node in nodes for each in (node.target, *node.args))))
+
+
+def _ops(values: Iterable[Any]) -> set[str]:
+    """The names of ops among values, without glue."""
+    functions = [each for each in values if callable(each) and not isinstance(each, PatternExpr)]
+    return {str(each) for each in functions if getattr(each, "__name__", "").partition(".")[0] not in GLUE}
 
 
 def _targets(owner: ExternalPass) -> set[str]:
-    """Everything that the patterns of a pass call."""
+    """The ops that the patterns of a pass call."""
     found: set[str] = set()
     stack: list[Any] = [entry.pattern for entry in owner.entries]
     while stack:
         pattern = stack.pop()
         if isinstance(pattern, PatternExpr):
-            found.update(str(target) for target in getattr(pattern, "fns", ()))
+            found |= _ops((*getattr(pattern, "fns", ()), *getattr(pattern, "args", ())))
             parts = (getattr(pattern, name, ()) for name in ("args", "outputs"))
             stack += [each for part in parts if part for each in part]
             stack += [*getattr(pattern, "kwargs", {}).values()]

@@ -1,23 +1,32 @@
-"""Engines, each in a process of its own. Collected where vLLM is installed: `make test-vllm`."""
+"""Engines in processes of their own. Collected where vLLM is installed: `make test-vllm`."""
 
 import importlib.util
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fuseplan.record import Report
+from fuseplan.record.serialization import from_json
+
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
-ENGINE = Path(__file__).with_name("engine.py")
+ENGINE = "tests.integrations.vllm.engine"
+ROOT = Path(__file__).parents[3]
+MARK = "--- next engine ---"
 PROMPTS = [[1, 5, 9, 13], [3, 4], [7, 8, 9, 10, 11, 12, 13]]
 ASKED = {"FUSEPLAN_VLLM": "1"}
+NAMED = {"inductor_passes": {"post_grad_custom_post_pass": "fuseplan.vllm_pass"}}
+Configure = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,37 +35,52 @@ class Run:
 
     Attributes:
         tokens: greedy ones, a list a prompt.
-        forced: prompts with continuations.
+        forced: prompts with the continuations of the process's first engine.
         log_probabilities: of the tokens of `forced`.
         log: what it printed.
-        reports: fuseplan's, as JSON, by rank.
     """
 
     tokens: list[list[int]]
     forced: list[list[int]]
     log_probabilities: list[list[float]]
     log: str
-    reports: dict[int, Any]
 
     @property
     def lines(self) -> list[str]:
         """What the plugin said."""
-        return [line for line in self.log.splitlines() if "plugin.py" in line or "reports.py" in line]
+        return [line for line in self.log.splitlines() if re.search(r"\[(plugin|reports|vllm_version)\.py:", line)]
+
+    @property
+    def reports(self) -> dict[int, Report]:
+        """Those that it named, by rank."""
+        told = re.findall(r"fuseplan on rank (\d+): .*; report: (\S+)", self.log)
+        return {int(rank): from_json(Report, json.loads(Path(path).read_text())) for rank, path in told}
 
 
-Engine = Callable[..., Run]
+Engines = Callable[..., list[Run]]
+
+
+def check_close(left: Run, right: Run) -> None:
+    """Teacher-forced: the same tokens go in, so that one difference doesn't make the next ones."""
+    from tests.integrations.vllm.checkpoints import CLOSE
+
+    assert left.forced == right.forced
+    for ours, theirs in zip(left.log_probabilities, right.log_probabilities, strict=True):
+        assert len(ours) == len(theirs) > 12
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= CLOSE
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkpoint(name)`: the folder of a model."""
-    from tests.integrations.vllm.checkpoints import save
+    """`checkpoint(name)`: the folder of a model; `deep_` ones have more layers."""
+    from tests.integrations.vllm.checkpoints import DEEPER, LAYERS, save
 
     saved: dict[str, Path] = {}
 
     def of(name: str) -> Path:
         if name not in saved:
-            saved[name] = save(name, tmp_path_factory.mktemp(name))
+            kind, layers = (name.removeprefix("deep_"), DEEPER) if name.startswith("deep_") else (name, LAYERS)
+            saved[name] = save(kind, tmp_path_factory.mktemp(name), layers=layers)
         return saved[name]
 
     return of
@@ -72,44 +96,71 @@ def environment(cache: Path, **further: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def engine(checkpoint: Callable[[str], Path], tmp_path: Path) -> Engine:
-    """`engine(model, tp, variables, ...)`: runs one."""
+@pytest.fixture(scope="session")
+def engines(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """`engines(model, [(variables, arguments), ...], cache)`: one engine after the other, in one new process. With
+    `as_on_gpus` vLLM's own backend splits and compiles the model.
+    """
 
     def run(
         model: str,
-        tp: int,
-        variables: dict[str, str],
+        asked: list[tuple[dict[str, str], dict[str, Any]]],
+        cache: Path,
         *,
-        cache: Path | None = None,
         forced: Any = None,
-        **arguments: Any,
-    ) -> Run:
-        folder = cache or tmp_path / f"cache_{len(list(tmp_path.iterdir()))}"
-        request = {
-            "model": str(checkpoint(model)), "arguments": {"tensor_parallel_size": tp, **arguments}, "prompts": PROMPTS,
+        as_on_gpus: bool = False,
+    ) -> list[Run]:
+        folder = tmp_path_factory.mktemp("engines")
+        request, answer = folder / "request.json", folder / "answer.json"
+        starts = [{"variables": variables, "arguments": arguments} for variables, arguments in asked]
+        content: dict[str, Any] = {
+            "model": str(checkpoint(model)),
+            "prompts": PROMPTS,
             "forced": forced,
-        }  # fmt: skip
-        asked, answered = tmp_path / "request.json", tmp_path / "answer.json"
-        asked.write_text(json.dumps(request))
-        answered.unlink(missing_ok=True)
+            "engines": starts,
+        }
+        content["as_on_gpus"] = as_on_gpus
+        request.write_text(json.dumps(content))
         done = subprocess.run(
-            [sys.executable, str(ENGINE), str(asked), str(answered)], env=environment(folder, **variables),
-            capture_output=True, text=True, check=False, timeout=400,
+            [sys.executable, "-m", ENGINE, str(request), str(answer)], cwd=ROOT, env=environment(cache),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=600,
         )  # fmt: skip
-        log = done.stdout + done.stderr
-        assert done.returncode == 0, log[-6000:]
-        answer = json.loads(answered.read_text())
-        return Run(
-            tokens=answer["tokens"], forced=answer["forced"], log_probabilities=answer["log_probabilities"], log=log,
-            reports=reports_in(folder),
-        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:]
+        logs = done.stdout.split(MARK)[1:]
+        return [Run(**each, log=log) for each, log in zip(json.loads(answer.read_text()), logs, strict=True)]
 
     return run
 
 
-def reports_in(folder: Path) -> dict[int, Any]:
-    """The reports below a folder, by rank."""
-    return {
-        int(path.stem.split("_")[1]): json.loads(path.read_text()) for path in folder.glob("fuseplan/*/rank_*.json")
-    }
+@pytest.fixture
+def lines() -> Iterator[list[logging.LogRecord]]:
+    """What the plugin says meanwhile: vLLM's loggers don't propagate."""
+    from fuseplan.integrations.vllm.plugin import log
+
+    records: list[logging.LogRecord] = []
+
+    # Not a handler: vLLM clears those when it configures its loggers.
+    def keep(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return True
+
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addFilter(keep)
+    yield records
+    log.removeFilter(keep)
+    log.setLevel(level)
+
+
+@pytest.fixture
+def configure(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """`configure(**arguments)`: the `VllmConfig` of an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    for name in ("FUSEPLAN", "FUSEPLAN_VLLM"):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(**arguments: Any) -> Any:
+        return EngineArgs(model=str(checkpoint("llama")), skip_tokenizer_init=True, **arguments).create_engine_config()
+
+    return make

@@ -12,6 +12,7 @@ import torch
 import torch._inductor.pattern_matcher as pm
 import vllm.ir.ops
 from torch import Tensor, fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import PatternMatcherPass
 from vllm.compilation.passes.inductor_pass import InductorPass, pass_context
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPatternMatcherPass
@@ -22,6 +23,7 @@ from fuseplan.integrations.vllm.pass_manager import FuseplanPassManager, plannab
 from fuseplan.integrations.vllm.plugin import KEY
 from fuseplan.matching import ExternalPass
 from tests.helpers import written
+from tests.integrations.vllm import missing_ops
 
 HIDDEN = 64
 ROWS = Range(start=1, end=64)
@@ -174,6 +176,166 @@ def test_plannable() -> None:
     assert planned.name == "NormRelu"
     procedural = Procedural(config, [])
     assert plannable(procedural) is procedural
+
+
+def patterned(name: str, search: Any, replacement: Any, *, owner: type = VllmPatternMatcherPass) -> Any:
+    """A pass as `VllmFusionPatternMatcherPass`es are: one pattern on one tensor, and a name of its own."""
+
+    class Patterned(owner):  # type: ignore[misc]
+        def __init__(self, config: VllmConfig) -> None:
+            super().__init__(config)
+            self.pass_name = name
+            self.pm_pass = PatternMatcherPass(pass_name=name)
+            example = [torch.empty(4, HIDDEN, dtype=torch.bfloat16)]
+            pm.register_replacement(search, replacement, example, pm.fwd_only, self.pm_pass)
+
+        @VllmInductorPass.time_and_log
+        def __call__(self, graph: fx.Graph) -> None:
+            self.matched_count = self.pm_pass.apply(graph)
+            VllmPatternMatcherPass.match_table[self.pass_name] += self.matched_count
+
+        def uuid(self) -> str:
+            return name
+
+    return Patterned
+
+
+def unary(name: str) -> Any:
+    """A kernel of vLLM's, which writes into what it is given: it stands in graphs under `auto_functionalized`."""
+    LIBRARY.define(f"{name}(Tensor! result, Tensor x) -> ()")
+    LIBRARY.impl(name, lambda result, x: None, "CPU")
+    LIBRARY.impl(name, lambda result, x: None, "Meta")
+    op = getattr(torch.ops.fuseplan_stand_in, name).default
+
+    def call(x: Tensor) -> Any:
+        return auto_functionalized(op, result=torch.empty_like(x), x=x)[1]
+
+    return call
+
+
+LIBRARY, OPS = torch.library.Library("fuseplan_stand_in", "FRAGMENT"), missing_ops.define()
+reduced, normed_and_quantised, both, split, cached = map(unary, ("reduced", "quantised", "both", "split", "cached"))
+
+
+def relu(x: Tensor) -> Any:
+    return torch.ops.aten.relu.default(x)
+
+
+def relu_sin(x: Tensor) -> Any:
+    return torch.ops.aten.sin.default(relu(x))
+
+
+def sin_of(x: Any) -> Any:
+    return torch.ops.aten.sin.default(x)
+
+
+def cos_of(x: Any) -> Any:
+    return torch.ops.aten.cos.default(x)
+
+
+def kernels(graph: fx.Graph) -> list[str]:
+    """The kernels that a graph calls, from before lowering to after it."""
+    names = {str(node.args[0] if "auto_functionalized" in str(node.target) else node.target) for node in graph.nodes}
+    return sorted(name.split(".")[1] for name in names if name.startswith("fuseplan_stand_in"))
+
+
+def two_in_a_row(x: Any, weight: Any) -> Any:
+    return relu_sin(x) + weight
+
+
+ALLREDUCE = patterned("AllReduceFusionPass", relu, reduced)
+QUANT = patterned("RMSNormQuantFusionPass", relu_sin, normed_and_quantised)
+CHAINED = patterned("ChainedFusionPass", lambda x: sin_of(reduced(x)), both)
+
+
+def test_independent_passes_of_vllm_are_chosen_between() -> None:
+    """In vLLM's order the first takes what the second needs; all their graphs have `auto_functionalized` in common."""
+    graph = graph_of(two_in_a_row)
+    with managed(lambda config: [ALLREDUCE(config), QUANT(config)], force=["RMSNormQuantFusionPass"]) as manager:
+        manager(graph)
+        (report,) = manager._journal.reports
+    assert report.matched["AllReduceFusionPass"] == report.matched["RMSNormQuantFusionPass"] == 1
+    assert (report.fused["AllReduceFusionPass"], report.fused["RMSNormQuantFusionPass"]) == (0, 1)
+    assert kernels(graph) == ["quantised"]
+
+
+def test_a_pass_that_matches_what_another_made_runs_behind_it() -> None:
+    graph = graph_of(two_in_a_row)
+    with managed(lambda config: [ALLREDUCE(config), CHAINED(config)]) as manager:
+        manager(graph)
+        (report,) = manager._journal.reports
+    assert report.fused["AllReduceFusionPass"] == 1
+    assert kernels(graph) == ["both"]
+
+
+def test_what_a_pass_does_beside_its_patterns_is_done() -> None:
+    """As sequence parallelism, whose clean-up the next pass's pattern needs."""
+
+    class Cleaning(ALLREDUCE):  # type: ignore[misc, valid-type]
+        def __call__(self, graph: fx.Graph) -> None:
+            self.matched_count = self.pm_pass.apply(graph)
+            self.clean_up(graph)
+
+        def clean_up(self, graph: fx.Graph) -> None:
+            ran.append("clean-up")
+
+    ran: list[str] = []
+    graph = graph_of(two_in_a_row)
+    with managed(lambda config: [Procedural(config, ran), Cleaning(config), CHAINED(config)]) as manager:
+        manager(graph)
+        (report,) = manager._journal.reports
+    assert ran[-1] == "clean-up"
+    assert len(ran) >= 2
+    assert report.fused["ChainedFusionPass"] == 1, "it is planned on the graph that the other one left"
+    assert kernels(graph) == ["both"]
+
+
+def test_a_pass_behind_code_behind_the_plan_stays_there() -> None:
+    """As `SplitCoalescingPass` before `RopeKVCacheFusionPass`: what the code makes, the pass matches."""
+
+    class Coalescing(Procedural):
+        def __call__(self, graph: fx.Graph) -> None:
+            super().__call__(graph)
+            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default):
+                node.target = torch.ops.aten.cos.default
+
+    rope = patterned("RopeKVCacheFusionPass", cos_of, cached)
+    graph, ran = graph_of(two_in_a_row), list[str]()
+    with managed(lambda config: [ALLREDUCE(config), Coalescing(config, ran), rope(config)]) as manager:
+        manager(graph)
+        (report,) = manager._journal.reports
+    assert len(ran) == 1
+    assert report.fused["AllReduceFusionPass"] == 1
+    assert kernels(graph) == ["cached", "reduced"]
+
+
+@pytest.mark.parametrize("policy", ["off", "ordered(act_padding)"])
+def test_other_policies_leave_the_passes_of_vllm_on(policy: str) -> None:
+    graph = graph_of(two_in_a_row)
+    with managed(lambda config: [ALLREDUCE(config), CHAINED(config)], policy=policy) as manager:
+        manager(graph)
+    assert kernels(graph) == ["both"]
+
+
+def test_two_passes_of_one_name_both_run() -> None:
+    other = patterned("AllReduceFusionPass", sin_of, split)
+    graph = graph_of(two_in_a_row)
+    with managed(lambda config: [ALLREDUCE(config), other(config)]) as manager:
+        manager(graph)
+    assert kernels(graph) == ["reduced", "split"]
+
+
+def test_a_pass_that_is_switched_off_for_lack_of_something_is_harmless() -> None:
+    """As `AllReduceFusionPass` without flashinfer: it has no patterns yet."""
+
+    class Disabled(Procedural):
+        def __call__(self, graph: fx.Graph) -> None:
+            return
+
+    graph = graph_of(normed)
+    with managed(lambda config: [Disabled(config, []), NormRelu(config)]) as manager:
+        manager(graph)
+    assert targets(graph) == ["fuseplan_stand_in.norm_relu.default"]
 
 
 @pytest.fixture(autouse=True)

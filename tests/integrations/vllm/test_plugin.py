@@ -1,45 +1,13 @@
 """What the plugin makes of vLLM's configuration."""
 
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.engine.arg_utils import EngineArgs
 
 import fuseplan
-from fuseplan.integrations.vllm.plugin import HOOK, KEY, asked_for, log
-
-NAMED = {"inductor_passes": {HOOK: "fuseplan.vllm_pass"}}
-Configure = Callable[..., Any]
-
-
-@pytest.fixture
-def lines() -> Iterator[list[logging.LogRecord]]:
-    """What the plugin says meanwhile: vLLM's loggers don't propagate."""
-    records: list[logging.LogRecord] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record)
-
-    handler = Handler()
-    log.addHandler(handler)
-    yield records
-    log.removeHandler(handler)
-
-
-@pytest.fixture
-def configure(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """`configure(**arguments)`: the `VllmConfig` of an engine."""
-    for name in ("FUSEPLAN", "FUSEPLAN_VLLM"):
-        monkeypatch.delenv(name, raising=False)
-
-    def make(**arguments: Any) -> Any:
-        return EngineArgs(model=str(checkpoint("llama")), skip_tokenizer_init=True, **arguments).create_engine_config()
-
-    return make
+from fuseplan.integrations.vllm.plugin import HOOK, KEY, asked_for
+from tests.integrations.vllm.conftest import NAMED, Configure
 
 
 def test_inert_until_it_is_asked_for(configure: Configure, lines: list[logging.LogRecord]) -> None:
@@ -59,7 +27,8 @@ def test_asked_for_by_the_environment(
     assert config.compute_hash() != plain, "a part of vLLM's own cache key"
     (record,) = lines
     assert record.levelno == logging.INFO
-    assert "is vLLM's post-grad pass: policy planned" in record.getMessage()
+    assert "is the post-grad pass of vLLM 0." in record.getMessage()
+    assert ": policy planned" in record.getMessage()
 
 
 def test_asked_for_by_name(configure: Configure, lines: list[logging.LogRecord]) -> None:

@@ -4,6 +4,10 @@ Of vLLM's own fusion passes, which its `pass_config` switches, those that only r
 Whatever runs code of its own, and what matches the results of another one, runs where vLLM has it.
 """
 
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -15,7 +19,7 @@ from fuseplan.integrations.vllm.passes import manager_for
 from fuseplan.integrations.vllm.plugin import asked_for
 from fuseplan.integrations.vllm.reports import Journal
 from fuseplan.manager import PostGradPassManager
-from fuseplan.matching import external_of
+from fuseplan.matching import ExternalPass, external_of
 
 
 class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
@@ -50,14 +54,56 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
         span = get_pass_context().compile_range
         key = (span.start, span.end)
         if key not in self._managers:
-            passes = [plannable(each) for each in self.passes if each.is_applicable_for_range(span)]
+            passes: Sequence[object] = [each for each in self.passes if each.is_applicable_for_range(span)]
+            # Under another policy vLLM's passes would have no part in the plan: they run first, as ever.
+            if self._config.chosen_policy.name == "planned":
+                passes = in_plan(passes)
             self._managers[key] = manager_for(
                 self._config, CompileRange(start=max(span.start, 1), end=span.end), self._journal.add, passes=passes
             )
         return self._managers[key]
 
 
+def in_plan(passes: Sequence[Any]) -> list[object]:
+    """Passes of vLLM's as the planner takes them, in vLLM's order. One behind code that runs after the plan may match
+    what that code makes, so it runs behind it.
+    """
+    result: list[object] = []
+    names: set[str] = set()
+    is_behind = False
+    for each in passes:
+        found = each if is_behind else plannable(each)
+        if isinstance(found, ExternalPass) and found.name not in names:
+            names.add(found.name)
+            result.append(found)
+        else:
+            is_behind = is_behind or bool(names)
+            result.append(each)
+    return result
+
+
 def plannable(vllm_pass: Any) -> object:
     """A pass of vLLM's as the planner takes it: its patterns, or as a function of the graph what is more than them."""
     name = getattr(vllm_pass, "pass_name", type(vllm_pass).__name__)
-    return external_of(vllm_pass, ("patterns", "pm_pass"), name) or vllm_pass
+    for attribute in ("patterns", "pm_pass"):
+        found = external_of(vllm_pass, (attribute,), name)
+        if found is not None and _only_applies(type(vllm_pass), attribute):
+            return found
+    return vllm_pass
+
+
+def _only_applies(owner: type, attribute: str) -> bool:
+    """Whether all that a pass does with a graph is `self.<attribute>.apply(graph)`, as its source says."""
+    try:
+        source = inspect.getsource(inspect.unwrap(owner.__call__))
+    except (OSError, TypeError):
+        return False
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) != 2:
+        return False
+    this, graph = (each.arg for each in function.args.args)
+    uses = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == graph]
+    apply = f"{this}.{attribute}.apply({graph})"
+    return len(uses) == 1 and any(
+        isinstance(node, ast.Call) and ast.unparse(node) == apply for node in ast.walk(function)
+    )

@@ -17,6 +17,7 @@ import torch
 import fuseplan
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
+from fuseplan.integrations.vllm import support
 
 KEY = "fuseplan"
 """In `additional_config`: `{"fuseplan": {"policy": "planned", ...}}`, the fields of `PassConfig`."""
@@ -38,14 +39,23 @@ def vllm_pass(graph: torch.fx.Graph) -> None:
 
 def hook_into_vllm() -> None:
     """Hooks into configuration and workers, once a process."""
-    from vllm.config import VllmConfig
-    from vllm.v1.worker.worker_base import WorkerBase
-
     if hasattr(fuseplan, PASS_NAME):
         return
     setattr(fuseplan, PASS_NAME, vllm_pass)
+    if (why := support.missing(support.HOOKS)) is not None:
+        _say_once(support.nothing(why))
+        return
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.worker_base import WorkerBase
+
     _after(VllmConfig, "__post_init__", adopt)
     _after(WorkerBase, "__init__", _prepare)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Warns, once a process."""
+    log.warning(line)
 
 
 def _after(owner: type, name: str, then: Callable[[Any], None]) -> None:
@@ -62,34 +72,54 @@ def _after(owner: type, name: str, then: Callable[[Any], None]) -> None:
 
 
 def adopt(config: Any) -> None:
-    """Notes in a `VllmConfig` that fuseplan is asked for, and under which configuration.
+    """Notes in a `VllmConfig` that fuseplan is asked for, and under which configuration. What this vLLM doesn't have is
+    told in one line, and the engine starts without fuseplan.
 
     Raises:
         ConfigError: that configuration can't be served.
     """
-    compilation = config.compilation_config
-    named = compilation.inductor_passes.get(HOOK) == f"fuseplan.{PASS_NAME}"
-    additional = config.additional_config
+    additional = getattr(config, "additional_config", None)
     given = additional.get(KEY) if isinstance(additional, dict) else None
     environment = Environment.read()
-    if named:
-        del compilation.inductor_passes[HOOK]
-        compilation.inductor_compile_config.pop(HOOK, None)
+    named = _take_name(getattr(config, "compilation_config", None))
     if not environment.enabled or not (named or given is not None or environment.vllm):
+        return
+    if (why := support.obstacle()) is not None:
+        if isinstance(additional, dict):
+            additional.pop(KEY, None)
+        _say_once(support.nothing(why))
         return
     if not isinstance(additional, dict):
         raise ConfigError(
             f"additional_config is a {type(additional).__name__}; fuseplan needs a dict, to enter vLLM's cache key"
         )
-    settings = _settings(given or {})
+    settings = _settings(given)
     digest = _digest(pass_config(settings))
     if given is None or given.get(DIGEST) != digest:
         additional[KEY] = {**settings, DIGEST: digest}
         _announce(config, pass_config(settings))
 
 
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    """What the user gave, without what the plugin added."""
+def _take_name(compilation: Any) -> bool:
+    """Whether the pass is asked for by its name, which stands for the pass and isn't one: it is taken out."""
+    passes = getattr(compilation, "inductor_passes", {})
+    if passes.get(HOOK) != f"fuseplan.{PASS_NAME}":
+        return False
+    del passes[HOOK]
+    compilation.inductor_compile_config.pop(HOOK, None)
+    return True
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    """What the user gave, without what the plugin added.
+
+    Raises:
+        ConfigError: something else than fields and their values.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"additional_config[{KEY!r}] is {given!r}; allowed are objects with fields of PassConfig")
     return {name: value for name, value in given.items() if name != DIGEST}
 
 
@@ -125,20 +155,18 @@ def asked_for(config: Any) -> PassConfig | None:
 
 def _announce(config: Any, chosen: PassConfig) -> None:
     """Says in one line what was done, and loudly where nothing will come of it."""
-    import vllm
-    from vllm.config import CompilationMode
-
-    mode = config.compilation_config.mode
-    if mode == CompilationMode.NONE or config.compilation_config.backend == "eager":
-        why = f"mode={mode.name}" if mode == CompilationMode.NONE else "backend=eager"
+    compilation = config.compilation_config
+    if not _compiles(compilation):
+        why = "backend=eager" if compilation.backend == "eager" else f"mode={compilation.mode.name}"
         log.warning(
             "fuseplan %s has no effect: with %s in the compilation config (or --enforce-eager) no graph reaches it",
             fuseplan.__version__, why,
         )  # fmt: skip
         return
-    log.info(
-        "fuseplan %s is vLLM's post-grad pass: policy %s, vLLM %s, torch %s, compilation mode %s",
-        fuseplan.__version__, chosen.chosen_policy, vllm.__version__, torch.__version__, mode.name,
+    level, note = (logging.INFO, "") if support.tried() else (logging.WARNING, f"; {support.untried()}")
+    log.log(
+        level, "fuseplan %s is the post-grad pass of %s: policy %s, compilation mode %s%s",
+        fuseplan.__version__, support.versions(), chosen.chosen_policy, compilation.mode.name, note,
     )  # fmt: skip
 
 
@@ -146,19 +174,19 @@ def _prepare(worker: Any) -> None:
     """Installs the pass in a worker, before it loads its model."""
     config = worker.vllm_config
     chosen = asked_for(config)
-    if chosen is None or not Environment.read().enabled:
+    if chosen is None or not Environment.read().enabled or not _compiles(config.compilation_config):
         return
-    from vllm.platforms import current_platform
-
+    if (why := support.missing(support.WORKER)) is not None:
+        _say_once(support.nothing(why))
+        return
+    from fuseplan.integrations.vllm.backend import offer_pass_manager
     from fuseplan.integrations.vllm.passes import manager_for
     from fuseplan.integrations.vllm.reports import Journal
 
     journal = Journal.of(config)
-    platform = type(current_platform)
-    platform.get_pass_manager_cls = classmethod(
-        lambda cls: "fuseplan.integrations.vllm.pass_manager.FuseplanPassManager"
-    )
-    if config.compilation_config.backend == "inductor" and not _splits(config):
+    if _splits(config.compilation_config):
+        offer_pass_manager(journal)
+    elif config.compilation_config.backend == "inductor":
         options = config.compilation_config.inductor_compile_config
         previous = options.get(HOOK)
         options[HOOK] = manager_for(chosen, None, journal.add, previous=[previous] if previous is not None else [])
@@ -173,8 +201,15 @@ def _prepare(worker: Any) -> None:
     worker.compile_or_warm_up_model = warm_up_and_report
 
 
-def _splits(config: Any) -> bool:
+def _compiles(compilation: Any) -> bool:
+    """Whether graphs go to Inductor."""
+    from vllm.config import CompilationMode
+
+    return bool(compilation.mode != CompilationMode.NONE and compilation.backend != "eager")
+
+
+def _splits(compilation: Any) -> bool:
     """Whether vLLM's own backend compiles, with its own pass manager and its own cache."""
     from vllm.config import CompilationMode
 
-    return bool(config.compilation_config.mode == CompilationMode.VLLM_COMPILE)
+    return bool(compilation.mode == CompilationMode.VLLM_COMPILE)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,54 @@ class Journal:
     """The reports of one worker.
 
     Args:
-        path: where its report is written.
+        kept: beside vLLM's compile cache and by the same factors, since a warm start brings no graph.
+        path: where the user finds it.
         rank: of the worker, among all.
     """
 
-    def __init__(self, path: Path, rank: int) -> None:
-        self.path, self.rank = path, rank
+    def __init__(self, kept: Path, path: Path, rank: int) -> None:
+        self.kept, self.path, self.rank = kept, path, rank
         self.reports: list[Report] = []
+        self._compiled: dict[int, tuple[object, list[Report]]] = {}
+        self._is_silent = False
 
     @classmethod
     def of(cls, config: Any) -> "Journal":
         """The one journal of a `VllmConfig`."""
         found = vars(config).get(KEPT)
         if found is None:
-            found = vars(config)[KEPT] = cls(_path(config), config.parallel_config.rank)
+            found = vars(config)[KEPT] = cls(*_paths(config), config.parallel_config.rank)
         assert isinstance(found, cls)
         return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Journal":
+        """Itself: vLLM copies its configuration for a second model in a worker."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what was compiled here: vLLM writes its configuration beside its cache."""
+        return type(self), (self.kept, self.path, self.rank)
 
     def add(self, report: Report) -> None:
         """Takes the report of one graph."""
         self.reports.append(report)
+
+    def note(self, compiled: object, before: int) -> None:
+        """Takes what vLLM's backend compiled: one result for pieces that are alike, of which a pass sees the first.
+
+        Args:
+            compiled: the result.
+            before: how many reports there were.
+        """
+        if len(self.reports) > before:
+            self._compiled[id(compiled)] = compiled, self.reports[before:]
+            return
+        _, known = self._compiled.get(id(compiled), (None, []))
+        self.reports += [_again(report, before) for report in known]
+
+    def silence(self) -> None:
+        """There is nothing to tell: another line said that fuseplan does nothing."""
+        self._is_silent = True
 
     def close(self) -> None:
         """Says what became of the model, after it was compiled or found in a cache: once.
@@ -52,40 +81,64 @@ class Journal:
         Raises:
             UnsupportedError: the ranks of a tensor-parallel group run different plans.
         """
-        report = merged(self.reports) if self.reports else store.load_file(self.path)
-        _agree(report)
-        if report is None:
-            log.warning(
-                "no graph reached fuseplan on rank %d: the model is not compiled by Inductor, or an older cache of "
-                "vLLM's holds it; see VLLM_DISABLE_COMPILE_CACHE=1 and the compilation mode", self.rank,
-            )  # fmt: skip
+        self._compiled.clear()
+        if self._is_silent:
             return
-        if self.reports:
-            stored.store(self.path, report)
+        report = merged(self.reports) if self.reports else store.load_file(self.kept)
+        is_first = _agree(report)
+        if report is None:
+            if is_first:
+                log.warning(
+                    "no graph reached fuseplan: the model is not compiled by Inductor, or an older cache of vLLM's "
+                    "holds it; see VLLM_DISABLE_COMPILE_CACHE=1 and the compilation mode"
+                )
+            return
+        is_written = not self.reports or _write(self.kept, report)
+        if self.path != self.kept:
+            is_written = _write(self.path, report)
         graphs = len(report.graphs)
         fused = ", ".join(f"{rule} {count}" for rule, count in report.fused.items())
         found = ", ".join(f"{op} {count}" for op, count in report.recognized.items())
         log.info(
             "fuseplan on rank %d: %d graph%s%s; fused: %s; recognised: %s; report: %s",
             self.rank, graphs, "" if graphs == 1 else "s", "" if self.reports else " from the cache",
-            fused or "nothing", found or "nothing", self.path,
+            fused or "nothing", found or "nothing", self.path if is_written else "not written",
         )  # fmt: skip
 
 
-def _path(config: Any) -> Path:
-    """Beside vLLM's compile cache, by the same factors, or in `FUSEPLAN_REPORT_DIR`."""
+def _write(path: Path, report: Report) -> bool:
+    """Writes a file. A folder that can't be written to is no reason to stop an engine."""
+    try:
+        stored.store(path, report)
+    except OSError as error:
+        log.warning("fuseplan can't write its report to %s: %s", path, error.strerror or error)
+        return False
+    return True
+
+
+def _again(report: Report, ordinal: int) -> Report:
+    """The report of a graph that is like another one."""
+    return replace(report, graphs=tuple(replace(each, graph=f"{each.graph}.{ordinal}") for each in report.graphs))
+
+
+def _paths(config: Any) -> tuple[Path, Path]:
+    """Beside vLLM's compile cache, and in `FUSEPLAN_REPORT_DIR`."""
     from vllm import envs
 
     model = getattr(config.model_config, "model", None)
     key = hashlib.sha256(f"{config.compute_hash()} {model}".encode()).hexdigest()[:10]
     name = f"rank_{config.parallel_config.rank}_{config.parallel_config.data_parallel_index}.json"
+    kept = Path(envs.VLLM_CACHE_ROOT) / "fuseplan" / key / name
     folder = Environment.read().report_dir
-    return (folder if folder is not None else Path(envs.VLLM_CACHE_ROOT) / "fuseplan" / key) / name
+    return kept, kept if folder is None else folder / name
 
 
-def _agree(report: Report | None) -> None:
+def _agree(report: Report | None) -> bool:
     """Holds the ranks of the tensor-parallel group to one plan. All of them come here, after their models are compiled
     and before they serve.
+
+    Returns:
+        Whether this is the first of them.
 
     Raises:
         UnsupportedError: they run different plans.
@@ -94,7 +147,7 @@ def _agree(report: Report | None) -> None:
 
     group = get_tp_group()
     if group.world_size == 1:
-        return
+        return True
     verdict = agree(
         distributed_c10d._get_process_group_store(group.cpu_group), graph="vllm", rank=group.rank_in_group,
         size=group.world_size, digest=digest_of(report), deadline=timedelta(minutes=10),
@@ -102,5 +155,6 @@ def _agree(report: Report | None) -> None:
     if not verdict.fused:
         raise UnsupportedError(
             f"the workers run different plans: {verdict.reason}; start them with one configuration and "
-            "VLLM_DISABLE_COMPILE_CACHE=1, or set FUSEPLAN_VLLM=0"
+            "VLLM_DISABLE_COMPILE_CACHE=1, or set FUSEPLAN=0"
         )
+    return bool(group.rank_in_group == 0)
