@@ -294,6 +294,37 @@ class Environment:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What `torchrun` tells the processes that it starts.
+
+    Attributes:
+        rank: of this process among all.
+        local_rank: among those of this machine, which is the number of its GPU.
+        ranks: how many there are; 1 where `torchrun` didn't start this process.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def read(cls) -> Self:
+        """`RANK`, `LOCAL_RANK` and `WORLD_SIZE` as they stand now.
+
+        Raises:
+            ConfigError: one of them isn't a number.
+        """
+        return cls(rank=_number("RANK", 0), local_rank=_number("LOCAL_RANK", 0), ranks=_number("WORLD_SIZE", 1))
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "").strip()
+    if not re.fullmatch(r"[0-9]{0,9}", value):
+        raise ConfigError(f"{name}={value!r}: allowed are numbers, as torchrun sets them")
+    return int(value) if value else default
+
+
 def _switch(name: str, *, default: bool) -> bool:
     value = os.environ.get(name, "").strip()
     if value not in ("0", "1", ""):

@@ -9,6 +9,7 @@ from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
 from fuseplan.cli.listing import devices, providers, rules
 from fuseplan.cli.plans import diff_plans
+from fuseplan.cli.tune import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Which fusions fire in a torch.compile'd model, which starve, and why.",
 )
 app.command()(explain)
+app.command()(tune)
 app.command()(check)
 app.command()(rules)
 app.command()(providers)

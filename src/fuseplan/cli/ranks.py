@@ -1,0 +1,84 @@
+"""Commands that run on a device, and under `torchrun` on several: the process group, and how they end together."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from fuseplan.cli.console import say
+
+
+@contextlib.contextmanager
+def ranks_of(tp: int | None, deadline_s: float, command: str) -> Iterator[Any]:
+    """The ranks that `torchrun` started, each with its own GPU if there are any, or this process alone.
+
+    An error on one rank ends all of them, and is told once.
+
+    Args:
+        tp: what the user asked for; None: as many ranks as there are.
+        deadline_s: seconds that a rank waits for the others.
+        command: for the hint how to start several.
+
+    Raises:
+        ConfigError: there are other ranks than `tp`, or fewer GPUs than ranks.
+        FuseplanError: what is raised inside.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from fuseplan.config import Launch
+    from fuseplan.errors import ConfigError, FuseplanError, RanksError
+    from fuseplan.tuning import LockStep, Ranks
+
+    launch = Launch.read()
+    try:
+        _check(tp, launch.ranks, command)
+        on_gpu = torch.cuda.is_available()
+        if on_gpu and torch.cuda.device_count() <= launch.local_rank:
+            raise ConfigError(f"{launch.ranks} ranks need as many GPUs, and there are {torch.cuda.device_count()}")
+    except ConfigError as error:
+        raise (error if launch.rank == 0 else RanksError(str(error), told=True)) from None
+    device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    with device:
+        if launch.ranks == 1:
+            yield Ranks()
+            return
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            device_id=device if on_gpu else None,
+            timeout=datetime.timedelta(seconds=deadline_s),
+        )
+        assert dist.group.WORLD is not None
+        ranks = LockStep(dist.group.WORLD, deadline_s, _leave)
+        try:
+            with ranks.watched():
+                yield ranks
+                ranks.exchange("done")
+        except FuseplanError as error:
+            raise (error if ranks.fail(error) else RanksError(str(error), told=True)) from None
+        except BaseException as error:
+            ranks.fail(error)
+            raise
+        dist.destroy_process_group()
+
+
+def _check(tp: int | None, ranks: int, command: str) -> None:
+    from fuseplan.errors import ConfigError
+
+    if tp is None or tp == ranks:
+        return
+    if tp < 1:
+        raise ConfigError(f"tp={tp}: give a number of ranks of at least 1, or leave it out")
+    if ranks == 1:
+        raise ConfigError(f"tp={tp} takes as many processes: torchrun --nproc-per-node {tp} -m fuseplan {command} ...")
+    raise ConfigError(f"tp={tp}, but torchrun started {ranks} ranks; leave --tp out, or start as many")
+
+
+def _leave(text: str) -> None:
+    """Ends this process without taking anything down: what waits inside a kernel can't be taken down."""
+    if text:
+        say(f"fuseplan: {text}")
+    os._exit(2)
