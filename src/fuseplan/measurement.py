@@ -111,6 +111,8 @@ def tune(
     tuner = None
     if works:
         verifier = explanation.entries[0].manager.verifier
+        if ranks.size > 1:
+            verifier = replace(verifier, rank=ranks.rank)
         tuner = Tuner(verifier=verifier, ranks=ranks, origin=origin, repeats=repeats, save=save, watch=watch)
         try:
             tuner.run(works)

@@ -51,8 +51,7 @@ def ranks_of(tp: int | None, deadline_s: float, command: str) -> Iterator[Any]:
             device_id=device if on_gpu else None,
             timeout=datetime.timedelta(seconds=deadline_s),
         )
-        assert dist.group.WORLD is not None
-        ranks = LockStep(dist.group.WORLD, deadline_s, _leave)
+        ranks = LockStep.of_world(deadline_s, _leave)
         try:
             with ranks.watched():
                 yield ranks

@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.graph.facts import aten, is_mutation, tensor_of
+from fuseplan.graph.legality import external_inputs
 from fuseplan.graph.reach import is_view
 from fuseplan.graph.surgery import COLLECTIVES
 from fuseplan.matching import Match
@@ -41,7 +42,7 @@ class Context:
 
     Attributes:
         canonical: the graph.
-        inputs: nodes from outside whose values are read, in graph order.
+        inputs: nodes from outside whose values are read, in the order in which they are.
         nodes: the component and its neighbours, in graph order.
         outputs: those of `nodes` that others read, in graph order.
     """
@@ -120,10 +121,9 @@ def context_of(posed: Posed, component: Iterable[int], places: Collection[int]) 
     core = {node for node in core if node.op == "call_function" and not _is_size(node)}
     region = _grown(canonical.original, core, others)
     nodes = [node for node in canonical.original.nodes if node in region]
-    read = {source for node in nodes for source in node.all_input_nodes} - region
     return Context(
         canonical=canonical,
-        inputs=tuple(node for node in canonical.original.nodes if node in read),
+        inputs=tuple(external_inputs(nodes)),
         nodes=tuple(nodes),
         outputs=tuple(node for node in nodes if any(user not in region for user in node.users)),
     )

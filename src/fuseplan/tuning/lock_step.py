@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -52,21 +52,33 @@ class Ranks:
 
 
 class LockStep(Ranks):
-    """The ranks of a process group.
+    """Several ranks, all of which enter `exchange` and `align` in the same order.
 
     Args:
-        group: all of them enter `exchange` and `align` in the same order.
+        store: that they share.
+        rank: of this process.
+        size: how many there are.
         deadline_s: seconds that one waits for the others.
-        leave: ends this process where it can't end by itself, since it waits for another rank inside a kernel.
+        leave: ends this process where it can't end by itself, since it waits for another rank inside a kernel; it is
+            handed a line for a person, empty where another rank tells.
     """
 
-    def __init__(self, group: dist.ProcessGroup, deadline_s: float, leave: Callable[[str], None]) -> None:
-        self.rank, self.size, self.deadline_s = group.rank(), group.size(), deadline_s
-        self._group, self._leave = group, leave
-        self._store: Store = distributed_c10d._get_process_group_store(group)
+    def __init__(
+        self, store: Store, rank: int, size: int, *, deadline_s: float, leave: Callable[[str], None]
+    ) -> None:
+        self.rank, self.size, self.deadline_s = rank, size, deadline_s
+        self._store, self._leave = store, leave
         self._turn = 0
         self._heard = time.monotonic()
         self._token: torch.Tensor | None = None
+
+    @classmethod
+    def of_world(cls, deadline_s: float, leave: Callable[[str], None]) -> Self:
+        """All ranks of the default process group."""
+        group = dist.group.WORLD
+        assert group is not None
+        store = distributed_c10d._get_process_group_store(group)
+        return cls(store, group.rank(), group.size(), deadline_s=deadline_s, leave=leave)
 
     def exchange(self, value: Any) -> list[Any]:
         """As of `Ranks`."""
@@ -89,11 +101,11 @@ class LockStep(Ranks):
     def align(self, device: torch.device) -> None:
         """As of `Ranks`. On a GPU what is launched next starts when all ranks have come so far."""
         if device.type != "cuda":
-            dist.barrier(self._group)
+            dist.barrier()
             return
         if self._token is None:
             self._token = torch.zeros(1, device=device)
-        dist.all_reduce(self._token, group=self._group)
+        dist.all_reduce(self._token)
 
     def fail(self, error: BaseException) -> bool:
         """As of `Ranks`."""
