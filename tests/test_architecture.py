@@ -28,16 +28,17 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "canonical rules providers distributed",
         "matching",
         "planner fingerprint",
-        "verification tuning rewriting",
-        "analysis debug drawing",
+        "verification rewriting",
+        "tuning analysis debug drawing",
         "manager",
         "capture store dispatch first_run",
         "explanation",
-        "comparison frontend testing",
+        "comparison frontend measurement testing",
         "fuseplan",
         "integrations",
         "workloads",
         "cli",
+        "__main__",
     )
 )
 

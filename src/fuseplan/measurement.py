@@ -55,7 +55,6 @@ def tune(
     providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
     ranks: Ranks | None = None,
     command: str = "fuseplan.measurement.tune",
-    replace_broken: bool = False,
     watch: Callable[[Step], None] = lambda step: None,
 ) -> Measurement:
     """Measures what the alternatives of each component take, in context, and puts the times into a cost table.
@@ -76,7 +75,6 @@ def tune(
         ranks: those of a tensor-parallel group, all of which measure the same and the slowest of which counts; the
             first writes. None: this process alone.
         command: for the rows' provenance.
-        replace_broken: whether a broken table is written anew.
         watch: is told what is being done.
 
     Raises:
@@ -90,9 +88,9 @@ def tune(
         config or PassConfig(), compile_ranges=tuple(ranges), policy="planned", costs="modelled", cost_table=None,
         force=(), forbid=(), plan=None,
     )  # fmt: skip
-    _check(repeats, tokens, config.compile_ranges)
+    check_measurable(config.compile_ranges, tokens, repeats)
     if ranks.rank == 0:
-        merge_into(table, profile.name, (), replace_broken=replace_broken)
+        merge_into(table, profile.name, ())
     traced = capture(model, inputs, {}, dynamic=True)
     _check_device(traced.graphs, profile.name)
     explanation = Explanation(traced, config, None, providers, (*BUILT_IN_RULES, *rules))
@@ -104,7 +102,7 @@ def tune(
 
     def save(rows: Sequence[Row]) -> None:
         if ranks.rank == 0:
-            merge_into(table, profile.name, rows, replace_broken=replace_broken)
+            merge_into(table, profile.name, rows)
 
     origin = origin_of(profile.name, ranks.size, command)
     stopped = False
@@ -127,12 +125,19 @@ def tune(
     )  # fmt: skip
 
 
-def _check(repeats: int, tokens: Sequence[int], ranges: Sequence[CompileRange]) -> None:
+def check_measurable(ranges: Sequence[CompileRange], tokens: Sequence[int], repeats: int) -> None:
+    """Refuses what `tune` would refuse, before anything is built.
+
+    Raises:
+        ConfigError: fewer repeats than 5, or a size outside of the ranges.
+    """
     if repeats < LEAST_REPEATS:
         raise ConfigError(f"repeats={repeats}: a median and its spread need at least {LEAST_REPEATS}")
     for size in tokens:
         if not any(size in each for each in ranges):
-            raise ConfigError(f"tokens={size} lie in none of the ranges {', '.join(map(str, ranges))}; add one that has them")
+            raise ConfigError(
+                f"tokens={size} lie in none of the ranges {', '.join(map(str, ranges))}; add one that has them"
+            )
 
 
 def _check_device(graphs: Sequence[Any], device: str) -> None:
@@ -142,8 +147,8 @@ def _check_device(graphs: Sequence[Any], device: str) -> None:
     others = sorted({value.device.type for value in values if value is not None and value.device.type != kind})
     if others:
         raise WorkloadError(
-            f"the model or its inputs are on {' and '.join(others)}, and what is measured is {device}; build all of it on "
-            f"{kind}"
+            f"the model or its inputs are on {' and '.join(others)}, and what is measured is {device}; build all of it "
+            f"on {kind}"
         )
 
 

@@ -47,7 +47,9 @@ def test_repeats_are_interleaved_and_begin_with_another_one_each_time() -> None:
     assert times == {name: [5000] * 5 for name in "abc"}
 
 
-@pytest.mark.parametrize(("lasts", "sets", "count"), [(1_000_000, 1, 3), (1000, 1, MOST_CALLS), (600_000, 8, 8), (10**7, 8, 1)])
+@pytest.mark.parametrize(
+    ("lasts", "sets", "count"), [(1_000_000, 1, 3), (1000, 1, MOST_CALLS), (600_000, 8, 8), (10**7, 8, 1)]
+)
 def test_as_many_calls_make_a_repeat_as_last_long_enough(lasts: int, sets: int, count: int) -> None:
     subject = Scripted("a", [], lambda repeat: lasts, sets)
     assert interleaved({"a": subject}, 5, Ranks(), CPU, least_ns=2_000_000)["a"] == [lasts] * 5

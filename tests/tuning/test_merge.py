@@ -24,8 +24,8 @@ for number in range(25):
 
 def row(key: str, tokens: int = 1, time_ns: int = 5, device: str = "cpu") -> Row:
     return Row(
-        key=key, tokens=tokens, time_ns=time_ns, spread_ns=1, provenance=Provenance.MEASURED, device=device, torch="2.13.0",
-        triton="", topology="tp1", date="2026-11-27", command="a test",
+        key=key, tokens=tokens, time_ns=time_ns, spread_ns=1, provenance=Provenance.MEASURED, device=device,
+        torch="2.13.0", triton="", topology="tp1", date="2026-11-27", command="a test",
     )  # fmt: skip
 
 
@@ -68,7 +68,10 @@ def test_a_broken_table_is_left_as_it_is(tmp_path: Path, content: str, text: str
 def test_who_holds_the_lock_for_ever_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "PATIENCE_S", 0.05)
     path = tmp_path / "costs.json"
-    with FileLock(tmp_path / ".costs.json.lock"), pytest.raises(ConfigError, match=r"another process has held its lock"):
+    with (
+        FileLock(tmp_path / ".costs.json.lock"),
+        pytest.raises(ConfigError, match=r"another process has held its lock"),
+    ):
         merge_into(path, "cpu", [row("a")])
     assert not path.exists()
 

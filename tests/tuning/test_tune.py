@@ -83,9 +83,7 @@ def fastest(path: Path, tokens: int) -> str:
     return min(rows, key=lambda key: rows[key]).rpartition(" ")[2]
 
 
-def test_plans_are_made_of_measured_rows_alone(
-    tuned: Measurement, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plans_are_made_of_measured_rows_alone(tuned: Measurement, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel that is faster by its rows is chosen at both ends, and in between by interpolation."""
     monkeypatch.setenv("FUSEPLAN_COSTS", str(path))
     assert fastest(path, 4) == fastest(path, 64) == FAST.name

@@ -60,8 +60,8 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def measuring(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Tells on standard error what is being measured, how far it is, and how long it will still take: a bar where that is
-    a terminal, else a line now and then.
+    """Tells on standard error what is being measured, how far it is, and how long it will still take: a bar where that
+    is a terminal, else a line now and then.
 
     Args:
         shown: whether anything is told; of several ranks one tells.

@@ -2,11 +2,31 @@
 
 import contextlib
 import datetime
-import os
+import math
+import sys
 from collections.abc import Iterator
+from os import _exit
 from typing import Any
 
 from fuseplan.cli.console import say
+
+
+@contextlib.contextmanager
+def built(workload: str, ranks: Any, layers: int | None) -> Iterator[Any]:
+    """A workload on this process's device, and what its code prints on standard error.
+
+    Raises:
+        WorkloadError: as `workloads.build`.
+    """
+    import torch
+
+    from fuseplan import workloads
+
+    on = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+        with on:
+            made = stack.enter_context(workloads.build(workload, tp=ranks.size, layers=layers))
+        yield made
 
 
 @contextlib.contextmanager
@@ -34,6 +54,8 @@ def ranks_of(tp: int | None, deadline_s: float, command: str) -> Iterator[Any]:
     launch = Launch.read()
     try:
         _check(tp, launch.ranks, command)
+        if not 0 < deadline_s < math.inf:
+            raise ConfigError(f"deadline={deadline_s:g}: allowed are seconds, more than 0 and finite")
         on_gpu = torch.cuda.is_available()
         if on_gpu and torch.cuda.device_count() <= launch.local_rank:
             raise ConfigError(f"{launch.ranks} ranks need as many GPUs, and there are {torch.cuda.device_count()}")
@@ -42,26 +64,22 @@ def ranks_of(tp: int | None, deadline_s: float, command: str) -> Iterator[Any]:
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    with device:
-        if launch.ranks == 1:
-            yield Ranks()
-            return
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            device_id=device if on_gpu else None,
-            timeout=datetime.timedelta(seconds=deadline_s),
-        )
-        ranks = LockStep.of_world(deadline_s, _leave)
-        try:
-            with ranks.watched():
-                yield ranks
-                ranks.exchange("done")
-        except FuseplanError as error:
-            raise (error if ranks.fail(error) else RanksError(str(error), told=True)) from None
-        except BaseException as error:
-            ranks.fail(error)
-            raise
-        dist.destroy_process_group()
+    if launch.ranks == 1:
+        yield Ranks()
+        return
+    timeout = datetime.timedelta(seconds=deadline_s)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
+    ranks = LockStep.of_world(deadline_s, _leave)
+    try:
+        with ranks.watched():
+            yield ranks
+            ranks.exchange("done")
+    except FuseplanError as error:
+        raise (error if ranks.fail(error) else RanksError(str(error), told=True)) from None
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    dist.destroy_process_group()
 
 
 def _check(tp: int | None, ranks: int, command: str) -> None:
@@ -80,4 +98,4 @@ def _leave(text: str) -> None:
     """Ends this process without taking anything down: what waits inside a kernel can't be taken down."""
     if text:
         say(f"fuseplan: {text}")
-    os._exit(2)
+    _exit(2)

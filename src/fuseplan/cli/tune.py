@@ -1,6 +1,5 @@
 """`fuseplan tune`: what each alternative takes on this machine, measured in context and put into a cost table."""
 
-import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,16 @@ from rich.console import Group
 from rich.text import Text
 
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show, table_of
-from fuseplan.cli.ranks import ranks_of
-from fuseplan.cli.request import AllowRoundingChanges, Layers, ProviderNames, Ranges, Workload, find_providers, find_ranges
+from fuseplan.cli.ranks import built, ranks_of
+from fuseplan.cli.request import (
+    AllowRoundingChanges,
+    Layers,
+    ProviderNames,
+    Ranges,
+    Workload,
+    find_providers,
+    find_ranges,
+)
 from fuseplan.record.text import printable
 
 UNFUSED = "unfused"
@@ -53,20 +60,24 @@ def tune(
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
-        from fuseplan import workloads
         from fuseplan.config import PassConfig
+        from fuseplan.measurement import check_measurable
         from fuseplan.measurement import tune as measure
         from fuseplan.planner.costs import cached_path
         from fuseplan.providers import local_profile
+        from fuseplan.tuning import merge_into
 
-        spans, providers = find_ranges(ranges), find_providers(provider)
-        table = out or cached_path(local_profile().name)
-        with ranks_of(tp, deadline, "tune") as ranks, measuring(ranks.rank == 0) as tell:
-            with contextlib.redirect_stdout(sys.stderr), workloads.build(workload, tp=ranks.size, layers=layers) as built:
+        config = PassConfig(allow_rounding_changes=allow_rounding_changes)
+        with ranks_of(tp, deadline, "tune") as ranks:
+            spans, providers = find_ranges(ranges), find_providers(provider)
+            check_measurable(spans, tokens or (), repeats)
+            table = out or cached_path(local_profile().name)
+            if ranks.rank == 0:
+                merge_into(table, local_profile().name, (), replace_broken=out is None)
+            with measuring(ranks.rank == 0) as tell, built(workload, ranks, layers) as made:
                 found = measure(
-                    built.model, built.inputs, table=table, ranges=spans, tokens=tokens or (), repeats=repeats,
-                    config=PassConfig(allow_rounding_changes=allow_rounding_changes), providers=providers, ranks=ranks,
-                    command=_command(ranks.size), replace_broken=out is None,
+                    made.model, made.inputs, table=table, ranges=spans, tokens=tokens or (), repeats=repeats,
+                    config=config, providers=providers, ranks=ranks, command=_command(ranks.size),
                     watch=lambda step: tell(f"{step.doing}: {step.site}", step.done, step.total),
                 )  # fmt: skip
         if ranks.rank == 0:
@@ -105,7 +116,9 @@ def _rendered(found: Any, path: Path) -> Group:
         size = f" at {each.tokens} tokens" if each.tokens else ""
         what = f"{each.site}: {each.alternative}" if each.alternative else each.site
         parts.append(Text(printable(f"not measured: {what}{size}: {each.reason}")))
-    kept = f"{len(found.rows)} rows in {path}" if found.rows else "nothing was measured: no fusion matches that can be run"
+    kept = (
+        f"{len(found.rows)} rows in {path}" if found.rows else "nothing was measured: no fusion matches that can be run"
+    )
     return Group(*parts, Text(printable(kept)))
 
 

@@ -1,4 +1,4 @@
-"""Reading the clock: several calls beside each other, in turns, long enough a time to be read, alone or in lock step."""
+"""Reading the clock: several calls beside each other, in turns, each long enough to be read, alone or in lock step."""
 
 import gc
 import math
@@ -87,13 +87,13 @@ class GraphedSubject(Subject):
     _graph: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self) -> None:
-        """As of `Subject`, on a stream of its own, as capturing asks for."""
+        """As of `Subject`, on a stream of its own, as capturing asks for; what can't be captured raises here."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             super().warm_up()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
+        self.settle(1)
 
     def settle(self, count: int) -> None:
         """As of `Subject`; captures the calls."""
@@ -116,7 +116,8 @@ class GraphedSubject(Subject):
         self._graph.replay()
         end.record()
         end.synchronize()
-        return round(start.elapsed_time(end) * 1_000_000)
+        lasted: int = round(start.elapsed_time(end) * 1_000_000)
+        return lasted
 
     def close(self) -> None:
         """As of `Subject`: communicators of graphs that are still there can't be taken down."""
@@ -165,7 +166,10 @@ def interleaved(
             gc.enable()
     everywhere = ranks.exchange(times)
     return {
-        name: [round(max(of_repeat) / subjects[name].count) for of_repeat in zip(*(t[name] for t in everywhere), strict=True)]
+        name: [
+            round(max(of_repeat) / subjects[name].count)
+            for of_repeat in zip(*(t[name] for t in everywhere), strict=True)
+        ]
         for name in names
     }
 

@@ -20,7 +20,7 @@ MOST_BYTES = 4 * 2**30
 _LIBRARY = torch.library.Library("fuseplan_tuning", "DEF")
 _LIBRARY.define("produced(Tensor x) -> Tensor")
 _LIBRARY.impl("produced", lambda x: x.clone(), "CompositeExplicitAutograd")
-_LIBRARY.impl("produced", lambda x: torch.empty_like(x), "Meta")
+_LIBRARY.impl("produced", torch.empty_like, "Meta")
 PRODUCED = torch.ops.fuseplan_tuning.produced.default
 """A value that some op of the model has just written, which Inductor may overwrite as it may overwrite that op's."""
 
@@ -65,7 +65,9 @@ def producers(graph: fx.Graph, produced: Collection[str]) -> fx.GraphModule:
 
 def specs_of(graph: fx.Graph, symbols: Mapping[Any, int]) -> list[TensorSpec]:
     """What the tensors among a graph's inputs are at a size."""
-    return [_spec(value, symbols) for node in graph.find_nodes(op="placeholder") if (value := tensor_of(node)) is not None]
+    return [
+        _spec(value, symbols) for node in graph.find_nodes(op="placeholder") if (value := tensor_of(node)) is not None
+    ]
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -115,4 +117,5 @@ def compiled(gm: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., A
         Exception: whatever Inductor raises.
     """
     with torch.no_grad():
-        return inductor_compile(gm, list(arguments), options={"post_grad_custom_post_pass": None})  # type: ignore[arg-type]
+        call: Callable[..., Any] = inductor_compile(gm, list(arguments), options={"post_grad_custom_post_pass": None})
+        return call

@@ -1,4 +1,4 @@
-"""The part of a graph around a component, cut out: what Inductor would make of it in the model can be compiled alone."""
+"""The part of a graph around a component, cut out, so that what Inductor makes of it in the model can be run alone."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +98,9 @@ class Context:
         graph.output(tuple(copies[node] for node in self.outputs))
         origin = {node: copies[old] for node, old in self.canonical.origin.items() if old in copies}
         if matches:
-            apply(replace(self.canonical, original=graph, origin=origin), sorted(matches, key=lambda match: match.anchor))
+            apply(
+                replace(self.canonical, original=graph, origin=origin), sorted(matches, key=lambda match: match.anchor)
+            )
         return graph
 
 

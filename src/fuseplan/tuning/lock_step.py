@@ -1,4 +1,4 @@
-"""Ranks in lock step: what each of them has to say reaches all of them, and none waits for ever for one that is gone."""
+"""Ranks in lock step: what each of them has to say reaches all, and none waits for ever for one that is gone."""
 
 import contextlib
 import json
@@ -63,9 +63,7 @@ class LockStep(Ranks):
             handed a line for a person, empty where another rank tells.
     """
 
-    def __init__(
-        self, store: Store, rank: int, size: int, *, deadline_s: float, leave: Callable[[str], None]
-    ) -> None:
+    def __init__(self, store: Store, rank: int, size: int, *, deadline_s: float, leave: Callable[[str], None]) -> None:
         self.rank, self.size, self.deadline_s = rank, size, deadline_s
         self._store, self._leave = store, leave
         self._turn = 0

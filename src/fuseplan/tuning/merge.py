@@ -14,7 +14,7 @@ PATIENCE_S = 60.0
 
 
 def merge_into(path: Path, device: str, rows: Iterable[Row], *, replace_broken: bool = False) -> CostTable:
-    """Reads the table in a file, puts `rows` in, each in the place of the row of its key and tokens, and writes it whole.
+    """Reads the table in a file, puts `rows` in, each in the place of the row of its key and tokens, and writes it.
 
     Processes that do so at once take turns, by a lock on a file beside it, and none loses what another one wrote.
 

@@ -137,7 +137,9 @@ class Tuner:
         unfused = context.fused(())
         specs = specs_of(unfused, symbols)
         if not specs:
-            self.skipped.append(Skipped(site=work.signature, tokens=rows, reason="nothing of it depends on an argument"))
+            self.skipped.append(
+                Skipped(site=work.signature, tokens=rows, reason="nothing of it depends on an argument")
+            )
             return {}
         device = specs[0].device
         sets = argument_sets(specs, cache_bytes(device))

@@ -89,9 +89,8 @@ def work_of(
         for work in _components(posed, span, sizes, skipped) if sizes else ():
             classes.setdefault(work.signature, []).append(work)
         for members in classes.values():
-            for work in _by_frequency(members):
-                if new := _unmeasured(work, known):
-                    found.append(replace(new, count=len(members)))
+            fresh = (_unmeasured(work, known) for work in _by_frequency(members))
+            found += [replace(work, count=len(members)) for work in fresh if work is not None]
     return found, list(skipped)
 
 

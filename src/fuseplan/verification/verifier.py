@@ -101,7 +101,7 @@ class Verifier:
         return outcome
 
     def _meets(self, match: Match) -> bool:
-        """Whether its kernel would wait for ranks that may not be verifying: torch's own all-reduces are intercepted."""
+        """Whether its kernel would wait for ranks that may not be verifying; torch's all-reduces are intercepted."""
         group = match.values.get("group_name")
         alone = group is None or group_size(str(group)) == 1
         return match.rule.op.collective and match.provider != "torch" and not alone
@@ -116,7 +116,9 @@ class Verifier:
         region = question.region if case is question.cases[min(2, len(question.cases) - 1)] else None
 
         def run() -> Finding:
-            return check(match.rule, match.provider, case, seed=seed, unfused=question.unfused, region=region, rank=rank)
+            return check(
+                match.rule, match.provider, case, seed=seed, unfused=question.unfused, region=region, rank=rank
+            )
 
         try:
             return within(self.deadline_s, run), True
