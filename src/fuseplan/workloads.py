@@ -1,4 +1,4 @@
-"""What `fuseplan explain WORKLOAD` can name: built-in models, Hugging Face configurations, and factories of the
+"""What `WORKLOAD` on the command line can name: built-in models, Hugging Face configurations, and factories of the
 user's.
 """
 
