@@ -34,6 +34,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "capture store dispatch first_run",
         "explanation",
         "comparison frontend measurement testing",
+        "benchmark",
         "fuseplan",
         "integrations",
         "workloads",

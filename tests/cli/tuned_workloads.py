@@ -48,3 +48,12 @@ def fails_on_rank_1(tp: int) -> Workload:
 def plain(tp: int) -> Workload:
     """Nothing to fuse."""
     return torch.sin, (randn(16, WIDTH),)
+
+
+def raises(tp: int) -> Workload:
+    """A model that can't be run."""
+
+    def model(x: Tensor) -> Tensor:
+        raise RuntimeError("no such luck\non two lines")
+
+    return model, (randn(16, WIDTH),)

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from fuseplan.cli.bench import bench
 from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
 from fuseplan.cli.listing import devices, providers, rules
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(explain)
 app.command()(tune)
+app.command()(bench)
 app.command()(check)
 app.command()(rules)
 app.command()(providers)

@@ -6,14 +6,21 @@ import math
 import sys
 from collections.abc import Iterator
 from os import _exit
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from fuseplan.cli.console import say
 
+Tp = Annotated[
+    int | None, typer.Option("--tp", help="Ranks of tensor parallelism: those that torchrun started, if given at all.")
+]
+Deadline = Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="How long a rank waits for the others.")]
+
 
 @contextlib.contextmanager
-def built(workload: str, ranks: Any, layers: int | None) -> Iterator[Any]:
-    """A workload on this process's device, and what its code prints on standard error.
+def built(workload: str, ranks: Any, layers: int | None, *, weights: bool = False) -> Iterator[Any]:
+    """A workload on this process's device, with weights or with fake ones, and what its code prints on standard error.
 
     Raises:
         WorkloadError: as `workloads.build`.
@@ -25,7 +32,7 @@ def built(workload: str, ranks: Any, layers: int | None) -> Iterator[Any]:
     on = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
         with on:
-            made = stack.enter_context(workloads.build(workload, tp=ranks.size, layers=layers))
+            made = stack.enter_context(workloads.build(workload, tp=ranks.size, layers=layers, weights=weights))
         yield made
 
 

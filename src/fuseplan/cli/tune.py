@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show, table_of
-from fuseplan.cli.ranks import built, ranks_of
+from fuseplan.cli.ranks import Deadline, Tp, built, ranks_of
 from fuseplan.cli.request import (
     AllowRoundingChanges,
     Layers,
@@ -27,15 +27,10 @@ UNFUSED = "unfused"
 INTERRUPTED = 130
 """The exit status of what Ctrl-C ended, by custom."""
 
-Ranks = Annotated[
-    int | None, typer.Option("--tp", help="Ranks of tensor parallelism: those that torchrun started, if given at all.")
-]
-Deadline = Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="How long a rank waits for the others.")]
-
 
 def tune(
     workload: Workload,
-    tp: Ranks = None,
+    tp: Tp = None,
     ranges: Ranges = None,
     tokens: Annotated[
         list[int] | None,

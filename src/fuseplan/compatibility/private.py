@@ -36,14 +36,16 @@ class PrivateApi:
         return self.path.replace(":", ".")
 
 
-ASIDE = frozenset({"integrations", "models", "testing", "tuning", "workloads"})
+ASIDE = frozenset({"benchmark", "integrations", "models", "testing", "tuning", "workloads"})
 """Parts that build workloads for the command line, measure, or check rules for those who write them. `fuseplan.compile`
 does without."""
 
 DYNAMO = (
     PrivateApi("torch._dynamo.config:disable", ("frontend",)),
+    PrivateApi("torch._dynamo.config:patch", ("benchmark",), 0, ("recompile_limit",)),
+    PrivateApi("torch._dynamo.config:recompile_limit", ("benchmark",)),
     PrivateApi("torch._dynamo:maybe_mark_dynamic", ("capture",), 2),
-    PrivateApi("torch._dynamo:reset", ("capture",), 0),
+    PrivateApi("torch._dynamo:reset", ("benchmark", "capture"), 0),
     PrivateApi("torch._dynamo.output_graph:GraphCompileReason", ("capture",)),
     PrivateApi("torch._dynamo.output_graph:GraphCompileReason.reason", ("capture",)),
     PrivateApi("torch._dynamo.output_graph:GraphCompileReason.user_stack", ("capture",)),

@@ -133,7 +133,13 @@ def subject_of(call: Call, sets: Sequence[Sequence[Tensor]], device: torch.devic
 
 
 def interleaved(
-    subjects: Mapping[str, Subject], repeats: int, ranks: Ranks, device: torch.device, least_ns: int = REPEAT_NS
+    subjects: Mapping[str, Subject],
+    repeats: int,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    count: int | None = None,
+    least_ns: int = REPEAT_NS,
 ) -> dict[str, list[int]]:
     """What one call of each takes, in ns, by repeat: the slowest rank's.
 
@@ -144,6 +150,7 @@ def interleaved(
         repeats: at least `LEAST_REPEATS`.
         ranks: all of them measure the same.
         device: where.
+        count: calls in a repeat; None: as many as last `least_ns`.
         least_ns: what a repeat lasts at least.
 
     Raises:
@@ -151,7 +158,10 @@ def interleaved(
     """
     names = list(subjects)
     for subject in subjects.values():
-        _settle(subject, ranks, device, least_ns)
+        if count is None:
+            _settle(subject, ranks, device, least_ns)
+        else:
+            subject.settle(count)
     times: dict[str, list[int]] = {name: [] for name in names}
     was_enabled = gc.isenabled()
     gc.disable()
