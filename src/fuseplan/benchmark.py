@@ -23,6 +23,9 @@ from fuseplan.rules import BUILT_IN_RULES, Rule
 from fuseplan.tuning import LEAST_REPEATS, Ranks, Subject, Times, interleaved, subject_of
 
 DEFAULT_REPEATS = 9
+REPEAT_NS = 20_000_000
+"""What a repeat lasts at least: a step has hundreds of kernels, and its time moves more than that of one."""
+
 MOST_COMPILED = 64
 """Of one function: each policy is a compilation of it, and beyond torch's own limit it would be run without any."""
 
@@ -152,7 +155,7 @@ class _Runner:
                     subjects[name].warm_up()
                 self.ranks.exchange(name)
             tell("timing")
-            times = interleaved(subjects, self.repeats, self.ranks, device, count=self.steps)
+            times = interleaved(subjects, self.repeats, self.ranks, device, count=self.steps, least_ns=REPEAT_NS)
             steps = max(subject.count for subject in subjects.values())
         finally:
             for subject in subjects.values():

@@ -161,7 +161,8 @@ class PassConfig:
         forbid: what it must not apply, in the same form.
         costs: `auto`: from the cost table where it has all that a component needs, else from the model; `measured`:
             from the table alone; `modelled`: from the model alone.
-        cost_table: a file that `CostTable.save` wrote; default: `FUSEPLAN_COSTS`. A broken one is an error.
+        cost_table: a file of costs; default: `FUSEPLAN_COSTS`, or else what `fuseplan tune` has measured on this
+            machine. A broken one that is named is an error.
         plan: a file of saved plans to replay in place of planning anew; one that doesn't fit is an error.
         node_budget: branch-and-bound nodes a component, after which the best plan found stands beside its bound.
         allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.

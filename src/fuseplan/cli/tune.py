@@ -60,7 +60,6 @@ def tune(
         from fuseplan.measurement import tune as measure
         from fuseplan.planner.costs import cached_path
         from fuseplan.providers import local_profile
-        from fuseplan.tuning import merge_into
 
         config = PassConfig(allow_rounding_changes=allow_rounding_changes)
         with ranks_of(tp, deadline, "tune") as ranks:
@@ -68,7 +67,7 @@ def tune(
             check_measurable(spans, tokens or (), repeats)
             table = out or cached_path(local_profile().name)
             if ranks.rank == 0:
-                merge_into(table, local_profile().name, (), replace_broken=out is None)
+                _check_table(table, is_default=out is None)
             with measuring(ranks.rank == 0) as tell, built(workload, ranks, layers) as made:
                 found = measure(
                     made.model, made.inputs, table=table, ranges=spans, tokens=tokens or (), repeats=repeats,
@@ -80,6 +79,26 @@ def tune(
         if found.stopped:
             say(f"interrupted; {len(found.rows)} rows are in {table}, and what was being measured is not")
             raise typer.Exit(INTERRUPTED)
+
+
+def _check_table(path: Path, *, is_default: bool) -> None:
+    """Finds out before anything is measured whether rows can be merged into a table.
+
+    Raises:
+        ConfigError: it is broken, of another device, or can't be written to.
+    """
+    from fuseplan.errors import ConfigError
+    from fuseplan.providers import local_profile
+    from fuseplan.tuning import merge_into, table_in
+
+    device = local_profile().name
+    try:
+        table_in(path, device)
+    except ConfigError as error:
+        if not is_default:
+            raise
+        say(f"{error}; it is written anew")
+    merge_into(path, device, (), replace_broken=is_default)
 
 
 def _command(ranks: int) -> str:

@@ -44,7 +44,7 @@ class Step:
     Attributes:
         site: the signature of a component's sites.
         doing: one clause.
-        done: times taken so far, skipped ones included.
+        done: times taken or compiled for so far, skipped ones included.
         total: of the whole run.
     """
 
@@ -148,18 +148,18 @@ class Tuner:
             modules[PRODUCERS] = producers(unfused, context.produced)
         subjects, errors = dict[str, Subject](), dict[str, str]()
         try:
-            for name, module in modules.items():
-                self._tell(work, f"compiling {name} for {rows} tokens")
+            for place, (name, module) in enumerate(modules.items()):
+                self._tell(work, f"compiling {name} for {rows} tokens", min(place, len(graphs) - 1))
                 with _noted(errors, name):
                     subjects[name] = subject_of(_called(compiled(module, sets[0])), sets, device)
             self._agree(work, rows, subjects, errors)
             with torch.no_grad():
                 for name in list(subjects):
-                    self._tell(work, f"running {name} at {rows} tokens")
+                    self._tell(work, f"running {name} at {rows} tokens", len(graphs) - 1)
                     with _noted(errors, name):
                         subjects[name].warm_up()
                     self._agree(work, rows, subjects, errors)
-                self._tell(work, f"timing {len(subjects)} alternatives at {rows} tokens")
+                self._tell(work, f"timing {len(graphs)} alternatives at {rows} tokens", len(graphs) - 1)
                 times = interleaved(subjects, self.repeats, self.ranks, device)
         finally:
             for subject in subjects.values():
@@ -183,8 +183,8 @@ class Tuner:
                 self.skipped.append(Skipped(site=work.signature, alternative=name, tokens=rows, reason=why))
         errors.clear()
 
-    def _tell(self, work: Work, doing: str) -> None:
-        self.watch(Step(site=work.signature, doing=doing, done=self._done, total=self._total))
+    def _tell(self, work: Work, doing: str, ahead: int = 0) -> None:
+        self.watch(Step(site=work.signature, doing=doing, done=self._done + ahead, total=self._total))
 
 
 def _called(call: Callable[..., Any]) -> Call:
