@@ -52,7 +52,7 @@ def bench(
         from fuseplan.manager import PostGradPassManager
         from fuseplan.report import bench_to_json, check_plot, render_bench, save_plot
 
-        with ranks_of(tp, deadline, "bench") as ranks:
+        with ranks_of(tp, deadline, "bench", debug=debug) as ranks:
             sizes = tuple(batches or DEFAULT_BATCHES)
             check_timing(repeats, steps, sizes)
             chosen = find_policies(policies)
@@ -68,8 +68,8 @@ def bench(
                     made.model, made.step, sizes, workload=workload, policies=chosen, config=config,
                     repeats=repeats, steps=steps, ranks=ranks, notes=made.notes, watch=tell,
                 )  # fmt: skip
-        if ranks.rank == 0:
-            if plot is not None:
-                png, svg = save_plot(found, plot)
-                say(f"the plot is in {png} and {svg}")
-            show(bench_to_json(found) if as_json else render_bench(found), as_json)
+            if ranks.rank == 0:
+                if plot is not None:
+                    png, svg = save_plot(found, plot)
+                    say(f"the plot is in {png} and {svg}")
+                show(bench_to_json(found) if as_json else render_bench(found), as_json)

@@ -4,13 +4,17 @@ import contextlib
 import datetime
 import math
 import sys
+import traceback
 from collections.abc import Iterator
 from os import _exit
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from fuseplan.cli.console import say
+
+FAILED = 2
+"""The exit status of a request that can't be served."""
 
 Tp = Annotated[
     int | None, typer.Option("--tp", help="Ranks of tensor parallelism: those that torchrun started, if given at all.")
@@ -37,15 +41,16 @@ def built(workload: str, ranks: Any, layers: int | None, *, weights: bool = Fals
 
 
 @contextlib.contextmanager
-def ranks_of(tp: int | None, deadline_s: float, command: str) -> Iterator[Any]:
+def ranks_of(tp: int | None, deadline_s: float, command: str, *, debug: bool) -> Iterator[Any]:
     """The ranks that `torchrun` started, each with its own GPU if there are any, or this process alone.
 
-    An error on one rank ends all of them, and is told once.
+    An error on one rank ends all of them, and is told once. A process that is one of several ends with this context.
 
     Args:
         tp: what the user asked for; None: as many ranks as there are.
         deadline_s: seconds that a rank waits for the others.
         command: for the hint how to start several.
+        debug: whether the traceback of an error is shown.
 
     Raises:
         ConfigError: there are other ranks than `tp`, or fewer GPUs than ranks.
@@ -76,17 +81,24 @@ def ranks_of(tp: int | None, deadline_s: float, command: str) -> Iterator[Any]:
         return
     timeout = datetime.timedelta(seconds=deadline_s)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
-    ranks = LockStep.of_world(deadline_s, _leave)
+    ranks, status = LockStep.of_world(deadline_s, _leave), 0
     try:
         with ranks.watched():
-            yield ranks
+            try:
+                yield ranks
+            except typer.Exit as ended:
+                status = ended.exit_code
             ranks.exchange("done")
+            dist.destroy_process_group()
     except FuseplanError as error:
-        raise (error if ranks.fail(error) else RanksError(str(error), told=True)) from None
-    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        _leave(f"{error}" if ranks.fail(error) else "")
+    except BaseException as error:  # noqa: BLE001 - it ends this process, and so all of them
         ranks.fail(error)
-        raise
-    dist.destroy_process_group()
+        traceback.print_exc()
+        _leave("", 1)
+    _leave("", status)
 
 
 def _check(tp: int | None, ranks: int, command: str) -> None:
@@ -101,8 +113,12 @@ def _check(tp: int | None, ranks: int, command: str) -> None:
     raise ConfigError(f"tp={tp}, but torchrun started {ranks} ranks; leave --tp out, or start as many")
 
 
-def _leave(text: str) -> None:
-    """Ends this process without taking anything down: what waits inside a kernel can't be taken down."""
+def _leave(text: str, status: int = FAILED) -> NoReturn:
+    """Ends this process without taking anything down: what waits for another rank inside a kernel can't be taken down,
+    and threads of gloo now and then outlive their group.
+    """
     if text:
         say(f"fuseplan: {text}")
-    _exit(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _exit(status)

@@ -62,7 +62,7 @@ def tune(
         from fuseplan.providers import local_profile
 
         config = PassConfig(allow_rounding_changes=allow_rounding_changes)
-        with ranks_of(tp, deadline, "tune") as ranks:
+        with ranks_of(tp, deadline, "tune", debug=debug) as ranks:
             spans, providers = find_ranges(ranges), find_providers(provider)
             check_measurable(spans, tokens or (), repeats)
             table = out or cached_path(local_profile().name)
@@ -74,11 +74,12 @@ def tune(
                     config=config, providers=providers, ranks=ranks, command=_command(ranks.size),
                     watch=lambda step: tell(f"{step.doing}: {step.site}", step.done, step.total),
                 )  # fmt: skip
-        if ranks.rank == 0:
-            show(_json(found, workload, ranks.size, table) if as_json else _rendered(found, table), as_json)
-        if found.stopped:
-            say(f"interrupted; {len(found.rows)} rows are in {table}, and what was being measured is not")
-            raise typer.Exit(INTERRUPTED)
+            if ranks.rank == 0:
+                show(_json(found, workload, ranks.size, table) if as_json else _rendered(found, table), as_json)
+            if found.stopped:
+                if ranks.rank == 0:
+                    say(f"interrupted; {len(found.rows)} rows are in {table}, and what was being measured is not")
+                raise typer.Exit(INTERRUPTED)
 
 
 def _check_table(path: Path, *, is_default: bool) -> None:
