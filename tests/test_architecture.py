@@ -239,7 +239,7 @@ def test_public_api_is_what_all_lists() -> None:
 def test_imports_without_optional_dependencies() -> None:
     code = (
         "import sys\n"
-        "for name in ('triton', 'transformers', 'accelerate', 'vllm', 'flashinfer', 'aiter'):\n"
+        "for name in ('triton', 'transformers', 'accelerate', 'vllm', 'flashinfer', 'aiter', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "import fuseplan, fuseplan.cli\n"
         "missing = [name for name in fuseplan.__all__ if not hasattr(fuseplan, name)]\n"

@@ -22,7 +22,6 @@ from fuseplan.record.text import one_line
 from fuseplan.rules import BUILT_IN_RULES, Rule
 from fuseplan.tuning import LEAST_REPEATS, Ranks, Subject, Times, interleaved, subject_of
 
-DEFAULT_REPEATS = 9
 REPEAT_NS = 20_000_000
 """What a repeat lasts at least: a step has hundreds of kernels, and its time moves more than that of one."""
 
@@ -42,7 +41,7 @@ def bench(
     config: PassConfig | None = None,
     rules: Sequence[Rule] = (),
     providers: Sequence[Provider] = (),
-    repeats: int = DEFAULT_REPEATS,
+    repeats: int = 9,
     steps: int | None = None,
     ranks: Ranks | None = None,
     notes: Sequence[str] = (),
@@ -89,9 +88,12 @@ def bench(
                 watch(f"{doing} at batch {batch}", number * count, len(sizes) * count)
 
             found.append(runner.run(batch, arguments, chosen, tell))
+    device = local_profile().name
+    sources = sorted({source for times in found for each in times.policies for source in each.prices})
+    priced = [f"costs of the plan are {' and '.join(sources)} for {device}"] if sources else []
     return Bench(
-        workload=workload, tp=runner.ranks.size, device=local_profile().name, torch=torch.__version__, repeats=repeats,
-        batches=tuple(found), notes=(*notes, *runner.notes),
+        workload=workload, tp=runner.ranks.size, device=device, torch=torch.__version__, repeats=repeats,
+        batches=tuple(found), notes=(*notes, *priced, *runner.notes),
     )  # fmt: skip
 
 

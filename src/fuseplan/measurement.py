@@ -20,8 +20,6 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
 from fuseplan.rules import BUILT_IN_RULES, Rule
 from fuseplan.tuning import LEAST_REPEATS, Origin, Ranks, Skipped, Step, Tuner, merge_into, work_of
 
-DEFAULT_REPEATS = 9
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -49,7 +47,7 @@ def tune(
     table: Path,
     ranges: Sequence[CompileRange],
     tokens: Sequence[int] = (),
-    repeats: int = DEFAULT_REPEATS,
+    repeats: int = 9,
     config: PassConfig | None = None,
     rules: Sequence[Rule] = (),
     providers: Sequence[Provider] = BUILT_IN_PROVIDERS,

@@ -40,6 +40,7 @@ def test_all_policies_side_by_side_at_each_batch_size() -> None:
         assert fused == {"planned": {}, "ordered(act_padding)": {"act_padding": 1}, "off": {}, "torch.compile": {}}
         for row in each["policies"]:
             assert row["tokens_per_s"] == pytest.approx(each["batch"] * 1e9 / row["step_ns"], abs=0.1)
+    assert data["notes"] == ["costs of the plan are modelled for cpu"]
     assert "0 of 8: compiling planned at batch 2" in result.stderr
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show
-from fuseplan.cli.ranks import Deadline, Tp, built, ranks_of
+from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, ranks_of
 from fuseplan.cli.request import AllowRoundingChanges, Layers, Workload, find_policies
 
 DEFAULT_BATCHES = (1, 8, 32)
@@ -30,12 +30,12 @@ def bench(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Steps in a repeat. Default: enough to be read.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each time is taken, at least 5.")] = 9,
+    repeats: Annotated[int, typer.Option(help="How often each time is taken, at least 5.")] = REPEATS,
     layers: Layers = None,
     costs: Annotated[Path | None, typer.Option(metavar="FILE", help="A cost table, for the plan.")] = None,
     allow_rounding_changes: AllowRoundingChanges = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture, FILE.png and FILE.svg.")] = None,
-    deadline: Deadline = 300.0,
+    deadline: Deadline = DEADLINE_S,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

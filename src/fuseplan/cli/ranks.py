@@ -19,6 +19,10 @@ FAILED = 2
 Tp = Annotated[
     int | None, typer.Option("--tp", help="Ranks of tensor parallelism: those that torchrun started, if given at all.")
 ]
+DEADLINE_S = 300.0
+"""Inductor may compile for a minute, and loading a model takes one rank longer than another."""
+
+REPEATS = 9
 Deadline = Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="How long a rank waits for the others.")]
 
 
@@ -76,6 +80,7 @@ def ranks_of(tp: int | None, deadline_s: float, command: str, *, debug: bool) ->
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.cuda.init()  # before anything is fake
     if launch.ranks == 1:
         yield Ranks()
         return

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show, table_of
-from fuseplan.cli.ranks import Deadline, Tp, built, ranks_of
+from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, ranks_of
 from fuseplan.cli.request import (
     AllowRoundingChanges,
     Layers,
@@ -24,6 +24,7 @@ from fuseplan.cli.request import (
 from fuseplan.record.text import printable
 
 UNFUSED = "unfused"
+LACKING = "costs='auto' models a class that lacks an alternative; costs='measured' leaves that alternative out"
 INTERRUPTED = 130
 """The exit status of what Ctrl-C ended, by custom."""
 
@@ -36,7 +37,7 @@ def tune(
         list[int] | None,
         typer.Option(metavar="N", help="A size to measure; may be repeated. Default: ends and middle of each range."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each time is taken, at least 5.")] = 9,
+    repeats: Annotated[int, typer.Option(help="How often each time is taken, at least 5.")] = REPEATS,
     layers: Layers = None,
     provider: ProviderNames = None,
     allow_rounding_changes: AllowRoundingChanges = False,
@@ -44,7 +45,7 @@ def tune(
         Path | None,
         typer.Option(metavar="FILE", help="The cost table to write to. Default: the one that is read by default."),
     ] = None,
-    deadline: Deadline = 300.0,
+    deadline: Deadline = DEADLINE_S,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -131,6 +132,8 @@ def _rendered(found: Any, path: Path) -> Group:
         size = f" at {each.tokens} tokens" if each.tokens else ""
         what = f"{each.site}: {each.alternative}" if each.alternative else each.site
         parts.append(Text(printable(f"not measured: {what}{size}: {each.reason}")))
+    if any(each.alternative for each in found.skipped):
+        parts.append(Text(LACKING))
     kept = (
         f"{len(found.rows)} rows in {path}" if found.rows else "nothing was measured: no fusion matches that can be run"
     )

@@ -1,13 +1,12 @@
 """Measuring alternatives in context on a device, alone or in lock step."""
 
 from fuseplan.tuning.clock import LEAST_REPEATS, Subject, Times, interleaved, subject_of
-from fuseplan.tuning.lock_step import DEFAULT_DEADLINE_S, LockStep, Ranks
+from fuseplan.tuning.lock_step import LockStep, Ranks
 from fuseplan.tuning.merge import merge_into, table_in
 from fuseplan.tuning.tuner import Origin, Step, Tuner
 from fuseplan.tuning.work import Skipped, Work, work_of
 
 __all__ = [
-    "DEFAULT_DEADLINE_S",
     "LEAST_REPEATS",
     "LockStep",
     "Origin",

@@ -17,8 +17,6 @@ from fuseplan.record.text import one_line
 
 PREFIX = "fuseplan/tuning"
 POLL_S, WATCH_S = 0.005, 1.0
-DEFAULT_DEADLINE_S = 300.0
-"""Seconds that a rank waits for the others by default: Inductor may compile for a minute, and a queue may be long."""
 
 
 class Ranks:
@@ -41,14 +39,6 @@ class Ranks:
 
     def align(self, device: torch.device) -> None:
         """Lets the ranks start what follows at once, as near as the device allows."""
-
-    def fail(self, error: BaseException) -> bool:
-        """Tells the other ranks that this one failed.
-
-        Returns:
-            Whether it was the first: the one that a person has to be told of.
-        """
-        return True
 
 
 class LockStep(Ranks):
@@ -106,7 +96,11 @@ class LockStep(Ranks):
         dist.all_reduce(self._token)
 
     def fail(self, error: BaseException) -> bool:
-        """As of `Ranks`."""
+        """Tells the other ranks that this one failed.
+
+        Returns:
+            Whether it was the first: the one that a person has to be told of.
+        """
         if isinstance(error, RanksError) and error.told:
             return False
         mine = f"rank {self.rank}: {type(error).__name__}: {one_line(error)}"
