@@ -29,16 +29,18 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "providers",
         "matching",
         "planner fingerprint",
-        "verification tuning rewriting",
-        "analysis debug drawing",
+        "verification rewriting",
+        "tuning analysis debug drawing",
         "manager",
         "capture store dispatch first_run",
         "explanation",
-        "comparison frontend testing",
+        "comparison frontend measurement testing",
+        "benchmark",
         "fuseplan",
         "integrations",
         "workloads",
         "cli",
+        "__main__",
     )
 )
 
@@ -238,7 +240,7 @@ def test_public_api_is_what_all_lists() -> None:
 def test_imports_without_optional_dependencies() -> None:
     code = (
         "import sys\n"
-        "for name in ('triton', 'transformers', 'accelerate', 'vllm', 'flashinfer', 'aiter'):\n"
+        "for name in ('triton', 'transformers', 'accelerate', 'vllm', 'flashinfer', 'aiter', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "import fuseplan, fuseplan.cli\n"
         "missing = [name for name in fuseplan.__all__ if not hasattr(fuseplan, name)]\n"

@@ -161,7 +161,8 @@ class PassConfig:
         forbid: what it must not apply, in the same form.
         costs: `auto`: from the cost table where it has all that a component needs, else from the model; `measured`:
             from the table alone; `modelled`: from the model alone.
-        cost_table: a file that `CostTable.save` wrote; default: `FUSEPLAN_COSTS`. A broken one is an error.
+        cost_table: a file of costs; default: `FUSEPLAN_COSTS`, or else what `fuseplan tune` has measured on this
+            machine. A broken one that is named is an error.
         plan: a file of saved plans to replay in place of planning anew; one that doesn't fit is an error.
         node_budget: branch-and-bound nodes a component, after which the best plan found stands beside its bound.
         allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.
@@ -292,6 +293,37 @@ class Environment:
             vllm=_switch("FUSEPLAN_VLLM", default=False),
             report_dir=_path("FUSEPLAN_REPORT_DIR"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What `torchrun` tells the processes that it starts.
+
+    Attributes:
+        rank: of this process among all.
+        local_rank: among those of this machine, which is the number of its GPU.
+        ranks: how many there are; 1 where `torchrun` didn't start this process.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def read(cls) -> Self:
+        """`RANK`, `LOCAL_RANK` and `WORLD_SIZE` as they stand now.
+
+        Raises:
+            ConfigError: one of them isn't a number.
+        """
+        return cls(rank=_number("RANK", 0), local_rank=_number("LOCAL_RANK", 0), ranks=_number("WORLD_SIZE", 1))
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "").strip()
+    if not re.fullmatch(r"[0-9]{0,9}", value):
+        raise ConfigError(f"{name}={value!r}: allowed are numbers, as torchrun sets them")
+    return int(value) if value else default
 
 
 def _switch(name: str, *, default: bool) -> bool:

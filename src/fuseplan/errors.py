@@ -49,3 +49,15 @@ class VerificationError(FuseplanError, AssertionError):
 
 class LockError(FuseplanError, ValueError):
     """A fusion lock that isn't there, is broken, or is of another question than the one that was asked."""
+
+
+class RanksError(FuseplanError, RuntimeError):
+    """Another rank failed, or didn't come in time.
+
+    Attributes:
+        told: whether another rank has told of it already.
+    """
+
+    def __init__(self, text: str, *, told: bool = False) -> None:
+        super().__init__(text)
+        self.told = told

@@ -1,4 +1,4 @@
-"""What `fuseplan explain WORKLOAD` can name: built-in models, Hugging Face configurations, and factories of the
+"""What `WORKLOAD` on the command line can name: built-in models, Hugging Face configurations, and factories of the
 user's.
 """
 
@@ -64,6 +64,10 @@ HUGGING_FACE: Mapping[str, Mapping[str, Any]] = {
 """The shape of meta-llama/Llama-3.1-8B, from its published configuration, and a small twin."""
 
 
+DECODED = 1024
+"""Positions of a static cache: what a step of decoding attends to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuiltWorkload:
     """A model ready to be traced.
@@ -82,6 +86,41 @@ class BuiltWorkload:
     build_ns: int
     notes: Sequence[str] = ()
 
+    def step(self, batch: int | None, context: int = DECODED) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a step: of a language model that of decoding one token for each sequence,
+        on a static cache; of what a factory made its own inputs, those with the first one's leading dimension made as
+        large as the batch.
+
+        Args:
+            batch: sequences; None: as many as the inputs have.
+            context: positions of the cache, the last of which is decoded.
+        """
+        if isinstance(self.model, models.GptOss):
+            return _gpt_oss_step(self.model, batch or 1, context), {}
+        if huggingface.is_language_model(self.model):
+            return (), huggingface.decoding_step(self.model, batch or 1, context)
+        return _resized(self.inputs, batch), {}
+
+
+def _gpt_oss_step(model: models.GptOss, batch: int, context: int) -> tuple[Any, ...]:
+    ids = torch.arange(batch, device=model.frequencies.device)[:, None] % model.config.vocab
+    return ids, torch.full_like(ids[:1], context - 1), models.KVCache.empty(model, batch, context)
+
+
+def _resized(inputs: Sequence[Any], batch: int | None) -> tuple[Any, ...]:
+    """Inputs of another leading dimension; rows come again where there are more."""
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.dim()]
+    if batch is None or not tensors:
+        return tuple(inputs)
+    rows = tensors[0].shape[0]
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] != rows:
+            return value
+        return value[torch.arange(batch, device=value.device) % rows]
+
+    return tuple(map(resized, inputs))
+
 
 def names() -> list[str]:
     """The built-in workloads."""
@@ -89,14 +128,16 @@ def names() -> list[str]:
 
 
 @contextlib.contextmanager
-def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[BuiltWorkload]:
-    """Builds a workload without weights or network, inside a stand-in for a process group of `tp` ranks.
+def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = False) -> Iterator[BuiltWorkload]:
+    """Builds a workload without network and, unless it is to be run, without weights, inside a stand-in for a process
+    group of `tp` ranks.
 
     Args:
         name: a built-in name, the path of a Hugging Face `config.json`, or `package.module:factory`, where
             `factory(tp) -> (module, inputs)`. Naming a factory imports and runs the code it lives in.
         tp: ranks of tensor parallelism, up to `MOST_RANKS`; collectives are traced, never run.
         layers: another number of layers than the model's own, up to `MOST_LAYERS`; not for factories.
+        weights: make random weights on the default device, for what is run and not only traced.
 
     Raises:
         WorkloadError: there is no such workload, it can't be built, or `tp` doesn't divide it.
@@ -113,11 +154,12 @@ def build(name: str, *, tp: int = 1, layers: int | None = None) -> Iterator[Buil
     model: Callable[..., Any]
     inputs: Sequence[Any]
     notes: tuple[str, ...] = ()
+    mode = contextlib.nullcontext if weights else _fake_mode
     with _stand_in_group(tp) as group:
         if name in models.WORKLOADS:
-            model, inputs = _build_gpt_oss(name, tp, group, layers)
+            model, inputs = _build_gpt_oss(name, tp, group, layers, mode)
         elif (config := _hugging_face_config(name)) is not None:
-            model, inputs = _build_hugging_face(config, name, group, layers)
+            model, inputs = _build_hugging_face(config, name, group, layers, mode)
             notes = tuple(note for note in (huggingface.plan_note(config),) if note and group is not None)
         elif ":" in name:
             if layers is not None:
@@ -168,18 +210,22 @@ def _stand_in_group(tp: int) -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group()
 
 
+Mode = Callable[[], contextlib.AbstractContextManager[Any]]
+"""In which a model is built: with fake weights or with real ones."""
+
+
 def _fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
 def _build_gpt_oss(
-    name: str, tp: int, group: dist.ProcessGroup | None, layers: int | None
+    name: str, tp: int, group: dist.ProcessGroup | None, layers: int | None, mode: Mode
 ) -> tuple[torch.nn.Module, Sequence[Any]]:
     workload = models.workload(name)
     workload = workload if layers is None else workload.with_layers(layers)
     try:
         workload.check_size(tp)
-        with _fake_mode():
+        with mode():
             return workload.build(group), workload.example_inputs()
     except ValueError as error:
         raise WorkloadError(str(error)) from error
@@ -194,12 +240,12 @@ def _hugging_face_config(name: str) -> Any:
 
 
 def _build_hugging_face(
-    config: Any, name: str, group: dist.ProcessGroup | None, layers: int | None
+    config: Any, name: str, group: dist.ProcessGroup | None, layers: int | None, mode: Mode
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     try:
         config = huggingface.with_layers(config, layers, name)
         config.use_cache = False
-        with _fake_mode():
+        with mode():
             model = huggingface.build(config, group, name)
             return model, (torch.randint(config.get_text_config().vocab_size, (1, 16)),)
     except WorkloadError:

@@ -1,5 +1,6 @@
 """One rank of two: `run_ranks.py RANK FOLDER` runs every scenario and writes what it saw to FOLDER/RANK.json."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 import fuseplan
+from fuseplan.capture import capture
+from fuseplan.dialect import ops
+from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import provider_of
 from fuseplan.record import Refusal
 from fuseplan.rules import Bindings
@@ -100,10 +104,38 @@ def scenarios() -> dict[str, Any]:
     mine = provider_of("mine", {add_norm_relu: reference})
     rule = Careless() if RANK == 1 else AddNormRelu()
     results["rank 1 raises"] = run(fuseplan.PassConfig(agreement_timeout_s=60), rules=[rule], providers=[mine])
+    results["verified"] = verified()
     if RANK == 1:
         time.sleep(3)
     late = fuseplan.PassConfig(policy="ordered(allreduce_rms)", agreement_timeout_s=0.5)
     results["rank 1 late"] = run(late)
+    return results
+
+
+def sums(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    reduced = x.clone()
+    dist.all_reduce(reduced)
+    return ops.fused_add_rms_norm.reference(*(reduced, *rest[:-1]))  # type: ignore[no-any-return]
+
+
+def doubles(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Right where the other rank holds what this one does."""
+    return ops.fused_add_rms_norm.reference(*(2 * x, *rest[:-1]))  # type: ignore[no-any-return]
+
+
+def verified() -> dict[str, Any]:
+    """What comes of kernels in which ranks meet, verified by each rank alone and by both in lock step."""
+    op = ops["all_reduce_fused_add_rms_norm"]
+    providers = [provider_of("sums", {op: sums}), provider_of("doubles", {op: doubles})]
+    (gm,) = capture(model, inputs(3), {}, dynamic=True).graphs
+    span = fuseplan.CompileRange(start=1, end=8)
+    manager = PostGradPassManager(fuseplan.PassConfig(), compile_range=span, providers=providers)
+    posed = manager.analyze(gm.graph).posed
+    results: dict[str, Any] = {}
+    for name, rank in (("alone", None), ("in lock step", RANK)):
+        verifier = dataclasses.replace(manager.verifier, rank=rank)
+        outcomes = verifier.verify(posed.candidates, posed.canonical, (span.start, span.end))
+        results[name] = {each.provider: each.detail for each in outcomes if each is not None}
     return results
 
 

@@ -71,6 +71,15 @@ def test_a_rank_that_raises_sends_the_others_to_unfused(ranks: Ranks) -> None:
         assert rank["rank 1 raises"]["calls"] == 0
 
 
+def test_kernels_in_which_ranks_meet_are_verified_in_lock_step_alone(ranks: Ranks) -> None:
+    """A kernel that takes the other rank to hold what it holds itself is found out."""
+    for rank in ranks:
+        alone, together = rank["verified"]["alone"], rank["verified"]["in lock step"]
+        assert all("ranks meet in its kernel" in detail for detail in alone.values())
+        assert together["sums"] is None
+        assert together["doubles"].startswith("at 1 tokens: result 0: ")
+
+
 def test_a_rank_that_dies_is_an_error_on_the_other(ranks: Ranks) -> None:
     """Nothing is computed without it, and nobody waits for ever."""
     assert ranks[0]["rank 1 dies"]["raised"] is not None

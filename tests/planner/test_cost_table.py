@@ -185,7 +185,7 @@ def test_prices_come_from_the_model_of_the_device_and_the_table_that_is_named(tm
 
 def test_a_table_is_needed_and_read_as_the_configuration_asks(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
-    with pytest.raises(ConfigError, match="costs='measured' needs a cost table: set cost_table or FUSEPLAN_COSTS"):
+    with pytest.raises(ConfigError, match="costs='measured' needs a cost table: run fuseplan tune"):
         prices_of(PassConfig(costs="measured"), NOWHERE, H200)
     path.write_text("{")
     modelled = prices_of(PassConfig(costs="modelled", cost_table=path), NOWHERE, H200)

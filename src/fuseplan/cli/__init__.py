@@ -6,11 +6,13 @@ import sys
 
 import typer
 
+from fuseplan.cli.bench import bench
 from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
 from fuseplan.cli.listing import devices, providers, rules
 from fuseplan.cli.plans import diff_plans
 from fuseplan.cpython import uncollected
+from fuseplan.cli.tune import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +22,8 @@ app = typer.Typer(
     help="Which fusions fire in a torch.compile'd model, which starve, and why.",
 )
 app.command()(explain)
+app.command()(tune)
+app.command()(bench)
 app.command()(check)
 app.command()(rules)
 app.command()(providers)

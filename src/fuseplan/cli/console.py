@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +13,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from fuseplan.errors import FuseplanError
+from fuseplan.errors import FuseplanError, RanksError
 from fuseplan.record.text import printable
 
 PIPED_WIDTH = 110
 """Columns of output that goes to no terminal, unless COLUMNS says otherwise."""
+
+LINE_S = 5.0
+"""Seconds between lines that tell how far something is."""
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 """Of consoles: names of workloads, modules and files are shown as they are."""
@@ -35,7 +41,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except FuseplanError as error:
         if debug:
             traceback.print_exc()
-        say(f"fuseplan: {error}")
+        if not (isinstance(error, RanksError) and error.told):
+            say(f"fuseplan: {error}")
         raise typer.Exit(2) from None
 
 
@@ -49,6 +56,57 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
     spinner = "dots" if console.encoding.startswith("utf") else "line"
     with console.status(Text(printable(text)), spinner=spinner) as status:
         yield lambda text: status.update(Text(printable(text)))
+
+
+@contextmanager
+def measuring(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Tells on standard error what is being measured, how far it is, and how long it will still take: a bar where that
+    is a terminal, else a line now and then.
+
+    Args:
+        shown: whether anything is told; of several ranks one tells.
+
+    Yields:
+        `tell(what, done, total)`.
+    """
+    console = Console(stderr=True, **PLAIN)
+    if not shown:
+        yield lambda what, done, total: None
+    elif not console.is_terminal:
+        yield _Lines()
+    else:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda what, done, total: bar.update(task, description=printable(what), completed=done, total=total)
+
+
+class _Lines:
+    """A line when something has been done and some seconds have passed."""
+
+    def __init__(self) -> None:
+        self._start, self._last, self._told = time.monotonic(), -math.inf, -1
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == self._told or now - self._last < LINE_S:
+            return
+        self._last, self._told = now, done
+        left = f", about {duration((now - self._start) / done * (total - done))} left" if done else ""
+        say(f"{done} of {total}{left}: {what}")
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min`, `1 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def say(text: str) -> None:

@@ -36,16 +36,17 @@ class PrivateApi:
         return self.path.replace(":", ".")
 
 
-ASIDE = frozenset({"integrations", "models", "testing", "workloads"})
-"""Parts that build workloads for the command line, or check rules for those who write them. `fuseplan.compile` does
-without."""
+ASIDE = frozenset({"benchmark", "integrations", "models", "testing", "tuning", "workloads"})
+"""Parts that build workloads for the command line, measure, or check rules for those who write them. `fuseplan.compile`
+does without."""
 
 DYNAMO = (
     PrivateApi("torch._dynamo.config:disable", ("frontend",)),
-    PrivateApi("torch._dynamo.config:patch", ("capture",), 0, ("run_gc_after_compile",)),
+    PrivateApi("torch._dynamo.config:patch", ("benchmark", "capture"), 0, ("recompile_limit", "run_gc_after_compile")),
+    PrivateApi("torch._dynamo.config:recompile_limit", ("benchmark",)),
     PrivateApi("torch._dynamo.config:run_gc_after_compile", ("capture",)),
     PrivateApi("torch._dynamo:maybe_mark_dynamic", ("capture",), 2),
-    PrivateApi("torch._dynamo:reset", ("capture",), 0),
+    PrivateApi("torch._dynamo:reset", ("benchmark", "capture"), 0),
     PrivateApi("torch._dynamo.output_graph:GraphCompileReason", ("capture",)),
     PrivateApi("torch._dynamo.output_graph:GraphCompileReason.reason", ("capture",)),
     PrivateApi("torch._dynamo.output_graph:GraphCompileReason.user_stack", ("capture",)),
@@ -58,13 +59,14 @@ DYNAMO = (
     PrivateApi("torch._guards:tracing", ("frontend",), 1),
     PrivateApi("torch._logging._internal:trace_structured", ("report",), 1,
                ("metadata_fn", "payload_fn", "expect_trace_id")),
-    PrivateApi("torch._logging._internal:warning_once", ("debug", "store"), 2),
+    PrivateApi("torch._logging._internal:warning_once", ("debug", "planner", "store"), 2),
 )  # fmt: skip
 
 INDUCTOR = (
     PrivateApi("torch:_TorchCompileInductorWrapper", ("frontend",), 3),
     PrivateApi("torch:_TorchCompileInductorWrapper.__call__", ("frontend",), 2),
     PrivateApi("torch:_TorchCompileInductorWrapper.config", ("frontend",)),
+    PrivateApi("torch._inductor:compile", ("tuning",), 2, ("options",)),
     PrivateApi("torch._inductor:list_mode_options", ("fallback", "frontend"), 2),
     PrivateApi("torch._inductor.compile_fx:_recursive_post_grad_passes", ("capture",), 1, ("is_inference",)),
     PrivateApi("torch._inductor.compile_fx:compile_fx", ("capture",), 2, ("inner_compile",)),
@@ -76,7 +78,7 @@ INDUCTOR = (
     PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.__call__", ("manager",), 1),
     PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.uuid", ("fingerprint", "manager"), 0),
     PrivateApi("torch._inductor.fx_passes.post_grad:view_to_reshape", ("capture",), 1),
-    PrivateApi("torch._inductor.runtime.cache_dir_utils:cache_dir", ("store", "verification"), 0),
+    PrivateApi("torch._inductor.runtime.cache_dir_utils:cache_dir", ("planner", "store", "verification"), 0),
     PrivateApi("torch._inductor.virtualized:V.aot_compilation", ("manager",)),
     PrivateApi("torch._inductor.virtualized:V.set_fake_mode", ("capture",), 1),
 )
@@ -124,12 +126,13 @@ GRAPHS = (
 
 OPS = (
     PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "verification")),
-    PrivateApi("torch._ops:OpOverload", ("canonical", "content", "dialect", "graph", "matching", "verification")),
+    PrivateApi("torch._ops:OpOverload",
+               ("canonical", "content", "dialect", "graph", "matching", "tuning", "verification")),
     PrivateApi("torch._ops:OpOverload._schema",
                ("canonical", "fingerprint", "graph", "rewriting", "rules", "testing", "verification")),
     PrivateApi("torch._ops:OpOverload.is_view", ("graph",)),
     PrivateApi("torch._ops:OpOverload.namespace", ("canonical", "graph")),
-    PrivateApi("torch._ops:OpOverload.tags", ("graph",)),
+    PrivateApi("torch._ops:OpOverload.tags", ("graph", "tuning")),
     PrivateApi("torch:ops.aten._unsafe_view.default", ("graph",)),
     PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "models")),
     PrivateApi("torch:ops._c10d_functional.all_reduce.default",
@@ -140,11 +143,13 @@ OPS = (
     PrivateApi("torch:ops._c10d_functional.wait_tensor.default",
                ("canonical", "dialect", "graph", "integrations", "models", "verification")),
     PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "models"), 3),
-    PrivateApi("torch._C._distributed_c10d:Store", ("distributed",)),
+    PrivateApi("torch._C._distributed_c10d:Store", ("distributed", "tuning")),
     PrivateApi("torch.distributed.distributed_c10d:_world.pg_names", ("fingerprint",)),
     PrivateApi("torch.distributed.distributed_c10d:_get_default_timeout", ("distributed",), 1),
-    PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store", ("distributed", "integrations"), 1),
-    PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group", ("distributed", "graph"), 1),
+    PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store",
+               ("distributed", "integrations", "tuning"), 1),
+    PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group",
+               ("distributed", "graph", "verification"), 1),
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
 )  # fmt: skip
 
@@ -156,7 +161,7 @@ TRACED: Mapping[str, tuple[str, ...]] = {
     "nn_module_stack": ("canonical", "graph", "rewriting"),
     "source_fn_stack": ("graph",),
     "stack_trace": ("canonical", "graph", "rewriting"),
-    "val": ("canonical", "graph", "rewriting", "testing", "verification"),
+    "val": ("canonical", "graph", "rewriting", "testing", "tuning", "verification"),
 }
 """The keys of `Node.meta` that are read, and by whom. Which ones torch writes shows only when it traces a model: tests
 look for them, not an import."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,6 +169,35 @@ def shard(model: nn.Module, group: dist.ProcessGroup, where: str, plan: Mapping[
         for pattern, style in patterns.items():
             if pattern.fullmatch(name):
                 _style(style, where).apply(module, group, where)
+
+
+def is_language_model(model: object) -> bool:
+    """Whether `build` made it, or somebody else a model that generates."""
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import GenerationMixin
+
+    return isinstance(model, GenerationMixin)
+
+
+def decoding_step(model: Any, batch: int, context: int) -> dict[str, Any]:
+    """Arguments of a step that decodes one token for each sequence on a static cache, which is there already.
+
+    Args:
+        model: a causal language model.
+        batch: sequences.
+        context: positions of the cache, the last of which is decoded.
+    """
+    from transformers import StaticCache
+
+    device = next(model.parameters()).device
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    cache = StaticCache(config=model.config, max_cache_len=context)
+    last = torch.full_like(ids, context - 1)
+    arguments = {"input_ids": ids, "position_ids": last, "past_key_values": cache, "use_cache": True}
+    with torch.no_grad():
+        model(**arguments)  # the cache makes its tensors at its first use
+    return arguments
 
 
 class _BasePlan(NamedTuple):

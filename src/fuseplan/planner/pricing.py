@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from fuseplan.content import content_of
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import ExternalMatch, Match
@@ -76,6 +78,11 @@ class Prices:
         return known if len(known) == len(times) else None
 
 
+def places_of(component: Sequence[int], candidates: Sequence[Candidate]) -> list[int]:
+    """The ordinals of a component's sites."""
+    return sorted({site.ordinal for index in component if (site := candidates[index].site) is not None})
+
+
 def row_key(signature: str, alternative: str) -> str:
     """The key of a row in a cost table: a component's sites, and what is applied there."""
     return f"{signature}: {alternative}"
@@ -137,10 +144,13 @@ class Pricing:
         self.candidates, self.prices = candidates, prices
         self.is_dynamic = rows.is_dynamic
         self.tokens = sizes_of(span) if rows.is_dynamic else (rows.traced,)
+        self._rows = rows
+        self._inputs: dict[int, Tensor] = {}
         self.shapes: dict[int, list[Shape]] = {}
         for site in sites:
             value = tensor_of(site.core.args[0])
             assert value is not None
+            self._inputs[site.ordinal] = value
             self.shapes[site.ordinal] = [site.shape(rows.at(value, size)) for size in self.tokens]
         kinds: dict[tuple[Shape, ...], int] = {}
         self._kinds = {place: kinds.setdefault(tuple(s), len(kinds)) for place, s in self.shapes.items()}
@@ -159,10 +169,18 @@ class Pricing:
             provenance=[Provenance.MODELLED] * count, alternatives={}, unfused=[0] * len(self.tokens),
         )  # fmt: skip
         for component in components:
-            places = sorted({site.ordinal for i in component if (site := self.candidates[i].site) is not None})
+            places = places_of(component, self.candidates)
             if not self._look_up(component, places, structure, result):
                 self._model(component, places, result)
         return result
+
+    def signature(self, places: Sequence[int]) -> str:
+        """Under which a table has a component with sites at `places`."""
+        return " & ".join(self.shapes[place][0].signature for place in places)
+
+    def rows_at(self, places: Sequence[int], tokens: int) -> int:
+        """The rows of a component's first site at a number of the model's tokens: what a table calls tokens."""
+        return self._rows.at(self._inputs[places[0]], tokens)
 
     def _model(self, component: Sequence[int], places: Sequence[int], result: Priced) -> None:
         sizes = range(len(self.tokens))
@@ -205,8 +223,7 @@ class Pricing:
             return False
         if len(component) > MAX_ENUMERATED:
             return False
-        signature = " & ".join(self.shapes[place][0].signature for place in places)
-        rows = [shape.rows for shape in self.shapes[places[0]]]
+        signature, rows = self.signature(places), [self.rows_at(places, size) for size in self.tokens]
         unfused = prices.times(signature, UNFUSED, rows)
         times: dict[frozenset[int], list[tuple[int, int]]] = {}
         for subset in compatible(component, structure):

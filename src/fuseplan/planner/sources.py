@@ -4,20 +4,30 @@ from pathlib import Path
 
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs import HARDWARE, CostModel, CostTable
+from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, cached_table
 from fuseplan.planner.pricing import Prices
 from fuseplan.providers import DeviceProfile, local_profile
 
 
 def prices_of(config: PassConfig, environment: Environment, device: DeviceProfile | None) -> Prices:
-    """Prices as a configuration asks for them: the device's model, and the cost table that it or the environment names.
+    """Prices as a configuration asks for them: the device's model, and the cost table that it or the environment names,
+    or else what `fuseplan tune` has measured on this machine.
 
     Raises:
         ConfigError: the table is broken or of another device, or `costs` is measured and there is none.
     """
     profile = device or local_profile()
     path = config.cost_table or environment.cost_table
-    if path is None and config.costs == "measured":
-        raise ConfigError("costs='measured' needs a cost table: set cost_table or FUSEPLAN_COSTS")
-    table = CostTable.load(Path(path), device=profile.name) if path and config.costs != "modelled" else None
+    table = None
+    if config.costs != "modelled":
+        table = CostTable.load(Path(path), device=profile.name) if path else _cached(profile)
+    if table is None and config.costs == "measured":
+        raise ConfigError(
+            "costs='measured' needs a cost table: run fuseplan tune, or set cost_table or FUSEPLAN_COSTS to one"
+        )
     return Prices(model=CostModel(HARDWARE[profile.name]), table=table, source=config.costs)
+
+
+def _cached(profile: DeviceProfile) -> CostTable | None:
+    """What was measured here, if the device is the one that is here."""
+    return cached_table(profile.name) if profile == local_profile() else None

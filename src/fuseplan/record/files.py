@@ -75,8 +75,8 @@ def check_writable(path: Path) -> None:
         raise _error(errno.EACCES, target.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text in UTF-8. Who reads `path` meanwhile, or after a crash, finds the old file or the new one.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes bytes, or a text in UTF-8. Who reads `path` meanwhile, or after a crash, finds the old file or the new.
 
     A link stays one: what it points to is replaced.
 
@@ -88,8 +88,8 @@ def write_whole(path: Path, text: str) -> None:
     remove_abandoned(target.parent, target.name)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fuseplan.dialect import DialectOp
+from fuseplan.dialect import DialectOp, ops
 from fuseplan.distributed.workspace import alone
 from fuseplan.rules import Rule
 from fuseplan.verification.compare import compare, described
 from fuseplan.verification.evaluate import exact, fused, reference
-from fuseplan.verification.memory import Alone, Guarded, Poisoned, make_arguments, poison_allocator
+from fuseplan.verification.memory import Alone, Gathered, Guarded, Poisoned, make_arguments, poison_allocator
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, TensorSpec
 
@@ -40,6 +40,7 @@ def check(
     seed: int,
     unfused: Mapping[str, Any] | None = None,
     region: Region | None = None,
+    rank: int | None = None,
 ) -> Finding:
     """Runs both sides of a rule on fresh random arguments, in poisoned memory.
 
@@ -51,13 +52,15 @@ def check(
         unfused: plain values that the graph has in place of those of the case, where a kernel rounds elsewhere.
         region: what the match stands for in the graph, if it is of one: what it computes is held against the same
             exact values.
+        rank: of this process among those that check in lock step, with one seed: what is summed over the ranks is
+            drawn anew on each of them. None: this process checks alone, and takes the others to hold what it holds.
 
     Raises:
         Exception: whatever the kernel raises.
     """
-    inputs, guarded = _fresh(rule, case, seed)
+    inputs, guarded = _fresh(rule, case, seed, rank)
     graphs = {**inputs, **(unfused or {})}
-    with torch.no_grad(), Alone(), alone():
+    with torch.no_grad(), _meeting(rank):
         expected = reference(rule, graphs)
         precise = exact(rule, graphs)
         watch = _Watched(rule.op, rule.op.kernel(provider), guarded)
@@ -109,13 +112,27 @@ def _compared(
     return Finding(wrong=None, worst=worst)
 
 
-def _fresh(rule: Rule, case: Case, seed: int) -> tuple[dict[str, Any], list[Guarded]]:
+def _fresh(rule: Rule, case: Case, seed: int, rank: int | None = None) -> tuple[dict[str, Any], list[Guarded]]:
     """Random arguments, and the buffers that they lie in."""
-    devices = {spec.device for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
-    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
-    made = make_arguments(case.arguments, rule.op, generators)
+    made = _made(rule, case, seed)
+    if rank is not None:
+        own = _made(rule, case, seed + 1 + rank)
+        made.update({name: own[name] for name in _summed(rule)})
     inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
     return inputs, [value for value in made.values() if isinstance(value, Guarded)]
+
+
+def _made(rule: Rule, case: Case, seed: int) -> dict[str, Any]:
+    devices = {spec.device for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
+    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
+    return make_arguments(case.arguments, rule.op, generators)
+
+
+def _summed(rule: Rule) -> list[str]:
+    """The variables of a rule that are summed over the ranks, and so differ among them."""
+    traced = rule.traced_pattern
+    read = {node.args[0] for node in traced.graph.nodes if node.target is ops.all_reduce.overload}
+    return [name for name, node in traced.inputs.items() if node in read]
 
 
 class _MisbehavedError(Exception):

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.dialect import DialectOp, Draw, kernel_of
@@ -95,6 +97,27 @@ class Alone(SeeingMode):
         if func is functional.wait_tensor.default:
             return args[0].clone()
         return func(*args, **kwargs)
+
+
+class Gathered(SeeingMode):
+    """All-reduces of this thread as sums of what all ranks hold, gathered and added up here: exact in float64, and in
+    narrower dtypes rounded once. Every rank has to run the same.
+    """
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an op; an all-reduce gathers and sums."""
+        if func is functional.all_reduce.default:
+            return self._sum(args[0], distributed_c10d._resolve_process_group(args[2]))  # type: ignore[attr-defined]
+        if func is functional.wait_tensor.default:
+            return args[0].clone()
+        return func(*args, **kwargs)
+
+    def _sum(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        # As bytes: not every backend knows every dtype.
+        mine = x.contiguous().reshape(-1).view(torch.uint8)
+        parts = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(parts, mine, group=group)
+        return torch.stack([part.view(x.dtype).view(x.shape) for part in parts]).sum(0)
 
 
 def poison_allocator(device: torch.device, size: int) -> None:

@@ -33,12 +33,15 @@ class Verifier:
         providers: who can run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
         deadline_s: seconds that one size may take, the compilation of a kernel included.
+        rank: of this process, where all ranks verify the same candidates in lock step; None: it verifies alone, and
+            kernels in which ranks meet are not run.
     """
 
     mode: str
     providers: Sequence[Provider]
     device: DeviceProfile | None = None
     deadline_s: float = 300.0
+    rank: int | None = None
 
     def verify(
         self, candidates: Sequence[Candidate], canonical: CanonicalGraph, span: tuple[int, int]
@@ -66,7 +69,9 @@ class Verifier:
             kinds[rule, name] = outcomes.kind_of(rule, provider, self.device)
         key = outcomes.outcome_key(kinds[rule, name], question.cases, question.unfused, question.region)
         if key not in known:
-            stored = outcomes.load(key) if self.mode == "first-use" else None
+            # In lock step another rank may not have it stored.
+            reads = self.mode == "first-use" and not self._meets(question.match)
+            stored = outcomes.load(key) if reads else None
             known[key] = replace(stored, from_cache=True, time_ns=0) if stored else self._run(question, key)
         return known[key]
 
@@ -75,34 +80,45 @@ class Verifier:
         outcome = Verification(
             rule=match.rule.name, op=match.rule.op.name, provider=match.provider, signature=question.signature
         )
-        (provider,) = [each for each in self.providers if each.name == match.provider]
-        if not provider.runs_alone and _meets_other_ranks(match):
+        if self.rank is None and self._meets(match):
             return replace(outcome, passed=False, detail=UNVERIFIED)
         worst: float | None = 0.0
         tokens, detail, lasting = list[int](), None, True
         for case in question.cases:
             tokens.append(case.tokens)
-            finding, lasting = self._finding(question, case, outcomes.seed_of(key))
+            finding, lasting = self._finding(question, case, key)
             worst = None if finding.worst is None else max(worst or 0.0, finding.worst)
             if finding.wrong is not None:
-                detail = f"at {case.tokens} tokens: {finding.wrong}"
-                break
+                detail = detail or f"at {case.tokens} tokens: {finding.wrong}"
+                if self.rank is None:
+                    break  # in lock step the other ranks go on, and meet this one
         outcome = replace(
             outcome, tokens=tuple(tokens), passed=detail is None, detail=detail, worst=worst,
             time_ns=time.perf_counter_ns() - start,
         )  # fmt: skip
-        if lasting:
+        if lasting and not self._meets(match):
             outcomes.save(key, outcome)
         return outcome
 
-    def _finding(self, question: "_Question", case: Case, seed: int) -> tuple[Finding, bool]:
+    def _meets(self, match: Match) -> bool:
+        """Whether its kernel would wait for ranks that may not be verifying; torch's all-reduces are intercepted."""
+        group = match.values.get("group_name")
+        alone = group is None or group_size(str(group)) == 1
+        return match.rule.op.collective and match.provider != "torch" and not alone
+
+    def _finding(self, question: "_Question", case: Case, key: str) -> tuple[Finding, bool]:
         """What came of one size, and whether it would come again: memory and time may be there next time."""
         match = question.match
+        rank = self.rank if self._meets(match) else None
+        # Keys name devices, which ranks have one each.
+        seed = outcomes.seed_of(key if rank is None else f"{question.signature} {case.tokens}")
         # How the graph was read doesn't depend on the size.
         region = question.region if case is question.cases[min(2, len(question.cases) - 1)] else None
 
         def run() -> Finding:
-            return check(match.rule, match.provider, case, seed=seed, unfused=question.unfused, region=region)
+            return check(
+                match.rule, match.provider, case, seed=seed, unfused=question.unfused, region=region, rank=rank
+            )
 
         try:
             return within(self.deadline_s, run), True
@@ -135,13 +151,6 @@ class _Question:
             unfused={"rounding": match.rounding_change[0]} if match.rounding_change else {},
             region=Region.of(canonical, match),
         )
-
-
-def _meets_other_ranks(match: Match) -> bool:
-    """Whether a kernel would wait for ranks that may not be verifying: torch's own all-reduces are intercepted."""
-    group = match.values.get("group_name")
-    alone = group is None or group_size(str(group)) == 1
-    return match.rule.op.collective and match.provider != "torch" and not alone
 
 
 def _told(error: Exception) -> str:

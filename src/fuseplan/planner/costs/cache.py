@@ -1,0 +1,34 @@
+"""The cost table of this machine's device, beside Inductor's cache: where `fuseplan tune` writes what no file is named
+for, and where prices are looked up that nobody named a table for.
+"""
+
+import logging
+from pathlib import Path
+
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._logging._internal import warning_once
+
+from fuseplan.errors import ConfigError
+from fuseplan.planner.costs.table import CostTable
+
+log = logging.getLogger("fuseplan")
+
+
+def cached_path(device: str) -> Path:
+    """The file, which need not be there.
+
+    Args:
+        device: the profile's name.
+    """
+    return Path(cache_dir()) / "fuseplan" / "costs" / f"{device}.json"
+
+
+def cached_table(device: str) -> CostTable | None:
+    """The table in that file. One that isn't there is None; so is a broken one, of which the log has a line."""
+    path = cached_path(device)
+    try:
+        return CostTable.load(path, device=device)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            warning_once(log, "measured costs are ignored: %s; delete it, and tune again", error)
+        return None

@@ -1,0 +1,81 @@
+"""What a model's steps take under several policies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PLAIN = "torch.compile"
+"""What stands where a policy would, of the model compiled without fuseplan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTime:
+    """One policy at one batch size.
+
+    Attributes:
+        policy: its text, or `torch.compile`.
+        step_ns: the median over repeats of what a step takes.
+        spread_ns: the interquartile range.
+        fused: replacements by rule, those that fired alone; empty for `torch.compile`.
+        prices: where the plan's prices are from.
+    """
+
+    policy: str
+    step_ns: int
+    spread_ns: int
+    fused: Mapping[str, int] = field(default_factory=dict)
+    prices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTimes:
+    """All policies at one batch size.
+
+    Attributes:
+        batch: sequences, each of which a step gives a token.
+        steps: in one repeat.
+        policies: in the order in which they are shown; the last is `torch.compile`.
+    """
+
+    batch: int
+    steps: int
+    policies: tuple[PolicyTime, ...]
+
+    @property
+    def plain(self) -> PolicyTime:
+        """The model without fuseplan."""
+        return next(each for each in self.policies if each.policy == PLAIN)
+
+    def tokens_per_s(self, each: PolicyTime) -> float:
+        """Tokens that all sequences together get in a second."""
+        return self.batch * 1e9 / max(1, each.step_ns)
+
+    def change(self, each: PolicyTime) -> float:
+        """What a step takes more than under plain `torch.compile`, as a share of that: -0.05 is 5 % less."""
+        return each.step_ns / max(1, self.plain.step_ns) - 1
+
+    def is_noise(self, each: PolicyTime) -> bool:
+        """Whether the difference to plain `torch.compile` lies within the larger spread of the two."""
+        return abs(each.step_ns - self.plain.step_ns) <= max(each.spread_ns, self.plain.spread_ns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """All policies at all batch sizes, from one run of one process for each rank.
+
+    Attributes:
+        workload: its name.
+        tp: ranks of tensor parallelism, the slowest of which counts.
+        device: as its maker names it.
+        torch: torch's version.
+        repeats: interleaved, of which the median is taken.
+        batches: in ascending order.
+        notes: what a reader has to know, one line each.
+    """
+
+    workload: str
+    tp: int
+    device: str
+    torch: str
+    repeats: int
+    batches: tuple[BatchTimes, ...]
+    notes: tuple[str, ...] = ()

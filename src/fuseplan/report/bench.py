@@ -1,0 +1,79 @@
+"""A `Bench` as JSON and for a terminal."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fuseplan.record.bench import PLAIN, BatchTimes, Bench, PolicyTime
+from fuseplan.record.text import printable
+
+SCHEMA = 1
+
+
+def bench_to_json(bench: Bench) -> dict[str, Any]:
+    """The object that `fuseplan bench --json` prints; times in ns."""
+    return {
+        "schema": SCHEMA, "workload": bench.workload, "tp": bench.tp, "device": bench.device, "torch": bench.torch,
+        "repeats": bench.repeats,
+        "batches": [
+            {
+                "batch": times.batch,
+                "steps": times.steps,
+                "policies": [
+                    {
+                        "policy": each.policy, "step_ns": each.step_ns, "spread_ns": each.spread_ns,
+                        "tokens_per_s": round(times.tokens_per_s(each), 1), "change": round(times.change(each), 4),
+                        "noise": times.is_noise(each), "fused": dict(each.fused), "prices": list(each.prices),
+                    }
+                    for each in times.policies
+                ],
+            }
+            for times in bench.batches
+        ],
+        "notes": list(bench.notes),
+    }  # fmt: skip
+
+
+def render_bench(bench: Bench) -> Group:
+    """A table for each batch size, and what a reader has to know."""
+    head = f"{bench.workload}  TP={bench.tp}, {bench.device}, torch {bench.torch}, {bench.repeats} interleaved repeats"
+    parts: list[Any] = [Text(printable(head), style="bold"), Text("")]
+    for times in bench.batches:
+        parts += [_table(times), Text("")]
+    parts += [Text(printable(f"note  {note}")) for note in bench.notes]
+    return Group(*parts)
+
+
+def _table(times: BatchTimes) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    longest = max(len(word) for each in times.policies for word in each.policy.split())
+    table.add_column(f"batch {times.batch}", overflow="fold", min_width=longest)
+    for column in ("a step", "spread", "tokens/s", f"to {PLAIN}"):
+        table.add_column(column, overflow="fold", justify="right")
+    table.add_column("fused", overflow="fold")
+    best = min(each.step_ns for each in times.policies)
+    for each in times.policies:
+        fused = ", ".join(f"{rule} {count}" for rule, count in each.fused.items()) or (
+            "" if each.policy == PLAIN else "-"
+        )
+        table.add_row(
+            printable(each.policy), Text(time_text(each.step_ns), style="green" if each.step_ns == best else ""),
+            time_text(each.spread_ns), f"{times.tokens_per_s(each):,.0f}", change_text(times, each), fused,
+        )  # fmt: skip
+    return table
+
+
+def time_text(ns: int) -> str:
+    """`5.10 us`, `1.36 ms`: three digits that count."""
+    unit, size = next(((unit, size) for unit, size in (("s", 1e9), ("ms", 1e6)) if ns >= size), ("us", 1e3))
+    value = ns / size
+    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:#.3g} {unit}"
+
+
+def change_text(times: BatchTimes, each: PolicyTime) -> str:
+    """`-5.2 %`, or `even` where the difference is within the spread; empty for plain torch.compile itself."""
+    if each.policy == PLAIN:
+        return ""
+    return "even" if times.is_noise(each) else f"{100 * times.change(each):+.1f} %"

@@ -1,0 +1,25 @@
+"""Measuring alternatives in context on a device, alone or in lock step."""
+
+from fuseplan.tuning.clock import LEAST_REPEATS, Subject, Times, interleaved, subject_of
+from fuseplan.tuning.lock_step import LockStep, Ranks
+from fuseplan.tuning.merge import merge_into, table_in
+from fuseplan.tuning.tuner import Origin, Step, Tuner
+from fuseplan.tuning.work import Skipped, Work, work_of
+
+__all__ = [
+    "LEAST_REPEATS",
+    "LockStep",
+    "Origin",
+    "Ranks",
+    "Skipped",
+    "Step",
+    "Subject",
+    "Times",
+    "Tuner",
+    "Work",
+    "interleaved",
+    "merge_into",
+    "subject_of",
+    "table_in",
+    "work_of",
+]

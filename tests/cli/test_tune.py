@@ -1,0 +1,185 @@
+"""`fuseplan tune` as a user meets it, alone and under torchrun."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from fuseplan.cli import app, console
+from fuseplan.cli.console import duration, measuring
+from fuseplan.planner.costs import CostTable, cached_path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKLOADS = "tests.cli.tuned_workloads"
+SITE = "add -> rms_norm -> pad 64:80 64 bfloat16 gpt_oss"
+FUSED = "act_padding fused_add_rms_norm_pad torch"
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+}  # fmt: skip
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["tune", *arguments])
+
+
+def torchrun(*arguments: str, timeout: float = 180) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fuseplan", "tune"]
+    return subprocess.run(
+        [*command, *arguments], check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout
+    )
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FUSEPLAN_COSTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_rows_go_to_the_table_and_to_a_person(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    result = run(f"{WORKLOADS}:pads", "--tokens", "4", "--repeats", "5", "--out", str(path))
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{SITE}, 1 in the model"
+    assert lines[1].split() == ["us,", "at", "tokens", "4"]
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["unfused", FUSED]
+    assert lines[-1] == f"2 rows in {path}"
+    assert f"0 of 2: verifying: {SITE}" in result.stderr
+    assert {row.key for row in CostTable.load(path, device="cpu").rows} == {f"{SITE}: unfused", f"{SITE}: {FUSED}"}
+
+
+def test_json_and_the_default_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    path = cached_path("cpu")
+    path.parent.mkdir(parents=True)
+    path.write_text("{")  # a broken default is replaced
+    result = run(f"{WORKLOADS}:pads", "--range", "4", "--repeats", "5", "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert {name: data[name] for name in ("schema", "tp", "device", "table", "skipped", "stopped")} == {
+        "schema": 1, "tp": 1, "device": "cpu", "table": str(path), "skipped": [], "stopped": False,
+    }  # fmt: skip
+    assert [(row["tokens"], row["provenance"], row["topology"]) for row in data["rows"]] == [(4, "measured", "tp1")] * 2
+    assert len(CostTable.load(path, device="cpu").rows) == 2
+    explained = CliRunner().invoke(app, ["explain", f"{WORKLOADS}:pads", "--device", "cpu", "--range", "4"])
+    assert "costs are measured for cpu" in explained.stdout
+
+
+def test_a_workload_without_fusions_says_so(tmp_path: Path) -> None:
+    result = run(f"{WORKLOADS}:plain", "--out", str(tmp_path / "costs.json"))
+    assert result.exit_code == 0
+    assert result.stdout == "nothing was measured: no fusion matches that can be run\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "text"),
+    [
+        (["--tp", "2"], {}, "tp=2 takes as many processes: torchrun --nproc-per-node 2 -m fuseplan tune ..."),
+        (["--tp", "0"], {}, "tp=0: give a number of ranks of at least 1, or leave it out"),
+        (["--tp", "4"], {"WORLD_SIZE": "2"}, "tp=4, but torchrun started 2 ranks; leave --tp out, or start as many"),
+        ([], {"WORLD_SIZE": "two"}, "WORLD_SIZE='two': allowed are numbers, as torchrun sets them"),
+        (["--deadline", "0"], {}, "deadline=0: allowed are seconds, more than 0 and finite"),
+        (["--repeats", "4"], {}, "repeats=4: a median and its spread need at least 5"),
+        (["--range", "1:8", "--tokens", "9"], {}, "tokens=9 lie in none of the ranges 1:8; add one that has them"),
+        (["--range", "8:1"], {}, "compile range 8:1 is empty; write 1:8?"),
+        (["--provider", "tritn"], {}, "unknown provider 'tritn'; did you mean 'triton'?"),
+    ],
+)
+def test_what_can_not_be_served_is_one_line(
+    arguments: list[str], environment: dict[str, str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = run(f"{WORKLOADS}:pads", "--out", str(tmp_path / "costs.json"), *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"fuseplan: {text}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema": 1, "device": "h200", "rows": []}'])
+def test_a_broken_table_that_is_named_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(content)
+    result = run(f"{WORKLOADS}:pads", "--out", str(path))
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert path.read_text() == content
+
+
+def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    command = [sys.executable, "-m", "fuseplan", "tune", f"{WORKLOADS}:pads", "--repeats", "100000", "--out", str(path)]
+    running = subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stderr is not None
+    assert "0 of 18: verifying" in running.stderr.readline()
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert stderr.splitlines()[-1] == f"interrupted; 0 rows are in {path}, and what was being measured is not"
+    assert CostTable.load(path, device="cpu").rows == ()
+
+
+@pytest.mark.distributed
+def test_ranks_measure_in_lock_step_and_one_writes(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    done = torchrun(f"{WORKLOADS}:reduces", "--tokens", "4", "--repeats", "5", "--out", str(path), "--json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    data: dict[str, Any] = json.loads(done.stdout)
+    assert data["tp"] == 2
+    site = f"all_reduce[2] -> {SITE}"
+    names = {
+        "unfused", FUSED, "allreduce_rms all_reduce_fused_add_rms_norm torch",
+        "allreduce_rms_padding all_reduce_fused_add_rms_norm_pad torch",
+    }  # fmt: skip
+    assert {row["key"] for row in data["rows"]} == {f"{site}: {name}" for name in names}
+    assert {row["topology"] for row in data["rows"]} == {"tp2 gloo"}
+    assert len(CostTable.load(path, device="cpu").rows) == 4
+
+
+@pytest.mark.distributed
+def test_a_rank_that_fails_ends_all_with_one_line(tmp_path: Path) -> None:
+    done = torchrun(f"{WORKLOADS}:fails_on_rank_1", "--tokens", "4", "--out", str(tmp_path / "costs.json"))
+    assert done.returncode != 0
+    assert done.stdout == ""
+    told = [line for line in done.stderr.splitlines() if line.startswith("fuseplan: ")]
+    assert told == [f"fuseplan: {WORKLOADS}:fails_on_rank_1: the factory failed: ValueError: not on this one"]
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(console, "LINE_S", 0.0)
+    with measuring(shown=True) as tell:
+        tell("one", 0, 4)
+        tell("still one", 0, 4)
+        tell("two", 2, 4)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "0 of 4: one"
+    assert second.startswith("2 of 4, about 0 s left: two")
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "Console", lambda **options: Console(file=screen, force_terminal=True, width=80))
+    with measuring(shown=True) as tell:
+        tell("[bold]this", 1, 4)
+    assert "[bold]this" in screen.getvalue()
+    assert "1/4" in screen.getvalue()
+    with measuring(shown=False) as tell:
+        tell("nothing", 1, 4)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (89.6, "90 s"), (100, "2 min"), (3600, "1 h 0 min"), (5000, "1 h 23 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

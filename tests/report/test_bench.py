@@ -1,0 +1,111 @@
+"""Benchmarks as JSON, for a terminal, and as a picture."""
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from fuseplan.errors import ReportError
+from fuseplan.record.bench import BatchTimes, Bench, PolicyTime
+from fuseplan.report import bench_to_json, check_plot, render_bench, save_plot
+from fuseplan.report.bench import time_text
+
+ORDERED = "ordered(act_padding, allreduce_rms)"
+
+
+def batch(size: int, planned_ns: int = 900_000) -> BatchTimes:
+    rows = (
+        PolicyTime(
+            policy="planned", step_ns=planned_ns, spread_ns=4_000, fused={"act_padding": 4}, prices=("measured",)
+        ),
+        PolicyTime(policy=ORDERED, step_ns=1_004_000, spread_ns=5_000, fused={"act_padding": 3, "allreduce_rms": 1}),
+        PolicyTime(policy="off", step_ns=1_050_000, spread_ns=2_000),
+        PolicyTime(policy="torch.compile", step_ns=1_000_000, spread_ns=3_000),
+    )
+    return BatchTimes(batch=size, steps=10, policies=rows)
+
+
+BENCH = Bench(
+    workload="a [model]", tp=2, device="h200", torch="2.11.0", repeats=9, batches=(batch(1), batch(8)), notes=("mind",)
+)
+
+
+def test_json_has_every_figure() -> None:
+    data = bench_to_json(BENCH)
+    assert {name: data[name] for name in data if name != "batches"} == {
+        "schema": 1, "workload": "a [model]", "tp": 2, "device": "h200", "torch": "2.11.0", "repeats": 9,
+        "notes": ["mind"],
+    }  # fmt: skip
+    first, second = data["batches"]
+    assert (first["batch"], first["steps"], second["batch"]) == (1, 10, 8)
+    assert first["policies"][0] == {
+        "policy": "planned", "step_ns": 900_000, "spread_ns": 4_000, "tokens_per_s": 1111.1, "change": -0.1,
+        "noise": False, "fused": {"act_padding": 4}, "prices": ["measured"],
+    }  # fmt: skip
+    assert second["policies"][0]["tokens_per_s"] == 8888.9
+    assert [each["noise"] for each in first["policies"]] == [False, True, False, True]
+
+
+def test_a_person_sees_what_is_faster_and_what_is_noise() -> None:
+    console = Console(width=120, record=True, file=None, highlight=False, markup=False, force_terminal=False)
+    with console.capture() as captured:
+        console.print(render_bench(BENCH))
+    lines = captured.get().splitlines()
+    assert lines[0].rstrip() == "a [model]  TP=2, h200, torch 2.11.0, 9 interleaved repeats"
+    rows = [" ".join(line.split()) for line in lines[2:7]]
+    assert rows == [
+        "batch 1 a step spread tokens/s to torch.compile fused",
+        "planned 900 us 4.00 us 1,111 -10.0 % act_padding 4",
+        f"{ORDERED} 1.00 ms 5.00 us 996 even act_padding 3, allreduce_rms 1",
+        "off 1.05 ms 2.00 us 952 +5.0 % -",
+        "torch.compile 1.00 ms 3.00 us 1,000",
+    ]
+    assert lines[-1].rstrip() == "note mind".replace(" ", "  ")
+
+
+@pytest.mark.parametrize(
+    ("ns", "text"),
+    [
+        (0, "0.00 us"),
+        (5_100, "5.10 us"),
+        (999_960, "1000 us"),
+        (1_362_000, "1.36 ms"),
+        (127_400_000, "127 ms"),
+        (2 * 10**9, "2.00 s"),
+    ],
+)
+def test_times_have_three_digits(ns: int, text: str) -> None:
+    assert time_text(ns) == text
+
+
+@pytest.mark.parametrize("name", ["steps", "steps.png", "steps.svg", "v1.2"])
+def test_a_picture_is_written_as_png_and_svg(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    png, svg = save_plot(BENCH, tmp_path / name)
+    stem = name.removesuffix(".png").removesuffix(".svg")
+    assert (png, svg) == (tmp_path / f"{stem}.png", tmp_path / f"{stem}.svg")
+    assert png.read_bytes().startswith(b"\x89PNG\r\n")
+    texts = "".join(ElementTree.fromstring(svg.read_text(encoding="utf-8")).itertext())
+    for expected in ("a [model]: time of a step", "batch 8", "planned", "-10.0 %", "even", "1.05 ms", "torch.compile"):
+        assert expected in texts
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({png.name, svg.name})
+
+
+def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    first, second = (save_plot(BENCH, tmp_path / name) for name in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ReportError, match=r"^a plot needs matplotlib: pip install 'fuseplan\[bench\]'$"):
+        check_plot(tmp_path / "steps.png")
+
+
+def test_a_folder_that_is_not_there_is_found_early(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ReportError, match=r"^plot '.*steps.png' can't be written: No such file or directory$"):
+        check_plot(tmp_path / "nowhere" / "steps")
