@@ -17,7 +17,9 @@ MOST_CALLS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """The time of one call: the median of the repeats and their interquartile range, of the slowest rank; microseconds."""
+    """The time of one call in microseconds: the median of the repeats and their interquartile range, of the slowest
+    rank.
+    """
 
     us: float
     iqr_us: float

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.graphs import compare, versions
 import fuseplan.providers  # noqa: F401 - registers kernels
+from benchmarks.graphs import compare, versions
 from fuseplan.dialect import ops
 
 WIDTH, PADDED, INTERMEDIATE, EPS = 2880, 3072, 14336, 1e-5
@@ -26,7 +26,8 @@ CACHE_BYTES = 200 * 2**20
 MOST_SETS = 24
 WHAT = (
     "microseconds a call, [median, interquartile range] of five interleaved repeats of CUDA graphs that rotate among "
-    "sets of arguments larger than the L2; bfloat16, hidden 2880 padded to 3072, intermediate 14336, 32 + 8 heads of 128"
+    "sets of arguments larger than the L2; bfloat16, hidden 2880 padded to 3072, intermediate 14336, 32 + 8 heads of "
+    "128"
 )
 FP8 = torch.float8_e4m3fn
 
@@ -53,6 +54,16 @@ def dynamic(y: Tensor) -> tuple[Tensor, Tensor]:
     return (wide * scale.reciprocal()).clamp(-448, 448).to(FP8), scale
 
 
+def add_norm_static(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> Any:
+    y, total = add_norm(x, residual, weight)
+    return static(y, scale), total
+
+
+def add_norm_dynamic(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+    y, total = add_norm(x, residual, weight)
+    return *dynamic(y), total
+
+
 def activated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
@@ -71,8 +82,8 @@ class Op:
     """One fused op: how its arguments are made, what runs it, and how many bytes it has to move for a row."""
 
     def __init__(
-        self, name: str, make: Callable[[int], tuple[Tensor, ...]], fused: Callable[..., Any], plain: Callable[..., Any],
-        row_bytes: int,
+        self, name: str, make: Callable[[int], tuple[Tensor, ...]], fused: Callable[..., Any],
+        plain: Callable[..., Any], row_bytes: int,
     ) -> None:  # fmt: skip
         self.name, self.make, self.fused, self.row_bytes = name, make, fused, row_bytes
         self.plain = torch.compile(plain, dynamic=False)
@@ -105,10 +116,10 @@ def table() -> list[Op]:
            2 * (3 * WIDTH + PADDED)),
         Op("add + RMSNorm + static fp8", norm_arguments,
            lambda x, r, w: kernel["fused_add_rms_norm_static_fp8_quant"](x, r, w, *norm, scale, FP8, "multiply"),
-           lambda x, r, w: (lambda y, total: (static(y, scale), total))(*add_norm(x, r, w)), 7 * WIDTH),
+           lambda x, r, w: add_norm_static(x, r, w, scale), 7 * WIDTH),
         Op("add + RMSNorm + dynamic fp8", norm_arguments,
            lambda x, r, w: kernel["fused_add_rms_norm_dynamic_fp8_quant"](x, r, w, *norm, FP8, 1e-6, "multiply"),
-           lambda x, r, w: (lambda y, total: (*dynamic(y), total))(*add_norm(x, r, w)), 7 * WIDTH + 4),
+           add_norm_dynamic, 7 * WIDTH + 4),
         Op("SiLU-mul + static fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
            lambda gate, up: kernel["silu_and_mul_static_fp8_quant"](gate, up, rounding, scale, FP8, "multiply"),
            lambda gate, up: static(activated(gate, up), scale), 5 * INTERMEDIATE),
@@ -153,7 +164,8 @@ def row(op: Op, rows: int, other: Callable[..., Any] | None) -> dict[str, Any]:
         times = compare(alternatives, sets=sets)
     fused = times["fused"].us
     return {
-        "op": op.name, "rows": rows, "MiB": round(traffic / 2**20, 2), **{name: each.json() for name, each in times.items()},
+        "op": op.name, "rows": rows, "MiB": round(traffic / 2**20, 2),
+        **{name: each.json() for name, each in times.items()},
         "speedup_over_torch_compile": round(times["torch.compile"].us / fused, 2),
         "share_of_copy_bandwidth": round(times["copy"].us / fused, 3),
     }  # fmt: skip

@@ -334,9 +334,9 @@ def test_the_kernel_behind_a_name_changes_the_key(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_a_provider_only_prices_counts_for_other_devices() -> None:
-    unpriced = [dataclasses.replace(each, prices={}) for each in BUILT_IN_PROVIDERS]
-    assert key(providers=unpriced) == key()
-    assert key(providers=unpriced, device=device_profile("h200")) != key(device=device_profile("h200"))
+    priced = [dataclasses.replace(each, prices={"of_the_future": Offer()}) for each in BUILT_IN_PROVIDERS]
+    assert key(providers=priced) == key()
+    assert key(providers=priced, device=device_profile("h200")) != key(device=device_profile("h200"))
 
 
 def test_source_torch_and_devices_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

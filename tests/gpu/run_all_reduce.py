@@ -41,8 +41,10 @@ def part(rank: int, rows: int, hidden: int, dtype: torch.dtype, seed: int) -> Te
 class Case:
     """Arguments of one call, and what it has to give."""
 
-    def __init__(self, rows: int, hidden: int, dtype: torch.dtype, suffix: str | None, seed: int, rounding: str = "llama",
-                 group: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, rows: int, hidden: int, dtype: torch.dtype, suffix: str | None, seed: int, rounding: str = "llama",
+        group: str | None = None,
+    ) -> None:  # fmt: skip
         self.suffix, self.op = suffix, NORM_FAMILY[True, True, suffix]
         self.parts = [part(rank, rows, hidden, dtype, seed) for rank in range(RANKS)]
         self.residual = part(RANKS, rows, hidden, dtype, seed)
@@ -52,8 +54,8 @@ class Case:
 
     def run(self) -> tuple[Tensor, ...]:
         """The fused op, by fuseplan's kernel."""
-        results = self.op.kernel("triton")(self.parts[RANK], self.residual, *self.rest, self.group)
-        return results  # type: ignore[no-any-return]
+        results: tuple[Tensor, ...] = self.op.kernel("triton")(self.parts[RANK], self.residual, *self.rest, self.group)
+        return tuple(results)
 
     def wrong(self, results: tuple[Tensor, ...]) -> str | None:
         """What is wrong with results: NaN counts, and more error than the unfused ops make."""

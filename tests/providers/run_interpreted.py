@@ -8,9 +8,11 @@ import json
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from triton.runtime import interpreter
 
-from fuseplan.dialect import ops
+from fuseplan.dialect import NORM_FAMILY, ops
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import BUILT_IN_RULES, Bindings
 from fuseplan.testing import check_rule
@@ -43,14 +45,49 @@ def transposed(leading: tuple[int, ...], heads: int, head_dim: int, dtype: torch
     return torch.randn(heads, head_dim, *leading, generator=generator).to(dtype).movedim((0, 1), (-2, -1))
 
 
-def differences() -> dict[str, float]:
-    """By sample: the largest difference to the reference."""
-    found = {}
-    for sample in ops.qk_norm_rope.samples:
-        arguments = sample.make(CPU, torch.Generator().manual_seed(0))
-        pairs = zip(ops.qk_norm_rope.kernel("triton")(*arguments), ops.qk_norm_rope(*arguments), strict=True)
-        found[sample.name] = max(float((got - wanted).abs().max()) for got, wanted in pairs)
+def differences() -> dict[str, dict[str, float]]:
+    """By op and sample: the largest difference to the reference; of fp8 codes, in steps."""
+    found: dict[str, dict[str, float]] = {}
+    for name in TRITON.implements:
+        op = ops[name]
+        for sample in op.samples:
+            arguments = sample.make(CPU, torch.Generator().manual_seed(0))
+            got, wanted = op.kernel("triton")(*arguments), op.reference(*arguments)
+            pairs = zip(*(each if isinstance(each, tuple) else (each,) for each in (got, wanted)), strict=True)
+            found.setdefault(name, {})[sample.name] = max(difference(*pair) for pair in pairs)
     return found
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Infinite where shapes or dtypes differ."""
+    if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or not got.is_contiguous():
+        return float("inf")
+    if got.dtype.itemsize == 1:
+        return float((got.view(torch.int8).int() - wanted.view(torch.int8).int()).abs().max())
+    return float((got - wanted).abs().max())
+
+
+def not_finite() -> dict[str, list[bool]]:
+    """By epilogue: whether infinity and NaN stay where the reference has them, padding included."""
+    found = {}
+    for suffix, own in EPILOGUES.items():
+        op = NORM_FAMILY[False, True, suffix]
+        x, residual = torch.randn(4, 24).bfloat16(), torch.randn(4, 24).bfloat16()
+        x[0, 1], x[1, 2], residual[2] = float("inf"), float("nan"), 0.0
+        x[2] = 0.0
+        arguments = x, residual, torch.ones(24).bfloat16(), 1e-5, "llama", *own
+        pairs = zip(op.kernel("triton")(*arguments), op.reference(*arguments), strict=True)
+        found[suffix] = [torch.equal(got.float().isnan(), wanted.float().isnan()) for got, wanted in pairs]
+    return found
+
+
+EPILOGUES: dict[str, tuple[Any, ...]] = {
+    "pad": (8,),
+    "static_fp8_quant": (torch.tensor([0.02]), torch.float8_e4m3fn, "divide"),
+    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, "multiply"),
+}
+CHECKED = ("fused_add_rms_norm_pad", "silu_and_mul_dynamic_fp8_quant")
+"""One of each family that runs on one rank."""
 
 
 def odd() -> dict[str, bool]:
@@ -84,11 +121,15 @@ def declined() -> str:
 
 def main() -> None:
     interpreter._convert_float = rounded
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     (rule,) = (each for each in BUILT_IN_RULES if each.name == "qk_norm_rope" and not vars(each)["transposes"])
     checked = check_rule(rule, providers=[TRITON])
+    alone = [each for each in BUILT_IN_RULES if each.op.name in CHECKED]
     result = {
         "differences": differences(), "odd": odd(), "declined": declined(), "cases": checked.cases["triton"],
-        "refused": checked.refused,
+        "refused": checked.refused, "not finite": not_finite(),
+        "alone": {each.op.name: check_rule(each, providers=[TRITON]).cases["triton"] for each in alone},
     }  # fmt: skip
     print(json.dumps(result))
 

@@ -1,8 +1,9 @@
-"""One rank of several, each a process: fuseplan's all-reduces by Triton's interpreter, between ranks that share memory of
-the host as GPUs share theirs. `run_ranks_interpreted.py RANK RANKS FOLDER` prints what it saw as one JSON object.
+"""One rank of several, each a process: fuseplan's all-reduces by Triton's interpreter, between ranks that share memory
+of the host as GPUs share theirs. `run_ranks_interpreted.py RANK RANKS FOLDER` prints what it saw as one JSON object.
 """
 
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -32,19 +33,24 @@ EPILOGUES: dict[str | None, tuple[Any, ...]] = {
     "static_fp8_quant": (torch.tensor([0.02]), torch.float8_e4m3fn, "divide"),
     "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, "multiply"),
 }
-ONE_SHOT = ((5, 5, 0, "pad"), (1, 1, 0, None), (11, 2, 1, "static_fp8_quant"), (3, 2, 1, "dynamic_fp8_quant"), (1, 1, 0, "pad"))
+ONE_SHOT = (
+    (5, 5, 0, "pad"),
+    (1, 1, 0, None),
+    (11, 2, 1, "static_fp8_quant"),
+    (3, 2, 1, "dynamic_fp8_quant"),
+    (1, 1, 0, "pad"),
+)
 TWO_SHOT = ((11, 2, 1, "pad"), (1, 1, 0, None), (7, 2, 0, "pad"), (12, 1, 2, "dynamic_fp8_quant"), (2, 2, 0, "pad"))
 """(rows, programs, lag, epilogue): larger and smaller ones take turns."""
-made = 0
+NUMBERS = itertools.count()
 
 
 def allocate(size: int, group_name: str, device: torch.device) -> SharedMemory:
     """Files that every rank maps."""
-    global made
-    made += 1
+    number = next(NUMBERS)
 
     def mapped(rank: int) -> Tensor:
-        return torch.from_file(str(FOLDER / f"memory-{made}-{rank}"), shared=True, size=size, dtype=torch.uint8)
+        return torch.from_file(str(FOLDER / f"memory-{number}-{rank}"), shared=True, size=size, dtype=torch.uint8)
 
     mine = mapped(RANK)
     dist.barrier()

@@ -11,8 +11,8 @@ from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
 from fuseplan.cli.listing import devices, providers, rules
 from fuseplan.cli.plans import diff_plans
-from fuseplan.cpython import uncollected
 from fuseplan.cli.tune import tune
+from fuseplan.cpython import uncollected
 
 app = typer.Typer(
     add_completion=False,

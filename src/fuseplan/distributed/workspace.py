@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from fuseplan.errors import CollectiveError
+from fuseplan.record.text import one_line
 
 SLOTS = 3
 """Calls that can have data in a workspace: the one that is sent, the one that is read, the one that is emptied."""
@@ -23,8 +24,8 @@ SHOT_BYTES = 2**20
 """Of a message that every rank sends to every other rank, where there are more than two."""
 STATE_WORDS = 2 + 2 * SLOTS
 HEADER_BYTES = 512
-"""Before the slots: what kernels remember between calls, and how far the other ranks' memory is. It lies here and not in
-tensors of its own, since the first call may come while CUDA graphs' own pool serves all allocations.
+"""Before the slots: what kernels remember between calls, and how far the other ranks' memory is. It lies here and not
+in tensors of its own, since the first call may come while CUDA graphs' own pool serves all allocations.
 """
 
 
@@ -57,11 +58,11 @@ def allocate_symmetric(size: int, group_name: str, device: torch.device) -> Shar
 
     try:
         local = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        handle = symmetric_memory.rendezvous(local, group_name)
+        handle = symmetric_memory.rendezvous(local, resolve(group_name))
     except RuntimeError as error:
         raise CollectiveError(
-            f"the ranks of group {group_name!r} can't share {size} bytes of memory: {error}; forbid the provider triton "
-            "for all-reduces: PassConfig(forbid=('allreduce_*:triton',))"
+            f"the ranks of group {group_name!r} can't share {size} bytes of memory: {one_line(error, 200)}; forbid "
+            "kernels that need it, e.g. PassConfig(forbid=('allreduce_rms:triton',))"
         ) from error
     return SharedMemory(local=local, addresses=handle.buffer_ptrs, keep=handle)
 
@@ -92,8 +93,8 @@ class Workspace:
     """
 
     def __init__(
-        self, group_name: str, device: torch.device, itemsize: int, *, capacity: int = CAPACITY_BYTES, alone: bool = False,
-        allocate: Allocate = allocate_symmetric, timeout_s: float | None = None,
+        self, group_name: str, device: torch.device, itemsize: int, *, capacity: int = CAPACITY_BYTES,
+        alone: bool = False, allocate: Allocate = allocate_symmetric, timeout_s: float | None = None,
     ) -> None:  # fmt: skip
         self.group = resolve(group_name)
         self.group_name, self.device = group_name, device
@@ -197,7 +198,9 @@ _ALONE = contextvars.ContextVar("fuseplan_alone", default=False)
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Workspaces of this thread are of this rank alone, which plays the others too: nothing is sent, nobody waited for."""
+    """Workspaces of this thread are of this rank alone, which plays the others too: nothing is sent, and nobody waited
+    for.
+    """
     token = _ALONE.set(True)
     try:
         yield
@@ -267,7 +270,7 @@ def resolve(group_name: str) -> dist.ProcessGroup:
 def _timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
     options = getattr(group._get_backend(device), "options", None)
     timeout = getattr(options, "_timeout", None) or distributed_c10d._get_default_timeout(dist.get_backend(group))
-    return timeout.total_seconds()  # type: ignore[no-any-return]
+    return timeout.total_seconds()
 
 
 def _meet(group: dist.ProcessGroup, group_name: str, ranks: int, timeout_s: float) -> None:

@@ -1,7 +1,8 @@
 """One rule by one provider on one set of arguments, against the unfused ops."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,12 +85,23 @@ def check(
 def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3) -> bool:
     """Whether equal arguments give equal bits every time; an error that moves is a race."""
     runs = []
-    with torch.no_grad(), Alone(), alone():
+    with torch.no_grad(), _meeting(None):
         for _ in range(times):
             inputs, _ = _fresh(rule, case, seed)
             with Poisoned():
                 runs.append(fused(rule, inputs, rule.op.kernel(provider)))
         return all(torch.equal(_bits(a), _bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@contextlib.contextmanager
+def _meeting(rank: int | None) -> Iterator[None]:
+    """How all-reduces are run: as if every rank held what this one does, or, with a rank, with all of them."""
+    if rank is not None:
+        with Gathered():
+            yield
+        return
+    with Alone(), alone():
+        yield
 
 
 READ_WRONG = "the unfused ops aren't what the graph computes: "

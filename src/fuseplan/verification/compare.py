@@ -3,8 +3,8 @@
     allowed = factor * max over the row of |reference - exact| + one unit in the last place of exact
 
 Where a row is one element, such as the scale of a token, the reference may have been lucky in it: there the largest
-relative error of all rows counts. fp8 codes may be one step further apart than the reference's are in that row; integers
-and truths not at all.
+relative error of all rows counts. fp8 codes may be one step further apart than the reference's are in that row;
+integers and truths not at all.
 """
 
 import math

@@ -101,9 +101,12 @@ class Verifier:
         return outcome
 
     def _meets(self, match: Match) -> bool:
-        """Whether its kernel would wait for ranks that may not be verifying; torch's all-reduces are intercepted."""
+        """Whether its kernel would wait for ranks that may not be verifying; torch's all-reduces are intercepted, and
+        some kernels can be run by one rank that plays the others too.
+        """
         group = match.values.get("group_name")
-        alone = group is None or group_size(str(group)) == 1
+        (provider,) = [each for each in self.providers if each.name == match.provider]
+        alone = group is None or group_size(str(group)) == 1 or (self.rank is None and provider.runs_alone)
         return match.rule.op.collective and match.provider != "torch" and not alone
 
     def _finding(self, question: "_Question", case: Case, key: str) -> tuple[Finding, bool]:

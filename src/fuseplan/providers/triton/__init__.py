@@ -1,4 +1,6 @@
-"""fuseplan's own Triton kernels, a file a family with its launcher. Importing this needs no Triton, running them does."""
+"""fuseplan's own Triton kernels, a file a family with its launcher. Importing this needs no Triton, running them
+does.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -2,15 +2,15 @@
 
 total = sum over ranks of x [+ residual];  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
-One shot: each rank stores its rows into every other rank's memory and sums what it was sent. Two shots: it stores each row
-into the memory of the one rank that owns it, which sums the row and stores the sum into everybody's memory; 2 / N of the
-bytes over the links for N ranks, and twice the wait.
+One shot: each rank stores its rows into every other rank's memory and sums what it was sent. Two shots: it stores
+each row into the memory of the one rank that owns it, which sums the row and stores the sum into everybody's memory;
+2 / N of the bytes over the links for N ranks, and twice the wait.
 
-There is no barrier. A word of a buffer holds EMPTY, a NaN that no rank ever sends, until its value comes, as in Lamport's
-construction and NCCL's LL protocols. Three slots take turns: while slot n is filled, slot n - 1, which was read in the call
-before, is emptied; no other rank can be sending to it before this rank has taken part in call n + 1. What was written in a
-slot is remembered, so that a smaller call empties after a larger one. The turn is counted in device memory, so that
-replays of a graph advance it like eager calls.
+There is no barrier. A word of a buffer holds EMPTY, a NaN that no rank ever sends, until its value comes, as in
+Lamport's construction and NCCL's LL protocols. Three slots take turns: while slot n is filled, slot n - 1, which was
+read in the call before, is emptied; no other rank can be sending to it before this rank has taken part in call n + 1.
+What was written in a slot is remembered, so that a smaller call empties after a larger one. The turn is counted in
+device memory, so that replays of a graph advance it like eager calls.
 
 Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
 """
@@ -170,7 +170,7 @@ def _all_reduce_norm(
                     limit = tl.zeros_like(limit)
                 part = words.to(dtype, bitcast=True).to(tl.float32)
             # -0.0 and -0.0 is -0.0, but not if 0.0 comes first.
-            total = part if source == 0 else total + part
+            total = part if source == 0 else total + part  # type: ignore[has-type]  # noqa: F821
         total = rounded(total, dtype)
         if TWO_SHOT:
             # Hand on the sums of one's own rows, and take everybody's LAG steps later.
@@ -198,8 +198,8 @@ def _all_reduce_norm(
             total = rounded(total, dtype)
         y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
         store_finished(
-            y, y_ptr, scale_ptr, scales_ptr, row, column, (row >= 0) & (row < rows), min_scale, dtype, WIDTH, OUT_WIDTH, EPILOGUE, MOST,
-            MULTIPLIES,
+            y, y_ptr, scale_ptr, scales_ptr, row, column, (row >= 0) & (row < rows), min_scale, dtype, WIDTH,
+            OUT_WIDTH, EPILOGUE, MOST, MULTIPLIES,
         )  # fmt: skip
     # Empty the rest of what a larger call has left.
     emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program
@@ -313,7 +313,7 @@ def _launch(
     added, programs = x if residual is None else residual, min(rows, schedule.programs)
     workspace.enter(*schedule.words(width, rows, workspace.ranks))
     _all_reduce_norm[(programs,)](
-        x, added, norm.weight, results[0], total, *finish.pointers(results),
+        x, added, norm.weight, results[0], total, *finish.pointers(tuple(results)),
         workspace.words, workspace.distances, workspace.state, workspace.failure,
         rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, finish.min_scale, workspace.limit,
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),

@@ -1,6 +1,5 @@
 """What launchers of row kernels share: arguments of the families, tiles, and how kernels are launched."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,7 @@ from torch import Tensor
 from fuseplan.dialect import QuantRounding, Rounding
 from fuseplan.dialect.norm import compute_dtype
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +148,15 @@ REGISTERS = 65536
 
 def block_of(width: int) -> int:
     """Elements of a tile's row: at least as many as a program has threads, or threads would see different values."""
-    return max(64, triton.next_power_of_2(width))
+    return max(64, int(triton.next_power_of_2(width)))
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many a device has; 1 where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def flattened(x: Tensor) -> Tensor:
