@@ -112,12 +112,27 @@ def _errors() -> str:
     return _table(("column", "what was timed", "fitted to", "median error of a run", "largest"), rows)
 
 
+def _region() -> str:
+    """The all-in-one kernel beside every alternative, by tokens."""
+    rows: list[tuple[object, ...]] = []
+    for row in json.loads((ROOT / "benchmarks/results/region_h100x2.json").read_text(encoding="utf-8"))["rows"]:
+        median, spread = row["all"]
+        ratios = ("over_unfused", "over_peers_single", "over_best_single", "over_flashinfer_alone")
+        figures = (f"{row[f'speedup_{name}']:.2f}" for name in ratios)
+        limit = f"{row['share_of_limit']:.2f}" if row["tokens"] >= 1024 else ""
+        rows.append((f"{row['tokens']:,}", f"{median:.2f} ± {spread:.2f} us", *figures, limit))
+    others = ("others' best", "own, then a pad", "FlashInfer without pad", "limit")
+    head = ("tokens", "one kernel", "beside unfused", *others)
+    return _table(head, rows)
+
+
 def _table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
-myst_substitutions = {**_figures(), "h200_constants": _constants("h200"), "h200_errors": _errors()}
+tables = {"h200_constants": _constants("h200"), "h200_errors": _errors(), "region_h100x2": _region()}
+myst_substitutions = {**_figures(), **tables}
 
 
 def shorten_signature(
