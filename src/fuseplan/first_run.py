@@ -72,12 +72,12 @@ def settle(gm: fx.GraphModule, report: Report, digest: str, deadline_s: float | 
     wanted = tuple(dict.fromkeys(each for found in report.graphs for each in found.workspaces))
     if not verdict.fused or not wanted:
         return verdict
-    prepared = digest
     try:
         prepare(wanted, torch.device("cuda", torch.cuda.current_device()))
     except CollectiveError as error:
-        prepared = failed(error)
-    return agree_in_groups(groups, graph=graph, digest=prepared, deadline_s=deadline_s)
+        agree_in_groups(groups, graph=graph, digest=failed(error), deadline_s=deadline_s)
+        return Verdict(fused=False, reason=str(error))
+    return agree_in_groups(groups, graph=graph, digest=digest, deadline_s=deadline_s)
 
 
 def digest_of(report: Report | None) -> str:

@@ -126,7 +126,8 @@ def doubles(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def verified() -> dict[str, Any]:
     """What comes of kernels in which ranks meet, verified by each rank alone and by both in lock step."""
     op = ops["all_reduce_fused_add_rms_norm"]
-    providers = [provider_of("sums", {op: sums}), provider_of("doubles", {op: doubles})]
+    plays_both = dataclasses.replace(provider_of("plays_both", {op: doubles}), runs_alone=True)
+    providers = [provider_of("sums", {op: sums}), provider_of("doubles", {op: doubles}), plays_both]
     (gm,) = capture(model, inputs(3), {}, dynamic=True).graphs
     span = fuseplan.CompileRange(start=1, end=8)
     manager = PostGradPassManager(fuseplan.PassConfig(), compile_range=span, providers=providers)
