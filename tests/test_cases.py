@@ -89,7 +89,8 @@ def test_case_1_vllm_42411_the_plan_follows_the_costs(gpt_oss: fx.Graph, tmp_pat
     aiter = [provider for provider in BUILT_IN_PROVIDERS if provider.name == "aiter"]
     span, config = CompileRange(start=32, end=32), PassConfig(allow_rounding_changes=True)
     on_amd = explained(gpt_oss, span=span, config=config, rules=rules, providers=aiter, device=PROFILES["mi355x"])
-    assert counts(on_amd) == {"act_padding": LAYERS, "allreduce_rms": 1}
+    # AITER's all-reduce kernels add a residual, and the first norm has none.
+    assert counts(on_amd) == {"act_padding": LAYERS}
     on_nvidia = explained(gpt_oss, span=span, rules=rules)
     assert counts(on_nvidia) == {"allreduce_rms": LAYERS + 1}
 

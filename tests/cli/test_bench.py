@@ -25,6 +25,7 @@ def run(*arguments: str) -> Result:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FUSEPLAN_COSTS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "300")  # paths of temporary folders can be long
 
 
 def test_all_policies_side_by_side_at_each_batch_size() -> None:

@@ -43,6 +43,7 @@ def torchrun(*arguments: str, timeout: float = 180) -> "subprocess.CompletedProc
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FUSEPLAN_COSTS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "300")  # paths of temporary folders can be long
 
 
 def test_rows_go_to_the_table_and_to_a_person(tmp_path: Path) -> None:
@@ -128,7 +129,9 @@ def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate(timeout=120)
     assert running.returncode == 130
-    assert stderr.splitlines()[-1] == f"interrupted; 0 rows are in {path}, and what was being measured is not"
+    # Libraries may tell of leaks at exit.
+    told = [line for line in stderr.splitlines() if line.startswith("interrupted")]
+    assert told == [f"interrupted; 0 rows are in {path}, and what was being measured is not"]
     assert CostTable.load(path, device="cpu").rows == ()
 
 
