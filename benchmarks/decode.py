@@ -8,7 +8,6 @@ import argparse
 import datetime
 import json
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fuseplan
-from benchmarks.graphs import figure, slowest, versions
+from benchmarks.graphs import figure, leave, slowest, versions
 
 POSITION, CACHE = 1000, 1280
 REPEATS, STEPS = 15, 20
@@ -156,11 +155,7 @@ def main() -> None:
                 if arguments.write:
                     path = arguments.out / f"decode_{name}x{ranks}.json"
                     path.write_text(json.dumps(result, indent=1) + "\n")
-    dist.barrier()
-    torch.cuda.synchronize()
-    sys.stdout.flush()
-    # Graphs hold NCCL's work, which a process group that is taken down waits for.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import argparse
 import datetime
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fuseplan.providers  # noqa: F401 - registers kernels
-from benchmarks.graphs import Figure, compare, versions
+from benchmarks.graphs import Figure, compare, leave, versions
 from fuseplan.dialect import NORM_FAMILY
 
 WIDTH, PADDED, EPS = 2880, 3072, 1e-5
@@ -225,11 +224,7 @@ def main() -> None:
     if rank == 0 and arguments.write:
         path = arguments.out / f"region_{name}x{group.size()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
-    dist.barrier()
-    torch.cuda.synchronize()
-    sys.stdout.flush()
-    # Graphs hold NCCL's work, which a process group that is taken down waits for.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":
