@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
 from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, multiprocessors
 from fuseplan.providers.triton.rows import normalized, rounded, store_finished
 
-SLOTS = tl.constexpr(3)
+SLOTS = tl.constexpr(SLOT_COUNT)
 TURN, COUNTED, WRITTEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Words of a workspace's state: calls so far, programs of this call that know it, then how much of each slot was
 written: of what ranks send each other, and of sums."""
