@@ -107,7 +107,9 @@ def versions() -> dict[str, str]:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            found[name] = version({"flashinfer": "flashinfer-python"}.get(name, name.replace("_", "-")))
+            found[name] = version(
+                {"flashinfer": "flashinfer-python", "quack": "quack-kernels"}.get(name, name.replace("_", "-"))
+            )
         except PackageNotFoundError:
             found[name] = getattr(module, "__version__", "unknown")
     found["NCCL_NVLS_ENABLE"] = os.environ.get("NCCL_NVLS_ENABLE", "unset")

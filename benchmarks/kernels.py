@@ -5,8 +5,9 @@ PYTHONPATH=src:. python benchmarks/kernels.py [--write]
 
 import argparse
 import datetime
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,22 +133,36 @@ def table() -> list[Op]:
     ]  # fmt: skip
 
 
-def liger() -> Callable[..., Any] | None:
-    """Liger Kernel's residual add + RMSNorm and torch.compile's pad, or None where it isn't installed."""
+def others() -> dict[str, Callable[..., Any]]:
+    """Other libraries' residual add + RMSNorm and torch.compile's pad, of those that are installed."""
+    pad = torch.compile(lambda y: F.pad(y, (0, PADDED - WIDTH)), dynamic=False)
+    found: dict[str, Callable[..., Any]] = {}
     try:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     except ImportError:
-        return None
-    pad = torch.compile(lambda y: F.pad(y, (0, PADDED - WIDTH)), dynamic=False)
+        pass
+    else:
 
-    def run(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        y, total = LigerFusedAddRMSNormFunction.apply(x, residual, weight, EPS, 0.0, "gemma", False)
-        return pad(y), total
+        def liger(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            y, total = LigerFusedAddRMSNormFunction.apply(x, residual, weight, EPS, 0.0, "gemma", False)
+            return pad(y), total
 
-    return run
+        found["liger_then_pad"] = liger
+    try:
+        from quack.rmsnorm import rmsnorm_fwd
+    except ImportError:
+        pass
+    else:
+
+        def quack(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            y, total, _ = rmsnorm_fwd(x, weight, residual=residual, eps=EPS)
+            return pad(y), total
+
+        found["quack_then_pad"] = quack
+    return found
 
 
-def row(op: Op, rows: int, other: Callable[..., Any] | None) -> dict[str, Any]:
+def row(op: Op, rows: int, beside: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """Figures of one op at one size."""
     traffic = rows * op.row_bytes
     sets = max(1, min(MOST_SETS, -(-CACHE_BYTES // traffic)))
@@ -158,8 +173,8 @@ def row(op: Op, rows: int, other: Callable[..., Any] | None) -> dict[str, Any]:
         "torch.compile": lambda number: op.plain(*arguments[number]),
         "copy": lambda number: copies[number][0].copy_(copies[number][1]),
     }
-    if other is not None:
-        alternatives["liger_then_pad"] = lambda number: other(*arguments[number])
+    for name, other in beside.items():
+        alternatives[name] = functools.partial(lambda other, number: other(*arguments[number]), other)
     with torch.no_grad():
         times = compare(alternatives, sets=sets)
     fused = times["fused"].us
@@ -177,11 +192,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
     arguments = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
-    other = liger()
+    beside = others()
     rows = []
     for op in table():
         for size in ROWS:
-            rows.append(row(op, size, other if op.name == "add + RMSNorm + pad" else None))
+            rows.append(row(op, size, beside if op.name == "add + RMSNorm + pad" else {}))
             print(json.dumps(rows[-1]), flush=True)
     result = {
         "what": WHAT,

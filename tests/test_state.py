@@ -28,6 +28,7 @@ CACHES = {
     "integrations/vllm/support.py:missing": "nothing: the vLLM that is there doesn't change while it runs",
     "matching/siblings.py:layer_of": "text",
     "providers/triton/launching.py:launches_early": "devices, which don't change while a process runs",
+    "providers/triton/launching.py:cache_bytes": "likewise",
     "providers/triton/launching.py:multiprocessors": "likewise",
     "record/serialization.py:_fields": "classes of the record",
     "report/html/page.py:_script": "nothing: assets don't change while it runs",

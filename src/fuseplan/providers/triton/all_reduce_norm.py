@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
-from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, multiprocessors
+from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, is_nvidia, multiprocessors
 from fuseplan.providers.triton.rows import normalized, rounded, store_finished
 
 SLOTS = tl.constexpr(SLOT_COUNT)
@@ -88,7 +88,7 @@ def _all_reduce_norm(
     rows, x_row, residual_row, weight_dim, eps, min_scale, limit, shot_units, sums_units_at, sums_units,
     WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
     ROUNDS_SUM: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, EPILOGUE: tl.constexpr,
-    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
@@ -200,7 +200,7 @@ def _all_reduce_norm(
         y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
         store_finished(
             y, y_ptr, scale_ptr, scales_ptr, row, column, (row >= 0) & (row < rows), min_scale, dtype, WIDTH,
-            OUT_WIDTH, EPILOGUE, MOST, MULTIPLIES,
+            OUT_WIDTH, EPILOGUE, MOST, MULTIPLIES, NVIDIA,
         )  # fmt: skip
     # Empty the rest of what a larger call has left.
     emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program
@@ -321,5 +321,6 @@ def _launch(
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
         TIMED=workspace.timed, **norm.constants, **finish.constants(width), **schedule.tile.launch(x),
+        NVIDIA=is_nvidia(x.device),
     )  # fmt: skip
     workspace.leave()

@@ -14,14 +14,15 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr):
+def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, NVIDIA: tl.constexpr):
     """clamp(y / scale, -MOST, MOST) as `dtype`; NaN stays NaN."""
     if MULTIPLIES:  # noqa: SIM108 - chosen when the kernel is compiled
         scaled = y * tl.div_rn(1.0, scale)
     else:
         scaled = tl.div_rn(y, scale)
-    scaled = tl.where(scaled > MOST, MOST, scaled)
-    scaled = tl.where(scaled < -MOST, -MOST, scaled)
+    if not NVIDIA:  # whose conversion instructions clamp
+        scaled = tl.where(scaled > MOST, MOST, scaled)
+        scaled = tl.where(scaled < -MOST, -MOST, scaled)
     return scaled.to(dtype)
 
 
@@ -37,7 +38,7 @@ def dynamic_scale(y, min_scale, MOST: tl.constexpr):
 def store_finished(
     y, y_ptr, scale_ptr, scales_ptr, row, column, valid, min_scale,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, EPILOGUE: tl.constexpr, MOST: tl.constexpr,
-    MULTIPLIES: tl.constexpr,
+    MULTIPLIES: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Stores rows y [ROWS, BLOCK], float32, 0 beyond WIDTH: rounded to DTYPE and then through the epilogue."""
     out = row.to(tl.int64)[:, None] * OUT_WIDTH + column[None, :]
@@ -49,14 +50,14 @@ def store_finished(
         padded = tl.where((column < WIDTH)[None, :], y, 0.0)
         tl.store(y_ptr + out, padded.to(DTYPE), mask=valid[:, None] & (column < OUT_WIDTH)[None, :])
     else:
-        y = tl.where(inside, rounded(y, DTYPE), 0.0)
+        y = rounded(y, DTYPE)
         code: tl.constexpr = y_ptr.dtype.element_ty
         if EPILOGUE == STATIC:
             scale = tl.load(scale_ptr).to(tl.float32)
-            tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES), mask=inside)
+            tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES, NVIDIA), mask=inside)
         else:
-            scale = dynamic_scale(y, min_scale, MOST)
-            codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES)
+            scale = dynamic_scale(tl.where(inside, y, 0.0), min_scale, MOST)
+            codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, NVIDIA)
             tl.store(y_ptr + out, codes, mask=inside)
             tl.store(scales_ptr + row, scale, mask=valid)
 
