@@ -6,12 +6,13 @@ torchrun --nproc-per-node 2 benchmarks/decode.py [--layers 8] [--batch 1 8 32] [
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fuseplan
-from benchmarks.graphs import figure, leave, slowest, versions
+from benchmarks.graphs import Figure, figure, leave, slowest, versions
 
 POSITION, CACHE = 1000, 1280
-REPEATS, STEPS = 15, 20
+REPEATS, STEPS = 25, 40
 WHAT = (
-    "microseconds a decode step, [median, interquartile range] of interleaved repeats, slowest rank; Llama-3.1-8B's "
-    "layer shape, bfloat16, vocabulary 32000, static cache of 1280, position 1000, mode='reduce-overhead'"
+    "microseconds a decode step, [median, interquartile range] of interleaved repeats of 40 steps, slowest rank; "
+    "Llama-3.1-8B's layer shape, bfloat16, vocabulary 32000, static cache of 1280, position 1000, "
+    "mode='reduce-overhead'; host: until the step's call has returned; without_guards: under "
+    "torch.compiler.set_stance(skip_guard_eval_unsafe=True)"
 )
 
 
@@ -68,16 +71,34 @@ class Step:
         torch.compiler.cudagraph_mark_step_begin()
         return self.compiled(**self.arguments).logits  # type: ignore[no-any-return]
 
-    def repeat(self) -> float:
-        """Microseconds a step."""
+    def repeat(self) -> tuple[float, float]:
+        """Microseconds a step, and those of them until its call has returned. Tokens are written behind POSITION."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(POSITION)
         torch.cuda.synchronize()
         dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(STEPS):
             self()
+        returned = time.perf_counter()
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) / STEPS * 1e6
+        return (time.perf_counter() - start) / STEPS * 1e6, (returned - start) / STEPS * 1e6
+
+
+def timed(sides: Mapping[str, Step]) -> dict[str, tuple[Figure, Figure]]:
+    """A step of each side, and its host's part, in turns."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    gc.collect()
+    gc.disable()
+    for _ in range(REPEATS):
+        for name, step in sides.items():
+            samples[name].append(step.repeat())
+    gc.enable()
+    return {
+        name: (figure(slowest([whole for whole, _ in each])), figure(slowest([host for _, host in each])))
+        for name, each in samples.items()
+    }
 
 
 def profiled(step: Step) -> list[list[Any]]:
@@ -88,6 +109,11 @@ def profiled(step: Step) -> list[list[Any]]:
         torch.cuda.synchronize()
     events = [(e.self_device_time_total / 3, e.count / 3, e.key[:80]) for e in profile.key_averages()]
     return [[round(us, 1), round(count, 1), name] for us, count, name in sorted(events, reverse=True)[:12]]
+
+
+def less_time(times: Mapping[str, tuple[Figure, Figure]]) -> float:
+    """Of fuseplan's step than of the other one, per cent."""
+    return round(100 * (1 - times["fuseplan"][0].us / times["torch.compile"][0].us), 2)
 
 
 def measure(model: LlamaForCausalLM, batch: int) -> dict[str, Any]:
@@ -103,18 +129,22 @@ def measure(model: LlamaForCausalLM, batch: int) -> dict[str, Any]:
     for name, step in sides.items():
         for _ in range(4):
             logits[name] = step().float().clone()
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(REPEATS):
-        for name, step in sides.items():
-            samples[name].append(step.repeat())
-    times = {name: figure(slowest(each)) for name, each in samples.items()}
+    times = timed(sides)
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+        for step in sides.values():
+            step()
+        unguarded = timed(sides)
     apart = (logits["fuseplan"] - logits["torch.compile"]).norm() / logits["torch.compile"].norm()
-    before, after = times["torch.compile"].us, times["fuseplan"].us
     return {
         "batch": batch,
-        **{name: each.json() for name, each in times.items()},
-        "tokens_per_s": {name: round(batch / each.us * 1e6) for name, each in times.items()},
-        "less_time_percent": round(100 * (1 - after / before), 2),
+        **{name: whole.json() for name, (whole, _) in times.items()},
+        "less_time_percent": less_time(times),
+        "tokens_per_s": {name: round(batch / whole.us * 1e6) for name, (whole, _) in times.items()},
+        "host": {name: host.json() for name, (_, host) in times.items()},
+        "without_guards": {
+            **{name: whole.json() for name, (whole, _) in unguarded.items()},
+            "less_time_percent": less_time(unguarded),
+        },
         "fused": reports[-1].fused,
         "applied": sorted({f"{f.rule}:{f.provider}" for graph in reports[-1].graphs for f in graph.applied}),
         "refused": sorted({r.detail for graph in reports[-1].graphs for r in graph.refusals if r.detail})[:6],

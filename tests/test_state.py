@@ -30,6 +30,7 @@ CACHES = {
     "providers/triton/launching.py:launches_early": "devices, which don't change while a process runs",
     "providers/triton/launching.py:cache_bytes": "likewise",
     "providers/triton/launching.py:multiprocessors": "likewise",
+    "providers/triton/launching.py:shared_bytes": "likewise",
     "record/serialization.py:_fields": "classes of the record",
     "report/html/page.py:_script": "nothing: assets don't change while it runs",
     "report/html/page.py:_style": "nothing, likewise",

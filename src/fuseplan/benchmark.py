@@ -29,6 +29,7 @@ MOST_COMPILED = 64
 """Of one function: each policy is a compilation of it, and beyond torch's own limit it would be run without any."""
 
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+Program = tuple[str, ...]
 
 
 def bench(
@@ -50,7 +51,8 @@ def bench(
     """Times a step of a model under each policy, at each batch size.
 
     On a GPU the steps of a repeat are one CUDA graph, whatever the policy, so that what Python takes to launch them
-    isn't timed; on the CPU it is. Dynamo's caches are dropped.
+    isn't timed; on the CPU it is. Policies that apply the same fusions are timed as one: what two compilations of one
+    program differ by, for where their memory lies, isn't theirs. Dynamo's caches are dropped.
 
     Args:
         model: a module or function with real weights, for inference.
@@ -146,6 +148,7 @@ class _Runner:
         torch._dynamo.reset()
         device = _device_of(arguments)
         subjects, reports = dict[str, Subject](), dict[str, list[Report]]()
+        programs, same = dict[Program, str](), dict[str, str]()
         try:
             for policy in policies:
                 name = str(policy) if policy is not None else PLAIN
@@ -155,7 +158,13 @@ class _Runner:
                 subjects[name] = subject_of(call, [()], device)
                 with self._noting():
                     subjects[name].warm_up()
-                self.ranks.exchange(name)
+                program = _program(reports[name])
+                if self.ranks.exchange(program is not None and program in programs) == [True] * self.ranks.size:
+                    assert program is not None
+                    same[name] = programs[program]
+                    subjects.pop(name).close()
+                elif program is not None:
+                    programs[program] = name
             tell("timing")
             times = interleaved(subjects, self.repeats, self.ranks, device, count=self.steps, least_ns=REPEAT_NS)
             steps = max(subject.count for subject in subjects.values())
@@ -163,7 +172,9 @@ class _Runner:
             for subject in subjects.values():
                 subject.close()
         summaries = {name: Times.of(each) for name, each in times.items()}
-        rows = tuple(_policy_time(name, each, reports[name]) for name, each in summaries.items())
+        rows = tuple(
+            _policy_time(name, summaries[same.get(name, name)], each, same.get(name)) for name, each in reports.items()
+        )
         return BatchTimes(batch=batch, steps=steps, policies=rows)
 
     def _compiled(
@@ -191,13 +202,18 @@ class _Runner:
                 self.notes[str(each.message)] = None
 
 
-def _policy_time(name: str, times: Times, reports: Sequence[Report]) -> PolicyTime:
+def _program(reports: Sequence[Report]) -> Program | None:
+    """What fuseplan applied where, by which a graph is the same program; None without fuseplan."""
+    return tuple(graph.digest for report in reports for graph in report.graphs) if reports else None
+
+
+def _policy_time(name: str, times: Times, reports: Sequence[Report], same_as: str | None) -> PolicyTime:
     report = merged(reports) if reports else None
     plans = [graph.plan for graph in report.graphs if graph.plan is not None] if report else []
     return PolicyTime(
         policy=name, step_ns=times.median_ns, spread_ns=times.spread_ns,
         fused={rule: count for rule, count in report.fused.items() if count} if report else {},
-        prices=tuple(sorted({source for plan in plans for source in plan.prices})),
+        prices=tuple(sorted({source for plan in plans for source in plan.prices})), same_as=same_as,
     )  # fmt: skip
 
 

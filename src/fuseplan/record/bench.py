@@ -17,6 +17,7 @@ class PolicyTime:
         spread_ns: the interquartile range.
         fused: replacements by rule, those that fired alone; empty for `torch.compile`.
         prices: where the plan's prices are from.
+        same_as: the policy before it that applies the same fusions, and whose figures these are.
     """
 
     policy: str
@@ -24,6 +25,7 @@ class PolicyTime:
     spread_ns: int
     fused: Mapping[str, int] = field(default_factory=dict)
     prices: tuple[str, ...] = ()
+    same_as: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ def bench_to_json(bench: Bench) -> dict[str, Any]:
                         "policy": each.policy, "step_ns": each.step_ns, "spread_ns": each.spread_ns,
                         "tokens_per_s": round(times.tokens_per_s(each), 1), "change": round(times.change(each), 4),
                         "noise": times.is_noise(each), "fused": dict(each.fused), "prices": list(each.prices),
+                        "same_as": each.same_as,
                     }
                     for each in times.policies
                 ],
@@ -58,6 +59,8 @@ def _table(times: BatchTimes) -> Table:
         fused = ", ".join(f"{rule} {count}" for rule, count in each.fused.items()) or (
             "" if each.policy == PLAIN else "-"
         )
+        if each.same_as is not None:
+            fused = f"as {each.same_as}"
         table.add_row(
             printable(each.policy), Text(time_text(each.step_ns), style="green" if each.step_ns == best else ""),
             time_text(each.spread_ns), f"{times.tokens_per_s(each):,.0f}", change_text(times, each), fused,

@@ -17,6 +17,7 @@ from fuseplan.providers.triton.launching import (
     flattened,
     is_nvidia,
     multiprocessors,
+    shared_bytes,
 )
 from fuseplan.providers.triton.rows import rounded, store_finished
 
@@ -24,46 +25,53 @@ from fuseplan.providers.triton.rows import rounded, store_finished
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _silu_and_mul(
     gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, rows, gate_row, up_row, min_scale,
-    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ROUNDS_ACTIVATED: tl.constexpr, EPILOGUE: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr,
+    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr,
+    EPILOGUE: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS x BLOCK; a row may take several of them, side by side, where its scale is given."""
+    """A program takes BLOCK elements of a row, all of it unless its scale is given, and then of the next that nobody
+    takes; up to STAGES rows are on their way to it.
+    """
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     # Programs that follow each other read what follows each other in memory.
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    at = row.to(tl.int64)[:, None]
-    gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
-        tl.float32
-    )
-    up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
-        tl.float32
-    )
-    if dtype == tl.float32:
-        activated = tl.div_rn(gate, 1.0 + tl.exp(-gate))
-    else:
-        # Off by two units in the last place of float32, which narrower results hardly ever show.
-        if NVIDIA:
-            # Without care for denormal numbers, which costs more than the rest: exp(-gate) beyond 2**126 gives 0.
-            exp = tl.extra.cuda.libdevice.fast_expf(-gate)
-            activated = tl.extra.cuda.libdevice.fast_dividef(gate, 1.0 + exp)
+    for first in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
+        row = first + tl.arange(0, 1)
+        inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        at = row.to(tl.int64)[:, None]
+        gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
+            tl.float32
+        )
+        up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
+            tl.float32
+        )
+        if dtype == tl.float32:
+            activated = tl.div_rn(gate, 1.0 + tl.exp(-gate))
         else:
-            activated = gate / (1.0 + tl.exp(-gate))
-    if ROUNDS_ACTIVATED:
-        activated = rounded(activated, dtype)
-    store_finished(
-        activated * up, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH,
-        EPILOGUE, MOST, MULTIPLIES, NVIDIA,
-    )  # fmt: skip
+            # Off by two units in the last place of float32, which narrower results hardly ever show.
+            if NVIDIA:
+                # Without care for denormal numbers, which costs more than the rest: exp(-gate) beyond 2**126 gives 0.
+                exp = tl.extra.cuda.libdevice.fast_expf(-gate)
+                activated = tl.extra.cuda.libdevice.fast_dividef(gate, 1.0 + exp)
+            else:
+                activated = gate / (1.0 + tl.exp(-gate))
+        if ROUNDS_ACTIVATED:
+            activated = rounded(activated, dtype)
+        store_finished(
+            activated * up, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH,
+            EPILOGUE, MOST, MULTIPLIES, NVIDIA,
+        )  # fmt: skip
 
 
 FEW_ROWS, SMALL_PART, PART = 8, 512, 1024
 """Up to that many rows, and beyond: elements of a row that a program takes, where others may take the rest."""
+MANY_TURNS, STAGES = 8, 3
+"""From that many rows for each multiprocessor on, a program takes one after the other, and loads rows ahead: of 14,336
+elements, on an H100, 197 us instead of 210 for 8,192 rows, and 17.5 instead of 15.8 for 512.
+"""
 
 
 def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Tensor, ...]:
@@ -82,20 +90,25 @@ def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Ten
     rows, width = gates.shape
     results = finish.results(gate)
     if gate.numel():
-        if finish.kind == "dynamic_fp8_quant":
-            # A row of 14,336 elements wants few threads as long as every multiprocessor has one row at most. Not all
-            # of AMD's GPUs take 32 warps, which have 64 threads there.
-            wide = is_nvidia(gate.device) and rows > multiprocessors(gate.device)
+        processors, stages = multiprocessors(gate.device), 1
+        turns, programs = rows / processors, rows
+        if finish.kind != "dynamic_fp8_quant":
+            shape = Tile.holding(block_of(min(width, SMALL_PART if rows <= FEW_ROWS else PART)), elements=4)
+        elif turns <= MANY_TURNS or not is_nvidia(gate.device):
+            # 32 warps only there where a warp has 32 threads.
+            wide = turns > 1 and is_nvidia(gate.device)
             shape = Tile.holding(block_of(width), elements=16, most_warps=32 if wide else 16)
         else:
-            shape = Tile.holding(block_of(min(width, SMALL_PART if rows <= FEW_ROWS else PART)), elements=4)
+            shape = Tile.holding(block_of(width), elements=32)
+            resident = shared_bytes(gate.device) // (STAGES * 2 * shape.block * gate.element_size())
+            if resident:
+                stages, programs = STAGES, min(rows, processors * resident)
         with torch.cuda.device_of(gate):
-            _silu_and_mul[(triton.cdiv(width, shape.block), triton.cdiv(rows, shape.rows))](
+            _silu_and_mul[(triton.cdiv(width, shape.block), programs)](
                 gates, ups, results[0], *finish.pointers(results), rows, gates.stride(0), ups.stride(0),
                 finish.min_scale,
-                WIDTH=width, ROWS=shape.rows, BLOCK=shape.block,
+                WIDTH=width, BLOCK=shape.block, STAGES=stages, EVICTION=eviction(gate, up, *results),
                 ROUNDS_ACTIVATED=ActivationRounding(rounding) is ActivationRounding.LLAMA,
-                EVICTION=eviction(gate, up, *results), **finish.constants(width), **shape.launch(gate),
-                NVIDIA=is_nvidia(gate.device),
+                NVIDIA=is_nvidia(gate.device), **finish.constants(width), **shape.launch(gate),
             )  # fmt: skip
     return results

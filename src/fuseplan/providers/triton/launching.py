@@ -166,6 +166,12 @@ def cache_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program can have, on NVIDIA's GPUs."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def eviction(*tensors: Tensor) -> str:
     """How a kernel loads what is read once.
 
