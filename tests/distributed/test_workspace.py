@@ -154,7 +154,7 @@ def test_a_rank_that_can_not_share_memory_runs_unfused_and_says_so(
     monkeypatch.setattr(first_run, "prepare", refuse)
     verdict = first_run.settle(fx.GraphModule({}, fx.Graph()), report(("0", "bfloat16")), "digest", None)
     assert verdict == Verdict(fused=False, reason="no peer access")
-    assert asked.digests == ["digest", "failed: CollectiveError: no peer access"]
+    assert asked.digests == ["digest", "failed: could not compile it: CollectiveError: no peer access"]
 
 
 def test_a_graph_raises_what_an_earlier_call_of_its_kernels_found_out(one_rank: str) -> None:
