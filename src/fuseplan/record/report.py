@@ -346,3 +346,9 @@ def merged(reports: Sequence[Report]) -> Report:
         graphs=tuple(graph for report in reports for graph in report.graphs),
         warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
     )
+
+
+def latest(reports: Iterable[Report]) -> list[Report]:
+    """The last report on each graph: ranks that settle before its first run may bring a second one."""
+    found = {tuple((each.graph, each.range, each.digest) for each in report.graphs): report for report in reports}
+    return list(found.values())
