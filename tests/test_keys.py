@@ -188,6 +188,7 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
         lambda: [external(2.0, saving_us=1.0)],
     ],
     "engine_groups": [lambda: {"tp:0": "1"}.copy, lambda: {"tp:0": "2"}.copy, lambda: {7: "2"}.copy],
+    "settles": [lambda: True],
 }  # fmt: skip
 OF_NO_CONSEQUENCE = {"config": "its own test", "on_report": "who is told"}
 

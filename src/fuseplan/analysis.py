@@ -11,11 +11,23 @@ from fuseplan.graph.facts import dtype_name
 from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
-from fuseplan.record import Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report, SizePrice, Verification
+from fuseplan.record import (
+    Fusion,
+    GraphReport,
+    Loss,
+    Nearness,
+    Pending,
+    Reason,
+    Refusal,
+    Report,
+    SizePrice,
+    Verification,
+)
 from fuseplan.record.near_miss import is_of_a_place
 from fuseplan.record.plan import choice_digest
 from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
+from fuseplan.verification.verifier import UNVERIFIED
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,7 +65,7 @@ def graph_report(
     device: str,
     rewritten: bool,
     further: Sequence[Refusal],
-    verified: Sequence[Verification] = (),
+    verified: Sequence[Verification | Pending] = (),
 ) -> GraphReport:
     """The record of one graph.
 
@@ -68,7 +80,7 @@ def graph_report(
         device: that it was priced for.
         rewritten: whether the graph was changed.
         further: refusals beside those of the analysis.
-        verified: what was checked before it was applied.
+        verified: what was checked before it was applied, and what all ranks check before the first run.
     """
     canonical, posed = analysis.canonical, analysis.posed
     refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
@@ -111,7 +123,8 @@ def graph_report(
         saved_ns=decision.saving_ns,
         unfused_ns=posed.unfused_ns,
         plan_ns=decision.plan_ns,
-        verified=tuple(verified),
+        verified=tuple(each for each in verified if isinstance(each, Verification)),
+        pending=tuple(each for each in verified if isinstance(each, Pending)),
         digest=_digest(posed, decision) if decision.selected else "",
         workspaces=_workspaces(posed, decision) if rewritten else (),
     )
@@ -140,7 +153,8 @@ def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
     for index, why in sorted(posed.failed.items()):
         candidate, fusion = posed.candidates[index], fusion_record(posed, index)
         nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
-        mend = f"correct the kernel, or forbid {candidate.rule}:{candidate.provider}"
+        mend = f"forbid {candidate.rule}:{candidate.provider}"
+        mend = mend if UNVERIFIED in why else f"correct the kernel, or {mend}"
         place = replace(
             _given_up(fusion, Reason.VERIFICATION, f"{candidate.provider}'s {candidate.op} {why}"),
             nearness=nearness, provider=candidate.provider, mend=mend,

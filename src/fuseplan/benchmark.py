@@ -17,7 +17,7 @@ from fuseplan.frontend import compile as compile_fused
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
 from fuseplan.record import Report
 from fuseplan.record.bench import PLAIN, BatchTimes, Bench, PolicyTime
-from fuseplan.record.report import merged
+from fuseplan.record.report import latest, merged
 from fuseplan.record.text import one_line
 from fuseplan.rules import BUILT_IN_RULES, Rule
 from fuseplan.tuning import LEAST_REPEATS, Ranks, Subject, Times, interleaved, subject_of
@@ -204,11 +204,11 @@ class _Runner:
 
 def _program(reports: Sequence[Report]) -> Program | None:
     """What fuseplan applied where, by which a graph is the same program; None without fuseplan."""
-    return tuple(graph.digest for report in reports for graph in report.graphs) if reports else None
+    return tuple(graph.digest for report in latest(reports) for graph in report.graphs) if reports else None
 
 
 def _policy_time(name: str, times: Times, reports: Sequence[Report], same_as: str | None) -> PolicyTime:
-    report = merged(reports) if reports else None
+    report = merged(latest(reports)) if reports else None
     plans = [graph.plan for graph in report.graphs if graph.plan is not None] if report else []
     return PolicyTime(
         policy=name, step_ns=times.median_ns, spread_ns=times.spread_ns,

@@ -171,6 +171,7 @@ class PassConfig:
             `off`: never.
         agreement_timeout_s: seconds that a rank waits, before the first run of a graph with collectives, for the plans
             of the other ranks; None: the timeout of their process group. After it all of them run the graph unfused.
+            While ranks verify a kernel together, `verify_timeout_s` more.
         verify_timeout_s: seconds that one such run may take, the compilation of the kernel included.
 
     Raises:

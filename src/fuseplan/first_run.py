@@ -1,20 +1,25 @@
 """Between a graph's compilation and its first run: ranks settle on one plan, or on none."""
 
+import functools
 import hashlib
+import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from fuseplan.config import PassConfig
 from fuseplan.distributed import Verdict, agree_in_groups
 from fuseplan.distributed.agreement import failed
 from fuseplan.distributed.workspace import check_workspaces, prepare
 from fuseplan.errors import CollectiveError
-from fuseplan.record import Reason, Refusal, Report
+from fuseplan.record import GraphReport, Reason, Refusal, Report
+from fuseplan.rules import Rule
+from fuseplan.verification import verify_together
 
 Runnable = Callable[..., Any]
 
@@ -26,7 +31,7 @@ class AgreedGraph:
         compiled: with this rank's fusions.
         unfused: compiles the graph without.
         settle: asks the other ranks.
-        tell: is told of a verdict against the fusions.
+        tell: is told of a verdict against the fusions, and of what the ranks verified together.
     """
 
     def __init__(
@@ -41,7 +46,8 @@ class AgreedGraph:
         """Runs the graph.
 
         Raises:
-            CollectiveError: a kernel of an earlier call gave up waiting for another rank.
+            CollectiveError: a kernel of an earlier call gave up waiting for another rank, or one was left in a kernel
+                when the ranks settled.
         """
         check_workspaces()
         if self._chosen is None:
@@ -51,11 +57,17 @@ class AgreedGraph:
         return self._chosen(*args)
 
     def _choose(self) -> Runnable:
-        verdict = self._settle()
-        if verdict.fused:
-            return self._compiled
-        self._tell(verdict)
-        return self._unfused()
+        try:
+            verdict = self._settle()
+        except CollectiveError as error:
+            return functools.partial(_refuse, error)
+        if verdict.verified or not verdict.fused:
+            self._tell(verdict)
+        return self._compiled if verdict.fused else self._unfused()
+
+
+def _refuse(error: CollectiveError, *args: Any) -> Any:
+    raise error
 
 
 def groups_of(report: Report) -> tuple[str, ...]:
@@ -63,42 +75,84 @@ def groups_of(report: Report) -> tuple[str, ...]:
     return tuple(dict.fromkeys(group for graph in report.graphs for group in graph.groups))
 
 
-def settle(gm: fx.GraphModule, report: Report, digest: str, deadline_s: float | None) -> Verdict:
-    """`agree_in_groups` on a graph as Dynamo made it. Ranks that agree share the memory that their kernels need, and
-    agree once more that they do.
+def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, rules: Sequence[Rule]) -> Verdict:
+    """`agree_in_groups` on a graph as Dynamo made it. Ranks that agree share the memory that their kernels need, agree
+    once more that they do, and verify together what none of them can verify alone.
+
+    Args:
+        gm: the graph.
+        report: on it.
+        digest: of what this rank applies, or `failed(why)`.
+        config: has the deadlines.
+        rules: among which those of the report are.
+
+    Raises:
+        CollectiveError: a rank is left in a kernel that was verified.
+        UnsupportedError: the groups' store doesn't answer.
     """
     groups, graph = groups_of(report), _name(gm.graph.nodes)
-    verdict = agree_in_groups(groups, graph=graph, digest=digest, deadline_s=deadline_s)
+    ask = functools.partial(agree_in_groups, groups, deadline_s=config.agreement_timeout_s)
+    verdict = ask(graph=graph, digest=digest)
     wanted = tuple(dict.fromkeys(each for found in report.graphs for each in found.workspaces))
-    if not verdict.fused or not wanted:
+    if verdict.fused and wanted:
+        try:
+            prepare(wanted, torch.device("cuda", torch.cuda.current_device()))
+        except CollectiveError as error:
+            ask(graph=graph, digest=failed(error))
+            return Verdict(fused=False, reason=str(error))
+        verdict = ask(graph=graph, digest=digest)
+    pending = tuple(dict.fromkeys(each for found in report.graphs for each in found.pending))
+    if not verdict.fused or not pending:
         return verdict
-    try:
-        prepare(wanted, torch.device("cuda", torch.cuda.current_device()))
-    except CollectiveError as error:
-        agree_in_groups(groups, graph=graph, digest=failed(error), deadline_s=deadline_s)
-        return Verdict(fused=False, reason=str(error))
-    return agree_in_groups(groups, graph=graph, digest=digest, deadline_s=deadline_s)
+    steps = itertools.count()
+
+    def meet(said: str, awaited: str) -> Verdict:
+        step = f"{graph}-{next(steps)}"
+        return ask(graph=step, digest=said, work_s=config.verify_timeout_s, awaited=awaited)
+
+    verified = verify_together(pending, rules, meet, config.verify_timeout_s)
+    return Verdict(fused=verified[-1].passed, reason=verified[-1].detail, verified=tuple(verified))
 
 
 def digest_of(report: Report | None) -> str:
-    """What has to be equal on all ranks: what is applied where. None: nobody knows any more."""
+    """What has to be equal on all ranks: what is applied where, and what they verify together. None: nobody knows any
+    more.
+    """
     if report is None:
         return "unknown"
-    return hashlib.sha256(json.dumps([graph.digest for graph in report.graphs]).encode()).hexdigest()
+    parts = [[graph.digest, [each.common for each in graph.pending]] for graph in report.graphs]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def unfused(report: Report, verdict: Verdict) -> Report:
-    """The report of a graph that is run without its fusions after all."""
+def settled(report: Report, verdict: Verdict) -> Report:
+    """The report of a graph whose ranks have settled: with what they verified together, and, where they run it without
+    its fusions after all, why.
+    """
+    report = replace(report, graphs=tuple(_verified(graph, verdict) for graph in report.graphs))
+    if verdict.fused:
+        return report
     refusal = Refusal(
         reason=Reason.RANKS,
         detail=f"the graph is run unfused on all ranks of its group: {verdict.reason}",
         mend="give all ranks one configuration and one cost table, and look at what the rank that is named reports",
     )
+    if verdict.verified:
+        wrong = verdict.verified[-1]
+        refusal = replace(
+            refusal, reason=Reason.VERIFICATION, rule=wrong.rule, provider=wrong.provider,
+            mend=f"look at what the rank that is named reports, or forbid {wrong.rule}:{wrong.provider}",
+        )  # fmt: skip
     graphs = tuple(
         replace(graph, applied=(), lost=(), rewritten=False, refusals=(*graph.refusals, refusal))
         for graph in report.graphs
     )
     return replace(report, graphs=graphs, warnings=(*report.warnings, refusal))
+
+
+def _verified(graph: GraphReport, verdict: Verdict) -> GraphReport:
+    kinds = {(each.rule, each.op, each.provider, each.signature) for each in graph.pending}
+    found = [each for each in verdict.verified if (each.rule, each.op, each.provider, each.signature) in kinds]
+    return replace(graph, verified=(*graph.verified, *found), pending=())
 
 
 def _name(nodes: Iterable[fx.Node]) -> str:

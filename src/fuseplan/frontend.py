@@ -22,7 +22,7 @@ from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation import Explanation
-from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, unfused
+from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settled
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
 from fuseplan.record import Reason, Report
@@ -47,6 +47,8 @@ def inductor_options(
     """Options for `torch.compile(model, options=...)` that put fuseplan into Inductor's custom-pass hook.
 
     One plan serves every number of tokens that the graph may see; `fuseplan.compile` makes one for each compile range.
+    It also lets ranks settle before a graph's first run; here a kernel that they would have to verify together is
+    refused.
 
     Args:
         config: flags and policy; None: the defaults.
@@ -87,12 +89,14 @@ def _options(
     on_report: ReportCallback | None,
     options: dict[str, Any],
     further: _Further,
+    *,
+    settles: bool = False,
 ) -> dict[str, Any]:
     given = options.get(HOOK, getattr(inductor_config, HOOK))
     previous = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     manager = PostGradPassManager(
         config, compile_range=compile_range, on_report=on_report, previous=previous, passes=further.passes,
-        rules=(*BUILT_IN_RULES, *further.rules), providers=(*BUILT_IN_PROVIDERS, *further.providers),
+        rules=(*BUILT_IN_RULES, *further.rules), providers=(*BUILT_IN_PROVIDERS, *further.providers), settles=settles,
     )  # fmt: skip
     return {**options, HOOK: manager}
 
@@ -115,7 +119,8 @@ def compile(
             whose range holds its number of tokens: the product of the leading dimensions of its first tensor argument,
             [B, S] for integers, [B, S, hidden] for activations. A call outside of all ranges runs as under plain
             `torch.compile`.
-        on_report: called with a `Report` for every graph that is compiled, from a warm compile cache too.
+        on_report: called with a `Report` for every graph that is compiled, from a warm compile cache too; and once more
+            before its first run, where ranks verified it together or settled on running it unfused.
         passes: other people's passes: `PatternMatcherPass` objects, unmodified, join the plan under `planned`, each
             match worth one kernel launch, or what an `ExternalPass` around the pass says. Functions of a graph, and
             passes whose patterns hold what another one puts in, run before or after the plan, where they stand among
@@ -214,7 +219,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
     ) -> None:
         self.deliver = deliver
         self.fresh: list[Report] = []
-        merged = _options(config, compile_range, self.fresh.append, dict(options), further)
+        merged = _options(config, compile_range, self.fresh.append, dict(options), further, settles=True)
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
         self.plain = torch._TorchCompileInductorWrapper(None, dict(options), dynamic)
 
@@ -247,7 +252,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
             compiled,
             self._without(model_, inputs_, extra),
             lambda: self._settle(model_, report, digest_of(report)),
-            lambda verdict: self.deliver(unfused(report, verdict)),
+            lambda verdict: self.deliver(settled(report, verdict)),
         )
 
     def _without(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any]) -> Callable[[], Any]:
@@ -264,7 +269,8 @@ class _Backend(torch._TorchCompileInductorWrapper):
 
     def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Verdict:
         manager: PostGradPassManager = self.config[HOOK]
-        return settle(gm, report, digest, manager.config.agreement_timeout_s)
+        rules = [rule for members in manager.rules.values() for rule in members]
+        return settle(gm, report, digest, manager.config, rules)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Backend) or self.deliver.on_report is not other.deliver.on_report:

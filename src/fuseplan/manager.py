@@ -53,7 +53,7 @@ from fuseplan.planner import (
 )
 from fuseplan.planner.sites import Rows
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
-from fuseplan.record import GraphReport, Reason, Refusal, Report, SavedPlans, Verification
+from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, SavedPlans, Verification
 from fuseplan.report.places import places
 from fuseplan.report.trace import publish
 from fuseplan.rewriting import apply
@@ -86,6 +86,7 @@ class PostGradPassManager(CustomGraphPass):
             run before or after the plan, where they stand.
         engine_groups: tells what an engine calls its groups, and the names of the process groups behind them; asked at
             each graph, since groups come after managers.
+        settles: whether ranks settle before each graph's first run, and verify together what none of them can alone.
 
     Raises:
         ConfigError: flags and policy contradict each other, the environment is malformed, or a cost table is broken.
@@ -106,6 +107,7 @@ class PostGradPassManager(CustomGraphPass):
         prices: Prices | None = None,
         passes: Sequence[object] = (),
         engine_groups: Callable[[], Mapping[object, str]] = dict,
+        settles: bool = False,
     ) -> None:
         self.config = config
         self.compile_range = compile_range
@@ -123,8 +125,9 @@ class PostGradPassManager(CustomGraphPass):
         self.engine_groups = engine_groups
         self.solver = Solver(config.node_budget)
         self.verifier = Verifier(
-            mode=config.verify, providers=self.providers, device=device, deadline_s=config.verify_timeout_s
-        )
+            mode=config.verify, providers=self.providers, device=device, deadline_s=config.verify_timeout_s,
+            settles=settles,
+        )  # fmt: skip
         self.saved = SavedPlans.load(Path(config.plan)) if config.plan else None
         names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
         for selector in (*config.force, *config.forbid):
@@ -255,9 +258,9 @@ class PostGradPassManager(CustomGraphPass):
                     decision = decide_planned(posed, self.solver)
             return limit(posed, decision, self.config.max_fusions)
 
-    def decide_verified(self, analysis: Analysis, graph: str) -> tuple[Decision, list[Verification]]:
-        """What the configured policy would apply, all of it verified: what fails is taken out of the problem, and the
-        rest is decided again.
+    def decide_verified(self, analysis: Analysis, graph: str) -> tuple[Decision, list[Verification | Pending]]:
+        """What the configured policy would apply, all of it verified or left to all ranks: what fails is taken out of
+        the problem, and the rest is decided again.
 
         Raises:
             PlanError: as for `decide`.
@@ -271,10 +274,11 @@ class PostGradPassManager(CustomGraphPass):
                 found = self.verifier.verify(
                     [posed.candidates[i] for i in chosen], analysis.canonical, (span.start, span.end)
                 )
-            outcomes.update(dict.fromkeys(each for each in found if each is not None))
-            failed = {i: each.failure for i, each in zip(chosen, found, strict=True) if each and not each.passed}
+            known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}
+            outcomes.update(dict.fromkeys(known.values()))
+            failed = {i: each.failure for i, each in known.items() if not each.passed}
             if not failed:
-                return decision, list(outcomes)
+                return decision, [*outcomes, *dict.fromkeys(each for each in found if isinstance(each, Pending))]
             analysis.posed = posed.without(failed)
 
     def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
@@ -299,7 +303,7 @@ class PostGradPassManager(CustomGraphPass):
         *,
         rewritten: bool = False,
         further: Sequence[Refusal] = (),
-        verified: Sequence[Verification] = (),
+        verified: Sequence[Verification | Pending] = (),
     ) -> GraphReport:
         """The record of one graph."""
         return graph_report(
@@ -331,6 +335,7 @@ class PostGradPassManager(CustomGraphPass):
             "passes": [pass_key(each) for each in self.passes],
             "prices": self.prices.key,
             "plan": plans_key(self.saved),
+            "settles": self.verifier.settles,
         }
 
     def __eq__(self, other: object) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,10 +21,13 @@ from torch._C._distributed_c10d import TCPStore
 import fuseplan
 from fuseplan.capture import capture
 from fuseplan.dialect import ops
+from fuseplan.errors import CollectiveError
+from fuseplan.graph.facts import process_group
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import provider_of
-from fuseplan.record import Refusal
+from fuseplan.record import Refusal, Verification
 from fuseplan.rules import Bindings
+from fuseplan.verification import together
 from tests.helpers import HIDDEN, all_reduce, llama
 from tests.verification.fused_norm import AddNormRelu, add_norm_relu, reference
 
@@ -41,7 +46,11 @@ class Careless(AddNormRelu):
 def model(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     group = dist.group.WORLD
     assert group is not None
-    y, total = llama(all_reduce(x, group.group_name), residual, WEIGHT)
+    return model_of(group.group_name, x, residual)
+
+
+def model_of(group_name: str, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    y, total = llama(all_reduce(x, group_name), residual, WEIGHT)
     return y.relu(), total
 
 
@@ -76,6 +85,8 @@ def run(config: fuseplan.PassConfig, **options: Any) -> dict[str, Any]:
         "right": all(close(a, b) for a, b in zip((*outputs, *more[0]), (*expected, *more[1]), strict=True)),
         "fused": [report.fused.get("allreduce_rms", 0) for report in reports],
         "cached": [graph.from_cache for graph in reports[0].graphs],
+        "pending": [len(graph.pending) for report in reports for graph in report.graphs],
+        "verified": [[each.passed, each.ranks, each.tokens] for each in reports[-1].graphs[0].verified],
         "calls": calls(lambda: compiled(*inputs(3))),
         "warnings": [str(warning.message) for warning in caught if "graph" in str(warning.message)],
     }
@@ -105,6 +116,7 @@ def scenarios() -> dict[str, Any]:
     rule = Careless() if RANK == 1 else AddNormRelu()
     results["rank 1 raises"] = run(fuseplan.PassConfig(agreement_timeout_s=60), rules=[rule], providers=[mine])
     results["verified"] = verified()
+    results |= met_before_the_first_run()
     if RANK == 1:
         time.sleep(3)
     late = fuseplan.PassConfig(policy="ordered(allreduce_rms)", agreement_timeout_s=0.5)
@@ -113,8 +125,9 @@ def scenarios() -> dict[str, Any]:
 
 
 def sums(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As a library does it whose kernels reduce over ranks."""
     reduced = x.clone()
-    dist.all_reduce(reduced)
+    dist.all_reduce(reduced, group=process_group(rest[-1]))
     return ops.fused_add_rms_norm.reference(*(reduced, *rest[:-1]))  # type: ignore[no-any-return]
 
 
@@ -123,11 +136,33 @@ def doubles(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return ops.fused_add_rms_norm.reference(*(2 * x, *rest[:-1]))  # type: ignore[no-any-return]
 
 
+def wrong_on_rank_1(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    y, total = sums(x, *rest)
+    return y + RANK, total
+
+
+def raises_on_rank_1(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    results = sums(x, *rest)
+    if RANK == 1:
+        raise RuntimeError("no more")
+    return results
+
+
+def stays_away_on_rank_1(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if RANK == 1:
+        raise RuntimeError("not at all")
+    return sums(x, *rest)
+
+
+OP = ops["all_reduce_fused_add_rms_norm"]
+KERNELS = (sums, doubles, wrong_on_rank_1, raises_on_rank_1, stays_away_on_rank_1)
+PROVIDERS = {kernel.__name__: provider_of(kernel.__name__, {OP: kernel}) for kernel in KERNELS}
+
+
 def verified() -> dict[str, Any]:
     """What comes of kernels in which ranks meet, verified by each rank alone and by both in lock step."""
-    op = ops["all_reduce_fused_add_rms_norm"]
-    plays_both = dataclasses.replace(provider_of("plays_both", {op: doubles}), runs_alone=True)
-    providers = [provider_of("sums", {op: sums}), provider_of("doubles", {op: doubles}), plays_both]
+    plays_both = dataclasses.replace(provider_of("plays_both", {OP: doubles}), runs_alone=True)
+    providers = [PROVIDERS["sums"], PROVIDERS["doubles"], plays_both]
     (gm,) = capture(model, inputs(3), {}, dynamic=True).graphs
     span = fuseplan.CompileRange(start=1, end=8)
     manager = PostGradPassManager(fuseplan.PassConfig(), compile_range=span, providers=providers)
@@ -136,8 +171,54 @@ def verified() -> dict[str, Any]:
     for name, rank in (("alone", None), ("in lock step", RANK)):
         verifier = dataclasses.replace(manager.verifier, rank=rank)
         outcomes = verifier.verify(posed.candidates, posed.canonical, (span.start, span.end))
-        results[name] = {each.provider: each.detail for each in outcomes if each is not None}
+        results[name] = {each.provider: each.detail for each in outcomes if isinstance(each, Verification)}
     return results
+
+
+def only(provider: str, **changes: Any) -> fuseplan.PassConfig:
+    span = fuseplan.CompileRange(start=1, end=8)
+    settings = {"agreement_timeout_s": 60, "compile_ranges": (span,), "force": (f"allreduce_rms:{provider}",)}
+    return fuseplan.PassConfig(**{**settings, **changes})
+
+
+def met_before_the_first_run() -> dict[str, Any]:
+    """What comes of kernels in which ranks meet under `fuseplan.compile`."""
+    results: dict[str, Any] = {}
+    cache("met")
+    results["met"] = run(only("sums"), providers=[PROVIDERS["sums"]])
+    if RANK == 1:
+        cache("met again")
+    results["met, rank 0 warm, rank 1 cold"] = run(only("sums"), providers=[PROVIDERS["sums"]])
+    for name in ("wrong_on_rank_1", "raises_on_rank_1"):
+        results[name] = run(only(name), providers=[PROVIDERS[name]])
+    made = together._trial
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(3 * RANK)
+        return made(*arguments)
+
+    with mock.patch.object(together, "_trial", late):
+        hasty = only("sums", agreement_timeout_s=0.5, verify_timeout_s=1)
+        results["late to verify"] = run(hasty, providers=[PROVIDERS["sums"]])
+    results["left in a kernel"] = left_in_a_kernel()
+    return results
+
+
+def left_in_a_kernel() -> list[str]:
+    """In a group of its own, which is of no use any more then."""
+    group = dist.new_group()
+    torch._dynamo.reset()
+    compiled = fuseplan.compile(
+        functools.partial(model_of, group.group_name), config=only("stays_away_on_rank_1", verify_timeout_s=1),
+        providers=[PROVIDERS["stays_away_on_rank_1"]], dynamic=True,
+    )  # fmt: skip
+    raised = []
+    for _ in range(2):
+        try:
+            compiled(*inputs(3))
+        except CollectiveError as error:
+            raised.append(str(error))
+    return raised
 
 
 def after_a_death() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fuseplan.distributed.agreement import Verdict, agree, agree_in_groups, failed
+from fuseplan.distributed.agreement import Verdict, agree, agree_in_groups, failed, lost, refused
 from fuseplan.errors import UnsupportedError
 
 
@@ -46,6 +46,11 @@ def test_case_9_pytorch_146707_plans_that_differ_are_run_by_nobody(size: int) ->
 def test_one_that_failed_sends_all_to_unfused() -> None:
     verdicts = settle(HashStore(), ["plan", failed(RuntimeError("no\ncompiler")), "plan"])
     assert verdicts == [Verdict(fused=False, reason="rank 1 could not compile it: RuntimeError: no compiler")] * 3
+
+
+def test_one_that_is_left_in_a_collective_counts_before_one_that_failed() -> None:
+    verdicts = settle(HashStore(), [refused("found it wrong"), lost("is left in it")])
+    assert verdicts == [Verdict(fused=False, reason="rank 1 is left in it", lost=True)] * 2
 
 
 def test_one_that_never_comes_costs_the_deadline() -> None:

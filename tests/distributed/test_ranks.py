@@ -81,6 +81,50 @@ def test_kernels_in_which_ranks_meet_are_verified_in_lock_step_alone(ranks: Rank
         assert all(together[name].startswith("at 1 tokens: result 0: ") for name in ("doubles", "plays_both"))
 
 
+@pytest.mark.parametrize("name", ["met", "met, rank 0 warm, rank 1 cold"])
+def test_kernels_in_which_ranks_meet_are_verified_before_the_first_run_and_applied(ranks: Ranks, name: str) -> None:
+    """From a warm compile cache too, which brings no graph."""
+    for rank in ranks:
+        assert rank[name]["right"]
+        assert rank[name]["calls"] == 1
+        assert rank[name]["warnings"] == []
+        assert rank[name]["fused"] == [1, 1]
+        assert rank[name]["pending"] == [1, 0]
+        assert rank[name]["verified"] == [[True, 2, [1, 8]]]
+    assert [rank["met, rank 0 warm, rank 1 cold"]["cached"] for rank in ranks] == [[True], [False]]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("wrong_on_rank_1", "rank 1 found allreduce_rms by wrong_on_rank_1 wrong at 1 tokens: result 0: element"),
+        (
+            "raises_on_rank_1",
+            "rank 1 found allreduce_rms by raises_on_rank_1 wrong at 1 tokens: the kernel raises RuntimeError: no more",
+        ),
+        ("late to verify", "rank 1 did not come to verify allreduce_rms by sums within 1.5 s"),
+    ],
+)
+def test_what_one_rank_finds_wrong_all_run_unfused(ranks: Ranks, name: str, reason: str) -> None:
+    for rank in ranks:
+        assert rank[name]["right"]
+        assert rank[name]["calls"] == 0
+        assert rank[name]["fused"] == [1, 0]
+        assert rank[name]["pending"] == [1, 0]
+        assert [passed for passed, _, _ in rank[name]["verified"]] == [False]
+        (warning,) = rank[name]["warnings"]
+        assert reason in warning
+        assert warning.endswith(" or forbid allreduce_rms:" + ("sums" if name == "late to verify" else name))
+
+
+def test_a_rank_that_is_left_in_a_kernel_is_an_error_on_all(ranks: Ranks) -> None:
+    """What the group sends from then on could end up there."""
+    for rank in ranks:
+        first, second = rank["left in a kernel"]
+        assert first == second
+        assert first.startswith("rank 0 is left in the verification of allreduce_rms by stays_away_on_rank_1 at 1 tok")
+
+
 def test_a_rank_that_dies_is_an_error_on_the_other(ranks: Ranks) -> None:
     """Nothing is computed without it, and nobody waits for ever."""
     assert ranks[0]["rank 1 dies"]["raised"] is not None

@@ -10,6 +10,7 @@ from torch import fx
 from torch._C._distributed_c10d import HashStore
 
 from fuseplan import first_run
+from fuseplan.config import PassConfig
 from fuseplan.distributed import Verdict, workspace
 from fuseplan.distributed.workspace import HEADER_BYTES, SLOTS, UNIT_WORDS, Workspace, alone, workspace_of
 from fuseplan.errors import CollectiveError
@@ -138,10 +139,10 @@ def test_ranks_that_agree_share_memory_and_agree_again(asked: Asked, monkeypatch
     monkeypatch.setattr(first_run, "prepare", lambda wanted, device: prepared.append((wanted, device)))
     graph = fx.GraphModule({}, fx.Graph())
     wanted = ("0", "bfloat16")
-    assert first_run.settle(graph, report(wanted, wanted), "digest", None) == Verdict(fused=True)
+    assert first_run.settle(graph, report(wanted, wanted), "digest", PassConfig(), ()) == Verdict(fused=True)
     assert prepared == [((wanted,), torch.device("cuda", 0))]
     assert asked.digests == ["digest", "digest"]
-    assert first_run.settle(graph, report(), "other", None) == Verdict(fused=True)
+    assert first_run.settle(graph, report(), "other", PassConfig(), ()) == Verdict(fused=True)
     assert asked.digests[2:] == ["other"]
 
 
@@ -152,9 +153,9 @@ def test_a_rank_that_can_not_share_memory_runs_unfused_and_says_so(
         raise CollectiveError("no peer access")
 
     monkeypatch.setattr(first_run, "prepare", refuse)
-    verdict = first_run.settle(fx.GraphModule({}, fx.Graph()), report(("0", "bfloat16")), "digest", None)
+    verdict = first_run.settle(fx.GraphModule({}, fx.Graph()), report(("0", "bfloat16")), "digest", PassConfig(), ())
     assert verdict == Verdict(fused=False, reason="no peer access")
-    assert asked.digests == ["digest", "failed: CollectiveError: no peer access"]
+    assert asked.digests == ["digest", "failed: could not compile it: CollectiveError: no peer access"]
 
 
 def test_a_graph_raises_what_an_earlier_call_of_its_kernels_found_out(one_rank: str) -> None:

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Nearness, Reason, Refusal, Report
+from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Nearness, Pending, Reason, Refusal, Report
+from fuseplan.record.report import latest
 from fuseplan.report import comparison_to_json, render_comparison, render_report
 
 
@@ -49,6 +50,18 @@ def test_every_width_shows_counts_and_conflicts(width: int) -> None:
 def test_color_only_on_terminals() -> None:
     assert "\x1b[" in render(comparison(), 80, color=True)
     assert "\x1b[" not in render(comparison(), 80)
+
+
+def test_what_ranks_have_yet_to_verify_is_told_and_of_two_reports_on_a_graph_the_last_counts() -> None:
+    (report, other), (graph, *_) = comparison().reports, comparison().reports[0].graphs
+    pending = Pending(
+        rule="allreduce_rms", op="fused", ops="", provider="flashinfer", signature="", group="0", cases=()
+    )  # fmt: skip
+    waiting = replace(report, graphs=(replace(graph, pending=(pending,), digest="d"),))
+    settled = replace(report, graphs=(replace(graph, digest="d"),))
+    assert "flashinfer's fused: all ranks verify it together before the first run" in render(waiting, 200)
+    assert "flashinfer" not in render(settled, 200)
+    assert latest([waiting, other, settled]) == [settled, other]
 
 
 def test_an_order_of_three_rules_can_stand_alone() -> None:

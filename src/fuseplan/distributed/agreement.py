@@ -13,10 +13,12 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 
 from fuseplan.errors import UnsupportedError
+from fuseplan.record import Verification
 from fuseplan.record.text import one_line
 
 PREFIX = "fuseplan/agreement"
-FAILED = "failed: "
+FAILED, LOST = "failed: ", "lost: "
+NO_PLAN = "had no plan for it"
 # torch's backend for trying things out in one process: the other ranks don't exist, so none of them will post a plan.
 STAND_IN = "fake"
 
@@ -28,15 +30,20 @@ class Verdict:
     Attributes:
         fused: whether every rank runs its plan; else every rank runs unfused.
         reason: why not, one clause.
+        lost: whether a rank is left in a collective, so that what the group sends from now on may end up there.
+        verified: what the ranks verified together on the way.
     """
 
     fused: bool
     reason: str | None = None
+    lost: bool = False
+    verified: tuple[Verification, ...] = ()
 
 
 def agree(
-    group_store: Store, *, graph: str, rank: int, size: int, digest: str, deadline: datetime.timedelta
-) -> Verdict:
+    group_store: Store, *, graph: str, rank: int, size: int, digest: str, deadline: datetime.timedelta,
+    awaited: str = NO_PLAN,
+) -> Verdict:  # fmt: skip
     """Posts this rank's digest, waits for those of the others, and returns what all ranks will be told.
 
     The first rank that knows enough, or has waited long enough, writes the verdict by one compare-and-set; all others,
@@ -47,8 +54,9 @@ def agree(
         graph: a name for what is compiled, the same on all ranks.
         rank: of this process in the group.
         size: of the group.
-        digest: of this rank's plan, or `failed(why)`.
+        digest: of this rank's plan, or what `failed`, `refused` or `lost` yield.
         deadline: how long to wait for the others.
+        awaited: what is said of a rank that isn't there by then.
 
     Raises:
         UnsupportedError: the store doesn't answer: nobody can say what the other ranks run.
@@ -58,8 +66,8 @@ def agree(
         where = f"{PREFIX}/{graph}/{attempt}"
         group_store.set(f"{where}/{rank}", digest)
         digests, late = _digests(group_store, where, size, deadline)
-        verdict = _verdict(digests, late, deadline)
-        written = json.dumps({"fused": verdict.fused, "reason": verdict.reason})
+        verdict = _verdict(digests, late, f"{awaited} within {deadline.total_seconds():g} s")
+        written = json.dumps({"fused": verdict.fused, "reason": verdict.reason, "lost": verdict.lost})
         settled = json.loads(group_store.compare_set(f"{where}/verdict", "", written))
     except RuntimeError as error:
         text = one_line(error, 200)
@@ -67,12 +75,22 @@ def agree(
             f"the ranks of a process group could not agree on a plan, since its store doesn't answer: {text}; set "
             "FUSEPLAN=0 on all ranks, or find out which of them is gone"
         ) from error
-    return Verdict(fused=settled["fused"], reason=settled["reason"])
+    return Verdict(fused=settled["fused"], reason=settled["reason"], lost=settled["lost"])
 
 
 def failed(error: BaseException) -> str:
     """What a rank posts whose compilation failed."""
-    return f"{FAILED}{type(error).__name__}: {one_line(error, 200)}"
+    return refused(f"could not compile it: {type(error).__name__}: {one_line(error, 200)}")
+
+
+def refused(why: str) -> str:
+    """What a rank posts that can't run its plan; `why` is said of it."""
+    return f"{FAILED}{why}"
+
+
+def lost(why: str) -> str:
+    """What a rank posts that is left in a collective; `why` is said of it."""
+    return f"{LOST}{why}"
 
 
 def _digests(
@@ -92,21 +110,24 @@ def _digests(
     return {rank: group_store.get(names[rank]).decode() for rank in present}, late
 
 
-def _verdict(digests: dict[int, str], late: Sequence[int], deadline: datetime.timedelta) -> Verdict:
-    for rank, digest in digests.items():
-        if digest.startswith(FAILED):
-            return Verdict(fused=False, reason=f"rank {rank} could not compile it: {digest.removeprefix(FAILED)}")
+def _verdict(digests: dict[int, str], late: Sequence[int], awaited: str) -> Verdict:
+    for prefix in (LOST, FAILED):
+        for rank, digest in digests.items():
+            if digest.startswith(prefix):
+                reason = f"rank {rank} {digest.removeprefix(prefix)}"
+                return Verdict(fused=False, reason=reason, lost=prefix == LOST)
     if late:
-        ranks = ", ".join(map(str, late))
-        seconds = deadline.total_seconds()
-        return Verdict(fused=False, reason=f"rank {ranks} had no plan for it within {seconds:g} s")
+        return Verdict(fused=False, reason=f"rank {', '.join(map(str, late))} {awaited}")
     if len(set(digests.values())) > 1:
         odd = next(rank for rank, digest in digests.items() if digest != digests[0])
         return Verdict(fused=False, reason=f"rank 0 and rank {odd} planned differently")
     return Verdict(fused=True)
 
 
-def agree_in_groups(names: Sequence[str], *, graph: str, digest: str, deadline_s: float | None) -> Verdict:
+def agree_in_groups(
+    names: Sequence[str], *, graph: str, digest: str, deadline_s: float | None, work_s: float = 0.0,
+    awaited: str = NO_PLAN,
+) -> Verdict:  # fmt: skip
     """`agree` among the ranks of a graph's process groups.
 
     Where a graph has several groups, one of them has to hold all ranks of the others: two groups can't be held to one
@@ -117,6 +138,8 @@ def agree_in_groups(names: Sequence[str], *, graph: str, digest: str, deadline_s
         graph: as for `agree`.
         digest: likewise.
         deadline_s: seconds to wait; None: the group's own timeout, after which its collectives would give up too.
+        work_s: seconds beside these that a rank may have something to do.
+        awaited: as for `agree`.
 
     Raises:
         UnsupportedError: the store doesn't answer.
@@ -131,7 +154,7 @@ def agree_in_groups(names: Sequence[str], *, graph: str, digest: str, deadline_s
     timeout = datetime.timedelta(seconds=deadline_s) if deadline_s is not None else _timeout(largest)
     return agree(
         distributed_c10d._get_process_group_store(largest), graph=graph, rank=dist.get_rank(largest),
-        size=largest.size(), digest=digest, deadline=timeout,
+        size=largest.size(), digest=digest, deadline=timeout + datetime.timedelta(seconds=work_s), awaited=awaited,
     )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ class Provider:
         implements: the fused ops, by name, that fuseplan runs by it.
         prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
             does not call yet: they are candidates where a plan is only explained.
-        runs_alone: whether its collective kernels can be tried by one rank alone, in `distributed.workspace.alone`.
+        runs_alone: whether its collective kernels can be tried by one rank alone, in `distributed.workspace.alone`;
+            others' are verified by all ranks of a group together, before the first run.
         untested: on what its kernels have not been run, for a person; None where they have been.
     """
 
@@ -56,12 +57,8 @@ class Provider:
         return self.implements if device is None else {**self.prices, **self.implements}
 
     def runs(self, op: str) -> bool:
-        """Whether a fused op, by name, is applied wherever it is planned: one that is only priced is not, nor are other
-        libraries' kernels in which several ranks meet, since no rank can verify one by itself.
-        """
-        known = ops.get(op)
-        meets = known is not None and known.collective and self.name != "torch" and not self.runs_alone
-        return op in self.implements and not meets
+        """Whether a fused op, by name, is applied where it is planned: one that is only priced is not."""
+        return op in self.implements
 
     def unavailable(self, device: DeviceProfile | None = None) -> Refusal | None:
         """Why this provider can't run, or None if it can.

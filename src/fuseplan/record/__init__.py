@@ -17,9 +17,10 @@ from fuseplan.record.plan import Plan, Rejected, SavedPlans, Selected, diff
 from fuseplan.record.refusal import Nearness, Reason, Refusal
 from fuseplan.record.report import Comparison, ConflictClass, Fusion, GraphReport, Loss, Report, SizePrice
 from fuseplan.record.serialization import from_json, to_json
-from fuseplan.record.verification import Verification
+from fuseplan.record.verification import Argument, Pending, PendingCase, Verification
 
 __all__ = [
+    "Argument",
     "Box",
     "Change",
     "Comparison",
@@ -36,6 +37,8 @@ __all__ = [
     "Loss",
     "NearMiss",
     "Nearness",
+    "Pending",
+    "PendingCase",
     "Plan",
     "PolicyAt",
     "Reason",

@@ -13,7 +13,7 @@ from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
 from fuseplan.record.refusal import Refusal
-from fuseplan.record.verification import Verification
+from fuseplan.record.verification import Pending, Verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,8 @@ class GraphReport:
         workspaces: shared memory that applied fusions need before they run: names of groups and of dtypes.
         digest: of what is applied where; the same on every rank, or else none of them runs it. Empty where nothing is.
         verified: the fused ops that were checked against the unfused ones, those that failed included.
+        pending: applied fused ops that all ranks of their group verify together before the first run. The report after
+            it has them among `verified`.
         from_cache: whether the report was stored by an earlier compilation that a warm compile cache now stands for.
     """
 
@@ -153,6 +155,7 @@ class GraphReport:
     workspaces: tuple[tuple[str, str], ...] = ()
     digest: str = ""
     verified: tuple[Verification, ...] = ()
+    pending: tuple[Pending, ...] = ()
     from_cache: bool = False
 
     def count(self, rules: Iterable[str]) -> dict[str, int]:
@@ -346,3 +349,9 @@ def merged(reports: Sequence[Report]) -> Report:
         graphs=tuple(graph for report in reports for graph in report.graphs),
         warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
     )
+
+
+def latest(reports: Iterable[Report]) -> list[Report]:
+    """The last report on each graph: ranks that settle before its first run may bring a second one."""
+    found = {tuple((each.graph, each.range, each.digest) for each in report.graphs): report for report in reports}
+    return list(found.values())

@@ -1,6 +1,7 @@
-"""What came of checking a fusion against the unfused ops."""
+"""What came of checking a fusion against the unfused ops, and what has still to be checked by all ranks of a group."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Verification:
             compared.
         from_cache: whether the outcome is that of an earlier run with the same rule, kernel, versions and device.
         time_ns: how long it took, 0 where the outcome is from the cache.
+        ranks: how many ran it, each of them in the kernel of the others.
     """
 
     rule: str
@@ -31,8 +33,79 @@ class Verification:
     worst: float | None = None
     from_cache: bool = False
     time_ns: int = 0
+    ranks: int = 1
 
     @property
     def failure(self) -> str:
         """What is to be said of a kernel that didn't pass, after its name."""
         return f"failed verification {self.detail}" if self.tokens else f"can't be verified: {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """One argument of a fused op: the layout of a tensor, a dtype, or a plain value.
+
+    Attributes:
+        name: the variable of the rule.
+        value: a plain value, as JSON; None for the others.
+        dtype: of a tensor, or the argument itself, without torch's prefix.
+        shape: of a tensor, in elements; None for the others.
+        stride: likewise.
+        misalignment: bytes from a multiple of the widest load to a tensor's first element.
+        device: where a tensor lies.
+        same_as: an earlier argument that is the very same tensor, if any.
+    """
+
+    name: str
+    value: str | None = None
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+    stride: tuple[int, ...] = ()
+    misalignment: int = 0
+    device: str | None = None
+    same_as: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingCase:
+    """All arguments at one size.
+
+    Attributes:
+        tokens: the size.
+        arguments: of the rule.
+    """
+
+    tokens: int
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """One fused op by one provider in whose kernel ranks meet: all of them verify it together, before the first run of
+    the graph that it is in. It has all that this takes, since a warm compile cache brings no graph.
+
+    Attributes:
+        rule: the fusion.
+        op: the fused op.
+        ops: the rule's ops on one line, which tell it from others of its name.
+        provider: whose kernel is run.
+        signature: the op with dtypes, static sizes and attributes.
+        group: the name of the process group whose ranks meet.
+        cases: what it is run on, the smallest size first.
+        unfused: what the graph has in place of those arguments, where a kernel rounds elsewhere.
+    """
+
+    rule: str
+    op: str
+    ops: str
+    provider: str
+    signature: str
+    group: str
+    cases: tuple[PendingCase, ...]
+    unfused: tuple[Argument, ...] = ()
+
+    @property
+    def common(self) -> list[Any]:
+        """What has to be equal on all ranks; they may call groups and devices otherwise."""
+        sizes = [[case.tokens, *(argument.shape for argument in case.arguments)] for case in self.cases]
+        return [self.rule, self.op, self.ops, self.provider, self.signature, sizes]

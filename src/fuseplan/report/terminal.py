@@ -50,6 +50,7 @@ def _sections(comparison: Comparison) -> list[RenderableType]:
         _not_worth_it(comparison),
         _forbidden(comparison),
         render_near_misses(comparison.reports[0].near_misses),
+        _pending(comparison),
         _warnings(comparison),
     )
     for section in sections:
@@ -207,6 +208,13 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
         told = f"{rule} in {count_of(len(mine), 'place')}{f': {where}' if where else ''}"
         lines.append(entry("uncontested", told, style=""))
     return lines
+
+
+def _pending(comparison: Comparison) -> list[RenderableType]:
+    """What a compilation applied and ranks haven't verified yet."""
+    pending = [each for report in comparison.reports for graph in report.graphs for each in graph.pending]
+    kernels = dict.fromkeys(f"{each.provider}'s {each.op}" for each in pending)
+    return [entry("pending", f"{kernel}: all ranks verify it together before the first run") for kernel in kernels]
 
 
 def _warnings(comparison: Comparison) -> list[RenderableType]:

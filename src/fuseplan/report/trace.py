@@ -60,7 +60,9 @@ def _headline(report: Report, graph: GraphReport) -> str:
     saved = f"{graph.saved_ns / 1000:.1f} of {graph.unfused_ns / 1000:.1f} us"
     near = len(report.near_misses)
     cached = ", from a warm compile cache" if graph.from_cache else ""
-    return f"{graph.graph}{at}: {policy_name(report)} applies {applied}; saves {saved}; near misses: {near}{cached}"
+    pending = f"; to be verified by all ranks: {len(graph.pending)}" if graph.pending else ""
+    head = f"{graph.graph}{at}: {policy_name(report)} applies {applied}; saves {saved}"
+    return f"{head}; near misses: {near}{cached}{pending}"
 
 
 def _lines(graph: GraphReport) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import fx
 from fuseplan.errors import FuseplanError
 from fuseplan.planner.costs import Provenance, Row
 from fuseplan.planner.pricing import row_key
+from fuseplan.record import Verification
 from fuseplan.record.text import one_line
 from fuseplan.tuning.clock import Call, Subject, Times, cache_bytes, interleaved, subject_of
 from fuseplan.tuning.compiled import argument_sets, at_size, compiled, producers, specs_of
@@ -102,7 +103,11 @@ class Tuner:
         chosen = sorted({index for subset in work.alternatives.values() for index in subset})
         candidates = [work.posed.candidates[index] for index in chosen]
         outcomes = self.verifier.verify(candidates, work.posed.canonical, work.span)
-        failed = {str(i): each.failure for i, each in zip(chosen, outcomes, strict=True) if each and not each.passed}
+        failed = {
+            str(i): each.failure
+            for i, each in zip(chosen, outcomes, strict=True)
+            if isinstance(each, Verification) and not each.passed
+        }
         everywhere: dict[str, str] = {}
         for rank, of_rank in enumerate(self.ranks.exchange(failed)):
             for index, why in of_rank.items():

@@ -59,27 +59,52 @@ def check(
     Raises:
         Exception: whatever the kernel raises.
     """
-    inputs, guarded = _fresh(rule, case, seed, rank)
-    graphs = {**inputs, **(unfused or {})}
-    with torch.no_grad(), _meeting(rank):
-        expected = reference(rule, graphs)
-        precise = exact(rule, graphs)
-        watch = _Watched(rule.op, rule.op.kernel(provider), guarded)
-        for device in {each.device for each in expected}:
-            poison_allocator(device, max(each.nbytes for each in expected))
-        try:
-            with Poisoned():
-                actual = fused(rule, inputs, watch)
-        except _MisbehavedError as error:
-            return Finding(wrong=str(error))
-        wrong = _of_another_kind(rule, inputs, actual, expected)
-        if wrong is not None:
-            return Finding(wrong=wrong)
-        finding = _compared(rule, actual, expected, precise, "")
-        if finding.wrong is None and region is not None:
-            unraised = region.evaluate(inputs, case.symbols)
-            return replace(_compared(rule, unraised, expected, precise, READ_WRONG), worst=finding.worst)
-        return finding
+    trial = Trial(rule, provider, case, seed=seed, unfused=unfused, rank=rank)
+    trial.draw()
+    trial.expect()
+    return trial.run(region)
+
+
+class Trial:
+    """`check` step by step, in this order: other ranks are met in `expect` and in `run`, and in nothing else."""
+
+    def __init__(
+        self, rule: Rule, provider: str, case: Case, *, seed: int, unfused: Mapping[str, Any] | None, rank: int | None
+    ) -> None:
+        self.rule, self.provider, self.case = rule, provider, case
+        self.seed, self.unfused, self.rank = seed, unfused or {}, rank
+
+    def draw(self) -> None:
+        """Makes the arguments."""
+        self.inputs, self.guarded = _fresh(self.rule, self.case, self.seed, self.rank)
+
+    def expect(self) -> None:
+        """Runs the unfused ops, as they are and in float64."""
+        graphs = {**self.inputs, **self.unfused}
+        with torch.no_grad(), _meeting(self.rank):
+            self.expected = reference(self.rule, graphs)
+            self.precise = exact(self.rule, graphs)
+
+    def run(self, region: Region | None = None) -> Finding:
+        """Runs the kernel, and what the match stands for in the graph, if it is of one."""
+        rule, inputs, expected, precise = self.rule, self.inputs, self.expected, self.precise
+        with torch.no_grad(), _meeting(self.rank):
+            watch = _Watched(rule.op, rule.op.kernel(self.provider), self.guarded)
+            for device in {each.device for each in expected}:
+                poison_allocator(device, max(each.nbytes for each in expected))
+            try:
+                with Poisoned():
+                    actual = fused(rule, inputs, watch)
+            except _MisbehavedError as error:
+                return Finding(wrong=str(error))
+            wrong = _of_another_kind(rule, inputs, actual, expected)
+            if wrong is not None:
+                return Finding(wrong=wrong)
+            finding = _compared(rule, actual, expected, precise, "")
+            if finding.wrong is None and region is not None:
+                unraised = region.evaluate(inputs, self.case.symbols)
+                return replace(_compared(rule, unraised, expected, precise, READ_WRONG), worst=finding.worst)
+            return finding
 
 
 def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3) -> bool:

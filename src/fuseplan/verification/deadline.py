@@ -6,11 +6,40 @@ from typing import TypeVar
 
 import torch
 
+from fuseplan.record.text import one_line
+
 T = TypeVar("T")
 
 
-class DeadlineError(Exception):
+class AttemptError(Exception):
+    """It came to nothing; the text says why, of a kernel."""
+
+
+class DeadlineError(AttemptError):
     """It took too long."""
+
+
+def attempt(seconds: float, function: Callable[[], T]) -> T:
+    """`within`, whatever goes wrong told in one clause.
+
+    Raises:
+        AttemptError: `function` came to nothing.
+    """
+    try:
+        return within(seconds, function)
+    except DeadlineError:
+        raise
+    except Exception as error:
+        raise AttemptError(_told(error)) from error
+    except SystemExit as error:
+        raise AttemptError(f"the kernel calls sys.exit({error.code!r})") from error
+
+
+def _told(error: Exception) -> str:
+    text = one_line(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return f"the kernel needs more memory than there is: {text}"
+    return f"the kernel raises {type(error).__name__}: {text}"
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
@@ -42,7 +71,7 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise DeadlineError
+        raise DeadlineError(f"the kernel did not end within {seconds:g} s")
     if failures:
         raise failures[0]
     return results[0]

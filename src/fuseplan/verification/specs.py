@@ -81,15 +81,20 @@ class Sizes:
         self.rows = Rows.of(graph)
         self._traced = _traced_symbols(graph)
 
-    def tokens(self, span: tuple[int, int]) -> tuple[int, ...]:
+    def tokens(self, span: tuple[int, int], *, traced: bool = True) -> tuple[int, ...]:
         """What a kernel is checked at: both ends of the range, odd sizes in it, and the size that was traced; none for
         a graph of one size alone.
+
+        Args:
+            span: the range.
+            traced: False: without the size that was traced, which may be another one on each rank.
         """
         if not self.rows.is_dynamic:
             return ()
         first, last = span
+        sizes = (*ODD_SIZES, self.rows.traced) if traced else ODD_SIZES
         # The end is large and has a partial tile one below it: one of the two is enough.
-        inside = (size for size in (*ODD_SIZES, self.rows.traced) if first <= size <= last and size != last - 1)
+        inside = (size for size in sizes if first <= size <= last and size != last - 1)
         return tuple(sorted({first, last, *inside}))
 
     def at(self, tokens: int) -> dict[Any, int]:
@@ -114,10 +119,17 @@ def _traced_symbols(graph: fx.Graph) -> dict[Any, int]:
     return values
 
 
-def cases_of(match: Match, sizes: Sizes, span: tuple[int, int]) -> tuple[Case, ...]:
-    """The arguments of a match, the smallest size first; of the provider `torch` small sizes alone."""
+def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool = True) -> tuple[Case, ...]:
+    """The arguments of a match, the smallest size first; of the provider `torch` small sizes alone.
+
+    Args:
+        match: of a rule.
+        sizes: of its graph.
+        span: first and last number of tokens.
+        traced: as for `Sizes.tokens`.
+    """
     cases = []
-    tokens_of = sizes.tokens(span) or (_rows_of(match),)
+    tokens_of = sizes.tokens(span, traced=traced) or (_rows_of(match),)
     if match.provider == "torch":
         tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
     for tokens in tokens_of:

@@ -1,27 +1,28 @@
 """`Verifier`: every rule x provider x signature that a decision applies, once, before the first use."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.graph.facts import group_size
+from fuseplan.distributed.agreement import STAND_IN
+from fuseplan.graph.facts import group_size, process_group
 from fuseplan.matching import Match
 from fuseplan.planner.candidates import Candidate
 from fuseplan.providers import DeviceProfile, Provider
-from fuseplan.record import Verification
-from fuseplan.record.text import one_line
+from fuseplan.record import Pending, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
 from fuseplan.verification.check import Finding, check
-from fuseplan.verification.deadline import DeadlineError, within
+from fuseplan.verification.deadline import AttemptError, attempt
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, Sizes, cases_of
+from fuseplan.verification.together import pending_of, shared_seed
 
-UNVERIFIED = "ranks meet in its kernel, which is run nowhere but in lock step"
+UNVERIFIED = "ranks meet in its kernel, and only under fuseplan.compile they verify it together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Verifier:
         deadline_s: seconds that one size may take, the compilation of a kernel included.
         rank: of this process, where all ranks verify the same candidates in lock step; None: it verifies alone, and
             kernels in which ranks meet are not run.
+        settles: whether these are left to all ranks, which settle before the first run; else they are refused.
     """
 
     mode: str
@@ -42,11 +44,12 @@ class Verifier:
     device: DeviceProfile | None = None
     deadline_s: float = 300.0
     rank: int | None = None
+    settles: bool = False
 
     def verify(
         self, candidates: Sequence[Candidate], canonical: CanonicalGraph, span: tuple[int, int]
-    ) -> list[Verification | None]:
-        """An outcome for each candidate, None for all where verification is off.
+    ) -> list[Verification | Pending | None]:
+        """An outcome for each candidate, or what all ranks have to do for one; None for all where verification is off.
 
         Args:
             candidates: of rules.
@@ -57,31 +60,37 @@ class Verifier:
             return [None] * len(candidates)
         sizes = Sizes(canonical.graph)
         kinds: dict[tuple[Rule, str], list[Any]] = {}
-        known: dict[str, Verification] = {}
-        return [self._once(_Question.of(each, canonical, sizes, span), kinds, known) for each in candidates]
+        known: dict[tuple[str, object], Verification | Pending] = {}
+        questions = (_Question.of(each, canonical, sizes, span, self._meets) for each in candidates)
+        return [self._once(question, kinds, known) for question in questions]
 
     def _once(
-        self, question: "_Question", kinds: dict[tuple[Rule, str], list[Any]], known: dict[str, Verification]
-    ) -> Verification:
+        self,
+        question: "_Question",
+        kinds: dict[tuple[Rule, str], list[Any]],
+        known: dict[tuple[str, object], Verification | Pending],
+    ) -> Verification | Pending:
         rule, name = question.match.rule, question.match.provider
         if (rule, name) not in kinds:
             (provider,) = [each for each in self.providers if each.name == name]
             kinds[rule, name] = outcomes.kind_of(rule, provider, self.device)
         key = outcomes.outcome_key(kinds[rule, name], question.cases, question.unfused, question.region)
-        if key not in known:
+        # What ranks of one group have found says nothing of another.
+        asked = key, question.match.values["group_name"] if question.meets else None
+        if asked not in known:
             # In lock step another rank may not have it stored.
-            reads = self.mode == "first-use" and not self._meets(question.match)
+            reads = self.mode == "first-use" and not question.meets
             stored = outcomes.load(key) if reads else None
-            known[key] = replace(stored, from_cache=True, time_ns=0) if stored else self._run(question, key)
-        return known[key]
+            known[asked] = replace(stored, from_cache=True, time_ns=0) if stored else self._run(question, key)
+        return known[asked]
 
-    def _run(self, question: "_Question", key: str) -> Verification:
+    def _run(self, question: "_Question", key: str) -> Verification | Pending:
         start, match = time.perf_counter_ns(), question.match
         outcome = Verification(
             rule=match.rule.name, op=match.rule.op.name, provider=match.provider, signature=question.signature
         )
-        if self.rank is None and self._meets(match):
-            return replace(outcome, passed=False, detail=UNVERIFIED)
+        if self.rank is None and question.meets:
+            return self._left_to_all(question, key, outcome)
         worst: float | None = 0.0
         tokens, detail, lasting = list[int](), None, True
         for case in question.cases:
@@ -96,9 +105,25 @@ class Verifier:
             outcome, tokens=tuple(tokens), passed=detail is None, detail=detail, worst=worst,
             time_ns=time.perf_counter_ns() - start,
         )  # fmt: skip
-        if lasting and not self._meets(match):
+        if lasting and not question.meets:
             outcomes.save(key, outcome)
         return outcome
+
+    def _left_to_all(self, question: "_Question", key: str, outcome: Verification) -> Verification | Pending:
+        """What is verified before the first run. How the graph was read is checked now, by the reference: the graph
+        isn't there any more then.
+        """
+        group = process_group(str(question.match.values["group_name"]))
+        if not self.settles or group is None or dist.get_backend(group) == STAND_IN:
+            return replace(outcome, passed=False, detail=UNVERIFIED)
+        finding, _ = self._finding(question, question.middle, key, "torch")
+        if finding.wrong is not None:
+            tokens = question.middle.tokens
+            return replace(outcome, tokens=(tokens,), passed=False, detail=f"at {tokens} tokens: {finding.wrong}")
+        try:
+            return pending_of(question.match, question.signature, question.cases, question.unfused)
+        except TypeError as error:
+            return replace(outcome, passed=False, detail=f"its arguments can't be kept until the first run: {error}")
 
     def _meets(self, match: Match) -> bool:
         """Whether its kernel would wait for ranks that may not be verifying; torch's all-reduces are intercepted, and
@@ -109,55 +134,61 @@ class Verifier:
         alone = group is None or group_size(str(group)) == 1 or (self.rank is None and provider.runs_alone)
         return match.rule.op.collective and match.provider != "torch" and not alone
 
-    def _finding(self, question: "_Question", case: Case, key: str) -> tuple[Finding, bool]:
+    def _finding(
+        self, question: "_Question", case: Case, key: str, provider: str | None = None
+    ) -> tuple[Finding, bool]:
         """What came of one size, and whether it would come again: memory and time may be there next time."""
         match = question.match
-        rank = self.rank if self._meets(match) else None
-        # Keys name devices, which ranks have one each.
-        seed = outcomes.seed_of(key if rank is None else f"{question.signature} {case.tokens}")
+        rank = self.rank if question.meets else None
+        seed = outcomes.seed_of(key) if rank is None else shared_seed(question.signature, case.tokens)
         # How the graph was read doesn't depend on the size.
-        region = question.region if case is question.cases[min(2, len(question.cases) - 1)] else None
+        region = question.region if case is question.middle else None
 
         def run() -> Finding:
             return check(
-                match.rule, match.provider, case, seed=seed, unfused=question.unfused, region=region, rank=rank
-            )
+                match.rule, provider or match.provider, case, seed=seed, unfused=question.unfused, region=region,
+                rank=rank,
+            )  # fmt: skip
 
         try:
-            return within(self.deadline_s, run), True
-        except DeadlineError:
-            return Finding(wrong=f"the kernel did not end within {self.deadline_s:g} s"), False
-        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, the model runs without it
-            return Finding(wrong=_told(error)), False
-        except SystemExit as error:
-            return Finding(wrong=f"the kernel calls sys.exit({error.code!r})"), False
+            return attempt(self.deadline_s, run), True
+        except AttemptError as error:
+            return Finding(wrong=str(error)), False
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
-    """One candidate, as far as an outcome depends on it."""
+    """One candidate, as far as an outcome depends on it, and whether ranks meet in its kernel."""
 
     match: Match
     signature: str
     cases: Sequence[Case]
     unfused: Mapping[str, Any]
     region: Region | None
+    meets: bool
+
+    @property
+    def middle(self) -> Case:
+        """A size that is neither the smallest nor large, where there are some."""
+        return self.cases[min(2, len(self.cases) - 1)]
 
     @classmethod
-    def of(cls, candidate: Candidate, canonical: CanonicalGraph, sizes: Sizes, span: tuple[int, int]) -> "_Question":
+    def of(
+        cls,
+        candidate: Candidate,
+        canonical: CanonicalGraph,
+        sizes: Sizes,
+        span: tuple[int, int],
+        meets: Callable[[Match], bool],
+    ) -> "_Question":
         match = candidate.match
         assert isinstance(match, Match), "other people's replacements are theirs to verify"
+        is_met = meets(match)
         return cls(
             match=match,
             signature=candidate.signature,
-            cases=cases_of(match, sizes, span),
+            cases=cases_of(match, sizes, span, traced=not is_met),
             unfused={"rounding": match.rounding_change[0]} if match.rounding_change else {},
             region=Region.of(canonical, match),
+            meets=is_met,
         )
-
-
-def _told(error: Exception) -> str:
-    text = one_line(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
-        return f"the kernel needs more memory than there is: {text}"
-    return f"the kernel raises {type(error).__name__}: {text}"

@@ -1,0 +1,198 @@
+"""Kernels in which ranks meet, verified by all of them together: nobody enters one before all are about to."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fuseplan.distributed import Verdict
+from fuseplan.distributed.agreement import lost, refused
+from fuseplan.distributed.workspace import resolve
+from fuseplan.errors import CollectiveError
+from fuseplan.matching import Match
+from fuseplan.providers.gates import dtype_text
+from fuseplan.record import Argument, Pending, PendingCase, Verification
+from fuseplan.rules import Rule
+from fuseplan.verification.check import Trial
+from fuseplan.verification.deadline import AttemptError, DeadlineError, attempt
+from fuseplan.verification.outcomes import seed_of
+from fuseplan.verification.specs import Case, TensorSpec
+
+T = TypeVar("T")
+READY = "ready"
+Meet = Callable[[str, str], Verdict]
+"""`meet(said, awaited)` tells the other ranks what this one has to say, and returns once all of them have come: whether
+they go on. `awaited` is said of one that doesn't come.
+"""
+
+
+def pending_of(match: Match, signature: str, cases: Sequence[Case], unfused: Mapping[str, Any]) -> Pending:
+    """What all ranks have to verify, as a record.
+
+    Raises:
+        TypeError: an argument can't be kept as JSON.
+    """
+    return Pending(
+        rule=match.rule.name,
+        op=match.rule.op.name,
+        ops=match.rule.describe(),
+        provider=match.provider,
+        signature=signature,
+        group=str(match.values["group_name"]),
+        cases=tuple(PendingCase(tokens=case.tokens, arguments=_kept(case.arguments)) for case in cases),
+        unfused=_kept(unfused),
+    )
+
+
+def shared_seed(signature: str, tokens: int) -> int:
+    """The same on all ranks, whose devices may differ in name."""
+    return seed_of(f"{signature} {tokens}")
+
+
+def verify_together(
+    pending: Sequence[Pending], rules: Sequence[Rule], meet: Meet, deadline_s: float
+) -> list[Verification]:
+    """An outcome for each, up to the first that is wrong on some rank. All ranks call this at once with the same, and
+    no graph is being captured.
+
+    Args:
+        pending: what to verify, in this order.
+        rules: among which those of `pending` are.
+        meet: lets all ranks go on together, or none.
+        deadline_s: seconds that one step may take, the compilation of a kernel included.
+
+    Raises:
+        CollectiveError: a rank is left in a kernel, or in an all-reduce of the unfused ops.
+    """
+    verified: list[Verification] = []
+    for each in pending:
+        verified.append(_verified(each, rules, meet, deadline_s))
+        if not verified[-1].passed:
+            break
+    return verified
+
+
+def _verified(pending: Pending, rules: Sequence[Rule], meet: Meet, deadline_s: float) -> Verification:
+    start, group = time.perf_counter_ns(), resolve(pending.group)
+    steps, worst, detail = _Steps(pending, meet, deadline_s), 0.0, None
+    tokens: list[int] = []
+    try:
+        for kept in pending.cases:
+            trial = _trial(pending, kept, rules, dist.get_rank(group))
+            steps.take(trial.draw, kept.tokens)
+            steps.take_together(trial.expect, kept.tokens)
+            finding = steps.take_together(trial.run, kept.tokens)
+            tokens.append(kept.tokens)
+            if finding is not None and finding.wrong is not None:
+                steps.find(finding.wrong, kept.tokens)
+            worst = max(worst, finding.worst or 0.0) if finding is not None else worst
+        steps.meet()
+    except _ApartError as apart:
+        detail = str(apart)
+    return Verification(
+        rule=pending.rule, op=pending.op, provider=pending.provider, signature=pending.signature, tokens=tuple(tokens),
+        passed=detail is None, detail=detail, worst=worst if detail is None else None,
+        time_ns=time.perf_counter_ns() - start, ranks=group.size(),
+    )  # fmt: skip
+
+
+class _ApartError(Exception):
+    """The ranks don't go on; the text says why."""
+
+
+class _Steps:
+    """The steps of one verification on this rank: what goes wrong in one is told at the next meeting, and no rank goes
+    on after it.
+    """
+
+    def __init__(self, pending: Pending, meet: Meet, deadline_s: float) -> None:
+        self._meet, self._deadline_s = meet, deadline_s
+        self._kernel, self._forbidden = f"{pending.rule} by {pending.provider}", f"{pending.rule}:{pending.provider}"
+        self._said = READY
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._said = refused(
+                f"captures a graph, before which {self._kernel} has to be verified: run the model once before"
+            )
+
+    def find(self, wrong: str, tokens: int) -> None:
+        """Notes what is wrong."""
+        self._said = refused(f"found {self._kernel} wrong at {tokens} tokens: {wrong}")
+
+    def meet(self) -> None:
+        """Returns once all ranks are here, none of which has found anything wrong.
+
+        Raises:
+            _ApartError: one has, or isn't here in time.
+            CollectiveError: one is left in a step.
+        """
+        verdict = self._meet(self._said, f"did not come to verify {self._kernel}")
+        if verdict.lost:
+            raise CollectiveError(
+                f"{verdict.reason}; what its group sends from now on may end up there. Start all ranks again, with a "
+                f"longer verify_timeout_s, or forbid {self._forbidden}"
+            )
+        if not verdict.fused:
+            raise _ApartError(verdict.reason)
+
+    def take(self, step: Callable[[], None], tokens: int) -> None:
+        """A step that each rank takes by itself."""
+        if self._said != READY:
+            return
+        try:
+            attempt(self._deadline_s, step)
+        except AttemptError as error:
+            self.find(str(error), tokens)
+
+    def take_together(self, step: Callable[[], T], tokens: int) -> T | None:
+        """A step in which ranks wait for each other, once all of them are about to take it."""
+        self.meet()
+        try:
+            return attempt(self._deadline_s, step)
+        except DeadlineError as error:
+            self._said = lost(f"is left in the verification of {self._kernel} at {tokens} tokens: {error}")
+        except AttemptError as error:
+            self.find(str(error), tokens)
+        return None
+
+
+def _trial(pending: Pending, kept: PendingCase, rules: Sequence[Rule], rank: int) -> Trial:
+    names = pending.rule, pending.op, pending.ops
+    rule = next(rule for rule in rules if (rule.name, rule.op.name, rule.describe()) == names)
+    case = Case(tokens=kept.tokens, arguments=_arguments(kept.arguments))
+    seed = shared_seed(pending.signature, kept.tokens)
+    return Trial(rule, pending.provider, case, seed=seed, unfused=_arguments(pending.unfused), rank=rank)
+
+
+def _kept(arguments: Mapping[str, Any]) -> tuple[Argument, ...]:
+    return tuple(_argument(name, value) for name, value in arguments.items())
+
+
+def _argument(name: str, value: Any) -> Argument:
+    if isinstance(value, TensorSpec):
+        return Argument(
+            name=name, dtype=dtype_text(value.dtype), shape=value.shape, stride=value.stride,
+            misalignment=value.misalignment, device=str(value.device), same_as=value.same_as,
+        )  # fmt: skip
+    if isinstance(value, torch.dtype):
+        return Argument(name=name, dtype=dtype_text(value))
+    return Argument(name=name, value=json.dumps(value))
+
+
+def _arguments(kept: Sequence[Argument]) -> dict[str, Any]:
+    return {argument.name: _value(argument) for argument in kept}
+
+
+def _value(argument: Argument) -> Any:
+    if argument.value is not None:
+        return json.loads(argument.value)
+    assert argument.dtype is not None
+    dtype: torch.dtype = getattr(torch, argument.dtype)
+    if argument.shape is None or argument.device is None:
+        return dtype
+    return TensorSpec(
+        dtype=dtype, shape=argument.shape, stride=argument.stride, misalignment=argument.misalignment,
+        device=torch.device(argument.device), same_as=argument.same_as,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""Kernels in which ranks meet: what is left to all ranks, what is kept of it, and how they part. Two processes verify
+some together in `tests/distributed`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fuseplan.config import CompileRange, PassConfig
+from fuseplan.dialect import ops
+from fuseplan.distributed import Verdict
+from fuseplan.errors import CollectiveError
+from fuseplan.first_run import digest_of
+from fuseplan.manager import PostGradPassManager
+from fuseplan.providers import Provider, provider_of
+from fuseplan.record import GraphReport, Nearness, Pending, Report, from_json, to_json
+from fuseplan.rules import BUILT_IN_RULES
+from fuseplan.verification import together, verifier, verify_together
+from fuseplan.verification.region import Region
+from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn
+
+OP = ops.all_reduce_fused_add_rms_norm
+
+
+def kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    raise AssertionError("nobody runs it alone")
+
+
+APART = provider_of("apart", {OP: kernel})
+
+
+@pytest.fixture
+def graph() -> Iterator[fx.Graph]:
+    """A group of two ranks, the other of which doesn't exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    group = dist.group.WORLD
+    assert group is not None
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(all_reduce(x, group.group_name), residual, weight)
+
+    yield post_grad(model, randn(5, HIDDEN), randn(5, HIDDEN), randn(HIDDEN), dynamic=True)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does."""
+    monkeypatch.setattr(verifier, "STAND_IN", "another")
+
+
+def decided(graph: fx.Graph, provider: Provider = APART, **arguments: Any) -> GraphReport:
+    config = PassConfig(force=("allreduce_rms",), verify=arguments.pop("verify", "first-use"))
+    span = CompileRange(start=1, end=64)
+    manager = PostGradPassManager(config, compile_range=span, providers=[provider], **arguments)
+    analysis = manager.analyze(graph)
+    decision, verified = manager.decide_verified(analysis, "graph_0")
+    return manager.report("graph_0", analysis, decision, rewritten=True, verified=verified)
+
+
+@pytest.mark.usefixtures("others")
+def test_what_one_rank_can_not_verify_is_left_to_all_without_the_size_that_was_traced(graph: fx.Graph) -> None:
+    report = decided(graph, settles=True)
+    (pending,) = report.pending
+    assert not report.verified
+    assert [case.tokens for case in pending.cases] == [1, 7, 33, 64]
+    assert len(report.applied) == 1
+    assert not decided(graph, settles=True, verify="off").pending
+    assert not decided(graph, dataclasses.replace(APART, name="torch"), settles=True).pending
+
+
+@pytest.mark.usefixtures("graph", "others")
+def test_each_group_verifies_for_itself() -> None:
+    world, other = dist.group.WORLD, dist.new_group([0, 1])
+    assert world is not None
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = llama(all_reduce(x, world.group_name), residual, weight)
+        y, total = llama(all_reduce(y.relu(), other.group_name), total, weight)
+        y, total = llama(all_reduce(y.relu(), other.group_name), total, weight)
+        return y, total
+
+    inputs = randn(5, HIDDEN), randn(5, HIDDEN), randn(HIDDEN)
+    report = decided(post_grad(model, *inputs, dynamic=True), settles=True)
+    assert len(report.applied) == 3
+    assert [pending.group for pending in report.pending] == [world.group_name, other.group_name]
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_where_no_other_rank_settles_it_is_refused(graph: fx.Graph, settles: bool) -> None:
+    """Without a first run to wait before, or in a group of torch's `fake` backend."""
+    report = decided(graph, settles=settles)
+    assert not report.pending
+    assert not report.applied
+    (refusal,) = [each for each in report.refusals if each.nearness is Nearness.REFUSED]
+    assert refusal.detail.endswith("ranks meet in its kernel, and only under fuseplan.compile they verify it together")
+    assert refusal.mend == "forbid allreduce_rms:apart"
+
+
+@pytest.mark.usefixtures("others")
+def test_how_the_graph_was_read_is_verified_at_once(graph: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm compile cache brings no graph."""
+    monkeypatch.setattr(
+        Region, "evaluate", lambda self, arguments, symbols: [torch.zeros_like(arguments["x"]), arguments["residual"]]
+    )
+    report = decided(graph, settles=True)
+    (outcome,) = report.verified
+    assert not report.pending
+    assert (outcome.detail or "").startswith("at 33 tokens: the unfused ops aren't what the graph computes: result 0")
+
+
+@pytest.mark.usefixtures("others")
+def test_what_is_kept_comes_back(graph: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[Any] = []
+    pending_of = together.pending_of
+
+    def noted(match: Any, signature: str, found: Any, unfused: Any) -> Pending:
+        cases.extend(found)
+        return pending_of(match, signature, found, unfused)
+
+    monkeypatch.setattr(verifier, "pending_of", noted)
+    (pending,) = decided(graph, settles=True).pending
+    again = from_json(Pending, json.loads(json.dumps(to_json(pending))))
+    assert again == pending
+    assert [together._arguments(case.arguments) for case in again.cases] == [case.arguments for case in cases]
+    dtypes = together._kept({"dtype": torch.float8_e4m3fn, "right": 8, "eps": 1e-6, "nothing": None})
+    assert together._arguments(dtypes) == {"dtype": torch.float8_e4m3fn, "right": 8, "eps": 1e-6, "nothing": None}
+
+
+@pytest.mark.usefixtures("others")
+def test_ranks_agree_on_what_they_verify_whatever_they_call_it(graph: fx.Graph) -> None:
+    def digest(pending: Pending) -> str:
+        found = GraphReport(graph="graph_0", digest="d", pending=(pending,))
+        return digest_of(Report(policy="planned", order=(), rules=(), graphs=(found,)))
+
+    (pending,) = decided(graph, settles=True).pending
+    renamed = json.loads(json.dumps(to_json(pending)).replace('"cpu"', '"cuda:1"').replace('\\"0\\"', '\\"7\\"'))
+    elsewhere = dataclasses.replace(from_json(Pending, renamed), group="7")
+    assert elsewhere.cases != pending.cases
+    assert digest(elsewhere) == digest(pending)
+    assert digest(dataclasses.replace(pending, cases=pending.cases[1:])) != digest(pending)
+
+
+@pytest.mark.usefixtures("others")
+def test_nothing_is_verified_while_a_graph_is_captured(graph: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = decided(graph, settles=True).pending
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    heard: list[str] = []
+
+    def meet(said: str, awaited: str) -> Verdict:
+        heard.append(said)
+        return Verdict(fused=False, reason="rank 0 captures a graph")
+
+    (outcome,) = verify_together(pending, BUILT_IN_RULES, meet, 60)
+    assert (outcome.passed, outcome.detail, outcome.tokens) == (False, "rank 0 captures a graph", ())
+    assert heard == [
+        "failed: captures a graph, before which allreduce_rms by apart has to be verified: run the model once before"
+    ]
+
+
+@pytest.mark.usefixtures("others")
+def test_a_rank_that_is_left_behind_is_an_error(graph: fx.Graph) -> None:
+    pending = decided(graph, settles=True).pending
+
+    def meet(said: str, awaited: str) -> Verdict:
+        return Verdict(fused=False, reason="rank 1 is left in it", lost=True)
+
+    with pytest.raises(CollectiveError, match=r"rank 1 is left in it; .* or forbid allreduce_rms:apart"):
+        verify_together(pending, BUILT_IN_RULES, meet, 60)
