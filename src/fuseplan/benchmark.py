@@ -14,6 +14,7 @@ from fuseplan.config import PassConfig, Policy
 from fuseplan.errors import ConfigError, FuseplanError, FuseplanWarning, WorkloadError
 from fuseplan.explanation import Explanation
 from fuseplan.frontend import compile as compile_fused
+from fuseplan.measurement import origin_of
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
 from fuseplan.record import Report
 from fuseplan.record.bench import PLAIN, BatchTimes, Bench, PolicyTime
@@ -46,6 +47,7 @@ def bench(
     steps: int | None = None,
     ranks: Ranks | None = None,
     notes: Sequence[str] = (),
+    command: str = "",
     watch: Callable[[str, int, int], None] = lambda doing, done, total: None,
 ) -> Bench:
     """Times a step of a model under each policy, at each batch size.
@@ -68,6 +70,7 @@ def bench(
         steps: in one repeat; None: as many as last long enough for the clock.
         ranks: those of a tensor-parallel group, all of which run the same and the slowest of which counts.
         notes: what a reader has to know of the workload.
+        command: that a reader can run it by.
         watch: is told what is being done, how many times are taken, and of how many.
 
     Raises:
@@ -91,10 +94,12 @@ def bench(
 
             found.append(runner.run(batch, arguments, chosen, tell))
     device = local_profile().name
+    origin = origin_of(device, runner.ranks.size, command)
     sources = sorted({source for times in found for each in times.policies for source in each.prices})
     priced = [f"costs of the plan are {' and '.join(sources)} for {device}"] if sources else []
     return Bench(
-        workload=workload, tp=runner.ranks.size, device=device, torch=torch.__version__, repeats=repeats,
+        workload=workload, tp=runner.ranks.size, device=device, torch=origin.torch, triton=origin.triton,
+        date=origin.date, command=command, repeats=repeats,
         batches=tuple(found), notes=(*notes, *priced, *runner.notes),
     )  # fmt: skip
 

@@ -39,8 +39,10 @@ def test_all_policies_side_by_side_at_each_batch_size() -> None:
         assert [row["policy"] for row in each["policies"]] == POLICIES
         fused = {row["policy"]: row["fused"] for row in each["policies"]}
         assert fused == {"planned": {}, "ordered(act_padding)": {"act_padding": 1}, "off": {}, "torch.compile": {}}
+        assert {row["policy"]: row["same_as"] for row in each["policies"] if row["same_as"]} == {"off": "planned"}
         for row in each["policies"]:
             assert row["tokens_per_s"] == pytest.approx(each["batch"] * 1e9 / row["step_ns"], abs=0.1)
+    assert data["command"].startswith("fuseplan ")
     assert data["notes"] == ["costs of the plan are modelled for cpu"]
     assert "0 of 8: compiling planned at batch 2" in result.stderr
 

@@ -20,6 +20,13 @@ def batch(size: int, planned_ns: int = 900_000) -> BatchTimes:
         PolicyTime(
             policy="planned", step_ns=planned_ns, spread_ns=4_000, fused={"act_padding": 4}, prices=("measured",)
         ),
+        PolicyTime(
+            policy="ordered(act_padding)",
+            step_ns=planned_ns,
+            spread_ns=4_000,
+            fused={"act_padding": 4},
+            same_as="planned",
+        ),
         PolicyTime(policy=ORDERED, step_ns=1_004_000, spread_ns=5_000, fused={"act_padding": 3, "allreduce_rms": 1}),
         PolicyTime(policy="off", step_ns=1_050_000, spread_ns=2_000),
         PolicyTime(policy="torch.compile", step_ns=1_000_000, spread_ns=3_000),
@@ -28,24 +35,35 @@ def batch(size: int, planned_ns: int = 900_000) -> BatchTimes:
 
 
 BENCH = Bench(
-    workload="a [model]", tp=2, device="h200", torch="2.11.0", repeats=9, batches=(batch(1), batch(8)), notes=("mind",)
+    workload="a [model]",
+    tp=2,
+    device="h200",
+    torch="2.11.0",
+    triton="3.6.0",
+    date="2026-11-27",
+    command="as it was",
+    repeats=9,
+    batches=(batch(1), batch(8)),
+    notes=("mind",),
 )
 
 
 def test_json_has_every_figure() -> None:
     data = bench_to_json(BENCH)
     assert {name: data[name] for name in data if name != "batches"} == {
-        "schema": 1, "workload": "a [model]", "tp": 2, "device": "h200", "torch": "2.11.0", "repeats": 9,
+        "schema": 1, "workload": "a [model]", "tp": 2, "device": "h200", "torch": "2.11.0", "triton": "3.6.0",
+        "date": "2026-11-27", "command": "as it was", "repeats": 9,
         "notes": ["mind"],
     }  # fmt: skip
     first, second = data["batches"]
     assert (first["batch"], first["steps"], second["batch"]) == (1, 10, 8)
     assert first["policies"][0] == {
         "policy": "planned", "step_ns": 900_000, "spread_ns": 4_000, "tokens_per_s": 1111.1, "change": -0.1,
-        "noise": False, "fused": {"act_padding": 4}, "prices": ["measured"],
+        "noise": False, "fused": {"act_padding": 4}, "prices": ["measured"], "same_as": None,
     }  # fmt: skip
     assert second["policies"][0]["tokens_per_s"] == 8888.9
-    assert [each["noise"] for each in first["policies"]] == [False, True, False, True]
+    assert [each["noise"] for each in first["policies"]] == [False, False, True, False, True]
+    assert first["policies"][1]["same_as"] == "planned"
 
 
 def test_a_person_sees_what_is_faster_and_what_is_noise() -> None:
@@ -54,10 +72,11 @@ def test_a_person_sees_what_is_faster_and_what_is_noise() -> None:
         console.print(render_bench(BENCH))
     lines = captured.get().splitlines()
     assert lines[0].rstrip() == "a [model]  TP=2, h200, torch 2.11.0, 9 interleaved repeats"
-    rows = [" ".join(line.split()) for line in lines[2:7]]
+    rows = [" ".join(line.split()) for line in lines[2:8]]
     assert rows == [
         "batch 1 a step spread tokens/s to torch.compile fused",
         "planned 900 us 4.00 us 1,111 -10.0 % act_padding 4",
+        "ordered(act_padding) 900 us 4.00 us 1,111 -10.0 % as planned",
         f"{ORDERED} 1.00 ms 5.00 us 996 even act_padding 3, allreduce_rms 1",
         "off 1.05 ms 2.00 us 952 +5.0 % -",
         "torch.compile 1.00 ms 3.00 us 1,000",

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show
-from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, ranks_of
+from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, command_of, ranks_of
 from fuseplan.cli.request import AllowRoundingChanges, Layers, Workload, find_policies
 
 DEFAULT_BATCHES = (1, 8, 32)
@@ -66,7 +66,8 @@ def bench(
             ):
                 found = run(
                     made.model, made.step, sizes, workload=workload, policies=chosen, config=config,
-                    repeats=repeats, steps=steps, ranks=ranks, notes=made.notes, watch=tell,
+                    repeats=repeats, steps=steps, ranks=ranks, notes=made.notes,
+                    command=command_of(ranks.size), watch=tell,
                 )  # fmt: skip
             if ranks.rank == 0:
                 if plot is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import math
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ DEADLINE_S = 300.0
 
 REPEATS = 9
 Deadline = Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="How long a rank waits for the others.")]
+
+
+def command_of(ranks: int) -> str:
+    """This process's command as it would be written again."""
+    start = f"torchrun --nproc-per-node {ranks} -m fuseplan" if ranks > 1 else "fuseplan"
+    return shlex.join([*start.split(), *sys.argv[1:]])
 
 
 @contextlib.contextmanager

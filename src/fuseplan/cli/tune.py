@@ -1,17 +1,15 @@
 """`fuseplan tune`: what each alternative takes on this machine, measured in context and put into a cost table."""
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show, table_of
-from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, ranks_of
+from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, command_of, ranks_of
 from fuseplan.cli.request import (
     AllowRoundingChanges,
     Layers,
@@ -72,7 +70,7 @@ def tune(
             with measuring(ranks.rank == 0) as tell, built(workload, ranks, layers) as made:
                 found = measure(
                     made.model, made.inputs, table=table, ranges=spans, tokens=tokens or (), repeats=repeats,
-                    config=config, providers=providers, ranks=ranks, command=_command(ranks.size),
+                    config=config, providers=providers, ranks=ranks, command=command_of(ranks.size),
                     watch=lambda step: tell(f"{step.doing}: {step.site}", step.done, step.total),
                 )  # fmt: skip
             if ranks.rank == 0:
@@ -103,12 +101,6 @@ def _check_table(path: Path, *, is_default: bool) -> None:
     merge_into(path, device, (), replace_broken=is_default)
 
 
-def _command(ranks: int) -> str:
-    """As it would be written again."""
-    start = f"torchrun --nproc-per-node {ranks} -m fuseplan" if ranks > 1 else "fuseplan"
-    return shlex.join([*start.split(), *sys.argv[1:]])
-
-
 def _json(found: Any, workload: str, tp: int, table: Path) -> dict[str, Any]:
     from fuseplan.record import to_json
 
@@ -127,7 +119,7 @@ def _rendered(found: Any, path: Path) -> Group:
         rows = [row for row in found.rows if row.key.startswith(start)]
         if rows:
             heading = Text(printable(f"{site}, {count} in the model"), style="bold")
-            parts += [heading, _times(start, rows), Text("")]
+            parts += [heading, _Times(start, rows), Text("")]
     for each in found.skipped:
         size = f" at {each.tokens} tokens" if each.tokens else ""
         what = f"{each.site}: {each.alternative}" if each.alternative else each.site
@@ -140,17 +132,41 @@ def _rendered(found: Any, path: Path) -> Group:
     return Group(*parts, Text(printable(kept)))
 
 
-def _times(start: str, rows: Sequence[Any]) -> Any:
-    """Alternatives down, `unfused` first; sizes across; the fastest of each size in green."""
-    times: dict[str, dict[int, Any]] = {}
-    for row in rows:
-        times.setdefault(row.key.removeprefix(start), {})[row.tokens] = row
-    sizes = sorted({row.tokens for row in rows})
-    best = {size: min(row.time_ns for row in rows if row.tokens == size) for size in sizes}
-    table = table_of("us, at tokens", *map(str, sizes))
-    for name in sorted(times, key=lambda name: (name != UNFUSED, name)):
-        table.add_row(printable(name), *(_cell(times[name].get(size), best[size]) for size in sizes))
-    return table
+class _Times:
+    """Alternatives down, `unfused` first; sizes across, below each other as far as the terminal is too narrow; the
+    fastest of each size in green.
+    """
+
+    def __init__(self, start: str, rows: Sequence[Any]) -> None:
+        self.times: dict[str, dict[int, Any]] = {}
+        for row in rows:
+            self.times.setdefault(printable(row.key.removeprefix(start)), {})[row.tokens] = row
+        self.sizes = sorted({row.tokens for row in rows})
+        self.best = {size: min(row.time_ns for row in rows if row.tokens == size) for size in self.sizes}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """See rich's console protocol."""
+        names = sorted(self.times, key=lambda name: (name != UNFUSED, name))
+        cells = {
+            (name, size): _cell(self.times[name].get(size), self.best[size]) for name in names for size in self.sizes
+        }
+        word = max(len(word) for name in [HEADING, *names] for word in name.split())
+        wide = GAP + max(len(str(each)) for each in [*cells.values(), *self.sizes])
+        count = max(1, (options.max_width - word) // wide)
+        if len(max(names, key=len)) + wide * len(self.sizes) <= options.max_width:
+            count = len(self.sizes)
+        for first in range(0, len(self.sizes), count):
+            sizes = self.sizes[first : first + count]
+            table = table_of(HEADING, *map(str, sizes))
+            table.columns[0].min_width = word
+            for name in names:
+                table.add_row(name, *(cells[name, size] for size in sizes))
+            yield table
+            if sizes[-1] != self.sizes[-1]:
+                yield ""
+
+
+HEADING, GAP = "us, at tokens", 3
 
 
 def _cell(row: Any, best: int) -> Text:

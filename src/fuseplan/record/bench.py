@@ -69,15 +69,21 @@ class Bench:
         tp: ranks of tensor parallelism, the slowest of which counts.
         device: as its maker names it.
         torch: torch's version.
+        triton: Triton's, empty where it isn't installed.
+        date: of the run, ISO 8601, in UTC.
         repeats: interleaved, of which the median is taken.
         batches: in ascending order.
         notes: what a reader has to know, one line each.
+        command: that ran it; empty where it was none.
     """
 
     workload: str
     tp: int
     device: str
     torch: str
+    triton: str
+    date: str
     repeats: int
     batches: tuple[BatchTimes, ...]
     notes: tuple[str, ...] = ()
+    command: str = ""

@@ -16,7 +16,7 @@ def bench_to_json(bench: Bench) -> dict[str, Any]:
     """The object that `fuseplan bench --json` prints; times in ns."""
     return {
         "schema": SCHEMA, "workload": bench.workload, "tp": bench.tp, "device": bench.device, "torch": bench.torch,
-        "repeats": bench.repeats,
+        "triton": bench.triton, "date": bench.date, "command": bench.command, "repeats": bench.repeats,
         "batches": [
             {
                 "batch": times.batch,
