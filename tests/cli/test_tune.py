@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from fuseplan.cli import app, console
 from fuseplan.cli.console import duration, measuring
 from fuseplan.cli.tune import _Times
-from fuseplan.planner.costs import CostTable, Row, cached_path
+from fuseplan.planner.costs import CostTable, Provenance, Row, cached_path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOADS = "tests.cli.tuned_workloads"
@@ -191,13 +191,20 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_sizes_that_are_wider_than_the_terminal_are_shown_below_each_other() -> None:
     names = ("unfused", "allreduce_rms all_reduce_fused_add_rms_norm triton")
-    origin = {"device": "h100", "torch": "", "triton": "", "topology": "tp2", "date": "2026-11-27", "command": ""}
+    origin = {"device": "h100", "torch": "2.11", "triton": "", "topology": "tp2", "date": "2026-11-27", "command": "x"}
+    table = [(name, size) for name in names for size in (1, 8, 64, 512, 8192)]
     rows = [
-        Row(key=f"site: {name}", tokens=size, time_ns=1000 * size, spread_ns=20, provenance="measured", **origin)
-        for name in names
-        for size in (1, 8, 64, 512, 8192)
+        Row(
+            key=f"site: {name}",
+            tokens=size,
+            time_ns=1000 * size,
+            spread_ns=20,
+            provenance=Provenance.MEASURED,
+            **origin,
+        )
+        for name, size in table
     ]
-    for width, heads in ((80, ["1 8", "64 512", "8192"]), (200, ["1 8 64 512 8192"])):
+    for width, heads in ((80, ["1 8 64", "512 8192"]), (200, ["1 8 64 512 8192"])):
         console = Console(width=width, highlight=False)
         with console.capture() as captured:
             console.print(_Times("site: ", rows))
