@@ -126,12 +126,55 @@ def _region() -> str:
     return _table(head, rows)
 
 
+def _kernels() -> str:
+    """Each kernel beside torch.compile's code and a copy, by rows."""
+    result = json.loads((ROOT / "benchmarks/results/kernels_h100.json").read_text(encoding="utf-8"))["rows"]
+    sizes = sorted({row["rows"] for row in result})
+    found = {(row["op"], row["rows"]): row for row in result}
+    rows: list[tuple[object, ...]] = []
+    for op in dict.fromkeys(row["op"] for row in result):
+        times = [found[op, size] for size in sizes]
+        rows.append((op, *(f"{row['speedup_over_torch_compile']:.2f}" for row in times)))
+        rows.append(("of a copy's bandwidth", *(f"{100 * row['share_of_copy_bandwidth']:.0f} %" for row in times)))
+    return _table(("rows", *(f"{size:,}" for size in sizes)), rows)
+
+
+def _decode() -> str:
+    """A decode step with and without fuseplan, by batch."""
+    rows: list[tuple[object, ...]] = []
+    for row in json.loads((ROOT / "benchmarks/results/decode_h100x2.json").read_text(encoding="utf-8"))["rows"]:
+        for what, times in (("as it is", row), ("without guards", row["without_guards"])):
+            figures = ("{:,.0f} ± {:,.0f} us".format(*times[side]) for side in ("torch.compile", "fuseplan"))
+            rows.append((row["batch"], what, *figures, f"-{times['less_time_percent']:.1f} %"))
+    return _table(("batch", "", "`torch.compile`", "fuseplan", "time a step"), rows)
+
+
+def _bench() -> str:
+    """What `fuseplan bench` printed of GPT-OSS: policies down, batches across."""
+    result = json.loads((ROOT / "benchmarks/results/bench_gpt_oss_120b_h100x2.json").read_text(encoding="utf-8"))
+    batches = result["batches"]
+    steps = [{row["policy"]: row for row in each["policies"]} for each in batches]
+    rows: list[tuple[object, ...]] = []
+    for policy in steps[0]:
+        times = (each[policy] for each in steps)
+        figures = (f"{row['step_ns'] / 1e6:.3f} ± {row['spread_ns'] / 1e6:.3f} ms" for row in times)
+        rows.append((f"`{policy}`", *figures))
+    return _table(("policy", *(f"batch {each['batch']}" for each in batches)), rows)
+
+
 def _table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
-tables = {"h200_constants": _constants("h200"), "h200_errors": _errors(), "region_h100x2": _region()}
+tables = {
+    "h200_constants": _constants("h200"),
+    "h200_errors": _errors(),
+    "region_h100x2": _region(),
+    "kernels_h100": _kernels(),
+    "decode_h100x2": _decode(),
+    "bench_gpt_oss_h100x2": _bench(),
+}
 myst_substitutions = {**_figures(), **tables}
 
 
