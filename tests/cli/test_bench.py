@@ -42,7 +42,7 @@ def test_all_policies_side_by_side_at_each_batch_size() -> None:
         assert {row["policy"]: row["same_as"] for row in each["policies"] if row["same_as"]} == {"off": "planned"}
         for row in each["policies"]:
             assert row["tokens_per_s"] == pytest.approx(each["batch"] * 1e9 / row["step_ns"], abs=0.1)
-    assert data["command"].startswith("fuseplan ")
+    assert data["command"].startswith("fuseplan")
     assert data["notes"] == ["costs of the plan are modelled for cpu"]
     assert "0 of 8: compiling planned at batch 2" in result.stderr
 
