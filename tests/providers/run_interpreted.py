@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 from fuseplan import testing
 from fuseplan.dialect import NORM_FAMILY, ops
 from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.providers.triton import activation
 from fuseplan.rules import BUILT_IN_RULES, Bindings
 from fuseplan.testing import check_rule
 
@@ -114,6 +115,16 @@ def odd() -> dict[str, bool]:
     return found
 
 
+def more_rows_than_programs() -> bool:
+    """Whether rows beyond the largest grid are computed too, of the family that has them in its second dimension."""
+    op = ops.silu_and_mul_static_fp8_quant
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(7, 96, generator=generator).bfloat16() for _ in range(2))
+    arguments = gate, up, "llama", torch.tensor([0.02]), torch.float8_e4m3fn, "multiply"
+    with mock.patch.object(activation, "MOST_PROGRAMS", 3):
+        return difference(op.kernel("triton")(*arguments), op.reference(*arguments)) == 0
+
+
 def declined() -> str:
     """What is said of more leading dimensions than the kernel steps through."""
     x = torch.empty(2, 2, 2, 3, 8)
@@ -132,7 +143,8 @@ def main() -> None:
         checked = check_rule(rule, providers=[TRITON])
     alone = [each for each in BUILT_IN_RULES if each.op.name in CHECKED]
     result = {
-        "differences": differences(), "odd": odd(), "declined": declined(), "cases": checked.cases["triton"],
+        "differences": differences(), "odd": odd(), "declined": declined(),
+        "more rows than programs": more_rows_than_programs(), "cases": checked.cases["triton"],
         "refused": checked.refused, "not finite": not_finite(),
         "alone": {each.op.name: check_rule(each, providers=[TRITON]).cases["triton"] for each in alone},
     }  # fmt: skip

@@ -57,6 +57,11 @@ def test_rules_hold_in_every_layout_and_dtype(interpreted: dict[str, Any]) -> No
 
 
 @needs_triton
+def test_there_may_be_more_rows_than_programs(interpreted: dict[str, Any]) -> None:
+    assert interpreted["more rows than programs"]
+
+
+@needs_triton
 def test_infinity_and_nan_stay_where_they_are(interpreted: dict[str, Any]) -> None:
     assert len(interpreted["not finite"]) == 3
     assert all(all(each) for each in interpreted["not finite"].values()), interpreted["not finite"]

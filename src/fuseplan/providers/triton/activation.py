@@ -66,6 +66,8 @@ def _silu_and_mul(
         )  # fmt: skip
 
 
+MOST_PROGRAMS = 65535
+"""Side by side in the second dimension of a CUDA grid; of more rows, a program takes several."""
 FEW_ROWS, SMALL_PART, PART = 8, 512, 1024
 """Up to that many rows, and beyond: elements of a row that a program takes, where others may take the rest."""
 MANY_TURNS, STAGES = 8, 3
@@ -91,7 +93,7 @@ def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Ten
     results = finish.results(gate)
     if gate.numel():
         processors, stages = multiprocessors(gate.device), 1
-        turns, programs = rows / processors, rows
+        turns, programs = rows / processors, min(rows, MOST_PROGRAMS)
         if finish.kind != "dynamic_fp8_quant":
             shape = Tile.holding(block_of(min(width, SMALL_PART if rows <= FEW_ROWS else PART)), elements=4)
         elif turns <= MANY_TURNS or not is_nvidia(gate.device):
