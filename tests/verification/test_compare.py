@@ -52,6 +52,21 @@ def test_codes_may_be_one_apart(dtype: torch.dtype) -> None:
     assert "codes" in compare(torch.full_like(codes, 0x48).view(dtype), exact, exact, 2.0).text
 
 
+def test_codes_near_zero_may_be_as_far_off_as_their_values() -> None:
+    """Two kernels whose sums are rounded differently, quantised: neither is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    exact = 50 * torch.randn(200, 512, generator=generator)
+    noise = [0.2 * torch.rand(exact.shape, generator=generator) - 0.1 for _ in range(2)]
+    actual, reference, true = (each.to(torch.float8_e4m3fn) for each in (exact + noise[0], exact + noise[1], exact))
+    assert compare(actual, reference, true, 2.0).share <= 1
+    lucky = true.clone()
+    lucky[1:] = reference[1:]
+    assert compare(actual, lucky, true, 2.0).share <= 1
+    assert compare(actual, true, true, 2.0).share > 1
+    lost = torch.where(exact.abs() < 1, 0.0, exact + noise[0]).to(torch.float8_e4m3fn)
+    assert compare(lost, reference, true, 2.0).share > 1
+
+
 def test_zero_has_two_codes() -> None:
     zeros, flipped = (
         torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn) for codes in ([0, 128], [128, 0])

@@ -78,7 +78,7 @@ class _Block:
 def _block(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> _Block:
     """The worst element of some rows."""
     if actual.dtype in FP8:
-        error, allowed = _codes(actual, reference, exact)
+        error, allowed = _codes(actual, reference, exact, factor)
     elif actual.dtype.is_floating_point:
         error, allowed = _floats(actual, reference, exact, factor)
     else:
@@ -117,11 +117,17 @@ def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return spacing.clamp(min=finfo.smallest_normal * finfo.eps)
 
 
-def _codes(actual: Tensor, reference: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    true = _ordinal(exact)
+def _codes(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Error and allowance in codes; the latter as much as makes the share that of the value, where this is less."""
+    true, value = _ordinal(exact), exact.double()
     own = (_ordinal(reference) - true).abs()
-    row = own.amax(-1, keepdim=True) + 1
-    return (_ordinal(actual) - true).abs().double(), row.double().expand(own.shape)
+    error = (_ordinal(actual) - true).abs().double()
+    step = unit_in_the_last_place(value, exact.dtype)
+    noise = ((reference.double() - value).abs() - step).nan_to_num(0.0, 0.0).amax(-1, keepdim=True)
+    noise = torch.maximum(noise, noise.median(0).values).clamp(min=0.0)
+    off = (actual.double() - value).abs()
+    by_value = (error * (factor * noise + step) / off).nan_to_num(0.0, 0.0)
+    return error, torch.maximum((own.amax(-1, keepdim=True) + 1).double(), by_value)
 
 
 def _ordinal(codes: Tensor) -> Tensor:
