@@ -19,6 +19,7 @@ from fuseplan.dialect import NORM_FAMILY
 from fuseplan.distributed import workspace as workspaces
 from fuseplan.errors import CollectiveError
 from fuseplan.verification.compare import compare
+from tests.ranks import left_in
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 DEVICE = torch.device("cuda", RANK)
@@ -88,8 +89,13 @@ def sizes() -> list[str]:
             case = Case(rows, hidden, dtype, suffix, index)
             results = case.run()
             wrong = case.wrong(results)
-            if wrong or not same_everywhere(results):
-                found.append(f"{rows} x {hidden} {dtype} {suffix}: {wrong or 'ranks differ'}")
+            if not same_everywhere(results):
+                wrong = wrong or "ranks differ"
+            left = left_in(workspaces.workspace_of(case.group, DEVICE, dtype))
+            if left:
+                wrong = wrong or f"{left} words are left in other slots"
+            if wrong:
+                found.append(f"{rows} x {hidden} {dtype} {suffix}: {wrong}")
     return found
 
 
@@ -217,7 +223,7 @@ SCENARIOS: tuple[Callable[[], list[str]], ...] = (
 
 def main() -> None:
     torch.cuda.set_device(DEVICE)
-    dist.init_process_group("nccl", device_id=DEVICE)
+    dist.init_process_group("nccl", device_id=DEVICE, timeout=datetime.timedelta(seconds=60))
     found = {}
     for scenario in SCENARIOS:
         start = time.monotonic()

@@ -23,7 +23,7 @@ from fuseplan.errors import CollectiveError
 from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
 from fuseplan.providers.triton.launching import Finish, Norm, Tile
 from tests.providers.run_interpreted import rounded
-from tests.ranks import leave
+from tests.ranks import leave, left_in
 
 RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 CPU, WIDTH = torch.device("cpu"), 48
@@ -40,7 +40,14 @@ ONE_SHOT = (
     (3, 2, 1, "dynamic_fp8_quant"),
     (1, 1, 0, "pad"),
 )
-TWO_SHOT = ((11, 2, 1, "pad"), (1, 1, 0, None), (7, 2, 0, "pad"), (12, 1, 2, "dynamic_fp8_quant"), (2, 2, 0, "pad"))
+TWO_SHOT = (
+    (11, 2, 1, "pad"),
+    (1, 1, 0, None),
+    (21, 6, 0, "pad"),
+    (12, 1, 2, "dynamic_fp8_quant"),
+    (2, 2, 0, "pad"),
+    (7, 5, 1, None),
+)
 """(rows, programs, lag, epilogue): larger and smaller ones take turns."""
 NUMBERS = itertools.count()
 
@@ -101,11 +108,14 @@ def main() -> None:
     seen: dict[str, Any] = {}
     space = workspace()
     shots = [(*each, False) for each in ONE_SHOT]
-    shots += [(*each, True) for each in TWO_SHOT] if RANKS > 2 else []
-    seen["calls"] = [
-        call(space, rows, schedule(programs, lag, two), suffix, seed)[0]
-        for seed, (rows, programs, lag, suffix, two) in enumerate((*shots, *shots[:3]))
-    ]
+    if RANKS > 2:
+        two_shots = [(*each, True) for each in TWO_SHOT]
+        # Each kind follows the other, and itself, in every slot.
+        shots += [*two_shots, *shots[2:4], two_shots[0], shots[4], two_shots[2], shots[0], two_shots[3]]
+    seen["calls"], seen["left"] = [], []
+    for seed, (rows, programs, lag, suffix, two) in enumerate((*shots, *shots[:3])):
+        seen["calls"].append(call(space, rows, schedule(programs, lag, two), suffix, seed)[0])
+        seen["left"].append(left_in(space))
     seen["chosen"] = [call(space, rows, None, "pad", 40 + rows)[0] for rows in (1, 3, 9)]
     total = call(space, 1, None, None, 60)[1]
     seen["minus zero"] = bool(torch.signbit(total[0, 0]) and total[0, 0] == 0)

@@ -84,8 +84,9 @@ def test_all_reduces_between_ranks(ranks: int, tmp_path: Path) -> None:
     assert not any(process.returncode for process in running), "\n".join(errors for _, errors in done)[-4000:]
     seen = [json.loads(text) for text, _ in done]
     for rank in seen:
-        assert len(rank["calls"]) == (8 if ranks == 2 else 13)
+        assert len(rank["calls"]) == (8 if ranks == 2 else 21)
         assert all(rank["calls"] + rank["chosen"])
+        assert not any(rank["left"])
         assert rank["minus zero"]
         assert rank.get("capacity", []) == ([[True, 1], [True, 1], [True, 2]] if ranks == 2 else [])
     numbers, first, second = seen[0]["deadline"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
 from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, is_nvidia, multiprocessors
-from fuseplan.providers.triton.rows import normalized, rounded, store_finished
+from fuseplan.providers.triton.rows import normalized, rounded, store_finished, within
 
 SLOTS = tl.constexpr(SLOT_COUNT)
 TURN, COUNTED, WRITTEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -70,7 +70,7 @@ def sent(x, WORD: tl.constexpr):
 
 
 @triton.jit
-def memory_of(mine, distances, rank: tl.constexpr):
+def memory_of(mine, distances, rank):
     """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes."""
     return mine + tl.load(distances + rank) * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
 
@@ -80,6 +80,30 @@ def empty(mine, chunk, written, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Empties one of the chunks of BLOCK words, of `written`."""
     at = (chunk * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(mine + at, tl.full((ROWS, BLOCK), -1, mine.dtype.element_ty), mask=at < written)
+
+
+@triton.jit
+def reduced(
+    x, place, shot_words, summing, failure, limit, RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
+    """The sum over ranks of a tile x, as x's dtype holds it, and how long may still be waited.
+
+    What the next rank but n - 1 has sent lies n * shot_words behind `place`.
+    """
+    for source in tl.static_range(RANKS):
+        if source == RANK:
+            part = x.to(tl.float32)
+        else:
+            sent_at = place + ((source - RANK + RANKS) % RANKS - 1) * shot_words
+            words, arrival = receive(sent_at, summing, limit, TIMED)
+            if arrival == LATE:
+                # The first that is late is the one to name: after it nobody is waited for.
+                tl.store(failure, source + 1, mask=limit > 0)
+                limit = tl.zeros_like(limit)
+            part = words.to(x.dtype, bitcast=True).to(tl.float32)
+        # -0.0 and -0.0 is -0.0, but not if 0.0 comes first.
+        total = part if source == 0 else total + part  # type: ignore[has-type]  # noqa: F821
+    return rounded(total, x.dtype), limit
 
 
 @triton.jit(do_not_specialize=["rows", "limit", "shot_units", "sums_units_at", "sums_units"])
@@ -93,7 +117,7 @@ def _all_reduce_norm(
 ):  # fmt: skip
     """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
 
-    In two shots a tile's owner is the rank of the tile's place in this sequence, modulo ranks.
+    In two shots the ranks own a program's tiles in turn, and programs begin with different ranks.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -111,23 +135,25 @@ def _all_reduce_norm(
     slot_at, last_at = slot * (RANKS - 1) * shot_words, last * (RANKS - 1) * shot_words
     weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
     steps = tl.cdiv(tl.cdiv(rows, ROWS), programs)
+    shares = tl.cdiv(programs, RANKS)  # tiles of a step that one rank owns, at most
     for step in range(steps + (1 + TWO_SHOT) * LAG):
         # Send.
         row = (step * programs + program) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        inside = (row < rows)[:, None] & within(column, WIDTH)[None, :]
         x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
         if TWO_SHOT:
-            packed = (step // RANKS * programs + program) * ROWS + tl.arange(0, ROWS)
+            packed = (step * shares + program // RANKS) * ROWS + tl.arange(0, ROWS)
             at = packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            owner = (step + program) % RANKS
+            place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
+            inside = inside & (row < tl.where(owner == RANK, 0, rows))[:, None]
+            tl.store(memory_of(mine, distances, owner) + place + at, sent(x, WORD), mask=inside)
         else:
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        for to in tl.static_range(RANKS):
-            if to != RANK:
-                place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
-                takes = inside
-                if TWO_SHOT:
-                    takes = inside & (step % RANKS == to)
-                tl.store(memory_of(mine, distances, to) + place + at, sent(x, WORD), mask=takes)
+            for to in tl.static_range(RANKS):
+                if to != RANK:
+                    place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
+                    tl.store(memory_of(mine, distances, to) + place + at, sent(x, WORD), mask=inside)
         # Empty what was read in the call before.
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
@@ -139,7 +165,7 @@ def _all_reduce_norm(
                 tl.store(state + WRITTEN + last, 0)
                 tl.store(state + WRITTEN + SLOTS + last, 0)
                 if TWO_SHOT:
-                    packed_rows = tl.cdiv(steps, RANKS).to(tl.int64) * programs * ROWS
+                    packed_rows = steps.to(tl.int64) * shares * ROWS
                     tl.store(state + WRITTEN + slot, tl.cdiv(packed_rows * WIDTH, UNIT))
                     tl.store(state + WRITTEN + SLOTS + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
                 else:
@@ -147,50 +173,39 @@ def _all_reduce_norm(
                 tl.store(state + TURN, turn + 1)
         # Sum what was sent LAG steps ago.
         row = ((step - LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
-        inside = ((row >= 0) & (row < rows))[:, None] & (column < WIDTH)[None, :]
+        inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
         if ADDS and not TWO_SHOT:
             there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
             residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
-        if LAG > 0:
-            x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
-        summing = inside
-        if TWO_SHOT:
-            summing = inside & ((step - LAG) % RANKS == RANK)
-            packed = ((step - LAG) // RANKS * programs + program) * ROWS + tl.arange(0, ROWS)
-            at = packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        else:
-            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        for source in tl.static_range(RANKS):
-            if source == RANK:
-                part = x.to(tl.float32)
-            else:
-                place = slot_at + ((source - RANK + RANKS) % RANKS - 1) * shot_words
-                words, arrival = receive(mine + place + at, summing, limit, TIMED)
-                if arrival == LATE:
-                    tl.store(failure, source + 1)
-                    limit = tl.zeros_like(limit)
-                part = words.to(dtype, bitcast=True).to(tl.float32)
-            # -0.0 and -0.0 is -0.0, but not if 0.0 comes first.
-            total = part if source == 0 else total + part  # type: ignore[has-type]  # noqa: F821
-        total = rounded(total, dtype)
         if TWO_SHOT:
             # Hand on the sums of one's own rows, and take everybody's LAG steps later.
-            sums = sums_at + slot * sums_words
-            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            for to in tl.static_range(RANKS):
-                tl.store(memory_of(mine, distances, to) + sums + at, sent(total.to(dtype), WORD), mask=summing)
+            sums = mine + sums_at + slot * sums_words
+            if (step >= LAG) & ((step - LAG + program) % RANKS == RANK):
+                own = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
+                packed = ((step - LAG) * shares + program // RANKS) * ROWS + tl.arange(0, ROWS)
+                sent_to = mine + slot_at + packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                total, limit = reduced(own, sent_to, shot_words, inside, failure, limit, RANK, RANKS, TIMED)
+                words = sent(total.to(dtype), WORD)
+                at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                for to in tl.static_range(RANKS):
+                    tl.store(memory_of(sums, distances, to) + at, words, mask=inside)
             empty(mine + sums_at + last * sums_words, step * programs + program, summed, BLOCK, ROWS)
             row = ((step - 2 * LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
-            inside = ((row >= 0) & (row < rows))[:, None] & (column < WIDTH)[None, :]
+            inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
             if ADDS:
                 there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
                 residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            words, arrival = receive(mine + sums + at, inside, limit, TIMED)
+            words, arrival = receive(sums + at, inside, limit, TIMED)
             if arrival == LATE:
-                tl.store(failure, RANKS + 1)
+                tl.store(failure, RANKS + 1, mask=limit > 0)
                 limit = tl.zeros_like(limit)
             total = words.to(dtype, bitcast=True).to(tl.float32)
+        else:
+            if LAG > 0:
+                x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
+            sent_to = mine + slot_at + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            total, limit = reduced(x, sent_to, shot_words, inside, failure, limit, RANK, RANKS, TIMED)
         if ADDS:
             total += residual
         kept = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -202,17 +217,17 @@ def _all_reduce_norm(
             y, y_ptr, scale_ptr, scales_ptr, row, column, (row >= 0) & (row < rows), min_scale, dtype, WIDTH,
             OUT_WIDTH, EPILOGUE, MOST, MULTIPLIES, NVIDIA,
         )  # fmt: skip
-    # Empty the rest of what a larger call has left.
+    # Empty the rest of what a larger call has left, and all sums if this call has none.
     emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program
     for chunk in range(emptied, tl.cdiv(written, ROWS * BLOCK), programs):
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, chunk, written, BLOCK, ROWS)
-    for chunk in range(emptied, tl.cdiv(summed, ROWS * BLOCK), programs):
+    for chunk in range(emptied if TWO_SHOT else program, tl.cdiv(summed, ROWS * BLOCK), programs):
         empty(mine + sums_at + last * sums_words, chunk, summed, BLOCK, ROWS)
 
 
-MOST_ONE_SHOT_BYTES = 2**20
-"""Of a message that is sent to every other rank, where there are more than one."""
+SECOND_WAIT_BYTES = 7 * 2**16
+"""That the links could send while two shots wait once more than one; found on four H100."""
 FEW_ROWS, SOME_ROWS = 2, 5
 """Rows for each multiprocessor up to which a program takes one row, and up to which it holds them in more warps."""
 
@@ -235,16 +250,21 @@ class Schedule:
 
     @classmethod
     def of(cls, x: Tensor, finish: Finish, workspace: Workspace) -> "Schedule":
-        """For rows x [rows, hidden]; found on two H100 with 2,880 elements of bfloat16 a row."""
+        """For rows x [rows, hidden]; found on two H100, and for two shots on four, with 2,880 elements of bfloat16 a
+        row.
+        """
         rows, width = x.shape
         processors, block = multiprocessors(x.device), block_of(finish.width(width))
-        if rows <= FEW_ROWS * processors:
-            shape, lag = Tile.holding(block, elements=16, registers=128), 0
-        elif rows <= SOME_ROWS * processors:
-            shape, lag = Tile.holding(block, elements=8, registers=64), 0
+        # A rank sends N - 1 messages in one shot, and 2 / N of that in two.
+        saved = rows * width * x.element_size() * (workspace.ranks - 1) * (1 - 2 / workspace.ranks)
+        two_shot = not workspace.one_shot and saved > SECOND_WAIT_BYTES
+        lag = int(rows > (FEW_ROWS if two_shot else SOME_ROWS) * processors)
+        if two_shot or lag:
+            shape = Tile.holding(block, elements=32, registers=128)
+        elif rows <= FEW_ROWS * processors:
+            shape = Tile.holding(block, elements=16, registers=128)
         else:
-            shape, lag = Tile.holding(block, elements=32, registers=128), 1
-        two_shot = not workspace.one_shot and rows * width * x.element_size() > MOST_ONE_SHOT_BYTES
+            shape = Tile.holding(block, elements=8, registers=64)
         resident = processors * min(FEW_ROWS, shape.resident)
         programs = min(rows, resident, max(1, workspace.shot_words // width))
         return cls(tile=shape, programs=programs, two_shot=two_shot, lag=lag)
@@ -253,14 +273,18 @@ class Schedule:
         """Words that a rank is sent by each other rank, and words of sums."""
         if not self.two_shot:
             return rows * width, 0
-        steps = triton.cdiv(triton.cdiv(rows, self.tile.rows), self.programs)
-        return triton.cdiv(steps, ranks) * self.programs * self.tile.rows * width, rows * width
+        steps = triton.cdiv(triton.cdiv(rows, self.tile.rows), min(rows, self.programs))
+        return steps * self.share(rows, ranks) * width, rows * width
+
+    def share(self, rows: int, ranks: int) -> int:
+        """Rows of a step that one rank owns, at most."""
+        return triton.cdiv(min(rows, self.programs), ranks) * self.tile.rows
 
     def most_rows(self, width: int, workspace: Workspace) -> int:
         """Rows that fit in a workspace."""
         if not self.two_shot:
             return workspace.shot_words // width
-        steps = workspace.shot_words // (self.programs * self.tile.rows * width) * workspace.ranks
+        steps = workspace.shot_words // (self.share(self.programs, workspace.ranks) * width)
         return min(workspace.sums_words // width, steps * self.programs * self.tile.rows)
 
 

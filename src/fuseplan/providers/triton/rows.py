@@ -14,6 +14,16 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def within(column, WIDTH: tl.constexpr):
+    """column < WIDTH, of a tile's columns; a constant, by which the compiler drops masks, where tiles divide a row."""
+    if WIDTH // column.shape[0] * column.shape[0] == WIDTH:  # the interpreter's shapes have no remainder
+        inside = tl.full(column.shape, True, tl.int1)
+    else:
+        inside = column < WIDTH
+    return inside
+
+
+@triton.jit
 def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, NVIDIA: tl.constexpr):
     """clamp(y / scale, -MOST, MOST) as `dtype`; NaN stays NaN."""
     if MULTIPLIES:  # noqa: SIM108 - chosen when the kernel is compiled
@@ -42,13 +52,13 @@ def store_finished(
 ):  # fmt: skip
     """Stores rows y [ROWS, BLOCK], float32, 0 beyond WIDTH: rounded to DTYPE and then through the epilogue."""
     out = row.to(tl.int64)[:, None] * OUT_WIDTH + column[None, :]
-    inside = valid[:, None] & (column < WIDTH)[None, :]
+    inside = valid[:, None] & within(column, WIDTH)[None, :]
     if EPILOGUE == NONE:
         tl.store(y_ptr + out, y.to(DTYPE), mask=inside)
     elif EPILOGUE == PAD:
         # A row of which something is infinite or NaN is NaN also beyond its end.
-        padded = tl.where((column < WIDTH)[None, :], y, 0.0)
-        tl.store(y_ptr + out, padded.to(DTYPE), mask=valid[:, None] & (column < OUT_WIDTH)[None, :])
+        padded = tl.where(within(column, WIDTH)[None, :], y, 0.0)
+        tl.store(y_ptr + out, padded.to(DTYPE), mask=valid[:, None] & within(column, OUT_WIDTH)[None, :])
     else:
         y = rounded(y, DTYPE)
         code: tl.constexpr = y_ptr.dtype.element_ty
