@@ -5,6 +5,7 @@ A process of its own: whether a kernel is interpreted is settled when Triton is 
 
 import dataclasses
 import json
+import sys
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,6 @@ from triton.runtime import interpreter
 from fuseplan import testing
 from fuseplan.dialect import NORM_FAMILY, ops
 from fuseplan.providers import BUILT_IN_PROVIDERS
-from fuseplan.providers.triton import activation
 from fuseplan.rules import BUILT_IN_RULES, Bindings
 from fuseplan.testing import check_rule
 
@@ -101,10 +101,12 @@ def odd() -> dict[str, bool]:
         ((1,), (1, 1), 2),
         ((3, 5), (5, 3), 10),
         ((2, 131), (7, 1), 96),
+        ((6, 1), (16, 2), 16),
         ((0,), (2, 1), 8),
     ):
         q, k = (transposed(leading, each, head_dim, torch.float16) for each in heads)
-        turn = torch.rand(*(1,) * (len(leading) - 1), leading[-1], 1, head_dim // 2) * 6
+        shared = leading if leading[-1] == 1 else (*(1,) * (len(leading) - 1), leading[-1])
+        turn = torch.rand(*shared, 1, head_dim // 2) * 6
         weights = torch.randn(2 * head_dim)[::2].half(), torch.randn(head_dim).half()
         arguments = q, k, *weights, turn.cos().half(), turn.sin().half(), 1e-6, "gpt_oss", "products"
         pairs = zip(ops.qk_norm_rope.kernel("triton")(*arguments), ops.qk_norm_rope(*arguments), strict=True)
@@ -115,14 +117,24 @@ def odd() -> dict[str, bool]:
     return found
 
 
-def more_rows_than_programs() -> bool:
-    """Whether rows beyond the largest grid are computed too, of the family that has them in its second dimension."""
-    op = ops.silu_and_mul_static_fp8_quant
+def more_than_programs() -> dict[str, bool]:
+    """Whether what is beyond the largest grid is computed too."""
     generator = torch.Generator().manual_seed(0)
     gate, up = (torch.randn(7, 96, generator=generator).bfloat16() for _ in range(2))
-    arguments = gate, up, "llama", torch.tensor([0.02]), torch.float8_e4m3fn, "multiply"
-    with mock.patch.object(activation, "MOST_PROGRAMS", 3):
-        return difference(op.kernel("triton")(*arguments), op.reference(*arguments)) == 0
+    q, k = (torch.randn(5, 4, heads, 8, generator=generator).bfloat16() for heads in (3, 1))
+    weights = torch.ones(8).bfloat16(), torch.ones(8).bfloat16()
+    cos, sin = (torch.randn(5, 4, 1, 8, generator=generator).bfloat16() for _ in range(2))
+    found = {}
+    for name, module, arguments in (
+        ("silu_and_mul_static_fp8_quant", "activation",
+         (gate, up, "llama", torch.tensor([0.02]), torch.float8_e4m3fn, "multiply")),
+        ("qk_norm_rope", "qk_norm_rope", (q, k, *weights, cos, sin, 1e-6, "llama", "products")),
+    ):  # fmt: skip
+        with mock.patch.object(sys.modules[f"fuseplan.providers.triton.{module}"], "MOST_PROGRAMS", 3):
+            got, wanted = ops[name].kernel("triton")(*arguments), ops[name].reference(*arguments)
+        pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else ((got, wanted),)
+        found[name] = all(difference(*pair) == 0 for pair in pairs)
+    return found
 
 
 def declined() -> str:
@@ -144,7 +156,7 @@ def main() -> None:
     alone = [each for each in BUILT_IN_RULES if each.op.name in CHECKED]
     result = {
         "differences": differences(), "odd": odd(), "declined": declined(),
-        "more rows than programs": more_rows_than_programs(), "cases": checked.cases["triton"],
+        "more than programs": more_than_programs(), "cases": checked.cases["triton"],
         "refused": checked.refused, "not finite": not_finite(),
         "alone": {each.op.name: check_rule(each, providers=[TRITON]).cases["triton"] for each in alone},
     }  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fuseplan.dialect import ActivationRounding
 from fuseplan.providers.triton.launching import (
+    MOST_PROGRAMS,
     Finish,
     Tile,
     block_of,
@@ -19,55 +20,72 @@ from fuseplan.providers.triton.launching import (
     multiprocessors,
     shared_bytes,
 )
-from fuseplan.providers.triton.rows import rounded, store_finished
+from fuseplan.providers.triton.rows import rounded, store_finished, within
+
+
+@triton.jit
+def part_of_row(
+    gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, row, column, gate_row, up_row, min_scale,
+    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, EPILOGUE: tl.constexpr,
+    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, EVICTION: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Those columns of a row."""
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    row = row + tl.arange(0, 1)
+    inside = within(column, WIDTH)[None, :]
+    at = row.to(tl.int64)[:, None]
+    gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
+        tl.float32
+    )
+    up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
+        tl.float32
+    )
+    if dtype == tl.float32:
+        activated = tl.div_rn(gate, 1.0 + tl.exp(-gate))
+    else:
+        # Off by two units in the last place of float32, which narrower results hardly ever show.
+        if NVIDIA:
+            # Without care for denormal numbers, which costs more than the rest: exp(-gate) beyond 2**126 gives 0.
+            exp = tl.extra.cuda.libdevice.fast_expf(-gate)
+            activated = tl.extra.cuda.libdevice.fast_dividef(gate, 1.0 + exp)
+        else:
+            activated = gate / (1.0 + tl.exp(-gate))
+    if ROUNDS_ACTIVATED:
+        activated = rounded(activated, dtype)
+    store_finished(
+        activated * up, y_ptr, scale_ptr, scales_ptr, row, column, tl.full((1,), True, tl.int1), min_scale, dtype,
+        WIDTH, OUT_WIDTH, EPILOGUE, MOST, MULTIPLIES, NVIDIA,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _silu_and_mul(
     gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, rows, gate_row, up_row, min_scale,
     WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr,
-    EPILOGUE: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, STAGES: tl.constexpr,
+    EPILOGUE: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LOOPS: tl.constexpr, STAGES: tl.constexpr,
     EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK elements of a row, all of it unless its scale is given, and then of the next that nobody
-    takes; up to STAGES rows are on their way to it.
+    """A program takes BLOCK elements of a row, all of it unless its scale is given, and, where it LOOPS, then of the
+    next that nobody takes; up to STAGES rows are on their way to it.
     """
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     # Programs that follow each other read what follows each other in memory.
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for first in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
-        row = first + tl.arange(0, 1)
-        inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-        at = row.to(tl.int64)[:, None]
-        gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
-            tl.float32
-        )
-        up = tl.load(up_ptr + at * up_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
-            tl.float32
-        )
-        if dtype == tl.float32:
-            activated = tl.div_rn(gate, 1.0 + tl.exp(-gate))
-        else:
-            # Off by two units in the last place of float32, which narrower results hardly ever show.
-            if NVIDIA:
-                # Without care for denormal numbers, which costs more than the rest: exp(-gate) beyond 2**126 gives 0.
-                exp = tl.extra.cuda.libdevice.fast_expf(-gate)
-                activated = tl.extra.cuda.libdevice.fast_dividef(gate, 1.0 + exp)
-            else:
-                activated = gate / (1.0 + tl.exp(-gate))
-        if ROUNDS_ACTIVATED:
-            activated = rounded(activated, dtype)
-        store_finished(
-            activated * up, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH,
-            EPILOGUE, MOST, MULTIPLIES, NVIDIA,
+    if LOOPS:
+        for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
+            part_of_row(
+                gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, row, column, gate_row, up_row, min_scale, WIDTH,
+                OUT_WIDTH, ROUNDS_ACTIVATED, EPILOGUE, MOST, MULTIPLIES, EVICTION, NVIDIA,
+            )  # fmt: skip
+    else:
+        part_of_row(
+            gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, tl.program_id(1), column, gate_row, up_row, min_scale,
+            WIDTH, OUT_WIDTH, ROUNDS_ACTIVATED, EPILOGUE, MOST, MULTIPLIES, EVICTION, NVIDIA,
         )  # fmt: skip
 
 
-MOST_PROGRAMS = 65535
-"""Side by side in the second dimension of a CUDA grid; of more rows, a program takes several."""
 FEW_ROWS, SMALL_PART, PART = 8, 512, 1024
 """Up to that many rows, and beyond: elements of a row that a program takes, where others may take the rest."""
 MANY_TURNS, STAGES = 8, 3
@@ -109,7 +127,8 @@ def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Ten
             _silu_and_mul[(triton.cdiv(width, shape.block), programs)](
                 gates, ups, results[0], *finish.pointers(results), rows, gates.stride(0), ups.stride(0),
                 finish.min_scale,
-                WIDTH=width, BLOCK=shape.block, STAGES=stages, EVICTION=eviction(gate, up, *results),
+                WIDTH=width, BLOCK=shape.block, LOOPS=programs < rows, STAGES=stages,
+                EVICTION=eviction(gate, up, *results),
                 ROUNDS_ACTIVATED=ActivationRounding(rounding) is ActivationRounding.LLAMA,
                 NVIDIA=is_nvidia(gate.device), **finish.constants(width), **shape.launch(gate),
             )  # fmt: skip

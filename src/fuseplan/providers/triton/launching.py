@@ -147,6 +147,10 @@ REGISTERS = 65536
 """Of a multiprocessor: 32 bits each, on every NVIDIA GPU since Kepler. AMD's have more."""
 
 
+MOST_PROGRAMS = 65535
+"""Side by side in the second or third dimension of a CUDA grid; where there is more to do, a program does several."""
+
+
 def block_of(width: int) -> int:
     """Elements of a tile's row: at least as many as a program has threads, or threads would see different values."""
     return max(64, int(triton.next_power_of_2(width)))

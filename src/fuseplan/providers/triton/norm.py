@@ -21,7 +21,7 @@ from fuseplan.providers.triton.launching import (
     is_nvidia,
     multiprocessors,
 )
-from fuseplan.providers.triton.rows import normalized, rounded, store_finished
+from fuseplan.providers.triton.rows import normalized, rounded, store_finished, within
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
@@ -40,7 +40,7 @@ def _norm(
         tl.extra.cuda.gdc_launch_dependents()
     weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    inside = (row < rows)[:, None] & within(column, WIDTH)[None, :]
     at = row.to(tl.int64)[:, None]
     total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
         tl.float32

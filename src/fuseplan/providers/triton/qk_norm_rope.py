@@ -12,27 +12,28 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import RotaryRounding, Rounding
-from fuseplan.providers.triton.launching import Tile, eviction
+from fuseplan.providers.triton.launching import MOST_PROGRAMS, Tile, eviction
+from fuseplan.providers.triton.rows import within
 
-ELEMENTS = 512
-"""Elements of one half that a program holds: 4 for each of 128 threads."""
+ELEMENTS = 1024
+"""Elements of one half that a program holds: 8 for each of 128 threads."""
 
 
 @triton.jit
 def _norm_and_rotate(
     x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr,
-    token, first_head, seq, heads, x_batch, x_seq, x_head, x_dim, weight_dim,
+    batch, position, seq, first_head, x_batch, x_seq, x_head, x_dim, weight_dim,
     cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
-    HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of a token of x [tokens, heads, 2 * HALF], tokens being [batch, seq]."""
+    """ROWS heads of a token of x [batch, seq, HEADS, 2 * HALF]."""
     dtype = y_ptr.dtype.element_ty
-    # Tokens are counted in 32 bits, elements in 64.
-    batch, position = (token // seq).to(tl.int64), (token % seq).to(tl.int64)
-    head, column = first_head + tl.arange(0, HEADS), tl.arange(0, WIDTH)
-    is_column = column < HALF
-    inside = (head < heads)[:, None] & is_column[None, :]
+    zero = tl.zeros((), tl.int64)
+    batch, position = zero + batch, zero + position
+    head, column = first_head + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    is_column = within(column, HALF)
+    inside = within(head, HEADS)[:, None] & is_column[None, :]
     low = x_ptr + batch * x_batch + position * x_seq
     low += head.to(tl.int64)[:, None] * x_head + column[None, :] * x_dim
     x1 = tl.load(low, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
@@ -49,7 +50,7 @@ def _norm_and_rotate(
         c2 = tl.load(cosines + HALF * cos_dim, mask=is_column, other=0.0).to(tl.float32)
         s2 = tl.load(sines + HALF * sin_dim, mask=is_column, other=0.0).to(tl.float32)
 
-    mean = (tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF)
+    mean = tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF)
     root = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
     n1, n2 = x1 * root, x2 * root
     if ROUNDS_NORMED:
@@ -61,46 +62,83 @@ def _norm_and_rotate(
     if ROUNDS_PRODUCTS:
         a1, b1 = a1.to(dtype).to(tl.float32), b1.to(dtype).to(tl.float32)
         a2, b2 = a2.to(dtype).to(tl.float32), b2.to(dtype).to(tl.float32)
-    out = y_ptr + (token.to(tl.int64) * heads + head)[:, None] * (2 * HALF) + column[None, :]
+    out = y_ptr + ((batch * seq + position) * HEADS + head)[:, None] * (2 * HALF) + column[None, :]
     tl.store(out, (a1 - b1).to(dtype), mask=inside)
     tl.store(out + HALF, (a2 + b2).to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seq"])  # one compilation for all numbers of tokens
-def _qk_norm_rope(
+@triton.jit
+def _token(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-    q_parts, parts, seq, q_heads, k_heads,
+    batch, position, seq, part, q_parts,
     q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
     cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
-    HALF: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
+    HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Of the programs of a token, the first `q_parts` take queries, the others keys."""
-    if LAUNCHES_EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    token, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    """A part of a token: the first `q_parts` are queries, the others keys."""
     if part < q_parts:
         _norm_and_rotate(
             q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr,
-            token, part * Q_ROWS, seq, q_heads, q_batch, q_seq, q_head, q_dim, q_weight_dim,
+            batch, position, seq, part * Q_ROWS, q_batch, q_seq, q_head, q_dim, q_weight_dim,
             cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
-            HALF, Q_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+            HALF, Q_HEADS, Q_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
         )  # fmt: skip
     else:
         _norm_and_rotate(
             k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-            token, (part - q_parts) * K_ROWS, seq, k_heads, k_batch, k_seq, k_head, k_dim, k_weight_dim,
+            batch, position, seq, (part - q_parts) * K_ROWS, k_batch, k_seq, k_head, k_dim, k_weight_dim,
             cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
-            HALF, K_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+            HALF, K_HEADS, K_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
         )  # fmt: skip
 
 
-def _steps(value: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of [batch, seq, ...]: 0 for a leading dimension that isn't there or is broadcast."""
+@triton.jit(do_not_specialize=["seq", "batches"])  # one compilation for all numbers of tokens
+def _qk_norm_rope(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+    q_parts, seq, batches,
+    q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
+    cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+    HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
+    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
+    LOOPS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """A program takes one part of a token, which costs no division, and, where it LOOPS, then of those that no other
+    takes.
+    """
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    part, first, first_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if LOOPS:
+        for batch in range(first_batch, batches, tl.num_programs(2)):
+            for position in range(first, seq, tl.num_programs(1)):
+                _token(
+                    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+                    batch, position, seq, part, q_parts,
+                    q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
+                    cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+                    HALF, Q_HEADS, K_HEADS, Q_ROWS, K_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE,
+                    ROUNDS_PRODUCTS, EVICTION,
+                )  # fmt: skip
+    else:
+        _token(
+            q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+            first_batch, first, seq, part, q_parts,
+            q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
+            cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+            HALF, Q_HEADS, K_HEADS, Q_ROWS, K_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
+            EVICTION,
+        )  # fmt: skip
+
+
+def _steps(value: Tensor, dims: tuple[int, ...], swapped: bool) -> tuple[int, ...]:
+    """Strides of [batch, seq, ...], the first two `swapped` or not: 0 for one that isn't there or is broadcast."""
     leading = [0 if value.shape[dim] == 1 else value.stride(dim) for dim in range(value.dim() - 2)]
-    return (*(0,) * (2 - len(leading)), *leading, *(value.stride(dim) for dim in dims))
+    leading = [0] * (2 - len(leading)) + leading
+    return (*(reversed(leading) if swapped else leading), *(value.stride(dim) for dim in dims))
 
 
 def launch(
@@ -126,26 +164,29 @@ def launch(
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     *leading, q_heads, head_dim = q.shape
     k_heads, half = k.shape[-2], head_dim // 2
-    seq = leading[-1] if leading else 1
-    tokens = leading[0] * seq if len(leading) == 2 else seq
+    batches, seq = (1, 1, *leading)[-2:]
+    swapped = seq == 1  # tokens of one dimension alone are taken for a sequence
+    if swapped:
+        batches, seq = seq, batches
     width = triton.next_power_of_2(half)
     most = max(1, ELEMENTS // width)
     q_rows, k_rows = (min(most, triton.next_power_of_2(heads)) for heads in (q_heads, k_heads))
     q_parts, k_parts = triton.cdiv(q_heads, q_rows), triton.cdiv(k_heads, k_rows)
-    if tokens * (q_parts + k_parts) == 0:
+    if batches * seq * (q_parts + k_parts) == 0:
         return q_out, k_out
-    shape = Tile.holding(width, rows=max(q_rows, k_rows), elements=4)
+    shape = Tile.holding(width, rows=max(q_rows, k_rows), elements=8)
     convention = Rounding(rounding)
     with torch.cuda.device_of(q):
-        _qk_norm_rope[(tokens * (q_parts + k_parts),)](
+        _qk_norm_rope[(q_parts + k_parts, min(seq, MOST_PROGRAMS), min(batches, MOST_PROGRAMS))](
             q, k, q_out, k_out, q_weight, k_weight, cos, sin,
-            q_parts, q_parts + k_parts, seq, q_heads, k_heads,
-            *_steps(q, (-2, -1)), *_steps(k, (-2, -1)), q_weight.stride(0), k_weight.stride(0),
-            *_steps(cos, (-1,)), *_steps(sin, (-1,)), eps,
-            HALF=half, Q_ROWS=q_rows, K_ROWS=k_rows, WIDTH=width, SHARED_ANGLES=cos.shape[-1] == half,
+            q_parts, seq, batches,
+            *_steps(q, (-2, -1), swapped), *_steps(k, (-2, -1), swapped), q_weight.stride(0), k_weight.stride(0),
+            *_steps(cos, (-1,), swapped), *_steps(sin, (-1,), swapped), eps,
+            HALF=half, Q_HEADS=q_heads, K_HEADS=k_heads, Q_ROWS=q_rows, K_ROWS=k_rows, WIDTH=width,
+            SHARED_ANGLES=cos.shape[-1] == half,
             ROUNDS_NORMED=convention.rounds_normed, ADDS_ONE=convention.adds_one,
             ROUNDS_PRODUCTS=RotaryRounding(rotary_rounding) is RotaryRounding.PRODUCTS,
-            EVICTION=eviction(q, k, q_out, k_out), **shape.launch(q),
+            EVICTION=eviction(q, k, q_out, k_out), LOOPS=max(seq, batches) > MOST_PROGRAMS, **shape.launch(q),
             enable_fp_fusion=False,  # a fused multiply-add doesn't round the product
         )  # fmt: skip
     return q_out, k_out
