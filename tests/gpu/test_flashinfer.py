@@ -120,3 +120,12 @@ def test_what_can_not_be_run_is_an_error(ranks: Ranks) -> None:
         assert "none can be made while a graph is captured" in rank["errors"]["capture"]
         assert rank["errors"]["at capacity"] is None
         assert "takes up to" in rank["errors"]["beyond"]
+
+
+def test_all_ranks_verify_it_before_the_first_run(ranks: Ranks) -> None:
+    for rank in ranks:
+        first = rank["first run"]
+        assert first["worst"] <= 1
+        assert first["fused"] == 1
+        assert first["pending"] == [1, 0]
+        assert first["verified"] == [["flashinfer", True, len(ranks), None]]
