@@ -190,24 +190,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kernels_DEVICE.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
+    parser.add_argument("--only", metavar="OP", help="measure this op alone, and replace its rows in the file")
     arguments = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
-    beside = others()
+    beside, measured = others(), table()
+    chosen = [op for op in measured if arguments.only in (None, op.name)]
+    if not chosen:
+        parser.error(f"--only {arguments.only!r}: allowed are {', '.join(op.name for op in measured)}")
     rows = []
-    for op in table():
+    for op in chosen:
         for size in ROWS:
             rows.append(row(op, size, beside if op.name == "add + RMSNorm + pad" else {}))
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "what": WHAT,
-        "command": "PYTHONPATH=src:. python benchmarks/kernels.py --write",
+    if not arguments.write:
+        return
+    only = f" --only {arguments.only!r}" if arguments.only else ""
+    run = {
+        "command": f"PYTHONPATH=src:. python benchmarks/kernels.py --write{only}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
-        "rows": rows,
     }
-    if arguments.write:
-        name = torch.cuda.get_device_name().split()[1].lower()
-        (arguments.out / f"kernels_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = arguments.out / f"kernels_{torch.cuda.get_device_name().split()[1].lower()}.json"
+    result: dict[str, Any] = {"what": WHAT, **run, "rows": rows}
+    if arguments.only:
+        before = json.loads(path.read_text())
+        kept = {**before.get("measured_again", {}), arguments.only: run}
+        own = iter(rows)
+        merged = [next(own) if each["op"] == arguments.only else each for each in before["rows"]]
+        result = {**before, "measured_again": kept, "rows": merged}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

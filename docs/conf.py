@@ -112,10 +112,11 @@ def _errors() -> str:
     return _table(("column", "what was timed", "fitted to", "median error of a run", "largest"), rows)
 
 
-def _region() -> str:
+def _region(ranks: int) -> str:
     """The all-in-one kernel beside every alternative, by tokens."""
     rows: list[tuple[object, ...]] = []
-    for row in json.loads((ROOT / "benchmarks/results/region_h100x2.json").read_text(encoding="utf-8"))["rows"]:
+    path = ROOT / f"benchmarks/results/region_h100x{ranks}.json"
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         median, spread = row["all"]
         ratios = ("over_unfused", "over_peers_single", "over_best_single", "over_flashinfer_alone")
         figures = (f"{row[f'speedup_{name}']:.2f}" for name in ratios)
@@ -170,7 +171,8 @@ def _table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
 tables = {
     "h200_constants": _constants("h200"),
     "h200_errors": _errors(),
-    "region_h100x2": _region(),
+    "region_h100x2": _region(2),
+    "region_h100x4": _region(4),
     "kernels_h100": _kernels(),
     "decode_h100x2": _decode(),
     "bench_gpt_oss_h100x2": _bench(),

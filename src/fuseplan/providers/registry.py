@@ -153,7 +153,7 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         install="pip install fuseplan[triton]",
         implements={name: Offer(accepts=accepts) for name, accepts in TRITON_ACCEPTS.items()},
         runs_alone=True,
-        untested="not run on AMD's GPUs so far, and its all-reduces on no more than two GPUs",
+        untested="not run on AMD's GPUs so far, and its all-reduces on no more than four GPUs",
     ),
     Provider(
         name="flashinfer",
