@@ -278,7 +278,7 @@ class Schedule:
 
     def share(self, rows: int, ranks: int) -> int:
         """Rows of a step that one rank owns, at most."""
-        return triton.cdiv(min(rows, self.programs), ranks) * self.tile.rows
+        return int(triton.cdiv(min(rows, self.programs), ranks)) * self.tile.rows
 
     def most_rows(self, width: int, workspace: Workspace) -> int:
         """Rows that fit in a workspace."""
