@@ -31,15 +31,15 @@ def test_memory_is_empty_and_nothing_is_remembered(one_rank: str) -> None:
     assert space.distances.tolist() == [0]
 
 
-def test_one_rank_alone_has_the_slots_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     try:
         assert dist.group.WORLD is not None
         space = Workspace(dist.group.WORLD.group_name, CPU, 4, capacity=4096, alone=True)
-        assert (space.rank, space.ranks, space.one_shot) == (2, 4, True)
-        assert space.memory.local.numel() == HEADER_BYTES + SLOTS * 3 * 4096
+        assert (space.rank, space.ranks, space.one_shot) == (2, 4, False)
+        assert space.memory.local.numel() == HEADER_BYTES + SLOTS * (3 + 1) * 4096
         assert space.distances.tolist() == [0] * 4
     finally:
         dist.destroy_process_group()

@@ -28,9 +28,9 @@ OTHERS = [rule for rule in BUILT_IN_RULES if rule not in ROTARY_RULES]
 
 
 @pytest.fixture
-def group() -> Iterator[None]:
-    """Two ranks, one of which is here."""
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+def group(ranks: int) -> Iterator[None]:
+    """Of so many ranks, one of which is here."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
     yield
     dist.destroy_process_group()
 
@@ -42,7 +42,11 @@ def test_qk_norm_rope_holds(rule: QkNormRope) -> None:
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("rule", OTHERS, ids=[rule.op.name for rule in OTHERS])
+@pytest.mark.parametrize(
+    ("rule", "ranks"),
+    [(rule, ranks) for rule in OTHERS for ranks in ((2, 4) if rule.op.collective else (2,))],
+    ids=lambda each: each.op.name if isinstance(each, Rule) else f"{each} ranks",
+)
 def test_fused_ops_hold(rule: Rule) -> None:
     assert check_rule(rule, providers=TRITON, device="cuda").cases["triton"] >= len(rule.op.samples) + 12
 

@@ -86,6 +86,8 @@ def test_all_reduces_between_ranks(ranks: int, tmp_path: Path) -> None:
     for rank in seen:
         assert len(rank["calls"]) == (8 if ranks == 2 else 21)
         assert all(rank["calls"] + rank["chosen"])
+        assert len(rank["alone"]) == (8 if ranks == 2 else 14)
+        assert all(rank["alone"])
         assert not any(rank["left"])
         assert rank["minus zero"]
         assert rank.get("capacity", []) == ([[True, 1], [True, 1], [True, 2]] if ranks == 2 else [])

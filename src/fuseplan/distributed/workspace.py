@@ -103,9 +103,9 @@ class Workspace:
         seconds = timeout_s if timeout_s is not None else _timeout_s(self.group, device)
         self.timeout_s = seconds
         self.limit = round(seconds * (1e9 if self.timed else POLLS_PER_S))
-        self.one_shot = alone or self.ranks <= 2
+        self.alone, self.one_shot = alone, self.ranks <= 2
         self.sums_words = 0 if self.one_shot else _whole_units(capacity // itemsize)
-        share = capacity if self.one_shot else max(SHOT_BYTES, capacity // self.ranks)
+        share = capacity if alone or self.one_shot else max(SHOT_BYTES, capacity // self.ranks)
         self.shot_words = _whole_units(share // itemsize)
         self.sums_at = SLOTS * (self.ranks - 1) * self.shot_words
         words = self.sums_at + SLOTS * self.sums_words

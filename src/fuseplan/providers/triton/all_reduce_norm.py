@@ -114,10 +114,12 @@ def _all_reduce_norm(
     ROUNDS_SUM: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, EPILOGUE: tl.constexpr,
     MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
+    PLAYS_ALL: tl.constexpr,
 ):  # fmt: skip
     """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
 
-    In two shots the ranks own a program's tiles in turn, and programs begin with different ranks.
+    In two shots the ranks own a program's tiles in turn, and programs begin with different ranks. A rank that PLAYS_ALL
+    owns all of them, and is sent what the others would be.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -135,21 +137,27 @@ def _all_reduce_norm(
     slot_at, last_at = slot * (RANKS - 1) * shot_words, last * (RANKS - 1) * shot_words
     weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
     steps = tl.cdiv(tl.cdiv(rows, ROWS), programs)
-    shares = tl.cdiv(programs, RANKS)  # tiles of a step that one rank owns, at most
+    # Of the tiles of a step: how many one rank owns, at most, and which of them is this program's.
+    if PLAYS_ALL:
+        shares, share = programs, program
+    else:
+        shares, share = tl.cdiv(programs, RANKS), program // RANKS
     for step in range(steps + (1 + TWO_SHOT) * LAG):
         # Send.
         row = (step * programs + program) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & within(column, WIDTH)[None, :]
         x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
         if TWO_SHOT:
-            packed = (step * shares + program // RANKS) * ROWS + tl.arange(0, ROWS)
+            packed = (step * shares + share) * ROWS + tl.arange(0, ROWS)
             at = packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        else:
+            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        if TWO_SHOT and not PLAYS_ALL:
             owner = (step + program) % RANKS
             place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
             inside = inside & (row < tl.where(owner == RANK, 0, rows))[:, None]
             tl.store(memory_of(mine, distances, owner) + place + at, sent(x, WORD), mask=inside)
         else:
-            at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
             for to in tl.static_range(RANKS):
                 if to != RANK:
                     place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
@@ -180,9 +188,12 @@ def _all_reduce_norm(
         if TWO_SHOT:
             # Hand on the sums of one's own rows, and take everybody's LAG steps later.
             sums = mine + sums_at + slot * sums_words
-            if (step >= LAG) & ((step - LAG + program) % RANKS == RANK):
+            owns = (step - LAG + program) % RANKS == RANK
+            if PLAYS_ALL:
+                owns = program >= 0
+            if (step >= LAG) & owns:
                 own = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
-                packed = ((step - LAG) * shares + program // RANKS) * ROWS + tl.arange(0, ROWS)
+                packed = ((step - LAG) * shares + share) * ROWS + tl.arange(0, ROWS)
                 sent_to = mine + slot_at + packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
                 total, limit = reduced(own, sent_to, shot_words, inside, failure, limit, RANK, RANKS, TIMED)
                 words = sent(total.to(dtype), WORD)
@@ -269,22 +280,23 @@ class Schedule:
         programs = min(rows, resident, max(1, workspace.shot_words // width))
         return cls(tile=shape, programs=programs, two_shot=two_shot, lag=lag)
 
-    def words(self, width: int, rows: int, ranks: int) -> tuple[int, int]:
+    def words(self, width: int, rows: int, workspace: Workspace) -> tuple[int, int]:
         """Words that a rank is sent by each other rank, and words of sums."""
         if not self.two_shot:
             return rows * width, 0
         steps = triton.cdiv(triton.cdiv(rows, self.tile.rows), min(rows, self.programs))
-        return steps * self.share(rows, ranks) * width, rows * width
+        return steps * self.share(rows, workspace) * width, rows * width
 
-    def share(self, rows: int, ranks: int) -> int:
+    def share(self, rows: int, workspace: Workspace) -> int:
         """Rows of a step that one rank owns, at most."""
-        return int(triton.cdiv(min(rows, self.programs), ranks)) * self.tile.rows
+        owners = 1 if workspace.alone else workspace.ranks
+        return int(triton.cdiv(min(rows, self.programs), owners)) * self.tile.rows
 
     def most_rows(self, width: int, workspace: Workspace) -> int:
         """Rows that fit in a workspace."""
         if not self.two_shot:
             return workspace.shot_words // width
-        steps = workspace.shot_words // (self.share(self.programs, workspace.ranks) * width)
+        steps = workspace.shot_words // (self.share(self.programs, workspace) * width)
         return min(workspace.sums_words // width, steps * self.programs * self.tile.rows)
 
 
@@ -336,7 +348,7 @@ def _launch(
     rows, width = x.shape
     *results, total = outputs
     added, programs = x if residual is None else residual, min(rows, schedule.programs)
-    workspace.enter(*schedule.words(width, rows, workspace.ranks))
+    workspace.enter(*schedule.words(width, rows, workspace))
     _all_reduce_norm[(programs,)](
         x, added, norm.weight, results[0], total, *finish.pointers(tuple(results)),
         workspace.words, workspace.distances, workspace.state, workspace.failure,
@@ -344,7 +356,8 @@ def _launch(
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
-        TIMED=workspace.timed, **norm.constants, **finish.constants(width), **schedule.tile.launch(x),
+        TIMED=workspace.timed, PLAYS_ALL=workspace.alone and schedule.two_shot,
+        **norm.constants, **finish.constants(width), **schedule.tile.launch(x),
         NVIDIA=is_nvidia(x.device),
     )  # fmt: skip
     workspace.leave()
