@@ -13,7 +13,7 @@ from fuseplan.providers import provider_of
 from fuseplan.rules import Rule
 from tests.helpers import llama
 
-SORTS = 8
+SORTS = 32
 WIDTH = 256
 CALLS: list[str] = []
 
