@@ -197,6 +197,9 @@ def main() -> None:
     chosen = [op for op in measured if arguments.only in (None, op.name)]
     if not chosen:
         parser.error(f"--only {arguments.only!r}: allowed are {', '.join(op.name for op in measured)}")
+    path = arguments.out / f"kernels_{torch.cuda.get_device_name().split()[1].lower()}.json"
+    if arguments.only and arguments.write and not path.exists():
+        parser.error(f"--only replaces rows of {path}, which isn't there: measure all ops first")
     rows = []
     for op in chosen:
         for size in ROWS:
@@ -210,7 +213,6 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
     }
-    path = arguments.out / f"kernels_{torch.cuda.get_device_name().split()[1].lower()}.json"
     result: dict[str, Any] = {"what": WHAT, **run, "rows": rows}
     if arguments.only:
         before = json.loads(path.read_text())
