@@ -49,14 +49,19 @@ html_copy_source = False
 html_theme_options = {"top_of_page_buttons": []}
 
 
+def _committed(name: str) -> dict[str, Any]:
+    """A file of figures under benchmarks/."""
+    return json.loads((ROOT / f"benchmarks/{name}.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
 def _figures() -> dict[str, str]:
     """The figures that pages quote, from the file that the benchmark wrote."""
-    results = json.loads((ROOT / "benchmarks/results/planning.json").read_text(encoding="utf-8"))
+    results = _committed("results/planning")
     contest, times = results["contest"], results["contest"]["fuseplan_ms"]
     tangled = {row["component"]: row for row in results["tangled"]}
     overlapping, random_pairs = tangled["overlapping regions"], tangled["random pairs"]
     last = results["scaling"][-1]
-    misses = json.loads((ROOT / "benchmarks/results/near_misses.json").read_text(encoding="utf-8"))
+    misses = _committed("results/near_misses")
     ratios = {name: row["ratio"] for name, row in misses["workloads"].items()}
     as_built = [ratio for name, ratio in ratios.items() if ", " not in name]
     scaling: list[tuple[object, ...]] = [
@@ -99,8 +104,8 @@ def _constants(device: str) -> str:
 
 def _errors() -> str:
     """How far H200's model is from what was measured, column by column."""
-    runs = json.loads((ROOT / "benchmarks/results/cost_model_h200.json").read_text(encoding="utf-8"))["committed"]
-    described = json.loads((ROOT / "benchmarks/data/h200x2-ar-add-rms-pad.json").read_text(encoding="utf-8"))["columns"]
+    runs = _committed("results/cost_model_h200")["committed"]
+    described = _committed("data/h200x2-ar-add-rms-pad")["columns"]
     fitted = {"U": "run 1", "C": "run 1", "B": "run 1", "D": "run 1", "F": "run 2"}
     rows = []
     for column in dict.fromkeys(column for errors in runs.values() for column in errors):
@@ -115,8 +120,7 @@ def _errors() -> str:
 def _region(ranks: int) -> str:
     """The all-in-one kernel beside every alternative, by tokens."""
     rows: list[tuple[object, ...]] = []
-    path = ROOT / f"benchmarks/results/region_h100x{ranks}.json"
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    for row in _committed(f"results/region_h100x{ranks}")["rows"]:
         median, spread = row["all"]
         ratios = ("over_unfused", "over_peers_single", "over_best_single", "over_flashinfer_alone")
         figures = (f"{row[f'speedup_{name}']:.2f}" for name in ratios)
@@ -129,7 +133,7 @@ def _region(ranks: int) -> str:
 
 def _kernels() -> str:
     """Each kernel beside torch.compile's code and a copy, by rows."""
-    result = json.loads((ROOT / "benchmarks/results/kernels_h100.json").read_text(encoding="utf-8"))["rows"]
+    result = _committed("results/kernels_h100")["rows"]
     sizes = sorted({row["rows"] for row in result})
     found = {(row["op"], row["rows"]): row for row in result}
     rows: list[tuple[object, ...]] = []
@@ -143,7 +147,7 @@ def _kernels() -> str:
 def _decode() -> str:
     """A decode step with and without fuseplan, by batch."""
     rows: list[tuple[object, ...]] = []
-    for row in json.loads((ROOT / "benchmarks/results/decode_h100x2.json").read_text(encoding="utf-8"))["rows"]:
+    for row in _committed("results/decode_h100x2")["rows"]:
         for what, times in (("as it is", row), ("without guards", row["without_guards"])):
             figures = ("{:,.0f} ± {:,.0f} us".format(*times[side]) for side in ("torch.compile", "fuseplan"))
             rows.append((row["batch"], what, *figures, f"-{times['less_time_percent']:.1f} %"))
@@ -152,7 +156,7 @@ def _decode() -> str:
 
 def _bench() -> str:
     """What `fuseplan bench` printed of GPT-OSS: policies down, batches across."""
-    result = json.loads((ROOT / "benchmarks/results/bench_gpt_oss_120b_h100x2.json").read_text(encoding="utf-8"))
+    result = _committed("results/bench_gpt_oss_120b_h100x2")
     batches = result["batches"]
     steps = [{row["policy"]: row for row in each["policies"]} for each in batches]
     rows: list[tuple[object, ...]] = []
