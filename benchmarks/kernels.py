@@ -1,6 +1,6 @@
 """fuseplan's Triton kernels on one GPU, beside torch.compile's own code and beside a copy of as many bytes.
 
-PYTHONPATH=src:. python benchmarks/kernels.py [--write]
+PYTHONPATH=src:. python benchmarks/kernels.py [--only OP] [--write]
 """
 
 import argparse

@@ -88,7 +88,7 @@ def reduced(
 ):  # fmt: skip
     """The sum over ranks of a tile x, as x's dtype holds it, and how long may still be waited.
 
-    What the next rank but n - 1 has sent lies n * shot_words behind `place`.
+    What rank RANK + 1 + n, modulo RANKS, has sent lies n * shot_words behind `place`.
     """
     for source in tl.static_range(RANKS):
         if source == RANK:
@@ -188,10 +188,10 @@ def _all_reduce_norm(
         if TWO_SHOT:
             # Hand on the sums of one's own rows, and take everybody's LAG steps later.
             sums = mine + sums_at + slot * sums_words
-            owns = (step - LAG + program) % RANKS == RANK
-            if PLAYS_ALL:
-                owns = program >= 0
-            if (step >= LAG) & owns:
+            owns = step >= LAG
+            if not PLAYS_ALL:
+                owns = owns & ((step - LAG + program) % RANKS == RANK)
+            if owns:
                 own = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
                 packed = ((step - LAG) * shares + share) * ROWS + tl.arange(0, ROWS)
                 sent_to = mine + slot_at + packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
