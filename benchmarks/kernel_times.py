@@ -1,6 +1,6 @@
 """fuseplan's Triton kernels on one GPU, beside torch.compile's own code and beside a copy of as many bytes.
 
-PYTHONPATH=src:. python benchmarks/kernels.py [--only OP] [--write]
+PYTHONPATH=src:. python benchmarks/kernel_times.py [--only OP] [--write]
 """
 
 import argparse
@@ -209,7 +209,7 @@ def main() -> None:
         return
     only = f" --only {arguments.only!r}" if arguments.only else ""
     run = {
-        "command": f"PYTHONPATH=src:. python benchmarks/kernels.py --write{only}",
+        "command": f"PYTHONPATH=src:. python benchmarks/kernel_times.py --write{only}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
     }
