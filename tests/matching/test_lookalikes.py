@@ -39,7 +39,7 @@ LOOKALIKES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str | None]
     "keepdim": (
         spelled(lambda x: x.pow(2).mean(-1).unsqueeze(-1) + 1e-6), "the mean loses its dimension", "keepdim=True",
     ),
-    "minimum": (spelled(lambda x: mean_square(x).clamp(min=1e-6)), "has a minimum where epsilon is added", "epsilon"),
+    "minimum": (spelled(lambda x: mean_square(x).clamp(min=1e-6)), "has a minimum where epsilon is added", None),
     "sum": (spelled(lambda x: x.pow(2).sum(-1, keepdim=True) / HIDDEN + 1e-6), "a sum divided by the size", "mean()"),
     "scaled": (spelled(lambda x: mean_square(x) * 2 + 1e-6), "the mean square is scaled", None),
     "LayerNorm": (lambda x, w: F.layer_norm(x, (HIDDEN,), w), "it subtracts the mean of the row", None),
@@ -59,7 +59,7 @@ def test_what_looks_like_a_norm_says_why_it_is_none(name: str, one_rank: str) ->
         assert row.nearness is Nearness.UNRECOGNIZED
         assert row.detail.startswith("RMSNorm not recognised: ")
         assert told in row.detail
-        assert mend is None or (row.mend is not None and mend in row.mend)
+        assert mend in str(row.mend) if mend else row.mend is None
         assert row.line is not None
         assert row.line.startswith("test_lookalikes.py:")
 
@@ -93,7 +93,7 @@ def test_a_residual_in_float32_is_blamed_for_its_dtype() -> None:
     (row,) = near_misses(lambda x, r, w: gpt_oss(x.float() + r, None, w)[0].bfloat16(), X, R.float(), W)
     assert row.reason is Reason.DTYPE
     assert "a float32 sum of bfloat16 and float32" in row.detail
-    assert row.mend == "keep the residual in bfloat16"
+    assert row.mend is None, "in bfloat16 it would be rounded in each layer"
 
 
 def silu_and_mul(change: Callable[[Tensor, Tensor], Any]) -> list[NearMiss]:
@@ -142,20 +142,20 @@ def amax(y: Tensor) -> Tensor:
 
 
 QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | None]] = {
-    "scale in bf16": (lambda y: quantize(y, S.bfloat16()), Reason.DTYPE, "the scale is bfloat16", "float32"),
+    "scale in bf16": (lambda y: quantize(y, S.bfloat16()), Reason.DTYPE, "the scale is bfloat16", None),
     "constant": (lambda y: quantize(y, 0.5), Reason.ATTRIBUTE, "the scale is a constant, 0.5", "tensor"),  # type: ignore[arg-type]
     "[1, 1]": (lambda y: quantize(y, S.reshape(1, 1)), Reason.SIZE, "has the shape [1, 1]", "scale.reshape(1)"),
     "arithmetic": (
         lambda y: (y / S.bfloat16()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.DTYPE,
-        "scaled or clamped in bfloat16", "cast x to float32",
+        "scaled or clamped in bfloat16", None,
     ),
     "factor": (
         lambda y: (y.float() * S).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.OP,
-        "multiplied by something else than 1 / scale", "scale.reciprocal()",
+        "multiplied by something else than 1 / scale", None,
     ),
-    "no minimum": (dynamic(lambda y: amax(y) / 448.0), Reason.OP, "here it has none", ".clamp(min=1e-12)"),
-    "minimum first": (dynamic(lambda y: amax(y).clamp(min=1e-9) / 448.0), Reason.OP, "before the division", "clamp"),
-    "another limit": (dynamic(lambda y: (amax(y) / 240.0).clamp(min=1e-9)), Reason.OP, "isn't divided by 448", "448"),
+    "no minimum": (dynamic(lambda y: amax(y) / 448.0), Reason.OP, "here it has none", None),
+    "minimum first": (dynamic(lambda y: amax(y).clamp(min=1e-9) / 448.0), Reason.OP, "before the division", None),
+    "another limit": (dynamic(lambda y: (amax(y) / 240.0).clamp(min=1e-9)), Reason.OP, "isn't divided by 448", None),
     "whole tensor": (
         dynamic(lambda y: (y.abs().max().float() / 448.0).clamp(min=1e-9)), Reason.OP, "from all rows at once", None,
     ),
@@ -169,7 +169,7 @@ def test_what_looks_like_a_quantisation_says_why_it_is_none(name: str) -> None:
     assert row.nearness is Nearness.UNRECOGNIZED
     assert row.reason is reason
     assert told in row.detail
-    assert mend is None or mend in str(row.mend)
+    assert mend in str(row.mend) if mend else row.mend is None
 
 
 def test_max_by_its_values_is_amax() -> None:
@@ -191,22 +191,33 @@ def test_groups_of_a_row_are_no_rows() -> None:
     assert row.mend is None
 
 
-ADDITIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Reason, str]] = {
-    "alpha": (lambda y, r: torch.add(r, y, alpha=0.5), Reason.ATTRIBUTE, "it adds 0.5 times one of the two"),
-    "float32": (lambda y, r: y + r, Reason.DTYPE, "it adds bfloat16 and float32"),
-    "broadcast": (lambda y, r: y + r[:1], Reason.SIZE, "it adds [6, 64] and [1, 64]"),
-    "bias": (lambda y, r: y + r[0], Reason.OP, "it adds a bias"),
-}
+ADDITIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Reason, str, str | None]] = {
+    "alpha": (
+        lambda y, r: torch.add(r, y, alpha=0.5), Reason.ATTRIBUTE, "it adds 0.5 times one of the two",
+        "scale before all_reduce",
+    ),
+    "scaled residual": (
+        lambda y, r: torch.add(y, r, alpha=0.5), Reason.ATTRIBUTE, "it adds 0.5 times one of the two",
+        "scale the residual in an op of its own",
+    ),
+    "float32": (lambda y, r: y + r, Reason.DTYPE, "it adds bfloat16 and float32", None),
+    "broadcast": (
+        lambda y, r: y + r[:1], Reason.SIZE, "it adds [6, 64] and [1, 64]", "expand the residual first",
+    ),
+    "bias": (
+        lambda y, r: y + r[0], Reason.OP, "it adds a bias", "add the bias before all_reduce, on one rank alone",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_an_addition_that_is_no_residual_add_says_why(name: str, one_rank: str) -> None:
-    change, reason, told = ADDITIONS[name]
+    change, reason, told, hint = ADDITIONS[name]
     r, w = (R.float(), W.float()) if name == "float32" else (R, W)
     (row,) = near_misses(lambda x, r, w: built_in(change(all_reduce(x, one_rank), r), None, w)[0], X, r, w)
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.OBSTRUCTED, reason)
     assert told in row.detail
-    assert row.mend is not None
+    assert row.mend == hint
 
 
 @pytest.mark.parametrize("left", [torch.bfloat16, torch.float32])

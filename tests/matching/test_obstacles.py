@@ -30,6 +30,7 @@ class Obstacle:
         providers: who may run fused ops; empty: all.
         layers: that the model needs for it: what is dead is told by what other layers have.
         at_norm: whether it is planted in the norm's module, and not in the module whose result is reduced.
+        hint: what the row advises; None where nothing that leaves the model's result alone is known.
     """
 
     plant: Callable[[Garden, Place], None]
@@ -41,6 +42,7 @@ class Obstacle:
     providers: tuple[str, ...] = ()
     layers: int = planted.LAYERS
     at_norm: bool = False
+    hint: str | None = None
 
 
 OBSTACLES = {
@@ -48,7 +50,8 @@ OBSTACLES = {
     "reshape": Obstacle(planted.a_reshape, Reason.OP, "aten.reshape.default stands between all_reduce and"),
     "transpose": Obstacle(planted.a_transpose, Reason.OP, "aten.permute.default stands between all_reduce and"),
     "clone": Obstacle(
-        planted.a_clone, Reason.LAYOUT, "aten.clone.default stands between", config=PassConfig(eliminate_noops=False)
+        planted.a_clone, Reason.LAYOUT, "aten.clone.default stands between", config=PassConfig(eliminate_noops=False),
+        hint="drop the copy, or leave eliminate_noops on, which sees through it",
     ),
     "dtype cast": Obstacle(
         planted.a_cast, Reason.DTYPE, "fused_add_rms_norm: float32 is cast to bfloat16",
@@ -61,17 +64,20 @@ OBSTACLES = {
     "fp32 weight": Obstacle(
         planted.an_fp32_weight, Reason.DTYPE, "weight is float32 and x is bfloat16", line="", at_norm=True
     ),
-    "in-place add": Obstacle(planted.an_in_place_add, Reason.MUTATION, "add_, an in-place op"),
+    "in-place add": Obstacle(
+        planted.an_in_place_add, Reason.MUTATION, "add_, an in-place op", hint="add it to the residual"
+    ),
     "different group": Obstacle(
         planted.another_group, Reason.GROUP, "another all_reduce, over group '0'", line="helpers.py:"
     ),
     "unsupported hidden size": Obstacle(
         planted.an_unsupported_hidden_size, Reason.SIZE, "hidden sizes that are multiples of 8",
         config=PassConfig(allow_rounding_changes=True), providers=("flashinfer",), at_norm=True,
+        hint="let another provider run it",
     ),
     "disabled flag": Obstacle(
         planted.nothing, Reason.DISABLED, "fuse_allreduce_rms=False switches it off", line="",
-        config=PassConfig(fuse_allreduce_rms=False),
+        config=PassConfig(fuse_allreduce_rms=False), hint="leave fuse_allreduce_rms out, or set it to True",
     ),
 }  # fmt: skip
 
@@ -90,13 +96,13 @@ def test_the_first_cause_is_the_planted_obstacle(name: str, workload: str) -> No
     assert first.rule in ("allreduce_rms", "act_padding")
     is_folded = bool(obstacle.folded) and obstacle.folded in first.detail
     assert (first.reason, obstacle.told in first.detail or is_folded) == (obstacle.reason, True), first
+    assert first.mend == obstacle.hint
     if name == "disabled flag":
         assert first.count == len(first.sites) > len(made.places) / 2
         assert place.norm in first.sites
         return
     assert first.count == 1
     assert first.sites == (place.norm,)
-    assert first.mend
     expected = place.norm if obstacle.at_norm or is_folded else place.reduced
     assert first.source is not None
     assert first.source.startswith(expected)

@@ -3,6 +3,7 @@
 `canonicalize` reads like the list of what it does; every step is a function of its own, a file per source.
 """
 
+import functools
 from collections.abc import Mapping
 
 from torch import fx
@@ -34,7 +35,8 @@ def canonicalize(
     Returns:
         A raised copy, topologically sorted, that knows the original of each of its values.
     """
-    canonical = CanonicalGraph.copy_of(graph)
+    alike = functools.partial(canonicalize, see_through_noops=see_through_noops, engine_groups=engine_groups)
+    canonical = CanonicalGraph.copy_of(graph, alike)
     if see_through_noops:
         eliminate_noops(canonical)
     raise_all_reduces(canonical)

@@ -72,7 +72,7 @@ def _raise(canonical: CanonicalGraph, root: fx.Node, wide: fx.Node, activated: f
     dtype = dtype_of(gate)
     if dtype_of(wide) in LOW_PRECISION:
         detail = f"SiLU is computed in {dtype_name(wide)}, and the op computes it in float32"
-        raise Unraised(Reason.DTYPE, detail, root, "take torch.nn.functional.silu")
+        raise Unraised(Reason.DTYPE, detail, root)
     value, product = activated, only_reader(activated, "what SiLU yields")
     rounding = ActivationRounding.LLAMA
     if is_call(product, convert_element_type) and dtype_of(product) is dtype:
@@ -87,13 +87,13 @@ def _raise(canonical: CanonicalGraph, root: fx.Node, wide: fx.Node, activated: f
         converted = only_reader(product, "the product")
         if not is_call(converted, convert_element_type) or not is_call(up, convert_element_type):
             detail = f"the product stays in {dtype_name(product)}, and the gate is {dtype_name(gate)}"
-            raise Unraised(Reason.DTYPE, detail, product, f"cast the product to {dtype_name(gate)}")
+            raise Unraised(Reason.DTYPE, detail, product)
         y, up = converted, up.args[0]
     if not isinstance(up, fx.Node) or not equal_shape(tensor_of(up), tensor_of(gate)):
         raise Unraised(Reason.SIZE, "what SiLU yields is multiplied by another shape", product)
     if dtype_of(up) is not dtype or dtype_of(y) is not dtype:
         detail = f"gate, up and result are {', '.join(map(dtype_name, (gate, up, y)))}"
-        raise Unraised(Reason.DTYPE, detail, product, "keep all three in one dtype")
+        raise Unraised(Reason.DTYPE, detail, product)
     if not is_convex({activated, value, product, y}, (gate, up)):
         raise Unraised(Reason.CYCLE, "what is multiplied depends on what SiLU yields", product)
     canonical.raise_op(ops.silu_and_mul, (gate, up, rounding.value), (y,))

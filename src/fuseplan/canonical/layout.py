@@ -30,7 +30,6 @@ def raise_pads(canonical: CanonicalGraph) -> None:
                 ops.pad, [node], Reason.ATTRIBUTE,
                 f"pad not recognised: it pads {list(amounts)} with {value}; fused ops append zeros to each row",
                 node=node, place=node, expected="[0, n] with 0", found=f"{list(amounts)} with {value}",
-                mend="append zeros to the last dimension alone",
             )  # fmt: skip
 
 

@@ -56,8 +56,9 @@ class MeanSquare:
     def deviation(self) -> Unraised:
         """All of them as one; the first is to blame."""
         first = self.deviations[0]
-        mends = "; ".join(each.mend for each in self.deviations if each.mend)
-        return Unraised(first.reason, "; ".join(each.detail for each in self.deviations), first.node, mends or None)
+        mends = [each.mend for each in self.deviations]
+        mend = None if None in mends else "; ".join(filter(None, mends))
+        return Unraised(first.reason, "; ".join(each.detail for each in self.deviations), first.node, mend)
 
     @property
     def normalised(self) -> list[fx.Node]:
@@ -121,8 +122,7 @@ def _of_the_steps(steps: list[fx.Node]) -> list[Unraised]:
             detail = "epsilon is scaled" if step.kwargs else "something is added to the mean square twice"
             found.append(Unraised(Reason.OP, detail, step, "add one epsilon"))
         elif is_call(step, *MINIMA):
-            mend = "add epsilon, where the model allows"
-            found.append(Unraised(Reason.OP, "the mean square has a minimum where epsilon is added", step, mend))
+            found.append(Unraised(Reason.OP, "the mean square has a minimum where epsilon is added", step))
         elif is_call(step, convert_element_type):
             found.append(Unraised(Reason.DTYPE, f"the mean square is cast to {dtype_name(step)}", step))
     return found
@@ -161,7 +161,7 @@ def _mean_of_squares(node: fx.Node, steps: list[fx.Node]) -> tuple[fx.Node, tupl
         deviations.append(Unraised(Reason.OP, detail, node, "take the mean with keepdim=True"))
     if value.dtype in LOW_PRECISION:
         detail = f"x is squared in {dtype_name(square)}"
-        deviations.append(Unraised(Reason.DTYPE, detail, square, "cast x to float32 before"))
+        deviations.append(Unraised(Reason.DTYPE, detail, square))
     elif node.kwargs.get("dtype", value.dtype) is not value.dtype:
         deviations.append(
             Unraised(Reason.DTYPE, f"squares in {dtype_name(square)} are averaged as {dtype_name(node)}", node)

@@ -18,7 +18,7 @@ from torch import fx
 
 from fuseplan.canonical.mean_square import MeanSquare, mean_squares
 from fuseplan.canonical.unraised import Unraised, only_reader, read_elsewhere
-from fuseplan.canonical.view import CanonicalGraph
+from fuseplan.canonical.view import CanonicalGraph, is_dialect
 from fuseplan.dialect import Rounding, ops
 from fuseplan.graph.facts import (
     ADDS,
@@ -35,6 +35,7 @@ from fuseplan.graph.facts import (
     tensor_of,
 )
 from fuseplan.graph.legality import is_convex
+from fuseplan.graph.reach import path_between
 from fuseplan.record import Reason
 
 
@@ -203,8 +204,7 @@ def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> N
     if dtype not in [dtype_of(node) for node in narrow] or norm.rounding.adds_one:
         found = " and ".join(map(dtype_name, narrow))
         wanted = str(dtype).removeprefix("torch.")
-        mend = f"reduce, cast and add in {wanted}"
-        raise Unraised(Reason.DTYPE, f"it norms a float32 sum of {found}; both must be {wanted}", total, mend)
+        raise Unraised(Reason.DTYPE, f"it norms a float32 sum of {found}; both must be {wanted}", total)
     others = [user for user in total.users if user not in norm.interior]
     rounded = [user for user in others if is_call(user, convert_element_type) and dtype_of(user) is dtype]
     residual_out: fx.Node | None
@@ -222,7 +222,7 @@ def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> N
         found = " and ".join(map(dtype_name, narrow))
         wanted = str(dtype).removeprefix("torch.")
         detail = f"it norms a float32 sum of {found}, and weighs what isn't rounded; both must be {wanted}"
-        raise Unraised(Reason.DTYPE, detail, total, f"keep the residual in {wanted}")
+        raise Unraised(Reason.DTYPE, detail, total)
     if not _raise_with_residual(canonical, norm, total, narrow, residual_out, rounding):
         raise Unraised(Reason.OP, "no convention fits this sum", total)
 
@@ -240,7 +240,8 @@ def _raise_with_residual(
         return False
     if not equal_shape(tensor_of(left), tensor_of(right)):
         return False
-    x, residual = (left, right) if canonical.depth[left] > canonical.depth[right] else (right, left)
+    left_first = _rank(canonical, left, right) > _rank(canonical, right, left)
+    x, residual = (left, right) if left_first else (right, left)
     if dtype_of(x) is not dtype_of(residual):
         x, residual = (left, right) if dtype_of(left) is (norm.rounded_to or dtype_of(norm.y)) else (right, left)
         if rounding.rounds_residual or dtype_of(residual) is not torch.float32:
@@ -253,6 +254,22 @@ def _raise_with_residual(
         residual_out = None
     canonical.raise_op(ops.fused_add_rms_norm, args, (norm.y, residual_out))
     return True
+
+
+def _rank(canonical: CanonicalGraph, addend: fx.Node, other: fx.Node) -> tuple[int, int]:
+    """By which of two addends is the block's output, and the other one the residual: what is all-reduced for this sum
+    alone, what is computed from an all-reduce for this sum alone, what is all-reduced and the other one doesn't depend
+    on, and then the deeper one.
+    """
+    reached = path_between(addend, lambda node: is_dialect(node, ops.all_reduce), "inputs")
+    certainty = 0
+    if reached is not None:
+        way, reduced = reached
+        if all(len(node.users) == 1 for node in (*way, reduced)):
+            certainty = 2 if way else 3
+        elif not way and is_convex([reduced], [other]):
+            certainty = 1
+    return certainty, canonical.depth[addend]
 
 
 def _check_interior(canonical: CanonicalGraph, norm: _Norm) -> None:

@@ -22,7 +22,6 @@ from fuseplan.record import Reason
 CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
 MOST_STEPS = 8
 """From a scale to what it is computed from."""
-FLOAT32 = "cast x to float32 before it is scaled, and to fp8 right after the clamp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +63,10 @@ def _unclamped(cast: fx.Node, limit: float) -> fx.Node:
         low, high = minimum if low is None else low, maximum if high is None else high
         node = x
     if not isinstance(node, fx.Node) or low != -limit or high != limit:
-        raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast, f"clamp to +-{limit:g} before")
+        raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
     if narrowed is not None:
         detail = f"what is cast is scaled or clamped in {dtype_name(narrowed)}"
-        raise Unraised(Reason.DTYPE, detail, narrowed, FLOAT32)
+        raise Unraised(Reason.DTYPE, detail, narrowed)
     return node
 
 
@@ -81,8 +80,7 @@ def _read_scaling(scaled: fx.Node) -> _Scaling:
         if is_call(wide, aten.reciprocal.default):
             wide, factor = factor, wide
         if not is_call(factor, aten.reciprocal.default):
-            mend = "multiply by scale.reciprocal(), or divide by the scale"
-            raise Unraised(Reason.OP, "what is clamped is multiplied by something else than 1 / scale", scaled, mend)
+            raise Unraised(Reason.OP, "what is clamped is multiplied by something else than 1 / scale", scaled)
         scale = factor.args[0]
     else:
         raise Unraised(Reason.OP, "what is clamped isn't x / scale", scaled, expected=aten.div.Tensor)
@@ -91,10 +89,10 @@ def _read_scaling(scaled: fx.Node) -> _Scaling:
         raise Unraised(Reason.ATTRIBUTE, detail, scaled, "make the scale a float32 tensor of one element")
     if dtype_of(scale) is not torch.float32:
         detail = f"the scale is {dtype_name(scale)}, and the op takes float32"
-        raise Unraised(Reason.DTYPE, detail, scaled, "keep the scale in float32")
+        raise Unraised(Reason.DTYPE, detail, scaled)
     x = wide.args[0] if is_call(wide, convert_element_type) else wide
     if dtype_of(wide) is not torch.float32 or not isinstance(x, fx.Node):
-        raise Unraised(Reason.DTYPE, f"what is clamped is scaled in {dtype_name(wide)}", scaled, FLOAT32)
+        raise Unraised(Reason.DTYPE, f"what is clamped is scaled in {dtype_name(wide)}", scaled)
     return _Scaling(x=x, scale=scale, rounding=rounding)
 
 
@@ -128,12 +126,10 @@ def _dynamic_min_scale(scaling: _Scaling, limit: float) -> float:
     if is_call(scale, aten.clamp_min.default, aten.clamp.default) and len(scale.args) == 2:
         quotient, min_scale = scale.args
     if not isinstance(min_scale, float):
-        mend = f"clamp the scale: (amax / {limit:g}).clamp(min=1e-12)"
         where = "it has none, or before the division" if quotient is scale else f"it is {min_scale}"
-        raise Unraised(Reason.OP, f"the scale has a minimum that is a float in the op, and here {where}", scale, mend)
+        raise Unraised(Reason.OP, f"the scale has a minimum that is a float in the op, and here {where}", scale)
     if not is_call(quotient, aten.div.Tensor) or quotient.args[1] != limit:
-        mend = f"divide the largest by {limit:g}, and then take the minimum"
-        raise Unraised(Reason.OP, f"the largest of a row isn't divided by {limit:g}", quotient, mend)
+        raise Unraised(Reason.OP, f"the largest of a row isn't divided by {limit:g}", quotient)
     amax = _uncast(quotient.args[0])
     assert isinstance(amax, fx.Node)
     value = tensor_of(scale)

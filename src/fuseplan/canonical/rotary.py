@@ -250,8 +250,7 @@ def _finish(
     elif {dtype_of(each) for each in (*products, result)} == {torch.float32} and dtype in LOW_PRECISION:
         y = only_reader(result, "the rotated value")
         if not is_call(y, convert_element_type) or dtype_of(y) is not dtype:
-            mend = f"cast it to {dtype_name(x)}"
-            raise Unraised(Reason.DTYPE, f"x is {dtype_name(x)}, and the rotated value stays in float32", y, mend)
+            raise Unraised(Reason.DTYPE, f"x is {dtype_name(x)}, and the rotated value stays in float32", y)
         rounding, interior = RotaryRounding.FP32, (*products, *others, y)
     else:
         names = ", ".join(sorted({str(each).removeprefix("torch.") for each in computed}))

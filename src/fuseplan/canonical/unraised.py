@@ -70,5 +70,4 @@ def read_elsewhere(reader: fx.Node, node: fx.Node, what: str) -> Unraised:
     """That a value inside a region is read outside it, too. The output has no place in the model; the value has."""
     if reader.op == "output":
         return Unraised(Reason.USERS, f"{what} is returned from the graph, too", node)
-    mend = f"let {reader.target} read something else, or nothing"
-    return Unraised(Reason.USERS, f"{what} is also read by {reader.target} ({reader.name})", reader, mend)
+    return Unraised(Reason.USERS, f"{what} is also read by {reader.target} ({reader.name})", reader)

@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
@@ -28,6 +28,7 @@ class CanonicalGraph:
         interior: for a raised node the nodes of `original` that it stands for.
         unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
             come to.
+        raised_alike: raises another graph under the same settings.
     """
 
     original: fx.Graph
@@ -37,12 +38,23 @@ class CanonicalGraph:
     region: dict[fx.Node, int]
     interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
+    raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
 
     @classmethod
-    def copy_of(cls, original: fx.Graph) -> "CanonicalGraph":
-        """A copy in which nothing is raised yet."""
+    def copy_of(
+        cls, original: fx.Graph, raised_alike: "Callable[[fx.Graph], CanonicalGraph] | None" = None
+    ) -> "CanonicalGraph":
+        """A copy in which nothing is raised yet.
+
+        Args:
+            original: the graph.
+            raised_alike: what raises others like it; None: nothing in them is raised, either.
+        """
         graph, origin = copy_graph(original)
-        return cls(original=original, graph=graph, origin=origin, depth=depths(graph), region=mutation_regions(graph))
+        return cls(
+            original=original, graph=graph, origin=origin, depth=depths(graph), region=mutation_regions(graph),
+            raised_alike=raised_alike or cls.copy_of,
+        )  # fmt: skip
 
     @property
     def dialect_nodes(self) -> list[fx.Node]:

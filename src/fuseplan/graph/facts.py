@@ -112,8 +112,8 @@ def mutation_regions(graph: fx.Graph) -> dict[fx.Node, int]:
 def depths(graph: fx.Graph) -> dict[fx.Node, int]:
     """The length of the longest path to each node from an input.
 
-    Of two addends the deeper one is a block's output and the shallower one the residual it was computed from, however
-    the nodes are laid out.
+    Where nothing else tells, the deeper of two addends is a block's output and the shallower one the residual that it
+    was computed from, however the nodes are laid out.
     """
     result: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -127,6 +127,11 @@ def item(node: fx.Node, index: int) -> fx.Node | None:
         if is_call(user, operator.getitem) and user.args[1] == index:
             return user
     return None
+
+
+def is_item(node: object) -> TypeGuard[Call]:
+    """Whether a node is one of several results of another one."""
+    return is_call(node, operator.getitem) and isinstance(node.args[0], fx.Node)
 
 
 def process_group(name: str) -> dist.ProcessGroup | None:

@@ -1,7 +1,7 @@
 """Every match of every rule on one unmodified canonical graph, and what was refused."""
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import Rounding
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
-from fuseplan.graph.reach import strided_reader
+from fuseplan.graph.reach import base_of, strided_reader
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.providers import DeviceProfile, Offer, Provider
 from fuseplan.record import Nearness, Reason, Refusal
@@ -112,25 +112,29 @@ def find_matches(
     candidates: list[Match] = []
     misses: list[Miss] = []
     for rule in (member for _, members in sorted(rules.items()) for member in members):
-        pattern = compiled_pattern(rule)
-        for anchor in canonical.graph.find_nodes(op="call_function", target=pattern.target):
-            result = pattern.match(anchor)
-            if result is None:
-                continue
-            found = _complete(rule, *result)
-            refusal = _refused(canonical, found)
+        for found, refusal in matches_of(rule, canonical):
             if refusal is not None:
-                misses.append(Miss(rule=rule, anchor=anchor, consumed=found.consumed, refusal=refusal))
+                misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
             taken, declined = _offered(found, available, device, allow_rounding_changes, most_rows)
             candidates += taken
             nearness = Nearness.DECLINED if taken else Nearness.REFUSED
             misses += [
-                Miss(rule=rule, anchor=anchor, consumed=found.consumed, refusal=replace(each, nearness=nearness))
+                Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=replace(each, nearness=nearness))
                 for each in declined
             ]
     candidates.sort(key=lambda m: (m.anchor._sort_key, m.rule.name, m.rule.op.name, m.provider))
     return Matches(candidates=tuple(candidates), misses=tuple(misses))
+
+
+def matches_of(rule: Rule, canonical: CanonicalGraph) -> Iterator[tuple[Match, Refusal | None]]:
+    """(a match of one member of a rule's family, without a provider; why it is refused, or None), in graph order."""
+    pattern = compiled_pattern(rule)
+    for anchor in canonical.graph.find_nodes(op="call_function", target=pattern.target):
+        result = pattern.match(anchor)
+        if result is not None:
+            match = _complete(rule, *result)
+            yield match, _refused(canonical, match)
 
 
 def _complete(rule: Rule, values: Mapping[str, Any], found: Mapping[fx.Node, fx.Node]) -> Match:
@@ -169,13 +173,11 @@ def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         if node not in match.outputs and user is not None:
             names = (canonical.source_node(user).name, canonical.source_node(node).name)
             reader, read = (f"{op_name(each)} ({name})" for each, name in zip((user, node), names, strict=True))
-            how, mend = f"also read by {reader}", f"let {op_name(user)} read something else, or nothing"
-            if user.op == "output":
-                how, mend = "returned from the graph, too", f"return what is computed from {op_name(node)} alone"
+            how = "returned from the graph, too" if user.op == "output" else f"also read by {reader}"
             return _refusal(
                 match, Reason.USERS, f"{read} is {how}, and {match.rule.op.name} doesn't yield it", names,
                 node if user.op == "output" else user, expected=f"no other reader of {op_name(node)}",
-                found=op_name(user), mend=mend,
+                found=op_name(user),
             )  # fmt: skip
     return None
 
@@ -212,18 +214,28 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
     names = tuple(canonical.source_node(node).name for node in consumed)
     if len({canonical.region[node] for node in consumed}) > 1:
         # The copy of the graph has the writing node too: nothing of it is raised.
-        first = canonical.region[consumed[0]]
-        writer = next(each for each in canonical.graph.nodes if is_mutation(each) and canonical.region[each] > first)
+        first, end = canonical.region[consumed[0]], canonical.region[last]
+        writers = [
+            each for each in canonical.graph.nodes if is_mutation(each) and first < canonical.region[each] <= end
+        ]
+        writer = writers[0]
         detail = f"{op_name(writer)} ({writer.name}), an in-place op, stands between two nodes of the match"
         return _refusal(
             match, Reason.MUTATION, detail, (canonical.source_node(writer).name, *names), writer,
-            expected="no in-place op", found=op_name(writer), mend="write in place before or after all of them",
+            expected="no in-place op", found=op_name(writer),
+            mend=None if _write_to(writers, consumed) else "write in place before or after all of them",
         )  # fmt: skip
     inputs = [value for value in match.values.values() if isinstance(value, fx.Node)]
     if not is_convex(consumed, inputs):
         detail = "an input of the fused op depends on one of its results"
         return _refusal(match, Reason.CYCLE, detail, names, last)
     return None
+
+
+def _write_to(writers: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
+    """Whether in-place ops may write to what some nodes read or yield."""
+    memory = {base_of(each) for node in nodes for each in (node, *node.all_input_nodes)}
+    return any(base_of(source) in memory for writer in writers for source in writer.all_input_nodes)
 
 
 def _unknown_group(match: Match) -> Refusal | None:

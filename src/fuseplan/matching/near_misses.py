@@ -11,13 +11,16 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
+from fuseplan.canonical.view import is_dialect
 from fuseplan.dialect import DialectOp, ops
-from fuseplan.graph.facts import place_of, source_code, source_line
+from fuseplan.graph.facts import dtype_name, place_of, source_code, source_line, tensor_of
+from fuseplan.graph.legality import is_convex
 from fuseplan.graph.reach import is_view, path_between
 from fuseplan.matching.candidates import Matches, missing_ops, op_name
-from fuseplan.matching.obstacles import Obstruction, obstruction, without_residual_add
+from fuseplan.matching.obstacles import Obstruction, likeliest_first, obstruction, without_residual_add
 from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.siblings import Siblings
+from fuseplan.matching.trial import Place, Way, decisive
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
@@ -151,14 +154,27 @@ class _Shared:
 
     def __init__(self, canonical: CanonicalGraph) -> None:
         self.canonical, self.siblings = canonical, Siblings(canonical)
-        self._told: dict[tuple[fx.Node, ...], Obstruction] = {}
+        self._decisive: dict[tuple[object, ...], tuple[list[int], bool]] = {}
 
-    def obstruction(self, way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obstruction:
-        """What is to be said of the obstacles between two ops."""
-        key = (*way, goal, consumer)
-        if key not in self._told:
-            self._told[key] = obstruction(way, goal, consumer)
-        return self._told[key]
+    def obstruction(self, place: Place, consumer: fx.Node) -> Obstruction:
+        """What is to be said of the obstacles between two ops: of those without which the rule would match."""
+        way = place.ways[0]
+        key = (place.members[0].name, consumer.target, *map(_kind_of_way, place.ways))
+        if key not in self._decisive:
+            found = decisive(self.canonical, place, likeliest_first(way.nodes, way.goal))
+            self._decisive[key] = [*map([*way.nodes].index, found.nodes)], found.suffices
+        chosen, suffices = self._decisive[key]
+        told = obstruction([way.nodes[index] for index in chosen], way.goal, consumer)
+        return told if suffices else replace(told, mend=None)
+
+
+def _kind_of_way(way: Way) -> str:
+    """What ways have in common of which the same obstacles decide."""
+    kinds = []
+    for node in (*way.nodes, way.goal):
+        constants = [each for each in node.args if not isinstance(each, fx.Node)]
+        kinds.append((node.target, len(node.users), str(tensor_of(node)), constants))
+    return str(kinds)
 
 
 class _Search:
@@ -288,7 +304,7 @@ class _Search:
                     return self._claim(goal, ops.rms_norm.name)
                 if without_residual_add(way, node):
                     gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
-                    return self._obstructed(gap, goal)
+                    return self._obstructed([gap], goal, goal)
         for core in node.users:
             if core.target in cores:
                 return self._taken_as_residual(op, node, core)
@@ -300,21 +316,28 @@ class _Search:
         )  # fmt: skip
 
     def _taken_as_residual(self, op: DialectOp, node: fx.Node, core: fx.Node) -> Refusal:
-        """Of two addends the one that more was computed for is the block's output, and the other the residual."""
+        """Why an all-reduce isn't the addend that would be taken along."""
         other, added = core.args[0], op_name(core)
         reader = next((user for user in node.users if user is not core), None)
-        if op.overload is not getattr(other, "target", None) and reader is not None:
+        if is_dialect(other, op):
+            detail = f"{op.name} is added as the residual of {added}, whose other addend is reduced, too"
+            return self._refuse(
+                core, Reason.OP, detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}",
+                found=f"two of {op.name}", site=place_of(core),
+                mend=f"add before the {op.name}, once, instead of after both", further=(node,),
+            )  # fmt: skip
+        if reader is not None and isinstance(other, fx.Node) and not is_convex([node], [other]):
             found = op_name(reader)
-            detail = f"{op.name} is also read by {found} ({reader.name}), and what {added} adds depends on that"
+            detail = f"{op.name} is also read by {found} ({reader.name}), and what {added} adds depends on it"
             return self._refuse(
                 reader, Reason.USERS, detail, nearness=Nearness.OBSTRUCTED, expected=f"no other reader of {op.name}",
-                found=found, site=place_of(core), mend=f"let {found} read something else, or nothing",
-                further=(node, core),
+                found=found, site=place_of(core), further=(node, core),
             )  # fmt: skip
-        detail = f"{op.name} is added as the residual of {added}, whose other addend is reduced, too"
+        dtypes = dtype_name(node), dtype_name(core.args[0])
+        detail = f"{op.name} is added as the residual of {added}: it is {dtypes[0]}, and the norm yields {dtypes[1]}"
         return self._refuse(
-            core, Reason.OP, detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}", found=f"two of {op.name}",
-            site=place_of(core), mend=f"add before the {op.name}, once, instead of after both", further=(node,),
+            core, Reason.DTYPE, detail, nearness=Nearness.OBSTRUCTED, expected=f"{op.name} of {dtypes[1]}",
+            found=dtypes[0], site=place_of(core), further=(node,),
         )  # fmt: skip
 
     def _explain(self, attempt: Attempt) -> Refusal:
@@ -327,7 +350,7 @@ class _Search:
             assert gap.goal is not None
             if gap.goal in self.canonical.unraised:
                 return self._claim(gap.goal, attempt.rule.core.name)
-            return self._obstructed(gap, site)
+            return self._obstructed(attempt.gaps, attempt.anchor, site)
         gap = absent[0]
         place = _origin(gap.found)
         found = op_name(place) if place is not None else "an input of the graph"
@@ -350,14 +373,15 @@ class _Search:
             found=found.found if found else "others", site=place_of(site), further=(attempt.anchor,),
         )  # fmt: skip
 
-    def _obstructed(self, gap: Gap, site: fx.Node) -> Refusal:
+    def _obstructed(self, gaps: Sequence[Gap], anchor: fx.Node, site: fx.Node) -> Refusal:
+        gap = gaps[0]
         assert gap.goal is not None
-        obstacles = without_residual_add(gap.way, gap.goal) or list(gap.way)
-        told = self.shared.obstruction(obstacles, gap.goal, gap.consumer)
+        ways = [Way(nodes=each.way, goal=each.goal) for each in gaps if each.goal is not None]
+        told = self.shared.obstruction(Place(members=self.members, anchor=anchor, ways=ways), gap.consumer)
         return self._refuse(
             told.node, told.reason, told.detail, nearness=Nearness.OBSTRUCTED,
             expected=gap.expected, found=told.found, site=place_of(site), mend=told.mend,
-            further=(*obstacles, gap.consumer, gap.goal),
+            further=(*gap.way, gap.consumer, gap.goal),
         )  # fmt: skip
 
     def _claim(self, node: fx.Node, core: str) -> Refusal:

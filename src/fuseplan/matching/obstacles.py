@@ -1,11 +1,11 @@
-"""What stands between two ops that a rule would fuse, in words: the reason, and what would mend it."""
+"""What stands between two ops that a rule would fuse, in words: the reason, and a hint where there is one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from fuseplan.canonical.noops import is_noop
+from fuseplan.canonical.view import is_dialect
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import (
     ADDS,
@@ -22,22 +22,8 @@ from fuseplan.graph.facts import (
 )
 from fuseplan.graph.reach import is_view
 from fuseplan.matching.candidates import op_name
+from fuseplan.matching.hints import MOVERS, hint, sums_all_reduces
 from fuseplan.record import Reason
-
-MOVERS = (
-    *RESHAPES,
-    aten.slice.Tensor,
-    aten.permute.default,
-    aten.expand.default,
-    aten.select.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.as_strided.default,
-    aten.split_with_sizes.default,
-    aten.split.Tensor,
-)
-"""Views: they choose and arrange elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +64,17 @@ def _is_residual_add(node: fx.Node) -> bool:
     return all(equal_shape(tensor_of(source), tensor_of(node)) for source in node.all_input_nodes)
 
 
+def likeliest_first(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
+    """The obstacles, the one to blame first in front.
+
+    Views weigh least: alone they are often seen through. Of equals the one next to the goal is in the others' way. The
+    residual add is what a rule takes along.
+    """
+    others = without_residual_add(way, goal)
+    nearest_first = list(reversed(way))
+    return sorted(nearest_first, key=lambda node: (node not in others, _weight(node)))
+
+
 def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obstruction:
     """What is to be said of the obstacles between two ops.
 
@@ -86,8 +83,7 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
         goal: the op that should be read.
         consumer: the op that should read it.
     """
-    # Views weigh least: alone they are often seen through. Of equals the one next to the goal is in the others' way.
-    node = way[0] if len(way) == 1 else min(reversed(way), key=_weight, default=goal)
+    node = likeliest_first(way, goal)[0] if way else goal
     before, after = op_name(goal), op_name(consumer)
     if ops.of(node.target) is ops.all_reduce:
         return _second_all_reduce(node, goal, after)
@@ -96,7 +92,9 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
         return _read_elsewhere(reader, node, goal)
     found, in_place = op_name(node), written_in_place(node)
     others = [name for name in dict.fromkeys(op_name(each) for each in way) if name != found]
-    reason, why, mend = _judge(node, in_place, reader, before, after)
+    reason, why = _judge(node, in_place, reader, before)
+    hints = list(dict.fromkeys(hint(each, goal, consumer) for each in way))
+    mend = None if None in hints else "; ".join(filter(None, hints))
     too = f"; so {'does' if len(others) == 1 else 'do'} {' and '.join(others)}" if others else ""
     title = f"{in_place}, an in-place op ({found})" if in_place and in_place != found else found
     detail = f"{title} stands between {before} and {after}{why}{too}"
@@ -113,12 +111,11 @@ def _other_reader(node: fx.Node, goal: fx.Node) -> fx.Node | None:
 
 def _read_elsewhere(reader: fx.Node, view: fx.Node, goal: fx.Node) -> Obstruction:
     before, found = op_name(goal), op_name(reader)
-    how, mend = f"also read by {found} ({reader.name})", f"let {found} read something else, or nothing"
-    if reader.op == "output":
-        how, mend = "returned from the graph, too", f"return what {op_name(view)} makes of it"
+    returned = reader.op == "output"
+    how = "returned from the graph, too" if returned else f"also read by {found} ({reader.name})"
     return Obstruction(
-        node=view if reader.op == "output" else reader, reason=Reason.USERS, found=found,
-        detail=f"{before} is {how}, so that {op_name(view)} can't be moved before it", mend=mend,
+        node=view if returned else reader, reason=Reason.USERS, found=found, mend=None,
+        detail=f"{before} is {how}, so that {op_name(view)} can't be moved before it",
     )  # fmt: skip
 
 
@@ -127,11 +124,11 @@ def _second_all_reduce(node: fx.Node, goal: fx.Node, after: str) -> Obstruction:
     first, second = (str(each.args[1]) for each in (goal, node))
     if first == second:
         detail = f"what is reduced over group {first!r} is reduced once more before {after}"
-        return Obstruction(node=goal, reason=Reason.OP, found=op_name(node), detail=detail, mend="reduce once")
+        mend = "reduce once, and multiply by the number of ranks before"
+        return Obstruction(node=goal, reason=Reason.OP, found=op_name(node), detail=detail, mend=mend)
     detail = f"another all_reduce, over group {second!r}, stands between this one, over group {first!r}, and {after}"
-    mend = f"reduce over one group: {after} takes one all_reduce along, the last"
     found = f"all_reduce over group {second}"
-    return Obstruction(node=goal, reason=Reason.GROUP, found=found, detail=detail, mend=mend)
+    return Obstruction(node=goal, reason=Reason.GROUP, found=found, detail=detail, mend=None)
 
 
 def _weight(node: fx.Node) -> int:
@@ -144,32 +141,28 @@ def _weight(node: fx.Node) -> int:
     return 4 if is_call(node, *MOVERS) else 1
 
 
-def _judge(
-    node: fx.Node, in_place: str | None, reader: fx.Node | None, before: str, after: str
-) -> tuple[Reason, str, str | None]:
-    """(reason, what explains it, what would mend it) of the obstacle to blame."""
+def _judge(node: fx.Node, in_place: str | None, reader: fx.Node | None, before: str) -> tuple[Reason, str]:
+    """(reason, what explains it) of the obstacle to blame."""
     if in_place is not None:
-        return Reason.MUTATION, "", f"write in place before {before} or after {after}"
+        return Reason.MUTATION, ""
     if is_call(node, convert_element_type):
         source, target = map(dtype_name, (node.args[0], node))
-        return Reason.DTYPE, f": {source} is cast to {target}", f"cast to {target} before {before}, or not at all"
+        return Reason.DTYPE, f": {source} is cast to {target}"
     if is_call(node, aten.clone.default):
-        seen_through = ", or leave eliminate_noops on, which sees through it" if is_noop(node) else ""
-        return Reason.LAYOUT, "", f"drop the copy{seen_through}"
+        return Reason.LAYOUT, ""
     if reader is not None:
-        why = f", and can't be moved before it, since {op_name(reader)} ({reader.name}) reads {before} too"
-        return Reason.OP, why, f"do it before {before}, or let nothing else read {before}"
+        return Reason.OP, f", and can't be moved before it, since {op_name(reader)} ({reader.name}) reads {before} too"
     if is_call(node, *RESHAPES) and (widths := _widths(node)):
         # Norms and scales of rows are others after it.
-        return Reason.OP, f": rows of {widths[0]} become rows of {widths[1]}", None
-    sums = [each for each in node.all_input_nodes if ops.of(each.target) is ops.all_reduce]
-    if is_call(node, *ADDS) and len(sums) > 1:
-        return _sum_of_sums(sums, after)
+        return Reason.OP, f": rows of {widths[0]} become rows of {widths[1]}"
+    groups = {str(each.args[1]) for each in node.all_input_nodes if is_dialect(each, ops.all_reduce)}
+    if is_call(node, *ADDS) and len(groups) > 1:
+        return Reason.GROUP, f": it adds all_reduces over groups {' and '.join(map(repr, sorted(groups)))}"
+    if is_call(node, *ADDS) and sums_all_reduces(node):
+        return Reason.OP, ": it adds two all_reduces"
     if is_call(node, aten.add.Tensor) and len(node.all_input_nodes) == 2:
-        unfit = _unfit_residual(node, before)
-        if unfit is not None:
-            return unfit
-    return Reason.OP, "", f"do it before {before} or after {after}, where the model allows"
+        return _unfit_residual(node) or (Reason.OP, "")
+    return Reason.OP, ""
 
 
 def _widths(reshape: fx.Node) -> tuple[object, object] | None:
@@ -181,29 +174,17 @@ def _widths(reshape: fx.Node) -> tuple[object, object] | None:
     return None if equal_size(*widths) else widths
 
 
-def _unfit_residual(add: Call, before: str) -> tuple[Reason, str, str] | None:
+def _unfit_residual(add: Call) -> tuple[Reason, str] | None:
     """Why an addition isn't the residual add that the rule would take along, or None where nothing is known."""
     left, right = add.args
     if add.kwargs:
-        return Reason.ATTRIBUTE, f": it adds {add.kwargs['alpha']} times one of the two", f"scale before {before}"
+        return Reason.ATTRIBUTE, f": it adds {add.kwargs['alpha']} times one of the two"
     if not equal_shape(tensor_of(left), tensor_of(right)):
         values = [value for each in add.args if (value := tensor_of(each)) is not None]
         if min(value.dim() for value in values) <= 1:
-            return Reason.OP, ": it adds a bias", f"add the bias before {before}, on one rank alone"
+            return Reason.OP, ": it adds a bias"
         shapes = " and ".join(str([*value.shape]) for value in values)
-        why = f": it adds {shapes}, and a residual has the shape of the sum"
-        return Reason.SIZE, why, "expand the smaller one first"
+        return Reason.SIZE, f": it adds {shapes}, and a residual has the shape of the sum"
     narrow = [each.args[0] if is_call(each, convert_element_type) else each for each in add.args]
     dtypes = [*map(dtype_name, narrow)]
-    if dtypes[0] == dtypes[1]:
-        return None
-    mend = "keep the residual in the dtype of what is added to it"
-    return Reason.DTYPE, f": it adds {dtypes[0]} and {dtypes[1]}", mend
-
-
-def _sum_of_sums(sums: Sequence[fx.Node], after: str) -> tuple[Reason, str, str | None]:
-    groups = sorted({str(each.args[1]) for each in sums})
-    if len(groups) > 1:
-        why = f": it adds all_reduces over groups {' and '.join(map(repr, groups))}"
-        return Reason.GROUP, why, f"reduce over one group, or fuse one of them with {after} alone"
-    return Reason.OP, ": it adds two all_reduces", "add before the all_reduce, once, instead of after both"
+    return None if dtypes[0] == dtypes[1] else (Reason.DTYPE, f": it adds {dtypes[0]} and {dtypes[1]}")

@@ -94,7 +94,6 @@ def _missing(
             "is dead is gone before fusions are looked for",
             nodes=(canonical.source_node(core).name,) if core is not None else (), source=place, site=place,
             nearness=Nearness.MISSING, expected=gone, found="nothing",
-            mend=f"let something read the result of {gone}, if the model means it to be used",
         )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ class Gate:
             reason=Reason.SIZE,
             detail=f"{self.name} takes hidden sizes {taken} in {dtype_text(x.dtype)}, not {width}",
             expected=f"hidden size {expected}", found=f"hidden size {width}",
-            mend="pad the hidden size, or let another provider run it",
+            mend="let another provider run it",
         )  # fmt: skip
 
     def _group(self, name: str | None) -> Refusal | None:

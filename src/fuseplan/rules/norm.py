@@ -86,7 +86,6 @@ class NormRule(Rule):
                 Reason.DTYPE,
                 "weight",
                 f"weight is {_name(m.weight)} and x is {_name(m.x)}; the fused op takes one dtype",
-                mend=f"cast the weight to {_name(m.x)}",
             )
         return None
 

@@ -60,7 +60,7 @@ class QkNormRope(Rule):
             value = getattr(m, name)
             if value.dtype != m.q.dtype:
                 detail = f"{name} is {_name(value)} and q is {_name(m.q)}; the fused op takes one dtype"
-                return m.refuse(Reason.DTYPE, name, detail, mend=f"cast {name} to {_name(m.q)}")
+                return m.refuse(Reason.DTYPE, name, detail)
         return None
 
     def _shapes(self, m: Bindings) -> Refusal | None:
