@@ -14,7 +14,8 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import DialectOp, ops
 from fuseplan.graph.facts import place_of, source_code, source_line
 from fuseplan.graph.reach import is_view, path_between
-from fuseplan.matching.candidates import Matches, missing_ops, op_name
+from fuseplan.matching.candidates import missing_ops, op_name
+from fuseplan.matching.match import Matches
 from fuseplan.matching.obstacles import Obstruction, obstruction, without_residual_add
 from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.siblings import Siblings
