@@ -206,8 +206,8 @@ class Pricing:
         result.unfused = [a + b for a, b in zip(result.unfused, unfused, strict=True)]
 
     def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-        """(what a candidate saves, what its op takes, copies included) by size. Where the model doesn't know the op, and
-        the owner has not said what it saves, that is a launch for each op less.
+        """(what a candidate saves, what its op and copies take) by size. Where the model doesn't know the op, and the
+        owner has not said what it saves, that is a launch for each op less, beside the copies.
         """
         match, site, sizes = candidate.match, candidate.site, len(self.tokens)
         if isinstance(match, ExternalMatch):
