@@ -29,7 +29,7 @@ BY_LAYOUT = (
 """Ops of torch whose result, or whose being legal, depends on strides. What may copy instead is an `aten.reshape`."""
 
 WRITTEN_LATER = (
-    aten._unsafe_index_put.default,
+    torch.ops.aten._unsafe_index_put.default,
     aten.copy.default,
     aten.diagonal_scatter.default,
     aten.index_put.default,

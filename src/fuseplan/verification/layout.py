@@ -30,7 +30,7 @@ def misplaced(
         if own is None or index in free or not own.numel():
             continue
         if significant_strides(got) != significant_strides(own) or got.storage_offset() != own.storage_offset():
-            return f"result {index} is {_placed(got)}, and the graph's own value is {_placed(own)}, which others may rely on"
+            return f"result {index} is {_placed(got)}, and the graph's own value is {_placed(own)}"
         for name, after, before in others:
             if shares(got, after) and not shares(own, before):
                 return f"result {index} shares memory with {name}, and the graph's own value doesn't"
