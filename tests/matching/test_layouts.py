@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,6 +191,15 @@ UNSEEN: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("reader", UNSEEN)
 def test_who_reads_elements_alone_reads_the_slice(reader: str) -> None:
     check(returns(UNSEEN[reader]), (X, W), copies=0)
+
+
+def test_without_the_copy_it_would_lie_elsewhere() -> None:
+    gm = graph_of(returns(SEEN["itself"]), (X, W))
+    canonical = canonicalize(gm.graph)
+    (match,) = find_matches(canonical, PADDING, BUILT_IN_PROVIDERS[:1]).candidates
+    before = layout(run(gm, (X, W)))
+    apply(canonical, [replace(match, copied=(), loose=match.copied)])
+    assert layout(run(gm, (X, W))) != before
 
 
 def test_two_views_of_a_copy_share_it_as_two_views_of_the_value_did() -> None:
