@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch.nn import functional as F
 
 from fuseplan.canonical import canonicalize
@@ -283,10 +284,9 @@ def test_a_users_kernel_gets_the_strides_that_it_was_given_as_numbers() -> None:
     graph = written(returns_written, {"x": X, "w": W})
     (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
     (y,) = relu.all_input_nodes
-    wrapper = torch.ops.higher_order.triton_kernel_wrapper_functional
     with graph.inserting_before(relu):
         kernel = graph.call_function(
-            wrapper, (), {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {},
+            triton_kernel_wrapper_functional, (), {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {},
                           "kwargs": {"x": y, "out": relu}, "tensors_to_clone": ["out"]},
         )  # fmt: skip
     relu.append(kernel)
@@ -303,11 +303,10 @@ def test_a_kernel_that_writes_elsewhere_does_not_write_to_what_is_padded() -> No
     graph = written(returns_written, {"x": X, "w": W})
     (pad,) = graph.find_nodes(op="call_function", target=ops.pad.overload)
     (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
-    wrapper = torch.ops.higher_order.triton_kernel_wrapper_functional
     for written_to, copies in (("out", 0), ("x", 1)):
         with graph.inserting_after(relu):
             kernel = graph.call_function(
-                wrapper, (), {"kernel_idx": 0, "constant_args_idx": 0, "grid": [], "tma_descriptor_metadata": {},
+                triton_kernel_wrapper_functional, (), {"kernel_idx": 0, "constant_args_idx": 0, "grid": [], "tma_descriptor_metadata": {},
                               "kwargs": {"x": pad, "out": relu}, "tensors_to_clone": [written_to]},
             )  # fmt: skip
         (match,) = matches_in(graph).candidates

@@ -47,6 +47,9 @@ WRITTEN_LATER = (
 )
 """Ops that Inductor may run in the memory of their first argument, whose layout is then the result's."""
 
+READ_ONLY = ("cond", "flex_attention", "invoke_subgraph")
+"""Higher-order ops that don't write to their arguments: a body that would is functionalised."""
+
 FUNCTIONAL = frozenset({torch.Tag.core, torch.Tag.pointwise, torch.Tag.reduction})
 """Tags of torch's ops whose values follow from the values of their arguments."""
 
@@ -129,7 +132,8 @@ def _follows(user: fx.Node, *, reordered: bool) -> bool:
     target = user.target
     if not _is_torchs(target) or target in BY_LAYOUT:
         return False
-    return target.is_view or (reordered and target not in FRESH)
+    holds_tensors = isinstance(user.meta.get("val"), (Tensor, list, tuple))
+    return target.is_view or (reordered and holds_tensors and target not in FRESH)
 
 
 def layout_reader(node: fx.Node, skipped: Collection[fx.Node], *, reordered: bool) -> fx.Node | None:
@@ -184,7 +188,7 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
         given, cloned = kwargs.get("kwargs"), kwargs.get("tensors_to_clone")
         assert isinstance(given, dict) and isinstance(cloned, (list, tuple)), user.format_node()
         return any(given.get(argument) is node for argument in cloned)
-    return user.op != "output" and target is not operator.getitem
+    return user.op != "output" and target is not operator.getitem and name not in READ_ONLY
 
 
 def writers(graph: fx.Graph) -> dict[int, fx.Node]:

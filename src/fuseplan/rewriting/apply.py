@@ -138,7 +138,7 @@ class _Rewriter:
         promise, value = tensor_of(original), tensor_of(result)
         assert promise is not None and value is not None
         for reader in sorted(carriers(result, (), reordered=is_reordered(value, promise))):
-            if reader is not result:
+            if reader is not result and all("val" in source.meta for source in reader.all_input_nodes):
                 reader.meta["val"] = _fake_value(reader)
 
 
