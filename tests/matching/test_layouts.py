@@ -280,15 +280,19 @@ def test_loops_and_branches_get_what_they_were_traced_with() -> None:
         assert len(match.copied) == 1, model
 
 
+def launched(graph: fx.Graph, arguments: dict[str, fx.Node], written: list[str]) -> fx.Node:
+    """A Triton kernel of the user's, as Dynamo puts it into graphs."""
+    launch = {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {}}
+    given = {**launch, "kwargs": arguments, "tensors_to_clone": written}
+    return graph.call_function(triton_kernel_wrapper_functional, (), given)
+
+
 def test_a_users_kernel_gets_the_strides_that_it_was_given_as_numbers() -> None:
     graph = written(returns_written, {"x": X, "w": W})
     (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
     (y,) = relu.all_input_nodes
     with graph.inserting_before(relu):
-        kernel = graph.call_function(
-            triton_kernel_wrapper_functional, (), {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {},
-                          "kwargs": {"x": y, "out": relu}, "tensors_to_clone": ["out"]},
-        )  # fmt: skip
+        kernel = launched(graph, {"x": y, "out": relu}, ["out"])
     relu.append(kernel)
     (match,) = matches_in(graph).candidates
     assert [node.name for node in match.copied] == [y.name]
@@ -305,10 +309,7 @@ def test_a_kernel_that_writes_elsewhere_does_not_write_to_what_is_padded() -> No
     (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
     for written_to, copies in (("out", 0), ("x", 1)):
         with graph.inserting_after(relu):
-            kernel = graph.call_function(
-                triton_kernel_wrapper_functional, (), {"kernel_idx": 0, "constant_args_idx": 0, "grid": [], "tma_descriptor_metadata": {},
-                              "kwargs": {"x": pad, "out": relu}, "tensors_to_clone": [written_to]},
-            )  # fmt: skip
+            kernel = launched(graph, {"x": pad, "out": relu}, [written_to])
         (match,) = matches_in(graph).candidates
         assert len(match.copied) == copies
         graph.erase_node(kernel)
