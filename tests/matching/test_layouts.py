@@ -15,7 +15,7 @@ from fuseplan.canonical import canonicalize
 from fuseplan.capture import capture
 from fuseplan.dialect import define, ops
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.matching import Match, Matches, find_matches
+from fuseplan.matching import ExternalMatch, Match, Matches, find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS, provider_of
 from fuseplan.record import Nearness, Reason
 from fuseplan.rewriting import apply
@@ -387,6 +387,19 @@ def test_what_only_another_pad_of_the_norm_reads_is_not_copied() -> None:
     found = matches_in(written(model, {"x": X, "w": W})).candidates
     assert [match.copied for match in found] == [(), ()]
     assert all(match.loose for match in found)
+
+
+def test_what_somebodys_pass_would_read_is_copied() -> None:
+    graph = written(returns_written, {"x": X, "w": W})
+    (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
+    nothing: Any = None
+    theirs = ExternalMatch(owner=nothing, entry=nothing, anchor=relu, consumed=(relu,), ordinal=0, emits=())
+    canonical = canonicalize(graph)
+    copied = []
+    for external in ((), (theirs,)):
+        (match,) = find_matches(canonical, PADDING, BUILT_IN_PROVIDERS[:1], external=external).candidates
+        copied.append(len(match.copied))
+    assert copied == [0, 1]
 
 
 add_norm_relu = define(

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import Rounding
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
-from fuseplan.graph.legality import is_convex
+from fuseplan.graph.legality import external_inputs, is_convex
 from fuseplan.graph.reach import strided_reader
+from fuseplan.matching.external import ExternalMatch
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.matching.layouts import Layouts, Unkept
 from fuseplan.matching.match import Match, Matches, Miss
@@ -35,6 +36,7 @@ def find_matches(
     *,
     allow_rounding_changes: bool = False,
     most_rows: Callable[[Tensor], int] | None = None,
+    external: Sequence[ExternalMatch] = (),
 ) -> Matches:
     """Enumerates, without changing the graph.
 
@@ -45,8 +47,10 @@ def find_matches(
         device: a profile whose providers are taken as present; None: those of this machine.
         allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
         most_rows: how many rows a tensor of the graph has at most; None: nobody asks.
+        external: matches of others' passes, whose replacements read values in ways of their own.
     """
-    layouts = Layouts(canonical)
+    outside = {node: match.anchor for match in external for node in external_inputs(match.consumed)}
+    layouts = Layouts(canonical, outside)
     available = [p for p in sorted(providers, key=lambda p: p.name) if p.unavailable(device) is None]
     candidates: list[Match] = []
     misses: list[Miss] = []

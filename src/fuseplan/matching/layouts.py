@@ -98,10 +98,12 @@ class Layouts:
 
     Args:
         canonical: the graph.
+        outside: nodes of the original graph that replacements of others would read, and where these match: what they
+            put there may read anything by its strides.
     """
 
-    def __init__(self, canonical: CanonicalGraph) -> None:
-        self._canonical = canonical
+    def __init__(self, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> None:
+        self._canonical, self._outside = canonical, outside
         self._known: dict[Any, _Yielded] = {}
         self._reordered: set[fx.Node] = set()
 
@@ -213,6 +215,9 @@ class Layouts:
     def _reader(self, landing: _Landing, claims: Collection[fx.Node], owner: int | None) -> fx.Node | None:
         """Who can tell that a value isn't as promised; None: nobody."""
         reader = layout_reader(landing.original, claims, reordered=landing.is_reordered)
+        if reader is None and self._outside:
+            reached = carriers(landing.original, claims, reordered=landing.is_reordered)
+            reader = next((self._outside[each] for each in reached if each in self._outside), None)
         if reader is None and owner is not None and any(user not in claims for user in landing.original.users):
             return self._writers.get(owner)
         return reader
