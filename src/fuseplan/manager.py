@@ -204,8 +204,8 @@ class PostGradPassManager(CustomGraphPass):
                     graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups()
                 )
         with _stage(stages, "matching"):
-            matches = self._find_matches(canonical, self.rules)
             external = find_external(graph, self.passes)
+            matches = self._find_matches(canonical, self.rules, external.candidates)
         with _stage(stages, "near misses"):
             near_misses = find_near_misses(canonical, self.rules, matches)
             if self.disabled:
@@ -214,24 +214,21 @@ class PostGradPassManager(CustomGraphPass):
             span = self.compile_range or DEFAULT_SPAN
             with _places_folded():
                 posed = pose(
-                    canonical,
-                    matches.candidates,
-                    external.candidates,
-                    self.prices,
-                    (span.start, span.end),
-                    force=self.config.force,
-                    forbid=self.config.forbid,
-                )
+                    canonical, matches.candidates, external.candidates, self.prices, (span.start, span.end),
+                    force=self.config.force, forbid=self.config.forbid,
+                )  # fmt: skip
         return Analysis(
             canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
             rules=self.rules, stages_ns=stages,
         )  # fmt: skip
 
-    def _find_matches(self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]]) -> Matches:
+    def _find_matches(
+        self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], external: Sequence[ExternalMatch] = ()
+    ) -> Matches:
         rows, span = Rows.of(canonical.graph), self.compile_range or DEFAULT_SPAN
         return find_matches(
             canonical, rules, self.providers, self.device, allow_rounding_changes=self.config.allow_rounding_changes,
-            most_rows=lambda x: rows.at(x, span.end),
+            most_rows=lambda x: rows.at(x, span.end), external=external,
         )  # fmt: skip
 
     def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:

@@ -17,7 +17,7 @@ from fuseplan.errors import PlanError
 from fuseplan.graph.facts import is_dense
 from fuseplan.graph.surgery import is_sorted
 from fuseplan.record import Reason, Report
-from fuseplan.verification.check import significant_strides
+from fuseplan.verification.layout import significant_strides
 from tests.differential.errors import Exact, exactly, excess, same, widened
 from tests.differential.program import Program
 from tests.differential.recording import Recorded, copies, uncached

@@ -54,7 +54,7 @@ DYNAMO = (
     PrivateApi("torch._dynamo.utils:graph_break_reasons", ("capture",)),
     PrivateApi("torch._functorch.config:enable_autograd_cache", ("capture",)),
     PrivateApi("torch._functorch.config:patch", ("capture",), 0, ("enable_autograd_cache",)),
-    PrivateApi("torch._guards:detect_fake_mode", ("capture", "rewriting"), 1),
+    PrivateApi("torch._guards:detect_fake_mode", ("capture", "graph"), 1),
     PrivateApi("torch._guards:TracingContext.try_get", ("frontend",), 0),
     PrivateApi("torch._guards:tracing", ("frontend",), 1),
     PrivateApi("torch._logging._internal:trace_structured", ("report",), 1,
@@ -133,11 +133,13 @@ OPS = (
     PrivateApi("torch._ops:OpOverload.is_view", ("graph",)),
     PrivateApi("torch._ops:OpOverload.namespace", ("canonical", "graph")),
     PrivateApi("torch._ops:OpOverload.tags", ("graph", "tuning")),
+    PrivateApi("torch:UntypedStorage._cdata", ("graph",)),
+    PrivateApi("torch:ops.aten._unsafe_index_put.default", ("graph",)),
     PrivateApi("torch:ops.aten._unsafe_view.default", ("graph",)),
     PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "models")),
     PrivateApi("torch:ops._c10d_functional.all_reduce.default",
                ("canonical", "dialect", "graph", "models", "verification")),
-    PrivateApi("torch:ops._c10d_functional.all_reduce_coalesced.default", ("canonical",)),
+    PrivateApi("torch:ops._c10d_functional.all_reduce_coalesced.default", ("canonical", "graph")),
     PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor.default", ("canonical",)),
     PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor_coalesced.default", ("canonical",)),
     PrivateApi("torch:ops._c10d_functional.wait_tensor.default",
@@ -164,7 +166,7 @@ TRACED: Mapping[str, tuple[str, ...]] = {
     "nn_module_stack": ("canonical", "graph", "rewriting"),
     "source_fn_stack": ("graph",),
     "stack_trace": ("canonical", "graph", "rewriting"),
-    "val": ("canonical", "graph", "rewriting", "testing", "tuning", "verification"),
+    "val": ("canonical", "graph", "matching", "rewriting", "testing", "tuning", "verification"),
 }
 """The keys of `Node.meta` that are read, and by whom. Which ones torch writes shows only when it traces a model: tests
 look for them, not an import."""

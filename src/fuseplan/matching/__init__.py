@@ -1,6 +1,6 @@
 """Candidates and refusals; the one place that touches `torch._inductor.pattern_matcher`."""
 
-from fuseplan.matching.candidates import Match, Matches, compiled_pattern, find_matches, missing_ops
+from fuseplan.matching.candidates import compiled_pattern, find_matches, missing_ops
 from fuseplan.matching.external import (
     ExternalMatch,
     ExternalMatches,
@@ -12,6 +12,7 @@ from fuseplan.matching.external import (
     run_pass,
 )
 from fuseplan.matching.inductor import CompiledPattern
+from fuseplan.matching.match import Match, Matches
 from fuseplan.matching.near_misses import find_disabled, find_near_misses
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,77 +11,16 @@ from torch import Tensor, fx
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import Rounding
 from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
-from fuseplan.graph.legality import is_convex
+from fuseplan.graph.legality import external_inputs, is_convex
 from fuseplan.graph.reach import base_of, strided_reader
+from fuseplan.matching.external import ExternalMatch
 from fuseplan.matching.inductor import CompiledPattern
+from fuseplan.matching.layouts import Layouts, Unkept
+from fuseplan.matching.match import Match, Matches, Miss
 from fuseplan.providers import DeviceProfile, Offer, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule
 from fuseplan.rules.base import op_text
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Match:
-    """One place at which one rule fits.
-
-    Attributes:
-        rule: the member of the rule's family.
-        provider: whose kernel would run.
-        values: nodes and plain values by variable.
-        consumed: the nodes that the fusion takes, in graph order.
-        outputs: for each value that the pattern yields the node that has it, None where it is dead.
-        core: the node of the dialect op that fusions contend for.
-        rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
-    """
-
-    rule: Rule
-    provider: str
-    values: Mapping[str, Any]
-    consumed: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node | None, ...]
-    core: fx.Node
-    rounding_change: tuple[str, str] | None = None
-
-    @property
-    def anchor(self) -> fx.Node:
-        """The node of the first value that the pattern yields."""
-        assert self.outputs[0] is not None
-        return self.outputs[0]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Miss:
-    """One place at which one rule has all of its ops, and why it doesn't match, or not by one of the providers.
-
-    Attributes:
-        rule: the member of the rule's family.
-        anchor: the node of the first value that the pattern yields.
-        consumed: the nodes that the fusion would have taken.
-        refusal: why.
-    """
-
-    rule: Rule
-    anchor: fx.Node
-    consumed: tuple[fx.Node, ...]
-    refusal: Refusal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matches:
-    """What matching found.
-
-    Attributes:
-        candidates: all matches, in graph order, then by rule and fused op; the order of rules given has no influence.
-        misses: matches that a rule, the graph or the providers refused.
-    """
-
-    candidates: tuple[Match, ...] = ()
-    misses: tuple[Miss, ...] = field(default=())
-
-    @property
-    def refusals(self) -> tuple[Refusal, ...]:
-        """Why, for each of the misses that no provider takes."""
-        return tuple(miss.refusal for miss in self.misses if miss.refusal.nearness is Nearness.REFUSED)
 
 
 def compiled_pattern(rule: Rule) -> CompiledPattern:
@@ -97,6 +36,7 @@ def find_matches(
     *,
     allow_rounding_changes: bool = False,
     most_rows: Callable[[Tensor], int] | None = None,
+    external: Sequence[ExternalMatch] = (),
 ) -> Matches:
     """Enumerates, without changing the graph.
 
@@ -107,7 +47,10 @@ def find_matches(
         device: a profile whose providers are taken as present; None: those of this machine.
         allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
         most_rows: how many rows a tensor of the graph has at most; None: nobody asks.
+        external: matches of others' passes, whose replacements read values in ways of their own.
     """
+    outside = {node: match.anchor for match in external for node in external_inputs(match.consumed)}
+    layouts = Layouts(canonical, outside)
     available = [p for p in sorted(providers, key=lambda p: p.name) if p.unavailable(device) is None]
     candidates: list[Match] = []
     misses: list[Miss] = []
@@ -117,14 +60,21 @@ def find_matches(
                 misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
             taken, declined = _offered(found, available, device, allow_rounding_changes, most_rows)
-            candidates += taken
+            settled = layouts.settle(found) if taken else found
+            if isinstance(settled, Unkept):
+                refusal = _unkept(canonical, found, settled)
+                misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
+                continue
+            candidates += [
+                replace(each, yields=settled.yields, copied=settled.copied, loose=settled.loose) for each in taken
+            ]
             nearness = Nearness.DECLINED if taken else Nearness.REFUSED
             misses += [
                 Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=replace(each, nearness=nearness))
                 for each in declined
             ]
     candidates.sort(key=lambda m: (m.anchor._sort_key, m.rule.name, m.rule.op.name, m.provider))
-    return Matches(candidates=tuple(candidates), misses=tuple(misses))
+    return Matches(candidates=tuple(layouts.settle_readers(candidates)), misses=tuple(misses))
 
 
 def matches_of(rule: Rule, canonical: CanonicalGraph) -> Iterator[tuple[Match, Refusal | None]]:
@@ -207,6 +157,19 @@ def _restrided(canonical: CanonicalGraph, match: Match) -> Refusal | None:
                 mend="index, slice or reshape instead",
             )  # fmt: skip
     return None
+
+
+def _unkept(canonical: CanonicalGraph, match: Match, unkept: Unkept) -> Refusal:
+    """A reader sees that what the fused op yields doesn't lie in memory as the value that it replaces."""
+    reader, node = unkept.reader, unkept.node
+    names = (reader.name, canonical.source_node(node).name)
+    how = "is returned from the graph" if reader.op == "output" else f"{op_name(reader)} ({names[0]}) reads it"
+    detail = f"{op_name(node)} ({names[1]}) can't lie in memory as the graph promises, and {how}: {unkept.detail}"
+    return _refusal(
+        match, Reason.LAYOUT, detail, names, node if reader.op == "output" else reader,
+        expected="readers by shape", found=op_name(reader),
+        mend=f"read what {op_name(node)} yields through .contiguous()",
+    )  # fmt: skip
 
 
 def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:

@@ -16,7 +16,8 @@ from fuseplan.dialect import DialectOp, ops
 from fuseplan.graph.facts import dtype_name, place_of, source_code, source_line, tensor_of
 from fuseplan.graph.legality import is_convex
 from fuseplan.graph.reach import is_view, path_between
-from fuseplan.matching.candidates import Matches, missing_ops, op_name
+from fuseplan.matching.candidates import missing_ops, op_name
+from fuseplan.matching.match import Matches
 from fuseplan.matching.obstacles import Obstruction, likeliest_first, obstruction, without_residual_add
 from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.siblings import Siblings

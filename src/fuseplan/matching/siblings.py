@@ -10,7 +10,8 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.graph.facts import item, place_of, tensor_of
-from fuseplan.matching.candidates import Match, op_name
+from fuseplan.matching.candidates import op_name
+from fuseplan.matching.match import Match
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 

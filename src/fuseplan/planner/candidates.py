@@ -121,7 +121,12 @@ def _signature(match: Match) -> str:
             parts.append(f"{name}:{str(tensor.dtype).removeprefix('torch.')}[{shape}]")
         elif not isinstance(value, fx.Node):
             parts.append(f"{name}={value}")
-    return f"{match.rule.op.name}({', '.join(parts)})"
+    return f"{match.rule.op.name}({', '.join(parts)}){copies_text(len(match.copied))}"
+
+
+def copies_text(count: int) -> str:
+    """What a name says of results that are copied: ` + 1 copy`; nothing where none is."""
+    return f" + {count} {'copy' if count == 1 else 'copies'}" if count else ""
 
 
 def conflicts_of(candidates: Sequence[Candidate]) -> frozenset[tuple[int, int]]:

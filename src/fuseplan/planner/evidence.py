@@ -37,13 +37,15 @@ def _modelled(posed: Posed) -> Iterator[CostRow]:
         if candidate.site is not None and isinstance(candidate.match, Match) and provenance is Provenance.MODELLED:
             contenders.setdefault(candidate.site.ordinal, []).append(candidate)
     places = Counter(posed.sites[ordinal] for ordinal in contenders)
-    seen: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
     for ordinal, candidates in contenders.items():
         name = posed.sites[ordinal]
-        if name not in seen:
-            seen.add(name)
+        # Of places of one class, some may need copies.
+        kind = name, frozenset(alternative_name([each], [ordinal]) for each in candidates)
+        if kind not in seen:
+            seen.add(kind)
             for tokens, shape in zip(posed.priced.tokens, posed.pricing.shapes[ordinal], strict=True):
-                for alternative, kernels in _alternatives(posed, shape, candidates):
+                for alternative, kernels in _alternatives(posed, shape, candidates, tokens):
                     yield CostRow(
                         site=name, places=places[name], alternative=alternative, tokens=tokens, spread_ns=0,
                         time_ns=total_ns(kernels), provenance=Provenance.MODELLED.value,
@@ -52,7 +54,7 @@ def _modelled(posed: Posed) -> Iterator[CostRow]:
 
 
 def _alternatives(
-    posed: Posed, shape: Shape, candidates: Sequence[Candidate]
+    posed: Posed, shape: Shape, candidates: Sequence[Candidate], tokens: int
 ) -> Iterator[tuple[str, tuple[Kernel, ...]]]:
     model = posed.pricing.prices.model
     yield UNFUSED, shape.unfused(model)
@@ -62,7 +64,8 @@ def _alternatives(
         if taken is not None:
             fused = shape.fused(model, candidate.provider, reduce=taken.reduce, tail=taken.tail)
             rest = shape.rest(model, reduce=taken.reduce, tail=taken.tail)
-            yield alternative_name([candidate], [candidate.site.ordinal]), (*fused, *rest)
+            copies = posed.pricing.copies(candidate.match, tokens)
+            yield alternative_name([candidate], [candidate.site.ordinal]), (*fused, *copies, *rest)
 
 
 def _time(kernel: Kernel) -> KernelTime:
@@ -76,13 +79,15 @@ def _measured(posed: Posed) -> Iterator[CostRow]:
     """Rows of every component that was measured as a whole."""
     table = posed.pricing.prices.table
     classes: Counter[str] = Counter()
-    first: dict[str, tuple[int, ...]] = {}
+    first: dict[tuple[str, frozenset[str]], tuple[int, ...]] = {}
     for component in posed.components:
         if table is not None and frozenset(component) in posed.problem.alternatives:
-            name = " & ".join(posed.sites[place] for place in _places(posed, component))
+            places = _places(posed, component)
+            name = " & ".join(posed.sites[place] for place in places)
             classes[name] += 1
-            first.setdefault(name, component)
-    for name, component in first.items():
+            kind = frozenset(alternative_name([posed.candidates[index]], places) for index in component)
+            first.setdefault((name, kind), component)
+    for (name, _), component in first.items():
         assert table is not None
         places = _places(posed, component)
         for tokens, shape in zip(posed.priced.tokens, posed.pricing.shapes[places[0]], strict=True):

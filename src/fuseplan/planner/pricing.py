@@ -10,10 +10,10 @@ from torch import Tensor
 from fuseplan.content import content_of
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import ExternalMatch, Match
-from fuseplan.planner.candidates import Candidate
-from fuseplan.planner.costs import CostModel, CostTable, Provenance, total_ns
+from fuseplan.planner.candidates import Candidate, copies_text
+from fuseplan.planner.costs import CostModel, CostTable, Kernel, Provenance, total_ns
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows, Shape, Site, Tail
+from fuseplan.planner.sites import Rows, Shape, Site, Tail, hint
 
 UNFUSED = "unfused"
 MAX_ENUMERATED = 12
@@ -90,13 +90,15 @@ def row_key(signature: str, alternative: str) -> str:
 
 def alternative_name(candidates: Sequence[Candidate], places: Sequence[int]) -> str:
     """An alternative in a cost table, e.g. `act_padding fused_add_rms_norm_pad triton`; the place of each candidate
-    among the component's sites comes first where there are several sites.
+    among the component's sites comes first where there are several sites, and ` + 1 copy` behind it where a result has
+    to be copied.
     """
     names = []
     for candidate in candidates:
         assert candidate.site is not None
         place = f"{places.index(candidate.site.ordinal)}: " if len(places) > 1 else ""
-        names.append(f"{place}{candidate.rule} {candidate.op} {candidate.provider}")
+        copies = copies_text(len(candidate.match.copied) if isinstance(candidate.match, Match) else 0)
+        names.append(f"{place}{candidate.rule} {candidate.op} {candidate.provider}{copies}")
     return " + ".join(sorted(names)) or UNFUSED
 
 
@@ -121,7 +123,8 @@ class Priced:
         tokens: the sizes.
         values: what each candidate saves, weighted over sizes, in ns.
         savings: what each candidate saves at each size; empty where nothing is known of it.
-        costs: what each candidate's op takes at the middle size; None where nothing is known of it.
+        costs: what each candidate's op and the copies of its results take at the middle size; None where nothing is
+            known of it.
         provenance: where each candidate's price is from.
         alternatives: of components measured as a whole, what each alternative saves.
         unfused: all contested sites, as Inductor leaves them, by size.
@@ -182,6 +185,15 @@ class Pricing:
         """The rows of a component's first site at a number of the model's tokens: what a table calls tokens."""
         return self._rows.at(self._inputs[places[0]], tokens)
 
+    def copies(self, match: Match, tokens: int) -> tuple[Kernel, ...]:
+        """The copies that a match needs beside its op, at a number of the model's tokens."""
+        values = [value for node in match.copied if (value := tensor_of(node)) is not None]
+        return tuple(self.prices.model.copy(self._nbytes(value, tokens)) for value in values)
+
+    def _nbytes(self, value: Tensor, tokens: int) -> int:
+        width = hint(value.shape[-1]) if value.dim() else 1
+        return self._rows.at(value, tokens) * width * value.dtype.itemsize
+
     def _model(self, component: Sequence[int], places: Sequence[int], result: Priced) -> None:
         sizes = range(len(self.tokens))
         unfused = [sum(self.prices.unfused_ns(self.shapes[place][size]) for place in places) for size in sizes]
@@ -194,21 +206,23 @@ class Pricing:
         result.unfused = [a + b for a, b in zip(result.unfused, unfused, strict=True)]
 
     def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-        """(what a candidate saves, what its op takes) by size. Where the model doesn't know the op, and the owner has
-        not said what it saves, that is a launch for each op less.
+        """(what a candidate saves, what its op and copies take) by size. Where the model doesn't know the op, and the
+        owner has not said what it saves, that is a launch for each op less, beside the copies.
         """
         match, site, sizes = candidate.match, candidate.site, len(self.tokens)
         if isinstance(match, ExternalMatch):
             given = match.owner.saving_us
             return (self.prices.launch_ns if given is None else round(given * 1000),) * sizes, (None,) * sizes
         parts = site.taken(match.consumed) if site is not None else None
+        copied = [total_ns(self.copies(match, size)) for size in self.tokens]
         if site is None or parts is None:
-            return (self.prices.launch_ns * (len(match.rule.calls) - 1),) * sizes, (None,) * sizes
-        key = (self._kinds[site.ordinal], candidate.provider, parts)
+            saved = self.prices.launch_ns * (len(match.rule.calls) - 1)
+            return tuple(saved - ns for ns in copied), (None,) * sizes
+        key = (self._kinds[site.ordinal], candidate.provider, parts, tuple(copied))
         if key not in self._known:
             before, after = [], []
-            for shape in self.shapes[site.ordinal]:
-                fused = self.prices.fused_ns(shape, candidate.provider, reduce=parts.reduce, tail=parts.tail)
+            for shape, copies in zip(self.shapes[site.ordinal], copied, strict=True):
+                fused = copies + self.prices.fused_ns(shape, candidate.provider, reduce=parts.reduce, tail=parts.tail)
                 rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
                 before.append(self.prices.unfused_ns(shape) - fused - rest)
                 after.append(fused)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import PROVENANCE
-from fuseplan.graph.facts import is_dense, tensor_of
+from fuseplan.graph.facts import aten, tensor_of
+from fuseplan.graph.layout import carriers, computed, is_reordered, memory_order, same_layout
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
 from fuseplan.rules.base import Traced
@@ -55,7 +55,7 @@ class _Rewriter:
         results = self._emit(match, arguments, place)
         for node, result in zip(match.outputs, results, strict=True):
             if node is not None:
-                self._settle(node, result)
+                self._settle(node, result, match)
         erase_dead(self.graph, [*results, *(node for node in originals if not node._erased)])
 
     def _emit(self, match: Match, arguments: dict[str, fx.Node], place: "_Place") -> list[fx.Node]:
@@ -92,14 +92,18 @@ class _Rewriter:
         self.placed[node] = self._create(_Place.after_inputs(place, inputs), node.target, args, kwargs, node)
         return self.placed[node]
 
-    def _settle(self, node: fx.Node, result: fx.Node) -> None:
-        """Lets `result` stand for a canonical node, and for the values computed from it if it has no original
-        itself.
+    def _settle(self, node: fx.Node, result: fx.Node, match: Match) -> None:
+        """Lets `result`, or a copy of it, stand for a canonical node, and for the values computed from it if it has no
+        original itself.
         """
-        self.placed[node] = result
         original = self.canonical.origin.get(node)
+        if original is not None and node in match.copied:
+            result = self._copy(result, original)
+        self.placed[node] = result
         if original is not None:
             original.replace_all_uses_with(result)
+            if node in match.loose:
+                self._tell_readers(result, original)
             return
         for user in list(node.users):
             if user not in self.consumed:
@@ -108,7 +112,34 @@ class _Rewriter:
                 inputs: list[fx.Node] = []
                 fx.map_arg((args, kwargs), inputs.append)
                 place = _Place.after_inputs(result.next, inputs)
-                self._settle(user, self._create(place, user.target, args, kwargs, user))
+                self._settle(user, self._create(place, user.target, args, kwargs, user), match)
+
+    def _copy(self, result: fx.Node, original: fx.Node) -> fx.Node:
+        """A value in memory of its own, with the strides of the value that it replaces."""
+        promise = tensor_of(original)
+        order = memory_order(promise) if promise is not None else None
+        assert order is not None, original.format_node()
+        place, row_major = _Place(result.next), list(range(len(order)))
+        if list(order) == row_major:
+            return self._contiguous(place, result, original)
+        turned = self._create(place, aten.permute.default, (result, list(order)), {}, original)
+        copied = self._contiguous(place, turned, original)
+        back = sorted(row_major, key=lambda dim: order[dim])
+        return self._create(place, aten.permute.default, (copied, back), {}, original)
+
+    def _contiguous(self, place: "_Place", value: fx.Node, provenance: fx.Node) -> fx.Node:
+        kwargs = {"memory_format": torch.contiguous_format}
+        return self._create(place, aten.clone.default, (value,), kwargs, provenance)
+
+    def _tell_readers(self, result: fx.Node, original: fx.Node) -> None:
+        """Brings up to date what is known of the views of a value that lies elsewhere than the one it replaces, and of
+        what is computed from it: Inductor reads strides off it, and what shares memory with what.
+        """
+        promise, value = tensor_of(original), tensor_of(result)
+        assert promise is not None and value is not None
+        for reader in sorted(carriers(result, (), reordered=is_reordered(value, promise))):
+            if reader is not result and all("val" in source.meta for source in reader.all_input_nodes):
+                reader.meta["val"] = _fake_value(reader)
 
 
 class _Place:
@@ -126,12 +157,14 @@ class _Place:
 
 def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
     """The fake values of a fused op and its results, where the nodes that they replace have them: running the op's fake
-    implementation again takes longer than all else. What isn't contiguous isn't what a fused op yields.
+    implementation again takes longer than all else.
     """
     known: dict[fx.Node, Any] = {}
-    for node, output in zip(traced.outputs, match.outputs, strict=True):
+    for node, output, made in zip(traced.outputs, match.outputs, match.yields, strict=True):
         value = tensor_of(output)
-        if value is not None and is_dense(value) and node.target in (operator.getitem, match.rule.op.overload):
+        # Nodes that share memory can't have values that don't.
+        direct = node.target in (operator.getitem, match.rule.op.overload) and traced.outputs.count(node) == 1
+        if value is not None and direct and output not in match.loose and same_layout(value, made):
             known[node] = value
     for node in traced.graph.find_nodes(op="call_function", target=match.rule.op.overload):
         count = len(match.rule.op.overload._schema.returns)
@@ -144,17 +177,5 @@ def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
 
 def _fake_value(node: fx.Node) -> Any:
     """What the node would yield, computed on fake tensors."""
-    values: list[Any] = []
-
-    def value(source: fx.Node) -> Any:
-        values.append(source.meta["val"])
-        return values[-1]
-
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-    mode = detect_fake_mode([each for each in values if isinstance(each, Tensor)])
-    assert callable(node.target)
-    if mode is None:
-        with torch.no_grad():
-            return node.target(*args, **kwargs)
-    with mode:
-        return node.target(*args, **kwargs)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    return computed(node.target, args, kwargs)

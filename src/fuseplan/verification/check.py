@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from fuseplan.distributed.workspace import alone
 from fuseplan.rules import Rule
 from fuseplan.verification.compare import compare, described
 from fuseplan.verification.evaluate import exact, fused, reference
+from fuseplan.verification.layout import misplaced, shares, significant_strides
 from fuseplan.verification.memory import Alone, Gathered, Guarded, Poisoned, make_arguments, poison_allocator
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, TensorSpec
@@ -41,6 +42,7 @@ def check(
     seed: int,
     unfused: Mapping[str, Any] | None = None,
     region: Region | None = None,
+    free: Collection[int] = (),
     rank: int | None = None,
 ) -> Finding:
     """Runs both sides of a rule on fresh random arguments, in poisoned memory.
@@ -52,7 +54,8 @@ def check(
         seed: equal seeds draw equal arguments.
         unfused: plain values that the graph has in place of those of the case, where a kernel rounds elsewhere.
         region: what the match stands for in the graph, if it is of one: what it computes is held against the same
-            exact values.
+            exact values, and how its results lie in memory against how the kernel's do.
+        free: places of results whose layout nobody in the graph reads, or of which it gets a copy.
         rank: of this process among those that check in lock step, with one seed: what is summed over the ranks is
             drawn anew on each of them. None: this process checks alone, and takes the others to hold what it holds.
 
@@ -62,7 +65,7 @@ def check(
     trial = Trial(rule, provider, case, seed=seed, unfused=unfused, rank=rank)
     trial.draw()
     trial.expect()
-    return trial.run(region)
+    return trial.run(region, free)
 
 
 class Trial:
@@ -85,7 +88,7 @@ class Trial:
             self.expected = reference(self.rule, graphs)
             self.precise = exact(self.rule, graphs)
 
-    def run(self, region: Region | None = None) -> Finding:
+    def run(self, region: Region | None = None, free: Collection[int] = ()) -> Finding:
         """Runs the kernel, and what the match stands for in the graph, if it is of one."""
         rule, inputs, expected, precise = self.rule, self.inputs, self.expected, self.precise
         with torch.no_grad(), _meeting(self.rank):
@@ -103,7 +106,9 @@ class Trial:
             finding = _compared(rule, actual, expected, precise, "")
             if finding.wrong is None and region is not None:
                 unraised = region.evaluate(inputs, self.case.symbols)
-                return replace(_compared(rule, unraised, expected, precise, READ_WRONG), worst=finding.worst)
+                wrong = _compared(rule, unraised, expected, precise, READ_WRONG).wrong
+                wrong = wrong or misplaced(actual, unraised, inputs, free)
+                return replace(finding, wrong=wrong)
             return finding
 
 
@@ -201,7 +206,7 @@ class _Watched:
         memory = [("an argument", each) for each in args if isinstance(each, Tensor)]
         for index, result in enumerate(yielded):
             for name, other in memory:
-                if result.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and result.numel():
+                if shares(result, other):
                     return f"result {index} of the kernel shares memory with {name}; each result must be a new tensor"
             memory.append((f"result {index}", result))
         return None
@@ -234,11 +239,6 @@ def _of_another_kind(
         if (got.dtype, got.shape) != (fake.dtype, fake.shape) or not laid_out:
             return f"result {index} is {described([got])}, and its fake implementation yields {described([fake])}"
     return None
-
-
-def significant_strides(tensor: Tensor) -> list[int]:
-    """Of the dimensions in which there is more than one element; others' mean nothing."""
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _fake(rule: Rule, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,18 @@ def kind_of(rule: Rule, provider: Provider, device: DeviceProfile | None) -> lis
     return [rule_key(rule), provider_key(provider, device), rule.op.error_factor]
 
 
-def outcome_key(kind: Sequence[Any], cases: Sequence[Case], unfused: Mapping[str, Any], region: Region | None) -> str:
-    """A hash of all that an outcome depends on: the kind, arguments, the graph, versions, hardware."""
+def outcome_key(
+    kind: Sequence[Any], cases: Sequence[Case], unfused: Mapping[str, Any], region: Region | None, free: Collection[int]
+) -> str:
+    """A hash of all that an outcome depends on: the kind, arguments, the graph, what of its
+    layouts is read, versions, hardware."""
     devices = {spec.device for case in cases for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
     return fingerprint(
         kind=list(kind),
         cases=[[case.tokens, _texts(case)] for case in cases],
         unfused=dict(unfused),
         region=region.text(cases[-1].symbols) if region else None,
+        free=sorted(free),
         hardware=sorted(_hardware(each) for each in devices),
     )
 

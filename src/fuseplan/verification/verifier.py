@@ -74,7 +74,7 @@ class Verifier:
         if (rule, name) not in kinds:
             (provider,) = [each for each in self.providers if each.name == name]
             kinds[rule, name] = outcomes.kind_of(rule, provider, self.device)
-        key = outcomes.outcome_key(kinds[rule, name], question.cases, question.unfused, question.region)
+        key = outcomes.outcome_key(kinds[rule, name], question.cases, question.unfused, question.region, question.free)
         # What ranks of one group have found says nothing of another.
         asked = key, question.match.values["group_name"] if question.meets else None
         if asked not in known:
@@ -147,7 +147,7 @@ class Verifier:
         def run() -> Finding:
             return check(
                 match.rule, provider or match.provider, case, seed=seed, unfused=question.unfused, region=region,
-                rank=rank,
+                free=question.free, rank=rank,
             )  # fmt: skip
 
         try:
@@ -165,6 +165,7 @@ class _Question:
     cases: Sequence[Case]
     unfused: Mapping[str, Any]
     region: Region | None
+    free: frozenset[int]
     meets: bool
 
     @property
@@ -190,5 +191,6 @@ class _Question:
             cases=cases_of(match, sizes, span, traced=not is_met),
             unfused={"rounding": match.rounding_change[0]} if match.rounding_change else {},
             region=Region.of(canonical, match),
+            free=frozenset(i for i, node in enumerate(match.outputs) if node in (*match.copied, *match.loose)),
             meets=is_met,
         )

@@ -258,6 +258,10 @@ class CostModel:
         extra = self.hardware.generated_norm.value if region.epilogue == "dynamic_fp8_quant" else 0.0
         return (self._local(str(region.epilogue), read + written, extra),)
 
+    def copy(self, nbytes: int) -> Kernel:
+        """A copy of a value of so many bytes, in a kernel of its own: it is read and written."""
+        return self._local("copy", 2 * nbytes)
+
     def _rotated(self, region: Region, heads: int) -> Kernel:
         """Norm and rotation of so many heads, as Inductor generates them."""
         assert region.rotation is not None

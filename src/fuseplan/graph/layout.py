@@ -1,0 +1,204 @@
+"""How values lie in memory: strides, what shares memory with what, and which nodes of a graph can tell."""
+
+import itertools
+import operator
+from collections.abc import Collection, Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fuseplan.graph.facts import aten, equal_size, is_call, is_dense, is_mutation, tensor_of
+
+FRESH = (aten.addmm.default, aten.baddbmm.default, aten.bmm.default, aten.mm.default)
+"""Ops whose results are row-major whatever the strides of their arguments are."""
+
+BY_LAYOUT = (
+    aten.as_strided.default,
+    aten.as_strided_scatter.default,
+    aten.sym_storage_offset.default,
+    aten.sym_stride.int,
+    aten.view.default,
+    aten.view.dtype,
+    aten.view_as_complex.default,
+    torch.ops.prims.as_strided.default,
+    torch.ops.prims.view_of_dtype.default,
+)
+"""Ops of torch whose result, or whose being legal, depends on strides. What may copy instead is an `aten.reshape`."""
+
+WRITTEN_LATER = (
+    torch.ops.aten._unsafe_index_put.default,
+    aten.copy.default,
+    aten.diagonal_scatter.default,
+    aten.index_put.default,
+    aten.scatter.reduce,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.as_strided_scatter.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.all_reduce_coalesced.default,
+)
+"""Ops that Inductor may run in the memory of their first argument, whose layout is then the result's."""
+
+READ_ONLY = ("cond", "flex_attention", "invoke_subgraph")
+"""Higher-order ops that don't write to their arguments: a body that would is functionalised."""
+
+FUNCTIONAL = frozenset({torch.Tag.core, torch.Tag.pointwise, torch.Tag.reduction})
+"""Tags of torch's ops whose values follow from the values of their arguments."""
+
+
+def computed(target: Any, args: Any, kwargs: Any) -> Any:
+    """What a function yields, on fake tensors where its arguments are fake."""
+    mode = detect_fake_mode((args, kwargs))
+    with mode if mode is not None else torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def storage_of(value: Tensor) -> int:
+    """What tensors that share memory have in common, by which Inductor tells them too."""
+    return int(value.untyped_storage()._cdata)
+
+
+def same_layout(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape have equal strides and offsets for every value of their symbols, dimensions of
+    one element aside; adds no guard.
+    """
+    dims = zip(left.shape, left.stride(), right.stride(), strict=True)
+    return equal_size(left.storage_offset(), right.storage_offset()) and all(
+        equal_size(a, b) or equal_size(size, 1) for size, a, b in dims
+    )
+
+
+def memory_order(value: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of a tensor that fills its memory, the outermost in memory first; None of one that has gaps,
+    overlaps, or strides of which that isn't known.
+    """
+    if is_dense(value):
+        return tuple(range(value.dim()))
+    left, order, expected = list(range(value.dim())), list[int](), 1
+    while left:
+        ones = [dim for dim in left if equal_size(value.shape[dim], 1)]
+        fitting = [dim for dim in left if dim not in ones and equal_size(value.stride(dim), expected)]
+        if not fitting and len(ones) < len(left):
+            return None
+        dim = fitting[-1] if fitting else ones[-1]
+        left.remove(dim)
+        order.insert(0, dim)
+        expected = expected * value.shape[dim]
+    return tuple(order)
+
+
+def is_reordered(value: Tensor, promise: Tensor) -> bool:
+    """Whether strides may come in another order than promised, so that what is computed of a tensor element by element
+    lies otherwise, too: it lies as the tensor would without its gaps.
+    """
+    if same_layout(value, promise):
+        return False
+    order = memory_order(promise)
+    strides: list[Any] = [value.stride(dim) for dim in order or () if not equal_size(value.shape[dim], 1)]
+    falls = all(statically_known_true(a >= b) for a, b in itertools.pairwise(strides))
+    return order is None or not falls
+
+
+def carriers(node: fx.Node, skipped: Collection[fx.Node], *, reordered: bool) -> Iterator[fx.Node]:
+    """The nodes whose layout follows from a node's: itself, views of it, and where strides change their order, also
+    what is computed from it element by element.
+
+    Args:
+        node: the value.
+        skipped: nodes that aren't looked at.
+        reordered: whether strides may change their order.
+    """
+    stack, seen = [node], {node}
+    while stack:
+        carrier = stack.pop()
+        yield carrier
+        for user in carrier.users:
+            if user not in seen and user not in skipped and _follows(user, reordered=reordered):
+                seen.add(user)
+                stack.append(user)
+
+
+def _follows(user: fx.Node, *, reordered: bool) -> bool:
+    if is_call(user, operator.getitem):
+        return True
+    target = user.target
+    if not _is_torchs(target) or target in BY_LAYOUT:
+        return False
+    holds_tensors = isinstance(user.meta.get("val"), (Tensor, list, tuple))
+    return target.is_view or (reordered and holds_tensors and target not in FRESH)
+
+
+def layout_reader(node: fx.Node, skipped: Collection[fx.Node], *, reordered: bool) -> fx.Node | None:
+    """The first node found that can tell how a value lies in memory, or with what it shares it; None where there is
+    none: ops of torch that are functions of elements alone can't, whatever else can.
+
+    Args:
+        node: the value.
+        skipped: nodes that aren't looked at.
+        reordered: whether strides may change their order, and not only have gaps.
+    """
+    for carrier in carriers(node, skipped, reordered=reordered):
+        for user in carrier.users:
+            if user not in skipped and _sees(user, carrier):
+                return user
+    return None
+
+
+def _sees(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node can tell how an argument lies in memory."""
+    target = user.target
+    if is_call(user, operator.getitem):
+        return False
+    if not _is_torchs(target) or target in BY_LAYOUT:
+        return True
+    if is_mutation(user) or target in WRITTEN_LATER:
+        return _writes(user, node)
+    # Tags such as `needs_exact_strides` aren't in every torch.
+    if any(str(tag).startswith("Tag.needs_") for tag in target.tags):
+        return True
+    return not target.is_view and target not in FRESH and FUNCTIONAL.isdisjoint(target.tags)
+
+
+def _is_torchs(target: object) -> TypeGuard[torch._ops.OpOverload]:
+    """Whether a function is an op of torch itself."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node writes to an argument, or Inductor may make it do so."""
+    target, kwargs = user.target, user.kwargs
+    if isinstance(target, torch._ops.OpOverload):
+        if target in (aten.copy_.default, *WRITTEN_LATER):
+            first = user.args[0]
+            return first is node or (isinstance(first, (list, tuple)) and node in first)
+        return is_mutation(user)
+    name = getattr(target, "__name__", "")
+    if name == "auto_functionalized_v2":
+        bases = kwargs.get("_all_bases", ())
+        return isinstance(bases, (list, tuple)) and node in bases
+    if name == "triton_kernel_wrapper_functional":
+        given, cloned = kwargs.get("kwargs"), kwargs.get("tensors_to_clone")
+        assert isinstance(given, dict) and isinstance(cloned, (list, tuple)), user.format_node()
+        return any(given.get(argument) is node for argument in cloned)
+    return user.op != "output" and target is not operator.getitem and name not in READ_ONLY
+
+
+def writers(graph: fx.Graph) -> dict[int, fx.Node]:
+    """The storages that nodes of a graph write to, or may be made to write to, and the first node that does."""
+    found: dict[int, fx.Node] = {}
+    for user in graph.nodes:
+        if user.op in ("placeholder", "get_attr", "output"):
+            continue
+        for node in user.all_input_nodes:
+            value = tensor_of(node)
+            if value is not None and _writes(user, node):
+                found.setdefault(storage_of(value), user)
+    return found

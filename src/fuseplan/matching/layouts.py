@@ -1,0 +1,256 @@
+"""What fusions yield lies in memory as the graph promised, wherever that can be seen; else it is copied, or refused.
+
+A fused op may yield a view, such as a norm that is a slice of its padded twin, or strides of its own. Where only ops
+read it that are functions of elements, nobody can tell. Where anybody can, a copy with the promised strides and memory
+of its own takes its place, which the plan pays for.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.layout import (
+    carriers,
+    computed,
+    is_reordered,
+    layout_reader,
+    memory_order,
+    same_layout,
+    storage_of,
+    writers,
+)
+from fuseplan.matching.match import Match
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unkept:
+    """A promise that can't be kept: someone sees how a value lies, and no copy lies so.
+
+    Attributes:
+        node: the value, in the canonical graph.
+        reader: who sees it, in the original graph.
+        detail: what it was to be and what it would be.
+    """
+
+    node: fx.Node
+    reader: fx.Node
+    detail: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Landing:
+    """A value of the original graph that a fusion replaces.
+
+    Attributes:
+        index: of the result.
+        node: the value in the canonical graph.
+        original: in the original one.
+        value: what takes its place, as a fake tensor.
+        memory: what it shares memory with: the name of a variable, or the storage of a new tensor.
+    """
+
+    index: int
+    node: fx.Node
+    original: fx.Node
+    value: Tensor
+    memory: str | int
+
+    @property
+    def promise(self) -> Tensor:
+        """What the graph promises."""
+        value = tensor_of(self.original)
+        assert value is not None
+        return value
+
+    @cached_property
+    def is_kept(self) -> bool:
+        """Whether it lies as promised."""
+        return same_layout(self.promise, self.value)
+
+    @cached_property
+    def is_reordered(self) -> bool:
+        """Whether its strides may come in another order than promised, so that what is computed of it lies otherwise,
+        too.
+        """
+        return is_reordered(self.value, self.promise)
+
+
+@dataclass(frozen=True, eq=False)
+class _Yielded:
+    """What a replacement yields.
+
+    Attributes:
+        values: its results, as fake tensors.
+        variables: those whose tensors it was computed of, by storage.
+    """
+
+    values: tuple[Tensor, ...]
+    variables: Mapping[int, str]
+
+
+class Layouts:
+    """The layouts of what fusions would put into one graph.
+
+    Args:
+        canonical: the graph.
+        outside: nodes of the original graph that replacements of others would read, and where these match: what they
+            put there may read anything by its strides.
+    """
+
+    def __init__(self, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> None:
+        self._canonical, self._outside = canonical, outside
+        self._known: dict[Any, _Yielded] = {}
+        self._reordered: set[fx.Node] = set()
+
+    def settle(self, match: Match) -> Match | Unkept:
+        """The match with what has to be copied, or why it can't be applied."""
+        yielded = self._yielded(match)
+        landings = sorted(self._landings(match, yielded), key=lambda each: (not each.is_kept, each.index))
+        claims = self._canonical.claims(match.consumed)
+        copied, loose, owners = list[fx.Node](), list[fx.Node](), dict[str | int, int]()
+        for landing in landings:
+            owner = self._owner(match, landing, owners)
+            shares = owner is not None and owner != storage_of(landing.promise)
+            ties = self._ties(match, landing, landings)
+            if not landing.is_kept or shares or not all(ties):
+                reader = self._reader(landing, claims, owner if shares else None)
+                if reader is None:
+                    loose.append(landing.node)
+                    self._reordered.update([landing.node] if landing.is_reordered else ())
+                elif ties or memory_order(landing.promise) is None:
+                    return Unkept(node=landing.node, reader=reader, detail=_difference(landing))
+                else:
+                    copied.append(landing.node)
+                    continue
+            owners.setdefault(landing.memory, storage_of(landing.promise))
+        return replace(match, copied=tuple(copied), loose=tuple(loose), yields=yielded.values)
+
+    def settle_readers(self, matches: Sequence[Match]) -> list[Match]:
+        """The matches, of which a kernel takes its arguments as they lie in the graph that the others leave: what is
+        loose and read by another one is copied.
+
+        Args:
+            matches: settled ones.
+        """
+        readers: dict[fx.Node, list[Match]] = {}
+        for match in matches:
+            for value in match.values.values():
+                if isinstance(value, fx.Node):
+                    readers.setdefault(value, []).append(match)
+        return [self._for_readers(match, readers) if match.loose else match for match in matches]
+
+    def _for_readers(self, match: Match, readers: Mapping[fx.Node, Sequence[Match]]) -> Match:
+        consumed, seen = set(match.consumed), list[fx.Node]()
+        for node in match.loose:
+            reached = carriers(node, consumed, reordered=node in self._reordered)
+            others = (other for each in reached for other in readers.get(each, ()))
+            if any(consumed.isdisjoint(other.consumed) for other in others) and self._can_be_copied(node):
+                seen.append(node)
+        loose = tuple(node for node in match.loose if node not in seen)
+        return replace(match, copied=(*match.copied, *seen), loose=loose)
+
+    def _can_be_copied(self, node: fx.Node) -> bool:
+        value = tensor_of(self._canonical.origin[node])
+        return value is not None and memory_order(value) is not None
+
+    def _yielded(self, match: Match) -> _Yielded:
+        """What the replacement yields; computed once for arguments of one kind."""
+        key = match.rule, *_kinds(match.values)
+        if key not in self._known:
+            traced = match.rule.trace_replacement(match.values)
+            values = {traced.inputs[n]: v.meta["val"] for n, v in match.values.items() if isinstance(v, fx.Node)}
+            names = {placeholder: name for name, placeholder in traced.inputs.items()}
+            variables = {storage_of(v): names[n] for n, v in values.items() if isinstance(v, Tensor)}
+            for node in traced.graph.nodes:
+                if node.op == "call_function":
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+                    values[node] = computed(node.target, args, kwargs)
+            self._known[key] = _Yielded(tuple(values[node] for node in traced.outputs), variables)
+        return self._known[key]
+
+    def _landings(self, match: Match, yielded: _Yielded) -> Iterator[_Landing]:
+        """Where the results go: to values of the original graph, or on to what is computed from one that has none."""
+        consumed = set(match.consumed)
+        stack = [
+            (index, node, value)
+            for index, (node, value) in enumerate(zip(match.outputs, yielded.values, strict=True))
+            if node is not None
+        ]
+        while stack:
+            index, node, value = stack.pop()
+            original = self._canonical.origin.get(node)
+            if original is not None and tensor_of(original) is not None:
+                storage = storage_of(value)
+                yield _Landing(index, node, original, value, yielded.variables.get(storage, storage))
+            for user in node.users if original is None else ():
+                if user not in consumed:
+                    made = _made(user, {node: value})
+                    if isinstance(made, Tensor):
+                        stack.append((index, user, made))
+
+    def _owner(self, match: Match, landing: _Landing, owners: Mapping[str | int, int]) -> int | None:
+        """The promised storage of what a value would share memory with: a variable's, or another result's."""
+        if isinstance(landing.memory, str):
+            value = tensor_of(match.values[landing.memory])
+            return storage_of(value) if value is not None else None
+        return owners.get(landing.memory)
+
+    def _ties(self, match: Match, landing: _Landing, landings: Sequence[_Landing]) -> list[bool]:
+        """For each variable and each other result that a value shares memory with in the graph, whether it does so
+        after the fusion.
+        """
+        mine, ties = storage_of(landing.promise), list[bool]()
+        for value in match.values.values():
+            tensor = tensor_of(value)
+            if tensor is not None and storage_of(tensor) == mine:
+                ties.append(self._owner(match, landing, {}) == mine)
+        others = [each for each in landings if each is not landing and storage_of(each.promise) == mine]
+        return [*ties, *(each.memory == landing.memory for each in others)]
+
+    def _reader(self, landing: _Landing, claims: Collection[fx.Node], owner: int | None) -> fx.Node | None:
+        """Who can tell that a value isn't as promised; None: nobody."""
+        reader = layout_reader(landing.original, claims, reordered=landing.is_reordered)
+        if reader is None and self._outside:
+            reached = carriers(landing.original, claims, reordered=landing.is_reordered)
+            reader = next((self._outside[each] for each in reached if each in self._outside), None)
+        if reader is None and owner is not None and any(user not in claims for user in landing.original.users):
+            return self._writers.get(owner)
+        return reader
+
+    @cached_property
+    def _writers(self) -> dict[int, fx.Node]:
+        return writers(self._canonical.original)
+
+
+def _made(user: fx.Node, given: Mapping[fx.Node, Tensor]) -> Any:
+    """What a node yields where some of its arguments are others."""
+    args, kwargs = fx.map_arg((user.args, user.kwargs), lambda source: given.get(source, source.meta["val"]))
+    return computed(user.target, args, kwargs)
+
+
+def _kinds(values: Mapping[str, Any]) -> Iterator[Any]:
+    """Equal for arguments of which the results lie alike."""
+    storages: dict[int, int] = {}
+    for name, value in values.items():
+        tensor = tensor_of(value)
+        if tensor is None:
+            yield name, str(value.meta.get("val") if isinstance(value, fx.Node) else value)
+        else:
+            layout = str((tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
+            memory = storages.setdefault(storage_of(tensor), len(storages))
+            yield name, tensor.dtype, str(tensor.device), layout, memory
+
+
+def _difference(landing: _Landing) -> str:
+    promise, value = landing.promise, landing.value
+    if landing.is_kept:
+        return "it would share memory with other values than in the graph"
+    return (
+        f"its strides are {tuple(promise.stride())} from element {promise.storage_offset()} on, and would be "
+        f"{tuple(value.stride())} from element {value.storage_offset()} on"
+    )

@@ -1,0 +1,82 @@
+"""`Match`: one place at which one rule fits, and what matching found in all."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from fuseplan.record import Nearness, Refusal
+from fuseplan.rules import Rule
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Match:
+    """One place at which one rule fits.
+
+    Attributes:
+        rule: the member of the rule's family.
+        provider: whose kernel would run.
+        values: nodes and plain values by variable.
+        consumed: the nodes that the fusion takes, in graph order.
+        outputs: for each value that the pattern yields the node that has it, None where it is dead.
+        core: the node of the dialect op that fusions contend for.
+        rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
+        yields: what the replacement yields, as fake tensors, for each value of the pattern: dtype, sizes and strides
+            count, the memory may be that of another match's.
+        copied: the values of which a copy takes the place, since a reader can tell that the fused op's own result lies
+            elsewhere in memory than the graph promised. They have originals.
+        loose: the values that lie elsewhere than promised, and nobody can tell. They have originals too.
+    """
+
+    rule: Rule
+    provider: str
+    values: Mapping[str, Any]
+    consumed: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node | None, ...]
+    core: fx.Node
+    rounding_change: tuple[str, str] | None = None
+    yields: tuple[Tensor, ...] = ()
+    copied: tuple[fx.Node, ...] = ()
+    loose: tuple[fx.Node, ...] = ()
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node of the first value that the pattern yields."""
+        assert self.outputs[0] is not None
+        return self.outputs[0]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Miss:
+    """One place at which one rule has all of its ops, and why it doesn't match, or not by one of the providers.
+
+    Attributes:
+        rule: the member of the rule's family.
+        anchor: the node of the first value that the pattern yields.
+        consumed: the nodes that the fusion would have taken.
+        refusal: why.
+    """
+
+    rule: Rule
+    anchor: fx.Node
+    consumed: tuple[fx.Node, ...]
+    refusal: Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """What matching found.
+
+    Attributes:
+        candidates: all matches, in graph order, then by rule and fused op; the order of rules given has no influence.
+        misses: matches that a rule, the graph or the providers refused.
+    """
+
+    candidates: tuple[Match, ...] = ()
+    misses: tuple[Miss, ...] = field(default=())
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Why, for each of the misses that no provider takes."""
+        return tuple(miss.refusal for miss in self.misses if miss.refusal.nearness is Nearness.REFUSED)

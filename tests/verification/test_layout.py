@@ -1,0 +1,76 @@
+"""What leaves a region is held against the graph's own values in how it lies in memory."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fuseplan.canonical import canonicalize
+from fuseplan.matching import find_matches
+from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.rules import BUILT_IN_RULES, by_name
+from fuseplan.verification.check import check
+from fuseplan.verification.layout import misplaced
+from fuseplan.verification.region import Region
+from fuseplan.verification.specs import Sizes, cases_of
+from tests.helpers import HIDDEN, llama, post_grad, randn
+
+W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
+X = torch.zeros(4, 8)
+OWN = torch.zeros(4, 8)
+
+
+def wrong(*actual: Tensor, wanted: tuple[Tensor | None, ...], free: tuple[int, ...] = ()) -> str | None:
+    return misplaced(actual, wanted, {"x": X, "eps": 1e-6}, free)
+
+
+def test_results_that_lie_as_the_graphs_do_are_right() -> None:
+    assert wrong(OWN, wanted=(OWN.clone(),)) is None
+    assert wrong(X[1:], wanted=(X[1:],)) is None
+    assert wrong(OWN, OWN[1:], wanted=(X.clone(), None)) is None
+
+
+def test_strides_and_offsets_count() -> None:
+    assert wrong(torch.zeros(4, 16)[:, :8], wanted=(OWN,)) == (
+        "result 0 is float32[4, 8] with strides (16, 1), and the graph's own value is float32[4, 8] with strides (8, 1)"
+    )
+    assert "from element 8 on" in str(wrong(torch.zeros(5, 8)[1:], wanted=(OWN,)))
+
+
+def test_strides_of_one_element_and_of_none_mean_nothing() -> None:
+    assert wrong(torch.zeros(1, 16)[:, :8], wanted=(torch.zeros(1, 8),)) is None
+    assert wrong(torch.zeros(0, 16)[:, :8], wanted=(torch.zeros(0, 8),)) is None
+
+
+def test_memory_is_shared_where_the_graph_shares_it_and_nowhere_else() -> None:
+    assert wrong(X, wanted=(OWN,)) == "result 0 shares memory with its argument x, and the graph's own value doesn't"
+    assert wrong(OWN, wanted=(X,)) == "result 0 shares no memory with its argument x, and the graph's own value does"
+    other = OWN.clone()
+    assert (
+        wrong(OWN, OWN, wanted=(OWN, other))
+        == "result 1 shares memory with result 0, and the graph's own value doesn't"
+    )
+    assert wrong(OWN, other, wanted=(OWN, OWN)) == (
+        "result 1 shares no memory with result 0, and the graph's own value does"
+    )
+
+
+def test_what_nobody_reads_by_layout_may_lie_anywhere() -> None:
+    wide = torch.zeros(4, 16)
+    assert wrong(wide, wide[:, :8], wanted=(wide.clone(), OWN), free=(1,)) is None
+
+
+def test_a_slice_where_a_dense_value_is_promised_fails_verification() -> None:
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y, _ = llama(x, None, w)
+        return F.pad(y, (0, 8)), y
+
+    canonical = canonicalize(post_grad(model, randn(6, HIDDEN), W))
+    rules = {"act_padding": by_name(BUILT_IN_RULES)["act_padding"]}
+    (match,) = find_matches(canonical, rules, BUILT_IN_PROVIDERS[:1]).candidates
+    (case, *_), region = cases_of(match, Sizes(canonical.graph), (6, 6)), Region.of(canonical, match)
+    found = [check(match.rule, "torch", case, seed=1, region=region, free=free) for free in ((), (1,))]
+    assert found[0].wrong == (
+        "result 1 is bfloat16[6, 64] with strides (72, 1), "
+        "and the graph's own value is bfloat16[6, 64] with strides (64, 1)"
+    )
+    assert found[1].wrong is None
