@@ -144,7 +144,10 @@ def _without_advice() -> Iterator[None]:
 @contextlib.contextmanager
 def no_caches() -> Iterator[None]:
     """No caches: the graphs must be made here and now."""
-    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
+    with (
+        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+    ):
         yield
 
 

@@ -12,7 +12,7 @@ from fuseplan.record.evidence import Evidence
 from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
-from fuseplan.record.refusal import Refusal
+from fuseplan.record.refusal import Reason, Refusal
 from fuseplan.record.verification import Pending, Verification
 
 
@@ -157,6 +157,12 @@ class GraphReport:
     verified: tuple[Verification, ...] = ()
     pending: tuple[Pending, ...] = ()
     from_cache: bool = False
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether it would come out so another time: not where something failed that isn't known to fail again."""
+        failed = any(each.transient for each in self.verified)
+        return not failed and all(refusal.reason is not Reason.FAULT for refusal in self.refusals)
 
     def count(self, rules: Iterable[str]) -> dict[str, int]:
         """Applied fusions by rule, zeros included."""

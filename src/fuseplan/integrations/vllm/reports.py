@@ -71,6 +71,11 @@ class Journal:
         _, known = self._compiled.get(id(compiled), (None, []))
         self.reports += [_again(report, before) for report in known]
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether what was compiled here may be cached."""
+        return all(graph.is_lasting for report in self.reports for graph in report.graphs)
+
     def silence(self) -> None:
         """There is nothing to tell: another line said that fuseplan does nothing."""
         self._is_silent = True
