@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import fx
 from torch._inductor.virtualized import V
 
-from fuseplan.analysis import Analysis, fault, graph_report, report_of
+from fuseplan.analysis import Analysis, Regions, fault, graph_report, report_of
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.cpython import uncollected
@@ -129,7 +129,7 @@ class PostGradPassManager(Keyed):
         names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
         for selector in (*config.force, *config.forbid):
             check_selector(selector, names)
-        self._graphs = 0
+        self._graphs, self._regions = 0, Regions()
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
@@ -154,7 +154,7 @@ class PostGradPassManager(Keyed):
             report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
         if not report.is_lasting:
             self.give_up_key()
-        self._deliver(replace(report, groups=groups))
+        self._deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
 
     def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
         """All stages, one after the other."""
@@ -359,8 +359,8 @@ class PostGradPassManager(Keyed):
             )
         return None
 
-    def _deliver(self, graph: GraphReport) -> None:
-        report = report_of(self.config.chosen_policy, self.config, self.names, (graph,))
+    def _deliver(self, graphs: Sequence[GraphReport]) -> None:
+        report = report_of(self.config.chosen_policy, self.config, self.names, graphs)
         publish(report)
         if self.on_report is not None:
             self.on_report(report)

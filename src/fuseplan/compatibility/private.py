@@ -130,7 +130,8 @@ GRAPHS = (
 )  # fmt: skip
 
 OPS = (
-    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "verification")),
+    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "graph", "verification")),
+    PrivateApi("torch._ops:HigherOrderOperator.name", ("graph",), 0),
     PrivateApi("torch._ops:OpOverload",
                ("canonical", "content", "dialect", "graph", "matching", "tuning", "verification")),
     PrivateApi("torch._ops:OpOverload._schema",
