@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+from torch._logging._internal import warning_once
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
@@ -32,7 +33,7 @@ from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule
 RANGE = CompileRange(start=1, end=8)
 
 
-def key(config: PassConfig | None = None, **arguments: Any) -> str:
+def key(config: PassConfig | None = None, **arguments: Any) -> str | None:
     return PostGradPassManager(config or PassConfig(), **arguments).uuid()
 
 
@@ -134,15 +135,16 @@ class Before(CustomGraphPass):
         return self.version
 
 
-def pass_that_adds(number: int) -> Callable[[fx.Graph], None]:
+def pass_that_adds(number: int, uuid: Any = None) -> Callable[[fx.Graph], None]:
     def add(graph: fx.Graph) -> None:
         graph.number = number  # type: ignore[attr-defined]
 
+    add.uuid = uuid  # type: ignore[attr-defined]
     return add
 
 
-def external(scale: float, allowed: bool = True, name: str = "mine", saving_us: float | None = None) -> ExternalPass:
-    """add -> relu  =>  something of `scale`; the text is the same for each."""
+def external(scale: float = 2.0, name: str = "mine", saving_us: float | None = None, uuid: Any = None) -> ExternalPass:
+    """add -> relu  =>  something of `scale`."""
 
     def pattern(x: Tensor, y: Tensor) -> Any:
         return torch.ops.aten.relu.default(torch.ops.aten.add.Tensor(x, y))
@@ -152,8 +154,8 @@ def external(scale: float, allowed: bool = True, name: str = "mine", saving_us: 
 
     matcher = PatternMatcherPass()
     inputs = [torch.empty(4, 4), torch.empty(4, 4)]
-    register_replacement(pattern, replacement, inputs, fwd_only, matcher, extra_check=lambda match: allowed)
-    return ExternalPass(matcher=matcher, name=name, saving_us=saving_us)
+    register_replacement(pattern, replacement, inputs, fwd_only, matcher)
+    return ExternalPass(matcher=matcher, name=name, saving_us=saving_us, uuid=uuid)
 
 
 ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
@@ -162,8 +164,8 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
         lambda: [Before("1")],
         lambda: [Before("2")],
         lambda: [Before("1"), Before("2")],
-        lambda: [pass_that_adds(1)],
-        lambda: [pass_that_adds(2)],
+        lambda: [pass_that_adds(1, uuid="1")],
+        lambda: [pass_that_adds(1, uuid="2")],
     ],
     "rules": [lambda: BUILT_IN_RULES[1:]],
     "providers": [lambda: BUILT_IN_PROVIDERS[:1]],
@@ -179,13 +181,14 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
         lambda: Prices(model=CostModel(dataclasses.replace(HARDWARE["cpu"], cache=HARDWARE["h100"].cache))),
     ],
     "passes": [
-        lambda: [pass_that_adds(1)],
-        lambda: [pass_that_adds(2)],
-        lambda: [external(2.0)],
-        lambda: [external(3.0)],
-        lambda: [external(2.0, allowed=False)],
-        lambda: [external(2.0, name="other")],
-        lambda: [external(2.0, saving_us=1.0)],
+        lambda: [pass_that_adds(1, uuid="1")],
+        lambda: [pass_that_adds(1, uuid="2")],
+        lambda: [pass_that_adds(1, uuid="1"), pass_that_adds(1, uuid="2")],
+        lambda: [pass_that_adds(1, uuid="2"), pass_that_adds(1, uuid="1")],
+        lambda: [external(uuid="1")],
+        lambda: [external(uuid=lambda: b"2")],
+        lambda: [external(uuid="1", name="other")],
+        lambda: [external(uuid="1", saving_us=1.0)],
     ],
     "engine_groups": [lambda: {"tp:0": "1"}.copy, lambda: {"tp:0": "2"}.copy, lambda: {7: "2"}.copy],
     "settles": [lambda: True],
@@ -207,10 +210,7 @@ class Own(Rule):
     """rms_norm -> relu, with everything that a rule has."""
 
     name, flags, op, core = "own", ("fuse_act_padding",), ops.rms_norm_pad, ops.rms_norm
-    limit = 1
-
-    def __init__(self, factor: float = 1.0) -> None:
-        self.factor = factor
+    uuid: Any = "own 1"
 
     def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
         return torch.ops.aten.relu.default(ops.rms_norm(x, weight, eps, rounding))
@@ -230,43 +230,21 @@ def _padded(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
     return ops.pad(ops.rms_norm(x, weight, eps, rounding), 8)
 
 
-def _other_replacement(self: Any, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-    return ops.rms_norm_pad(x, weight, eps, rounding, 16)
-
-
-def _checks(limit: int) -> Callable[..., Refusal | None]:
-    def check(self: Any, m: Bindings) -> Refusal | None:
-        return m.refuse(Reason.SIZE, "x", "too wide") if m.x.shape[-1] > limit else None
-
-    return check
-
-
 def own(**members: Any) -> Rule:
     return type("Own", (Own,), {"__module__": __name__, **members})()  # type: ignore[no-any-return]
 
 
-def _of_another_op(**changes: Any) -> Rule:
-    op = dataclasses.replace(ops.rms_norm_pad, **changes)
-    return own(op=op)
-
-
 RULES: dict[str, Callable[[], Rule]] = {
     "as it is": own,
+    "uuid": lambda: own(uuid="own 2"),
+    "what uuid returns": lambda: own(uuid=lambda self: "own 3"),
     "pattern": lambda: own(pattern=_other_pattern),
-    "replacement": lambda: own(replacement=_other_replacement),
-    "check": lambda: own(check=_checks(1)),
-    "what the check closes over": lambda: own(check=_checks(2)),
-    "what the check reads of the class": lambda: own(limit=2),
-    "what the check reads of the instance": lambda: Own(factor=2.0),
     "requires": lambda: own(requires=("act_padding",)),
     "together": lambda: own(together=True),
     "flags": lambda: own(flags=("fuse_norm_quant",)),
     "name": lambda: own(name="other"),
     "pattern of two ops": lambda: own(pattern=_padded),
     "core": lambda: own(pattern=_padded, core=ops.pad),
-    "reference of the op": lambda: _of_another_op(reference=lambda *arguments: arguments[0]),
-    "fake of the op": lambda: _of_another_op(fake=lambda *arguments: arguments[0]),
-    "tolerance of the op": lambda: _of_another_op(error_factor=3.0),
 }
 
 
@@ -274,6 +252,97 @@ def test_every_part_of_a_rule_changes_the_key() -> None:
     keys = {name: key(rules=[*BUILT_IN_RULES, make()]) for name, make in RULES.items()}
     assert len({*keys.values(), key()}) == len(keys) + 1
     assert keys == {name: key(rules=[make(), *BUILT_IN_RULES]) for name, make in RULES.items()}
+
+
+def _environment_is_right(self: Any, m: Bindings) -> Refusal | None:
+    return None if os.environ.get("WIDE") else m.refuse(Reason.SIZE, "x", "too wide")
+
+
+class Padding(type(BUILT_IN_RULES[0])):  # type: ignore[misc]
+    """A rule of fuseplan's that somebody went on with."""
+
+    check = _environment_is_right
+
+
+def _like(rule: Rule, kind: type[Rule]) -> Rule:
+    other = object.__new__(kind)
+    vars(other).update(vars(rule))
+    return other
+
+
+def _with_check(rule: Rule) -> Rule:
+    other = _like(rule, type(rule))
+    other.check = lambda m: _environment_is_right(other, m)  # type: ignore[method-assign]
+    return other
+
+
+NO_KEYS: dict[str, Callable[[], dict[str, Any]]] = {
+    "pass": lambda: {"passes": [pass_that_adds(1)]},
+    "pass in the hook": lambda: {"previous": [pass_that_adds(1)]},
+    "one pass of two": lambda: {"previous": [pass_that_adds(1), Before("1")]},
+    "pass that says so": lambda: {"previous": [Before("")]},
+    "patterns": lambda: {"passes": [external()]},
+    "patterns as they are": lambda: {"passes": [external().matcher]},
+    "rule": lambda: {"rules": [own(uuid=None)]},
+    "rule that goes on with one of fuseplan's": lambda: {"rules": [_like(BUILT_IN_RULES[0], Padding)]},
+    "check of a rule of fuseplan's": lambda: {"rules": [_with_check(BUILT_IN_RULES[0])]},
+    "accepts": lambda: {"providers": [provider(accepts=_accepts(1))]},
+    "accepts for a provider of fuseplan's": lambda: {"providers": [
+        dataclasses.replace(BUILT_IN_PROVIDERS[0], implements={"rms_norm_pad": Offer(accepts=_accepts(1))})
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_KEYS)
+def test_what_a_user_wrote_has_no_key_without_a_uuid(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    warning_once.cache_clear()
+    arguments = NO_KEYS[name]()
+    manager, same = (PostGradPassManager(PassConfig(), **arguments) for _ in range(2))
+    assert manager.uuid() is None
+    assert manager.uuid() is None
+    (record,) = caplog.records
+    assert "uuid()" in record.message
+    assert manager == same
+    assert hash(manager) == hash(same)
+    assert manager != PostGradPassManager(PassConfig(), **NO_KEYS[name]())
+    assert manager != PostGradPassManager(PassConfig())
+
+
+def test_the_log_names_what_has_no_uuid(caplog: pytest.LogCaptureFixture) -> None:
+    warning_once.cache_clear()
+    assert key(passes=[pass_that_adds(1)], previous=[Before("")]) is None
+    start = "graphs are compiled anew at every start, since tests.test_keys."
+    missing = "it has no uuid()"
+    middle = "Give it a uuid() that changes with what it does: a hash of its source file, or a version"
+    assert [record.message for record in caplog.records] == [
+        f"{start}Before may do something else each time: its uuid() is ''. {middle} (Before.uuid = '1')",
+        f"{start}pass_that_adds.<locals>.add may do something else each time: {missing}. {middle} (add.uuid = '1')",
+    ]
+
+
+def test_what_is_given_up_is_another_key_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    keys, manager = [key()], PostGradPassManager(PassConfig())
+    for _ in range(2):
+        manager.give_up_key()
+        keys.append(manager.uuid())
+        assert key() == keys[-1]
+    assert len(set(keys)) == 3
+    assert manager == PostGradPassManager(PassConfig())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
+    assert manager.uuid() == keys[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 2**20, b"\xff\0"])
+def test_a_broken_note_of_a_key_is_none_or_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    manager = PostGradPassManager(PassConfig())
+    manager.give_up_key()
+    (note,) = (tmp_path / "fuseplan/renewed").iterdir()
+    note.write_bytes(content)
+    assert manager.uuid() == manager.uuid() is not None
 
 
 def test_rules_of_one_name_and_op_have_no_order() -> None:
@@ -285,15 +354,20 @@ def _kernel(factor: float) -> Callable[..., Tensor]:
     def kernel(x: Tensor, *rest: Any) -> Tensor:
         return x * factor
 
+    kernel.uuid = factor  # type: ignore[attr-defined]
     return kernel
 
 
-def _accepts(width: int) -> Callable[[Any], Refusal | None]:
-    return lambda m: None if m.x.shape[-1] == width else Refusal(reason=Reason.SIZE, detail="too wide")
+def _accepts(width: int, uuid: Any = None) -> Callable[[Any], Refusal | None]:
+    def accepts(m: Any) -> Refusal | None:
+        return None if m.x.shape[-1] == width else Refusal(reason=Reason.SIZE, detail="too wide")
+
+    accepts.uuid = uuid  # type: ignore[attr-defined]
+    return accepts
 
 
 def provider(**changes: Any) -> Provider:
-    fields: dict[str, Any] = {"accepts": _accepts(1), "roundings": None}
+    fields: dict[str, Any] = {"accepts": _accepts(1, uuid="1"), "roundings": None}
     offer = Offer(**{name: changes.pop(name, value) for name, value in fields.items()})
     op: DialectOp = changes.pop("op", ops.rms_norm_pad)
     given: dict[str, Any] = {
@@ -306,7 +380,9 @@ def provider(**changes: Any) -> Provider:
 PROVIDERS: dict[str, Callable[[], Provider]] = {
     "as it is": provider,
     "name": lambda: provider(name="other"),
-    "accepts": lambda: provider(accepts=_accepts(2)),
+    "uuid": lambda: provider(uuid="1"),
+    "uuid for all": lambda: provider(uuid=lambda: b"2", accepts=_accepts(1)),
+    "accepts": lambda: provider(accepts=_accepts(1, uuid="2")),
     "roundings": lambda: provider(roundings=frozenset({"llama"})),
     "op": lambda: provider(op=ops.rms_norm),
     "availability": lambda: provider(vendors=frozenset({"amd"})),
@@ -332,6 +408,9 @@ def test_the_kernel_behind_a_name_changes_the_key(monkeypatch: pytest.MonkeyPatc
     assert len(set(keys)) == 3
     monkeypatch.setitem(registry._KERNELS, "rms_norm_pad.mine", _kernel(1.0))
     assert key(providers=[provider()]) == keys[1]
+    monkeypatch.setitem(registry._KERNELS, "rms_norm_pad.mine", lambda *arguments: arguments[0])
+    assert key(providers=[provider()]) is None
+    assert key(providers=[provider(uuid="1")]) is not None
 
 
 def test_what_a_provider_only_prices_counts_for_other_devices() -> None:
@@ -405,7 +484,7 @@ def test_another_process_has_the_same_key() -> None:
     code = (
         "from tests.test_keys import *\n"
         "print(key(rules=[own(), *BUILT_IN_RULES[::-1]], providers=[provider(), *BUILT_IN_PROVIDERS[::-1]],\n"
-        "    passes=[external(2.0), pass_that_adds(1)], device=device_profile('h200')))\n"
+        "    passes=[external(uuid='1'), pass_that_adds(1, uuid='1')], device=device_profile('h200')))\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "11"}
     root = Path(fuseplan.__file__).parents[2]
@@ -415,6 +494,6 @@ def test_another_process_has_the_same_key() -> None:
     assert run.returncode == 0, run.stderr
     here = key(
         rules=[*BUILT_IN_RULES, own()], providers=[*BUILT_IN_PROVIDERS, provider()],
-        passes=[external(2.0), pass_that_adds(1)], device=device_profile("h200"),
+        passes=[external(uuid="1"), pass_that_adds(1, uuid="1")], device=device_profile("h200"),
     )  # fmt: skip
     assert run.stdout.split() == [here]

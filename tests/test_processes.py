@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 from torch._logging._internal import warning_once
 from torch.nn import functional as F
@@ -163,6 +164,7 @@ def test_an_interrupt_leaves_no_half_of_anything(stage: str, monkeypatch: pytest
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)  # until Python handles it
 
+    interrupt.uuid = "1"  # type: ignore[attr-defined]
     options = {"post_grad_custom_post_pass": interrupt} if stage == "before the plan" else None
     deliver = interrupt if stage == "while a report is delivered" else None
     if stage == "while a report is stored":
@@ -258,28 +260,61 @@ def graph_of(text: str, **attributes: Any) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
+def report_key(gm: fx.GraphModule, x: Tensor, *, manager: Any = "manager", **options: Any) -> str | None:
+    return store.graph_key(gm, [x], manager, options)
+
+
 def test_reports_are_stored_under_all_that_shapes_a_graph() -> None:
     x = torch.randn(4, 8)
     held = graph_of("add", held=torch.zeros(8))
     keys = [
-        store.graph_key(graph_of("sin"), [x]),
-        store.graph_key(graph_of("cos"), [x]),
-        store.graph_key(graph_of("sin"), [x], "other"),
-        store.graph_key(graph_of("sin"), [x.double()]),
-        store.graph_key(graph_of("sin"), [torch.randn(8, 4).t()]),
-        store.graph_key(graph_of("sin"), [torch.randn(5, 8)]),
-        store.graph_key(held, [x]),
-        store.graph_key(graph_of("add", held=torch.zeros(4, 8)), [x]),
-        store.graph_key(graph_of("add", held=torch.zeros(8, dtype=torch.int64)), [x]),
+        report_key(graph_of("sin"), x),
+        report_key(graph_of("cos"), x),
+        report_key(graph_of("sin"), x, manager="other"),
+        report_key(graph_of("sin"), x.double()),
+        report_key(graph_of("sin"), torch.randn(8, 4).t()),
+        report_key(graph_of("sin"), torch.randn(5, 8)),
+        report_key(held, x),
+        report_key(graph_of("add", held=torch.zeros(4, 8)), x),
+        report_key(graph_of("add", held=torch.zeros(8, dtype=torch.int64)), x),
     ]
     with torch.no_grad():
-        keys.append(store.graph_key(graph_of("sin"), [x]))
+        keys.append(report_key(graph_of("sin"), x))
     with torch.inference_mode():
-        keys.append(store.graph_key(graph_of("sin"), [x]))
+        keys.append(report_key(graph_of("sin"), x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        keys.append(store.graph_key(graph_of("sin"), [x]))
+        keys.append(report_key(graph_of("sin"), x))
     with torch._inductor.config.patch(pattern_matcher=False):
-        keys.append(store.graph_key(graph_of("sin"), [x]))
+        keys.append(report_key(graph_of("sin"), x))
     assert len(set(keys)) == len(keys)
-    assert store.graph_key(graph_of("sin"), [torch.randn(4, 8)]) == keys[0]
-    assert store.graph_key(graph_of("add", held=torch.ones(8)), [x]) == keys[6]
+    assert report_key(graph_of("sin"), torch.randn(4, 8)) == keys[0]
+    assert report_key(graph_of("add", held=torch.ones(8)), x) == keys[6]
+    assert report_key(graph_of("sin"), x, max_autotune=True) not in keys
+    with torch._inductor.config.patch(joint_custom_pre_pass=Named("1")):
+        keys.append(report_key(graph_of("sin"), x))
+    with torch._inductor.config.patch(joint_custom_pre_pass=Named("2")):
+        keys.append(report_key(graph_of("sin"), x))
+    assert len(set(keys)) == len(keys)
+
+
+class Named(CustomGraphPass):
+    """A pass that runs before fuseplan's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Nothing."""
+
+    def uuid(self) -> str:
+        return self.name
+
+
+@pytest.mark.parametrize("hook", store.EARLIER_PASSES)
+def test_no_report_is_stored_where_a_pass_without_a_uuid_shapes_the_graph(hook: str) -> None:
+    x = torch.randn(4, 8)
+    assert report_key(graph_of("sin"), x, manager=None) is None
+    assert report_key(graph_of("sin"), x, **{hook: lambda graph: None}) is None
+    assert report_key(graph_of("sin"), x, **{hook: Named("1")}) not in (None, report_key(graph_of("sin"), x))
+    with torch._inductor.config.patch({hook: lambda graph: None}):
+        assert report_key(graph_of("sin"), x) is None

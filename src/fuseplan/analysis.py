@@ -1,13 +1,18 @@
 """What is known of a graph before anything is chosen, and the record of what was chosen."""
 
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import PassConfig, Policy
 from fuseplan.graph.facts import dtype_name
+from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
@@ -25,6 +30,7 @@ from fuseplan.record import (
 )
 from fuseplan.record.near_miss import is_of_a_place
 from fuseplan.record.plan import choice_digest
+from fuseplan.record.report import again
 from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
 from fuseplan.verification.verifier import UNVERIFIED
@@ -165,6 +171,45 @@ def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
                     detail=f"{candidate.rule} is not applied: {place.detail}")
         ] = None  # fmt: skip
     return [*kernels, *places]
+
+
+class Regions:
+    """Reports as often as a step runs their graphs: what `nested_compile_region` is called on is compiled once."""
+
+    def __init__(self) -> None:
+        self._inside: WeakKeyDictionary[fx.GraphModule, tuple[GraphReport, ...]] = WeakKeyDictionary()
+        self._copies = Counter[str]()
+
+    def with_calls(self, graph: fx.Graph, report: GraphReport) -> tuple[GraphReport, ...]:
+        """The report of a graph, behind one for each further run of the graphs that it calls.
+
+        Args:
+            graph: as Inductor compiles it, after what it calls.
+            report: on it.
+        """
+        inside, copies = list[GraphReport](), list[GraphReport]()
+        for region in regions_of(graph):
+            reports = self._inside.get(region.module, ())
+            inside += reports
+            if region.caller is not None:
+                report = replace(report, refusals=(*report.refusals, *_uncounted(region.caller, reports)))
+                continue
+            first, *others = region.places
+            copies += [self._again(each, first, place) for place in others for each in reports]
+        if graph.owning_module is not None:
+            self._inside[graph.owning_module] = (*inside, *copies, report)
+        return (*copies, report)
+
+    def _again(self, report: GraphReport, first: str | None, place: str | None) -> GraphReport:
+        self._copies[report.graph] += 1
+        return again(report, self._copies[report.graph], first, place)
+
+
+def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
+    """What is said of fusions in a branch or a loop."""
+    fused = [each.graph for each in reports if each.applied]
+    detail = f"data decides how often {caller} runs {', '.join(fused)}, whose fusions are counted once"
+    return [Refusal(reason=Reason.REPEATS, detail=detail)] if fused else []
 
 
 def fault(error: Exception) -> Refusal:

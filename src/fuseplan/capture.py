@@ -35,7 +35,8 @@ class Capture:
     """What tracing gave.
 
     Attributes:
-        graphs: post-grad graphs, in the order in which they were compiled; more than one where the graph breaks.
+        graphs: post-grad graphs, in the order in which they were compiled: more than one where the graph breaks, and a
+            graph that others call before these.
         breaks: graph breaks, in the order in which they were met.
         time_ns: how long it took.
     """
@@ -50,6 +51,7 @@ class _Recorder:
     """A backend that copies each graph where Inductor hands it to custom passes, and then interprets it."""
 
     graphs: list[fx.GraphModule] = field(default_factory=list)
+    _copies: dict[fx.GraphModule, fx.GraphModule] = field(default_factory=dict)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=self._inner))  # type: ignore[arg-type]
@@ -66,7 +68,12 @@ class _Recorder:
 
     def _copy(self, graph: fx.Graph) -> None:
         owner = graph.owning_module
-        self.graphs.append(fx.GraphModule(owner if owner is not None else {}, copy_graph(graph)[0]))
+        copied = fx.GraphModule(owner if owner is not None else {}, copy_graph(graph)[0])
+        for name, inner in list(copied.named_children()):
+            setattr(copied, name, self._copies.get(inner, inner))  # type: ignore[call-overload]
+        if owner is not None:
+            self._copies[owner] = copied
+        self.graphs.append(copied)
 
 
 def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
@@ -144,7 +151,10 @@ def _without_advice() -> Iterator[None]:
 @contextlib.contextmanager
 def no_caches() -> Iterator[None]:
     """No caches: the graphs must be made here and now."""
-    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
+    with (
+        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+    ):
         yield
 
 

@@ -1,90 +1,149 @@
-"""What a function, class or value is, as a hash that is equal wherever it is equal: in another process, on another
-machine, in another order. Cache keys are made of it, so it has no addresses.
+"""What a value is, as a hash that is equal wherever it is equal: in another process, on another machine, in another
+order. Cache keys are made of it, so it has no addresses.
 
-The text of a function would not do. Two functions of one text differ in what they close over, two lambdas on a line
-have one text, and what is typed into a prompt has none.
+What a function or object of a user's does isn't known: it may read the environment, a file, a module, a tensor. Its
+owner alone can say whether it is what it was, by a `uuid()`.
 """
 
 import dataclasses
 import enum
 import functools
 import hashlib
+import inspect
 import json
+import pickle
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import torch
 
-MOST_VALUES = 20_000
-MOST_DEPTH = 100
-"""Beyond these a value is known by its type alone: what decides on a fusion is small, a model that it holds isn't."""
+from fuseplan.record.text import one_line
 
 _PLAIN = (bool, int, str, type(None))
-_BY_TEXT = (float, complex, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload)
-_COLLECTIONS = (Mapping, set, frozenset, list, tuple)
+_BY_TEXT = (
+    float, complex, bytes, PurePath, torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload
+)  # fmt: skip
+_KNOWN = frozenset({"builtins", "fuseplan", "torch", *sys.stdlib_module_names} - {"__main__"})
+"""Packages whose classes are known by their names: every key has their versions."""
 
 
-def content_of(value: Any) -> str:
-    """A hash of a value by content.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Content:
+    """A value as far as it is known.
 
-    Functions count by their code, their defaults, what they close over and what they name in their module; classes by
-    their members; instances by their fields; tensors by dtype, shape and device. What an installed package defines
-    counts by its name and the package's version, but for the package that the value itself is of.
+    Attributes:
+        digest: a hash of the data in it, and of what fuseplan ships by name.
+        users: functions and objects in it that are somebody else's, in the order in which they are met.
     """
-    text = json.dumps(_Reader().read(value))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    digest: str
+    users: tuple[Any, ...] = ()
+
+    @property
+    def key(self) -> str | None:
+        """A hash of all of it; None where somebody else's part has no `uuid()`."""
+        keys = [own_key(each) for each in self.users]
+        return None if None in keys else _hash([self.digest, keys])
+
+    def is_same(self, other: "Content") -> bool:
+        """Whether two values of this process are alike: what has no `uuid()` is like itself alone."""
+        if self.digest != other.digest or len(self.users) != len(other.users):
+            return False
+        return all(map(_is_alike, self.users, other.users))
+
+
+def content_of(value: Any) -> Content:
+    """A value by content.
+
+    Instances of fuseplan's classes count by their fields, its functions by their names, defaults and what they close
+    over. Whatever has a `uuid()` counts by that.
+    """
+    reader = _Reader()
+    return Content(_hash(reader.read(value)), tuple(reader.users))
+
+
+def own_key(thing: Any) -> str | None:
+    """A hash of what an object's `uuid()` returns; None where there is nothing that can be told from another."""
+    return None if isinstance(said := _said(thing), str) else said[0].hex()
+
+
+def lacking(thing: Any) -> str | None:
+    """What is wrong with an object's `uuid()`, one clause, or None."""
+    return said if isinstance(said := _said(thing), str) else None
+
+
+def _said(thing: Any) -> str | tuple[bytes]:
+    """The hash of what `thing.uuid()` returns, or why there is none. As for torch's `CustomGraphPass`, it may be
+    anything that can be pickled, and what is false stands for nothing.
+    """
+    try:
+        if (uuid := _uuid(thing)) is None:
+            return "it has no uuid()"
+        value = uuid() if callable(uuid) else uuid
+        return (hashlib.sha256(pickle.dumps(value)).digest(),) if value else f"its uuid() is {value!r}"
+    except Exception as error:  # noqa: BLE001 - somebody's code; without a key the graph is compiled anew
+        return f"its uuid() fails: {type(error).__name__}: {one_line(error, 200)}"
+
+
+def _uuid(thing: Any) -> Any:
+    """A `uuid` of its own: not one that `functools.wraps` took from what is wrapped."""
+    found = getattr(thing, "uuid", None)
+    wrapped = getattr(thing, "__wrapped__", None)
+    return None if wrapped is not None and found is getattr(wrapped, "uuid", None) else found
+
+
+def _is_alike(mine: Any, theirs: Any) -> bool:
+    return mine is theirs or ((key := own_key(mine)) is not None and key == own_key(theirs))
 
 
 class _Reader:
-    """Reads one value and all that it leads to, each once."""
+    """Reads one value and all that it leads to."""
 
     def __init__(self) -> None:
-        self.known: dict[int, Any] = {}
-        self.open: list[Any] = []
-        self.held: list[Any] = []  # an id is only unique while its object lives
+        self.users: list[Any] = []
+        self._open: list[int] = []
 
     def read(self, value: Any) -> Any:
-        """A value as what `json.dumps` takes, the same wherever objects are shared."""
+        """A value as what `json.dumps` takes."""
         if isinstance(value, enum.Enum):
             return [_name(type(value)), value.name]
         if type(value) in _PLAIN:
             return value
         if isinstance(value, _BY_TEXT):
             return [type(value).__name__, str(value)]
-        if id(value) in self.known:
-            return self.known[id(value)]
-        if len(self.held) >= MOST_VALUES or len(self.open) >= MOST_DEPTH or any(each is value for each in self.open):
-            return ["a", _name(type(value))]
-        self.held.append(value)
-        self.open.append(value)
-        text = json.dumps(self._read_new(value))
-        self.open.pop()
-        self.known[id(value)] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return self.known[id(value)]
+        if id(value) in self._open:
+            return ["within", self._open.index(id(value))]
+        self._open.append(id(value))
+        read = [_name(type(value)), self._parts(value)]
+        self._open.pop()
+        return read
 
-    def _read_new(self, value: Any) -> Any:
-        for kind, read in self._readers:
-            if isinstance(value, kind):
-                return [_name(type(value)), read(self, value)]
-        inner = _wrapped(value)
-        return [_name(type(value)), self.read(inner)] if inner is not None else self._instance(value)
-
-    def _function(self, function: types.FunctionType) -> Any:
-        parts = [
-            _name(function),
-            self.read(function.__defaults__),
-            self.read(function.__kwdefaults__),
-            [self._cell(cell) for cell in function.__closure__ or ()],
-        ]
-        if _is_versioned(function):
-            return parts
-        named = sorted(_names(function.__code__) & function.__globals__.keys())
-        values = [[name, self._named(function.__globals__[name], _package(function))] for name in named]
-        return [*parts, self.read(function.__code__), values]
+    def _parts(self, value: Any) -> Any:
+        if isinstance(value, type):
+            return _name(value) if _is_known(value) else self._of_a_user(value)
+        if not _is_known(type(value)) or _uuid(value) is not None:
+            return self._of_a_user(value)
+        match value:
+            case Mapping():
+                return sorted([json.dumps(self.read(key)), self.read(each)] for key, each in _in_order(value))
+            case set() | frozenset():
+                return sorted(json.dumps(self.read(each)) for each in value)
+            case list() | tuple():
+                return [self.read(each) for each in value]
+            case functools.partial():
+                return [self.read(each) for each in (value.func, value.args, value.keywords)]
+            case types.FunctionType() if _defined_in(value) == "fuseplan":
+                cells = [self._cell(cell) for cell in value.__closure__ or ()]
+                return [_name(value), self.read(value.__defaults__), self.read(value.__kwdefaults__), cells]
+            case types.MethodType():
+                is_of_class = inspect.getattr_static(type(value.__self__), value.__name__, None) is value.__func__
+                return [value.__name__ if is_of_class else self.read(value.__func__), self.read(value.__self__)]
+        if type(value).__module__.partition(".")[0] != "fuseplan":
+            return self._of_a_user(value)
+        return [self.read(_fields(value)), [self.read(each) for each in _replaced(type(value))]]
 
     def _cell(self, cell: types.CellType) -> Any:
         try:
@@ -92,138 +151,55 @@ class _Reader:
         except ValueError:  # nothing is in it yet
             return []
 
-    def _code(self, code: types.CodeType) -> Any:
-        """Without names of files and numbers of lines."""
-        names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-        counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-        return [code.co_code.hex(), *counts, *map(list, names), [self.read(constant) for constant in code.co_consts]]
-
-    def _named(self, value: Any, package: str) -> Any:
-        """What a function of some package names in its module. Instances may change while the program runs, and count
-        by their type unless they are data.
-        """
-        if isinstance(value, types.ModuleType):
-            return [value.__name__, _version_or_source(value, package)]
-        inner = value if isinstance(value, (types.FunctionType, type)) else _wrapped(value)
-        if inner is not None:
-            is_near = _package(inner) == package or not _is_installed(_package(inner))
-            return self.read(value) if is_near else [_name(inner), _version(_package(inner))]
-        is_data = isinstance(value, (*_PLAIN, *_BY_TEXT, *_COLLECTIONS, enum.Enum)) or dataclasses.is_dataclass(value)
-        return self.read(value) if is_data else _name(type(value))
-
-    def _class(self, kind: type) -> Any:
-        if _is_versioned(kind):
-            return _name(kind)
-        members = {name: self.read(member) for name, member in vars(kind).items() if name not in _OF_NO_CONSEQUENCE}
-        return [_name(kind), [self.read(base) for base in kind.__bases__], sorted(members.items())]
-
-    def _instance(self, value: Any) -> Any:
-        kind = type(value)
-        if dataclasses.is_dataclass(value):
-            fields = [[field.name, self.read(getattr(value, field.name, None))] for field in dataclasses.fields(value)]
-            return [self.read(kind), fields]
-        is_opaque = _is_versioned(kind) and _package(kind) != "fuseplan"
-        if is_opaque or not hasattr(value, "__dict__"):
-            text = repr(value)
-            return [_name(kind), None if " at 0x" in text else text]
-        cached = {name for name in vars(value) if isinstance(getattr(kind, name, None), functools.cached_property)}
-        return [self.read(kind), self._mapping({k: v for k, v in vars(value).items() if k not in cached})]
-
-    def _mapping(self, mapping: Mapping[Any, Any]) -> Any:
-        return [[self.read(key), self.read(mapping[key])] for key in _in_order(mapping)]
-
-    def _sequence(self, items: Iterable[Any]) -> Any:
-        return [self.read(item) for item in items]
-
-    _readers: tuple[tuple[Any, Callable[["_Reader", Any], Any]], ...] = (
-        (types.FunctionType, _function),
-        (types.CodeType, _code),
-        (types.MethodType, lambda self, method: [self.read(method.__func__), self.read(method.__self__)]),
-        ((staticmethod, classmethod), lambda self, member: self.read(member.__func__)),
-        (property, lambda self, member: [self.read(member.fget), self.read(member.fset)]),
-        (functools.cached_property, lambda self, member: self.read(member.func)),
-        (functools.partial, lambda self, each: [self.read(part) for part in (each.func, each.args, each.keywords)]),
-        (type, _class),
-        (torch.Tensor, lambda self, each: [str(each.dtype), [str(size) for size in each.shape], str(each.device)]),
-        (types.ModuleType, lambda self, module: [module.__name__, _version_or_source(module, "")]),
-        (Mapping, _mapping),
-        ((set, frozenset), lambda self, items: self._sequence(_in_order(items))),
-        ((list, tuple), _sequence),
-    )
+    def _of_a_user(self, value: Any) -> Any:
+        known = [index for index, each in enumerate(self.users) if each is value]
+        if not known:
+            self.users.append(value)
+        return ["of a user", known[0] if known else len(self.users) - 1]
 
 
-_OF_NO_CONSEQUENCE = frozenset(
-    {
-        "__dict__",
-        "__weakref__",
-        "__module__",
-        "__doc__",
-        "__firstlineno__",
-        "__static_attributes__",
-        "__annotations__",
-        "__annotate_func__",
-        "__annotations_cache__",
-        "__slotnames__",
-        "_abc_impl",
+def _fields(value: Any) -> dict[str, Any]:
+    """What an instance holds, without what it computes on demand."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    found.update(getattr(value, "__dict__", {}))
+    return {
+        name: each
+        for name, each in found.items()
+        if not isinstance(getattr(type(value), name, None), functools.cached_property)
     }
-)
-"""Members of a class that what it does can't depend on, or that Python adds to it while it is used."""
 
 
-def _in_order(items: Iterable[Any]) -> list[Any]:
-    """Items of a set, or keys, in an order that is the same in every process."""
-
-    def order(item: Any) -> tuple[str, str]:
-        text = repr(item)
-        return _name(type(item)), _name(item) if " at 0x" in text else text
-
-    return sorted(items, key=order)
+def _replaced(kind: type) -> list[types.FunctionType]:
+    """Methods of one of fuseplan's classes that were put there from outside."""
+    ours = [each for each in kind.__mro__ if each.__module__.partition(".")[0] == "fuseplan"]
+    members = [member for each in ours for member in vars(each).values()]
+    return [each for each in members if isinstance(each, types.FunctionType) and _defined_in(each) not in _KNOWN]
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Every name that code may look up, in the functions inside it too."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+def _slots(kind: type) -> Iterable[str]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else slots
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
-def _wrapped(value: Any) -> Any:
-    """The Python function in something that can be called like it: what caches it, a Triton kernel, a custom op."""
-    state = getattr(value, "__dict__", {})
-    inner = next((state[name] for name in ("__wrapped__", "fn", "_init_fn") if name in state), None)
-    return inner if isinstance(inner, types.FunctionType) else None
+def _in_order(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """By keys, as far as these are text: what is met first then depends on content alone."""
+    return sorted(mapping.items(), key=lambda item: item[0] if isinstance(item[0], str) else "")
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _KNOWN
+
+
+def _defined_in(function: types.FunctionType) -> str:
+    """The package that a function is of: `functools.wraps` lends a name, and `__module__` with it."""
+    return str(function.__globals__.get("__name__")).partition(".")[0]
 
 
 def _name(thing: Any) -> str:
     return f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
-def _package(thing: Any) -> str:
-    return str(getattr(thing, "__module__", None)).partition(".")[0]
-
-
-_VERSIONED = frozenset({"torch", "fuseplan", *sys.stdlib_module_names} - {"__main__"})
-
-
-def _is_versioned(thing: Any) -> bool:
-    """Whether every key has the version of what defines a function or class."""
-    return _package(thing) in _VERSIONED
-
-
-def _is_installed(package: str) -> bool:
-    file = getattr(sys.modules.get(package), "__file__", None) or ""
-    return package in _VERSIONED or not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
-
-
-def _version(package: str) -> str | None:
-    version = getattr(sys.modules.get(package), "__version__", None)
-    return version if isinstance(version, str) else None
-
-
-def _version_or_source(module: types.ModuleType, package: str) -> str | None:
-    """The version of an installed module; of one's own, i.e. one that isn't installed or is of `package`, its file."""
-    root = module.__name__.partition(".")[0]
-    if root != package and _is_installed(root):
-        return _version(root)
-    with suppress(OSError, TypeError):
-        return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()
-    return None
+def _hash(read: Any) -> str:
+    return hashlib.sha256(json.dumps(read).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,17 +1,20 @@
 """Graphs traced once, held against every policy, range and size."""
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fuseplan.analysis import Analysis, report_of
+from torch import fx
+
+from fuseplan.analysis import Analysis, Regions, report_of
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.capture import Capture
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.drawing import draw
+from fuseplan.graph.regions import calls_of
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.costs import HARDWARE
 from fuseplan.planner.evidence import cost_rows
@@ -33,11 +36,15 @@ class Entry:
 
     Attributes:
         name: of the graph.
+        graph: as it was traced.
+        calls: how often a step runs it.
         manager: of the range.
         analysis: of the graph there.
     """
 
     name: str
+    graph: fx.Graph
+    calls: int
     manager: PostGradPassManager
     analysis: Analysis
 
@@ -80,23 +87,24 @@ class Explanation:
         manager.solver = self._shared.solver
         span = (compile_range.start, compile_range.end) if compile_range else None
         entries = []
-        for index, gm in enumerate(self.traced.graphs):
+        for index, (gm, calls) in enumerate(zip(self.traced.graphs, calls_of(self.traced.graphs), strict=True)):
             name, refusal = f"graph_{index}", manager.hands_off(gm.graph)
             if refusal is None:
                 analysis = manager.analyze(gm.graph, self._canonical.get(index))
                 self._canonical[index] = analysis.canonical
-                entries.append(Entry(name, manager, analysis))
+                entries.append(Entry(name, gm.graph, calls, manager, analysis))
             elif skipped is not None:
                 skipped.append(GraphReport(graph=name, range=span, refusals=(refusal,)))
         return entries
 
     def report(self, policy: Policy) -> Report:
         """What a policy would do."""
-        graphs = list(self.skipped)
+        graphs, regions = list(self.skipped), defaultdict[PostGradPassManager, Regions](Regions)
         for entry in self.entries:
             timed = replace(entry.analysis, stages_ns=dict(entry.analysis.stages_ns))
             decision = entry.manager.decide(timed, policy, entry.name)
-            graphs.append(entry.manager.report(entry.name, timed, decision))
+            found = entry.manager.report(entry.name, timed, decision)
+            graphs += regions[entry.manager].with_calls(entry.graph, found)
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
         return replace(report_of(policy, self.config, rules, graphs), breaks=self.traced.breaks)
 
@@ -169,9 +177,10 @@ def _point(size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> S
         for entry in entries:
             analysis = replace(entry.analysis, stages_ns={})
             decision = entry.manager.decide(analysis, policy, entry.name)
-            saved += decision.saving_ns
+            saved += decision.saving_ns * entry.calls
             chosen = [analysis.posed.candidates[index] for index in decision.selected]
-            fused.update(f"{candidate.rule} {candidate.provider}" for candidate in chosen)
+            for candidate in chosen:
+                fused[f"{candidate.rule} {candidate.provider}"] += entry.calls
         rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))
-    unfused = sum(entry.analysis.posed.unfused_ns for entry in entries)
+    unfused = sum(entry.analysis.posed.unfused_ns * entry.calls for entry in entries)
     return SizePoint(tokens=size, unfused_ns=unfused, policies=tuple(rows))

@@ -25,6 +25,7 @@ class ExternalPass:
     matcher: Any
     name: str = ""
     saving_us: float | None = None
+    uuid: Any = None
 
 
 class PostGradPassManager:

@@ -2,23 +2,174 @@
 
 import hashlib
 import json
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._logging._internal import warning_once
 from torch.distributed import distributed_c10d
 
 from fuseplan.config import PassConfig
-from fuseplan.content import content_of
+from fuseplan.content import Content, content_of, lacking
 from fuseplan.dialect import registered_kernel
 from fuseplan.matching import ExternalPass
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import SavedPlans
+from fuseplan.record.files import read_bytes, write_whole
 from fuseplan.rules import Rule
+
+log = logging.getLogger("fuseplan")
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """What tells a pass manager from another one.
+
+    Attributes:
+        facts: of data alone.
+        unordered: rules and providers.
+        ordered: passes, which run in the order in which they are handed over.
+    """
+
+    facts: Mapping[str, Any]
+    unordered: Sequence[Content]
+    ordered: Sequence[Content]
+
+    def key(self, **further: Any) -> str | None:
+        """The `fingerprint` of all of it and of `further`; None where something of a user's has no `uuid()`, which is
+        told once.
+        """
+        contents = (*self.unordered, *self.ordered)
+        unordered, ordered = ([each.key for each in part] for part in (self.unordered, self.ordered))
+        if None in unordered or None in ordered:
+            tell_cold(user for each in contents for user in each.users)
+            return None
+        return fingerprint(**self.facts, unordered=sorted(map(str, unordered)), ordered=ordered, **further)
+
+    def is_same(self, other: "Identity") -> bool:
+        """Whether two of this process are alike: a user's function or object without a `uuid()` is like itself
+        alone.
+        """
+        if hash(self) != hash(other) or self.facts != other.facts:
+            return False
+        mine, theirs = ([*_sorted(each.unordered), *each.ordered] for each in (self, other))
+        return len(mine) == len(theirs) and all(one.is_same(another) for one, another in zip(mine, theirs, strict=True))
+
+    def __hash__(self) -> int:
+        digests = [sorted(each.digest for each in self.unordered), [each.digest for each in self.ordered]]
+        return hash(json.dumps([self.facts, digests], sort_keys=True))
+
+
+class Keyed(CustomGraphPass):
+    """A pass that Inductor caches by content.
+
+    Attributes:
+        engine_groups: what an engine calls its groups, and the names of the process groups behind them.
+    """
+
+    engine_groups: Callable[[], Mapping[object, str]]
+
+    @property
+    def identity(self) -> Identity:
+        """Whatever can change what this pass does."""
+        raise NotImplementedError
+
+    def uuid(self) -> str | None:
+        """The key under which Inductor caches what this pass does: a hash of everything that can change it.
+
+        None, and then nothing is cached, where that can't be said: where a rule, a provider or a pass of a user's has
+        no `uuid()`. A log line names it, once a process.
+        """
+        key = self._key()
+        return key and renewed(key)
+
+    def give_up_key(self) -> None:
+        """What is compiled now is of this run alone: no later one finds it."""
+        if (key := self._key()) is not None:
+            renew(key)
+
+    def _key(self) -> str | None:
+        # Ranks may join groups after the pass was made.
+        return self.identity.key(engine_groups=self.named_groups)
+
+    @property
+    def named_groups(self) -> list[str]:
+        """What an engine calls its groups now, as text."""
+        return sorted(map(str, self.engine_groups().items()))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Keyed) or self.named_groups != other.named_groups:
+            return False
+        return self is other or self.identity.is_same(other.identity)
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: Inductor copies its configuration, and reports go to the one callback that the user gave."""
+        return self
+
+
+def _sorted(contents: Sequence[Content]) -> list[Content]:
+    return sorted(contents, key=lambda content: content.digest)
+
+
+def tell_cold(users: Iterable[Any]) -> None:
+    """Logs, once a process, which functions and objects keep compiled graphs out of the cache."""
+    for user in users:
+        if (why := lacking(user)) is not None:
+            warning_once(
+                log,
+                "graphs are compiled anew at every start, since %s may do something else each time: %s. Give it a "
+                "uuid() that changes with what it does: a hash of its source file, or a version (%s.uuid = '1')",
+                _title(user), why, _title(user).rpartition(".")[2],
+            )  # fmt: skip
+
+
+def renewed(key: str, folder: Path | None = None) -> str:
+    """A key, or the one that stands for it since it was last given up by `renew`.
+
+    Args:
+        key: as `Identity.key` returns it.
+        folder: where that is noted; None: in Inductor's cache, which ends with what is cached under the key.
+    """
+    try:
+        token = read_bytes(_note(key, folder), LARGEST_TOKEN)
+    except (OSError, ValueError):
+        return key
+    return hashlib.sha256(key.encode() + token).hexdigest()
+
+
+def renew(key: str, folder: Path | None = None) -> None:
+    """Gives a key up, for what is about to be cached under it must not be found again. A pass can't tell Inductor
+    that a graph isn't to be cached: the key was asked for before.
+    """
+    note = _note(key, folder)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, uuid4().hex)
+    except OSError as error:
+        warning_once(log, "what failed for this run alone may be found in a warm compile cache: %s", error)
+
+
+def _note(key: str, folder: Path | None) -> Path:
+    return (folder or Path(cache_dir()) / "fuseplan") / "renewed" / key
+
+
+LARGEST_TOKEN = 64
+
+
+def _title(thing: Any) -> str:
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{getattr(kind, '__module__', None)}.{kind.__qualname__}"
 
 
 def fingerprint(**ingredients: Any) -> str:
@@ -47,29 +198,30 @@ def source_digest() -> str:
 def config_key(config: PassConfig) -> str:
     """A configuration by content: what is forced and forbidden has no order, and files count by what is in them."""
     plain = replace(config, force=(), forbid=(), cost_table=None, plan=None)
-    return content_of([plain, set(config.force), set(config.forbid)])
+    return content_of([plain, set(config.force), set(config.forbid)]).digest
 
 
-def rule_key(rule: Rule) -> list[str]:
-    """A rule by content: its pattern as a graph, its ops, and its class with all that its own fields say."""
+def rule_content(rule: Rule) -> Content:
+    """A rule by content: its pattern as a graph, what else it says by data, and itself."""
     pattern = "\n".join(node.format_node() or str(node.args) for node in rule.traced_pattern.graph.nodes)
-    return [rule.name, str(rule.op.overload._schema), pattern, content_of([rule, rule.op, rule.core])]
+    schema, data = str(rule.op.overload._schema), [rule.flags, rule.requires, rule.together]
+    return content_of([rule.name, rule.core.name, schema, pattern, data, rule])
 
 
-def provider_key(provider: Provider, device: DeviceProfile | None) -> list[str]:
+def provider_content(provider: Provider, device: DeviceProfile | None) -> Content:
     """A provider by content: whether it can run, its version, what it implements, accepts and runs it by."""
     kernels = {name: registered_kernel(name, provider.name) for name in provider.implements}
-    content = content_of([provider.offers(device), kernels])
-    return [provider.name, str(provider.unavailable(device)), str(provider.version()), content]
+    parts = [provider.offers(device), kernels]
+    itself = parts if type(provider) is Provider and provider.uuid is None else [provider, sorted(kernels)]
+    data = [str(provider.unavailable(device)), str(provider.version()), provider.runs_alone]
+    return content_of([provider.name, data, itself])
 
 
-def pass_key(graph_pass: Any) -> str:
-    """Another pass: by its own uuid where it has one, else by content."""
-    if isinstance(graph_pass, CustomGraphPass):
-        return str(graph_pass.uuid())
+def pass_content(graph_pass: Any) -> Content:
+    """Another pass by content."""
     if isinstance(graph_pass, ExternalPass):
-        entries = sorted(map(content_of, graph_pass.entries))
-        return content_of([graph_pass.name, graph_pass.saving_us, entries])
+        itself = graph_pass.matcher if graph_pass.uuid is None else graph_pass
+        return content_of([graph_pass.name, graph_pass.saving_us, itself])
     return content_of(graph_pass)
 
 

@@ -1,5 +1,6 @@
 """The entry points: `compile`, `inductor_options`, `explain`."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +16,6 @@ from fuseplan import store
 from fuseplan.capture import capture, no_caches
 from fuseplan.compatibility import require_supported_torch
 from fuseplan.config import CompileRange, PassConfig
-from fuseplan.content import content_of
 from fuseplan.cpython import uncollected
 from fuseplan.dispatch import dispatch_by_tokens
 from fuseplan.distributed import Verdict
@@ -226,25 +226,20 @@ class _Backend(torch._TorchCompileInductorWrapper):
     def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
         manager: PostGradPassManager = self.config[HOOK]
         options = {name: value for name, value in self.config.items() if name != HOOK}
-        key = store.graph_key(model_, inputs_, manager.uuid(), content_of(options))
-        self.fresh.clear()
-        try:
-            compiled = super().__call__(model_, inputs_, **extra)  # type: ignore[no-untyped-call]
-        except Exception as error:
-            if self.fresh:
-                self._settle(model_, merged(self.fresh), failed(error))
-            raise
-        report = merged(self.fresh) if self.fresh else store.load(key)
-        if report is None:
-            if not dist.is_initialized() or dist.get_world_size() == 1:
-                return compiled
-            # The other ranks will ask what this one applies, and only a cold compilation can say.
-            with no_caches():
-                return self(model_, inputs_, **extra)
-        if self.fresh:
+        key = store.graph_key(model_, inputs_, manager.uuid(), options)
+        compiled = self._compile(model_, inputs_, extra, cold=key is None)
+        known = store.load(key) if key is not None and not self.fresh else None
+        if known is not None:
+            publish(known)
+        elif not self.fresh and key is not None and dist.is_initialized() and dist.get_world_size() > 1:
+            # The other ranks will ask what this one applies, and only a cold compilation can say. It can't where the
+            # graph has no op, which Inductor doesn't compile and of which nobody asks.
+            compiled = self._compile(model_, inputs_, extra, cold=True)
+        if known is None and not self.fresh:
+            return compiled
+        report = known or merged(self.fresh)
+        if known is None and key is not None and all(graph.is_lasting for graph in report.graphs):
             store.save(key, report)
-        else:
-            publish(report)
         self.deliver(report)
         if not groups_of(report):
             return compiled
@@ -254,6 +249,17 @@ class _Backend(torch._TorchCompileInductorWrapper):
             lambda: self._settle(model_, report, digest_of(report)),
             lambda verdict: self.deliver(settled(report, verdict)),
         )
+
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], *, cold: bool) -> Any:
+        """What Inductor makes of the graph; `fresh` has what the pass reported, if it ran."""
+        self.fresh.clear()
+        try:
+            with no_caches() if cold else contextlib.nullcontext():
+                return super().__call__(gm, inputs, **extra)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if self.fresh:
+                self._settle(gm, merged(self.fresh), failed(error))
+            raise
 
     def _without(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any]) -> Callable[[], Any]:
         """Compiles the graph without fusions, later, as it would be compiled now: the context of this moment has what

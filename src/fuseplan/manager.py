@@ -2,26 +2,23 @@
 choosing, rewriting, report.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
 
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.virtualized import V
 
-from fuseplan.analysis import Analysis, fault, graph_report, report_of
+from fuseplan.analysis import Analysis, Regions, fault, graph_report, report_of
 from fuseplan.canonical import CanonicalGraph, canonicalize
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.cpython import uncollected
 from fuseplan.debug import DebugDump
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
-from fuseplan.fingerprint import config_key, fingerprint, pass_key, plans_key, provider_key, rule_key
+from fuseplan.fingerprint import Identity, Keyed, config_key, pass_content, plans_key, provider_content, rule_content
 from fuseplan.graph.facts import groups_in, is_training
 from fuseplan.graph.surgery import undone_on_error
 from fuseplan.matching import (
@@ -66,7 +63,7 @@ DEFAULT_SPAN = CompileRange(start=1, end=8192)
 `max_num_batched_tokens`."""
 
 
-class PostGradPassManager(CustomGraphPass):
+class PostGradPassManager(Keyed):
     """Plans and applies fusions on each post-grad graph that Inductor hands over.
 
     Args:
@@ -132,7 +129,7 @@ class PostGradPassManager(CustomGraphPass):
         names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
         for selector in (*config.force, *config.forbid):
             check_selector(selector, names)
-        self._graphs = 0
+        self._graphs, self._regions = 0, Regions()
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
@@ -155,7 +152,9 @@ class PostGradPassManager(CustomGraphPass):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
             report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
-        self._deliver(replace(report, groups=groups))
+        if not report.is_lasting:
+            self.give_up_key()
+        self._deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
 
     def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
         """All stages, one after the other."""
@@ -314,36 +313,23 @@ class PostGradPassManager(CustomGraphPass):
         external = sorted(p.name for p in self.passes if isinstance(p, ExternalPass) and not p.is_procedural)
         return (*self.rules, *external)
 
-    def uuid(self) -> str:
-        """The key under which Inductor caches what this pass does: a hash of everything that can change it."""
-        # Ranks may join groups after the manager was made.
-        return fingerprint(**self._content, engine_groups=sorted(map(str, self.engine_groups().items())))
-
     @cached_property
-    def _content(self) -> dict[str, Any]:
-        return {
+    def identity(self) -> Identity:
+        """Whatever can change what this pass does."""
+        passes = (*map(pass_content, self.previous), *map(pass_content, self.passes))
+        rules = (rule_content(rule) for members in self.rules.values() for rule in members)
+        providers = (provider_content(provider, self.device) for provider in self.providers)
+        facts = {
             "config": config_key(self.config),
             "enabled": self.environment.enabled,
             "compile_range": str(self.compile_range),
-            "rules": {name: sorted(map(rule_key, members)) for name, members in self.rules.items()},
-            "providers": sorted(provider_key(provider, self.device) for provider in self.providers),
             "device": repr(self.device),
-            "previous": [pass_key(graph_pass) for graph_pass in self.previous],
-            "passes": [pass_key(each) for each in self.passes],
+            "previous": len(self.previous),
             "prices": self.prices.key,
             "plan": plans_key(self.saved),
             "settles": self.verifier.settles,
         }
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PostGradPassManager) and self.uuid() == other.uuid()
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self._content, sort_keys=True))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Itself: Inductor copies its configuration, and reports go to the one callback that the user gave."""
-        return self
+        return Identity(facts, (*rules, *providers), passes)
 
     @property
     def _range(self) -> tuple[int, int] | None:
@@ -370,8 +356,8 @@ class PostGradPassManager(CustomGraphPass):
             )
         return None
 
-    def _deliver(self, graph: GraphReport) -> None:
-        report = report_of(self.config.chosen_policy, self.config, self.names, (graph,))
+    def _deliver(self, graphs: Sequence[GraphReport]) -> None:
+        report = report_of(self.config.chosen_policy, self.config, self.names, graphs)
         publish(report)
         if self.on_report is not None:
             self.on_report(report)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import warning_once
 
 from fuseplan.content import content_of
+from fuseplan.fingerprint import tell_cold
 from fuseplan.record import Report, stored
 
 LARGEST_BYTES = 64 * 2**20
@@ -21,21 +22,37 @@ LARGEST_BYTES = 64 * 2**20
 log = logging.getLogger("fuseplan")
 
 
-def graph_key(gm: fx.GraphModule, inputs: Sequence[Any], *rest: str) -> str:
-    """A hash of a graph as Dynamo made it, of its inputs' metadata, of all that shapes the graph on its way to the
-    custom passes, and of `rest`.
+def graph_key(gm: fx.GraphModule, inputs: Sequence[Any], manager: str | None, options: Mapping[str, Any]) -> str | None:
+    """A hash of a graph as Dynamo made it, of its inputs' metadata, and of all that shapes the graph on its way to the
+    pass manager's report. None: a function of a user's does, and it has no `uuid()`.
+
+    Args:
+        gm: the graph.
+        inputs: its inputs.
+        manager: the key of the pass manager.
+        options: of Inductor's, the pass manager left out.
     """
+    earlier = [getattr(inductor_config, name, None) for name in EARLIER_PASSES]
+    settings = content_of([inductor_config.save_config_portable(), earlier, options])
+    if manager is None or (key := settings.key) is None:
+        tell_cold(settings.users)
+        return None
     facts = [
         # With gradients the same graph has a backward, and fuseplan leaves it alone.
         f"gradients: {torch.is_grad_enabled()} {torch.is_inference_mode_enabled()}",
         *(f"{device}: {torch.get_autocast_dtype(device)}" for device in _DEVICES if torch.is_autocast_enabled(device)),
-        content_of(inductor_config.save_config_portable()),
         *(_describe(value) for value in inputs),
+        key,
+        manager,
     ]
-    return hashlib.sha256("\0".join([*_structure(gm), *facts, *rest]).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256("\0".join([*_structure(gm), *facts]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 _DEVICES = ("cpu", "cuda")
+EARLIER_PASSES = (
+    "pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass"
+)  # fmt: skip
+"""Hooks of Inductor's whose passes see the graph before the pass manager. Inductor keeps them out of its settings."""
 
 
 def _structure(gm: fx.GraphModule) -> Iterator[str]:

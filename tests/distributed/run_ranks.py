@@ -115,6 +115,7 @@ def scenarios() -> dict[str, Any]:
     mine = provider_of("mine", {add_norm_relu: reference})
     rule = Careless() if RANK == 1 else AddNormRelu()
     results["rank 1 raises"] = run(fuseplan.PassConfig(agreement_timeout_s=60), rules=[rule], providers=[mine])
+    results["short of memory once"] = short_of_memory_once()
     results["verified"] = verified()
     results |= met_before_the_first_run()
     if RANK == 1:
@@ -122,6 +123,24 @@ def scenarios() -> dict[str, Any]:
     late = fuseplan.PassConfig(policy="ordered(allreduce_rms)", agreement_timeout_s=0.5)
     results["rank 1 late"] = run(late)
     return results
+
+
+SHORT = [torch.OutOfMemoryError("CUDA out of memory")] * RANK
+
+
+def short_once(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Fails once, on rank 1."""
+    if SHORT:
+        raise SHORT.pop()
+    return reference(*arguments)
+
+
+def short_of_memory_once() -> list[dict[str, Any]]:
+    """Three starts, of which a kernel can't be verified on one rank in the first."""
+    cache("short")
+    config = fuseplan.PassConfig(policy="ordered(add_norm_relu)", agreement_timeout_s=60)
+    mine = provider_of("short_once", {add_norm_relu: short_once}, uuid="1")
+    return [run(config, rules=[AddNormRelu()], providers=[mine]) for _ in range(3)]
 
 
 def sums(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -156,7 +175,7 @@ def stays_away_on_rank_1(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 OP = ops["all_reduce_fused_add_rms_norm"]
 KERNELS = (sums, doubles, wrong_on_rank_1, raises_on_rank_1, stays_away_on_rank_1)
-PROVIDERS = {kernel.__name__: provider_of(kernel.__name__, {OP: kernel}) for kernel in KERNELS}
+PROVIDERS = {kernel.__name__: provider_of(kernel.__name__, {OP: kernel}, uuid="1") for kernel in KERNELS}
 
 
 def verified() -> dict[str, Any]:

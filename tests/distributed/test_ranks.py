@@ -71,6 +71,15 @@ def test_a_rank_that_raises_sends_the_others_to_unfused(ranks: Ranks) -> None:
         assert rank["rank 1 raises"]["calls"] == 0
 
 
+def test_what_one_rank_could_not_verify_once_all_run_fused_from_the_next_start_on(ranks: Ranks) -> None:
+    for rank in ranks:
+        starts = rank["short of memory once"]
+        assert all(start["right"] for start in starts)
+        assert [start["calls"] for start in starts] == [0, 1, 1]
+    cached = [[start["cached"] for start in rank["short of memory once"]] for rank in ranks]
+    assert cached == [[[False], [True], [True]], [[False], [False], [True]]]
+
+
 def test_kernels_in_which_ranks_meet_are_verified_in_lock_step_alone(ranks: Ranks) -> None:
     """A kernel that takes the other rank to hold what it holds itself is found out."""
     for rank in ranks:

@@ -201,17 +201,25 @@ def test_passes_are_part_of_the_cache_key() -> None:
         PostGradPassManager(PassConfig(), passes=passes).uuid()
         for passes in (
             [],
-            [add_relu_pass()],
-            [relu_neg_pass()],
-            [ExternalPass(matcher=add_relu_pass(), saving_us=2.0)],
+            [ExternalPass(matcher=add_relu_pass(), uuid="1")],
+            [ExternalPass(matcher=add_relu_pass(), uuid="2")],
+            [ExternalPass(matcher=relu_neg_pass(), uuid="1")],
+            [ExternalPass(matcher=add_relu_pass(), uuid="1", saving_us=2.0)],
         )
     }
-    assert len(keys) == 4
-    same_pattern = replacing("add_relu", lambda x, y: torch.relu(x + y), lambda x, y: torch.clamp(x + y, min=0), 2)
-    keys.add(PostGradPassManager(PassConfig(), passes=[same_pattern]).uuid())
-    assert len(keys) == 5, "the same pattern with another replacement is another pass"
-    first, second = (PostGradPassManager(PassConfig(), passes=[add_relu_pass()]).uuid() for _ in range(2))
+    assert None not in keys
+    assert len(keys) == 5
+    told = PostGradPassManager(PassConfig(), passes=[ExternalPass(matcher=add_relu_pass(), uuid=lambda: "1")])
+    assert told.uuid() in keys
+
+
+@pytest.mark.parametrize("wrap", [lambda matcher: matcher, lambda matcher: ExternalPass(matcher=matcher)])
+def test_patterns_whose_owner_says_nothing_of_them_have_no_key(wrap: Callable[[Any], Any]) -> None:
+    passes = [wrap(add_relu_pass())]
+    first, second = (PostGradPassManager(PassConfig(), passes=passes) for _ in range(2))
+    assert first.uuid() is None
     assert first == second
+    assert first != PostGradPassManager(PassConfig(), passes=[wrap(add_relu_pass())])
 
 
 @pytest.mark.parametrize(

@@ -328,11 +328,11 @@ def test_names_of_alternatives() -> None:
 
 def test_prices_know_what_they_depend_on() -> None:
     table = measured(posed(), ALL)
-    assert Prices(model=MODEL).key == ["round", "inductor", content_of(MODEL.hardware), "auto", ""]
+    assert Prices(model=MODEL).key == ["round", "inductor", content_of(MODEL.hardware).digest, "auto", ""]
     assert Prices(model=MODEL, table=table, source="measured").key == [
         "round",
         "inductor",
-        content_of(MODEL.hardware),
+        content_of(MODEL.hardware).digest,
         "measured",
         table.digest,
     ]

@@ -34,6 +34,7 @@ class AddNormRelu(Rule):
     """fused_add_rms_norm -> relu  =>  one op.   y = relu(rms_norm(x + residual) * weight)"""
 
     name, flags, op, core = "add_norm_relu", (), add_norm_relu, ops.fused_add_rms_norm
+    uuid = "add_norm_relu 1"
 
     def pattern(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
         y, total = ops.fused_add_rms_norm(x, residual, weight, eps, rounding)
@@ -54,6 +55,7 @@ _numbers = itertools.count()
 
 def provider(kernel: Kernel, **arguments: Any) -> Provider:
     """A provider under a name of its own: torch keeps every kernel that it was ever given."""
+    arguments.setdefault("uuid", kernel.__name__)
     return provider_of(f"{kernel.__name__}_{next(_numbers)}", {add_norm_relu: kernel}, **arguments)
 
 

@@ -53,13 +53,15 @@ DYNAMO = (
     PrivateApi("torch._dynamo.utils:counters", ("capture",)),
     PrivateApi("torch._dynamo.utils:graph_break_reasons", ("capture",)),
     PrivateApi("torch._functorch.config:enable_autograd_cache", ("capture",)),
-    PrivateApi("torch._functorch.config:patch", ("capture",), 0, ("enable_autograd_cache",)),
+    PrivateApi("torch._functorch.config:enable_remote_autograd_cache", ("capture",)),
+    PrivateApi("torch._functorch.config:patch", ("capture",), 0,
+               ("enable_autograd_cache", "enable_remote_autograd_cache")),
     PrivateApi("torch._guards:detect_fake_mode", ("capture", "graph"), 1),
     PrivateApi("torch._guards:TracingContext.try_get", ("frontend",), 0),
     PrivateApi("torch._guards:tracing", ("frontend",), 1),
     PrivateApi("torch._logging._internal:trace_structured", ("report",), 1,
                ("metadata_fn", "payload_fn", "expect_trace_id")),
-    PrivateApi("torch._logging._internal:warning_once", ("debug", "planner", "store"), 2),
+    PrivateApi("torch._logging._internal:warning_once", ("debug", "fingerprint", "planner", "store"), 2),
 )  # fmt: skip
 
 INDUCTOR = (
@@ -71,14 +73,17 @@ INDUCTOR = (
     PrivateApi("torch._inductor.compile_fx:_recursive_post_grad_passes", ("capture",), 1, ("is_inference",)),
     PrivateApi("torch._inductor.compile_fx:compile_fx", ("capture",), 2, ("inner_compile",)),
     PrivateApi("torch._inductor.config:fx_graph_cache", ("capture",)),
+    PrivateApi("torch._inductor.config:fx_graph_remote_cache", ("capture",)),
     PrivateApi("torch._inductor.config:patch", ("capture",), 0, ("post_grad_custom_post_pass",)),
     PrivateApi("torch._inductor.config:post_grad_custom_post_pass", ("capture", "frontend")),
     PrivateApi("torch._inductor.config:save_config_portable", ("store",), 0),
-    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass", ("fingerprint", "manager")),
-    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.__call__", ("manager",), 1),
-    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.uuid", ("fingerprint", "manager"), 0),
+    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass", ("fingerprint",)),
+    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.__call__", ("fingerprint",), 1),
+    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.uuid", ("fingerprint",), 0),
     PrivateApi("torch._inductor.fx_passes.post_grad:view_to_reshape", ("capture",), 1),
-    PrivateApi("torch._inductor.runtime.cache_dir_utils:cache_dir", ("planner", "store", "verification"), 0),
+    PrivateApi(
+        "torch._inductor.runtime.cache_dir_utils:cache_dir", ("fingerprint", "planner", "store", "verification"), 0
+    ),
     PrivateApi("torch._inductor.virtualized:V.aot_compilation", ("manager",)),
     PrivateApi("torch._inductor.virtualized:V.set_fake_mode", ("capture",), 1),
 )
@@ -125,7 +130,8 @@ GRAPHS = (
 )  # fmt: skip
 
 OPS = (
-    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "verification")),
+    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "graph", "verification")),
+    PrivateApi("torch._ops:HigherOrderOperator.name", ("graph",), 0),
     PrivateApi("torch._ops:OpOverload",
                ("canonical", "content", "dialect", "graph", "matching", "tuning", "verification")),
     PrivateApi("torch._ops:OpOverload._schema",

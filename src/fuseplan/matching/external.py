@@ -38,11 +38,14 @@ class ExternalPass:
         matcher: a `torch._inductor.pattern_matcher.PatternMatcherPass`, unmodified.
         name: unique; default: the pass's own name.
         saving_us: what each match saves; None: one kernel launch, since a replacement usually is one kernel less.
+        uuid: what tells its patterns, replacements and checks from former ones, or a function that returns it: compiled
+            graphs are cached under it. None: they are not cached, unless the matcher has a `uuid` of its own.
     """
 
     matcher: PatternMatcherPass
     name: str = ""
     saving_us: float | None = None
+    uuid: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.matcher, PatternMatcherPass):
@@ -232,9 +235,11 @@ def run_pass(graph_pass: GraphPass, graph: fx.Graph) -> None:
 
 
 def external_of(owner: object, attributes: Sequence[str], name: str) -> ExternalPass | None:
-    """The `PatternMatcherPass` that an object keeps in one of its attributes, as a pass of that name, or None."""
+    """The `PatternMatcherPass` that an object keeps in one of its attributes, as a pass of that name with the object's
+    `uuid`, or None.
+    """
     for attribute in attributes:
         matcher = getattr(owner, attribute, None)
         if isinstance(matcher, PatternMatcherPass):
-            return ExternalPass(matcher=matcher, name=name)
+            return ExternalPass(matcher=matcher, name=name, uuid=getattr(owner, "uuid", None))
     return None

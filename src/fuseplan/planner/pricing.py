@@ -44,7 +44,7 @@ class Prices:
     @property
     def key(self) -> list[str]:
         """What a plan depends on."""
-        model = [self.model.name, self.model.pad, content_of(self.model.hardware)]
+        model = [self.model.name, self.model.pad, content_of(self.model.hardware).digest]
         return [*model, self.source, self.table.digest if self.table else ""]
 
     @property

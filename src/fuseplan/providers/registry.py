@@ -38,6 +38,9 @@ class Provider:
         runs_alone: whether its collective kernels can be tried by one rank alone, in `distributed.workspace.alone`;
             others' are verified by all ranks of a group together, before the first run.
         untested: on what its kernels have not been run, for a person; None where they have been.
+        uuid: of a provider of a user's own: what tells its kernels and checks from former ones, or a function that
+            returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
+            graphs are not cached.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Provider:
     prices: Mapping[str, Offer] = field(default_factory=dict)
     runs_alone: bool = False
     untested: str | None = None
+    uuid: Any = None
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
         """The fused ops that are candidates: for another device than this one, those that are only priced too."""
@@ -113,6 +117,7 @@ def provider_of(
     description: str = "",
     vendors: Iterable[str] = ("nvidia", "amd", "cpu"),
     accepts: Accepts = accept_all,
+    uuid: Any = None,
 ) -> Provider:
     """A provider of one's own: it runs fused ops by given kernels.
 
@@ -122,6 +127,8 @@ def provider_of(
         description: for a person.
         vendors: whose devices it serves.
         accepts: a check of arguments, as `Bindings`: None, or why it refuses them.
+        uuid: what tells the kernels and the check from former ones, such as a version or a hash of their source, or a
+            function that returns it. Without it graphs are compiled, and kernels verified, anew at every start.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
@@ -130,8 +137,9 @@ def provider_of(
         implement(op, name, kernel)
     offers = {op.name: Offer(accepts=accepts) for op in kernels}
     return Provider(
-        name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers
-    )
+        name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers,
+        uuid=uuid,
+    )  # fmt: skip
 
 
 ALL_FUSED = tuple(op.name for op in ops.values() if op.fused)

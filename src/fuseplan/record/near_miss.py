@@ -72,6 +72,7 @@ _OF_A_WHOLE = frozenset(
         Reason.VERIFICATION,
         Reason.FAULT,
         Reason.RANKS,
+        Reason.REPEATS,
     }
 )
 

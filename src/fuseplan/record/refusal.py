@@ -45,6 +45,8 @@ class Reason(StrEnum):
     """A rule, a provider or fuseplan itself raised what nobody expects."""
     RANKS = "ranks"
     """The ranks of a process group didn't agree on one plan."""
+    REPEATS = "repeats"
+    """Data decides how often a step runs it, so it is counted once."""
 
 
 class Nearness(StrEnum):

@@ -4,15 +4,16 @@ policies side by side (`Comparison`, the object that `fuseplan explain --json` p
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from fuseplan.errors import PlanError
 from fuseplan.record.evidence import Evidence
 from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
-from fuseplan.record.refusal import Refusal
+from fuseplan.record.refusal import Reason, Refusal
 from fuseplan.record.verification import Pending, Verification
 
 
@@ -158,10 +159,45 @@ class GraphReport:
     pending: tuple[Pending, ...] = ()
     from_cache: bool = False
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether it would come out so another time: not where something failed that isn't known to fail again."""
+        failed = any(each.transient for each in self.verified)
+        return not failed and all(refusal.reason is not Reason.FAULT for refusal in self.refusals)
+
     def count(self, rules: Iterable[str]) -> dict[str, int]:
         """Applied fusions by rule, zeros included."""
         counts = Counter(fusion.rule for fusion in self.applied)
         return {rule: counts[rule] for rule in rules}
+
+
+def again(report: GraphReport, ordinal: int, first: str | None = None, place: str | None = None) -> GraphReport:
+    """The report of a graph that is run once more in a step.
+
+    Args:
+        report: on the graph, which was compiled once.
+        ordinal: makes its name unique.
+        first: module path of the call that the report's places are of.
+        place: module path of this call, below which its places are.
+    """
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        if not is_dataclass(value) or isinstance(value, type):
+            return value
+        paths = ("source", "sources", "site") if isinstance(value, Refusal) else ("source", "sources")
+        return replace(value, **{each.name: step(getattr(value, each.name), each.name in paths)
+                                 for each in fields(value) if each.init})  # fmt: skip
+
+    def step(value: Any, is_path: bool) -> Any:
+        if is_path and isinstance(value, str):
+            is_below = value == first or value.startswith(f"{first}.")
+            return f"{place}{value.removeprefix(str(first))}" if is_below else value
+        return moved(value)
+
+    name = f"{report.graph}.{ordinal}"
+    return replace(report if None in (first, place) or first == place else moved(report), graph=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,12 +370,16 @@ class Comparison:
         Raises:
             PlanError: the policy isn't among the reports.
         """
-        found = [graph.plan for report in self.reports for graph in report.graphs if graph.plan is not None]
+        # A graph that is run several times in a step is planned once.
+        found: dict[tuple[object, ...], Plan] = {}
+        for plan in (graph.plan for report in self.reports for graph in report.graphs):
+            if plan is not None:
+                found.setdefault((plan.graph, plan.range), plan)
         if not found:
             raise PlanError(
                 "there is no plan to save: policy planned isn't among those compared, or nothing was traced"
             )
-        return SavedPlans(workload=self.workload, tp=self.tp, plans=tuple(found))
+        return SavedPlans(workload=self.workload, tp=self.tp, plans=tuple(found.values()))
 
 
 def merged(reports: Sequence[Report]) -> Report:

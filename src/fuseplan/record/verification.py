@@ -21,6 +21,8 @@ class Verification:
         from_cache: whether the outcome is that of an earlier run with the same rule, kernel, versions and device.
         time_ns: how long it took, 0 where the outcome is from the cache.
         ranks: how many ran it, each of them in the kernel of the others.
+        transient: whether it failed for what may be otherwise next time, i.e. for anything but wrong results: memory
+            that was short, a deadline, an error. Such an outcome is of this run alone.
     """
 
     rule: str
@@ -34,6 +36,7 @@ class Verification:
     from_cache: bool = False
     time_ns: int = 0
     ranks: int = 1
+    transient: bool = False
 
     @property
     def failure(self) -> str:

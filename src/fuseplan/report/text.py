@@ -17,14 +17,16 @@ def policy_name(report: Report) -> str:
 
 
 def warnings_of(report: Report) -> tuple[Refusal, ...]:
-    """What is on and has no effect, what is forced or forbidden and selects nothing, and why graphs were left alone."""
-    alone = [
+    """What is on and has no effect, what is forced or forbidden and selects nothing, why graphs were left alone, and
+    what isn't counted as often as it runs.
+    """
+    whole = [
         refusal
         for graph in report.graphs
         for refusal in graph.refusals
-        if refusal.reason in (Reason.TRAINING, Reason.DISABLED) and refusal.nearness is None
+        if refusal.reason in (Reason.TRAINING, Reason.DISABLED, Reason.REPEATS) and refusal.nearness is None
     ]
-    return tuple(dict.fromkeys((*report.warnings, *alone)))
+    return tuple(dict.fromkeys((*report.warnings, *whole)))
 
 
 def enumerate_names(parts: Sequence[str]) -> str:

@@ -64,7 +64,8 @@ class Rule:
     """One fusion: where it matches, what it refuses, and what stands there afterwards.
 
     A subclass gives `name`, `flags`, `op`, `pattern`, `replacement` and, where something can't be seen in the pattern,
-    `check`. Variables bind by parameter name; epsilons, widths, groups and dtypes are variables like tensors.
+    `check`. Variables bind by parameter name; epsilons, widths, groups and dtypes are variables like tensors. A `uuid`,
+    a method or a value, changes with what these functions do: compiled graphs are cached under it, or else not at all.
 
     Attributes:
         name: shared by the members of a family, e.g. `allreduce_rms`.

@@ -4,13 +4,14 @@ import hashlib
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from fuseplan.fingerprint import fingerprint, provider_key, rule_key
+from fuseplan.fingerprint import fingerprint, provider_content, rule_content
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Verification
 from fuseplan.record.stored import load_stored, store
@@ -21,19 +22,35 @@ from fuseplan.verification.specs import Case, TensorSpec
 LARGEST_BYTES = 2**16
 
 
-def kind_of(rule: Rule, provider: Provider, device: DeviceProfile | None) -> list[Any]:
-    """What all outcomes of a rule by a provider depend on: both sides, the kernel, and how far it may be off."""
-    return [rule_key(rule), provider_key(provider, device), rule.op.error_factor]
+@dataclass(frozen=True)
+class Kind:
+    """What all outcomes of a rule by a provider depend on: both sides, the kernel, and how far it may be off.
+
+    Attributes:
+        ingredients: of a key.
+        is_known: whether there is one. What functions of a user's do without a `uuid()` is checked anew each time.
+    """
+
+    ingredients: list[Any]
+    is_known: bool
+
+
+def kind_of(rule: Rule, provider: Provider, device: DeviceProfile | None) -> Kind:
+    """The kind of a rule by a provider."""
+    contents = rule_content(rule), provider_content(provider, device)
+    keys = [each.key for each in contents]
+    return Kind([*(each.digest for each in contents), *keys, rule.op.error_factor], None not in keys)
 
 
 def outcome_key(
-    kind: Sequence[Any], cases: Sequence[Case], unfused: Mapping[str, Any], region: Region | None, free: Collection[int]
+    kind: Kind, cases: Sequence[Case], unfused: Mapping[str, Any], region: Region | None, free: Collection[int]
 ) -> str:
-    """A hash of all that an outcome depends on: the kind, arguments, the graph, what of its
-    layouts is read, versions, hardware."""
+    """A hash of all that an outcome depends on: the kind, arguments, the graph, what of its layouts is read, versions,
+    hardware.
+    """
     devices = {spec.device for case in cases for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
     return fingerprint(
-        kind=list(kind),
+        kind=kind.ingredients,
         cases=[[case.tokens, _texts(case)] for case in cases],
         unfused=dict(unfused),
         region=region.text(cases[-1].symbols) if region else None,

@@ -59,29 +59,33 @@ class Verifier:
         if self.mode == "off" or not candidates:
             return [None] * len(candidates)
         sizes = Sizes(canonical.graph)
-        kinds: dict[tuple[Rule, str], list[Any]] = {}
-        known: dict[tuple[str, object], Verification | Pending] = {}
+        kinds: dict[tuple[Rule, str], outcomes.Kind] = {}
+        known: dict[tuple[object, ...], Verification | Pending] = {}
         questions = (_Question.of(each, canonical, sizes, span, self._meets) for each in candidates)
         return [self._once(question, kinds, known) for question in questions]
 
     def _once(
         self,
         question: "_Question",
-        kinds: dict[tuple[Rule, str], list[Any]],
-        known: dict[tuple[str, object], Verification | Pending],
+        kinds: dict[tuple[Rule, str], outcomes.Kind],
+        known: dict[tuple[object, ...], Verification | Pending],
     ) -> Verification | Pending:
         rule, name = question.match.rule, question.match.provider
         if (rule, name) not in kinds:
             (provider,) = [each for each in self.providers if each.name == name]
             kinds[rule, name] = outcomes.kind_of(rule, provider, self.device)
-        key = outcomes.outcome_key(kinds[rule, name], question.cases, question.unfused, question.region, question.free)
+        kind = kinds[rule, name]
+        key = outcomes.outcome_key(kind, question.cases, question.unfused, question.region, question.free)
         # What ranks of one group have found says nothing of another.
-        asked = key, question.match.values["group_name"] if question.meets else None
+        asked = key, rule, name, question.match.values["group_name"] if question.meets else None
         if asked not in known:
             # In lock step another rank may not have it stored.
-            reads = self.mode == "first-use" and not question.meets
-            stored = outcomes.load(key) if reads else None
+            is_stored = kind.is_known and not question.meets
+            stored = outcomes.load(key) if is_stored and self.mode == "first-use" else None
             known[asked] = replace(stored, from_cache=True, time_ns=0) if stored else self._run(question, key)
+            found = known[asked]
+            if is_stored and stored is None and isinstance(found, Verification) and not found.transient:
+                outcomes.save(key, found)
         return known[asked]
 
     def _run(self, question: "_Question", key: str) -> Verification | Pending:
@@ -92,22 +96,20 @@ class Verifier:
         if self.rank is None and question.meets:
             return self._left_to_all(question, key, outcome)
         worst: float | None = 0.0
-        tokens, detail, lasting = list[int](), None, True
+        tokens, detail, transient = list[int](), None, False
         for case in question.cases:
             tokens.append(case.tokens)
-            finding, lasting = self._finding(question, case, key)
+            finding, is_lasting = self._finding(question, case, key)
+            transient = transient or not is_lasting
             worst = None if finding.worst is None else max(worst or 0.0, finding.worst)
             if finding.wrong is not None:
                 detail = detail or f"at {case.tokens} tokens: {finding.wrong}"
                 if self.rank is None:
                     break  # in lock step the other ranks go on, and meet this one
-        outcome = replace(
-            outcome, tokens=tuple(tokens), passed=detail is None, detail=detail, worst=worst,
+        return replace(
+            outcome, tokens=tuple(tokens), passed=detail is None, detail=detail, worst=worst, transient=transient,
             time_ns=time.perf_counter_ns() - start,
         )  # fmt: skip
-        if lasting and not question.meets:
-            outcomes.save(key, outcome)
-        return outcome
 
     def _left_to_all(self, question: "_Question", key: str, outcome: Verification) -> Verification | Pending:
         """What is verified before the first run. How the graph was read is checked now, by the reference: the graph
@@ -116,10 +118,11 @@ class Verifier:
         group = process_group(str(question.match.values["group_name"]))
         if not self.settles or group is None or dist.get_backend(group) == STAND_IN:
             return replace(outcome, passed=False, detail=UNVERIFIED)
-        finding, _ = self._finding(question, question.middle, key, "torch")
+        finding, is_lasting = self._finding(question, question.middle, key, "torch")
         if finding.wrong is not None:
             tokens = question.middle.tokens
-            return replace(outcome, tokens=(tokens,), passed=False, detail=f"at {tokens} tokens: {finding.wrong}")
+            detail = f"at {tokens} tokens: {finding.wrong}"
+            return replace(outcome, tokens=(tokens,), passed=False, detail=detail, transient=not is_lasting)
         try:
             return pending_of(question.match, question.signature, question.cases, question.unfused)
         except TypeError as error:

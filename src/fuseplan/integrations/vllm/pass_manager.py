@@ -46,9 +46,10 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
         finally:
             self.passes = planned
 
-    def uuid(self) -> str:
-        """vLLM's key and fuseplan's."""
-        return str(InductorPass.hash_dict({"vllm": super().uuid(), "fuseplan": self._manager().uuid()}))
+    def uuid(self) -> str | None:
+        """vLLM's key and fuseplan's; None where either has none."""
+        keys = {"vllm": super().uuid(), "fuseplan": self._manager().uuid()}
+        return None if None in keys.values() else str(InductorPass.hash_dict(keys))
 
     def _manager(self) -> PostGradPassManager:
         span = get_pass_context().compile_range

@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 import fuseplan
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
+from fuseplan.fingerprint import renew, renewed
 from fuseplan.integrations.vllm import support
 
 KEY = "fuseplan"
@@ -125,10 +127,21 @@ def _settings(given: Any) -> dict[str, Any]:
 
 def _digest(config: PassConfig) -> str:
     """Of whatever changes plans. What is forced and forbidden may name vLLM's passes, which only workers know."""
+    return renewed(_key(config), _folder())
+
+
+def _key(config: PassConfig) -> str:
     from fuseplan.integrations.vllm.passes import manager_for
 
     manager = manager_for(replace(config, force=(), forbid=()), None, lambda report: None)
     return hashlib.sha256(repr((manager.uuid(), config.force, config.forbid)).encode()).hexdigest()
+
+
+def _folder() -> Path:
+    """Beside vLLM's compile cache."""
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT) / "fuseplan"
 
 
 def pass_config(settings: dict[str, Any]) -> PassConfig:
@@ -195,6 +208,8 @@ def _prepare(worker: Any) -> None:
     @functools.wraps(warm_up)
     def warm_up_and_report(*args: Any, **kwargs: Any) -> Any:
         result = warm_up(*args, **kwargs)
+        if not journal.is_lasting:
+            renew(_key(chosen), _folder())
         journal.close()
         return result
 

@@ -15,7 +15,7 @@ from fuseplan.distributed import agree
 from fuseplan.errors import UnsupportedError
 from fuseplan.first_run import digest_of
 from fuseplan.record import Report, stored
-from fuseplan.record.report import merged
+from fuseplan.record.report import again, merged
 
 KEPT = "fuseplan_journal"
 
@@ -69,7 +69,13 @@ class Journal:
             self._compiled[id(compiled)] = compiled, self.reports[before:]
             return
         _, known = self._compiled.get(id(compiled), (None, []))
-        self.reports += [_again(report, before) for report in known]
+        for report in known:
+            self.reports.append(replace(report, graphs=tuple(again(each, before) for each in report.graphs)))
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether what was compiled here may be cached."""
+        return all(graph.is_lasting for report in self.reports for graph in report.graphs)
 
     def silence(self) -> None:
         """There is nothing to tell: another line said that fuseplan does nothing."""
@@ -114,11 +120,6 @@ def _write(path: Path, report: Report) -> bool:
         log.warning("fuseplan can't write its report to %s: %s", path, error.strerror or error)
         return False
     return True
-
-
-def _again(report: Report, ordinal: int) -> Report:
-    """The report of a graph that is like another one."""
-    return replace(report, graphs=tuple(replace(each, graph=f"{each.graph}.{ordinal}") for each in report.graphs))
 
 
 def _paths(config: Any) -> tuple[Path, Path]:

@@ -1,0 +1,165 @@
+"""Layers that are compiled once and called often count as often as a step runs them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.analysis import Regions
+from fuseplan.capture import capture
+from fuseplan.config import CompileRange
+from fuseplan.explanation import Explanation
+from fuseplan.providers import BUILT_IN_PROVIDERS, device_profile
+from fuseplan.record import Fusion, GraphReport, Reason, Report
+from fuseplan.report import render_report
+from fuseplan.report.lock import placed_in
+from tests.graph.test_regions import graph_that_calls, leaf
+
+CONFIG = fuseplan.PassConfig(policy="ordered(act_padding)")
+N_LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    with torch._inductor.utils.fresh_cache():
+        torch._dynamo.reset()
+        yield
+    torch._dynamo.reset()
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.down = nn.RMSNorm(64, eps=1e-6), nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(F.pad(self.norm(x), (0, 32)))
+        return y
+
+
+class Nested(Layer):
+    forward = torch.compiler.nested_compile_region(Layer.forward)
+
+
+class Looped(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        from torch._higher_order_ops import while_loop
+
+        def body(step: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            return step + 1, Layer.forward(self, x)
+
+        y: Tensor = while_loop(lambda step, x: step < 3, body, (torch.tensor(0), x))[1]
+        return y
+
+
+def model_of(kind: type[Layer], n_layers: int = N_LAYERS) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(kind() for _ in range(n_layers))).bfloat16().eval().requires_grad_(False)
+
+
+X = torch.randn(16, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+
+
+def explained(kind: type[Layer], **config: Any) -> Report:
+    return fuseplan.explain(model_of(kind), X, device="h200", config=fuseplan.PassConfig(**config))
+
+
+def facts(report: Report) -> list[Any]:
+    """What a reader counts, and what a lock pins."""
+    return [
+        report.fused, report.matched, report.recognized, round(report.saved_us, 3), round(report.region_us, 3),
+        report.per_range, [placed_in(report, span) for span in report.per_range],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"policy": "ordered(act_padding)"},
+        {"policy": "planned"},
+        {"compile_ranges": (CompileRange(start=1, end=16), CompileRange(start=17, end=64))},
+    ],
+)
+def test_regions_count_as_layers_do(config: dict[str, Any]) -> None:
+    nested = explained(Nested, **config)
+    assert facts(nested) == facts(explained(Layer, **config))
+    assert nested.fused["act_padding"] == N_LAYERS * len(nested.per_range)
+
+
+def test_compiled_regions_count_as_layers_do() -> None:
+    found = []
+    for kind in (Layer, Nested):
+        reports, model = list[Report](), model_of(kind)
+        torch._dynamo.reset()
+        with torch.inference_mode():
+            compiled = fuseplan.compile(model, config=CONFIG, on_report=reports.append)
+            torch.testing.assert_close(compiled(X), model(X), rtol=2**-6, atol=2**-6)
+        found.append(facts(reports[0]))
+    assert found[0] == found[1]
+
+
+def test_options_report_each_call_too() -> None:
+    reports, model = list[Report](), model_of(Nested)
+    with torch.inference_mode():
+        torch.compile(model, options=fuseplan.inductor_options(CONFIG, on_report=reports.append))(X)
+    graphs = [graph for report in reports for graph in report.graphs]
+    assert [graph.graph for graph in graphs] == ["graph_0", "graph_0.1", "graph_0.2", "graph_1"]
+    assert sum(report.fused["act_padding"] for report in reports) == N_LAYERS
+
+
+def test_other_sizes_and_saved_plans_know_of_calls() -> None:
+    config = fuseplan.PassConfig(compile_ranges=(CompileRange(start=1, end=64),))
+    points, plans = [], []
+    for kind in (Layer, Nested):
+        traced = capture(model_of(kind), [X], {}, dynamic=True)
+        explanation = Explanation(traced, config, device_profile("h200"), BUILT_IN_PROVIDERS)
+        points.append(explanation.evidence([config.chosen_policy]).sizes)
+        report = explanation.report(config.chosen_policy)
+        comparison = fuseplan.record.Comparison(workload="w", tp=1, device="h200", ranges=((1, 64),), reports=(report,))
+        plans.append(comparison.plans().plans)
+    assert points[0] == points[1]
+    assert [plan.graph for plan in plans[1]] == ["graph_0", "graph_1"]
+
+
+def test_what_data_repeats_is_counted_once_and_said_to_be() -> None:
+    report = fuseplan.explain(model_of(Looped, 1), X, device="h200", config=CONFIG)
+    assert report.fused["act_padding"] == 1
+    (refusal,) = [each for graph in report.graphs for each in graph.refusals if each.reason is Reason.REPEATS]
+    assert refusal.detail == "data decides how often while_loop runs graph_1, whose fusions are counted once"
+    assert not report.near_misses
+    console = Console(width=200, no_color=True)
+    with console.capture() as shown:
+        console.print(render_report(report))
+    assert refusal.detail in shown.get()
+
+
+def fused(name: str, source: str) -> GraphReport:
+    fusion = Fusion(
+        rule="r", op="o", provider="torch", anchor="a", consumed=("a",), contested_op="c", site="a", source=source
+    )
+    return GraphReport(graph=name, applied=(fusion,), saved_ns=5)
+
+
+def test_regions_of_regions_multiply() -> None:
+    inner = leaf()
+    middle = graph_that_calls(*(_call(inner, f"layers.0.{name}") for name in ("norm1", "norm2")))
+    outer = graph_that_calls(*(_call(middle, f"layers.{number}") for number in range(2)))
+    regions = Regions()
+    found = [
+        *regions.with_calls(inner.graph, fused("graph_0", "layers.0.norm1")),
+        *regions.with_calls(middle.graph, fused("graph_1", "layers.0.mlp")),
+        *regions.with_calls(outer.graph, fused("graph_2", "head")),
+    ]
+    assert len({each.graph for each in found}) == len(found)
+    assert sorted(str(each.applied[0].source) for each in found) == [
+        "head", "layers.0.mlp", "layers.0.norm1", "layers.0.norm2", "layers.1.mlp", "layers.1.norm1", "layers.1.norm2"
+    ]  # fmt: skip
+
+
+def _call(module: fx.GraphModule, path: str) -> tuple[object, fx.GraphModule, str]:
+    return torch.ops.higher_order.invoke_subgraph, module, path

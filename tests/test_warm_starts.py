@@ -1,0 +1,242 @@
+"""What a warm compile cache serves: never what a user's code did before, nor what failed for one run alone."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import fuseplan
+from fuseplan.record import GraphReport, Reason, Report
+from fuseplan.rules import Bindings
+from tests.helpers import HIDDEN, randn
+from tests.verification.fused_norm import WEIGHT, AddNormRelu, model, provider, reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::fuseplan.errors.FuseplanWarning")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all: under other keys they share what a C++ compiler made."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def rescale(graph: fx.Graph, scale: float) -> None:
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
+        node.kwargs = {"beta": scale}
+
+
+def by_environment(graph: fx.Graph) -> None:
+    rescale(graph, float(os.environ["SCALE"]))
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, graph: fx.Graph) -> None:
+        rescale(graph, self.scale)
+
+
+class Versioned(CustomGraphPass):
+    """As by_environment, and says so."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        by_environment(graph)
+
+    def uuid(self) -> str:
+        return os.environ["SCALE"]
+
+
+def scaled(x: Tensor, zeros: Tensor) -> Tensor:
+    """`x * beta`, without a kernel for which a C++ compiler is called."""
+    return torch.addmm(x, zeros, zeros, beta=2.0)
+
+
+HOOK = "post_grad_custom_post_pass"
+PASSES: dict[str, Callable[[float], dict[str, Any]]] = {
+    "environment": lambda scale: {"passes": [by_environment]},
+    "slots": lambda scale: {"passes": [Slotted(scale)]},
+    "method": lambda scale: {"passes": [Slotted(scale).__call__]},
+    "hook": lambda scale: {"options": {HOOK: by_environment}},
+    "hooks": lambda scale: {"options": {HOOK: [Slotted(scale), by_environment]}},
+    "earlier hook": lambda scale: {"options": {"joint_custom_post_pass": by_environment}},
+    "uuid": lambda scale: {"passes": [Versioned()]},
+    "uuid in the hook": lambda scale: {"options": {HOOK: Versioned()}},
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_what_a_pass_reads_may_change_between_starts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, reports = [], list[Report]()
+    for scale in (3.0, 5.0, 5.0, 3.0):
+        monkeypatch.setenv("SCALE", str(scale))
+        torch._dynamo.reset()
+        with torch.inference_mode():
+            compiled = fuseplan.compile(scaled, on_report=reports.append, **PASSES[name](scale))
+            seen.append(float(compiled(torch.ones(8, 8), torch.zeros(8, 8))[0, 0]))
+    assert seen == [3.0, 5.0, 5.0, 3.0]
+    warm = [report.graphs[0].from_cache for report in reports]
+    assert warm == [False, False, "uuid" in name, "uuid" in name]
+
+
+def test_layers_share_what_a_pass_without_a_uuid_was_compiled_into() -> None:
+    reports, layers = list[Report](), [torch.nn.Linear(4, 4) for _ in range(12)]
+    on_report, passes = reports.append, [Slotted(2.0)]
+    with torch.inference_mode():
+        for layer in layers:
+            fuseplan.compile(layer, on_report=on_report, passes=passes)(torch.ones(2, 4))
+    assert len(reports) == 1
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+WITHOUT_OPS: dict[str, Callable[[Tensor], Any]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "same dtype": lambda x: x.to(torch.float32),
+    "detached": lambda x: x.detach(),
+    "twice": lambda x: (x.contiguous(), x),
+    "alias": torch.ops.aten.alias,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_OPS)
+def test_ranks_compile_a_graph_without_ops_at_most_twice(
+    name: str, two_ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilations = list[fx.GraphModule]()
+    compile_by_inductor = torch._TorchCompileInductorWrapper.__call__
+
+    def counted(self: Any, gm: fx.GraphModule, inputs: Any, **extra: Any) -> Any:
+        compilations.append(gm)
+        return compile_by_inductor(self, gm, inputs, **extra)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", counted)
+    x, function = torch.randn(2, 2), WITHOUT_OPS[name]
+    for _ in range(2):
+        torch._dynamo.reset()
+        compilations.clear()
+        with torch.inference_mode():
+            torch.testing.assert_close(fuseplan.compile(function)(x), function(x))
+        assert len(compilations) == 2
+
+
+INPUTS = randn(5, HIDDEN), randn(5, HIDDEN, seed=1), WEIGHT
+FAILURES = list[Exception]()
+"""What goes wrong in the next calls."""
+
+
+def fails_sometimes(*arguments: Any) -> Any:
+    if FAILURES:
+        raise FAILURES.pop()
+    return reference(*arguments)
+
+
+def wrong_sometimes(*arguments: Any) -> Any:
+    y, total = reference(*arguments)
+    return (y + FAILURES.pop().args[0] if FAILURES else y), total
+
+
+class Faulty(AddNormRelu):
+    """Its check fails as the kernel does."""
+
+    def check(self, m: Bindings) -> None:
+        if FAILURES:
+            raise FAILURES.pop()
+
+
+def compiled_by_fuseplan(reports: list[Report], **arguments: Any) -> Callable[..., Any]:
+    return fuseplan.compile(model, on_report=reports.append, **arguments)
+
+
+def compiled_by_torch(reports: list[Report], **arguments: Any) -> Callable[..., Any]:
+    return torch.compile(model, options=fuseplan.inductor_options(on_report=reports.append, **arguments))
+
+
+def starts(make: Callable[..., Callable[..., Any]], count: int, **arguments: Any) -> list[GraphReport | None]:
+    """What so many processes report, one after the other; None: the pass did not run."""
+    found = list[GraphReport | None]()
+    for _ in range(count):
+        torch._dynamo.reset()
+        reports = list[Report]()
+        with torch.inference_mode():
+            torch.testing.assert_close(make(reports, **arguments)(*INPUTS), model(*INPUTS), rtol=2**-6, atol=2**-6)
+        found.append(reports[-1].graphs[0] if reports else None)
+    return found
+
+
+CONFIG = fuseplan.PassConfig(policy="ordered(add_norm_relu)")
+TRANSIENT = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a driver that hung")]
+
+
+@pytest.mark.parametrize("make", [compiled_by_fuseplan, compiled_by_torch])
+@pytest.mark.parametrize("error", TRANSIENT, ids=lambda error: type(error).__name__)
+def test_what_failed_once_for_another_reason_than_numbers_is_tried_again(
+    make: Callable[..., Callable[..., Any]], error: Exception
+) -> None:
+    FAILURES[:] = [error]
+    mine = provider(fails_sometimes, uuid="1")
+    first, second, third = starts(make, 3, config=CONFIG, rules=[AddNormRelu()], providers=[mine])
+    assert first is not None
+    assert not first.applied
+    assert [each.transient for each in first.verified] == [True]
+    assert second is not None
+    assert len(second.applied) == 1
+    assert not second.from_cache
+    if make is compiled_by_torch:
+        assert third is None, "Inductor found it in its cache"
+    else:
+        assert third is not None
+        assert (third.from_cache, len(third.applied)) == (True, 1)
+
+
+def test_what_fails_every_time_is_compiled_anew_every_time() -> None:
+    FAILURES[:] = [torch.OutOfMemoryError("CUDA out of memory")] * 3
+    mine = provider(fails_sometimes, uuid="1")
+    found = starts(compiled_by_fuseplan, 4, config=CONFIG, rules=[AddNormRelu()], providers=[mine])
+    assert [(each.from_cache, len(each.applied)) for each in found if each] == [*[(False, 0)] * 3, (False, 1)]
+
+
+def test_wrong_results_are_found_in_the_cache() -> None:
+    FAILURES[:] = [ArithmeticError(7.0)]
+    mine = provider(wrong_sometimes, uuid="1")
+    found = starts(compiled_by_fuseplan, 2, config=CONFIG, rules=[AddNormRelu()], providers=[mine])
+    assert [(each.from_cache, len(each.applied)) for each in found if each] == [(False, 0), (True, 0)]
+
+
+def test_a_fault_is_of_one_start_alone() -> None:
+    mine, rule = provider(fails_sometimes, uuid="1"), Faulty()
+    FAILURES[:] = [MemoryError("short of memory")]
+    first, second, third = starts(compiled_by_fuseplan, 3, config=CONFIG, rules=[rule], providers=[mine])
+    assert first is not None
+    assert [each.reason for each in first.refusals] == [Reason.FAULT]
+    assert second is not None
+    assert third is not None
+    assert [(each.from_cache, len(each.applied)) for each in (second, third)] == [(False, 1), (True, 1)]
+
+
+def test_kernels_without_a_uuid_are_verified_at_every_start() -> None:
+    mine = provider(fails_sometimes, uuid=None)
+    found = starts(compiled_by_fuseplan, 2, config=CONFIG, rules=[AddNormRelu()], providers=[mine])
+    assert [[each.from_cache for each in graph.verified] for graph in found if graph] == [[False], [False]]
