@@ -133,6 +133,7 @@ class PostGradPassManager(CustomGraphPass):
         for selector in (*config.force, *config.forbid):
             check_selector(selector, names)
         self._graphs = 0
+        self.on_canonical: Callable[[CanonicalGraph], None] | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
@@ -144,7 +145,6 @@ class PostGradPassManager(CustomGraphPass):
         for graph_pass in self.previous:
             run_pass(graph_pass, graph)
         name = f"graph_{self._graphs}"
-        self._graphs += 1
         groups, refusal = groups_in(graph), self.hands_off(graph)
         try:
             if refusal is not None:
@@ -155,6 +155,7 @@ class PostGradPassManager(CustomGraphPass):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
             report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
+        self._graphs += 1
         self._deliver(replace(report, groups=groups))
 
     def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
@@ -162,6 +163,8 @@ class PostGradPassManager(CustomGraphPass):
         dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
         dump.graph("1-before", graph)
         analysis = self.analyze(graph)
+        if self.on_canonical is not None:
+            self.on_canonical(analysis.canonical)
         if not analysis.external.before:
             return self._change(graph, name, analysis, dump)
         with undone_on_error(graph):
@@ -214,14 +217,9 @@ class PostGradPassManager(CustomGraphPass):
             span = self.compile_range or DEFAULT_SPAN
             with _places_folded():
                 posed = pose(
-                    canonical,
-                    matches.candidates,
-                    external.candidates,
-                    self.prices,
-                    (span.start, span.end),
-                    force=self.config.force,
-                    forbid=self.config.forbid,
-                )
+                    canonical, matches.candidates, external.candidates, self.prices, (span.start, span.end),
+                    force=self.config.force, forbid=self.config.forbid,
+                )  # fmt: skip
         return Analysis(
             canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
             rules=self.rules, stages_ns=stages,

@@ -28,6 +28,7 @@ class CanonicalGraph:
         interior: for a raised node the nodes of `original` that it stands for.
         unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
             come to.
+        dynamic_epsilons: inputs of `original` that are Python floats, each all that keeps a norm from being raised.
     """
 
     original: fx.Graph
@@ -37,6 +38,7 @@ class CanonicalGraph:
     region: dict[fx.Node, int]
     interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
+    dynamic_epsilons: list[fx.Node] = field(default_factory=list)
 
     @classmethod
     def copy_of(cls, original: fx.Graph) -> "CanonicalGraph":
