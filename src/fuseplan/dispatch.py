@@ -12,6 +12,7 @@ from fuseplan.config import CompileRange
 
 T = TypeVar("T", bound=Callable[..., Any])
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+WRAPPER = "_torchdynamo_wrapper_id"
 
 
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -72,8 +73,8 @@ class Dispatch:
             self._warn(f"a call with {found} lies in none of the compile ranges {ranges}: it runs without fusions")
             return otherwise(*args, **kwargs)
 
-        # By this Dynamo finds the function itself, where the compiled one is compiled again or inlined.
-        dispatched._torchdynamo_wrapper_id = id(dispatched)  # type: ignore[attr-defined]
+        # The marks of the wrapped one came along. This tells Dynamo that they are meant.
+        vars(dispatched)[WRAPPER] = id(dispatched)
         return dispatched
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Dispatch":

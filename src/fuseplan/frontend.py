@@ -241,9 +241,8 @@ class _Backend(torch._TorchCompileInductorWrapper):
         merged = _options(config, compile_range, self.fresh.append, dict(options), further, settles=True)
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
         self.plain = torch._TorchCompileInductorWrapper(None, dict(options), dynamic)
-        self.region = region_of(
-            self.config[HOOK].uuid(), content_of(dict(options)), dynamic, identity_of(deliver.on_report)
-        )  # fmt: skip
+        key = self.config[HOOK].uuid() or object()  # equal to no other
+        self.region = region_of(key, content_of(dict(options)), dynamic, identity_of(deliver.on_report))
         self.floats = Floats(self.region)
         self.config[HOOK].on_canonical = self.floats.choose if config.chosen_policy.name != "off" else None
 

@@ -36,7 +36,7 @@ DYNAMIC_EPSILON = (
     "torch._dynamo.config.specialize_float = True"
 )
 AUTOMATIC_EPSILON = (
-    "its value differed between calls, or between models of one class, which makes a Python float dynamic: set "
+    "a Python float that differs between calls, or between models of one class, becomes dynamic: set "
     "torch._dynamo.config.specialize_float = True, which compiles once for each value"
 )
 
