@@ -7,6 +7,8 @@ that a float comes from. One that changes from call to call costs one compilatio
 stays an input.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,13 +101,32 @@ class Floats:
         self._wanted = set()
         raise TensorifyScalarRestartAnalysis
 
-    def settle(self) -> None:
-        """Takes back what Dynamo was asked for: it would hold for other frames, too."""
-        if self._asked:
-            from torch._dynamo.symbolic_convert import TensorifyState
+    def settle(self) -> frozenset[str]:
+        """Takes back what Dynamo was asked for, which would hold for other frames, too: the symbols, for `constant`."""
+        asked, self._asked = frozenset(self._asked), set()
+        _take_back(asked)
+        return asked
 
-            TensorifyState.force_specializations -= self._asked
-            self._asked = set()
+
+@contextmanager
+def constant(symbols: frozenset[str]) -> Iterator[None]:
+    """While a graph is compiled once more, its constants are those of its first time."""
+    if symbols:
+        from torch._dynamo.symbolic_convert import TensorifyState
+
+        for symbol in symbols:
+            TensorifyState.specialize(symbol)
+    try:
+        yield
+    finally:
+        _take_back(symbols)
+
+
+def _take_back(symbols: frozenset[str]) -> None:
+    if symbols:
+        from torch._dynamo.symbolic_convert import TensorifyState
+
+        TensorifyState.force_specializations -= symbols
 
 
 def _float_of(node: fx.Node, frame: object) -> _Float | None:

@@ -24,12 +24,12 @@ from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation import Explanation
 from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settled
-from fuseplan.floats import Floats
+from fuseplan.floats import Floats, constant
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
 from fuseplan.record import Reason, Report
 from fuseplan.record.report import merged
-from fuseplan.regions import identity_of, region_of
+from fuseplan.regions import identity_of, region_of, values_of
 from fuseplan.report.trace import publish
 from fuseplan.rules import BUILT_IN_RULES, Rule
 
@@ -174,7 +174,7 @@ class _Branch:
             return backend.region.compile(function, self.arguments)
         # torch takes out of the options what isn't Inductor's.
         options = dict(self.arguments["options"])
-        return region_of("plain", content_of(options)).compile(function, {**self.arguments, "options": options})
+        return region_of("plain", values_of(options)).compile(function, {**self.arguments, "options": options})
 
 
 def _merge_mode(mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
         self.plain = torch._TorchCompileInductorWrapper(None, dict(options), dynamic)
         key = self.config[HOOK].uuid() or object()  # equal to no other
-        self.region = region_of(key, content_of(dict(options)), dynamic, identity_of(deliver.on_report))
+        self.region = region_of(key, values_of(options), dynamic, identity_of(deliver.on_report))
         self.floats = Floats(self.region)
         self.config[HOOK].on_canonical = self.floats.choose if config.chosen_policy.name != "off" else None
 
@@ -260,7 +260,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
             if self.fresh:
                 self._settle(model_, merged(self.fresh), failed(error))
             raise
-        self.floats.settle()
+        constants = self.floats.settle()
         report = merged(self.fresh) if self.fresh else store.load(key)
         if report is None:
             if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -277,19 +277,21 @@ class _Backend(torch._TorchCompileInductorWrapper):
             return compiled
         return AgreedGraph(
             compiled,
-            self._without(model_, inputs_, extra),
+            self._without(model_, inputs_, extra, constants),
             lambda: self._settle(model_, report, digest_of(report)),
             lambda verdict: self.deliver(settled(report, verdict)),
         )
 
-    def _without(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any]) -> Callable[[], Any]:
+    def _without(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], constants: frozenset[str]
+    ) -> Callable[[], Any]:
         """Compiles the graph without fusions, later, as it would be compiled now: the context of this moment has what
         Dynamo knows of its sizes.
         """
         context = TracingContext.try_get()
 
         def compile_plain() -> Any:
-            with tracing(context):
+            with tracing(context), constant(constants):
                 return self.plain(gm, inputs, **extra)
 
         return compile_plain

@@ -89,6 +89,15 @@ def _context_of(compiled: Any) -> Any:
     return inspect.getclosurevars(compiled).nonlocals.get("self")
 
 
+def values_of(options: Mapping[str, object]) -> Hashable:
+    """Equal for equal options; functions and other objects among them count as `identity_of` has them."""
+    plain = (str, int, float, type(None))
+    return frozenset(
+        (name, type(value), value if isinstance(value, plain) else identity_of(value))
+        for name, value in options.items()
+    )
+
+
 def identity_of(callback: object) -> Hashable:
     """Equal for callables that do the same to the same objects: a bound method is another object each time that it is
     named, and so is a lambda in a loop. What they are bound to counts by identity.
