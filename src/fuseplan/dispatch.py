@@ -1,6 +1,7 @@
 """One compiled graph for each compile range, chosen by a call's number of tokens."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -74,7 +75,7 @@ class Dispatch:
             return otherwise(*args, **kwargs)
 
         # The marks of the wrapped one came along. This tells Dynamo that they are meant.
-        vars(dispatched)[WRAPPER] = id(dispatched)
+        vars(dispatched).update({WRAPPER: id(dispatched), "__wrapped__": inspect.unwrap(otherwise)})
         return dispatched
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Dispatch":

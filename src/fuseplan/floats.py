@@ -56,14 +56,19 @@ class Floats:
         self._asked: set[str] = set()
         self._wanted: set[str] = set()
 
-    def meet(self, gm: fx.GraphModule) -> None:
-        """Takes note of the inputs of a graph that is about to be compiled."""
+    def meet(self, gm: fx.GraphModule) -> bool:
+        """Takes note of the inputs of a graph that is about to be compiled.
+
+        Returns:
+            Whether `choose` could ask for some. What a cache has of the graph as it is then won't do.
+        """
         compile_id = CompileContext.current_compile_id()
         if compile_id != self._frame:
             self.settle()
             self._frame = compile_id
         frame = None if compile_id is None else compile_id.frame_id
         self._inputs = [_float_of(node, frame) for node in gm.graph.find_nodes(op="placeholder")]
+        return any(each is not None and self._may_ask(each) for each in self._inputs)
 
     def choose(self, canonical: CanonicalGraph) -> None:
         """Looks for norms that a constant would complete.
@@ -79,13 +84,15 @@ class Floats:
             return  # AOTAutograd took inputs away, or added some, and which is which isn't known
         found = [self._inputs[inputs.index(node)] for node in canonical.dynamic_epsilons]
         chosen = [each for each in found if each is not None and self._may_ask(each)]
-        if chosen and not find_moved(FLOATS):
+        if chosen:
             self._region.further += len({each.place for each in chosen} - self._known.keys())
             self._known.update({each.place: each.value for each in chosen})
             self._wanted = {each.symbol for each in chosen}
             raise RestartError
 
     def _may_ask(self, each: _Float) -> bool:
+        if find_moved(FLOATS):
+            return False
         return each.symbol not in self._asked and self._known.get(each.place, each.value) == each.value
 
     def restart(self) -> None:

@@ -248,10 +248,10 @@ class _Backend(torch._TorchCompileInductorWrapper):
 
     def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
         manager: PostGradPassManager = self.config[HOOK]
+        manager.may_restart = self.floats.meet(model_)
         options = {name: value for name, value in self.config.items() if name != HOOK}
         key = store.graph_key(model_, inputs_, manager.uuid(), content_of(options))
         self.fresh.clear()
-        self.floats.meet(model_)
         try:
             compiled = super().__call__(model_, inputs_, **extra)  # type: ignore[no-untyped-call]
         except Exception as error:

@@ -134,6 +134,7 @@ class PostGradPassManager(CustomGraphPass):
             check_selector(selector, names)
         self._graphs = 0
         self.on_canonical: Callable[[CanonicalGraph], None] | None = None
+        self.may_restart = False
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
@@ -318,7 +319,8 @@ class PostGradPassManager(CustomGraphPass):
     def uuid(self) -> str:
         """The key under which Inductor caches what this pass does: a hash of everything that can change it."""
         # Ranks may join groups after the manager was made.
-        return fingerprint(**self._content, engine_groups=sorted(map(str, self.engine_groups().items())))
+        groups = sorted(map(str, self.engine_groups().items()))
+        return fingerprint(**self._content, engine_groups=groups, may_restart=self.may_restart)
 
     @cached_property
     def _content(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -91,26 +92,43 @@ def _context_of(compiled: Any) -> Any:
 
 def values_of(options: Mapping[str, object]) -> Hashable:
     """Equal for equal options; functions and other objects among them count as `identity_of` has them."""
-    plain = (str, int, float, type(None))
-    return frozenset(
-        (name, type(value), value if isinstance(value, plain) else identity_of(value))
-        for name, value in options.items()
-    )
+    return frozenset((name, identity_of(value)) for name, value in options.items())
 
 
-def identity_of(callback: object) -> Hashable:
-    """Equal for callables that do the same to the same objects: a bound method is another object each time that it is
-    named, and so is a lambda in a loop. What they are bound to counts by identity.
+def identity_of(value: object) -> Hashable:
+    """Equal for callables that do the same to the same objects, and for equal numbers and texts: a bound method is
+    another object each time that it is named, and so is a lambda in a loop. Other objects count by identity.
     """
-    if isinstance(callback, types.MethodType):
-        return "method", id(callback.__self__), identity_of(callback.__func__)
-    if isinstance(callback, types.BuiltinMethodType):
-        return "built-in", id(callback.__self__), callback.__name__
-    if type(callback) is functools.partial:
-        named = sorted((name, id(value)) for name, value in callback.keywords.items())
-        return "partial", identity_of(callback.func), tuple(map(id, callback.args)), tuple(named)
-    if isinstance(callback, types.FunctionType) and not callback.__dict__:
-        bound = (*(callback.__closure__ or ()), *(callback.__defaults__ or ()))
-        named = sorted((name, id(value)) for name, value in (callback.__kwdefaults__ or {}).items())
-        return callback.__code__, id(callback.__globals__), tuple(map(id, bound)), tuple(named)
-    return id(callback)
+    if isinstance(value, str | int | float | None):
+        return type(value), value
+    if isinstance(value, types.MethodType):
+        return _Same(value.__self__), identity_of(value.__func__)
+    if isinstance(value, types.BuiltinMethodType):
+        return _Same(value.__self__), value.__name__
+    if type(value) is functools.partial:
+        return "partial", identity_of(value.func), tuple(map(identity_of, value.args)), values_of(value.keywords)
+    if isinstance(value, types.FunctionType) and not value.__dict__:
+        bound = (*map(_content, value.__closure__ or ()), *(value.__defaults__ or ()))
+        named = values_of(value.__kwdefaults__ or {})
+        return value.__code__, _Same(value.__globals__), tuple(map(identity_of, bound)), named
+    return _Same(value)
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return cell
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An object as its identity. It is kept alive, so that no other one gets its number meanwhile."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
