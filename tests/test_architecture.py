@@ -23,7 +23,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
     for row in (
         "cpython errors",
         "record",
-        "config compatibility",
+        "config compatibility regions",
         "content dialect graph fallback",
         "canonical rules distributed",
         "providers",
@@ -32,7 +32,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "verification rewriting",
         "tuning analysis debug drawing",
         "manager",
-        "capture store dispatch first_run",
+        "capture store dispatch first_run floats",
         "explanation",
         "comparison frontend measurement testing",
         "benchmark",

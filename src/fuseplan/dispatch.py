@@ -1,6 +1,7 @@
 """One compiled graph for each compile range, chosen by a call's number of tokens."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -11,6 +12,8 @@ from torch import Tensor
 from fuseplan.config import CompileRange
 
 T = TypeVar("T", bound=Callable[..., Any])
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+WRAPPER = "_torchdynamo_wrapper_id"
 
 
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -25,62 +28,56 @@ def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     return None
 
 
-def dispatch_by_tokens(
-    model: T,
-    branches: Mapping[CompileRange, Callable[..., Any]],
-    plain: Callable[..., Any],
-    warn: Callable[[str], None],
-) -> T:
-    """A module or function that calls the branch whose range holds its number of tokens.
+class Dispatch:
+    """Compiles a function once for each compile range, and sends each call where its number of tokens belongs.
+
+    In the module that `torch.compile` returns it takes the place of Dynamo's context: copies of the module, and what is
+    loaded from a pickle, ask it to compile their own forward.
 
     Args:
-        model: what was compiled; a module's attributes stay reachable through the result.
-        branches: a compiled model for each range.
-        plain: takes the calls that lie in no range.
+        branches: what compiles for each range.
+        otherwise: what compiles for calls that lie in no range.
         warn: is told of those.
     """
-    ranges = ", ".join(map(str, branches))
-
-    def choose(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-        tokens = tokens_of(args, kwargs)
-        for compile_range, branch in branches.items():
-            if tokens is not None and tokens in compile_range:
-                return branch
-        found = "no tensor argument" if tokens is None else f"{tokens} tokens"
-        warn(f"a call with {found} lies in none of the compile ranges {ranges}: it runs without fusions")
-        return plain
-
-    if isinstance(model, torch.nn.Module):
-        return cast(T, RangedModule(model, choose))
-
-    @functools.wraps(model)
-    def dispatched(*args: Any, **kwargs: Any) -> Any:
-        return choose(args, kwargs)(*args, **kwargs)
-
-    return cast(T, dispatched)
-
-
-class RangedModule(torch.nn.Module):
-    """A module whose calls go to the graph of their compile range; like `torch.compile`'s it keeps the original as
-    `_orig_mod`.
-    """
-
-    _orig_mod: torch.nn.Module
 
     def __init__(
-        self, module: torch.nn.Module, choose: Callable[[Sequence[Any], Mapping[str, Any]], Callable[..., Any]]
+        self, branches: Mapping[CompileRange, Compile], otherwise: Compile, warn: Callable[[str], None]
     ) -> None:
-        super().__init__()
-        self._orig_mod = module
-        self._choose = choose
-        self.training = module.training
+        self._branches, self._otherwise, self._warn = dict(branches), otherwise, warn
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the compiled module of the range that holds this call's number of tokens."""
-        return self._choose(args, kwargs)(*args, **kwargs)
+    def compile(self, model: T) -> T:
+        """The compiled model: torch's own `OptimizedModule` of a module, a function of anything else."""
+        compiled = self._otherwise(model)
+        if compiled is model:  # torch.compile is switched off
+            return model
+        if not isinstance(compiled, torch._dynamo.OptimizedModule):
+            return cast(T, self(model))
+        compiled.dynamo_ctx = self  # type: ignore[assignment]
+        compiled._initialize()
+        return cast(T, compiled)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_orig_mod"), name)
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that calls the branch whose range holds its number of tokens."""
+        otherwise = self._otherwise(function)
+        if not self._branches or otherwise is function:
+            return otherwise
+        branches = {compile_range: branch(function) for compile_range, branch in self._branches.items()}
+
+        @functools.wraps(otherwise)
+        def dispatched(*args: Any, **kwargs: Any) -> Any:
+            tokens = tokens_of(args, kwargs)
+            for compile_range, branch in branches.items():
+                if tokens is not None and tokens in compile_range:
+                    return branch(*args, **kwargs)
+            found = "no tensor argument" if tokens is None else f"{tokens} tokens"
+            ranges = ", ".join(map(str, branches))
+            self._warn(f"a call with {found} lies in none of the compile ranges {ranges}: it runs without fusions")
+            return otherwise(*args, **kwargs)
+
+        # The marks of the wrapped one came along. This tells Dynamo that they are meant.
+        vars(dispatched).update({WRAPPER: id(dispatched), "__wrapped__": inspect.unwrap(otherwise)})
+        return dispatched
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Dispatch":
+        """Itself: copies of a model share what was compiled, and report to the callback that the user gave."""
+        return self

@@ -54,11 +54,11 @@ class Identity:
             return None
         return fingerprint(**self.facts, unordered=sorted(map(str, unordered)), ordered=ordered, **further)
 
-    def is_same(self, other: "Identity") -> bool:
+    def __eq__(self, other: object) -> bool:
         """Whether two of this process are alike: a user's function or object without a `uuid()` is like itself
         alone.
         """
-        if hash(self) != hash(other) or self.facts != other.facts:
+        if not isinstance(other, Identity) or hash(self) != hash(other) or self.facts != other.facts:
             return False
         mine, theirs = ([*_sorted(each.unordered), *each.ordered] for each in (self, other))
         return len(mine) == len(theirs) and all(one.is_same(another) for one, another in zip(mine, theirs, strict=True))
@@ -108,7 +108,7 @@ class Keyed(CustomGraphPass):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Keyed) or self.named_groups != other.named_groups:
             return False
-        return self is other or self.identity.is_same(other.identity)
+        return self is other or self.identity == other.identity
 
     def __hash__(self) -> int:
         return hash(self.identity)

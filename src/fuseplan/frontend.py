@@ -3,7 +3,8 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,16 +18,18 @@ from fuseplan.capture import capture, no_caches
 from fuseplan.compatibility import require_supported_torch
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.cpython import uncollected
-from fuseplan.dispatch import dispatch_by_tokens
+from fuseplan.dispatch import Dispatch
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation import Explanation
 from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settled
+from fuseplan.floats import Floats, constant
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
 from fuseplan.record import Reason, Report
 from fuseplan.record.report import merged
+from fuseplan.regions import identity_of, region_of, values_of
 from fuseplan.report.trace import publish
 from fuseplan.rules import BUILT_IN_RULES, Rule
 
@@ -130,7 +133,8 @@ def compile(
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 
     Returns:
-        What `torch.compile` returns; with compile ranges a module or function that chooses among several of those.
+        What `torch.compile` returns. With compile ranges each call chooses among several graphs; a module is still
+        torch's own `OptimizedModule`, whose copies share what was compiled and compute with their own weights.
 
     Raises:
         ConfigError: flags and policy contradict each other, `backend` isn't Inductor, `mode` and `options` set one
@@ -148,15 +152,29 @@ def compile(
     _warn_if_nothing_compiles(arguments)
     warner, further = _Warner(on_report), _Further(passes, rules, providers)
 
-    def compiled(compile_range: CompileRange | None) -> Any:
+    def branch(compile_range: CompileRange | None) -> _Branch:
         backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), further)
-        return torch.compile(model, backend=backend, **arguments)
+        return _Branch({**arguments, "backend": backend})
 
     if not config.compile_ranges:
-        return compiled(None)  # type: ignore[no-any-return]
-    plain = torch.compile(model, options=options, **arguments)
-    branches = {compile_range: compiled(compile_range) for compile_range in config.compile_ranges}
-    return dispatch_by_tokens(model, branches, plain, warner.warn)
+        return Dispatch({}, branch(None), warner.warn).compile(model)
+    branches = {compile_range: branch(compile_range) for compile_range in config.compile_ranges}
+    return Dispatch(branches, _Branch({**arguments, "options": options}), warner.warn).compile(model)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """`torch.compile` with its arguments."""
+
+    arguments: Mapping[str, Any]
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        backend = self.arguments.get("backend")
+        if isinstance(backend, _Backend):
+            return backend.region.compile(function, self.arguments)
+        # torch takes out of the options what isn't Inductor's.
+        options = dict(self.arguments["options"])
+        return region_of("plain", values_of(options)).compile(function, {**self.arguments, "options": options})
 
 
 def _merge_mode(mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None) -> dict[str, Any]:
@@ -217,14 +235,21 @@ class _Backend(torch._TorchCompileInductorWrapper):
         dynamic: bool | None,
         further: _Further,
     ) -> None:
+        self._given = config, compile_range, deliver, options, dynamic, further
         self.deliver = deliver
         self.fresh: list[Report] = []
         merged = _options(config, compile_range, self.fresh.append, dict(options), further, settles=True)
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
         self.plain = torch._TorchCompileInductorWrapper(None, dict(options), dynamic)
+        manager: PostGradPassManager = self.config[HOOK]
+        same = manager.identity, *manager.named_groups
+        self.region = region_of(same, values_of(options), dynamic, identity_of(deliver.on_report))
+        self.floats = Floats(self.region)
+        manager.on_canonical = self.floats.choose if config.chosen_policy.name != "off" else None
 
     def __call__(self, model_: fx.GraphModule, inputs_: Sequence[Any], **extra: Any) -> Any:
         manager: PostGradPassManager = self.config[HOOK]
+        manager.may_restart = self.floats.meet(model_)
         options = {name: value for name, value in self.config.items() if name != HOOK}
         key = store.graph_key(model_, inputs_, manager.uuid(), options)
         compiled = self._compile(model_, inputs_, extra, cold=key is None)
@@ -235,6 +260,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
             # The other ranks will ask what this one applies, and only a cold compilation can say. It can't where the
             # graph has no op, which Inductor doesn't compile and of which nobody asks.
             compiled = self._compile(model_, inputs_, extra, cold=True)
+        constants = self.floats.settle()
         if known is None and not self.fresh:
             return compiled
         report = known or merged(self.fresh)
@@ -245,7 +271,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
             return compiled
         return AgreedGraph(
             compiled,
-            self._without(model_, inputs_, extra),
+            self._without(model_, inputs_, extra, constants),
             lambda: self._settle(model_, report, digest_of(report)),
             lambda verdict: self.deliver(settled(report, verdict)),
         )
@@ -257,18 +283,22 @@ class _Backend(torch._TorchCompileInductorWrapper):
             with no_caches() if cold else contextlib.nullcontext():
                 return super().__call__(gm, inputs, **extra)  # type: ignore[no-untyped-call]
         except Exception as error:
+            self.floats.restart()
+            self.floats.settle()
             if self.fresh:
                 self._settle(gm, merged(self.fresh), failed(error))
             raise
 
-    def _without(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any]) -> Callable[[], Any]:
+    def _without(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], constants: frozenset[str]
+    ) -> Callable[[], Any]:
         """Compiles the graph without fusions, later, as it would be compiled now: the context of this moment has what
         Dynamo knows of its sizes.
         """
         context = TracingContext.try_get()
 
         def compile_plain() -> Any:
-            with tracing(context):
+            with tracing(context), constant(constants):
                 return self.plain(gm, inputs, **extra)
 
         return compile_plain
@@ -279,12 +309,16 @@ class _Backend(torch._TorchCompileInductorWrapper):
         return settle(gm, report, digest, manager.config, rules)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Backend) or self.deliver.on_report is not other.deliver.on_report:
-            return False
-        return bool(super().__eq__(other))  # type: ignore[no-untyped-call]
+        return isinstance(other, _Backend) and self.region is other.region
 
     def __hash__(self) -> int:
-        return hash(self.config[HOOK])
+        return hash(self.region)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given
 
 
 def explain(

@@ -130,6 +130,8 @@ class PostGradPassManager(Keyed):
         for selector in (*config.force, *config.forbid):
             check_selector(selector, names)
         self._graphs, self._regions = 0, Regions()
+        self.on_canonical: Callable[[CanonicalGraph], None] | None = None
+        self.may_restart = False
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
@@ -141,7 +143,6 @@ class PostGradPassManager(Keyed):
         for graph_pass in self.previous:
             run_pass(graph_pass, graph)
         name = f"graph_{self._graphs}"
-        self._graphs += 1
         groups, refusal = groups_in(graph), self.hands_off(graph)
         try:
             if refusal is not None:
@@ -152,6 +153,7 @@ class PostGradPassManager(Keyed):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
             report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
+        self._graphs += 1
         if not report.is_lasting:
             self.give_up_key()
         self._deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
@@ -161,6 +163,8 @@ class PostGradPassManager(Keyed):
         dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
         dump.graph("1-before", graph)
         analysis = self.analyze(graph)
+        if self.on_canonical is not None:
+            self.on_canonical(analysis.canonical)
         if not analysis.external.before:
             return self._change(graph, name, analysis, dump)
         with undone_on_error(graph):
@@ -312,6 +316,9 @@ class PostGradPassManager(Keyed):
         """The rules that are on, and other people's passes that can be planned."""
         external = sorted(p.name for p in self.passes if isinstance(p, ExternalPass) and not p.is_procedural)
         return (*self.rules, *external)
+
+    def _key(self) -> str | None:
+        return self.identity.key(engine_groups=self.named_groups, may_restart=self.may_restart)
 
     @cached_property
     def identity(self) -> Identity:

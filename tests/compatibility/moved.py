@@ -57,7 +57,7 @@ def put(monkeypatch: pytest.MonkeyPatch, module: str, name: str, value: Any) -> 
     monkeypatch.setitem(sys.modules, module, Altered(original, {name: value}))
 
 
-AGAIN = {"", "capture", "compatibility", "fallback", "frontend", "manager", "matching"}
+AGAIN = {"", "capture", "compatibility", "fallback", "floats", "frontend", "manager", "matching", "regions"}
 """What looks at torch when it is imported, and "", the package. Ops can't be registered again: the dialect stays."""
 
 

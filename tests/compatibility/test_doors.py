@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 import fuseplan
 from fuseplan import compatibility
 from fuseplan.cli import app
-from fuseplan.compatibility import ASIDE, PRIVATE_APIS, PrivateApi
+from fuseplan.compatibility import ASIDE, OPTIONAL, PRIVATE_APIS, PrivateApi
 from fuseplan.errors import CompatibilityError
 from fuseplan.integrations.pytest_plugin import assert_fusions
 from tests.compatibility.moved import change, hide, import_anew
 
-NEEDED = [each for each in PRIVATE_APIS if not ASIDE.issuperset(each.users)]
+NEEDED = [each for each in PRIVATE_APIS if not (ASIDE | OPTIONAL).issuperset(each.users)]
 BY_PATH = {each.path: each for each in PRIVATE_APIS}
 MOVED = BY_PATH["torch._inductor.compile_fx:_recursive_post_grad_passes"]
 FOR_WORKLOADS = BY_PATH["torch.testing._internal.distributed.fake_pg:FakeStore"]

@@ -143,5 +143,12 @@ def test_torch_writes_the_keys_of_metadata_that_are_read() -> None:
             return y.add_(1)
 
     traced = capture(Model(), (torch.randn(4, 8),), {}, dynamic=False)
-    written = {key for gm in traced.graphs for node in gm.graph.nodes for key in node.meta}
+    graphs = [gm.graph for gm in traced.graphs]
+
+    def keep(gm: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(gm.graph)
+        return gm.forward
+
+    torch.compile(Model(), backend=keep)(torch.randn(4, 8))
+    written = {key for graph in graphs for node in graph.nodes for key in node.meta}
     assert set(TRACED) - written == set()

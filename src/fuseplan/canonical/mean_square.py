@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
 
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.graph.facts import (
@@ -34,6 +35,10 @@ DYNAMIC_EPSILON = (
     "dynamic=True makes Python floats dynamic: mark sizes with torch._dynamo.mark_dynamic instead, or set "
     "torch._dynamo.config.specialize_float = True"
 )
+AUTOMATIC_EPSILON = (
+    "a Python float that differs between calls, or between models of one class, becomes dynamic: set "
+    "torch._dynamo.config.specialize_float = True, which compiles once for each value"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +50,19 @@ class MeanSquare:
         eps: what is added to the mean; 0 where nothing is.
         interior: every node from `total`, exclusive, to the root.
         deviations: why it isn't one; empty where it is.
+        dynamic_eps: a Python float that Dynamo made an input, if epsilon is nothing else.
     """
 
     total: fx.Node
     eps: float
     interior: tuple[fx.Node, ...]
     deviations: tuple[Unraised, ...]
+    dynamic_eps: fx.Node | None = None
+
+    @property
+    def lacks_epsilon(self) -> bool:
+        """Whether it would be one if epsilon were a constant. (Where the user asked for dynamic floats, it isn't.)"""
+        return [each.mend for each in self.deviations] == [AUTOMATIC_EPSILON]
 
     @property
     def deviation(self) -> Unraised:
@@ -93,8 +105,9 @@ def _read(root: fx.Node) -> MeanSquare | None:
     deviations += [*_of_the_steps(steps), *further]
     constant = float(eps) if isinstance(eps, (int, float)) else 0.0
     return MeanSquare(
-        total=total, eps=constant, interior=(*inner, *reversed(steps), root), deviations=tuple(deviations)
-    )
+        total=total, eps=constant, interior=(*inner, *reversed(steps), root), deviations=tuple(deviations),
+        dynamic_eps=_dynamic_float(eps) if isinstance(eps, fx.Node) else None,
+    )  # fmt: skip
 
 
 def _of_the_root(root: fx.Node) -> list[Unraised] | None:
@@ -115,7 +128,8 @@ def _of_the_steps(steps: list[fx.Node]) -> list[Unraised]:
     added = [step for step in steps if is_call(step, *ADDS)]
     for step in steps:
         if is_call(step, *ADDS) and isinstance(step.args[1], fx.Node):
-            mend = DYNAMIC_EPSILON if _is_dynamic_float(step.args[1]) else CONSTANT_EPSILON
+            dynamic = AUTOMATIC_EPSILON if dynamo_config.assume_static_by_default else DYNAMIC_EPSILON
+            mend = dynamic if _dynamic_float(step.args[1]) is not None else CONSTANT_EPSILON
             detail = "epsilon is a value of the graph, and the op takes a constant"
             found.append(Unraised(Reason.ATTRIBUTE, detail, step.args[1], mend))
         elif is_call(step, *ADDS) and (step.kwargs or step is not added[0]):
@@ -128,11 +142,12 @@ def _of_the_steps(steps: list[fx.Node]) -> list[Unraised]:
     return found
 
 
-def _is_dynamic_float(node: fx.Node) -> bool:
-    """Whether a value is a Python float of the model that Dynamo made an input: a float64 tensor of no dimension."""
+def _dynamic_float(node: fx.Node) -> fx.Node | None:
+    """The Python float that a value is, where Dynamo made it an input: a float64 tensor of no dimension."""
     source = node.args[0] if is_call(node, convert_element_type) else node
     value = tensor_of(source)
-    return value is None or (value.dim() == 0 and value.dtype is torch.float64 and source.op == "placeholder")
+    is_float = value is not None and value.dim() == 0 and value.dtype is torch.float64
+    return source if isinstance(source, fx.Node) and source.op == "placeholder" and is_float else None
 
 
 def _mean_of_squares(node: fx.Node, steps: list[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...], list[Unraised]] | None:

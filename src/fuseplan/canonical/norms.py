@@ -67,6 +67,9 @@ def raise_rms_norms(canonical: CanonicalGraph) -> None:
     _merge_equal_casts(canonical)
     for root, found in mean_squares(canonical.graph):
         try:
+            if found.lacks_epsilon:
+                _read_norm(root, found)
+                canonical.dynamic_epsilons += [canonical.origin[each] for each in (found.dynamic_eps,) if each]
             if found.deviations:
                 raise found.deviation
             _raise(canonical, _read_norm(root, found))

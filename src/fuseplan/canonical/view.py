@@ -29,6 +29,7 @@ class CanonicalGraph:
         unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
             come to.
         raised_alike: raises another graph under the same settings.
+        dynamic_epsilons: inputs of `original` that are Python floats, each all that keeps a norm from being raised.
     """
 
     original: fx.Graph
@@ -38,6 +39,7 @@ class CanonicalGraph:
     region: dict[fx.Node, int]
     interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
+    dynamic_epsilons: list[fx.Node] = field(default_factory=list)
     raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
 
     @classmethod

@@ -9,13 +9,15 @@ import functools
 import torch
 
 from fuseplan.compatibility.check import Moved, find_moved
-from fuseplan.compatibility.private import ASIDE, PRIVATE_APIS, TRACED, PrivateApi
+from fuseplan.compatibility.private import ASIDE, FLOATS, OPTIONAL, PRIVATE_APIS, TRACED, PrivateApi
 from fuseplan.errors import CompatibilityError
 
 __all__ = [
     "ASIDE",
+    "FLOATS",
     "NEWEST_TORCH",
     "OLDEST_TORCH",
+    "OPTIONAL",
     "PRIVATE_APIS",
     "TRACED",
     "Moved",
@@ -68,7 +70,8 @@ def incompatibility(everything: bool = False) -> str | None:
     Args:
         everything: also what `fuseplan.compile` does without; see `ASIDE`.
     """
-    moved = find_moved(each for each in PRIVATE_APIS if everything or not ASIDE.issuperset(each.users))
+    spared = OPTIONAL if everything else OPTIONAL | ASIDE
+    moved = find_moved(each for each in PRIVATE_APIS if not spared.issuperset(each.users))
     if not moved:
         return None
     more = f", and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""

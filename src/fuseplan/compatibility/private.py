@@ -40,10 +40,24 @@ ASIDE = frozenset({"benchmark", "integrations", "models", "testing", "tuning", "
 """Parts that build workloads for the command line, measure, or check rules for those who write them. `fuseplan.compile`
 does without."""
 
+OPTIONAL = frozenset({"floats"})
+"""Parts without which fuseplan does less, and says so in its reports."""
+
+FLOATS = (
+    PrivateApi("torch._dynamo.exc:TensorifyScalarRestartAnalysis", ("floats",), 0),
+    PrivateApi("torch._dynamo.symbolic_convert:TensorifyState.force_specializations", ("floats",)),
+    PrivateApi("torch._dynamo.symbolic_convert:TensorifyState.specialize", ("floats",), 1),
+)
+
 DYNAMO = (
+    PrivateApi("torch._dynamo:OptimizedModule", ("dispatch", "regions")),
+    PrivateApi("torch._dynamo:OptimizedModule._initialize", ("dispatch",), 0),
+    PrivateApi("torch._dynamo.config:accumulated_recompile_limit", ("regions",)),
+    PrivateApi("torch._dynamo.config:assume_static_by_default", ("canonical",)),
     PrivateApi("torch._dynamo.config:disable", ("frontend",)),
-    PrivateApi("torch._dynamo.config:patch", ("benchmark", "capture"), 0, ("recompile_limit", "run_gc_after_compile")),
-    PrivateApi("torch._dynamo.config:recompile_limit", ("benchmark",)),
+    PrivateApi("torch._dynamo.config:patch", ("benchmark", "capture", "regions"), 0,
+               ("recompile_limit", "run_gc_after_compile")),
+    PrivateApi("torch._dynamo.config:recompile_limit", ("benchmark", "regions")),
     PrivateApi("torch._dynamo.config:run_gc_after_compile", ("capture",)),
     PrivateApi("torch._dynamo:maybe_mark_dynamic", ("capture",), 2),
     PrivateApi("torch._dynamo:reset", ("benchmark", "capture"), 0),
@@ -56,6 +70,7 @@ DYNAMO = (
     PrivateApi("torch._functorch.config:enable_remote_autograd_cache", ("capture",)),
     PrivateApi("torch._functorch.config:patch", ("capture",), 0,
                ("enable_autograd_cache", "enable_remote_autograd_cache")),
+    PrivateApi("torch._guards:CompileContext.current_compile_id", ("floats",), 0),
     PrivateApi("torch._guards:detect_fake_mode", ("capture", "graph"), 1),
     PrivateApi("torch._guards:TracingContext.try_get", ("frontend",), 0),
     PrivateApi("torch._guards:tracing", ("frontend",), 1),
@@ -164,11 +179,12 @@ OPS = (
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
 )  # fmt: skip
 
-PRIVATE_APIS: tuple[PrivateApi, ...] = (*DYNAMO, *INDUCTOR, *PATTERN_MATCHER, *GRAPHS, *OPS)
+PRIVATE_APIS: tuple[PrivateApi, ...] = (*FLOATS, *DYNAMO, *INDUCTOR, *PATTERN_MATCHER, *GRAPHS, *OPS)
 """All of it."""
 
 TRACED: Mapping[str, tuple[str, ...]] = {
     "custom": ("canonical", "matching", "rewriting"),
+    "example_value": ("floats",),
     "nn_module_stack": ("canonical", "graph", "rewriting"),
     "source_fn_stack": ("graph",),
     "stack_trace": ("canonical", "graph", "rewriting"),
