@@ -88,6 +88,13 @@ def graph_report(
     most = f"max_fusions={config.max_fusions}"
     refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
     refusals += _failures(posed, decision)
+    alone = "what it requires, or is applied together with, isn't applied"
+    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
+    if unmeasured := posed.problem.unmeasured(decision.selected):
+        names = " and ".join(sorted({posed.candidates[index].rule for index in unmeasured}))
+        detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
+        detail += "with others that aren't applied, and not without them"
+        refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
     cycle = "together with fusions that were chosen it would make the graph cyclic"
     refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
     matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}

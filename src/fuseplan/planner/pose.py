@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -33,6 +33,7 @@ class Posed:
         idle: selectors of what is forced or forbidden that select nothing in this graph.
         forced: selectors of what is forced, with what is open to each of them at each place.
         failed: candidates that failed verification, or need one that did, and why.
+        unpriced: candidates that a plan doesn't apply since nobody has priced them and they aren't forced.
     """
 
     canonical: CanonicalGraph
@@ -44,6 +45,12 @@ class Posed:
     idle: tuple[str, ...]
     forced: Groups = ()
     failed: Mapping[int, str] = field(default_factory=dict)
+    unpriced: frozenset[int] = frozenset()
+
+    @property
+    def ruled_out(self) -> frozenset[int]:
+        """What no policy applies: what is forbidden or has failed."""
+        return (self.problem.forbidden - self.unpriced) | self.failed.keys()
 
     def without(self, failed: Mapping[int, str]) -> "Posed":
         """The same problem without candidates that failed verification, and without what needs them. What is forced
@@ -80,8 +87,32 @@ class Posed:
         return self.priced.unfused[len(self.priced.unfused) // 2]
 
     def saved_by_size(self, selected: Sequence[int]) -> list[int]:
-        """What a selection saves at each size, in ns."""
-        return [sum(s[k] for i in selected if (s := self.priced.savings[i])) for k in range(len(self.priced.tokens))]
+        """What a selection saves at each size, in ns; what was never measured together counts nothing."""
+        left, found = set(selected), list[tuple[int, ...]]()
+        for members, savings in self.priced.together.items():
+            if part := frozenset(left & members):
+                found.append(savings.get(part, ()))
+                left -= part
+        found += [self.priced.savings[index] for index in left]
+        return [sum(savings[k] for savings in found if savings) for k in range(len(self.priced.tokens))]
+
+    def in_graph_order(self, selected: Iterable[int]) -> list[int]:
+        """A selection by the places of its matches in the original graph, which all kinds of matches have."""
+        return sorted(selected, key=lambda i: (self.canonical.source_node(self.candidates[i].anchor), i))
+
+    def illegal(self, selected: Sequence[int]) -> str | None:
+        """Why a selection can't be applied, or None."""
+        chosen, names = set(selected), [candidate.name for candidate in self.candidates]
+        for i, j in sorted(self.problem.conflicts):
+            if i in chosen and j in chosen:
+                return f"{names[i]} and {names[j]} can't be applied together"
+        for i, j in sorted(self.problem.requires):
+            if i in chosen and j not in chosen:
+                return f"{names[i]} needs {names[j]}, which isn't applied"
+        for group in self.problem.together:
+            if missing := group - chosen if group & chosen else None:
+                return f"{names[min(group & chosen)]} and {names[min(missing)]} are applied together or not at all"
+        return "what it applies can't be applied together" if self.find_cycles(selected) else None
 
     @cached_property
     def index(self) -> dict[int, int]:

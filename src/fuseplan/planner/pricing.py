@@ -124,6 +124,7 @@ class Priced:
         costs: what each candidate's op takes at the middle size; None where nothing is known of it.
         provenance: where each candidate's price is from.
         alternatives: of components measured as a whole, what each alternative saves.
+        together: likewise, at each size.
         unfused: all contested sites, as Inductor leaves them, by size.
     """
 
@@ -134,6 +135,7 @@ class Priced:
     provenance: list[Provenance]
     alternatives: dict[frozenset[int], dict[frozenset[int], int]]
     unfused: list[int]
+    together: dict[frozenset[int], dict[frozenset[int], tuple[int, ...]]] = field(default_factory=dict)
 
 
 class Pricing:
@@ -235,10 +237,12 @@ class Pricing:
                 return False
         before = [ns for ns, _ in unfused or [(0, 0)] * len(rows)]
         values: dict[frozenset[int], int] = {}
+        by_size = result.together.setdefault(frozenset(component), {})
         noise = {frozenset[int](): max(spread for _, spread in unfused or [(0, 0)])}
         for alternative, measured in times.items():
             savings = tuple(a - ns for a, (ns, _) in zip(before, measured, strict=True))
             values[alternative], noise[alternative] = weighted(savings, before), max(spread for _, spread in measured)
+            by_size[alternative] = savings
             if len(alternative) == 1:
                 (index,) = alternative
                 result.savings[index] = savings
