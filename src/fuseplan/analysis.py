@@ -88,6 +88,7 @@ def graph_report(
     most = f"max_fusions={config.max_fusions}"
     refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
     refusals += _failures(posed, decision)
+    refusals += _unpriced(posed, decision)
     alone = "what it requires, or is applied together with, isn't applied"
     refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
     if unmeasured := posed.problem.unmeasured(decision.selected):
@@ -112,10 +113,10 @@ def graph_report(
                 blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
-                forbidden=lost.candidate in posed.problem.forbidden,
+                forbidden=lost.candidate in posed.ruled_out,
             )
             for lost in decision.lost
-            if lost.candidate not in posed.failed
+            if lost.candidate not in posed.failed and not (is_planned and lost.candidate in posed.unpriced)
         ),
         matched={rule: counts.count(rule) for rule in rules},
         recognized=canonical.recognized(),
@@ -174,6 +175,33 @@ def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
     return [*kernels, *places]
 
 
+def _unpriced(posed: Posed, decision: Decision) -> list[Refusal]:
+    """What a plan doesn't apply since nobody has priced it: once for its kernel, and once for every place."""
+    if decision.solution is None:
+        return []
+    places, kernels = list[Refusal](), dict[Refusal, None]()
+    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
+    for index in sorted(posed.unpriced - posed.failed.keys()):
+        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+        why = f"nobody has priced {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
+        hows = ["measure it (fuseplan.measurement.tune)"] if candidate.site is not None else []
+        if isinstance(candidate.match, Match) and candidate.match.cost is not None:
+            why = f"what {candidate.op} by {candidate.provider} takes is declared, and what it replaces isn't known"
+        else:
+            hows.append("declare what it takes (provider_of(..., cost=))")
+        place = replace(
+            _given_up(fusion, Reason.UNPRICED, why), provider=candidate.provider,
+            nearness=Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED,
+            mend=" or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"]),
+        )  # fmt: skip
+        places.append(place)
+        whole = replace(
+            place, nodes=(), source=None, site=None, nearness=None, detail=f"{candidate.rule} is not applied: {why}"
+        )
+        kernels[whole] = None
+    return [*kernels, *places]
+
+
 def fault(error: Exception) -> Refusal:
     """Why a graph goes on as Inductor made it: an error that nobody expects, and where it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -202,7 +230,7 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
         rules: that were on.
         graphs: one record each.
     """
-    told = (Reason.NO_EFFECT, Reason.VERIFICATION, Reason.FAULT)
+    told = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
     whole = (r for graph in graphs for r in graph.refusals if r.reason in told and not is_of_a_place(r))
     warnings = dict.fromkeys(whole)
     return Report(

@@ -14,7 +14,7 @@ from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_o
 from fuseplan.graph.legality import is_convex
 from fuseplan.graph.reach import strided_reader
 from fuseplan.matching.inductor import CompiledPattern
-from fuseplan.providers import DeviceProfile, Offer, Provider
+from fuseplan.providers import Cost, DeviceProfile, Offer, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule
 from fuseplan.rules.base import op_text
@@ -32,6 +32,7 @@ class Match:
         outputs: for each value that the pattern yields the node that has it, None where it is dead.
         core: the node of the dialect op that fusions contend for.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
+        cost: what the provider says that a call takes.
     """
 
     rule: Rule
@@ -41,6 +42,7 @@ class Match:
     outputs: tuple[fx.Node | None, ...]
     core: fx.Node
     rounding_change: tuple[str, str] | None = None
+    cost: Cost | None = None
 
     @property
     def anchor(self) -> fx.Node:
@@ -284,12 +286,12 @@ def _offered(
                 )
             )  # fmt: skip
         elif fits and offer.leaves_out is None:
-            taken.append(replace(match, provider=provider.name))
+            taken.append(replace(match, provider=provider.name, cost=offer.cost))
         elif (fits or near) and allow_rounding_changes:
             computed = str(rounding) if fits else near[0]
             change = (str(rounding), f"{computed}, not rounding {offer.leaves_out}" if offer.leaves_out else computed)
             values = {**match.values, "rounding": computed}
-            taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
+            taken.append(replace(match, provider=provider.name, values=values, rounding_change=change, cost=offer.cost))
         else:
             computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
             told = [] if fits else [f"rounds as {computed}, and the graph as {rounding}"]

@@ -192,6 +192,7 @@ def fusion_record(posed: Posed, index: int) -> Fusion:
         rule=candidate.rule,
         op=candidate.op,
         provider=candidate.provider,
+        provenance=posed.priced.provenance[index].value,
         anchor=canonical.source_node(match.anchor).name,
         consumed=tuple(node.name for node in match.consumed),
         contested_op=op.name if op else str(core.target),
@@ -206,6 +207,7 @@ def fusion_record(posed: Posed, index: int) -> Fusion:
 def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, int] | None, device: str) -> Plan:
     """A decision as a record."""
     candidates, values, solution = posed.candidates, posed.problem.savings_ns, decision.solution
+    known = [provenance.value for provenance in posed.priced.provenance]
     rejected = []
     for lost in decision.lost:
         candidate = candidates[lost.candidate]
@@ -218,13 +220,14 @@ def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, i
                 blocked_by=tuple(candidates[index].name for index in lost.blocked_by),
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
+                provenance=known[lost.candidate],
             )
         )
     return Plan(
         graph=graph,
         range=span,
         device=device,
-        prices=tuple(sorted({provenance.value for provenance in posed.priced.provenance})),
+        prices=tuple(sorted(set(known))),
         sites=posed.sites,
         selected=tuple(
             Selected(
@@ -232,6 +235,7 @@ def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, i
                 signature=candidates[index].signature,
                 source=candidates[index].source,
                 saving_ns=values[index],
+                provenance=known[index],
             )
             for index in decision.selected
         ),

@@ -14,6 +14,7 @@ from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, couplings_of
 from fuseplan.planner.components import components
 from fuseplan.planner.contradiction import ContradictionError, Groups
+from fuseplan.planner.costs import Provenance
 from fuseplan.planner.pricing import Priced, Prices, Pricing
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.sites import Rows, find_sites
@@ -186,22 +187,43 @@ def pose(
     forbidden = frozenset(i for text in forbid for i, c in enumerate(candidates) if selects(text, c))
     groups = [(text, group) for text in force for group in _groups(text, candidates, structure)]
     _check_open(groups, forbidden, forbid, candidates)
-    forced = tuple((text, group - forbidden) for text, group in groups)
+    unpriced = _unpriced(candidates, priced, [group - forbidden for _, group in groups], structure) - forbidden
+    forced = tuple((text, group - forbidden - unpriced) for text, group in groups)
     open_groups = dict.fromkeys(group for _, group in forced)
     problem = replace(
         structure,
         savings_ns=tuple(priced.values),
         forced=frozenset(i for group in open_groups if len(group) == 1 for i in group),
         one_of=tuple(group for group in open_groups if len(group) > 1),
-        forbidden=forbidden,
+        forbidden=forbidden | unpriced,
         alternatives=priced.alternatives,
     )
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
     idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
     return Posed(
         canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
-        idle=idle, forced=forced,
+        idle=idle, forced=forced, unpriced=unpriced,
     )  # fmt: skip
+
+
+def _unpriced(
+    candidates: Sequence[Candidate], priced: Priced, forced: Sequence[frozenset[int]], structure: Problem
+) -> frozenset[int]:
+    """Matches of rules that nobody has priced, but for what is forced where nobody has priced an alternative, and what
+    that needs. Other people's passes were handed over to be applied: of these an assumed price will do.
+    """
+    assumed = {
+        index
+        for index, (candidate, provenance) in enumerate(zip(candidates, priced.provenance, strict=True))
+        if provenance is Provenance.ASSUMED and isinstance(candidate.match, Match)
+    }
+    meant = {index for group in forced if group <= assumed for index in group}
+    while more := {
+        *(j for i, j in structure.requires if i in meant and j not in meant),
+        *(j for group in structure.together if group & meant for j in group - meant),
+    }:
+        meant |= more
+    return frozenset(assumed - meant)
 
 
 def _needs(candidate: Candidate) -> str:

@@ -11,9 +11,10 @@ from fuseplan.content import content_of
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate
-from fuseplan.planner.costs import CostModel, CostTable, Provenance, total_ns
+from fuseplan.planner.costs import KNOWN_PROVIDERS, CostModel, CostTable, Provenance, total_ns
+from fuseplan.planner.declared import declared_ns, generated_ns
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows, Shape, Site, Tail
+from fuseplan.planner.sites import Rows, Shape, Site, Tail, Taken
 
 UNFUSED = "unfused"
 MAX_ENUMERATED = 12
@@ -188,24 +189,58 @@ class Pricing:
         sizes = range(len(self.tokens))
         unfused = [sum(self.prices.unfused_ns(self.shapes[place][size]) for place in places) for size in sizes]
         for index in component:
-            candidate = self.candidates[index]
-            savings, costs = self._modelled(candidate)
+            savings, costs, result.provenance[index] = self._modelled(self.candidates[index])
             result.savings[index] = savings
             result.costs[index] = costs[len(costs) // 2]
-            result.values[index] = weighted(savings, unfused) if places else savings[0]
+            result.values[index] = weighted(savings, unfused) if places else savings[len(savings) // 2]
         result.unfused = [a + b for a, b in zip(result.unfused, unfused, strict=True)]
 
-    def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-        """(what a candidate saves, what its op takes) by size. Where the model doesn't know the op, and the owner has
-        not said what it saves, that is a launch for each op less.
+    def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...], Provenance]:
+        """(what a candidate saves, what its op takes) by size, and how that is known. Where the model doesn't know the
+        op, and its owner hasn't said anything, it is assumed to save a launch for each op less.
         """
         match, site, sizes = candidate.match, candidate.site, len(self.tokens)
         if isinstance(match, ExternalMatch):
-            given = match.owner.saving_us
-            return (self.prices.launch_ns if given is None else round(given * 1000),) * sizes, (None,) * sizes
+            given, unknown = match.owner.saving_us, (None,) * sizes
+            if given is None:
+                return (self.prices.launch_ns,) * sizes, unknown, Provenance.ASSUMED
+            return (round(given * 1000),) * sizes, unknown, Provenance.DECLARED
         parts = site.taken(match.consumed) if site is not None else None
+        if match.cost is not None and (declared := self._declared(match, site, parts)) is not None:
+            return *declared, Provenance.DECLARED
         if site is None or parts is None:
-            return (self.prices.launch_ns * (len(match.rule.calls) - 1),) * sizes, (None,) * sizes
+            return (self.prices.launch_ns * (len(match.rule.calls) - 1),) * sizes, (None,) * sizes, Provenance.ASSUMED
+        known = match.provider in KNOWN_PROVIDERS
+        return *self._known_parts(candidate, site, parts), Provenance.MODELLED if known else Provenance.ASSUMED
+
+    def _declared(
+        self, match: Match, site: Site | None, parts: Taken | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The same of an op whose provider says what it takes; None where the model doesn't know what it replaces."""
+        model = self.prices.model
+        savings, costs = list[int](), list[int]()
+        for index, tokens in enumerate(self.tokens):
+
+            def sized(value: Tensor, tokens: int = tokens) -> Tensor:
+                return self._rows.sized(value, tokens)
+
+            fused = declared_ns(match, model, sized)
+            if site is not None and parts is not None:
+                shape = self.shapes[site.ordinal][index]
+                rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
+                before: int | None = self.prices.unfused_ns(shape) - rest
+            else:
+                before = generated_ns(match, model, sized)
+            if before is None:
+                return None
+            savings.append(before - fused)
+            costs.append(fused)
+        return tuple(savings), tuple(costs)
+
+    def _known_parts(
+        self, candidate: Candidate, site: Site, parts: Taken
+    ) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+        """The same of an op that takes parts of one site."""
         key = (self._kinds[site.ordinal], candidate.provider, parts)
         if key not in self._known:
             before, after = [], []

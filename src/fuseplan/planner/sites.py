@@ -286,6 +286,17 @@ class Rows:
             self._varies[key] = bool(symbols & self.tokens.free_symbols)
         return max(1, round(rows * tokens / self.traced)) if self._varies[key] else rows
 
+    def sized(self, value: torch.Tensor, tokens: int) -> torch.Tensor:
+        """A tensor without data that has a tensor's dtype, and its shape at a number of tokens. Where tokens have
+        several symbols, the sizes that have the last of them vary and the others stay as traced.
+        """
+        moving = max(self.tokens.free_symbols, key=str) if self.tokens is not None else None
+        sizes, shape = list[int](), list[Any](value.shape)
+        for size in shape:
+            varies = isinstance(size, torch.SymInt) and moving in size.node.expr.free_symbols
+            sizes.append(max(1, round(hint(size) * tokens / self.traced)) if varies else hint(size))
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
+
 
 def _expression(sizes: Iterable[Any]) -> Any:
     """The product of sizes in the symbols of the graph."""

@@ -14,6 +14,7 @@ from torch.torch_version import TorchVersion
 
 from fuseplan.dialect import DialectOp, implement, ops
 from fuseplan.providers import aiter, flashinfer
+from fuseplan.providers.declared import Cost, checked_cost
 from fuseplan.providers.devices import DeviceProfile, local_vendor
 from fuseplan.providers.gates import Accepts, Offer, accept_all
 from fuseplan.providers.triton import ACCEPTS as TRITON_ACCEPTS
@@ -113,6 +114,7 @@ def provider_of(
     description: str = "",
     vendors: Iterable[str] = ("nvidia", "amd", "cpu"),
     accepts: Accepts = accept_all,
+    cost: Cost | None = None,
 ) -> Provider:
     """A provider of one's own: it runs fused ops by given kernels.
 
@@ -122,13 +124,18 @@ def provider_of(
         description: for a person.
         vendors: whose devices it serves.
         accepts: a check of arguments, as `Bindings`: None, or why it refuses them.
+        cost: what a call takes: a `KernelCost`, microseconds, or a function of the arguments, as `Bindings` whose
+            tensors have numbers for sizes and no data, that returns microseconds. None: nobody has said; the ops aren't
+            applied before they were measured, unless they are forced or the policy is `ordered`.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
+        ConfigError: the cost is none of these.
     """
+    checked_cost(cost)
     for op, kernel in kernels.items():
         implement(op, name, kernel)
-    offers = {op.name: Offer(accepts=accepts) for op in kernels}
+    offers = {op.name: Offer(accepts=accepts, cost=cost) for op in kernels}
     return Provider(
         name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers
     )
