@@ -115,6 +115,7 @@ def provider_of(
     vendors: Iterable[str] = ("nvidia", "amd", "cpu"),
     accepts: Accepts = accept_all,
     cost: Cost | None = None,
+    most_rows: Callable[[Any], int] | None = None,
 ) -> Provider:
     """A provider of one's own: it runs fused ops by given kernels.
 
@@ -127,6 +128,8 @@ def provider_of(
         cost: what a call takes: a `KernelCost`, microseconds, or a function of the arguments, as `Bindings` whose
             tensors have numbers for sizes and no data, that returns microseconds. None: nobody has said; the ops aren't
             applied before they were measured, unless they are forced or the policy is `ordered`.
+        most_rows: how many rows of its first tensor a kernel takes, for given arguments, as attributes by the names
+            that the op's schema has; a call of more runs the op's reference. None: any number.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
@@ -134,8 +137,8 @@ def provider_of(
     """
     checked_cost(cost)
     for op, kernel in kernels.items():
-        implement(op, name, kernel)
-    offers = {op.name: Offer(accepts=accepts, cost=cost) for op in kernels}
+        implement(op, name, kernel, most_rows=most_rows)
+    offers = {op.name: Offer(accepts=accepts, cost=cost, most_rows=most_rows) for op in kernels}
     return Provider(
         name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers
     )

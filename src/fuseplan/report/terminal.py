@@ -87,7 +87,10 @@ def _table(comparison: Comparison) -> list[RenderableType]:
 def _saving_legend(comparison: Comparison) -> str:
     sizes = [graph.sizes[len(graph.sizes) // 2].tokens for graph in comparison.reports[0].graphs if graph.sizes]
     middles = ", ".join(str(tokens) for tokens in dict.fromkeys(sizes))
-    return f"saved: us a step at the middle of each range ({middles} tokens)"
+    spans = [graph.sizes for graph in comparison.reports[0].graphs if graph.range is None and len(graph.sizes) > 1]
+    ends = dict.fromkeys(f"{sizes[0].tokens:,} to {sizes[-1].tokens:,}" for sizes in spans)
+    valid = f"; priced for {' and '.join(ends)} tokens, valid for all" if ends else ""
+    return f"saved: us a step at the middle of each range ({middles} tokens){valid}"
 
 
 def _what_if(comparison: Comparison) -> list[RenderableType]:
