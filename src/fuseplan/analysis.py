@@ -11,6 +11,7 @@ from fuseplan.graph.facts import dtype_name
 from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
+from fuseplan.planner.costs import Hardware, assumptions
 from fuseplan.record import (
     Fusion,
     GraphReport,
@@ -91,6 +92,7 @@ def graph_report(
     refusals += _unpriced(posed, decision)
     alone = "what it requires, or is applied together with, isn't applied"
     refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
+    refusals += assumed_constants(posed.pricing.prices.model.hardware)
     if unmeasured := posed.problem.unmeasured(decision.selected):
         names = " and ".join(sorted({posed.candidates[index].rule for index in unmeasured}))
         detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
@@ -200,6 +202,18 @@ def _unpriced(posed: Posed, decision: Decision) -> list[Refusal]:
         )
         kernels[whole] = None
     return [*kernels, *places]
+
+
+def assumed_constants(hardware: Hardware) -> list[Refusal]:
+    """That a device has no profile, and what is assumed of it."""
+    names = assumptions(hardware)
+    if not names:
+        return []
+    listed = ", ".join(name for name in names if "." not in name) or "its links"
+    links = " and its links" if any("." in name for name in names) and listed != "its links" else ""
+    detail = f"{hardware.name} has no profile: its costs are modelled, and {listed}{links} are assumed to be another's"
+    mend = "fuseplan tune --device-only measures launches and memory, fuseplan tune WORKLOAD the fusions themselves"
+    return [Refusal(reason=Reason.UNPRICED, detail=detail, mend=mend)]
 
 
 def fault(error: Exception) -> Refusal:
