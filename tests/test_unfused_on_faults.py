@@ -160,7 +160,7 @@ def test_after_the_first_run_an_error_is_an_error() -> None:
         return reference(*arguments)
 
     torch._dynamo.reset()
-    mine = provider_of("breaks_later", {add_norm_relu: breaks_later})
+    mine = provider_of("breaks_later", {add_norm_relu: breaks_later}, cost=0.0)
     reports: list[Report] = []
     compiled = fuseplan.compile(
         normed,

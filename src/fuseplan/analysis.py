@@ -16,6 +16,7 @@ from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
+from fuseplan.planner.costs import Hardware, assumptions
 from fuseplan.record import (
     Fusion,
     GraphReport,
@@ -94,6 +95,15 @@ def graph_report(
     most = f"max_fusions={config.max_fusions}"
     refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
     refusals += _failures(posed, decision)
+    refusals += _unpriced(posed, decision)
+    alone = "what it requires, or is applied together with, isn't applied"
+    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
+    refusals += assumed_constants(posed.pricing.prices.model.hardware)
+    if unmeasured := posed.problem.unmeasured(decision.selected):
+        names = " and ".join(sorted({posed.candidates[index].rule for index in unmeasured}))
+        detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
+        detail += "with others that aren't applied, and not without them"
+        refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
     cycle = "together with fusions that were chosen it would make the graph cyclic"
     refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
     matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
@@ -111,10 +121,10 @@ def graph_report(
                 blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
-                forbidden=lost.candidate in posed.problem.forbidden,
+                forbidden=lost.candidate in posed.ruled_out,
             )
             for lost in decision.lost
-            if lost.candidate not in posed.failed
+            if lost.candidate not in posed.failed and not (is_planned and lost.candidate in posed.unpriced)
         ),
         matched={rule: counts.count(rule) for rule in rules},
         recognized=canonical.recognized(),
@@ -212,6 +222,45 @@ def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
     return [Refusal(reason=Reason.REPEATS, detail=detail)] if fused else []
 
 
+def _unpriced(posed: Posed, decision: Decision) -> list[Refusal]:
+    """What a plan doesn't apply since nobody has priced it: once for its kernel, and once for every place."""
+    if decision.solution is None:
+        return []
+    places, kernels = list[Refusal](), dict[Refusal, None]()
+    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
+    for index in sorted(posed.unpriced - posed.failed.keys()):
+        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+        why = f"nobody has priced {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
+        hows = ["measure it (fuseplan.measurement.tune)"] if candidate.site is not None else []
+        if isinstance(candidate.match, Match) and candidate.match.cost is not None:
+            why = f"what {candidate.op} by {candidate.provider} takes is declared, and what it replaces isn't known"
+        else:
+            hows.append("declare what it takes (provider_of(..., cost=))")
+        place = replace(
+            _given_up(fusion, Reason.UNPRICED, why), provider=candidate.provider,
+            nearness=Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED,
+            mend=" or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"]),
+        )  # fmt: skip
+        places.append(place)
+        whole = replace(
+            place, nodes=(), source=None, site=None, nearness=None, detail=f"{candidate.rule} is not applied: {why}"
+        )
+        kernels[whole] = None
+    return [*kernels, *places]
+
+
+def assumed_constants(hardware: Hardware) -> list[Refusal]:
+    """That a device has no profile, and what is assumed of it."""
+    names = assumptions(hardware)
+    if not names:
+        return []
+    listed = ", ".join(name for name in names if "." not in name) or "its links"
+    links = " and its links" if any("." in name for name in names) and listed != "its links" else ""
+    detail = f"{hardware.name} has no profile: its costs are modelled, and {listed}{links} are assumed to be another's"
+    mend = "fuseplan tune --device-only measures launches and memory, fuseplan tune WORKLOAD the fusions themselves"
+    return [Refusal(reason=Reason.UNPRICED, detail=detail, mend=mend)]
+
+
 def fault(error: Exception) -> Refusal:
     """Why a graph goes on as Inductor made it: an error that nobody expects, and where it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -240,7 +289,7 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
         rules: that were on.
         graphs: one record each.
     """
-    told = (Reason.NO_EFFECT, Reason.VERIFICATION, Reason.FAULT)
+    told = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
     whole = (r for graph in graphs for r in graph.refusals if r.reason in told and not is_of_a_place(r))
     warnings = dict.fromkeys(whole)
     return Report(

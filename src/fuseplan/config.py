@@ -154,7 +154,8 @@ class PassConfig:
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.
-        max_fusions: apply only the first n fusions of each plan, in graph order: bisect a wrong result by it.
+        max_fusions: apply only the first n fusions of each plan, in graph order: bisect a wrong result by it. Fusions
+            that require each other or go together count as one: all of them are applied, or none.
         force: what a plan has to apply: `RULE`, `RULE@PLACE` with a pattern of module paths such as
             `act_padding@model.layers.3.*`, or `RULE#SITE`, each also with `:PROVIDER`. Of several providers the plan
             chooses one.

@@ -16,7 +16,6 @@ from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.drawing import draw
 from fuseplan.graph.regions import calls_of
 from fuseplan.manager import PostGradPassManager
-from fuseplan.planner.costs import HARDWARE
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import (
@@ -142,13 +141,13 @@ class Explanation:
     def evidence(self, policies: Sequence[Policy]) -> Evidence:
         """What a reader of reports under these policies can look up."""
         sized = [(size, self._entries(self._alone, CompileRange(start=size, end=size))) for size in self._sizes]
-        model = self._shared.prices.model.name
+        hardware = self._shared.prices.model.hardware
         return Evidence(
             drawings=tuple(draw(graph, f"graph_{index}") for index, graph in sorted(self._canonical.items())),
             costs=cost_rows(entry.analysis.posed for entry in self.entries),
             constants=tuple(
                 DeviceConstant(name=name, value=constant.value, unit=constant.unit, source=constant.source)
-                for name, constant in HARDWARE[model].constants()
+                for name, constant in hardware.constants()
             ),
             sizes=tuple(_point(size, entries, policies) for size, entries in sized if entries),
         )

@@ -59,8 +59,8 @@ from fuseplan.verification import Verifier
 
 ReportCallback = Callable[[Report], None]
 DEFAULT_SPAN = CompileRange(start=1, end=8192)
-"""What a graph of any size is priced for: decoding one token to a prefill of vLLM's default
-`max_num_batched_tokens`."""
+"""What a graph of any size is priced for: decoding one token to a prefill of vLLM's default `max_num_batched_tokens`.
+What is applied has to serve larger sizes too."""
 
 
 class PostGradPassManager(Keyed):
@@ -213,13 +213,11 @@ class PostGradPassManager(Keyed):
             near_misses = find_near_misses(canonical, self.rules, matches)
             if self.disabled:
                 near_misses += find_disabled(self._find_matches(canonical, self.disabled), self.disabled_by)
-        with _stage(stages, "pricing"):
-            span = self.compile_range or DEFAULT_SPAN
-            with _places_folded():
-                posed = pose(
-                    canonical, matches.candidates, external.candidates, self.prices, (span.start, span.end),
-                    force=self.config.force, forbid=self.config.forbid,
-                )  # fmt: skip
+        with _stage(stages, "pricing"), _places_folded():
+            posed = pose(
+                canonical, matches.candidates, external.candidates, self.prices,
+                self._span_of(Rows.of(canonical.graph)), force=self.config.force, forbid=self.config.forbid,
+            )  # fmt: skip
         return Analysis(
             canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
             rules=self.rules, stages_ns=stages,
@@ -228,11 +226,19 @@ class PostGradPassManager(Keyed):
     def _find_matches(
         self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], external: Sequence[ExternalMatch] = ()
     ) -> Matches:
-        rows, span = Rows.of(canonical.graph), self.compile_range or DEFAULT_SPAN
+        rows = Rows.of(canonical.graph)
+        _, planned = self._span_of(rows)
+        most = self.compile_range.end if self.compile_range else None
         return find_matches(
             canonical, rules, self.providers, self.device, allow_rounding_changes=self.config.allow_rounding_changes,
-            most_rows=lambda x: rows.at(x, span.end), external=external,
+            rows_of=lambda x: (rows.at(x, planned), rows.most(x, most)), external=external,
         )  # fmt: skip
+
+    def _span_of(self, rows: Rows) -> tuple[int, int]:
+        """The first and last number of tokens that a graph is priced for and its kernels are verified at."""
+        if self.compile_range is not None:
+            return self.compile_range.start, self.compile_range.end
+        return DEFAULT_SPAN.start, int(min(DEFAULT_SPAN.end, rows.most_tokens))
 
     def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:
         """What the policy would apply, `max_fusions` included.
@@ -265,15 +271,13 @@ class PostGradPassManager(Keyed):
         Raises:
             PlanError: as for `decide`.
         """
-        span, outcomes = self.compile_range or DEFAULT_SPAN, dict[Verification, None]()
+        span, outcomes = self._span_of(Rows.of(analysis.canonical.graph)), dict[Verification, None]()
         while True:
             decision = self.decide(analysis, self.config.chosen_policy, graph)
             posed = analysis.posed
             chosen = [i for i in decision.selected if isinstance(posed.candidates[i].match, Match)]
             with _stage(analysis.stages_ns, "verification"):
-                found = self.verifier.verify(
-                    [posed.candidates[i] for i in chosen], analysis.canonical, (span.start, span.end)
-                )
+                found = self.verifier.verify([posed.candidates[i] for i in chosen], analysis.canonical, span)
             known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}
             outcomes.update(dict.fromkeys(known.values()))
             failed = {i: each.failure for i, each in known.items() if not each.passed}

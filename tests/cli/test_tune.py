@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from fuseplan.cli import app, console
 from fuseplan.cli.console import duration, measuring
 from fuseplan.cli.tune import _Times
-from fuseplan.planner.costs import CostTable, Provenance, Row, cached_path
+from fuseplan.planner.costs import CostTable, DeviceRecord, Measured, Provenance, Row, cached_path, record_path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOADS = "tests.cli.tuned_workloads"
@@ -213,3 +213,41 @@ def test_sizes_that_are_wider_than_the_terminal_are_shown_below_each_other() -> 
             f"us, at tokens {head}" for head in heads
         ]
         assert sum("8192.00 ±0.01" in line for line in lines) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--device-only"], "--device-only measures a GPU, and torch sees none on this machine: run it where one is"),
+        (
+            ["--device-only", "llama-3.1-8b", "--tokens", "4"],
+            "GPU of this machine alone; leave WORKLOAD and --tokens out",
+        ),
+        (["--device-only", "--repeats", "4"], "repeats=4: a median and its spread need at least 5"),
+        ([], "give a WORKLOAD whose fusions are measured, or --device-only"),
+    ],
+)
+def test_the_device_alone_needs_a_gpu_and_nothing_else(arguments: list[str], text: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert text in line
+
+
+def test_what_was_measured_of_the_device_is_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    constants = (Measured(name="launch", value=2100.0, unit="ns", spread=40.0),)
+    record = DeviceRecord(
+        device="nvidia-rtx-a6000", reported="NVIDIA RTX A6000", torch="2.13.0", date="2026-11-28", command="x",
+        constants=constants,
+    )  # fmt: skip
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fuseplan.tuning.measure_device", lambda **options: record)
+    result = run("--device-only")
+    assert result.exit_code == 0, result.output
+    assert ["launch", "2,100", "40", "ns"] in [line.split() for line in result.stdout.splitlines()]
+    path = record_path("nvidia-rtx-a6000")
+    assert f"kept in {path}" in result.stdout
+    assert DeviceRecord.load(path, "nvidia-rtx-a6000") == record
+    data = json.loads(run("--device-only", "--json").stdout)
+    assert (data["path"], data["device"]) == (str(path), "nvidia-rtx-a6000")

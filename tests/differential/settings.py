@@ -68,15 +68,15 @@ def rounding_as(name: str, op_names: Sequence[str], rounding: Rounding) -> Provi
     """A provider whose kernels know one convention."""
     for op in op_names:
         implement(ops[op], name, ops[op].reference)
-    offers = {op: Offer(accepts=lambda m: None, roundings=frozenset({rounding.value})) for op in op_names}
+    offers = {op: Offer(accepts=lambda m: None, cost=0.0, roundings=frozenset({rounding.value})) for op in op_names}
     return Provider(
         name=name, description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
     )  # fmt: skip
 
 
 OWN_RULES: tuple[Rule, ...] = (NormRelu(),)
-MINE = provider_of("mine", {rms_norm_rectified: rms_norm_relu_reference})
-WIDE = provider_of("wide", {op: in_float64(op) for op in FUSED}, accepts=even_widths)
+MINE = provider_of("mine", {rms_norm_rectified: rms_norm_relu_reference}, cost=0.0)
+WIDE = provider_of("wide", {op: in_float64(op) for op in FUSED}, accepts=even_widths, cost=0.0)
 ONE_ROUNDING = rounding_as(
     "one_rounding", [op.name for op in FUSED if "fused_add" in op.name], Rounding.FP32
 )  # fmt: skip

@@ -112,7 +112,7 @@ def scenarios() -> dict[str, Any]:
     results["opposing plans"] = run(
         fuseplan.PassConfig(agreement_timeout_s=60, force=name if RANK else (), forbid=() if RANK else name)
     )
-    mine = provider_of("mine", {add_norm_relu: reference})
+    mine = provider_of("mine", {add_norm_relu: reference}, cost=0.0)
     rule = Careless() if RANK == 1 else AddNormRelu()
     results["rank 1 raises"] = run(fuseplan.PassConfig(agreement_timeout_s=60), rules=[rule], providers=[mine])
     results["short of memory once"] = short_of_memory_once()
@@ -175,12 +175,12 @@ def stays_away_on_rank_1(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 OP = ops["all_reduce_fused_add_rms_norm"]
 KERNELS = (sums, doubles, wrong_on_rank_1, raises_on_rank_1, stays_away_on_rank_1)
-PROVIDERS = {kernel.__name__: provider_of(kernel.__name__, {OP: kernel}, uuid="1") for kernel in KERNELS}
+PROVIDERS = {kernel.__name__: provider_of(kernel.__name__, {OP: kernel}, cost=0.0, uuid="1") for kernel in KERNELS}
 
 
 def verified() -> dict[str, Any]:
     """What comes of kernels in which ranks meet, verified by each rank alone and by both in lock step."""
-    plays_both = dataclasses.replace(provider_of("plays_both", {OP: doubles}), runs_alone=True)
+    plays_both = dataclasses.replace(provider_of("plays_both", {OP: doubles}, cost=0.0), runs_alone=True)
     providers = [PROVIDERS["sums"], PROVIDERS["doubles"], plays_both]
     (gm,) = capture(model, inputs(3), {}, dynamic=True).graphs
     span = fuseplan.CompileRange(start=1, end=8)

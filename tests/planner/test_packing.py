@@ -11,7 +11,8 @@ from fuseplan.errors import PlanError
 from fuseplan.planner import packing as packing_module
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.branch_and_bound import complete, search
-from fuseplan.planner.components import Component, DisjointSets, components, isolate
+from fuseplan.planner.components import Component, components, isolate
+from fuseplan.planner.disjoint_sets import DisjointSets
 from fuseplan.planner.packing import MAX_PLACES, Limit, Packing, State, contract
 from fuseplan.planner.problem import Problem, Solution
 from fuseplan.planner.solver import Solver

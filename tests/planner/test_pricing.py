@@ -231,6 +231,9 @@ def test_somebodys_pass_saves_what_its_owner_says_or_a_launch(saving_us: float |
     assert given.problem.savings_ns == (expected,)
     assert given.priced.savings == [(expected,) * 3]
     assert given.priced.costs == [None]
+    # Whoever hands a pass over wants it applied: an assumed price will do.
+    assert given.priced.provenance == [Provenance.ASSUMED if saving_us is None else Provenance.DECLARED]
+    assert given.unpriced == given.problem.forbidden == frozenset()
     assert (given.candidates[0].provider, given.candidates[0].op) == ("external", "theirs")
 
 

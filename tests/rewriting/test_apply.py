@@ -247,7 +247,7 @@ def test_a_provider_runs_its_own_overload() -> None:
     def kernel(x: Tensor, weight: Tensor, eps: float, rounding: str, right: int) -> Tensor:
         return F.pad(x + 1, (0, right))
 
-    mine = provider_of("rewriting_test", {ops.rms_norm_pad: kernel})
+    mine = provider_of("rewriting_test", {ops.rms_norm_pad: kernel}, cost=0.0)
     graph = written(lambda x, w: (ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 8),), {"x": INPUTS["x"], "w": W})
     rewrite(graph, RULES["act_padding"], mine)
     assert calls(graph) == ["fuseplan.rms_norm_pad.rewriting_test"]

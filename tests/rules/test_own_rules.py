@@ -49,7 +49,7 @@ def kernel(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
     return reference(x, weight, eps, rounding)
 
 
-MINE = provider_of("mine", {rms_norm_relu: kernel})
+MINE = provider_of("mine", {rms_norm_relu: kernel}, cost=0.0)
 
 
 def model(x: Tensor, w: Tensor) -> Tensor:

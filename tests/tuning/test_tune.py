@@ -129,7 +129,7 @@ def test_a_missing_alternative_leaves_auto_to_the_model(tuned: Measurement, path
         )  # fmt: skip
         assert report.graphs[0].plan is not None
         prices[costs] = report.graphs[0].plan.prices
-    assert prices == {"auto": ("modelled",), "measured": ("measured",)}
+    assert prices == {"auto": ("assumed",), "measured": ("measured",)}
 
 
 def layers(x: Tensor, residual: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,14 +161,14 @@ def test_the_default_table_is_read_where_none_is_named(
         assert report.graphs[0].plan is not None
         return report.graphs[0].plan.prices
 
-    assert prices() == ("modelled",)
+    assert prices() == ("assumed",)
     cached = cached_path("cpu")
     cached.parent.mkdir(parents=True)
     cached.write_bytes(path.read_bytes())
     assert prices() == ("measured",)
     cached.write_text('{"schema": 1, "device"')
     with caplog.at_level(logging.WARNING, "fuseplan"):
-        assert prices() == ("modelled",)
+        assert prices() == ("assumed",)
     assert [record.getMessage() for record in caplog.records if "measured costs are ignored" in record.getMessage()]
 
 

@@ -97,10 +97,11 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch()
-        from fuseplan.planner.costs import HARDWARE
+        from fuseplan.planner.costs import hardware_of
         from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, local_profile
 
-        local = local_profile().name
+        here = local_profile()
+        local = here.name
         rows: list[dict[str, Any]] = [
             {
                 "device": name,
@@ -109,10 +110,10 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
                 "providers": sorted(p.name for p in BUILT_IN_PROVIDERS if p.unavailable(profile) is None),
                 "constants": [
                     {"name": each, "value": constant.value, "unit": constant.unit, "source": constant.source}
-                    for each, constant in HARDWARE[name].constants()
+                    for each, constant in hardware_of(name, profile.vendor, here=name == local).constants()
                 ],
             }
-            for name, profile in PROFILES.items()
+            for name, profile in {**PROFILES, local: here}.items()
         ]
         if as_json:
             return show({"schema": 1, "devices": rows}, as_json=True)
@@ -133,6 +134,6 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def _measured(constants: list[dict[str, Any]]) -> str:
-    derived = ("H200's", "MI355X's", "AITER's", "datasheet", "nominal", "not measured")
+    derived = ("H200's", "MI355X's", "AITER's", "assumed", "datasheet", "nominal", "not measured", "torch reports")
     known = [each for each in constants if not any(mark in each["source"] for mark in derived)]
     return f"{len(known)} of {len(constants)}"

@@ -9,12 +9,11 @@ import typer
 
 from fuseplan.cli.console import progress
 
-Workload = Annotated[
-    str,
-    typer.Argument(
-        help="A built-in name, the path of a Hugging Face config.json, or package.module:factory (runs it)."
-    ),
-]
+_WORKLOAD = typer.Argument(
+    help="A built-in name, the path of a Hugging Face config.json, or package.module:factory (runs it)."
+)
+Workload = Annotated[str, _WORKLOAD]
+AnyWorkload = Annotated[str | None, _WORKLOAD]
 Ranges = Annotated[
     list[str] | None,
     typer.Option("--range", metavar="FIRST:LAST", help="A compile range in tokens; may be repeated."),

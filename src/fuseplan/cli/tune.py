@@ -12,13 +12,14 @@ from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, s
 from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, command_of, ranks_of
 from fuseplan.cli.request import (
     AllowRoundingChanges,
+    AnyWorkload,
     Layers,
     ProviderNames,
     Ranges,
-    Workload,
     find_providers,
     find_ranges,
 )
+from fuseplan.errors import ConfigError
 from fuseplan.record.text import printable
 
 UNFUSED = "unfused"
@@ -28,7 +29,7 @@ INTERRUPTED = 130
 
 
 def tune(
-    workload: Workload,
+    workload: AnyWorkload = None,
     tp: Tp = None,
     ranges: Ranges = None,
     tokens: Annotated[
@@ -44,6 +45,10 @@ def tune(
         typer.Option(metavar="FILE", help="The cost table to write to. Default: the one that is read by default."),
     ] = None,
     deadline: Deadline = DEADLINE_S,
+    device_only: Annotated[
+        bool,
+        typer.Option("--device-only", help="Measure the GPU's launches and copies instead, for the cost model."),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -54,6 +59,13 @@ def tune(
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
+        if device_only:
+            given = {"WORKLOAD": workload, "--tp": tp, "--range": ranges, "--tokens": tokens, "--layers": layers,
+                     "--provider": provider, "--out": out}  # fmt: skip
+            _device(repeats, [name for name, value in given.items() if value is not None], as_json=as_json)
+            return
+        if workload is None:
+            raise ConfigError("give a WORKLOAD whose fusions are measured, or --device-only")
         from fuseplan.config import PassConfig
         from fuseplan.measurement import check_measurable
         from fuseplan.measurement import tune as measure
@@ -81,13 +93,38 @@ def tune(
                 raise typer.Exit(INTERRUPTED)
 
 
+def _device(repeats: int, given: Sequence[str], *, as_json: bool) -> None:
+    """Measures the device alone, and keeps what it found where prices are read from."""
+    from fuseplan.config import Launch
+    from fuseplan.planner.costs import record_path
+    from fuseplan.record import to_json
+    from fuseplan.tuning import LEAST_REPEATS, measure_device
+
+    if given:
+        raise ConfigError(f"--device-only measures the GPU of this machine alone; leave {' and '.join(given)} out")
+    if Launch.read().ranks > 1:
+        raise ConfigError("--device-only measures one GPU, and torchrun started several ranks: run it without torchrun")
+    if repeats < LEAST_REPEATS:
+        raise ConfigError(f"repeats={repeats}: a median and its spread need at least {LEAST_REPEATS}")
+    record = measure_device(repeats=repeats, command=command_of(1))
+    path = record_path(record.device)
+    record.save(path)
+    if as_json:
+        show({"schema": 1, **to_json(record), "path": str(path)}, as_json=True)
+        return
+    table = table_of(record.device, "median", "spread", "")
+    for each in record.constants:
+        table.add_row(each.name, f"{each.value:,.0f}", f"{each.spread:,.0f}", each.unit)
+    kept = f"kept in {path}: prices for this machine's device use it"
+    show(Group(table, Text(printable(kept))), as_json=False)
+
+
 def _check_table(path: Path, *, is_default: bool) -> None:
     """Finds out before anything is measured whether rows can be merged into a table.
 
     Raises:
         ConfigError: it is broken, of another device, or can't be written to.
     """
-    from fuseplan.errors import ConfigError
     from fuseplan.providers import local_profile
     from fuseplan.tuning import merge_into, table_in
 

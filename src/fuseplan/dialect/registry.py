@@ -1,7 +1,9 @@
 """`DialectOp`: one operation of the dialect, with everything that is known about it in one place."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ NAMESPACE = "fuseplan"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _KERNELS: dict[str, Callable[..., Any]] = {}
 """What `_LIBRARY` was given, which torch doesn't give back; like there, nothing is ever replaced or taken out."""
+_WITHIN: set[str] = set()
+"""Those of them that leave calls of more rows than they take to the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,7 @@ class DialectOp:
         return overload
 
     def kernel(self, provider: str) -> Callable[..., Any]:
-        """The Python function behind `implementation(provider)`.
+        """The Python function behind `implementation(provider)`, which takes no more rows than it takes.
 
         Raises:
             KeyError: no such provider has registered an implementation of this op.
@@ -192,13 +196,45 @@ def define(
     )
 
 
-def implement(op: DialectOp, provider: str, kernel: Callable[..., Any]) -> None:
+def implement(
+    op: DialectOp, provider: str, kernel: Callable[..., Any], *, most_rows: Callable[[Any], int] | None = None
+) -> None:
     """Registers a provider's kernel as the overload `fuseplan::<op>.<provider>`, with the op's own schema and fake.
+
+    Args:
+        op: the fused op.
+        provider: who runs it.
+        kernel: by the op's own arguments.
+        most_rows: how many rows of its first tensor the kernel takes, for given arguments, as attributes by their
+            names. A call of more runs the op's reference: every rank of a group alike, since all of them have as many
+            rows. None: any number.
 
     Raises:
         RuleError: the provider has a kernel of that op already.
     """
-    _register(f"{op.name}.{provider}", op.schema, kernel, op.fake)
+    name = f"{op.name}.{provider}"
+    _register(name, op.schema, kernel if most_rows is None else _within(op, kernel, most_rows), op.fake)
+    _KERNELS[name] = kernel
+    if most_rows is not None:
+        _WITHIN.add(name)
+
+
+def falls_back(op: str, provider: str) -> bool:
+    """Whether a provider's kernel, by names, leaves a call of more rows than it takes to the op's reference."""
+    return f"{op}.{provider}" in _WITHIN
+
+
+def _within(op: DialectOp, kernel: Callable[..., Any], most_rows: Callable[[Any], int]) -> Callable[..., Any]:
+    names = [argument.name for argument in op.overload._schema.arguments]
+
+    @functools.wraps(kernel)
+    def kernel_or_reference(*args: Any) -> Any:
+        rows = next(value.shape[:-1].numel() for value in args if isinstance(value, torch.Tensor))
+        if rows > most_rows(SimpleNamespace(**dict(zip(names, args, strict=True)))):
+            return op.reference(*args)
+        return kernel(*args)
+
+    return kernel_or_reference
 
 
 def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -1,5 +1,6 @@
 """Every match of every rule on one unmodified canonical graph, and what was refused."""
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,8 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.dialect import Rounding
-from fuseplan.graph.facts import group_size, is_call, is_mutation, item, place_of, source_code, source_line
+from fuseplan.dialect import Rounding, falls_back
+from fuseplan.graph.facts import (
+    group_size,
+    is_call,
+    is_mutation,
+    item,
+    place_of,
+    source_code,
+    source_line,
+    tensor_of,
+)
 from fuseplan.graph.legality import external_inputs, is_convex
 from fuseplan.graph.reach import base_of, strided_reader
 from fuseplan.matching.external import ExternalMatch
@@ -35,7 +45,7 @@ def find_matches(
     device: DeviceProfile | None = None,
     *,
     allow_rounding_changes: bool = False,
-    most_rows: Callable[[Tensor], int] | None = None,
+    rows_of: Callable[[Tensor], tuple[int, float]] | None = None,
     external: Sequence[ExternalMatch] = (),
 ) -> Matches:
     """Enumerates, without changing the graph.
@@ -46,7 +56,8 @@ def find_matches(
         providers: who may run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
         allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
-        most_rows: how many rows a tensor of the graph has at most; None: nobody asks.
+        rows_of: up to how many rows of a tensor of the graph are planned for, and how many it has at most, infinity
+            where nothing limits them; None: nobody asks.
         external: matches of others' passes, whose replacements read values in ways of their own.
     """
     outside = {node: match.anchor for match in external for node in external_inputs(match.consumed)}
@@ -59,7 +70,7 @@ def find_matches(
             if refusal is not None:
                 misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
-            taken, declined = _offered(found, available, device, allow_rounding_changes, most_rows)
+            taken, declined = _offered(found, available, device, allow_rounding_changes, rows_of)
             settled = layouts.settle(found) if taken else found
             if isinstance(settled, Unkept):
                 refusal = _unkept(canonical, found, settled)
@@ -239,7 +250,7 @@ def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core
 
 def _offered(
     match: Match, available: Sequence[Provider], device: DeviceProfile | None, allow_rounding_changes: bool,
-    most_rows: Callable[[Tensor], int] | None,
+    rows_of: Callable[[Tensor], tuple[int, float]] | None,
 ) -> tuple[list[Match], list[Refusal]]:  # fmt: skip
     """The match once for each provider that takes its arguments, and why others don't."""
     rule, taken, declined = match.rule, list[Match](), list[Refusal]()
@@ -248,7 +259,7 @@ def _offered(
         if offer is None:
             continue
         bindings, rounding = Bindings(rule.name, match.values), match.values.get("rounding")
-        refusal = offer.accepts(bindings) or _beyond(offer, bindings, provider, most_rows)
+        refusal = offer.accepts(bindings) or _beyond(offer, match, provider.name, rows_of)
         fits = offer.roundings is None or rounding in offer.roundings
         near = sorted(each for each in offer.roundings or () if _differs_by_rounding(rounding, each))
         if refusal is not None:
@@ -259,12 +270,12 @@ def _offered(
                 )
             )  # fmt: skip
         elif fits and offer.leaves_out is None:
-            taken.append(replace(match, provider=provider.name))
+            taken.append(replace(match, provider=provider.name, cost=offer.cost))
         elif (fits or near) and allow_rounding_changes:
             computed = str(rounding) if fits else near[0]
             change = (str(rounding), f"{computed}, not rounding {offer.leaves_out}" if offer.leaves_out else computed)
             values = {**match.values, "rounding": computed}
-            taken.append(replace(match, provider=provider.name, values=values, rounding_change=change))
+            taken.append(replace(match, provider=provider.name, values=values, rounding_change=change, cost=offer.cost))
         else:
             computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
             told = [] if fits else [f"rounds as {computed}, and the graph as {rounding}"]
@@ -283,18 +294,34 @@ def _offered(
     return taken, declined
 
 
-def _beyond(offer: Offer, m: Bindings, provider: Provider, most_rows: Callable[[Tensor], int] | None) -> Refusal | None:
-    """Why a provider can't serve the largest size, if it can't."""
-    if offer.most_rows is None or most_rows is None:
+def _beyond(
+    offer: Offer, match: Match, provider: str, rows_of: Callable[[Tensor], tuple[int, float]] | None
+) -> Refusal | None:
+    """Why a provider can't serve the largest size, if it can't. Where its kernel leaves larger calls to the reference,
+    that is the largest size that is planned for; else it is the largest that there can be.
+    """
+    first = next((value for node in match.values.values() if (value := _tensor(node)) is not None), None)
+    if offer.most_rows is None or rows_of is None or first is None:
         return None
-    held, wanted = offer.most_rows(m), most_rows(m.x)
-    if not isinstance(held, int) or wanted <= held:  # where the width is dynamic, the call itself tells
+    held: Any = offer.most_rows(Bindings(match.rule.name, match.values))
+    planned, most = rows_of(first)
+    bounded = falls_back(match.rule.op.name, provider)
+    if not isinstance(held, int):  # the width is dynamic
+        detail = f"{provider} takes as many rows as their width lets it, and the width isn't known"
+        return None if bounded else Refusal(reason=Reason.SIZE, detail=detail, mend="mark the width static")
+    wanted = planned if bounded else most
+    if wanted <= held:
         return None
-    detail = f"{provider.name} takes up to {held} rows of this width, and the range has up to {wanted}"
+    found = f"up to {wanted} rows" if wanted < math.inf else "any number of rows"
+    has = f"the range has up to {wanted}" if most < math.inf else "nothing limits those of the graph"
     return Refusal(
-        reason=Reason.SIZE, detail=detail, expected=f"at most {held} rows", found=f"up to {wanted} rows",
-        mend=f"end a compile range at {held} tokens",
+        reason=Reason.SIZE, detail=f"{provider} takes up to {held} rows of this width, and {has}",
+        expected=f"at most {held} rows", found=found, mend=f"end a compile range at {held} tokens",
     )  # fmt: skip
+
+
+def _tensor(value: object) -> Tensor | None:
+    return tensor_of(value) if isinstance(value, fx.Node) else None
 
 
 def _differs_by_rounding(found: object, computed: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fuseplan.providers import Cost
 from fuseplan.record import Nearness, Refusal
 from fuseplan.rules import Rule
 
@@ -22,6 +23,7 @@ class Match:
         outputs: for each value that the pattern yields the node that has it, None where it is dead.
         core: the node of the dialect op that fusions contend for.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
+        cost: what the provider says that a call takes.
         yields: what the replacement yields, as fake tensors, for each value of the pattern: dtype, sizes and strides
             count, the memory may be that of another match's.
         copied: the values of which a copy takes the place, since a reader can tell that the fused op's own result lies
@@ -36,6 +38,7 @@ class Match:
     outputs: tuple[fx.Node | None, ...]
     core: fx.Node
     rounding_change: tuple[str, str] | None = None
+    cost: Cost | None = None
     yields: tuple[Tensor, ...] = ()
     copied: tuple[fx.Node, ...] = ()
     loose: tuple[fx.Node, ...] = ()

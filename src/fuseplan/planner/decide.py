@@ -4,10 +4,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import fx
+
 from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
 from fuseplan.matching import Match
 from fuseplan.planner.contradiction import contradiction
+from fuseplan.planner.disjoint_sets import DisjointSets
 from fuseplan.planner.ordered import choose_in_order
 from fuseplan.planner.pose import Posed
 from fuseplan.planner.problem import Solution
@@ -42,6 +45,7 @@ class Decision:
         saving_ns: what they save.
         lost: the other candidates that the policy looks at.
         cyclic: candidates given up because together with selected ones they would make the graph cyclic.
+        uncoupled: candidates given up because what they require, or belong together with, isn't selected.
         limited: candidates selected and given up again, since `max_fusions` allows no more.
         solution: the proof, of a plan.
         plan_ns: how long it took.
@@ -51,6 +55,7 @@ class Decision:
     saving_ns: int = 0
     lost: tuple[Lost, ...] = ()
     cyclic: tuple[int, ...] = ()
+    uncoupled: tuple[int, ...] = ()
     limited: tuple[int, ...] = ()
     solution: Solution | None = None
     plan_ns: int = 0
@@ -62,36 +67,64 @@ def decide_off() -> Decision:
 
 
 def decide_in_order(posed: Posed, order: Sequence[str]) -> Decision:
-    """`ordered(a, b, ...)`: see `planner.ordered`. Of several providers the one that saves the most runs a match.
+    """`ordered(a, b, ...)`: see `planner.ordered`. Of several providers the one that saves the most runs a match, or
+    all matches that are applied together or not at all.
 
-    What is forced or forbidden has no influence, but for what is forbidden, which is no candidate.
+    What is forced or forbidden has no influence, but for what is forbidden, which is no candidate. What then lacks what
+    it requires, or belongs together with, is given up; its nodes stay as they are.
     """
-    values, forbidden = posed.problem.savings_ns, posed.problem.forbidden
-    best: dict[object, int] = {}
-    for candidate_index, candidate in enumerate(posed.candidates):
-        match = candidate.match
-        if isinstance(match, Match) and candidate.rule in order and candidate_index not in forbidden:
-            key = (match.rule.name, match.rule.op.name, match.anchor)
-            if key not in best or values[candidate_index] > values[best[key]]:
-                best[key] = candidate_index
+    problem, index = posed.problem, posed.index
     matches = sorted(
-        (match for chosen in best.values() if isinstance(match := posed.candidates[chosen].match, Match)),
+        (match for chosen in _runners(posed, order) if isinstance(match := posed.candidates[chosen].match, Match)),
         key=lambda match: (match.anchor, match.rule.name, match.rule.op.name),
     )
     choice = choose_in_order(posed.canonical.graph, matches, order)
-    index = posed.index
     lost = []
     for match, winners in choice.lost:
-        taken = tuple(index[id(winner)] for winner in winners)
-        margin = sum(values[winner] for winner in taken) - values[index[id(match)]]
-        lost.append(Lost(candidate=index[id(match)], blocked_by=taken, lost_ns=margin))
-    selected = tuple(sorted(index[id(match)] for match in choice.chosen))
+        loser, taken = index[id(match)], tuple(index[id(winner)] for winner in winners)
+        known = not problem.unmeasured(taken) and not problem.unmeasured((loser,))
+        margin = problem.saving(taken) - problem.saving((loser,)) if known else None
+        lost.append(Lost(candidate=loser, blocked_by=taken, lost_ns=margin))
+    selected = {index[id(match)] for match in choice.chosen}
+    uncoupled: set[int] = set()
+    while alone := problem.uncoupled(selected):
+        selected -= alone
+        uncoupled |= alone
     return Decision(
-        selected=selected,
-        saving_ns=sum(values[each] for each in selected),
+        selected=tuple(sorted(selected)),
+        saving_ns=problem.saving(selected),
         lost=tuple(lost),
         cyclic=tuple(index[id(match)] for match in choice.cyclic),
+        uncoupled=tuple(posed.in_graph_order(uncoupled)),
     )
+
+
+def _runners(posed: Posed, order: Sequence[str]) -> list[int]:
+    """A candidate for each match of the rules of an order: that of the provider that saves the most, for matches that
+    are coupled that of the one that could run all of them.
+    """
+    problem = posed.problem
+    offers: dict[tuple[str, str, fx.Node], dict[str, int]] = {}
+    for index, candidate in enumerate(posed.candidates):
+        match = candidate.match
+        if isinstance(match, Match) and candidate.rule in order and index not in posed.ruled_out:
+            offers.setdefault((candidate.rule, candidate.op, match.anchor), {}).setdefault(candidate.provider, index)
+    keys = list(offers)
+    place = {index: number for number, key in enumerate(keys) for index in offers[key].values()}
+    sets = DisjointSets(len(keys))
+    for tie in (*problem.requires, *problem.together):
+        if inside := [place[index] for index in tie if index in place]:
+            sets.union(inside)
+    runners = list[int]()
+    for members in sets.sets():
+        unit = [offers[keys[number]] for number in members]
+        able = {name: [offer[name] for offer in unit] for name in unit[0] if all(name in offer for offer in unit)}
+        legal = {name: chosen for name, chosen in able.items() if not problem.uncoupled(chosen)} or able
+        if len(unit) > 1 and legal:
+            runners += max(legal.values(), key=lambda chosen: sum(problem.savings_ns[index] for index in chosen))
+        else:
+            runners += [max(offer.values(), key=lambda index: problem.savings_ns[index]) for offer in unit]
+    return runners
 
 
 def decide_planned(posed: Posed, solver: Solver) -> Decision:
@@ -133,17 +166,19 @@ def decide_planned(posed: Posed, solver: Solver) -> Decision:
 
 
 def limit(posed: Posed, decision: Decision, most: int | None) -> Decision:
-    """The same decision, cut after the first `most` selected candidates in graph order."""
-    if most is None or len(decision.selected) <= most:
+    """The same decision, cut after the first `most` of its parts in graph order: of fusions, or of fusions that are
+    applied together or not at all.
+    """
+    in_order = posed.in_graph_order(decision.selected)
+    units = posed.problem.units(in_order)
+    if most is None or len(units) <= most:
         return decision
-    in_order = sorted(decision.selected, key=lambda index: posed.candidates[index].anchor)
-    kept = tuple(sorted(in_order[:most]))
-    values = posed.problem.savings_ns
+    kept = {index for unit in units[:most] for index in unit}
     return replace(
         decision,
-        selected=kept,
-        limited=tuple(in_order[most:]),
-        saving_ns=sum(values[index] for index in kept),
+        selected=tuple(sorted(kept)),
+        limited=tuple(index for index in in_order if index not in kept),
+        saving_ns=posed.problem.saving(kept),
     )
 
 
@@ -157,6 +192,7 @@ def fusion_record(posed: Posed, index: int) -> Fusion:
         rule=candidate.rule,
         op=candidate.op,
         provider=candidate.provider,
+        provenance=posed.priced.provenance[index].value,
         anchor=canonical.source_node(match.anchor).name,
         consumed=tuple(node.name for node in match.consumed),
         contested_op=op.name if op else str(core.target),
@@ -171,6 +207,7 @@ def fusion_record(posed: Posed, index: int) -> Fusion:
 def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, int] | None, device: str) -> Plan:
     """A decision as a record."""
     candidates, values, solution = posed.candidates, posed.problem.savings_ns, decision.solution
+    known = [provenance.value for provenance in posed.priced.provenance]
     rejected = []
     for lost in decision.lost:
         candidate = candidates[lost.candidate]
@@ -183,13 +220,14 @@ def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, i
                 blocked_by=tuple(candidates[index].name for index in lost.blocked_by),
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
+                provenance=known[lost.candidate],
             )
         )
     return Plan(
         graph=graph,
         range=span,
         device=device,
-        prices=tuple(sorted({provenance.value for provenance in posed.priced.provenance})),
+        prices=tuple(sorted(set(known))),
         sites=posed.sites,
         selected=tuple(
             Selected(
@@ -197,6 +235,7 @@ def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, i
                 signature=candidates[index].signature,
                 source=candidates[index].source,
                 saving_ns=values[index],
+                provenance=known[index],
             )
             for index in decision.selected
         ),
@@ -231,8 +270,6 @@ def replay(posed: Posed, plan: Plan) -> Decision:
             raise PlanError(f"{where}: {each.name!r} was {each.signature} and is {found}")
         selected.append(index)
     chosen = tuple(sorted(index for index in selected if index not in posed.failed))
-    pairs = [(i, j) for i, j in sorted(posed.problem.conflicts) if i in chosen and j in chosen]
-    if pairs or posed.find_cycles(chosen):
-        what = " and ".join(posed.candidates[index].name for index in pairs[0]) if pairs else "what it applies"
-        raise PlanError(f"{where}: {what} can't be applied together")
+    if why := posed.illegal(chosen):
+        raise PlanError(f"{where}: {why}")
     return Decision(selected=chosen, saving_ns=posed.problem.saving(chosen))

@@ -31,10 +31,12 @@ def _unfused_first(row: CostRow) -> tuple[bool, str]:
 
 
 def _modelled(posed: Posed) -> Iterator[CostRow]:
-    """Rows of every site that a candidate contends for and the model prices."""
+    """Rows of every site that a candidate contends for, and that wasn't measured."""
     contenders: dict[int, list[Candidate]] = {}
     for candidate, provenance in zip(posed.candidates, posed.priced.provenance, strict=True):
-        if candidate.site is not None and isinstance(candidate.match, Match) and provenance is Provenance.MODELLED:
+        is_ours = candidate.site is not None and isinstance(candidate.match, Match)
+        if is_ours and provenance is not Provenance.MEASURED:
+            assert candidate.site is not None
             contenders.setdefault(candidate.site.ordinal, []).append(candidate)
     places = Counter(posed.sites[ordinal] for ordinal in contenders)
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -44,13 +46,25 @@ def _modelled(posed: Posed) -> Iterator[CostRow]:
         kind = name, frozenset(alternative_name([each], [ordinal]) for each in candidates)
         if kind not in seen:
             seen.add(kind)
-            for tokens, shape in zip(posed.priced.tokens, posed.pricing.shapes[ordinal], strict=True):
+            for size, (tokens, shape) in enumerate(
+                zip(posed.priced.tokens, posed.pricing.shapes[ordinal], strict=True)
+            ):
                 for alternative, kernels in _alternatives(posed, shape, candidates, tokens):
                     yield CostRow(
                         site=name, places=places[name], alternative=alternative, tokens=tokens, spread_ns=0,
                         time_ns=total_ns(kernels), provenance=Provenance.MODELLED.value,
                         kernels=tuple(map(_time, kernels)),
                     )  # fmt: skip
+                unfused = total_ns(shape.unfused(posed.pricing.prices.model))
+                for candidate in candidates:
+                    index = posed.index[id(candidate.match)]
+                    provenance = posed.priced.provenance[index]
+                    if provenance is not Provenance.MODELLED:
+                        yield CostRow(
+                            site=name, places=places[name], alternative=alternative_name([candidate], [ordinal]),
+                            tokens=tokens, time_ns=unfused - posed.priced.savings[index][size], spread_ns=0,
+                            provenance=provenance.value,
+                        )  # fmt: skip
 
 
 def _alternatives(
@@ -61,7 +75,8 @@ def _alternatives(
     for candidate in candidates:
         assert candidate.site is not None and isinstance(candidate.match, Match)
         taken = candidate.site.taken(candidate.match.consumed)
-        if taken is not None:
+        is_modelled = posed.priced.provenance[posed.index[id(candidate.match)]] is Provenance.MODELLED
+        if taken is not None and is_modelled:
             fused = shape.fused(model, candidate.provider, reduce=taken.reduce, tail=taken.tail)
             rest = shape.rest(model, reduce=taken.reduce, tail=taken.tail)
             copies = posed.pricing.copies(candidate.match, tokens)

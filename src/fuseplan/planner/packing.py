@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fuseplan.planner.components import Component, DisjointSets
+from fuseplan.planner.components import Component
+from fuseplan.planner.disjoint_sets import DisjointSets
 
 # A place is a bit of the weight, so that places take memory quadratic in the size of a component. Beyond this many
 # candidates they are left out, and of packings that tie in saving and number the first one found wins.

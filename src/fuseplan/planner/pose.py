@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, couplings_of
 from fuseplan.planner.components import components
 from fuseplan.planner.contradiction import ContradictionError, Groups
+from fuseplan.planner.costs import Provenance
 from fuseplan.planner.pricing import Priced, Prices, Pricing
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.sites import Rows, find_sites
@@ -33,6 +34,7 @@ class Posed:
         idle: selectors of what is forced or forbidden that select nothing in this graph.
         forced: selectors of what is forced, with what is open to each of them at each place.
         failed: candidates that failed verification, or need one that did, and why.
+        unpriced: candidates that a plan doesn't apply since nobody has priced them and they aren't forced.
     """
 
     canonical: CanonicalGraph
@@ -44,6 +46,12 @@ class Posed:
     idle: tuple[str, ...]
     forced: Groups = ()
     failed: Mapping[int, str] = field(default_factory=dict)
+    unpriced: frozenset[int] = frozenset()
+
+    @property
+    def ruled_out(self) -> frozenset[int]:
+        """What no policy applies: what is forbidden or has failed."""
+        return (self.problem.forbidden - self.unpriced) | self.failed.keys()
 
     def without(self, failed: Mapping[int, str]) -> "Posed":
         """The same problem without candidates that failed verification, and without what needs them. What is forced
@@ -80,8 +88,32 @@ class Posed:
         return self.priced.unfused[len(self.priced.unfused) // 2]
 
     def saved_by_size(self, selected: Sequence[int]) -> list[int]:
-        """What a selection saves at each size, in ns."""
-        return [sum(s[k] for i in selected if (s := self.priced.savings[i])) for k in range(len(self.priced.tokens))]
+        """What a selection saves at each size, in ns; what was never measured together counts nothing."""
+        left, found = set(selected), list[tuple[int, ...]]()
+        for members, savings in self.priced.together.items():
+            if part := frozenset(left & members):
+                found.append(savings.get(part, ()))
+                left -= part
+        found += [self.priced.savings[index] for index in left]
+        return [sum(savings[k] for savings in found if savings) for k in range(len(self.priced.tokens))]
+
+    def in_graph_order(self, selected: Iterable[int]) -> list[int]:
+        """A selection by the places of its matches in the original graph, which all kinds of matches have."""
+        return sorted(selected, key=lambda i: (self.canonical.source_node(self.candidates[i].anchor), i))
+
+    def illegal(self, selected: Sequence[int]) -> str | None:
+        """Why a selection can't be applied, or None."""
+        chosen, names = set(selected), [candidate.name for candidate in self.candidates]
+        for i, j in sorted(self.problem.conflicts):
+            if i in chosen and j in chosen:
+                return f"{names[i]} and {names[j]} can't be applied together"
+        for i, j in sorted(self.problem.requires):
+            if i in chosen and j not in chosen:
+                return f"{names[i]} needs {names[j]}, which isn't applied"
+        for group in self.problem.together:
+            if missing := group - chosen if group & chosen else None:
+                return f"{names[min(group & chosen)]} and {names[min(missing)]} are applied together or not at all"
+        return "what it applies can't be applied together" if self.find_cycles(selected) else None
 
     @cached_property
     def index(self) -> dict[int, int]:
@@ -155,22 +187,43 @@ def pose(
     forbidden = frozenset(i for text in forbid for i, c in enumerate(candidates) if selects(text, c))
     groups = [(text, group) for text in force for group in _groups(text, candidates, structure)]
     _check_open(groups, forbidden, forbid, candidates)
-    forced = tuple((text, group - forbidden) for text, group in groups)
+    unpriced = _unpriced(candidates, priced, [group - forbidden for _, group in groups], structure) - forbidden
+    forced = tuple((text, group - forbidden - unpriced) for text, group in groups)
     open_groups = dict.fromkeys(group for _, group in forced)
     problem = replace(
         structure,
         savings_ns=tuple(priced.values),
         forced=frozenset(i for group in open_groups if len(group) == 1 for i in group),
         one_of=tuple(group for group in open_groups if len(group) > 1),
-        forbidden=forbidden,
+        forbidden=forbidden | unpriced,
         alternatives=priced.alternatives,
     )
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
     idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
     return Posed(
         canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
-        idle=idle, forced=forced,
+        idle=idle, forced=forced, unpriced=unpriced,
     )  # fmt: skip
+
+
+def _unpriced(
+    candidates: Sequence[Candidate], priced: Priced, forced: Sequence[frozenset[int]], structure: Problem
+) -> frozenset[int]:
+    """Matches of rules that nobody has priced, but for what is forced where nobody has priced an alternative, and what
+    that needs. Other people's passes were handed over to be applied: of these an assumed price will do.
+    """
+    assumed = {
+        index
+        for index, (candidate, provenance) in enumerate(zip(candidates, priced.provenance, strict=True))
+        if provenance is Provenance.ASSUMED and isinstance(candidate.match, Match)
+    }
+    meant = {index for group in forced if group <= assumed for index in group}
+    while more := {
+        *(j for i, j in structure.requires if i in meant and j not in meant),
+        *(j for group in structure.together if group & meant for j in group - meant),
+    }:
+        meant |= more
+    return frozenset(assumed - meant)
 
 
 def _needs(candidate: Candidate) -> str:

@@ -11,9 +11,10 @@ from fuseplan.content import content_of
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, copies_text
-from fuseplan.planner.costs import CostModel, CostTable, Kernel, Provenance, total_ns
+from fuseplan.planner.costs import KNOWN_PROVIDERS, CostModel, CostTable, Kernel, Provenance, total_ns
+from fuseplan.planner.declared import declared_ns, generated_ns
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows, Shape, Site, Tail, hint
+from fuseplan.planner.sites import Rows, Shape, Site, Tail, Taken, hint
 
 UNFUSED = "unfused"
 MAX_ENUMERATED = 12
@@ -127,6 +128,7 @@ class Priced:
             known of it.
         provenance: where each candidate's price is from.
         alternatives: of components measured as a whole, what each alternative saves.
+        together: likewise, at each size.
         unfused: all contested sites, as Inductor leaves them, by size.
     """
 
@@ -137,6 +139,7 @@ class Priced:
     provenance: list[Provenance]
     alternatives: dict[frozenset[int], dict[frozenset[int], int]]
     unfused: list[int]
+    together: dict[frozenset[int], dict[frozenset[int], tuple[int, ...]]] = field(default_factory=dict)
 
 
 class Pricing:
@@ -198,27 +201,62 @@ class Pricing:
         sizes = range(len(self.tokens))
         unfused = [sum(self.prices.unfused_ns(self.shapes[place][size]) for place in places) for size in sizes]
         for index in component:
-            candidate = self.candidates[index]
-            savings, costs = self._modelled(candidate)
+            savings, costs, result.provenance[index] = self._modelled(self.candidates[index])
             result.savings[index] = savings
             result.costs[index] = costs[len(costs) // 2]
-            result.values[index] = weighted(savings, unfused) if places else savings[0]
+            result.values[index] = weighted(savings, unfused) if places else savings[len(savings) // 2]
         result.unfused = [a + b for a, b in zip(result.unfused, unfused, strict=True)]
 
-    def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-        """(what a candidate saves, what its op and copies take) by size. Where the model doesn't know the op, and the
-        owner has not said what it saves, that is a launch for each op less, beside the copies.
+    def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...], Provenance]:
+        """(what a candidate saves, what its op and copies take) by size, and how that is known. Where the model doesn't
+        know the op, and its owner hasn't said anything, it is assumed to save a launch for each op less, beside the
+        copies.
         """
         match, site, sizes = candidate.match, candidate.site, len(self.tokens)
         if isinstance(match, ExternalMatch):
-            given = match.owner.saving_us
-            return (self.prices.launch_ns if given is None else round(given * 1000),) * sizes, (None,) * sizes
+            given, unknown = match.owner.saving_us, (None,) * sizes
+            if given is None:
+                return (self.prices.launch_ns,) * sizes, unknown, Provenance.ASSUMED
+            return (round(given * 1000),) * sizes, unknown, Provenance.DECLARED
         parts = site.taken(match.consumed) if site is not None else None
-        copied = [total_ns(self.copies(match, size)) for size in self.tokens]
+        copied = tuple(total_ns(self.copies(match, size)) for size in self.tokens)
+        if match.cost is not None and (declared := self._declared(match, site, parts, copied)) is not None:
+            return *declared, Provenance.DECLARED
         if site is None or parts is None:
             saved = self.prices.launch_ns * (len(match.rule.calls) - 1)
-            return tuple(saved - ns for ns in copied), (None,) * sizes
-        key = (self._kinds[site.ordinal], candidate.provider, parts, tuple(copied))
+            return tuple(saved - ns for ns in copied), (None,) * sizes, Provenance.ASSUMED
+        known = match.provider in KNOWN_PROVIDERS
+        return *self._known_parts(candidate, site, parts, copied), Provenance.MODELLED if known else Provenance.ASSUMED
+
+    def _declared(
+        self, match: Match, site: Site | None, parts: Taken | None, copied: Sequence[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The same of an op whose provider says what it takes; None where the model doesn't know what it replaces."""
+        model = self.prices.model
+        savings, costs = list[int](), list[int]()
+        for index, tokens in enumerate(self.tokens):
+
+            def sized(value: Tensor, tokens: int = tokens) -> Tensor:
+                return self._rows.sized(value, tokens)
+
+            fused = copied[index] + declared_ns(match, model, sized)
+            if site is not None and parts is not None:
+                shape = self.shapes[site.ordinal][index]
+                rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
+                before: int | None = self.prices.unfused_ns(shape) - rest
+            else:
+                before = generated_ns(match, model, sized)
+            if before is None:
+                return None
+            savings.append(before - fused)
+            costs.append(fused)
+        return tuple(savings), tuple(costs)
+
+    def _known_parts(
+        self, candidate: Candidate, site: Site, parts: Taken, copied: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+        """The same of an op that takes parts of one site."""
+        key = (self._kinds[site.ordinal], candidate.provider, parts, copied)
         if key not in self._known:
             before, after = [], []
             for shape, copies in zip(self.shapes[site.ordinal], copied, strict=True):
@@ -249,10 +287,12 @@ class Pricing:
                 return False
         before = [ns for ns, _ in unfused or [(0, 0)] * len(rows)]
         values: dict[frozenset[int], int] = {}
+        by_size = result.together.setdefault(frozenset(component), {})
         noise = {frozenset[int](): max(spread for _, spread in unfused or [(0, 0)])}
         for alternative, measured in times.items():
             savings = tuple(a - ns for a, (ns, _) in zip(before, measured, strict=True))
             values[alternative], noise[alternative] = weighted(savings, before), max(spread for _, spread in measured)
+            by_size[alternative] = savings
             if len(alternative) == 1:
                 (index,) = alternative
                 result.savings[index] = savings

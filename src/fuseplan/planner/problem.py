@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fuseplan.planner.disjoint_sets import DisjointSets
+
 CycleFinder = Callable[[Sequence[int]], Sequence[tuple[int, ...]]]
 """The cycles that candidates make when they are applied together: for each the candidates on it, one or more cycles
 if there are any. Whatever holds all candidates of one of them is cyclic too.
@@ -48,14 +50,39 @@ class Problem:
         )
 
     def saving(self, selected: Collection[int]) -> int:
-        """What a legal selection saves, in ns."""
+        """What a selection saves, in ns. What was never measured together counts nothing: see `unmeasured`."""
         chosen = set(selected)
         total = 0
         for members, savings in self.alternatives.items():
             if measured := chosen & members:
-                total += savings[frozenset(measured)]
+                total += savings.get(frozenset(measured), 0)
                 chosen -= measured
         return total + sum(self.savings_ns[candidate] for candidate in chosen)
+
+    def unmeasured(self, selected: Collection[int]) -> frozenset[int]:
+        """Of a selection those in components measured as a whole, where no row has just this part of them."""
+        chosen = set(selected)
+        parts = [(frozenset(chosen & members), savings) for members, savings in self.alternatives.items()]
+        return frozenset().union(*(part for part, savings in parts if part and part not in savings))
+
+    def uncoupled(self, selected: Collection[int]) -> frozenset[int]:
+        """Of a selection those that may not be in it: what they require isn't, or what they belong together with."""
+        chosen = set(selected)
+        lone = {i for i, j in self.requires if i in chosen and j not in chosen}
+        return frozenset(lone.union(*(group & chosen for group in self.together if not group <= chosen)))
+
+    def units(self, selected: Sequence[int]) -> list[tuple[int, ...]]:
+        """A selection in parts that are applied together or not at all, by what they require and belong together with.
+
+        Args:
+            selected: in the order that the parts have by their first candidates.
+        """
+        place = {candidate: index for index, candidate in enumerate(selected)}
+        sets = DisjointSets(len(selected))
+        for tie in (*self.requires, *self.together):
+            if inside := [place[candidate] for candidate in tie if candidate in place]:
+                sets.union(inside)
+        return [tuple(selected[index] for index in members) for members in sets.sets()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ A site is a core, e.g. one `fused_add_rms_norm`, with the all-reduce before it a
 leaves of its site is run unfused, so that a price always covers the whole site.
 """
 
+import math
 import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
@@ -245,10 +247,12 @@ class Rows:
     Attributes:
         tokens: this product, in the symbols of the graph; None where the graph has none.
         traced: the number of tokens that the graph was traced with; 1 where no input tells.
+        environment: the `ShapeEnv` of the symbols, which has their ranges.
     """
 
     tokens: Any
     traced: int
+    environment: Any = None
     _varies: dict[tuple[Any, ...], bool] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -262,7 +266,7 @@ class Rows:
         for value in integers or symbolic:
             exact = _expression(_leading(value))
             traced = _product([hint(size) for size in _leading(value)])
-            return cls(exact if symbolic else None, traced)
+            return cls(exact, traced, _environment(_leading(value))) if symbolic else cls(None, traced)
         return cls(None, 1)
 
     @property
@@ -286,6 +290,41 @@ class Rows:
             self._varies[key] = bool(symbols & self.tokens.free_symbols)
         return max(1, round(rows * tokens / self.traced)) if self._varies[key] else rows
 
+    def most(self, value: torch.Tensor, tokens: int | None) -> float:
+        """The most rows that a tensor can have; infinity where nothing limits them.
+
+        Args:
+            value: a tensor of the graph.
+            tokens: the most tokens that the graph serves; None: as many as its symbols let it.
+        """
+        rows, environment = _expression(value.shape[:-1]), _environment(value.shape[:-1])
+        if environment is None:
+            return max(1, int(rows))
+        most = _upper(environment, rows)
+        if tokens is not None and self.tokens is not None:
+            above, below = (rows / self.tokens).as_numer_denom()
+            if not above.free_symbols:
+                least = 1 if not below.free_symbols else max(1, int(ShapeEnv.bound_sympy(environment, below).lower))
+                share = int(above) * tokens // (least if below.free_symbols else int(below))
+                most = min(most, max(1, share))
+        return most
+
+    @property
+    def most_tokens(self) -> float:
+        """The most tokens that the graph's symbols let it have; infinity where nothing limits them."""
+        return self.traced if self.tokens is None else _upper(self.environment, self.tokens)
+
+    def sized(self, value: torch.Tensor, tokens: int) -> torch.Tensor:
+        """A tensor without data that has a tensor's dtype, and its shape at a number of tokens. Where tokens have
+        several symbols, the sizes that have the last of them vary and the others stay as traced.
+        """
+        moving = max(self.tokens.free_symbols, key=str) if self.tokens is not None else None
+        sizes, shape = list[int](), list[Any](value.shape)
+        for size in shape:
+            varies = isinstance(size, torch.SymInt) and moving in size.node.expr.free_symbols
+            sizes.append(max(1, round(hint(size) * tokens / self.traced)) if varies else hint(size))
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
+
 
 def _expression(sizes: Iterable[Any]) -> Any:
     """The product of sizes in the symbols of the graph."""
@@ -293,6 +332,16 @@ def _expression(sizes: Iterable[Any]) -> Any:
     for size in sizes:
         product = product * (size.node.expr if isinstance(size, torch.SymInt) else size)
     return product
+
+
+def _environment(sizes: Iterable[Any]) -> Any:
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+
+
+def _upper(environment: Any, expression: Any) -> float:
+    """The upper end of an expression's range: what Dynamo guards, or was told by `mark_dynamic(..., max=)`."""
+    upper: Any = ShapeEnv.bound_sympy(environment, expression).upper if environment is not None else math.inf
+    return int(upper) if getattr(upper, "is_Integer", isinstance(upper, int)) else math.inf
 
 
 def _leading(value: torch.Tensor) -> Sequence[Any]:

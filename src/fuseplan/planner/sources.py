@@ -4,9 +4,9 @@ from pathlib import Path
 
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, cached_table
+from fuseplan.planner.costs import CostModel, CostTable, cached_table, hardware_of
 from fuseplan.planner.pricing import Prices
-from fuseplan.providers import DeviceProfile, local_profile
+from fuseplan.providers import PROFILES, DeviceProfile, local_profile
 
 
 def prices_of(config: PassConfig, environment: Environment, device: DeviceProfile | None) -> Prices:
@@ -25,7 +25,10 @@ def prices_of(config: PassConfig, environment: Environment, device: DeviceProfil
         raise ConfigError(
             "costs='measured' needs a cost table: run fuseplan tune, or set cost_table or FUSEPLAN_COSTS to one"
         )
-    return Prices(model=CostModel(HARDWARE[profile.name]), table=table, source=config.costs)
+    # A device that is named is priced alike everywhere, but for one that only this machine knows.
+    here = (device is None or profile.name not in PROFILES) and profile == local_profile()
+    hardware = hardware_of(profile.name, profile.vendor, here=here)
+    return Prices(model=CostModel(hardware), table=table, source=config.costs)
 
 
 def _cached(profile: DeviceProfile) -> CostTable | None:

@@ -1,5 +1,6 @@
 """Implementations of fused ops: when each is available, what it accepts."""
 
+from fuseplan.providers.declared import Cost, KernelCost
 from fuseplan.providers.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
 from fuseplan.providers.gates import Offer
 from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider, provider_of
@@ -7,7 +8,9 @@ from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider, provider_o
 __all__ = [
     "BUILT_IN_PROVIDERS",
     "PROFILES",
+    "Cost",
     "DeviceProfile",
+    "KernelCost",
     "Offer",
     "Provider",
     "device_profile",

@@ -338,4 +338,4 @@ for _op, _kernel in (
     (ops.all_reduce_fused_add_rms_norm_pad, all_reduce_fused_add_rms_norm_pad),
     (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_fused_add_rms_norm_dynamic_fp8_quant),
 ):
-    implement(_op, "aiter", _kernel)
+    implement(_op, "aiter", _kernel, most_rows=OFFERS[_op.name].most_rows)

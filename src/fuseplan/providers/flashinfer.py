@@ -337,4 +337,4 @@ for _op, _kernel in (
     (ops.rms_norm_static_fp8_quant, rms_norm_static_fp8_quant),
     (ops.fused_add_rms_norm_static_fp8_quant, fused_add_rms_norm_static_fp8_quant),
 ):
-    implement(_op, "flashinfer", _kernel)
+    implement(_op, "flashinfer", _kernel, most_rows=OFFERS[_op.name].most_rows)

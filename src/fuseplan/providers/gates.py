@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fuseplan.dialect import QuantRounding
 from fuseplan.graph.facts import equal_size, group_size, is_dense
+from fuseplan.providers.declared import Cost, checked_cost
 from fuseplan.record import Reason, Refusal
 
 Accepts = Callable[[Any], Refusal | None]
@@ -28,13 +29,24 @@ class Offer:
         roundings: the conventions that its kernel computes; None: whichever it is asked for.
         leaves_out: what every graph rounds and its kernel doesn't, whatever the convention; such a kernel is taken
             where `allow_rounding_changes` is set.
-        most_rows: how many rows its workspace or its counters hold, for given arguments; None: any number.
+        most_rows: how many rows of the first tensor its workspace or its counters hold, for given arguments; None: any
+            number. Where a graph may have more, the op is no candidate, unless its kernel was registered with the same
+            limit (`dialect.implement(..., most_rows=)`) and leaves such calls to the reference.
+        cost: what a call takes, where the cost model doesn't know the provider; see `Cost`. None: nobody has said, and
+            the op isn't applied before it was measured, unless it is forced.
+
+    Raises:
+        ConfigError: the cost is none.
     """
 
     accepts: Accepts = accept_all
     roundings: frozenset[str] | None = None
     leaves_out: str | None = None
     most_rows: Callable[[Any], int] | None = None
+    cost: Cost | None = None
+
+    def __post_init__(self) -> None:
+        checked_cost(self.cost)
 
     def limits(self) -> tuple[str, ...]:
         """What it takes and doesn't do, for a person; empty: whatever its op takes."""

@@ -14,6 +14,7 @@ from torch.torch_version import TorchVersion
 
 from fuseplan.dialect import DialectOp, implement, ops
 from fuseplan.providers import aiter, flashinfer
+from fuseplan.providers.declared import Cost, checked_cost
 from fuseplan.providers.devices import DeviceProfile, local_vendor
 from fuseplan.providers.gates import Accepts, Offer, accept_all
 from fuseplan.providers.triton import ACCEPTS as TRITON_ACCEPTS
@@ -117,6 +118,8 @@ def provider_of(
     description: str = "",
     vendors: Iterable[str] = ("nvidia", "amd", "cpu"),
     accepts: Accepts = accept_all,
+    cost: Cost | None = None,
+    most_rows: Callable[[Any], int] | None = None,
     uuid: Any = None,
 ) -> Provider:
     """A provider of one's own: it runs fused ops by given kernels.
@@ -127,15 +130,22 @@ def provider_of(
         description: for a person.
         vendors: whose devices it serves.
         accepts: a check of arguments, as `Bindings`: None, or why it refuses them.
+        cost: what a call takes: a `KernelCost`, microseconds, or a function of the arguments, as `Bindings` whose
+            tensors have numbers for sizes and no data, that returns microseconds. None: nobody has said; the ops aren't
+            applied before they were measured, unless they are forced or the policy is `ordered`.
+        most_rows: how many rows of its first tensor a kernel takes, for given arguments, as attributes by the names
+            that the op's schema has; a call of more runs the op's reference. None: any number.
         uuid: what tells the kernels and the check from former ones, such as a version or a hash of their source, or a
             function that returns it. Without it graphs are compiled, and kernels verified, anew at every start.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
+        ConfigError: the cost is none of these.
     """
+    checked_cost(cost)
     for op, kernel in kernels.items():
-        implement(op, name, kernel)
-    offers = {op.name: Offer(accepts=accepts) for op in kernels}
+        implement(op, name, kernel, most_rows=most_rows)
+    offers = {op.name: Offer(accepts=accepts, cost=cost, most_rows=most_rows) for op in kernels}
     return Provider(
         name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers,
         uuid=uuid,

@@ -76,7 +76,7 @@ class CostRow:
         tokens: the size.
         time_ns: of all ops of the class, those included that the alternative leaves unfused.
         spread_ns: the interquartile range; 0 where modelled.
-        provenance: `measured` or `modelled`.
+        provenance: `measured`, `modelled`, `declared` or `assumed`.
         kernels: of a modelled time; they sum to `time_ns`.
         origin: of a measured time: device, topology, versions, date and command, one text each.
     """

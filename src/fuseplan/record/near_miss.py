@@ -68,6 +68,8 @@ _OF_A_WHOLE = frozenset(
         Reason.NO_EFFECT,
         Reason.TRAINING,
         Reason.DISABLED,
+        Reason.UNPRICED,
+        Reason.COUPLED,
         Reason.LIMIT,
         Reason.VERIFICATION,
         Reason.FAULT,

@@ -28,12 +28,14 @@ class Selected:
         signature: the op with dtypes, static sizes and attributes.
         source: module path in the user's model, if known.
         saving_ns: what it saves, weighted over the sizes of the range.
+        provenance: how that is known: `measured`, `modelled`, `declared` by its owner, or `assumed`.
     """
 
     name: str
     signature: str
     source: str | None
     saving_ns: int
+    provenance: str = "modelled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Rejected:
         lost_ns: by how much a plan that has to apply it saves less; None where none can.
         flips_at_ns: what its op would have to take at most to be applied; None where no time is short enough, or its
             time isn't known.
+        provenance: as for `Selected`.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Rejected:
     blocked_by: tuple[str, ...]
     lost_ns: int | None
     flips_at_ns: int | None
+    provenance: str = "modelled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class Plan:
         graph: its name in the report.
         range: first and last number of tokens, None where they aren't limited.
         device: the profile that it was priced for.
-        prices: `modelled`, `measured`, or both where components differ.
+        prices: `modelled`, `measured`, `declared`, `assumed`, or several of them where candidates differ.
         sites: the signature of every place that fusions could want, in graph order.
         selected: in order of name.
         rejected: in order of name.

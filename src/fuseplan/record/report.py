@@ -34,6 +34,8 @@ class Fusion:
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
         site_class: what its site has in common with others that cost the same, as `CostRow.site` names it; None for
             somebody else's pass.
+        provenance: how what it saves is known: `measured` or `modelled`; `declared`, where its owner says so;
+            `assumed`, where nobody does.
     """
 
     rule: str
@@ -47,6 +49,7 @@ class Fusion:
     saving_ns: int | None = None
     rounding_change: tuple[str, str] | None = None
     site_class: str | None = None
+    provenance: str = "modelled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +283,14 @@ class Report:
         return sum(graph.saved_ns for graph in self.graphs) / 1000
 
     @property
+    def assumed(self) -> dict[tuple[str, str], list[Fusion]]:
+        """What is applied and was priced by nobody, by rule and provider, over all graphs and ranges."""
+        found: dict[tuple[str, str], list[Fusion]] = {}
+        for fusion in (each for graph in self.graphs for each in graph.applied if each.provenance == ASSUMED):
+            found.setdefault((fusion.rule, fusion.provider), []).append(fusion)
+        return found
+
+    @property
     def region_us(self) -> float:
         """What all contested sites take, over all graphs and ranges, in microseconds."""
         return sum(graph.unfused_ns - graph.saved_ns for graph in self.graphs) / 1000
@@ -306,6 +317,9 @@ MOST_RANKS = 65_536
 
 MOST_LAYERS = 10_000
 """Of a model that is built from a number: more than any has, and building them ends within minutes."""
+
+ASSUMED = "assumed"
+"""How a price is known that nobody has measured, modelled or declared."""
 
 UNFUSED = "unfused"
 """The winner where leaving a site to Inductor is cheaper."""

@@ -1,5 +1,6 @@
 """The object that `fuseplan explain --json` prints; its shape is a contract, versioned by `schema`."""
 
+from collections import Counter
 from typing import Any
 
 from fuseplan.record import Comparison, Report, changes, differences, to_json
@@ -73,6 +74,7 @@ def _policy(report: Report) -> dict[str, Any]:
     row |= {
         "fused": report.fused,
         "matched": report.matched,
+        "provenance": dict(sorted(Counter(f.provenance for graph in report.graphs for f in graph.applied).items())),
         "per_range": [_range(report, span) for span in report.per_range],
         "region_us": report.region_us,
         "saved_us": report.saved_us,

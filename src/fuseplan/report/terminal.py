@@ -50,6 +50,7 @@ def _sections(comparison: Comparison) -> list[RenderableType]:
         _not_worth_it(comparison),
         _forbidden(comparison),
         render_near_misses(comparison.reports[0].near_misses),
+        _assumed(comparison),
         _pending(comparison),
         _warnings(comparison),
     )
@@ -86,7 +87,10 @@ def _table(comparison: Comparison) -> list[RenderableType]:
 def _saving_legend(comparison: Comparison) -> str:
     sizes = [graph.sizes[len(graph.sizes) // 2].tokens for graph in comparison.reports[0].graphs if graph.sizes]
     middles = ", ".join(str(tokens) for tokens in dict.fromkeys(sizes))
-    return f"saved: us a step at the middle of each range ({middles} tokens)"
+    spans = [graph.sizes for graph in comparison.reports[0].graphs if graph.range is None and len(graph.sizes) > 1]
+    ends = dict.fromkeys(f"{sizes[0].tokens:,} to {sizes[-1].tokens:,}" for sizes in spans)
+    valid = f"; priced for {' and '.join(ends)} tokens, valid for all" if ends else ""
+    return f"saved: us a step at the middle of each range ({middles} tokens){valid}"
 
 
 def _what_if(comparison: Comparison) -> list[RenderableType]:
@@ -207,6 +211,18 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
         where = places(fusion.source for fusion in mine)
         told = f"{rule} in {count_of(len(mine), 'place')}{f': {where}' if where else ''}"
         lines.append(entry("uncontested", told, style=""))
+    return lines
+
+
+def _assumed(comparison: Comparison) -> list[RenderableType]:
+    """What the first policy applies and nobody has priced."""
+    lines: list[RenderableType] = []
+    for (rule, provider), fusions in comparison.reports[0].assumed.items():
+        where = places(fusion.source for fusion in fusions)
+        title = f"{rule} by {provider} in {count_of(len(fusions), 'place')}: {where}"
+        lines.append(entry("assumed", title.rstrip(": ")))
+        savings = sorted({f"{(fusion.saving_ns or 0) / 1000:.1f}" for fusion in fusions})
+        lines.append(indented(f"taken to save {' or '.join(savings)} us a place: nobody has measured or declared it"))
     return lines
 
 

@@ -12,6 +12,7 @@ from torch._logging._internal import trace_structured
 
 from fuseplan.record import GraphReport, NearMiss, Report
 from fuseplan.record.plan import plan_to_json
+from fuseplan.record.report import ASSUMED
 from fuseplan.record.text import printable
 from fuseplan.report.contract import report_to_json
 from fuseplan.report.text import policy_name, tokens_of
@@ -67,7 +68,8 @@ def _headline(report: Report, graph: GraphReport) -> str:
 
 def _lines(graph: GraphReport) -> Iterator[str]:
     for fusion in graph.applied:
-        saves = "" if fusion.saving_ns is None else f", saves {fusion.saving_ns / 1000:.2f} us"
+        how = "taken to save" if fusion.provenance == ASSUMED else "saves"
+        saves = "" if fusion.saving_ns is None else f", {how} {fusion.saving_ns / 1000:.2f} us"
         yield f"applied {fusion.rule} as {fusion.op} by {fusion.provider} at {fusion.source or fusion.anchor}{saves}"
     for loss in graph.lost:
         winners = ", ".join(dict.fromkeys(winner.rule for winner in loss.blocked_by)) or "no fusion"

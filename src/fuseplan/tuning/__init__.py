@@ -1,6 +1,7 @@
 """Measuring alternatives in context on a device, alone or in lock step."""
 
 from fuseplan.tuning.clock import LEAST_REPEATS, Subject, Times, interleaved, subject_of
+from fuseplan.tuning.device import measure_device
 from fuseplan.tuning.lock_step import LockStep, Ranks
 from fuseplan.tuning.merge import merge_into, table_in
 from fuseplan.tuning.tuner import Origin, Step, Tuner
@@ -18,6 +19,7 @@ __all__ = [
     "Tuner",
     "Work",
     "interleaved",
+    "measure_device",
     "merge_into",
     "subject_of",
     "table_in",

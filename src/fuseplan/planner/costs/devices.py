@@ -15,8 +15,8 @@ _RUN_1 = (
 )
 _RUN_2 = _RUN_1.replace("run 1, columns U, C, B, D,", "run 2, column F,")
 _GPU_BENCHES = "github.com/te42kyfo/gpu-benches, gpu-small-kernels/h200_graph.txt (streams in a CUDA graph)"
-_H100_COPY = "benchmarks/data/h100-add-rms-pad.json, H100, 2026-11-22: copies at 3002 GB/s"
-_NCCL = "NCCL 2.30, src/graph/tuning.cc"
+H100_COPY = "benchmarks/data/h100-add-rms-pad.json, H100, 2026-11-22: copies at 3002 GB/s"
+NCCL = "NCCL 2.30, src/graph/tuning.cc"
 _AITER = (
     "benchmarks/data/mi355x-aiter-published.json: fitted on the one-stage tables of EmbeddedLLM/vllm#81 and "
     "ROCm/aiter#3458 (MI355X, 2026) by benchmarks/calibrate_costs.py"
@@ -41,19 +41,19 @@ H200: Final = Hardware(
     generated_norm=_ns(574, f"{_RUN_1}; poorly determined (sigma over 100 %)"),
     cache=_size(33.4e6, f"{_GPU_BENCHES}: fastest at a working set of 33.4 MB, memory's speed at twice that"),
     cache_bandwidth=_rate(5868, f"{_RUN_1}, near 5810 of {_GPU_BENCHES}"),
-    memory_bandwidth=_rate(4301, f"datasheet, 4.8 TB/s, times 3002 / 3350 ({_H100_COPY}, datasheet 3.35 TB/s)"),
+    memory_bandwidth=_rate(4301, f"datasheet, 4.8 TB/s, times 3002 / 3350 ({H100_COPY}, datasheet 3.35 TB/s)"),
     strided_copy=_rate(2885, f"{_RUN_1}; poorly determined (sigma of 72 %)"),
     ring=(
         Protocol(
             name="LL",
-            latency=_ns(7559, f"{_RUN_1}, near 6.6 us and two steps of {_NCCL}"),
-            step=_ns(600, f"{_NCCL}: hwLatencies, NVLink, ring, LL"),
-            bandwidth=_rate(146.0, f"{_RUN_1}, near llMaxBws of {_NCCL} (141 on Hopper)"),
+            latency=_ns(7559, f"{_RUN_1}, near 6.6 us and two steps of {NCCL}"),
+            step=_ns(600, f"{NCCL}: hwLatencies, NVLink, ring, LL"),
+            bandwidth=_rate(146.0, f"{_RUN_1}, near llMaxBws of {NCCL} (141 on Hopper)"),
         ),
         Protocol(
             name="Simple",
-            latency=_ns(18496, f"{_RUN_1}, near 8.4 us and two steps of {_NCCL}"),
-            step=_ns(3400, f"{_NCCL}: hwLatencies, NVLink, ring, Simple"),
+            latency=_ns(18496, f"{_RUN_1}, near 8.4 us and two steps of {NCCL}"),
+            step=_ns(3400, f"{NCCL}: hwLatencies, NVLink, ring, Simple"),
             bandwidth=_rate(318.6, f"{_RUN_1}, near 18 links of 20.6 (NCCL 2.30, src/graph/topo.h)"),
         ),
     ),
@@ -98,7 +98,7 @@ H100: Final = Hardware(
     generated_norm=_like_h200(H200.generated_norm, _SAME_DIE),
     cache=_like_h200(H200.cache, _SAME_DIE),
     cache_bandwidth=_like_h200(H200.cache_bandwidth, _SAME_DIE),
-    memory_bandwidth=_rate(3002, _H100_COPY),
+    memory_bandwidth=_rate(3002, H100_COPY),
     strided_copy=_like_h200(H200.strided_copy, _SAME_DIE),
     ring=_hopper_protocols(_SAME_DIE),
     triton=_hopper_peers(H200.triton, _SAME_DIE),
@@ -135,7 +135,7 @@ B200: Final = Hardware(
         for protocol, factor, why in zip(
             H200.ring,
             (2.0, 40.1 / 20.6),
-            (f"llMaxBws of {_NCCL}, Blackwell over Hopper; not measured on B200", _LINKS_B200),
+            (f"llMaxBws of {NCCL}, Blackwell over Hopper; not measured on B200", _LINKS_B200),
             strict=True,
         )
     ),
@@ -174,7 +174,7 @@ MI355X: Final = Hardware(
     cache_bandwidth=_rate(
         10331, "Infinity Cache, 17.2 TB/s on paper, times 5868 / 9770, H200's stream over its L2 reads (gpu-benches)"
     ),
-    memory_bandwidth=_rate(7169, f"datasheet, 8 TB/s, times 3002 / 3350 ({_H100_COPY}); not measured on AMD"),
+    memory_bandwidth=_rate(7169, f"datasheet, 8 TB/s, times 3002 / 3350 ({H100_COPY}); not measured on AMD"),
     strided_copy=_scaled(H200.strided_copy, 256 / 132, "CUs over SMs; not measured on AMD"),
     triton=Peers(
         signal=_ns(1044, f"AITER's: {_AITER}"),
@@ -217,7 +217,7 @@ def _mi300x() -> Hardware:
         MI355X,
         name="mi300x",
         launch=like(MI355X.launch),
-        memory_bandwidth=_rate(4749, f"datasheet, 5.3 TB/s, times 3002 / 3350 ({_H100_COPY}); not measured on AMD"),
+        memory_bandwidth=_rate(4749, f"datasheet, 5.3 TB/s, times 3002 / 3350 ({H100_COPY}); not measured on AMD"),
         strided_copy=_scaled(H200.strided_copy, 304 / 132, "CUs over SMs; not measured on AMD"),
         triton=peers(MI355X.triton),
         aiter=replace(MI355X.aiter, peers=peers(MI355X.aiter.peers), norm=like(MI355X.aiter.norm)),
@@ -245,7 +245,5 @@ CPU: Final = Hardware(
     ),
 )
 
-HARDWARE: Final[Mapping[str, Hardware]] = {
-    hardware.name: hardware for hardware in (H100, H200, B200, MI300X, MI355X, CPU)
-}
-"""By the names of the device profiles."""
+MEASURED: Final = (H100, H200, B200, MI300X, MI355X, CPU)
+"""Those that were measured, or are derived part by part from one that was."""

@@ -32,6 +32,9 @@ SCALE_BYTES = 4
 EAGER_BYTES = 8
 """A kernel of an eager reference reads and writes float32."""
 
+KNOWN_PROVIDERS = frozenset({"torch", "triton", "flashinfer", "aiter"})
+"""Whose kernels the model knows. It can say what one Triton kernel would take, and not that somebody's op is one."""
+
 EAGER_KERNELS = {
     "rms_norm": 11,
     "residual": 4,
@@ -279,7 +282,8 @@ class CostModel:
         """The kernels of `fused_ns`.
 
         `torch` runs its reference, FlashInfer and AITER exchange rows as their constants say, and any other provider
-        is taken to be one Triton kernel, or one after the all-reduce where the device has no Triton exchange.
+        is taken to be one Triton kernel, or one after the all-reduce where the device has no Triton exchange: of those
+        beside `KNOWN_PROVIDERS` that is no more than an assumption.
         """
         if provider == "torch":
             return self._eager(region)

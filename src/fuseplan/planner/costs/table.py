@@ -27,6 +27,10 @@ class Provenance(StrEnum):
 
     MEASURED = "measured"
     MODELLED = "modelled"
+    DECLARED = "declared"
+    """Its owner says so: `cost=` of a provider, `saving_us` of a pass."""
+    ASSUMED = "assumed"
+    """Nobody has said or measured anything: it is taken to save launches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,8 @@ class Row:
         where = f"row {self.key[:80]!r} at {self.tokens} tokens"
         _require(bool(self.key), "a row has no key")
         _require(self.tokens >= 1, f"{where}: tokens must be at least 1")
+        kinds = (Provenance.MEASURED, Provenance.MODELLED)
+        _require(self.provenance in kinds, f"{where}: a table has {' and '.join(kinds)} times, not {self.provenance}")
         for name, value in (("time_ns", self.time_ns), ("spread_ns", self.spread_ns)):
             _require(0 <= value <= LARGEST_NS, f"{where}: {name} must be between 0 and {LARGEST_NS}, not {value}")
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fuseplan.record import Comparison, ConflictClass, Loss, Report
+from fuseplan.record import Comparison, ConflictClass, Loss, Reason, Report
 from fuseplan.record.report import UNFUSED
 from fuseplan.report.places import places
 from fuseplan.report.text import policy_name
@@ -64,8 +64,8 @@ def rule_state(report: Report, rule: str) -> str:
     """How a rule fares under a policy.
 
     `unlisted` (by its order), `unmatched`, `all` or `some` of its matches applied; and where none is: `off`,
-    `covered` by fusions that take all that it would, `starved` by the order, `forbidden`, `outdone` in the plan, or not
-    `worth` it.
+    `covered` by fusions that take all that it would, `starved` by the order, `forbidden`, `unpriced`, `outdone` in the
+    plan, or not `worth` it.
     """
     fused, matched = report.fused.get(rule, 0), report.matched.get(rule, 0)
     if report.order and rule not in report.order:
@@ -83,6 +83,8 @@ def rule_state(report: Report, rule: str) -> str:
     losses = list(_losses(report, rule))
     if losses and all(loss.forbidden for loss in losses):
         return "forbidden"
+    if not losses and any(each.rule == rule and each.reason is Reason.UNPRICED for each in report.warnings):
+        return "unpriced"
     return "outdone" if any(loss.blocked_by for loss in losses) else "worth"
 
 

@@ -130,7 +130,9 @@ class _View:
         ]  # fmt: skip
 
     def _fusion(self, graph: str, fusion: Fusion) -> int:
-        """[graph, rule, op, provider, anchor, contested op, site, source, class, before, after, boxes, nodes]."""
+        """[graph, rule, op, provider, anchor, contested op, site, source, class, before, after, boxes, nodes,
+        provenance].
+        """
         drawn = self.drawn.get(graph)
         key = (graph, fusion.rule, fusion.op, fusion.provider, fusion.anchor, fusion.site, fusion.consumed)
         texts = (
@@ -139,8 +141,12 @@ class _View:
         )  # fmt: skip
         boxes = drawn.boxes_of((*fusion.consumed, fusion.site)) if drawn else ()
         return self.fusions.add(
-            key, [self.graphs.index(graph), *map(self._text, texts), list(boxes), [*map(self._text, fusion.consumed)]]
-        )
+            key,
+            [
+                self.graphs.index(graph), *map(self._text, texts), list(boxes), [*map(self._text, fusion.consumed)],
+                self._text(fusion.provenance),
+            ],
+        )  # fmt: skip
 
     def _text(self, value: str | None) -> int:
         return -1 if value is None else self.strings.add(value)

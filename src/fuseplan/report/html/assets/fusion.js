@@ -34,6 +34,7 @@ function fusionDetails({ fusion: id }) {
                     ["contested op", code(fusion.contested)],
                     ["site", code(fusion.site)],
                     ["named after", code(fusion.anchor)],
+                    ["priced", fusion.provenance === "assumed" ? "by nobody: assumed" : fusion.provenance],
                     ["rounding", fusion.before && `graph ${fusion.before}, kernel ${fusion.after}`],
                 ]),
             ),
@@ -51,7 +52,11 @@ function verdictOf(fate) {
             null,
             fate.saving === null
                 ? `Applied ${where}; nothing priced it.`
-                : ["Saves ", el("b", null, us(fate.saving, 2)), ` a step here, ${where}, weighted over its sizes.`],
+                : [
+                      fate.fusion.provenance === "assumed" ? "Taken to save " : "Saves ",
+                      el("b", null, us(fate.saving, 2)),
+                      ` a step here, ${where}, weighted over its sizes.`,
+                  ],
         );
     }
     const winners = [...new Map(fate.winners.map((fusion) => [fusion.id, fusion])).values()];

@@ -48,7 +48,8 @@ function readGraph(graph, index) {
 }
 
 function readFusion(row, id) {
-    const [graph, rule, op, provider, anchor, contested, site, source, cls, before, after, boxes, nodes] = row;
+    const [graph, rule, op, provider, anchor, contested, site, source, cls, before, after, boxes, nodes, how] =
+        row;
     return {
         id,
         graph,
@@ -64,6 +65,7 @@ function readFusion(row, id) {
         after: textAt(after),
         boxes,
         nodes: nodes.map(textAt),
+        provenance: textAt(how),
     };
 }
 

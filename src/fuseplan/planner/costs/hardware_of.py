@@ -1,0 +1,42 @@
+"""The constants of a device: those of its profile, or what torch reports of it, with what was measured here."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from fuseplan.planner.costs.derived import ASSUMED, DERIVED, Facts, unknown_hardware
+from fuseplan.planner.costs.devices import MEASURED
+from fuseplan.planner.costs.hardware import Hardware
+from fuseplan.planner.costs.record import cached_record
+
+HARDWARE: Final[Mapping[str, Hardware]] = {hardware.name: hardware for hardware in (*MEASURED, *DERIVED)}
+"""By the names of the device profiles."""
+
+
+def hardware_of(name: str, vendor: str, *, here: bool) -> Hardware:
+    """The constants of a device.
+
+    Args:
+        name: of its profile.
+        vendor: whose it is.
+        here: whether it is this machine's, and what was measured of it counts.
+    """
+    known = HARDWARE.get(name)
+    hardware = known or unknown_hardware(name, vendor, _facts() if here else Facts())
+    record = cached_record(name) if here else None
+    return record.applied(hardware) if record is not None else hardware
+
+
+def assumptions(hardware: Hardware) -> list[str]:
+    """The constants of which nothing is known."""
+    return [name for name, constant in hardware.constants() if constant.source.startswith(ASSUMED)]
+
+
+def _facts() -> Facts:
+    if not torch.cuda.is_available():
+        return Facts()
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    names = ("multi_processor_count", "L2_cache_size", "memory_clock_rate", "memory_bus_width")
+    processors, cache, clock, bus = (int(getattr(properties, name, 0) or 0) for name in names)
+    return Facts(processors=processors, cache=cache, clock_khz=clock, bus_bits=bus)

@@ -1,0 +1,106 @@
+"""Prices of ops that the cost model doesn't know: by what their providers declare, beside what Inductor makes of the
+nodes that they stand for.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fuseplan.dialect import ops
+from fuseplan.graph.facts import group_size, tensor_of
+from fuseplan.matching import Match
+from fuseplan.planner.costs import CostModel, Region, total_ns
+from fuseplan.providers import KernelCost
+from fuseplan.providers.declared import declared_us
+from fuseplan.rules import Bindings
+
+Sized = Callable[[Tensor], Tensor]
+"""A tensor of the graph at some number of tokens: no data, and all sizes are numbers."""
+
+ROW_REDUCTIONS = (ops.rms_norm, ops.fused_add_rms_norm, ops.dynamic_per_token_scaled_fp8_quant)
+GENERATED = frozenset(
+    {
+        "amax", "amin", "cat", "clone", "constant_pad_nd", "convert_element_type", "full", "mean", "prod", "sum",
+        "_to_copy", "var", "var_mean", "where",
+    }
+)  # fmt: skip
+"""Ops beside pointwise ones and views of which Inductor generates code, by name."""
+
+
+def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
+    """What a call of a fused op takes, as its provider declares.
+
+    Args:
+        match: of a provider that declares a cost.
+        model: of the device.
+        sized: the arguments' size.
+
+    Raises:
+        ConfigError: the provider's function raises, or returns no time.
+    """
+    cost = match.cost
+    assert cost is not None
+    if isinstance(cost, KernelCost):
+        moved = model.hardware.memory_ns(_bytes(match.values.values(), sized) + _bytes(match.outputs, sized))
+        return round(cost.kernels * model.hardware.launch.value + cost.passes * moved)
+    values = {name: _sized(value, sized) for name, value in match.values.items()}
+    tensors = " ".join(f"{name}{list(value.shape)}" for name, value in values.items() if isinstance(value, Tensor))
+    whose = f"{match.provider}'s {match.rule.op.name} of {tensors}"
+    return round(1000 * declared_us(cost, Bindings(match.rule.name, values), whose))
+
+
+def generated_ns(match: Match, model: CostModel, sized: Sized) -> int | None:
+    """What Inductor makes of all that a match stands for: one kernel, one for each pad, and the all-reduces; None where
+    it calls another op of which that isn't known.
+    """
+    reads = _bytes(match.values.values(), sized)
+    total, kernels, reduction = 0, 0, False
+    for node in match.consumed:
+        op = ops.of(node.target)
+        if op is ops.all_reduce:
+            total += _all_reduce_ns(node, model, sized)
+        elif op is ops.pad:
+            total += round(model.hardware.launch.value + model.hardware.memory_ns(2 * _bytes((node,), sized)))
+        elif op is None and not _is_generated(node.target):
+            return None
+        else:
+            kernels = 1
+            reduction |= op in ROW_REDUCTIONS
+    if kernels:
+        extra = model.hardware.generated_norm.value if reduction else 0.0
+        moved = model.hardware.memory_ns(reads + _bytes(match.outputs, sized))
+        total += round(model.hardware.launch.value + extra + moved)
+    return total
+
+
+def _is_generated(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", "") == "getitem"
+    if target.namespace not in ("aten", "prims"):
+        return False
+    return torch.Tag.pointwise in target.tags or target.is_view or target.overloadpacket.__name__ in GENERATED
+
+
+def _all_reduce_ns(node: fx.Node, model: CostModel, sized: Sized) -> int:
+    value, ranks = tensor_of(node), group_size(str(node.args[1])) or 1
+    if value is None or ranks == 1:
+        return 0
+    x = sized(value)
+    region = Region(
+        core="rms_norm", tokens=max(1, x.shape[:-1].numel()), width=x.shape[-1], padded=x.shape[-1],
+        itemsize=x.dtype.itemsize, reduce=True, ranks=ranks,
+    )  # fmt: skip
+    return total_ns(model.reduce(region))
+
+
+def _sized(value: Any, sized: Sized) -> Any:
+    tensor = tensor_of(value) if isinstance(value, fx.Node) else None
+    return sized(tensor) if tensor is not None else value
+
+
+def _bytes(values: Iterable[Any], sized: Sized) -> int:
+    nodes = dict.fromkeys(value for value in values if isinstance(value, fx.Node))
+    tensors = [tensor for node in nodes if (tensor := tensor_of(node)) is not None]
+    return sum(x.numel() * x.dtype.itemsize for x in map(sized, tensors))

@@ -1,0 +1,178 @@
+"""What belongs together is applied together or not at all: limited, in an order, and out of a saved plan."""
+
+import itertools
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fuseplan.config import PassConfig, Policy
+from fuseplan.dialect import ops
+from fuseplan.errors import PlanError
+from fuseplan.manager import PostGradPassManager
+from fuseplan.planner.decide import Decision, decide_in_order, decide_off, decide_planned, limit, plan_record, replay
+from fuseplan.planner.pose import Posed
+from fuseplan.planner.pricing import Prices
+from fuseplan.planner.problem import Problem
+from fuseplan.planner.solver import Solver
+from fuseplan.record import Reason, Selected
+from tests.helpers import post_grad
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, posed
+from tests.planner.test_candidates import together
+from tests.planner.test_decisions import priced
+from tests.test_manager import INPUTS, padded
+
+
+def pads(count: int = 4) -> Any:
+    """So many norms, each with a pad that contends with nobody."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        values = []
+        for _ in range(count):
+            x = ops.rms_norm(x, w, 1e-5, "llama")
+            values.append(ops.pad(x, 28))
+        return tuple(values)
+
+    return model
+
+
+def tied(given: Posed, **ties: Any) -> Posed:
+    return replace(given, problem=replace(given.problem, **ties))
+
+
+def four(**ties: Any) -> Posed:
+    return tied(priced(posed(pads(), providers=TORCH), 1, 2, 4, 8), **ties)
+
+
+@pytest.mark.parametrize(
+    ("ties", "steps"),
+    [
+        ({}, [(), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]),
+        ({"together": (frozenset({0, 2}),)}, [(), (0, 2), (0, 1, 2), (0, 1, 2, 3)]),
+        ({"requires": frozenset({(0, 3)})}, [(), (0, 3), (0, 1, 3), (0, 1, 2, 3)]),
+        ({"requires": frozenset({(0, 1), (1, 2)}), "together": (frozenset({2, 3}),)}, [(), (0, 1, 2, 3)]),
+    ],
+)
+def test_a_limit_counts_what_is_applied_together_as_one(ties: dict[str, Any], steps: list[tuple[int, ...]]) -> None:
+    given = four(**ties)
+    decision = decide_planned(given, Solver())
+    for most, expected in enumerate(steps):
+        limited = limit(given, decision, most)
+        assert limited.selected == expected
+        assert limited.saving_ns == sum(2**index for index in expected)
+        assert sorted((*limited.selected, *limited.limited)) == [0, 1, 2, 3]
+        assert given.illegal(limited.selected) is None
+
+
+def test_every_step_of_a_bisection_is_legal() -> None:
+    for seed in range(200):
+        rng = random.Random(seed)
+        pairs = [pair for pair in itertools.permutations(range(4), 2) if rng.random() < 0.2]
+        groups = tuple(frozenset(rng.sample(range(4), 2)) for _ in range(rng.randrange(2)))
+        given = four(requires=frozenset(pairs), together=groups)
+        decision = decide_planned(given, Solver())
+        sizes = []
+        for most in range(6):
+            limited = limit(given, decision, most)
+            assert given.illegal(limited.selected) is None, (seed, most)
+            assert given.problem.saving(limited.selected) == limited.saving_ns
+            sizes.append(len(limited.selected))
+        assert sizes == sorted(sizes)
+        assert sizes[-1] == len(decision.selected)
+
+
+def test_the_saving_of_a_limited_measured_component_is_what_was_measured() -> None:
+    """Both pads at one norm: together they save less than the sum."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = ops.rms_norm(x, w, 1e-5, "llama")
+        z = ops.rms_norm(r, w, 1e-5, "llama")
+        return ops.pad(y, 28), ops.pad(z, 28)
+
+    given = tied(priced(posed(model, providers=TORCH), 10, 20))
+    whole, first, both = frozenset({0, 1}), frozenset({0}), frozenset({0, 1})
+    table = {whole: {first: 7, frozenset({1}): 9, both: 12}}
+    given = tied(given, alternatives=table)
+    everything = Decision(selected=(0, 1), saving_ns=12)
+    assert limit(given, everything, 1).saving_ns == 7
+    assert limit(given, everything, 2).saving_ns == 12
+    # What was never measured alone counts nothing, and is said to be unknown.
+    given = tied(given, alternatives={whole: {both: 12}})
+    limited = limit(given, everything, 1)
+    assert (limited.selected, limited.saving_ns) == ((0,), 0)
+    assert given.problem.unmeasured(limited.selected) == {0}
+    assert given.problem.unmeasured((0, 1)) == frozenset()
+
+
+def test_a_component_saves_at_each_size_what_was_measured_of_all_of_it() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return (ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 28),)
+
+    given = posed(model, providers=TORCH)
+    table = measured(given, {"": [(5000, 10)], "torch": [(2000, 10)]})
+    given = posed(model, Prices(model=MODEL, table=table), providers=TORCH)
+    assert given.saved_by_size((0,)) == [3000]
+    given.priced.together[frozenset({0})] = {}
+    assert given.saved_by_size((0,)) == [0]
+
+
+def test_an_order_leaves_out_what_lacks_what_it_needs() -> None:
+    given = four(requires=frozenset({(0, 1), (1, 2)}))
+    assert decide_in_order(given, ["act_padding"]).selected == (0, 1, 2, 3)
+    barred = tied(given, forbidden=frozenset({2}))
+    decision = decide_in_order(barred, ["act_padding"])
+    assert (decision.selected, decision.uncoupled, decision.saving_ns) == ((3,), (0, 1), 8)
+    barred = tied(four(together=(frozenset({1, 2, 3}),)), forbidden=frozenset({2}))
+    decision = decide_in_order(barred, ["act_padding"])
+    assert (decision.selected, decision.uncoupled) == ((0,), (1, 3))
+
+
+def test_an_order_runs_what_is_coupled_by_one_provider() -> None:
+    """The first norm is cheaper by one provider and the second by the other; apart they would be illegal."""
+    given = posed(pads(2), providers=PROVIDERS, rules=together(together=True))
+    named = {candidate.name: index for index, candidate in enumerate(given.candidates)}
+    values = [0] * len(named)
+    for name, index in named.items():
+        values[index] = {"0 torch": 9, "1 torch": 1, "0 triton": 2, "1 triton": 5}[f"{name[4]} {name.split()[3]}"]
+    given = tied(given, savings_ns=tuple(values))
+    decision = decide_in_order(given, ["act_padding"])
+    assert {given.candidates[index].provider for index in decision.selected} == {"torch"}
+    assert (decision.saving_ns, decision.uncoupled) == (10, ())
+    assert given.illegal(decision.selected) is None
+
+
+def test_a_saved_plan_with_half_of_a_pair_is_refused() -> None:
+    given = four(requires=frozenset({(0, 1)}), together=(frozenset({2, 3}),))
+
+    def replayed(*indices: int) -> Decision:
+        chosen = [given.candidates[index] for index in indices]
+        picked = tuple(Selected(name=c.name, signature=c.signature, source=None, saving_ns=1) for c in chosen)
+        return replay(given, replace(plan_record(given, decide_off(), "graph_0", None, "h200"), selected=picked))
+
+    assert replayed(0, 1).selected == (0, 1)
+    assert replayed(1).selected == (1,)
+    names = [candidate.name for candidate in given.candidates]
+    with pytest.raises(PlanError, match=f"{names[0]} needs {names[1]}, which isn't applied"):
+        replayed(0)
+    with pytest.raises(PlanError, match=f"{names[2]} and {names[3]} are applied together or not at all"):
+        replayed(2)
+
+
+def test_units_go_by_their_first_members() -> None:
+    problem = Problem(names=("a", "b", "c", "d"), savings_ns=(1,) * 4, together=(frozenset({0, 3}),))
+    assert problem.units([2, 3, 1, 0]) == [(2,), (3, 0), (1,)]
+    assert problem.units([2, 0]) == [(2,), (0,)]
+    assert problem.uncoupled([0, 1]) == {0}
+
+
+def test_reports_name_what_is_given_up_for_its_couple() -> None:
+    rules = together(together=True)
+    config = PassConfig(policy="ordered(act_padding)", forbid=("act_padding#1",))
+    manager = PostGradPassManager(config, rules=rules)
+    analysis = manager.analyze(post_grad(padded, *INPUTS))
+    decision = manager.decide(analysis, Policy.parse("ordered(act_padding)"), "graph_0")
+    report = manager.report("graph_0", analysis, decision)
+    assert report.applied == ()
+    (refusal,) = [each for each in report.refusals if each.reason is Reason.COUPLED]
+    assert refusal.detail == "what it requires, or is applied together with, isn't applied"

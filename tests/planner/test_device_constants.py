@@ -1,0 +1,167 @@
+"""Constants of devices that nobody has measured for fuseplan, and of those that somebody has here."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuseplan.analysis import assumed_constants
+from fuseplan.config import Environment, PassConfig
+from fuseplan.errors import ConfigError
+from fuseplan.planner.costs import (
+    HARDWARE,
+    CostModel,
+    DeviceRecord,
+    Measured,
+    Region,
+    assumptions,
+    cached_path,
+    hardware_of,
+    record_path,
+)
+from fuseplan.planner.sources import prices_of
+from fuseplan.providers import PROFILES, local_profile
+from fuseplan.tuning import Times
+from fuseplan.tuning.device import measure_device, record_of
+from tests.providers.test_devices import here
+
+A6000 = {"multi_processor_count": 84, "L2_cache_size": 6_291_456, "memory_clock_rate": 8_001_000,
+         "memory_bus_width": 384}  # fmt: skip
+NOWHERE = Environment()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("device", "paper"),
+    [("a100", 2039), ("a100-40gb", 1555), ("a100-pcie", 1935), ("l40s", 864), ("rtx4090", 1008), ("h100-pcie", 2000),
+     ("h100-nvl", 3900), ("h20-96gb", 4000), ("gh200", 4000), ("gh200-144gb", 4900), ("b300", 8000), ("mi325x", 6000)],
+)  # fmt: skip
+def test_memory_is_the_datasheets_times_what_a_copy_moves(device: str, paper: float) -> None:
+    constants = dict(HARDWARE[device].constants())
+    assert constants["memory_bandwidth"].value == pytest.approx(paper * 3002 / 3350, abs=0.1)
+    assert "atasheet" in constants["memory_bandwidth"].source
+    assert all("not measured" in c.source or "NCCL" in c.source for c in constants.values()), constants
+    assert assumptions(HARDWARE[device]) == []
+
+
+def test_links_are_those_that_the_card_has() -> None:
+    links = {name: dict(HARDWARE[name].constants())["ring.Simple.bandwidth"].value for name in HARDWARE
+             if HARDWARE[name].ring and name != "cpu"}  # fmt: skip
+    assert links["l40s"] == links["rtx4090"] == links["a100-pcie"] == 24
+    assert links["h100-pcie"] == links["h100-nvl"] == 48
+    assert links["a100"] == links["a100-40gb"] == pytest.approx(318.6 * 12 * 20 / (18 * 20.6), abs=0.1)
+    assert links["h20-96gb"] == links["gh200"] == links["h200"]
+    assert HARDWARE["rtx4090"].triton is None
+    assert HARDWARE["rtx4090"].flashinfer is None
+    assert HARDWARE["l40s"].triton is not None
+    region = Region(core="rms_norm", tokens=64, width=4096, padded=4096, reduce=True, ranks=2)
+    assert CostModel(HARDWARE["l40s"]).unfused_ns(region) > CostModel(HARDWARE["a100"]).unfused_ns(region)
+
+
+def test_an_unknown_gpu_is_priced_by_what_torch_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "NVIDIA RTX A6000", **A6000)
+    prices = prices_of(PassConfig(), NOWHERE, None)
+    hardware = prices.model.hardware
+    assert hardware.name == "nvidia-rtx-a6000" == local_profile().name
+    assert hardware.memory_bandwidth.value == pytest.approx(768.1 * 3002 / 3350, abs=0.1)
+    assert "384 bits at 8001 MHz, 768 GB/s on paper" in hardware.memory_bandwidth.source
+    assert hardware.cache.value == pytest.approx(33.4e6 * 6_291_456 / 50e6, rel=1e-3)
+    assert hardware.cache_bandwidth.value == pytest.approx(5868 * 84 / 132, abs=0.1)
+    assert {"launch", "generated_norm", "ring.LL.latency", "triton.signal"} <= set(assumptions(hardware))
+    assert not {"memory_bandwidth", "cache", "cache_bandwidth"} & set(assumptions(hardware))
+    (refusal,) = assumed_constants(hardware)
+    assert "nvidia-rtx-a6000 has no profile" in refusal.detail
+    assert "launch, generated_norm and its links are assumed" in refusal.detail
+    assert "fuseplan tune --device-only" in str(refusal.mend)
+
+
+def test_of_a_gpu_that_says_nothing_all_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "AMD Instinct MI210")
+    hardware = prices_of(PassConfig(), NOWHERE, None).model.hardware
+    assert hardware.name.endswith("mi210")
+    assert assumptions(hardware) == [name for name, _ in hardware.constants()]
+    (refusal,) = assumed_constants(hardware)
+    assert "memory_bandwidth" in refusal.detail
+
+
+def test_a_table_of_one_device_is_not_taken_for_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "NVIDIA H100 PCIe", multi_processor_count=114)
+    cached_path("h100").parent.mkdir(parents=True)
+    cached_path("h100").write_text(json.dumps({"schema": 1, "device": "h100", "rows": []}))
+    assert prices_of(PassConfig(), NOWHERE, None).table is None
+    with pytest.raises(ConfigError, match="it is of 'h100', not of 'h100-pcie'"):
+        prices_of(PassConfig(cost_table=cached_path("h100")), NOWHERE, None)
+
+
+def record(device: str, **changes: Any) -> DeviceRecord:
+    constants = (Measured(name="launch", value=2100.0, unit="ns", spread=40.0),
+                 Measured(name="memory_bandwidth", value=650.0, unit="GB/s", spread=3.0))  # fmt: skip
+    given: dict[str, Any] = {"constants": constants, "reported": "NVIDIA RTX A6000", "torch": "2.13.0",
+                             "date": "2026-11-28", "command": "fuseplan tune --device-only"}  # fmt: skip
+    return DeviceRecord(device=device, **{**given, **changes})
+
+
+def test_what_was_measured_here_takes_the_place_of_what_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "NVIDIA RTX A6000", **A6000)
+    before = prices_of(PassConfig(), NOWHERE, None)
+    record("nvidia-rtx-a6000").save(record_path("nvidia-rtx-a6000"))
+    after = prices_of(PassConfig(), NOWHERE, None)
+    hardware = after.model.hardware
+    assert (hardware.launch.value, hardware.memory_bandwidth.value) == (2100, 650)
+    assert hardware.launch.source == (
+        "measured on NVIDIA RTX A6000 by fuseplan tune --device-only, torch 2.13.0, 2026-11-28"
+    )
+    assert "launch" not in assumptions(hardware)
+    assert before.key != after.key
+    # A device that is named is priced alike everywhere.
+    record("h100").save(record_path("h100"))
+    assert prices_of(PassConfig(), NOWHERE, PROFILES["h100"]).model.hardware == HARDWARE["h100"]
+    assert hardware_of("h100", "nvidia", here=True).launch.value == 2100
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{",
+        {"device": "h100"},
+        {"constants": [{"name": "launch", "value": -1.0, "unit": "ns", "spread": 0.0}]},
+        {"constants": [{"name": "launch", "value": 1.0, "unit": "GB/s", "spread": 0.0}]},
+        {"constants": [{"name": "name", "value": 1.0, "unit": "ns", "spread": 0.0}]},
+        {"date": "yesterday"},
+        {"more": 1},
+    ],
+)
+def test_a_broken_record_is_ignored_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: Any
+) -> None:
+    here(monkeypatch, "NVIDIA RTX A6000", **A6000)
+    path = record_path("nvidia-rtx-a6000")
+    record("nvidia-rtx-a6000").save(path)
+    path.write_text(broken if isinstance(broken, str) else json.dumps({**json.loads(path.read_text()), **broken}))
+    with caplog.at_level(logging.WARNING, "fuseplan"):
+        hardware = prices_of(PassConfig(), NOWHERE, None).model.hardware
+    assert hardware.launch.value == HARDWARE["h200"].launch.value
+    with pytest.raises(ConfigError):
+        DeviceRecord.load(path, "nvidia-rtx-a6000")
+
+
+def test_constants_of_what_copies_take() -> None:
+    times = {name: Times(median_ns=ns, spread_ns=100) for name, ns in (("launch", 2_000), ("memory_bandwidth", 12_000))}
+    made = record_of(times, {"launch": 4, "memory_bandwidth": 10_000}, reported="x", command="y")
+    launch, memory = made.constants
+    assert (launch.name, launch.value, launch.spread) == ("launch", 2000, 100)
+    assert (memory.value, memory.spread, memory.unit) == (2.0, 0.02, "GB/s")
+    slow = {**times, "launch": Times(median_ns=12_000, spread_ns=1)}
+    with pytest.raises(ConfigError, match="a copy of 10000 bytes took no longer than a launch"):
+        record_of(slow, {"launch": 4, "memory_bandwidth": 10_000}, reported="x", command="y")
+
+
+def test_without_a_gpu_there_is_nothing_to_measure() -> None:
+    with pytest.raises(ConfigError, match="--device-only measures a GPU, and torch sees none on this machine"):
+        measure_device()

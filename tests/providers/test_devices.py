@@ -1,0 +1,98 @@
+"""Which device is here: by torch's whole name and its multiprocessors, never by likeness."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fuseplan.errors import ConfigError
+from fuseplan.planner.costs import HARDWARE
+from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, device_profile, local_profile
+from fuseplan.providers.devices import Vendor, profile_of
+
+WHOLE = {
+    "NVIDIA A100-SXM4-80GB": ("a100", 108),
+    "NVIDIA A100-SXM4-40GB": ("a100-40gb", 108),
+    "A100-SXM4-40GB": ("a100-40gb", 108),
+    "NVIDIA A100 80GB PCIe": ("a100-pcie", 108),
+    "NVIDIA A100-PCIE-40GB": ("a100-pcie-40gb", 108),
+    "NVIDIA L40S": ("l40s", 142),
+    "NVIDIA GeForce RTX 4090": ("rtx4090", 128),
+    "NVIDIA H20": ("h20-96gb", 78),
+    "NVIDIA H100 80GB HBM3": ("h100", 132),
+    "NVIDIA H100 PCIe": ("h100-pcie", 114),
+    "NVIDIA H100 NVL": ("h100-nvl", 132),
+    "NVIDIA H200": ("h200", 132),
+    "NVIDIA GH200 480GB": ("gh200", 132),
+    "NVIDIA GH200 144G HBM3e": ("gh200-144gb", 132),
+    "NVIDIA B200": ("b200", 148),
+    "NVIDIA B300 SXM6 AC": ("b300", 148),
+    "AMD Instinct MI300X": ("mi300x", 304),
+    "AMD Instinct MI325X": ("mi325x", 304),
+    "AMD Instinct MI355X": ("mi355x", 256),
+}
+
+
+def vendor_of(reported: str) -> Vendor:
+    return "amd" if reported.startswith("AMD") else "nvidia"
+
+
+@pytest.mark.parametrize("reported", WHOLE)
+def test_a_whole_device_is_its_profile(reported: str) -> None:
+    name, processors = WHOLE[reported]
+    assert profile_of(reported, vendor_of(reported), processors) is PROFILES[name]
+    assert profile_of(reported, vendor_of(reported)) is PROFILES[name]
+
+
+def test_every_gpu_with_a_profile_is_among_the_names() -> None:
+    named = {name for name, _ in WHOLE.values()}
+    assert named == PROFILES.keys() - {"cpu"}
+    assert named == HARDWARE.keys() - {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("reported", "processors", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 16, "nvidia-h100-80gb-hbm3-mig-1g.10gb"),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 42, "nvidia-a100-sxm4-80gb-mig-3g.40gb"),
+        ("NVIDIA H200 NVL", 132, "nvidia-h200-nvl"),
+        ("NVIDIA H20-3e", 78, "nvidia-h20-3e"),
+        ("NVIDIA GB200", 152, "nvidia-gb200"),
+        ("NVIDIA GeForce RTX 4090 D", 114, "nvidia-geforce-rtx-4090-d"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 76, "nvidia-geforce-rtx-4090-laptop-gpu"),
+        ("NVIDIA L40", 142, "nvidia-l40"),
+        ("NVIDIA L4", 58, "nvidia-l4"),
+        ("NVIDIA RTX A6000", 84, "nvidia-rtx-a6000"),
+        ("Tesla V100-SXM2-32GB", 80, "nvidia-tesla-v100-sxm2-32gb"),
+        ("AMD Instinct MI250X", 110, "amd-instinct-mi250x"),
+        # A partition has the name of the whole, and fewer units.
+        ("AMD Instinct MI300X", 38, "amd-instinct-mi300x-38"),
+        ("NVIDIA H100 80GB HBM3", 16, "nvidia-h100-80gb-hbm3-16"),
+        ("../../etc", 1, "nvidia-etc"),
+        ("", 1, "nvidia-gpu"),
+    ],
+)
+def test_any_other_device_has_its_own_name(reported: str, processors: int, name: str) -> None:
+    profile = profile_of(reported, vendor_of(reported), processors)
+    assert profile.name == name
+    assert profile.name not in PROFILES
+    assert profile.description.endswith("which has no profile")
+    served = {each.name for each in BUILT_IN_PROVIDERS if each.unavailable(profile) is None}
+    assert served == ({"aiter", "torch", "triton"} if profile.vendor == "amd" else {"flashinfer", "torch", "triton"})
+
+
+def here(monkeypatch: pytest.MonkeyPatch, name: str, **properties: int) -> None:
+    """Makes torch report a GPU."""
+    found = SimpleNamespace(name=name, **properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *arguments: found)
+
+
+def test_the_local_device_can_be_named_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="unknown device 'nvidia-rtx-a6000'"):
+        device_profile("nvidia-rtx-a6000")
+    here(monkeypatch, "NVIDIA RTX A6000", multi_processor_count=84)
+    assert local_profile().name == "nvidia-rtx-a6000"
+    assert device_profile("nvidia-rtx-a6000") == local_profile()
+    assert device_profile("h100") is PROFILES["h100"]

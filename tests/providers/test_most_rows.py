@@ -1,0 +1,164 @@
+"""Kernels that take only so many rows, in graphs of one size, of a range, and of any size."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+
+import fuseplan
+from fuseplan.dialect import falls_back, implement, ops
+from fuseplan.manager import DEFAULT_SPAN
+from fuseplan.planner.sites import Rows
+from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, provider_of
+from fuseplan.record import Report
+
+WIDTH = 8
+SIZES = {"few": 48, "many": DEFAULT_SPAN.end}
+CALLS: list[int] = []
+
+
+def kernel_up_to(most: int) -> Any:
+    def kernel(x: Tensor, weight: Tensor, eps: float, rounding: str, right: int) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if rows > most:
+            raise RuntimeError(f"{rows} rows, and {most} are the most")
+        CALLS.append(rows)
+        y: Tensor = ops.rms_norm_pad.reference(x, weight, eps, rounding, right)
+        return y
+
+    return kernel
+
+
+def up_to(most: int) -> Callable[[Any], int]:
+    return lambda m: most
+
+
+def bare(name: str, most: int) -> Provider:
+    """A provider whose kernel goes wrong beyond its limit."""
+    implement(ops.rms_norm_pad, name, kernel_up_to(most))
+    offers = {"rms_norm_pad": Offer(cost=0.0, most_rows=up_to(most))}
+    return Provider(
+        name=name, description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
+    )  # fmt: skip
+
+
+BARE = {name: bare(f"bare_{name}", most) for name, most in SIZES.items()}
+GUARDED = {
+    name: provider_of(f"guarded_{name}", {ops.rms_norm_pad: kernel_up_to(most)}, cost=0.0, most_rows=up_to(most))
+    for name, most in SIZES.items()
+}
+WEIGHT = torch.ones(WIDTH, dtype=torch.bfloat16)
+
+
+def model(x: Tensor, weight: Tensor) -> Tensor:
+    y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-5)
+    return torch.nn.functional.pad(y, (0, 8))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """A graph in Inductor's cache brings the ranges of sizes that it was compiled for."""
+    CALLS.clear()
+    torch._dynamo.reset()
+    with fresh_cache():
+        yield
+    torch._dynamo.reset()
+
+
+def run(provider: Provider, sizes: list[int], *, most: int | None = None, **options: Any) -> Report:
+    reports: list[Report] = []
+    compiled = fuseplan.compile(
+        model, providers=[provider], on_report=reports.append, dynamic=None if most else True,
+        config=fuseplan.PassConfig(**options),
+    )  # fmt: skip
+    for rows in sizes:
+        x = torch.randn(rows, WIDTH).bfloat16()
+        if most is not None:
+            torch._dynamo.mark_dynamic(x, 0, min=2, max=most)
+        with torch.inference_mode():
+            assert torch.equal(compiled(x, WEIGHT), model(x, WEIGHT))
+    return reports[0]
+
+
+def test_a_kernel_that_falls_back_serves_a_graph_of_any_size() -> None:
+    report = run(GUARDED["many"], [64, SIZES["many"], SIZES["many"] + 1])
+    assert report.fused["act_padding"] == 1
+    assert report.graphs[0].range is None
+    assert max(CALLS) == SIZES["many"]
+
+
+def test_one_that_does_not_is_no_candidate_there() -> None:
+    report = run(BARE["many"], [64, SIZES["many"] + 1])
+    assert report.fused["act_padding"] == 0
+    (miss,) = [each for each in report.near_misses if each.provider == "bare_many"]
+    assert miss.detail == "bare_many takes up to 8192 rows of this width, and nothing limits those of the graph"
+    assert (miss.found, miss.mend) == ("any number of rows", "end a compile range at 8192 tokens")
+
+
+def test_a_graph_is_not_planned_for_a_kernel_that_serves_few_of_its_sizes() -> None:
+    report = run(GUARDED["few"], [SIZES["few"], SIZES["few"] + 1])
+    assert report.fused["act_padding"] == 0
+    assert CALLS == []
+
+
+@pytest.mark.parametrize("options", [{"most": 48}, {"compile_ranges": [fuseplan.CompileRange(start=1, end=48)]}])
+def test_sizes_that_end_before_the_limit_are_served_without_it(options: dict[str, Any]) -> None:
+    assert run(BARE["few"], [5, 48], **options).fused["act_padding"] == 1
+    assert max(CALLS) == 48
+
+
+@pytest.mark.parametrize("options", [{"most": 49}, {"compile_ranges": [fuseplan.CompileRange(start=1, end=49)]}])
+def test_sizes_that_end_behind_it_are_not(options: dict[str, Any]) -> None:
+    assert run(BARE["few"], [5, 49], **options).fused["act_padding"] == 0
+
+
+def test_a_graph_of_one_size_knows_its_rows() -> None:
+    reports = []
+    for rows in (48, 49):
+        x = torch.randn(rows, WIDTH).bfloat16()
+        reports.append(fuseplan.explain(model, x, WEIGHT, providers=[BARE["few"]]))
+    assert [report.fused["act_padding"] for report in reports] == [1, 0]
+
+
+def test_a_call_of_more_rows_runs_the_reference() -> None:
+    op = ops.rms_norm_pad.implementation("guarded_few")
+    for rows in (48, 49):
+        x = torch.randn(rows, WIDTH)
+        expected = ops.rms_norm_pad.reference(x, torch.ones(WIDTH), 1e-5, "llama", 8)
+        assert torch.equal(op(x, torch.ones(WIDTH), 1e-5, "llama", 8), expected)
+    assert CALLS == [48]
+
+
+def test_built_in_kernels_with_a_limit_fall_back() -> None:
+    limited = [
+        (op, provider.name)
+        for provider in BUILT_IN_PROVIDERS
+        for op, offer in provider.implements.items()
+        if offer.most_rows is not None
+    ]
+    assert {name for _, name in limited} == {"aiter", "flashinfer"}
+    assert all(falls_back(op, name) for op, name in limited)
+
+
+def test_the_most_rows_of_a_tensor() -> None:
+    traced = torch.empty(4, 16, 8)
+    assert Rows(None, 64).most(traced, None) == 64
+    for dim, most in ((0, 10), (1, 100)):
+        torch._dynamo.mark_dynamic(traced, dim, min=2, max=most)
+    seen: list[tuple[float, ...]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        (node,) = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta["example_value"], Tensor)]
+        value = node.meta["example_value"]
+        node.meta["val"] = value
+        rows = Rows.of(gm.graph)
+        batch = value[:, 0]
+        seen.append((rows.most_tokens, rows.most(value, None), rows.most(value, 50), rows.most(batch, 15)))
+        return gm.forward
+
+    torch.compile(lambda x: x.cos(), backend=backend)(traced)
+    # One of two symbols is at most as large as half of the tokens, since the other one is at least 2.
+    assert seen == [(1000, 1000, 50, 7)]
