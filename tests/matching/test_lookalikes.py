@@ -32,10 +32,6 @@ def mean_square(x: Tensor) -> Tensor:
 
 LOOKALIKES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str | None]] = {
     "root": (spelled(lambda x: mean_square(x) + 1e-6, divides=True), "it divides by the root", "torch.rsqrt"),
-    "power": (
-        lambda x, w: w * (x.float() * (mean_square(x.float()) + 1e-6).pow(-0.5)).to(x.dtype),
-        "its root is a power of -0.5", "torch.rsqrt",
-    ),
     "keepdim": (
         spelled(lambda x: x.pow(2).mean(-1).unsqueeze(-1) + 1e-6), "the mean loses its dimension", "keepdim=True",
     ),

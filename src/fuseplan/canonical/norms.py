@@ -5,9 +5,13 @@
     y      = weight * convert(normed, dtype)        `llama`
            | convert(normed * weight, dtype)        `gpt_oss`
            | convert(normed * (1 + weight), dtype)  `gemma`
+           | convert(normed, dtype)                 no weight
 
 and before it, with a residual add, `x = a + residual` in the activation dtype, or `x32 = convert(a) +
 convert(residual)` with `residual_out = convert(x32, dtype)` in vLLM's form.
+
+The root may be a power of -0.5. A norm without a weight has one of ones, by which every convention multiplies exactly:
+a value that the graph gets once, where a fusion needs it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,7 +49,7 @@ class _Norm:
 
     Attributes:
         total: what is normalised, in the dtype of the arithmetic.
-        weight: [hidden].
+        weight: [hidden]; None where there is none.
         eps: added to the mean square.
         rounding: the convention, as if there were no residual.
         y: the result.
@@ -54,7 +58,7 @@ class _Norm:
     """
 
     total: fx.Node
-    weight: fx.Node
+    weight: fx.Node | None
     eps: float
     rounding: Rounding
     y: fx.Node
@@ -91,6 +95,11 @@ def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
     normed = _only_user(rsqrt, MULS, "the reciprocal root is multiplied to the input")
     if total not in normed.args:
         raise Unraised(Reason.OP, "the reciprocal root is multiplied to something else than the input", normed)
+    unweighted = _unweighted(normed, total)
+    if unweighted is not None:
+        rounding = Rounding.LLAMA if unweighted is normed else Rounding.GPT_OSS
+        inside = (*interior, *((normed,) if unweighted is normed else (normed, unweighted)))
+        return _Norm(total=total, weight=None, eps=eps, rounding=rounding, y=unweighted, interior=inside)
     user = only_reader(normed, "the normalised value")
     if is_call(user, convert_element_type):
         product = _only_user(user, MULS, "the normalised value is multiplied by a weight")
@@ -119,6 +128,18 @@ def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
     return _Norm(total=total, weight=weight, eps=eps, rounding=rounding, y=y, interior=(*interior, *tail))
 
 
+def _unweighted(normed: fx.Node, total: fx.Node) -> fx.Node | None:
+    """The normalised value in the dtype of the input, if no weight is multiplied to it."""
+    y = normed
+    if _input_dtype(total) in LOW_PRECISION:
+        y = next(iter(normed.users))
+        if len(normed.users) != 1 or not is_call(y, convert_element_type):
+            return None
+    products = [user for user in y.users if is_call(user, *MULS)]
+    factors = [_strip_weight(other_operand(product, y))[0] for product in products]
+    return None if any(_is_weight(factor, total) for factor in factors) else y
+
+
 def _strip_weight(factor: object) -> tuple[object, bool]:
     """(weight, whether 1 is added) of `convert(weight)` or `1 + convert(weight)`.
 
@@ -139,16 +160,28 @@ def _strip_weight(factor: object) -> tuple[object, bool]:
 
 
 def _weight(node: object, total: fx.Node, product: fx.Node) -> fx.Node:
-    weight, normalised = tensor_of(node), tensor_of(total)
-    if (
-        weight is None
-        or normalised is None
-        or weight.dim() != 1
-        or not equal_size(weight.shape[0], normalised.shape[-1])
-    ):
+    if not _is_weight(node, total):
         raise Unraised(Reason.OP, "the factor is not a weight of one dimension", product)
     assert isinstance(node, fx.Node)
     return node
+
+
+def _is_weight(node: object, total: fx.Node) -> bool:
+    weight, normalised = tensor_of(node), tensor_of(total)
+    return (
+        weight is not None
+        and normalised is not None
+        and weight.dim() == 1
+        and equal_size(weight.shape[0], normalised.shape[-1])
+    )
+
+
+def _weight_of(canonical: CanonicalGraph, norm: _Norm) -> fx.Node:
+    if norm.weight is not None:
+        return norm.weight
+    y = tensor_of(norm.y)
+    assert y is not None
+    return canonical.constant(1, y.shape[-1:], like=y)
 
 
 def _input_dtype(total: fx.Node) -> torch.dtype | None:
@@ -195,9 +228,10 @@ def _addends(x: fx.Node) -> Sequence[object]:
 
 
 def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:
-    if not is_convex({*norm.interior}, (x, norm.weight)):
-        raise Unraised(Reason.CYCLE, "the weight depends on the norm", norm.weight)
-    canonical.raise_op(ops.rms_norm, (x, norm.weight, norm.eps, norm.rounding.value), (norm.y,))
+    weight = _weight_of(canonical, norm)
+    if not is_convex({*norm.interior}, (x, weight)):
+        raise Unraised(Reason.CYCLE, "the weight depends on the norm", weight)
+    canonical.raise_op(ops.rms_norm, (x, weight, norm.eps, norm.rounding.value), (norm.y,))
 
 
 def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> None:
@@ -250,9 +284,10 @@ def _raise_with_residual(
         if rounding.rounds_residual or dtype_of(residual) is not torch.float32:
             return False
     region = {*norm.interior, norm.total, total, *([residual_out] if residual_out else [])}
-    if canonical.region[total] != canonical.region[norm.y] or not is_convex(region, (x, residual, norm.weight)):
+    weight = _weight_of(canonical, norm)
+    if canonical.region[total] != canonical.region[norm.y] or not is_convex(region, (x, residual, weight)):
         return False
-    args = (x, residual, norm.weight, norm.eps, rounding.value)
+    args = (x, residual, weight, norm.eps, rounding.value)
     if residual_out is total and all(user in region for node in (total, norm.total) for user in node.users):
         residual_out = None
     canonical.raise_op(ops.fused_add_rms_norm, args, (norm.y, residual_out))

@@ -6,10 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
+import torch
 from torch import fx
 
 from fuseplan.dialect import DialectOp, ops
-from fuseplan.graph.facts import Call, depths, is_call, mutation_regions, place_of, source_code, source_line, tensor_of
+from fuseplan.graph.facts import (
+    Call,
+    aten,
+    depths,
+    is_call,
+    mutation_regions,
+    place_of,
+    source_code,
+    source_line,
+    tensor_of,
+)
 from fuseplan.graph.surgery import copy_graph, erase_dead
 from fuseplan.record import Nearness, Reason, Refusal
 
@@ -41,6 +52,7 @@ class CanonicalGraph:
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
     dynamic_epsilons: list[fx.Node] = field(default_factory=list)
     raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
+    _constants: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     @classmethod
     def copy_of(
@@ -154,10 +166,23 @@ class CanonicalGraph:
             self.origin[node] = self.origin[replaced]
         replaced.replace_all_uses_with(node)
 
-    def insert_before(self, place: fx.Node, target: Any, args: Sequence[Any], value: Any) -> fx.Node:
+    def constant(self, value: float, shape: Sequence[int], *, like: torch.Tensor) -> fx.Node:
+        """A tensor that is `value` everywhere, in the dtype and on the device of another: one for all who need it."""
+        key = (value, tuple(shape), like.dtype, like.device)
+        if key not in self._constants:
+            first = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+            kwargs = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+            fake = like.new_full(tuple(shape), value)
+            args = ([*shape], value)
+            self._constants[key] = self.insert_before(first, aten.full.default, args, fake, kwargs)
+        return self._constants[key]
+
+    def insert_before(
+        self, place: fx.Node, target: Any, args: Sequence[Any], value: Any, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
         """A new node without an original: a value that no node of the original graph has."""
         with self.graph.inserting_before(place):
-            node = self.graph.call_function(target, tuple(args))
+            node = self.graph.call_function(target, tuple(args), kwargs)
         node.meta = {key: place.meta[key] for key in PROVENANCE if key in place.meta}
         node.meta["val"] = value
         self._take_place(node, place)

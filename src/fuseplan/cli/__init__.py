@@ -1,6 +1,5 @@
 """The command line: parse, call the API, render."""
 
-import gc
 import io
 import sys
 
@@ -38,8 +37,6 @@ def main() -> None:
             # A quoted line of a model can have anything, and a terminal or a pipe in CI may be ASCII.
             stream.reconfigure(errors="backslashreplace")
     # Nearly all that a command makes it keeps until its end: the collector would search millions of objects in vain.
+    # It is collected as Python ends, and must be: a native module whose objects outlive it prints what has leaked.
     with uncollected():
-        try:
-            app()
-        finally:
-            gc.freeze()  # Python collects once more as it ends
+        app()

@@ -46,6 +46,13 @@ def tensor_of(node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def fill_of(node: object) -> float | None:
+    """What a node's value is everywhere, or None where it is no such constant."""
+    if not is_call(node, aten.full.default) or not isinstance(node.args[1], (int, float)):
+        return None
+    return node.args[1]
+
+
 def dtype_of(node: object) -> torch.dtype | None:
     """The dtype of a node's value."""
     value = tensor_of(node)

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
-from fuseplan.graph.facts import aten, group_size, is_call, item, tensor_of
+from fuseplan.graph.facts import aten, fill_of, group_size, is_call, item, tensor_of
 from fuseplan.planner.costs import CostModel, Kernel, Region
 from fuseplan.planner.costs.model import Core, Epilogue, Rotation
 
@@ -58,6 +58,7 @@ class Shape:
         itemsize: bytes of an activation.
         tails: what comes after it, in graph order.
         convention: dtype and rounding, which kernels are chosen by and prices are not.
+        makes_weight: its norm has no weight, and a fused op gets one of ones, which a kernel of its own makes.
     """
 
     core: Core
@@ -68,13 +69,14 @@ class Shape:
     itemsize: int
     tails: tuple[Tail, ...]
     convention: str
+    makes_weight: bool = False
 
     @property
     def signature(self) -> str:
         """The site without its rows, e.g. `all_reduce[2] -> add -> rms_norm -> pad 2880:3072 bfloat16 gpt_oss`."""
         parts = [f"all_reduce[{self.ranks}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core]
         parts += [f"{tail.kind} {self.width}:{tail.padded}" if tail.kind == "pad" else tail.text for tail in self.tails]
-        return f"{' -> '.join(parts)} {self.width} {self.convention}"
+        return f"{' -> '.join(parts)} {self.width} {self.convention}{' unweighted' * self.makes_weight}"
 
     def region(self, *, reduce: bool, tail: Tail | None) -> Region:
         """The parts of the site that one op takes."""
@@ -105,7 +107,8 @@ class Shape:
 
     def fused(self, model: CostModel, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """The fused op alone."""
-        return model.fused(self.region(reduce=reduce, tail=tail), provider)
+        ones = (Kernel(name="ones", launch=round(model.hardware.launch.value)),) if self.makes_weight else ()
+        return (*ones, *model.fused(self.region(reduce=reduce, tail=tail), provider))
 
     def rest(self, model: CostModel, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own."""
@@ -164,6 +167,7 @@ class Site:
             itemsize=value.dtype.itemsize,
             tails=tuple(self.tail(node) for node in self.tails),
             convention=f"{str(value.dtype).removeprefix('torch.')} {rounding}",
+            makes_weight=op is not ops.silu_and_mul and fill_of(self.core.args[-3]) is not None,
         )
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:

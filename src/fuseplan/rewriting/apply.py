@@ -89,7 +89,9 @@ class _Rewriter:
         kwargs = fx.map_arg(node.kwargs, lambda source: self._value(source, place))
         inputs: list[fx.Node] = []
         fx.map_arg((args, kwargs), inputs.append)
-        self.placed[node] = self._create(_Place.after_inputs(place, inputs), node.target, args, kwargs, node)
+        # A constant has no fake tensor among its inputs to compute its own with.
+        known = None if inputs else node.meta["val"]
+        self.placed[node] = self._create(_Place.after_inputs(place, inputs), node.target, args, kwargs, node, known)
         return self.placed[node]
 
     def _settle(self, node: fx.Node, result: fx.Node, match: Match) -> None:

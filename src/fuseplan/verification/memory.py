@@ -192,6 +192,8 @@ def _guarded(spec: TensorSpec, draw: Draw, generator: torch.Generator) -> Guarde
 
 
 def _values(spec: TensorSpec, shape: tuple[int, ...], draw: Draw, generator: torch.Generator) -> Tensor:
+    if spec.fill is not None:
+        return torch.full(shape, spec.fill, dtype=spec.dtype, device=spec.device)
     if spec.dtype.is_floating_point:
         return draw(shape, spec.device, generator)
     return torch.randint(0, 2, shape, device=spec.device, generator=generator)

@@ -10,7 +10,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.vllm import COLLECTIVES
-from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.facts import fill_of, tensor_of
 from fuseplan.matching import Match
 from fuseplan.verification.specs import concrete
 
@@ -37,6 +37,8 @@ class Region:
         """The region, or None where there is none: an input that the canonical graph moved has no original."""
         bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         inputs: dict[fx.Node, str] = {}
+        # A constant of fuseplan's own stands for nothing of the graph.
+        bound = {name: node for name, node in bound.items() if node in canonical.origin or fill_of(node) is None}
         if not all(node in canonical.origin for node in bound.values()):
             return None
         for name, node in bound.items():

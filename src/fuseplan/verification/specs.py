@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.facts import fill_of, tensor_of
 from fuseplan.matching import Match
 from fuseplan.planner.sites import Rows, hint
 
@@ -36,6 +36,7 @@ class TensorSpec:
         misalignment: bytes from a multiple of `ALIGNMENT` to its first element.
         device: where it lies.
         same_as: an earlier argument that is the very same tensor, if any.
+        fill: what all its elements are, of a constant; None: they are drawn.
     """
 
     dtype: torch.dtype
@@ -44,6 +45,7 @@ class TensorSpec:
     misalignment: int
     device: torch.device
     same_as: str | None = None
+    fill: float | None = None
 
     @property
     def extent(self) -> int:
@@ -155,7 +157,8 @@ def _arguments(values: Mapping[str, Any], symbols: Mapping[Any, int]) -> dict[st
         if tensor is None:
             arguments[name] = concrete(value.meta.get("val"), symbols)
         else:
-            arguments[name] = _spec(tensor, symbols, first.setdefault(value, name), name)
+            spec = _spec(tensor, symbols, first.setdefault(value, name), name)
+            arguments[name] = replace(spec, fill=fill_of(value))
     return arguments
 
 
