@@ -24,7 +24,7 @@ from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation import Explanation
 from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settled
 from fuseplan.manager import PostGradPassManager, ReportCallback
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile, without_shared_memory
 from fuseplan.record import Reason, Report
 from fuseplan.record.report import merged
 from fuseplan.report.trace import publish
@@ -81,6 +81,8 @@ class _Further(NamedTuple):
     passes: Sequence[object]
     rules: Sequence[Rule]
     providers: Sequence[Provider]
+    apart: str | None = None
+    """Why ranks can't share memory; None where nobody has found out that they can't."""
 
 
 def _options(
@@ -94,9 +96,12 @@ def _options(
 ) -> dict[str, Any]:
     given = options.get(HOOK, getattr(inductor_config, HOOK))
     previous = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    providers: Sequence[Provider] = (*BUILT_IN_PROVIDERS, *further.providers)
+    if further.apart is not None:
+        providers = without_shared_memory(providers, further.apart)
     manager = PostGradPassManager(
         config, compile_range=compile_range, on_report=on_report, previous=previous, passes=further.passes,
-        rules=(*BUILT_IN_RULES, *further.rules), providers=(*BUILT_IN_PROVIDERS, *further.providers), settles=settles,
+        rules=(*BUILT_IN_RULES, *further.rules), providers=providers, settles=settles,
     )  # fmt: skip
     return {**options, HOOK: manager}
 
@@ -218,6 +223,8 @@ class _Backend(torch._TorchCompileInductorWrapper):
         further: _Further,
     ) -> None:
         self.deliver = deliver
+        self.made_of = config, compile_range, deliver, options, dynamic
+        self.further = further
         self.fresh: list[Report] = []
         merged = _options(config, compile_range, self.fresh.append, dict(options), further, settles=True)
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
@@ -251,6 +258,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         return AgreedGraph(
             compiled,
             self._without(model_, inputs_, extra),
+            self._apart(model_, inputs_, extra),
             lambda: self._settle(model_, report, digest_of(report)),
             lambda verdict: self.deliver(settled(report, verdict)),
         )
@@ -266,6 +274,17 @@ class _Backend(torch._TorchCompileInductorWrapper):
                 return self.plain(gm, inputs, **extra)
 
         return compile_plain
+
+    def _apart(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any]) -> Callable[[str], Any]:
+        """The same with the fusions that need no memory that ranks share; all ranks settle on that plan anew."""
+        context = TracingContext.try_get()
+
+        def compile_apart(why: str) -> Any:
+            with tracing(context):
+                passes, rules, providers, _ = self.further
+                return _Backend(*self.made_of, _Further(passes, rules, providers, why))(gm, inputs, **extra)
+
+        return compile_apart
 
     def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Verdict:
         manager: PostGradPassManager = self.config[HOOK]
