@@ -11,7 +11,7 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import PassConfig, Policy
-from fuseplan.graph.facts import dtype_name
+from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
@@ -146,13 +146,15 @@ def graph_report(
     )
 
 
-def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str], ...]:
+def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str, str], ...]:
     """What fuseplan's own collective kernels need, each once, in graph order."""
-    found = dict[tuple[str, str], None]()
+    found = dict[tuple[str, str, str], None]()
     for index in decision.selected:
         match = posed.candidates[index].match
         if isinstance(match, Match) and match.rule.op.collective and match.provider == "triton":
-            found[str(match.values["group_name"]), dtype_name(match.values["x"])] = None
+            x = tensor_of(match.values["x"])
+            assert x is not None
+            found[str(match.values["group_name"]), str(x.dtype).removeprefix("torch."), str(x.device)] = None
     return tuple(found)
 
 

@@ -305,20 +305,25 @@ class Launch:
         rank: of this process among all.
         local_rank: among those of this machine, which is the number of its GPU.
         ranks: how many there are; 1 where `torchrun` didn't start this process.
+        local_ranks: how many of them are on this machine; None where nobody says so.
     """
 
     rank: int = 0
     local_rank: int = 0
     ranks: int = 1
+    local_ranks: int | None = None
 
     @classmethod
     def read(cls) -> Self:
-        """`RANK`, `LOCAL_RANK` and `WORLD_SIZE` as they stand now.
+        """`RANK`, `LOCAL_RANK`, `WORLD_SIZE` and `LOCAL_WORLD_SIZE` as they stand now.
 
         Raises:
             ConfigError: one of them isn't a number.
         """
-        return cls(rank=_number("RANK", 0), local_rank=_number("LOCAL_RANK", 0), ranks=_number("WORLD_SIZE", 1))
+        return cls(
+            rank=_number("RANK", 0), local_rank=_number("LOCAL_RANK", 0), ranks=_number("WORLD_SIZE", 1),
+            local_ranks=_number("LOCAL_WORLD_SIZE", 0) or None,
+        )  # fmt: skip
 
 
 def _number(name: str, default: int) -> int:

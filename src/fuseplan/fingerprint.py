@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from fuseplan.config import PassConfig
 from fuseplan.content import Content, content_of, lacking
 from fuseplan.dialect import registered_kernel
+from fuseplan.distributed.groups import elsewhere
 from fuseplan.matching import ExternalPass
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import SavedPlans
@@ -237,10 +238,13 @@ def _local_devices() -> list[str]:
 
 
 def _groups() -> list[list[Any]]:
-    """The process groups that this process knows by name: a kernel serves some numbers of ranks, and graphs have names
-    alone.
+    """The process groups that this process knows by name: a kernel serves some numbers of ranks, and some only those of
+    one machine, and graphs have names alone.
     """
     if not dist.is_initialized():
         return []
     names = distributed_c10d._world.pg_names
-    return sorted([str(name), group.size(), str(dist.get_backend(group))] for group, name in names.items())
+    return sorted(
+        [str(name), group.size(), str(dist.get_backend(group)), bool(elsewhere(str(name)))]
+        for group, name in names.items()
+    )

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from fuseplan.config import PassConfig
 from fuseplan.distributed import Verdict, agree_in_groups
-from fuseplan.distributed.agreement import failed
+from fuseplan.distributed.agreement import apart
 from fuseplan.distributed.workspace import check_workspaces, prepare
-from fuseplan.errors import CollectiveError
+from fuseplan.errors import CollectiveError, FuseplanError
 from fuseplan.record import GraphReport, Reason, Refusal, Report
+from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
 from fuseplan.verification import verify_together
 
@@ -30,15 +30,17 @@ class AgreedGraph:
     Args:
         compiled: with this rank's fusions.
         unfused: compiles the graph without.
+        apart: compiles it with those that need no memory that ranks share, given why they can't share any.
         settle: asks the other ranks.
         tell: is told of a verdict against the fusions, and of what the ranks verified together.
     """
 
     def __init__(
-        self, compiled: Runnable, unfused: Callable[[], Runnable], settle: Callable[[], Verdict],
-        tell: Callable[[Verdict], None],
+        self, compiled: Runnable, unfused: Callable[[], Runnable], apart: Callable[[str], Runnable],
+        settle: Callable[[], Verdict], tell: Callable[[Verdict], None],
     ) -> None:  # fmt: skip
-        self._compiled, self._unfused, self._settle, self._tell = compiled, unfused, settle, tell
+        self._compiled, self._unfused, self._apart = compiled, unfused, apart
+        self._settle, self._tell = settle, tell
         self._chosen: Runnable | None = None
         self._lock = threading.Lock()
 
@@ -63,7 +65,15 @@ class AgreedGraph:
             return functools.partial(_refuse, error)
         if verdict.verified or not verdict.fused:
             self._tell(verdict)
+        if verdict.apart:
+            return self._planned_apart(verdict)
         return self._compiled if verdict.fused else self._unfused()
+
+    def _planned_apart(self, verdict: Verdict) -> Runnable:
+        try:
+            return self._apart(verdict.reason or "")
+        except FuseplanError:  # e.g. what is forced needs such memory
+            return self._unfused()
 
 
 def _refuse(error: CollectiveError, *args: Any) -> Any:
@@ -96,11 +106,10 @@ def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, 
     wanted = tuple(dict.fromkeys(each for found in report.graphs for each in found.workspaces))
     if verdict.fused and wanted:
         try:
-            prepare(wanted, torch.device("cuda", torch.cuda.current_device()))
-        except CollectiveError as error:
-            ask(graph=graph, digest=failed(error))
-            return Verdict(fused=False, reason=str(error))
-        verdict = ask(graph=graph, digest=digest)
+            said = f"{digest} {prepare(wanted)}"
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for what this one says
+            said = apart(f"can't share memory: {type(error).__name__}: {one_line(error, 300)}")
+        verdict = ask(graph=graph, digest=said)
     pending = tuple(dict.fromkeys(each for found in report.graphs for each in found.pending))
     if not verdict.fused or not pending:
         return verdict
@@ -136,6 +145,11 @@ def settled(report: Report, verdict: Verdict) -> Report:
         detail=f"the graph is run unfused on all ranks of its group: {verdict.reason}",
         mend="give all ranks one configuration and one cost table, and look at what the rank that is named reports",
     )
+    if verdict.apart:
+        refusal = replace(
+            refusal, mend="forbid those kernels, or run the ranks of a group where they reach each other's memory",
+            detail=f"the graph is planned again without kernels that share memory between ranks: {verdict.reason}",
+        )  # fmt: skip
     if verdict.verified:
         wrong = verdict.verified[-1]
         refusal = replace(

@@ -26,7 +26,7 @@ from fuseplan.explanation import Explanation
 from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settled
 from fuseplan.floats import Floats, constant
 from fuseplan.manager import PostGradPassManager, ReportCallback
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile, without_shared_memory
 from fuseplan.record import Reason, Report
 from fuseplan.record.report import merged
 from fuseplan.regions import identity_of, region_of, values_of
@@ -84,6 +84,8 @@ class _Further(NamedTuple):
     passes: Sequence[object]
     rules: Sequence[Rule]
     providers: Sequence[Provider]
+    apart: str | None = None
+    """Why ranks can't share memory; None where nobody has found out that they can't."""
 
 
 def _options(
@@ -97,9 +99,12 @@ def _options(
 ) -> dict[str, Any]:
     given = options.get(HOOK, getattr(inductor_config, HOOK))
     previous = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    providers: Sequence[Provider] = (*BUILT_IN_PROVIDERS, *further.providers)
+    if further.apart is not None:
+        providers = without_shared_memory(providers, further.apart)
     manager = PostGradPassManager(
         config, compile_range=compile_range, on_report=on_report, previous=previous, passes=further.passes,
-        rules=(*BUILT_IN_RULES, *further.rules), providers=(*BUILT_IN_PROVIDERS, *further.providers), settles=settles,
+        rules=(*BUILT_IN_RULES, *further.rules), providers=providers, settles=settles,
     )  # fmt: skip
     return {**options, HOOK: manager}
 
@@ -272,6 +277,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         return AgreedGraph(
             compiled,
             self._without(model_, inputs_, extra, constants),
+            self._apart(model_, inputs_, extra, constants),
             lambda: self._settle(model_, report, digest_of(report)),
             lambda verdict: self.deliver(settled(report, verdict)),
         )
@@ -302,6 +308,21 @@ class _Backend(torch._TorchCompileInductorWrapper):
                 return self.plain(gm, inputs, **extra)
 
         return compile_plain
+
+    def _apart(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], constants: frozenset[str]
+    ) -> Callable[[str], Any]:
+        """The same with the fusions that need no memory that ranks share; all ranks settle on that plan anew."""
+        context = TracingContext.try_get()
+
+        def compile_apart(why: str) -> Any:
+            *given, further = self._given
+            backend = _Backend(*given, further._replace(apart=why))
+            backend.config[HOOK].on_canonical = None  # the frame can't be traced again: it runs
+            with tracing(context), constant(constants):
+                return backend(gm, inputs, **extra)
+
+        return compile_apart
 
     def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Verdict:
         manager: PostGradPassManager = self.config[HOOK]

@@ -1,6 +1,11 @@
 """Workspaces: what fits, what is found out, when they are made and when they go."""
 
 import datetime
+import gc
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,8 +17,9 @@ from torch._C._distributed_c10d import HashStore
 from fuseplan import first_run
 from fuseplan.config import PassConfig
 from fuseplan.distributed import Verdict, workspace
+from fuseplan.distributed.agreement import _verdict
 from fuseplan.distributed.workspace import HEADER_BYTES, SLOTS, UNIT_WORDS, Workspace, alone, workspace_of
-from fuseplan.errors import CollectiveError
+from fuseplan.errors import CollectiveError, PlanError
 from fuseplan.record import GraphReport, Report
 
 CPU = torch.device("cpu")
@@ -54,12 +60,12 @@ def test_parts_are_whole_units(one_rank: str) -> None:
 def test_what_fits_is_what_is_usable(one_rank: str, words: int, fits: bool) -> None:
     space = made(one_rank)
     if fits:
-        space.enter(words, 0)
+        space.require(words, 0)
         return
     with pytest.raises(CollectiveError, match=r"needs 513 elements, and it holds 512"):
-        space.enter(words, 0)
+        space.require(words, 0)
     with pytest.raises(CollectiveError, match=r"needs 1 elements of sums, and it holds 0"):
-        space.enter(512, 1)
+        space.require(512, 1)
 
 
 @pytest.mark.parametrize(("found", "who"), [(1, "rank 0"), (2, "the sums of the other ranks")])
@@ -68,8 +74,8 @@ def test_what_a_kernel_found_out_is_raised_from_then_on(one_rank: str, found: in
     space.check()
     space.failure[0] = found
     for _ in range(2):
-        with pytest.raises(CollectiveError, match=f"waited 7 s for {who}; results since then are NaN"):
-            space.enter(1, 0)
+        with pytest.raises(CollectiveError, match=f"waited 7 s for {who}; results since then are NaN"), space.held():
+            pytest.fail("a call was made")
 
 
 def test_a_workspace_is_made_once_and_again_for_a_new_group() -> None:
@@ -88,12 +94,72 @@ def test_a_workspace_is_made_once_and_again_for_a_new_group() -> None:
     assert not workspace._OPEN
 
 
+def test_graphs_that_were_captured_keep_the_workspace_of_a_group_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are replayed in it. What no graph has captured is given back."""
+    spaces = []
+    for captures in (True, False, False):
+        dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+        assert dist.group.WORLD is not None
+        space = workspace_of(dist.group.WORLD.group_name, CPU, torch.bfloat16, 1024)
+        with monkeypatch.context() as patched:
+            patched.setattr(workspace, "capturing", lambda device, captures=captures: captures)
+            with space.held():
+                pass
+        spaces.append(weakref.ref(space))
+        del space
+        dist.destroy_process_group()
+    gc.collect()
+    assert [each() is not None for each in spaces] == [True, False, True]
+    workspace.release()
+    gc.collect()
+    assert [each() for each in spaces] == [None] * 3
+
+
+def test_what_failed_in_a_group_that_is_gone_hinders_nobody() -> None:
+    for failed in (True, False):
+        dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+        assert dist.group.WORLD is not None
+        if not failed:
+            workspace.check_workspaces()
+        space = workspace_of(dist.group.WORLD.group_name, CPU, torch.bfloat16, 1024)
+        with space.held():
+            space.failure[0] = 1 if failed else 0
+        if failed:
+            with pytest.raises(CollectiveError):
+                workspace.check_workspaces()
+        dist.destroy_process_group()
+    workspace.release()
+
+
+def test_calls_of_several_threads_follow_each_other(one_rank: str) -> None:
+    space, inside, most = made(one_rank), [0], [0]
+
+    def call() -> None:
+        for _ in range(20):
+            with space.held(), space.held():
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0.0005)
+                inside[0] -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(call) for _ in range(4)]:
+            future.result()
+    assert most == [1]
+
+
 def test_what_one_rank_tries_alone_is_kept_apart_and_given_back(one_rank: str) -> None:
     shared = workspace_of(one_rank, CPU, torch.bfloat16, 1024)
     with alone():
-        assert workspace_of(one_rank, CPU, torch.bfloat16, 1024) is not shared
-        assert len(workspace._OPEN) == 2
+        tried = weakref.ref(workspace_of(one_rank, CPU, torch.bfloat16, 1024))
+        assert tried() not in (shared, None)
+        assert workspace_of(one_rank, CPU, torch.bfloat16, 1024) is tried()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(workspace_of, one_rank, CPU, torch.bfloat16, 1024).result() is shared
+    gc.collect()
+    assert tried() is None
     assert list(workspace._OPEN.values()) == [shared]
+    assert workspace_of(one_rank, CPU, torch.bfloat16, 1024) is shared
     workspace.release()
 
 
@@ -110,59 +176,94 @@ def test_the_deadline_is_the_groups_own() -> None:
     dist.destroy_process_group()
 
 
-def report(*workspaces: tuple[str, str]) -> Report:
+WANTED = ("0", "bfloat16", "cuda:3")
+
+
+def report(*workspaces: tuple[str, str, str]) -> Report:
     graph = GraphReport(graph="graph_0", groups=("0",), workspaces=workspaces)
     return Report(policy="planned", order=(), rules=(), graphs=(graph,))
 
 
 class Asked:
-    """Stands for the other ranks, who agree."""
+    """Stands for the other ranks, who agree to what can be agreed to."""
 
     def __init__(self) -> None:
         self.digests: list[str] = []
 
     def __call__(self, names: Any, *, graph: str, digest: str, deadline_s: float | None) -> Verdict:
         self.digests.append(digest)
-        return Verdict(fused=True)
+        return _verdict({0: digest, 1: digest}, [], "", "")
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     found = Asked()
     monkeypatch.setattr(first_run, "agree_in_groups", found)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return found
 
 
 def test_ranks_that_agree_share_memory_and_agree_again(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device of the graph's tensors, whatever the current one, and in what they share too."""
     prepared = []
-    monkeypatch.setattr(first_run, "prepare", lambda wanted, device: prepared.append((wanted, device)))
+
+    def prepare(wanted: Any) -> str:
+        prepared.append(wanted)
+        return "132 processors"
+
+    monkeypatch.setattr(first_run, "prepare", prepare)
     graph = fx.GraphModule({}, fx.Graph())
-    wanted = ("0", "bfloat16")
-    assert first_run.settle(graph, report(wanted, wanted), "digest", PassConfig(), ()) == Verdict(fused=True)
-    assert prepared == [((wanted,), torch.device("cuda", 0))]
-    assert asked.digests == ["digest", "digest"]
+    assert first_run.settle(graph, report(WANTED, WANTED), "digest", PassConfig(), ()) == Verdict(fused=True)
+    assert prepared == [(WANTED,)]
+    assert asked.digests == ["digest", "digest 132 processors"]
     assert first_run.settle(graph, report(), "other", PassConfig(), ()) == Verdict(fused=True)
     assert asked.digests[2:] == ["other"]
 
 
-def test_a_rank_that_can_not_share_memory_runs_unfused_and_says_so(
-    asked: Asked, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [CollectiveError("no peer access"), RuntimeError("CUDA\nerror"), AssertionError(), KeyError("x")]
+)
+def test_a_rank_that_can_not_share_memory_says_so_whatever_it_is(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def refuse(wanted: Any, device: torch.device) -> None:
-        raise CollectiveError("no peer access")
+    """The others would wait for it, or run what it doesn't."""
+
+    def refuse(wanted: Any) -> str:
+        raise error
 
     monkeypatch.setattr(first_run, "prepare", refuse)
-    verdict = first_run.settle(fx.GraphModule({}, fx.Graph()), report(("0", "bfloat16")), "digest", PassConfig(), ())
-    assert verdict == Verdict(fused=False, reason="no peer access")
-    assert asked.digests == ["digest", "failed: could not compile it: CollectiveError: no peer access"]
+    verdict = first_run.settle(fx.GraphModule({}, fx.Graph()), report(WANTED), "digest", PassConfig(), ())
+    assert (verdict.fused, verdict.apart) == (False, True)
+    said = f"can't share memory: {type(error).__name__}: "
+    assert verdict.reason is not None
+    assert verdict.reason.startswith(f"rank 0 {said}")
+    assert asked.digests[0] == "digest"
+    assert asked.digests[1].startswith(f"apart: {said}")
+
+
+def agreed(verdict: Verdict, told: list[Verdict], apart: Callable[[str], Any]) -> first_run.AgreedGraph:
+    return first_run.AgreedGraph(
+        lambda x: x + 1, unfused=lambda: lambda x: x, apart=apart, settle=lambda: verdict, tell=told.append
+    )
+
+
+def test_ranks_that_can_not_share_memory_plan_again_without_it() -> None:
+    told: list[Verdict] = []
+    verdict = Verdict(fused=False, apart=True, reason="they are far from each other")
+    graph = agreed(verdict, told, lambda why: lambda x: f"{x} {why}")
+    assert [graph(1), graph(2)] == ["1 they are far from each other", "2 they are far from each other"]
+    assert told == [verdict]
+
+
+def test_what_can_not_be_planned_without_shared_memory_is_run_unfused() -> None:
+    def refuse(why: str) -> Any:
+        raise PlanError("it is forced")
+
+    assert agreed(Verdict(fused=False, apart=True, reason="far"), [], refuse)(1) == 1
 
 
 def test_a_graph_raises_what_an_earlier_call_of_its_kernels_found_out(one_rank: str) -> None:
     space = workspace_of(one_rank, CPU, torch.bfloat16, 4096)
-    graph = first_run.AgreedGraph(
-        lambda x: x + 1, unfused=lambda: lambda x: x, settle=lambda: Verdict(fused=True), tell=lambda verdict: None
-    )
+    graph = agreed(Verdict(fused=True), [], lambda why: None)
     assert graph(1) == 2
     space.failure[0] = 1
     with pytest.raises(CollectiveError, match="waited"):

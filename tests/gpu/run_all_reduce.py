@@ -2,22 +2,29 @@
 between real peers and prints one JSON object: by scenario, what was wrong.
 """
 
+import contextlib
 import datetime
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 import fuseplan.providers  # noqa: F401 - registers kernels
 from fuseplan.dialect import NORM_FAMILY
 from fuseplan.distributed import workspace as workspaces
 from fuseplan.errors import CollectiveError
+from fuseplan.providers.triton import all_reduce_norm
 from fuseplan.verification.compare import compare
 from tests.ranks import left_in
 
@@ -216,16 +223,221 @@ def deadline() -> list[str]:
     return [*found, "no error"]
 
 
+@contextlib.contextmanager
+def shots(two: bool) -> Iterator[None]:
+    """Two shots for every call, where two ranks would take one."""
+    with contextlib.ExitStack() as patches:
+        if two:
+            patches.enter_context(mock.patch.object(workspaces, "ONE_SHOT_RANKS", 1))
+            patches.enter_context(mock.patch.object(all_reduce_norm, "SECOND_WAIT_BYTES", -1))
+        yield
+
+
+class Replayed:
+    """A graph of several calls in one workspace, of a group of its own that gives up soon."""
+
+    def __init__(self, seconds: float, two_shot: bool) -> None:
+        with shots(two_shot):
+            self._capture(seconds)
+
+    def _capture(self, seconds: float) -> None:
+        group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+        self.seconds, name = seconds, group.group_name
+        self.space = workspaces.workspace_of(name, DEVICE, torch.bfloat16)
+        self.cases = [
+            Case(rows, 2880, torch.bfloat16, suffix, 400 + rows, group=name)
+            for rows, suffix in zip((1, 64, 300, 2000), EPILOGUES, strict=True)
+        ]
+        self.wrong = [text for case in self.cases if (text := case.wrong(case.run()))]
+        torch.cuda.synchronize()
+        dist.barrier()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = [case.run() for case in self.cases]
+        self.replay()
+        self.wrong += [text for case, each in zip(self.cases, self.results, strict=True) if (text := case.wrong(each))]
+        torch.cuda.synchronize()
+        dist.barrier()
+
+    def replay(self, times: int = 1) -> float:
+        """Seconds that it took."""
+        start = time.monotonic()
+        for _ in range(times):
+            self.graph.replay()
+        torch.cuda.synchronize()
+        return time.monotonic() - start
+
+    def plausible(self) -> list[int]:
+        """Of each call, how many rows aren't NaN through and through, padding aside."""
+        return [
+            max(int((~each[..., :2880].float().isnan().all(-1)).sum()) for each in results) for results in self.results
+        ]
+
+    def expect_nan(self, when: str) -> None:
+        """After the call that failed nothing has a number."""
+        if any(self.plausible()):
+            self.wrong.append(f"{when}: rows that aren't NaN, by call: {self.plausible()}")
+
+    def expect_seconds(self, when: str, seconds: float, waits: int) -> None:
+        """A deadline takes what it takes, and a replay without one next to nothing."""
+        if not waits * self.seconds * 0.9 <= seconds <= waits * self.seconds + 0.5:
+            self.wrong.append(f"{when} took {seconds:.2f} s")
+
+    def expect_error(self) -> None:
+        """Whenever the host is asked."""
+        for _ in range(2):
+            try:
+                self.cases[0].run()
+            except CollectiveError as error:
+                if f"waited {self.seconds:g} s for" not in str(error):
+                    self.wrong.append(str(error))
+            else:
+                self.wrong.append("no error")
+
+
+def missing_under_replay() -> list[str]:
+    """A rank that stops: the others wait once, in one of all the calls that are queued."""
+    found = []
+    for two_shot in (False, True):
+        replayed = Replayed(1.5, two_shot)
+        if RANK < RANKS - 1:
+            replayed.expect_seconds("three replays", replayed.replay(3), waits=1)
+            replayed.expect_nan("after three replays")
+            replayed.expect_error()
+        dist.barrier()
+        found += [f"{1 + two_shot} shots: {text}" for text in replayed.wrong]
+    return found
+
+
+def late_under_replay() -> list[str]:
+    """A rank that comes when the others have given up: it finds what they sent before, and nothing after that, and what
+    it sends is nobody's.
+    """
+    found = []
+    for two_shot in (False, True):
+        replayed, last = Replayed(1.5, two_shot), RANK == RANKS - 1
+        if not last:
+            replayed.expect_seconds("the first replay", replayed.replay(), waits=1)
+        dist.barrier()
+        if last:
+            replayed.expect_seconds("the late replay", replayed.replay(), waits=1)
+        dist.barrier()
+        for number in range(3):
+            replayed.expect_seconds("a later replay", replayed.replay(), waits=0)
+            replayed.expect_nan(f"replay {number}")
+        dist.barrier()
+        replayed.expect_error()
+        found += [f"{1 + two_shot} shots: {text}" for text in replayed.wrong]
+    return found
+
+
+def unlike_cards() -> list[str]:
+    """Ranks that see different numbers of multiprocessors."""
+    found = []
+    for two_shot in (False, True):
+        group = dist.new_group()
+        with shots(two_shot), mock.patch.object(workspaces, "multiprocessors", return_value=132 - 18 * (RANK % 2)):
+            space = workspaces.workspace_of(group.group_name, DEVICE, torch.bfloat16)
+            found += [] if space.processors == 114 else [f"{space.processors} multiprocessors"]
+            for rows in (1, 100, 600, 5000):
+                case = Case(rows, 2880, torch.bfloat16, "pad", 500 + rows, group=group.group_name)
+                wrong = [text for _ in range(4) if (text := case.wrong(case.run()))]
+                found += [f"{rows} rows, {1 + two_shot} shots: {text}" for text in wrong]
+    return found
+
+
+def two_at_once() -> list[str]:
+    """Two threads that make workspaces of two groups and dtypes, on each rank in another order."""
+    names = [dist.new_group().group_name for _ in range(2)]
+    wanted = [(name, dtype) for name in names for dtype in (torch.bfloat16, torch.float32)]
+    failed: list[str] = []
+
+    def make(name: str, dtype: torch.dtype) -> None:
+        try:
+            workspaces.workspace_of(name, DEVICE, dtype)
+        except Exception as error:  # noqa: BLE001 - told by the scenario
+            failed.append(str(error))
+
+    threads = [threading.Thread(target=make, args=each, daemon=True) for each in wanted]
+    for thread in reversed(threads) if RANK % 2 else threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    hanging = sum(thread.is_alive() for thread in threads)
+    if failed or hanging:
+        return [*failed, f"{hanging} threads wait for each other"]
+    cases = [Case(64, 2880, dtype, "pad", 600, group=name) for name, dtype in wanted]
+    return [text for case in cases if (text := case.wrong(case.run()))]
+
+
+def no_memory_on_one() -> list[str]:
+    """A rank that has no memory left keeps nobody waiting."""
+    group, empty = dist.new_group(), symmetric_memory.empty
+
+    def refuse(*size: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    start = time.monotonic()
+    with mock.patch.object(symmetric_memory, "empty", refuse if RANK == RANKS - 1 else empty):
+        try:
+            workspaces.workspace_of(group.group_name, DEVICE, torch.bfloat16)
+        except CollectiveError as error:
+            found = [] if f"rank {RANKS - 1} fails: OutOfMemoryError" in str(error) else [str(error)]
+        else:
+            found = ["it was made"]
+    return found if time.monotonic() - start < 10 else [*found, "others waited"]
+
+
+def remade_group() -> list[str]:
+    """A graph is replayed after its group was destroyed and another one has its name."""
+    case = Case(64, 2880, torch.bfloat16, "pad", 800)
+    case.run()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = case.run()
+    torch.cuda.synchronize()
+    dist.barrier()
+    dist.destroy_process_group()
+    start_group("again")
+    if dist.group.WORLD.group_name != case.group:  # type: ignore[union-attr]
+        return [f"the new group is called {dist.group.WORLD.group_name}"]  # type: ignore[union-attr]
+    found = []
+    for round_ in range(4):
+        fresh = Case(64, 2880, torch.bfloat16, "pad", 810 + round_)
+        for mine, new in zip((*case.parts, case.residual), (*fresh.parts, fresh.residual), strict=True):
+            mine.copy_(new)
+        case.rest[0].copy_(fresh.rest[0])
+        other = fresh.run()
+        graph.replay()
+        found += [text for text in (fresh.wrong(other), case.wrong(results)) if text]
+    torch.cuda.synchronize()
+    dist.barrier()
+    return found
+
+
+def start_group(name: str) -> None:
+    """The group of all ranks, through a part of torchrun's store of its own."""
+    store, rank, ranks = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl", store=PrefixStore(name, store), rank=rank, world_size=ranks, device_id=DEVICE,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+
+
 SCENARIOS: tuple[Callable[[], list[str]], ...] = (
-    sizes, special_values, races, capacity, streams, graphs, capture_without_workspace, deadline,
+    sizes, special_values, races, capacity, streams, graphs, capture_without_workspace, unlike_cards, two_at_once,
+    no_memory_on_one, deadline, missing_under_replay, late_under_replay, remade_group,
 )  # fmt: skip
 
 
 def main() -> None:
     torch.cuda.set_device(DEVICE)
-    dist.init_process_group("nccl", device_id=DEVICE, timeout=datetime.timedelta(seconds=60))
+    start_group("first")
     found = {}
-    for scenario in SCENARIOS:
+    wanted = sys.argv[1:] or [scenario.__name__ for scenario in SCENARIOS]
+    for scenario in (each for each in SCENARIOS if each.__name__ in wanted):
         start = time.monotonic()
         try:
             wrong = scenario()

@@ -63,5 +63,5 @@ def test_all_reduces_between_peers(ranks: int) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 8
+    assert len(found) == 14
     assert not any(found.values()), found

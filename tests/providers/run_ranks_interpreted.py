@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,11 @@ from torch._C._distributed_c10d import FileStore
 from triton.runtime import interpreter
 
 from fuseplan.dialect import NORM_FAMILY, Rounding
+from fuseplan.distributed import workspace as workspaces
+from fuseplan.distributed.meeting import Meeting
 from fuseplan.distributed.workspace import SharedMemory, Workspace
 from fuseplan.errors import CollectiveError
+from fuseplan.providers.triton import all_reduce_norm
 from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
 from fuseplan.providers.triton.launching import Finish, Norm, Tile
 from tests.providers.run_interpreted import rounded
@@ -52,15 +56,14 @@ TWO_SHOT = (
 NUMBERS = itertools.count()
 
 
-def allocate(size: int, group_name: str, device: torch.device) -> SharedMemory:
+def allocate(size: int, group_name: str, device: torch.device, meeting: Meeting) -> SharedMemory:
     """Files that every rank maps."""
     number = next(NUMBERS)
 
     def mapped(rank: int) -> Tensor:
         return torch.from_file(str(FOLDER / f"memory-{number}-{rank}"), shared=True, size=size, dtype=torch.uint8)
 
-    mine = mapped(RANK)
-    dist.barrier()
+    mine = meeting.step(lambda: mapped(RANK))
     everyone = [mine if rank == RANK else mapped(rank) for rank in range(RANKS)]
     return SharedMemory(local=mine, addresses=[each.data_ptr() for each in everyone], keep=everyone)
 
@@ -78,8 +81,10 @@ def part(rank: int, rows: int, seed: int) -> Tensor:
     return values
 
 
-def call(space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int) -> tuple[bool, Tensor]:
-    """Whether one call gives the reference's bits on the sum in float32, and the sum that was normalised."""
+def computed(
+    space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What one call gives, and the reference of the sum in float32."""
     parts = [part(RANK if space.alone else rank, rows, seed) for rank in range(RANKS)]
     residual, weight = part(RANKS, rows, seed), (1 + 0.1 * part(RANKS + 1, 1, seed)[0]).bfloat16()
     own = EPILOGUES[suffix]
@@ -91,7 +96,12 @@ def call(space: Workspace, rows: int, schedule: Schedule | None, suffix: str | N
     for each in parts[1:]:
         reduced = reduced + each.float()
     plain = NORM_FAMILY[False, True, suffix].reference if suffix else torch.ops.fuseplan.fused_add_rms_norm
-    wanted = plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *own)
+    return got, plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *own)
+
+
+def call(space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int) -> tuple[bool, Tensor]:
+    """Whether one call gives the reference's bits on the sum in float32, and the sum that was normalised."""
+    got, wanted = computed(space, rows, schedule, suffix, seed)
     same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, wanted, strict=True)]
     return all(same), got[-1]
 
@@ -122,6 +132,10 @@ def main() -> None:
     if RANKS == 2:
         seen["capacity"] = capacity()
     seen["alone"] = plays_all()
+    seen["unlike"] = unlike()
+    for two_shot in (False, True) if RANKS > 2 else (False,):
+        seen[f"missing, {1 + two_shot} shots"] = missing(two_shot)
+        seen[f"late, {1 + two_shot} shots"] = late(two_shot)
     seen["deadline"] = deadline()
     print(json.dumps(seen), flush=True)
     leave()
@@ -149,6 +163,16 @@ def capacity() -> list[tuple[bool, int]]:
     return turns
 
 
+def unlike() -> list[Any]:
+    """Ranks with different numbers of multiprocessors, by which each would cut the rows in another way."""
+    with (
+        mock.patch.object(workspaces, "multiprocessors", return_value=2 + RANK % 2),
+        mock.patch.object(all_reduce_norm, "SECOND_WAIT_BYTES", 0),
+    ):
+        space = workspace()
+        return [space.processors, *(call(space, rows, None, "pad", 200 + rows)[0] for rows in (1, 5, 9, 21))]
+
+
 def deadline() -> list[str]:
     """A rank that doesn't come: NaN, and then an error."""
     group = dist.new_group(timeout=datetime.timedelta(seconds=30))
@@ -166,6 +190,91 @@ def deadline() -> list[str]:
         time.sleep(0.1)
     dist.barrier()
     return found
+
+
+class Replayed:
+    """Calls that nobody asks the host about, as replays of a graph are, in a workspace of their own.
+
+    Attributes:
+        outcomes: of each call: whether its rows are right, NaN in every result, or anything else.
+        waits: how often each call has looked for something that might still come.
+    """
+
+    def __init__(self, two_shot: bool) -> None:
+        self.space = workspace()
+        self.two_shot, self.waits, self.outcomes = two_shot, list[int](), list[str]()
+
+    def call(self, limit: int | None = None) -> None:
+        """One more: of other rows, tiles and epilogue than the last, and of other numbers."""
+        number = len(self.outcomes)
+        rows, programs, lag = ((3, 2, 1), (2, 2, 0), (4, 2, 0), (2, 1, 1))[number % 4]
+        self.space.limit = limit or NEVER
+        seen, standing_of = [0], all_reduce_norm.standing_of
+
+        def counting(*arguments: Any) -> Any:
+            standing = standing_of(*arguments)
+            seen[0] += int(standing.handle.data.item()) == all_reduce_norm.AWAITED.value
+            return standing
+
+        how = schedule(programs, lag, self.two_shot)
+        with mock.patch.object(self.space, "check"), mock.patch.object(all_reduce_norm, "standing_of", counting):
+            got, wanted = computed(self.space, rows, how, tuple(EPILOGUES)[number % len(EPILOGUES)], 300 + number)
+        self.outcomes.append(outcome(got, wanted))
+        self.waits.append(seen[0])
+
+    def raised(self) -> str | None:
+        """What the host says when it is asked."""
+        try:
+            self.space.check()
+        except CollectiveError as error:
+            return str(error)
+        return None
+
+
+NEVER, SOON = 10**12, 40
+"""Limits, in numbers of looks."""
+
+
+def outcome(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> str:
+    pairs = list(zip(got, wanted, strict=True))
+    right = torch.stack([(a.view(torch.uint8) == b.view(torch.uint8)).all(-1) for a, b in pairs]).all(0)
+    lost = torch.stack([a[..., :WIDTH].float().isnan().all(-1) for a, _ in pairs]).all(0)  # padding is zero
+    if lost.all() or right.all():
+        return "NaN" if lost.all() else "right"
+    return "right or NaN" if (lost | right).all() else "wrong"
+
+
+def missing(two_shot: bool) -> dict[str, Any]:
+    """The last rank takes part in some calls, and never again."""
+    replayed = Replayed(two_shot)
+    for _ in range(2):
+        replayed.call()
+    dist.barrier()
+    if RANK < RANKS - 1:
+        for _ in range(4):
+            replayed.call(SOON)
+    dist.barrier()
+    return {"outcomes": replayed.outcomes, "waits": replayed.waits, "raised": replayed.raised()}
+
+
+def late(two_shot: bool) -> dict[str, Any]:
+    """The last rank comes to a call after the others have given it up, so that what it sends lies there when the slot's
+    turn comes again, and makes all further calls.
+    """
+    replayed = Replayed(two_shot)
+    for _ in range(2):
+        replayed.call()
+    dist.barrier()
+    if RANK < RANKS - 1:
+        replayed.call(SOON)
+    dist.barrier()
+    if RANK == RANKS - 1:
+        replayed.call(SOON)
+    dist.barrier()
+    for _ in range(4):
+        replayed.call(SOON)
+    dist.barrier()
+    return {"outcomes": replayed.outcomes, "waits": replayed.waits, "raised": replayed.raised()}
 
 
 if __name__ == "__main__":

@@ -67,23 +67,29 @@ def test_infinity_and_nan_stay_where_they_are(interpreted: dict[str, Any]) -> No
     assert all(all(each) for each in interpreted["not finite"].values()), interpreted["not finite"]
 
 
-@needs_triton
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_all_reduces_between_ranks(ranks: int, tmp_path: Path) -> None:
-    """One shot and two, larger calls and smaller in turns, at the capacity, and a rank that doesn't come."""
+@pytest.fixture(scope="module", params=[2, 4])
+def between_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of so many ranks saw."""
+    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-W", "ignore", "-m", "tests.providers.run_ranks_interpreted"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     running = [
         subprocess.Popen(
-            [*command, str(rank), str(ranks), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [*command, str(rank), str(ranks), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             cwd=ROOT, env=environment,
         )
         for rank in range(ranks)
     ]  # fmt: skip
     done = [process.communicate(timeout=240) for process in running]
     assert not any(process.returncode for process in running), "\n".join(errors for _, errors in done)[-4000:]
-    seen = [json.loads(text) for text, _ in done]
-    for rank in seen:
+    return [json.loads(text) for text, _ in done]
+
+
+@needs_triton
+def test_all_reduces_between_ranks(between_ranks: list[dict[str, Any]]) -> None:
+    """One shot and two, larger calls and smaller in turns, at the capacity, and a rank that doesn't come."""
+    ranks = len(between_ranks)
+    for rank in between_ranks:
         assert len(rank["calls"]) == (8 if ranks == 2 else 21)
         assert all(rank["calls"] + rank["chosen"])
         assert len(rank["alone"]) == (8 if ranks == 2 else 14)
@@ -91,10 +97,56 @@ def test_all_reduces_between_ranks(ranks: int, tmp_path: Path) -> None:
         assert not any(rank["left"])
         assert rank["minus zero"]
         assert rank.get("capacity", []) == ([[True, 1], [True, 1], [True, 2]] if ranks == 2 else [])
-    numbers, first, second = seen[0]["deadline"]
+    numbers, first, second = between_ranks[0]["deadline"]
     assert numbers == "NaN"
     assert first == second
     assert "waited 0.0002 s for rank" in first
+
+
+@needs_triton
+def test_ranks_on_unlike_cards_share_one_layout(between_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["unlike"] for rank in between_ranks] == [[2, True, True, True, True]] * len(between_ranks)
+
+
+@needs_triton
+@pytest.mark.parametrize("shots", [1, 2])
+def test_after_a_rank_went_missing_all_calls_are_nan_and_only_one_waits(
+    between_ranks: list[dict[str, Any]], shots: int
+) -> None:
+    """Nobody asks the host between the calls, as in replays of a graph."""
+    name = f"missing, {shots} shots"
+    if len(between_ranks) == 2 and shots == 2:
+        assert name not in between_ranks[0]
+        return
+    *there, away = (rank[name] for rank in between_ranks)
+    assert away["outcomes"] == ["right"] * 2
+    assert away["raised"] is None
+    for rank in there:
+        assert rank["outcomes"][:2] == ["right"] * 2
+        # A tile that was sent before may still be right, in the call that failed.
+        assert rank["outcomes"][2] in ("NaN", "right or NaN")
+        assert rank["outcomes"][3:] == ["NaN"] * 3
+        assert 0 < rank["waits"][2] <= 2 * len(between_ranks) * 40
+        assert rank["waits"][3:] == [0] * 3
+        assert "results since then are NaN" in rank["raised"]
+
+
+@needs_triton
+@pytest.mark.parametrize("shots", [1, 2])
+def test_what_comes_too_late_is_never_taken_for_another_calls(between_ranks: list[dict[str, Any]], shots: int) -> None:
+    """It lies in a slot whose turn comes again three calls later."""
+    name = f"late, {shots} shots"
+    if len(between_ranks) == 2 and shots == 2:
+        assert name not in between_ranks[0]
+        return
+    for rank in between_ranks:
+        found = rank[name]
+        assert found["outcomes"][:2] == ["right"] * 2
+        assert found["outcomes"][2] in ("right", "NaN", "right or NaN")
+        assert found["outcomes"][3] in ("NaN", "right or NaN")
+        assert found["outcomes"][4:] == ["NaN"] * 3
+        assert found["waits"][4:] == [0] * 3
+        assert "results since then are NaN" in found["raised"]
 
 
 @needs_triton

@@ -5,6 +5,7 @@ No collective takes part: with a warm compile cache one rank may never come to w
 
 import datetime
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,15 +13,15 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 
+from fuseplan.distributed.groups import STAND_IN, resolve, timeout_of
 from fuseplan.errors import UnsupportedError
 from fuseplan.record import Verification
 from fuseplan.record.text import one_line
 
 PREFIX = "fuseplan/agreement"
-FAILED, LOST = "failed: ", "lost: "
-NO_PLAN = "had no plan for it"
-# torch's backend for trying things out in one process: the other ranks don't exist, so none of them will post a plan.
-STAND_IN = "fake"
+FAILED, LOST, APART = "failed: ", "lost: ", "apart: "
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.0005, 0.02
+NO_PLAN, OTHER_PLAN = "had no plan for it", "planned differently"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +32,20 @@ class Verdict:
         fused: whether every rank runs its plan; else every rank runs unfused.
         reason: why not, one clause.
         lost: whether a rank is left in a collective, so that what the group sends from now on may end up there.
+        apart: whether it is memory that the ranks can't share, so that a plan without that would do.
         verified: what the ranks verified together on the way.
     """
 
     fused: bool
     reason: str | None = None
     lost: bool = False
+    apart: bool = False
     verified: tuple[Verification, ...] = ()
 
 
 def agree(
     group_store: Store, *, graph: str, rank: int, size: int, digest: str, deadline: datetime.timedelta,
-    awaited: str = NO_PLAN,
+    awaited: str = NO_PLAN, differing: str = OTHER_PLAN,
 ) -> Verdict:  # fmt: skip
     """Posts this rank's digest, waits for those of the others, and returns what all ranks will be told.
 
@@ -54,9 +57,10 @@ def agree(
         graph: a name for what is compiled, the same on all ranks.
         rank: of this process in the group.
         size: of the group.
-        digest: of this rank's plan, or what `failed`, `refused` or `lost` yield.
+        digest: of this rank's plan, or what `failed`, `refused`, `lost` or `apart` yield.
         deadline: how long to wait for the others.
         awaited: what is said of a rank that isn't there by then.
+        differing: what is said of two that posted different digests.
 
     Raises:
         UnsupportedError: the store doesn't answer: nobody can say what the other ranks run.
@@ -66,8 +70,8 @@ def agree(
         where = f"{PREFIX}/{graph}/{attempt}"
         group_store.set(f"{where}/{rank}", digest)
         digests, late = _digests(group_store, where, size, deadline)
-        verdict = _verdict(digests, late, f"{awaited} within {deadline.total_seconds():g} s")
-        written = json.dumps({"fused": verdict.fused, "reason": verdict.reason, "lost": verdict.lost})
+        verdict = _verdict(digests, late, f"{awaited} within {deadline.total_seconds():g} s", differing)
+        written = json.dumps({name: getattr(verdict, name) for name in ("fused", "reason", "lost", "apart")})
         settled = json.loads(group_store.compare_set(f"{where}/verdict", "", written))
     except RuntimeError as error:
         text = one_line(error, 200)
@@ -75,7 +79,7 @@ def agree(
             f"the ranks of a process group could not agree on a plan, since its store doesn't answer: {text}; set "
             "FUSEPLAN=0 on all ranks, or find out which of them is gone"
         ) from error
-    return Verdict(fused=settled["fused"], reason=settled["reason"], lost=settled["lost"])
+    return Verdict(**settled)
 
 
 def failed(error: BaseException) -> str:
@@ -93,34 +97,37 @@ def lost(why: str) -> str:
     return f"{LOST}{why}"
 
 
+def apart(why: str) -> str:
+    """What a rank posts that can't share memory with the others; `why` is said of it."""
+    return f"{APART}{why}"
+
+
 def _digests(
     group_store: Store, where: str, size: int, deadline: datetime.timedelta
 ) -> tuple[dict[int, str], list[int]]:
     """What each rank posted, and who posted nothing in time."""
     names = [f"{where}/{rank}" for rank in range(size)]
-    try:
-        group_store.wait(names, deadline)
-    except RuntimeError:
-        present = [rank for rank, name in enumerate(names) if group_store.check([name])]
-        late = [rank for rank in range(size) if rank not in present]
-        if not late:
-            present = list(range(size))
-    else:
-        present, late = list(range(size)), []
-    return {rank: group_store.get(names[rank]).decode() for rank in present}, late
+    until, pause = time.monotonic() + deadline.total_seconds(), LEAST_PAUSE_S
+    # A store that waits keeps the process's other threads from it, and these may have what another rank waits for.
+    while not group_store.check(names) and time.monotonic() < until:
+        time.sleep(pause)
+        pause = min(2 * pause, MOST_PAUSE_S)
+    late = [rank for rank, name in enumerate(names) if not group_store.check([name])]
+    return {rank: group_store.get(names[rank]).decode() for rank in range(size) if rank not in late}, late
 
 
-def _verdict(digests: dict[int, str], late: Sequence[int], awaited: str) -> Verdict:
-    for prefix in (LOST, FAILED):
+def _verdict(digests: dict[int, str], late: Sequence[int], awaited: str, differing: str) -> Verdict:
+    for prefix in (LOST, FAILED, APART):
         for rank, digest in digests.items():
             if digest.startswith(prefix):
                 reason = f"rank {rank} {digest.removeprefix(prefix)}"
-                return Verdict(fused=False, reason=reason, lost=prefix == LOST)
+                is_apart = prefix == APART and not late
+                return Verdict(fused=False, reason=reason, lost=prefix == LOST, apart=is_apart)
     if late:
         return Verdict(fused=False, reason=f"rank {', '.join(map(str, late))} {awaited}")
     if len(set(digests.values())) > 1:
         odd = next(rank for rank, digest in digests.items() if digest != digests[0])
-        return Verdict(fused=False, reason=f"rank 0 and rank {odd} planned differently")
+        return Verdict(fused=False, reason=f"rank 0 and rank {odd} {differing}")
     return Verdict(fused=True)
 
 
@@ -144,19 +151,15 @@ def agree_in_groups(
     Raises:
         UnsupportedError: the store doesn't answer.
     """
-    groups = [distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[attr-defined,arg-type]
+    groups = [resolve(name) for name in names]
     largest = max(groups, key=lambda group: group.size(), default=None)
     if largest is None or largest.size() == 1 or dist.get_backend(largest) == STAND_IN:
         return Verdict(fused=True)
     ranks = set(dist.get_process_group_ranks(largest))
     if any(not ranks.issuperset(dist.get_process_group_ranks(group)) for group in groups):
         return Verdict(fused=False, reason=f"its collectives are of groups that overlap: {', '.join(sorted(names))}")
-    timeout = datetime.timedelta(seconds=deadline_s) if deadline_s is not None else _timeout(largest)
+    timeout = datetime.timedelta(seconds=deadline_s) if deadline_s is not None else timeout_of(largest)
     return agree(
         distributed_c10d._get_process_group_store(largest), graph=graph, rank=dist.get_rank(largest),
         size=largest.size(), digest=digest, deadline=timeout + datetime.timedelta(seconds=work_s), awaited=awaited,
     )  # fmt: skip
-
-
-def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
-    return distributed_c10d._get_default_timeout(dist.get_backend(group))

@@ -1,9 +1,9 @@
 """Memory that the ranks of a group share, for kernels that communicate by themselves."""
 
 import atexit
+import collections
 import contextlib
 import contextvars
-import datetime
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
+from fuseplan.distributed.groups import resolve, timeout_of
+from fuseplan.distributed.meeting import Meeting
 from fuseplan.errors import CollectiveError
-from fuseplan.record.text import one_line
 
 SLOTS = 3
 """Calls that can have data in a workspace: the one that is sent, the one that is read, the one that is emptied."""
@@ -22,7 +22,9 @@ CAPACITY_BYTES = 32 * 2**20
 """Of one call's message; larger ones are sent in parts."""
 SHOT_BYTES = 2**20
 """Of a message that every rank sends to every other rank, where there are more than two."""
-STATE_WORDS = 2 + 2 * SLOTS
+ONE_SHOT_RANKS = 2
+"""Up to which two shots send as much as one, and workspaces have no room for sums."""
+STATE_WORDS = 3 + 2 * SLOTS
 HEADER_BYTES = 512
 """Before the slots: what kernels remember between calls, and how far the other ranks' memory is. It lies here and not
 in tensors of its own, since the first call may come while CUDA graphs' own pool serves all allocations.
@@ -44,40 +46,36 @@ class SharedMemory:
     keep: object
 
 
-Allocate = Callable[[int, str, torch.device], SharedMemory]
-"""`allocate(bytes, group_name, device)`, called by all ranks of the group at once."""
+Allocate = Callable[[int, str, torch.device, Meeting], SharedMemory]
+"""`allocate(bytes, group_name, device, meeting)`, called by all ranks of the group at once."""
+ADVICE = "forbid kernels that need it, e.g. PassConfig(forbid=('allreduce_rms:triton',))"
 
 
-def allocate_symmetric(size: int, group_name: str, device: torch.device) -> SharedMemory:
+def allocate_symmetric(size: int, group_name: str, device: torch.device, meeting: Meeting) -> SharedMemory:
     """Memory of `torch.distributed._symmetric_memory`, mapped by every rank of the group; no multicast.
 
     Raises:
-        CollectiveError: the ranks' devices can't reach each other's memory, or a rank didn't come.
+        CollectiveError: the ranks' devices can't reach each other's memory, or a rank didn't come or has none left.
     """
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    try:
-        local = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        handle = symmetric_memory.rendezvous(local, resolve(group_name))
-    except RuntimeError as error:
-        raise CollectiveError(
-            f"the ranks of group {group_name!r} can't share {size} bytes of memory: {one_line(error, 200)}; forbid "
-            "kernels that need it, e.g. PassConfig(forbid=('allreduce_rms:triton',))"
-        ) from error
+    # A rank that has no memory left doesn't come to where the others would wait for it.
+    local = meeting.step(lambda: symmetric_memory.empty(size, dtype=torch.uint8, device=device))
+    handle = meeting.collective(lambda: symmetric_memory.rendezvous(local, resolve(group_name)))
     return SharedMemory(local=local, addresses=handle.buffer_ptrs, keep=handle)
 
 
-def allocate_alone(size: int, group_name: str, device: torch.device) -> SharedMemory:
+def allocate_alone(size: int, ranks: int, device: torch.device) -> SharedMemory:
     """Memory in which this rank finds what it sends to others."""
     local = torch.empty(size, dtype=torch.uint8, device=device)
-    return SharedMemory(local=local, addresses=[local.data_ptr()] * resolve(group_name).size(), keep=None)
+    return SharedMemory(local=local, addresses=[local.data_ptr()] * ranks, keep=None)
 
 
 class Workspace:
     """Shared memory of one group, with what its kernels have to remember between calls.
 
-    Calls in one workspace have to follow each other on the device: eager calls of other streams are made to wait here,
-    replays of graphs are their owner's to order, as they are with NCCL.
+    Calls in one workspace have to follow each other on the device: eager calls of other threads and streams are made to
+    wait here, replays of graphs are their owner's to order, as they are with NCCL.
 
     Args:
         group_name: of the process group.
@@ -87,23 +85,24 @@ class Workspace:
         alone: whether this rank plays all others too, as if they held what it does: what it sends comes back to it.
         allocate: makes the memory.
         timeout_s: seconds after which a kernel stops to wait for another rank; None: the group's own timeout.
+        use: what it is for, the same on all ranks; those of one use are made one after the other.
 
     Raises:
-        CollectiveError: the memory can't be had, or a graph is being captured.
+        CollectiveError: the memory can't be had, on one of the ranks, or a graph is being captured.
     """
 
     def __init__(
         self, group_name: str, device: torch.device, itemsize: int, *, capacity: int = CAPACITY_BYTES,
         alone: bool = False, allocate: Allocate = allocate_symmetric, timeout_s: float | None = None,
+        use: str = "messages",
     ) -> None:  # fmt: skip
         self.group = resolve(group_name)
         self.group_name, self.device = group_name, device
         self.rank, self.ranks = dist.get_rank(self.group), self.group.size()
         self.timed = device.type == "cuda" and not torch.version.hip
-        seconds = timeout_s if timeout_s is not None else _timeout_s(self.group, device)
-        self.timeout_s = seconds
-        self.limit = round(seconds * (1e9 if self.timed else POLLS_PER_S))
-        self.alone, self.one_shot = alone, self.ranks <= 2
+        self.timeout_s = timeout_s if timeout_s is not None else timeout_of(self.group, device.type).total_seconds()
+        self.limit = max(1, round(self.timeout_s * (1e9 if self.timed else POLLS_PER_S)))
+        self.alone, self.one_shot = alone, self.ranks <= ONE_SHOT_RANKS
         self.sums_words = 0 if self.one_shot else _whole_units(capacity // itemsize)
         share = capacity if alone or self.one_shot else max(SHOT_BYTES, capacity // self.ranks)
         self.shot_words = _whole_units(share // itemsize)
@@ -114,50 +113,90 @@ class Workspace:
                 f"group {group_name!r} has no workspace yet, and none can be made while a graph is captured: run the "
                 "model once before capturing it"
             )
-        alone = alone or self.ranks == 1
-        size = HEADER_BYTES + words * itemsize
-        self.memory = (allocate_alone if alone else allocate)(size, group_name, device)
-        self.memory.local.fill_(255)
-        header = self.memory.local[:HEADER_BYTES].view(torch.int64)
-        self.words = self.memory.local[HEADER_BYTES:].view({2: torch.int16, 4: torch.int32}[itemsize])
-        self.state, self.distances = header[:STATE_WORDS].zero_(), header[STATE_WORDS : STATE_WORDS + self.ranks]
-        distances = [(address - self.memory.local.data_ptr()) // 16 for address in self.memory.addresses]
-        self.distances.copy_(torch.tensor(distances))
-        pinned = device.type == "cuda"
-        self.failure = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
-        self._failure = self.failure.numpy()
-        self._ended: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if not alone:
+        size, self.processors = HEADER_BYTES + words * itemsize, multiprocessors(device)
+        if alone or self.ranks == 1:
+            self._lay_out(allocate_alone(size, self.ranks, device), itemsize)
+        else:
+            patience, facts = timeout_of(self.group, device.type), f"{itemsize} {size} {self.shot_words} {UNIT_WORDS}"
+            meeting = Meeting(self.group, f"share {capacity} bytes of memory for {use}", facts, patience, ADVICE)
+            self.processors = meeting.least(self.processors)
+            # torch allocates for the current device, which is another one in a new thread.
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                memory = allocate(size, group_name, device, meeting)
             # Nobody may send before everybody's memory is empty.
-            _meet(self.group, group_name, self.ranks, self.timeout_s)
+            meeting.step(lambda: self._lay_out(memory, itemsize))
+        self.captured = False
+        self._lock = threading.RLock()
+        self._ended: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
-    def enter(self, shot_words: int, sums_words: int) -> None:
-        """Before a launch: what it sends has to fit, no earlier one may have failed, and it follows the last one.
+    def _lay_out(self, memory: SharedMemory, itemsize: int) -> None:
+        """Empties this rank's memory, and notes how far that of the others is."""
+        self.memory = memory
+        memory.local.fill_(255)
+        header = memory.local[:HEADER_BYTES].view(torch.int64)
+        self.words = memory.local[HEADER_BYTES:].view({2: torch.int16, 4: torch.int32}[itemsize])
+        self.state, self.distances = header[:STATE_WORDS].zero_(), header[STATE_WORDS : STATE_WORDS + self.ranks]
+        distances = [(address - memory.local.data_ptr()) // 16 for address in memory.addresses]
+        self.distances.copy_(torch.tensor(distances))
+        self.failure = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._failure = self.failure.numpy()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def layout(self) -> str:
+        """What ranks have to agree in for their kernels to find what is sent to them."""
+        return f"{self.processors} processors, {self.shot_words} words, {self.sums_words} of sums"
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the group is still the one of that name."""
+        try:
+            return resolve(self.group_name) is self.group
+        except (RuntimeError, ValueError, LookupError):
+            return False
+
+    @property
+    def failed(self) -> bool:
+        """Whether a kernel has waited for another rank for too long."""
+        return bool(self._failure[0])
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Around the launches of a call: they follow those of the last one, whichever thread and stream that was of.
 
         Raises:
-            CollectiveError: either of these.
+            CollectiveError: an earlier call failed.
         """
-        self.check()
+        with self._lock:
+            self.check()
+            captured = capturing(self.device)
+            self.captured = self.captured or captured
+            if captured or self.device.type != "cuda":
+                yield
+                return
+            stream = torch.cuda.current_stream(self.device)
+            if self._ended is not None and self._ended[0] != stream:
+                self._ended[1].wait()
+            try:
+                yield
+            finally:
+                event = self._ended[1] if self._ended is not None else torch.cuda.Event()
+                event.record(stream)
+                self._ended = stream, event
+
+    def require(self, shot_words: int, sums_words: int) -> None:
+        """Before a launch: what it sends has to fit.
+
+        Raises:
+            CollectiveError: it doesn't.
+        """
         for name, wanted, there in (("", shot_words, self.shot_words), (" of sums", sums_words, self.sums_words)):
             if wanted > there:
                 raise CollectiveError(
                     f"a call in the workspace of group {self.group_name!r} needs {wanted} elements{name}, and it holds "
                     f"{there}"
                 )
-        if self._ended is not None and not capturing(self.device):
-            stream, ended = self._ended
-            if stream != torch.cuda.current_stream(self.device):
-                ended.wait()
-
-    def leave(self) -> None:
-        """After a launch."""
-        if self.device.type == "cuda" and not capturing(self.device):
-            stream = torch.cuda.current_stream(self.device)
-            event = self._ended[1] if self._ended is not None else torch.cuda.Event()
-            event.record(stream)
-            self._ended = stream, event
 
     def check(self) -> None:
         """Raises what a kernel found out, if anything; the workspace is of no use any more then.
@@ -191,24 +230,31 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-_OPEN: dict[tuple[str, torch.device, torch.dtype, int, bool], Workspace] = {}
+def multiprocessors(device: torch.device) -> int:
+    """How many a device, or the part of it that is here, has; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+Key = tuple[str, torch.device, torch.dtype, int]
+_OPEN: dict[Key, Workspace] = {}
+_KEPT: list[Workspace] = []
+_MAKING: collections.defaultdict[Key, threading.Lock] = collections.defaultdict(threading.Lock)
 _LOCK = threading.Lock()
-_ALONE = contextvars.ContextVar("fuseplan_alone", default=False)
+_ALONE: contextvars.ContextVar[dict[Key, Workspace] | None] = contextvars.ContextVar("fuseplan_alone", default=None)
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Workspaces of this thread are of this rank alone, which plays the others too: nothing is sent, and nobody waited
-    for.
+    for. No other thread has them, and they are given back here.
     """
-    token = _ALONE.set(True)
+    token = _ALONE.set({})
     try:
         yield
     finally:
         _ALONE.reset(token)
-        with _LOCK:
-            for key in [key for key in _OPEN if key[-1]]:
-                del _OPEN[key]
 
 
 def workspace_of(
@@ -217,41 +263,60 @@ def workspace_of(
     """The workspace of a group for messages of a dtype, made at the first call: all ranks make it together, outside of
     any capture. A warm compile cache changes nothing, since it is the kernel's launcher that asks.
 
+    Where another group has the name since, its ranks make another one. CUDA graphs may still be replayed that have
+    captured the first: it stays where it is.
+
     Raises:
         CollectiveError: as for `Workspace`.
     """
-    key = (group_name, device, dtype, capacity, _ALONE.get())
-    with _LOCK:
-        found = _OPEN.get(key)
-        if found is None or found.group is not resolve(group_name):
-            size = SHOT_BYTES if _ALONE.get() else capacity
-            found = Workspace(group_name, device, dtype.itemsize, capacity=size, alone=_ALONE.get())
-            _OPEN[key] = found
+    own, key = _ALONE.get(), (group_name, device, dtype, capacity)
+    if own is not None:
+        if key not in own:
+            own[key] = Workspace(group_name, device, dtype.itemsize, capacity=SHOT_BYTES, alone=True)
+        return own[key]
+    found = _OPEN.get(key)
+    if found is not None and found.is_current:
         return found
+    with _LOCK:
+        making = _MAKING[key]
+    # Whoever makes one waits for the other ranks, and these may wait for another thread of this one with another group.
+    with making:
+        found = _OPEN.get(key)
+        if found is not None and found.is_current:
+            return found
+        made = Workspace(group_name, device, dtype.itemsize, capacity=capacity, use=str(dtype).removeprefix("torch."))
+        with _LOCK:
+            if found is not None and found.captured:
+                _KEPT.append(found)
+            _OPEN[key] = made
+        return made
 
 
-def prepare(wanted: Iterable[tuple[str, str]], device: torch.device) -> None:
+def prepare(wanted: Iterable[tuple[str, str, str]]) -> str:
     """Makes workspaces before anything runs in them; all ranks of each group at once.
 
     Args:
-        wanted: names of groups, and of dtypes without torch's prefix.
-        device: of this rank.
+        wanted: names of groups, of dtypes without torch's prefix, and of this rank's devices.
+
+    Returns:
+        What has to be equal on all ranks, one with the same devices or not.
 
     Raises:
         CollectiveError: as for `Workspace`.
     """
-    for group_name, dtype in wanted:
-        workspace_of(group_name, device, getattr(torch, dtype))
+    made = [workspace_of(group, torch.device(device), getattr(torch, dtype)) for group, dtype, device in wanted]
+    return "; ".join(each.layout for each in made)
 
 
 def check_workspaces() -> None:
-    """Raises what kernels found out since, if anything.
+    """Raises what kernels found out since, if anything, of groups that are still there.
 
     Raises:
         CollectiveError: a kernel waited for another rank for too long.
     """
     for workspace in list(_OPEN.values()):
-        workspace.check()
+        if workspace.failed and workspace.is_current:
+            workspace.check()
 
 
 @atexit.register
@@ -259,31 +324,4 @@ def release() -> None:
     """Gives all shared memory back."""
     with _LOCK:
         _OPEN.clear()
-
-
-def resolve(group_name: str) -> dist.ProcessGroup:
-    """The process group of that name."""
-    group: dist.ProcessGroup = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined,arg-type]
-    return group
-
-
-def _timeout_s(group: dist.ProcessGroup, device: torch.device) -> float:
-    options = getattr(group._get_backend(device), "options", None)
-    timeout = getattr(options, "_timeout", None) or distributed_c10d._get_default_timeout(dist.get_backend(group))
-    return timeout.total_seconds()
-
-
-def _meet(group: dist.ProcessGroup, group_name: str, ranks: int, timeout_s: float) -> None:
-    """Returns once every rank of the group is here, by its store."""
-    store = distributed_c10d._get_process_group_store(group)
-    came = store.add("fuseplan/workspace/came", 1)
-    meeting = f"fuseplan/workspace/met/{(came - 1) // ranks}"
-    if came % ranks == 0:
-        store.set(meeting, "")
-    try:
-        store.wait([meeting], datetime.timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise CollectiveError(
-            f"not all ranks of group {group_name!r} came to share memory within {timeout_s:g} s; find out what became "
-            "of the others and start all ranks again"
-        ) from error
+        _KEPT.clear()

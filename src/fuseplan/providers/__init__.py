@@ -3,7 +3,7 @@
 from fuseplan.providers.declared import Cost, KernelCost
 from fuseplan.providers.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
 from fuseplan.providers.gates import Offer
-from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider, provider_of
+from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider, provider_of, without_shared_memory
 
 __all__ = [
     "BUILT_IN_PROVIDERS",
@@ -17,4 +17,5 @@ __all__ = [
     "local_profile",
     "local_vendor",
     "provider_of",
+    "without_shared_memory",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fuseplan.dialect import QuantRounding
+from fuseplan.distributed.groups import elsewhere
 from fuseplan.graph.facts import equal_size, group_size, is_dense
 from fuseplan.providers.declared import Cost, checked_cost
 from fuseplan.record import Reason, Refusal
@@ -173,12 +174,27 @@ class Gate:
 
     def _group(self, name: str | None) -> Refusal | None:
         ranks = group_size(name) if name is not None else None
-        if not self.ranks or ranks is None or ranks in self.ranks:
+        if not self.ranks or name is None or ranks is None:
             return None
+        if ranks in self.ranks:
+            return self._machine(name)
         served = f"{listed(list(map(str, sorted(self.ranks))))} ranks"
         return Refusal(
             reason=Reason.GROUP, detail=f"{self.name} serves groups of {served}; group {name!r} has {ranks}",
             expected=served, found=f"{ranks} ranks",
+        )  # fmt: skip
+
+    def _machine(self, name: str) -> Refusal | None:
+        """Why a group isn't served whose ranks would have to write to each other's memory, or None."""
+        others = elsewhere(name)
+        if not others:
+            return None
+        return Refusal(
+            reason=Reason.GROUP,
+            detail=f"{self.name} serves ranks of one machine; of group {name!r}, rank "
+            f"{', '.join(map(str, others))} is on another one",
+            expected="ranks of one machine", found="ranks of several machines",
+            mend="give tensor parallelism a group within a machine",
         )  # fmt: skip
 
     def _layout(self, x: Tensor) -> Refusal | None:
@@ -192,6 +208,28 @@ class Gate:
             found="another order of dimensions",
             mend="make them contiguous before, or reduce before they are transposed",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unshared:
+    """The check of a kernel whose ranks can't share memory, as they found out when they tried.
+
+    Attributes:
+        why: what they found.
+    """
+
+    why: str
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the arguments are refused, unless there is nobody to share with."""
+        name = m.values.get("group_name")
+        if name is not None and group_size(name) == 1:
+            return None
+        return Refusal(
+            reason=Reason.GROUP, detail=f"the ranks of group {name!r} can't share memory: {self.why}",
+            expected="ranks that reach each other's memory",
+            mend="run the ranks of a group where they reach each other's memory",
+        )  # fmt: skip
 
 
 def _equal_in_float32(left: float, right: float) -> bool:

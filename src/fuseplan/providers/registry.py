@@ -7,7 +7,7 @@ itself, and the answer carries its reason.
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.torch_version import TorchVersion
@@ -16,7 +16,7 @@ from fuseplan.dialect import DialectOp, implement, ops
 from fuseplan.providers import aiter, flashinfer
 from fuseplan.providers.declared import Cost, checked_cost
 from fuseplan.providers.devices import DeviceProfile, local_vendor
-from fuseplan.providers.gates import Accepts, Offer, accept_all
+from fuseplan.providers.gates import Accepts, Offer, Unshared, accept_all
 from fuseplan.providers.triton import ACCEPTS as TRITON_ACCEPTS
 from fuseplan.record import Reason, Refusal
 
@@ -150,6 +150,26 @@ def provider_of(
         name=name, description=description, vendors=frozenset(vendors), package=None, install="", implements=offers,
         uuid=uuid,
     )  # fmt: skip
+
+
+def without_shared_memory(providers: Iterable[Provider], why: str) -> list[Provider]:
+    """The same without the kernels whose ranks meet in fuseplan's own workspaces; `why` is said of those.
+
+    Args:
+        providers: any.
+        why: why the ranks can't have such memory.
+    """
+
+    def withdrawn(offers: Mapping[str, Offer]) -> Mapping[str, Offer]:
+        refusing = Unshared(why=why)
+        return {
+            name: replace(offer, accepts=refusing) if ops[name].collective else offer for name, offer in offers.items()
+        }
+
+    return [
+        replace(each, implements=withdrawn(each.implements), prices=withdrawn(each.prices)) if each.runs_alone else each
+        for each in providers
+    ]
 
 
 ALL_FUSED = tuple(op.name for op in ops.values() if op.fused)

@@ -133,7 +133,8 @@ class GraphReport:
         unfused_ns: what all contested sites take unfused, at the middle size.
         plan_ns: how long the solver took.
         groups: names of the process groups whose collectives are in the graph.
-        workspaces: shared memory that applied fusions need before they run: names of groups and of dtypes.
+        workspaces: shared memory that applied fusions need before they run: names of groups, of dtypes and of this
+            rank's devices.
         digest: of what is applied where; the same on every rank, or else none of them runs it. Empty where nothing is.
         verified: the fused ops that were checked against the unfused ones, those that failed included.
         pending: applied fused ops that all ranks of their group verify together before the first run. The report after
@@ -156,7 +157,7 @@ class GraphReport:
     unfused_ns: int = 0
     plan_ns: int = 0
     groups: tuple[str, ...] = ()
-    workspaces: tuple[tuple[str, str], ...] = ()
+    workspaces: tuple[tuple[str, str, str], ...] = ()
     digest: str = ""
     verified: tuple[Verification, ...] = ()
     pending: tuple[Pending, ...] = ()

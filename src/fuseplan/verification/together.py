@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import lost, refused
-from fuseplan.distributed.workspace import resolve
+from fuseplan.distributed.groups import resolve
 from fuseplan.errors import CollectiveError
 from fuseplan.matching import Match
 from fuseplan.providers.gates import dtype_text

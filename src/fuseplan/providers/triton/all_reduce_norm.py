@@ -12,6 +12,11 @@ read in the call before, is emptied; no other rank can be sending to it before t
 What was written in a slot is remembered, so that a smaller call empties after a larger one. The turn is counted in
 device memory, so that replays of a graph advance it like eager calls.
 
+A rank that waited for another one in vain has failed for good: a word beside the turn says so to whatever runs in the
+workspace from then on, replays of graphs included, before the host is asked. It yields NaN alone, waits for nobody and
+sends nothing. So the others miss what it would have sent, and fail in turn, each after one deadline. What lies in its
+memory may be of any call, and is of no use any more.
+
 Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
 """
 
@@ -25,15 +30,16 @@ from torch import Tensor
 
 from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
-from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, is_nvidia, multiprocessors
+from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, is_nvidia
 from fuseplan.providers.triton.rows import normalized, rounded, store_finished, within
 
 SLOTS = tl.constexpr(SLOT_COUNT)
-TURN, COUNTED, WRITTEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""Words of a workspace's state: calls so far, programs of this call that know it, then how much of each slot was
-written: of what ranks send each other, and of sums."""
+TURN, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
+"""Words of a workspace's state: calls so far, who was waited for in vain (0: nobody so far), programs of this call that
+know the turn, then how much of each slot was written: of what ranks send each other, and of sums."""
 UNIT = tl.constexpr(UNIT_WORDS)
-ARRIVED, LATE, AWAITED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ARRIVED, LATE, AWAITED = (tl.constexpr(standing) for standing in range(3))
+"""How it stands with a tile: all of it is there, some of it didn't come in time, or may still come."""
 
 
 @triton.jit
@@ -45,21 +51,37 @@ def clock(polls, TIMED: tl.constexpr):
 
 
 @triton.jit
-def receive(source, inside, limit, TIMED: tl.constexpr):
-    """Waits until no word of a tile is EMPTY, or for `limit`; (the words, whether some are still missing).
+def standing_of(words, missing, limit):
+    """How it stands with a tile, given how with a word that is missing: a maximum over all elements, and not each
+    thread's own view, so that threads stay together. Who may not wait has failed, and takes nothing that it was sent.
+    """
+    there = tl.where(limit > 0, ARRIVED, LATE)
+    return tl.max(tl.max(tl.where(words == -1, missing, there), axis=1), axis=0)
 
-    Whether to go on is a maximum over all elements and not each thread's own view, so that threads stay together.
+
+@triton.jit
+def receive(source, inside, limit, who, state, failure, TIMED: tl.constexpr):
+    """Waits until no word of a tile is EMPTY, or for `limit`; (the words, how long may still be waited).
+
+    Once a tile hasn't come, all its words are EMPTY, which is NaN, nobody is waited for any more, and the device and
+    the host know for whom it was; the first of this program is the one to name.
     """
     polls = tl.zeros((), dtype=tl.int64)
     start = clock(polls, TIMED)
     words = tl.load(source, mask=inside, other=0, volatile=True)
-    state = tl.max(tl.max(tl.where(words == -1, AWAITED, ARRIVED), axis=1), axis=0)
-    while state == AWAITED:
+    standing = standing_of(words, tl.where(limit > 0, AWAITED, LATE), limit)
+    while standing == AWAITED:
+        # The clock is read while the words are on their way.
         words = tl.load(source, mask=inside, other=0, volatile=True)
         polls += 1
         missing = tl.where(clock(polls, TIMED) - start < limit, AWAITED, LATE)
-        state = tl.max(tl.max(tl.where(words == -1, missing, ARRIVED), axis=1), axis=0)
-    return words, state
+        standing = standing_of(words, missing, limit)
+    if standing == LATE:
+        words = tl.full(words.shape, -1, words.dtype)
+        tl.store(state + FAILED, who, mask=limit > 0)
+        tl.store(failure, who, mask=limit > 0)
+        limit = tl.zeros_like(limit)
+    return words, limit
 
 
 @triton.jit
@@ -70,9 +92,12 @@ def sent(x, WORD: tl.constexpr):
 
 
 @triton.jit
-def memory_of(mine, distances, rank):
-    """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes."""
-    return mine + tl.load(distances + rank) * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
+def memory_of(mine, distances, rank, limit):
+    """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes. Who may wait no more failed
+    and sends to itself alone.
+    """
+    distance = tl.where(limit > 0, tl.load(distances + rank), 0)
+    return mine + distance * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit
@@ -84,9 +109,10 @@ def empty(mine, chunk, written, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def reduced(
-    x, place, shot_words, summing, failure, limit, RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
+    x, place, shot_words, summing, state, failure, limit,
+    RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
-    """The sum over ranks of a tile x, as x's dtype holds it, and how long may still be waited.
+    """The sum over ranks of a tile x, as x's dtype holds it, and how long may still be waited: 0 if it is NaN.
 
     What rank RANK + 1 + n, modulo RANKS, has sent lies n * shot_words behind `place`.
     """
@@ -95,11 +121,7 @@ def reduced(
             part = x.to(tl.float32)
         else:
             sent_at = place + ((source - RANK + RANKS) % RANKS - 1) * shot_words
-            words, arrival = receive(sent_at, summing, limit, TIMED)
-            if arrival == LATE:
-                # The first that is late is the one to name: after it nobody is waited for.
-                tl.store(failure, source + 1, mask=limit > 0)
-                limit = tl.zeros_like(limit)
+            words, limit = receive(sent_at, summing, limit, source + 1, state, failure, TIMED)
             part = words.to(x.dtype, bitcast=True).to(tl.float32)
         # -0.0 and -0.0 is -0.0, but not if 0.0 comes first.
         total = part if source == 0 else total + part  # type: ignore[has-type]  # noqa: F821
@@ -128,6 +150,8 @@ def _all_reduce_norm(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     turn = tl.load(state + TURN)
+    # No branch hangs on it by itself: if another program fails just now, this one's threads may see it or not.
+    limit = tl.where(tl.load(state + FAILED) != 0, tl.zeros_like(limit), limit)
     slot, last = turn % SLOTS, (turn + 2) % SLOTS
     WORD: tl.constexpr = mine.dtype.element_ty
     # Parts of a workspace begin at multiples of UNIT words, which lets the compiler store 16 bytes at once.
@@ -155,13 +179,14 @@ def _all_reduce_norm(
         if TWO_SHOT and not PLAYS_ALL:
             owner = (step + program) % RANKS
             place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
-            inside = inside & (row < tl.where(owner == RANK, 0, rows))[:, None]
-            tl.store(memory_of(mine, distances, owner) + place + at, sent(x, WORD), mask=inside)
+            # Who has failed sends nothing: at this place in its own memory others of its programs may wait.
+            inside = inside & (row < tl.where((owner == RANK) | (limit <= 0), 0, rows))[:, None]
+            tl.store(memory_of(mine, distances, owner, limit) + place + at, sent(x, WORD), mask=inside)
         else:
             for to in tl.static_range(RANKS):
                 if to != RANK:
                     place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
-                    tl.store(memory_of(mine, distances, to) + place + at, sent(x, WORD), mask=inside)
+                    tl.store(memory_of(mine, distances, to, limit) + place + at, sent(x, WORD), mask=inside)
         # Empty what was read in the call before.
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
@@ -195,11 +220,11 @@ def _all_reduce_norm(
                 own = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
                 packed = ((step - LAG) * shares + share) * ROWS + tl.arange(0, ROWS)
                 sent_to = mine + slot_at + packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
-                total, limit = reduced(own, sent_to, shot_words, inside, failure, limit, RANK, RANKS, TIMED)
+                total, limit = reduced(own, sent_to, shot_words, inside, state, failure, limit, RANK, RANKS, TIMED)
                 words = sent(total.to(dtype), WORD)
                 at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                 for to in tl.static_range(RANKS):
-                    tl.store(memory_of(sums, distances, to) + at, words, mask=inside)
+                    tl.store(memory_of(sums, distances, to, limit) + at, words, mask=inside)
             empty(mine + sums_at + last * sums_words, step * programs + program, summed, BLOCK, ROWS)
             row = ((step - 2 * LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
             inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
@@ -207,16 +232,13 @@ def _all_reduce_norm(
                 there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
                 residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            words, arrival = receive(sums + at, inside, limit, TIMED)
-            if arrival == LATE:
-                tl.store(failure, RANKS + 1, mask=limit > 0)
-                limit = tl.zeros_like(limit)
+            words, limit = receive(sums + at, inside, limit, RANKS + 1, state, failure, TIMED)
             total = words.to(dtype, bitcast=True).to(tl.float32)
         else:
             if LAG > 0:
                 x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
             sent_to = mine + slot_at + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            total, limit = reduced(x, sent_to, shot_words, inside, failure, limit, RANK, RANKS, TIMED)
+            total, limit = reduced(x, sent_to, shot_words, inside, state, failure, limit, RANK, RANKS, TIMED)
         if ADDS:
             total += residual
         kept = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -265,7 +287,8 @@ class Schedule:
         row.
         """
         rows, width = x.shape
-        processors, block = multiprocessors(x.device), block_of(finish.width(width))
+        # The fewest of any rank: the ranks' grids have to be equal, since they say which rank owns a row.
+        processors, block = workspace.processors, block_of(finish.width(width))
         # A rank sends N - 1 messages in one shot, and 2 / N of that in two.
         saved = rows * width * x.element_size() * (workspace.ranks - 1) * (1 - 2 / workspace.ranks)
         two_shot = not workspace.one_shot and saved > SECOND_WAIT_BYTES
@@ -334,7 +357,7 @@ def launch(
     outputs = [each.view(rows, -1) for each in (*results, total)]
     added = flat if residual is None else flattened(residual)
     most = chosen.most_rows(width, workspace)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), workspace.held():
         for start in range(0, rows, most):
             part, rest, *written = (each[start : start + most] for each in (flat, added, *outputs))
             _launch(part, rest if residual is not None else None, norm, finish, workspace, chosen, written)
@@ -348,7 +371,7 @@ def _launch(
     rows, width = x.shape
     *results, total = outputs
     added, programs = x if residual is None else residual, min(rows, schedule.programs)
-    workspace.enter(*schedule.words(width, rows, workspace))
+    workspace.require(*schedule.words(width, rows, workspace))
     _all_reduce_norm[(programs,)](
         x, added, norm.weight, results[0], total, *finish.pointers(tuple(results)),
         workspace.words, workspace.distances, workspace.state, workspace.failure,
@@ -360,4 +383,3 @@ def _launch(
         **norm.constants, **finish.constants(width), **schedule.tile.launch(x),
         NVIDIA=is_nvidia(x.device),
     )  # fmt: skip
-    workspace.leave()

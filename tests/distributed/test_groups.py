@@ -1,0 +1,142 @@
+"""How long a group waits, and whether it is of one machine; and that plans know."""
+
+import datetime
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed import distributed_c10d
+from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import fuseplan
+from fuseplan.distributed import Verdict, agreement
+from fuseplan.distributed.groups import elsewhere, timeout_of
+from fuseplan.manager import PostGradPassManager
+from fuseplan.providers import BUILT_IN_PROVIDERS, without_shared_memory
+from fuseplan.record import Reason, Report
+from fuseplan.rules import Bindings
+
+HIDDEN = 2880
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[str]:
+    """The name of a group of four, of which this is the third and the others don't exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, rank: int, local: int, ranks: int, local_ranks: int | None) -> None:
+    """As torchrun starts a process."""
+    for name, value in (
+        ("RANK", rank),
+        ("LOCAL_RANK", local),
+        ("WORLD_SIZE", ranks),
+        ("LOCAL_WORLD_SIZE", local_ranks),
+    ):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    ("launch", "others"),
+    [
+        ((2, 2, 4, 4), []),
+        ((2, 0, 4, 2), [0, 1]),
+        ((2, 0, 4, 1), [0, 1, 3]),
+        ((2, 1, 4, 3), [0]),
+        ((2, 2, 4, None), []),  # nobody says
+        ((0, 0, 4, 1), []),  # of another launch
+        ((2, 0, 8, 2), []),
+    ],
+)
+def test_ranks_of_other_machines_are_known(
+    monkeypatch: pytest.MonkeyPatch, four_ranks: str, launch: tuple[int, int, int, int | None], others: list[int]
+) -> None:
+    launched(monkeypatch, *launch)
+    assert elsewhere(four_ranks) == others
+
+
+def test_a_part_of_the_ranks_may_be_of_one_machine(monkeypatch: pytest.MonkeyPatch, four_ranks: str) -> None:
+    launched(monkeypatch, 2, 0, 4, 2)
+    within, across = dist.new_group([2, 3]), dist.new_group([0, 2])
+    assert (elsewhere(within.group_name), elsewhere(across.group_name)) == ([], [0])
+    assert elsewhere("no such group") == []
+
+
+def block(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    assert dist.group.WORLD is not None
+    total = collectives.all_reduce(x, "sum", dist.group.WORLD) + residual
+    return F.pad(F.rms_norm(total, (HIDDEN,), weight, 1e-5), (0, 192)), total
+
+
+def explained() -> Report:
+    inputs = (torch.randn(16, HIDDEN).bfloat16(), torch.randn(16, HIDDEN).bfloat16(), torch.ones(HIDDEN).bfloat16())
+    return fuseplan.explain(block, *inputs, device="h200")
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_across_machines_the_other_fusions_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All-reduces whose ranks write to each other's memory are refused with the reason, whoever's they are."""
+    key, met = {}, {}
+    for name, launch in (("one", (2, 2, 4, 4)), ("two", (2, 0, 4, 2))):
+        launched(monkeypatch, *launch)
+        key[name], (graph,) = PostGradPassManager(fuseplan.PassConfig()).uuid(), explained().graphs
+        met[name] = [(fusion.rule, fusion.provider) for fusion in graph.applied]
+        declined = [refusal for refusal in graph.refusals if "serves ranks of one machine" in refusal.detail]
+        assert bool(declined) is (name == "two")
+    assert met["one"] == [("allreduce_rms", "flashinfer")]
+    assert [rule for rule, _ in met["two"]] == ["act_padding"]
+    assert {refusal.provider for refusal in declined} >= {"triton", "flashinfer"}
+    assert {refusal.reason for refusal in declined} == {Reason.GROUP}
+    assert all("rank 0, 1 is on another one" in refusal.detail for refusal in declined)
+    assert key["one"] != key["two"]
+
+
+def test_what_ranks_found_out_about_their_memory_is_said_of_the_kernels_that_need_it(four_ranks: str) -> None:
+    providers = {each.name: each for each in without_shared_memory(BUILT_IN_PROVIDERS, "no peer access")}
+    plain = {each.name: each for each in BUILT_IN_PROVIDERS}
+    assert all(providers[name] == plain[name] for name in ("torch", "flashinfer", "aiter"))
+    for name, offer in providers["triton"].implements.items():
+        is_met = name.startswith("all_reduce")
+        assert (offer == plain["triton"].implements[name]) is not is_met
+        if is_met:
+            refusal = offer.accepts(Bindings(name, {"group_name": four_ranks}))
+            assert refusal is not None
+            assert refusal.detail == f"the ranks of group {four_ranks!r} can't share memory: no peer access"
+
+
+def test_a_group_waits_as_long_as_it_was_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as long as its backend does by default."""
+    asked = []
+
+    def agree(store: object, *, deadline: datetime.timedelta, **rest: object) -> Verdict:
+        asked.append(deadline.total_seconds())
+        return Verdict(fused=True)
+
+    monkeypatch.setattr(agreement, "agree", agree)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore(), timeout=datetime.timedelta(seconds=9))
+    try:
+        group = dist.new_group(timeout=datetime.timedelta(seconds=4))
+        assert (timeout_of(dist.group.WORLD), timeout_of(group)) == tuple(  # type: ignore[arg-type]
+            datetime.timedelta(seconds=seconds) for seconds in (9, 4)
+        )
+        monkeypatch.setattr(type(group), "size", lambda self: 2)
+        name = group.group_name
+        agreement.agree_in_groups([name], graph="g", digest="d", deadline_s=None, work_s=1)
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3), group)
+        agreement.agree_in_groups([name], graph="g", digest="d", deadline_s=None)
+        agreement.agree_in_groups([name], graph="g", digest="d", deadline_s=7)
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()
+    assert asked == [5, 3, 7]
