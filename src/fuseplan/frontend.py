@@ -316,8 +316,8 @@ class _Backend(torch._TorchCompileInductorWrapper):
         context = TracingContext.try_get()
 
         def compile_apart(why: str) -> Any:
-            *given, further = self._given
-            backend = _Backend(*given, further._replace(apart=why))
+            config, compile_range, deliver, options, dynamic, further = self._given
+            backend = _Backend(config, compile_range, deliver, options, dynamic, further._replace(apart=why))
             backend.config[HOOK].on_canonical = None  # the frame can't be traced again: it runs
             with tracing(context), constant(constants):
                 return backend(gm, inputs, **extra)

@@ -1,27 +1,24 @@
-"""One model under one setting, with and without fuseplan."""
+"""A graph under one setting, interpreted with and without fuseplan."""
 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.exc import InductorError
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-import fuseplan
 from fuseplan.errors import PlanError
 from fuseplan.graph.facts import is_dense
 from fuseplan.graph.surgery import is_sorted
 from fuseplan.record import Reason, Report
-from fuseplan.verification.layout import significant_strides
-from tests.differential.errors import Exact, exactly, excess, same, widened
-from tests.differential.program import Program
-from tests.differential.recording import Recorded, copies, uncached
-from tests.differential.settings import Setting
+from tests.differential.errors import exactly, excess, same
+from tests.differential.layout import Layout, copies
+from tests.differential.lowering import Lowered, lower
+from tests.differential.recording import Recorded, modules_of, owner
+from tests.differential.settings import COUPLED_RULES, Setting, coupling_broken
 
 
 @dataclass
@@ -49,6 +46,23 @@ class Outcome:
                     self.problems.append(f"{refusal.reason}: {refusal.rule or 'all'}: {refusal.detail}")
 
 
+class Seen(NamedTuple):
+    """What a caller sees of a call.
+
+    Attributes:
+        values: copies of its results and of whatever it may write to.
+        layout: how these lie in memory.
+    """
+
+    values: list[Any]
+    layout: Layout
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> "Seen":
+        """What is seen of values now."""
+        return cls(copies(values), Layout.of(values))
+
+
 class Interpreted:
     """A recorded graph, interpreted before the passes and after them."""
 
@@ -56,9 +70,16 @@ class Interpreted:
         self.recorded = recorded
 
     @cached_property
-    def before(self) -> list[list[Any]]:
+    def before(self) -> list["Seen"]:
         """What each call yields, and its arguments as they are afterwards."""
         return [_run(self.recorded.graph, call) for call in self.recorded.calls]
+
+    @cached_property
+    def lowered(self) -> list["Seen"]:
+        """The same of the graph that Inductor makes of it without fuseplan."""
+        module = owner(self.recorded.copy())
+        lower(module)
+        return [_run(module, call, Lowered) for call in self.recorded.calls]
 
     @cached_property
     def exact(self) -> list[list[Any]]:
@@ -70,32 +91,52 @@ class Interpreted:
         """Applies the passes to a copy of the graph and compares."""
         outcome, reports = Outcome(), list[Report]()
         graph, again = self.recorded.copy(), self.recorded.copy()
-        text = str(graph)
+        before, after = _texts(graph), list[str]()
         try:
-            setting.manager(reports.append)(graph)
+            for module in modules_of(owner(graph)):
+                setting.manager(reports.append)(module.graph)
+                module.recompile()
         except PlanError:
             outcome.contradictory = True
-            if str(graph) != text:
+            if not reports and _texts(graph) != before:
                 outcome.problems.append("a refused plan changed the graph")
             return outcome
         outcome.add(reports)
-        setting.manager(shuffle=rng)(again)
-        if str(again) != str(graph):
+
+        def shuffled(part: fx.Graph) -> None:
+            setting.manager(shuffle=rng)(part)
+            after.append(str(part))
+
+        inductor = self.lowered  # torch's own failures are not ours
+        try:
+            lower(owner(again), shuffled)
+        except Exception as error:  # noqa: BLE001 - whatever torch says of a graph that fuseplan has made
+            outcome.problems.append(f"Inductor refuses the graph: {type(error).__name__}: {error}")
+            return outcome
+        if after != _texts(graph):
             outcome.problems.append("the order of rules and providers changed the plan")
+        if setting.rules == COUPLED_RULES:
+            outcome.problems += coupling_broken(setting, self.recorded.copy())
         if not outcome.fused:
-            if str(graph) != text:
+            if after != before and setting.function is None:
                 outcome.problems.append("nothing is fused, and the graph is another one")
             return outcome
-        outcome.problems += _malformed(graph)
+        outcome.problems += [problem for each in modules_of(owner(graph)) for problem in _malformed(each.graph)]
         if not outcome.problems:
-            outcome.problems += self._differences(graph, setting)
+            outcome.problems += self._differences(graph, again, inductor, setting)
         return outcome
 
-    def _differences(self, graph: fx.Graph, setting: Setting) -> Iterator[str]:
-        after = fx.GraphModule(self.recorded.graph, graph)
-        is_exact = _rounds_as_before(graph, setting)
-        for call, before, exact in zip(self.recorded.calls, self.before, self.exact, strict=True):
-            yield from compare(_run(after, call, _StrictInterpreter), [before], exact, is_exact=is_exact)
+    def _differences(
+        self, graph: fx.Graph, lowered: fx.Graph, inductor: Sequence[Seen], setting: Setting
+    ) -> Iterator[str]:
+        module, is_exact = owner(graph), _rounds_as_before(graph, setting)
+        for call, before, plain, exact in zip(self.recorded.calls, self.before, inductor, self.exact, strict=True):
+            for seen, right in (
+                (_run(module, call, _StrictInterpreter), [before]),
+                (_run(owner(lowered), call, Lowered), [plain, before]),
+            ):
+                yield from compare(seen.values, [each.values for each in right], exact, is_exact=is_exact)
+                yield from seen.layout.differences(*(each.layout for each in right))
 
 
 def compare(
@@ -146,11 +187,15 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _run(
     graph: fx.GraphModule, call: Sequence[Any], interpreter: Callable[[fx.GraphModule], fx.Interpreter] = fx.Interpreter
-) -> list[Any]:
+) -> Seen:
     arguments = copies(call)
     with torch.no_grad():
         results = interpreter(graph).run(*arguments)
-    return [*torch.utils._pytree.tree_leaves(results), *arguments]
+    return Seen.of([*torch.utils._pytree.tree_leaves(results), *arguments])
+
+
+def _texts(graph: fx.Graph) -> list[str]:
+    return [str(module.graph) for module in modules_of(owner(graph))]
 
 
 def _malformed(graph: fx.Graph) -> list[str]:
@@ -165,64 +210,17 @@ def _fused(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if str(node.target).startswith("fuseplan.")]
 
 
+def _all_fused(graph: fx.Graph) -> list[fx.Node]:
+    return [node for module in modules_of(owner(graph)) for node in _fused(module.graph)]
+
+
 def _rounds_as_before(graph: fx.Graph, setting: Setting) -> bool:
     """Whether fused ops round where the graph did, bit for bit.
 
     That is so of references, but for SiLU, which has two formulas, and for norms of rows that don't lie in memory one
     after the other, whose elements are summed in another order.
     """
-    fused = _fused(graph)
+    fused = _all_fused(graph)
     inputs = [value for node in fused for source in node.all_input_nodes for value in _tensors(source.meta["val"])]
-    plain = not {provider.name for provider in setting.providers} - {"mine"}
+    plain = not {provider.name for provider in setting.providers} - {"mine", "limited"}
     return plain and all("silu" not in str(node.target) for node in fused) and all(map(is_dense, inputs))
-
-
-def through_inductor(program: Program, setting: Setting, group: str) -> Outcome:
-    """Compiles a program by Inductor with and without fuseplan, and compares results, arguments and buffers."""
-    outcome, reports = Outcome(), list[Report]()
-    options: dict[str, Any] = {"freezing": setting.freezing}
-    try:
-        plain = _runs(program, torch.compile(program.module(group), options=options))
-    except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode) as error:
-        if program.marked == "unbacked":
-            return through_inductor(replace(program, marked="dynamic"), setting, group)
-        outcome.not_compiled = isinstance(error, InductorError)  # torch 2.11 has a few bugs that random models find
-        if not outcome.not_compiled:
-            raise
-        return outcome
-    compiled = fuseplan.compile(
-        program.module(group), config=setting.config, rules=setting.rules, providers=setting.providers,
-        passes=setting.passes, on_report=reports.append, options=options,
-    )  # fmt: skip
-    try:
-        actual = _runs(program, compiled)
-    except InductorError as error:
-        outcome.contradictory = isinstance(error.inner_exception, PlanError)
-        if not outcome.contradictory:
-            raise
-        return outcome
-    outcome.add(reports)
-    eager = _runs(program, program.module(group))
-    with Exact():
-        exact = _runs(program, program.module(group).double(), widened)
-    for result, first, second, truth in zip(actual, plain, eager, exact, strict=True):
-        outcome.problems += compare(result, [first, second], truth)
-        outcome.problems += [
-            f"result {index} has the strides {left.stride()}, not {right.stride()}"
-            for index, (left, right) in enumerate(zip(result, first, strict=True))
-            if isinstance(left, Tensor) and significant_strides(left) != significant_strides(right)
-        ]
-        if not outcome.fused and not all(map(same, result, first)):
-            outcome.problems.append("nothing is fused, and the results are others")
-    return outcome
-
-
-def _runs(program: Program, module: Any, prepare: Callable[[Tensor], Tensor] = lambda value: value) -> list[list[Any]]:
-    """For each run of a program its results, its arguments and the buffers as they are afterwards."""
-    found = []
-    with uncached(), torch.no_grad():
-        for run in range(len(program.sizes)):
-            arguments = [prepare(each) for each in program.inputs(run)]
-            results = module(*arguments)
-            found.append(copies([*results, *arguments, *module.buffers()]))
-    return found

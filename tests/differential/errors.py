@@ -26,8 +26,32 @@ class Exact(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CALLS:
+            with self:
+                return _CALLS[func](*args)
+        if func is torch.ops.aten.view.dtype:
+            # Bits of other numbers mean nothing: such a view is read as the values that it is of.
+            return torch.ops.aten.alias.default(args[0])
         args, kwargs = torch.utils._pytree.tree_map_only(torch.dtype, _wide, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _cond(pred: Any, true: Any, false: Any, operands: Any) -> Any:
+    return (true if bool(pred) else false)(*operands)
+
+
+def _while_loop(cond: Any, body: Any, carried: Any, additional: Any) -> Any:
+    while bool(cond(*carried, *additional)):
+        carried = body(*carried, *additional)
+    return carried
+
+
+_CALLS: dict[Any, Callable[..., Any]] = {
+    torch.ops.higher_order.cond: _cond,
+    torch.ops.higher_order.while_loop: _while_loop,
+    torch.ops.higher_order.invoke_subgraph: lambda graph, _, *operands: graph(*operands),
+}
+"""Higher-order ops, whose graphs have to run exactly too."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -10,21 +10,27 @@ from tests.differential.vocabulary import GATED, QUANTS, ROW_QUANTS
 from tests.differential.writer import WIDTHS, Writer
 from tests.helpers import SPELLINGS
 
+THEMES = ("written", "returned", "interrupted", "viewed", "nested", "coupled")
+"""What models do to a norm that may be fused: see the methods of `Model`."""
 
-def generate(seed: int, *, most: int = 9) -> Program:
+
+def generate(seed: int, *, most: int = 9, theme: str | None = None) -> Program:
     """The program of a seed.
 
     Args:
         seed: any.
         most: statements; each writes a few lines.
+        theme: what it does at its end, one of `THEMES`; None: mostly nothing.
     """
-    attempts = (_attempt(seed, attempt, most) for attempt in itertools.count())
-    return next(program for program in attempts if _runs(program))
+    attempts = (_attempt(seed, attempt, most, theme) for attempt in itertools.count())
+    return next(program for program in attempts if all(map(program.runs, program.sizes)))
 
 
-def _attempt(seed: int, attempt: int, most: int) -> Program:
+def _attempt(seed: int, attempt: int, most: int, theme: str | None) -> Program:
     model = Model(seed, attempt)
     rng = model.rng
+    if theme is None and rng.random() < 0.4:
+        theme = rng.choice(THEMES)
     others = rng.choices(list(model.statements), list(model.statements.values()), k=rng.randint(1, most - 1))
     statements = [model.layer, *others]
     rng.shuffle(statements)
@@ -32,17 +38,10 @@ def _attempt(seed: int, attempt: int, most: int) -> Program:
         # Not every form suits every value: a statement ends where torch refuses its line.
         with contextlib.suppress(RuntimeError, IndexError, TypeError):
             statement()
+    if theme is not None:
+        with contextlib.suppress(RuntimeError, IndexError, TypeError):
+            model.end(theme)
     return model.finish()
-
-
-def _runs(program: Program) -> bool:
-    """Whether a program runs at its own sizes, too, and not only at those at which its lines were tried."""
-    try:
-        for run in range(len(program.sizes)):
-            program.module(None)(*program.inputs(run))
-    except (RuntimeError, IndexError):
-        return False
-    return True
 
 
 class Model(Writer):
@@ -94,13 +93,20 @@ class Model(Writer):
     def norm(self, name: str) -> tuple[str, str]:
         """(the norm, the sum that it normalised)."""
         spelling = self.rng.choice(list(SPELLINGS if self.rng.random() < 0.65 else NORMS))
+        epsilon = ""
+        if self.rng.random() < 0.15:
+            spelling, epsilon = "own_epsilon", ", self.epsilon"
         dtype = "float32" if self.rng.random() < 0.1 else self.dtype_of(name)
         weight = self.given((self.width(name),), "weight", dtype)
         residual = self.twin(name, any_dtype=self.rng.random() < 0.2) if self.rng.random() < 0.75 else None
         if residual is not None and residual != name and self.rng.random() < 0.1:
             self.write(f"{residual}.add_({name})")
             name, residual = residual, None
-        y, total = self.new(f"{spelling}({name}, {residual}, {weight})", 2)
+        if residual is not None and self.rng.random() < 0.15:
+            (residual,) = self.new(f"deepened({residual}, {self.rng.choice((1, 2, 6))})")
+        if residual is not None and self.dtype_of(residual) == self.dtype_of(name) and self.rng.random() < 0.3:
+            name, residual = residual, name
+        y, total = self.new(f"{spelling}({name}, {residual}, {weight}{epsilon})", 2)
         return y, total
 
     def reader(self, y: str) -> None:
@@ -183,7 +189,10 @@ class Model(Writer):
         self.one_of([(f"{{}}.to(torch.{dtype})", often) for dtype, often in dtypes], self.some())
 
     def pointwise(self) -> None:
-        forms = ("{}.relu()", "-{}", "{} * 0.5", "{} + 1", "{}.clone()", "{} * 1", "torch.cos({})", "{} / 3", "{} - {}")
+        forms = (
+            "{}.relu()", "-{}", "{} * 0.5", "{} + 1", "{}.clone()", "{} * 1", "torch.cos({})", "{} / 3", "{} - {}",
+            "{} * self.scale",
+        )  # fmt: skip
         self.one_of([(form, 1) for form in forms], self.some())
 
     def combination(self) -> None:
@@ -209,6 +218,7 @@ class Model(Writer):
         forms = [
             f"{name}.add_({other})", f"{name}.mul_(0.5)", f"{name} += {other}", f"{name}[..., :1] = 0.5",
             f"{name}.transpose(0, 1).mul_(0.5)", f"{name}.copy_({other}.sin())", f"marked_({name})",
+            f"stamped_({name}, {other})",
         ]  # fmt: skip
         if 0 not in self.tensors[name].stride():
             self.write(self.rng.choice(forms))
@@ -227,3 +237,107 @@ class Model(Writer):
 
     def graph_break(self) -> None:
         self.write("torch._dynamo.graph_break()")
+
+    def end(self, theme: str) -> None:
+        """A norm, mostly with a padded twin, what a theme does to one of these, and all of it returned."""
+        name = self.some()
+        if self.rng.random() < 0.4:
+            name = self.all_reduce(name)
+        if theme in ("nested", "coupled"):
+            getattr(self, theme)(name)
+            return
+        y, total = self.norm(name)
+        width = self.width(y)
+        values = [y, y, total]
+        choice = self.rng.random()
+        if choice < 0.7:
+            values += self.new(f"F.pad({y}, (0, {self.rng.choice((1, 8, 16))}))")
+        elif choice < 0.8:
+            values += self.new(f"F.pad({y}.reshape(-1, {width}), (0, 8))")
+        elif choice < 0.9:
+            scale = self.given((1,), "scale", "float32")
+            values += self.new(f"quantize({y}, {scale}).to(torch.float32)")
+        self.kept.update(name for name in values if self.rng.random() < 0.7)
+        for _ in range(self.rng.choice((1, 1, 2))):
+            getattr(self, theme)(self.rng.choice(values))
+
+    def written(self, name: str) -> None:
+        """An op of somebody's own writes to a value or to a view of it, or reads it as it lies in memory."""
+        width = self.width(name)
+        other = self.twin(name)
+        self.kept.add(name)
+        forms = [
+            f"stamped_({name}, {other})", f"stamped_({name}[..., :1], {other}[..., :1])", f"marked_({name})",
+            f"marked_({name}[..., 1:])", f"stamped_({name}.reshape(-1, {width}), {other}.reshape(-1, {width}))",
+            f"all_stamped_({name})", f"stamped_({name}.transpose(0, 1), {other}.transpose(0, 1))",
+        ]  # fmt: skip
+        if other != name:
+            forms += [f"all_stamped_({name}, {other})"]
+        if self.rng.random() < 0.7:
+            self.write(self.rng.choice(forms))
+        else:
+            reading = [("read_by_memory({})", 1.0), ("marked_({})", 1)]
+            if other != name:
+                reading += [(f"moved_({{}}, {other})", 2)]
+            self.kept.add(self.one_of(reading, name))
+
+    def returned(self, name: str) -> None:
+        """A value is returned, and maybe a view of it."""
+        width = self.width(name)
+        self.kept.add(name)
+        forms = [
+            "{}[..., 1:]", f"{{}}.reshape(-1, {width})", "{}.chunk(2, -1)[0]", "{}.transpose(0, 1)", "{}[:, -1]",
+            "{}.unsqueeze(0)", "{}[..., ::2]", "{}.clone()", "{}.contiguous()", "{}.detach()", f"{{}}[..., :{width}]",
+            "{}.view_as({})",
+        ]  # fmt: skip
+        if self.rng.random() < 0.7:
+            self.kept.add(self.one_of([(form, 1) for form in forms], name))
+
+    def interrupted(self, name: str) -> None:
+        """The graph ends, and the next one writes to a value of it."""
+        self.graph_break()
+        self.kept.add(name)
+        other = self.twin(name)
+        forms = [f"{name}.mul_(0.5)", f"{name}.add_({other})", f"{name}[..., :1] = 0.5", f"marked_({name})",
+                 f"stamped_({name}, {other})"]  # fmt: skip
+        self.write(self.rng.choice(forms))
+
+    def viewed(self, name: str) -> None:
+        """A value is read, or written, by a view of another dtype or by strides."""
+        width = self.width(name)
+        forms = [
+            ("reversed_bits({})", 2.0), ("through_bytes({})", 2), ("cleared_bits_({})", 2),
+            (f"{{}}.as_strided(({width + 1},), (1,))", 1), (f"{{}}.as_strided((2, {width}), (1, 1))", 1),
+            (f"{{}}.as_strided((2, {width // 2}), ({width}, 1), 1)", 1),
+        ]  # fmt: skip
+        self.kept.add(name)
+        if self.rng.random() < 0.2:
+            self.write(f"{name}.as_strided(({width + 1},), (1,)).mul_(0.5)")
+        else:
+            self.kept.add(self.one_of(forms, name))
+
+    def nested(self, name: str) -> None:
+        """Norms in the graphs of higher-order ops, and of what a graph around them fuses."""
+        if self.rng.random() < 0.6:
+            y, _ = self.norm(name)
+            if self.rng.random() < 0.8:
+                self.kept.update(self.new(f"F.pad({y}, (0, 8))"))
+            name = y
+        weight = self.given((self.width(name),), "weight", self.dtype_of(name))
+        other = self.twin(name)
+        kind = self.rng.choice(("either", "repeated", "region", "region"))
+        if kind == "region":
+            for residual in (other, other, name):
+                self.kept.update(self.new(f"region({name}, {residual} * 0.5, {weight})", 3))
+        else:
+            given = f"ids, {name}" if kind == "either" else f"{name}.contiguous()"
+            self.kept.update(self.new(f"{kind}({given}, {weight})", 2))
+
+    def coupled(self, name: str) -> None:
+        """Norms that read what became of others: fusions of the one may ask for those of the other."""
+        for _ in range(self.rng.choice((1, 2, 2))):
+            weight = self.given((self.width(name),), "weight", self.dtype_of(name))
+            y, _ = self.new(f"{self.rng.choice(('llama', 'gpt_oss'))}({name}, None, {weight})", 2)
+            (name,) = self.new(f"{y}.relu()")
+        y, _ = self.norm(name)
+        self.kept.update((name, *self.new(f"F.pad({y}, (0, 8))")))

@@ -27,6 +27,13 @@ def root(wide: Tensor) -> Tensor:
     return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
 
 
+def own_epsilon(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """With an epsilon that the model keeps."""
+    total = summed(x, residual)
+    wide = total.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype), total
+
+
 @spelled
 def weighted_last(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
     total = summed(x, residual)
@@ -137,6 +144,22 @@ def power_of_half(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[T
     total = summed(x, residual)
     wide = total.float()
     return weight * (wide * (wide.pow(2).mean(-1, keepdim=True) + EPSILON).pow(-0.5)).to(x.dtype), total
+
+
+@spelled
+def power_of_function(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As Gemma 3n has it."""
+    total = summed(x, residual)
+    wide = total.float()
+    mean_squared = wide.pow(2).mean(-1, keepdim=True) + EPSILON
+    return (wide * torch.pow(mean_squared, -0.5) * weight.float()).type_as(x), total
+
+
+@spelled
+def power_without_weight(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = summed(x, residual)
+    wide = total.float()
+    return (wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + EPSILON, -0.5)).to(x.dtype), total
 
 
 @spelled

@@ -1,10 +1,11 @@
 """`Program`: a model as text, with the tensors it needs. All of it follows from a seed."""
 
 import linecache
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from tests.differential.vocabulary import COLLECTIVES, NAMES
 
 Sizes = Mapping[str, int]
+ATTRIBUTES = {"epsilon": 1e-5, "scale": 0.5}
+"""Plain numbers that a module keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Spec:
         return f"{self.name}: {self.kind}[{', '.join(map(str, self.shape))}] {self.dtype}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
     """A model.
 
@@ -83,6 +86,11 @@ class Program:
         return tuple(spec for spec in self.specs if not spec.state)
 
     @property
+    def leading(self) -> tuple[int | str, ...]:
+        """The sizes of its first argument, the ids."""
+        return self.specs[0].shape
+
+    @property
     def source(self) -> str:
         """`forward` as Python."""
         names = ", ".join(("self", *(spec.name for spec in self.arguments)))
@@ -91,6 +99,7 @@ class Program:
 
     def __str__(self) -> str:
         state = [f"# self.{spec}" for spec in self.specs if spec.state]
+        state += [f"# self.{name} = {value}" for name, value in ATTRIBUTES.items() if f"self.{name}" in self.source]
         runs = ", ".join(" ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in self.sizes)
         head = f"# seed {self.seed}, {self.marked} sizes: {runs}"
         return "\n".join((head, *(f"# {spec}" for spec in self.arguments), *state, self.source))
@@ -101,10 +110,21 @@ class Program:
         Args:
             group: the name of a process group of one rank; None: collectives do nothing.
         """
-        module = nn.Module()
+        module = self._kind(group)()
+        vars(module).update(ATTRIBUTES)
         for spec in self.specs:
             if spec.state:
                 module.register_buffer(spec.name, spec.make({}, self.seed))
+        return module
+
+    def _kind(self, group: str | None) -> type[nn.Module]:
+        """The class of its modules, which is one and the same however many are made: Dynamo remembers by code."""
+        kinds = _KINDS.setdefault(self, {})
+        if group not in kinds:
+            kinds[group] = type("Model", (nn.Module,), {"forward": self._forward(group)})
+        return kinds[group]
+
+    def _forward(self, group: str | None) -> FunctionType:
         filename = f"program_{self.seed}.py"
         # Stack traces, and with them places in reports, are read from there.
         linecache.cache[filename] = (len(self.source), None, self.source.splitlines(keepends=True), filename)
@@ -113,8 +133,16 @@ class Program:
             reductions = {name: partial(function, group=group) for name, function in COLLECTIVES.items()}
         namespace: dict[str, Any] = {"torch": torch, "F": F, **NAMES, **reductions}
         exec(compile(self.source, filename, "exec"), namespace)
-        module.forward = MethodType(namespace["forward"], module)
-        return module
+        forward: FunctionType = namespace["forward"]
+        return forward
+
+    def runs(self, sizes: Sizes) -> bool:
+        """Whether it runs at these sizes: its lines were tried at others."""
+        try:
+            self.module(None)(*(spec.make(sizes, self.seed) for spec in self.arguments))
+        except (RuntimeError, IndexError):
+            return False
+        return True
 
     def inputs(self, run: int) -> list[Tensor]:
         """Fresh arguments of a run, marked as dynamic where they are."""
@@ -123,6 +151,9 @@ class Program:
             if self.marked == "unbacked":
                 torch._dynamo.decorators.mark_unbacked(value, 0)
             elif self.marked == "dynamic":
-                for dim in range(len(self.arguments[0].shape)):
+                for dim in range(len(self.leading)):
                     torch._dynamo.maybe_mark_dynamic(value, dim)
         return values
+
+
+_KINDS: weakref.WeakKeyDictionary["Program", dict[str | None, type[nn.Module]]] = weakref.WeakKeyDictionary()

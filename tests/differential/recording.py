@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import _get_subgraph_names
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fuseplan.capture import _Recorder
 from fuseplan.graph.surgery import copy_graph
+from tests.differential.layout import copies
 from tests.differential.program import Program
 
 
@@ -29,8 +31,8 @@ class Recorded:
     calls: list[list[Any]] = field(default_factory=list)
 
     def copy(self) -> fx.Graph:
-        """A copy of the graph, to be changed."""
-        return fx.GraphModule(self.graph, copy_graph(self.graph.graph)[0]).graph
+        """A copy of the graph and of those in it, to be changed."""
+        return _copy(self.graph).graph
 
 
 class _Backend(_Recorder):
@@ -50,9 +52,29 @@ class _Backend(_Recorder):
         return recording
 
 
-def copies(values: Iterable[Any]) -> list[Any]:
-    """Tensors that may be written to; strides are kept."""
-    return [value.clone() if isinstance(value, Tensor) else value for value in values]
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    result = fx.GraphModule(module, copy_graph(module.graph)[0])
+    for name in subgraphs(module):
+        setattr(result, name, _copy(getattr(module, name)))
+    return result
+
+
+def owner(graph: fx.Graph) -> fx.GraphModule:
+    """The module that a graph is of."""
+    assert graph.owning_module is not None
+    return graph.owning_module
+
+
+def subgraphs(module: fx.GraphModule) -> list[str]:
+    """The names of the graphs in a graph, which its higher-order ops call."""
+    return list(_get_subgraph_names(module))
+
+
+def modules_of(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """A graph and those in it, in the order in which Inductor hands them to passes: inner ones first."""
+    for name in subgraphs(module):
+        yield from modules_of(getattr(module, name))
+    yield module
 
 
 def record_program(program: Program, group: str) -> list[Recorded]:

@@ -4,24 +4,23 @@ passes of one's own that compete with those that are built in.
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 
 from fuseplan.config import FUSION_FLAGS, CompileRange, PassConfig
 from fuseplan.dialect import DialectOp, Rounding, define, implement, ops
+from fuseplan.errors import PlanError
 from fuseplan.manager import PostGradPassManager, ReportCallback
-from fuseplan.matching import ExternalPass
+from fuseplan.matching import ExternalPass, GraphPass
 from fuseplan.planner.candidates import Candidate
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, provider_of
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
-
-FUSED = [op for op in ops.values() if op.fused]
 
 
 def rms_norm_relu_reference(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
@@ -34,6 +33,9 @@ rms_norm_rectified = define(
 )  # fmt: skip
 
 
+FUSED = [op for op in ops.values() if op.fused]
+
+
 class NormRelu(Rule):
     """rms_norm -> relu  =>  one op.   y = relu(rms_norm(x) * weight)"""
 
@@ -44,6 +46,12 @@ class NormRelu(Rule):
 
     def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
         return rms_norm_rectified(x, weight, eps, rounding)
+
+
+class NormReluWithPads(NormRelu):
+    """The same, only together with every pad of the norm by the same provider, and all of them or none."""
+
+    requires, together = ("act_padding",), True
 
 
 def in_float64(op: DialectOp) -> Any:
@@ -75,11 +83,37 @@ def rounding_as(name: str, op_names: Sequence[str], rounding: Rounding) -> Provi
 
 
 OWN_RULES: tuple[Rule, ...] = (NormRelu(),)
+COUPLED_RULES: tuple[Rule, ...] = (NormReluWithPads(),)
 MINE = provider_of("mine", {rms_norm_rectified: rms_norm_relu_reference}, cost=0.0)
+ROOM = 9000
+"""Rows that fit into the workspace of a provider."""
+
+
+def with_little_room(op: DialectOp) -> Any:
+    def kernel(*args: Any) -> Any:
+        rows = args[0].numel() // args[0].shape[-1]
+        if rows > ROOM:
+            raise RuntimeError(f"{rows} rows don't fit into a workspace of {ROOM}")
+        return op.reference(*args)
+
+    return kernel
+
+
+def limited(name: str, op_names: Sequence[str]) -> Provider:
+    """A provider whose kernels take so many rows and no more."""
+    for op in op_names:
+        implement(ops[op], name, with_little_room(ops[op]))
+    offers = {op: Offer(cost=0.0, most_rows=lambda m: ROOM) for op in op_names}
+    return Provider(
+        name=name, description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
+    )  # fmt: skip
+
+
 WIDE = provider_of("wide", {op: in_float64(op) for op in FUSED}, accepts=even_widths, cost=0.0)
 ONE_ROUNDING = rounding_as(
     "one_rounding", [op.name for op in FUSED if "fused_add" in op.name], Rounding.FP32
 )  # fmt: skip
+LIMITED = limited("limited", [op.name for op in FUSED if "x" in op.schema])
 RULE_NAMES = sorted(by_name((*BUILT_IN_RULES, *OWN_RULES)))
 
 
@@ -94,6 +128,22 @@ def product_and_relu() -> PatternMatcherPass:
     return result
 
 
+def negated(graph: fx.Graph) -> None:
+    """Somebody's pass, which is a function: -x -> x * -1."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.neg.default):
+        node.target = torch.ops.aten.mul.Tensor
+        node.args = (*node.args, -1)
+
+
+class Negated:
+    """The same as an object."""
+
+    __slots__ = ()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        negated(graph)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a model is compiled with.
@@ -103,6 +153,7 @@ class Setting:
         rules: beside the built-in ones.
         providers: beside the built-in ones.
         saving_us: what a match of somebody's pass saves; None: there is no such pass.
+        function: somebody's pass that is a function of the graph.
         freezing: whether Inductor makes constants of the buffers.
     """
 
@@ -110,14 +161,14 @@ class Setting:
     rules: tuple[Rule, ...] = ()
     providers: tuple[Provider, ...] = ()
     saving_us: float | None = None
+    function: Callable[[fx.Graph], None] | None = None
     freezing: bool = False
 
-    @property
-    def passes(self) -> tuple[ExternalPass, ...]:
+    @functools.cached_property
+    def passes(self) -> tuple[ExternalPass | GraphPass, ...]:
         """Somebody's passes."""
-        if self.saving_us is None:
-            return ()
-        return (ExternalPass(matcher=product_and_relu(), saving_us=self.saving_us),)
+        planned = [] if self.saving_us is None else [ExternalPass(matcher=product_and_relu(), saving_us=self.saving_us)]
+        return (*planned, *([] if self.function is None else [self.function]))
 
     def manager(
         self, on_report: ReportCallback | None = None, shuffle: random.Random | None = None
@@ -136,14 +187,17 @@ class Setting:
         told = [f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items()]
         told += [f"rule {rule.name}" for rule in self.rules] + [f"provider {each.name}" for each in self.providers]
         told += [f"product_relu saves {self.saving_us} us"] if self.saving_us is not None else []
+        told += ["a function is a pass"] if self.function is not None else []
         return ", ".join([*told, *(["freezing"] if self.freezing else [])])
 
 
 def draw(rng: random.Random) -> Setting:
     """A setting that forces nothing."""
     flags: dict[str, Any] = {flag: rng.choice((None, None, None, True, True, False)) for flag in FUSION_FLAGS[:-1]}
-    rules = OWN_RULES if rng.random() < 0.4 else ()
-    providers = [each for each in (WIDE, ONE_ROUNDING) if rng.random() < 0.3]
+    rules = rng.choices(((), OWN_RULES, COUPLED_RULES), (5, 3, 2))[0]
+    providers = [each for each, often in ((WIDE, 0.3), (ONE_ROUNDING, 0.3), (LIMITED, 0.2)) if rng.random() < often]
+    if rules == COUPLED_RULES and WIDE not in providers:
+        providers.append(WIDE)
     policy = rng.choices(("planned", "ordered", "off"), (5, 4, 0.2))[0]
     if policy == "ordered":
         flags = dict.fromkeys(flags)
@@ -155,23 +209,50 @@ def draw(rng: random.Random) -> Setting:
             policy=policy,
             costs="modelled",
             eliminate_noops=rng.random() < 0.8,
-            max_fusions=rng.choice((None, None, None, None, 1, 2)),
+            max_fusions=rng.choice((None, None, None, None, 0, 1, 2, 3)),
             allow_rounding_changes=rng.random() < 0.3,
             verify=rng.choices(("off", "always"), (4, 1))[0],
         ),
         rules=rules,
         providers=(*providers, *([MINE] if rules else [])),
         saving_us=rng.choice((None, None, None, 0.1, 50.0)),
+        function=rng.choice((None, None, None, negated, Negated())),
         freezing=rng.random() < 0.15,
     )
 
 
-RANGES = (CompileRange(start=1, end=9), CompileRange(start=10, end=64))
+def in_ranges(setting: Setting, tokens: Sequence[int], rng: random.Random) -> Setting:
+    """The same setting with graphs and plans of their own for some of the numbers of tokens that a model is called
+    with, and for others; one call in five lies in none of them.
+    """
+    ends = sorted({count for count in tokens if rng.random() < 0.8} | {rng.randint(1, 64) for _ in range(2)})
+    ranges, start = [], 1
+    for end in ends:
+        if rng.random() < 0.3:
+            start = end
+        ranges.append(CompileRange(start=start, end=end))
+        start = end + 1
+    return replace(setting, config=replace(setting.config, compile_ranges=tuple(ranges)))
 
 
-def in_ranges(setting: Setting) -> Setting:
-    """The same setting with a graph and a plan for few tokens and one for many."""
-    return replace(setting, config=replace(setting.config, compile_ranges=RANGES))
+def fuses(setting: Setting, graph: fx.Graph) -> bool:
+    """Whether something is chosen for a graph."""
+    manager = setting.manager()
+    try:
+        return bool(manager.decide(manager.analyze(graph), setting.config.chosen_policy, "graph_0").selected)
+    except PlanError:
+        return False
+
+
+def coupling_broken(setting: Setting, graph: fx.Graph) -> list[str]:
+    """Whether what is chosen for a graph leaves out what a rule asks for, however it was chosen."""
+    manager = setting.manager()
+    analysis = manager.analyze(graph)
+    problem = analysis.posed.problem
+    selected = set(manager.decide(analysis, setting.config.chosen_policy, "graph_0").selected)
+    broken = [pair for pair in problem.requires if pair[0] in selected and pair[1] not in selected]
+    torn = [group for group in problem.together if 0 < len(group & selected) < len(group)]
+    return [f"a rule is applied without what it requires: {broken or torn}"] if broken or torn else []
 
 
 def direct(setting: Setting, candidates: Sequence[Candidate], rng: random.Random) -> Setting:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.differential.checking import Interpreted, Outcome, through_inductor
-from tests.differential.generate import generate
+from tests.differential.checking import Interpreted, Outcome
+from tests.differential.doors import through_doors
+from tests.differential.generate import THEMES, generate
 from tests.differential.program import Program
 from tests.differential.recording import record_program
-from tests.differential.settings import Setting, direct, draw, in_ranges
+from tests.differential.settings import Setting, direct, draw, fuses, in_ranges
+from tests.differential.uses import called_with, draw_steps
 
 SETTINGS = 4
 """That each interpreted model is tried under: tracing takes longer than all of them."""
@@ -70,21 +72,42 @@ def interpreted(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
 
 
 def compiled(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
-    """Compiles a program by Inductor under one setting."""
+    """Compiles a program by Inductor under one setting, and uses it."""
+    return [_used(program, group, coded=True)]
+
+
+def used(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
+    """The same, with Inductor's graphs interpreted, which takes a tenth of the time."""
+    return [_used(program, group, coded=False)]
+
+
+def _used(program: Program, group: str, *, coded: bool) -> tuple[Setting, Outcome]:
     rng = random.Random(program.seed)
-    setting = draw(rng)
     recorded, *_ = record_program(program, group)
-    setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
-    if program.marked == "dynamic" and rng.random() < 0.3:
-        setting = in_ranges(setting)
-    return [(setting, through_inductor(program, setting, group))]
+    for _ in range(8):
+        setting = draw(rng)
+        setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
+        if fuses(setting, recorded.copy()):
+            break
+    steps = draw_steps(program, rng, rng.choice((0, 1) if coded else (1, 2, 2)))
+    if rng.random() < (0.8 if "sizes" in steps else 0.3):
+        setting = in_ranges(setting, called_with(program, steps), rng)
+    outcome = through_doors(program, setting, steps, group, coded=coded)
+    outcome.problems = [f"{problem} ({', '.join(steps)})" for problem in outcome.problems]
+    return setting, outcome
 
 
-def tried(seeds: range, most: int, run: Callable[[Program, str], list[tuple[Setting, Outcome]]], group: str) -> Tally:
+def tried(
+    seeds: range,
+    most: int,
+    run: Callable[[Program, str], list[tuple[Setting, Outcome]]],
+    group: str,
+    theme: str | None = None,
+) -> Tally:
     """What becomes of the models of some seeds, each of up to `most` statements."""
     tally = Tally()
     for seed in seeds:
-        program = generate(seed, most=most)
+        program = generate(seed, most=most, theme=theme)
         tally.add(program, run(program, group))
     return tally
 
@@ -98,6 +121,15 @@ def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -
     tried(chunk_of(first_seed, chunk, 15), 4, interpreted, one_rank).check(least=0.25)
 
 
+@pytest.mark.parametrize("theme", THEMES)
+def test_random_ends_interpreted(theme: str, one_rank: str, first_seed: int) -> None:
+    tried(chunk_of(first_seed, 100, 3), 2, interpreted, one_rank, theme).check(least=0.25)
+
+
+def test_random_uses(one_rank: str, first_seed: int) -> None:
+    tried(chunk_of(first_seed, 100, 6), 2, used, one_rank).check(least=0.25)
+
+
 def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
     tried(chunk_of(first_seed, 0, 5), 2, compiled, one_rank).check(least=0.4)
 
@@ -106,6 +138,19 @@ def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
 @pytest.mark.parametrize("chunk", range(100))
 def test_many_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
     tried(chunk_of(first_seed, chunk, 20), 9, interpreted, one_rank).check(least=0.25)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("chunk", range(8))
+def test_many_random_ends_interpreted(chunk: int, theme: str, one_rank: str, first_seed: int) -> None:
+    tried(chunk_of(first_seed, chunk, 25), 5, interpreted, one_rank, theme).check(least=0.25)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chunk", range(25))
+def test_many_random_uses(chunk: int, one_rank: str, first_seed: int) -> None:
+    tried(chunk_of(first_seed, chunk, 20), 5, used, one_rank).check(least=0.05)
 
 
 @pytest.mark.nightly

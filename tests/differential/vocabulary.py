@@ -13,7 +13,9 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed import distributed_c10d
 from torch.nn import functional as F
 
-from tests.differential.norms import NORMS
+from tests.differential.norms import NORMS, own_epsilon
+from tests.differential.structures import STRUCTURES
+from tests.differential.writers import WRITERS
 from tests.helpers import all_reduce, quantize, quantize_rows
 
 
@@ -37,15 +39,11 @@ def summed_in_place(x: Tensor, group: str) -> Tensor:
     return result
 
 
-@torch.library.custom_op("differential::mark", mutates_args=("x",))
-def mark(x: Tensor) -> None:
-    """Somebody's op that writes to what it is given."""
-    x[..., 0].fill_(0.25)
-
-
-def marked_(x: Tensor) -> Tensor:
-    mark(x)
-    return x.clone()
+def deepened(x: Tensor, depth: int) -> Tensor:
+    """x after so many ops."""
+    for _ in range(depth):
+        x = torch.tanh(x)
+    return x
 
 
 def relu_of_product(x: Tensor, y: Tensor) -> Tensor:
@@ -206,12 +204,12 @@ def attend(y: Tensor) -> Tensor:
 
 
 NAMES: dict[str, Callable[..., object]] = {
-    **NORMS, **QUANTS, **ROW_QUANTS, **GATED,
+    **NORMS, **QUANTS, **ROW_QUANTS, **GATED, **WRITERS, **STRUCTURES,
     **{
         each.__name__: each
         for each in (
-            turned, padded_by_cat, padded_by_copy, dequantize, experts, routed_experts, best_shares, attend, marked_,
-            relu_of_product,
+            turned, padded_by_cat, padded_by_copy, dequantize, experts, routed_experts, best_shares, attend,
+            relu_of_product, own_epsilon, deepened,
         )
     },
 }  # fmt: skip

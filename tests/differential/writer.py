@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fuseplan.dialect import FP8_DTYPES
-from tests.differential.program import Program, Spec
+from tests.differential.program import ATTRIBUTES, Program, Spec
 from tests.differential.vocabulary import COLLECTIVES, NAMES
 
 TRIED = {"B": 3, "S": 5}
@@ -38,6 +38,7 @@ class Writer:
         specs: what the program is given.
         lines: of its body.
         read: names that some line reads.
+        kept: names that are returned in any case.
     """
 
     def __init__(self, seed: int, attempt: int) -> None:
@@ -50,8 +51,9 @@ class Writer:
         self.lines: list[str] = []
         self.tensors: dict[str, Tensor] = {}
         self.read: set[str] = set()
+        self.kept: set[str] = set()
         self._made = 0
-        self._state = SimpleNamespace()
+        self._state = SimpleNamespace(**ATTRIBUTES)
         alone = dict.fromkeys(COLLECTIVES, torch.clone)
         self._namespace: dict[str, Any] = {"torch": torch, "F": F, **NAMES, **alone, "self": self._state}
         self._namespace.update({name: TRIED[name] for name in self.leading})
@@ -155,7 +157,8 @@ class Writer:
         """The program. Some of what nobody reads is returned, and the rest is dead."""
         names = list(self.tensors)
         ends = [name for name in names if name not in self.read]
-        chosen = [name for name in ends if self.rng.random() < 0.8] or names[-1:]
+        chosen = [name for name in ends if name in self.kept or self.rng.random() < 0.8] or names[-1:]
+        chosen += sorted(self.kept & set(names) - set(chosen))
         chosen += self.rng.sample(names, min(self.rng.choice((0, 0, 1, 2)), len(names)))
         chosen += ["B"] if self.rng.random() < 0.05 else []
         self.rng.shuffle(chosen)

@@ -1,0 +1,157 @@
+"""What passes, checks and gates of one's own do may depend on anything: a warm compile cache never serves what they did
+under other circumstances.
+"""
+
+import os
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.config import PassConfig
+from fuseplan.providers import Offer, Provider
+from fuseplan.record import Reason, Refusal, Report
+from tests.differential.settings import MINE, NormRelu
+from tests.helpers import llama
+
+VARIABLE = "DIFFERENTIAL_SCALE"
+HELD = {"scale": 1.0}
+HERE = Path(__file__).parent
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Circumstances:
+    """Where a function of the user's looks up a number.
+
+    Args:
+        kind: `environment`, `file`, `module`, `slots`, `tensor` or `closure`.
+        folder: for a file.
+    """
+
+    KINDS = ("environment", "file", "module", "slots", "tensor", "closure")
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.path = kind, folder / "scale"
+        self.slotted, self.tensor, self.held = Slotted(), torch.ones(()), [1.0]
+
+    def set(self, scale: float) -> None:
+        os.environ[VARIABLE] = str(scale)
+        self.path.write_text(str(scale))
+        HELD["scale"] = self.slotted.scale = self.held[0] = scale
+        self.tensor.fill_(scale)
+
+    @property
+    def look_up(self) -> Callable[[], float]:
+        path, slotted, tensor, held = self.path, self.slotted, self.tensor, self.held
+        kinds: dict[str, Callable[[], float]] = {
+            "environment": lambda: float(os.environ[VARIABLE]), "file": lambda: float(path.read_text()),
+            "module": lambda: HELD["scale"], "slots": lambda: slotted.scale, "tensor": lambda: float(tensor),
+            "closure": lambda: held[0],
+        }  # fmt: skip
+        return kinds[self.kind]
+
+
+def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    y, _ = llama(x, None, w)
+    return F.pad(y, (0, 8)), y.relu() * 2.0
+
+
+def as_pass(look_up: Callable[[], float]) -> dict[str, Any]:
+    return {"passes": [_rescaling(look_up)]}
+
+
+def as_hook(look_up: Callable[[], float]) -> dict[str, Any]:
+    return {"options": {"post_grad_custom_post_pass": _rescaling(look_up)}}
+
+
+def _rescaling(look_up: Callable[[], float]) -> Callable[[fx.Graph], None]:
+    def rescale(graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor):
+            if node.args[1] == 2.0:
+                node.args = (node.args[0], look_up())
+
+    return rescale
+
+
+def as_check(look_up: Callable[[], float]) -> dict[str, Any]:
+    class Choosy(NormRelu):
+        def check(self, m: Any) -> Refusal | None:
+            return m.refuse(Reason.SIZE, "x", "not today") if look_up() > 4 else None
+
+    return {"rules": [Choosy()], "providers": [MINE], "config": PassConfig(policy="ordered(norm_relu)")}
+
+
+def as_gate(look_up: Callable[[], float]) -> dict[str, Any]:
+    def accepts(m: Any) -> Refusal | None:
+        return Refusal(reason=Reason.SIZE, detail="not today") if look_up() > 4 else None
+
+    offers = {name: Offer(accepts=accepts) for name in MINE.implements}
+    gated = Provider(
+        name="mine", description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
+    )  # fmt: skip
+    return {"rules": [NormRelu()], "providers": [gated], "config": PassConfig(policy="ordered(norm_relu)")}
+
+
+DOORS = (as_pass, as_hook, as_check, as_gate)
+
+
+def seen(arguments: dict[str, Any]) -> tuple[list[Tensor], list[dict[str, int]]]:
+    """What a compilation yields, and what its reports say is fused."""
+    torch._dynamo.reset()
+    reports: list[Report] = []
+    compiled = fuseplan.compile(model, on_report=reports.append, **arguments)
+    with torch.inference_mode():
+        results = compiled(torch.ones(4, 16), torch.ones(16))
+    return list(results), [{rule: count for rule, count in report.fused.items() if count} for report in reports]
+
+
+def check(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    kind, door = rng.choice(Circumstances.KINDS), rng.choice(DOORS)
+    circumstances = Circumstances(kind, folder)
+    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "fuseplan"))
+    for scale in rng.sample((3.0, 5.0), 2):
+        circumstances.set(scale)
+        results, fused = seen(door(circumstances.look_up))
+        told = f"seed {seed}: {door.__name__} that looks at the {kind}: {scale}"
+        if door in (as_pass, as_hook):
+            assert float(results[1][0, 0]) == pytest.approx(scale, rel=1e-3), told
+        else:
+            assert fused == [{"norm_relu": 1} if scale <= 4 else {}], told
+
+
+@pytest.fixture(autouse=True)
+def untroubled() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_warm_cache_knows_the_circumstances(
+    index: int, first_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(first_seed + index, tmp_path, monkeypatch)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("index", range(3, 60))
+def test_a_warm_cache_knows_many_circumstances(
+    index: int, first_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(first_seed + index, tmp_path, monkeypatch)
