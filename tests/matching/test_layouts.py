@@ -164,7 +164,7 @@ SEEN: dict[str, Callable[[Tensor], Any]] = {
     "a part": lambda y: y.split(16, -1)[1],
     "opaque": lambda y: torch.ops.layouts_test.second_in_memory(y[:]),
     "opaque view": lambda y: torch.ops.layouts_test.second_in_memory(y[1:]),
-    "written at an index": lambda y: y.index_put((torch.tensor([1]),), y[0]),
+    "written at an index": lambda y: y.index_put((torch.tensor([1]),), torch.ones(HIDDEN, dtype=y.dtype)),
     "written in a slice": lambda y: torch.slice_scatter(y, y[:2] * 2, 0, 2, 4),
 }
 
