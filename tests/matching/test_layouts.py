@@ -283,7 +283,12 @@ def test_loops_and_branches_get_what_they_were_traced_with() -> None:
 
 def launched(graph: fx.Graph, arguments: dict[str, fx.Node], written: list[str]) -> fx.Node:
     """A Triton kernel of the user's, as Dynamo puts it into graphs."""
-    launch: dict[str, Any] = {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {}}
+    launch: dict[str, Any] = {
+        "kernel_idx": 0,
+        "constant_args_idx": 0,
+        "grid": [(1, 1, 1)],
+        "tma_descriptor_metadata": {},
+    }
     given = {**launch, "kwargs": arguments, "tensors_to_clone": written}
     return graph.call_function(triton_kernel_wrapper_functional, (), given)
 
