@@ -108,8 +108,7 @@ def run(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 def told(gm: fx.GraphModule) -> Any:
     """What the graph itself says of its results."""
-    results: Any = gm.graph.output_node().args[0]
-    return [node.meta["val"] for node in results if isinstance(node, fx.Node)]
+    return [node.meta["val"] for node in gm.graph.output_node().all_input_nodes]
 
 
 def check(model: Model, inputs: Sequence[Tensor], copies: int, *, dynamic: bool = False, rules: Any = PADDING) -> None:
@@ -283,13 +282,8 @@ def test_loops_and_branches_get_what_they_were_traced_with() -> None:
 
 def launched(graph: fx.Graph, arguments: dict[str, fx.Node], written: list[str]) -> fx.Node:
     """A Triton kernel of the user's, as Dynamo puts it into graphs."""
-    launch: dict[str, Any] = {
-        "kernel_idx": 0,
-        "constant_args_idx": 0,
-        "grid": [(1, 1, 1)],
-        "tma_descriptor_metadata": {},
-    }
-    given = {**launch, "kwargs": arguments, "tensors_to_clone": written}
+    launch = {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {}}
+    given: dict[str, Any] = {**launch, "kwargs": arguments, "tensors_to_clone": written}
     return graph.call_function(triton_kernel_wrapper_functional, (), given)
 
 

@@ -82,17 +82,22 @@ def memory_order(value: Tensor) -> tuple[int, ...] | None:
     """
     if is_dense(value):
         return tuple(range(value.dim()))
-    left, order, expected = list(range(value.dim())), list[int](), 1
+    # torch takes a size that may be 0, as far as is known, to be at least 1 in strides.
+    left, order, plain, at_least = list(range(value.dim())), list[int](), 1, 1
     while left:
         ones = [dim for dim in left if equal_size(value.shape[dim], 1)]
-        fitting = [dim for dim in left if dim not in ones and equal_size(value.stride(dim), expected)]
+        fitting = [dim for dim in left if dim not in ones and _is_one_of(value.stride(dim), plain, at_least)]
         if not fitting and len(ones) < len(left):
             return None
         dim = fitting[-1] if fitting else ones[-1]
         left.remove(dim)
         order.insert(0, dim)
-        expected = expected * value.shape[dim]
+        plain, at_least = plain * value.shape[dim], at_least * torch.sym_max(value.shape[dim], 1)
     return tuple(order)
+
+
+def _is_one_of(stride: Any, *expected: Any) -> bool:
+    return any(equal_size(stride, each) for each in expected)
 
 
 def is_reordered(value: Tensor, promise: Tensor) -> bool:

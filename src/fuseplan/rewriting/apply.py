@@ -4,7 +4,7 @@ Nothing has to be lowered back: what was raised and not fused was raised on a co
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class _Rewriter:
         if original is not None:
             original.replace_all_uses_with(result)
             if node in match.loose:
-                self._tell_readers(result, original)
+                self._tell_readers(result, original, self.canonical.claims(match.consumed))
             return
         for user in list(node.users):
             if user not in self.consumed:
@@ -133,13 +133,13 @@ class _Rewriter:
         kwargs = {"memory_format": torch.contiguous_format}
         return self._create(place, aten.clone.default, (value,), kwargs, provenance)
 
-    def _tell_readers(self, result: fx.Node, original: fx.Node) -> None:
+    def _tell_readers(self, result: fx.Node, original: fx.Node, gone: Collection[fx.Node]) -> None:
         """Brings up to date what is known of the views of a value that lies elsewhere than the one it replaces, and of
         what is computed from it: Inductor reads strides off it, and what shares memory with what.
         """
         promise, value = tensor_of(original), tensor_of(result)
         assert promise is not None and value is not None
-        for reader in sorted(carriers(result, (), reordered=is_reordered(value, promise))):
+        for reader in sorted(carriers(result, gone, reordered=is_reordered(value, promise))):
             if reader is not result and all("val" in source.meta for source in reader.all_input_nodes):
                 reader.meta["val"] = _fake_value(reader)
 
