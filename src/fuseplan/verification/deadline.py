@@ -19,14 +19,14 @@ class DeadlineError(AttemptError):
     """It took too long."""
 
 
-def attempt(seconds: float, function: Callable[[], T]) -> T:
+def attempt(seconds: float, function: Callable[[], T], device: torch.device) -> T:
     """`within`, whatever goes wrong told in one clause.
 
     Raises:
         AttemptError: `function` came to nothing.
     """
     try:
-        return within(seconds, function)
+        return within(seconds, function, device)
     except DeadlineError:
         raise
     except Exception as error:
@@ -42,8 +42,9 @@ def _told(error: Exception) -> str:
     return f"the kernel raises {type(error).__name__}: {text}"
 
 
-def within(seconds: float, function: Callable[[], T]) -> T:
-    """`function()`, in a thread of its own, which has none of the modes and contexts that a compilation puts up.
+def within(seconds: float, function: Callable[[], T], device: torch.device) -> T:
+    """`function()`, in a thread of its own, which has none of the modes and contexts that a compilation puts up, and in
+    which the device of its tensors is the current one.
 
     A thread can't be stopped: one that is late is left behind, and ends with the process. One that holds the
     interpreter's lock for ever holds up everybody.
@@ -54,14 +55,13 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     """
     results: list[T] = []
     failures: list[BaseException] = []
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
-            if device is None:
+            if device.type != "cuda":
                 results.append(function())
             else:
-                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
                     results.append(function())
                     torch.cuda.current_stream().synchronize()
         except BaseException as error:  # noqa: BLE001 - handed to the caller

@@ -69,6 +69,12 @@ class Case:
     arguments: Mapping[str, Any]
     symbols: Mapping[Any, int] = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        devices = (value.device for value in self.arguments.values() if isinstance(value, TensorSpec))
+        return next(devices, torch.device("cpu"))
+
 
 class Sizes:
     """Values for the symbols of a graph.

@@ -112,6 +112,7 @@ class _Steps:
         self._meet, self._deadline_s = meet, deadline_s
         self._kernel, self._forbidden = f"{pending.rule} by {pending.provider}", f"{pending.rule}:{pending.provider}"
         self._said = READY
+        self._device = Case(tokens=0, arguments=_arguments(pending.cases[0].arguments)).device
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             self._said = refused(
                 f"captures a graph, before which {self._kernel} has to be verified: run the model once before"
@@ -142,7 +143,7 @@ class _Steps:
         if self._said != READY:
             return
         try:
-            attempt(self._deadline_s, step)
+            attempt(self._deadline_s, step, self._device)
         except AttemptError as error:
             self.find(str(error), tokens)
 
@@ -150,7 +151,7 @@ class _Steps:
         """A step in which ranks wait for each other, once all of them are about to take it."""
         self.meet()
         try:
-            return attempt(self._deadline_s, step)
+            return attempt(self._deadline_s, step, self._device)
         except DeadlineError as error:
             self._said = lost(f"is left in the verification of {self._kernel} at {tokens} tokens: {error}")
         except AttemptError as error:

@@ -154,7 +154,7 @@ class Verifier:
             )  # fmt: skip
 
         try:
-            return attempt(self.deadline_s, run), True
+            return attempt(self.deadline_s, run, case.device), True
         except AttemptError as error:
             return Finding(wrong=str(error)), False
 
