@@ -415,7 +415,7 @@ def test_devices_and_their_constants() -> None:
     } <= set(rows)
     assert [name for name, row in rows.items() if row["here"]] == ["cpu"]
     assert all(each["source"] for row in rows.values() for each in row["constants"])
-    assert rows["mi355x"]["providers"] == ["aiter", "torch", "triton"]
+    assert rows["mi355x"]["providers"] == ["aiter", "sdpa", "sdpa_packed", "torch", "triton"]
     assert "NVIDIA H200" in run("devices").stdout
 
 

@@ -18,6 +18,8 @@ _KERNELS: dict[str, Callable[..., Any]] = {}
 """What `_LIBRARY` was given, which torch doesn't give back; like there, nothing is ever replaced or taken out."""
 _WITHIN: set[str] = set()
 """Those of them that leave calls of more rows than they take to the reference."""
+_INLINED: set[str] = set()
+"""Those of `_KERNELS` that are a few aten calls, which a graph takes in their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +199,9 @@ def define(
 
 
 def implement(
-    op: DialectOp, provider: str, kernel: Callable[..., Any], *, most_rows: Callable[[Any], int] | None = None
-) -> None:
+    op: DialectOp, provider: str, kernel: Callable[..., Any], *, most_rows: Callable[[Any], int] | None = None,
+    inlined: bool = False,
+) -> None:  # fmt: skip
     """Registers a provider's kernel as the overload `fuseplan::<op>.<provider>`, with the op's own schema and fake.
 
     Args:
@@ -208,6 +211,8 @@ def implement(
         most_rows: how many rows of its first tensor the kernel takes, for given arguments, as attributes by their
             names. A call of more runs the op's reference: every rank of a group alike, since all of them have as many
             rows. None: any number.
+        inlined: whether graphs get the aten calls that the kernel makes, and not the overload: Inductor then lowers
+            them as it always does. Such a kernel calls overloads of aten alone, and reads shapes by `facts_of`.
 
     Raises:
         RuleError: the provider has a kernel of that op already.
@@ -217,6 +222,8 @@ def implement(
     _KERNELS[name] = kernel
     if most_rows is not None:
         _WITHIN.add(name)
+    if inlined:
+        _INLINED.add(name)
 
 
 def falls_back(op: str, provider: str) -> bool:
@@ -237,6 +244,11 @@ def _within(op: DialectOp, kernel: Callable[..., Any], most_rows: Callable[[Any]
     return kernel_or_reference
 
 
+def is_inlined(op: DialectOp, provider: str) -> bool:
+    """Whether graphs get the calls that a provider's kernel makes in place of one opaque op."""
+    return f"{op.name}.{provider}" in _INLINED
+
+
 def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     try:
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -245,6 +257,11 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     _KERNELS[name if "." in name else f"{name}.default"] = kernel
+
+
+def facts_of(value: Any) -> Any:
+    """Where a kernel that is inlined reads shapes and strides: the tensor, or what stands for it in a graph."""
+    return value.node.meta["val"] if isinstance(value, Proxy) else value
 
 
 def registered_kernel(op: str, provider: str) -> Callable[..., Any] | None:

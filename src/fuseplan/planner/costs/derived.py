@@ -5,7 +5,7 @@ print in their datasheets, or of what torch reports. The source of each says so.
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from fuseplan.planner.costs.devices import B200, H100_COPY, H200, MI300X, NCCL
+from fuseplan.planner.costs.devices import B200, H100_COPY, H200, MI300X, NCCL, attention_like
 from fuseplan.planner.costs.hardware import Constant, Hardware, Peers, Protocol
 
 ASSUMED: Final = "assumed"
@@ -110,6 +110,7 @@ def _of(sheet: Sheet) -> Hardware:
             f"datasheet, {sheet.memory:g} GB/s, times 3002 / 3350 ({H100_COPY}); {unmeasured}",
         ),
         strided_copy=scaled(H200.strided_copy, share, processors),
+        attention=attention_like(like),
         ring=(
             Protocol(name="LL", latency=like(low.latency), step=steps[0], bandwidth=Constant(
                 slowest, "GB/s", f"llMaxBws of {NCCL}, or half of the lanes where that is less; {unmeasured}")),
@@ -210,5 +211,11 @@ def unknown_hardware(name: str, vendor: str, facts: Facts) -> Hardware:
     if aiter is not None:
         aiter = replace(aiter, peers=peers(aiter.peers) or aiter.peers, norm=like(aiter.norm))
     return Hardware(
-        name=name, ring=ring, triton=peers(base.triton), flashinfer=peers(base.flashinfer), aiter=aiter, **made
+        name=name,
+        attention=attention_like(like),
+        ring=ring,
+        triton=peers(base.triton),
+        flashinfer=peers(base.flashinfer),
+        aiter=aiter,
+        **made,
     )
