@@ -47,6 +47,7 @@ ELSEWHERE = {
     "distributed/workspace.py": "memory that ranks share, by group, device and dtype: given back at exit",
     "integrations/vllm/backend.py": "vLLM's compiler, where the engine asks for fuseplan",
     "dialect/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
+    "floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",
     "regions.py": "who has which entries in Dynamo's caches, by content and callback: gone with the last such backend",
     "workloads.py": "sys.path: a factory is looked for in the working directory, as python -m would",
 }

@@ -27,7 +27,7 @@ from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settle
 from fuseplan.floats import Floats, constant
 from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile, without_shared_memory
-from fuseplan.record import Reason, Report
+from fuseplan.record import Report
 from fuseplan.record.report import merged
 from fuseplan.regions import identity_of, region_of, values_of
 from fuseplan.report.trace import publish
@@ -155,7 +155,7 @@ def compile(
         raise ConfigError(f"backend={backend!r}: fusions are passes of Inductor; leave backend out or use 'inductor'")
     options = _merge_mode(arguments.pop("mode", None), arguments.pop("options", None), arguments.get("dynamic"))
     _warn_if_nothing_compiles(arguments)
-    warner, further = _Warner(on_report), _Further(passes, rules, providers)
+    warner, further = store.Warner(on_report), _Further(passes, rules, providers)
 
     def branch(compile_range: CompileRange | None) -> _Branch:
         backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), further)
@@ -203,27 +203,6 @@ def _warn_if_nothing_compiles(arguments: Mapping[str, Any]) -> None:
         )
 
 
-class _Warner:
-    """Hands reports on, and shows each of their warnings once."""
-
-    def __init__(self, on_report: ReportCallback | None) -> None:
-        self.on_report = on_report
-        self._shown: set[str] = set()
-
-    def __call__(self, report: Report) -> None:
-        refusals = [refusal for graph in report.graphs for refusal in graph.refusals]
-        for refusal in (*report.warnings, *(r for r in refusals if r.reason is Reason.TRAINING)):
-            self.warn(refusal.detail + (f"; {refusal.mend}" if refusal.mend else ""))
-        if self.on_report is not None:
-            self.on_report(report)
-
-    def warn(self, text: str) -> None:
-        """Shows `text`, unless it was shown before."""
-        if text not in self._shown:
-            self._shown.add(text)
-            warnings.warn(text, FuseplanWarning, stacklevel=2)
-
-
 class _Backend(torch._TorchCompileInductorWrapper):
     """Inductor with fuseplan's pass, which delivers a report for every graph, compiled cold or found in a warm
     cache.
@@ -235,7 +214,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         self,
         config: PassConfig,
         compile_range: CompileRange | None,
-        deliver: _Warner,
+        deliver: store.Warner,
         options: Mapping[str, Any],
         dynamic: bool | None,
         further: _Further,
@@ -247,8 +226,9 @@ class _Backend(torch._TorchCompileInductorWrapper):
         super().__init__(None, merged, dynamic)  # type: ignore[no-untyped-call]
         self.plain = torch._TorchCompileInductorWrapper(None, dict(options), dynamic)
         manager: PostGradPassManager = self.config[HOOK]
-        same = manager.identity, *manager.named_groups
-        self.region = region_of(same, values_of(options), dynamic, identity_of(deliver.on_report))
+        self.region = region_of(
+            manager.identity, *manager.named_groups, values_of(options), dynamic, identity_of(deliver.on_report)
+        )
         self.floats = Floats(self.region)
         manager.on_canonical = self.floats.choose if config.chosen_policy.name != "off" else None
 
@@ -316,8 +296,9 @@ class _Backend(torch._TorchCompileInductorWrapper):
         context = TracingContext.try_get()
 
         def compile_apart(why: str) -> Any:
-            config, compile_range, deliver, options, dynamic, further = self._given
-            backend = _Backend(config, compile_range, deliver, options, dynamic, further._replace(apart=why))
+            config, compile_range, deliver, options, dynamic, (passes, rules, providers, _) = self._given
+            apart = _Further(passes, rules, providers, why)
+            backend = _Backend(config, compile_range, deliver, options, dynamic, apart)
             backend.config[HOOK].on_canonical = None  # the frame can't be traced again: it runs
             with tracing(context), constant(constants):
                 return backend(gm, inputs, **extra)

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import warning_once
 
 from fuseplan.content import content_of
+from fuseplan.errors import FuseplanWarning
 from fuseplan.fingerprint import tell_cold
-from fuseplan.record import Report, stored
+from fuseplan.record import Reason, Report, stored
 
 LARGEST_BYTES = 64 * 2**20
 
@@ -109,3 +111,25 @@ def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device} {value.requires_grad}"
     return f"{type(value).__name__} {value}"
+
+
+class Warner:
+    """Hands reports on, and shows each of their warnings once."""
+
+    def __init__(self, on_report: Callable[[Report], None] | None) -> None:
+        self.on_report = on_report
+        self._shown: set[str] = set()
+
+    def __call__(self, report: Report) -> None:
+        """Delivers one report."""
+        refusals = [refusal for graph in report.graphs for refusal in graph.refusals]
+        for refusal in (*report.warnings, *(r for r in refusals if r.reason is Reason.TRAINING)):
+            self.warn(refusal.detail + (f"; {refusal.mend}" if refusal.mend else ""))
+        if self.on_report is not None:
+            self.on_report(report)
+
+    def warn(self, text: str) -> None:
+        """Shows `text`, unless it was shown before."""
+        if text not in self._shown:
+            self._shown.add(text)
+            warnings.warn(text, FuseplanWarning, stacklevel=2)

@@ -78,7 +78,8 @@ def test_any_other_device_has_its_own_name(reported: str, processors: int, name:
     assert profile.name not in PROFILES
     assert profile.description.endswith("which has no profile")
     served = {each.name for each in BUILT_IN_PROVIDERS if each.unavailable(profile) is None}
-    assert served == ({"aiter", "torch", "triton"} if profile.vendor == "amd" else {"flashinfer", "torch", "triton"})
+    everywhere = {"sdpa", "sdpa_packed", "torch", "triton"}
+    assert served == everywhere | {"aiter" if profile.vendor == "amd" else "flashinfer"}
 
 
 def here(monkeypatch: pytest.MonkeyPatch, name: str, **properties: int) -> None:

@@ -171,10 +171,10 @@ def _own_plan(model: Any) -> _Plan:
     """What transformers itself resolved, with the names that modules have in this very class."""
     base = BasePlan.of(model.config)
     head = getattr(type(model), "_tp_plan", None) or {}
-    tensors = {key: style for key, style in (model._tp_plan or {}).items() if key not in head}
+    tensors = {key: style for key, style in (getattr(model, "_tp_plan", None) or {}).items() if key not in head}
     if EMBEDDING not in base.tensors:
         tensors = {key: style for key, style in tensors.items() if key.rpartition(".")[2] != EMBEDDING}
-    experts = (model._ep_plan or {}) if base.experts else {}
+    experts = (getattr(model, "_ep_plan", None) or {}) if base.experts else {}
     # As transformers decides it: what is split by expert isn't split by tensor.
     by_expert = tuple(f"{key}." for key in experts)
     tensors = {key: style for key, style in tensors.items() if not f"{key}.".startswith(by_expert)}

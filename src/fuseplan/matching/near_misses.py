@@ -13,15 +13,15 @@ from torch import fx
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import is_dialect
 from fuseplan.dialect import DialectOp, ops
-from fuseplan.graph.facts import dtype_name, place_of, source_code, source_line, tensor_of
+from fuseplan.graph.facts import dtype_name, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
 from fuseplan.graph.reach import is_view, path_between
+from fuseplan.matching.blame import Shared
 from fuseplan.matching.candidates import missing_ops, op_name
 from fuseplan.matching.match import Matches
-from fuseplan.matching.obstacles import Obstruction, likeliest_first, obstruction, without_residual_add
+from fuseplan.matching.obstacles import without_residual_add
 from fuseplan.matching.outline import Outline, difference, outline_of
-from fuseplan.matching.siblings import Siblings
-from fuseplan.matching.trial import Place, Way, decisive
+from fuseplan.matching.trial import Place, Way
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
@@ -86,7 +86,7 @@ def find_near_misses(
     settled = {node for match in matches.candidates for node in match.consumed}
     settled |= {node for miss in matches.misses for node in miss.consumed}
     coreless: list[Sequence[Rule]] = []
-    shared = _Shared(canonical)
+    shared = Shared(canonical)
     for _, members in sorted(rules.items()):
         missing = {name for name in missing_ops(canonical, members) if _lookalike(name) not in looks_like}
         if not missing:
@@ -160,34 +160,6 @@ def _core_near(node: fx.Node, refusal: Refusal) -> bool:
     )
 
 
-class _Shared:
-    """What rules with the same parts find alike: read once a graph."""
-
-    def __init__(self, canonical: CanonicalGraph) -> None:
-        self.canonical, self.siblings = canonical, Siblings(canonical)
-        self._decisive: dict[tuple[object, ...], tuple[list[int], bool]] = {}
-
-    def obstruction(self, place: Place, consumer: fx.Node) -> Obstruction:
-        """What is to be said of the obstacles between two ops: of those without which the rule would match."""
-        way = place.ways[0]
-        key = (place.members[0].name, consumer.target, *map(_kind_of_way, place.ways))
-        if key not in self._decisive:
-            found = decisive(self.canonical, place, likeliest_first(way.nodes, way.goal))
-            self._decisive[key] = [*map([*way.nodes].index, found.nodes)], found.suffices
-        chosen, suffices = self._decisive[key]
-        told = obstruction([way.nodes[index] for index in chosen], way.goal, consumer)
-        return told if suffices else replace(told, mend=None)
-
-
-def _kind_of_way(way: Way) -> str:
-    """What ways have in common of which the same obstacles decide."""
-    kinds = []
-    for node in (*way.nodes, way.goal):
-        constants = [each for each in node.args if not isinstance(each, fx.Node)]
-        kinds.append((node.target, len(node.users), str(tensor_of(node)), constants))
-    return str(kinds)
-
-
 class _Search:
     """Near misses of one rule.
 
@@ -197,7 +169,7 @@ class _Search:
     """
 
     def __init__(
-        self, shared: "_Shared", members: Sequence[Rule], matches: Matches, settled: Collection[fx.Node] = ()
+        self, shared: Shared, members: Sequence[Rule], matches: Matches, settled: Collection[fx.Node] = ()
     ) -> None:
         self.canonical, self.shared = shared.canonical, shared
         self.members, self.name = members, members[0].name

@@ -11,11 +11,12 @@ from fuseplan.record.evidence import (
     PolicyAt,
     SizePoint,
 )
+from fuseplan.record.fusion import ConflictClass, Fusion, Loss, SizePrice
 from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss
 from fuseplan.record.plan import Plan, Rejected, SavedPlans, Selected, diff
 from fuseplan.record.refusal import Nearness, Reason, Refusal
-from fuseplan.record.report import Comparison, ConflictClass, Fusion, GraphReport, Loss, Report, SizePrice
+from fuseplan.record.report import Comparison, GraphReport, Report
 from fuseplan.record.serialization import from_json, to_json
 from fuseplan.record.verification import Argument, Pending, PendingCase, Verification
 

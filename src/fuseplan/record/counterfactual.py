@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fuseplan.record.report import UNFUSED, Fusion, GraphReport, Report
+from fuseplan.record.fusion import Fusion
+from fuseplan.record.report import UNFUSED, GraphReport, Report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ SCALE_BYTES = 4
 EAGER_BYTES = 8
 """A kernel of an eager reference reads and writes float32."""
 
-KNOWN_PROVIDERS = frozenset({"torch", "triton", "flashinfer", "aiter"})
+KNOWN_PROVIDERS = frozenset({"torch", "triton", "flashinfer", "aiter", "sdpa", "sdpa_packed"})
 """Whose kernels the model knows. It can say what one Triton kernel would take, and not that somebody's op is one."""
 
 EAGER_KERNELS = {

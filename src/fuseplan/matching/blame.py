@@ -1,0 +1,39 @@
+"""What is to be said of the obstacles at a place: of those that decide, each kind of place tried once a graph."""
+
+from dataclasses import replace
+
+from torch import fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.facts import tensor_of
+from fuseplan.matching.obstacles import Obstruction, likeliest_first, obstruction
+from fuseplan.matching.siblings import Siblings
+from fuseplan.matching.trial import Place, Way, decisive
+
+
+class Shared:
+    """What rules with the same parts find alike: read once a graph."""
+
+    def __init__(self, canonical: CanonicalGraph) -> None:
+        self.canonical, self.siblings = canonical, Siblings(canonical)
+        self._decisive: dict[tuple[object, ...], tuple[list[int], bool]] = {}
+
+    def obstruction(self, place: Place, consumer: fx.Node) -> Obstruction:
+        """What is to be said of the obstacles between two ops: of those without which the rule would match."""
+        way = place.ways[0]
+        key = (place.members[0].name, consumer.target, *map(_kind_of_way, place.ways))
+        if key not in self._decisive:
+            found = decisive(self.canonical, place, likeliest_first(way.nodes, way.goal))
+            self._decisive[key] = [*map([*way.nodes].index, found.nodes)], found.suffices
+        chosen, suffices = self._decisive[key]
+        told = obstruction([way.nodes[index] for index in chosen], way.goal, consumer)
+        return told if suffices else replace(told, mend=None)
+
+
+def _kind_of_way(way: Way) -> str:
+    """What ways have in common of which the same obstacles decide."""
+    kinds = []
+    for node in (*way.nodes, way.goal):
+        constants = [each for each in node.args if not isinstance(each, fx.Node)]
+        kinds.append((node.target, len(node.users), str(tensor_of(node)), constants))
+    return str(kinds)

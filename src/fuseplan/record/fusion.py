@@ -1,0 +1,99 @@
+"""What a plan does at one place: a fusion, what lost to it, and contests that are alike."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """One match of one rule, whether it was applied or not.
+
+    Attributes:
+        rule: the rule's name, e.g. `allreduce_rms`.
+        op: the fused op, e.g. `all_reduce_fused_add_rms_norm`.
+        provider: whose kernel runs it.
+        anchor: the node of the graph as Inductor made it whose value the match is named after.
+        consumed: the canonical nodes that the fusion takes, by name.
+        contested_op: the dialect op that other fusions could want too: the core of the match.
+        site: a name for the place that every candidate there shares: the core's node.
+        source: module path in the user's model, if known.
+        saving_ns: what it saves, weighted over the sizes of the range; None where nothing was priced.
+        rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
+        site_class: what its site has in common with others that cost the same, as `CostRow.site` names it; None for
+            somebody else's pass.
+        provenance: how what it saves is known: `measured` or `modelled`; `declared`, where its owner says so;
+            `assumed`, where nobody does.
+    """
+
+    rule: str
+    op: str
+    provider: str
+    anchor: str
+    consumed: tuple[str, ...]
+    contested_op: str
+    site: str
+    source: str | None = None
+    saving_ns: int | None = None
+    rounding_change: tuple[str, str] | None = None
+    site_class: str | None = None
+    provenance: str = "modelled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A fusion that matched and was not applied.
+
+    Attributes:
+        fusion: the fusion.
+        blocked_by: the applied ones that took its nodes; empty where it was not worth it.
+        lost_ns: by how much less would be saved with it; negative where more would be, as can be under `ordered`.
+        flips_at_ns: what its op would have to take at most to be applied; None where no time is short enough.
+        forbidden: whether it was ruled out by `PassConfig.forbid`.
+    """
+
+    fusion: Fusion
+    blocked_by: tuple[Fusion, ...]
+    lost_ns: int | None = None
+    flips_at_ns: int | None = None
+    forbidden: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizePrice:
+    """The contested sites of a graph at one size.
+
+    Attributes:
+        tokens: the size.
+        unfused_ns: as Inductor leaves them.
+        saved_ns: what the applied fusions save of that.
+    """
+
+    tokens: int
+    unfused_ns: int
+    saved_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConflictClass:
+    """All places at which one rule took the nodes that another wanted, counted.
+
+    Attributes:
+        rules: the rules involved, sorted.
+        op: the dialect op they contend for.
+        count: in how many places, over all graphs and ranges.
+        winner: the rule that took it, or `unfused` where leaving it to Inductor is cheaper.
+        loser: the rule that got nothing there.
+        sources: the places in the user's model.
+        lost_us: how much less a place would save if the loser were applied there, by its best provider: the mean over
+            places; negative where it would save more.
+        flips_at_us: what the loser's op would have to take at most to be applied, the mean over places; None where no
+            time is short enough.
+    """
+
+    rules: tuple[str, ...]
+    op: str
+    count: int
+    winner: str
+    loser: str
+    sources: tuple[str, ...] = ()
+    lost_us: float | None = None
+    flips_at_us: float | None = None
