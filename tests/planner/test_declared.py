@@ -181,7 +181,14 @@ def test_no_fusion_of_ours_is_assumed() -> None:
         (graph,) = report.graphs
         assert graph.plan is not None
         assert graph.plan.prices == ("modelled",)
-    assert {each.name for each in BUILT_IN_PROVIDERS} == {"aiter", "flashinfer", "torch", "triton"}
+    assert {each.name for each in BUILT_IN_PROVIDERS} == {
+        "aiter",
+        "flashinfer",
+        "sdpa",
+        "sdpa_packed",
+        "torch",
+        "triton",
+    }
 
 
 def test_compiling_applies_it_only_where_it_was_priced() -> None:

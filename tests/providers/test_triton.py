@@ -23,7 +23,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def test_it_runs_every_fused_op() -> None:
-    assert set(TRITON.implements) == set(ACCEPTS) == {op.name for op in ops.values() if op.fused}
+    fused = {op.name for op in ops.values() if op.fused} - {ops.grouped_attention.name}  # torch's own kernels run that
+    assert set(TRITON.implements) == set(ACCEPTS) == fused
     assert all(registered_kernel(name, "triton") is not None for name in TRITON.implements)
     assert not TRITON.prices
 

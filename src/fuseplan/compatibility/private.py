@@ -136,13 +136,15 @@ GRAPHS = (
     PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv.bound_sympy", ("planner",), 1),
     PrivateApi("torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", ("testing",), 0, ("dynamic_sizes",)),
     PrivateApi("torch.fx.experimental.symbolic_shapes:statically_known_true", ("graph",), 1),
+    PrivateApi("torch._subclasses.fake_tensor:FakeTensor", ("graph",)),
+    PrivateApi("torch._subclasses.fake_tensor:FakeTensor.fake_mode", ("graph",)),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode", ("testing", "verification", "workloads"), 0,
                ("shape_env", "allow_non_fake_inputs")),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode.from_tensor", ("testing", "verification"), 1,
                ("symbolic_context",)),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("verification",), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("verification",), 4),
-    PrivateApi("torch.utils._pytree:tree_leaves", ("matching",), 1),
+    PrivateApi("torch.utils._pytree:tree_leaves", ("graph", "matching"), 1),
 )  # fmt: skip
 
 OPS = (

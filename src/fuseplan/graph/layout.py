@@ -8,7 +8,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 from fuseplan.graph.facts import aten, equal_size, is_call, is_dense, is_mutation, tensor_of
 
@@ -56,7 +58,9 @@ FUNCTIONAL = frozenset({torch.Tag.core, torch.Tag.pointwise, torch.Tag.reduction
 
 def computed(target: Any, args: Any, kwargs: Any) -> Any:
     """What a function yields, on fake tensors where its arguments are fake."""
-    mode = detect_fake_mode((args, kwargs))
+    tensors = pytree.tree_leaves((args, kwargs))
+    # Not that of a user who explains a model under a mode of their own.
+    mode = next((each.fake_mode for each in tensors if isinstance(each, FakeTensor)), None) or detect_fake_mode()
     with mode if mode is not None else torch.no_grad():
         return target(*args, **kwargs)
 

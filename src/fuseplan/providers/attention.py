@@ -100,7 +100,7 @@ class Shared:
     """
 
     vendor: str | None = None
-    torch_version: str = torch.__version__
+    torch_version: str = str(torch.__version__)
     is_rocm: bool = torch.version.hip is not None
 
     def __call__(self, m: Any) -> Refusal | None:
