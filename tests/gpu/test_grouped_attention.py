@@ -1,5 +1,6 @@
 """Attention over shared heads by each of torch's kernels, and a decode step in CUDA graphs. Skipped without a GPU."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -80,38 +81,51 @@ def _model() -> Any:
         return model.eval().bfloat16()
 
 
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left() -> None:
-    model = _model()
+STEPS = 40
+
+
+def _decoded(model: Any, step_of: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of `STEPS` steps behind a prompt of eight tokens, and what the cache holds then."""
     ids = torch.arange(24, device="cuda").reshape(3, 8) % 128
-    mask = torch.ones(3, 64, dtype=torch.long, device="cuda")
+    cache: Any = StaticCache(config=model.config, max_cache_len=64)
+    model(input_ids=ids, attention_mask=mask[:, :8], past_key_values=cache)
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if isinstance(value, torch.Tensor):
+                torch._dynamo.mark_static_address(value)
+    logits = []
+    for step in range(STEPS):
+        torch.compiler.cudagraph_mark_step_begin()
+        shown = torch.nn.functional.pad(mask[:, : 9 + step], (0, 55 - step))
+        position = torch.full((3, 1), 8 + step, device="cuda")
+        out = step_of(
+            input_ids=ids[:, step % 8][:, None], attention_mask=shown, position_ids=position, past_key_values=cache
+        )
+        logits.append(out.logits[:, -1].float().clone())
+    return [
+        torch.stack(logits),
+        *(part.float().clone() for layer in cache.layers for part in (layer.keys, layer.values)),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:TensorFloat32 tensor cores")
+def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left() -> None:
+    """Logits and caches are as near to float32 as those of plain torch.compile."""
+    model, mask = _model(), torch.ones(3, 64, dtype=torch.long, device="cuda")
     mask[1, :3] = 0
     reports: list[fuseplan.Report] = []
+    runs = []
     with torch.inference_mode():
-        results = []
-        for compiled in (model, fuseplan.compile(model, mode="reduce-overhead", on_report=reports.append)):
+        wide = copy.deepcopy(model).float()
+        exact = _decoded(wide, wide, mask)
+        compiled = torch.compile(model, mode="reduce-overhead")
+        for each in (compiled, fuseplan.compile(model, mode="reduce-overhead", on_report=reports.append)):
             torch._dynamo.reset()
             counters.clear()
-            cache: Any = StaticCache(config=model.config, max_cache_len=64)
-            kept = [model(input_ids=ids, attention_mask=mask[:, :8], past_key_values=cache).logits[:, -1].clone()]
-            for layer in cache.layers:
-                for value in vars(layer).values():
-                    if isinstance(value, torch.Tensor):
-                        torch._dynamo.mark_static_address(value)
-            for step in range(40):
-                torch.compiler.cudagraph_mark_step_begin()
-                given = {"attention_mask": mask[:, : 9 + step]} if compiled is model else {}
-                given = given or {"attention_mask": torch.nn.functional.pad(mask[:, : 9 + step], (0, 55 - step))}
-                position = torch.full((3, 1), 8 + step, device="cuda")
-                out = compiled(
-                    input_ids=ids[:, step % 8][:, None], position_ids=position, past_key_values=cache, **given
-                )
-                kept.append(out.logits[:, -1].float().clone())
-            results.append((torch.stack(kept[1:]), [layer.keys.clone() for layer in cache.layers]))
+            runs.append(_decoded(model, each, mask))
     assert reports[-1].fused["grouped_attention"] == LAYERS
     assert len(reports) == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
-    (expected, keys), (actual, own) = results
-    assert (actual - expected).abs().max() <= 0.05 * expected.abs().max()
-    for left, right in zip(keys, own, strict=True):
-        torch.testing.assert_close(left, right, rtol=5e-2, atol=5e-2)
+    for true, plain, fused in zip(exact, *runs, strict=True):
+        off, allowed = ((each - true).abs().mean().item() for each in (fused, plain))
+        assert off <= 1.25 * allowed, f"{off} on average, and plain torch.compile {allowed}"
