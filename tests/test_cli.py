@@ -401,7 +401,7 @@ def test_devices_and_their_constants() -> None:
     rows = {row["device"]: row for row in json.loads(run("devices", "--json").stdout)["devices"]}
     assert set(rows) == {"h100", "h200", "b200", "mi300x", "mi355x", "cpu"}
     assert all(each["source"] for row in rows.values() for each in row["constants"])
-    assert rows["mi355x"]["providers"] == ["aiter", "torch", "triton"]
+    assert rows["mi355x"]["providers"] == ["aiter", "sdpa", "sdpa_packed", "torch", "triton"]
     assert "NVIDIA H200" in run("devices").stdout
 
 

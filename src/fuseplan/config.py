@@ -151,6 +151,7 @@ class PassConfig:
         fuse_norm_quant: RMSNorm (with residual add) + fp8 quantisation, rule `norm_quant`.
         fuse_act_quant: SiLU-and-mul + fp8 quantisation, rule `act_quant`.
         enable_qk_norm_rope_fusion: RMSNorm of queries and keys + rotary embedding, rule `qk_norm_rope`.
+        fuse_grouped_attention: repeated heads of keys and values + attention, rule `grouped_attention`.
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.
@@ -184,6 +185,7 @@ class PassConfig:
     fuse_norm_quant: bool | None = None
     fuse_act_quant: bool | None = None
     enable_qk_norm_rope_fusion: bool | None = None
+    fuse_grouped_attention: bool | None = None
     eliminate_noops: bool = True
     policy: Policy | str = DEFAULT_POLICY
     compile_ranges: Sequence[CompileRange] = field(default=())
@@ -259,6 +261,7 @@ FUSION_FLAGS = (
     "fuse_norm_quant",
     "fuse_act_quant",
     "enable_qk_norm_rope_fusion",
+    "fuse_grouped_attention",
 )
 
 

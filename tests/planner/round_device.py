@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fuseplan.planner.costs import Aiter, Constant, Gate, Hardware, Peers, Protocol
+from fuseplan.planner.costs.hardware import Attention
 
 
 def ns(value: float) -> Constant:
@@ -13,6 +14,10 @@ def rate(value: float) -> Constant:
     return Constant(value, "GB/s", "round")
 
 
+def operations(value: float) -> Constant:
+    return Constant(value, "GFLOP/s", "round")
+
+
 DEVICE = Hardware(
     name="round",
     launch=ns(1000),
@@ -21,6 +26,9 @@ DEVICE = Hardware(
     cache_bandwidth=rate(100),
     memory_bandwidth=rate(10),
     strided_copy=rate(20),
+    attention=Attention(
+        latency=ns(3000), key=ns(10), rate=operations(100), row_rate=operations(50), narrow_row_rate=operations(5)
+    ),
     ring=(
         Protocol(name="LL", latency=ns(2000), step=ns(300), bandwidth=rate(8)),
         Protocol(name="Simple", latency=ns(5000), step=ns(1000), bandwidth=rate(40)),

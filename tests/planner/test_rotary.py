@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.canonical import canonicalize
 from fuseplan.dialect import ops
+from fuseplan.planner.attention import find_sites
 from fuseplan.planner.costs import HARDWARE, CostModel, Region
 from fuseplan.planner.costs.model import EAGER_KERNELS, Rotation
-from fuseplan.planner.sites import Tail, find_sites
+from fuseplan.planner.sites import Tail
 from tests.helpers import post_grad
 from tests.rotary import HEAD, K_HEADS, Q_HEADS, batched, flat, heads_first, heads_last, normed
 

@@ -11,8 +11,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fuseplan.canonical import canonicalize
 from fuseplan.dialect import ops
+from fuseplan.planner.attention import find_sites
 from fuseplan.planner.costs import CostModel, Kernel
-from fuseplan.planner.sites import Rows, Shape, Site, Tail, Taken, find_sites, hint
+from fuseplan.planner.sites import Rows, Shape, Site, Tail, Taken, hint
 from tests.helpers import randn, written
 from tests.planner.round_device import DEVICE
 

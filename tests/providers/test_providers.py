@@ -87,10 +87,10 @@ def test_torch_implements_every_fused_op_on_every_device() -> None:
 @pytest.mark.parametrize(
     ("device", "available"),
     [
-        ("h200", {"flashinfer", "torch", "triton"}),
-        ("b200", {"flashinfer", "torch", "triton"}),
-        ("mi355x", {"aiter", "torch", "triton"}),
-        ("cpu", {"torch"}),
+        ("h200", {"flashinfer", "sdpa", "sdpa_packed", "torch", "triton"}),
+        ("b200", {"flashinfer", "sdpa", "sdpa_packed", "torch", "triton"}),
+        ("mi355x", {"aiter", "sdpa", "sdpa_packed", "torch", "triton"}),
+        ("cpu", {"sdpa", "sdpa_packed", "torch"}),
     ],
 )
 def test_a_profile_takes_its_software_as_present(device: str, available: set[str]) -> None:

@@ -64,6 +64,8 @@ def arguments_of(rule: Rule, device: torch.device) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     names = [argument.name for argument in rule.op.overload._schema.arguments]
     found = [dict(zip(names, sample.make(device, generator), strict=True)) for sample in rule.op.samples]
+    if "groups" in rule.variables:
+        found = [{**each, "groups": each["q"].shape[1] // each["k"].shape[1]} for each in found]
     if getattr(rule, "transposes", False):
         found = [{name: _batched(value) for name, value in each.items()} for each in found]
         found = [{**each, **{name: each[name].transpose(1, 2) for name in ("cos", "sin")}} for each in found]

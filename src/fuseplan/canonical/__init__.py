@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from fuseplan.canonical.activations import raise_silu_and_mul
+from fuseplan.canonical.attention import raise_attention
 from fuseplan.canonical.collectives import hoist_views, raise_all_reduces
 from fuseplan.canonical.layout import raise_pads, sink_reshapes
 from fuseplan.canonical.noops import eliminate_noops
@@ -45,6 +46,7 @@ def canonicalize(
     raise_pads(canonical)
     raise_quants(canonical)
     raise_rotary_embeddings(canonical)
+    raise_attention(canonical)
     sink_reshapes(canonical)
     sort_topologically(canonical.graph)
     return canonical

@@ -133,6 +133,11 @@ OPS = (
     PrivateApi("torch._ops:OpOverload.is_view", ("graph",)),
     PrivateApi("torch._ops:OpOverload.namespace", ("canonical", "graph")),
     PrivateApi("torch._ops:OpOverload.tags", ("graph", "tuning")),
+    PrivateApi("torch:ops.aten._scaled_dot_product_cudnn_attention.default", ("dialect",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_efficient_attention.default", ("dialect",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention.default", ("dialect",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default", ("dialect",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_fused_attention_overrideable.default", ("dialect",)),
     PrivateApi("torch:ops.aten._unsafe_view.default", ("graph",)),
     PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "models")),
     PrivateApi("torch:ops._c10d_functional.all_reduce.default",
@@ -164,7 +169,7 @@ TRACED: Mapping[str, tuple[str, ...]] = {
     "nn_module_stack": ("canonical", "graph", "rewriting"),
     "source_fn_stack": ("graph",),
     "stack_trace": ("canonical", "graph", "rewriting"),
-    "val": ("canonical", "graph", "rewriting", "testing", "tuning", "verification"),
+    "val": ("canonical", "dialect", "graph", "rewriting", "testing", "tuning", "verification"),
 }
 """The keys of `Node.meta` that are read, and by whom. Which ones torch writes shows only when it traces a model: tests
 look for them, not an import."""

@@ -3,7 +3,8 @@
 Importing this package registers them with torch as `torch.ops.fuseplan.*`.
 """
 
-from fuseplan.dialect import activation, collective, layout, norm, quant, rotary
+from fuseplan.dialect import activation, attention, collective, layout, norm, quant, rotary
+from fuseplan.dialect.attention import KERNELS as ATTENTION_KERNELS
 from fuseplan.dialect.fused import (
     ACTIVATION_FAMILY,
     DYNAMIC_FP8_QUANT,
@@ -22,7 +23,9 @@ from fuseplan.dialect.registry import (
     draw_activations,
     draw_near_one,
     draw_positive,
+    facts_of,
     implement,
+    is_inlined,
     kernel_of,
     registered_kernel,
 )
@@ -31,6 +34,9 @@ from fuseplan.dialect.rounding import ActivationRounding, QuantRounding, RotaryR
 ops = Dialect(
     [
         activation.silu_and_mul,
+        attention.attention,
+        attention.grouped_attention,
+        attention.repeat_heads,
         collective.all_reduce,
         layout.pad,
         norm.fused_add_rms_norm,
@@ -46,6 +52,7 @@ ops = Dialect(
 
 __all__ = [
     "ACTIVATION_FAMILY",
+    "ATTENTION_KERNELS",
     "DYNAMIC_FP8_QUANT",
     "FP8_DTYPES",
     "NORM_FAMILY",
@@ -64,7 +71,9 @@ __all__ = [
     "draw_activations",
     "draw_near_one",
     "draw_positive",
+    "facts_of",
     "implement",
+    "is_inlined",
     "kernel_of",
     "ops",
     "registered_kernel",

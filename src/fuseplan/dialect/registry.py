@@ -14,6 +14,8 @@ NAMESPACE = "fuseplan"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _KERNELS: dict[str, Callable[..., Any]] = {}
 """What `_LIBRARY` was given, which torch doesn't give back; like there, nothing is ever replaced or taken out."""
+_INLINED: set[str] = set()
+"""Those of `_KERNELS` that are a few aten calls, which a graph takes in their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,13 +194,27 @@ def define(
     )
 
 
-def implement(op: DialectOp, provider: str, kernel: Callable[..., Any]) -> None:
+def implement(op: DialectOp, provider: str, kernel: Callable[..., Any], *, inlined: bool = False) -> None:
     """Registers a provider's kernel as the overload `fuseplan::<op>.<provider>`, with the op's own schema and fake.
+
+    Args:
+        op: the fused op.
+        provider: its name.
+        kernel: takes and yields what the op's reference does.
+        inlined: whether graphs get the aten calls that the kernel makes, and not the overload: Inductor then lowers
+            them as it always does. Such a kernel calls overloads of aten alone, and reads shapes by `facts_of`.
 
     Raises:
         RuleError: the provider has a kernel of that op already.
     """
     _register(f"{op.name}.{provider}", op.schema, kernel, op.fake)
+    if inlined:
+        _INLINED.add(f"{op.name}.{provider}")
+
+
+def is_inlined(op: DialectOp, provider: str) -> bool:
+    """Whether graphs get the calls that a provider's kernel makes in place of one opaque op."""
+    return f"{op.name}.{provider}" in _INLINED
 
 
 def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -209,6 +225,11 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     _KERNELS[name if "." in name else f"{name}.default"] = kernel
+
+
+def facts_of(value: Any) -> Any:
+    """Where a kernel that is inlined reads shapes and strides: the tensor, or what stands for it in a graph."""
+    return value.node.meta["val"] if isinstance(value, Proxy) else value
 
 
 def registered_kernel(op: str, provider: str) -> Callable[..., Any] | None:

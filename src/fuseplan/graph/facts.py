@@ -90,6 +90,20 @@ def is_mutation(node: fx.Node) -> bool:
     return node.op == "call_method" and str(node.target).endswith("_")
 
 
+def drops_nothing(node: fx.Node) -> bool:
+    """Whether a node calls an op that may drop elements at random, which is why torch takes it for one that draws
+    numbers, and is asked to drop none.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            default = argument.default_value
+            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", default)
+            return given in (0, 0.0)
+    return False
+
+
 def is_training(graph: fx.Graph) -> bool:
     """Whether a graph is the forward or the backward half of a joint graph.
 

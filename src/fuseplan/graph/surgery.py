@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import fx
 
-from fuseplan.graph.facts import is_mutation
+from fuseplan.graph.facts import drops_nothing, is_mutation
 
 COLLECTIVES = (torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)
 
@@ -61,7 +61,7 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         node = stack.pop()
         if node._erased or node.users or node.op != "call_function":
             continue
-        if is_mutation(node) or (node.is_impure() and node.target not in COLLECTIVES):
+        if is_mutation(node) or (node.is_impure() and node.target not in COLLECTIVES and not drops_nothing(node)):
             continue
         sources = node.all_input_nodes
         graph.erase_node(node)

@@ -95,7 +95,7 @@ def find_near_misses(
     # Without a core anywhere, a rule has nothing to say of what other rules match, or nearly do.
     for members in coreless:
         found += _Search(shared, members, matches, settled).refusals()
-    return (*found, *_unclaimed(canonical, claimed))
+    return (*found, *_unclaimed(canonical, claimed), *_attentions(canonical, rules, claimed))
 
 
 def find_disabled(matches: Matches, flags: Mapping[str, str]) -> tuple[Refusal, ...]:
@@ -128,6 +128,16 @@ def _unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal
         if refusal.op == ops.rms_norm.name or _core_near(node, refusal):
             claimed.add(id(refusal))
             yield refusal
+
+
+def _attentions(
+    canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], claimed: set[int]
+) -> Iterator[Refusal]:  # fmt: skip
+    """Attention over repeated heads that isn't recognised, for the rule whose core it is."""
+    names = [name for name, members in sorted(rules.items()) if any(m.core is ops.attention for m in members)]
+    for refusal in canonical.refusals:
+        if refusal.op == ops.attention.name and id(refusal) not in claimed and names:
+            yield replace(refusal, rule=names[0], site=refusal.source)
 
 
 def _lookalike(name: str) -> str:

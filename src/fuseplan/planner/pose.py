@@ -11,12 +11,13 @@ from fuseplan.config import unknown
 from fuseplan.errors import ConfigError
 from fuseplan.graph.legality import Contraction
 from fuseplan.matching import ExternalMatch, Match
+from fuseplan.planner.attention import find_sites
 from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, couplings_of
 from fuseplan.planner.components import components
 from fuseplan.planner.contradiction import ContradictionError, Groups
 from fuseplan.planner.pricing import Priced, Prices, Pricing
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows, find_sites
+from fuseplan.planner.sites import Rows
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import aten, group_size, is_call, item, tensor_of
 from fuseplan.planner.costs import CostModel, Kernel, Region
@@ -139,6 +138,11 @@ class Site:
     reduce: fx.Node | None
     tails: tuple[fx.Node, ...]
 
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The nodes that belong to it."""
+        return [self.core, *([self.reduce] if self.reduce is not None else []), *self.tails]
+
     @cached_property
     def ranks(self) -> int:
         """Of the group that reduces."""
@@ -186,12 +190,8 @@ class Site:
         return Tail(kind=EPILOGUES[op.name], padded=width + right, rotation=rotation)
 
 
-def find_sites(canonical: CanonicalGraph) -> tuple[Site, ...]:
-    """Every core of a graph, in graph order."""
-    return tuple(_site(ordinal, core) for ordinal, core in enumerate(canonical.calls(*(op.overload for op in CORES))))
-
-
-def _site(ordinal: int, core: fx.Node) -> Site:
+def norm_site(ordinal: int, core: fx.Node) -> Site:
+    """The site of a norm or an activation."""
     source = core.args[0]
     reduce = source if isinstance(source, fx.Node) and ops.of(source.target) is ops.all_reduce else None
     result = item(core, 0) if ops.of(core.target) is ops.fused_add_rms_norm else core

@@ -13,7 +13,7 @@ from typing import Any
 from torch.torch_version import TorchVersion
 
 from fuseplan.dialect import DialectOp, implement, ops
-from fuseplan.providers import aiter, flashinfer
+from fuseplan.providers import aiter, attention, flashinfer
 from fuseplan.providers.devices import DeviceProfile, local_vendor
 from fuseplan.providers.gates import Accepts, Offer, accept_all
 from fuseplan.providers.triton import ACCEPTS as TRITON_ACCEPTS
@@ -103,6 +103,17 @@ class Provider:
         return Refusal(reason=Reason.PROVIDER, detail=detail, mend=mend)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedHeads(Provider):
+    """torch's attention on keys and values with fewer heads than queries: whether a kernel takes that depends on whose
+    device it is.
+    """
+
+    def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
+        """As for any provider; for another device than this one, by the kernel that torch runs there."""
+        return attention.shared_offers(device.vendor if device else None)
+
+
 _VENDOR_NAMES = {"nvidia": "NVIDIA GPUs", "amd": "AMD GPUs", "cpu": "CPUs"}
 
 
@@ -144,6 +155,24 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
         package=None,
         install="",
         implements=dict.fromkeys(ALL_FUSED, Offer()),
+    ),
+    SharedHeads(
+        name=attention.SHARED,
+        description="torch's attention kernels, on heads that queries share",
+        vendors=frozenset({"nvidia", "amd", "cpu"}),
+        package=None,
+        install="",
+        implements=attention.shared_offers(None),
+        untested="not run on AMD's GPUs so far",
+    ),
+    Provider(
+        name=attention.PACKED,
+        description="torch's attention kernels, on one query token's heads stacked as tokens",
+        vendors=frozenset({"nvidia", "amd", "cpu"}),
+        package=None,
+        install="",
+        implements=attention.PACKED_OFFERS,
+        untested="not run on AMD's GPUs so far",
     ),
     Provider(
         name="triton",

@@ -13,9 +13,11 @@ from torch._guards import detect_fake_mode
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import PROVENANCE
+from fuseplan.dialect import is_inlined
 from fuseplan.graph.facts import is_dense, tensor_of
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
+from fuseplan.rewriting.inlining import traced as traced_calls
 from fuseplan.rules.base import Traced
 
 
@@ -63,12 +65,27 @@ class _Rewriter:
         mapping = {traced.inputs[name]: node for name, node in arguments.items()}
         fused = match.rule.op.overload
         known = _known_values(traced, match)
+        inlines = is_inlined(match.rule.op, match.provider)
         for node in traced.graph.nodes:
-            if node.op == "call_function":
+            if node.target is fused and inlines:
+                args = fx.map_arg(node.args, lambda source: mapping[source])
+                mapping[node] = self._inline(place, match, args)
+            elif node.op == "call_function":
                 target = match.rule.op.implementation(match.provider) if node.target is fused else node.target
                 args = fx.map_arg(node.args, lambda source: mapping[source])
                 mapping[node] = self._create(place, target, args, {}, match.core, known.get(node))
         return [mapping[node] for node in traced.outputs]
+
+    def _inline(self, place: "_Place", match: Match, args: tuple[Any, ...]) -> fx.Node:
+        """Emits the calls that a provider's kernel makes."""
+        graph, mapping = traced_calls(match.rule.op.kernel(match.provider), args)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                given = fx.map_arg((node.args, node.kwargs), lambda source: mapping[source])
+                mapping[node] = self._create(place, node.target, *given, match.core)
+        (result,) = graph.output_node().args
+        assert isinstance(result, fx.Node)
+        return mapping[result]
 
     def _create(
         self, place: "_Place", target: Any, args: Any, kwargs: Any, provenance: fx.Node, value: Any = None

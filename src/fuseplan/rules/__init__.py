@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from fuseplan.config import PassConfig, unknown
 from fuseplan.errors import ConfigError
 from fuseplan.rules.activation import ACTIVATION_RULES
+from fuseplan.rules.attention import ATTENTION_RULES
 from fuseplan.rules.base import Bindings, Rule
 from fuseplan.rules.norm import NORM_RULES
 from fuseplan.rules.rotary import ROTARY_RULES
 
-BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES)
+BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *ATTENTION_RULES)
 
 
 def by_name(rules: Sequence[Rule]) -> dict[str, tuple[Rule, ...]]:

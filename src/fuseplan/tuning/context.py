@@ -16,7 +16,7 @@ from fuseplan.graph.reach import is_view
 from fuseplan.graph.surgery import COLLECTIVES
 from fuseplan.matching import Match
 from fuseplan.planner import Posed
-from fuseplan.planner.sites import Site, find_sites
+from fuseplan.planner.attention import find_sites
 from fuseplan.rewriting import apply
 
 MOST_NEIGHBOURS = 64
@@ -118,8 +118,8 @@ def context_of(posed: Posed, component: Iterable[int], places: Collection[int]) 
     canonical = posed.canonical
     sites = find_sites(canonical)
     core = {node for index in component for node in posed.candidates[index].consumed}
-    core |= canonical.claims(part for site in sites if site.ordinal in places for part in _parts(site))
-    others = canonical.claims(part for site in sites if site.ordinal not in places for part in _parts(site)) - core
+    core |= canonical.claims(part for site in sites if site.ordinal in places for part in site.parts)
+    others = canonical.claims(part for site in sites if site.ordinal not in places for part in site.parts) - core
     core = {node for node in core if node.op == "call_function" and not _is_size(node)}
     region = _grown(canonical.original, core, others)
     nodes = [node for node in canonical.original.nodes if node in region]
@@ -129,10 +129,6 @@ def context_of(posed: Posed, component: Iterable[int], places: Collection[int]) 
         nodes=tuple(nodes),
         outputs=tuple(node for node in nodes if any(user not in region for user in node.users)),
     )
-
-
-def _parts(site: Site) -> list[fx.Node]:
-    return [site.core, *([site.reduce] if site.reduce is not None else []), *site.tails]
 
 
 def _grown(graph: fx.Graph, core: set[fx.Node], others: Collection[fx.Node]) -> set[fx.Node]:

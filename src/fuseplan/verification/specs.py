@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fuseplan.dialect import is_inlined
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import Match
 from fuseplan.planner.sites import Rows, hint
@@ -16,7 +17,7 @@ ODD_SIZES = (1, 7, 33, 8191)
 """Numbers of tokens that no tile divides, where they lie in the range: kernels forget their last, partial tile."""
 
 SMALL = 64
-"""Sizes up to which the reference itself is run: right by definition, only how it is called is in question."""
+"""Sizes up to which torch's own ops are run: right by definition, only how they are called is in question."""
 
 ALIGNMENT = 128
 """Bytes: what a pointer's alignment is told modulo of; the widest load of any kernel divides it."""
@@ -120,7 +121,7 @@ def _traced_symbols(graph: fx.Graph) -> dict[Any, int]:
 
 
 def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool = True) -> tuple[Case, ...]:
-    """The arguments of a match, the smallest size first; of the provider `torch` small sizes alone.
+    """The arguments of a match, the smallest size first; of torch's own ops small sizes alone.
 
     Args:
         match: of a rule.
@@ -130,7 +131,7 @@ def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool 
     """
     cases = []
     tokens_of = sizes.tokens(span, traced=traced) or (_rows_of(match),)
-    if match.provider == "torch":
+    if match.provider == "torch" or is_inlined(match.rule.op, match.provider):
         tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
     for tokens in tokens_of:
         symbols = sizes.at(tokens)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from fuseplan.planner.costs.hardware import Aiter, Constant, Gate, Hardware, Peers, Protocol
+from fuseplan.planner.costs.hardware import Aiter, Attention, Constant, Gate, Hardware, Peers, Protocol
 
 _RUN_1 = (
     "benchmarks/data/h200x2-ar-add-rms-pad.json, 2 x H200, 2026-11-22: fitted on run 1, columns U, C, B, D, by "
@@ -35,6 +35,20 @@ def _size(value: float, source: str) -> Constant:
     return Constant(value, "bytes", source)
 
 
+def _operations(value: float, source: str) -> Constant:
+    return Constant(value, "GFLOP/s", source)
+
+
+_ATTENTION_RUN = "benchmarks/results/decode_one_gpu_h100.json, H100, 2026-11-28"
+_H100_RATE = "half of 798 TFLOP/s, an 8192^3 product in bfloat16 on an H100; the same whatever is fused"
+H100_ATTENTION: Final = Attention(
+    latency=_ns(8000, f"{_ATTENTION_RUN}: cuDNN on unrepeated heads at batch 1, 9.2 us, less the bytes"),
+    key=_ns(18.5, f"{_ATTENTION_RUN}: cuDNN on packed heads at batch 8, 31.6 us for 1,280 keys, less the latency"),
+    rate=_operations(400_000, _H100_RATE),
+    row_rate=_operations(400_000, "as `rate`: one query waits for memory"),
+    narrow_row_rate=_operations(400_000, "as `rate`: one query waits for memory"),
+)
+
 H200: Final = Hardware(
     name="h200",
     launch=_ns(1402, _RUN_1),
@@ -43,6 +57,7 @@ H200: Final = Hardware(
     cache_bandwidth=_rate(5868, f"{_RUN_1}, near 5810 of {_GPU_BENCHES}"),
     memory_bandwidth=_rate(4301, f"datasheet, 4.8 TB/s, times 3002 / 3350 ({_H100_COPY}, datasheet 3.35 TB/s)"),
     strided_copy=_rate(2885, f"{_RUN_1}; poorly determined (sigma of 72 %)"),
+    attention=H100_ATTENTION,
     ring=(
         Protocol(
             name="LL",
@@ -80,6 +95,16 @@ def _like_h200(constant: Constant, why: str) -> Constant:
     return replace(constant, source=f"H200's, {why}")
 
 
+def _attention_like(what: str) -> Attention:
+    """H100's attention on a device on which nobody has measured it."""
+    return Attention(
+        **{
+            name: replace(getattr(H100_ATTENTION, name), source=f"H100's, {what}")
+            for name in ("latency", "key", "rate", "row_rate", "narrow_row_rate")
+        }
+    )
+
+
 def _hopper_protocols(why: str) -> tuple[Protocol, ...]:
     return tuple(
         replace(p, latency=_like_h200(p.latency, why), bandwidth=_like_h200(p.bandwidth, why)) for p in H200.ring
@@ -100,6 +125,7 @@ H100: Final = Hardware(
     cache_bandwidth=_like_h200(H200.cache_bandwidth, _SAME_DIE),
     memory_bandwidth=_rate(3002, _H100_COPY),
     strided_copy=_like_h200(H200.strided_copy, _SAME_DIE),
+    attention=H100_ATTENTION,
     ring=_hopper_protocols(_SAME_DIE),
     triton=_hopper_peers(H200.triton, _SAME_DIE),
     flashinfer=_hopper_peers(H200.flashinfer, _SAME_DIE),
@@ -126,6 +152,7 @@ B200: Final = Hardware(
     cache_bandwidth=_scaled(H200.cache_bandwidth, 148 / 132, "SMs, 148 over 132; not measured on B200"),
     memory_bandwidth=_scaled(H200.memory_bandwidth, 8.0 / 4.8, "datasheets, 8 over 4.8 TB/s; not measured on B200"),
     strided_copy=_scaled(H200.strided_copy, 148 / 132, "SMs, 148 over 132; not measured on B200"),
+    attention=_attention_like(_UNMEASURED_B200),
     ring=tuple(
         replace(
             protocol,
@@ -176,6 +203,7 @@ MI355X: Final = Hardware(
     ),
     memory_bandwidth=_rate(7169, f"datasheet, 8 TB/s, times 3002 / 3350 ({_H100_COPY}); not measured on AMD"),
     strided_copy=_scaled(H200.strided_copy, 256 / 132, "CUs over SMs; not measured on AMD"),
+    attention=_attention_like(_UNMEASURED_AMD),
     triton=Peers(
         signal=_ns(1044, f"AITER's: {_AITER}"),
         bandwidth=_rate(63.6, f"AITER's: {_AITER}"),
@@ -226,7 +254,11 @@ def _mi300x() -> Hardware:
 
 MI300X: Final = _mi300x()
 
-_NOMINAL = "nominal: an order of magnitude, since this is any CPU; nothing is fused for speed there"
+_NOMINAL = "nominal: an order of magnitude, since this is any CPU"
+_CPU_ATTENTION = (
+    "one thread of an x86-64 CPU, torch 2.13, 2026-11-28: _scaled_dot_product_flash_attention_for_cpu of one query on "
+    "1,024 and 1,280 keys, 8 and 32 heads in groups of four, heads of 64 and 128; `rate` with heads packed"
+)
 CPU: Final = Hardware(
     name="cpu",
     launch=_ns(5000, _NOMINAL),
@@ -235,6 +267,13 @@ CPU: Final = Hardware(
     cache_bandwidth=_rate(200, _NOMINAL),
     memory_bandwidth=_rate(50, _NOMINAL),
     strided_copy=_rate(50, _NOMINAL),
+    attention=Attention(
+        latency=_ns(5000, _NOMINAL),
+        key=_ns(0, _NOMINAL),
+        rate=_operations(38, _CPU_ATTENTION),
+        row_rate=_operations(28, _CPU_ATTENTION),
+        narrow_row_rate=_operations(2.9, _CPU_ATTENTION),
+    ),
     ring=(
         Protocol(
             name="gloo",

@@ -11,7 +11,7 @@ class Constant:
 
     Attributes:
         value: in `unit`.
-        unit: `ns`, `GB/s` (1e9 bytes a second, which is bytes a nanosecond) or `bytes`.
+        unit: `ns`, `GB/s` (1e9 bytes a second, which is bytes a nanosecond), `GFLOP/s` or `bytes`.
         source: the datasheet, measurement or publication it was read from, or what it was derived from.
     """
 
@@ -100,6 +100,25 @@ class Aiter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attention:
+    """torch's attention kernels.
+
+    Attributes:
+        latency: of one with next to nothing to read, its launch included.
+        key: what each key adds for a query token whose keys aren't split among programs.
+        rate: of operations where several queries share the keys that a program reads.
+        row_rate: of operations in float32 where one query has them for itself.
+        narrow_row_rate: the same in bfloat16 and float16.
+    """
+
+    latency: Constant
+    key: Constant
+    rate: Constant
+    row_rate: Constant
+    narrow_row_rate: Constant
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One kind of device, with its usual links and libraries, as the cost model sees it.
 
@@ -111,6 +130,7 @@ class Hardware:
         cache_bandwidth: of traffic within the cache.
         memory_bandwidth: of traffic beyond it.
         strided_copy: of eager `copy_` into a narrowed tensor, the second half of eager `F.pad`.
+        attention: torch's attention kernels.
         ring: the all-reduce of torch.distributed; the fastest protocol is taken. Empty where AITER replaces it.
         triton: the exchange of Triton kernels over symmetric memory, None where there is no Triton.
         flashinfer: FlashInfer's exchange, None off NVIDIA.
@@ -124,10 +144,18 @@ class Hardware:
     cache_bandwidth: Constant
     memory_bandwidth: Constant
     strided_copy: Constant
+    attention: Attention
     ring: tuple[Protocol, ...] = ()
     triton: Peers | None = None
     flashinfer: Peers | None = None
     aiter: Aiter | None = None
+
+    @property
+    def vendor(self) -> str:
+        """Whose device it is, as device profiles have it."""
+        if self.name == "cpu":
+            return "cpu"
+        return "nvidia" if self.aiter is None else "amd"
 
     def constants(self) -> Iterator[tuple[str, Constant]]:
         """Every constant by its dotted name, e.g. `triton.signal` or `ring.LL.latency`."""

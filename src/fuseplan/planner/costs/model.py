@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias
 
 from fuseplan.planner.costs.hardware import Gate, Hardware, Peers, Protocol
 
-Core: TypeAlias = Literal["rms_norm", "silu_and_mul"]
+Core: TypeAlias = Literal["rms_norm", "silu_and_mul", "attention"]
 Epilogue: TypeAlias = Literal["pad", "static_fp8_quant", "dynamic_fp8_quant", "rotary"]
 PadLowering: TypeAlias = Literal["inductor", "eager"]
 

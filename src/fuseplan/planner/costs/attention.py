@@ -1,0 +1,106 @@
+"""What attention over shared heads costs: copies of keys and values, and the kernel that reads them.
+
+    kernel = latency + key * keys + max(bytes / bandwidth, operations / rate)
+
+`latency` is what the kernel takes with next to nothing to read, its launch included. A kernel that doesn't split the
+keys of a query among programs walks along them, which takes `key` each; that is added, though part of it overlaps with
+memory. Repeated heads are read as often as they are repeated, and before that Inductor writes them, a kernel for keys
+and one for values.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from fuseplan.planner.costs.hardware import Hardware
+from fuseplan.planner.costs.model import Kernel
+
+Form: TypeAlias = Literal["repeated", "shared", "packed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRegion:
+    """One attention, and the copies before it, at one size.
+
+    Attributes:
+        batch: rows of the batch.
+        q_heads: heads of the queries.
+        heads: of keys and values, unrepeated.
+        queries: tokens of a row.
+        keys: that each of them sees at most.
+        width: of a head.
+        itemsize: bytes of an element.
+        kernel: of the graph.
+        copies: whether repeated heads are written to memory; of a single head they are a view.
+        is_causal: whether queries see the keys before them alone, which halves the work.
+    """
+
+    batch: int
+    q_heads: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    itemsize: int
+    kernel: str
+    copies: bool = True
+    is_causal: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Queries that share a head."""
+        return self.q_heads // self.heads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of all keys, or of all values, unrepeated."""
+        return self.batch * self.heads * self.keys * self.width * self.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Of the queries, or of the result."""
+        return self.batch * self.q_heads * self.queries * self.width * self.itemsize
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions."""
+        share = 0.5 if self.is_causal else 1.0
+        return 4.0 * share * self.batch * self.q_heads * self.queries * self.keys * self.width
+
+
+def repeated(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
+    """The graph as Inductor leaves it."""
+    copied = region.shared_bytes * (1 + region.groups)
+    copy = Kernel(
+        name="repeat heads", launch=_up(hardware.launch.value), memory=_up(hardware.memory_ns(copied))
+    )  # fmt: skip
+    return (*((copy, copy) if region.copies else ()), _attention(hardware, region, "repeated"))
+
+
+def grouped(hardware: Hardware, region: AttentionRegion, form: Form) -> tuple[Kernel, ...]:
+    """The graph without repeated heads, in a form; as `repeated`, by the reference, behind an opaque op."""
+    if form == "repeated":
+        opaque = Kernel(name="opaque op", launch=_up(hardware.launch.value))
+        return (*repeated(hardware, region), opaque)
+    return (_attention(hardware, region, form),)
+
+
+def _attention(hardware: Hardware, region: AttentionRegion, form: Form) -> Kernel:
+    constants = hardware.attention
+    is_single = region.queries == 1 and form != "packed"
+    narrow = constants.narrow_row_rate if region.itemsize < 4 else constants.row_rate
+    rate = narrow if is_single else constants.rate
+    times = region.groups if form == "repeated" and region.copies else 1
+    nbytes = 2 * region.shared_bytes * times + 2 * region.query_bytes
+    # cuDNN splits the keys of single queries, and flash attention packs heads and splits them by itself.
+    splits = region.queries > 1 or region.kernel == "flash" or (region.kernel == "cudnn" and form != "packed")
+    walked = 0.0 if splits else constants.key.value * region.keys
+    return Kernel(
+        name=f"attention ({region.kernel}, {form} heads)",
+        launch=_up(constants.latency.value + walked),
+        memory=_up(max(hardware.memory_ns(nbytes), region.operations / rate.value)),
+    )
+
+
+def _up(ns: float) -> int:
+    return math.ceil(ns)

@@ -1,0 +1,176 @@
+"""Grouped attention by torch's own kernels, in two forms, each a few aten calls in the graph.
+
+`sdpa`         the graph's own kernel on keys and values as they are, where it takes fewer heads of them than of queries
+`sdpa_packed`  one query token a row: the queries that share a head are stacked as if they were tokens, so the kernel
+               sees as many heads of queries as of keys
+
+    q [B, heads, 1, D] -> [B, kv_heads, heads / kv_heads, D],   mask [B, 1, 1, S] -> [B, 1, heads / kv_heads, S]
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from fuseplan.dialect import ATTENTION_KERNELS, facts_of, implement, ops
+from fuseplan.graph.facts import equal_size
+from fuseplan.providers.gates import Offer
+from fuseplan.record import Reason, Refusal
+
+aten = torch.ops.aten
+SHARED: Final = "sdpa"
+PACKED: Final = "sdpa_packed"
+EFFICIENT_SHARES: Final = "2.14"
+"""The torch from which on memory-efficient attention takes fewer heads of keys than of queries, on NVIDIA."""
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+MOST_CUDNN_WIDTH: Final = 128
+"""Head dimensions up to which torch prefers cuDNN's kernel on Hopper and Blackwell."""
+
+
+def shared_attention(
+    q: Any, k: Any, v: Any, mask: Any, scale: float, is_causal: bool, kernel: str
+) -> Any:  # fmt: skip
+    """The kernel of that name on unrepeated keys and values; arguments as for `attention_reference`."""
+    return ATTENTION_KERNELS[kernel].run(q, k, v, mask, scale, is_causal)[0]
+
+
+def packed_attention(
+    q: Any, k: Any, v: Any, mask: Any, scale: float, is_causal: bool, kernel: str
+) -> Any:  # fmt: skip
+    """The kernel of that name on the queries of a group as its tokens; arguments as for `attention_reference`."""
+    heads, width = facts_of(q).shape[1], facts_of(q).shape[3]
+    shared = facts_of(k).shape[1]
+    rows = heads // shared
+    packed = aten.reshape.default(q, [-1, shared, rows, width])
+    result = ATTENTION_KERNELS[kernel].run(packed, k, v, _packed_mask(mask, shared, rows, kernel), scale, False)[0]
+    return aten.reshape.default(result, [-1, heads, 1, facts_of(v).shape[3]])
+
+
+def _packed_mask(mask: Any, shared: int, rows: int, kernel: str) -> Any:
+    """A mask [B, 1 or heads, 1, S], or [1, S], for rows that are heads."""
+    if mask is None:
+        return None
+    facts: Tensor = facts_of(mask)
+    if facts.dim() == 2:
+        return aten.expand.default(mask, [rows, -1])
+    if _is_one_head(facts):
+        if not equal_size(facts.shape[1], 1):
+            mask = aten.slice.Tensor(mask, 1, 0, 1)
+        # Memory-efficient attention wants a mask of all heads, which may be one in memory.
+        mask = aten.expand.default(mask, [-1, shared if kernel == "efficient" else -1, rows, -1])
+        # cuDNN reads a mask whose heads are one in memory, and not one whose tokens are.
+        return aten.clone.default(mask, memory_format=torch.contiguous_format) if kernel == "cudnn" else mask
+    batch, keys = facts.shape[0], facts.shape[3]
+    return aten.reshape.default(mask, [batch if isinstance(batch, int) else -1, shared, rows, keys])
+
+
+def _is_one_head(mask: Tensor) -> bool:
+    return equal_size(mask.shape[1], 1) or equal_size(mask.stride(1), 0)
+
+
+def target_kernel(kernel: str, vendor: str, q: Tensor, mask: Tensor | None) -> str:
+    """What a vendor's devices run where a graph that was traced without one calls the CPU's kernel.
+
+    Args:
+        kernel: of the graph.
+        vendor: of the device that the plan is for.
+        q: queries.
+        mask: added to the scores, or None.
+    """
+    if kernel != "cpu" or vendor == "cpu":
+        return kernel
+    if q.dtype not in LOW_PRECISION:
+        return "efficient"
+    if vendor == "nvidia" and isinstance(q.shape[-1], int) and q.shape[-1] <= MOST_CUDNN_WIDTH:
+        return "cudnn"
+    return "efficient" if mask is not None else "flash"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Whether a kernel takes fewer heads of keys and values than of queries.
+
+    Attributes:
+        vendor: of the device that is planned for, where it isn't this machine's; None: the graph's kernel counts.
+        torch_version: in use.
+        is_rocm: whether torch was built for AMD's GPUs.
+    """
+
+    vendor: str | None = None
+    torch_version: str = torch.__version__
+    is_rocm: bool = torch.version.hip is not None
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the arguments are refused, or None."""
+        kernel = target_kernel(m.kernel, self.vendor or "cpu", m.q, m.mask)
+        if kernel == "overrideable":
+            return _unknown_kernel()
+        is_rocm = self.is_rocm if self.vendor is None else self.vendor == "amd"
+        if kernel == "efficient" and (is_rocm or TorchVersion(self.torch_version) < EFFICIENT_SHARES):
+            where = "on ROCm" if is_rocm else f"before torch {EFFICIENT_SHARES}; this is {self.torch_version}"
+            return Refusal(
+                reason=Reason.PROVIDER,
+                detail=f"memory-efficient attention takes as many heads of keys as of queries {where}",
+                expected=f"{m.k.shape[1]} query heads", found=f"{m.q.shape[1]} query heads",
+            )  # fmt: skip
+        return None
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        return (f"memory-efficient attention from torch {EFFICIENT_SHARES} on, and not on ROCm",)
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Whether queries can be stacked: one token a row, and a mask that heads share or that has one for each."""
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the arguments are refused, or None."""
+        if m.kernel == "overrideable":
+            return _unknown_kernel()
+        if not equal_size(m.q.shape[2], 1):
+            return Refusal(
+                reason=Reason.SIZE, detail=f"heads are packed where there is one query token, not {m.q.shape[2]}",
+                expected="1 query token", found=f"{m.q.shape[2]} query tokens",
+            )  # fmt: skip
+        if m.is_causal:
+            return Refusal(
+                reason=Reason.ATTRIBUTE, detail="a causal kernel would take packed heads for tokens in a row",
+                expected="is_causal=False", found="is_causal=True",
+            )  # fmt: skip
+        return self._mask(m.mask)
+
+    def _mask(self, mask: Tensor | None) -> Refusal | None:
+        if mask is None or (mask.dim() == 2 and equal_size(mask.shape[0], 1)):
+            return None
+        shape = list(mask.shape)
+        fits = mask.dim() == 4 and equal_size(shape[2], 1)
+        if fits and (_is_one_head(mask) or (isinstance(shape[1], int) and isinstance(shape[3], int))):
+            return None
+        return Refusal(
+            reason=Reason.SIZE, detail=f"a mask {shape} can't be laid over packed heads", expected="[B, 1, 1, S]",
+            found=str(shape),
+        )  # fmt: skip
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        return ("one query token a row",)
+
+
+def _unknown_kernel() -> Refusal:
+    detail = "the kernel of a device outside of torch: what it takes isn't known"
+    return Refusal(reason=Reason.PROVIDER, detail=detail, expected="one of torch's kernels", found="overrideable")
+
+
+def shared_offers(vendor: str | None) -> dict[str, Offer]:
+    """What `sdpa` implements, on this machine or planned for a vendor's devices."""
+    return {ops.grouped_attention.name: Offer(accepts=Shared(vendor))}
+
+
+PACKED_OFFERS = {ops.grouped_attention.name: Offer(accepts=Packs())}
+
+implement(ops.grouped_attention, SHARED, shared_attention, inlined=True)
+implement(ops.grouped_attention, PACKED, packed_attention, inlined=True)

@@ -1,0 +1,117 @@
+"""Attention over shared heads by each of torch's kernels, and a decode step in CUDA graphs. Skipped without a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import fuseplan
+from fuseplan.verification.check import significant_strides
+from tests.attention import SPELLINGS, attend, hugging_face, inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+}
+LAYERS = 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", ["sdpa", "sdpa_packed"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("keys", [32, 41])
+def test_each_form_of_each_kernel_computes_what_repeated_heads_do(
+    keys: int, kernel: str, form: str, dtype: torch.dtype
+) -> None:
+    if dtype is torch.float32 and kernel != "efficient":
+        pytest.skip("takes no float32")
+    q, k, v, *mask = (each.cuda() for each in inputs(dtype=dtype, masked=kernel != "flash", keys=keys))
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(force=(f"grouped_attention:{form}",))
+    with torch.inference_mode(), sdpa_kernel(KERNELS[kernel]):
+        torch._dynamo.reset()
+        plain = torch.compile(attend(hugging_face))(q, k, v, *mask)
+        torch._dynamo.reset()
+        fused = fuseplan.compile(attend(hugging_face), config=config, on_report=reports.append)(q, k, v, *mask)
+    wide = (each.double().cpu() for each in (q, k, v))
+    exact = attend(hugging_face)(*wide, *(each.cpu() for each in mask))
+    if form == "sdpa" and kernel == "efficient" and torch.__version__ < "2.14":
+        assert {f.provider for graph in reports[-1].graphs for f in graph.applied} <= {"sdpa_packed"}
+        return
+    assert reports[-1].fused["grouped_attention"] == 1, reports[-1].warnings
+    assert all(each.passed for graph in reports[-1].graphs for each in graph.verified)
+    off, allowed = ((each.double().cpu() - exact).abs().max() for each in (fused, plain))
+    assert off <= 2 * allowed + torch.finfo(dtype).eps
+    assert significant_strides(fused) == significant_strides(plain)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_every_spelling_is_planned_and_computes_the_same(spelling: str, queries: int) -> None:
+    arguments = [each.cuda() for each in inputs(queries)]
+    reports: list[fuseplan.Report] = []
+    with torch.inference_mode(), fresh_cache():
+        torch._dynamo.reset()
+        plain = torch.compile(attend(SPELLINGS[spelling]))(*arguments)
+        torch._dynamo.reset()
+        fused = fuseplan.compile(attend(SPELLINGS[spelling]), on_report=reports.append)(*arguments)
+    assert reports[-1].fused["grouped_attention"] == 1
+    torch.testing.assert_close(fused, plain, rtol=2e-2, atol=2e-2)
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2,
+        vocab_size=128, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model: Any = LlamaForCausalLM(config)
+        return model.eval().bfloat16()
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left() -> None:
+    model = _model()
+    ids = torch.arange(24, device="cuda").reshape(3, 8) % 128
+    mask = torch.ones(3, 64, dtype=torch.long, device="cuda")
+    mask[1, :3] = 0
+    reports: list[fuseplan.Report] = []
+    with torch.inference_mode():
+        results = []
+        for compiled in (model, fuseplan.compile(model, mode="reduce-overhead", on_report=reports.append)):
+            torch._dynamo.reset()
+            counters.clear()
+            cache: Any = StaticCache(config=model.config, max_cache_len=64)
+            kept = [model(input_ids=ids, attention_mask=mask[:, :8], past_key_values=cache).logits[:, -1].clone()]
+            for layer in cache.layers:
+                for value in vars(layer).values():
+                    if isinstance(value, torch.Tensor):
+                        torch._dynamo.mark_static_address(value)
+            for step in range(40):
+                torch.compiler.cudagraph_mark_step_begin()
+                given = {"attention_mask": mask[:, : 9 + step]} if compiled is model else {}
+                given = given or {"attention_mask": torch.nn.functional.pad(mask[:, : 9 + step], (0, 55 - step))}
+                position = torch.full((3, 1), 8 + step, device="cuda")
+                out = compiled(
+                    input_ids=ids[:, step % 8][:, None], position_ids=position, past_key_values=cache, **given
+                )
+                kept.append(out.logits[:, -1].float().clone())
+            results.append((torch.stack(kept[1:]), [layer.keys.clone() for layer in cache.layers]))
+    assert reports[-1].fused["grouped_attention"] == LAYERS
+    assert len(reports) == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    (expected, keys), (actual, own) = results
+    assert (actual - expected).abs().max() <= 0.05 * expected.abs().max()
+    for left, right in zip(keys, own, strict=True):
+        torch.testing.assert_close(left, right, rtol=5e-2, atol=5e-2)

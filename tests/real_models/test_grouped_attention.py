@@ -1,0 +1,102 @@
+"""Decode steps of unmodified Hugging Face models on a static cache: attention stops repeating heads in every layer, and
+what comes out stays.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+import fuseplan
+
+LAYERS, CACHE, PROMPT = 2, 32, 7
+COMMON: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "initializer_range": 0.3,
+}  # fmt: skip
+MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "sliding window": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
+}
+IDS = (torch.arange(3 * PROMPT).reshape(3, PROMPT) * 11) % 64
+
+
+def built(name: str, **further: Any) -> Any:
+    config, model, own = MODELS[name]
+    torch.manual_seed(0)
+    return model(config(**COMMON, **own, **further)).eval()
+
+
+def step(model: Any, padded: int = 0) -> dict[str, Any]:
+    """The arguments of one step behind a prompt whose second row is padded at the left."""
+    cache = StaticCache(config=model.config, max_cache_len=CACHE)
+    mask = torch.ones(3, PROMPT + 1, dtype=torch.long)
+    mask[1, :padded] = 0
+    with torch.no_grad():
+        model(input_ids=IDS, attention_mask=mask[:, :PROMPT], past_key_values=cache)
+    return {
+        "input_ids": IDS[:, :1], "position_ids": torch.full((3, 1), PROMPT), "attention_mask": mask,
+        "past_key_values": cache, "use_cache": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_planned_once_a_layer(name: str) -> None:
+    model = built(name)
+    report = fuseplan.explain(model, device="cpu", **step(model, padded=2))
+    assert report.fused["grouped_attention"] == LAYERS
+    fusions = [each for each in report.graphs[0].applied if each.rule == "grouped_attention"]
+    assert [each.source for each in fusions] == [f"model.layers.{layer}.self_attn" for layer in range(LAYERS)]
+    assert {each.provider for each in fusions} == {"sdpa_packed"}
+
+
+@pytest.mark.parametrize(("device", "provider"), [("h100", "sdpa"), ("mi300x", "sdpa_packed")])
+def test_a_gpu_is_planned_for_by_the_kernel_that_it_runs(device: str, provider: str) -> None:
+    model = built("llama").bfloat16()
+    report = fuseplan.explain(model, device=device, **step(model))
+    assert report.fused["grouped_attention"] == LAYERS
+    assert {f.provider for f in report.graphs[0].applied if f.rule == "grouped_attention"} == {provider}
+
+
+def test_eager_attention_is_a_near_miss_once_a_layer() -> None:
+    model = built("llama", attn_implementation="eager")
+    report = fuseplan.explain(model, device="cpu", **step(model))
+    assert report.fused["grouped_attention"] == 0
+    (miss,) = [each for each in report.near_misses if each.rule == "grouped_attention"]
+    assert (miss.count, miss.reason) == (LAYERS, "op")
+
+
+def test_a_padded_step_computes_and_caches_what_the_model_does() -> None:
+    model = built("qwen3")
+    reports: list[fuseplan.Report] = []
+    compiled = fuseplan.compile(model, fullgraph=True, on_report=reports.append)
+    with torch.no_grad():
+        plain, fused = step(model, padded=2), step(model, padded=2)
+        expected, actual = model(**plain).logits, compiled(**fused).logits
+    assert reports[-1].fused["grouped_attention"] == LAYERS
+    assert not reports[-1].warnings
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for left, right in zip(fused["past_key_values"].layers, plain["past_key_values"].layers, strict=True):
+        torch.testing.assert_close(left.keys, right.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(left.values, right.values, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_gives_equal_tokens() -> None:
+    model = built("llama")
+    how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(IDS, **how, pad_token_id=0)
+    reports: list[fuseplan.Report] = []
+    model.forward = fuseplan.compile(model.forward, on_report=reports.append)
+    actual = model.generate(IDS, **how, pad_token_id=0)
+    assert any(report.fused["grouped_attention"] == LAYERS for report in reports)
+    assert torch.equal(actual, expected)

@@ -1,0 +1,361 @@
+"""Grouped attention: where it fires, what it computes, what it refuses."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fuseplan.config import PassConfig
+from fuseplan.graph.facts import Call
+from fuseplan.graph.surgery import copy_graph
+from fuseplan.manager import PostGradPassManager
+from fuseplan.providers import device_profile
+from fuseplan.providers.attention import Packs, Shared
+from fuseplan.record import GraphReport, Nearness, Reason, Refusal
+from fuseplan.rules import Bindings
+from fuseplan.verification.check import significant_strides
+from tests.attention import (
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    SHARED,
+    SPELLINGS,
+    attend,
+    decode,
+    hugging_face,
+    inputs,
+    on_gpu,
+    tiled,
+)
+from tests.helpers import canonical, post_grad, randn
+
+aten = torch.ops.aten
+ATTENTION = {
+    "cudnn": aten._scaled_dot_product_cudnn_attention.default,
+    "flash": aten._scaled_dot_product_flash_attention.default,
+    "efficient": aten._scaled_dot_product_efficient_attention.default,
+    "cpu": aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+COPIES = (aten.clone.default, aten.repeat.default)
+
+
+def planned(graph: fx.Graph, device: str = "cpu", verify: str = "off", **config: Any) -> GraphReport:
+    """The report of a graph, which is rewritten."""
+    reports: list[Any] = []
+    manager = PostGradPassManager(
+        PassConfig(verify=verify, **config), device=device_profile(device), on_report=reports.append
+    )
+    manager(graph)
+    graph.lint()
+    report: GraphReport = reports[-1].graphs[0]
+    return report
+
+
+def called(graph: fx.Graph, kernel: str) -> Call:
+    """The one call of a kernel."""
+    (node,) = graph.find_nodes(op="call_function", target=ATTENTION[kernel])
+    return cast(Call, node)
+
+
+def applied(report: GraphReport) -> list[str]:
+    return [fusion.provider for fusion in report.applied if fusion.rule == "grouped_attention"]
+
+
+def run(graph: fx.Graph, *arguments: Tensor) -> Tensor:
+    """Graphs take their inputs in the order in which they read them."""
+    named = dict(zip(("q", "k", "v", "mask"), arguments, strict=False))
+    shapes = {tuple(value.shape): value for value in named.values()}
+    assert len(shapes) == len(named) - 1  # keys and values are alike, in this order
+    given = []
+    keys = iter((named["k"], named["v"]))
+    for node in graph.find_nodes(op="placeholder"):
+        shape = tuple(node.meta["val"].shape)
+        given.append(next(keys) if shape == tuple(named["k"].shape) else shapes[shape])
+    return fx.Interpreter(fx.GraphModule({}, graph)).run(*given)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_it_fires_in_every_spelling_and_nothing_is_copied(spelling: str, queries: int) -> None:
+    arguments = inputs(queries)
+    graph = post_grad(attend(SPELLINGS[spelling]), *arguments)
+    expected = run(graph, *arguments)
+    report = planned(graph, verify="always")
+    assert applied(report) == ["sdpa_packed" if queries == 1 else "sdpa"]
+    assert all(each.passed for each in report.verified)
+    assert not [node for node in graph.nodes if node.target in COPIES]
+    torch.testing.assert_close(run(graph, *arguments), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", ["sdpa", "sdpa_packed"])
+def test_either_form_is_verified_and_close_to_float64(form: str, dtype: torch.dtype) -> None:
+    arguments = inputs(dtype=dtype)
+    graph = post_grad(attend(hugging_face, scale=0.3), *arguments)
+    plain = run(graph, *arguments)
+    report = planned(graph, verify="always", force=(f"grouped_attention:{form}",))
+    assert applied(report) == [form]
+    assert [each.passed for each in report.verified] == [True]
+    wide = [each.double() if each.is_floating_point() else each for each in arguments]
+    exact = attend(hugging_face, scale=0.3)(*wide)
+    off, allowed = ((each.double() - exact).abs().max() for each in (run(graph, *arguments), plain))
+    assert off <= 2 * allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_causal_queries_keep_their_order(masked: bool) -> None:
+    arguments = inputs(32, masked=masked)
+    graph = post_grad(attend(hugging_face, is_causal=not masked), *arguments)
+    expected = run(graph, *arguments) if masked else attend(hugging_face, is_causal=True)(*arguments)
+    report = planned(graph, verify="always")
+    assert applied(report) == ["sdpa"]
+    if masked:
+        torch.testing.assert_close(run(graph, *arguments), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_one_head_for_all_queries_is_shared_too() -> None:
+    def expanded(x: Tensor) -> Tensor:
+        return x.expand(-1, HEADS, -1, -1)
+
+    graph = post_grad(attend(expanded), *inputs(shared=1))
+    assert applied(planned(graph)) == ["sdpa_packed"]
+
+
+def test_heads_that_are_repeated_in_part_are_shared_by_what_is_left() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        k, v = (each.repeat_interleave(2, 1) for each in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    arguments = inputs(5)
+    graph = post_grad(attention, *arguments)
+    expected = run(graph, *arguments)
+    assert applied(planned(graph, verify="always")) == ["sdpa"]
+    torch.testing.assert_close(run(graph, *arguments), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_the_batch_may_be_a_symbol(queries: int) -> None:
+    arguments = inputs(queries)
+    for value in arguments:
+        torch._dynamo.maybe_mark_dynamic(value, 0)
+    graph = post_grad(attend(hugging_face), *arguments)
+    assert [node for node in graph.find_nodes(op="placeholder") if isinstance(node.meta["val"], torch.SymInt)]
+    report = planned(graph, verify="always")
+    assert applied(report) == ["sdpa_packed" if queries == 1 else "sdpa"]
+    assert all(each.passed for each in report.verified)
+
+
+# As traced for a GPU.
+
+
+@pytest.mark.parametrize("device", ["h100", "h200", "b200"])
+def test_cudnn_reads_unrepeated_heads_on_nvidia(device: str) -> None:
+    graph = on_gpu(decode())
+    before = called(graph, "cudnn")
+    promised = before.meta["val"][0]
+    report = planned(graph, device)
+    assert applied(report) == ["sdpa"]
+    call = called(graph, "cudnn")
+    assert call is not before
+    assert [value.meta["val"].shape[1] for value in call.args[:3]] == [HEADS, SHARED, SHARED]
+    assert call.args[3].meta["val"].shape == (3, 1, 1, 32)
+    assert (call.meta["val"][0].shape, call.meta["val"][0].stride()) == (promised.shape, promised.stride())
+    assert not [node for node in graph.nodes if node.target in COPIES]
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
+def test_heads_are_packed_for_every_kernel(kernel: str) -> None:
+    graph = on_gpu(post_grad(attend(hugging_face), *inputs(masked=kernel != "flash")), kernel)
+    promised = called(graph, kernel).meta["val"][0]
+    report = planned(graph, "h100", force=("grouped_attention:sdpa_packed",))
+    assert applied(report) == ["sdpa_packed"]
+    call = called(graph, kernel)
+    assert call.args[0].meta["val"].shape == (3, SHARED, GROUPS, HEAD_DIM)
+    if kernel != "flash":
+        mask = call.args[3].meta["val"]
+        assert mask.shape == (3, SHARED if kernel == "efficient" else 1, GROUPS, 32)
+        assert mask.stride(-1) == 1
+    (result,) = graph.output_node().all_input_nodes
+    assert result.meta["val"].shape == promised.shape
+    assert significant_strides(result.meta["val"]) == significant_strides(promised)
+
+
+@pytest.mark.parametrize(("device", "where"), [("h100", "before torch 2.14"), ("mi300x", "on ROCm")])
+def test_memory_efficient_attention_takes_packed_heads_alone(device: str, where: str) -> None:
+    if device == "h100" and Shared("nvidia")(_bound("efficient")) is None:
+        pytest.skip("this torch's takes shared heads")
+    report = planned(on_gpu(decode(), "efficient"), device)
+    assert applied(report) == ["sdpa_packed"]
+    (declined,) = [each for each in report.refusals if each.provider == "sdpa"]
+    assert declined.nearness is Nearness.DECLINED
+    assert where in declined.detail
+
+
+def _bound(kernel: str, **values: Any) -> Bindings:
+    q, k, v, _ = inputs()
+    mask = torch.zeros(3, 1, 1, 32, dtype=q.dtype)
+    given = {"q": q, "k": k, "v": v, "mask": mask, "is_causal": False, "kernel": kernel, "scale": 1.0, **values}
+    return Bindings("grouped_attention", given)
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (replace(Shared(), torch_version="2.13.0", is_rocm=False), Reason.PROVIDER),
+        (replace(Shared(), torch_version="2.14.0", is_rocm=False), None),
+        (replace(Shared(), torch_version="2.14.0", is_rocm=True), Reason.PROVIDER),
+        (Shared("amd"), Reason.PROVIDER),
+    ],
+)
+def test_memory_efficient_attention_by_version_and_device(check: Shared, reason: Reason | None) -> None:
+    refusal = check(_bound("efficient"))
+    assert (refusal.reason if refusal else None) is reason
+
+
+@pytest.mark.parametrize("check", [Shared(), Packs()])
+def test_the_kernel_of_another_device_is_declined(check: Callable[[Any], Refusal | None]) -> None:
+    refusal = check(_bound("overrideable"))
+    assert refusal is not None
+    assert refusal.reason is Reason.PROVIDER
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"is_causal": True, "mask": None}, Reason.ATTRIBUTE),
+        ({"q": torch.zeros(3, HEADS, 2, HEAD_DIM)}, Reason.SIZE),
+        ({"mask": torch.zeros(3, 1, 2, 32)}, Reason.SIZE),
+        ({"mask": torch.zeros(1, 1, 32)}, Reason.SIZE),
+        ({"mask": torch.zeros(1, 32)}, None),
+        ({"mask": torch.zeros(3, HEADS, 1, 32)}, None),
+        ({"mask": None}, None),
+    ],
+)
+def test_what_packing_takes(values: dict[str, Any], reason: Reason | None) -> None:
+    refusal = Packs()(_bound("cudnn", **values))
+    assert (refusal.reason if refusal else None) is reason
+
+
+# Near misses.
+
+
+def missed(graph: fx.Graph) -> Refusal:
+    report = planned(graph)
+    assert not applied(report)
+    (refusal,) = [each for each in report.refusals if each.rule == "grouped_attention"]
+    return refusal
+
+
+def test_dropout_is_refused() -> None:
+    graph = post_grad(attend(hugging_face), *inputs())
+    call = called(graph, "cpu")
+    call.args = (*call.args[:3], 0.1)
+    refusal = missed(graph)
+    assert (refusal.reason, refusal.mend) == (Reason.ATTRIBUTE, "call model.eval()")
+    assert "drops 0.1" in refusal.detail
+
+
+def test_a_debug_mask_is_refused() -> None:
+    graph = on_gpu(decode())
+    call = called(graph, "cudnn")
+    call.args = (*call.args[:7], True)
+    refusal = missed(graph)
+    assert refusal.reason is Reason.ATTRIBUTE
+    assert "debug mask" in refusal.detail
+
+
+def test_sums_of_exponentials_that_are_read_are_refused() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = ATTENTION["cpu"](q, hugging_face(k), hugging_face(v))
+        return found
+
+    refusal = missed(post_grad(attention, *inputs(masked=False)))
+    assert refusal.reason is Reason.USERS
+    assert "logsumexp" in refusal.detail
+
+
+def test_a_second_reader_of_repeated_keys_is_refused() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        wide = hugging_face(k)
+        return F.scaled_dot_product_attention(q, wide, hugging_face(v), attn_mask=mask), wide
+
+    refusal = missed(post_grad(attention, *inputs()))
+    assert refusal.reason is Reason.USERS
+    assert "repeat_heads" in refusal.detail
+
+
+def test_heads_after_each_other_are_refused() -> None:
+    refusal = missed(post_grad(attend(tiled), *inputs()))
+    assert refusal.reason is Reason.ATTRIBUTE
+    assert "after each other" in refusal.detail
+
+
+def test_keys_alone_are_refused() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, hugging_face(k), torch.cat([v, v + 1, v + 2, v + 3], 1), attn_mask=mask
+        )
+
+    refusal = missed(post_grad(attention, *inputs()))
+    assert refusal.reason is Reason.OP
+    assert "values are not" in refusal.detail
+
+
+def test_keys_and_values_that_are_shared_unlike_are_refused() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        k, v = hugging_face(k), v[:, :1].expand(-1, HEADS, -1, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    refusal = missed(post_grad(attention, *inputs()))
+    assert refusal.reason is Reason.ATTRIBUTE
+    assert "keys have 2 heads, 4 times each" in refusal.detail
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    graph = post_grad(attend(hugging_face), *inputs())
+    (q,) = [node for node in graph.find_nodes(op="placeholder") if node.meta["val"].shape[2:] == (1, HEAD_DIM)]
+    with q.meta["val"].fake_mode:
+        q.meta["val"] = torch.empty(3, 6, 1, HEAD_DIM, dtype=torch.bfloat16)
+    refusal = missed(graph)
+    assert refusal.reason is Reason.SIZE
+    assert "6 query heads don't divide by 8 heads" in refusal.detail
+
+
+def test_a_mask_of_truths_is_refused() -> None:
+    graph = post_grad(attend(hugging_face), *inputs())
+    call = called(graph, "cpu")
+    (mask,) = [node for node in graph.find_nodes(op="placeholder") if node.meta["val"].dtype is torch.bool]
+    call.kwargs = {**call.kwargs, "attn_mask": mask}
+    assert missed(graph).reason is Reason.DTYPE
+
+
+def test_math_is_a_near_miss() -> None:
+    def attention(*arguments: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attend(hugging_face)(*arguments)
+
+    refusal = missed(post_grad(attention, *inputs()))
+    assert (refusal.reason, refusal.nearness) == (Reason.OP, Nearness.UNRECOGNIZED)
+    assert "aten.bmm" in refusal.detail
+
+
+# What stays as it is.
+
+
+@pytest.mark.parametrize("config", [{"fuse_grouped_attention": False}, {"policy": "off"}])
+def test_disabled_is_identity(config: dict[str, Any]) -> None:
+    graph = decode()
+    before = str(copy_graph(graph)[0])
+    assert not applied(planned(graph, **config))
+    assert str(graph) == before
+
+
+def test_unshared_heads_are_nothing_to_speak_of() -> None:
+    raised = canonical(attend(lambda x: x), randn(2, 4, 3, 16), randn(2, 4, 8, 16), randn(2, 4, 8, 16))
+    assert not raised.refusals
+    assert "attention[16]" not in raised.recognized()
