@@ -154,6 +154,17 @@ def _decode() -> str:
     return _table(("batch", "", "`torch.compile`", "fuseplan", "time a step"), rows)
 
 
+def _decode_one_gpu() -> str:
+    """A decode step of unmodified models on one GPU: plain, by hand, and planned."""
+    rows: list[tuple[object, ...]] = []
+    for row in _committed("results/decode_one_gpu_h100")["rows"]:
+        sides = [("{:,.0f} ± {:,.0f} us".format(*row[side])) for side in ("torch.compile", "enable_gqa", "fuseplan")]
+        faster = (f"{row['times_faster'][side]:.2f}" for side in ("enable_gqa", "fuseplan"))
+        rows.append((f"`{row['model']}`", row["batch"], f"{row['position']:,} of {row['cache']:,}", *sides, *faster))
+    head = ("model", "batch", "position", "`torch.compile`", "`enable_gqa` by hand", "fuseplan", "by hand", "fuseplan")
+    return _table(head, rows)
+
+
 def _bench() -> str:
     """What `fuseplan bench` printed of GPT-OSS: policies down, batches across."""
     result = _committed("results/bench_gpt_oss_120b_h100x2")
@@ -179,6 +190,7 @@ tables = {
     "region_h100x4": _region(4),
     "kernels_h100": _kernels(),
     "decode_h100x2": _decode(),
+    "decode_one_gpu_h100": _decode_one_gpu(),
     "bench_gpt_oss_h100x2": _bench(),
 }
 myst_substitutions = {**_figures(), **tables}
