@@ -11,7 +11,6 @@ import functools
 import hashlib
 import inspect
 import json
-import pickle
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -76,14 +75,15 @@ def lacking(thing: Any) -> str | None:
 
 
 def _said(thing: Any) -> str | tuple[bytes]:
-    """The hash of what `thing.uuid()` returns, or why there is none. As for torch's `CustomGraphPass`, it may be
-    anything that can be pickled, and what is false stands for nothing.
+    """The hash of what `thing.uuid()` returns, or why there is none. It may be a text, bytes, or plain data as JSON has
+    it, and what is false stands for nothing.
     """
     try:
         if (uuid := _uuid(thing)) is None:
             return "it has no uuid()"
         value = uuid() if callable(uuid) else uuid
-        return (hashlib.sha256(pickle.dumps(value)).digest(),) if value else f"its uuid() is {value!r}"
+        data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, default=bytes.hex).encode()
+        return (hashlib.sha256(data).digest(),) if value else f"its uuid() is {value!r}"
     except Exception as error:  # noqa: BLE001 - somebody's code; without a key the graph is compiled anew
         return f"its uuid() fails: {type(error).__name__}: {one_line(error, 200)}"
 

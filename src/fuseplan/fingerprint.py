@@ -213,7 +213,8 @@ def provider_content(provider: Provider, device: DeviceProfile | None) -> Conten
     """A provider by content: whether it can run, its version, what it implements, accepts and runs it by."""
     kernels = {name: registered_kernel(name, provider.name) for name in provider.implements}
     parts = [provider.offers(device), kernels]
-    itself = parts if type(provider) is Provider and provider.uuid is None else [provider, sorted(kernels)]
+    is_ours = type(provider).__module__.startswith("fuseplan.") and provider.uuid is None
+    itself = parts if is_ours else [provider, sorted(kernels)]
     data = [str(provider.unavailable(device)), str(provider.version()), provider.runs_alone]
     return content_of([provider.name, data, itself])
 

@@ -117,20 +117,24 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
         ]
         if as_json:
             return show({"schema": 1, "devices": rows}, as_json=True)
-        table = table_of("device", "", "here", "providers", "launch", "memory", "measured constants")
+        table = table_of("device", "", "here", "providers", "memory", "measured constants")
         for row in rows:
             constants = {each["name"]: each for each in row["constants"]}
             table.add_row(
                 row["device"],
                 row["description"],
                 Text("yes", style="green") if row["here"] else "",
-                ", ".join(row["providers"]),
-                f"{constants['launch']['value'] / 1000:.1f} us",
+                "\n".join(name for name in row["providers"] if name not in EVERYWHERE),
                 f"{constants['memory_bandwidth']['value']:.0f} GB/s",
                 _measured(row["constants"]),
             )
         show(table, as_json=False)
-        return show(Text("--json prints every constant with its source", style="dim"), as_json=False)
+        note = f"{', '.join(sorted(EVERYWHERE))} are everywhere; --json prints every constant with its source"
+        return show(Text(note, style="dim"), as_json=False)
+
+
+EVERYWHERE = frozenset({"sdpa", "sdpa_packed", "torch"})
+"""Providers whose kernels are torch's own."""
 
 
 def _measured(constants: list[dict[str, Any]]) -> str:

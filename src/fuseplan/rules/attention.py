@@ -19,12 +19,12 @@ class GroupedAttention(Rule):
         self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
     ) -> Any:  # fmt: skip
         shared = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
-        return ops.attention(q, *shared, mask, scale, is_causal, kernel)
+        return (ops.attention(q, *shared, mask, scale, is_causal, kernel),)
 
     def replacement(
         self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
     ) -> Any:  # fmt: skip
-        return self.op(q, k, v, mask, scale, is_causal, kernel)
+        return (self.op(q, k, v, mask, scale, is_causal, kernel),)
 
 
 ATTENTION_RULES: tuple[Rule, ...] = (GroupedAttention(),)

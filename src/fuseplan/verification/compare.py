@@ -113,7 +113,8 @@ def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring values of `dtype` at each element's magnitude: 2^floor(log2 |x|) * epsilon."""
     finfo = torch.finfo(dtype)
     _, exponent = torch.frexp(exact)
-    spacing = torch.ldexp(torch.full_like(exact, finfo.eps), exponent - 1)
+    with torch.cuda.device_of(exact):  # torch's ldexp needs its tensors' device to be the current one
+        spacing = torch.ldexp(torch.full_like(exact, finfo.eps), exponent - 1)
     return spacing.clamp(min=finfo.smallest_normal * finfo.eps)
 
 
