@@ -23,14 +23,16 @@ LARGEST_NS = 3_600_000_000_000
 
 
 class Provenance(StrEnum):
-    """How a time came about."""
+    """How a time is known.
+
+    `declared` is what the owner says, `cost=` of a provider or `saving_us` of a pass; of what is `assumed` nobody has
+    said or measured anything, and it is taken to save launches.
+    """
 
     MEASURED = "measured"
     MODELLED = "modelled"
     DECLARED = "declared"
-    """Its owner says so: `cost=` of a provider, `saving_us` of a pass."""
     ASSUMED = "assumed"
-    """Nobody has said or measured anything: it is taken to save launches."""
 
 
 @dataclass(frozen=True, kw_only=True)
