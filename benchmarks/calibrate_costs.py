@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from fuseplan.parts.pad import Padding
+from fuseplan.parts.rms_norm import PART as RMS_NORM
 from fuseplan.planner.costs import HARDWARE, Constant, CostModel, Gate, Hardware, Peers, Protocol, Region
 
 ROOT = Path(__file__).parent
@@ -69,8 +71,9 @@ def peers_with(peers: Peers | None, prefix: str, values: Mapping[str, float]) ->
 
 def site(tokens: int, ranks: int = 2) -> Region:
     return Region(
-        core="rms_norm", tokens=tokens, width=2880, padded=3072, reduce=True, residual=True, epilogue="pad", ranks=ranks
-    )
+        core=RMS_NORM.traffic, tokens=tokens, width=2880, reduce=True, residual=True, tail=Padding(padded=3072),
+        ranks=ranks,
+    )  # fmt: skip
 
 
 def contest(hardware: Hardware, tokens: int) -> dict[str, int]:
@@ -165,9 +168,9 @@ def calibrate_aiter(published: Mapping[str, Any]) -> dict[str, Any]:
         peers = peers_with(base.aiter.peers, "aiter", values)
         gate = Gate(source="", max_bytes={8: None} if table["stages"] == 1 else {})
         model = CostModel(replace(base, aiter=replace(base.aiter, peers=peers, fused=gate)))
-        shape = {"width": table["width"], "padded": table["width"], "ranks": table["ranks"]}
+        shape = {"width": table["width"], "ranks": table["ranks"], "reduce": True, "residual": True}
         return [
-            (model.fused_ns(Region(core="rms_norm", tokens=m, reduce=True, residual=True, **shape), "aiter") / 1e3, us)
+            (model.fused_ns(Region(core=RMS_NORM.traffic, tokens=m, **shape), "aiter") / 1e3, us)
             for m, us in table["rows"]
         ]
 

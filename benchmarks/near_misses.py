@@ -16,11 +16,13 @@ from committed import main
 from torch import nn
 
 from fuseplan import workloads
-from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.capture import capture
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.matching import find_disabled, find_matches, find_near_misses
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
-from fuseplan.rules import BUILT_IN_RULES, by_name
+from fuseplan.rules import by_name
 
 REPEATS = 21
 DEVICE = PROFILES["h200"]

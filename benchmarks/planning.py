@@ -24,9 +24,9 @@ from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, regist
 from torch._inductor.virtualized import V
 
 from fuseplan import workloads
-from fuseplan.canonical import canonicalize
 from fuseplan.capture import capture
 from fuseplan.config import CompileRange, Environment, PassConfig
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.manager import PostGradPassManager
 from fuseplan.matching import Match

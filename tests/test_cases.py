@@ -16,10 +16,10 @@ from fuseplan import workloads
 from fuseplan.capture import capture
 from fuseplan.cli import app
 from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import GraphReport, NearMiss, Nearness, Reason, Report
-from fuseplan.rules import BUILT_IN_RULES
 from tests.helpers import all_reduce, needs_rounded_residual, post_grad, quantize, randn, vllm
 
 LAYERS, HIDDEN = 3, 2880

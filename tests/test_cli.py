@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from fuseplan import compatibility, workloads
 from fuseplan.cli import app
 from fuseplan.errors import WorkloadError
-from fuseplan.rules import BUILT_IN_RULES
+from fuseplan.families import BUILT_IN_RULES
 
 FACTORIES = """
 import sys

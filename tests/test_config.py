@@ -4,6 +4,7 @@ import pytest
 
 from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
 from fuseplan.errors import ConfigError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.rules import enabled_rules
 
 
@@ -47,19 +48,20 @@ def test_policies_read_as_they_are_written() -> None:
 )
 def test_flags_that_contradict_the_policy(config: PassConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        enabled_rules(config)
+        enabled_rules(config, BUILT_IN_RULES)
 
 
 def test_flags_thin_out_the_default_policy() -> None:
-    assert "act_padding" not in enabled_rules(PassConfig(fuse_act_padding=False))
-    assert "allreduce_rms" in enabled_rules(PassConfig(fuse_act_padding=False))
-    assert "act_padding" in enabled_rules(PassConfig(fuse_act_padding=True, fuse_allreduce_rms=True))
+    assert "act_padding" not in enabled_rules(PassConfig(fuse_act_padding=False), BUILT_IN_RULES)
+    assert "allreduce_rms" in enabled_rules(PassConfig(fuse_act_padding=False), BUILT_IN_RULES)
+    assert "act_padding" in enabled_rules(PassConfig(fuse_act_padding=True, fuse_allreduce_rms=True), BUILT_IN_RULES)
 
 
 def test_composed_rules_need_both_flags() -> None:
-    assert "allreduce_rms_padding" in enabled_rules(PassConfig(policy="off"))
-    assert "allreduce_rms_padding" not in enabled_rules(PassConfig(policy="off", fuse_act_padding=False))
-    assert "allreduce_rms_padding" not in enabled_rules(PassConfig(policy="off", fuse_allreduce_rms=False))
+    assert "allreduce_rms_padding" in enabled_rules(PassConfig(policy="off"), BUILT_IN_RULES)
+    for flag in ("fuse_act_padding", "fuse_allreduce_rms"):
+        config = PassConfig(policy="off", **{flag: False})  # type: ignore[arg-type]
+        assert "allreduce_rms_padding" not in enabled_rules(config, BUILT_IN_RULES)
 
 
 def test_ranges() -> None:

@@ -21,10 +21,11 @@ from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.config import PassConfig
 from fuseplan.content import content_of, lacking, own_key
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.fingerprint import provider_content, rule_content
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, device_profile
 from fuseplan.providers.gates import accept_all
-from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule
+from fuseplan.rules import Bindings, Rule
 
 
 class Kind(enum.Enum):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan import floats
-from fuseplan.canonical.mean_square import AUTOMATIC_EPSILON, DYNAMIC_EPSILON
 from fuseplan.compatibility import FLOATS, PrivateApi
+from fuseplan.parts.rms_norm.mean_square import AUTOMATIC_EPSILON, DYNAMIC_EPSILON
 
 WIDTH = 64
 CONFIG = fuseplan.PassConfig(policy="ordered(act_padding)")

@@ -23,12 +23,13 @@ import fuseplan
 from fuseplan import ExternalPass, fingerprint
 from fuseplan.config import CompileRange, Environment, PassConfig
 from fuseplan.dialect import DialectOp, ops, registry
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner import Prices
 from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Provenance, Row
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, device_profile
 from fuseplan.record import Plan, Reason, Refusal, SavedPlans, Selected
-from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule
+from fuseplan.rules import Bindings, Rule
 
 RANGE = CompileRange(start=1, end=8)
 

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.config import CompileRange
 from fuseplan.errors import ConfigError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
 from fuseplan.record import Reason, Report, from_json
 from fuseplan.record.report import GraphReport
-from fuseplan.rules import BUILT_IN_RULES
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn, vllm
 
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fuseplan.dialect import define, ops
 from fuseplan.errors import FuseplanError, VerificationError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.providers import provider_of
 from fuseplan.record import Reason, Refusal
-from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule
+from fuseplan.rules import Bindings, Rule
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of, rule_id
 from tests.verification.fused_norm import (

@@ -13,11 +13,12 @@ from torch import Tensor, fx
 import fuseplan
 from fuseplan.config import PassConfig
 from fuseplan.errors import FuseplanError, PlanError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import provider_of
 from fuseplan.record import GraphReport, Reason, Refusal, Report
-from fuseplan.rules import BUILT_IN_RULES, Bindings
+from fuseplan.rules import Bindings
 from tests.helpers import HIDDEN, llama, post_grad, randn
 from tests.verification.fused_norm import AddNormRelu, add_norm_relu, provider, reference, right
 

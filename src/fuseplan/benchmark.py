@@ -13,6 +13,7 @@ from fuseplan.capture import capture
 from fuseplan.config import PassConfig, Policy
 from fuseplan.errors import ConfigError, FuseplanError, FuseplanWarning, WorkloadError
 from fuseplan.explanation import Explanation
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.frontend import compile as compile_fused
 from fuseplan.measurement import origin_of
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
@@ -20,7 +21,7 @@ from fuseplan.record import Report
 from fuseplan.record.bench import PLAIN, BatchTimes, Bench, PolicyTime
 from fuseplan.record.report import latest, merged
 from fuseplan.record.text import one_line
-from fuseplan.rules import BUILT_IN_RULES, Rule
+from fuseplan.rules import Rule
 from fuseplan.tuning import LEAST_REPEATS, Ranks, Subject, Times, interleaved, subject_of
 
 REPEAT_NS = 20_000_000

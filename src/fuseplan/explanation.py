@@ -14,6 +14,7 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.capture import Capture
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.drawing import draw
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.graph.regions import calls_of
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.evidence import cost_rows
@@ -26,7 +27,7 @@ from fuseplan.record import (
     Report,
     SizePoint,
 )
-from fuseplan.rules import BUILT_IN_RULES, Rule
+from fuseplan.rules import Rule
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation import Explanation
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settled
 from fuseplan.floats import Floats, constant
 from fuseplan.manager import PostGradPassManager, ReportCallback
@@ -31,7 +32,7 @@ from fuseplan.record import Report
 from fuseplan.record.report import merged
 from fuseplan.regions import identity_of, region_of, values_of
 from fuseplan.report.trace import publish
-from fuseplan.rules import BUILT_IN_RULES, Rule
+from fuseplan.rules import Rule
 
 T = TypeVar("T", bound=Callable[..., Any])
 

@@ -13,11 +13,13 @@ from torch import fx
 from torch._inductor.virtualized import V
 
 from fuseplan.analysis import Analysis, Regions, fault, graph_report, report_of
-from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.cpython import uncollected
 from fuseplan.debug import DebugDump
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.fingerprint import Identity, Keyed, config_key, pass_content, plans_key, provider_content, rule_content
 from fuseplan.graph.facts import groups_in, is_training
 from fuseplan.graph.surgery import undone_on_error
@@ -54,7 +56,7 @@ from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, Saved
 from fuseplan.report.places import places
 from fuseplan.report.trace import publish
 from fuseplan.rewriting import apply
-from fuseplan.rules import BUILT_IN_RULES, Rule, by_name, disabled_rules, enabled_rules
+from fuseplan.rules import Rule, by_name, disabled_rules, enabled_rules
 from fuseplan.verification import Verifier
 
 ReportCallback = Callable[[Report], None]

@@ -14,10 +14,11 @@ from fuseplan.capture import capture
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.errors import ConfigError, WorkloadError
 from fuseplan.explanation import Explanation
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.graph.facts import tensor_of
 from fuseplan.planner.costs import Row
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
-from fuseplan.rules import BUILT_IN_RULES, Rule
+from fuseplan.rules import Rule
 from fuseplan.tuning import LEAST_REPEATS, Origin, Ranks, Skipped, Step, Tuner, merge_into, work_of
 
 

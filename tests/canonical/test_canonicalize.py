@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fuseplan.canonical import canonicalize
 from fuseplan.canonical.view import CanonicalGraph
 from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.facts import aten
 from fuseplan.record import Reason
 from tests.helpers import (

@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.manager import PostGradPassManager
 from fuseplan.record import Reason
 from tests.helpers import randn, written

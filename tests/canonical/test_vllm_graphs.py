@@ -11,8 +11,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from fuseplan.canonical import canonicalize
 from fuseplan.config import PassConfig
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import PROFILES
 from tests.canonical.test_vllm import SCHEMAS, two_ranks, vllm_ops

@@ -10,9 +10,11 @@ import torch
 from torch import fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
-from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import ConfigError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
 from fuseplan.planner.candidates import conflicts_of
 from fuseplan.planner.contradiction import MEND, ContradictionError, contradiction
@@ -20,7 +22,7 @@ from fuseplan.planner.pose import Posed, check_selector, pose, selects
 from fuseplan.planner.pricing import Prices
 from fuseplan.planner.problem import Problem
 from fuseplan.providers import PROFILES
-from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
+from fuseplan.rules import Rule, by_name
 from tests.helpers import written
 from tests.planner.posing import MODEL, PROVIDERS, TORCH, R, W, X, norm_and_pad, posed, twice
 

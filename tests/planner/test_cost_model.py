@@ -15,6 +15,7 @@ from fuseplan.planner.costs import (
     Region,
     total_ns,
 )
+from tests.planner.parts import DYNAMIC, NORM, SILU, STATIC, Padding
 from tests.planner.round_device import DEVICE, GATE, WITH_AITER
 
 MODEL, AITER = CostModel(DEVICE), CostModel(WITH_AITER)
@@ -22,11 +23,11 @@ MODEL, AITER = CostModel(DEVICE), CostModel(WITH_AITER)
 
 def region(**changes: Any) -> Region:
     """Ten rows of 100 bf16 values: 2000 bytes."""
-    given: dict[str, Any] = {"core": "rms_norm", "tokens": 10, "width": 100, "padded": 100, **changes}
+    given: dict[str, Any] = {"core": NORM, "tokens": 10, "width": 100, **changes}
     return Region(**given)
 
 
-PADDED = {"epilogue": "pad", "padded": 128}
+PADDED = {"tail": Padding(padded=128)}
 REDUCED = {"reduce": True, "ranks": 4}
 
 
@@ -46,14 +47,14 @@ def test_a_stream_leaves_the_cache_between_its_size_and_twice_that(nbytes: float
         ({"residual": True}, 4200, 4000, 2000),
         (REDUCED, 2200, 4000, 2000),
         ({**REDUCED, "residual": True}, 4200, 4000, 2000),
-        ({"core": "silu_and_mul"}, 4000, 2000, 2000),
+        ({"core": SILU}, 4000, 2000, 2000),
         (PADDED, 2200, 2560, 2560),
         ({**PADDED, "keeps_core": True}, 2200, 2560, 2560),
         ({"keeps_core": True}, 2200, 2000, 2000),
-        ({"epilogue": "static_fp8_quant"}, 2200, 1000, 1000),
-        ({"epilogue": "static_fp8_quant", "keeps_core": True}, 2200, 3000, 1000),
-        ({"epilogue": "dynamic_fp8_quant"}, 2200, 1040, 1040),
-        ({"epilogue": "dynamic_fp8_quant", "residual": True, "keeps_core": True}, 4200, 5040, 1040),
+        ({"tail": STATIC}, 2200, 1000, 1000),
+        ({"tail": STATIC, "keeps_core": True}, 2200, 3000, 1000),
+        ({"tail": DYNAMIC}, 2200, 1040, 1040),
+        ({"tail": DYNAMIC, "residual": True, "keeps_core": True}, 4200, 5040, 1040),
     ],
 )
 def test_bytes_of_a_region(changes: dict[str, Any], read: int, written: int, result: int) -> None:
@@ -67,14 +68,14 @@ def test_bytes_of_a_region(changes: dict[str, Any], read: int, written: int, res
         ({}, Kernel(name="rms_norm", launch=1100, memory=42)),
         (REDUCED, Kernel(name="rms_norm", launch=1100, memory=42)),
         ({"residual": True}, Kernel(name="rms_norm", launch=1100, memory=82)),
-        ({"epilogue": "static_fp8_quant"}, Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=32)),
-        ({"core": "silu_and_mul"}, Kernel(name="silu_and_mul", launch=1000, memory=60)),
+        ({"tail": STATIC}, Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=32)),
+        ({"core": SILU}, Kernel(name="silu_and_mul", launch=1000, memory=60)),
         (
-            {"core": "silu_and_mul", "epilogue": "static_fp8_quant"},
+            {"core": SILU, "tail": STATIC},
             Kernel(name="silu_and_mul+static_fp8_quant", launch=1000, memory=50),
         ),
         (
-            {"core": "silu_and_mul", "epilogue": "dynamic_fp8_quant"},
+            {"core": SILU, "tail": DYNAMIC},
             Kernel(name="silu_and_mul+dynamic_fp8_quant", launch=1100, memory=51),
         ),
     ],
@@ -91,8 +92,8 @@ EAGER_PAD = (Kernel(name="fill_", launch=1000, memory=26), Kernel(name="copy_", 
     ("changes", "expected"),
     [
         (PADDED, PAD),
-        ({"epilogue": "static_fp8_quant"}, Kernel(name="static_fp8_quant", launch=1000, memory=30)),
-        ({"epilogue": "dynamic_fp8_quant"}, Kernel(name="dynamic_fp8_quant", launch=1100, memory=31)),
+        ({"tail": STATIC}, Kernel(name="static_fp8_quant", launch=1000, memory=30)),
+        ({"tail": DYNAMIC}, Kernel(name="dynamic_fp8_quant", launch=1100, memory=31)),
     ],
 )
 def test_an_epilogue_behind_an_opaque_op_is_a_kernel(changes: dict[str, Any], expected: Kernel) -> None:
@@ -142,7 +143,7 @@ def test_unfused_parts_follow_each_other() -> None:
     assert MODEL.unfused_ns(everything) == 3575 + 1182 + 1046
     assert MODEL.unfused(region(residual=True)) == (SUM_NORM,)
     quantised = Kernel(name="rms_norm+dynamic_fp8_quant", launch=1100, memory=33)
-    assert MODEL.unfused(region(**REDUCED, epilogue="dynamic_fp8_quant")) == (RING, quantised)
+    assert MODEL.unfused(region(**REDUCED, tail=DYNAMIC)) == (RING, quantised)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +151,10 @@ def test_unfused_parts_follow_each_other() -> None:
     [
         ({}, 11),
         ({"residual": True}, 15),
-        ({"epilogue": "static_fp8_quant"}, 16),
-        ({"epilogue": "dynamic_fp8_quant"}, 21),
-        ({"core": "silu_and_mul"}, 7),
-        ({"core": "silu_and_mul", "epilogue": "static_fp8_quant"}, 12),
+        ({"tail": STATIC}, 16),
+        ({"tail": DYNAMIC}, 21),
+        ({"core": SILU}, 7),
+        ({"core": SILU, "tail": STATIC}, 12),
     ],
 )
 def test_a_reference_is_many_kernels(changes: dict[str, Any], kernels: int) -> None:
@@ -214,10 +215,10 @@ def test_aiter_fuses_in_one_launch_or_in_two() -> None:
 def test_what_a_fusion_leaves_of_a_site_runs_unfused() -> None:
     site = region(**REDUCED, **PADDED, residual=True)
     norm_pad = MODEL.fused(site.without_reduce(), "triton")
-    reduce_norm = MODEL.fused(site.without_epilogue(), "triton")
+    reduce_norm = MODEL.fused(site.without_tail(), "triton")
     assert MODEL.alternative(site, None, "triton") == MODEL.unfused(site)
     assert MODEL.alternative(site, site.without_reduce(), "triton") == (RING, *norm_pad)
-    assert MODEL.alternative(site, site.without_epilogue(), "triton") == (*reduce_norm, PAD)
+    assert MODEL.alternative(site, site.without_tail(), "triton") == (*reduce_norm, PAD)
     assert MODEL.alternative(site, site, "triton") == MODEL.fused(site, "triton")
     alone = region(residual=True)
     assert MODEL.alternative(alone, alone, "triton") == MODEL.fused(alone, "triton")
@@ -228,7 +229,7 @@ def test_what_a_fusion_leaves_of_a_site_runs_unfused() -> None:
 
 def test_a_part_of_a_region_keeps_the_rest() -> None:
     site = region(**REDUCED, **PADDED, residual=True)
-    assert site.without_epilogue() == region(**REDUCED, residual=True)
+    assert site.without_tail() == region(**REDUCED, residual=True)
     assert site.without_reduce() == region(**PADDED, residual=True)
 
 
@@ -242,8 +243,8 @@ def test_a_part_of_a_region_keeps_the_rest() -> None:
         {"padded": 101},
         {"epilogue": "pad", "padded": 99},
         {"reduce": True},
-        {"core": "silu_and_mul", "residual": True},
-        {"core": "silu_and_mul", **PADDED},
+        {"core": SILU, "residual": True},
+        {"core": SILU, **PADDED},
     ],
 )
 def test_a_region_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fuseplan.errors import ConfigError
 from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Provenance, Region, Row
 from fuseplan.providers import PROFILES
+from tests.planner.parts import NORM, Padding
 
 ROOT = Path(__file__).parents[2]
 DATA = json.loads((ROOT / "benchmarks/data/h200x2-ar-add-rms-pad.json").read_text())
@@ -20,7 +21,7 @@ DATA = json.loads((ROOT / "benchmarks/data/h200x2-ar-add-rms-pad.json").read_tex
 
 def site(tokens: int, ranks: int = 2) -> Region:
     return Region(
-        core="rms_norm", tokens=tokens, width=2880, padded=3072, reduce=True, residual=True, epilogue="pad", ranks=ranks
+        core=NORM, tokens=tokens, width=2880, reduce=True, residual=True, tail=Padding(padded=3072), ranks=ranks
     )
 
 
@@ -29,7 +30,7 @@ def alternatives(device: str, provider: str, tokens: int, pad: str = "inductor")
     return {
         "unfused": model.unfused_ns(whole),
         "act_padding": model.alternative_ns(whole, whole.without_reduce(), provider),
-        "allreduce_rms": model.alternative_ns(whole, whole.without_epilogue(), provider),
+        "allreduce_rms": model.alternative_ns(whole, whole.without_tail(), provider),
         "allreduce_rms_padding": model.alternative_ns(whole, whole, provider),
     }
 
@@ -96,7 +97,7 @@ def test_the_measured_data_is_the_data_that_was_fitted() -> None:
 )
 def test_prices_are_positive_integers_and_grow_with_tokens(device: str, tokens: int, ranks: int, provider: str) -> None:
     model = CostModel(HARDWARE[device])
-    for region in (site(tokens, ranks), site(tokens, ranks).without_reduce(), site(tokens, ranks).without_epilogue()):
+    for region in (site(tokens, ranks), site(tokens, ranks).without_reduce(), site(tokens, ranks).without_tail()):
         for price in (model.unfused_ns(region), model.fused_ns(region, provider)):
             assert isinstance(price, int)
             assert price > 0

@@ -25,6 +25,7 @@ from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
 from fuseplan.tuning import Times
 from fuseplan.tuning.device import measure_device, record_of
+from tests.planner.parts import NORM
 from tests.providers.test_devices import here
 
 A6000 = {"multi_processor_count": 84, "L2_cache_size": 6_291_456, "memory_clock_rate": 8_001_000,
@@ -60,7 +61,7 @@ def test_links_are_those_that_the_card_has() -> None:
     assert HARDWARE["rtx4090"].triton is None
     assert HARDWARE["rtx4090"].flashinfer is None
     assert HARDWARE["l40s"].triton is not None
-    region = Region(core="rms_norm", tokens=64, width=4096, padded=4096, reduce=True, ranks=2)
+    region = Region(core=NORM, tokens=64, width=4096, reduce=True, ranks=2)
     assert CostModel(HARDWARE["l40s"]).unfused_ns(region) > CostModel(HARDWARE["a100"]).unfused_ns(region)
 
 

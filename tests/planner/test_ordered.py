@@ -15,13 +15,15 @@ from torch._inductor.pattern_matcher import PatternMatcherPass, register_graph_p
 from torch.nn import functional as F
 
 from fuseplan import workloads
-from fuseplan.canonical import CanonicalGraph, canonicalize
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.capture import capture
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.graph.surgery import erase_dead
 from fuseplan.matching import compiled_pattern, find_matches
 from fuseplan.planner.ordered import choose_in_order
 from fuseplan.providers import BUILT_IN_PROVIDERS
-from fuseplan.rules import BUILT_IN_RULES, Rule, by_name
+from fuseplan.rules import Rule, by_name
 from tests.helpers import HIDDEN, SPELLINGS, all_reduce, post_grad, quantize, randn
 
 RULES = by_name(BUILT_IN_RULES)

@@ -15,10 +15,11 @@ from torch import fx
 
 from fuseplan import workloads
 from fuseplan.analysis import Analysis
-from fuseplan.canonical import canonicalize
 from fuseplan.capture import capture
 from fuseplan.config import CompileRange, PassConfig, Policy
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import ConfigError, PlanError, WorkloadError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.decide import decide_in_order, plan_record, replay
@@ -26,7 +27,6 @@ from fuseplan.planner.pricing import UNFUSED, alternative_name, row_key
 from fuseplan.planner.solver import Solver
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import Reason, SavedPlans, diff
-from fuseplan.rules import BUILT_IN_RULES
 from tests.helpers import needs_rounded_residual
 
 PLANNED = Policy(name="planned")

@@ -8,9 +8,10 @@ import torch
 from torch import fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
-from fuseplan.canonical import canonicalize
 from fuseplan.content import content_of
 from fuseplan.dialect import define, ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.components import components
 from fuseplan.planner.costs import Provenance
@@ -29,7 +30,7 @@ from fuseplan.planner.pricing import (
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.sites import Rows
 from fuseplan.providers import provider_of
-from fuseplan.rules import BUILT_IN_RULES, Rule
+from fuseplan.rules import Rule
 from tests.helpers import written
 from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, measured, norm_and_pad, posed, twice
 

@@ -1,24 +1,20 @@
 """What QK norm + rotary embedding costs: a kernel of the queries and one of the keys, or one of both."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuseplan.canonical import canonicalize
 from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.planner.attention import find_sites
 from fuseplan.planner.costs import HARDWARE, CostModel, Region
-from fuseplan.planner.costs.model import EAGER_KERNELS, Rotation
-from fuseplan.planner.sites import Tail
 from tests.helpers import post_grad
+from tests.planner.parts import NORM, Rotation
 from tests.rotary import HEAD, K_HEADS, Q_HEADS, batched, flat, heads_first, heads_last, normed
 
 TOKENS, WIDTH = 64, 128
 REGION = Region(
-    core="rms_norm", tokens=TOKENS * 32, width=WIDTH, padded=WIDTH, epilogue="rotary",
-    rotation=Rotation(q_heads=32, k_heads=8, angles=2 * WIDTH),
+    core=NORM, tokens=TOKENS * 32, width=WIDTH, tail=Rotation(q_heads=32, k_heads=8, angles=2 * WIDTH),
 )  # fmt: skip
 ANGLES, WEIGHT, HEAD_BYTES = TOKENS * 2 * WIDTH * 2, WIDTH * 2, TOKENS * WIDTH * 2
 
@@ -26,11 +22,7 @@ ANGLES, WEIGHT, HEAD_BYTES = TOKENS * 2 * WIDTH * 2, WIDTH * 2, TOKENS * WIDTH *
 def test_bytes_are_those_of_queries_and_keys_once_and_of_the_angles() -> None:
     assert REGION.read_bytes == 40 * HEAD_BYTES + ANGLES + 2 * WEIGHT
     assert REGION.written_bytes == REGION.result_bytes == 40 * HEAD_BYTES
-    assert REGION.without_epilogue().rotation is None
-    with pytest.raises(AssertionError):
-        replace(REGION, rotation=None)
-    with pytest.raises(AssertionError):
-        replace(REGION, epilogue=None)
+    assert REGION.without_tail().read_bytes == 32 * HEAD_BYTES + WEIGHT
 
 
 @pytest.mark.parametrize("device", sorted(HARDWARE))
@@ -45,7 +37,7 @@ def test_one_kernel_in_place_of_two(device: str) -> None:
     (fused,) = model.fused(REGION, "triton")
     assert fused.launch == pytest.approx(hardware.launch.value, abs=1)
     assert fused.memory == pytest.approx(hardware.memory_ns(80 * HEAD_BYTES + ANGLES + 2 * WEIGHT), abs=1)
-    assert len(model.fused(REGION, "torch")) == 2 * EAGER_KERNELS["rms_norm"] + EAGER_KERNELS["rotary"]
+    assert len(model.fused(REGION, "torch")) == 2 * NORM.eager_kernels + Rotation.eager_kernels
     # Where another fusion takes the norm of the queries, they are rotated alone.
     alone, keys = model.epilogue(REGION)
     assert alone.memory == pytest.approx(hardware.memory_ns(64 * HEAD_BYTES + ANGLES), abs=1)
@@ -65,12 +57,12 @@ class Counted(TorchDispatchMode):
 
 
 def test_a_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
-    for op, most in ((ops.rotary_embedding, 0), (ops.qk_norm_rope, 2 * EAGER_KERNELS["rms_norm"])):
+    for op, most in ((ops.rotary_embedding, 0), (ops.qk_norm_rope, 2 * NORM.eager_kernels)):
         for sample in op.samples:
             arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
             with Counted() as counted:
                 op.reference(*arguments)
-            assert 0 < counted.count <= most + EAGER_KERNELS["rotary"]
+            assert 0 < counted.count <= most + Rotation.eager_kernels
 
 
 @pytest.mark.parametrize("layout", ["heads first", "heads last"])
@@ -79,8 +71,7 @@ def test_a_site_is_the_queries_norm_with_all_that_the_fusion_takes(layout: str) 
     angles = 2 * HEAD if layout == "heads first" else HEAD
     canonical = canonicalize(post_grad(function, *inputs))
     q, k = find_sites(canonical)
-    rotation = Rotation(q_heads=Q_HEADS, k_heads=K_HEADS, angles=angles)
-    tail = Tail(kind="rotary", padded=HEAD, rotation=rotation)
+    tail = Rotation(q_heads=Q_HEADS, k_heads=K_HEADS, angles=angles)
     shape = q.shape(tokens * Q_HEADS)
     assert shape.tails == (tail,)
     assert k.shape(tokens * K_HEADS).tails == ()

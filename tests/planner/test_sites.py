@@ -9,19 +9,21 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseplan.canonical import canonicalize
 from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.facts import hint
+from fuseplan.parts.traffic import Tail
 from fuseplan.planner.attention import find_sites
 from fuseplan.planner.costs import CostModel, Kernel
-from fuseplan.planner.sites import Rows, Shape, Site, Tail, Taken, hint
+from fuseplan.planner.sites import Rows, Shape, Site, Taken
 from tests.helpers import randn, written
+from tests.planner.parts import DYNAMIC, NORM, SILU, STATIC, Padding
 from tests.planner.round_device import DEVICE
 
 aten = torch.ops.aten
 FP8 = torch.float8_e4m3fn
 MODEL = CostModel(DEVICE)
-PAD, STATIC = Tail(kind="pad", padded=128), Tail(kind="static_fp8_quant", padded=100)
-DYNAMIC = Tail(kind="dynamic_fp8_quant", padded=100)
+PAD = Padding(padded=128)
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +80,15 @@ def test_a_group_that_is_not_known_counts_as_one_rank() -> None:
 def test_shapes_hold_all_that_prices_depend_on() -> None:
     first, second, third = sites_of()
     assert first.shape(7) == Shape(
-        core="rms_norm", residual=True, ranks=4, rows=7, width=100, itemsize=2, tails=(STATIC, PAD),
+        core=NORM, residual=True, ranks=4, rows=7, width=100, itemsize=2, tails=(STATIC, PAD),
         convention="bfloat16 llama",
     )  # fmt: skip
     assert second.shape(3) == Shape(
-        core="rms_norm", residual=False, ranks=1, rows=3, width=100, itemsize=2, tails=(DYNAMIC,),
+        core=NORM, residual=False, ranks=1, rows=3, width=100, itemsize=2, tails=(DYNAMIC,),
         convention="bfloat16 gpt_oss",
     )  # fmt: skip
     assert third.shape(1) == Shape(
-        core="silu_and_mul", residual=False, ranks=1, rows=1, width=100, itemsize=2, tails=(),
+        core=SILU, residual=False, ranks=1, rows=1, width=100, itemsize=2, tails=(),
         convention="bfloat16 llama",
     )  # fmt: skip
     assert sites_of(dtype=torch.float32)[1].shape(3).itemsize == 4
@@ -110,13 +112,11 @@ def test_signatures_say_all_but_the_rows() -> None:
 
 
 def shape(*tails: Tail, ranks: int = 1, residual: bool = False) -> Shape:
-    return Shape(
-        core="rms_norm", residual=residual, ranks=ranks, rows=10, width=100, itemsize=2, tails=tails, convention=""
-    )
+    return Shape(core=NORM, residual=residual, ranks=ranks, rows=10, width=100, itemsize=2, tails=tails, convention="")
 
 
 RING = Kernel(name="all_reduce (LL)", launch=3200, wire=375)
-NORM = Kernel(name="rms_norm", launch=1100, memory=42)
+NORMED = Kernel(name="rms_norm", launch=1100, memory=42)
 STATIC_NORM = Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=32)
 ALONE = {
     PAD: Kernel(name="pad", launch=1000, memory=46),
@@ -128,15 +128,15 @@ ALONE = {
 @pytest.mark.parametrize(
     ("site", "expected"),
     [
-        (shape(), (NORM,)),
+        (shape(), (NORMED,)),
         (shape(residual=True), (Kernel(name="rms_norm", launch=1100, memory=82),)),
-        (shape(PAD), (NORM, ALONE[PAD])),
+        (shape(PAD), (NORMED, ALONE[PAD])),
         (shape(STATIC), (STATIC_NORM,)),
         (shape(PAD, STATIC), (STATIC_NORM, ALONE[PAD])),
-        (shape(PAD, PAD), (NORM, ALONE[PAD], ALONE[PAD])),
+        (shape(PAD, PAD), (NORMED, ALONE[PAD], ALONE[PAD])),
         # 1000 bytes and 1040 more that the same kernel writes
         (shape(STATIC, STATIC, DYNAMIC), (STATIC_NORM, Kernel(name="further results", memory=20))),
-        (shape(PAD, ranks=4), (RING, NORM, ALONE[PAD])),
+        (shape(PAD, ranks=4), (RING, NORMED, ALONE[PAD])),
     ],
 )
 def test_inductor_quantises_in_the_cores_kernel_and_pads_in_another(site: Shape, expected: Sequence[Kernel]) -> None:
@@ -164,10 +164,10 @@ def test_what_a_fused_op_leaves(site: Shape, reduce: bool, tail: Tail | None, le
 def test_a_fused_op_takes_its_parts_of_the_site() -> None:
     site = shape(PAD, STATIC, ranks=4, residual=True)
     region = site.region(reduce=True, tail=PAD)
-    assert (region.reduce, region.ranks, region.residual, region.epilogue, region.padded) == (True, 4, True, "pad", 128)
+    assert (region.reduce, region.ranks, region.residual, region.tail) == (True, 4, True, PAD)
     region = site.region(reduce=False, tail=None)
-    assert (region.reduce, region.ranks, region.residual, region.epilogue, region.padded) == (False, 1, True, None, 100)
-    assert (region.tokens, region.width, region.itemsize, region.core) == (10, 100, 2, "rms_norm")
+    assert (region.reduce, region.ranks, region.residual, region.tail) == (False, 1, True, None)
+    assert (region.tokens, region.width, region.itemsize, region.core) == (10, 100, 2, NORM)
     assert not shape(ranks=1).region(reduce=True, tail=None).reduce
     fused = site.fused(MODEL, "flashinfer", reduce=True, tail=STATIC)
     assert fused == MODEL.fused(site.region(reduce=True, tail=STATIC), "flashinfer")

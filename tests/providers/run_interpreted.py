@@ -16,8 +16,9 @@ from triton.runtime import interpreter
 
 from fuseplan import testing
 from fuseplan.dialect import NORM_FAMILY, ops
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.providers import BUILT_IN_PROVIDERS
-from fuseplan.rules import BUILT_IN_RULES, Bindings
+from fuseplan.rules import Bindings
 from fuseplan.testing import check_rule
 
 CPU = torch.device("cpu")

@@ -11,11 +11,12 @@ from torch import fx
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.errors import ConfigError, RuleError
+from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families.activation import ACTIVATION_RULES
+from fuseplan.families.norm import NORM_RULES
 from fuseplan.record import Reason
-from fuseplan.rules import BUILT_IN_RULES, Bindings, Rule, by_name, disabled_rules, enabled_rules
-from fuseplan.rules.activation import ACTIVATION_RULES
+from fuseplan.rules import Bindings, Rule, by_name, disabled_rules, enabled_rules
 from fuseplan.rules.base import op_text
-from fuseplan.rules.norm import NORM_RULES
 
 AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
 NORM_TABLE = {
@@ -279,8 +280,8 @@ ALL = {name for name, _ in TABLE.values()}
 )
 def test_flags_and_policies_choose_rules(config: dict[str, Any], enabled: set[str], disabled: dict[str, str]) -> None:
     given = PassConfig(**config)
-    assert set(enabled_rules(given)) == enabled
-    assert disabled_rules(given) == disabled
+    assert set(enabled_rules(given, BUILT_IN_RULES)) == enabled
+    assert disabled_rules(given, BUILT_IN_RULES) == disabled
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_flags_and_policies_choose_rules(config: dict[str, Any], enabled: set[st
 )
 def test_requests_that_contradict_the_policy(config: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        enabled_rules(PassConfig(**config))
+        enabled_rules(PassConfig(**config), BUILT_IN_RULES)
 
 
 def test_rules_are_validated_when_they_are_chosen() -> None:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from fuseplan.rules.rotary import ROTARY_RULES, QkNormRope
 from torch import Tensor
 
 import fuseplan
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import Nearness, Report
 from fuseplan.rules import Bindings
-from fuseplan.rules.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.testing import check_rule
 from tests.helpers import gemma, gpt_oss
 from tests.matching.told import near_misses

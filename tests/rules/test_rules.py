@@ -11,9 +11,10 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.errors import RuleError
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
 from fuseplan.record import Reason, Report
-from fuseplan.rules import BUILT_IN_RULES, Rule
+from fuseplan.rules import Rule
 from tests.helpers import (
     HIDDEN,
     SPELLINGS,

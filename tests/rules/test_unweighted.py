@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fuseplan
-from fuseplan.canonical import canonicalize
+from fuseplan.dialect.raising import canonicalize
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.attention import find_sites
 from fuseplan.planner.costs import HARDWARE, CostModel

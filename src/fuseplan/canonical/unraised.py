@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import fx
 
 from fuseplan.canonical.view import CanonicalGraph
-from fuseplan.dialect import DialectOp
 from fuseplan.graph.facts import MULS, convert_element_type, is_call
+from fuseplan.ops import DialectOp
 from fuseplan.record import Reason
 
 

@@ -9,7 +9,6 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import fx
 
-from fuseplan.dialect import DialectOp, ops
 from fuseplan.graph.facts import (
     Call,
     aten,
@@ -22,6 +21,7 @@ from fuseplan.graph.facts import (
     tensor_of,
 )
 from fuseplan.graph.surgery import copy_graph, erase_dead
+from fuseplan.ops import DialectOp, ops
 from fuseplan.record import Nearness, Reason, Refusal
 
 

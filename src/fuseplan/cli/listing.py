@@ -16,7 +16,8 @@ def rules(
     """List the fusions: what each matches and the op that takes its place."""
     with one_line_errors(debug):
         from fuseplan.config import unknown
-        from fuseplan.rules import BUILT_IN_RULES, by_name
+        from fuseplan.families import BUILT_IN_RULES
+        from fuseplan.rules import by_name
 
         known = by_name(BUILT_IN_RULES)
         if name is not None and name not in known:

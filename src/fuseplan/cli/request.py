@@ -78,8 +78,9 @@ def check_selectors(texts: Sequence[str]) -> None:
     Raises:
         ConfigError: one is malformed, or names an unknown rule.
     """
+    from fuseplan.families import BUILT_IN_RULES
     from fuseplan.planner import check_selector
-    from fuseplan.rules import BUILT_IN_RULES, by_name
+    from fuseplan.rules import by_name
 
     known = sorted(by_name(BUILT_IN_RULES))
     for text in texts:
@@ -121,9 +122,10 @@ def find_policies(texts: Sequence[str] | None) -> list[Any]:
         ConfigError: one is malformed, or names an unknown rule; the text names the near spelling.
     """
     from fuseplan.config import PassConfig, Policy
+    from fuseplan.families import BUILT_IN_RULES
     from fuseplan.rules import enabled_rules
 
     policies = [Policy.parse(text) for text in texts or ()]
     for policy in policies:
-        enabled_rules(PassConfig(policy=policy))
+        enabled_rules(PassConfig(policy=policy), BUILT_IN_RULES)
     return policies

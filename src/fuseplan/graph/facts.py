@@ -270,3 +270,8 @@ def _innermost(stack_trace: str) -> tuple[str, str, str] | None:
 
 _FRAME = re.compile(r'\s*File "(.*)", line (\d+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120 - a prefix of the texts in stack traces
+
+
+def hint(size: Any) -> int:
+    """A size, or the one that a symbolic size had when the graph was traced."""
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)

@@ -12,8 +12,9 @@ from fuseplan.matching.external import (
     run_pass,
 )
 from fuseplan.matching.inductor import CompiledPattern
+from fuseplan.matching.lookalikes import find_disabled
 from fuseplan.matching.match import Match, Matches
-from fuseplan.matching.near_misses import find_disabled, find_near_misses
+from fuseplan.matching.near_misses import find_near_misses
 
 __all__ = [
     "CompiledPattern",

@@ -1,7 +1,7 @@
 """Where a rule nearly matched: for every op that a fusion should start or end with, what stands in the way.
 
 A pattern is followed from its anchor towards its inputs. Where the graph has another op than the pattern, the expected
-one is looked for a few thin ops further: found, these ops are obstacles; not found, it is absent. All-reduces that no
+one is looked for a few thin ops further: found, these ops are obstacles; not found, it is absent. Prologues that no
 match takes are looked at from their own side too, since their norm may be hidden or gone.
 """
 
@@ -11,17 +11,18 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.canonical.view import is_dialect
-from fuseplan.dialect import DialectOp, ops
 from fuseplan.graph.facts import dtype_name, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
 from fuseplan.graph.reach import is_view, path_between
 from fuseplan.matching.blame import Shared
 from fuseplan.matching.candidates import missing_ops, op_name
+from fuseplan.matching.lookalikes import is_always_reported, noted_as, of_rules, unclaimed
 from fuseplan.matching.match import Matches
-from fuseplan.matching.obstacles import without_residual_add
 from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.trial import Place, Way
+from fuseplan.ops import DialectOp, ops
+from fuseplan.parts import Prologue, part_at
+from fuseplan.parts.residual_add import without_residual_add
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
@@ -88,7 +89,7 @@ def find_near_misses(
     coreless: list[Sequence[Rule]] = []
     shared = Shared(canonical)
     for _, members in sorted(rules.items()):
-        missing = {name for name in missing_ops(canonical, members) if _lookalike(name) not in looks_like}
+        missing = {name for name in missing_ops(canonical, members) if noted_as(name) not in looks_like}
         if not missing:
             search = _Search(shared, members, matches)
             found += search.refusals()
@@ -99,65 +100,7 @@ def find_near_misses(
     # Without a core anywhere, a rule has nothing to say of what other rules match, or nearly do.
     for members in coreless:
         found += _Search(shared, members, matches, settled).refusals()
-    return (*found, *_unclaimed(canonical, claimed), *_attentions(canonical, rules, claimed))
-
-
-def find_disabled(matches: Matches, flags: Mapping[str, str]) -> tuple[Refusal, ...]:
-    """What would match, were its flag not off.
-
-    Args:
-        matches: of rules that are off, on one graph.
-        flags: by rule name, the flag that is off.
-    """
-    first = {(match.rule.name, match.anchor): match for match in reversed(matches.candidates)}
-    return tuple(
-        Refusal(
-            reason=Reason.DISABLED, rule=name, op=match.rule.core.name, nodes=(match.core.name,),
-            detail=f"it matches, and {flags[name]}=False switches it off", source=place_of(match.core),
-            mend=f"leave {flags[name]} out, or set it to True", nearness=Nearness.REFUSED, site=place_of(match.core),
-            expected=f"{flags[name]} not False", found=f"{flags[name]}=False", line=source_line(match.core),
-            code=source_code(match.core),
-        )
-        for (name, _), match in reversed(first.items())
-    )  # fmt: skip
-
-
-def _unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]:
-    """What looked like a dialect op and wasn't, where no rule has said so: norms, and what is near a core. A SiLU alone
-    is an activation like others.
-    """
-    for node, refusal in canonical.unraised.items():
-        if id(refusal) in claimed or refusal.op == ops.silu_and_mul.name:
-            continue
-        if refusal.op == ops.rms_norm.name or _core_near(node, refusal):
-            claimed.add(id(refusal))
-            yield refusal
-
-
-def _attentions(
-    canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], claimed: set[int]
-) -> Iterator[Refusal]:  # fmt: skip
-    """Attention over repeated heads that isn't recognised, for the rule whose core it is."""
-    names = [name for name, members in sorted(rules.items()) if any(m.core is ops.attention for m in members)]
-    for refusal in canonical.refusals:
-        if refusal.op == ops.attention.name and id(refusal) not in claimed and names:
-            yield replace(refusal, rule=names[0], site=refusal.source)
-
-
-def _lookalike(name: str) -> str:
-    """The op by whose name something is refused that isn't raised: of norms the one without a residual."""
-    return ops.rms_norm.name if name == ops.fused_add_rms_norm.name else name
-
-
-def _core_near(node: fx.Node, refusal: Refusal) -> bool:
-    cores = {ops.rms_norm.overload, ops.fused_add_rms_norm.overload, ops.silu_and_mul.overload}
-    towards_users = refusal.op == ops.all_reduce.name
-    starts = node.users if towards_users else node.all_input_nodes
-    return any(
-        path_between(start, lambda each: each.target in cores, "users" if towards_users else "inputs")
-        for start in starts
-        if start.op == "call_function"
-    )
+    return (*found, *unclaimed(canonical, claimed), *of_rules(canonical, rules, claimed))
 
 
 class _Search:
@@ -203,7 +146,7 @@ class _Search:
                     found.setdefault(node, []).append(member)
         for node, refusal in self.canonical.unraised.items():
             members = [each for each in self.members if self.outlines[each].name == refusal.op]
-            if refusal.op != ops.rms_norm.name and any(self._is_near(each, node) for each in members):
+            if not is_always_reported(refusal) and any(self._is_near(each, node) for each in members):
                 found[node] = members
         return dict(sorted(found.items()))
 
@@ -248,7 +191,7 @@ class _Search:
 
     def _search(self, expected: Outline, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
         """(obstacles, the expected node or what looks like it) behind `found`."""
-        name = _lookalike(expected.name)
+        name = noted_as(expected.name)
         unraised = self.canonical.unraised
 
         def is_goal(node: fx.Node) -> bool:
@@ -263,7 +206,7 @@ class _Search:
         return not expected.is_core and node in self.covered
 
     def _unread_prologues(self) -> Iterator[Refusal]:
-        """All-reduces that no match takes and no anchor has led to, looked at from their own side."""
+        """Prologues that no match takes and no anchor has led to, looked at from their own side."""
         ends = {member.core.overload for member in self.members} | {each.target for each in self.outlines.values()}
         targets = {node.target for member in self.members if not member.is_composed for node in member.calls}
         prologues = {op for target in targets - ends if (op := ops.of(target)) is not None}
@@ -274,17 +217,18 @@ class _Search:
 
     def _explain_unread(self, op: DialectOp, node: fx.Node) -> Refusal:
         cores = {member.core.overload: member.core for member in self.members}
+        looks_like = {noted_as(core.name) for core in cores.values()}
 
         def is_core(each: fx.Node) -> bool:
             refusal = self.canonical.unraised.get(each)
-            return each.target in cores or (refusal is not None and refusal.op == ops.rms_norm.name)
+            return each.target in cores or (refusal is not None and refusal.op in looks_like)
 
         for user in node.users:
             reached = path_between(user, is_core, "users")
             if reached is not None:
                 way, goal = reached
                 if goal in self.canonical.unraised:
-                    return self._claim(goal, ops.rms_norm.name)
+                    return self._claim(goal, noted_as(self.members[0].core.name))
                 if without_residual_add(way, node):
                     gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
                     return self._obstructed([gap], goal, goal)
@@ -293,21 +237,21 @@ class _Search:
                 return self._taken_as_residual(op, node, core)
         reader = next((each for each in node.users if each.op == "call_function"), None)
         found = op_name(reader) if reader is not None else "the graph's output"
+        expected = min((core.name for core in cores.values()), key=len)
         return self._refuse(
-            reader or node, Reason.OP, f"expected {ops.rms_norm.name} after {op.name}, found {found}",
-            nearness=Nearness.ABSENT, expected=ops.rms_norm.name, found=found, site=place_of(node), further=(node,),
+            reader or node, Reason.OP, f"expected {expected} after {op.name}, found {found}",
+            nearness=Nearness.ABSENT, expected=expected, found=found, site=place_of(node), further=(node,),
         )  # fmt: skip
 
     def _taken_as_residual(self, op: DialectOp, node: fx.Node, core: fx.Node) -> Refusal:
-        """Why an all-reduce isn't the addend that would be taken along."""
-        other, added = core.args[0], op_name(core)
+        """Why a prologue's result isn't the addend that would be taken along."""
+        other, added, part = core.args[0], op_name(core), part_at(node)
         reader = next((user for user in node.users if user is not core), None)
-        if is_dialect(other, op):
-            detail = f"{op.name} is added as the residual of {added}, whose other addend is reduced, too"
+        if isinstance(part, Prologue) and part.added_twice is not None and part_at(other) is part:
+            blame = part.added_twice(added)
             return self._refuse(
-                core, Reason.OP, detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}",
-                found=f"two of {op.name}", site=place_of(core),
-                mend=f"add before the {op.name}, once, instead of after both", further=(node,),
+                core, blame.reason, blame.detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}",
+                found=blame.found, site=place_of(core), mend=blame.mend, further=(node,),
             )  # fmt: skip
         if reader is not None and isinstance(other, fx.Node) and not is_convex([node], [other]):
             found = op_name(reader)

@@ -5,16 +5,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fuseplan.canonical.view import is_dialect
-from fuseplan.dialect import ops
 from fuseplan.graph.facts import (
-    ADDS,
     RESHAPES,
-    Call,
     aten,
     convert_element_type,
     dtype_name,
-    equal_shape,
     equal_size,
     is_call,
     tensor_of,
@@ -22,7 +17,10 @@ from fuseplan.graph.facts import (
 )
 from fuseplan.graph.reach import is_view
 from fuseplan.matching.candidates import op_name
-from fuseplan.matching.hints import MOVERS, hint, sums_all_reduces
+from fuseplan.matching.hints import hint
+from fuseplan.parts import PARTS, Prologue, part_at
+from fuseplan.parts.residual_add import without_residual_add
+from fuseplan.parts.views import MOVERS
 from fuseplan.record import Reason
 
 
@@ -43,25 +41,6 @@ class Obstruction:
     found: str
     detail: str
     mend: str | None
-
-
-def without_residual_add(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
-    """The obstacles without the residual add that the rule would have taken along, and the casts around it.
-
-    Args:
-        way: the obstacles, in either direction.
-        goal: what is added to the residual.
-    """
-    read = {goal, *(node for node in way if is_call(node, convert_element_type) and node.args[0] is goal)}
-    adds = {node for node in way if _is_residual_add(node) and not read.isdisjoint(node.all_input_nodes)}
-    around = {node for node in way if is_call(node, convert_element_type) and (node.args[0] in adds or node in read)}
-    return [node for node in way if node not in adds and not (adds and node in around)]
-
-
-def _is_residual_add(node: fx.Node) -> bool:
-    if not is_call(node, aten.add.Tensor) or len(node.all_input_nodes) != 2 or node.kwargs:
-        return False
-    return all(equal_shape(tensor_of(source), tensor_of(node)) for source in node.all_input_nodes)
 
 
 def likeliest_first(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
@@ -85,8 +64,10 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
     """
     node = likeliest_first(way, goal)[0] if way else goal
     before, after = op_name(goal), op_name(consumer)
-    if ops.of(node.target) is ops.all_reduce:
-        return _second_all_reduce(node, goal, after)
+    if isinstance(part := part_at(node), Prologue) and part.twice is not None:
+        # Of two in a row the first is to blame: the second is next to what follows.
+        blame = part.twice(goal, node, after)
+        return Obstruction(node=goal, reason=blame.reason, found=blame.found, detail=blame.detail, mend=blame.mend)
     reader = _other_reader(node, goal)
     if reader is not None and not is_view(reader):
         return _read_elsewhere(reader, node, goal)
@@ -102,8 +83,8 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
 
 
 def _other_reader(node: fx.Node, goal: fx.Node) -> fx.Node | None:
-    """What reads an all-reduce beside a view, which could be moved before it if nothing did."""
-    if ops.of(goal.target) is not ops.all_reduce or not is_call(node, *MOVERS) or node not in goal.users:
+    """What reads a prologue beside a view, which could be moved before it if nothing did."""
+    if not isinstance(part_at(goal), Prologue) or not is_call(node, *MOVERS) or node not in goal.users:
         return None
     readers = [user for user in goal.users if user is not node]
     return min(readers, key=is_view, default=None)
@@ -117,18 +98,6 @@ def _read_elsewhere(reader: fx.Node, view: fx.Node, goal: fx.Node) -> Obstructio
         node=view if returned else reader, reason=Reason.USERS, found=found, mend=None,
         detail=f"{before} is {how}, so that {op_name(view)} can't be moved before it",
     )  # fmt: skip
-
-
-def _second_all_reduce(node: fx.Node, goal: fx.Node, after: str) -> Obstruction:
-    """Of two all-reduces in a row the first is to blame: the second is next to what follows."""
-    first, second = (str(each.args[1]) for each in (goal, node))
-    if first == second:
-        detail = f"what is reduced over group {first!r} is reduced once more before {after}"
-        mend = "reduce once, and multiply by the number of ranks before"
-        return Obstruction(node=goal, reason=Reason.OP, found=op_name(node), detail=detail, mend=mend)
-    detail = f"another all_reduce, over group {second!r}, stands between this one, over group {first!r}, and {after}"
-    found = f"all_reduce over group {second}"
-    return Obstruction(node=goal, reason=Reason.GROUP, found=found, detail=detail, mend=None)
 
 
 def _weight(node: fx.Node) -> int:
@@ -155,14 +124,8 @@ def _judge(node: fx.Node, in_place: str | None, reader: fx.Node | None, before: 
     if is_call(node, *RESHAPES) and (widths := _widths(node)):
         # Norms and scales of rows are others after it.
         return Reason.OP, f": rows of {widths[0]} become rows of {widths[1]}"
-    groups = {str(each.args[1]) for each in node.all_input_nodes if is_dialect(each, ops.all_reduce)}
-    if is_call(node, *ADDS) and len(groups) > 1:
-        return Reason.GROUP, f": it adds all_reduces over groups {' and '.join(map(repr, sorted(groups)))}"
-    if is_call(node, *ADDS) and sums_all_reduces(node):
-        return Reason.OP, ": it adds two all_reduces"
-    if is_call(node, aten.add.Tensor) and len(node.all_input_nodes) == 2:
-        return _unfit_residual(node) or (Reason.OP, "")
-    return Reason.OP, ""
+    prologues = (part for part in PARTS if isinstance(part, Prologue))
+    return next((known for part in prologues if (known := part.blame(node)) is not None), (Reason.OP, ""))
 
 
 def _widths(reshape: fx.Node) -> tuple[object, object] | None:
@@ -172,19 +135,3 @@ def _widths(reshape: fx.Node) -> tuple[object, object] | None:
         return None
     widths = before.shape[-1], after.shape[-1]
     return None if equal_size(*widths) else widths
-
-
-def _unfit_residual(add: Call) -> tuple[Reason, str] | None:
-    """Why an addition isn't the residual add that the rule would take along, or None where nothing is known."""
-    left, right = add.args
-    if add.kwargs:
-        return Reason.ATTRIBUTE, f": it adds {add.kwargs['alpha']} times one of the two"
-    if not equal_shape(tensor_of(left), tensor_of(right)):
-        values = [value for each in add.args if (value := tensor_of(each)) is not None]
-        if min(value.dim() for value in values) <= 1:
-            return Reason.OP, ": it adds a bias"
-        shapes = " and ".join(str([*value.shape]) for value in values)
-        return Reason.SIZE, f": it adds {shapes}, and a residual has the shape of the sum"
-    narrow = [each.args[0] if is_call(each, convert_element_type) else each for each in add.args]
-    dtypes = [*map(dtype_name, narrow)]
-    return None if dtypes[0] == dtypes[1] else (Reason.DTYPE, f": it adds {dtypes[0]} and {dtypes[1]}")

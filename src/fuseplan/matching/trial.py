@@ -10,11 +10,10 @@ from typing import NamedTuple
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.canonical.view import is_dialect
-from fuseplan.dialect import ops
 from fuseplan.graph.facts import is_item, tensor_of
 from fuseplan.graph.surgery import erase_dead
 from fuseplan.matching.candidates import matches_of
+from fuseplan.parts import Prologue, part_at
 from fuseplan.rules import Rule
 
 MOST_TRIALS = 32
@@ -117,7 +116,7 @@ class _Part:
         """
         graph, copies = self._copy(read_elsewhere)
         for way in self.place.ways:
-            moved_before = is_dialect(way.goal, ops.all_reduce)
+            moved_before = isinstance(part_at(way.goal), Prologue)
             heads = [copies.get(self.canonical.origin.get(step[0], step[0])) for step in way.steps]
             behind = copies.get(self.canonical.origin.get(way.goal, way.goal))
             for step, old, new in zip(way.steps, heads, [*heads[1:], behind], strict=True):

@@ -11,11 +11,13 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import is_dialect
-from fuseplan.dialect import ops
-from fuseplan.graph.facts import aten, tensor_of
-from fuseplan.planner.costs import CostModel, Kernel
+from fuseplan.graph.facts import aten, hint, tensor_of
+from fuseplan.parts import PARTS, Core
+from fuseplan.parts.attention import PART, attention, repeat_heads
+from fuseplan.parts.traffic import Kernel, Tail
+from fuseplan.planner.costs import CostModel
 from fuseplan.planner.costs.attention import AttentionRegion, Form, grouped, repeated
-from fuseplan.planner.sites import CORES, Shape, Site, Tail, Taken, hint, norm_site
+from fuseplan.planner.sites import Shape, Site, Taken, row_site
 from fuseplan.providers.attention import PACKED, SHARED, target_kernel
 
 FORMS: dict[str, Form] = {SHARED: "shared", PACKED: "packed"}
@@ -76,7 +78,7 @@ class AttentionSite(Site):
 
     @cached_property
     def _repeats(self) -> list[fx.Node]:
-        return [node for node in dict.fromkeys(self.core.args[1:3]) if is_dialect(node, ops.repeat_heads)]
+        return [node for node in dict.fromkeys(self.core.args[1:3]) if is_dialect(node, repeat_heads)]
 
     def shape(self, rows: int) -> AttentionShape:
         """The site at a number of rows, of which a dynamic batch, or else dynamic tokens, make more or fewer."""
@@ -97,7 +99,7 @@ class AttentionSite(Site):
         )  # fmt: skip
         flags = " masked" * (mask is not None) + " causal" * is_causal
         return AttentionShape(
-            core="attention", residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
+            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
             sizes=sizes, kernels=self._kernels(kernel, q, mask),
             convention=f"{str(q.dtype).removeprefix('torch.')}{flags}",
         )  # fmt: skip
@@ -124,10 +126,8 @@ def _symbols(size: Any) -> frozenset[Any]:
 
 def find_sites(canonical: CanonicalGraph) -> tuple[Site, ...]:
     """Every core of a graph, in graph order: norms, activations, and attention over repeated heads."""
-    cores = canonical.calls(*(op.overload for op in CORES), ops.attention.overload)
+    ops = [op for part in PARTS if isinstance(part, Core) for op in (part.op, part.residual_op) if op is not None]
     return tuple(
-        AttentionSite(ordinal, core, None, (), canonical)
-        if is_dialect(core, ops.attention)
-        else norm_site(ordinal, core)
-        for ordinal, core in enumerate(cores)
+        AttentionSite(ordinal, core, None, (), canonical) if is_dialect(core, attention) else row_site(ordinal, core)
+        for ordinal, core in enumerate(canonical.calls(*(op.overload for op in ops)))
     )

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseplan.dialect import ops
 from fuseplan.graph.facts import group_size, tensor_of
 from fuseplan.matching import Match
-from fuseplan.planner.costs import CostModel, Region, total_ns
+from fuseplan.parts import Core, Epilogue, Prologue, part_at
+from fuseplan.parts.traffic import Middle, Region, total_ns
+from fuseplan.planner.costs import CostModel
 from fuseplan.providers import KernelCost
 from fuseplan.providers.declared import declared_us
 from fuseplan.rules import Bindings
@@ -19,7 +20,6 @@ from fuseplan.rules import Bindings
 Sized = Callable[[Tensor], Tensor]
 """A tensor of the graph at some number of tokens: no data, and all sizes are numbers."""
 
-ROW_REDUCTIONS = (ops.rms_norm, ops.fused_add_rms_norm, ops.dynamic_per_token_scaled_fp8_quant)
 GENERATED = frozenset(
     {
         "amax", "amin", "cat", "clone", "constant_pad_nd", "convert_element_type", "full", "mean", "prod", "sum",
@@ -52,22 +52,22 @@ def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
 
 
 def generated_ns(match: Match, model: CostModel, sized: Sized) -> int | None:
-    """What Inductor makes of all that a match stands for: one kernel, one for each pad, and the all-reduces; None where
-    it calls another op of which that isn't known.
+    """What Inductor makes of all that a match stands for: one kernel, one for each epilogue that stands alone, and the
+    all-reduces; None where it calls another op of which that isn't known.
     """
     reads = _bytes(match.values.values(), sized)
     total, kernels, reduction = 0, 0, False
     for node in match.consumed:
-        op = ops.of(node.target)
-        if op is ops.all_reduce:
+        part = part_at(node)
+        if isinstance(part, Prologue):
             total += _all_reduce_ns(node, model, sized)
-        elif op is ops.pad:
+        elif isinstance(part, Epilogue) and part.traffic.stands_alone:
             total += round(model.hardware.launch.value + model.hardware.memory_ns(2 * _bytes((node,), sized)))
-        elif op is None and not _is_generated(node.target):
+        elif part is None and not _is_generated(node.target):
             return None
         else:
             kernels = 1
-            reduction |= op in ROW_REDUCTIONS
+            reduction |= isinstance(part, (Core, Epilogue)) and part.traffic.reduces_rows
     if kernels:
         extra = model.hardware.generated_norm.value if reduction else 0.0
         moved = model.hardware.memory_ns(reads + _bytes(match.outputs, sized))
@@ -89,7 +89,7 @@ def _all_reduce_ns(node: fx.Node, model: CostModel, sized: Sized) -> int:
         return 0
     x = sized(value)
     region = Region(
-        core="rms_norm", tokens=max(1, x.shape[:-1].numel()), width=x.shape[-1], padded=x.shape[-1],
+        core=Middle(name="reduced"), tokens=max(1, x.shape[:-1].numel()), width=x.shape[-1],
         itemsize=x.dtype.itemsize, reduce=True, ranks=ranks,
     )  # fmt: skip
     return total_ns(model.reduce(region))

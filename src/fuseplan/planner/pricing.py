@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fuseplan.content import content_of
-from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.facts import hint, tensor_of
 from fuseplan.matching import ExternalMatch, Match
+from fuseplan.parts.traffic import Kernel, Tail, total_ns
 from fuseplan.planner.candidates import Candidate, copies_text
-from fuseplan.planner.costs import KNOWN_PROVIDERS, CostModel, CostTable, Kernel, Provenance, total_ns
+from fuseplan.planner.costs import KNOWN_PROVIDERS, CostModel, CostTable, Provenance
 from fuseplan.planner.declared import declared_ns, generated_ns
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows, Shape, Site, Tail, Taken, hint
+from fuseplan.planner.sites import Rows, Shape, Site, Taken
 
 UNFUSED = "unfused"
 MAX_ENUMERATED = 12

@@ -15,33 +15,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuseplan.dialect import ops
-from fuseplan.graph.facts import aten, fill_of, group_size, is_call, item, tensor_of
-from fuseplan.planner.costs import CostModel, Kernel, Region
-from fuseplan.planner.costs.model import Core, Epilogue, Rotation
-
-CORES = (ops.rms_norm, ops.fused_add_rms_norm, ops.silu_and_mul)
-EPILOGUES: dict[str, Epilogue] = {
-    ops.pad.name: "pad",
-    ops.static_scaled_fp8_quant.name: "static_fp8_quant",
-    ops.dynamic_per_token_scaled_fp8_quant.name: "dynamic_fp8_quant",
-    ops.rotary_embedding.name: "rotary",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tail:
-    """An epilogue of a site: its kind, and the width after it; heads and angles where it rotates."""
-
-    kind: Epilogue
-    padded: int
-    rotation: Rotation | None = None
-
-    @property
-    def text(self) -> str:
-        """For a signature."""
-        heads = f" {self.rotation.q_heads}+{self.rotation.k_heads} heads" if self.rotation else ""
-        return f"{self.kind}{heads}"
+from fuseplan.graph.facts import fill_of, group_size, hint, item, tensor_of
+from fuseplan.ops import ops
+from fuseplan.parts import PARTS, Core, Epilogue, Prologue, part_at
+from fuseplan.parts.traffic import Kernel, Middle, Region, Tail
+from fuseplan.planner.costs import CostModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +38,7 @@ class Shape:
         makes_weight: its norm has no weight, and a fused op gets one of ones, which a kernel of its own makes.
     """
 
-    core: Core
+    core: Middle
     residual: bool
     ranks: int
     rows: int
@@ -73,8 +51,8 @@ class Shape:
     @property
     def signature(self) -> str:
         """The site without its rows, e.g. `all_reduce[2] -> add -> rms_norm -> pad 2880:3072 bfloat16 gpt_oss`."""
-        parts = [f"all_reduce[{self.ranks}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core]
-        parts += [f"{tail.kind} {self.width}:{tail.padded}" if tail.kind == "pad" else tail.text for tail in self.tails]
+        parts = [f"all_reduce[{self.ranks}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core.name]
+        parts += [tail.text(self.width) for tail in self.tails]
         return f"{' -> '.join(parts)} {self.width} {self.convention}{' unweighted' * self.makes_weight}"
 
     def region(self, *, reduce: bool, tail: Tail | None) -> Region:
@@ -83,25 +61,23 @@ class Shape:
             core=self.core,
             tokens=self.rows,
             width=self.width,
-            padded=tail.padded if tail else self.width,
             itemsize=self.itemsize,
             reduce=reduce and self.ranks > 1,
             residual=self.residual,
-            epilogue=tail.kind if tail else None,
+            tail=tail,
             ranks=self.ranks if reduce else 1,
-            rotation=tail.rotation if tail else None,
         )
 
     def unfused(self, model: CostModel) -> tuple[Kernel, ...]:
-        """The site as Inductor leaves it: quantisations join the core's kernel, a pad is one of its own."""
-        inside = [tail for tail in self.tails if tail.kind != "pad"]
+        """The site as Inductor leaves it: an epilogue joins the core's kernel, unless it stands alone."""
+        inside = [tail for tail in self.tails if not tail.stands_alone]
         first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
         kernels = (*(model.reduce(first) if first.reduce else ()), *model.core(first))
         more = [self.region(reduce=False, tail=tail).result_bytes for tail in inside[1:]]
         if more:
             kernels = (*kernels, Kernel(name="further results", memory=round(sum(map(model.hardware.memory_ns, more)))))
-        padded = [tail for tail in self.tails if tail.kind == "pad"]
-        rest = [kernel for tail in padded for kernel in model.epilogue(self.region(reduce=False, tail=tail))]
+        apart = [tail for tail in self.tails if tail.stands_alone]
+        rest = [kernel for tail in apart for kernel in model.epilogue(self.region(reduce=False, tail=tail))]
         return (*kernels, *rest)
 
     def fused(self, model: CostModel, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
@@ -155,23 +131,28 @@ class Site:
             return 1
         return group_size(str(self.reduce.args[1])) or 1
 
+    @property
+    def part(self) -> Core:
+        """The part that the core calls."""
+        part = part_at(self.core)
+        assert isinstance(part, Core), self.core.format_node()
+        return part
+
     def shape(self, rows: int) -> Shape:
         """The site at a number of rows."""
-        value, op = tensor_of(self.core.args[0]), ops.of(self.core.target)
-        assert value is not None and op is not None
-        has_residual = op is ops.fused_add_rms_norm
+        value, op, part = tensor_of(self.core.args[0]), ops.of(self.core.target), self.part
+        assert value is not None
         rounding = self.core.args[-1]
-        width = hint(value.shape[-1])
         return Shape(
-            core="silu_and_mul" if op is ops.silu_and_mul else "rms_norm",
-            residual=has_residual,
+            core=part.traffic,
+            residual=op is part.residual_op,
             ranks=self.ranks,
             rows=rows,
-            width=width,
+            width=hint(value.shape[-1]),
             itemsize=value.dtype.itemsize,
             tails=tuple(self.tail(node) for node in self.tails),
             convention=f"{str(value.dtype).removeprefix('torch.')} {rounding}",
-            makes_weight=op is not ops.silu_and_mul and fill_of(self.core.args[-3]) is not None,
+            makes_weight=part.weight is not None and fill_of(self.core.args[part.weight]) is not None,
         )
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
@@ -187,59 +168,29 @@ class Site:
 
     def tail(self, node: fx.Node) -> Tail:
         """An epilogue's part in the site's shape."""
-        op, value = ops.of(node.target), tensor_of(self.core.args[0])
-        assert op is not None and value is not None
-        width = hint(value.shape[-1])
-        right = node.args[1] if op is ops.pad else 0
-        assert isinstance(right, int)
-        rotation = _rotation(node, self.core) if op is ops.rotary_embedding else None
-        return Tail(kind=EPILOGUES[op.name], padded=width + right, rotation=rotation)
+        part = part_at(node)
+        assert isinstance(part, Epilogue), node.format_node()
+        return part.tail(node, self.core)
 
 
-def norm_site(ordinal: int, core: fx.Node) -> Site:
-    """The site of a norm or an activation."""
-    source = core.args[0]
-    reduce = source if isinstance(source, fx.Node) and ops.of(source.target) is ops.all_reduce else None
-    result = item(core, 0) if ops.of(core.target) is ops.fused_add_rms_norm else core
-    users = list(result.users) if result is not None else []
-    tails = [user for user in users if (op := ops.of(user.target)) is not None and op.name in EPILOGUES]
-    tails = [tail for tail in tails if ops.of(tail.target) is not ops.rotary_embedding]
-    return Site(ordinal, core, reduce, tuple(sorted({*tails, *_rotations(core)})))
-
-
-def _rotations(core: fx.Node) -> list[fx.Node]:
-    """The rotary embeddings of which a norm's result is the queries."""
-    moved = [user for user in core.users if is_call(user, aten.permute.default)]
-    readers = [reader for node in (core, *moved) for reader in node.users]
-    rotary = [each for each in readers if ops.of(each.target) is ops.rotary_embedding]
-    return [each for each in rotary if _normed(each.args[0])[-1:] == [core] and _normed(each.args[1])]
-
-
-def _normed(value: object) -> list[fx.Node]:
-    """What stands between a rotary embedding and a norm, and the norm; empty where there is none."""
-    between = [value] if is_call(value, aten.permute.default) else []
-    norm = between[0].args[0] if between else value
-    return [*between, norm] if isinstance(norm, fx.Node) and ops.of(norm.target) is ops.rms_norm else []
+def row_site(ordinal: int, core: fx.Node) -> Site:
+    """The site of a core that works on rows, such as a norm or an activation."""
+    part, source = part_at(core), core.args[0]
+    assert isinstance(part, Core), core.format_node()
+    result = item(core, 0) if ops.of(core.target) is part.residual_op else core
+    tails = set[fx.Node]()
+    for epilogue in PARTS:
+        if isinstance(epilogue, Epilogue) and result is not None:
+            users = (user for user in result.users if part_at(user) is epilogue)
+            tails.update(users if epilogue.found is None else epilogue.found(core))
+    reduce = source if isinstance(source, fx.Node) and isinstance(part_at(source), Prologue) else None
+    return Site(ordinal, core, reduce, tuple(sorted(tails)))
 
 
 def _beside(tail: fx.Node) -> list[fx.Node]:
-    """What a rotary embedding takes along: the norm of the keys, and transpositions."""
-    if ops.of(tail.target) is not ops.rotary_embedding:
-        return []
-    return [node for source in tail.args[:2] for node in _normed(source)]
-
-
-def _rotation(rotary: fx.Node, core: fx.Node) -> Rotation:
-    q, cos = tensor_of(core.args[0]), tensor_of(rotary.args[2])
-    k = tensor_of(_normed(rotary.args[1])[-1].args[0])
-    assert q is not None and k is not None and cos is not None
-    q_heads, k_heads = (max(1, hint(value.shape[-2])) for value in (q, k))
-    return Rotation(q_heads=q_heads, k_heads=k_heads, angles=2 * hint(cos.shape[-1]))
-
-
-def hint(size: Any) -> int:
-    """A size, or the one that a symbolic size had when the graph was traced."""
-    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
+    """What a fusion takes along that takes an epilogue."""
+    part = part_at(tail)
+    return part.beside(tail) if isinstance(part, Epilogue) and part.beside is not None else []
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,10 @@
-"""Fusions: pattern, check, replacement; a file per family."""
+"""What a fusion is, and which of them a configuration leaves on."""
 
 from collections.abc import Mapping, Sequence
 
 from fuseplan.config import PassConfig, unknown
 from fuseplan.errors import ConfigError
-from fuseplan.rules.activation import ACTIVATION_RULES
-from fuseplan.rules.attention import ATTENTION_RULES
 from fuseplan.rules.base import Bindings, Rule
-from fuseplan.rules.norm import NORM_RULES
-from fuseplan.rules.rotary import ROTARY_RULES
-
-BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *ATTENTION_RULES)
 
 
 def by_name(rules: Sequence[Rule]) -> dict[str, tuple[Rule, ...]]:
@@ -24,7 +18,7 @@ def _content(rule: Rule) -> tuple[str, str]:
     return rule.op.name, rule.describe()
 
 
-def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) -> Mapping[str, tuple[Rule, ...]]:
+def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tuple[Rule, ...]]:
     """The rules that a configuration leaves on, by name.
 
     Under `ordered(...)` those are the rules it lists; under `off` all whose flags aren't False, since they are
@@ -58,11 +52,11 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) ->
     return enabled
 
 
-def disabled_rules(config: PassConfig, rules: Sequence[Rule] = BUILT_IN_RULES) -> Mapping[str, str]:
+def disabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, str]:
     """The rules that a flag of the configuration switches off, by name, with the first such flag."""
     off = {name: [f for member in members for f in member.flags if getattr(config, f) is False]
            for name, members in by_name(rules).items()}  # fmt: skip
     return {name: flags[0] for name, flags in off.items() if flags}
 
 
-__all__ = ["BUILT_IN_RULES", "Bindings", "Rule", "by_name", "disabled_rules", "enabled_rules"]
+__all__ = ["Bindings", "Rule", "by_name", "disabled_rules", "enabled_rules"]

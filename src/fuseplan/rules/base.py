@@ -12,9 +12,9 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from fuseplan.dialect import DialectOp, ops
 from fuseplan.errors import RuleError
 from fuseplan.graph.facts import tensor_of
+from fuseplan.ops import DialectOp, ops
 from fuseplan.record import Reason, Refusal
 
 

@@ -173,7 +173,8 @@ def _made(rule: Rule, case: Case, seed: int) -> dict[str, Any]:
 def _summed(rule: Rule) -> list[str]:
     """The variables of a rule that are summed over the ranks, and so differ among them."""
     traced = rule.traced_pattern
-    read = {node.args[0] for node in traced.graph.nodes if node.target is ops.all_reduce.overload}
+    called = ((node, ops.of(node.target)) for node in traced.graph.nodes)
+    read = {node.args[0] for node, op in called if op is not None and op.collective}
     return [name for name, node in traced.inputs.items() if node in read]
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.canonical.vllm import COLLECTIVES
 from fuseplan.graph.facts import fill_of, tensor_of
 from fuseplan.matching import Match
+from fuseplan.parts import PARTS, Prologue
 from fuseplan.verification.specs import concrete
 
+ENGINE_COLLECTIVES = frozenset(name for part in PARTS if isinstance(part, Prologue) for name in part.engine_ops)
 MOST_NODES = 128
 """Beyond which a region isn't one of a single fusion."""
 
@@ -52,7 +53,7 @@ class Region:
                 continue
             if node.op != "call_function" or isinstance(node.target, HigherOrderOperator) or len(found) == MOST_NODES:
                 return None
-            if isinstance(node.target, OpOverload) and node.target.name() in COLLECTIVES:
+            if isinstance(node.target, OpOverload) and node.target.name() in ENGINE_COLLECTIVES:
                 return None  # no rank runs that alone
             found.add(node)
             stack += node.all_input_nodes

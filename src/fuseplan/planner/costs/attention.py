@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from fuseplan.parts.traffic import Kernel
 from fuseplan.planner.costs.hardware import Hardware
-from fuseplan.planner.costs.model import Kernel
 
 Form: TypeAlias = Literal["repeated", "shared", "packed"]
 

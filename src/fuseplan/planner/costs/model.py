@@ -18,157 +18,19 @@ How Inductor leaves what is not fused:
 """
 
 import math
-from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from fuseplan.parts.residual_add import PART as RESIDUAL_ADD
+from fuseplan.parts.traffic import Kernel, Region, total_ns
 from fuseplan.planner.costs.hardware import Gate, Hardware, Peers, Protocol
 
-Core: TypeAlias = Literal["rms_norm", "silu_and_mul", "attention"]
-Epilogue: TypeAlias = Literal["pad", "static_fp8_quant", "dynamic_fp8_quant", "rotary"]
 PadLowering: TypeAlias = Literal["inductor", "eager"]
 
-FP8_BYTES = 1
-SCALE_BYTES = 4
 EAGER_BYTES = 8
 """A kernel of an eager reference reads and writes float32."""
 
 KNOWN_PROVIDERS = frozenset({"torch", "triton", "flashinfer", "aiter", "sdpa", "sdpa_packed"})
 """Whose kernels the model knows. It can say what one Triton kernel would take, and not that somebody's op is one."""
-
-EAGER_KERNELS = {
-    "rms_norm": 11,
-    "residual": 4,
-    "silu_and_mul": 7,
-    "static_fp8_quant": 5,
-    "dynamic_fp8_quant": 10,
-    "rotary": 34,
-}
-"""At most how many kernels the parts of a reference launch in eager mode; tests count them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rotation:
-    """A rotary embedding of normed queries, and of the normed keys beside them.
-
-    Attributes:
-        q_heads: heads of the queries.
-        k_heads: heads of the keys.
-        angles: cosines and sines a token.
-    """
-
-    q_heads: int
-    k_heads: int
-    angles: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Region:
-    """The ops that a fused op stands for, at one size.
-
-    Attributes:
-        core: what is in the middle.
-        reduce: whether an all-reduce comes before it.
-        residual: whether a residual is added before it.
-        epilogue: what comes after it.
-        tokens: rows; where queries are rotated, a row for each of their heads.
-        width: of the core's result: hidden, or intermediate size.
-        padded: width after the pad; equal to `width` where there is no pad.
-        itemsize: bytes of an activation.
-        ranks: of the group that reduces, 1 where nothing is reduced.
-        keeps_core: whether the core's own result is needed beside the epilogue's. Free for a pad, whose slice it is.
-        rotation: of a `rotary` epilogue, whose region has the norm of the keys, too.
-    """
-
-    core: Core
-    tokens: int
-    width: int
-    padded: int
-    itemsize: int = 2
-    reduce: bool = False
-    residual: bool = False
-    epilogue: Epilogue | None = None
-    ranks: int = 1
-    keeps_core: bool = False
-    rotation: Rotation | None = None
-
-    def __post_init__(self) -> None:
-        assert min(self.tokens, self.width, self.itemsize, self.ranks) >= 1, self
-        assert (self.padded >= self.width) if self.epilogue == "pad" else (self.padded == self.width), self
-        assert not (self.reduce and self.ranks == 1), self
-        assert (self.rotation is None) is (self.epilogue != "rotary"), self
-        assert self.core == "rms_norm" or not (self.reduce or self.residual or self.epilogue == "pad"), self
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one activation of the core's width."""
-        return self.tokens * self.width * self.itemsize
-
-    @property
-    def read_bytes(self) -> int:
-        """What the core reads: its activations and the norm's weight; of queries and keys both, and the angles."""
-        if self.rotation is not None:
-            return self.rotated_bytes(self.rotation.q_heads + self.rotation.k_heads) + 2 * self.width * self.itemsize
-        if self.core == "silu_and_mul":
-            return 2 * self.row_bytes
-        return (1 + self.residual) * self.row_bytes + self.width * self.itemsize
-
-    @property
-    def written_bytes(self) -> int:
-        """What a kernel of core and epilogue writes: the result, and the sum where one is yielded."""
-        total = self.row_bytes if self.residual or self.reduce else 0
-        core = self.row_bytes if self.keeps_core and self.epilogue != "pad" and self.epilogue else 0
-        return self.result_bytes + core + total
-
-    @property
-    def result_bytes(self) -> int:
-        """The last op's own result."""
-        if self.epilogue == "pad":
-            return self.tokens * self.padded * self.itemsize
-        if self.epilogue is None:
-            return self.row_bytes
-        if self.rotation is not None:
-            return self._heads_bytes(self.rotation.q_heads + self.rotation.k_heads)
-        scales = self.tokens * SCALE_BYTES if self.epilogue == "dynamic_fp8_quant" else 0
-        return self.tokens * self.width * FP8_BYTES + scales
-
-    def rotated_bytes(self, heads: int) -> int:
-        """What a rotation reads of so many heads and of the angles."""
-        assert self.rotation is not None
-        return self._heads_bytes(heads) + self.tokens // self.rotation.q_heads * self.rotation.angles * self.itemsize
-
-    def _heads_bytes(self, heads: int) -> int:
-        assert self.rotation is not None
-        return self.row_bytes // self.rotation.q_heads * heads
-
-    def without_epilogue(self) -> "Region":
-        """The same without what comes after the core."""
-        return replace(self, epilogue=None, padded=self.width, rotation=None)
-
-    def without_reduce(self) -> "Region":
-        """The same on an activation that is reduced already."""
-        return replace(self, reduce=False, ranks=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """One kernel's time, term by term, in nanoseconds."""
-
-    name: str
-    launch: int = 0
-    signal: int = 0
-    staging: int = 0
-    memory: int = 0
-    wire: int = 0
-
-    @property
-    def ns(self) -> int:
-        """launch + signal + staging + memory + wire"""
-        return self.launch + self.signal + self.staging + self.memory + self.wire
-
-
-def total_ns(kernels: tuple[Kernel, ...]) -> int:
-    """Kernels one after the other."""
-    return sum(kernel.ns for kernel in kernels)
 
 
 class CostModel:
@@ -205,9 +67,9 @@ class CostModel:
         if taken is None:
             return self.unfused(site)
         assert taken.core == site.core and taken.residual == site.residual, (site, taken)
-        assert taken.epilogue in (None, site.epilogue) and taken.reduce <= site.reduce, (site, taken)
+        assert taken.tail in (None, site.tail) and taken.reduce <= site.reduce, (site, taken)
         before = self.reduce(site) if site.reduce and not taken.reduce else ()
-        after = self.epilogue(site) if site.epilogue and not taken.epilogue else ()
+        after = self.epilogue(site) if site.tail and not taken.tail else ()
         return (*before, *self.fused(taken, provider), *after)
 
     def saving_ns(self, site: Region, taken: Region, provider: str) -> int:
@@ -224,8 +86,8 @@ class CostModel:
         """The kernels of `unfused_ns`."""
         before = self.reduce(region) if region.reduce else ()
         rest = region.without_reduce()
-        if region.epilogue == "pad":
-            return (*before, *self.core(rest.without_epilogue()), *self.epilogue(rest))
+        if region.tail is not None and region.tail.stands_alone:
+            return (*before, *self.core(rest.without_tail()), *self.epilogue(rest))
         return (*before, *self.core(rest))
 
     def reduce(self, region: Region) -> tuple[Kernel, ...]:
@@ -238,39 +100,21 @@ class CostModel:
         return (min(kernels, key=lambda kernel: kernel.ns),)
 
     def core(self, region: Region) -> tuple[Kernel, ...]:
-        """The kernel that Inductor makes of the core and of a quantisation after it; all-reduces don't count."""
+        """The kernels that Inductor makes of the core and of an epilogue after it; all-reduces don't count."""
         rest = region.without_reduce()
-        if region.rotation is not None:
-            return tuple(self._rotated(region, heads) for heads in (region.rotation.q_heads, region.rotation.k_heads))
-        rows = region.core == "rms_norm" or region.epilogue == "dynamic_fp8_quant"
-        extra = self.hardware.generated_norm.value if rows else 0.0
-        name = f"{region.core}+{region.epilogue}" if region.epilogue else region.core
-        return (self._local(name, rest.read_bytes + rest.written_bytes, extra),)
+        if rest.tail is not None:
+            return rest.tail.joined(self, rest)
+        nbytes = rest.read_bytes + rest.written_bytes
+        return (self.local(rest.core.name, nbytes, reduces_rows=rest.core.reduces_rows),)
 
     def epilogue(self, region: Region) -> tuple[Kernel, ...]:
         """The epilogue alone, behind an op that Inductor can't see into."""
-        read, written = region.row_bytes, region.result_bytes
-        if region.rotation is not None:
-            rotated = self._local("rotary", region.rotated_bytes(region.rotation.q_heads) + region.row_bytes)
-            return (rotated, self._rotated(region, region.rotation.k_heads))
-        if region.epilogue == "pad" and self.pad == "eager":
-            moved = 2 * region.row_bytes
-            copied = self.hardware.memory_ns(moved) + moved / self.hardware.strided_copy.value
-            copy = Kernel(name="copy_", launch=_up(self.hardware.launch.value), memory=_up(copied))
-            return (self._local("fill_", written), copy)
-        extra = self.hardware.generated_norm.value if region.epilogue == "dynamic_fp8_quant" else 0.0
-        return (self._local(str(region.epilogue), read + written, extra),)
+        assert region.tail is not None
+        return region.tail.alone(self, region)
 
     def copy(self, nbytes: int) -> Kernel:
         """A copy of a value of so many bytes, in a kernel of its own: it is read and written."""
-        return self._local("copy", 2 * nbytes)
-
-    def _rotated(self, region: Region, heads: int) -> Kernel:
-        """Norm and rotation of so many heads, as Inductor generates them."""
-        assert region.rotation is not None
-        written = region.row_bytes // region.rotation.q_heads * heads
-        nbytes = region.rotated_bytes(heads) + written + region.width * region.itemsize
-        return self._local("rms_norm+rotary", nbytes, self.hardware.generated_norm.value)
+        return self.local("copy", 2 * nbytes)
 
     # What is fused.
 
@@ -291,9 +135,9 @@ class CostModel:
         peers = {"aiter": aiter and aiter.peers, "flashinfer": self.hardware.flashinfer}.get(provider)
         peers = peers or self.hardware.triton
         local = region.read_bytes + region.written_bytes
-        name = "+".join(part for part in ("all_reduce" * region.reduce, region.core, region.epilogue) if part)
+        name = region.name
         if not region.reduce or peers is None:
-            kernel = self._local(name, local, aiter.norm.value if aiter else 0.0)
+            kernel = self._kernel(name, local, aiter.norm.value if aiter else 0.0)
             return (*self.reduce(region), kernel) if region.reduce else (kernel,)
         one_shot = (self._one_shot(name, region, peers, local),)
         if aiter is not None:
@@ -301,22 +145,35 @@ class CostModel:
                 return one_shot
             # Two launches: the reduced rows reach every rank's buffer, then each rank norms all of them.
             scatter = self._two_shot("reduce_scatter", region, peers, 2 * region.row_bytes, barriers=1)
-            return (scatter, self._local(f"load_{name.removeprefix('all_reduce+')}", local))
+            return (scatter, self.local(f"load_{name.removeprefix('all_reduce+')}", local))
         return min(one_shot, (self._two_shot(name, region, peers, local),), key=total_ns)
 
     def _eager(self, region: Region) -> tuple[Kernel, ...]:
         """The reference: each kernel is priced as if it read and wrote a whole float32 activation."""
-        count = EAGER_KERNELS[region.core] + EAGER_KERNELS["residual"] * region.residual
-        count += EAGER_KERNELS.get(region.epilogue or "", 0)
-        count += EAGER_KERNELS[region.core] if region.rotation is not None else 0
-        kernels = tuple(self._local("eager", EAGER_BYTES * region.tokens * region.width) for _ in range(count))
+        count = region.core.eager_kernels + RESIDUAL_ADD.eager_kernels * region.residual
+        count += region.tail.eager_count(region.core) if region.tail else 0
+        kernels = tuple(self.local("eager", EAGER_BYTES * region.tokens * region.width) for _ in range(count))
         eager = CostModel(self.hardware, pad="eager")
         before = self.reduce(region) if region.reduce else ()
-        return (*before, *kernels, *(eager.epilogue(region) if region.epilogue == "pad" else ()))
+        return (*before, *kernels, *(region.tail.eager(eager, region) if region.tail else ()))
 
     # Kernels.
 
-    def _local(self, name: str, nbytes: float, extra: float = 0.0) -> Kernel:
+    @property
+    def is_eager(self) -> bool:
+        """Whether a pad that isn't fused is run by eager PyTorch."""
+        return self.pad == "eager"
+
+    def local(self, name: str, nbytes: float, *, reduces_rows: bool = False) -> Kernel:
+        """A kernel that reads and writes so many bytes; of reductions over rows, as Inductor generates it."""
+        return self._kernel(name, nbytes, self.hardware.generated_norm.value if reduces_rows else 0.0)
+
+    def strided_copy(self, nbytes: float) -> Kernel:
+        """A copy of so many bytes into a part of a larger tensor, in eager PyTorch."""
+        copied = self.hardware.memory_ns(nbytes) + nbytes / self.hardware.strided_copy.value
+        return Kernel(name="copy_", launch=_up(self.hardware.launch.value), memory=_up(copied))
+
+    def _kernel(self, name: str, nbytes: float, extra: float = 0.0) -> Kernel:
         return Kernel(
             name=name,
             launch=_up(self.hardware.launch.value + extra),

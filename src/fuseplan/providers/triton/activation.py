@@ -1,6 +1,6 @@
 """silu(gate) * up -> static or dynamic fp8 quantisation, in one kernel.
 
-The equivalent eager code is the composed reference of the op, `fuseplan.dialect.fused`.
+The equivalent eager code is the composed reference of the op, `fuseplan.families.compose`.
 """
 
 import torch

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fuseplan.dialect import QuantRounding, Rounding
-from fuseplan.dialect.norm import compute_dtype
+from fuseplan.ops import compute_dtype
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 

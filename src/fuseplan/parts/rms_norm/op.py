@@ -5,13 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuseplan.dialect.registry import Sample, define, draw_near_one
-from fuseplan.dialect.rounding import Rounding
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, so that a reference run in float64 is exact; float32 for all else."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+from fuseplan.ops import Rounding, Sample, compute_dtype, define, draw_near_one, random_tensor
+from fuseplan.parts import residual_add
+from fuseplan.parts.base import rows_of
 
 
 def _normalize(total: Tensor, weight: Tensor, eps: float, rounding: Rounding, dtype: torch.dtype) -> Tensor:
@@ -61,11 +57,7 @@ def fused_add_rms_norm_reference(
         ValueError: `rounding` isn't one of `Rounding`.
     """
     convention = Rounding(rounding)
-    wide = compute_dtype(x.dtype)
-    total = x.to(wide) + residual.to(wide)
-    residual_out = total.to(x.dtype) if convention.rounds_residual else total
-    if convention.rounds_sum:
-        total = residual_out.to(wide)
+    total, residual_out = residual_add.reference(x, residual, convention, compute_dtype(x.dtype))
     y = _normalize(total, weight, eps, convention, x.dtype)
     return y.contiguous(), residual_out.contiguous()
 
@@ -92,13 +84,6 @@ SAMPLE_SHAPES = ((1, 64), (7, 320), (2, 5, 2880), (33, 257))
 SAMPLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def random_tensor(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> Tensor:
-    """Standard normal values, drawn on the CPU so that one seed gives the same values on every device."""
-    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
-
-
 def norm_samples(residual: bool) -> list[Sample]:
     """Arguments of `rms_norm` or, with `residual`, of `fused_add_rms_norm`, for every shape, dtype and convention."""
 
@@ -110,7 +95,7 @@ def norm_samples(residual: bool) -> list[Sample]:
             weight = 1 + 0.1 * random_tensor(shape[-1:], torch.float32, device, generator)
             return (*activations, weight.to(dtype), 1e-5, rounding.value)
 
-        name = f"{'x'.join(map(str, shape))}-{str(dtype).removeprefix('torch.')}-{rounding}"
+        name = f"{rows_of(shape)}-{str(dtype).removeprefix('torch.')}-{rounding}"
         return Sample(name=name, make=make)
 
     conventions = tuple(Rounding) if residual else (Rounding.LLAMA, Rounding.GPT_OSS, Rounding.GEMMA)

@@ -20,10 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fuseplan.canonical.mean_square import MeanSquare, mean_squares
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised, only_reader, read_elsewhere
-from fuseplan.canonical.view import CanonicalGraph, is_dialect
-from fuseplan.dialect import Rounding, ops
 from fuseplan.graph.facts import (
     ADDS,
     LOW_PRECISION,
@@ -40,6 +38,9 @@ from fuseplan.graph.facts import (
 )
 from fuseplan.graph.legality import is_convex
 from fuseplan.graph.reach import path_between
+from fuseplan.ops import Rounding, ops
+from fuseplan.parts.rms_norm.mean_square import MeanSquare, mean_squares
+from fuseplan.parts.rms_norm.op import fused_add_rms_norm, rms_norm
 from fuseplan.record import Reason
 
 
@@ -78,7 +79,7 @@ def raise_rms_norms(canonical: CanonicalGraph) -> None:
                 raise found.deviation
             _raise(canonical, _read_norm(root, found))
         except Unraised as refused:
-            refused.tell(canonical, ops.rms_norm, "RMSNorm", at=[root, *found.normalised], place=root)
+            refused.tell(canonical, rms_norm, "RMSNorm", at=[root, *found.normalised], place=root)
 
 
 def _merge_equal_casts(canonical: CanonicalGraph) -> None:
@@ -231,7 +232,7 @@ def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:
     weight = _weight_of(canonical, norm)
     if not is_convex({*norm.interior}, (x, weight)):
         raise Unraised(Reason.CYCLE, "the weight depends on the norm", weight)
-    canonical.raise_op(ops.rms_norm, (x, weight, norm.eps, norm.rounding.value), (norm.y,))
+    canonical.raise_op(rms_norm, (x, weight, norm.eps, norm.rounding.value), (norm.y,))
 
 
 def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> None:
@@ -290,7 +291,7 @@ def _raise_with_residual(
     args = (x, residual, weight, norm.eps, rounding.value)
     if residual_out is total and all(user in region for node in (total, norm.total) for user in node.users):
         residual_out = None
-    canonical.raise_op(ops.fused_add_rms_norm, args, (norm.y, residual_out))
+    canonical.raise_op(fused_add_rms_norm, args, (norm.y, residual_out))
     return True
 
 
@@ -299,7 +300,7 @@ def _rank(canonical: CanonicalGraph, addend: fx.Node, other: fx.Node) -> tuple[i
     alone, what is computed from an all-reduce for this sum alone, what is all-reduced and the other one doesn't depend
     on, and then the deeper one.
     """
-    reached = path_between(addend, lambda node: is_dialect(node, ops.all_reduce), "inputs")
+    reached = path_between(addend, _is_reduced, "inputs")
     certainty = 0
     if reached is not None:
         way, reduced = reached
@@ -308,6 +309,11 @@ def _rank(canonical: CanonicalGraph, addend: fx.Node, other: fx.Node) -> tuple[i
         elif not way and is_convex([reduced], [other]):
             certainty = 1
     return certainty, canonical.depth[addend]
+
+
+def _is_reduced(node: fx.Node) -> bool:
+    op = ops.of(node.target)
+    return op is not None and op.collective
 
 
 def _check_interior(canonical: CanonicalGraph, norm: _Norm) -> None:

@@ -1,16 +1,12 @@
-"""SiLU-and-mul as Inductor's post-grad graphs spell it in aten.
+"""SiLU-and-mul, the gated activation of Llama-style MLPs."""
 
-g32 = convert(gate, float32)                        absent in float32 models
-act = g32 / (exp(-g32) + 1)  |  g32 * sigmoid(g32)
-y   = convert(act, dtype) * up                      `llama`
-    | convert(act * convert(up, float32), dtype)    `fp32`
-"""
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised, only_reader
-from fuseplan.canonical.view import CanonicalGraph
-from fuseplan.dialect import ActivationRounding, ops
 from fuseplan.graph.facts import (
     ADDS,
     LOW_PRECISION,
@@ -24,11 +20,71 @@ from fuseplan.graph.facts import (
     tensor_of,
 )
 from fuseplan.graph.legality import is_convex
+from fuseplan.ops import ActivationRounding, Sample, compute_dtype, define, random_tensor
+from fuseplan.parts.base import Core, Reported, Stage, rows_of
+from fuseplan.parts.traffic import Middle
 from fuseplan.record import Reason
 
 
+def reference(gate: Tensor, up: Tensor, rounding: str) -> Tensor:
+    """y = silu(gate) * up
+
+    Args:
+        gate: [..., intermediate].
+        up: [..., intermediate], gate's dtype.
+        rounding: one of `ActivationRounding`.
+
+    Returns:
+        [..., intermediate] in gate's dtype, contiguous.
+
+    Raises:
+        ValueError: `rounding` isn't one of `ActivationRounding`.
+    """
+    wide = compute_dtype(gate.dtype)
+    activated = torch.nn.functional.silu(gate.to(wide))
+    if ActivationRounding(rounding) is ActivationRounding.LLAMA:
+        activated = activated.to(gate.dtype).to(wide)
+    return (activated * up.to(wide)).to(gate.dtype).contiguous()
+
+
+def fake(gate: Tensor, up: Tensor, rounding: str) -> Tensor:
+    """Shape and dtype of `reference`."""
+    return gate.new_empty(gate.shape)
+
+
+def _samples() -> list[Sample]:
+    def sample(shape: tuple[int, ...], dtype: torch.dtype, rounding: ActivationRounding) -> Sample:
+        def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+            gate, up = (random_tensor(shape, dtype, device, generator) for _ in range(2))
+            return gate, up, rounding.value
+
+        name = f"{rows_of(shape)}-{str(dtype).removeprefix('torch.')}-{rounding}"
+        return Sample(name=name, make=make)
+
+    return [
+        sample((1, 64), torch.float32, ActivationRounding.LLAMA),
+        sample((7, 320), torch.bfloat16, ActivationRounding.LLAMA),
+        sample((2, 5, 96), torch.float16, ActivationRounding.FP32),
+    ]
+
+
+silu_and_mul = define(
+    "silu_and_mul",
+    "(Tensor gate, Tensor up, str rounding) -> Tensor",
+    reference=reference,
+    fake=fake,
+    samples=_samples(),
+)
+
+
 def raise_silu_and_mul(canonical: CanonicalGraph) -> None:
-    """Raises every gated SiLU."""
+    """Raises every gated SiLU, as Inductor's post-grad graphs spell it in aten.
+
+    g32 = convert(gate, float32)                        absent in float32 models
+    act = g32 / (exp(-g32) + 1)  |  g32 * sigmoid(g32)
+    y   = convert(act, dtype) * up                      `llama`
+        | convert(act * convert(up, float32), dtype)    `fp32`
+    """
     for root in canonical.calls(aten.exp.default, aten.sigmoid.default):
         activated = _silu_of_exp(root) if is_call(root, aten.exp.default) else _silu_of_sigmoid(root)
         if activated is None:
@@ -36,7 +92,7 @@ def raise_silu_and_mul(canonical: CanonicalGraph) -> None:
         try:
             _raise(canonical, root, *activated)
         except Unraised as refused:
-            refused.tell(canonical, ops.silu_and_mul, "SiLU-and-mul", at=[activated[1]], place=activated[1])
+            refused.tell(canonical, silu_and_mul, "SiLU-and-mul", at=[activated[1]], place=activated[1])
 
 
 def _silu_of_exp(exp: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -96,8 +152,17 @@ def _raise(canonical: CanonicalGraph, root: fx.Node, wide: fx.Node, activated: f
         raise Unraised(Reason.DTYPE, detail, product)
     if not is_convex({activated, value, product, y}, (gate, up)):
         raise Unraised(Reason.CYCLE, "what is multiplied depends on what SiLU yields", product)
-    canonical.raise_op(ops.silu_and_mul, (gate, up, rounding.value), (y,))
+    canonical.raise_op(silu_and_mul, (gate, up, rounding.value), (y,))
 
 
 def _single_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+PART = Core(
+    name="silu_and_mul",
+    ops=(silu_and_mul,),
+    raising=((Stage.CORES, raise_silu_and_mul),),
+    reported=Reported.NEVER,  # a SiLU alone is an activation like others
+    traffic=Middle(name="silu_and_mul", inputs=2, eager_kernels=7),
+)

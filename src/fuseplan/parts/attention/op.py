@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fuseplan.dialect.registry import Sample, define, draw_activations
+from fuseplan.ops import Sample, define, draw_activations
 
 aten = torch.ops.aten
 MOST_SCORES = 2**26
@@ -211,17 +211,17 @@ class _Sizes:
         return Sample(name=f"{'-'.join(map(str, parts))}{flags}", make=make)
 
 
-_SIZES = (
+SIZES = (
     _Sizes(batch=3, heads=(8, 2), queries=1, keys=33, width=16, masked=True),
     _Sizes(batch=1, heads=(6, 2), queries=1, keys=40, width=32, masked=True, dtype=torch.float16),
     _Sizes(batch=2, heads=(4, 4), queries=7, keys=7, width=16, masked=False, is_causal=True),
     _Sizes(batch=2, heads=(4, 1), queries=5, keys=24, width=24, masked=True, dtype=torch.float32),
 )
-_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, str kernel) -> Tensor"
-_ERROR_FACTOR = 8.0
+SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, str kernel) -> Tensor"
+ERROR_FACTOR = 8.0
 """For another order of accumulation in float32: of the few elements of a head the reference's worst may be lucky."""
 
-_DRAWS = {"q": draw_keys, "k": draw_keys, "mask": draw_mask}
+DRAWS = {"q": draw_keys, "k": draw_keys, "mask": draw_mask}
 
 repeat_heads = define(
     "repeat_heads",
@@ -233,21 +233,10 @@ repeat_heads = define(
 
 attention = define(
     "attention",
-    _SCHEMA,
+    SCHEMA,
     reference=attention_reference,
     fake=attention_fake,
-    samples=[sizes.sample(shared=False) for sizes in _SIZES],
-    error_factor=_ERROR_FACTOR,
-    draws=_DRAWS,
-)
-
-grouped_attention = define(
-    "grouped_attention",
-    _SCHEMA,
-    reference=attention_reference,
-    fake=attention_fake,
-    samples=[sizes.sample(shared=True) for sizes in _SIZES],
-    fused=True,
-    error_factor=_ERROR_FACTOR,
-    draws=_DRAWS,
+    samples=[sizes.sample(shared=False) for sizes in SIZES],
+    error_factor=ERROR_FACTOR,
+    draws=DRAWS,
 )

@@ -2,8 +2,21 @@
 
 from typing import Any
 
-from fuseplan.dialect import ops
+from fuseplan.ops import define
+from fuseplan.parts.attention import attention, repeat_heads
+from fuseplan.parts.attention.op import DRAWS, ERROR_FACTOR, SCHEMA, SIZES, attention_fake, attention_reference
 from fuseplan.rules.base import Rule
+
+grouped_attention = define(
+    "grouped_attention",
+    SCHEMA,
+    reference=attention_reference,
+    fake=attention_fake,
+    samples=[sizes.sample(shared=True) for sizes in SIZES],
+    fused=True,
+    error_factor=ERROR_FACTOR,
+    draws=DRAWS,
+)
 
 
 class GroupedAttention(Rule):
@@ -13,13 +26,13 @@ class GroupedAttention(Rule):
     """
 
     name, flags = "grouped_attention", ("fuse_grouped_attention",)
-    op, core = ops.grouped_attention, ops.attention
+    op, core = grouped_attention, attention
 
     def pattern(
         self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
     ) -> Any:  # fmt: skip
-        shared = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
-        return (ops.attention(q, *shared, mask, scale, is_causal, kernel),)
+        shared = repeat_heads(k, groups), repeat_heads(v, groups)
+        return (attention(q, *shared, mask, scale, is_causal, kernel),)
 
     def replacement(
         self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any

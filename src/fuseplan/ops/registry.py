@@ -95,6 +95,11 @@ class DialectOp:
         return self.draws.get(argument, draw_activations)
 
     @property
+    def parameters(self) -> list[str]:
+        """The arguments as they stand in the schema: `Tensor x`, `float eps`."""
+        return self.schema[1 : self.schema.index(")")].split(", ")
+
+    @property
     def overload(self) -> "torch._ops.OpOverload":
         """The op as it stands in a graph."""
         return self.implementation("torch")
@@ -129,11 +134,16 @@ class DialectOp:
 
 
 class Dialect(Mapping[str, DialectOp]):
-    """All ops by name, also as attributes: `ops.rms_norm`, `ops["rms_norm"]`. Iterates in order of name."""
+    """Ops by name, also as attributes: `ops.rms_norm`, `ops["rms_norm"]`. Iterates in order of name."""
 
-    def __init__(self, ops: Sequence[DialectOp]) -> None:
-        self._ops = {op.name: op for op in sorted(ops, key=lambda op: op.name)}
-        self._by_target = {op.overload: op for op in self._ops.values()}
+    def __init__(self) -> None:
+        self._ops: dict[str, DialectOp] = {}
+        self._by_target: dict[object, DialectOp] = {}
+
+    def add(self, *ops: DialectOp) -> None:
+        """Takes ops in."""
+        self._ops = {op.name: op for op in sorted((*self._ops.values(), *ops), key=lambda op: op.name)}
+        self._by_target |= {op.overload: op for op in ops}
 
     def __getitem__(self, name: str) -> DialectOp:
         return self._ops[name]
@@ -152,7 +162,11 @@ class Dialect(Mapping[str, DialectOp]):
 
     def of(self, target: object) -> DialectOp | None:
         """The op whose reference overload is `target`, if any."""
-        return self._by_target.get(target)  # type: ignore[call-overload, no-any-return]
+        return self._by_target.get(target)
+
+
+ops = Dialect()
+"""Those of fuseplan itself."""
 
 
 def define(

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fuseplan.canonical import CanonicalGraph, is_dialect
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.canonical.view import CanonicalGraph, is_dialect
-from fuseplan.dialect import ATTENTION_KERNELS, ops
 from fuseplan.graph.facts import MULS, RESHAPES, Call, aten, convert_element_type, equal_size, is_call, item, tensor_of
 from fuseplan.graph.reach import path_between
+from fuseplan.parts.attention.op import KERNELS, attention, repeat_heads
 from fuseplan.record import Reason
 
 HEADS = 1
 """The dimension of heads in what an attention op takes."""
 
-BY_TARGET: dict[Any, str] = {kernel.target: kernel.name for kernel in ATTENTION_KERNELS.values()}
+BY_TARGET: dict[Any, str] = {kernel.target: kernel.name for kernel in KERNELS.values()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def raise_attention(canonical: CanonicalGraph) -> None:
         try:
             _raise(canonical, node, result, arguments, sides)
         except Unraised as refused:
-            refused.tell(canonical, ops.attention, "attention", at=[node], place=node)
+            refused.tell(canonical, attention, "attention", at=[node], place=node)
     _refuse_products(canonical)
 
 
@@ -79,7 +79,7 @@ def _raise(
         at = arguments[name]
         raise Unraised(
             Reason.OP, f"the heads of the {other} are repeated, and those of the {name}s are not", at,
-            expected=ops.repeat_heads.name,
+            expected=repeat_heads.name,
         )  # fmt: skip
     _check_sides(key, value)
     _check_flags(canonical, node, arguments)
@@ -94,7 +94,7 @@ def _raise(
     placed = {each.node: _raise_repeat(canonical, each) for each in repeated.values()}
     mask = arguments.get("attn_bias", arguments.get("attn_mask"))
     canonical.raise_op(
-        ops.attention,
+        attention,
         (
             arguments["query"], placed[key.node], placed[value.node], mask,
             1 / math.sqrt(q[-1]) if scale is None else scale, arguments["is_causal"], BY_TARGET[node.target],
@@ -169,7 +169,7 @@ def _repeated(node: object) -> Repeated | None:
     """What a tensor of keys or values copies its heads from; None where it doesn't."""
     if not isinstance(node, fx.Node) or _dim(node) != 4:
         return None
-    if is_dialect(node, ops.repeat_heads):  # another attention reads it, too
+    if is_dialect(node, repeat_heads):  # another attention reads it, too
         return Repeated(node, node.args[0], node.args[1])
     outer: list[Call] = []
     inner, heads = node, HEADS
@@ -255,7 +255,7 @@ def _dim(node: object) -> int | None:
 
 def _raise_repeat(canonical: CanonicalGraph, side: Repeated) -> fx.Node:
     """The dialect op in the place of the copies; what stood between them and attention goes before it."""
-    if is_dialect(side.node, ops.repeat_heads):
+    if is_dialect(side.node, repeat_heads):
         return side.node
     source = side.source
     for op in reversed(side.outer):
@@ -267,7 +267,7 @@ def _raise_repeat(canonical: CanonicalGraph, side: Repeated) -> fx.Node:
             assert callable(op.target)
             moved = op.target(value, *op.args[1:])
         source = canonical.insert_before(side.node, op.target, (source, *op.args[1:]), moved)
-    return canonical.raise_op(ops.repeat_heads, (source, side.groups), (side.node,))
+    return canonical.raise_op(repeat_heads, (source, side.groups), (side.node,))
 
 
 # What is no attention op.
@@ -289,7 +289,7 @@ def _refuse_products(canonical: CanonicalGraph) -> None:
         if softmax is not None:
             assert isinstance(keys, fx.Node)
             canonical.refuse(
-                ops.attention, [product], Reason.OP,
+                attention, [product], Reason.OP,
                 f"attention not recognised: its scores are an {product.target}, of eager attention or of the math that "
                 "torch falls back to",
                 node=product, place=keys, expected="one of torch's attention kernels", found=str(product.target),

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fuseplan.canonical import CanonicalGraph, is_dialect
 from fuseplan.canonical.unraised import Unraised, only_reader
-from fuseplan.canonical.view import CanonicalGraph, is_dialect
-from fuseplan.dialect import RotaryRounding, ops
 from fuseplan.graph.facts import (
     LOW_PRECISION,
     MULS,
@@ -39,6 +38,9 @@ from fuseplan.graph.facts import (
 from fuseplan.graph.legality import Contraction, is_convex
 from fuseplan.graph.reach import path_between
 from fuseplan.graph.surgery import sort_topologically
+from fuseplan.ops import RotaryRounding
+from fuseplan.parts.rms_norm import rms_norm
+from fuseplan.parts.rotary.op import rotary_embedding
 from fuseplan.record import Reason
 
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
@@ -96,7 +98,7 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
     single = {*found}
     for q, k in _pairs(canonical, found):
         single -= {q, k}
-        canonical.raise_op(ops.rotary_embedding, (q.x, k.x, q.cos, q.sin, q.rounding.value), (q.y, k.y))
+        canonical.raise_op(rotary_embedding, (q.x, k.x, q.cos, q.sin, q.rounding.value), (q.y, k.y))
     for rotation in found:
         if rotation in single and _is_normed(rotation.x):
             detail = "no other tensor is rotated by the same angles, as queries and keys of a layer are"
@@ -104,7 +106,7 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
 
 
 def _tell(canonical: CanonicalGraph, root: fx.Node, refused: Unraised) -> None:
-    refused.tell(canonical, ops.rotary_embedding, "rotary embedding", at=[root], place=root)
+    refused.tell(canonical, rotary_embedding, "rotary embedding", at=[root], place=root)
 
 
 def _pairs(canonical: CanonicalGraph, found: Sequence[_Rotation]) -> list[tuple[_Rotation, _Rotation]]:
@@ -292,7 +294,7 @@ def _are_parts(first: _Product, second: _Product) -> bool:
 
 def _is_normed(node: fx.Node) -> bool:
     """Whether a norm is near, towards the inputs."""
-    return path_between(node, lambda node: is_dialect(node, ops.rms_norm), "inputs") is not None
+    return path_between(node, lambda node: is_dialect(node, rms_norm), "inputs") is not None
 
 
 def _part_of(node: object) -> _Part | None:

@@ -3,10 +3,75 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fuseplan.dialect import ops
+from fuseplan.ops import Rounding, Sample, define, draw_near_one, random_tensor
+from fuseplan.parts.rms_norm import rms_norm
+from fuseplan.parts.rms_norm.op import rms_norm_fake, rms_norm_reference
+from fuseplan.parts.rotary import rotary_embedding
+from fuseplan.parts.rotary.op import DRAWS, HEADS, ROTARY_SAMPLES, rotary_embedding_reference
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
+
+
+def qk_norm_rope_reference(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
+    rotary_rounding: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rotary_embedding(rms_norm(q, q_weight), rms_norm(k, k_weight), cos, sin), each as its own reference computes it.
+
+    Args:
+        q: [..., q_heads, head_dim].
+        k: [..., k_heads, head_dim], q's dtype and leading dimensions.
+        q_weight: [head_dim].
+        k_weight: [head_dim].
+        cos: [..., 1, head_dim] or [..., 1, head_dim / 2], leading dimensions q's or 1.
+        sin: cos's shape.
+        eps: added to the mean squares.
+        rounding: one of `Rounding`, of both norms.
+        rotary_rounding: one of `RotaryRounding`.
+
+    Returns:
+        (q_out, k_out) in the shapes and the dtype of q and k, contiguous.
+
+    Raises:
+        ValueError: `rounding` or `rotary_rounding` isn't one of theirs.
+    """
+    normed = rms_norm_reference(q, q_weight, eps, rounding), rms_norm_reference(k, k_weight, eps, rounding)
+    return rotary_embedding_reference(*normed, cos, sin, rotary_rounding)
+
+
+def qk_norm_rope_fake(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
+    rotary_rounding: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Shapes and dtypes of `qk_norm_rope_reference`."""
+    return rms_norm_fake(q, q_weight, eps, rounding), rms_norm_fake(k, k_weight, eps, rounding)
+
+
+def _fused_sample(rotary: Sample, rounding: Rounding) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        q, k, cos, sin, rotary_rounding = rotary.make(device, generator)
+        noise = [random_tensor(q.shape[-1:], torch.float32, device, generator) for _ in HEADS]
+        q_weight, k_weight = ((1 + 0.1 * each).to(q.dtype) for each in noise)
+        return q, k, q_weight, k_weight, cos, sin, 1e-6, rounding.value, rotary_rounding
+
+    return Sample(name=f"{rotary.name}-{rounding}", make=make)
+
+
+qk_norm_rope = define(
+    "qk_norm_rope",
+    "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, str rounding, "
+    "str rotary_rounding) -> (Tensor, Tensor)",
+    reference=qk_norm_rope_reference,
+    fake=qk_norm_rope_fake,
+    samples=[
+        *(_fused_sample(each, Rounding.LLAMA) for each in ROTARY_SAMPLES),
+        *(_fused_sample(ROTARY_SAMPLES[0], each) for each in (Rounding.GPT_OSS, Rounding.GEMMA)),
+    ],
+    fused=True,
+    draws={**DRAWS, "q_weight": draw_near_one, "k_weight": draw_near_one},
+)
 
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 HEADS_FIRST = (0, 2, 1, 3)
@@ -23,7 +88,7 @@ class QkNormRope(Rule):
     """
 
     name, flags = "qk_norm_rope", ("enable_qk_norm_rope_fusion",)
-    op, core = ops.qk_norm_rope, ops.rms_norm
+    op, core = qk_norm_rope, rms_norm
 
     def __init__(self, *, transposes: bool) -> None:
         self.transposes = transposes
@@ -32,9 +97,9 @@ class QkNormRope(Rule):
         self, q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: Any, rounding: Any,
         rotary_rounding: Any,
     ) -> Any:  # fmt: skip
-        q = self._moved(ops.rms_norm(q, q_weight, eps, rounding))
-        k = self._moved(ops.rms_norm(k, k_weight, eps, rounding))
-        rotated = ops.rotary_embedding(q, k, cos, sin, rotary_rounding)
+        q = self._moved(rms_norm(q, q_weight, eps, rounding))
+        k = self._moved(rms_norm(k, k_weight, eps, rounding))
+        rotated = rotary_embedding(q, k, cos, sin, rotary_rounding)
         return rotated[0], rotated[1]
 
     def replacement(

@@ -1,49 +1,99 @@
-"""fp8 quantisation as Inductor's post-grad graphs spell it in aten.
+"""What quantisations to fp8 share: how a scale is applied, and how Inductor's post-grad graphs spell that in aten.
 
     x32 = convert(x, float32)
     q   = convert(clamp(x32 / scale, -fp8_max, fp8_max), fp8)              `divide`
         | convert(clamp(x32 * reciprocal(scale), -fp8_max, fp8_max), fp8)  `multiply`
 
-with a given scale (static), or with `scale = max(amax(|x|, -1) / fp8_max, min_scale)` (dynamic, one a row).
+Where the scale is from tells one quantisation from another; each is a part of its own.
 """
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.canonical.view import CanonicalGraph
-from fuseplan.dialect import FP8_DTYPES, QuantRounding, ops
-from fuseplan.graph.facts import MULS, aten, convert_element_type, dtype_name, dtype_of, equal_size, is_call, tensor_of
+from fuseplan.graph.facts import (
+    MULS,
+    Call,
+    aten,
+    convert_element_type,
+    dtype_name,
+    dtype_of,
+    equal_size,
+    is_call,
+    tensor_of,
+)
+from fuseplan.ops import QuantRounding
 from fuseplan.record import Reason
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+"""`fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3. Their largest values, 448 and 240, come from `torch.finfo`."""
+
+CODE_BYTES = 1
+SCALE_BYTES = 4
 
 CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
 MOST_STEPS = 8
 """From a scale to what it is computed from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scaling:
-    """`x` scaled by `scale`, before the clamp."""
+def apply_scale(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
+    """q = clamp(x / scale, -fp8_max, fp8_max).to(dtype), contiguous; x and the scale are in the dtype of arithmetic."""
+    scaled = x / scale if rounding is QuantRounding.DIVIDE else x * scale.reciprocal()
+    limit = torch.finfo(dtype).max
+    return scaled.clamp(-limit, limit).to(dtype).contiguous()
 
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """`x` scaled by `scale` and cast to fp8.
+
+    Attributes:
+        cast: the node that yields the codes.
+        dtype: of the codes.
+        x: what is scaled.
+        scale: by what.
+        rounding: how.
+    """
+
+    cast: fx.Node
+    dtype: torch.dtype
     x: fx.Node
     scale: fx.Node
     rounding: QuantRounding
 
+    @property
+    def limit(self) -> float:
+        """The largest value of the codes."""
+        return torch.finfo(self.dtype).max
 
-def raise_quants(canonical: CanonicalGraph) -> None:
-    """Raises every static per-tensor and dynamic per-token quantisation to fp8."""
+    @property
+    def is_computed(self) -> bool:
+        """Whether the scale is computed from the largest |x| in some way."""
+        return _largest_of(self.scale) is self.x
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the scale is one number for all; that of a single row, as in decoding, is one number too."""
+        scale = tensor_of(self.scale)
+        assert scale is not None
+        return equal_size(scale.numel(), 1) and not (self.is_computed and scale.dim() > 1)
+
+
+def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unraised]]:
+    """Every cast to fp8, and how what is cast was scaled, or why that isn't known."""
     for cast in canonical.calls(convert_element_type):
         dtype = cast.args[1]
-        if dtype not in FP8_DTYPES:
-            continue
-        assert isinstance(dtype, torch.dtype)
-        try:
-            _raise(canonical, cast, dtype, _read_scaling(_unclamped(cast, torch.finfo(dtype).max)))
-        except Unraised as refused:
-            refused.tell(canonical, ops.static_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+        if dtype in FP8_DTYPES:
+            assert isinstance(dtype, torch.dtype)
+            try:
+                yield cast, _read_scaling(_unclamped(cast, torch.finfo(dtype).max), cast, dtype)
+            except Unraised as refused:
+                yield cast, refused
 
 
 def _unclamped(cast: fx.Node, limit: float) -> fx.Node:
@@ -70,7 +120,7 @@ def _unclamped(cast: fx.Node, limit: float) -> fx.Node:
     return node
 
 
-def _read_scaling(scaled: fx.Node) -> _Scaling:
+def _read_scaling(scaled: fx.Node, cast: fx.Node, dtype: torch.dtype) -> Scaling:
     rounding = QuantRounding.DIVIDE
     if is_call(scaled, aten.div.Tensor):
         wide, scale = scaled.args
@@ -93,35 +143,24 @@ def _read_scaling(scaled: fx.Node) -> _Scaling:
     x = wide.args[0] if is_call(wide, convert_element_type) else wide
     if dtype_of(wide) is not torch.float32 or not isinstance(x, fx.Node):
         raise Unraised(Reason.DTYPE, f"what is clamped is scaled in {dtype_name(wide)}", scaled)
-    return _Scaling(x=x, scale=scale, rounding=rounding)
+    return Scaling(cast=cast, dtype=dtype, x=x, scale=scale, rounding=rounding)
 
 
-def _raise(canonical: CanonicalGraph, cast: fx.Node, dtype: torch.dtype, scaling: _Scaling) -> None:
-    scale = tensor_of(scaling.scale)
-    args: tuple[object, ...]
-    assert scale is not None
-    is_computed = _largest_of(scaling.scale) is scaling.x
-    # Of a single row, as in decoding, the scale is one number too.
-    if equal_size(scale.numel(), 1) and not (is_computed and scale.dim() > 1):
-        if scale.dim() > 1:
-            detail = f"the scale has the shape {[*scale.shape]}, and the op takes one number"
-            raise Unraised(Reason.SIZE, detail, scaling.scale, "scale.reshape(1)")
-        if is_computed:
-            detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
-            raise Unraised(Reason.OP, detail, scaling.scale)
-        args = (scaling.x, scaling.scale, dtype, scaling.rounding.value)
-        canonical.raise_op(ops.static_scaled_fp8_quant, args, (cast,))
-        return
-    min_scale = _dynamic_min_scale(scaling, torch.finfo(dtype).max)
-    args = (scaling.x, dtype, min_scale, scaling.rounding.value)
-    canonical.raise_op(ops.dynamic_per_token_scaled_fp8_quant, args, (cast, scaling.scale))
+def computed_min_scale(scaling: Scaling, rows: str) -> float:
+    """min_scale of `max(amax(|x|, -1, keepdim) / limit, min_scale)`, which the scale is, of the same x.
 
+    Args:
+        scaling: whose scale isn't given.
+        rows: what x has rows of, for a person.
 
-def _dynamic_min_scale(scaling: _Scaling, limit: float) -> float:
-    """min_scale of `max(amax(|x|, -1, keepdim) / limit, min_scale)`, which the scale is, of the same x."""
-    scale, x = scaling.scale, tensor_of(scaling.x)
-    if x is None or _largest_of(scale) is not scaling.x:
-        raise Unraised(Reason.OP, "the scale is neither one number nor computed from the largest of each row", scale)
+    Raises:
+        Unraised: it isn't.
+    """
+    scale, x, limit = scaling.scale, tensor_of(scaling.x), scaling.limit
+    if x is None or not scaling.is_computed:
+        raise Unraised(
+            Reason.OP, f"the scale is neither one number nor computed from the largest of each {rows}", scale
+        )
     quotient, min_scale = scale, None
     if is_call(scale, aten.clamp_min.default, aten.clamp.default) and len(scale.args) == 2:
         quotient, min_scale = scale.args
@@ -129,13 +168,12 @@ def _dynamic_min_scale(scaling: _Scaling, limit: float) -> float:
         where = "it has none, or before the division" if quotient is scale else f"it is {min_scale}"
         raise Unraised(Reason.OP, f"the scale has a minimum that is a float in the op, and here {where}", scale)
     if not is_call(quotient, aten.div.Tensor) or quotient.args[1] != limit:
-        raise Unraised(Reason.OP, f"the largest of a row isn't divided by {limit:g}", quotient)
+        raise Unraised(Reason.OP, f"the largest of a {rows} isn't divided by {limit:g}", quotient)
     amax = _uncast(quotient.args[0])
     assert isinstance(amax, fx.Node)
     value = tensor_of(scale)
     rows_agree = value is not None and value.dim() == x.dim() and equal_size(value.shape[-1], 1)
-    dims = _kept_dims(amax)
-    if dims not in ([-1], [x.dim() - 1]) or not rows_agree:
+    if _kept_dims(amax) not in ([-1], [x.dim() - 1]) or not rows_agree:
         detail = f"the scale is computed by {amax.target}, not by amax over the last dimension, which is kept"
         raise Unraised(Reason.OP, detail, amax, "take x.abs().amax(-1, keepdim=True)")
     return min_scale

@@ -1,0 +1,129 @@
+"""Raising a post-grad graph into the dialect, on a copy: stage by stage, each part by its own spellings."""
+
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.canonical.engines import NAMESPACES, arguments_of, engine_op, merge_equal_results
+from fuseplan.canonical.noops import eliminate_noops
+from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
+from fuseplan.graph.surgery import erase_dead, sort_topologically
+from fuseplan.ops import ops
+from fuseplan.parts import PARTS, Core, RowEpilogue, Stage, part_at
+
+NO_GROUPS: Mapping[object, str] = {}
+
+
+def canonicalize(
+    graph: fx.Graph, *, see_through_noops: bool = True, engine_groups: Mapping[object, str] = NO_GROUPS
+) -> CanonicalGraph:
+    """The graph in the dialect.
+
+    Args:
+        graph: a functional post-grad graph with fake tensors in `meta["val"]`; it is not changed.
+        see_through_noops: `PassConfig.eliminate_noops`.
+        engine_groups: what an engine calls its groups, and the names of the process groups behind them.
+
+    Returns:
+        A raised copy, topologically sorted, that knows the original of each of its values.
+    """
+    alike = functools.partial(canonicalize, see_through_noops=see_through_noops, engine_groups=engine_groups)
+    canonical = CanonicalGraph.copy_of(graph, alike)
+    if see_through_noops:
+        eliminate_noops(canonical)
+    for stage in Stage:
+        if stage is Stage.ENGINES:
+            _raise_engine_ops(canonical, engine_groups)
+        for part in PARTS:
+            for when, raise_part in part.raising:
+                if when is stage:
+                    raise_part(canonical)
+    _sink_reshapes(canonical)
+    sort_topologically(canonical.graph)
+    return canonical
+
+
+def _raise_engine_ops(canonical: CanonicalGraph, groups: Mapping[object, str]) -> None:
+    """Raises what an engine has in the place of aten's, called as it is or under `auto_functionalized`.
+
+    Args:
+        canonical: the graph.
+        groups: what the engine calls its groups (`"tp:0"`, the handle of a shared-memory communicator), and the names
+            of the process groups behind them.
+    """
+    readers = {name: read for part in PARTS for name, read in part.engine_ops.items()}
+    for node in list(canonical.graph.nodes):
+        op = engine_op(node)
+        if op is None or op.namespace not in NAMESPACES:
+            continue
+        read = readers.get(op.name().removesuffix(".default"))
+        if read is not None:
+            merge_equal_results(canonical, node)
+            read(canonical, node, arguments_of(node, op), groups)
+
+
+def _sink_reshapes(canonical: CanonicalGraph) -> None:
+    """`epilogue(reshape(y))` -> `reshape(epilogue(y))`, where the reshape keeps the last dimension and y is what a core
+    of the epilogue yields.
+
+    Such epilogues work on each row alone, so this is exact.
+    """
+    epilogues = [op.overload for part in PARTS if isinstance(part, RowEpilogue) for op in part.ops]
+    for node in canonical.calls(*epilogues):
+        reshape, part = node.args[0], part_at(node)
+        assert isinstance(part, RowEpilogue)
+        if not is_call(reshape, *RESHAPES) or not _is_result(reshape.args[0], part.cores):
+            continue
+        inner = reshape.args[0]
+        before, after = tensor_of(inner), tensor_of(reshape)
+        if before is None or after is None or not before.dim() or not equal_size(before.shape[-1], after.shape[-1]):
+            continue
+        op = ops.of(node.target)
+        assert op is not None
+        fakes = op.fake(before, *(tensor_of(arg) if isinstance(arg, fx.Node) else arg for arg in node.args[1:]))
+        moved = canonical.insert_before(node, node.target, (inner, *node.args[1:]), fakes)
+        canonical.interior[moved] = canonical.claims([node, *node.users] if isinstance(fakes, tuple) else [node])
+        if isinstance(fakes, torch.Tensor):
+            _reshape_like(canonical, moved, node)
+            continue
+        for old in sorted(node.users):
+            index = old.args[1]
+            assert isinstance(index, int)
+            _reshape_like(canonical, canonical.insert_before(node, operator.getitem, (moved, index), fakes[index]), old)
+        erase_dead(canonical.graph, [node])
+
+
+def _reshape_like(canonical: CanonicalGraph, moved: fx.Node, old: fx.Node) -> None:
+    """Replaces `old` by `moved` in old's shape."""
+    value = tensor_of(old)
+    assert value is not None
+    sizes: list[Any] = list(value.shape)
+    symbolic = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+    for dim in symbolic:
+        # One unknown size may be inferred; more are read off the reshape that is being moved.
+        sizes[dim] = -1 if len(symbolic) == 1 else _size_of(canonical, old, moved, dim)
+    canonical.replace(old, canonical.insert_before(old, aten.reshape.default, (moved, sizes), value))
+
+
+def _size_of(canonical: CanonicalGraph, old: fx.Node, moved: fx.Node, dim: int) -> fx.Node:
+    """A size of `old`, of which the epilogue may have changed the last."""
+    value, wide = tensor_of(old), tensor_of(moved)
+    assert value is not None and wide is not None
+    if dim == value.dim() - 1:
+        return canonical.insert_before(old, aten.sym_size.int, (moved, wide.dim() - 1), value.shape[dim])
+    epilogue = old.args[0] if is_call(old, operator.getitem) else old
+    assert isinstance(epilogue, fx.Node)
+    return canonical.insert_before(old, aten.sym_size.int, (epilogue.args[0], dim), value.shape[dim])
+
+
+def _is_result(node: object, cores: frozenset[str]) -> bool:
+    """Whether a node is what a core yields, its residual aside."""
+    if is_call(node, operator.getitem):
+        node = node.args[0] if node.args[1] == 0 else None
+    part = part_at(node)
+    return isinstance(part, Core) and part.name in cores

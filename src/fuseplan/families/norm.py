@@ -1,0 +1,70 @@
+"""Fusions around RMSNorm.
+
+[all_reduce_] [fused_add_] rms_norm [_pad | _static_fp8_quant | _dynamic_fp8_quant]
+"""
+
+import torch
+
+from fuseplan.families.compose import FUSED, ComposedRule, Member, fuse
+from fuseplan.parts import PARTS, RowEpilogue, all_reduce, rms_norm
+from fuseplan.parts.base import Kind
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules.base import Bindings
+
+SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
+
+NAMES = {
+    Kind.PADDING: ("act_padding", "allreduce_rms_padding", "fuse_act_padding"),
+    Kind.QUANTISATION: ("norm_quant", "allreduce_rms_quant", "fuse_norm_quant"),
+}
+"""Of the rules of an epilogue, without an all-reduce and with one, and its flag."""
+
+
+class NormRule(ComposedRule):
+    """y = epilogue(rms_norm(sum_ranks(x) + residual) * weight)"""
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Refuses what the fused op doesn't compute: mixed and unsupported dtypes."""
+        if m.x.dtype not in SUPPORTED:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
+            return m.refuse(Reason.DTYPE, "x", f"x is {_name(m.x)}; supported are {names}")
+        if m.weight.dtype != m.x.dtype:
+            return m.refuse(
+                Reason.DTYPE,
+                "weight",
+                f"weight is {_name(m.weight)} and x is {_name(m.x)}; the fused op takes one dtype",
+            )
+        return None
+
+
+def _name(value: torch.Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _members() -> list[Member]:
+    epilogues = [part for part in PARTS if isinstance(part, RowEpilogue) and rms_norm.PART.name in part.cores]
+    return [
+        Member(core=rms_norm.PART, prologue=prologue, residual=residual, epilogue=epilogue)
+        for prologue in (None, all_reduce.PART)
+        for epilogue in (None, *epilogues)
+        if prologue or epilogue
+        for residual in (False, True)
+    ]
+
+
+def _rule(member: Member) -> NormRule:
+    if member.epilogue is None:
+        return NormRule("allreduce_rms", ("fuse_allreduce_rms",), member)
+    alone, reduced, flag = NAMES[member.epilogue.kind]
+    if member.prologue is None:
+        return NormRule(alone, (flag,), member)
+    return NormRule(reduced, ("fuse_allreduce_rms", flag), member)
+
+
+NORM_MEMBERS = tuple(map(fuse, _members()))
+NORM_FAMILY = {
+    (each.prologue is not None, each.residual, each.epilogue.suffix if each.epilogue else None): FUSED[each.name]
+    for each in NORM_MEMBERS
+}
+"""Fused norms by (whether an all-reduce comes before them, whether a residual is added, the epilogue's suffix)."""
+NORM_RULES = tuple(map(_rule, NORM_MEMBERS))

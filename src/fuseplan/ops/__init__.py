@@ -1,0 +1,48 @@
+"""What every op of the dialect consists of: schema, fake, reference, tolerance, sample inputs, and where it rounds.
+
+`ops` has those that parts and families have added; `fuseplan.dialect` is where all of them are there.
+"""
+
+from fuseplan.ops.registry import (
+    Dialect,
+    DialectOp,
+    Draw,
+    Sample,
+    define,
+    draw_activations,
+    draw_near_one,
+    draw_positive,
+    facts_of,
+    falls_back,
+    implement,
+    is_inlined,
+    kernel_of,
+    ops,
+    registered_kernel,
+)
+from fuseplan.ops.rounding import ActivationRounding, QuantRounding, RotaryRounding, Rounding
+from fuseplan.ops.samples import compute_dtype, random_tensor
+
+__all__ = [
+    "ActivationRounding",
+    "Dialect",
+    "DialectOp",
+    "Draw",
+    "QuantRounding",
+    "RotaryRounding",
+    "Rounding",
+    "Sample",
+    "compute_dtype",
+    "define",
+    "draw_activations",
+    "draw_near_one",
+    "draw_positive",
+    "facts_of",
+    "falls_back",
+    "implement",
+    "is_inlined",
+    "kernel_of",
+    "ops",
+    "random_tensor",
+    "registered_kernel",
+]

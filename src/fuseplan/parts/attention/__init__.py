@@ -1,0 +1,16 @@
+"""Attention by one of torch's kernels, over keys and values whose heads queries share."""
+
+from fuseplan.parts.attention.spellings import raise_attention
+from fuseplan.parts.attention.op import KERNELS, attention, repeat_heads
+from fuseplan.parts.base import Core, Reported, Stage
+from fuseplan.parts.traffic import Middle
+
+PART = Core(
+    name="attention",
+    ops=(attention, repeat_heads),
+    raising=((Stage.ATTENTION, raise_attention),),
+    reported=Reported.BY_RULE,
+    traffic=Middle(name="attention"),
+)
+
+__all__ = ["KERNELS", "PART", "attention", "repeat_heads"]

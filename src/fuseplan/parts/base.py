@@ -1,0 +1,196 @@
+"""`Part`: what is known of one building block of fusions, all in one file of this package."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum, auto
+from typing import Any
+
+import torch
+from torch import fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.facts import hint, tensor_of
+from fuseplan.ops import DialectOp, ops
+from fuseplan.parts.traffic import Middle, Tail
+from fuseplan.record import Reason
+
+
+class Stage(IntEnum):
+    """When a part looks for its spellings in a graph; those of one stage don't depend on each other."""
+
+    COLLECTIVES = auto()
+    """All-reduces, which norms ask for to tell the residual from what is added to it."""
+    ENGINES = auto()
+    """Ops of an inference engine, wherever they stand: see `Part.engine_ops`."""
+    VIEWS = auto()
+    """Views between a prologue and its core."""
+    CORES = auto()
+    """What normalises and what activates."""
+    EPILOGUES = auto()
+    """What is done to the result of a core."""
+    PAIRS = auto()
+    """What takes the results of several cores."""
+    ATTENTION = auto()
+    """What takes what has been rotated and repeated."""
+
+
+class Reported(Enum):
+    """When something that looks like a part, isn't one, and that no rule asks for, is a near miss all the same."""
+
+    ALWAYS = auto()
+    NEAR_A_CORE = auto()
+    BY_RULE = auto()
+    """Of the rule whose core it is."""
+    NEVER = auto()
+
+
+EngineReader = Callable[[CanonicalGraph, fx.Node, Mapping[str, Any], Mapping[object, str]], None]
+"""Raises one op of an engine: `read(canonical, node, arguments by name, the engine's groups)`."""
+
+Hint = Callable[[fx.Node, fx.Node, fx.Node], str | None]
+"""`hint(obstacle, goal, consumer)`: what puts an obstacle between two ops elsewhere; None where nothing is known that
+computes the same."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A building block of fusions.
+
+    Attributes:
+        name: in signatures of sites and in cost tables.
+        ops: the dialect ops of it that stand in graphs; near misses of any are noted by the name of the first.
+        raising: how it finds its spellings in aten, and when.
+        engine_ops: how it reads the ops that inference engines have for it, by name.
+        reported: when what only looks like it is a near miss.
+        hint: what may be moved away between it and its neighbour.
+    """
+
+    name: str
+    ops: tuple[DialectOp, ...]
+    raising: tuple[tuple[Stage, Callable[[CanonicalGraph], None]], ...] = ()
+    engine_ops: Mapping[str, EngineReader] = field(default_factory=dict)
+    reported: Reported = Reported.NEAR_A_CORE
+    hint: Hint | None = None
+
+    @property
+    def op(self) -> DialectOp:
+        """The op by whose name near misses are noted."""
+        return self.ops[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blame:
+    """What is said of something that is in the way.
+
+    Attributes:
+        reason: its kind.
+        found: what is there.
+        detail: for a person.
+        mend: what would mend it, if known.
+    """
+
+    reason: Reason
+    found: str
+    detail: str
+    mend: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prologue(Part):
+    """What is done to a core's input, element by element: views of its result may be taken of its input instead.
+
+    Attributes:
+        parameters: the op's arguments after the first, as they stand in a schema.
+        sample: values for `parameters`.
+        eager_kernels: at most how many kernels its reference launches in eager mode, exchanges aside.
+        blame: (reason, what explains it) of an op in the way that it knows more of than others; None: it doesn't.
+        twice: what is said of two of it in a row before an op: `twice(first, second, op)`.
+        added_twice: what is said where an op adds two of it.
+    """
+
+    parameters: tuple[str, ...]
+    sample: Callable[[], tuple[Any, ...]] = tuple
+    eager_kernels: int = 0
+    blame: Callable[[fx.Node], tuple[Reason, str] | None]
+    twice: Callable[[fx.Node, fx.Node, str], Blame] | None = None
+    added_twice: Callable[[str], Blame] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Core(Part):
+    """What a fusion is built around: each one in a graph is a site.
+
+    Attributes:
+        traffic: what prices need.
+        residual_op: the same op behind a residual add, which it yields, too.
+        weight: the place of its weight among the arguments of `op`, counted from the last; None: it has none.
+    """
+
+    traffic: Middle
+    residual_op: DialectOp | None = None
+    weight: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Epilogue(Part):
+    """What is done to the result of a core.
+
+    Attributes:
+        cores: names of the parts that it is fused with.
+        traffic: what prices need.
+        tail: its `traffic`, of a node of it and its core.
+        found: the nodes of it at a core; None: those that call `op` on the core's result.
+        beside: what else a fusion takes that takes a node of it; None: nothing.
+    """
+
+    cores: frozenset[str]
+    traffic: type[Tail]
+    tail: Callable[[fx.Node, fx.Node], Tail]
+    found: Callable[[fx.Node], list[fx.Node]] | None = None
+    beside: Callable[[fx.Node], list[fx.Node]] | None = None
+
+
+class Kind(Enum):
+    """What an epilogue is for, by which rules and flags are called."""
+
+    PADDING = auto()
+    QUANTISATION = auto()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowEpilogue(Epilogue):
+    """What is done to each row before it is stored: a reshape that keeps rows may stand before it or behind it.
+
+    Attributes:
+        kind: what it is for.
+        suffix: of the names of fused ops.
+        parameters: the op's arguments after the first, as they stand in a schema.
+        results: how many tensors it yields.
+        sample: values for `parameters` on a device.
+        core_of: how the core's result is got back from the op's first one and the parameters by name; None: it isn't.
+    """
+
+    kind: Kind
+    suffix: str
+    parameters: tuple[str, ...]
+    results: int = 1
+    sample: Callable[[torch.device], tuple[Any, ...]]
+    core_of: Callable[[Any, Mapping[str, Any]], Any] | None = None
+
+
+def width_of(core: fx.Node) -> int:
+    """The size of a core's rows, as traced."""
+    value = tensor_of(core.args[0])
+    assert value is not None
+    return hint(value.shape[-1])
+
+
+def takes_residual(node: fx.Node) -> bool:
+    """Whether a node calls an op that adds a residual."""
+    op = ops.of(node.target)
+    return op is not None and any(argument.name == "residual" for argument in op.overload._schema.arguments)
+
+
+def rows_of(shape: Sequence[int]) -> str:
+    """`7x320`, for the name of a sample."""
+    return "x".join(map(str, shape))

@@ -1,0 +1,99 @@
+"""fp8 quantisation by a scale of each row, its largest element over the largest of fp8."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.canonical.unraised import Unraised
+from fuseplan.ops import QuantRounding, Sample, compute_dtype, define, random_tensor
+from fuseplan.parts.base import Kind, RowEpilogue, Stage, rows_of
+from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, apply_scale, computed_min_scale, scalings
+from fuseplan.parts.traffic import Region, Tail
+
+
+def reference(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) -> tuple[Tensor, Tensor]:
+    """scale = max(amax(|x|, -1) / fp8_max, min_scale);  q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
+
+    Args:
+        x: [..., hidden].
+        dtype: one of `FP8_DTYPES`.
+        min_scale: the smallest scale, so that a row of zeros doesn't divide by zero.
+        rounding: one of `QuantRounding`; it says how the scale is applied to x. The scale itself is always a division.
+
+    Returns:
+        (q, scale): [..., hidden] in `dtype` and [..., 1] in float32 (float64 for float64 inputs), contiguous.
+
+    Raises:
+        ValueError: `rounding` isn't one of `QuantRounding`.
+    """
+    wide = x.to(compute_dtype(x.dtype))
+    scale = (wide.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max).clamp(min=min_scale)
+    return apply_scale(wide, scale, dtype, QuantRounding(rounding)), scale.contiguous()
+
+
+def fake(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of `reference`."""
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=dtype), scale
+
+
+def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
+    """(dtype, min_scale, rounding); 1 / (448 * 512) is the smallest scale that vLLM's `QuantFP8` uses."""
+    return torch.float8_e4m3fn, 1 / (448 * 512), QuantRounding.MULTIPLY.value
+
+
+def _sample(shape: tuple[int, ...]) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        return random_tensor(shape, torch.bfloat16, device, generator), *_sample_arguments(device)
+
+    return Sample(name=rows_of(shape), make=make)
+
+
+dynamic_per_token_scaled_fp8_quant = define(
+    "dynamic_per_token_scaled_fp8_quant",
+    "(Tensor x, ScalarType dtype, float min_scale, str rounding) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    samples=[_sample((7, 320)), _sample((2, 3, 64))],
+)
+
+
+def raise_dynamic(canonical: CanonicalGraph) -> None:
+    """Raises every quantisation by a scale of each row."""
+    for cast, found in scalings(canonical):
+        if isinstance(found, Unraised) or found.is_given:
+            continue
+        try:
+            args = (found.x, found.dtype, computed_min_scale(found, "row"), found.rounding.value)
+            canonical.raise_op(dynamic_per_token_scaled_fp8_quant, args, (cast, found.scale))
+        except Unraised as refused:
+            refused.tell(canonical, dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicFp8(Tail):
+    """It at a site: the largest of a row is a reduction over it."""
+
+    name, reduces_rows, eager_kernels = "dynamic_fp8_quant", True, 10
+
+    def result_bytes(self, region: Region) -> int:
+        """The codes, and a scale a row."""
+        return region.tokens * (region.width * CODE_BYTES + SCALE_BYTES)
+
+
+PART = RowEpilogue(
+    name="dynamic_fp8_quant",
+    kind=Kind.QUANTISATION,
+    suffix="dynamic_fp8_quant",
+    ops=(dynamic_per_token_scaled_fp8_quant,),
+    parameters=("ScalarType dtype", "float min_scale", "str quant_rounding"),
+    results=2,
+    sample=_sample_arguments,
+    cores=frozenset({"rms_norm", "silu_and_mul"}),
+    raising=((Stage.EPILOGUES, raise_dynamic),),
+    traffic=DynamicFp8,
+    tail=lambda node, core: DynamicFp8(),
+)

@@ -1,0 +1,112 @@
+"""fp8 quantisation by one given scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.canonical.unraised import Unraised
+from fuseplan.graph.facts import tensor_of
+from fuseplan.ops import QuantRounding, Sample, compute_dtype, define, draw_positive, random_tensor
+from fuseplan.parts.base import Kind, RowEpilogue, Stage, rows_of
+from fuseplan.parts.fp8 import CODE_BYTES, Scaling, apply_scale, scalings
+from fuseplan.parts.traffic import Region, Tail
+from fuseplan.record import Reason
+
+
+def reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
+    """q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
+
+    Args:
+        x: [..., hidden].
+        scale: one float32 element.
+        dtype: one of `FP8_DTYPES`.
+        rounding: one of `QuantRounding`.
+
+    Returns:
+        [..., hidden] in `dtype`, contiguous.
+
+    Raises:
+        ValueError: `rounding` isn't one of `QuantRounding`.
+    """
+    wide = compute_dtype(x.dtype)
+    return apply_scale(x.to(wide), scale.to(wide), dtype, QuantRounding(rounding))
+
+
+def fake(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
+    """Shape and dtype of `reference`."""
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
+    """(scale, dtype, rounding)"""
+    return torch.tensor([0.02], device=device), torch.float8_e4m3fn, QuantRounding.DIVIDE.value
+
+
+def _sample(shape: tuple[int, ...]) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        return random_tensor(shape, torch.bfloat16, device, generator), *_sample_arguments(device)
+
+    return Sample(name=rows_of(shape), make=make)
+
+
+static_scaled_fp8_quant = define(
+    "static_scaled_fp8_quant",
+    "(Tensor x, Tensor scale, ScalarType dtype, str rounding) -> Tensor",
+    reference=reference,
+    fake=fake,
+    samples=[_sample((7, 320)), _sample((2, 3, 64))],
+    draws={"scale": draw_positive},
+)
+
+
+def raise_static(canonical: CanonicalGraph) -> None:
+    """Raises every quantisation by a given scale, and says of what is no quantisation why."""
+    for cast, found in scalings(canonical):
+        try:
+            if isinstance(found, Unraised):
+                raise found
+            if found.is_given:
+                _raise(canonical, found)
+        except Unraised as refused:
+            refused.tell(canonical, static_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+
+
+def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
+    scale = tensor_of(scaling.scale)
+    assert scale is not None
+    if scale.dim() > 1:
+        detail = f"the scale has the shape {[*scale.shape]}, and the op takes one number"
+        raise Unraised(Reason.SIZE, detail, scaling.scale, "scale.reshape(1)")
+    if scaling.is_computed:
+        detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
+        raise Unraised(Reason.OP, detail, scaling.scale)
+    args = (scaling.x, scaling.scale, scaling.dtype, scaling.rounding.value)
+    canonical.raise_op(static_scaled_fp8_quant, args, (scaling.cast,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticFp8(Tail):
+    """It at a site."""
+
+    name, eager_kernels = "static_fp8_quant", 5
+
+    def result_bytes(self, region: Region) -> int:
+        """The codes."""
+        return region.tokens * region.width * CODE_BYTES
+
+
+PART = RowEpilogue(
+    name="static_fp8_quant",
+    kind=Kind.QUANTISATION,
+    suffix="static_fp8_quant",
+    ops=(static_scaled_fp8_quant,),
+    parameters=("Tensor scale", "ScalarType dtype", "str quant_rounding"),
+    sample=_sample_arguments,
+    cores=frozenset({"rms_norm", "silu_and_mul"}),
+    raising=((Stage.EPILOGUES, raise_static),),
+    traffic=StaticFp8,
+    tail=lambda node, core: StaticFp8(),
+)
