@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fuseplan.rules.rotary import ROTARY_RULES, QkNormRope
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule
 from fuseplan.testing import check_rule

@@ -237,14 +237,13 @@ def test_a_part_of_a_region_keeps_the_rest() -> None:
     "changes",
     [
         {"tokens": 0},
-        {"width": 0, "padded": 0},
+        {"width": 0},
         {"itemsize": 0},
         {"ranks": 0},
-        {"padded": 101},
-        {"epilogue": "pad", "padded": 99},
+        {"tail": Padding(padded=99)},
         {"reduce": True},
         {"core": SILU, "residual": True},
-        {"core": SILU, **PADDED},
+        {"core": SILU, **REDUCED},
     ],
 )
 def test_a_region_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from fuseplan.capture import capture
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import ConfigError, PlanError, WorkloadError
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.decide import decide_in_order, plan_record, replay
@@ -393,7 +393,9 @@ def _sites(canonical: Any) -> Any:
 
 def coupled(name: str, **attributes: Any) -> Any:
     """A rule of the built-in ones that asks for more."""
-    found = next(rule for rule in BUILT_IN_RULES if rule.name == name and getattr(rule, "residual", False))
+    found = next(
+        rule for rule in BUILT_IN_RULES if rule.name == name and isinstance(rule, ComposedRule) and rule.member.residual
+    )
     rule = copy(found)
     for key, value in attributes.items():
         setattr(rule, key, value)

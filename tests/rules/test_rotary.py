@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from fuseplan.rules.rotary import ROTARY_RULES, QkNormRope
 from torch import Tensor
 
 import fuseplan
+from fuseplan.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import Nearness, Report
 from fuseplan.rules import Bindings

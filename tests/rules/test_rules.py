@@ -11,8 +11,9 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.errors import RuleError
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families import BUILT_IN_RULES, Member
 from fuseplan.manager import PostGradPassManager
+from fuseplan.parts import pad, silu_and_mul
 from fuseplan.record import Reason, Report
 from fuseplan.rules import Rule
 from tests.helpers import (
@@ -319,3 +320,8 @@ def test_a_rule_whose_sides_disagree_is_refused_when_the_manager_is_made() -> No
     message = "pattern and replacement disagree in outputs: the pattern yields 1, the replacement 2"
     with pytest.raises(RuleError, match=message):
         PostGradPassManager(fuseplan.PassConfig(policy="ordered(lopsided)"), rules=(Lopsided(),))
+
+
+def test_an_epilogue_is_composed_with_its_own_cores_alone() -> None:
+    with pytest.raises(AssertionError):
+        Member(core=silu_and_mul.PART, epilogue=pad.PART)

@@ -40,6 +40,9 @@ class Member:
     residual: bool = False
     epilogue: RowEpilogue | None = None
 
+    def __post_init__(self) -> None:
+        assert self.epilogue is None or self.core.name in self.epilogue.cores, self
+
     @property
     def op(self) -> DialectOp:
         """The unfused op in the middle."""

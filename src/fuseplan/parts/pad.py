@@ -86,6 +86,10 @@ class Padding(Tail):
         """`pad 2880:3072`"""
         return f"{self.name} {width}:{self.padded}"
 
+    def fits(self, width: int) -> bool:
+        """Whether rows get no narrower."""
+        return self.padded >= width
+
     def result_bytes(self, region: Region) -> int:
         """The padded rows."""
         return region.tokens * self.padded * region.itemsize

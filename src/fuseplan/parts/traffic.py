@@ -46,6 +46,7 @@ class Middle:
         name: of the part.
         inputs: activations that it reads, each of its result's size; a residual aside.
         has_weight: whether it reads a weight of one row, too.
+        reads_sums: whether a residual may be added before it, and an all-reduce stand there.
         reduces_rows: whether it is a reduction over rows.
         eager_kernels: at most how many kernels its reference launches in eager mode; tests count them.
     """
@@ -53,6 +54,7 @@ class Middle:
     name: str
     inputs: int = 1
     has_weight: bool = False
+    reads_sums: bool = False
     reduces_rows: bool = False
     eager_kernels: int = 0
 
@@ -82,6 +84,10 @@ class Tail:
             width: of the core's result.
         """
         return self.name
+
+    def fits(self, width: int) -> bool:
+        """Whether it can stand behind rows of a width."""
+        return True
 
     def result_bytes(self, region: "Region") -> int:
         """What it yields."""
@@ -140,6 +146,8 @@ class Region:
     def __post_init__(self) -> None:
         assert min(self.tokens, self.width, self.itemsize, self.ranks) >= 1, self
         assert not (self.reduce and self.ranks == 1), self
+        assert self.core.reads_sums or not (self.reduce or self.residual), self
+        assert self.tail is None or self.tail.fits(self.width), self
 
     @property
     def name(self) -> str:

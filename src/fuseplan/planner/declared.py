@@ -89,7 +89,7 @@ def _all_reduce_ns(node: fx.Node, model: CostModel, sized: Sized) -> int:
         return 0
     x = sized(value)
     region = Region(
-        core=Middle(name="reduced"), tokens=max(1, x.shape[:-1].numel()), width=x.shape[-1],
+        core=Middle(name="reduced", reads_sums=True), tokens=max(1, x.shape[:-1].numel()), width=x.shape[-1],
         itemsize=x.dtype.itemsize, reduce=True, ranks=ranks,
     )  # fmt: skip
     return total_ns(model.reduce(region))

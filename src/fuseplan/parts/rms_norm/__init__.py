@@ -1,9 +1,9 @@
 """RMSNorm, with and without a residual add before it."""
 
 from fuseplan.parts.base import Core, Reported, Stage
-from fuseplan.parts.rms_norm.spellings import raise_rms_norms
 from fuseplan.parts.rms_norm.engines import ENGINE_OPS
 from fuseplan.parts.rms_norm.op import fused_add_rms_norm, rms_norm
+from fuseplan.parts.rms_norm.spellings import raise_rms_norms
 from fuseplan.parts.traffic import Middle
 
 PART = Core(
@@ -14,7 +14,7 @@ PART = Core(
     raising=((Stage.CORES, raise_rms_norms),),
     engine_ops=ENGINE_OPS,
     reported=Reported.ALWAYS,
-    traffic=Middle(name="rms_norm", has_weight=True, reduces_rows=True, eager_kernels=11),
+    traffic=Middle(name="rms_norm", has_weight=True, reads_sums=True, reduces_rows=True, eager_kernels=11),
 )
 
 __all__ = ["PART", "fused_add_rms_norm", "rms_norm"]

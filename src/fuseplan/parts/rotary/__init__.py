@@ -11,8 +11,8 @@ from fuseplan.canonical.engines import read_at
 from fuseplan.graph.facts import aten, hint, is_call, tensor_of
 from fuseplan.parts.base import Epilogue, Stage
 from fuseplan.parts.rms_norm import rms_norm
-from fuseplan.parts.rotary.spellings import raise_rotary_embeddings
 from fuseplan.parts.rotary.op import rotary_embedding
+from fuseplan.parts.rotary.spellings import raise_rotary_embeddings
 from fuseplan.parts.traffic import Clock, Kernel, Middle, Region, Tail
 from fuseplan.record import Reason
 
