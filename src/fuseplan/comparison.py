@@ -10,9 +10,11 @@ from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.cpython import uncollected
 from fuseplan.errors import ConfigError
 from fuseplan.explanation import Explanation
+from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import Comparison, Report
+from fuseplan.rules import Rule
 
 
 @uncollected()
@@ -28,6 +30,7 @@ def compare(
     config: PassConfig | None = None,
     build_ns: int = 0,
     providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
+    rules: Sequence[Rule] = BUILT_IN_RULES,
     evidence: bool = False,
     notes: Sequence[str] = (),
 ) -> Comparison:
@@ -44,6 +47,7 @@ def compare(
         config: flags; its policy and ranges aren't used.
         build_ns: how long the model took to build.
         providers: who may run fused ops.
+        rules: what can be fused.
         evidence: whether the comparison brings the drawn graphs, the rows behind its figures and the policies at many
             sizes, which takes a second or two more.
         notes: what a reader has to know of the workload, one line each.
@@ -55,11 +59,11 @@ def compare(
     """
     config = replace(config or PassConfig(), compile_ranges=tuple(ranges))
     for policy in policies:
-        PostGradPassManager(replace(config, policy=policy, force=(), plan=None))
+        PostGradPassManager(replace(config, policy=policy, force=(), plan=None), rules=rules)
     _check_force(config, policies)
     config = replace(config, policy=Policy(name="planned"))
     traced = capture(model, inputs, {}, dynamic=True)
-    explanation = Explanation(traced, config, device, providers)
+    explanation = Explanation(traced, config, device, providers, rules)
     every = policies or (config.chosen_policy, *explanation.orders(), Policy(name="off"))
     reports = [explanation.report(policy) for policy in every]
     subject = _concerned(config, every)

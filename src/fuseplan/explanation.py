@@ -99,12 +99,12 @@ class Explanation:
 
     def report(self, policy: Policy) -> Report:
         """What a policy would do."""
-        graphs, regions = list(self.skipped), defaultdict[PostGradPassManager, Regions](Regions)
+        graphs, regions = list(self.skipped), defaultdict[CompileRange | None, Regions](Regions)
         for entry in self.entries:
             timed = replace(entry.analysis, stages_ns=dict(entry.analysis.stages_ns))
             decision = entry.manager.decide(timed, policy, entry.name)
             found = entry.manager.report(entry.name, timed, decision)
-            graphs += regions[entry.manager].with_calls(entry.graph, found)
+            graphs += regions[entry.manager.compile_range].with_calls(entry.graph, found)
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
         return replace(report_of(policy, self.config, rules, graphs), breaks=self.traced.breaks)
 

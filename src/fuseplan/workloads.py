@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -256,12 +257,17 @@ def _build_hugging_face(
         raise WorkloadError(f"{name}: it can't be built: {one_line(error)}") from error
 
 
-def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]]:
-    module_name, _, attribute = name.partition(":")
+def import_module(name: str) -> ModuleType:
+    """A module of the user's, as Python imports it, also from the current directory."""
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]]:
+    module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = getattr(import_module(module_name), attribute)
         made = factory(tp)
     except (Exception, SystemExit) as error:
         # A script without a main guard ends the program when it is imported: with 0, as if all were well.

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fuseplan.cli.console import Debug, Json, one_line_errors, say, show
+from fuseplan.cli.own import Modules, find_own
 from fuseplan.cli.request import (
     AllowRoundingChanges,
     Forbid,
@@ -37,6 +38,7 @@ def explain(
     force: Force = None,
     forbid: Forbid = None,
     provider: ProviderNames = None,
+    modules: Modules = None,
     costs: Annotated[Path | None, typer.Option(metavar="FILE", help="A cost table, in place of the model.")] = None,
     allow_rounding_changes: AllowRoundingChanges = False,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Replay saved plans.")] = None,
@@ -53,6 +55,7 @@ def explain(
 
         require_supported_torch(everything=True)
         from fuseplan.config import PassConfig
+        from fuseplan.families import BUILT_IN_RULES
         from fuseplan.providers import device_profile
         from fuseplan.record import SavedPlans
         from fuseplan.report import check_html, comparison_to_json, render_comparison, save_html
@@ -63,7 +66,8 @@ def explain(
             SavedPlans.check_file(save_plan)
         profile = device_profile(device)
         spans = find_ranges(ranges)
-        chosen = find_policies(policies)
+        own = find_own(modules)
+        chosen = find_policies(policies, own.rules)
         config = PassConfig(
             force=tuple(force or ()),
             forbid=tuple(forbid or ()),
@@ -73,7 +77,8 @@ def explain(
         )
         comparison = compared(
             workload, tp=tp, layers=layers, ranges=spans, device=profile, policies=chosen, config=config,
-            providers=find_providers(provider), evidence=html is not None,
+            providers=find_providers(provider, own.providers), rules=(*BUILT_IN_RULES, *own.rules),
+            evidence=html is not None,
         )  # fmt: skip
         if save_plan is not None:
             comparison.plans().save(save_plan)

@@ -44,12 +44,13 @@ def compared(
     policies: Sequence[Any],
     config: Any,
     providers: Sequence[Any],
+    rules: Sequence[Any] | None = None,
     evidence: bool = False,
 ) -> Any:
     """Builds a workload and compares policies on it, with a sign of life where that can be seen. What the user's code
     prints meanwhile goes to standard error, so that standard output has what was asked for alone.
 
-    The arguments are those of `comparison.compare` and `workloads.build`.
+    The arguments are those of `comparison.compare` and `workloads.build`; `rules` are the built-in ones by default.
 
     Raises:
         FuseplanError: something of it can't be served; broken tables, plans and selectors are found before anything
@@ -57,9 +58,11 @@ def compared(
     """
     from fuseplan import workloads
     from fuseplan.comparison import compare
+    from fuseplan.families import BUILT_IN_RULES
     from fuseplan.manager import PostGradPassManager
 
-    PostGradPassManager(config, device=device)
+    rules = BUILT_IN_RULES if rules is None else rules
+    PostGradPassManager(config, device=device, rules=rules)
     with (
         contextlib.redirect_stdout(sys.stderr),
         progress(f"building {workload}") as update,
@@ -68,7 +71,8 @@ def compared(
         update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
         return compare(
             built.model, built.inputs, workload=workload, tp=tp, ranges=ranges, device=device, policies=policies,
-            build_ns=built.build_ns, config=config, providers=providers, evidence=evidence, notes=built.notes,
+            build_ns=built.build_ns, config=config, providers=providers, rules=rules, evidence=evidence,
+            notes=built.notes,
         )  # fmt: skip
 
 
@@ -87,8 +91,8 @@ def check_selectors(texts: Sequence[str]) -> None:
         check_selector(text, known)
 
 
-def find_providers(names: Sequence[str] | None) -> Any:
-    """The providers of those names, or all.
+def find_providers(names: Sequence[str] | None, own: Sequence[Any] = ()) -> Any:
+    """The providers of those names, or all: the built-in ones and the user's own.
 
     Raises:
         ConfigError: there is no such provider.
@@ -96,11 +100,12 @@ def find_providers(names: Sequence[str] | None) -> Any:
     from fuseplan.config import unknown
     from fuseplan.providers import BUILT_IN_PROVIDERS
 
-    known = {provider.name: provider for provider in BUILT_IN_PROVIDERS}
+    every = (*BUILT_IN_PROVIDERS, *own)
+    known = {provider.name: provider for provider in every}
     for name in names or ():
         if name not in known:
             raise unknown("provider", name, known)
-    return tuple(known[name] for name in dict.fromkeys(names)) if names else BUILT_IN_PROVIDERS
+    return tuple(known[name] for name in dict.fromkeys(names)) if names else every
 
 
 def find_ranges(texts: Sequence[str] | None) -> Any:
@@ -115,8 +120,8 @@ def find_ranges(texts: Sequence[str] | None) -> Any:
     return check_ranges([CompileRange.parse(text) for text in texts or ()]) or DEFAULT_RANGES
 
 
-def find_policies(texts: Sequence[str] | None) -> list[Any]:
-    """The policies of those texts.
+def find_policies(texts: Sequence[str] | None, own: Sequence[Any] = ()) -> list[Any]:
+    """The policies of those texts, which may list built-in rules and the user's own.
 
     Raises:
         ConfigError: one is malformed, or names an unknown rule; the text names the near spelling.
@@ -127,5 +132,5 @@ def find_policies(texts: Sequence[str] | None) -> list[Any]:
 
     policies = [Policy.parse(text) for text in texts or ()]
     for policy in policies:
-        enabled_rules(PassConfig(policy=policy), BUILT_IN_RULES)
+        enabled_rules(PassConfig(policy=policy), (*BUILT_IN_RULES, *own))
     return policies
