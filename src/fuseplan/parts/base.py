@@ -26,6 +26,8 @@ class Stage(IntEnum):
     """Views between a prologue and its core."""
     CORES = auto()
     """What normalises and what activates."""
+    GROUPED_EPILOGUES = auto()
+    """Epilogues of parts of a row, which would pass for others' of whole ones."""
     EPILOGUES = auto()
     """What is done to the result of a core."""
     PAIRS = auto()

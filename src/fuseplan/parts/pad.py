@@ -11,7 +11,7 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.graph.facts import aten, convert_element_type, is_call
 from fuseplan.ops import Sample, define, random_tensor
 from fuseplan.parts.base import Kind, RowEpilogue, Stage, rows_of, width_of
-from fuseplan.parts.traffic import Clock, Kernel, Region, Tail
+from fuseplan.parts.traffic import Clock, Kernel, Middle, Region, Tail
 from fuseplan.parts.views import SCALES
 from fuseplan.record import Reason
 
@@ -80,7 +80,12 @@ class Padding(Tail):
 
     padded: int
 
-    name, stands_alone, yields_core = "pad", True, True
+    name, yields_core = "pad", True
+
+    @classmethod
+    def stands_alone(cls, core: Middle) -> bool:
+        """Behind any core."""
+        return True
 
     def text(self, width: int) -> str:
         """`pad 2880:3072`"""

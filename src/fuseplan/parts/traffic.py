@@ -65,17 +65,20 @@ class Tail:
 
     Attributes:
         name: of the part.
-        stands_alone: whether Inductor leaves it a kernel of its own: it iterates over another width than the core.
         reduces_rows: whether it is a reduction over rows.
         yields_core: whether the core's own result is part of what it yields, for nothing.
         eager_kernels: at most how many kernels its reference launches in eager mode; tests count them.
     """
 
     name: ClassVar[str]
-    stands_alone: ClassVar[bool] = False
     reduces_rows: ClassVar[bool] = False
     yields_core: ClassVar[bool] = False
     eager_kernels: ClassVar[int] = 0
+
+    @classmethod
+    def stands_alone(cls, core: Middle) -> bool:
+        """Whether Inductor leaves it a kernel of its own behind a core: it iterates over another width."""
+        return False
 
     def text(self, width: int) -> str:
         """For a signature.

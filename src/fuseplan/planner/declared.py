@@ -61,7 +61,7 @@ def generated_ns(match: Match, model: CostModel, sized: Sized) -> int | None:
         part = part_at(node)
         if isinstance(part, Prologue):
             total += _all_reduce_ns(node, model, sized)
-        elif isinstance(part, Epilogue) and part.traffic.stands_alone:
+        elif isinstance(part, Epilogue) and part.traffic.stands_alone(_core_of(match)):
             total += round(model.hardware.launch.value + model.hardware.memory_ns(2 * _bytes((node,), sized)))
         elif part is None and not _is_generated(node.target):
             return None
@@ -73,6 +73,11 @@ def generated_ns(match: Match, model: CostModel, sized: Sized) -> int | None:
         moved = model.hardware.memory_ns(reads + _bytes(match.outputs, sized))
         total += round(model.hardware.launch.value + extra + moved)
     return total
+
+
+def _core_of(match: Match) -> Middle:
+    part = part_at(match.core)
+    return part.traffic if isinstance(part, Core) else Middle(name=match.rule.core.name)
 
 
 def _is_generated(target: Any) -> bool:

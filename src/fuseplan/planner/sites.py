@@ -70,13 +70,13 @@ class Shape:
 
     def unfused(self, model: CostModel) -> tuple[Kernel, ...]:
         """The site as Inductor leaves it: an epilogue joins the core's kernel, unless it stands alone."""
-        inside = [tail for tail in self.tails if not tail.stands_alone]
+        inside = [tail for tail in self.tails if not tail.stands_alone(self.core)]
         first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
         kernels = (*(model.reduce(first) if first.reduce else ()), *model.core(first))
         more = [self.region(reduce=False, tail=tail).result_bytes for tail in inside[1:]]
         if more:
             kernels = (*kernels, Kernel(name="further results", memory=round(sum(map(model.hardware.memory_ns, more)))))
-        apart = [tail for tail in self.tails if tail.stands_alone]
+        apart = [tail for tail in self.tails if tail.stands_alone(self.core)]
         rest = [kernel for tail in apart for kernel in model.epilogue(self.region(reduce=False, tail=tail))]
         return (*kernels, *rest)
 
