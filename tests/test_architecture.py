@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fuseplan.ops import Dialect
+
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 
@@ -233,6 +235,44 @@ def test_imports_point_one_way() -> None:
     modules = source_modules()
     assert modules, "no source under src/fuseplan: nothing was checked"
     assert [breach for module in modules for breach in violations(module)] == []
+
+
+ASK_THE_PART = ("analysis", "manager", "matching", "planner", "rewriting", "verification")
+OF_ALL_PARTS = {"fuseplan.parts", "fuseplan.parts.base", "fuseplan.parts.traffic", "fuseplan.parts.views"}
+OF_ONE_FAMILY = {"planner/attention.py"}  # its sites have copies and kernels of torch's in the place of rows
+
+
+def named_ops(module: Module) -> list[str]:
+    """The dialect ops and the parts that a module names."""
+    ops = ("fuseplan.ops.ops", "fuseplan.dialect.ops")
+    found = [each.dotted for each in imports(module) if each.module in ops and each.name not in dir(Dialect)]
+    return found + [
+        each.dotted
+        for each in imports(module)
+        if each.module.startswith("fuseplan.parts.") and each.module not in OF_ALL_PARTS and not each.is_use
+    ]
+
+
+def test_whoever_asks_the_part_names_no_op() -> None:
+    named = {
+        module.path: found
+        for module in source_modules()
+        if module.part in ASK_THE_PART and module.path not in OF_ONE_FAMILY and (found := named_ops(module))
+    }
+    assert named == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from fuseplan.ops import ops\nx = ops.rms_norm",
+        "from fuseplan.dialect import ops\nx = [ops.pad.name]",
+        "from fuseplan.parts.pad import pad",
+        "from fuseplan.parts.rotary.op import DRAWS",
+    ],
+)
+def test_a_named_op_is_seen(source: str) -> None:
+    assert named_ops(Module("planner/sites.py", source))
 
 
 def test_public_api_is_what_all_lists() -> None:

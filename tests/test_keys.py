@@ -22,9 +22,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fuseplan
 from fuseplan import ExternalPass, fingerprint
 from fuseplan.config import CompileRange, Environment, PassConfig
-from fuseplan.dialect import DialectOp, ops, registry
+from fuseplan.dialect import DialectOp, ops
 from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
+from fuseplan.ops import registry
 from fuseplan.planner import Prices
 from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Provenance, Row
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, device_profile

@@ -18,11 +18,11 @@ from fuseplan.matching.blame import Shared
 from fuseplan.matching.candidates import missing_ops, op_name
 from fuseplan.matching.lookalikes import is_always_reported, noted_as, of_rules, unclaimed
 from fuseplan.matching.match import Matches
+from fuseplan.matching.obstacles import without_taken
 from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.trial import Place, Way
 from fuseplan.ops import DialectOp, ops
 from fuseplan.parts import Prologue, part_at
-from fuseplan.parts.residual_add import without_residual_add
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
@@ -229,7 +229,7 @@ class _Search:
                 way, goal = reached
                 if goal in self.canonical.unraised:
                     return self._claim(goal, noted_as(self.members[0].core.name))
-                if without_residual_add(way, node):
+                if without_taken(way, node):
                     gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
                     return self._obstructed([gap], goal, goal)
         for core in node.users:

@@ -19,7 +19,6 @@ from fuseplan.graph.reach import is_view
 from fuseplan.matching.candidates import op_name
 from fuseplan.matching.hints import hint
 from fuseplan.parts import PARTS, Prologue, part_at
-from fuseplan.parts.residual_add import without_residual_add
 from fuseplan.parts.views import MOVERS
 from fuseplan.record import Reason
 
@@ -43,13 +42,27 @@ class Obstruction:
     mend: str | None
 
 
+def without_taken(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
+    """The obstacles without what the rule would have taken along: a residual add and the casts around it.
+
+    Args:
+        way: the obstacles, in either direction.
+        goal: what is behind them.
+    """
+    others = [*way]
+    for part in PARTS:
+        if isinstance(part, Prologue) and part.without is not None:
+            others = part.without(others, goal)
+    return others
+
+
 def likeliest_first(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
     """The obstacles, the one to blame first in front.
 
     Views weigh least: alone they are often seen through. Of equals the one next to the goal is in the others' way. The
     residual add is what a rule takes along.
     """
-    others = without_residual_add(way, goal)
+    others = without_taken(way, goal)
     nearest_first = list(reversed(way))
     return sorted(nearest_first, key=lambda node: (node not in others, _weight(node)))
 

@@ -104,7 +104,8 @@ class Prologue(Part):
     Attributes:
         parameters: the op's arguments after the first, as they stand in a schema.
         sample: values for `parameters`.
-        eager_kernels: at most how many kernels its reference launches in eager mode, exchanges aside.
+        without: the obstacles on a way, in either direction, but for those of it that a rule takes along, and the casts
+            around these: `without(obstacles, what it reads)`; None: rules take none along.
         blame: (reason, what explains it) of an op in the way that it knows more of than others; None: it doesn't.
         twice: what is said of two of it in a row before an op: `twice(first, second, op)`.
         added_twice: what is said where an op adds two of it.
@@ -112,7 +113,7 @@ class Prologue(Part):
 
     parameters: tuple[str, ...]
     sample: Callable[[], tuple[Any, ...]] = tuple
-    eager_kernels: int = 0
+    without: Callable[[Sequence[fx.Node], fx.Node], list[fx.Node]] | None = None
     blame: Callable[[fx.Node], tuple[Reason, str] | None]
     twice: Callable[[fx.Node, fx.Node, str], Blame] | None = None
     added_twice: Callable[[str], Blame] | None = None

@@ -31,13 +31,8 @@ def reference(x: Tensor, residual: Tensor, rounding: Rounding, wide: torch.dtype
     return residual_out.to(wide) if rounding.rounds_sum else total, residual_out
 
 
-def without_residual_add(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
-    """The obstacles without the residual add that the rule would have taken along, and the casts around it.
-
-    Args:
-        way: the obstacles, in either direction.
-        goal: what is added to the residual.
-    """
+def _without(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
+    """The obstacles without the residual add, of which `goal` is one addend."""
     read = {goal, *(node for node in way if is_call(node, convert_element_type) and node.args[0] is goal)}
     adds = {node for node in way if _is_residual_add(node) and not read.isdisjoint(node.all_input_nodes)}
     around = {node for node in way if is_call(node, convert_element_type) and (node.args[0] in adds or node in read)}
@@ -70,4 +65,4 @@ def _blame(node: fx.Node) -> tuple[Reason, str] | None:
     return _unfit(node) if is_call(node, aten.add.Tensor) and len(node.all_input_nodes) == 2 else None
 
 
-PART = Prologue(name="residual_add", ops=(), parameters=("Tensor residual",), eager_kernels=4, blame=_blame)
+PART = Prologue(name="residual_add", ops=(), parameters=("Tensor residual",), without=_without, blame=_blame)

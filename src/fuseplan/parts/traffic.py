@@ -49,6 +49,7 @@ class Middle:
         reads_sums: whether a residual may be added before it, and an all-reduce stand there.
         reduces_rows: whether it is a reduction over rows.
         eager_kernels: at most how many kernels its reference launches in eager mode; tests count them.
+        residual_kernels: likewise, how many more of them where it adds a residual.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Middle:
     reads_sums: bool = False
     reduces_rows: bool = False
     eager_kernels: int = 0
+    residual_kernels: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

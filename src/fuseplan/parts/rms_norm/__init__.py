@@ -14,7 +14,9 @@ PART = Core(
     raising=((Stage.CORES, raise_rms_norms),),
     engine_ops=ENGINE_OPS,
     reported=Reported.ALWAYS,
-    traffic=Middle(name="rms_norm", has_weight=True, reads_sums=True, reduces_rows=True, eager_kernels=11),
+    traffic=Middle(
+        name="rms_norm", has_weight=True, reads_sums=True, reduces_rows=True, eager_kernels=11, residual_kernels=4
+    ),
 )
 
 __all__ = ["PART", "fused_add_rms_norm", "rms_norm"]

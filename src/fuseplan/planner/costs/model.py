@@ -20,7 +20,6 @@ How Inductor leaves what is not fused:
 import math
 from typing import Literal, TypeAlias
 
-from fuseplan.parts.residual_add import PART as RESIDUAL_ADD
 from fuseplan.parts.traffic import Kernel, Region, total_ns
 from fuseplan.planner.costs.hardware import Gate, Hardware, Peers, Protocol
 
@@ -150,7 +149,7 @@ class CostModel:
 
     def _eager(self, region: Region) -> tuple[Kernel, ...]:
         """The reference: each kernel is priced as if it read and wrote a whole float32 activation."""
-        count = region.core.eager_kernels + RESIDUAL_ADD.eager_kernels * region.residual
+        count = region.core.eager_kernels + region.core.residual_kernels * region.residual
         count += region.tail.eager_count(region.core) if region.tail else 0
         kernels = tuple(self.local("eager", EAGER_BYTES * region.tokens * region.width) for _ in range(count))
         eager = CostModel(self.hardware, pad="eager")
