@@ -24,7 +24,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "cpython errors",
         "record",
         "config compatibility regions",
-        "content dialect graph fallback",
+        "content devices dialect graph fallback",
         "canonical rules distributed",
         "providers",
         "matching",

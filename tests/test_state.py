@@ -174,9 +174,7 @@ def _at_the_top() -> dict[str, Any]:
 
 def test_nothing_at_the_top_of_a_module_changes_with_use() -> None:
     values = {name: value for name, value in _at_the_top().items() if not _is_of_torch(value)}
-    assert {"fuseplan.rules.BUILT_IN_RULES", "fuseplan.providers.devices.PROFILES", "fuseplan.dialect.ops"} <= set(
-        values
-    )
+    assert {"fuseplan.rules.BUILT_IN_RULES", "fuseplan.devices.known.PROFILES", "fuseplan.dialect.ops"} <= set(values)
     before = {name: content_of(value).digest for name, value in values.items()}
     for config in (fuseplan.PassConfig(), fuseplan.PassConfig(policy="ordered(act_padding)")):
         report = fuseplan.explain(padded, randn(4, HIDDEN), randn(HIDDEN), config=config, device="h200")

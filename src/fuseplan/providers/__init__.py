@@ -1,7 +1,7 @@
 """Implementations of fused ops: when each is available, what it accepts."""
 
+from fuseplan.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
 from fuseplan.providers.declared import Cost, KernelCost
-from fuseplan.providers.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
 from fuseplan.providers.gates import Offer
 from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider, provider_of, without_shared_memory
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch.torch_version import TorchVersion
 
+from fuseplan.devices import DeviceProfile, local_vendor
 from fuseplan.dialect import DialectOp, implement, ops
 from fuseplan.providers import aiter, attention, flashinfer
 from fuseplan.providers.declared import Cost, checked_cost
-from fuseplan.providers.devices import DeviceProfile, local_vendor
 from fuseplan.providers.gates import Accepts, Offer, Unshared, accept_all
 from fuseplan.providers.triton import ACCEPTS as TRITON_ACCEPTS
 from fuseplan.record import Reason, Refusal

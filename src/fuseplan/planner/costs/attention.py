@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fuseplan.planner.costs.hardware import Hardware
+from fuseplan.devices.hardware import Hardware
 from fuseplan.planner.costs.model import Kernel
 
 Form: TypeAlias = Literal["repeated", "shared", "packed"]

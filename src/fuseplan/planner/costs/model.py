@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from fuseplan.planner.costs.hardware import Gate, Hardware, Peers, Protocol
+from fuseplan.devices.hardware import Gate, Hardware, Peers, Protocol
 
 Core: TypeAlias = Literal["rms_norm", "silu_and_mul", "attention"]
 Epilogue: TypeAlias = Literal["pad", "static_fp8_quant", "dynamic_fp8_quant", "rotary"]

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
+
+Vendor = Literal["nvidia", "amd", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Hardware:
 
     Attributes:
         name: a device profile's.
+        vendor: likewise.
         launch: a kernel with next to nothing to do, from its predecessor's end to its own, inside a CUDA graph.
         generated_norm: what a row reduction that Inductor generates takes beyond a launch.
         cache: bytes that stay in the last-level cache between two kernels.
@@ -138,6 +141,7 @@ class Hardware:
     """
 
     name: str
+    vendor: Vendor
     launch: Constant
     generated_norm: Constant
     cache: Constant
@@ -149,13 +153,6 @@ class Hardware:
     triton: Peers | None = None
     flashinfer: Peers | None = None
     aiter: Aiter | None = None
-
-    @property
-    def vendor(self) -> str:
-        """Whose device it is, as device profiles have it."""
-        if self.name == "cpu":
-            return "cpu"
-        return "nvidia" if self.aiter is None else "amd"
 
     def constants(self) -> Iterator[tuple[str, Constant]]:
         """Every constant by its dotted name, e.g. `triton.signal` or `ring.LL.latency`."""
