@@ -391,7 +391,7 @@ def test_an_old_release_will_not_do(monkeypatch: pytest.MonkeyPatch, version: st
             raise importlib.metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr("fuseplan.providers.registry.local_vendor", lambda: "nvidia")
+    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "nvidia")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flashinfer")
     monkeypatch.setattr("importlib.metadata.version", installed)
     refusal = PROVIDER.unavailable()

@@ -158,6 +158,11 @@ class Hardware:
         """Every constant by its dotted name, e.g. `triton.signal` or `ring.LL.latency`."""
         yield from _constants("", self)
 
+    def exchange(self, name: str) -> "Peers | Aiter | None":
+        """The constants by which kernels exchange rows with other ranks, by the field; None: the device has none."""
+        found: Peers | Aiter | None = getattr(self, name)
+        return found
+
     def memory_ns(self, nbytes: float) -> float:
         """nbytes through cache or memory: all of it through the cache while it fits, nothing from twice its size on.
 

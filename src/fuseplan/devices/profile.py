@@ -1,8 +1,13 @@
 """What there is to say of one kind of device, in one record."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from fuseplan.devices.hardware import Hardware, Vendor
+
+VENDOR_NAMES: Final[Mapping[str, str]] = {"nvidia": "NVIDIA GPUs", "amd": "AMD GPUs", "cpu": "CPUs"}
+"""Whose devices there are, for a person."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,9 @@ from fuseplan.canonical.view import is_dialect
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import aten, tensor_of
 from fuseplan.planner.costs import CostModel, Kernel
-from fuseplan.planner.costs.attention import AttentionRegion, Form, grouped, repeated
+from fuseplan.planner.costs.attention import AttentionRegion, grouped, repeated
 from fuseplan.planner.sites import CORES, Shape, Site, Tail, Taken, hint, norm_site
-from fuseplan.providers.attention import PACKED, SHARED, target_kernel
-
-FORMS: dict[str, Form] = {SHARED: "shared", PACKED: "packed"}
+from fuseplan.providers.attention import target_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class AttentionShape(Shape):
 
     def fused(self, model: CostModel, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """The fused op alone."""
-        return grouped(model.hardware, self._on(model), FORMS.get(provider, "repeated"))
+        return grouped(model.hardware, self._on(model), model.timing(provider).heads)
 
     def rest(self, model: CostModel, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """What a fused op leaves of the site: nothing."""

@@ -18,7 +18,7 @@ Nothing of this has been run on ROCm hardware.
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from fuseplan.dialect import FP8_DTYPES, QuantRounding, Rounding, implement, ops
 from fuseplan.errors import CollectiveError
 from fuseplan.graph.facts import equal_size, group_size
 from fuseplan.providers.gates import Gate, Offer, listed
+from fuseplan.providers.provider import Provider
+from fuseplan.providers.timing import Timing
 from fuseplan.providers.workspaces import Workspaces
 from fuseplan.record import Reason, Refusal
 
@@ -331,6 +333,19 @@ OFFERS: Mapping[str, Offer] = {
 }  # fmt: skip
 """What each kernel takes, by fused op."""
 
+PROVIDER: Final = Provider(
+    name="aiter",
+    description="AITER's Triton add + RMSNorm + pad and custom all-reduce (ROCm)",
+    vendors=frozenset({"amd"}),
+    package="aiter",
+    distribution="amd-aiter",
+    oldest=OLDEST,
+    install=f"install AITER {OLDEST} or newer from its ROCm release",
+    implements=OFFERS,
+    timing=Timing(exchange="aiter"),
+    untested="not run on ROCm hardware so far: its calls are held against AITER's signatures alone",
+)
+
 for _op, _kernel in (
     (ops.rms_norm_pad, rms_norm_pad),
     (ops.fused_add_rms_norm_pad, fused_add_rms_norm_pad),
@@ -338,4 +353,4 @@ for _op, _kernel in (
     (ops.all_reduce_fused_add_rms_norm_pad, all_reduce_fused_add_rms_norm_pad),
     (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_fused_add_rms_norm_dynamic_fp8_quant),
 ):
-    implement(_op, "aiter", _kernel, most_rows=OFFERS[_op.name].most_rows)
+    implement(_op, PROVIDER.name, _kernel, most_rows=OFFERS[_op.name].most_rows)

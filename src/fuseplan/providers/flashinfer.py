@@ -20,7 +20,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ from torch.torch_version import TorchVersion
 from fuseplan.dialect import QuantRounding, Rounding, implement, ops
 from fuseplan.graph.facts import group_size
 from fuseplan.providers.gates import Gate, Offer
+from fuseplan.providers.provider import Provider
+from fuseplan.providers.timing import Timing
 from fuseplan.providers.workspaces import Workspaces
 from fuseplan.record import Refusal
 
@@ -330,6 +332,18 @@ OFFERS: Mapping[str, Offer] = {
 }
 """What each kernel takes, by fused op."""
 
+PROVIDER: Final = Provider(
+    name="flashinfer",
+    description="FlashInfer's all-reduce fusion and norms",
+    vendors=frozenset({"nvidia"}),
+    package="flashinfer",
+    distribution="flashinfer-python",
+    oldest=OLDEST,
+    install="pip install -U flashinfer-python",
+    implements=OFFERS,
+    timing=Timing(exchange="flashinfer"),
+)
+
 for _op, _kernel in (
     (ops.all_reduce_fused_add_rms_norm, all_reduce_fused_add_rms_norm),
     (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, all_reduce_fused_add_rms_norm_static_fp8_quant),
@@ -337,4 +351,4 @@ for _op, _kernel in (
     (ops.rms_norm_static_fp8_quant, rms_norm_static_fp8_quant),
     (ops.fused_add_rms_norm_static_fp8_quant, fused_add_rms_norm_static_fp8_quant),
 ):
-    implement(_op, "flashinfer", _kernel, most_rows=OFFERS[_op.name].most_rows)
+    implement(_op, PROVIDER.name, _kernel, most_rows=OFFERS[_op.name].most_rows)

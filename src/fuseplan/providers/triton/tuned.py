@@ -66,7 +66,7 @@ _BETWEEN_RANKS = replace(
 
 
 def _found(like: Found, what: str, *steps: tuple[float, int], **facts: str) -> Found:
-    return replace(like, what=what, steps=steps, **facts)  # type: ignore[arg-type]
+    return replace(like, what=what, steps=steps, **facts)
 
 
 _NORM_SOURCE = f"2,880 elements of bfloat16 a row, few of which want many threads each; {_KERNELS.source}"
