@@ -44,7 +44,6 @@ MUTATORS = {
 }  # fmt: skip
 
 ELSEWHERE = {
-    "distributed/workspace.py": "memory that ranks share, by group, device and dtype: given back at exit",
     "integrations/vllm/backend.py": "vLLM's compiler, where the engine asks for fuseplan",
     "dialect/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
     "floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",

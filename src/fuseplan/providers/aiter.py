@@ -25,12 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fuseplan.dialect import FP8_DTYPES, QuantRounding, Rounding, implement, ops
+from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.errors import CollectiveError
 from fuseplan.graph.facts import equal_size, group_size
 from fuseplan.providers.gates import Gate, Offer, listed
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
-from fuseplan.providers.workspaces import Workspaces
 from fuseplan.record import Reason, Refusal
 
 OLDEST = "0.1.20"
@@ -51,7 +51,9 @@ ONE_STAGE_QUANT_BYTES = 128 * 1024
 QUANT_WIDTHS = frozenset({512, 1024, 2048, 4096, 6144, 7168})
 """Hidden sizes that AITER's own dispatch quantises in the same kernel."""
 
-_COMMUNICATORS: Workspaces[Any] = Workspaces("AITER's custom all-reduce", lambda communicator: communicator.close())
+_COMMUNICATORS: Final[Kind[Any]] = Kind(
+    name="AITER's custom all-reduce", release=lambda communicator: communicator.close()
+)
 
 
 def rms_norm_pad(x: Tensor, weight: Tensor, eps: float, rounding: str, right: int) -> Tensor:
@@ -231,7 +233,7 @@ def _communicator(x: Tensor, group_name: str) -> Any:
             )
         return communicator
 
-    return _COMMUNICATORS.get(group_name, x.device, 0, 0, make)
+    return SHARED.get(_COMMUNICATORS, group_name, x.device, rows=0, capacity=0, make=make)
 
 
 def _served(results: Any, x: Tensor, group_name: str) -> Any:

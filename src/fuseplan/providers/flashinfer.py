@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from fuseplan.dialect import QuantRounding, Rounding, implement, ops
+from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.graph.facts import group_size
 from fuseplan.providers.gates import Gate, Offer
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
-from fuseplan.providers.workspaces import Workspaces
 from fuseplan.record import Refusal
 
 OLDEST = "0.6.18"
@@ -62,7 +62,7 @@ def _release(workspace: Any) -> None:
     workspace.destroy()
 
 
-_WORKSPACES: Workspaces[Any] = Workspaces("FlashInfer's all-reduce fusion", _release)
+_WORKSPACES: Final[Kind[Any]] = Kind(name="FlashInfer's all-reduce fusion", release=_release)
 
 
 def all_reduce_fused_add_rms_norm(
@@ -182,7 +182,9 @@ def _all_reduce_fusion(
                 hidden_dim=hidden, dtype=x.dtype, group=group,
             )  # fmt: skip
 
-    workspace = _WORKSPACES.get(group_name, (x.device, x.dtype, hidden), rows, capacity, make)
+    workspace = SHARED.get(
+        _WORKSPACES, group_name, (x.device, x.dtype, hidden), rows=rows, capacity=capacity, make=make
+    )
     comm.allreduce_fusion(
         input=_aligned(_rows(x)), workspace=workspace, pattern=getattr(comm.AllReduceFusionPattern, pattern),
         launch_with_pdl=TorchVersion(library.__version__) >= EARLY_LAUNCH_FROM, residual_out=_rows(residual_out),
