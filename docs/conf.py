@@ -35,6 +35,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|pathlib|pytest|rich)\..*"),
     # Type variables.
     (r"py:class", r"fuseplan\.(frontend|record\.serialization)\.T"),
+    # What only the devices that fuseplan brings are made of.
+    (r"py:class", r"fuseplan\.devices\.hardware\.Hardware"),
     # What the manager is handed by other parts of fuseplan, and by nobody else.
     (r"py:class", r"fuseplan\.(config\.Environment|planner\.pricing\.Prices)"),
 ]

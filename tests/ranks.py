@@ -2,11 +2,14 @@
 
 import os
 import sys
+from dataclasses import replace
+from math import inf
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from fuseplan.distributed.workspace import SLOTS, Workspace
+from fuseplan.providers.triton.tuned import SECOND_WAIT_BYTES, Found
 
 
 def leave() -> NoReturn:
@@ -20,6 +23,11 @@ def leave() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def always(size: int) -> Found:
+    """Two shots from that many bytes on, in place of what was found."""
+    return replace(SECOND_WAIT_BYTES, steps=((inf, size),))
 
 
 def left_in(workspace: Workspace) -> int:

@@ -26,7 +26,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "cpython errors",
         "record",
         "config compatibility regions",
-        "content ops graph fallback",
+        "content devices ops graph fallback",
         "canonical rules distributed",
         "parts",
         "families",

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from fuseplan.cli import app
+from fuseplan.devices import known
 from fuseplan.planner.costs import CostTable
-from fuseplan.providers import devices
 from tests import regressing_model
 from tests.regressing_model import LAYERS, plant
 
@@ -292,7 +292,7 @@ def test_the_environment_changes_nothing_silently(
         else:
             table.write_text(text)
         monkeypatch.setenv("FUSEPLAN_COSTS", str(table))
-        monkeypatch.setattr(devices, "local_vendor", lambda: "amd")
+        monkeypatch.setattr(known, "local_vendor", lambda: "amd")
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: there.name)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: there)

@@ -44,7 +44,6 @@ MUTATORS = {
 }  # fmt: skip
 
 ELSEWHERE = {
-    "distributed/workspace.py": "memory that ranks share, by group, device and dtype: given back at exit",
     "integrations/vllm/backend.py": "vLLM's compiler, where the engine asks for fuseplan",
     "dialect/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
     "floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",
@@ -174,9 +173,7 @@ def _at_the_top() -> dict[str, Any]:
 
 def test_nothing_at_the_top_of_a_module_changes_with_use() -> None:
     values = {name: value for name, value in _at_the_top().items() if not _is_of_torch(value)}
-    assert {"fuseplan.rules.BUILT_IN_RULES", "fuseplan.providers.devices.PROFILES", "fuseplan.dialect.ops"} <= set(
-        values
-    )
+    assert {"fuseplan.rules.BUILT_IN_RULES", "fuseplan.devices.known.PROFILES", "fuseplan.dialect.ops"} <= set(values)
     before = {name: content_of(value).digest for name, value in values.items()}
     for config in (fuseplan.PassConfig(), fuseplan.PassConfig(policy="ordered(act_padding)")):
         report = fuseplan.explain(padded, randn(4, HIDDEN), randn(HIDDEN), config=config, device="h200")

@@ -151,7 +151,7 @@ def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str, str],
     found = dict[tuple[str, str, str], None]()
     for index in decision.selected:
         match = posed.candidates[index].match
-        if isinstance(match, Match) and match.rule.op.collective and match.provider == "triton":
+        if isinstance(match, Match) and match.shares:
             x = tensor_of(match.values["x"])
             assert x is not None
             found[str(match.values["group_name"]), str(x.dtype).removeprefix("torch."), str(x.device)] = None

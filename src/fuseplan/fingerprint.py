@@ -215,7 +215,7 @@ def provider_content(provider: Provider, device: DeviceProfile | None) -> Conten
     parts = [provider.offers(device), kernels]
     is_ours = type(provider).__module__.startswith("fuseplan.") and provider.uuid is None
     itself = parts if is_ours else [provider, sorted(kernels)]
-    data = [str(provider.unavailable(device)), str(provider.version()), provider.runs_alone]
+    data = [str(provider.unavailable(device)), str(provider.version()), provider.runs_alone, provider.timing]
     return content_of([provider.name, data, itself])
 
 

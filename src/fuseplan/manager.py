@@ -119,7 +119,7 @@ class PostGradPassManager(Keyed):
         self.providers = tuple(providers)
         self.device = device
         self.environment = environment or Environment.read()
-        self.prices = prices or prices_of(config, self.environment, device)
+        self.prices = prices or prices_of(config, self.environment, device, providers)
         self.passes = as_external(passes)
         self.engine_groups = engine_groups
         self.solver = Solver(config.node_budget)

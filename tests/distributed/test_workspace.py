@@ -17,8 +17,18 @@ from torch._C._distributed_c10d import HashStore
 from fuseplan import first_run
 from fuseplan.config import PassConfig
 from fuseplan.distributed import Verdict, workspace
+from fuseplan.distributed import shared as registry
 from fuseplan.distributed.agreement import _verdict
-from fuseplan.distributed.workspace import HEADER_BYTES, SLOTS, UNIT_WORDS, Workspace, alone, workspace_of
+from fuseplan.distributed.shared import SHARED
+from fuseplan.distributed.workspace import (
+    HEADER_BYTES,
+    SLOTS,
+    UNIT_WORDS,
+    WORKSPACES,
+    Workspace,
+    alone,
+    workspace_of,
+)
 from fuseplan.errors import CollectiveError, PlanError
 from fuseplan.record import GraphReport, Report
 
@@ -90,8 +100,8 @@ def test_a_workspace_is_made_once_and_again_for_a_new_group() -> None:
         spaces.append(first)
         dist.destroy_process_group()
     assert spaces[0] is not spaces[1]
-    workspace.release()
-    assert not workspace._OPEN
+    SHARED.release()
+    assert not SHARED.values(WORKSPACES)
 
 
 def test_graphs_that_were_captured_keep_the_workspace_of_a_group_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,15 +112,14 @@ def test_graphs_that_were_captured_keep_the_workspace_of_a_group_that_is_gone(mo
         assert dist.group.WORLD is not None
         space = workspace_of(dist.group.WORLD.group_name, CPU, torch.bfloat16, 1024)
         with monkeypatch.context() as patched:
-            patched.setattr(workspace, "capturing", lambda device, captures=captures: captures)
-            with space.held():
-                pass
+            patched.setattr(registry, "capturing", lambda captures=captures: captures)
+            assert workspace_of(dist.group.WORLD.group_name, CPU, torch.bfloat16, 1024) is space
         spaces.append(weakref.ref(space))
         del space
         dist.destroy_process_group()
     gc.collect()
     assert [each() is not None for each in spaces] == [True, False, True]
-    workspace.release()
+    SHARED.release()
     gc.collect()
     assert [each() for each in spaces] == [None] * 3
 
@@ -128,7 +137,7 @@ def test_what_failed_in_a_group_that_is_gone_hinders_nobody() -> None:
             with pytest.raises(CollectiveError):
                 workspace.check_workspaces()
         dist.destroy_process_group()
-    workspace.release()
+    SHARED.release()
 
 
 def test_calls_of_several_threads_follow_each_other(one_rank: str) -> None:
@@ -158,9 +167,9 @@ def test_what_one_rank_tries_alone_is_kept_apart_and_given_back(one_rank: str) -
             assert pool.submit(workspace_of, one_rank, CPU, torch.bfloat16, 1024).result() is shared
     gc.collect()
     assert tried() is None
-    assert list(workspace._OPEN.values()) == [shared]
+    assert SHARED.values(WORKSPACES) == [shared]
     assert workspace_of(one_rank, CPU, torch.bfloat16, 1024) is shared
-    workspace.release()
+    SHARED.release()
 
 
 def test_none_is_made_while_a_graph_is_captured(one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,4 +277,4 @@ def test_a_graph_raises_what_an_earlier_call_of_its_kernels_found_out(one_rank: 
     space.failure[0] = 1
     with pytest.raises(CollectiveError, match="waited"):
         graph(1)
-    workspace.release()
+    SHARED.release()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fuseplan
 from fuseplan.dialect import DialectOp, ops
+from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import flashinfer
 from fuseplan.verification.compare import compare
@@ -191,7 +192,7 @@ def main() -> None:
         }  # fmt: skip
     torch.cuda.synchronize()
     (FOLDER / f"{RANK}.json").write_text(json.dumps(seen))
-    flashinfer._WORKSPACES.release()
+    SHARED.release(flashinfer._WORKSPACES)
     leave()
 
 

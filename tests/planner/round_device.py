@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from fuseplan.devices.hardware import Attention
 from fuseplan.planner.costs import Aiter, Constant, Gate, Hardware, Peers, Protocol
-from fuseplan.planner.costs.hardware import Attention
 
 
 def ns(value: float) -> Constant:
@@ -20,6 +20,7 @@ def operations(value: float) -> Constant:
 
 DEVICE = Hardware(
     name="round",
+    vendor="nvidia",
     launch=ns(1000),
     generated_norm=ns(100),
     cache=Constant(1e6, "bytes", "round"),
@@ -39,6 +40,7 @@ DEVICE = Hardware(
 GATE = Gate(source="round", max_tokens=10, max_bytes={2: None, 4: 4000})
 WITH_AITER = replace(
     DEVICE,
+    vendor="amd",
     ring=(),
     flashinfer=None,
     aiter=Aiter(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fuseplan.planner.costs import HARDWARE, total_ns
-from fuseplan.planner.costs.attention import AttentionRegion, Form, grouped, repeated
+from fuseplan.planner.costs.attention import AttentionRegion, grouped, repeated
+from fuseplan.providers import Heads
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = json.loads((ROOT / "benchmarks/results/decode_one_gpu_h100.json").read_text())["rows"]
@@ -18,7 +19,7 @@ def region(batch: int, keys: int, kernel: str = "cudnn", itemsize: int = 2) -> A
     )
 
 
-def saved(device: str, form: Form, sizes: AttentionRegion) -> int:
+def saved(device: str, form: Heads, sizes: AttentionRegion) -> int:
     hardware = HARDWARE[device]
     return total_ns(repeated(hardware, sizes)) - total_ns(grouped(hardware, sizes, form))
 

@@ -25,8 +25,8 @@ from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
 from fuseplan.tuning import Times
 from fuseplan.tuning.device import measure_device, record_of
+from tests.devices.test_devices import here
 from tests.planner.parts import NORM
-from tests.providers.test_devices import here
 
 A6000 = {"multi_processor_count": 84, "L2_cache_size": 6_291_456, "memory_clock_rate": 8_001_000,
          "memory_bus_width": 384}  # fmt: skip

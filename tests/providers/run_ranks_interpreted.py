@@ -27,7 +27,7 @@ from fuseplan.providers.triton import all_reduce_norm
 from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
 from fuseplan.providers.triton.launching import Finish, Norm, Tile
 from tests.providers.run_interpreted import rounded
-from tests.ranks import leave, left_in
+from tests.ranks import always, leave, left_in
 
 RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 CPU, WIDTH = torch.device("cpu"), 48
@@ -167,7 +167,7 @@ def unlike() -> list[Any]:
     """Ranks with different numbers of multiprocessors, by which each would cut the rows in another way."""
     with (
         mock.patch.object(workspaces, "multiprocessors", return_value=2 + RANK % 2),
-        mock.patch.object(all_reduce_norm, "SECOND_WAIT_BYTES", 0),
+        mock.patch.object(all_reduce_norm, "SECOND_WAIT_BYTES", always(0)),
     ):
         space = workspace()
         return [space.processors, *(call(space, rows, None, "pad", 200 + rows)[0] for rows in (1, 5, 9, 21))]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from fuseplan.dialect import ops
+from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import BUILT_IN_PROVIDERS, aiter
 from fuseplan.rules import Bindings
@@ -101,7 +102,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Aiter]:
     stand_in = Aiter()
     stand_in.library.install(monkeypatch)
     yield stand_in
-    aiter._COMMUNICATORS.release()
+    SHARED.release(aiter._COMMUNICATORS)
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_a_group_has_one_communicator_and_it_is_closed(library: Aiter, groups: l
             fuse(rows, group)
         fuse(3, group, hidden=1024)
     assert len(library.communicators) == len(groups) == 1
-    aiter._COMMUNICATORS.release()
+    SHARED.release(aiter._COMMUNICATORS)
     assert library.communicators[0].closed
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
+from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, flashinfer
@@ -109,7 +110,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     stand_in = FlashInfer(request.param)
     stand_in.library.install(monkeypatch)
     yield stand_in
-    flashinfer._WORKSPACES.release()
+    SHARED.release(flashinfer._WORKSPACES)
 
 
 def arguments(op: str, dtype: torch.dtype, shape: tuple[int, ...], rounding: str, group: str) -> list[Any]:
@@ -206,7 +207,7 @@ def test_workspaces_are_given_back(library: FlashInfer) -> None:
     with ranks(2) as group:
         fuse(4, group)
         fuse(8, group)
-    flashinfer._WORKSPACES.release()
+    SHARED.release(flashinfer._WORKSPACES)
     assert [each.destroyed for each in library.created] == [True, True]
     assert library.forgotten == [each.ipc_handles for each in library.created]
 
@@ -391,7 +392,7 @@ def test_an_old_release_will_not_do(monkeypatch: pytest.MonkeyPatch, version: st
             raise importlib.metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr("fuseplan.providers.registry.local_vendor", lambda: "nvidia")
+    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "nvidia")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flashinfer")
     monkeypatch.setattr("importlib.metadata.version", installed)
     refusal = PROVIDER.unavailable()

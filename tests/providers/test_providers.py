@@ -105,7 +105,7 @@ def test_what_a_provider_only_prices_it_does_not_run() -> None:
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuseplan.providers.registry.local_vendor", lambda: "amd")
+    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "amd")
     missing = BY_NAME["aiter"].unavailable()
     assert missing is not None
     assert missing.detail == "the package aiter is not installed"

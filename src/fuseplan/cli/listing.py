@@ -98,9 +98,11 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch()
+        from fuseplan.devices import VENDOR_NAMES
         from fuseplan.planner.costs import hardware_of
         from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, local_profile
 
+        everywhere = sorted(each.name for each in BUILT_IN_PROVIDERS if each.vendors >= VENDOR_NAMES.keys())
         here = local_profile()
         local = here.name
         rows: list[dict[str, Any]] = [
@@ -125,17 +127,13 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
                 row["device"],
                 row["description"],
                 Text("yes", style="green") if row["here"] else "",
-                "\n".join(name for name in row["providers"] if name not in EVERYWHERE),
+                "\n".join(name for name in row["providers"] if name not in everywhere),
                 f"{constants['memory_bandwidth']['value']:.0f} GB/s",
                 _measured(row["constants"]),
             )
         show(table, as_json=False)
-        note = f"{', '.join(sorted(EVERYWHERE))} are everywhere; --json prints every constant with its source"
+        note = f"{', '.join(everywhere)} are everywhere; --json prints every constant with its source"
         return show(Text(note, style="dim"), as_json=False)
-
-
-EVERYWHERE = frozenset({"sdpa", "sdpa_packed", "torch"})
-"""Providers whose kernels are torch's own."""
 
 
 def _measured(constants: list[dict[str, Any]]) -> str:

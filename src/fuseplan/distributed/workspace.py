@@ -1,12 +1,11 @@
 """Memory that the ranks of a group share, for kernels that communicate by themselves."""
 
-import atexit
-import collections
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fuseplan.distributed.groups import resolve, timeout_of
 from fuseplan.distributed.meeting import Meeting
+from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.errors import CollectiveError
 
 SLOTS = 3
@@ -125,7 +125,6 @@ class Workspace:
                 memory = allocate(size, group_name, device, meeting)
             # Nobody may send before everybody's memory is empty.
             meeting.step(lambda: self._lay_out(memory, itemsize))
-        self.captured = False
         self._lock = threading.RLock()
         self._ended: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
@@ -170,9 +169,7 @@ class Workspace:
         """
         with self._lock:
             self.check()
-            captured = capturing(self.device)
-            self.captured = self.captured or captured
-            if captured or self.device.type != "cuda":
+            if capturing(self.device) or self.device.type != "cuda":
                 yield
                 return
             stream = torch.cuda.current_stream(self.device)
@@ -237,12 +234,10 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-Key = tuple[str, torch.device, torch.dtype, int]
-_OPEN: dict[Key, Workspace] = {}
-_KEPT: list[Workspace] = []
-_MAKING: collections.defaultdict[Key, threading.Lock] = collections.defaultdict(threading.Lock)
-_LOCK = threading.Lock()
-_ALONE: contextvars.ContextVar[dict[Key, Workspace] | None] = contextvars.ContextVar("fuseplan_alone", default=None)
+WORKSPACES: Final[Kind[Workspace]] = Kind(name="fuseplan's Triton all-reduce")
+_ALONE: contextvars.ContextVar[dict[Hashable, Workspace] | None] = contextvars.ContextVar(
+    "fuseplan_alone", default=None
+)
 
 
 @contextlib.contextmanager
@@ -263,33 +258,22 @@ def workspace_of(
     """The workspace of a group for messages of a dtype, made at the first call: all ranks make it together, outside of
     any capture. A warm compile cache changes nothing, since it is the kernel's launcher that asks.
 
-    Where another group has the name since, its ranks make another one. CUDA graphs may still be replayed that have
-    captured the first: it stays where it is.
+    Where another group has the name since, its ranks make another one; see `Registry.get`.
 
     Raises:
         CollectiveError: as for `Workspace`.
     """
-    own, key = _ALONE.get(), (group_name, device, dtype, capacity)
+    own, key = _ALONE.get(), (device, dtype, capacity)
     if own is not None:
-        if key not in own:
-            own[key] = Workspace(group_name, device, dtype.itemsize, capacity=SHOT_BYTES, alone=True)
-        return own[key]
-    found = _OPEN.get(key)
-    if found is not None and found.is_current:
-        return found
-    with _LOCK:
-        making = _MAKING[key]
-    # Whoever makes one waits for the other ranks, and these may wait for another thread of this one with another group.
-    with making:
-        found = _OPEN.get(key)
-        if found is not None and found.is_current:
-            return found
-        made = Workspace(group_name, device, dtype.itemsize, capacity=capacity, use=str(dtype).removeprefix("torch."))
-        with _LOCK:
-            if found is not None and found.captured:
-                _KEPT.append(found)
-            _OPEN[key] = made
-        return made
+        if (group_name, *key) not in own:
+            own[group_name, *key] = Workspace(group_name, device, dtype.itemsize, capacity=SHOT_BYTES, alone=True)
+        return own[group_name, *key]
+
+    def make(group: dist.ProcessGroup) -> Workspace:
+        return Workspace(group_name, device, dtype.itemsize, capacity=capacity, use=str(dtype).removeprefix("torch."))
+
+    # A call of any number of rows has as many launches as it takes.
+    return SHARED.get(WORKSPACES, group_name, key, rows=0, capacity=0, make=make)
 
 
 def prepare(wanted: Iterable[tuple[str, str, str]]) -> str:
@@ -314,14 +298,6 @@ def check_workspaces() -> None:
     Raises:
         CollectiveError: a kernel waited for another rank for too long.
     """
-    for workspace in list(_OPEN.values()):
+    for workspace in SHARED.values(WORKSPACES):
         if workspace.failed and workspace.is_current:
             workspace.check()
-
-
-@atexit.register
-def release() -> None:
-    """Gives all shared memory back."""
-    with _LOCK:
-        _OPEN.clear()
-        _KEPT.clear()

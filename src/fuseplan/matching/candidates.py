@@ -62,7 +62,9 @@ def find_matches(
     """
     outside = {node: match.anchor for match in external for node in external_inputs(match.consumed)}
     layouts = Layouts(canonical, outside)
-    available = [p for p in sorted(providers, key=lambda p: p.name) if p.unavailable(device) is None]
+    asked = [(each, each.unavailable(device)) for each in sorted(providers, key=lambda each: each.name)]
+    available = [provider for provider, why in asked if why is None]
+    unready = [(provider, why) for provider, why in asked if why is not None and provider.available is not None]
     candidates: list[Match] = []
     misses: list[Miss] = []
     for rule in (member for _, members in sorted(rules.items()) for member in members):
@@ -71,6 +73,10 @@ def find_matches(
                 misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
             taken, declined = _offered(found, available, device, allow_rounding_changes, rows_of)
+            declined += _unready(found, unready, device)
+            if not taken and not declined:
+                detail = f"no available provider implements {rule.op.name}"
+                declined.append(_refusal(found, Reason.PROVIDER, detail, (found.core.name,), found.core))
             settled = layouts.settle(found) if taken else found
             if isinstance(settled, Unkept):
                 refusal = _unkept(canonical, found, settled)
@@ -261,6 +267,7 @@ def _offered(
         bindings, rounding = Bindings(rule.name, match.values), match.values.get("rounding")
         refusal = offer.accepts(bindings) or _beyond(offer, match, provider.name, rows_of)
         fits = offer.roundings is None or rounding in offer.roundings
+        shares = rule.op.collective and provider.runs_alone
         near = sorted(each for each in offer.roundings or () if _differs_by_rounding(rounding, each))
         if refusal is not None:
             declined.append(
@@ -270,12 +277,17 @@ def _offered(
                 )
             )  # fmt: skip
         elif fits and offer.leaves_out is None:
-            taken.append(replace(match, provider=provider.name, cost=offer.cost))
+            taken.append(replace(match, provider=provider.name, cost=offer.cost, shares=shares))
         elif (fits or near) and allow_rounding_changes:
             computed = str(rounding) if fits else near[0]
             change = (str(rounding), f"{computed}, not rounding {offer.leaves_out}" if offer.leaves_out else computed)
             values = {**match.values, "rounding": computed}
-            taken.append(replace(match, provider=provider.name, values=values, rounding_change=change, cost=offer.cost))
+            taken.append(
+                replace(
+                    match, provider=provider.name, values=values, rounding_change=change, cost=offer.cost,
+                    shares=shares,
+                )
+            )  # fmt: skip
         else:
             computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
             told = [] if fits else [f"rounds as {computed}, and the graph as {rounding}"]
@@ -288,10 +300,19 @@ def _offered(
                     provider=provider.name,
                 )
             )  # fmt: skip
-    if not taken and not declined:
-        detail = f"no available provider implements {rule.op.name}"
-        declined.append(_refusal(match, Reason.PROVIDER, detail, (match.core.name,), match.core))
     return taken, declined
+
+
+def _unready(
+    match: Match, unready: Sequence[tuple[Provider, Refusal]], device: DeviceProfile | None
+) -> Iterator[Refusal]:
+    """Why providers don't run a match of which their owners say that they can't run here."""
+    for provider, why in unready:
+        if match.rule.op.name in provider.offers(device):
+            detail = f"{provider.name} can't run here: {why.detail}"
+            yield _refusal(
+                match, why.reason, detail, (match.core.name,), match.core, mend=why.mend, provider=provider.name
+            )
 
 
 def _beyond(

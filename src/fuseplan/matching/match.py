@@ -24,6 +24,7 @@ class Match:
         core: the node of the dialect op that fusions contend for.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
         cost: what the provider says that a call takes.
+        shares: whether ranks meet in fuseplan's own workspaces in its kernel.
         yields: what the replacement yields, as fake tensors, for each value of the pattern: dtype, sizes and strides
             count, the memory may be that of another match's.
         copied: the values of which a copy takes the place, since a reader can tell that the fused op's own result lies
@@ -39,6 +40,7 @@ class Match:
     core: fx.Node
     rounding_change: tuple[str, str] | None = None
     cost: Cost | None = None
+    shares: bool = False
     yields: tuple[Tensor, ...] = ()
     copied: tuple[fx.Node, ...] = ()
     loose: tuple[fx.Node, ...] = ()
@@ -48,6 +50,11 @@ class Match:
         """The node of the first value that the pattern yields."""
         assert self.outputs[0] is not None
         return self.outputs[0]
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether the provider's kernel is the op's own reference."""
+        return self.rule.op.implementation(self.provider) is self.rule.op.overload
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -16,11 +16,9 @@ from fuseplan.parts import PARTS, Core
 from fuseplan.parts.attention import PART, attention, repeat_heads
 from fuseplan.parts.traffic import Kernel, Tail
 from fuseplan.planner.costs import CostModel
-from fuseplan.planner.costs.attention import AttentionRegion, Form, grouped, repeated
+from fuseplan.planner.costs.attention import AttentionRegion, grouped, repeated
 from fuseplan.planner.sites import Shape, Site, Taken, row_site
-from fuseplan.providers.attention import PACKED, SHARED, target_kernel
-
-FORMS: dict[str, Form] = {SHARED: "shared", PACKED: "packed"}
+from fuseplan.providers.attention import target_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class AttentionShape(Shape):
 
     def fused(self, model: CostModel, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """The fused op alone."""
-        return grouped(model.hardware, self._on(model), FORMS.get(provider, "repeated"))
+        return grouped(model.hardware, self._on(model), model.timing(provider).heads)
 
     def rest(self, model: CostModel, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """What a fused op leaves of the site: nothing."""

@@ -12,7 +12,7 @@ from fuseplan.graph.facts import hint, tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.parts.traffic import Kernel, Tail, total_ns
 from fuseplan.planner.candidates import Candidate, copies_text
-from fuseplan.planner.costs import KNOWN_PROVIDERS, CostModel, CostTable, Provenance
+from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, Provenance
 from fuseplan.planner.declared import declared_ns, generated_ns
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.sites import Rows, Shape, Site, Taken
@@ -221,13 +221,16 @@ class Pricing:
             return (round(given * 1000),) * sizes, unknown, Provenance.DECLARED
         parts = site.taken(match.consumed) if site is not None else None
         copied = tuple(total_ns(self.copies(match, size)) for size in self.tokens)
+        if site is not None and parts is not None and match.provider in self.prices.model.timings:
+            ours = match.provider in BUILT_IN_TIMINGS
+            how = Provenance.MODELLED if ours else Provenance.DECLARED
+            return *self._known_parts(candidate, site, parts, copied), how
         if match.cost is not None and (declared := self._declared(match, site, parts, copied)) is not None:
             return *declared, Provenance.DECLARED
         if site is None or parts is None:
             saved = self.prices.launch_ns * (len(match.rule.calls) - 1)
             return tuple(saved - ns for ns in copied), (None,) * sizes, Provenance.ASSUMED
-        known = match.provider in KNOWN_PROVIDERS
-        return *self._known_parts(candidate, site, parts, copied), Provenance.MODELLED if known else Provenance.ASSUMED
+        return *self._known_parts(candidate, site, parts, copied), Provenance.ASSUMED
 
     def _declared(
         self, match: Match, site: Site | None, parts: Taken | None, copied: Sequence[int]

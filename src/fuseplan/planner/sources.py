@@ -1,17 +1,26 @@
 """Where prices come from: the model of a device, and the cost table that the user names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs import CostModel, CostTable, cached_table, hardware_of
+from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, cached_table, hardware_of
 from fuseplan.planner.pricing import Prices
-from fuseplan.providers import PROFILES, DeviceProfile, local_profile
+from fuseplan.providers import PROFILES, DeviceProfile, Provider, local_profile
 
 
-def prices_of(config: PassConfig, environment: Environment, device: DeviceProfile | None) -> Prices:
+def prices_of(
+    config: PassConfig, environment: Environment, device: DeviceProfile | None, providers: Sequence[Provider] = ()
+) -> Prices:
     """Prices as a configuration asks for them: the device's model, and the cost table that it or the environment names,
     or else what `fuseplan tune` has measured on this machine.
+
+    Args:
+        config: names the table, or says whether there is to be one.
+        environment: likewise.
+        device: that is priced; None: this machine's.
+        providers: whose kernels are priced as they say, beside the built-in ones.
 
     Raises:
         ConfigError: the table is broken or of another device, or `costs` is measured and there is none.
@@ -28,7 +37,9 @@ def prices_of(config: PassConfig, environment: Environment, device: DeviceProfil
     # A device that is named is priced alike everywhere, but for one that only this machine knows.
     here = (device is None or profile.name not in PROFILES) and profile == local_profile()
     hardware = hardware_of(profile.name, profile.vendor, here=here)
-    return Prices(model=CostModel(hardware), table=table, source=config.costs)
+    own = {each.name: each.timing for each in providers if each.timing is not None}
+    model = CostModel(hardware, timings={**BUILT_IN_TIMINGS, **own})
+    return Prices(model=model, table=table, source=config.costs)
 
 
 def _cached(profile: DeviceProfile) -> CostTable | None:

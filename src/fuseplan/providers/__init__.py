@@ -1,18 +1,25 @@
 """Implementations of fused ops: when each is available, what it accepts."""
 
+from fuseplan.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
 from fuseplan.providers.declared import Cost, KernelCost
-from fuseplan.providers.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
 from fuseplan.providers.gates import Offer
-from fuseplan.providers.registry import BUILT_IN_PROVIDERS, Provider, provider_of, without_shared_memory
+from fuseplan.providers.provider import Provider, provider_of, without_shared_memory
+from fuseplan.providers.reference import PROVIDER as REFERENCE
+from fuseplan.providers.registry import BUILT_IN_PROVIDERS
+from fuseplan.providers.timing import ONE_KERNEL, Heads, Timing
 
 __all__ = [
     "BUILT_IN_PROVIDERS",
+    "ONE_KERNEL",
     "PROFILES",
+    "REFERENCE",
     "Cost",
     "DeviceProfile",
+    "Heads",
     "KernelCost",
     "Offer",
     "Provider",
+    "Timing",
     "device_profile",
     "local_profile",
     "local_vendor",

@@ -18,17 +18,19 @@ Nothing of this has been run on ROCm hardware.
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fuseplan.dialect import FP8_DTYPES, QuantRounding, Rounding, implement, ops
+from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.errors import CollectiveError
 from fuseplan.graph.facts import equal_size, group_size
 from fuseplan.providers.gates import Gate, Offer, listed
-from fuseplan.providers.workspaces import Workspaces
+from fuseplan.providers.provider import Provider
+from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
 
 OLDEST = "0.1.20"
@@ -49,7 +51,9 @@ ONE_STAGE_QUANT_BYTES = 128 * 1024
 QUANT_WIDTHS = frozenset({512, 1024, 2048, 4096, 6144, 7168})
 """Hidden sizes that AITER's own dispatch quantises in the same kernel."""
 
-_COMMUNICATORS: Workspaces[Any] = Workspaces("AITER's custom all-reduce", lambda communicator: communicator.close())
+_COMMUNICATORS: Final[Kind[Any]] = Kind(
+    name="AITER's custom all-reduce", release=lambda communicator: communicator.close()
+)
 
 
 def rms_norm_pad(x: Tensor, weight: Tensor, eps: float, rounding: str, right: int) -> Tensor:
@@ -229,7 +233,7 @@ def _communicator(x: Tensor, group_name: str) -> Any:
             )
         return communicator
 
-    return _COMMUNICATORS.get(group_name, x.device, 0, 0, make)
+    return SHARED.get(_COMMUNICATORS, group_name, x.device, rows=0, capacity=0, make=make)
 
 
 def _served(results: Any, x: Tensor, group_name: str) -> Any:
@@ -331,6 +335,19 @@ OFFERS: Mapping[str, Offer] = {
 }  # fmt: skip
 """What each kernel takes, by fused op."""
 
+PROVIDER: Final = Provider(
+    name="aiter",
+    description="AITER's Triton add + RMSNorm + pad and custom all-reduce (ROCm)",
+    vendors=frozenset({"amd"}),
+    package="aiter",
+    distribution="amd-aiter",
+    oldest=OLDEST,
+    install=f"install AITER {OLDEST} or newer from its ROCm release",
+    implements=OFFERS,
+    timing=Timing(exchange="aiter"),
+    untested="not run on ROCm hardware so far: its calls are held against AITER's signatures alone",
+)
+
 for _op, _kernel in (
     (ops.rms_norm_pad, rms_norm_pad),
     (ops.fused_add_rms_norm_pad, fused_add_rms_norm_pad),
@@ -338,4 +355,4 @@ for _op, _kernel in (
     (ops.all_reduce_fused_add_rms_norm_pad, all_reduce_fused_add_rms_norm_pad),
     (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_fused_add_rms_norm_dynamic_fp8_quant),
 ):
-    implement(_op, "aiter", _kernel, most_rows=OFFERS[_op.name].most_rows)
+    implement(_op, PROVIDER.name, _kernel, most_rows=OFFERS[_op.name].most_rows)

@@ -7,6 +7,7 @@
     q [B, heads, 1, D] -> [B, kv_heads, heads / kv_heads, D],   mask [B, 1, 1, S] -> [B, 1, heads / kv_heads, S]
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from fuseplan.devices import VENDOR_NAMES, DeviceProfile
 from fuseplan.dialect import ATTENTION_KERNELS, facts_of, implement, ops
 from fuseplan.graph.facts import equal_size
 from fuseplan.providers.gates import Offer
+from fuseplan.providers.provider import Provider
+from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
 
 aten = torch.ops.aten
+_UNTESTED: Final = "not run on AMD's GPUs so far"
 SHARED: Final = "sdpa"
 PACKED: Final = "sdpa_packed"
 EFFICIENT_SHARES: Final = "2.14"
@@ -170,7 +175,39 @@ def shared_offers(vendor: str | None) -> dict[str, Offer]:
     return {ops.grouped_attention.name: Offer(accepts=Shared(vendor))}
 
 
-PACKED_OFFERS = {ops.grouped_attention.name: Offer(accepts=Packs())}
+@dataclass(frozen=True, kw_only=True)
+class SharedHeads(Provider):
+    """torch's attention on keys and values with fewer heads than queries: whether a kernel takes that depends on whose
+    device it is.
+    """
+
+    def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
+        """As for any provider; for another device than this one, by the kernel that torch runs there."""
+        return shared_offers(device.vendor if device else None)
+
+
+PROVIDERS: Final = (
+    SharedHeads(
+        name=SHARED,
+        description="torch's attention kernels, on heads that queries share",
+        vendors=frozenset(VENDOR_NAMES),
+        package=None,
+        install="",
+        implements=shared_offers(None),
+        timing=Timing(heads="shared"),
+        untested=_UNTESTED,
+    ),
+    Provider(
+        name=PACKED,
+        description="torch's attention kernels, on one query token's heads stacked as tokens",
+        vendors=frozenset(VENDOR_NAMES),
+        package=None,
+        install="",
+        implements={ops.grouped_attention.name: Offer(accepts=Packs())},
+        timing=Timing(heads="packed"),
+        untested=_UNTESTED,
+    ),
+)
 
 implement(ops.grouped_attention, SHARED, shared_attention, inlined=True)
 implement(ops.grouped_attention, PACKED, packed_attention, inlined=True)

@@ -20,7 +20,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,11 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from fuseplan.dialect import QuantRounding, Rounding, implement, ops
+from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.graph.facts import group_size
 from fuseplan.providers.gates import Gate, Offer
-from fuseplan.providers.workspaces import Workspaces
+from fuseplan.providers.provider import Provider
+from fuseplan.providers.timing import Timing
 from fuseplan.record import Refusal
 
 OLDEST = "0.6.18"
@@ -60,7 +62,7 @@ def _release(workspace: Any) -> None:
     workspace.destroy()
 
 
-_WORKSPACES: Workspaces[Any] = Workspaces("FlashInfer's all-reduce fusion", _release)
+_WORKSPACES: Final[Kind[Any]] = Kind(name="FlashInfer's all-reduce fusion", release=_release)
 
 
 def all_reduce_fused_add_rms_norm(
@@ -180,7 +182,9 @@ def _all_reduce_fusion(
                 hidden_dim=hidden, dtype=x.dtype, group=group,
             )  # fmt: skip
 
-    workspace = _WORKSPACES.get(group_name, (x.device, x.dtype, hidden), rows, capacity, make)
+    workspace = SHARED.get(
+        _WORKSPACES, group_name, (x.device, x.dtype, hidden), rows=rows, capacity=capacity, make=make
+    )
     comm.allreduce_fusion(
         input=_aligned(_rows(x)), workspace=workspace, pattern=getattr(comm.AllReduceFusionPattern, pattern),
         launch_with_pdl=TorchVersion(library.__version__) >= EARLY_LAUNCH_FROM, residual_out=_rows(residual_out),
@@ -330,6 +334,18 @@ OFFERS: Mapping[str, Offer] = {
 }
 """What each kernel takes, by fused op."""
 
+PROVIDER: Final = Provider(
+    name="flashinfer",
+    description="FlashInfer's all-reduce fusion and norms",
+    vendors=frozenset({"nvidia"}),
+    package="flashinfer",
+    distribution="flashinfer-python",
+    oldest=OLDEST,
+    install="pip install -U flashinfer-python",
+    implements=OFFERS,
+    timing=Timing(exchange="flashinfer"),
+)
+
 for _op, _kernel in (
     (ops.all_reduce_fused_add_rms_norm, all_reduce_fused_add_rms_norm),
     (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, all_reduce_fused_add_rms_norm_static_fp8_quant),
@@ -337,4 +353,4 @@ for _op, _kernel in (
     (ops.rms_norm_static_fp8_quant, rms_norm_static_fp8_quant),
     (ops.fused_add_rms_norm_static_fp8_quant, fused_add_rms_norm_static_fp8_quant),
 ):
-    implement(_op, "flashinfer", _kernel, most_rows=OFFERS[_op.name].most_rows)
+    implement(_op, PROVIDER.name, _kernel, most_rows=OFFERS[_op.name].most_rows)

@@ -139,7 +139,7 @@ def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool 
     """
     cases = []
     tokens_of = sizes.tokens(span, traced=traced) or (_rows_of(match),)
-    if match.provider == "torch" or is_inlined(match.rule.op, match.provider):
+    if match.runs_reference or is_inlined(match.rule.op, match.provider):
         tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
     for tokens in tokens_of:
         symbols = sizes.at(tokens)

@@ -12,7 +12,7 @@ from fuseplan.distributed.groups import STAND_IN
 from fuseplan.graph.facts import group_size, process_group
 from fuseplan.matching import Match
 from fuseplan.planner.candidates import Candidate
-from fuseplan.providers import DeviceProfile, Provider
+from fuseplan.providers import REFERENCE, DeviceProfile, Provider
 from fuseplan.record import Pending, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
@@ -118,7 +118,7 @@ class Verifier:
         group = process_group(str(question.match.values["group_name"]))
         if not self.settles or group is None or dist.get_backend(group) == STAND_IN:
             return replace(outcome, passed=False, detail=UNVERIFIED)
-        finding, is_lasting = self._finding(question, question.middle, key, "torch")
+        finding, is_lasting = self._finding(question, question.middle, key, REFERENCE.name)
         if finding.wrong is not None:
             tokens = question.middle.tokens
             detail = f"at {tokens} tokens: {finding.wrong}"
@@ -133,9 +133,8 @@ class Verifier:
         some kernels can be run by one rank that plays the others too.
         """
         group = match.values.get("group_name")
-        (provider,) = [each for each in self.providers if each.name == match.provider]
-        alone = group is None or group_size(str(group)) == 1 or (self.rank is None and provider.runs_alone)
-        return match.rule.op.collective and match.provider != "torch" and not alone
+        alone = group is None or group_size(str(group)) == 1 or (self.rank is None and match.shares)
+        return match.rule.op.collective and not match.runs_reference and not alone
 
     def _finding(
         self, question: "_Question", case: Case, key: str, provider: str | None = None

@@ -10,12 +10,10 @@ and one for values.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
+from fuseplan.devices.hardware import Hardware
 from fuseplan.parts.traffic import Kernel
-from fuseplan.planner.costs.hardware import Hardware
-
-Form: TypeAlias = Literal["repeated", "shared", "packed"]
+from fuseplan.providers import Heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ def repeated(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
     return (*((copy, copy) if region.copies else ()), _attention(hardware, region, "repeated"))
 
 
-def grouped(hardware: Hardware, region: AttentionRegion, form: Form) -> tuple[Kernel, ...]:
+def grouped(hardware: Hardware, region: AttentionRegion, form: Heads) -> tuple[Kernel, ...]:
     """The graph without repeated heads, in a form; as `repeated`, by the reference, behind an opaque op."""
     if form == "repeated":
         opaque = Kernel(name="opaque op", launch=_up(hardware.launch.value))
@@ -85,7 +83,7 @@ def grouped(hardware: Hardware, region: AttentionRegion, form: Form) -> tuple[Ke
     return (_attention(hardware, region, form),)
 
 
-def _attention(hardware: Hardware, region: AttentionRegion, form: Form) -> Kernel:
+def _attention(hardware: Hardware, region: AttentionRegion, form: Heads) -> Kernel:
     constants = hardware.attention
     is_single = region.queries == 1 and form != "packed"
     narrow = constants.narrow_row_rate if region.itemsize < 4 else constants.row_rate

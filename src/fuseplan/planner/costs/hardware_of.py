@@ -1,20 +1,14 @@
 """The constants of a device: those of its profile, or what torch reports of it, with what was measured here."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from fuseplan.planner.costs.derived import ASSUMED, DERIVED, Facts, unknown_hardware
-from fuseplan.planner.costs.devices import MEASURED
-from fuseplan.planner.costs.hardware import Hardware
+from fuseplan.devices import ASSUMED, HARDWARE, Facts, Hardware, Vendor, unknown_hardware
 from fuseplan.planner.costs.record import cached_record
 
-HARDWARE: Final[Mapping[str, Hardware]] = {hardware.name: hardware for hardware in (*MEASURED, *DERIVED)}
-"""By the names of the device profiles."""
 
-
-def hardware_of(name: str, vendor: str, *, here: bool) -> Hardware:
+def hardware_of(name: str, vendor: Vendor, *, here: bool) -> Hardware:
     """The constants of a device.
 
     Args:

@@ -18,18 +18,20 @@ How Inductor leaves what is not fused:
 """
 
 import math
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
+from fuseplan.devices.hardware import Aiter, Gate, Hardware, Peers, Protocol
 from fuseplan.parts.traffic import Kernel, Region, total_ns
-from fuseplan.planner.costs.hardware import Gate, Hardware, Peers, Protocol
+from fuseplan.providers import BUILT_IN_PROVIDERS, ONE_KERNEL, Timing
 
 PadLowering: TypeAlias = Literal["inductor", "eager"]
 
 EAGER_BYTES = 8
 """A kernel of an eager reference reads and writes float32."""
 
-KNOWN_PROVIDERS = frozenset({"torch", "triton", "flashinfer", "aiter", "sdpa", "sdpa_packed"})
-"""Whose kernels the model knows. It can say what one Triton kernel would take, and not that somebody's op is one."""
+BUILT_IN_TIMINGS: Mapping[str, Timing] = {each.name: each.timing for each in BUILT_IN_PROVIDERS if each.timing}
+"""By the provider's name."""
 
 
 class CostModel:
@@ -39,16 +41,20 @@ class CostModel:
     unfused. `alternative_ns` prices a site under one fusion, `saving_ns` is what that saves.
     """
 
-    def __init__(self, hardware: Hardware, *, pad: PadLowering = "inductor") -> None:
+    def __init__(
+        self, hardware: Hardware, *, pad: PadLowering = "inductor", timings: Mapping[str, Timing] = BUILT_IN_TIMINGS
+    ) -> None:
         """Prices for `hardware`.
 
         Args:
             hardware: one of `HARDWARE`.
             pad: who runs a pad that isn't fused: Inductor, as in a compiled graph, or eager PyTorch, as in the
                 probe whose columns U and B calibrate the model.
+            timings: how kernels are priced, by the provider's name.
         """
         self.hardware = hardware
         self.pad = pad
+        self.timings = timings
 
     @property
     def name(self) -> str:
@@ -124,28 +130,32 @@ class CostModel:
     def fused(self, region: Region, provider: str) -> tuple[Kernel, ...]:
         """The kernels of `fused_ns`.
 
-        `torch` runs its reference, FlashInfer and AITER exchange rows as their constants say, and any other provider
-        is taken to be one Triton kernel, or one after the all-reduce where the device has no Triton exchange: of those
-        beside `KNOWN_PROVIDERS` that is no more than an assumption.
+        It is priced as its timing says. A provider without one is taken to be one kernel, which is no more than an
+        assumption: the model can say what one would take, and not that somebody's op is one.
         """
-        if provider == "torch":
+        timing = self.timing(provider)
+        if timing.eager:
             return self._eager(region)
-        aiter = self.hardware.aiter if provider == "aiter" else None
-        peers = {"aiter": aiter and aiter.peers, "flashinfer": self.hardware.flashinfer}.get(provider)
-        peers = peers or self.hardware.triton
+        exchange = self.hardware.exchange(timing.exchange)
+        staged = exchange if isinstance(exchange, Aiter) else None
+        peers = exchange.peers if isinstance(exchange, Aiter) else exchange or self.hardware.triton
         local = region.read_bytes + region.written_bytes
         name = region.name
         if not region.reduce or peers is None:
-            kernel = self._kernel(name, local, aiter.norm.value if aiter else 0.0)
+            kernel = self._kernel(name, local, staged.norm.value if staged else 0.0)
             return (*self.reduce(region), kernel) if region.reduce else (kernel,)
         one_shot = (self._one_shot(name, region, peers, local),)
-        if aiter is not None:
-            if _takes_one_stage(aiter.fused, region):
+        if staged is not None:
+            if _takes_one_stage(staged.fused, region):
                 return one_shot
             # Two launches: the reduced rows reach every rank's buffer, then each rank norms all of them.
             scatter = self._two_shot("reduce_scatter", region, peers, 2 * region.row_bytes, barriers=1)
             return (scatter, self.local(f"load_{name.removeprefix('all_reduce+')}", local))
         return min(one_shot, (self._two_shot(name, region, peers, local),), key=total_ns)
+
+    def timing(self, provider: str) -> Timing:
+        """How a provider's kernels are priced: one of which nobody has said it as one kernel."""
+        return self.timings.get(provider, ONE_KERNEL)
 
     def _eager(self, region: Region) -> tuple[Kernel, ...]:
         """The reference: each kernel is priced as if it read and wrote a whole float32 activation."""

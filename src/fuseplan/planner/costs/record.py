@@ -11,8 +11,8 @@ from typing import Any
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import warning_once
 
+from fuseplan.devices.hardware import Constant, Hardware
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs.hardware import Constant, Hardware
 from fuseplan.record import from_json, to_json
 from fuseplan.record.files import read_bytes, reading, write_whole, writing
 from fuseplan.record.parsing import parse_object

@@ -3,13 +3,15 @@ does.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, Rounding, implement, ops
 from fuseplan.distributed.workspace import workspace_of
-from fuseplan.providers.gates import Accepts, Gate, accept_all
+from fuseplan.providers.gates import Accepts, Gate, Offer, accept_all
+from fuseplan.providers.provider import Provider
+from fuseplan.providers.timing import ONE_KERNEL
 from fuseplan.record import Reason, Refusal
 
 MOST_LEADING = 2
@@ -31,7 +33,7 @@ def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
     rotary_rounding: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`dialect.rotary.qk_norm_rope_reference` in one kernel."""
+    """`families.rotary.qk_norm_rope_reference` in one kernel."""
     from fuseplan.providers.triton.qk_norm_rope import launch
 
     return launch(q, k, q_weight, k_weight, cos, sin, eps, rounding, rotary_rounding)
@@ -96,3 +98,15 @@ ACCEPTS: Mapping[str, Accepts] = {
     **{op.name: accept_activation for op in ACTIVATION_FAMILY.values()},
 }
 """What each kernel takes, by fused op: all that this package implements."""
+
+PROVIDER: Final = Provider(
+    name="triton",
+    description="fuseplan's own Triton kernels",
+    vendors=frozenset({"nvidia", "amd"}),
+    package="triton",
+    install="pip install fuseplan[triton]",
+    implements={name: Offer(accepts=accepts) for name, accepts in ACCEPTS.items()},
+    runs_alone=True,
+    timing=ONE_KERNEL,
+    untested="not run on AMD's GPUs so far, and its all-reduces on no more than four GPUs",
+)

@@ -21,6 +21,7 @@ from fuseplan.providers.triton.launching import (
     shared_bytes,
 )
 from fuseplan.providers.triton.rows import rounded, store_finished, within
+from fuseplan.providers.triton.tuned import MANY_TURNS, PART, PART_THREAD, ROW_THREAD, ROW_WARPS, STAGES
 
 
 @triton.jit
@@ -86,14 +87,6 @@ def _silu_and_mul(
         )  # fmt: skip
 
 
-FEW_ROWS, SMALL_PART, PART = 8, 512, 1024
-"""Up to that many rows, and beyond: elements of a row that a program takes, where others may take the rest."""
-MANY_TURNS, STAGES = 8, 3
-"""From that many rows for each multiprocessor on, a program takes one after the other, and loads rows ahead: of 14,336
-elements, on an H100, 197 us instead of 210 for 8,192 rows, and 17.5 instead of 15.8 for 512.
-"""
-
-
 def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Tensor, ...]:
     """The family's op.
 
@@ -113,16 +106,15 @@ def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Ten
         processors, stages = multiprocessors(gate.device), 1
         turns, programs = rows / processors, min(rows, MOST_PROGRAMS)
         if finish.kind != "dynamic_fp8_quant":
-            shape = Tile.holding(block_of(min(width, SMALL_PART if rows <= FEW_ROWS else PART)), elements=4)
-        elif turns <= MANY_TURNS or not is_nvidia(gate.device):
-            # 32 warps only there where a warp has 32 threads.
-            wide = turns > 1 and is_nvidia(gate.device)
-            shape = Tile.holding(block_of(width), elements=16, most_warps=32 if wide else 16)
-        else:
-            shape = Tile.holding(block_of(width), elements=32)
-            resident = shared_bytes(gate.device) // (STAGES * 2 * shape.block * gate.element_size())
+            shape = Tile.holding(block_of(min(width, PART.at(rows))), elements=PART_THREAD.value)
+        elif is_nvidia(gate.device):
+            shape = Tile.holding(block_of(width), elements=ROW_THREAD.at(turns), most_warps=ROW_WARPS.at(turns))
+            ahead = STAGES.value * 2 * shape.block * gate.element_size()
+            resident = shared_bytes(gate.device) // ahead if turns > MANY_TURNS.value else 0
             if resident:
-                stages, programs = STAGES, min(rows, processors * resident)
+                stages, programs = STAGES.value, min(rows, processors * resident)
+        else:
+            shape = Tile.holding(block_of(width), elements=ROW_THREAD.at(0))
         with torch.cuda.device_of(gate):
             _silu_and_mul[(triton.cdiv(width, shape.block), programs)](
                 gates, ups, results[0], *finish.pointers(results), rows, gates.stride(0), ups.stride(0),

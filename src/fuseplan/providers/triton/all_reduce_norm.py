@@ -32,6 +32,16 @@ from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
 from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, is_nvidia
 from fuseplan.providers.triton.rows import normalized, rounded, store_finished, within
+from fuseplan.providers.triton.tuned import (
+    AHEAD_REGISTERS,
+    AHEAD_THREAD,
+    FEW_ROWS,
+    REDUCED_REGISTERS,
+    REDUCED_THREAD,
+    RESIDENT,
+    SECOND_WAIT_BYTES,
+    SOME_ROWS,
+)
 
 SLOTS = tl.constexpr(SLOT_COUNT)
 TURN, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
@@ -259,12 +269,6 @@ def _all_reduce_norm(
         empty(mine + sums_at + last * sums_words, chunk, summed, BLOCK, ROWS)
 
 
-SECOND_WAIT_BYTES = 7 * 2**16
-"""That the links could send while two shots wait once more than one; found on four H100."""
-FEW_ROWS, SOME_ROWS = 2, 5
-"""Rows for each multiprocessor up to which a program takes one row, and up to which it holds them in more warps."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How a call is spread over programs, and its tiles over time.
@@ -283,23 +287,20 @@ class Schedule:
 
     @classmethod
     def of(cls, x: Tensor, finish: Finish, workspace: Workspace) -> "Schedule":
-        """For rows x [rows, hidden]; found on two H100, and for two shots on four, with 2,880 elements of bfloat16 a
-        row.
-        """
+        """For rows x [rows, hidden]."""
         rows, width = x.shape
         # The fewest of any rank: the ranks' grids have to be equal, since they say which rank owns a row.
         processors, block = workspace.processors, block_of(finish.width(width))
         # A rank sends N - 1 messages in one shot, and 2 / N of that in two.
         saved = rows * width * x.element_size() * (workspace.ranks - 1) * (1 - 2 / workspace.ranks)
-        two_shot = not workspace.one_shot and saved > SECOND_WAIT_BYTES
-        lag = int(rows > (FEW_ROWS if two_shot else SOME_ROWS) * processors)
+        two_shot = not workspace.one_shot and saved > SECOND_WAIT_BYTES.value
+        turns = rows / processors
+        lag = int(turns > (FEW_ROWS if two_shot else SOME_ROWS).value)
         if two_shot or lag:
-            shape = Tile.holding(block, elements=32, registers=128)
-        elif rows <= FEW_ROWS * processors:
-            shape = Tile.holding(block, elements=16, registers=128)
+            shape = Tile.holding(block, elements=AHEAD_THREAD.value, registers=AHEAD_REGISTERS.value)
         else:
-            shape = Tile.holding(block, elements=8, registers=64)
-        resident = processors * min(FEW_ROWS, shape.resident)
+            shape = Tile.holding(block, elements=REDUCED_THREAD.at(turns), registers=REDUCED_REGISTERS.at(turns))
+        resident = processors * min(RESIDENT.value, shape.resident)
         programs = min(rows, resident, max(1, workspace.shot_words // width))
         return cls(tile=shape, programs=programs, two_shot=two_shot, lag=lag)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fuseplan.dialect import QuantRounding, Rounding
 from fuseplan.ops import compute_dtype
+from fuseplan.providers.triton.tuned import L2_SHARE
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -183,10 +184,11 @@ def eviction(*tensors: Tensor) -> str:
         tensors: all that it reads and writes.
 
     Returns:
-        `evict_first` where all of it fits the L2: results then stay there for whoever reads them (12 % of the time on
-        an H100). Beyond that the hint costs 3 %, and there is none.
+        `evict_first` where all of it fits the L2: results then stay there for whoever reads them. Beyond that the hint
+        costs time, and there is none.
     """
-    return "evict_first" if sum(each.nbytes for each in tensors) <= cache_bytes(tensors[0].device) else ""
+    most = L2_SHARE.value * cache_bytes(tensors[0].device)
+    return "evict_first" if sum(each.nbytes for each in tensors) <= most else ""
 
 
 def flattened(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fuseplan.providers.triton.launching import (
     multiprocessors,
 )
 from fuseplan.providers.triton.rows import normalized, rounded, store_finished, within
+from fuseplan.providers.triton.tuned import NORM_THREAD
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
@@ -59,16 +60,6 @@ def _norm(
     )  # fmt: skip
 
 
-def _elements(rows: int, epilogue: str, device: torch.device) -> int:
-    """Of a thread; found on an H100 with 2,880 elements of bfloat16 a row. Few rows want many threads each."""
-    turns = rows / multiprocessors(device)
-    if epilogue == "static_fp8_quant":
-        return 8
-    if epilogue == "dynamic_fp8_quant":
-        return 8 if turns <= 1 else 16 if turns <= 4 else 32
-    return 16 if turns <= 1 else 32
-
-
 def launch(x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish) -> tuple[Tensor, ...]:
     """The family's op.
 
@@ -87,7 +78,8 @@ def launch(x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish) -> tu
     results = finish.results(x)
     totals = () if residual is None else (x.new_empty(x.shape, dtype=norm.total_dtype(x)),)
     if x.numel():
-        shape = Tile.holding(block_of(finish.width(width)), elements=_elements(rows, finish.kind, x.device))
+        elements = NORM_THREAD.get(finish.kind, NORM_THREAD["none"]).at(rows / multiprocessors(x.device))
+        shape = Tile.holding(block_of(finish.width(width)), elements=elements)
         with torch.cuda.device_of(x):
             _norm[(triton.cdiv(rows, shape.rows),)](
                 flat, flat if added is None else added, norm.weight, results[0], totals[0] if totals else results[0],

@@ -14,9 +14,7 @@ from torch import Tensor
 from fuseplan.dialect import RotaryRounding, Rounding
 from fuseplan.providers.triton.launching import MOST_PROGRAMS, Tile, eviction
 from fuseplan.providers.triton.rows import within
-
-ELEMENTS = 1024
-"""Elements of one half that a program holds: 8 for each of 128 threads."""
+from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
 
 @triton.jit
@@ -169,12 +167,12 @@ def launch(
     if swapped:
         batches, seq = seq, batches
     width = triton.next_power_of_2(half)
-    most = max(1, ELEMENTS // width)
+    most = max(1, HEADS.value // width)
     q_rows, k_rows = (min(most, triton.next_power_of_2(heads)) for heads in (q_heads, k_heads))
     q_parts, k_parts = triton.cdiv(q_heads, q_rows), triton.cdiv(k_heads, k_rows)
     if batches * seq * (q_parts + k_parts) == 0:
         return q_out, k_out
-    shape = Tile.holding(width, rows=max(q_rows, k_rows), elements=8)
+    shape = Tile.holding(width, rows=max(q_rows, k_rows), elements=HEADS_THREAD.value)
     convention = Rounding(rounding)
     with torch.cuda.device_of(q):
         _qk_norm_rope[(q_parts + k_parts, min(seq, MOST_PROGRAMS), min(batches, MOST_PROGRAMS))](

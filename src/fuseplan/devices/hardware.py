@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
+
+Vendor = Literal["nvidia", "amd", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Hardware:
 
     Attributes:
         name: a device profile's.
+        vendor: likewise.
         launch: a kernel with next to nothing to do, from its predecessor's end to its own, inside a CUDA graph.
         generated_norm: what a row reduction that Inductor generates takes beyond a launch.
         cache: bytes that stay in the last-level cache between two kernels.
@@ -138,6 +141,7 @@ class Hardware:
     """
 
     name: str
+    vendor: Vendor
     launch: Constant
     generated_norm: Constant
     cache: Constant
@@ -150,16 +154,14 @@ class Hardware:
     flashinfer: Peers | None = None
     aiter: Aiter | None = None
 
-    @property
-    def vendor(self) -> str:
-        """Whose device it is, as device profiles have it."""
-        if self.name == "cpu":
-            return "cpu"
-        return "nvidia" if self.aiter is None else "amd"
-
     def constants(self) -> Iterator[tuple[str, Constant]]:
         """Every constant by its dotted name, e.g. `triton.signal` or `ring.LL.latency`."""
         yield from _constants("", self)
+
+    def exchange(self, name: str) -> "Peers | Aiter | None":
+        """The constants by which kernels exchange rows with other ranks, by the field; None: the device has none."""
+        found: Peers | Aiter | None = getattr(self, name)
+        return found
 
     def memory_ns(self, nbytes: float) -> float:
         """nbytes through cache or memory: all of it through the cache while it fits, nothing from twice its size on.

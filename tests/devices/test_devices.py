@@ -1,15 +1,18 @@
 """Which device is here: by torch's whole name and its multiprocessors, never by likeness."""
 
+import ast
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fuseplan.devices import Vendor, profile_of
 from fuseplan.errors import ConfigError
 from fuseplan.planner.costs import HARDWARE
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, device_profile, local_profile
-from fuseplan.providers.devices import Vendor, profile_of
+from tests.test_architecture import source_modules
 
+DEFAULTS = {"integrations/pytest_plugin.py", "cli/check.py", "cli/explain.py"}
 WHOLE = {
     "NVIDIA A100-SXM4-80GB": ("a100", 108),
     "NVIDIA A100-SXM4-40GB": ("a100-40gb", 108),
@@ -48,6 +51,23 @@ def test_every_gpu_with_a_profile_is_among_the_names() -> None:
     named = {name for name, _ in WHOLE.values()}
     assert named == PROFILES.keys() - {"cpu"}
     assert named == HARDWARE.keys() - {"cpu"}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_device_is_one_record(name: str) -> None:
+    profile = PROFILES[name]
+    assert profile.hardware is not None
+    assert (profile.name, profile.hardware.name, profile.hardware.vendor) == (name, name, profile.vendor)
+
+
+def test_no_other_module_knows_a_device() -> None:
+    """A new one is a record in its vendor's file, and nothing else names it, defaults of commands aside."""
+    assert {
+        module.path
+        for module in source_modules()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Constant) and node.value in PROFILES.keys() - {"cpu"}
+    } == {"devices/amd.py", "devices/nvidia.py", "devices/unknown.py", *DEFAULTS}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""Any CPU: there is one profile for all of them."""
+
+from typing import Final
+
+from fuseplan.devices.derivation import ns, operations, rate, size
+from fuseplan.devices.hardware import Attention, Hardware, Protocol
+from fuseplan.devices.profile import DeviceProfile
+
+_NOMINAL = "nominal: an order of magnitude, since this is any CPU"
+_CPU_ATTENTION = (
+    "one thread of an x86-64 CPU, torch 2.13, 2026-11-28: _scaled_dot_product_flash_attention_for_cpu of one query on "
+    "1,024 and 1,280 keys, 8 and 32 heads in groups of four, heads of 64 and 128; `rate` with heads packed"
+)
+CPU: Final = Hardware(
+    name="cpu",
+    vendor="cpu",
+    launch=ns(5000, _NOMINAL),
+    generated_norm=ns(0, _NOMINAL),
+    cache=size(16e6, _NOMINAL),
+    cache_bandwidth=rate(200, _NOMINAL),
+    memory_bandwidth=rate(50, _NOMINAL),
+    strided_copy=rate(50, _NOMINAL),
+    attention=Attention(
+        latency=ns(5000, _NOMINAL),
+        key=ns(0, _NOMINAL),
+        rate=operations(38, _CPU_ATTENTION),
+        row_rate=operations(28, _CPU_ATTENTION),
+        narrow_row_rate=operations(2.9, _CPU_ATTENTION),
+    ),
+    ring=(
+        Protocol(
+            name="gloo",
+            latency=ns(100_000, _NOMINAL),
+            step=ns(20_000, _NOMINAL),
+            bandwidth=rate(2, _NOMINAL),
+        ),
+    ),
+)
+
+DEVICES: Final = (DeviceProfile(name="cpu", vendor="cpu", description="any CPU that torch runs on", hardware=CPU),)

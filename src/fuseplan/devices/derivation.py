@@ -1,0 +1,90 @@
+"""How constants are written down, and how those of a device that nobody has measured follow from another one's."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, Final
+
+from fuseplan.devices.hardware import Attention, Constant, Hardware, Peers, Protocol
+
+H100_COPY: Final = "benchmarks/data/h100-add-rms-pad.json, H100, 2026-11-22: copies at 3002 GB/s"
+COPIED: Final = 3002 / 3350
+"""Of the memory's bandwidth on paper, what a copy moves on H100."""
+PLAIN: Final = ("launch", "generated_norm", "cache", "cache_bandwidth", "memory_bandwidth", "strided_copy")
+"""The constants that every device has, its links and libraries aside."""
+
+Like = Callable[[Constant], Constant]
+
+
+def ns(value: float, source: str) -> Constant:
+    """Nanoseconds."""
+    return Constant(value, "ns", source)
+
+
+def rate(value: float, source: str) -> Constant:
+    """A bandwidth, in GB/s."""
+    return Constant(value, "GB/s", source)
+
+
+def size(value: float, source: str) -> Constant:
+    """Bytes."""
+    return Constant(value, "bytes", source)
+
+
+def operations(value: float, source: str) -> Constant:
+    """Multiplications and additions, in GFLOP/s."""
+    return Constant(value, "GFLOP/s", source)
+
+
+def like(whose: str, why: str) -> Like:
+    """Another device's constant as it is; its source says whose, and why."""
+    return lambda constant: replace(constant, source=f"{whose}'s, {why}")
+
+
+def scaled(whose: str, constant: Constant, factor: float, why: str) -> Constant:
+    """Another device's constant times a ratio."""
+    return replace(constant, value=round(constant.value * factor, 1), source=f"{whose}'s times {factor:.3g}: {why}")
+
+
+def attention(base: Attention, change: Like) -> Attention:
+    """Attention on another device."""
+    return Attention(**{each.name: change(getattr(base, each.name)) for each in fields(Attention)})
+
+
+def peers(base: Peers, change: Like, bandwidth: Like | None = None) -> Peers:
+    """The exchange on another device; `bandwidth` says otherwise of its links."""
+    return replace(base, signal=change(base.signal), bandwidth=(bandwidth or change)(base.bandwidth))
+
+
+def protocol(base: Protocol, change: Like) -> Protocol:
+    """An all-reduce on another device."""
+    return replace(base, latency=change(base.latency), step=change(base.step), bandwidth=change(base.bandwidth))
+
+
+def renamed(hardware: Hardware, name: str, source: str, memory: float) -> Hardware:
+    """Another device's constants, each with its source, and a memory bandwidth of one's own.
+
+    Args:
+        hardware: the other device's.
+        name: of this one.
+        source: the document that says how they are alike.
+        memory: GB/s on paper.
+    """
+
+    def same(constant: Constant) -> Constant:
+        return replace(constant, source=f"{hardware.name.upper()}'s, not measured on {name}: {constant.source}")
+
+    paper = f"datasheet, {memory:g} GB/s, times 3002 / 3350 ({H100_COPY}): {source}; not measured on {name}"
+    own: dict[str, Any] = {part: same(getattr(hardware, part)) for part in PLAIN}
+    own["memory_bandwidth"] = rate(round(memory * COPIED, 1), paper)
+    return replace(hardware, name=name, **own, **exchanges(hardware, same))
+
+
+def exchanges(base: Hardware, change: Like) -> dict[str, Any]:
+    """All that crosses ranks on another device, by the field."""
+    aiter = base.aiter
+    return {
+        "ring": tuple(protocol(each, change) for each in base.ring),
+        "triton": base.triton and peers(base.triton, change),
+        "flashinfer": base.flashinfer and peers(base.flashinfer, change),
+        "aiter": aiter and replace(aiter, peers=peers(aiter.peers, change), norm=change(aiter.norm)),
+    }

@@ -1,0 +1,252 @@
+"""NVIDIA's GPUs: what torch calls them, and the constants of each with their sources.
+
+H200's were measured. Those of the others are its, or follow from it by ratios of what NVIDIA prints in its
+datasheets, and the source of each says so.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from fuseplan.devices.derivation import (
+    COPIED,
+    H100_COPY,
+    Like,
+    attention,
+    like,
+    ns,
+    operations,
+    peers,
+    protocol,
+    rate,
+    renamed,
+    scaled,
+    size,
+)
+from fuseplan.devices.hardware import Attention, Constant, Hardware, Peers, Protocol
+from fuseplan.devices.profile import DeviceProfile
+
+_RUN_1 = (
+    "benchmarks/data/h200x2-ar-add-rms-pad.json, 2 x H200, 2026-11-22: fitted on run 1, columns U, C, B, D, by "
+    "benchmarks/calibrate_costs.py on 2026-11-23"
+)
+_RUN_2 = _RUN_1.replace("run 1, columns U, C, B, D,", "run 2, column F,")
+_GPU_BENCHES = "github.com/te42kyfo/gpu-benches, gpu-small-kernels/h200_graph.txt (streams in a CUDA graph)"
+_NCCL = "NCCL 2.30, src/graph/tuning.cc"
+
+_ATTENTION_RUN = "benchmarks/results/decode_one_gpu_h100.json, H100, 2026-11-28"
+_H100_RATE = "half of 798 TFLOP/s, an 8192^3 product in bfloat16 on an H100; the same whatever is fused"
+H100_ATTENTION: Final = Attention(
+    latency=ns(8000, f"{_ATTENTION_RUN}: cuDNN on unrepeated heads at batch 1, 9.2 us, less the bytes"),
+    key=ns(18.5, f"{_ATTENTION_RUN}: cuDNN on packed heads at batch 8, 31.6 us for 1,280 keys, less the latency"),
+    rate=operations(400_000, _H100_RATE),
+    row_rate=operations(400_000, "as `rate`: one query waits for memory"),
+    narrow_row_rate=operations(400_000, "as `rate`: one query waits for memory"),
+)
+
+H200: Final = Hardware(
+    name="h200",
+    vendor="nvidia",
+    launch=ns(1402, _RUN_1),
+    generated_norm=ns(574, f"{_RUN_1}; poorly determined (sigma over 100 %)"),
+    cache=size(33.4e6, f"{_GPU_BENCHES}: fastest at a working set of 33.4 MB, memory's speed at twice that"),
+    cache_bandwidth=rate(5868, f"{_RUN_1}, near 5810 of {_GPU_BENCHES}"),
+    memory_bandwidth=rate(4301, f"datasheet, 4.8 TB/s, times 3002 / 3350 ({H100_COPY}, datasheet 3.35 TB/s)"),
+    strided_copy=rate(2885, f"{_RUN_1}; poorly determined (sigma of 72 %)"),
+    attention=H100_ATTENTION,
+    ring=(
+        Protocol(
+            name="LL",
+            latency=ns(7559, f"{_RUN_1}, near 6.6 us and two steps of {_NCCL}"),
+            step=ns(600, f"{_NCCL}: hwLatencies, NVLink, ring, LL"),
+            bandwidth=rate(146.0, f"{_RUN_1}, near llMaxBws of {_NCCL} (141 on Hopper)"),
+        ),
+        Protocol(
+            name="Simple",
+            latency=ns(18496, f"{_RUN_1}, near 8.4 us and two steps of {_NCCL}"),
+            step=ns(3400, f"{_NCCL}: hwLatencies, NVLink, ring, Simple"),
+            bandwidth=rate(318.6, f"{_RUN_1}, near 18 links of 20.6 (NCCL 2.30, src/graph/topo.h)"),
+        ),
+    ),
+    triton=Peers(
+        signal=ns(5207, f"{_RUN_1} (a barrier by atomics between the two phases of the kernel)"),
+        bandwidth=rate(413.2, f"{_RUN_1}, near 380 (NVIDIA/nccl#1264, p2pBandwidthLatencyTest on H100; 450 on paper)"),
+        mesh=False,
+        stages=True,
+    ),
+    flashinfer=Peers(
+        signal=ns(2829, f"{_RUN_2} (Lamport: readers spin on the data)"),
+        bandwidth=rate(276.7, _RUN_2),
+        mesh=False,
+        stages=False,
+    ),
+)
+
+_same_die = like("H200", "the same GH100 die, clocks and NVLink 4")
+H100: Final = Hardware(
+    name="h100",
+    vendor="nvidia",
+    launch=_same_die(H200.launch),
+    generated_norm=_same_die(H200.generated_norm),
+    cache=_same_die(H200.cache),
+    cache_bandwidth=_same_die(H200.cache_bandwidth),
+    memory_bandwidth=rate(3002, H100_COPY),
+    strided_copy=_same_die(H200.strided_copy),
+    attention=H100_ATTENTION,
+    ring=tuple(replace(protocol(each, _same_die), step=each.step) for each in H200.ring),
+    triton=H200.triton and peers(H200.triton, _same_die),
+    flashinfer=H200.flashinfer and peers(H200.flashinfer, _same_die),
+)
+
+_unmeasured = like("H200", "not measured on B200")
+
+
+def _b200(factor: float, why: str) -> Like:
+    return lambda constant: scaled("H200", constant, factor, f"{why}; not measured on B200")
+
+
+_sms = _b200(148 / 132, "SMs, 148 over 132")
+_links = _b200(40.1 / 20.6, "SM100_NVLINK_BW over SM90_NVLINK_BW, 40.1 / 20.6 (NCCL 2.30, src/graph/topo.h)")
+B200: Final = Hardware(
+    name="b200",
+    vendor="nvidia",
+    launch=_unmeasured(H200.launch),
+    generated_norm=_unmeasured(H200.generated_norm),
+    cache=_b200(126 / 50, "L2 of 126 MB over 50 MB")(H200.cache),
+    cache_bandwidth=_sms(H200.cache_bandwidth),
+    memory_bandwidth=_b200(8.0 / 4.8, "datasheets, 8 over 4.8 TB/s")(H200.memory_bandwidth),
+    strided_copy=_sms(H200.strided_copy),
+    attention=attention(H100_ATTENTION, like("H100", "not measured on B200")),
+    ring=tuple(
+        replace(each, latency=_unmeasured(each.latency), bandwidth=wider(each.bandwidth))
+        for each, wider in zip(
+            H200.ring, (_b200(2.0, f"llMaxBws of {_NCCL}, Blackwell over Hopper"), _links), strict=True
+        )
+    ),
+    triton=H200.triton and peers(H200.triton, _unmeasured, _links),
+    flashinfer=H200.flashinfer and peers(H200.flashinfer, _unmeasured, _links),
+)
+
+_SMS, L2_BYTES = 132, 50e6
+"""Of H200."""
+_PCIE = {4: 24.0, 5: 48.0}
+"""GB/s of 16 lanes in one direction, by generation, as NCCL counts them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """What NVIDIA prints of a GPU that nobody has measured for fuseplan.
+
+    Attributes:
+        source: the document.
+        memory: GB/s.
+        cache: bytes of L2.
+        nvlink: times the bandwidth of H200's links, 18 of NVLink 4; None: it has none.
+        pcie: the generation of its PCI Express.
+        reaches_peers: whether a kernel can read and write another GPU's memory.
+        low_latency: GB/s of NCCL's LL on one node.
+    """
+
+    source: str
+    memory: float
+    cache: float
+    nvlink: float | None = None
+    pcie: int = 4
+    reaches_peers: bool = True
+    low_latency: float = 141.0
+
+    def hardware(self, name: str, processors: int) -> Hardware:
+        """The constants of a device of that name with so many streaming multiprocessors."""
+        unmeasured = f"{self.source}; not measured on {name}"
+        same = like("H200", f"not measured on {name}")
+
+        def times(factor: float, why: str) -> Like:
+            return lambda constant: scaled("H200", constant, factor, f"{why}; {unmeasured}")
+
+        more = times(processors / _SMS, f"SMs, {processors} over {_SMS}")
+        lanes = _PCIE[self.pcie]
+        over_pcie = f"PCI Express {self.pcie}.0, 16 lanes, {lanes:g} GB/s (NCCL 2.30, src/graph/topo.h); {unmeasured}"
+        links: Like = (
+            times(self.nvlink, "NVLinks")
+            if self.nvlink is not None
+            else lambda constant: replace(constant, value=lanes, source=over_pcie)
+        )
+
+        def reached(of: Peers | None) -> Peers | None:
+            return peers(of, same, links) if of is not None and self.reaches_peers else None
+
+        low, simple = H200.ring
+        slowest = self.low_latency if self.nvlink is not None else min(lanes / 2, self.low_latency)
+        low_rate = f"llMaxBws of {_NCCL}, or half of the lanes where that is less"
+        paper = f"datasheet, {self.memory:g} GB/s, times 3002 / 3350 ({H100_COPY}); {unmeasured}"
+        return Hardware(
+            name=name,
+            vendor="nvidia",
+            launch=same(H200.launch),
+            generated_norm=same(H200.generated_norm),
+            cache=times(self.cache / L2_BYTES, f"L2 of {self.cache / 1e6:g} MB over 50 MB")(H200.cache),
+            cache_bandwidth=more(H200.cache_bandwidth),
+            memory_bandwidth=rate(round(self.memory * COPIED, 1), paper),
+            strided_copy=more(H200.strided_copy),
+            attention=attention(H100_ATTENTION, same),
+            ring=(
+                Protocol(
+                    name="LL", latency=same(low.latency), step=self._step(low, 1000),
+                    bandwidth=rate(slowest, f"{low_rate}; {unmeasured}"),
+                ),
+                Protocol(
+                    name="Simple", latency=same(simple.latency), step=self._step(simple, 5700),
+                    bandwidth=links(simple.bandwidth),
+                ),
+            ),
+            triton=reached(H200.triton),
+            flashinfer=reached(H200.flashinfer),
+        )  # fmt: skip
+
+    def _step(self, of: Protocol, over_pcie: float) -> Constant:
+        if self.nvlink is not None:
+            return of.step
+        return ns(over_pcie, f"{_NCCL}: hwLatencies, PCI, ring, {of.name}")
+
+
+def _gpu(name: str, description: str, reported: str, processors: int, constants: Hardware | Sheet) -> DeviceProfile:
+    hardware = constants.hardware(name, processors) if isinstance(constants, Sheet) else constants
+    return DeviceProfile(
+        name=name, vendor="nvidia", description=f"NVIDIA {description}", reported=(f"(NVIDIA )?{reported}",),
+        processors=processors, hardware=hardware,
+    )  # fmt: skip
+
+
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet (June 2021) and architecture whitepaper"
+_A100_LINKS = 12 * 20.0 / (18 * 20.6)
+_ADA = "NVIDIA Ada GPU Architecture whitepaper"
+_H100 = "NVIDIA H100 Tensor Core GPU datasheet and architecture whitepaper"
+_GH200 = "NVIDIA GH200 Grace Hopper Superchip datasheet"
+DEVICES: Final = (
+    _gpu("a100", "A100 SXM, 80 GB", "A100-SXM4-80GB", 108,
+         Sheet(source=_A100, memory=2039, cache=40e6, nvlink=_A100_LINKS, low_latency=87.7)),
+    _gpu("a100-40gb", "A100 SXM, 40 GB", "A100-SXM4-40GB", 108,
+         Sheet(source=_A100, memory=1555, cache=40e6, nvlink=_A100_LINKS, low_latency=87.7)),
+    _gpu("a100-pcie", "A100 PCIe, 80 GB", "A100 80GB PCIe", 108,
+         Sheet(source=_A100, memory=1935, cache=40e6, low_latency=87.7)),
+    _gpu("a100-pcie-40gb", "A100 PCIe, 40 GB", "A100-PCIE-40GB", 108,
+         Sheet(source=_A100, memory=1555, cache=40e6, low_latency=87.7)),
+    _gpu("l40s", "L40S", "L40S", 142,
+         Sheet(source=f"NVIDIA L40S datasheet and {_ADA}", memory=864, cache=96e6, low_latency=87.7)),
+    _gpu("rtx4090", "GeForce RTX 4090", "GeForce RTX 4090", 128,
+         Sheet(source=f"{_ADA}, GeForce RTX 4090", memory=1008, cache=72e6, reaches_peers=False,
+               low_latency=87.7)),
+    _gpu("h20-96gb", "H20, 96 GB", "H20", 78,
+         Sheet(source="NVIDIA H20 datasheet", memory=4000, cache=60e6, nvlink=1.0)),
+    _gpu("h100", "H100 SXM", "H100 80GB HBM3", 132, H100),
+    _gpu("h100-pcie", "H100 PCIe", "H100 PCIe", 114, Sheet(source=_H100, memory=2000, cache=50e6, pcie=5)),
+    _gpu("h100-nvl", "H100 NVL", "H100 NVL", 132,
+         Sheet(source="NVIDIA H100 NVL datasheet", memory=3900, cache=50e6, pcie=5)),
+    _gpu("h200", "H200 SXM", "H200", 132, H200),
+    _gpu("gh200", "GH200, 96 GB", "GH200 480GB", 132, Sheet(source=_GH200, memory=4000, cache=50e6, nvlink=1.0)),
+    _gpu("gh200-144gb", "GH200, 144 GB", "GH200 144G HBM3e", 132,
+         Sheet(source=_GH200, memory=4900, cache=50e6, nvlink=1.0)),
+    _gpu("b200", "B200", "B200", 148, B200),
+    _gpu("b300", "B300 SXM", "B300 SXM6 AC", 148,
+         renamed(B200, "b300", "NVIDIA DGX B300 datasheet: 8 TB/s and NVLink 5, as B200", 8000)),
+)  # fmt: skip
+"""One record each."""

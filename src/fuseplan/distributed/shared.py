@@ -1,0 +1,152 @@
+"""What ranks keep for their process groups, made by all of them together: fuseplan's own workspaces and what libraries
+have of the kind, in one registry.
+"""
+
+import atexit
+import collections
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fuseplan.distributed.groups import resolve
+from fuseplan.errors import CollectiveError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Kind(Generic[T]):
+    """What one library keeps.
+
+    Attributes:
+        name: of the library, for a person.
+        release: gives one back; it doesn't communicate. None: what nobody points to any more is gone by itself.
+    """
+
+    name: str
+    release: Callable[[T], None] | None = None
+
+    def require(self, rows: int, most_rows: int, group_name: str) -> None:
+        """Refuses what the library's kernels would go wrong at.
+
+        Raises:
+            CollectiveError: more rows than that.
+        """
+        if rows > most_rows:
+            raise CollectiveError(
+                f"{self.name} takes up to {most_rows} rows of this width over group {group_name!r}, not {rows}: "
+                "end the compile range there, or forbid the provider"
+            )
+
+
+@dataclass(eq=False, kw_only=True)
+class _Entry:
+    kind: Kind[Any]
+    group: dist.ProcessGroup
+    group_name: str
+    key: Hashable
+    capacity: int
+    value: Any
+    captured: bool = False
+    """Whether a CUDA graph points to it, which may be replayed whenever it likes."""
+
+
+class Registry:
+    """What there is, by kind, group, key and capacity.
+
+    A kernel asks in its first eager call of a size, which is before a graph is captured, and whether or not its graph
+    came from a warm compile cache. All ranks of a group come to it in the same call, since they run one plan.
+    """
+
+    def __init__(self) -> None:
+        self._entries: tuple[_Entry, ...] = ()
+        self._making: collections.defaultdict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._lock = threading.Lock()
+
+    def get(
+        self, kind: Kind[T], group_name: str, key: Hashable, *, rows: int, capacity: int,
+        make: Callable[[dist.ProcessGroup], T],
+    ) -> T:  # fmt: skip
+        """The least there is that holds so many rows, or a new one.
+
+        Where another group has the name since, what the first had is given back, unless CUDA graphs have captured it:
+        they may still be replayed, and it stays where it is.
+
+        Args:
+            kind: whose.
+            group_name: of the process group.
+            key: what it is made for, such as device and dtype, beside the group and its capacity.
+            rows: of the call.
+            capacity: rows that a new one holds.
+            make: makes one; a collective of the group.
+
+        Raises:
+            CollectiveError: none is there yet and a CUDA graph is being captured.
+        """
+        group = resolve(group_name)
+        found = self._find(kind, group, key, rows)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+        with self._lock:
+            making = self._making[kind, group_name, key]
+        # Whoever makes one waits for the other ranks, and these may wait for another thread of this one with another
+        # group: no other lock is held meanwhile.
+        with making:
+            found = self._find(kind, group, key, rows)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+            if capturing():
+                raise CollectiveError(
+                    f"{kind.name} has no memory for {rows} rows over group {group_name!r} yet, and none can be made "
+                    "while a graph is captured: run the model once at this size before"
+                )
+            value = make(group)
+            made = _Entry(kind=kind, group=group, group_name=group_name, key=key, capacity=capacity, value=value)
+            with self._lock:
+                gone = [
+                    each
+                    for each in self._entries
+                    if each.group_name == group_name and each.group is not group and not each.captured
+                ]
+                kept = [each for each in self._entries if each not in gone]
+                self._entries = tuple(sorted([*kept, made], key=lambda entry: entry.capacity))
+            _give_back(gone)
+            return value
+
+    def _find(self, kind: Kind[Any], group: dist.ProcessGroup, key: Hashable, rows: int) -> Any:
+        for entry in self._entries:
+            if entry.kind is kind and entry.group is group and entry.key == key and entry.capacity >= rows:
+                entry.captured = entry.captured or capturing()
+                return entry.value
+        return None
+
+    def values(self, kind: Kind[T]) -> list[T]:
+        """All of a kind."""
+        return [entry.value for entry in self._entries if entry.kind is kind]
+
+    def release(self, kind: Kind[Any] | None = None) -> None:
+        """Gives back all of a kind; None: all there is."""
+        with self._lock:
+            gone = [each for each in self._entries if kind in (None, each.kind)]
+            self._entries = tuple(each for each in self._entries if each not in gone)
+        _give_back(gone)
+
+
+def _give_back(entries: list[_Entry]) -> None:
+    for entry in entries:
+        if entry.kind.release is not None:
+            entry.kind.release(entry.value)
+
+
+def capturing() -> bool:
+    """Whether what is launched now is recorded and not run."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+SHARED: Final = Registry()
+"""Of this process; given back when it ends."""
+atexit.register(SHARED.release)

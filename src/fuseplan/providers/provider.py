@@ -1,0 +1,217 @@
+"""What a provider of fused ops says of itself, in one record: whom it serves, what it needs, takes, rounds and costs.
+
+vLLM asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for
+itself, and the answer carries its reason.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.torch_version import TorchVersion
+
+from fuseplan.config import unknown
+from fuseplan.devices import VENDOR_NAMES, DeviceProfile, local_vendor
+from fuseplan.dialect import ActivationRounding, DialectOp, Rounding, implement, ops
+from fuseplan.errors import ConfigError
+from fuseplan.providers.declared import Cost, KernelCost, checked_cost
+from fuseplan.providers.gates import Accepts, Offer, Unshared, accept_all
+from fuseplan.providers.timing import Timing
+from fuseplan.record import Reason, Refusal
+from fuseplan.record.text import one_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """A library that can implement fused ops.
+
+    Attributes:
+        name: unique.
+        description: for a person.
+        vendors: whose devices it serves.
+        package: the Python package it needs, None where fuseplan's own requirements bring it.
+        distribution: the name under which the package is installed, where it differs.
+        oldest: the first version of it that will do, where that matters.
+        install: what to do where the package is missing or too old.
+        implements: the fused ops, by name, that fuseplan runs by it.
+        prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
+            does not call yet: they are candidates where a plan is only explained.
+        runs_alone: whether ranks meet in fuseplan's own workspaces: one rank alone can try such kernels, in
+            `distributed.workspace.alone`. Others' are verified by all ranks of a group together, before the first run.
+        timing: how the cost model prices its kernels; None: it doesn't know them, and offers without a cost are no more
+            than assumed to save anything.
+        available: a function that returns None, or why the provider can't run on this machine; None: its package is
+            all that it needs.
+        untested: on what its kernels have not been run, for a person; None where they have been.
+        uuid: of a provider of a user's own: what tells its kernels and checks from former ones, or a function that
+            returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
+            graphs are not cached.
+    """
+
+    name: str
+    description: str
+    vendors: frozenset[str]
+    package: str | None
+    distribution: str | None = None
+    oldest: str | None = None
+    install: str
+    implements: Mapping[str, Offer] = field(default_factory=dict)
+    prices: Mapping[str, Offer] = field(default_factory=dict)
+    runs_alone: bool = False
+    timing: Timing | None = None
+    available: Callable[[], str | None] | None = None
+    untested: str | None = None
+    uuid: Any = None
+
+    def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
+        """The fused ops that are candidates: for another device than this one, those that are only priced too."""
+        return self.implements if device is None else {**self.prices, **self.implements}
+
+    def runs(self, op: str) -> bool:
+        """Whether a fused op, by name, is applied where it is planned: one that is only priced is not."""
+        return op in self.implements
+
+    def unavailable(self, device: DeviceProfile | None = None) -> Refusal | None:
+        """Why this provider can't run, or None if it can.
+
+        Args:
+            device: a profile whose software is taken as present; None asks about this machine.
+        """
+        vendor = device.vendor if device else local_vendor()
+        if vendor not in self.vendors:
+            where = device.name if device else "this machine"
+            served = " and ".join(VENDOR_NAMES[name] for name in sorted(self.vendors))
+            return self._refuse(
+                f"serves {served}, and {where} has {'no GPU' if vendor == 'cpu' else VENDOR_NAMES[vendor]}"
+            )
+        if device is not None:
+            return None
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return self._refuse(f"the package {self.package} is not installed", mend=self.install)
+        return self._outdated() or self._unready()
+
+    def _unready(self) -> Refusal | None:
+        """Why its owner says that it can't run here, or None."""
+        if self.available is None:
+            return None
+        try:
+            why = self.available()
+        except Exception as error:
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"whether {self.name} is available can't be told: {what}") from error
+        if why is not None and not isinstance(why, str):
+            raise ConfigError(
+                f"available() of {self.name} returns {one_line(repr(why), 80)}: allowed are None and a line that says "
+                "why it can't run here"
+            )
+        return None if why is None else self._refuse(one_line(why), mend=self.install or None)
+
+    def _outdated(self) -> Refusal | None:
+        """Why the package that is installed won't do, or None."""
+        if self.oldest is None:
+            return None
+        name, version = self.distribution or self.package, self.version()
+        if version is None:
+            detail = f"the package {self.package} that is installed isn't that of {name}"
+        elif TorchVersion(version) < self.oldest:
+            detail = f"{name} {version} is installed, and {self.oldest} is the oldest that will do"
+        else:
+            return None
+        return self._refuse(detail, mend=self.install)
+
+    def version(self) -> str | None:
+        """The version of the package it needs, None where it needs none or the package is not installed."""
+        if self.package is None:
+            return None
+        try:
+            return importlib.metadata.version(self.distribution or self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def _refuse(self, detail: str, mend: str | None = None) -> Refusal:
+        return Refusal(reason=Reason.PROVIDER, detail=detail, mend=mend)
+
+
+def provider_of(
+    name: str,
+    kernels: Mapping[DialectOp, Callable[..., Any]],
+    *,
+    description: str = "",
+    vendors: Iterable[str] = tuple(VENDOR_NAMES),
+    accepts: Accepts = accept_all,
+    roundings: Iterable[str] | None = None,
+    most_rows: Callable[[Any], int] | None = None,
+    available: Callable[[], str | None] | None = None,
+    cost: Cost | Timing | None = None,
+    uuid: Any = None,
+) -> Provider:
+    """A provider of one's own: it runs fused ops by given kernels.
+
+    Args:
+        name: unique among the providers that are handed over together.
+        kernels: by fused op; a kernel takes and yields what the op's reference does.
+        description: for a person.
+        vendors: whose devices it serves.
+        accepts: a check of arguments, as `Bindings`: None, or why it refuses them.
+        roundings: the conventions that the kernels compute, of `Rounding` or `ActivationRounding`; a graph that rounds
+            otherwise is refused, unless `allow_rounding_changes` is set. None: whichever they are asked for.
+        most_rows: how many rows of its first tensor a kernel takes, for given arguments, as attributes by the names
+            that the op's schema has; a call of more runs the op's reference. None: any number.
+        available: a function that returns None, or in one line why the kernels can't run on this machine, which
+            reports then say. It isn't asked where another device is planned for. None: they run wherever a device of
+            `vendors` is.
+        cost: what a call takes: a `Timing` such as `ONE_KERNEL`, by which fuseplan's own kernels are priced; a
+            `KernelCost`; microseconds; or a function of the arguments, as `Bindings` whose tensors have numbers for
+            sizes and no data, that returns microseconds. None: nobody has said; the ops aren't applied before they
+            were measured, unless they are forced or the policy is `ordered`. A `Timing` prices ops that fuseplan has
+            kernels for; another op it prices as `KernelCost()`.
+        uuid: what tells the kernels and the check from former ones, such as a version or a hash of their source, or a
+            function that returns it. Without it graphs are compiled, and kernels verified, anew at every start.
+
+    Raises:
+        RuleError: a kernel of that name is registered for one of the ops already.
+        ConfigError: the cost is none of these, or a convention isn't known.
+    """
+    timing = cost if isinstance(cost, Timing) else None
+    declared = KernelCost() if isinstance(cost, Timing) else cost
+    checked_cost(declared)
+    conventions = None if roundings is None else _conventions(roundings)
+    for op, kernel in kernels.items():
+        implement(op, name, kernel, most_rows=most_rows)
+    offer = Offer(accepts=accepts, roundings=conventions, cost=declared, most_rows=most_rows)
+    return Provider(
+        name=name, description=description, vendors=frozenset(vendors), package=None, install="",
+        implements={op.name: offer for op in kernels}, timing=timing, available=available, uuid=uuid,
+    )  # fmt: skip
+
+
+def _conventions(given: Iterable[str]) -> frozenset[str]:
+    known = {*map(str, Rounding), *map(str, ActivationRounding)}
+    if isinstance(given, str):
+        raise ConfigError(f"roundings={str(given)!r}: give a set of conventions, {{{str(given)!r}}}")
+    conventions = frozenset(map(str, given))
+    for each in sorted(conventions - known):
+        raise unknown("rounding", each, known)
+    return conventions
+
+
+def without_shared_memory(providers: Iterable[Provider], why: str) -> list[Provider]:
+    """The same without the kernels whose ranks meet in fuseplan's own workspaces; `why` is said of those.
+
+    Args:
+        providers: any.
+        why: why the ranks can't have such memory.
+    """
+
+    def withdrawn(offers: Mapping[str, Offer]) -> Mapping[str, Offer]:
+        refusing = Unshared(why=why)
+        return {
+            name: replace(offer, accepts=refusing) if ops[name].collective else offer for name, offer in offers.items()
+        }
+
+    return [
+        replace(each, implements=withdrawn(each.implements), prices=withdrawn(each.prices)) if each.runs_alone else each
+        for each in providers
+    ]

@@ -1,0 +1,30 @@
+"""How the cost model prices a provider's kernels before anybody has measured them."""
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+Heads: TypeAlias = Literal["repeated", "shared", "packed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """A fused op as one kernel that reads and writes what the op must, wherever it runs.
+
+    An all-reduce within the op exchanges rows by constants of the device. Where these are of one kernel (`Peers`), it
+    is priced as the faster of one shot and two; where they are of a library that chooses between one stage and two
+    (`Aiter`), as that library chooses; where the device has none, as by those of fuseplan's own kernels; and where it
+    hasn't these either, as one kernel after the all-reduce of torch.distributed.
+
+    Attributes:
+        eager: it is no kernel but the reference, op by op in eager mode.
+        exchange: the constants by which ranks exchange rows, as a field of `Hardware`.
+        heads: how an attention kernel reads keys and values that several heads of queries share.
+    """
+
+    eager: bool = False
+    exchange: str = "triton"
+    heads: Heads = "repeated"
+
+
+ONE_KERNEL: Final = Timing()
+"""As fuseplan's own Triton kernels are priced."""

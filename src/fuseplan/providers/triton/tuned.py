@@ -1,0 +1,138 @@
+"""What was found by measurement and the launchers choose by: numbers, each with where and how it was found.
+
+A launcher knows no other threshold. What follows from the hardware, such as registers of a multiprocessor, or from the
+kernels, such as the units that a workspace is laid out in, is no threshold and stands where it is used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A choice by size.
+
+    Attributes:
+        what: is chosen.
+        steps: (up to which size, what then), in order; a single number is one step up to infinity.
+        device: on which it was found.
+        versions: of what ran.
+        date: ISO 8601.
+        command: that measured it; None: it was not kept.
+        source: what was seen, or what is known of it.
+    """
+
+    what: str
+    steps: tuple[tuple[float, int], ...]
+    device: str
+    versions: str
+    date: str
+    command: str | None
+    source: str
+
+    def at(self, size: float) -> int:
+        """What was found best at a size."""
+        return next(value for most, value in self.steps if size <= most)
+
+    @property
+    def value(self) -> int:
+        """What was found best whatever the size."""
+        return self.at(inf)
+
+
+_KERNELS = Found(
+    what="",
+    steps=(),
+    device="NVIDIA H100 80GB HBM3",
+    versions="torch 2.11.0+cu130, triton 3.6.0",
+    date="2026-11-27",
+    command="PYTHONPATH=src:. python benchmarks/kernel_times.py",
+    source="other choices' figures were not kept; benchmarks/results/kernels_h100.json is of this one",
+)
+_ROTARY = replace(
+    _KERNELS,
+    command="PYTHONPATH=src:. python benchmarks/kernel_times.py --only 'QK norm + RoPE'",
+    source="two heads of 128 a thread: 58.9 us instead of 64.5 for 8,192 tokens, and 230 instead of 253 for 32,768",
+)
+_BETWEEN_RANKS = replace(
+    _KERNELS,
+    device="2 x NVIDIA H100 80GB HBM3",
+    command="torchrun --nproc-per-node 2 benchmarks/region.py",
+    source="2,880 elements of bfloat16 a row; other choices' figures were not kept; "
+    "benchmarks/results/region_h100x2.json is of this one",
+)
+
+
+def _found(like: Found, what: str, *steps: tuple[float, int], **facts: str) -> Found:
+    return replace(like, what=what, steps=steps, **facts)
+
+
+_NORM_SOURCE = f"2,880 elements of bfloat16 a row, few of which want many threads each; {_KERNELS.source}"
+NORM_THREAD: Final[Mapping[str, Found]] = {
+    "none": _found(
+        _KERNELS, "Elements of a thread, by rows for each multiprocessor.", (1, 16), (inf, 32), source=_NORM_SOURCE
+    ),
+    "static_fp8_quant": _found(
+        _KERNELS, "The same before static fp8 quantisation.", (inf, 8), source=_NORM_SOURCE
+    ),
+    "dynamic_fp8_quant": _found(
+        _KERNELS, "The same before dynamic fp8 quantisation.", (1, 8), (4, 16), (inf, 32), source=_NORM_SOURCE
+    ),
+}  # fmt: skip
+"""Of the norm kernel, by epilogue; those that aren't listed are as `none`."""
+
+PART: Final = _found(
+    _KERNELS, "Elements of a row that a program takes, where others may take the rest, by rows.", (8, 512), (inf, 1024)
+)
+PART_THREAD: Final = _found(_KERNELS, "Elements of a thread there.", (inf, 4))
+MANY_TURNS: Final = _found(
+    _KERNELS, "Rows for each multiprocessor from which on a program takes one after the other and loads ahead.",
+    (inf, 8), source="14,336 elements of bfloat16 a row: 197 us instead of 210 for 8,192 rows, and 17.5 instead of "
+    "15.8 for 512",
+)  # fmt: skip
+STAGES: Final = _found(
+    MANY_TURNS, "Rows that are on their way to it.", (inf, 3)
+)  # fmt: skip
+ROW_THREAD: Final = _found(
+    _KERNELS, "Elements of a thread where a program takes all of a row, by rows for each multiprocessor.",
+    (MANY_TURNS.value, 16), (inf, 32),
+)  # fmt: skip
+ROW_WARPS: Final = _found(
+    _KERNELS, "The most warps there, where a warp has 32 threads, by rows for each multiprocessor.",
+    (1, 16), (MANY_TURNS.value, 32), (inf, 16),
+)  # fmt: skip
+
+HEADS: Final = _found(_ROTARY, "Elements of one half of the heads that a program holds.", (inf, 1024))
+HEADS_THREAD: Final = _found(_ROTARY, "Elements of one half that a thread holds.", (inf, 8))
+
+SECOND_WAIT_BYTES: Final = _found(
+    _BETWEEN_RANKS, "Bytes that the links could send while two shots wait once more than one.", (inf, 7 * 2**16),
+    device="4 x NVIDIA H100 80GB HBM3", command="torchrun --nproc-per-node 4 benchmarks/region.py",
+    source="2,880 elements of bfloat16 a row: two shots pay from 0.3 MiB on; what one shot took was not kept, "
+    "benchmarks/results/region_h100x4.json is of this choice; not measured with eight ranks",
+)  # fmt: skip
+FEW_ROWS: Final = _found(
+    _BETWEEN_RANKS, "Rows for each multiprocessor up to which a program of an all-reduce takes one row alone.", (inf, 2)
+)
+SOME_ROWS: Final = _found(
+    _BETWEEN_RANKS, "The same up to which, in one shot, it doesn't send ahead, and holds rows in more warps.", (inf, 5)
+)
+RESIDENT: Final = _found(_BETWEEN_RANKS, "The most programs of an all-reduce for each multiprocessor.", (inf, 2))
+REDUCED_THREAD: Final = _found(
+    _BETWEEN_RANKS, "Elements of a thread of an all-reduce that doesn't send ahead, by rows for each multiprocessor.",
+    (FEW_ROWS.value, 16), (inf, 8),
+)  # fmt: skip
+REDUCED_REGISTERS: Final = _found(
+    _BETWEEN_RANKS, "Registers of a thread there.", (FEW_ROWS.value, 128), (inf, 64)
+)  # fmt: skip
+AHEAD_THREAD: Final = _found(
+    _BETWEEN_RANKS, "Elements of a thread of an all-reduce that sends ahead, or in two shots.", (inf, 32)
+)
+AHEAD_REGISTERS: Final = _found(_BETWEEN_RANKS, "Registers of a thread there.", (inf, 128))
+
+L2_SHARE: Final = _found(
+    _KERNELS, "Times the L2, what a call may read and write for what it reads once to be evicted first.", (inf, 1),
+    source="12 % of the time is saved where all of it fits, and 3 % lost beyond",
+)  # fmt: skip

@@ -1,0 +1,124 @@
+"""What the launchers of the Triton kernels choose, for a grid of sizes on made-up devices: no kernel runs.
+
+python -m tests.providers.tiles > tests/providers/data/tiles.json
+"""
+
+import dataclasses
+import importlib
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fuseplan.dialect import Rounding
+from fuseplan.providers.triton import activation, all_reduce_norm, launching, norm
+from fuseplan.providers.triton.launching import Finish, Norm
+
+qk_norm_rope = importlib.import_module(
+    "fuseplan.providers.triton.qk_norm_rope"
+)  # the package has a function of its name
+
+H100 = {"multiprocessors": 132, "shared_bytes": 232448, "cache_bytes": 50 * 2**20, "is_nvidia": True}
+MI300X = {"multiprocessors": 304, "shared_bytes": 65536, "cache_bytes": 4 * 2**20, "is_nvidia": False}
+DEVICES = {"h100": H100, "mi300x": MI300X}
+ROWS = (1, 2, 8, 9, 64, 132, 133, 264, 265, 304, 528, 529, 660, 661, 1056, 1057, 1216, 2433, 8192, 70000)
+WIDTHS = (100, 2880, 8192, 14336, 65536)
+FINISHES = {
+    "none": Finish(),
+    "pad": Finish(kind="pad", right=192),
+    "static": Finish(kind="static_fp8_quant", scale=torch.ones(1), dtype=torch.float8_e4m3fn),
+    "dynamic": Finish(kind="dynamic_fp8_quant", dtype=torch.float8_e4m3fn, min_scale=1e-5),
+}
+CHOICES = ("ROWS", "BLOCK", "STAGES", "LOOPS", "EVICTION", "Q_ROWS", "K_ROWS", "WIDTH", "num_warps", "maxnreg",
+           "launch_pdl")  # fmt: skip
+
+
+class Recorder:
+    """In a kernel's place: keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.launched: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            kept = {name: options[name] for name in CHOICES if name in options}
+            self.launched.append([list(grid), kept])
+
+        return launch
+
+
+@contextmanager
+def recorded(module: Any, kernel: str, device: dict[str, Any]) -> Iterator[list[Any]]:
+    """What a launcher launches on a device."""
+    recorder = Recorder()
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(module, kernel, recorder))
+        for name, value in device.items():
+            for owner in {launching, module}:
+                if hasattr(owner, name):
+                    patches.enter_context(mock.patch.object(owner, name, return_value=value))
+        patches.enter_context(mock.patch.object(launching, "launches_early", return_value=device["is_nvidia"]))
+        yield recorder.launched
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def choices() -> dict[tuple[str, int], list[Any]]:
+    """By kernel, device and width, and by rows: grids and tiles."""
+    found: dict[tuple[str, int], list[Any]] = {}
+    for (name, device), rows, width in itertools.product(DEVICES.items(), ROWS, WIDTHS):
+        x = empty(rows, width)
+        for finish, kind in itertools.product(FINISHES, ("bfloat16", "float32")):
+            how = Norm(weight=empty(width), eps=1e-5, rounding=Rounding.GPT_OSS)
+            given = x if kind == "bfloat16" else x.float()
+            with recorded(norm, "_norm", device) as launched:
+                norm.launch(given, given, how, FINISHES[finish])
+            found[f"norm {name} {width} {finish} {kind}", rows] = launched
+            if finish in ("static", "dynamic"):
+                with recorded(activation, "_silu_and_mul", device) as launched:
+                    activation.launch(given, given, "llama", FINISHES[finish])
+                found[f"activation {name} {width} {finish} {kind}", rows] = launched
+    for (name, device), rows, heads in itertools.product(DEVICES.items(), (1, 64, 8192), ((32, 8), (64, 8), (5, 1))):
+        for head_dim in (64, 96, 128, 256):
+            q, k, angles = (empty(rows, count, head_dim) for count in (*heads, 1))
+            with recorded(qk_norm_rope, "_qk_norm_rope", device) as launched:
+                weight = empty(head_dim)
+                qk_norm_rope.launch(q, k, weight, weight, angles, angles, 1e-6, "llama", "products")
+            found[f"qk {name} {heads[0]}+{heads[1]} {head_dim}", rows] = launched
+    for processors, rows, width, ranks in itertools.product((132, 304), ROWS, WIDTHS, (2, 4, 8)):
+        workspace: Any = SimpleNamespace(
+            processors=processors, ranks=ranks, one_shot=ranks <= 2, alone=False,
+            shot_words=(32 if ranks == 2 else 4) * 2**19, sums_words=0 if ranks == 2 else 2**24,
+        )  # fmt: skip
+        for finish in ("none", "pad"):
+            made = all_reduce_norm.Schedule.of(empty(rows, width), FINISHES[finish], workspace)
+            kept = {"two_shot": made.two_shot, "lag": made.lag, "tile": dataclasses.astuple(made.tile)}
+            found[f"all_reduce {processors} {width} {ranks} {finish}", rows] = [[[made.programs], kept]]
+    return found
+
+
+def table() -> dict[str, Any]:
+    """The same, small enough for a file: distinct choices, and for each kernel and width their numbers by rows."""
+    known: dict[str, int] = {}
+    lines: dict[str, list[int]] = {}
+    for (case, rows), choice in choices().items():
+        # A grid of as many programs as rows is one choice, whatever the rows.
+        launched = [[["rows" if size == rows else size for size in grid], kept] for grid, kept in choice]
+        number = known.setdefault(json.dumps(launched, sort_keys=True), len(known))
+        lines.setdefault(case, []).append(number)
+    by_rows = {case: " ".join(map(str, numbers)) for case, numbers in lines.items()}
+    return {"choices": [json.loads(each) for each in known], "by_rows": by_rows}
+
+
+if __name__ == "__main__":
+    made = table()
+    choice_lines = ",\n".join(json.dumps(each) for each in made["choices"])
+    case_lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(numbers)}" for case, numbers in made["by_rows"].items())
+    print(f'{{"choices": [\n{choice_lines}\n],\n"by_rows": {{\n{case_lines}\n}}}}')
