@@ -70,7 +70,8 @@ def raise_dynamic(canonical: CanonicalGraph) -> None:
             args = (found.x, found.dtype, computed_min_scale(found, "row"), found.rounding.value)
             canonical.raise_op(dynamic_per_token_scaled_fp8_quant, args, (cast, found.scale))
         except Unraised as refused:
-            refused.tell(canonical, dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+            if cast not in canonical.unraised:  # by what is more like it
+                refused.tell(canonical, dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ CODE_BYTES = 1
 SCALE_BYTES = 4
 
 CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
-MOST_STEPS = 8
+MOST_STEPS = 12
 """From a scale to what it is computed from."""
 
 
@@ -189,14 +189,17 @@ def _kept_dims(amax: fx.Node) -> list[int]:
 
 def _largest_of(scale: fx.Node) -> object:
     """x, if a scale is computed from the largest |x| in some way, or None."""
-    node: object = scale
+    node, first, is_reduced = scale, None, False
     for _ in range(MOST_STEPS):
-        if not isinstance(node, fx.Node) or not node.all_input_nodes:
-            return None
+        is_reduced |= is_call(node, aten.amax.default, aten.max.dim, aten.max.default)
         if is_call(node, aten.abs.default):
-            return _uncast(node.args[0])
+            first = first or _uncast(node.args[0])
+            if is_reduced:  # else it may be of the scale itself, before its logarithm
+                return _uncast(node.args[0])
+        if not node.all_input_nodes:
+            break
         node = node.all_input_nodes[0]
-    return None
+    return first
 
 
 def _uncast(node: object) -> object:

@@ -1,0 +1,226 @@
+"""fp8 with a scale for each group of a row: what it computes, how graphs spell it, what it is fused with and costs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.families import BUILT_IN_RULES, ComposedRule
+from fuseplan.parts.group_fp8 import GroupFp8, per_token_group_fp8_quant
+from fuseplan.parts.traffic import Kernel
+from fuseplan.planner.costs import CostModel, Region
+from tests.helpers import all_reduce, canonical, llama, randn
+from tests.planner.parts import NORM, SILU
+from tests.planner.round_device import DEVICE
+
+FP8 = torch.float8_e4m3fn
+WIDTH, GROUP = 256, 64
+W = 1 + randn(WIDTH, seed=9) / 10
+CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
+Scale = Callable[[Tensor], Tensor]
+
+
+def before(amax: Tensor) -> Tensor:
+    return amax.clamp(min=1e-10) / 448.0
+
+
+def behind(amax: Tensor) -> Tensor:
+    return (amax / 448.0).clamp(min=1e-12)
+
+
+def without(amax: Tensor) -> Tensor:
+    return amax / 448.0
+
+
+def power(amax: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(before(amax))))
+
+
+def deep_gemm(amax: Tensor) -> Tensor:
+    return torch.pow(2.0, torch.ceil(torch.log2(before(amax).abs())))
+
+
+SCALES: dict[str, tuple[Scale, float, bool]] = {
+    "before": (before, float(torch.tensor(1e-10) / 448.0), False),
+    "behind": (behind, 1e-12, False),
+    "without": (without, 0.0, False),
+    "power": (power, float(torch.tensor(1e-10) / 448.0), True),
+    "deep_gemm": (deep_gemm, float(torch.tensor(1e-10) / 448.0), True),
+}
+
+
+def quantize_groups(
+    x: Tensor, scale_of: Scale = before, *, group: int = GROUP, multiplies: bool = False, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As models spell it."""
+    groups = x.view(*x.shape[:-1], -1, group)
+    groups = groups.float() if wide else groups
+    scale = scale_of(groups.abs().amax(-1, keepdim=True).float())
+    scaled = groups.float() * scale.reciprocal() if multiplies else groups.float() / scale
+    return scaled.clamp(-448.0, 448.0).to(FP8).view(x.shape), scale.squeeze(-1)
+
+
+def equal(left: Any, right: Any) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a.float(), b.float()) and a.stride() == b.stride() for a, b in pairs)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_reference_is_what_models_compute(scale: str, multiplies: bool) -> None:
+    x = randn(2, 7, WIDTH) * torch.tensor([1e-4, 1.0, 3e4, 1.0, 0.02, 7.0, 1.0])[:, None]
+    scale_of, least, ue8m0 = SCALES[scale]
+    rounding = "multiply" if multiplies else "divide"
+    found = per_token_group_fp8_quant.reference(x.bfloat16(), GROUP, FP8, least, ue8m0, rounding)
+    assert equal(found, quantize_groups(x.bfloat16(), scale_of, multiplies=multiplies))
+
+
+def test_scales_are_rounded_up_to_powers_of_two_exactly() -> None:
+    amax = torch.tensor([448.0, 448.0 * (1 + 2**-20), 447.0, 1.0, 0.0]).double()
+    x = torch.zeros(5, 2, dtype=torch.float64)
+    x[:, 1] = amax
+    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, True, "divide")
+    assert scale.flatten().tolist() == [1.0, 2.0, 1.0, 2**-8, 0.0]
+
+
+def test_rows_that_groups_do_not_divide_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="unflatten"):
+        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, False, "divide")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+def test_spellings_are_raised(scale: str, dynamic: bool, wide: bool) -> None:
+    scale_of, least, ue8m0 = SCALES[scale]
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_groups(F.rms_norm(x, (WIDTH,), W, 1e-5), scale_of, group=128, wide=wide)
+
+    graph = canonical(model, randn(5, WIDTH), dynamic=dynamic)
+    assert graph.recognized() == {f"per_token_group_fp8_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
+    (node,) = graph.calls(per_token_group_fp8_quant.overload)
+    assert node.args[1:] == (128, FP8, least, ue8m0, "divide")
+
+
+def tensors(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: torch.maximum(amax / 448.0, torch.full_like(amax, 1e-6)))
+
+
+def others(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: amax / 440.0)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: torch.exp2(torch.floor(torch.log2(before(amax)))))
+
+
+def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: before(amax).clamp(min=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "says"),
+    [
+        (tensors, "divided by 448"),
+        (others, "divided by 448"),
+        (halves, "divided by 448"),
+        (twice, "two minima"),
+    ],
+)
+def test_what_the_op_does_not_compute_is_named(quantize: Any, says: str) -> None:
+    graph = canonical(lambda x: quantize(F.rms_norm(x, (WIDTH,), W, 1e-5)), randn(5, WIDTH))
+    assert f"per_token_group_fp8_quant[{WIDTH}]" not in graph.recognized()
+    assert any(says in refusal.detail for refusal in graph.refusals), [each.detail for each in graph.refusals]
+
+
+def norm(x: Tensor, r: Tensor, group: str) -> Any:
+    return quantize_groups(llama(x, None, W)[0])
+
+
+def add_norm(x: Tensor, r: Tensor, group: str) -> Any:
+    y, total = llama(x, r, W)
+    return *quantize_groups(y), total * 2
+
+
+def reduced(x: Tensor, r: Tensor, group: str) -> Any:
+    y, total = llama(all_reduce(x, group), r, W)
+    return *quantize_groups(y, power), total * 2
+
+
+def activated(x: Tensor, r: Tensor, group: str) -> Any:
+    return quantize_groups(F.silu(x) * r, behind, multiplies=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [(norm, "norm_quant"), (add_norm, "norm_quant"), (reduced, "allreduce_rms_quant"), (activated, "act_quant")],
+)
+@pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
+def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[int, ...], one_rank: str) -> None:
+    reports: list[fuseplan.Report] = []
+    inputs = randn(*shape), randn(*shape, seed=1)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled = fuseplan.compile(
+            lambda x, r: function(x, r, one_rank), config=CONFIG, providers=[], on_report=reports.append
+        )
+        assert equal(compiled(*inputs), function(*inputs, one_rank))
+    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
+
+
+def test_it_comes_with_every_member_of_its_families() -> None:
+    members = {
+        (rule.name, rule.op.name)
+        for rule in BUILT_IN_RULES
+        if isinstance(rule, ComposedRule) and rule.op.name.endswith("_group_fp8_quant")
+    }
+    assert members == {
+        ("norm_quant", "rms_norm_group_fp8_quant"),
+        ("norm_quant", "fused_add_rms_norm_group_fp8_quant"),
+        ("allreduce_rms_quant", "all_reduce_rms_norm_group_fp8_quant"),
+        ("allreduce_rms_quant", "all_reduce_fused_add_rms_norm_group_fp8_quant"),
+        ("act_quant", "silu_and_mul_group_fp8_quant"),
+    }
+
+
+def test_prices_by_hand() -> None:
+    """Ten rows of 128 bf16 values, and two scales each: 2560 bytes of them, 1280 of codes, 80 of scales."""
+    model, tail = CostModel(DEVICE), GroupFp8(group_size=64)
+    region = Region(core=NORM, tokens=10, width=128, tail=tail)
+    assert (region.read_bytes, region.result_bytes) == (2560 + 256, 1280 + 80)
+    quantised = Kernel(name="group_fp8_quant", launch=1100, memory=40)
+    assert model.unfused(region) == (Kernel(name="rms_norm", launch=1100, memory=54), quantised)
+    assert model.epilogue(region) == (quantised,)
+    assert model.fused(region, "triton") == (Kernel(name="rms_norm+group_fp8_quant", launch=1000, memory=42),)
+    activated = Region(core=SILU, tokens=10, width=128, tail=tail)
+    assert model.unfused(activated) == (Kernel(name="silu_and_mul+group_fp8_quant", launch=1100, memory=65),)
+    assert tail.text(128) == "group_fp8_quant 64"
+
+
+def test_its_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
+    from tests.planner.test_rotary import Counted
+
+    for sample in per_token_group_fp8_quant.samples:
+        arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+        with Counted() as counted:
+            per_token_group_fp8_quant.reference(*arguments)
+        assert 0 < counted.count <= GroupFp8.eager_kernels
+
+
+def test_an_explained_model_saves_by_it() -> None:
+    report = fuseplan.explain(
+        lambda x: quantize_groups(F.rms_norm(x, (4096,), torch.ones(4096, dtype=torch.bfloat16), 1e-5), group=128),
+        torch.randn(64, 4096, dtype=torch.bfloat16), device="h200",
+    )  # fmt: skip
+    assert report.fused["norm_quant"] == 1
+    assert report.saved_us > 0
+
+
+def test_a_row_of_one_group_is_a_row() -> None:
+    graph = canonical(lambda x: quantize_groups(llama(x, None, W)[0], behind, group=WIDTH), randn(5, WIDTH))
+    assert f"per_token_group_fp8_quant[{WIDTH}]" not in graph.recognized()
