@@ -1,14 +1,17 @@
 """Which device is here: by torch's whole name and its multiprocessors, never by likeness."""
 
 import ast
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fuseplan.devices import Vendor, profile_of
+from fuseplan.config import Environment, PassConfig
+from fuseplan.devices import Constant, Vendor, profile_of
 from fuseplan.errors import ConfigError
 from fuseplan.planner.costs import HARDWARE
+from fuseplan.planner.sources import prices_of
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, device_profile, local_profile
 from tests.test_architecture import source_modules
 
@@ -58,6 +61,12 @@ def test_a_device_is_one_record(name: str) -> None:
     profile = PROFILES[name]
     assert profile.hardware is not None
     assert (profile.name, profile.hardware.name, profile.hardware.vendor) == (name, name, profile.vendor)
+
+
+def test_a_device_of_ones_own_is_priced_by_its_record() -> None:
+    hardware = dataclasses.replace(HARDWARE["h200"], name="mine", launch=Constant(3000, "ns", "measured by me"))
+    profile = dataclasses.replace(PROFILES["h200"], name="mine", reported=(), hardware=hardware)
+    assert prices_of(PassConfig(), Environment(), profile).model.hardware is hardware
 
 
 def test_no_other_module_knows_a_device() -> None:

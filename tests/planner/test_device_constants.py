@@ -123,7 +123,7 @@ def test_what_was_measured_here_takes_the_place_of_what_is_assumed(monkeypatch: 
     # A device that is named is priced alike everywhere.
     record("h100").save(record_path("h100"))
     assert prices_of(PassConfig(), NOWHERE, PROFILES["h100"]).model.hardware == HARDWARE["h100"]
-    assert hardware_of("h100", "nvidia", here=True).launch.value == 2100
+    assert hardware_of(PROFILES["h100"], here=True).launch.value == 2100
 
 
 @pytest.mark.parametrize(

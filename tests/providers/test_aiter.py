@@ -240,7 +240,7 @@ def test_capacity_is_the_memory_that_the_ranks_share(
 def test_errors_are_one_line(library: Aiter, groups: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     with ranks(2) as group:
         with monkeypatch.context() as patched:
-            patched.setattr(torch.cuda, "is_available", lambda: True)
+            patched.setattr(torch.cuda, "is_initialized", lambda: True)
             patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             with pytest.raises(CollectiveError, match="none can be made while a graph is captured"):
                 fuse(4, group)

@@ -233,7 +233,7 @@ def test_capacity_is_what_the_kernels_can_count(
 def test_nothing_is_made_while_a_graph_is_captured(library: FlashInfer, monkeypatch: pytest.MonkeyPatch) -> None:
     with ranks(2) as group:
         fuse(4, group)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         fuse(3, group)
         with pytest.raises(CollectiveError, match=r"no memory for 5 rows .* run the model once at this size before"):

@@ -97,6 +97,11 @@ def test_an_exchange_may_be_a_librarys() -> None:
     assert prices.model.fused(region, "somebody") == prices.model.fused(region, "triton")
 
 
+def test_an_exchange_that_no_device_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown exchange 'flashinfr'; did you mean 'flashinfer'"):
+        Timing(exchange="flashinfr")
+
+
 def test_of_an_op_that_the_model_has_no_site_for_it_is_a_kernel() -> None:
     offer = mine(cost=ONE_KERNEL).implements[ops.fused_add_rms_norm_pad.name]
     assert offer.cost == KernelCost()

@@ -1,5 +1,6 @@
 """Providers answer for themselves, and a kernel that is registered runs where the plan put it."""
 
+import ast
 import dataclasses
 from typing import Any
 
@@ -15,6 +16,7 @@ from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Offer, Provider, device_profile
 from fuseplan.record import Reason, Refusal, Report
 from tests.helpers import HIDDEN, llama, post_grad, randn
+from tests.test_architecture import source_modules
 
 BY_NAME = {provider.name: provider for provider in BUILT_IN_PROVIDERS}
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
@@ -102,6 +104,19 @@ def test_what_a_provider_only_prices_it_does_not_run() -> None:
     flashinfer = dataclasses.replace(BY_NAME["flashinfer"], prices={"rms_norm_pad": Offer()})
     assert flashinfer.runs("all_reduce_fused_add_rms_norm")
     assert not flashinfer.runs("rms_norm_pad")
+
+
+def test_no_stage_names_a_provider() -> None:
+    """What is so of one stands in its record."""
+    stages = {"analysis", "explanation", "manager", "matching", "planner", "rewriting", "verification"}
+    versions = "planner/evidence.py"  # of torch and Triton, in a cost table's rows
+    assert [
+        f"{module.path}:{node.lineno}: {node.value}"
+        for module in source_modules()
+        if module.part in stages and module.path != versions
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Constant) and node.value in BY_NAME
+    ] == []
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

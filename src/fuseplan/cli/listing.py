@@ -113,7 +113,7 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
                 "providers": sorted(p.name for p in BUILT_IN_PROVIDERS if p.unavailable(profile) is None),
                 "constants": [
                     {"name": each, "value": constant.value, "unit": constant.unit, "source": constant.source}
-                    for each, constant in hardware_of(name, profile.vendor, here=name == local).constants()
+                    for each, constant in hardware_of(profile, here=name == local).constants()
                 ],
             }
             for name, profile in {**PROFILES, local: here}.items()

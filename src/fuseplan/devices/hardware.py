@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Vendor = Literal["nvidia", "amd", "cpu"]
+EXCHANGES: Final = ("triton", "flashinfer", "aiter")
+"""The fields of `Hardware` that say how kernels exchange rows with other ranks."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ class Hardware:
 
     def exchange(self, name: str) -> "Peers | Aiter | None":
         """The constants by which kernels exchange rows with other ranks, by the field; None: the device has none."""
+        assert name in EXCHANGES, name
         found: Peers | Aiter | None = getattr(self, name)
         return found
 

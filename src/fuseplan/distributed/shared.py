@@ -144,7 +144,7 @@ def _give_back(entries: list[_Entry]) -> None:
 
 def capturing() -> bool:
     """Whether what is launched now is recorded and not run."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 SHARED: Final = Registry()

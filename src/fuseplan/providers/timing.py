@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+from fuseplan.config import unknown
+from fuseplan.devices import EXCHANGES
+
 Heads: TypeAlias = Literal["repeated", "shared", "packed"]
 
 
@@ -19,11 +22,18 @@ class Timing:
         eager: it is no kernel but the reference, op by op in eager mode.
         exchange: the constants by which ranks exchange rows, as a field of `Hardware`.
         heads: how an attention kernel reads keys and values that several heads of queries share.
+
+    Raises:
+        ConfigError: no such constants are known.
     """
 
     eager: bool = False
     exchange: str = "triton"
     heads: Heads = "repeated"
+
+    def __post_init__(self) -> None:
+        if self.exchange not in EXCHANGES:
+            raise unknown("exchange", str(self.exchange), EXCHANGES)
 
 
 ONE_KERNEL: Final = Timing()

@@ -4,21 +4,19 @@ from typing import Any
 
 import torch
 
-from fuseplan.devices import ASSUMED, HARDWARE, Facts, Hardware, Vendor, unknown_hardware
+from fuseplan.devices import ASSUMED, DeviceProfile, Facts, Hardware, unknown_hardware
 from fuseplan.planner.costs.record import cached_record
 
 
-def hardware_of(name: str, vendor: Vendor, *, here: bool) -> Hardware:
+def hardware_of(profile: DeviceProfile, *, here: bool) -> Hardware:
     """The constants of a device.
 
     Args:
-        name: of its profile.
-        vendor: whose it is.
+        profile: its record.
         here: whether it is this machine's, and what was measured of it counts.
     """
-    known = HARDWARE.get(name)
-    hardware = known or unknown_hardware(name, vendor, _facts() if here else Facts())
-    record = cached_record(name) if here else None
+    hardware = profile.hardware or unknown_hardware(profile.name, profile.vendor, _facts() if here else Facts())
+    record = cached_record(profile.name) if here else None
     return record.applied(hardware) if record is not None else hardware
 
 

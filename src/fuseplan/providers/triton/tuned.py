@@ -1,5 +1,9 @@
 """What was found by measurement and the launchers choose by: numbers, each with where and how it was found.
 
+Device, versions and date are those that the benchmarks wrote with what was chosen in the end, and the command is the
+benchmark's. What ran for each of the other choices was not kept, and their figures only where a source gives them.
+Nothing was tuned on another device.
+
 A launcher knows no other threshold. What follows from the hardware, such as registers of a multiprocessor, or from the
 kernels, such as the units that a workspace is laid out in, is no threshold and stands where it is used.
 """
@@ -20,7 +24,7 @@ class Found:
         device: on which it was found.
         versions: of what ran.
         date: ISO 8601.
-        command: that measured it; None: it was not kept.
+        command: of the benchmark in which it shows.
         source: what was seen, or what is known of it.
     """
 
@@ -29,7 +33,7 @@ class Found:
     device: str
     versions: str
     date: str
-    command: str | None
+    command: str
     source: str
 
     def at(self, size: float) -> int:
