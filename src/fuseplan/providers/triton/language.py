@@ -4,6 +4,8 @@ take, and import them for it.
 
 from typing import Any
 
+__all__ = ["tl", "triton"]
+
 
 class _Absent:
     """Has every attribute and takes every call, so that decorators and annotations go through."""
@@ -19,4 +21,4 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = _Absent()
