@@ -16,6 +16,7 @@ from fuseplan.planner.costs import CostModel, Region
 from tests.helpers import all_reduce, canonical, llama, randn
 from tests.planner.parts import NORM, SILU
 from tests.planner.round_device import DEVICE
+from tests.planner.test_rotary import Counted
 
 FP8 = torch.float8_e4m3fn
 WIDTH, GROUP = 256, 64
@@ -166,9 +167,7 @@ def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[i
     inputs = randn(*shape), randn(*shape, seed=1)
     torch._dynamo.reset()
     with torch.inference_mode():
-        compiled = fuseplan.compile(
-            lambda x, r: function(x, r, one_rank), config=CONFIG, providers=[], on_report=reports.append
-        )
+        compiled: Any = fuseplan.compile(lambda x, r: function(x, r, one_rank), config=CONFIG, on_report=reports.append)
         assert equal(compiled(*inputs), function(*inputs, one_rank))
     assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
 
@@ -203,8 +202,6 @@ def test_prices_by_hand() -> None:
 
 
 def test_its_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
-    from tests.planner.test_rotary import Counted
-
     for sample in per_token_group_fp8_quant.samples:
         arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
         with Counted() as counted:

@@ -25,18 +25,20 @@ from fuseplan.distributed.workspace import SharedMemory, Workspace
 from fuseplan.errors import CollectiveError
 from fuseplan.providers.triton import all_reduce_norm
 from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
-from fuseplan.providers.triton.launching import Finish, Norm, Tile
+from fuseplan.providers.triton.epilogues import epilogue_of
+from fuseplan.providers.triton.launching import Norm, Tile
 from tests.providers.run_interpreted import rounded
 from tests.ranks import always, leave, left_in
 
 RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 CPU, WIDTH = torch.device("cpu"), 48
-EPILOGUES: dict[str | None, tuple[Any, ...]] = {
-    None: (),
-    "pad": (16,),
-    "static_fp8_quant": (torch.tensor([0.02]), torch.float8_e4m3fn, "divide"),
-    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, "multiply"),
+EPILOGUES: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "pad": {"right": 16},
+    "static_fp8_quant": {"scale": torch.tensor([0.02]), "dtype": torch.float8_e4m3fn, "quant_rounding": "divide"},
+    "dynamic_fp8_quant": {"dtype": torch.float8_e4m3fn, "min_scale": 1e-6, "quant_rounding": "multiply"},
 }
+"""A fused op's own arguments, in their order."""
 ONE_SHOT = (
     (5, 5, 0, "pad"),
     (1, 1, 0, None),
@@ -89,14 +91,14 @@ def computed(
     residual, weight = part(RANKS, rows, seed), (1 + 0.1 * part(RANKS + 1, 1, seed)[0]).bfloat16()
     own = EPILOGUES[suffix]
     got = launch(
-        parts[RANK], residual, Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA), Finish.of(suffix, own), space,
-        schedule,
+        parts[RANK], residual, Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA), epilogue_of(suffix)(**own),
+        space, schedule,
     )  # fmt: skip
     reduced = parts[0].float()
     for each in parts[1:]:
         reduced = reduced + each.float()
     plain = NORM_FAMILY[False, True, suffix].reference if suffix else torch.ops.fuseplan.fused_add_rms_norm
-    return got, plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *own)
+    return got, plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *own.values())
 
 
 def call(space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int) -> tuple[bool, Tensor]:

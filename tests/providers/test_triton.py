@@ -3,6 +3,7 @@
 Here they run by Triton's interpreter, in a process of its own; tests/gpu has them on a GPU.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from fuseplan.dialect import ops, registered_kernel
+from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, ops, registered_kernel
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton import ACCEPTS
+from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
 
 ROOT = Path(__file__).parents[2]
 TRITON = next(each for each in BUILT_IN_PROVIDERS if each.name == "triton")
@@ -27,6 +29,41 @@ def test_it_runs_every_fused_op() -> None:
     assert set(TRITON.implements) == set(ACCEPTS) == fused
     assert all(registered_kernel(name, "triton") is not None for name in TRITON.implements)
     assert not TRITON.prices
+
+
+def test_fields_of_epilogues_are_the_arguments_of_their_ops() -> None:
+    members = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items()}
+    members |= {op: suffix for suffix, op in ACTIVATION_FAMILY.items()}
+    assert set(members.values()) <= SUFFIXES
+    cores = {"x", "residual", "weight", "eps", "rounding", "group_name", "gate", "up"}
+    for op, suffix in members.items():
+        own = {argument.name for argument in op.overload._schema.arguments} - cores
+        assert {each.name for each in dataclasses.fields(epilogue_of(suffix))} == own, op.name
+
+
+def test_checks_need_no_triton() -> None:
+    """Plans for a machine that has it are made on others too."""
+    code = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from fuseplan.providers.triton import ACCEPTS\n"
+        "from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of\n"
+        "from fuseplan.rules import Bindings\n"
+        "for suffix in SUFFIXES:\n"
+        "    epilogue_of(suffix)\n"
+        "for width in (2880, 2**17):\n"
+        "    x = torch.empty(1, width, dtype=torch.bfloat16, device='meta')\n"
+        "    for suffix in ('static', 'dynamic'):\n"
+        "        name = f'silu_and_mul_{suffix}_fp8_quant'\n"
+        "        refusal = ACCEPTS[name](Bindings(name, {'gate': x, 'up': x}))\n"
+        "        print(suffix, width, refusal is None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [
+        "static 2880 True", "dynamic 2880 True", "static 131072 True", "dynamic 131072 False"
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

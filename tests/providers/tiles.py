@@ -17,7 +17,8 @@ import torch
 
 from fuseplan.dialect import Rounding
 from fuseplan.providers.triton import activation, all_reduce_norm, launching, norm
-from fuseplan.providers.triton.launching import Finish, Norm
+from fuseplan.providers.triton.epilogues import epilogue_of
+from fuseplan.providers.triton.launching import Norm
 
 qk_norm_rope = importlib.import_module(
     "fuseplan.providers.triton.qk_norm_rope"
@@ -28,11 +29,17 @@ MI300X = {"multiprocessors": 304, "shared_bytes": 65536, "cache_bytes": 4 * 2**2
 DEVICES = {"h100": H100, "mi300x": MI300X}
 ROWS = (1, 2, 8, 9, 64, 132, 133, 264, 265, 304, 528, 529, 660, 661, 1056, 1057, 1216, 2433, 8192, 70000)
 WIDTHS = (100, 2880, 8192, 14336, 65536)
-FINISHES = {
-    "none": Finish(),
-    "pad": Finish(kind="pad", right=192),
-    "static": Finish(kind="static_fp8_quant", scale=torch.ones(1), dtype=torch.float8_e4m3fn),
-    "dynamic": Finish(kind="dynamic_fp8_quant", dtype=torch.float8_e4m3fn, min_scale=1e-5),
+
+
+def made(suffix: str | None, **arguments: Any) -> Any:
+    return epilogue_of(suffix)(**arguments)
+
+
+FINISHES: dict[str, Any] = {
+    "none": made(None),
+    "pad": made("pad", right=192),
+    "static": made("static_fp8_quant", scale=torch.ones(1), dtype=torch.float8_e4m3fn, quant_rounding="divide"),
+    "dynamic": made("dynamic_fp8_quant", dtype=torch.float8_e4m3fn, min_scale=1e-5, quant_rounding="divide"),
 }
 CHOICES = ("ROWS", "BLOCK", "STAGES", "LOOPS", "EVICTION", "Q_ROWS", "K_ROWS", "WIDTH", "num_warps", "maxnreg",
            "launch_pdl")  # fmt: skip

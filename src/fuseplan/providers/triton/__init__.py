@@ -1,17 +1,19 @@
-"""fuseplan's own Triton kernels, a file a family with its launcher. Importing this needs no Triton, running them
-does.
+"""fuseplan's own Triton kernels, a file a family with its launcher, and their epilogues, a file each. Importing this
+needs no Triton, running them does.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor
 
-from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, Rounding, implement, ops
+from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, DialectOp, Rounding, implement, ops
 from fuseplan.distributed.workspace import workspace_of
-from fuseplan.providers.gates import Accepts, Gate, Offer, accept_all
+from fuseplan.providers.gates import Accepts, Gate, Offer
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import ONE_KERNEL
+from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
 from fuseplan.record import Reason, Refusal
 
 MOST_LEADING = 2
@@ -20,13 +22,36 @@ MOST_LEADING = 2
 MOST_ROW_BYTES = 2**17
 """Of a row that a program holds in registers: 128 elements of two bytes for each of 512 threads."""
 
-ROW_KERNEL = Gate(
-    name="fuseplan's Triton kernel", source="fuseplan.providers.triton.launching", most_row_bytes=MOST_ROW_BYTES
-)
-COLLECTIVE_KERNEL = Gate(
-    name="fuseplan's Triton all-reduce", source="fuseplan.providers.triton.all_reduce_norm",
-    most_row_bytes=MOST_ROW_BYTES, ranks=frozenset(range(1, 9)),
-)  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class RowGate(Gate):
+    """The check of a kernel that holds rows, and of its epilogue.
+
+    Attributes:
+        suffix: of the epilogue; None: there is none.
+    """
+
+    suffix: str | None
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the arguments are refused, or None."""
+        return super().__call__(m) or epilogue_of(self.suffix).refuse(m.x, m)
+
+
+def row_kernel(suffix: str | None) -> RowGate:
+    """What the kernels of single ranks take, with that epilogue."""
+    return RowGate(
+        name="fuseplan's Triton kernel", source="fuseplan.providers.triton.launching", most_row_bytes=MOST_ROW_BYTES,
+        suffix=suffix,
+    )  # fmt: skip
+
+
+def collective_kernel(suffix: str | None) -> RowGate:
+    """What the all-reduces take, with that epilogue."""
+    return RowGate(
+        name="fuseplan's Triton all-reduce", source="fuseplan.providers.triton.all_reduce_norm",
+        most_row_bytes=MOST_ROW_BYTES, ranks=frozenset(range(1, 9)), suffix=suffix,
+    )  # fmt: skip
 
 
 def qk_norm_rope(
@@ -48,54 +73,71 @@ def accept_qk_norm_rope(m: Any) -> Refusal | None:
     return m.refuse(Reason.SIZE, "q", detail, mend="flatten them")  # type: ignore[no-any-return]
 
 
-def accept_activation(m: Any) -> Refusal | None:
-    """Why the kernel doesn't take the arguments, or None."""
-    return accept_all(m) if "min_scale" not in m.values else ROW_KERNEL.check_width(m.gate, m)
+def accept_activation(suffix: str) -> Accepts:
+    """What the kernel of a member of the activation family takes: programs share a row, unless its epilogue forbids."""
+
+    def accept(m: Any) -> Refusal | None:
+        epilogue = epilogue_of(suffix)
+        refusal = row_kernel(suffix).check_width(m.gate, m) if epilogue.whole_row else None
+        return refusal or epilogue.refuse(m.gate, m)
+
+    return accept
 
 
-def norm_kernel(reduce: bool, residual: bool, suffix: str | None) -> Callable[..., Any]:
+def _names(op: DialectOp) -> list[str]:
+    return [argument.name for argument in op.overload._schema.arguments]
+
+
+def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
     """The kernel of a member of the norm family, by the member's own arguments."""
+    names = _names(op)
 
-    def kernel(x: Tensor, *arguments: Any) -> Any:
+    def kernel(*arguments: Any) -> Any:
         from fuseplan.providers.triton import all_reduce_norm, norm
-        from fuseplan.providers.triton.launching import Finish, Norm
+        from fuseplan.providers.triton.launching import Norm
 
-        added = arguments[0] if residual else None
-        weight, eps, rounding, *own = arguments[residual:]
-        how = Norm(weight=weight, eps=eps, rounding=Rounding(rounding))
-        if reduce:
-            workspace = workspace_of(own.pop(), x.device, x.dtype)
-            results = all_reduce_norm.launch(x, added, how, Finish.of(suffix, tuple(own)), workspace)
+        own = dict(zip(names, arguments, strict=True))
+        x, residual, group_name = own.pop("x"), own.pop("residual", None), own.pop("group_name", None)
+        how = Norm(weight=own.pop("weight"), eps=own.pop("eps"), rounding=Rounding(own.pop("rounding")))
+        epilogue = epilogue_of(suffix)(**own)
+        if group_name is None:
+            results = norm.launch(x, residual, how, epilogue)
         else:
-            results = norm.launch(x, added, how, Finish.of(suffix, tuple(own)))
+            workspace = workspace_of(group_name, x.device, x.dtype)
+            results = all_reduce_norm.launch(x, residual, how, epilogue, workspace)
         return results if len(results) > 1 else results[0]
 
     return kernel
 
 
-def activation_kernel(suffix: str) -> Callable[..., Any]:
-    """The kernel of a member of the activation family."""
+def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
+    """The kernel of a member of the activation family, by the member's own arguments."""
+    names = _names(op)
 
-    def kernel(gate: Tensor, up: Tensor, rounding: str, *own: Any) -> Any:
+    def kernel(*arguments: Any) -> Any:
         from fuseplan.providers.triton.activation import launch
-        from fuseplan.providers.triton.launching import Finish
 
-        results = launch(gate, up, rounding, Finish.of(suffix, own))
+        own = dict(zip(names, arguments, strict=True))
+        gate, up, rounding = own.pop("gate"), own.pop("up"), own.pop("rounding")
+        results = launch(gate, up, rounding, epilogue_of(suffix)(**own))
         return results if len(results) > 1 else results[0]
 
     return kernel
 
+
+_NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
+_ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
 
 implement(ops.qk_norm_rope, "triton", qk_norm_rope)
-for _parts, _op in NORM_FAMILY.items():
-    implement(_op, "triton", norm_kernel(*_parts))
-for _suffix, _op in ACTIVATION_FAMILY.items():
-    implement(_op, "triton", activation_kernel(_suffix))
+for _op, _suffix in _NORMS.items():
+    implement(_op, "triton", norm_kernel(_op, _suffix))
+for _op, _own_suffix in _ACTIVATIONS.items():
+    implement(_op, "triton", activation_kernel(_op, _own_suffix))
 
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,
-    **{op.name: COLLECTIVE_KERNEL if op.collective else ROW_KERNEL for op in NORM_FAMILY.values()},
-    **{op.name: accept_activation for op in ACTIVATION_FAMILY.values()},
+    **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
+    **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }
 """What each kernel takes, by fused op: all that this package implements."""
 

@@ -1,4 +1,4 @@
-"""silu(gate) * up -> static or dynamic fp8 quantisation, in one kernel.
+"""silu(gate) * up -> an epilogue, in one kernel.
 
 The equivalent eager code is the composed reference of the op, `fuseplan.families.compose`.
 """
@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ActivationRounding
+from fuseplan.providers.triton.epilogues import Epilogue
 from fuseplan.providers.triton.launching import (
     MOST_PROGRAMS,
-    Finish,
     Tile,
     block_of,
     eviction,
@@ -20,19 +20,19 @@ from fuseplan.providers.triton.launching import (
     multiprocessors,
     shared_bytes,
 )
-from fuseplan.providers.triton.rows import rounded, store_finished, within
+from fuseplan.providers.triton.rows import rounded, within
 from fuseplan.providers.triton.tuned import MANY_TURNS, PART, PART_THREAD, ROW_THREAD, ROW_WARPS, STAGES
 
 
 @triton.jit
 def part_of_row(
-    gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, row, column, gate_row, up_row, min_scale,
-    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, EPILOGUE: tl.constexpr,
-    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, EVICTION: tl.constexpr, NVIDIA: tl.constexpr,
+    gate_ptr, up_ptr, arguments, row, first, gate_row, up_row,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, STORE: tl.constexpr,
+    CONSTANTS: tl.constexpr, EVICTION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Those columns of a row."""
+    """BLOCK columns of a row, from the first on."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    row = row + tl.arange(0, 1)
+    row, column = row + tl.arange(0, 1), first + tl.arange(0, BLOCK)
     inside = within(column, WIDTH)[None, :]
     at = row.to(tl.int64)[:, None]
     gate = tl.load(gate_ptr + at * gate_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
@@ -53,60 +53,58 @@ def part_of_row(
             activated = gate / (1.0 + tl.exp(-gate))
     if ROUNDS_ACTIVATED:
         activated = rounded(activated, dtype)
-    store_finished(
-        activated * up, y_ptr, scale_ptr, scales_ptr, row, column, tl.full((1,), True, tl.int1), min_scale, dtype,
-        WIDTH, OUT_WIDTH, EPILOGUE, MOST, MULTIPLIES, NVIDIA,
-    )  # fmt: skip
+    STORE(activated * up, arguments, row, first, tl.full((1,), True, tl.int1), dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _silu_and_mul(
-    gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, rows, gate_row, up_row, min_scale,
-    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr,
-    EPILOGUE: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LOOPS: tl.constexpr, STAGES: tl.constexpr,
-    EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    gate_ptr, up_ptr, arguments, rows, gate_row, up_row,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, STORE: tl.constexpr,
+    CONSTANTS: tl.constexpr, LOOPS: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
+    LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK elements of a row, all of it unless its scale is given, and, where it LOOPS, then of the
-    next that nobody takes; up to STAGES rows are on their way to it.
+    """A program takes BLOCK elements of a row, all of it where the epilogue asks for that, and, where it LOOPS, then of
+    the next that nobody takes; up to STAGES rows are on their way to it.
     """
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     # Programs that follow each other read what follows each other in memory.
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * BLOCK
     if LOOPS:
         for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
             part_of_row(
-                gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, row, column, gate_row, up_row, min_scale, WIDTH,
-                OUT_WIDTH, ROUNDS_ACTIVATED, EPILOGUE, MOST, MULTIPLIES, EVICTION, NVIDIA,
+                gate_ptr, up_ptr, arguments, row, first, gate_row, up_row, WIDTH, BLOCK, ROUNDS_ACTIVATED, STORE,
+                CONSTANTS, EVICTION, NVIDIA,
             )  # fmt: skip
     else:
         part_of_row(
-            gate_ptr, up_ptr, y_ptr, scale_ptr, scales_ptr, tl.program_id(1), column, gate_row, up_row, min_scale,
-            WIDTH, OUT_WIDTH, ROUNDS_ACTIVATED, EPILOGUE, MOST, MULTIPLIES, EVICTION, NVIDIA,
+            gate_ptr, up_ptr, arguments, tl.program_id(1), first, gate_row, up_row, WIDTH, BLOCK, ROUNDS_ACTIVATED,
+            STORE, CONSTANTS, EVICTION, NVIDIA,
         )  # fmt: skip
 
 
-def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Tensor, ...]:
+def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple[Tensor, ...]:
     """The family's op.
 
     Args:
         gate: [..., intermediate], any strides; bfloat16, float16 or float32.
         up: the same.
         rounding: one of `ActivationRounding`.
-        finish: the epilogue.
+        epilogue: what is done to rows before they are stored.
 
     Returns:
         The epilogue's results.
     """
     gates, ups = flattened(gate), flattened(up)
     rows, width = gates.shape
-    results = finish.results(gate)
+    results = epilogue.results(gate)
     if gate.numel():
         processors, stages = multiprocessors(gate.device), 1
         turns, programs = rows / processors, min(rows, MOST_PROGRAMS)
-        if finish.kind != "dynamic_fp8_quant":
-            shape = Tile.holding(block_of(min(width, PART.at(rows))), elements=PART_THREAD.value)
+        if not epilogue.whole_row:
+            part = max(epilogue.unit, min(width, PART.at(rows)))
+            shape = Tile.holding(block_of(part), elements=PART_THREAD.value)
         elif is_nvidia(gate.device):
             shape = Tile.holding(block_of(width), elements=ROW_THREAD.at(turns), most_warps=ROW_WARPS.at(turns))
             ahead = STAGES.value * 2 * shape.block * gate.element_size()
@@ -117,11 +115,10 @@ def launch(gate: Tensor, up: Tensor, rounding: str, finish: Finish) -> tuple[Ten
             shape = Tile.holding(block_of(width), elements=ROW_THREAD.at(0))
         with torch.cuda.device_of(gate):
             _silu_and_mul[(triton.cdiv(width, shape.block), programs)](
-                gates, ups, results[0], *finish.pointers(results), rows, gates.stride(0), ups.stride(0),
-                finish.min_scale,
+                gates, ups, epilogue.arguments(results), rows, gates.stride(0), ups.stride(0),
                 WIDTH=width, BLOCK=shape.block, LOOPS=programs < rows, STAGES=stages,
                 EVICTION=eviction(gate, up, *results),
                 ROUNDS_ACTIVATED=ActivationRounding(rounding) is ActivationRounding.LLAMA,
-                NVIDIA=is_nvidia(gate.device), **finish.constants(width), **shape.launch(gate),
+                STORE=epilogue.store, CONSTANTS=epilogue.constants, NVIDIA=is_nvidia(gate.device), **shape.launch(gate),
             )  # fmt: skip
     return results

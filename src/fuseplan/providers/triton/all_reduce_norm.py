@@ -1,4 +1,4 @@
-"""All-reduce [-> residual add] -> RMSNorm [-> pad, static or dynamic fp8 quantisation], in one kernel.
+"""All-reduce [-> residual add] -> RMSNorm [-> an epilogue], in one kernel.
 
 total = sum over ranks of x [+ residual];  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
@@ -30,8 +30,9 @@ from torch import Tensor
 
 from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
-from fuseplan.providers.triton.launching import Finish, Norm, Tile, block_of, flattened, is_nvidia
-from fuseplan.providers.triton.rows import normalized, rounded, store_finished, within
+from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.launching import Norm, Tile, block_of, flattened, is_nvidia
+from fuseplan.providers.triton.rows import normalized, rounded, within
 from fuseplan.providers.triton.tuned import (
     AHEAD_REGISTERS,
     AHEAD_THREAD,
@@ -140,11 +141,11 @@ def reduced(
 
 @triton.jit(do_not_specialize=["rows", "limit", "shot_units", "sums_units_at", "sums_units"])
 def _all_reduce_norm(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, scale_ptr, scales_ptr, mine, distances, state, failure,
-    rows, x_row, residual_row, weight_dim, eps, min_scale, limit, shot_units, sums_units_at, sums_units,
-    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
-    ROUNDS_SUM: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, EPILOGUE: tl.constexpr,
-    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, distances, state, failure,
+    rows, x_row, residual_row, weight_dim, eps, limit, shot_units, sums_units_at, sums_units,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
+    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
+    LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
     PLAYS_ALL: tl.constexpr,
 ):  # fmt: skip
@@ -256,10 +257,7 @@ def _all_reduce_norm(
         if ADDS and ROUNDS_SUM:
             total = rounded(total, dtype)
         y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
-        store_finished(
-            y, y_ptr, scale_ptr, scales_ptr, row, column, (row >= 0) & (row < rows), min_scale, dtype, WIDTH,
-            OUT_WIDTH, EPILOGUE, MOST, MULTIPLIES, NVIDIA,
-        )  # fmt: skip
+        STORE(y, arguments, row, 0, (row >= 0) & (row < rows), dtype, WIDTH, CONSTANTS, NVIDIA)
     # Empty the rest of what a larger call has left, and all sums if this call has none.
     emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program
     for chunk in range(emptied, tl.cdiv(written, ROWS * BLOCK), programs):
@@ -286,11 +284,11 @@ class Schedule:
     lag: int
 
     @classmethod
-    def of(cls, x: Tensor, finish: Finish, workspace: Workspace) -> "Schedule":
+    def of(cls, x: Tensor, epilogue: Epilogue, workspace: Workspace) -> "Schedule":
         """For rows x [rows, hidden]."""
         rows, width = x.shape
         # The fewest of any rank: the ranks' grids have to be equal, since they say which rank owns a row.
-        processors, block = workspace.processors, block_of(finish.width(width))
+        processors, block = workspace.processors, block_of(epilogue.width(width))
         # A rank sends N - 1 messages in one shot, and 2 / N of that in two.
         saved = rows * width * x.element_size() * (workspace.ranks - 1) * (1 - 2 / workspace.ranks)
         two_shot = not workspace.one_shot and saved > SECOND_WAIT_BYTES.value
@@ -328,7 +326,7 @@ def launch(
     x: Tensor,
     residual: Tensor | None,
     norm: Norm,
-    finish: Finish,
+    epilogue: Epilogue,
     workspace: Workspace,
     schedule: Schedule | None = None,
 ) -> tuple[Tensor, ...]:
@@ -338,7 +336,7 @@ def launch(
         x: [..., hidden], any strides; bfloat16, float16 or float32; equal shapes on all ranks.
         residual: the same, or float32; None: there is none.
         norm: weight, epsilon and rounding.
-        finish: the epilogue.
+        epilogue: what is done to rows before they are stored.
         workspace: of the group, for x's dtype.
         schedule: None: by size. A message that doesn't fit in the workspace takes several launches.
 
@@ -350,23 +348,23 @@ def launch(
     """
     flat = flattened(x)
     rows, width = flat.shape
-    results = finish.results(x)
+    results = epilogue.results(x)
     total = x.new_empty(x.shape, dtype=x.dtype if residual is None else norm.total_dtype(x))
     if not x.numel():
         return *results, total
-    chosen = schedule or Schedule.of(flat, finish, workspace)
+    chosen = schedule or Schedule.of(flat, epilogue, workspace)
     outputs = [each.view(rows, -1) for each in (*results, total)]
     added = flat if residual is None else flattened(residual)
     most = chosen.most_rows(width, workspace)
     with torch.cuda.device_of(x), workspace.held():
         for start in range(0, rows, most):
             part, rest, *written = (each[start : start + most] for each in (flat, added, *outputs))
-            _launch(part, rest if residual is not None else None, norm, finish, workspace, chosen, written)
+            _launch(part, rest if residual is not None else None, norm, epilogue, workspace, chosen, written)
     return *results, total
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish, workspace: Workspace, schedule: Schedule,
+    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue, workspace: Workspace, schedule: Schedule,
     outputs: Sequence[Tensor],
 ) -> None:  # fmt: skip
     rows, width = x.shape
@@ -374,13 +372,13 @@ def _launch(
     added, programs = x if residual is None else residual, min(rows, schedule.programs)
     workspace.require(*schedule.words(width, rows, workspace))
     _all_reduce_norm[(programs,)](
-        x, added, norm.weight, results[0], total, *finish.pointers(tuple(results)),
-        workspace.words, workspace.distances, workspace.state, workspace.failure,
-        rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, finish.min_scale, workspace.limit,
+        x, added, norm.weight, epilogue.arguments(tuple(results)), total, workspace.words, workspace.distances,
+        workspace.state, workspace.failure,
+        rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, workspace.limit,
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
         TIMED=workspace.timed, PLAYS_ALL=workspace.alone and schedule.two_shot,
-        **norm.constants, **finish.constants(width), **schedule.tile.launch(x),
+        STORE=epilogue.store, CONSTANTS=epilogue.constants, **norm.constants, **schedule.tile.launch(x),
         NVIDIA=is_nvidia(x.device),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fuseplan.dialect import QuantRounding, Rounding
+from fuseplan.dialect import Rounding
 from fuseplan.ops import compute_dtype
 from fuseplan.providers.triton.tuned import L2_SHARE
 
@@ -42,62 +42,6 @@ class Norm:
             "ROUNDS_SUM": convention.rounds_sum,
             "ROUNDS_NORMED": convention.rounds_normed,
             "ADDS_ONE": convention.adds_one,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finish:
-    """An epilogue and its arguments; nothing by default.
-
-    Attributes:
-        kind: `none`, `pad`, `static_fp8_quant` or `dynamic_fp8_quant`.
-        right: zeros behind each row.
-        scale: one float32 element.
-        dtype: of fp8 codes.
-        min_scale: the least scale of a row.
-        quant_rounding: how a scale is applied.
-    """
-
-    kind: str = "none"
-    right: int = 0
-    scale: Tensor | None = None
-    dtype: torch.dtype | None = None
-    min_scale: float = 0.0
-    quant_rounding: str = QuantRounding.DIVIDE.value
-
-    @classmethod
-    def of(cls, suffix: str | None, arguments: tuple[Any, ...]) -> "Finish":
-        """From a fused op's own arguments, in their order; `suffix` is its epilogue's."""
-        names = {
-            None: (),
-            "pad": ("right",),
-            "static_fp8_quant": ("scale", "dtype", "quant_rounding"),
-            "dynamic_fp8_quant": ("dtype", "min_scale", "quant_rounding"),
-        }[suffix]
-        return cls(kind=suffix or "none", **dict(zip(names, arguments, strict=True)))
-
-    def width(self, width: int) -> int:
-        """Of a row that is stored."""
-        return width + self.right
-
-    def results(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Empty results for activations x."""
-        y = x.new_empty((*x.shape[:-1], self.width(x.shape[-1])), dtype=self.dtype or x.dtype)
-        if self.kind != "dynamic_fp8_quant":
-            return (y,)
-        return y, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-    def pointers(self, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """(scale to read, scales to write); y where there are none, which is not touched."""
-        return results[0] if self.scale is None else self.scale, results[-1]
-
-    def constants(self, width: int) -> Mapping[str, Any]:
-        """What a kernel is compiled for."""
-        return {
-            "OUT_WIDTH": self.width(width),
-            "EPILOGUE": ("none", "pad", "static_fp8_quant", "dynamic_fp8_quant").index(self.kind),
-            "MOST": 0.0 if self.dtype is None else torch.finfo(self.dtype).max,
-            "MULTIPLIES": QuantRounding(self.quant_rounding) is QuantRounding.MULTIPLY,
         }
 
 

@@ -1,4 +1,4 @@
-"""[residual add ->] RMSNorm -> pad, static or dynamic fp8 quantisation, in one kernel.
+"""[residual add ->] RMSNorm -> an epilogue, in one kernel.
 
 total = x + residual;  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
@@ -11,28 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fuseplan.providers.triton.launching import (
-    Finish,
-    Norm,
-    Tile,
-    block_of,
-    eviction,
-    flattened,
-    is_nvidia,
-    multiprocessors,
-)
-from fuseplan.providers.triton.rows import normalized, rounded, store_finished, within
-from fuseplan.providers.triton.tuned import NORM_THREAD
+from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.launching import Norm, Tile, block_of, eviction, flattened, is_nvidia, multiprocessors
+from fuseplan.providers.triton.rows import normalized, rounded, within
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _norm(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, scale_ptr, scales_ptr,
-    rows, x_row, residual_row, weight_dim, eps, min_scale,
-    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
-    ROUNDS_SUM: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, EPILOGUE: tl.constexpr,
-    MOST: tl.constexpr, MULTIPLIES: tl.constexpr, EVICTION: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, rows, x_row, residual_row, weight_dim, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
+    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
+    EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)
@@ -54,20 +43,17 @@ def _norm(
         if ROUNDS_SUM:
             total = rounded(total, dtype)
     y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
-    store_finished(
-        y, y_ptr, scale_ptr, scales_ptr, row, column, row < rows, min_scale, dtype, WIDTH, OUT_WIDTH, EPILOGUE, MOST,
-        MULTIPLIES, NVIDIA,
-    )  # fmt: skip
+    STORE(y, arguments, row, 0, row < rows, dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
-def launch(x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish) -> tuple[Tensor, ...]:
+def launch(x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue) -> tuple[Tensor, ...]:
     """The family's op.
 
     Args:
         x: [..., hidden], any strides; bfloat16, float16 or float32.
         residual: the same, or float32; None: there is none.
         norm: weight, epsilon and rounding.
-        finish: the epilogue.
+        epilogue: what is done to rows before they are stored.
 
     Returns:
         The epilogue's results, and x + residual where there is a residual.
@@ -75,18 +61,19 @@ def launch(x: Tensor, residual: Tensor | None, norm: Norm, finish: Finish) -> tu
     flat = flattened(x)
     rows, width = flat.shape
     added = None if residual is None else flattened(residual)
-    results = finish.results(x)
+    results = epilogue.results(x)
     totals = () if residual is None else (x.new_empty(x.shape, dtype=norm.total_dtype(x)),)
     if x.numel():
-        elements = NORM_THREAD.get(finish.kind, NORM_THREAD["none"]).at(rows / multiprocessors(x.device))
-        shape = Tile.holding(block_of(finish.width(width)), elements=elements)
+        elements = epilogue.elements.at(rows / multiprocessors(x.device))
+        shape = Tile.holding(block_of(epilogue.width(width)), elements=elements)
         with torch.cuda.device_of(x):
             _norm[(triton.cdiv(rows, shape.rows),)](
-                flat, flat if added is None else added, norm.weight, results[0], totals[0] if totals else results[0],
-                *finish.pointers(results), rows, flat.stride(0), 0 if added is None else added.stride(0),
-                norm.weight.stride(0), norm.eps, finish.min_scale,
+                flat, flat if added is None else added, norm.weight, epilogue.arguments(results),
+                totals[0] if totals else results[0], rows, flat.stride(0), 0 if added is None else added.stride(0),
+                norm.weight.stride(0), norm.eps,
                 WIDTH=width, ROWS=shape.rows, BLOCK=shape.block, ADDS=residual is not None,
                 EVICTION=eviction(x, *(() if residual is None else (residual,)), *results, *totals),
-                **norm.constants, **finish.constants(width), **shape.launch(x), NVIDIA=is_nvidia(x.device),
+                STORE=epilogue.store, CONSTANTS=epilogue.constants, **norm.constants, **shape.launch(x),
+                NVIDIA=is_nvidia(x.device),
             )  # fmt: skip
     return (*results, *totals)

@@ -1,10 +1,6 @@
-"""What all kernels of the norm and activation families share: rows in registers, normalised, finished and stored."""
+"""What all kernels of the norm and activation families share, and their epilogues: rows in registers."""
 
-import triton
-import triton.language as tl
-
-NONE, PAD, STATIC, DYNAMIC = (tl.constexpr(kind) for kind in range(4))
-"""Epilogues: none, zeros behind each row, fp8 by a given scale, fp8 by a scale of each row."""
+from fuseplan.providers.triton.language import tl, triton
 
 
 @triton.jit
@@ -38,38 +34,10 @@ def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.
 
 @triton.jit
 def dynamic_scale(y, min_scale, MOST: tl.constexpr):
-    """max(amax(|y|) / MOST, min_scale) of each row of y [ROWS, BLOCK], NaN where y has one."""
-    scale = tl.div_rn(tl.max(tl.abs(y), axis=1), MOST)
+    """max(amax(|y|) / MOST, min_scale) over the last dimension of y, NaN where y has one."""
+    scale = tl.div_rn(tl.max(tl.abs(y), axis=-1), MOST)
     scale = tl.where(scale < min_scale, min_scale, scale)
-    return tl.where(tl.max((y != y).to(tl.int32), axis=1) > 0, float("nan"), scale)
-
-
-@triton.jit
-def store_finished(
-    y, y_ptr, scale_ptr, scales_ptr, row, column, valid, min_scale,
-    DTYPE: tl.constexpr, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, EPILOGUE: tl.constexpr, MOST: tl.constexpr,
-    MULTIPLIES: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
-    """Stores rows y [ROWS, BLOCK], float32, 0 beyond WIDTH: rounded to DTYPE and then through the epilogue."""
-    out = row.to(tl.int64)[:, None] * OUT_WIDTH + column[None, :]
-    inside = valid[:, None] & within(column, WIDTH)[None, :]
-    if EPILOGUE == NONE:
-        tl.store(y_ptr + out, y.to(DTYPE), mask=inside)
-    elif EPILOGUE == PAD:
-        # A row of which something is infinite or NaN is NaN also beyond its end.
-        padded = tl.where(within(column, WIDTH)[None, :], y, 0.0)
-        tl.store(y_ptr + out, padded.to(DTYPE), mask=valid[:, None] & within(column, OUT_WIDTH)[None, :])
-    else:
-        y = rounded(y, DTYPE)
-        code: tl.constexpr = y_ptr.dtype.element_ty
-        if EPILOGUE == STATIC:
-            scale = tl.load(scale_ptr).to(tl.float32)
-            tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES, NVIDIA), mask=inside)
-        else:
-            scale = dynamic_scale(tl.where(inside, y, 0.0), min_scale, MOST)
-            codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, NVIDIA)
-            tl.store(y_ptr + out, codes, mask=inside)
-            tl.store(scales_ptr + row, scale, mask=valid)
+    return tl.where(tl.max((y != y).to(tl.int32), axis=-1) > 0, float("nan"), scale)
 
 
 @triton.jit

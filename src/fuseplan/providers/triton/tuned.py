@@ -85,7 +85,7 @@ NORM_THREAD: Final[Mapping[str, Found]] = {
         _KERNELS, "The same before dynamic fp8 quantisation.", (1, 8), (4, 16), (inf, 32), source=_NORM_SOURCE
     ),
 }  # fmt: skip
-"""Of the norm kernel, by epilogue; those that aren't listed are as `none`."""
+"""Of the norm kernel, by epilogue."""
 
 PART: Final = _found(
     _KERNELS, "Elements of a row that a program takes, where others may take the rest, by rows.", (8, 512), (inf, 1024)

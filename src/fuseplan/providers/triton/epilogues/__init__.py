@@ -1,0 +1,80 @@
+"""What rows go through before they are stored, a file an epilogue.
+
+A file has the device function and an `Epilogue`, which it binds to `EPILOGUE`. It is named after the suffix of its
+fused ops, `none` where they have none. Nothing else names one.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fuseplan.dialect import QuantRounding
+from fuseplan.providers.triton.tuned import NORM_THREAD, Found
+from fuseplan.record import Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """An epilogue as a fused op asks for it. Fields are the op's own arguments, by their names in its schema.
+
+    Attributes:
+        store: the device function, `store(y, arguments, row, first, valid, DTYPE, WIDTH, CONSTANTS, NVIDIA)`. It rounds
+            a tile y [ROWS, BLOCK], float32, 0 beyond WIDTH, to DTYPE, and stores what it makes of that. `row` [ROWS]
+            are its rows, stored where they are `valid`, and `first` is its first column.
+        whole_row: whether a tile must hold all of a row.
+        elements: that a thread of a norm holds, by rows for each multiprocessor.
+    """
+
+    store: ClassVar[Any]
+    whole_row: ClassVar[bool] = False
+    elements: ClassVar[Found] = NORM_THREAD["none"]
+
+    @classmethod
+    def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
+        """Why the device function doesn't take a fused op's arguments m, of activations x, or None."""
+        return None
+
+    @property
+    def unit(self) -> int:
+        """Elements of a row that a tile must hold together, a power of two: tiles take multiples of it."""
+        return 1
+
+    def width(self, width: int) -> int:
+        """Of a row that is stored."""
+        return width
+
+    def results(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Empty results for activations x."""
+        return (x.new_empty((*x.shape[:-1], self.width(x.shape[-1]))),)
+
+    def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Tensors and floats that the device function is called with, `results` among them."""
+        return results
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """What the device function is compiled for."""
+        return ()
+
+
+SUFFIXES: frozenset[str | None] = frozenset(
+    None if each.name == "none" else each.name for each in pkgutil.iter_modules(__path__)
+)
+"""Of fused ops, for which there is an epilogue; None: without one."""
+
+
+@cache
+def epilogue_of(suffix: str | None) -> type[Epilogue]:
+    """The epilogue of the fused ops with that suffix."""
+    found: type[Epilogue] = importlib.import_module(f"{__name__}.{suffix or 'none'}").EPILOGUE
+    return found
+
+
+def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool]:
+    """(the largest code, whether a scale is applied by its reciprocal), as `rows.quantized` takes them."""
+    return torch.finfo(dtype).max, QuantRounding(quant_rounding) is QuantRounding.MULTIPLY

@@ -1,0 +1,109 @@
+"""fp8 by a scale of each group of elements of a row."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fuseplan.graph.facts import equal_size
+from fuseplan.providers.triton.epilogues import Epilogue, code_constants
+from fuseplan.providers.triton.language import tl, triton
+from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
+from fuseplan.providers.triton.tuned import NORM_THREAD, Found
+from fuseplan.record import Reason, Refusal
+
+
+@triton.jit
+def store_by_scales_of_groups(
+    y, arguments, row, first, valid,
+    DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Stores rows as codes, and the scales of their groups."""
+    y_ptr, scale_ptr, min_scale = arguments
+    MOST: tl.constexpr = CONSTANTS[0]
+    MULTIPLIES: tl.constexpr = CONSTANTS[1]
+    GROUP: tl.constexpr = CONSTANTS[2]
+    UE8M0: tl.constexpr = CONSTANTS[3]
+    GROUPS: tl.constexpr = WIDTH // GROUP
+    column = first + tl.arange(0, y.shape[1])
+    out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    inside = valid[:, None] & within(column, WIDTH)[None, :]
+    y = tl.reshape(tl.where(inside, rounded(y, DTYPE), 0.0), [y.shape[0], y.shape[1] // GROUP, GROUP])
+    scale = dynamic_scale(y, min_scale, MOST)
+    if UE8M0:
+        scale = power_of_two_from(scale)
+    codes = quantized(y, scale[:, :, None], y_ptr.dtype.element_ty, MOST, MULTIPLIES, NVIDIA)
+    tl.store(y_ptr + out, tl.reshape(codes, out.shape), mask=inside)
+    group = first // GROUP + tl.arange(0, y.shape[1])
+    at = row.to(tl.int64)[:, None] * GROUPS + group[None, :]
+    tl.store(scale_ptr + at, scale, mask=valid[:, None] & within(group, GROUPS)[None, :])
+
+
+@triton.jit
+def power_of_two_from(x):
+    """2^ceil(log2(x)), at least 2^-126, of positive x, float32; 0, infinity and NaN stay."""
+    bits = x.to(tl.int32, bitcast=True)
+    up = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, up, x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupFp8(Epilogue):
+    """Of each group of elements of a row:
+
+    scale = max(amax(|y|) / fp8_max, min_scale);  clamp(y / scale, -fp8_max, fp8_max).to(dtype)
+
+    Attributes:
+        group_size: elements of a group, a power of two; rows are whole groups.
+        dtype: of the codes.
+        min_scale: the least scale of a group.
+        ue8m0: whether scales are rounded up to powers of two.
+        quant_rounding: how a scale is applied.
+    """
+
+    store: ClassVar[Any] = store_by_scales_of_groups
+    elements: ClassVar[Found] = replace(NORM_THREAD["dynamic_fp8_quant"], source="as with a scale a row; not measured")
+    group_size: int
+    dtype: torch.dtype
+    min_scale: float
+    ue8m0: bool
+    quant_rounding: str
+
+    @classmethod
+    def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
+        """Why groups are refused that no tile holds, or that don't divide a row."""
+        size, width = m.group_size, x.shape[-1]
+        if size < 1 or size & (size - 1):
+            expected = "a group size that is a power of two"
+        elif not equal_size(width % size, 0):
+            expected = f"a hidden size that is a multiple of {size}"
+        else:
+            return None
+        return Refusal(
+            reason=Reason.SIZE,
+            detail=f"fuseplan's Triton kernels take {expected}, not groups of {size} in rows of {width}",
+            expected=expected, found=f"group size {size}, hidden size {width}", mend="let another provider run it",
+        )  # fmt: skip
+
+    @property
+    def unit(self) -> int:
+        """Elements of a group."""
+        return self.group_size
+
+    def results(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Empty codes and scales [..., width / group_size] for activations x."""
+        codes = x.new_empty(x.shape, dtype=self.dtype)
+        return codes, x.new_empty((*x.shape[:-1], x.shape[-1] // self.group_size), dtype=torch.float32)
+
+    def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """(codes, scales, the least scale)"""
+        return *results, self.min_scale
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """What the device function is compiled for."""
+        return *code_constants(self.dtype, self.quant_rounding), self.group_size, self.ue8m0
+
+
+EPILOGUE = GroupFp8

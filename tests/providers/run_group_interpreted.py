@@ -1,0 +1,134 @@
+"""Runs fp8 by groups behind fuseplan's Triton kernels by Triton's interpreter and prints, as one JSON object, by case:
+whether it makes of the kernels' rows what the reference makes of them, bit for bit.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fuseplan.dialect import QuantRounding, Rounding
+from fuseplan.providers.triton import activation, norm
+from fuseplan.providers.triton.epilogues import epilogue_of
+from fuseplan.providers.triton.launching import Norm
+from tests.providers.run_interpreted import rounded
+
+FN, LEAST = torch.float8_e4m3fn, 1e-10
+
+
+def per_token_group_fp8_quant_reference(
+    x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, ue8m0: bool, rounding: str
+) -> tuple[Tensor, Tensor]:
+    """Of each group of elements of a row:
+
+    scale = max(amax(|x|) / fp8_max, min_scale);  q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
+
+    Args:
+        x: [..., hidden].
+        group_size: elements of a group; rows are whole groups.
+        dtype: of q.
+        min_scale: the smallest scale.
+        ue8m0: whether scales are rounded up to powers of two.
+        rounding: one of `QuantRounding`.
+
+    Returns:
+        (q, scale): [..., hidden] in `dtype` and [..., hidden / group_size] in float32.
+    """
+    most = torch.finfo(dtype).max
+    groups = x.float().unflatten(-1, (-1, group_size))
+    scale = (groups.abs().amax(-1, keepdim=True) / most).clamp(min=min_scale)
+    if ue8m0:
+        mantissa, exponent = torch.frexp(scale)
+        up = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = torch.where(scale.isfinite(), up, scale)
+    scaled = groups / scale if QuantRounding(rounding) is QuantRounding.DIVIDE else groups * scale.reciprocal()
+    return scaled.clamp(-most, most).to(dtype).flatten(-2), scale.squeeze(-1)
+
+
+def arguments(group_size: int, min_scale: float, ue8m0: bool, rounding: str) -> dict[str, Any]:
+    """A fused op's own, in their order."""
+    return {
+        "group_size": group_size, "dtype": FN, "min_scale": min_scale, "ue8m0": ue8m0, "quant_rounding": rounding
+    }  # fmt: skip
+
+
+def activations(rows: int, width: int, seed: int) -> Tensor:
+    """Rows of unlike magnitude, the last of them zeros."""
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return (x * torch.logspace(-3, 3, rows)[:, None]).bfloat16()
+
+
+def same(got: Tensor, wanted: Tensor) -> bool:
+    """Whether shapes, dtypes and bits are equal, NaN being NaN whatever its bits are."""
+    if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or not got.is_contiguous():
+        return False
+    nan = wanted.float().isnan()
+    return torch.equal(got.float().isnan(), nan) and torch.equal(got.float()[~nan], wanted.float()[~nan])
+
+
+def normed(x: Tensor, own: dict[str, Any]) -> bool:
+    """Behind residual add and RMSNorm."""
+    residual, weight = x.flip(0).contiguous(), activations(1, x.shape[-1], 9)[0]
+    how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
+    y, _ = norm.launch(x, residual, how, epilogue_of(None)())
+    *got, _ = norm.launch(x, residual, how, epilogue_of("group_fp8_quant")(**own))
+    return all(map(same, got, per_token_group_fp8_quant_reference(y, *own.values())))
+
+
+def activated(x: Tensor, own: dict[str, Any]) -> bool:
+    """Behind SiLU-and-mul."""
+    up = x.flip(1).contiguous()
+    (y,) = activation.launch(x, up, "llama", epilogue_of(None)())
+    got = activation.launch(x, up, "llama", epilogue_of("group_fp8_quant")(**own))
+    return all(map(same, got, per_token_group_fp8_quant_reference(y, *own.values())))
+
+
+def cases() -> dict[str, bool]:
+    """By kernel, shape, group size and rounding."""
+    found = {}
+    for width, group in ((2880, 64), (7168, 128), (128, 128), (64, 64), (1024, 512), (2880, 32)):
+        for rows in (1, 3, 9) if width <= 2880 else (2,):
+            for ue8m0 in (False, True):
+                rounding = "multiply" if rows == 3 else "divide"
+                own = arguments(group, LEAST, ue8m0, rounding)
+                x = activations(rows, width, width + rows)
+                for kernel in (normed, activated):
+                    found[f"{kernel.__name__} {rows}x{width} {group} {ue8m0} {rounding}"] = kernel(x, own)
+    return found
+
+
+def not_finite() -> dict[str, bool]:
+    """Zeros, infinity and NaN; scales that are powers of two; a least scale."""
+    found = {}
+    for ue8m0 in (False, True):
+        for rounding in ("divide", "multiply"):
+            for least in (LEAST, 0.3):
+                own = arguments(64, least, ue8m0, rounding)
+                x = activations(5, 192, 1)
+                x[0, 1], x[1, 70], x[2], x[3, 64:128] = float("inf"), float("nan"), 0.0, 0.0
+                x[4] = 448 * 2.0**20
+                for kernel in (normed, activated):
+                    found[f"{kernel.__name__} {ue8m0} {rounding} {least}"] = kernel(x, own)
+    return found
+
+
+def powers() -> bool:
+    """Whether scales that are powers of two stay, and the next number goes up to the next one."""
+    y = torch.full((3, 64), 448.0 * 2**-3)
+    y[1], y[2] = torch.nextafter(y[1], torch.tensor(torch.inf)), y[2] * 1.5
+    # SiLU of that much is the identity.
+    epilogue = epilogue_of("group_fp8_quant")(**arguments(64, LEAST, True, "divide"))
+    _, scale = activation.launch(y, torch.ones_like(y), "llama", epilogue)
+    return scale.flatten().tolist() == [0.125, 0.25, 0.25]
+
+
+def main() -> None:
+    interpreter._convert_float = rounded
+    torch.set_num_threads(1)
+    print(json.dumps({"cases": cases(), "not finite": not_finite(), "powers": powers()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""fp8 by groups behind fuseplan's Triton kernels, by Triton's interpreter in a process of its own."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fuseplan.providers.triton.epilogues import epilogue_of
+from fuseplan.record import Reason
+from fuseplan.rules import Bindings
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.providers.run_group_interpreted"], check=False, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@needs_triton
+def test_it_gives_the_references_bits(interpreted: dict[str, Any]) -> None:
+    """Both roundings, scales rounded up to powers of two or not, groups of 32 to 512, rows that no tile divides."""
+    assert len(interpreted["cases"]) == 64
+    assert all(interpreted["cases"].values()), interpreted["cases"]
+
+
+@needs_triton
+def test_zeros_infinity_and_nan_stay_within_their_groups(interpreted: dict[str, Any]) -> None:
+    assert len(interpreted["not finite"]) == 16
+    assert all(interpreted["not finite"].values()), interpreted["not finite"]
+
+
+@needs_triton
+def test_powers_of_two_stay_and_what_is_above_goes_up(interpreted: dict[str, Any]) -> None:
+    assert interpreted["powers"]
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "detail"),
+    [
+        (64, 2880, None),
+        (128, 7168, None),
+        (128, 2880, "a hidden size that is a multiple of 128, not groups of 128 in rows of 2880"),
+        (96, 2880, "a group size that is a power of two, not groups of 96 in rows of 2880"),
+        (0, 2880, "a group size that is a power of two, not groups of 0 in rows of 2880"),
+    ],
+)
+def test_what_it_declines(size: int, width: int, detail: str | None) -> None:
+    refusal = epilogue_of("group_fp8_quant").refuse(torch.empty(2, width), Bindings("any", {"group_size": size}))
+    if detail is None:
+        assert refusal is None
+    else:
+        assert refusal is not None
+        assert refusal.reason is Reason.SIZE
+        assert refusal.detail == f"fuseplan's Triton kernels take {detail}"
