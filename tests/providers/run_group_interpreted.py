@@ -9,42 +9,14 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fuseplan.dialect import QuantRounding, Rounding
+from fuseplan.dialect import Rounding
+from fuseplan.parts.group_fp8 import reference
 from fuseplan.providers.triton import activation, norm
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm
 from tests.providers.run_interpreted import rounded
 
 FN, LEAST = torch.float8_e4m3fn, 1e-10
-
-
-def per_token_group_fp8_quant_reference(
-    x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, ue8m0: bool, rounding: str
-) -> tuple[Tensor, Tensor]:
-    """Of each group of elements of a row:
-
-    scale = max(amax(|x|) / fp8_max, min_scale);  q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
-
-    Args:
-        x: [..., hidden].
-        group_size: elements of a group; rows are whole groups.
-        dtype: of q.
-        min_scale: the smallest scale.
-        ue8m0: whether scales are rounded up to powers of two.
-        rounding: one of `QuantRounding`.
-
-    Returns:
-        (q, scale): [..., hidden] in `dtype` and [..., hidden / group_size] in float32.
-    """
-    most = torch.finfo(dtype).max
-    groups = x.float().unflatten(-1, (-1, group_size))
-    scale = (groups.abs().amax(-1, keepdim=True) / most).clamp(min=min_scale)
-    if ue8m0:
-        mantissa, exponent = torch.frexp(scale)
-        up = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
-        scale = torch.where(scale.isfinite(), up, scale)
-    scaled = groups / scale if QuantRounding(rounding) is QuantRounding.DIVIDE else groups * scale.reciprocal()
-    return scaled.clamp(-most, most).to(dtype).flatten(-2), scale.squeeze(-1)
 
 
 def arguments(group_size: int, min_scale: float, ue8m0: bool, rounding: str) -> dict[str, Any]:
@@ -74,7 +46,7 @@ def normed(x: Tensor, own: dict[str, Any]) -> bool:
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
     y, _ = norm.launch(x, residual, how, epilogue_of(None)())
     *got, _ = norm.launch(x, residual, how, epilogue_of("group_fp8_quant")(**own))
-    return all(map(same, got, per_token_group_fp8_quant_reference(y, *own.values())))
+    return all(map(same, got, reference(y, *own.values())))
 
 
 def activated(x: Tensor, own: dict[str, Any]) -> bool:
@@ -82,7 +54,7 @@ def activated(x: Tensor, own: dict[str, Any]) -> bool:
     up = x.flip(1).contiguous()
     (y,) = activation.launch(x, up, "llama", epilogue_of(None)())
     got = activation.launch(x, up, "llama", epilogue_of("group_fp8_quant")(**own))
-    return all(map(same, got, per_token_group_fp8_quant_reference(y, *own.values())))
+    return all(map(same, got, reference(y, *own.values())))
 
 
 def cases() -> dict[str, bool]:

@@ -31,15 +31,15 @@ ROWS = (1, 2, 8, 9, 64, 132, 133, 264, 265, 304, 528, 529, 660, 661, 1056, 1057,
 WIDTHS = (100, 2880, 8192, 14336, 65536)
 
 
-def made(suffix: str | None, **arguments: Any) -> Any:
+def finish(suffix: str | None, **arguments: Any) -> Any:
     return epilogue_of(suffix)(**arguments)
 
 
 FINISHES: dict[str, Any] = {
-    "none": made(None),
-    "pad": made("pad", right=192),
-    "static": made("static_fp8_quant", scale=torch.ones(1), dtype=torch.float8_e4m3fn, quant_rounding="divide"),
-    "dynamic": made("dynamic_fp8_quant", dtype=torch.float8_e4m3fn, min_scale=1e-5, quant_rounding="divide"),
+    "none": finish(None),
+    "pad": finish("pad", right=192),
+    "static": finish("static_fp8_quant", scale=torch.ones(1), dtype=torch.float8_e4m3fn, quant_rounding="divide"),
+    "dynamic": finish("dynamic_fp8_quant", dtype=torch.float8_e4m3fn, min_scale=1e-5, quant_rounding="divide"),
 }
 CHOICES = ("ROWS", "BLOCK", "STAGES", "LOOPS", "EVICTION", "Q_ROWS", "K_ROWS", "WIDTH", "num_warps", "maxnreg",
            "launch_pdl")  # fmt: skip

@@ -127,7 +127,9 @@ class Member:
             f"({', '.join(parameters)}) -> {'Tensor' if count == 1 else outputs}",
             reference=reference,
             fake=fake,
-            samples=[self._sample(sample) for sample in self.op.samples],
+            samples=[
+                self._sample(each) for each in self.op.samples if each.width % (epilogue.unit if epilogue else 1) == 0
+            ],
             error_factor=self.op.error_factor,
             fused=True,
             collective=any(op.collective for op in self.parts),

@@ -24,10 +24,17 @@ _INLINED: set[str] = set()
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One set of arguments that an op accepts: `make(device, generator)` returns them, fresh and random."""
+    """One set of arguments that an op accepts: `make(device, generator)` returns them, fresh and random.
+
+    Attributes:
+        name: for a person.
+        make: makes them.
+        width: of the first one's rows, where somebody asks.
+    """
 
     name: str
     make: Callable[[torch.device, torch.Generator], tuple[Any, ...]]
+    width: int = 0
 
 
 Draw = Callable[[tuple[int, ...], torch.device, torch.Generator], torch.Tensor]

@@ -170,6 +170,7 @@ class RowEpilogue(Epilogue):
         parameters: the op's arguments after the first, as they stand in a schema.
         results: how many tensors it yields.
         sample: values for `parameters` on a device.
+        unit: what the width of rows has to be a multiple of, for these.
         core_of: how the core's result is got back from the op's first one and the parameters by name; None: it isn't.
     """
 
@@ -178,6 +179,7 @@ class RowEpilogue(Epilogue):
     parameters: tuple[str, ...]
     results: int = 1
     sample: Callable[[torch.device], tuple[Any, ...]]
+    unit: int = 1
     core_of: Callable[[Any, Mapping[str, Any]], Any] | None = None
 
 

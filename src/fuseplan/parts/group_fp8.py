@@ -57,9 +57,12 @@ def fake(
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
+SAMPLE_GROUP = 64
+
+
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """(group_size, dtype, min_scale, ue8m0, rounding); vLLM divides a largest element of at least 1e-10 by 448."""
-    return 64, torch.float8_e4m3fn, 1e-10 / 448, False, QuantRounding.DIVIDE.value
+    return SAMPLE_GROUP, torch.float8_e4m3fn, 1e-10 / 448, False, QuantRounding.DIVIDE.value
 
 
 def _sample(shape: tuple[int, ...], group_size: int, *, ue8m0: bool) -> Sample:
@@ -219,6 +222,7 @@ PART = RowEpilogue(
     ),
     results=2,
     sample=_sample_arguments,
+    unit=SAMPLE_GROUP,
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.GROUPED_EPILOGUES, raise_groups),),
     traffic=GroupFp8,

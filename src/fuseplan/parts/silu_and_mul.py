@@ -59,7 +59,7 @@ def _samples() -> list[Sample]:
             return gate, up, rounding.value
 
         name = f"{rows_of(shape)}-{str(dtype).removeprefix('torch.')}-{rounding}"
-        return Sample(name=name, make=make)
+        return Sample(name=name, make=make, width=shape[-1])
 
     return [
         sample((1, 64), torch.float32, ActivationRounding.LLAMA),

@@ -96,7 +96,7 @@ def norm_samples(residual: bool) -> list[Sample]:
             return (*activations, weight.to(dtype), 1e-5, rounding.value)
 
         name = f"{rows_of(shape)}-{str(dtype).removeprefix('torch.')}-{rounding}"
-        return Sample(name=name, make=make)
+        return Sample(name=name, make=make, width=shape[-1])
 
     conventions = tuple(Rounding) if residual else (Rounding.LLAMA, Rounding.GPT_OSS, Rounding.GEMMA)
     cases: list[tuple[tuple[int, ...], torch.dtype, Rounding]]
