@@ -61,12 +61,12 @@ def find_matches(
         external: matches of others' passes, whose replacements read values in ways of their own.
     """
     outside = {node: match.anchor for match in external for node in external_inputs(match.consumed)}
-    layouts = Layouts(canonical, outside)
+    layouts = Layouts.of(canonical, outside)
     available = [p for p in sorted(providers, key=lambda p: p.name) if p.unavailable(device) is None]
     candidates: list[Match] = []
     misses: list[Miss] = []
     for rule in (member for _, members in sorted(rules.items()) for member in members):
-        for found, refusal in matches_of(rule, canonical):
+        for found, refusal in _found(rule, canonical):
             if refusal is not None:
                 misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
@@ -86,6 +86,14 @@ def find_matches(
             ]
     candidates.sort(key=lambda m: (m.anchor._sort_key, m.rule.name, m.rule.op.name, m.provider))
     return Matches(candidates=tuple(layouts.settle_readers(candidates)), misses=tuple(misses))
+
+
+def _found(rule: Rule, canonical: CanonicalGraph) -> list[tuple[Match, Refusal | None]]:
+    """`matches_of`, computed once a graph."""
+    known: dict[Rule, list[tuple[Match, Refusal | None]]] = canonical.known.setdefault(matches_of, {})
+    if rule not in known:
+        known[rule] = list(matches_of(rule, canonical))
+    return known[rule]
 
 
 def matches_of(rule: Rule, canonical: CanonicalGraph) -> Iterator[tuple[Match, Refusal | None]]:
