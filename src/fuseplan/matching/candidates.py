@@ -21,8 +21,9 @@ from fuseplan.graph.facts import (
     source_line,
     tensor_of,
 )
+from fuseplan.graph.layout import storage_of
 from fuseplan.graph.legality import external_inputs, is_convex
-from fuseplan.graph.reach import base_of, strided_reader
+from fuseplan.graph.reach import strided_reader
 from fuseplan.matching.external import ExternalMatch
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.matching.layouts import Layouts, Unkept
@@ -216,8 +217,12 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
 
 def _write_to(writers: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
     """Whether in-place ops may write to what some nodes read or yield."""
-    memory = {base_of(each) for node in nodes for each in (node, *node.all_input_nodes)}
-    return any(base_of(source) in memory for writer in writers for source in writer.all_input_nodes)
+    memory = _storages([each for node in nodes for each in (node, *node.all_input_nodes)])
+    return not memory.isdisjoint(_storages([source for writer in writers for source in writer.all_input_nodes]))
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {storage_of(value) for node in nodes if (value := tensor_of(node)) is not None}
 
 
 def _unknown_group(match: Match) -> Refusal | None:
