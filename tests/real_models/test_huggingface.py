@@ -67,7 +67,7 @@ def distances(left: list[Tensor], right: list[Tensor]) -> list[float]:
     return [(a.float() - b.float()).abs().max().item() for a, b in zip(left, right, strict=True)]
 
 
-NIGHTLY = {"phi3", "qwen3", "qwen3_moe"}
+NIGHTLY = {"mixtral", "phi3", "qwen3", "qwen3_moe"}
 """What these have, the others have too; `test_tensor_parallel` has all of them compute."""
 
 
