@@ -120,7 +120,7 @@ def test_lengths_that_need_not_be_equal_are_refused(checked: bool) -> None:
             torch._check(k.shape[2] == v.shape[2])
         return attend(hugging_face)(q, k, v, mask)
 
-    with symbolic_shapes_config.patch(use_duck_shape=False):
+    with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         report = planned(post_grad(model, q, k, v, mask), verify="always")
     assert applied(report) == ["sdpa_packed"] * checked
     reasons = [(each.reason, each.mend) for each in report.refusals if each.rule == "grouped_attention"]

@@ -53,7 +53,7 @@ class CanonicalGraph:
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
     dynamic_epsilons: list[fx.Node] = field(default_factory=list)
     raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
-    known: dict[Any, Any] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict, init=False)
     _constants: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     @classmethod
