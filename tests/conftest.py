@@ -1,3 +1,4 @@
+import os
 import signal
 from collections.abc import Iterator
 
@@ -5,6 +6,9 @@ import pytest
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
+
+# Scalar code: compiling it takes half as long, here and in the processes that tests start.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
 

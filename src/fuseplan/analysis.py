@@ -98,6 +98,7 @@ def graph_report(
     refusals += _unpriced(posed, decision)
     alone = "what it requires, or is applied together with, isn't applied"
     refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
+    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, why) for i, why in sorted(posed.unmet.items())]
     refusals += assumed_constants(posed.pricing.prices.model.hardware)
     if unmeasured := posed.problem.unmeasured(decision.selected):
         names = " and ".join(sorted({posed.candidates[index].rule for index in unmeasured}))
@@ -110,6 +111,7 @@ def graph_report(
     counts = [rule for rule, _, _ in matched]
     saved = posed.saved_by_size(decision.selected)
     is_planned = decision.solution is not None
+    told = posed.failed.keys() | posed.unmet.keys() | (posed.unpriced if is_planned else set())
     in_order = sorted(decision.selected, key=lambda i: (posed.candidates[i].provider == EXTERNAL, i))
     return GraphReport(
         graph=name,
@@ -124,7 +126,7 @@ def graph_report(
                 forbidden=lost.candidate in posed.ruled_out,
             )
             for lost in decision.lost
-            if lost.candidate not in posed.failed and not (is_planned and lost.candidate in posed.unpriced)
+            if lost.candidate not in told
         ),
         matched={rule: counts.count(rule) for rule in rules},
         recognized=canonical.recognized(),

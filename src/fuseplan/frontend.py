@@ -255,10 +255,11 @@ class _Backend(torch._TorchCompileInductorWrapper):
         self.deliver(report)
         if not groups_of(report):
             return compiled
+        later = self._later(model_, inputs_, extra, constants)
         return AgreedGraph(
             compiled,
-            self._without(model_, inputs_, extra, constants),
-            self._apart(model_, inputs_, extra, constants),
+            lambda: later(self.plain),
+            lambda why: later(self._apart(why)),
             lambda: self._settle(model_, report, digest_of(report)),
             lambda verdict: self.deliver(settled(report, verdict)),
         )
@@ -276,35 +277,27 @@ class _Backend(torch._TorchCompileInductorWrapper):
                 self._settle(gm, merged(self.fresh), failed(error))
             raise
 
-    def _without(
+    def _later(
         self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], constants: frozenset[str]
-    ) -> Callable[[], Any]:
-        """Compiles the graph without fusions, later, as it would be compiled now: the context of this moment has what
+    ) -> Callable[[Callable[..., Any]], Any]:
+        """Has a backend compile the graph, later, as it would be compiled now: the context of this moment has what
         Dynamo knows of its sizes.
         """
         context = TracingContext.try_get()
 
-        def compile_plain() -> Any:
-            with tracing(context), constant(constants):
-                return self.plain(gm, inputs, **extra)
-
-        return compile_plain
-
-    def _apart(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], constants: frozenset[str]
-    ) -> Callable[[str], Any]:
-        """The same with the fusions that need no memory that ranks share; all ranks settle on that plan anew."""
-        context = TracingContext.try_get()
-
-        def compile_apart(why: str) -> Any:
-            config, compile_range, deliver, options, dynamic, (passes, rules, providers, _) = self._given
-            apart = _Further(passes, rules, providers, why)
-            backend = _Backend(config, compile_range, deliver, options, dynamic, apart)
-            backend.config[HOOK].on_canonical = None  # the frame can't be traced again: it runs
+        def compile_by(backend: Callable[..., Any]) -> Any:
             with tracing(context), constant(constants):
                 return backend(gm, inputs, **extra)
 
-        return compile_apart
+        return compile_by
+
+    def _apart(self, why: str) -> "_Backend":
+        """The same with the fusions that need no memory that ranks share; all ranks settle on that plan anew."""
+        config, compile_range, deliver, options, dynamic, (passes, rules, providers, _) = self._given
+        apart = _Further(passes, rules, providers, why)
+        backend = _Backend(config, compile_range, deliver, options, dynamic, apart)
+        backend.config[HOOK].on_canonical = None  # the frame can't be traced again: it runs
+        return backend
 
     def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Verdict:
         manager: PostGradPassManager = self.config[HOOK]

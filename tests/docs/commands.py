@@ -31,10 +31,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     # No threads in the process that forks.
     "OPENBLAS_NUM_THREADS": "1",
-    # Scalar code, without headers compiled beforehand: the quickest to compile once.
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
-    "TORCHINDUCTOR_VEC_ISA_OK": "0",
 }
 
 

@@ -21,6 +21,7 @@ from docs.make_pictures import PICTURES, TERMINALS, lines_of
 from fuseplan.cli import app
 from fuseplan.record import Nearness, Reason
 from tests.docs.commands import Command, Forks, Outcome, Shell, commands_of, traced_once
+from tests.examples.printed import FUSED, check
 from tests.matching.test_obstacles import OBSTACLES
 
 LANGUAGES = ("python", "sh", "text", "none")
@@ -88,6 +89,8 @@ class Reader:
     def _command(self, block: Block, command: Command) -> str:
         outcome: Outcome = self.shell.run(command)
         assert outcome.status == command.status, f"{block}: {command}\n{outcome.output}"
+        for example in FUSED.keys() & set(command.arguments):
+            check(example, outcome.output)
         return outcome.output
 
     def _compare(self, block: Block) -> None:

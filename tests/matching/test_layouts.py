@@ -195,6 +195,38 @@ def test_who_reads_elements_alone_reads_the_slice(reader: str) -> None:
     check(returns(UNSEEN[reader]), (X, W), copies=0)
 
 
+@pytest.mark.parametrize("order", [("opaque", "pointwise"), ("pointwise", "opaque"), ("reshaped", "cast")])
+def test_layers_that_differ_in_a_reader_are_told_apart(order: tuple[str, str]) -> None:
+    def model(x: Tensor, w: Tensor) -> list[Any]:
+        results = []
+        for reader in order:
+            y = normed(x, w)
+            results += [padded(y), (SEEN | UNSEEN)[reader](y)]
+            x = x + y.relu()
+        return results
+
+    found = matches_in(graph_of(model, (X, W)).graph).candidates
+    assert [bool(match.copied) for match in found] == [reader in SEEN for reader in order]
+    assert [bool(match.loose) for match in found] == [reader in UNSEEN for reader in order]
+
+
+def test_layers_that_differ_in_a_promise_are_told_apart() -> None:
+    def model(x: Tensor, w: Tensor, turned: Tensor) -> list[Tensor]:
+        norms = [normed(each, w) for each in (x, turned, x * 2, turned * 2)]
+        return [*map(padded, norms), *norms]
+
+    found = matches_in(graph_of(model, (X, W, X.t().contiguous().t())).graph).candidates
+    promised = [match.copied[0].meta["val"].stride() for match in found]
+    assert promised == [(HIDDEN, 1), (1, 6)] * 2
+
+
+def test_ranges_of_one_graph_find_the_same() -> None:
+    canonical = canonicalize(graph_of(returns(SEEN["itself"]), (X, W)).graph)
+    first, second = (find_matches(canonical, PADDING, BUILT_IN_PROVIDERS[:1]) for _ in range(2))
+    assert [match.copied for match in first.candidates] == [match.copied for match in second.candidates]
+    assert [match.core for match in first.candidates] == [match.core for match in second.candidates]
+
+
 def test_without_the_copy_it_would_lie_elsewhere() -> None:
     gm = graph_of(returns(SEEN["itself"]), (X, W))
     canonical = canonicalize(gm.graph)

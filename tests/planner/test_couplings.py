@@ -17,6 +17,7 @@ from fuseplan.planner.pricing import Prices
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.solver import Solver
 from fuseplan.record import Reason, Selected
+from fuseplan.rules import Rule
 from tests.helpers import post_grad
 from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, posed
 from tests.planner.test_candidates import together
@@ -157,6 +158,35 @@ def test_a_saved_plan_with_half_of_a_pair_is_refused() -> None:
         replayed(0)
     with pytest.raises(PlanError, match=f"{names[2]} and {names[3]} are applied together or not at all"):
         replayed(2)
+
+
+def test_what_a_required_rule_offers_by_another_provider_alone_is_given_up() -> None:
+    """Triton's pad needs the norm behind it by Triton, which only the reference runs."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
+        return ops.pad(y, 28), ops.pad(ops.rms_norm(total, w, 1e-5, "llama"), 28)
+
+    def called(name: str, op: str, **ties: Any) -> Rule:
+        (rule,) = (rule for rule in together(**ties) if rule.op.name == op)
+        rule.name = name
+        return rule
+
+    rules = [called("first", "fused_add_rms_norm_pad", requires=("second",)), called("second", "rms_norm_pad")]
+    reference, triton = PROVIDERS
+    given = posed(model, providers=PROVIDERS, rules=rules)
+    assert given.unmet == {}
+
+    lacking = replace(triton, implements={k: v for k, v in triton.implements.items() if k != "rms_norm_pad"})
+    given = posed(model, providers=[reference, lacking], rules=rules)
+    names = [(each.rule, each.provider) for each in given.candidates]
+    assert names == [("first", "torch"), ("first", "triton"), ("second", "torch")]
+    assert given.unmet == {1: "it needs second by triton, which matches there by torch alone"}
+    assert given.ruled_out == {1}
+    given = priced(given, 1, 100, 1)
+    for decision in (decide_planned(given, Solver()), decide_in_order(given, ["first", "second"])):
+        assert decision.selected == (0, 2)
+    assert given.illegal((1, 2)) == f"{given.candidates[1].name} can't be applied: {given.unmet[1]}"
 
 
 def test_units_go_by_their_first_members() -> None:

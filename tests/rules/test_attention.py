@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -105,6 +106,25 @@ def test_either_form_is_verified_and_close_to_float64(form: str, dtype: torch.dt
     exact = attend(hugging_face, scale=0.3)(*wide)
     off, allowed = ((each.double() - exact).abs().max() for each in (run(graph, *arguments), plain))
     assert off <= 2 * allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_lengths_that_need_not_be_equal_are_refused(checked: bool) -> None:
+    """torch gives keys and values symbols of their own where equal sizes needn't stay equal."""
+    q, k, v, mask = inputs()
+    for value, dim in ((k, 2), (v, 2), (mask, 3)):
+        torch._dynamo.mark_dynamic(value, dim)
+
+    def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if checked:
+            torch._check(k.shape[2] == v.shape[2])
+        return attend(hugging_face)(q, k, v, mask)
+
+    with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        report = planned(post_grad(model, q, k, v, mask), verify="always")
+    assert applied(report) == ["sdpa_packed"] * checked
+    reasons = [(each.reason, each.mend) for each in report.refusals if each.rule == "grouped_attention"]
+    assert reasons == [] if checked else [(Reason.SIZE, "torch._check that these lengths are equal")]
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -41,6 +41,7 @@ class CanonicalGraph:
             come to.
         raised_alike: raises another graph under the same settings.
         dynamic_epsilons: inputs of `original` that are Python floats, each all that keeps a norm from being raised.
+        known: what was found in it that is the same for every range, device and policy, by who looked.
     """
 
     original: fx.Graph
@@ -52,6 +53,7 @@ class CanonicalGraph:
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
     dynamic_epsilons: list[fx.Node] = field(default_factory=list)
     raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
+    known: dict[Any, Any] = field(default_factory=dict, init=False)
     _constants: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     @classmethod

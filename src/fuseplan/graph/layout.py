@@ -1,5 +1,6 @@
 """How values lie in memory: strides, what shares memory with what, and which nodes of a graph can tell."""
 
+import functools
 import itertools
 import operator
 from collections.abc import Collection, Iterator
@@ -68,6 +69,12 @@ def computed(target: Any, args: Any, kwargs: Any) -> Any:
 def storage_of(value: Tensor) -> int:
     """What tensors that share memory have in common, by which Inductor tells them too."""
     return int(value.untyped_storage()._cdata)
+
+
+def layout_of(value: Tensor) -> tuple[Any, ...]:
+    """Sizes, strides and offset, to be compared and hashed: symbolic ones by their expressions, which adds no guard."""
+    numbers = (*value.shape, *value.stride(), value.storage_offset())
+    return tuple(each.node.expr if isinstance(each, torch.SymInt) else each for each in numbers)
 
 
 def same_layout(left: Tensor, right: Tensor) -> bool:
@@ -200,11 +207,21 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
     return user.op != "output" and target is not operator.getitem and name not in READ_ONLY
 
 
+def _only_reads(target: Any) -> bool:
+    """Whether a function writes to none of its arguments, whatever they are."""
+    return isinstance(target, torch._ops.OpOverload) and _op_only_reads(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _op_only_reads(target: torch._ops.OpOverload) -> bool:
+    return not target._schema.is_mutable and target not in WRITTEN_LATER
+
+
 def writers(graph: fx.Graph) -> dict[int, fx.Node]:
     """The storages that nodes of a graph write to, or may be made to write to, and the first node that does."""
     found: dict[int, fx.Node] = {}
     for user in graph.nodes:
-        if user.op in ("placeholder", "get_attr", "output"):
+        if user.op in ("placeholder", "get_attr", "output") or _only_reads(user.target):
             continue
         for node in user.all_input_nodes:
             value = tensor_of(node)

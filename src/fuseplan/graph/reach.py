@@ -64,13 +64,6 @@ def is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
-def base_of(node: fx.Node) -> fx.Node:
-    """The value that a node is a view of, or may be, or the node itself."""
-    while node.op == "call_function" and (is_view(node) or node.target in RESHAPES):
-        node = node.all_input_nodes[0]
-    return node
-
-
 def strided_reader(node: fx.Node) -> fx.Node | None:
     """The first node that reads a value, or a view of it, by strides of its own; its result depends on how the value
     lies in memory.

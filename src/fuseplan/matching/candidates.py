@@ -21,8 +21,9 @@ from fuseplan.graph.facts import (
     source_line,
     tensor_of,
 )
+from fuseplan.graph.layout import storage_of
 from fuseplan.graph.legality import external_inputs, is_convex
-from fuseplan.graph.reach import base_of, strided_reader
+from fuseplan.graph.reach import strided_reader
 from fuseplan.matching.external import ExternalMatch
 from fuseplan.matching.inductor import CompiledPattern
 from fuseplan.matching.layouts import Layouts, Unkept
@@ -61,14 +62,14 @@ def find_matches(
         external: matches of others' passes, whose replacements read values in ways of their own.
     """
     outside = {node: match.anchor for match in external for node in external_inputs(match.consumed)}
-    layouts = Layouts(canonical, outside)
+    layouts = Layouts.of(canonical, outside)
     asked = [(each, each.unavailable(device)) for each in sorted(providers, key=lambda each: each.name)]
     available = [provider for provider, why in asked if why is None]
     unready = [(provider, why) for provider, why in asked if why is not None and provider.available is not None]
     candidates: list[Match] = []
     misses: list[Miss] = []
     for rule in (member for _, members in sorted(rules.items()) for member in members):
-        for found, refusal in matches_of(rule, canonical):
+        for found, refusal in _found(rule, canonical):
             if refusal is not None:
                 misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
@@ -92,6 +93,14 @@ def find_matches(
             ]
     candidates.sort(key=lambda m: (m.anchor._sort_key, m.rule.name, m.rule.op.name, m.provider))
     return Matches(candidates=tuple(layouts.settle_readers(candidates)), misses=tuple(misses))
+
+
+def _found(rule: Rule, canonical: CanonicalGraph) -> list[tuple[Match, Refusal | None]]:
+    """`matches_of`, computed once a graph."""
+    known: dict[Rule, list[tuple[Match, Refusal | None]]] = canonical.known.setdefault(matches_of, {})
+    if rule not in known:
+        known[rule] = list(matches_of(rule, canonical))
+    return known[rule]
 
 
 def matches_of(rule: Rule, canonical: CanonicalGraph) -> Iterator[tuple[Match, Refusal | None]]:
@@ -214,8 +223,12 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
 
 def _write_to(writers: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
     """Whether in-place ops may write to what some nodes read or yield."""
-    memory = {base_of(each) for node in nodes for each in (node, *node.all_input_nodes)}
-    return any(base_of(source) in memory for writer in writers for source in writer.all_input_nodes)
+    memory = _storages([each for node in nodes for each in (node, *node.all_input_nodes)])
+    return not memory.isdisjoint(_storages([source for writer in writers for source in writer.all_input_nodes]))
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {storage_of(value) for node in nodes if (value := tensor_of(node)) is not None}
 
 
 def _unknown_group(match: Match) -> Refusal | None:

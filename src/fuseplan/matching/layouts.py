@@ -18,6 +18,7 @@ from fuseplan.graph.layout import (
     carriers,
     computed,
     is_reordered,
+    layout_of,
     layout_reader,
     memory_order,
     same_layout,
@@ -50,34 +51,24 @@ class _Landing:
         index: of the result.
         node: the value in the canonical graph.
         original: in the original one.
-        value: what takes its place, as a fake tensor.
-        memory: what it shares memory with: the name of a variable, or the storage of a new tensor.
+        promise: what the graph promises, as a fake tensor.
+        value: what takes its place.
+        promised: the storage of the former.
+        memory: what the latter shares memory with: the name of a variable, or the storage of a new tensor.
+        is_kept: whether it lies as promised.
+        is_reordered: whether its strides may come in another order than promised, so that what is computed of it lies
+            otherwise, too.
     """
 
     index: int
     node: fx.Node
     original: fx.Node
+    promise: Tensor
     value: Tensor
+    promised: int
     memory: str | int
-
-    @property
-    def promise(self) -> Tensor:
-        """What the graph promises."""
-        value = tensor_of(self.original)
-        assert value is not None
-        return value
-
-    @cached_property
-    def is_kept(self) -> bool:
-        """Whether it lies as promised."""
-        return same_layout(self.promise, self.value)
-
-    @cached_property
-    def is_reordered(self) -> bool:
-        """Whether its strides may come in another order than promised, so that what is computed of it lies otherwise,
-        too.
-        """
-        return is_reordered(self.value, self.promise)
+    is_kept: bool
+    is_reordered: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +95,38 @@ class Layouts:
 
     def __init__(self, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> None:
         self._canonical, self._outside = canonical, outside
+        self._settled: dict[Match, Match | Unkept] = {}
         self._known: dict[Any, _Yielded] = {}
+        # Repeated layers have few layouts, and comparing symbolic ones takes long.
+        self._places: dict[Tensor, tuple[Any, int]] = {}
+        self._compared: dict[Any, tuple[bool, bool]] = {}
         self._reordered: set[fx.Node] = set()
+
+    @classmethod
+    def of(cls, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> "Layouts":
+        """Those of a graph, with what is known of them already."""
+        known: Layouts | None = canonical.known.get(cls)
+        if known is None or known._outside != outside:
+            canonical.known[cls] = known = cls(canonical, outside)
+        return known
 
     def settle(self, match: Match) -> Match | Unkept:
         """The match with what has to be copied, or why it can't be applied."""
+        if match not in self._settled:
+            self._settled[match] = self._settle(match)
+        return self._settled[match]
+
+    def _settle(self, match: Match) -> Match | Unkept:
         yielded = self._yielded(match)
         landings = sorted(self._landings(match, yielded), key=lambda each: (not each.is_kept, each.index))
         claims = self._canonical.claims(match.consumed)
-        copied, loose, owners = list[fx.Node](), list[fx.Node](), dict[str | int, int]()
+        tensors = ((name, tensor_of(value)) for name, value in match.values.items())
+        storages: Mapping[str | int, int] = {name: self._place(each)[1] for name, each in tensors if each is not None}
+        copied, loose, owners = list[fx.Node](), list[fx.Node](), dict(storages)
         for landing in landings:
-            owner = self._owner(match, landing, owners)
-            shares = owner is not None and owner != storage_of(landing.promise)
-            ties = self._ties(match, landing, landings)
+            owner = owners.get(landing.memory)
+            shares = owner is not None and owner != landing.promised
+            ties = _ties(landing, landings, storages)
             if not landing.is_kept or shares or not all(ties):
                 reader = self._reader(landing, claims, owner if shares else None)
                 if reader is None:
@@ -127,7 +137,7 @@ class Layouts:
                 else:
                     copied.append(landing.node)
                     continue
-            owners.setdefault(landing.memory, storage_of(landing.promise))
+            owners.setdefault(landing.memory, landing.promised)
         return replace(match, copied=tuple(copied), loose=tuple(loose), yields=yielded.values)
 
     def settle_readers(self, matches: Sequence[Match]) -> list[Match]:
@@ -160,7 +170,7 @@ class Layouts:
 
     def _yielded(self, match: Match) -> _Yielded:
         """What the replacement yields; computed once for arguments of one kind."""
-        key = match.rule, *_kinds(match.values)
+        key = match.rule, *self._kinds(match.values)
         if key not in self._known:
             traced = match.rule.trace_replacement(match.values)
             values = {traced.inputs[n]: v.meta["val"] for n, v in match.values.items() if isinstance(v, fx.Node)}
@@ -184,33 +194,40 @@ class Layouts:
         while stack:
             index, node, value = stack.pop()
             original = self._canonical.origin.get(node)
-            if original is not None and tensor_of(original) is not None:
+            promise = tensor_of(original)
+            if original is not None and promise is not None:
                 storage = storage_of(value)
-                yield _Landing(index, node, original, value, yielded.variables.get(storage, storage))
+                memory, (_, promised) = yielded.variables.get(storage, storage), self._place(promise)
+                yield _Landing(index, node, original, promise, value, promised, memory, *self._compare(value, promise))
             for user in node.users if original is None else ():
                 if user not in consumed:
                     made = _made(user, {node: value})
                     if isinstance(made, Tensor):
                         stack.append((index, user, made))
 
-    def _owner(self, match: Match, landing: _Landing, owners: Mapping[str | int, int]) -> int | None:
-        """The promised storage of what a value would share memory with: a variable's, or another result's."""
-        if isinstance(landing.memory, str):
-            value = tensor_of(match.values[landing.memory])
-            return storage_of(value) if value is not None else None
-        return owners.get(landing.memory)
+    def _place(self, tensor: Tensor) -> tuple[Any, int]:
+        """How a tensor lies in its storage, and which that is."""
+        if tensor not in self._places:
+            self._places[tensor] = layout_of(tensor), storage_of(tensor)
+        return self._places[tensor]
 
-    def _ties(self, match: Match, landing: _Landing, landings: Sequence[_Landing]) -> list[bool]:
-        """For each variable and each other result that a value shares memory with in the graph, whether it does so
-        after the fusion.
-        """
-        mine, ties = storage_of(landing.promise), list[bool]()
-        for value in match.values.values():
+    def _compare(self, value: Tensor, promise: Tensor) -> tuple[bool, bool]:
+        """Whether a value lies as promised, and whether its strides may come in another order."""
+        key = self._place(value)[0], self._place(promise)[0]
+        if key not in self._compared:
+            self._compared[key] = same_layout(promise, value), is_reordered(value, promise)
+        return self._compared[key]
+
+    def _kinds(self, values: Mapping[str, Any]) -> Iterator[Any]:
+        """Equal for arguments of which the results lie alike."""
+        storages: dict[int, int] = {}
+        for name, value in values.items():
             tensor = tensor_of(value)
-            if tensor is not None and storage_of(tensor) == mine:
-                ties.append(self._owner(match, landing, {}) == mine)
-        others = [each for each in landings if each is not landing and storage_of(each.promise) == mine]
-        return [*ties, *(each.memory == landing.memory for each in others)]
+            if tensor is None:
+                yield name, str(value.meta.get("val") if isinstance(value, fx.Node) else value)
+            else:
+                layout, storage = self._place(tensor)
+                yield name, tensor.dtype, tensor.device, layout, storages.setdefault(storage, len(storages))
 
     def _reader(self, landing: _Landing, claims: Collection[fx.Node], owner: int | None) -> fx.Node | None:
         """Who can tell that a value isn't as promised; None: nobody."""
@@ -233,17 +250,14 @@ def _made(user: fx.Node, given: Mapping[fx.Node, Tensor]) -> Any:
     return computed(user.target, args, kwargs)
 
 
-def _kinds(values: Mapping[str, Any]) -> Iterator[Any]:
-    """Equal for arguments of which the results lie alike."""
-    storages: dict[int, int] = {}
-    for name, value in values.items():
-        tensor = tensor_of(value)
-        if tensor is None:
-            yield name, str(value.meta.get("val") if isinstance(value, fx.Node) else value)
-        else:
-            layout = str((tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
-            memory = storages.setdefault(storage_of(tensor), len(storages))
-            yield name, tensor.dtype, str(tensor.device), layout, memory
+def _ties(landing: _Landing, landings: Sequence[_Landing], storages: Mapping[str | int, int]) -> list[bool]:
+    """For each variable and each other result that a value shares memory with in the graph, whether it does so after
+    the fusion.
+    """
+    mine = landing.promised
+    ties = [storages.get(landing.memory) == mine for storage in storages.values() if storage == mine]
+    others = [each for each in landings if each is not landing and each.promised == mine]
+    return [*ties, *(each.memory == landing.memory for each in others)]
 
 
 def _difference(landing: _Landing) -> str:

@@ -1,7 +1,8 @@
 """Candidates: matches with stable names, and what ties them to each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import fx
 
@@ -149,23 +150,38 @@ def conflicts_of(candidates: Sequence[Candidate]) -> frozenset[tuple[int, int]]:
     return frozenset(conflicts)
 
 
-def couplings_of(
-    candidates: Sequence[Candidate],
-) -> tuple[frozenset[tuple[int, int]], tuple[frozenset[int], ...]]:
-    """(requires, together) as the rules ask for them; both hold between candidates of one provider."""
+class Couplings(NamedTuple):
+    """What rules ask for beside their own matches; it holds between candidates of one provider.
+
+    Attributes:
+        requires: pairs `(i, j)`: `i` only together with `j`.
+        together: groups that are applied whole or not at all.
+        unmet: what needs a rule that matches there by other providers alone, and why it can't be applied.
+    """
+
+    requires: frozenset[tuple[int, int]]
+    together: tuple[frozenset[int], ...]
+    unmet: Mapping[int, str]
+
+
+def couplings_of(candidates: Sequence[Candidate]) -> Couplings:
+    """The couplings as the rules ask for them."""
     ours = [(i, c, c.match.rule) for i, c in enumerate(candidates) if isinstance(c.match, Match)]
     together: dict[tuple[str, str], set[int]] = {}
     requires: set[tuple[int, int]] = set()
+    unmet: dict[int, str] = {}
     for index, candidate, rule in ours:
         if rule.together:
             together.setdefault((candidate.rule, candidate.provider), set()).add(index)
         for name in rule.requires:
-            requires.update(
-                (index, other)
-                for other, needed, _ in ours
-                if (needed.rule, needed.provider) == (name, candidate.provider) and _touch(candidate, needed)
-            )
-    return frozenset(requires), tuple(frozenset(group) for _, group in sorted(together.items()))
+            needed = [(i, each) for i, each, _ in ours if each.rule == name and _touch(candidate, each)]
+            requires.update((index, i) for i, each in needed if each.provider == candidate.provider)
+            met = {each.anchor for _, each in needed if each.provider == candidate.provider}
+            if others := sorted({each.provider for _, each in needed if each.anchor not in met}):
+                by = " and ".join(others)
+                unmet[index] = f"it needs {name} by {candidate.provider}, which matches there by {by} alone"
+    groups = tuple(frozenset(group) for _, group in sorted(together.items()))
+    return Couplings(requires=frozenset(requires), together=groups, unmet=unmet)
 
 
 def _touch(left: Candidate, right: Candidate) -> bool:

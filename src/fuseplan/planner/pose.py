@@ -36,6 +36,7 @@ class Posed:
         forced: selectors of what is forced, with what is open to each of them at each place.
         failed: candidates that failed verification, or need one that did, and why.
         unpriced: candidates that a plan doesn't apply since nobody has priced them and they aren't forced.
+        unmet: candidates that lack what their rule requires, and what that is.
     """
 
     canonical: CanonicalGraph
@@ -48,10 +49,11 @@ class Posed:
     forced: Groups = ()
     failed: Mapping[int, str] = field(default_factory=dict)
     unpriced: frozenset[int] = frozenset()
+    unmet: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def ruled_out(self) -> frozenset[int]:
-        """What no policy applies: what is forbidden or has failed."""
+        """What no policy applies: what is forbidden, has failed or lacks what it requires."""
         return (self.problem.forbidden - self.unpriced) | self.failed.keys()
 
     def without(self, failed: Mapping[int, str]) -> "Posed":
@@ -105,6 +107,8 @@ class Posed:
     def illegal(self, selected: Sequence[int]) -> str | None:
         """Why a selection can't be applied, or None."""
         chosen, names = set(selected), [candidate.name for candidate in self.candidates]
+        for i in sorted(chosen & self.unmet.keys()):
+            return f"{names[i]} can't be applied: {self.unmet[i]}"
         for i, j in sorted(self.problem.conflicts):
             if i in chosen and j in chosen:
                 return f"{names[i]} and {names[j]} can't be applied together"
@@ -175,35 +179,36 @@ def pose(
     """
     sites = find_sites(canonical)
     candidates = candidates_of(canonical, sites, matches, external)
-    requires, together = couplings_of(candidates)
+    couplings = couplings_of(candidates)
     structure = Problem(
         names=tuple(candidate.name for candidate in candidates),
         savings_ns=(0,) * len(candidates),
         conflicts=conflicts_of(candidates),
-        requires=requires,
-        together=together,
+        requires=couplings.requires,
+        together=couplings.together,
     )
     pricing = Pricing(candidates, sites, prices, Rows.of(canonical.graph), span)
     priced = pricing.price(components(structure), structure)
     forbidden = frozenset(i for text in forbid for i, c in enumerate(candidates) if selects(text, c))
     groups = [(text, group) for text in force for group in _groups(text, candidates, structure)]
     _check_open(groups, forbidden, forbid, candidates)
-    unpriced = _unpriced(candidates, priced, [group - forbidden for _, group in groups], structure) - forbidden
-    forced = tuple((text, group - forbidden - unpriced) for text, group in groups)
+    closed = forbidden | couplings.unmet.keys()
+    unpriced = _unpriced(candidates, priced, [group - closed for _, group in groups], structure) - closed
+    forced = tuple((text, group - closed - unpriced) for text, group in groups)
     open_groups = dict.fromkeys(group for _, group in forced)
     problem = replace(
         structure,
         savings_ns=tuple(priced.values),
         forced=frozenset(i for group in open_groups if len(group) == 1 for i in group),
         one_of=tuple(group for group in open_groups if len(group) > 1),
-        forbidden=forbidden | unpriced,
+        forbidden=closed | unpriced,
         alternatives=priced.alternatives,
     )
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
     idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
     return Posed(
         canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
-        idle=idle, forced=forced, unpriced=unpriced,
+        idle=idle, forced=forced, unpriced=unpriced, unmet=couplings.unmet,
     )  # fmt: skip
 
 
