@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import os
 import subprocess
 import sys
 import warnings
@@ -244,7 +245,7 @@ def test_a_warm_compile_cache_still_reports(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", WARM],
             check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1],
-            env={"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "src:."},
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "src:."},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append(done.stdout.split())
