@@ -47,7 +47,7 @@ MUTATORS = {
 
 ELSEWHERE = {
     "integrations/vllm/backend.py": "vLLM's compiler, where the engine asks for fuseplan",
-    "dialect/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
+    "ops/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
     "floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",
     "regions.py": "who has which entries in Dynamo's caches, by content and callback: gone with the last such backend",
     "workloads.py": "sys.path: a factory is looked for in the working directory, as python -m would",
@@ -175,7 +175,8 @@ def _at_the_top() -> dict[str, Any]:
 
 def test_nothing_at_the_top_of_a_module_changes_with_use() -> None:
     values = {name: value for name, value in _at_the_top().items() if not _is_of_torch(value)}
-    assert {"fuseplan.rules.BUILT_IN_RULES", "fuseplan.devices.known.PROFILES", "fuseplan.dialect.ops"} <= set(values)
+    known = {"fuseplan.families.BUILT_IN_RULES", "fuseplan.devices.known.PROFILES", "fuseplan.dialect.ops"}
+    assert known <= set(values)
     before = {name: content_of(value).digest for name, value in values.items()}
     for config in (fuseplan.PassConfig(), fuseplan.PassConfig(policy="ordered(act_padding)")):
         report = fuseplan.explain(padded, randn(4, HIDDEN), randn(HIDDEN), config=config, device="h200")

@@ -155,6 +155,16 @@ def test_one_of_another_kind_among_others_is_told_by_the_rule(one_rank: str) -> 
     assert "it reduces by 'avg'" in row.detail
 
 
+def test_one_of_another_kind_right_before_the_core_of_what_is_obstructed(one_rank: str) -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        reduced: Tensor = collectives.all_reduce(x, "avg", one_rank)  # type: ignore[arg-type]
+        y, total = llama(reduced, r, w)
+        return F.pad(y.sigmoid(), (0, 8)), all_reduce(total, one_rank)
+
+    details = [row.detail for row in near_misses(model, X, R, W)]
+    assert any("aten.sigmoid.default stands between" in detail for detail in details), details
+
+
 @pytest.mark.parametrize(("amounts", "value"), [((8, 0), 0.0), ((0, 8), 1.0), ((0, 8, 0, 1), 0.0)])
 def test_a_pad_of_another_kind(amounts: tuple[int, ...], value: float) -> None:
     def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,26 +19,24 @@ from fuseplan.rules import Bindings, Rule, by_name, disabled_rules, enabled_rule
 from fuseplan.rules.base import op_text
 
 AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
+QUANTS = ("static_fp8_quant", "dynamic_fp8_quant", "group_fp8_quant")
 NORM_TABLE = {
     "all_reduce_rms_norm": ("allreduce_rms", (AR,)),
     "all_reduce_fused_add_rms_norm": ("allreduce_rms", (AR,)),
     "rms_norm_pad": ("act_padding", (PAD,)),
     "fused_add_rms_norm_pad": ("act_padding", (PAD,)),
-    "rms_norm_static_fp8_quant": ("norm_quant", (QUANT,)),
-    "fused_add_rms_norm_static_fp8_quant": ("norm_quant", (QUANT,)),
-    "rms_norm_dynamic_fp8_quant": ("norm_quant", (QUANT,)),
-    "fused_add_rms_norm_dynamic_fp8_quant": ("norm_quant", (QUANT,)),
     "all_reduce_rms_norm_pad": ("allreduce_rms_padding", (AR, PAD)),
     "all_reduce_fused_add_rms_norm_pad": ("allreduce_rms_padding", (AR, PAD)),
-    "all_reduce_rms_norm_static_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
-    "all_reduce_fused_add_rms_norm_static_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
-    "all_reduce_rms_norm_dynamic_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
-    "all_reduce_fused_add_rms_norm_dynamic_fp8_quant": ("allreduce_rms_quant", (AR, QUANT)),
+    **{f"{core}_{quant}": ("norm_quant", (QUANT,)) for core in ("rms_norm", "fused_add_rms_norm") for quant in QUANTS},
+    **{
+        f"all_reduce_{core}_{quant}": ("allreduce_rms_quant", (AR, QUANT))
+        for core in ("rms_norm", "fused_add_rms_norm")
+        for quant in QUANTS
+    },
 }
-TABLE = {
+TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     **NORM_TABLE,
-    "silu_and_mul_static_fp8_quant": ("act_quant", ("fuse_act_quant",)),
-    "silu_and_mul_dynamic_fp8_quant": ("act_quant", ("fuse_act_quant",)),
+    **{f"silu_and_mul_{quant}": ("act_quant", ("fuse_act_quant",)) for quant in QUANTS},
     "qk_norm_rope": ("qk_norm_rope", ("enable_qk_norm_rope_fusion",)),
     "grouped_attention": ("grouped_attention", ("fuse_grouped_attention",)),
 }
@@ -62,18 +60,22 @@ def test_the_rules_there_are() -> None:
 def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     name = rule.op.name
     core = next(each for each in ("fused_add_rms_norm", "rms_norm", "silu_and_mul") if each in name)
-    epilogues = {"_pad": "pad", "_static": "static_scaled_fp8_quant", "_dynamic": "dynamic_per_token_scaled_fp8_quant"}
+    epilogues = {
+        "_pad": "pad", "_static": "static_scaled_fp8_quant", "_dynamic": "dynamic_per_token_scaled_fp8_quant",
+        "_group": "per_token_group_fp8_quant",
+    }  # fmt: skip
     after = [op for text, op in epilogues.items() if text in name]
     parts = [*(["all_reduce"] if name.startswith("all_reduce") else []), core, *after]
     assert rule.core.name == core
     assert rule.describe() == f"{' -> '.join(parts)}  =>  {name}"
     # The value that the pad or the quantisation yields, the unpadded one, the scales, and the sum.
     sums = core == "fused_add_rms_norm" or name.startswith("all_reduce")
-    expected = 1 + ("pad" in name or "dynamic" in name) + sums
+    has_scales = "_dynamic" in name or "_group" in name
+    expected = 1 + ("pad" in name or has_scales) + sums
     assert len(rule.traced_pattern.outputs) == expected
     assert tuple(rule.traced_pattern.inputs) == rule.variables
     items = [node for node in rule.traced_pattern.outputs if node.target is operator.getitem]
-    scales = [(after[0], 0), (after[0], 1)] if "dynamic" in name else []
+    scales = [(after[0], 0), (after[0], 1)] if has_scales else []
     unpadded = [(core, 0)] if core == "fused_add_rms_norm" and ("pad" in name or not after) else []
     total = [(core, 1)] if core == "fused_add_rms_norm" else []
     assert [(op_text(item.all_input_nodes[0].target), item.args[1]) for item in items] == [*scales, *unpadded, *total]

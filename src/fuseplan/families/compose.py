@@ -152,9 +152,9 @@ class ComposedRule(Rule):
     core read.
     """
 
-    def __init__(self, name: str, flags: tuple[str, ...], member: Member) -> None:
+    def __init__(self, name: str, flags: tuple[str, ...], member: Member, op: DialectOp) -> None:
         self.name, self.flags, self.member = name, flags, member
-        self.op, self.core = FUSED[member.name], member.op
+        self.op, self.core = op, member.op
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -178,13 +178,3 @@ class ComposedRule(Rule):
             return results
         own = epilogue.results
         return *results[:own], epilogue.core_of(results[0], bound), *results[own:]
-
-
-FUSED: dict[str, DialectOp] = {}
-"""Fused ops by name, as families define them."""
-
-
-def fuse(member: Member) -> Member:
-    """Defines a member's fused op, and keeps it."""
-    FUSED[member.name] = member.define()
-    return member

@@ -5,7 +5,8 @@
 
 import torch
 
-from fuseplan.families.compose import FUSED, ComposedRule, Member, fuse
+from fuseplan.families.compose import ComposedRule, Member
+from fuseplan.ops import DialectOp
 from fuseplan.parts import PARTS, RowEpilogue, all_reduce, rms_norm
 from fuseplan.parts.base import Kind
 from fuseplan.record import Reason, Refusal
@@ -52,19 +53,19 @@ def _members() -> list[Member]:
     ]
 
 
-def _rule(member: Member) -> NormRule:
+def _rule(member: Member, op: DialectOp) -> NormRule:
     if member.epilogue is None:
-        return NormRule("allreduce_rms", ("fuse_allreduce_rms",), member)
+        return NormRule("allreduce_rms", ("fuse_allreduce_rms",), member, op)
     alone, reduced, flag = NAMES[member.epilogue.kind]
     if member.prologue is None:
-        return NormRule(alone, (flag,), member)
-    return NormRule(reduced, ("fuse_allreduce_rms", flag), member)
+        return NormRule(alone, (flag,), member, op)
+    return NormRule(reduced, ("fuse_allreduce_rms", flag), member, op)
 
 
-NORM_MEMBERS = tuple(map(fuse, _members()))
+_FUSED = [(member, member.define()) for member in _members()]
 NORM_FAMILY = {
-    (each.prologue is not None, each.residual, each.epilogue.suffix if each.epilogue else None): FUSED[each.name]
-    for each in NORM_MEMBERS
+    (each.prologue is not None, each.residual, each.epilogue.suffix if each.epilogue else None): op
+    for each, op in _FUSED
 }
 """Fused norms by (whether an all-reduce comes before them, whether a residual is added, the epilogue's suffix)."""
-NORM_RULES = tuple(map(_rule, NORM_MEMBERS))
+NORM_RULES = tuple(_rule(member, op) for member, op in _FUSED)

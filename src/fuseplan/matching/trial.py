@@ -116,6 +116,8 @@ class _Part:
         """
         graph, copies = self._copy(read_elsewhere)
         for way in self.place.ways:
+            if not way.nodes:  # the goal is next to what should read it, and is in the way itself
+                continue
             moved_before = isinstance(part_at(way.goal), Prologue)
             heads = [copies.get(self.canonical.origin.get(step[0], step[0])) for step in way.steps]
             behind = copies.get(self.canonical.origin.get(way.goal, way.goal))
