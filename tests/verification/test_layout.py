@@ -11,10 +11,12 @@ from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import by_name
 from fuseplan.verification.check import check
 from fuseplan.verification.layout import misplaced
+from fuseplan.verification.memory import Alone, Gathered
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Sizes, cases_of
 from tests.helpers import HIDDEN, llama, post_grad, randn
 
+functional = torch.ops._c10d_functional
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
 X = torch.zeros(4, 8)
 OWN = torch.zeros(4, 8)
@@ -75,3 +77,12 @@ def test_a_slice_where_a_dense_value_is_promised_fails_verification() -> None:
         "and the graph's own value is bfloat16[6, 64] with strides (64, 1)"
     )
     assert found[1].wrong is None
+
+
+def test_all_reduces_of_one_rank_and_of_all_lie_as_torchs_do(one_rank: str) -> None:
+    columns = randn(3, 16, 5).transpose(1, 2)
+    own = functional.wait_tensor(functional.all_reduce(columns, "sum", one_rank))
+    for mode in (Alone(), Gathered()):
+        with mode:
+            seen = functional.wait_tensor(functional.all_reduce(columns, "sum", one_rank))
+        assert (seen.stride(), seen.tolist()) == (own.stride(), own.tolist())

@@ -93,7 +93,7 @@ class Alone(SeeingMode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an op; an all-reduce multiplies by the number of ranks."""
         if func is functional.all_reduce.default:
-            return args[0] * (group_size(str(args[2])) or 1)
+            return args[0].contiguous() * (group_size(str(args[2])) or 1)  # rows, as torch yields them
         if func is functional.wait_tensor.default:
             return args[0].clone()
         return func(*args, **kwargs)
