@@ -216,7 +216,12 @@ def provider_content(provider: Provider, device: DeviceProfile | None) -> Conten
     is_ours = type(provider).__module__.startswith("fuseplan.") and provider.uuid is None
     itself = parts if is_ours else [provider, sorted(kernels)]
     data = [str(provider.unavailable(device)), str(provider.version()), provider.runs_alone, provider.timing]
-    return content_of([provider.name, data, itself])
+    # What is data counts beside a `uuid`, which stands for what is code.
+    said = {
+        name: [offer.roundings, None if callable(offer.cost) else offer.cost]
+        for name, offer in provider.implements.items()
+    }
+    return content_of([provider.name, data, provider.vendors, said, itself])
 
 
 def pass_content(graph_pass: Any) -> Content:

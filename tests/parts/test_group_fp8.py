@@ -139,6 +139,49 @@ def test_what_the_op_does_not_compute_is_named(quantize: Any, says: str) -> None
     assert any(says in refusal.detail for refusal in graph.refusals), [each.detail for each in graph.refusals]
 
 
+def of_another(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The scale of something that is made of the magnitudes."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.view(*x.shape[:-1], -1, GROUP)
+        scale = behind(change(groups.abs()).amax(-1, keepdim=True).float())
+        return (groups.float() / scale).clamp(-448.0, 448.0).to(FP8).view(x.shape), scale.squeeze(-1)
+
+    return quantize
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "doubled": lambda y: y * 2, "shifted": lambda y: y + 1, "capped": lambda y: y.clamp(max=0.5),
+    "rolled": lambda y: y.roll(1, 0), "of the next": lambda y: y.flip(-2), "of a block": lambda y: y.amax(-2, True),
+    "narrowed": lambda y: y.to(torch.float8_e4m3fn).to(torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_scale_of_something_else_is_left_alone(change: str) -> None:
+    function = of_another(CHANGES[change])
+    graph = canonical(lambda x: function(F.rms_norm(x, (WIDTH,), W, 1e-5)), randn(5, WIDTH))
+    assert not [name for name in graph.recognized() if "fp8" in name]
+
+
+def test_a_scale_that_is_rounded_on_the_way_is_left_alone() -> None:
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_groups(F.rms_norm(x, (WIDTH,), W.float(), 1e-5), lambda amax: before(amax.half().float()))
+
+    graph = canonical(model, randn(5, WIDTH, dtype=torch.float32))
+    assert not [name for name in graph.recognized() if "fp8" in name]
+
+
+def test_the_least_scale_is_of_float32_whatever_the_default_is() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        graph = canonical(lambda x: quantize_groups(F.silu(x) * x, before), randn(5, WIDTH))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (node,) = graph.calls(per_token_group_fp8_quant.overload)
+    assert node.args[3] == SCALES["before"][1]
+
+
 def norm(x: Tensor, r: Tensor, group: str) -> Any:
     return quantize_groups(llama(x, None, W)[0])
 

@@ -94,7 +94,7 @@ class Layouts:
     """
 
     def __init__(self, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> None:
-        self._canonical, self._outside = canonical, outside
+        self._canonical, self.outside = canonical, outside
         self._settled: dict[Match, Match | Unkept] = {}
         self._known: dict[Any, _Yielded] = {}
         # Repeated layers have few layouts, and comparing symbolic ones takes long.
@@ -106,7 +106,7 @@ class Layouts:
     def of(cls, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> "Layouts":
         """Those of a graph, with what is known of them already."""
         known: Layouts | None = canonical.known.get(cls)
-        if known is None or known._outside != outside:
+        if known is None or known.outside != outside:
             canonical.known[cls] = known = cls(canonical, outside)
         return known
 
@@ -232,9 +232,9 @@ class Layouts:
     def _reader(self, landing: _Landing, claims: Collection[fx.Node], owner: int | None) -> fx.Node | None:
         """Who can tell that a value isn't as promised; None: nobody."""
         reader = layout_reader(landing.original, claims, reordered=landing.is_reordered)
-        if reader is None and self._outside:
+        if reader is None and self.outside:
             reached = carriers(landing.original, claims, reordered=landing.is_reordered)
-            reader = next((self._outside[each] for each in reached if each in self._outside), None)
+            reader = next((self.outside[each] for each in reached if each in self.outside), None)
         if reader is None and owner is not None and any(user not in claims for user in landing.original.users):
             return self._writers.get(owner)
         return reader

@@ -169,14 +169,27 @@ def computed_min_scale(scaling: Scaling, rows: str) -> float:
         raise Unraised(Reason.OP, f"the scale has a minimum that is a float in the op, and here {where}", scale)
     if not is_call(quotient, aten.div.Tensor) or quotient.args[1] != limit:
         raise Unraised(Reason.OP, f"the largest of a {rows} isn't divided by {limit:g}", quotient)
-    amax = _uncast(quotient.args[0])
+    amax = uncast(quotient.args[0])
     assert isinstance(amax, fx.Node)
     value = tensor_of(scale)
     rows_agree = value is not None and value.dim() == x.dim() and equal_size(value.shape[-1], 1)
     if _kept_dims(amax) not in ([-1], [x.dim() - 1]) or not rows_agree:
         detail = f"the scale is computed by {amax.target}, not by amax over the last dimension, which is kept"
         raise Unraised(Reason.OP, detail, amax, "take x.abs().amax(-1, keepdim=True)")
+    if not is_largest_of(amax, scaling.x):
+        raise Unraised(Reason.OP, f"the largest is taken of something else than the magnitudes of a {rows}", amax)
     return min_scale
+
+
+def is_largest_of(amax: fx.Node, x: fx.Node) -> bool:
+    """Whether `amax`, or `max` by its values, is taken of |x| itself, and of nothing that is made of it."""
+    reduced = amax.args[0] if not is_call(amax, operator.getitem) else _argument(amax.args[0])
+    magnitude = uncast(reduced)
+    return is_call(magnitude, aten.abs.default) and uncast(magnitude.args[0]) is x
+
+
+def _argument(node: object) -> object:
+    return node.args[0] if isinstance(node, fx.Node) else None
 
 
 def _kept_dims(amax: fx.Node) -> list[int]:
@@ -193,15 +206,17 @@ def _largest_of(scale: fx.Node) -> object:
     for _ in range(MOST_STEPS):
         is_reduced |= is_call(node, aten.amax.default, aten.max.dim, aten.max.default)
         if is_call(node, aten.abs.default):
-            first = first or _uncast(node.args[0])
+            first = first or uncast(node.args[0])
             if is_reduced:  # else it may be of the scale itself, before its logarithm
-                return _uncast(node.args[0])
+                return uncast(node.args[0])
         if not node.all_input_nodes:
             break
         node = node.all_input_nodes[0]
     return first
 
 
-def _uncast(node: object) -> object:
-    """Looks through a cast to float32; |x| and amax are exact in either dtype."""
-    return node.args[0] if is_call(node, convert_element_type) and dtype_of(node) is torch.float32 else node
+def uncast(node: object) -> object:
+    """Looks through a cast of low precision to float32, in which |x| and amax are as exact."""
+    if not is_call(node, convert_element_type) or dtype_of(node) is not torch.float32:
+        return node
+    return node.args[0] if dtype_of(node.args[0]) in (torch.bfloat16, torch.float16) else node

@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.graph.facts import RESHAPES, aten, convert_element_type, equal_size, is_call, tensor_of
+from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
 from fuseplan.ops import QuantRounding, Sample, compute_dtype, define, random_tensor
 from fuseplan.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, Scaling, apply_scale, scalings
+from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, Scaling, apply_scale, is_largest_of, scalings, uncast
 from fuseplan.parts.traffic import Middle, Region, Tail
 from fuseplan.record import Reason
 
@@ -128,8 +128,9 @@ def _scale_of(scaling: Scaling) -> tuple[float, bool]:
     node, least = _clamped(power or scale)
     if not is_call(node, aten.div.Tensor) or node.args[1] != limit:
         raise Unraised(Reason.OP, f"the largest of a group isn't divided by {limit:g}", node)
-    amax, before = _clamped(_uncast(node.args[0]))
-    amax = _uncast(amax)
+    wide, before = _clamped(node.args[0])
+    amax = uncast(wide)
+    assert isinstance(amax, fx.Node)
     if least is not None and before is not None:
         raise Unraised(Reason.OP, "the scale has two minima", node)
     if not is_call(amax, aten.amax.default) or list(amax.args[1]) not in ([-1], [_dims(amax) - 1]):
@@ -137,8 +138,10 @@ def _scale_of(scaling: Scaling) -> tuple[float, bool]:
     if amax.args[2:] != (True,):
         detail = "the scale is computed by an amax that doesn't keep the last dimension"
         raise Unraised(Reason.OP, detail, amax, "take x.abs().amax(-1, keepdim=True)")
+    if not is_largest_of(amax, scaling.x):
+        raise Unraised(Reason.OP, "the largest is taken of something else than the magnitudes of a group", amax)
     # A division that is rounded to the nearest keeps the order, so the least may be taken of either side of it.
-    divided = float(torch.tensor(before) / limit) if before is not None else 0.0
+    divided = float(torch.tensor(before, dtype=torch.float32) / limit) if before is not None else 0.0
     return (divided if least is None else least), power is not None
 
 
@@ -165,13 +168,6 @@ def _clamped(node: object) -> tuple[fx.Node, float | None]:
         if isinstance(inner, fx.Node) and isinstance(least, (int, float)):
             return inner, float(least)
     return node, None
-
-
-def _uncast(node: object) -> fx.Node:
-    """Looks through a cast: |x| and amax are exact in either dtype."""
-    source = node.args[0] if is_call(node, convert_element_type) else node
-    assert isinstance(source, fx.Node)
-    return source
 
 
 def _dims(amax: fx.Node) -> int:

@@ -65,6 +65,7 @@ def _samples() -> list[Sample]:
         sample((1, 64), torch.float32, ActivationRounding.LLAMA),
         sample((7, 320), torch.bfloat16, ActivationRounding.LLAMA),
         sample((2, 5, 96), torch.float16, ActivationRounding.FP32),
+        sample((3, 128), torch.bfloat16, ActivationRounding.FP32),
     ]
 
 

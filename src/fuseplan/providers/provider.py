@@ -172,8 +172,16 @@ def provider_of(
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
-        ConfigError: the cost is none of these, or a convention isn't known.
+        ConfigError: an argument is none of these, or a convention or a vendor isn't known.
     """
+    served = _served(vendors)
+    for argument, value in (("accepts", accepts), ("most_rows", most_rows), ("available", available)):
+        if not callable(value) and (value is not None or argument == "accepts"):
+            raise ConfigError(f"{argument}={value!r}: give a function{'' if argument == 'accepts' else ', or None'}")
+    if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
+        raise ConfigError(f"provider {name!r}: a name is one word of letters, digits and underscores")
+    if not isinstance(kernels, Mapping) or not all(isinstance(op, DialectOp) for op in kernels):
+        raise ConfigError(f"kernels={kernels!r}: give a dict of kernels by the ops that `define` returned")
     timing = cost if isinstance(cost, Timing) else None
     declared = KernelCost() if isinstance(cost, Timing) else cost
     checked_cost(declared)
@@ -182,16 +190,25 @@ def provider_of(
         implement(op, name, kernel, most_rows=most_rows)
     offer = Offer(accepts=accepts, roundings=conventions, cost=declared, most_rows=most_rows)
     return Provider(
-        name=name, description=description, vendors=frozenset(vendors), package=None, install="",
+        name=name, description=description, vendors=served, package=None, install="",
         implements={op.name: offer for op in kernels}, timing=timing, available=available, uuid=uuid,
     )  # fmt: skip
+
+
+def _served(given: Iterable[str]) -> frozenset[str]:
+    if isinstance(given, str) or not isinstance(given, Iterable) or not (served := frozenset(given)):
+        raise ConfigError(f"vendors={given!r}: give a set of {', '.join(VENDOR_NAMES)}")
+    for each in sorted(served - VENDOR_NAMES.keys(), key=str):
+        raise unknown("vendor", str(each), VENDOR_NAMES)
+    return served
 
 
 def _conventions(given: Iterable[str]) -> frozenset[str]:
     known = {*map(str, Rounding), *map(str, ActivationRounding)}
     if isinstance(given, str):
         raise ConfigError(f"roundings={str(given)!r}: give a set of conventions, {{{str(given)!r}}}")
-    conventions = frozenset(map(str, given))
+    if not isinstance(given, Iterable) or not (conventions := frozenset(map(str, given))):
+        raise ConfigError(f"roundings={given!r}: give a set of conventions, or None for any")
     for each in sorted(conventions - known):
         raise unknown("rounding", each, known)
     return conventions
