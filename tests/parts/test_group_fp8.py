@@ -1,6 +1,7 @@
 """fp8 with a scale for each group of a row: what it computes, how graphs spell it, what it is fused with and costs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,15 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.families import BUILT_IN_RULES, ComposedRule
+from fuseplan.matching import find_matches
 from fuseplan.parts.group_fp8 import GroupFp8, per_token_group_fp8_quant
 from fuseplan.parts.traffic import Kernel
 from fuseplan.planner.costs import CostModel, Region
+from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.rules import by_name
+from fuseplan.verification import region as verification
+from fuseplan.verification.check import check
+from fuseplan.verification.specs import Sizes, cases_of
 from tests.helpers import all_reduce, canonical, llama, randn
 from tests.planner.parts import NORM, SILU
 from tests.planner.round_device import DEVICE
@@ -264,3 +271,16 @@ def test_an_explained_model_saves_by_it() -> None:
 def test_a_row_of_one_group_is_a_row() -> None:
     graph = canonical(lambda x: quantize_groups(llama(x, None, W)[0], behind, group=WIDTH), randn(5, WIDTH))
     assert f"per_token_group_fp8_quant[{WIDTH}]" not in graph.recognized()
+
+
+def test_it_is_verified_against_the_graphs_own_nodes() -> None:
+    """Groups are a view of rows there, and codes are viewed back."""
+    graph = canonical(lambda x: quantize_groups(llama(x, None, W)[0], power), randn(5, WIDTH))
+    rules = {"norm_quant": by_name(BUILT_IN_RULES)["norm_quant"]}
+    (match, *_) = find_matches(graph, rules, BUILT_IN_PROVIDERS[:1]).candidates
+    region = verification.Region.of(graph, match)
+    assert region is not None
+    (case, *_) = cases_of(match, Sizes(graph.graph), (5, 5))
+    assert check(match.rule, "torch", case, seed=1, region=region, free=()).wrong is None
+    other = replace(case, arguments={**case.arguments, "ue8m0": False})
+    assert "aren't what the graph computes" in str(check(match.rule, "torch", other, seed=1, region=region).wrong)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.graph.facts import fill_of, tensor_of
+from fuseplan.graph.facts import RESHAPES, fill_of, is_call, tensor_of
 from fuseplan.matching import Match
 from fuseplan.parts import PARTS, Prologue
 from fuseplan.verification.specs import concrete
@@ -27,11 +27,13 @@ class Region:
         inputs: variable by node.
         nodes: in graph order.
         outputs: for each result of the pattern the node that has it, None where none does.
+        shaped: for each of them the result as the pattern has it, of which the node may be a reshape.
     """
 
     inputs: Mapping[fx.Node, str]
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node | None, ...]
+    shaped: tuple[fx.Node | None, ...]
 
     @classmethod
     def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
@@ -44,7 +46,7 @@ class Region:
             return None
         for name, node in bound.items():
             inputs.setdefault(canonical.origin[node], name)
-        outputs = tuple(canonical.origin.get(node) if node is not None else None for node in match.outputs)
+        outputs = tuple(_original(canonical, node) if node is not None else None for node in match.outputs)
         found: set[fx.Node] = set()
         stack = [node for node in outputs if node is not None]
         while stack:
@@ -57,7 +59,9 @@ class Region:
                 return None  # no rank runs that alone
             found.add(node)
             stack += node.all_input_nodes
-        return cls(inputs=inputs, nodes=tuple(sorted(found)), outputs=outputs) if found else None
+        if not found:
+            return None
+        return cls(inputs=inputs, nodes=tuple(sorted(found)), outputs=outputs, shaped=match.outputs)
 
     def evaluate(self, arguments: Mapping[str, Any], symbols: Mapping[Any, int]) -> list[Tensor | None]:
         """The region's results.
@@ -75,7 +79,10 @@ class Region:
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             assert callable(node.target)
             values[node] = node.target(*args, **kwargs)
-        return [values[node] if node is not None else None for node in self.outputs]
+        return [
+            _shaped(values[node], shaped, symbols) if node is not None else None
+            for node, shaped in zip(self.outputs, self.shaped, strict=True)
+        ]
 
     def text(self, symbols: Mapping[Any, int]) -> str:
         """The region without names."""
@@ -90,6 +97,22 @@ class Region:
             names[node] = f"%{number}"
             lines.append(f"{node.target} {args} {kwargs}")
         return "\n".join([*lines, str([names[node] if node is not None else None for node in self.outputs])])
+
+
+def _original(canonical: CanonicalGraph, node: fx.Node) -> fx.Node | None:
+    """The node of the original graph that has a result, or a reshape of it that stands for one there."""
+    reshapes = [user for user in node.users if is_call(user, *RESHAPES) and user in canonical.origin]
+    known = node if node in canonical.origin else reshapes[0] if reshapes else None
+    return canonical.origin[known] if known is not None else None
+
+
+def _shaped(value: Any, result: fx.Node | None, symbols: Mapping[Any, int]) -> Any:
+    """A value in the shape of a result."""
+    tensor = tensor_of(result) if result is not None else None
+    if tensor is None or not isinstance(value, Tensor):
+        return value
+    shape = [concrete(size, symbols) for size in tensor.shape]
+    return value if list(value.shape) == shape else value.reshape(shape)
 
 
 def _is_size(node: fx.Node) -> bool:
