@@ -370,7 +370,7 @@ def _accepts(width: int, uuid: Any = None) -> Callable[[Any], Refusal | None]:
 
 
 def provider(**changes: Any) -> Provider:
-    fields: dict[str, Any] = {"accepts": _accepts(1, uuid="1"), "roundings": None}
+    fields: dict[str, Any] = {"accepts": _accepts(1, uuid="1"), "roundings": None, "cost": None}
     offer = Offer(**{name: changes.pop(name, value) for name, value in fields.items()})
     op: DialectOp = changes.pop("op", ops.rms_norm_pad)
     given: dict[str, Any] = {
@@ -378,6 +378,16 @@ def provider(**changes: Any) -> Provider:
         "implements": {op.name: offer},
     }  # fmt: skip
     return Provider(**{**given, **changes})
+
+
+def test_what_a_provider_says_in_data_counts_beside_its_uuid() -> None:
+    made = [
+        provider(uuid="1"), provider(uuid="1", cost=2.0), provider(uuid="1", cost=3.0),
+        provider(uuid="1", roundings=frozenset({"llama"})), provider(uuid="1", vendors=frozenset({"cpu"})),
+    ]  # fmt: skip
+    keys = [key(providers=[*BUILT_IN_PROVIDERS, each]) for each in made]
+    assert len({*keys}) == len(keys)
+    assert None not in keys
 
 
 PROVIDERS: dict[str, Callable[[], Provider]] = {

@@ -172,3 +172,29 @@ def test_an_answer_that_is_none_is_an_error_of_one_line(available: Any, text: st
 def test_an_offer_has_no_timing() -> None:
     with pytest.raises(ConfigError, match="allowed are a KernelCost"):
         Offer(cost=ONE_KERNEL)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"vendors": "nvidia"}, "give a set of nvidia"),
+        ({"vendors": ["nvidai"]}, "nvidai"),
+        ({"vendors": ()}, "give a set of"),
+        ({"accepts": None}, "accepts=None: give a function"),
+        ({"most_rows": 5}, "most_rows=5: give a function, or None"),
+        ({"available": True}, "available=True: give a function, or None"),
+        ({"roundings": 5}, "roundings=5: give a set of conventions"),
+        ({"roundings": ()}, "give a set of conventions"),
+    ],
+)
+def test_other_arguments_are_refused_in_one_line(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        mine(**options)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("a b", KERNELS), ("own", None), ("own", {"rms_norm": None})])
+def test_names_and_kernels_are_looked_at_first(name: str, kernels: Any) -> None:
+    with pytest.raises(ConfigError, match=r"name is one word|give a dict of kernels"):
+        provider_of(name, kernels)
