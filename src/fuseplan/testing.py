@@ -111,7 +111,7 @@ def check_rule(
 
 
 def _own_samples(rule: Rule, device: torch.device) -> list[dict[str, Any]]:
-    names = [argument.name for argument in rule.op.overload._schema.arguments]
+    names = rule.op.arguments
     if sorted(names) != sorted(rule.variables):
         raise VerificationError(
             f"{rule.name}: its variables ({', '.join(rule.variables)}) aren't the arguments of {rule.op.name} "

@@ -18,6 +18,11 @@ from fuseplan.parts import PARTS, Core, RowEpilogue, Stage, part_at
 
 NO_GROUPS: Mapping[object, str] = {}
 
+RAISING = {stage: [read for part in PARTS for when, read in part.raising if when is stage] for stage in Stage}
+"""What reads a graph in each stage, in order of the parts' names."""
+ENGINE_OPS = {name: read for part in PARTS for name, read in part.engine_ops.items()}
+ROW_EPILOGUES = tuple(op.overload for part in PARTS if isinstance(part, RowEpilogue) for op in part.ops)
+
 
 def canonicalize(
     graph: fx.Graph, *, see_through_noops: bool = True, engine_groups: Mapping[object, str] = NO_GROUPS
@@ -39,10 +44,8 @@ def canonicalize(
     for stage in Stage:
         if stage is Stage.ENGINES:
             _raise_engine_ops(canonical, engine_groups)
-        for part in PARTS:
-            for when, raise_part in part.raising:
-                if when is stage:
-                    raise_part(canonical)
+        for raise_part in RAISING[stage]:
+            raise_part(canonical)
     _sink_reshapes(canonical)
     sort_topologically(canonical.graph)
     return canonical
@@ -56,12 +59,11 @@ def _raise_engine_ops(canonical: CanonicalGraph, groups: Mapping[object, str]) -
         groups: what the engine calls its groups (`"tp:0"`, the handle of a shared-memory communicator), and the names
             of the process groups behind them.
     """
-    readers = {name: read for part in PARTS for name, read in part.engine_ops.items()}
     for node in list(canonical.graph.nodes):
         op = engine_op(node)
         if op is None or op.namespace not in NAMESPACES:
             continue
-        read = readers.get(op.name().removesuffix(".default"))
+        read = ENGINE_OPS.get(op.name().removesuffix(".default"))
         if read is not None:
             merge_equal_results(canonical, node)
             read(canonical, node, arguments_of(node, op), groups)
@@ -73,8 +75,7 @@ def _sink_reshapes(canonical: CanonicalGraph) -> None:
 
     Such epilogues work on each row alone, so this is exact.
     """
-    epilogues = [op.overload for part in PARTS if isinstance(part, RowEpilogue) for op in part.ops]
-    for node in canonical.calls(*epilogues):
+    for node in canonical.calls(*ROW_EPILOGUES):
         reshape, part = node.args[0], part_at(node)
         assert isinstance(part, RowEpilogue)
         if not is_call(reshape, *RESHAPES) or not _is_result(reshape.args[0], part.cores):

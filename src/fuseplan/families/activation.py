@@ -1,6 +1,6 @@
 """Fusions around SiLU-and-mul.
 
-silu_and_mul [_static_fp8_quant | _dynamic_fp8_quant]
+silu_and_mul _ and the suffix of an epilogue that is for it
 """
 
 from fuseplan.families.compose import ComposedRule, Member

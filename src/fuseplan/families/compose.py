@@ -14,10 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fuseplan.ops import DialectOp, Sample, define
 from fuseplan.parts import Core, Prologue, RowEpilogue
 from fuseplan.rules.base import Rule
+
+SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of activations that fused norms take."""
+
+
+def dtype_text(value: Tensor) -> str:
+    """`bfloat16`"""
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _results(values: tuple[Any, ...]) -> Any:
@@ -159,7 +168,7 @@ class ComposedRule(Rule):
     @property
     def variables(self) -> tuple[str, ...]:
         """The fused op's own arguments, by the names in its schema."""
-        return tuple(argument.name for argument in self.op.overload._schema.arguments)
+        return self.op.arguments
 
     def pattern(self, **bound: Any) -> Any:
         """The parts, one after the other."""

@@ -1,18 +1,14 @@
 """Fusions around RMSNorm.
 
-[all_reduce_] [fused_add_] rms_norm [_pad | _static_fp8_quant | _dynamic_fp8_quant]
+[all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it]
 """
 
-import torch
-
-from fuseplan.families.compose import ComposedRule, Member
+from fuseplan.families.compose import SUPPORTED, ComposedRule, Member, dtype_text
 from fuseplan.ops import DialectOp
 from fuseplan.parts import PARTS, RowEpilogue, all_reduce, rms_norm
 from fuseplan.parts.base import Kind
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings
-
-SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 
 NAMES = {
     Kind.PADDING: ("act_padding", "allreduce_rms_padding", "fuse_act_padding"),
@@ -28,18 +24,14 @@ class NormRule(ComposedRule):
         """Refuses what the fused op doesn't compute: mixed and unsupported dtypes."""
         if m.x.dtype not in SUPPORTED:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
-            return m.refuse(Reason.DTYPE, "x", f"x is {_name(m.x)}; supported are {names}")
+            return m.refuse(Reason.DTYPE, "x", f"x is {dtype_text(m.x)}; supported are {names}")
         if m.weight.dtype != m.x.dtype:
             return m.refuse(
                 Reason.DTYPE,
                 "weight",
-                f"weight is {_name(m.weight)} and x is {_name(m.x)}; the fused op takes one dtype",
+                f"weight is {dtype_text(m.weight)} and x is {dtype_text(m.x)}; the fused op takes one dtype",
             )
         return None
-
-
-def _name(value: torch.Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
 
 
 def _members() -> list[Member]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuseplan.families.compose import SUPPORTED, dtype_text
 from fuseplan.ops import Rounding, Sample, define, draw_near_one, random_tensor
 from fuseplan.parts.rms_norm import rms_norm
 from fuseplan.parts.rms_norm.op import rms_norm_fake, rms_norm_reference
@@ -73,7 +74,6 @@ qk_norm_rope = define(
     draws={**DRAWS, "q_weight": draw_near_one, "k_weight": draw_near_one},
 )
 
-SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 HEADS_FIRST = (0, 2, 1, 3)
 """Between [B, S, heads, head_dim] and [B, heads, S, head_dim]; its own inverse."""
 
@@ -120,11 +120,11 @@ class QkNormRope(Rule):
     def _dtypes(self, m: Bindings) -> Refusal | None:
         if m.q.dtype not in SUPPORTED:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
-            return m.refuse(Reason.DTYPE, "q", f"q is {_name(m.q)}; supported are {names}")
+            return m.refuse(Reason.DTYPE, "q", f"q is {dtype_text(m.q)}; supported are {names}")
         for name in ("k", "q_weight", "k_weight"):
             value = getattr(m, name)
             if value.dtype != m.q.dtype:
-                detail = f"{name} is {_name(value)} and q is {_name(m.q)}; the fused op takes one dtype"
+                detail = f"{name} is {dtype_text(value)} and q is {dtype_text(m.q)}; the fused op takes one dtype"
                 return m.refuse(Reason.DTYPE, name, detail)
         return None
 
@@ -143,10 +143,6 @@ class QkNormRope(Rule):
             detail = f"cos is {[*cos.shape]}; the fused op takes angles of each token, the same for all of its heads"
             return m.refuse(Reason.SIZE, "cos", detail, mend="give cos and sin a dimension of size 1 for the heads")
         return None
-
-
-def _name(value: torch.Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
 
 
 ROTARY_RULES: tuple[Rule, ...] = (QkNormRope(transposes=False), QkNormRope(transposes=True))

@@ -107,6 +107,11 @@ class DialectOp:
         return self.schema[1 : self.schema.index(")")].split(", ")
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments' names, in the schema's order."""
+        return tuple(argument.name for argument in self.overload._schema.arguments)
+
+    @property
     def overload(self) -> "torch._ops.OpOverload":
         """The op as it stands in a graph."""
         return self.implementation("torch")
@@ -253,7 +258,7 @@ def falls_back(op: str, provider: str) -> bool:
 
 
 def _within(op: DialectOp, kernel: Callable[..., Any], most_rows: Callable[[Any], int]) -> Callable[..., Any]:
-    names = [argument.name for argument in op.overload._schema.arguments]
+    names = op.arguments
 
     @functools.wraps(kernel)
     def kernel_or_reference(*args: Any) -> Any:

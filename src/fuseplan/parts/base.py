@@ -193,7 +193,7 @@ def width_of(core: fx.Node) -> int:
 def takes_residual(node: fx.Node) -> bool:
     """Whether a node calls an op that adds a residual."""
     op = ops.of(node.target)
-    return op is not None and any(argument.name == "residual" for argument in op.overload._schema.arguments)
+    return op is not None and "residual" in op.arguments
 
 
 def rows_of(shape: Sequence[int]) -> str:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.ops import QuantRounding, Sample, compute_dtype, define, random_tensor
-from fuseplan.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, apply_scale, computed_min_scale, scalings
+from fuseplan.ops import QuantRounding, compute_dtype, define
+from fuseplan.parts.base import Kind, RowEpilogue, Stage
+from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, apply_scale, computed_min_scale, sample_of, scalings
 from fuseplan.parts.traffic import Region, Tail
 
 
@@ -45,19 +45,12 @@ def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     return torch.float8_e4m3fn, 1 / (448 * 512), QuantRounding.MULTIPLY.value
 
 
-def _sample(shape: tuple[int, ...]) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return random_tensor(shape, torch.bfloat16, device, generator), *_sample_arguments(device)
-
-    return Sample(name=rows_of(shape), make=make)
-
-
 dynamic_per_token_scaled_fp8_quant = define(
     "dynamic_per_token_scaled_fp8_quant",
     "(Tensor x, ScalarType dtype, float min_scale, str rounding) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    samples=[_sample((7, 320)), _sample((2, 3, 64))],
+    samples=[sample_of(shape, _sample_arguments) for shape in ((7, 320), (2, 3, 64))],
 )
 
 

@@ -8,8 +8,9 @@ Where the scale is from tells one quantisation from another; each is a part of i
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +28,8 @@ from fuseplan.graph.facts import (
     is_call,
     tensor_of,
 )
-from fuseplan.ops import QuantRounding
+from fuseplan.ops import QuantRounding, Sample, random_tensor
+from fuseplan.parts.base import rows_of
 from fuseplan.record import Reason
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -46,6 +48,15 @@ def apply_scale(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: QuantRou
     scaled = x / scale if rounding is QuantRounding.DIVIDE else x * scale.reciprocal()
     limit = torch.finfo(dtype).max
     return scaled.clamp(-limit, limit).to(dtype).contiguous()
+
+
+def sample_of(shape: tuple[int, ...], arguments: Callable[[torch.device], tuple[Any, ...]]) -> Sample:
+    """Normal values to be quantised, in bfloat16, and the further arguments on a device."""
+
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        return random_tensor(shape, torch.bfloat16, device, generator), *arguments(device)
+
+    return Sample(name=rows_of(shape), make=make)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.graph.facts import tensor_of
-from fuseplan.ops import QuantRounding, Sample, compute_dtype, define, draw_positive, random_tensor
-from fuseplan.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.parts.fp8 import CODE_BYTES, Scaling, apply_scale, scalings
+from fuseplan.ops import QuantRounding, compute_dtype, define, draw_positive
+from fuseplan.parts.base import Kind, RowEpilogue, Stage
+from fuseplan.parts.fp8 import CODE_BYTES, Scaling, apply_scale, sample_of, scalings
 from fuseplan.parts.traffic import Region, Tail
 from fuseplan.record import Reason
 
@@ -45,19 +45,12 @@ def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     return torch.tensor([0.02], device=device), torch.float8_e4m3fn, QuantRounding.DIVIDE.value
 
 
-def _sample(shape: tuple[int, ...]) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return random_tensor(shape, torch.bfloat16, device, generator), *_sample_arguments(device)
-
-    return Sample(name=rows_of(shape), make=make)
-
-
 static_scaled_fp8_quant = define(
     "static_scaled_fp8_quant",
     "(Tensor x, Tensor scale, ScalarType dtype, str rounding) -> Tensor",
     reference=reference,
     fake=fake,
-    samples=[_sample((7, 320)), _sample((2, 3, 64))],
+    samples=[sample_of(shape, _sample_arguments) for shape in ((7, 320), (2, 3, 64))],
     draws={"scale": draw_positive},
 )
 

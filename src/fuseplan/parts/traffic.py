@@ -1,6 +1,6 @@
 """What pricing needs to know of parts: the bytes that they read and write, and the kernels that Inductor makes of them.
 
-A part says this of itself, as an `Around`, a `Middle` or a `Tail`; a `Region` puts some of them together, at one size.
+A core says this of itself as a `Middle`, an epilogue as a `Tail`; a `Region` puts some of them together, at one size.
 """
 
 from dataclasses import dataclass, replace

@@ -215,7 +215,7 @@ class _Watched:
     def _written(self, args: Sequence[Any]) -> str | None:
         for each in self.guarded:
             if not each.is_untouched:
-                names = [argument.name for argument in self.op.overload._schema.arguments]
+                names = self.op.arguments
                 at = [name for name, given in zip(names, args, strict=False) if given is each.tensor]
                 where = f"its argument {at[0]}" if at else "an argument"
                 if torch.equal(_bits(each.tensor), _bits(each.of_before)):

@@ -75,22 +75,19 @@ def accept_qk_norm_rope(m: Any) -> Refusal | None:
 
 def accept_activation(suffix: str) -> Accepts:
     """What the kernel of a member of the activation family takes: programs share a row, unless its epilogue forbids."""
+    gate = row_kernel(suffix)
 
     def accept(m: Any) -> Refusal | None:
         epilogue = epilogue_of(suffix)
-        refusal = row_kernel(suffix).check_width(m.gate, m) if epilogue.whole_row else None
+        refusal = gate.check_width(m.gate, m) if epilogue.whole_row else None
         return refusal or epilogue.refuse(m.gate, m)
 
     return accept
 
 
-def _names(op: DialectOp) -> list[str]:
-    return [argument.name for argument in op.overload._schema.arguments]
-
-
 def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
     """The kernel of a member of the norm family, by the member's own arguments."""
-    names = _names(op)
+    names = op.arguments
 
     def kernel(*arguments: Any) -> Any:
         from fuseplan.providers.triton import all_reduce_norm, norm
@@ -112,7 +109,7 @@ def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
 
 def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
     """The kernel of a member of the activation family, by the member's own arguments."""
-    names = _names(op)
+    names = op.arguments
 
     def kernel(*arguments: Any) -> Any:
         from fuseplan.providers.triton.activation import launch
