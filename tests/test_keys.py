@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch._logging._internal import warning_once
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
@@ -483,6 +485,26 @@ def test_ranks_and_groups_change_the_key(world: Callable[[int], None]) -> None:
         assert PostGradPassManager(PassConfig()).uuid() == keys[-1]
     assert len(set(keys)) == len(keys)
     assert hash(manager) == hash(PostGradPassManager(PassConfig()))
+
+
+def test_enabled_attention_kernels_change_the_key() -> None:
+    keys = {key()}
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
+            keys.add(key())
+    assert len(keys) == 3
+
+
+def test_attention_runs_by_the_kernel_that_is_asked_for_though_the_cache_is_warm() -> None:
+    """torch.compile runs the one that it compiled first."""
+    q, k, v = (torch.randn(1, 2, 16, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    with fresh_cache(), torch.inference_mode():
+        for kernel, is_flash in ((SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)):
+            torch._dynamo.reset()
+            with sdpa_kernel(kernel):
+                compiled = fuseplan.compile(torch.nn.functional.scaled_dot_product_attention)
+                _, codes = run_and_get_code(compiled, q, k, v)
+            assert any("flash_attention_for_cpu" in code for code in codes) == is_flash
 
 
 def test_position_changes_nothing() -> None:

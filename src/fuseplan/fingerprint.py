@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import warning_once
 from torch.distributed import distributed_c10d
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from fuseplan.config import PassConfig
 from fuseplan.content import Content, content_of, lacking
@@ -53,7 +54,12 @@ class Identity:
         if None in unordered or None in ordered:
             tell_cold(user for each in contents for user in each.users)
             return None
-        return fingerprint(**self.facts, unordered=sorted(map(str, unordered)), ordered=ordered, **further)
+        # torch's own key leaves out which attention kernels are enabled: a graph compiled under another `sdpa_kernel`
+        # would be found in the cache.
+        kernels = [kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True)]
+        return fingerprint(
+            **self.facts, unordered=sorted(map(str, unordered)), ordered=ordered, attention_kernels=kernels, **further
+        )
 
     def __eq__(self, other: object) -> bool:
         """Whether two of this process are alike: a user's function or object without a `uuid()` is like itself
