@@ -19,7 +19,7 @@ import fuseplan.providers  # noqa: F401 - registers kernels
 from benchmarks.graphs import compare, versions
 from fuseplan.dialect import ops
 
-WIDTH, PADDED, INTERMEDIATE, EPS = 2880, 3072, 14336, 1e-5
+WIDTH, PADDED, GROUPED, INTERMEDIATE, EPS = 2880, 3072, 4096, 14336, 1e-5
 Q_HEADS, K_HEADS, HEAD_DIM = 32, 8, 128
 ROWS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
 CACHE_BYTES = 200 * 2**20
@@ -27,10 +27,10 @@ CACHE_BYTES = 200 * 2**20
 MOST_SETS = 24
 WHAT = (
     "microseconds a call, [median, interquartile range] of five interleaved repeats of CUDA graphs that rotate among "
-    "sets of arguments larger than the L2; bfloat16, hidden 2880 padded to 3072, intermediate 14336, 32 + 8 heads of "
-    "128"
+    "sets of arguments larger than the L2; bfloat16, hidden 2880 padded to 3072, or 4096 with groups of 128, "
+    "intermediate 14336, 32 + 8 heads of 128"
 )
-FP8 = torch.float8_e4m3fn
+FP8, GROUP, LEAST = torch.float8_e4m3fn, 128, 1e-10
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,22 @@ def dynamic(y: Tensor) -> tuple[Tensor, Tensor]:
     wide = y.float()
     scale = (wide.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-6)
     return (wide * scale.reciprocal()).clamp(-448, 448).to(FP8), scale
+
+
+def grouped(y: Tensor) -> tuple[Tensor, Tensor]:
+    wide = y.float().unflatten(-1, (-1, GROUP))
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST) / 448
+    return (wide / scale).clamp(-448, 448).to(FP8).flatten(-2), scale.squeeze(-1)
+
+
+def norm_grouped(x: Tensor, weight: Tensor) -> Any:
+    wide = x.float()
+    return grouped((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()).to(x.dtype))
+
+
+def add_norm_grouped(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+    y, total = add_norm(x, residual, weight)
+    return *grouped(y), total
 
 
 def add_norm_static(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> Any:
@@ -94,8 +110,8 @@ def activations(rows: int, width: int, count: int) -> list[Tensor]:
     return [torch.randn(rows, width, device="cuda").bfloat16() for _ in range(count)]
 
 
-def norm_arguments(rows: int) -> tuple[Tensor, ...]:
-    return (*activations(rows, WIDTH, 2), (1 + 0.1 * torch.randn(WIDTH, device="cuda")).bfloat16())
+def norm_arguments(rows: int, width: int = WIDTH, count: int = 2) -> tuple[Tensor, ...]:
+    return (*activations(rows, width, count), (1 + 0.1 * torch.randn(width, device="cuda")).bfloat16())
 
 
 def heads(rows: int) -> tuple[Tensor, ...]:
@@ -111,6 +127,7 @@ def table() -> list[Op]:
     kernel = {name: ops[name].kernel("triton") for name in ops if ops[name].fused}
     norm, rounding = (EPS, "gpt_oss"), "llama"
     shape = (Q_HEADS + K_HEADS) * HEAD_DIM
+    by_groups = (GROUP, FP8, LEAST / 448, False, "divide")
     return [
         Op("add + RMSNorm + pad", norm_arguments,
            lambda x, r, w: kernel["fused_add_rms_norm_pad"](x, r, w, *norm, PADDED - WIDTH), add_norm_pad,
@@ -127,6 +144,15 @@ def table() -> list[Op]:
         Op("SiLU-mul + dynamic fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
            lambda gate, up: kernel["silu_and_mul_dynamic_fp8_quant"](gate, up, rounding, FP8, 1e-6, "multiply"),
            lambda gate, up: dynamic(activated(gate, up)), 5 * INTERMEDIATE + 4),
+        Op("RMSNorm + group fp8", lambda rows: norm_arguments(rows, GROUPED, 1),
+           lambda x, w: kernel["rms_norm_group_fp8_quant"](x, w, *norm, *by_groups), norm_grouped,
+           3 * GROUPED + 4 * GROUPED // GROUP),
+        Op("add + RMSNorm + group fp8", lambda rows: norm_arguments(rows, GROUPED),
+           lambda x, r, w: kernel["fused_add_rms_norm_group_fp8_quant"](x, r, w, *norm, *by_groups), add_norm_grouped,
+           7 * GROUPED + 4 * GROUPED // GROUP),
+        Op("SiLU-mul + group fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
+           lambda gate, up: kernel["silu_and_mul_group_fp8_quant"](gate, up, rounding, *by_groups),
+           lambda gate, up: grouped(activated(gate, up)), 5 * INTERMEDIATE + 4 * INTERMEDIATE // GROUP),
         Op("QK norm + RoPE", heads,
            lambda *args: kernel["qk_norm_rope"](*args, 1e-6, "llama", "products"), rotated,
            4 * shape + 4 * HEAD_DIM),
