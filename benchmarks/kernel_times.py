@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fuseplan.providers  # noqa: F401 - registers kernels
 from benchmarks.graphs import compare, versions
-from fuseplan.dialect import ops
+from fuseplan.dialect import ops, registered_kernel
 
 WIDTH, PADDED, GROUPED, INTERMEDIATE, EPS = 2880, 3072, 4096, 14336, 1e-5
 Q_HEADS, K_HEADS, HEAD_DIM = 32, 8, 128
@@ -124,7 +124,7 @@ def heads(rows: int) -> tuple[Tensor, ...]:
 def table() -> list[Op]:
     """All ops."""
     scale = torch.tensor([0.02], device="cuda")
-    kernel = {name: ops[name].kernel("triton") for name in ops if ops[name].fused}
+    kernel = {name: run for name in ops if (run := registered_kernel(name, "triton"))}
     norm, rounding = (EPS, "gpt_oss"), "llama"
     shape = (Q_HEADS + K_HEADS) * HEAD_DIM
     by_groups = (GROUP, FP8, LEAST / 448, False, "divide")
