@@ -330,7 +330,7 @@ class Model(Writer):
             for residual in (other, other, name):
                 self.kept.update(self.new(f"region({name}, {residual} * 0.5, {weight})", 3))
         else:
-            given = f"ids, {name}" if kind == "either" else f"{name}.contiguous()"
+            given = f"ids, {name}" if kind == "either" else f"{name}.clone(memory_format=torch.contiguous_format)"
             self.kept.update(self.new(f"{kind}({given}, {weight})", 2))
 
     def coupled(self, name: str) -> None:

@@ -41,7 +41,7 @@ class Layout:
         tensors = {index: value for index, value in enumerate(values) if isinstance(value, Tensor)}
         spans = {index: _span(value) for index, value in tensors.items() if value.numel()}
         return cls(
-            strides=tuple(_strides(each) if isinstance(each, Tensor) else None for each in values),
+            strides=tuple(strides_of(each) if isinstance(each, Tensor) else None for each in values),
             offsets=tuple(int(each.storage_offset()) if isinstance(each, Tensor) else None for each in values),
             overlapping=frozenset(
                 (left, right)
@@ -65,7 +65,7 @@ class Layout:
                 yield f"results {left} and {other} don't overlap in memory any more"
 
 
-def _strides(value: Tensor) -> list[int]:
+def strides_of(value: Tensor) -> list[int]:
     """Of the dimensions in which there is more than one element; others' mean nothing."""
     return [stride for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1]
 

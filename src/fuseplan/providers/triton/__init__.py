@@ -14,6 +14,7 @@ from fuseplan.providers.gates import Accepts, Gate, Offer
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import ONE_KERNEL
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
+from fuseplan.providers.triton.replay import replayed
 from fuseplan.record import Reason, Refusal
 
 MOST_LEADING = 2
@@ -125,11 +126,12 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
 _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
 
-implement(ops.qk_norm_rope, "triton", qk_norm_rope)
+implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
 for _op, _suffix in _NORMS.items():
-    implement(_op, "triton", norm_kernel(_op, _suffix))
+    _kernel = norm_kernel(_op, _suffix)
+    implement(_op, "triton", _kernel if _op.collective else replayed(_kernel))
 for _op, _own_suffix in _ACTIVATIONS.items():
-    implement(_op, "triton", activation_kernel(_op, _own_suffix))
+    implement(_op, "triton", replayed(activation_kernel(_op, _own_suffix)))
 
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,

@@ -20,6 +20,7 @@ from fuseplan.providers.triton.launching import (
     multiprocessors,
     shared_bytes,
 )
+from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import rounded, within
 from fuseplan.providers.triton.tuned import MANY_TURNS, PART, PART_THREAD, ROW_THREAD, ROW_WARPS, STAGES
 
@@ -114,7 +115,8 @@ def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple
         else:
             shape = Tile.holding(block_of(width), elements=ROW_THREAD.at(0))
         with torch.cuda.device_of(gate):
-            _silu_and_mul[(triton.cdiv(width, shape.block), programs)](
+            run_kernel(
+                _silu_and_mul, (triton.cdiv(width, shape.block), programs),
                 gates, ups, epilogue.arguments(results), rows, gates.stride(0), ups.stride(0),
                 WIDTH=width, BLOCK=shape.block, LOOPS=programs < rows, STAGES=stages,
                 EVICTION=eviction(gate, up, *results),

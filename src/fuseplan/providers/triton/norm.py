@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuseplan.providers.triton.epilogues import Epilogue
 from fuseplan.providers.triton.launching import Norm, Tile, block_of, eviction, flattened, is_nvidia, multiprocessors
+from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import normalized, rounded, within
 
 
@@ -67,7 +68,8 @@ def launch(x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue) -
         elements = epilogue.elements.at(rows / multiprocessors(x.device))
         shape = Tile.holding(block_of(epilogue.width(width)), elements=elements)
         with torch.cuda.device_of(x):
-            _norm[(triton.cdiv(rows, shape.rows),)](
+            run_kernel(
+                _norm, (triton.cdiv(rows, shape.rows),),
                 flat, flat if added is None else added, norm.weight, epilogue.arguments(results),
                 totals[0] if totals else results[0], rows, flat.stride(0), 0 if added is None else added.stride(0),
                 norm.weight.stride(0), norm.eps,

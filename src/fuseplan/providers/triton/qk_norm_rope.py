@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuseplan.dialect import RotaryRounding, Rounding
 from fuseplan.providers.triton.launching import MOST_PROGRAMS, Tile, eviction
+from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import within
 from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
@@ -175,7 +176,8 @@ def launch(
     shape = Tile.holding(width, rows=max(q_rows, k_rows), elements=HEADS_THREAD.value)
     convention = Rounding(rounding)
     with torch.cuda.device_of(q):
-        _qk_norm_rope[(q_parts + k_parts, min(seq, MOST_PROGRAMS), min(batches, MOST_PROGRAMS))](
+        run_kernel(
+            _qk_norm_rope, (q_parts + k_parts, min(seq, MOST_PROGRAMS), min(batches, MOST_PROGRAMS)),
             q, k, q_out, k_out, q_weight, k_weight, cos, sin,
             q_parts, seq, batches,
             *_steps(q, (-2, -1), swapped), *_steps(k, (-2, -1), swapped), q_weight.stride(0), k_weight.stride(0),

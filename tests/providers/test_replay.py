@@ -1,0 +1,216 @@
+"""What is launched again for alike arguments, and what isn't: on kernels that are Python functions."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fuseplan.providers.triton import replay
+from fuseplan.providers.triton.replay import replayed, run_kernel, scratch
+
+
+class Kernel:
+    """Stands for one of Triton's: a function of tensors and constants, compiled for each grid."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function, self.arg_names = function, list(inspect.signature(function).parameters)
+        self.jitted = self.launched = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            self.jitted += 1
+            with _disable_current_modes():  # Triton's kernels call no ops of torch
+                self.function(*arguments, **{name: options[name] for name in self.arg_names if name in options})
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    """Its machine code, which takes all arguments by position."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def run(*arguments: Any, stream: int) -> None:
+            self.kernel.launched += 1
+            self.kernel.function(*arguments)
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors are taken for a GPU's."""
+    monkeypatch.setattr(replay, "is_on_gpu", lambda inputs: True)
+    monkeypatch.setattr(replay, "empty_strided", lambda *how: torch.empty_strided(how[0], how[1], dtype=how[2]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+
+
+def add_into(x: Tensor, y: Tensor, outputs: tuple[Any, ...], factor: int) -> None:
+    outputs[0].copy_((x + y) * factor)
+
+
+def double_into(x: Tensor, out: Tensor) -> None:
+    out.copy_(2 * x)
+
+
+def adding(kernel: Kernel) -> Callable[..., Any]:
+    def run(x: Tensor, y: Tensor, factor: int) -> Tensor:
+        out = x.new_empty(x.shape)
+        run_kernel(kernel, (1,), x.reshape(-1, 4), y.reshape(-1, 4), (out.view(-1, 4), 7), factor=factor, num_warps=4)
+        return out
+
+    return replayed(run)
+
+
+def test_alike_arguments_are_launched_again_on_new_numbers() -> None:
+    kernel = Kernel(add_into)
+    run = adding(kernel)
+    found = []
+    for seed in range(3):
+        x, y = torch.full((2, 4), float(seed)), torch.ones(2, 4)
+        found.append(run(x, y, 3))
+    assert [each[0, 0].item() for each in found] == [3, 6, 9]
+    assert (kernel.jitted, kernel.launched) == (1, 2)
+    assert len({each.data_ptr() for each in found}) == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: (torch.ones(3, 4), torch.ones(3, 4), 3),
+        lambda: (torch.ones(2, 4), torch.ones(2, 4), 2),
+        lambda: (torch.ones(2, 4).double(), torch.ones(2, 4).double(), 3),
+        lambda: (torch.ones(2, 4).t().contiguous().t(), torch.ones(2, 4), 3),
+        lambda: (torch.ones(9)[1:].view(2, 4), torch.ones(2, 4), 3),
+    ],
+    ids=["rows", "a number", "dtype", "strides", "alignment"],
+)
+def test_other_arguments_are_worked_out_anew(other: Callable[[], tuple[Any, ...]]) -> None:
+    kernel = Kernel(add_into)
+    run = adding(kernel)
+    run(torch.zeros(2, 4), torch.zeros(2, 4), 3)
+    arguments = other()
+    torch.testing.assert_close(run(*arguments), (arguments[0] + arguments[1]) * arguments[2])
+    assert (kernel.jitted, kernel.launched) == (2, 0)
+
+
+def test_arguments_that_share_memory_tell_nothing_about_those_that_do_not() -> None:
+    kernel = Kernel(add_into)
+    run = adding(kernel)
+    x = torch.ones(2, 4)
+    assert run(x, x, 1)[0, 0] == 2
+    assert run(x, torch.full((2, 4), 5.0), 1)[0, 0] == 6
+    assert run(x, x, 1)[0, 0] == 2
+    assert (kernel.jitted, kernel.launched) == (2, 1)
+
+
+def test_strides_that_ask_for_a_copy_are_never_replayed() -> None:
+    kernel = Kernel(add_into)
+    run = adding(kernel)
+    for value in (1.0, 2.0):
+        x = torch.full((2, 3, 4), value).transpose(0, 1)
+        assert run(x, torch.zeros(3, 2, 4), 1)[0, 0, 0] == value
+    assert (kernel.jitted, kernel.launched) == (2, 0)
+
+
+def test_what_else_is_done_to_tensors_is_never_left_out() -> None:
+    kernel = Kernel(double_into)
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape)
+        run_kernel(kernel, (1,), x, out)
+        return out.add_(1)
+
+    replays = replayed(run)
+    assert [replays(torch.full((4,), value))[0].item() for value in (1.0, 2.0)] == [3, 5]
+    assert kernel.launched == 0
+
+
+def test_scratch_is_allocated_for_each_call() -> None:
+    kernel = Kernel(double_into)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        between, out, other = scratch(x.new_empty(x.shape)), x.new_empty(x.shape), x.new_empty(x.shape)
+        run_kernel(kernel, (1,), x, between)
+        run_kernel(kernel, (1,), between, out)
+        run_kernel(kernel, (1,), out, other)
+        return out, other
+
+    replays = replayed(run)
+    for value in (1.0, 2.0, 3.0):
+        assert [each[0].item() for each in replays(torch.full((4,), value))] == [4 * value, 8 * value]
+    assert (kernel.jitted, kernel.launched) == (3, 6)
+
+
+def test_results_that_no_kernel_wrote_or_that_are_part_of_memory_are_never_replayed() -> None:
+    kernel = Kernel(double_into)
+
+    def run(x: Tensor, part: bool) -> tuple[Tensor, Tensor]:
+        out, other = x.new_empty(x.shape), x.new_empty(2 * x.numel())[: x.numel()]
+        run_kernel(kernel, (1,), x, out)
+        if part:
+            run_kernel(kernel, (1,), x, other)
+        return out, other
+
+    replays = replayed(run)
+    for part in (True, False):
+        for value in (1.0, 2.0):
+            assert replays(torch.full((4,), value), part)[0][0] == 2 * value
+    assert kernel.launched == 0
+
+
+def test_a_mode_sees_every_allocation() -> None:
+    kernel = Kernel(add_into)
+    run = adding(kernel)
+    run(torch.ones(2, 4), torch.ones(2, 4), 1)
+
+    class Seeing(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += func is torch.ops.aten.new_empty.default
+            return func(*args, **(kwargs or {}))
+
+    x, y = torch.ones(2, 4), torch.ones(2, 4)
+    with Seeing() as mode:  # type: ignore[no-untyped-call]
+        run(x, y, 1)
+    assert mode.seen == 1
+    assert kernel.launched == 0
+
+
+def test_what_raises_is_not_remembered() -> None:
+    def fails(x: Tensor, out: Tensor) -> None:
+        raise RuntimeError("no such kernel")
+
+    kernel = Kernel(fails)
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape)
+        run_kernel(kernel, (1,), x, out)
+        return out
+
+    replays = replayed(run)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            replays(torch.ones(4))
+    kernel.function = double_into
+    assert replays(torch.ones(4))[0] == 2
+
+
+def test_no_more_than_so_many_kinds_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST_KNOWN", 2)
+    kernel = Kernel(add_into)
+    run = adding(kernel)
+    for rows in (1, 2, 3, 1):
+        run(torch.ones(rows, 4), torch.ones(rows, 4), 1)
+    assert (kernel.jitted, kernel.launched) == (4, 0)
+    run(torch.ones(1, 4), torch.ones(1, 4), 1)
+    assert kernel.launched == 1
