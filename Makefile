@@ -69,7 +69,7 @@ nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks
 	done
 	@$(MAKE) --no-print-directory test-unpinned
 
-mutants: $(VENV)/.mutation ## whether tests notice changes to planner, rewriting and rules; MUTANTS="--sample 10" tries some
+mutants: $(VENV)/.mutation ## whether tests notice changes to planner, rewriting, rules, families; MUTANTS="--sample 10" tries some
 	@$(BIN)/python -m tests.mutation $(MUTANTS)
 	@$(BIN)/python -m tests.mutation --least 0.85 --report benchmarks/results/mutation.json
 

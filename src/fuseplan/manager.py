@@ -50,7 +50,7 @@ from fuseplan.planner import (
     prices_of,
     replay,
 )
-from fuseplan.planner.sites import Rows
+from fuseplan.planner.rows import Rows
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, SavedPlans, Verification
 from fuseplan.report.places import places

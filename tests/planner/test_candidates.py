@@ -35,7 +35,7 @@ def named(given: Posed, pairs: Any) -> set[tuple[str, ...]]:
 
 @pytest.fixture
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("planner.sites", "matching.candidates"):
+    for place in ("families.sites", "matching.candidates"):
         monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
 
 

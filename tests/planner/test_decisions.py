@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @pytest.fixture(autouse=True)
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("planner.sites", "matching.candidates"):
+    for place in ("families.sites", "matching.candidates"):
         monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
 
 

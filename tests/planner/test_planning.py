@@ -386,7 +386,7 @@ def test_sites_do_not_change_with_rules_that_are_off(gpt_oss: fx.Graph) -> None:
 
 
 def _sites(canonical: Any) -> Any:
-    from fuseplan.planner.attention import find_sites
+    from fuseplan.families import find_sites
 
     return find_sites(canonical)
 

@@ -28,7 +28,7 @@ from fuseplan.planner.pricing import (
     weighted,
 )
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows
+from fuseplan.planner.rows import Rows
 from fuseplan.providers import provider_of
 from fuseplan.rules import Rule
 from tests.helpers import written
@@ -130,7 +130,7 @@ def test_the_model_prices_a_site_with_and_without_a_fusion() -> None:
 
 
 def test_the_model_adds_what_a_fusion_leaves_of_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("planner.sites", "matching.candidates"):
+    for place in ("families.sites", "matching.candidates"):
         monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
 
     def contested(x: Any, r: Any, w: Any) -> Any:

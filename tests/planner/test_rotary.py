@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.planner.attention import find_sites
+from fuseplan.families import find_sites
 from fuseplan.planner.costs import HARDWARE, CostModel, Region
 from tests.helpers import post_grad
 from tests.planner.parts import NORM, Rotation

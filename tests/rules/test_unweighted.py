@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.families import find_sites
 from fuseplan.manager import PostGradPassManager
-from fuseplan.planner.attention import find_sites
 from fuseplan.planner.costs import HARDWARE, CostModel
 from fuseplan.record import Report
 from tests.helpers import HIDDEN, all_reduce, post_grad, quantize, randn

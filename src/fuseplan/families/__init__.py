@@ -1,16 +1,40 @@
-"""What fuseplan fuses: parts composed to fused ops, and the rules that put these into graphs; a file per family."""
+"""What fuseplan fuses: parts composed to fused ops, rules that put these into graphs, and sites; a file per family."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from fuseplan.canonical import CanonicalGraph
 from fuseplan.families.activation import ACTIVATION_FAMILY, ACTIVATION_RULES
-from fuseplan.families.attention import ATTENTION_RULES, grouped_attention
+from fuseplan.families.attention import ATTENTION_RULES, ATTENTION_SITES
 from fuseplan.families.compose import ComposedRule, Member
 from fuseplan.families.norm import NORM_FAMILY, NORM_RULES
-from fuseplan.families.rotary import ROTARY_RULES, qk_norm_rope
+from fuseplan.families.rotary import ROTARY_RULES
+from fuseplan.families.sites import Site
 from fuseplan.ops import ops
+from fuseplan.parts import PARTS, Core
 from fuseplan.rules import Rule
 
-ops.add(grouped_attention, qk_norm_rope, *NORM_FAMILY.values(), *ACTIVATION_FAMILY.values())
-
 BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *ATTENTION_RULES)
+
+ops.add(*(rule.op for rule in BUILT_IN_RULES))
+
+SITES: Mapping[Core, type[Site]] = {**ATTENTION_SITES}
+"""Sites of cores that don't work on rows alone."""
+
+_CORES: Mapping[Any, type[Site]] = {
+    op.overload: SITES.get(part, Site)
+    for part in PARTS
+    if isinstance(part, Core)
+    for op in (part.op, part.residual_op)
+    if op is not None
+}
+
+
+def find_sites(canonical: CanonicalGraph) -> tuple[Site, ...]:
+    """The site of every core of a graph, in graph order."""
+    cores = enumerate(canonical.calls(*_CORES))
+    return tuple(_CORES[core.target].at(ordinal, core, canonical) for ordinal, core in cores)
+
 
 __all__ = [
     "ACTIVATION_FAMILY",
@@ -18,4 +42,5 @@ __all__ = [
     "NORM_FAMILY",
     "ComposedRule",
     "Member",
+    "find_sites",
 ]

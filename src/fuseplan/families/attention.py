@@ -1,11 +1,25 @@
-"""The fusion of repeated heads with the attention that reads them."""
+"""The fusion of repeated heads with the attention that reads them, and its sites."""
 
-from typing import Any
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
 
-from fuseplan.graph.facts import equal_size
+import torch
+from torch import Tensor, fx
+
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.canonical.view import is_dialect
+from fuseplan.families.sites import Pricer, Shape, Site, Taken
+from fuseplan.graph.facts import aten, equal_size, hint, tensor_of
 from fuseplan.ops import define
-from fuseplan.parts.attention import attention, repeat_heads
+from fuseplan.parts import Core
+from fuseplan.parts.attention import PART, attention, repeat_heads
+from fuseplan.parts.attention.kernels import target_kernel
 from fuseplan.parts.attention.op import DRAWS, ERROR_FACTOR, SCHEMA, SIZES, attention_fake, attention_reference
+from fuseplan.parts.attention.traffic import AttentionRegion, grouped, repeated
+from fuseplan.parts.traffic import Kernel, Tail
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
 
@@ -54,4 +68,111 @@ class GroupedAttention(Rule):
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape(Shape):
+    """All of an attention that prices depend on, at one size.
+
+    Attributes:
+        sizes: of it, and of the copies before it.
+        kernels: by vendor, what runs it: the graph's own kernel, or the one that torch takes on a device that the graph
+            wasn't traced on.
+    """
+
+    sizes: AttentionRegion
+    kernels: tuple[tuple[str, str], ...]
+
+    @property
+    def signature(self) -> str:
+        """The site without its batch, e.g. `repeat_heads x4 -> attention 32 heads of 128, 1 x 1280 keys, cudnn bfloat16
+        masked`.
+        """
+        sizes = self.sizes
+        what = f"{sizes.q_heads} heads of {sizes.width}, {sizes.queries} x {sizes.keys} keys"
+        return f"repeat_heads x{sizes.groups} -> attention {what}, {sizes.kernel} {self.convention}"
+
+    def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
+        """The site as Inductor leaves it."""
+        return repeated(model.hardware, self._on(model))
+
+    def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """The fused op alone."""
+        return grouped(model.hardware, self._on(model), model.timing(provider).heads)
+
+    def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What a fused op leaves of the site: nothing."""
+        return ()
+
+    def _on(self, model: Pricer) -> AttentionRegion:
+        return replace(self.sizes, kernel=dict(self.kernels)[model.hardware.vendor])
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite(Site):
+    """One attention over repeated heads.
+
+    Attributes:
+        canonical: its graph.
+    """
+
+    canonical: CanonicalGraph = field(repr=False)
+
+    @classmethod
+    def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
+        """The site of an attention of a graph."""
+        return cls(ordinal, core, None, (), canonical)
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The nodes that belong to it."""
+        return [*self._repeats, self.core]
+
+    @cached_property
+    def _repeats(self) -> list[fx.Node]:
+        return [node for node in dict.fromkeys(self.core.args[1:3]) if is_dialect(node, repeat_heads)]
+
+    def shape(self, rows: int) -> AttentionShape:
+        """The site at a number of rows, of which a dynamic batch, or else dynamic tokens, make more or fewer."""
+        q, k, mask = (tensor_of(self.core.args[index]) for index in (0, 1, 3))
+        shared = tensor_of(self._repeats[0].args[0]) if self._repeats else k
+        assert q is not None and k is not None and shared is not None
+        factor = rows / max(1, math.prod(map(hint, q.shape[:-1])))
+        scaled = _symbols(q.shape[0]) or _symbols(q.shape[2])
+        batch, queries, keys = (
+            max(1, round(hint(size) * factor)) if scaled & _symbols(size) else hint(size)
+            for size in (q.shape[0], q.shape[2], k.shape[2])
+        )
+        kernel, is_causal = str(self.core.args[6]), bool(self.core.args[5])
+        sizes = AttentionRegion(
+            batch=batch, q_heads=hint(q.shape[1]), heads=hint(shared.shape[1]), queries=queries, keys=keys,
+            width=hint(q.shape[3]), itemsize=q.dtype.itemsize, kernel=kernel, copies=self._copies,
+            is_causal=is_causal,
+        )  # fmt: skip
+        flags = " masked" * (mask is not None) + " causal" * is_causal
+        return AttentionShape(
+            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
+            sizes=sizes, kernels=self._kernels(kernel, q, mask),
+            convention=f"{str(q.dtype).removeprefix('torch.')}{flags}",
+        )  # fmt: skip
+
+    def _kernels(self, kernel: str, q: Tensor, mask: Tensor | None) -> tuple[tuple[str, str], ...]:
+        return tuple((vendor, target_kernel(kernel, vendor, q, mask)) for vendor in ("nvidia", "amd", "cpu"))
+
+    @property
+    def _copies(self) -> bool:
+        """Whether heads are copied in memory, which a single one need not be."""
+        claimed = self.canonical.claims(self._repeats)
+        return any(node.target in (aten.clone.default, aten.repeat.default) for node in claimed) or any(
+            (value := tensor_of(node.args[0])) is not None and value.shape[1] != 1 for node in self._repeats
+        )
+
+    def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
+        """What a fusion that consumes `nodes` takes; None where that is more than the site."""
+        return Taken(reduce=False, tail=None) if self.core in nodes and {*nodes} <= {*self.parts} else None
+
+
+def _symbols(size: Any) -> frozenset[Any]:
+    return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
+
+
 ATTENTION_RULES: tuple[Rule, ...] = (GroupedAttention(),)
+ATTENTION_SITES: Mapping[Core, type[Site]] = {PART: AttentionSite}

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
+from fuseplan.families.sites import Site
 from fuseplan.graph.facts import place_of, tensor_of
 from fuseplan.matching import ExternalMatch, Match
-from fuseplan.planner.sites import Site
 
 EXTERNAL = "external"
 """The provider of other people's replacements."""

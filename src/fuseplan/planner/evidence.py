@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from fuseplan.families.sites import Shape
 from fuseplan.matching import Match
 from fuseplan.parts.traffic import Kernel, total_ns
 from fuseplan.planner.candidates import Candidate
 from fuseplan.planner.costs import Provenance, Row
 from fuseplan.planner.pose import Posed
 from fuseplan.planner.pricing import UNFUSED, alternative_name, compatible, row_key
-from fuseplan.planner.sites import Shape
 from fuseplan.record import CostRow, KernelTime
 
 

@@ -9,16 +9,16 @@ from functools import cached_property
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import unknown
 from fuseplan.errors import ConfigError
+from fuseplan.families import find_sites
 from fuseplan.graph.legality import Contraction
 from fuseplan.matching import ExternalMatch, Match
-from fuseplan.planner.attention import find_sites
 from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, couplings_of
 from fuseplan.planner.components import components
 from fuseplan.planner.contradiction import ContradictionError, Groups
 from fuseplan.planner.costs import Provenance
 from fuseplan.planner.pricing import Priced, Prices, Pricing
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows
+from fuseplan.planner.rows import Rows
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

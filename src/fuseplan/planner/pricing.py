@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fuseplan.content import content_of
+from fuseplan.families.sites import Shape, Site, Taken
 from fuseplan.graph.facts import hint, tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.parts.traffic import Kernel, Tail, total_ns
@@ -15,7 +16,7 @@ from fuseplan.planner.candidates import Candidate, copies_text
 from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, Provenance
 from fuseplan.planner.declared import declared_ns, generated_ns
 from fuseplan.planner.problem import Problem
-from fuseplan.planner.sites import Rows, Shape, Site, Taken
+from fuseplan.planner.rows import Rows
 
 UNFUSED = "unfused"
 MAX_ENUMERATED = 12

@@ -6,7 +6,7 @@ from fuseplan.providers.gates import Offer
 from fuseplan.providers.provider import Provider, provider_of, without_shared_memory
 from fuseplan.providers.reference import PROVIDER as REFERENCE
 from fuseplan.providers.registry import BUILT_IN_PROVIDERS
-from fuseplan.providers.timing import ONE_KERNEL, Heads, Timing
+from fuseplan.providers.timing import ONE_KERNEL, Timing
 
 __all__ = [
     "BUILT_IN_PROVIDERS",
@@ -15,7 +15,6 @@ __all__ = [
     "REFERENCE",
     "Cost",
     "DeviceProfile",
-    "Heads",
     "KernelCost",
     "Offer",
     "Provider",

@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 from fuseplan.devices import VENDOR_NAMES, DeviceProfile
 from fuseplan.dialect import ATTENTION_KERNELS, facts_of, implement, ops
 from fuseplan.graph.facts import equal_size
+from fuseplan.parts.attention.kernels import target_kernel
 from fuseplan.providers.gates import Offer
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
@@ -29,10 +30,6 @@ SHARED: Final = "sdpa"
 PACKED: Final = "sdpa_packed"
 EFFICIENT_SHARES: Final = "2.14"
 """The torch from which on memory-efficient attention takes fewer heads of keys than of queries, on NVIDIA."""
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-MOST_CUDNN_WIDTH: Final = 128
-"""Head dimensions up to which torch prefers cuDNN's kernel on Hopper and Blackwell."""
 
 
 def shared_attention(
@@ -74,24 +71,6 @@ def _packed_mask(mask: Any, shared: int, rows: int, kernel: str) -> Any:
 
 def _is_one_head(mask: Tensor) -> bool:
     return equal_size(mask.shape[1], 1) or equal_size(mask.stride(1), 0)
-
-
-def target_kernel(kernel: str, vendor: str, q: Tensor, mask: Tensor | None) -> str:
-    """What a vendor's devices run where a graph that was traced without one calls the CPU's kernel.
-
-    Args:
-        kernel: of the graph.
-        vendor: of the device that the plan is for.
-        q: queries.
-        mask: added to the scores, or None.
-    """
-    if kernel != "cpu" or vendor == "cpu":
-        return kernel
-    if q.dtype not in LOW_PRECISION:
-        return "efficient"
-    if vendor == "nvidia" and isinstance(q.shape[-1], int) and q.shape[-1] <= MOST_CUDNN_WIDTH:
-        return "cudnn"
-    return "efficient" if mask is not None else "flash"
 
 
 @dataclass(frozen=True)

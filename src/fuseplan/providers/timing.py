@@ -1,12 +1,11 @@
 """How the cost model prices a provider's kernels before anybody has measured them."""
 
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 from fuseplan.config import unknown
 from fuseplan.devices import EXCHANGES
-
-Heads: TypeAlias = Literal["repeated", "shared", "packed"]
+from fuseplan.parts.attention.traffic import Heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fuseplan.canonical import CanonicalGraph
+from fuseplan.families import find_sites
 from fuseplan.graph.facts import aten, is_mutation, tensor_of
 from fuseplan.graph.legality import external_inputs
 from fuseplan.graph.reach import is_view
 from fuseplan.graph.surgery import COLLECTIVES
 from fuseplan.matching import Match
 from fuseplan.planner import Posed
-from fuseplan.planner.attention import find_sites
 from fuseplan.rewriting import apply
 
 MOST_NEIGHBOURS = 64

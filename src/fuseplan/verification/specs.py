@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fuseplan.dialect import is_inlined
 from fuseplan.graph.facts import fill_of, hint, tensor_of
 from fuseplan.matching import Match
-from fuseplan.planner.sites import Rows
+from fuseplan.planner.rows import Rows
 
 ODD_SIZES = (1, 7, 33, 8191)
 """Numbers of tokens that no tile divides, where they lie in the range: kernels forget their last, partial tile."""

@@ -1,6 +1,7 @@
 """Attention by one of torch's kernels, over keys and values whose heads queries share."""
 
-from fuseplan.parts.attention.op import KERNELS, attention, repeat_heads
+from fuseplan.parts.attention.kernels import KERNELS
+from fuseplan.parts.attention.op import attention, repeat_heads
 from fuseplan.parts.attention.spellings import raise_attention
 from fuseplan.parts.base import Core, Reported, Stage
 from fuseplan.parts.traffic import Middle

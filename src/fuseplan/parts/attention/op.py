@@ -6,78 +6,17 @@ kernel that the graph calls, run on repeated heads: a reference in a narrow dtyp
 PyTorch.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fuseplan.ops import Sample, define, draw_activations
+from fuseplan.parts.attention.kernels import KERNELS
 
-aten = torch.ops.aten
 MOST_SCORES = 2**26
 """Scores that an exact reference holds at a time."""
-
-Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """One of torch's attention ops.
-
-    Attributes:
-        name: as the dialect has it.
-        target: as it stands in a post-grad graph.
-        run: the same call with nothing but the output asked for: (q, k, v, mask, scale, is_causal) -> all results.
-    """
-
-    name: str
-    target: "torch._ops.OpOverload"
-    run: Run
-
-
-KERNELS: Final[Mapping[str, Kernel]] = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel(
-            name="cudnn",
-            target=aten._scaled_dot_product_cudnn_attention.default,
-            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_cudnn_attention.default(
-                q, k, v, mask, False, 0.0, is_causal, False, scale=scale
-            ),
-        ),
-        Kernel(
-            name="flash",
-            target=aten._scaled_dot_product_flash_attention.default,
-            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_flash_attention.default(
-                q, k, v, 0.0, is_causal, False, scale=scale
-            ),
-        ),
-        Kernel(
-            name="efficient",
-            target=aten._scaled_dot_product_efficient_attention.default,
-            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_efficient_attention.default(
-                q, k, v, mask, False, 0.0, is_causal, scale=scale
-            ),
-        ),
-        Kernel(
-            name="cpu",
-            target=aten._scaled_dot_product_flash_attention_for_cpu.default,
-            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_flash_attention_for_cpu.default(
-                q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
-            ),
-        ),
-        Kernel(
-            name="overrideable",
-            target=aten._scaled_dot_product_fused_attention_overrideable.default,
-            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_fused_attention_overrideable.default(
-                q, k, v, mask, 0.0, is_causal, False, scale=scale
-            ),
-        ),
-    )
-}
-"""By name; `overrideable` is that of devices outside of torch."""
 
 
 def repeat_heads_reference(x: Tensor, groups: int) -> Tensor:

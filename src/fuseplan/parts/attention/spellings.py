@@ -18,7 +18,8 @@ from fuseplan.canonical import CanonicalGraph, is_dialect
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.graph.facts import MULS, RESHAPES, Call, aten, convert_element_type, equal_size, is_call, item, tensor_of
 from fuseplan.graph.reach import path_between
-from fuseplan.parts.attention.op import KERNELS, attention, repeat_heads
+from fuseplan.parts.attention.kernels import KERNELS
+from fuseplan.parts.attention.op import attention, repeat_heads
 from fuseplan.record import Reason
 
 HEADS = 1

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fuseplan.parts.attention.traffic import AttentionRegion, Heads, grouped, repeated
 from fuseplan.planner.costs import HARDWARE, total_ns
-from fuseplan.planner.costs.attention import AttentionRegion, grouped, repeated
-from fuseplan.providers import Heads
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = json.loads((ROOT / "benchmarks/results/decode_one_gpu_h100.json").read_text())["rows"]

@@ -10,10 +10,18 @@ and one for values.
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from fuseplan.devices.hardware import Hardware
 from fuseplan.parts.traffic import Kernel
-from fuseplan.providers import Heads
+
+Heads: TypeAlias = Literal["repeated", "shared", "packed"]
+"""How a kernel reads keys and values whose heads several heads of queries share; `grouped` prices each.
+
+`repeated`  copied for each head of queries
+`shared`    as they are
+`packed`    as they are, the queries that share a head stacked as if they were tokens
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

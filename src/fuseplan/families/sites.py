@@ -4,22 +4,52 @@ A site is a core, e.g. one `fused_add_rms_norm`, with the all-reduce before it a
 leaves of its site is run unfused, so that a price always covers the whole site.
 """
 
-import math
 import operator
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Protocol, Self
 
-import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fuseplan.canonical import CanonicalGraph
+from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.facts import fill_of, group_size, hint, item, tensor_of
 from fuseplan.ops import ops
 from fuseplan.parts import PARTS, Core, Epilogue, Prologue, part_at
+from fuseplan.parts.attention.traffic import Heads
 from fuseplan.parts.traffic import Kernel, Middle, Region, Tail
-from fuseplan.planner.costs import CostModel
+
+
+class Timing(Protocol):
+    """How a provider's kernels are priced, as far as a site has to know."""
+
+    @property
+    def heads(self) -> Heads:
+        """How an attention kernel reads keys and values that several heads of queries share."""
+
+
+class Pricer(Protocol):
+    """What prices the parts of a site: the cost model of a device."""
+
+    @property
+    def hardware(self) -> Hardware:
+        """The device."""
+
+    def reduce(self, region: Region) -> tuple[Kernel, ...]:
+        """The all-reduce alone."""
+
+    def core(self, region: Region) -> tuple[Kernel, ...]:
+        """The kernels that Inductor makes of the core and of an epilogue after it."""
+
+    def epilogue(self, region: Region) -> tuple[Kernel, ...]:
+        """The epilogue alone, behind an op that Inductor can't see into."""
+
+    def fused(self, region: Region, provider: str) -> tuple[Kernel, ...]:
+        """One fused op of all of a region's parts."""
+
+    def timing(self, provider: str) -> Timing:
+        """How a provider's kernels are priced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +98,7 @@ class Shape:
             ranks=self.ranks if reduce else 1,
         )
 
-    def unfused(self, model: CostModel) -> tuple[Kernel, ...]:
+    def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
         """The site as Inductor leaves it: an epilogue joins the core's kernel, unless it stands alone."""
         inside = [tail for tail in self.tails if not tail.stands_alone(self.core)]
         first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
@@ -80,12 +110,12 @@ class Shape:
         rest = [kernel for tail in apart for kernel in model.epilogue(self.region(reduce=False, tail=tail))]
         return (*kernels, *rest)
 
-    def fused(self, model: CostModel, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+    def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """The fused op alone."""
         ones = (Kernel(name="ones", launch=round(model.hardware.launch.value)),) if self.makes_weight else ()
         return (*ones, *model.fused(self.region(reduce=reduce, tail=tail), provider))
 
-    def rest(self, model: CostModel, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+    def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own."""
         left = list(self.tails)
         if tail is not None:
@@ -118,6 +148,20 @@ class Site:
     core: fx.Node
     reduce: fx.Node | None
     tails: tuple[fx.Node, ...]
+
+    @classmethod
+    def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
+        """The site of a core of a graph: one that works on rows, such as a norm or an activation."""
+        part, source = part_at(core), core.args[0]
+        assert isinstance(part, Core), core.format_node()
+        result = item(core, 0) if ops.of(core.target) is part.residual_op else core
+        tails = set[fx.Node]()
+        for epilogue in PARTS:
+            if isinstance(epilogue, Epilogue) and result is not None:
+                users = (user for user in result.users if part_at(user) is epilogue)
+                tails.update(users if epilogue.found is None else epilogue.found(core))
+        reduce = source if isinstance(source, fx.Node) and isinstance(part_at(source), Prologue) else None
+        return cls(ordinal, core, reduce, tuple(sorted(tails)))
 
     @property
     def parts(self) -> list[fx.Node]:
@@ -173,138 +217,7 @@ class Site:
         return part.tail(node, self.core)
 
 
-def row_site(ordinal: int, core: fx.Node) -> Site:
-    """The site of a core that works on rows, such as a norm or an activation."""
-    part, source = part_at(core), core.args[0]
-    assert isinstance(part, Core), core.format_node()
-    result = item(core, 0) if ops.of(core.target) is part.residual_op else core
-    tails = set[fx.Node]()
-    for epilogue in PARTS:
-        if isinstance(epilogue, Epilogue) and result is not None:
-            users = (user for user in result.users if part_at(user) is epilogue)
-            tails.update(users if epilogue.found is None else epilogue.found(core))
-    reduce = source if isinstance(source, fx.Node) and isinstance(part_at(source), Prologue) else None
-    return Site(ordinal, core, reduce, tuple(sorted(tails)))
-
-
 def _beside(tail: fx.Node) -> list[fx.Node]:
     """What a fusion takes along that takes an epilogue."""
     part = part_at(tail)
     return part.beside(tail) if isinstance(part, Epilogue) and part.beside is not None else []
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How many rows a tensor has at a number of tokens.
-
-    Tokens are the product of the leading dimensions of the model's input: [B, S] gives B * S.
-
-    Attributes:
-        tokens: this product, in the symbols of the graph; None where the graph has none.
-        traced: the number of tokens that the graph was traced with; 1 where no input tells.
-        environment: the `ShapeEnv` of the symbols, which has their ranges.
-    """
-
-    tokens: Any
-    traced: int
-    environment: Any = None
-    _varies: dict[tuple[Any, ...], bool] = field(default_factory=dict, compare=False, repr=False)
-
-    @classmethod
-    def of(cls, graph: fx.Graph) -> "Rows":
-        """Reads it off the inputs of the graph: of those with symbolic leading dimensions the first of integers, or
-        else the first. Where there are none, off the first of integers, since any other input may be a weight.
-        """
-        inputs = [value for node in graph.find_nodes(op="placeholder") if (value := tensor_of(node)) is not None]
-        symbolic = [value for value in inputs if any(isinstance(size, torch.SymInt) for size in _leading(value))]
-        integers = [value for value in symbolic or inputs if not value.is_floating_point() and value.dim()]
-        for value in integers or symbolic:
-            exact = _expression(_leading(value))
-            traced = _product([hint(size) for size in _leading(value)])
-            return cls(exact, traced, _environment(_leading(value))) if symbolic else cls(None, traced)
-        return cls(None, 1)
-
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether the graph serves several numbers of tokens."""
-        return self.tokens is not None
-
-    def at(self, value: torch.Tensor, tokens: int) -> int:
-        """The rows of a tensor, all its dimensions but the last, at a number of tokens; an empty one has one.
-
-        Where tokens have several symbols, the last one varies and the others stay as traced.
-        """
-        leading = value.shape[:-1]
-        rows = max(1, _product([hint(size) for size in leading]))
-        if self.tokens is None:
-            return rows
-        sizes: list[Any] = list(leading)
-        key = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
-        if key not in self._varies:
-            symbols: set[Any] = getattr(_expression(leading), "free_symbols", set())
-            self._varies[key] = bool(symbols & self.tokens.free_symbols)
-        return max(1, round(rows * tokens / self.traced)) if self._varies[key] else rows
-
-    def most(self, value: torch.Tensor, tokens: int | None) -> float:
-        """The most rows that a tensor can have; infinity where nothing limits them.
-
-        Args:
-            value: a tensor of the graph.
-            tokens: the most tokens that the graph serves; None: as many as its symbols let it.
-        """
-        rows, environment = _expression(value.shape[:-1]), _environment(value.shape[:-1])
-        if environment is None:
-            return max(1, int(rows))
-        most = _upper(environment, rows)
-        if tokens is not None and self.tokens is not None:
-            above, below = (rows / self.tokens).as_numer_denom()
-            if not above.free_symbols:
-                least = 1 if not below.free_symbols else max(1, int(ShapeEnv.bound_sympy(environment, below).lower))
-                share = int(above) * tokens // (least if below.free_symbols else int(below))
-                most = min(most, max(1, share))
-        return most
-
-    @property
-    def most_tokens(self) -> float:
-        """The most tokens that the graph's symbols let it have; infinity where nothing limits them."""
-        return self.traced if self.tokens is None else _upper(self.environment, self.tokens)
-
-    def sized(self, value: torch.Tensor, tokens: int) -> torch.Tensor:
-        """A tensor without data that has a tensor's dtype, and its shape at a number of tokens. Where tokens have
-        several symbols, the sizes that have the last of them vary and the others stay as traced.
-        """
-        moving = max(self.tokens.free_symbols, key=str) if self.tokens is not None else None
-        sizes, shape = list[int](), list[Any](value.shape)
-        for size in shape:
-            varies = isinstance(size, torch.SymInt) and moving in size.node.expr.free_symbols
-            sizes.append(max(1, round(hint(size) * tokens / self.traced)) if varies else hint(size))
-        return torch.empty(sizes, dtype=value.dtype, device="meta")
-
-
-def _expression(sizes: Iterable[Any]) -> Any:
-    """The product of sizes in the symbols of the graph."""
-    product: Any = 1
-    for size in sizes:
-        product = product * (size.node.expr if isinstance(size, torch.SymInt) else size)
-    return product
-
-
-def _environment(sizes: Iterable[Any]) -> Any:
-    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
-
-
-def _upper(environment: Any, expression: Any) -> float:
-    """The upper end of an expression's range: what Dynamo guards, or was told by `mark_dynamic(..., max=)`."""
-    upper: Any = ShapeEnv.bound_sympy(environment, expression).upper if environment is not None else math.inf
-    return int(upper) if getattr(upper, "is_Integer", isinstance(upper, int)) else math.inf
-
-
-def _leading(value: torch.Tensor) -> Sequence[Any]:
-    return value.shape[:-1] if value.is_floating_point() and value.dim() > 1 else value.shape
-
-
-def _product(sizes: Collection[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

@@ -1,0 +1,92 @@
+"""torch's attention kernels: what they are called by, and which of them a vendor's devices run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fuseplan.graph.facts import aten
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+MOST_CUDNN_WIDTH: Final = 128
+"""Head dimensions up to which torch prefers cuDNN's kernel on Hopper and Blackwell."""
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One of torch's attention ops.
+
+    Attributes:
+        name: as the dialect has it.
+        target: as it stands in a post-grad graph.
+        run: the same call with nothing but the output asked for: (q, k, v, mask, scale, is_causal) -> all results.
+    """
+
+    name: str
+    target: "torch._ops.OpOverload"
+    run: Run
+
+
+KERNELS: Final[Mapping[str, Kernel]] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            name="cudnn",
+            target=aten._scaled_dot_product_cudnn_attention.default,
+            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_cudnn_attention.default(
+                q, k, v, mask, False, 0.0, is_causal, False, scale=scale
+            ),
+        ),
+        Kernel(
+            name="flash",
+            target=aten._scaled_dot_product_flash_attention.default,
+            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_flash_attention.default(
+                q, k, v, 0.0, is_causal, False, scale=scale
+            ),
+        ),
+        Kernel(
+            name="efficient",
+            target=aten._scaled_dot_product_efficient_attention.default,
+            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_efficient_attention.default(
+                q, k, v, mask, False, 0.0, is_causal, scale=scale
+            ),
+        ),
+        Kernel(
+            name="cpu",
+            target=aten._scaled_dot_product_flash_attention_for_cpu.default,
+            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_flash_attention_for_cpu.default(
+                q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
+            ),
+        ),
+        Kernel(
+            name="overrideable",
+            target=aten._scaled_dot_product_fused_attention_overrideable.default,
+            run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_fused_attention_overrideable.default(
+                q, k, v, mask, 0.0, is_causal, False, scale=scale
+            ),
+        ),
+    )
+}
+"""By name; `overrideable` is that of devices outside of torch."""
+
+
+def target_kernel(kernel: str, vendor: str, q: Tensor, mask: Tensor | None) -> str:
+    """What a vendor's devices run where a graph that was traced without one calls the CPU's kernel.
+
+    Args:
+        kernel: of the graph.
+        vendor: of the device that the plan is for.
+        q: queries.
+        mask: added to the scores, or None.
+    """
+    if kernel != "cpu" or vendor == "cpu":
+        return kernel
+    if q.dtype not in LOW_PRECISION:
+        return "efficient"
+    if vendor == "nvidia" and isinstance(q.shape[-1], int) and q.shape[-1] <= MOST_CUDNN_WIDTH:
+        return "cudnn"
+    return "efficient" if mask is not None else "flash"

@@ -1,0 +1,129 @@
+"""How many rows tensors of a graph have at a number of tokens."""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fuseplan.graph.facts import hint, tensor_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows a tensor has at a number of tokens.
+
+    Tokens are the product of the leading dimensions of the model's input: [B, S] gives B * S.
+
+    Attributes:
+        tokens: this product, in the symbols of the graph; None where the graph has none.
+        traced: the number of tokens that the graph was traced with; 1 where no input tells.
+        environment: the `ShapeEnv` of the symbols, which has their ranges.
+    """
+
+    tokens: Any
+    traced: int
+    environment: Any = None
+    _varies: dict[tuple[Any, ...], bool] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> "Rows":
+        """Reads it off the inputs of the graph: of those with symbolic leading dimensions the first of integers, or
+        else the first. Where there are none, off the first of integers, since any other input may be a weight.
+        """
+        inputs = [value for node in graph.find_nodes(op="placeholder") if (value := tensor_of(node)) is not None]
+        symbolic = [value for value in inputs if any(isinstance(size, torch.SymInt) for size in _leading(value))]
+        integers = [value for value in symbolic or inputs if not value.is_floating_point() and value.dim()]
+        for value in integers or symbolic:
+            exact = _expression(_leading(value))
+            traced = _product([hint(size) for size in _leading(value)])
+            return cls(exact, traced, _environment(_leading(value))) if symbolic else cls(None, traced)
+        return cls(None, 1)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the graph serves several numbers of tokens."""
+        return self.tokens is not None
+
+    def at(self, value: torch.Tensor, tokens: int) -> int:
+        """The rows of a tensor, all its dimensions but the last, at a number of tokens; an empty one has one.
+
+        Where tokens have several symbols, the last one varies and the others stay as traced.
+        """
+        leading = value.shape[:-1]
+        rows = max(1, _product([hint(size) for size in leading]))
+        if self.tokens is None:
+            return rows
+        sizes: list[Any] = list(leading)
+        key = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+        if key not in self._varies:
+            symbols: set[Any] = getattr(_expression(leading), "free_symbols", set())
+            self._varies[key] = bool(symbols & self.tokens.free_symbols)
+        return max(1, round(rows * tokens / self.traced)) if self._varies[key] else rows
+
+    def most(self, value: torch.Tensor, tokens: int | None) -> float:
+        """The most rows that a tensor can have; infinity where nothing limits them.
+
+        Args:
+            value: a tensor of the graph.
+            tokens: the most tokens that the graph serves; None: as many as its symbols let it.
+        """
+        rows, environment = _expression(value.shape[:-1]), _environment(value.shape[:-1])
+        if environment is None:
+            return max(1, int(rows))
+        most = _upper(environment, rows)
+        if tokens is not None and self.tokens is not None:
+            above, below = (rows / self.tokens).as_numer_denom()
+            if not above.free_symbols:
+                least = 1 if not below.free_symbols else max(1, int(ShapeEnv.bound_sympy(environment, below).lower))
+                share = int(above) * tokens // (least if below.free_symbols else int(below))
+                most = min(most, max(1, share))
+        return most
+
+    @property
+    def most_tokens(self) -> float:
+        """The most tokens that the graph's symbols let it have; infinity where nothing limits them."""
+        return self.traced if self.tokens is None else _upper(self.environment, self.tokens)
+
+    def sized(self, value: torch.Tensor, tokens: int) -> torch.Tensor:
+        """A tensor without data that has a tensor's dtype, and its shape at a number of tokens. Where tokens have
+        several symbols, the sizes that have the last of them vary and the others stay as traced.
+        """
+        moving = max(self.tokens.free_symbols, key=str) if self.tokens is not None else None
+        sizes, shape = list[int](), list[Any](value.shape)
+        for size in shape:
+            varies = isinstance(size, torch.SymInt) and moving in size.node.expr.free_symbols
+            sizes.append(max(1, round(hint(size) * tokens / self.traced)) if varies else hint(size))
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+
+def _expression(sizes: Iterable[Any]) -> Any:
+    """The product of sizes in the symbols of the graph."""
+    product: Any = 1
+    for size in sizes:
+        product = product * (size.node.expr if isinstance(size, torch.SymInt) else size)
+    return product
+
+
+def _environment(sizes: Iterable[Any]) -> Any:
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+
+
+def _upper(environment: Any, expression: Any) -> float:
+    """The upper end of an expression's range: what Dynamo guards, or was told by `mark_dynamic(..., max=)`."""
+    upper: Any = ShapeEnv.bound_sympy(environment, expression).upper if environment is not None else math.inf
+    return int(upper) if getattr(upper, "is_Integer", isinstance(upper, int)) else math.inf
+
+
+def _leading(value: torch.Tensor) -> Sequence[Any]:
+    return value.shape[:-1] if value.is_floating_point() and value.dim() > 1 else value.shape
+
+
+def _product(sizes: Collection[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
