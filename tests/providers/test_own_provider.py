@@ -102,6 +102,11 @@ def test_an_exchange_that_no_device_has_is_refused() -> None:
         Timing(exchange="flashinfr")
 
 
+def test_heads_that_no_kernel_reads_so_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown heads 'shred'; did you mean 'shared'"):
+        Timing(heads="shred")  # type: ignore[arg-type]
+
+
 def test_of_an_op_that_the_model_has_no_site_for_it_is_a_kernel() -> None:
     offer = mine(cost=ONE_KERNEL).implements[ops.fused_add_rms_norm_pad.name]
     assert offer.cost == KernelCost()

@@ -1,7 +1,7 @@
 """How the cost model prices a provider's kernels before anybody has measured them."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 
 from fuseplan.config import unknown
 from fuseplan.devices import EXCHANGES
@@ -23,7 +23,7 @@ class Timing:
         heads: how an attention kernel reads keys and values that several heads of queries share.
 
     Raises:
-        ConfigError: no such constants are known.
+        ConfigError: no such constants, or no such way to read heads, are known.
     """
 
     eager: bool = False
@@ -33,6 +33,8 @@ class Timing:
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             raise unknown("exchange", str(self.exchange), EXCHANGES)
+        if self.heads not in get_args(Heads):
+            raise unknown("heads", str(self.heads), get_args(Heads))
 
 
 ONE_KERNEL: Final = Timing()

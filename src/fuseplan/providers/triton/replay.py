@@ -204,13 +204,14 @@ class Replay:
         return tuple(made[: self.results])
 
 
-def empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory of the current GPU: as Inductor's own code takes it, which costs half of `torch.empty_strided`."""
-    take = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-    if take is None:
-        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-    found: Tensor = take(shape, strides, dtype)
-    return found
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+    torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided
+)
+"""Takes memory of the current GPU as Inductor's own code does, which costs the host half of `torch.empty_strided`."""
 
 
 def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,14 +224,21 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         A function of the same arguments and results.
     """
-    known: dict[tuple[Any, ...], Replay | None] = {}
+    known: dict[tuple[Any, ...], Replay] = {}
 
     @functools.wraps(run)
     def run_or_replay(*arguments: Any) -> Any:
         if torch._C._len_torch_dispatch_stack():  # somebody looks on, as verification does to poison what is allocated
             return run(*arguments)
-        key = tuple([_kind(each) for each in arguments])
-        inputs = [each for each in arguments if isinstance(each, Tensor)]
+        kinds, inputs = list[Any](), list[Tensor]()
+        for each in arguments:  # in line, since it is paid for at every call
+            if isinstance(each, Tensor):
+                inputs.append(each)
+                is_aligned = each.data_ptr() % ALIGNED == 0
+                kinds.append((each.shape, each.stride(), each.dtype, each.get_device(), is_aligned))
+            else:
+                kinds.append(each)
+        key = tuple(kinds)
         replay = known.get(key)
         if replay is not None:
             results = replay(inputs)
@@ -257,10 +265,3 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
 def is_on_gpu(inputs: Sequence[Tensor]) -> bool:
     """Whether kernels are compiled for them, and not interpreted."""
     return all(each.is_cuda for each in inputs)
-
-
-def _kind(value: Any) -> Any:
-    """What tells calls apart: of a tensor all but its numbers and its place, of anything else itself."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.get_device(), value.data_ptr() % ALIGNED == 0
-    return value
