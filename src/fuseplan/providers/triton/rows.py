@@ -35,9 +35,10 @@ def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.
 @triton.jit
 def dynamic_scale(y, min_scale, MOST: tl.constexpr):
     """max(amax(|y|) / MOST, min_scale) over the last dimension of y, NaN where y has one."""
-    scale = tl.div_rn(tl.max(tl.abs(y), axis=-1), MOST)
-    scale = tl.where(scale < min_scale, min_scale, scale)
-    return tl.where(tl.max((y != y).to(tl.int32), axis=-1) > 0, float("nan"), scale)
+    # Without their sign, numbers are in order as integers too, and NaN is the largest.
+    largest = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, MOST)
+    return tl.where(scale < min_scale, min_scale, scale)
 
 
 @triton.jit
