@@ -135,7 +135,7 @@ def _region(ranks: int) -> str:
 
 def _kernels() -> str:
     """Each kernel beside torch.compile's code and a copy, by rows."""
-    result = _committed("results/kernels_h100")["rows"]
+    result = _committed("results/kernels_h200")["rows"]
     sizes = sorted({row["rows"] for row in result})
     found = {(row["op"], row["rows"]): row for row in result}
     rows: list[tuple[object, ...]] = []
@@ -144,6 +144,15 @@ def _kernels() -> str:
         rows.append((op, *(f"{row['speedup_over_torch_compile']:.2f}" for row in times)))
         rows.append(("of a copy's bandwidth", *(f"{100 * row['share_of_copy_bandwidth']:.0f} %" for row in times)))
     return _table(("rows", *(f"{size:,}" for size in sizes)), rows)
+
+
+def _host_cost() -> str:
+    """What the host takes for a layer with a fused op, and with Inductor's kernels."""
+    rows: list[tuple[object, ...]] = []
+    for row in _committed("results/host_cost_h200")["rows"]:
+        sides = ("{:.1f} ± {:.1f} us".format(*row[side]) for side in ("torch.compile", "fuseplan"))
+        rows.append((f"`{row['op']}`", row["kernels"], *sides))
+    return _table(("fused op", "kernels of Inductor's", "a layer, `torch.compile`", "a layer, fuseplan"), rows)
 
 
 def _decode() -> str:
@@ -190,7 +199,8 @@ tables = {
     "h200_errors": _errors(),
     "region_h100x2": _region(2),
     "region_h100x4": _region(4),
-    "kernels_h100": _kernels(),
+    "kernels_h200": _kernels(),
+    "host_cost_h200": _host_cost(),
     "decode_h100x2": _decode(),
     "decode_one_gpu_h100": _decode_one_gpu(),
     "bench_gpt_oss_h100x2": _bench(),
