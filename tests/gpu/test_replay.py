@@ -1,13 +1,17 @@
 """Kernels that are launched again without the host working them out. Skipped without a GPU."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.dialect import ops, registered_kernel
+from fuseplan.distributed.workspace import alone
 from fuseplan.providers.triton import replay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -117,3 +121,21 @@ def test_results_are_of_one_call_each() -> None:
     first, second = called(NAME, _arguments(0)), called(NAME, _arguments(0))
     third = called(NAME, _arguments(0))
     assert len({each.data_ptr() for results in (first, second, third) for each in results}) == 6
+
+
+@pytest.fixture
+def group() -> Iterator[str]:
+    """Of two ranks, of which one is here and plays both."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    with alone():
+        yield dist.group.WORLD.group_name  # type: ignore[union-attr]
+    dist.destroy_process_group()
+
+
+def test_all_reduces_are_launched_again_in_their_workspace(group: str, replays: list[replay.Replay]) -> None:
+    name = "all_reduce_fused_add_rms_norm_pad"
+    for rows in (7, 300, 7, 7, 300):
+        for seed in range(3):
+            arguments = (*_arguments(seed, rows), group)
+            check(called(name, arguments), worked_out(name, arguments))
+    assert len(replays) >= 13

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fuseplan.distributed.workspace import Workspace
 from fuseplan.providers.triton import replay
 from fuseplan.providers.triton.replay import replayed, run_kernel, scratch
 
@@ -47,7 +48,7 @@ class Compiled:
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are taken for a GPU's."""
-    monkeypatch.setattr(replay, "is_on_gpu", lambda inputs: True)
+    monkeypatch.setattr(replay, "is_on_gpu", lambda value: True)
     monkeypatch.setattr(replay, "empty_strided", lambda *how: torch.empty_strided(how[0], how[1], dtype=how[2]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
@@ -214,3 +215,22 @@ def test_no_more_than_so_many_kinds_are_remembered(monkeypatch: pytest.MonkeyPat
     assert (kernel.jitted, kernel.launched) == (4, 0)
     run(torch.ones(1, 4), torch.ones(1, 4), 1)
     assert kernel.launched == 1
+
+
+def test_a_call_in_another_workspace_is_another_call() -> None:
+    kernel = Kernel(add_into)
+
+    def run(x: Tensor, workspace: Workspace) -> Tensor:
+        out = x.new_empty(x.shape)
+        run_kernel(kernel, (1,), x, workspace.tensors[0], (out,), factor=1)
+        return out
+
+    class OfNobody(Workspace):
+        def __init__(self, serial: int) -> None:
+            self.serial, self.words = serial, torch.full((4,), float(serial))
+            self.distances, self.state, self.failure = (torch.zeros(4) for _ in range(3))
+
+    replays = replayed(run)
+    for serial in (1, 2, 1, 2):
+        assert replays(torch.zeros(4), OfNobody(serial))[0] == serial
+    assert (kernel.jitted, kernel.launched) == (2, 2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ def allocate_alone(size: int, ranks: int, device: torch.device) -> SharedMemory:
     return SharedMemory(local=local, addresses=[local.data_ptr()] * ranks, keep=None)
 
 
+_serials = itertools.count()
+
+
 class Workspace:
     """Shared memory of one group, with what its kernels have to remember between calls.
 
@@ -125,6 +129,7 @@ class Workspace:
                 memory = allocate(size, group_name, device, meeting)
             # Nobody may send before everybody's memory is empty.
             meeting.step(lambda: self._lay_out(memory, itemsize))
+        self.serial = next(_serials)
         self._lock = threading.RLock()
         self._ended: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
@@ -141,6 +146,13 @@ class Workspace:
         self._failure = self.failure.numpy()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What kernels are given: messages, how far the others' are, what is remembered between calls, and who is late;
+        the same tensors at every call.
+        """
+        return self.words, self.distances, self.state, self.failure
 
     @property
     def layout(self) -> str:

@@ -2,7 +2,7 @@
 needs no Triton, running them does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -90,29 +90,41 @@ def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
     """The kernel of a member of the norm family, by the member's own arguments."""
     names = op.arguments
 
-    def kernel(*arguments: Any) -> Any:
+    def run(*arguments: Any) -> Any:
         from fuseplan.providers.triton import all_reduce_norm, norm
         from fuseplan.providers.triton.launching import Norm
 
-        own = dict(zip(names, arguments, strict=True))
-        x, residual, group_name = own.pop("x"), own.pop("residual", None), own.pop("group_name", None)
+        own = dict(zip(names, arguments, strict=False))
+        x, residual = own.pop("x"), own.pop("residual", None)
         how = Norm(weight=own.pop("weight"), eps=own.pop("eps"), rounding=Rounding(own.pop("rounding")))
-        epilogue = epilogue_of(suffix)(**own)
-        if group_name is None:
-            results = norm.launch(x, residual, how, epilogue)
+        if own.pop("group_name", None) is None:
+            results = norm.launch(x, residual, how, epilogue_of(suffix)(**own))
         else:
-            workspace = workspace_of(group_name, x.device, x.dtype)
-            results = all_reduce_norm.launch(x, residual, how, epilogue, workspace)
+            results = all_reduce_norm.launch(x, residual, how, epilogue_of(suffix)(**own), arguments[-1])
         return results if len(results) > 1 else results[0]
 
-    return kernel
+    kernel = replayed(run)
+    return in_workspace(kernel, names) if op.collective else kernel
+
+
+def in_workspace(kernel: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """A kernel that takes the workspace of its group behind its other arguments, as one that takes these alone."""
+    group, activations = names.index("group_name"), names.index("x")
+
+    def run(*arguments: Any) -> Any:
+        x = arguments[activations]
+        workspace = workspace_of(arguments[group], x.device, x.dtype)
+        with workspace.held():
+            return kernel(*arguments, workspace)
+
+    return run
 
 
 def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
     """The kernel of a member of the activation family, by the member's own arguments."""
     names = op.arguments
 
-    def kernel(*arguments: Any) -> Any:
+    def run(*arguments: Any) -> Any:
         from fuseplan.providers.triton.activation import launch
 
         own = dict(zip(names, arguments, strict=True))
@@ -120,7 +132,7 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
         results = launch(gate, up, rounding, epilogue_of(suffix)(**own))
         return results if len(results) > 1 else results[0]
 
-    return kernel
+    return replayed(run)
 
 
 _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
@@ -128,10 +140,9 @@ _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
 for _op, _suffix in _NORMS.items():
-    _kernel = norm_kernel(_op, _suffix)
-    implement(_op, "triton", _kernel if _op.collective else replayed(_kernel))
+    implement(_op, "triton", norm_kernel(_op, _suffix))
 for _op, _own_suffix in _ACTIVATIONS.items():
-    implement(_op, "triton", replayed(activation_kernel(_op, _own_suffix)))
+    implement(_op, "triton", activation_kernel(_op, _own_suffix))
 
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,

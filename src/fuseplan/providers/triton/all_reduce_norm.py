@@ -32,6 +32,7 @@ from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
 from fuseplan.providers.triton.epilogues import Epilogue
 from fuseplan.providers.triton.launching import Norm, Tile, block_of, flattened, is_nvidia
+from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import normalized, rounded, within
 from fuseplan.providers.triton.tuned import (
     AHEAD_REGISTERS,
@@ -371,9 +372,9 @@ def _launch(
     *results, total = outputs
     added, programs = x if residual is None else residual, min(rows, schedule.programs)
     workspace.require(*schedule.words(width, rows, workspace))
-    _all_reduce_norm[(programs,)](
-        x, added, norm.weight, epilogue.arguments(tuple(results)), total, workspace.words, workspace.distances,
-        workspace.state, workspace.failure,
+    run_kernel(
+        _all_reduce_norm, (programs,),
+        x, added, norm.weight, epilogue.arguments(tuple(results)), total, *workspace.tensors,
         rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, workspace.limit,
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fuseplan.distributed.workspace import Workspace
+
 MOST_KNOWN: Final = 1024
 """Kinds of arguments that are remembered of each op; then all of them are forgotten."""
 
@@ -177,7 +179,7 @@ class Replay:
         if not recording.is_whole or None in memory or 0 in addresses or len(addresses) != len(pool):
             return None
         templates = [_Template.of(each.arguments, pool) for each in recording.launches]
-        if None in templates or len({each.device for each in pool}) != 1:
+        if None in templates:
             return None
         known = [each for each in templates if each is not None]
         if not {*range(len(inputs), len(pool))} <= set[int]().union(*(each.places for each in known)):
@@ -219,7 +221,8 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         run: launches kernels by `run_kernel` alone, and yields new tensors, one or a tuple. What it does must follow
-            from its arguments, of tensors from their shapes, strides, dtypes, devices and alignment.
+            from its arguments, of tensors from their shapes, strides, dtypes, devices and alignment. The first of them
+            is a tensor; a workspace is the same one, which the caller holds.
 
     Returns:
         A function of the same arguments and results.
@@ -236,6 +239,9 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
                 inputs.append(each)
                 is_aligned = each.data_ptr() % ALIGNED == 0
                 kinds.append((each.shape, each.stride(), each.dtype, each.get_device(), is_aligned))
+            elif isinstance(each, Workspace):
+                inputs += each.tensors
+                kinds.append(each.serial)
             else:
                 kinds.append(each)
         key = tuple(kinds)
@@ -243,7 +249,7 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
         if replay is not None:
             results = replay(inputs)
             return results if len(results) > 1 else results[0]
-        if not is_on_gpu(inputs):
+        if not is_on_gpu(inputs[0]):
             return run(*arguments)
         with _Recording() as recording:
             _current.recording = recording
@@ -262,6 +268,6 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
     return run_or_replay
 
 
-def is_on_gpu(inputs: Sequence[Tensor]) -> bool:
-    """Whether kernels are compiled for them, and not interpreted."""
-    return all(each.is_cuda for each in inputs)
+def is_on_gpu(value: Tensor) -> bool:
+    """Whether kernels are compiled, and not interpreted, where a tensor lies."""
+    return value.is_cuda
