@@ -167,11 +167,15 @@ def _repeats_last(expand: fx.Node) -> bool:
 def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, float]:
     """(amax, min_scale, is_power, min_power), from a scale back to the largest that it is computed from."""
     node, least = _least(scale)
-    power = _power(node)
+    power, own = _power(node), dtype_of(source_of(scaling.x))
+    if power is not None and own is torch.float32:
+        # In low precision no quotient is that near to a power of two.
+        detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
+        raise Unraised(Reason.ROUNDING, detail, node)
     quotient, min_scale = (node, least) if power is None else _least(power)
     if not is_call(quotient, aten.div.Tensor) or number_of(quotient.args[1]) != scaling.limit:
         raise _unknown(quotient, scaling.limit)
-    amax, before = _least(quotient.all_input_nodes[0], own=dtype_of(source_of(scaling.x)))
+    amax, before = _least(quotient.all_input_nodes[0], own=own)
     # A division that is rounded to the nearest keeps the order, so the least may be taken of either side of it.
     divided = float(torch.tensor(before, dtype=torch.float32) / scaling.limit)
     return amax, max(min_scale, divided), power is not None, 0.0 if power is None else least
