@@ -126,7 +126,7 @@ def test_another_activation_is_no_silu_and_a_silu_far_from_a_quantisation_is_non
     assert near_misses(lambda g, w: F.silu(g) @ w, X, randn(HIDDEN, HIDDEN)) == []
 
 
-S = torch.tensor([0.02])
+S, S_OF_ONE_ROW = torch.tensor([0.02]), torch.tensor([[0.02]])
 
 
 def dynamic(scale: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -140,7 +140,7 @@ def amax(y: Tensor) -> Tensor:
 QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | None]] = {
     "scale in bf16": (lambda y: quantize(y, S.bfloat16()), Reason.DTYPE, "the scale is bfloat16", None),
     "constant": (lambda y: quantize(y, 0.5), Reason.ATTRIBUTE, "the scale is a constant, 0.5", "tensor"),  # type: ignore[arg-type]
-    "[1, 1]": (lambda y: quantize(y, S.reshape(1, 1)), Reason.SIZE, "has the shape [1, 1]", "scale.reshape(1)"),
+    "[1, 1]": (lambda y: quantize(y, S_OF_ONE_ROW), Reason.SIZE, "has the shape [1, 1]", "scale.reshape(1)"),
     "arithmetic": (
         lambda y: (y / S.bfloat16()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.DTYPE,
         "scaled or clamped in bfloat16", None,
@@ -149,8 +149,6 @@ QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | No
         lambda y: (y.float() * S).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.OP,
         "multiplied by something else than 1 / scale", None,
     ),
-    "no minimum": (dynamic(lambda y: amax(y) / 448.0), Reason.OP, "here it has none", None),
-    "minimum first": (dynamic(lambda y: amax(y).clamp(min=1e-9) / 448.0), Reason.OP, "before the division", None),
     "another limit": (dynamic(lambda y: (amax(y) / 240.0).clamp(min=1e-9)), Reason.OP, "isn't divided by 448", None),
     "whole tensor": (
         dynamic(lambda y: (y.abs().max().float() / 448.0).clamp(min=1e-9)), Reason.OP, "from all rows at once", None,
@@ -168,22 +166,33 @@ def test_what_looks_like_a_quantisation_says_why_it_is_none(name: str) -> None:
     assert mend in str(row.mend) if mend else row.mend is None
 
 
-def test_max_by_its_values_is_amax() -> None:
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "max by its values": lambda y: (y.abs().max(-1, keepdim=True)[0].float() / 448.0).clamp(min=1e-9),
+    "no minimum": lambda y: amax(y) / 448.0,
+    "minimum first": lambda y: amax(y).clamp(min=1e-9) / 448.0,
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_of_rows_are_recognised(name: str) -> None:
+    assert near_misses(lambda x, w: dynamic(SCALES[name])(llama(x, None, w)[0]), X, W) == []
+
+
+def test_rows_that_are_cut_evenly_are_groups() -> None:
     def model(x: Tensor, w: Tensor) -> Tensor:
-        quantise = dynamic(lambda y: (y.abs().max(-1, keepdim=True)[0].float() / 448.0).clamp(min=1e-9))
-        return quantise(llama(x, None, w)[0])
+        return dynamic(SCALES["no minimum"])(llama(x, None, w)[0].reshape(12, 32))
 
     assert near_misses(model, X, W) == []
 
 
 def test_rows_that_are_cut_are_other_rows() -> None:
     def model(x: Tensor, w: Tensor) -> Tensor:
-        groups = llama(x, None, w)[0].reshape(12, 32)
-        return dynamic(lambda y: (amax(y) / 448.0).clamp(min=1e-9))(groups)
+        pieces = llama(x, None, w)[0].reshape(8, 48)
+        return dynamic(lambda y: (amax(y) / 448.0).clamp(min=1e-9))(pieces)
 
     (row,) = near_misses(model, X, W)
     assert "aten.reshape.default stands between" in row.detail
-    assert "rows of 64 become rows of 32" in row.detail
+    assert "rows of 64 become rows of 48" in row.detail
     assert row.mend is None
 
 

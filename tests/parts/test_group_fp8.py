@@ -27,6 +27,7 @@ from tests.planner.test_rotary import Counted
 
 FP8 = torch.float8_e4m3fn
 WIDTH, GROUP = 256, 64
+LEAST = 1 / (448.0 * 512.0)
 W = 1 + randn(WIDTH, seed=9) / 10
 CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
 Scale = Callable[[Tensor], Tensor]
@@ -48,16 +49,31 @@ def power(amax: Tensor) -> Tensor:
     return torch.exp2(torch.ceil(torch.log2(before(amax))))
 
 
+def lifted(amax: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(without(amax)))).clamp(min=LEAST)
+
+
+def both(amax: Tensor) -> Tensor:
+    return before(amax).clamp(min=1e-6)
+
+
+def tensors(amax: Tensor) -> Tensor:
+    return torch.maximum(amax / 448.0, torch.full_like(amax, 1e-6))
+
+
 def deep_gemm(amax: Tensor) -> Tensor:
     return torch.pow(2.0, torch.ceil(torch.log2(before(amax).abs())))
 
 
-SCALES: dict[str, tuple[Scale, float, bool]] = {
-    "before": (before, float(torch.tensor(1e-10) / 448.0), False),
-    "behind": (behind, 1e-12, False),
-    "without": (without, 0.0, False),
-    "power": (power, float(torch.tensor(1e-10) / 448.0), True),
-    "deep_gemm": (deep_gemm, float(torch.tensor(1e-10) / 448.0), True),
+SCALES: dict[str, tuple[Scale, float, bool, float]] = {
+    "before": (before, float(torch.tensor(1e-10) / 448.0), False, 0.0),
+    "behind": (behind, 1e-12, False, 0.0),
+    "without": (without, 0.0, False, 0.0),
+    "both": (both, 1e-6, False, 0.0),
+    "tensors": (tensors, 1e-6, False, 0.0),
+    "power": (power, float(torch.tensor(1e-10) / 448.0), True, 0.0),
+    "lifted": (lifted, 0.0, True, LEAST),
+    "deep_gemm": (deep_gemm, float(torch.tensor(1e-10) / 448.0), True, 0.0),
 }
 
 
@@ -81,9 +97,9 @@ def equal(left: Any, right: Any) -> bool:
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_reference_is_what_models_compute(scale: str, multiplies: bool) -> None:
     x = randn(2, 7, WIDTH) * torch.tensor([1e-4, 1.0, 3e4, 1.0, 0.02, 7.0, 1.0])[:, None]
-    scale_of, least, ue8m0 = SCALES[scale]
+    scale_of, *bounds = SCALES[scale]
     rounding = "multiply" if multiplies else "divide"
-    found = per_token_group_fp8_quant.reference(x.bfloat16(), GROUP, FP8, least, ue8m0, rounding)
+    found = per_token_group_fp8_quant.reference(x.bfloat16(), GROUP, FP8, *bounds, rounding)
     assert equal(found, quantize_groups(x.bfloat16(), scale_of, multiplies=multiplies))
 
 
@@ -91,20 +107,20 @@ def test_scales_are_rounded_up_to_powers_of_two_exactly() -> None:
     amax = torch.tensor([448.0, 448.0 * (1 + 2**-20), 447.0, 1.0, 0.0]).double()
     x = torch.zeros(5, 2, dtype=torch.float64)
     x[:, 1] = amax
-    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, True, "divide")
+    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, True, 0.0, "divide")
     assert scale.flatten().tolist() == [1.0, 2.0, 1.0, 2**-8, 0.0]
 
 
 def test_rows_that_groups_do_not_divide_are_refused() -> None:
     with pytest.raises(RuntimeError, match="unflatten"):
-        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, False, "divide")
+        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, False, 0.0, "divide")
 
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
 def test_spellings_are_raised(scale: str, dynamic: bool, wide: bool) -> None:
-    scale_of, least, ue8m0 = SCALES[scale]
+    scale_of, *bounds = SCALES[scale]
 
     def model(x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_groups(F.rms_norm(x, (WIDTH,), W, 1e-5), scale_of, group=128, wide=wide)
@@ -112,11 +128,19 @@ def test_spellings_are_raised(scale: str, dynamic: bool, wide: bool) -> None:
     graph = canonical(model, randn(5, WIDTH), dynamic=dynamic)
     assert graph.recognized() == {f"per_token_group_fp8_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(per_token_group_fp8_quant.overload)
-    assert node.args[1:] == (128, FP8, least, ue8m0, "divide")
+    assert node.args[1:] == (128, FP8, *bounds, "divide")
 
 
-def tensors(x: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_groups(x, lambda amax: torch.maximum(amax / 448.0, torch.full_like(amax, 1e-6)))
+def bounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: amax.clamp(max=6.0) / 448.0)
+
+
+def of_tensors(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: torch.maximum(amax / 448.0, amax.mean(-1, keepdim=True)))
+
+
+def multiplied(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: amax * (1 / 448.0))
 
 
 def others(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,17 +151,14 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_groups(x, lambda amax: torch.exp2(torch.floor(torch.log2(before(amax)))))
 
 
-def twice(x: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_groups(x, lambda amax: before(amax).clamp(min=1e-6))
-
-
 @pytest.mark.parametrize(
     ("quantize", "says"),
     [
-        (tensors, "divided by 448"),
-        (others, "divided by 448"),
-        (halves, "divided by 448"),
-        (twice, "two minima"),
+        (bounded, "the largest has an upper bound (aten.clamp_max.default), and the op's has none"),
+        (of_tensors, "the smallest scale is a tensor (aten.maximum.default), and the op takes a number"),
+        (others, "the largest isn't divided by 448 but by 440"),
+        (multiplied, "multiplied by 0.00223214, which rounds otherwise"),
+        (halves, "the scale's exponent is taken by aten.floor.default, and the op rounds it up"),
     ],
 )
 def test_what_the_op_does_not_compute_is_named(quantize: Any, says: str) -> None:

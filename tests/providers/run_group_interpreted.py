@@ -19,10 +19,13 @@ from tests.providers.run_interpreted import rounded
 FN, LEAST = torch.float8_e4m3fn, 1e-10
 
 
-def arguments(group_size: int, min_scale: float, ue8m0: bool, rounding: str) -> dict[str, Any]:
+def arguments(
+    group_size: int, min_scale: float, ue8m0: bool, rounding: str, *, min_power: float = 0.0
+) -> dict[str, Any]:
     """A fused op's own, in their order."""
     return {
-        "group_size": group_size, "dtype": FN, "min_scale": min_scale, "ue8m0": ue8m0, "quant_rounding": rounding
+        "group_size": group_size, "dtype": FN, "min_scale": min_scale, "ue8m0": ue8m0, "min_power": min_power,
+        "quant_rounding": rounding,
     }  # fmt: skip
 
 
@@ -72,17 +75,17 @@ def cases() -> dict[str, bool]:
 
 
 def not_finite() -> dict[str, bool]:
-    """Zeros, infinity and NaN; scales that are powers of two; a least scale."""
+    """Zeros, infinity and NaN; scales that are powers of two; a least scale, before and behind the rounding to them."""
     found = {}
-    for ue8m0 in (False, True):
+    for ue8m0, min_power in ((False, 0.0), (True, 0.0), (True, 0.3)):
         for rounding in ("divide", "multiply"):
-            for least in (LEAST, 0.3):
-                own = arguments(64, least, ue8m0, rounding)
+            for least in (LEAST, 0.3) if not min_power else (0.0,):
+                own = arguments(64, least, ue8m0, rounding, min_power=min_power)
                 x = activations(5, 192, 1)
                 x[0, 1], x[1, 70], x[2], x[3, 64:128] = float("inf"), float("nan"), 0.0, 0.0
                 x[4] = 448 * 2.0**20
                 for kernel in (normed, activated):
-                    found[f"{kernel.__name__} {ue8m0} {rounding} {least}"] = kernel(x, own)
+                    found[f"{kernel.__name__} {ue8m0} {rounding} {least} {min_power}"] = kernel(x, own)
     return found
 
 

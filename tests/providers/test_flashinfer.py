@@ -23,6 +23,8 @@ from tests.providers.stand_ins import Library, is_aligned, normed, ranks, snapsh
 
 PROVIDER = next(each for each in BUILT_IN_PROVIDERS if each.name == "flashinfer")
 VERSIONS = ("flashinfer-0.6.18.post1", "flashinfer-0.7.2.post1")
+OLD = "flashinfer-0.6.11.post2"
+"""What vLLM 0.22 pins: no scale a row, and no 1 + weight."""
 FN = torch.float8_e4m3fn
 MIN_SCALE = 1 / (448 * 512)
 
@@ -78,7 +80,7 @@ class FlashInfer:
         dtype = input.dtype
         reduced = (input.float() * asked["world_size"]).to(dtype)
         total = (reduced.float() + rest["residual_in"].float()).to(dtype)
-        y = normed(total.float(), rest["rms_gamma"], rest["rms_eps"], rest["weight_bias"]).to(dtype)
+        y = normed(total.float(), rest["rms_gamma"], rest["rms_eps"], rest.get("weight_bias", 0.0)).to(dtype)
         rest["residual_out"].copy_(total)
         if pattern == self.patterns["kARResidualRMSNorm"]:
             rest["norm_out"].copy_(y)
@@ -301,6 +303,58 @@ def test_hidden_sizes_of_models_are_taken(hidden: int) -> None:
         assert flashinfer.ALL_REDUCE_DYNAMIC(Bindings("r", dynamic)) is None
 
 
+@pytest.mark.parametrize("name", [name for name in EXACT if "dynamic" not in name])
+def test_what_an_old_release_has_gives_the_references_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = FlashInfer(OLD)
+    stand_in.library.install(monkeypatch)
+    try:
+        with ranks(2) as group:
+            given = arguments(name, torch.bfloat16, (7, 64), "gpt_oss", group)
+            with Alone():
+                expected = ops[name].reference(*given)
+                actual = ops[name].kernel("flashinfer")(*given)
+        for got, wanted in zip(actual, expected, strict=True):
+            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+    finally:
+        SHARED.release(flashinfer._WORKSPACES)
+
+
+OF_ROWS = {"dtype": FN, "min_scale": MIN_SCALE, "quant_rounding": "divide"}
+
+
+@pytest.mark.parametrize(
+    ("release", "gate", "hidden", "more", "detail"),
+    [
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 4096, {"rounding": "gpt_oss"}, None),
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 5120, {}, None),
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 2880, {},
+         "takes hidden sizes that split into whole warps before flashinfer-python 0.6.15 in bfloat16, not 2880"),
+        ("0.6.14", flashinfer.ALL_REDUCE, 2880, {}, "split into whole warps"),
+        ("0.6.15", flashinfer.ALL_REDUCE, 2880, {}, None),
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 4096, {"rounding": "gemma"},
+         "0.6.11.post2 is installed, and FlashInfer's all-reduce fusion has 1 + weight from 0.6.12 on"),
+        ("0.6.12", flashinfer.ALL_REDUCE, 4096, {"rounding": "gemma"}, None),
+        ("0.6.14", flashinfer.ALL_REDUCE_DYNAMIC, 4096, OF_ROWS, "has a scale a row from 0.6.15 on"),
+        ("0.6.15", flashinfer.ALL_REDUCE_DYNAMIC, 4096, OF_ROWS, None),
+        (None, flashinfer.ALL_REDUCE_DYNAMIC, 2880, OF_ROWS, None),
+    ],
+)  # fmt: skip
+def test_what_older_releases_lack_is_declined(
+    release: str | None, gate: Any, hidden: int, more: dict[str, Any], detail: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def installed(name: str) -> str:
+        if release is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return release
+
+    monkeypatch.setattr("importlib.metadata.version", installed)
+    with ranks(2) as group:
+        values = {"x": torch.empty(8, hidden, dtype=torch.bfloat16), "group_name": group, **more}
+        refusal = gate(Bindings("r", values))
+    assert (refusal is None) if detail is None else detail in refusal.detail
+
+
 @pytest.mark.parametrize("count", [3, 16])
 def test_groups_of_other_sizes_are_declined(count: int) -> None:
     with ranks(count) as group:
@@ -381,7 +435,8 @@ def test_a_graph_of_the_kernels_convention_hears_of_the_rounding_alone() -> None
     [
         ("0.6.18.post1", None),
         ("0.7.2.post1", None),
-        ("0.6.17", "flashinfer-python 0.6.17 is installed, and 0.6.18 is the oldest that will do"),
+        ("0.6.11.post2", None),
+        ("0.6.10", "flashinfer-python 0.6.10 is installed, and 0.6.11 is the oldest that will do"),
         (None, "the package flashinfer that is installed isn't that of flashinfer-python"),
     ],
 )

@@ -10,8 +10,10 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.ops import QuantRounding, compute_dtype, define
 from fuseplan.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, apply_scale, computed_min_scale, sample_of, scalings
+from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, Scaling, apply_scale, raise_computed, sample_of, scalings
+from fuseplan.parts.fp8_scales import computed_scale, is_given
 from fuseplan.parts.traffic import Region, Tail
+from fuseplan.record import Reason
 
 
 def reference(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) -> tuple[Tensor, Tensor]:
@@ -20,7 +22,7 @@ def reference(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) ->
     Args:
         x: [..., hidden].
         dtype: one of `FP8_DTYPES`.
-        min_scale: the smallest scale, so that a row of zeros doesn't divide by zero.
+        min_scale: the smallest scale, so that a row of zeros doesn't divide by zero; 0 for none.
         rounding: one of `QuantRounding`; it says how the scale is applied to x. The scale itself is always a division.
 
     Returns:
@@ -57,14 +59,22 @@ dynamic_per_token_scaled_fp8_quant = define(
 def raise_dynamic(canonical: CanonicalGraph) -> None:
     """Raises every quantisation by a scale of each row."""
     for cast, found in scalings(canonical):
-        if isinstance(found, Unraised) or found.is_given:
+        if isinstance(found, Unraised) or is_given(found):
             continue
         try:
-            args = (found.x, found.dtype, computed_min_scale(found, "row"), found.rounding.value)
-            canonical.raise_op(dynamic_per_token_scaled_fp8_quant, args, (cast, found.scale))
+            _raise(canonical, found)
         except Unraised as refused:
             if cast not in canonical.unraised:  # by what is more like it
                 refused.tell(canonical, dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+
+
+def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
+    scale = computed_scale(scaling)
+    if scale.is_power:
+        detail = "the scale is rounded up to a power of two, and the op's of whole rows isn't"
+        raise Unraised(Reason.ATTRIBUTE, detail, scale.node)
+    args = (scale.rows, scaling.dtype, scale.min_scale, scaling.rounding.value)
+    raise_computed(canonical, scaling, scale.node, dynamic_per_token_scaled_fp8_quant, args)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
 """What quantisations to fp8 share: how a scale is applied, and how Inductor's post-grad graphs spell that in aten.
 
-    x32 = convert(x, float32)
+    x32 = convert(x, float32)                                              or not: a float32 scale promotes x
     q   = convert(clamp(x32 / scale, -fp8_max, fp8_max), fp8)              `divide`
         | convert(clamp(x32 * reciprocal(scale), -fp8_max, fp8_max), fp8)  `multiply`
 
-Where the scale is from tells one quantisation from another; each is a part of its own.
+Where the scale is from tells one quantisation from another; each is a part of its own. A scale that is computed from
+what is quantised is read in `fp8_scales`, and such a quantisation may go without the clamp.
 """
 
 import operator
@@ -18,17 +19,21 @@ from torch import Tensor, fx
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.graph.facts import (
+    LOW_PRECISION,
     MULS,
+    RESHAPES,
     Call,
     aten,
     convert_element_type,
     dtype_name,
     dtype_of,
+    equal_shape,
     equal_size,
+    fill_of,
     is_call,
     tensor_of,
 )
-from fuseplan.ops import QuantRounding, Sample, random_tensor
+from fuseplan.ops import DialectOp, QuantRounding, Sample, random_tensor
 from fuseplan.parts.base import rows_of
 from fuseplan.record import Reason
 
@@ -39,8 +44,10 @@ CODE_BYTES = 1
 SCALE_BYTES = 4
 
 CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
-MOST_STEPS = 12
-"""From a scale to what it is computed from."""
+ORDER_KEEPING = (
+    *RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
+"""Views with the same elements in the same order."""
 
 
 def apply_scale(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
@@ -67,15 +74,19 @@ class Scaling:
         cast: the node that yields the codes.
         dtype: of the codes.
         x: what is scaled.
-        scale: by what.
+        factor: what x is divided by, or multiplied by.
+        scale: by what it is scaled: the factor, or what the factor is the reciprocal of.
         rounding: how.
+        is_clamped: whether what is cast is clamped to what the codes hold.
     """
 
     cast: fx.Node
     dtype: torch.dtype
     x: fx.Node
+    factor: fx.Node
     scale: fx.Node
     rounding: QuantRounding
+    is_clamped: bool
 
     @property
     def limit(self) -> float:
@@ -83,16 +94,9 @@ class Scaling:
         return torch.finfo(self.dtype).max
 
     @property
-    def is_computed(self) -> bool:
-        """Whether the scale is computed from the largest |x| in some way."""
-        return _largest_of(self.scale) is self.x
-
-    @property
-    def is_given(self) -> bool:
-        """Whether the scale is one number for all; that of a single row, as in decoding, is one number too."""
-        scale = tensor_of(self.scale)
-        assert scale is not None
-        return equal_size(scale.numel(), 1) and not (self.is_computed and scale.dim() > 1)
+    def unclamped(self) -> Unraised:
+        """That it isn't."""
+        return Unraised(Reason.OP, f"what is cast isn't clamped to +-{self.limit:g}", self.cast)
 
 
 def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unraised]]:
@@ -102,13 +106,15 @@ def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unrais
         if dtype in FP8_DTYPES:
             assert isinstance(dtype, torch.dtype)
             try:
-                yield cast, _read_scaling(_unclamped(cast, torch.finfo(dtype).max), cast, dtype)
+                yield cast, _read_scaling(cast, dtype)
             except Unraised as refused:
                 yield cast, refused
 
 
-def _unclamped(cast: fx.Node, limit: float) -> fx.Node:
-    """x of `convert(clamp(x, -limit, limit), fp8)`, the clamp in one op or two."""
+def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
+    """x of `convert(clamp(x, -limit, limit), fp8)`, the clamp in one op or two, or of `convert(x, fp8)`, and whether it
+    is clamped.
+    """
     low = high = None
     node = cast.args[0]
     narrowed = node if is_call(node, convert_element_type) else None
@@ -123,111 +129,138 @@ def _unclamped(cast: fx.Node, limit: float) -> fx.Node:
             break  # a clamp of the model's own, inside the one to the range of fp8
         low, high = minimum if low is None else low, maximum if high is None else high
         node = x
-    if not isinstance(node, fx.Node) or low != -limit or high != limit:
+    is_clamped = low == -limit and high == limit
+    if not isinstance(node, fx.Node) or not (is_clamped or (low is None and high is None)):
         raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
-    if narrowed is not None:
+    if narrowed is not None and is_clamped:
         detail = f"what is cast is scaled or clamped in {dtype_name(narrowed)}"
         raise Unraised(Reason.DTYPE, detail, narrowed)
-    return node
+    return (node, True) if is_clamped else (cast.all_input_nodes[0], False)
 
 
-def _read_scaling(scaled: fx.Node, cast: fx.Node, dtype: torch.dtype) -> Scaling:
-    rounding = QuantRounding.DIVIDE
-    if is_call(scaled, aten.div.Tensor):
-        wide, scale = scaled.args
-    elif is_call(scaled, *MULS):
-        rounding = QuantRounding.MULTIPLY
-        wide, factor = scaled.args
-        if is_call(wide, aten.reciprocal.default):
-            wide, factor = factor, wide
-        if not is_call(factor, aten.reciprocal.default):
+def _read_scaling(cast: fx.Node, dtype: torch.dtype) -> Scaling:
+    limit = torch.finfo(dtype).max
+    scaled, is_clamped = _unclamped(cast, limit)
+    found = _operands(scaled)
+    if found is None:
+        if not is_clamped:
+            raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
+        if is_call(scaled, *MULS):
             raise Unraised(Reason.OP, "what is clamped is multiplied by something else than 1 / scale", scaled)
-        scale = factor.args[0]
-    else:
         raise Unraised(Reason.OP, "what is clamped isn't x / scale", scaled, expected=aten.div.Tensor)
-    if not isinstance(wide, fx.Node) or not isinstance(scale, fx.Node):
+    wide, factor, scale, rounding = found
+    if not isinstance(wide, fx.Node) or not isinstance(factor, fx.Node) or not isinstance(scale, fx.Node):
         detail = f"the scale is a constant, {scale}, and the op takes a tensor"
         raise Unraised(Reason.ATTRIBUTE, detail, scaled, "make the scale a float32 tensor of one element")
     if dtype_of(scale) is not torch.float32:
-        detail = f"the scale is {dtype_name(scale)}, and the op takes float32"
-        raise Unraised(Reason.DTYPE, detail, scaled)
-    x = wide.args[0] if is_call(wide, convert_element_type) else wide
-    if dtype_of(wide) is not torch.float32 or not isinstance(x, fx.Node):
-        raise Unraised(Reason.DTYPE, f"what is clamped is scaled in {dtype_name(wide)}", scaled)
-    return Scaling(cast=cast, dtype=dtype, x=x, scale=scale, rounding=rounding)
+        raise Unraised(Reason.DTYPE, f"the scale is {dtype_name(scale)}, and the op takes float32", scaled)
+    x = uncast(wide)
+    if dtype_of(scaled) is not torch.float32:
+        raise Unraised(Reason.DTYPE, f"what is cast is scaled in {dtype_name(scaled)}", scaled)
+    if not isinstance(x, fx.Node) or dtype_of(x) not in (torch.float32, *LOW_PRECISION):
+        raise Unraised(Reason.DTYPE, f"what is scaled is {dtype_name(x)}", scaled)
+    return Scaling(
+        cast=cast, dtype=dtype, x=x, factor=factor, scale=scale, rounding=rounding, is_clamped=is_clamped
+    )  # fmt: skip
 
 
-def computed_min_scale(scaling: Scaling, rows: str) -> float:
-    """min_scale of `max(amax(|x|, -1, keepdim) / limit, min_scale)`, which the scale is, of the same x.
-
-    Args:
-        scaling: whose scale isn't given.
-        rows: what x has rows of, for a person.
+def _operands(scaled: fx.Node) -> tuple[object, object, object, QuantRounding] | None:
+    """(x, factor, scale, rounding) of `x / scale` and of `x * (1 / scale)`.
 
     Raises:
-        Unraised: it isn't.
+        Unraised: of `x * (a / b)`, which is `x / (b / a)` but for its rounding.
     """
-    scale, x, limit = scaling.scale, tensor_of(scaling.x), scaling.limit
-    if x is None or not scaling.is_computed:
-        raise Unraised(
-            Reason.OP, f"the scale is neither one number nor computed from the largest of each {rows}", scale
-        )
-    quotient, min_scale = scale, None
-    if is_call(scale, aten.clamp_min.default, aten.clamp.default) and len(scale.args) == 2:
-        quotient, min_scale = scale.args
-    if not isinstance(min_scale, float):
-        where = "it has none, or before the division" if quotient is scale else f"it is {min_scale}"
-        raise Unraised(Reason.OP, f"the scale has a minimum that is a float in the op, and here {where}", scale)
-    if not is_call(quotient, aten.div.Tensor) or quotient.args[1] != limit:
-        raise Unraised(Reason.OP, f"the largest of a {rows} isn't divided by {limit:g}", quotient)
-    amax = uncast(quotient.args[0])
-    assert isinstance(amax, fx.Node)
-    value = tensor_of(scale)
-    rows_agree = value is not None and value.dim() == x.dim() and equal_size(value.shape[-1], 1)
-    if _kept_dims(amax) not in ([-1], [x.dim() - 1]) or not rows_agree:
-        detail = f"the scale is computed by {amax.target}, not by amax over the last dimension, which is kept"
-        raise Unraised(Reason.OP, detail, amax, "take x.abs().amax(-1, keepdim=True)")
-    if not is_largest_of(amax, scaling.x):
-        raise Unraised(Reason.OP, f"the largest is taken of something else than the magnitudes of a {rows}", amax)
-    return min_scale
+    if is_call(scaled, aten.div.Tensor):
+        x, scale = scaled.args
+        return x, scale, scale, QuantRounding.DIVIDE
+    if not is_call(scaled, *MULS):
+        return None
+    for x, factor in (scaled.args, reversed(scaled.args)):
+        inverse = reordered(factor)
+        if is_call(inverse, *MULS) and inverse.args[1] == 1:  # as torch writes 1.0 / scale
+            inverse = inverse.args[0]
+        if is_call(inverse, aten.reciprocal.default):
+            return x, factor, inverse.args[0], QuantRounding.MULTIPLY
+        number = None
+        if is_call(inverse, *MULS) and is_call(inverse.args[0], aten.reciprocal.default):
+            number = inverse.args[1]
+        elif is_call(inverse, aten.div.Tensor):
+            number = number_of(inverse.args[0])
+        if isinstance(number, (int, float)) and isinstance(inverse, fx.Node):
+            detail = f"x is multiplied by {number:g} / amax, which rounds otherwise than by 1 / (amax / {number:g})"
+            raise Unraised(Reason.OP, detail, inverse, "multiply by 1 / scale, or divide by the scale")
+    return None
 
 
-def is_largest_of(amax: fx.Node, x: fx.Node) -> bool:
-    """Whether `amax`, or `max` by its values, is taken of |x| itself, and of nothing that is made of it."""
-    reduced = amax.args[0] if not is_call(amax, operator.getitem) else _argument(amax.args[0])
-    magnitude = uncast(reduced)
-    return is_call(magnitude, aten.abs.default) and uncast(magnitude.args[0]) is x
+def raise_computed(
+    canonical: CanonicalGraph, scaling: Scaling, scale: fx.Node, op: DialectOp, args: tuple[Any, ...]
+) -> None:
+    """Puts an op that yields codes and scales in the place of both: each in the shape that it has in the graph.
+
+    Args:
+        canonical: the graph.
+        scaling: of which the codes are.
+        scale: the node that holds the scales.
+        op: what computes both.
+        args: its arguments, of which the first are the rows.
+    """
+    rows = tensor_of(args[0])
+    fakes = op.fake(rows, *args[1:])
+    old = (scaling.cast, scale)
+    if all(equal_shape(tensor_of(node), value) for node, value in zip(old, fakes, strict=True)):
+        canonical.raise_op(op, args, old)
+        return
+    claimed, place = canonical.claims(old), min(old)
+    sizes = [_sizes(canonical, node) for node in old]
+    node = canonical.insert_before(place, op.overload, args, fakes)
+    canonical.interior[node] = claimed
+    for index, each in enumerate(old):
+        result = canonical.insert_before(place, operator.getitem, (node, index), fakes[index])
+        reshaped = canonical.insert_before(place, aten.reshape.default, (result, sizes[index]), tensor_of(each))
+        canonical.replace(each, reshaped)
 
 
-def _argument(node: object) -> object:
-    return node.args[0] if isinstance(node, fx.Node) else None
+def _sizes(canonical: CanonicalGraph, node: fx.Node) -> list[Any]:
+    """The sizes of a node's value as `reshape` takes them."""
+    value = tensor_of(node)
+    assert value is not None
+    sizes: list[Any] = list(value.shape)
+    symbolic = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+    if len(symbolic) == 1:
+        sizes[symbolic[0]] = -1
+        return sizes
+    for dim in symbolic:
+        values = [(each, each.meta.get("val")) for each in canonical.graph.nodes if each < node]
+        found = [each for each, size in values if isinstance(size, torch.SymInt) and equal_size(size, sizes[dim])]
+        if not found:
+            detail = f"size {dim} of {[*value.shape]} is no value in the graph"
+            raise Unraised(Reason.SIZE, detail, node, "reshape to fewer dimensions of unknown size")
+        sizes[dim] = found[0]
+    return sizes
 
 
-def _kept_dims(amax: fx.Node) -> list[int]:
-    """The dimensions that `amax(x, dims, True)`, or `max(x, dim, True)` by its values alone, reduces to one."""
-    if is_call(amax, operator.getitem) and is_call(amax.args[0], aten.max.dim) and amax.args[1] == 0:
-        maximum = amax.args[0]
-        return [maximum.args[1]] if maximum.args[2:] == (True,) and len(maximum.users) == 1 else []
-    return list(amax.args[1]) if is_call(amax, aten.amax.default) and amax.args[2:] == (True,) else []
+def reordered(node: object) -> object:
+    """Looks through views that keep the order of the elements."""
+    while is_call(node, *ORDER_KEEPING):
+        node = node.args[0]
+    return node
 
 
-def _largest_of(scale: fx.Node) -> object:
-    """x, if a scale is computed from the largest |x| in some way, or None."""
-    node, first, is_reduced = scale, None, False
-    for _ in range(MOST_STEPS):
-        is_reduced |= is_call(node, aten.amax.default, aten.max.dim, aten.max.default)
-        if is_call(node, aten.abs.default):
-            first = first or uncast(node.args[0])
-            if is_reduced:  # else it may be of the scale itself, before its logarithm
-                return uncast(node.args[0])
-        if not node.all_input_nodes:
-            break
-        node = node.all_input_nodes[0]
-    return first
+def source_of(node: object) -> object:
+    """Looks through such views, and through casts that change no value."""
+    while is_call(node, *ORDER_KEEPING) or uncast(node) is not node:
+        assert isinstance(node, fx.Node)
+        node = node.args[0]
+    return node
 
 
 def uncast(node: object) -> object:
     """Looks through a cast of low precision to float32, in which |x| and amax are as exact."""
     if not is_call(node, convert_element_type) or dtype_of(node) is not torch.float32:
         return node
-    return node.args[0] if dtype_of(node.args[0]) in (torch.bfloat16, torch.float16) else node
+    return node.args[0] if dtype_of(node.args[0]) in LOW_PRECISION else node
+
+
+def number_of(node: object) -> float | None:
+    """A number, as it is or as a tensor that holds nothing else."""
+    return node if isinstance(node, (int, float)) else fill_of(node)

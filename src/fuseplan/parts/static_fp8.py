@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.facts import is_call, tensor_of
 from fuseplan.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.parts.fp8 import CODE_BYTES, Scaling, apply_scale, sample_of, scalings
+from fuseplan.parts.fp8 import CODE_BYTES, ORDER_KEEPING, Scaling, apply_scale, sample_of, scalings
+from fuseplan.parts.fp8_scales import is_computed, is_given
 from fuseplan.parts.traffic import Region, Tail
 from fuseplan.record import Reason
 
@@ -61,22 +62,28 @@ def raise_static(canonical: CanonicalGraph) -> None:
         try:
             if isinstance(found, Unraised):
                 raise found
-            if found.is_given:
+            if is_given(found):
                 _raise(canonical, found)
         except Unraised as refused:
             refused.tell(canonical, static_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
 
 
 def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
-    scale = tensor_of(scaling.scale)
+    node = scaling.scale
+    if is_computed(scaling):
+        detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
+        raise Unraised(Reason.OP, detail, node)
+    if not scaling.is_clamped:
+        raise scaling.unclamped
+    scale = tensor_of(node)
+    while is_call(node, *ORDER_KEEPING) and scale is not None and scale.dim() > 1:
+        node = node.args[0]
+        scale = tensor_of(node)
     assert scale is not None
     if scale.dim() > 1:
         detail = f"the scale has the shape {[*scale.shape]}, and the op takes one number"
-        raise Unraised(Reason.SIZE, detail, scaling.scale, "scale.reshape(1)")
-    if scaling.is_computed:
-        detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
-        raise Unraised(Reason.OP, detail, scaling.scale)
-    args = (scaling.x, scaling.scale, scaling.dtype, scaling.rounding.value)
+        raise Unraised(Reason.SIZE, detail, node, "scale.reshape(1)")
+    args = (scaling.x, node, scaling.dtype, scaling.rounding.value)
     canonical.raise_op(static_scaled_fp8_quant, args, (scaling.cast,))
 
 

@@ -1,6 +1,6 @@
 """FlashInfer's all-reduce fusion, and its RMSNorm with fp8 quantisation. Importing this needs no FlashInfer.
 
-Read from flashinfer-python 0.6.18.post1 and 0.7.2.post1:
+Read from flashinfer-python 0.6.11.post2, 0.6.18.post1 and 0.7.2.post1:
 
 - `flashinfer.comm.allreduce_fusion`, backend `trtllm` (comm/trtllm_allreduce_fusion.cuh). The sum over ranks is taken
   in float32 (`fp32_acc`) and rounded to the activations' dtype, and so is the residual sum. The norm of that is
@@ -33,10 +33,16 @@ from fuseplan.graph.facts import group_size
 from fuseplan.providers.gates import Gate, Offer
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
-from fuseplan.record import Refusal
+from fuseplan.record import Reason, Refusal
 
-OLDEST = "0.6.18"
-"""The oldest release that the calls are held against."""
+OLDEST = "0.6.11"
+"""The oldest release that the calls are held against; vLLM 0.22 pins 0.6.11.post2."""
+
+WEIGHT_BIAS_FROM = "0.6.12"
+"""The first release whose all-reduce fusion multiplies by 1 + weight."""
+
+DYNAMIC_FROM = "0.6.15"
+"""The first release with a scale a row, and whose all-reduce fusion reduces over warps of fewer than 32 threads."""
 
 EARLY_LAUNCH_FROM = "0.7.1"
 """The first release whose all-reduce fusion reads the residual after it has waited for the kernel before. An older one
@@ -47,6 +53,9 @@ ACCESS_BYTES = 16
 BLOCK_THREADS = 1024
 CLUSTER_BLOCKS = 8
 """`kBytesPerAccess`, the most threads of a block, and the most blocks that share a row."""
+
+LEAST_THREADS, WARP = 128, 32
+"""Of a block that shares a row with others, and of a warp."""
 
 COUNTED_BYTES = 2**30
 """The kernels compute twice the bytes of all ranks' messages in 32 bits, with a sign."""
@@ -189,7 +198,7 @@ def _all_reduce_fusion(
         input=_aligned(_rows(x)), workspace=workspace, pattern=getattr(comm.AllReduceFusionPattern, pattern),
         launch_with_pdl=TorchVersion(library.__version__) >= EARLY_LAUNCH_FROM, residual_out=_rows(residual_out),
         residual_in=_aligned(_rows(residual)), rms_gamma=_aligned(weight.contiguous()), rms_eps=eps, fp32_acc=True,
-        weight_bias=1.0 if Rounding(rounding).adds_one else 0.0, **results,
+        **({"weight_bias": 1.0} if Rounding(rounding).adds_one else {}), **results,
     )  # fmt: skip
 
 
@@ -260,9 +269,26 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % ACCESS_BYTES == 0 else x.clone()
 
 
+def _is_older(than: str) -> bool:
+    """Whether a release is installed that is older; where none is, a device is planned for that will have a new one."""
+    version = PROVIDER.version()
+    return version is not None and TorchVersion(version) < than
+
+
 @dataclass(frozen=True, kw_only=True)
 class AllReduceGate(Gate):
-    """A `Gate` with the rule by which the launcher spreads a row over blocks."""
+    """A `Gate` with the rule by which the launcher spreads a row over blocks, and with what older releases lack."""
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """As `Gate.__call__`."""
+        needs = {"1 + weight": WEIGHT_BIAS_FROM} if m.values.get("rounding") == Rounding.GEMMA else {}
+        needs |= {"a scale a row": DYNAMIC_FROM} if self.min_scale is not None else {}
+        for what, first in needs.items():
+            if _is_older(first):
+                here = f"flashinfer-python {PROVIDER.version()} is installed"
+                detail = f"{here}, and {self.name} has {what} from {first} on"
+                return Refusal(reason=Reason.PROVIDER, detail=detail, mend=PROVIDER.install)
+        return super().__call__(m)
 
     def limits(self) -> tuple[str, ...]:
         """As `Gate.limits`."""
@@ -275,7 +301,13 @@ class AllReduceGate(Gate):
         if refusal is not None or not isinstance(width, int):
             return refusal
         threads = width * x.dtype.itemsize // ACCESS_BYTES
-        if threads // math.gcd(threads, CLUSTER_BLOCKS) <= BLOCK_THREADS:
+        blocks = math.gcd(threads, CLUSTER_BLOCKS)
+        if threads // blocks <= BLOCK_THREADS:
+            while threads // blocks < LEAST_THREADS and blocks > 1:
+                blocks //= 2
+            if threads // blocks % WARP and _is_older(DYNAMIC_FROM):
+                taken = f"that split into whole warps before flashinfer-python {DYNAMIC_FROM}"
+                return self._size(taken, "that splits into whole warps", x)
             return None
         return self._size(f"that split into up to {CLUSTER_BLOCKS} blocks of {BLOCK_THREADS} threads", "that splits", x)
 

@@ -1,13 +1,18 @@
 """What the plugin makes of vLLM's configuration."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from vllm.platforms import current_platform
 
 import fuseplan
+from fuseplan.integrations.vllm import plugin
 from fuseplan.integrations.vllm.plugin import HOOK, KEY, asked_for
 from tests.integrations.vllm.conftest import NAMED, Configure
+from tests.providers.stand_ins import ranks
 
 
 def test_inert_until_it_is_asked_for(configure: Configure, lines: list[logging.LogRecord]) -> None:
@@ -99,3 +104,53 @@ def test_the_switch_has_two_values(configure: Configure, monkeypatch: pytest.Mon
     monkeypatch.setenv("FUSEPLAN_VLLM", "yes")
     with pytest.raises(ValueError, match=r"FUSEPLAN_VLLM='yes': allowed are 0 \(off\) and 1 \(on\)"):
         configure()
+
+
+def test_nothing_in_the_first_process_makes_a_context(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM may fork its workers only where none was made."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("a context on the device")
+
+    configs = [configure() for _ in range(3)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("_lazy_init", "current_device", "device_count", "get_device_name", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    keys = []
+    for config, device in zip(configs, ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H200"), strict=True):
+        monkeypatch.setattr(type(current_platform), "get_device_name", classmethod(lambda cls, found=device: found))
+        config.additional_config[KEY] = {}
+        plugin.adopt(config)
+        keys.append(config.additional_config[KEY][plugin.DIGEST])
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_configuration_is_adopted_once(configure: Configure, lines: list[logging.LogRecord]) -> None:
+    """A worker makes another one of it, where it has joined its groups."""
+    config = configure(additional_config={KEY: {"policy": "off"}})
+    before = config.compute_hash()
+    with ranks(2):
+        plugin.adopt(config)
+    assert config.compute_hash() == before
+    assert asked_for(config) == fuseplan.PassConfig(policy="off")
+    assert len(lines) == 1
+
+
+def test_a_table_of_costs_that_is_not_there_is_told_at_once(configure: Configure, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"costs\.json"):
+        configure(additional_config={KEY: {"cost_table": str(tmp_path / "costs.json")}})
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_model_that_vllm_does_not_compile_is_told(
+    configure: Configure, lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    architectures = frozenset({"LlamaForCausalLM"} if listed else {"DeepseekV32ForCausalLM"})
+    monkeypatch.setattr("vllm.config.vllm.default_breakable_cudagraph_architectures", lambda: architectures)
+    configure(additional_config={KEY: {}})
+    (record,) = lines
+    assert record.levelno == logging.WARNING
+    assert ("this vLLM doesn't compile LlamaForCausalLM but" in record.getMessage()) is listed
+    assert "no graph reaches" in record.getMessage()

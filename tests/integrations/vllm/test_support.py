@@ -145,7 +145,9 @@ def test_older_versions_run_without_fuseplan(
     [
         ("0.32.0", "2.13.0+cpu", True),
         ("0.32.1", "2.13.1", True),
-        ("0.22.1", "2.11.0+cu130", False),
+        ("0.22.1", "2.11.0+cu130", True),
+        ("0.22.1", "2.13.0+cu130", False),
+        ("0.23.0", "2.11.0+cu130", False),
         ("0.32.0", "2.14.0", False),
         ("0.40.0rc1", "2.15.0", False),
         ("0.1.dev1+g1234567", "2.13.0", False),
@@ -161,7 +163,7 @@ def test_versions_that_were_not_tried_are_told(
     (record,) = lines
     text = record.getMessage()
     assert text.startswith(f"fuseplan {fuseplan.__version__} is the post-grad pass of vLLM {release} (torch {beside})")
-    assert ("not tried with them: vLLM 0.32 with torch 2.13 is" in text) is not is_tried
+    assert ("not tried with them: vLLM 0.22 with torch 2.11 and 0.32 with torch 2.13 are" in text) is not is_tried
     assert record.levelno == (logging.INFO if is_tried else logging.WARNING)
 
 

@@ -7,6 +7,8 @@ before it loads its model.
 
 import functools
 import hashlib
+import importlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -17,9 +19,16 @@ import torch
 
 import fuseplan
 from fuseplan.config import Environment, PassConfig
+from fuseplan.content import content_of
 from fuseplan.errors import ConfigError
-from fuseplan.fingerprint import renew, renewed
+from fuseplan.families import BUILT_IN_RULES
+from fuseplan.fingerprint import config_key, plans_key, renew, renewed, source_digest
 from fuseplan.integrations.vllm import support
+from fuseplan.planner.costs import CostTable, cached_path
+from fuseplan.planner.costs.record import record_path
+from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.record import SavedPlans
+from fuseplan.rules import enabled_rules
 
 KEY = "fuseplan"
 """In `additional_config`: `{"fuseplan": {"policy": "planned", ...}}`, the fields of `PassConfig`."""
@@ -28,7 +37,8 @@ PASS_NAME = "vllm_pass"
 """In `compilation_config.inductor_passes`: `{"post_grad_custom_post_pass": "fuseplan.vllm_pass"}`."""
 
 HOOK = "post_grad_custom_post_pass"
-DIGEST = "digest"
+BASIS, DIGEST = "key", "digest"
+"""What the plugin adds to the fields of `PassConfig`: their key, and what stands for it since it was last given up."""
 
 log = logging.getLogger("vllm.fuseplan")
 """Below vLLM's own logger, so that it is formatted and filtered as vLLM's lines are."""
@@ -95,11 +105,13 @@ def adopt(config: Any) -> None:
         raise ConfigError(
             f"additional_config is a {type(additional).__name__}; fuseplan needs a dict, to enter vLLM's cache key"
         )
+    if given is not None and DIGEST in given:
+        return  # vLLM made it of another one that had been through here
     settings = _settings(given)
-    digest = _digest(pass_config(settings))
-    if given is None or given.get(DIGEST) != digest:
-        additional[KEY] = {**settings, DIGEST: digest}
-        _announce(config, pass_config(settings))
+    chosen = pass_config(settings)
+    key = _key(chosen)
+    additional[KEY] = {**settings, BASIS: key, DIGEST: renewed(key, _folder())}
+    _announce(config, chosen)
 
 
 def _take_name(compilation: Any) -> bool:
@@ -122,19 +134,44 @@ def _settings(given: Any) -> dict[str, Any]:
         return {}
     if not isinstance(given, dict):
         raise ConfigError(f"additional_config[{KEY!r}] is {given!r}; allowed are objects with fields of PassConfig")
-    return {name: value for name, value in given.items() if name != DIGEST}
-
-
-def _digest(config: PassConfig) -> str:
-    """Of whatever changes plans. What is forced and forbidden may name vLLM's passes, which only workers know."""
-    return renewed(_key(config), _folder())
+    return {name: value for name, value in given.items() if name not in (BASIS, DIGEST)}
 
 
 def _key(config: PassConfig) -> str:
-    from fuseplan.integrations.vllm.passes import manager_for
+    """Of whatever changes plans, as far as it is known where there are no workers yet: nothing that is asked for here
+    makes a context on a device, or vLLM couldn't fork. What is forced and forbidden may name vLLM's passes, which only
+    workers know.
 
-    manager = manager_for(replace(config, force=(), forbid=()), None, lambda report: None)
-    return hashlib.sha256(repr((manager.uuid(), config.force, config.forbid)).encode()).hexdigest()
+    Raises:
+        ConfigError: flags and policy contradict each other, or a file that is named is broken.
+    """
+    enabled_rules(replace(config, force=(), forbid=()), BUILT_IN_RULES)
+    table = config.cost_table or Environment.read().cost_table
+    known = {
+        "source": source_digest(),
+        "torch": torch.__version__,
+        "device": _device_name(),
+        "config": config_key(config),
+        "plan": plans_key(SavedPlans.load(Path(config.plan)) if config.plan else None),
+        "table": content_of(CostTable.load(Path(table))).digest if table else None,
+        "measured": _measured(),
+        "providers": sorted((each.name, str(each.version())) for each in BUILT_IN_PROVIDERS),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _device_name() -> str:
+    """What vLLM calls the device, by NVML or its like."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name()) if current_platform.is_cuda_alike() else ""
+
+
+def _measured() -> list[str]:
+    """What `fuseplan tune` left on this machine, of any device."""
+    folders = (cached_path("").parent, record_path("").parent)
+    files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    return [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
 
 
 def _folder() -> Path:
@@ -170,6 +207,13 @@ def _announce(config: Any, chosen: PassConfig) -> None:
     """Says in one line what was done, and loudly where nothing will come of it."""
     compilation = config.compilation_config
     if not _compiles(compilation):
+        if (model := _left_uncompiled(config)) is not None:
+            log.warning(
+                "fuseplan %s has no effect: this vLLM doesn't compile %s but captures breakable CUDA graphs of it, so "
+                "no graph reaches fuseplan; VLLM_USE_BREAKABLE_CUDAGRAPH=0 lets it be compiled",
+                fuseplan.__version__, model,
+            )  # fmt: skip
+            return
         why = "backend=eager" if compilation.backend == "eager" else f"mode={compilation.mode.name}"
         log.warning(
             "fuseplan %s has no effect: with %s in the compilation config (or --enforce-eager) no graph reaches it",
@@ -181,6 +225,21 @@ def _announce(config: Any, chosen: PassConfig) -> None:
         level, "fuseplan %s is the post-grad pass of %s: policy %s, compilation mode %s%s",
         fuseplan.__version__, support.versions(), chosen.chosen_policy, compilation.mode.name, note,
     )  # fmt: skip
+
+
+def _left_uncompiled(config: Any) -> str | None:
+    """The model's architecture, where it is one that vLLM doesn't compile unless it is told to, or None. vLLM 0.32 has
+    such a list; older ones compile every model that can be.
+    """
+    from vllm import envs
+
+    listed = getattr(
+        importlib.import_module("vllm.config.vllm"), "default_breakable_cudagraph_architectures", frozenset
+    )
+    model = config.model_config
+    if model is None or model.enforce_eager or not getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False):
+        return None
+    return ", ".join(sorted({*model.architectures} & listed())) or None
 
 
 def _prepare(worker: Any) -> None:
@@ -209,7 +268,7 @@ def _prepare(worker: Any) -> None:
     def warm_up_and_report(*args: Any, **kwargs: Any) -> Any:
         result = warm_up(*args, **kwargs)
         if not journal.is_lasting:
-            renew(_key(chosen), _folder())
+            renew(config.additional_config[KEY][BASIS], _folder())
         journal.close()
         return result
 

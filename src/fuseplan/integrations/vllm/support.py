@@ -13,8 +13,8 @@ import fuseplan
 from fuseplan.compatibility import OLDEST_TORCH, PrivateApi, find_moved, incompatibility
 
 OLDEST_VLLM = (0, 22)
-TRIED = {(0, 32): (2, 13)}
-"""Releases of vLLM that the tests are run on, and the torch beside each."""
+TRIED = {(0, 22): (2, 11), (0, 32): (2, 13)}
+"""Releases of vLLM that it was run in, and the torch beside each: 0.22 on GPUs, by hand, and 0.32 on CPUs, by tests."""
 
 SHOWN = 2
 """Interfaces that are named; where one moves, the names beside it mostly went with it."""
@@ -38,20 +38,22 @@ CONFIGURATION = (
         "config:CompilationConfig.backend", "config:CompilationConfig.inductor_compile_config",
         "config:CompilationConfig.inductor_passes", "config:CompilationConfig.mode", "config:CompilationMode.NONE",
         "config:CompilationMode.VLLM_COMPILE", "config:VllmConfig.additional_config",
-        "config:VllmConfig.compilation_config",
+        "config:VllmConfig.compilation_config", "config:VllmConfig.model_config", "platforms:current_platform",
     )),
+    _vllm("platforms.interface:Platform.get_device_name"),
+    _vllm("platforms.interface:Platform.is_cuda_alike", 0),
 )  # fmt: skip
 """What is read in each process that holds a configuration."""
 
 WORKER = (
     *map(_vllm, (
-        "config:ParallelConfig.data_parallel_index", "config:ParallelConfig.rank", "config:VllmConfig.model_config",
+        "config:ParallelConfig.data_parallel_index", "config:ParallelConfig.rank",
         "config:VllmConfig.parallel_config", "distributed.parallel_state:GroupCoordinator.cpu_group",
         "distributed.parallel_state:GroupCoordinator.device_communicator",
         "distributed.parallel_state:GroupCoordinator.device_group",
         "distributed.parallel_state:GroupCoordinator.rank_in_group",
         "distributed.parallel_state:GroupCoordinator.world_size", "distributed.parallel_state:_groups",
-        "envs:VLLM_CACHE_ROOT", "platforms:current_platform",
+        "envs:VLLM_CACHE_ROOT",
     )),
     _vllm("config:VllmConfig.compute_hash", 0),
     _vllm("distributed.parallel_state:get_tp_group", 0),
@@ -106,7 +108,7 @@ def tried() -> bool:
 def untried() -> str:
     """What is said of others."""
     known = " and ".join(f"{dotted(release)} with torch {dotted(beside)}" for release, beside in sorted(TRIED.items()))
-    return f"written for these versions, and not tried with them: vLLM {known} is"
+    return f"written for these versions, and not tried with them: vLLM {known} are"
 
 
 def versions() -> str:

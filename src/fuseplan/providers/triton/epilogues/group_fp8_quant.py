@@ -20,7 +20,7 @@ def store_by_scales_of_groups(
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Stores rows as codes, and the scales of their groups."""
-    y_ptr, scale_ptr, min_scale = arguments
+    y_ptr, scale_ptr, min_scale, min_power = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
     GROUP: tl.constexpr = CONSTANTS[2]
@@ -33,6 +33,7 @@ def store_by_scales_of_groups(
     scale = dynamic_scale(y, min_scale, MOST)
     if UE8M0:
         scale = power_of_two_from(scale)
+        scale = tl.where(scale < min_power, min_power, scale)
     codes = quantized(y, scale[:, :, None], y_ptr.dtype.element_ty, MOST, MULTIPLIES, NVIDIA)
     tl.store(y_ptr + out, tl.reshape(codes, out.shape), mask=inside)
     group = first // GROUP + tl.arange(0, y.shape[1])
@@ -59,6 +60,7 @@ class GroupFp8(Epilogue):
         dtype: of the codes.
         min_scale: the least scale of a group.
         ue8m0: whether scales are rounded up to powers of two.
+        min_power: the least scale of a group behind that.
         quant_rounding: how a scale is applied.
     """
 
@@ -68,6 +70,7 @@ class GroupFp8(Epilogue):
     dtype: torch.dtype
     min_scale: float
     ue8m0: bool
+    min_power: float
     quant_rounding: str
 
     @classmethod
@@ -97,8 +100,8 @@ class GroupFp8(Epilogue):
         return codes, x.new_empty((*x.shape[:-1], x.shape[-1] // self.group_size), dtype=torch.float32)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(codes, scales, the least scale)"""
-        return *results, self.min_scale
+        """(codes, scales, the least scale, the least power of two)"""
+        return *results, self.min_scale, self.min_power
 
     @property
     def constants(self) -> tuple[Any, ...]:

@@ -1,0 +1,340 @@
+"""fp8 as engines and libraries write it in plain torch: each spelling is one op, which computes what the graph does,
+bit for bit; what no op computes is named for what it is.
+
+vLLM's own code is run in `tests/integrations/vllm/test_fp8.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from tests.helpers import llama, post_grad, quantize_rows, randn
+
+FP8, MOST = torch.float8_e4m3fn, 448.0
+WIDTH, GROUP = 256, 64
+LEAST = 1 / (MOST * 512.0)
+W = 1 + randn(WIDTH, seed=9) / 10
+Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def codes(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-MOST, MOST).to(FP8)
+
+
+def of_rows_by_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """vLLM 0.22's `QuantFP8`."""
+    largest, _ = x.abs().max(dim=-1)
+    scale = (largest.unsqueeze(-1).to(torch.float32) / MOST).clamp(min=LEAST)
+    return codes(x.to(torch.float32) * scale.reciprocal()), scale
+
+
+def of_rows_by_amax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """vLLM 0.32's."""
+    scale = (x.abs().amax(dim=-1).unsqueeze(-1).to(torch.float32) / MOST).clamp(min=LEAST)
+    return codes(x.to(torch.float32) * scale.reciprocal()), scale
+
+
+def of_rows_without_a_least(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.float().abs().amax(-1, keepdim=True) / MOST
+    return codes(x / scale), scale
+
+
+def of_flat_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales are looked at as one dimension meanwhile."""
+    flat = x.reshape(-1, x.shape[-1])
+    scale = flat.abs().amax(-1).clamp(min=1e-4).float() / MOST
+    return codes(flat * (1.0 / scale)[:, None]).view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def of_groups_by_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """vLLM's `QuantFP8` by groups."""
+    groups = x.view(-1, x.shape[-1] // GROUP, GROUP)
+    scale = (groups.abs().max(dim=-1, keepdim=True)[0].float() / MOST).clamp(min=LEAST)
+    return codes(groups / scale).view(x.shape), scale.squeeze(-1).reshape(*x.shape[:-1], x.shape[-1] // GROUP)
+
+
+def of_groups_by_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with scales that lie column after column."""
+    q, scale = of_groups_by_max(x)
+    return q, scale.transpose(-2, -1).contiguous().transpose(-1, -2)
+
+
+def of_groups_by_powers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with `use_ue8m0`: the least scale comes last, and is no power of two."""
+    groups = x.view(-1, x.shape[-1] // GROUP, GROUP)
+    scale = torch.exp2(torch.ceil(torch.log2(groups.abs().max(dim=-1, keepdim=True)[0].float() / MOST)))
+    scale = scale.clamp(min=LEAST)
+    return codes(groups / scale).view(x.shape), scale.squeeze(-1).reshape(*x.shape[:-1], x.shape[-1] // GROUP)
+
+
+def of_rows_of_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """SGLang's and vLLM's native one: all groups of all rows as rows, and a least largest element in x's own dtype."""
+    groups = x.reshape(x.numel() // GROUP, GROUP)
+    scale = groups.abs().max(dim=-1, keepdim=True)[0].clamp(min=1e-10).to(torch.float32) / MOST
+    return codes(groups / scale).reshape(x.shape), scale.reshape(*x.shape[:-1], x.shape[-1] // GROUP)
+
+
+def of_groups_unclamped(x: Tensor) -> tuple[Tensor, Tensor]:
+    """DeepGEMM's: nothing is clamped, and nothing has to be."""
+    groups = x.view(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
+    scale = groups.abs().float().amax(dim=-1).clamp(1e-4) / MOST
+    return (groups * (1.0 / scale.unsqueeze(-1))).to(FP8).view(x.shape), scale
+
+
+def of_groups_in_float32(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x is cast before it is viewed."""
+    groups = x.float().view(-1, GROUP)
+    scale = groups.abs().amax(dim=-1).clamp(1e-4) / MOST
+    return codes(groups / scale.unsqueeze(-1)).view(x.shape), scale.view(*x.shape[:-1], -1)
+
+
+def of_groups_repeated(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales are repeated along rows, as torchao and vLLM's `group_broadcast` do it."""
+    scale = x.view(*x.shape[:-1], -1, GROUP).abs().amax(-1).float() / MOST
+    repeated = scale.unsqueeze(-1).expand(*scale.shape, GROUP).flatten(-2)
+    return codes(x.float() / repeated), scale
+
+
+DIVIDE, MULTIPLY = "divide", "multiply"
+ROUNDED = float(torch.tensor(1e-10, dtype=torch.bfloat16).float() / MOST)
+TENTH = float(torch.tensor(1e-4) / MOST)
+ROUNDED_TENTH = float(torch.tensor(1e-4, dtype=torch.bfloat16).float() / MOST)
+ROWS, GROUPS = ops.dynamic_per_token_scaled_fp8_quant, ops.per_token_group_fp8_quant
+SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
+    of_rows_by_max: (FP8, LEAST, MULTIPLY),
+    of_rows_by_amax: (FP8, LEAST, MULTIPLY),
+    of_rows_without_a_least: (FP8, 0.0, DIVIDE),
+    of_flat_rows: (FP8, ROUNDED_TENTH, MULTIPLY),
+    of_groups_by_max: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
+    of_groups_by_columns: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
+    of_groups_by_powers: (GROUP, FP8, 0.0, True, LEAST, DIVIDE),
+    of_rows_of_groups: (GROUP, FP8, ROUNDED, False, 0.0, DIVIDE),
+    of_groups_unclamped: (GROUP, FP8, TENTH, False, 0.0, MULTIPLY),
+    of_groups_in_float32: (GROUP, FP8, TENTH, False, 0.0, DIVIDE),
+    of_groups_repeated: (GROUP, FP8, 0.0, False, 0.0, DIVIDE),
+}
+
+
+def name(function: Any) -> str | None:
+    return getattr(function, "__name__", None)
+
+
+every_spelling = pytest.mark.parametrize("quantize", SPELLINGS, ids=name)
+
+
+def behind_a_norm(quantize: Quantize) -> Quantize:
+    return lambda x: quantize(llama(x, None, W)[0])
+
+
+def bits(value: Tensor) -> Tensor:
+    """NaN being one NaN."""
+    return value.float().nan_to_num(nan=torch.inf).add(0.0) if value.dtype is FP8 else value.nan_to_num(nan=-1.0)
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random, tiny, huge and mixed values, and what isn't finite."""
+    x = randn(6, WIDTH, seed=3, dtype=torch.float32)
+    mixed = x * torch.tensor([1e-30, 1e-9, 1.0, 3e4, 0.0, 1e3])[:, None]
+    mixed[5, GROUP:] = 0.0
+    odd = x.clone()
+    odd[0, 3], odd[1, 200], odd[2, 0] = torch.inf, torch.nan, -torch.inf
+    edges = MOST * torch.exp2(torch.arange(-24.0, 24.0)).repeat(6, WIDTH)[:, :WIDTH]
+    most = torch.finfo(dtype).max
+    found = {"random": x, "tiny": x * 1e-38, "huge": (x * most).clamp(-most, most), "mixed": mixed, "odd": odd}
+    return {kind: value.to(dtype) for kind, value in {**found, "edges": edges}.items()}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@every_spelling
+def test_a_spelling_is_an_op(quantize: Quantize, dynamic: bool) -> None:
+    graph = canonicalize(post_grad(behind_a_norm(quantize), randn(5, WIDTH), dynamic=dynamic))
+    op = ROWS if "rows" in quantize.__name__ and quantize is not of_rows_of_groups else GROUPS
+    assert graph.recognized() == {f"{op.name}[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
+    (node,) = graph.calls(op.overload)
+    assert node.args[1:] == SPELLINGS[quantize]
+    assert node.args[0].target is ops.rms_norm.overload
+    graph.graph.lint()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@every_spelling
+def test_it_computes_what_the_graph_does(quantize: Quantize, dtype: torch.dtype) -> None:
+    x = randn(6, WIDTH).to(dtype)
+    graph = post_grad(quantize, x)
+    raised = canonicalize(graph)
+    is_refused = quantize is of_groups_by_powers and dtype is torch.float32
+    assert len(raised.dialect_nodes) == (not is_refused)
+    ours, theirs = fx.GraphModule({}, raised.graph), fx.GraphModule({}, graph)
+    for kind, value in inputs(dtype).items():
+        for got, wanted in zip(ours(value), theirs(value), strict=True):
+            assert got.dtype is wanted.dtype
+            assert torch.equal(bits(got), bits(wanted)), kind
+
+
+@pytest.mark.parametrize(("shape", "dynamic"), [((2, 3, WIDTH), (0, 1)), ((1, WIDTH), ())])
+@pytest.mark.parametrize("quantize", [each for each in SPELLINGS if each is not of_groups_by_columns], ids=name)
+def test_batches_of_any_shape_are_fused(quantize: Quantize, shape: tuple[int, ...], dynamic: tuple[int, ...]) -> None:
+    reports: list[fuseplan.Report] = []
+    torch._dynamo.reset()
+    x = randn(*shape)
+    torch._dynamo.mark_dynamic(x, dynamic)
+    with torch.inference_mode():
+        compiled: Any = fuseplan.compile(
+            behind_a_norm(quantize), config=fuseplan.PassConfig(policy="ordered(norm_quant)"), on_report=reports.append
+        )
+        pairs = list(zip(compiled(x), behind_a_norm(quantize)(x), strict=True))
+    assert reports[0].fused["norm_quant"] == 1
+    for got, wanted in pairs:
+        assert torch.equal(bits(got), bits(wanted))
+
+
+@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH)])
+def test_scales_that_lie_column_after_column_still_do(shape: tuple[int, ...]) -> None:
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled: Any = fuseplan.compile(behind_a_norm(of_groups_by_columns))
+        assert compiled(randn(*shape))[1].stride() == of_groups_by_columns(randn(*shape))[1].stride()
+
+
+def by_the_most(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(-1, WIDTH // GROUP, GROUP)
+    largest = groups.abs().float().amax(dim=2).clamp(1e-4)
+    return (groups * (MOST / largest.unsqueeze(2))).to(FP8).view(x.shape), largest / MOST
+
+
+def by_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(-1, WIDTH // GROUP, GROUP)
+    held = (groups.abs().float().amax(dim=2, keepdim=True).clamp(1e-4) / MOST).view(torch.int)
+    exponent = ((held >> 23) & 0xFF) + (held & 0x7FFFFF).bool().int()
+    scale = (exponent.clamp(1, 254) << 23).view(torch.float)
+    return codes(groups / scale).view(x.shape), scale
+
+
+def in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(-1, keepdim=True) / MOST).float()
+    return codes(x.float() / scale), scale
+
+
+def by_a_narrow_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True) / MOST
+    return codes(x.float() / scale), scale
+
+
+def up_to_a_bound(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(-1, keepdim=True).float().clamp(max=torch.full((1,), 6.0)) / MOST).clamp(min=LEAST)
+    return codes(x.float() / scale), scale
+
+
+def chosen(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float() / MOST
+    scale = torch.where(scale == 0, 1.0, scale)
+    return codes(x.float() / scale), scale
+
+
+def with_indices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    largest, index = x.abs().max(dim=-1, keepdim=True)
+    scale = largest.float() / MOST
+    return codes(x.float() / scale), scale, index
+
+
+def unclamped(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float() / MOST
+    return (x.float() / scale).to(FP8), scale
+
+
+def rows_by_powers(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = torch.exp2(torch.ceil(torch.log2(x.abs().amax(-1, keepdim=True).float() / MOST)))
+    return codes(x.float() / scale), scale
+
+
+def over_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    squares = x.view(-1, 16, 16)
+    scale = squares.abs().amax(1).unsqueeze(-1).float() / MOST
+    return codes(squares / scale), scale
+
+
+def of_all(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().max().unsqueeze(-1).to(torch.float32) / MOST
+    return codes(x.float() / scale), scale
+
+
+def signed(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.amax(-1, keepdim=True).float().abs() / MOST
+    return codes(x.float() / scale), scale
+
+
+NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
+    by_the_most: "x is multiplied by 448 / amax, which rounds otherwise than by 1 / (amax / 448)",
+    by_bits: "the scale is rounded by its bits, which makes an infinite one finite",
+    in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
+    by_a_narrow_scale: "the scale is bfloat16, and the op takes float32",
+    up_to_a_bound: "the largest has an upper bound",
+    chosen: "the scale is computed by aten.where.self",
+    with_indices: "the indices of the largest are read, too",
+    unclamped: "what is cast isn't clamped to +-448",
+    rows_by_powers: "the scale is rounded up to a power of two, and the op's of whole rows isn't",
+    over_columns: "not by amax over the last dimension",
+    of_all: "the scale is computed from all rows at once",
+    signed: "neither one number nor computed from the largest of what it scales",
+}
+
+
+@pytest.mark.parametrize("quantize", NEAR_MISSES, ids=name)
+def test_what_no_op_computes_is_named(quantize: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    graph = canonicalize(post_grad(lambda x: quantize(llama(x, None, W)[0]), randn(5, WIDTH)))
+    assert not [found for found in graph.recognized() if "fp8" in found]
+    (refusal,) = graph.refusals
+    assert NEAR_MISSES[quantize] in refusal.detail
+
+
+def test_powers_of_two_of_float32_rows_are_left_alone() -> None:
+    """Where log2 rounds to a whole number, which no quotient of low precision comes near to."""
+    graph = post_grad(of_groups_by_powers, randn(5, WIDTH, dtype=torch.float32))
+    (refusal,) = canonicalize(graph).refusals
+    assert "log2 rounds a scale just above a power of two down to it" in refusal.detail
+    x = torch.full((1, WIDTH), torch.nextafter(torch.tensor(MOST * 1024), torch.tensor(torch.inf)).item())
+    _, scale = of_groups_by_powers(x)
+    _, exact = GROUPS.reference(x, *SPELLINGS[of_groups_by_powers])
+    assert (scale.max().item(), exact.min().item()) == (1024.0, 2048.0)
+
+
+def test_what_is_rounded_between_is_named() -> None:
+    def scale_is_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.bfloat16().abs().amax(-1, keepdim=True).float() / MOST
+        return codes(x / scale), scale
+
+    def rows_are_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.abs().amax(-1, keepdim=True) / MOST
+        return codes(x.bfloat16() / scale), scale
+
+    for function, says in (
+        (scale_is_rounded, "the scale is of what is rounded to bfloat16, and what it scales isn't rounded"),
+        (rows_are_rounded, "what is scaled is rounded to bfloat16, and the scale is of what isn't rounded"),
+    ):
+        graph = canonicalize(post_grad(lambda x, f=function: f(F.silu(x) * x), randn(5, WIDTH, dtype=torch.float32)))
+        assert [says in refusal.detail for refusal in graph.refusals if "fp8" in refusal.detail] == [True]
+
+
+def test_a_given_scale_may_be_viewed_and_promote() -> None:
+    def quantize(x: Tensor, scale: Tensor) -> Tensor:
+        return codes(x / scale.reshape(1, 1))
+
+    graph = canonicalize(post_grad(quantize, randn(5, WIDTH), torch.tensor([0.02])))
+    (node,) = graph.calls(ops.static_scaled_fp8_quant.overload)
+    assert node.args[2:] == (FP8, DIVIDE)
+    assert [argument.op for argument in node.args[:2]] == ["placeholder", "placeholder"]
+
+
+def test_groups_of_heads_are_groups() -> None:
+    """Rows are what is viewed as groups, and the earliest view of them."""
+    graph = canonicalize(post_grad(lambda x: of_groups_by_max(x.view(2, 3, WIDTH)), randn(6, WIDTH)))
+    (node,) = graph.calls(GROUPS.overload)
+    assert node.args[0].op == "placeholder"
+    assert quantize_rows(randn(2, WIDTH))[1].shape == (2, 1)
