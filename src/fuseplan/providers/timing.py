@@ -6,7 +6,7 @@ from typing import Final, Literal, TypeAlias
 from fuseplan.config import unknown
 from fuseplan.devices import EXCHANGES
 
-Heads: TypeAlias = Literal["repeated", "shared", "packed"]
+Heads: TypeAlias = Literal["repeated", "shared", "packed", "split"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,4 +37,4 @@ class Timing:
 
 
 ONE_KERNEL: Final = Timing()
-"""As fuseplan's own Triton kernels are priced."""
+"""As fuseplan's own Triton kernels are priced, but for attention, whose keys these split."""

@@ -140,3 +140,14 @@ L2_SHARE: Final = _found(
     _KERNELS, "Times the L2, what a call may read and write for what it reads once to be evicted first.", (inf, 1),
     source="12 % of the time is saved where all of it fits, and 3 % lost beyond",
 )  # fmt: skip
+
+_SPLIT = replace(
+    _KERNELS, device="none", versions="none", date="2026-11-29", command="none", source="not measured yet"
+)  # fmt: skip
+SPLIT_KEYS: Final = _found(
+    _SPLIT, "Keys of a tile of split-KV attention, by bytes of a key.", (128, 128), (256, 64), (inf, 32)
+)
+SPLIT_WARPS: Final = _found(_SPLIT, "Warps of a program there, by bytes of a key.", (inf, 4))
+SPLIT_STAGES: Final = _found(_SPLIT, "Tiles that are on their way to it, by bytes of a key.", (512, 3), (inf, 2))
+SPLIT_PROGRAMS: Final = _found(_SPLIT, "The most programs that share keys for each multiprocessor.", (inf, 2))
+SPLIT_TILES: Final = _found(_SPLIT, "The fewest tiles of a program that shares keys with others.", (inf, 1))
