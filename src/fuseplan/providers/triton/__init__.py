@@ -100,7 +100,9 @@ def accept_grouped_attention(m: Any) -> Refusal | None:
         detail = f"the kernel takes up to {MOST_QUERIES} query tokens; q has {found}"
         return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
     if any(not isinstance(width, int) or width > MOST_HEAD_DIM for width in widths):
-        detail = f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; those of q have {widths[0]}, of v {widths[1]}"
+        detail = (
+            f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; those of q have {widths[0]}, of v {widths[1]}"
+        )
         return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
     if m.is_causal:
         detail = "the kernel takes a mask, or none, and is_causal=False"

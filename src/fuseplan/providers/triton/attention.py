@@ -8,11 +8,11 @@ masked for all rows it loads neither keys nor values, so the part of a static ca
 nothing, and one captured CUDA graph serves all lengths. A second kernel puts the parts together.
 
 The equivalent eager code is `fuseplan.parts.attention.op.attention_reference`. A query all of whose keys are masked, or
-that has no keys, gets zeros, as by torch's math and memory-efficient attention, not NaN.
+that has no keys, gets zeros, as by torch's own kernels on the CPU and its math, not NaN.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -21,14 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ATTENTION_KERNELS
-from fuseplan.providers.triton.launching import Tile, multiprocessors
+from fuseplan.providers.triton.launching import Tile, is_nvidia, multiprocessors, shared_bytes
 from fuseplan.providers.triton.rows import within
 from fuseplan.providers.triton.tuned import (
+    COMBINED_THREAD,
     SPLIT_KEYS,
     SPLIT_PROGRAMS,
     SPLIT_STAGES,
-    SPLIT_TILES,
     SPLIT_WARPS,
+    WHOLE_KEYS,
+    WHOLE_WARPS,
 )
 
 TILES = 32
@@ -37,6 +39,12 @@ side by side.
 """
 LEAST_TILES = 4
 
+AMD_SHARED = 65536
+"""Bytes of shared memory that a program has on AMD's GPUs, at least."""
+
+MOST_SPLITS = 64
+"""Parts that the second kernel puts together at once."""
+
 MOST_ROWS = 64
 """Of a tile; where a head has more queries, several programs read its keys."""
 
@@ -44,7 +52,9 @@ LEAST_SIDE = 16
 """Of a tile that tensor cores multiply."""
 
 
-@triton.jit(do_not_specialize=["keys", "splits", "mask_batch", "mask_head", "mask_token"])  # one compilation for all lengths
+@triton.jit(
+    do_not_specialize=["keys", "splits", "mask_batch", "mask_head", "mask_token"]
+)  # one compilation for all lengths
 def _attend(
     q_ptr, k_ptr, v_ptr, mask_ptr, y_ptr, parts_ptr, sums_ptr, keys, splits, scale,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
@@ -67,15 +77,15 @@ def _attend(
     own_head, token = row // QUERIES, row % QUERIES
     q_head_of = (head * GROUPS + own_head).to(tl.int64)
     offset = tl.arange(0, BLOCK)
-    far = offset.to(tl.int64)
-    k_tile = k_ptr + batch * k_batch + head * k_head + far[:, None] * k_token + column[None, :] * k_dim
-    v_tile = v_ptr + batch * v_batch + head * v_head + far[:, None] * v_token + value_column[None, :] * v_dim
+    far, wide, wide_value = offset.to(tl.int64), column.to(tl.int64), value_column.to(tl.int64)
+    k_tile = k_ptr + batch * k_batch + head * k_head + far[:, None] * k_token + wide[None, :] * k_dim
+    v_tile = v_ptr + batch * v_batch + head * v_head + far[:, None] * v_token + wide_value[None, :] * v_dim
     mask_rows = mask_ptr + batch * mask_batch + head * GROUPS * mask_head
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     q = tl.load(
-        q_ptr + batch * q_batch + q_head_of[:, None] * q_head + token[:, None] * q_token + column[None, :] * q_dim,
+        q_ptr + batch * q_batch + q_head_of[:, None] * q_head + token[:, None] * q_token + wide[None, :] * q_dim,
         mask=is_row[:, None] & is_column[None, :], other=0.0,
     )  # fmt: skip
 
@@ -194,25 +204,39 @@ class Split:
     stages: int
 
     @classmethod
-    def of(cls, keys: int, width: int, itemsize: int, places: int, processors: int) -> "Split":
+    def of(cls, keys: int, key_bytes: int, places: int, processors: int) -> "Split":
         """By what is known before the lengths are.
 
         Args:
             keys: that there is room for.
-            width: of a head, padded.
-            itemsize: bytes of an element.
+            key_bytes: of a key of one head, padded.
             places: heads of all batches, times tiles of rows.
             processors: multiprocessors of the device.
         """
-        nbytes = width * itemsize
-        block = SPLIT_KEYS.at(nbytes)
-        most = triton.cdiv(triton.cdiv(keys, block), SPLIT_TILES.value)
-        count = max(1, min(most, SPLIT_PROGRAMS.value * processors // places, MOST_SPLITS))
-        return cls(count=count, block=block, warps=SPLIT_WARPS.at(nbytes), stages=SPLIT_STAGES.at(nbytes))
+        block, warps = SPLIT_KEYS.at(key_bytes), SPLIT_WARPS.value
+        count = min(triton.cdiv(keys, block), SPLIT_PROGRAMS.value * processors // places, MOST_SPLITS)
+        if count <= 1:
+            count, block, warps = 1, WHOLE_KEYS.at(key_bytes), WHOLE_WARPS.value
+        return cls(count=count, block=block, warps=warps, stages=SPLIT_STAGES.value)
 
+    def fitting(self, shared: int, rows: int, key_bytes: int, itemsize: int) -> "Split":
+        """Less on its way, and smaller tiles, where a program has not that much shared memory.
 
-MOST_SPLITS = 64
-"""Parts that the second kernel holds at once."""
+        Args:
+            shared: bytes that it can have.
+            rows: of a tile of queries.
+            key_bytes: of a key of one head, padded.
+            itemsize: bytes of an element.
+        """
+        # What Triton 3.6 and 3.7 take: a tile less than stages, but for products of 64 rows from sm_90 on.
+        tiles = max(1, self.stages - (rows < MOST_ROWS))
+        if tiles * 2 * self.block * key_bytes + rows * (key_bytes + self.block * itemsize) <= shared:
+            return self
+        if self.stages > 2:
+            return replace(self, stages=self.stages - 1).fitting(shared, rows, key_bytes, itemsize)
+        if self.block > LEAST_SIDE:
+            return replace(self, block=self.block // 2).fitting(shared, rows, key_bytes, itemsize)
+        return replace(self, stages=1)
 
 
 def launch(
@@ -244,15 +268,17 @@ def launch(
     row_tiles = triton.cdiv(rows, tile_rows)
     columns, value_columns = (max(LEAST_SIDE, triton.next_power_of_2(each)) for each in (width, value_width))
     places = batch * heads * row_tiles
-    split = split or Split.of(
-        keys, max(columns, value_columns), q.element_size(), places, multiprocessors(q.device)
-    )
+    key_bytes = max(columns, value_columns) * q.element_size()
+    if split is None:
+        shared = shared_bytes(q.device) if is_nvidia(q.device) else AMD_SHARED
+        split = Split.of(keys, key_bytes, places, multiprocessors(q.device))
+        split = split.fitting(shared, tile_rows, key_bytes, q.element_size())
     shown = None if mask is None else mask.expand(batch, q_heads, queries, keys)
     mask_steps = (0,) * 4 if shown is None else _steps(shown)
-    mask_heads, mask_tokens = (1 if step == 0 else size for step, size in zip(mask_steps[1:3], (q_heads // heads, queries)))
+    mask_heads, mask_tokens = 1 if mask_steps[1] == 0 else q_heads // heads, 1 if mask_steps[2] == 0 else queries
     is_whole = split.count == 1
-    scratch = q.new_empty(0 if is_whole else batch * heads * split.count * rows * (value_width + 1), dtype=torch.float32)
-    sums, parts = scratch[: scratch.numel() // (value_width + 1)], scratch[scratch.numel() // (value_width + 1) :]
+    count = 0 if is_whole else batch * heads * split.count * rows
+    sums, parts = (q.new_empty(count * each, dtype=torch.float32) for each in (1, value_width))
     sizes = {"HEADS": heads, "GROUPS": q_heads // heads, "QUERIES": queries, "VALUE_WIDTH": value_width}
     tile = Tile(rows=tile_rows, block=split.block, warps=split.warps)
     with torch.cuda.device_of(q):
@@ -261,18 +287,16 @@ def launch(
             *_steps(q), *_steps(k), *_steps(v), *mask_steps, *_steps(y),
             **sizes, WIDTH=width, ROWS=tile.rows, ROW_TILES=row_tiles, COLUMNS=columns, VALUE_COLUMNS=value_columns,
             BLOCK=tile.block, TILES=max(LEAST_TILES, TILES // triton.next_power_of_2(mask_heads * mask_tokens)),
-            MASKED=shown is not None, MASK_HEADS=mask_heads, MASK_TOKENS=mask_tokens, WHOLE=is_whole, num_stages=split.stages, **tile.launch(q),
+            MASKED=shown is not None, MASK_HEADS=mask_heads, MASK_TOKENS=mask_tokens, WHOLE=is_whole,
+            num_stages=split.stages, **tile.launch(q),
         )  # fmt: skip
         if not is_whole:
+            most = triton.next_power_of_2(split.count)
             _combine[(batch * heads * rows,)](
-                parts, sums, y, split.count, *_steps(y),
-                **sizes, COLUMNS=value_columns, SPLITS=triton.next_power_of_2(split.count),
-                **Tile(rows=1, block=value_columns, warps=COMBINING_WARPS).launch(q),
+                parts, sums, y, split.count, *_steps(y), **sizes, COLUMNS=value_columns, SPLITS=most,
+                **Tile.holding(value_columns, rows=most, elements=COMBINED_THREAD.value).launch(q),
             )  # fmt: skip
     return y
-
-
-COMBINING_WARPS = 4
 
 
 def _steps(value: Tensor) -> tuple[int, ...]:
