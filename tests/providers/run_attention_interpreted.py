@@ -195,7 +195,7 @@ def fully_masked() -> list[float]:
 
 def layouts() -> dict[str, bool]:
     """By kernel: whether results lie in memory as the fused op's fake implementation says."""
-    found = {}
+    found: dict[str, bool] = {}
     for kernel in ("cudnn", "flash", "efficient", "cpu"):
         for queries in (1, 3):
             q, k, v = Sizes(queries=queries, keys=8).tensors()
