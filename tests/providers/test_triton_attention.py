@@ -75,6 +75,55 @@ def test_the_rule_holds_by_it(interpreted: dict[str, Any]) -> None:
     assert interpreted["cases"] == 4
 
 
+H100, RTX_4090, MI300X = 232_448, 101_376, 65_536
+"""Bytes of shared memory of a program."""
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("keys", "key_bytes", "places", "expected"),
+    [
+        (1280, 256, 8, (20, 64, 4)),
+        (1280, 256, 64, (4, 64, 4)),
+        (1280, 256, 256, (1, 64, 8)),
+        (8192, 256, 8, (33, 64, 4)),
+        (10**6, 512, 1, (64, 32, 4)),
+        (1280, 128, 1000, (1, 128, 8)),
+        (1, 256, 8, (1, 64, 8)),
+        (0, 256, 8, (1, 64, 8)),
+    ],
+)
+def test_keys_are_split_among_two_programs_for_each_multiprocessor(
+    keys: int, key_bytes: int, places: int, expected: tuple[int, ...]
+) -> None:
+    from fuseplan.providers.triton.attention import Split
+
+    split = Split.of(keys, key_bytes, places, processors=132)
+    assert (split.count, split.block, split.warps) == expected
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shared", "key_bytes", "places", "rows", "expected"),
+    [
+        (H100, 256, 8, 16, (64, 3)),
+        (H100, 512, 1000, 64, (64, 2)),
+        (RTX_4090, 256, 8, 16, (64, 3)),
+        (RTX_4090, 512, 1000, 16, (64, 2)),
+        (MI300X, 256, 8, 16, (64, 2)),
+        (MI300X, 512, 8, 64, (16, 1)),
+        (1024, 512, 8, 64, (16, 1)),
+    ],
+)
+def test_tiles_fit_shared_memory(
+    shared: int, key_bytes: int, places: int, rows: int, expected: tuple[int, ...]
+) -> None:
+    from fuseplan.providers.triton.attention import Split
+
+    split = Split.of(8192, key_bytes, places, processors=132).fitting(shared, rows, key_bytes, 2)
+    assert (split.block, split.stages) == expected
+
+
 def bound(**values: Any) -> Bindings:
     def empty(*shape: Any, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -35,7 +35,7 @@ from fuseplan.providers.triton.tuned import (
 
 TILES = 32
 """Tiles whose masks a program reads at a time: bits of a number. Fewer of masks with rows of their own, which it holds
-side by side.
+side by side, but `LEAST_TILES`.
 """
 LEAST_TILES = 4
 
@@ -52,9 +52,8 @@ LEAST_SIDE = 16
 """Of a tile that tensor cores multiply."""
 
 
-@triton.jit(
-    do_not_specialize=["keys", "splits", "mask_batch", "mask_head", "mask_token"]
-)  # one compilation for all lengths
+# One compilation for all lengths.
+@triton.jit(do_not_specialize=["keys", "splits", "mask_batch", "mask_head", "mask_token"])
 def _attend(
     q_ptr, k_ptr, v_ptr, mask_ptr, y_ptr, parts_ptr, sums_ptr, keys, splits, scale,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
