@@ -145,12 +145,13 @@ _SPLIT = replace(
     _KERNELS,
     device="NVIDIA H200",
     date="2026-11-29",
-    command="not kept: a grid of tiles, warps, stages and parts in CUDA graphs over inputs that don't stay in the L2",
-    source="heads of 64, 128 and 256, batch 1, 8 and 32, 1,000 of 1,280 keys and 8,000 of 8,192",
+    command="PYTHONPATH=src:. python benchmarks/split_attention.py",
+    source="heads of 64, 128 and 256, batch 1, 8 and 32, 1,000 of 1,280 keys and 8,000 of 8,192; all choices' figures "
+    "are in benchmarks/results/split_attention_h200.json",
 )
 SPLIT_KEYS: Final = _found(
     _SPLIT, "Keys of a tile where several programs share a head's, by bytes of a key.", (256, 64), (inf, 32),
-    source=f"{_SPLIT.source}: with the best number of parts on average 6 % off the best, 1 % for heads of 64 and 256",
+    source="with the best number of parts on average 6 % off the best, 1 % for heads of 64 and 256",
 )  # fmt: skip
 SPLIT_WARPS: Final = _found(_SPLIT, "Warps of such a program.", (inf, 4))
 WHOLE_KEYS: Final = _found(
