@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families.attention import ATTENTION_RULES
 from fuseplan.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule
@@ -25,7 +26,8 @@ GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs a GPU")]
 
 TRITON = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
-OTHERS = [rule for rule in BUILT_IN_RULES if rule not in ROTARY_RULES and rule.op.name in TRITON[0].implements]
+APART = {*ROTARY_RULES, *ATTENTION_RULES}
+OTHERS = [rule for rule in BUILT_IN_RULES if rule not in APART and rule.op.name in TRITON[0].implements]
 
 
 @pytest.fixture

@@ -37,6 +37,26 @@ def test_shared_heads_beat_packed_ones_in_cudnn(device: str, batch: int, keys: i
     assert saved(device, "shared", sizes) > max(0, saved(device, "packed", sizes))
 
 
+@pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
+@pytest.mark.parametrize(("batch", "keys"), [(1, 1280), (8, 1280), (32, 1280), (1, 8192), (8, 8192)])
+def test_split_keys_beat_torchs_kernels_by_what_these_take_at_least(batch: int, keys: int, kernel: str) -> None:
+    """Both are priced as if they read all keys, since the plan doesn't know how many are valid."""
+    sizes = region(batch, keys, kernel)
+    ahead = saved("h200", "split", sizes) - max(saved("h200", form, sizes) for form in ("shared", "packed"))
+    constants = HARDWARE["h200"].attention
+    least = constants.latency.value - constants.split.value
+    assert ahead == least if kernel == "cudnn" else ahead > least
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "us"), [(1, 1280, 6.73), (8, 1280, 13.93), (32, 1280, 35.92), (1, 8192, 14.23), (8, 8192, 67.24)]
+)
+def test_split_keys_are_priced_near_what_an_h200_took(batch: int, keys: int, us: float) -> None:
+    """1,000 of 1,280 keys, and 8,000 of 8,192, were valid; nothing was left in the L2 from before."""
+    (kernel,) = grouped(HARDWARE["h200"], region(batch, keys), "split")
+    assert 0.75 * us < kernel.ns / 1000 < 1.35 * us
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_packed_heads_win_on_a_cpu(batch: int, itemsize: int) -> None:

@@ -28,7 +28,12 @@ DEVICE = Hardware(
     memory_bandwidth=rate(10),
     strided_copy=rate(20),
     attention=Attention(
-        latency=ns(3000), key=ns(10), rate=operations(100), row_rate=operations(50), narrow_row_rate=operations(5)
+        latency=ns(3000),
+        split=ns(2000),
+        key=ns(10),
+        rate=operations(100),
+        row_rate=operations(50),
+        narrow_row_rate=operations(5),
     ),
     ring=(
         Protocol(name="LL", latency=ns(2000), step=ns(300), bandwidth=rate(8)),

@@ -276,7 +276,8 @@ def test_a_gate_by_tokens_width_bytes_and_ranks(
 def test_constants_have_dotted_names() -> None:
     assert [name for name, _ in DEVICE.constants()] == [
         "launch", "generated_norm", "cache", "cache_bandwidth", "memory_bandwidth", "strided_copy",
-        "attention.latency", "attention.key", "attention.rate", "attention.row_rate", "attention.narrow_row_rate",
+        "attention.latency", "attention.split", "attention.key", "attention.rate", "attention.row_rate",
+        "attention.narrow_row_rate",
         "ring.LL.latency", "ring.LL.step", "ring.LL.bandwidth",
         "ring.Simple.latency", "ring.Simple.step", "ring.Simple.bandwidth",
         "triton.signal", "triton.bandwidth", "flashinfer.signal", "flashinfer.bandwidth",

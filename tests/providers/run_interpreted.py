@@ -50,9 +50,12 @@ def transposed(leading: tuple[int, ...], heads: int, head_dim: int, dtype: torch
 
 
 def differences() -> dict[str, dict[str, float]]:
-    """By op and sample: the largest difference to the reference; of fp8 codes, in steps."""
+    """By op and sample: the largest difference to the reference; of fp8 codes, in steps.
+
+    Not of attention, which has no bits to keep.
+    """
     found: dict[str, dict[str, float]] = {}
-    for name in TRITON.implements:
+    for name in TRITON.implements.keys() - {ops.grouped_attention.name}:
         op = ops[name]
         for sample in op.samples:
             arguments = sample.make(CPU, torch.Generator().manual_seed(0))

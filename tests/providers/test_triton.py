@@ -25,7 +25,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def test_it_runs_every_fused_op() -> None:
-    fused = {op.name for op in ops.values() if op.fused} - {ops.grouped_attention.name}  # torch's own kernels run that
+    fused = {op.name for op in ops.values() if op.fused}
     assert set(TRITON.implements) == set(ACCEPTS) == fused
     assert all(registered_kernel(name, "triton") is not None for name in TRITON.implements)
     assert not TRITON.prices
@@ -79,7 +79,7 @@ def interpreted() -> dict[str, Any]:
 
 @needs_triton
 def test_every_sample_gives_the_references_bits(interpreted: dict[str, Any]) -> None:
-    assert set(interpreted["differences"]) == set(TRITON.implements)
+    assert set(interpreted["differences"]) == set(TRITON.implements) - {ops.grouped_attention.name}
     for op, differences in interpreted["differences"].items():
         assert set(differences) == {sample.name for sample in ops[op].samples}
         for name, difference in differences.items():

@@ -60,9 +60,19 @@ def test_it_is_planned_once_a_layer(name: str) -> None:
     assert {each.provider for each in fusions} == {"sdpa_packed"}
 
 
-@pytest.mark.parametrize(("device", "provider"), [("h100", "sdpa"), ("mi300x", "sdpa_packed")])
-def test_a_gpu_is_planned_for_by_the_kernel_that_it_runs(device: str, provider: str) -> None:
-    model = built("llama").bfloat16()
+@pytest.mark.parametrize(
+    ("device", "dtype", "provider"),
+    [
+        ("h100", torch.bfloat16, "triton"),
+        ("h100", torch.float32, "sdpa_packed"),
+        ("mi300x", torch.bfloat16, "triton"),
+        ("mi300x", torch.float32, "sdpa_packed"),
+    ],
+)
+def test_a_gpu_is_planned_for_by_the_kernel_that_is_priced_best_there(
+    device: str, dtype: torch.dtype, provider: str
+) -> None:
+    model = built("llama").to(dtype)
     report = fuseplan.explain(model, device=device, **step(model))
     assert report.fused["grouped_attention"] == LAYERS
     assert {f.provider for f in report.graphs[0].applied if f.rule == "grouped_attention"} == {provider}

@@ -178,7 +178,7 @@ def test_cudnn_reads_unrepeated_heads_on_nvidia(device: str) -> None:
     graph = on_gpu(decode())
     before = called(graph, "cudnn")
     promised = before.meta["val"][0]
-    report = planned(graph, device)
+    report = planned(graph, device, force=("grouped_attention:sdpa",))
     assert applied(report) == ["sdpa"]
     call = called(graph, "cudnn")
     assert call is not before
@@ -186,6 +186,18 @@ def test_cudnn_reads_unrepeated_heads_on_nvidia(device: str) -> None:
     assert call.args[3].meta["val"].shape == (3, 1, 1, 32)
     assert (call.meta["val"][0].shape, call.meta["val"][0].stride()) == (promised.shape, promised.stride())
     assert not [node for node in graph.nodes if node.target in COPIES]
+
+
+@pytest.mark.parametrize("device", ["h100", "h200", "b200"])
+@pytest.mark.parametrize(("queries", "provider"), [(1, "triton"), (16, "triton"), (17, "sdpa")])
+def test_keys_of_a_few_queries_are_split_among_programs(device: str, queries: int, provider: str) -> None:
+    graph = on_gpu(decode(queries=queries))
+    promised = called(graph, "cudnn").meta["val"][0]
+    assert applied(planned(graph, device)) == [provider]
+    assert not [node for node in graph.nodes if node.target in COPIES]
+    (result,) = graph.output_node().all_input_nodes
+    assert result.meta["val"].shape == promised.shape
+    assert significant_strides(result.meta["val"]) == significant_strides(promised)
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
@@ -209,7 +221,7 @@ def test_heads_are_packed_for_every_kernel(kernel: str) -> None:
 def test_memory_efficient_attention_takes_packed_heads_alone(device: str, where: str) -> None:
     if device == "h100" and Shared("nvidia")(_bound("efficient")) is None:
         pytest.skip("this torch's takes shared heads")
-    report = planned(on_gpu(decode(), "efficient"), device)
+    report = planned(on_gpu(decode(), "efficient"), device, forbid=("grouped_attention:triton",))
     assert applied(report) == ["sdpa_packed"]
     (declined,) = [each for each in report.refusals if each.provider == "sdpa"]
     assert declined.nearness is Nearness.DECLINED

@@ -22,6 +22,7 @@ CPU: Final = Hardware(
     strided_copy=rate(50, _NOMINAL),
     attention=Attention(
         latency=ns(5000, _NOMINAL),
+        split=ns(5000, _NOMINAL),
         key=ns(0, _NOMINAL),
         rate=operations(38, _CPU_ATTENTION),
         row_rate=operations(28, _CPU_ATTENTION),

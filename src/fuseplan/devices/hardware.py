@@ -105,10 +105,11 @@ class Aiter:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """torch's attention kernels.
+    """Attention kernels: torch's, and fuseplan's own.
 
     Attributes:
         latency: of one with next to nothing to read, its launch included.
+        split: the same of fuseplan's kernel that splits the keys, and of the one that puts the parts together.
         key: what each key adds for a query token whose keys aren't split among programs.
         rate: of operations where several queries share the keys that a program reads.
         row_rate: of operations in float32 where one query has them for itself.
@@ -116,6 +117,7 @@ class Attention:
     """
 
     latency: Constant
+    split: Constant
     key: Constant
     rate: Constant
     row_rate: Constant
@@ -135,7 +137,7 @@ class Hardware:
         cache_bandwidth: of traffic within the cache.
         memory_bandwidth: of traffic beyond it.
         strided_copy: of eager `copy_` into a narrowed tensor, the second half of eager `F.pad`.
-        attention: torch's attention kernels.
+        attention: attention kernels.
         ring: the all-reduce of torch.distributed; the fastest protocol is taken. Empty where AITER replaces it.
         triton: the exchange of Triton kernels over symmetric memory, None where there is no Triton.
         flashinfer: FlashInfer's exchange, None off NVIDIA.

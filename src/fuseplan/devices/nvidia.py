@@ -37,6 +37,9 @@ _ATTENTION_RUN = "benchmarks/results/decode_one_gpu_h100.json, H100, 2026-11-28"
 _H100_RATE = "half of 798 TFLOP/s, an 8192^3 product in bfloat16 on an H100; the same whatever is fused"
 H100_ATTENTION: Final = Attention(
     latency=ns(8000, f"{_ATTENTION_RUN}: cuDNN on unrepeated heads at batch 1, 9.2 us, less the bytes"),
+    split=ns(
+        5500, "an H200, 2026-11-29: fuseplan's kernels at batch 1, 1,280 keys, 32 heads of 128, 6.7 us, less the bytes"
+    ),
     key=ns(18.5, f"{_ATTENTION_RUN}: cuDNN on packed heads at batch 8, 31.6 us for 1,280 keys, less the latency"),
     rate=operations(400_000, _H100_RATE),
     row_rate=operations(400_000, "as `rate`: one query waits for memory"),

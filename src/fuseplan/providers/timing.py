@@ -38,4 +38,4 @@ class Timing:
 
 
 ONE_KERNEL: Final = Timing()
-"""As fuseplan's own Triton kernels are priced."""
+"""As fuseplan's own Triton kernels are priced, but for attention, whose keys these split."""

@@ -4,8 +4,8 @@
 
 `latency` is what the kernel takes with next to nothing to read, its launch included. A kernel that doesn't split the
 keys of a query among programs walks along them, which takes `key` each; that is added, though part of it overlaps with
-memory. Repeated heads are read as often as they are repeated, and before that Inductor writes them, a kernel for keys
-and one for values.
+memory. fuseplan's own kernel splits them for any query, and has a latency of its own. Repeated heads are read as often
+as they are repeated, and before that Inductor writes them, a kernel for keys and one for values.
 """
 
 import math
@@ -15,12 +15,13 @@ from typing import Literal, TypeAlias
 from fuseplan.devices.hardware import Hardware
 from fuseplan.parts.traffic import Kernel
 
-Heads: TypeAlias = Literal["repeated", "shared", "packed"]
+Heads: TypeAlias = Literal["repeated", "shared", "packed", "split"]
 """How a kernel reads keys and values whose heads several heads of queries share; `grouped` prices each.
 
 `repeated`  copied for each head of queries
 `shared`    as they are
 `packed`    as they are, the queries that share a head stacked as if they were tokens
+`split`     as they are, by fuseplan's own kernel, which splits the keys of any query among programs
 """
 
 
@@ -95,15 +96,17 @@ def _attention(hardware: Hardware, region: AttentionRegion, form: Heads) -> Kern
     constants = hardware.attention
     is_single = region.queries == 1 and form != "packed"
     narrow = constants.narrow_row_rate if region.itemsize < 4 else constants.row_rate
-    rate = narrow if is_single else constants.rate
+    rate = narrow if is_single and form != "split" else constants.rate
+    latency = constants.split if form == "split" else constants.latency
     times = region.groups if form == "repeated" and region.copies else 1
     nbytes = 2 * region.shared_bytes * times + 2 * region.query_bytes
     # cuDNN splits the keys of single queries, and flash attention packs heads and splits them by itself.
-    splits = region.queries > 1 or region.kernel == "flash" or (region.kernel == "cudnn" and form != "packed")
+    splits = form == "split" or region.queries > 1 or region.kernel == "flash"
+    splits = splits or (region.kernel == "cudnn" and form != "packed")
     walked = 0.0 if splits else constants.key.value * region.keys
     return Kernel(
-        name=f"attention ({region.kernel}, {form} heads)",
-        launch=_up(constants.latency.value + walked),
+        name=f"attention ({'triton, split keys' if form == 'split' else f'{region.kernel}, {form} heads'})",
+        launch=_up(latency.value + walked),
         memory=_up(max(hardware.memory_ns(nbytes), region.operations / rate.value)),
     )
 

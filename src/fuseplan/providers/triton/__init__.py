@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, DialectOp, Rounding, implement, ops
 from fuseplan.distributed.workspace import workspace_of
 from fuseplan.providers.gates import Accepts, Gate, Offer
 from fuseplan.providers.provider import Provider
-from fuseplan.providers.timing import ONE_KERNEL
+from fuseplan.providers.timing import Timing
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
 from fuseplan.providers.triton.replay import replayed
 from fuseplan.record import Reason, Refusal
@@ -22,6 +23,12 @@ MOST_LEADING = 2
 
 MOST_ROW_BYTES = 2**17
 """Of a row that a program holds in registers: 128 elements of two bytes for each of 512 threads."""
+
+MOST_QUERIES = 16
+"""Query tokens that the attention kernel takes: beyond, it is no longer keys and values alone that cost."""
+
+MOST_HEAD_DIM = 256
+ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +79,39 @@ def accept_qk_norm_rope(m: Any) -> Refusal | None:
         return None
     detail = f"the kernel takes up to {MOST_LEADING} dimensions before the heads; q has {leading}"
     return m.refuse(Reason.SIZE, "q", detail, mend="flatten them")  # type: ignore[no-any-return]
+
+
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, kernel: str
+) -> Tensor:  # fmt: skip
+    """`parts.attention.op.attention_reference` with the keys split among programs; `is_causal` is False."""
+    from fuseplan.providers.triton.attention import launch
+
+    return launch(q, k, v, mask, scale, kernel)
+
+
+def accept_grouped_attention(m: Any) -> Refusal | None:
+    """Why the kernel doesn't take the arguments, or None."""
+    queries, widths = m.q.shape[2], (m.q.shape[3], m.v.shape[3])
+    if m.q.dtype not in ATTENTION_DTYPES:
+        detail = f"the kernel takes bfloat16 and float16; q is {str(m.q.dtype).removeprefix('torch.')}"
+        return m.refuse(Reason.DTYPE, "q", detail)  # type: ignore[no-any-return]
+    if not isinstance(queries, int) or queries > MOST_QUERIES:
+        found = queries if isinstance(queries, int) else "a number of them that isn't known when it is compiled"
+        detail = f"the kernel takes up to {MOST_QUERIES} query tokens; q has {found}"
+        return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+    if any(not isinstance(width, int) or width > MOST_HEAD_DIM for width in widths):
+        detail = (
+            f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; those of q have {widths[0]}, of v {widths[1]}"
+        )
+        return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+    if m.is_causal:
+        detail = "the kernel takes a mask, or none, and is_causal=False"
+        return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
+    if m.kernel == "overrideable":
+        detail = "the kernel of a device outside of torch: how its result lies in memory isn't known"
+        return m.refuse(Reason.PROVIDER, "kernel", detail)  # type: ignore[no-any-return]
+    return None
 
 
 def accept_activation(suffix: str) -> Accepts:
@@ -139,6 +179,7 @@ _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in 
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
+implement(ops.grouped_attention, "triton", replayed(grouped_attention))
 for _op, _suffix in _NORMS.items():
     implement(_op, "triton", norm_kernel(_op, _suffix))
 for _op, _own_suffix in _ACTIVATIONS.items():
@@ -146,6 +187,7 @@ for _op, _own_suffix in _ACTIVATIONS.items():
 
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,
+    ops.grouped_attention.name: accept_grouped_attention,
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }
@@ -159,6 +201,6 @@ PROVIDER: Final = Provider(
     install="pip install fuseplan[triton]",
     implements={name: Offer(accepts=accepts) for name, accepts in ACCEPTS.items()},
     runs_alone=True,
-    timing=ONE_KERNEL,
+    timing=Timing(heads="split"),
     untested="not run on AMD's GPUs so far, and its all-reduces on no more than four GPUs",
 )

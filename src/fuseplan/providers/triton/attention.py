@@ -1,0 +1,329 @@
+"""Attention of a few query tokens over a long cache, whose keys are split among programs: split-KV decoding.
+
+y = softmax(q @ repeat(k)^T * scale + mask) @ repeat(v)        over tiles of keys;  y = sum(w * part) / sum(w)
+
+The queries that share a head, and their tokens, are the rows of one tile, so keys and values are read once. A program
+takes every n-th tile of keys, which shares the work out at any length. It reads the mask first: of tiles that are
+masked for all rows it loads neither keys nor values, so the part of a static cache that holds nothing yet costs
+nothing, and one captured CUDA graph serves all lengths. A second kernel puts the parts together.
+
+The equivalent eager code is `fuseplan.parts.attention.op.attention_reference`. A query all of whose keys are masked, or
+that has no keys, gets zeros, as by torch's own kernels on the CPU and its math, not NaN.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fuseplan.dialect import ATTENTION_KERNELS
+from fuseplan.providers.triton.launching import Tile, is_nvidia, multiprocessors, shared_bytes
+from fuseplan.providers.triton.replay import run_kernel, scratch
+from fuseplan.providers.triton.rows import within
+from fuseplan.providers.triton.tuned import (
+    COMBINED_THREAD,
+    SPLIT_KEYS,
+    SPLIT_PROGRAMS,
+    SPLIT_STAGES,
+    SPLIT_WARPS,
+    WHOLE_KEYS,
+    WHOLE_WARPS,
+)
+
+TILES = 32
+"""Tiles whose masks a program reads at a time: bits of a number. Fewer of masks with rows of their own, which it holds
+side by side, but `LEAST_TILES`.
+"""
+LEAST_TILES = 4
+
+AMD_SHARED = 65536
+"""Bytes of shared memory that a program has on AMD's GPUs, at least."""
+
+MOST_SPLITS = 64
+"""Parts that the second kernel puts together at once."""
+
+MOST_ROWS = 64
+"""Of a tile; where a head has more queries, several programs read its keys."""
+
+LEAST_SIDE = 16
+"""Of a tile that tensor cores multiply."""
+
+
+# One compilation for all lengths.
+@triton.jit(do_not_specialize=["keys", "splits", "mask_batch", "mask_head", "mask_token"])
+def _attend(
+    q_ptr, k_ptr, v_ptr, mask_ptr, y_ptr, parts_ptr, sums_ptr, keys, splits, scale,
+    q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
+    mask_batch, mask_head, mask_token, mask_key, y_batch, y_head, y_token, y_dim,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, ROW_TILES: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, MASK_HEADS: tl.constexpr,
+    MASK_TOKENS: tl.constexpr, WHOLE: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """One of `splits` parts of what ROWS queries of a head see; WHOLE: all of it."""
+    split = tl.program_id(0) % splits
+    place = tl.program_id(0) // splits
+    first_row = place % ROW_TILES * ROWS
+    pair = (place // ROW_TILES).to(tl.int64)
+    batch, head = pair // HEADS, pair % HEADS
+
+    row, column, value_column = first_row + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, VALUE_COLUMNS)
+    is_row = within(row, GROUPS * QUERIES) if ROW_TILES == 1 else row < GROUPS * QUERIES
+    is_column, is_value = within(column, WIDTH), within(value_column, VALUE_WIDTH)
+    own_head, token = row // QUERIES, row % QUERIES
+    q_head_of = (head * GROUPS + own_head).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    far, wide, wide_value = offset.to(tl.int64), column.to(tl.int64), value_column.to(tl.int64)
+    k_tile = k_ptr + batch * k_batch + head * k_head + far[:, None] * k_token + wide[None, :] * k_dim
+    v_tile = v_ptr + batch * v_batch + head * v_head + far[:, None] * v_token + wide_value[None, :] * v_dim
+    mask_rows = mask_ptr + batch * mask_batch + head * GROUPS * mask_head
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    q = tl.load(
+        q_ptr + batch * q_batch + q_head_of[:, None] * q_head + token[:, None] * q_token + wide[None, :] * q_dim,
+        mask=is_row[:, None] & is_column[None, :], other=0.0,
+    )  # fmt: skip
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    y = tl.zeros((ROWS, VALUE_COLUMNS), tl.float32)
+    mine = tl.cdiv(tl.cdiv(keys, BLOCK) - split, splits)
+    for chunk in range(0, mine, TILES):
+        index = tl.arange(0, TILES)
+        first, last, live = 0, tl.minimum(mine - chunk, TILES), -1
+        if MASKED:
+            key = ((split + (chunk + index) * splits) * BLOCK)[:, None] + offset[None, :]
+            seen = tl.zeros((TILES, BLOCK), tl.int32)
+            # Unrolled: from the results of a loop the compiler can't tell how the next one's loads are aligned.
+            for one_head in tl.static_range(MASK_HEADS):
+                for one_token in tl.static_range(MASK_TOKENS):
+                    masks = tl.load(
+                        mask_rows + one_head * mask_head + one_token * mask_token + key.to(tl.int64) * mask_key,
+                        mask=key < keys, other=float("-inf"),
+                    )  # fmt: skip
+                    seen |= (masks != float("-inf")).to(tl.int32)
+            is_live = tl.max(seen, axis=1)
+            live = tl.sum(is_live << index, axis=0)
+            first = tl.min(tl.where(is_live > 0, index, TILES), axis=0)
+            last = tl.max(tl.where(is_live > 0, index + 1, 0), axis=0)
+        for tile in range(first, last):
+            start = (split + (chunk + tile) * splits) * BLOCK
+            inside = start + offset < keys
+            at = start.to(tl.int64)
+            if MASKED:
+                shown = (start + offset).to(tl.int64) * mask_key
+                if MASK_HEADS == 1 and MASK_TOKENS == 1:
+                    bias = tl.load(mask_rows + shown, mask=inside, other=float("-inf")).to(tl.float32)[None, :]
+                else:
+                    bias = tl.load(
+                        mask_rows + own_head[:, None] * mask_head + token[:, None] * mask_token + shown[None, :],
+                        mask=is_row[:, None] & inside[None, :], other=float("-inf"),
+                    ).to(tl.float32)  # fmt: skip
+                read = inside & ((live >> tile) & 1 != 0)
+            else:
+                bias = tl.where(inside, 0.0, float("-inf"))[None, :]
+                read = inside
+            k = tl.load(k_tile + at * k_token, mask=read[:, None] & is_column[None, :], other=0.0)
+            v = tl.load(v_tile + at * v_token, mask=read[:, None] & is_value[None, :], other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias * 1.4426950408889634
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp2(scores - base[:, None])
+            fade = tl.exp2(top - base)
+            total = total * fade + tl.sum(weight, axis=1)
+            y = tl.dot(weight.to(v.dtype), v, y * fade[:, None], input_precision="ieee")
+            top = higher
+
+    is_seen = total != 0.0
+    total = tl.where(is_seen, total, 1.0)
+    y = y / total[:, None]
+    if WHOLE:
+        tl.store(
+            y_ptr + batch * y_batch + q_head_of[:, None] * y_head + token[:, None] * y_token
+            + value_column[None, :] * y_dim,
+            y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & is_value[None, :],
+        )  # fmt: skip
+    else:
+        slot = (pair * splits + split) * (GROUPS * QUERIES) + row
+        tl.store(sums_ptr + slot, top + tl.log2(total), mask=is_row)
+        tl.store(
+            parts_ptr + slot[:, None] * VALUE_WIDTH + value_column[None, :], y,
+            mask=(is_row & is_seen)[:, None] & is_value[None, :],
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(
+    parts_ptr, sums_ptr, y_ptr, splits, y_batch, y_head, y_token, y_dim,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """One query, of up to SPLITS parts."""
+    pair, row = (tl.program_id(0) // (GROUPS * QUERIES)).to(tl.int64), tl.program_id(0) % (GROUPS * QUERIES)
+    batch, head = pair // HEADS, pair % HEADS * GROUPS + row // QUERIES
+    split, column = tl.arange(0, SPLITS), tl.arange(0, COLUMNS)
+    is_column = within(column, VALUE_WIDTH)
+    slot = (pair * splits + split) * (GROUPS * QUERIES) + row
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sums = tl.load(sums_ptr + slot, mask=split < splits, other=float("-inf"))
+    top = tl.max(sums, axis=0)
+    weight = tl.exp2(sums - tl.where(top == float("-inf"), 0.0, top))
+    parts = tl.load(
+        parts_ptr + slot[:, None] * VALUE_WIDTH + column[None, :],
+        mask=(sums != float("-inf"))[:, None] & is_column[None, :], other=0.0,
+    )  # fmt: skip
+    total = tl.sum(weight, axis=0)
+    y = tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        y_ptr + batch * y_batch + head * y_head + row % QUERIES * y_token + column * y_dim,
+        y.to(y_ptr.dtype.element_ty), mask=is_column,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How keys are shared out.
+
+    Attributes:
+        count: programs that share the keys of a head.
+        block: keys of a tile.
+        warps: of a program.
+        stages: tiles that are on their way to it.
+    """
+
+    count: int
+    block: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, keys: int, key_bytes: int, places: int, processors: int) -> "Split":
+        """By what is known before the lengths are.
+
+        Args:
+            keys: that there is room for.
+            key_bytes: of a key of one head, padded.
+            places: heads of all batches, times tiles of rows.
+            processors: multiprocessors of the device.
+        """
+        block, warps = SPLIT_KEYS.at(key_bytes), SPLIT_WARPS.value
+        count = min(triton.cdiv(keys, block), SPLIT_PROGRAMS.value * processors // places, MOST_SPLITS)
+        if count <= 1:
+            count, block, warps = 1, WHOLE_KEYS.at(key_bytes), WHOLE_WARPS.value
+        return cls(count=count, block=block, warps=warps, stages=SPLIT_STAGES.value)
+
+    def fitting(self, shared: int, rows: int, key_bytes: int, itemsize: int) -> "Split":
+        """Less on its way, and smaller tiles, where a program has not that much shared memory.
+
+        Args:
+            shared: bytes that it can have.
+            rows: of a tile of queries.
+            key_bytes: of a key of one head, padded.
+            itemsize: bytes of an element.
+        """
+        # What Triton 3.6 and 3.7 take: a tile less than stages, but for products of 64 rows from sm_90 on.
+        tiles = max(1, self.stages - (rows < MOST_ROWS))
+        if tiles * 2 * self.block * key_bytes + rows * (key_bytes + self.block * itemsize) <= shared:
+            return self
+        if self.stages > 2:
+            return replace(self, stages=self.stages - 1).fitting(shared, rows, key_bytes, itemsize)
+        if self.block > LEAST_SIDE:
+            return replace(self, block=self.block // 2).fitting(shared, rows, key_bytes, itemsize)
+        return replace(self, stages=1)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str, split: Split | None = None
+) -> Tensor:
+    """See `attention_reference` with is_causal=False; any strides.
+
+    Args:
+        q: [batch, q_heads, queries, head_dim]; bfloat16, float16 or float32.
+        k: [batch, heads, keys, head_dim], q's dtype; q_heads is a multiple of heads.
+        v: [batch, heads, keys, value_dim], q's dtype.
+        mask: added to the scores, broadcasts to [batch, q_heads, queries, keys]; any floating dtype; None: there is
+            none.
+        scale: of the scores.
+        kernel: whose layout the result has.
+        split: how keys are shared out; None: by sizes.
+
+    Returns:
+        [batch, q_heads, queries, value_dim] in q's dtype.
+    """
+    batch, q_heads, queries, width = q.shape
+    heads, keys, value_width = k.shape[1], k.shape[2], v.shape[3]
+    strides = result_strides(kernel, q.dtype, q.shape, q.stride(), heads, value_width)
+    y = torch.empty_strided((batch, q_heads, queries, value_width), strides, dtype=q.dtype, device=q.device)
+    if y.numel() == 0:
+        return y
+    rows = q_heads // heads * queries
+    tile_rows = min(MOST_ROWS, max(LEAST_SIDE, triton.next_power_of_2(rows)))
+    row_tiles = triton.cdiv(rows, tile_rows)
+    columns, value_columns = (max(LEAST_SIDE, triton.next_power_of_2(each)) for each in (width, value_width))
+    places = batch * heads * row_tiles
+    key_bytes = max(columns, value_columns) * q.element_size()
+    if split is None:
+        shared = shared_bytes(q.device) if is_nvidia(q.device) else AMD_SHARED
+        split = Split.of(keys, key_bytes, places, multiprocessors(q.device))
+        split = split.fitting(shared, tile_rows, key_bytes, q.element_size())
+    shown = None if mask is None else mask.expand(batch, q_heads, queries, keys)
+    mask_steps = (0,) * 4 if shown is None else _steps(shown)
+    mask_heads, mask_tokens = 1 if mask_steps[1] == 0 else q_heads // heads, 1 if mask_steps[2] == 0 else queries
+    is_whole = split.count == 1
+    if is_whole:
+        sums = parts = y
+    else:
+        count = batch * heads * split.count * rows
+        sums, parts = (scratch(q.new_empty(count * each, dtype=torch.float32)) for each in (1, value_width))
+    sizes = {"HEADS": heads, "GROUPS": q_heads // heads, "QUERIES": queries, "VALUE_WIDTH": value_width}
+    tile = Tile(rows=tile_rows, block=split.block, warps=split.warps)
+    with torch.cuda.device_of(q):
+        run_kernel(
+            _attend, (places * split.count,),
+            q, k, v, q if shown is None else shown, y, parts, sums, keys, split.count, scale * math.log2(math.e),
+            *_steps(q), *_steps(k), *_steps(v), *mask_steps, *_steps(y),
+            **sizes, WIDTH=width, ROWS=tile.rows, ROW_TILES=row_tiles, COLUMNS=columns, VALUE_COLUMNS=value_columns,
+            BLOCK=tile.block, TILES=max(LEAST_TILES, TILES // triton.next_power_of_2(mask_heads * mask_tokens)),
+            MASKED=shown is not None, MASK_HEADS=mask_heads, MASK_TOKENS=mask_tokens, WHOLE=is_whole,
+            num_stages=split.stages, **tile.launch(q),
+        )  # fmt: skip
+        if not is_whole:
+            most = triton.next_power_of_2(split.count)
+            run_kernel(
+                _combine, (batch * heads * rows,),
+                parts, sums, y, split.count, *_steps(y), **sizes, COLUMNS=value_columns, SPLITS=most,
+                **Tile.holding(value_columns, rows=most, elements=COMBINED_THREAD.value).launch(q),
+            )  # fmt: skip
+    return y
+
+
+def _steps(value: Tensor) -> tuple[int, ...]:
+    """Strides; 0 of a dimension with one element, where they may be anything."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+@lru_cache(maxsize=256)
+def result_strides(
+    kernel: str, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], heads: int, value_width: int
+) -> tuple[int, ...]:
+    """Of what torch's kernel yields, as its meta implementation says.
+
+    Args:
+        kernel: by name.
+        dtype: of the queries.
+        shape: of the queries.
+        strides: of the queries.
+        heads: of keys and values.
+        value_width: of the values.
+    """
+    q = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    k, v = (q.new_empty((shape[0], heads, 1, width)) for width in (shape[3], value_width))
+    result: Tensor = ATTENTION_KERNELS[kernel].run(q, k, v, None, 1.0, False)[0]
+    return result.stride()

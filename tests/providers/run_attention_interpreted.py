@@ -1,0 +1,265 @@
+"""Runs split-KV attention on the CPU by Triton's interpreter and prints what came of it, as one JSON object.
+
+A process of its own: whether a kernel is interpreted is settled when Triton is imported, by `TRITON_INTERPRET=1`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fuseplan.families.attention import GroupedAttention
+from fuseplan.parts.attention.op import attention_fake, attention_reference
+from fuseplan.providers.triton import attention
+from fuseplan.providers.triton.attention import Split, launch
+from fuseplan.testing import check_rule
+from fuseplan.verification.layout import significant_strides
+from tests.providers.run_interpreted import TRITON, rounded
+
+dot = interpreter.InterpreterBuilder.create_dot
+
+
+def wide_dot(builder: Any, left: Any, right: Any, *rest: Any) -> Any:
+    """The interpreter multiplies the bits of bfloat16 as if they were integers."""
+    return dot(builder, *map(_widened, (left, right)), *rest)
+
+
+def _widened(value: Any) -> Any:
+    if value.dtype.scalar != interpreter.tl.bfloat16:
+        return value
+    bits = value.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of one attention; `splits` None: as many as the launcher takes."""
+
+    batch: int = 2
+    heads: int = 2
+    groups: int = 4
+    queries: int = 1
+    keys: int = 129
+    width: int = 16
+    value_width: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    kernel: str = "cpu"
+    splits: int | None = 3
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        generator = torch.Generator().manual_seed(self.keys)
+        value_width = self.value_width or self.width
+        shapes = (
+            (self.heads * self.groups, self.queries, self.width), (self.heads, self.keys, self.width),
+            (self.heads, self.keys, value_width),
+        )  # fmt: skip
+        q, k, v = (torch.randn(self.batch, *shape, generator=generator).to(self.dtype) for shape in shapes)
+        return q, k, v
+
+    def __str__(self) -> str:
+        dims = f"{self.width}" + (f"/{self.value_width}" if self.value_width else "")
+        parts = (
+            self.batch,
+            self.heads,
+            self.groups,
+            self.queries,
+            self.keys,
+            dims,
+            self.dtype,
+            self.kernel,
+            self.splits,
+        )
+        return " ".join(map(str, parts))
+
+
+def split(count: int, block: int = 32) -> Split:
+    return Split(count=count, block=block, warps=4, stages=2)
+
+
+def run(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    how = None if sizes.splits is None else split(sizes.splits)
+    return launch(q, k, v, mask, sizes.width**-0.5, sizes.kernel, how)
+
+
+def off(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> float:
+    """The largest difference to float64, in units in the last place at 1."""
+    wide = None if mask is None else mask.double()
+    exact = attention_reference(q.double(), k.double(), v.double(), wide, sizes.width**-0.5, False, "cpu")
+    result = run(sizes, q, k, v, mask)
+    assert result.shape == exact.shape
+    return float((result.double() - exact).abs().amax().item() if exact.numel() else 0) / torch.finfo(sizes.dtype).eps
+
+
+EVERY = (
+    *(Sizes(groups=groups, keys=33, splits=None) for groups in (1, 2, 8)),
+    *(Sizes(queries=queries, keys=40, groups=2, batch=1) for queries in (2, 3, 5, 16)),
+    Sizes(groups=8, queries=16, heads=1, batch=1, keys=33, splits=2),  # more rows than one tile has
+    *(Sizes(keys=keys, heads=1, batch=1, dtype=torch.float16) for keys in (1, 32, 1280)),
+    *(Sizes(width=width, keys=65, heads=1) for width in (24, 64, 80, 128, 256)),
+    Sizes(width=24, value_width=40, kernel="efficient", dtype=torch.float16),
+    Sizes(width=80, value_width=16, kernel="efficient", splits=None),
+    Sizes(dtype=torch.float32, queries=2),
+    Sizes(batch=0), Sizes(keys=0), Sizes(keys=0, splits=None),
+)  # fmt: skip
+
+
+def masks() -> Iterator[tuple[str, Sizes, Tensor | None]]:
+    """(name, sizes, mask)."""
+    sizes = Sizes(batch=2, queries=2, keys=100)
+    q_heads = sizes.heads * sizes.groups
+    generator = torch.Generator().manual_seed(0)
+    key, nothing = torch.arange(100), -torch.inf
+    lengths = torch.tensor([70, 31])[:, None, None, None]
+
+    def hidden(seen: Tensor, dtype: torch.dtype = sizes.dtype) -> Tensor:
+        return torch.zeros((), dtype=dtype).where(seen, nothing)
+
+    yield "none", sizes, None
+    yield "lengths", sizes, hidden(key < lengths)
+    yield "left padding", sizes, hidden((key >= lengths) | (key == 99))
+    yield "one query", replace(sizes, queries=1), hidden(key < lengths)
+    yield "window", sizes, hidden((key > 40) & (key < 50))[None, None, None].expand(2, 1, 2, 100)
+    yield "holes", sizes, hidden((key == 3) | (key == 90))[None, None, None]
+    yield "2-D", sizes, torch.randn(2, 100, generator=generator).to(sizes.dtype)
+    yield "1 x keys", sizes, torch.randn(1, 100, generator=generator).to(sizes.dtype)
+    yield "each head's", sizes, hidden(torch.rand(2, q_heads, 2, 100, generator=generator) < 0.5)
+    yield "each head's, expanded", sizes, hidden(torch.rand(1, q_heads, 1, 100, generator=generator) < 0.5)
+    yield "one key", sizes, torch.randn(2, 1, 1, 1, generator=generator).to(sizes.dtype)
+    yield "float32", sizes, torch.randn(2, 1, 2, 100, generator=generator)
+    yield "transposed", sizes, torch.randn(100, 2, 1, 2, generator=generator).to(sizes.dtype).permute(3, 2, 1, 0)
+
+
+def strides() -> Iterator[tuple[str, Sizes, tuple[Tensor, Tensor, Tensor]]]:
+    """(name, sizes, arguments) of other layouts."""
+    sizes = Sizes(batch=3, keys=70, queries=2)
+    q, k, v = sizes.tensors()
+
+    def laid(x: Tensor, *order: int) -> Tensor:
+        back = torch.tensor(order).argsort().tolist()
+        return x.permute(order).contiguous().permute(back)
+
+    yield "tokens first", sizes, (laid(q, 0, 2, 1, 3), laid(k, 0, 2, 1, 3), laid(v, 2, 0, 1, 3))
+    yield "elements apart", sizes, (laid(q, 0, 3, 2, 1), laid(k, 0, 1, 3, 2), laid(v, 3, 2, 1, 0))
+    caches = [torch.full((4, 2, 96, 16), torch.nan, dtype=sizes.dtype) for _ in range(2)]
+    for cache, value in zip(caches, (k, v), strict=True):
+        cache[1:, :, 5:75] = value
+    yield "slices of caches", sizes, (q, *(cache[1:, :, 5:75] for cache in caches))  # type: ignore[misc]
+    yield "one head and batch expanded", sizes, (q, k[:1, :1].expand_as(k), v[:1, :1].expand_as(v))
+    merged = torch.cat([each.transpose(1, 2).flatten(2) for each in (k, v)], dim=-1).unflatten(-1, (4, 16))
+    yield "merged", sizes, (q, merged[:, :, :2].transpose(1, 2), merged[:, :, 2:].transpose(1, 2))
+
+
+def skipped() -> dict[str, bool]:
+    """Whether neither keys nor values of tiles that are masked as a whole are read: there they are NaN."""
+    found = {}
+    for queries, per_head in ((1, False), (2, False), (2, True)):
+        for splits in (1, 3):
+            sizes = Sizes(keys=320, queries=queries, splits=splits)
+            q, k, v = sizes.tensors()
+            key = torch.arange(320)
+            # Tiles of 32 keys: the third holds some, and so does the eighth.
+            rows = [(key == 70) | (key == 230), (key == 80) | (key == 255)]
+            shape = (1, 8 if per_head else 1, queries, 320)
+            seen = torch.stack([rows[row % 2] for row in range(shape[1] * queries)]).reshape(shape)
+            mask = torch.zeros((), dtype=sizes.dtype).where(seen, -torch.inf)
+            wanted = run(sizes, q, k, v, mask)
+            tile = key // 32
+            for each in (k, v):
+                each[:, :, (tile != 2) & (tile != 7)] = torch.nan
+            got = run(sizes, q, k, v, mask)
+            name = f"{queries} queries, {splits} splits{', each head alone' if per_head else ''}"
+            found[name] = bool(got.isfinite().all()) and torch.equal(got, wanted)
+    return found
+
+
+def fully_masked() -> list[float]:
+    """What a query gets that sees nothing: in one part and in several; its neighbour sees the first key."""
+    values = []
+    for splits in (1, 2):
+        sizes = Sizes(queries=2, keys=70, splits=splits, dtype=torch.float16)
+        q, k, v = sizes.tensors()
+        mask = torch.full((1, 1, 2, 70), -torch.inf, dtype=sizes.dtype)
+        mask[..., 1, 0] = 0.0
+        y = run(sizes, q, k, v, mask)
+        values.append(float(y[:, :, 0].abs().max()))
+        values.append(float((y[:, :, 1] - v[:, :, 0].repeat_interleave(4, dim=1)).abs().max()))
+    return values
+
+
+def layouts() -> dict[str, bool]:
+    """By kernel: whether results lie in memory as the fused op's fake implementation says."""
+    found: dict[str, bool] = {}
+    for kernel in ("cudnn", "flash", "efficient", "cpu"):
+        for queries in (1, 3):
+            q, k, v = Sizes(queries=queries, keys=8).tensors()
+            for given in (q, q.transpose(1, 2).contiguous().transpose(1, 2), q.mT.contiguous().mT):
+                fake = attention_fake(given.to("meta"), k.to("meta"), v.to("meta"), None, 1.0, False, kernel)
+                got = launch(given, k, v, None, 1.0, kernel)
+                same = significant_strides(got) == significant_strides(fake)
+                found[kernel] = found.get(kernel, True) and same
+    return found
+
+
+def samples() -> list[dict[str, Any]]:
+    """Arguments of the rule: those of its op, and how many queries share a head."""
+    op, generator = GroupedAttention.op, torch.Generator().manual_seed(0)
+    made = [sample.make(torch.device("cpu"), generator) for sample in op.samples]
+    named = [dict(zip(op.arguments, values, strict=True)) for values in made]
+    return [{**each, "groups": each["q"].shape[1] // each["k"].shape[1]} for each in named]
+
+
+class Recorded:
+    """What a kernel is launched with."""
+
+    def __init__(self) -> None:
+        self.constants: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: self.constants.append(constants)
+
+
+def variants() -> int:
+    """How many sets of constants a kernel is compiled for, while a cache grows."""
+    recorded = Recorded()
+    with (
+        mock.patch.object(attention, "_attend", recorded),
+        mock.patch.object(attention, "_combine", Recorded()),
+        mock.patch.object(attention, "multiprocessors", return_value=132),
+    ):
+        for keys in range(129, 4096, 97):
+            q, k, v = replace(Sizes(), keys=keys).tensors()
+            launch(q, k, v, torch.zeros(2, 1, 1, keys, dtype=q.dtype), 1.0, "cudnn")
+    unlike = {json.dumps(each, sort_keys=True, default=str) for each in recorded.constants}
+    assert len(recorded.constants) > 1
+    return len(unlike)
+
+
+def main() -> None:
+    interpreter._convert_float = rounded
+    interpreter.InterpreterBuilder.create_dot = wide_dot
+    torch.set_num_threads(1)
+    splits = {}
+    for name, sizes, mask in masks():
+        parts = [run(replace(sizes, splits=count), *sizes.tensors(), mask).double() for count in (1, 4)]
+        splits[name] = max(float((each - parts[0]).abs().max()) / torch.finfo(sizes.dtype).eps for each in parts)
+    checked = check_rule(GroupedAttention(), providers=[TRITON], samples=samples())
+    result = {
+        "sizes": {str(each): off(each, *each.tensors(), None) for each in EVERY},
+        "masks": {name: off(sizes, *sizes.tensors(), mask) for name, sizes, mask in masks()},
+        "splits": splits,
+        "strides": {name: off(sizes, *arguments, None) for name, sizes, arguments in strides()},
+        "skipped": skipped(), "fully masked": fully_masked(), "layouts": layouts(), "variants": variants(),
+        "cases": checked.cases["triton"], "refused": checked.refused,
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
