@@ -127,7 +127,7 @@ def table() -> list[Op]:
     kernel = {name: run for name in ops if (run := registered_kernel(name, "triton"))}
     norm, rounding = (EPS, "gpt_oss"), "llama"
     shape = (Q_HEADS + K_HEADS) * HEAD_DIM
-    by_groups = (GROUP, FP8, LEAST / 448, False, "divide")
+    by_groups = (GROUP, FP8, LEAST / 448, False, 0.0, "divide")
     return [
         Op("add + RMSNorm + pad", norm_arguments,
            lambda x, r, w: kernel["fused_add_rms_norm_pad"](x, r, w, *norm, PADDED - WIDTH), add_norm_pad,

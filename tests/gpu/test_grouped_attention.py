@@ -1,5 +1,6 @@
 """Attention over shared heads by each of torch's kernels, and a decode step in CUDA graphs. Skipped without a GPU."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -42,16 +43,18 @@ def test_each_form_of_each_kernel_computes_what_repeated_heads_do(
     q, k, v, *mask = (each.cuda() for each in inputs(dtype=dtype, masked=kernel != "flash", keys=keys))
     reports: list[fuseplan.Report] = []
     config = fuseplan.PassConfig(force=(f"grouped_attention:{form}",))
+    refused = form == "sdpa" and kernel == "efficient" and torch.__version__ < "2.14"
+    told = pytest.warns(fuseplan.FuseplanWarning, match="selects no match") if refused else contextlib.nullcontext()
     # Which of torch's kernels is asked for isn't part of the key of torch's cache of graphs.
-    with torch.inference_mode(), sdpa_kernel(KERNELS[kernel]), fresh_cache():
+    with torch.inference_mode(), sdpa_kernel(KERNELS[kernel]), fresh_cache(), told:
         torch._dynamo.reset()
         plain = torch.compile(attend(hugging_face))(q, k, v, *mask)
         torch._dynamo.reset()
         fused = fuseplan.compile(attend(hugging_face), config=config, on_report=reports.append)(q, k, v, *mask)
     wide = (each.double().cpu() for each in (q, k, v))
     exact = attend(hugging_face)(*wide, *(each.cpu() for each in mask))
-    if form == "sdpa" and kernel == "efficient" and torch.__version__ < "2.14":
-        assert {f.provider for graph in reports[-1].graphs for f in graph.applied} <= {"sdpa_packed"}
+    if refused:
+        assert "sdpa" not in {f.provider for graph in reports[-1].graphs for f in graph.applied}
         return
     assert reports[-1].fused["grouped_attention"] == 1, reports[-1].warnings
     assert all(each.passed for graph in reports[-1].graphs for each in graph.verified)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fuseplan.content import content_of
+from fuseplan.dialect import ops
 from fuseplan.distributed.workspace import Workspace
 from fuseplan.providers.triton import replay
 from fuseplan.providers.triton.replay import replayed, run_kernel, scratch
@@ -204,6 +206,16 @@ def test_what_raises_is_not_remembered() -> None:
             replays(torch.ones(4))
     kernel.function = double_into
     assert replays(torch.ones(4))[0] == 2
+
+
+def test_what_was_launched_changes_no_key() -> None:
+    """Cached graphs would be compiled anew after it."""
+    assert content_of(ops.rms_norm_pad.kernel("triton")).key is not None
+    run = adding(Kernel(add_into))
+    before = content_of(run)
+    for _ in range(2):
+        run(torch.ones(2, 4), torch.ones(2, 4), 1)
+    assert content_of(run).is_same(before)
 
 
 def test_no_more_than_so_many_kinds_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
