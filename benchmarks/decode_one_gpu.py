@@ -62,7 +62,7 @@ class Workload:
 
 WORKLOADS = (
     *(Workload(batch=batch, position=1000, cache=1280) for batch in (1, 8, 32)),
-    Workload(batch=8, position=8000, cache=8192),
+    *(Workload(batch=8, position=position, cache=8192) for position in (8000, 2000)),
     Workload(batch=1, tokens=2048, cache=2304),
 )
 CPU_WORKLOADS = (
