@@ -35,7 +35,7 @@ def interpreted() -> dict[str, Any]:
 
 
 @needs_triton
-@pytest.mark.parametrize(("what", "cases"), [("sizes", 22), ("masks", 13), ("strides", 5)])
+@pytest.mark.parametrize(("what", "cases"), [("sizes", 22), ("masks", 15), ("strides", 5)])
 def test_it_is_close_to_float64(interpreted: dict[str, Any], what: str, cases: int) -> None:
     """Of values around 1, in units in the last place: one rounding of weights, and one of the result."""
     assert len(interpreted[what]) == cases
@@ -50,7 +50,7 @@ def test_any_number_of_parts_gives_the_same_but_for_rounding(interpreted: dict[s
 
 @needs_triton
 def test_tiles_that_are_masked_as_a_whole_are_not_read(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["skipped"]) == 6
+    assert len(interpreted["skipped"]) == 12
     assert all(interpreted["skipped"].values()), interpreted["skipped"]
 
 
