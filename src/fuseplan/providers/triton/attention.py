@@ -110,11 +110,11 @@ def _attend(
         shows = 1
         for one_head in tl.static_range(MASK_HEADS):
             for one_token in tl.static_range(MASK_TOKENS):
-                masks = tl.load(
+                sampled = tl.load(
                     mask_rows + one_head * mask_head + one_token * mask_token + sample.to(tl.int64) * mask_key,
                     mask=sample < keys, other=float("-inf"),
                 )  # fmt: skip
-                shows &= tl.max((masks > SHOWN_FROM).to(tl.int32), axis=0)
+                shows &= tl.max((sampled > SHOWN_FROM).to(tl.int32), axis=0)
         hidden = tl.where(shows > 0, MASKED_FROM, float("-inf"))
     mine = tl.cdiv(tl.cdiv(keys, BLOCK) - split, splits)
     for chunk in range(0, mine, TILES):
