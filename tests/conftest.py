@@ -13,14 +13,10 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
 
-# Compiling makes many objects that live long, among the many that torch's modules are: collecting as often as Python does
-# by itself takes a fifth of the time.
-gc.set_threshold(100_000, 20, 20)
-
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # what modules hold isn't looked through at every collection
 
 
 # How long inputs take to be made says how busy the machine is, and nothing about what is tested.
