@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ from torch._C._distributed_c10d import HashStore
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what modules hold isn't looked through at every collection
+
 
 # How long inputs take to be made says how busy the machine is, and nothing about what is tested.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

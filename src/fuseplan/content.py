@@ -105,6 +105,8 @@ class _Reader:
     def __init__(self) -> None:
         self.users: list[Any] = []
         self._open: list[int] = []
+        self._closed: dict[int, tuple[Any, Any]] = {}  # what is read, beside its value, whose id no other one has then
+        self._cycles = 0
 
     def read(self, value: Any) -> Any:
         """A value as what `json.dumps` takes."""
@@ -114,11 +116,17 @@ class _Reader:
             return value
         if isinstance(value, _BY_TEXT):
             return [type(value).__name__, str(value)]
+        if id(value) in self._closed:
+            return self._closed[id(value)][1]
         if id(value) in self._open:
+            self._cycles += 1
             return ["within", self._open.index(id(value))]
+        cycles = self._cycles
         self._open.append(id(value))
         read = [_name(type(value)), self._parts(value)]
         self._open.pop()
+        if self._cycles == cycles:  # what is in a cycle depends on what it is read within
+            self._closed[id(value)] = value, read
         return read
 
     def _parts(self, value: Any) -> Any:

@@ -118,7 +118,7 @@ def chunk_of(first_seed: int, chunk: int, size: int) -> range:
 
 @pytest.mark.parametrize("chunk", range(3))
 def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 15), 4, interpreted, one_rank).check(least=0.25)
+    tried(chunk_of(first_seed, chunk, 10), 4, interpreted, one_rank).check(least=0.25)
 
 
 @pytest.mark.parametrize("theme", THEMES)

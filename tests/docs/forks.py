@@ -5,6 +5,7 @@ It reads one request a line, JSON with `path` or `module`, `folder`, `environmen
 with `status` and `output`.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -76,5 +77,7 @@ if __name__ == "__main__":
     for passes in ("joint_graph", "post_grad"):
         sys.modules[f"torch._inductor.fx_passes.{passes}"].lazy_init()
     sys.path.remove(str(Path(__file__).resolve().parent))
+    gc.set_threshold(100_000, 20, 20)
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

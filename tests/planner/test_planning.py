@@ -93,17 +93,17 @@ def test_plans_are_certified_and_never_worse(workload: str, tp: int) -> None:
 TINY = ("gpt-oss-120b-tiny", "gpt-oss-20b-tiny", "llama-3.1-8b-tiny", "gpt-oss-120b-tiny:outer-reduce")
 
 
-def test_tiny_twins_are_certified_and_never_worse() -> None:
+@pytest.mark.parametrize("tp", [1, 2, *(pytest.param(tp, marks=pytest.mark.nightly) for tp in (4, 8))])
+def test_tiny_twins_are_certified_and_never_worse(tp: int) -> None:
     served = []
     for name in TINY:
-        for tp in (1, 2, 4, 8):
-            try:
-                with traced(name, tp, layers=None) as graph:
-                    check_never_worse(manager().analyze(graph))
-            except WorkloadError:  # fewer heads than ranks
-                continue
-            served.append((name, tp))
-    assert {(name, tp) for name in TINY for tp in (1, 2)} <= set(served)
+        try:
+            with traced(name, tp, layers=None) as graph:
+                check_never_worse(manager().analyze(graph))
+        except WorkloadError:  # fewer heads than ranks
+            continue
+        served.append(name)
+    assert tp > 2 or served == [*TINY]
 
 
 def test_order_means_nothing(gpt_oss: fx.Graph) -> None:

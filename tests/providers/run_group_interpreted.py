@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from fuseplan.dialect import Rounding
 from fuseplan.parts.group_fp8 import reference
 from fuseplan.providers.triton import activation, norm
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm
-from tests.providers.run_interpreted import rounded
+from tests.providers.run_interpreted import prepare
 
 FN, LEAST = torch.float8_e4m3fn, 1e-10
 
@@ -100,8 +99,7 @@ def powers() -> bool:
 
 
 def main() -> None:
-    interpreter._convert_float = rounded
-    torch.set_num_threads(1)
+    prepare()
     print(json.dumps({"cases": cases(), "not finite": not_finite(), "powers": powers()}))
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
-from triton.runtime import interpreter
 
 from fuseplan.dialect import NORM_FAMILY, Rounding
 from fuseplan.distributed import workspace as workspaces
@@ -27,7 +26,7 @@ from fuseplan.providers.triton import all_reduce_norm
 from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm, Tile
-from tests.providers.run_interpreted import rounded
+from tests.providers.run_interpreted import prepare
 from tests.ranks import always, leave, left_in
 
 RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -113,8 +112,8 @@ def schedule(programs: int, lag: int, two_shot: bool) -> Schedule:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    interpreter._convert_float = rounded
+    prepare()
+    all_reduce_norm.standing_of = patient(all_reduce_norm.standing_of)
     store = FileStore(str(FOLDER / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=RANKS)
     seen: dict[str, Any] = {}
@@ -192,6 +191,18 @@ def deadline() -> list[str]:
         time.sleep(0.1)
     dist.barrier()
     return found
+
+
+def patient(standing_of: Any) -> Any:
+    """`standing_of`, with a pause before each further look: who waits leaves the processor to whom it waits for."""
+
+    def pausing(*arguments: Any) -> Any:
+        standing = standing_of(*arguments)
+        if int(standing.handle.data.item()) == all_reduce_norm.AWAITED.value:
+            time.sleep(0.001)
+        return standing
+
+    return pausing
 
 
 class Replayed:

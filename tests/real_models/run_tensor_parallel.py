@@ -1,7 +1,8 @@
-"""One rank of a run under torchrun: `run_tensor_parallel.py huggingface|gpt_oss RESULTS.json`; rank 0 writes what all
-ranks saw.
+"""One rank of a run under torchrun: `run_tensor_parallel.py huggingface|gpt_oss RESULTS.json [CODED...]`; rank 0 writes
+what all ranks saw. Inductor makes code of the models that are CODED; the graphs of others are interpreted.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import fuseplan
 from fuseplan.models import KVCache, workload
+from tests.interpreted import no_code
 from tests.ranks import leave
 from tests.real_models.cases import CASES, LAYERS, fused_calls
 
@@ -25,6 +27,7 @@ REDUCE_FIRST = "ordered(allreduce_rms, act_padding)"
 PAD_FIRST = "ordered(act_padding, allreduce_rms)"
 IDS = (torch.arange(2 * 9).reshape(2, 9) * 11) % 128
 PROMPT, STEPS = 4, 9
+GPT_OSS = ("gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce")
 
 
 def compiled(model: Any, policy: str) -> tuple[Any, list[fuseplan.Report]]:
@@ -75,7 +78,7 @@ def whole_and_split(name: str, folder: Path) -> tuple[Any, Any]:
     return whole, split
 
 
-def huggingface(folder: Path) -> dict[str, Any]:
+def huggingface(folder: Path, coded: list[str]) -> dict[str, Any]:
     """Each model split with the model's own plan, beside the whole model and beside itself unfused."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -93,10 +96,11 @@ def huggingface(folder: Path) -> dict[str, Any]:
         expected = whole(IDS).logits
         with without_sums():
             unsummed = split(IDS).logits
-        plain = compiled(split, "plain")[0](IDS, use_cache=False).logits
-        model, reports = compiled(split, PAD_FIRST)
-        model(IDS, use_cache=False)
-        output, calls = fused_calls(lambda: model(IDS, use_cache=False))  # noqa: B023
+        with contextlib.nullcontext() if name in coded else no_code():
+            plain = compiled(split, "plain")[0](IDS, use_cache=False).logits
+            model, reports = compiled(split, PAD_FIRST)
+            model(IDS, use_cache=False)
+            output, calls = fused_calls(lambda: model(IDS, use_cache=False))  # noqa: B023
         (report,) = reports
         results[name] = {
             "model": type(split).__name__,
@@ -126,35 +130,40 @@ def decoded(forward: Callable[..., Tensor], model: Any, forced: Tensor | None = 
     return torch.cat(tokens, 1), torch.cat(steps, 1)
 
 
-def gpt_oss(folder: Path) -> dict[str, Any]:
+def gpt_oss(folder: Path, coded: list[str]) -> dict[str, Any]:
     """The tiny GPT-OSS with its experts' all-reduce inside the op and outside, under both orders and unfused."""
     results: dict[str, Any] = {}
-    for name in ("gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce"):
-        group = dist.group.WORLD
-        assert group is not None
-        model = workload(name).with_layers(LAYERS).build(group)
-        tokens, logits = decoded(compiled(model, "plain")[0], model)
-        rows = {}
-        for policy in (REDUCE_FIRST, PAD_FIRST):
-            forward, reports = compiled(model, policy)
-            fused_tokens, _ = decoded(forward, model)
-            (_, forced_logits), calls = fused_calls(lambda: decoded(forward, model, tokens))  # noqa: B023
-            rows[policy] = {
-                "fused": [report.fused for report in reports],
-                "calls": calls,
-                "tokens": fused_tokens.tolist(),
-                "difference": difference(forced_logits, logits),
-            }
-        results[name] = {"tokens": tokens.tolist(), "scale": logits.abs().max().item(), "policies": rows}
+    for name in GPT_OSS:
+        with contextlib.nullcontext() if name in coded else no_code():
+            results[name] = under_both_orders(name)
     return results
 
 
+def under_both_orders(name: str) -> dict[str, Any]:
+    group = dist.group.WORLD
+    assert group is not None
+    model = workload(name).with_layers(LAYERS).build(group)
+    tokens, logits = decoded(compiled(model, "plain")[0], model)
+    rows = {}
+    for policy in (REDUCE_FIRST, PAD_FIRST):
+        forward, reports = compiled(model, policy)
+        fused_tokens, _ = decoded(forward, model)
+        (_, forced_logits), calls = fused_calls(lambda: decoded(forward, model, tokens))  # noqa: B023
+        rows[policy] = {
+            "fused": [report.fused for report in reports],
+            "calls": calls,
+            "tokens": fused_tokens.tolist(),
+            "difference": difference(forced_logits, logits),
+        }
+    return {"tokens": tokens.tolist(), "scale": logits.abs().max().item(), "policies": rows}
+
+
 def main() -> None:
-    what, results = sys.argv[1], Path(sys.argv[2])
+    what, results, *coded = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     with torch.inference_mode():
-        outcome = {"huggingface": huggingface, "gpt_oss": gpt_oss}[what](results.parent)
+        outcome = {"huggingface": huggingface, "gpt_oss": gpt_oss}[what](results.parent, coded)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, outcome)
     if dist.get_rank() == 0:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from torch.torch_version import TorchVersion
 
 from tests.real_models.cases import CASES, LAYERS, ROUNDOFF, norms
-from tests.real_models.run_tensor_parallel import PAD_FIRST, REDUCE_FIRST, STEPS
+from tests.real_models.run_tensor_parallel import GPT_OSS, PAD_FIRST, REDUCE_FIRST, STEPS
 
 SCRIPT = Path(__file__).with_name("run_tensor_parallel.py")
 
@@ -23,11 +24,17 @@ SCALES_EMBEDDING = ("gemma3",)
 pytestmark = pytest.mark.distributed
 
 
-def torchrun(what: str, folder: Path) -> list[dict[str, Any]]:
+def coded(*names: str, of: Iterable[str]) -> pytest.MarkDecorator:
+    """Inductor makes code of these models; of all of them at night."""
+    everything = pytest.param((*of,), marks=pytest.mark.nightly, id="all coded")
+    return pytest.mark.parametrize("coded", [pytest.param(names, id="one coded"), everything])
+
+
+def torchrun(what: str, folder: Path, *coded: str) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     results = folder / "results.json"
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(SCRIPT), what, str(results)]
+    command += [str(SCRIPT), what, str(results), *coded]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=400)
@@ -37,8 +44,9 @@ def torchrun(what: str, folder: Path) -> list[dict[str, Any]]:
     return ranks
 
 
-def test_huggingface_models_with_their_own_plans(tmp_path: Path) -> None:
-    first, second = torchrun("huggingface", tmp_path)
+@coded("llama", of=CASES)
+def test_huggingface_models_with_their_own_plans(coded: tuple[str, ...], tmp_path: Path) -> None:
+    first, second = torchrun("huggingface", tmp_path, *coded)
     assert list(first) == list(second)
     missing = set(CASES).difference(first)
     assert missing == (set() if TorchVersion(transformers.__version__) >= "5.23" else {"gpt_oss"})
@@ -64,8 +72,9 @@ def test_huggingface_models_with_their_own_plans(tmp_path: Path) -> None:
             assert rank["unsummed_difference"] > 4 * rounding, f"{name}: the bound would not notice a lost all-reduce"
 
 
-def test_gpt_oss_under_both_orders(tmp_path: Path) -> None:
-    first, second = torchrun("gpt_oss", tmp_path)
+@coded("gpt-oss-120b-tiny", of=GPT_OSS)
+def test_gpt_oss_under_both_orders(coded: tuple[str, ...], tmp_path: Path) -> None:
+    first, second = torchrun("gpt_oss", tmp_path, *coded)
     assert list(first) == list(second)
     for name, result in (*first.items(), *second.items()):
         inner = not name.endswith(":outer-reduce")
