@@ -1,0 +1,68 @@
+"""Every Triton kernel compiles for NVIDIA's and AMD's GPUs, on a machine without one; the interpreter takes more."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from fuseplan.dialect import ops, registered_kernel
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+FAMILIES = [
+    import_module(f"fuseplan.providers.triton.{name}")
+    for name in ("activation", "all_reduce_norm", "attention", "launching", "norm", "qk_norm_rope")
+]
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED_BYTES = 232448
+"""That a program can have on an H100."""
+OPS = [name for name in ops if registered_kernel(name, "triton") is not None]
+
+
+class Driver:
+    """Of a GPU that isn't there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@pytest.fixture(params=TARGETS)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of kernels that were compiled in place of being launched."""
+    target, names = TARGETS[request.param], list[str]()
+
+    def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        assert kernel.warmup(*arguments, grid=grid, **constants).asm
+        names.append(kernel.__name__)
+
+    is_nvidia = target.backend == "cuda"
+    stand_ins = {
+        "run_kernel": compile_kernel, "is_nvidia": lambda device: is_nvidia,
+        "launches_early": lambda device: is_nvidia, "shared_bytes": lambda device: SHARED_BYTES,
+    }  # fmt: skip
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target))
+    for family in FAMILIES:
+        for name in stand_ins.keys() & vars(family).keys():
+            monkeypatch.setattr(family, name, stand_ins[name])
+    return names
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_compile(name: str, compiled: list[str], one_rank: str) -> None:
+    arguments = ops[name].samples[0].make(torch.device("cpu"), torch.Generator().manual_seed(0))
+    kernel = registered_kernel(name, "triton")
+    assert kernel is not None
+    kernel(*arguments)
+    assert compiled
