@@ -43,10 +43,13 @@ def _lower(module: fx.GraphModule, custom: Callable[[fx.Graph], None]) -> None:
 
 class Lowered(fx.Interpreter):
     """Hands tensors to ops of somebody's own as Inductor does: with the strides that they had when the model was
-    traced.
+    traced; and contiguous ones to all-reduces, which it writes in place.
     """
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.ops._c10d_functional.all_reduce_.default:
+            (value, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
+            return self.call_function(n.target, (value.contiguous(), *rest), kwargs)
         if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and "eager_input_vals" in n.meta:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if not n.target._schema.is_mutable and n.target.namespace == "differential":
