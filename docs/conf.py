@@ -165,14 +165,20 @@ def _decode() -> str:
     return _table(("batch", "", "`torch.compile`", "fuseplan", "time a step"), rows)
 
 
+def _tokens(row: dict[str, Any]) -> str:
+    if row["tokens"] > 1:
+        return f"{row['tokens']:,} into {row['cache']:,}"
+    return f"1 at {row['position']:,} of {row['cache']:,}"
+
+
 def _decode_one_gpu() -> str:
-    """A decode step of unmodified models on one GPU: plain, by hand, and planned."""
+    """A call of unmodified models on one GPU: plain, by hand, and planned."""
     rows: list[tuple[object, ...]] = []
-    for row in _committed("results/decode_one_gpu_h100")["rows"]:
+    for row in _committed("results/decode_one_gpu_h200")["rows"]:
         sides = [("{:,.0f} ± {:,.0f} us".format(*row[side])) for side in ("torch.compile", "enable_gqa", "fuseplan")]
         faster = (f"{row['times_faster'][side]:.2f}" for side in ("enable_gqa", "fuseplan"))
-        rows.append((f"`{row['model']}`", row["batch"], f"{row['position']:,} of {row['cache']:,}", *sides, *faster))
-    head = ("model", "batch", "position", "`torch.compile`", "`enable_gqa` by hand", "fuseplan", "by hand", "fuseplan")
+        rows.append((f"`{row['model']}`", row["batch"], _tokens(row), *sides, *faster))
+    head = ("model", "batch", "tokens", "`torch.compile`", "`enable_gqa` by hand", "fuseplan", "by hand", "fuseplan")
     return _table(head, rows)
 
 
@@ -202,7 +208,7 @@ tables = {
     "kernels_h200": _kernels(),
     "host_cost_h200": _host_cost(),
     "decode_h100x2": _decode(),
-    "decode_one_gpu_h100": _decode_one_gpu(),
+    "decode_one_gpu_h200": _decode_one_gpu(),
     "bench_gpt_oss_h100x2": _bench(),
 }
 myst_substitutions = {**_figures(), **tables}
