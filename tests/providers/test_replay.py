@@ -189,6 +189,22 @@ def test_a_mode_sees_every_allocation() -> None:
     assert kernel.launched == 0
 
 
+def test_what_is_interpreted_has_no_machine_code() -> None:
+    class Interpreted(Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            run = super().__getitem__(grid)
+
+            def interpret(*arguments: Any, **options: Any) -> None:
+                run(*arguments, **options)
+
+            return interpret
+
+    kernel = Interpreted(add_into)
+    run = adding(kernel)
+    assert [run(torch.ones(2, 4), torch.ones(2, 4), factor)[0, 0] for factor in (1, 1)] == [2, 2]
+    assert (kernel.jitted, kernel.launched) == (2, 0)
+
+
 def test_what_raises_is_not_remembered() -> None:
     def fails(x: Tensor, out: Tensor) -> None:
         raise RuntimeError("no such kernel")

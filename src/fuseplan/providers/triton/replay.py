@@ -66,7 +66,9 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
     """
     compiled = kernel[grid](*arguments, **constants)
     recording: _Recording | None = getattr(_current, "recording", None)
-    if recording is not None:
+    if recording is not None and compiled is None:  # it was interpreted
+        recording.is_whole = False
+    elif recording is not None:
         further = (constants[name] for name in kernel.arg_names[len(arguments) :])
         recording.launches.append(_Launch(compiled[(*grid, 1, 1)[:3]], (*arguments, *further)))
 
