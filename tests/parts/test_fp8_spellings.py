@@ -4,6 +4,7 @@ bit for bit; what no op computes is named for what it is.
 vLLM's own code is run in `tests/integrations/vllm/test_fp8.py`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,13 @@ def of_flat_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     flat = x.reshape(-1, x.shape[-1])
     scale = flat.abs().amax(-1).clamp(min=1e-4).float() / MOST
     return codes(flat * (1.0 / scale)[:, None]).view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def of_rows_by_a_narrow_least(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A number counts as the dtype of its tensor holds it."""
+    least = torch.full((1,), 1e-4, dtype=torch.bfloat16)
+    scale = torch.maximum(x.abs().amax(-1, keepdim=True).float(), least) / MOST
+    return codes(x.float() / scale), scale
 
 
 def of_groups_by_max(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +120,7 @@ SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
     of_rows_by_amax: (FP8, LEAST, MULTIPLY),
     of_rows_without_a_least: (FP8, 0.0, DIVIDE),
     of_flat_rows: (FP8, ROUNDED_TENTH, MULTIPLY),
+    of_rows_by_a_narrow_least: (FP8, ROUNDED_TENTH, DIVIDE),
     of_groups_by_max: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
     of_groups_by_columns: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
     of_groups_by_powers: (GROUP, FP8, 0.0, True, LEAST, DIVIDE),
@@ -265,6 +274,26 @@ def of_all(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(x.float() / scale), scale
 
 
+def at_least_nan(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(-1, keepdim=True).float() / MOST).clamp(min=math.nan)
+    return codes(x.float() / scale), scale
+
+
+JUST_ABOVE = 2.0**-20 * (1 + 2.0**-23)
+
+
+def by_powers_from_just_above_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(-1, WIDTH // GROUP, GROUP)
+    scale = (groups.abs().amax(-1, keepdim=True).float() / MOST).clamp(min=JUST_ABOVE)
+    scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    return codes(groups / scale), scale
+
+
+def with_a_dimension_of_the_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = torch.full((1,), 0.02).reshape(1, 1, 1)
+    return codes(x / scale), scale
+
+
 def signed(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.amax(-1, keepdim=True).float().abs() / MOST
     return codes(x.float() / scale), scale
@@ -281,6 +310,9 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
     unclamped: "what is cast isn't clamped to +-448",
     rows_by_powers: "the scale is rounded up to a power of two, and the op's of whole rows isn't",
     over_columns: "not by amax over the last dimension",
+    at_least_nan: "the scale is computed by aten.clamp",
+    by_powers_from_just_above_one: "log2 rounds the smallest scale, 9.53674e-07, down to a power of two",
+    with_a_dimension_of_the_scale: "the scale has the shape [1, 1, 1], which makes [1, 5, 256] of [5, 256]",
     of_all: "the scale is computed from all rows at once",
     signed: "neither one number nor computed from the largest of what it scales",
 }

@@ -127,6 +127,8 @@ def masks() -> Iterator[tuple[str, Sizes, Tensor | None]]:
     yield "lengths by a finite number", sizes, hidden(key < lengths).clamp(min=-65504)
     nowhere = (torch.arange(2)[:, None] > 0).expand(1, 1, 2, 100)
     yield "nothing shown to one of two queries", sizes, hidden(nowhere).clamp(min=-65504)
+    lowest = torch.finfo(sizes.dtype).min
+    yield "nothing shown to one of two queries by the lowest number", sizes, hidden(nowhere).clamp(min=lowest)
     yield "one query", replace(sizes, queries=1), hidden(key < lengths)
     yield "window", sizes, hidden((key > 40) & (key < 50))[None, None, None].expand(2, 1, 2, 100)
     yield "holes", sizes, hidden((key == 3) | (key == 90))[None, None, None]

@@ -40,7 +40,7 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        def run(*arguments: Any, stream: int) -> None:
+        def run(*arguments: Any) -> None:
             self.kernel.launched += 1
             self.kernel.function(*arguments)
 
@@ -53,7 +53,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "is_on_gpu", lambda value: True)
     monkeypatch.setattr(replay, "empty_strided", lambda *how: torch.empty_strided(how[0], how[1], dtype=how[2]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
 
 
 def add_into(x: Tensor, y: Tensor, outputs: tuple[Any, ...], factor: int) -> None:
@@ -187,6 +186,22 @@ def test_a_mode_sees_every_allocation() -> None:
         run(x, y, 1)
     assert mode.seen == 1
     assert kernel.launched == 0
+
+
+def test_what_is_interpreted_has_no_machine_code() -> None:
+    class Interpreted(Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            run = super().__getitem__(grid)
+
+            def interpret(*arguments: Any, **options: Any) -> None:
+                run(*arguments, **options)
+
+            return interpret
+
+    kernel = Interpreted(add_into)
+    run = adding(kernel)
+    assert [run(torch.ones(2, 4), torch.ones(2, 4), factor)[0, 0] for factor in (1, 1)] == [2, 2]
+    assert (kernel.jitted, kernel.launched) == (2, 0)
 
 
 def test_what_raises_is_not_remembered() -> None:

@@ -57,6 +57,9 @@ DYNAMO = (
     PrivateApi("torch._dynamo.config:disable", ("frontend",)),
     PrivateApi("torch._dynamo.config:patch", ("benchmark", "capture", "regions"), 0,
                ("recompile_limit", "run_gc_after_compile")),
+    PrivateApi("torch._C:_len_torch_dispatch_stack", ("providers",), 0),
+    PrivateApi("torch._C._dynamo:guards", ("providers",)),
+    PrivateApi("torch.nn.attention:_cur_sdpa_kernel_backends", ("fingerprint",), 0, ("with_priority",)),
     PrivateApi("torch._dynamo.config:recompile_limit", ("benchmark", "regions")),
     PrivateApi("torch._dynamo.config:run_gc_after_compile", ("capture",)),
     PrivateApi("torch._dynamo:maybe_mark_dynamic", ("capture",), 2),
@@ -142,8 +145,8 @@ GRAPHS = (
                ("shape_env", "allow_non_fake_inputs")),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode.from_tensor", ("testing", "verification"), 1,
                ("symbolic_context",)),
-    PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("verification",), 0),
-    PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("verification",), 4),
+    PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("providers", "verification"), 0),
+    PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("providers", "verification"), 4),
     PrivateApi("torch.utils._pytree:tree_leaves", ("graph", "matching"), 1),
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ long as the order of the elements stays, and cast where that changes none of the
 in the precision of x, to which a minimum before the division is then rounded. The division is in float32, as in ops.
 """
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,6 +179,9 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, flo
     amax, before = _least(quotient.all_input_nodes[0], own=own)
     # A division that is rounded to the nearest keeps the order, so the least may be taken of either side of it.
     divided = float(torch.tensor(before, dtype=torch.float32) / scaling.limit)
+    smallest = torch.tensor(max(min_scale, divided), dtype=torch.float32)
+    if power is not None and torch.exp2(torch.ceil(torch.log2(smallest))) < smallest:
+        raise Unraised(Reason.ROUNDING, f"log2 rounds the smallest scale, {smallest:g}, down to a power of two", node)
     return amax, max(min_scale, divided), power is not None, 0.0 if power is None else least
 
 
@@ -216,7 +220,9 @@ def _minimum(node: fx.Node) -> tuple[fx.Node, float] | None:
     elif is_call(node, aten.maximum.default):
         x, least = node.args
         x, least = (x, number_of(least)) if number_of(x) is None else (least, number_of(x))
-    return (x, float(least)) if isinstance(x, fx.Node) and isinstance(least, (int, float)) else None
+    if not isinstance(x, fx.Node) or not isinstance(least, (int, float)) or math.isnan(least):
+        return None
+    return x, float(least)
 
 
 def _power(scale: fx.Node) -> fx.Node | None:

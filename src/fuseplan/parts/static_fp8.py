@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.graph.facts import is_call, tensor_of
+from fuseplan.graph.facts import equal_shape, is_call, tensor_of
 from fuseplan.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.parts.base import Kind, RowEpilogue, Stage
 from fuseplan.parts.fp8 import CODE_BYTES, ORDER_KEEPING, Scaling, apply_scale, sample_of, scalings
@@ -75,7 +75,11 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
         raise Unraised(Reason.OP, detail, node)
     if not scaling.is_clamped:
         raise scaling.unclamped
-    scale = tensor_of(node)
+    scale, x, codes = tensor_of(node), tensor_of(scaling.x), tensor_of(scaling.cast)
+    assert scale is not None and x is not None and codes is not None
+    if not equal_shape(x, codes):
+        detail = f"the scale has the shape {[*scale.shape]}, which makes {[*codes.shape]} of {[*x.shape]}"
+        raise Unraised(Reason.SIZE, detail, node, "scale.reshape(1)")
     while is_call(node, *ORDER_KEEPING) and scale is not None and scale.dim() > 1:
         node = node.args[0]
         scale = tensor_of(node)

@@ -7,8 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fuseplan.graph.facts import aten
-
+aten = torch.ops.aten
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 MOST_CUDNN_WIDTH: Final = 128
 """Head dimensions up to which torch prefers cuDNN's kernel on Hopper and Blackwell."""

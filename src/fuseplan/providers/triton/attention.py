@@ -148,6 +148,8 @@ def _attend(
                         mask_rows + own_head[:, None] * mask_head + token[:, None] * mask_token + shown[None, :],
                         mask=is_row[:, None] & inside[None, :], other=float("-inf"),
                     ).to(tl.float32)  # fmt: skip
+                # The lowest number stays one, times log2(e): a row that it hides as a whole sees all keys.
+                bias = tl.where((bias < -2e38) & (bias > float("-inf")), -2e38, bias)
                 read = inside & ((live >> tile) & 1 != 0)
             else:
                 bias = tl.where(inside, 0.0, float("-inf"))[None, :]
@@ -174,7 +176,8 @@ def _attend(
         )  # fmt: skip
     else:
         slot = (pair * splits + split) * (GROUPS * QUERIES) + row
-        tl.store(sums_ptr + slot, top + tl.log2(total), mask=is_row)
+        tl.store(sums_ptr + slot * 2, top, mask=is_row)  # apart: beside a mask's -1e9 a logarithm would be lost
+        tl.store(sums_ptr + slot * 2 + 1, total, mask=is_row)
         tl.store(
             parts_ptr + slot[:, None] * VALUE_WIDTH + value_column[None, :], y,
             mask=(is_row & is_seen)[:, None] & is_value[None, :],
@@ -196,12 +199,13 @@ def _combine(
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    sums = tl.load(sums_ptr + slot, mask=split < splits, other=float("-inf"))
-    top = tl.max(sums, axis=0)
-    weight = tl.exp2(sums - tl.where(top == float("-inf"), 0.0, top))
+    tops = tl.load(sums_ptr + slot * 2, mask=split < splits, other=float("-inf"))
+    totals = tl.load(sums_ptr + slot * 2 + 1, mask=split < splits, other=0.0)
+    top = tl.max(tops, axis=0)
+    weight = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top)) * totals
     parts = tl.load(
         parts_ptr + slot[:, None] * VALUE_WIDTH + column[None, :],
-        mask=(sums != float("-inf"))[:, None] & is_column[None, :], other=0.0,
+        mask=(tops != float("-inf"))[:, None] & is_column[None, :], other=0.0,
     )  # fmt: skip
     total = tl.sum(weight, axis=0)
     y = tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
@@ -305,7 +309,7 @@ def launch(
         sums = parts = y
     else:
         count = batch * heads * split.count * rows
-        sums, parts = (scratch(q.new_empty(count * each, dtype=torch.float32)) for each in (1, value_width))
+        sums, parts = (scratch(q.new_empty(count * each, dtype=torch.float32)) for each in (2, value_width))
     sizes = {"HEADS": heads, "GROUPS": q_heads // heads, "QUERIES": queries, "VALUE_WIDTH": value_width}
     tile = Tile(rows=tile_rows, block=split.block, warps=split.warps)
     with torch.cuda.device_of(q):

@@ -7,13 +7,15 @@ for alike arguments the same machine code is launched again, on these arguments 
 """
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.distributed.workspace import Workspace
@@ -24,7 +26,7 @@ MOST_KNOWN: Final = 1024
 ALIGNED: Final = 16
 """Bytes of an address that Triton compiles for."""
 
-_current = threading.local()
+_RECORDING: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,17 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
         constants: the others, and options of the compiler.
     """
     compiled = kernel[grid](*arguments, **constants)
-    recording: _Recording | None = getattr(_current, "recording", None)
-    if recording is not None:
+    recording = _RECORDING.get()
+    if recording is not None and compiled is None:  # it was interpreted
+        recording.is_whole = False
+    elif recording is not None:
         further = (constants[name] for name in kernel.arg_names[len(arguments) :])
         recording.launches.append(_Launch(compiled[(*grid, 1, 1)[:3]], (*arguments, *further)))
 
 
 def scratch(value: Tensor) -> Tensor:
     """The same tensor, just allocated: it is no result, but what a call's kernels hand on to each other."""
-    recording: _Recording | None = getattr(_current, "recording", None)
+    recording = _RECORDING.get()
     if recording is not None:
         recording.scratch.append(value)
     return value
@@ -200,9 +204,8 @@ class Replay:
                 return self(inputs)
         made = [empty_strided(each.shape, each.strides, each.dtype) for each in self.memory]
         pool = (*inputs, *made)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
         for run, template in self.launches:
-            run(*template.filled(pool), stream=stream)
+            run(*template.filled(pool))  # on the current stream
         return tuple(made[: self.results])
 
 
@@ -211,16 +214,18 @@ def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torc
 
 
 empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
-    torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided
+    guards, "_empty_strided_cuda", _empty_strided
 )
 """Takes memory of the current GPU as Inductor's own code does, which costs the host half of `torch.empty_strided`."""
 
 
-class _Known(dict[tuple[Any, ...], Replay]):
-    """By what tells calls apart."""
+class _Known:
+    """What an op has run so far, which changes nothing that it computes, and so is no part of its content."""
 
-    uuid = "launches"
-    """All that a kernel's content is told by: what it has run so far changes nothing that it computes."""
+    @functools.cached_property
+    def replays(self) -> dict[tuple[Any, ...], Replay]:
+        """By what tells calls apart."""
+        return {}
 
 
 def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,7 +243,7 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def run_or_replay(*arguments: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack():  # somebody looks on, as verification does to poison what is allocated
+        if _len_torch_dispatch_stack():  # somebody looks on, as verification does to poison what is allocated
             return run(*arguments)
         kinds, inputs = list[Any](), list[Tensor]()
         for each in arguments:  # in line, since it is paid for at every call
@@ -252,24 +257,24 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 kinds.append(each)
         key = tuple(kinds)
-        replay = known.get(key)
+        replay = known.replays.get(key)
         if replay is not None:
             results = replay(inputs)
             return results if len(results) > 1 else results[0]
         if not is_on_gpu(inputs[0]):
             return run(*arguments)
         with _Recording() as recording:
-            _current.recording = recording
+            token = _RECORDING.set(recording)
             try:
                 yielded = run(*arguments)
             finally:
-                _current.recording = None
-        if len(known) >= MOST_KNOWN:
-            known.clear()
+                _RECORDING.reset(token)
+        if len(known.replays) >= MOST_KNOWN:
+            known.replays.clear()
         results = yielded if isinstance(yielded, tuple) else (yielded,)
         replay = Replay.of(recording, inputs, results)
         if replay is not None:
-            known[key] = replay
+            known.replays[key] = replay
         return yielded
 
     return run_or_replay
