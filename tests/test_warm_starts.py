@@ -240,3 +240,22 @@ def test_kernels_without_a_uuid_are_verified_at_every_start() -> None:
     mine = provider(fails_sometimes, uuid=None)
     found = starts(compiled_by_fuseplan, 2, config=CONFIG, rules=[AddNormRelu()], providers=[mine])
     assert [[each.from_cache for each in graph.verified] for graph in found if graph] == [[False], [False]]
+
+
+def test_a_function_that_becomes_a_graph_which_the_cache_has_is_reported_too() -> None:
+    weight = randn(HIDDEN)
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x + 1, (HIDDEN,), weight, 1e-6)
+
+    def same(x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x.reshape(x.shape) + 1, (HIDDEN,), weight, 1e-6)
+
+    reports: list[Report] = []
+    with torch.no_grad():
+        for each in (norm, same):
+            fuseplan.compile(each, on_report=reports.append)(randn(4, HIDDEN))
+            torch._dynamo.reset()
+    first, second = reports
+    assert first.recognized
+    assert first.recognized == second.recognized

@@ -204,6 +204,10 @@ def _warn_if_nothing_compiles(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def _has_peers() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 class _Backend(torch._TorchCompileInductorWrapper):
     """Inductor with fuseplan's pass, which delivers a report for every graph, compiled cold or found in a warm
     cache.
@@ -242,9 +246,10 @@ class _Backend(torch._TorchCompileInductorWrapper):
         known = store.load(key) if key is not None and not self.fresh else None
         if known is not None:
             publish(known)
-        elif not self.fresh and key is not None and dist.is_initialized() and dist.get_world_size() > 1:
-            # The other ranks will ask what this one applies, and only a cold compilation can say. It can't where the
-            # graph has no op, which Inductor doesn't compile and of which nobody asks.
+        elif not self.fresh and key is not None and (_has_peers() or not torch.is_grad_enabled()):
+            # Another function became the same graph, and Inductor's cache had that. Only a cold compilation can say what
+            # is applied, which the other ranks will ask too. It can't where the graph has no op, which Inductor doesn't
+            # compile and of which nobody asks; and with gradients the pass may have nothing to say.
             compiled = self._compile(model_, inputs_, extra, cold=True)
         constants = self.floats.settle()
         if known is None and not self.fresh:
