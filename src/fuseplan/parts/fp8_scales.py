@@ -220,8 +220,9 @@ def _minimum(node: fx.Node) -> tuple[fx.Node, float] | None:
     elif is_call(node, aten.maximum.default):
         x, least = node.args
         x, least = (x, number_of(least)) if number_of(x) is None else (least, number_of(x))
-    is_number = isinstance(least, (int, float)) and not math.isnan(least)
-    return (x, float(least)) if isinstance(x, fx.Node) and is_number else None
+    if not isinstance(x, fx.Node) or not isinstance(least, (int, float)) or math.isnan(least):
+        return None
+    return x, float(least)
 
 
 def _power(scale: fx.Node) -> fx.Node | None:
