@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from tests.helpers import llama, post_grad, quantize_rows, randn
+from fuseplan.graph.facts import convert_element_type
+from tests.helpers import llama, post_grad, quantize_rows, randn, written
 
 FP8, MOST = torch.float8_e4m3fn, 448.0
 WIDTH, GROUP = 256, 64
@@ -362,6 +363,16 @@ def test_a_given_scale_may_be_viewed_and_promote() -> None:
     (node,) = graph.calls(ops.static_scaled_fp8_quant.overload)
     assert node.args[2:] == (FP8, DIVIDE)
     assert [argument.op for argument in node.args[:2]] == ["placeholder", "placeholder"]
+
+
+def test_a_given_scale_on_another_device_is_left_alone() -> None:
+    def quantize(x: Any, scale: Any) -> Any:
+        scaled = torch.ops.aten.div.Tensor(x, scale)
+        return convert_element_type(torch.ops.aten.clamp.default(scaled, -MOST, MOST), FP8)
+
+    x = torch.empty(5, WIDTH, device="meta")
+    (refusal,) = canonicalize(written(quantize, {"x": x, "scale": torch.tensor(0.02)})).refusals
+    assert "the scale is on cpu, and what it scales on meta" in refusal.detail
 
 
 def test_groups_of_heads_are_groups() -> None:

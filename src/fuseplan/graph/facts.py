@@ -47,10 +47,10 @@ def tensor_of(node: object) -> Tensor | None:
 
 
 def fill_of(node: object) -> float | None:
-    """What a node's value is everywhere, as its dtype holds it, or None where it is no such constant."""
+    """What a node's value is everywhere, or None where it is no such constant."""
     if not is_call(node, aten.full.default) or not isinstance(node.args[1], (int, float)):
         return None
-    return torch.tensor(node.args[1], dtype=dtype_of(node)).item()
+    return node.args[1]
 
 
 def dtype_of(node: object) -> torch.dtype | None:

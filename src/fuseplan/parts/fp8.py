@@ -262,5 +262,8 @@ def uncast(node: object) -> object:
 
 
 def number_of(node: object) -> float | None:
-    """A number, as it is or as a tensor that holds nothing else."""
-    return node if isinstance(node, (int, float)) else fill_of(node)
+    """A number, as it is or as a tensor that holds nothing else: of low precision, as that holds it."""
+    if isinstance(node, (int, float)):
+        return node
+    number, dtype = fill_of(node), dtype_of(node)
+    return number if number is None or dtype not in LOW_PRECISION else torch.tensor(number, dtype=dtype).item()

@@ -80,6 +80,9 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
     if not equal_shape(x, codes):
         detail = f"the scale has the shape {[*scale.shape]}, which makes {[*codes.shape]} of {[*x.shape]}"
         raise Unraised(Reason.SIZE, detail, node, "scale.reshape(1)")
+    if scale.device != x.device:
+        detail = f"the scale is on {scale.device}, and what it scales on {x.device}"
+        raise Unraised(Reason.LAYOUT, detail, node, f"move the scale to {x.device}")
     while is_call(node, *ORDER_KEEPING) and scale is not None and scale.dim() > 1:
         node = node.args[0]
         scale = tensor_of(node)
