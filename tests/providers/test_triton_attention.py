@@ -142,7 +142,8 @@ def bound(**values: Any) -> Bindings:
     [
         ({}, None, ""),
         ({"mask": None, "kernel": "cpu"}, None, ""),
-        ({"q": (torch.float16, 2, 8, 16, 256), "v": (torch.float16, 2, 2, 40, 80)}, None, ""),
+        ({"q": (torch.float16, 2, 8, 16, 256), "v": (torch.float16, 2, 2, 40, 80), "kernel": "efficient"}, None, ""),
+        ({"v": (torch.bfloat16, 2, 2, 40, 80)}, Reason.SIZE, "heads of q have 128 elements, of v 80"),
         ({"q": (torch.float32, 2, 8, 1, 128)}, Reason.DTYPE, "takes bfloat16 and float16; q is float32"),
         ({"q": (torch.bfloat16, 2, 8, 17, 128)}, Reason.SIZE, "up to 16 query tokens; q has 17"),
         ({"q": (torch.bfloat16, 2, 8, 1, 257)}, Reason.SIZE, "those of q have 257, of v 128"),

@@ -108,6 +108,12 @@ def accept_grouped_attention(m: Any) -> Refusal | None:
     if m.is_causal:
         detail = "the kernel takes a mask, or none, and is_causal=False"
         return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
+    if widths[0] != widths[1] and m.kernel != "efficient":
+        detail = (
+            f"heads of q have {widths[0]} elements, of v {widths[1]}: of torch's kernels memory-efficient attention alone "
+            "says how such a result lies in memory"
+        )
+        return m.refuse(Reason.SIZE, "v", detail)  # type: ignore[no-any-return]
     if m.kernel == "overrideable":
         detail = "the kernel of a device outside of torch: how its result lies in memory isn't known"
         return m.refuse(Reason.PROVIDER, "kernel", detail)  # type: ignore[no-any-return]
