@@ -247,9 +247,9 @@ class _Backend(torch._TorchCompileInductorWrapper):
         if known is not None:
             publish(known)
         elif not self.fresh and key is not None and (_has_peers() or not torch.is_grad_enabled()):
-            # Another function became the same graph, and Inductor's cache had that. Only a cold compilation can say what
-            # is applied, which the other ranks will ask too. It can't where the graph has no op, which Inductor doesn't
-            # compile and of which nobody asks; and with gradients the pass may have nothing to say.
+            # Another function became the same graph, and Inductor's cache had that. Only a cold compilation can say
+            # what is applied, which the other ranks will ask too. It can't where the graph has no op, which Inductor
+            # doesn't compile and of which nobody asks; and with gradients the pass may have nothing to say.
             compiled = self._compile(model_, inputs_, extra, cold=True)
         constants = self.floats.settle()
         if known is None and not self.fresh:

@@ -110,8 +110,8 @@ def accept_grouped_attention(m: Any) -> Refusal | None:
         return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
     if widths[0] != widths[1] and m.kernel != "efficient":
         detail = (
-            f"heads of q have {widths[0]} elements, of v {widths[1]}: of torch's kernels memory-efficient attention alone "
-            "says how such a result lies in memory"
+            f"heads of q have {widths[0]} elements, of v {widths[1]}: of torch's kernels memory-efficient attention "
+            "alone says how such a result lies in memory"
         )
         return m.refuse(Reason.SIZE, "v", detail)  # type: ignore[no-any-return]
     if m.kernel == "overrideable":
