@@ -19,6 +19,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what modules hold isn't looked through at every collection
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is frozen when Python ends is leaked, and Triton says so
+
+
 # How long inputs take to be made says how busy the machine is, and nothing about what is tested.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
