@@ -6,12 +6,15 @@ import json
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import Rounding
 from fuseplan.parts.group_fp8 import reference
 from fuseplan.providers.triton import activation, norm
 from fuseplan.providers.triton.epilogues import epilogue_of
+from fuseplan.providers.triton.epilogues.group_fp8_quant import power_of_two_from
 from fuseplan.providers.triton.launching import Norm
 from tests.providers.run_interpreted import prepare
 
@@ -88,6 +91,26 @@ def not_finite() -> dict[str, bool]:
     return found
 
 
+@triton.jit
+def _rounded_up(x_ptr, y_ptr, SIZE: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    tl.store(y_ptr + at, power_of_two_from(tl.load(x_ptr + at)))
+
+
+def all_powers() -> bool:
+    """Whether each power of two of float32 stays, and what lies a bit or a half above it goes up to the next one."""
+    units = 2.0 ** torch.arange(-149, 127, dtype=torch.float64)
+    above = torch.maximum(units * 2.0**-23, torch.tensor(2.0**-149))
+    x = torch.cat([units, units + above, 1.5 * units]).float()
+    wanted = 2.0 ** torch.frexp(x.double()).exponent.double()
+    wanted = torch.where(x.double() * 2 == wanted, x.double(), wanted).float()
+    padded = torch.cat([x, torch.tensor([0.0, torch.inf])])
+    padded = torch.nn.functional.pad(padded, (0, 1024 - len(padded)))
+    y = torch.empty_like(padded)
+    _rounded_up[(1,)](padded, y, SIZE=1024)
+    return torch.equal(y[: len(x)], wanted) and y[len(x) : len(x) + 2].tolist() == [0.0, torch.inf]
+
+
 def powers() -> bool:
     """Whether scales that are powers of two stay, and the next number goes up to the next one."""
     y = torch.full((3, 64), 448.0 * 2**-3)
@@ -100,7 +123,7 @@ def powers() -> bool:
 
 def main() -> None:
     prepare()
-    print(json.dumps({"cases": cases(), "not finite": not_finite(), "powers": powers()}))
+    print(json.dumps({"cases": cases(), "not finite": not_finite(), "powers": powers() and all_powers()}))
 
 
 if __name__ == "__main__":

@@ -43,10 +43,14 @@ def store_by_scales_of_groups(
 
 @triton.jit
 def power_of_two_from(x):
-    """2^ceil(log2(x)), at least 2^-126, of positive x, float32; 0, infinity and NaN stay."""
+    """2^ceil(log2(x)) of positive x, float32; 0, infinity and NaN stay."""
     bits = x.to(tl.int32, bitcast=True)
-    up = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, up, x)
+    # Below 2^-126 a number's bits are the number, in units of 2^-149: the power has all bits below x's highest and one.
+    below = bits - 1
+    for shift in tl.static_range(5):
+        below |= below >> (1 << shift)
+    up = tl.where(bits < 0x800000, below + 1, (bits + 0x7FFFFF) & 0x7F800000)
+    return tl.where(x == x, up.to(tl.float32, bitcast=True), x)
 
 
 @dataclass(frozen=True, kw_only=True)
