@@ -51,7 +51,7 @@ class Offer:
 
     def limits(self) -> tuple[str, ...]:
         """What it takes and doesn't do, for a person; empty: whatever its op takes."""
-        limits = self.accepts.limits() if isinstance(self.accepts, Gate) else ()
+        limits: tuple[str, ...] = getattr(self.accepts, "limits", tuple)()
         return (*limits, f"doesn't round {self.leaves_out}") if self.leaves_out else limits
 
 

@@ -90,34 +90,41 @@ def grouped_attention(
     return launch(q, k, v, mask, scale, kernel)
 
 
-def accept_grouped_attention(m: Any) -> Refusal | None:
-    """Why the kernel doesn't take the arguments, or None."""
-    queries, widths = m.q.shape[2], (m.q.shape[3], m.v.shape[3])
-    if m.q.dtype not in ATTENTION_DTYPES:
-        detail = f"the kernel takes bfloat16 and float16; q is {str(m.q.dtype).removeprefix('torch.')}"
-        return m.refuse(Reason.DTYPE, "q", detail)  # type: ignore[no-any-return]
-    if not isinstance(queries, int) or queries > MOST_QUERIES:
-        found = queries if isinstance(queries, int) else "a number of them that isn't known when it is compiled"
-        detail = f"the kernel takes up to {MOST_QUERIES} query tokens; q has {found}"
-        return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
-    if any(not isinstance(width, int) or width > MOST_HEAD_DIM for width in widths):
-        detail = (
-            f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; those of q have {widths[0]}, of v {widths[1]}"
-        )
-        return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
-    if m.is_causal:
-        detail = "the kernel takes a mask, or none, and is_causal=False"
-        return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
-    if widths[0] != widths[1] and m.kernel != "efficient":
-        detail = (
-            f"heads of q have {widths[0]} elements, of v {widths[1]}: of torch's kernels memory-efficient attention "
-            "alone says how such a result lies in memory"
-        )
-        return m.refuse(Reason.SIZE, "v", detail)  # type: ignore[no-any-return]
-    if m.kernel == "overrideable":
-        detail = "the kernel of a device outside of torch: how its result lies in memory isn't known"
-        return m.refuse(Reason.PROVIDER, "kernel", detail)  # type: ignore[no-any-return]
-    return None
+@dataclass(frozen=True)
+class FewQueries:
+    """The check of attention whose keys are split."""
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the kernel doesn't take the arguments, or None."""
+        queries, widths = m.q.shape[2], (m.q.shape[3], m.v.shape[3])
+        if m.q.dtype not in ATTENTION_DTYPES:
+            detail = f"the kernel takes bfloat16 and float16; q is {str(m.q.dtype).removeprefix('torch.')}"
+            return m.refuse(Reason.DTYPE, "q", detail)  # type: ignore[no-any-return]
+        if not isinstance(queries, int) or queries > MOST_QUERIES:
+            found = queries if isinstance(queries, int) else "a number of them that isn't known when it is compiled"
+            detail = f"the kernel takes up to {MOST_QUERIES} query tokens; q has {found}"
+            return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+        if any(not isinstance(width, int) or width > MOST_HEAD_DIM for width in widths):
+            found = f"those of q have {widths[0]}, of v {widths[1]}"
+            detail = f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; {found}"
+            return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+        if m.is_causal:
+            detail = "the kernel takes a mask, or none, and is_causal=False"
+            return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
+        if widths[0] != widths[1] and m.kernel != "efficient":
+            detail = (
+                f"heads of q have {widths[0]} elements, of v {widths[1]}: of torch's kernels memory-efficient "
+                "attention alone says how such a result lies in memory"
+            )
+            return m.refuse(Reason.SIZE, "v", detail)  # type: ignore[no-any-return]
+        if m.kernel == "overrideable":
+            detail = "the kernel of a device outside of torch: how its result lies in memory isn't known"
+            return m.refuse(Reason.PROVIDER, "kernel", detail)  # type: ignore[no-any-return]
+        return None
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        return "bfloat16 or float16", f"up to {MOST_QUERIES} query tokens", f"heads of up to {MOST_HEAD_DIM} elements"
 
 
 def accept_activation(suffix: str) -> Accepts:
@@ -193,7 +200,7 @@ for _op, _own_suffix in _ACTIVATIONS.items():
 
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,
-    ops.grouped_attention.name: accept_grouped_attention,
+    ops.grouped_attention.name: FewQueries(),
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }
