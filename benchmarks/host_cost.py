@@ -10,7 +10,6 @@ import cProfile
 import datetime
 import json
 import pstats
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fuseplan
-from benchmarks.graphs import versions
+from benchmarks.graphs import figure, versions
 
 LAYERS, ROWS, WIDTH, PAD, REPEATS, CALLS, EPS = 64, 16, 512, 64, 15, 10, 1e-5
 FP8 = torch.float8_e4m3fn
@@ -86,11 +85,6 @@ def microseconds(run: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e6 / (CALLS * LAYERS)
 
 
-def figures(times: list[float]) -> list[float]:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return [round(middle, 2), round(high - low, 2)]
-
-
 def measured(op: str, *, profile: bool) -> dict[str, Any]:
     """A row of the result."""
     rule, layer, kernels = LAYER[op]
@@ -116,7 +110,7 @@ def measured(op: str, *, profile: bool) -> dict[str, Any]:
             pstats.Stats(profiled).sort_stats("tottime").print_stats(25)
     return {
         "op": op, "fused": sum(reports[-1].fused.values()), "kernels": kernels,
-        **{name: figures(each) for name, each in times.items()},
+        **{name: figure(each).json() for name, each in times.items()},
     }  # fmt: skip
 
 

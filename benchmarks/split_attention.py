@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.graphs import Captured
 from fuseplan.providers.attention import packed_attention, shared_attention
 from fuseplan.providers.triton.attention import Split, launch
 
@@ -49,24 +50,8 @@ def arguments_of(model: str, batch: int, keys: int, valid: int) -> Arguments:
 
 def microseconds(call: Callable[..., Tensor], sets: list[Arguments]) -> float:
     """A call's, in a graph of calls on one set after the other."""
-    for each in sets[:2]:
-        call(*each)
-    torch.cuda.synchronize()
-    graph, calls = torch.cuda.CUDAGraph(), max(10, len(sets))
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            call(*sets[index % len(sets)])
-    graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(3):
-        begin.record()
-        for _ in range(4):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / (4 * calls))
-    return round(statistics.median(times), 2)
+    graph = Captured(lambda number: call(*sets[number]), len(sets), max(10, len(sets)))
+    return round(statistics.median(graph.replay(4) for _ in range(3)), 2)
 
 
 def split_as(split: Split | None) -> Callable[..., Tensor]:

@@ -104,7 +104,7 @@ class _Template:
     """Arguments of a launch, of which some are tensors of a pool.
 
     Attributes:
-        values: all of them, with anything in the place of tensors.
+        values: all of them, with None in the place of tensors, and of tuples that hold some.
         tensors: (position, place in the pool).
         tuples: (position, template).
     """
@@ -116,7 +116,7 @@ class _Template:
     @classmethod
     def of(cls, arguments: tuple[Any, ...], pool: Sequence[Tensor]) -> "_Template | None":
         """None where a tensor isn't in the pool."""
-        tensors, tuples = [], []
+        values, tensors, tuples = list(arguments), [], []
         for position, value in enumerate(arguments):
             if isinstance(value, Tensor):
                 found = [place for place, each in enumerate(pool) if each.data_ptr() == value.data_ptr()]
@@ -127,9 +127,13 @@ class _Template:
                 inner = cls.of(value, pool)
                 if inner is None:
                     return None
-                if inner.places:
-                    tuples.append((position, inner))
-        return cls(arguments, tuple(tensors), tuple(tuples))
+                if not inner.places:
+                    continue
+                tuples.append((position, inner))
+            else:
+                continue
+            values[position] = None  # so that no tensor is kept alive
+        return cls(tuple(values), tuple(tensors), tuple(tuples))
 
     @property
     def places(self) -> set[int]:
@@ -144,15 +148,6 @@ class _Template:
         for position, inner in self.tuples:
             values[position] = tuple(inner.filled(pool))
         return values
-
-    def without_tensors(self) -> "_Template":
-        """The same, keeping none of them alive."""
-        values = list(self.values)
-        for position, _ in self.tensors:
-            values[position] = None
-        for position, _ in self.tuples:
-            values[position] = None
-        return _Template(tuple(values), self.tensors, tuple((at, inner.without_tensors()) for at, inner in self.tuples))
 
 
 @dataclass(frozen=True)
@@ -192,9 +187,7 @@ class Replay:
             device=pool[0].get_device(),
             memory=tuple(each for each in memory if each is not None),
             results=len(results),
-            launches=tuple(
-                (one.run, template.without_tensors()) for one, template in zip(recording.launches, known, strict=True)
-            ),
+            launches=tuple((one.run, template) for one, template in zip(recording.launches, known, strict=True)),
         )
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
