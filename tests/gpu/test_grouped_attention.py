@@ -44,9 +44,9 @@ def test_each_form_of_each_kernel_computes_what_repeated_heads_do(
     reports: list[fuseplan.Report] = []
     config = fuseplan.PassConfig(force=(f"grouped_attention:{form}",))
     refused = form == "sdpa" and kernel == "efficient" and torch.__version__ < "2.14"
-    told = pytest.warns(fuseplan.FuseplanWarning, match="selects no match") if refused else contextlib.nullcontext()
+    warns = pytest.warns(fuseplan.FuseplanWarning, match="selects no match") if refused else contextlib.nullcontext()
     # Which of torch's kernels is asked for isn't part of the key of torch's cache of graphs.
-    with torch.inference_mode(), sdpa_kernel(KERNELS[kernel]), fresh_cache(), told:
+    with torch.inference_mode(), sdpa_kernel(KERNELS[kernel]), fresh_cache(), warns:
         torch._dynamo.reset()
         plain = torch.compile(attend(hugging_face))(q, k, v, *mask)
         torch._dynamo.reset()

@@ -228,7 +228,7 @@ def _announce(config: Any, chosen: PassConfig) -> None:
 
 
 def _left_uncompiled(config: Any) -> str | None:
-    """The model's architecture, where it is one that vLLM doesn't compile unless it is told to, or None. vLLM 0.32 has
+    """The model's architecture, where it is one that vLLM doesn't compile unless asked to, or None. vLLM 0.32 has
     such a list; older ones compile every model that can be.
     """
     from vllm import envs
