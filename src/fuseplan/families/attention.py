@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import is_dialect
 from fuseplan.families.sites import Pricer, Shape, Site, Taken
-from fuseplan.graph.facts import aten, equal_size, hint, tensor_of
+from fuseplan.graph.facts import aten, dtype_text, equal_size, hint, tensor_of
 from fuseplan.ops import define
 from fuseplan.parts import Core
 from fuseplan.parts.attention import PART, attention, repeat_heads
@@ -151,7 +151,7 @@ class AttentionSite(Site):
         return AttentionShape(
             core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
             sizes=sizes, kernels=self._kernels(kernel, q, mask),
-            convention=f"{str(q.dtype).removeprefix('torch.')}{flags}",
+            convention=f"{dtype_text(q.dtype)}{flags}",
         )  # fmt: skip
 
     def _kernels(self, kernel: str, q: Tensor, mask: Tensor | None) -> tuple[tuple[str, str], ...]:

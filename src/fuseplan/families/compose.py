@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fuseplan.ops import DialectOp, Sample, define
 from fuseplan.parts import Core, Prologue, RowEpilogue
@@ -22,11 +21,6 @@ from fuseplan.rules.base import Rule
 
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of activations that fused norms take."""
-
-
-def dtype_text(value: Tensor) -> str:
-    """`bfloat16`"""
-    return str(value.dtype).removeprefix("torch.")
 
 
 def _results(values: tuple[Any, ...]) -> Any:

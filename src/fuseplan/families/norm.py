@@ -3,7 +3,8 @@
 [all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it]
 """
 
-from fuseplan.families.compose import SUPPORTED, ComposedRule, Member, dtype_text
+from fuseplan.families.compose import SUPPORTED, ComposedRule, Member
+from fuseplan.graph.facts import dtype_text
 from fuseplan.ops import DialectOp
 from fuseplan.parts import PARTS, RowEpilogue, all_reduce, rms_norm
 from fuseplan.parts.base import Kind
@@ -23,13 +24,14 @@ class NormRule(ComposedRule):
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what the fused op doesn't compute: mixed and unsupported dtypes."""
         if m.x.dtype not in SUPPORTED:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
-            return m.refuse(Reason.DTYPE, "x", f"x is {dtype_text(m.x)}; supported are {names}")
+            names = ", ".join(map(dtype_text, SUPPORTED))
+            return m.refuse(Reason.DTYPE, "x", f"x is {dtype_text(m.x.dtype)}; supported are {names}")
         if m.weight.dtype != m.x.dtype:
             return m.refuse(
                 Reason.DTYPE,
                 "weight",
-                f"weight is {dtype_text(m.weight)} and x is {dtype_text(m.x)}; the fused op takes one dtype",
+                f"weight is {dtype_text(m.weight.dtype)} and x is {dtype_text(m.x.dtype)}; "
+                "the fused op takes one dtype",
             )
         return None
 

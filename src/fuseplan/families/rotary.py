@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuseplan.families.compose import SUPPORTED, dtype_text
+from fuseplan.families.compose import SUPPORTED
+from fuseplan.graph.facts import dtype_text
 from fuseplan.ops import Rounding, Sample, define, draw_near_one, random_tensor
 from fuseplan.parts.rms_norm import rms_norm
 from fuseplan.parts.rms_norm.op import rms_norm_fake, rms_norm_reference
@@ -119,12 +120,13 @@ class QkNormRope(Rule):
 
     def _dtypes(self, m: Bindings) -> Refusal | None:
         if m.q.dtype not in SUPPORTED:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED)
-            return m.refuse(Reason.DTYPE, "q", f"q is {dtype_text(m.q)}; supported are {names}")
+            names = ", ".join(map(dtype_text, SUPPORTED))
+            return m.refuse(Reason.DTYPE, "q", f"q is {dtype_text(m.q.dtype)}; supported are {names}")
         for name in ("k", "q_weight", "k_weight"):
             value = getattr(m, name)
             if value.dtype != m.q.dtype:
-                detail = f"{name} is {dtype_text(value)} and q is {dtype_text(m.q)}; the fused op takes one dtype"
+                found = f"{name} is {dtype_text(value.dtype)} and q is {dtype_text(m.q.dtype)}"
+                detail = f"{found}; the fused op takes one dtype"
                 return m.refuse(Reason.DTYPE, name, detail)
         return None
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.devices.hardware import Hardware
-from fuseplan.graph.facts import fill_of, group_size, hint, item, tensor_of
+from fuseplan.graph.facts import dtype_text, fill_of, group_size, hint, item, tensor_of
 from fuseplan.ops import ops
 from fuseplan.parts import PARTS, Core, Epilogue, Prologue, part_at
 from fuseplan.parts.attention.traffic import Heads
@@ -195,7 +195,7 @@ class Site:
             width=hint(value.shape[-1]),
             itemsize=value.dtype.itemsize,
             tails=tuple(self.tail(node) for node in self.tails),
-            convention=f"{str(value.dtype).removeprefix('torch.')} {rounding}",
+            convention=f"{dtype_text(value.dtype)} {rounding}",
             makes_weight=part.weight is not None and fill_of(self.core.args[part.weight]) is not None,
         )
 

@@ -59,9 +59,14 @@ def dtype_of(node: object) -> torch.dtype | None:
     return None if value is None else value.dtype
 
 
+def dtype_text(dtype: torch.dtype | None) -> str:
+    """A dtype without torch's prefix: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_name(node: object) -> str:
-    """That dtype without torch's prefix: `bfloat16`."""
-    return str(dtype_of(node)).removeprefix("torch.")
+    """That of a node's value."""
+    return dtype_text(dtype_of(node))
 
 
 def equal_size(left: object, right: object) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fuseplan.dialect import QuantRounding
 from fuseplan.distributed.groups import elsewhere
-from fuseplan.graph.facts import equal_size, group_size, is_dense
+from fuseplan.graph.facts import dtype_text, equal_size, group_size, is_dense
 from fuseplan.providers.declared import Cost, checked_cost
 from fuseplan.record import Reason, Refusal
 
@@ -234,11 +234,6 @@ class Unshared:
 
 def _equal_in_float32(left: float, right: float) -> bool:
     return torch.tensor(left, dtype=torch.float32).equal(torch.tensor(right, dtype=torch.float32))
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """`bfloat16`"""
-    return str(dtype).removeprefix("torch.")
 
 
 def listed(words: list[str]) -> str:

@@ -12,8 +12,8 @@ from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import lost, refused
 from fuseplan.distributed.groups import resolve
 from fuseplan.errors import CollectiveError
+from fuseplan.graph.facts import dtype_text
 from fuseplan.matching import Match
-from fuseplan.providers.gates import dtype_text
 from fuseplan.record import Argument, Pending, PendingCase, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification.check import Trial

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, DialectOp, Rounding, implement, ops
 from fuseplan.distributed.workspace import workspace_of
-from fuseplan.providers.gates import Accepts, Gate, Offer
+from fuseplan.graph.facts import dtype_text
+from fuseplan.providers.gates import Accepts, Gate, Offer, listed
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
@@ -29,6 +30,7 @@ MOST_QUERIES = 16
 
 MOST_HEAD_DIM = 256
 ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPE_TEXTS = [*map(dtype_text, ATTENTION_DTYPES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class FewQueries:
         """Why the kernel doesn't take the arguments, or None."""
         queries, widths = m.q.shape[2], (m.q.shape[3], m.v.shape[3])
         if m.q.dtype not in ATTENTION_DTYPES:
-            detail = f"the kernel takes bfloat16 and float16; q is {str(m.q.dtype).removeprefix('torch.')}"
+            detail = f"the kernel takes {' and '.join(_DTYPE_TEXTS)}; q is {dtype_text(m.q.dtype)}"
             return m.refuse(Reason.DTYPE, "q", detail)  # type: ignore[no-any-return]
         if not isinstance(queries, int) or queries > MOST_QUERIES:
             found = queries if isinstance(queries, int) else "a number of them that isn't known when it is compiled"
@@ -124,7 +126,7 @@ class FewQueries:
 
     def limits(self) -> tuple[str, ...]:
         """What it takes, for a person."""
-        return "bfloat16 or float16", f"up to {MOST_QUERIES} query tokens", f"heads of up to {MOST_HEAD_DIM} elements"
+        return listed(_DTYPE_TEXTS), f"up to {MOST_QUERIES} query tokens", f"heads of up to {MOST_HEAD_DIM} elements"
 
 
 def accept_activation(suffix: str) -> Accepts:
