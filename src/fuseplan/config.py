@@ -152,6 +152,9 @@ class PassConfig:
         fuse_act_quant: SiLU-and-mul + fp8 quantisation, rule `act_quant`.
         enable_qk_norm_rope_fusion: RMSNorm of queries and keys + rotary embedding, rule `qk_norm_rope`.
         fuse_grouped_attention: repeated heads of keys and values + attention, rule `grouped_attention`.
+        fuse_merged_linear: linear layers of few rows that read one input, rule `merged_linear`, and gate and up +
+            SiLU-and-mul, rule `merged_linear_silu_mul`; None: off.
+        fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: off.
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.
@@ -187,6 +190,8 @@ class PassConfig:
     fuse_act_quant: bool | None = None
     enable_qk_norm_rope_fusion: bool | None = None
     fuse_grouped_attention: bool | None = None
+    fuse_merged_linear: bool | None = None
+    fuse_skinny_linear: bool | None = None
     eliminate_noops: bool = True
     policy: Policy | str = DEFAULT_POLICY
     compile_ranges: Sequence[CompileRange] = field(default=())
@@ -263,6 +268,8 @@ FUSION_FLAGS = (
     "fuse_act_quant",
     "enable_qk_norm_rope_fusion",
     "fuse_grouped_attention",
+    "fuse_merged_linear",
+    "fuse_skinny_linear",
 )
 
 

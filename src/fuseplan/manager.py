@@ -36,6 +36,7 @@ from fuseplan.matching import (
     find_near_misses,
     run_pass,
 )
+from fuseplan.parts import part_of
 from fuseplan.planner import (
     ContradictionError,
     Decision,
@@ -115,6 +116,8 @@ class PostGradPassManager(Keyed):
         self.rules = enabled_rules(config, rules)
         self.disabled_by = disabled_rules(config, rules)
         self.disabled = {name: members for name, members in by_name(rules).items() if name in self.disabled_by}
+        asked = (part_of(rule.core) for members in self.rules.values() for rule in members)
+        self._asked = frozenset(part for part in asked if part is not None and part.opt_in)
         self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
         self.providers = tuple(providers)
         self.device = device
@@ -206,8 +209,9 @@ class PostGradPassManager(Keyed):
         if canonical is None:
             with _stage(stages, "canonical"):
                 canonical = canonicalize(
-                    graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups()
-                )
+                    graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups(),
+                    asked=self._asked,
+                )  # fmt: skip
         with _stage(stages, "matching"):
             external = find_external(graph, self.passes)
             matches = self._find_matches(canonical, self.rules, external.candidates)

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 FAMILIES = [
     import_module(f"fuseplan.providers.triton.{name}")
-    for name in ("activation", "all_reduce_norm", "attention", "launching", "norm", "qk_norm_rope")
+    for name in ("activation", "all_reduce_norm", "attention", "launching", "linear", "norm", "qk_norm_rope")
 ]
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_BYTES, MULTIPROCESSORS = 232448, 132

@@ -1,6 +1,17 @@
 """The devices that fuseplan knows, a file a vendor: what torch calls them, and the constants of the cost model."""
 
-from fuseplan.devices.hardware import EXCHANGES, Aiter, Attention, Constant, Gate, Hardware, Peers, Protocol, Vendor
+from fuseplan.devices.hardware import (
+    EXCHANGES,
+    Aiter,
+    Attention,
+    Constant,
+    Gate,
+    Hardware,
+    Linear,
+    Peers,
+    Protocol,
+    Vendor,
+)
 from fuseplan.devices.known import HARDWARE, PROFILES, device_profile, local_profile, local_vendor, profile_of
 from fuseplan.devices.profile import VENDOR_NAMES, DeviceProfile
 from fuseplan.devices.unknown import ASSUMED, Facts, unknown_hardware
@@ -18,6 +29,7 @@ __all__ = [
     "Facts",
     "Gate",
     "Hardware",
+    "Linear",
     "Peers",
     "Protocol",
     "Vendor",

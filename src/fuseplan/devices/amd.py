@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from fuseplan.devices.derivation import H100_COPY, attention, like, ns, peers, rate, renamed, scaled, size
+from fuseplan.devices.derivation import H100_COPY, attention, like, linear, ns, peers, rate, renamed, scaled, size
 from fuseplan.devices.hardware import Aiter, Constant, Gate, Hardware, Peers
-from fuseplan.devices.nvidia import H100_ATTENTION, H200
+from fuseplan.devices.nvidia import H100_ATTENTION, H200, H200_LINEAR
 from fuseplan.devices.profile import DeviceProfile
 
 _AITER = (
@@ -55,6 +55,7 @@ MI355X: Final = Hardware(
     memory_bandwidth=rate(7169, f"datasheet, 8 TB/s, times 3002 / 3350 ({H100_COPY}); not measured on AMD"),
     strided_copy=_copies(256),
     attention=attention(H100_ATTENTION, like("H100", "not measured on AMD")),
+    linear=linear(H200_LINEAR, like("H200", "not measured on AMD")),
     triton=Peers(
         signal=ns(1044, f"AITER's: {_AITER}"),
         bandwidth=rate(63.6, f"AITER's: {_AITER}"),

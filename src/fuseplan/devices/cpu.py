@@ -3,7 +3,7 @@
 from typing import Final
 
 from fuseplan.devices.derivation import ns, operations, rate, size
-from fuseplan.devices.hardware import Attention, Hardware, Protocol
+from fuseplan.devices.hardware import Attention, Hardware, Linear, Protocol
 from fuseplan.devices.profile import DeviceProfile
 
 _NOMINAL = "nominal: an order of magnitude, since this is any CPU"
@@ -28,6 +28,7 @@ CPU: Final = Hardware(
         row_rate=operations(28, _CPU_ATTENTION),
         narrow_row_rate=operations(2.9, _CPU_ATTENTION),
     ),
+    linear=Linear(library=ns(5000, _NOMINAL), skinny=ns(5000, _NOMINAL)),
     ring=(
         Protocol(
             name="gloo",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Final
 
-from fuseplan.devices.hardware import Attention, Constant, Hardware, Peers, Protocol
+from fuseplan.devices.hardware import Attention, Constant, Hardware, Linear, Peers, Protocol
 
 H100_COPY: Final = "benchmarks/data/h100-add-rms-pad.json, H100, 2026-11-22: copies at 3002 GB/s"
 COPIED: Final = 3002 / 3350
@@ -48,6 +48,11 @@ def scaled(whose: str, constant: Constant, factor: float, why: str) -> Constant:
 def attention(base: Attention, change: Like) -> Attention:
     """Attention on another device."""
     return Attention(**{each.name: change(getattr(base, each.name)) for each in fields(Attention)})
+
+
+def linear(base: Linear, change: Like) -> Linear:
+    """Linear layers on another device."""
+    return Linear(library=change(base.library), skinny=change(base.skinny))
 
 
 def peers(base: Peers, change: Like, bandwidth: Like | None = None) -> Peers:

@@ -125,6 +125,19 @@ class Attention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear layers of few rows, which wait for their weights.
+
+    Attributes:
+        library: what torch's product takes beside reading them, its launch and further kernels included.
+        skinny: the same of fuseplan's kernel.
+    """
+
+    library: Constant
+    skinny: Constant
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One kind of device, with its usual links and libraries, as the cost model sees it.
 
@@ -138,6 +151,7 @@ class Hardware:
         memory_bandwidth: of traffic beyond it.
         strided_copy: of eager `copy_` into a narrowed tensor, the second half of eager `F.pad`.
         attention: attention kernels.
+        linear: linear layers of few rows.
         ring: the all-reduce of torch.distributed; the fastest protocol is taken. Empty where AITER replaces it.
         triton: the exchange of Triton kernels over symmetric memory, None where there is no Triton.
         flashinfer: FlashInfer's exchange, None off NVIDIA.
@@ -153,6 +167,7 @@ class Hardware:
     memory_bandwidth: Constant
     strided_copy: Constant
     attention: Attention
+    linear: Linear
     ring: tuple[Protocol, ...] = ()
     triton: Peers | None = None
     flashinfer: Peers | None = None

@@ -13,6 +13,7 @@ from fuseplan.devices.derivation import (
     Like,
     attention,
     like,
+    linear,
     ns,
     operations,
     peers,
@@ -22,7 +23,7 @@ from fuseplan.devices.derivation import (
     scaled,
     size,
 )
-from fuseplan.devices.hardware import Attention, Constant, Hardware, Peers, Protocol
+from fuseplan.devices.hardware import Attention, Constant, Hardware, Linear, Peers, Protocol
 from fuseplan.devices.profile import DeviceProfile
 
 _RUN_1 = (
@@ -45,6 +46,14 @@ H100_ATTENTION: Final = Attention(
     row_rate=operations(400_000, "as `rate`: one query waits for memory"),
     narrow_row_rate=operations(400_000, "as `rate`: one query waits for memory"),
 )
+_LINEAR_RUN = (
+    "benchmarks/results/skinny_linear_h200.json, H200, 2026-11-29: 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 to "
+    "4,096 in bfloat16, 1 to 32 rows; the mean of what is left beside the bytes of the weights"
+)
+H200_LINEAR: Final = Linear(
+    library=ns(4300, f"{_LINEAR_RUN}, for each of torch's products (3.1 to 5 us)"),
+    skinny=ns(2200, f"{_LINEAR_RUN} (0.3 to 3.5 us)"),
+)
 
 H200: Final = Hardware(
     name="h200",
@@ -56,6 +65,7 @@ H200: Final = Hardware(
     memory_bandwidth=rate(4301, f"datasheet, 4.8 TB/s, times 3002 / 3350 ({H100_COPY}, datasheet 3.35 TB/s)"),
     strided_copy=rate(2885, f"{_RUN_1}; poorly determined (sigma of 72 %)"),
     attention=H100_ATTENTION,
+    linear=H200_LINEAR,
     ring=(
         Protocol(
             name="LL",
@@ -95,6 +105,7 @@ H100: Final = Hardware(
     memory_bandwidth=rate(3002, H100_COPY),
     strided_copy=_same_die(H200.strided_copy),
     attention=H100_ATTENTION,
+    linear=H200_LINEAR,
     ring=tuple(replace(protocol(each, _same_die), step=each.step) for each in H200.ring),
     triton=H200.triton and peers(H200.triton, _same_die),
     flashinfer=H200.flashinfer and peers(H200.flashinfer, _same_die),
@@ -119,6 +130,7 @@ B200: Final = Hardware(
     memory_bandwidth=_b200(8.0 / 4.8, "datasheets, 8 over 4.8 TB/s")(H200.memory_bandwidth),
     strided_copy=_sms(H200.strided_copy),
     attention=attention(H100_ATTENTION, like("H100", "not measured on B200")),
+    linear=linear(H200_LINEAR, like("H200", "not measured on B200")),
     ring=tuple(
         replace(each, latency=_unmeasured(each.latency), bandwidth=wider(each.bandwidth))
         for each, wider in zip(
@@ -191,6 +203,7 @@ class Sheet:
             memory_bandwidth=rate(round(self.memory * COPIED, 1), paper),
             strided_copy=more(H200.strided_copy),
             attention=attention(H100_ATTENTION, same),
+            linear=linear(H200_LINEAR, same),
             ring=(
                 Protocol(
                     name="LL", latency=same(low.latency), step=self._step(low, 1000),

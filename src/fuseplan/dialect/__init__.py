@@ -3,7 +3,7 @@
 Importing this package registers them with torch as `torch.ops.fuseplan.*`.
 """
 
-from fuseplan.families import ACTIVATION_FAMILY, NORM_FAMILY
+from fuseplan.families import ACTIVATION_FAMILY, LINEAR_FAMILY, NORM_FAMILY
 from fuseplan.ops import (
     ActivationRounding,
     Dialect,
@@ -27,11 +27,13 @@ from fuseplan.ops import (
 )
 from fuseplan.parts.attention import KERNELS as ATTENTION_KERNELS
 from fuseplan.parts.fp8 import FP8_DTYPES
+from fuseplan.parts.linear import split_arguments
 
 __all__ = [
     "ACTIVATION_FAMILY",
     "ATTENTION_KERNELS",
     "FP8_DTYPES",
+    "LINEAR_FAMILY",
     "NORM_FAMILY",
     "ActivationRounding",
     "Dialect",
@@ -52,4 +54,5 @@ __all__ = [
     "kernel_of",
     "ops",
     "registered_kernel",
+    "split_arguments",
 ]

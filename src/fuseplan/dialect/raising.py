@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,38 +14,43 @@ from fuseplan.canonical.noops import eliminate_noops
 from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.ops import ops
-from fuseplan.parts import PARTS, Core, RowEpilogue, Stage, part_at
+from fuseplan.parts import PARTS, Core, Part, RowEpilogue, Stage, part_at
 
 NO_GROUPS: Mapping[object, str] = {}
 
-RAISING = {stage: [read for part in PARTS for when, read in part.raising if when is stage] for stage in Stage}
+RAISING = {stage: [(part, read) for part in PARTS for when, read in part.raising if when is stage] for stage in Stage}
 """What reads a graph in each stage, in order of the parts' names."""
 ENGINE_OPS = {name: read for part in PARTS for name, read in part.engine_ops.items()}
 ROW_EPILOGUES = tuple(op.overload for part in PARTS if isinstance(part, RowEpilogue) for op in part.ops)
 
 
 def canonicalize(
-    graph: fx.Graph, *, see_through_noops: bool = True, engine_groups: Mapping[object, str] = NO_GROUPS
-) -> CanonicalGraph:
+    graph: fx.Graph, *, see_through_noops: bool = True, engine_groups: Mapping[object, str] = NO_GROUPS,
+    asked: Collection[Part] = (),
+) -> CanonicalGraph:  # fmt: skip
     """The graph in the dialect.
 
     Args:
         graph: a functional post-grad graph with fake tensors in `meta["val"]`; it is not changed.
         see_through_noops: `PassConfig.eliminate_noops`.
         engine_groups: what an engine calls its groups, and the names of the process groups behind them.
+        asked: the parts, of those that are opt-in, that it is read for.
 
     Returns:
         A raised copy, topologically sorted, that knows the original of each of its values.
     """
-    alike = functools.partial(canonicalize, see_through_noops=see_through_noops, engine_groups=engine_groups)
+    alike = functools.partial(
+        canonicalize, see_through_noops=see_through_noops, engine_groups=engine_groups, asked=asked
+    )
     canonical = CanonicalGraph.copy_of(graph, alike)
     if see_through_noops:
         eliminate_noops(canonical)
     for stage in Stage:
         if stage is Stage.ENGINES:
             _raise_engine_ops(canonical, engine_groups)
-        for raise_part in RAISING[stage]:
-            raise_part(canonical)
+        for part, raise_part in RAISING[stage]:
+            if not part.opt_in or part in asked:
+                raise_part(canonical)
     _sink_reshapes(canonical)
     sort_topologically(canonical.graph)
     return canonical

@@ -7,6 +7,7 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.families.activation import ACTIVATION_FAMILY, ACTIVATION_RULES
 from fuseplan.families.attention import ATTENTION_RULES, ATTENTION_SITES
 from fuseplan.families.compose import ComposedRule, Member
+from fuseplan.families.linear import LINEAR_FAMILY, LINEAR_RULES, LINEAR_SITES
 from fuseplan.families.norm import NORM_FAMILY, NORM_RULES
 from fuseplan.families.rotary import ROTARY_RULES
 from fuseplan.families.sites import Site
@@ -14,19 +15,18 @@ from fuseplan.ops import ops
 from fuseplan.parts import PARTS, Core
 from fuseplan.rules import Rule
 
-BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *ATTENTION_RULES)
+BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *ATTENTION_RULES, *LINEAR_RULES)
 
 ops.add(*(rule.op for rule in BUILT_IN_RULES))
 
-SITES: Mapping[Core, type[Site]] = {**ATTENTION_SITES}
+SITES: Mapping[Core, type[Site]] = {**ATTENTION_SITES, **LINEAR_SITES}
 """Sites of cores that don't work on rows alone."""
 
 _CORES: Mapping[Any, type[Site]] = {
     op.overload: SITES.get(part, Site)
     for part in PARTS
     if isinstance(part, Core)
-    for op in (part.op, part.residual_op)
-    if op is not None
+    for op in part.cores
 }
 
 
@@ -39,6 +39,7 @@ def find_sites(canonical: CanonicalGraph) -> tuple[Site, ...]:
 __all__ = [
     "ACTIVATION_FAMILY",
     "BUILT_IN_RULES",
+    "LINEAR_FAMILY",
     "NORM_FAMILY",
     "ComposedRule",
     "Member",

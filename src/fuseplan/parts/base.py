@@ -34,6 +34,8 @@ class Stage(IntEnum):
     """What takes the results of several cores."""
     ATTENTION = auto()
     """What takes what has been rotated and repeated."""
+    LINEARS = auto()
+    """Layers, whose inputs and results are others' by then."""
 
 
 class Reported(Enum):
@@ -65,6 +67,7 @@ class Part:
         engine_ops: how it reads the ops that inference engines have for it, by name.
         reported: when what only looks like it is a near miss.
         hint: what may be moved away between it and its neighbour.
+        opt_in: whether graphs are read for it only where a rule about it was asked for.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Part:
     engine_ops: Mapping[str, EngineReader] = field(default_factory=dict)
     reported: Reported = Reported.NEAR_A_CORE
     hint: Hint | None = None
+    opt_in: bool = False
 
     @property
     def op(self) -> DialectOp:
@@ -127,11 +131,18 @@ class Core(Part):
         traffic: what prices need.
         residual_op: the same op behind a residual add, which it yields, too.
         weight: the place of its weight among the arguments of `op`, counted from the last; None: it has none.
+        several: the same op several times, on one input.
     """
 
     traffic: Middle
     residual_op: DialectOp | None = None
     weight: int | None = None
+    several: tuple[DialectOp, ...] = ()
+
+    @property
+    def cores(self) -> tuple[DialectOp, ...]:
+        """The ops that sites are built around."""
+        return (self.op, *([self.residual_op] if self.residual_op is not None else []), *self.several)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -47,7 +47,8 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tup
             )
         if policy.name == "ordered" and not listed and [*flags.values()] == [True]:
             raise ConfigError(f"{' and '.join(flags)}=True contradicts policy {policy}: add {name} to the list")
-        if not off and (listed or policy.name != "ordered"):
+        asked = listed or not any(member.opt_in for member in members) or all(flags.values())
+        if not off and asked and (listed or policy.name != "ordered"):
             enabled[name] = members
     return enabled
 

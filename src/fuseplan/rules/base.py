@@ -75,6 +75,7 @@ class Rule:
         requires: rules of which every match that shares a value with one of this rule must be applied with it, by the
             same provider; e.g. where a kernel leaves its result in a layout that only another one reads.
         together: whether all matches of the rule in a graph are applied, or none.
+        opt_in: whether it is off unless its flags are True, or a policy lists it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Rule:
     core: DialectOp
     requires: tuple[str, ...] = ()
     together: bool = False
+    opt_in: bool = False
 
     def pattern(self, *variables: Any, **named: Any) -> Any:
         """The values that the fusion computes, written in dialect ops; the first of them is the match's anchor."""

@@ -9,9 +9,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, DialectOp, Rounding, implement, ops
+from fuseplan.dialect import (
+    ACTIVATION_FAMILY,
+    LINEAR_FAMILY,
+    NORM_FAMILY,
+    DialectOp,
+    Rounding,
+    implement,
+    ops,
+    split_arguments,
+)
 from fuseplan.distributed.workspace import workspace_of
-from fuseplan.graph.facts import dtype_text
+from fuseplan.graph.facts import dtype_text, equal_size
 from fuseplan.providers.gates import Accepts, Gate, Offer, listed
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
@@ -29,8 +38,11 @@ MOST_QUERIES = 16
 """Query tokens that the attention kernel takes: beyond, it is no longer keys and values alone that cost."""
 
 MOST_HEAD_DIM = 256
-ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
-_DTYPE_TEXTS = [*map(dtype_text, ATTENTION_DTYPES)]
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPE_TEXTS = [*map(dtype_text, NARROW_DTYPES)]
+
+MOST_LINEAR_ROWS = 32
+"""Of the input of a linear layer: beyond, it is no longer weights alone that cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +104,51 @@ def grouped_attention(
     return launch(q, k, v, mask, scale, kernel)
 
 
+def linears(*arguments: Any) -> Any:
+    """`parts.linear.linears_reference` in one kernel."""
+    from fuseplan.providers.triton.linear import launch
+
+    results = launch(*split_arguments(arguments))
+    return results if len(results) > 1 else results[0]
+
+
+def gated_linears(*arguments: Any) -> Tensor:
+    """`families.linear.gated_reference` in one kernel."""
+    from fuseplan.providers.triton.linear import launch
+
+    return launch(*split_arguments(arguments[:-1]), arguments[-1])[0]
+
+
+def most_linear_rows(m: Any) -> int:
+    """Rows that the kernel of linear layers takes."""
+    return MOST_LINEAR_ROWS
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """The check of linear layers of few rows."""
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the kernel doesn't take the arguments, or None."""
+        if m.x.dtype not in NARROW_DTYPES:
+            detail = f"the kernel takes {' and '.join(_DTYPE_TEXTS)}; x is {dtype_text(m.x.dtype)}"
+            return m.refuse(Reason.DTYPE, "x", detail)  # type: ignore[no-any-return]
+        weights = [name for name in m.values if name.startswith("weight")]
+        for name in weights:
+            weight = getattr(m, name)
+            if weight.stride(1) != 1 and not equal_size(weight.shape[1], 1):
+                detail = f"the kernel reads rows of weights; those of {name} lie apart: strides {weight.stride()}"
+                return m.refuse(Reason.LAYOUT, name, detail, mend="make the weight contiguous")  # type: ignore[no-any-return]
+            if not all(isinstance(size, int) for size in weight.shape):
+                detail = f"the size of {name} isn't known when the graph is compiled"
+                return m.refuse(Reason.SIZE, name, detail)  # type: ignore[no-any-return]
+        return None
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        return listed(_DTYPE_TEXTS), f"up to {MOST_LINEAR_ROWS} rows"
+
+
 @dataclass(frozen=True)
 class FewQueries:
     """The check of attention whose keys are split."""
@@ -99,7 +156,7 @@ class FewQueries:
     def __call__(self, m: Any) -> Refusal | None:
         """Why the kernel doesn't take the arguments, or None."""
         queries, widths = m.q.shape[2], (m.q.shape[3], m.v.shape[3])
-        if m.q.dtype not in ATTENTION_DTYPES:
+        if m.q.dtype not in NARROW_DTYPES:
             detail = f"the kernel takes {' and '.join(_DTYPE_TEXTS)}; q is {dtype_text(m.q.dtype)}"
             return m.refuse(Reason.DTYPE, "q", detail)  # type: ignore[no-any-return]
         if not isinstance(queries, int) or queries > MOST_QUERIES:
@@ -190,11 +247,15 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
     return replayed(run)
 
 
+_LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
 _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
 implement(ops.grouped_attention, "triton", replayed(grouped_attention))
+for _op in LINEAR_FAMILY:
+    implement(_op, "triton", replayed(linears))
+implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))
 for _op, _suffix in _NORMS.items():
     implement(_op, "triton", norm_kernel(_op, _suffix))
 for _op, _own_suffix in _ACTIVATIONS.items():
@@ -214,7 +275,10 @@ PROVIDER: Final = Provider(
     vendors=frozenset({"nvidia", "amd"}),
     package="triton",
     install="pip install fuseplan[triton]",
-    implements={name: Offer(accepts=accepts) for name, accepts in ACCEPTS.items()},
+    implements={
+        **{name: Offer(accepts=accepts) for name, accepts in ACCEPTS.items()},
+        **{op.name: Offer(accepts=FewRows(), most_rows=most_linear_rows) for op in _LINEARS},
+    },
     runs_alone=True,
     timing=Timing(heads="split"),
     untested="not run on AMD's GPUs so far, and its all-reduces on no more than four GPUs",

@@ -35,6 +35,7 @@ from fuseplan.providers.triton.tuned import (
     SPLIT_STAGES,
     SPLIT_WARPS,
     WHOLE_KEYS,
+    WHOLE_STAGES,
     WHOLE_WARPS,
 )
 
@@ -241,11 +242,12 @@ class Split:
             places: heads of all batches, times tiles of rows.
             processors: multiprocessors of the device.
         """
-        block, warps = SPLIT_KEYS.at(key_bytes), SPLIT_WARPS.value
+        block, warps, stages = SPLIT_KEYS.at(key_bytes), SPLIT_WARPS.value, SPLIT_STAGES.value
         count = min(triton.cdiv(keys, block), SPLIT_PROGRAMS.value * processors // places, MOST_SPLITS)
         if count <= 1:
-            count, block, warps = 1, WHOLE_KEYS.at(key_bytes), WHOLE_WARPS.value
-        return cls(count=count, block=block, warps=warps, stages=SPLIT_STAGES.value)
+            count, stages = 1, WHOLE_STAGES.at(key_bytes)
+            block, warps = WHOLE_KEYS.at(key_bytes), WHOLE_WARPS.at(key_bytes)
+        return cls(count=count, block=block, warps=warps, stages=stages)
 
     def fitting(self, shared: int, rows: int, key_bytes: int, itemsize: int) -> "Split":
         """Less on its way, and smaller tiles, where a program has not that much shared memory.

@@ -155,11 +155,13 @@ SPLIT_KEYS: Final = _found(
 )  # fmt: skip
 SPLIT_WARPS: Final = _found(_SPLIT, "Warps of such a program.", (inf, 4))
 WHOLE_KEYS: Final = _found(
-    _SPLIT, "Keys of a tile where a program has all of a head's, by bytes of a key.", (128, 128), (inf, 64),
-    source="batch 32, 1,000 of 1,280 keys, heads of 128: 35.9 us with 8 warps, 44.6 with 4; within 5 % of the best",
+    _SPLIT, "Keys of a tile where a program has all of a head's, by bytes of a key.", (256, 128), (inf, 64),
+    source="batch 8, 32 and 64; batch 32, 1,000 of 1,280 keys and 8,000 of 8,192, heads of 128: 36.7 and 244 us with 4 "
+    "warps and 2 stages, 47.1 and 285 with 8 and 3; of 64: 23.6 and 144, 32.0 and 184; within 5 % of the best",
 )  # fmt: skip
-WHOLE_WARPS: Final = _found(WHOLE_KEYS, "Warps of such a program.", (inf, 8))
-SPLIT_STAGES: Final = _found(_SPLIT, "Tiles that are on their way to a program.", (inf, 3))
+WHOLE_WARPS: Final = _found(WHOLE_KEYS, "Warps of such a program.", (256, 4), (inf, 8))
+WHOLE_STAGES: Final = _found(WHOLE_KEYS, "Tiles that are on their way to such a program.", (256, 2), (inf, 3))
+SPLIT_STAGES: Final = _found(_SPLIT, "Tiles that are on their way to a program that shares a head's keys.", (inf, 3))
 SPLIT_PROGRAMS: Final = _found(
     _SPLIT, "The most programs that share keys for each multiprocessor.", (inf, 2),
     source="batch 8, heads of 128: 4 parts take 15.1 us for 1,000 of 1,280 keys and 67.2 for 8,000 of 8,192, 2 parts "
@@ -169,3 +171,18 @@ COMBINED_THREAD: Final = _found(
     _SPLIT, "Elements of parts that a thread puts together.", (inf, 128),
     source="batch 1, 1,000 of 1,280 keys, heads of 128: 6.7 us with one warp, 7.2 with four; of 256: 16.6 and 7.7",
 )  # fmt: skip
+
+_LINEAR = replace(
+    _SPLIT,
+    command="python -m benchmarks.skinny_linear --write",
+    source="1, 8, 16 and 32 rows of bfloat16; 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 to 4,096; all choices' "
+    "figures are in benchmarks/results/skinny_linear_h200.json",
+)
+LINEAR_FEATURES: Final = _found(
+    _LINEAR, "Rows of weights of a tile, by rows of all weights for each multiprocessor.", (40, 32), (inf, 64),
+    source="within 3 % of the best of 16 to 128; of more than 16 rows of x the latter: 14,336 to 4,096, 32 rows: 32.9 us "
+    "with 64 and 128 columns, 36.9 with 32 and 256",
+)  # fmt: skip
+LINEAR_WIDTH: Final = _found(LINEAR_FEATURES, "Columns of these on their way at a time.", (40, 256), (inf, 128))
+LINEAR_STAGES: Final = _found(LINEAR_FEATURES, "Tiles that are on their way to a program.", (40, 6), (inf, 4))
+LINEAR_WARPS: Final = _found(LINEAR_FEATURES, "Warps of a program.", (inf, 4))

@@ -1,0 +1,206 @@
+"""Linear layers of a few rows, as decoding has them: y_i = x @ w_i^T + b_i, for up to three weights in one kernel.
+
+Such a layer waits for its weights. A program reads a tile of one weight's rows, all of their width, and multiplies it by
+all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows to 16 and not to
+64. Nothing is split along the width: sums have one order, and there is no second kernel. All layers' tiles are one grid,
+so a small layer's don't wait for a large one's. With SiLU-and-mul a tile has as many rows of gate as of up.
+
+The equivalent eager code is `fuseplan.parts.linear.linears_reference`, and `fuseplan.families.linear.gated_reference`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fuseplan.dialect import ActivationRounding
+from fuseplan.providers.triton.launching import Tile, flattened, is_nvidia, multiprocessors, shared_bytes
+from fuseplan.providers.triton.replay import run_kernel
+from fuseplan.providers.triton.rows import rounded
+from fuseplan.providers.triton.tuned import LINEAR_FEATURES, LINEAR_STAGES, LINEAR_WARPS, LINEAR_WIDTH
+
+LEAST_ROWS = 16
+"""Of x, as a tensor core multiplies them."""
+
+AMD_SHARED = 65536
+"""Bytes of shared memory that a program has on AMD's GPUs, at least."""
+
+
+@triton.jit
+def _biased(y, bias_ptr, feature, is_feature, BIASED: tl.constexpr):
+    """y + bias, in float32 as y is."""
+    if BIASED:
+        y += tl.load(bias_ptr + feature, mask=is_feature, other=0.0).to(tl.float32)[:, None]
+    return y
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linears(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, rows,
+    x_row, w0_row, w1_row, w2_row,
+    WIDTH: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr,
+    FEATURES: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
+    ROUNDS_ACTIVATED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """FEATURES of one layer for all rows; GATED: half as many of gate and of up, and silu(gate) * up."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tile = tl.program_id(0)
+    OWN: tl.constexpr = FEATURES // 2 if GATED else FEATURES
+    SECOND: tl.constexpr = (N0 + OWN - 1) // OWN
+    THIRD: tl.constexpr = SECOND + (0 if GATED else (N1 + OWN - 1) // OWN)
+    first, count, w_row, w_ptr, b_ptr, y_ptr = 0, N0, w0_row, w0_ptr, b0_ptr, y0_ptr
+    if N1 > 0 and not GATED:
+        if tile >= SECOND:
+            first, count, w_row, w_ptr, b_ptr, y_ptr = SECOND, N1, w1_row, w1_ptr, b1_ptr, y1_ptr
+    if N2 > 0:
+        if tile >= THIRD:
+            first, count, w_row, w_ptr, b_ptr, y_ptr = THIRD, N2, w2_row, w2_ptr, b2_ptr, y2_ptr
+    start = (tile - first) * OWN
+    lane, row, column = tl.arange(0, FEATURES), tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    feature = start + lane % OWN
+    EVEN: tl.constexpr = N0 % OWN == 0 and (GATED or N1 % OWN == 0) and N2 % OWN == 0
+    # Beyond the last one a tile reads its last feature again: loads without masks are copied in larger pieces.
+    read = feature if EVEN else tl.minimum(feature, count - 1)
+    at = read.to(tl.int64)[:, None]
+    if GATED:
+        w_tile = tl.where((lane < OWN)[:, None], w0_ptr + at * w0_row, w1_ptr + at * w1_row) + column[None, :]
+    else:
+        w_tile = w_ptr + at * w_row + column[None, :]
+    x_tile = x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :]
+    is_row = (row < rows)[:, None]
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    y = tl.zeros((FEATURES, ROWS), tl.float32)
+    for k in range(0, WIDTH, COLUMNS):
+        if WIDTH % COLUMNS == 0:
+            w = tl.load(w_tile + k)
+            x = tl.load(x_tile + k, mask=is_row, other=0.0)
+        else:
+            inside = (k + column < WIDTH)[None, :]
+            w = tl.load(w_tile + k, mask=inside, other=0.0)
+            x = tl.load(x_tile + k, mask=is_row & inside, other=0.0)
+        y = tl.dot(w, tl.trans(x), y)
+    if GATED:
+        if BIASED:
+            is_gate = lane < OWN
+            gate_bias = tl.load(b0_ptr + read, mask=is_gate, other=0.0).to(tl.float32)
+            y += (gate_bias + tl.load(b1_ptr + read, mask=is_gate == 0, other=0.0).to(tl.float32))[:, None]
+        gate, up = tl.split(tl.permute(tl.reshape(rounded(y, dtype), (2, OWN, ROWS)), (1, 2, 0)))
+        if NVIDIA:
+            activated = tl.extra.cuda.libdevice.fast_dividef(gate, 1.0 + tl.extra.cuda.libdevice.fast_expf(-gate))
+        else:
+            activated = gate / (1.0 + tl.exp(-gate))
+        if ROUNDS_ACTIVATED:
+            activated = rounded(activated, dtype)
+        own = start + tl.arange(0, OWN)
+        tl.store(
+            y0_ptr + row.to(tl.int64)[None, :] * N0 + own[:, None], (activated * up).to(dtype),
+            mask=(row < rows)[None, :] & (own < N0)[:, None],
+        )  # fmt: skip
+    else:
+        y = _biased(y, b_ptr, read, feature < count, BIASED)
+        tl.store(
+            y_ptr + row.to(tl.int64)[None, :] * count + feature[:, None], y.to(dtype),
+            mask=(row < rows)[None, :] & (feature < count)[:, None],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How weights are shared out.
+
+    Attributes:
+        features: rows of weights of a tile.
+        columns: of these on their way to a program at a time.
+        warps: of a program.
+        stages: tiles on their way to it.
+    """
+
+    features: int
+    columns: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, features: int, rows: int, processors: int) -> "Shares":
+        """By what there is to do.
+
+        Args:
+            features: of all layers.
+            rows: of x, padded.
+            processors: multiprocessors of the device.
+        """
+        each = features / processors
+        # Of more rows smaller tiles of weights would read x again too often.
+        size = each if rows <= LEAST_ROWS else math.inf
+        return cls(
+            features=LINEAR_FEATURES.at(size), columns=LINEAR_WIDTH.at(size), warps=LINEAR_WARPS.value,
+            stages=LINEAR_STAGES.at(each),
+        )  # fmt: skip
+
+    def fitting(self, shared: int, rows: int, itemsize: int) -> "Shares":
+        """Less on its way where a program has not that much shared memory.
+
+        Args:
+            shared: bytes that it can have.
+            rows: of x, padded.
+            itemsize: bytes of an element.
+        """
+        if self.stages * (self.features + rows) * self.columns * itemsize <= shared:
+            return self
+        fewer = replace(self, stages=self.stages - 1) if self.stages > 2 else replace(self, columns=self.columns // 2)
+        return fewer.fitting(shared, rows, itemsize)
+
+
+def launch(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rounding: str | None = None,
+    shares: Shares | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The layers, or SiLU-and-mul of two.
+
+    Args:
+        x: [..., width], bfloat16 or float16, in all up to `MOST_LINEAR_ROWS` rows.
+        weights: [features_i, width], x's dtype, elements of a row side by side.
+        biases: [features_i] or None, as many; added before the result is rounded.
+        rounding: one of `ActivationRounding`: the result is silu(first) * second; None: all results.
+        shares: how weights are shared out; None: by sizes.
+
+    Returns:
+        [..., features_i] in x's dtype of each layer, contiguous.
+    """
+    flat, width, gated = flattened(x), x.shape[-1], rounding is not None
+    features = [weight.shape[0] for weight in weights]
+    results = tuple(x.new_empty((*x.shape[:-1], each)) for each in (features[:1] if gated else features))
+    rows = flat.shape[0]
+    if 0 in (rows, sum(features)):
+        return results
+    tile_rows = max(LEAST_ROWS, triton.next_power_of_2(rows))
+    if shares is None:
+        shared = shared_bytes(x.device) if is_nvidia(x.device) else AMD_SHARED
+        shares = Shares.of(sum(features), tile_rows, multiprocessors(x.device)).fitting(shared, tile_rows, x.element_size())
+    own = shares.features // 2 if gated else shares.features
+    tiles = sum(triton.cdiv(each, own) for each in (features[:1] if gated else features))
+    is_biased = any(bias is not None for bias in biases)
+    full = [
+        weight.new_zeros(count) if bias is None and is_biased else (x if bias is None else bias.contiguous())
+        for bias, weight, count in zip(biases, weights, features, strict=True)
+    ]
+    spare = 3 - len(features)
+    ws, bs, ys = [*weights, *weights[:1] * spare], [*full, *full[:1] * spare], [*results, *results[:1] * 2][:3]
+    counts = [*features, *[0] * spare]
+    tile = Tile(rows=tile_rows, block=shares.features, warps=shares.warps)
+    with torch.cuda.device_of(x):
+        run_kernel(
+            _linears, (tiles,),
+            flat, *ws, *bs, *ys, rows, flat.stride(0), *(each.stride(0) for each in ws),
+            WIDTH=width, N0=counts[0], N1=counts[1], N2=counts[2], ROWS=tile.rows, FEATURES=tile.block,
+            COLUMNS=shares.columns, BIASED=is_biased, GATED=gated,
+            ROUNDS_ACTIVATED=gated and ActivationRounding(rounding) is ActivationRounding.LLAMA,
+            NVIDIA=is_nvidia(x.device), num_stages=shares.stages, **tile.launch(x),
+        )  # fmt: skip
+    return results
