@@ -34,10 +34,10 @@ FEATURES, COLUMNS, STAGES = (32, 64, 128), (128, 256), (3, 4, 6)
 WEIGHT_BYTES = 400e6
 """What the sets of weights have together, at least: several times the L2 of any GPU."""
 WHAT = (
-    "microseconds a call, the median of three repeats of a CUDA graph that rotates among sets of weights larger than the "
-    "L2; bfloat16; separate: torch's products, and SiLU-mul by torch.compile's code where it is asked for; merged: one "
-    "product with the weights laid next to each other; limit: bytes of weights at the bandwidth of a copy of as many; "
-    "grid: [rows of a tile, columns, stages, microseconds], the fastest first"
+    "microseconds a call, the median of three repeats of a CUDA graph that rotates among sets of weights larger than "
+    "the L2; bfloat16; separate: torch's products, and SiLU-mul by torch.compile's code where it is asked for; merged: "
+    "one product with the weights laid next to each other; limit: a copy that reads and writes as many bytes; grid: "
+    "[rows of a tile, columns, stages, microseconds], the fastest first"
 )
 
 

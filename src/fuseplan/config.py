@@ -141,9 +141,9 @@ def _refuse_unknown_flags(cls: type[T]) -> type[T]:
 class PassConfig:
     """Which fusions are on, and how they are chosen. Flag names are those of vLLM's `PassConfig`.
 
-    A fusion flag is True, False or None. None, the default, is on wherever it can have an effect: with a provider for
-    this device and, for all-reduce fusions, with more than one rank. A flag that is True and can have no effect is
-    reported as a warning with the reason.
+    A fusion flag is True, False or None. None, the default, is on wherever it can have an effect, unless it says
+    otherwise below: with a provider for this device and, for all-reduce fusions, with more than one rank. A flag that
+    is True and can have no effect is reported as a warning with the reason.
 
     Attributes:
         fuse_act_padding: RMSNorm (with residual add) + pad, rule `act_padding`.

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fuseplan.devices.hardware import Attention
+from fuseplan.devices.hardware import Attention, Linear
 from fuseplan.planner.costs import Aiter, Constant, Gate, Hardware, Peers, Protocol
 
 
@@ -35,6 +35,7 @@ DEVICE = Hardware(
         row_rate=operations(50),
         narrow_row_rate=operations(5),
     ),
+    linear=Linear(library=ns(4000), skinny=ns(2500)),
     ring=(
         Protocol(name="LL", latency=ns(2000), step=ns(300), bandwidth=rate(8)),
         Protocol(name="Simple", latency=ns(5000), step=ns(1000), bandwidth=rate(40)),

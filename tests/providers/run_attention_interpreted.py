@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from fuseplan.families.attention import GroupedAttention
 from fuseplan.parts.attention.op import attention_fake, attention_reference
@@ -20,21 +18,7 @@ from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import Split, launch
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
-from tests.providers.run_interpreted import TRITON, rounded
-
-dot = interpreter.InterpreterBuilder.create_dot
-
-
-def wide_dot(builder: Any, left: Any, right: Any, *rest: Any) -> Any:
-    """The interpreter multiplies the bits of bfloat16 as if they were integers."""
-    return dot(builder, *map(_widened, (left, right)), *rest)
-
-
-def _widened(value: Any) -> Any:
-    if value.dtype.scalar != interpreter.tl.bfloat16:
-        return value
-    bits = value.data.astype(np.uint32) << 16
-    return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+from tests.providers.run_interpreted import TRITON, prepare, wide_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +234,8 @@ def variants() -> int:
 
 
 def main() -> None:
-    interpreter._convert_float = rounded
-    interpreter.InterpreterBuilder.create_dot = wide_dot
-    torch.set_num_threads(1)
+    prepare()
+    wide_products()
     splits = {}
     for name, sizes, mask in masks():
         parts = [run(replace(sizes, splits=count), *sizes.tensors(), mask).double() for count in (1, 4)]

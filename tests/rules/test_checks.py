@@ -39,7 +39,12 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"silu_and_mul_{quant}": ("act_quant", ("fuse_act_quant",)) for quant in QUANTS},
     "qk_norm_rope": ("qk_norm_rope", ("enable_qk_norm_rope_fusion",)),
     "grouped_attention": ("grouped_attention", ("fuse_grouped_attention",)),
+    "skinny_linear": ("skinny_linear", ("fuse_skinny_linear",)),
+    "merged_linear_pair": ("merged_linear", ("fuse_merged_linear",)),
+    "merged_linear_triple": ("merged_linear", ("fuse_merged_linear",)),
+    "merged_linear_silu_and_mul": ("merged_linear_silu_mul", ("fuse_merged_linear",)),
 }
+OPT_IN = {"skinny_linear", "merged_linear", "merged_linear_silu_mul"}
 MEMBERS = {"qk_norm_rope": 2}
 """Rules with a fused op in common, where that is more than one."""
 
@@ -246,7 +251,7 @@ def test_members_are_listed_by_rule_whatever_their_order() -> None:
     assert by_name(BUILT_IN_RULES[::-1]) == listed
 
 
-ALL = {name for name, _ in TABLE.values()}
+ALL = {name for name, _ in TABLE.values()} - OPT_IN
 
 
 @pytest.mark.parametrize(
@@ -276,6 +281,10 @@ ALL = {name for name, _ in TABLE.values()}
             {"act_quant"},
             {"act_padding": "fuse_act_padding", "allreduce_rms_padding": "fuse_act_padding"},
         ),
+        ({"fuse_skinny_linear": True}, ALL | {"skinny_linear"}, {}),
+        ({"fuse_merged_linear": True}, ALL | OPT_IN - {"skinny_linear"}, {}),
+        ({"fuse_merged_linear": False}, ALL, dict.fromkeys(OPT_IN - {"skinny_linear"}, "fuse_merged_linear")),
+        ({"policy": "ordered(merged_linear)"}, {"merged_linear"}, {}),
         # One of two flags that are True is no request for the rule that needs both.
         ({"policy": "ordered(act_padding)", "fuse_act_padding": True}, {"act_padding"}, {}),
     ],

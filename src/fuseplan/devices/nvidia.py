@@ -47,8 +47,8 @@ H100_ATTENTION: Final = Attention(
     narrow_row_rate=operations(400_000, "as `rate`: one query waits for memory"),
 )
 _LINEAR_RUN = (
-    "benchmarks/results/skinny_linear_h200.json, H200, 2026-11-29: 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 to "
-    "4,096 in bfloat16, 1 to 32 rows; the mean of what is left beside the bytes of the weights"
+    "benchmarks/results/skinny_linear_h200.json, H200, 2026-11-29: 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 "
+    "to 4,096 in bfloat16, 1 to 32 rows; the mean of what is left beside the bytes of the weights"
 )
 H200_LINEAR: Final = Linear(
     library=ns(4300, f"{_LINEAR_RUN}, for each of torch's products (3.1 to 5 us)"),

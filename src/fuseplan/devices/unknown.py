@@ -59,4 +59,11 @@ def unknown_hardware(name: str, vendor: Vendor, facts: Facts) -> Hardware:
         paper = 2 * facts.clock_khz * 1e3 * facts.bus_bits / 8 / 1e9
         why = f"torch reports {facts.bus_bits} bits at {facts.clock_khz / 1000:.0f} MHz, {paper:.0f} GB/s on paper"
         made["memory_bandwidth"] = rate(round(paper * COPIED, 1), f"{why}, times 3002 / 3350 as on H100")
-    return replace(base, name=name, attention=attention(base.attention, same), linear=linear(base.linear, same), **made, **exchanges(base, same))
+    return replace(
+        base,
+        name=name,
+        attention=attention(base.attention, same),
+        linear=linear(base.linear, same),
+        **made,
+        **exchanges(base, same),
+    )

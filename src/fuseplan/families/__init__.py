@@ -23,10 +23,7 @@ SITES: Mapping[Core, type[Site]] = {**ATTENTION_SITES, **LINEAR_SITES}
 """Sites of cores that don't work on rows alone."""
 
 _CORES: Mapping[Any, type[Site]] = {
-    op.overload: SITES.get(part, Site)
-    for part in PARTS
-    if isinstance(part, Core)
-    for op in part.cores
+    op.overload: SITES.get(part, Site) for part in PARTS if isinstance(part, Core) for op in part.cores
 }
 
 

@@ -11,7 +11,7 @@ from torch import fx
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import is_dialect
 from fuseplan.devices.hardware import Hardware
-from fuseplan.families.sites import Pricer, Shape, Site, Taken
+from fuseplan.families.sites import Pricer, Shape, Site
 from fuseplan.graph.facts import dtype_text, hint, item, tensor_of
 from fuseplan.ops import ActivationRounding, DialectOp, Sample, define
 from fuseplan.parts import Core
@@ -61,7 +61,7 @@ _ROUNDINGS = (ActivationRounding.LLAMA, ActivationRounding.FP32, ActivationRound
 def _gated_sample(layers: Sample, rounding: ActivationRounding) -> Sample:
     def make(device: Any, generator: Any) -> tuple[Any, ...]:
         x, weights, biases = split_arguments(layers.make(device, generator))
-        return x, *weights[:1] * 2, *biases[:1] * 2, rounding.value
+        return x, weights[0], weights[0], biases[0], biases[0], rounding.value
 
     return Sample(name=f"{layers.name}-{rounding}", make=make)
 

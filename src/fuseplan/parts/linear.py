@@ -1,5 +1,6 @@
 """Linear layers, and those that read one input: queries, keys and values, or gate and up."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ def split_arguments(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any], Seque
 
 def draw_weight(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
     """Normal values whose products with normal rows have a variance of 1."""
-    return torch.randn(shape, device=device, generator=generator) * shape[-1] ** -0.5
+    return torch.randn(shape, device=device, generator=generator) / math.sqrt(shape[-1])
 
 
 def samples_of(count: int) -> list[Sample]:
@@ -146,7 +147,7 @@ def _read(node: fx.Node) -> _Layer | None:
     weight = transposed.args[0]
     if not _is_given(weight) or not (bias is None or (_is_given(bias) and _dim(bias) == 1)):
         return None
-    assert isinstance(rows, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(rows, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node | None)
     source, result = rows, None
     if is_call(rows, *RESHAPES) and _ends_alike(rows.args[0], rows):
         source, result = rows.args[0], _undone(node, rows.args[0])

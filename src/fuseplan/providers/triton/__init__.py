@@ -264,6 +264,7 @@ for _op, _own_suffix in _ACTIVATIONS.items():
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,
     ops.grouped_attention.name: FewQueries(),
+    **{op.name: FewRows() for op in _LINEARS},
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }
@@ -276,8 +277,8 @@ PROVIDER: Final = Provider(
     package="triton",
     install="pip install fuseplan[triton]",
     implements={
-        **{name: Offer(accepts=accepts) for name, accepts in ACCEPTS.items()},
-        **{op.name: Offer(accepts=FewRows(), most_rows=most_linear_rows) for op in _LINEARS},
+        name: Offer(accepts=accepts, most_rows=most_linear_rows if ops[name] in _LINEARS else None)
+        for name, accepts in ACCEPTS.items()
     },
     runs_alone=True,
     timing=Timing(heads="split"),

@@ -1,9 +1,9 @@
 """Linear layers of a few rows, as decoding has them: y_i = x @ w_i^T + b_i, for up to three weights in one kernel.
 
-Such a layer waits for its weights. A program reads a tile of one weight's rows, all of their width, and multiplies it by
-all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows to 16 and not to
-64. Nothing is split along the width: sums have one order, and there is no second kernel. All layers' tiles are one grid,
-so a small layer's don't wait for a large one's. With SiLU-and-mul a tile has as many rows of gate as of up.
+Such a layer waits for its weights. A program reads a tile of one weight's rows, all of their width, and multiplies it
+by all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows to 16 and not
+to 64. Nothing is split along the width: sums have one order, and there is no second kernel. All layers' tiles are one
+grid, so a small layer's don't wait for a large one's. With SiLU-and-mul a tile has as many rows of gate as of up.
 
 The equivalent eager code is `fuseplan.parts.linear.linears_reference`, and `fuseplan.families.linear.gated_reference`.
 """
@@ -53,10 +53,10 @@ def _linears(
     SECOND: tl.constexpr = (N0 + OWN - 1) // OWN
     THIRD: tl.constexpr = SECOND + (0 if GATED else (N1 + OWN - 1) // OWN)
     first, count, w_row, w_ptr, b_ptr, y_ptr = 0, N0, w0_row, w0_ptr, b0_ptr, y0_ptr
-    if N1 > 0 and not GATED:
+    if N1 > 0 and not GATED:  # noqa: SIM102 - settled when the kernel is compiled, as the next one
         if tile >= SECOND:
             first, count, w_row, w_ptr, b_ptr, y_ptr = SECOND, N1, w1_row, w1_ptr, b1_ptr, y1_ptr
-    if N2 > 0:
+    if N2 > 0:  # noqa: SIM102
         if tile >= THIRD:
             first, count, w_row, w_ptr, b_ptr, y_ptr = THIRD, N2, w2_row, w2_ptr, b2_ptr, y2_ptr
     start = (tile - first) * OWN
@@ -182,7 +182,9 @@ def launch(
     tile_rows = max(LEAST_ROWS, triton.next_power_of_2(rows))
     if shares is None:
         shared = shared_bytes(x.device) if is_nvidia(x.device) else AMD_SHARED
-        shares = Shares.of(sum(features), tile_rows, multiprocessors(x.device)).fitting(shared, tile_rows, x.element_size())
+        shares = Shares.of(sum(features), tile_rows, multiprocessors(x.device)).fitting(
+            shared, tile_rows, x.element_size()
+        )
     own = shares.features // 2 if gated else shares.features
     tiles = sum(triton.cdiv(each, own) for each in (features[:1] if gated else features))
     is_biased = any(bias is not None for bias in biases)
@@ -191,7 +193,8 @@ def launch(
         for bias, weight, count in zip(biases, weights, features, strict=True)
     ]
     spare = 3 - len(features)
-    ws, bs, ys = [*weights, *weights[:1] * spare], [*full, *full[:1] * spare], [*results, *results[:1] * 2][:3]
+    ws, bs = [*weights, *[weights[0]] * spare], [*full, *[full[0]] * spare]
+    ys = [*results, *[results[0]] * (3 - len(results))]
     counts = [*features, *[0] * spare]
     tile = Tile(rows=tile_rows, block=shares.features, warps=shares.warps)
     with torch.cuda.device_of(x):
@@ -200,7 +203,7 @@ def launch(
             flat, *ws, *bs, *ys, rows, flat.stride(0), *(each.stride(0) for each in ws),
             WIDTH=width, N0=counts[0], N1=counts[1], N2=counts[2], ROWS=tile.rows, FEATURES=tile.block,
             COLUMNS=shares.columns, BIASED=is_biased, GATED=gated,
-            ROUNDS_ACTIVATED=gated and ActivationRounding(rounding) is ActivationRounding.LLAMA,
+            ROUNDS_ACTIVATED=rounding is not None and ActivationRounding(rounding) is ActivationRounding.LLAMA,
             NVIDIA=is_nvidia(x.device), num_stages=shares.stages, **tile.launch(x),
         )  # fmt: skip
     return results

@@ -175,13 +175,13 @@ COMBINED_THREAD: Final = _found(
 _LINEAR = replace(
     _SPLIT,
     command="python -m benchmarks.skinny_linear --write",
-    source="1, 8, 16 and 32 rows of bfloat16; 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 to 4,096; all choices' "
-    "figures are in benchmarks/results/skinny_linear_h200.json",
+    source="1, 8, 16 and 32 rows of bfloat16; 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 to 4,096; the figures "
+    "of all choices are in benchmarks/results/skinny_linear_h200.json",
 )
 LINEAR_FEATURES: Final = _found(
     _LINEAR, "Rows of weights of a tile, by rows of all weights for each multiprocessor.", (40, 32), (inf, 64),
-    source="within 3 % of the best of 16 to 128; of more than 16 rows of x the latter: 14,336 to 4,096, 32 rows: 32.9 us "
-    "with 64 and 128 columns, 36.9 with 32 and 256",
+    source="within 3 % of the best of 16 to 128; of more than 16 rows of x the latter: 14,336 to 4,096, 32 rows: "
+    "32.9 us with 64 and 128 columns, 36.9 with 32 and 256",
 )  # fmt: skip
 LINEAR_WIDTH: Final = _found(LINEAR_FEATURES, "Columns of these on their way at a time.", (40, 256), (inf, 128))
 LINEAR_STAGES: Final = _found(LINEAR_FEATURES, "Tiles that are on their way to a program.", (40, 6), (inf, 4))
