@@ -66,6 +66,11 @@ def product_read_twice(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]
     return [y.reshape(*x.shape[:-1], -1), y.sum(0), F.linear(x, second)]
 
 
+def one_behind_the_other(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> list[Tensor]:
+    y = F.linear(x, first)
+    return [F.linear(y, second), F.linear(y, third)]
+
+
 def biased(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> list[Tensor]:
     return [F.linear(x, first, bias), F.linear(x, second)]
 
@@ -84,6 +89,7 @@ def biased(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> list[Tenso
         (columns_of_weights, (WIDTH, WIDTH), {}),
         (other_views, (32, 16), {"linear_pair": 1}),
         (product_read_twice, (32, 16), {"linear_pair": 1}),
+        (one_behind_the_other, (WIDTH, 16, 16), {"linear": 1, "linear_pair": 1}),
     ],
 )
 @pytest.mark.parametrize("shape", [(3, WIDTH), (2, 1, WIDTH)], ids=str)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.devices.hardware import Hardware
-from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
+from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, is_call, tensor_of
 from fuseplan.ops import DialectOp, Sample, define, random_tensor
 from fuseplan.parts.base import Core, Reported, Stage
 from fuseplan.parts.traffic import Kernel, Middle
@@ -128,17 +128,18 @@ class _Layer:
 
 def raise_linears(canonical: CanonicalGraph) -> None:
     """Raises products with weights, up to three that read the same rows as one op."""
-    groups: dict[tuple[fx.Node, int], list[_Layer]] = {}
+    groups: dict[tuple[fx.Node, int], list[Call]] = {}
     for node in canonical.calls(aten.mm.default, aten.addmm.default):
         layer = _read(node)
         if layer is not None:
-            groups.setdefault((layer.source, canonical.region[node]), []).append(layer)
-    for layers in groups.values():
-        for few in _shared_out(layers):
-            _raise(canonical, few)
+            groups.setdefault((layer.source, canonical.region[node]), []).append(node)
+    for products in groups.values():
+        for few in _shared_out(products):
+            # Read again: what the group reads may have been another one's result.
+            _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
 
 
-def _read(node: fx.Node) -> _Layer | None:
+def _read(node: Call) -> _Layer | None:
     if not node.users or node.kwargs:
         return None
     bias, rows, transposed = (None, *node.args) if is_call(node, aten.mm.default) else node.args
@@ -184,12 +185,12 @@ def _undone(product: fx.Node, source: fx.Node) -> fx.Node | None:
     return reader if same else None
 
 
-def _shared_out(layers: Sequence[_Layer]) -> Iterable[Sequence[_Layer]]:
+def _shared_out(products: Sequence[Call]) -> Iterable[Sequence[Call]]:
     """Up to three at a time, of four two and two."""
-    while layers:
-        count = 2 if len(layers) == MOST_TOGETHER + 1 else min(MOST_TOGETHER, len(layers))
-        yield layers[:count]
-        layers = layers[count:]
+    while products:
+        count = 2 if len(products) == MOST_TOGETHER + 1 else min(MOST_TOGETHER, len(products))
+        yield products[:count]
+        products = products[count:]
 
 
 def _raise(canonical: CanonicalGraph, layers: Sequence[_Layer]) -> None:
