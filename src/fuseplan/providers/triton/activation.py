@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fuseplan.dialect import ActivationRounding
 from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.hooks import names_functions
 from fuseplan.providers.triton.launching import (
     MOST_PROGRAMS,
     Tile,
@@ -57,6 +58,7 @@ def part_of_row(
     STORE(activated * up, arguments, row, first, tl.full((1,), True, tl.int1), dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
+@names_functions
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _silu_and_mul(
     gate_ptr, up_ptr, arguments, rows, gate_row, up_row,

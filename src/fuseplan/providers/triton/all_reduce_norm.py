@@ -31,6 +31,7 @@ from torch import Tensor
 from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
 from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.hooks import names_functions
 from fuseplan.providers.triton.launching import Norm, Tile, block_of, flattened, is_nvidia
 from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import normalized, rounded, within
@@ -140,6 +141,7 @@ def reduced(
     return rounded(total, x.dtype), limit
 
 
+@names_functions
 @triton.jit(do_not_specialize=["rows", "limit", "shot_units", "sums_units_at", "sums_units"])
 def _all_reduce_norm(
     x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, distances, state, failure,

@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.hooks import names_functions
 from fuseplan.providers.triton.launching import Norm, Tile, block_of, eviction, flattened, is_nvidia, multiprocessors
 from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import normalized, rounded, within
 
 
+@names_functions
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _norm(
     x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, rows, x_row, residual_row, weight_dim, eps,

@@ -1,0 +1,27 @@
+"""What Triton tells whoever watches its compilations, as vLLM does while it serves."""
+
+from typing import Any, Final
+
+import triton
+from torch.torch_version import TorchVersion
+from triton.runtime.jit import JITFunction
+
+FAIL_AT_FUNCTIONS: Final = TorchVersion(triton.__version__) < "3.7"
+"""Whether a function among a kernel's constants fails the hooks, which are given constants as JSON."""
+
+
+def names_functions(kernel: Any) -> Any:
+    """A kernel of Triton some of whose constants are functions, which hooks see by their names: Triton
+    before 3.7 raises TypeError there, in the middle of a launch.
+    """
+    if not FAIL_AT_FUNCTIONS or not isinstance(kernel, JITFunction):
+        return kernel
+    call_hook = kernel._call_hook
+
+    def named(value: Any) -> Any:
+        if isinstance(value, JITFunction):
+            return f"{value.fn.__module__}:{value.fn.__qualname__}"
+        return {key: named(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+    kernel._call_hook = lambda *arguments: call_hook(*map(named, arguments))
+    return kernel
