@@ -1,4 +1,7 @@
-"""Compiles kernels on a machine without a GPU while somebody watches, as Triton 3.6 lets them, and prints what they saw."""
+"""Compiles kernels on a machine without a GPU while somebody watches, as Triton 3.6 lets them.
+
+Prints the names of the kernels that they saw.
+"""
 
 import json
 from typing import Any
