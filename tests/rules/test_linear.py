@@ -15,7 +15,7 @@ from fuseplan.manager import PostGradPassManager
 from fuseplan.parts.linear import PART
 from fuseplan.providers import device_profile
 from fuseplan.record import GraphReport, Reason
-from tests.helpers import post_grad, randn
+from tests.helpers import all_reduce, llama, post_grad, randn
 
 WIDTH = 64
 ON = {"fuse_merged_linear": True, "fuse_skinny_linear": True}
@@ -228,3 +228,17 @@ def test_it_computes_what_the_model_does(rule: str) -> None:
         compiled = fuseplan.compile(layer, config=config, on_report=reports.append, fullgraph=True)
         torch.testing.assert_close(compiled(*LAYER), expected, atol=0.05, rtol=0.02)
     assert reports[-1].fused[rule] >= 1
+
+
+def test_a_layer_whose_result_is_reduced_through_moved_views(one_rank: str) -> None:
+    """The all-reduce reads the layer's result itself, which in the graph only a view reads."""
+
+    def function(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+        reduced = all_reduce(F.linear(x, weight).transpose(0, 1), one_rank).transpose(0, 1)
+        return llama(reduced, None, norm)[0]
+
+    inputs = randn(2, 3, WIDTH), *weights(32), randn(32)
+    graph = post_grad(function, *inputs)
+    report = planned(graph, policy="ordered(allreduce_rms, skinny_linear)")
+    assert fused(report) == {"all_reduce_rms_norm": 1, "skinny_linear": 1}
+    assert report.rewritten

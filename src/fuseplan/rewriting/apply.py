@@ -34,6 +34,7 @@ def apply(canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
     rewriter = _Rewriter(canonical, chosen)
     for match in chosen:
         rewriter.replace(match)
+    rewriter.erase_unread()
     sort_topologically(canonical.original)
     canonical.original.lint()
 
@@ -45,6 +46,7 @@ class _Rewriter:
         self.canonical = canonical
         self.graph = canonical.original
         self.placed: dict[fx.Node, fx.Node] = {}
+        self.results: list[fx.Node] = []
         self.consumed = {node for match in chosen for node in match.consumed}
 
     def replace(self, match: Match) -> None:
@@ -58,7 +60,14 @@ class _Rewriter:
         for node, result in zip(match.outputs, results, strict=True):
             if node is not None:
                 self._settle(node, result, match)
-        erase_dead(self.graph, [*results, *(node for node in originals if not node._erased)])
+        self.results += results
+        erase_dead(self.graph, [node for node in originals if not node._erased])
+
+    def erase_unread(self) -> None:
+        """Erases results that nobody reads: not before all matches are placed, since one may read what the original
+        graph's readers reach through views that are moved.
+        """
+        erase_dead(self.graph, [node for node in self.results if not node._erased])
 
     def _emit(self, match: Match, arguments: dict[str, fx.Node], place: "_Place") -> list[fx.Node]:
         traced = match.rule.trace_replacement(match.values)
