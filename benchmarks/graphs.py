@@ -136,4 +136,4 @@ def slowest(samples: Sequence[float]) -> list[float]:
         return list(samples)
     times = torch.tensor(samples, device="cuda", dtype=torch.float64)
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    return times.tolist()  # type: ignore[no-any-return]
+    return [float(each) for each in times]
