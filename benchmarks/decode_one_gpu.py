@@ -323,9 +323,8 @@ def measure(
     for name in without(sides.reports) if leave_one_out else ():
         sides.add(name)
     wanted = list[Tensor]()
-    if precise and sides.steps:
-        step = next(iter(sides.steps.values()))
-        sides.attempt("float64", lambda: wanted.append(exact(model, step)))
+    if precise:
+        sides.attempt("float64", lambda: wanted.append(exact(model, Step(model, work, model))))
     with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if on_gpu else contextlib.nullcontext():
         for name, step in [*sides.steps.items()]:
             sides.attempt(name, step.repeat)

@@ -14,7 +14,7 @@ from benchmarks.published_shapes import CHANGED, SHAPES, SMALL, VOCABULARY, mode
 
 CPU = torch.device("cpu")
 BY_HAND = [name for name, (config, _, _) in SHAPES.items() if config.model_type in KNOWN]
-WORK = benchmark.Workload(batch=2, position=8, cache=40)
+WORK = benchmark.Workload(batch=2, position=8, cache=16)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,7 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
     """As `main` measures; models are smaller still."""
     smaller = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
     monkeypatch.setattr("benchmarks.published_shapes.SMALL", {**SMALL, **smaller})
+    monkeypatch.setattr(benchmark, "STEPS", 2)
     with torch.inference_mode():
         yield
 
@@ -67,15 +68,17 @@ def eager(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[...
     return HandWritten(model) if name == benchmark.WRITTEN else benchmark.with_own_code(model)
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, name: str, compiled: Callable[..., Any]) -> dict[str, Any]:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, name: str, compiled: Callable[..., Any], *peers: str, **changes: Any
+) -> dict[str, Any]:
     monkeypatch.setattr(benchmark, "compiled", compiled)
-    model = model_of(name, 2, CPU, torch.float32)
-    peers = [*benchmark.PEERS]
-    return benchmark.measure(model, WORK, peers=peers, leave_one_out=True, precise=True, repeats=2, bytes_s=1e9)
+    model: Any = model_of(name, 2, CPU, torch.float32)
+    model.config.update(changes)
+    return benchmark.measure(model, WORK, peers=[*peers], leave_one_out=True, precise=True, repeats=2, bytes_s=1e9)
 
 
 def test_a_row_has_all_sides_their_limit_and_what_each_fusion_gave(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = measured(monkeypatch, "qwen3-8b", eager)
+    row = measured(monkeypatch, "qwen3-8b", eager, *benchmark.PEERS)
     left_out = {"without fuse_grouped_attention"}
     assert row["fused"] == {"grouped_attention": 2}
     assert row["failed"] == {benchmark.FLEX: "RuntimeError: one of its errors"}
@@ -89,11 +92,18 @@ def test_a_row_has_all_sides_their_limit_and_what_each_fusion_gave(monkeypatch: 
     assert row["bytes_limit_us"] == round(4 * (weights + 2 * 2 * 2 * 9 * 32) / 1e9 * 1e6, 1)
 
 
+@pytest.mark.parametrize("name", ["gemma-3-12b", "gpt-oss-20b"])
+def test_float64_begins_where_windows_of_the_others_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = measured(monkeypatch, name, eager, sliding_window=4)
+    assert set(row["logits_apart_from_float64"]) == {benchmark.PLAIN}
+    assert row["logits_apart_from_float64"][benchmark.PLAIN] < 1e-5
+
+
 def test_a_run_in_which_all_fail_ends_with_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(name: str, *further: Any) -> Any:
         raise RuntimeError(name)
 
-    row = measured(monkeypatch, "llama-3.1-8b", fails)
+    row = measured(monkeypatch, "llama-3.1-8b", fails, *benchmark.PEERS)
     assert row["failed"] == {name: f"RuntimeError: {name}" for name in (benchmark.PLAIN, *benchmark.PEERS)}
 
 
