@@ -1,7 +1,8 @@
 """One decode step of an unmodified Hugging Face Llama of Llama-3.1-8B's shape, split by its own tp_plan, on a static
-cache, in CUDA graphs: fuseplan beside plain torch.compile, in one process a rank.
+cache, in CUDA graphs: fuseplan beside plain torch.compile, and beside fuseplan that leaves attention alone, in one
+process a rank.
 
-torchrun --nproc-per-node 2 benchmarks/decode.py [--layers 8] [--batch 1 8 32] [--write]
+torchrun --nproc-per-node 2 benchmarks/decode.py [--layers 8] [--batch 1 8 32] [--device cpu] [--write]
 """
 
 import argparse
@@ -27,37 +28,43 @@ POSITION, CACHE = 1000, 1280
 REPEATS, STEPS = 25, 40
 WHAT = (
     "microseconds a decode step, [median, interquartile range] of interleaved repeats of 40 steps, slowest rank; "
-    "Llama-3.1-8B's layer shape, bfloat16, vocabulary 32000, static cache of 1280, position 1000, "
-    "mode='reduce-overhead'; host: until the step's call has returned; without_guards: under "
-    "torch.compiler.set_stance(skip_guard_eval_unsafe=True)"
+    "Llama-3.1-8B's layer shape (on a CPU 256 wide), bfloat16, vocabulary 32000, static cache of 1280, position 1000, "
+    "mode='reduce-overhead'; without FLAG: fuseplan with that flag of PassConfig off; grouped_attention: what fuseplan "
+    "takes less than so, and what so takes less than plain; host: until the step's call has returned; without_guards: "
+    "under torch.compiler.set_stance(skip_guard_eval_unsafe=True)"
 )
+PLAIN, FUSED, APART = "torch.compile", "fuseplan", "without fuse_grouped_attention"
 
 
-def model_of(layers: int, rank: int) -> LlamaForCausalLM:
+def model_of(layers: int, rank: int, device: torch.device) -> LlamaForCausalLM:
     """Random weights, saved once and loaded by every rank with the model's own plan."""
+    width, heads = (4096, 32) if device.type == "cuda" else (256, 8)
     folder = [tempfile.mkdtemp() if rank == 0 else ""]
     if rank == 0:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096, rope_theta=5e5, rms_norm_eps=1e-5,
-        )  # fmt: skip
-        with torch.device("cuda"):
-            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder[0])
+        shape: dict[str, Any] = {
+            "hidden_size": width, "intermediate_size": width * 7 // 2, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": heads // 4, "vocab_size": 32000,
+            "max_position_embeddings": 4096, "rope_theta": 5e5, "rms_norm_eps": 1e-5,
+        }  # fmt: skip
+        with device:
+            whole: Any = LlamaForCausalLM(LlamaConfig(**shape))
+            whole.to(torch.bfloat16).save_pretrained(folder[0])
         torch.cuda.empty_cache()
     dist.broadcast_object_list(folder)
-    return LlamaForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16).eval()  # type: ignore[no-any-return]
+    model: Any = LlamaForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 class Step:
     """A compiled step at one batch size, with a cache of its own."""
 
     def __init__(self, model: LlamaForCausalLM, batch: int, compiled: Callable[..., Any]) -> None:
-        self.compiled = compiled
-        self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
-        ids = torch.randint(0, 32000, (batch, 1), device="cuda", generator=torch.Generator("cuda").manual_seed(batch))
+        device, self.compiled = model.device, compiled
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=CACHE)
+        ids = torch.randint(0, 32000, (batch, 1), device=device, generator=torch.Generator(device).manual_seed(batch))
         self.arguments = {
-            "input_ids": ids, "position_ids": torch.full((batch, 1), POSITION, device="cuda"),
+            "input_ids": ids, "position_ids": torch.full((batch, 1), POSITION, device=device),
             "past_key_values": self.cache, "use_cache": True,
         }  # fmt: skip
         model(**self.arguments)
@@ -68,21 +75,20 @@ class Step:
 
     def __call__(self) -> torch.Tensor:
         """Logits."""
-        torch.compiler.cudagraph_mark_step_begin()
+        if dist.get_backend() == "nccl":
+            torch.compiler.cudagraph_mark_step_begin()
         return self.compiled(**self.arguments).logits  # type: ignore[no-any-return]
 
     def repeat(self) -> tuple[float, float]:
         """Microseconds a step, and those of them until its call has returned. Tokens are written behind POSITION."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(POSITION)
-        torch.cuda.synchronize()
-        dist.barrier()
-        torch.cuda.synchronize()
+        meet()
         start = time.perf_counter()
         for _ in range(STEPS):
             self()
         returned = time.perf_counter()
-        torch.cuda.synchronize()
+        synchronize()
         return (time.perf_counter() - start) / STEPS * 1e6, (returned - start) / STEPS * 1e6
 
 
@@ -101,6 +107,19 @@ def timed(sides: Mapping[str, Step]) -> dict[str, tuple[Figure, Figure]]:
     }
 
 
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if dist.get_backend() == "nccl":
+        torch.cuda.synchronize()
+
+
+def meet() -> None:
+    """Waits for this rank's GPU, and for all ranks."""
+    synchronize()
+    dist.barrier()
+    synchronize()
+
+
 def profiled(step: Step) -> list[list[Any]]:
     """The kernels of a step that take the most: microseconds, calls, name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -111,19 +130,31 @@ def profiled(step: Step) -> list[list[Any]]:
     return [[round(us, 1), round(count, 1), name] for us, count, name in sorted(events, reverse=True)[:12]]
 
 
-def less_time(times: Mapping[str, tuple[Figure, Figure]]) -> float:
-    """Of fuseplan's step than of the other one, per cent."""
-    return round(100 * (1 - times["fuseplan"][0].us / times["torch.compile"][0].us), 2)
+def compared(times: Mapping[str, tuple[Figure, Figure]]) -> dict[str, Any]:
+    """Each side's step, what fuseplan's takes less than plain torch.compile's, and what attention has of that."""
+    us = {name: whole.us for name, (whole, _) in times.items()}
+    return {
+        **{name: whole.json() for name, (whole, _) in times.items()},
+        "less_time_percent": round(100 * (1 - us[FUSED] / us[PLAIN]), 2),
+        "grouped_attention": {
+            "gave_us": round(us[APART] - us[FUSED], 2),
+            "less_time_percent": round(100 * (1 - us[FUSED] / us[APART]), 2),
+            "rest_less_time_percent": round(100 * (1 - us[APART] / us[PLAIN]), 2),
+        },
+    }
 
 
 def measure(model: LlamaForCausalLM, batch: int) -> dict[str, Any]:
-    """Both sides at one batch size."""
+    """All sides at one batch size."""
     torch._dynamo.reset()
-    forward, reports = model.forward, list[fuseplan.Report]()
-    how = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+    forward, on_gpu = model.forward, dist.get_backend() == "nccl"
+    reports: dict[str, list[fuseplan.Report]] = {FUSED: [], APART: []}
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": False, **({"mode": "reduce-overhead"} if on_gpu else {})}
+    apart = fuseplan.PassConfig(fuse_grouped_attention=False)
     sides = {
-        "torch.compile": Step(model, batch, torch.compile(forward, **how)),
-        "fuseplan": Step(model, batch, fuseplan.compile(forward, on_report=reports.append, **how)),
+        PLAIN: Step(model, batch, torch.compile(forward, **how)),
+        FUSED: Step(model, batch, fuseplan.compile(forward, on_report=reports[FUSED].append, **how)),
+        APART: Step(model, batch, fuseplan.compile(forward, config=apart, on_report=reports[APART].append, **how)),
     }
     logits = {}
     for name, step in sides.items():
@@ -134,22 +165,19 @@ def measure(model: LlamaForCausalLM, batch: int) -> dict[str, Any]:
         for step in sides.values():
             step()
         unguarded = timed(sides)
-    apart = (logits["fuseplan"] - logits["torch.compile"]).norm() / logits["torch.compile"].norm()
+    graphs = reports[FUSED][-1].graphs
     return {
         "batch": batch,
-        **{name: whole.json() for name, (whole, _) in times.items()},
-        "less_time_percent": less_time(times),
+        **compared(times),
         "tokens_per_s": {name: round(batch / whole.us * 1e6) for name, (whole, _) in times.items()},
         "host": {name: host.json() for name, (_, host) in times.items()},
-        "without_guards": {
-            **{name: whole.json() for name, (whole, _) in unguarded.items()},
-            "less_time_percent": less_time(unguarded),
-        },
-        "fused": reports[-1].fused,
-        "applied": sorted({f"{f.rule}:{f.provider}" for graph in reports[-1].graphs for f in graph.applied}),
-        "refused": sorted({r.detail for graph in reports[-1].graphs for r in graph.refusals if r.detail})[:6],
-        "logits_relative_difference": float(apart),
-        "profile": {name: profiled(step) for name, step in sides.items()},
+        "without_guards": compared(unguarded),
+        "fused": reports[FUSED][-1].fused,
+        "fused_apart": reports[APART][-1].fused,
+        "applied": sorted({f"{f.rule}:{f.provider}" for graph in graphs for f in graph.applied}),
+        "refused": sorted({r.detail for graph in graphs for r in graph.refusals if r.detail})[:6],
+        "logits_relative_difference": float((logits[FUSED] - logits[PLAIN]).norm() / logits[PLAIN].norm()),
+        "profile": {name: profiled(step) for name, step in sides.items()} if on_gpu else {},
     }
 
 
@@ -157,27 +185,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/decode_DEVICExRANKS.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    rank = int(os.environ["RANK"])
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    rank, on_gpu = int(os.environ["RANK"]), arguments.device == "cuda"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     ranks, rows = dist.get_world_size(), list[dict[str, Any]]()
     result = {
         "what": WHAT,
         "command": f"torchrun --nproc-per-node {ranks} benchmarks/decode.py --layers {arguments.layers} --write",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": versions(),
+        "versions": versions() if on_gpu else {"torch": torch.__version__},
         "ranks": ranks,
         "layers": arguments.layers,
         "rows": rows,
     }
-    name = torch.cuda.get_device_name().split()[1].lower()
+    name = torch.cuda.get_device_name().split()[1].lower() if on_gpu else "cpu"
     with torch.no_grad():
-        model = model_of(arguments.layers, rank)
+        model = model_of(arguments.layers, rank, device)
         for batch in arguments.batch:
             rows.append(measure(model, batch))
             if rank == 0:

@@ -119,7 +119,8 @@ def versions() -> dict[str, str]:
 def leave() -> NoReturn:
     """Ends a rank once all are here. Graphs hold NCCL's work, which a process group that is taken down waits for."""
     dist.barrier()
-    torch.cuda.synchronize()
+    if dist.get_backend() == "nccl":
+        torch.cuda.synchronize()
     sys.stdout.flush()
     os._exit(0)
 
@@ -134,6 +135,7 @@ def slowest(samples: Sequence[float]) -> list[float]:
     """Each sample as the slowest rank took it."""
     if not dist.is_initialized():
         return list(samples)
-    times = torch.tensor(samples, device="cuda", dtype=torch.float64)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    times = torch.tensor(samples, device=device, dtype=torch.float64)
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    return times.tolist()  # type: ignore[no-any-return]
+    return [float(each) for each in times]
