@@ -43,14 +43,16 @@ WHAT = (
     "mode='reduce-overhead', under torch.compiler.set_stance(skip_guard_eval_unsafe=True); enable_gqa: torch.compile "
     "where transformers' use_gqa_in_sdpa always says yes; freezing: torch.compile with freezing=True; flex_attention: "
     "torch.compile with that attn_implementation, graph breaks allowed; hand-written: benchmarks/hand_written.py under "
-    "torch.compile; without FLAG: fuseplan with that flag of PassConfig off, gave_us: what it takes longer so; failed: "
+    "torch.compile; fuseplan, all: with the flags that are off by default, too; "
+    "without FLAG: the same with that flag of PassConfig off, gave_us: what it takes longer so; failed: "
     "errors of those that gave no time; bytes_limit_us: all weights but the embedding's, and the valid part of the "
     "cache, once, at the bandwidth of a copy in this run, times_limit: times as long; logits: largest difference to "
     "the model in float64, each side's own"
 )
 PLAIN, BY_HAND, FROZEN, FLEX, WRITTEN = "torch.compile", "enable_gqa", "freezing", "flex_attention", "hand-written"
-FUSED, PACKED = "fuseplan", "fuseplan, packed"
-PEERS = (BY_HAND, FROZEN, FLEX, WRITTEN, FUSED)
+FUSED, ALL, PACKED = "fuseplan", "fuseplan, all", "fuseplan, packed"
+PEERS = (BY_HAND, FROZEN, FLEX, WRITTEN, FUSED, ALL)
+OPT_IN = {flag: True for rule in BUILT_IN_RULES if rule.opt_in for flag in rule.flags}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,11 +256,13 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[
         return torch.compile(with_own_code(with_attention(model, FLEX)), **(how | {"fullgraph": False}))
     if name == WRITTEN:
         return torch.compile(HandWritten(model).eval(), **how)
-    if name == FUSED:
-        return fused(on_report=reports.append, **how)  # type: ignore[no-any-return]
-    flags: dict[str, Any] = {name.removeprefix("without "): False}
-    config = fuseplan.PassConfig(**({"force": ("grouped_attention:sdpa_packed",)} if name == PACKED else flags))
-    return fused(config=config, **how)  # type: ignore[no-any-return]
+    flags: dict[str, Any] = {}
+    if name == PACKED:
+        flags = {"force": ("grouped_attention:sdpa_packed",)}
+    elif name != FUSED:
+        flags = OPT_IN | ({} if name == ALL else {name.removeprefix("without "): False})
+    observed = {"on_report": reports.append} if name in (FUSED, ALL) else {}
+    return fused(config=fuseplan.PassConfig(**flags), **observed, **how)  # type: ignore[no-any-return]
 
 
 def without(reports: list[fuseplan.Report]) -> list[str]:
@@ -350,8 +354,8 @@ def compared(sides: Sides, times: Mapping[str, Figure], bytes_s: float) -> dict[
     limit = (weights + next(iter(sides.steps.values())).valid_bytes) / bytes_s * 1e6
     faster = {name: round(times[PLAIN].us / each.us, 3) for name, each in times.items()} if PLAIN in times else {}
     gave = {
-        name.removeprefix("without "): round(each.us - times[FUSED].us, 1)
-        for name, each in times.items() if name.startswith("without ") and FUSED in times
+        name.removeprefix("without "): round(each.us - times[ALL].us, 1)
+        for name, each in times.items() if name.startswith("without ") and ALL in times
     }  # fmt: skip
     return {
         "times_faster": {name: each for name, each in faster.items() if name != PLAIN},
