@@ -67,6 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "verify_timeout_s": {"verify_timeout_s": 7.0},
     "agreement_timeout_s": {"agreement_timeout_s": 7.0},
     "enable_qk_norm_rope_fusion": {"enable_qk_norm_rope_fusion": True},
+    "fuse_rope_cache": {"fuse_rope_cache": False},
     "fuse_grouped_attention": {"fuse_grouped_attention": False},
     "fuse_merged_linear": {"fuse_merged_linear": True},
     "fuse_skinny_linear": {"fuse_skinny_linear": True},

@@ -36,10 +36,11 @@ CHECKED = [rule for rule in BUILT_IN_RULES if rule.op is not ops.grouped_attenti
 
 @pytest.mark.parametrize("rule", CHECKED, ids=rule_id)
 def test_built_in_rules_hold(rule: Rule, one_rank: str) -> None:
-    other_layout = getattr(rule, "transposes", False)  # than the samples of its op
+    other_layout = getattr(rule, "transposes", False) or getattr(rule, "tokens_first", False)  # than its op's samples
     checked = check_rule(rule, samples=arguments_of(rule, torch.device("cpu")) if other_layout else None)
-    assert checked.cases["torch"] >= 15
-    assert not checked.refused
+    assert checked.cases["torch"] >= (14 if rule.op.writes else 15)
+    assert all("_cache has gaps or overlaps" in each for each in checked.refused)  # what is written has to be whole
+    assert len(checked.refused) <= 2 * len(rule.op.writes)
 
 
 def test_a_right_kernel_holds() -> None:

@@ -151,6 +151,8 @@ class PassConfig:
         fuse_norm_quant: RMSNorm (with residual add) + fp8 quantisation, rule `norm_quant`.
         fuse_act_quant: SiLU-and-mul + fp8 quantisation, rule `act_quant`.
         enable_qk_norm_rope_fusion: RMSNorm of queries and keys + rotary embedding, rule `qk_norm_rope`.
+        fuse_rope_cache: rotary embedding + writes of keys and values into a static cache, rule `rope_cache`; with
+            `enable_qk_norm_rope_fusion` also behind RMSNorm of queries and keys, rule `qk_norm_rope_cache`.
         fuse_grouped_attention: repeated heads of keys and values + attention, rule `grouped_attention`.
         fuse_merged_linear: linear layers of few rows that read one input, rule `merged_linear`, and gate and up +
             SiLU-and-mul, rule `merged_linear_silu_mul`; None: off.
@@ -189,6 +191,7 @@ class PassConfig:
     fuse_norm_quant: bool | None = None
     fuse_act_quant: bool | None = None
     enable_qk_norm_rope_fusion: bool | None = None
+    fuse_rope_cache: bool | None = None
     fuse_grouped_attention: bool | None = None
     fuse_merged_linear: bool | None = None
     fuse_skinny_linear: bool | None = None
@@ -267,6 +270,7 @@ FUSION_FLAGS = (
     "fuse_norm_quant",
     "fuse_act_quant",
     "enable_qk_norm_rope_fusion",
+    "fuse_rope_cache",
     "fuse_grouped_attention",
     "fuse_merged_linear",
     "fuse_skinny_linear",

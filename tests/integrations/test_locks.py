@@ -13,6 +13,7 @@ OTHERS: dict[str, Any] = {
     "fuse_norm_quant": True,
     "fuse_act_quant": False,
     "enable_qk_norm_rope_fusion": False,
+    "fuse_rope_cache": False,
     "fuse_grouped_attention": False,
     "fuse_merged_linear": True,
     "fuse_skinny_linear": True,

@@ -20,9 +20,11 @@ from triton.runtime import interpreter
 from fuseplan import testing
 from fuseplan.dialect import NORM_FAMILY, ops
 from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Bindings
 from fuseplan.testing import check_rule
+from tests.rules.test_rules import arguments_of
 
 CPU = torch.device("cpu")
 PRODUCTS = {name for name in ops if "attention" in name or "linear" in name}
@@ -90,7 +92,9 @@ def differences() -> dict[str, dict[str, float]]:
         op = ops[name]
         for sample in op.samples:
             arguments = sample.make(CPU, torch.Generator().manual_seed(0))
-            got, wanted = op.kernel("triton")(*arguments), op.reference(*arguments)
+            wanted, got = op.reference(*arguments), op.kernel("triton")(*arguments)
+            if op.writes:
+                got = (got, *(arguments[op.arguments.index(name)] for name in op.writes))
             pairs = zip(*(each if isinstance(each, tuple) else (each,) for each in (got, wanted)), strict=True)
             found.setdefault(name, {})[sample.name] = max(difference(*pair) for pair in pairs)
     return found
@@ -172,6 +176,54 @@ def more_than_programs() -> dict[str, bool]:
     return found
 
 
+def cached(tokens: int = 3, *, first: int = 2, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    """Arguments of `rope_cache`: tokens lie before heads in memory, and values in every other place."""
+    generator = torch.Generator().manual_seed(tokens)
+    q, k = (torch.randn(2, tokens, heads, 10, generator=generator).to(dtype).transpose(1, 2) for heads in (5, 3))
+    v = torch.randn(2, 3, tokens, 14, generator=generator).to(dtype)[..., ::2]
+    k_cache = torch.randn(2, 7, 3, 10, generator=generator).to(dtype).transpose(1, 2)
+    v_cache = torch.randn(2, 3, 7, 7, generator=generator).to(dtype)
+    cos, sin = (torch.rand(1, 1, tokens, 5, generator=generator).to(dtype) for _ in range(2))
+    return [q, k, v, k_cache, v_cache, cos, sin, first + torch.arange(tokens), "products"]
+
+
+def caches() -> dict[str, bool]:
+    """Whether what is yielded and what is cached are the reference's, and nothing else is written."""
+    found = {}
+    for name, given in {
+        "one token": cached(1), "several": cached(), "all of the cache": cached(7, first=0), "the end": cached(first=4),
+        "from the end": cached(first=-5), "int32": [*cached()[:7], torch.tensor([5, 0, 3], dtype=torch.int32), "fp32"],
+        "float32": cached(dtype=torch.float32),
+    }.items():  # fmt: skip
+        wanted = ops.rope_cache.reference(*given)
+        got = ops.rope_cache.kernel("triton")(*given), given[3], given[4]
+        found[name] = all(torch.allclose(a, b, rtol=2**-9, atol=2**-9) for a, b in zip(got, wanted, strict=True))
+        found[name] &= all(torch.equal(a, b) for a, b in zip(got[2:], wanted[2:], strict=True))
+    with mock.patch.object(sys.modules["fuseplan.providers.triton.cached_rotary"], "MOST_PROGRAMS", 1):
+        given = cached(5)
+        wanted = ops.rope_cache.reference(*given)
+        got = ops.rope_cache.kernel("triton")(*given), given[3], given[4]
+    found["more than programs"] = all(difference(*pair) == 0 for pair in zip(got[::2], wanted[::2], strict=True))
+    empty = [each[:0] if index < 5 else each for index, each in enumerate(cached())]
+    found["no rows"] = ops.rope_cache.kernel("triton")(*empty).shape == (0, 5, 3, 10)
+    return found
+
+
+def out_of_bounds() -> dict[str, bool]:
+    """By position: whether nothing is written; the interpreter has no assertions."""
+    found = {}
+    for position in (7, -8, 2**40, -(2**40)):
+        given = cached(1, first=position)
+        memory = torch.full((4096,), 7.0).bfloat16()
+        for index in (3, 4):
+            cache = memory[1024 * index - 2048 :].as_strided(given[index].shape, given[index].contiguous().stride())
+            given[index] = cache
+        before = memory.clone()
+        ops.rope_cache.kernel("triton")(*given)
+        found[str(position)] = torch.equal(memory, before)
+    return found
+
+
 def declined() -> str:
     """What is said of more leading dimensions than the kernel steps through."""
     x = torch.empty(2, 2, 2, 3, 8)
@@ -192,6 +244,9 @@ def main() -> None:
         "differences": differences(), "odd": odd(), "declined": declined(),
         "more than programs": more_than_programs(), "cases": checked.cases["triton"],
         "refused": checked.refused, "not finite": not_finite(),
+        "caches": caches(), "out of bounds": out_of_bounds(),
+        "cached": [check_rule(each, providers=[TRITON], samples=arguments_of(each, CPU)).cases["triton"]
+                   for each in CACHED_ROTARY_RULES],
         "alone": {each.op.name: check_rule(each, providers=[TRITON]).cases["triton"] for each in alone},
     }  # fmt: skip
     print(json.dumps(result))

@@ -19,7 +19,16 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 FAMILIES = [
     import_module(f"fuseplan.providers.triton.{name}")
-    for name in ("activation", "all_reduce_norm", "attention", "launching", "linear", "norm", "qk_norm_rope")
+    for name in (
+        "activation",
+        "all_reduce_norm",
+        "attention",
+        "cached_rotary",
+        "launching",
+        "linear",
+        "norm",
+        "qk_norm_rope",
+    )
 ]
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_BYTES, MULTIPROCESSORS = 232448, 132
@@ -53,24 +62,25 @@ def stand_ins(backend: str, run_kernel: Callable[..., None]) -> dict[str, Any]:
 
 
 @pytest.fixture(params=TARGETS)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of kernels that were compiled in place of being launched."""
-    target, names = TARGETS[request.param], list[str]()
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Names and code of kernels that were compiled in place of being launched."""
+    target, made = TARGETS[request.param], list[tuple[str, dict[str, Any]]]()
 
     def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        assert kernel.warmup(*arguments, grid=grid, **constants).asm
-        names.append(kernel.__name__)
+        asm = kernel.warmup(*arguments, grid=grid, **constants).asm
+        assert asm
+        made.append((kernel.__name__, asm))
 
     others = stand_ins(target.backend, compile_kernel)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target))
     for family in FAMILIES:
         for name in others.keys() & vars(family).keys():
             monkeypatch.setattr(family, name, others[name])
-    return names
+    return made
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_kernels_compile(name: str, compiled: list[str], one_rank: str) -> None:
+def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], one_rank: str) -> None:
     kernel = registered_kernel(name, "triton")
     assert kernel is not None
     for sample in ops[name].samples:
@@ -79,7 +89,10 @@ def test_kernels_compile(name: str, compiled: list[str], one_rank: str) -> None:
     if name == "grouped_attention":
         q, k = torch.zeros(1, 8, 1, 128).bfloat16(), torch.zeros(1, 2, 1280, 128).bfloat16()
         kernel(q, k, k, None, 1.0, False, "cudnn")
-        assert {*compiled} == {"_attend", "_combine"}
+        assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
+    if ops[name].writes:
+        assert all("tt.assert" in asm["ttir"] for _, asm in compiled), "a position beyond the cache is caught"
+        assert all("__assertfail" in asm.get("ptx", "__assertfail") for _, asm in compiled)
 
 
 def test_kernels_compile_while_somebody_watches() -> None:

@@ -90,6 +90,21 @@ def test_every_sample_gives_the_references_bits(interpreted: dict[str, Any]) -> 
 
 
 @needs_triton
+def test_caches_are_written_and_nothing_else(interpreted: dict[str, Any]) -> None:
+    """Whatever the strides and positions; at a position that a cache doesn't have nothing is."""
+    assert len(interpreted["caches"]) == 9
+    assert all(interpreted["caches"].values()), interpreted["caches"]
+    assert len(interpreted["out of bounds"]) == 4
+    assert all(interpreted["out of bounds"].values()), interpreted["out of bounds"]
+
+
+@needs_triton
+def test_cached_rotary_holds_in_every_layout_and_dtype(interpreted: dict[str, Any]) -> None:
+    assert len(interpreted["cached"]) == 3
+    assert all(cases >= 12 for cases in interpreted["cached"]), interpreted["cached"]
+
+
+@needs_triton
 def test_rules_hold_in_every_layout_and_dtype(interpreted: dict[str, Any]) -> None:
     assert len(interpreted["alone"]) == 2
     assert all(cases >= 15 for cases in interpreted["alone"].values())

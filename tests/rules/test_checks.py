@@ -38,6 +38,8 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     **NORM_TABLE,
     **{f"silu_and_mul_{quant}": ("act_quant", ("fuse_act_quant",)) for quant in QUANTS},
     "qk_norm_rope": ("qk_norm_rope", ("enable_qk_norm_rope_fusion",)),
+    "rope_cache": ("rope_cache", ("fuse_rope_cache",)),
+    "qk_norm_rope_cache": ("qk_norm_rope_cache", ("enable_qk_norm_rope_fusion", "fuse_rope_cache")),
     "grouped_attention": ("grouped_attention", ("fuse_grouped_attention",)),
     "skinny_linear": ("skinny_linear", ("fuse_skinny_linear",)),
     "merged_linear_pair": ("merged_linear", ("fuse_merged_linear",)),
@@ -45,7 +47,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "merged_linear_silu_and_mul": ("merged_linear_silu_mul", ("fuse_merged_linear",)),
 }
 OPT_IN = {"skinny_linear", "merged_linear", "merged_linear_silu_mul"}
-MEMBERS = {"qk_norm_rope": 2}
+MEMBERS = {"qk_norm_rope": 2, "qk_norm_rope_cache": 2}
 """Rules with a fused op in common, where that is more than one."""
 
 
@@ -267,7 +269,7 @@ ALL = {name for name, _ in TABLE.values()} - OPT_IN
         ),
         (
             {"fuse_act_padding": False, "fuse_allreduce_rms": False},
-            {"norm_quant", "act_quant", "qk_norm_rope", "grouped_attention"},
+            {"norm_quant", "act_quant", "qk_norm_rope", "qk_norm_rope_cache", "rope_cache", "grouped_attention"},
             {
                 "act_padding": "fuse_act_padding",
                 "allreduce_rms": "fuse_allreduce_rms",

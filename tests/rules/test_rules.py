@@ -74,6 +74,8 @@ def arguments_of(rule: Rule, device: torch.device) -> list[dict[str, Any]]:
     if getattr(rule, "transposes", False):
         found = [{name: _batched(value) for name, value in each.items()} for each in found]
         found = [{**each, **{name: each[name].transpose(1, 2) for name in ("cos", "sin")}} for each in found]
+    if getattr(rule, "tokens_first", False):
+        found = [{**each, **{name: each[name].transpose(1, 2) for name in ("q", "k")}} for each in found]
     return found
 
 
@@ -82,7 +84,11 @@ def _batched(value: Any) -> Any:
 
 
 def rule_id(rule: Rule) -> str:
-    return f"{rule.name}-{rule.op.name}{'-transposes' if getattr(rule, 'transposes', False) else ''}"
+    return f"{rule.name}-{rule.op.name}{'-moves' * _moves(rule)}"
+
+
+def _moves(rule: Rule) -> bool:
+    return getattr(rule, "transposes", False) or getattr(rule, "tokens_first", False)
 
 
 @pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=rule_id)

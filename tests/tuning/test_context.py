@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from fuseplan.config import PassConfig
@@ -12,9 +13,10 @@ from fuseplan.graph.facts import aten
 from fuseplan.manager import PostGradPassManager
 from fuseplan.planner import Posed
 from fuseplan.planner.pricing import places_of
-from fuseplan.tuning.compiled import PRODUCED, argument_sets, at_size, producers, specs_of
+from fuseplan.tuning.compiled import PRODUCED, argument_sets, at_size, compiled, producers, specs_of
 from fuseplan.tuning.context import Context, context_of
 from fuseplan.verification.specs import Sizes, TensorSpec
+from tests.cached import arguments, layer
 from tests.helpers import all_reduce, gpt_oss, post_grad, randn
 
 WIDTH = 64
@@ -104,6 +106,24 @@ def test_what_an_all_reduce_reads_is_produced_first_as_in_the_model(one_rank: st
     read_only = posed(lambda x, r: gpt_oss(all_reduce(x, one_rank), r, W), randn(4, WIDTH), randn(4, WIDTH))
     if read_only.components:
         assert context(read_only).produced == frozenset()
+
+
+def test_caches_are_written_in_place_as_in_the_model() -> None:
+    given = posed(layer(read=lambda cache: cache[:, :, 0]), *arguments())
+    part = context(given)
+    assert [node.target for node in part.nodes].count(aten.copy_.default) == 2
+    (match,) = [each.match for each in given.candidates if each.rule == "rope_cache"]
+    shape = list(arguments()[3].shape)
+    for matches in ((), (match,)):
+        graph = part.fused(matches)  # type: ignore[arg-type]
+        (inputs, *_) = argument_sets(specs_of(graph, {}), 0)
+        caches = [each for each in inputs if list(each.shape) == shape]
+        before = [each.clone() for each in caches]
+        _, (code,) = run_and_get_code(lambda gm, own: compiled(gm, own)(*own), at_size(graph, {}), inputs)
+        assert f"empty_strided_cpu({tuple(shape)}" not in code
+        assert ("fuseplan.rope_cache_" in code) is bool(matches)
+        assert len(caches) == 2
+        assert not any(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
 
 
 def spec(*shape: int) -> TensorSpec:

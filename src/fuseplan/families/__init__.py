@@ -6,6 +6,7 @@ from typing import Any
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.families.activation import ACTIVATION_FAMILY, ACTIVATION_RULES
 from fuseplan.families.attention import ATTENTION_RULES, ATTENTION_SITES
+from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES, CACHED_ROTARY_SITES
 from fuseplan.families.compose import ComposedRule, Member
 from fuseplan.families.linear import LINEAR_FAMILY, LINEAR_RULES, LINEAR_SITES
 from fuseplan.families.norm import NORM_FAMILY, NORM_RULES
@@ -15,11 +16,13 @@ from fuseplan.ops import ops
 from fuseplan.parts import PARTS, Core
 from fuseplan.rules import Rule
 
-BUILT_IN_RULES: tuple[Rule, ...] = (*NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *ATTENTION_RULES, *LINEAR_RULES)
+BUILT_IN_RULES: tuple[Rule, ...] = (
+    *NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *CACHED_ROTARY_RULES, *ATTENTION_RULES, *LINEAR_RULES,
+)  # fmt: skip
 
 ops.add(*(rule.op for rule in BUILT_IN_RULES))
 
-SITES: Mapping[Core, type[Site]] = {**ATTENTION_SITES, **LINEAR_SITES}
+SITES: Mapping[Core, type[Site]] = {**ATTENTION_SITES, **CACHED_ROTARY_SITES, **LINEAR_SITES}
 """Sites of cores that don't work on rows alone."""
 
 _CORES: Mapping[Any, type[Site]] = {

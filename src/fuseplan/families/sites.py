@@ -18,18 +18,22 @@ from fuseplan.graph.facts import dtype_text, fill_of, group_size, hint, item, te
 from fuseplan.ops import ops
 from fuseplan.parts import PARTS, Core, Epilogue, Prologue, part_at
 from fuseplan.parts.attention.traffic import Heads
-from fuseplan.parts.traffic import Kernel, Middle, Region, Tail
+from fuseplan.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
 
 class Timing(Protocol):
     """How a provider's kernels are priced, as far as a site has to know."""
 
     @property
+    def eager(self) -> bool:
+        """Whether an op is no kernel but the reference, op by op in eager mode."""
+
+    @property
     def heads(self) -> Heads:
         """How an attention kernel reads keys and values that several heads of queries share."""
 
 
-class Pricer(Protocol):
+class Pricer(Clock, Protocol):
     """What prices the parts of a site: the cost model of a device."""
 
     @property
@@ -116,13 +120,16 @@ class Shape:
         return (*ones, *model.fused(self.region(reduce=reduce, tail=tail), provider))
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own."""
-        left = list(self.tails)
+        """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own, and of its
+        own epilogue what that had in Inductor's kernels.
+        """
+        left, behind = list(self.tails), tuple[Kernel, ...]()
         if tail is not None:
-            left.remove(tail)
+            left.remove(tail.at_site())
+            behind = tail.behind(model, self.region(reduce=False, tail=tail))
         before = model.reduce(self.region(reduce=True, tail=None)) if self.ranks > 1 and not reduce else ()
         after = [kernel for other in left for kernel in model.epilogue(self.region(reduce=False, tail=other))]
-        return (*before, *after)
+        return (*before, *behind, *after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,13 +215,20 @@ class Site:
         tails = [node for node in self.tails if node in inside]
         if others or len(tails) > 1 or self.core not in inside:
             return None
-        return Taken(reduce=self.reduce in inside, tail=self.tail(tails[0]) if tails else None)
+        tail = _taken(tails[0], self.tail(tails[0]), inside) if tails else None
+        return Taken(reduce=self.reduce in inside, tail=tail)
 
     def tail(self, node: fx.Node) -> Tail:
         """An epilogue's part in the site's shape."""
         part = part_at(node)
         assert isinstance(part, Epilogue), node.format_node()
         return part.tail(node, self.core)
+
+
+def _taken(node: fx.Node, tail: Tail, nodes: Collection[fx.Node]) -> Tail:
+    """An epilogue as a fusion takes it that consumes `nodes`."""
+    part = part_at(node)
+    return part.taking(tail, nodes) if isinstance(part, Epilogue) and part.taking is not None else tail
 
 
 def _beside(tail: fx.Node) -> list[fx.Node]:

@@ -27,16 +27,18 @@ def unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]
 
 
 def of_rules(canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], claimed: set[int]) -> Iterator[Refusal]:
-    """What looked like a core and wasn't, for the rule whose core it is, where its part asks for that."""
-    by_core = {
-        member.core.name: name for name, members in sorted(rules.items(), reverse=True) for member in members
-    }  # fmt: skip
+    """What looked like a dialect op and wasn't, for the rule whose core it is, or else that has it, where its part asks
+    for that.
+    """
+    members = [member for _, each in sorted(rules.items(), reverse=True) for member in each]
+    owners = {op.name: member.name for member in members for call in member.calls if (op := ops.of(call.target))}
+    owners |= {member.core.name: member.name for member in members}
     for refusal in canonical.refusals:
         part = _part_named(refusal.op)
         if part is None or part.reported is not Reported.BY_RULE or id(refusal) in claimed:
             continue
-        if part.op.name in by_core:
-            yield replace(refusal, rule=by_core[part.op.name], site=refusal.source)
+        if part.op.name in owners:
+            yield replace(refusal, rule=owners[part.op.name], site=refusal.source)
 
 
 def _part_named(op: str | None) -> Part | None:

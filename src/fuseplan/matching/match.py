@@ -54,7 +54,7 @@ class Match:
     @property
     def runs_reference(self) -> bool:
         """Whether the provider's kernel is the op's own reference."""
-        return self.rule.op.implementation(self.provider) is self.rule.op.overload
+        return self.rule.op.runs_reference(self.provider)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,7 +22,7 @@ from fuseplan.matching.obstacles import without_taken
 from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.trial import Place, Way
 from fuseplan.ops import DialectOp, ops
-from fuseplan.parts import Prologue, part_at
+from fuseplan.parts import Epilogue, Prologue, part_at, part_of
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
@@ -210,6 +210,7 @@ class _Search:
         ends = {member.core.overload for member in self.members} | {each.target for each in self.outlines.values()}
         targets = {node.target for member in self.members if not member.is_composed for node in member.calls}
         prologues = {op for target in targets - ends if (op := ops.of(target)) is not None}
+        prologues -= {op for op in prologues if isinstance(part_of(op), Epilogue)}
         for op in sorted(prologues, key=lambda each: each.name):
             for node in self.canonical.graph.find_nodes(op="call_function", target=op.overload):
                 if node not in self.covered and node not in self.named:

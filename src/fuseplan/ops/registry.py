@@ -10,6 +10,7 @@ import torch
 from torch.fx import Proxy
 
 from fuseplan.errors import RuleError
+from fuseplan.ops.in_place import in_place, in_place_schema, parameters_of, without_last
 from fuseplan.record.text import one_line
 
 NAMESPACE = "fuseplan"
@@ -39,6 +40,19 @@ class Sample:
 
 Draw = Callable[[tuple[int, ...], torch.device, torch.Generator], torch.Tensor]
 """Random values for an argument: `draw(shape, device, generator)` returns them in float32."""
+
+
+@dataclass(frozen=True)
+class Indices:
+    """Distinct places along a dimension of another argument, in any order, as a draw of integers.
+
+    Attributes:
+        of: the argument's name.
+        dim: the dimension.
+    """
+
+    of: str
+    dim: int
 
 
 def draw_activations(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> torch.Tensor:
@@ -84,7 +98,10 @@ class DialectOp:
             unit in the last place of the output dtype).
         fused: whether it is what rules put into a graph; the others are what they are written in.
         collective: whether it communicates, i.e. every rank of a group must run it in the same order.
-        draws: how random values for an argument are drawn, by its name; what isn't listed is drawn like activations.
+        draws: how random values for an argument are drawn, by its name; what isn't listed is drawn like activations,
+            and integers are 0 or 1.
+        writes: the arguments that kernels write to. The op itself writes to none: its last results are what these hold
+            afterwards. A kernel takes the same arguments, writes, and yields the other results alone.
     """
 
     name: str
@@ -95,16 +112,17 @@ class DialectOp:
     error_factor: float
     fused: bool = False
     collective: bool = False
-    draws: Mapping[str, Draw] = field(default_factory=dict)
+    draws: Mapping[str, Draw | Indices] = field(default_factory=dict)
+    writes: tuple[str, ...] = ()
 
-    def draw(self, argument: str) -> Draw:
+    def draw(self, argument: str) -> Draw | Indices:
         """How random values for an argument are drawn."""
         return self.draws.get(argument, draw_activations)
 
     @property
     def parameters(self) -> list[str]:
         """The arguments as they stand in the schema: `Tensor x`, `float eps`."""
-        return self.schema[1 : self.schema.index(")")].split(", ")
+        return parameters_of(self.schema)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -114,17 +132,20 @@ class DialectOp:
     @property
     def overload(self) -> "torch._ops.OpOverload":
         """The op as it stands in a graph."""
-        return self.implementation("torch")
+        return _overload(f"{self.name}.default")
 
     def implementation(self, provider: str) -> "torch._ops.OpOverload":
-        """The overload that runs a provider's kernel; the provider `torch` is the reference, `default`.
+        """The overload that runs a provider's kernel, which writes in place if the op says so; the provider `torch` is
+        the reference, `default`.
 
         Raises:
             AttributeError: no such provider has registered an implementation of this op.
         """
-        packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
-        overload: torch._ops.OpOverload = getattr(packet, "default" if provider == "torch" else provider)
-        return overload
+        return _overload(self._registered(provider))
+
+    def runs_reference(self, provider: str) -> bool:
+        """Whether a provider's kernel is the op's own reference."""
+        return self.implementation(provider) is self.implementation("torch")
 
     def kernel(self, provider: str) -> Callable[..., Any]:
         """The Python function behind `implementation(provider)`, which takes no more rows than it takes.
@@ -132,7 +153,10 @@ class DialectOp:
         Raises:
             KeyError: no such provider has registered an implementation of this op.
         """
-        return _KERNELS[f"{self.name}.{'default' if provider == 'torch' else provider}"]
+        return _KERNELS[self._registered(provider)]
+
+    def _registered(self, provider: str) -> str:
+        return _registered(self.name, provider, in_place=bool(self.writes))
 
     def __call__(self, *args: Any) -> Any:
         """Runs the reference overload, or records the call on `torch.fx.Proxy` arguments."""
@@ -191,7 +215,8 @@ def define(
     error_factor: float = 2.0,
     fused: bool = False,
     collective: bool = False,
-    draws: Mapping[str, Draw] | None = None,
+    draws: Mapping[str, Draw | Indices] | None = None,
+    writes: Sequence[str] = (),
 ) -> DialectOp:
     """Registers `fuseplan::<name>` with torch and returns its record.
 
@@ -206,11 +231,19 @@ def define(
         collective: whether ranks meet in it.
         draws: how random values for an argument are drawn, by its name, where normal ones won't do: a scale that has to
             be positive, say.
+        writes: the arguments that kernels write to; `reference` and `fake` write to none, and yield last what these
+            hold afterwards, in this order.
 
     Raises:
-        RuleError: there is an op of that name already.
+        RuleError: there is an op of that name already, or `writes` names no tensors among the arguments, or there is no
+            result beside what these hold.
     """
     _register(name, schema, reference, fake)
+    if writes:
+        _register(
+            f"{name}_", in_place_schema(name, schema, writes), in_place(reference, schema, writes),
+            without_last(fake, len(writes)),
+        )  # fmt: skip
     return DialectOp(
         name=name,
         schema=schema,
@@ -221,6 +254,7 @@ def define(
         fused=fused,
         collective=collective,
         draws=dict(draws or {}),
+        writes=tuple(writes),
     )
 
 
@@ -233,7 +267,7 @@ def implement(
     Args:
         op: the fused op.
         provider: who runs it.
-        kernel: by the op's own arguments.
+        kernel: by the op's own arguments; where the op `writes`, it does so, and yields the other results.
         most_rows: how many rows of its first tensor the kernel takes, for given arguments, as attributes by their
             names. A call of more runs the op's reference: every rank of a group alike, since all of them have as many
             rows. None: any number.
@@ -243,8 +277,11 @@ def implement(
     Raises:
         RuleError: the provider has a kernel of that op already.
     """
-    name = f"{op.name}.{provider}"
-    _register(name, op.schema, kernel if most_rows is None else _within(op, kernel, most_rows), op.fake)
+    name = _registered(op.name, provider, in_place=bool(op.writes))
+    schema, fake = op.schema, op.fake
+    if op.writes:
+        schema, fake = in_place_schema(op.name, schema, op.writes), without_last(fake, len(op.writes))
+    _register(name, schema, kernel if most_rows is None else _within(op, kernel, most_rows), fake)
     _KERNELS[name] = kernel
     if most_rows is not None:
         _WITHIN.add(name)
@@ -254,7 +291,7 @@ def implement(
 
 def falls_back(op: str, provider: str) -> bool:
     """Whether a provider's kernel, by names, leaves a call of more rows than it takes to the op's reference."""
-    return f"{op}.{provider}" in _WITHIN
+    return not _WITHIN.isdisjoint(_registrations(op, provider))
 
 
 def _within(op: DialectOp, kernel: Callable[..., Any], most_rows: Callable[[Any], int]) -> Callable[..., Any]:
@@ -264,7 +301,7 @@ def _within(op: DialectOp, kernel: Callable[..., Any], most_rows: Callable[[Any]
     def kernel_or_reference(*args: Any) -> Any:
         rows = next(value.shape[:-1].numel() for value in args if isinstance(value, torch.Tensor))
         if rows > most_rows(SimpleNamespace(**dict(zip(names, args, strict=True)))):
-            return op.reference(*args)
+            return op.kernel("torch")(*args)
         return kernel(*args)
 
     return kernel_or_reference
@@ -273,6 +310,21 @@ def _within(op: DialectOp, kernel: Callable[..., Any], most_rows: Callable[[Any]
 def is_inlined(op: DialectOp, provider: str) -> bool:
     """Whether graphs get the calls that a provider's kernel makes in place of one opaque op."""
     return f"{op.name}.{provider}" in _INLINED
+
+
+def _registered(op: str, provider: str, *, in_place: bool) -> str:
+    """What an op by a provider is registered as: in torch's fashion a name that ends in `_` writes in place."""
+    return f"{op}{'_' if in_place else ''}.{'default' if provider == 'torch' else provider}"
+
+
+def _registrations(op: str, provider: str) -> tuple[str, ...]:
+    return tuple(_registered(op, provider, in_place=in_place) for in_place in (False, True))
+
+
+def _overload(name: str) -> "torch._ops.OpOverload":
+    op, _, provider = name.partition(".")
+    overload: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, NAMESPACE), op), provider)
+    return overload
 
 
 def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -292,7 +344,7 @@ def facts_of(value: Any) -> Any:
 
 def registered_kernel(op: str, provider: str) -> Callable[..., Any] | None:
     """The Python function by which a provider runs an op, by their names; None where none is registered."""
-    return _KERNELS.get(f"{op}.{'default' if provider == 'torch' else provider}")
+    return next((_KERNELS[name] for name in _registrations(op, provider) if name in _KERNELS), None)
 
 
 def kernel_of(target: object) -> Callable[..., Any] | None:

@@ -1,6 +1,6 @@
 """`Part`: what is known of one building block of fusions, all in one file of this package."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
 from typing import Any
@@ -32,8 +32,10 @@ class Stage(IntEnum):
     """What is done to the result of a core."""
     PAIRS = auto()
     """What takes the results of several cores."""
+    CACHES = auto()
+    """What keeps what has been rotated."""
     ATTENTION = auto()
-    """What takes what has been rotated and repeated."""
+    """What takes what has been rotated, kept and repeated."""
     LINEARS = auto()
     """Layers, whose inputs and results are others' by then."""
 
@@ -154,7 +156,8 @@ class Epilogue(Part):
         traffic: what prices need.
         tail: its `traffic`, of a node of it and its core.
         found: the nodes of it at a core; None: those that call `op` on the core's result.
-        beside: what else a fusion takes that takes a node of it; None: nothing.
+        beside: what else a fusion may take that takes a node of it; None: nothing.
+        taking: the tail as a fusion takes it that consumes some nodes; None: as it is.
     """
 
     cores: frozenset[str]
@@ -162,6 +165,7 @@ class Epilogue(Part):
     tail: Callable[[fx.Node, fx.Node], Tail]
     found: Callable[[fx.Node], list[fx.Node]] | None = None
     beside: Callable[[fx.Node], list[fx.Node]] | None = None
+    taking: Callable[[Tail, Collection[fx.Node]], Tail] | None = None
 
 
 class Kind(Enum):

@@ -113,6 +113,14 @@ class Tail:
         nbytes = region.row_bytes + region.result_bytes
         return (clock.local(self.name, nbytes, reduces_rows=self.reduces_rows),)
 
+    def behind(self, clock: Clock, region: "Region") -> tuple[Kernel, ...]:
+        """What Inductor has in the kernels of core and epilogue and an op that takes both leaves to it."""
+        return ()
+
+    def at_site(self) -> "Tail":
+        """The same as it stands in the site's shape, whatever else a fusion takes along with it."""
+        return self
+
     def eager(self, clock: Clock, region: "Region") -> tuple[Kernel, ...]:
         """Kernels of its reference beside `eager_kernels`, which read and write a whole activation each."""
         return ()

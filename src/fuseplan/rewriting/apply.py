@@ -17,6 +17,7 @@ from fuseplan.graph.facts import aten, tensor_of
 from fuseplan.graph.layout import carriers, computed, is_reordered, memory_order, same_layout
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
+from fuseplan.rewriting.functional import functionalized
 from fuseplan.rewriting.inlining import traced as traced_calls
 from fuseplan.rules.base import Traced
 
@@ -82,7 +83,11 @@ class _Rewriter:
             elif node.op == "call_function":
                 target = match.rule.op.implementation(match.provider) if node.target is fused else node.target
                 args = fx.map_arg(node.args, lambda source: mapping[source])
-                mapping[node] = self._create(place, target, args, {}, match.core, known.get(node))
+                kwargs: dict[str, Any] = {}
+                if node.target is fused and match.rule.op.writes:
+                    target, args, kwargs = functionalized(match.rule.op, target, args)
+                value = None if kwargs else known.get(node)
+                mapping[node] = self._create(place, target, args, kwargs, match.core, value)
         return [mapping[node] for node in traced.outputs]
 
     def _inline(self, place: "_Place", match: Match, args: tuple[Any, ...]) -> fx.Node:

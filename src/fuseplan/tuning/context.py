@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.families import find_sites
-from fuseplan.graph.facts import aten, is_mutation, tensor_of
+from fuseplan.graph.facts import aten, is_call, is_mutation, tensor_of
 from fuseplan.graph.legality import external_inputs
 from fuseplan.graph.reach import is_view
 from fuseplan.graph.surgery import COLLECTIVES
@@ -108,7 +108,8 @@ def context_of(posed: Posed, component: Iterable[int], places: Collection[int]) 
     """The part of a graph around a component.
 
     It has the component's sites, what its candidates consume, and what Inductor may put into one kernel with any of
-    that: views, pointwise ops and reductions before and after it, as far as they belong to no other site.
+    that: views, pointwise ops and reductions before and after it, as far as they belong to no other site. Where a
+    result is what an input of the model holds afterwards, it is written there, too, or Inductor would copy the input.
 
     Args:
         posed: the graph's problem.
@@ -122,6 +123,7 @@ def context_of(posed: Posed, component: Iterable[int], places: Collection[int]) 
     others = canonical.claims(part for site in sites if site.ordinal not in places for part in site.parts) - core
     core = {node for node in core if node.op == "call_function" and not _is_size(node)}
     region = _grown(canonical.original, core, others)
+    region |= {user for node in region for user in node.users if _writes_input(user)}
     nodes = [node for node in canonical.original.nodes if node in region]
     return Context(
         canonical=canonical,
@@ -158,6 +160,10 @@ def _is_neighbour(node: fx.Node, others: Collection[fx.Node]) -> bool:
     if node in others or not isinstance(target, OpOverload) or is_mutation(node) or tensor_of(node) is None:
         return False
     return is_view(node) or torch.Tag.pointwise in target.tags or target in FUSED_BY_INDUCTOR
+
+
+def _writes_input(node: fx.Node) -> bool:
+    return is_call(node, aten.copy_.default) and node.args[0].op == "placeholder"
 
 
 def _is_size(node: fx.Node) -> bool:

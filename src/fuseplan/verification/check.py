@@ -119,7 +119,7 @@ def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3
         for _ in range(times):
             inputs, _ = _fresh(rule, case, seed)
             with Poisoned():
-                runs.append(fused(rule, inputs, rule.op.kernel(provider)))
+                runs.append(fused(rule, inputs, _on_copies(rule.op, rule.op.kernel(provider))))
         return all(torch.equal(_bits(a), _bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
@@ -189,15 +189,29 @@ class _Watched:
         self.op, self.kernel, self.guarded = op, kernel, guarded
 
     def __call__(self, *args: Any) -> Any:
-        results = self.kernel(*args)
+        # What it may write to is a copy, since others run on these arguments too.
+        copies = {name: self._guarding(given).copied() for name, given in self._written_of(args)}
+        given = [
+            copies[name].tensor if name in copies else each for name, each in zip(self.op.arguments, args, strict=True)
+        ]
+        results = self.kernel(*given)
         yielded = list(results) if isinstance(results, (tuple, list)) else [results]
-        wrong = self._misshaped(yielded) or self._shared(args, yielded) or self._written(args)
+        wrong = self._misshaped(yielded) or self._shared(given, yielded) or self._written(args)
+        beyond = [name for name, each in copies.items() if not each.is_written_inside]
+        if wrong is None and beyond:
+            wrong = f"the kernel writes beyond the elements of its argument {beyond[0]}"
         if wrong is not None:
             raise _MisbehavedError(wrong)
-        return results
+        return (*yielded, *(each.tensor.clone() for each in copies.values())) if copies else results
+
+    def _written_of(self, args: Sequence[Any]) -> list[tuple[str, Tensor]]:
+        return [(name, args[self.op.arguments.index(name)]) for name in self.op.writes]
+
+    def _guarding(self, tensor: Tensor) -> Guarded:
+        return next(each for each in self.guarded if each.tensor is tensor)
 
     def _misshaped(self, yielded: Sequence[Any]) -> str | None:
-        count = len(self.op.overload._schema.returns)
+        count = len(self.op.overload._schema.returns) - len(self.op.writes)
         if len(yielded) == count and all(isinstance(each, Tensor) for each in yielded):
             return None
         kinds = ", ".join(type(each).__name__ for each in yielded)
@@ -222,6 +236,21 @@ class _Watched:
                     return f"the kernel writes beyond the end of {where}"
                 return f"the kernel writes to {where}, and its schema says that it doesn't"
         return None
+
+
+def _on_copies(op: DialectOp, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel as a function that writes to none of its arguments, and yields what they would hold."""
+    if not op.writes:
+        return kernel
+
+    def run(*args: Any) -> Any:
+        given = dict(zip(op.arguments, args, strict=True))
+        given |= {name: given[name].clone() for name in op.writes}
+        results = kernel(*given.values())
+        yielded = results if isinstance(results, tuple) else (results,)
+        return (*yielded, *(given[name] for name in op.writes))
+
+    return run
 
 
 def _bits(tensor: Tensor) -> Tensor:

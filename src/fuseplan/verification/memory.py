@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuseplan.dialect import DialectOp, Draw, kernel_of
+from fuseplan.dialect import DialectOp, Draw, Indices, draw_activations, kernel_of
 from fuseplan.graph.facts import group_size
 from fuseplan.verification.specs import ALIGNMENT, TensorSpec
 
@@ -154,8 +154,23 @@ class Guarded:
     @property
     def of_before(self) -> Tensor:
         """The argument as it was."""
-        tensor = self.tensor
-        return self.before.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _placed(self.before, self.tensor)
+
+    def copied(self) -> "Guarded":
+        """The same argument, as it was, in a buffer of its own."""
+        buffer = self.before.clone()
+        return Guarded(_placed(buffer, self.tensor), buffer, self.before)
+
+    @property
+    def is_written_inside(self) -> bool:
+        """Whether nothing but the argument was written to: neither margins nor gaps between its elements."""
+        wanted = self.before.clone()
+        _placed(wanted, self.tensor).copy_(self.tensor)
+        return torch.equal(self.buffer.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def _placed(buffer: Tensor, like: Tensor) -> Tensor:
+    return buffer.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
 def make_arguments(
@@ -175,8 +190,23 @@ def make_arguments(
         elif spec.same_as is not None:
             made[name] = made[spec.same_as]
         else:
-            made[name] = _guarded(spec, op.draw(name), generators[spec.device])
+            made[name] = _guarded(spec, _draw(op.draw(name), arguments), generators[spec.device])
     return made
+
+
+def _draw(draw: Draw | Indices, arguments: Mapping[str, Any]) -> Draw:
+    if not isinstance(draw, Indices):
+        return draw
+    length: int = arguments[draw.of].shape[draw.dim]
+
+    def places(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+        count = math.prod(shape)
+        # Not the first one where there are others: a kernel that counts from it would pass.
+        first = min(1, length - count)
+        drawn = torch.randperm(length - first, device=device, generator=generator)[:count]
+        return drawn.add(first).view(shape)
+
+    return places
 
 
 def _guarded(spec: TensorSpec, draw: Draw, generator: torch.Generator) -> Guarded:
@@ -194,6 +224,6 @@ def _guarded(spec: TensorSpec, draw: Draw, generator: torch.Generator) -> Guarde
 def _values(spec: TensorSpec, shape: tuple[int, ...], draw: Draw, generator: torch.Generator) -> Tensor:
     if spec.fill is not None:
         return torch.full(shape, spec.fill, dtype=spec.dtype, device=spec.device)
-    if spec.dtype.is_floating_point:
+    if spec.dtype.is_floating_point or draw is not draw_activations:
         return draw(shape, spec.device, generator)
     return torch.randint(0, 2, shape, device=spec.device, generator=generator)

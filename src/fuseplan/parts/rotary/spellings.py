@@ -7,7 +7,7 @@ x1 and x2 are the halves of x, by slices or splits. Where x is cast to float32 b
 cast back. Queries and keys are raised together, since they share their angles: two tensors are taken to be a layer's
 queries and keys if they are rotated by the same cosines and sines and neither is computed from the other.
 
-Where neither is normalised before, no fusion is concerned, and both stay as they are.
+Where neither is normalised before, both stay as they are: `fuseplan.parts.cache` reads what is cached of these.
 """
 
 import operator
@@ -52,7 +52,7 @@ VIEWS = (
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Rotation:
+class Rotation:
     """A tensor that is rotated.
 
     Attributes:
@@ -81,16 +81,13 @@ class _Rotation:
 
 def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
     """Raises every rotary embedding of normalised queries and keys, both as one op."""
-    found: list[_Rotation] = []
-    for root in canonical.calls(aten.neg.default, aten.sub.Tensor):
-        try:
-            rotation = _read(root)
-            if rotation is not None:
-                found.append(_checked(canonical, rotation))
-        except Unraised as refused:
-            if _is_normed(root):
-                _tell(canonical, root, refused)
-    angles = {rotation.angles for rotation in found if _is_normed(rotation.x)}
+    found: list[Rotation] = []
+    for root, read in read_rotations(canonical):
+        if isinstance(read, Rotation):
+            found.append(read)
+        elif is_normed(root):
+            _tell(canonical, root, read)
+    angles = {rotation.angles for rotation in found if is_normed(rotation.x)}
     found = [rotation for rotation in found if rotation.angles in angles]
     if not found:
         return
@@ -100,35 +97,59 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
         single -= {q, k}
         canonical.raise_op(rotary_embedding, (q.x, k.x, q.cos, q.sin, q.rounding.value), (q.y, k.y))
     for rotation in found:
-        if rotation in single and _is_normed(rotation.x):
+        if rotation in single and is_normed(rotation.x):
             detail = "no other tensor is rotated by the same angles, as queries and keys of a layer are"
             _tell(canonical, rotation.root, Unraised(Reason.OP, detail, rotation.root))
+
+
+def read_rotations(canonical: CanonicalGraph) -> Iterator[tuple[fx.Node, Rotation | Unraised]]:
+    """(the negation or subtraction by which it was found, a tensor that is rotated, or why what looks like it isn't
+    one), in graph order.
+    """
+    for root in canonical.calls(aten.neg.default, aten.sub.Tensor):
+        try:
+            rotation = _read(root)
+            if rotation is not None:
+                yield root, _checked(canonical, rotation)
+        except Unraised as refused:
+            yield root, refused
 
 
 def _tell(canonical: CanonicalGraph, root: fx.Node, refused: Unraised) -> None:
     refused.tell(canonical, rotary_embedding, "rotary embedding", at=[root], place=root)
 
 
-def _pairs(canonical: CanonicalGraph, found: Sequence[_Rotation]) -> list[tuple[_Rotation, _Rotation]]:
+def _pairs(canonical: CanonicalGraph, found: Sequence[Rotation]) -> list[tuple[Rotation, Rotation]]:
     """(queries, keys): of tensors with the same angles each and the next in graph order that can be one op with it."""
     waiting = sorted(found, key=lambda each: each.y)
-    pairs: list[tuple[_Rotation, _Rotation]] = []
+    pairs: list[tuple[Rotation, Rotation]] = []
     while waiting:
         first = waiting.pop(0)
         second = next((each for each in waiting if each.angles == first.angles and _is_legal(first, each)), None)
         if second is not None:
             waiting.remove(second)
-            pairs.append((second, first) if _has_fewer_heads(first, second) else (first, second))
+            pairs.append((second, first) if _are_keys(first, second) else (first, second))
     regions = [{*q.interior, *k.interior} for q, k in pairs]
     cyclic = {index for cycle in Contraction(canonical.graph).cycles(regions) for index in cycle}
     return [pair for index, pair in enumerate(pairs) if index not in cyclic]
 
 
-def _is_legal(first: _Rotation, second: _Rotation) -> bool:
+def _is_legal(first: Rotation, second: Rotation) -> bool:
     return is_convex({*first.interior, *second.interior}, (first.x, second.x, first.cos, first.sin))
 
 
-def _has_fewer_heads(first: _Rotation, second: _Rotation) -> bool:
+def _are_keys(first: Rotation, second: Rotation) -> bool:
+    """Whether the first of two is the keys: it has fewer heads, or it alone is written into a cache."""
+    return _has_fewer_heads(first, second) or (
+        _is_stored(first) and not _is_stored(second) and not _has_fewer_heads(second, first)
+    )
+
+
+def _is_stored(rotation: Rotation) -> bool:
+    return any(is_call(user, aten.index_put.default) and user.args[2] is rotation.y for user in rotation.y.users)
+
+
+def _has_fewer_heads(first: Rotation, second: Rotation) -> bool:
     left, right = tensor_of(first.x), tensor_of(second.x)
     assert left is not None and right is not None
     sizes = [(a, b) for a, b in zip(left.shape, right.shape, strict=False) if not equal_size(a, b)]
@@ -144,7 +165,7 @@ def _identity(value: Any) -> Hashable:
     return value if isinstance(value, Hashable) else str(value)
 
 
-def _checked(canonical: CanonicalGraph, rotation: _Rotation) -> _Rotation:
+def _checked(canonical: CanonicalGraph, rotation: Rotation) -> Rotation:
     """The rotation, if nothing that a model can vary makes another op of it."""
     x, cos, sin = map(tensor_of, (rotation.x, rotation.cos, rotation.sin))
     if x is None or cos is None or sin is None or not cos.dim():
@@ -165,7 +186,7 @@ def _checked(canonical: CanonicalGraph, rotation: _Rotation) -> _Rotation:
 # Reading one tensor's rotation.
 
 
-def _read(root: Call) -> _Rotation | None:
+def _read(root: Call) -> Rotation | None:
     """The rotation that a root is part of, None where it looks like none.
 
     Raises:
@@ -174,7 +195,7 @@ def _read(root: Call) -> _Rotation | None:
     return _read_turned(root) if is_call(root, aten.neg.default) else _read_halves(root)
 
 
-def _read_turned(neg: Call) -> _Rotation | None:
+def _read_turned(neg: Call) -> Rotation | None:
     """`x * cos + cat(-x2, x1) * sin`"""
     second = _part_of(neg.args[0])
     if second is None or second.index != 1:
@@ -208,13 +229,13 @@ def _read_turned(neg: Call) -> _Rotation | None:
     )
 
 
-def _read_halves(sub: Call) -> _Rotation | None:
+def _read_halves(sub: Call) -> Rotation | None:
     """`cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)`"""
     both = [(left, right) for left in _products(sub.args[0]) for right in _products(sub.args[1])]
     fitting = [each for each in both if _are_parts(*each)]
     if not fitting or sub.kwargs:
         return None
-    left, right = min(fitting, key=lambda each: len(fitting) > 1 and not _is_normed(each[0].part.source))
+    left, right = min(fitting, key=lambda each: len(fitting) > 1 and not is_normed(each[0].part.source))
     if left.part.interleaved:
         raise _interleaved(sub)
     source = left.part.source
@@ -239,7 +260,7 @@ def _read_halves(sub: Call) -> _Rotation | None:
 def _finish(
     root: fx.Node, source: fx.Node, cos: object, sin: object, result: fx.Node, products: Sequence[fx.Node],
     others: Sequence[fx.Node],
-) -> _Rotation:  # fmt: skip
+) -> Rotation:  # fmt: skip
     """Where it rounds, by the dtypes of x, of its products and of the result."""
     if not isinstance(cos, fx.Node) or not isinstance(sin, fx.Node):
         raise Unraised(Reason.OP, "its angles aren't tensors", root)
@@ -257,7 +278,7 @@ def _finish(
     else:
         names = ", ".join(sorted({str(each).removeprefix("torch.") for each in computed}))
         raise Unraised(Reason.DTYPE, f"x is {dtype_name(x)}, and it is rotated in {names}", root)
-    return _Rotation(root=root, x=x, cos=cos, sin=sin, y=y, rounding=rounding, interior=interior)
+    return Rotation(root=root, x=x, cos=cos, sin=sin, y=y, rounding=rounding, interior=interior)
 
 
 @dataclass(frozen=True)
@@ -292,7 +313,7 @@ def _are_parts(first: _Product, second: _Product) -> bool:
     return one.source is other.source and (one.index, other.index) == (0, 1) and one.interleaved is other.interleaved
 
 
-def _is_normed(node: fx.Node) -> bool:
+def is_normed(node: fx.Node) -> bool:
     """Whether a norm is near, towards the inputs."""
     return path_between(node, lambda node: is_dialect(node, rms_norm), "inputs") is not None
 

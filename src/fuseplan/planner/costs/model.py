@@ -13,6 +13,7 @@ How Inductor leaves what is not fused:
 - fp8 quantisation joins the kernel before it: static is pointwise, and the row maximum of dynamic is a reduction over
   the rows that this kernel holds already. After an opaque fused op it is a kernel of its own.
 - Normed and rotated queries are one kernel and keys another, the fewest that it can be: two reductions of other sizes.
+- Keys that are written into a static cache are written by the kernel that rotates them, and values by one of their own.
 - A pad is a kernel of its own: it iterates over another width than the norm. In eager mode it is two, `fill_` of the
   whole output and `copy_` into a part of it.
 """

@@ -95,6 +95,38 @@ def accept_qk_norm_rope(m: Any) -> Refusal | None:
     return m.refuse(Reason.SIZE, "q", detail, mend="flatten them")  # type: ignore[no-any-return]
 
 
+def rope_cache(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    rotary_rounding: str,
+) -> Tensor:  # fmt: skip
+    """`parts.cached_rotary.op.rope_cache_reference` in one kernel, which writes the caches and yields the queries."""
+    from fuseplan.providers.triton.cached_rotary import launch
+
+    return launch(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+
+
+def qk_norm_rope_cache(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
+    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str,
+) -> Tensor:  # fmt: skip
+    """`families.cached_rotary.qk_norm_rope_cache_reference` in one kernel, which writes the caches and yields the
+    queries.
+    """
+    from fuseplan.providers.triton.cached_rotary import QkNorm, launch
+
+    norm = QkNorm(q_weight=q_weight, k_weight=k_weight, eps=eps, rounding=Rounding(rounding))
+    return launch(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding, norm)
+
+
+def accept_cached_rotary(m: Any) -> Refusal | None:
+    """Why the kernel doesn't take the arguments, or None."""
+    most = MOST_ROW_BYTES // m.q.dtype.itemsize
+    if max(m.q.shape[-1], m.v.shape[-1]) <= most:
+        return None
+    detail = f"the kernel takes heads of up to {most} elements; those of q have {m.q.shape[-1]}, of v {m.v.shape[-1]}"
+    return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+
+
 def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, kernel: str
 ) -> Tensor:  # fmt: skip
@@ -252,6 +284,8 @@ _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in 
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
+implement(ops.rope_cache, "triton", replayed(rope_cache))
+implement(ops.qk_norm_rope_cache, "triton", replayed(qk_norm_rope_cache))
 implement(ops.grouped_attention, "triton", replayed(grouped_attention))
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
@@ -263,6 +297,8 @@ for _op, _own_suffix in _ACTIVATIONS.items():
 
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,
+    ops.rope_cache.name: accept_cached_rotary,
+    ops.qk_norm_rope_cache.name: accept_cached_rotary,
     ops.grouped_attention.name: FewQueries(),
     **{op.name: FewRows() for op in _LINEARS},
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},

@@ -19,6 +19,42 @@ from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
 
 @triton.jit
+def rotated_heads(
+    low, x_dim, inside, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, column, is_column,
+    dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
+    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """The two halves of rotated heads [ROWS, WIDTH], normed before where NORMS: `low` and `cosines` are pointers to the
+    first halves, `column` says which element of a half is which.
+    """
+    x1 = tl.load(low, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    x2 = tl.load(low + HALF * x_dim, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    c1 = tl.load(cosines, mask=is_column, other=0.0).to(tl.float32)
+    s1 = tl.load(sines, mask=is_column, other=0.0).to(tl.float32)
+    c2, s2 = c1, s1
+    if not SHARED_ANGLES:
+        c2 = tl.load(cosines + HALF * cos_dim, mask=is_column, other=0.0).to(tl.float32)
+        s2 = tl.load(sines + HALF * sin_dim, mask=is_column, other=0.0).to(tl.float32)
+    n1, n2 = x1, x2
+    if NORMS:
+        w1 = tl.load(weight_ptr + column * weight_dim, mask=is_column, other=0.0).to(tl.float32)
+        w2 = tl.load(weight_ptr + (column + HALF) * weight_dim, mask=is_column, other=0.0).to(tl.float32)
+        mean = tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF)
+        root = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
+        n1, n2 = x1 * root, x2 * root
+        if ROUNDS_NORMED:
+            n1, n2 = n1.to(dtype).to(tl.float32), n2.to(dtype).to(tl.float32)
+        if ADDS_ONE:
+            w1, w2 = w1 + 1.0, w2 + 1.0
+        n1, n2 = (n1 * w1[None, :]).to(dtype).to(tl.float32), (n2 * w2[None, :]).to(dtype).to(tl.float32)
+    a1, b1, a2, b2 = n1 * c1[None, :], n2 * s1[None, :], n2 * c2[None, :], n1 * s2[None, :]
+    if ROUNDS_PRODUCTS:
+        a1, b1 = a1.to(dtype).to(tl.float32), b1.to(dtype).to(tl.float32)
+        a2, b2 = a2.to(dtype).to(tl.float32), b2.to(dtype).to(tl.float32)
+    return (a1 - b1).to(dtype), (a2 + b2).to(dtype)
+
+
+@triton.jit
 def _norm_and_rotate(
     x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr,
     batch, position, seq, first_head, x_batch, x_seq, x_head, x_dim, weight_dim,
@@ -35,35 +71,15 @@ def _norm_and_rotate(
     inside = within(head, HEADS)[:, None] & is_column[None, :]
     low = x_ptr + batch * x_batch + position * x_seq
     low += head.to(tl.int64)[:, None] * x_head + column[None, :] * x_dim
-    x1 = tl.load(low, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-    x2 = tl.load(low + HALF * x_dim, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-
-    w1 = tl.load(weight_ptr + column * weight_dim, mask=is_column, other=0.0).to(tl.float32)
-    w2 = tl.load(weight_ptr + (column + HALF) * weight_dim, mask=is_column, other=0.0).to(tl.float32)
     cosines = cos_ptr + batch * cos_batch + position * cos_seq + column * cos_dim
     sines = sin_ptr + batch * sin_batch + position * sin_seq + column * sin_dim
-    c1 = tl.load(cosines, mask=is_column, other=0.0).to(tl.float32)
-    s1 = tl.load(sines, mask=is_column, other=0.0).to(tl.float32)
-    c2, s2 = c1, s1
-    if not SHARED_ANGLES:
-        c2 = tl.load(cosines + HALF * cos_dim, mask=is_column, other=0.0).to(tl.float32)
-        s2 = tl.load(sines + HALF * sin_dim, mask=is_column, other=0.0).to(tl.float32)
-
-    mean = tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF)
-    root = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
-    n1, n2 = x1 * root, x2 * root
-    if ROUNDS_NORMED:
-        n1, n2 = n1.to(dtype).to(tl.float32), n2.to(dtype).to(tl.float32)
-    if ADDS_ONE:
-        w1, w2 = w1 + 1.0, w2 + 1.0
-    n1, n2 = (n1 * w1[None, :]).to(dtype).to(tl.float32), (n2 * w2[None, :]).to(dtype).to(tl.float32)
-    a1, b1, a2, b2 = n1 * c1[None, :], n2 * s1[None, :], n2 * c2[None, :], n1 * s2[None, :]
-    if ROUNDS_PRODUCTS:
-        a1, b1 = a1.to(dtype).to(tl.float32), b1.to(dtype).to(tl.float32)
-        a2, b2 = a2.to(dtype).to(tl.float32), b2.to(dtype).to(tl.float32)
+    y1, y2 = rotated_heads(
+        low, x_dim, inside, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, column, is_column, dtype,
+        HALF, SHARED_ANGLES, True, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+    )  # fmt: skip
     out = y_ptr + ((batch * seq + position) * HEADS + head)[:, None] * (2 * HALF) + column[None, :]
-    tl.store(out, (a1 - b1).to(dtype), mask=inside)
-    tl.store(out + HALF, (a2 + b2).to(dtype), mask=inside)
+    tl.store(out, y1, mask=inside)
+    tl.store(out + HALF, y2, mask=inside)
 
 
 @triton.jit

@@ -1,0 +1,205 @@
+"""Rotary embedding of queries and keys, with an RMSNorm before it or without, and writing the keys, and values, into a
+static cache, in one kernel.
+
+y = x * cos + cat(-x2, x1) * sin        of q, which is yielded, and of k
+k_cache[:, :, positions] = y,   v_cache[:, :, positions] = v
+
+A program holds some heads of a token's q, k or v, and reads and writes each element once. It writes at no position that
+the caches don't have: on the GPU such a position ends the process's kernels with an assertion, as Inductor's own do.
+The equivalent eager code is `fuseplan.families.cached_rotary.qk_norm_rope_cache_reference`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fuseplan.dialect import RotaryRounding, Rounding
+from fuseplan.providers.triton.launching import MOST_PROGRAMS, Tile, eviction
+from fuseplan.providers.triton.qk_norm_rope import rotated_heads
+from fuseplan.providers.triton.replay import run_kernel
+from fuseplan.providers.triton.rows import within
+from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
+
+
+@triton.jit
+def _place(positions_ptr, token, step, length):
+    """Where a token is written to, and whether the cache has that place."""
+    position = tl.load(positions_ptr + token * step).to(tl.int64)
+    position = tl.where(position < 0, position + length, position)
+    is_there = (position >= 0) & (position < length)
+    tl.device_assert(is_there, "index out of bounds: the cache has no such position")
+    return position, is_there
+
+
+@triton.jit
+def _rotate(
+    x_ptr, x, y_ptr, y, is_there, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, first_head,
+    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
+    NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
+    EVICTION: tl.constexpr,
+):  # fmt: skip
+    """ROWS heads of a token from `x_ptr` to `y_ptr`, whose strides (head, element) are `x` and `y`."""
+    head, column = first_head + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    is_column = within(column, HALF)
+    inside = within(head, HEADS)[:, None] & is_column[None, :]
+    heads = head.to(tl.int64)[:, None]
+    y1, y2 = rotated_heads(
+        x_ptr + heads * x[0] + column[None, :] * x[1], x[1], inside, weight_ptr, weight_dim, cosines + column * cos_dim,
+        cos_dim, sines + column * sin_dim, sin_dim, eps, column, is_column, y_ptr.dtype.element_ty,
+        HALF, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+    )  # fmt: skip
+    out = y_ptr + heads * y[0] + column[None, :] * y[1]
+    tl.store(out, y1, mask=inside & is_there)
+    tl.store(out + HALF * y[1], y2, mask=inside & is_there)
+
+
+@triton.jit
+def _token(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+    positions_ptr, batch, token, seq, part, q_parts, k_parts, length,
+    q, k, v, k_cache, v_cache, cos, sin, q_weight_dim, k_weight_dim, positions_step, eps,
+    HALF: tl.constexpr, VALUE_DIM: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_ROWS: tl.constexpr,
+    K_ROWS: tl.constexpr, V_ROWS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
+    ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """A part of a token: the first `q_parts` are queries, `k_parts` after these keys, the others values."""
+    zero = tl.zeros((), tl.int64)
+    batch, token = zero + batch, zero + token
+    cosines = cos_ptr + batch * cos[0] + token * cos[1]
+    sines = sin_ptr + batch * sin[0] + token * sin[1]
+    if part < q_parts:
+        _rotate(
+            q_ptr + batch * q[0] + token * q[2], (q[1], q[3]),
+            q_out_ptr + (batch * Q_HEADS * seq + token) * (2 * HALF), (zero + seq * (2 * HALF), 1), True,
+            q_weight_ptr, q_weight_dim, cosines, cos[2], sines, sin[2], eps, part * Q_ROWS,
+            HALF, Q_HEADS, Q_ROWS, WIDTH, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+        )  # fmt: skip
+    else:
+        place, is_there = _place(positions_ptr, token, positions_step, length)
+        if part < q_parts + k_parts:
+            _rotate(
+                k_ptr + batch * k[0] + token * k[2], (k[1], k[3]),
+                k_cache_ptr + batch * k_cache[0] + place * k_cache[2], (k_cache[1], k_cache[3]), is_there,
+                k_weight_ptr, k_weight_dim, cosines, cos[2], sines, sin[2], eps, (part - q_parts) * K_ROWS,
+                HALF, K_HEADS, K_ROWS, WIDTH, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+            )  # fmt: skip
+        else:
+            head = (part - q_parts - k_parts) * V_ROWS + tl.arange(0, V_ROWS)
+            column = tl.arange(0, V_WIDTH)
+            inside = within(head, K_HEADS)[:, None] & within(column, VALUE_DIM)[None, :]
+            heads = head.to(tl.int64)[:, None]
+            source = v_ptr + batch * v[0] + token * v[2] + heads * v[1] + column[None, :] * v[3]
+            value = tl.load(source, mask=inside, other=0.0, eviction_policy=EVICTION)
+            out = v_cache_ptr + batch * v_cache[0] + place * v_cache[2]
+            out += heads * v_cache[1] + column[None, :] * v_cache[3]
+            tl.store(out, value, mask=inside & is_there)
+
+
+@triton.jit(do_not_specialize=["seq", "batches"])  # one compilation for all numbers of tokens
+def _cached_rotary(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+    positions_ptr, q_parts, k_parts, seq, batches, length,
+    q, k, v, k_cache, v_cache, cos, sin, q_weight_dim, k_weight_dim, positions_step, eps,
+    HALF: tl.constexpr, VALUE_DIM: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_ROWS: tl.constexpr,
+    K_ROWS: tl.constexpr, V_ROWS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
+    ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """A program takes one part of a token, and then of those that no other takes; strides are those of
+    [batch, heads, tokens, head_dim], of angles those of [batch, tokens, head_dim].
+    """
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for batch in range(tl.program_id(2), batches, tl.num_programs(2)):
+        for token in range(tl.program_id(1), seq, tl.num_programs(1)):
+            _token(
+                q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+                positions_ptr, batch, token, seq, tl.program_id(0), q_parts, k_parts, length,
+                q, k, v, k_cache, v_cache, cos, sin, q_weight_dim, k_weight_dim, positions_step, eps,
+                HALF, VALUE_DIM, Q_HEADS, K_HEADS, Q_ROWS, K_ROWS, V_ROWS, WIDTH, V_WIDTH, SHARED_ANGLES, NORMS,
+                ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class QkNorm:
+    """How queries and keys are normed before they are rotated.
+
+    Attributes:
+        q_weight: [head_dim], the queries' dtype.
+        k_weight: likewise.
+        eps: added to the mean squares.
+        rounding: of the norms.
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    rounding: Rounding
+
+
+def _broadcast(value: Tensor) -> tuple[int, ...]:
+    """Strides of the batch, the tokens and the elements of angles: 0 where all share them."""
+    return (*(0 if value.shape[dim] == 1 else value.stride(dim) for dim in (0, 2)), value.stride(3))
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    rotary_rounding: str, norm: QkNorm | None = None,
+) -> Tensor:  # fmt: skip
+    """See `fuseplan.families.cached_rotary.qk_norm_rope_cache_reference`; any strides.
+
+    Args:
+        q: [batch, q_heads, tokens, head_dim]; bfloat16, float16 or float32.
+        k: [batch, heads, tokens, head_dim].
+        v: [batch, heads, tokens, value_dim].
+        k_cache: [batch, heads, length, head_dim]; it is written.
+        v_cache: [batch, heads, length, value_dim]; it is written.
+        cos: [batch or 1, 1, tokens or 1, head_dim], or half of head_dim.
+        sin: cos's shape.
+        positions: [tokens], integers; where the caches don't have one, nothing is written.
+        rotary_rounding: of the rotation.
+        norm: of queries and keys; None: there is none.
+
+    Returns:
+        The rotated queries, contiguous.
+    """
+    q_out = q.new_empty(q.shape)
+    batches, q_heads, seq, head_dim = q.shape
+    k_heads, half, value_dim = k.shape[1], head_dim // 2, v.shape[3]
+    width, value_width = triton.next_power_of_2(half), triton.next_power_of_2(value_dim)
+    q_rows, k_rows = (_rows(heads, HEADS.value // width) for heads in (q_heads, k_heads))
+    v_rows = _rows(k_heads, 2 * HEADS.value // value_width)
+    q_parts, k_parts, v_parts = (
+        triton.cdiv(heads, rows) for heads, rows in ((q_heads, q_rows), (k_heads, k_rows), (k_heads, v_rows))
+    )
+    if batches * seq * (q_parts + k_parts + v_parts) == 0:
+        return q_out
+    shape = Tile.holding(width, rows=max(q_rows, k_rows), elements=HEADS_THREAD.value)
+    convention = norm.rounding if norm is not None else Rounding.LLAMA
+    q_weight, k_weight = (norm.q_weight, norm.k_weight) if norm is not None else (cos, cos)
+    with torch.cuda.device_of(q):
+        run_kernel(
+            _cached_rotary, (q_parts + k_parts + v_parts, min(seq, MOST_PROGRAMS), min(batches, MOST_PROGRAMS)),
+            q, k, v, q_out, k_cache, v_cache, q_weight, k_weight, cos, sin, positions,
+            q_parts, k_parts, seq, batches, k_cache.shape[2],
+            *(each.stride() for each in (q, k, v, k_cache, v_cache)), _broadcast(cos), _broadcast(sin),
+            q_weight.stride(-1), k_weight.stride(-1), positions.stride(0), norm.eps if norm is not None else 0.0,
+            HALF=half, VALUE_DIM=value_dim, Q_HEADS=q_heads, K_HEADS=k_heads, Q_ROWS=q_rows, K_ROWS=k_rows,
+            V_ROWS=v_rows, WIDTH=width, V_WIDTH=value_width, SHARED_ANGLES=cos.shape[-1] == half,
+            NORMS=norm is not None, ROUNDS_NORMED=convention.rounds_normed, ADDS_ONE=convention.adds_one,
+            ROUNDS_PRODUCTS=RotaryRounding(rotary_rounding) is RotaryRounding.PRODUCTS,
+            EVICTION=eviction(q, k, v, q_out), **shape.launch(q),
+            enable_fp_fusion=False,  # a fused multiply-add doesn't round the product
+            debug=True, sanitize_overflow=False,  # assertions, and none that Triton adds
+        )  # fmt: skip
+    return q_out
+
+
+def _rows(heads: int, most: int) -> int:
+    return int(min(max(1, most), triton.next_power_of_2(heads)))

@@ -1,0 +1,32 @@
+"""An op that writes to its arguments, as a graph holds it before Inductor writes in place."""
+
+from typing import Any
+
+import torch
+
+from fuseplan.ops import DialectOp
+
+
+def functionalized(
+    op: DialectOp, implementation: "torch._ops.OpOverload", args: tuple[Any, ...]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The call that yields what the op yields and writes to nothing.
+
+    Inductor lets the implementation write to an argument itself where nobody sees the difference, and to a copy of it
+    else. It yields the implementation's results, then the arguments that are written as they are afterwards, which is
+    the order of the op's results.
+
+    Args:
+        op: one that `writes`.
+        implementation: its overload that writes.
+        args: in the schema's order.
+
+    Returns:
+        (function, its arguments by position, those by name).
+    """
+    given = dict(zip(op.arguments, args, strict=True))
+    written = [given.pop(name) for name in op.writes]
+    # Each of them is a tensor of its own, and no view of another one.
+    places = {f"_{name}_base_index": index for index, name in enumerate(op.writes)}
+    function = torch.ops.higher_order.auto_functionalized_v2
+    return function, (implementation,), {**given, **places, "_all_bases": written}

@@ -1,0 +1,114 @@
+"""What rotation and writes into a cache cost: three kernels, or one; and what a fusion of the norms alone leaves."""
+
+import pytest
+import torch
+
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.families import find_sites
+from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES, CachedRotaryShape
+from fuseplan.matching import find_matches
+from fuseplan.parts.cached_rotary.traffic import CachedRegion
+from fuseplan.parts.rotary import Rotation
+from fuseplan.parts.traffic import total_ns
+from fuseplan.planner.costs import HARDWARE, CostModel, Region
+from fuseplan.providers import REFERENCE
+from fuseplan.rules import by_name
+from tests.cached import BATCH, LENGTH, arguments, layer, normed_layer
+from tests.helpers import post_grad
+from tests.planner.parts import NORM
+from tests.planner.test_rotary import Counted
+from tests.rotary import HEAD, K_HEADS, Q_HEADS
+
+SIZES = CachedRegion(
+    tokens=8, q_heads=32, heads=8, width=128, value_width=128, angles=256, itemsize=2, cache_bytes=2**24
+)
+HEAD_BYTES, ANGLES = 8 * 128 * 2, 8 * 256 * 2
+
+
+@pytest.mark.parametrize("device", sorted(HARDWARE))
+def test_one_kernel_in_place_of_three(device: str) -> None:
+    hardware = HARDWARE[device]
+    model = CostModel(hardware)
+    q, k, v = SIZES.unfused(model)
+    for kernel, nbytes in ((q, 64 * HEAD_BYTES + ANGLES), (k, 16 * HEAD_BYTES + ANGLES), (v, 16 * HEAD_BYTES)):
+        assert kernel.launch == pytest.approx(hardware.launch.value, abs=1)
+        assert kernel.memory == pytest.approx(hardware.memory_ns(nbytes), abs=1)
+    (fused,) = SIZES.fused(model, eager=False)
+    assert fused.launch == q.launch
+    assert fused.memory == pytest.approx(hardware.memory_ns(96 * HEAD_BYTES + ANGLES), abs=1)
+    # The reference copies both caches, and back.
+    assert total_ns(SIZES.fused(model, eager=True)) > 2 * hardware.memory_ns(2 * SIZES.cache_bytes)
+    assert total_ns(SIZES.fused(model, eager=True)) > total_ns(SIZES.unfused(model))
+
+
+def test_a_step_of_one_row_saves_two_launches_on_an_h200() -> None:
+    """Some 3 to 4 us a layer."""
+    model = CostModel(HARDWARE["h200"])
+    one = CachedRegion(
+        tokens=1, q_heads=32, heads=8, width=128, value_width=128, angles=256, itemsize=2, cache_bytes=2**22
+    )
+    saved = total_ns(one.unfused(model)) - total_ns(one.fused(model, eager=False))
+    assert saved == pytest.approx(2 * model.hardware.launch.value, rel=0.1)
+
+
+@pytest.mark.parametrize("device", sorted(HARDWARE))
+def test_behind_a_fusion_of_the_norms_the_writes_are_kernels_of_their_own(device: str) -> None:
+    model = CostModel(HARDWARE[device])
+    tail = Rotation(q_heads=32, k_heads=8, angles=256, values=8 * 128, cache_bytes=2**24)
+    region = Region(core=NORM, tokens=8 * 32, width=128, tail=tail)
+    v = model.unfused(region)[2]
+    assert v.memory == pytest.approx(model.hardware.memory_ns(16 * HEAD_BYTES), abs=1)
+    keys, values = tail.behind(model, region)
+    assert (keys, values) == (v, v)
+    taken = Region(core=NORM, tokens=8 * 32, width=128, tail=Rotation(**{**vars(tail), "writes": True}))
+    assert taken.tail is not None
+    assert taken.tail.behind(model, taken) == ()
+    assert taken.tail.at_site() == tail
+    (fused,) = model.fused(taken, "triton")
+    assert fused.memory >= model.fused(region, "triton")[0].memory
+    assert len(model.fused(taken, "torch")) == 2 * NORM.eager_kernels + Rotation.eager_kernels + 2
+
+
+def test_a_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
+    for op, most in ((ops.rope_cache, 0), (ops.qk_norm_rope_cache, 2 * NORM.eager_kernels)):
+        for sample in op.samples:
+            given = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+            with Counted() as counted:
+                op.kernel("torch")(*given)
+            assert 0 < counted.count <= most + Rotation.eager_kernels + 4
+
+
+def test_a_site_is_the_rotation_with_its_writes() -> None:
+    canonical = canonicalize(post_grad(layer(), *arguments(3)))
+    (site,) = find_sites(canonical)
+    shape = site.shape(BATCH * Q_HEADS * 3)
+    assert isinstance(shape, CachedRotaryShape)
+    assert shape.signature == f"cached_rotary {Q_HEADS}+{K_HEADS} heads {HEAD} bfloat16 products"
+    assert shape.sizes == CachedRegion(
+        tokens=BATCH * 3, q_heads=Q_HEADS, heads=K_HEADS, width=HEAD, value_width=HEAD, angles=2 * HEAD, itemsize=2,
+        cache_bytes=2 * 2 * BATCH * K_HEADS * LENGTH * HEAD,
+    )  # fmt: skip
+    assert site.taken([site.core, *site.core.users]) is not None
+    others = [node for node in canonical.graph.nodes if node.op == "call_function"]
+    assert site.taken(others) is None
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_behind_norms_the_site_is_the_queries_norm(tokens_first: bool) -> None:
+    canonical = canonicalize(post_grad(normed_layer(tokens_first=tokens_first), *arguments(3)))
+    q = next(site for site in find_sites(canonical) if site.tails)
+    (tail,) = q.shape(BATCH * 3 * Q_HEADS).tails
+    assert tail == Rotation(
+        q_heads=Q_HEADS, k_heads=K_HEADS, angles=2 * HEAD, values=K_HEADS * HEAD,
+        cache_bytes=2 * 2 * BATCH * K_HEADS * LENGTH * HEAD,
+    )  # fmt: skip
+    assert tail.text(HEAD) == f"rotary {Q_HEADS}+{K_HEADS} heads cached"
+    (match,) = find_matches(canonical, by_name(CACHED_ROTARY_RULES), [REFERENCE]).candidates
+    calls = match.consumed
+    taken = q.taken(calls)
+    assert taken is not None
+    assert taken.tail == Rotation(**{**vars(tail), "writes": True})
+    alone = q.taken([node for node in calls if "cache_write" not in str(node.target)])
+    assert alone is not None
+    assert alone.tail == tail

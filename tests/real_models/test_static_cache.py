@@ -1,0 +1,153 @@
+"""Decode steps of unmodified Hugging Face models on a static cache: rotation and cache writes are one kernel in every
+layer, beside attention that repeats no heads, and what comes out and what is cached stay.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+import fuseplan
+from tests.interpreted import no_code
+
+LAYERS, CACHE, PROMPT, WINDOW = 2, 32, 7, 8
+COMMON: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "initializer_range": 0.3,
+}  # fmt: skip
+WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any], str]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}, "rope_cache"),
+    "llama, as many heads": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 8}, "rope_cache"),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}, "qk_norm_rope_cache"),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, WINDOWS, "qk_norm_rope_cache"),
+}
+IDS = (torch.arange(3 * PROMPT).reshape(3, PROMPT) * 11) % 64
+
+
+def built(name: str) -> tuple[Any, str]:
+    config, model, own, rule = MODELS[name]
+    torch.manual_seed(0)
+    return model(config(**{**COMMON, **own})).eval(), rule
+
+
+def filled(model: Any) -> StaticCache:
+    cache = StaticCache(config=model.config, max_cache_len=CACHE)
+    with torch.no_grad():
+        model(input_ids=IDS, past_key_values=cache)
+    return cache
+
+
+def step(cache: Cache, position: int = PROMPT, tokens: int = 1) -> dict[str, Any]:
+    return {
+        "input_ids": IDS[:, :tokens], "position_ids": (position + torch.arange(tokens)).repeat(3, 1),
+        "past_key_values": cache, "use_cache": True,
+    }  # fmt: skip
+
+
+def held(cache: StaticCache) -> list[Tensor]:
+    layers: list[Any] = cache.layers
+    return [each for layer in layers for each in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("device", ["h100", "mi300x"])
+def test_a_step_is_planned_once_a_layer_beside_attention(name: str, device: str) -> None:
+    model, rule = built(name)
+    model = model.bfloat16()
+    report = fuseplan.explain(model, device=device, **step(filled(model)))
+    fused = {rule: count for rule, count in report.fused.items() if count}
+    grouped = {} if name == "llama, as many heads" else {"grouped_attention": LAYERS}
+    assert fused == {rule: LAYERS, **grouped}
+    applied = [each for each in report.graphs[0].applied if each.rule == rule]
+    assert {each.provider for each in applied} == {"triton"}
+    assert all(each.saving_ns and each.saving_ns > 0 for each in applied)
+    other = {"rope_cache", "qk_norm_rope_cache", "qk_norm_rope"} - {rule}
+    if name != "gemma3":  # whose norms stand behind the transposition, which qk_norm_rope says
+        assert not [miss for miss in report.near_misses if miss.rule in other]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_cpu_it_is_left_to_inductor(name: str) -> None:
+    model, rule = built(name)
+    report = fuseplan.explain(model, device="cpu", **step(filled(model)))
+    assert report.fused[rule] == 0
+    assert report.matched[rule] == LAYERS
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_comes_out_and_what_is_cached_stay(name: str, tokens: int) -> None:
+    """Of several steps, past the window of layers that have one, and by one graph where there is none."""
+    model, rule = built(name)
+    reports: list[fuseplan.Report] = []
+    steps = [(PROMPT + index * tokens, tokens) for index in range(3)]
+    with torch.no_grad(), no_code():
+        expected, plain = [], filled(model)
+        for position, count in steps:
+            expected.append(model(**step(plain, position, count)).logits)
+        torch._dynamo.reset()
+        compiled = fuseplan.compile(
+            model, fullgraph=True, config=fuseplan.PassConfig(force=(rule,)), on_report=reports.append
+        )
+        cache = filled(model)
+        pointers = [each.data_ptr() for each in held(cache)]
+        actual = [compiled(**step(cache, *each)).logits for each in steps]
+    assert reports[0].fused[rule] >= LAYERS - (name == "gemma3" and tokens > 1)
+    assert not [each for each in reports[0].warnings if each.reason.value == "verification"]
+    for got, wanted in zip((*actual, *held(cache)), (*expected, *held(plain)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert [each.data_ptr() for each in held(cache)] == pointers
+    if name != "gemma3":
+        assert len(reports) == 1
+
+
+def test_a_window_that_rolls_is_a_near_miss_and_stays_right() -> None:
+    model, rule = built("gemma3")
+    with torch.no_grad():
+        cache = filled(model)
+        for position in (PROMPT, PROMPT + 1):  # the window is full then
+            model(**step(cache, position))
+        report = fuseplan.explain(model, device="h200", **step(cache, PROMPT + 2))
+    assert report.fused[rule] == LAYERS - 1
+    rolled = [miss for miss in report.near_misses if miss.rule == rule and "a window that rolls" in miss.detail]
+    assert [miss.count for miss in rolled] == [1]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_dynamic_cache_is_a_near_miss(name: str) -> None:
+    model, rule = built(name)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=IDS, past_key_values=cache)
+        report = fuseplan.explain(model, device="h200", **step(cache))
+    assert report.fused[rule] == 0
+    (miss,) = [each for each in report.near_misses if each.rule == rule]
+    assert miss.count == LAYERS
+    assert "a cache that grows" in miss.detail
+    assert "StaticCache" in (miss.mend or "")
+
+
+def test_generation_gives_equal_tokens() -> None:
+    model, rule = built("llama")
+    how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(IDS, **how, pad_token_id=0)
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(policy=f"ordered({rule})")
+    model.forward = fuseplan.compile(model.forward, config=config, on_report=reports.append)
+    with no_code():
+        actual = model.generate(IDS, **how, pad_token_id=0)
+    assert any(report.fused[rule] == LAYERS for report in reports)
+    assert torch.equal(actual, expected)

@@ -1,0 +1,130 @@
+"""Random programs around static caches: reads before and after writes, views, second writes, caches handed on and
+returned. Whatever is fused, results and caches are those of eager PyTorch, and caches stay where they are.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fuseplan
+from fuseplan.record import Report
+from tests.cached import arguments, assigned, index_copy, layer, normed_layer
+from tests.interpreted import no_code
+
+PROGRAMS = 40
+Step = Callable[[dict[str, Any]], None]
+
+
+def _layer(state: dict[str, Any]) -> None:
+    caches = state["caches"][state["turn"] % 2]
+    results = state["layer"](state["q"], state["k"], state["v"], *caches, *state["angles"], state["positions"])
+    state["out"] += results
+    state["q"] = results[0].transpose(1, 2) + state["q"]
+    state["turn"] += 1
+
+
+def _same_caches_again(state: dict[str, Any]) -> None:
+    state["turn"] += 1  # the next layer has the caches of the one before the last
+
+
+def _read_keys(state: dict[str, Any]) -> None:
+    state["out"].append(state["caches"][0][0] * 2)
+
+
+def _read_a_slice(state: dict[str, Any]) -> None:
+    state["out"].append(state["caches"][1][1][:, :, 2:5].sum(-1))
+
+
+def _view(state: dict[str, Any]) -> None:
+    state["out"].append(state["caches"][0][1].view(-1)[3:9].clone())
+
+
+def _return(state: dict[str, Any]) -> None:
+    state["out"].append(state["caches"][1][0])
+
+
+def _return_a_view(state: dict[str, Any]) -> None:
+    state["out"].append(state["caches"][0][0].transpose(1, 2))
+
+
+def _write_more(state: dict[str, Any]) -> None:
+    state["caches"][0][1].index_copy_(2, state["positions"] - 1, state["v"].transpose(1, 2) * 2)
+
+
+def _scale(state: dict[str, Any]) -> None:
+    state["caches"][1][1].mul_(2)
+
+
+def _from_cache(state: dict[str, Any]) -> None:
+    state["v"] = state["v"] + state["caches"][0][0][:, :, :1].transpose(1, 2)
+
+
+def _copy_over(state: dict[str, Any]) -> None:
+    state["caches"][0][0].copy_(state["caches"][1][0])
+
+
+def _write_to_queries(state: dict[str, Any]) -> None:
+    state["given"][0].add_(1)
+
+
+def _move_on(state: dict[str, Any]) -> None:
+    state["given"][-1].add_(1)  # as `cumulative_length` does
+
+
+STEPS: tuple[Step, ...] = (
+    _same_caches_again, _read_keys, _read_a_slice, _view, _return, _return_a_view, _write_more, _scale, _from_cache,
+    _copy_over, _write_to_queries, _move_on,
+)  # fmt: skip
+
+
+def program(seed: int) -> tuple[Callable[..., Any], list[Tensor], list[str]]:
+    """A function of q, k, v, two layers' caches, angles and positions; its arguments; and its steps."""
+    draw = random.Random(seed)
+    steps = [_layer, *draw.choices(STEPS, k=draw.randint(0, 4)), *[_layer] * draw.randint(0, 2)]
+    draw.shuffle(steps)
+    make, write = draw.choice((layer, normed_layer)), draw.choice((index_copy, assigned))
+    inner = make(write, tokens_first=draw.random() < 0.7)
+    q, k, v, *caches, cos, sin, positions = arguments(draw.choice((1, 3)))
+    shared = draw.random() < 0.2
+
+    def function(*given: Tensor) -> list[Tensor]:
+        state = {
+            "given": given, "q": given[0], "k": given[1], "v": given[2], "layer": inner, "turn": 0, "out": [],
+            "caches": (given[3:5], given[3:5] if shared else given[5:7]), "angles": given[7:9],
+            "positions": given[9] + 0 if _move_on in steps else given[9],
+        }  # fmt: skip
+        for step in steps:
+            step(state)
+        return state["out"] or [given[0] + 1]  # type: ignore[return-value]
+
+    own = [each.clone() for _ in range(2) for each in caches]
+    return function, [q, k, v, *own, cos, sin, positions], [step.__name__ for step in steps]
+
+
+def test_programs_differ() -> None:
+    drawn = [program(seed)[2] for seed in range(PROGRAMS)]
+    assert len({*map(tuple, drawn)}) > PROGRAMS // 2
+    assert ["_layer"] in drawn
+
+
+@pytest.mark.parametrize("seed", range(PROGRAMS))
+def test_what_is_computed_and_cached_stays(seed: int) -> None:
+    function, given, steps = program(seed)
+    reports: list[Report] = []
+    wanted, fused = [each.clone() for each in given], [each.clone() for each in given]
+    pointers = [each.data_ptr() for each in fused]
+    with torch.inference_mode(), no_code():
+        expected = function(*wanted)
+        torch._dynamo.reset()
+        config = fuseplan.PassConfig(policy="ordered(rope_cache, qk_norm_rope_cache)")
+        actual = fuseplan.compile(function, config=config, on_report=reports.append)(*fused)
+    if steps == ["_layer"]:
+        assert sum(reports[0].fused.values()) == 1
+    assert [each.data_ptr() for each in fused] == pointers
+    for got, want in zip((*actual, *fused), (*expected, *wanted), strict=True):
+        assert got.shape == want.shape, steps
+        assert torch.allclose(got, want, rtol=2**-6, atol=2**-5), steps
