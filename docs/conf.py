@@ -171,14 +171,30 @@ def _tokens(row: dict[str, Any]) -> str:
     return f"1 at {row['position']:,} of {row['cache']:,}"
 
 
+_SIDES = {
+    "torch.compile": "`torch.compile`",
+    "freezing": "`freezing=True`",
+    "flex_attention": "`flex_attention`",
+    "enable_gqa": "`enable_gqa` by hand",
+    "hand-written": "written by hand",
+    "fuseplan": "fuseplan",
+}
+
+
 def _decode_one_gpu() -> str:
-    """A call of unmodified models on one GPU: plain, by hand, and planned."""
+    """A call of unmodified models on one GPU: plain, by others' means, and planned."""
+    found = _committed("results/decode_one_gpu_h200")["rows"]
+    sides = {side: head for side, head in _SIDES.items() if any(side in row for row in found)}
+    limited = any("bytes_limit_us" in row for row in found)
     rows: list[tuple[object, ...]] = []
-    for row in _committed("results/decode_one_gpu_h200")["rows"]:
-        sides = [("{:,.0f} ± {:,.0f} us".format(*row[side])) for side in ("torch.compile", "enable_gqa", "fuseplan")]
-        faster = (f"{row['times_faster'][side]:.2f}" for side in ("enable_gqa", "fuseplan"))
-        rows.append((f"`{row['model']}`", row["batch"], _tokens(row), *sides, *faster))
-    head = ("model", "batch", "tokens", "`torch.compile`", "`enable_gqa` by hand", "fuseplan", "by hand", "fuseplan")
+    for row in found:
+        failed = dict.fromkeys(row.get("failed", {}), "fails")
+        times = ("{:,.0f} ± {:,.0f} us".format(*row[side]) if side in row else failed.get(side, "") for side in sides)
+        limit = [f"{row['bytes_limit_us']:,.0f} us" if "bytes_limit_us" in row else ""] if limited else []
+        ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan"))
+        faster = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        rows.append((f"`{row['model']}`", row["batch"], _tokens(row), *times, *limit, *faster))
+    head = ("model", "batch", "tokens", *sides.values(), *(["bytes' limit"] if limited else []), "by hand", "fuseplan")
     return _table(head, rows)
 
 

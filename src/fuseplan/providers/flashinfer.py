@@ -13,7 +13,8 @@ Read from flashinfer-python 0.6.11.post2, 0.6.18.post1 and 0.7.2.post1:
   normalised. The sum is written over the residual, so the residual is copied first.
 
 Not used: `rmsnorm`, `fused_add_rmsnorm` and the `gemma_` ones, since no fused op is a norm alone; the backend
-`mnnvl`, which needs NVLink multicast; the patterns with fp4 or grouped scales, which no fused op has.
+`mnnvl`, which needs NVLink multicast; the patterns with fp4 or grouped scales, which no fused op has; attention, which
+takes lengths, or bits for one row, where `grouped_attention` has a mask that is added to the scores.
 """
 
 import importlib
