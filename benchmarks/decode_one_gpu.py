@@ -261,8 +261,8 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[
         flags = {"force": ("grouped_attention:sdpa_packed",)}
     elif name != FUSED:
         flags = OPT_IN | ({} if name == ALL else {name.removeprefix("without "): False})
-    observed = {"on_report": reports.append} if name in (FUSED, ALL) else {}
-    return fused(config=fuseplan.PassConfig(**flags), **observed, **how)  # type: ignore[no-any-return]
+    on_report = reports.append if name in (FUSED, ALL) else None
+    return fused(config=fuseplan.PassConfig(**flags), on_report=on_report, **how)  # type: ignore[no-any-return]
 
 
 def without(reports: list[fuseplan.Report]) -> list[str]:

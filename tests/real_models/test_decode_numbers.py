@@ -147,8 +147,8 @@ def test_generate_compiles_by_itself_and_gives_equal_tokens(name: str) -> None:
     mask[1, :3] = 0
 
     def generated(**options: Any) -> Any:
-        how = CompileConfig(mode=None, options=options)
-        how._compile_all_devices = True
+        how: Any = CompileConfig(options=options)
+        how.mode, how._compile_all_devices = None, True  # as for a user, and on a CPU too
         return model.generate(
             prompts, attention_mask=mask, max_new_tokens=24, do_sample=False, cache_implementation="static",
             pad_token_id=0, eos_token_id=None, compile_config=how, output_logits=True, return_dict_in_generate=True,
