@@ -152,6 +152,7 @@ class PassConfig:
         fuse_act_quant: SiLU-and-mul + fp8 quantisation, rule `act_quant`.
         enable_qk_norm_rope_fusion: RMSNorm of queries and keys + rotary embedding, rule `qk_norm_rope`.
         fuse_grouped_attention: repeated heads of keys and values + attention, rule `grouped_attention`.
+        fuse_eager_attention: attention that the model spells out op by op, rule `eager_attention`.
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.
@@ -187,6 +188,7 @@ class PassConfig:
     fuse_act_quant: bool | None = None
     enable_qk_norm_rope_fusion: bool | None = None
     fuse_grouped_attention: bool | None = None
+    fuse_eager_attention: bool | None = None
     eliminate_noops: bool = True
     policy: Policy | str = DEFAULT_POLICY
     compile_ranges: Sequence[CompileRange] = field(default=())
@@ -263,6 +265,7 @@ FUSION_FLAGS = (
     "fuse_act_quant",
     "enable_qk_norm_rope_fusion",
     "fuse_grouped_attention",
+    "fuse_eager_attention",
 )
 
 

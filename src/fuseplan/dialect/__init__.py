@@ -6,6 +6,7 @@ Importing this package registers them with torch as `torch.ops.fuseplan.*`.
 from fuseplan.families import ACTIVATION_FAMILY, NORM_FAMILY
 from fuseplan.ops import (
     ActivationRounding,
+    AttentionRounding,
     Dialect,
     DialectOp,
     Draw,
@@ -34,6 +35,7 @@ __all__ = [
     "FP8_DTYPES",
     "NORM_FAMILY",
     "ActivationRounding",
+    "AttentionRounding",
     "Dialect",
     "DialectOp",
     "Draw",

@@ -12,6 +12,7 @@ from torch import Tensor
 from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, DialectOp, Rounding, implement, ops
 from fuseplan.distributed.workspace import workspace_of
 from fuseplan.graph.facts import dtype_text
+from fuseplan.providers.attention import ROUNDINGS
 from fuseplan.providers.gates import Accepts, Gate, Offer, listed
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
@@ -92,9 +93,25 @@ def grouped_attention(
     return launch(q, k, v, mask, scale, kernel)
 
 
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None,
+    rounding: str,
+) -> Tensor:  # fmt: skip
+    """`parts.eager_attention.op.eager_attention_reference`, keys split among programs; `rounding` is `float32`."""
+    from fuseplan.providers.triton.attention import launch
+
+    return launch(q, k, v, mask, scale, None, sinks=sinks, softcap=softcap)
+
+
 @dataclass(frozen=True)
 class FewQueries:
-    """The check of attention whose keys are split."""
+    """The check of attention whose keys are split.
+
+    Attributes:
+        names_kernel: whether the op names a kernel of torch's, as whose its result lies in memory.
+    """
+
+    names_kernel: bool = True
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the kernel doesn't take the arguments, or None."""
@@ -110,6 +127,9 @@ class FewQueries:
             found = f"those of q have {widths[0]}, of v {widths[1]}"
             detail = f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; {found}"
             return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+        return self._kernel(m, widths) if self.names_kernel else None
+
+    def _kernel(self, m: Any, widths: tuple[Any, Any]) -> Refusal | None:
         if m.is_causal:
             detail = "the kernel takes a mask, or none, and is_causal=False"
             return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
@@ -195,6 +215,7 @@ _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
 implement(ops.grouped_attention, "triton", replayed(grouped_attention))
+implement(ops.fused_attention, "triton", replayed(fused_attention))
 for _op, _suffix in _NORMS.items():
     implement(_op, "triton", norm_kernel(_op, _suffix))
 for _op, _own_suffix in _ACTIVATIONS.items():
@@ -203,6 +224,7 @@ for _op, _own_suffix in _ACTIVATIONS.items():
 ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope.name: accept_qk_norm_rope,
     ops.grouped_attention.name: FewQueries(),
+    ops.fused_attention.name: FewQueries(names_kernel=False),
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }
@@ -214,7 +236,10 @@ PROVIDER: Final = Provider(
     vendors=frozenset({"nvidia", "amd"}),
     package="triton",
     install="pip install fuseplan[triton]",
-    implements={name: Offer(accepts=accepts) for name, accepts in ACCEPTS.items()},
+    implements={
+        name: Offer(accepts=accepts, roundings=ROUNDINGS if name == ops.fused_attention.name else None)
+        for name, accepts in ACCEPTS.items()
+    },
     runs_alone=True,
     timing=Timing(heads="split"),
     untested="not run on AMD's GPUs so far, and its all-reduces on no more than four GPUs",
