@@ -68,6 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "agreement_timeout_s": {"agreement_timeout_s": 7.0},
     "enable_qk_norm_rope_fusion": {"enable_qk_norm_rope_fusion": True},
     "fuse_grouped_attention": {"fuse_grouped_attention": False},
+    "fuse_eager_attention": {"fuse_eager_attention": False},
     "eliminate_noops": {"eliminate_noops": False},
     "policy": {"policy": "ordered(act_padding)"},
     "compile_ranges": {"compile_ranges": (RANGE,)},

@@ -14,6 +14,7 @@ OTHERS: dict[str, Any] = {
     "fuse_act_quant": False,
     "enable_qk_norm_rope_fusion": False,
     "fuse_grouped_attention": False,
+    "fuse_eager_attention": False,
     "eliminate_noops": False,
     "policy": "off",
     "compile_ranges": (CompileRange(start=1, end=8), CompileRange(start=9, end=9)),

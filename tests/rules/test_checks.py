@@ -39,6 +39,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"silu_and_mul_{quant}": ("act_quant", ("fuse_act_quant",)) for quant in QUANTS},
     "qk_norm_rope": ("qk_norm_rope", ("enable_qk_norm_rope_fusion",)),
     "grouped_attention": ("grouped_attention", ("fuse_grouped_attention",)),
+    "fused_attention": ("eager_attention", ("fuse_eager_attention",)),
 }
 MEMBERS = {"qk_norm_rope": 2}
 """Rules with a fused op in common, where that is more than one."""
@@ -262,7 +263,7 @@ ALL = {name for name, _ in TABLE.values()}
         ),
         (
             {"fuse_act_padding": False, "fuse_allreduce_rms": False},
-            {"norm_quant", "act_quant", "qk_norm_rope", "grouped_attention"},
+            {"norm_quant", "act_quant", "qk_norm_rope", "grouped_attention", "eager_attention"},
             {
                 "act_padding": "fuse_act_padding",
                 "allreduce_rms": "fuse_allreduce_rms",

@@ -285,7 +285,10 @@ def _is_random(step: fx.Node) -> bool:
 
 
 def _draws(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    # Inductor's own op for random numbers has no tag.
+    return torch.Tag.nondeterministic_seeded in node.target.tags or node.target.name() == "prims::inductor_random"
 
 
 def _four(product: fx.Node, place: int, shape: Sequence[Any]) -> fx.Node:
