@@ -47,7 +47,8 @@ def scaled(whose: str, constant: Constant, factor: float, why: str) -> Constant:
 
 def attention(base: Attention, change: Like) -> Attention:
     """Attention on another device."""
-    return Attention(**{each.name: change(getattr(base, each.name)) for each in fields(Attention)})
+    values = {each.name: getattr(base, each.name) for each in fields(Attention)}
+    return replace(base, **{name: change(value) for name, value in values.items() if isinstance(value, Constant)})
 
 
 def peers(base: Peers, change: Like, bandwidth: Like | None = None) -> Peers:

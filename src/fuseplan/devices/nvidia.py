@@ -44,6 +44,8 @@ H100_ATTENTION: Final = Attention(
     rate=operations(400_000, _H100_RATE),
     row_rate=operations(400_000, "as `rate`: one query waits for memory"),
     narrow_row_rate=operations(400_000, "as `rate`: one query waits for memory"),
+    product_rate=operations(400_000, "as `rate`: no kernel takes float32 here"),
+    narrow_product_rate=operations(400_000, _H100_RATE),
 )
 
 H200: Final = Hardware(

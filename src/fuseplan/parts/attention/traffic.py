@@ -90,6 +90,8 @@ def repeated(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
     copy = Kernel(
         name="repeat heads", launch=_up(hardware.launch.value), memory=_up(hardware.memory_ns(copied))
     )  # fmt: skip
+    if region.passes and region.queries == 1 and hardware.attention.joins_row:
+        return (_joined(hardware, region),)
     copies = (copy, copy) if region.copies else ()
     return (*copies, *(_spelled(hardware, region) if region.passes else (_attention(hardware, region, "repeated"),)))
 
@@ -102,14 +104,27 @@ def grouped(hardware: Hardware, region: AttentionRegion, form: Heads) -> tuple[K
     return (_attention(hardware, region, form),)
 
 
+def _joined(hardware: Hardware, region: AttentionRegion) -> Kernel:
+    """All of an attention that is spelled out, for one query, as Inductor generates it."""
+    nbytes = 2 * region.shared_bytes + 2 * region.query_bytes + 2 * region.score_bytes
+    return Kernel(
+        name="attention, generated", launch=_up(hardware.launch.value),
+        memory=_up(max(hardware.memory_ns(nbytes), region.operations / _product_rate(hardware, region))),
+    )  # fmt: skip
+
+
+def _product_rate(hardware: Hardware, region: AttentionRegion) -> float:
+    constants = hardware.attention
+    return (constants.narrow_product_rate if region.itemsize < 4 else constants.product_rate).value
+
+
 def _spelled(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
     """Two products of matrices, and between them kernels that read and write all scores."""
     launch = _up(hardware.launch.value)
     read = region.shared_bytes * (region.groups if region.copies else 1) + region.query_bytes + region.score_bytes
-    rate = hardware.attention.rate.value if region.queries > 1 else hardware.attention.row_rate.value
     product = Kernel(
         name="product of matrices", launch=launch,
-        memory=_up(max(hardware.memory_ns(read), region.operations / 2 / rate)),
+        memory=_up(max(hardware.memory_ns(read), region.operations / 2 / _product_rate(hardware, region))),
     )  # fmt: skip
     scores = Kernel(name="softmax", launch=launch, memory=_up(hardware.memory_ns(2 * region.score_bytes)))
     return (product, *(scores,) * region.passes, product)
