@@ -167,3 +167,25 @@ def test_dropout_is_a_near_miss() -> None:
     report = fuseplan.explain(model.train(), device="cpu", **arguments)
     (miss,) = [each for each in report.near_misses if each.rule == "eager_attention"]
     assert (miss.count, miss.reason, miss.mend) == (LAYERS, "attribute", "call model.eval()")
+
+
+def test_steps_through_a_windows_edge_compute_what_the_model_does() -> None:
+    model = built("gpt_oss")
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(force=("eager_attention:torch",))
+    compiled = fuseplan.compile(model, config=config, on_report=reports.append)
+    runs = []
+    for each in (model, compiled):
+        cache, mask = StaticCache(config=model.config, max_cache_len=CACHE), torch.ones(2, CACHE, dtype=torch.long)
+        with torch.no_grad():
+            model(input_ids=IDS[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+            steps = [
+                each(
+                    input_ids=IDS[:, at : at + 1], attention_mask=mask[:, : 6 + at], past_key_values=cache,
+                    position_ids=torch.full((2, 1), 5 + at), use_cache=True,
+                ).logits
+                for at in range(7)
+            ]  # fmt: skip
+        runs.append(torch.cat(steps, 1))
+    assert {report.fused["eager_attention"] for report in reports} == {LAYERS}
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-4)
