@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fuseplan.graph.facts import is_call
+from fuseplan.parts.attention.op import exact_attention
 from tests.attention import GROUPS, HEAD_DIM, HEADS, Repeat, hugging_face
 from tests.helpers import post_grad, randn
 
@@ -84,6 +85,14 @@ class Eager:
 
 PLAIN, CAPPED, SINKS = Eager(), Eager(softcap=CAP), Eager(sinks=True)
 MODELS = {"plain": PLAIN, "capped": CAPPED, "sinks": SINKS, "both": Eager(softcap=CAP, sinks=True)}
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:  # fmt: skip
+    """The op in float64."""
+    mask, sinks = (None if each is None else each.double() for each in (mask, sinks))
+    return exact_attention(q.double(), k.double(), v.double(), mask, scale, softcap=softcap, sinks=sinks)
 
 
 def unshared(x: Tensor) -> Tensor:

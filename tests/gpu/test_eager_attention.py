@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, StaticCache
 
 import fuseplan
-from fuseplan.parts.eager_attention.op import eager_attention_reference
+from tests.eager_attention import exact
 from tests.helpers import randn
 
 launch = pytest.importorskip("fuseplan.providers.triton.attention").launch
@@ -22,7 +22,7 @@ COMMON: dict[str, Any] = {
     "attn_implementation": "eager",
 }  # fmt: skip
 MODELS: dict[str, Any] = {
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**COMMON, query_pre_attn_scalar=64)),  # type: ignore[arg-type]
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**COMMON, query_pre_attn_scalar=64)),
     "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2)),
 }
 
@@ -44,12 +44,11 @@ def test_caps_and_sinks_are_close_to_float64(
     sinks = None if around is None else (randn(heads, dtype=torch.float32, seed=4) + around).to(dtype).cuda()
     hidden = torch.arange(keys, device="cuda") >= keys // 2 + torch.arange(batch, device="cuda")[:, None, None, None]
     mask = torch.zeros((), dtype=dtype, device="cuda").where(~hidden, torch.finfo(dtype).min)
-    wide = [None if each is None else each.double() for each in (q, k, v, mask, sinks)]
-    exact = eager_attention_reference(*wide, 0.1, softcap, "float32")  # type: ignore[arg-type]
+    true = exact(q, k, v, mask, sinks, 0.1, softcap)
     result = launch(q, k, v, mask, 0.1, None, sinks=sinks, softcap=softcap)
     assert result.is_contiguous()
     epsilon = torch.finfo(dtype).eps
-    torch.testing.assert_close(result.double(), exact, rtol=2 * epsilon, atol=epsilon)
+    torch.testing.assert_close(result.double(), true, rtol=2 * epsilon, atol=epsilon)
 
 
 def _decoded(model: Any, step_of: Any) -> torch.Tensor:
@@ -78,10 +77,10 @@ def test_steps_are_as_near_to_float32_as_those_of_plain_torch_compile(name: str)
     runs = []
     with torch.inference_mode():
         wide = copy.deepcopy(model).float()
-        exact = _decoded(wide, wide)
+        true = _decoded(wide, wide)
         for each in (torch.compile(model), fuseplan.compile(model, config=config, on_report=reports.append)):
             torch._dynamo.reset()
             runs.append(_decoded(model, each))
     assert {report.fused["eager_attention"] for report in reports} == {LAYERS}, reports[-1].warnings
-    plain, fused = ((each - exact).abs().mean().item() for each in runs)
+    plain, fused = ((each - true).abs().mean().item() for each in runs)
     assert fused <= 1.25 * plain

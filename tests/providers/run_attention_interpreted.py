@@ -17,12 +17,12 @@ from triton.runtime import interpreter
 from fuseplan.families.attention import EagerAttention, GroupedAttention
 from fuseplan.ops import AttentionRounding
 from fuseplan.parts.attention.op import attention_fake, attention_reference
-from fuseplan.parts.eager_attention.op import eager_attention_reference
 from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import Split, launch
 from fuseplan.rules import Rule
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
+from tests.eager_attention import exact
 from tests.providers.run_interpreted import TRITON, rounded
 
 dot = interpreter.InterpreterBuilder.create_dot
@@ -219,15 +219,14 @@ class Spelled:
         heads = self.sizes.heads * self.sizes.groups
         drawn = torch.randn(heads, generator=generator)
         sinks = None if self.sinks is None else (drawn + self.sinks).to(self.sizes.dtype)
-        given, scale = (q, k, v, mask, sinks), self.sizes.width**-0.5
-        wide = [None if each is None else each.double() for each in given]
-        exact = eager_attention_reference(*wide, scale, self.softcap, "float32")  # type: ignore[arg-type]
+        scale = self.sizes.width**-0.5
+        true = exact(q, k, v, mask, sinks, scale, self.softcap)
         how = None if self.sizes.splits is None else split(self.sizes.splits)
         result = launch(q, k, v, mask, scale, None, how, sinks=sinks, softcap=self.softcap)
-        assert result.shape == exact.shape
+        assert result.shape == true.shape
         assert result.is_contiguous()
-        assert not exact.isnan().any()
-        return float((result.double() - exact).abs().max()) / torch.finfo(self.sizes.dtype).eps
+        assert not true.isnan().any()
+        return float((result.double() - true).abs().max()) / torch.finfo(self.sizes.dtype).eps
 
     def __str__(self) -> str:
         return f"{self.sizes}, cap {self.softcap}, sinks around {self.sinks}"

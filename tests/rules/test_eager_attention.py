@@ -11,11 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.families.attention import EagerAttention
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.parts.eager_attention.op import eager_attention_reference
+from fuseplan.providers.attention import Packs, Spelled
 from fuseplan.record import GraphReport, Nearness, Reason, Refusal
+from fuseplan.rules import Bindings
 from tests.attention import HEAD_DIM, HEADS, SHARED, SPELLINGS, attend, hugging_face, inputs, tiled
-from tests.eager_attention import MODELS, PLAIN, SCALE, SINKS, Eager, online, unshared
+from tests.eager_attention import MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
 from tests.helpers import post_grad, randn
 from tests.rules.test_attention import planned
 
@@ -169,8 +172,8 @@ def test_in_narrow_dtypes_rounding_has_to_be_allowed(dtype: torch.dtype, queries
     report = planned(graph, verify="always", allow_rounding_changes=True, force=force)
     assert applied(report) == [provider]
     assert all(each.passed for each in report.verified)
-    exact = PLAIN(*(each.double() for each in arguments))
-    off, own = ((each.double() - exact).abs().max() for each in (run(graph, *arguments), plain))
+    true = PLAIN(*(each.double() for each in arguments))
+    off, own = ((each.double() - true).abs().max() for each in (run(graph, *arguments), plain))
     assert off <= own
 
 
@@ -208,14 +211,13 @@ def test_torchs_kernels_have_neither_cap_nor_sinks(name: str) -> None:
 def test_the_reference_is_the_models(name: str, dtype: torch.dtype, rounding: str) -> None:
     model = MODELS[name]
     q, k, v, mask, *sinks = model.inputs(3, dtype)
-    (sink,) = sinks or [None]
+    sink = sinks[0] if sinks else None
     actual = eager_attention_reference(q, k, v, mask, sink, SCALE, model.softcap, rounding)
-    wide = [each.double() for each in (q, k, v, mask)]
-    exact = eager_attention_reference(*wide, sink if sink is None else sink.double(), SCALE, model.softcap, rounding)
+    true = exact(q, k, v, mask, sink, SCALE, model.softcap)
     plain = model.both(q, k, v, mask, sink)[0]
     if rounding == "eager":
         torch.testing.assert_close(actual, plain, rtol=2**-7, atol=2**-7)
-    off, own = ((each.double() - exact).abs().max() for each in (actual, plain))
+    off, own = ((each.double() - true).abs().max() for each in (actual, plain))
     assert off <= own * 1.5
 
 
@@ -303,6 +305,53 @@ def test_a_softmax_over_another_dimension_is_none() -> None:
 
     graph = post_grad(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3)))
     assert not raised(graph)
+
+
+def bound(**values: Any) -> Bindings:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    given = {
+        "q": empty(2, 8, 1, 16), "k": empty(2, 2, 40, 16), "v": empty(2, 2, 40, 16), "mask": empty(2, 1, 1, 40),
+        "sinks": None, "scale": 0.25, "softcap": None, "rounding": "float32",
+    }  # fmt: skip
+    changed = {name: empty(*value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return Bindings("eager_attention", {**given, **changed})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, None),
+        ({"mask": (2, 1, 1, 1)}, None),
+        ({"v": (2, 2, 41, 16)}, "attention reads 40 keys and 41 values"),
+        ({"mask": (2, 1, 1, 39)}, "attention reads 40 keys and a mask of 39"),
+    ],
+)
+def test_lengths_that_need_not_be_equal_are_refused(values: dict[str, Any], says: str | None) -> None:
+    refusal = EagerAttention().check(bound(**values))
+    assert (refusal.reason if refusal else None) is (Reason.SIZE if says else None)
+    assert (says or "") in (refusal.detail if refusal else "")
+
+
+@pytest.mark.parametrize(
+    ("check", "values", "reason"),
+    [
+        (Spelled(), {}, None),
+        (Spelled(Packs()), {}, None),
+        (Spelled(), {"mask": None, "q": (2, 8, 30, 16)}, None),
+        (Spelled(Packs()), {"q": (2, 8, 2, 16)}, Reason.SIZE),
+        (Spelled(), {"v": (2, 2, 40, 24)}, Reason.SIZE),
+        (Spelled(), {"mask": (1, 1, 40)}, Reason.SIZE),
+        (Spelled(), {"softcap": 2.0}, Reason.ATTRIBUTE),
+        (Spelled(), {"sinks": (8,)}, Reason.ATTRIBUTE),
+        (Spelled(vendor="nvidia"), {}, Reason.PROVIDER),
+        (Spelled(vendor="cpu"), {}, None),
+    ],
+)
+def test_what_torchs_kernel_for_cpus_takes(check: Spelled, values: dict[str, Any], reason: Reason | None) -> None:
+    refusal = check(bound(**values))
+    assert (refusal.reason if refusal else None) is reason
 
 
 # What stays as it is.

@@ -48,7 +48,8 @@ def scaled(whose: str, constant: Constant, factor: float, why: str) -> Constant:
 def attention(base: Attention, change: Like) -> Attention:
     """Attention on another device."""
     values = {each.name: getattr(base, each.name) for each in fields(Attention)}
-    return replace(base, **{name: change(value) for name, value in values.items() if isinstance(value, Constant)})
+    changed: dict[str, Any] = {name: change(each) for name, each in values.items() if isinstance(each, Constant)}
+    return replace(base, **changed)
 
 
 def peers(base: Peers, change: Like, bandwidth: Like | None = None) -> Peers:

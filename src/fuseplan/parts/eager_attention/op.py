@@ -43,8 +43,9 @@ def eager_attention_reference(
         RuntimeError: shapes don't fit, as eager mode says it.
     """
     if AttentionRounding(rounding) is AttentionRounding.FLOAT32 and q.dtype != compute_dtype(q.dtype):
-        wide = (None if each is None else each.float() for each in (q, k, v, mask, sinks))
-        return eager_attention_reference(*wide, scale, softcap, rounding).to(q.dtype)
+        q_wide, k, v = (each.float() for each in (q, k, v))
+        mask, sinks = (None if each is None else each.float() for each in (mask, sinks))
+        return eager_attention_reference(q_wide, k, v, mask, sinks, scale, softcap, rounding).to(q.dtype)
     if q.dtype is torch.float64:
         return exact_attention(q, k, v, mask, scale, softcap=softcap, sinks=sinks)
     k, v = (repeat_heads_reference(each, q.shape[1] // max(1, k.shape[1])) for each in (k, v))
