@@ -154,6 +154,7 @@ class PassConfig:
         fuse_rope_cache: rotary embedding + writes of keys and values into a static cache, rule `rope_cache`; with
             `enable_qk_norm_rope_fusion` also behind RMSNorm of queries and keys, rule `qk_norm_rope_cache`.
         fuse_grouped_attention: repeated heads of keys and values + attention, rule `grouped_attention`.
+        fuse_eager_attention: attention that the model spells out op by op, rule `eager_attention`.
         fuse_merged_linear: linear layers of few rows that read one input, rule `merged_linear`, and gate and up +
             SiLU-and-mul, rule `merged_linear_silu_mul`; None: off.
         fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: off.
@@ -193,6 +194,7 @@ class PassConfig:
     enable_qk_norm_rope_fusion: bool | None = None
     fuse_rope_cache: bool | None = None
     fuse_grouped_attention: bool | None = None
+    fuse_eager_attention: bool | None = None
     fuse_merged_linear: bool | None = None
     fuse_skinny_linear: bool | None = None
     eliminate_noops: bool = True
@@ -272,6 +274,7 @@ FUSION_FLAGS = (
     "enable_qk_norm_rope_fusion",
     "fuse_rope_cache",
     "fuse_grouped_attention",
+    "fuse_eager_attention",
     "fuse_merged_linear",
     "fuse_skinny_linear",
 )

@@ -194,7 +194,8 @@ class Setting:
 
 def draw(rng: random.Random) -> Setting:
     """A setting that forces nothing."""
-    flags: dict[str, Any] = {flag: rng.choice((None, None, None, True, True, False)) for flag in FUSION_FLAGS}
+    drawn = (flag for flag in FUSION_FLAGS if "attention" not in flag)
+    flags: dict[str, Any] = {flag: rng.choice((None, None, None, True, True, False)) for flag in drawn}
     rules = rng.choices(((), OWN_RULES, COUPLED_RULES), (5, 3, 2))[0]
     providers = [each for each, often in ((WIDE, 0.3), (ONE_ROUNDING, 0.3), (LIMITED, 0.2)) if rng.random() < often]
     if rules == COUPLED_RULES and WIDE not in providers:

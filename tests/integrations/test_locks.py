@@ -15,6 +15,7 @@ OTHERS: dict[str, Any] = {
     "enable_qk_norm_rope_fusion": False,
     "fuse_rope_cache": False,
     "fuse_grouped_attention": False,
+    "fuse_eager_attention": False,
     "fuse_merged_linear": True,
     "fuse_skinny_linear": True,
     "eliminate_noops": False,

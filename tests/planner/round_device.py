@@ -34,6 +34,8 @@ DEVICE = Hardware(
         rate=operations(100),
         row_rate=operations(50),
         narrow_row_rate=operations(5),
+        product_rate=operations(200),
+        narrow_product_rate=operations(400),
     ),
     linear=Linear(library=ns(4000), skinny=ns(2500)),
     ring=(

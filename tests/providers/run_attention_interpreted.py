@@ -12,12 +12,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fuseplan.families.attention import GroupedAttention
+from fuseplan.families.attention import EagerAttention, GroupedAttention
+from fuseplan.ops import AttentionRounding
 from fuseplan.parts.attention.op import attention_fake, attention_reference
 from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import Split, launch
+from fuseplan.rules import Rule
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
+from tests.eager_attention import exact
 from tests.providers.run_interpreted import TRITON, prepare, wide_products
 
 
@@ -185,6 +188,88 @@ def fully_masked() -> list[float]:
     return values
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spelled:
+    """Attention with a soft-cap, or sinks around a number, or both."""
+
+    sizes: Sizes
+    softcap: float | None = None
+    sinks: float | None = None
+
+    def off(self, mask: Tensor | None) -> float:
+        """The largest difference to float64, in units in the last place at 1."""
+        q, k, v = self.sizes.tensors()
+        generator = torch.Generator().manual_seed(1)
+        heads = self.sizes.heads * self.sizes.groups
+        drawn = torch.randn(heads, generator=generator)
+        sinks = None if self.sinks is None else (drawn + self.sinks).to(self.sizes.dtype)
+        scale = self.sizes.width**-0.5
+        true = exact(q, k, v, mask, sinks, scale, self.softcap)
+        how = None if self.sizes.splits is None else split(self.sizes.splits)
+        result = launch(q, k, v, mask, scale, None, how, sinks=sinks, softcap=self.softcap)
+        assert result.shape == true.shape
+        assert result.is_contiguous()
+        assert not true.isnan().any()
+        return float((result.double() - true).abs().max()) / torch.finfo(self.sizes.dtype).eps
+
+    def __str__(self) -> str:
+        return f"{self.sizes}, cap {self.softcap}, sinks around {self.sinks}"
+
+
+def spelled() -> dict[str, float]:
+    """How far soft-caps and sinks are off, in units in the last place at 1."""
+    both: dict[str, float] = {"softcap": 2.0, "sinks": 0.5}
+    cases = [
+        *(Spelled(sizes=Sizes(keys=70, splits=count), **each) for count in (1, 3, None)
+          for each in ({"softcap": 2.0}, {"sinks": 0.5}, both)),
+        *(Spelled(sizes=Sizes(keys=65, heads=1, width=width), **both) for width in (64, 80, 128, 256)),
+        *(Spelled(sizes=Sizes(keys=40, groups=groups, queries=queries), **both)
+          for groups, queries in ((1, 1), (8, 1), (2, 5), (2, 16), (4, 3))),
+        *(Spelled(sizes=Sizes(keys=70, splits=count, dtype=torch.float16), softcap=50.0, sinks=around)
+          for count in (1, 3) for around in (-20.0, 12.0)),
+        *(Spelled(sizes=Sizes(keys=70, splits=count, dtype=torch.float32), sinks=0.5) for count in (1, 3)),
+        Spelled(sizes=Sizes(width=24, value_width=40), **both),
+        Spelled(sizes=Sizes(keys=0), sinks=0.0), Spelled(sizes=Sizes(keys=1, splits=1), **both),
+    ]  # fmt: skip
+    return {str(case): case.off(None) for case in cases}
+
+
+def spelled_masks() -> dict[str, float]:
+    """The same by masks: windows, holes and rows that show nothing, in one part and in several."""
+    found, key, token = {}, torch.arange(100), torch.arange(3)[:, None]
+    lowest = torch.finfo(torch.bfloat16).min
+    seen = {
+        "window": (key > 60 + token - 9) & (key <= 60 + token),
+        "one tile": (key < 8).expand(3, 100),
+        "rows that show nothing": (key < 50 + token) & (token != 1),
+        "nothing": torch.zeros(3, 100, dtype=torch.bool),
+    }
+    for name, shown in seen.items():
+        for count in (1, 4):
+            for nothing in (lowest, -torch.inf):
+                for sinks in (None, 0.5):
+                    if sinks is None and nothing == -torch.inf and "nothing" in name:
+                        continue  # eager mode yields NaN
+                    mask = torch.zeros((), dtype=torch.bfloat16).where(shown, nothing)[None, None]
+                    case = Spelled(sizes=Sizes(queries=3, keys=100, splits=count), softcap=2.0, sinks=sinks)
+                    found[f"{name} by {nothing}, {count}, sinks {sinks}"] = case.off(mask)
+    return found
+
+
+def no_sinks() -> list[bool]:
+    """Whether sinks of minus infinity change nothing, in one part and in several, of queries that see nothing, too."""
+    found = []
+    for splits in (1, 3):
+        sizes = Sizes(keys=70, queries=2)
+        q, k, v = sizes.tensors()
+        mask = torch.zeros(1, 1, 2, 70, dtype=sizes.dtype)
+        mask[..., 1, :] = -torch.inf
+        sinks = torch.full((8,), -torch.inf, dtype=sizes.dtype)
+        plain = launch(q, k, v, mask, 0.25, None, split(splits))
+        found.append(torch.equal(launch(q, k, v, mask, 0.25, None, split(splits), sinks=sinks), plain))
+    return found
+
+
 def layouts() -> dict[str, bool]:
     """By kernel: whether results lie in memory as the fused op's fake implementation says."""
     found: dict[str, bool] = {}
@@ -199,11 +284,13 @@ def layouts() -> dict[str, bool]:
     return found
 
 
-def samples() -> list[dict[str, Any]]:
-    """Arguments of the rule: those of its op, and how many queries share a head."""
-    op, generator = GroupedAttention.op, torch.Generator().manual_seed(0)
-    made = [sample.make(torch.device("cpu"), generator) for sample in op.samples]
-    named = [dict(zip(op.arguments, values, strict=True)) for values in made]
+def samples(rule: Rule) -> list[dict[str, Any]]:
+    """Arguments of a rule: those of its op, and how many queries share a head, or how the kernel rounds."""
+    generator = torch.Generator().manual_seed(0)
+    made = [sample.make(torch.device("cpu"), generator) for sample in rule.op.samples]
+    named = [dict(zip(rule.op.arguments, values, strict=True)) for values in made]
+    if "rounding" in rule.op.arguments:
+        return [{**each, "rounding": AttentionRounding.FLOAT32.value} for each in named]
     return [{**each, "groups": each["q"].shape[1] // each["k"].shape[1]} for each in named]
 
 
@@ -240,14 +327,16 @@ def main() -> None:
     for name, sizes, mask in masks():
         parts = [run(replace(sizes, splits=count), *sizes.tensors(), mask).double() for count in (1, 4)]
         splits[name] = max(float((each - parts[0]).abs().max()) / torch.finfo(sizes.dtype).eps for each in parts)
-    checked = check_rule(GroupedAttention(), providers=[TRITON], samples=samples())
+    rules = (GroupedAttention(), EagerAttention())
+    checked = {rule.name: check_rule(rule, providers=[TRITON], samples=samples(rule)) for rule in rules}
     result = {
         "sizes": {str(each): off(each, *each.tensors(), None) for each in EVERY},
         "masks": {name: off(sizes, *sizes.tensors(), mask) for name, sizes, mask in masks()},
         "splits": splits,
         "strides": {name: off(sizes, *arguments, None) for name, sizes, arguments in strides()},
         "skipped": skipped(), "fully masked": fully_masked(), "layouts": layouts(), "variants": variants(),
-        "cases": checked.cases["triton"], "refused": checked.refused,
+        "spelled": spelled(), "spelled masks": spelled_masks(), "no sinks": no_sinks(),
+        "cases": {name: each.cases["triton"] for name, each in checked.items()},
     }  # fmt: skip
     print(json.dumps(result))
 

@@ -90,6 +90,13 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
         q, k = torch.zeros(1, 8, 1, 128).bfloat16(), torch.zeros(1, 2, 1280, 128).bfloat16()
         kernel(q, k, k, None, 1.0, False, "cudnn")
         assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
+    if name == "fused_attention":
+        # Gemma 2's heads, and gpt-oss' in many sequences, whose keys aren't split.
+        for batch, q_heads, heads, width, softcap, sinks in ((1, 8, 4, 256, 50.0, False), (64, 64, 8, 64, None, True)):
+            q, k = torch.zeros(batch, q_heads, 1, width).bfloat16(), torch.zeros(batch, heads, 1280, width).bfloat16()
+            mask = torch.zeros(batch, 1, 1, 1280).bfloat16()
+            kernel(q, k, k, mask, torch.zeros(q_heads).bfloat16() if sinks else None, 1.0, softcap, "float32")
+        assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
     if ops[name].writes:
         assert all("tt.assert" in asm["ttir"] for _, asm in compiled), "a position beyond the cache is caught"
         assert all("__assertfail" in asm.get("ptx", "__assertfail") for _, asm in compiled)

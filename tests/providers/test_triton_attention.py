@@ -35,7 +35,9 @@ def interpreted() -> dict[str, Any]:
 
 
 @needs_triton
-@pytest.mark.parametrize(("what", "cases"), [("sizes", 22), ("masks", 16), ("strides", 5)])
+@pytest.mark.parametrize(
+    ("what", "cases"), [("sizes", 22), ("masks", 16), ("strides", 5), ("spelled", 27), ("spelled masks", 28)]
+)
 def test_it_is_close_to_float64(interpreted: dict[str, Any], what: str, cases: int) -> None:
     """Of values around 1, in units in the last place: one rounding of weights, and one of the result."""
     assert len(interpreted[what]) == cases
@@ -60,6 +62,11 @@ def test_a_query_that_sees_nothing_gets_zeros(interpreted: dict[str, Any]) -> No
 
 
 @needs_triton
+def test_sinks_of_minus_infinity_are_none(interpreted: dict[str, Any]) -> None:
+    assert interpreted["no sinks"] == [True, True]
+
+
+@needs_triton
 def test_results_lie_in_memory_as_those_of_torchs_kernels(interpreted: dict[str, Any]) -> None:
     assert interpreted["layouts"] == dict.fromkeys(("cudnn", "flash", "efficient", "cpu"), True)
 
@@ -72,7 +79,7 @@ def test_one_compilation_serves_a_growing_cache(interpreted: dict[str, Any]) -> 
 @needs_triton
 def test_the_rule_holds_by_it(interpreted: dict[str, Any]) -> None:
     """Two samples of its op, one of them once more, and in float16."""
-    assert interpreted["cases"] == 4
+    assert interpreted["cases"]["grouped_attention"] == 4
 
 
 H100, RTX_4090, MI300X = 232_448, 101_376, 65_536

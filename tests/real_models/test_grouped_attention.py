@@ -78,14 +78,6 @@ def test_a_gpu_is_planned_for_by_the_kernel_that_is_priced_best_there(
     assert {f.provider for f in report.graphs[0].applied if f.rule == "grouped_attention"} == {provider}
 
 
-def test_eager_attention_is_a_near_miss_once_a_layer() -> None:
-    model = built("llama", attn_implementation="eager")
-    report = fuseplan.explain(model, device="cpu", **step(model))
-    assert report.fused["grouped_attention"] == 0
-    (miss,) = [each for each in report.near_misses if each.rule == "grouped_attention"]
-    assert (miss.count, miss.reason) == (LAYERS, "op")
-
-
 def test_a_padded_step_computes_and_caches_what_the_model_does() -> None:
     model = built("qwen3")
     reports: list[fuseplan.Report] = []

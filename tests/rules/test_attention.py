@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuseplan.config import PassConfig
 from fuseplan.graph.facts import Call
@@ -364,16 +363,6 @@ def test_a_mask_of_truths_is_refused() -> None:
     (mask,) = [node for node in graph.find_nodes(op="placeholder") if node.meta["val"].dtype is torch.bool]
     call.kwargs = {**call.kwargs, "attn_mask": mask}
     assert missed(graph).reason is Reason.DTYPE
-
-
-def test_math_is_a_near_miss() -> None:
-    def attention(*arguments: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return attend(hugging_face)(*arguments)
-
-    refusal = missed(post_grad(attention, *inputs()))
-    assert (refusal.reason, refusal.nearness) == (Reason.OP, Nearness.UNRECOGNIZED)
-    assert "aten.bmm" in refusal.detail
 
 
 # What stays as it is.

@@ -41,6 +41,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "rope_cache": ("rope_cache", ("fuse_rope_cache",)),
     "qk_norm_rope_cache": ("qk_norm_rope_cache", ("enable_qk_norm_rope_fusion", "fuse_rope_cache")),
     "grouped_attention": ("grouped_attention", ("fuse_grouped_attention",)),
+    "fused_attention": ("eager_attention", ("fuse_eager_attention",)),
     "skinny_linear": ("skinny_linear", ("fuse_skinny_linear",)),
     "merged_linear_pair": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_triple": ("merged_linear", ("fuse_merged_linear",)),
@@ -269,7 +270,7 @@ ALL = {name for name, _ in TABLE.values()} - OPT_IN
         ),
         (
             {"fuse_act_padding": False, "fuse_allreduce_rms": False},
-            {"norm_quant", "act_quant", "qk_norm_rope", "qk_norm_rope_cache", "rope_cache", "grouped_attention"},
+            ALL - {"act_padding", "allreduce_rms", "allreduce_rms_padding", "allreduce_rms_quant"},
             {
                 "act_padding": "fuse_act_padding",
                 "allreduce_rms": "fuse_allreduce_rms",

@@ -47,7 +47,9 @@ def scaled(whose: str, constant: Constant, factor: float, why: str) -> Constant:
 
 def attention(base: Attention, change: Like) -> Attention:
     """Attention on another device."""
-    return Attention(**{each.name: change(getattr(base, each.name)) for each in fields(Attention)})
+    values = {each.name: getattr(base, each.name) for each in fields(Attention)}
+    changed: dict[str, Any] = {name: change(each) for name, each in values.items() if isinstance(each, Constant)}
+    return replace(base, **changed)
 
 
 def linear(base: Linear, change: Like) -> Linear:

@@ -114,6 +114,10 @@ class Attention:
         rate: of operations where several queries share the keys that a program reads.
         row_rate: of operations in float32 where one query has them for itself.
         narrow_row_rate: the same in bfloat16 and float16.
+        product_rate: of operations in float32 of the products of matrices that a model spells attention out by.
+        narrow_product_rate: the same in bfloat16 and float16.
+        joins_row: whether Inductor makes one kernel of a single query's products, of what is between them and of the
+            copies of heads.
     """
 
     latency: Constant
@@ -122,6 +126,9 @@ class Attention:
     rate: Constant
     row_rate: Constant
     narrow_row_rate: Constant
+    product_rate: Constant
+    narrow_product_rate: Constant
+    joins_row: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

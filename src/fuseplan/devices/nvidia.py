@@ -45,6 +45,8 @@ H100_ATTENTION: Final = Attention(
     rate=operations(400_000, _H100_RATE),
     row_rate=operations(400_000, "as `rate`: one query waits for memory"),
     narrow_row_rate=operations(400_000, "as `rate`: one query waits for memory"),
+    product_rate=operations(400_000, "as `rate`: no kernel takes float32 here"),
+    narrow_product_rate=operations(400_000, _H100_RATE),
 )
 _LINEAR_RUN = (
     "benchmarks/results/skinny_linear_h200.json, H200, 2026-11-29: 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 "

@@ -6,6 +6,7 @@ Importing this package registers them with torch as `torch.ops.fuseplan.*`.
 from fuseplan.families import ACTIVATION_FAMILY, LINEAR_FAMILY, NORM_FAMILY
 from fuseplan.ops import (
     ActivationRounding,
+    AttentionRounding,
     Dialect,
     DialectOp,
     Draw,
@@ -37,6 +38,7 @@ __all__ = [
     "LINEAR_FAMILY",
     "NORM_FAMILY",
     "ActivationRounding",
+    "AttentionRounding",
     "Dialect",
     "DialectOp",
     "Draw",

@@ -1,4 +1,4 @@
-"""The fusion of repeated heads with the attention that reads them, and its sites."""
+"""Fusions of attention, by a kernel of torch or spelled out, with the repeated heads that it reads, and their sites."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -19,6 +19,9 @@ from fuseplan.parts.attention import PART, attention, repeat_heads
 from fuseplan.parts.attention.kernels import target_kernel
 from fuseplan.parts.attention.op import DRAWS, ERROR_FACTOR, SCHEMA, SIZES, attention_fake, attention_reference
 from fuseplan.parts.attention.traffic import AttentionRegion, grouped, repeated
+from fuseplan.parts.eager_attention import PART as EAGER_PART
+from fuseplan.parts.eager_attention import eager_attention
+from fuseplan.parts.eager_attention.op import eager_attention_fake, eager_attention_reference
 from fuseplan.parts.traffic import Kernel, Tail
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
@@ -32,6 +35,17 @@ grouped_attention = define(
     fused=True,
     error_factor=ERROR_FACTOR,
     draws=DRAWS,
+)
+
+fused_attention = define(
+    "fused_attention",
+    eager_attention.schema,
+    reference=eager_attention_reference,
+    fake=eager_attention_fake,
+    samples=eager_attention.samples,
+    fused=True,
+    error_factor=eager_attention.error_factor,
+    draws=eager_attention.draws,
 )
 
 
@@ -59,13 +73,43 @@ class GroupedAttention(Rule):
         """Refuses keys, values and masks of lengths that the graph doesn't know to be equal: calls can't be made up on
         which a kernel is verified.
         """
-        read = m.k.shape[2]
-        for name, length in (("v", m.v.shape[2]), ("mask", read if m.mask is None else m.mask.shape[-1])):
-            if not equal_size(length, read) and not (name == "mask" and equal_size(length, 1)):
-                what = f"{length} values" if name == "v" else f"a mask of {length}"
-                detail = f"attention reads {read} keys and {what}, and the graph doesn't know these to be equal"
-                return m.refuse(Reason.SIZE, name, detail, mend="torch._check that these lengths are equal")
-        return None
+        return _unequal_lengths(m)
+
+
+class EagerAttention(Rule):
+    """eager_attention  =>  the same in one op, which writes no scores and repeats no heads.
+
+    y = softmax(cat(softcap * tanh(q @ k^T * scale / softcap) + mask, sinks)) @ v
+    """
+
+    name, flags = "eager_attention", ("fuse_eager_attention",)
+    op, core = fused_attention, eager_attention
+
+    def pattern(
+        self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any
+    ) -> Any:  # fmt: skip
+        return (eager_attention(q, k, v, mask, sinks, scale, softcap, rounding),)
+
+    def replacement(
+        self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any
+    ) -> Any:  # fmt: skip
+        return (self.op(q, k, v, mask, sinks, scale, softcap, rounding),)
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Refuses what `GroupedAttention` does, and numbers of heads that aren't known."""
+        if not all(isinstance(each.shape[1], int) for each in (m.q, m.k)):
+            return m.refuse(Reason.SIZE, "q", "the number of heads isn't known when the graph is compiled")
+        return _unequal_lengths(m)
+
+
+def _unequal_lengths(m: Bindings) -> Refusal | None:
+    read = m.k.shape[2]
+    for name, length in (("v", m.v.shape[2]), ("mask", read if m.mask is None else m.mask.shape[-1])):
+        if not equal_size(length, read) and not (name == "mask" and equal_size(length, 1)):
+            what = f"{length} values" if name == "v" else f"a mask of {length}"
+            detail = f"attention reads {read} keys and {what}, and the graph doesn't know these to be equal"
+            return m.refuse(Reason.SIZE, name, detail, mend="torch._check that these lengths are equal")
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +179,7 @@ class AttentionSite(Site):
         q, k, mask = (tensor_of(self.core.args[index]) for index in (0, 1, 3))
         shared = tensor_of(self._repeats[0].args[0]) if self._repeats else k
         assert q is not None and k is not None and shared is not None
-        factor = rows / max(1, math.prod(map(hint, q.shape[:-1])))
-        scaled = _symbols(q.shape[0]) or _symbols(q.shape[2])
-        batch, queries, keys = (
-            max(1, round(hint(size) * factor)) if scaled & _symbols(size) else hint(size)
-            for size in (q.shape[0], q.shape[2], k.shape[2])
-        )
+        batch, queries, keys = _sizes(q, k, rows)
         kernel, is_causal = str(self.core.args[6]), bool(self.core.args[5])
         sizes = AttentionRegion(
             batch=batch, q_heads=hint(q.shape[1]), heads=hint(shared.shape[1]), queries=queries, keys=keys,
@@ -170,9 +209,61 @@ class AttentionSite(Site):
         return Taken(reduce=False, tail=None) if self.core in nodes and {*nodes} <= {*self.parts} else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EagerAttentionShape(AttentionShape):
+    """All of an attention that is spelled out, at one size."""
+
+    @property
+    def signature(self) -> str:
+        """The site without its batch, e.g. `eager_attention 32 heads of 128 in groups of 4, 1 x 1280 keys bfloat16
+        masked sinks`.
+        """
+        sizes = self.sizes
+        what = f"{sizes.q_heads} heads of {sizes.width} in groups of {sizes.groups}"
+        return f"eager_attention {what}, {sizes.queries} x {sizes.keys} keys {self.convention}"
+
+
+@dataclass(frozen=True, eq=False)
+class EagerAttentionSite(AttentionSite):
+    """One attention that is spelled out."""
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The nodes that belong to it."""
+        return [self.core]
+
+    def shape(self, rows: int) -> EagerAttentionShape:
+        """The site at a number of rows, as for `AttentionSite`."""
+        q, k, mask, sinks = (tensor_of(self.core.args[index]) for index in (0, 1, 3, 4))
+        assert q is not None and k is not None
+        batch, queries, keys = _sizes(q, k, rows)
+        is_joined = sinks is not None
+        q_heads, heads = hint(q.shape[1]), hint(k.shape[1])
+        sizes = AttentionRegion(
+            batch=batch, q_heads=q_heads, heads=heads, queries=queries, keys=keys, width=hint(q.shape[3]),
+            itemsize=q.dtype.itemsize, kernel="cpu", copies=q_heads > heads > 1, passes=1 + is_joined,
+        )  # fmt: skip
+        flags = " masked" * (mask is not None) + " sinks" * is_joined + " capped" * (self.core.args[6] is not None)
+        return EagerAttentionShape(
+            core=EAGER_PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize,
+            tails=(), sizes=sizes, kernels=self._kernels("cpu", q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
+        )  # fmt: skip
+
+
+def _sizes(q: Tensor, k: Tensor, rows: int) -> tuple[int, int, int]:
+    """(batch, queries, keys) at a number of rows of queries."""
+    factor = rows / max(1, math.prod(map(hint, q.shape[:-1])))
+    scaled = _symbols(q.shape[0]) or _symbols(q.shape[2])
+    batch, queries, keys = (
+        max(1, round(hint(size) * factor)) if scaled & _symbols(size) else hint(size)
+        for size in (q.shape[0], q.shape[2], k.shape[2])
+    )
+    return batch, queries, keys
+
+
 def _symbols(size: Any) -> frozenset[Any]:
     return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
 
 
-ATTENTION_RULES: tuple[Rule, ...] = (GroupedAttention(),)
-ATTENTION_SITES: Mapping[Core, type[Site]] = {PART: AttentionSite}
+ATTENTION_RULES: tuple[Rule, ...] = (GroupedAttention(), EagerAttention())
+ATTENTION_SITES: Mapping[Core, type[Site]] = {PART: AttentionSite, EAGER_PART: EagerAttentionSite}

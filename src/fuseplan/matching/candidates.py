@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.dialect import Rounding, falls_back
+from fuseplan.dialect import AttentionRounding, Rounding, falls_back
 from fuseplan.graph.facts import (
     group_size,
     is_call,
@@ -303,7 +303,7 @@ def _offered(
             )  # fmt: skip
         else:
             computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
-            told = [] if fits else [f"rounds as {computed}, and the graph as {rounding}"]
+            told = [] if fits else [_rounds(computed, rounding)]
             told += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
             detail = f"{provider.name}'s {rule.op.name} {'; it '.join(told)}"
             declined.append(
@@ -358,8 +358,17 @@ def _tensor(value: object) -> Tensor | None:
     return tensor_of(value) if isinstance(value, fx.Node) else None
 
 
+def _rounds(computed: str, graph: object) -> str:
+    """How a kernel rounds other than the graph, for a person."""
+    if (computed, graph) == (AttentionRounding.FLOAT32, AttentionRounding.EAGER):
+        return "keeps scores and their softmax in float32, and the graph rounds both"
+    return f"rounds as {computed}, and the graph as {graph}"
+
+
 def _differs_by_rounding(found: object, computed: str) -> bool:
     """Whether two conventions round one formula differently. Activations' have names of norms'; others aren't known."""
+    if {found, computed} <= {*AttentionRounding}:
+        return found != computed
     known: dict[object, Rounding] = {convention.value: convention for convention in Rounding}
     return found in known and computed in known and known[found].differs_by_rounding(known[computed])
 

@@ -21,11 +21,12 @@ from fuseplan.ops.registry import (
     ops,
     registered_kernel,
 )
-from fuseplan.ops.rounding import ActivationRounding, QuantRounding, RotaryRounding, Rounding
+from fuseplan.ops.rounding import ActivationRounding, AttentionRounding, QuantRounding, RotaryRounding, Rounding
 from fuseplan.ops.samples import compute_dtype, random_tensor
 
 __all__ = [
     "ActivationRounding",
+    "AttentionRounding",
     "Dialect",
     "DialectOp",
     "Draw",

@@ -77,6 +77,16 @@ class RotaryRounding(StrEnum):
     FP32 = "fp32"
 
 
+class AttentionRounding(StrEnum):
+    """Where attention rounds that a model spells out: `eager` rounds scores after every op on them, and their softmax,
+    to the dtype of the queries; `float32` neither. A kernel that computes `float32` may round the exponentials that it
+    multiplies values by, as SDPA's kernels do.
+    """
+
+    EAGER = "eager"
+    FLOAT32 = "float32"
+
+
 class QuantRounding(StrEnum):
     """How a scale is applied: `divide` computes x / scale; `multiply` takes the reciprocal of the scale and multiplies.
 

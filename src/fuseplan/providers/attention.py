@@ -1,13 +1,15 @@
-"""Grouped attention by torch's own kernels, in two forms, each a few aten calls in the graph.
+"""Attention over shared heads by torch's own kernels, in two forms, each a few aten calls in the graph.
 
 `sdpa`         the graph's own kernel on keys and values as they are, where it takes fewer heads of them than of queries
 `sdpa_packed`  one query token a row: the queries that share a head are stacked as if they were tokens, so the kernel
                sees as many heads of queries as of keys
 
     q [B, heads, 1, D] -> [B, kv_heads, heads / kv_heads, D],   mask [B, 1, 1, S] -> [B, 1, heads / kv_heads, S]
+
+Attention that a model spells out names no kernel: it gets the CPU's, on a CPU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,16 +18,18 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from fuseplan.devices import VENDOR_NAMES, DeviceProfile
-from fuseplan.dialect import ATTENTION_KERNELS, facts_of, implement, ops
+from fuseplan.dialect import ATTENTION_KERNELS, AttentionRounding, facts_of, implement, ops
 from fuseplan.graph.facts import equal_size
 from fuseplan.parts.attention.kernels import target_kernel
 from fuseplan.providers.gates import Offer
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
+from fuseplan.rules import Bindings
 
 aten = torch.ops.aten
 _UNTESTED: Final = "not run on AMD's GPUs so far"
+CPU: Final = "cpu"
 SHARED: Final = "sdpa"
 PACKED: Final = "sdpa_packed"
 EFFICIENT_SHARES: Final = "2.14"
@@ -49,6 +53,23 @@ def packed_attention(
     packed = aten.reshape.default(q, [-1, shared, rows, width])
     result = ATTENTION_KERNELS[kernel].run(packed, k, v, _packed_mask(mask, shared, rows, kernel), scale, False)[0]
     return aten.reshape.default(result, [-1, heads, 1, facts_of(v).shape[3]])
+
+
+def shared_eager_attention(
+    q: Any, k: Any, v: Any, mask: Any, sinks: None, scale: float, softcap: None, rounding: str
+) -> Any:  # fmt: skip
+    """The CPU's kernel on unrepeated keys and values; arguments as for `eager_attention_reference`."""
+    result = shared_attention(q, k, v, mask, scale, False, CPU)
+    if equal_size(facts_of(q).shape[2], 1):
+        return result
+    return aten.clone.default(result, memory_format=torch.contiguous_format)
+
+
+def packed_eager_attention(
+    q: Any, k: Any, v: Any, mask: Any, sinks: None, scale: float, softcap: None, rounding: str
+) -> Any:  # fmt: skip
+    """The CPU's kernel on packed queries; arguments as for `eager_attention_reference`."""
+    return packed_attention(q, k, v, mask, scale, False, CPU)
 
 
 def _packed_mask(mask: Any, shared: int, rows: int, kernel: str) -> Any:
@@ -144,6 +165,50 @@ class Packs:
         return ("one query token a row",)
 
 
+@dataclass(frozen=True)
+class Spelled:
+    """Whether torch's kernel for CPUs takes attention that a model spells out.
+
+    Attributes:
+        packed: whether it is to run on packed heads.
+        vendor: of the device that is planned for, where it isn't this machine's.
+    """
+
+    packed: Packs | None = None
+    vendor: str | None = None
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the arguments are refused, or None."""
+        vendor = self.vendor or m.q.device.type
+        if vendor != "cpu":
+            detail = "which of torch's kernels runs attention that a model spells out is known on CPUs alone"
+            return Refusal(reason=Reason.PROVIDER, detail=detail, expected="a CPU", found=vendor)
+        for name, what in (("softcap", "soft-cap"), ("sinks", "sinks")):
+            if m.values[name] is not None:
+                detail = f"torch's attention kernels have no {what}"
+                return Refusal(reason=Reason.ATTRIBUTE, detail=detail, expected=f"no {what}", found=what)
+        if not equal_size(m.q.shape[3], m.v.shape[3]):
+            detail = (
+                f"heads of q have {m.q.shape[3]} elements, of v {m.v.shape[3]}, and the CPU's kernel takes one size"
+            )
+            return Refusal(reason=Reason.SIZE, detail=detail, expected="heads of one size")
+        mask: Tensor | None = m.mask
+        if mask is not None and mask.dim() not in (2, 4):
+            detail = f"the CPU's kernel takes masks of 2 or 4 dimensions, not {mask.dim()}"
+            return Refusal(reason=Reason.SIZE, detail=detail, expected="[B, 1, 1, S]", found=str(list(mask.shape)))
+        if self.packed is None:
+            return None
+        return self.packed(Bindings(m.rule, {**m.values, "is_causal": False, "kernel": CPU}))
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        return ("a CPU", "no soft-cap, no sinks", *(self.packed.limits() if self.packed else ()))
+
+
+ROUNDINGS: Final = frozenset({AttentionRounding.FLOAT32.value})
+"""What each kernel computes of attention that is spelled out."""
+
+
 def _unknown_kernel() -> Refusal:
     detail = "the kernel of a device outside of torch: what it takes isn't known"
     return Refusal(reason=Reason.PROVIDER, detail=detail, expected="one of torch's kernels", found="overrideable")
@@ -151,38 +216,56 @@ def _unknown_kernel() -> Refusal:
 
 def shared_offers(vendor: str | None) -> dict[str, Offer]:
     """What `sdpa` implements, on this machine or planned for a vendor's devices."""
-    return {ops.grouped_attention.name: Offer(accepts=Shared(vendor))}
+    return {
+        ops.grouped_attention.name: Offer(accepts=Shared(vendor)),
+        ops.fused_attention.name: Offer(accepts=Spelled(vendor=vendor), roundings=ROUNDINGS),
+    }
+
+
+def packed_offers(vendor: str | None) -> dict[str, Offer]:
+    """The same of `sdpa_packed`."""
+    return {
+        ops.grouped_attention.name: Offer(accepts=Packs()),
+        ops.fused_attention.name: Offer(accepts=Spelled(Packs(), vendor), roundings=ROUNDINGS),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedHeads(Provider):
-    """torch's attention on keys and values with fewer heads than queries: whether a kernel takes that depends on whose
-    device it is.
+class TorchAttention(Provider):
+    """torch's attention on keys and values with fewer heads than queries: what a kernel takes depends on whose device
+    it is.
+
+    Attributes:
+        offered: what is implemented for a vendor's devices; None: for this machine.
     """
+
+    offered: Callable[[str | None], dict[str, Offer]]
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
         """As for any provider; for another device than this one, by the kernel that torch runs there."""
-        return shared_offers(device.vendor if device else None)
+        return self.offered(device.vendor if device else None)
 
 
 PROVIDERS: Final = (
-    SharedHeads(
+    TorchAttention(
         name=SHARED,
         description="torch's attention kernels, on heads that queries share",
         vendors=frozenset(VENDOR_NAMES),
         package=None,
         install="",
         implements=shared_offers(None),
+        offered=shared_offers,
         timing=Timing(heads="shared"),
         untested=_UNTESTED,
     ),
-    Provider(
+    TorchAttention(
         name=PACKED,
         description="torch's attention kernels, on one query token's heads stacked as tokens",
         vendors=frozenset(VENDOR_NAMES),
         package=None,
         install="",
-        implements={ops.grouped_attention.name: Offer(accepts=Packs())},
+        implements=packed_offers(None),
+        offered=packed_offers,
         timing=Timing(heads="packed"),
         untested=_UNTESTED,
     ),
@@ -190,3 +273,5 @@ PROVIDERS: Final = (
 
 implement(ops.grouped_attention, SHARED, shared_attention, inlined=True)
 implement(ops.grouped_attention, PACKED, packed_attention, inlined=True)
+implement(ops.fused_attention, SHARED, shared_eager_attention, inlined=True)
+implement(ops.fused_attention, PACKED, packed_eager_attention, inlined=True)

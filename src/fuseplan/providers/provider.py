@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from fuseplan.config import unknown
 from fuseplan.devices import VENDOR_NAMES, DeviceProfile, local_vendor
-from fuseplan.dialect import ActivationRounding, DialectOp, Rounding, implement, ops
+from fuseplan.dialect import ActivationRounding, AttentionRounding, DialectOp, Rounding, implement, ops
 from fuseplan.errors import ConfigError
 from fuseplan.providers.declared import Cost, KernelCost, checked_cost
 from fuseplan.providers.gates import Accepts, Offer, Unshared, accept_all
@@ -155,8 +155,9 @@ def provider_of(
         description: for a person.
         vendors: whose devices it serves.
         accepts: a check of arguments, as `Bindings`: None, or why it refuses them.
-        roundings: the conventions that the kernels compute, of `Rounding` or `ActivationRounding`; a graph that rounds
-            otherwise is refused, unless `allow_rounding_changes` is set. None: whichever they are asked for.
+        roundings: the conventions that the kernels compute, of `Rounding`, `ActivationRounding` or `AttentionRounding`;
+            a graph that rounds otherwise is refused, unless `allow_rounding_changes` is set. None: whichever they are
+            asked for.
         most_rows: how many rows of its first tensor a kernel takes, for given arguments, as attributes by the names
             that the op's schema has; a call of more runs the op's reference. None: any number.
         available: a function that returns None, or in one line why the kernels can't run on this machine, which
@@ -204,7 +205,7 @@ def _served(given: Iterable[str]) -> frozenset[str]:
 
 
 def _conventions(given: Iterable[str]) -> frozenset[str]:
-    known = {*map(str, Rounding), *map(str, ActivationRounding)}
+    known = {*map(str, Rounding), *map(str, ActivationRounding), *map(str, AttentionRounding)}
     if isinstance(given, str):
         raise ConfigError(f"roundings={str(given)!r}: give a set of conventions, {{{str(given)!r}}}")
     if not isinstance(given, Iterable) or not (conventions := frozenset(map(str, given))):

@@ -60,15 +60,29 @@ def attention_reference(
         KeyError: no kernel of that name is known.
     """
     if q.dtype is torch.float64 or 0 in (*q.shape, *k.shape):  # torch's kernels don't all take what is empty
-        return _exact(q, k, v, mask, scale, is_causal)
+        return exact_attention(q, k, v, mask, scale, is_causal=is_causal)
     groups = q.shape[1] // k.shape[1]
     k, v = (each if groups == 1 else repeat_heads_reference(each, groups) for each in (k, v))
     result: Tensor = KERNELS[kernel].run(q, k, v, mask, scale, is_causal)[0]
     return result
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
-    """Without casts, some queries of one batch element at a time."""
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, is_causal: bool = False,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Without casts, some queries of one batch element at a time.
+
+    Args:
+        q: see `attention_reference`.
+        k: likewise.
+        v: likewise.
+        mask: likewise.
+        scale: likewise.
+        is_causal: likewise.
+        softcap: c of `c * tanh(scores / c)`, before the mask is added; None: scores stay.
+        sinks: [q_heads], a logit more of every query, that has no value; None: there is none.
+    """
     batch, heads, queries, _ = q.shape
     groups, keys = heads // k.shape[1], k.shape[2]
     full = None if mask is None else mask.expand(batch, heads, queries, keys)
@@ -79,12 +93,16 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, i
         for first in range(0, queries, step):
             last = min(first + step, queries)
             scores = q[row, :, first:last] @ own_k.mT * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             if full is not None:
                 scores += full[row, :, first:last]
             if is_causal:
                 seen = torch.ones((last - first, keys), dtype=torch.bool, device=q.device).tril(first)
                 scores.masked_fill_(~seen, -torch.inf)
-            result[row, :, first:last] = scores.softmax(-1) @ own_v
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[:, None, None].expand(-1, last - first, 1)], -1)
+            result[row, :, first:last] = scores.softmax(-1)[..., :keys] @ own_v
     return result
 
 

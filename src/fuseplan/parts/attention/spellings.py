@@ -16,8 +16,7 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph, is_dialect
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.graph.facts import MULS, RESHAPES, Call, aten, convert_element_type, equal_size, is_call, item, tensor_of
-from fuseplan.graph.reach import path_between
+from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, is_call, item, tensor_of
 from fuseplan.parts.attention.kernels import KERNELS
 from fuseplan.parts.attention.op import attention, repeat_heads
 from fuseplan.record import Reason
@@ -51,7 +50,7 @@ def raise_attention(canonical: CanonicalGraph) -> None:
     """Raises every attention whose keys and values have repeated heads; others have nothing to fuse."""
     for node in canonical.calls(*BY_TARGET):
         arguments = _arguments(node)
-        sides = [_repeated(arguments[name]) for name in ("key", "value")]
+        sides = [repeated(arguments[name]) for name in ("key", "value")]
         result = item(node, 0)
         if not any(sides) or result is None or not result.users:
             continue
@@ -59,7 +58,6 @@ def raise_attention(canonical: CanonicalGraph) -> None:
             _raise(canonical, node, result, arguments, sides)
         except Unraised as refused:
             refused.tell(canonical, attention, "attention", at=[node], place=node)
-    _refuse_products(canonical)
 
 
 def _arguments(node: Call) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def _raise(
             Reason.OP, f"the heads of the {other} are repeated, and those of the {name}s are not", at,
             expected=repeat_heads.name,
         )  # fmt: skip
-    _check_sides(key, value)
+    check_sides(key, value)
     _check_flags(canonical, node, arguments)
     q, groups = _shape_of(arguments["query"], node), key.groups
     heads = _source_heads(key)
@@ -91,8 +89,8 @@ def _raise(
     if q[HEADS] % (heads * groups):
         raise Unraised(Reason.SIZE, f"{q[HEADS]} query heads don't divide by {heads * groups} heads of keys", node)
     scale = arguments["scale"]
-    repeated = {each.node: each for each in sides if each is not None}
-    placed = {each.node: _raise_repeat(canonical, each) for each in repeated.values()}
+    distinct = {each.node: each for each in sides if each is not None}
+    placed = {each.node: _raise_repeat(canonical, each) for each in distinct.values()}
     mask = arguments.get("attn_bias", arguments.get("attn_mask"))
     canonical.raise_op(
         attention,
@@ -104,7 +102,7 @@ def _raise(
     )  # fmt: skip
 
 
-def _check_sides(key: Repeated, value: Repeated) -> None:
+def check_sides(key: Repeated, value: Repeated) -> None:
     """Refuses keys and values that aren't shared in the same way.
 
     Raises:
@@ -166,7 +164,7 @@ def _source_heads(side: Repeated) -> Any:
 # Repeated heads.
 
 
-def _repeated(node: object) -> Repeated | None:
+def repeated(node: object) -> Repeated | None:
     """What a tensor of keys or values copies its heads from; None where it doesn't."""
     if not isinstance(node, fx.Node) or _dim(node) != 4:
         return None
@@ -219,7 +217,7 @@ def _merged(node: fx.Node, heads: int) -> tuple[fx.Node, int, bool] | None:
     if place not in (heads, heads + 1) or not isinstance(groups, int):
         return None
     others = [size for dim, size in enumerate(wide.shape) if dim != place]
-    if not _equal(others, before.shape) or not _equal(after.shape, _with_heads(before, heads, groups)):
+    if not equal_sizes(others, before.shape) or not equal_sizes(after.shape, _with_heads(before, heads, groups)):
         return None
     return source, groups, place == heads and not equal_size(before.shape[heads], 1)
 
@@ -234,7 +232,7 @@ def _broadcast(node: fx.Node, heads: int) -> tuple[fx.Node, int, bool] | None:
         return None
     count = after.shape[heads]
     groups = count // before.shape[heads] if isinstance(count, int) else 1
-    if not _equal(after.shape, _with_heads(before, heads, groups)):
+    if not equal_sizes(after.shape, _with_heads(before, heads, groups)):
         return None
     return source, groups, before.shape[heads] != 1
 
@@ -245,7 +243,8 @@ def _with_heads(value: Tensor, heads: int, groups: int) -> list[Any]:
     return sizes
 
 
-def _equal(left: Sequence[Any], right: Sequence[Any]) -> bool:
+def equal_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for every value of their symbols; adds no guard."""
     return len(left) == len(right) and all(equal_size(a, b) for a, b in zip(left, right, strict=True))
 
 
@@ -255,9 +254,14 @@ def _dim(node: object) -> int | None:
 
 
 def _raise_repeat(canonical: CanonicalGraph, side: Repeated) -> fx.Node:
-    """The dialect op in the place of the copies; what stood between them and attention goes before it."""
+    """The dialect op in the place of the copies."""
     if is_dialect(side.node, repeat_heads):
         return side.node
+    return canonical.raise_op(repeat_heads, (unrepeated(canonical, side), side.groups), (side.node,))
+
+
+def unrepeated(canonical: CanonicalGraph, side: Repeated) -> fx.Node:
+    """What is copied; what stood between the copies and attention goes before it."""
     source = side.source
     for op in reversed(side.outer):
         if is_call(op, aten.clone.default):
@@ -268,41 +272,4 @@ def _raise_repeat(canonical: CanonicalGraph, side: Repeated) -> fx.Node:
             assert callable(op.target)
             moved = op.target(value, *op.args[1:])
         source = canonical.insert_before(side.node, op.target, (source, *op.args[1:]), moved)
-    return canonical.raise_op(repeat_heads, (source, side.groups), (side.node,))
-
-
-# What is no attention op.
-
-
-def _refuse_products(canonical: CanonicalGraph) -> None:
-    """Notes where scores are a product of matrices with keys whose heads are repeated: attention that torch decomposed,
-    or that the model spells out.
-    """
-    for product in canonical.calls(aten.bmm.default):
-        keys: object = product.args[1]
-        while _repeated(keys) is None and is_call(keys, *_PREPARED):
-            keys = keys.args[0]
-        if _repeated(keys) is None:
-            continue
-        softmax = next(
-            (found for user in product.users if (found := path_between(user, _is_softmax, "users", 12))), None
-        )
-        if softmax is not None:
-            assert isinstance(keys, fx.Node)
-            canonical.refuse(
-                attention, [product], Reason.OP,
-                f"attention not recognised: its scores are an {product.target}, of eager attention or of the math that "
-                "torch falls back to",
-                node=product, place=keys, expected="one of torch's attention kernels", found=str(product.target),
-                mend="set attn_implementation='sdpa', and shapes and dtypes that a kernel takes",
-            )  # fmt: skip
-
-
-_PREPARED = (
-    *RESHAPES, *MULS, aten.expand.default, aten.permute.default, aten.clone.default, convert_element_type,
-)  # fmt: skip
-
-
-def _is_softmax(node: fx.Node) -> bool:
-    """In post-grad graphs a softmax is its decomposition."""
-    return is_call(node, aten.exp.default)
+    return source

@@ -5,7 +5,8 @@
 `latency` is what the kernel takes with next to nothing to read, its launch included. A kernel that doesn't split the
 keys of a query among programs walks along them, which takes `key` each; that is added, though part of it overlaps with
 memory. fuseplan's own kernel splits them for any query, and has a latency of its own. Repeated heads are read as often
-as they are repeated, and before that Inductor writes them, a kernel for keys and one for values.
+as they are repeated, and before that Inductor writes them, a kernel for keys and one for values. Attention that is
+spelled out is two products of matrices, between which scores are written and read.
 """
 
 import math
@@ -40,6 +41,8 @@ class AttentionRegion:
         kernel: of the graph.
         copies: whether repeated heads are written to memory; of a single head they are a view.
         is_causal: whether queries see the keys before them alone, which halves the work.
+        passes: over all scores that the graph makes between two products of matrices, where it spells attention out; 0:
+            it calls a kernel.
     """
 
     batch: int
@@ -52,6 +55,7 @@ class AttentionRegion:
     kernel: str
     copies: bool = True
     is_causal: bool = False
+    passes: int = 0
 
     @property
     def groups(self) -> int:
@@ -69,6 +73,11 @@ class AttentionRegion:
         return self.batch * self.q_heads * self.queries * self.width * self.itemsize
 
     @property
+    def score_bytes(self) -> int:
+        """Of all scores, or of all weights."""
+        return self.batch * self.q_heads * self.queries * self.keys * self.itemsize
+
+    @property
     def operations(self) -> float:
         """Multiplications and additions."""
         share = 0.5 if self.is_causal else 1.0
@@ -81,7 +90,10 @@ def repeated(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
     copy = Kernel(
         name="repeat heads", launch=_up(hardware.launch.value), memory=_up(hardware.memory_ns(copied))
     )  # fmt: skip
-    return (*((copy, copy) if region.copies else ()), _attention(hardware, region, "repeated"))
+    if region.passes and region.queries == 1 and hardware.attention.joins_row:
+        return (_joined(hardware, region),)
+    copies = (copy, copy) if region.copies else ()
+    return (*copies, *(_spelled(hardware, region) if region.passes else (_attention(hardware, region, "repeated"),)))
 
 
 def grouped(hardware: Hardware, region: AttentionRegion, form: Heads) -> tuple[Kernel, ...]:
@@ -90,6 +102,32 @@ def grouped(hardware: Hardware, region: AttentionRegion, form: Heads) -> tuple[K
         opaque = Kernel(name="opaque op", launch=_up(hardware.launch.value))
         return (*repeated(hardware, region), opaque)
     return (_attention(hardware, region, form),)
+
+
+def _joined(hardware: Hardware, region: AttentionRegion) -> Kernel:
+    """All of an attention that is spelled out, for one query, as Inductor generates it."""
+    nbytes = 2 * region.shared_bytes + 2 * region.query_bytes + 2 * region.score_bytes
+    return Kernel(
+        name="attention, generated", launch=_up(hardware.launch.value),
+        memory=_up(max(hardware.memory_ns(nbytes), region.operations / _product_rate(hardware, region))),
+    )  # fmt: skip
+
+
+def _product_rate(hardware: Hardware, region: AttentionRegion) -> float:
+    constants = hardware.attention
+    return (constants.narrow_product_rate if region.itemsize < 4 else constants.product_rate).value
+
+
+def _spelled(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
+    """Two products of matrices, and between them kernels that read and write all scores."""
+    launch = _up(hardware.launch.value)
+    read = region.shared_bytes * (region.groups if region.copies else 1) + region.query_bytes + region.score_bytes
+    product = Kernel(
+        name="product of matrices", launch=launch,
+        memory=_up(max(hardware.memory_ns(read), region.operations / 2 / _product_rate(hardware, region))),
+    )  # fmt: skip
+    scores = Kernel(name="softmax", launch=launch, memory=_up(hardware.memory_ns(2 * region.score_bytes)))
+    return (product, *(scores,) * region.passes, product)
 
 
 def _attention(hardware: Hardware, region: AttentionRegion, form: Heads) -> Kernel:

@@ -21,6 +21,7 @@ from fuseplan.dialect import (
 )
 from fuseplan.distributed.workspace import workspace_of
 from fuseplan.graph.facts import dtype_text, equal_size
+from fuseplan.providers.attention import ROUNDINGS
 from fuseplan.providers.gates import Accepts, Gate, Offer, listed
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
@@ -136,6 +137,16 @@ def grouped_attention(
     return launch(q, k, v, mask, scale, kernel)
 
 
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None,
+    rounding: str,
+) -> Tensor:  # fmt: skip
+    """`parts.eager_attention.op.eager_attention_reference`, keys split among programs; `rounding` is `float32`."""
+    from fuseplan.providers.triton.attention import launch
+
+    return launch(q, k, v, mask, scale, None, sinks=sinks, softcap=softcap)
+
+
 def linears(*arguments: Any) -> Any:
     """`parts.linear.linears_reference` in one kernel."""
     from fuseplan.providers.triton.linear import launch
@@ -183,7 +194,13 @@ class FewRows:
 
 @dataclass(frozen=True)
 class FewQueries:
-    """The check of attention whose keys are split."""
+    """The check of attention whose keys are split.
+
+    Attributes:
+        names_kernel: whether the op names a kernel of torch's, as whose its result lies in memory.
+    """
+
+    names_kernel: bool = True
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the kernel doesn't take the arguments, or None."""
@@ -199,6 +216,9 @@ class FewQueries:
             found = f"those of q have {widths[0]}, of v {widths[1]}"
             detail = f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; {found}"
             return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+        return self._kernel(m, widths) if self.names_kernel else None
+
+    def _kernel(self, m: Any, widths: tuple[Any, Any]) -> Refusal | None:
         if m.is_causal:
             detail = "the kernel takes a mask, or none, and is_causal=False"
             return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
@@ -287,6 +307,7 @@ implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
 implement(ops.rope_cache, "triton", replayed(rope_cache))
 implement(ops.qk_norm_rope_cache, "triton", replayed(qk_norm_rope_cache))
 implement(ops.grouped_attention, "triton", replayed(grouped_attention))
+implement(ops.fused_attention, "triton", replayed(fused_attention))
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
 implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))
@@ -300,6 +321,7 @@ ACCEPTS: Mapping[str, Accepts] = {
     ops.rope_cache.name: accept_cached_rotary,
     ops.qk_norm_rope_cache.name: accept_cached_rotary,
     ops.grouped_attention.name: FewQueries(),
+    ops.fused_attention.name: FewQueries(names_kernel=False),
     **{op.name: FewRows() for op in _LINEARS},
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
@@ -313,7 +335,11 @@ PROVIDER: Final = Provider(
     package="triton",
     install="pip install fuseplan[triton]",
     implements={
-        name: Offer(accepts=accepts, most_rows=most_linear_rows if ops[name] in _LINEARS else None)
+        name: Offer(
+            accepts=accepts,
+            most_rows=most_linear_rows if ops[name] in _LINEARS else None,
+            roundings=ROUNDINGS if name == ops.fused_attention.name else None,
+        )
         for name, accepts in ACCEPTS.items()
     },
     runs_alone=True,

@@ -2,6 +2,9 @@
 
 y = softmax(q @ repeat(k)^T * scale + mask) @ repeat(v)        over tiles of keys;  y = sum(w * part) / sum(w)
 
+Scores may be capped before the mask is added, softcap * tanh(x / softcap), and a sink be joined: a logit of each head
+that takes weight and has no value. The first part of a query has it.
+
 The queries that share a head, and their tokens, are the rows of one tile, so keys and values are read once. A program
 takes every n-th tile of keys, which shares the work out at any length. It reads the mask first: of tiles that are
 masked for all rows it loads neither keys nor values, so the part of a static cache that holds nothing yet costs
@@ -11,8 +14,9 @@ Masked is what is minus infinity, and, where the row has keys that aren't, what 
 torch before 2.12 makes -65,504 for cuDNN. Weights of such keys are zero in float32 unless scores of one row are 29,000
 apart.
 
-The equivalent eager code is `fuseplan.parts.attention.op.attention_reference`. A query all of whose keys are masked, or
-that has no keys, gets zeros, as by torch's own kernels on the CPU and its math, not NaN.
+The equivalent eager code is `fuseplan.parts.attention.op.attention_reference`, and with soft-cap and sinks
+`fuseplan.parts.eager_attention.op.eager_attention_reference`. A query all of whose keys are masked by minus infinity,
+or that has no keys, gets zeros, as by torch's own kernels on the CPU and its math, not NaN.
 """
 
 import math
@@ -60,6 +64,8 @@ MOST_SPLITS = 64
 MOST_ROWS = 64
 """Of a tile; where a head has more queries, several programs read its keys."""
 
+LOG2_E = math.log2(math.e)
+
 LEAST_SIDE = 16
 """Of a tile that tensor cores multiply."""
 
@@ -67,14 +73,14 @@ LEAST_SIDE = 16
 # One compilation for all lengths.
 @triton.jit(do_not_specialize=["keys", "splits", "mask_batch", "mask_head", "mask_token"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, mask_ptr, y_ptr, parts_ptr, sums_ptr, keys, splits, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, y_ptr, parts_ptr, sums_ptr, keys, splits, scale, cap,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
     mask_batch, mask_head, mask_token, mask_key, y_batch, y_head, y_token, y_dim,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, ROW_TILES: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, MASK_HEADS: tl.constexpr,
     MASK_TOKENS: tl.constexpr, MASKED_FROM: tl.constexpr, SHOWN_FROM: tl.constexpr, SAMPLED: tl.constexpr,
-    WHOLE: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    WHOLE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One of `splits` parts of what ROWS queries of a head see; WHOLE: all of it."""
     split = tl.program_id(0) % splits
@@ -157,7 +163,10 @@ def _attend(
                 read = inside
             k = tl.load(k_tile + at * k_token, mask=read[:, None] & is_column[None, :], other=0.0)
             v = tl.load(v_tile + at * v_token, mask=read[:, None] & is_value[None, :], other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias * 1.4426950408889634
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if CAPPED:
+                scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))  # cap * tanh(x), of exp(2x)
+            scores += bias * 1.4426950408889634
             higher = tl.maximum(top, tl.max(scores, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp2(scores - base[:, None])
@@ -166,6 +175,15 @@ def _attend(
             y = tl.dot(weight.to(v.dtype), v, y * fade[:, None], input_precision="ieee")
             top = higher
 
+    if SINKS:
+        sink = tl.load(sinks_ptr + q_head_of, mask=is_row & (split == 0), other=float("-inf")).to(tl.float32)
+        sink *= 1.4426950408889634
+        higher = tl.maximum(top, sink)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.exp2(sink - base)
+        y *= fade[:, None]
+        top = higher
     is_seen = total != 0.0
     total = tl.where(is_seen, total, 1.0)
     y = y / total[:, None]
@@ -270,9 +288,10 @@ class Split:
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str, split: Split | None = None
-) -> Tensor:
-    """See `attention_reference` with is_causal=False; any strides.
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str | None, split: Split | None = None,
+    *, sinks: Tensor | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """See `attention_reference` with is_causal=False, and `eager_attention_reference`; any strides.
 
     Args:
         q: [batch, q_heads, queries, head_dim]; bfloat16, float16 or float32.
@@ -281,16 +300,22 @@ def launch(
         mask: added to the scores, broadcasts to [batch, q_heads, queries, keys]; any floating dtype; None: there is
             none.
         scale: of the scores.
-        kernel: whose layout the result has.
+        kernel: whose layout the result has; None: it is contiguous.
         split: how keys are shared out; None: by sizes.
+        sinks: [q_heads], any floating dtype; None: there are none.
+        softcap: what scores stay below; None: they stay as they are.
 
     Returns:
         [batch, q_heads, queries, value_dim] in q's dtype.
     """
     batch, q_heads, queries, width = q.shape
     heads, keys, value_width = k.shape[1], k.shape[2], v.shape[3]
-    strides = result_strides(kernel, q.dtype, q.shape, q.stride(), heads, value_width)
-    y = torch.empty_strided((batch, q_heads, queries, value_width), strides, dtype=q.dtype, device=q.device)
+    shape = (batch, q_heads, queries, value_width)
+    if kernel is None:
+        y = q.new_empty(shape)
+    else:
+        strides = result_strides(kernel, q.dtype, q.shape, q.stride(), heads, value_width)
+        y = torch.empty_strided(shape, strides, dtype=q.dtype, device=q.device)
     if y.numel() == 0:
         return y
     rows = q_heads // heads * queries
@@ -314,15 +339,19 @@ def launch(
         sums, parts = (scratch(q.new_empty(count * each, dtype=torch.float32)) for each in (2, value_width))
     sizes = {"HEADS": heads, "GROUPS": q_heads // heads, "QUERIES": queries, "VALUE_WIDTH": value_width}
     tile = Tile(rows=tile_rows, block=split.block, warps=split.warps)
+    # In the kernel numbers are powers of two.
+    factors = (scale * LOG2_E, 0.0) if softcap is None else (2 * scale * LOG2_E / softcap, softcap * LOG2_E)
     with torch.cuda.device_of(q):
         run_kernel(
             _attend, (places * split.count,),
-            q, k, v, q if shown is None else shown, y, parts, sums, keys, split.count, scale * math.log2(math.e),
+            q, k, v, q if shown is None else shown, q if sinks is None else sinks.contiguous(), y, parts, sums, keys,
+            split.count, *factors,
             *_steps(q), *_steps(k), *_steps(v), *mask_steps, *_steps(y),
             **sizes, WIDTH=width, ROWS=tile.rows, ROW_TILES=row_tiles, COLUMNS=columns, VALUE_COLUMNS=value_columns,
             BLOCK=tile.block, TILES=max(LEAST_TILES, TILES // triton.next_power_of_2(mask_heads * mask_tokens)),
             MASKED=shown is not None, MASK_HEADS=mask_heads, MASK_TOKENS=mask_tokens,
             MASKED_FROM=MASKED_FROM, SHOWN_FROM=SHOWN_FROM, SAMPLED=SAMPLED, WHOLE=is_whole,
+            CAPPED=softcap is not None, SINKS=sinks is not None,
             num_stages=split.stages, **tile.launch(q),
         )  # fmt: skip
         if not is_whole:

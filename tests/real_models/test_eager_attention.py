@@ -1,0 +1,191 @@
+"""Decode steps of unmodified Hugging Face models that spell attention out: it is one op in every layer, and what comes
+out stays.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+import fuseplan
+
+LAYERS, CACHE, PROMPT, WINDOW = 2, 32, 7, 8
+COMMON: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "initializer_range": 0.3,
+    "attn_implementation": "eager",
+}  # fmt: skip
+GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": WINDOW}
+MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, GEMMA),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA),
+    "gpt_oss": (
+        GptOssConfig, GptOssForCausalLM,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    ),
+}  # fmt: skip
+OWN = ("gemma2", "gpt_oss")
+"""Whose attention torch's kernels don't compute: soft-caps and sinks."""
+IDS = (torch.arange(2 * 12).reshape(2, 12) * 11) % 64
+
+
+def built(name: str, dtype: torch.dtype = torch.float32, **further: Any) -> Any:
+    config, model, own = MODELS[name]
+    torch.manual_seed(0)
+    return model(config(**{**COMMON, **own, **further})).eval().to(dtype)
+
+
+def step(model: Any, queries: int = 1, batch: int = 2, prompt: int = PROMPT, padded: int = 0) -> dict[str, Any]:
+    """The arguments of one step behind a prompt whose first row is padded at the left."""
+    cache = StaticCache(config=model.config, max_cache_len=CACHE)
+    mask = torch.ones(batch, prompt + queries, dtype=torch.long)
+    mask[0, :padded] = 0
+    with torch.no_grad():
+        model(input_ids=IDS[:batch, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
+    return {
+        "input_ids": IDS[:batch, :queries], "position_ids": torch.arange(prompt, prompt + queries).expand(batch, -1),
+        "attention_mask": mask, "past_key_values": cache, "use_cache": True,
+    }  # fmt: skip
+
+
+def providers(report: fuseplan.Report) -> list[str]:
+    return [each.provider for each in report.graphs[0].applied if each.rule == "eager_attention"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: str) -> None:
+    model = built(name, torch.float16 if name == "qwen3" else torch.bfloat16)
+    arguments = step(model, padded=2)
+    config = fuseplan.PassConfig(allow_rounding_changes=True)
+    report = fuseplan.explain(model, device="h100", config=config, **arguments)
+    assert providers(report) == ["triton"] * LAYERS
+    fusions = [each for each in report.graphs[0].applied if each.rule == "eager_attention"]
+    assert [each.source for each in fusions] == [f"model.layers.{layer}.self_attn" for layer in range(LAYERS)]
+
+    report = fuseplan.explain(model, device="h100", **arguments)
+    assert providers(report) == []
+    (miss,) = [each for each in report.near_misses if each.rule == "eager_attention" and each.provider == "triton"]
+    assert (miss.count, miss.reason, miss.mend) == (LAYERS, "rounding", "set allow_rounding_changes")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "queries", "prompt"),
+    [
+        ("llama", 1, 1, PROMPT),
+        ("gemma2", 1, 1, 11),
+        ("gemma2", 2, 3, PROMPT),
+        ("gpt_oss", 2, 1, 11),
+        ("gpt_oss", 1, 3, 9),
+    ],
+)
+def test_steps_of_any_kind_are_recognised(name: str, batch: int, queries: int, prompt: int) -> None:
+    """One sequence, a chunk of several tokens, and sliding windows that are full."""
+    model = built(name, torch.bfloat16)
+    config = fuseplan.PassConfig(allow_rounding_changes=True)
+    report = fuseplan.explain(model, device="h200", config=config, **step(model, queries, batch, prompt))
+    assert providers(report) == ["triton"] * LAYERS
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - OWN))
+def test_in_float32_a_cpus_kernel_is_planned_and_computes_what_the_model_does(name: str) -> None:
+    model = built(name)
+    reports: list[fuseplan.Report] = []
+    compiled = fuseplan.compile(model, fullgraph=True, on_report=reports.append)
+    with torch.no_grad():
+        plain, fused = step(model, 3, padded=2), step(model, 3, padded=2)
+        expected, actual = model(**plain).logits, compiled(**fused).logits
+    assert providers(reports[-1]) == ["sdpa"] * LAYERS
+    assert not reports[-1].warnings
+    assert all(each.passed for graph in reports[-1].graphs for each in graph.verified)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_soft_caps_and_sinks_are_left_alone_on_a_cpu(name: str) -> None:
+    model = built(name)
+    report = fuseplan.explain(model, device="cpu", **step(model))
+    assert providers(report) == []
+    assert report.graphs[0].recognized["eager_attention[16]"] == LAYERS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str) -> None:
+    """What a kernel is held to is the model's own attention: soft-caps, sinks and windows included."""
+    model = built(name)
+    config = fuseplan.PassConfig(force=("eager_attention:torch",), verify="always")
+    reports: list[fuseplan.Report] = []
+    compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
+    with torch.no_grad():
+        plain, fused = step(model, 3, prompt=9, padded=3), step(model, 3, prompt=9, padded=3)
+        expected, actual = model(**plain).logits, compiled(**fused).logits
+    assert providers(reports[-1]) == ["torch"] * LAYERS, reports[-1].warnings
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_gives_equal_tokens() -> None:
+    model = built("qwen3")
+    how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(IDS, **how, pad_token_id=0)
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(force=("eager_attention",))
+    model.forward = fuseplan.compile(model.forward, config=config, on_report=reports.append)
+    actual = model.generate(IDS, **how, pad_token_id=0)
+    assert [report.fused["eager_attention"] for report in reports] == [
+        LAYERS,
+        LAYERS,
+    ]  # the prompt's graph and a step's
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", *OWN])
+def test_weights_that_are_asked_for_are_a_near_miss_once_a_layer(name: str) -> None:
+    model = built(name)
+    report = fuseplan.explain(model, device="cpu", **step(model), output_attentions=True)
+    assert report.fused["eager_attention"] == 0
+    (miss,) = [each for each in report.near_misses if each.rule == "eager_attention"]
+    assert (miss.count, miss.reason, miss.mend) == (LAYERS, "users", "leave output_attentions out")
+
+
+def test_dropout_is_a_near_miss() -> None:
+    model = built("llama", attention_dropout=0.1)
+    arguments = step(model)
+    report = fuseplan.explain(model.train(), device="cpu", **arguments)
+    (miss,) = [each for each in report.near_misses if each.rule == "eager_attention"]
+    assert (miss.count, miss.reason, miss.mend) == (LAYERS, "attribute", "call model.eval()")
+
+
+def test_steps_through_a_windows_edge_compute_what_the_model_does() -> None:
+    model = built("gpt_oss")
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(force=("eager_attention:torch",))
+    compiled = fuseplan.compile(model, config=config, on_report=reports.append)
+    runs = []
+    for each in (model, compiled):
+        cache, mask = StaticCache(config=model.config, max_cache_len=CACHE), torch.ones(2, CACHE, dtype=torch.long)
+        with torch.no_grad():
+            model(input_ids=IDS[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+            steps = [
+                each(
+                    input_ids=IDS[:, at : at + 1], attention_mask=mask[:, : 6 + at], past_key_values=cache,
+                    position_ids=torch.full((2, 1), 5 + at), use_cache=True,
+                ).logits
+                for at in range(7)
+            ]  # fmt: skip
+        runs.append(torch.cat(steps, 1))
+    assert {report.fused["eager_attention"] for report in reports} == {LAYERS}
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-4)

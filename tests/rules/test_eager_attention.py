@@ -1,0 +1,365 @@
+"""Attention that a model spells out: where it is raised and fused, what it computes, what it refuses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.families.attention import EagerAttention
+from fuseplan.graph.surgery import copy_graph
+from fuseplan.parts.eager_attention.op import eager_attention_reference
+from fuseplan.providers.attention import Packs, Spelled
+from fuseplan.record import GraphReport, Nearness, Reason, Refusal
+from fuseplan.rules import Bindings
+from tests.attention import HEAD_DIM, HEADS, SHARED, SPELLINGS, attend, hugging_face, inputs, tiled
+from tests.eager_attention import MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
+from tests.helpers import post_grad, randn
+from tests.rules.test_attention import planned
+
+aten = torch.ops.aten
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def applied(report: GraphReport) -> list[str]:
+    return [fusion.provider for fusion in report.applied if fusion.rule == "eager_attention"]
+
+
+def raised(graph: fx.Graph) -> list[fx.Node]:
+    canonical = canonicalize(graph)
+    canonical.graph.lint()
+    return canonical.calls(ops.eager_attention.overload)  # type: ignore[return-value]
+
+
+def run(graph: fx.Graph, *arguments: Tensor) -> Tensor:
+    """Graphs take their inputs in the order in which they read them: by shapes, and keys before values."""
+    left = list(arguments)
+    given = []
+    for node in graph.find_nodes(op="placeholder"):
+        place = next(at for at, each in enumerate(left) if each.shape == node.meta["val"].shape)
+        given.append(left.pop(place))
+    return fx.Interpreter(fx.GraphModule({}, graph)).run(*given)[0]  # type: ignore[no-any-return]
+
+
+# What is raised.
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_raised_whole(name: str, dtype: torch.dtype, queries: int) -> None:
+    model = MODELS[name]
+    (node,) = raised(model.graph(queries, dtype))
+    q, k, v, mask, sinks, scale, softcap, rounding = node.args
+    assert [each.meta["val"].shape for each in (q, k, v)] == [  # type: ignore[union-attr]
+        (3, HEADS, queries, HEAD_DIM), (3, SHARED, 32, HEAD_DIM), (3, SHARED, 32, HEAD_DIM),
+    ]  # fmt: skip
+    assert isinstance(mask, fx.Node)
+    assert mask.meta["val"].shape == (3, 1, queries, 32)
+    assert (sinks is not None) == model.sinks
+    assert (scale, softcap) == (SCALE, model.softcap)
+    assert rounding == ("float32" if dtype is torch.float32 else "eager")
+    assert node.graph.find_nodes(op="call_function", target=aten.bmm.default) == []
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_heads_are_shared_in_every_spelling(spelling: str, batch: int) -> None:
+    (node,) = raised(Eager(repeat=SPELLINGS[spelling]).graph(batch=batch))
+    assert [each.meta["val"].shape[1] for each in node.args[:3]] == [HEADS, SHARED, SHARED]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("repeat", [unshared, tiled])
+def test_heads_that_are_not_shared_stay_as_they_are(repeat: Callable[[Tensor], Tensor]) -> None:
+    (node,) = raised(Eager(repeat=repeat).graph())
+    assert [each.meta["val"].shape[1] for each in node.args[:3]] == [HEADS] * 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_softmaxes_are_read_as_inductor_prepares_them_on_cuda(name: str) -> None:
+    model = MODELS[name]
+    graph, arguments = online(model.graph()), model.inputs()
+    assert len(raised(graph)) == 1
+    assert graph.find_nodes(op="call_function", target=aten.amax.default) == []
+    expected = run(graph, *arguments)
+    report = planned(graph, verify="always", force=("eager_attention:torch",))
+    assert applied(report) == ["torch"]
+    torch.testing.assert_close(run(graph, *arguments), expected, rtol=2**-5, atol=2**-5)
+
+
+def test_no_mask_is_needed() -> None:
+    q, k, v, _, sinks = SINKS.inputs()
+    (node,) = raised(post_grad(lambda q, k, v, sinks: SINKS(q, k, v, None, sinks), q, k, v, sinks))
+    assert node.args[3] is None
+    assert isinstance(node.args[4], fx.Node)
+
+
+def test_scales_may_divide_and_caps_may_be_products() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (torch.tanh((q @ k.mT) / 4.0 * 0.5) * 2.0 + mask).softmax(-1) @ v
+
+    q, k, v = (randn(2, 4, 8, 16, seed=seed) for seed in range(3))
+    (node,) = raised(post_grad(model, q, k, v, randn(8, 8)))
+    assert node.args[5:] == (0.25, 2.0, "eager")
+
+
+def test_keys_may_come_with_their_dimensions_swapped() -> None:
+    q, k, v = (randn(2, 4, 8, 16, seed=seed) for seed in range(3))
+    turned = k.mT.contiguous()
+    graph = post_grad(lambda q, turned, v, mask: (q @ turned + mask).softmax(-1) @ v, q, turned, v, randn(8, 8))
+    (node,) = raised(graph)
+    assert node.args[1].meta["val"].shape == k.shape  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dynamic", [0, 2])
+def test_the_batch_and_the_cache_may_be_symbols(dynamic: int) -> None:
+    arguments = PLAIN.inputs(5, torch.float32)
+    dims = {0: ((0, 0), (1, 0), (2, 0), (3, 0)), 2: ((1, 2), (2, 2), (3, 3))}[dynamic]
+    for place, dim in dims:
+        torch._dynamo.maybe_mark_dynamic(arguments[place], dim)
+    graph = post_grad(PLAIN, *arguments)
+    assert [node for node in graph.find_nodes(op="placeholder") if isinstance(node.meta["val"], torch.SymInt)]
+    report = planned(graph, verify="always")
+    assert applied(report) == ["sdpa"]
+    assert all(each.passed for each in report.verified)
+
+
+# What it is fused by, and computes.
+
+
+@pytest.mark.parametrize(
+    ("queries", "dtype", "provider"),
+    [(1, torch.float32, []), (5, torch.float32, ["sdpa"]), (1, torch.bfloat16, []), (5, torch.float16, ["sdpa"])],
+)
+def test_on_a_cpu_inductors_one_kernel_for_one_query_stays(
+    queries: int, dtype: torch.dtype, provider: list[str]
+) -> None:  # fmt: skip
+    graph = PLAIN.graph(queries, dtype)
+    assert applied(planned(graph, allow_rounding_changes=dtype is not torch.float32)) == provider
+
+
+@pytest.mark.parametrize(("queries", "provider"), [(1, "sdpa_packed"), (5, "sdpa")])
+def test_in_float32_the_cpus_kernel_may_run_as_it_is(queries: int, provider: str) -> None:
+    arguments = PLAIN.inputs(queries, torch.float32)
+    graph = post_grad(PLAIN, *arguments)
+    expected = run(graph, *arguments)
+    report = planned(graph, verify="always", force=(f"eager_attention:{provider}",))
+    assert applied(report) == [provider]
+    assert all(each.passed for each in report.verified)
+    assert not graph.find_nodes(op="call_function", target=aten.bmm.default)
+    torch.testing.assert_close(run(graph, *arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize(("queries", "provider"), [(1, "sdpa_packed"), (5, "sdpa")])
+def test_in_narrow_dtypes_rounding_has_to_be_allowed(dtype: torch.dtype, queries: int, provider: str) -> None:
+    arguments = PLAIN.inputs(queries, dtype)
+    graph = post_grad(PLAIN, *arguments)
+    plain = run(graph, *arguments)
+    refused = planned(copy_graph(graph)[0])
+    assert not applied(refused)
+    (said,) = [each for each in refused.refusals if each.provider == provider]
+    assert (said.reason, said.mend) == (Reason.ROUNDING, "set allow_rounding_changes")
+    how = "keeps scores and their softmax in float32, and the graph rounds both"
+    assert said.detail == f"{provider}'s fused_attention {how}"
+
+    force = (f"eager_attention:{provider}",)
+    report = planned(graph, verify="always", allow_rounding_changes=True, force=force)
+    assert applied(report) == [provider]
+    assert all(each.passed for each in report.verified)
+    true = PLAIN(*(each.double() for each in arguments))
+    off, own = ((each.double() - true).abs().max() for each in (run(graph, *arguments), plain))
+    assert off <= own
+
+
+@pytest.mark.parametrize("device", ["h100", "h200", "b200", "mi300x"])
+@pytest.mark.parametrize("queries", [1, 16])
+@pytest.mark.parametrize("name", MODELS)
+def test_on_gpus_the_split_kernel_is_planned(name: str, queries: int, device: str) -> None:
+    graph = MODELS[name].graph(queries)
+    assert applied(planned(copy_graph(graph)[0], device)) == []
+    report = planned(graph, device, allow_rounding_changes=True)
+    assert applied(report) == ["triton"]
+    assert not graph.find_nodes(op="call_function", target=aten.bmm.default)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_more_than_16_queries_are_left_alone_on_gpus(name: str) -> None:
+    report = planned(MODELS[name].graph(17), "h100", allow_rounding_changes=True)
+    assert applied(report) == []
+    (told,) = {each.detail for each in report.refusals if each.provider == "triton"}
+    assert told == "the kernel takes up to 16 query tokens; q has 17"
+
+
+@pytest.mark.parametrize("name", ["capped", "sinks", "both"])
+def test_torchs_kernels_have_neither_cap_nor_sinks(name: str) -> None:
+    report = planned(MODELS[name].graph(1, torch.float32))
+    assert applied(report) == []
+    what = "soft-cap" if MODELS[name].softcap else "sinks"
+    details = {each.detail for each in report.refusals if each.provider in ("sdpa", "sdpa_packed")}
+    assert details == {f"torch's attention kernels have no {what}"}
+
+
+@pytest.mark.parametrize("rounding", ["eager", "float32"])
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_is_the_models(name: str, dtype: torch.dtype, rounding: str) -> None:
+    model = MODELS[name]
+    q, k, v, mask, *sinks = model.inputs(3, dtype)
+    sink = sinks[0] if sinks else None
+    actual = eager_attention_reference(q, k, v, mask, sink, SCALE, model.softcap, rounding)
+    true = exact(q, k, v, mask, sink, SCALE, model.softcap)
+    plain = model.both(q, k, v, mask, sink)[0]
+    if rounding == "eager":
+        torch.testing.assert_close(actual, plain, rtol=2**-7, atol=2**-7)
+    off, own = ((each.double() - true).abs().max() for each in (actual, plain))
+    assert off <= own * 1.5
+
+
+def test_heads_that_do_not_divide_are_an_error_as_in_eager_mode() -> None:
+    q, k = randn(1, 6, 1, 16), randn(1, 4, 8, 16)
+    with pytest.raises(RuntimeError, match=r"must match the size of tensor"):
+        eager_attention_reference(q, k, k, None, None, SCALE, None, "eager")
+    with pytest.raises(ValueError, match="'bf16' is not a valid AttentionRounding"):
+        eager_attention_reference(q, q, q, None, None, SCALE, None, "bf16")
+
+
+# Near misses.
+
+
+def missed(graph: fx.Graph, **config: Any) -> Refusal:
+    report = planned(graph, **config)
+    assert not applied(report)
+    (refusal,) = [each for each in report.refusals if each.rule == "eager_attention"]
+    return refusal
+
+
+def test_weights_that_are_asked_for_are_refused() -> None:
+    graph = post_grad(PLAIN.both, *PLAIN.inputs())
+    refusal = missed(graph)
+    assert (refusal.reason, refusal.mend) == (Reason.USERS, "leave output_attentions out")
+    assert refusal.detail == "attention not recognised: the tensor of weights is returned from the graph, too"
+
+
+def test_a_second_reader_of_the_scores_is_refused() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT
+        return scores.softmax(-1) @ v, scores.amax(-1)
+
+    refusal = missed(post_grad(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3))))
+    assert refusal.reason is Reason.USERS
+    assert "the tensor of scores is also read by aten.amax.default" in refusal.detail
+
+
+def test_dropout_is_refused() -> None:
+    refusal = missed(Eager(weights=lambda weights: F.dropout(weights, 0.1)).graph())
+    assert (refusal.reason, refusal.mend) == (Reason.ATTRIBUTE, "call model.eval()")
+    assert refusal.detail == "attention not recognised: it drops some of its weights"
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        (lambda scores: scores.clamp(-1, 1), "prims.convert_element_type"),
+        (torch.tanh, "aten.tanh"),
+        (lambda scores: scores + scores, "aten.mul|aten.add"),
+        (lambda scores: scores.masked_fill(scores > 1, 0.0), "aten.where|aten.gt"),
+        (lambda scores: scores + 1, "aten.add"),
+    ],
+)  # fmt: skip
+def test_other_ops_on_scores_are_refused(step: Callable[[Tensor], Tensor], says: str) -> None:
+    refusal = missed(Eager(scores=step).graph())
+    assert refusal.reason in (Reason.OP, Reason.USERS)
+    assert any(each in refusal.detail for each in says.split("|")), refusal.detail
+
+
+def test_other_ops_on_weights_are_refused() -> None:
+    refusal = missed(Eager(weights=lambda weights: weights * 2).graph())
+    assert refusal.reason is Reason.OP
+    assert "aten.mul.Tensor stands between its weights and their product with values" in refusal.detail
+
+
+def test_a_mask_of_another_dtype_is_refused() -> None:
+    q, k, v, mask = PLAIN.inputs()
+    refusal = missed(post_grad(PLAIN, q, k, v, mask.float()))
+    assert refusal.reason in (Reason.DTYPE, Reason.OP)
+
+
+def test_math_is_a_near_miss() -> None:
+    def attention(*arguments: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attend(hugging_face)(*arguments)
+
+    refusal = missed(post_grad(attention, *inputs()))
+    assert (refusal.reason, refusal.nearness) == (Reason.OP, Nearness.UNRECOGNIZED)
+
+
+def test_a_softmax_over_another_dimension_is_none() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-2) @ v
+
+    graph = post_grad(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3)))
+    assert not raised(graph)
+
+
+def bound(**values: Any) -> Bindings:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    given = {
+        "q": empty(2, 8, 1, 16), "k": empty(2, 2, 40, 16), "v": empty(2, 2, 40, 16), "mask": empty(2, 1, 1, 40),
+        "sinks": None, "scale": 0.25, "softcap": None, "rounding": "float32",
+    }  # fmt: skip
+    changed = {name: empty(*value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return Bindings("eager_attention", {**given, **changed})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, None),
+        ({"mask": (2, 1, 1, 1)}, None),
+        ({"v": (2, 2, 41, 16)}, "attention reads 40 keys and 41 values"),
+        ({"mask": (2, 1, 1, 39)}, "attention reads 40 keys and a mask of 39"),
+    ],
+)
+def test_lengths_that_need_not_be_equal_are_refused(values: dict[str, Any], says: str | None) -> None:
+    refusal = EagerAttention().check(bound(**values))
+    assert (refusal.reason if refusal else None) is (Reason.SIZE if says else None)
+    assert (says or "") in (refusal.detail if refusal else "")
+
+
+@pytest.mark.parametrize(
+    ("check", "values", "reason"),
+    [
+        (Spelled(), {}, None),
+        (Spelled(Packs()), {}, None),
+        (Spelled(), {"mask": None, "q": (2, 8, 30, 16)}, None),
+        (Spelled(Packs()), {"q": (2, 8, 2, 16)}, Reason.SIZE),
+        (Spelled(), {"v": (2, 2, 40, 24)}, Reason.SIZE),
+        (Spelled(), {"mask": (1, 1, 40)}, Reason.SIZE),
+        (Spelled(), {"softcap": 2.0}, Reason.ATTRIBUTE),
+        (Spelled(), {"sinks": (8,)}, Reason.ATTRIBUTE),
+        (Spelled(vendor="nvidia"), {}, Reason.PROVIDER),
+        (Spelled(vendor="cpu"), {}, None),
+    ],
+)
+def test_what_torchs_kernel_for_cpus_takes(check: Spelled, values: dict[str, Any], reason: Reason | None) -> None:
+    refusal = check(bound(**values))
+    assert (refusal.reason if refusal else None) is reason
+
+
+# What stays as it is.
+
+
+@pytest.mark.parametrize("config", [{"fuse_eager_attention": False}, {"policy": "off"}])
+def test_disabled_is_identity(config: dict[str, Any]) -> None:
+    graph = PLAIN.graph(5, torch.float32)
+    before = str(copy_graph(graph)[0])
+    assert not applied(planned(graph, **config))
+    assert str(graph) == before
