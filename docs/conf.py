@@ -178,6 +178,7 @@ _SIDES = {
     "enable_gqa": "`enable_gqa` by hand",
     "hand-written": "written by hand",
     "fuseplan": "fuseplan",
+    "fuseplan, all": "fuseplan, all flags",
 }
 
 
@@ -191,10 +192,10 @@ def _decode_one_gpu() -> str:
         failed = dict.fromkeys(row.get("failed", {}), "fails")
         times = ("{:,.0f} ± {:,.0f} us".format(*row[side]) if side in row else failed.get(side, "") for side in sides)
         limit = [f"{row['bytes_limit_us']:,.0f} us" if "bytes_limit_us" in row else ""] if limited else []
-        ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan"))
+        ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan", "fuseplan, all"))
         faster = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         rows.append((f"`{row['model']}`", row["batch"], _tokens(row), *times, *limit, *faster))
-    head = ("model", "batch", "tokens", *sides.values(), *(["bytes' limit"] if limited else []), "by hand", "fuseplan")
+    head = ("model", "batch", "tokens", *sides.values(), *(["bytes' limit"] if limited else []), "by hand", "fuseplan", "all flags")
     return _table(head, rows)
 
 

@@ -38,6 +38,7 @@ def test_rules_hold(rule: CachedRule) -> None:
 
 BEYOND = """
 import torch
+import fuseplan.providers.triton
 from fuseplan.dialect import ops
 
 q, k, v = (torch.zeros(1, heads, 1, 64, device="cuda").bfloat16() for heads in (8, 2, 2))

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fuseplan.families import BUILT_IN_RULES
 from fuseplan.families.attention import ATTENTION_RULES
 from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES
+from fuseplan.families.linear import LINEAR_RULES
 from fuseplan.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule
@@ -52,7 +53,8 @@ def test_qk_norm_rope_holds(rule: QkNormRope) -> None:
     ids=lambda each: each.op.name if isinstance(each, Rule) else f"{each} ranks",
 )
 def test_fused_ops_hold(rule: Rule) -> None:
-    assert check_rule(rule, providers=TRITON, device="cuda").cases["triton"] >= len(rule.op.samples) + 12
+    further = 10 if rule in LINEAR_RULES else 12  # whose kernel takes neither float32 nor weights that are transposed
+    assert check_rule(rule, providers=TRITON, device="cuda").cases["triton"] >= len(rule.op.samples) + further
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
