@@ -195,7 +195,8 @@ def _decode_one_gpu() -> str:
         ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan", "fuseplan, all"))
         faster = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         rows.append((f"`{row['model']}`", row["batch"], _tokens(row), *times, *limit, *faster))
-    head = ("model", "batch", "tokens", *sides.values(), *(["bytes' limit"] if limited else []), "by hand", "fuseplan", "all flags")
+    limits = ["bytes' limit"] if limited else []
+    head = ("model", "batch", "tokens", *sides.values(), *limits, "by hand", "fuseplan", "all flags")
     return _table(head, rows)
 
 
