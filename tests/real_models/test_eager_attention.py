@@ -87,10 +87,10 @@ def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: s
     ("name", "batch", "queries", "prompt"),
     [
         ("llama", 1, 1, PROMPT),
-        ("gemma2", 1, 1, 11),
+        pytest.param("gemma2", 1, 1, 11, marks=pytest.mark.nightly),
         ("gemma2", 2, 3, PROMPT),
         ("gpt_oss", 2, 1, 11),
-        ("gpt_oss", 1, 3, 9),
+        pytest.param("gpt_oss", 1, 3, 9, marks=pytest.mark.nightly),
     ],
 )
 def test_steps_of_any_kind_are_recognised(name: str, batch: int, queries: int, prompt: int) -> None:
@@ -123,7 +123,9 @@ def test_soft_caps_and_sinks_are_left_alone_on_a_cpu(name: str) -> None:
     assert report.graphs[0].recognized["eager_attention[16]"] == LAYERS
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in OWN)) for name in MODELS]
+)
 def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str) -> None:
     """What a kernel is held to is the model's own attention: soft-caps, sinks and windows included."""
     model = built(name)

@@ -63,7 +63,7 @@ def held(cache: StaticCache) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("device", ["h100", "mi300x"])
+@pytest.mark.parametrize("device", ["h100", pytest.param("mi300x", marks=pytest.mark.nightly)])
 def test_a_step_is_planned_once_a_layer_beside_attention(name: str, device: str) -> None:
     model, rule = built(name)
     model = model.bfloat16()
@@ -88,7 +88,7 @@ def test_on_a_cpu_it_is_left_to_inductor(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, pytest.param(3, marks=pytest.mark.nightly)])
 def test_what_comes_out_and_what_is_cached_stay(name: str, tokens: int) -> None:
     """Of several steps, past the window of layers that have one, and by one graph where there is none."""
     model, rule = built(name)

@@ -15,7 +15,7 @@ from fuseplan.record import Report
 from tests.cached import arguments, assigned, index_copy, layer, normed_layer
 from tests.interpreted import no_code
 
-PROGRAMS = 40
+PROGRAMS, BY_DAY = 40, 12
 Step = Callable[[dict[str, Any]], None]
 
 
@@ -111,7 +111,9 @@ def test_programs_differ() -> None:
     assert ["_layer"] in drawn
 
 
-@pytest.mark.parametrize("seed", range(PROGRAMS))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.nightly] * (seed >= BY_DAY)) for seed in range(PROGRAMS)]
+)
 def test_what_is_computed_and_cached_stays(seed: int) -> None:
     function, given, steps = program(seed)
     reports: list[Report] = []
