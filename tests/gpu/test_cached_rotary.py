@@ -30,7 +30,9 @@ MODELS: dict[str, tuple[type[Any], type[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {vars(rule)}")
+@pytest.mark.parametrize(
+    "rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {getattr(rule, 'tokens_first', '')}"
+)
 def test_rules_hold(rule: CachedRule) -> None:
     samples = arguments_of(rule, torch.device("cpu"))
     assert check_rule(rule, providers=TRITON, samples=samples, device="cuda").cases["triton"] >= len(samples) + 8

@@ -206,7 +206,9 @@ def test_a_cache_too_short_for_the_position_is_an_index_error(rule: str, positio
 # What the rules refuse.
 
 
-@pytest.mark.parametrize("rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {vars(rule)}")
+@pytest.mark.parametrize(
+    "rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {getattr(rule, 'tokens_first', '')}"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_reference_holds_on_odd_sizes_and_layouts(rule: CachedRule, dtype: torch.dtype) -> None:
     torch_alone = [each for each in BUILT_IN_PROVIDERS if each.name == "torch"]
