@@ -92,12 +92,12 @@ H100, RTX_4090, MI300X = 232_448, 101_376, 65_536
     [
         (1280, 256, 8, (20, 64, 4)),
         (1280, 256, 64, (4, 64, 4)),
-        (1280, 256, 256, (1, 64, 8)),
+        (1280, 256, 256, (1, 128, 4)),
         (8192, 256, 8, (33, 64, 4)),
         (10**6, 512, 1, (64, 32, 4)),
-        (1280, 128, 1000, (1, 128, 8)),
-        (1, 256, 8, (1, 64, 8)),
-        (0, 256, 8, (1, 64, 8)),
+        (1280, 128, 1000, (1, 128, 4)),
+        (1, 256, 8, (1, 128, 4)),
+        (0, 256, 8, (1, 128, 4)),
     ],
 )
 def test_keys_are_split_among_two_programs_for_each_multiprocessor(
@@ -142,6 +142,12 @@ def bound(**values: Any) -> Bindings:
     changed = {name: empty(*value[1:], dtype=value[0]) if isinstance(value, tuple) else value
                for name, value in values.items()}  # fmt: skip
     return Bindings("grouped_attention", {**given, **changed})
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0, 1e4, 1e6])
+def test_caps_that_float32_cannot_tell_scores_apart_under_are_refused(softcap: float | None) -> None:
+    refusal = ACCEPTS[ops.fused_attention.name](bound(softcap=softcap))
+    assert (refusal.reason if refusal else None) is (Reason.ATTRIBUTE if softcap == 1e6 else None)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,18 @@ def test_memory_efficient_attention_by_version_and_device(check: Shared, reason:
 
 
 @pytest.mark.parametrize("check", [Shared(), Packs()])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_heads_whose_elements_lie_apart_are_declined(check: Callable[[Any], Refusal | None], name: str) -> None:
+    given = _bound("cpu")
+    assert check(given) is None
+    apart = getattr(given, name).repeat_interleave(2, dim=-1)[..., ::2]
+    refusal = check(_bound("cpu", **{name: apart}))
+    assert refusal is not None
+    assert refusal.reason is Reason.LAYOUT
+    assert f"strides of {name} are" in refusal.detail
+
+
+@pytest.mark.parametrize("check", [Shared(), Packs()])
 def test_the_kernel_of_another_device_is_declined(check: Callable[[Any], Refusal | None]) -> None:
     refusal = check(_bound("overrideable"))
     assert refusal is not None

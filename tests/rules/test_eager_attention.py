@@ -1,6 +1,7 @@
 """Attention that a model spells out: where it is raised and fused, what it computes, what it refuses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from fuseplan.providers.attention import Packs, Spelled
 from fuseplan.record import GraphReport, Nearness, Reason, Refusal
 from fuseplan.rules import Bindings
 from tests.attention import HEAD_DIM, HEADS, SHARED, SPELLINGS, attend, hugging_face, inputs, tiled
-from tests.eager_attention import MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
+from tests.eager_attention import CAP, MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
 from tests.helpers import post_grad, randn
 from tests.rules.test_attention import planned
 
@@ -276,6 +277,33 @@ def test_other_ops_on_scores_are_refused(step: Callable[[Tensor], Tensor], says:
     refusal = missed(Eager(scores=step).graph())
     assert refusal.reason in (Reason.OP, Reason.USERS)
     assert any(each in refusal.detail for each in says.split("|")), refusal.detail
+
+
+def shifted(scores: Tensor) -> Tensor:
+    return scores - scores.amax(-1, keepdim=True)
+
+
+def capped_behind(scores: Tensor) -> Tensor:
+    return torch.tanh(shifted(scores) / CAP) * CAP
+
+
+@pytest.mark.parametrize("turned", [lambda keys: keys.transpose(2, 3), lambda keys: keys.mT.contiguous()])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Eager(sinks=True, scores=shifted),
+        Eager(scores=capped_behind),
+        Eager(weights=lambda weights: weights.bool().to(weights.dtype)),
+        Eager(weights=lambda weights: weights.to(torch.float8_e4m3fn).to(weights.dtype)),
+    ],
+    ids=["sinks beside shifted scores", "shifted scores capped", "weights as truths", "weights in fp8"],
+)
+def test_what_a_softmax_of_scores_does_not_do_is_refused(model: Eager, turned: Any) -> None:
+    assert raised(replace(model, turned=turned).graph(dtype=torch.float32)) == []
+
+
+def test_scores_may_be_shifted_before_a_mask_is_added() -> None:
+    assert len(raised(Eager(scores=shifted).graph())) == 1
 
 
 def test_other_ops_on_weights_are_refused() -> None:

@@ -71,6 +71,10 @@ def one_behind_the_other(x: Tensor, first: Tensor, second: Tensor, third: Tensor
     return [F.linear(y, second), F.linear(y, third)]
 
 
+def one_bias_for_all(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
+    return [torch.addmm(first[0, :1].clone(), x.reshape(-1, WIDTH), first.T), F.linear(x, second)]
+
+
 def biased(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> list[Tensor]:
     return [F.linear(x, first, bias), F.linear(x, second)]
 
@@ -90,6 +94,7 @@ def biased(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> list[Tenso
         (other_views, (32, 16), {"linear_pair": 1}),
         (product_read_twice, (32, 16), {"linear_pair": 1}),
         (one_behind_the_other, (WIDTH, 16, 16), {"linear": 1, "linear_pair": 1}),
+        (one_bias_for_all, (32, 16), {"linear": 1}),
     ],
 )
 @pytest.mark.parametrize("shape", [(3, WIDTH), (2, 1, WIDTH)], ids=str)
@@ -102,6 +107,19 @@ def test_layers_that_read_one_input_are_one_op(
 def test_biases_are_inputs_of_the_op() -> None:
     inputs = randn(3, WIDTH), *weights(32, 16), randn(32)
     assert recognized(biased, *inputs) == {"linear_pair": 1}
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_a_bias_has_a_number_for_each_feature(size: int) -> None:
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(bias, x, weight.T)
+
+    assert recognized(function, randn(3, WIDTH), *weights(32), randn(size)) == ({"linear": 1} if size == 32 else {})
+
+
+def test_layers_of_other_numbers_are_left() -> None:
+    assert recognized(several, *(each.long() for each in (randn(3, WIDTH), *weights(32, 16)))) == {}
+    assert recognized(several, randn(3, 0), randn(32, 0), randn(16, 0)) == {}
 
 
 def test_nobody_who_has_not_asked_gets_it() -> None:
@@ -165,6 +183,12 @@ MERGED = {"merged_linear_pair": 1, "merged_linear_triple": 1}
 )  # fmt: skip
 def test_flags_and_policies_choose(config: dict[str, Any], found: dict[str, int]) -> None:
     assert fused(planned(post_grad(layer, *LAYER), **config)) == found
+
+
+def test_a_flag_that_one_of_its_rules_obeys_had_an_effect() -> None:
+    report = planned(post_grad(several, randn(3, WIDTH), *weights(32, 16)), fuse_merged_linear=True)
+    assert fused(report) == {"merged_linear_pair": 1}
+    assert not [each for each in report.refusals if each.reason is Reason.NO_EFFECT]
 
 
 def test_an_activation_whose_inputs_are_read_elsewhere_is_left() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.devices.hardware import Hardware
-from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, is_call, tensor_of
+from fuseplan.graph.facts import RESHAPES, Call, aten, equal_shape, equal_size, is_call, tensor_of
 from fuseplan.ops import DialectOp, Sample, define, random_tensor
 from fuseplan.parts.base import Core, Reported, Stage
 from fuseplan.parts.traffic import Kernel, Middle
@@ -146,7 +146,7 @@ def _read(node: Call) -> _Layer | None:
     if not is_call(transposed, aten.permute.default) or list(transposed.args[1]) != [1, 0]:
         return None
     weight = transposed.args[0]
-    if not _is_given(weight) or not (bias is None or (_is_given(bias) and _dim(bias) == 1)):
+    if not _is_given(weight) or not _fits(weight, bias):
         return None
     assert isinstance(rows, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node | None)
     source, result = rows, None
@@ -160,9 +160,14 @@ def _is_given(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
-def _dim(node: object) -> int | None:
-    value = tensor_of(node)
-    return None if value is None else value.dim()
+def _fits(weight: object, bias: object) -> bool:
+    """Whether a weight holds real numbers, and a bias one for each of its rows, if there is a bias."""
+    value, added = tensor_of(weight), tensor_of(bias)
+    if value is None or not value.dtype.is_floating_point or any(equal_size(size, 0) for size in value.shape):
+        return False
+    if bias is None:
+        return True
+    return _is_given(bias) and added is not None and equal_shape(added, value[:, 0])
 
 
 def _ends_alike(source: object, rows: fx.Node) -> bool:

@@ -40,8 +40,8 @@ def idle_requests(
         flags = members[0].flags
         if not flags or not all(getattr(config, flag) is True for flag in flags):
             continue
-        if name not in counts and any(other in counts and {*flags} < {*rules[other][0].flags} for other in rules):
-            continue  # they switch on what has more parts, which matches
+        if name not in counts and any(other in counts and {*flags} <= {*rules[other][0].flags} for other in rules):
+            continue  # they switch on something else, too, which matches
         why = _too_dear(name, posed, decision)
         if name not in counts:
             missing = missing_ops(posed.canonical, members)

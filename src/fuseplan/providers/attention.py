@@ -94,6 +94,17 @@ def _is_one_head(mask: Tensor) -> bool:
     return equal_size(mask.shape[1], 1) or equal_size(mask.stride(1), 0)
 
 
+def _apart(m: Any) -> Refusal | None:
+    """Why heads whose elements don't lie side by side are refused, or None: torch's kernels take them for such."""
+    for name in ("q", "k", "v"):
+        value = getattr(m, name)
+        if not equal_size(value.stride(-1), 1) and not equal_size(value.shape[-1], 1):
+            strides = tuple(value.stride())
+            detail = f"torch's kernels take heads whose elements lie side by side; strides of {name} are {strides}"
+            return Refusal(reason=Reason.LAYOUT, detail=detail, mend=f"make {name} contiguous")
+    return None
+
+
 @dataclass(frozen=True)
 class Shared:
     """Whether a kernel takes fewer heads of keys and values than of queries.
@@ -113,6 +124,8 @@ class Shared:
         kernel = target_kernel(m.kernel, self.vendor or "cpu", m.q, m.mask)
         if kernel == "overrideable":
             return _unknown_kernel()
+        if (apart := _apart(m)) is not None:
+            return apart
         is_rocm = self.is_rocm if self.vendor is None else self.vendor == "amd"
         if kernel == "efficient" and (is_rocm or TorchVersion(self.torch_version) < EFFICIENT_SHARES):
             where = "on ROCm" if is_rocm else f"before torch {EFFICIENT_SHARES}; this is {self.torch_version}"
@@ -136,6 +149,8 @@ class Packs:
         """Why the arguments are refused, or None."""
         if m.kernel == "overrideable":
             return _unknown_kernel()
+        if (apart := _apart(m)) is not None:
+            return apart
         if not equal_size(m.q.shape[2], 1):
             return Refusal(
                 reason=Reason.SIZE, detail=f"heads are packed where there is one query token, not {m.q.shape[2]}",
@@ -197,7 +212,7 @@ class Spelled:
             detail = f"the CPU's kernel takes masks of 2 or 4 dimensions, not {mask.dim()}"
             return Refusal(reason=Reason.SIZE, detail=detail, expected="[B, 1, 1, S]", found=str(list(mask.shape)))
         if self.packed is None:
-            return None
+            return _apart(m)
         return self.packed(Bindings(m.rule, {**m.values, "is_causal": False, "kernel": CPU}))
 
     def limits(self) -> tuple[str, ...]:

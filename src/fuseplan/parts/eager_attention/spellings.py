@@ -54,6 +54,7 @@ class _Scores:
         divided: (the scale before, the number) of the last op, where that was a division.
         is_capped: whether a tanh was taken.
         softcap: what its result was multiplied by.
+        is_shifted: whether the largest was taken away.
         mask: what is added.
         sinks: of each head.
         inside: the nodes that do all this.
@@ -64,6 +65,7 @@ class _Scores:
     divided: tuple[float, float] | None = None
     is_capped: bool = False
     softcap: float | None = None
+    is_shifted: bool = False
     mask: fx.Node | None = None
     sinks: fx.Node | None = None
     inside: list[fx.Node] = field(default_factory=list)
@@ -179,7 +181,7 @@ def _scaled(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
     if scores.value is None or scores.mask or scores.sinks or scores.softcap is not None:
         return False
     if is_call(step, aten.tanh.default):
-        already, scores.is_capped = scores.is_capped, True
+        already, scores.is_capped = scores.is_capped or scores.is_shifted, True
         return not already
     number = _number(step, last, (*MULS, *DIVS))
     if number is None:
@@ -214,7 +216,8 @@ def _added(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
         if isinstance(mask, fx.Node) and mask is not last and not scores.sinks and _broadcasts(mask, shape):
             scores.mask = mask
             return True
-    if is_call(step, aten.cat.default) and not scores.sinks:
+    # A softmax is the same whatever is added to all of its scores, but not where sinks stand beside them.
+    if is_call(step, aten.cat.default) and not scores.sinks and not scores.is_shifted:
         parts, dim = step.args[0], step.args[1] if len(step.args) > 1 else 0
         if dim % 4 == 3 and len(parts) == 2 and parts[0] is last:
             scores.sinks = _sinks(parts[1], shape)
@@ -222,6 +225,7 @@ def _added(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
     if is_call(step, aten.sub.Tensor) and len(step.args) == 2 and not step.kwargs and step.args[0] is last:
         top = maximum_of(step.args[1], last)
         scores.inside += top
+        scores.is_shifted = True
         return bool(top)
     return False
 
@@ -261,7 +265,8 @@ def _read_weights(
     """
     shape, last, has_column = _value(scores.value).shape, softmax.result, scores.sinks is not None
     for step in steps:
-        is_arranged = is_noop(step) or is_call(step, convert_element_type)
+        is_cast = is_call(step, convert_element_type) and step.args[1] is _value(product).dtype
+        is_arranged = is_noop(step) or is_cast
         if is_call(step, *RESHAPES) and _value(step).dim() == 3:
             is_arranged = equal_sizes(_value(step).shape[1:], _value(last).shape[2:])
         if has_column and is_call(step, aten.slice.Tensor) and step.args[1:3] == (3, 0) and len(step.args) == 4:

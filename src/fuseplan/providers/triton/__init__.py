@@ -39,6 +39,7 @@ MOST_QUERIES = 16
 """Query tokens that the attention kernel takes: beyond, it is no longer keys and values alone that cost."""
 
 MOST_HEAD_DIM = 256
+MOST_SOFTCAP = 10_000
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPE_TEXTS = [*map(dtype_text, NARROW_DTYPES)]
 
@@ -216,6 +217,12 @@ class FewQueries:
             found = f"those of q have {widths[0]}, of v {widths[1]}"
             detail = f"the kernel takes heads of up to {MOST_HEAD_DIM} elements; {found}"
             return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
+        softcap = m.values.get("softcap")
+        if softcap is not None and softcap > MOST_SOFTCAP:
+            detail = (
+                f"beyond a cap of {MOST_SOFTCAP:,} the kernel's float32 doesn't tell scores apart; it is {softcap:g}"
+            )
+            return m.refuse(Reason.ATTRIBUTE, "softcap", detail)  # type: ignore[no-any-return]
         return self._kernel(m, widths) if self.names_kernel else None
 
     def _kernel(self, m: Any, widths: tuple[Any, Any]) -> Refusal | None:
