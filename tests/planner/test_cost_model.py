@@ -278,7 +278,7 @@ def test_constants_have_dotted_names() -> None:
         "launch", "generated_norm", "cache", "cache_bandwidth", "memory_bandwidth", "strided_copy",
         "attention.latency", "attention.split", "attention.key", "attention.rate", "attention.row_rate",
         "attention.narrow_row_rate", "attention.product_rate", "attention.narrow_product_rate",
-        "ring.LL.latency", "ring.LL.step", "ring.LL.bandwidth",
+        "linear.library", "linear.skinny", "ring.LL.latency", "ring.LL.step", "ring.LL.bandwidth",
         "ring.Simple.latency", "ring.Simple.step", "ring.Simple.bandwidth",
         "triton.signal", "triton.bandwidth", "flashinfer.signal", "flashinfer.bandwidth",
     ]  # fmt: skip

@@ -139,8 +139,9 @@ def test_built_in_kernels_with_a_limit_fall_back() -> None:
         for op, offer in provider.implements.items()
         if offer.most_rows is not None
     ]
-    assert {name for _, name in limited} == {"aiter", "flashinfer"}
-    assert all(falls_back(op, name) for op, name in limited)
+    assert {name for _, name in limited} == {"aiter", "flashinfer", "triton"}
+    # Triton's kernel of linear layers is for few rows alone: a graph that may have more is left as it is.
+    assert all(falls_back(op, name) == (name != "triton") for op, name in limited)
 
 
 def test_the_most_rows_of_a_tensor() -> None:

@@ -174,7 +174,7 @@ COMBINED_THREAD: Final = _found(
 
 _LINEAR = replace(
     _SPLIT,
-    command="python -m benchmarks.skinny_linear --write",
+    command="PYTHONPATH=src:. python benchmarks/skinny_linear.py",
     source="1, 8, 16 and 32 rows of bfloat16; 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 to 4,096; the figures "
     "of all choices are in benchmarks/results/skinny_linear_h200.json",
 )
