@@ -46,7 +46,7 @@ ARGUMENTS: dict[str, Callable[[int, int], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-@pytest.mark.parametrize("width", [2880, 4096, 8192])
+@pytest.mark.parametrize("width", [4096, *(pytest.param(width, marks=pytest.mark.nightly) for width in (2880, 8192))])
 def test_sizes_that_are_verified_need_all_the_code_that_others_need(
     name: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,9 @@ def providers(report: fuseplan.Report) -> list[str]:
     return [each.provider for each in report.graphs[0].applied if each.rule == "eager_attention"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in ("gemma3", "qwen3"))) for name in MODELS]
+)
 def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: str) -> None:
     model = built(name, torch.float16 if name == "qwen3" else torch.bfloat16)
     arguments = step(model, padded=2)
@@ -101,7 +103,10 @@ def test_steps_of_any_kind_are_recognised(name: str, batch: int, queries: int, p
     assert providers(report) == ["triton"] * LAYERS
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - OWN))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "llama")) for name in sorted(MODELS.keys() - OWN)],
+)
 def test_in_float32_a_cpus_kernel_is_planned_and_computes_what_the_model_does(name: str) -> None:
     model = built(name)
     reports: list[fuseplan.Report] = []
@@ -139,6 +144,7 @@ def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_generation_gives_equal_tokens() -> None:
     model = built("qwen3")
     how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
@@ -154,7 +160,7 @@ def test_generation_gives_equal_tokens() -> None:
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", *OWN])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.nightly) for name in sorted(OWN))])
 def test_weights_that_are_asked_for_are_a_near_miss_once_a_layer(name: str) -> None:
     model = built(name)
     report = fuseplan.explain(model, device="cpu", **step(model), output_attentions=True)
@@ -171,6 +177,7 @@ def test_dropout_is_a_near_miss() -> None:
     assert (miss.count, miss.reason, miss.mend) == (LAYERS, "attribute", "call model.eval()")
 
 
+@pytest.mark.nightly
 def test_steps_through_a_windows_edge_compute_what_the_model_does() -> None:
     model = built("gpt_oss")
     reports: list[fuseplan.Report] = []
