@@ -21,7 +21,7 @@ from fuseplan.rules import Rule
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
 from tests.eager_attention import exact
-from tests.providers.run_interpreted import TRITON, prepare, wide_products
+from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,16 +292,6 @@ def samples(rule: Rule) -> list[dict[str, Any]]:
     if "rounding" in rule.op.arguments:
         return [{**each, "rounding": AttentionRounding.FLOAT32.value} for each in named]
     return [{**each, "groups": each["q"].shape[1] // each["k"].shape[1]} for each in named]
-
-
-class Recorded:
-    """What a kernel is launched with."""
-
-    def __init__(self) -> None:
-        self.constants: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *arguments, **constants: self.constants.append(constants)
 
 
 def variants() -> int:

@@ -76,6 +76,16 @@ def _widened(value: Any) -> Any:
     return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
+class Recorded:
+    """What a kernel is launched with."""
+
+    def __init__(self) -> None:
+        self.constants: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: self.constants.append(constants)
+
+
 def transposed(leading: tuple[int, ...], heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
     """Heads first in memory, so that no dimension of x follows another one."""
     generator = torch.Generator().manual_seed(heads)

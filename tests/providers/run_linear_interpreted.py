@@ -17,7 +17,7 @@ from fuseplan.parts.linear import draw_weight, linears_reference
 from fuseplan.providers.triton import linear
 from fuseplan.providers.triton.linear import Shares, launch
 from fuseplan.testing import check_rule
-from tests.providers.run_interpreted import TRITON, prepare, wide_products
+from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +124,6 @@ def fitting() -> list[int]:
             shares = Shares.of(features, rows, 132).fitting(65536, rows, 2)
             found.append(shares.stages * (shares.features + rows) * shares.columns * 2)
     return found
-
-
-class Recorded:
-    """What a kernel is launched with."""
-
-    def __init__(self) -> None:
-        self.constants: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *arguments, **constants: self.constants.append(constants)
 
 
 def variants() -> int:

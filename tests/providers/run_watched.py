@@ -33,7 +33,7 @@ def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **consta
 
 def main() -> None:
     triton.runtime.driver._active = Driver(TARGETS["sm_90"])
-    triton.knobs.runtime.jit_post_compile_hook = lambda **told: SEEN.append(told["fn"].name)
+    triton.knobs.runtime.jit_post_compile_hook = lambda **given: SEEN.append(given["fn"].name)
     for family in FAMILIES:
         for name, stand_in in stand_ins("cuda", compile_kernel).items():
             if hasattr(family, name):

@@ -1,11 +1,7 @@
 """Every Triton kernel compiles for NVIDIA's and AMD's GPUs, on a machine without one; the interpreter takes more."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +12,9 @@ from fuseplan.dialect import ops, registered_kernel
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from fuseplan.providers.triton.launching import AMD_SHARED  # noqa: E402
+from tests.providers.processes import printed_by  # noqa: E402
 
 FAMILIES = [
     import_module(f"fuseplan.providers.triton.{name}")
@@ -57,7 +56,8 @@ def stand_ins(backend: str, run_kernel: Callable[..., None]) -> dict[str, Any]:
     is_nvidia = backend == "cuda"
     return {
         "run_kernel": run_kernel, "is_nvidia": lambda device: is_nvidia, "launches_early": lambda device: is_nvidia,
-        "shared_bytes": lambda device: SHARED_BYTES, "multiprocessors": lambda device: MULTIPROCESSORS,
+        "shared_bytes": lambda device: SHARED_BYTES if is_nvidia else AMD_SHARED,
+        "multiprocessors": lambda device: MULTIPROCESSORS,
     }  # fmt: skip
 
 
@@ -104,9 +104,4 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
 
 def test_kernels_compile_while_somebody_watches() -> None:
     """vLLM does. What Triton 3.6 hands them is JSON, which functions among constants are none."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.providers.run_watched"], check=False, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["_norm", "_silu_and_mul", "_qk_norm_rope", "_linears"]
+    assert printed_by("run_watched") == ["_norm", "_silu_and_mul", "_qk_norm_rope", "_linears"]

@@ -1,11 +1,6 @@
 """fp8 by groups behind fuseplan's Triton kernels, by Triton's interpreter in a process of its own."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,18 +9,14 @@ import torch
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
+from tests.providers.processes import printed_by
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.providers.run_group_interpreted"], check=False, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = printed_by("run_group_interpreted", TRITON_INTERPRET="1")
     return found
 
 

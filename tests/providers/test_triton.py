@@ -18,6 +18,7 @@ from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, ops, registered_ker
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
+from tests.providers.processes import printed_by
 
 ROOT = Path(__file__).parents[2]
 TRITON = next(each for each in BUILT_IN_PROVIDERS if each.name == "triton")
@@ -68,12 +69,7 @@ def test_checks_need_no_triton() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.providers.run_interpreted"], check=False, capture_output=True, text=True,
-        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = printed_by("run_interpreted", TRITON_INTERPRET="1")
     return found
 
 

@@ -4,10 +4,6 @@ Here it runs by Triton's interpreter, in a process of its own; tests/gpu has it 
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from fuseplan.dialect import ops
 from fuseplan.providers.triton import ACCEPTS, MOST_LINEAR_ROWS, PROVIDER
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
+from tests.providers.processes import printed_by
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -25,12 +22,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.providers.run_linear_interpreted"], check=False, capture_output=True, text=True,
-        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = printed_by("run_linear_interpreted", TRITON_INTERPRET="1")
     return found
 
 

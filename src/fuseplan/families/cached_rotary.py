@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.families.compose import SUPPORTED
+from fuseplan.families.rotary import HEADS_FIRST, refuse_dtypes
 from fuseplan.families.sites import Pricer, Shape, Site, Taken
-from fuseplan.graph.facts import dtype_text, equal_size, hint, tensor_of
+from fuseplan.graph.facts import dtype_text, equal_size, equal_sizes, hint, tensor_of
 from fuseplan.graph.layout import memory_order
 from fuseplan.ops import Rounding, Sample, define, draw_near_one, random_tensor
 from fuseplan.parts import Core
@@ -106,9 +106,6 @@ qk_norm_rope_cache = define(
     writes=CACHES,
 )
 
-TOKENS_FIRST = (0, 2, 1, 3)
-"""Between [B, S, heads, head_dim] and [B, heads, S, head_dim]; its own inverse."""
-
 
 class CachedRule(Rule):
     """What both rules refuse."""
@@ -117,19 +114,8 @@ class CachedRule(Rule):
         """Refuses what the fused op doesn't compute: mixed and unsupported dtypes, sizes that aren't known, other
         layouts of the angles, more tokens than the cache has room for.
         """
-        return self._dtypes(m) or self._shapes(m)
-
-    def _dtypes(self, m: Bindings) -> Refusal | None:
-        if m.q.dtype not in SUPPORTED:
-            names = ", ".join(map(dtype_text, SUPPORTED))
-            return m.refuse(Reason.DTYPE, "q", f"q is {dtype_text(m.q.dtype)}; supported are {names}")
         weights = [name for name in ("q_weight", "k_weight") if name in m.values]
-        for name in ("k", "v", *CACHES, *weights):
-            value = getattr(m, name)
-            if value.dtype != m.q.dtype:
-                detail = f"{name} is {dtype_text(value.dtype)} and q is {dtype_text(m.q.dtype)}"
-                return m.refuse(Reason.DTYPE, name, f"{detail}; the fused op takes one dtype")
-        return None
+        return refuse_dtypes(m, ("k", "v", *CACHES, *weights)) or self._shapes(m)
 
     def _shapes(self, m: Bindings) -> Refusal | None:
         q, k, cos = self._heads_first(m.q), self._heads_first(m.k), m.cos
@@ -149,7 +135,7 @@ class CachedRule(Rule):
             "positions": (m.positions.shape, (tokens,)),
         }
         for name, (shape, wanted) in shapes.items():
-            if len(shape) != len(wanted) or not all(equal_size(a, b) for a, b in zip(shape, wanted, strict=True)):
+            if not equal_sizes(shape, wanted):
                 told = f"{name} is {[*shape]}, where q is {[*m.q.shape]} and k_cache {[*m.k_cache.shape]}"
                 return m.refuse(Reason.SIZE, name, f"{told}; the fused op takes {[*wanted]}")
         for name in CACHES:
@@ -231,10 +217,10 @@ class QkNormRopeCache(CachedRule):
         return fused[1], fused[2], fused[0]
 
     def _moved(self, value: Any) -> Any:
-        return torch.ops.aten.permute.default(value, [*TOKENS_FIRST]) if self.tokens_first else value
+        return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.tokens_first else value
 
     def _heads_first(self, x: Tensor) -> Tensor:
-        return x.permute(TOKENS_FIRST) if self.tokens_first and x.dim() == 4 else x
+        return x.permute(HEADS_FIRST) if self.tokens_first and x.dim() == 4 else x
 
 
 @dataclass(frozen=True, kw_only=True)

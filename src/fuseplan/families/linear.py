@@ -178,7 +178,7 @@ class LinearShape(Shape):
 
     def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """The fused op alone; by the reference as it is, behind an opaque op."""
-        if provider == "torch":
+        if model.timing(provider).eager:
             own = (*library_kernels(model.hardware, self.sizes),)
             opaque = Kernel(name="opaque op", launch=round(model.hardware.launch.value))
             return (*own, *(self._activation(model.hardware) if tail else ()), opaque)

@@ -1,5 +1,6 @@
 """The fusion of QK norm and rotary embedding."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,6 +80,19 @@ HEADS_FIRST = (0, 2, 1, 3)
 """Between [B, S, heads, head_dim] and [B, heads, S, head_dim]; its own inverse."""
 
 
+def refuse_dtypes(m: Bindings, others: Sequence[str]) -> Refusal | None:
+    """Refuses queries of a dtype that fused norms don't take, and other tensors of another one than theirs."""
+    if m.q.dtype not in SUPPORTED:
+        names = ", ".join(map(dtype_text, SUPPORTED))
+        return m.refuse(Reason.DTYPE, "q", f"q is {dtype_text(m.q.dtype)}; supported are {names}")
+    for name in others:
+        value = getattr(m, name)
+        if value.dtype != m.q.dtype:
+            found = f"{name} is {dtype_text(value.dtype)} and q is {dtype_text(m.q.dtype)}"
+            return m.refuse(Reason.DTYPE, name, f"{found}; the fused op takes one dtype")
+    return None
+
+
 class QkNormRope(Rule):
     """rms_norm(q), rms_norm(k) (-> transpose) -> rotary_embedding  =>  one op.
 
@@ -116,19 +130,7 @@ class QkNormRope(Rule):
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what the fused op doesn't compute: mixed and unsupported dtypes, other layouts of the angles."""
-        return self._dtypes(m) or self._shapes(m)
-
-    def _dtypes(self, m: Bindings) -> Refusal | None:
-        if m.q.dtype not in SUPPORTED:
-            names = ", ".join(map(dtype_text, SUPPORTED))
-            return m.refuse(Reason.DTYPE, "q", f"q is {dtype_text(m.q.dtype)}; supported are {names}")
-        for name in ("k", "q_weight", "k_weight"):
-            value = getattr(m, name)
-            if value.dtype != m.q.dtype:
-                found = f"{name} is {dtype_text(value.dtype)} and q is {dtype_text(m.q.dtype)}"
-                detail = f"{found}; the fused op takes one dtype"
-                return m.refuse(Reason.DTYPE, name, detail)
-        return None
+        return refuse_dtypes(m, ("k", "q_weight", "k_weight")) or self._shapes(m)
 
     def _shapes(self, m: Bindings) -> Refusal | None:
         q, k, cos = m.q, m.k, m.cos

@@ -4,7 +4,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -74,11 +74,14 @@ def equal_size(left: object, right: object) -> bool:
     return symbolic_shapes.statically_known_true(left == right)
 
 
+def equal_sizes(left: Sequence[object], right: Sequence[object]) -> bool:
+    """Whether two shapes are equal for every value of their symbols; adds no guard."""
+    return len(left) == len(right) and all(equal_size(a, b) for a, b in zip(left, right, strict=True))
+
+
 def equal_shape(left: Tensor | None, right: Tensor | None) -> bool:
     """Whether two tensors have the same shape for every value of its symbols; adds no guard."""
-    if left is None or right is None or left.dim() != right.dim():
-        return False
-    return all(equal_size(a, b) for a, b in zip(left.shape, right.shape, strict=True))
+    return left is not None and right is not None and equal_sizes(left.shape, right.shape)
 
 
 def is_dense(value: Tensor) -> bool:

@@ -25,6 +25,7 @@ from fuseplan.graph.facts import (
     dtype_of,
     equal_shape,
     equal_size,
+    equal_sizes,
     is_call,
     tensor_of,
 )
@@ -148,7 +149,7 @@ def _spread(scaling: Scaling) -> tuple[fx.Node, Any]:
         node = node.all_input_nodes[0]
     if size is None and x.dim() == factor.dim() and equal_size(factor.shape[-1], 1):
         size = x.shape[-1]
-        fits = all(equal_size(a, b) for a, b in zip(x.shape[:-1], factor.shape[:-1], strict=True))
+        fits = equal_sizes(x.shape[:-1], factor.shape[:-1])
     else:
         fits = equal_shape(x, factor)
     if not fits or size is None:
@@ -162,7 +163,7 @@ def _repeats_last(expand: fx.Node) -> bool:
     few, many = tensor_of(expand.args[0]), tensor_of(expand)
     if few is None or many is None or few.dim() != many.dim() or not equal_size(few.shape[-1], 1):
         return False
-    return all(equal_size(a, b) for a, b in zip(few.shape[:-1], many.shape[:-1], strict=True))
+    return equal_sizes(few.shape[:-1], many.shape[:-1])
 
 
 def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, float]:

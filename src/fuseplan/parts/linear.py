@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.devices.hardware import Hardware
-from fuseplan.graph.facts import RESHAPES, Call, aten, equal_shape, equal_size, is_call, tensor_of
+from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, equal_sizes, is_call, tensor_of
 from fuseplan.ops import DialectOp, Sample, define, random_tensor
 from fuseplan.parts.base import Core, Reported, Stage
 from fuseplan.parts.traffic import Kernel, Middle
@@ -167,7 +167,7 @@ def _fits(weight: object, bias: object) -> bool:
         return False
     if bias is None:
         return True
-    return _is_given(bias) and added is not None and equal_shape(added, value[:, 0])
+    return _is_given(bias) and added is not None and equal_sizes(added.shape, value.shape[:1])
 
 
 def _ends_alike(source: object, rows: fx.Node) -> bool:
@@ -186,8 +186,7 @@ def _undone(product: fx.Node, source: fx.Node) -> fx.Node | None:
     if before is None or after is None or value is None:
         return None
     wanted = (*before.shape[:-1], value.shape[-1])
-    same = len(wanted) == after.dim() and all(equal_size(a, b) for a, b in zip(wanted, after.shape, strict=True))
-    return reader if same else None
+    return reader if equal_sizes(wanted, after.shape) else None
 
 
 def _shared_out(products: Sequence[Call]) -> Iterable[Sequence[Call]]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph, is_dialect
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, is_call, item, tensor_of
+from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, equal_sizes, is_call, item, tensor_of
 from fuseplan.parts.attention.kernels import KERNELS
 from fuseplan.parts.attention.op import attention, repeat_heads
 from fuseplan.record import Reason
@@ -241,11 +241,6 @@ def _with_heads(value: Tensor, heads: int, groups: int) -> list[Any]:
     sizes: list[Any] = list(value.shape)
     sizes[heads] = sizes[heads] * groups
     return sizes
-
-
-def equal_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    """Whether two shapes are equal for every value of their symbols; adds no guard."""
-    return len(left) == len(right) and all(equal_size(a, b) for a, b in zip(left, right, strict=True))
 
 
 def _dim(node: object) -> int | None:

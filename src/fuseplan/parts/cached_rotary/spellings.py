@@ -22,7 +22,7 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph, is_dialect
 from fuseplan.canonical.unraised import Unraised, only_reader
-from fuseplan.graph.facts import Call, aten, dtype_name, dtype_of, equal_size, is_call, is_item, tensor_of
+from fuseplan.graph.facts import Call, aten, dtype_name, dtype_of, equal_sizes, is_call, is_item, tensor_of
 from fuseplan.graph.layout import memory_order, storage_of
 from fuseplan.graph.legality import Contraction, is_convex
 from fuseplan.graph.reach import path_between
@@ -258,7 +258,7 @@ class _Search:
         if (*write.node.args, False)[3]:
             raise Unraised(Reason.ATTRIBUTE, "it adds to what the cache holds", write.node)
         wanted = [*cache.shape[:TOKENS], positions.shape[0], cache.shape[3]]
-        if x.dim() != 4 or not all(equal_size(a, b) for a, b in zip(x.shape, wanted, strict=True)):
+        if not equal_sizes(x.shape, wanted):
             detail = f"{[*x.shape]} is written where the cache takes {wanted}"
             raise Unraised(Reason.SIZE, detail, write.node)
         if dtype_of(write.x) is not cache.dtype:

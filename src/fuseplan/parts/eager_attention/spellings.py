@@ -25,13 +25,14 @@ from fuseplan.graph.facts import (
     convert_element_type,
     dtype_name,
     equal_size,
+    equal_sizes,
     is_call,
     other_operand,
     tensor_of,
 )
 from fuseplan.graph.reach import path_between
 from fuseplan.ops import AttentionRounding
-from fuseplan.parts.attention.spellings import HEADS, check_sides, equal_sizes, repeated, unrepeated
+from fuseplan.parts.attention.spellings import HEADS, check_sides, repeated, unrepeated
 from fuseplan.parts.eager_attention.op import eager_attention
 from fuseplan.parts.eager_attention.softmax import Softmax, maximum_of, softmax_of
 from fuseplan.record import Reason

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ATTENTION_KERNELS
-from fuseplan.providers.triton.launching import Tile, is_nvidia, multiprocessors, shared_bytes
+from fuseplan.providers.triton.launching import Tile, multiprocessors, shared_bytes
 from fuseplan.providers.triton.replay import run_kernel, scratch
 from fuseplan.providers.triton.rows import within
 from fuseplan.providers.triton.tuned import (
@@ -54,9 +54,6 @@ MASKED_FROM, SHOWN_FROM = -60000.0, -30000.0
 
 SAMPLED = 1024
 """Keys that are looked at, all over the cache, to see whether a row of a mask shows any."""
-
-AMD_SHARED = 65536
-"""Bytes of shared memory that a program has on AMD's GPUs, at least."""
 
 MOST_SPLITS = 64
 """Parts that the second kernel puts together at once."""
@@ -325,7 +322,7 @@ def launch(
     places = batch * heads * row_tiles
     key_bytes = max(columns, value_columns) * q.element_size()
     if split is None:
-        shared = shared_bytes(q.device) if is_nvidia(q.device) else AMD_SHARED
+        shared = shared_bytes(q.device)
         split = Split.of(keys, key_bytes, places, multiprocessors(q.device))
         split = split.fitting(shared, tile_rows, key_bytes, q.element_size())
     shown = None if mask is None else mask.expand(batch, q_heads, queries, keys)

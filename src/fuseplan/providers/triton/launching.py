@@ -115,9 +115,15 @@ def cache_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
+AMD_SHARED = 65536
+"""Bytes of shared memory that a program has on AMD's GPUs, at least."""
+
+
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program can have, on NVIDIA's GPUs."""
+    """Shared memory that a program can have."""
+    if not is_nvidia(device):
+        return AMD_SHARED
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 

@@ -20,14 +20,11 @@ from torch import Tensor
 from fuseplan.dialect import ActivationRounding
 from fuseplan.providers.triton.launching import Tile, flattened, is_nvidia, multiprocessors, shared_bytes
 from fuseplan.providers.triton.replay import run_kernel
-from fuseplan.providers.triton.rows import rounded
+from fuseplan.providers.triton.rows import rounded, silu
 from fuseplan.providers.triton.tuned import LINEAR_FEATURES, LINEAR_STAGES, LINEAR_WARPS, LINEAR_WIDTH
 
 LEAST_ROWS = 16
 """Of x, as a tensor core multiplies them."""
-
-AMD_SHARED = 65536
-"""Bytes of shared memory that a program has on AMD's GPUs, at least."""
 
 
 @triton.jit
@@ -91,10 +88,7 @@ def _linears(
             gate_bias = tl.load(b0_ptr + read, mask=is_gate, other=0.0).to(tl.float32)
             y += (gate_bias + tl.load(b1_ptr + read, mask=is_gate == 0, other=0.0).to(tl.float32))[:, None]
         gate, up = tl.split(tl.permute(tl.reshape(rounded(y, dtype), (2, OWN, ROWS)), (1, 2, 0)))
-        if NVIDIA:
-            activated = tl.extra.cuda.libdevice.fast_dividef(gate, 1.0 + tl.extra.cuda.libdevice.fast_expf(-gate))
-        else:
-            activated = gate / (1.0 + tl.exp(-gate))
+        activated = silu(gate, NVIDIA)
         if ROUNDS_ACTIVATED:
             activated = rounded(activated, dtype)
         own = start + tl.arange(0, OWN)
@@ -181,10 +175,8 @@ def launch(
         return results
     tile_rows = max(LEAST_ROWS, triton.next_power_of_2(rows))
     if shares is None:
-        shared = shared_bytes(x.device) if is_nvidia(x.device) else AMD_SHARED
-        shares = Shares.of(sum(features), tile_rows, multiprocessors(x.device)).fitting(
-            shared, tile_rows, x.element_size()
-        )
+        shares = Shares.of(sum(features), tile_rows, multiprocessors(x.device))
+        shares = shares.fitting(shared_bytes(x.device), tile_rows, x.element_size())
     own = shares.features // 2 if gated else shares.features
     tiles = sum(triton.cdiv(each, own) for each in (features[:1] if gated else features))
     is_biased = any(bias is not None for bias in biases)
