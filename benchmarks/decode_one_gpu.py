@@ -43,16 +43,17 @@ WHAT = (
     "mode='reduce-overhead', under torch.compiler.set_stance(skip_guard_eval_unsafe=True); enable_gqa: torch.compile "
     "where transformers' use_gqa_in_sdpa always says yes; freezing: torch.compile with freezing=True; flex_attention: "
     "torch.compile with that attn_implementation, graph breaks allowed; hand-written: benchmarks/hand_written.py under "
-    "torch.compile; fuseplan, all: with the flags that are off by default, too; "
-    "without FLAG: the same with that flag of PassConfig off, gave_us: what it takes longer so; failed: "
+    "torch.compile; early launches: with Inductor's triton.enable_pdl; "
+    "without FLAG: fuseplan with that flag of PassConfig off, gave_us: what it takes longer so; failed: "
     "errors of those that gave no time; bytes_limit_us: all weights but the embedding's, and the valid part of the "
     "cache, once, at the bandwidth of a copy in this run, times_limit: times as long; logits: largest difference to "
     "the model in float64, each side's own"
 )
 PLAIN, BY_HAND, FROZEN, FLEX, WRITTEN = "torch.compile", "enable_gqa", "freezing", "flex_attention", "hand-written"
-FUSED, ALL, PACKED = "fuseplan", "fuseplan, all", "fuseplan, packed"
-PEERS = (BY_HAND, FROZEN, FLEX, WRITTEN, FUSED, ALL)
-OPT_IN = {flag: True for rule in BUILT_IN_RULES if rule.opt_in for flag in rule.flags}
+FUSED, ROUNDED, PACKED = "fuseplan", "fuseplan, allow_rounding_changes", "fuseplan, packed"
+EARLY = ", early launches"
+PEERS = (BY_HAND, FROZEN, FLEX, WRITTEN, FUSED)
+MORE_PEERS = (ROUNDED, PACKED, PLAIN + EARLY, FUSED + EARLY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +245,9 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[
     """
     on_gpu = model.device.type == "cuda"
     how: dict[str, Any] = {"fullgraph": True, "dynamic": False, **({"mode": "reduce-overhead"} if on_gpu else {})}
-    forward, fused = with_own_code(model), functools.partial(fuseplan.compile, model)
+    forward, early = with_own_code(model), name.endswith(EARLY)
+    fused = functools.partial(fuseplan.compile, forward if early else model)
+    name = name.removesuffix(EARLY)
     if name == BY_HAND and model.config._attn_implementation != "sdpa":
         raise ValueError(f"attention of {model.config.model_type} is {model.config._attn_implementation}, not sdpa")
     if name == FROZEN:
@@ -259,9 +262,11 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[
     flags: dict[str, Any] = {}
     if name == PACKED:
         flags = {"force": ("grouped_attention:sdpa_packed",)}
+    elif name == ROUNDED:
+        flags = {"allow_rounding_changes": True}
     elif name != FUSED:
-        flags = OPT_IN | ({} if name == ALL else {name.removeprefix("without "): False})
-    on_report = reports.append if name in (FUSED, ALL) else None
+        flags = {name.removeprefix("without "): False}
+    on_report = reports.append if name in (FUSED, ROUNDED) else None
     return fused(config=fuseplan.PassConfig(**flags), on_report=on_report, **how)  # type: ignore[no-any-return]
 
 
@@ -294,7 +299,8 @@ class Sides:
     def _first_run(self, name: str) -> None:
         step = Step(self.model, self.work, compiled(name, self.model, self.reports), by_hand=name == BY_HAND)
         # Dynamo asks the configuration, and not the options, whether it should hand over parameters to be frozen.
-        with enable_gqa(step.by_hand), torch._inductor.config.patch(freezing=name == FROZEN):
+        patches = {"freezing": name == FROZEN, "triton.enable_pdl": name.endswith(EARLY)}
+        with enable_gqa(step.by_hand), torch._inductor.config.patch(patches):
             start = time.perf_counter()
             logits = step().clone()
             self.compile_s[name] = round(time.perf_counter() - start, 1)
@@ -354,8 +360,8 @@ def compared(sides: Sides, times: Mapping[str, Figure], bytes_s: float) -> dict[
     limit = (weights + next(iter(sides.steps.values())).valid_bytes) / bytes_s * 1e6
     faster = {name: round(times[PLAIN].us / each.us, 3) for name, each in times.items()} if PLAIN in times else {}
     gave = {
-        name.removeprefix("without "): round(each.us - times[ALL].us, 1)
-        for name, each in times.items() if name.startswith("without ") and ALL in times
+        name.removeprefix("without "): round(each.us - times[FUSED].us, 1)
+        for name, each in times.items() if name.startswith("without ") and FUSED in times
     }  # fmt: skip
     return {
         "times_faster": {name: each for name, each in faster.items() if name != PLAIN},
@@ -412,7 +418,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
     parser.add_argument("--workload", nargs="*", default=["decode", "long", "prefill"])
     parser.add_argument("--batch", nargs="*", type=int, help="of these batch sizes alone")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=(*PEERS, PACKED), help="beside torch.compile")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=(*PEERS, *MORE_PEERS), help="beside torch.compile")
     parser.add_argument("--leave-one-out", action="store_true", help="fuseplan without each flag that fired, too")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/decode_one_gpu_DEVICE.json")

@@ -156,8 +156,9 @@ class PassConfig:
         fuse_grouped_attention: repeated heads of keys and values + attention, rule `grouped_attention`.
         fuse_eager_attention: attention that the model spells out op by op, rule `eager_attention`.
         fuse_merged_linear: linear layers of few rows that read one input, rule `merged_linear`, and gate and up +
-            SiLU-and-mul, rule `merged_linear_silu_mul`; None: off.
-        fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: off.
+            SiLU-and-mul, rule `merged_linear_silu_mul`; None: on for up to 32 tokens on an H100, H200 or GH200, but not
+            in vLLM.
+        fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: likewise.
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.

@@ -17,6 +17,7 @@ from fuseplan.drawing import draw
 from fuseplan.families import BUILT_IN_RULES
 from fuseplan.graph.regions import calls_of
 from fuseplan.manager import PostGradPassManager
+from fuseplan.parts import Part
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import (
@@ -70,12 +71,13 @@ class Explanation:
     ) -> None:
         self.traced, self.config, self.device, self.providers, self._every = traced, config, device, providers, rules
         self._shared = PostGradPassManager(config, device=device, providers=providers, rules=rules)
-        self.rules = tuple(self._shared.rules)
         self.entries: list[Entry] = []
         self.skipped: list[GraphReport] = []
-        self._canonical: dict[int, CanonicalGraph] = {}
+        self._canonical: dict[tuple[int, frozenset[Part]], CanonicalGraph] = {}
         for compile_range in config.compile_ranges or (None,):
             self.entries += self._entries(config, compile_range, self.skipped)
+        on = {name for entry in self.entries for name in entry.analysis.rules}
+        self.rules = tuple(sorted({*self._shared.rules, *on}))
 
     def _entries(
         self, config: PassConfig, compile_range: CompileRange | None, skipped: list[GraphReport] | None = None
@@ -90,8 +92,9 @@ class Explanation:
         for index, (gm, calls) in enumerate(zip(self.traced.graphs, calls_of(self.traced.graphs), strict=True)):
             name, refusal = f"graph_{index}", manager.hands_off(gm.graph)
             if refusal is None:
-                analysis = manager.analyze(gm.graph, self._canonical.get(index))
-                self._canonical[index] = analysis.canonical
+                read_for = index, manager.opt_in_parts(gm.graph)
+                analysis = manager.analyze(gm.graph, self._canonical.get(read_for))
+                self._canonical[read_for] = analysis.canonical
                 entries.append(Entry(name, gm.graph, calls, manager, analysis))
             elif skipped is not None:
                 skipped.append(GraphReport(graph=name, range=span, refusals=(refusal,)))
@@ -111,17 +114,20 @@ class Explanation:
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
 
-        A composed rule, which does what several simple ones do, is left out, or comes first of all.
+        A composed rule, which does what several simple ones do, is left out, or comes first of all. Rules whose place
+        in an order changes nothing come last.
         """
         members = {match.rule.name: match.rule for entry in self.entries for match in entry.analysis.matches.candidates}
-        simple = sorted(name for name, rule in members.items() if not rule.is_composed)
+        contested = {name for entry in self.entries for name in _contested(entry.analysis)}
+        simple = sorted(name for name, rule in members.items() if not rule.is_composed and name in contested)
+        aside = sorted(name for name, rule in members.items() if not rule.is_composed and name not in contested)
         composed = sorted(set(members) - set(simple))
-        if not simple:
+        if not simple and not aside:
             return [Policy(name="ordered", order=self.rules)] if self.rules else []
         outcomes: dict[tuple[Any, ...], Policy] = {}
         for first in ((), *itertools.permutations(composed)):
             for rest in itertools.permutations(simple):
-                policy = Policy(name="ordered", order=(*first, *rest))
+                policy = Policy(name="ordered", order=(*first, *rest, *aside))
                 outcomes.setdefault(self._outcome(policy), policy)
         return list(outcomes.values())
 
@@ -184,3 +190,13 @@ def _point(size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> S
         rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))
     unfused = sum(entry.analysis.posed.unfused_ns * entry.calls for entry in entries)
     return SizePoint(tokens=size, unfused_ns=unfused, policies=tuple(rows))
+
+
+def _contested(analysis: Analysis) -> set[str]:
+    """The rules whose place in an order may matter: those that share nodes with others, and those of several nodes,
+    which may form cycles with others.
+    """
+    candidates = analysis.posed.candidates
+    pairs = ({candidates[i].rule, candidates[j].rule} for i, j in analysis.posed.problem.conflicts)
+    several = {match.rule.name for match in analysis.matches.candidates if len(match.consumed) > 1}
+    return several.union(*(pair for pair in pairs if len(pair) > 1))

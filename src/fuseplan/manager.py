@@ -36,7 +36,7 @@ from fuseplan.matching import (
     find_near_misses,
     run_pass,
 )
-from fuseplan.parts import part_of
+from fuseplan.parts import Part, part_of
 from fuseplan.planner import (
     ContradictionError,
     Decision,
@@ -57,7 +57,7 @@ from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, Saved
 from fuseplan.report.places import places
 from fuseplan.report.trace import publish
 from fuseplan.rewriting import apply
-from fuseplan.rules import Rule, by_name, disabled_rules, enabled_rules
+from fuseplan.rules import Rule, by_name, disabled_rules, enabled_rules, rules_by_default
 from fuseplan.verification import Verifier
 
 ReportCallback = Callable[[Report], None]
@@ -87,6 +87,7 @@ class PostGradPassManager(Keyed):
         engine_groups: tells what an engine calls its groups, and the names of the process groups behind them; asked at
             each graph, since groups come after managers.
         settles: whether ranks settle before each graph's first run, and verify together what none of them can alone.
+        defaults: whether opt-in rules are on where `Rule.default_on` says so.
 
     Raises:
         ConfigError: flags and policy contradict each other, the environment is malformed, or a cost table is broken.
@@ -108,6 +109,7 @@ class PostGradPassManager(Keyed):
         passes: Sequence[object] = (),
         engine_groups: Callable[[], Mapping[object, str]] = dict,
         settles: bool = False,
+        defaults: bool = True,
     ) -> None:
         self.config = config
         self.compile_range = compile_range
@@ -116,8 +118,7 @@ class PostGradPassManager(Keyed):
         self.rules = enabled_rules(config, rules)
         self.disabled_by = disabled_rules(config, rules)
         self.disabled = {name: members for name, members in by_name(rules).items() if name in self.disabled_by}
-        asked = (part_of(rule.core) for members in self.rules.values() for rule in members)
-        self._asked = frozenset(part for part in asked if part is not None and part.opt_in)
+        self._every, self._defaults, self._by_default = tuple(rules), defaults, dict[str, tuple[Rule, ...]]()
         self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
         self.providers = tuple(providers)
         self.device = device
@@ -206,17 +207,21 @@ class PostGradPassManager(Keyed):
             PlanError: what is forced is forbidden.
         """
         stages: dict[str, int] = {}
+        rules = self._rules_for(graph)
         if canonical is None:
             with _stage(stages, "canonical"):
                 canonical = canonicalize(
                     graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups(),
-                    asked=self._asked,
+                    asked=self.opt_in_parts(graph),
                 )  # fmt: skip
         with _stage(stages, "matching"):
             external = find_external(graph, self.passes)
-            matches = self._find_matches(canonical, self.rules, external.candidates)
+            matches = self._find_matches(canonical, rules, external.candidates)
         with _stage(stages, "near misses"):
             near_misses = find_near_misses(canonical, self.rules, matches)
+            # Nobody asked for those that are on by default in such graphs, nor why they aren't somewhere in them.
+            asked = tuple(miss for miss in matches.misses if miss.refusal.rule not in rules.keys() - self.rules.keys())
+            matches = replace(matches, misses=asked)
             if self.disabled:
                 near_misses += find_disabled(self._find_matches(canonical, self.disabled), self.disabled_by)
         with _stage(stages, "pricing"), _places_folded():
@@ -226,8 +231,22 @@ class PostGradPassManager(Keyed):
             )  # fmt: skip
         return Analysis(
             canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
-            rules=self.rules, stages_ns=stages,
+            rules=rules, stages_ns=stages,
         )  # fmt: skip
+
+    def _rules_for(self, graph: fx.Graph) -> Mapping[str, tuple[Rule, ...]]:
+        """The rules that are on in a graph, opt-in ones by its size and device among them."""
+        if not self._defaults:
+            return self.rules
+        tokens = self.compile_range.end if self.compile_range else Rows.of(graph).most_tokens
+        further = rules_by_default(self.config, self._every, tokens=tokens, device=self.prices.model.name)
+        self._by_default.update(further)
+        return dict(sorted({**self.rules, **further}.items()))
+
+    def opt_in_parts(self, graph: fx.Graph) -> frozenset[Part]:
+        """The parts that a graph is read for because of rules that are on in it, and else isn't."""
+        parts = (part_of(rule.core) for members in self._rules_for(graph).values() for rule in members)
+        return frozenset(part for part in parts if part is not None and part.opt_in)
 
     def _find_matches(
         self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], external: Sequence[ExternalMatch] = ()
@@ -323,9 +342,9 @@ class PostGradPassManager(Keyed):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The rules that are on, and other people's passes that can be planned."""
+        """The rules that are on, in any of the graphs so far, and other people's passes that can be planned."""
         external = sorted(p.name for p in self.passes if isinstance(p, ExternalPass) and not p.is_procedural)
-        return (*self.rules, *external)
+        return (*sorted({*self.rules, *self._by_default}), *external)
 
     def _key(self) -> str | None:
         return self.identity.key(engine_groups=self.named_groups, may_restart=self.may_restart)
@@ -334,7 +353,9 @@ class PostGradPassManager(Keyed):
     def identity(self) -> Identity:
         """Whatever can change what this pass does."""
         passes = (*map(pass_content, self.previous), *map(pass_content, self.passes))
-        rules = (rule_content(rule) for members in self.rules.values() for rule in members)
+        enabled = [rule for members in self.rules.values() for rule in members]
+        enabled += [rule for rule in self._every if rule.default_on is not None and rule.name not in self.rules]
+        rules = (rule_content(rule) for rule in enabled)
         providers = (provider_content(provider, self.device) for provider in self.providers)
         facts = {
             "config": config_key(self.config),

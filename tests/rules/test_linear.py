@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fuseplan
-from fuseplan.config import PassConfig
+from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.manager import PostGradPassManager
 from fuseplan.parts.linear import PART
@@ -148,12 +148,15 @@ def layer(x: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, up: Tensor, 
 LAYER = (randn(3, WIDTH), *weights(32, 16, 16, 96, 96), randn(WIDTH, 96, seed=9) / 8)
 
 
-def planned(graph: fx.Graph, **config: Any) -> GraphReport:
-    """The report of a graph, which is rewritten as for an H200."""
+def planned(
+    graph: fx.Graph, device: str = "h200", compile_range: CompileRange | None = None, **config: Any
+) -> GraphReport:
+    """The report of a graph, which is rewritten as for a device."""
     reports: list[Any] = []
     manager = PostGradPassManager(
-        PassConfig(verify="off", **config), device=device_profile("h200"), on_report=reports.append
-    )
+        PassConfig(verify="off", **config), device=device_profile(device), compile_range=compile_range,
+        on_report=reports.append,
+    )  # fmt: skip
     manager(graph)
     graph.lint()
     report: GraphReport = reports[-1].graphs[0]
@@ -165,6 +168,10 @@ def fused(report: GraphReport) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
+def without(counts: dict[str, int], name: str) -> dict[str, int]:
+    return {each: count for each, count in counts.items() if each != name}
+
+
 ALL = {"merged_linear_silu_and_mul": 1, "merged_linear_triple": 1, "skinny_linear": 1}
 MERGED = {"merged_linear_pair": 1, "merged_linear_triple": 1}
 
@@ -173,9 +180,10 @@ MERGED = {"merged_linear_pair": 1, "merged_linear_triple": 1}
     ("config", "found"),
     [
         (ON, ALL),
-        ({}, {}),
-        ({"fuse_merged_linear": True}, {"merged_linear_silu_and_mul": 1, "merged_linear_triple": 1}),
-        ({"fuse_skinny_linear": True}, {"skinny_linear": 1}),
+        ({}, ALL),
+        ({"fuse_merged_linear": True, "fuse_skinny_linear": False}, without(ALL, "skinny_linear")),
+        ({"fuse_merged_linear": False}, {"skinny_linear": 1}),
+        ({"fuse_merged_linear": False, "fuse_skinny_linear": False}, {}),
         (ON | {"forbid": ("merged_linear_silu_mul",)}, MERGED | {"skinny_linear": 1}),
         ({"policy": "ordered(merged_linear)"}, MERGED),
         (ON | {"policy": "off"}, {}),
@@ -183,6 +191,48 @@ MERGED = {"merged_linear_pair": 1, "merged_linear_triple": 1}
 )  # fmt: skip
 def test_flags_and_policies_choose(config: dict[str, Any], found: dict[str, int]) -> None:
     assert fused(planned(post_grad(layer, *LAYER), **config)) == found
+
+
+def of_tokens(tokens: Tensor, embedding: Tensor, *own: Tensor) -> list[Tensor]:
+    return several(F.embedding(tokens, embedding), *own)
+
+
+def decoding(tokens: int) -> fx.Graph:
+    return post_grad(of_tokens, torch.zeros(tokens, dtype=torch.int64), randn(8, WIDTH), *weights(32, 16))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "compile_range", "found"),
+    [
+        (32, "h200", None, {"merged_linear_pair": 1}),
+        (32, "h100", None, {"merged_linear_pair": 1}),
+        (33, "h200", None, {}),
+        (3, "a100", None, {}),
+        (3, "cpu", None, {}),
+        (3, "h200", CompileRange(start=1, end=32), {"merged_linear_pair": 1}),
+        (3, "h200", CompileRange(start=1, end=33), {}),
+    ],
+)
+def test_by_default_graphs_of_few_tokens_get_it_where_it_was_measured(
+    tokens: int, device: str, compile_range: CompileRange | None, found: dict[str, int]
+) -> None:
+    report = planned(decoding(tokens), device, compile_range)
+    assert fused(report) == found
+    assert [each for each in report.refusals if "linear" in str(each.rule)] == []
+
+
+def test_who_asks_learns_why_not() -> None:
+    report = planned(decoding(33), fuse_merged_linear=True)
+    assert {each.rule for each in report.refusals if each.provider == "triton"} == {"merged_linear"}
+
+
+def test_reports_have_the_rules_of_graphs_that_were_on_in_them() -> None:
+    managers = [PostGradPassManager(PassConfig(), device=device_profile("h200"), defaults=on) for on in (True, False)]
+    assert not {"merged_linear", "skinny_linear"} & {*managers[0].names}
+    for manager in managers:
+        manager.analyze(decoding(3))
+    assert {"merged_linear", "merged_linear_silu_mul", "skinny_linear"} <= {*managers[0].names}
+    assert not {"merged_linear", "skinny_linear"} & {*managers[1].names}
 
 
 def test_a_flag_that_one_of_its_rules_obeys_had_an_effect() -> None:

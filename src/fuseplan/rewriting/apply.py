@@ -15,6 +15,7 @@ from fuseplan.canonical.view import PROVENANCE
 from fuseplan.dialect import is_inlined
 from fuseplan.graph.facts import aten, tensor_of
 from fuseplan.graph.layout import carriers, computed, is_reordered, memory_order, same_layout
+from fuseplan.graph.sharing import Shared
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
 from fuseplan.rewriting.functional import functionalized
@@ -48,6 +49,7 @@ class _Rewriter:
         self.graph = canonical.original
         self.placed: dict[fx.Node, fx.Node] = {}
         self.results: list[fx.Node] = []
+        self.shared, self.repeated = Shared(self.graph), list[fx.Node]()
         self.consumed = {node for match in chosen for node in match.consumed}
 
     def replace(self, match: Match) -> None:
@@ -55,7 +57,7 @@ class _Rewriter:
         originals = [self.canonical.origin[node] for node in match.consumed if node in self.canonical.origin]
         inputs = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         first = min(originals) if originals else self.canonical.source_node(match.anchor)
-        arguments = {name: self._value(node, first) for name, node in inputs.items()}
+        arguments = {name: self._shared(self._value(node, first), first) for name, node in inputs.items()}
         place = _Place.after_inputs(first, list(arguments.values()))
         results = self._emit(match, arguments, place)
         for node, result in zip(match.outputs, results, strict=True):
@@ -65,10 +67,17 @@ class _Rewriter:
         erase_dead(self.graph, [node for node in originals if not node._erased])
 
     def erase_unread(self) -> None:
-        """Erases results that nobody reads: not before all matches are placed, since one may read what the original
-        graph's readers reach through views that are moved.
+        """Erases results that nobody reads, and what was computed again: not before all matches are placed, since one
+        may read what the original graph's readers reach through views that are moved.
         """
-        erase_dead(self.graph, [node for node in self.results if not node._erased])
+        erase_dead(self.graph, [node for node in (*self.results, *self.repeated) if not node._erased])
+
+    def _shared(self, value: fx.Node, reader: fx.Node) -> fx.Node:
+        """The same value, computed before for another match."""
+        first = self.shared.first(value, reader)
+        if first is not value:
+            self.repeated.append(value)
+        return first
 
     def _emit(self, match: Match, arguments: dict[str, fx.Node], place: "_Place") -> list[fx.Node]:
         traced = match.rule.trace_replacement(match.values)

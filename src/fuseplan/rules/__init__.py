@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from fuseplan.config import PassConfig, unknown
 from fuseplan.errors import ConfigError
-from fuseplan.rules.base import Bindings, Rule
+from fuseplan.rules.base import Bindings, DefaultOn, Rule
 
 
 def by_name(rules: Sequence[Rule]) -> dict[str, tuple[Rule, ...]]:
@@ -53,6 +53,33 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tup
     return enabled
 
 
+def rules_by_default(
+    config: PassConfig, rules: Sequence[Rule], *, tokens: float, device: str
+) -> Mapping[str, tuple[Rule, ...]]:
+    """The opt-in rules that a graph gets although nobody asked for them, by name: under a policy that lists no rules,
+    where no flag of theirs is given.
+
+    Args:
+        config: what was asked for.
+        rules: all there are.
+        tokens: the most that the graph serves.
+        device: the name of the profile that it is priced for.
+    """
+    if config.chosen_policy.name == "ordered":
+        return {}
+    return {
+        name: members
+        for name, members in by_name(rules).items()
+        if all(
+            rule.default_on is not None
+            and tokens <= rule.default_on.most_tokens
+            and device in rule.default_on.devices
+            and all(getattr(config, flag) is None for flag in rule.flags)
+            for rule in members
+        )
+    }
+
+
 def disabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, str]:
     """The rules that a flag of the configuration switches off, by name, with the first such flag."""
     off = {name: [f for member in members for f in member.flags if getattr(config, f) is False]
@@ -60,4 +87,4 @@ def disabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, st
     return {name: flags[0] for name, flags in off.items() if flags}
 
 
-__all__ = ["Bindings", "Rule", "by_name", "disabled_rules", "enabled_rules"]
+__all__ = ["Bindings", "DefaultOn", "Rule", "by_name", "disabled_rules", "enabled_rules", "rules_by_default"]

@@ -60,6 +60,19 @@ class Traced:
     outputs: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DefaultOn:
+    """The graphs in which an opt-in rule is on by default: those for which its kernels were measured.
+
+    Attributes:
+        most_tokens: of a graph.
+        devices: by the names of their profiles.
+    """
+
+    most_tokens: int
+    devices: tuple[str, ...]
+
+
 class Rule:
     """One fusion: where it matches, what it refuses, and what stands there afterwards.
 
@@ -75,7 +88,8 @@ class Rule:
         requires: rules of which every match that shares a value with one of this rule must be applied with it, by the
             same provider; e.g. where a kernel leaves its result in a layout that only another one reads.
         together: whether all matches of the rule in a graph are applied, or none.
-        opt_in: whether it is off unless its flags are True, or a policy lists it.
+        opt_in: whether it is off unless its flags are True, or a policy lists it, or `default_on` says otherwise.
+        default_on: where an opt-in rule is on by default all the same; None: nowhere.
     """
 
     name: str
@@ -85,6 +99,7 @@ class Rule:
     requires: tuple[str, ...] = ()
     together: bool = False
     opt_in: bool = False
+    default_on: DefaultOn | None = None
 
     def pattern(self, *variables: Any, **named: Any) -> Any:
         """The values that the fusion computes, written in dialect ops; the first of them is the match's anchor."""

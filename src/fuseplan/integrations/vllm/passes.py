@@ -21,7 +21,7 @@ def manager_for(
     """A manager for one compile range."""
     return PostGradPassManager(
         config, compile_range=compile_range, on_report=on_report, previous=previous, passes=passes,
-        engine_groups=process_groups,
+        engine_groups=process_groups, defaults=False,
     )  # fmt: skip
 
 
