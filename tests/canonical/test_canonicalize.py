@@ -1,6 +1,7 @@
 """Norms, all-reduces, activations and quantisations as they occur after Inductor's post-grad passes."""
 
 import operator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -211,6 +212,50 @@ def test_what_is_read_elsewhere_or_not_exact_is_not_hoisted(one_rank: str) -> No
     assert reduce.args[0].op == "placeholder"  # type: ignore[union-attr]
     (reduce,) = nodes(canonical(lambda x: all_reduce(x, one_rank).float(), randn(5, 32)), "all_reduce")
     assert reduce.args[0].op == "placeholder"  # type: ignore[union-attr]
+
+
+def dequantized(x: Tensor) -> Tensor:
+    codes, scale = quantize_rows(x)
+    return codes.float() * scale
+
+
+def scale_and_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = quantize_rows(x)
+    return scale.view(-1), codes.float().sum()
+
+
+def grouped(x: Tensor) -> Tensor:
+    groups = x.float().view(-1, 8)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(1e-4) / 448.0
+    return (groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x: (dequantized(x), dequantized(x) * 2), {"dynamic_per_token_scaled_fp8_quant[32]": 1}),
+        (lambda x: (dequantized(x), dequantized(x.relu())), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
+        (lambda x: (grouped(x), grouped(x) * 2), {"per_token_group_fp8_quant[32]": 1}),
+        # Two results are two pieces of memory, also through a view.
+        (lambda x: (*quantize_rows(x), *quantize_rows(x)), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
+        (lambda x: (dequantized(x), scale_and_sum(x)), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
+    ],
+)
+def test_layers_that_quantise_one_value_each_by_itself_share_it(
+    function: Callable[[Tensor], object], found: dict[str, int]
+) -> None:
+    raised = canonical(function, randn(5, 32))
+    assert raised.recognized() == found
+    raised.graph.lint()
+
+
+def test_what_is_quantised_on_both_sides_of_a_mutation_is_not_shared() -> None:
+    graph = post_grad(lambda x: (dequantized(x), dequantized(x) * 2), randn(5, 32))
+    x = graph.find_nodes(op="placeholder")[0]
+    second = graph.find_nodes(op="call_function", target=aten.abs.default)[-1]
+    with graph.inserting_before(second):
+        graph.call_function(aten.add_.Tensor, (x, 1)).meta["val"] = x.meta["val"]
+    assert canonicalize(graph).recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 2}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -111,10 +111,29 @@ def of_groups_repeated(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(x.float() / repeated), scale
 
 
-DIVIDE, MULTIPLY = "divide", "multiply"
+def of_rows_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
+    """torchao 0.18: the largest is divided in the precision of x."""
+    scale = (x.abs().amax(-1, keepdim=True) / MOST).float()
+    return codes(x.float() / scale), scale
+
+
+def of_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Divided in float32, and bounded on both sides of the rounding."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / MOST).to(x.dtype).clamp(min=1e-4).float().clamp(min=LEAST)
+    return codes(x.float() / scale), scale
+
+
+def of_groups_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(-1, GROUP)
+    scale = (groups.abs().amax(dim=-1).clamp(1e-4) / MOST).float()
+    return codes(groups.float() / scale.unsqueeze(-1)).view(x.shape), scale.view(*x.shape[:-1], -1)
+
+
+DIVIDE, MULTIPLY, BY_ROUNDED = "divide", "multiply", "divide_by_rounded"
 ROUNDED = float(torch.tensor(1e-10, dtype=torch.bfloat16).float() / MOST)
 TENTH = float(torch.tensor(1e-4) / MOST)
 ROUNDED_TENTH = float(torch.tensor(1e-4, dtype=torch.bfloat16).float() / MOST)
+TWICE_ROUNDED = float((torch.tensor(1e-4).bfloat16() / MOST).float())
 ROWS, GROUPS = ops.dynamic_per_token_scaled_fp8_quant, ops.per_token_group_fp8_quant
 SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
     of_rows_by_max: (FP8, LEAST, MULTIPLY),
@@ -122,6 +141,9 @@ SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
     of_rows_without_a_least: (FP8, 0.0, DIVIDE),
     of_flat_rows: (FP8, ROUNDED_TENTH, MULTIPLY),
     of_rows_by_a_narrow_least: (FP8, ROUNDED_TENTH, DIVIDE),
+    of_rows_in_low_precision: (FP8, 0.0, BY_ROUNDED),
+    of_rows_rounded: (FP8, float(torch.tensor(1e-4).bfloat16()), BY_ROUNDED),
+    of_groups_in_low_precision: (GROUP, FP8, TWICE_ROUNDED, False, 0.0, BY_ROUNDED),
     of_groups_by_max: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
     of_groups_by_columns: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
     of_groups_by_powers: (GROUP, FP8, 0.0, True, LEAST, DIVIDE),
@@ -227,9 +249,19 @@ def by_bits(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(groups / scale).view(x.shape), scale
 
 
-def in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / MOST).float()
+def of_powers_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = torch.exp2(torch.ceil(torch.log2((x.abs().amax(-1, keepdim=True) / MOST).float())))
     return codes(x.float() / scale), scale
+
+
+def multiplied_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(-1, keepdim=True) / MOST).float()
+    return codes(x.float() * scale.reciprocal()), scale
+
+
+def unclamped_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(-1, keepdim=True) / MOST).float().clamp(min=LEAST)
+    return (x.float() / scale).to(FP8), scale
 
 
 def by_a_narrow_scale(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,7 +335,9 @@ def signed(x: Tensor) -> tuple[Tensor, Tensor]:
 NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
     by_the_most: "x is multiplied by 448 / amax, which rounds otherwise than by 1 / (amax / 448)",
     by_bits: "the scale is rounded by its bits, which makes an infinite one finite",
-    in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
+    of_powers_in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
+    multiplied_in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
+    unclamped_in_low_precision: "what is cast isn't clamped to +-448",
     by_a_narrow_scale: "the scale is bfloat16, and the op takes float32",
     up_to_a_bound: "the largest has an upper bound",
     chosen: "the scale is computed by aten.where.self",

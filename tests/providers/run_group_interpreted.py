@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import Rounding
+from fuseplan.parts.dynamic_fp8 import reference as row_reference
 from fuseplan.parts.group_fp8 import reference
 from fuseplan.providers.triton import activation, norm
 from fuseplan.providers.triton.epilogues import epilogue_of
@@ -68,7 +69,7 @@ def cases() -> dict[str, bool]:
     for width, group in ((2880, 64), (7168, 128), (128, 128), (64, 64), (1024, 512), (2880, 32)):
         for rows in (1, 3, 9) if width <= 2880 else (2,):
             for ue8m0 in (False, True):
-                rounding = "multiply" if rows == 3 else "divide"
+                rounding = {3: "multiply", 9: "divide_by_rounded"}.get(rows, "divide")
                 own = arguments(group, LEAST, ue8m0, rounding)
                 x = activations(rows, width, width + rows)
                 for kernel in (normed, activated):
@@ -80,7 +81,7 @@ def not_finite() -> dict[str, bool]:
     """Zeros, infinity and NaN; scales that are powers of two; a least scale, before and behind the rounding to them."""
     found = {}
     for ue8m0, min_power in ((False, 0.0), (True, 0.0), (True, 0.3)):
-        for rounding in ("divide", "multiply"):
+        for rounding in ("divide", "multiply", "divide_by_rounded")[: 2 if ue8m0 else 3]:
             for least in (LEAST, 0.3) if not min_power else (0.0,):
                 own = arguments(64, least, ue8m0, rounding, min_power=min_power)
                 x = activations(5, 192, 1)
@@ -88,6 +89,20 @@ def not_finite() -> dict[str, bool]:
                 x[4] = 448 * 2.0**20
                 for kernel in (normed, activated):
                     found[f"{kernel.__name__} {ue8m0} {rounding} {least} {min_power}"] = kernel(x, own)
+    return found
+
+
+def by_row() -> dict[str, bool]:
+    """A scale of a whole row, rounded or not."""
+    found = {}
+    residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
+    how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
+    y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
+    for rounding in ("divide", "multiply", "divide_by_rounded"):
+        own = {"dtype": FN, "min_scale": LEAST, "quant_rounding": rounding}
+        epilogue = epilogue_of("dynamic_fp8_quant")(**own)
+        *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
+        found[rounding] = all(map(same, got, row_reference(y, *own.values())))
     return found
 
 
@@ -123,7 +138,7 @@ def powers() -> bool:
 
 def main() -> None:
     prepare()
-    print(json.dumps({"cases": cases(), "not finite": not_finite(), "powers": powers() and all_powers()}))
+    print(json.dumps({"cases": cases(), "by row": by_row(), "not finite": not_finite(), "powers": powers() and all_powers()}))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,19 @@ def interpreted() -> dict[str, Any]:
 
 @needs_triton
 def test_it_gives_the_references_bits(interpreted: dict[str, Any]) -> None:
-    """Both roundings, scales rounded up to powers of two or not, groups of 32 to 512, rows that no tile divides."""
+    """All roundings, scales rounded up to powers of two or not, groups of 32 to 512, rows that no tile divides."""
     assert len(interpreted["cases"]) == 64
     assert all(interpreted["cases"].values()), interpreted["cases"]
 
 
 @needs_triton
+def test_scales_of_rows_are_rounded_or_not(interpreted: dict[str, Any]) -> None:
+    assert interpreted["by row"] == {"divide": True, "multiply": True, "divide_by_rounded": True}
+
+
+@needs_triton
 def test_zeros_infinity_and_nan_stay_within_their_groups(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["not finite"]) == 20
+    assert len(interpreted["not finite"]) == 24
     assert all(interpreted["not finite"].values()), interpreted["not finite"]
 
 

@@ -14,12 +14,14 @@ from fuseplan.graph.facts import (
     aten,
     depths,
     is_call,
+    item,
     mutation_regions,
     place_of,
     source_code,
     source_line,
     tensor_of,
 )
+from fuseplan.graph.reach import stays_inside
 from fuseplan.graph.surgery import copy_graph, erase_dead
 from fuseplan.ops import DialectOp, ops
 from fuseplan.record import Nearness, Reason, Refusal
@@ -36,6 +38,8 @@ class CanonicalGraph:
             was hoisted over an all-reduce, come into being only when a fusion needs them.
         depth: the longest path to a node from an input; see `facts.depths`.
         region: the number of mutations before a node; see `facts.mutation_regions`.
+        repeated: for a node of `original` those that compute its value again, and for which its own node of `graph`
+            stands, too.
         interior: for a raised node the nodes of `original` that it stands for.
         unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
             come to.
@@ -49,6 +53,7 @@ class CanonicalGraph:
     origin: dict[fx.Node, fx.Node]
     depth: dict[fx.Node, int]
     region: dict[fx.Node, int]
+    repeated: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
     dynamic_epsilons: list[fx.Node] = field(default_factory=list)
@@ -199,6 +204,29 @@ class CanonicalGraph:
             self.origin[new] = self.origin[old]
         old.replace_all_uses_with(new)
         self._claim(new, erase_dead(self.graph, [old]))
+
+    def merge_equal(self, op: DialectOp) -> None:
+        """Makes one node of those that call an op of two results or more on the same values: layers that read one value
+        may each quantise it by themselves.
+        """
+        found: dict[tuple[Any, ...], fx.Node] = {}
+        for node in self.calls(op.overload):
+            first = found.setdefault((self.region[node], *node.args), node)
+            if first is not node:
+                self._merge(node, first)
+
+    def _merge(self, node: fx.Node, first: fx.Node) -> None:
+        pairs = [(result, item(first, cast(int, result.args[1]))) for result in node.users]
+        results = [(result, known) for result, known in pairs if known is not None]
+        if len(results) < len(pairs) or not all(stays_inside(each) for pair in results for each in pair):
+            return  # memory of their own would be one
+        if any(result in self.origin and known not in self.origin for result, known in results):
+            return
+        for result, known in results:
+            if result in self.origin:
+                self.repeated.setdefault(self.origin[known], []).append(self.origin[result])
+            result.replace_all_uses_with(known)
+        erase_dead(self.graph, [result for result, _ in results])
 
     def source_node(self, node: fx.Node) -> fx.Node:
         """The original of a node, or of the nearest value computed from it that has one, or the node itself."""

@@ -64,6 +64,22 @@ def is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
+def stays_inside(value: fx.Node) -> bool:
+    """Whether ops of torch alone read a value, and views of it, and none of them writes to it or is the output."""
+    stack, seen = [value], {value}
+    while stack:
+        for user in stack.pop().users:
+            target = user.target
+            if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+                return False
+            if target.namespace not in ("aten", "prims"):
+                return False
+            if user not in seen and (target.is_view or target in RESHAPES):
+                seen.add(user)
+                stack.append(user)
+    return True
+
+
 def strided_reader(node: fx.Node) -> fx.Node | None:
     """The first node that reads a value, or a view of it, by strides of its own; its result depends on how the value
     lies in memory.

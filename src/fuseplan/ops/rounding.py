@@ -88,10 +88,32 @@ class AttentionRounding(StrEnum):
 
 
 class QuantRounding(StrEnum):
-    """How a scale is applied: `divide` computes x / scale; `multiply` takes the reciprocal of the scale and multiplies.
+    """How a scale is applied: `divide` computes x / scale; `multiply` takes the reciprocal of the scale and multiplies;
+    `divide_by_rounded` is `divide` where a scale that is computed from x was rounded to x's precision first, as torchao
+    does it.
 
-    The two differ in the last place of float32, which can move an fp8 code by one.
+    The first two differ in the last place of float32, which can move an fp8 code by one.
     """
 
     DIVIDE = "divide"
     MULTIPLY = "multiply"
+    DIVIDE_BY_ROUNDED = "divide_by_rounded"
+
+    @property
+    def rounds_scale(self) -> bool:
+        """Whether the quotient of amax and the largest code is rounded to x's precision."""
+        return self is QuantRounding.DIVIDE_BY_ROUNDED
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether x is multiplied by the reciprocal of the scale."""
+        return self is QuantRounding.MULTIPLY
+
+    @property
+    def text(self) -> str:
+        """What a kernel, or a graph, does by it."""
+        return {
+            "divide": "divides by the scale",
+            "multiply": "multiplies by the reciprocal of the scale",
+            "divide_by_rounded": "divides by the scale, rounded to the precision of what it scales",
+        }[self]

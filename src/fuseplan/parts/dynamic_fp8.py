@@ -10,7 +10,16 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.ops import QuantRounding, compute_dtype, define
 from fuseplan.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, Scaling, apply_scale, raise_computed, sample_of, scalings
+from fuseplan.parts.fp8 import (
+    CODE_BYTES,
+    SCALE_BYTES,
+    Scaling,
+    apply_scale,
+    raise_computed,
+    sample_of,
+    scale_of,
+    scalings,
+)
 from fuseplan.parts.fp8_scales import computed_scale, is_given
 from fuseplan.parts.traffic import Region, Tail
 from fuseplan.record import Reason
@@ -23,7 +32,8 @@ def reference(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) ->
         x: [..., hidden].
         dtype: one of `FP8_DTYPES`.
         min_scale: the smallest scale, so that a row of zeros doesn't divide by zero; 0 for none.
-        rounding: one of `QuantRounding`; it says how the scale is applied to x. The scale itself is always a division.
+        rounding: one of `QuantRounding`; it says how the scale is rounded, and applied to x. The scale itself is always
+            a division.
 
     Returns:
         (q, scale): [..., hidden] in `dtype` and [..., 1] in float32 (float64 for float64 inputs), contiguous.
@@ -31,9 +41,9 @@ def reference(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) ->
     Raises:
         ValueError: `rounding` isn't one of `QuantRounding`.
     """
-    wide = x.to(compute_dtype(x.dtype))
-    scale = (wide.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max).clamp(min=min_scale)
-    return apply_scale(wide, scale, dtype, QuantRounding(rounding)), scale.contiguous()
+    wide, how = x.to(compute_dtype(x.dtype)), QuantRounding(rounding)
+    scale = scale_of(wide, x.dtype, dtype, how).clamp(min=min_scale)
+    return apply_scale(wide, scale, dtype, how), scale.contiguous()
 
 
 def fake(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) -> tuple[Tensor, Tensor]:
@@ -52,7 +62,10 @@ dynamic_per_token_scaled_fp8_quant = define(
     "(Tensor x, ScalarType dtype, float min_scale, str rounding) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    samples=[sample_of(shape, _sample_arguments) for shape in ((7, 320), (2, 3, 64))],
+    samples=[
+        *(sample_of(shape, _sample_arguments) for shape in ((7, 320), (2, 3, 64))),
+        sample_of((5, 96), lambda device: (torch.float8_e4m3fn, 0.0, QuantRounding.DIVIDE_BY_ROUNDED.value)),
+    ],
 )
 
 
@@ -66,6 +79,7 @@ def raise_dynamic(canonical: CanonicalGraph) -> None:
         except Unraised as refused:
             if cast not in canonical.unraised:  # by what is more like it
                 refused.tell(canonical, dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+    canonical.merge_equal(dynamic_per_token_scaled_fp8_quant)
 
 
 def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
@@ -73,7 +87,7 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
     if scale.is_power:
         detail = "the scale is rounded up to a power of two, and the op's of whole rows isn't"
         raise Unraised(Reason.ATTRIBUTE, detail, scale.node)
-    args = (scale.rows, scaling.dtype, scale.min_scale, scaling.rounding.value)
+    args = (scale.rows, scaling.dtype, scale.min_scale, scale.rounding.value)
     raise_computed(canonical, scaling, scale.node, dynamic_per_token_scaled_fp8_quant, args)
 
 

@@ -52,9 +52,25 @@ ORDER_KEEPING = (
 
 def apply_scale(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
     """q = clamp(x / scale, -fp8_max, fp8_max).to(dtype), contiguous; x and the scale are in the dtype of arithmetic."""
-    scaled = x / scale if rounding is QuantRounding.DIVIDE else x * scale.reciprocal()
+    scaled = x * scale.reciprocal() if rounding.multiplies else x / scale
     limit = torch.finfo(dtype).max
     return scaled.clamp(-limit, limit).to(dtype).contiguous()
+
+
+def scale_of(wide: Tensor, own: torch.dtype, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
+    """amax(|x|, -1) / fp8_max, rounded to x's precision or not.
+
+    Args:
+        wide: [..., size], x in the dtype of arithmetic.
+        own: the dtype of x.
+        dtype: of the codes.
+        rounding: what says so.
+
+    Returns:
+        [..., 1] in the dtype of arithmetic.
+    """
+    scale = wide.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max
+    return scale.to(own).to(wide.dtype) if rounding.rounds_scale else scale
 
 
 def sample_of(shape: tuple[int, ...], arguments: Callable[[torch.device], tuple[Any, ...]]) -> Sample:

@@ -18,6 +18,7 @@ from torch import fx
 
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.graph.facts import (
+    LOW_PRECISION,
     MULS,
     aten,
     convert_element_type,
@@ -50,6 +51,7 @@ class ComputedScale:
         min_scale: the smallest before it is rounded; 0 for none.
         is_power: whether it is rounded up to a power of two.
         min_power: the smallest behind that; 0 for none.
+        rounding: how it is rounded to the precision of x or isn't, and applied.
     """
 
     node: fx.Node
@@ -58,6 +60,7 @@ class ComputedScale:
     min_scale: float
     is_power: bool
     min_power: float
+    rounding: QuantRounding
 
 
 def is_computed(scaling: Scaling) -> bool:
@@ -87,18 +90,18 @@ def computed_scale(scaling: Scaling) -> ComputedScale:
     """
     _check_same(scaling)
     node, size = _spread(scaling)
-    amax, min_scale, is_power, min_power = _bounds(node, scaling)
+    amax, min_scale, is_power, min_power, is_rounded = _bounds(node, scaling)
     reduced = tensor_of(_reduced(amax))
     assert reduced is not None
     if not equal_size(reduced.shape[-1], size):
         detail = f"the scale is of {reduced.shape[-1]} elements each, and is applied to {size}"
         raise Unraised(Reason.SIZE, detail, amax)
-    if not scaling.is_clamped and max(min_scale, min_power) < NORMAL:
+    if not scaling.is_clamped and (is_rounded or max(min_scale, min_power) < NORMAL):
         raise scaling.unclamped  # a scale that lost digits may leave more than fp8 holds
     rows, is_split = _rows(scaling.x, size)
     return ComputedScale(
         node=node, rows=rows, size=int(size) if is_split else None, min_scale=min_scale, is_power=is_power,
-        min_power=min_power,
+        min_power=min_power, rounding=QuantRounding.DIVIDE_BY_ROUNDED if is_rounded else scaling.rounding,
     )  # fmt: skip
 
 
@@ -166,8 +169,10 @@ def _repeats_last(expand: fx.Node) -> bool:
     return equal_sizes(few.shape[:-1], many.shape[:-1])
 
 
-def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, float]:
-    """(amax, min_scale, is_power, min_power), from a scale back to the largest that it is computed from."""
+def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, float, bool]:
+    """(amax, min_scale, is_power, min_power, whether it is rounded to the precision of x), from a scale back to the
+    largest that it is computed from.
+    """
     node, least = _least(scale)
     power, own = _power(node), dtype_of(source_of(scaling.x))
     if power is not None and own is torch.float32:
@@ -175,6 +180,10 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, flo
         detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
         raise Unraised(Reason.ROUNDING, detail, node)
     quotient, min_scale = (node, least) if power is None else _least(power)
+    is_rounded = own in LOW_PRECISION and is_call(quotient, convert_element_type) and dtype_of(quotient.args[0]) is own
+    if is_rounded and power is None and not scaling.rounding.multiplies:
+        quotient, rounded = _least(quotient.all_input_nodes[0], own=own)
+        min_scale = max(min_scale, rounded)
     if not is_call(quotient, aten.div.Tensor) or number_of(quotient.args[1]) != scaling.limit:
         raise _unknown(quotient, scaling.limit)
     amax, before = _least(quotient.all_input_nodes[0], own=own)
@@ -183,7 +192,9 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, flo
     smallest = torch.tensor(max(min_scale, divided), dtype=torch.float32)
     if power is not None and torch.exp2(torch.ceil(torch.log2(smallest))) < smallest:
         raise Unraised(Reason.ROUNDING, f"log2 rounds the smallest scale, {smallest:g}, down to a power of two", node)
-    return amax, max(min_scale, divided), power is not None, 0.0 if power is None else least
+    if is_rounded:
+        divided = float(torch.tensor(divided, dtype=own))
+    return amax, max(min_scale, divided), power is not None, 0.0 if power is None else least, is_rounded
 
 
 def _least(node: fx.Node, *, own: torch.dtype | None = None) -> tuple[fx.Node, float]:

@@ -10,7 +10,7 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
 from fuseplan.ops import QuantRounding, Sample, compute_dtype, define, random_tensor
 from fuseplan.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, Scaling, apply_scale, raise_computed, scalings
+from fuseplan.parts.fp8 import CODE_BYTES, SCALE_BYTES, Scaling, apply_scale, raise_computed, scale_of, scalings
 from fuseplan.parts.fp8_scales import ComputedScale, computed_scale, is_given, seems_split
 from fuseplan.parts.traffic import Middle, Region, Tail
 
@@ -28,7 +28,8 @@ def reference(
         ue8m0: whether scales are rounded up to powers of two. torch's own `exp2(ceil(log2(scale)))` gives the power
             below for a scale that is up to three units in the last place above it.
         min_power: the smallest scale behind that rounding, as it is; 0 for none, and without that rounding.
-        rounding: one of `QuantRounding`; it says how the scale is applied to x. The scale itself is always a division.
+        rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and applied
+            to x. The scale itself is always a division.
 
     Returns:
         (q, scale): [..., hidden] in `dtype` and [..., hidden / group_size] in float32 (float64 for float64 inputs),
@@ -38,13 +39,13 @@ def reference(
         ValueError: `rounding` isn't one of `QuantRounding`.
         RuntimeError: `group_size` doesn't divide hidden.
     """
-    groups = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size))
-    scale = (groups.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max).clamp(min=min_scale)
+    groups, how = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size)), QuantRounding(rounding)
+    scale = scale_of(groups, x.dtype, dtype, how).clamp(min=min_scale)
     if ue8m0:
         mantissa, exponent = torch.frexp(scale)
         power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
         scale = torch.where((scale > 0) & scale.isfinite(), power, scale).clamp(min=min_power)
-    codes = apply_scale(groups, scale, dtype, QuantRounding(rounding))
+    codes = apply_scale(groups, scale, dtype, how)
     return codes.flatten(-2), scale.squeeze(-1).contiguous()
 
 
@@ -95,13 +96,14 @@ def raise_groups(canonical: CanonicalGraph) -> None:
         except Unraised as refused:
             if seems_split(found.x):
                 refused.tell(canonical, per_token_group_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+    canonical.merge_equal(per_token_group_fp8_quant)
 
 
 def _raise(canonical: CanonicalGraph, scaling: Scaling, scale: ComputedScale) -> None:
     if scale.size is None:
         return
     bounds = scale.min_scale, scale.is_power, scale.min_power
-    args = (scale.rows, scale.size, scaling.dtype, *bounds, scaling.rounding.value)
+    args = (scale.rows, scale.size, scaling.dtype, *bounds, scale.rounding.value)
     raise_computed(canonical, scaling, scale.node, per_token_group_fp8_quant, args)
 
 

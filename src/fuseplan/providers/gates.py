@@ -100,14 +100,13 @@ class Gate:
         sizes = [f"a multiple of {self.row_bytes}"] if self.row_bytes > 1 else []
         sizes += [f"from {self.least_row_bytes}"] if self.least_row_bytes else []
         sizes += [f"up to {self.most_row_bytes}"] if self.most_row_bytes is not None else []
-        how = {"multiply": "multiplied by the reciprocal of the scale", "divide": "divided by the scale"}
         limits = (
             listed(sorted(map(dtype_text, self.dtypes))) if self.dtypes else None,
             f"bytes of a row {', '.join(sizes)}" if sizes else None,
             f"{listed(list(map(str, sorted(self.ranks))))} ranks" if self.ranks else None,
             "contiguous" if self.dense else None,
             f"codes in {listed(sorted(map(dtype_text, self.quant_dtypes)))}" if self.quant_dtypes else None,
-            how[self.quant_rounding] if self.quant_rounding is not None else None,
+            self.quant_rounding.text if self.quant_rounding is not None else None,
             f"least scale {self.min_scale:.4g}" if self.min_scale is not None else None,
         )
         return tuple(each for each in limits if each is not None)
@@ -115,10 +114,9 @@ class Gate:
     def _quant(self, m: Any) -> Refusal | None:
         rounding, least = m.values.get("quant_rounding"), m.values.get("min_scale")
         if self.quant_rounding is not None and rounding not in (None, self.quant_rounding.value):
-            how = {"multiply": "multiplies by the reciprocal of the scale", "divide": "divides by the scale"}
             return Refusal(
                 reason=Reason.ROUNDING,
-                detail=f"the kernel {how[self.quant_rounding]}; the graph {how[str(rounding)]}",
+                detail=f"the kernel {self.quant_rounding.text}; the graph {QuantRounding(rounding).text}",
                 expected=self.quant_rounding.value,
                 found=str(rounding),
             )

@@ -64,7 +64,8 @@ class _Rewriter:
             if node is not None:
                 self._settle(node, result, match)
         self.results += results
-        erase_dead(self.graph, [node for node in originals if not node._erased])
+        again = [node for original in originals for node in self.canonical.repeated.get(original, ())]
+        erase_dead(self.graph, [node for node in (*originals, *again) if not node._erased])
 
     def erase_unread(self) -> None:
         """Erases results that nobody reads, and what was computed again: not before all matches are placed, since one
@@ -143,9 +144,10 @@ class _Rewriter:
             result = self._copy(result, original)
         self.placed[node] = result
         if original is not None:
-            original.replace_all_uses_with(result)
-            if node in match.loose:
-                self._tell_readers(result, original, self.canonical.claims(match.consumed))
+            for each in (original, *self.canonical.repeated.get(original, ())):
+                each.replace_all_uses_with(result)
+                if node in match.loose:
+                    self._tell_readers(result, each, self.canonical.claims(match.consumed))
             return
         for user in list(node.users):
             if user not in self.consumed:

@@ -44,11 +44,15 @@ def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.
 
 
 @triton.jit
-def dynamic_scale(y, min_scale, MOST: tl.constexpr):
-    """max(amax(|y|) / MOST, min_scale) over the last dimension of y, NaN where y has one."""
+def dynamic_scale(y, min_scale, MOST: tl.constexpr, ROUNDS: tl.constexpr, DTYPE: tl.constexpr):
+    """max(amax(|y|) / MOST, min_scale) over the last dimension of y, NaN where y has one; the quotient rounded to DTYPE
+    or not.
+    """
     # Without their sign, numbers are in order as integers too, and NaN is the largest.
     largest = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1).to(tl.float32, bitcast=True)
     scale = tl.div_rn(largest, MOST)
+    if ROUNDS:
+        scale = rounded(scale, DTYPE)
     return tl.where(scale < min_scale, min_scale, scale)
 
 

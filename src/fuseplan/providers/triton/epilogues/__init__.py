@@ -75,6 +75,9 @@ def epilogue_of(suffix: str | None) -> type[Epilogue]:
     return found
 
 
-def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool]:
-    """(the largest code, whether a scale is applied by its reciprocal), as `rows.quantized` takes them."""
-    return torch.finfo(dtype).max, QuantRounding(quant_rounding) is QuantRounding.MULTIPLY
+def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool, bool]:
+    """(the largest code, whether a scale is applied by its reciprocal, as `rows.quantized` takes them, whether it is
+    rounded to the precision of the rows)
+    """
+    how = QuantRounding(quant_rounding)
+    return torch.finfo(dtype).max, how.multiplies, how.rounds_scale

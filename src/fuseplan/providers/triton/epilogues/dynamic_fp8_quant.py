@@ -21,11 +21,12 @@ def store_by_scale_of_row(
     y_ptr, scale_ptr, min_scale = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
+    ROUNDS: tl.constexpr = CONSTANTS[2]
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
     y = rounded(y, DTYPE)
-    scale = dynamic_scale(tl.where(inside, y, 0.0), min_scale, MOST)
+    scale = dynamic_scale(tl.where(inside, y, 0.0), min_scale, MOST, ROUNDS, DTYPE)
     codes = quantized(y, scale[:, None], y_ptr.dtype.element_ty, MOST, MULTIPLIES, NVIDIA)
     tl.store(y_ptr + out, codes, mask=inside)
     tl.store(scale_ptr + row, scale, mask=valid)

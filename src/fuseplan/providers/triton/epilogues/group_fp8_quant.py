@@ -23,14 +23,15 @@ def store_by_scales_of_groups(
     y_ptr, scale_ptr, min_scale, min_power = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
-    GROUP: tl.constexpr = CONSTANTS[2]
-    UE8M0: tl.constexpr = CONSTANTS[3]
+    ROUNDS: tl.constexpr = CONSTANTS[2]
+    GROUP: tl.constexpr = CONSTANTS[3]
+    UE8M0: tl.constexpr = CONSTANTS[4]
     GROUPS: tl.constexpr = WIDTH // GROUP
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
     y = tl.reshape(tl.where(inside, rounded(y, DTYPE), 0.0), [y.shape[0], y.shape[1] // GROUP, GROUP])
-    scale = dynamic_scale(y, min_scale, MOST)
+    scale = dynamic_scale(y, min_scale, MOST, ROUNDS, DTYPE)
     if UE8M0:
         scale = power_of_two_from(scale)
         scale = tl.where(scale < min_power, min_power, scale)
