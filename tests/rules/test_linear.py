@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.config import CompileRange, PassConfig
+from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.manager import PostGradPassManager
 from fuseplan.parts.linear import PART
@@ -239,6 +240,26 @@ def test_a_flag_that_one_of_its_rules_obeys_had_an_effect() -> None:
     report = planned(post_grad(several, randn(3, WIDTH), *weights(32, 16)), fuse_merged_linear=True)
     assert fused(report) == {"merged_linear_pair": 1}
     assert not [each for each in report.refusals if each.reason is Reason.NO_EFFECT]
+
+
+def up_first(x: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    raised = F.linear(x, up)
+    return F.silu(F.linear(x, gate)) * raised
+
+
+def test_gate_and_up_are_told_apart_in_either_order() -> None:
+    x, first, second = randn(3, WIDTH), *weights(32, 32)
+    for function in (gated, up_first):
+        graph = post_grad(function, x, first, second)
+        wanted = function(x, first, second)
+        assert fused(planned(graph, **ON)) == {"merged_linear_silu_and_mul": 1}
+        (node,) = graph.find_nodes(op="call_function", target=ops.merged_linear_silu_and_mul.implementation("triton"))
+        assert [each.name for each in node.args[1:3]] == (
+            ["arg1_1", "arg2_1"] if function is gated else ["arg2_1", "arg1_1"]
+        )
+        arguments = (x, first, second) if function is gated else (x, second, first)
+        got = ops.merged_linear_silu_and_mul(*arguments, None, None, node.args[-1])
+        torch.testing.assert_close(got, wanted)
 
 
 def test_an_activation_whose_inputs_are_read_elsewhere_is_left() -> None:

@@ -130,8 +130,14 @@ class Linears(Rule):
 class GatedLinears(Rule):
     """linear(x, weight0), linear(x, weight1) -> silu_and_mul  =>  one op.
 
-    y = silu(x @ weight0^T) * (x @ weight1^T)
+    y = silu(x @ weight0^T) * (x @ weight1^T), or, where the graph has up before gate, silu(x @ weight1^T) * (x @ weight0^T)
+
+    Args:
+        up_first: whether it has.
     """
+
+    def __init__(self, *, up_first: bool) -> None:
+        self.up_first = up_first
 
     name, flags = "merged_linear_silu_mul", ("fuse_merged_linear",)
     opt_in, default_on = True, DEFAULT_ON
@@ -146,11 +152,19 @@ class GatedLinears(Rule):
         """The layers, and the activation of their results."""
         *layers, rounding = bound.values()
         found = self.core(*layers)
-        return (silu_and_mul(found[0], found[1], rounding),)
+        gate, up = (1, 0) if self.up_first else (0, 1)
+        return (silu_and_mul(found[gate], found[up], rounding),)
 
     def replacement(self, **bound: Any) -> Any:
         """The fused op."""
-        return (self.op(*bound.values()),)
+        *layers, rounding = bound.values()
+        x, weights, biases = split_arguments(layers)
+        step = -1 if self.up_first else 1
+        return (self.op(x, *weights[::step], *biases[::step], rounding),)
+
+    def describe(self) -> str:
+        """The pattern and the fused op on one line."""
+        return super().describe() + ", up before gate" * self.up_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,5 +258,8 @@ def _activation_of(core: fx.Node) -> fx.Node | None:
     return reader if reader is not None and is_dialect(reader, silu_and_mul) else None
 
 
-LINEAR_RULES: tuple[Rule, ...] = (*(Linears(count) for count in range(1, len(LINEARS) + 1)), GatedLinears())
+LINEAR_RULES: tuple[Rule, ...] = (
+    *(Linears(count) for count in range(1, len(LINEARS) + 1)),
+    *(GatedLinears(up_first=up_first) for up_first in (False, True)),
+)
 LINEAR_SITES: Mapping[Core, type[Site]] = {PART: LinearSite}
