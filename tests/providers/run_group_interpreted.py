@@ -138,7 +138,8 @@ def powers() -> bool:
 
 def main() -> None:
     prepare()
-    print(json.dumps({"cases": cases(), "by row": by_row(), "not finite": not_finite(), "powers": powers() and all_powers()}))
+    found = {"cases": cases(), "by row": by_row(), "not finite": not_finite(), "powers": powers() and all_powers()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class Linears(Rule):
 class GatedLinears(Rule):
     """linear(x, weight0), linear(x, weight1) -> silu_and_mul  =>  one op.
 
-    y = silu(x @ weight0^T) * (x @ weight1^T), or, where the graph has up before gate, silu(x @ weight1^T) * (x @ weight0^T)
+    y = silu(x @ weight0^T) * (x @ weight1^T), and with the weights swapped where a graph has up before gate
 
     Args:
         up_first: whether it has.

@@ -28,8 +28,8 @@ def reference(
         ue8m0: whether scales are rounded up to powers of two. torch's own `exp2(ceil(log2(scale)))` gives the power
             below for a scale that is up to three units in the last place above it.
         min_power: the smallest scale behind that rounding, as it is; 0 for none, and without that rounding.
-        rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and applied
-            to x. The scale itself is always a division.
+        rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and
+            applied to x. The scale itself is always a division.
 
     Returns:
         (q, scale): [..., hidden] in `dtype` and [..., hidden / group_size] in float32 (float64 for float64 inputs),
