@@ -20,6 +20,10 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 ADDS = (aten.add.Tensor, aten.add.Scalar)
 MULS = (aten.mul.Tensor, aten.mul.Scalar)
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+ORDER_KEEPING = (
+    *RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
+"""Views with the same elements in the same order."""
 
 
 class Call(fx.Node):

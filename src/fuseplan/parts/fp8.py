@@ -21,7 +21,7 @@ from fuseplan.canonical.unraised import Unraised
 from fuseplan.graph.facts import (
     LOW_PRECISION,
     MULS,
-    RESHAPES,
+    ORDER_KEEPING,
     Call,
     aten,
     convert_element_type,
@@ -44,10 +44,6 @@ CODE_BYTES = 1
 SCALE_BYTES = 4
 
 CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
-ORDER_KEEPING = (
-    *RESHAPES, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-)  # fmt: skip
-"""Views with the same elements in the same order."""
 
 
 def apply_scale(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:

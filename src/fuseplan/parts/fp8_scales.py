@@ -20,6 +20,7 @@ from fuseplan.canonical.unraised import Unraised
 from fuseplan.graph.facts import (
     LOW_PRECISION,
     MULS,
+    ORDER_KEEPING,
     aten,
     convert_element_type,
     dtype_name,
@@ -31,7 +32,7 @@ from fuseplan.graph.facts import (
     tensor_of,
 )
 from fuseplan.ops import QuantRounding
-from fuseplan.parts.fp8 import ORDER_KEEPING, Scaling, number_of, source_of, uncast
+from fuseplan.parts.fp8 import Scaling, number_of, source_of, uncast
 from fuseplan.record import Reason
 
 UPPER_BOUNDS = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default, aten.clamp.Tensor)

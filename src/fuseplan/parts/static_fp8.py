@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.unraised import Unraised
-from fuseplan.graph.facts import equal_shape, is_call, tensor_of
+from fuseplan.graph.facts import ORDER_KEEPING, equal_shape, is_call, tensor_of
 from fuseplan.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.parts.fp8 import CODE_BYTES, ORDER_KEEPING, Scaling, apply_scale, sample_of, scalings
+from fuseplan.parts.fp8 import CODE_BYTES, Scaling, apply_scale, sample_of, scalings
 from fuseplan.parts.fp8_scales import is_computed, is_given
 from fuseplan.parts.traffic import Region, Tail
 from fuseplan.record import Reason
