@@ -39,8 +39,8 @@ class Region:
 
     @classmethod
     def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
-        """The region, or None where there is none: an input that the canonical graph moved has no original, but where it
-        is a view of all of a node that has one, e.g. keys that the graph has transposed alone.
+        """The region, or None where there is none: an input that the canonical graph moved has no original, unless it
+        is a view of all of a node that has one, as of keys that the graph has transposed alone.
         """
         bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         inputs, views = dict[fx.Node, str](), dict[fx.Node, tuple[fx.Node, ...]]()
