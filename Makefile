@@ -13,6 +13,9 @@ NEWEST_VENV  ?= .venv-newest
 OLDEST_TRANSFORMERS ?= transformers==5.0.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 NEWEST_TRANSFORMERS ?= transformers==5.24.0
 TRANSFORMERS_VENV   ?= .venv-transformers
+# Beside the other environment, since transformers imports it wherever it is installed.
+TORCHAO      ?= torchao==0.18.0
+TORCHAO_VENV ?= .venv-torchao
 # What pip installs today: the newest patch of torch, and the newest of all else, without constraints.txt.
 UNPINNED_TORCH ?= torch==2.13.*
 UNPINNED_VENV  ?= .venv-unpinned
@@ -46,6 +49,9 @@ test-transformers: $(TRANSFORMERS_VENV)-oldest/.ready $(TRANSFORMERS_VENV)-newes
 	  $(TRANSFORMERS_VENV)-$$each/bin/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_splitting.py || exit 1; \
 	done
 
+test-torchao: $(TORCHAO_VENV)/.ready ## linear layers that torchao quantises, set up beside the other
+	@$(TORCHAO_VENV)/bin/python -m pytest tests/integrations/test_torchao.py
+
 test-newest: ## the same on the newest torch that is tried, set up beside the other
 	@$(MAKE) --no-print-directory test VENV="$(NEWEST_VENV)" TORCH="$(NEWEST_TORCH)"
 
@@ -64,6 +70,7 @@ nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks
 	@$(MAKE) --no-print-directory mutants
 	@$(MAKE) --no-print-directory test-newest
 	@$(MAKE) --no-print-directory test-transformers
+	@$(MAKE) --no-print-directory test-torchao
 	@for each in oldest newest; do \
 	  $(TRANSFORMERS_VENV)-$$each/bin/python -m pytest -m nightly tests/integrations/test_planned_types.py || exit 1; \
 	done
@@ -88,7 +95,7 @@ pictures: $(VENV)/.dev ## make the pictures of the documentation anew, from real
 setup: $(VENV)/.dev ## create .venv with everything that development needs
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) $(TRANSFORMERS_VENV)-* $(UNPINNED_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) $(TRANSFORMERS_VENV)-* $(TORCHAO_VENV) $(UNPINNED_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.
@@ -122,15 +129,16 @@ $(VENV)/.mutation: $(VENV)/.dev
 	@$(PIP) install -c constraints.txt -e ".[mutation]"
 	@touch $@
 
-$(TRANSFORMERS_VENV)-oldest/.ready: TRANSFORMERS = $(OLDEST_TRANSFORMERS)
-$(TRANSFORMERS_VENV)-newest/.ready: TRANSFORMERS = $(NEWEST_TRANSFORMERS)
-$(TRANSFORMERS_VENV)-%/.ready: $(VENV)/.dev
-	@echo "fuseplan: installing $(firstword $(TRANSFORMERS)) over what $(VENV) has"
+$(TRANSFORMERS_VENV)-oldest/.ready: OVER = $(OLDEST_TRANSFORMERS)
+$(TRANSFORMERS_VENV)-newest/.ready: OVER = $(NEWEST_TRANSFORMERS)
+$(TORCHAO_VENV)/.ready: OVER = $(TORCHAO)
+$(TRANSFORMERS_VENV)-oldest/.ready $(TRANSFORMERS_VENV)-newest/.ready $(TORCHAO_VENV)/.ready: $(VENV)/.dev
+	@echo "fuseplan: installing $(firstword $(OVER)) over what $(VENV) has"
 	@rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
 	@under=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  over=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$under')" > "$$over/under.pth"
-	@$(BIN)/python -m pip --python $(@D)/bin/python --disable-pip-version-check --quiet --quiet install $(TRANSFORMERS)
+	@$(BIN)/python -m pip --python $(@D)/bin/python --disable-pip-version-check --quiet --quiet install $(OVER)
 	@touch $@
 
 $(VLLM_VENV)/.vllm: pyproject.toml

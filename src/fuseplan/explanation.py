@@ -114,20 +114,19 @@ class Explanation:
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
 
-        A composed rule, which does what several simple ones do, is left out, or comes first of all. Rules whose place
-        in an order changes nothing come last.
+        A composed rule, which does what several simple ones do, is left out, or comes first of all. So are rules
+        that are on by default in some graphs alone, which no order lists.
         """
         members = {match.rule.name: match.rule for entry in self.entries for match in entry.analysis.matches.candidates}
-        contested = {name for entry in self.entries for name in _contested(entry.analysis)}
-        simple = sorted(name for name, rule in members.items() if not rule.is_composed and name in contested)
-        aside = sorted(name for name, rule in members.items() if not rule.is_composed and name not in contested)
+        members = {name: rule for name, rule in members.items() if name in self._shared.rules}
+        simple = sorted(name for name, rule in members.items() if not rule.is_composed)
         composed = sorted(set(members) - set(simple))
-        if not simple and not aside:
+        if not simple:
             return [Policy(name="ordered", order=self.rules)] if self.rules else []
         outcomes: dict[tuple[Any, ...], Policy] = {}
         for first in ((), *itertools.permutations(composed)):
             for rest in itertools.permutations(simple):
-                policy = Policy(name="ordered", order=(*first, *rest, *aside))
+                policy = Policy(name="ordered", order=(*first, *rest))
                 outcomes.setdefault(self._outcome(policy), policy)
         return list(outcomes.values())
 
@@ -190,13 +189,3 @@ def _point(size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> S
         rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))
     unfused = sum(entry.analysis.posed.unfused_ns * entry.calls for entry in entries)
     return SizePoint(tokens=size, unfused_ns=unfused, policies=tuple(rows))
-
-
-def _contested(analysis: Analysis) -> set[str]:
-    """The rules whose place in an order may matter: those that share nodes with others, and those of several nodes,
-    which may form cycles with others.
-    """
-    candidates = analysis.posed.candidates
-    pairs = ({candidates[i].rule, candidates[j].rule} for i, j in analysis.posed.problem.conflicts)
-    several = {match.rule.name for match in analysis.matches.candidates if len(match.consumed) > 1}
-    return several.union(*(pair for pair in pairs if len(pair) > 1))
