@@ -17,9 +17,9 @@ class Layer(nn.Module):
     def __init__(self, group: str | None, obstacle: str | None) -> None:
         super().__init__()
         self.group, self.obstacle = group, obstacle
-        self.proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.proj = Columns(HIDDEN, HIDDEN)
         self.norm = nn.RMSNorm(HIDDEN, eps=1e-6)
-        self.experts = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+        self.experts = Columns(2 * HIDDEN, HIDDEN)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         x = self.proj(x)
@@ -56,3 +56,14 @@ def build(tp: int) -> tuple[Model, tuple[Tensor]]:
 def plant(folder: Path, *lines: str) -> None:
     """Plants obstacles in the copy in a folder, in place of those that are there."""
     (folder / PLANTED.name).write_text("\n".join(lines))
+
+
+class Columns(nn.Module):
+    """A linear layer whose weight is [in, out], as GPT-2's are, which no fusion takes."""
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, features) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight

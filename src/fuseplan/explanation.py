@@ -149,7 +149,7 @@ class Explanation:
         sized = [(size, self._entries(self._alone, CompileRange(start=size, end=size))) for size in self._sizes]
         hardware = self._shared.prices.model.hardware
         return Evidence(
-            drawings=tuple(draw(graph, f"graph_{index}") for index, graph in sorted(self._canonical.items())),
+            drawings=tuple(draw(graph, f"graph_{index}") for index, graph in self._richest.items()),
             costs=cost_rows(entry.analysis.posed for entry in self.entries),
             constants=tuple(
                 DeviceConstant(name=name, value=constant.value, unit=constant.unit, source=constant.source)
@@ -157,6 +157,14 @@ class Explanation:
             ),
             sizes=tuple(_point(size, entries, policies) for size, entries in sized if entries),
         )
+
+    @property
+    def _richest(self) -> dict[int, CanonicalGraph]:
+        """Of each graph the copy that was read for most: in small ranges more rules may be on."""
+        found = dict[int, CanonicalGraph]()
+        for (index, _), canonical in sorted(self._canonical.items(), key=lambda each: len(each[0][1])):
+            found[index] = canonical
+        return dict(sorted(found.items()))
 
     @property
     def _alone(self) -> PassConfig:
