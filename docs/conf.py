@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import fuseplan
 from fuseplan.planner.costs import HARDWARE
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from docs import measured  # noqa: E402 - found by the line above
 
 project = "fuseplan"
 author = "fuseplan contributors"
@@ -229,7 +233,8 @@ tables = {
     "decode_one_gpu_h200": _decode_one_gpu(),
     "bench_gpt_oss_h100x2": _bench(),
 }
-myst_substitutions = {**_figures(), **tables}
+facts = {"gpus_run": measured.gpus_run(), "ranks_run": measured.ranks_run()}
+myst_substitutions = {**_figures(), **tables, **facts}
 
 
 def shorten_signature(
