@@ -82,7 +82,7 @@ TERMINALS: Mapping[str, Terminal] = {
     "gpt-oss-120b.svg": Terminal(command="fuseplan explain gpt-oss-120b --tp 2"),
     "decoder.svg": Terminal(
         command=f"{_DECODER} --policy planned "
-        '--policy "ordered(act_padding, allreduce_rms)" --policy "ordered(allreduce_rms, act_padding)"',
+        '--policy "ordered(act_padding, allreduce_rms)" --policy "ordered(allreduce_rms, act_padding)" -v',
         page=_READING,
     ),
 }

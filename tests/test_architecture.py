@@ -35,7 +35,7 @@ LEVELS: tuple[frozenset[str], ...] = tuple(
         "matching",
         "planner fingerprint",
         "verification rewriting",
-        "tuning analysis debug drawing",
+        "tuning analysis debug drawing estimate",
         "manager",
         "capture store dispatch first_run floats",
         "explanation",

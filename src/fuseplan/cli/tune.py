@@ -19,6 +19,7 @@ from fuseplan.cli.request import (
     find_providers,
     find_ranges,
 )
+from fuseplan.cli.spelling import check_spelling
 from fuseplan.errors import ConfigError
 from fuseplan.record.text import printable
 
@@ -36,7 +37,7 @@ def tune(
         list[int] | None,
         typer.Option(metavar="N", help="A size to measure; may be repeated. Default: ends and middle of each range."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each time is taken, at least 5.")] = REPEATS,
+    repeats: Annotated[int, typer.Option(metavar="N", help="How often each time is taken, at least 5.")] = REPEATS,
     layers: Layers = None,
     provider: ProviderNames = None,
     allow_rounding_changes: AllowRoundingChanges = False,
@@ -56,6 +57,7 @@ def tune(
     into a cost table. Under torchrun for tensor parallelism: torchrun --nproc-per-node 2 -m fuseplan tune WORKLOAD.
     """
     with one_line_errors(debug):
+        check_spelling(workload, providers=provider)
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
