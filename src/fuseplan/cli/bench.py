@@ -54,6 +54,7 @@ def bench(
         from fuseplan.config import PassConfig
         from fuseplan.manager import PostGradPassManager
         from fuseplan.report import bench_to_json, check_plot, render_bench, save_plot
+        from fuseplan.report.summary import untold
 
         with ranks_of(tp, deadline, "bench", debug=debug) as ranks:
             sizes = tuple(batches or DEFAULT_BATCHES)
@@ -64,6 +65,7 @@ def bench(
             if plot is not None and ranks.rank == 0:
                 check_plot(plot)
             with (
+                untold(),
                 measuring(ranks.rank == 0) as tell,
                 built(workload, ranks, layers, weights=True) as made,
             ):

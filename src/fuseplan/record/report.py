@@ -136,6 +136,13 @@ class Report:
     forbid: tuple[str, ...] = ()
     breaks: tuple[GraphBreak, ...] = ()
 
+    def __str__(self) -> str:
+        """What `fuseplan explain` shows: a verdict, a table, near misses and warnings, as wide as the terminal."""
+        from fuseplan.report.terminal import render_report
+        from fuseplan.report.text import as_text
+
+        return as_text(render_report(self))
+
     @property
     def fused(self) -> dict[str, int]:
         """Replacements by rule, over all graphs and ranges; zeros included."""

@@ -113,19 +113,21 @@ def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
     span = next(iter(spans_of(comparison)), None)
     who = "The plan" if report.policy == "planned" else policy_name(report)
     if not any(report.matched.values()):
-        known = sorted({rule for each in comparison.reports for rule in each.rules})
-        return Text(f"Nothing to fuse: none of {', '.join(known)} matches anywhere." if known else "Nothing to fuse.")
+        return Text("Nothing to fuse: no rule matches anywhere.")
     if not any(graph.applied for graph in report.graphs):
         places = count_of(len({loss.fusion.site for graph in _graphs(report, span) for loss in graph.lost}), "place")
         why = "is cheaper unfused" if report.policy == "planned" else "is left unfused"
         return Text(f"{who} fuses nothing: what matches, in {places}, {why}.")
     saved = Saved.of(report, span)
-    told = Text(f"{who} saves ")
-    told.append(f"{us(saved.saved_ns)} us a step", style="bold green" if saved.saved_ns > 0 else "bold red")
+    is_gain = saved.saved_ns >= 0
+    told = Text(f"{who} {'saves' if is_gain else 'costs'} ")
+    told.append(f"{us(abs(saved.saved_ns))} us a step", style="bold green" if is_gain else "bold red")
     at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
-    told.append(f"{at}: {saved.share} of the {us(saved.unfused_ns)} us of {_work(report)}")
+    told.append(
+        f"{at}: {percent(abs(saved.saved_ns), saved.unfused_ns)} of the {us(saved.unfused_ns)} us of {_work(report)}"
+    )
     if saved.step_ns:
-        share = 100 * saved.saved_ns / saved.step_ns
+        share = 100 * abs(saved.saved_ns) / saved.step_ns
         told.append(f", about {share:.{0 if share >= 0.95 else 1}f} % of the whole step")
     told.append(f"; fused in {_where(_graphs(report, span))}.")
     return told.append(_starving(comparison)) if orders else told

@@ -4,7 +4,6 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
@@ -16,10 +15,10 @@ from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, alike, matters
 from fuseplan.report.savings import is_starved, verdict
-from fuseplan.report.text import count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
+from fuseplan.report.summary import alone
+from fuseplan.report.text import PLAIN, count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
 
 Section = Callable[[Comparison], list[RenderableType]]
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
 
 def render_comparison(comparison: Comparison, *, verbose: bool = False) -> RenderableType:
@@ -52,17 +51,14 @@ def render_report(report: Report, name: str = "model", *, verbose: bool = False)
         verbose: as of `render_comparison`.
     """
     report, name = shown(report), printable(name)
-    spans = dict.fromkeys(graph.range for graph in report.graphs)
-    devices = dict.fromkeys(graph.plan.device for graph in report.graphs if graph.plan is not None)
-    comparison = Comparison(
-        workload=name, tp=1, device=", ".join(devices), ranges=tuple(span for span in spans if span), reports=(report,)
-    )
+    comparison = alone(report, name)
     graphs = len({graph.graph for graph in report.graphs})
-    priced = f", priced for {comparison.device}" if devices else ""
+    priced = f", priced for {comparison.device}" if comparison.device else ""
     headline = Text.assemble((name, "bold"), f"  {policy_name(report)}, {count_of(graphs, 'graph')}{priced}")
     verbose = verbose or not _matches(comparison)
-    hidden = [Text(), _recognised(report)] if verbose else [Text(), *_hidden(comparison)]
-    return Group(verdict(comparison), Text(), headline, Text(), *_sections(comparison, verbose=verbose), *hidden)
+    hidden = [_recognised(report)] if verbose else _hidden(comparison)
+    parts = [*_sections(comparison, verbose=verbose), *([Text(), *hidden] if hidden else [])]
+    return Group(verdict(comparison), Text(), headline, *([Text()] if _matches(comparison) else []), *parts)
 
 
 def _sections(comparison: Comparison, *, verbose: bool) -> list[RenderableType]:
