@@ -53,7 +53,8 @@ opaque.register_fake(torch.empty_like)
 def test_a_step_with_an_op_that_nobody_has_a_formula_of_is_not_known() -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return opaque(x @ x)
+            result: Tensor = opaque(x @ x)
+            return result
 
     (graph,) = report_on(Model(), torch.randn(8, 8)).graphs
     assert graph.step_ns is None

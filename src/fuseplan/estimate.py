@@ -77,9 +77,9 @@ def _operations(packet: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> f
     if name == "_grouped_mm":
         return float(outputs[0].numel() * args[0].shape[-1])
     formula = flop_registry.get(packet)
-    return (
-        formula(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)) / 2 if formula else None
-    )
+    if formula is None:
+        return None
+    return float(formula(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs))) / 2
 
 
 def _is_torchs(packet: Any) -> bool:

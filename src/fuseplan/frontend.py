@@ -343,6 +343,7 @@ def explain(
     *inputs: Any,
     config: PassConfig | None = None,
     device: DeviceProfile | str | None = None,
+    passes: Sequence[object] = (),
     rules: Sequence[Rule] = (),
     providers: Sequence[Provider] = (),
     **model_arguments: Any,
@@ -359,6 +360,7 @@ def explain(
         config: flags, policy and compile ranges; with ranges, tracing treats sizes as dynamic.
         device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: those
             of this machine.
+        passes: other people's passes, which are refused here: compile with them, and read the report.
         rules: fusions beside the built-in ones.
         providers: who can run them, beside the built-in ones.
         **model_arguments: its keyword arguments.
@@ -368,9 +370,11 @@ def explain(
 
     Raises:
         WorkloadError: nothing could be traced.
-        ConfigError: flags and policy contradict each other.
+        ConfigError: flags and policy contradict each other, or there are passes.
         CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
+    if passes:
+        raise ConfigError("explain takes no passes=; fuseplan.compile(..., passes=..., on_report=print) tells of them")
     return explain_call(
         model, inputs, model_arguments, config=config, device=device, rules=rules, providers=providers
     )  # fmt: skip

@@ -53,11 +53,14 @@ class _Command(typer.core.TyperCommand):
         return re.sub(r"^(  [A-Z]+ )(<\w+>)", lambda found: found[1] + " " * len(found[2]), text, flags=re.MULTILINE)
 
 
-for _name, _function in {
-    "explain": explain, "tune": tune, "bench": bench, "check": check, "rules": rules, "providers": providers,
-    "devices": devices, "diff": diff_plans,
-}.items():  # fmt: skip
-    app.command(name=_name, cls=_Command)(_function)
+app.command(cls=_Command)(explain)
+app.command(cls=_Command)(tune)
+app.command(cls=_Command)(bench)
+app.command(cls=_Command)(check)
+app.command(cls=_Command)(rules)
+app.command(cls=_Command)(providers)
+app.command(cls=_Command)(devices)
+app.command(name="diff", cls=_Command)(diff_plans)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def bench_to_json(bench: Bench) -> dict[str, Any]:
                         "tokens_per_s": round(times.tokens_per_s(each), 1), "change": round(times.change(each), 4),
                         "noise": times.is_noise(each),
                         "change_interval": [round(end, 4) for end in times.interval(each)],
-                        "repeats_needed": each.beside_plain.repeats_needed if _is_open(times, each) else None,
+                        "repeats_needed": _needed(times, each),
                         "fused": dict(each.fused), "prices": list(each.prices),
                         "same_as": each.same_as,
                     }
@@ -52,6 +52,11 @@ def render_bench(bench: Bench) -> Group:
     return Group(*parts)
 
 
+def _needed(times: BatchTimes, each: PolicyTime) -> int | None:
+    """How many repeats would settle what is unclear; None where nothing is, or so many aren't worth it."""
+    return each.beside_plain.repeats_needed if each.beside_plain and _is_open(times, each) else None
+
+
 def _is_open(times: BatchTimes, each: PolicyTime) -> bool:
     """Whether the repeats tell neither a difference to plain torch.compile nor that there is none."""
     return each.policy != PLAIN and times.is_noise(each) and not times.is_even(each)
@@ -60,8 +65,8 @@ def _is_open(times: BatchTimes, each: PolicyTime) -> bool:
 def _doubts(times: BatchTimes) -> Iterator[str]:
     """What the repeats leave open, and how many would settle it."""
     for each in times.policies:
-        if each.beside_plain is not None and each.same_as is None and _is_open(times, each):
-            needed = each.beside_plain.repeats_needed
+        if each.same_as is None and _is_open(times, each):
+            needed = _needed(times, each)
             settled = f"about {needed} repeats would settle it" if needed else "more repeats would hardly settle it"
             yield f"unclear  {each.policy} at batch {times.batch}: {settled}"
 
