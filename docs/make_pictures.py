@@ -90,7 +90,11 @@ PAGES: Mapping[str, Page] = {
     "page.png": Page(command=f"{_DECODER} --html report.html", page=_READING, first="header", last="#control"),
     "page-graph.png": Page(command=f"{_DECODER} --html report.html", page=_READING, first="#graph", last="#graph"),
 }
-CHARTS: Mapping[str, Callable[[], str]] = {"measured.svg": measured.chart}
+CHARTS: Mapping[str, Callable[[], str]] = {
+    "measured.svg": measured.gains,
+    "region.svg": measured.region,
+    "kernels.svg": measured.kernels,
+}
 
 
 # Terminals.

@@ -7,7 +7,7 @@ PYTHONPATH=src:. python docs/make_pictures.py measured.svg README.md
 import html
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,14 +103,14 @@ def _vllm() -> Iterator[Group]:
         for count in sorted(stock, key=int):
             (before, low, high), (after, least, most) = stock[count], planned[count]
             is_clear = most < low or high < least
-            gains.append(Gain(f"{count} request{'s' if count != '1' else ''}", before / after, is_clear=is_clear))
+            gains.append(Gain(_count(int(count), "request"), before / after, is_clear=is_clear))
         version = ".".join(row["stock"]["vllm"].split(".")[:2])
         yield Group(f"{NAMES[row['model']]}, vLLM {version}, one {gpu(found)}", gains)
 
 
 WIDTH, ROW, TITLE, LEFT, TOP = 860, 15, 26, 120, 62
-LEAST, UNIT = 0.75, 225
-"""Where the axis starts, and pixels from 1 to 2; bars end at 3.9."""
+LEAST = 0.75
+"""Where the axis starts."""
 STYLE = """
 svg { --ground: #f7f8fa; --frame: #d4d9e0; --ink: #1f2733; --dim: #5c6773; --bar: #1f6feb; --more: #9cc3ff }
 @media (prefers-color-scheme: dark) { svg { --ground: #14181f; --frame: #2c3440; --ink: #d7dde5; --dim: #8b96a5;
@@ -123,25 +123,59 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 """
 
 
-def chart() -> str:
-    """The measured gains as SVG, for light and dark pages."""
+def gains() -> str:
+    """Whole decode steps."""
+    return chart("A decode step with fuseplan, times as fast as the same model without it", groups())
+
+
+def region() -> str:
+    """The all-in-one kernel beside others' best."""
+    found = [committed(name) for name in ("region_h100x2", "region_h100x4", "region_h200x2")]
+    shown = [
+        Group(
+            f"{each['ranks']} {gpu(each)}s, beside the best of {_peers(each)}",
+            [Gain(_count(row["tokens"], "token"), row["speedup_over_peers_single"]) for row in each["rows"]],
+        )
+        for each in found
+    ]
+    return chart("All-reduce + add + RMSNorm + pad in one kernel, times as fast as others' best single fusion", shown)
+
+
+def kernels() -> str:
+    """Kernels alone, at the fewest, a middle and the most rows."""
+    found = committed("kernels_h200")
+    sizes = sorted({row["rows"] for row in found["rows"]})
+    chosen = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    speedups = {(row["op"], row["rows"]): row["speedup_over_torch_compile"] for row in found["rows"]}
+    shown = [
+        Group(op, [Gain(_count(size, "row"), speedups[op, size]) for size in chosen if (op, size) in speedups])
+        for op in dict.fromkeys(row["op"] for row in found["rows"])
+    ]
+    return chart(f"Kernels on one {gpu(found)}, times as fast as torch.compile's own code", shown)
+
+
+def chart(title: str, shown: Sequence[Group]) -> str:
+    """Bars as SVG, for light and dark pages."""
     drawn, y = list[str](), TOP
-    shown = groups()
+
+    def place(times: float) -> float:
+        return round(LEFT + (times - LEAST) * (WIDTH - LEFT - 90) / (longest - LEAST), 1)
+
     longest = max(max(gain.times, gain.further or 0) for group in shown for gain in group.gains)
     for group in shown:
         y += TITLE
         drawn.append(_text(16, y - 7, group.title, "head"))
         for gain in group.gains:
-            drawn += _bar(gain, y)
+            drawn += _bar(gain, y, place)
             y += ROW
     height = y + 16
-    ticks = [1 + half / 2 for half in range(1 + int((longest - 1) / 0.5) + 1)]
+    ticks = [1 + half / 2 for half in range(1 + int((longest - 1) / 0.5))]
     grid = [
-        f'<path d="M{_x(tick)} {TOP}V{height - 12}" class="{"one" if tick == 1 else "grid"}"/>'
-        + _text(_x(tick), TOP - 6, f"{tick:g}×" if tick > 1 else "as fast", "dim middle")
+        f'<path d="M{place(tick)} {TOP}V{height - 12}" class="{"one" if tick == 1 else "grid"}"/>'
+        + _text(place(tick), TOP - 6, f"{tick:g}×" if tick > 1 else "as fast", "dim middle")
         for tick in ticks
     ]
-    legend = [_text(16, 24, "A decode step with fuseplan, times as fast as the same model without it", "head")]
+    legend = [_text(16, 24, title, "head")]
     if any(gain.further for group in shown for gain in group.gains):
         legend.append('<rect x="560" y="14" width="12" height="11" class="bar"/>' + _text(577, 24, "default", "dim"))
         legend.append(
@@ -159,23 +193,19 @@ def chart() -> str:
     )
 
 
-def _x(times: float) -> float:
-    return round(LEFT + (times - LEAST) * UNIT, 1)
-
-
-def _bar(gain: Gain, y: int) -> list[str]:
+def _bar(gain: Gain, y: int, place: Callable[[float], float]) -> list[str]:
     """A bar from 1 on, to the left where a step is slower."""
     kind = "bar" if gain.is_clear else "unclear"
     ends = [(kind, gain.times)]
     if gain.further is not None:
         ends.insert(0, ("more", gain.further))
     bars = [
-        f'<rect x="{min(_x(end), _x(1))}" y="{y}" width="{max(abs(_x(end) - _x(1)), 0.5):.1f}" height="{ROW - 4}" '
-        f'class="{name}"/>'
+        f'<rect x="{min(place(end), place(1))}" y="{y}" width="{max(abs(place(end) - place(1)), 0.5):.1f}" '
+        f'height="{ROW - 4}" class="{name}"/>'
         for name, end in ends
     ]
     told = " / ".join(f"{end:.2f}" for _, end in reversed(ends)) + ("" if gain.is_clear else " unclear")
-    right = max(_x(1), *(_x(end) for _, end in ends)) + 5
+    right = max(place(1), *(place(end) for _, end in ends)) + 5
     return [_text(LEFT - 8, y + ROW - 5, gain.label, "dim end"), *bars, _text(right, y + ROW - 5, told, "")]
 
 
@@ -194,7 +224,7 @@ def gpu(found: dict[str, Any]) -> str:
 
 def table() -> str:
     """The rows of README: machines and engines, and what was measured there."""
-    head = ("GPUs", "engine", "what", "measured", "in `benchmarks/results`")
+    head = ("GPUs", "engine", "what", "measured", "results")
     lines = [head, ("---",) * len(head), *_rows()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -208,31 +238,30 @@ def _rows() -> Iterator[tuple[str, ...]]:
         told.append(f"{NAMES[model]} {_span(times)}")
     one = f"one {gpu(found)}"
     yield one, "`torch.compile`, Hugging Face", f"a decode step of {found['layers']} layers, {_batches(steps)}", \
-        f"times as fast: {', '.join(told)}", "`decode_one_gpu_h200`"  # fmt: skip
+        f"times as fast: {', '.join(told)}", _link("decode_one_gpu_h200")  # fmt: skip
     yield _vllm_row()
     found = committed("kernels_h200")
     speedups = [row["speedup_over_torch_compile"] for row in found["rows"]]
     yield one, "kernels alone", "norms, activations, rotary embedding", \
-        f"{_span(speedups)} times as fast as `torch.compile`'s", "`kernels_h200`"  # fmt: skip
+        f"{_span(speedups)} times as fast as `torch.compile`'s", _link("kernels_h200")  # fmt: skip
     found = committed("decode_h100x2")
     less = [row["without_guards"]["less_time_percent"] for row in found["rows"]]
     several = f"{found['ranks']} {gpu(found)}s"
     yield several, "`torch.compile`, Hugging Face", \
         f"a decode step of Llama-3.1-8B, {found['layers']} layers, {_batches(found['rows'])}, guards skipped", \
-        f"{_percent(less)} less time", "`decode_h100x2`"  # fmt: skip
+        f"{_percent(less)} less time", _link("decode_h100x2")  # fmt: skip
     found = committed("bench_gpt_oss_120b_h100x2")
     less = [-100 * row["change"] for each in found["batches"] for row in each["policies"] if row["policy"] == "planned"]
     yield several, "`torch.compile`, plain PyTorch", \
         f"a decode step of gpt-oss-120b's shape, {_layers_of_bench()} layers, {_batches(found['batches'])}", \
-        f"{_percent(less, 1)} less time", "`bench_gpt_oss_120b_h100x2`"  # fmt: skip
+        f"{_percent(less, 1)} less time", _link("bench_gpt_oss_120b_h100x2")  # fmt: skip
     for name in ("region_h100x2", "region_h100x4", "region_h200x2"):
         found = committed(name)
-        peers = "NCCL and FlashInfer" if found["flashinfer"] == "installed" else "NCCL"
         speedups = [row["speedup_over_peers_single"] for row in found["rows"]]
         sizes = [row["tokens"] for row in found["rows"]]
         yield f"{found['ranks']} {gpu(found)}s", "kernels alone", \
             f"all-reduce + add + RMSNorm + pad in one, {sizes[0]} to {sizes[-1]:,} tokens", \
-            f"{_span(speedups)} times as fast as the best of {peers}", f"`{name}`"  # fmt: skip
+            f"{_span(speedups)} times as fast as the best of {_peers(found)}", _link(name)  # fmt: skip
     yield "8 GPUs; AMD's", "", "nothing was run: prices are modelled", "", ""
 
 
@@ -249,7 +278,19 @@ def _vllm_row() -> tuple[str, ...]:
     layers = found["rows"][0]["layers"]
     version = found["rows"][0]["stock"]["vllm"]
     return f"one {gpu(found)}", f"vLLM {version}", f"{layers} layers, {counts} requests", "; ".join(told), \
-        "`vllm_turns_h200`"  # fmt: skip
+        _link("vllm_turns_h200")  # fmt: skip
+
+
+def _peers(found: dict[str, Any]) -> str:
+    return "NCCL and FlashInfer" if found["flashinfer"] == "installed" else "NCCL"
+
+
+def _link(name: str) -> str:
+    return f"[JSON](benchmarks/results/{name}.json)"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _span(values: Sequence[float]) -> str:

@@ -73,7 +73,7 @@ def _operations(packet: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> f
     name = packet.__name__
     if name.startswith("_scaled_dot_product_"):
         queries, keys = args[0], args[1]
-        return 2.0 * queries.numel() * keys.shape[-2]
+        return float(2 * queries.numel() * keys.shape[-2])
     if name == "_grouped_mm":
         return float(outputs[0].numel() * args[0].shape[-1])
     formula = flop_registry.get(packet)

@@ -4,10 +4,12 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from typer.main import get_command
 
 from docs import measured
 from docs.blocks import ROOT
 from docs.make_pictures import CHARTS, PICTURES
+from fuseplan.cli import app
 
 TEXT = measured.README.read_text(encoding="utf-8")
 FIRST_SCREEN = TEXT.partition("\n## ")[0]
@@ -15,9 +17,9 @@ FIRST_SCREEN = TEXT.partition("\n## ")[0]
 
 def test_readme_has_the_table_of_the_committed_results() -> None:
     assert measured.with_table(TEXT) == TEXT, "make pictures"
-    named = re.findall(r"`(\w+)` \|$", measured.table(), re.MULTILINE)
-    assert named
-    assert [name for name in named if not (measured.RESULTS / f"{name}.json").is_file()] == []
+    linked = re.findall(r"\[JSON\]\((\S+)\)", measured.table())
+    assert linked
+    assert [path for path in linked if not (ROOT / path).is_file()] == []
 
 
 @pytest.mark.parametrize("name", CHARTS)
@@ -34,7 +36,7 @@ def test_bars_are_as_long_as_the_steps_that_were_timed() -> None:
     group = next(each for each in measured.groups() if each.title.startswith("Llama-3.1-8B, Hugging Face, one"))
     (gain,) = [each for each in group.gains if each.label == "batch 32"]
     assert gain.times == pytest.approx(times, abs=1e-3)
-    assert f">{gain.times:.2f}" in measured.chart()
+    assert f">{gain.times:.2f}" in measured.gains()
 
 
 def test_quartiles_that_overlap_are_called_unclear() -> None:
@@ -55,10 +57,17 @@ def test_readme_states_what_was_run() -> None:
 
 
 def test_pages_state_ranks_and_gpus_by_the_results_alone() -> None:
-    for page in ("index", "providers"):
+    for page in ("index", "is-it-for-me", "providers"):
         told = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
         assert "{{ gpus_run }}" in told, page
         assert "{{ ranks_run }}" in told, page
+
+
+def test_every_command_has_its_help_on_a_page() -> None:
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == [*commands]
+    assert re.findall(r"^\{\{ help_(\w+) \}\}$", page, re.MULTILINE) == [*commands]
 
 
 def test_readme_is_read_in_a_few_minutes() -> None:
