@@ -14,7 +14,7 @@ from fuseplan.families import BUILT_IN_RULES
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import by_name
 
-COMMANDS = ("explain", "tune", "bench", "check", "rules", "providers", "devices", "diff")
+COMMANDS = ("explain", "try", "tune", "bench", "check", "rules", "providers", "devices", "diff")
 TYPOS = (
     ("explian",),
     ("explain", "gpt-oss-120bb"),
@@ -23,6 +23,7 @@ TYPOS = (
     ("explain", "gpt-oss-120b", "--policy", "ordered(act_paddin)"),
     ("explain", "gpt-oss-120b", "--provider", "tritn"),
     ("tune", "gpt-oss-120bb"),
+    ("try", "gpt-oss-120bb"),
     ("bench", "gpt-oss-120b", "--policy", "planed"),
     ("check", "gpt-oss-120b", "--lock", "none.lock", "--device", "h20"),
 )

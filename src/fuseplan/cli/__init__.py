@@ -10,6 +10,7 @@ import typer
 import typer.core
 
 from fuseplan import __version__
+from fuseplan.cli.attempt import attempt
 from fuseplan.cli.bench import bench
 from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
@@ -54,6 +55,7 @@ class _Command(typer.core.TyperCommand):
 
 
 app.command(cls=_Command)(explain)
+app.command(name="try", cls=_Command)(attempt)
 app.command(cls=_Command)(tune)
 app.command(cls=_Command)(bench)
 app.command(cls=_Command)(check)

@@ -52,6 +52,25 @@ def render_bench(bench: Bench) -> Group:
     return Group(*parts)
 
 
+def gain(bench: Bench) -> str:
+    """One sentence: what a step takes under the plan beside plain torch.compile, at the first batch size."""
+    times = bench.batches[0]
+    planned, low, high = times.policies[0], *times.interval(times.policies[0])
+    took = f"{time_text(planned.step_ns)} a step under the plan, {time_text(times.plain.step_ns)} under {PLAIN}"
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f} %"
+    if times.is_even(planned):
+        verdict = f"The plan gains nothing that could be measured here ({interval})"
+    elif times.is_noise(planned):
+        needed = _needed(times, planned)
+        hint = f": about {needed} repeats would settle it (--repeats {needed})" if needed else ""
+        verdict = f"Whether the plan gains anything is unclear ({interval}){hint}"
+    else:
+        change = times.change(planned)
+        word = "less" if change < 0 else "more"
+        verdict = f"A step takes {100 * abs(change):.1f} % {word} time with the plan ({interval})"
+    return f"{verdict}; on {bench.device}, batch {times.batch}: {took}."
+
+
 def _needed(times: BatchTimes, each: PolicyTime) -> int | None:
     """How many repeats would settle what is unclear; None where nothing is, or so many aren't worth it."""
     return each.beside_plain.repeats_needed if each.beside_plain and _is_open(times, each) else None
