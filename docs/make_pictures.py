@@ -1,9 +1,10 @@
-"""Makes the pictures of the documentation, each from a run of the command that stands beside it.
+"""Makes the pictures of the documentation anew, and the table of measured results in README.
 
     make pictures                                     # all of them; pages in a browser need chromium
-    PYTHONPATH=src:. python docs/make_pictures.py page.png
+    PYTHONPATH=src:. python docs/make_pictures.py measured.svg README.md
 
-Terminals become SVG, from what the command would print; pages become PNG, taken by a browser.
+Terminals become SVG, from what the command that stands beside them prints; pages become PNG, taken by a browser; charts
+and the table are drawn from `benchmarks/results`.
 """
 
 import html
@@ -13,7 +14,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from rich.console import Console, RenderableType
 from rich.segment import Segment
 from typer.testing import CliRunner
 
+from docs import measured
 from docs.blocks import ROOT, save_files
 from fuseplan.cli import app
 
@@ -77,19 +79,21 @@ _DECODER = "fuseplan explain decoder:decoder --tp 2 --range 1:64 --range 65:4096
 _READING = "docs/reading-a-report.md"
 
 TERMINALS: Mapping[str, Terminal] = {
-    "gpt-oss-120b.svg": Terminal(
-        command="fuseplan explain gpt-oss-120b --tp 2 --policy planned "
-        '--policy "ordered(allreduce_rms, act_padding)" --policy "ordered(act_padding, allreduce_rms)"'
-    ),
+    "gpt-oss-120b.svg": Terminal(command="fuseplan explain gpt-oss-120b --tp 2"),
     "decoder.svg": Terminal(
         command=f"{_DECODER} --policy planned "
-        '--policy "ordered(act_padding, allreduce_rms)" --policy "ordered(allreduce_rms, act_padding)"',
+        '--policy "ordered(act_padding, allreduce_rms)" --policy "ordered(allreduce_rms, act_padding)" -v',
         page=_READING,
     ),
 }
 PAGES: Mapping[str, Page] = {
     "page.png": Page(command=f"{_DECODER} --html report.html", page=_READING, first="header", last="#control"),
     "page-graph.png": Page(command=f"{_DECODER} --html report.html", page=_READING, first="#graph", last="#graph"),
+}
+CHARTS: Mapping[str, Callable[[], str]] = {
+    "measured.svg": measured.gains,
+    "region.svg": measured.region,
+    "kernels.svg": measured.kernels,
 }
 
 
@@ -221,15 +225,19 @@ def shoot(page: Page, path: Path) -> None:
 
 
 def main(names: Sequence[str]) -> None:
-    """Makes the named pictures, or all."""
-    for name in names or (*TERMINALS, *PAGES):
-        if name in TERMINALS:
-            terminal = TERMINALS[name]
-            text = svg_of(terminal.command, lines_of(terminal))
-            (PICTURES / name).write_text(text, encoding="utf-8")
+    """Makes the named pictures and README's table, or all."""
+    for name in names or (*TERMINALS, *CHARTS, *PAGES, measured.README.name):
+        path = PICTURES / name
+        if name == measured.README.name:
+            path = measured.README
+            path.write_text(measured.with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+        elif name in TERMINALS:
+            path.write_text(svg_of(TERMINALS[name].command, lines_of(TERMINALS[name])), encoding="utf-8")
+        elif name in CHARTS:
+            path.write_text(CHARTS[name](), encoding="utf-8")
         else:
-            shoot(PAGES[name], PICTURES / name)
-        print(f"{name}: {(PICTURES / name).stat().st_size:,} bytes")
+            shoot(PAGES[name], path)
+        print(f"{name}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -137,8 +137,9 @@ def test_models_with_different_configurations_do_not_leak() -> None:
 def test_training_graphs_are_left_alone_and_reported() -> None:
     with torch.inference_mode(False):
         model, reports = compiled(Block())
-        with pytest.warns(fuseplan.FuseplanWarning, match="the graph has a backward and is left alone"):
+        with pytest.warns(fuseplan.FuseplanWarning, match="the graph has a backward and is left alone") as shown:
             model(randn(5, HIDDEN)).sum().backward()
+    assert [warning.filename for warning in shown if warning.category is fuseplan.FuseplanWarning] == [__file__]
     assert {refusal.reason for report in reports for graph in report.graphs for refusal in graph.refusals} == {
         Reason.TRAINING
     }
@@ -160,6 +161,11 @@ def test_case_10_a_flag_without_effect_is_one_visible_warning() -> None:
         model(randn(5, 2, HIDDEN))
     texts = [str(warning.message) for warning in shown if warning.category is fuseplan.FuseplanWarning]
     assert texts == ["fuse_allreduce_rms=True has no effect: the graph has no all_reduce"]
+
+
+def test_explain_refuses_passes_by_name() -> None:
+    with pytest.raises(fuseplan.FuseplanError, match=r"^explain takes no passes=; fuseplan\.compile"):
+        fuseplan.explain(Block(), randn(5, HIDDEN), passes=[object()])
 
 
 def test_aot_inductor_is_refused_by_name() -> None:

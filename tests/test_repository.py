@@ -47,10 +47,10 @@ def test_machine_paths_are_recognised(folder: str) -> None:
     assert not MACHINE_PATH.search(f"docs/{folder}/page.md")
 
 
-def test_readme_opens_with_demo_and_test() -> None:
+def test_readme_opens_with_installing_demo_and_test() -> None:
     scripts = [block.body for block in blocks_of(ROOT / "README.md") if block.language == "sh"]
-    commands = [line.split("#")[0].strip() for script in scripts for line in script.splitlines()]
-    assert [command for command in commands if command][:2] == ["make demo", "make test"]
+    commands = [line.split("#")[0].strip() for line in scripts[0].splitlines()]
+    assert commands == ["pip install .", "make demo", "make test"]
 
 
 def test_ci_runs_every_target_and_closes_with_the_tests() -> None:

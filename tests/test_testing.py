@@ -51,9 +51,20 @@ def test_a_right_kernel_holds() -> None:
 
 @pytest.mark.parametrize("kernel", [each for each in FAULTS if each not in NOT_FOR_HERE], ids=lambda k: str(k.__name__))
 def test_a_wrong_kernel_fails_with_advice(kernel: Kernel) -> None:
-    with pytest.raises(VerificationError, match=r"add_norm_relu \(add_norm_relu\): \d+ checks failed\n") as failure:
+    with pytest.raises(VerificationError, match=r"add_norm_relu \(add_norm_relu\): \d+ checks? failed\n") as failure:
         check_rule(AddNormRelu(), providers=[provider(kernel)])
     assert all("What to do: " in line for line in str(failure.value).splitlines()[1:])
+
+
+def test_what_a_kernel_raises_has_advice_of_its_own() -> None:
+    def picky(x: Tensor, *rest: Any) -> Any:
+        if x.shape[0] == 257:
+            raise ValueError("257 rows are too many")
+        return right(x, *rest)
+
+    with pytest.raises(VerificationError, match=r": 1 check failed\n.*ValueError: 257 rows are too many\. ") as failure:
+        check_rule(AddNormRelu(), providers=[provider(picky)])
+    assert "What to do: mend what raises, or refuse these arguments" in str(failure.value)
 
 
 def test_what_a_provider_refuses_is_left_out_and_told() -> None:

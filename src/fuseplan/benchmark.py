@@ -19,10 +19,11 @@ from fuseplan.measurement import origin_of
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
 from fuseplan.record import Report
 from fuseplan.record.bench import PLAIN, BatchTimes, Bench, PolicyTime
+from fuseplan.record.paired import Paired
 from fuseplan.record.report import latest, merged
 from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
-from fuseplan.tuning import LEAST_REPEATS, Ranks, Subject, Times, interleaved, subject_of
+from fuseplan.tuning import LEAST_REPEATS, Ranks, Subject, Times, busy, interleaved, subject_of
 
 REPEAT_NS = 20_000_000
 """What a repeat lasts at least: a step has hundreds of kernels, and its time moves more than that of one."""
@@ -80,6 +81,7 @@ def bench(
         RanksError: another rank failed, or didn't come in time.
     """
     check_timing(repeats, steps, batches)
+    notes = (*notes, *busy())
     runner = _Runner(
         model=model, config=replace(config or PassConfig(), compile_ranges=(), force=(), plan=None), rules=rules,
         providers=providers, repeats=repeats, steps=steps, ranks=ranks or Ranks(),
@@ -177,10 +179,7 @@ class _Runner:
         finally:
             for subject in subjects.values():
                 subject.close()
-        summaries = {name: Times.of(each) for name, each in times.items()}
-        rows = tuple(
-            _policy_time(name, summaries[same.get(name, name)], each, same.get(name)) for name, each in reports.items()
-        )
+        rows = tuple(_policy_time(name, times, each, same.get(name)) for name, each in reports.items())
         return BatchTimes(batch=batch, steps=steps, policies=rows)
 
     def _compiled(
@@ -213,13 +212,17 @@ def _program(reports: Sequence[Report]) -> Program | None:
     return tuple(graph.digest for report in latest(reports) for graph in report.graphs) if reports else None
 
 
-def _policy_time(name: str, times: Times, reports: Sequence[Report], same_as: str | None) -> PolicyTime:
+def _policy_time(
+    name: str, repeats: Mapping[str, Sequence[int]], reports: Sequence[Report], same_as: str | None
+) -> PolicyTime:
+    times = Times.of(repeats[same_as or name])
     report = merged(latest(reports)) if reports else None
     plans = [graph.plan for graph in report.graphs if graph.plan is not None] if report else []
     return PolicyTime(
         policy=name, step_ns=times.median_ns, spread_ns=times.spread_ns,
         fused={rule: count for rule, count in report.fused.items() if count} if report else {},
         prices=tuple(sorted({source for plan in plans for source in plan.prices})), same_as=same_as,
+        beside_plain=Paired.of(repeats[same_as or name], repeats[PLAIN]) if name != PLAIN else None,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Several policies on one workload: what `fuseplan explain` shows."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,21 +101,24 @@ def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: Dev
     sources = sorted({source for plan in plans for source in plan.prices}) or ["modelled"]
     yield f"costs are {' and '.join(sources)} for {device.name}"
     known = {provider.name: provider for provider in providers}
-    priced = Counter(
-        fusion.provider
-        for report in reports[:1]
-        for graph in report.graphs
-        for fusion in graph.applied
-        if fusion.provider in known and not known[fusion.provider].runs(fusion.op)
+    fusions = [(graph.range, fusion) for report in reports[:1] for graph in report.graphs for fusion in graph.applied]
+    priced = _most(
+        (span, each.provider) for span, each in fusions if _is_priced_alone(known.get(each.provider), each.op)
     )
-    for name, count in sorted(priced.items()):
+    for name, count in priced:
         yield f"{count} of the fusions shown first are {name}'s: priced here, not yet run by this version of fuseplan"
-    changes = Counter(
-        fusion.rounding_change
-        for report in reports[:1]
-        for graph in report.graphs
-        for fusion in graph.applied
-        if fusion.rounding_change is not None
-    )
-    for (before, after), count in sorted(changes.items()):
+    changes = _most((span, each.rounding_change) for span, each in fusions if each.rounding_change is not None)
+    for (before, after), count in changes:
         yield f"{count} of the fusions shown first round as {after} where the graph rounds as {before}"
+
+
+def _is_priced_alone(provider: Provider | None, op: str) -> bool:
+    return provider is not None and not provider.runs(op)
+
+
+def _most(found: Iterable[tuple[Any, Any]]) -> list[tuple[Any, int]]:
+    """How often each occurs in a range, in that where it is the most."""
+    most: dict[Any, int] = {}
+    for (_, what), count in Counter(found).items():
+        most[what] = max(most.get(what, 0), count)
+    return sorted(most.items())

@@ -14,11 +14,13 @@ from fuseplan.canonical import CanonicalGraph
 from fuseplan.capture import Capture
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.drawing import draw
+from fuseplan.estimate import rest_ns
 from fuseplan.families import BUILT_IN_RULES
 from fuseplan.graph.regions import calls_of
 from fuseplan.manager import PostGradPassManager
 from fuseplan.parts import Part
 from fuseplan.planner.evidence import cost_rows
+from fuseplan.planner.rows import Rows
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import (
     DeviceConstant,
@@ -74,6 +76,7 @@ class Explanation:
         self.entries: list[Entry] = []
         self.skipped: list[GraphReport] = []
         self._canonical: dict[tuple[int, frozenset[Part]], CanonicalGraph] = {}
+        self._rest: dict[Entry, int | None] = {}
         for compile_range in config.compile_ranges or (None,):
             self.entries += self._entries(config, compile_range, self.skipped)
         on = {name for entry in self.entries for name in entry.analysis.rules}
@@ -106,10 +109,22 @@ class Explanation:
         for entry in self.entries:
             timed = replace(entry.analysis, stages_ns=dict(entry.analysis.stages_ns))
             decision = entry.manager.decide(timed, policy, entry.name)
-            found = entry.manager.report(entry.name, timed, decision)
+            found = replace(entry.manager.report(entry.name, timed, decision), step_ns=self._step_ns(entry))
             graphs += regions[entry.manager.compile_range].with_calls(entry.graph, found)
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
         return replace(report_of(policy, self.config, rules, graphs), breaks=self.traced.breaks)
+
+    def _step_ns(self, entry: Entry) -> int | None:
+        """A graph without fusions at its middle size: its sites by the prices of the plan, and the rest estimated."""
+        if entry not in self._rest:
+            posed, prices = entry.analysis.posed, self._shared.prices
+            claimed = frozenset[fx.Node]().union(*(each.consumed for each in posed.candidates if each.site is not None))
+            tokens = posed.priced.tokens
+            self._rest[entry] = rest_ns(
+                entry.graph, claimed, prices.model.hardware, Rows.of(entry.graph), tokens[len(tokens) // 2]
+            )  # fmt: skip
+        rest = self._rest[entry]
+        return None if rest is None else rest + entry.analysis.posed.unfused_ns
 
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
@@ -155,7 +170,7 @@ class Explanation:
                 DeviceConstant(name=name, value=constant.value, unit=constant.unit, source=constant.source)
                 for name, constant in hardware.constants()
             ),
-            sizes=tuple(_point(size, entries, policies) for size, entries in sized if entries),
+            sizes=tuple(self._point(size, entries, policies) for size, entries in sized if entries),
         )
 
     @property
@@ -182,8 +197,15 @@ class Explanation:
         octaves = {round(2 ** (half / 2)) for half in range(2 * last.bit_length())}
         return sorted(ends | {size for size in octaves if first < size < last})
 
+    def _point(self, size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> SizePoint:
+        steps = [step * entry.calls for entry in entries if (step := self._step_ns(entry)) is not None]
+        rows = _policies_at(entries, policies)
+        unfused = sum(entry.analysis.posed.unfused_ns * entry.calls for entry in entries)
+        step = sum(steps) if len(steps) == len(entries) else None
+        return SizePoint(tokens=size, unfused_ns=unfused, policies=rows, step_ns=step)
 
-def _point(size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> SizePoint:
+
+def _policies_at(entries: Sequence[Entry], policies: Sequence[Policy]) -> tuple[PolicyAt, ...]:
     rows = []
     for policy in policies:
         saved, fused = 0, Counter[str]()
@@ -195,5 +217,4 @@ def _point(size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> S
             for candidate in chosen:
                 fused[f"{candidate.rule} {candidate.provider}"] += entry.calls
         rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))
-    unfused = sum(entry.analysis.posed.unfused_ns * entry.calls for entry in entries)
-    return SizePoint(tokens=size, unfused_ns=unfused, policies=tuple(rows))
+    return tuple(rows)

@@ -31,6 +31,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, devi
 from fuseplan.record import Report
 from fuseplan.record.report import merged
 from fuseplan.regions import identity_of, region_of, values_of
+from fuseplan.report.summary import tell
 from fuseplan.report.trace import publish
 from fuseplan.rules import Rule
 
@@ -122,6 +123,9 @@ def compile(
 ) -> T:
     """`torch.compile(model)` with planned fusions.
 
+    The first compilation logs one line, what was fused and what that saves, or why nothing was:
+    `logging.getLogger("fuseplan.compiled").setLevel(logging.WARNING)` switches it off.
+
     Args:
         model: a module, function or bound method.
         config: flags, policy and compile ranges; None: the defaults. With `compile_ranges`, a call goes to the graph
@@ -156,7 +160,7 @@ def compile(
         raise ConfigError(f"backend={backend!r}: fusions are passes of Inductor; leave backend out or use 'inductor'")
     options = _merge_mode(arguments.pop("mode", None), arguments.pop("options", None), arguments.get("dynamic"))
     _warn_if_nothing_compiles(arguments)
-    warner, further = store.Warner(on_report), _Further(passes, rules, providers)
+    warner, further = _Teller(on_report), _Further(passes, rules, providers)
 
     def branch(compile_range: CompileRange | None) -> _Branch:
         backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), further)
@@ -166,6 +170,18 @@ def compile(
         return Dispatch({}, branch(None), warner.warn).compile(model)
     branches = {compile_range: branch(compile_range) for compile_range in config.compile_ranges}
     return Dispatch(branches, _Branch({**arguments, "options": options}), warner.warn).compile(model)
+
+
+class _Teller(store.Warner):
+    """Says in a line what the first compilation came to, too; of several ranks the first does."""
+
+    has_told = False
+
+    def __call__(self, report: Report) -> None:
+        super().__call__(report)
+        if not self.has_told and not (dist.is_initialized() and dist.get_rank()):
+            tell(report)
+        self.has_told = True
 
 
 @dataclass(frozen=True)
@@ -327,6 +343,7 @@ def explain(
     *inputs: Any,
     config: PassConfig | None = None,
     device: DeviceProfile | str | None = None,
+    passes: Sequence[object] = (),
     rules: Sequence[Rule] = (),
     providers: Sequence[Provider] = (),
     **model_arguments: Any,
@@ -343,6 +360,7 @@ def explain(
         config: flags, policy and compile ranges; with ranges, tracing treats sizes as dynamic.
         device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: those
             of this machine.
+        passes: other people's passes, which are refused here: compile with them, and read the report.
         rules: fusions beside the built-in ones.
         providers: who can run them, beside the built-in ones.
         **model_arguments: its keyword arguments.
@@ -352,9 +370,11 @@ def explain(
 
     Raises:
         WorkloadError: nothing could be traced.
-        ConfigError: flags and policy contradict each other.
+        ConfigError: flags and policy contradict each other, or there are passes.
         CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
+    if passes:
+        raise ConfigError("explain takes no passes=; fuseplan.compile(..., passes=..., on_report=print) tells of them")
     return explain_call(
         model, inputs, model_arguments, config=config, device=device, rules=rules, providers=providers
     )  # fmt: skip

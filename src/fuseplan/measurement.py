@@ -19,7 +19,7 @@ from fuseplan.graph.facts import tensor_of
 from fuseplan.planner.costs import Row
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
 from fuseplan.rules import Rule
-from fuseplan.tuning import LEAST_REPEATS, Origin, Ranks, Skipped, Step, Tuner, merge_into, work_of
+from fuseplan.tuning import LEAST_REPEATS, Origin, Ranks, Skipped, Step, Tuner, Unclear, busy, merge_into, work_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class Measurement:
         skipped: what isn't measured, and why.
         classes: how many components each signature has, in all graphs and ranges.
         stopped: whether it was interrupted: what is here is whole, and the rest is missing.
+        unclear: what the repeats don't tell from the component without fusions.
+        notes: what a reader has to know, one line each.
     """
 
     device: str
@@ -39,6 +41,8 @@ class Measurement:
     skipped: tuple[Skipped, ...]
     classes: dict[str, int]
     stopped: bool = False
+    unclear: tuple[Unclear, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def tune(
@@ -82,7 +86,7 @@ def tune(
         WorkloadError: nothing could be traced, or the model isn't on this machine's device.
         RanksError: another rank failed, or didn't come in time.
     """
-    profile, ranks = local_profile(), ranks or Ranks()
+    profile, ranks, notes = local_profile(), ranks or Ranks(), busy()
     config = replace(
         config or PassConfig(), compile_ranges=tuple(ranges), policy="planned", costs="modelled", cost_table=None,
         force=(), forbid=(), plan=None,
@@ -121,6 +125,7 @@ def tune(
     return Measurement(
         device=profile.name, rows=tuple(tuner.saved) if tuner else (), classes=classes, stopped=stopped,
         skipped=tuple(dict.fromkeys([*skipped, *(tuner.skipped if tuner else ())])),
+        unclear=tuple(tuner.unclear) if tuner else (), notes=tuple(notes),
     )  # fmt: skip
 
 

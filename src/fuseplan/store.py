@@ -1,7 +1,11 @@
 """Reports by content, beside Inductor's own cache: what a warm compile cache skips is still reported."""
 
+import contextlib
+import functools
 import hashlib
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +22,10 @@ from fuseplan.content import content_of
 from fuseplan.errors import FuseplanWarning
 from fuseplan.fingerprint import tell_cold
 from fuseplan.record import Reason, Report, stored
+
+OURS = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
+HELPERS = (contextlib.__file__, functools.__file__, "<")
+"""Files that no warning points at: torch's and fuseplan's own, Python's helpers and what is generated."""
 
 LARGEST_BYTES = 64 * 2**20
 
@@ -113,6 +121,14 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {value}"
 
 
+def _callers_level() -> int:
+    """The `stacklevel` by which a warning of the caller points at the user's line, or else at the caller's own."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*OURS, *HELPERS)):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 class Warner:
     """Hands reports on, and shows each of their warnings once."""
 
@@ -132,4 +148,4 @@ class Warner:
         """Shows `text`, unless it was shown before."""
         if text not in self._shown:
             self._shown.add(text)
-            warnings.warn(text, FuseplanWarning, stacklevel=2)
+            warnings.warn(text, FuseplanWarning, stacklevel=_callers_level())

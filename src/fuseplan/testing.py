@@ -34,6 +34,7 @@ ADVICE = {
     "dtype": "compute in float32, round where the reference rounds, or refuse the dtype in the rule's check",
     "layout": "read the strides of the arguments, or refuse them in the provider's `accepts`",
     "symbolic sizes": "compute shapes from the arguments' shapes; no int(), no branch on a size",
+    "raised": "mend what raises, or refuse these arguments in the rule's check or the provider's `accepts`",
     "determinism": "results must not depend on what another block has or hasn't written: look for a missing barrier",
 }
 
@@ -52,9 +53,9 @@ class Checked:
     refused: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def fail(self, provider: str, kind: str, what: str, why: str) -> None:
-        """Notes a failure, with what to do about it."""
-        self.failures.append(f"[{provider}] {kind}, {what}: {why}. What to do: {ADVICE[kind]}")
+    def fail(self, provider: str, kind: str, what: str, why: str, advice: str | None = None) -> None:
+        """Notes a failure, with what to do about it: by its kind, where nothing else says so."""
+        self.failures.append(f"[{provider}] {kind}, {what}: {why}. What to do: {ADVICE[advice or kind]}")
 
 
 def check_rule(
@@ -105,7 +106,8 @@ def check_rule(
         if not checked.cases[provider.name] and not checked.failures:
             checked.failures.append(f"[{provider.name}] nothing could be run: {'; '.join(checked.refused[:3])}")
     if checked.failures:
-        heading = f"{rule.name} ({rule.op.name}): {len(checked.failures)} checks failed"
+        count = len(checked.failures)
+        heading = f"{rule.name} ({rule.op.name}): {count} check{'s' if count > 1 else ''} failed"
         raise VerificationError("\n".join([heading, *checked.failures]))
     return checked
 
@@ -252,7 +254,7 @@ def _check_one(
     except FuseplanError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is a failed check
-        checked.fail(provider.name, kind, what, f"{type(error).__name__}: {one_line(error)}")
+        checked.fail(provider.name, kind, what, f"{type(error).__name__}: {one_line(error)}", advice="raised")
 
 
 def _check_symbolic(rule: Rule, provider: Provider, what: str, arguments: Mapping[str, Any], checked: Checked) -> None:

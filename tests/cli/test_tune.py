@@ -45,6 +45,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FUSEPLAN_COSTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "300")  # paths of temporary folders can be long
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def test_rows_go_to_the_table_and_to_a_person(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_sizes_that_are_wider_than_the_terminal_are_shown_below_each_other() -> 
         assert [line for line in lines if line.startswith("us, at tokens")] == [
             f"us, at tokens {head}" for head in heads
         ]
-        assert sum("8192.00 ±0.01" in line for line in lines) == len(names)
+        assert sum("8192.00 ±0.02" in line for line in lines) == len(names)
 
 
 @pytest.mark.parametrize(

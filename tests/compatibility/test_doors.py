@@ -165,7 +165,9 @@ def test_what_only_workloads_need_stops_the_command_line_alone(moved_later: Any)
     assert f"{FOR_WORKLOADS.dotted} is gone" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["explain", "gpt-oss-120b-tiny"], ["check", "x", "--lock", "y"], ["devices"]])
+@pytest.mark.parametrize(
+    "arguments", [["explain", "gpt-oss-120b-tiny"], ["check", "gpt-oss-20b", "--lock", "y"], ["devices"]]
+)
 def test_the_command_line_says_it_in_one_line(arguments: list[str], moved_later: Any) -> None:
     moved_later()
     result = CliRunner().invoke(app, arguments)

@@ -16,8 +16,8 @@ import fuseplan
 import fuseplan.errors
 import fuseplan.record
 from docs.blocks import PAGES, ROOT, Block, blocks_of, save_files
+from docs.make_pictures import CHARTS, PICTURES, TERMINALS, lines_of
 from docs.make_pictures import PAGES as SCREENSHOTS
-from docs.make_pictures import PICTURES, TERMINALS, lines_of
 from fuseplan.cli import app
 from fuseplan.record import Nearness, Reason
 from tests.docs.commands import Command, Forks, Outcome, Shell, commands_of, traced_once
@@ -266,7 +266,7 @@ def referenced() -> dict[str, str]:
 
 
 def test_every_picture_is_shown_and_can_be_made_again() -> None:
-    assert {path.name for path in PICTURES.iterdir()} == {*TERMINALS, *SCREENSHOTS} == {*referenced()}
+    assert {path.name for path in PICTURES.iterdir()} == {*TERMINALS, *CHARTS, *SCREENSHOTS} == {*referenced()}
 
 
 @pytest.mark.parametrize("name", [*TERMINALS, *SCREENSHOTS])

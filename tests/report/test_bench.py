@@ -9,16 +9,28 @@ from rich.console import Console
 
 from fuseplan.errors import ReportError
 from fuseplan.record.bench import BatchTimes, Bench, PolicyTime
+from fuseplan.record.paired import Paired
 from fuseplan.report import bench_to_json, check_plot, render_bench, save_plot
 from fuseplan.report.bench import time_text
 
 ORDERED = "ordered(act_padding, allreduce_rms)"
 
 
+def beside(difference_ns: int, half_ns: int) -> Paired:
+    return Paired(
+        difference_ns=difference_ns, low_ns=difference_ns - half_ns, high_ns=difference_ns + half_ns, repeats=9
+    )
+
+
 def batch(size: int, planned_ns: int = 900_000) -> BatchTimes:
     rows = (
         PolicyTime(
-            policy="planned", step_ns=planned_ns, spread_ns=4_000, fused={"act_padding": 4}, prices=("measured",)
+            policy="planned",
+            step_ns=planned_ns,
+            spread_ns=4_000,
+            fused={"act_padding": 4},
+            prices=("measured",),
+            beside_plain=beside(planned_ns - 1_000_000, 4_000),
         ),
         PolicyTime(
             policy="ordered(act_padding)",
@@ -26,9 +38,16 @@ def batch(size: int, planned_ns: int = 900_000) -> BatchTimes:
             spread_ns=4_000,
             fused={"act_padding": 4},
             same_as="planned",
+            beside_plain=beside(planned_ns - 1_000_000, 4_000),
         ),
-        PolicyTime(policy=ORDERED, step_ns=1_004_000, spread_ns=5_000, fused={"act_padding": 3, "allreduce_rms": 1}),
-        PolicyTime(policy="off", step_ns=1_050_000, spread_ns=2_000),
+        PolicyTime(
+            policy=ORDERED,
+            step_ns=1_004_000,
+            spread_ns=5_000,
+            fused={"act_padding": 3, "allreduce_rms": 1},
+            beside_plain=beside(4_000, 5_000),
+        ),
+        PolicyTime(policy="off", step_ns=1_050_000, spread_ns=2_000, beside_plain=beside(50_000, 60_000)),
         PolicyTime(policy="torch.compile", step_ns=1_000_000, spread_ns=3_000),
     )
     return BatchTimes(batch=size, steps=10, policies=rows)
@@ -59,15 +78,17 @@ def test_json_has_every_figure() -> None:
     assert (first["batch"], first["steps"], second["batch"]) == (1, 10, 8)
     assert first["policies"][0] == {
         "policy": "planned", "step_ns": 900_000, "spread_ns": 4_000, "tokens_per_s": 1111.1, "change": -0.1,
-        "noise": False, "fused": {"act_padding": 4}, "prices": ["measured"], "same_as": None,
+        "noise": False, "change_interval": [-0.104, -0.096], "repeats_needed": None, "fused": {"act_padding": 4},
+        "prices": ["measured"], "same_as": None,
     }  # fmt: skip
     assert second["policies"][0]["tokens_per_s"] == 8888.9
-    assert [each["noise"] for each in first["policies"]] == [False, False, True, False, True]
+    assert [each["noise"] for each in first["policies"]] == [False, False, True, True, True]
+    assert [each["repeats_needed"] for each in first["policies"]] == [None, None, None, 16, None]
     assert first["policies"][1]["same_as"] == "planned"
 
 
 def test_a_person_sees_what_is_faster_and_what_is_noise() -> None:
-    console = Console(width=120, record=True, file=None, highlight=False, markup=False, force_terminal=False)
+    console = Console(width=140, record=True, file=None, highlight=False, markup=False, force_terminal=False)
     with console.capture() as captured:
         console.print(render_bench(BENCH))
     lines = captured.get().splitlines()
@@ -75,12 +96,13 @@ def test_a_person_sees_what_is_faster_and_what_is_noise() -> None:
     rows = [" ".join(line.split()) for line in lines[2:8]]
     assert rows == [
         "batch 1 a step spread tokens/s to torch.compile fused",
-        "planned 900 us 4.00 us 1,111 -10.0 % act_padding 4",
-        "ordered(act_padding) 900 us 4.00 us 1,111 -10.0 % as planned",
-        f"{ORDERED} 1.00 ms 5.00 us 996 even act_padding 3, allreduce_rms 1",
-        "off 1.05 ms 2.00 us 952 +5.0 % -",
+        "planned 900 us 4.00 us 1,111 -10.0 % (-10.4 to -9.6) act_padding 4",
+        "ordered(act_padding) 900 us 4.00 us 1,111 -10.0 % (-10.4 to -9.6) as planned",
+        f"{ORDERED} 1.00 ms 5.00 us 996 even (-0.1 to +0.9) act_padding 3, allreduce_rms 1",
+        "off 1.05 ms 2.00 us 952 unclear (-1.0 to +11.0) -",
         "torch.compile 1.00 ms 3.00 us 1,000",
     ]
+    assert "unclear  off at batch 8: about 16 repeats would settle it" in [line.rstrip() for line in lines]
     assert lines[-1].rstrip() == "note mind".replace(" ", "  ")
 
 
@@ -107,7 +129,15 @@ def test_a_picture_is_written_as_png_and_svg(tmp_path: Path, name: str) -> None:
     assert (png, svg) == (tmp_path / f"{stem}.png", tmp_path / f"{stem}.svg")
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     texts = "".join(ElementTree.fromstring(svg.read_text(encoding="utf-8")).itertext())
-    for expected in ("a [model]: time of a step", "batch 8", "planned", "-10.0 %", "even", "1.05 ms", "torch.compile"):
+    for expected in (
+        "a [model]: time of a step",
+        "batch 8",
+        "planned",
+        "-10.0 % (-10.4 to -9.6)",
+        "even",
+        "1.05 ms",
+        "torch.compile",
+    ):
         assert expected in texts
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({png.name, svg.name})
 

@@ -97,9 +97,9 @@ def test_lone_surrogates_can_be_written(tmp_path: Path) -> None:
     assert view(comparison)["workload"] == "model\udce4"
 
 
-def test_headline_says_who_starves() -> None:
+def test_headline_says_what_is_saved_and_verdicts_who_starves() -> None:
     data = view(Synthetic().comparison())
-    assert data["headline"] == f"{PAD} starves under ordered({REDUCE}, {PAD}): 0 of 12 matches fire"
+    assert data["headline"].startswith("The plan saves 29.0 us a step at 1-64 tokens: 36 % of the 80.0 us of ")
     first, second = data["verdicts"]
     assert (first["loser"], first["state"], first["winners"]) == (PAD, "starved", [[REDUCE, 12]])
     assert (first["where"], first["lost_us"], first["behind_us"]) == ("layers.0-3.post_norm", 1.0, [8.0, 8.0, 0.0])

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Nearness, Pending, Reason, Refusal, Report
+from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Nearness, Pending, Reason, Refusal, Report, SizePrice
 from fuseplan.record.report import latest
 from fuseplan.report import comparison_to_json, render_comparison, render_report
 
@@ -30,9 +30,12 @@ def comparison(*, refusals: tuple[Refusal, ...] = ()) -> Comparison:
     return Comparison(workload="w", tp=2, device="h200", ranges=((1, 8),), reports=reports, trace_ns=1_500_000_000)
 
 
-def render(subject: Comparison | Report, width: int, color: bool = False) -> str:
+def render(subject: Comparison | Report, width: int, color: bool = False, verbose: bool = True) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
-    console.print(render_comparison(subject) if isinstance(subject, Comparison) else render_report(subject, "block"))
+    if isinstance(subject, Comparison):
+        console.print(render_comparison(subject, verbose=verbose))
+    else:
+        console.print(render_report(subject, "block", verbose=verbose))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -41,7 +44,6 @@ def render(subject: Comparison | Report, width: int, color: bool = False) -> str
 def test_every_width_shows_counts_and_conflicts(width: int) -> None:
     text = render(comparison(), width)
     assert "3 of 3" in text
-    assert "0 of 3" in text
     assert "starved" in text
     assert "layers.0-2.norm" in text
     assert max(len(line) for line in text.splitlines()) <= width
@@ -167,7 +169,82 @@ def test_what_is_declined_or_far_is_one_dim_line() -> None:
 def test_a_single_report_has_the_same_screen() -> None:
     whole = comparison(refusals=MISSES)
     text = render(whole.reports[0], 120)
-    assert text.startswith("block  ordered(act_padding, allreduce_rms), 1 graph")
+    assert text.startswith("ordered(act_padding, allreduce_rms) saves 0.0 us a step")
+    assert "\nblock  ordered(act_padding, allreduce_rms), 1 graph" in text
     assert "3 of 3" in text
     assert "near miss" in text
     assert "TP=" not in text
+
+
+def with_prices(subject: Comparison) -> Comparison:
+    """The same, planned first, in two ranges, priced."""
+    first, second = subject.reports
+    planned = replace(first, policy="planned", order=())
+    spans = ((1, 8), (9, 64))
+
+    def priced(report: Report, saved: int) -> Report:
+        (graph,) = report.graphs
+        sizes = tuple(SizePrice(tokens=size, unfused_ns=100_000, saved_ns=saved) for size in (1, 3, 8))
+        graphs = (replace(graph, range=span, saved_ns=saved, unfused_ns=100_000, step_ns=2_000_000, sizes=sizes)
+                  for span in spans)  # fmt: skip
+        return replace(report, graphs=tuple(graphs))
+
+    reports = (priced(planned, 40_000), priced(first, 40_000), priced(second, 20_000))
+    return replace(subject, reports=reports, ranges=spans)
+
+
+def test_the_verdict_says_of_what_a_saving_is_a_share() -> None:
+    flat = " ".join(render(with_prices(comparison()), 120, verbose=False).split())
+    assert flat.startswith(
+        "The plan saves 40.0 us a step at 1-8 tokens: 40 % of the 100 us of act_padding and allreduce_rms, about 2 % "
+        "of the whole step; fused in 3 of 3 layers. The order act_padding, allreduce_rms would have "
+        "starved allreduce_rms."
+    )
+    assert "us unfused, of a step 100 of 2,000 100 of 2,000" in flat
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_counts_are_of_a_step_and_equal_policies_are_one_row(width: int) -> None:
+    text = render(with_prices(comparison()), width, verbose=False)
+    assert "6" not in text.replace("64", "")
+    assert "planned and ordered(act_padding, allreduce_rms) do the same" in " ".join(text.split())
+    assert text.count("40.0  40 % 2.0 %") == 2
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_conflicts_are_told_when_asked_for() -> None:
+    subject = with_prices(comparison())
+    assert "conflict  " not in render(subject, 120, verbose=False)
+    assert "more with -v: conflicts" in render(subject, 120, verbose=False)
+    assert render(subject, 120).count("conflict  ") == 1
+
+
+def test_a_rule_whose_work_a_wider_fusion_does_is_not_starved() -> None:
+    (report, other) = comparison().reports
+    (graph,) = report.graphs
+    wider = tuple(replace(each, consumed=("a", "b", "c")) for each in graph.applied)
+    lost = tuple(replace(loss, blocked_by=(wider[index],)) for index, loss in enumerate(graph.lost))
+    report = replace(report, graphs=(replace(graph, applied=wider, lost=lost),))
+    text = render(replace(comparison(), reports=(report,)), 120)
+    assert "starved" not in text
+    assert "starved" in render(replace(comparison(), reports=(other,)), 120)
+
+
+def test_one_size_is_not_called_one_token() -> None:
+    (report, _) = comparison().reports
+    (graph,) = report.graphs
+    size = SizePrice(tokens=1, unfused_ns=100_000, saved_ns=40_000)
+    fixed = replace(report, graphs=(replace(graph, range=None, sizes=(size,), saved_ns=40_000, unfused_ns=100_000),))
+    assert "token" not in render(fixed, 120)
+
+
+def test_a_plan_that_fuses_nothing_and_a_model_without_matches_say_so() -> None:
+    (report, _) = comparison().reports
+    (graph,) = report.graphs
+    lost = tuple(Loss(fusion=each, blocked_by=(), lost_ns=1000) for each in graph.applied)
+    nothing = replace(report, policy="planned", order=(), graphs=(replace(graph, applied=(), lost=lost),))
+    assert render(nothing, 120).startswith("The plan fuses nothing: what matches, in 3 places, is cheaper unfused.")
+    empty = replace(nothing, graphs=(replace(graph, applied=(), lost=(), matched={}),))
+    text = render(empty, 120, verbose=False)
+    assert text.startswith("Nothing to fuse: no rule matches anywhere.")
+    assert "recognised: 3 fused_add_rms_norm[64]" in text

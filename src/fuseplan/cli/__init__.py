@@ -1,10 +1,16 @@
 """The command line: parse, call the API, render."""
 
+import importlib.metadata
 import io
+import re
 import sys
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
+from fuseplan import __version__
+from fuseplan.cli.attempt import attempt
 from fuseplan.cli.bench import bench
 from fuseplan.cli.check import check
 from fuseplan.cli.explain import explain
@@ -14,20 +20,49 @@ from fuseplan.cli.tune import tune
 from fuseplan.cpython import uncollected
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Which fusions fire in a torch.compile'd model, which starve, and why.",
 )
-app.command()(explain)
-app.command()(tune)
-app.command()(bench)
-app.command()(check)
-app.command()(rules)
-app.command()(providers)
-app.command()(devices)
-app.command(name="diff")(diff_plans)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fuseplan {__version__}, torch {importlib.metadata.version('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions, and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+class _Command(typer.core.TyperCommand):
+    """Arguments in help as the texts name them: `WORKLOAD`, where typer has `{WORKLOAD}` and `WORKLOAD <str>`."""
+
+    def get_usage(self, ctx: Any) -> str:
+        return re.sub(r"\{([A-Z]+)\}", r"\1", super().get_usage(ctx))
+
+    def get_help(self, ctx: Any) -> str:
+        text = re.sub(r"\{([A-Z]+)\}", r"\1", super().get_help(ctx))
+        return re.sub(r"^(  [A-Z]+ )(<\w+>)", lambda found: found[1] + " " * len(found[2]), text, flags=re.MULTILINE)
+
+
+app.command(cls=_Command)(explain)
+app.command(name="try", cls=_Command)(attempt)
+app.command(cls=_Command)(tune)
+app.command(cls=_Command)(bench)
+app.command(cls=_Command)(check)
+app.command(cls=_Command)(rules)
+app.command(cls=_Command)(providers)
+app.command(cls=_Command)(devices)
+app.command(name="diff", cls=_Command)(diff_plans)
 
 
 def main() -> None:

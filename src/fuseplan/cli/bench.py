@@ -8,6 +8,7 @@ import typer
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show
 from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, command_of, ranks_of
 from fuseplan.cli.request import AllowRoundingChanges, Layers, Workload, find_policies
+from fuseplan.cli.spelling import check_spelling
 
 DEFAULT_BATCHES = (1, 8, 32)
 
@@ -23,6 +24,7 @@ def bench(
         list[str] | None,
         typer.Option(
             "--policy",
+            metavar="POLICY",
             help="planned, off or ordered(RULE, ...); may be repeated. Default: planned, off, orders that differ. "
             "torch.compile without fuseplan is always there.",
         ),
@@ -30,7 +32,7 @@ def bench(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Steps in a repeat. Default: enough to be read.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each time is taken, at least 5.")] = REPEATS,
+    repeats: Annotated[int, typer.Option(metavar="N", help="How often each time is taken, at least 5.")] = REPEATS,
     layers: Layers = None,
     costs: Annotated[Path | None, typer.Option(metavar="FILE", help="A cost table, for the plan.")] = None,
     allow_rounding_changes: AllowRoundingChanges = False,
@@ -43,6 +45,7 @@ def bench(
     language model decodes a token for each sequence; a factory's model runs on its inputs, made as many as the batch.
     """
     with one_line_errors(debug):
+        check_spelling(workload, policies=policies)
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
@@ -51,6 +54,7 @@ def bench(
         from fuseplan.config import PassConfig
         from fuseplan.manager import PostGradPassManager
         from fuseplan.report import bench_to_json, check_plot, render_bench, save_plot
+        from fuseplan.report.summary import untold
 
         with ranks_of(tp, deadline, "bench", debug=debug) as ranks:
             sizes = tuple(batches or DEFAULT_BATCHES)
@@ -61,6 +65,7 @@ def bench(
             if plot is not None and ranks.rank == 0:
                 check_plot(plot)
             with (
+                untold(),
                 measuring(ranks.rank == 0) as tell,
                 built(workload, ranks, layers, weights=True) as made,
             ):

@@ -22,6 +22,7 @@ from fuseplan.cli.request import (
     find_providers,
     find_ranges,
 )
+from fuseplan.cli.spelling import check_spelling
 
 DEFAULT_DEVICE = "h200"
 CONFIG = "config.json"
@@ -32,14 +33,16 @@ def check(
     lock: Annotated[Path, typer.Option(metavar="FILE", help="The lock file, made to be committed.")],
     update: Annotated[bool, typer.Option("--update", help="Write the lock, and say what changed.")] = False,
     tp: Annotated[
-        int | None, typer.Option(help="Ranks of tensor parallelism, up to 65536. Default: the lock's, or 1.")
+        int | None,
+        typer.Option(metavar="N", help="Ranks of tensor parallelism, up to 65536. Default: the lock's, or 1."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help=f"A device profile. Default: the lock's, or {DEFAULT_DEVICE}.")
+        str | None, typer.Option(metavar="NAME", help=f"A device profile. Default: the lock's, or {DEFAULT_DEVICE}.")
     ] = None,
     ranges: Ranges = None,
     policy: Annotated[
-        str | None, typer.Option(help="planned, off or ordered(RULE, ...). Default: the lock's, or planned.")
+        str | None,
+        typer.Option(metavar="POLICY", help="planned, off or ordered(RULE, ...). Default: the lock's, or planned."),
     ] = None,
     layers: Layers = None,
     force: Force = None,
@@ -53,6 +56,7 @@ def check(
     asked again; other options than its own need --update.
     """
     with one_line_errors(debug):
+        check_spelling(workload, device=device, policies=[policy] if policy else None, providers=provider)
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)

@@ -1,9 +1,7 @@
 """What every command shares: options, one-line errors, progress, and where output goes."""
 
-import io
 import json
 import math
-import shutil
 import sys
 import time
 import traceback
@@ -19,9 +17,6 @@ from rich.text import Text
 
 from fuseplan.errors import FuseplanError, RanksError
 from fuseplan.record.text import printable
-
-PIPED_WIDTH = 110
-"""Columns of output that goes to no terminal, unless COLUMNS says otherwise."""
 
 LINE_S = 5.0
 """Seconds between lines that tell how far something is."""
@@ -129,8 +124,6 @@ def show(content: Any, as_json: bool) -> None:
     elif sys.stdout.isatty():
         Console(**PLAIN).print(content)
     else:
-        width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns
-        text = io.StringIO()
-        Console(file=text, width=width, **PLAIN).print(content)
-        # Tables fill their lines up to their width.
-        print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+        from fuseplan.report.text import as_text
+
+        print(as_text(content))

@@ -20,17 +20,25 @@ from fuseplan.cli.request import (
     find_providers,
     find_ranges,
 )
+from fuseplan.cli.spelling import check_spelling
 
 
 def explain(
     workload: Workload,
-    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism, up to 65536.")] = 1,
-    device: Annotated[str, typer.Option(help="A device profile, whose providers are taken as present.")] = "h200",
+    tp: Annotated[int, typer.Option(metavar="N", help="Ranks of tensor parallelism, up to 65536.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A device profile, whose providers are taken as present. Default: this machine's GPU, or h200.",
+        ),
+    ] = None,
     ranges: Ranges = None,
     policies: Annotated[
         list[str] | None,
         typer.Option(
             "--policy",
+            metavar="POLICY",
             help="planned, off or ordered(RULE, ...); may be repeated. Default: planned, off, orders that differ.",
         ),
     ] = None,
@@ -46,17 +54,21 @@ def explain(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report as a page, which needs no other file.")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show conflicts, what was declined, and where the time went, too.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what each policy would fuse in WORKLOAD. Needs no GPU, no weights and no network."""
     with one_line_errors(debug):
+        check_spelling(workload, device=device, policies=policies, providers=provider, own=bool(modules))
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
         from fuseplan.config import PassConfig
+        from fuseplan.devices import default_profile, device_profile
         from fuseplan.families import BUILT_IN_RULES
-        from fuseplan.providers import device_profile
         from fuseplan.record import SavedPlans
         from fuseplan.report import check_html, comparison_to_json, render_comparison, save_html
 
@@ -64,7 +76,7 @@ def explain(
             check_html(html)
         if save_plan is not None:
             SavedPlans.check_file(save_plan)
-        profile = device_profile(device)
+        profile = device_profile(device) if device is not None else default_profile()
         spans = find_ranges(ranges)
         own = find_own(modules)
         chosen = find_policies(policies, own.rules)
@@ -85,4 +97,4 @@ def explain(
         if html is not None:
             save_html(comparison, html)
             say(f"the report is in {html}")
-        show(comparison_to_json(comparison) if as_json else render_comparison(comparison), as_json)
+        show(comparison_to_json(comparison) if as_json else render_comparison(comparison, verbose=verbose), as_json)

@@ -9,7 +9,7 @@ from fuseplan.cli.console import Debug, Json, one_line_errors, show, table_of
 
 
 def rules(
-    name: Annotated[str | None, typer.Argument(help="One rule; default: all.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One rule; default: all.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -37,7 +37,9 @@ def rules(
 
 
 def providers(
-    name: Annotated[str | None, typer.Argument(help="One provider, with its fused ops; default: all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One provider, with its fused ops; default: all.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

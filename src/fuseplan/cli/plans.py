@@ -10,8 +10,8 @@ from fuseplan.cli.console import Debug, Json, one_line_errors, show
 
 
 def diff_plans(
-    first: Annotated[Path, typer.Argument(help="A file that explain --save-plan wrote.")],
-    second: Annotated[Path, typer.Argument(help="Another one.")],
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="A file that explain --save-plan wrote.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Another one.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -18,7 +18,10 @@ FAILED = 2
 """The exit status of a request that can't be served."""
 
 Tp = Annotated[
-    int | None, typer.Option("--tp", help="Ranks of tensor parallelism: those that torchrun started, if given at all.")
+    int | None,
+    typer.Option(
+        "--tp", metavar="N", help="Ranks of tensor parallelism: those that torchrun started, if given at all."
+    ),
 ]
 DEADLINE_S = 300.0
 """Inductor may compile for a minute, and loading a model takes one rank longer than another."""

@@ -10,7 +10,8 @@ import typer
 from fuseplan.cli.console import progress
 
 _WORKLOAD = typer.Argument(
-    help="A built-in name, the path of a Hugging Face config.json, or package.module:factory (runs it)."
+    metavar="WORKLOAD",
+    help="A built-in name, the path of a Hugging Face config.json, or package.module:factory (runs it).",
 )
 Workload = Annotated[str, _WORKLOAD]
 AnyWorkload = Annotated[str | None, _WORKLOAD]
@@ -18,7 +19,7 @@ Ranges = Annotated[
     list[str] | None,
     typer.Option("--range", metavar="FIRST:LAST", help="A compile range in tokens; may be repeated."),
 ]
-Layers = Annotated[int | None, typer.Option(help="Another number of layers than the model's own.")]
+Layers = Annotated[int | None, typer.Option(metavar="N", help="Another number of layers than the model's own.")]
 Force = Annotated[
     list[str] | None,
     typer.Option(metavar="SELECTOR", help="What the plan must apply: RULE[@PLACE | #SITE][:PROVIDER]; repeatable."),

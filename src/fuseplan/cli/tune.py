@@ -1,6 +1,6 @@
 """`fuseplan tune`: what each alternative takes on this machine, measured in context and put into a cost table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from fuseplan.cli.request import (
     find_providers,
     find_ranges,
 )
+from fuseplan.cli.spelling import check_spelling
 from fuseplan.errors import ConfigError
 from fuseplan.record.text import printable
 
@@ -36,7 +37,7 @@ def tune(
         list[int] | None,
         typer.Option(metavar="N", help="A size to measure; may be repeated. Default: ends and middle of each range."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="How often each time is taken, at least 5.")] = REPEATS,
+    repeats: Annotated[int, typer.Option(metavar="N", help="How often each time is taken, at least 5.")] = REPEATS,
     layers: Layers = None,
     provider: ProviderNames = None,
     allow_rounding_changes: AllowRoundingChanges = False,
@@ -56,6 +57,7 @@ def tune(
     into a cost table. Under torchrun for tensor parallelism: torchrun --nproc-per-node 2 -m fuseplan tune WORKLOAD.
     """
     with one_line_errors(debug):
+        check_spelling(workload, providers=provider)
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
@@ -144,7 +146,7 @@ def _json(found: Any, workload: str, tp: int, table: Path) -> dict[str, Any]:
     return {
         "schema": 1, "workload": workload, "tp": tp, "device": found.device, "table": str(table),
         "rows": [to_json(row) for row in found.rows], "skipped": [to_json(each) for each in found.skipped],
-        "stopped": found.stopped,
+        "stopped": found.stopped, "unclear": [to_json(each) for each in found.unclear], "notes": list(found.notes),
     }  # fmt: skip
 
 
@@ -163,10 +165,28 @@ def _rendered(found: Any, path: Path) -> Group:
         parts.append(Text(printable(f"not measured: {what}{size}: {each.reason}")))
     if any(each.alternative for each in found.skipped):
         parts.append(Text(LACKING))
+    parts += map(Text, map(printable, _doubts(found)))
     kept = (
         f"{len(found.rows)} rows in {path}" if found.rows else "nothing was measured: no fusion matches that can be run"
     )
     return Group(*parts, Text(printable(kept)))
+
+
+def _doubts(found: Any) -> Iterator[str]:
+    """What the repeats leave open, how many would settle it, and what else a reader has to know."""
+    for each in found.unclear[:MOST_DOUBTS]:
+        low, high = (time_ns / 1000 for time_ns in (each.beside_unfused.low_ns, each.beside_unfused.high_ns))
+        needed = each.beside_unfused.repeats_needed
+        settled = f"about {needed} repeats would settle it" if needed else "more repeats would hardly settle it"
+        beside = f"{low:+.2f} to {high:+.2f} us beside {UNFUSED}"
+        yield f"unclear: {each.site}: {each.alternative} at {each.tokens} tokens: {beside}; {settled}"
+    if len(found.unclear) > MOST_DOUBTS:
+        yield f"unclear: {len(found.unclear) - MOST_DOUBTS} more, which --json has"
+    yield from (f"note  {note}" for note in found.notes)
+
+
+MOST_DOUBTS = 6
+"""Unclear rows that are told."""
 
 
 class _Times:
@@ -209,4 +229,4 @@ HEADING, GAP = "us, at tokens", 3
 def _cell(row: Any, best: int) -> Text:
     if row is None:
         return Text("-")
-    return Text(f"{row.time_ns / 1000:.2f} ±{row.spread_ns / 2000:.2f}", style="green" if row.time_ns == best else "")
+    return Text(f"{row.time_ns / 1000:.2f} ±{row.spread_ns / 1000:.2f}", style="green" if row.time_ns == best else "")

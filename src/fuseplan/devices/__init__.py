@@ -12,7 +12,15 @@ from fuseplan.devices.hardware import (
     Protocol,
     Vendor,
 )
-from fuseplan.devices.known import HARDWARE, PROFILES, device_profile, local_profile, local_vendor, profile_of
+from fuseplan.devices.known import (
+    HARDWARE,
+    PROFILES,
+    default_profile,
+    device_profile,
+    local_profile,
+    local_vendor,
+    profile_of,
+)
 from fuseplan.devices.profile import VENDOR_NAMES, DeviceProfile
 from fuseplan.devices.unknown import ASSUMED, Facts, unknown_hardware
 
@@ -33,6 +41,7 @@ __all__ = [
     "Peers",
     "Protocol",
     "Vendor",
+    "default_profile",
     "device_profile",
     "local_profile",
     "local_vendor",

@@ -32,6 +32,12 @@ def device_profile(name: str) -> DeviceProfile:
     return PROFILES[name]
 
 
+def default_profile() -> DeviceProfile:
+    """Of this machine's GPU where there is one, else of an H200."""
+    here = local_profile()
+    return PROFILES["h200"] if here.vendor == "cpu" else here
+
+
 def local_profile() -> DeviceProfile:
     """The profile of this machine's accelerator, the current one of several; one that nobody knows has its own name."""
     vendor = local_vendor()

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
@@ -57,3 +58,9 @@ def _(
     q_BSQD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, sinks_Q: Tensor, queries: Tensor, keys: Tensor, window: int
 ) -> Tensor:
     return q_BSQD.new_empty(q_BSQD.shape)
+
+
+@register_flop_formula(torch.ops.gpt_oss.attention)
+def _operations(q_BSQD: torch.Size, k_BLKD: torch.Size, *others: object, **more: object) -> int:
+    """Two products of every query with every position that there is."""
+    return 4 * q_BSQD.numel() * k_BLKD[1]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed._functional_collectives  # registers the collectives' meta kernels
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from fuseplan.models.config import GptOssConfig
 
@@ -113,6 +114,22 @@ def _(
     group: str,
 ) -> Tensor:
     return x_TP.new_empty(x_TP.shape[0], hidden)
+
+
+@register_flop_formula(torch.ops.gpt_oss.experts)
+def _operations(
+    x_TP: torch.Size,
+    router_logits_TE: torch.Size,
+    w13: torch.Size,
+    b13: torch.Size,
+    w2: torch.Size,
+    b2: torch.Size,
+    top_k: int,
+    *others: object,
+    **more: object,
+) -> int:
+    """Both products of every token with its experts."""
+    return 2 * x_TP[0] * top_k * (w13[1] * w13[2] + w2[1] * w2[2])
 
 
 class Experts(nn.Module):

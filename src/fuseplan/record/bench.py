@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fuseplan.record.paired import Paired
+
 PLAIN = "torch.compile"
 """What stands where a policy would, of the model compiled without fuseplan."""
 
@@ -18,6 +20,7 @@ class PolicyTime:
         fused: replacements by rule, those that fired alone; empty for `torch.compile`.
         prices: where the plan's prices are from.
         same_as: the policy before it that applies the same fusions, and whose figures these are.
+        beside_plain: how much longer than plain `torch.compile` it takes; None for that itself.
     """
 
     policy: str
@@ -26,6 +29,7 @@ class PolicyTime:
     fused: Mapping[str, int] = field(default_factory=dict)
     prices: tuple[str, ...] = ()
     same_as: str | None = None
+    beside_plain: Paired | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,23 @@ class BatchTimes:
 
     def change(self, each: PolicyTime) -> float:
         """What a step takes more than under plain `torch.compile`, as a share of that: -0.05 is 5 % less."""
-        return each.step_ns / max(1, self.plain.step_ns) - 1
+        return self._share(each.beside_plain.difference_ns) if each.beside_plain else 0.0
+
+    def interval(self, each: PolicyTime) -> tuple[float, float]:
+        """The confidence interval of `change`."""
+        beside = each.beside_plain
+        return (self._share(beside.low_ns), self._share(beside.high_ns)) if beside else (0.0, 0.0)
 
     def is_noise(self, each: PolicyTime) -> bool:
-        """Whether the difference to plain `torch.compile` lies within the larger spread of the two."""
-        return abs(each.step_ns - self.plain.step_ns) <= max(each.spread_ns, self.plain.spread_ns)
+        """Whether the repeats don't tell it from plain `torch.compile`."""
+        return each.beside_plain is None or not each.beside_plain.is_clear
+
+    def is_even(self, each: PolicyTime) -> bool:
+        """Whether the repeats tell that the difference to plain `torch.compile` is below 1 %."""
+        return each.beside_plain is None or each.beside_plain.is_even(self.plain.step_ns)
+
+    def _share(self, time_ns: int) -> float:
+        return time_ns / max(1, self.plain.step_ns)
 
 
 @dataclass(frozen=True, kw_only=True)

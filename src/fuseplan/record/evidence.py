@@ -131,12 +131,14 @@ class SizePoint:
     Attributes:
         tokens: the size.
         unfused_ns: all contested places, as Inductor leaves them.
+        step_ns: a whole step without fusions, estimated; None where that isn't known.
         policies: in the order of the comparison's reports.
     """
 
     tokens: int
     unfused_ns: int
     policies: tuple[PolicyAt, ...]
+    step_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,8 @@ class GraphReport:
         sizes: what is saved at each size that was priced.
         saved_ns: what the applied fusions save, weighted over sizes.
         unfused_ns: what all contested sites take unfused, at the middle size.
+        step_ns: what the whole graph takes unfused at the middle size, estimated from what it moves and multiplies at
+            the device's limits, by `explain`; None where that isn't known.
         plan_ns: how long the solver took.
         groups: names of the process groups whose collectives are in the graph.
         workspaces: shared memory that applied fusions need before they run: names of groups, of dtypes and of this
@@ -60,6 +62,7 @@ class GraphReport:
     sizes: tuple[SizePrice, ...] = ()
     saved_ns: int = 0
     unfused_ns: int = 0
+    step_ns: int | None = None
     plan_ns: int = 0
     groups: tuple[str, ...] = ()
     workspaces: tuple[tuple[str, str, str], ...] = ()
@@ -132,6 +135,13 @@ class Report:
     force: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
     breaks: tuple[GraphBreak, ...] = ()
+
+    def __str__(self) -> str:
+        """What `fuseplan explain` shows: a verdict, a table, near misses and warnings, as wide as the terminal."""
+        from fuseplan.report.terminal import render_report
+        from fuseplan.report.text import as_text
+
+        return as_text(render_report(self))
 
     @property
     def fused(self) -> dict[str, int]:

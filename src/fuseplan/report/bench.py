@@ -1,5 +1,6 @@
 """A `Bench` as JSON and for a terminal."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group
@@ -25,7 +26,10 @@ def bench_to_json(bench: Bench) -> dict[str, Any]:
                     {
                         "policy": each.policy, "step_ns": each.step_ns, "spread_ns": each.spread_ns,
                         "tokens_per_s": round(times.tokens_per_s(each), 1), "change": round(times.change(each), 4),
-                        "noise": times.is_noise(each), "fused": dict(each.fused), "prices": list(each.prices),
+                        "noise": times.is_noise(each),
+                        "change_interval": [round(end, 4) for end in times.interval(each)],
+                        "repeats_needed": _needed(times, each),
+                        "fused": dict(each.fused), "prices": list(each.prices),
                         "same_as": each.same_as,
                     }
                     for each in times.policies
@@ -43,8 +47,47 @@ def render_bench(bench: Bench) -> Group:
     parts: list[Any] = [Text(printable(head), style="bold"), Text("")]
     for times in bench.batches:
         parts += [_table(times), Text("")]
+    parts += [Text(printable(line)) for times in bench.batches for line in _doubts(times)]
     parts += [Text(printable(f"note  {note}")) for note in bench.notes]
     return Group(*parts)
+
+
+def gain(bench: Bench) -> str:
+    """One sentence: what a step takes under the plan beside plain torch.compile, at the first batch size."""
+    times = bench.batches[0]
+    planned, low, high = times.policies[0], *times.interval(times.policies[0])
+    took = f"{time_text(planned.step_ns)} a step under the plan, {time_text(times.plain.step_ns)} under {PLAIN}"
+    interval = f"{100 * low:+.1f} to {100 * high:+.1f} %"
+    if times.is_even(planned):
+        verdict = f"The plan gains nothing that could be measured here ({interval})"
+    elif times.is_noise(planned):
+        needed = _needed(times, planned)
+        hint = f": about {needed} repeats would settle it (--repeats {needed})" if needed else ""
+        verdict = f"Whether the plan gains anything is unclear ({interval}){hint}"
+    else:
+        change = times.change(planned)
+        word = "less" if change < 0 else "more"
+        verdict = f"A step takes {100 * abs(change):.1f} % {word} time with the plan ({interval})"
+    return f"{verdict}; on {bench.device}, batch {times.batch}: {took}."
+
+
+def _needed(times: BatchTimes, each: PolicyTime) -> int | None:
+    """How many repeats would settle what is unclear; None where nothing is, or so many aren't worth it."""
+    return each.beside_plain.repeats_needed if each.beside_plain and _is_open(times, each) else None
+
+
+def _is_open(times: BatchTimes, each: PolicyTime) -> bool:
+    """Whether the repeats tell neither a difference to plain torch.compile nor that there is none."""
+    return each.policy != PLAIN and times.is_noise(each) and not times.is_even(each)
+
+
+def _doubts(times: BatchTimes) -> Iterator[str]:
+    """What the repeats leave open, and how many would settle it."""
+    for each in times.policies:
+        if each.same_as is None and _is_open(times, each):
+            needed = _needed(times, each)
+            settled = f"about {needed} repeats would settle it" if needed else "more repeats would hardly settle it"
+            yield f"unclear  {each.policy} at batch {times.batch}: {settled}"
 
 
 def _table(times: BatchTimes) -> Table:
@@ -54,7 +97,8 @@ def _table(times: BatchTimes) -> Table:
     for column in ("a step", "spread", "tokens/s", f"to {PLAIN}"):
         table.add_column(column, overflow="fold", justify="right")
     table.add_column("fused", overflow="fold")
-    best = min(each.step_ns for each in times.policies)
+    best = min(times.policies, key=lambda each: each.step_ns)
+    best = times.plain if times.is_noise(best) else best
     for each in times.policies:
         fused = ", ".join(f"{rule} {count}" for rule, count in each.fused.items()) or (
             "" if each.policy == PLAIN else "-"
@@ -62,7 +106,7 @@ def _table(times: BatchTimes) -> Table:
         if each.same_as is not None:
             fused = f"as {each.same_as}"
         table.add_row(
-            printable(each.policy), Text(time_text(each.step_ns), style="green" if each.step_ns == best else ""),
+            printable(each.policy), Text(time_text(each.step_ns), style="green" if each is best else ""),
             time_text(each.spread_ns), f"{times.tokens_per_s(each):,.0f}", change_text(times, each), fused,
         )  # fmt: skip
     return table
@@ -76,7 +120,13 @@ def time_text(ns: int) -> str:
 
 
 def change_text(times: BatchTimes, each: PolicyTime) -> str:
-    """`-5.2 %`, or `even` where the difference is within the spread; empty for plain torch.compile itself."""
+    """`-5.2 % (-5.6 to -4.7)`, `even` where the difference surely is below 1 %, or `unclear`; empty for plain
+    torch.compile itself.
+    """
     if each.policy == PLAIN:
         return ""
-    return "even" if times.is_noise(each) else f"{100 * times.change(each):+.1f} %"
+    low, high = (100 * end for end in times.interval(each))
+    word = (
+        "even" if times.is_even(each) else "unclear" if times.is_noise(each) else f"{100 * times.change(each):+.1f} %"
+    )
+    return f"{word} ({low:+.1f} to {high:+.1f})"

@@ -94,6 +94,7 @@ def _policy(report: Report) -> dict[str, Any]:
 
 def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
     graphs = [graph for graph in report.graphs if graph.range == span]
+    steps = [graph.step_ns for graph in graphs if graph.step_ns is not None]
     sizes: dict[int, list[int]] = {}
     for size in (size for graph in graphs for size in graph.sizes):
         total = sizes.setdefault(size.tokens, [0, 0])
@@ -104,6 +105,8 @@ def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
         "fused": report.per_range[span],
         "region_us": sum(graph.unfused_ns - graph.saved_ns for graph in graphs) / 1000,
         "saved_us": sum(graph.saved_ns for graph in graphs) / 1000,
+        "unfused_us": sum(graph.unfused_ns for graph in graphs) / 1000,
+        "step_us": sum(steps) / 1000 if len(steps) == len(graphs) else None,
         "sizes": [
             {"tokens": tokens, "unfused_us": unfused / 1000, "saved_us": saved / 1000}
             for tokens, (unfused, saved) in sorted(sizes.items())

@@ -36,8 +36,8 @@ def causes(rows: Iterable[NearMiss]) -> list[Cause]:
     return [Cause(tuple(sorted({row.rule for row in group if row.rule})), group[0]) for group in grouped.values()]
 
 
-def render_near_misses(rows: Sequence[NearMiss]) -> list[RenderableType]:
-    """What nearly matched, in full; what providers decline and what is far from a match, in a line each."""
+def render_near_misses(rows: Sequence[NearMiss]) -> tuple[list[RenderableType], list[RenderableType]]:
+    """What nearly matched, in full; and what providers decline and what is far from a match, in a line each."""
     near = [row for row in rows if row.nearness not in (Nearness.DECLINED, Nearness.ABSENT)]
     told = causes(near)
     lines: list[RenderableType] = []
@@ -45,9 +45,9 @@ def render_near_misses(rows: Sequence[NearMiss]) -> list[RenderableType]:
         lines += _paragraph(cause)
     if len(told) > SHOWN:
         lines.append(entry("near miss", f"{len(told) - SHOWN} more causes: --json and --html have them all"))
-    lines += [entry("declined", Text(line, style="dim"), "dim") for line in _declined(rows)]
-    lines += [entry("no match", Text(line, style="dim"), "dim") for line in _far(rows)]
-    return lines
+    aside: list[RenderableType] = [entry("declined", Text(line, style="dim"), "dim") for line in _declined(rows)]
+    aside += [entry("no match", Text(line, style="dim"), "dim") for line in _far(rows)]
+    return lines, aside
 
 
 def _paragraph(cause: Cause) -> Iterator[RenderableType]:

@@ -74,7 +74,7 @@ def _figure(bench: Bench) -> Any:
     figure.suptitle(f"{bench.workload}: time of a step", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     about = (
         f"TP={bench.tp}, {bench.device}, torch {bench.torch}; median and interquartile range of {bench.repeats} "
-        "repeats. even: no further from torch.compile than the wider of the two ranges"
+        "repeats. In brackets: 95 % interval of the paired difference to torch.compile"
     )
     figure.supxlabel(about, x=0.01, ha="left", fontsize=8, color=WITHOUT)
     return figure

@@ -1,4 +1,4 @@
-"""Policies by rules and by compile ranges: how often each rule fired, and what that saves."""
+"""Policies by rules and by compile ranges: how often each rule fired, and what that saves, of what."""
 
 from collections.abc import Sequence
 
@@ -7,70 +7,147 @@ from rich.table import Table
 from rich.text import Text
 
 from fuseplan.record import Comparison, Report
-from fuseplan.report.text import indented, policy_name, tokens_of
+from fuseplan.report.savings import Saved, Span, is_fixed, is_starved, spans_of, us
+from fuseplan.report.text import enumerate_names, indented, policy_name, tokens_of
+
+LONGEST_NAME = 24
+"""Columns of a policy's name in the table; longer ones take several lines."""
+
+LONGEST_RULE = 10
+"""Likewise of a rule's."""
+
+GAP = 2
+
+WHOLE = "us unfused, of a step"
+"""The row of what savings are a share of."""
 
 
 class Policies:
-    """Policies by rules and by ranges: a table where the terminal is wide enough for it, else one paragraph a
-    policy.
+    """Policies by rules and by ranges: a table where the terminal is wide enough for it, two where it is not, and else
+    one paragraph a policy. Policies that come to the same are one row.
     """
 
     def __init__(self, comparison: Comparison, rules: Sequence[str]) -> None:
         self.comparison, self.rules = comparison, rules
-        self.spans = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
+        self.spans = spans_of(comparison)
+        self.is_fixed = is_fixed(comparison)
+        self._knows_steps = any(Saved.of(each, span).step_ns for each in comparison.reports for span in self.spans)
+        self.alike = alike([each for each in comparison.reports if each.policy != "off"] or comparison.reports)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        short = [name for name in map(policy_name, self.comparison.reports) if name.count(",") < 2]
-        names = max(map(len, short or ["planned"]))  # longer ones fold
-        counts = names + 3 + sum(max(len(rule), len("0 of 1000, starved")) + 3 for rule in self.rules)
-        savings = sum(max(len(_span(span)), 8) + 3 for span in self.spans)
-        if counts + savings <= options.max_width:
+        labels = [WHOLE, *(policy_name(report) for report, *_ in self.alike)]
+        names = max(len(line) for label in labels for line in _broken(label, ", ", LONGEST_NAME))
+        counts, savings = self._widths()
+        if names + counts + savings <= options.max_width:
             yield self._table(self.rules, self.spans)
-        elif counts <= options.max_width:
+        elif names + max(counts, savings) <= options.max_width:
             yield self._table(self.rules, ())
             yield Text()
             yield self._table((), self.spans)
         else:
             yield self._paragraphs()
+        yield from (Text(line, style="dim") for line in self._legend())
 
-    def _table(self, rules: Sequence[str], spans: Sequence[tuple[int, int] | None]) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-        table.add_column("policy", overflow="fold")
+    def _widths(self) -> tuple[int, int]:
+        """Columns of the counts and of the savings."""
+        counts = [
+            max(
+                *map(len, _broken(rule, "_", LONGEST_RULE)),
+                *(len(self._count(each, rule).plain) for each, *_ in self.alike),
+            )
+            for rule in self.rules
+        ]
+        cells = [(span, [self._saved(each, span) for each, *_ in self.alike]) for span in self.spans]
+        savings = [
+            max(len(text) for text in (*self._head(span).split("\n"), self._whole(span), *(cell.plain for cell in row)))
+            for span, row in cells
+        ]
+        return sum(counts) + GAP * len(counts), sum(savings) + GAP * len(savings)
+
+    def _table(self, rules: Sequence[str], spans: Sequence[Span]) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+        table.add_column("policy", no_wrap=True)
         for rule in rules:
-            table.add_column(Text(rule), justify="right", no_wrap=True)
+            table.add_column(Text("\n".join(_broken(rule, "_", LONGEST_RULE))), justify="right", no_wrap=True)
         for span in spans:
-            table.add_column(_span(span), justify="right", no_wrap=True)
-        for report in self.comparison.reports:
-            cells = [_cell(report, rule) for rule in rules]
-            table.add_row(Text(policy_name(report)), *cells, *(self._saved(report, span) for span in spans))
+            table.add_column(Text(self._head(span)), justify="right", no_wrap=True)
+        for report, *_ in self.alike:
+            cells = [self._count(report, rule) for rule in rules]
+            name = "\n".join(_broken(policy_name(report), ", ", LONGEST_NAME))
+            table.add_row(Text(name), *cells, *(self._saved(report, span) for span in spans))
+        if spans:
+            wholes = [self._whole(span) for span in spans]
+            table.add_row(Text(WHOLE, style="dim"), *("" for _ in rules), *(Text(each, style="dim") for each in wholes))
         return table
 
     def _paragraphs(self) -> Group:
         lines: list[RenderableType] = []
-        for report in self.comparison.reports:
+        for report, *_ in self.alike:
             lines.append(Text(policy_name(report), style="bold"))
             listed = [rule for rule in self.rules if not report.order or rule in report.order]
-            lines += [indented(Text(f"{rule}  ").append_text(_cell(report, rule)), 4) for rule in listed]
-            saved = [Text(_at(span)).append_text(self._saved(report, span)) for span in self.spans]
-            lines.append(indented(Text("saved  ").append_text(Text(", ").join(saved)), 4))
-        return Group(*lines)
+            lines += [indented(Text(f"{rule}  ").append_text(self._count(report, rule)), 4) for rule in listed]
+            saved = [Text(f"{self._head(span, ', ')}  ").append_text(self._saved(report, span)) for span in self.spans]
+            lines += [indented(each, 4) for each in saved]
+        lines.append(Text(WHOLE, style="dim"))
+        wholes = [Text(f"{self._head(span, ', ')}  {self._whole(span)}", style="dim") for span in self.spans]
+        return Group(*lines, *(indented(each, 4) for each in wholes))
 
-    def _saved(self, report: Report, span: tuple[int, int] | None) -> Text:
-        best = max(_saved_ns(each, span) for each in self.comparison.reports)
-        saved_ns = _saved_ns(report, span)
-        return Text(f"{saved_ns / 1000:.1f}", style="green" if saved_ns == best and best > 0 else "")
+    def _head(self, span: Span, separator: str = "\n") -> str:
+        """The range, and under it what stands in a cell."""
+        units = "us  ops  step" if self._knows_steps else "us  ops"
+        return units if span is None or self.is_fixed else f"{tokens_of(span)} tokens{separator}{units}"
 
+    def _count(self, report: Report, rule: str) -> Text:
+        """How often a rule fired in a step, of its matches; range by range where that differs."""
+        if report.order and rule not in report.order:
+            return Text("-", style="dim")
+        ranges = [
+            (sum(each.count([rule])[rule] for each in graphs), sum(each.matched.get(rule, 0) for each in graphs))
+            for span in self.spans
+            if (graphs := [graph for graph in report.graphs if graph.range == span])
+        ]
+        fused, matched = (list(dict.fromkeys(column)) for column in zip(*ranges, strict=True))
+        told = fused if len(fused) == 1 else [count for count, _ in ranges]
+        if is_starved(report, rule):
+            return Text("starved", style="bold red")
+        cell = Text("/".join(map(str, told)), style="green" if any(told) else "dim")
+        return cell.append(f" of {max(matched)}", style="dim")
 
-def _saved_ns(report: Report, span: tuple[int, int] | None) -> int:
-    return sum(graph.saved_ns for graph in report.graphs if graph.range == span)
+    def _saved(self, report: Report, span: Span) -> Text:
+        best = max(Saved.of(each, span).saved_ns for each in self.comparison.reports)
+        saved = Saved.of(report, span)
+        cell = Text(us(saved.saved_ns), style="green" if saved.saved_ns == best and best > 0 else "")
+        cell.append(f" {saved.share:>5}", style="dim")
+        return cell.append(f" {saved.step_share:>5}" if self._knows_steps else "", style="dim")
 
+    def _whole(self, span: Span) -> str:
+        whole = Saved.of(self.comparison.reports[0], span)
+        return us(whole.unfused_ns) + (f" of {us(whole.step_ns)}" if whole.step_ns else "")
 
-def _span(span: tuple[int, int] | None) -> str:
-    return f"saved {tokens_of(span)}" if span else "saved"
+    def _legend(self) -> list[str]:
+        """What the columns are, and which policies come to the same."""
+        texts = [self._count(each, rule).plain for each, *_ in self.alike for rule in self.rules]
+        several = any("/" in text for text in texts)
+        counts = f"counts: fused, of the matches in a step{', range by range' if several else ''}"
+        step = "; step: of a whole step, estimated" if self._knows_steps else ""
+        counts += "; starved: others took all of its nodes" if "starved" in texts else ""
+        lines = [f"{counts}; us: saved a step{self._sizes()}; ops: of the time of what fusions contend for{step}"]
+        for report, *others in self.alike:
+            if others:
+                lines.append(f"{enumerate_names([*map(policy_name, (report, *others))])} do the same")
+        return lines
 
-
-def _at(span: tuple[int, int] | None) -> str:
-    return f"{tokens_of(span)}: " if span else ""
+    def _sizes(self) -> str:
+        """At which numbers of tokens; nothing where the graphs serve one size alone."""
+        graphs = [graph for graph in self.comparison.reports[0].graphs if graph.sizes]
+        if self.is_fixed:
+            return ""
+        middles = dict.fromkeys(graph.sizes[len(graph.sizes) // 2].tokens for graph in graphs)
+        ends = dict.fromkeys(
+            f"{graph.sizes[0].tokens:,} to {graph.sizes[-1].tokens:,}" for graph in graphs if graph.range is None
+        )
+        valid = f"; priced for {' and '.join(ends)} tokens, valid for all" if ends else ""
+        return f", at {', '.join(map(str, middles))} tokens{valid}"
 
 
 def matters(comparison: Comparison, rule: str) -> bool:
@@ -78,14 +155,22 @@ def matters(comparison: Comparison, rule: str) -> bool:
     return any(report.matched.get(rule, 0) for report in comparison.reports)
 
 
-def _starved(report: Report, rule: str) -> bool:
-    return bool(report.order) and report.matched.get(rule, 0) > 0 and not report.fused.get(rule, 0)
+def alike(reports: Sequence[Report]) -> list[list[Report]]:
+    """Reports that apply the same fusions, the first of each in front."""
+    grouped: dict[object, list[Report]] = {}
+    for report in reports:
+        grouped.setdefault(tuple((graph.graph, graph.range, graph.applied) for graph in report.graphs), []).append(
+            report
+        )
+    return list(grouped.values())
 
 
-def _cell(report: Report, rule: str) -> Text:
-    fused, matched = report.fused.get(rule, 0), report.matched.get(rule, 0)
-    style = "bold red" if _starved(report, rule) else "green" if fused else "dim"
-    if report.order and rule not in report.order:
-        return Text("not listed", style="dim")
-    cell = Text(str(fused), style=style).append(f" of {matched}", style="dim")
-    return cell.append(", starved", style="bold red") if _starved(report, rule) else cell
+def _broken(text: str, at: str, longest: int) -> list[str]:
+    """Lines of at most `longest` columns, broken behind a separator where that can be."""
+    lines = [""]
+    for word in (parts := text.split(at)):
+        piece = word if word is parts[-1] else f"{word}{at}"
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > longest:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]

@@ -1,8 +1,11 @@
 """The record on a terminal: what fired, what starved, where and why, on one screen."""
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from fuseplan.record import Comparison, ConflictClass, Report, changes, differences
@@ -10,87 +13,150 @@ from fuseplan.record.report import UNFUSED
 from fuseplan.record.text import printable, shown
 from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
-from fuseplan.report.policies import Policies, matters
-from fuseplan.report.text import count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
+from fuseplan.report.policies import Policies, alike, matters
+from fuseplan.report.savings import is_starved, verdict
+from fuseplan.report.summary import alone
+from fuseplan.report.text import PLAIN, count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
+
+Section = Callable[[Comparison], list[RenderableType]]
 
 
-def render_comparison(comparison: Comparison) -> RenderableType:
-    """One screen: a headline, a table of policies by rules, conflicts, near misses, warnings, and where the time
-    went. Names of models that aren't printable are shown as Python writes them.
+def render_comparison(comparison: Comparison, *, verbose: bool = False) -> RenderableType:
+    """One screen: a verdict, a table of policies by rules, near misses and warnings. Names of models that aren't
+    printable are shown as Python writes them.
+
+    Args:
+        comparison: of at least one policy.
+        verbose: with conflicts, what was declined, what was recognised and where the time went; so it is where nothing
+            matches.
     """
     comparison = shown(comparison)
-    return Group(_headline(comparison), Text(), *_sections(comparison), Text(), _footer(comparison))
+    verbose = verbose or not _matches(comparison)
+    parts = [
+        _headline(comparison),
+        Text(),
+        *_sections(comparison, verbose=verbose),
+        Text(),
+        *_footer(comparison, verbose),
+    ]
+    return Group(verdict(comparison), Text(), *parts)
 
 
-def render_report(report: Report, name: str = "model") -> RenderableType:
+def render_report(report: Report, name: str = "model", *, verbose: bool = False) -> RenderableType:
     """One screen for one report, of `fuseplan.compile` or `fuseplan.explain`: `rich.print(render_report(report))`.
 
     Args:
         report: on one policy.
         name: of what was compiled.
+        verbose: as of `render_comparison`.
     """
     report, name = shown(report), printable(name)
-    spans = dict.fromkeys(graph.range for graph in report.graphs)
-    devices = dict.fromkeys(graph.plan.device for graph in report.graphs if graph.plan is not None)
-    comparison = Comparison(
-        workload=name, tp=1, device=", ".join(devices), ranges=tuple(span for span in spans if span), reports=(report,)
-    )
+    comparison = alone(report, name)
     graphs = len({graph.graph for graph in report.graphs})
-    priced = f", priced for {comparison.device}" if devices else ""
+    priced = f", priced for {comparison.device}" if comparison.device else ""
     headline = Text.assemble((name, "bold"), f"  {policy_name(report)}, {count_of(graphs, 'graph')}{priced}")
-    return Group(headline.append_text(_recognised(report)), Text(), *_sections(comparison))
+    verbose = verbose or not _matches(comparison)
+    hidden = [_recognised(report)] if verbose else _hidden(comparison)
+    parts = [*_sections(comparison, verbose=verbose), *([Text(), *hidden] if hidden else [])]
+    return Group(verdict(comparison), Text(), headline, *([Text()] if _matches(comparison) else []), *parts)
 
 
-def _sections(comparison: Comparison) -> list[RenderableType]:
+def _sections(comparison: Comparison, *, verbose: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [*_table(comparison)]
-    sections = (
+    sections = [
         _what_if(comparison),
-        _conflicts(comparison),
-        _uncontested(comparison),
-        _not_worth_it(comparison),
-        _forbidden(comparison),
-        render_near_misses(comparison.reports[0].near_misses),
-        _assumed(comparison),
+        *([lines for _, lines in _asides(comparison)] if verbose else []),
+        _by_range(comparison, _forbidden),
+        _by_range(comparison, _near),
+        *([_by_range(comparison, _far)] if verbose else []),
+        _by_range(comparison, _assumed),
         _pending(comparison),
         _warnings(comparison),
-    )
+    ]
     for section in sections:
         if section:
             parts += [Text(), *section]
     return parts
 
 
+def _matches(comparison: Comparison) -> bool:
+    return any(any(report.matched.values()) for report in comparison.reports)
+
+
+def _by_range(comparison: Comparison, section: Section) -> list[RenderableType]:
+    """A section that counts what a step has. Ranges in which it comes to the same, figures aside, are told once."""
+    found: dict[str, list[tuple[str, list[RenderableType]]]] = {}
+    every = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
+    for span in every:
+        lines = section(_only(comparison, span))
+        if lines:
+            name = tokens_of(span) if span else ""
+            found.setdefault(re.sub(r"[0-9]+\.[0-9]+", "", _plain(lines)), []).append((name, lines))
+    parts: list[RenderableType] = []
+    for same in found.values():
+        spans, lines = [name for name, _ in same], same[0][1]
+        if len(same) < len(every):
+            parts.append(Text(f"at {enumerate_names(spans)} tokens", style="dim"))
+        elif len(spans) > 1 and len({_plain(each) for _, each in same}) > 1:
+            parts.append(Text(f"at {spans[0]} tokens, and likewise at {enumerate_names(spans[1:])}", style="dim"))
+        parts += lines
+    return parts
+
+
+def _only(comparison: Comparison, span: tuple[int, int] | None) -> Comparison:
+    """What concerns one range."""
+    reports = (replace(each, graphs=tuple(g for g in each.graphs if g.range == span)) for each in comparison.reports)
+    return replace(comparison, reports=tuple(reports))
+
+
+def _plain(lines: Sequence[RenderableType]) -> str:
+    text = io.StringIO()
+    Console(file=text, width=1000, **PLAIN).print(Group(*lines))
+    return " ".join(text.getvalue().split())
+
+
+def _near(comparison: Comparison) -> list[RenderableType]:
+    return render_near_misses(comparison.reports[0].near_misses)[0]
+
+
+def _far(comparison: Comparison) -> list[RenderableType]:
+    return render_near_misses(comparison.reports[0].near_misses)[1]
+
+
+def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
+    """What explains a plan, and nobody has to act on."""
+    return [
+        ("conflicts", _by_range(comparison, _conflicts)),
+        ("what is uncontested", _by_range(comparison, _uncontested)),
+        ("what isn't worth it", _by_range(comparison, _not_worth_it)),
+    ]
+
+
+def _hidden(comparison: Comparison) -> list[RenderableType]:
+    """That there is more, where there is."""
+    names = [name for name, lines in _asides(comparison) if lines]
+    names += ["what was declined"] if _far(comparison) else []
+    return [Text(f"more with -v: {enumerate_names(names)}", style="dim")] if names else []
+
+
 def _headline(comparison: Comparison) -> Text:
-    spans = ", ".join(map(tokens_of, comparison.ranges))
     graphs = len({graph.graph for graph in comparison.reports[0].graphs})
     text = Text()
     text.append(comparison.workload, style="bold")
-    text.append(f"  TP={comparison.tp}, providers of {comparison.device}, ")
-    text.append(f"{count_of(graphs, 'graph')} in {count_of(len(comparison.ranges), 'compile range')} (tokens {spans})")
-    return text.append_text(_recognised(comparison.reports[0]))
+    return text.append(f"  TP={comparison.tp}, providers of {comparison.device}, {count_of(graphs, 'graph')}")
 
 
 def _recognised(report: Report) -> Text:
+    """The ops that a step has."""
+    spans = dict.fromkeys(graph.range for graph in report.graphs)
+    report = replace(report, graphs=tuple(graph for graph in report.graphs if graph.range == next(iter(spans))))
     found = ", ".join(f"{count} {name}" for name, count in sorted(report.recognized.items()) if count)
-    return Text(f"\nrecognised: {found}" if found else "", style="dim")
+    return Text(f"recognised: {found or 'nothing'}", style="dim")
 
 
 def _table(comparison: Comparison) -> list[RenderableType]:
     rules = sorted({rule for report in comparison.reports for rule in report.matched if matters(comparison, rule)})
-    if not rules:
-        known = sorted({rule for report in comparison.reports for rule in report.rules})
-        return [Text(f"nothing to fuse: none of {', '.join(known)} matches anywhere")]
-    legend = "fired, of the matches there are on the unmodified graphs"
-    return [Policies(comparison, rules), Text(f"{legend}; {_saving_legend(comparison)}", style="dim")]
-
-
-def _saving_legend(comparison: Comparison) -> str:
-    sizes = [graph.sizes[len(graph.sizes) // 2].tokens for graph in comparison.reports[0].graphs if graph.sizes]
-    middles = ", ".join(str(tokens) for tokens in dict.fromkeys(sizes))
-    spans = [graph.sizes for graph in comparison.reports[0].graphs if graph.range is None and len(graph.sizes) > 1]
-    ends = dict.fromkeys(f"{sizes[0].tokens:,} to {sizes[-1].tokens:,}" for sizes in spans)
-    valid = f"; priced for {' and '.join(ends)} tokens, valid for all" if ends else ""
-    return f"saved: us a step at the middle of each range ({middles} tokens){valid}"
+    return [Policies(comparison, rules)] if rules else []
 
 
 def _what_if(comparison: Comparison) -> list[RenderableType]:
@@ -106,7 +172,7 @@ def _what_if(comparison: Comparison) -> list[RenderableType]:
     grouped: dict[tuple[str, str, tuple[str, ...]], int] = {}
     for change in changes(free, asked):
         key = (change.before, change.after, change.sources)
-        grouped[key] = grouped.get(key, 0) + change.count
+        grouped[key] = max(grouped.get(key, 0), change.count)  # of a step: a range is another one
     for (before, after, sources), count in grouped.items():
         where = f": {places(sources)}" if sources else ""
         lines.append(indented(f"{after} in place of {before} in {count_of(count, 'place')}{where}"))
@@ -140,7 +206,8 @@ def _forbidden(comparison: Comparison) -> list[RenderableType]:
 def _conflicts(comparison: Comparison) -> list[RenderableType]:
     """One paragraph for each set of places: who wants them, and who gets them under each policy."""
     contests: dict[tuple[str, tuple[str, ...]], list[tuple[Report, ConflictClass]]] = {}
-    for report in comparison.reports:
+    reports = [first for first, *_ in alike(comparison.reports)]
+    for report in reports:
         for conflict in (each for each in report.conflicts if each.winner != UNFUSED):
             contests.setdefault((conflict.op, conflict.sources), []).append((report, conflict))
     lines: list[RenderableType] = []
@@ -149,24 +216,25 @@ def _conflicts(comparison: Comparison) -> list[RenderableType]:
         text = f"{enumerate_names(rules)} want the same {op}, which can be in one fusion only"
         lines.append(entry("conflict", text))
         lines += [indented(f"where  {places(sources)}")] if sources else []
-        for report in comparison.reports:
+        for report in reports:
             mine = [conflict for owner, conflict in rows if owner is report]
-            lines += [indented(_verdict(report, mine))] if mine else []
+            lines += [indented(_outcome(report, mine))] if mine else []
     return lines
 
 
-def _verdict(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
-    verdict = Text(f"{policy_name(report)}: ")
+def _outcome(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
+    told = Text(f"{policy_name(report)}: ")
     winners = {conflict.winner: conflict.count for conflict in conflicts}
-    verdict.append(enumerate_names([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
+    told.append(enumerate_names([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
     losers: dict[str, list[ConflictClass]] = {}
     for conflict in conflicts:
         losers.setdefault(conflict.loser, []).append(conflict)
     for rule, rows in losers.items():
-        left = report.fused.get(rule, 0)
-        verdict.append(f", {rule} is left with {left}", style="" if left else "red")
-        verdict.append(_margin(rows[0]))
-    return verdict
+        told.append(
+            f", {rule} is left with {report.fused.get(rule, 0)}", style="red" if is_starved(report, rule) else ""
+        )
+        told.append(_margin(rows[0]))
+    return told
 
 
 def _margin(conflict: ConflictClass) -> str:
@@ -239,12 +307,14 @@ def _warnings(comparison: Comparison) -> list[RenderableType]:
     return [entry("warning", text) for text in texts]
 
 
-def _footer(comparison: Comparison) -> Text:
+def _footer(comparison: Comparison, verbose: bool) -> list[RenderableType]:
+    notes: list[RenderableType] = [Text(f"note  {note}", style="dim") for note in comparison.notes]
+    if not verbose:
+        return [*notes, *_hidden(comparison)]
     stages: dict[str, int] = {}
     for graph in comparison.reports[0].graphs:
         for stage, time_ns in graph.stages_ns.items():
             stages[stage] = stages.get(stage, 0) + time_ns
     times = [f"build and trace {comparison.trace_ns / 1e9:.1f} s"]
     times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in stages.items()]
-    notes = "".join(f"note  {note}\n" for note in comparison.notes)
-    return Text(f"{notes}time  {', '.join(times)}", style="dim")
+    return [_recognised(comparison.reports[0]), *notes, Text(f"time  {', '.join(times)}", style="dim")]

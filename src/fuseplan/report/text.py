@@ -1,7 +1,11 @@
 """Small things that every text about a report needs: counts, lists, indents, names of policies."""
 
+import io
+import shutil
 from collections.abc import Sequence
+from typing import Any
 
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -9,6 +13,20 @@ from rich.text import Text
 from fuseplan.record import Reason, Refusal, Report
 
 INDENT = 13
+
+PIPED_WIDTH = 110
+"""Columns of output that goes to no terminal, unless COLUMNS says otherwise."""
+
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+"""Of consoles: names of workloads, modules and files are shown as they are."""
+
+
+def as_text(content: RenderableType) -> str:
+    """What is shown where there is no colour: as wide as the terminal, or `PIPED_WIDTH` columns."""
+    width, text = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns, io.StringIO()
+    Console(file=text, width=width, **PLAIN).print(content)
+    # Tables fill their lines up to their width.
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def policy_name(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,9 @@ REPEAT_NS = 2_000_000
 
 MOST_CALLS = 1024
 """Calls in one repeat: so many of even the shortest kernel last long enough."""
+
+BUSY = 0.5
+"""Of its processors: a load beyond which a machine has other work."""
 
 WARM_UPS = 3
 CPU_CACHE_BYTES = 32 * 2**20
@@ -195,6 +199,14 @@ def _settle(subject: Subject, ranks: Ranks, device: torch.device, least_ns: int)
             return
         count = math.ceil(1.2 * count * least_ns / lasted)
         count = min(MOST_CALLS, math.ceil(count / len(subject.sets)) * len(subject.sets) if count > 1 else 2)
+
+
+def busy() -> list[str]:
+    """That other work runs on this machine, where it does: to be asked before anything is compiled."""
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= BUSY * processors + 0.5:
+        return []
+    return [f"this machine is busy (load {load:.1f} on {processors} processors): times move with what else runs"]
 
 
 def cache_bytes(device: torch.device) -> int:

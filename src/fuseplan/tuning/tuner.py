@@ -11,8 +11,9 @@ from torch import fx
 
 from fuseplan.errors import FuseplanError
 from fuseplan.planner.costs import Provenance, Row
-from fuseplan.planner.pricing import row_key
+from fuseplan.planner.pricing import UNFUSED, row_key
 from fuseplan.record import Verification
+from fuseplan.record.paired import Paired
 from fuseplan.record.text import one_line
 from fuseplan.tuning.clock import Call, Subject, Times, cache_bytes, interleaved, subject_of
 from fuseplan.tuning.compiled import argument_sets, at_size, compiled, producers, specs_of
@@ -55,6 +56,23 @@ class Step:
     total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unclear:
+    """An alternative whose repeats don't tell it from the component without fusions.
+
+    Attributes:
+        site: the signature of the component's sites.
+        alternative: its name in the table.
+        tokens: at which size.
+        beside_unfused: how much longer it takes.
+    """
+
+    site: str
+    alternative: str
+    tokens: int
+    beside_unfused: Paired
+
+
 @dataclass(kw_only=True)
 class Tuner:
     """Measures.
@@ -68,6 +86,7 @@ class Tuner:
         watch: is told what is being done.
         saved: the rows of all classes that are done.
         skipped: what isn't measured.
+        unclear: what is measured, and could be faster than the component without fusions or slower.
     """
 
     verifier: Verifier
@@ -78,6 +97,7 @@ class Tuner:
     watch: Callable[[Step], None]
     saved: list[Row] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    unclear: list[Unclear] = field(default_factory=list)
     _done: int = 0
     _total: int = 0
 
@@ -169,6 +189,10 @@ class Tuner:
         finally:
             for subject in subjects.values():
                 subject.close()
+        for name in [name for name in times if name not in (UNFUSED, PRODUCERS) and UNFUSED in times]:
+            beside = Paired.of(times[name], times[UNFUSED])
+            if not beside.is_clear and not beside.is_even(Times.of(times[UNFUSED]).median_ns):
+                self.unclear.append(Unclear(site=work.signature, alternative=name, tokens=rows, beside_unfused=beside))
         return {name: Times.of(repeats) for name, repeats in times.items()}
 
     def _row(self, work: Work, name: str, rows: int, times: Times, less: int) -> Row:

@@ -36,7 +36,7 @@ def constant_rows(constants: Iterable[DeviceConstant]) -> list[list[Any]]:
 
 
 def size_rows(sizes: Iterable[SizePoint]) -> dict[str, Any]:
-    """`points`: [tokens, unfused, [saved, outcome] by policy]; `outcomes`: what is applied, counted by rule and
+    """`points`: [tokens, unfused, [saved, outcome] by policy, step]; `outcomes`: what is applied, counted by rule and
     provider.
     """
     outcomes = Table()
@@ -45,6 +45,7 @@ def size_rows(sizes: Iterable[SizePoint]) -> dict[str, Any]:
             point.tokens,
             point.unfused_ns,
             [[at.saved_ns, outcomes.add(tuple(sorted(at.fused.items())))] for at in point.policies],
+            point.step_ns,
         ]
         for point in sizes
     ]

@@ -3,30 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fuseplan.record import Comparison, ConflictClass, Loss, Reason, Report
+from fuseplan.record import Comparison, ConflictClass, Reason, Report
 from fuseplan.record.report import UNFUSED
 from fuseplan.report.places import places
-from fuseplan.report.text import policy_name
+from fuseplan.report.savings import is_covered, losses_of, verdict
 
 
 def headline(comparison: Comparison) -> str:
-    """One sentence: who starves, or else who loses most, or else what the first policy does."""
-    rows = sorted(verdicts(comparison), key=lambda row: row["fused"] / max(1, row["matched"]))
-    if rows:
-        row, name = rows[0], policy_name(comparison.reports[rows[0]["policy"]])
-        if row["state"] == "starved":
-            return f"{row['loser']} starves under {name}: 0 of {row['matched']} matches fire"
-        return f"{row['loser']} is left with {row['fused']} of {row['matched']} matches under {name}"
-    if not comparison.reports:
-        return "Nothing was compared"
-    report = comparison.reports[0]
-    fused, matched = sum(report.fused.values()), sum(report.matched.values())
-    if fused:
-        starving = "; no rule starves under any order" if any(each.order for each in comparison.reports) else ""
-        return f"{policy_name(report)} applies {fused} fusion{'s' if fused > 1 else ''}{starving}"
-    if not matched:
-        return "Nothing to fuse: no rule matches anywhere"
-    return f"{policy_name(report)} applies none of {matched} matches"
+    """What the first policy saves, and of what."""
+    return verdict(comparison, orders=False).plain if comparison.reports else "Nothing was compared"
 
 
 def verdicts(comparison: Comparison) -> list[dict[str, Any]]:
@@ -80,29 +65,12 @@ def rule_state(report: Report, rule: str) -> str:
         return "covered"
     if report.order:
         return "starved"
-    losses = list(_losses(report, rule))
+    losses = list(losses_of(report, rule))
     if losses and all(loss.forbidden for loss in losses):
         return "forbidden"
     if not losses and any(each.rule == rule and each.reason is Reason.UNPRICED for each in report.warnings):
         return "unpriced"
     return "outdone" if any(loss.blocked_by for loss in losses) else "worth"
-
-
-def is_covered(report: Report, rule: str) -> bool:
-    """Whether all that a rule loses goes to fusions that take all that it would: a composed rule does its work."""
-    losses = list(_losses(report, rule))
-    return bool(losses) and all(
-        any(set(loss.fusion.consumed) <= set(winner.consumed) for winner in loss.blocked_by) for loss in losses
-    )
-
-
-def _losses(report: Report, rule: str) -> Iterator[Loss]:
-    for graph in report.graphs:
-        taken = {(fusion.rule, fusion.anchor) for fusion in graph.applied}
-        for loss in graph.lost:
-            # Another provider of a match that is applied has lost nothing of its rule's.
-            if loss.fusion.rule == rule and (rule, loss.fusion.anchor) not in taken:
-                yield loss
 
 
 def behind_us(report: Report, first: Report) -> list[float]:

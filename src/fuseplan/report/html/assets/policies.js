@@ -22,7 +22,8 @@ function drawPolicies() {
         ...(point
             ? [
                   [`saved at ${number(point.tokens)}`, "figure"],
-                  ["of unfused", "figure"],
+                  [`of the ops’ ${bare(point.unfused)}`, "figure"],
+                  ...(point.step ? [[`of a step’s ${bare(point.step)}, about`, "figure"]] : []),
               ]
             : []),
         [several ? `saved, plan of ${spanText(spanNow())}` : "saved", "figure"],
@@ -42,7 +43,7 @@ function drawPolicies() {
         several ? `range ${spanText(spanNow())}, all ranges below` : "the range",
         contest ? `; the place shown is ${contest.source || contest.site}` : null,
         contest?.alike > 1 ? `, one of ${contest.alike} alike` : null,
-        "; times in µs a step",
+        "; times in µs a step; the ops are those that fusions contend for, unfused, and a step is estimated",
     );
     if (focused) byId("policies-table").querySelector("input:checked")?.focus();
 }
@@ -77,13 +78,14 @@ function policyPick(policy) {
 /** What a policy saves if it has to serve the size at hand alone; the most of all is bold. */
 function savedCells(policy, point) {
     const at = policy.counterfactual ? null : point.at[policy.index];
-    if (!at) return [el("td.figure", null, "–"), el("td.figure", null, "–")];
+    if (!at) return [1, 2, ...(point.step ? [3] : [])].map(() => el("td.figure", null, "–"));
     const most = Math.max(...point.at.map((each) => each.saved));
     const text = at.saved === most && most > 0 ? el("b", null, bare(at.saved)) : bare(at.saved);
     const priced = COSTS.some((row) => row.tokens === point.tokens);
     return [
         el("td.figure", null, priced ? rowsLink({ tokens: point.tokens }, "size", text) : text),
         el("td.figure", null, share(at.saved, point.unfused)),
+        ...(point.step ? [el("td.figure", null, share(at.saved, point.step))] : []),
     ];
 }
 

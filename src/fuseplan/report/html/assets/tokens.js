@@ -40,7 +40,7 @@ function unitPicker() {
         "fieldset.segments",
         null,
         el("legend.unseen", null, "Unit of the chart"),
-        pick("share", "% of unfused"),
+        pick("share", "% of these ops"),
         pick("us", "µs a step"),
     );
 }
@@ -234,7 +234,7 @@ function readoutOf() {
 function valueText() {
     const point = pointNow();
     const at = point.at[STATE.policy];
-    const saved = at ? `, ${policyNow().name} saves ${us(at.saved)}, ${share(at.saved, point.unfused)}` : "";
+    const saved = at ? `, ${policyNow().name} saves ${us(at.saved)}, ${share(at.saved, point.unfused)} of the ops’ time` : "";
     return `${plural(point.tokens, "token")}, compile range ${spanText(spanNow())}${saved}`;
 }
 

@@ -15,9 +15,10 @@ const COSTS = VIEW.costs.map((row) => readCost(row));
 const POLICIES = VIEW.policies.map((policy, index) => ({ ...policy, index, letter: letterOf(policy, index) }));
 const POINTS = VIEW.sizes.points
     .filter(([, unfused]) => unfused)
-    .map(([tokens, unfused, at]) => ({
+    .map(([tokens, unfused, at, step]) => ({
         tokens,
         unfused,
+        step,
         at: at.map(([saved, outcome]) => ({ saved, outcome })),
     }));
 

@@ -1,0 +1,348 @@
+"""What was measured, read from `benchmarks/results`: the table and the chart of README, and facts that pages state.
+
+make pictures                             # writes README's table anew, and the chart
+PYTHONPATH=src:. python docs/make_pictures.py measured.svg README.md
+"""
+
+import html
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from docs.blocks import ROOT
+
+RESULTS = ROOT / "benchmarks/results"
+README = ROOT / "README.md"
+START, END = "<!-- measured: written by make pictures -->", "<!-- /measured -->"
+
+NAMES = {"llama-3.1-8b": "Llama-3.1-8B", "llama-3.1-8b-fp8": "Llama-3.1-8B in fp8", "qwen3-8b": "Qwen3-8B",
+         "gemma-3-12b": "Gemma-3-12B", "gpt-oss-20b": "gpt-oss-20b"}  # fmt: skip
+
+
+def committed(name: str) -> dict[str, Any]:
+    """A file of measured results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+class Gain(NamedTuple):
+    """One bar: whole steps, times as fast as the same without fuseplan.
+
+    Attributes:
+        label: what differs within the group.
+        times: under the default configuration, or the one that the group names.
+        further: with the flags that are off by default, where that was measured too.
+        is_clear: whether the quartiles of both sides lie apart.
+    """
+
+    label: str
+    times: float
+    further: float | None = None
+    is_clear: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Bars of one model on one machine."""
+
+    title: str
+    gains: Sequence[Gain]
+
+
+# The chart.
+
+
+def groups() -> list[Group]:
+    """Whole decode steps, as they were measured beside plain `torch.compile` or vLLM."""
+    return [*_one_gpu(), _tensor_parallel(), _orders(), *_vllm()]
+
+
+def _one_gpu() -> Iterator[Group]:
+    found = committed("decode_one_gpu_h200")
+    steps = decode_steps(found)
+    for model in dict.fromkeys(row["model"] for row in steps):
+        gains = []
+        for row in (each for each in steps if each["model"] == model):
+            times = row["times_faster"]
+            gains.append(Gain(f"batch {row['batch']}", times["fuseplan"], times.get("fuseplan, all")))
+        yield Group(f"{NAMES[model]}, Hugging Face, one {gpu(found)}", gains)
+
+
+def decode_steps(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Decode steps in bfloat16 that were measured with the present kernels."""
+    rows: list[dict[str, Any]] = found["rows"]
+    return [row for row in rows if row["tokens"] == 1 and row["dtype"] == "bfloat16" and "note" not in row]
+
+
+def _tensor_parallel() -> Group:
+    found = committed("decode_h100x2")
+    gains = [
+        Gain(f"batch {row['batch']}", 1 / (1 - row["without_guards"]["less_time_percent"] / 100))
+        for row in found["rows"]
+    ]
+    return Group(f"Llama-3.1-8B, Hugging Face, {found['ranks']} {gpu(found)}s", gains)
+
+
+def _orders() -> Group:
+    found = committed("bench_gpt_oss_120b_h100x2")
+    gains = [
+        Gain(f"batch {each['batch']}", 1 / (1 + row["change"]), is_clear=not row["noise"])
+        for each in found["batches"]
+        for row in each["policies"]
+        if row["policy"] == "planned"
+    ]
+    return Group(f"gpt-oss-120b, plain PyTorch, {found['tp']} {found['device'].upper()}s", gains)
+
+
+def _vllm() -> Iterator[Group]:
+    found = committed("vllm_turns_h200")
+    for row in found["rows"]:
+        stock, planned = (row[side]["tpot"] for side in ("stock", "fuseplan"))
+        gains = []
+        for count in sorted(stock, key=int):
+            (before, low, high), (after, least, most) = stock[count], planned[count]
+            is_clear = most < low or high < least
+            gains.append(Gain(_count(int(count), "request"), before / after, is_clear=is_clear))
+        version = ".".join(row["stock"]["vllm"].split(".")[:2])
+        yield Group(f"{NAMES[row['model']]}, vLLM {version}, one {gpu(found)}", gains)
+
+
+WIDTH, ROW, TITLE, LEFT, TOP = 860, 15, 26, 120, 62
+LEAST = 0.75
+"""Where the axis starts."""
+STYLE = """
+svg { --ground: #f7f8fa; --frame: #d4d9e0; --ink: #1f2733; --dim: #5c6773; --bar: #1f6feb; --more: #9cc3ff }
+@media (prefers-color-scheme: dark) { svg { --ground: #14181f; --frame: #2c3440; --ink: #d7dde5; --dim: #8b96a5;
+--bar: #4c8df6; --more: #26497f } }
+.ground { fill: var(--ground); stroke: var(--frame) } .grid { stroke: var(--frame) } .one { stroke: var(--dim) }
+text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--ink) }
+.head { font-weight: 700; paint-order: stroke; stroke: var(--ground); stroke-width: 5px }
+.dim { fill: var(--dim) } .end { text-anchor: end } .middle { text-anchor: middle }
+.bar { fill: var(--bar) } .more { fill: var(--more) } .unclear { fill: none; stroke: var(--dim); stroke-dasharray: 3 2 }
+"""
+
+
+def gains() -> str:
+    """Whole decode steps."""
+    return chart("A decode step with fuseplan, times as fast as the same model without it", groups())
+
+
+def region() -> str:
+    """The all-in-one kernel beside others' best."""
+    found = [committed(name) for name in ("region_h100x2", "region_h100x4", "region_h200x2")]
+    shown = [
+        Group(
+            f"{each['ranks']} {gpu(each)}s, beside the best of {_peers(each)}",
+            [Gain(_count(row["tokens"], "token"), row["speedup_over_peers_single"]) for row in each["rows"]],
+        )
+        for each in found
+    ]
+    return chart("All-reduce + add + RMSNorm + pad in one kernel, times as fast as others' best single fusion", shown)
+
+
+def kernels() -> str:
+    """Kernels alone, at the fewest, a middle and the most rows."""
+    found = committed("kernels_h200")
+    sizes = sorted({row["rows"] for row in found["rows"]})
+    chosen = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    speedups = {(row["op"], row["rows"]): row["speedup_over_torch_compile"] for row in found["rows"]}
+    shown = [
+        Group(op, [Gain(_count(size, "row"), speedups[op, size]) for size in chosen if (op, size) in speedups])
+        for op in dict.fromkeys(row["op"] for row in found["rows"])
+    ]
+    return chart(f"Kernels on one {gpu(found)}, times as fast as torch.compile's own code", shown)
+
+
+def chart(title: str, shown: Sequence[Group]) -> str:
+    """Bars as SVG, for light and dark pages."""
+    drawn, y = list[str](), TOP
+
+    def place(times: float) -> float:
+        return round(LEFT + (times - LEAST) * (WIDTH - LEFT - 90) / (longest - LEAST), 1)
+
+    longest = max(max(gain.times, gain.further or 0) for group in shown for gain in group.gains)
+    for group in shown:
+        y += TITLE
+        drawn.append(_text(16, y - 7, group.title, "head"))
+        for gain in group.gains:
+            drawn += _bar(gain, y, place)
+            y += ROW
+    height = y + 16
+    ticks = [1 + half / 2 for half in range(1 + int((longest - 1) / 0.5))]
+    grid = [
+        f'<path d="M{place(tick)} {TOP}V{height - 12}" class="{"one" if tick == 1 else "grid"}"/>'
+        + _text(place(tick), TOP - 6, f"{tick:g}×" if tick > 1 else "as fast", "dim middle")
+        for tick in ticks
+    ]
+    legend = [_text(16, 24, title, "head")]
+    if any(gain.further for group in shown for gain in group.gains):
+        legend.append('<rect x="560" y="14" width="12" height="11" class="bar"/>' + _text(577, 24, "default", "dim"))
+        legend.append(
+            '<rect x="640" y="14" width="12" height="11" class="more"/>' + _text(657, 24, "all flags on", "dim")
+        )
+    if any(not gain.is_clear for group in shown for gain in group.gains):
+        legend.append(
+            '<rect x="745" y="14" width="12" height="11" class="unclear"/>' + _text(762, 24, "unclear", "dim")
+        )
+    body = "\n".join([*legend, *grid, *drawn])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">\n'
+        f"<style>{STYLE}</style>\n"
+        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="6" class="ground"/>\n{body}\n</svg>\n'
+    )
+
+
+def _bar(gain: Gain, y: int, place: Callable[[float], float]) -> list[str]:
+    """A bar from 1 on, to the left where a step is slower."""
+    kind = "bar" if gain.is_clear else "unclear"
+    ends = [(kind, gain.times)]
+    if gain.further is not None:
+        ends.insert(0, ("more", gain.further))
+    bars = [
+        f'<rect x="{min(place(end), place(1))}" y="{y}" width="{max(abs(place(end) - place(1)), 0.5):.1f}" '
+        f'height="{ROW - 4}" class="{name}"/>'
+        for name, end in ends
+    ]
+    told = " / ".join(f"{end:.2f}" for _, end in reversed(ends)) + ("" if gain.is_clear else " unclear")
+    right = max(place(1), *(place(end) for _, end in ends)) + 5
+    return [_text(LEFT - 8, y + ROW - 5, gain.label, "dim end"), *bars, _text(right, y + ROW - 5, told, "")]
+
+
+def _text(x: float, y: float, content: str, kind: str) -> str:
+    return f'<text x="{x}" y="{y}" class="{kind}">{html.escape(content)}</text>'
+
+
+# The table.
+
+
+def gpu(found: dict[str, Any]) -> str:
+    """The name of a GPU as people say it: `H200`."""
+    name: str = found.get("device") or found["versions"]["device"]
+    return name.removeprefix("NVIDIA ").split()[0].upper()
+
+
+def table() -> str:
+    """The rows of README: machines and engines, and what was measured there."""
+    head = ("GPUs", "engine", "what", "measured", "results")
+    lines = [head, ("---",) * len(head), *_rows()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _rows() -> Iterator[tuple[str, ...]]:
+    found = committed("decode_one_gpu_h200")
+    steps = decode_steps(found)
+    told = []
+    for model in dict.fromkeys(row["model"] for row in steps):
+        times = [row["times_faster"]["fuseplan"] for row in steps if row["model"] == model]
+        told.append(f"{NAMES[model]} {_span(times)}")
+    one = f"one {gpu(found)}"
+    yield one, "`torch.compile`, Hugging Face", f"a decode step of {found['layers']} layers, {_batches(steps)}", \
+        f"times as fast: {', '.join(told)}", _link("decode_one_gpu_h200")  # fmt: skip
+    yield _vllm_row()
+    found = committed("kernels_h200")
+    speedups = [row["speedup_over_torch_compile"] for row in found["rows"]]
+    yield one, "kernels alone", "norms, activations, rotary embedding", \
+        f"{_span(speedups)} times as fast as `torch.compile`'s", _link("kernels_h200")  # fmt: skip
+    found = committed("decode_h100x2")
+    less = [row["without_guards"]["less_time_percent"] for row in found["rows"]]
+    several = f"{found['ranks']} {gpu(found)}s"
+    yield several, "`torch.compile`, Hugging Face", \
+        f"a decode step of Llama-3.1-8B, {found['layers']} layers, {_batches(found['rows'])}, guards skipped", \
+        f"{_percent(less)} less time", _link("decode_h100x2")  # fmt: skip
+    found = committed("bench_gpt_oss_120b_h100x2")
+    less = [-100 * row["change"] for each in found["batches"] for row in each["policies"] if row["policy"] == "planned"]
+    yield several, "`torch.compile`, plain PyTorch", \
+        f"a decode step of gpt-oss-120b's shape, {_layers_of_bench()} layers, {_batches(found['batches'])}", \
+        f"{_percent(less, 1)} less time", _link("bench_gpt_oss_120b_h100x2")  # fmt: skip
+    for name in ("region_h100x2", "region_h100x4", "region_h200x2"):
+        found = committed(name)
+        speedups = [row["speedup_over_peers_single"] for row in found["rows"]]
+        sizes = [row["tokens"] for row in found["rows"]]
+        yield f"{found['ranks']} {gpu(found)}s", "kernels alone", \
+            f"all-reduce + add + RMSNorm + pad in one, {sizes[0]} to {sizes[-1]:,} tokens", \
+            f"{_span(speedups)} times as fast as the best of {_peers(found)}", _link(name)  # fmt: skip
+    yield "8 GPUs; AMD's", "", "nothing was run: prices are modelled", "", ""
+
+
+def _vllm_row() -> tuple[str, ...]:
+    found = committed("vllm_turns_h200")
+    told = []
+    for group in _vllm():
+        changes = [
+            f"{100 * abs(1 - 1 / gain.times):.0f} % {'less' if gain.times > 1 else 'more'}" for gain in group.gains
+        ]
+        doubt = "" if all(gain.is_clear for gain in group.gains) else ", within the spread"
+        told.append(f"{group.title.split(', ')[0]}: {' and '.join(changes)} time a token{doubt}")
+    counts = " and ".join(gain.label.split()[0] for gain in group.gains)
+    layers = found["rows"][0]["layers"]
+    version = found["rows"][0]["stock"]["vllm"]
+    return f"one {gpu(found)}", f"vLLM {version}", f"{layers} layers, {counts} requests", "; ".join(told), \
+        _link("vllm_turns_h200")  # fmt: skip
+
+
+def _peers(found: dict[str, Any]) -> str:
+    return "NCCL and FlashInfer" if found["flashinfer"] == "installed" else "NCCL"
+
+
+def _link(name: str) -> str:
+    return f"[JSON](benchmarks/results/{name}.json)"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _percent(values: Sequence[float], digits: int = 0) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f} %"
+
+
+def _batches(rows: Sequence[dict[str, Any]]) -> str:
+    return f"batch {', '.join(str(size) for size in sorted({row['batch'] for row in rows}))}"
+
+
+def with_table(text: str) -> str:
+    """README's text with the table of today's results."""
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
+
+
+# Facts, as pages state them.
+
+
+def gpus_run() -> str:
+    """The GPUs that something was measured on: `H100 and H200`."""
+    named = (str(each.get("device") or each.get("versions", {}).get("device") or "") for each in _every_result())
+    return _listed(sorted({gpu({"device": name}) for name in named if name.upper().startswith(("NVIDIA", "AMD"))}))
+
+
+def ranks_run() -> str:
+    """How many ranks all-reduces were measured with: `2 and 4`."""
+    found = (each.get("ranks") or each.get("tp") for each in _every_result())
+    return _listed([str(count) for count in sorted({count for count in found if count})])
+
+
+def layers_run() -> str:
+    """How many layers the models of the chart have: `4 to 12`."""
+    found = [committed(name)["layers"] for name in ("decode_one_gpu_h200", "decode_h100x2")]
+    found += [row["layers"] for row in committed("vllm_turns_h200")["rows"]]
+    found.append(_layers_of_bench())
+    return f"{min(found)} to {max(found)}"
+
+
+def _layers_of_bench() -> int:
+    (layers,) = re.findall(r"--layers (\d+)", committed("bench_gpt_oss_120b_h100x2")["command"])
+    return int(layers)
+
+
+def _every_result() -> Iterator[dict[str, Any]]:
+    return (committed(path.stem) for path in sorted(RESULTS.glob("*.json")))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -1,0 +1,174 @@
+"""What a policy saves, beside what that is a share of: the time of what fusions contend for, and of a whole step."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Report
+from fuseplan.report.absence import layer_of
+from fuseplan.report.text import count_of, enumerate_names, policy_name, tokens_of
+
+Span = tuple[int, int] | None
+
+WORK = (
+    ("all_reduce", "all-reduce"), ("norm", "norm"), ("pad", "pad"), ("silu", "activation"), ("quant", "quantisation"),
+    ("rope", "rotary embedding"), ("cache", "cache write"), ("attention", "attention"), ("linear", "linear layer"),
+)  # fmt: skip
+"""What fused ops do, by parts of their names."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a step of one range saves under a policy.
+
+    Attributes:
+        saved_ns: of a step.
+        unfused_ns: what fusions contend for, as Inductor leaves it.
+        step_ns: the whole step, estimated; None where that isn't known.
+    """
+
+    saved_ns: int
+    unfused_ns: int
+    step_ns: int | None
+
+    @classmethod
+    def of(cls, report: Report, span: Span) -> "Saved":
+        """All graphs of a range together."""
+        graphs = _graphs(report, span)
+        steps = [graph.step_ns for graph in graphs if graph.step_ns is not None]
+        return cls(
+            sum(graph.saved_ns for graph in graphs),
+            sum(graph.unfused_ns for graph in graphs),
+            sum(steps) if len(steps) == len(graphs) else None,
+        )
+
+    @property
+    def share(self) -> str:
+        """Of what fusions contend for: `41 %`."""
+        return percent(self.saved_ns, self.unfused_ns)
+
+    @property
+    def step_share(self) -> str:
+        """Of the step: `2.0 %`; empty where that isn't known."""
+        return percent(self.saved_ns, self.step_ns) if self.step_ns else ""
+
+
+def percent(part: float, whole: float) -> str:
+    """`41 %`, `2.0 %`"""
+    share = 100 * part / whole if whole else 0.0
+    return f"{share:.1f} %" if 0.05 <= abs(share) < 9.95 else f"{share:.0f} %"
+
+
+def us(time_ns: float) -> str:
+    """`8,304`, `12.3`"""
+    return f"{time_ns / 1000:,.0f}" if abs(time_ns) >= 99_950 else f"{time_ns / 1000:.1f}"
+
+
+def spans_of(comparison: Comparison) -> list[Span]:
+    """The ranges that differ: one where no size of the graphs varies."""
+    spans = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
+    is_fixed = all(len(graph.sizes) == 1 for graph in comparison.reports[0].graphs if graph.sizes)
+    varies = any(graph.range is not None and graph.range[0] < graph.range[1] for graph in comparison.reports[0].graphs)
+    return spans[:1] if is_fixed and varies else spans
+
+
+def is_fixed(comparison: Comparison) -> bool:
+    """Whether the graphs serve one size alone, so that no number of tokens is worth telling."""
+    return all(len(graph.sizes) <= 1 for graph in comparison.reports[0].graphs)
+
+
+def is_starved(report: Report, rule: str) -> bool:
+    """Whether a rule of an order matches and fires nowhere, and nothing that fired does its work."""
+    fires = bool(report.fused.get(rule, 0)) or not report.matched.get(rule, 0)
+    return rule in report.order and not fires and not is_covered(report, rule)
+
+
+def is_covered(report: Report, rule: str) -> bool:
+    """Whether all that a rule loses goes to fusions that take all that it would, and more: they do its work."""
+    losses = list(losses_of(report, rule))
+    return bool(losses) and all(
+        any(set(loss.fusion.consumed) < set(winner.consumed) for winner in loss.blocked_by) for loss in losses
+    )
+
+
+def losses_of(report: Report, rule: str) -> Iterator[Loss]:
+    """The matches of a rule that weren't applied by any provider."""
+    for graph in report.graphs:
+        taken = {(fusion.rule, fusion.anchor) for fusion in graph.applied}
+        for loss in graph.lost:
+            # Another provider of a match that is applied has lost nothing of its rule's.
+            if loss.fusion.rule == rule and (rule, loss.fusion.anchor) not in taken:
+                yield loss
+
+
+def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
+    """One sentence: what the first policy saves, of what, and where.
+
+    Args:
+        comparison: of at least one policy.
+        orders: with another sentence on which order would have starved which rule.
+    """
+    report = comparison.reports[0]
+    span = next(iter(spans_of(comparison)), None)
+    who = "The plan" if report.policy == "planned" else policy_name(report)
+    if not any(report.matched.values()):
+        return Text("Nothing to fuse: no rule matches anywhere.")
+    if not any(graph.applied for graph in report.graphs):
+        places = count_of(len({loss.fusion.site for graph in _graphs(report, span) for loss in graph.lost}), "place")
+        why = "is cheaper unfused" if report.policy == "planned" else "is left unfused"
+        return Text(f"{who} fuses nothing: what matches, in {places}, {why}.")
+    saved = Saved.of(report, span)
+    is_gain = saved.saved_ns >= 0
+    told = Text(f"{who} {'saves' if is_gain else 'costs'} ")
+    told.append(f"{us(abs(saved.saved_ns))} us a step", style="bold green" if is_gain else "bold red")
+    at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
+    told.append(
+        f"{at}: {percent(abs(saved.saved_ns), saved.unfused_ns)} of the {us(saved.unfused_ns)} us of {_work(report)}"
+    )
+    if saved.step_ns:
+        share = 100 * abs(saved.saved_ns) / saved.step_ns
+        told.append(f", about {share:.{0 if share >= 0.95 else 1}f} % of the whole step")
+    told.append(f"; fused in {_where(_graphs(report, span))}.")
+    return told.append(_starving(comparison)) if orders else told
+
+
+def _graphs(report: Report, span: Span) -> list[GraphReport]:
+    return [graph for graph in report.graphs if graph.range == span]
+
+
+def _work(report: Report) -> str:
+    """`norm and all-reduce`: what fusions contend for."""
+    fusions = [*_applied(report.graphs), *(loss.fusion for graph in report.graphs for loss in graph.lost)]
+    ops = {each.op for each in fusions}
+    known = [word for part, word in WORK if any(part in op for op in ops)]
+    unknown = sorted({each.rule for each in fusions if not any(part in each.op for part, _ in WORK)})
+    return enumerate_names([*known, *unknown])
+
+
+def _applied(graphs: Iterable[GraphReport]) -> list[Fusion]:
+    return [fusion for graph in graphs for fusion in graph.applied]
+
+
+def _where(graphs: Sequence[GraphReport]) -> str:
+    """`36 of 36 layers`, or places where the model has no layers."""
+    fused = _applied(graphs)
+    every = [*fused, *(loss.fusion for graph in graphs for loss in graph.lost)]
+    layers = {layer for each in every if (layer := layer_of(each.source))}
+    if layers:
+        return f"{len({layer_of(each.source) for each in fused} & layers)} of {count_of(len(layers), 'layer')}"
+    places = {(graph.graph, each.site) for graph in graphs for each in (*graph.applied, *_lost(graph))}
+    taken = {(graph.graph, each.site) for graph in graphs for each in graph.applied}
+    return f"{len(taken)} of {count_of(len(places), 'place')}"
+
+
+def _lost(graph: GraphReport) -> list[Fusion]:
+    return [loss.fusion for loss in graph.lost]
+
+
+def _starving(comparison: Comparison) -> str:
+    for report in comparison.reports[1:]:
+        starved = [rule for rule in report.rules if is_starved(report, rule)]
+        if starved and comparison.reports[0].policy == "planned":
+            return f" The order {', '.join(report.order)} would have starved {enumerate_names(starved)}."
+    return ""

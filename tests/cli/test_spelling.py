@@ -1,0 +1,76 @@
+"""Misspelled names are told at once, and help shows no types of typer's."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from fuseplan import workloads
+from fuseplan.cli import app, spelling
+from fuseplan.devices import PROFILES
+from fuseplan.families import BUILT_IN_RULES
+from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.rules import by_name
+
+COMMANDS = ("explain", "try", "tune", "bench", "check", "rules", "providers", "devices", "diff")
+TYPOS = (
+    ("explian",),
+    ("explain", "gpt-oss-120bb"),
+    ("explain", "gpt-oss-120b", "--devise", "h200"),
+    ("explain", "gpt-oss-120b", "--device", "h20"),
+    ("explain", "gpt-oss-120b", "--policy", "ordered(act_paddin)"),
+    ("explain", "gpt-oss-120b", "--provider", "tritn"),
+    ("tune", "gpt-oss-120bb"),
+    ("try", "gpt-oss-120bb"),
+    ("bench", "gpt-oss-120b", "--policy", "planed"),
+    ("check", "gpt-oss-120b", "--lock", "none.lock", "--device", "h20"),
+)
+
+
+def test_names_are_those_that_there_are() -> None:
+    assert list(spelling.WORKLOADS) == workloads.names()
+    assert list(spelling.DEVICES) == sorted(PROFILES)
+    assert list(spelling.RULES) == sorted(by_name(BUILT_IN_RULES))
+    assert list(spelling.PROVIDERS) == sorted(each.name for each in BUILT_IN_PROVIDERS)
+
+
+@pytest.mark.parametrize("arguments", TYPOS, ids=" ".join)
+def test_a_typo_is_answered_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from fuseplan.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert re.search(r"(?i)did you mean|possible options: |allowed: ", done.stderr)
+
+
+def test_help_and_typos_take_less_than_half_a_second_of_processor_time() -> None:
+    for arguments in ((), ("--help",), ("explain", "-h"), *TYPOS[:2]):
+        code = "import time; from fuseplan.cli import app; import sys\n"
+        code += "try: app()\nfinally: print(f'{time.process_time():.3f}', file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert float(done.stderr.split()[-1]) < 0.5, arguments
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_names_arguments_as_its_texts_do(command: str, flag: str) -> None:
+    result = CliRunner().invoke(app, [command, flag])
+    assert result.exit_code == 0
+    assert not re.search(r"[{}]|<\w|list\[", result.stdout), result.stdout
+
+
+def test_versions() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert re.fullmatch(r"fuseplan \S+, torch \S+\n", result.stdout)
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
+
+
+def test_own_modules_bring_names_of_their_own() -> None:
+    spelling.check_spelling("package.module:factory", policies=["ordered(mine)"], providers=["mine"], own=True)

@@ -1,0 +1,85 @@
+"""A report prints as `explain` shows it, and a first compilation says one line."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fuseplan
+from fuseplan.record import GraphReport, Reason, Refusal, Report
+from fuseplan.report.summary import LOGGER, summary, untold
+
+PROGRAM = """
+import logging
+import torch
+import fuseplan
+
+CONFIGURE
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(64, eps=1e-6)
+
+    def forward(self, x):
+        return torch.nn.functional.pad(self.norm(x), (0, 64))
+
+model = fuseplan.compile(Block().bfloat16(), config=fuseplan.PassConfig(policy="ordered(act_padding)"), dynamic=False)
+with torch.inference_mode():
+    for rows in (4, 8):
+        model(torch.randn(rows, 64, dtype=torch.bfloat16))
+"""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(2880, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(self.norm(x), (0, 192))
+
+
+def test_a_report_prints_as_explain_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    report = fuseplan.explain(Block().bfloat16(), torch.randn(16, 2880, dtype=torch.bfloat16), device="h200")
+    print(report)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("The plan saves 2.0 us a step: ")
+    assert "policy padding us ops step planned 1 of 1 2.0 " in shown
+    assert "GraphReport(" not in shown
+
+
+@pytest.mark.parametrize(
+    ("configure", "lines"),
+    [
+        ("", 1),
+        (f"logging.getLogger({LOGGER!r}).setLevel(logging.WARNING)", 0),
+        ("logging.basicConfig(level=logging.INFO, format='theirs %(message)s')", 1),
+    ],
+    ids=["by default", "switched off", "by the user's handler"],
+)
+def test_the_first_compilation_says_one_line(configure: str, lines: int, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.replace("CONFIGURE", configure), encoding="utf-8")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    told = [line for line in done.stderr.splitlines() if "fuseplan: ordered(act_padding) " in line]
+    assert len(told) == lines, done.stderr
+    assert all(line.startswith("theirs ") == ("theirs" in configure) for line in told)
+    assert all("fused in 1 of 1 place" in line and "on_report=print" in line for line in told)
+
+
+def test_a_graph_that_was_left_alone_says_why() -> None:
+    refusal = Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off")
+    graph = GraphReport(graph="graph_0", refusals=(refusal,))
+    report = Report(policy="planned", order=(), rules=(), graphs=(graph,))
+    assert summary(report) == "Nothing is fused: FUSEPLAN=0 switches every fusion off."
+
+
+def test_where_many_are_compared_nothing_is_said() -> None:
+    with untold():
+        assert logging.getLogger(LOGGER).disabled
+    assert not logging.getLogger(LOGGER).disabled
