@@ -1,5 +1,6 @@
 """Attention spelled out in plain PyTorch, in the spellings that models have, and near them."""
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fuseplan.graph.facts import is_call
+from fuseplan.graph.surgery import copy_graph
 from fuseplan.parts.attention.op import exact_attention
 from tests.attention import GROUPS, HEAD_DIM, HEADS, Repeat, hugging_face
 from tests.helpers import post_grad, randn
@@ -79,8 +81,13 @@ class Eager:
         return [q, k, v, mask, *([randn(HEADS, dtype=dtype, seed=4)] if self.sinks else [])]
 
     def graph(self, *how: Any, **sizes: Any) -> fx.Graph:
-        """What Inductor hands over."""
-        return post_grad(self, *self.inputs(*how, **sizes))
+        """What Inductor hands over: a graph of one's own."""
+        return copy_graph(_traced(self, how, tuple(sizes.items())))[0]
+
+
+@functools.cache
+def _traced(model: Eager, how: tuple[Any, ...], sizes: tuple[tuple[str, Any], ...]) -> fx.Graph:
+    return post_grad(model, *model.inputs(*how, **dict(sizes)))
 
 
 PLAIN, CAPPED, SINKS = Eager(), Eager(softcap=CAP), Eager(sinks=True)

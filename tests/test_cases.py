@@ -20,6 +20,7 @@ from fuseplan.families import BUILT_IN_RULES
 from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import GraphReport, NearMiss, Nearness, Reason, Report
+from tests.docs.commands import traced_once
 from tests.helpers import all_reduce, needs_rounded_residual, post_grad, quantize, randn, vllm
 
 LAYERS, HIDDEN = 3, 2880
@@ -169,16 +170,17 @@ def test_case_11_vllm_39356_command_line_and_configuration_choose_rules(tmp_path
         (policy,) = json.loads(result.stdout)["policies"]
         return {rule: n for rule, n in policy["fused"].items() if n}
 
-    assert run() == {"allreduce_rms": 1, "allreduce_rms_padding": 2}
-    assert run("--forbid", "allreduce_rms_padding") == {"allreduce_rms": 3}
-    assert run("--force", "act_padding") == {"act_padding": 2, "allreduce_rms": 1}
-    assert run("--force", "act_padding@layers.1.*") == {
-        "act_padding": 1,
-        "allreduce_rms": 1,
-        "allreduce_rms_padding": 1,
-    }
-    assert run("--forbid", "allreduce_rms", "--forbid", "allreduce_rms_padding") == {"act_padding": 2}
-    assert run("--provider", "torch") == {}
+    with traced_once():
+        assert run() == {"allreduce_rms": 1, "allreduce_rms_padding": 2}
+        assert run("--forbid", "allreduce_rms_padding") == {"allreduce_rms": 3}
+        assert run("--force", "act_padding") == {"act_padding": 2, "allreduce_rms": 1}
+        assert run("--force", "act_padding@layers.1.*") == {
+            "act_padding": 1,
+            "allreduce_rms": 1,
+            "allreduce_rms_padding": 1,
+        }
+        assert run("--forbid", "allreduce_rms", "--forbid", "allreduce_rms_padding") == {"act_padding": 2}
+        assert run("--provider", "torch") == {}
 
 
 def near_misses(function: Any, *inputs: Tensor, rule: str) -> list[NearMiss]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fuseplan import compatibility, workloads
 from fuseplan.cli import app
 from fuseplan.errors import WorkloadError
 from fuseplan.families import BUILT_IN_RULES
+from tests.docs.commands import traced_once
 
 FACTORIES = """
 import sys
@@ -44,6 +46,12 @@ def no_ops(tp): return (lambda x: 3), (torch.randn(2),)
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, [*arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""One rank of two: `run_ranks.py RANK FOLDER` runs every scenario and writes what it saw to FOLDER/RANK.json."""
+"""One rank of two: `run_ranks.py RANK 2 FOLDER` runs every scenario and writes what it saw to FOLDER/RANK.json."""
 
 import dataclasses
 import datetime
@@ -31,7 +31,7 @@ from fuseplan.verification import together
 from tests.helpers import HIDDEN, all_reduce, llama
 from tests.verification.fused_norm import AddNormRelu, add_norm_relu, reference
 
-RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[2])
+RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[3])
 FUSE = fuseplan.PassConfig(policy="ordered(allreduce_rms)", agreement_timeout_s=60)
 WEIGHT = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
 

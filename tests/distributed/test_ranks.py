@@ -1,16 +1,12 @@
 """Two processes with gloo: they run one plan, or none, whatever happens to one of them."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("run_ranks.py")
+from tests.ranks import seen_by_ranks
+
 Ranks = tuple[dict[str, Any], dict[str, Any]]
 
 pytestmark = pytest.mark.distributed
@@ -22,16 +18,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PORT": str(port)}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    running = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 7], "\n".join(errors)[-4000:]
-    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+    first, second = seen_by_ranks("tests.distributed.run_ranks", 2, folder, statuses=[0, 7], PORT=str(port))
     return first, second
 
 

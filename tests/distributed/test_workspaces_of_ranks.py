@@ -1,16 +1,12 @@
 """Two processes and four with gloo make workspaces: all of them have one, or all of them know why not, and soon."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("run_workspaces.py")
+from tests.ranks import seen_by_ranks
+
 Ranks = list[dict[str, Any]]
 
 pytestmark = pytest.mark.distributed
@@ -22,18 +18,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PORT": str(port)}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(count), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert not any(process.returncode for process in running), "\n".join(errors)[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+    return seen_by_ranks("tests.distributed.run_workspaces", count, folder, statuses=[0] * count, PORT=str(port))
 
 
 def test_threads_that_come_in_opposite_orders_do_not_wait_for_each_other(ranks: Ranks) -> None:

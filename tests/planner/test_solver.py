@@ -20,7 +20,7 @@ from fuseplan.planner.problem import CycleFinder, Problem, Solution
 from fuseplan.planner.solver import Solver
 from tests.planner import brute_force
 
-PROBLEMS, GRAPHS = 1000, 2000
+PROBLEMS, GRAPHS = 1000, 1000
 
 
 def is_legal(problem: Problem, chosen: frozenset[int]) -> bool:
@@ -167,10 +167,8 @@ CYCLIC_ONLY_TOGETHER = 7
 """A seed whose best selection without regard to cycles is cyclic; a test makes sure of it."""
 
 
-@settings(max_examples=GRAPHS)
-@given(st.integers(0, 2**32))
-@example(CYCLIC_ONLY_TOGETHER)
-def test_best_legal_set_of_a_random_graph(seed: int) -> None:
+def check_graph(seed: int) -> None:
+    """The best legal set of a random graph is found."""
     case = random_case(seed)
     problem = case.problem
 
@@ -203,6 +201,20 @@ def test_best_legal_set_of_a_random_graph(seed: int) -> None:
     case.graph.lint()
     for left, right in zip(before, run(case.graph), strict=True):
         assert torch.equal(left, right)
+
+
+@settings(max_examples=GRAPHS)
+@given(st.integers(0, 2**32))
+@example(CYCLIC_ONLY_TOGETHER)
+def test_best_legal_set_of_a_random_graph(seed: int) -> None:
+    check_graph(seed)
+
+
+@pytest.mark.nightly
+@settings(max_examples=10 * GRAPHS)
+@given(st.integers(0, 2**32))
+def test_best_legal_set_of_many_random_graphs(seed: int) -> None:
+    check_graph(seed)
 
 
 def test_seeds_hold_sets_that_are_cyclic_only_together() -> None:

@@ -1,11 +1,10 @@
 """One rank of several, each a process: fuseplan's all-reduces by Triton's interpreter, between ranks that share memory
-of the host as GPUs share theirs. `run_ranks_interpreted.py RANK RANKS FOLDER` prints what it saw as one JSON object.
+of the host as GPUs share theirs. `run_ranks_interpreted.py RANK RANKS FOLDER` writes what it saw to FOLDER/RANK.json.
 """
 
 import datetime
 import itertools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -138,7 +137,7 @@ def main() -> None:
         seen[f"missing, {1 + two_shot} shots"] = missing(two_shot)
         seen[f"late, {1 + two_shot} shots"] = late(two_shot)
     seen["deadline"] = deadline()
-    print(json.dumps(seen), flush=True)
+    (FOLDER / f"{RANK}.json").write_text(json.dumps(seen))
     leave()
 
 
@@ -291,5 +290,4 @@ def late(two_shot: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     main()

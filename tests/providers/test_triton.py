@@ -5,8 +5,6 @@ Here they run by Triton's interpreter, in a process of its own; tests/gpu has th
 
 import dataclasses
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
 from tests.providers.processes import printed_by
+from tests.ranks import seen_by_ranks
 
 ROOT = Path(__file__).parents[2]
 TRITON = next(each for each in BUILT_IN_PROVIDERS if each.name == "triton")
@@ -121,18 +120,8 @@ def test_infinity_and_nan_stay_where_they_are(interpreted: dict[str, Any]) -> No
 def between_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of so many ranks saw."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.providers.run_ranks_interpreted"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=ROOT, env=environment,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    done = [process.communicate(timeout=240) for process in running]
-    assert not any(process.returncode for process in running), "\n".join(errors for _, errors in done)[-4000:]
-    return [json.loads(text) for text, _ in done]
+    module = "tests.providers.run_ranks_interpreted"
+    return seen_by_ranks(module, ranks, folder, statuses=[0] * ranks, TRITON_INTERPRET="1")
 
 
 @needs_triton

@@ -87,7 +87,9 @@ def test_a_step_is_planned_once_a_layer(name: str, device: str, with_attention: 
         assert not [miss for miss in report.near_misses if miss.rule in other]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in ("llama", "gemma3"))) for name in MODELS]
+)
 def test_on_a_cpu_it_is_left_to_inductor(name: str) -> None:
     model, rule = built(name)
     report = fuseplan.explain(model, device="cpu", **step(filled(model)))

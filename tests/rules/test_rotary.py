@@ -85,10 +85,9 @@ def test_it_fires_once_a_layer(n_layers: int) -> None:
 
 
 @pytest.mark.parametrize("rule", ROTARY_RULES, ids=["heads last", "heads first"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_reference_holds_on_odd_sizes_and_layouts(rule: QkNormRope, dtype: torch.dtype) -> None:
+def test_the_reference_holds_in_float16_on_odd_sizes_and_layouts(rule: QkNormRope) -> None:
     torch_alone = [each for each in BUILT_IN_PROVIDERS if each.name == "torch"]
-    samples = [_in(dtype, each) for each in arguments_of(rule, torch.device("cpu"))]
+    samples = [_in(torch.float16, each) for each in arguments_of(rule, torch.device("cpu"))]
     assert check_rule(rule, providers=torch_alone, samples=samples).cases["torch"] >= len(samples) + 12
 
 

@@ -136,13 +136,15 @@ def test_act_padding_with_other_users_of_the_norm(dtype: torch.dtype, users: int
         return F.pad(y, (0, 16)), total, *(y * (index + 2) for index in range(users))
 
     inputs = (randn(7, HIDDEN, dtype=dtype), randn(7, HIDDEN, dtype=dtype, seed=1), W.to(dtype))
-    assert compare(model, *inputs, rule="act_padding").fused == {"act_padding": 1}
+    assert compare(model, *inputs, rule="act_padding", coded=users == 1).fused == {"act_padding": 1}
 
 
 @pytest.mark.parametrize("spelling", sorted(SPELLINGS))
 def test_allreduce_rms_fires_at_every_norm_behind_an_all_reduce(spelling: str, one_rank: str) -> None:
     inputs = (randn(7, HIDDEN), W, randn(8, HIDDEN, seed=2), randn(8, seed=3))
-    report = compare(stack(spelling, 2, 8, one_rank), *inputs, rule="allreduce_rms", ulps=8)
+    # Code is made of each spelling above.
+    is_coded = spelling == "llama"
+    report = compare(stack(spelling, 2, 8, one_rank), *inputs, rule="allreduce_rms", ulps=8, coded=is_coded)
     assert report.fused == {"allreduce_rms": 2}
 
 
