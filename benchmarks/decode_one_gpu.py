@@ -267,7 +267,7 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[
     elif name != FUSED:
         flags = {name.removeprefix("without "): False}
     on_report = reports.append if name in (FUSED, ROUNDED) else None
-    return fused(config=fuseplan.PassConfig(**flags), on_report=on_report, **how)  # type: ignore[no-any-return]
+    return fused(config=fuseplan.PassConfig(**flags), on_report=on_report, **how)
 
 
 def without(reports: list[fuseplan.Report]) -> list[str]:

@@ -27,7 +27,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        down: Tensor = self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return x + down
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def by_row() -> dict[str, bool]:
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
     y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
     for rounding in ("divide", "multiply", "divide_by_rounded"):
-        own = {"dtype": FN, "min_scale": LEAST, "quant_rounding": rounding}
+        own: dict[str, Any] = {"dtype": FN, "min_scale": LEAST, "quant_rounding": rounding}
         epilogue = epilogue_of("dynamic_fp8_quant")(**own)
         *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
         found[rounding] = all(map(same, got, row_reference(y, *own.values())))

@@ -19,7 +19,7 @@ from fuseplan.record import GraphReport, Reason
 from tests.helpers import all_reduce, llama, post_grad, randn
 
 WIDTH = 64
-ON = {"fuse_merged_linear": True, "fuse_skinny_linear": True}
+ON: dict[str, Any] = {"fuse_merged_linear": True, "fuse_skinny_linear": True}
 
 
 def weights(*features: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
