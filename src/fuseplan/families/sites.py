@@ -6,7 +6,7 @@ leaves of its site is run unfused, so that a price always covers the whole site.
 
 import operator
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, Self
 
@@ -119,6 +119,13 @@ class Shape:
         ones = (Kernel(name="ones", launch=round(model.hardware.launch.value)),) if self.makes_weight else ()
         return (*ones, *model.fused(self.region(reduce=reduce, tail=tail), provider))
 
+    def within(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What `fused` adds to the kernel of an op that takes parts of another site, too: no launch. A reference runs
+        one after the other.
+        """
+        kernels = self.fused(model, provider, reduce=reduce, tail=tail)
+        return kernels if model.timing(provider).eager else tuple(replace(each, launch=0) for each in kernels)
+
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own, and of its
         own epilogue what that had in Inductor's kernels.
@@ -134,10 +141,17 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """The parts of a site beside its core that a fusion takes."""
+    """The parts of a site beside its core that a fusion takes.
+
+    Attributes:
+        reduce: whether its all-reduce is one of them.
+        tail: its epilogue, as the fusion takes it.
+        also: the cores of other sites that it takes, and which parts of these.
+    """
 
     reduce: bool
     tail: Tail | None
+    also: "tuple[tuple[fx.Node, Taken], ...]" = ()
 
 
 @dataclass(frozen=True, eq=False)

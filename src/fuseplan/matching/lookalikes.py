@@ -28,9 +28,10 @@ def unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]
 
 def of_rules(canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], claimed: set[int]) -> Iterator[Refusal]:
     """What looked like a dialect op and wasn't, for the rule whose core it is, or else that has it, where its part asks
-    for that.
+    for that; of several for the one that does the least beside it.
     """
     members = [member for _, each in sorted(rules.items(), reverse=True) for member in each]
+    members.sort(key=lambda member: -len(member.flags))
     owners = {op.name: member.name for member in members for call in member.calls if (op := ops.of(call.target))}
     owners |= {member.core.name: member.name for member in members}
     for refusal in canonical.refusals:

@@ -26,6 +26,7 @@ class Candidate:
         provider: whose kernel, `external` for somebody's pass.
         match: the match.
         site: where it contends; None for somebody's pass.
+        others: further sites of which it takes parts, in the order of its site's `Taken.also`.
         consumed: nodes of the original graph that disappear.
         context: nodes of the canonical graph that must stay as they are.
         re_emitted: nodes of the canonical graph that it consumes and yields again.
@@ -44,6 +45,12 @@ class Candidate:
     re_emitted: frozenset[fx.Node] = frozenset()
     source: str | None = None
     signature: str = ""
+    others: tuple[Site, ...] = ()
+
+    @property
+    def places(self) -> frozenset[int]:
+        """The ordinals of its sites."""
+        return frozenset(site.ordinal for site in (self.site, *self.others) if site is not None)
 
     @property
     def anchor(self) -> fx.Node:
@@ -62,6 +69,7 @@ def candidates_of(
         inside = frozenset(match.consumed)
         yielded = frozenset(node for node in match.outputs if node is not None)
         inputs = frozenset(v for v in match.values.values() if isinstance(v, fx.Node)) - inside
+        taken = site.taken(match.consumed) if site else None
         place = f"{site.ordinal:05}" if site else f"{match.core.name}"
         result.append(
             Candidate(
@@ -76,6 +84,7 @@ def candidates_of(
                 re_emitted=yielded & inside,
                 source=place_of(match.core),
                 signature=_signature(match),
+                others=tuple(by_core[core] for core, _ in taken.also) if taken else (),
             )
         )
     result += [

@@ -3,13 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from fuseplan.families.sites import Shape
 from fuseplan.matching import Match
 from fuseplan.parts.traffic import Kernel, total_ns
 from fuseplan.planner.candidates import Candidate
 from fuseplan.planner.costs import Provenance, Row
 from fuseplan.planner.pose import Posed
-from fuseplan.planner.pricing import UNFUSED, alternative_name, compatible, row_key
+from fuseplan.planner.pricing import UNFUSED, alternative_name, compatible, places_of, row_key
 from fuseplan.record import CostRow, KernelTime
 
 
@@ -32,56 +31,64 @@ def _unfused_first(row: CostRow) -> tuple[bool, str]:
 
 
 def _modelled(posed: Posed) -> Iterator[CostRow]:
-    """Rows of every site that a candidate contends for, and that wasn't measured."""
-    contenders: dict[int, list[Candidate]] = {}
+    """Rows of every site that a candidate contends for, and that wasn't measured; of several where it takes those."""
+    contenders: dict[tuple[int, ...], list[Candidate]] = {}
     for candidate, provenance in zip(posed.candidates, posed.priced.provenance, strict=True):
         is_ours = candidate.site is not None and isinstance(candidate.match, Match)
         if is_ours and provenance is not Provenance.MEASURED:
-            assert candidate.site is not None
-            contenders.setdefault(candidate.site.ordinal, []).append(candidate)
-    places = Counter(posed.sites[ordinal] for ordinal in contenders)
+            contenders.setdefault(tuple(sorted(candidate.places)), []).append(candidate)
+    names = {ordinals: " & ".join(posed.sites[each] for each in ordinals) for ordinals in contenders}
+    places = Counter(names.values())
     seen: set[tuple[str, frozenset[str]]] = set()
-    for ordinal, candidates in contenders.items():
-        name = posed.sites[ordinal]
+    for ordinals, candidates in contenders.items():
+        name = names[ordinals]
         # Of places of one class, some may need copies.
-        kind = name, frozenset(alternative_name([each], [ordinal]) for each in candidates)
+        kind = name, frozenset(alternative_name([each], ordinals) for each in candidates)
         if kind not in seen:
             seen.add(kind)
-            for size, (tokens, shape) in enumerate(
-                zip(posed.priced.tokens, posed.pricing.shapes[ordinal], strict=True)
-            ):
-                for alternative, kernels in _alternatives(posed, shape, candidates, tokens):
+            for size, tokens in enumerate(posed.priced.tokens):
+                for alternative, kernels in _alternatives(posed, ordinals, candidates, size):
                     yield CostRow(
                         site=name, places=places[name], alternative=alternative, tokens=tokens, spread_ns=0,
                         time_ns=total_ns(kernels), provenance=Provenance.MODELLED.value,
                         kernels=tuple(map(_time, kernels)),
                     )  # fmt: skip
-                unfused = total_ns(shape.unfused(posed.pricing.prices.model))
+                unfused = total_ns(_unfused(posed, ordinals, size))
                 for candidate in candidates:
                     index = posed.index[id(candidate.match)]
                     provenance = posed.priced.provenance[index]
                     if provenance is not Provenance.MODELLED:
                         yield CostRow(
-                            site=name, places=places[name], alternative=alternative_name([candidate], [ordinal]),
+                            site=name, places=places[name], alternative=alternative_name([candidate], ordinals),
                             tokens=tokens, time_ns=unfused - posed.priced.savings[index][size], spread_ns=0,
                             provenance=provenance.value,
                         )  # fmt: skip
 
 
+def _unfused(posed: Posed, ordinals: Sequence[int], size: int) -> tuple[Kernel, ...]:
+    model, shapes = posed.pricing.prices.model, posed.pricing.shapes
+    return tuple(kernel for each in ordinals for kernel in shapes[each][size].unfused(model))
+
+
 def _alternatives(
-    posed: Posed, shape: Shape, candidates: Sequence[Candidate], tokens: int
+    posed: Posed, ordinals: Sequence[int], candidates: Sequence[Candidate], size: int
 ) -> Iterator[tuple[str, tuple[Kernel, ...]]]:
-    model = posed.pricing.prices.model
-    yield UNFUSED, shape.unfused(model)
+    pricing = posed.pricing
+    model = pricing.prices.model
+    yield UNFUSED, _unfused(posed, ordinals, size)
     for candidate in candidates:
         assert candidate.site is not None and isinstance(candidate.match, Match)
         taken = candidate.site.taken(candidate.match.consumed)
         is_modelled = posed.priced.provenance[posed.index[id(candidate.match)]] is Provenance.MODELLED
         if taken is not None and is_modelled:
-            fused = shape.fused(model, candidate.provider, reduce=taken.reduce, tail=taken.tail)
-            rest = shape.rest(model, reduce=taken.reduce, tail=taken.tail)
-            copies = posed.pricing.copies(candidate.match, tokens)
-            yield alternative_name([candidate], [candidate.site.ordinal]), (*fused, *copies, *rest)
+            fused, rest = list[Kernel](), list[Kernel]()
+            for place, parts in pricing.taken(candidate, taken):
+                shape = pricing.shapes[place][size]
+                kernels = shape.fused if place == candidate.site.ordinal else shape.within
+                fused += kernels(model, candidate.provider, reduce=parts.reduce, tail=parts.tail)
+                rest += shape.rest(model, reduce=parts.reduce, tail=parts.tail)
+            copies = pricing.copies(candidate.match, posed.priced.tokens[size])
+            yield alternative_name([candidate], ordinals), (*fused, *copies, *rest)
 
 
 def _time(kernel: Kernel) -> KernelTime:
@@ -98,14 +105,14 @@ def _measured(posed: Posed) -> Iterator[CostRow]:
     first: dict[tuple[str, frozenset[str]], tuple[int, ...]] = {}
     for component in posed.components:
         if table is not None and frozenset(component) in posed.problem.alternatives:
-            places = _places(posed, component)
+            places = places_of(component, posed.candidates)
             name = " & ".join(posed.sites[place] for place in places)
             classes[name] += 1
             kind = frozenset(alternative_name([posed.candidates[index]], places) for index in component)
             first.setdefault((name, kind), component)
     for (name, _), component in first.items():
         assert table is not None
-        places = _places(posed, component)
+        places = places_of(component, posed.candidates)
         for tokens, shape in zip(posed.priced.tokens, posed.pricing.shapes[places[0]], strict=True):
             for subset in ((), *compatible(component, posed.problem)):
                 alternative = alternative_name([posed.candidates[index] for index in subset], places)
@@ -116,10 +123,6 @@ def _measured(posed: Posed) -> Iterator[CostRow]:
                         spread_ns=found[1], provenance=Provenance.MEASURED.value,
                         origin=tuple(map(_origin, table.neighbours(row_key(name, alternative), shape.rows))),
                     )  # fmt: skip
-
-
-def _places(posed: Posed, component: Sequence[int]) -> list[int]:
-    return sorted({site.ordinal for index in component if (site := posed.candidates[index].site) is not None})
 
 
 def _origin(row: Row) -> str:

@@ -64,6 +64,11 @@ class Prices:
         key = (shape, provider, reduce, tail)
         return self._once(key, lambda: total_ns(shape.fused(self.model, provider, reduce=reduce, tail=tail)))
 
+    def within_ns(self, shape: Shape, provider: str, *, reduce: bool, tail: Tail | None) -> int:
+        """What a site adds to the fused op of another one that takes parts of it, by the model."""
+        key = ("within", shape, provider, reduce, tail)
+        return self._once(key, lambda: total_ns(shape.within(self.model, provider, reduce=reduce, tail=tail)))
+
     def rest_ns(self, shape: Shape, *, reduce: bool, tail: Tail | None) -> int:
         """What a fused op leaves of a site, by the model."""
         return self._once((shape, reduce, tail), lambda: total_ns(shape.rest(self.model, reduce=reduce, tail=tail)))
@@ -83,7 +88,7 @@ class Prices:
 
 def places_of(component: Sequence[int], candidates: Sequence[Candidate]) -> list[int]:
     """The ordinals of a component's sites."""
-    return sorted({site.ordinal for index in component if (site := candidates[index].site) is not None})
+    return sorted({place for index in component for place in candidates[index].places})
 
 
 def row_key(signature: str, alternative: str) -> str:
@@ -225,16 +230,16 @@ class Pricing:
         if site is not None and parts is not None and match.provider in self.prices.model.timings:
             ours = match.provider in BUILT_IN_TIMINGS
             how = Provenance.MODELLED if ours else Provenance.DECLARED
-            return *self._known_parts(candidate, site, parts, copied), how
-        if match.cost is not None and (declared := self._declared(match, site, parts, copied)) is not None:
+            return *self._known_parts(candidate, parts, copied), how
+        if match.cost is not None and (declared := self._declared(candidate, match, parts, copied)) is not None:
             return *declared, Provenance.DECLARED
         if site is None or parts is None:
             saved = self.prices.launch_ns * (len(match.rule.calls) - 1)
             return tuple(saved - ns for ns in copied), (None,) * sizes, Provenance.ASSUMED
-        return *self._known_parts(candidate, site, parts, copied), Provenance.ASSUMED
+        return *self._known_parts(candidate, parts, copied), Provenance.ASSUMED
 
     def _declared(
-        self, match: Match, site: Site | None, parts: Taken | None, copied: Sequence[int]
+        self, candidate: Candidate, match: Match, parts: Taken | None, copied: Sequence[int]
     ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The same of an op whose provider says what it takes; None where the model doesn't know what it replaces."""
         model = self.prices.model
@@ -245,10 +250,8 @@ class Pricing:
                 return self._rows.sized(value, tokens)
 
             fused = copied[index] + declared_ns(match, model, sized)
-            if site is not None and parts is not None:
-                shape = self.shapes[site.ordinal][index]
-                rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
-                before: int | None = self.prices.unfused_ns(shape) - rest
+            if parts is not None:
+                before: int | None = self._replaced_ns(self.taken(candidate, parts), index)
             else:
                 before = generated_ns(match, model, sized)
             if before is None:
@@ -258,19 +261,40 @@ class Pricing:
         return tuple(savings), tuple(costs)
 
     def _known_parts(
-        self, candidate: Candidate, site: Site, parts: Taken, copied: tuple[int, ...]
+        self, candidate: Candidate, parts: Taken, copied: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-        """The same of an op that takes parts of one site."""
-        key = (self._kinds[site.ordinal], candidate.provider, parts, copied)
+        """The same of an op that takes parts of a site, and maybe of others."""
+        taken = self.taken(candidate, parts)
+        kinds = [(self._kinds[place], each.reduce, each.tail) for place, each in taken]
+        key = (tuple(kinds), candidate.provider, copied)
         if key not in self._known:
-            before, after = [], []
-            for shape, copies in zip(self.shapes[site.ordinal], copied, strict=True):
-                fused = copies + self.prices.fused_ns(shape, candidate.provider, reduce=parts.reduce, tail=parts.tail)
-                rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
-                before.append(self.prices.unfused_ns(shape) - fused - rest)
+            before, after, prices = list[int](), list[int](), self.prices
+            for index, copies in enumerate(copied):
+                fused = copies
+                for place, each in taken:
+                    price = prices.fused_ns if place == taken[0][0] else prices.within_ns
+                    fused += price(
+                        self.shapes[place][index], candidate.provider, reduce=each.reduce, tail=each.tail
+                    )  # fmt: skip
+                before.append(self._replaced_ns(taken, index) - fused)
                 after.append(fused)
             self._known[key] = tuple(before), tuple(after)
         return self._known[key]
+
+    def taken(self, candidate: Candidate, parts: Taken) -> list[tuple[int, Taken]]:
+        """The ordinals of a candidate's sites, its own first, and what it takes of each."""
+        assert candidate.site is not None
+        others = zip(candidate.others, parts.also, strict=True)
+        return [(candidate.site.ordinal, parts), *((site.ordinal, each) for site, (_, each) in others)]
+
+    def _replaced_ns(self, taken: Sequence[tuple[int, Taken]], index: int) -> int:
+        """Sites as Inductor leaves them, without what a fusion leaves of them."""
+        total = 0
+        for place, parts in taken:
+            shape = self.shapes[place][index]
+            rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
+            total += self.prices.unfused_ns(shape) - rest
+        return total
 
     def _look_up(self, component: Sequence[int], places: Sequence[int], structure: Problem, result: Priced) -> bool:
         """Fills in a component from the table; False where the model has to do it."""
