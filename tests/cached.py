@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.helpers import randn
 from tests.rotary import HEAD, K_HEADS, KW, Q_HEADS, QW, hugging_face, normed
@@ -55,6 +56,29 @@ def layer(
         return q, read(k_cache), read(v_cache)
 
     return function
+
+
+def attending(
+    inner: Layer, *, repeats: int = 2, mix: Callable[..., tuple[Any, ...]] = lambda *given: given
+) -> Layer:  # fmt: skip
+    """A layer, of one that yields its caches as they are, whose queries attend to them; a mask comes last. `mix`
+    changes what attention reads: queries, repeated keys, repeated values and the mask.
+    """
+
+    def function(*given: Tensor) -> Any:
+        q, *caches = inner(*given[:8])
+        keys, values = (each.repeat_interleave(repeats, dim=1) for each in caches)
+        q, keys, values, *mask = mix(q, keys, values, *given[8:])
+        return F.scaled_dot_product_attention(q, keys, values, *mask).transpose(1, 2)
+
+    return function
+
+
+def visible(first: int = 5, tokens: int = 1, *, length: int = LENGTH, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The mask [B, 1, S, length] of tokens from position `first` on, of which the second row is padded on the left."""
+    place, key = torch.arange(first, first + tokens)[:, None] % length, torch.arange(length)
+    seen = (key <= place) & (key >= torch.arange(BATCH)[:, None, None, None])
+    return torch.zeros((), dtype=dtype).where(seen, -torch.inf)
 
 
 def normed_layer(write: Write = index_copy, **how: Any) -> Layer:

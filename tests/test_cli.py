@@ -270,7 +270,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_rules_lists_every_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "320")
     data = json.loads(run("rules", "--json").stdout)
     assert sum(len(row["fusions"]) for row in data["rules"]) == len(BUILT_IN_RULES)
     for rule in BUILT_IN_RULES:

@@ -155,6 +155,10 @@ class PassConfig:
             `enable_qk_norm_rope_fusion` also behind RMSNorm of queries and keys, rule `qk_norm_rope_cache`.
         fuse_grouped_attention: repeated heads of keys and values + attention, rule `grouped_attention`.
         fuse_eager_attention: attention that the model spells out op by op, rule `eager_attention`.
+        fuse_cached_attention: with `fuse_rope_cache` and `fuse_grouped_attention` both of these in one op, rule
+            `cached_attention`; with `enable_qk_norm_rope_fusion` also behind RMSNorm of queries and keys, rule
+            `qk_norm_cached_attention`; with `fuse_eager_attention` attention that is spelled out, rule
+            `cached_eager_attention`.
         fuse_merged_linear: linear layers of few rows that read one input, rule `merged_linear`, and gate and up +
             SiLU-and-mul, rule `merged_linear_silu_mul`; None: off.
         fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: off.
@@ -195,6 +199,7 @@ class PassConfig:
     fuse_rope_cache: bool | None = None
     fuse_grouped_attention: bool | None = None
     fuse_eager_attention: bool | None = None
+    fuse_cached_attention: bool | None = None
     fuse_merged_linear: bool | None = None
     fuse_skinny_linear: bool | None = None
     eliminate_noops: bool = True
@@ -275,6 +280,7 @@ FUSION_FLAGS = (
     "fuse_rope_cache",
     "fuse_grouped_attention",
     "fuse_eager_attention",
+    "fuse_cached_attention",
     "fuse_merged_linear",
     "fuse_skinny_linear",
 )

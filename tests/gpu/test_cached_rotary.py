@@ -24,9 +24,9 @@ pytestmark = [
 ]
 TRITON = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
 LAYERS, STEPS, PROMPT, LENGTH = 2, 40, 8, 64
-MODELS: dict[str, tuple[type[Any], type[Any], str]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, "rope_cache"),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, "qk_norm_rope_cache"),
+MODELS: dict[str, tuple[type[Any], type[Any], str, str]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, "rope_cache", "cached_attention"),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, "qk_norm_rope_cache", "qk_norm_cached_attention"),
 }
 
 
@@ -78,10 +78,12 @@ def _decoded(model: Any, step_of: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("with_attention", [True, False])
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:TensorFloat32 tensor cores")
-def test_a_step_in_cuda_graphs_writes_growing_caches(name: str) -> None:
+def test_a_step_in_cuda_graphs_writes_growing_caches(name: str, with_attention: bool) -> None:
     """Logits and caches are as near to float32 as those of plain torch.compile, and no graph is skipped."""
-    config, model_of, rule = MODELS[name]
+    config, model_of, rule, joint = MODELS[name]
+    passes = fuseplan.PassConfig(forbid=() if with_attention else (joint,))
     torch.manual_seed(0)
     with torch.device("cuda"):
         model: Any = model_of(
@@ -96,11 +98,13 @@ def test_a_step_in_cuda_graphs_writes_growing_caches(name: str) -> None:
         wide = copy.deepcopy(model).float()
         exact = _decoded(wide, wide)
         compiled = torch.compile(model, mode="reduce-overhead")
-        for each in (compiled, fuseplan.compile(model, mode="reduce-overhead", on_report=reports.append)):
+        planned = fuseplan.compile(model, mode="reduce-overhead", config=passes, on_report=reports.append)
+        for each in (compiled, planned):
             torch._dynamo.reset()
             counters.clear()
             runs.append(_decoded(model, each))
-    assert (reports[-1].fused[rule], reports[-1].fused["grouped_attention"]) == (LAYERS, LAYERS)
+    expected = {joint: LAYERS} if with_attention else {rule: LAYERS, "grouped_attention": LAYERS}
+    assert {each: count for each, count in reports[-1].fused.items() if count} == expected
     assert not reports[-1].warnings
     assert len(reports) == 1
     assert counters["inductor"]["cudagraph_skips"] == 0

@@ -161,9 +161,11 @@ def _decoded(model: Any, step_of: Any, mask: torch.Tensor) -> list[torch.Tensor]
     ]
 
 
+@pytest.mark.parametrize("rule", ["grouped_attention", "cached_attention"])
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:TensorFloat32 tensor cores")
-def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left() -> None:
+def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left(rule: str) -> None:
     """Logits and caches are as near to float32 as those of plain torch.compile."""
+    config = fuseplan.PassConfig(forbid=() if rule == "cached_attention" else ("cached_attention",))
     model, mask = _model(), torch.ones(3, 64, dtype=torch.long, device="cuda")
     mask[1, :3] = 0
     reports: list[fuseplan.Report] = []
@@ -172,11 +174,12 @@ def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left()
         wide = copy.deepcopy(model).float()
         exact = _decoded(wide, wide, mask)
         compiled = torch.compile(model, mode="reduce-overhead")
-        for each in (compiled, fuseplan.compile(model, mode="reduce-overhead", on_report=reports.append)):
+        planned = fuseplan.compile(model, mode="reduce-overhead", config=config, on_report=reports.append)
+        for each in (compiled, planned):
             torch._dynamo.reset()
             counters.clear()
             runs.append(_decoded(model, each, mask))
-    assert reports[-1].fused["grouped_attention"] == LAYERS
+    assert reports[-1].fused[rule] == LAYERS
     assert len(reports) == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
     for true, plain, fused in zip(exact, *runs, strict=True):

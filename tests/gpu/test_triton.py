@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.families import BUILT_IN_RULES
 from fuseplan.families.attention import ATTENTION_RULES
+from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.families.linear import LINEAR_RULES
 from fuseplan.families.rotary import ROTARY_RULES, QkNormRope
@@ -28,7 +29,7 @@ GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs a GPU")]
 
 TRITON = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
-APART = {*ROTARY_RULES, *CACHED_ROTARY_RULES, *ATTENTION_RULES}
+APART = {*ROTARY_RULES, *CACHED_ROTARY_RULES, *ATTENTION_RULES, *CACHED_ATTENTION_RULES}
 OTHERS = [rule for rule in BUILT_IN_RULES if rule not in APART and rule.op.name in TRITON[0].implements]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from transformers import (
     Cache,
     DynamicCache,
@@ -34,6 +35,8 @@ MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any], str]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}, "qk_norm_rope_cache"),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, WINDOWS, "qk_norm_rope_cache"),
 }
+JOINT = {"llama": "cached_attention", "qwen3": "qk_norm_cached_attention", "gemma3": "qk_norm_cached_attention"}
+"""The rules that take attention over repeated heads along."""
 IDS = (torch.arange(3 * PROMPT).reshape(3, PROMPT) * 11) % 64
 
 
@@ -64,17 +67,22 @@ def held(cache: StaticCache) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("device", ["h100", pytest.param("mi300x", marks=pytest.mark.nightly)])
-def test_a_step_is_planned_once_a_layer_beside_attention(name: str, device: str) -> None:
+@pytest.mark.parametrize("with_attention", [True, False])
+def test_a_step_is_planned_once_a_layer(name: str, device: str, with_attention: bool) -> None:
+    """With attention in one op, and without that beside it."""
     model, rule = built(name)
     model = model.bfloat16()
-    report = fuseplan.explain(model, device=device, **step(filled(model)))
+    config = fuseplan.PassConfig(forbid=() if with_attention else ("cached_attention", "qk_norm_cached_attention"))
+    report = fuseplan.explain(model, device=device, config=config, **step(filled(model)))
     fused = {rule: count for rule, count in report.fused.items() if count}
-    grouped = {} if name == "llama, as many heads" else {"grouped_attention": LAYERS}
-    assert fused == {rule: LAYERS, **grouped}
-    applied = [each for each in report.graphs[0].applied if each.rule == rule]
+    joint = JOINT.get(name)
+    grouped = {} if joint is None else {"grouped_attention": LAYERS}
+    expected = {joint: LAYERS} if with_attention and joint is not None else {rule: LAYERS, **grouped}
+    assert fused == expected
+    applied = report.graphs[0].applied
     assert {each.provider for each in applied} == {"triton"}
     assert all(each.saving_ns and each.saving_ns > 0 for each in applied)
-    other = {"rope_cache", "qk_norm_rope_cache", "qk_norm_rope"} - {rule}
+    other = {"rope_cache", "qk_norm_rope_cache", "qk_norm_rope", *JOINT.values()} - {rule, joint}
     if name != "gemma3":  # whose norms stand behind the transposition, which qk_norm_rope says
         assert not [miss for miss in report.near_misses if miss.rule in other]
 
@@ -83,15 +91,16 @@ def test_a_step_is_planned_once_a_layer_beside_attention(name: str, device: str)
 def test_on_a_cpu_it_is_left_to_inductor(name: str) -> None:
     model, rule = built(name)
     report = fuseplan.explain(model, device="cpu", **step(filled(model)))
-    assert report.fused[rule] == 0
-    assert report.matched[rule] == LAYERS
+    for each in {rule, JOINT.get(name, rule)}:
+        assert report.fused[each] == 0
+        assert report.matched[each] == LAYERS
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "rule"), [*((name, MODELS[name][3]) for name in MODELS), *JOINT.items()])
 @pytest.mark.parametrize("tokens", [1, pytest.param(3, marks=pytest.mark.nightly)])
-def test_what_comes_out_and_what_is_cached_stay(name: str, tokens: int) -> None:
+def test_what_comes_out_and_what_is_cached_stay(name: str, rule: str, tokens: int) -> None:
     """Of several steps, past the window of layers that have one, and by one graph where there is none."""
-    model, rule = built(name)
+    model, _ = built(name)
     reports: list[fuseplan.Report] = []
     steps = [(PROMPT + index * tokens, tokens) for index in range(3)]
     with torch.no_grad(), no_code():
@@ -112,6 +121,26 @@ def test_what_comes_out_and_what_is_cached_stay(name: str, tokens: int) -> None:
     assert [each.data_ptr() for each in held(cache)] == pointers
     if name != "gemma3":
         assert len(reports) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_code_of_a_step_copies_no_cache(name: str) -> None:
+    """Of one graph for several steps, which hands the caches themselves to the fused op."""
+    (model, _), rule = built(name), JOINT[name]
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(force=(rule,))
+    with torch.no_grad(), fresh_cache():
+        plain, cache = filled(model), filled(model)
+        torch._dynamo.reset()
+        compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
+        logits, (code,) = run_and_get_code(lambda: [compiled(**step(cache, PROMPT + i)).logits for i in range(3)])
+        expected = [model(**step(plain, PROMPT + i)).logits for i in range(3)]
+    assert [report.fused[rule] for report in reports] == [LAYERS]
+    for got, wanted in zip((*logits, *held(cache)), (*expected, *held(plain)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    op = {"llama": "rope_cached_attention_", "qwen3": "qk_norm_rope_cached_attention_"}[name]
+    assert code.count(f"torch.ops.fuseplan.{op}.default(") == LAYERS
+    assert f"empty_strided_cpu((3, 2, {CACHE}, 16)" not in code
 
 
 def test_a_window_that_rolls_is_a_near_miss_and_stays_right() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import fuseplan
 from fuseplan.record import Report
-from tests.cached import arguments, assigned, index_copy, layer, normed_layer
+from tests.cached import Layer, arguments, assigned, attending, index_copy, layer, normed_layer
 from tests.interpreted import no_code
 
 PROGRAMS, BY_DAY = 40, 12
+RULES = ("cached_attention", "qk_norm_cached_attention", "rope_cache", "qk_norm_rope_cache")
 Step = Callable[[dict[str, Any]], None]
 
 
@@ -81,15 +82,28 @@ STEPS: tuple[Step, ...] = (
 )  # fmt: skip
 
 
+def _attended(inner: Layer) -> Layer:
+    """A layer whose queries attend to its caches, which something else reads, too."""
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        q, keys, values = inner(*given)
+        return attending(lambda *_: (q, keys, values))(*given).transpose(1, 2), keys + 1, values[:, :, 1:] * 2
+
+    return function
+
+
 def program(seed: int) -> tuple[Callable[..., Any], list[Tensor], list[str]]:
     """A function of q, k, v, two layers' caches, angles and positions; its arguments; and its steps."""
     draw = random.Random(seed)
     steps = [_layer, *draw.choices(STEPS, k=draw.randint(0, 4)), *[_layer] * draw.randint(0, 2)]
     draw.shuffle(steps)
     make, write = draw.choice((layer, normed_layer)), draw.choice((index_copy, assigned))
-    inner = make(write, tokens_first=draw.random() < 0.7)
+    tokens_first = draw.random() < 0.7
     q, k, v, *caches, cos, sin, positions = arguments(draw.choice((1, 3)))
-    shared = draw.random() < 0.2
+    shared, attends = draw.random() < 0.2, draw.random() < 0.5
+    inner = make(write, tokens_first=tokens_first, read=(lambda x: x) if attends else torch.relu)
+    if attends:
+        inner = _attended(inner)
 
     def function(*given: Tensor) -> list[Tensor]:
         state = {
@@ -122,7 +136,7 @@ def test_what_is_computed_and_cached_stays(seed: int) -> None:
     with torch.inference_mode(), no_code():
         expected = function(*wanted)
         torch._dynamo.reset()
-        config = fuseplan.PassConfig(policy="ordered(rope_cache, qk_norm_rope_cache)")
+        config = fuseplan.PassConfig(policy=f"ordered({', '.join(RULES)})")
         actual = fuseplan.compile(function, config=config, on_report=reports.append)(*fused)
     if steps == ["_layer"]:
         assert sum(reports[0].fused.values()) == 1

@@ -6,6 +6,7 @@ from typing import Any
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.families.activation import ACTIVATION_FAMILY, ACTIVATION_RULES
 from fuseplan.families.attention import ATTENTION_RULES, ATTENTION_SITES
+from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES, CACHED_ROTARY_SITES
 from fuseplan.families.compose import ComposedRule, Member
 from fuseplan.families.linear import LINEAR_FAMILY, LINEAR_RULES, LINEAR_SITES
@@ -17,7 +18,8 @@ from fuseplan.parts import PARTS, Core
 from fuseplan.rules import Rule
 
 BUILT_IN_RULES: tuple[Rule, ...] = (
-    *NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *CACHED_ROTARY_RULES, *ATTENTION_RULES, *LINEAR_RULES,
+    *NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *CACHED_ROTARY_RULES, *ATTENTION_RULES,
+    *CACHED_ATTENTION_RULES, *LINEAR_RULES,
 )  # fmt: skip
 
 ops.add(*(rule.op for rule in BUILT_IN_RULES))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.canonical.view import is_dialect
+from fuseplan.families.cached_rotary import CachedRotarySite
 from fuseplan.families.sites import Pricer, Shape, Site, Taken
 from fuseplan.graph.facts import aten, dtype_text, equal_size, hint, tensor_of
 from fuseplan.ops import define
@@ -19,9 +20,11 @@ from fuseplan.parts.attention import PART, attention, repeat_heads
 from fuseplan.parts.attention.kernels import target_kernel
 from fuseplan.parts.attention.op import DRAWS, ERROR_FACTOR, SCHEMA, SIZES, attention_fake, attention_reference
 from fuseplan.parts.attention.traffic import AttentionRegion, grouped, repeated
+from fuseplan.parts.cached_rotary import cached_rotary
 from fuseplan.parts.eager_attention import PART as EAGER_PART
 from fuseplan.parts.eager_attention import eager_attention
 from fuseplan.parts.eager_attention.op import eager_attention_fake, eager_attention_reference
+from fuseplan.parts.rms_norm import rms_norm
 from fuseplan.parts.traffic import Kernel, Tail
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
@@ -73,7 +76,7 @@ class GroupedAttention(Rule):
         """Refuses keys, values and masks of lengths that the graph doesn't know to be equal: calls can't be made up on
         which a kernel is verified.
         """
-        return _unequal_lengths(m)
+        return unequal_lengths(m)
 
 
 class EagerAttention(Rule):
@@ -99,10 +102,11 @@ class EagerAttention(Rule):
         """Refuses what `GroupedAttention` does, and numbers of heads that aren't known."""
         if not all(isinstance(each.shape[1], int) for each in (m.q, m.k)):
             return m.refuse(Reason.SIZE, "q", "the number of heads isn't known when the graph is compiled")
-        return _unequal_lengths(m)
+        return unequal_lengths(m)
 
 
-def _unequal_lengths(m: Bindings) -> Refusal | None:
+def unequal_lengths(m: Bindings) -> Refusal | None:
+    """Refuses keys `k`, values `v` and a mask of lengths that the graph doesn't know to be equal."""
     read = m.k.shape[2]
     for name, length in (("v", m.v.shape[2]), ("mask", read if m.mask is None else m.mask.shape[-1])):
         if not equal_size(length, read) and not (name == "mask" and equal_size(length, 1)):
@@ -205,8 +209,24 @@ class AttentionSite(Site):
         )
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
-        """What a fusion that consumes `nodes` takes; None where that is more than the site."""
-        return Taken(reduce=False, tail=None) if self.core in nodes and {*nodes} <= {*self.parts} else None
+        """What a fusion that consumes `nodes` takes; None where that is more than the site, and the rotation of the
+        queries with what is written into the caches before it.
+        """
+        others = {*nodes} - {*self.parts}
+        if self.core not in nodes:
+            return None
+        also = self._before(others)
+        return Taken(reduce=False, tail=None, also=also) if also or not others else None
+
+    def _before(self, nodes: Collection[fx.Node]) -> tuple[tuple[fx.Node, Taken], ...]:
+        """The site whose parts all of `nodes` are."""
+        sites: dict[Any, type[Site]] = {cached_rotary.overload: CachedRotarySite, rms_norm.overload: Site}
+        for node in sorted(nodes):
+            if node.target in sites:
+                taken = sites[node.target].at(self.ordinal, node, self.canonical).taken(nodes)
+                if taken is not None:
+                    return ((node, taken),)
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)

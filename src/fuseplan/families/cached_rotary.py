@@ -3,7 +3,7 @@ cache.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -151,6 +151,21 @@ class CachedRule(Rule):
         return x
 
 
+class NormedCachedRule(CachedRule):
+    """The same of queries and keys that are normed before: where `tokens_first`, in [B, S, heads, D], and rotated in
+    [B, heads, S, D].
+    """
+
+    def __init__(self, *, tokens_first: bool) -> None:
+        self.tokens_first = tokens_first
+
+    def _moved(self, value: Any) -> Any:
+        return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.tokens_first else value
+
+    def _heads_first(self, x: Tensor) -> Tensor:
+        return x.permute(HEADS_FIRST) if self.tokens_first and x.dim() == 4 else x
+
+
 def _is_one_of_each_token(cos: Tensor, q: Tensor) -> bool:
     """Whether angles are [batch or 1, 1, tokens or 1, ...] of queries [batch, heads, tokens, head_dim]."""
     if cos.dim() != 4 or not equal_size(cos.shape[1], 1):
@@ -182,19 +197,14 @@ class RopeCache(CachedRule):
         return fused[0], fused[1], fused[2]
 
 
-class QkNormRopeCache(CachedRule):
+class QkNormRopeCache(NormedCachedRule):
     """rms_norm(q), rms_norm(k) (-> transpose) -> rotary_embedding -> cache_write  =>  one kernel that writes in place.
 
     y = n * cos + cat(-n2, n1) * sin,   n = rms_norm(x) * weight,   of q and k;   k_cache[:, :, positions] = k, and v
-
-    Where `tokens_first`, heads are normed in [B, S, heads, D] and rotated in [B, heads, S, D].
     """
 
     name, flags = "qk_norm_rope_cache", ("enable_qk_norm_rope_fusion", "fuse_rope_cache")
     op, core = qk_norm_rope_cache, rms_norm
-
-    def __init__(self, *, tokens_first: bool) -> None:
-        self.tokens_first = tokens_first
 
     def pattern(
         self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
@@ -215,12 +225,6 @@ class QkNormRopeCache(CachedRule):
             rotary_rounding,
         )  # fmt: skip
         return fused[1], fused[2], fused[0]
-
-    def _moved(self, value: Any) -> Any:
-        return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.tokens_first else value
-
-    def _heads_first(self, x: Tensor) -> Tensor:
-        return x.permute(HEADS_FIRST) if self.tokens_first and x.dim() == 4 else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +251,13 @@ class CachedRotaryShape(Shape):
     def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """The fused op alone."""
         return self.sizes.fused(model, eager=model.timing(provider).eager)
+
+    def within(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What `fused` adds to the kernel that reads the queries: these are neither written nor read again."""
+        if model.timing(provider).eager:
+            return self.fused(model, provider, reduce=reduce, tail=tail)
+        (kernel,) = replace(self.sizes, q_heads=0).fused(model, eager=False)
+        return (replace(kernel, launch=0),)
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
         """What a fused op leaves of the site: nothing."""

@@ -14,6 +14,7 @@ from fuseplan.dialect import (
     LINEAR_FAMILY,
     NORM_FAMILY,
     DialectOp,
+    RotaryRounding,
     Rounding,
     implement,
     ops,
@@ -148,6 +149,51 @@ def fused_attention(
     return launch(q, k, v, mask, scale, None, sinks=sinks, softcap=softcap)
 
 
+def rope_cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    rotary_rounding: str, mask: Tensor | None, scale: float, is_causal: bool, kernel: str,
+) -> Tensor:  # fmt: skip
+    """`families.cached_attention.rope_cached_attention_reference` of one token, which writes the caches and yields what
+    is attended; `is_causal` is False.
+    """
+    from fuseplan.providers.triton.attention import launch
+    from fuseplan.providers.triton.cached_attention import Token
+
+    rounding = RotaryRounding(rotary_rounding)
+    token = Token(k=k, v=v, cos=cos, sin=sin, positions=positions, rotary_rounding=rounding)
+    return launch(q, k_cache, v_cache, mask, scale, kernel, written=token)
+
+
+def rope_cached_eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    rotary_rounding: str, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rounding: str,
+) -> Tensor:  # fmt: skip
+    """`families.cached_attention.rope_cached_eager_attention_reference`, likewise; `rounding` is `float32`."""
+    from fuseplan.providers.triton.attention import launch
+    from fuseplan.providers.triton.cached_attention import Token
+
+    how = RotaryRounding(rotary_rounding)
+    token = Token(k=k, v=v, cos=cos, sin=sin, positions=positions, rotary_rounding=how)
+    return launch(q, k_cache, v_cache, mask, scale, None, sinks=sinks, softcap=softcap, written=token)
+
+
+def qk_norm_rope_cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
+    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str, mask: Tensor | None, scale: float,
+    is_causal: bool, kernel: str,
+) -> Tensor:  # fmt: skip
+    """`families.cached_attention.qk_norm_rope_cached_attention_reference`, likewise."""
+    from fuseplan.providers.triton.attention import launch
+    from fuseplan.providers.triton.cached_attention import Token
+    from fuseplan.providers.triton.cached_rotary import QkNorm
+
+    norm = QkNorm(q_weight=q_weight, k_weight=k_weight, eps=eps, rounding=Rounding(rounding))
+    token = Token(
+        k=k, v=v, cos=cos, sin=sin, positions=positions, rotary_rounding=RotaryRounding(rotary_rounding), norm=norm
+    )
+    return launch(q, k_cache, v_cache, mask, scale, kernel, written=token)
+
+
 def linears(*arguments: Any) -> Any:
     """`parts.linear.linears_reference` in one kernel."""
     from fuseplan.providers.triton.linear import launch
@@ -199,19 +245,21 @@ class FewQueries:
 
     Attributes:
         names_kernel: whether the op names a kernel of torch's, as whose its result lies in memory.
+        most: query tokens.
     """
 
     names_kernel: bool = True
+    most: int = MOST_QUERIES
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the kernel doesn't take the arguments, or None."""
-        queries, widths = m.q.shape[2], (m.q.shape[3], m.v.shape[3])
+        queries, widths = self._queries(m), (m.q.shape[3], m.v.shape[3])
         if m.q.dtype not in NARROW_DTYPES:
             detail = f"the kernel takes {' and '.join(_DTYPE_TEXTS)}; q is {dtype_text(m.q.dtype)}"
             return m.refuse(Reason.DTYPE, "q", detail)  # type: ignore[no-any-return]
-        if not isinstance(queries, int) or queries > MOST_QUERIES:
+        if not isinstance(queries, int) or queries > self.most:
             found = queries if isinstance(queries, int) else "a number of them that isn't known when it is compiled"
-            detail = f"the kernel takes up to {MOST_QUERIES} query tokens; q has {found}"
+            detail = f"the kernel takes {self._most}; q has {found}"
             return m.refuse(Reason.SIZE, "q", detail)  # type: ignore[no-any-return]
         if any(not isinstance(width, int) or width > MOST_HEAD_DIM for width in widths):
             found = f"those of q have {widths[0]}, of v {widths[1]}"
@@ -240,9 +288,23 @@ class FewQueries:
             return m.refuse(Reason.PROVIDER, "kernel", detail)  # type: ignore[no-any-return]
         return None
 
+    @property
+    def _most(self) -> str:
+        return f"up to {self.most} query tokens" if self.most > 1 else "one query token"
+
+    def _queries(self, m: Any) -> Any:
+        return m.q.shape[2]
+
     def limits(self) -> tuple[str, ...]:
         """What it takes, for a person."""
-        return listed(_DTYPE_TEXTS), f"up to {MOST_QUERIES} query tokens", f"heads of up to {MOST_HEAD_DIM} elements"
+        return listed(_DTYPE_TEXTS), self._most, f"heads of up to {MOST_HEAD_DIM} elements"
+
+
+class WrittenToken(FewQueries):
+    """The check of attention that writes the token that asks into the caches first: `q` may be tokens before heads."""
+
+    def _queries(self, m: Any) -> Any:
+        return m.positions.shape[0]
 
 
 def accept_activation(suffix: str) -> Accepts:
@@ -306,6 +368,7 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
     return replayed(run)
 
 
+_EAGER_ATTENTIONS = (ops.fused_attention, ops.rope_cached_eager_attention)
 _LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
 _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
@@ -315,6 +378,9 @@ implement(ops.rope_cache, "triton", replayed(rope_cache))
 implement(ops.qk_norm_rope_cache, "triton", replayed(qk_norm_rope_cache))
 implement(ops.grouped_attention, "triton", replayed(grouped_attention))
 implement(ops.fused_attention, "triton", replayed(fused_attention))
+implement(ops.rope_cached_attention, "triton", replayed(rope_cached_attention))
+implement(ops.rope_cached_eager_attention, "triton", replayed(rope_cached_eager_attention))
+implement(ops.qk_norm_rope_cached_attention, "triton", replayed(qk_norm_rope_cached_attention))
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
 implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))
@@ -329,6 +395,9 @@ ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope_cache.name: accept_cached_rotary,
     ops.grouped_attention.name: FewQueries(),
     ops.fused_attention.name: FewQueries(names_kernel=False),
+    ops.rope_cached_attention.name: WrittenToken(most=1),
+    ops.rope_cached_eager_attention.name: WrittenToken(names_kernel=False, most=1),
+    ops.qk_norm_rope_cached_attention.name: WrittenToken(most=1),
     **{op.name: FewRows() for op in _LINEARS},
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
@@ -345,7 +414,7 @@ PROVIDER: Final = Provider(
         name: Offer(
             accepts=accepts,
             most_rows=most_linear_rows if ops[name] in _LINEARS else None,
-            roundings=ROUNDINGS if name == ops.fused_attention.name else None,
+            roundings=ROUNDINGS if ops[name] in _EAGER_ATTENTIONS else None,
         )
         for name, accepts in ACCEPTS.items()
     },

@@ -22,6 +22,7 @@ or that has no keys, gets zeros, as by torch's own kernels on the CPU and its ma
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Final
 
 import torch
 import triton
@@ -29,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ATTENTION_KERNELS
+from fuseplan.providers.triton.cached_attention import NO_TOKEN, Token, arrived
 from fuseplan.providers.triton.launching import Tile, multiprocessors, shared_bytes
 from fuseplan.providers.triton.replay import run_kernel, scratch
 from fuseplan.providers.triton.rows import within
@@ -66,20 +68,40 @@ LOG2_E = math.log2(math.e)
 LEAST_SIDE = 16
 """Of a tile that tensor cores multiply."""
 
+EXACT: Final = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
+"""How a kernel is compiled that rotates and writes: a fused multiply-add wouldn't round the product. There are
+assertions, and none that Triton adds.
+"""
+
+
+@triton.jit
+def _capped(scores, cap, CAPPED: tl.constexpr):
+    return cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0)) if CAPPED else scores  # cap * tanh(x), of exp(2x)
+
+
+@triton.jit
+def _finite(bias):
+    """The lowest number stays one, times log2(e): a row that it hides as a whole sees all keys."""
+    return tl.where((bias < -2e38) & (bias > float("-inf")), -2e38, bias)
+
 
 # One compilation for all lengths.
 @triton.jit(do_not_specialize=["keys", "splits", "mask_batch", "mask_head", "mask_token"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, y_ptr, parts_ptr, sums_ptr, keys, splits, scale, cap,
+    q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, y_ptr, parts_ptr, sums_ptr, written, keys, splits, scale, cap,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
     mask_batch, mask_head, mask_token, mask_key, y_batch, y_head, y_token, y_dim,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, ROW_TILES: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, MASK_HEADS: tl.constexpr,
     MASK_TOKENS: tl.constexpr, MASKED_FROM: tl.constexpr, SHOWN_FROM: tl.constexpr, SAMPLED: tl.constexpr,
-    WHOLE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    WHOLE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, WRITES: tl.constexpr,
+    SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
+    ROUNDS_PRODUCTS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One of `splits` parts of what ROWS queries of a head see; WHOLE: all of it."""
+    """One of `splits` parts of what ROWS queries of a head see; WHOLE: all of it. WRITES: `written`, the key and the
+    value of the queries' own token, are seen too, and put into the cache first.
+    """
     split = tl.program_id(0) % splits
     place = tl.program_id(0) // splits
     first_row = place % ROW_TILES * ROWS
@@ -99,14 +121,34 @@ def _attend(
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    q = tl.load(
-        q_ptr + batch * q_batch + q_head_of[:, None] * q_head + token[:, None] * q_token + wide[None, :] * q_dim,
-        mask=is_row[:, None] & is_column[None, :], other=0.0,
-    )  # fmt: skip
-
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     y = tl.zeros((ROWS, VALUE_COLUMNS), tl.float32)
+    if WRITES:
+        q, new_k, new_v, position, is_there = arrived(
+            written, q_ptr + batch * q_batch + q_head_of * q_head, q_dim, is_row, batch, head, wide, is_column,
+            wide_value, is_value, keys, k_ptr.dtype.element_ty,
+            WIDTH // 2, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
+        )  # fmt: skip
+        if is_there & (position // BLOCK % splits == split):
+            is_first = first_row == 0
+            k_place = k_ptr + batch * k_batch + head * k_head + position * k_token + wide[None, :] * k_dim
+            v_place = v_ptr + batch * v_batch + head * v_head + position * v_token + wide_value[None, :] * v_dim
+            tl.store(k_place, new_k, mask=is_column[None, :] & is_first)
+            tl.store(v_place, new_v, mask=is_value[None, :] & is_first)
+            top = _capped(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale, cap, CAPPED)
+            if MASKED:
+                shown_at = mask_rows + own_head * mask_head + token * mask_token + position * mask_key
+                bias = tl.load(shown_at, mask=is_row, other=float("-inf")).to(tl.float32)
+                top += _finite(bias) * 1.4426950408889634
+            is_shown = top != float("-inf")
+            total = is_shown.to(tl.float32)
+            y = tl.where(is_shown[:, None], new_v.to(tl.float32), 0.0)
+    else:
+        q = tl.load(
+            q_ptr + batch * q_batch + q_head_of[:, None] * q_head + token[:, None] * q_token + wide[None, :] * q_dim,
+            mask=is_row[:, None] & is_column[None, :], other=0.0,
+        )  # fmt: skip
     hidden = float("-inf")
     if MASKED:
         # What is hidden by a finite number counts, relative to the others of its row, where there are no others.
@@ -142,6 +184,8 @@ def _attend(
         for tile in range(first, last):
             start = (split + (chunk + tile) * splits) * BLOCK
             inside = start + offset < keys
+            if WRITES:  # it was seen first
+                inside &= start + offset != position
             at = start.to(tl.int64)
             if MASKED:
                 shown = (start + offset).to(tl.int64) * mask_key
@@ -152,17 +196,14 @@ def _attend(
                         mask_rows + own_head[:, None] * mask_head + token[:, None] * mask_token + shown[None, :],
                         mask=is_row[:, None] & inside[None, :], other=float("-inf"),
                     ).to(tl.float32)  # fmt: skip
-                # The lowest number stays one, times log2(e): a row that it hides as a whole sees all keys.
-                bias = tl.where((bias < -2e38) & (bias > float("-inf")), -2e38, bias)
+                bias = _finite(bias)
                 read = inside & ((live >> tile) & 1 != 0)
             else:
                 bias = tl.where(inside, 0.0, float("-inf"))[None, :]
                 read = inside
             k = tl.load(k_tile + at * k_token, mask=read[:, None] & is_column[None, :], other=0.0)
             v = tl.load(v_tile + at * v_token, mask=read[:, None] & is_value[None, :], other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            if CAPPED:
-                scores = cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))  # cap * tanh(x), of exp(2x)
+            scores = _capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, cap, CAPPED)
             scores += bias * 1.4426950408889634
             higher = tl.maximum(top, tl.max(scores, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -286,9 +327,10 @@ class Split:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str | None, split: Split | None = None,
-    *, sinks: Tensor | None = None, softcap: float | None = None,
+    *, sinks: Tensor | None = None, softcap: float | None = None, written: Token | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `attention_reference` with is_causal=False, and `eager_attention_reference`; any strides.
+    """See `attention_reference` with is_causal=False, and `eager_attention_reference`, and with `written` what
+    `fuseplan.families.cached_attention` composes of them; any strides.
 
     Args:
         q: [batch, q_heads, queries, head_dim]; bfloat16, float16 or float32.
@@ -301,6 +343,7 @@ def launch(
         split: how keys are shared out; None: by sizes.
         sinks: [q_heads], any floating dtype; None: there are none.
         softcap: what scores stay below; None: they stay as they are.
+        written: the key and the value of a single query, which k and v get first; None: they are complete.
 
     Returns:
         [batch, q_heads, queries, value_dim] in q's dtype.
@@ -311,7 +354,9 @@ def launch(
     if kernel is None:
         y = q.new_empty(shape)
     else:
-        strides = result_strides(kernel, q.dtype, q.shape, q.stride(), heads, value_width)
+        # What is rotated before torch's kernel reads it is contiguous.
+        read = q.stride() if written is None else (q_heads * width, width, width, 1)
+        strides = result_strides(kernel, q.dtype, q.shape, read, heads, value_width)
         y = torch.empty_strided(shape, strides, dtype=q.dtype, device=q.device)
     if y.numel() == 0:
         return y
@@ -341,14 +386,15 @@ def launch(
     with torch.cuda.device_of(q):
         run_kernel(
             _attend, (places * split.count,),
-            q, k, v, q if shown is None else shown, q if sinks is None else sinks.contiguous(), y, parts, sums, keys,
-            split.count, *factors,
+            q, k, v, q if shown is None else shown, q if sinks is None else sinks.contiguous(), y, parts, sums,
+            None if written is None else written.arguments, keys, split.count, *factors,
             *_steps(q), *_steps(k), *_steps(v), *mask_steps, *_steps(y),
             **sizes, WIDTH=width, ROWS=tile.rows, ROW_TILES=row_tiles, COLUMNS=columns, VALUE_COLUMNS=value_columns,
             BLOCK=tile.block, TILES=max(LEAST_TILES, TILES // triton.next_power_of_2(mask_heads * mask_tokens)),
             MASKED=shown is not None, MASK_HEADS=mask_heads, MASK_TOKENS=mask_tokens,
             MASKED_FROM=MASKED_FROM, SHOWN_FROM=SHOWN_FROM, SAMPLED=SAMPLED, WHOLE=is_whole,
-            CAPPED=softcap is not None, SINKS=sinks is not None,
+            CAPPED=softcap is not None, SINKS=sinks is not None, WRITES=written is not None,
+            **(NO_TOKEN if written is None else {**written.constants(width), **EXACT}),
             num_stages=split.stages, **tile.launch(q),
         )  # fmt: skip
         if not is_whole:

@@ -25,7 +25,7 @@ from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
 
 @triton.jit
-def _place(positions_ptr, token, step, length):
+def place_of(positions_ptr, token, step, length):
     """Where a token is written to, and whether the cache has that place."""
     position = tl.load(positions_ptr + token * step).to(tl.int64)
     position = tl.where(position < 0, position + length, position)
@@ -79,7 +79,7 @@ def _token(
             HALF, Q_HEADS, Q_ROWS, WIDTH, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
         )  # fmt: skip
     else:
-        place, is_there = _place(positions_ptr, token, positions_step, length)
+        place, is_there = place_of(positions_ptr, token, positions_step, length)
         if part < q_parts + k_parts:
             _rotate(
                 k_ptr + batch * k[0] + token * k[2], (k[1], k[3]),
@@ -143,7 +143,7 @@ class QkNorm:
     rounding: Rounding
 
 
-def _broadcast(value: Tensor) -> tuple[int, ...]:
+def broadcast(value: Tensor) -> tuple[int, ...]:
     """Strides of the batch, the tokens and the elements of angles: 0 where all share them."""
     return (*(0 if value.shape[dim] == 1 else value.stride(dim) for dim in (0, 2)), value.stride(3))
 
@@ -188,7 +188,7 @@ def launch(
             _cached_rotary, (q_parts + k_parts + v_parts, min(seq, MOST_PROGRAMS), min(batches, MOST_PROGRAMS)),
             q, k, v, q_out, k_cache, v_cache, q_weight, k_weight, cos, sin, positions,
             q_parts, k_parts, seq, batches, k_cache.shape[2],
-            *(each.stride() for each in (q, k, v, k_cache, v_cache)), _broadcast(cos), _broadcast(sin),
+            *(each.stride() for each in (q, k, v, k_cache, v_cache)), broadcast(cos), broadcast(sin),
             q_weight.stride(-1), k_weight.stride(-1), positions.stride(0), norm.eps if norm is not None else 0.0,
             HALF=half, VALUE_DIM=value_dim, Q_HEADS=q_heads, K_HEADS=k_heads, Q_ROWS=q_rows, K_ROWS=k_rows,
             V_ROWS=v_rows, WIDTH=width, V_WIDTH=value_width, SHARED_ANGLES=cos.shape[-1] == half,

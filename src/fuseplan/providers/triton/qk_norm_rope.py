@@ -19,6 +19,17 @@ from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
 
 @triton.jit
+def _weighted(x, mean, weight, eps, dtype: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr):
+    """Normed elements of heads whose squares have a `mean`, times `weight`, rounded, in float32."""
+    n = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
+    if ROUNDS_NORMED:
+        n = n.to(dtype).to(tl.float32)
+    if ADDS_ONE:
+        weight = weight + 1.0
+    return (n * weight[None, :]).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def rotated_heads(
     low, x_dim, inside, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, column, is_column,
     dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
@@ -40,18 +51,42 @@ def rotated_heads(
         w1 = tl.load(weight_ptr + column * weight_dim, mask=is_column, other=0.0).to(tl.float32)
         w2 = tl.load(weight_ptr + (column + HALF) * weight_dim, mask=is_column, other=0.0).to(tl.float32)
         mean = tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF)
-        root = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
-        n1, n2 = x1 * root, x2 * root
-        if ROUNDS_NORMED:
-            n1, n2 = n1.to(dtype).to(tl.float32), n2.to(dtype).to(tl.float32)
-        if ADDS_ONE:
-            w1, w2 = w1 + 1.0, w2 + 1.0
-        n1, n2 = (n1 * w1[None, :]).to(dtype).to(tl.float32), (n2 * w2[None, :]).to(dtype).to(tl.float32)
+        n1 = _weighted(x1, mean, w1, eps, dtype, ROUNDS_NORMED, ADDS_ONE)
+        n2 = _weighted(x2, mean, w2, eps, dtype, ROUNDS_NORMED, ADDS_ONE)
     a1, b1, a2, b2 = n1 * c1[None, :], n2 * s1[None, :], n2 * c2[None, :], n1 * s2[None, :]
     if ROUNDS_PRODUCTS:
         a1, b1 = a1.to(dtype).to(tl.float32), b1.to(dtype).to(tl.float32)
         a2, b2 = a2.to(dtype).to(tl.float32), b2.to(dtype).to(tl.float32)
     return (a1 - b1).to(dtype), (a2 + b2).to(dtype)
+
+
+@triton.jit
+def rotated_rows(
+    rows, x_dim, is_row, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, column, is_column,
+    dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
+    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """The same as whole rows [ROWS, COLUMNS], of which each element is read twice, for itself and for the one that it
+    is turned against: `rows` are pointers to heads, `column` says which element is which.
+    """
+    is_low = column < HALF
+    other = tl.where(is_low, column + HALF, column - HALF)
+    angle = tl.where(is_low, column, other) if SHARED_ANGLES else column
+    inside = is_row[:, None] & is_column[None, :]
+    x = tl.load(rows[:, None] + column[None, :] * x_dim, mask=inside, other=0.0).to(tl.float32)
+    turned = tl.load(rows[:, None] + other[None, :] * x_dim, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cosines + angle * cos_dim, mask=is_column, other=0.0).to(tl.float32)
+    s = tl.load(sines + angle * sin_dim, mask=is_column, other=0.0).to(tl.float32)
+    if NORMS:
+        w = tl.load(weight_ptr + column * weight_dim, mask=is_column, other=0.0).to(tl.float32)
+        turned_w = tl.load(weight_ptr + other * weight_dim, mask=is_column, other=0.0).to(tl.float32)
+        mean = tl.sum(x * x, axis=1) / (2 * HALF)
+        x = _weighted(x, mean, w, eps, dtype, ROUNDS_NORMED, ADDS_ONE)
+        turned = _weighted(turned, mean, turned_w, eps, dtype, ROUNDS_NORMED, ADDS_ONE)
+    a, b = x * c[None, :], turned * tl.where(is_low, -s, s)[None, :]
+    if ROUNDS_PRODUCTS:
+        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+    return (a + b).to(dtype)
 
 
 @triton.jit
