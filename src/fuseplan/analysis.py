@@ -1,8 +1,10 @@
 """What is known of a graph before anything is chosen, and the record of what was chosen."""
 
+import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -11,6 +13,7 @@ from torch import fx
 
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import PassConfig, Policy
+from fuseplan.cpython import uncollected
 from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
@@ -301,3 +304,14 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
         force=tuple(config.force) if policy.name == "planned" else (),
         forbid=tuple(config.forbid) if policy.name != "off" else (),
     )  # fmt: skip
+
+
+@contextmanager
+def stage(stages: dict[str, int], name: str) -> Iterator[None]:
+    """Times a stage. The cyclic garbage collector waits meanwhile: stages make many objects and hardly any garbage."""
+    with uncollected():
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start

@@ -2,7 +2,6 @@
 choosing, rewriting, report.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,10 +11,9 @@ from pathlib import Path
 from torch import fx
 from torch._inductor.virtualized import V
 
-from fuseplan.analysis import Analysis, Regions, fault, graph_report, report_of
+from fuseplan.analysis import Analysis, Regions, fault, graph_report, report_of, stage
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
-from fuseplan.cpython import uncollected
 from fuseplan.debug import DebugDump
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
@@ -57,7 +55,7 @@ from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, Saved
 from fuseplan.report.places import places
 from fuseplan.report.trace import publish
 from fuseplan.rewriting import apply
-from fuseplan.rules import Rule, by_name, disabled_rules, enabled_rules, rules_by_default
+from fuseplan.rules import EnabledRules, Rule
 from fuseplan.verification import Verifier
 
 ReportCallback = Callable[[Report], None]
@@ -115,15 +113,13 @@ class PostGradPassManager(Keyed):
         self.compile_range = compile_range
         self.on_report = on_report
         self.previous = tuple(previous)
-        self.rules = enabled_rules(config, rules)
-        self.disabled_by = disabled_rules(config, rules)
-        self.disabled = {name: members for name, members in by_name(rules).items() if name in self.disabled_by}
-        self._every, self._defaults, self._by_default = tuple(rules), defaults, dict[str, tuple[Rule, ...]]()
         self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
         self.providers = tuple(providers)
         self.device = device
         self.environment = environment or Environment.read()
         self.prices = prices or prices_of(config, self.environment, device, providers)
+        self.enabled = EnabledRules(config, rules, device=self.prices.model.name, defaults=defaults)
+        self.rules = self.enabled.always
         self.passes = as_external(passes)
         self.engine_groups = engine_groups
         self.solver = Solver(config.node_budget)
@@ -209,22 +205,22 @@ class PostGradPassManager(Keyed):
         stages: dict[str, int] = {}
         rules = self._rules_for(graph)
         if canonical is None:
-            with _stage(stages, "canonical"):
+            with stage(stages, "canonical"):
                 canonical = canonicalize(
                     graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups(),
                     asked=self.opt_in_parts(graph),
                 )  # fmt: skip
-        with _stage(stages, "matching"):
+        with stage(stages, "matching"):
             external = find_external(graph, self.passes)
             matches = self._find_matches(canonical, rules, external.candidates)
-        with _stage(stages, "near misses"):
+        with stage(stages, "near misses"):
             near_misses = find_near_misses(canonical, self.rules, matches)
             # Nobody asked for those that are on by default in such graphs, nor why they aren't somewhere in them.
             asked = tuple(miss for miss in matches.misses if miss.refusal.rule not in rules.keys() - self.rules.keys())
             matches = replace(matches, misses=asked)
-            if self.disabled:
-                near_misses += find_disabled(self._find_matches(canonical, self.disabled), self.disabled_by)
-        with _stage(stages, "pricing"), _places_folded():
+            if off := self.enabled.disabled:
+                near_misses += find_disabled(self._find_matches(canonical, off), self.enabled.disabled_by)
+        with stage(stages, "pricing"), _places_folded():
             posed = pose(
                 canonical, matches.candidates, external.candidates, self.prices,
                 self._span_of(Rows.of(canonical.graph)), force=self.config.force, forbid=self.config.forbid,
@@ -236,12 +232,7 @@ class PostGradPassManager(Keyed):
 
     def _rules_for(self, graph: fx.Graph) -> Mapping[str, tuple[Rule, ...]]:
         """The rules that are on in a graph, opt-in ones by its size and device among them."""
-        if not self._defaults:
-            return self.rules
-        tokens = self.compile_range.end if self.compile_range else Rows.of(graph).most_tokens
-        further = rules_by_default(self.config, self._every, tokens=tokens, device=self.prices.model.name)
-        self._by_default.update(further)
-        return dict(sorted({**self.rules, **further}.items()))
+        return self.enabled.of(self.compile_range.end if self.compile_range else Rows.of(graph).most_tokens)
 
     def opt_in_parts(self, graph: fx.Graph) -> frozenset[Part]:
         """The parts that a graph is read for because of rules that are on in it, and else isn't."""
@@ -277,7 +268,7 @@ class PostGradPassManager(Keyed):
             PlanError: what is forced can't be applied, or a saved plan doesn't fit.
         """
         posed = analysis.posed
-        with _stage(analysis.stages_ns, "choosing"):
+        with stage(analysis.stages_ns, "choosing"):
             if policy.name == "off":
                 decision = decide_off()
             elif policy.name == "ordered":
@@ -301,7 +292,7 @@ class PostGradPassManager(Keyed):
             decision = self.decide(analysis, self.config.chosen_policy, graph)
             posed = analysis.posed
             chosen = [i for i in decision.selected if isinstance(posed.candidates[i].match, Match)]
-            with _stage(analysis.stages_ns, "verification"):
+            with stage(analysis.stages_ns, "verification"):
                 found = self.verifier.verify([posed.candidates[i] for i in chosen], analysis.canonical, span)
             known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}
             outcomes.update(dict.fromkeys(known.values()))
@@ -315,7 +306,7 @@ class PostGradPassManager(Keyed):
         matches = [analysis.posed.candidates[index].match for index in decision.selected]
         ours = sorted((match for match in matches if isinstance(match, Match)), key=lambda match: match.anchor)
         refusals = []
-        with _stage(analysis.stages_ns, "rewriting"):
+        with stage(analysis.stages_ns, "rewriting"):
             if ours:
                 apply(analysis.canonical, ours)
             for match in matches:
@@ -344,7 +335,7 @@ class PostGradPassManager(Keyed):
     def names(self) -> tuple[str, ...]:
         """The rules that are on, in any of the graphs so far, and other people's passes that can be planned."""
         external = sorted(p.name for p in self.passes if isinstance(p, ExternalPass) and not p.is_procedural)
-        return (*sorted({*self.rules, *self._by_default}), *external)
+        return (*sorted(self.enabled.names), *external)
 
     def _key(self) -> str | None:
         return self.identity.key(engine_groups=self.named_groups, may_restart=self.may_restart)
@@ -353,9 +344,7 @@ class PostGradPassManager(Keyed):
     def identity(self) -> Identity:
         """Whatever can change what this pass does."""
         passes = (*map(pass_content, self.previous), *map(pass_content, self.passes))
-        enabled = [rule for members in self.rules.values() for rule in members]
-        enabled += [rule for rule in self._every if rule.default_on is not None and rule.name not in self.rules]
-        rules = (rule_content(rule) for rule in enabled)
+        rules = map(rule_content, self.enabled.every)
         providers = (provider_content(provider, self.device) for provider in self.providers)
         facts = {
             "config": config_key(self.config),
@@ -408,14 +397,3 @@ def _places_folded() -> Iterator[None]:
         yield
     except ContradictionError as error:
         raise PlanError(error.told(places)) from None
-
-
-@contextmanager
-def _stage(stages: dict[str, int], name: str) -> Iterator[None]:
-    """Times a stage. The cyclic garbage collector waits meanwhile: stages make many objects and hardly any garbage."""
-    with uncollected():
-        start = time.perf_counter_ns()
-        try:
-            yield
-        finally:
-            stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start

@@ -13,13 +13,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fuseplan.dialect import RotaryRounding, Rounding, ops
+from fuseplan.dialect import AttentionRounding, RotaryRounding, Rounding, ops
 from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.parts.attention.op import exact_attention
 from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import Split, launch
 from fuseplan.providers.triton.cached_attention import Token
 from fuseplan.providers.triton.cached_rotary import QkNorm
+from fuseplan.rules import Rule
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
 from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
@@ -219,6 +220,13 @@ def layouts() -> list[bool]:
     return found
 
 
+def samples(rule: Rule) -> list[dict[str, Any]]:
+    """Arguments of a rule, as the kernel rounds."""
+    made = arguments_of(rule, torch.device("cpu"))
+    spelled = rule.op is ops.rope_cached_eager_attention
+    return [{**each, "rounding": AttentionRounding.FLOAT32.value} if spelled else each for each in made]
+
+
 def variants() -> int:
     """How many sets of constants the kernel is compiled for, while a cache grows and its position moves."""
     recorded = Recorded()
@@ -238,7 +246,7 @@ def main() -> None:
         "stale": stale(), "out of bounds": out_of_bounds(), "strides": strides(), "layouts": layouts(),
         "variants": variants(),
         "cases": [
-            check_rule(rule, providers=[TRITON], samples=arguments_of(rule, torch.device("cpu"))).cases["triton"]
+            check_rule(rule, providers=[TRITON], samples=samples(rule)).cases["triton"]
             for rule in CACHED_ATTENTION_RULES
         ],
     }  # fmt: skip

@@ -42,6 +42,8 @@ MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }  # fmt: skip
 OWN = ("gemma2", "gpt_oss")
 """Whose attention torch's kernels don't compute: soft-caps and sinks."""
+EITHER = ("eager_attention", "cached_eager_attention")
+"""Attention alone, or with rotation and cache writes before it, where there are no norms between these."""
 IDS = (torch.arange(2 * 12).reshape(2, 12) * 11) % 64
 
 
@@ -65,7 +67,7 @@ def step(model: Any, queries: int = 1, batch: int = 2, prompt: int = PROMPT, pad
 
 
 def providers(report: fuseplan.Report) -> list[str]:
-    return [each.provider for each in report.graphs[0].applied if each.rule == "eager_attention"]
+    return [each.provider for each in report.graphs[0].applied if each.rule in EITHER]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,9 @@ def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: s
     config = fuseplan.PassConfig(allow_rounding_changes=True)
     report = fuseplan.explain(model, device="h100", config=config, **arguments)
     assert providers(report) == ["triton"] * LAYERS
-    fusions = [each for each in report.graphs[0].applied if each.rule == "eager_attention"]
+    fusions = [each for each in report.graphs[0].applied if each.rule in EITHER]
+    joint = 0 if name in ("gemma3", "qwen3") else LAYERS
+    assert (report.fused["cached_eager_attention"], report.fused["rope_cache"]) == (joint, 0)
     assert [each.source for each in fusions] == [f"model.layers.{layer}.self_attn" for layer in range(LAYERS)]
 
     report = fuseplan.explain(model, device="h100", **arguments)
@@ -143,6 +147,27 @@ def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str)
         expected, actual = model(**plain).logits, compiled(**fused).logits
     assert providers(reports[-1]) == ["torch"] * LAYERS, reports[-1].warnings
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*OWN, pytest.param("llama", marks=pytest.mark.nightly)])
+def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_does(name: str) -> None:
+    model = built(name)
+    config = fuseplan.PassConfig(force=("cached_eager_attention",), verify="always")
+    reports: list[fuseplan.Report] = []
+    compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
+    runs = []
+    with torch.no_grad():
+        for each in (model, compiled):
+            given = step(model, prompt=4, padded=2)
+            cache, logits = given["past_key_values"], []
+            for at in range(3):
+                now = {"position_ids": given["position_ids"] + at, "attention_mask": torch.ones(2, 5 + at).long()}
+                logits.append(each(**{**given, **now, "input_ids": IDS[:, at : at + 1]}).logits)
+            runs.append([*logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))])
+    assert {report.fused["cached_eager_attention"] for report in reports} == {LAYERS}
+    assert providers(reports[-1]) == ["torch"] * LAYERS, reports[-1].warnings
+    for actual, expected in zip(*reversed(runs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.nightly

@@ -44,6 +44,10 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "grouped_attention": ("grouped_attention", ("fuse_grouped_attention",)),
     "fused_attention": ("eager_attention", ("fuse_eager_attention",)),
     "rope_cached_attention": ("cached_attention", CACHED),
+    "rope_cached_eager_attention": (
+        "cached_eager_attention",
+        ("fuse_cached_attention", "fuse_eager_attention", "fuse_rope_cache"),
+    ),
     "qk_norm_rope_cached_attention": ("qk_norm_cached_attention", ("enable_qk_norm_rope_fusion", *CACHED)),
     "skinny_linear": ("skinny_linear", ("fuse_skinny_linear",)),
     "merged_linear_pair": ("merged_linear", ("fuse_merged_linear",)),

@@ -14,7 +14,7 @@ from fuseplan.families.cached_rotary import (
     qk_norm_rope_cache_fake,
     qk_norm_rope_cache_reference,
 )
-from fuseplan.ops import RotaryRounding, Rounding, Sample, define, draw_near_one, random_tensor
+from fuseplan.ops import AttentionRounding, RotaryRounding, Rounding, Sample, define, draw_near_one, random_tensor
 from fuseplan.parts.attention import attention, repeat_heads
 from fuseplan.parts.attention.op import DRAWS as ATTENTION_DRAWS
 from fuseplan.parts.attention.op import ERROR_FACTOR, attention_fake, attention_reference, draw_keys, draw_mask
@@ -22,6 +22,8 @@ from fuseplan.parts.cache_write import CACHES, cache_write
 from fuseplan.parts.cached_rotary import cached_rotary
 from fuseplan.parts.cached_rotary.op import DRAWS as CACHED_DRAWS
 from fuseplan.parts.cached_rotary.op import cached_sample, rope_cache_fake, rope_cache_reference
+from fuseplan.parts.eager_attention import eager_attention
+from fuseplan.parts.eager_attention.op import eager_attention_fake, eager_attention_reference
 from fuseplan.parts.rms_norm import rms_norm
 from fuseplan.parts.rotary import rotary_embedding
 from fuseplan.record import Refusal
@@ -123,6 +125,50 @@ def qk_norm_rope_cached_attention_fake(
     return attention_fake(*written, mask, scale, is_causal, kernel), *written[1:]
 
 
+def rope_cached_eager_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    rotary_rounding: str, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rounding: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k_cache, v_cache = rope_cache(q, k, v, ...);  y = eager_attention(q, k_cache, v_cache, mask, sinks, scale)
+
+    Args:
+        q: see `rope_cached_attention_reference`.
+        k: likewise.
+        v: likewise.
+        k_cache: likewise.
+        v_cache: likewise.
+        cos: likewise.
+        sin: likewise.
+        positions: likewise.
+        rotary_rounding: one of `RotaryRounding`.
+        mask: added to the scores, in q's dtype, broadcasts to [batch, q_heads, tokens, length]; None: nothing is added.
+        sinks: [q_heads] in q's dtype: a logit more of every query of a head, which takes weight and has no value; None:
+            there is none.
+        scale: of the scores.
+        softcap: what scores stay below; None: they stay as they are.
+        rounding: one of `AttentionRounding`.
+
+    Returns:
+        (y, k_cache, v_cache): y [batch, q_heads, tokens, value_dim] in q's dtype, contiguous, and the caches as they
+        are afterwards.
+
+    Raises:
+        IndexError: a position lies outside of the cache.
+        ValueError: `rotary_rounding` or `rounding` isn't one of theirs.
+    """
+    written = rope_cache_reference(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+    return eager_attention_reference(*written, mask, sinks, scale, softcap, rounding), *written[1:]
+
+
+def rope_cached_eager_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    rotary_rounding: str, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rounding: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Shapes, dtypes and layouts of `rope_cached_eager_attention_reference`."""
+    written = rope_cache_fake(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+    return eager_attention_fake(*written, mask, sinks, scale, softcap, rounding), *written[1:]
+
+
 def _sample(cached: Sample, *, masked: bool, rounding: Rounding | None = None) -> Sample:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         *tensors, cos, sin, positions, rotary_rounding = cached.make(device, generator)
@@ -141,6 +187,17 @@ def _sample(cached: Sample, *, masked: bool, rounding: Rounding | None = None) -
 
     name = f"{cached.name}{'-masked' * masked}"
     return Sample(name=name if rounding is None else f"{name}-{rounding}", make=make)
+
+
+def _eager_sample(attended: Sample, *, softcap: float | None) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        *written, mask, scale, _, _ = attended.make(device, generator)
+        q = written[0]
+        sinks = None if softcap is not None else random_tensor(q.shape[1:2], q.dtype, device, generator)
+        rounding = AttentionRounding.FLOAT32 if q.dtype is torch.float32 else AttentionRounding.EAGER
+        return *written, mask, sinks, scale, softcap, rounding.value
+
+    return Sample(name=f"{attended.name}-{'sinks' if softcap is None else 'capped'}", make=make)
 
 
 _CACHED = (
@@ -187,6 +244,24 @@ qk_norm_rope_cached_attention = define(
 )
 
 
+rope_cached_eager_attention = define(
+    "rope_cached_eager_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin, Tensor positions, "
+    "str rotary_rounding, Tensor? mask, Tensor? sinks, float scale, float? softcap, str rounding) -> "
+    "(Tensor, Tensor, Tensor)",
+    reference=rope_cached_eager_attention_reference,
+    fake=rope_cached_eager_attention_fake,
+    samples=[
+        _eager_sample(each, softcap=softcap)
+        for each, softcap in zip(rope_cached_attention.samples, (None, 2.0, 3.0, None), strict=True)
+    ],
+    fused=True,
+    error_factor=eager_attention.error_factor,
+    draws={**_DRAWS, "sinks": draw_keys},
+    writes=CACHES,
+)
+
+
 class CachedAttention(CachedRule):
     """cached_rotary(q, k, v, k_cache, v_cache) -> repeat_heads of both -> attention  =>  one op that writes in place.
 
@@ -195,6 +270,7 @@ class CachedAttention(CachedRule):
     """
 
     name, flags = "cached_attention", ("fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
+    opt_in = "fuse_cached_attention"
     op, core = rope_cached_attention, attention
 
     def pattern(
@@ -219,6 +295,38 @@ class CachedAttention(CachedRule):
         return super().check(m) or _unequal_masks(m)
 
 
+class CachedEagerAttention(CachedRule):
+    """cached_rotary(q, k, v, k_cache, v_cache) -> eager_attention  =>  one op that writes in place.
+
+    As `CachedAttention`, of attention that is spelled out: scores may have a soft-cap, and heads a sink.
+    """
+
+    name, flags = "cached_eager_attention", ("fuse_cached_attention", "fuse_eager_attention", "fuse_rope_cache")
+    opt_in = "fuse_cached_attention"
+    op, core = rope_cached_eager_attention, eager_attention
+
+    def pattern(
+        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
+        rotary_rounding: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any,
+    ) -> Any:  # fmt: skip
+        written = _items(cached_rotary(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding))
+        return eager_attention(*written, mask, sinks, scale, softcap, rounding), *written[1:]
+
+    def replacement(
+        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
+        rotary_rounding: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any,
+    ) -> Any:  # fmt: skip
+        return _items(
+            self.op(
+                q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding, mask, sinks, scale, softcap, rounding
+            )
+        )  # fmt: skip
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Refuses what `rope_cache` and `eager_attention` do."""
+        return super().check(m) or _unequal_masks(m)
+
+
 class QkNormCachedAttention(NormedCachedRule):
     """rms_norm(q), rms_norm(k) (-> transpose) -> rotary_embedding -> cache_write -> repeat_heads -> attention  =>  one
     op that writes in place.
@@ -228,6 +336,7 @@ class QkNormCachedAttention(NormedCachedRule):
 
     name = "qk_norm_cached_attention"
     flags = ("enable_qk_norm_rope_fusion", "fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
+    opt_in = "fuse_cached_attention"
     op, core = qk_norm_rope_cached_attention, attention
 
     def pattern(
@@ -279,6 +388,7 @@ def _unequal_masks(m: Bindings) -> Refusal | None:
 
 CACHED_ATTENTION_RULES: tuple[Rule, ...] = (
     CachedAttention(),
+    CachedEagerAttention(),
     QkNormCachedAttention(tokens_first=False),
     QkNormCachedAttention(tokens_first=True),
 )

@@ -106,9 +106,10 @@ class Linears(Rule):
     def __init__(self, count: int) -> None:
         self.count, self.op, self.core = count, LINEAR_FAMILY[count - 1], LINEARS[count - 1]
         self.name = "skinny_linear" if count == 1 else "merged_linear"
-        self.flags = (f"fuse_{self.name}",)
+        self.opt_in = f"fuse_{self.name}"
+        self.flags = (self.opt_in,)
 
-    opt_in, default_on = True, DEFAULT_ON
+    default_on = DEFAULT_ON
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -140,7 +141,7 @@ class GatedLinears(Rule):
         self.up_first = up_first
 
     name, flags = "merged_linear_silu_mul", ("fuse_merged_linear",)
-    opt_in, default_on = True, DEFAULT_ON
+    opt_in, default_on = "fuse_merged_linear", DEFAULT_ON
     op, core = GATED, LINEARS[1]
 
     @property

@@ -37,7 +37,7 @@ def idle_requests(
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
     counts = {match.rule.name for match in matches.candidates}
     for name, members in rules.items():
-        flags = members[0].flags
+        flags = (members[0].opt_in,) if members[0].opt_in else members[0].flags
         if not flags or not all(getattr(config, flag) is True for flag in flags):
             continue
         if name not in counts and any(other in counts and {*flags} <= {*rules[other][0].flags} for other in rules):

@@ -47,7 +47,7 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tup
             )
         if policy.name == "ordered" and not listed and [*flags.values()] == [True]:
             raise ConfigError(f"{' and '.join(flags)}=True contradicts policy {policy}: add {name} to the list")
-        asked = listed or not any(member.opt_in for member in members) or all(flags.values())
+        asked = listed or all(getattr(config, member.opt_in) for member in members if member.opt_in)
         if not off and asked and (listed or policy.name != "ordered"):
             enabled[name] = members
     return enabled
@@ -80,6 +80,38 @@ def rules_by_default(
     }
 
 
+class EnabledRules:
+    """What a configuration leaves on, in all graphs and in small ones.
+
+    Attributes:
+        always: on in every graph, by name.
+        disabled_by: of the rules that a flag switches off the first such flag, by name.
+        disabled: these rules.
+        names: of all that were on in a graph so far.
+        every: all that may be on in one.
+
+    Raises:
+        RuleError, ConfigError: see `enabled_rules`.
+    """
+
+    def __init__(self, config: PassConfig, rules: Sequence[Rule], *, device: str, defaults: bool) -> None:
+        self._config, self._rules, self._device, self._defaults = config, rules, device, defaults
+        self.always = enabled_rules(config, rules)
+        self.disabled_by = disabled_rules(config, rules)
+        self.disabled = {name: each for name, each in by_name(rules).items() if name in self.disabled_by}
+        self.names = set(self.always)
+        known = [rule for rule in rules if rule.default_on is not None and rule.name not in self.always]
+        self.every = (*(rule for members in self.always.values() for rule in members), *known)
+
+    def of(self, tokens: float) -> Mapping[str, tuple[Rule, ...]]:
+        """The rules that are on in a graph of so many tokens at most, by name, in their order."""
+        if not self._defaults:
+            return self.always
+        further = rules_by_default(self._config, self._rules, tokens=tokens, device=self._device)
+        self.names |= further.keys()
+        return dict(sorted({**self.always, **further}.items()))
+
+
 def disabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, str]:
     """The rules that a flag of the configuration switches off, by name, with the first such flag."""
     off = {name: [f for member in members for f in member.flags if getattr(config, f) is False]
@@ -87,4 +119,13 @@ def disabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, st
     return {name: flags[0] for name, flags in off.items() if flags}
 
 
-__all__ = ["Bindings", "DefaultOn", "Rule", "by_name", "disabled_rules", "enabled_rules", "rules_by_default"]
+__all__ = [
+    "Bindings",
+    "DefaultOn",
+    "EnabledRules",
+    "Rule",
+    "by_name",
+    "disabled_rules",
+    "enabled_rules",
+    "rules_by_default",
+]

@@ -88,7 +88,8 @@ class Rule:
         requires: rules of which every match that shares a value with one of this rule must be applied with it, by the
             same provider; e.g. where a kernel leaves its result in a layout that only another one reads.
         together: whether all matches of the rule in a graph are applied, or none.
-        opt_in: whether it is off unless its flags are True, or a policy lists it, or `default_on` says otherwise.
+        opt_in: the flag that has to be True for it to be on, unless a policy lists it, or `default_on` says otherwise;
+            None: it is on where none of its flags is False.
         default_on: where an opt-in rule is on by default all the same; None: nowhere.
     """
 
@@ -98,7 +99,7 @@ class Rule:
     core: DialectOp
     requires: tuple[str, ...] = ()
     together: bool = False
-    opt_in: bool = False
+    opt_in: str | None = None
     default_on: DefaultOn | None = None
 
     def pattern(self, *variables: Any, **named: Any) -> Any:

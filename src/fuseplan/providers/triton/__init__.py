@@ -164,6 +164,19 @@ def rope_cached_attention(
     return launch(q, k_cache, v_cache, mask, scale, kernel, written=token)
 
 
+def rope_cached_eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    rotary_rounding: str, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rounding: str,
+) -> Tensor:  # fmt: skip
+    """`families.cached_attention.rope_cached_eager_attention_reference`, likewise; `rounding` is `float32`."""
+    from fuseplan.providers.triton.attention import launch
+    from fuseplan.providers.triton.cached_attention import Token
+
+    how = RotaryRounding(rotary_rounding)
+    token = Token(k=k, v=v, cos=cos, sin=sin, positions=positions, rotary_rounding=how)
+    return launch(q, k_cache, v_cache, mask, scale, None, sinks=sinks, softcap=softcap, written=token)
+
+
 def qk_norm_rope_cached_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
     sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str, mask: Tensor | None, scale: float,
@@ -355,6 +368,7 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
     return replayed(run)
 
 
+_EAGER_ATTENTIONS = (ops.fused_attention, ops.rope_cached_eager_attention)
 _LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
 _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
@@ -365,6 +379,7 @@ implement(ops.qk_norm_rope_cache, "triton", replayed(qk_norm_rope_cache))
 implement(ops.grouped_attention, "triton", replayed(grouped_attention))
 implement(ops.fused_attention, "triton", replayed(fused_attention))
 implement(ops.rope_cached_attention, "triton", replayed(rope_cached_attention))
+implement(ops.rope_cached_eager_attention, "triton", replayed(rope_cached_eager_attention))
 implement(ops.qk_norm_rope_cached_attention, "triton", replayed(qk_norm_rope_cached_attention))
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
@@ -381,6 +396,7 @@ ACCEPTS: Mapping[str, Accepts] = {
     ops.grouped_attention.name: FewQueries(),
     ops.fused_attention.name: FewQueries(names_kernel=False),
     ops.rope_cached_attention.name: WrittenToken(most=1),
+    ops.rope_cached_eager_attention.name: WrittenToken(names_kernel=False, most=1),
     ops.qk_norm_rope_cached_attention.name: WrittenToken(most=1),
     **{op.name: FewRows() for op in _LINEARS},
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
@@ -398,7 +414,7 @@ PROVIDER: Final = Provider(
         name: Offer(
             accepts=accepts,
             most_rows=most_linear_rows if ops[name] in _LINEARS else None,
-            roundings=ROUNDINGS if name == ops.fused_attention.name else None,
+            roundings=ROUNDINGS if ops[name] in _EAGER_ATTENTIONS else None,
         )
         for name, accepts in ACCEPTS.items()
     },
