@@ -10,6 +10,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.facts import LOW_PRECISION, RESHAPES, aten
+from fuseplan.graph.regions import INVOKE
 from fuseplan.planner.rows import Rows
 
 GATHERS = (
@@ -44,6 +45,8 @@ def rest_ns(graph: fx.Graph, claimed: Collection[fx.Node], hardware: Hardware, r
     for node in graph.nodes:
         if node.op != "call_function" or node in claimed or _is_view(node) or not isinstance(node.target, _OPS):
             continue
+        if node.target is INVOKE:
+            continue  # a graph of its own
         packet = getattr(node.target, "overloadpacket", None)
         if packet is None:
             return None
@@ -94,6 +97,8 @@ def _is_materialised(node: fx.Node, claimed: Collection[fx.Node]) -> bool:
     """Whether something that Inductor doesn't fuse with the node reads it, through views."""
     for user in node.users:
         if user.op == "output" or user in claimed or (_is_view(user) and _is_materialised(user, claimed)):
+            return True
+        if user.target is INVOKE:
             return True
         packet = getattr(user.target, "overloadpacket", None)
         if packet is not None and (packet in flop_registry or packet in GATHERS or not _is_torchs(packet)):

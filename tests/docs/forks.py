@@ -39,7 +39,7 @@ def run(request: dict[str, Any]) -> None:
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
     # Output is compared, and the line that a first compilation logs isn't part of what most pages are about.
-    logging.getLogger("fuseplan").addHandler(logging.NullHandler())
+    logging.getLogger("fuseplan.compiled").setLevel(logging.WARNING)
     sys.path.insert(0, request["folder"])
     if any(name.startswith("TORCH_") for name in request["environment"]):
         _init_logs()

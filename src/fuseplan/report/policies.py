@@ -86,16 +86,24 @@ class Policies:
             lines.append(Text(policy_name(report), style="bold"))
             listed = [rule for rule in self.rules if not report.order or rule in report.order]
             lines += [indented(Text(f"{rule}  ").append_text(self._count(report, rule)), 4) for rule in listed]
-            saved = [Text(f"{self._head(span, ', ')}  ").append_text(self._saved(report, span)) for span in self.spans]
-            lines += [indented(each, 4) for each in saved]
-        lines.append(Text(WHOLE, style="dim"))
-        wholes = [Text(f"{self._head(span, ', ')}  {self._whole(span)}", style="dim") for span in self.spans]
+            lines += [indented(self._told(report, span), 4) for span in self.spans]
+        lines.append(Text("unfused", style="dim"))
+        wholes = [Text(f"{self._at(span)}{self._whole(span)} us of a step", style="dim") for span in self.spans]
         return Group(*lines, *(indented(each, 4) for each in wholes))
 
-    def _head(self, span: Span, separator: str = "\n") -> str:
+    def _told(self, report: Report, span: Span) -> Text:
+        """What a policy saves, in words."""
+        saved = Saved.of(report, span)
+        step = f", {saved.step_share} of a step" if self._knows_steps else ""
+        return Text(f"{self._at(span)}saves {us(saved.saved_ns)} us, {saved.share} of the ops{step}")
+
+    def _at(self, span: Span) -> str:
+        return "" if span is None or self.is_fixed else f"{tokens_of(span)} tokens: "
+
+    def _head(self, span: Span) -> str:
         """The range, and under it what stands in a cell."""
         units = "us  ops  step" if self._knows_steps else "us  ops"
-        return units if span is None or self.is_fixed else f"{tokens_of(span)} tokens{separator}{units}"
+        return units if span is None or self.is_fixed else f"{tokens_of(span)} tokens\n{units}"
 
     def _count(self, report: Report, rule: str) -> Text:
         """How often a rule fired in a step, of its matches; range by range where that differs."""
