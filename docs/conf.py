@@ -184,8 +184,8 @@ _SIDES = {
     "flex_attention": "`flex_attention`",
     "enable_gqa": "`enable_gqa` by hand",
     "hand-written": "written by hand",
+    "fuseplan, no linear layers": "no linear layers",
     "fuseplan": "fuseplan",
-    "fuseplan, all": "fuseplan, all flags",
 }
 
 
@@ -199,11 +199,11 @@ def _decode_one_gpu() -> str:
         failed = dict.fromkeys(row.get("failed", {}), "fails")
         times = ("{:,.0f} ± {:,.0f} us".format(*row[side]) if side in row else failed.get(side, "") for side in sides)
         limit = [f"{row['bytes_limit_us']:,.0f} us" if "bytes_limit_us" in row else ""] if limited else []
-        ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan", "fuseplan, all"))
+        ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan"))
         faster = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         rows.append((f"`{row['model']}`", row["batch"], _tokens(row), *times, *limit, *faster))
     limits = ["bytes' limit"] if limited else []
-    head = ("model", "batch", "tokens", *sides.values(), *limits, "by hand", "fuseplan", "all flags")
+    head = ("model", "batch", "tokens", *sides.values(), *limits, "by hand", "fuseplan")
     return _table(head, rows)
 
 

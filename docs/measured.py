@@ -32,13 +32,11 @@ class Gain(NamedTuple):
     Attributes:
         label: what differs within the group.
         times: under the default configuration, or the one that the group names.
-        further: with the flags that are off by default, where that was measured too.
         is_clear: whether the quartiles of both sides lie apart.
     """
 
     label: str
     times: float
-    further: float | None = None
     is_clear: bool = True
 
 
@@ -65,14 +63,17 @@ def _one_gpu() -> Iterator[Group]:
         gains = []
         for row in (each for each in steps if each["model"] == model):
             times = row["times_faster"]
-            gains.append(Gain(f"batch {row['batch']}", times["fuseplan"], times.get("fuseplan, all")))
+            gains.append(Gain(f"batch {row['batch']}", times["fuseplan"]))
         yield Group(f"{NAMES[model]}, Hugging Face, one {gpu(found)}", gains)
 
 
 def decode_steps(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Decode steps in bfloat16 that were measured with the present kernels."""
+    """Decode steps in bfloat16, on caches of usual length, that were measured with the present kernels."""
     rows: list[dict[str, Any]] = found["rows"]
-    return [row for row in rows if row["tokens"] == 1 and row["dtype"] == "bfloat16" and "note" not in row]
+    return [
+        row for row in rows
+        if row["tokens"] == 1 and row["dtype"] == "bfloat16" and row["cache"] <= 4096 and "note" not in row
+    ]  # fmt: skip
 
 
 def _tensor_parallel() -> Group:
@@ -112,14 +113,14 @@ WIDTH, ROW, TITLE, LEFT, TOP = 860, 15, 26, 120, 62
 LEAST = 0.75
 """Where the axis starts."""
 STYLE = """
-svg { --ground: #f7f8fa; --frame: #d4d9e0; --ink: #1f2733; --dim: #5c6773; --bar: #1f6feb; --more: #9cc3ff }
+svg { --ground: #f7f8fa; --frame: #d4d9e0; --ink: #1f2733; --dim: #5c6773; --bar: #1f6feb }
 @media (prefers-color-scheme: dark) { svg { --ground: #14181f; --frame: #2c3440; --ink: #d7dde5; --dim: #8b96a5;
---bar: #4c8df6; --more: #26497f } }
+--bar: #4c8df6; } }
 .ground { fill: var(--ground); stroke: var(--frame) } .grid { stroke: var(--frame) } .one { stroke: var(--dim) }
 text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--ink) }
 .head { font-weight: 700; paint-order: stroke; stroke: var(--ground); stroke-width: 5px }
 .dim { fill: var(--dim) } .end { text-anchor: end } .middle { text-anchor: middle }
-.bar { fill: var(--bar) } .more { fill: var(--more) } .unclear { fill: none; stroke: var(--dim); stroke-dasharray: 3 2 }
+.bar { fill: var(--bar) } .unclear { fill: none; stroke: var(--dim); stroke-dasharray: 3 2 }
 """
 
 
@@ -161,7 +162,7 @@ def chart(title: str, shown: Sequence[Group]) -> str:
     def place(times: float) -> float:
         return round(LEFT + (times - LEAST) * (WIDTH - LEFT - 90) / (longest - LEAST), 1)
 
-    longest = max(max(gain.times, gain.further or 0) for group in shown for gain in group.gains)
+    longest = max(gain.times for group in shown for gain in group.gains)
     for group in shown:
         y += TITLE
         drawn.append(_text(16, y - 7, group.title, "head"))
@@ -176,11 +177,6 @@ def chart(title: str, shown: Sequence[Group]) -> str:
         for tick in ticks
     ]
     legend = [_text(16, 24, title, "head")]
-    if any(gain.further for group in shown for gain in group.gains):
-        legend.append('<rect x="560" y="14" width="12" height="11" class="bar"/>' + _text(577, 24, "default", "dim"))
-        legend.append(
-            '<rect x="640" y="14" width="12" height="11" class="more"/>' + _text(657, 24, "all flags on", "dim")
-        )
     if any(not gain.is_clear for group in shown for gain in group.gains):
         legend.append(
             '<rect x="745" y="14" width="12" height="11" class="unclear"/>' + _text(762, 24, "unclear", "dim")
@@ -196,17 +192,10 @@ def chart(title: str, shown: Sequence[Group]) -> str:
 def _bar(gain: Gain, y: int, place: Callable[[float], float]) -> list[str]:
     """A bar from 1 on, to the left where a step is slower."""
     kind = "bar" if gain.is_clear else "unclear"
-    ends = [(kind, gain.times)]
-    if gain.further is not None:
-        ends.insert(0, ("more", gain.further))
-    bars = [
-        f'<rect x="{min(place(end), place(1))}" y="{y}" width="{max(abs(place(end) - place(1)), 0.5):.1f}" '
-        f'height="{ROW - 4}" class="{name}"/>'
-        for name, end in ends
-    ]
-    told = " / ".join(f"{end:.2f}" for _, end in reversed(ends)) + ("" if gain.is_clear else " unclear")
-    right = max(place(1), *(place(end) for _, end in ends)) + 5
-    return [_text(LEFT - 8, y + ROW - 5, gain.label, "dim end"), *bars, _text(right, y + ROW - 5, told, "")]
+    start, end = sorted((place(gain.times), place(1)))
+    bar = f'<rect x="{start}" y="{y}" width="{max(end - start, 0.5):.1f}" height="{ROW - 4}" class="{kind}"/>'
+    label = f"{gain.times:.2f}" + ("" if gain.is_clear else " unclear")
+    return [_text(LEFT - 8, y + ROW - 5, gain.label, "dim end"), bar, _text(end + 5, y + ROW - 5, label, "")]
 
 
 def _text(x: float, y: float, content: str, kind: str) -> str:

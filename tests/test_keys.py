@@ -69,7 +69,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "enable_qk_norm_rope_fusion": {"enable_qk_norm_rope_fusion": True},
     "fuse_rope_cache": {"fuse_rope_cache": False},
     "fuse_grouped_attention": {"fuse_grouped_attention": False},
-    "fuse_cached_attention": {"fuse_cached_attention": False},
+    "fuse_cached_attention": {"fuse_cached_attention": True},
     "fuse_eager_attention": {"fuse_eager_attention": False},
     "fuse_merged_linear": {"fuse_merged_linear": True},
     "fuse_skinny_linear": {"fuse_skinny_linear": True},

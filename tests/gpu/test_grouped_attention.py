@@ -165,7 +165,7 @@ def _decoded(model: Any, step_of: Any, mask: torch.Tensor) -> list[torch.Tensor]
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:TensorFloat32 tensor cores")
 def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left(rule: str) -> None:
     """Logits and caches are as near to float32 as those of plain torch.compile."""
-    config = fuseplan.PassConfig(forbid=() if rule == "cached_attention" else ("cached_attention",))
+    config = fuseplan.PassConfig(fuse_cached_attention=rule == "cached_attention")
     model, mask = _model(), torch.ones(3, 64, dtype=torch.long, device="cuda")
     mask[1, :3] = 0
     reports: list[fuseplan.Report] = []

@@ -16,7 +16,7 @@ OTHERS: dict[str, Any] = {
     "fuse_rope_cache": False,
     "fuse_grouped_attention": False,
     "fuse_eager_attention": False,
-    "fuse_cached_attention": False,
+    "fuse_cached_attention": True,
     "fuse_merged_linear": True,
     "fuse_skinny_linear": True,
     "eliminate_noops": False,

@@ -72,7 +72,7 @@ def test_a_step_is_planned_once_a_layer(name: str, device: str, with_attention: 
     """With attention in one op, and without that beside it."""
     model, rule = built(name)
     model = model.bfloat16()
-    config = fuseplan.PassConfig(forbid=() if with_attention else ("cached_attention", "qk_norm_cached_attention"))
+    config = fuseplan.PassConfig(fuse_cached_attention=with_attention)
     report = fuseplan.explain(model, device=device, config=config, **step(filled(model)))
     fused = {rule: count for rule, count in report.fused.items() if count}
     joint = JOINT.get(name)
@@ -111,7 +111,10 @@ def test_what_comes_out_and_what_is_cached_stay(name: str, rule: str, tokens: in
             expected.append(model(**step(plain, position, count)).logits)
         torch._dynamo.reset()
         compiled = fuseplan.compile(
-            model, fullgraph=True, config=fuseplan.PassConfig(force=(rule,)), on_report=reports.append
+            model,
+            fullgraph=True,
+            config=fuseplan.PassConfig(force=(rule,), fuse_cached_attention=True),
+            on_report=reports.append,
         )
         cache = filled(model)
         pointers = [each.data_ptr() for each in held(cache)]
@@ -130,7 +133,7 @@ def test_the_code_of_a_step_copies_no_cache(name: str) -> None:
     """Of one graph for several steps, which hands the caches themselves to the fused op."""
     (model, _), rule = built(name), JOINT[name]
     reports: list[fuseplan.Report] = []
-    config = fuseplan.PassConfig(force=(rule,))
+    config = fuseplan.PassConfig(force=(rule,), fuse_cached_attention=True)
     with torch.no_grad(), fresh_cache():
         plain, cache = filled(model), filled(model)
         torch._dynamo.reset()

@@ -59,7 +59,8 @@ LAYERS: dict[str, tuple[str, Layer, list[Tensor]]] = {
 
 
 def explain(function: Any, *inputs: Tensor, **config: Any) -> Report:
-    return fuseplan.explain(function, *inputs, config=fuseplan.PassConfig(**config), device="h200")
+    asked: dict[str, Any] = {"fuse_cached_attention": True, **config}
+    return fuseplan.explain(function, *inputs, config=fuseplan.PassConfig(**asked), device="h200")
 
 
 def compiled(function: Layer, rule: str, reports: list[Report]) -> Callable[..., Any]:

@@ -54,8 +54,15 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "merged_linear_triple": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_silu_and_mul": ("merged_linear_silu_mul", ("fuse_merged_linear",)),
 }
-OPT_IN = {"skinny_linear", "merged_linear", "merged_linear_silu_mul"}
-MEMBERS = {"qk_norm_rope": 2, "qk_norm_rope_cache": 2, "qk_norm_rope_cached_attention": 2}
+LINEAR = {"skinny_linear", "merged_linear", "merged_linear_silu_mul"}
+WRITING = {"cached_attention", "cached_eager_attention", "qk_norm_cached_attention"}
+OPT_IN = LINEAR | WRITING
+MEMBERS = {
+    "merged_linear_silu_and_mul": 2,
+    "qk_norm_rope": 2,
+    "qk_norm_rope_cache": 2,
+    "qk_norm_rope_cached_attention": 2,
+}
 """Rules with a fused op in common, where that is more than one."""
 
 
@@ -292,8 +299,14 @@ ALL = {name for name, _ in TABLE.values()} - OPT_IN
             {"act_padding": "fuse_act_padding", "allreduce_rms_padding": "fuse_act_padding"},
         ),
         ({"fuse_skinny_linear": True}, ALL | {"skinny_linear"}, {}),
-        ({"fuse_merged_linear": True}, ALL | OPT_IN - {"skinny_linear"}, {}),
-        ({"fuse_merged_linear": False}, ALL, dict.fromkeys(OPT_IN - {"skinny_linear"}, "fuse_merged_linear")),
+        ({"fuse_merged_linear": True}, ALL | LINEAR - {"skinny_linear"}, {}),
+        ({"fuse_merged_linear": False}, ALL, dict.fromkeys(LINEAR - {"skinny_linear"}, "fuse_merged_linear")),
+        ({"fuse_cached_attention": True}, ALL | WRITING, {}),
+        (
+            {"fuse_cached_attention": True, "fuse_grouped_attention": False},
+            ALL - {"grouped_attention"} | {"cached_eager_attention"},
+            dict.fromkeys(WRITING - {"cached_eager_attention"} | {"grouped_attention"}, "fuse_grouped_attention"),
+        ),
         ({"policy": "ordered(merged_linear)"}, {"merged_linear"}, {}),
         # One of two flags that are True is no request for the rule that needs both.
         ({"policy": "ordered(act_padding)", "fuse_act_padding": True}, {"act_padding"}, {}),
