@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 import fuseplan
 from fuseplan.integrations.vllm import plugin
+from fuseplan.integrations.vllm.passes import manager_for
 from fuseplan.integrations.vllm.plugin import HOOK, KEY, asked_for
 from tests.integrations.vllm.conftest import NAMED, Configure
 from tests.providers.stand_ins import ranks
@@ -41,6 +42,23 @@ def test_asked_for_by_name(configure: Configure, lines: list[logging.LogRecord])
     assert asked_for(config) == fuseplan.PassConfig()
     assert HOOK not in config.compilation_config.inductor_compile_config, "the real pass is put there by the worker"
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_on"),
+    [
+        ({}, False),
+        ({"enable_qk_norm_rope_fusion": False}, False),
+        ({"enable_qk_norm_rope_fusion": True}, True),
+        ({"policy": "ordered(qk_norm_rope)"}, True),
+        ({"force": ("qk_norm_rope@layers.0.*:triton",)}, True),
+        ({"forbid": ("qk_norm_rope",)}, True),
+        ({"force": ("rope_cache",)}, False),
+    ],
+)
+def test_what_was_slower_in_vllm_is_on_where_it_is_named(settings: dict[str, Any], is_on: bool) -> None:
+    manager = manager_for(fuseplan.PassConfig(**settings), None, lambda report: None)
+    assert ("qk_norm_rope" in manager.rules) is is_on
 
 
 def test_every_setting_is_a_part_of_the_key(configure: Configure) -> None:
