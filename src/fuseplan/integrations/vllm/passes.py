@@ -29,7 +29,7 @@ def manager_for(
 
 
 SLOWER: Final = "qk_norm_rope"
-"""With it a token of Qwen3-8B took 1.6 to 2.7 % longer on one H200, in CUDA graphs of vLLM 0.22, and no less in a second
+"""With it a token of Qwen3-8B took 1.6 to 2.7 % longer on one H200, in CUDA graphs of vLLM 0.22, and no less in another
 run: Inductor's own code for these norms is hard to beat there, and the model of prices doesn't know.
 """
 
