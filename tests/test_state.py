@@ -25,6 +25,7 @@ CACHES = {
     "graph/facts.py:_innermost": "text",
     "graph/layout.py:_op_only_reads": "ops of torch, which stay as long as the process",
     "graph/reach.py:_kind_of_op": "likewise",
+    "graph/sharing.py:_is_cheap": "likewise",
     "integrations/vllm/plugin.py:_say_once": "text",
     "integrations/vllm/support.py:missing": "nothing: the vLLM that is there doesn't change while it runs",
     "matching/siblings.py:layer_of": "text",

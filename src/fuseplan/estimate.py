@@ -4,8 +4,8 @@ import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from fuseplan.devices.hardware import Hardware
@@ -68,7 +68,7 @@ def rest_ns(graph: fx.Graph, claimed: Collection[fx.Node], hardware: Hardware, r
     return round(total)
 
 
-_OPS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+_OPS = (OpOverload, HigherOrderOperator)
 
 
 def _operations(packet: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> float | None:

@@ -355,6 +355,7 @@ class PostGradPassManager(Keyed):
             "prices": self.prices.key,
             "plan": plans_key(self.saved),
             "settles": self.verifier.settles,
+            "defaults": self.enabled.defaults,
         }
         return Identity(facts, (*rules, *providers), passes)
 

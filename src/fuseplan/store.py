@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import hashlib
+import inspect
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -123,7 +123,9 @@ def _describe(value: Any) -> str:
 
 def _callers_level() -> int:
     """The `stacklevel` by which a warning of the caller points at the user's line, or else at the caller's own."""
-    frame, level = sys._getframe(1), 1
+    here = inspect.currentframe()
+    assert here is not None and here.f_back is not None, "CPython has frames"
+    frame, level = here.f_back, 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith((*OURS, *HELPERS)):
         frame, level = frame.f_back, level + 1
     return level

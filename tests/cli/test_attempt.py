@@ -55,7 +55,8 @@ def test_what_can_not_be_written_is_found_before_anything_runs(tmp_path: Path) -
         ((1_000, -2_000, 3_000), "The plan gains nothing that could be measured here (-0.2 to +0.3 %)"),
         (
             (-50_000, -110_000, 10_000),
-            "Whether the plan gains anything is unclear (-11.0 to +1.0 %): about 16 repeats would settle it",
+            "Whether the plan gains anything is unclear (-11.0 to +1.0 %): "
+            "about 16 repeats would settle it (--repeats 16)",
         ),
     ],
 )

@@ -72,7 +72,9 @@ def test_a_step_is_planned_once_a_layer(name: str, device: str, with_attention: 
     """With attention in one op, and without that beside it."""
     model, rule = built(name)
     model = model.bfloat16()
-    config = fuseplan.PassConfig(fuse_cached_attention=with_attention)
+    config = fuseplan.PassConfig(
+        fuse_cached_attention=with_attention, fuse_merged_linear=False, fuse_skinny_linear=False
+    )
     report = fuseplan.explain(model, device=device, config=config, **step(filled(model)))
     fused = {rule: count for rule, count in report.fused.items() if count}
     joint = JOINT.get(name)
@@ -92,7 +94,8 @@ def test_a_step_is_planned_once_a_layer(name: str, device: str, with_attention: 
 )
 def test_on_a_cpu_it_is_left_to_inductor(name: str) -> None:
     model, rule = built(name)
-    report = fuseplan.explain(model, device="cpu", **step(filled(model)))
+    config = fuseplan.PassConfig(fuse_cached_attention=True if name in JOINT else None)
+    report = fuseplan.explain(model, device="cpu", config=config, **step(filled(model)))
     for each in {rule, JOINT.get(name, rule)}:
         assert report.fused[each] == 0
         assert report.matched[each] == LAYERS
@@ -113,7 +116,7 @@ def test_what_comes_out_and_what_is_cached_stay(name: str, rule: str, tokens: in
         compiled = fuseplan.compile(
             model,
             fullgraph=True,
-            config=fuseplan.PassConfig(force=(rule,), fuse_cached_attention=True),
+            config=fuseplan.PassConfig(force=(rule,), fuse_cached_attention=rule in JOINT.values() or None),
             on_report=reports.append,
         )
         cache = filled(model)

@@ -154,7 +154,8 @@ def test_it_saves_a_launch_beside_what_both_fusions_save(rule: str, inner: Calla
 
 @pytest.mark.parametrize("inner", [layer, normed_layer])
 def test_without_a_gpu_it_is_left_apart(inner: Callable[..., Layer]) -> None:
-    report = fuseplan.explain(attended(inner), *masked(), device="cpu")
+    config = fuseplan.PassConfig(fuse_cached_attention=True)
+    report = fuseplan.explain(attended(inner), *masked(), config=config, device="cpu")
     assert not report.fused[PLAIN]
     assert not report.fused[NORMED]
 
@@ -287,10 +288,10 @@ def test_near_misses_name_what_stands_in_the_way(name: str) -> None:
     report = explain(function, *masked())
     assert report.fused["rope_cache"] == 1
     assert not report.fused[PLAIN]
-    rows = near_misses(function, *masked(), rule=PLAIN)
+    rows = near_misses(function, *masked(), rule=PLAIN, fuse_cached_attention=True)
     assert len(rows) == 1
     assert detail in rows[0].detail, rows[0].detail
-    assert not near_misses(function, *masked(), rule=NORMED)
+    assert not near_misses(function, *masked(), rule=NORMED, fuse_cached_attention=True)
 
 
 def test_many_tokens_are_for_kernels_apart() -> None:

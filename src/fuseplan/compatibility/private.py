@@ -151,10 +151,10 @@ GRAPHS = (
 )  # fmt: skip
 
 OPS = (
-    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "graph", "verification")),
+    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "estimate", "graph", "verification")),
     PrivateApi("torch._ops:HigherOrderOperator.name", ("graph",), 0),
     PrivateApi("torch._ops:OpOverload",
-               ("canonical", "content", "graph", "matching", "ops", "planner", "tuning", "verification")),
+               ("canonical", "content", "estimate", "graph", "matching", "ops", "planner", "tuning", "verification")),
     PrivateApi("torch._ops:OpOverload._schema",
                ("canonical", "families", "fingerprint", "graph", "ops", "parts", "rewriting", "rules", "verification")),
     PrivateApi("torch._ops:OpOverload.is_view", ("graph", "planner")),
@@ -199,7 +199,18 @@ TRACED: Mapping[str, tuple[str, ...]] = {
     "nn_module_stack": ("canonical", "graph", "rewriting"),
     "source_fn_stack": ("graph",),
     "stack_trace": ("canonical", "graph", "rewriting"),
-    "val": ("canonical", "graph", "matching", "ops", "parts", "rewriting", "testing", "tuning", "verification"),
+    "val": (
+        "canonical",
+        "estimate",
+        "graph",
+        "matching",
+        "ops",
+        "parts",
+        "rewriting",
+        "testing",
+        "tuning",
+        "verification",
+    ),
 }
 """The keys of `Node.meta` that are read, and by whom. Which ones torch writes shows only when it traces a model: tests
 look for them, not an import."""

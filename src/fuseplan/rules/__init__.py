@@ -89,13 +89,14 @@ class EnabledRules:
         disabled: these rules.
         names: of all that were on in a graph so far.
         every: all that may be on in one.
+        defaults: whether opt-in rules are on where `Rule.default_on` says so.
 
     Raises:
         RuleError, ConfigError: see `enabled_rules`.
     """
 
     def __init__(self, config: PassConfig, rules: Sequence[Rule], *, device: str, defaults: bool) -> None:
-        self._config, self._rules, self._device, self._defaults = config, rules, device, defaults
+        self._config, self._rules, self._device, self.defaults = config, rules, device, defaults
         self.always = enabled_rules(config, rules)
         self.disabled_by = disabled_rules(config, rules)
         self.disabled = {name: each for name, each in by_name(rules).items() if name in self.disabled_by}
@@ -105,7 +106,7 @@ class EnabledRules:
 
     def of(self, tokens: float) -> Mapping[str, tuple[Rule, ...]]:
         """The rules that are on in a graph of so many tokens at most, by name, in their order."""
-        if not self._defaults:
+        if not self.defaults:
             return self.always
         further = rules_by_default(self._config, self._rules, tokens=tokens, device=self._device)
         self.names |= further.keys()
