@@ -236,6 +236,8 @@ def grouped(x: Tensor) -> Tensor:
         (lambda x: (dequantized(x), dequantized(x) * 2), {"dynamic_per_token_scaled_fp8_quant[32]": 1}),
         (lambda x: (dequantized(x), dequantized(x.relu())), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
         (lambda x: (grouped(x), grouped(x) * 2), {"per_token_group_fp8_quant[32]": 1}),
+        # A view between is another shape of the results.
+        (lambda x: (dequantized(x), dequantized(x.view(1, 5, 32))), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
         # Two results are two pieces of memory, also through a view.
         (lambda x: (*quantize_rows(x), *quantize_rows(x)), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
         (lambda x: (dequantized(x), scale_and_sum(x)), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),

@@ -87,3 +87,30 @@ def test_nothing_is_shared_across_a_mutation(place: str) -> None:
         written = graph.call_function(aten.add_.Tensor, (length, 1))
         written.meta["val"] = length.meta["val"]
     assert not shared(graph)
+
+
+def test_what_is_used_twice_at_each_step_is_looked_at_once() -> None:
+    """Otherwise 2 ** 30 times."""
+
+    def squared(length: Tensor, x: Tensor) -> list[Tensor]:
+        hidden = mask(length)
+        for _ in range(30):
+            hidden = hidden * hidden
+        return [x + hidden, x - hidden * 2]
+
+    graph = post_grad(squared, LENGTH, X)
+    found = Shared(graph)
+    reader = readers(graph)[0]
+    for value in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+        assert found.first(value, reader) is value
+
+
+def test_what_is_erased_is_no_longer_shared() -> None:
+    graph = post_grad(equal, LENGTH, X)
+    found, (first, second) = Shared(graph), readers(graph)
+    values = [next(each for each in reader.all_input_nodes if each.op != "placeholder") for reader in (first, second)]
+    assert found.first(values[0], first) is values[0]
+    first.replace_all_uses_with(graph.find_nodes(op="placeholder")[1])
+    graph.erase_node(first)
+    graph.erase_node(values[0])
+    assert found.first(values[1], second) is values[1]

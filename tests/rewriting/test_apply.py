@@ -19,7 +19,7 @@ from fuseplan.matching import Match, find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, provider_of
 from fuseplan.rewriting import apply
 from fuseplan.rules import Rule, by_name
-from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn, written
+from tests.helpers import HIDDEN, all_reduce, llama, post_grad, quantize_rows, randn, written
 from tests.rules.test_rules import arguments_of, rule_id
 
 aten = torch.ops.aten
@@ -316,3 +316,26 @@ def test_the_canonical_graph_is_not_touched() -> None:
     before = str(canonical.graph)
     apply(canonical, find_matches(canonical, {"act_padding": RULES["act_padding"]}, BUILT_IN_PROVIDERS[:1]).candidates)
     assert str(canonical.graph) == before
+
+
+def test_what_another_fusion_yields_is_not_shared() -> None:
+    """x is read by an activation, and yielded by a norm that adds; another activation computes it again."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        def dequantized(y: Tensor) -> Tensor:
+            codes, scale = quantize_rows(y)
+            return codes.float() * scale
+
+        total = x + r
+        first = dequantized(F.silu(total) * x)
+        normed = dequantized(llama(total, None, w)[0])
+        return first, normed, dequantized(F.silu(x + r) * r), total * 2
+
+    inputs = list(INPUTS.values())
+    graph = post_grad(model, *inputs)
+    expected = run(copy_graph(graph)[0], inputs)
+    chosen = rewrite(graph, [*RULES["norm_quant"], *RULES["act_quant"]])
+    graph.lint()
+    assert {match.rule.name for match in chosen} == {"norm_quant", "act_quant"}
+    for got, wanted in zip(run(graph, inputs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2**-5, atol=2**-5)

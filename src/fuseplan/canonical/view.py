@@ -220,8 +220,8 @@ class CanonicalGraph:
         results = [(result, known) for result, known in pairs if known is not None]
         if len(results) < len(pairs) or not all(stays_inside(each) for pair in results for each in pair):
             return  # memory of their own would be one
-        if any(result in self.origin and known not in self.origin for result, known in results):
-            return
+        if any((result in self.origin) is not (known in self.origin) for result, known in results):
+            return  # one of them is another view, which readers of the other don't have
         for result, known in results:
             if result in self.origin:
                 self.repeated.setdefault(self.origin[known], []).append(self.origin[result])

@@ -31,7 +31,9 @@ class Shared:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._region = mutation_regions(graph)
-        self._first: dict[Any, fx.Node] = {}
+        self._first: dict[tuple[int, int], fx.Node] = {}
+        self._numbers: dict[Any, int] = {}
+        self._known: dict[fx.Node, int] = {}
 
     def first(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """The first node that was asked for before and has the same value; `node` itself where there is none.
@@ -45,17 +47,24 @@ class Shared:
         region = self._region.get(node)
         if region is None or region != self._region.get(reader):
             return node
-        return self._first.setdefault((region, self._expression(node, 0)), node)
+        key = region, self._number(node, 0)
+        if key not in self._first or self._first[key]._erased:
+            self._first[key] = node
+        return self._first[key]
 
-    def _expression(self, node: fx.Node, depth: int) -> Any:
-        """Equal for nodes that compute the same: ops and constants, down to inputs and to whatever isn't cheap."""
-        if depth == MOST_DEEP or node not in self._region or not _is_cheap(node.target):
-            return node
-        return node.target, self._frozen(node.args, depth), self._frozen(node.kwargs, depth)
+    def _number(self, node: fx.Node, depth: int) -> int:
+        """Equal for nodes that compute the same: by ops and constants, down to inputs and to whatever isn't cheap."""
+        if node not in self._known:
+            if depth == MOST_DEEP or node not in self._region or not _is_cheap(node.target):
+                expression: Any = node
+            else:
+                expression = node.target, self._frozen(node.args, depth), self._frozen(node.kwargs, depth)
+            self._known[node] = self._numbers.setdefault(expression, len(self._numbers))
+        return self._known[node]
 
     def _frozen(self, value: Any, depth: int) -> Any:
         if isinstance(value, fx.Node):
-            return self._expression(value, depth + 1)
+            return self._number(value, depth + 1)
         if isinstance(value, list | tuple):
             return tuple(self._frozen(each, depth) for each in value)
         if isinstance(value, dict):

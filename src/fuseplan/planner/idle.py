@@ -1,5 +1,6 @@
 """What was asked for and does nothing in a graph. Each is a refusal that users see as a warning, with the reason."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from fuseplan.config import PassConfig
@@ -34,6 +35,8 @@ def idle_requests(
         if getattr(config, flag) is True:
             yield _no_effect(f"{flag}=True has no effect: none of the rules handed over answers to it")
     for selector in posed.idle:
+        if selector in config.forbid and re.split("[@#:]", selector)[0] not in rules:
+            continue  # it is off in this graph anyway
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
     counts = {match.rule.name for match in matches.candidates}
     for name, members in rules.items():

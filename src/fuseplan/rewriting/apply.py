@@ -51,6 +51,7 @@ class _Rewriter:
         self.results: list[fx.Node] = []
         self.shared, self.repeated = Shared(self.graph), list[fx.Node]()
         self.consumed = {node for match in chosen for node in match.consumed}
+        self.replaced = canonical.claims(self.consumed)
 
     def replace(self, match: Match) -> None:
         """Emits the fused op of one match and gives its results to whoever read the values it replaces."""
@@ -75,7 +76,7 @@ class _Rewriter:
 
     def _shared(self, value: fx.Node, reader: fx.Node) -> fx.Node:
         """The same value, computed before for another match."""
-        first = self.shared.first(value, reader)
+        first = value if value in self.replaced else self.shared.first(value, reader)
         if first is not value:
             self.repeated.append(value)
         return first
