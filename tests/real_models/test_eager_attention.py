@@ -76,7 +76,7 @@ def providers(report: fuseplan.Report) -> list[str]:
 def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: str) -> None:
     model = built(name, torch.float16 if name == "qwen3" else torch.bfloat16)
     arguments = step(model, padded=2)
-    config = fuseplan.PassConfig(allow_rounding_changes=True)
+    config = fuseplan.PassConfig(allow_rounding_changes=True, fuse_cached_attention=True)
     report = fuseplan.explain(model, device="h100", config=config, **arguments)
     assert providers(report) == ["triton"] * LAYERS
     fusions = [each for each in report.graphs[0].applied if each.rule in EITHER]
@@ -152,7 +152,7 @@ def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str)
 @pytest.mark.parametrize("name", [*OWN, pytest.param("llama", marks=pytest.mark.nightly)])
 def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_does(name: str) -> None:
     model = built(name)
-    config = fuseplan.PassConfig(force=("cached_eager_attention",), verify="always")
+    config = fuseplan.PassConfig(force=("cached_eager_attention",), fuse_cached_attention=True, verify="always")
     reports: list[fuseplan.Report] = []
     compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
     runs = []
