@@ -23,7 +23,7 @@ from tests.cached import LENGTH, WRITES, Layer, arguments, attending, layer, nor
 from tests.interpreted import no_code
 from tests.matching.told import near_misses
 from tests.rotary import HEAD, K_HEADS, hugging_face_in_float32
-from tests.rules.test_rules import arguments_of
+from tests.rules.test_rules import arguments_of, rule_id
 
 PLAIN, NORMED = "cached_attention", "qk_norm_cached_attention"
 APART = {PLAIN: "rope_cache", NORMED: "qk_norm_rope_cache"}
@@ -206,7 +206,7 @@ def test_a_cache_too_short_for_the_position_is_an_index_error(
 # What the rules refuse.
 
 
-@pytest.mark.parametrize("rule", CACHED_ATTENTION_RULES, ids=lambda each: f"{each.name}{vars(each) or ''}")
+@pytest.mark.parametrize("rule", CACHED_ATTENTION_RULES, ids=rule_id)
 def test_the_reference_holds_on_odd_sizes_and_layouts(rule: Rule) -> None:
     torch_alone = [each for each in BUILT_IN_PROVIDERS if each.name == "torch"]
     samples = arguments_of(rule, torch.device("cpu"))
