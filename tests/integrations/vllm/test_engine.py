@@ -55,10 +55,9 @@ def recognised(model: str, tp: int) -> dict[str, int]:
     return found
 
 
-def sites(model: str, tp: int) -> dict[str, int]:
+def sites_of_two(model: str) -> dict[str, int]:
     """Each reduction is followed by a norm, and Qwen3 norms queries and keys before it rotates them."""
-    found = {"allreduce_rms": 2 * LAYERS + 1} if tp > 1 else {}
-    return found | ({"qk_norm_rope": LAYERS} if model == "qwen3" else {})
+    return {"allreduce_rms": 2 * LAYERS + 1, **({"qk_norm_rope": LAYERS} if model == "qwen3" else {})}
 
 
 def only_norms_and_reductions(report: Report) -> dict[str, int]:
@@ -72,7 +71,7 @@ def check_fused_on_two(ours: Run, stock: Run, model: str) -> None:
     assert sorted(ours.reports) == [0, 1]
     for report in ours.reports.values():
         assert only_norms_and_reductions(report) == recognised(model, 2)
-        assert {rule: n for rule, n in report.fused.items() if n} == sites(model, 2)
+        assert {rule: n for rule, n in report.fused.items() if n} == sites_of_two(model)
 
 
 @pytest.mark.parametrize("model", CONFIGS)
@@ -84,7 +83,7 @@ def test_one_rank(model: str, four: Callable[[str], Four]) -> None:
     check_close(runs.fused, runs.stock)
     report = runs.fused.reports[0]
     assert only_norms_and_reductions(report) == recognised(model, 1)
-    assert {rule: n for rule, n in report.matched.items() if n} == sites(model, 1)
+    assert not any(report.matched.values()), "qk_norm_rope is off where nobody names it"
     assert report.policy == "planned"
     adopted, closed = runs.fused.lines
     assert re.search(r"fuseplan \S+ is the post-grad pass of vLLM \S+ \(torch \S+\): policy planned", adopted)
