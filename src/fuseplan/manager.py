@@ -49,7 +49,7 @@ from fuseplan.planner import (
     prices_of,
     replay,
 )
-from fuseplan.planner.rows import Rows
+from fuseplan.planner.rows import Rows, most_rows
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
 from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, SavedPlans, Verification
 from fuseplan.report.places import places
@@ -232,7 +232,7 @@ class PostGradPassManager(Keyed):
 
     def _rules_for(self, graph: fx.Graph) -> Mapping[str, tuple[Rule, ...]]:
         """The rules that are on in a graph, opt-in ones by its size and device among them."""
-        return self.enabled.of(self.compile_range.end if self.compile_range else Rows.of(graph).most_tokens)
+        return self.enabled.of(most_rows(graph, self.compile_range.end if self.compile_range else None))
 
     def opt_in_parts(self, graph: fx.Graph) -> frozenset[Part]:
         """The parts that a graph is read for because of rules that are on in it, and else isn't."""

@@ -222,6 +222,13 @@ def test_by_default_graphs_of_few_tokens_get_it_where_it_was_measured(
     assert [each for each in report.refusals if "linear" in str(each.rule)] == []
 
 
+def test_by_default_rows_count_where_no_input_is_of_tokens() -> None:
+    for rows, count in ((32, 1), (33, 0)):
+        report = planned(post_grad(several, randn(rows, WIDTH), *weights(32, 16)))
+        assert len(report.applied) == count
+        assert bool(report.unfused_ns) is bool(count), "what can't be fused isn't contended for"
+
+
 def test_who_asks_learns_why_not() -> None:
     report = planned(decoding(33), fuse_merged_linear=True)
     assert {each.rule for each in report.refusals if each.provider == "triton"} == {"merged_linear"}

@@ -9,7 +9,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuseplan.graph.facts import hint, tensor_of
+from fuseplan.graph.facts import aten, hint, tensor_of
+
+PRODUCTS = (aten.mm.default, aten.addmm.default)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,21 @@ class Rows:
             varies = isinstance(size, torch.SymInt) and moving in size.node.expr.free_symbols
             sizes.append(max(1, round(hint(size) * tokens / self.traced)) if varies else hint(size))
         return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+
+def most_rows(graph: fx.Graph, tokens: int | None) -> float:
+    """The most tokens of a graph, or the most rows of a product in it where these are more: where no input is of
+    integers, nothing else tells.
+
+    Args:
+        graph: as Inductor made it.
+        tokens: the most that it serves; None: as many as its symbols let it.
+    """
+    rows = Rows.of(graph)
+    found = rows.most_tokens if tokens is None else tokens
+    products = [node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)]
+    values = [value for node in products if (value := tensor_of(node)) is not None]
+    return max([found, *(rows.most(value, tokens) for value in values)])
 
 
 def _expression(sizes: Iterable[Any]) -> Any:

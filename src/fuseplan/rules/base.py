@@ -65,7 +65,7 @@ class DefaultOn:
     """The graphs in which an opt-in rule is on by default: those for which its kernels were measured.
 
     Attributes:
-        most_tokens: of a graph.
+        most_tokens: of a graph, and rows of a product in it.
         devices: by the names of their profiles.
     """
 
