@@ -101,20 +101,3 @@ def test_a_region_is_what_the_match_stands_for() -> None:
     assert results[0] is not None
     assert torch.equal(results[0], expected)
     assert any(each is not None and torch.equal(each, total) for each in results[1:])
-
-
-def test_a_region_of_keys_that_the_graph_has_turned_starts_from_them() -> None:
-    q, k, v = (randn(2, 4, 8, 16, seed=seed, dtype=torch.float32) for seed in range(3))
-    mask = randn(8, 8, dtype=torch.float32, seed=3)
-
-    def attention(q: Tensor, turned: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return (q @ turned * 0.25 + mask).softmax(-1) @ v
-
-    turned = k.mT.contiguous()
-    match, canonical = match_of(attention, q, turned, v, mask)
-    assert match.values["k"] not in canonical.origin
-    region = Region.of(canonical, match)
-    assert region is not None
-    (result,) = region.evaluate({"q": q, "k": k, "v": v, "mask": mask}, {})
-    assert result is not None
-    torch.testing.assert_close(result, attention(q, turned, v, mask))

@@ -1,6 +1,6 @@
 """The part of the model that a match stands for, as Inductor made it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.canonical import CanonicalGraph
-from fuseplan.graph.facts import ORDER_KEEPING, RESHAPES, aten, fill_of, is_call, tensor_of
+from fuseplan.graph.facts import RESHAPES, fill_of, is_call, tensor_of
 from fuseplan.matching import Match
 from fuseplan.parts import PARTS, Prologue
 from fuseplan.verification.specs import concrete
@@ -25,37 +25,27 @@ class Region:
 
     Attributes:
         inputs: variable by node.
-        views: for some of these nodes the views of it, the last one first, that the variable is.
         nodes: in graph order.
         outputs: for each result of the pattern the node that has it, None where none does.
         shaped: for each of them the result as the pattern has it, of which the node may be a reshape.
     """
 
     inputs: Mapping[fx.Node, str]
-    views: Mapping[fx.Node, tuple[fx.Node, ...]]
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node | None, ...]
     shaped: tuple[fx.Node | None, ...]
 
     @classmethod
     def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
-        """The region, or None where there is none: an input that the canonical graph moved has no original, unless it
-        is a view of all of a node that has one, as of keys that the graph has transposed alone.
-        """
+        """The region, or None where there is none: an input that the canonical graph moved has no original."""
         bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
-        inputs, views = dict[fx.Node, str](), dict[fx.Node, tuple[fx.Node, ...]]()
+        inputs: dict[fx.Node, str] = {}
         # A constant of fuseplan's own stands for nothing of the graph.
         bound = {name: node for name, node in bound.items() if node in canonical.origin or fill_of(node) is None}
+        if not all(node in canonical.origin for node in bound.values()):
+            return None
         for name, node in bound.items():
-            source, chain = _unmoved(node, canonical)
-            if source is None:
-                return None
-            original = canonical.origin[source]
-            if original in inputs and (chain or original in views):
-                return None  # one node by two arguments of unlike shapes
-            inputs.setdefault(original, name)
-            if chain:
-                views[original] = chain
+            inputs.setdefault(canonical.origin[node], name)
         outputs = tuple(_original(canonical, node) if node is not None else None for node in match.outputs)
         found: set[fx.Node] = set()
         stack = [node for node in outputs if node is not None]
@@ -71,7 +61,7 @@ class Region:
             stack += node.all_input_nodes
         if not found:
             return None
-        return cls(inputs=inputs, views=views, nodes=tuple(sorted(found)), outputs=outputs, shaped=match.outputs)
+        return cls(inputs=inputs, nodes=tuple(sorted(found)), outputs=outputs, shaped=match.outputs)
 
     def evaluate(self, arguments: Mapping[str, Any], symbols: Mapping[Any, int]) -> list[Tensor | None]:
         """The region's results.
@@ -80,9 +70,7 @@ class Region:
             arguments: by variable.
             symbols: the values of symbolic sizes.
         """
-        values: dict[fx.Node, Any] = {
-            node: _moved_back(arguments[name], self.views.get(node, ()), symbols) for node, name in self.inputs.items()
-        }
+        values: dict[fx.Node, Any] = {node: arguments[name] for node, name in self.inputs.items()}
 
         def value(node: fx.Node) -> Any:
             return values[node] if node in values else concrete(node.meta["val"], symbols)
@@ -109,28 +97,6 @@ class Region:
             names[node] = f"%{number}"
             lines.append(f"{node.target} {args} {kwargs}")
         return "\n".join([*lines, str([names[node] if node is not None else None for node in self.outputs])])
-
-
-def _unmoved(node: fx.Node, canonical: CanonicalGraph) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
-    """(the node with an original that a node is a view of, the views of all of it in between, the last one first)"""
-    chain: list[fx.Node] = []
-    while node not in canonical.origin:
-        if not is_call(node, aten.permute.default, *ORDER_KEEPING):
-            return None, ()
-        chain.append(node)
-        node = node.all_input_nodes[0]
-    return node, tuple(chain)
-
-
-def _moved_back(value: Any, views: Sequence[fx.Node], symbols: Mapping[Any, int]) -> Any:
-    """The value that `value` is the views of."""
-    for view in views:
-        if is_call(view, aten.permute.default):
-            dims = [dim % value.dim() for dim in view.args[1]]
-            value = value.permute([dims.index(dim) for dim in range(len(dims))])
-        else:
-            value = _shaped(value, view.all_input_nodes[0], symbols)
-    return value
 
 
 def _original(canonical: CanonicalGraph, node: fx.Node) -> fx.Node | None:
