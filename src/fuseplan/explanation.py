@@ -15,7 +15,7 @@ from fuseplan.capture import Capture
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.drawing import draw
 from fuseplan.estimate import rest_ns
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families import BUILT_IN_RULES, opt_in_parts
 from fuseplan.graph.regions import calls_of
 from fuseplan.manager import PostGradPassManager
 from fuseplan.parts import Part
@@ -95,7 +95,7 @@ class Explanation:
         for index, (gm, calls) in enumerate(zip(self.traced.graphs, calls_of(self.traced.graphs), strict=True)):
             name, refusal = f"graph_{index}", manager.hands_off(gm.graph)
             if refusal is None:
-                read_for = index, manager.opt_in_parts(gm.graph)
+                read_for = index, opt_in_parts(manager.rules_for(gm.graph))
                 analysis = manager.analyze(gm.graph, self._canonical.get(read_for))
                 self._canonical[read_for] = analysis.canonical
                 entries.append(Entry(name, gm.graph, calls, manager, analysis))

@@ -17,7 +17,7 @@ from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig,
 from fuseplan.debug import DebugDump
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.families import BUILT_IN_RULES, opt_in_parts
 from fuseplan.fingerprint import Identity, Keyed, config_key, pass_content, plans_key, provider_content, rule_content
 from fuseplan.graph.facts import groups_in, is_training
 from fuseplan.graph.surgery import undone_on_error
@@ -34,7 +34,6 @@ from fuseplan.matching import (
     find_near_misses,
     run_pass,
 )
-from fuseplan.parts import Part, part_of
 from fuseplan.planner import (
     ContradictionError,
     Decision,
@@ -203,12 +202,12 @@ class PostGradPassManager(Keyed):
             PlanError: what is forced is forbidden.
         """
         stages: dict[str, int] = {}
-        rules = self._rules_for(graph)
+        rules = self.rules_for(graph)
         if canonical is None:
             with stage(stages, "canonical"):
                 canonical = canonicalize(
                     graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups(),
-                    asked=self.opt_in_parts(graph),
+                    asked=opt_in_parts(rules),
                 )  # fmt: skip
         with stage(stages, "matching"):
             external = find_external(graph, self.passes)
@@ -230,14 +229,9 @@ class PostGradPassManager(Keyed):
             rules=rules, stages_ns=stages,
         )  # fmt: skip
 
-    def _rules_for(self, graph: fx.Graph) -> Mapping[str, tuple[Rule, ...]]:
+    def rules_for(self, graph: fx.Graph) -> Mapping[str, tuple[Rule, ...]]:
         """The rules that are on in a graph, opt-in ones by its size and device among them."""
         return self.enabled.of(most_rows(graph, self.compile_range.end if self.compile_range else None))
-
-    def opt_in_parts(self, graph: fx.Graph) -> frozenset[Part]:
-        """The parts that a graph is read for because of rules that are on in it, and else isn't."""
-        parts = (part_of(rule.core) for members in self._rules_for(graph).values() for rule in members)
-        return frozenset(part for part in parts if part is not None and part.opt_in)
 
     def _find_matches(
         self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], external: Sequence[ExternalMatch] = ()

@@ -1,6 +1,6 @@
 """What fuseplan fuses: parts composed to fused ops, rules that put these into graphs, and sites; a file per family."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fuseplan.canonical import CanonicalGraph
@@ -14,7 +14,7 @@ from fuseplan.families.norm import NORM_FAMILY, NORM_RULES
 from fuseplan.families.rotary import ROTARY_RULES
 from fuseplan.families.sites import Site
 from fuseplan.ops import ops
-from fuseplan.parts import PARTS, Core
+from fuseplan.parts import PARTS, Core, Part, part_of
 from fuseplan.rules import Rule
 
 BUILT_IN_RULES: tuple[Rule, ...] = (
@@ -38,6 +38,12 @@ def find_sites(canonical: CanonicalGraph) -> tuple[Site, ...]:
     return tuple(_CORES[core.target].at(ordinal, core, canonical) for ordinal, core in cores)
 
 
+def opt_in_parts(rules: Mapping[str, Sequence[Rule]]) -> frozenset[Part]:
+    """The parts that a graph is read for because of rules that are on in it, by name, and else isn't."""
+    parts = (part_of(rule.core) for members in rules.values() for rule in members)
+    return frozenset(part for part in parts if part is not None and part.opt_in)
+
+
 __all__ = [
     "ACTIVATION_FAMILY",
     "BUILT_IN_RULES",
@@ -46,4 +52,5 @@ __all__ = [
     "ComposedRule",
     "Member",
     "find_sites",
+    "opt_in_parts",
 ]

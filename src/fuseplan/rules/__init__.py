@@ -53,33 +53,6 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tup
     return enabled
 
 
-def rules_by_default(
-    config: PassConfig, rules: Sequence[Rule], *, tokens: float, device: str
-) -> Mapping[str, tuple[Rule, ...]]:
-    """The opt-in rules that a graph gets although nobody asked for them, by name: under a policy that lists no rules,
-    where no flag of theirs is given.
-
-    Args:
-        config: what was asked for.
-        rules: all there are.
-        tokens: the most that the graph serves.
-        device: the name of the profile that it is priced for.
-    """
-    if config.chosen_policy.name == "ordered":
-        return {}
-    return {
-        name: members
-        for name, members in by_name(rules).items()
-        if all(
-            rule.default_on is not None
-            and tokens <= rule.default_on.most_tokens
-            and device in rule.default_on.devices
-            and all(getattr(config, flag) is None for flag in rule.flags)
-            for rule in members
-        )
-    }
-
-
 class EnabledRules:
     """What a configuration leaves on, in all graphs and in small ones.
 
@@ -96,21 +69,32 @@ class EnabledRules:
     """
 
     def __init__(self, config: PassConfig, rules: Sequence[Rule], *, device: str, defaults: bool) -> None:
-        self._config, self._rules, self._device, self.defaults = config, rules, device, defaults
+        known, self.defaults = by_name(rules), defaults
         self.always = enabled_rules(config, rules)
         self.disabled_by = disabled_rules(config, rules)
-        self.disabled = {name: each for name, each in by_name(rules).items() if name in self.disabled_by}
+        self.disabled = {name: known[name] for name in self.disabled_by}
         self.names = set(self.always)
-        known = [rule for rule in rules if rule.default_on is not None and rule.name not in self.always]
-        self.every = (*(rule for members in self.always.values() for rule in members), *known)
+        sizes = {name: _default_tokens(config, members, device) for name, members in known.items() if defaults}
+        self._by_size = {name: (most, known[name]) for name, most in sizes.items() if most}
+        groups = (*self.always.values(), *(members for _, members in self._by_size.values()))
+        self.every = tuple(rule for members in groups for rule in members)
 
     def of(self, tokens: float) -> Mapping[str, tuple[Rule, ...]]:
         """The rules that are on in a graph of so many tokens at most, by name, in their order."""
-        if not self.defaults:
-            return self.always
-        further = rules_by_default(self._config, self._rules, tokens=tokens, device=self._device)
+        further = {name: members for name, (most, members) in self._by_size.items() if tokens <= most}
         self.names |= further.keys()
         return dict(sorted({**self.always, **further}.items()))
+
+
+def _default_tokens(config: PassConfig, members: Sequence[Rule], device: str) -> int:
+    """Tokens of a graph up to which an opt-in rule is on although nobody asked for it: under a policy that lists no
+    rules, where none of its flags is given; 0: it isn't.
+    """
+    places = [rule.default_on for rule in members if rule.default_on is not None and device in rule.default_on.devices]
+    is_given = any(getattr(config, flag) is not None for rule in members for flag in rule.flags)
+    if is_given or config.chosen_policy.name == "ordered" or len(places) < len(members):
+        return 0
+    return min(place.most_tokens for place in places)
 
 
 def disabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, str]:
@@ -128,5 +112,4 @@ __all__ = [
     "by_name",
     "disabled_rules",
     "enabled_rules",
-    "rules_by_default",
 ]
