@@ -51,9 +51,10 @@ WHAT = (
 )
 PLAIN, BY_HAND, FROZEN, FLEX, WRITTEN = "torch.compile", "enable_gqa", "freezing", "flex_attention", "hand-written"
 FUSED, ROUNDED, PACKED = "fuseplan", "fuseplan, allow_rounding_changes", "fuseplan, packed"
+CACHED = "fuseplan, cached attention"
 EARLY = ", early launches"
 PEERS = (BY_HAND, FROZEN, FLEX, WRITTEN, FUSED)
-MORE_PEERS = (ROUNDED, PACKED, PLAIN + EARLY, FUSED + EARLY)
+MORE_PEERS = (ROUNDED, PACKED, CACHED, PLAIN + EARLY, FUSED + EARLY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +265,11 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[
         flags = {"force": ("grouped_attention:sdpa_packed",)}
     elif name == ROUNDED:
         flags = {"allow_rounding_changes": True}
+    elif name == CACHED:
+        flags = {"fuse_cached_attention": True}
     elif name != FUSED:
         flags = {name.removeprefix("without "): False}
-    on_report = reports.append if name in (FUSED, ROUNDED) else None
+    on_report = reports.append if name in (FUSED, ROUNDED, CACHED) else None
     return fused(config=fuseplan.PassConfig(**flags), on_report=on_report, **how)
 
 

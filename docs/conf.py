@@ -201,7 +201,8 @@ def _decode_one_gpu() -> str:
         limit = [f"{row['bytes_limit_us']:,.0f} us" if "bytes_limit_us" in row else ""] if limited else []
         ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan"))
         faster = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        rows.append((f"`{row['model']}`", row["batch"], _tokens(row), *times, *limit, *faster))
+        star = " *" if row.keys() & {"plan", "note"} else ""
+        rows.append((f"`{row['model']}`{star}", row["batch"], _tokens(row), *times, *limit, *faster))
     limits = ["bytes' limit"] if limited else []
     head = ("model", "batch", "tokens", *sides.values(), *limits, "by hand", "fuseplan")
     return _table(head, rows)

@@ -158,7 +158,7 @@ class PassConfig:
         fuse_cached_attention: with `fuse_rope_cache` and `fuse_grouped_attention` both of these in one op, rule
             `cached_attention`; with `enable_qk_norm_rope_fusion` also behind RMSNorm of queries and keys, rule
             `qk_norm_cached_attention`; with `fuse_eager_attention` attention that is spelled out, rule
-            `cached_eager_attention`. None: off.
+            `cached_eager_attention`. None: as `fuse_merged_linear`, attention that is spelled out apart, which is off.
         fuse_merged_linear: linear layers of few rows that read one input, rule `merged_linear`, and gate and up +
             SiLU-and-mul, rule `merged_linear_silu_mul`; None: on for up to 32 tokens on an H100, H200 or GH200, but not
             in vLLM.

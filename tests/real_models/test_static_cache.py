@@ -90,6 +90,23 @@ def test_a_step_is_planned_once_a_layer(name: str, device: str, with_attention: 
 
 
 @pytest.mark.parametrize(
+    ("device", "flags", "rule"),
+    [
+        ("h200", {}, "cached_attention"),
+        ("h200", {"fuse_grouped_attention": True}, "cached_attention"),
+        ("h200", {"fuse_cached_attention": False}, "rope_cache"),
+        ("a100", {}, "rope_cache"),
+    ],
+)
+def test_attention_is_one_kernel_with_them_by_default_where_it_was_measured(
+    device: str, flags: dict[str, Any], rule: str
+) -> None:
+    model = built("llama")[0].bfloat16()
+    report = fuseplan.explain(model, device=device, config=fuseplan.PassConfig(**flags), **step(filled(model)))
+    assert report.fused[rule] == LAYERS
+
+
+@pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in ("llama", "gemma3"))) for name in MODELS]
 )
 def test_on_a_cpu_it_is_left_to_inductor(name: str) -> None:

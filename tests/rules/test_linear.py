@@ -222,6 +222,19 @@ def test_by_default_graphs_of_few_tokens_get_it_where_it_was_measured(
     assert [each for each in report.refusals if "linear" in str(each.rule)] == []
 
 
+def test_rows_of_products_without_a_weight_do_not_count() -> None:
+    """The angles of one sequence's rotary embedding: on a GPU Inductor makes a product of [1, 64, 1] @ [1, 1, 1]."""
+
+    def rotated(tokens: Tensor, positions: Tensor, frequencies: Tensor, *own: Tensor) -> list[Tensor]:
+        return [torch.mm(frequencies[:, None], positions[None].to(frequencies.dtype)), *of_tokens(tokens, *own)]
+
+    graph = post_grad(
+        rotated, torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), randn(64), randn(8, WIDTH),
+        *weights(32, 16),
+    )  # fmt: skip
+    assert fused(planned(graph)) == {"merged_linear_pair": 1}
+
+
 def test_by_default_rows_count_where_no_input_is_of_tokens() -> None:
     for rows, count in ((32, 1), (33, 0)):
         report = planned(post_grad(several, randn(rows, WIDTH), *weights(32, 16)))

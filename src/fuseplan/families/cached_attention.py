@@ -14,6 +14,7 @@ from fuseplan.families.cached_rotary import (
     qk_norm_rope_cache_fake,
     qk_norm_rope_cache_reference,
 )
+from fuseplan.families.linear import DEFAULT_ON
 from fuseplan.ops import AttentionRounding, RotaryRounding, Rounding, Sample, define, draw_near_one, random_tensor
 from fuseplan.parts.attention import attention, repeat_heads
 from fuseplan.parts.attention.op import DRAWS as ATTENTION_DRAWS
@@ -270,7 +271,7 @@ class CachedAttention(CachedRule):
     """
 
     name, flags = "cached_attention", ("fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
-    opt_in = "fuse_cached_attention"
+    opt_in, default_on = "fuse_cached_attention", DEFAULT_ON
     op, core = rope_cached_attention, attention
 
     def pattern(
@@ -336,7 +337,7 @@ class QkNormCachedAttention(NormedCachedRule):
 
     name = "qk_norm_cached_attention"
     flags = ("enable_qk_norm_rope_fusion", "fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
-    opt_in = "fuse_cached_attention"
+    opt_in, default_on = "fuse_cached_attention", DEFAULT_ON
     op, core = qk_norm_rope_cached_attention, attention
 
     def pattern(

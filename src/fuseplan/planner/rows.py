@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuseplan.graph.facts import aten, hint, tensor_of
+from fuseplan.graph.reach import is_view
 
 PRODUCTS = (aten.mm.default, aten.addmm.default)
 
@@ -103,8 +104,8 @@ class Rows:
 
 
 def most_rows(graph: fx.Graph, tokens: int | None) -> float:
-    """The most tokens of a graph, or the most rows of a product in it where these are more: where no input is of
-    integers, nothing else tells.
+    """The most tokens of a graph, or the most rows of a product with a weight where these are more: where no input is
+    of integers, nothing else tells.
 
     Args:
         graph: as Inductor made it.
@@ -113,8 +114,15 @@ def most_rows(graph: fx.Graph, tokens: int | None) -> float:
     rows = Rows.of(graph)
     found = rows.most_tokens if tokens is None else tokens
     products = [node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)]
-    values = [value for node in products if (value := tensor_of(node)) is not None]
+    values = [value for node in products if _is_input(node.args[-1]) and (value := tensor_of(node)) is not None]
     return max([found, *(rows.most(value, tokens) for value in values)])
+
+
+def _is_input(value: Any) -> bool:
+    """Whether a value is an input of the graph, or a view of one."""
+    while isinstance(value, fx.Node) and is_view(value):
+        value = value.args[0]
+    return isinstance(value, fx.Node) and value.op == "placeholder"
 
 
 def _expression(sizes: Iterable[Any]) -> Any:

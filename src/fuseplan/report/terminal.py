@@ -56,8 +56,8 @@ def render_report(report: Report, name: str = "model", *, verbose: bool = False)
     priced = f", priced for {comparison.device}" if comparison.device else ""
     headline = Text.assemble((name, "bold"), f"  {policy_name(report)}, {count_of(graphs, 'graph')}{priced}")
     verbose = verbose or not _matches(comparison)
-    hidden = [_recognised(report)] if verbose else _hidden(comparison)
-    parts = [*_sections(comparison, verbose=verbose), *([Text(), *hidden] if hidden else [])]
+    footer = [_recognised(report), *([] if verbose else _hidden(comparison))]
+    parts = [*_sections(comparison, verbose=verbose), Text(), *footer]
     return Group(verdict(comparison), Text(), headline, *([Text()] if _matches(comparison) else []), *parts)
 
 
@@ -309,12 +309,13 @@ def _warnings(comparison: Comparison) -> list[RenderableType]:
 
 def _footer(comparison: Comparison, verbose: bool) -> list[RenderableType]:
     notes: list[RenderableType] = [Text(f"note  {note}", style="dim") for note in comparison.notes]
+    recognised = _recognised(comparison.reports[0])
     if not verbose:
-        return [*notes, *_hidden(comparison)]
+        return [recognised, *notes, *_hidden(comparison)]
     stages: dict[str, int] = {}
     for graph in comparison.reports[0].graphs:
         for stage, time_ns in graph.stages_ns.items():
             stages[stage] = stages.get(stage, 0) + time_ns
     times = [f"build and trace {comparison.trace_ns / 1e9:.1f} s"]
     times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in stages.items()]
-    return [_recognised(comparison.reports[0]), *notes, Text(f"time  {', '.join(times)}", style="dim")]
+    return [recognised, *notes, Text(f"time  {', '.join(times)}", style="dim")]

@@ -88,10 +88,11 @@ class EnabledRules:
 
 def _default_tokens(config: PassConfig, members: Sequence[Rule], device: str) -> int:
     """Tokens of a graph up to which an opt-in rule is on although nobody asked for it: under a policy that lists no
-    rules, where none of its flags is given; 0: it isn't.
+    rules, where the flag that asks for it isn't given, and none of its others is False; 0: it isn't.
     """
     places = [rule.default_on for rule in members if rule.default_on is not None and device in rule.default_on.devices]
-    is_given = any(getattr(config, flag) is not None for rule in members for flag in rule.flags)
+    given = {flag: getattr(config, flag) for rule in members for flag in rule.flags}
+    is_given = any(given[rule.opt_in] is not None for rule in members if rule.opt_in) or False in given.values()
     if is_given or config.chosen_policy.name == "ordered" or len(places) < len(members):
         return 0
     return min(place.most_tokens for place in places)

@@ -30,8 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ATTENTION_KERNELS
-from fuseplan.providers.triton.cached_attention import NO_TOKEN, Token, arrived
+from fuseplan.providers.triton.cached_attention import NO_TOKEN, Token, loaded_queries, write_token
+from fuseplan.providers.triton.cached_rotary import assert_place, place_of
 from fuseplan.providers.triton.launching import Tile, multiprocessors, shared_bytes
+from fuseplan.providers.triton.qk_norm_rope import rotated_rows
 from fuseplan.providers.triton.replay import run_kernel, scratch
 from fuseplan.providers.triton.rows import within
 from fuseplan.providers.triton.tuned import (
@@ -68,10 +70,8 @@ LOG2_E = math.log2(math.e)
 LEAST_SIDE = 16
 """Of a tile that tensor cores multiply."""
 
-EXACT: Final = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
-"""How a kernel is compiled that rotates and writes: a fused multiply-add wouldn't round the product. There are
-assertions, and none that Triton adds.
-"""
+ASSERTS: Final = {"debug": True, "sanitize_overflow": False}
+"""How a kernel is compiled that writes: with its assertion, and none that Triton adds."""
 
 
 @triton.jit
@@ -99,8 +99,8 @@ def _attend(
     SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
     ROUNDS_PRODUCTS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One of `splits` parts of what ROWS queries of a head see; WHOLE: all of it. WRITES: `written`, the key and the
-    value of the queries' own token, are seen too, and put into the cache first.
+    """One of `splits` parts of what ROWS queries of a head see; WHOLE: all of it. WRITES: the cache gets
+    `written`, the key and the value of the queries' own token, first.
     """
     split = tl.program_id(0) % splits
     place = tl.program_id(0) // splits
@@ -125,25 +125,11 @@ def _attend(
     total = tl.zeros((ROWS,), tl.float32)
     y = tl.zeros((ROWS, VALUE_COLUMNS), tl.float32)
     if WRITES:
-        q, new_k, new_v, position, is_there = arrived(
-            written, q_ptr + batch * q_batch + q_head_of * q_head, q_dim, is_row, batch, head, wide, is_column,
-            wide_value, is_value, keys, k_ptr.dtype.element_ty,
-            WIDTH // 2, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
+        position, is_there = place_of(written[4], 0, 0, keys)
+        unrotated = loaded_queries(
+            written, q_ptr + batch * q_batch + q_head_of * q_head, q_dim, is_row, batch, wide, is_column,
+            WIDTH // 2, SHARED_ANGLES, NORMS,
         )  # fmt: skip
-        if is_there & (position // BLOCK % splits == split):
-            is_first = first_row == 0
-            k_place = k_ptr + batch * k_batch + head * k_head + position * k_token + wide[None, :] * k_dim
-            v_place = v_ptr + batch * v_batch + head * v_head + position * v_token + wide_value[None, :] * v_dim
-            tl.store(k_place, new_k, mask=is_column[None, :] & is_first)
-            tl.store(v_place, new_v, mask=is_value[None, :] & is_first)
-            top = _capped(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale, cap, CAPPED)
-            if MASKED:
-                shown_at = mask_rows + own_head * mask_head + token * mask_token + position * mask_key
-                bias = tl.load(shown_at, mask=is_row, other=float("-inf")).to(tl.float32)
-                top += _finite(bias) * 1.4426950408889634
-            is_shown = top != float("-inf")
-            total = is_shown.to(tl.float32)
-            y = tl.where(is_shown[:, None], new_v.to(tl.float32), 0.0)
     else:
         q = tl.load(
             q_ptr + batch * q_batch + q_head_of[:, None] * q_head + token[:, None] * q_token + wide[None, :] * q_dim,
@@ -162,6 +148,20 @@ def _attend(
                 )  # fmt: skip
                 shows &= tl.max((sampled > SHOWN_FROM).to(tl.int32), axis=0)
         hidden = tl.where(shows > 0, MASKED_FROM, float("-inf"))
+    if WRITES:  # whose loads came before the mask's
+        zero = keys >> 31
+        q = rotated_rows(
+            unrotated, written[8], column, zero, q_ptr.dtype.element_ty, WIDTH // 2, NORMS, ROUNDS_NORMED, ADDS_ONE,
+            ROUNDS_PRODUCTS,
+        )  # fmt: skip
+        if is_there & ((position // BLOCK).to(tl.int32) % splits == split):
+            write_token(
+                written, k_ptr + batch * k_batch + head * k_head + position * k_token, k_dim,
+                v_ptr + batch * v_batch + head * v_head + position * v_token, v_dim, batch, head, wide, is_column,
+                wide_value, is_value, zero, k_ptr.dtype.element_ty,
+                WIDTH // 2, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
+            )  # fmt: skip
+        assert_place(is_there)  # behind the loop it would make that 3 % slower
     mine = tl.cdiv(tl.cdiv(keys, BLOCK) - split, splits)
     for chunk in range(0, mine, TILES):
         index = tl.arange(0, TILES)
@@ -184,8 +184,6 @@ def _attend(
         for tile in range(first, last):
             start = (split + (chunk + tile) * splits) * BLOCK
             inside = start + offset < keys
-            if WRITES:  # it was seen first
-                inside &= start + offset != position
             at = start.to(tl.int64)
             if MASKED:
                 shown = (start + offset).to(tl.int64) * mask_key
@@ -394,7 +392,7 @@ def launch(
             MASKED=shown is not None, MASK_HEADS=mask_heads, MASK_TOKENS=mask_tokens,
             MASKED_FROM=MASKED_FROM, SHOWN_FROM=SHOWN_FROM, SAMPLED=SAMPLED, WHOLE=is_whole,
             CAPPED=softcap is not None, SINKS=sinks is not None, WRITES=written is not None,
-            **(NO_TOKEN if written is None else {**written.constants(width), **EXACT}),
+            **(NO_TOKEN if written is None else {**written.constants(width), **ASSERTS}),
             num_stages=split.stages, **tile.launch(q),
         )  # fmt: skip
         if not is_whole:

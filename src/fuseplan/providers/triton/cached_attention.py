@@ -5,8 +5,8 @@ q, key = rotary(norm(q)), rotary(norm(k));  k_cache[:, :, position] = key,  v_ca
 y = softmax(q @ repeat(k_cache)^T * scale + mask) @ repeat(v_cache)
 
 `fuseplan.providers.triton.attention` runs it. Of the programs that share the keys of a head, the one whose tile of keys
-the position lies in writes there, whatever the mask says, and starts with the new key, which it takes from registers:
-no program reads what another one writes, and what the cache held at the position is read by none. As in
+the position lies in writes there, whatever the mask says, before it reads the tile: no program reads what another one
+writes, but the same, and what the cache held at the position is read by none. As in
 `fuseplan.providers.triton.cached_rotary`, nothing is written at a position that the caches don't have.
 
 The equivalent eager code is `fuseplan.families.cached_attention.qk_norm_rope_cached_attention_reference`.
@@ -21,36 +21,43 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import RotaryRounding, Rounding
-from fuseplan.providers.triton.cached_rotary import QkNorm, broadcast, place_of
-from fuseplan.providers.triton.qk_norm_rope import rotated_rows
+from fuseplan.providers.triton.cached_rotary import QkNorm, broadcast
+from fuseplan.providers.triton.qk_norm_rope import loaded_rows, rotated_rows
 
 
 @triton.jit
-def arrived(
-    token, q_rows, q_dim, is_row, batch, head, column, is_column, value_column, is_value, keys, dtype: tl.constexpr,
-    HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr,
-    ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
+def loaded_queries(
+    token, q_rows, q_dim, is_row, batch, column, is_column,
+    HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """The rotated queries at the pointers `q_rows` [ROWS], a head's new key [1, COLUMNS] and value [1, VALUE_COLUMNS],
-    where these belong, and whether the cache has that place; `token` is `Token.arguments`.
-    """
-    k_ptr, v_ptr, cos_ptr, sin_ptr, positions_ptr, q_weight_ptr, k_weight_ptr, steps, eps = token
-    k, v, cos, sin, q_weight_dim, k_weight_dim = steps
-    position, is_there = place_of(positions_ptr, 0, 0, keys)
-    cosines, sines = cos_ptr + batch * cos[0], sin_ptr + batch * sin[0]
-    q = rotated_rows(
-        q_rows, q_dim, is_row, q_weight_ptr, q_weight_dim, cosines, cos[2], sines, sin[2], eps, column, is_column,
-        dtype, HALF, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
+    """For `rotated_rows`, the queries at the pointers `q_rows` [ROWS]; `token` is `Token.arguments`."""
+    _, _, cos_ptr, sin_ptr, _, weight_ptr, _, steps, _ = token
+    _, _, cos, sin, weight_dim, _ = steps
+    return loaded_rows(
+        q_rows, q_dim, is_row, weight_ptr, weight_dim, cos_ptr + batch * cos[0], cos[2], sin_ptr + batch * sin[0],
+        sin[2], column, is_column, HALF, SHARED_ANGLES, NORMS,
     )  # fmt: skip
+
+
+@triton.jit
+def write_token(
+    token, k_place, k_dim, v_place, v_dim, batch, head, column, is_column, value_column, is_value, zero,
+    dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
+    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """Puts the rotated key of a head and its value where they belong, and waits until the whole program sees them."""
+    k_ptr, v_ptr, cos_ptr, sin_ptr, _, _, weight_ptr, steps, eps = token
+    k, v, cos, sin, _, weight_dim = steps
     one = tl.zeros((1,), tl.int64)
-    key = rotated_rows(
-        k_ptr + batch * k[0] + head * k[1] + one, k[3], one == 0, k_weight_ptr, k_weight_dim, cosines, cos[2], sines,
-        sin[2], eps, column, is_column, dtype, HALF, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
+    loaded = loaded_rows(
+        k_ptr + batch * k[0] + head * k[1] + one, k[3], one == 0, weight_ptr, weight_dim, cos_ptr + batch * cos[0],
+        cos[2], sin_ptr + batch * sin[0], sin[2], column, is_column, HALF, SHARED_ANGLES, NORMS,
     )  # fmt: skip
-    value = tl.load(
-        v_ptr + batch * v[0] + head * v[1] + value_column[None, :] * v[3], mask=is_value[None, :], other=0.0
-    )
-    return q, key, value, position, is_there
+    value = tl.load(v_ptr + batch * v[0] + head * v[1] + value_column * v[3], mask=is_value, other=0.0)
+    key = rotated_rows(loaded, eps, column, zero, dtype, HALF, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS)
+    tl.store(k_place + column[None, :] * k_dim, key, mask=is_column[None, :])
+    tl.store(v_place + value_column * v_dim, value, mask=is_value)
+    tl.debug_barrier()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,7 @@ class Token:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Of `arrived`: tensors, strides and the norms' eps."""
+        """Of kernels: tensors, strides and the norms' eps."""
         norm = self.norm
         weights = (self.cos, self.cos) if norm is None else (norm.q_weight, norm.k_weight)
         steps = (

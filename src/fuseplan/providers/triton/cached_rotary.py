@@ -26,12 +26,16 @@ from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
 @triton.jit
 def place_of(positions_ptr, token, step, length):
-    """Where a token is written to, and whether the cache has that place."""
+    """Where a token is written to, and whether the cache has that place, which is for `assert_place`."""
     position = tl.load(positions_ptr + token * step).to(tl.int64)
     position = tl.where(position < 0, position + length, position)
-    is_there = (position >= 0) & (position < length)
+    return position, (position >= 0) & (position < length)
+
+
+@triton.jit
+def assert_place(is_there):
+    """That the cache has the place."""
     tl.device_assert(is_there, "index out of bounds: the cache has no such position")
-    return position, is_there
 
 
 @triton.jit
@@ -80,6 +84,7 @@ def _token(
         )  # fmt: skip
     else:
         place, is_there = place_of(positions_ptr, token, positions_step, length)
+        assert_place(is_there)
         if part < q_parts + k_parts:
             _rotate(
                 k_ptr + batch * k[0] + token * k[2], (k[1], k[3]),

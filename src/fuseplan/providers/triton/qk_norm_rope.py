@@ -61,29 +61,47 @@ def rotated_heads(
 
 
 @triton.jit
-def rotated_rows(
-    rows, x_dim, is_row, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, column, is_column,
-    dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
-    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
+def loaded_rows(
+    rows, x_dim, is_row, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, column, is_column,
+    HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """The same as whole rows [ROWS, COLUMNS], of which each element is read twice, for itself and for the one that it
-    is turned against: `rows` are pointers to heads, `column` says which element is which.
+    """What `rotated_rows` takes: whole rows [ROWS, COLUMNS] at the pointers `rows`, as they are and as each element is
+    turned against another, cosines and sines, and weights of both orders; `column` says which element is which.
     """
     is_low = column < HALF
     other = tl.where(is_low, column + HALF, column - HALF)
     angle = tl.where(is_low, column, other) if SHARED_ANGLES else column
     inside = is_row[:, None] & is_column[None, :]
-    x = tl.load(rows[:, None] + column[None, :] * x_dim, mask=inside, other=0.0).to(tl.float32)
-    turned = tl.load(rows[:, None] + other[None, :] * x_dim, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cosines + angle * cos_dim, mask=is_column, other=0.0).to(tl.float32)
-    s = tl.load(sines + angle * sin_dim, mask=is_column, other=0.0).to(tl.float32)
+    x = tl.load(rows[:, None] + column[None, :] * x_dim, mask=inside, other=0.0)
+    turned = tl.load(rows[:, None] + other[None, :] * x_dim, mask=inside, other=0.0)
+    c = tl.load(cosines + angle * cos_dim, mask=is_column, other=0.0)
+    s = tl.load(sines + angle * sin_dim, mask=is_column, other=0.0)
+    w, turned_w = c, s
     if NORMS:
-        w = tl.load(weight_ptr + column * weight_dim, mask=is_column, other=0.0).to(tl.float32)
-        turned_w = tl.load(weight_ptr + other * weight_dim, mask=is_column, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + column * weight_dim, mask=is_column, other=0.0)
+        turned_w = tl.load(weight_ptr + other * weight_dim, mask=is_column, other=0.0)
+    return x, turned, c, s, w, turned_w
+
+
+@triton.jit
+def rotated_rows(
+    loaded, eps, column, zero, dtype: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
+    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """Rotated heads [ROWS, COLUMNS], normed before where NORMS, of what `loaded_rows` yields.
+
+    `zero` is 0, which the compiler doesn't know: bits that are combined with it are of a product that was rounded, so
+    none becomes part of a fused multiply-add, and the kernel around it may have these.
+    """
+    x, turned, c, s, w, turned_w = loaded
+    x, turned, c, s = x.to(tl.float32), turned.to(tl.float32), c.to(tl.float32), s.to(tl.float32)
+    if NORMS:
         mean = tl.sum(x * x, axis=1) / (2 * HALF)
-        x = _weighted(x, mean, w, eps, dtype, ROUNDS_NORMED, ADDS_ONE)
-        turned = _weighted(turned, mean, turned_w, eps, dtype, ROUNDS_NORMED, ADDS_ONE)
-    a, b = x * c[None, :], turned * tl.where(is_low, -s, s)[None, :]
+        x = _weighted(x, mean, w.to(tl.float32), eps, dtype, ROUNDS_NORMED, ADDS_ONE)
+        turned = _weighted(turned, mean, turned_w.to(tl.float32), eps, dtype, ROUNDS_NORMED, ADDS_ONE)
+    a, b = x * c[None, :], turned * tl.where(column < HALF, -s, s)[None, :]
+    a = (a.to(tl.int32, bitcast=True) ^ zero).to(tl.float32, bitcast=True)
+    b = (b.to(tl.int32, bitcast=True) ^ zero).to(tl.float32, bitcast=True)
     if ROUNDS_PRODUCTS:
         a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     return (a + b).to(dtype)
