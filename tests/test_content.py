@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.config import PassConfig
-from fuseplan.content import content_of, lacking, own_key
+from fuseplan.content import Content, Known, content_of, lacking, own_key
 from fuseplan.families import BUILT_IN_RULES
 from fuseplan.fingerprint import provider_content, rule_content
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, device_profile
@@ -83,6 +83,20 @@ def test_what_is_computed_on_demand_changes_nothing() -> None:
     before = content_of(rule).key
     assert rule.traced_pattern
     assert content_of(rule).key == before
+
+
+def told(content: Content) -> tuple[str, tuple[Any, ...]]:
+    return content.digest, content.users
+
+
+def test_what_was_read_before_counts_as_if_it_was_not() -> None:
+    loop: list[Any] = [BUILT_IN_RULES[0]]
+    loop.append(loop)
+    theirs = [by_environment]
+    values = [*BUILT_IN_RULES, [loop, BUILT_IN_RULES[0]], loop, [theirs, theirs], theirs, [os.system, theirs]]
+    for order in (values, values[::-1]):
+        known: Known = {}
+        assert [told(content_of(each, known)) for each in order] == [told(content_of(each)) for each in order]
 
 
 def test_all_that_fuseplan_ships_has_a_key() -> None:

@@ -54,13 +54,21 @@ class Content:
         return all(map(_is_alike, self.users, other.users))
 
 
-def content_of(value: Any) -> Content:
+Known = dict[int, tuple[Any, str]]
+"""Values that were read, beside their hashes, by id. It keeps them, so that no other value has their ids."""
+
+
+def content_of(value: Any, known: Known | None = None) -> Content:
     """A value by content.
 
     Instances of fuseplan's classes count by their fields, its functions by their names, defaults and what they close
     over. Whatever has a `uuid()` counts by that.
+
+    Args:
+        value: what is read.
+        known: of values that were just read, and added to: what they share isn't read again.
     """
-    reader = _Reader()
+    reader = _Reader({} if known is None else known)
     return Content(_hash(reader.read(value)), tuple(reader.users))
 
 
@@ -102,32 +110,33 @@ def _is_alike(mine: Any, theirs: Any) -> bool:
 class _Reader:
     """Reads one value and all that it leads to."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Known) -> None:
         self.users: list[Any] = []
+        self._known = known
         self._open: list[int] = []
-        self._closed: dict[int, tuple[Any, Any]] = {}  # what is read, beside its value, whose id no other one has then
-        self._cycles = 0
+        self._closed: Known = {}  # what users' parts are in, which are told by their numbers here
+        self._cycles = self._uses = 0
 
     def read(self, value: Any) -> Any:
-        """A value as what `json.dumps` takes."""
+        """A value as what `json.dumps` takes: of more than a plain one its hash, since many share their parts."""
         if isinstance(value, enum.Enum):
             return [_name(type(value)), value.name]
         if type(value) in _PLAIN:
             return value
         if isinstance(value, _BY_TEXT):
             return [type(value).__name__, str(value)]
-        if id(value) in self._closed:
-            return self._closed[id(value)][1]
+        if found := self._known.get(id(value)) or self._closed.get(id(value)):
+            return [found[1]]
         if id(value) in self._open:
             self._cycles += 1
             return ["within", self._open.index(id(value))]
-        cycles = self._cycles
+        cycles, uses = self._cycles, self._uses
         self._open.append(id(value))
-        read = [_name(type(value)), self._parts(value)]
+        digest = _hash([_name(type(value)), self._parts(value)])
         self._open.pop()
         if self._cycles == cycles:  # what is in a cycle depends on what it is read within
-            self._closed[id(value)] = value, read
-        return read
+            (self._known if self._uses == uses else self._closed)[id(value)] = value, digest
+        return [digest]
 
     def _parts(self, value: Any) -> Any:
         if isinstance(value, type):
@@ -160,6 +169,7 @@ class _Reader:
             return []
 
     def _of_a_user(self, value: Any) -> Any:
+        self._uses += 1
         known = [index for index, each in enumerate(self.users) if each is value]
         if not known:
             self.users.append(value)

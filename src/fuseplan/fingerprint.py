@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from fuseplan.config import PassConfig
-from fuseplan.content import Content, content_of, lacking
+from fuseplan.content import Content, Known, content_of, lacking
 from fuseplan.dialect import registered_kernel
 from fuseplan.distributed.groups import elsewhere
 from fuseplan.matching import ExternalPass
@@ -208,15 +208,26 @@ def config_key(config: PassConfig) -> str:
     return content_of([plain, set(config.force), set(config.forbid)]).digest
 
 
-def rule_content(rule: Rule) -> Content:
-    """A rule by content: its pattern as a graph, what else it says by data, and itself."""
+def rule_content(rule: Rule, known: Known | None = None) -> Content:
+    """A rule by content: its pattern as a graph, what else it says by data, and itself.
+
+    Args:
+        rule: what is read.
+        known: as for `content_of`.
+    """
     pattern = "\n".join(node.format_node() or str(node.args) for node in rule.traced_pattern.graph.nodes)
     schema, data = str(rule.op.overload._schema), [rule.flags, rule.requires, rule.together]
-    return content_of([rule.name, rule.core.name, schema, pattern, data, rule])
+    return content_of([rule.name, rule.core.name, schema, pattern, data, rule], known)
 
 
-def provider_content(provider: Provider, device: DeviceProfile | None) -> Content:
-    """A provider by content: whether it can run, its version, what it implements, accepts and runs it by."""
+def provider_content(provider: Provider, device: DeviceProfile | None, known: Known | None = None) -> Content:
+    """A provider by content: whether it can run, its version, what it implements, accepts and runs it by.
+
+    Args:
+        provider: what is read.
+        device: as for `PostGradPassManager`.
+        known: as for `content_of`.
+    """
     kernels = {name: registered_kernel(name, provider.name) for name in provider.implements}
     parts = [provider.offers(device), kernels]
     is_ours = type(provider).__module__.startswith("fuseplan.") and provider.uuid is None
@@ -227,7 +238,7 @@ def provider_content(provider: Provider, device: DeviceProfile | None) -> Conten
         name: [offer.roundings, None if callable(offer.cost) else offer.cost]
         for name, offer in provider.implements.items()
     }
-    return content_of([provider.name, data, provider.vendors, said, itself])
+    return content_of([provider.name, data, provider.vendors, said, itself], known)
 
 
 def pass_content(graph_pass: Any) -> Content:

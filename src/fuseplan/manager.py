@@ -14,6 +14,7 @@ from torch._inductor.virtualized import V
 from fuseplan.analysis import Analysis, Regions, fault, graph_report, report_of, stage
 from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
+from fuseplan.content import Known
 from fuseplan.debug import DebugDump
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
@@ -338,8 +339,9 @@ class PostGradPassManager(Keyed):
     def identity(self) -> Identity:
         """Whatever can change what this pass does."""
         passes = (*map(pass_content, self.previous), *map(pass_content, self.passes))
-        rules = map(rule_content, self.enabled.every)
-        providers = (provider_content(provider, self.device) for provider in self.providers)
+        known: Known = {}
+        rules = (rule_content(rule, known) for rule in self.enabled.every)
+        providers = (provider_content(provider, self.device, known) for provider in self.providers)
         facts = {
             "config": config_key(self.config),
             "enabled": self.environment.enabled,

@@ -158,6 +158,11 @@ class Rule:
             RuleError: they disagree in outputs, the pattern isn't one region or lacks the core, or the name isn't one
                 word.
         """
+        return self._validated
+
+    @cached_property
+    def _validated(self) -> None:
+        """What `validate` does, once: every manager asks for it."""
         if not re.fullmatch(r"[A-Za-z_]\w*", self.name):
             raise RuleError(
                 f"rule {self.name!r} ({type(self).__name__}): a name is one word of letters, digits and underscores; "
