@@ -1,11 +1,12 @@
-"""One rank of a run under torchrun: `run_tensor_parallel.py huggingface|gpt_oss RESULTS.json [CODED...]`; rank 0 writes
-what all ranks saw. Inductor makes code of the models that are CODED, with fuseplan and without it; the graphs of others
-are interpreted, and without fuseplan these run as they are.
+"""One of two ranks: `python -m tests.real_models.run_tensor_parallel RANK RANKS FOLDER`, which writes FOLDER/RANK.json.
+Inductor makes code of the models that the variable CODED names, with fuseplan and without it; the graphs of others are
+interpreted, and without fuseplan these run as they are.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from tests.real_models.cases import CASES, LAYERS, fused_calls
 REDUCE_FIRST = "ordered(allreduce_rms, act_padding)"
 PAD_FIRST = "ordered(act_padding, allreduce_rms)"
 IDS = (torch.arange(2 * 9).reshape(2, 9) * 11) % 128
-PROMPT, STEPS = 4, 9
+PROMPT, STEPS = 4, 5
 GPT_OSS = ("gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce")
 
 
@@ -131,7 +132,7 @@ def decoded(forward: Callable[..., Tensor], model: Any, forced: Tensor | None = 
     return torch.cat(tokens, 1), torch.cat(steps, 1)
 
 
-def gpt_oss(folder: Path, coded: list[str]) -> dict[str, Any]:
+def gpt_oss(coded: list[str]) -> dict[str, Any]:
     """The tiny GPT-OSS with its experts' all-reduce inside the op and outside, under both orders and unfused."""
     results: dict[str, Any] = {}
     for name in GPT_OSS:
@@ -160,15 +161,15 @@ def under_both_orders(name: str, coded: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    what, results, *coded = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    coded = os.environ["CODED"].split()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    # What torchrun tells its ranks: transformers asks for it.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     with torch.inference_mode():
-        outcome = {"huggingface": huggingface, "gpt_oss": gpt_oss}[what](results.parent, coded)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, outcome)
-    if dist.get_rank() == 0:
-        results.write_text(json.dumps(gathered))
+        results = {"huggingface": huggingface(folder, coded), "gpt_oss": gpt_oss(coded)}
+    (folder / f"{rank}.json").write_text(json.dumps(results))
     leave()
 
 

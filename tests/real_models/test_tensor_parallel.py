@@ -1,22 +1,15 @@
-"""Two ranks under torchrun with gloo: what fires, and that fused and unfused runs agree."""
+"""Two ranks with gloo: what fires, and that fused and unfused runs agree."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from torch.torch_version import TorchVersion
 
+from tests.ranks import seen_by_ranks
 from tests.real_models.cases import CASES, LAYERS, ROUNDOFF, norms
 from tests.real_models.run_tensor_parallel import GPT_OSS, PAD_FIRST, REDUCE_FIRST, STEPS
-
-SCRIPT = Path(__file__).with_name("run_tensor_parallel.py")
 
 SCALES_EMBEDDING = ("gemma3",)
 """Models with an op between the embedding's all-reduce and the first norm."""
@@ -24,29 +17,24 @@ SCALES_EMBEDDING = ("gemma3",)
 pytestmark = pytest.mark.distributed
 
 
-def coded(*names: str, of: Iterable[str]) -> pytest.MarkDecorator:
-    """Inductor makes code of these models; of all of them at night."""
-    everything = pytest.param((*of,), marks=pytest.mark.nightly, id="all coded")
-    return pytest.mark.parametrize("coded", [pytest.param(names, id="one coded"), everything])
+Seen = list[dict[str, Any]]
 
 
-def torchrun(what: str, folder: Path, *coded: str) -> list[dict[str, Any]]:
-    """What each of two ranks saw."""
-    results = folder / "results.json"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(SCRIPT), what, str(results), *coded]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks: list[dict[str, Any]] = json.loads(results.read_text())
-    assert len(ranks) == 2
-    return ranks
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("llama", "gpt-oss-120b-tiny"), id="one coded"),
+        pytest.param((*CASES, *GPT_OSS), marks=pytest.mark.nightly, id="all coded"),
+    ],
+)
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of two ranks saw. Inductor makes code of these models; of all of them at night."""
+    folder, coded = tmp_path_factory.mktemp("ranks"), " ".join(request.param)
+    return seen_by_ranks("tests.real_models.run_tensor_parallel", 2, folder, statuses=[0, 0], CODED=coded)
 
 
-@coded("llama", of=CASES)
-def test_huggingface_models_with_their_own_plans(coded: tuple[str, ...], tmp_path: Path) -> None:
-    first, second = torchrun("huggingface", tmp_path, *coded)
+def test_huggingface_models_with_their_own_plans(seen: Seen) -> None:
+    first, second = (rank["huggingface"] for rank in seen)
     assert list(first) == list(second)
     missing = set(CASES).difference(first)
     assert missing == (set() if TorchVersion(transformers.__version__) >= "5.23" else {"gpt_oss"})
@@ -72,9 +60,8 @@ def test_huggingface_models_with_their_own_plans(coded: tuple[str, ...], tmp_pat
             assert rank["unsummed_difference"] > 4 * rounding, f"{name}: the bound would not notice a lost all-reduce"
 
 
-@coded("gpt-oss-120b-tiny", of=GPT_OSS)
-def test_gpt_oss_under_both_orders(coded: tuple[str, ...], tmp_path: Path) -> None:
-    first, second = torchrun("gpt_oss", tmp_path, *coded)
+def test_gpt_oss_under_both_orders(seen: Seen) -> None:
+    first, second = (rank["gpt_oss"] for rank in seen)
     assert list(first) == list(second)
     for name, result in (*first.items(), *second.items()):
         inner = not name.endswith(":outer-reduce")
