@@ -2,14 +2,21 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 # Scalar code: compiling it takes half as long, here and in the processes that tests start.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# Where tests already share the processors, NumPy's own threads mostly wait for each other, which takes its time, too.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Costs that whoever runs the tests measured before are none of theirs: they lie in Inductor's cache.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache_dir()) / "of_fuseplans_tests")
 
 pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
 

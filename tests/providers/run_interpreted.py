@@ -6,6 +6,7 @@ A process of its own: whether a kernel is interpreted is settled when Triton is 
 import dataclasses
 import functools
 import json
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +65,30 @@ def prepare() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     of_scalars = functools.cache(interpreter._get_np_dtype)
     interpreter._get_np_dtype = lambda kind: of_scalars(tl.uint64 if kind.scalar.is_ptr() else kind.scalar)
+    _share_shapes()
     torch.set_num_threads(1)
+
+
+def _share_shapes() -> None:
+    """Has types and tensors of one shape share what follows from it, which otherwise takes a third of the time."""
+    make, types = tl.block_type.__init__, dict[Any, dict[str, Any]]()
+
+    def block_type(self: Any, element: Any, shape: Any) -> None:
+        key = element.name, tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        if key not in types:
+            make(self, element, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key], element_ty=element)
+
+    @functools.cache
+    def shape_of(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+        return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+    def tensor(self: Any, handle: Any, kind: Any) -> None:
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.shape, self.numel = shape_of(tuple(kind.shape) if kind.is_block() else ())
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
 
 
 def wide_products() -> None:
