@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.tensor import DTensor
 
@@ -166,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # What torchrun tells its ranks: transformers asks for it.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     with torch.inference_mode():
         results = {"huggingface": huggingface(folder, coded), "gpt_oss": gpt_oss(coded)}
     (folder / f"{rank}.json").write_text(json.dumps(results))
