@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from fuseplan.parts.pad import Padding
-from fuseplan.parts.rms_norm import PART as RMS_NORM
 from fuseplan.planner.costs import HARDWARE, Constant, CostModel, Gate, Hardware, Peers, Protocol, Region
+from fuseplan.rules.parts.pad import Padding
+from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
 ROOT = Path(__file__).parent
 SIGMA_RUN, SIGMA_PUBLISHED = 0.1, 0.2

@@ -48,16 +48,16 @@ from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
-from fuseplan import workloads
-from fuseplan.capture import Capture, capture
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.cpython import uncollected
 from fuseplan.errors import WorkloadError
-from fuseplan.explanation import Explanation
+from fuseplan.explanation.capture import Capture, capture
+from fuseplan.explanation.explanation import Explanation
 from fuseplan.integrations.locks import settings_of
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import to_json
 from fuseplan.report.lock import FusionLock
+from fuseplan.workloads import catalog
 
 RANKS = (1, 2, 4, 8)
 FEW_LAYERS = 4
@@ -66,7 +66,7 @@ FEW_DEVICES = ("h200", "mi355x")
 SOME_DEVICES = ("cpu", "h200", "mi300x", "mi355x")
 RANDOM_MODELS, FEW_RANDOM_MODELS = 40, 8
 ODD_RANGES = tuple(CompileRange(start=start, end=end) for start, end in ((7, 7), (37, 131), (132, 200)))
-RANGES = (workloads.DEFAULT_RANGES, ODD_RANGES, ())
+RANGES = (catalog.DEFAULT_RANGES, ODD_RANGES, ())
 
 NODES = frozenset({"anchor", "consumed", "members", "nodes"})
 TIMES = frozenset({"plan_ns", "stages_ns"})
@@ -87,7 +87,7 @@ def save(path: Path, *, quick: bool) -> None:
 
 def cases(*, quick: bool) -> Iterator[Case]:
     yield "names", names()
-    for workload in workloads.names():
+    for workload in catalog.names():
         if quick and "-tiny" not in workload and workload != "gpt-oss-20b":
             continue
         for ranks in RANKS[:2] if quick else RANKS:
@@ -129,7 +129,7 @@ def of_workload(workload: str, ranks: int, layers: int | None, devices: Sequence
     """A workload on many devices, traced once."""
     name = f"{workload} tp={ranks}" + (f" layers={layers}" if layers else "")
     try:
-        with workloads.build(workload, tp=ranks, layers=layers) as built:
+        with catalog.build(workload, tp=ranks, layers=layers) as built:
             traced = capture(built.model, built.inputs, {}, dynamic=True)
             for device, ranges in itertools.product(devices, RANGES):
                 spans = ",".join(map(str, ranges)) or "any size"
@@ -180,7 +180,7 @@ def of_quantised_blocks() -> Iterator[Case]:
         with two_ranks() as group:
             traced = capture(block(norm, group), inputs, {}, dynamic=True)
             for allowed in (False, True):
-                yield from of_capture(traced, f"quantised {spelling}", workloads.DEFAULT_RANGES, allowed)
+                yield from of_capture(traced, f"quantised {spelling}", catalog.DEFAULT_RANGES, allowed)
 
 
 def of_capture(traced: Capture, name: str, ranges: Sequence[CompileRange], allowed: bool) -> Iterator[Case]:

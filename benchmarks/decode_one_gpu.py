@@ -34,7 +34,7 @@ from benchmarks.graphs import Figure, figure, versions
 from benchmarks.hand_written import HandWritten
 from benchmarks.published_shapes import CHANGED, SHAPES, VOCABULARY, model_of
 from fuseplan.config import FUSION_FLAGS
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.rules.families import BUILT_IN_RULES
 
 REPEATS, STEPS = 15, 20
 WHAT = (

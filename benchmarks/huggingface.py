@@ -36,9 +36,10 @@ from torch._inductor import config as inductor_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
-from fuseplan import frontend, store
+from fuseplan import frontend
+from fuseplan.caching import store
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.integrations import transformers as huggingface
-from fuseplan.manager import PostGradPassManager
 
 CONFIGS = Path(__file__).parents[1] / "examples/configs"
 TP, LAYERS, REPEATS = 2, 4, 5

@@ -15,14 +15,14 @@ from typing import Any
 from committed import main
 from torch import nn
 
-from fuseplan import workloads
-from fuseplan.canonical import CanonicalGraph
-from fuseplan.capture import capture
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.explanation.capture import capture
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.matching import find_disabled, find_matches, find_near_misses
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.rules import by_name
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.workloads import catalog
 
 REPEATS = 21
 DEVICE = PROFILES["h200"]
@@ -63,7 +63,7 @@ def measure(canonical: CanonicalGraph, *, disabled: bool) -> dict[str, Any]:
 
 def measured(name: str, *, plant: Callable[[nn.Module], None] | None = None, disabled: bool = False) -> dict[str, Any]:
     """A workload by name. Its process group has to be known while its graph is matched."""
-    with workloads.build(name, tp=2) as built:
+    with catalog.build(name, tp=2) as built:
         assert isinstance(built.model, nn.Module)
         if plant is not None:
             plant(built.model)

@@ -23,17 +23,17 @@ from torch._guards import detect_fake_mode
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 from torch._inductor.virtualized import V
 
-from fuseplan import workloads
-from fuseplan.capture import capture
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, Environment, PassConfig
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.explanation.capture import capture
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.manager import PostGradPassManager
 from fuseplan.matching import Match
 from fuseplan.planner import Solver
 from fuseplan.planner.problem import Problem
 from fuseplan.providers import PROFILES
 from fuseplan.rewriting import apply
+from fuseplan.workloads import catalog
 
 RULES = ("allreduce_rms_padding", "allreduce_rms", "act_padding")
 RANGE = CompileRange(start=1, end=64)
@@ -255,7 +255,7 @@ def tangled() -> list[dict[str, Any]]:
 
 
 def figures() -> dict[str, Any]:
-    with workloads.build("gpt-oss-120b", tp=2) as built:
+    with catalog.build("gpt-oss-120b", tp=2) as built:
         (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
         contests, scales = contest(gm.graph), scaling(gm.graph)
     return {"contest": contests, "scaling": scales, "tangled": tangled()}

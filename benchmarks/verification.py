@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
-from fuseplan.models import workload
+from fuseplan.workloads.models import workload
 
 REPEATS = 3
 WORKLOADS = {"gpt-oss-20b-tiny": None, "gpt-oss-120b-tiny": None, "gpt-oss-20b": 2}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fuseplan.graph.facts import is_call
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.parts.attention.op import exact_attention
+from fuseplan.rules.parts.attention.op import exact_attention
 from tests.attention import GROUPS, HEAD_DIM, HEADS, Repeat, hugging_face
 from tests.helpers import post_grad, randn
 

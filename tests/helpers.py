@@ -14,9 +14,9 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
-from fuseplan.canonical import CanonicalGraph
-from fuseplan.capture import capture
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.explanation.capture import capture
+from fuseplan.graph.canonical import CanonicalGraph
 
 HIDDEN = 64
 Norm = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
@@ -58,7 +58,7 @@ SPELLINGS: dict[str, Norm] = {"llama": llama, "gpt_oss": gpt_oss, "gemma": gemma
 CONVENTIONS = {"llama": "llama", "gpt_oss": "gpt_oss", "gemma": "gemma", "vllm": "vllm", "built_in": "gpt_oss"}
 
 
-# Of vLLM's spelling, see `fuseplan.ops.rounding`: kernels that return it rounded can't be put there.
+# Of vLLM's spelling, see `fuseplan.graph.ops.rounding`: kernels that return it rounded can't be put there.
 KEEPS_FLOAT32_RESIDUAL = TorchVersion(torch.__version__) < "2.12"
 needs_rounded_residual = pytest.mark.skipif(
     KEEPS_FLOAT32_RESIDUAL, reason="torch 2.11's Inductor leaves the residual stream of vLLM's norms in float32"

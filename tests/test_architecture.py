@@ -6,61 +6,73 @@ Imports inside functions and under TYPE_CHECKING count like any other: what a mo
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from fuseplan.ops import Dialect
+from fuseplan.graph.ops import Dialect
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 
-# A part may import the parts on rows above its own. Parts on one row do not import each other.
-# "fuseplan" is the package's own __init__, the public API: only the doors below it may use it.
-LEVELS: tuple[frozenset[str], ...] = tuple(
-    frozenset(row.split())
-    for row in (
-        "cpython errors",
-        "record",
-        "config compatibility regions",
-        "content devices ops graph fallback",
-        "canonical rules distributed",
-        "parts",
-        "families",
-        "dialect",
-        "providers",
-        "matching",
-        "planner fingerprint",
-        "verification rewriting",
-        "tuning analysis debug drawing estimate",
-        "manager",
-        "capture store dispatch first_run floats",
-        "explanation",
-        "comparison frontend measurement testing",
-        "benchmark",
-        "fuseplan",
-        "integrations",
-        "workloads",
-        "cli",
-        "__main__",
-    )
+
+def _rows(*rows: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(row.split()) for row in rows)
+
+
+# A room, a file or folder right under src/fuseplan, may import the rooms on rows above its own. Rooms on one row do not
+# import each other. "fuseplan" is the package's own __init__, the public API: only the doors below it may use it.
+LEVELS = _rows(
+    "cpython errors",
+    "record",
+    "config compatibility graph",
+    "devices distributed",
+    "rules",
+    "dialect",
+    "providers",
+    "matching",
+    "caching rewriting",
+    "planner",
+    "verification",
+    "compilation",
+    "explanation",
+    "frontend testing",
+    "measurement",
+    "fuseplan",
+    "integrations",
+    "workloads",
+    "cli",
+    "__main__",
 )
 
-# Parts beside the rows: what they may import, and who may import them.
-ASIDE_IMPORTS = {"report": {"errors", "record"}, "models": set[str]()}
-ASIDE_USERS = {
-    # A record shows itself by its renderer.
-    "report": {"record", "manager", "capture", "frontend", "workloads", "fuseplan", "integrations", "cli"},
-    "models": {"workloads"},
+# The same inside rooms that hold several things, for what stands right under them. No room has a circle in it.
+INSIDE = {
+    "caching": _rows("__init__ content", "fingerprint", "store"),
+    "compatibility": _rows("private", "check", "__init__", "fallback"),
+    "compilation": _rows("__init__ analysis debug dispatch first_run regions", "floats manager"),
+    "explanation": _rows("__init__ capture drawing estimate", "explanation", "comparison"),
+    "graph": _rows("__init__ facts legality ops", "layout reach regions sharing surgery", "canonical"),
+    "measurement": _rows("tuning", "costs", "__init__ benchmark"),
+    "rules": _rows("base", "__init__", "parts", "families"),
+    "workloads": _rows("__init__ models", "catalog"),
 }
 
-# The manager is handed its prices and its agreement; it doesn't fetch them.
-NOT_BY_RANK = {"manager": {"tuning", "distributed"}}
+# What stands beside the rows: what it may import of other rooms, and who may import it.
+ASIDE_IMPORTS = {"report": {"errors", "record"}, "workloads.models": set[str]()}
+ASIDE_USERS = {
+    # A record shows itself by its renderer.
+    "report": {"record", "compilation.manager", "frontend", "integrations", "cli"},
+}
 
-KNOWN = frozenset().union(*LEVELS, ASIDE_IMPORTS)
+# The manager is handed its agreement, as it is its prices; it doesn't fetch them.
+NOT_BY_RANK = {"compilation.manager": {"distributed"}}
+
+ROOMS = frozenset().union(*LEVELS, ASIDE_USERS)
+PARTS = frozenset(f"{room}.{name}" for room, rows in INSIDE.items() for row in rows for name in row)
 MODELS_MAY_USE = sys.stdlib_module_names | {"torch", "fuseplan"}
 TORCH_FREE = {"cpython", "errors", "record"}
 PATTERN_MATCHER = "torch._inductor.pattern_matcher"
@@ -69,13 +81,34 @@ MAX_LINES = 400
 KERNELS = "providers/triton/"
 
 
+def _above(name: str, rows: tuple[frozenset[str], ...]) -> frozenset[str]:
+    rank = next(i for i, row in enumerate(rows) if name in row)
+    return frozenset().union(*rows[:rank])
+
+
 def allowed(part: str) -> frozenset[str]:
-    """The parts of fuseplan that `part` may import, itself included."""
+    """The rooms of fuseplan, and the parts of its own room, that `part` may import, itself included."""
+    room, _, name = part.partition(".")
     if part in ASIDE_IMPORTS:
         return frozenset(ASIDE_IMPORTS[part] | {part})
-    rank = next(i for i, row in enumerate(LEVELS) if part in row)
-    below = frozenset().union(*LEVELS[:rank]) - NOT_BY_RANK.get(part, set())
-    return below | {part} | {aside for aside, users in ASIDE_USERS.items() if part in users}
+    inside = {f"{room}.{each}" for each in _above(name, INSIDE[room])} if name else set()
+    rooms = _above(room, LEVELS) - NOT_BY_RANK.get(part, set())
+    return (
+        rooms | inside | {part} | {aside for aside, users in ASIDE_USERS.items() if not users.isdisjoint({part, room})}
+    )
+
+
+def part_of(names: Sequence[str]) -> str:
+    """A room, or what stands right under one that has an order inside: "compilation.floats".
+
+    Args:
+        names: a dotted name without "fuseplan".
+    """
+    room, *below = names
+    if room not in INSIDE:
+        return room
+    is_init = not below or (len(below) == 1 and f"{room}.{below[0]}" not in PARTS)
+    return f"{room}.{'__init__' if is_init else below[0]}"
 
 
 @dataclass(frozen=True)
@@ -86,10 +119,20 @@ class Module:
     source: str
 
     @property
-    def part(self) -> str:
+    def names(self) -> list[str]:
+        """Of the folders that it is in, and its own."""
+        return self.path.removesuffix(".py").split("/")
+
+    @property
+    def room(self) -> str:
         """The file or folder right under src/fuseplan; "fuseplan" for the package's own __init__."""
-        first = self.path.split("/")[0].removesuffix(".py")
+        first = self.names[0]
         return "fuseplan" if first == "__init__" else first
+
+    @property
+    def part(self) -> str:
+        """The room, or what stands right under one that has an order inside."""
+        return f"{self.room}.{self.names[1]}" if self.room in INSIDE else self.room
 
     @property
     def package(self) -> str:
@@ -116,13 +159,12 @@ class Import:
     @property
     def part(self) -> str | None:
         """The part of fuseplan that this reaches, None for other people's modules."""
-        root, _, rest = self.dotted.partition(".")
+        root, *names = self.dotted.split(".")
         if root != "fuseplan":
             return None
-        first = rest.split(".")[0]
-        # `from fuseplan import compile` reaches the public API, `from fuseplan import record` the part.
-        is_api = first not in KNOWN and (self.is_use or self.module == "fuseplan")
-        return "fuseplan" if is_api else first
+        # `from fuseplan import compile` reaches the public API, `from fuseplan import record` the room.
+        is_api = not names or (names[0] not in ROOMS and (self.is_use or self.module == "fuseplan"))
+        return "fuseplan" if is_api else part_of(names)
 
 
 def imported(module: Module) -> Iterator[tuple[str, str, Import]]:
@@ -179,22 +221,25 @@ def _within(dotted: str, package: str) -> bool:
 
 def violations(module: Module) -> list[str]:
     """Every breach of the architecture in one module, as `path:line: what`."""
-    part = module.part
-    if part not in KNOWN:
-        return [f"{module.path}: {part!r} has no place in the table of levels in tests/test_architecture.py"]
+    room, part = module.room, module.part
+    if part not in ROOMS | PARTS:
+        return [f"{module.path}: {part!r} has no place in the tables of levels in tests/test_architecture.py"]
     found = set()
     for imp in imports(module):
         where = f"{module.path}:{imp.line}:"
-        if (target := imp.part) is not None and target not in allowed(part):
-            known = "may not import" if target in KNOWN else "imports the unknown"
-            found.add(f"{where} {part} {known} {target}")
-        if part == "models" and imp.module.split(".")[0] not in MODELS_MAY_USE:
+        if (target := imp.part) is not None:
+            their_room = target.partition(".")[0]
+            mine, theirs = (part, target) if their_room == room else (room, their_room)
+            if theirs not in allowed(part):
+                known = "may not import" if theirs in ROOMS | PARTS else "imports the unknown"
+                found.add(f"{where} {mine} {known} {theirs}")
+        if part == "workloads.models" and imp.module.split(".")[0] not in MODELS_MAY_USE:
             found.add(f"{where} models may import torch alone, not {imp.module.split('.')[0]}")
-        if part in TORCH_FREE and _within(imp.dotted, "torch"):
-            found.add(f"{where} {part} may not import torch")
-        if part != "matching" and _within(imp.dotted, PATTERN_MATCHER):
+        if room in TORCH_FREE and _within(imp.dotted, "torch"):
+            found.add(f"{where} {room} may not import torch")
+        if room != "matching" and _within(imp.dotted, PATTERN_MATCHER):
             found.add(f"{where} only matching may touch {PATTERN_MATCHER}")
-        if part != "config" and any(_within(imp.dotted, name) for name in ENVIRONMENT):
+        if room != "config" and any(_within(imp.dotted, name) for name in ENVIRONMENT):
             found.add(f"{where} only config may read the environment")
     lines = module.source.count("\n")
     if lines > MAX_LINES and not module.path.startswith(KERNELS):
@@ -238,14 +283,45 @@ def test_imports_point_one_way() -> None:
     assert [breach for module in modules for breach in violations(module)] == []
 
 
-ASK_THE_PART = ("analysis", "manager", "matching", "planner", "rewriting", "verification")
-ONE_OF_MANY = ("fuseplan.parts.", "fuseplan.families.")
-OF_ALL = {f"fuseplan.{name}" for name in ("parts.base", "parts.traffic", "parts.views", "families.sites")}
+def circles(modules: Sequence[Module]) -> list[str]:
+    """Folders and files of one folder that import each other, as `folder: names`."""
+    folders = {tuple(module.names[:depth]) for module in modules for depth in range(1, len(module.names))}
+    found = []
+    for folder in sorted(folders):
+        inside = [module for module in modules if tuple(module.names[: len(folder)]) == folder]
+        below = {module.names[len(folder)] for module in inside}
+        edges: dict[str, set[str]] = {name: set() for name in below}
+        for module in inside:
+            for imp in imports(module):
+                names = imp.dotted.split(".")[1:]
+                if imp.dotted.startswith("fuseplan.") and not imp.is_use and tuple(names[: len(folder)]) == folder:
+                    target = next(iter(names[len(folder) :]), "__init__")
+                    edges[module.names[len(folder)]].add(target if target in below else "__init__")
+        try:
+            list(TopologicalSorter({name: edges[name] - {name} for name in edges}).static_order())
+        except CycleError as error:
+            found.append(f"{'/'.join(folder)}: {' '.join(sorted(set(error.args[1])))}")
+    return found
+
+
+def test_no_folder_has_a_circle_of_imports() -> None:
+    assert circles(source_modules()) == []
+
+
+def test_a_circle_is_found() -> None:
+    one, other = "from fuseplan.matching.b import f", "def f():\n    from fuseplan.matching import a"
+    assert circles([Module("matching/a.py", one), Module("matching/b.py", other)]) == ["matching: a b"]
+    assert circles([Module("matching/a.py", one), Module("matching/b.py", "")]) == []
+
+
+ASK_THE_PART = ("compilation", "matching", "planner", "rewriting", "verification")
+ONE_OF_MANY = ("fuseplan.rules.parts.", "fuseplan.rules.families.")
+OF_ALL = {f"fuseplan.rules.{name}" for name in ("parts.base", "parts.traffic", "parts.views", "families.sites")}
 
 
 def named_ops(module: Module) -> list[str]:
     """The dialect ops, the parts and the families that a module names."""
-    ops = ("fuseplan.ops.ops", "fuseplan.dialect.ops")
+    ops = ("fuseplan.graph.ops.ops", "fuseplan.dialect.ops")
     found = [each.dotted for each in imports(module) if each.module in ops and each.name not in dir(Dialect)]
     return found + [
         each.dotted
@@ -258,7 +334,7 @@ def test_whoever_asks_the_part_names_no_op() -> None:
     named = {
         module.path: found
         for module in source_modules()
-        if module.part in ASK_THE_PART and (found := named_ops(module))
+        if module.room in ASK_THE_PART and (found := named_ops(module))
     }
     assert named == {}
 
@@ -266,11 +342,11 @@ def test_whoever_asks_the_part_names_no_op() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from fuseplan.ops import ops\nx = ops.rms_norm",
+        "from fuseplan.graph.ops import ops\nx = ops.rms_norm",
         "from fuseplan.dialect import ops\nx = [ops.pad.name]",
-        "from fuseplan.parts.pad import pad",
-        "from fuseplan.parts.rotary.op import DRAWS",
-        "from fuseplan.families.attention import AttentionSite",
+        "from fuseplan.rules.parts.pad import pad",
+        "from fuseplan.rules.parts.rotary.op import DRAWS",
+        "from fuseplan.rules.families.attention import AttentionSite",
     ],
 )
 def test_a_named_op_is_seen(source: str) -> None:
@@ -304,32 +380,40 @@ def test_imports_without_optional_dependencies() -> None:
         ("graph/legality.py", "from fuseplan.planner import solver", "graph may not import planner"),
         ("graph/legality.py", "from ..planner.solver import solve", "graph may not import planner"),
         ("graph/legality.py", "from .. import planner", "graph may not import planner"),
-        ("graph/legality.py", "def f():\n    import fuseplan.manager", "graph may not import manager"),
-        ("graph/legality.py", "if TYPE_CHECKING:\n    from fuseplan import manager", "graph may not import manager"),
+        ("graph/legality.py", "def f():\n    import fuseplan.compilation", "graph may not import compilation"),
+        ("graph/legality.py", "if TYPE_CHECKING:\n    from fuseplan import frontend", "graph may not import frontend"),
         ("graph/legality.py", "import importlib\nimportlib.import_module('fuseplan.cli')", "may not import cli"),
-        ("rules/padding.py", "from fuseplan.providers import available", "rules may not import providers"),
-        ("ops/registry.py", "from fuseplan.graph import facts", "ops may not import graph"),
+        ("graph/legality.py", "from fuseplan.graph import layout", "graph.legality may not import graph.layout"),
+        ("graph/facts.py", "from ..graph.canonical.view import is_dialect", "facts may not import graph.canonical"),
+        ("graph/ops/registry.py", "from fuseplan.graph import facts", "graph.ops may not import graph.facts"),
+        ("graph/facts.py", "from fuseplan.graph.gadgets import f", "graph.facts imports the unknown graph.gadgets"),
+        ("rules/base.py", "from fuseplan.providers import available", "rules may not import providers"),
+        ("rules/base.py", "from fuseplan.rules import by_name", "rules.base may not import rules.__init__"),
+        ("rules/parts/pad.py", "from fuseplan.rules import families", "rules.parts may not import rules.families"),
         ("record/plan.py", "from fuseplan.config import Policy", "record may not import config"),
-        ("manager.py", "from fuseplan.distributed import agree", "manager may not import distributed"),
-        ("manager.py", "from fuseplan.tuning import measure", "manager may not import tuning"),
+        ("compilation/manager.py", "from fuseplan.distributed import agree", "may not import distributed"),
+        ("compilation/manager.py", "from fuseplan.measurement import tune", "may not import measurement"),
+        ("compilation/floats.py", "from fuseplan.report import terminal", "compilation may not import report"),
         ("planner/solver.py", "from fuseplan.report import terminal", "planner may not import report"),
         ("report/html.py", "from fuseplan.config import PassConfig", "report may not import config"),
-        ("models/gpt_oss.py", "from fuseplan.dialect import ops", "models may not import dialect"),
-        ("models/gpt_oss.py", "import transformers", "models may import torch alone, not transformers"),
+        ("workloads/models/gpt_oss.py", "from fuseplan.dialect import ops", "workloads may not import dialect"),
+        ("workloads/models/gpt_oss.py", "import fuseplan", "workloads may not import fuseplan"),
+        ("workloads/models/gpt_oss.py", "import transformers", "models may import torch alone, not transformers"),
         ("integrations/vllm.py", "from fuseplan import cli", "integrations may not import cli"),
         ("cli.py", "import fuseplan.gadgets", "cli imports the unknown gadgets"),
         ("frontend.py", "from fuseplan import explain", "frontend may not import fuseplan"),
         ("gadgets/__init__.py", "", "'gadgets' has no place in the table"),
         ("gadgets.py", "", "'gadgets' has no place in the table"),
+        ("compilation/gadgets.py", "", "'compilation.gadgets' has no place in the table"),
         ("errors.py", "import torch", "errors may not import torch"),
         ("record/plan.py", "def f():\n    from torch.fx import Node", "record may not import torch"),
-        ("manager.py", "import os\nos.environ['FUSEPLAN']", "only config may read the environment"),
-        ("manager.py", "import os as o\no.getenv('FUSEPLAN')", "only config may read the environment"),
-        ("manager.py", "from os import environ", "only config may read the environment"),
-        ("graph/f.py", "from torch._inductor import pattern_matcher", "only matching may touch"),
-        ("graph/f.py", f"from {PATTERN_MATCHER} import Arg", "only matching may touch"),
-        ("graph/f.py", "import torch\ntorch._inductor.pattern_matcher.Arg", "only matching may touch"),
-        ("graph/f.py", "x = 1\n" * (MAX_LINES + 1), "over 400"),
+        ("compilation/manager.py", "import os\nos.environ['FUSEPLAN']", "only config may read the environment"),
+        ("compilation/manager.py", "import os as o\no.getenv('FUSEPLAN')", "only config may read the environment"),
+        ("compilation/manager.py", "from os import environ", "only config may read the environment"),
+        ("graph/facts.py", "from torch._inductor import pattern_matcher", "only matching may touch"),
+        ("graph/facts.py", f"from {PATTERN_MATCHER} import Arg", "only matching may touch"),
+        ("graph/facts.py", "import torch\ntorch._inductor.pattern_matcher.Arg", "only matching may touch"),
+        ("graph/facts.py", "x = 1\n" * (MAX_LINES + 1), "over 400"),
     ],
 )
 def test_checker_catches(path: str, source: str, breach: str) -> None:
@@ -348,10 +432,15 @@ def test_checker_catches(path: str, source: str, breach: str) -> None:
         ("config.py", "import os\nfrom fuseplan.record import Refusal\nos.environ.get('FUSEPLAN')"),
         ("matching/patterns.py", f"from {PATTERN_MATCHER} import Arg"),
         ("report/html.py", "import rich\nfrom fuseplan.record import Plan\nfrom fuseplan.errors import UserError"),
-        ("models/gpt_oss.py", "import math\nimport torch\nfrom fuseplan.models.layers import RMSNorm"),
-        ("workloads.py", "from fuseplan.models import gpt_oss\nfrom fuseplan.frontend import explain"),
+        ("graph/layout.py", "from fuseplan.graph import facts\nfrom fuseplan.graph.ops import ops"),
+        ("rules/families/norm.py", "from fuseplan.rules import Rule\nfrom fuseplan.rules.parts import pad"),
+        ("workloads/models/gpt_oss.py", "import math\nimport torch\nfrom fuseplan.workloads.models.layers import Norm"),
+        (
+            "workloads/catalog.py",
+            "from fuseplan.workloads.models import gpt_oss\nfrom fuseplan.frontend import explain",
+        ),
         ("cli.py", "import fuseplan\nfrom fuseplan import compile, report\nfuseplan.explain.__doc__"),
-        ("manager.py", "import os.path\nfrom fuseplan import planner, report, verification"),
+        ("compilation/manager.py", "import os.path\nfrom fuseplan import planner, report, verification"),
         ("providers/triton/kernel.py", "x = 1\n" * (MAX_LINES + 1)),
     ],
 )

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from typer.testing import CliRunner
 
-from fuseplan import workloads
-from fuseplan.capture import capture
 from fuseplan.cli import app
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig, Policy
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.manager import PostGradPassManager
+from fuseplan.explanation.capture import capture
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import GraphReport, NearMiss, Nearness, Reason, Report
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.workloads import catalog
 from tests.docs.commands import traced_once
 from tests.helpers import all_reduce, needs_rounded_residual, post_grad, quantize, randn, vllm
 
@@ -29,7 +29,7 @@ SPAN = CompileRange(start=1, end=64)
 
 @pytest.fixture(scope="module")
 def gpt_oss() -> Iterator[fx.Graph]:
-    with workloads.build("gpt-oss-120b", tp=2, layers=LAYERS) as built:
+    with catalog.build("gpt-oss-120b", tp=2, layers=LAYERS) as built:
         (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
         yield gm.graph
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fuseplan import compatibility, workloads
+from fuseplan import compatibility
 from fuseplan.cli import app
 from fuseplan.errors import WorkloadError
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.workloads import catalog
 from tests.docs.commands import traced_once
 
 FACTORIES = """
@@ -464,6 +465,6 @@ def test_html_is_written_beside_what_is_printed(tmp_path: Path) -> None:
 
 
 def test_html_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workloads, "build", None)
+    monkeypatch.setattr(catalog, "build", None)
     result = run(*EXPLAIN, "--html", "nowhere/report.html")
     assert (result.exit_code, result.stdout) == (2, "")

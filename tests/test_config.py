@@ -4,8 +4,8 @@ import pytest
 
 from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
 from fuseplan.errors import ConfigError
-from fuseplan.families import BUILT_IN_RULES
 from fuseplan.rules import enabled_rules
+from fuseplan.rules.families import BUILT_IN_RULES
 
 
 @pytest.mark.parametrize(

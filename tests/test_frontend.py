@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import fuseplan
-from fuseplan.dispatch import tokens_of
+from fuseplan.compilation.dispatch import tokens_of
 from fuseplan.errors import CompatibilityError, ConfigError, UnsupportedError, WorkloadError
 from fuseplan.record import Reason
 from tests.helpers import HIDDEN, randn

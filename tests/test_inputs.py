@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fuseplan import workloads
 from fuseplan.cli import app
 from fuseplan.errors import ConfigError, FuseplanError, LockError, PlanError, WorkloadError
 from fuseplan.integrations import transformers as huggingface
@@ -21,6 +20,7 @@ from fuseplan.record.plan import LARGEST_BYTES as LARGEST_PLANS
 from fuseplan.record.report import MOST_LAYERS
 from fuseplan.report.lock import LARGEST_BYTES as LARGEST_LOCK
 from fuseplan.report.lock import FusionLock
+from fuseplan.workloads import catalog
 from tests.test_architecture import Module, _within, dotted, imports, names_of, source_modules
 
 RUN_WHAT_THEY_READ = (
@@ -38,10 +38,10 @@ BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 DYNAMIC_IMPORTS = {
     ("__init__.py", "__getattr__"): "a name of fuseplan's own table, in its own modules",
     ("compatibility/check.py", "_wrong"): "the modules of torch that the list of private interfaces names",
-    ("parts/__init__.py", "_found"): "fuseplan's own modules in that folder",
+    ("rules/parts/__init__.py", "_found"): "fuseplan's own modules in that folder",
     ("providers/triton/epilogues/__init__.py", "epilogue_of"): "fuseplan's own modules in that folder",
     (
-        "workloads.py",
+        "workloads/catalog.py",
         "import_module",
     ): "the module of a factory or of --rules, which the user asks to be run",
 }
@@ -214,7 +214,7 @@ def test_whatever_a_configuration_breaks_is_one_line(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface, "build", build)
     with pytest.raises(WorkloadError, match="it can't be built: on two lines"):
-        workloads.build("llama-3.1-8b-tiny").__enter__()
+        catalog.build("llama-3.1-8b-tiny").__enter__()
 
 
 def test_requests_that_cannot_be_paths_end_in_one_line(tmp_path: Path) -> None:

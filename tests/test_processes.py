@@ -21,7 +21,7 @@ from torch._logging._internal import warning_once
 from torch.nn import functional as F
 
 import fuseplan
-from fuseplan import store
+from fuseplan.caching import store
 from fuseplan.config import CompileRange
 from fuseplan.record import Report
 from tests.interpreted import no_code

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fuseplan
-from fuseplan.analysis import Regions
-from fuseplan.capture import capture
+from fuseplan.compilation.analysis import Regions
 from fuseplan.config import CompileRange
-from fuseplan.explanation import Explanation
+from fuseplan.explanation.capture import capture
+from fuseplan.explanation.explanation import Explanation
 from fuseplan.providers import BUILT_IN_PROVIDERS, device_profile
 from fuseplan.record import Fusion, GraphReport, Reason, Report
 from fuseplan.report import render_report

@@ -13,13 +13,13 @@ from torch._dynamo.utils import counters, graph_break_reasons
 from torch.nn import functional as F
 
 import fuseplan
-from fuseplan.content import content_of
+from fuseplan.caching.content import content_of
 from tests.helpers import HIDDEN, randn
 from tests.test_architecture import Module, dotted, names_of, source_modules
 
 CACHES = {
     "compatibility/__init__.py:incompatibility": "nothing: the torch that is there doesn't change while it runs",
-    "fingerprint.py:source_digest": "nothing: the source doesn't change while it runs",
+    "caching/fingerprint.py:source_digest": "nothing: the source doesn't change while it runs",
     "graph/facts.py:_clean_path": "text",
     "graph/facts.py:_in_place": "text",
     "graph/facts.py:_innermost": "text",
@@ -49,10 +49,10 @@ MUTATORS = {
 
 ELSEWHERE = {
     "integrations/vllm/backend.py": "vLLM's compiler, where the engine asks for fuseplan",
-    "ops/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
-    "floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",
-    "regions.py": "who has which entries in Dynamo's caches, by content and callback: gone with the last such backend",
-    "workloads.py": "sys.path: a factory is looked for in the working directory, as python -m would",
+    "graph/ops/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
+    "compilation/floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",
+    "compilation/regions.py": "whose entries Dynamo holds, by content and callback: gone with the last such backend",
+    "workloads/catalog.py": "sys.path: a factory is looked for in the working directory, as python -m would",
 }
 """State of other packages, or what mirrors it, that is changed on purpose."""
 
@@ -177,7 +177,7 @@ def _at_the_top() -> dict[str, Any]:
 
 def test_nothing_at_the_top_of_a_module_changes_with_use() -> None:
     values = {name: value for name, value in _at_the_top().items() if not _is_of_torch(value)}
-    known = {"fuseplan.families.BUILT_IN_RULES", "fuseplan.devices.known.PROFILES", "fuseplan.dialect.ops"}
+    known = {"fuseplan.rules.families.BUILT_IN_RULES", "fuseplan.devices.known.PROFILES", "fuseplan.dialect.ops"}
     assert known <= set(values)
     before = {name: content_of(value).digest for name, value in values.items()}
     for config in (fuseplan.PassConfig(), fuseplan.PassConfig(policy="ordered(act_padding)")):

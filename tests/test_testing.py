@@ -8,12 +8,12 @@ from torch import Tensor
 
 from fuseplan.dialect import define, ops
 from fuseplan.errors import FuseplanError, VerificationError
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.families.attention import ATTENTION_RULES
-from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.providers import provider_of
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Bindings, Rule
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.rules.families.attention import ATTENTION_RULES
+from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of, rule_id
 from tests.verification.fused_norm import (

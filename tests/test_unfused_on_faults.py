@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.errors import FuseplanError, PlanError
-from fuseplan.families import BUILT_IN_RULES
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import provider_of
 from fuseplan.record import GraphReport, Reason, Refusal, Report
 from fuseplan.rules import Bindings
+from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import HIDDEN, llama, post_grad, randn
 from tests.verification.fused_norm import AddNormRelu, add_norm_relu, provider, reference, right
 
@@ -89,7 +89,7 @@ def test_a_stage_that_raises(traced: fx.Graph, stage: str, monkeypatch: pytest.M
     def raises(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError(f"a bug in {stage}")
 
-    monkeypatch.setattr(f"fuseplan.manager.{stage}", raises)
+    monkeypatch.setattr(f"fuseplan.compilation.manager.{stage}", raises)
     graph, report = fuse(traced, rules=[AddNormRelu()], providers=[provider(right)])
     assert_left_alone(graph, traced, report, f"a bug in {stage}")
 
@@ -133,7 +133,7 @@ def test_an_interrupt_is_no_fault(
     def raises(*arguments: Any, **named: Any) -> Any:
         raise interrupt
 
-    monkeypatch.setattr("fuseplan.manager.find_matches", raises)
+    monkeypatch.setattr("fuseplan.compilation.manager.find_matches", raises)
     with pytest.raises(interrupt):
         fuse(traced)
 

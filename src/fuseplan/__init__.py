@@ -4,10 +4,10 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
+    from fuseplan.compilation.manager import PostGradPassManager
     from fuseplan.config import CompileRange, PassConfig, Policy
     from fuseplan.errors import FuseplanError, FuseplanWarning
     from fuseplan.frontend import compile, explain, inductor_options
-    from fuseplan.manager import PostGradPassManager
     from fuseplan.matching import ExternalPass
     from fuseplan.record import Report
 
@@ -20,7 +20,7 @@ _HOMES = {
     "FuseplanWarning": "errors",
     "PassConfig": "config",
     "Policy": "config",
-    "PostGradPassManager": "manager",
+    "PostGradPassManager": "compilation.manager",
     "Report": "record",
     "compile": "frontend",
     "explain": "frontend",
@@ -29,8 +29,9 @@ _HOMES = {
 """Where each public name lives. They are imported when they are asked for, so that importing fuseplan costs nothing
 and an unsuitable torch is reported by whoever asks first."""
 
-_ON_PRIVATE_APIS = frozenset({"frontend", "manager", "matching"})
-"""Homes that can't be imported from a torch whose private interfaces have moved; `fallback` takes their place."""
+_ON_PRIVATE_APIS = frozenset({"compilation.manager", "frontend", "matching"})
+"""Homes that can't be imported from a torch whose private interfaces have moved; `compatibility.fallback` takes
+their place."""
 
 __all__ = [
     "CompileRange",
@@ -55,7 +56,7 @@ def __getattr__(name: str) -> _typing.Any:
 
 def _home(name: str) -> str:
     if _HOMES[name] in _ON_PRIVATE_APIS and _importlib.import_module("fuseplan.compatibility").incompatibility():
-        return "fallback"
+        return "compatibility.fallback"
     return _HOMES[name]
 
 

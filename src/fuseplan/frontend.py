@@ -13,27 +13,27 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 
-from fuseplan import store
-from fuseplan.capture import capture, no_caches
+from fuseplan.caching import store
 from fuseplan.compatibility import require_supported_torch
+from fuseplan.compilation.dispatch import Dispatch
+from fuseplan.compilation.first_run import AgreedGraph, digest_of, groups_of, settle, settled
+from fuseplan.compilation.floats import Floats, constant
+from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
+from fuseplan.compilation.regions import identity_of, region_of, values_of
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.cpython import uncollected
-from fuseplan.dispatch import Dispatch
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
-from fuseplan.explanation import Explanation
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.first_run import AgreedGraph, digest_of, groups_of, settle, settled
-from fuseplan.floats import Floats, constant
-from fuseplan.manager import PostGradPassManager, ReportCallback
+from fuseplan.explanation.capture import capture, no_caches
+from fuseplan.explanation.explanation import Explanation
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile, without_shared_memory
 from fuseplan.record import Report
 from fuseplan.record.report import merged
-from fuseplan.regions import identity_of, region_of, values_of
 from fuseplan.report.summary import tell
 from fuseplan.report.trace import publish
 from fuseplan.rules import Rule
+from fuseplan.rules.families import BUILT_IN_RULES
 
 T = TypeVar("T", bound=Callable[..., Any])
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseplan.canonical import CanonicalGraph
 from fuseplan.errors import FuseplanError, VerificationError
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.matching import find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider
 from fuseplan.record import Reason, Refusal

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from fuseplan import workloads
 from fuseplan.cli import app
-from fuseplan.models import GptOss, KVCache
+from fuseplan.workloads import catalog
+from fuseplan.workloads.models import GptOss, KVCache
 
 WORKLOADS = "tests.cli.tuned_workloads"
 POLICIES = ["planned", "ordered(act_padding)", "off", "torch.compile"]
@@ -99,7 +99,7 @@ def test_a_model_that_raises_is_one_line() -> None:
 
 
 def test_steps_of_built_in_models_decode_a_token_for_each_sequence() -> None:
-    with workloads.build("gpt-oss-120b-tiny", layers=1, weights=True) as built, torch.no_grad():
+    with catalog.build("gpt-oss-120b-tiny", layers=1, weights=True) as built, torch.no_grad():
         (ids, positions, cache), kwargs = built.step(3, context=8)
         assert isinstance(built.model, GptOss)
         assert isinstance(cache, KVCache)
@@ -112,7 +112,7 @@ def test_steps_of_built_in_models_decode_a_token_for_each_sequence() -> None:
 
 
 def test_steps_of_hugging_face_models_too() -> None:
-    with workloads.build("llama-3.1-8b-tiny", layers=1, weights=True) as built, torch.no_grad():
+    with catalog.build("llama-3.1-8b-tiny", layers=1, weights=True) as built, torch.no_grad():
         args, kwargs = built.step(2, context=8)
         assert args == ()
         assert kwargs["position_ids"].tolist() == [[7], [7]]
@@ -121,7 +121,7 @@ def test_steps_of_hugging_face_models_too() -> None:
 
 
 def test_steps_of_a_factory_have_its_inputs_made_as_many() -> None:
-    with workloads.build(f"{WORKLOADS}:pads", weights=True) as built:
+    with catalog.build(f"{WORKLOADS}:pads", weights=True) as built:
         (x, residual, weight), _ = built.step(20)
         assert (x.shape[0], residual.shape[0], weight.shape) == (20, 20, built.inputs[2].shape)
         assert torch.equal(x[16:], built.inputs[0][:4])

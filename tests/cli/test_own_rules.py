@@ -14,7 +14,7 @@ IMPORTS = """
 import torch
 from fuseplan.dialect import define, ops
 from fuseplan.providers import BUILT_IN_PROVIDERS, KernelCost, provider_of
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.rules import Rule
 """
 OWN = f"""{IMPORTS}

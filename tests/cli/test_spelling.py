@@ -7,12 +7,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from fuseplan import workloads
 from fuseplan.cli import app, spelling
 from fuseplan.devices import PROFILES
-from fuseplan.families import BUILT_IN_RULES
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import by_name
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.workloads import catalog
 
 COMMANDS = ("explain", "try", "tune", "bench", "check", "rules", "providers", "devices", "diff")
 TYPOS = (
@@ -30,7 +30,7 @@ TYPOS = (
 
 
 def test_names_are_those_that_there_are() -> None:
-    assert list(spelling.WORKLOADS) == workloads.names()
+    assert list(spelling.WORKLOADS) == catalog.names()
     assert list(spelling.DEVICES) == sorted(PROFILES)
     assert list(spelling.RULES) == sorted(by_name(BUILT_IN_RULES))
     assert list(spelling.PROVIDERS) == sorted(each.name for each in BUILT_IN_PROVIDERS)

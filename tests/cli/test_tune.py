@@ -243,7 +243,7 @@ def test_what_was_measured_of_the_device_is_kept_and_shown(monkeypatch: pytest.M
         constants=constants,
     )  # fmt: skip
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("fuseplan.tuning.measure_device", lambda **options: record)
+    monkeypatch.setattr("fuseplan.measurement.tuning.measure_device", lambda **options: record)
     result = run("--device-only")
     assert result.exit_code == 0, result.output
     assert ["launch", "2,100", "40", "ns"] in [line.split() for line in result.stdout.splitlines()]

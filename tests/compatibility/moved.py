@@ -57,13 +57,14 @@ def put(monkeypatch: pytest.MonkeyPatch, module: str, name: str, value: Any) -> 
     monkeypatch.setitem(sys.modules, module, Altered(original, {name: value}))
 
 
-AGAIN = {"", "capture", "compatibility", "fallback", "floats", "frontend", "manager", "matching", "regions"}
+AGAIN = {"", "compatibility", "compilation", "explanation", "frontend", "matching"}
 """What looks at torch when it is imported, and "", the package. Ops can't be registered again: the dialect stays."""
 
 
 def import_anew(monkeypatch: pytest.MonkeyPatch) -> Any:
     """fuseplan as a new process would import it."""
-    importlib.import_module("fuseplan.fallback")  # so that what is imported in its place goes away afterwards
+    # So that what is imported in its place goes away afterwards.
+    importlib.import_module("fuseplan.compatibility.fallback")
     for name in list(sys.modules):
         root, _, rest = name.partition(".")
         if root == "fuseplan" and rest.partition(".")[0] in AGAIN:

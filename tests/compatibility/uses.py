@@ -4,8 +4,8 @@ import ast
 import functools
 from collections.abc import Iterable
 
-from fuseplan.canonical.view import PROVENANCE
 from fuseplan.compatibility import PrivateApi
+from fuseplan.graph.canonical.view import PROVENANCE
 from tests.test_architecture import Module, dotted
 
 
@@ -75,7 +75,7 @@ def undeclared(modules: Iterable[Module], apis: Iterable[PrivateApi]) -> list[st
     apis = list(apis)
     found = []
     for module in modules:
-        mine = [each for each in apis if module.part in each.users]
+        mine = [each for each in apis if not {module.room, module.part}.isdisjoint(each.users)]
         found += [
             f"{module.path}: {path}"
             for path in paths(module)
@@ -87,13 +87,13 @@ def undeclared(modules: Iterable[Module], apis: Iterable[PrivateApi]) -> list[st
 
 
 def unused(modules: Iterable[Module], apis: Iterable[PrivateApi]) -> list[str]:
-    """What is in the list and not used by whom it says, as `part: what`."""
+    """What is in the list and not used by whom it says, as `room: what`."""
     modules = list(modules)
     return sorted(
-        f"{part}: {each.path}"
+        f"{user}: {each.path}"
         for each in apis
-        for part in each.users
-        if not any(_uses(module, each) for module in modules if module.part == part)
+        for user in each.users
+        if not any(_uses(module, each) for module in modules if user in (module.room, module.part))
     )
 
 

@@ -16,7 +16,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, device_profile, loc
 from tests.test_architecture import source_modules
 
 DEFAULTS = {"integrations/pytest_plugin.py", "cli/check.py", "devices/known.py"}
-SPELLED, MEASURED = {"cli/spelling.py"}, {"families/linear.py"}
+SPELLED, MEASURED = {"cli/spelling.py"}, {"rules/families/linear.py"}
 WHOLE = {
     "NVIDIA A100-SXM4-80GB": ("a100", 108),
     "NVIDIA A100-SXM4-40GB": ("a100-40gb", 108),

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import _get_subgraph_names
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from fuseplan.capture import _Recorder
+from fuseplan.explanation.capture import _Recorder
 from fuseplan.graph.surgery import copy_graph
 from tests.differential.layout import copies
 from tests.differential.program import Program

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 
+from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.config import FUSION_FLAGS, CompileRange, PassConfig
 from fuseplan.dialect import DialectOp, Rounding, define, implement, ops
 from fuseplan.errors import PlanError
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.manager import PostGradPassManager, ReportCallback
 from fuseplan.matching import ExternalPass, GraphPass
 from fuseplan.planner.candidates import Candidate
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, provider_of
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Rule, by_name
+from fuseplan.rules.families import BUILT_IN_RULES
 
 
 def rms_norm_relu_reference(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:

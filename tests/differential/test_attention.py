@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import device_profile
 from tests.differential.errors import excess
 from tests.eager_attention import Eager

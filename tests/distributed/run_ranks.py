@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 import fuseplan
-from fuseplan.capture import capture
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.dialect import ops
 from fuseplan.errors import CollectiveError
+from fuseplan.explanation.capture import capture
 from fuseplan.graph.facts import process_group
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import provider_of
 from fuseplan.record import Refusal, Verification
 from fuseplan.rules import Bindings

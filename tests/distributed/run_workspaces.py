@@ -24,7 +24,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed import distributed_c10d
 
 import fuseplan
-from fuseplan import analysis, first_run
+from fuseplan.compilation import analysis, first_run
 from fuseplan.dialect import ops
 from fuseplan.distributed import agree_in_groups
 from fuseplan.distributed import workspace as workspaces

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.distributed import Verdict, agreement
 from fuseplan.distributed.groups import elsewhere, timeout_of
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, without_shared_memory
 from fuseplan.record import Reason, Report
 from fuseplan.rules import Bindings

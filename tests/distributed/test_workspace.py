@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import fx
 from torch._C._distributed_c10d import HashStore
 
-from fuseplan import first_run
+from fuseplan.compilation import first_run
 from fuseplan.config import PassConfig
 from fuseplan.distributed import Verdict, workspace
 from fuseplan.distributed import shared as registry

@@ -19,9 +19,10 @@ from unittest import mock
 from typer.testing import CliRunner
 
 from docs.blocks import ROOT
-from fuseplan import capture as capturing
-from fuseplan import comparison, workloads
 from fuseplan.cli import app
+from fuseplan.explanation import capture as capturing
+from fuseplan.explanation import comparison
+from fuseplan.workloads import catalog
 
 FORKS = Path(__file__).with_name("forks.py")
 ENVIRONMENT = {
@@ -190,7 +191,7 @@ def traced_once() -> AbstractContextManager[Any]:
 
     A workload is known by its name and by the files of the folder, which its factory may be in.
     """
-    build, capture = workloads.build, capturing.capture
+    build, capture = catalog.build, capturing.capture
     traces: dict[tuple[Any, ...], Any] = {}
     current: list[tuple[Any, ...]] = []
 
@@ -208,6 +209,6 @@ def traced_once() -> AbstractContextManager[Any]:
         return traces[key]
 
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(workloads, "build", remember))
+    stack.enter_context(mock.patch.object(catalog, "build", remember))
     stack.enter_context(mock.patch.object(comparison, "capture", look_up))
     return stack

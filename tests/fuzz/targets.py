@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fuseplan.caching.store import LARGEST_BYTES
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.errors import ConfigError, LockError, PlanError, WorkloadError
 from fuseplan.integrations import transformers as huggingface
@@ -26,7 +27,6 @@ from fuseplan.report import FusionLock, render_report
 from fuseplan.report.drift import drifts
 from fuseplan.report.places import fold, unfold
 from fuseplan.report.verdict import Verdict, render_verdict
-from fuseplan.store import LARGEST_BYTES
 from tests.report.locked import applied, graph, lock_of, loss, norms, refusal, report
 
 LONGEST_LINE = 2 * LONGEST_QUOTE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuseplan.dialect import ops
-from fuseplan.parts.attention.op import exact_attention
+from fuseplan.rules.parts.attention.op import exact_attention
 from tests.helpers import randn
 
 pytest.importorskip("fuseplan.providers.triton.cached_attention")

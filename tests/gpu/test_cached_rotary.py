@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 import fuseplan
-from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES, CachedRule
 from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES, CachedRule
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fuseplan
-from fuseplan.models import GptOss, workload
+from fuseplan.workloads.models import GptOss, workload
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fuseplan
-from fuseplan.parts.attention.op import attention_reference
+from fuseplan.rules.parts.attention.op import attention_reference
 from fuseplan.verification.layout import significant_strides
 from tests.attention import SPELLINGS, attend, hugging_face, inputs
 from tests.helpers import randn

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.families.attention import ATTENTION_RULES
-from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
-from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES
-from fuseplan.families.linear import LINEAR_RULES
-from fuseplan.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.rules.families.attention import ATTENTION_RULES
+from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
+from fuseplan.rules.families.linear import LINEAR_RULES
+from fuseplan.rules.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 import fuseplan
-from fuseplan import workloads
 from fuseplan.errors import WorkloadError
 from fuseplan.integrations import transformers as huggingface
 from fuseplan.integrations.splitting import BasePlan
+from fuseplan.workloads import catalog
 from tests.integrations.planned import ranks, run
 from tests.integrations.test_transformers import CONFIGS, SIZES, is_split_by_expert, save
 
@@ -115,7 +115,7 @@ def test_every_all_reduce_of_a_family_goes_into_a_norm(name: str, tmp_path: Path
     if name == "gpt_oss" and not is_split_by_expert():
         pytest.skip("this transformers splits GPT-OSS by another plan, and its experts break the graph")
     path = save(tmp_path, **CONFIGS[name])
-    with workloads.build(str(path), tp=2) as built:
+    with catalog.build(str(path), tp=2) as built:
         report = fuseplan.explain(built.model, *built.inputs, config=SPAN, device="h200")
     embedding = name == "gpt_oss" and bool(BasePlan.of(read(**CONFIGS[name])).tensors)
     reduced = (1 if name == "gpt_oss" else 2) * 2 + embedding

@@ -13,13 +13,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fuseplan.capture import capture
 from fuseplan.config import CompileRange, PassConfig
-from fuseplan.explanation import Explanation
+from fuseplan.explanation.capture import capture
+from fuseplan.explanation.explanation import Explanation
 from fuseplan.integrations import transformers as huggingface
-from fuseplan.models import workload
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import Report
+from fuseplan.workloads.models import workload
 from tests.helpers import all_reduce
 from tests.real_models.cases import CASES
 

@@ -17,9 +17,9 @@ from torch._inductor.pattern_matcher import (
 )
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.errors import ConfigError
-from fuseplan.manager import PostGradPassManager
 from fuseplan.matching import ExternalPass
 from fuseplan.providers import PROFILES
 from fuseplan.record import Report

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import PROFILES
 from fuseplan.record import Reason
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn

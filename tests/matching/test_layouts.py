@@ -11,16 +11,16 @@ from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch.nn import functional as F
 
-from fuseplan.capture import capture
 from fuseplan.dialect import define, ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.explanation.capture import capture
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.matching import ExternalMatch, Match, Matches, find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS, provider_of
 from fuseplan.record import Nearness, Reason
 from fuseplan.rewriting import apply
 from fuseplan.rules import Rule, by_name
+from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.layout import shares, significant_strides
 from tests.helpers import HIDDEN, all_reduce, llama, randn, written
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import PROFILES
 from fuseplan.record import Nearness, Reason
 from tests.helpers import HIDDEN, all_reduce, gpt_oss, llama, post_grad, quantize, randn, vllm

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import PROFILES
 from fuseplan.record import NearMiss, Nearness, Report
 from tests.helpers import HIDDEN, post_grad, randn

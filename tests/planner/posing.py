@@ -7,13 +7,13 @@ import torch
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
 from fuseplan.matching import find_matches
 from fuseplan.planner.costs import CostModel, CostTable, Provenance, Row
 from fuseplan.planner.pose import Posed, pose
 from fuseplan.planner.pricing import Prices, alternative_name, row_key
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.rules import Rule, by_name
+from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import randn, written
 from tests.planner.round_device import DEVICE
 

@@ -5,11 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import find_sites
-from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
-from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.matching import find_matches
-from fuseplan.parts.traffic import total_ns
 from fuseplan.planner.candidates import candidates_of
 from fuseplan.planner.costs import HARDWARE, CostModel
 from fuseplan.planner.evidence import cost_rows
@@ -17,6 +13,10 @@ from fuseplan.planner.pose import Posed, pose
 from fuseplan.planner.pricing import Prices
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.rules import by_name
+from fuseplan.rules.families import find_sites
+from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
+from fuseplan.rules.parts.traffic import total_ns
 from tests.cached import Layer, arguments, attending, layer, normed_layer, visible
 from tests.helpers import post_grad
 

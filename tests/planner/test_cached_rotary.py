@@ -5,15 +5,15 @@ import torch
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import find_sites
-from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES, CachedRotaryShape
 from fuseplan.matching import find_matches
-from fuseplan.parts.cached_rotary.traffic import CachedRegion
-from fuseplan.parts.rotary import Rotation
-from fuseplan.parts.traffic import total_ns
 from fuseplan.planner.costs import HARDWARE, CostModel, Region
 from fuseplan.providers import REFERENCE
 from fuseplan.rules import by_name
+from fuseplan.rules.families import find_sites
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES, CachedRotaryShape
+from fuseplan.rules.parts.cached_rotary.traffic import CachedRegion
+from fuseplan.rules.parts.rotary import Rotation
+from fuseplan.rules.parts.traffic import total_ns
 from tests.cached import BATCH, LENGTH, arguments, layer, normed_layer
 from tests.helpers import post_grad
 from tests.planner.parts import NORM

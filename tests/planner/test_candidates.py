@@ -10,11 +10,10 @@ import torch
 from torch import fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
-from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import ConfigError
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
 from fuseplan.planner.candidates import conflicts_of
 from fuseplan.planner.contradiction import MEND, ContradictionError, contradiction
@@ -23,6 +22,7 @@ from fuseplan.planner.pricing import Prices
 from fuseplan.planner.problem import Problem
 from fuseplan.providers import PROFILES
 from fuseplan.rules import Rule, by_name
+from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import written
 from tests.planner.posing import MODEL, PROVIDERS, TORCH, R, W, X, norm_and_pad, posed, twice
 
@@ -35,7 +35,7 @@ def named(given: Posed, pairs: Any) -> set[tuple[str, ...]]:
 
 @pytest.fixture
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("families.sites", "matching.candidates"):
+    for place in ("rules.families.sites", "matching.candidates"):
         monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig, Policy
 from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
-from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.decide import Decision, decide_in_order, decide_off, decide_planned, limit, plan_record, replay
 from fuseplan.planner.pose import Posed
 from fuseplan.planner.pricing import Prices
@@ -18,11 +18,11 @@ from fuseplan.planner.problem import Problem
 from fuseplan.planner.solver import Solver
 from fuseplan.record import Reason, Selected
 from fuseplan.rules import Rule
+from tests.compilation.test_manager import INPUTS, padded
 from tests.helpers import post_grad
 from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, posed
 from tests.planner.test_candidates import together
 from tests.planner.test_decisions import priced
-from tests.test_manager import INPUTS, padded
 
 
 def pads(count: int = 4) -> Any:

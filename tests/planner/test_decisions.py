@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @pytest.fixture(autouse=True)
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("families.sites", "matching.candidates"):
+    for place in ("rules.families.sites", "matching.candidates"):
         monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
 
 

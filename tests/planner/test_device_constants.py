@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from fuseplan.analysis import assumed_constants
+from fuseplan.compilation.analysis import assumed_constants
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
+from fuseplan.measurement.tuning import Times
+from fuseplan.measurement.tuning.device import measure_device, record_of
 from fuseplan.planner.costs import (
     HARDWARE,
     CostModel,
@@ -23,8 +25,6 @@ from fuseplan.planner.costs import (
 )
 from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
-from fuseplan.tuning import Times
-from fuseplan.tuning.device import measure_device, record_of
 from tests.devices.test_devices import here
 from tests.planner.parts import NORM
 

@@ -8,7 +8,6 @@ import torch
 
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
-from fuseplan.families import BUILT_IN_RULES
 from fuseplan.matching import Match, Matches, find_matches
 from fuseplan.planner.decide import Decision, Lost
 from fuseplan.planner.idle import idle_requests
@@ -16,6 +15,7 @@ from fuseplan.planner.pose import Posed
 from fuseplan.providers import PROFILES
 from fuseplan.record import Reason
 from fuseplan.rules import by_name
+from fuseplan.rules.families import BUILT_IN_RULES
 from tests.planner.posing import TORCH, posed, twice
 
 aten = torch.ops.aten

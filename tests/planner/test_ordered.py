@@ -14,16 +14,16 @@ from torch._inductor.pattern_matcher import Match as InductorMatch
 from torch._inductor.pattern_matcher import PatternMatcherPass, register_graph_pattern
 from torch.nn import functional as F
 
-from fuseplan import workloads
-from fuseplan.canonical import CanonicalGraph
-from fuseplan.capture import capture
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.explanation.capture import capture
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.surgery import erase_dead
 from fuseplan.matching import compiled_pattern, find_matches
 from fuseplan.planner.ordered import choose_in_order
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule, by_name
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.workloads import catalog
 from tests.helpers import HIDDEN, SPELLINGS, all_reduce, post_grad, quantize, randn
 
 RULES = by_name(BUILT_IN_RULES)
@@ -153,7 +153,7 @@ def test_every_order_of_the_contest(layers: int, one_rank: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce", "llama-3.1-8b-tiny"])
 def test_every_order_on_real_models(name: str) -> None:
-    with workloads.build(name, tp=2, layers=2) as built:
+    with catalog.build(name, tp=2, layers=2) as built:
         (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
         for order in itertools.permutations(("act_padding", "allreduce_rms", "allreduce_rms_padding")):
             taken = emulated(gm.graph, order)

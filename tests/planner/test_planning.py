@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 from torch import fx
 
-from fuseplan import workloads
-from fuseplan.analysis import Analysis
-from fuseplan.capture import capture
+from fuseplan.compilation.analysis import Analysis
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import ConfigError, PlanError, WorkloadError
-from fuseplan.families import BUILT_IN_RULES, ComposedRule
-from fuseplan.manager import PostGradPassManager
+from fuseplan.explanation.capture import capture
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.decide import decide_in_order, plan_record, replay
 from fuseplan.planner.pricing import UNFUSED, alternative_name, row_key
 from fuseplan.planner.solver import Solver
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import Reason, SavedPlans, diff
+from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
+from fuseplan.workloads import catalog
 from tests.helpers import needs_rounded_residual
 
 PLANNED = Policy(name="planned")
@@ -36,7 +36,7 @@ RANGES = (CompileRange(start=1, end=64), CompileRange(start=65, end=512), Compil
 
 @contextmanager
 def traced(workload: str, tp: int, layers: int | None = LAYERS) -> Iterator[fx.Graph]:
-    with workloads.build(workload, tp=tp, layers=layers) as built:
+    with catalog.build(workload, tp=tp, layers=layers) as built:
         (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
         yield gm.graph
 
@@ -388,7 +388,7 @@ def test_sites_do_not_change_with_rules_that_are_off(gpt_oss: fx.Graph) -> None:
 
 
 def _sites(canonical: Any) -> Any:
-    from fuseplan.families import find_sites
+    from fuseplan.rules.families import find_sites
 
     return find_sites(canonical)
 

@@ -8,10 +8,9 @@ import torch
 from torch import fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
-from fuseplan.content import content_of
+from fuseplan.caching.content import content_of
 from fuseplan.dialect import define, ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
 from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.components import components
 from fuseplan.planner.costs import Provenance
@@ -31,6 +30,7 @@ from fuseplan.planner.problem import Problem
 from fuseplan.planner.rows import Rows
 from fuseplan.providers import provider_of
 from fuseplan.rules import Rule
+from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import written
 from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, measured, norm_and_pad, posed, twice
 
@@ -130,7 +130,7 @@ def test_the_model_prices_a_site_with_and_without_a_fusion() -> None:
 
 
 def test_the_model_adds_what_a_fusion_leaves_of_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("families.sites", "matching.candidates"):
+    for place in ("rules.families.sites", "matching.candidates"):
         monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
 
     def contested(x: Any, r: Any, w: Any) -> Any:

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import find_sites
 from fuseplan.planner.costs import HARDWARE, CostModel, Region
+from fuseplan.rules.families import find_sites
 from tests.helpers import post_grad
 from tests.planner.parts import NORM, Rotation
 from tests.rotary import HEAD, K_HEADS, Q_HEADS, batched, flat, heads_first, heads_last, normed

@@ -12,12 +12,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fuseplan.families.attention import EagerAttention, GroupedAttention
-from fuseplan.ops import AttentionRounding
-from fuseplan.parts.attention.op import attention_fake, attention_reference
+from fuseplan.graph.ops import AttentionRounding
 from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import Split, launch
 from fuseplan.rules import Rule
+from fuseplan.rules.families.attention import EagerAttention, GroupedAttention
+from fuseplan.rules.parts.attention.op import attention_fake, attention_reference
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
 from tests.eager_attention import exact

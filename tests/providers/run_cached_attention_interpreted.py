@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fuseplan.dialect import AttentionRounding, RotaryRounding, Rounding, ops
-from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
-from fuseplan.parts.attention.op import exact_attention
 from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import Split, launch
 from fuseplan.providers.triton.cached_attention import Token
 from fuseplan.providers.triton.cached_rotary import QkNorm
 from fuseplan.rules import Rule
+from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
+from fuseplan.rules.parts.attention.op import exact_attention
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
 from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products

@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import Rounding
-from fuseplan.parts.dynamic_fp8 import reference as row_reference
-from fuseplan.parts.group_fp8 import reference
 from fuseplan.providers.triton import activation, norm
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.epilogues.group_fp8_quant import power_of_two_from
 from fuseplan.providers.triton.launching import Norm
+from fuseplan.rules.parts.dynamic_fp8 import reference as row_reference
+from fuseplan.rules.parts.group_fp8 import reference
 from tests.providers.run_interpreted import prepare
 
 FN, LEAST = torch.float8_e4m3fn, 1e-10

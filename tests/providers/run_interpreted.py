@@ -21,10 +21,10 @@ from triton.runtime import interpreter
 
 from fuseplan import testing
 from fuseplan.dialect import NORM_FAMILY, ops
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Bindings
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of
 

@@ -12,10 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fuseplan.families.linear import LINEAR_RULES, gated_reference
-from fuseplan.parts.linear import draw_weight, linears_reference
 from fuseplan.providers.triton import linear
 from fuseplan.providers.triton.linear import Shares, launch
+from fuseplan.rules.families.linear import LINEAR_RULES, gated_reference
+from fuseplan.rules.parts.linear import draw_weight, linears_reference
 from fuseplan.testing import check_rule
 from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
 from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, flashinfer
 from fuseplan.rules import Bindings
 from fuseplan.verification.memory import Alone, Poisoned

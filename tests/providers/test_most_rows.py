@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import fuseplan
+from fuseplan.compilation.manager import DEFAULT_SPAN
 from fuseplan.dialect import falls_back, implement, ops
-from fuseplan.manager import DEFAULT_SPAN
 from fuseplan.planner.rows import Rows
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, provider_of
 from fuseplan.record import Report

@@ -11,8 +11,8 @@ from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.dialect import implement, ops
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Offer, Provider, device_profile
 from fuseplan.record import Reason, Refusal, Report
 from tests.helpers import HIDDEN, llama, post_grad, randn

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fuseplan.content import content_of
+from fuseplan.caching.content import content_of
 from fuseplan.dialect import ops
 from fuseplan.distributed.workspace import Workspace
 from fuseplan.providers.triton import replay

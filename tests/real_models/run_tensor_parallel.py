@@ -21,7 +21,7 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed.tensor import DTensor
 
 import fuseplan
-from fuseplan.models import KVCache, workload
+from fuseplan.workloads.models import KVCache, workload
 from tests.interpreted import no_code
 from tests.ranks import leave
 from tests.real_models.cases import CASES, LAYERS, fused_calls

@@ -8,8 +8,8 @@ import transformers
 from torch.torch_version import TorchVersion
 
 import fuseplan
-from fuseplan import workloads
 from fuseplan.integrations import transformers as huggingface
+from fuseplan.workloads import catalog
 from tests.real_models.cases import norms
 from tests.real_models.full_size import FULL_SIZE, TP, config_path
 
@@ -28,7 +28,7 @@ def check(name: str, layers: int) -> None:
     if name.startswith("gpt-oss") and TorchVersion(transformers.__version__) < "5.23":
         pytest.skip("older transformers split GPT-OSS by another plan")
     config = fuseplan.PassConfig(compile_ranges=[fuseplan.CompileRange(start=1, end=64)])
-    with workloads.build(str(config_path(name)), tp=TP, layers=layers) as built:
+    with catalog.build(str(config_path(name)), tp=TP, layers=layers) as built:
         report = fuseplan.explain(built.model, *built.inputs, config=config, device="h200")
     # Since 5.24 the plan of GPT-OSS names the embedding too, whose all-reduce goes into the first norm.
     embedding = name.startswith("gpt-oss") and TorchVersion(transformers.__version__) >= "5.24"

@@ -89,7 +89,7 @@ def test_torch_logs_knows_fuseplan_by_its_name() -> None:
     """torch imports the package to find its loggers while torch itself is only half there."""
     code = (
         "import torch, fuseplan\n"
-        "from fuseplan.manager import PostGradPassManager\n"
+        "from fuseplan.compilation.manager import PostGradPassManager\n"
         "from fuseplan.record import GraphReport, Report\n"
         "from fuseplan.report.trace import publish\n"
         "PostGradPassManager(fuseplan.PassConfig())\n"

@@ -10,15 +10,15 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
-from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.matching import Match, find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, provider_of
 from fuseplan.rewriting import apply
 from fuseplan.rules import Rule, by_name
+from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, quantize_rows, randn, written
 from tests.rules.test_rules import arguments_of, rule_id
 

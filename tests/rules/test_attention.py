@@ -10,10 +10,10 @@ from torch import Tensor, fx
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.nn import functional as F
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.graph.facts import Call
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import device_profile
 from fuseplan.providers.attention import Packs, Shared
 from fuseplan.record import GraphReport, Nearness, Reason, Refusal

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fuseplan
-from fuseplan.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.planner.costs import HARDWARE
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import Nearness, Report
 from fuseplan.rules import Bindings, Rule
+from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.testing import check_rule
 from tests.cached import LENGTH, WRITES, Layer, arguments, attending, layer, normed_layer, on_copies, visible
 from tests.interpreted import no_code

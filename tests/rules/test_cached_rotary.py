@@ -12,11 +12,11 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fuseplan
-from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES, CachedRule
 from fuseplan.planner.costs import HARDWARE
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import Nearness, Report
 from fuseplan.rules import Bindings
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES, CachedRule
 from fuseplan.testing import check_rule
 from tests.cached import LENGTH, WRITES, Layer, arguments, layer, normed_layer, on_copies
 from tests.helpers import gemma, gpt_oss

@@ -11,12 +11,12 @@ from torch import fx
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.errors import ConfigError, RuleError
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.families.activation import ACTIVATION_RULES
-from fuseplan.families.norm import NORM_RULES
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings, Rule, by_name, disabled_rules, enabled_rules
 from fuseplan.rules.base import op_text
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.rules.families.activation import ACTIVATION_RULES
+from fuseplan.rules.families.norm import NORM_RULES
 
 AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
 CACHED = ("fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families.attention import EagerAttention
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.parts.eager_attention.op import eager_attention_reference
 from fuseplan.providers.attention import Packs, Spelled
 from fuseplan.record import GraphReport, Nearness, Reason, Refusal
 from fuseplan.rules import Bindings
+from fuseplan.rules.families.attention import EagerAttention
+from fuseplan.rules.parts.eager_attention.op import eager_attention_reference
 from tests.attention import HEAD_DIM, HEADS, SHARED, SPELLINGS, attend, hugging_face, inputs, tiled
 from tests.eager_attention import CAP, MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
 from tests.helpers import post_grad, randn

@@ -9,13 +9,13 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.manager import PostGradPassManager
-from fuseplan.parts.linear import PART
 from fuseplan.providers import device_profile
 from fuseplan.record import GraphReport, Reason
+from fuseplan.rules.parts.linear import PART
 from tests.helpers import all_reduce, llama, post_grad, randn
 
 WIDTH = 64

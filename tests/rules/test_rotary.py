@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import fuseplan
-from fuseplan.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import Nearness, Report
 from fuseplan.rules import Bindings
+from fuseplan.rules.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.testing import check_rule
 from tests.helpers import gemma, gpt_oss
 from tests.matching.told import near_misses

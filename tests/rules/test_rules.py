@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.dialect import ops
 from fuseplan.errors import RuleError
-from fuseplan.families import BUILT_IN_RULES, Member
-from fuseplan.manager import PostGradPassManager
-from fuseplan.parts import pad, silu_and_mul
 from fuseplan.record import Reason, Report
 from fuseplan.rules import Rule
+from fuseplan.rules.families import BUILT_IN_RULES, Member
+from fuseplan.rules.parts import pad, silu_and_mul
 from tests.helpers import (
     HIDDEN,
     SPELLINGS,

@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import find_sites
-from fuseplan.manager import PostGradPassManager
 from fuseplan.planner.costs import HARDWARE, CostModel
 from fuseplan.record import Report
+from fuseplan.rules.families import find_sites
 from tests.helpers import HIDDEN, all_reduce, post_grad, quantize, randn
 
 SCALE = torch.tensor([0.02])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import Provider
 from fuseplan.record import GraphReport, Nearness, Reason, Report
 from tests.helpers import HIDDEN, post_grad, randn

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
 from fuseplan.matching import find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import by_name
+from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.check import check
 from fuseplan.verification.layout import misplaced
 from fuseplan.verification.memory import Alone, Gathered

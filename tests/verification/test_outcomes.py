@@ -83,7 +83,7 @@ def test_other_hardware_and_versions_are_another_question(
     if change == "torch":
         monkeypatch.setattr(torch, "__version__", "99.0")
     elif change == "gpu":
-        monkeypatch.setattr("fuseplan.fingerprint._local_devices", lambda: ["another GPU"])
+        monkeypatch.setattr("fuseplan.caching.fingerprint._local_devices", lambda: ["another GPU"])
     else:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
     _, report = fuse(traced, mine)

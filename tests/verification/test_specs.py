@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.manager import PostGradPassManager
 from fuseplan.matching import Match
+from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.memory import Guarded, make_arguments
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Sizes, TensorSpec, cases_of

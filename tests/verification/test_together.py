@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fuseplan.compilation.first_run import digest_of
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
 from fuseplan.distributed import Verdict
 from fuseplan.errors import CollectiveError
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.first_run import digest_of
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import Provider, provider_of
 from fuseplan.record import GraphReport, Nearness, Pending, Report, from_json, to_json
+from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification import together, verifier, verify_together
 from fuseplan.verification.region import Region
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn

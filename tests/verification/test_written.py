@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
-from fuseplan.families.cached_rotary import CACHED_ROTARY_RULES
-from fuseplan.manager import PostGradPassManager
 from fuseplan.providers import Provider, provider_of
 from fuseplan.record import GraphReport, Reason, Report
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
 from tests.cached import arguments, layer
 from tests.helpers import post_grad
 

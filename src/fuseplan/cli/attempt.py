@@ -40,8 +40,8 @@ def attempt(
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
-        from fuseplan.benchmark import check_timing
         from fuseplan.config import PassConfig
+        from fuseplan.measurement.benchmark import check_timing
         from fuseplan.report import check_html, render_bench, render_comparison, save_html
         from fuseplan.report.bench import gain
         from fuseplan.report.summary import untold
@@ -103,7 +103,7 @@ class _Steps:
 
     def tune(self) -> None:
         """Measures what contends, at the size of the step."""
-        from fuseplan.measurement import tune
+        from fuseplan.measurement.costs import tune
 
         tune(
             self.made.model, self.made.inputs, table=self.table, ranges=self.ranges, repeats=self.repeats,
@@ -113,8 +113,8 @@ class _Steps:
 
     def bench(self) -> Any:
         """Times a step under the plan and under plain torch.compile."""
-        from fuseplan.benchmark import bench
         from fuseplan.config import Policy
+        from fuseplan.measurement.benchmark import bench
 
         return bench(
             self.made.model, self.made.step, (self.batch,), workload=self.workload, policies=[Policy(name="planned")],
@@ -124,7 +124,7 @@ class _Steps:
 
     def explain(self) -> Any:
         """What the plan does, by the prices that were measured."""
-        from fuseplan.comparison import compare
+        from fuseplan.explanation.comparison import compare
 
         self.tell("explaining", 0, 1)
         return compare(

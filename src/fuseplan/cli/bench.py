@@ -49,10 +49,10 @@ def bench(
         from fuseplan.compatibility import require_supported_torch
 
         require_supported_torch(everything=True)
-        from fuseplan.benchmark import bench as run
-        from fuseplan.benchmark import check_timing
+        from fuseplan.compilation.manager import PostGradPassManager
         from fuseplan.config import PassConfig
-        from fuseplan.manager import PostGradPassManager
+        from fuseplan.measurement.benchmark import bench as run
+        from fuseplan.measurement.benchmark import check_timing
         from fuseplan.report import bench_to_json, check_plot, render_bench, save_plot
         from fuseplan.report.summary import untold
 

@@ -207,7 +207,7 @@ def _name_in_lock(workload: str, lock: Path) -> str:
     """The workload as a lock has it: a configuration by its path from the lock, so that both can move together. A
     folder stands for the configuration in it.
     """
-    from fuseplan.workloads import path_of
+    from fuseplan.workloads.catalog import path_of
 
     path = path_of(workload)
     if path is None:

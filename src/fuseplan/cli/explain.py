@@ -68,9 +68,9 @@ def explain(
         require_supported_torch(everything=True)
         from fuseplan.config import PassConfig
         from fuseplan.devices import default_profile, device_profile
-        from fuseplan.families import BUILT_IN_RULES
         from fuseplan.record import SavedPlans
         from fuseplan.report import check_html, comparison_to_json, render_comparison, save_html
+        from fuseplan.rules.families import BUILT_IN_RULES
 
         if html is not None:
             check_html(html)

@@ -16,8 +16,8 @@ def rules(
     """List the fusions: what each matches and the op that takes its place."""
     with one_line_errors(debug):
         from fuseplan.config import unknown
-        from fuseplan.families import BUILT_IN_RULES
         from fuseplan.rules import by_name
+        from fuseplan.rules.families import BUILT_IN_RULES
 
         known = by_name(BUILT_IN_RULES)
         if name is not None and name not in known:

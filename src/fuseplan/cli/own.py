@@ -45,9 +45,9 @@ def find_own(modules: Sequence[str] | None) -> Own:
 
 def _defined_in(module: str) -> Own:
     from fuseplan.errors import ConfigError
-    from fuseplan.families import BUILT_IN_RULES
     from fuseplan.providers import BUILT_IN_PROVIDERS, Provider
     from fuseplan.rules import Rule
+    from fuseplan.rules.families import BUILT_IN_RULES
 
     values = _values_of(module)
     objects = list(_flat(values.values()))
@@ -70,7 +70,7 @@ def _values_of(module: str) -> dict[str, Any]:
     """The values of a module by name. What it prints goes to standard error."""
     from fuseplan.errors import ConfigError
     from fuseplan.record.text import one_line
-    from fuseplan.workloads import import_module
+    from fuseplan.workloads.catalog import import_module
 
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -41,16 +41,16 @@ def built(workload: str, ranks: Any, layers: int | None, *, weights: bool = Fals
     """A workload on this process's device, with weights or with fake ones, and what its code prints on standard error.
 
     Raises:
-        WorkloadError: as `workloads.build`.
+        WorkloadError: as `catalog.build`.
     """
     import torch
 
-    from fuseplan import workloads
+    from fuseplan.workloads import catalog
 
     on = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
         with on:
-            made = stack.enter_context(workloads.build(workload, tp=ranks.size, layers=layers, weights=weights))
+            made = stack.enter_context(catalog.build(workload, tp=ranks.size, layers=layers, weights=weights))
         yield made
 
 
@@ -75,7 +75,7 @@ def ranks_of(tp: int | None, deadline_s: float, command: str, *, debug: bool) ->
 
     from fuseplan.config import Launch
     from fuseplan.errors import ConfigError, FuseplanError, RanksError
-    from fuseplan.tuning import LockStep, Ranks
+    from fuseplan.measurement.tuning import LockStep, Ranks
 
     launch = Launch.read()
     try:

@@ -51,23 +51,23 @@ def compared(
     """Builds a workload and compares policies on it, with a sign of life where that can be seen. What the user's code
     prints meanwhile goes to standard error, so that standard output has what was asked for alone.
 
-    The arguments are those of `comparison.compare` and `workloads.build`; `rules` are the built-in ones by default.
+    The arguments are those of `comparison.compare` and `catalog.build`; `rules` are the built-in ones by default.
 
     Raises:
         FuseplanError: something of it can't be served; broken tables, plans and selectors are found before anything
             is built.
     """
-    from fuseplan import workloads
-    from fuseplan.comparison import compare
-    from fuseplan.families import BUILT_IN_RULES
-    from fuseplan.manager import PostGradPassManager
+    from fuseplan.compilation.manager import PostGradPassManager
+    from fuseplan.explanation.comparison import compare
+    from fuseplan.rules.families import BUILT_IN_RULES
+    from fuseplan.workloads import catalog
 
     rules = BUILT_IN_RULES if rules is None else rules
     PostGradPassManager(config, device=device, rules=rules)
     with (
         contextlib.redirect_stdout(sys.stderr),
         progress(f"building {workload}") as update,
-        workloads.build(workload, tp=tp, layers=layers) as built,
+        catalog.build(workload, tp=tp, layers=layers) as built,
     ):
         update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
         return compare(
@@ -83,9 +83,9 @@ def check_selectors(texts: Sequence[str]) -> None:
     Raises:
         ConfigError: one is malformed, or names an unknown rule.
     """
-    from fuseplan.families import BUILT_IN_RULES
     from fuseplan.planner import check_selector
     from fuseplan.rules import by_name
+    from fuseplan.rules.families import BUILT_IN_RULES
 
     known = sorted(by_name(BUILT_IN_RULES))
     for text in texts:
@@ -116,7 +116,7 @@ def find_ranges(texts: Sequence[str] | None) -> Any:
         ConfigError: one isn't of the form FIRST:LAST, or two overlap.
     """
     from fuseplan.config import CompileRange, check_ranges
-    from fuseplan.workloads import DEFAULT_RANGES
+    from fuseplan.workloads.catalog import DEFAULT_RANGES
 
     return check_ranges([CompileRange.parse(text) for text in texts or ()]) or DEFAULT_RANGES
 
@@ -128,8 +128,8 @@ def find_policies(texts: Sequence[str] | None, own: Sequence[Any] = ()) -> list[
         ConfigError: one is malformed, or names an unknown rule; the text names the near spelling.
     """
     from fuseplan.config import PassConfig, Policy
-    from fuseplan.families import BUILT_IN_RULES
     from fuseplan.rules import enabled_rules
+    from fuseplan.rules.families import BUILT_IN_RULES
 
     policies = [Policy.parse(text) for text in texts or ()]
     for policy in policies:

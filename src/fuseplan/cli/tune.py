@@ -69,8 +69,8 @@ def tune(
         if workload is None:
             raise ConfigError("give a WORKLOAD whose fusions are measured, or --device-only")
         from fuseplan.config import PassConfig
-        from fuseplan.measurement import check_measurable
-        from fuseplan.measurement import tune as measure
+        from fuseplan.measurement.costs import check_measurable
+        from fuseplan.measurement.costs import tune as measure
         from fuseplan.planner.costs import cached_path
         from fuseplan.providers import local_profile
 
@@ -98,9 +98,9 @@ def tune(
 def _device(repeats: int, given: Sequence[str], *, as_json: bool) -> None:
     """Measures the device alone, and keeps what it found where prices are read from."""
     from fuseplan.config import Launch
+    from fuseplan.measurement.tuning import LEAST_REPEATS, measure_device
     from fuseplan.planner.costs import record_path
     from fuseplan.record import to_json
-    from fuseplan.tuning import LEAST_REPEATS, measure_device
 
     if given:
         raise ConfigError(f"--device-only measures the GPU of this machine alone; leave {' and '.join(given)} out")
@@ -127,8 +127,8 @@ def _check_table(path: Path, *, is_default: bool) -> None:
     Raises:
         ConfigError: it is broken, of another device, or can't be written to.
     """
+    from fuseplan.measurement.tuning import merge_into, table_in
     from fuseplan.providers import local_profile
-    from fuseplan.tuning import merge_into, table_in
 
     device = local_profile().name
     try:

@@ -1,7 +1,8 @@
 """Which torch fuseplan works with: not too old, and with the private interfaces that fuseplan is built on.
 
 What moved is found when the first of fuseplan's entry points is asked for, before anything of it is imported.
-`fuseplan.compile` then falls back to `torch.compile` (`fuseplan.fallback`); whatever has no fallback raises.
+`fuseplan.compile` then falls back to `torch.compile` (`fuseplan.compatibility.fallback`); whatever has no
+fallback raises.
 """
 
 import functools

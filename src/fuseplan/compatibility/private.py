@@ -10,7 +10,7 @@ class PrivateApi:
 
     Attributes:
         path: `module:attribute`, as entry points are written. What only instances have stands below their class.
-        users: the parts of fuseplan that use it.
+        users: the rooms of fuseplan that use it; of `compilation.floats`, which can be done without, the module.
         args: how many arguments it is called with by position; None: it isn't called.
         keywords: the arguments that it is called with by name.
     """
@@ -36,74 +36,72 @@ class PrivateApi:
         return self.path.replace(":", ".")
 
 
-ASIDE = frozenset({"benchmark", "integrations", "models", "testing", "tuning", "workloads"})
-"""Parts that build workloads for the command line, measure, or check rules for those who write them. `fuseplan.compile`
+ASIDE = frozenset({"integrations", "measurement", "testing", "workloads"})
+"""Rooms that build workloads for the command line, measure, or check rules for those who write them. `fuseplan.compile`
 does without."""
 
-OPTIONAL = frozenset({"floats"})
-"""Parts without which fuseplan does less, and says so in its reports."""
+OPTIONAL = frozenset({"compilation.floats"})
+"""Modules without which fuseplan does less, and says so in its reports."""
 
 FLOATS = (
-    PrivateApi("torch._dynamo.exc:TensorifyScalarRestartAnalysis", ("floats",), 0),
-    PrivateApi("torch._dynamo.symbolic_convert:TensorifyState.force_specializations", ("floats",)),
-    PrivateApi("torch._dynamo.symbolic_convert:TensorifyState.specialize", ("floats",), 1),
+    PrivateApi("torch._dynamo.exc:TensorifyScalarRestartAnalysis", ("compilation.floats",), 0),
+    PrivateApi("torch._dynamo.symbolic_convert:TensorifyState.force_specializations", ("compilation.floats",)),
+    PrivateApi("torch._dynamo.symbolic_convert:TensorifyState.specialize", ("compilation.floats",), 1),
 )
 
 DYNAMO = (
-    PrivateApi("torch._dynamo:OptimizedModule", ("dispatch", "regions")),
-    PrivateApi("torch._dynamo:OptimizedModule._initialize", ("dispatch",), 0),
-    PrivateApi("torch._dynamo.config:accumulated_recompile_limit", ("regions",)),
-    PrivateApi("torch._dynamo.config:assume_static_by_default", ("parts",)),
+    PrivateApi("torch._dynamo:OptimizedModule", ("compilation",)),
+    PrivateApi("torch._dynamo:OptimizedModule._initialize", ("compilation",), 0),
+    PrivateApi("torch._dynamo.config:accumulated_recompile_limit", ("compilation",)),
+    PrivateApi("torch._dynamo.config:assume_static_by_default", ("rules",)),
     PrivateApi("torch._dynamo.config:disable", ("frontend",)),
-    PrivateApi("torch._dynamo.config:patch", ("benchmark", "capture", "regions"), 0,
+    PrivateApi("torch._dynamo.config:patch", ("compilation", "explanation", "measurement"), 0,
                ("recompile_limit", "run_gc_after_compile")),
     PrivateApi("torch._C:_len_torch_dispatch_stack", ("providers",), 0),
     PrivateApi("torch._C._dynamo:guards", ("providers",)),
-    PrivateApi("torch.nn.attention:_cur_sdpa_kernel_backends", ("fingerprint",), 0, ("with_priority",)),
-    PrivateApi("torch._dynamo.config:recompile_limit", ("benchmark", "regions")),
-    PrivateApi("torch._dynamo.config:run_gc_after_compile", ("capture",)),
-    PrivateApi("torch._dynamo:maybe_mark_dynamic", ("capture",), 2),
-    PrivateApi("torch._dynamo:reset", ("benchmark", "capture"), 0),
-    PrivateApi("torch._dynamo.output_graph:GraphCompileReason", ("capture",)),
-    PrivateApi("torch._dynamo.output_graph:GraphCompileReason.reason", ("capture",)),
-    PrivateApi("torch._dynamo.output_graph:GraphCompileReason.user_stack", ("capture",)),
-    PrivateApi("torch._dynamo.utils:counters", ("capture",)),
-    PrivateApi("torch._dynamo.utils:graph_break_reasons", ("capture",)),
-    PrivateApi("torch._functorch.config:enable_autograd_cache", ("capture",)),
-    PrivateApi("torch._functorch.config:enable_remote_autograd_cache", ("capture",)),
-    PrivateApi("torch._functorch.config:patch", ("capture",), 0,
+    PrivateApi("torch.nn.attention:_cur_sdpa_kernel_backends", ("caching",), 0, ("with_priority",)),
+    PrivateApi("torch._dynamo.config:recompile_limit", ("compilation", "measurement")),
+    PrivateApi("torch._dynamo.config:run_gc_after_compile", ("explanation",)),
+    PrivateApi("torch._dynamo:maybe_mark_dynamic", ("explanation",), 2),
+    PrivateApi("torch._dynamo:reset", ("explanation", "measurement"), 0),
+    PrivateApi("torch._dynamo.output_graph:GraphCompileReason", ("explanation",)),
+    PrivateApi("torch._dynamo.output_graph:GraphCompileReason.reason", ("explanation",)),
+    PrivateApi("torch._dynamo.output_graph:GraphCompileReason.user_stack", ("explanation",)),
+    PrivateApi("torch._dynamo.utils:counters", ("explanation",)),
+    PrivateApi("torch._dynamo.utils:graph_break_reasons", ("explanation",)),
+    PrivateApi("torch._functorch.config:enable_autograd_cache", ("explanation",)),
+    PrivateApi("torch._functorch.config:enable_remote_autograd_cache", ("explanation",)),
+    PrivateApi("torch._functorch.config:patch", ("explanation",), 0,
                ("enable_autograd_cache", "enable_remote_autograd_cache")),
-    PrivateApi("torch._guards:CompileContext.current_compile_id", ("floats",), 0),
-    PrivateApi("torch._guards:detect_fake_mode", ("capture", "graph"), 1),
+    PrivateApi("torch._guards:CompileContext.current_compile_id", ("compilation.floats",), 0),
+    PrivateApi("torch._guards:detect_fake_mode", ("explanation", "graph"), 1),
     PrivateApi("torch._guards:TracingContext.try_get", ("frontend",), 0),
     PrivateApi("torch._guards:tracing", ("frontend",), 1),
     PrivateApi("torch._logging._internal:trace_structured", ("report",), 1,
                ("metadata_fn", "payload_fn", "expect_trace_id")),
-    PrivateApi("torch._logging._internal:warning_once", ("debug", "fingerprint", "planner", "store"), 2),
+    PrivateApi("torch._logging._internal:warning_once", ("caching", "compilation", "planner"), 2),
 )  # fmt: skip
 
 INDUCTOR = (
     PrivateApi("torch:_TorchCompileInductorWrapper", ("frontend",), 3),
     PrivateApi("torch:_TorchCompileInductorWrapper.__call__", ("frontend",), 2),
     PrivateApi("torch:_TorchCompileInductorWrapper.config", ("frontend",)),
-    PrivateApi("torch._inductor:compile", ("tuning",), 2, ("options",)),
-    PrivateApi("torch._inductor:list_mode_options", ("fallback", "frontend"), 2),
-    PrivateApi("torch._inductor.compile_fx:_recursive_post_grad_passes", ("capture",), 1, ("is_inference",)),
-    PrivateApi("torch._inductor.compile_fx:compile_fx", ("capture",), 2, ("inner_compile",)),
-    PrivateApi("torch._inductor.config:fx_graph_cache", ("capture",)),
-    PrivateApi("torch._inductor.config:fx_graph_remote_cache", ("capture",)),
-    PrivateApi("torch._inductor.config:patch", ("capture",), 0, ("post_grad_custom_post_pass",)),
-    PrivateApi("torch._inductor.config:post_grad_custom_post_pass", ("capture", "frontend")),
-    PrivateApi("torch._inductor.config:save_config_portable", ("store",), 0),
-    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass", ("fingerprint",)),
-    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.__call__", ("fingerprint",), 1),
-    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.uuid", ("fingerprint",), 0),
-    PrivateApi("torch._inductor.fx_passes.post_grad:view_to_reshape", ("capture",), 1),
-    PrivateApi(
-        "torch._inductor.runtime.cache_dir_utils:cache_dir", ("fingerprint", "planner", "store", "verification"), 0
-    ),
-    PrivateApi("torch._inductor.virtualized:V.aot_compilation", ("manager",)),
-    PrivateApi("torch._inductor.virtualized:V.set_fake_mode", ("capture",), 1),
+    PrivateApi("torch._inductor:compile", ("measurement",), 2, ("options",)),
+    PrivateApi("torch._inductor:list_mode_options", ("compatibility", "frontend"), 2),
+    PrivateApi("torch._inductor.compile_fx:_recursive_post_grad_passes", ("explanation",), 1, ("is_inference",)),
+    PrivateApi("torch._inductor.compile_fx:compile_fx", ("explanation",), 2, ("inner_compile",)),
+    PrivateApi("torch._inductor.config:fx_graph_cache", ("explanation",)),
+    PrivateApi("torch._inductor.config:fx_graph_remote_cache", ("explanation",)),
+    PrivateApi("torch._inductor.config:patch", ("explanation",), 0, ("post_grad_custom_post_pass",)),
+    PrivateApi("torch._inductor.config:post_grad_custom_post_pass", ("explanation", "frontend")),
+    PrivateApi("torch._inductor.config:save_config_portable", ("caching",), 0),
+    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass", ("caching",)),
+    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.__call__", ("caching",), 1),
+    PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.uuid", ("caching",), 0),
+    PrivateApi("torch._inductor.fx_passes.post_grad:view_to_reshape", ("explanation",), 1),
+    PrivateApi("torch._inductor.runtime.cache_dir_utils:cache_dir", ("caching", "planner", "verification"), 0),
+    PrivateApi("torch._inductor.virtualized:V.aot_compilation", ("compilation",)),
+    PrivateApi("torch._inductor.virtualized:V.set_fake_mode", ("explanation",), 1),
 )
 
 
@@ -151,40 +149,40 @@ GRAPHS = (
 )  # fmt: skip
 
 OPS = (
-    PrivateApi("torch._ops:HigherOrderOperator", ("canonical", "estimate", "graph", "verification")),
+    PrivateApi("torch._ops:HigherOrderOperator", ("explanation", "graph", "verification")),
     PrivateApi("torch._ops:HigherOrderOperator.name", ("graph",), 0),
     PrivateApi("torch._ops:OpOverload",
-               ("canonical", "content", "estimate", "graph", "matching", "ops", "planner", "tuning", "verification")),
+               ("caching", "explanation", "graph", "matching", "measurement", "planner", "verification")),
     PrivateApi("torch._ops:OpOverload._schema",
-               ("canonical", "families", "fingerprint", "graph", "ops", "parts", "rewriting", "rules", "verification")),
+               ("caching", "graph", "rewriting", "rules", "verification")),
     PrivateApi("torch._ops:OpOverload.is_view", ("graph", "planner")),
-    PrivateApi("torch._ops:OpOverload.namespace", ("canonical", "graph", "planner")),
-    PrivateApi("torch._ops:OpOverload.tags", ("graph", "planner", "tuning")),
+    PrivateApi("torch._ops:OpOverload.namespace", ("graph", "planner")),
+    PrivateApi("torch._ops:OpOverload.tags", ("graph", "measurement", "planner")),
     PrivateApi("torch:UntypedStorage._cdata", ("graph",)),
     PrivateApi("torch:ops.aten._unsafe_index_put.default", ("graph",)),
-    PrivateApi("torch:ops.aten._scaled_dot_product_cudnn_attention.default", ("parts",)),
-    PrivateApi("torch:ops.aten._scaled_dot_product_efficient_attention.default", ("parts",)),
-    PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention.default", ("parts",)),
-    PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default", ("parts",)),
-    PrivateApi("torch:ops.aten._scaled_dot_product_fused_attention_overrideable.default", ("parts",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_cudnn_attention.default", ("rules",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_efficient_attention.default", ("rules",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention.default", ("rules",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default", ("rules",)),
+    PrivateApi("torch:ops.aten._scaled_dot_product_fused_attention_overrideable.default", ("rules",)),
     PrivateApi("torch:ops.aten._unsafe_view.default", ("graph",)),
-    PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "models")),
+    PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "workloads")),
     PrivateApi("torch:ops._c10d_functional.all_reduce.default",
-               ("graph", "models", "parts", "verification")),
-    PrivateApi("torch:ops._c10d_functional.all_reduce_coalesced.default", ("graph", "parts")),
-    PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor.default", ("parts",)),
-    PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor_coalesced.default", ("parts",)),
+               ("graph", "rules", "verification", "workloads")),
+    PrivateApi("torch:ops._c10d_functional.all_reduce_coalesced.default", ("graph", "rules")),
+    PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor.default", ("rules",)),
+    PrivateApi("torch:ops._c10d_functional.reduce_scatter_tensor_coalesced.default", ("rules",)),
     PrivateApi("torch:ops._c10d_functional.wait_tensor.default",
-               ("graph", "integrations", "models", "parts", "verification")),
-    PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "models"), 3),
-    PrivateApi("torch._C._distributed_c10d:Store", ("distributed", "tuning")),
+               ("graph", "integrations", "rules", "verification", "workloads")),
+    PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "workloads"), 3),
+    PrivateApi("torch._C._distributed_c10d:Store", ("distributed", "measurement")),
     PrivateApi("torch.distributed:ProcessGroup._get_backend", ("distributed",)),
     PrivateApi("torch.distributed._symmetric_memory:empty", ("distributed",)),
     PrivateApi("torch.distributed._symmetric_memory:rendezvous", ("distributed",), 2),
-    PrivateApi("torch.distributed.distributed_c10d:_world.pg_names", ("fingerprint",)),
+    PrivateApi("torch.distributed.distributed_c10d:_world.pg_names", ("caching",)),
     PrivateApi("torch.distributed.distributed_c10d:_get_default_timeout", ("distributed",), 1),
     PrivateApi("torch.distributed.distributed_c10d:_get_process_group_store",
-               ("distributed", "integrations", "tuning"), 1),
+               ("distributed", "integrations", "measurement"), 1),
     PrivateApi("torch.distributed.distributed_c10d:_resolve_process_group",
                ("distributed", "graph", "verification"), 1),
     PrivateApi("torch.testing._internal.distributed.fake_pg:FakeStore", ("workloads",), 0),
@@ -194,23 +192,12 @@ PRIVATE_APIS: tuple[PrivateApi, ...] = (*FLOATS, *DYNAMO, *INDUCTOR, *PATTERN_MA
 """All of it."""
 
 TRACED: Mapping[str, tuple[str, ...]] = {
-    "custom": ("canonical", "matching", "rewriting"),
-    "example_value": ("floats",),
-    "nn_module_stack": ("canonical", "graph", "rewriting"),
+    "custom": ("graph", "matching", "rewriting"),
+    "example_value": ("compilation.floats",),
+    "nn_module_stack": ("graph", "rewriting"),
     "source_fn_stack": ("graph",),
-    "stack_trace": ("canonical", "graph", "rewriting"),
-    "val": (
-        "canonical",
-        "estimate",
-        "graph",
-        "matching",
-        "ops",
-        "parts",
-        "rewriting",
-        "testing",
-        "tuning",
-        "verification",
-    ),
+    "stack_trace": ("graph", "rewriting"),
+    "val": ("explanation", "graph", "matching", "measurement", "rewriting", "rules", "testing", "verification"),
 }
 """The keys of `Node.meta` that are read, and by whom. Which ones torch writes shows only when it traces a model: tests
 look for them, not an import."""

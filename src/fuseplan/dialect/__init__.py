@@ -3,8 +3,7 @@
 Importing this package registers them with torch as `torch.ops.fuseplan.*`.
 """
 
-from fuseplan.families import ACTIVATION_FAMILY, LINEAR_FAMILY, NORM_FAMILY
-from fuseplan.ops import (
+from fuseplan.graph.ops import (
     ActivationRounding,
     AttentionRounding,
     Dialect,
@@ -27,9 +26,10 @@ from fuseplan.ops import (
     ops,
     registered_kernel,
 )
-from fuseplan.parts.attention import KERNELS as ATTENTION_KERNELS
-from fuseplan.parts.fp8 import FP8_DTYPES
-from fuseplan.parts.linear import split_arguments
+from fuseplan.rules.families import ACTIVATION_FAMILY, LINEAR_FAMILY, NORM_FAMILY
+from fuseplan.rules.parts.attention import KERNELS as ATTENTION_KERNELS
+from fuseplan.rules.parts.fp8 import FP8_DTYPES
+from fuseplan.rules.parts.linear import split_arguments
 
 __all__ = [
     "ACTIVATION_FAMILY",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
-from fuseplan.canonical.engines import NAMESPACES, arguments_of, engine_op, merge_equal_results
-from fuseplan.canonical.noops import eliminate_noops
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.canonical.engines import NAMESPACES, arguments_of, engine_op, merge_equal_results
+from fuseplan.graph.canonical.noops import eliminate_noops
 from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
+from fuseplan.graph.ops import ops
 from fuseplan.graph.surgery import erase_dead, sort_topologically
-from fuseplan.ops import ops
-from fuseplan.parts import PARTS, Core, Part, RowEpilogue, Stage, part_at
+from fuseplan.rules.parts import PARTS, Core, Part, RowEpilogue, Stage, part_at
 
 NO_GROUPS: Mapping[object, str] = {}
 

@@ -336,8 +336,8 @@ def _counts(expected: object, further: Sequence[str], exact: bool) -> dict[str, 
     __tracebackhide__ = True
     from fuseplan.config import unknown
     from fuseplan.errors import ConfigError
-    from fuseplan.families import BUILT_IN_RULES
     from fuseplan.rules import by_name
+    from fuseplan.rules.families import BUILT_IN_RULES
 
     if not isinstance(expected, Mapping):
         kind = type(expected).__name__

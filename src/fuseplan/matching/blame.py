@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import tensor_of
 from fuseplan.matching.obstacles import Obstruction, likeliest_first, obstruction
 from fuseplan.matching.siblings import Siblings

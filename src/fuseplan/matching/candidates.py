@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseplan.canonical import CanonicalGraph
 from fuseplan.dialect import AttentionRounding, Rounding, falls_back
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import (
     group_size,
     is_call,

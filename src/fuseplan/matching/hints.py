@@ -2,9 +2,9 @@
 
 from torch import fx
 
-from fuseplan.canonical.noops import is_noop
+from fuseplan.graph.canonical.noops import is_noop
 from fuseplan.graph.facts import aten, is_call
-from fuseplan.parts import Epilogue, Prologue, part_at
+from fuseplan.rules.parts import Epilogue, Prologue, part_at
 
 
 def hint(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.layout import (
     carriers,

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import place_of, source_code, source_line
+from fuseplan.graph.ops import ops
 from fuseplan.graph.reach import path_between
 from fuseplan.matching.match import Matches
-from fuseplan.ops import ops
-from fuseplan.parts import Core, Part, Prologue, Reported, part_at, part_of
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
+from fuseplan.rules.parts import Core, Part, Prologue, Reported, part_at, part_of
 
 
 def unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import dtype_name, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
+from fuseplan.graph.ops import DialectOp, ops
 from fuseplan.graph.reach import is_view, path_between
 from fuseplan.matching.blame import Shared
 from fuseplan.matching.candidates import missing_ops, op_name
@@ -21,10 +22,9 @@ from fuseplan.matching.match import Matches
 from fuseplan.matching.obstacles import without_taken
 from fuseplan.matching.outline import Outline, difference, outline_of
 from fuseplan.matching.trial import Place, Way
-from fuseplan.ops import DialectOp, ops
-from fuseplan.parts import Epilogue, Prologue, part_at, part_of
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
+from fuseplan.rules.parts import Epilogue, Prologue, part_at, part_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,9 +18,9 @@ from fuseplan.graph.facts import (
 from fuseplan.graph.reach import is_view
 from fuseplan.matching.candidates import op_name
 from fuseplan.matching.hints import hint
-from fuseplan.parts import PARTS, Prologue, part_at
-from fuseplan.parts.views import MOVERS
 from fuseplan.record import Reason
+from fuseplan.rules.parts import PARTS, Prologue, part_at
+from fuseplan.rules.parts.views import MOVERS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import item, place_of, tensor_of
 from fuseplan.matching.candidates import op_name
 from fuseplan.matching.match import Match

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import is_item, tensor_of
 from fuseplan.graph.surgery import erase_dead
 from fuseplan.matching.candidates import matches_of
-from fuseplan.parts import Prologue, part_at
 from fuseplan.rules import Rule
+from fuseplan.rules.parts import Prologue, part_at
 
 MOST_TRIALS = 32
 """Sets of obstacles that are tried at one place."""

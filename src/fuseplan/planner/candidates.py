@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
-from fuseplan.families.sites import Site
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import place_of, tensor_of
 from fuseplan.matching import ExternalMatch, Match
+from fuseplan.rules.families.sites import Site
 
 EXTERNAL = "external"
 """The provider of other people's replacements."""

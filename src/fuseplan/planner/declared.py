@@ -10,12 +10,12 @@ from torch import Tensor, fx
 
 from fuseplan.graph.facts import group_size, tensor_of
 from fuseplan.matching import Match
-from fuseplan.parts import Core, Epilogue, Prologue, part_at
-from fuseplan.parts.traffic import Middle, Region, total_ns
 from fuseplan.planner.costs import CostModel
 from fuseplan.providers import KernelCost
 from fuseplan.providers.declared import declared_us
 from fuseplan.rules import Bindings
+from fuseplan.rules.parts import Core, Epilogue, Prologue, part_at
+from fuseplan.rules.parts.traffic import Middle, Region, total_ns
 
 Sized = Callable[[Tensor], Tensor]
 """A tensor of the graph at some number of tokens: no data, and all sizes are numbers."""

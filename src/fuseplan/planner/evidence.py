@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from fuseplan.matching import Match
-from fuseplan.parts.traffic import Kernel, total_ns
 from fuseplan.planner.candidates import Candidate
 from fuseplan.planner.costs import Provenance, Row
 from fuseplan.planner.pose import Posed
 from fuseplan.planner.pricing import UNFUSED, alternative_name, compatible, places_of, row_key
 from fuseplan.record import CostRow, KernelTime
+from fuseplan.rules.parts.traffic import Kernel, total_ns
 
 
 def cost_rows(problems: Iterable[Posed]) -> tuple[CostRow, ...]:

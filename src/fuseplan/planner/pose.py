@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from fuseplan.canonical import CanonicalGraph
 from fuseplan.config import unknown
 from fuseplan.errors import ConfigError
-from fuseplan.families import find_sites
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.legality import Contraction
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, couplings_of
@@ -19,6 +18,7 @@ from fuseplan.planner.costs import Provenance
 from fuseplan.planner.pricing import Priced, Prices, Pricing
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.rows import Rows
+from fuseplan.rules.families import find_sites
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fuseplan.content import content_of
-from fuseplan.families.sites import Shape, Site, Taken
+from fuseplan.caching.content import content_of
 from fuseplan.graph.facts import hint, tensor_of
 from fuseplan.matching import ExternalMatch, Match
-from fuseplan.parts.traffic import Kernel, Tail, total_ns
 from fuseplan.planner.candidates import Candidate, copies_text
 from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, Provenance
 from fuseplan.planner.declared import declared_ns, generated_ns
 from fuseplan.planner.problem import Problem
 from fuseplan.planner.rows import Rows
+from fuseplan.rules.families.sites import Shape, Site, Taken
+from fuseplan.rules.parts.traffic import Kernel, Tail, total_ns
 
 UNFUSED = "unfused"
 MAX_ENUMERATED = 12

@@ -20,12 +20,12 @@ from torch.torch_version import TorchVersion
 from fuseplan.devices import VENDOR_NAMES, DeviceProfile
 from fuseplan.dialect import ATTENTION_KERNELS, AttentionRounding, facts_of, implement, ops
 from fuseplan.graph.facts import equal_size
-from fuseplan.parts.attention.kernels import target_kernel
 from fuseplan.providers.gates import Offer
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Bindings
+from fuseplan.rules.parts.attention.kernels import target_kernel
 
 aten = torch.ops.aten
 _UNTESTED: Final = "not run on AMD's GPUs so far"

@@ -5,7 +5,7 @@ from typing import Final, get_args
 
 from fuseplan.config import unknown
 from fuseplan.devices import EXCHANGES
-from fuseplan.parts.attention.traffic import Heads
+from fuseplan.rules.parts.attention.traffic import Heads
 
 
 @dataclass(frozen=True, kw_only=True)

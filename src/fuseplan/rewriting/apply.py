@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fuseplan.canonical import CanonicalGraph
-from fuseplan.canonical.view import PROVENANCE
 from fuseplan.dialect import is_inlined
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.canonical.view import PROVENANCE
 from fuseplan.graph.facts import aten, tensor_of
 from fuseplan.graph.layout import carriers, computed, is_reordered, memory_order, same_layout
 from fuseplan.graph.sharing import Shared

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fuseplan.ops import DialectOp
+from fuseplan.graph.ops import DialectOp
 
 
 def functionalized(

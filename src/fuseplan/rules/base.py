@@ -14,7 +14,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from fuseplan.errors import RuleError
 from fuseplan.graph.facts import tensor_of
-from fuseplan.ops import DialectOp, ops
+from fuseplan.graph.ops import DialectOp, ops
 from fuseplan.record import Reason, Refusal
 
 

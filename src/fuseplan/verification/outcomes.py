@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from fuseplan.fingerprint import fingerprint, provider_content, rule_content
+from fuseplan.caching.fingerprint import fingerprint, provider_content, rule_content
 from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Verification
 from fuseplan.record.stored import load_stored, store

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from fuseplan.canonical import CanonicalGraph
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import RESHAPES, fill_of, is_call, tensor_of
 from fuseplan.matching import Match
-from fuseplan.parts import PARTS, Prologue
+from fuseplan.rules.parts import PARTS, Prologue
 from fuseplan.verification.specs import concrete
 
 ENGINE_COLLECTIVES = frozenset(name for part in PARTS if isinstance(part, Prologue) for name in part.engine_ops)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fuseplan.canonical import CanonicalGraph
 from fuseplan.distributed.groups import STAND_IN
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import group_size, process_group
 from fuseplan.matching import Match
 from fuseplan.planner.candidates import Candidate

@@ -15,7 +15,7 @@ import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from tests.helpers import post_grad, randn
-from tests.parts.test_fp8_spellings import behind_a_norm, bits, inputs
+from tests.rules.parts.test_fp8_spellings import behind_a_norm, bits, inputs
 
 WIDTH, FP8, LEAST = 256, torch.float8_e4m3fn, 1 / (448 * 512)
 KINDS: dict[str, tuple[dict[str, Any], str, tuple[Any, ...]]] = {

@@ -14,11 +14,11 @@ from torch import fx
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager as VllmPassManager
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.integrations.vllm.passes import manager_for
 from fuseplan.integrations.vllm.plugin import asked_for
 from fuseplan.integrations.vllm.reports import Journal
-from fuseplan.manager import PostGradPassManager
 from fuseplan.matching import ExternalPass, external_of
 
 

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.manager import PostGradPassManager
 from fuseplan.matching import GraphPass
 from fuseplan.record import Report
 from fuseplan.rules import Rule
+from fuseplan.rules.families import BUILT_IN_RULES
 
 
 def manager_for(

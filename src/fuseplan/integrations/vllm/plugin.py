@@ -18,17 +18,17 @@ from typing import Any
 import torch
 
 import fuseplan
+from fuseplan.caching.content import content_of
+from fuseplan.caching.fingerprint import config_key, plans_key, renew, renewed, source_digest
 from fuseplan.config import Environment, PassConfig
-from fuseplan.content import content_of
 from fuseplan.errors import ConfigError
-from fuseplan.families import BUILT_IN_RULES
-from fuseplan.fingerprint import config_key, plans_key, renew, renewed, source_digest
 from fuseplan.integrations.vllm import support
 from fuseplan.planner.costs import CostTable, cached_path
 from fuseplan.planner.costs.record import record_path
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import SavedPlans
 from fuseplan.rules import enabled_rules
+from fuseplan.rules.families import BUILT_IN_RULES
 
 KEY = "fuseplan"
 """In `additional_config`: `{"fuseplan": {"policy": "planned", ...}}`, the fields of `PassConfig`."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
-from fuseplan import store
+from fuseplan.caching import store
+from fuseplan.compilation.first_run import digest_of
 from fuseplan.config import Environment
 from fuseplan.distributed import agree
 from fuseplan.errors import UnsupportedError
-from fuseplan.first_run import digest_of
 from fuseplan.record import Report, stored
 from fuseplan.record.report import again, merged
 

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from fuseplan.devices.hardware import Aiter, Gate, Hardware, Peers, Protocol
-from fuseplan.parts.traffic import Kernel, Region, total_ns
 from fuseplan.providers import BUILT_IN_PROVIDERS, ONE_KERNEL, Timing
+from fuseplan.rules.parts.traffic import Kernel, Region, total_ns
 
 PadLowering: TypeAlias = Literal["inductor", "eager"]
 

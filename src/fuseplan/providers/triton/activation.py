@@ -1,6 +1,6 @@
 """silu(gate) * up -> an epilogue, in one kernel.
 
-The equivalent eager code is the composed reference of the op, `fuseplan.families.compose`.
+The equivalent eager code is the composed reference of the op, `fuseplan.rules.families.compose`.
 """
 
 import torch

@@ -14,9 +14,9 @@ Masked is what is minus infinity, and, where the row has keys that aren't, what 
 torch before 2.12 makes -65,504 for cuDNN. Weights of such keys are zero in float32 unless scores of one row are 29,000
 apart.
 
-The equivalent eager code is `fuseplan.parts.attention.op.attention_reference`, and with soft-cap and sinks
-`fuseplan.parts.eager_attention.op.eager_attention_reference`. A query all of whose keys are masked by minus infinity,
-or that has no keys, gets zeros, as by torch's own kernels on the CPU and its math, not NaN.
+The equivalent eager code is `fuseplan.rules.parts.attention.op.attention_reference`, and with soft-cap and sinks
+`fuseplan.rules.parts.eager_attention.op.eager_attention_reference`. A query all of whose keys are masked by minus
+infinity, or that has no keys, gets zeros, as by torch's own kernels on the CPU and its math, not NaN.
 """
 
 import math
@@ -328,7 +328,7 @@ def launch(
     *, sinks: Tensor | None = None, softcap: float | None = None, written: Token | None = None,
 ) -> Tensor:  # fmt: skip
     """See `attention_reference` with is_causal=False, and `eager_attention_reference`, and with `written` what
-    `fuseplan.families.cached_attention` composes of them; any strides.
+    `fuseplan.rules.families.cached_attention` composes of them; any strides.
 
     Args:
         q: [batch, q_heads, queries, head_dim]; bfloat16, float16 or float32.

@@ -6,7 +6,7 @@ k_cache[:, :, positions] = y,   v_cache[:, :, positions] = v
 
 A program holds some heads of a token's q, k or v, and reads and writes each element once. It writes at no position that
 the caches don't have: on the GPU such a position ends the process's kernels with an assertion, as Inductor's own do.
-The equivalent eager code is `fuseplan.families.cached_rotary.qk_norm_rope_cache_reference`.
+The equivalent eager code is `fuseplan.rules.families.cached_rotary.qk_norm_rope_cache_reference`.
 """
 
 from dataclasses import dataclass
@@ -157,7 +157,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     rotary_rounding: str, norm: QkNorm | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `fuseplan.families.cached_rotary.qk_norm_rope_cache_reference`; any strides.
+    """See `fuseplan.rules.families.cached_rotary.qk_norm_rope_cache_reference`; any strides.
 
     Args:
         q: [batch, q_heads, tokens, head_dim]; bfloat16, float16 or float32.

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fuseplan.dialect import Rounding
-from fuseplan.ops import compute_dtype
+from fuseplan.graph.ops import compute_dtype
 from fuseplan.providers.triton.tuned import L2_SHARE
 
 INTERPRETED: bool = triton.knobs.runtime.interpret

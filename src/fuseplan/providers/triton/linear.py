@@ -5,7 +5,8 @@ by all rows of x, which stay in the L2; the weight is the left operand, so that 
 to 64. Nothing is split along the width: sums have one order, and there is no second kernel. All layers' tiles are one
 grid, so a small layer's don't wait for a large one's. With SiLU-and-mul a tile has as many rows of gate as of up.
 
-The equivalent eager code is `fuseplan.parts.linear.linears_reference`, and `fuseplan.families.linear.gated_reference`.
+The equivalent eager code is `fuseplan.rules.parts.linear.linears_reference`, and
+`fuseplan.rules.families.linear.gated_reference`.
 """
 
 import math

@@ -3,7 +3,7 @@
 total = x + residual;  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
 A program holds some rows and reads and writes each element once. The equivalent eager code is the composed reference of
-the op, `fuseplan.families.compose`.
+the op, `fuseplan.rules.families.compose`.
 """
 
 import torch

@@ -3,7 +3,7 @@
 n = rms_norm(x, weight);  y = n * cos + cat(-n2, n1) * sin        for x of q and of k
 
 A program holds some heads of a token's q, or k, as two halves of `head_dim`, and reads and writes each element once.
-The equivalent eager code is `fuseplan.parts.rotary.op.qk_norm_rope_reference`.
+The equivalent eager code is `fuseplan.rules.parts.rotary.op.qk_norm_rope_reference`.
 """
 
 import torch
@@ -213,7 +213,7 @@ def launch(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
     rotary_rounding: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `fuseplan.parts.rotary.op.qk_norm_rope_reference`; any strides.
+    """See `fuseplan.rules.parts.rotary.op.qk_norm_rope_reference`; any strides.
 
     Args:
         q: [B, S, q_heads, head_dim], [tokens, q_heads, head_dim] or [q_heads, head_dim]; bfloat16, float16 or float32.

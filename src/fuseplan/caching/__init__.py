@@ -1,0 +1,1 @@
+"""Cache keys by content, and the reports that are stored under them."""

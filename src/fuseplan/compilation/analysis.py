@@ -1,0 +1,317 @@
+"""What is known of a graph before anything is chosen, and the record of what was chosen."""
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from torch import fx
+
+from fuseplan.config import PassConfig, Policy
+from fuseplan.cpython import uncollected
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.regions import regions_of
+from fuseplan.matching import ExternalMatches, Match, Matches
+from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
+from fuseplan.planner.candidates import EXTERNAL
+from fuseplan.planner.costs import Hardware, assumptions
+from fuseplan.record import (
+    Fusion,
+    GraphReport,
+    Loss,
+    Nearness,
+    Pending,
+    Reason,
+    Refusal,
+    Report,
+    SizePrice,
+    Verification,
+)
+from fuseplan.record.near_miss import is_of_a_place
+from fuseplan.record.plan import choice_digest
+from fuseplan.record.report import again
+from fuseplan.record.text import one_line
+from fuseplan.rules import Rule
+from fuseplan.verification.verifier import UNVERIFIED
+
+
+@dataclass(eq=False, kw_only=True)
+class Analysis:
+    """What is known of a graph before anything is chosen.
+
+    Attributes:
+        canonical: the raised copy.
+        matches: every candidate and refusal.
+        near_misses: what rules failed at beside the refusals of `matches`.
+        external: what other people's passes match.
+        posed: the problem.
+        rules: the rules that were on, by name.
+        stages_ns: time of each stage so far.
+    """
+
+    canonical: CanonicalGraph
+    matches: Matches
+    near_misses: tuple[Refusal, ...]
+    external: ExternalMatches
+    posed: Posed
+    rules: Mapping[str, tuple[Rule, ...]]
+    stages_ns: dict[str, int] = field(default_factory=dict)
+
+
+def graph_report(
+    name: str,
+    span: tuple[int, int] | None,
+    config: PassConfig,
+    analysis: Analysis,
+    decision: Decision,
+    *,
+    rules: Sequence[str],
+    idle_flags: Sequence[str],
+    device: str,
+    rewritten: bool,
+    further: Sequence[Refusal],
+    verified: Sequence[Verification | Pending] = (),
+) -> GraphReport:
+    """The record of one graph.
+
+    Args:
+        name: of the graph.
+        span: first and last number of tokens, None where they aren't limited.
+        config: what was asked for.
+        analysis: of the graph.
+        decision: what is applied.
+        rules: names of the rules and passes that are on.
+        idle_flags: flags that no rule answers to.
+        device: that it was priced for.
+        rewritten: whether the graph was changed.
+        further: refusals beside those of the analysis.
+        verified: what was checked before it was applied, and what all ranks check before the first run.
+    """
+    canonical, posed = analysis.canonical, analysis.posed
+    refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
+    refusals += idle_requests(config, idle_flags, analysis.rules, analysis.matches, posed, decision)
+    most = f"max_fusions={config.max_fusions}"
+    refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
+    refusals += _failures(posed, decision)
+    refusals += _unpriced(posed, decision)
+    alone = "what it requires, or is applied together with, isn't applied"
+    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
+    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, why) for i, why in sorted(posed.unmet.items())]
+    refusals += assumed_constants(posed.pricing.prices.model.hardware)
+    if unmeasured := posed.problem.unmeasured(decision.selected):
+        names = " and ".join(sorted({posed.candidates[index].rule for index in unmeasured}))
+        detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
+        detail += "with others that aren't applied, and not without them"
+        refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
+    cycle = "together with fusions that were chosen it would make the graph cyclic"
+    refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
+    matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
+    counts = [rule for rule, _, _ in matched]
+    saved = posed.saved_by_size(decision.selected)
+    is_planned = decision.solution is not None
+    told = posed.failed.keys() | posed.unmet.keys() | (posed.unpriced if is_planned else set())
+    in_order = sorted(decision.selected, key=lambda i: (posed.candidates[i].provider == EXTERNAL, i))
+    return GraphReport(
+        graph=name,
+        range=span,
+        applied=tuple(fusion_record(posed, index) for index in in_order),
+        lost=tuple(
+            Loss(
+                fusion=fusion_record(posed, lost.candidate),
+                blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
+                lost_ns=lost.lost_ns,
+                flips_at_ns=lost.flips_at_ns,
+                forbidden=lost.candidate in posed.ruled_out,
+            )
+            for lost in decision.lost
+            if lost.candidate not in told
+        ),
+        matched={rule: counts.count(rule) for rule in rules},
+        recognized=canonical.recognized(),
+        refusals=tuple(refusals),
+        stages_ns=dict(analysis.stages_ns),
+        rewritten=rewritten,
+        plan=plan_record(posed, decision, name, span, device) if is_planned else None,
+        sizes=tuple(
+            SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving)
+            for tokens, unfused, saving in zip(posed.priced.tokens, posed.priced.unfused, saved, strict=True)
+        ),
+        saved_ns=decision.saving_ns,
+        unfused_ns=posed.unfused_ns,
+        plan_ns=decision.plan_ns,
+        verified=tuple(each for each in verified if isinstance(each, Verification)),
+        pending=tuple(each for each in verified if isinstance(each, Pending)),
+        digest=_digest(posed, decision) if decision.selected else "",
+        workspaces=_workspaces(posed, decision) if rewritten else (),
+    )
+
+
+def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str, str], ...]:
+    """What fuseplan's own collective kernels need, each once, in graph order."""
+    found = dict[tuple[str, str, str], None]()
+    for index in decision.selected:
+        match = posed.candidates[index].match
+        if isinstance(match, Match) and match.shares:
+            x = tensor_of(match.values["x"])
+            assert x is not None
+            found[str(match.values["group_name"]), str(x.dtype).removeprefix("torch."), str(x.device)] = None
+    return tuple(found)
+
+
+def _digest(posed: Posed, decision: Decision) -> str:
+    """As `Plan.digest`, whatever the policy."""
+    chosen = [posed.candidates[index] for index in decision.selected]
+    return choice_digest(posed.sites, [(candidate.name, candidate.signature) for candidate in chosen])
+
+
+def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
+    """What failed verification: once for its kernel, and once for every place that lost it."""
+    places, kernels = list[Refusal](), dict[Refusal, None]()
+    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
+    for index, why in sorted(posed.failed.items()):
+        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+        nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
+        mend = f"forbid {candidate.rule}:{candidate.provider}"
+        mend = mend if UNVERIFIED in why else f"correct the kernel, or {mend}"
+        place = replace(
+            _given_up(fusion, Reason.VERIFICATION, f"{candidate.provider}'s {candidate.op} {why}"),
+            nearness=nearness, provider=candidate.provider, mend=mend,
+        )  # fmt: skip
+        places.append(place)
+        kernels[
+            replace(place, nodes=(), source=None, site=None, nearness=None,
+                    detail=f"{candidate.rule} is not applied: {place.detail}")
+        ] = None  # fmt: skip
+    return [*kernels, *places]
+
+
+class Regions:
+    """Reports as often as a step runs their graphs: what `nested_compile_region` is called on is compiled once."""
+
+    def __init__(self) -> None:
+        self._inside: WeakKeyDictionary[fx.GraphModule, tuple[GraphReport, ...]] = WeakKeyDictionary()
+        self._copies = Counter[str]()
+
+    def with_calls(self, graph: fx.Graph, report: GraphReport) -> tuple[GraphReport, ...]:
+        """The report of a graph, behind one for each further run of the graphs that it calls.
+
+        Args:
+            graph: as Inductor compiles it, after what it calls.
+            report: on it.
+        """
+        inside, copies = list[GraphReport](), list[GraphReport]()
+        for region in regions_of(graph):
+            reports = self._inside.get(region.module, ())
+            inside += reports
+            if region.caller is not None:
+                report = replace(report, refusals=(*report.refusals, *_uncounted(region.caller, reports)))
+                continue
+            first, *others = region.places
+            copies += [self._again(each, first, place) for place in others for each in reports]
+        if graph.owning_module is not None:
+            self._inside[graph.owning_module] = (*inside, *copies, report)
+        return (*copies, report)
+
+    def _again(self, report: GraphReport, first: str | None, place: str | None) -> GraphReport:
+        self._copies[report.graph] += 1
+        return again(report, self._copies[report.graph], first, place)
+
+
+def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
+    """What is said of fusions in a branch or a loop."""
+    fused = [each.graph for each in reports if each.applied]
+    detail = f"data decides how often {caller} runs {', '.join(fused)}, whose fusions are counted once"
+    return [Refusal(reason=Reason.REPEATS, detail=detail)] if fused else []
+
+
+def _unpriced(posed: Posed, decision: Decision) -> list[Refusal]:
+    """What a plan doesn't apply since nobody has priced it: once for its kernel, and once for every place."""
+    if decision.solution is None:
+        return []
+    places, kernels = list[Refusal](), dict[Refusal, None]()
+    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
+    for index in sorted(posed.unpriced - posed.failed.keys()):
+        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+        why = f"nobody has priced {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
+        hows = ["measure it (fuseplan.measurement.tune)"] if candidate.site is not None else []
+        if isinstance(candidate.match, Match) and candidate.match.cost is not None:
+            why = f"what {candidate.op} by {candidate.provider} takes is declared, and what it replaces isn't known"
+        else:
+            hows.append("declare what it takes (provider_of(..., cost=))")
+        place = replace(
+            _given_up(fusion, Reason.UNPRICED, why), provider=candidate.provider,
+            nearness=Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED,
+            mend=" or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"]),
+        )  # fmt: skip
+        places.append(place)
+        whole = replace(
+            place, nodes=(), source=None, site=None, nearness=None, detail=f"{candidate.rule} is not applied: {why}"
+        )
+        kernels[whole] = None
+    return [*kernels, *places]
+
+
+def assumed_constants(hardware: Hardware) -> list[Refusal]:
+    """That a device has no profile, and what is assumed of it."""
+    names = assumptions(hardware)
+    if not names:
+        return []
+    listed = ", ".join(name for name in names if "." not in name) or "its links"
+    links = " and its links" if any("." in name for name in names) and listed != "its links" else ""
+    detail = f"{hardware.name} has no profile: its costs are modelled, and {listed}{links} are assumed to be another's"
+    mend = "fuseplan tune --device-only measures launches and memory, fuseplan tune WORKLOAD the fusions themselves"
+    return [Refusal(reason=Reason.UNPRICED, detail=detail, mend=mend)]
+
+
+def fault(error: Exception) -> Refusal:
+    """Why a graph goes on as Inductor made it: an error that nobody expects, and where it comes from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
+    return Refusal(
+        reason=Reason.FAULT,
+        detail=f"the graph is left alone, since {where} raises {type(error).__name__}: {one_line(error)}",
+        mend="where that is code of your own, mend it; else report it with what FUSEPLAN_DEBUG_DIR writes",
+    )
+
+
+def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:
+    nearness = Nearness.REFUSED if reason is Reason.CYCLE else None
+    return Refusal(
+        reason=reason, rule=fusion.rule, op=fusion.contested_op, detail=detail, nodes=(fusion.anchor,),
+        source=fusion.source, site=fusion.source, nearness=nearness,
+    )  # fmt: skip
+
+
+def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: Sequence[GraphReport]) -> Report:
+    """The record of all graphs under one policy.
+
+    Args:
+        policy: what chose.
+        config: what was asked for; what is forced concerns plans alone.
+        rules: that were on.
+        graphs: one record each.
+    """
+    told = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
+    whole = (r for graph in graphs for r in graph.refusals if r.reason in told and not is_of_a_place(r))
+    warnings = dict.fromkeys(whole)
+    return Report(
+        policy=policy.name, order=policy.order, rules=tuple(rules), graphs=tuple(graphs), warnings=tuple(warnings),
+        force=tuple(config.force) if policy.name == "planned" else (),
+        forbid=tuple(config.forbid) if policy.name != "off" else (),
+    )  # fmt: skip
+
+
+@contextmanager
+def stage(stages: dict[str, int], name: str) -> Iterator[None]:
+    """Times a stage. The cyclic garbage collector waits meanwhile: stages make many objects and hardly any garbage."""
+    with uncollected():
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            stages[name] = stages.get(name, 0) + time.perf_counter_ns() - start

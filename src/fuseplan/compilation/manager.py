@@ -1,0 +1,403 @@
+"""`PostGradPassManager`: Inductor's custom graph pass. It reads like the way of the data: canonical, matching,
+choosing, rewriting, report.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import fx
+from torch._inductor.virtualized import V
+
+from fuseplan.caching.content import Known
+from fuseplan.caching.fingerprint import (
+    Identity,
+    Keyed,
+    config_key,
+    pass_content,
+    plans_key,
+    provider_content,
+    rule_content,
+)
+from fuseplan.compilation.analysis import Analysis, Regions, fault, graph_report, report_of, stage
+from fuseplan.compilation.debug import DebugDump
+from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.facts import groups_in, is_training
+from fuseplan.graph.surgery import undone_on_error
+from fuseplan.matching import (
+    ExternalMatch,
+    ExternalPass,
+    GraphPass,
+    Match,
+    Matches,
+    as_external,
+    find_disabled,
+    find_external,
+    find_matches,
+    find_near_misses,
+    run_pass,
+)
+from fuseplan.planner import (
+    ContradictionError,
+    Decision,
+    Prices,
+    Solver,
+    check_selector,
+    decide_in_order,
+    decide_off,
+    decide_planned,
+    limit,
+    pose,
+    prices_of,
+    replay,
+)
+from fuseplan.planner.rows import Rows, most_rows
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
+from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, SavedPlans, Verification
+from fuseplan.report.places import places
+from fuseplan.report.trace import publish
+from fuseplan.rewriting import apply
+from fuseplan.rules import EnabledRules, Rule
+from fuseplan.rules.families import BUILT_IN_RULES, opt_in_parts
+from fuseplan.verification import Verifier
+
+ReportCallback = Callable[[Report], None]
+DEFAULT_SPAN = CompileRange(start=1, end=8192)
+"""What a graph of any size is priced for: decoding one token to a prefill of vLLM's default `max_num_batched_tokens`.
+What is applied has to serve larger sizes too."""
+
+
+class PostGradPassManager(Keyed):
+    """Plans and applies fusions on each post-grad graph that Inductor hands over.
+
+    Args:
+        config: flags and policy.
+        compile_range: the numbers of tokens that the graphs serve; None where they aren't limited.
+        on_report: called with a `Report` for every graph that is compiled; a warm compile cache skips the pass, and
+            with it this call.
+        previous: a custom pass, or several, that stood in Inductor's hook; it runs first, as it would without fuseplan.
+        rules: what can be fused.
+        providers: who can run it.
+        device: a profile whose providers are taken as present; None: those of this machine.
+        environment: None reads it now.
+        prices: what fusions cost; None: the model of the device, and the cost table that configuration or environment
+            name.
+        passes: other people's passes: `PatternMatcherPass` objects, unmodified, or `ExternalPass`es that say what a
+            match is worth, join the plan under `planned`; functions of a graph, and passes that are chained to others,
+            run before or after the plan, where they stand.
+        engine_groups: tells what an engine calls its groups, and the names of the process groups behind them; asked at
+            each graph, since groups come after managers.
+        settles: whether ranks settle before each graph's first run, and verify together what none of them can alone.
+        defaults: whether opt-in rules are on where `Rule.default_on` says so.
+
+    Raises:
+        ConfigError: flags and policy contradict each other, the environment is malformed, or a cost table is broken.
+        PlanError: a file of saved plans is broken.
+    """
+
+    def __init__(
+        self,
+        config: PassConfig,
+        *,
+        compile_range: CompileRange | None = None,
+        on_report: ReportCallback | None = None,
+        previous: Sequence[GraphPass] = (),
+        rules: Sequence[Rule] = BUILT_IN_RULES,
+        providers: Sequence[Provider] = BUILT_IN_PROVIDERS,
+        device: DeviceProfile | None = None,
+        environment: Environment | None = None,
+        prices: Prices | None = None,
+        passes: Sequence[object] = (),
+        engine_groups: Callable[[], Mapping[object, str]] = dict,
+        settles: bool = False,
+        defaults: bool = True,
+    ) -> None:
+        self.config = config
+        self.compile_range = compile_range
+        self.on_report = on_report
+        self.previous = tuple(previous)
+        self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
+        self.providers = tuple(providers)
+        self.device = device
+        self.environment = environment or Environment.read()
+        self.prices = prices or prices_of(config, self.environment, device, providers)
+        self.enabled = EnabledRules(config, rules, device=self.prices.model.name, defaults=defaults)
+        self.rules = self.enabled.always
+        self.passes = as_external(passes)
+        self.engine_groups = engine_groups
+        self.solver = Solver(config.node_budget)
+        self.verifier = Verifier(
+            mode=config.verify, providers=self.providers, device=device, deadline_s=config.verify_timeout_s,
+            settles=settles,
+        )  # fmt: skip
+        self.saved = SavedPlans.load(Path(config.plan)) if config.plan else None
+        names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
+        for selector in (*config.force, *config.forbid):
+            check_selector(selector, names)
+        self._graphs, self._regions = 0, Regions()
+        self.on_canonical: Callable[[CanonicalGraph], None] | None = None
+        self.may_restart = False
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
+        raises what nobody expects, which is reported.
+
+        Raises:
+            FuseplanError: the request can't be served: AOTInductor, a saved plan of another graph, contradictory force.
+        """
+        for graph_pass in self.previous:
+            run_pass(graph_pass, graph)
+        name = f"graph_{self._graphs}"
+        groups, refusal = groups_in(graph), self.hands_off(graph)
+        try:
+            if refusal is not None:
+                report = GraphReport(graph=name, range=self._range, refusals=(refusal,))
+            else:
+                report = self._fuse(graph, name)
+        except FuseplanError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
+            report = GraphReport(graph=name, range=self._range, refusals=(fault(error),))
+        self._graphs += 1
+        if not report.is_lasting:
+            self.give_up_key()
+        self._deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
+
+    def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
+        """All stages, one after the other."""
+        dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
+        dump.graph("1-before", graph)
+        analysis = self.analyze(graph)
+        if self.on_canonical is not None:
+            self.on_canonical(analysis.canonical)
+        if not analysis.external.before:
+            return self._change(graph, name, analysis, dump)
+        with undone_on_error(graph):
+            for graph_pass in analysis.external.before:
+                run_pass(graph_pass, graph)
+            return self._change(graph, name, self.analyze(graph), dump)
+
+    def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
+        """Decides, and applies what was decided, all of it or nothing."""
+        decision, verified = self.decide_verified(analysis, name)
+        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.posed, decision)
+        unapplied: list[Refusal] = []
+        if decision.selected or analysis.external.after:
+            with undone_on_error(graph):
+                unapplied = self._rewrite(analysis, decision)
+                for graph_pass in analysis.external.after:
+                    run_pass(graph_pass, graph)
+        if decision.selected:
+            dump.graph("3-after", graph)
+        report = self.report(
+            name, analysis, decision, rewritten=bool(decision.selected), further=unapplied, verified=verified
+        )
+        dump.report(report)
+        return report
+
+    def analyze(self, graph: fx.Graph, canonical: CanonicalGraph | None = None) -> Analysis:
+        """Raises a copy of the graph, finds every match on it and what nearly matched, and prices the matches.
+
+        Args:
+            graph: as Inductor made it.
+            canonical: its raised copy, where there is one already.
+
+        Raises:
+            PlanError: what is forced is forbidden.
+        """
+        stages: dict[str, int] = {}
+        rules = self.rules_for(graph)
+        if canonical is None:
+            with stage(stages, "canonical"):
+                canonical = canonicalize(
+                    graph, see_through_noops=self.config.eliminate_noops, engine_groups=self.engine_groups(),
+                    asked=opt_in_parts(rules),
+                )  # fmt: skip
+        with stage(stages, "matching"):
+            external = find_external(graph, self.passes)
+            matches = self._find_matches(canonical, rules, external.candidates)
+        with stage(stages, "near misses"):
+            near_misses = find_near_misses(canonical, self.rules, matches)
+            # Nobody asked for those that are on by default in such graphs, nor why they aren't somewhere in them.
+            asked = tuple(miss for miss in matches.misses if miss.refusal.rule not in rules.keys() - self.rules.keys())
+            matches = replace(matches, misses=asked)
+            if off := self.enabled.disabled:
+                near_misses += find_disabled(self._find_matches(canonical, off), self.enabled.disabled_by)
+        with stage(stages, "pricing"), _places_folded():
+            posed = pose(
+                canonical, matches.candidates, external.candidates, self.prices,
+                self._span_of(Rows.of(canonical.graph)), force=self.config.force, forbid=self.config.forbid,
+            )  # fmt: skip
+        return Analysis(
+            canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
+            rules=rules, stages_ns=stages,
+        )  # fmt: skip
+
+    def rules_for(self, graph: fx.Graph) -> Mapping[str, tuple[Rule, ...]]:
+        """The rules that are on in a graph, opt-in ones by its size and device among them."""
+        return self.enabled.of(most_rows(graph, self.compile_range.end if self.compile_range else None))
+
+    def _find_matches(
+        self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], external: Sequence[ExternalMatch] = ()
+    ) -> Matches:
+        rows = Rows.of(canonical.graph)
+        _, planned = self._span_of(rows)
+        most = self.compile_range.end if self.compile_range else None
+        return find_matches(
+            canonical, rules, self.providers, self.device, allow_rounding_changes=self.config.allow_rounding_changes,
+            rows_of=lambda x: (rows.at(x, planned), rows.most(x, most)), external=external,
+        )  # fmt: skip
+
+    def _span_of(self, rows: Rows) -> tuple[int, int]:
+        """The first and last number of tokens that a graph is priced for and its kernels are verified at."""
+        if self.compile_range is not None:
+            return self.compile_range.start, self.compile_range.end
+        return DEFAULT_SPAN.start, int(min(DEFAULT_SPAN.end, rows.most_tokens))
+
+    def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:
+        """What the policy would apply, `max_fusions` included.
+
+        Args:
+            analysis: of the graph.
+            policy: how to choose.
+            graph: its name, by which a saved plan is found.
+
+        Raises:
+            PlanError: what is forced can't be applied, or a saved plan doesn't fit.
+        """
+        posed = analysis.posed
+        with stage(analysis.stages_ns, "choosing"):
+            if policy.name == "off":
+                decision = decide_off()
+            elif policy.name == "ordered":
+                decision = decide_in_order(posed, policy.order)
+            elif self.saved is not None:
+                decision = replay(posed, self.saved.find(graph, self._range))
+            else:
+                with _places_folded():
+                    decision = decide_planned(posed, self.solver)
+            return limit(posed, decision, self.config.max_fusions)
+
+    def decide_verified(self, analysis: Analysis, graph: str) -> tuple[Decision, list[Verification | Pending]]:
+        """What the configured policy would apply, all of it verified or left to all ranks: what fails is taken out of
+        the problem, and the rest is decided again.
+
+        Raises:
+            PlanError: as for `decide`.
+        """
+        span, outcomes = self._span_of(Rows.of(analysis.canonical.graph)), dict[Verification, None]()
+        while True:
+            decision, posed = self.decide(analysis, self.config.chosen_policy, graph), analysis.posed
+            chosen = [i for i in decision.selected if isinstance(posed.candidates[i].match, Match)]
+            with stage(analysis.stages_ns, "verification"):
+                found = self.verifier.verify([posed.candidates[i] for i in chosen], analysis.canonical, span)
+            known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}
+            outcomes.update(dict.fromkeys(known.values()))
+            failed = {i: each.failure for i, each in known.items() if not each.passed}
+            if not failed:
+                return decision, [*outcomes, *dict.fromkeys(each for each in found if isinstance(each, Pending))]
+            analysis.posed = posed.without(failed)
+
+    def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
+        """Applies a decision: rules' matches first, then those of other people's passes, which read their results."""
+        matches = [analysis.posed.candidates[index].match for index in decision.selected]
+        ours = sorted((match for match in matches if isinstance(match, Match)), key=lambda match: match.anchor)
+        refusals = []
+        with stage(analysis.stages_ns, "rewriting"):
+            if ours:
+                apply(analysis.canonical, ours)
+            for match in matches:
+                if isinstance(match, ExternalMatch) and not match.apply():
+                    detail = f"a match of pass {match.owner.name} is gone after other fusions were applied"
+                    refusals.append(Refusal(reason=Reason.OP, rule=match.owner.name, detail=detail))
+        return refusals
+
+    def report(
+        self,
+        name: str,
+        analysis: Analysis,
+        decision: Decision,
+        *,
+        rewritten: bool = False,
+        further: Sequence[Refusal] = (),
+        verified: Sequence[Verification | Pending] = (),
+    ) -> GraphReport:
+        """The record of one graph."""
+        return graph_report(
+            name, self._range, self.config, analysis, decision, rules=self.names, idle_flags=self.idle_flags,
+            device=self.prices.model.name, rewritten=rewritten, further=further, verified=verified,
+        )  # fmt: skip
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rules that are on, in any of the graphs so far, and other people's passes that can be planned."""
+        external = sorted(p.name for p in self.passes if isinstance(p, ExternalPass) and not p.is_procedural)
+        return (*sorted(self.enabled.names), *external)
+
+    def _key(self) -> str | None:
+        return self.identity.key(engine_groups=self.named_groups, may_restart=self.may_restart)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Whatever can change what this pass does."""
+        passes = (*map(pass_content, self.previous), *map(pass_content, self.passes))
+        known: Known = {}
+        rules = (rule_content(rule, known) for rule in self.enabled.every)
+        providers = (provider_content(provider, self.device, known) for provider in self.providers)
+        facts = {
+            "config": config_key(self.config),
+            "enabled": self.environment.enabled,
+            "compile_range": str(self.compile_range),
+            "device": repr(self.device),
+            "previous": len(self.previous),
+            "prices": self.prices.key,
+            "plan": plans_key(self.saved),
+            "settles": self.verifier.settles,
+            "defaults": self.enabled.defaults,
+        }
+        return Identity(facts, (*rules, *providers), passes)
+
+    @property
+    def _range(self) -> tuple[int, int] | None:
+        return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
+
+    def hands_off(self, graph: fx.Graph) -> Refusal | None:
+        """Why a graph is left alone altogether, or None.
+
+        Raises:
+            UnsupportedError: the graph is compiled by AOTInductor.
+        """
+        if not self.environment.enabled:
+            return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
+        if is_training(graph):
+            return Refusal(
+                reason=Reason.TRAINING,
+                detail="the graph has a backward and is left alone; fuseplan is for inference",
+                mend="run the model under torch.inference_mode() or torch.no_grad()",
+            )
+        if V.aot_compilation:
+            raise UnsupportedError(
+                "AOTInductor is not supported: fused ops are Python ops, which its packages can't carry; "
+                "leave fuseplan's options out, or use torch.compile"
+            )
+        return None
+
+    def _deliver(self, graphs: Sequence[GraphReport]) -> None:
+        report = report_of(self.config.chosen_policy, self.config, self.names, graphs)
+        publish(report)
+        if self.on_report is not None:
+            self.on_report(report)
+
+
+@contextmanager
+def _places_folded() -> Iterator[None]:
+    """A contradiction of what is forced is told with its places as reports have them."""
+    try:
+        yield
+    except ContradictionError as error:
+        raise PlanError(error.told(places)) from None

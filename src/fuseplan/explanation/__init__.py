@@ -1,0 +1,1 @@
+"""What would be fused, without generating code: tracing, and holding graphs against policies."""

@@ -1,0 +1,49 @@
+"""Ops of inference engines, which their graphs have in the place of aten's and of functional collectives.
+
+What rounds where is read off vLLM 0.32: `vllm/ir/ops/layernorm.py` for `vllm_ir`, and
+`csrc/layernorm_kernels.cu` for `_C`, which rounds the sum and the normalised value to the activation dtype. Under
+`auto_functionalized` what an op writes to comes after what it returns.
+"""
+
+import operator
+from typing import Any
+
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from fuseplan.graph.canonical.view import CanonicalGraph
+from fuseplan.graph.facts import is_call
+
+NAMESPACES = frozenset({"vllm", "vllm_ir", "_C"})
+
+
+def merge_equal_results(canonical: CanonicalGraph, node: fx.Node) -> None:
+    """A result that is taken twice is one value."""
+    first: dict[object, fx.Node] = {}
+    for user in list(node.users):
+        if is_call(user, operator.getitem):
+            known = first.setdefault(user.args[1], user)
+            if known is not user:
+                canonical.replace(user, known)
+
+
+def engine_op(node: fx.Node) -> OpOverload | None:
+    """The custom op that a node calls, itself or under `auto_functionalized`."""
+    target: object = node.target
+    if isinstance(target, HigherOrderOperator) and target.name() == "auto_functionalized" and node.args:
+        target = node.args[0]
+    return target if isinstance(target, OpOverload) else None
+
+
+def arguments_of(node: fx.Node, op: OpOverload) -> dict[str, Any]:
+    """An engine op's arguments by the names in the op's schema, defaults included."""
+    schema = op._schema.arguments
+    values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    if node.target is op:
+        values |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
+    return values | node.kwargs
+
+
+def read_at(node: fx.Node) -> list[fx.Node]:
+    """Where a search from a norm's neighbours comes to it."""
+    return [node, *(user for user in node.users if user.target is not None)]

@@ -1,0 +1,36 @@
+"""Seeing through views and casts that do nothing."""
+
+from torch import fx
+
+from fuseplan.graph.canonical.view import CanonicalGraph
+from fuseplan.graph.facts import RESHAPES, aten, convert_element_type, equal_shape, is_mutation, tensor_of
+
+SHAPE_PRESERVING = (
+    *RESHAPES,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.clone.default,
+    aten.alias.default,
+    convert_element_type,
+)
+"""Ops that are the identity whenever neither shape nor dtype changes. (A slice of full length has step 1.)"""
+
+
+def is_noop(node: fx.Node) -> bool:
+    """Whether a node's value is its first argument's. A clone counts: what it changes is the layout, not the value."""
+    if node.target in SHAPE_PRESERVING:
+        before, after = tensor_of(node.args[0]), tensor_of(node)
+        return before is not None and after is not None and before.dtype is after.dtype and equal_shape(before, after)
+    if node.target is aten.permute.default:
+        dims = node.args[1]
+        return isinstance(dims, (list, tuple)) and list(dims) == list(range(len(dims)))
+    return False
+
+
+def eliminate_noops(canonical: CanonicalGraph) -> None:
+    """Replaces every no-op by its input. A copy of something that is written to later is not a no-op."""
+    for node in canonical.calls(*SHAPE_PRESERVING, aten.permute.default):
+        source = node.args[0]
+        if isinstance(source, fx.Node) and is_noop(node) and not any(is_mutation(user) for user in source.users):
+            node.replace_all_uses_with(source)
+            canonical.graph.erase_node(node)

@@ -1,0 +1,255 @@
+"""`CanonicalGraph`: a copy of a graph in the dialect, and the original of each of its values."""
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import fx
+
+from fuseplan.graph.facts import (
+    Call,
+    aten,
+    depths,
+    is_call,
+    item,
+    mutation_regions,
+    place_of,
+    source_code,
+    source_line,
+    tensor_of,
+)
+from fuseplan.graph.ops import DialectOp, ops
+from fuseplan.graph.reach import stays_inside
+from fuseplan.graph.surgery import copy_graph, erase_dead
+from fuseplan.record import Nearness, Reason, Refusal
+
+
+@dataclass(eq=False)
+class CanonicalGraph:
+    """What matching reads. The original graph is not touched by it.
+
+    Attributes:
+        original: the graph as Inductor handed it over.
+        graph: its copy, raised.
+        origin: for a node of `graph` the node of `original` with the same value. Nodes without one, e.g. a slice that
+            was hoisted over an all-reduce, come into being only when a fusion needs them.
+        depth: the longest path to a node from an input; see `facts.depths`.
+        region: the number of mutations before a node; see `facts.mutation_regions`.
+        repeated: for a node of `original` those that compute its value again, and for which its own node of `graph`
+            stands, too.
+        interior: for a raised node the nodes of `original` that it stands for.
+        unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
+            come to.
+        raised_alike: raises another graph under the same settings.
+        dynamic_epsilons: inputs of `original` that are Python floats, each all that keeps a norm from being raised.
+        known: what was found in it that is the same for every range, device and policy, by who looked.
+    """
+
+    original: fx.Graph
+    graph: fx.Graph
+    origin: dict[fx.Node, fx.Node]
+    depth: dict[fx.Node, int]
+    region: dict[fx.Node, int]
+    repeated: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
+    dynamic_epsilons: list[fx.Node] = field(default_factory=list)
+    raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
+    known: dict[Any, Any] = field(default_factory=dict, init=False)
+    _constants: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+
+    @classmethod
+    def copy_of(
+        cls, original: fx.Graph, raised_alike: "Callable[[fx.Graph], CanonicalGraph] | None" = None
+    ) -> "CanonicalGraph":
+        """A copy in which nothing is raised yet.
+
+        Args:
+            original: the graph.
+            raised_alike: what raises others like it; None: nothing in them is raised, either.
+        """
+        graph, origin = copy_graph(original)
+        return cls(
+            original=original, graph=graph, origin=origin, depth=depths(graph), region=mutation_regions(graph),
+            raised_alike=raised_alike or cls.copy_of,
+        )  # fmt: skip
+
+    @property
+    def dialect_nodes(self) -> list[fx.Node]:
+        """The nodes that call a dialect op, op by op, each in graph order."""
+        return [node for op in ops.values() for node in self.graph.find_nodes(op="call_function", target=op.overload)]
+
+    def calls(self, *targets: Any) -> list[Call]:
+        """The nodes that call one of `targets`, in graph order."""
+        found = [node for target in targets for node in self.graph.find_nodes(op="call_function", target=target)]
+        return cast(list[Call], sorted(found) if len(targets) > 1 else found)
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Why what looked like a dialect op wasn't raised, each once."""
+        return list({id(refusal): refusal for refusal in self.unraised.values()}.values())
+
+    def refuse(
+        self, op: DialectOp, at: Sequence[fx.Node], reason: Reason, detail: str, *, node: fx.Node, place: fx.Node,
+        expected: str | None = None, found: str | None = None, mend: str | None = None,
+    ) -> None:  # fmt: skip
+        """Notes that something looks like a dialect op and isn't one.
+
+        Args:
+            op: the dialect op.
+            at: the nodes by which a search from the op's neighbours would find it.
+            reason: its kind.
+            detail: for a person.
+            node: what is in the way.
+            place: where in the user's model it is looked for, if the node in the way has no place.
+            expected: what should be there.
+            found: what is there.
+            mend: what would mend it.
+        """
+        refusal = Refusal(
+            reason=reason, op=op.name, detail=detail, nodes=(self.source_node(node).name,), source=place_of(place),
+            mend=mend, nearness=Nearness.UNRECOGNIZED, expected=expected, found=found,
+            line=source_line(node) or source_line(place), code=source_code(node) or source_code(place),
+        )  # fmt: skip
+        self.unraised.update(dict.fromkeys(at, refusal))
+
+    def raise_op(self, op: DialectOp, args: Sequence[Any], results: Sequence[fx.Node | None]) -> fx.Node:
+        """Puts one dialect op in the place of the nodes that compute `results`.
+
+        Args:
+            op: the dialect op.
+            args: its arguments, nodes of `graph` among them.
+            results: the nodes whose values the op yields, in its order; None where a result is dead.
+
+        Returns:
+            The new node. It stands before the first of `results`, or after its last argument where that comes later;
+            the caller has made sure that the region is convex, and `canonicalize` sorts the graph afterwards.
+        """
+        live = [result for result in results if result is not None]
+        place = min(live)
+        inputs = [arg for arg in args if isinstance(arg, fx.Node)]
+        late = max([node for node in inputs if place < node], default=None)
+        with self.graph.inserting_after(late) if late is not None else self.graph.inserting_before(place):
+            node = self.graph.call_function(op.overload, tuple(args))
+        node.meta = {key: live[0].meta[key] for key in PROVENANCE if key in live[0].meta}
+        if len(results) == 1:
+            self._stand_in(node, live[0])
+        else:
+            node.meta["val"] = tuple(tensor_of(result) for result in results)
+            self._take_place(node, live[0])
+            for index in reversed(range(len(results))):
+                result = results[index]
+                if result is not None:
+                    with self.graph.inserting_after(node):
+                        self._stand_in(self.graph.call_function(operator.getitem, (node, index)), result)
+        self._claim(node, erase_dead(self.graph, live))
+        return node
+
+    def _claim(self, node: fx.Node, erased: Iterable[fx.Node]) -> None:
+        """Notes that `node` stands for what the erased nodes stood for."""
+        claimed = set(self.interior.get(node, ()))
+        for each in erased:
+            claimed |= self.interior.get(each, frozenset())
+            if each in self.origin:
+                claimed.add(self.origin[each])
+        self.interior[node] = frozenset(claimed)
+
+    def claims(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """The nodes of the original graph that a set of canonical nodes stands for."""
+        claimed: set[fx.Node] = set()
+        for node in nodes:
+            claimed |= self.interior.get(node, frozenset())
+            if node in self.origin:
+                claimed.add(self.origin[node])
+        return frozenset(claimed)
+
+    def _stand_in(self, node: fx.Node, replaced: fx.Node) -> None:
+        node.meta = {**node.meta, **{key: replaced.meta[key] for key in (*PROVENANCE, "val") if key in replaced.meta}}
+        self._take_place(node, replaced)
+        if replaced in self.origin:
+            self.origin[node] = self.origin[replaced]
+        replaced.replace_all_uses_with(node)
+
+    def constant(self, value: float, shape: Sequence[int], *, like: torch.Tensor) -> fx.Node:
+        """A tensor that is `value` everywhere, in the dtype and on the device of another: one for all who need it."""
+        key = (value, tuple(shape), like.dtype, like.device)
+        if key not in self._constants:
+            first = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+            kwargs = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+            fake = like.new_full(tuple(shape), value)
+            args = ([*shape], value)
+            self._constants[key] = self.insert_before(first, aten.full.default, args, fake, kwargs)
+        return self._constants[key]
+
+    def insert_before(
+        self, place: fx.Node, target: Any, args: Sequence[Any], value: Any, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        """A new node without an original: a value that no node of the original graph has."""
+        with self.graph.inserting_before(place):
+            node = self.graph.call_function(target, tuple(args), kwargs)
+        node.meta = {key: place.meta[key] for key in PROVENANCE if key in place.meta}
+        node.meta["val"] = value
+        self._take_place(node, place)
+        return node
+
+    def _take_place(self, node: fx.Node, place: fx.Node) -> None:
+        self.depth[node], self.region[node] = self.depth[place], self.region[place]
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Makes `new`, which has the same value, stand for `old`."""
+        if old in self.origin:
+            self.origin[new] = self.origin[old]
+        old.replace_all_uses_with(new)
+        self._claim(new, erase_dead(self.graph, [old]))
+
+    def merge_equal(self, op: DialectOp) -> None:
+        """Makes one node of those that call an op of two results or more on the same values: layers that read one value
+        may each quantise it by themselves.
+        """
+        found: dict[tuple[Any, ...], fx.Node] = {}
+        for node in self.calls(op.overload):
+            first = found.setdefault((self.region[node], *node.args), node)
+            if first is not node:
+                self._merge(node, first)
+
+    def _merge(self, node: fx.Node, first: fx.Node) -> None:
+        pairs = [(result, item(first, cast(int, result.args[1]))) for result in node.users]
+        results = [(result, known) for result, known in pairs if known is not None]
+        if len(results) < len(pairs) or not all(stays_inside(each) for pair in results for each in pair):
+            return  # memory of their own would be one
+        if any((result in self.origin) is not (known in self.origin) for result, known in results):
+            return  # one of them is another view, which readers of the other don't have
+        for result, known in results:
+            if result in self.origin:
+                self.repeated.setdefault(self.origin[known], []).append(self.origin[result])
+            result.replace_all_uses_with(known)
+        erase_dead(self.graph, [result for result, _ in results])
+
+    def source_node(self, node: fx.Node) -> fx.Node:
+        """The original of a node, or of the nearest value computed from it that has one, or the node itself."""
+        if node in self.origin:
+            return self.origin[node]
+        return next((self.origin[user] for user in node.users if user in self.origin), node)
+
+    def recognized(self) -> dict[str, int]:
+        """How many of each dialect op there are, as `op[last dimension]`."""
+        counts: Counter[str] = Counter()
+        for node in self.dialect_nodes:
+            op = ops.of(node.target)
+            assert op is not None
+            first = tensor_of(node.args[0])
+            width = first.shape[-1] if first is not None and first.dim() else ""
+            counts[f"{op.name}[{width}]"] += 1
+        return dict(sorted(counts.items()))
+
+
+PROVENANCE = ("stack_trace", "nn_module_stack", "custom")
+"""Metadata that says where in the user's model a node comes from."""
+
+
+def is_dialect(node: object, *operations: DialectOp) -> TypeGuard[Call]:
+    """Whether a node calls one of the dialect ops."""
+    return is_call(node, *(op.overload for op in operations))

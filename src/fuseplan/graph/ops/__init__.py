@@ -1,0 +1,51 @@
+"""What every op of the dialect consists of: schema, fake, reference, tolerance, sample inputs, and where it rounds.
+
+`ops` has those that parts and families have added; `fuseplan.dialect` is where all of them are there.
+"""
+
+from fuseplan.graph.ops.registry import (
+    Dialect,
+    DialectOp,
+    Draw,
+    Indices,
+    Sample,
+    define,
+    draw_activations,
+    draw_near_one,
+    draw_positive,
+    facts_of,
+    falls_back,
+    implement,
+    is_inlined,
+    kernel_of,
+    ops,
+    registered_kernel,
+)
+from fuseplan.graph.ops.rounding import ActivationRounding, AttentionRounding, QuantRounding, RotaryRounding, Rounding
+from fuseplan.graph.ops.samples import compute_dtype, random_tensor
+
+__all__ = [
+    "ActivationRounding",
+    "AttentionRounding",
+    "Dialect",
+    "DialectOp",
+    "Draw",
+    "Indices",
+    "QuantRounding",
+    "RotaryRounding",
+    "Rounding",
+    "Sample",
+    "compute_dtype",
+    "define",
+    "draw_activations",
+    "draw_near_one",
+    "draw_positive",
+    "facts_of",
+    "falls_back",
+    "implement",
+    "is_inlined",
+    "kernel_of",
+    "ops",
+    "random_tensor",
+    "registered_kernel",
+]

@@ -1,0 +1,289 @@
+"""Fusions of attention, by a kernel of torch or spelled out, with the repeated heads that it reads, and their sites."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx
+
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.canonical.view import is_dialect
+from fuseplan.graph.facts import aten, dtype_text, equal_size, hint, tensor_of
+from fuseplan.graph.ops import define
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules.base import Bindings, Rule
+from fuseplan.rules.families.cached_rotary import CachedRotarySite
+from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
+from fuseplan.rules.parts import Core
+from fuseplan.rules.parts.attention import PART, attention, repeat_heads
+from fuseplan.rules.parts.attention.kernels import target_kernel
+from fuseplan.rules.parts.attention.op import DRAWS, ERROR_FACTOR, SCHEMA, SIZES, attention_fake, attention_reference
+from fuseplan.rules.parts.attention.traffic import AttentionRegion, grouped, repeated
+from fuseplan.rules.parts.cached_rotary import cached_rotary
+from fuseplan.rules.parts.eager_attention import PART as EAGER_PART
+from fuseplan.rules.parts.eager_attention import eager_attention
+from fuseplan.rules.parts.eager_attention.op import eager_attention_fake, eager_attention_reference
+from fuseplan.rules.parts.rms_norm import rms_norm
+from fuseplan.rules.parts.traffic import Kernel, Tail
+
+grouped_attention = define(
+    "grouped_attention",
+    SCHEMA,
+    reference=attention_reference,
+    fake=attention_fake,
+    samples=[sizes.sample(shared=True) for sizes in SIZES],
+    fused=True,
+    error_factor=ERROR_FACTOR,
+    draws=DRAWS,
+)
+
+fused_attention = define(
+    "fused_attention",
+    eager_attention.schema,
+    reference=eager_attention_reference,
+    fake=eager_attention_fake,
+    samples=eager_attention.samples,
+    fused=True,
+    error_factor=eager_attention.error_factor,
+    draws=eager_attention.draws,
+)
+
+
+class GroupedAttention(Rule):
+    """repeat_heads(k), repeat_heads(v) -> attention  =>  the same attention, which repeats nothing.
+
+    y = softmax(q @ repeat(k)^T * scale + mask) @ repeat(v)
+    """
+
+    name, flags = "grouped_attention", ("fuse_grouped_attention",)
+    op, core = grouped_attention, attention
+
+    def pattern(
+        self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
+    ) -> Any:  # fmt: skip
+        shared = repeat_heads(k, groups), repeat_heads(v, groups)
+        return (attention(q, *shared, mask, scale, is_causal, kernel),)
+
+    def replacement(
+        self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
+    ) -> Any:  # fmt: skip
+        return (self.op(q, k, v, mask, scale, is_causal, kernel),)
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Refuses keys, values and masks of lengths that the graph doesn't know to be equal: calls can't be made up on
+        which a kernel is verified.
+        """
+        return unequal_lengths(m)
+
+
+class EagerAttention(Rule):
+    """eager_attention  =>  the same in one op, which writes no scores and repeats no heads.
+
+    y = softmax(cat(softcap * tanh(q @ k^T * scale / softcap) + mask, sinks)) @ v
+    """
+
+    name, flags = "eager_attention", ("fuse_eager_attention",)
+    op, core = fused_attention, eager_attention
+
+    def pattern(
+        self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any
+    ) -> Any:  # fmt: skip
+        return (eager_attention(q, k, v, mask, sinks, scale, softcap, rounding),)
+
+    def replacement(
+        self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any
+    ) -> Any:  # fmt: skip
+        return (self.op(q, k, v, mask, sinks, scale, softcap, rounding),)
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Refuses what `GroupedAttention` does, and numbers of heads that aren't known."""
+        if not all(isinstance(each.shape[1], int) for each in (m.q, m.k)):
+            return m.refuse(Reason.SIZE, "q", "the number of heads isn't known when the graph is compiled")
+        return unequal_lengths(m)
+
+
+def unequal_lengths(m: Bindings) -> Refusal | None:
+    """Refuses keys `k`, values `v` and a mask of lengths that the graph doesn't know to be equal."""
+    read = m.k.shape[2]
+    for name, length in (("v", m.v.shape[2]), ("mask", read if m.mask is None else m.mask.shape[-1])):
+        if not equal_size(length, read) and not (name == "mask" and equal_size(length, 1)):
+            what = f"{length} values" if name == "v" else f"a mask of {length}"
+            detail = f"attention reads {read} keys and {what}, and the graph doesn't know these to be equal"
+            return m.refuse(Reason.SIZE, name, detail, mend="torch._check that these lengths are equal")
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape(Shape):
+    """All of an attention that prices depend on, at one size.
+
+    Attributes:
+        sizes: of it, and of the copies before it.
+        kernels: by vendor, what runs it: the graph's own kernel, or the one that torch takes on a device that the graph
+            wasn't traced on.
+    """
+
+    sizes: AttentionRegion
+    kernels: tuple[tuple[str, str], ...]
+
+    @property
+    def signature(self) -> str:
+        """The site without its batch, e.g. `repeat_heads x4 -> attention 32 heads of 128, 1 x 1280 keys, cudnn bfloat16
+        masked`.
+        """
+        sizes = self.sizes
+        what = f"{sizes.q_heads} heads of {sizes.width}, {sizes.queries} x {sizes.keys} keys"
+        return f"repeat_heads x{sizes.groups} -> attention {what}, {sizes.kernel} {self.convention}"
+
+    def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
+        """The site as Inductor leaves it."""
+        return repeated(model.hardware, self._on(model))
+
+    def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """The fused op alone."""
+        return grouped(model.hardware, self._on(model), model.timing(provider).heads)
+
+    def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What a fused op leaves of the site: nothing."""
+        return ()
+
+    def _on(self, model: Pricer) -> AttentionRegion:
+        return replace(self.sizes, kernel=dict(self.kernels)[model.hardware.vendor])
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite(Site):
+    """One attention over repeated heads.
+
+    Attributes:
+        canonical: its graph.
+    """
+
+    canonical: CanonicalGraph = field(repr=False)
+
+    @classmethod
+    def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
+        """The site of an attention of a graph."""
+        return cls(ordinal, core, None, (), canonical)
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The nodes that belong to it."""
+        return [*self._repeats, self.core]
+
+    @cached_property
+    def _repeats(self) -> list[fx.Node]:
+        return [node for node in dict.fromkeys(self.core.args[1:3]) if is_dialect(node, repeat_heads)]
+
+    def shape(self, rows: int) -> AttentionShape:
+        """The site at a number of rows, of which a dynamic batch, or else dynamic tokens, make more or fewer."""
+        q, k, mask = (tensor_of(self.core.args[index]) for index in (0, 1, 3))
+        shared = tensor_of(self._repeats[0].args[0]) if self._repeats else k
+        assert q is not None and k is not None and shared is not None
+        batch, queries, keys = _sizes(q, k, rows)
+        kernel, is_causal = str(self.core.args[6]), bool(self.core.args[5])
+        sizes = AttentionRegion(
+            batch=batch, q_heads=hint(q.shape[1]), heads=hint(shared.shape[1]), queries=queries, keys=keys,
+            width=hint(q.shape[3]), itemsize=q.dtype.itemsize, kernel=kernel, copies=self._copies,
+            is_causal=is_causal,
+        )  # fmt: skip
+        flags = " masked" * (mask is not None) + " causal" * is_causal
+        return AttentionShape(
+            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
+            sizes=sizes, kernels=self._kernels(kernel, q, mask),
+            convention=f"{dtype_text(q.dtype)}{flags}",
+        )  # fmt: skip
+
+    def _kernels(self, kernel: str, q: Tensor, mask: Tensor | None) -> tuple[tuple[str, str], ...]:
+        return tuple((vendor, target_kernel(kernel, vendor, q, mask)) for vendor in ("nvidia", "amd", "cpu"))
+
+    @property
+    def _copies(self) -> bool:
+        """Whether heads are copied in memory, which a single one need not be."""
+        claimed = self.canonical.claims(self._repeats)
+        return any(node.target in (aten.clone.default, aten.repeat.default) for node in claimed) or any(
+            (value := tensor_of(node.args[0])) is not None and value.shape[1] != 1 for node in self._repeats
+        )
+
+    def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
+        """What a fusion that consumes `nodes` takes; None where that is more than the site, and the rotation of the
+        queries with what is written into the caches before it.
+        """
+        others = {*nodes} - {*self.parts}
+        if self.core not in nodes:
+            return None
+        also = self._before(others)
+        return Taken(reduce=False, tail=None, also=also) if also or not others else None
+
+    def _before(self, nodes: Collection[fx.Node]) -> tuple[tuple[fx.Node, Taken], ...]:
+        """The site whose parts all of `nodes` are."""
+        sites: dict[Any, type[Site]] = {cached_rotary.overload: CachedRotarySite, rms_norm.overload: Site}
+        for node in sorted(nodes):
+            if node.target in sites:
+                taken = sites[node.target].at(self.ordinal, node, self.canonical).taken(nodes)
+                if taken is not None:
+                    return ((node, taken),)
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagerAttentionShape(AttentionShape):
+    """All of an attention that is spelled out, at one size."""
+
+    @property
+    def signature(self) -> str:
+        """The site without its batch, e.g. `eager_attention 32 heads of 128 in groups of 4, 1 x 1280 keys bfloat16
+        masked sinks`.
+        """
+        sizes = self.sizes
+        what = f"{sizes.q_heads} heads of {sizes.width} in groups of {sizes.groups}"
+        return f"eager_attention {what}, {sizes.queries} x {sizes.keys} keys {self.convention}"
+
+
+@dataclass(frozen=True, eq=False)
+class EagerAttentionSite(AttentionSite):
+    """One attention that is spelled out."""
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The nodes that belong to it."""
+        return [self.core]
+
+    def shape(self, rows: int) -> EagerAttentionShape:
+        """The site at a number of rows, as for `AttentionSite`."""
+        q, k, mask, sinks = (tensor_of(self.core.args[index]) for index in (0, 1, 3, 4))
+        assert q is not None and k is not None
+        batch, queries, keys = _sizes(q, k, rows)
+        is_joined = sinks is not None
+        q_heads, heads = hint(q.shape[1]), hint(k.shape[1])
+        sizes = AttentionRegion(
+            batch=batch, q_heads=q_heads, heads=heads, queries=queries, keys=keys, width=hint(q.shape[3]),
+            itemsize=q.dtype.itemsize, kernel="cpu", copies=q_heads > heads > 1, passes=1 + is_joined,
+        )  # fmt: skip
+        flags = " masked" * (mask is not None) + " sinks" * is_joined + " capped" * (self.core.args[6] is not None)
+        return EagerAttentionShape(
+            core=EAGER_PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize,
+            tails=(), sizes=sizes, kernels=self._kernels("cpu", q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
+        )  # fmt: skip
+
+
+def _sizes(q: Tensor, k: Tensor, rows: int) -> tuple[int, int, int]:
+    """(batch, queries, keys) at a number of rows of queries."""
+    factor = rows / max(1, math.prod(map(hint, q.shape[:-1])))
+    scaled = _symbols(q.shape[0]) or _symbols(q.shape[2])
+    batch, queries, keys = (
+        max(1, round(hint(size) * factor)) if scaled & _symbols(size) else hint(size)
+        for size in (q.shape[0], q.shape[2], k.shape[2])
+    )
+    return batch, queries, keys
+
+
+def _symbols(size: Any) -> frozenset[Any]:
+    return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
+
+
+ATTENTION_RULES: tuple[Rule, ...] = (GroupedAttention(), EagerAttention())
+ATTENTION_SITES: Mapping[Core, type[Site]] = {PART: AttentionSite, EAGER_PART: EagerAttentionSite}

@@ -1,0 +1,302 @@
+"""The fusions of rotary embedding, with QK norm before it or without, and the writes of keys and values into a static
+cache.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx
+
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.facts import dtype_text, equal_size, equal_sizes, hint, tensor_of
+from fuseplan.graph.layout import memory_order
+from fuseplan.graph.ops import Rounding, Sample, define, draw_near_one, random_tensor
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules.base import Bindings, Rule
+from fuseplan.rules.families.rotary import HEADS_FIRST, refuse_dtypes
+from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
+from fuseplan.rules.parts import Core
+from fuseplan.rules.parts.cache_write import CACHES, bytes_of, cache_write
+from fuseplan.rules.parts.cached_rotary import PART, cached_rotary
+from fuseplan.rules.parts.cached_rotary.op import CACHED_SAMPLES, DRAWS, SCHEMA, rope_cache_fake, rope_cache_reference
+from fuseplan.rules.parts.cached_rotary.traffic import CachedRegion
+from fuseplan.rules.parts.rms_norm import rms_norm
+from fuseplan.rules.parts.rms_norm.op import rms_norm_reference
+from fuseplan.rules.parts.rotary import rotary_embedding
+from fuseplan.rules.parts.traffic import Kernel, Tail
+
+rope_cache = define(
+    "rope_cache",
+    SCHEMA,
+    reference=rope_cache_reference,
+    fake=rope_cache_fake,
+    samples=CACHED_SAMPLES,
+    fused=True,
+    draws=DRAWS,
+    writes=CACHES,
+)
+
+
+def qk_norm_rope_cache_reference(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
+    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """rope_cache of rms_norm(q, q_weight) and rms_norm(k, k_weight), each as its own reference computes it.
+
+    Args:
+        q: [batch, q_heads, tokens, head_dim].
+        k: [batch, heads, tokens, head_dim], q's dtype.
+        v: [batch, heads, tokens, value_dim], q's dtype.
+        k_cache: [batch, heads, length, head_dim], q's dtype.
+        v_cache: [batch, heads, length, value_dim], q's dtype.
+        q_weight: [head_dim].
+        k_weight: [head_dim].
+        cos: [batch or 1, 1, tokens or 1, head_dim], or half of head_dim where both halves share it.
+        sin: cos's shape.
+        positions: [tokens], integers; a negative one counts from the end. Of equal ones any may be the last.
+        eps: added to the mean squares.
+        rounding: one of `Rounding`, of both norms.
+        rotary_rounding: one of `RotaryRounding`.
+
+    Returns:
+        (q_out, k_cache, v_cache): rotated queries in the shape and the dtype of q, contiguous, and the caches as they
+        are afterwards.
+
+    Raises:
+        IndexError: a position lies outside of the cache.
+        ValueError: `rounding` or `rotary_rounding` isn't one of theirs.
+    """
+    q, k = rms_norm_reference(q, q_weight, eps, rounding), rms_norm_reference(k, k_weight, eps, rounding)
+    return rope_cache_reference(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+
+
+def qk_norm_rope_cache_fake(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
+    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Shapes, dtypes and layouts of `qk_norm_rope_cache_reference`."""
+    return rope_cache_fake(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+
+
+def _normed_sample(cached: Sample, rounding: Rounding) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        *tensors, cos, sin, positions, rotary_rounding = cached.make(device, generator)
+        q = tensors[0]
+        noise = [random_tensor(q.shape[-1:], torch.float32, device, generator) for _ in range(2)]
+        weights = [(1 + 0.1 * each).to(q.dtype) for each in noise]
+        return *tensors, *weights, cos, sin, positions, 1e-6, rounding.value, rotary_rounding
+
+    return Sample(name=f"{cached.name}-{rounding}", make=make)
+
+
+qk_norm_rope_cache = define(
+    "qk_norm_rope_cache",
+    "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor q_weight, Tensor k_weight, Tensor cos, "
+    "Tensor sin, Tensor positions, float eps, str rounding, str rotary_rounding) -> (Tensor, Tensor, Tensor)",
+    reference=qk_norm_rope_cache_reference,
+    fake=qk_norm_rope_cache_fake,
+    samples=[
+        *(_normed_sample(each, Rounding.LLAMA) for each in CACHED_SAMPLES),
+        *(_normed_sample(CACHED_SAMPLES[0], each) for each in (Rounding.GPT_OSS, Rounding.GEMMA)),
+    ],
+    fused=True,
+    draws={**DRAWS, "q_weight": draw_near_one, "k_weight": draw_near_one},
+    writes=CACHES,
+)
+
+
+class CachedRule(Rule):
+    """What both rules refuse."""
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Refuses what the fused op doesn't compute: mixed and unsupported dtypes, sizes that aren't known, other
+        layouts of the angles, more tokens than the cache has room for.
+        """
+        weights = [name for name in ("q_weight", "k_weight") if name in m.values]
+        return refuse_dtypes(m, ("k", "v", *CACHES, *weights)) or self._shapes(m)
+
+    def _shapes(self, m: Bindings) -> Refusal | None:
+        q, k, cos = self._heads_first(m.q), self._heads_first(m.k), m.cos
+        tokens, length = q.shape[2] if q.dim() == 4 else None, m.k_cache.shape[2]
+        if not isinstance(tokens, int) or not isinstance(length, int):
+            found = f"q is {[*m.q.shape]} and the cache {[*m.k_cache.shape]}"
+            detail = f"{found}; the fused op takes numbers of tokens that are known when it is compiled"
+            return m.refuse(Reason.SIZE, "q", detail, mend="compile one graph for each number of tokens")
+        if tokens > length:
+            detail = f"{tokens} tokens are written into a cache of {length}"
+            return m.refuse(Reason.SIZE, "k_cache", detail, mend="make the cache longer")
+        shapes = {
+            "k": (k.shape, (q.shape[0], m.k_cache.shape[1], tokens, q.shape[3])),
+            "v": (m.v.shape, (q.shape[0], m.k_cache.shape[1], tokens, m.v_cache.shape[3])),
+            "k_cache": (m.k_cache.shape, (*k.shape[:2], length, q.shape[3])),
+            "v_cache": (m.v_cache.shape, (*k.shape[:2], length, m.v_cache.shape[3])),
+            "positions": (m.positions.shape, (tokens,)),
+        }
+        for name, (shape, wanted) in shapes.items():
+            if not equal_sizes(shape, wanted):
+                told = f"{name} is {[*shape]}, where q is {[*m.q.shape]} and k_cache {[*m.k_cache.shape]}"
+                return m.refuse(Reason.SIZE, name, f"{told}; the fused op takes {[*wanted]}")
+        for name in CACHES:
+            if memory_order(getattr(m, name)) is None:
+                detail = f"{name} has gaps or overlaps: its strides are {tuple(getattr(m, name).stride())}"
+                return m.refuse(Reason.LAYOUT, name, detail, mend="hand over a cache that fills its memory")
+        if not _is_one_of_each_token(cos, q):
+            detail = f"cos is {[*cos.shape]}; the fused op takes angles of each token, the same for all of its heads"
+            return m.refuse(Reason.SIZE, "cos", detail, mend="give cos and sin a dimension of size 1 for the heads")
+        return None
+
+    def _heads_first(self, x: Tensor) -> Tensor:
+        return x
+
+
+class NormedCachedRule(CachedRule):
+    """The same of queries and keys that are normed before: where `tokens_first`, in [B, S, heads, D], and rotated in
+    [B, heads, S, D].
+    """
+
+    def __init__(self, *, tokens_first: bool) -> None:
+        self.tokens_first = tokens_first
+
+    def _moved(self, value: Any) -> Any:
+        return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.tokens_first else value
+
+    def _heads_first(self, x: Tensor) -> Tensor:
+        return x.permute(HEADS_FIRST) if self.tokens_first and x.dim() == 4 else x
+
+
+def _is_one_of_each_token(cos: Tensor, q: Tensor) -> bool:
+    """Whether angles are [batch or 1, 1, tokens or 1, ...] of queries [batch, heads, tokens, head_dim]."""
+    if cos.dim() != 4 or not equal_size(cos.shape[1], 1):
+        return False
+    return all(equal_size(cos.shape[dim], 1) or equal_size(cos.shape[dim], q.shape[dim]) for dim in (0, 2))
+
+
+class RopeCache(CachedRule):
+    """cached_rotary(q, k, v, k_cache, v_cache, cos, sin)  =>  one kernel that writes the caches in place.
+
+    y = x * cos + cat(-x2, x1) * sin of q and k;   k_cache[:, :, positions] = k,   v_cache[:, :, positions] = v
+    """
+
+    name, flags = "rope_cache", ("fuse_rope_cache",)
+    op, core = rope_cache, cached_rotary
+
+    def pattern(
+        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
+        rotary_rounding: Any,
+    ) -> Any:  # fmt: skip
+        written = cached_rotary(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+        return written[0], written[1], written[2]
+
+    def replacement(
+        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
+        rotary_rounding: Any,
+    ) -> Any:  # fmt: skip
+        fused = self.op(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+        return fused[0], fused[1], fused[2]
+
+
+class QkNormRopeCache(NormedCachedRule):
+    """rms_norm(q), rms_norm(k) (-> transpose) -> rotary_embedding -> cache_write  =>  one kernel that writes in place.
+
+    y = n * cos + cat(-n2, n1) * sin,   n = rms_norm(x) * weight,   of q and k;   k_cache[:, :, positions] = k, and v
+    """
+
+    name, flags = "qk_norm_rope_cache", ("enable_qk_norm_rope_fusion", "fuse_rope_cache")
+    op, core = qk_norm_rope_cache, rms_norm
+
+    def pattern(
+        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
+        positions: Any, eps: Any, rounding: Any, rotary_rounding: Any,
+    ) -> Any:  # fmt: skip
+        q = self._moved(rms_norm(q, q_weight, eps, rounding))
+        k = self._moved(rms_norm(k, k_weight, eps, rounding))
+        rotated = rotary_embedding(q, k, cos, sin, rotary_rounding)
+        written = cache_write(rotated[1], v, k_cache, v_cache, positions)
+        return written[0], written[1], rotated[0]
+
+    def replacement(
+        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
+        positions: Any, eps: Any, rounding: Any, rotary_rounding: Any,
+    ) -> Any:  # fmt: skip
+        fused = self.op(
+            self._moved(q), self._moved(k), v, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, eps, rounding,
+            rotary_rounding,
+        )  # fmt: skip
+        return fused[1], fused[2], fused[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedRotaryShape(Shape):
+    """All of a rotation and its writes that prices depend on, at one size.
+
+    Attributes:
+        sizes: of it.
+    """
+
+    sizes: CachedRegion
+
+    @property
+    def signature(self) -> str:
+        """The site without its rows, e.g. `cached_rotary 32+8 heads 128 bfloat16 products`."""
+        sizes = self.sizes
+        values = "" if sizes.value_width == sizes.width else f", values {sizes.value_width}"
+        return f"{self.core.name} {sizes.q_heads}+{sizes.heads} heads {sizes.width}{values} {self.convention}"
+
+    def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
+        """The site as Inductor leaves it."""
+        return self.sizes.unfused(model)
+
+    def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """The fused op alone."""
+        return self.sizes.fused(model, eager=model.timing(provider).eager)
+
+    def within(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What `fused` adds to the kernel that reads the queries: these are neither written nor read again."""
+        if model.timing(provider).eager:
+            return self.fused(model, provider, reduce=reduce, tail=tail)
+        (kernel,) = replace(self.sizes, q_heads=0).fused(model, eager=False)
+        return (replace(kernel, launch=0),)
+
+    def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What a fused op leaves of the site: nothing."""
+        return ()
+
+
+@dataclass(frozen=True, eq=False)
+class CachedRotarySite(Site):
+    """One rotation of queries and keys with the writes into caches."""
+
+    @classmethod
+    def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
+        """The site of one of a graph."""
+        return cls(ordinal, core, None, ())
+
+    def shape(self, rows: int) -> CachedRotaryShape:
+        """The site at a number of rows of its queries, a row for each head."""
+        q, k, v, cos = (tensor_of(self.core.args[index]) for index in (0, 1, 2, 5))
+        assert q is not None and k is not None and v is not None and cos is not None
+        q_heads = max(1, hint(q.shape[1]))
+        sizes = CachedRegion(
+            tokens=max(1, rows // q_heads), q_heads=q_heads, heads=hint(k.shape[1]), width=hint(q.shape[3]),
+            value_width=hint(v.shape[3]), angles=2 * hint(cos.shape[-1]), itemsize=q.dtype.itemsize,
+            cache_bytes=bytes_of(self.core.args[3:5]),
+        )  # fmt: skip
+        return CachedRotaryShape(
+            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
+            sizes=sizes, convention=f"{dtype_text(q.dtype)} {self.core.args[8]}",
+        )  # fmt: skip
+
+    def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
+        """What a fusion that consumes `nodes` takes; None where that is more than the site."""
+        others = {node for node in nodes if node not in self.core.users and node is not self.core}
+        return Taken(reduce=False, tail=None) if self.core in nodes and not others else None
+
+
+CACHED_ROTARY_RULES: tuple[Rule, ...] = (
+    RopeCache(),
+    QkNormRopeCache(tokens_first=False),
+    QkNormRopeCache(tokens_first=True),
+)
+CACHED_ROTARY_SITES: Mapping[Core, type[Site]] = {PART: CachedRotarySite}

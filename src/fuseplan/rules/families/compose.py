@@ -1,0 +1,183 @@
+"""Fused ops and rules of a core with what may stand around it, composed and not enumerated: prologue x core x epilogue.
+
+A member's arguments and results follow from its parts:
+
+    (the core's, with a residual where one is added, [the epilogue's own], [the prologue's own])
+        -> (y or the epilogue's, [the sum])
+
+The last result is what a core with a residual or a prologue read: x + residual, rounded, or the reduced x where there
+is no residual. A member with neither yields no such result, since it would be x itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fuseplan.graph.ops import DialectOp, Sample, define
+from fuseplan.rules.base import Rule
+from fuseplan.rules.parts import Core, Prologue, RowEpilogue
+
+SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of activations that fused norms take."""
+
+
+def _results(values: tuple[Any, ...]) -> Any:
+    return values if len(values) > 1 else values[0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member:
+    """One way to put parts together.
+
+    Attributes:
+        core: in the middle.
+        prologue: what is done to its input; None: nothing.
+        residual: whether a residual is added before it.
+        epilogue: what is done to its result; None: nothing.
+    """
+
+    core: Core
+    prologue: Prologue | None = None
+    residual: bool = False
+    epilogue: RowEpilogue | None = None
+
+    def __post_init__(self) -> None:
+        assert self.epilogue is None or self.core.name in self.epilogue.cores, self
+
+    @property
+    def op(self) -> DialectOp:
+        """The unfused op in the middle."""
+        op = self.core.residual_op if self.residual else self.core.op
+        assert op is not None
+        return op
+
+    @property
+    def parts(self) -> list[DialectOp]:
+        """The ops of which it is composed, in their order."""
+        ends = (self.prologue, self.epilogue)
+        before, after = ([part.op] if part is not None else [] for part in ends)
+        return [*before, self.op, *after]
+
+    @property
+    def name(self) -> str:
+        """The fused op's name."""
+        names = (
+            self.prologue.name if self.prologue else "",
+            self.op.name,
+            self.epilogue.suffix if self.epilogue else "",
+        )
+        return "_".join(name for name in names if name)
+
+    @property
+    def yields_sum(self) -> bool:
+        """Whether it yields what the core reads, too."""
+        return self.residual or self.prologue is not None
+
+    def compute(
+        self, before: Any, core: Any, after: Any, arguments: Sequence[Any], *, keeps_core: bool = False
+    ) -> tuple[Any, ...]:
+        """The parts, one after the other.
+
+        Args:
+            before: computes the prologue.
+            core: the op in the middle.
+            after: the epilogue.
+            arguments: of the fused op, in its order.
+            keeps_core: whether the core's own result is yielded, too, where the epilogue's has it.
+
+        Returns:
+            All that it yields.
+        """
+        count = len(self.op.parameters)
+        last = len(arguments) - (len(self.prologue.parameters) if self.prologue else 0)
+        x, *rest = arguments[:count]
+        if self.prologue is not None:
+            x = before(x, *arguments[last:])
+        found = core(x, *rest)
+        y, total = (found[0], found[1]) if self.residual else (found, x)
+        values: tuple[Any, ...] = (y,)
+        if self.epilogue is not None:
+            result, several = after(y, *arguments[count:last]), range(self.epilogue.results)
+            values = (result,) if len(several) == 1 else tuple(result[index] for index in several)
+            values += (y,) if keeps_core and self.epilogue.core_of is not None else ()
+        return (*values, total) if self.yields_sum else values
+
+    def define(self) -> DialectOp:
+        """Defines the fused op: its reference and fake are those of its parts, one after the other."""
+        prologue, epilogue = self.prologue, self.epilogue
+        parameters = [*self.op.parameters, *(epilogue.parameters if epilogue else ())]
+        parameters += prologue.parameters if prologue else ()
+        count = (epilogue.results if epilogue else 1) + self.yields_sum
+        outputs = f"({', '.join(['Tensor'] * count)})"
+
+        def run(kind: str, arguments: Sequence[Any]) -> Any:
+            before, core, after = (
+                getattr(part.op, kind) if part is not None else None for part in (prologue, self, epilogue)
+            )
+            return _results(self.compute(before, core, after, arguments))
+
+        def reference(*arguments: Any) -> Any:
+            return run("reference", arguments)
+
+        def fake(*arguments: Any) -> Any:
+            return run("fake", arguments)
+
+        reference.__doc__ = f"{' -> '.join(op.name for op in self.parts)}, each as its own reference computes it."
+        return define(
+            self.name,
+            f"({', '.join(parameters)}) -> {'Tensor' if count == 1 else outputs}",
+            reference=reference,
+            fake=fake,
+            samples=[
+                self._sample(each) for each in self.op.samples if each.width % (epilogue.unit if epilogue else 1) == 0
+            ],
+            error_factor=self.op.error_factor,
+            fused=True,
+            collective=any(op.collective for op in self.parts),
+            draws={name: draw for op in self.parts for name, draw in op.draws.items()},
+        )
+
+    def _sample(self, core: Sample) -> Sample:
+        def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+            own = self.epilogue.sample(device) if self.epilogue else ()
+            shared = self.prologue.sample() if self.prologue else ()
+            return *core.make(device, generator), *own, *shared
+
+        return Sample(name=core.name, make=make)
+
+
+class ComposedRule(Rule):
+    """[prologue ->] [+ residual ->] core [-> epilogue]  =>  one op.
+
+    The values it yields beside the first: the core's own where the epilogue's first one has it, and the sum that the
+    core read.
+    """
+
+    def __init__(self, name: str, flags: tuple[str, ...], member: Member, op: DialectOp) -> None:
+        self.name, self.flags, self.member = name, flags, member
+        self.op, self.core = op, member.op
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The fused op's own arguments, by the names in its schema."""
+        return self.op.arguments
+
+    def pattern(self, **bound: Any) -> Any:
+        """The parts, one after the other."""
+        prologue, epilogue = self.member.prologue, self.member.epilogue
+        before, after = (part.op if part is not None else None for part in (prologue, epilogue))
+        arguments = [bound[name] for name in self.variables]
+        return self.member.compute(before, self.core, after, arguments, keeps_core=True)
+
+    def replacement(self, **bound: Any) -> Any:
+        """The fused op, and the core's result out of the epilogue's."""
+        fused = self.op(*(bound[name] for name in self.variables))
+        count = len(self.op.overload._schema.returns)
+        results = tuple(fused[index] for index in range(count)) if count > 1 else (fused,)
+        epilogue = self.member.epilogue
+        if epilogue is None or epilogue.core_of is None:
+            return results
+        own = epilogue.results
+        return *results[:own], epilogue.core_of(results[0], bound), *results[own:]

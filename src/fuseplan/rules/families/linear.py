@@ -1,0 +1,266 @@
+"""Linear layers of few rows in one kernel: several that read one input, with SiLU-and-mul behind gate and up, and one
+alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import fx
+
+from fuseplan.devices.hardware import Hardware
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.canonical.view import is_dialect
+from fuseplan.graph.facts import dtype_text, hint, item, tensor_of
+from fuseplan.graph.ops import ActivationRounding, DialectOp, Sample, define
+from fuseplan.rules.base import DefaultOn, Rule
+from fuseplan.rules.families.sites import Pricer, Shape, Site
+from fuseplan.rules.parts import Core
+from fuseplan.rules.parts.linear import (
+    LINEARS,
+    PART,
+    LinearRegion,
+    library_kernels,
+    linears_fake,
+    linears_reference,
+    parameters_of,
+    samples_of,
+    skinny_kernel,
+    split_arguments,
+    weight_draws,
+)
+from fuseplan.rules.parts.silu_and_mul import silu_and_mul
+from fuseplan.rules.parts.traffic import Kernel, Region, Tail
+
+
+def gated_reference(*arguments: Any) -> Any:
+    """y = silu(linear(x, weight0, bias0)) * linear(x, weight1, bias1), each as its own reference computes it.
+
+    Args:
+        arguments: x [..., width], the weights of gate and up [intermediate, width], their biases [intermediate] or
+            None, and one of `ActivationRounding`.
+
+    Returns:
+        [..., intermediate] in x's dtype.
+
+    Raises:
+        ValueError: the last argument isn't one of `ActivationRounding`.
+    """
+    *layers, rounding = arguments
+    return silu_and_mul.reference(*linears_reference(*layers), rounding)
+
+
+def gated_fake(*arguments: Any) -> Any:
+    """Shape and dtype of `gated_reference`."""
+    return linears_fake(*arguments[:-1])[0]
+
+
+_ROUNDINGS = (ActivationRounding.LLAMA, ActivationRounding.FP32, ActivationRounding.LLAMA)
+
+
+def _gated_sample(layers: Sample, rounding: ActivationRounding) -> Sample:
+    def make(device: Any, generator: Any) -> tuple[Any, ...]:
+        x, (gate, _), (bias, _) = split_arguments(layers.make(device, generator))
+        biases = (None, None) if bias is None else (bias, bias.roll(1))
+        return x, gate, gate.roll(1, dims=0), *biases, rounding.value
+
+    return Sample(name=f"{layers.name}-{rounding}", make=make)
+
+
+def _define(count: int) -> DialectOp:
+    op = LINEARS[count - 1]
+    return define(
+        "skinny_linear" if count == 1 else f"merged_{op.name}",
+        op.schema,
+        reference=linears_reference,
+        fake=linears_fake,
+        samples=samples_of(count),
+        fused=True,
+        draws=weight_draws(count),
+    )
+
+
+LINEAR_FAMILY = tuple(_define(count) for count in range(1, len(LINEARS) + 1))
+"""The fused ops of one, two and three layers."""
+
+GATED = define(
+    "merged_linear_silu_and_mul",
+    f"({parameters_of(2)}, str rounding) -> Tensor",
+    reference=gated_reference,
+    fake=gated_fake,
+    samples=[_gated_sample(each, rounding) for each, rounding in zip(samples_of(2), _ROUNDINGS, strict=True)],
+    fused=True,
+    draws=weight_draws(2),
+)
+
+
+DEFAULT_ON = DefaultOn(most_tokens=32, devices=("gh200", "h100", "h200"))
+"""Measured on an H200, `benchmarks/results/decode_one_gpu_h200.json`; the others are the same chip, and of 920 random
+models none had other numbers.
+"""
+
+
+class Linears(Rule):
+    """linear(x, weight0), linear(x, weight1), ...  =>  one op."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.op, self.core = count, LINEAR_FAMILY[count - 1], LINEARS[count - 1]
+        self.name = "skinny_linear" if count == 1 else "merged_linear"
+        self.opt_in = f"fuse_{self.name}"
+        self.flags = (self.opt_in,)
+
+    default_on = DEFAULT_ON
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The fused op's own arguments, by the names in its schema."""
+        return self.op.arguments
+
+    def pattern(self, **bound: Any) -> Any:
+        """The layers."""
+        return self._results(self.core(*bound.values()))
+
+    def replacement(self, **bound: Any) -> Any:
+        """The fused op."""
+        return self._results(self.op(*bound.values()))
+
+    def _results(self, found: Any) -> Any:
+        return tuple(found[index] for index in range(self.count)) if self.count > 1 else (found,)
+
+
+class GatedLinears(Rule):
+    """linear(x, weight0), linear(x, weight1) -> silu_and_mul  =>  one op.
+
+    y = silu(x @ weight0^T) * (x @ weight1^T), and with the weights swapped where a graph has up before gate
+
+    Args:
+        up_first: whether it has.
+    """
+
+    def __init__(self, *, up_first: bool) -> None:
+        self.up_first = up_first
+
+    name, flags = "merged_linear_silu_mul", ("fuse_merged_linear",)
+    opt_in, default_on = "fuse_merged_linear", DEFAULT_ON
+    op, core = GATED, LINEARS[1]
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The fused op's own arguments, by the names in its schema."""
+        return self.op.arguments
+
+    def pattern(self, **bound: Any) -> Any:
+        """The layers, and the activation of their results."""
+        *layers, rounding = bound.values()
+        found = self.core(*layers)
+        gate, up = (1, 0) if self.up_first else (0, 1)
+        return (silu_and_mul(found[gate], found[up], rounding),)
+
+    def replacement(self, **bound: Any) -> Any:
+        """The fused op."""
+        *layers, rounding = bound.values()
+        x, weights, biases = split_arguments(layers)
+        step = -1 if self.up_first else 1
+        return (self.op(x, *weights[::step], *biases[::step], rounding),)
+
+    def describe(self) -> str:
+        """The pattern and the fused op on one line."""
+        return super().describe() + ", up before gate" * self.up_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation(Tail):
+    """SiLU-and-mul behind gate and up."""
+
+    name = "silu_and_mul"
+
+    def result_bytes(self, region: Region) -> int:
+        """One activation of gate's size."""
+        return region.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearShape(Shape):
+    """All of a group of layers that prices depend on, at one size.
+
+    Attributes:
+        sizes: of them.
+    """
+
+    sizes: LinearRegion
+
+    @property
+    def signature(self) -> str:
+        """The site without its rows, e.g. `linear 4096 -> 14336+14336 -> silu_and_mul bfloat16`."""
+        features = "+".join(map(str, self.sizes.features))
+        return f"linear {self.width} -> {features}{' -> silu_and_mul' * bool(self.tails)} {self.convention}"
+
+    def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
+        """The site as Inductor leaves it."""
+        return (*library_kernels(model.hardware, self.sizes), *self._activation(model.hardware))
+
+    def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """The fused op alone; by the reference as it is, behind an opaque op."""
+        if model.timing(provider).eager:
+            own = (*library_kernels(model.hardware, self.sizes),)
+            opaque = Kernel(name="opaque op", launch=round(model.hardware.launch.value))
+            return (*own, *(self._activation(model.hardware) if tail else ()), opaque)
+        return (skinny_kernel(model.hardware, self.sizes),)
+
+    def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What a fused op leaves of the site: the activation."""
+        return () if tail is not None else self._activation(model.hardware)
+
+    def _activation(self, hardware: Hardware) -> tuple[Kernel, ...]:
+        if not self.tails:
+            return ()
+        nbytes = 3 * self.rows * self.sizes.features[0] * self.itemsize
+        kernel = Kernel(
+            name="silu_and_mul", launch=round(hardware.launch.value), memory=round(hardware.memory_ns(nbytes))
+        )
+        return (kernel,)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSite(Site):
+    """A group of layers that read one input; the activation of two of them is its tail."""
+
+    @classmethod
+    def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
+        """The site of a group of layers of a graph."""
+        activation = _activation_of(core)
+        return cls(ordinal, core, None, () if activation is None else (activation,))
+
+    def shape(self, rows: int) -> LinearShape:
+        """The site at a number of rows."""
+        x, weights, _ = split_arguments(self.core.args)
+        value, found = tensor_of(x), [tensor_of(weight) for weight in weights]
+        assert value is not None
+        width = hint(value.shape[-1])
+        sizes = LinearRegion(
+            rows=rows, width=width, itemsize=value.dtype.itemsize,
+            features=tuple(hint(weight.shape[0]) for weight in found if weight is not None),
+        )  # fmt: skip
+        return LinearShape(
+            core=PART.traffic, residual=False, ranks=1, rows=rows, width=width, itemsize=value.dtype.itemsize,
+            tails=tuple(self.tail(node) for node in self.tails), convention=dtype_text(value.dtype), sizes=sizes,
+        )  # fmt: skip
+
+    def tail(self, node: fx.Node) -> Tail:
+        """The activation in the site's shape."""
+        return Activation()
+
+
+def _activation_of(core: fx.Node) -> fx.Node | None:
+    """The SiLU-and-mul that alone reads the results of two layers."""
+    results = [item(core, index) for index in range(2)] if is_dialect(core, LINEARS[1]) else []
+    readers = {reader for result in results if result is not None for reader in result.users}
+    reader = next(iter(readers)) if len(readers) == 1 else None
+    return reader if reader is not None and is_dialect(reader, silu_and_mul) else None
+
+
+LINEAR_RULES: tuple[Rule, ...] = (
+    *(Linears(count) for count in range(1, len(LINEARS) + 1)),
+    *(GatedLinears(up_first=up_first) for up_first in (False, True)),
+)
+LINEAR_SITES: Mapping[Core, type[Site]] = {PART: LinearSite}

@@ -1,0 +1,65 @@
+"""Fusions around RMSNorm.
+
+[all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it]
+"""
+
+from fuseplan.graph.facts import dtype_text
+from fuseplan.graph.ops import DialectOp
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules.base import Bindings
+from fuseplan.rules.families.compose import SUPPORTED, ComposedRule, Member
+from fuseplan.rules.parts import PARTS, RowEpilogue, all_reduce, rms_norm
+from fuseplan.rules.parts.base import Kind
+
+NAMES = {
+    Kind.PADDING: ("act_padding", "allreduce_rms_padding", "fuse_act_padding"),
+    Kind.QUANTISATION: ("norm_quant", "allreduce_rms_quant", "fuse_norm_quant"),
+}
+"""Of the rules of an epilogue, without an all-reduce and with one, and its flag."""
+
+
+class NormRule(ComposedRule):
+    """y = epilogue(rms_norm(sum_ranks(x) + residual) * weight)"""
+
+    def check(self, m: Bindings) -> Refusal | None:
+        """Refuses what the fused op doesn't compute: mixed and unsupported dtypes."""
+        if m.x.dtype not in SUPPORTED:
+            names = ", ".join(map(dtype_text, SUPPORTED))
+            return m.refuse(Reason.DTYPE, "x", f"x is {dtype_text(m.x.dtype)}; supported are {names}")
+        if m.weight.dtype != m.x.dtype:
+            return m.refuse(
+                Reason.DTYPE,
+                "weight",
+                f"weight is {dtype_text(m.weight.dtype)} and x is {dtype_text(m.x.dtype)}; "
+                "the fused op takes one dtype",
+            )
+        return None
+
+
+def _members() -> list[Member]:
+    epilogues = [part for part in PARTS if isinstance(part, RowEpilogue) and rms_norm.PART.name in part.cores]
+    return [
+        Member(core=rms_norm.PART, prologue=prologue, residual=residual, epilogue=epilogue)
+        for prologue in (None, all_reduce.PART)
+        for epilogue in (None, *epilogues)
+        if prologue or epilogue
+        for residual in (False, True)
+    ]
+
+
+def _rule(member: Member, op: DialectOp) -> NormRule:
+    if member.epilogue is None:
+        return NormRule("allreduce_rms", ("fuse_allreduce_rms",), member, op)
+    alone, reduced, flag = NAMES[member.epilogue.kind]
+    if member.prologue is None:
+        return NormRule(alone, (flag,), member, op)
+    return NormRule(reduced, ("fuse_allreduce_rms", flag), member, op)
+
+
+_FUSED = [(member, member.define()) for member in _members()]
+NORM_FAMILY = {
+    (each.prologue is not None, each.residual, each.epilogue.suffix if each.epilogue else None): op
+    for each, op in _FUSED
+}
+"""Fused norms by (whether an all-reduce comes before them, whether a residual is added, the epilogue's suffix)."""
+NORM_RULES = tuple(_rule(member, op) for member, op in _FUSED)

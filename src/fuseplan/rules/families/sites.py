@@ -1,0 +1,251 @@
+"""Sites: the places of a graph that fusions contend for, and what stands around them, for the cost model.
+
+A site is a core, e.g. one `fused_add_rms_norm`, with the all-reduce before it and the epilogues after it. What a fusion
+leaves of its site is run unfused, so that a price always covers the whole site.
+"""
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, Self
+
+from torch import fx
+
+from fuseplan.devices.hardware import Hardware
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.facts import dtype_text, fill_of, group_size, hint, item, tensor_of
+from fuseplan.graph.ops import ops
+from fuseplan.rules.parts import PARTS, Core, Epilogue, Prologue, part_at
+from fuseplan.rules.parts.attention.traffic import Heads
+from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
+
+
+class Timing(Protocol):
+    """How a provider's kernels are priced, as far as a site has to know."""
+
+    @property
+    def eager(self) -> bool:
+        """Whether an op is no kernel but the reference, op by op in eager mode."""
+
+    @property
+    def heads(self) -> Heads:
+        """How an attention kernel reads keys and values that several heads of queries share."""
+
+
+class Pricer(Clock, Protocol):
+    """What prices the parts of a site: the cost model of a device."""
+
+    @property
+    def hardware(self) -> Hardware:
+        """The device."""
+
+    def reduce(self, region: Region) -> tuple[Kernel, ...]:
+        """The all-reduce alone."""
+
+    def core(self, region: Region) -> tuple[Kernel, ...]:
+        """The kernels that Inductor makes of the core and of an epilogue after it."""
+
+    def epilogue(self, region: Region) -> tuple[Kernel, ...]:
+        """The epilogue alone, behind an op that Inductor can't see into."""
+
+    def fused(self, region: Region, provider: str) -> tuple[Kernel, ...]:
+        """One fused op of all of a region's parts."""
+
+    def timing(self, provider: str) -> Timing:
+        """How a provider's kernels are priced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """All of a site that prices depend on, at one size.
+
+    Attributes:
+        core: what is in the middle, its residual aside.
+        residual: whether a residual is added before it.
+        ranks: of the all-reduce before it; 1: there is none, or nobody to reduce with.
+        rows: of the activations.
+        width: of the core's result.
+        itemsize: bytes of an activation.
+        tails: what comes after it, in graph order.
+        convention: dtype and rounding, which kernels are chosen by and prices are not.
+        makes_weight: its norm has no weight, and a fused op gets one of ones, which a kernel of its own makes.
+    """
+
+    core: Middle
+    residual: bool
+    ranks: int
+    rows: int
+    width: int
+    itemsize: int
+    tails: tuple[Tail, ...]
+    convention: str
+    makes_weight: bool = False
+
+    @property
+    def signature(self) -> str:
+        """The site without its rows, e.g. `all_reduce[2] -> add -> rms_norm -> pad 2880:3072 bfloat16 gpt_oss`."""
+        parts = [f"all_reduce[{self.ranks}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core.name]
+        parts += [tail.text(self.width) for tail in self.tails]
+        return f"{' -> '.join(parts)} {self.width} {self.convention}{' unweighted' * self.makes_weight}"
+
+    def region(self, *, reduce: bool, tail: Tail | None) -> Region:
+        """The parts of the site that one op takes."""
+        return Region(
+            core=self.core,
+            tokens=self.rows,
+            width=self.width,
+            itemsize=self.itemsize,
+            reduce=reduce and self.ranks > 1,
+            residual=self.residual,
+            tail=tail,
+            ranks=self.ranks if reduce else 1,
+        )
+
+    def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
+        """The site as Inductor leaves it: an epilogue joins the core's kernel, unless it stands alone."""
+        inside = [tail for tail in self.tails if not tail.stands_alone(self.core)]
+        first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
+        kernels = (*(model.reduce(first) if first.reduce else ()), *model.core(first))
+        more = [self.region(reduce=False, tail=tail).result_bytes for tail in inside[1:]]
+        if more:
+            kernels = (*kernels, Kernel(name="further results", memory=round(sum(map(model.hardware.memory_ns, more)))))
+        apart = [tail for tail in self.tails if tail.stands_alone(self.core)]
+        rest = [kernel for tail in apart for kernel in model.epilogue(self.region(reduce=False, tail=tail))]
+        return (*kernels, *rest)
+
+    def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """The fused op alone."""
+        ones = (Kernel(name="ones", launch=round(model.hardware.launch.value)),) if self.makes_weight else ()
+        return (*ones, *model.fused(self.region(reduce=reduce, tail=tail), provider))
+
+    def within(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What `fused` adds to the kernel of an op that takes parts of another site, too: no launch. A reference runs
+        one after the other.
+        """
+        kernels = self.fused(model, provider, reduce=reduce, tail=tail)
+        return kernels if model.timing(provider).eager else tuple(replace(each, launch=0) for each in kernels)
+
+    def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
+        """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own, and of its
+        own epilogue what that had in Inductor's kernels.
+        """
+        left, behind = list(self.tails), tuple[Kernel, ...]()
+        if tail is not None:
+            left.remove(tail.at_site())
+            behind = tail.behind(model, self.region(reduce=False, tail=tail))
+        before = model.reduce(self.region(reduce=True, tail=None)) if self.ranks > 1 and not reduce else ()
+        after = [kernel for other in left for kernel in model.epilogue(self.region(reduce=False, tail=other))]
+        return (*before, *behind, *after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """The parts of a site beside its core that a fusion takes.
+
+    Attributes:
+        reduce: whether its all-reduce is one of them.
+        tail: its epilogue, as the fusion takes it.
+        also: the cores of other sites that it takes, and which parts of these.
+    """
+
+    reduce: bool
+    tail: Tail | None
+    also: "tuple[tuple[fx.Node, Taken], ...]" = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One core of a graph.
+
+    Attributes:
+        ordinal: of all cores, in graph order; the same on every rank.
+        core: the node.
+        reduce: the all-reduce whose result it reads, if any.
+        tails: the epilogues that read its result.
+    """
+
+    ordinal: int
+    core: fx.Node
+    reduce: fx.Node | None
+    tails: tuple[fx.Node, ...]
+
+    @classmethod
+    def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
+        """The site of a core of a graph: one that works on rows, such as a norm or an activation."""
+        part, source = part_at(core), core.args[0]
+        assert isinstance(part, Core), core.format_node()
+        result = item(core, 0) if ops.of(core.target) is part.residual_op else core
+        tails = set[fx.Node]()
+        for epilogue in PARTS:
+            if isinstance(epilogue, Epilogue) and result is not None:
+                users = (user for user in result.users if part_at(user) is epilogue)
+                tails.update(users if epilogue.found is None else epilogue.found(core))
+        reduce = source if isinstance(source, fx.Node) and isinstance(part_at(source), Prologue) else None
+        return cls(ordinal, core, reduce, tuple(sorted(tails)))
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The nodes that belong to it."""
+        return [self.core, *([self.reduce] if self.reduce is not None else []), *self.tails]
+
+    @cached_property
+    def ranks(self) -> int:
+        """Of the group that reduces."""
+        if self.reduce is None:
+            return 1
+        return group_size(str(self.reduce.args[1])) or 1
+
+    @property
+    def part(self) -> Core:
+        """The part that the core calls."""
+        part = part_at(self.core)
+        assert isinstance(part, Core), self.core.format_node()
+        return part
+
+    def shape(self, rows: int) -> Shape:
+        """The site at a number of rows."""
+        value, op, part = tensor_of(self.core.args[0]), ops.of(self.core.target), self.part
+        assert value is not None
+        rounding = self.core.args[-1]
+        return Shape(
+            core=part.traffic,
+            residual=op is part.residual_op,
+            ranks=self.ranks,
+            rows=rows,
+            width=hint(value.shape[-1]),
+            itemsize=value.dtype.itemsize,
+            tails=tuple(self.tail(node) for node in self.tails),
+            convention=f"{dtype_text(value.dtype)} {rounding}",
+            makes_weight=part.weight is not None and fill_of(self.core.args[part.weight]) is not None,
+        )
+
+    def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
+        """What a fusion that consumes `nodes` takes; None where that is more than parts of one site."""
+        parts = {self.core, *([self.reduce] if self.reduce is not None else ()), *self.tails}
+        parts |= {part for node in self.tails for part in _beside(node)}
+        inside = set(nodes)
+        others = [node for node in inside - parts if node.target is not operator.getitem]
+        tails = [node for node in self.tails if node in inside]
+        if others or len(tails) > 1 or self.core not in inside:
+            return None
+        tail = _taken(tails[0], self.tail(tails[0]), inside) if tails else None
+        return Taken(reduce=self.reduce in inside, tail=tail)
+
+    def tail(self, node: fx.Node) -> Tail:
+        """An epilogue's part in the site's shape."""
+        part = part_at(node)
+        assert isinstance(part, Epilogue), node.format_node()
+        return part.tail(node, self.core)
+
+
+def _taken(node: fx.Node, tail: Tail, nodes: Collection[fx.Node]) -> Tail:
+    """An epilogue as a fusion takes it that consumes `nodes`."""
+    part = part_at(node)
+    return part.taking(tail, nodes) if isinstance(part, Epilogue) and part.taking is not None else tail
+
+
+def _beside(tail: fx.Node) -> list[fx.Node]:
+    """What a fusion takes along that takes an epilogue."""
+    part = part_at(tail)
+    return part.beside(tail) if isinstance(part, Epilogue) and part.beside is not None else []

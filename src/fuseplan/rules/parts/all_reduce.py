@@ -1,0 +1,270 @@
+"""All-reduce as one op: the functional collective and its wait."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from fuseplan.graph.canonical import CanonicalGraph, is_dialect
+from fuseplan.graph.facts import ADDS, MULS, RESHAPES, aten, equal_shape, is_call, item, tensor_of
+from fuseplan.graph.ops import Sample, define, random_tensor
+from fuseplan.record import Reason
+from fuseplan.rules.parts.base import Blame, Prologue, Stage, rows_of, takes_residual
+from fuseplan.rules.parts.views import MOVERS, SCALES
+
+
+def reference(x: Tensor, group_name: str) -> Tensor:
+    """y = sum over the ranks of the group of x, in x's dtype
+
+    Equals `wait_tensor(_c10d_functional.all_reduce(x, "sum", group_name))`.
+
+    Args:
+        x: any shape and dtype that the group's backend reduces; equal shapes on all ranks.
+        group_name: the name of a process group (`ProcessGroup.group_name`).
+
+    Returns:
+        x's shape and dtype, contiguous, a new tensor.
+
+    Raises:
+        RuntimeError: no such process group.
+    """
+    reduced = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group_name)
+    result: Tensor = torch.ops._c10d_functional.wait_tensor(reduced)
+    return result
+
+
+def fake(x: Tensor, group_name: str) -> Tensor:
+    """Shape and dtype of `reference`."""
+    return x.new_empty(x.shape)
+
+
+def world_group_name() -> str:
+    """The name of the default process group."""
+    assert dist.group.WORLD is not None, "samples of collectives need an initialised process group"
+    return dist.group.WORLD.group_name
+
+
+def _sample(shape: tuple[int, ...], dtype: torch.dtype) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        return random_tensor(shape, dtype, device, generator), world_group_name()
+
+    return Sample(name=f"{rows_of(shape)}-{str(dtype).removeprefix('torch.')}", make=make)
+
+
+NAME = "all_reduce"
+all_reduce = define(
+    NAME,
+    "(Tensor x, str group_name) -> Tensor",
+    reference=reference,
+    fake=fake,
+    samples=[_sample((7, 320), torch.bfloat16), _sample((1, 64), torch.float32)],
+    collective=True,
+)
+
+functional_all_reduce = torch.ops._c10d_functional.all_reduce.default
+OTHER_COLLECTIVES: dict[object, str | None] = {
+    torch.ops._c10d_functional.all_reduce_coalesced.default: "let an all_reduce of its own reduce each tensor",
+    torch.ops._c10d_functional.reduce_scatter_tensor.default: None,
+    torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default: None,
+}
+"""What else reduces over ranks, and what mends that where it isn't another way to split a model."""
+wait_tensor = torch.ops._c10d_functional.wait_tensor.default
+
+ELEMENTWISE_VIEWS = (
+    *RESHAPES,
+    aten.slice.Tensor,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+"""Ops that only choose and arrange elements: view(all_reduce(x)) == all_reduce(view(x)), bit for bit.
+
+A cast is not among them: a sum of rounded values is not the rounded sum. (It is exact for max and min, and for a
+single rank, neither of which is raised.)
+"""
+
+
+def raise_all_reduces(canonical: CanonicalGraph) -> None:
+    """`wait_tensor(_c10d_functional.all_reduce(x, "sum", group))` -> `all_reduce(x, group)`."""
+    for reduction in canonical.calls(*OTHER_COLLECTIVES):
+        for result in dict.fromkeys(_results(reduction)):
+            canonical.refuse(
+                all_reduce, [result], Reason.OP, f"no all_reduce, but {reduction.target}", node=result,
+                place=result, expected=all_reduce.name, found=str(reduction.target),
+                mend=OTHER_COLLECTIVES[reduction.target],
+            )  # fmt: skip
+    for wait in canonical.calls(wait_tensor):
+        started = wait.args[0]
+        if not is_call(started, functional_all_reduce):
+            continue
+        x, reduce_op, group_name = started.args
+        if str(reduce_op).lower() != "sum":
+            canonical.refuse(
+                all_reduce, [wait], Reason.ATTRIBUTE,
+                f"all_reduce not recognised: it reduces by {reduce_op!r}, and fused ops sum", node=wait, place=wait,
+                expected="reduce op sum", found=f"reduce op {reduce_op}",
+                mend="sum, and divide before" if str(reduce_op).lower() == "avg" else None,
+            )  # fmt: skip
+        elif len(started.users) > 1:
+            detail = f"all_reduce not recognised: it is waited for {len(started.users)} times"
+            canonical.refuse(all_reduce, [wait], Reason.USERS, detail, node=wait, place=wait)
+        elif isinstance(group_name, str):
+            canonical.raise_op(all_reduce, (x, group_name), (wait,))
+
+
+def _results(collective: fx.Node) -> Iterator[fx.Node]:
+    """What other ops read of a collective: behind its wait, which torch 2.15 has one of for several tensors."""
+    behind = [
+        user
+        for user in collective.users
+        if is_call(user, operator.getitem) or str(user.target).startswith("_c10d_functional.wait_tensor")
+    ]
+    if not behind:
+        yield collective
+    for user in behind:
+        yield from _results(user)
+
+
+def hoist_views(canonical: CanonicalGraph) -> None:
+    """`view(all_reduce(x))` -> `all_reduce(view(x))`, so that a norm behind the view meets the all-reduce.
+
+    Only where nothing else reads the reduced value. A hoisted slice also makes the message smaller.
+    """
+    for found in canonical.calls(all_reduce.overload):
+        reduce: fx.Node = found
+        while (view := _only_view(reduce)) is not None:
+            x, group_name = reduce.args
+            moved = canonical.insert_before(view, view.target, (x, *view.args[1:]), view.meta["val"])
+            moved.kwargs = view.kwargs
+            hoisted = canonical.insert_before(view, all_reduce.overload, (moved, group_name), view.meta["val"])
+            canonical.replace(view, hoisted)
+            reduce = hoisted
+
+
+def _only_view(reduce: fx.Node) -> fx.Node | None:
+    if len(reduce.users) != 1:
+        return None
+    (user,) = reduce.users
+    return user if is_call(user, *ELEMENTWISE_VIEWS) else None
+
+
+def _raise_engines(
+    canonical: CanonicalGraph,
+    node: fx.Node,
+    x: fx.Node,
+    name: object,
+    result: fx.Node | None,
+    groups: Mapping[object, str],
+) -> None:
+    if result is None:
+        return
+    group_name = groups.get(name)
+    if group_name is None:
+        known = ", ".join(sorted(map(str, groups))) or "none"
+        canonical.refuse(
+            all_reduce, [result], Reason.GROUP,
+            f"all_reduce not recognised: vLLM's group {name!r} is not among those of this process ({known})",
+            node=node, place=node,
+        )  # fmt: skip
+        return
+    canonical.raise_op(all_reduce, (x, group_name), (result,))
+
+
+def _vllm_all_reduce(
+    canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
+) -> None:
+    """`vllm::all_reduce(tensor, group_name)`, out of place."""
+    _raise_engines(canonical, node, values["tensor"], values["group_name"], node, groups)
+
+
+def _shm_all_reduce(
+    canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
+) -> None:
+    """`_C::shm_allreduce(handle, data!)`, of the CPU backend."""
+    _raise_engines(canonical, node, values["data"], values["handle"], item(node, 1), groups)
+
+
+def _sums_two(node: fx.Node) -> bool:
+    """Whether an op adds two all-reduces over one group."""
+    reduced = [each for each in node.all_input_nodes if is_dialect(each, all_reduce)]
+    return is_call(node, *ADDS) and len(reduced) == 2 and reduced[0].args[1] == reduced[1].args[1] and not node.kwargs
+
+
+def _hint(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:
+    """A sum over ranks is linear, and views of it are sums of views."""
+    if is_call(node, *MOVERS):
+        return f"do it before {NAME}"
+    if is_call(node, *SCALES):
+        return _scaled(node)
+    if is_call(node, *ADDS):
+        return _added(node, goal, consumer)
+    return None
+
+
+def _scaled(node: fx.Node) -> str | None:
+    if is_call(node, aten.neg.default):
+        return f"negate before {NAME}"
+    factor = node.args[1]
+    if not isinstance(factor, fx.Node):
+        return f"scale before {NAME}"
+    return f"scale before {NAME}, if all ranks have the same factor" if is_call(node, *MULS) else None
+
+
+def _added(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:
+    if _sums_two(node):
+        return f"add before the {NAME}, once, instead of after both"
+    left, right = node.args
+    if node.kwargs:
+        return f"scale before {NAME}" if right is goal else "scale the residual in an op of its own"
+    other = right if left is goal else left
+    if equal_shape(tensor_of(other), tensor_of(node)) or not isinstance(other, fx.Node):
+        return "add it to the residual" if takes_residual(consumer) else None
+    value = tensor_of(other)
+    if value is not None and value.dim() <= 1:
+        return f"add the bias before {NAME}, on one rank alone"
+    return "expand the residual first" if equal_shape(tensor_of(goal), tensor_of(node)) else None
+
+
+def _blame(node: fx.Node) -> tuple[Reason, str] | None:
+    """What is to be said of an addition of all-reduces that stands behind one of them."""
+    groups = {str(each.args[1]) for each in node.all_input_nodes if is_dialect(each, all_reduce)}
+    if is_call(node, *ADDS) and len(groups) > 1:
+        return Reason.GROUP, f": it adds all_reduces over groups {' and '.join(map(repr, sorted(groups)))}"
+    return (Reason.OP, ": it adds two all_reduces") if _sums_two(node) else None
+
+
+def _twice(goal: fx.Node, node: fx.Node, after: str) -> Blame:
+    """Of two all-reduces in a row the first is to blame: the second is next to what follows."""
+    first, second = (str(each.args[1]) for each in (goal, node))
+    if first == second:
+        detail = f"what is reduced over group {first!r} is reduced once more before {after}"
+        mend = "reduce once, and multiply by the number of ranks before"
+        return Blame(reason=Reason.OP, found=NAME, detail=detail, mend=mend)
+    detail = f"another all_reduce, over group {second!r}, stands between this one, over group {first!r}, and {after}"
+    return Blame(reason=Reason.GROUP, found=f"all_reduce over group {second}", detail=detail)
+
+
+def _added_twice(added: str) -> Blame:
+    """Of a sum of two all-reduces."""
+    return Blame(
+        reason=Reason.OP, found=f"two of {NAME}", mend=f"add before the {NAME}, once, instead of after both",
+        detail=f"{NAME} is added as the residual of {added}, whose other addend is reduced, too",
+    )  # fmt: skip
+
+
+PART = Prologue(
+    name=NAME,
+    ops=(all_reduce,),
+    parameters=("str group_name",),
+    sample=lambda: (world_group_name(),),
+    raising=((Stage.COLLECTIVES, raise_all_reduces), (Stage.VIEWS, hoist_views)),
+    engine_ops={"vllm::all_reduce": _vllm_all_reduce, "_C::shm_allreduce": _shm_all_reduce},
+    hint=_hint,
+    blame=_blame,
+    twice=_twice,
+    added_twice=_added_twice,
+)

@@ -1,0 +1,153 @@
+"""What attention over shared heads costs: copies of keys and values, and the kernel that reads them.
+
+    kernel = latency + key * keys + max(bytes / bandwidth, operations / rate)
+
+`latency` is what the kernel takes with next to nothing to read, its launch included. A kernel that doesn't split the
+keys of a query among programs walks along them, which takes `key` each; that is added, though part of it overlaps with
+memory. fuseplan's own kernel splits them for any query, and has a latency of its own. Repeated heads are read as often
+as they are repeated, and before that Inductor writes them, a kernel for keys and one for values. Attention that is
+spelled out is two products of matrices, between which scores are written and read.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from fuseplan.devices.hardware import Hardware
+from fuseplan.rules.parts.traffic import Kernel
+
+Heads: TypeAlias = Literal["repeated", "shared", "packed", "split"]
+"""How a kernel reads keys and values whose heads several heads of queries share; `grouped` prices each.
+
+`repeated`  copied for each head of queries
+`shared`    as they are
+`packed`    as they are, the queries that share a head stacked as if they were tokens
+`split`     as they are, by fuseplan's own kernel, which splits the keys of any query among programs
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRegion:
+    """One attention, and the copies before it, at one size.
+
+    Attributes:
+        batch: rows of the batch.
+        q_heads: heads of the queries.
+        heads: of keys and values, unrepeated.
+        queries: tokens of a row.
+        keys: that each of them sees at most.
+        width: of a head.
+        itemsize: bytes of an element.
+        kernel: of the graph.
+        copies: whether repeated heads are written to memory; of a single head they are a view.
+        is_causal: whether queries see the keys before them alone, which halves the work.
+        passes: over all scores that the graph makes between two products of matrices, where it spells attention out; 0:
+            it calls a kernel.
+    """
+
+    batch: int
+    q_heads: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    itemsize: int
+    kernel: str
+    copies: bool = True
+    is_causal: bool = False
+    passes: int = 0
+
+    @property
+    def groups(self) -> int:
+        """Queries that share a head."""
+        return self.q_heads // self.heads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of all keys, or of all values, unrepeated."""
+        return self.batch * self.heads * self.keys * self.width * self.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Of the queries, or of the result."""
+        return self.batch * self.q_heads * self.queries * self.width * self.itemsize
+
+    @property
+    def score_bytes(self) -> int:
+        """Of all scores, or of all weights."""
+        return self.batch * self.q_heads * self.queries * self.keys * self.itemsize
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions."""
+        share = 0.5 if self.is_causal else 1.0
+        return 4.0 * share * self.batch * self.q_heads * self.queries * self.keys * self.width
+
+
+def repeated(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
+    """The graph as Inductor leaves it."""
+    copied = region.shared_bytes * (1 + region.groups)
+    copy = Kernel(
+        name="repeat heads", launch=_up(hardware.launch.value), memory=_up(hardware.memory_ns(copied))
+    )  # fmt: skip
+    if region.passes and region.queries == 1 and hardware.attention.joins_row:
+        return (_joined(hardware, region),)
+    copies = (copy, copy) if region.copies else ()
+    return (*copies, *(_spelled(hardware, region) if region.passes else (_attention(hardware, region, "repeated"),)))
+
+
+def grouped(hardware: Hardware, region: AttentionRegion, form: Heads) -> tuple[Kernel, ...]:
+    """The graph without repeated heads, in a form; as `repeated`, by the reference, behind an opaque op."""
+    if form == "repeated":
+        opaque = Kernel(name="opaque op", launch=_up(hardware.launch.value))
+        return (*repeated(hardware, region), opaque)
+    return (_attention(hardware, region, form),)
+
+
+def _joined(hardware: Hardware, region: AttentionRegion) -> Kernel:
+    """All of an attention that is spelled out, for one query, as Inductor generates it."""
+    nbytes = 2 * region.shared_bytes + 2 * region.query_bytes + 2 * region.score_bytes
+    return Kernel(
+        name="attention, generated", launch=_up(hardware.launch.value),
+        memory=_up(max(hardware.memory_ns(nbytes), region.operations / _product_rate(hardware, region))),
+    )  # fmt: skip
+
+
+def _product_rate(hardware: Hardware, region: AttentionRegion) -> float:
+    constants = hardware.attention
+    return (constants.narrow_product_rate if region.itemsize < 4 else constants.product_rate).value
+
+
+def _spelled(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
+    """Two products of matrices, and between them kernels that read and write all scores."""
+    launch = _up(hardware.launch.value)
+    read = region.shared_bytes * (region.groups if region.copies else 1) + region.query_bytes + region.score_bytes
+    product = Kernel(
+        name="product of matrices", launch=launch,
+        memory=_up(max(hardware.memory_ns(read), region.operations / 2 / _product_rate(hardware, region))),
+    )  # fmt: skip
+    scores = Kernel(name="softmax", launch=launch, memory=_up(hardware.memory_ns(2 * region.score_bytes)))
+    return (product, *(scores,) * region.passes, product)
+
+
+def _attention(hardware: Hardware, region: AttentionRegion, form: Heads) -> Kernel:
+    constants = hardware.attention
+    is_single = region.queries == 1 and form != "packed"
+    narrow = constants.narrow_row_rate if region.itemsize < 4 else constants.row_rate
+    rate = narrow if is_single and form != "split" else constants.rate
+    latency = constants.split if form == "split" else constants.latency
+    times = region.groups if form == "repeated" and region.copies else 1
+    nbytes = 2 * region.shared_bytes * times + 2 * region.query_bytes
+    # cuDNN splits the keys of single queries, and flash attention packs heads and splits them by itself.
+    splits = form == "split" or region.queries > 1 or region.kernel == "flash"
+    splits = splits or (region.kernel == "cudnn" and form != "packed")
+    walked = 0.0 if splits else constants.key.value * region.keys
+    return Kernel(
+        name=f"attention ({'triton, split keys' if form == 'split' else f'{region.kernel}, {form} heads'})",
+        launch=_up(latency.value + walked),
+        memory=_up(max(hardware.memory_ns(nbytes), region.operations / rate.value)),
+    )
+
+
+def _up(ns: float) -> int:
+    return math.ceil(ns)

@@ -1,0 +1,336 @@
+"""Scales that a graph computes from what it quantises: read once, for the ops of a scale a row and of a scale a group.
+
+    scale = max(power(max(amax(|x|) / fp8_max, min_scale)), min_power)
+
+where `power` rounds up to a power of two, or isn't there. Between those steps values may be viewed in other shapes, as
+long as the order of the elements stays, and cast where that changes none of them: |x| and its largest are in float32 or
+in the precision of x, to which a minimum before the division is then rounded. The division is in float32, as in ops.
+"""
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fuseplan.graph.canonical.unraised import Unraised
+from fuseplan.graph.facts import (
+    LOW_PRECISION,
+    MULS,
+    ORDER_KEEPING,
+    aten,
+    convert_element_type,
+    dtype_name,
+    dtype_of,
+    equal_shape,
+    equal_size,
+    equal_sizes,
+    is_call,
+    tensor_of,
+)
+from fuseplan.graph.ops import QuantRounding
+from fuseplan.record import Reason
+from fuseplan.rules.parts.fp8 import Scaling, number_of, source_of, uncast
+
+UPPER_BOUNDS = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default, aten.clamp.Tensor)
+NORMAL = torch.finfo(torch.float32).tiny
+MOST_STEPS = 16
+"""From a scale to what it is computed from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedScale:
+    """A scale of every `size` elements of `rows`, one after the other.
+
+    Attributes:
+        node: which holds it.
+        rows: of whole groups, or of one group each: x in its own precision.
+        size: elements of a group; None: a group is a row.
+        min_scale: the smallest before it is rounded; 0 for none.
+        is_power: whether it is rounded up to a power of two.
+        min_power: the smallest behind that; 0 for none.
+        rounding: how it is rounded to the precision of x or isn't, and applied.
+    """
+
+    node: fx.Node
+    rows: fx.Node
+    size: int | None
+    min_scale: float
+    is_power: bool
+    min_power: float
+    rounding: QuantRounding
+
+
+def is_computed(scaling: Scaling) -> bool:
+    """Whether the scale is computed from the largest |x| in some way."""
+    return _largest_of(scaling.scale) is source_of(scaling.x)
+
+
+def is_given(scaling: Scaling) -> bool:
+    """Whether the scale is one number for all; that of a single row, as in decoding, is one number too."""
+    factor = tensor_of(scaling.factor)
+    assert factor is not None
+    return equal_size(factor.numel(), 1) and not (is_computed(scaling) and factor.dim() > 1)
+
+
+def seems_split(x: fx.Node) -> bool:
+    """Whether x is a view of rows as groups of their elements."""
+    chain = list(_views(x))
+    widths = [_width(node) for node in chain]
+    return any(width > widths[0] for width in widths[1:])
+
+
+def computed_scale(scaling: Scaling) -> ComputedScale:
+    """How the scale is computed.
+
+    Raises:
+        Unraised: otherwise than above.
+    """
+    _check_same(scaling)
+    node, size = _spread(scaling)
+    amax, min_scale, is_power, min_power, is_rounded = _bounds(node, scaling)
+    reduced = tensor_of(_reduced(amax))
+    assert reduced is not None
+    if not equal_size(reduced.shape[-1], size):
+        detail = f"the scale is of {reduced.shape[-1]} elements each, and is applied to {size}"
+        raise Unraised(Reason.SIZE, detail, amax)
+    if not scaling.is_clamped and (is_rounded or max(min_scale, min_power) < NORMAL):
+        raise scaling.unclamped  # a scale that lost digits may leave more than fp8 holds
+    rows, is_split = _rows(scaling.x, size)
+    return ComputedScale(
+        node=node, rows=rows, size=int(size) if is_split else None, min_scale=min_scale, is_power=is_power,
+        min_power=min_power, rounding=QuantRounding.DIVIDE_BY_ROUNDED if is_rounded else scaling.rounding,
+    )  # fmt: skip
+
+
+def _largest_of(scale: fx.Node) -> object:
+    """x, if a scale is computed from the largest |x| in some way, or None."""
+    node, first, is_reduced = scale, None, False
+    for _ in range(MOST_STEPS):
+        is_reduced |= is_call(node, aten.amax.default, aten.max.dim, aten.max.default)
+        if is_call(node, aten.abs.default):
+            first = first or source_of(node.args[0])
+            if is_reduced:  # else it may be of the scale itself, before its logarithm
+                return source_of(node.args[0])
+        if not node.all_input_nodes:
+            break
+        node = node.all_input_nodes[0]
+    return first
+
+
+def _check_same(scaling: Scaling) -> None:
+    """That the scale is of what it scales."""
+    largest, x = _largest_of(scaling.scale), source_of(scaling.x)
+    if largest is x:
+        return
+    if is_call(largest, convert_element_type) and source_of(largest.args[0]) is x:
+        detail = f"the scale is of what is rounded to {dtype_name(largest)}, and what it scales isn't rounded"
+        raise Unraised(Reason.DTYPE, detail, largest)
+    if is_call(x, convert_element_type) and source_of(x.args[0]) is largest:
+        detail = f"what is scaled is rounded to {dtype_name(x)}, and the scale is of what isn't rounded"
+        raise Unraised(Reason.DTYPE, detail, x)
+    detail = "the scale is neither one number nor computed from the largest of what it scales"
+    raise Unraised(Reason.OP, detail, scaling.scale)
+
+
+def _spread(scaling: Scaling) -> tuple[fx.Node, Any]:
+    """(the node that holds a scale for each group, elements of a group), of what x is scaled by."""
+    x, factor = tensor_of(scaling.x), tensor_of(scaling.factor)
+    assert x is not None and factor is not None
+    node, size, is_inverse = scaling.factor, None, scaling.rounding is QuantRounding.MULTIPLY
+    while True:
+        if is_call(node, aten.expand.default) and size is None and _repeats_last(node):
+            value = tensor_of(node)
+            assert value is not None
+            size = value.shape[-1]
+        elif is_inverse and is_call(node, aten.reciprocal.default):
+            is_inverse = False
+        elif not is_call(node, *ORDER_KEEPING) and not (is_inverse and is_call(node, *MULS)):
+            break
+        node = node.all_input_nodes[0]
+    if size is None and x.dim() == factor.dim() and equal_size(factor.shape[-1], 1):
+        size = x.shape[-1]
+        fits = equal_sizes(x.shape[:-1], factor.shape[:-1])
+    else:
+        fits = equal_shape(x, factor)
+    if not fits or size is None:
+        detail = f"the scale has the shape {[*factor.shape]}, and what it scales {[*x.shape]}"
+        raise Unraised(Reason.SIZE, detail, scaling.factor, "keep a scale for each row of what it scales")
+    return node, size
+
+
+def _repeats_last(expand: fx.Node) -> bool:
+    """Whether an `expand` repeats along the last dimension alone."""
+    few, many = tensor_of(expand.args[0]), tensor_of(expand)
+    if few is None or many is None or few.dim() != many.dim() or not equal_size(few.shape[-1], 1):
+        return False
+    return equal_sizes(few.shape[:-1], many.shape[:-1])
+
+
+def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, float, bool]:
+    """(amax, min_scale, is_power, min_power, whether it is rounded to the precision of x), from a scale back to the
+    largest that it is computed from.
+    """
+    node, least = _least(scale)
+    power, own = _power(node), dtype_of(source_of(scaling.x))
+    if power is not None and own is torch.float32:
+        # In low precision no quotient is that near to a power of two.
+        detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
+        raise Unraised(Reason.ROUNDING, detail, node)
+    quotient, min_scale = (node, least) if power is None else _least(power)
+    is_rounded = own in LOW_PRECISION and is_call(quotient, convert_element_type) and dtype_of(quotient.args[0]) is own
+    if is_rounded and power is None and not scaling.rounding.multiplies:
+        quotient, rounded = _least(quotient.all_input_nodes[0], own=own)
+        min_scale = max(min_scale, rounded)
+    if not is_call(quotient, aten.div.Tensor) or number_of(quotient.args[1]) != scaling.limit:
+        raise _unknown(quotient, scaling.limit)
+    amax, before = _least(quotient.all_input_nodes[0], own=own)
+    # A division that is rounded to the nearest keeps the order, so the least may be taken of either side of it.
+    divided = float(torch.tensor(before, dtype=torch.float32) / scaling.limit)
+    smallest = torch.tensor(max(min_scale, divided), dtype=torch.float32)
+    if power is not None and torch.exp2(torch.ceil(torch.log2(smallest))) < smallest:
+        raise Unraised(Reason.ROUNDING, f"log2 rounds the smallest scale, {smallest:g}, down to a power of two", node)
+    if is_rounded:
+        divided = float(torch.tensor(divided, dtype=own))
+    return amax, max(min_scale, divided), power is not None, 0.0 if power is None else least, is_rounded
+
+
+def _least(node: fx.Node, *, own: torch.dtype | None = None) -> tuple[fx.Node, float]:
+    """(x, least) of `max(x, least)`, where x may be viewed in other shapes; 0 where there is none.
+
+    Args:
+        node: the larger one.
+        own: in which dtype x is exact, and may be held, besides float32.
+    """
+    least, held = 0.0, torch.float32
+    while True:
+        dtype = dtype_of(node)
+        if dtype is not torch.float32:
+            if own is None:
+                detail = f"the scale is computed in {dtype_name(node)}, and the op computes it in float32"
+                raise Unraised(Reason.DTYPE, detail, node, "cast the largest to float32 before it is divided")
+            if dtype is not own:
+                raise Unraised(Reason.DTYPE, f"the largest is rounded to {dtype_name(node)} on the way", node)
+            held = own
+        minimum = _minimum(node)
+        if minimum is not None:
+            node, number = minimum
+            least = max(least, float(torch.tensor(number, dtype=held)) if held is own else number)
+        elif is_call(node, *ORDER_KEEPING) or (own is not None and is_call(node, convert_element_type)):
+            node = node.args[0]
+        else:
+            return node, least
+
+
+def _minimum(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(x, least) of `clamp(x, least)` and of `maximum(x, least)`."""
+    x = least = None
+    if is_call(node, aten.clamp_min.default, aten.clamp.default) and len(node.args) == 2:
+        x, least = node.args
+    elif is_call(node, aten.maximum.default):
+        x, least = node.args
+        x, least = (x, number_of(least)) if number_of(x) is None else (least, number_of(x))
+    if not isinstance(x, fx.Node) or not isinstance(least, (int, float)) or math.isnan(least):
+        return None
+    return x, float(least)
+
+
+def _power(scale: fx.Node) -> fx.Node | None:
+    """s of `exp2(ceil(log2(s)))` or `pow(2, ceil(log2(abs(s))))`."""
+    exponent = _exponent(scale)
+    logarithm = exponent.args[0] if is_call(exponent, aten.ceil.default) else None
+    if not is_call(logarithm, aten.log2.default):
+        return None
+    inner = logarithm.args[0]
+    inner = inner.args[0] if is_call(inner, aten.abs.default) else inner
+    return inner if isinstance(inner, fx.Node) else None
+
+
+def _exponent(scale: fx.Node) -> object:
+    if is_call(scale, aten.exp2.default):
+        return scale.args[0]
+    return scale.args[1] if is_call(scale, aten.pow.Scalar) and scale.args[0] == 2 else None
+
+
+def _unknown(node: fx.Node, limit: float) -> Unraised:
+    """What stands where the largest is divided by what fp8 holds at most."""
+    exponent = _exponent(node)
+    number = number_of(node.args[1]) if len(node.args) > 1 else None
+    if is_call(node, aten.div.Tensor) and number is not None:
+        detail = f"the largest isn't divided by {limit:g} but by {number:g}"
+    elif is_call(node, *MULS) and number is not None:
+        detail = f"the largest isn't divided by {limit:g} but multiplied by {number:g}, which rounds otherwise"
+    elif isinstance(exponent, fx.Node):
+        detail = f"the scale's exponent is taken by {exponent.target}, and the op rounds it up, by {aten.ceil.default}"
+    elif is_call(node, aten.view.dtype):
+        detail = "the scale is rounded by its bits, which makes an infinite one finite, and by the op it stays infinite"
+    elif is_call(node, *UPPER_BOUNDS) or (is_call(node, aten.clamp.default) and len(node.args) > 2):
+        detail = f"the scale has an upper bound ({node.target}), and the op's has none"
+    elif is_call(node, aten.clamp_min.Tensor, aten.maximum.default):
+        detail = f"the smallest scale is a tensor ({node.target}), and the op takes a number"
+    elif is_call(node, convert_element_type):
+        detail = f"the scale is computed in {dtype_name(node.args[0])}, and the op computes it in float32"
+    else:
+        detail = f"the largest isn't divided by {limit:g}: the scale is computed by {node.target}"
+    return Unraised(Reason.OP, detail, node)
+
+
+def _reduced(amax: fx.Node) -> fx.Node:
+    """|x| of `amax(|x|, -1)` and of `max(|x|, -1)` by its values, whether or not the dimension is kept."""
+    if is_call(amax, *UPPER_BOUNDS) or (is_call(amax, aten.clamp.default) and len(amax.args) > 2):
+        raise Unraised(Reason.OP, f"the largest has an upper bound ({amax.target}), and the op's has none", amax)
+    largest, dims = amax, None
+    if is_call(amax, aten.amax.default):
+        dims = list(amax.args[1]) if len(amax.args) > 1 else []
+    elif is_call(amax, operator.getitem) and is_call(amax.args[0], aten.max.dim) and amax.args[1] == 0:
+        largest = amax.args[0]
+        dims = [largest.args[1]]
+        if len(largest.users) > 1:
+            raise Unraised(Reason.USERS, "the indices of the largest are read, too", largest)
+    magnitudes = largest.all_input_nodes[0] if largest.all_input_nodes else None
+    value = tensor_of(magnitudes)
+    if dims is None or value is None or dims not in ([-1], [value.dim() - 1]):
+        detail = f"the scale is computed by {amax.target}, not by amax over the last dimension"
+        raise Unraised(Reason.OP, detail, amax, "take x.abs().amax(-1, keepdim=True)")
+    assert magnitudes is not None
+    if not is_call(source_of(magnitudes), aten.abs.default):
+        raise Unraised(Reason.OP, "the largest is taken of something else than magnitudes", amax)
+    return magnitudes
+
+
+def _rows(x: fx.Node, size: Any) -> tuple[fx.Node, bool]:
+    """(rows, whether a row has several groups) that x is a view of as groups of so many elements: the earliest view of
+    such rows, in the precision of what it is a view of.
+    """
+    chain = list(_views(x))
+    widths = [_width(node) for node in chain]
+    split = [width for width in widths if isinstance(size, int) and width > size and width % size == 0]
+    of_width = [equal_size(_last(node), split[0] if split else size) for node in chain]
+    if not any(of_width):
+        raise Unraised(Reason.SIZE, f"a scale is of {size} elements each, which are no parts of rows of {_last(x)}", x)
+    first = of_width.index(True)
+    last = first + [*of_width[first:], False].index(False) - 1
+    return chain[last], bool(split)
+
+
+def _views(x: fx.Node) -> Iterator[fx.Node]:
+    """A node, and what it is a view or an exact cast of, down to the first of them."""
+    yield x
+    while is_call(x, *ORDER_KEEPING) or uncast(x) is not x:
+        x = x.all_input_nodes[0]
+        yield x
+
+
+def _last(node: fx.Node) -> Any:
+    """The size of the last dimension."""
+    value = tensor_of(node)
+    return value.shape[-1] if value is not None and value.dim() else None
+
+
+def _width(node: fx.Node) -> int:
+    """The same; 0 where it isn't known."""
+    size = _last(node)
+    return size if isinstance(size, int) else 0

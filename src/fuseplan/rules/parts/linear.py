@@ -1,0 +1,263 @@
+"""Linear layers, and those that read one input: queries, keys and values, or gate and up."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fuseplan.devices.hardware import Hardware
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, equal_sizes, is_call, tensor_of
+from fuseplan.graph.ops import DialectOp, Sample, define, random_tensor
+from fuseplan.rules.parts.base import Core, Reported, Stage
+from fuseplan.rules.parts.traffic import Kernel, Middle
+
+NAMES = ("linear", "linear_pair", "linear_triple")
+"""Of the ops of one, two and three layers."""
+MOST_TOGETHER = len(NAMES)
+
+
+def parameters_of(count: int) -> str:
+    """The arguments of so many layers, as they stand in a schema."""
+    weights = [f"Tensor weight{index}" for index in range(count)]
+    biases = [f"Tensor? bias{index}" for index in range(count)]
+    return ", ".join(("Tensor x", *weights, *biases))
+
+
+def linears_reference(*arguments: Any) -> Any:
+    """y_i = torch.nn.functional.linear(x, weight_i, bias_i)
+
+    Args:
+        arguments: x [..., width], then the weights [features_i, width], x's dtype, then as many biases [features_i] or
+            None.
+
+    Returns:
+        [..., features_i] in x's dtype of each layer; of a single one not in a tuple.
+    """
+    x, weights, biases = split_arguments(arguments)
+    found = tuple(torch.nn.functional.linear(x, *each) for each in zip(weights, biases, strict=True))
+    return found if len(found) > 1 else found[0]
+
+
+def linears_fake(*arguments: Any) -> Any:
+    """Shapes and dtypes of `linears_reference`."""
+    x, weights, _ = split_arguments(arguments)
+    found = tuple(x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights)
+    return found if len(found) > 1 else found[0]
+
+
+def split_arguments(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any], Sequence[Any]]:
+    """(x, weights, biases) of an op's arguments."""
+    x, *rest = arguments
+    count = len(rest) // 2
+    return x, rest[:count], rest[count:]
+
+
+def draw_weight(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+    """Normal values whose products with normal rows have a variance of 1."""
+    return torch.randn(shape, device=device, generator=generator) / math.sqrt(shape[-1])
+
+
+def samples_of(count: int) -> list[Sample]:
+    """Arguments of so many layers."""
+    return [
+        _sample((1, 96), (64, 32, 16)[:count], torch.bfloat16, biased=False),
+        _sample((2, 5, 160), (48, 80, 33)[:count], torch.float16, biased=True),
+        _sample((17, 64), (40, 40, 8)[:count], torch.bfloat16, biased=count > 1),
+    ]
+
+
+def _sample(shape: tuple[int, ...], features: tuple[int, ...], dtype: torch.dtype, *, biased: bool) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        x = random_tensor(shape, dtype, device, generator)
+        weights = [draw_weight((each, shape[-1]), torch.device("cpu"), generator) for each in features]
+        biases = [random_tensor((each,), dtype, device, generator) if biased else None for each in features]
+        return x, *(each.to(device=device, dtype=dtype) for each in weights), *biases
+
+    name = f"{'x'.join(map(str, shape))}-{'-'.join(map(str, features))}-{str(dtype).removeprefix('torch.')}"
+    return Sample(name=name + "-biased" * biased, make=make)
+
+
+def weight_draws(count: int) -> dict[str, Any]:
+    """How the weights of so many layers are drawn."""
+    return {f"weight{index}": draw_weight for index in range(count)}
+
+
+def _define(count: int) -> DialectOp:
+    results = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+    return define(
+        NAMES[count - 1],
+        f"({parameters_of(count)}) -> {results}",
+        reference=linears_reference,
+        fake=linears_fake,
+        samples=samples_of(count),
+        draws=weight_draws(count),
+    )
+
+
+LINEARS = tuple(_define(count) for count in range(1, MOST_TOGETHER + 1))
+"""The ops of one, two and three layers."""
+
+
+# How graphs spell them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """One layer: `reshape(mm(reshape(x), permute(weight)))`, the reshapes absent where x has two dimensions.
+
+    Attributes:
+        rows: what the product reads.
+        weight: [features, width], an input of the graph.
+        bias: likewise [features], or None.
+        product: the product.
+        source: what `rows` is a reshape of, and else `rows`.
+        result: the reshape of the product that undoes it; None: there is none, or others read the product, too.
+    """
+
+    rows: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    product: fx.Node
+    source: fx.Node
+    result: fx.Node | None
+
+
+def raise_linears(canonical: CanonicalGraph) -> None:
+    """Raises products with weights, up to three that read the same rows as one op."""
+    groups: dict[tuple[fx.Node, int], list[Call]] = {}
+    for node in canonical.calls(aten.mm.default, aten.addmm.default):
+        layer = _read(node)
+        if layer is not None:
+            groups.setdefault((layer.source, canonical.region[node]), []).append(node)
+    for products in groups.values():
+        for few in _shared_out(products):
+            # Read again: what the group reads may have been another one's result.
+            _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
+
+
+def _read(node: Call) -> _Layer | None:
+    if not node.users or node.kwargs:
+        return None
+    bias, rows, transposed = (None, *node.args) if is_call(node, aten.mm.default) else node.args
+    if not is_call(transposed, aten.permute.default) or list(transposed.args[1]) != [1, 0]:
+        return None
+    weight = transposed.args[0]
+    if not _is_given(weight) or not _fits(weight, bias):
+        return None
+    assert isinstance(rows, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node | None)
+    source, result = rows, None
+    if is_call(rows, *RESHAPES) and _ends_alike(rows.args[0], rows):
+        source, result = rows.args[0], _undone(node, rows.args[0])
+    return _Layer(rows=rows, weight=weight, bias=bias, product=node, source=source, result=result)
+
+
+def _is_given(node: object) -> bool:
+    """Whether a value is there before the graph runs, so that no result of a layer can be part of it."""
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+
+
+def _fits(weight: object, bias: object) -> bool:
+    """Whether a weight holds real numbers, and a bias one for each of its rows, if there is a bias."""
+    value, added = tensor_of(weight), tensor_of(bias)
+    if value is None or not value.dtype.is_floating_point or any(equal_size(size, 0) for size in value.shape):
+        return False
+    if bias is None:
+        return True
+    return _is_given(bias) and added is not None and equal_sizes(added.shape, value.shape[:1])
+
+
+def _ends_alike(source: object, rows: fx.Node) -> bool:
+    before, after = tensor_of(source), tensor_of(rows)
+    if before is None or after is None or not before.dim():
+        return False
+    return equal_size(before.shape[-1], after.shape[-1])
+
+
+def _undone(product: fx.Node, source: fx.Node) -> fx.Node | None:
+    """The one reader of a product, where it is a reshape to the leading dimensions of the source."""
+    reader = next(iter(product.users)) if len(product.users) == 1 else None
+    if not is_call(reader, *RESHAPES):
+        return None
+    before, after, value = tensor_of(source), tensor_of(reader), tensor_of(product)
+    if before is None or after is None or value is None:
+        return None
+    wanted = (*before.shape[:-1], value.shape[-1])
+    return reader if equal_sizes(wanted, after.shape) else None
+
+
+def _shared_out(products: Sequence[Call]) -> Iterable[Sequence[Call]]:
+    """Up to three at a time, of four two and two."""
+    while products:
+        count = 2 if len(products) == MOST_TOGETHER + 1 else min(MOST_TOGETHER, len(products))
+        yield products[:count]
+        products = products[count:]
+
+
+def _raise(canonical: CanonicalGraph, layers: Sequence[_Layer]) -> None:
+    results = [layer.result for layer in layers]
+    first = layers[0]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    op = LINEARS[len(layers) - 1]
+    if all(result is not None for result in results):
+        canonical.raise_op(op, (first.source, *weights, *biases), results)
+    else:
+        canonical.raise_op(op, (first.rows, *weights, *biases), [layer.product for layer in layers])
+
+
+# What they cost.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRegion:
+    """Layers that read the same rows, at one size.
+
+    Attributes:
+        rows: of the input.
+        width: of a row.
+        features: of each layer's result.
+        itemsize: bytes of an element.
+    """
+
+    rows: int
+    width: int
+    features: tuple[int, ...]
+    itemsize: int
+
+
+def library_kernels(hardware: Hardware, region: LinearRegion) -> tuple[Kernel, ...]:
+    """A product by torch for each layer: latency + max(bytes / bandwidth, operations / rate)."""
+    return tuple(
+        _kernel(hardware, region, (each,), "linear", hardware.linear.library.value) for each in region.features
+    )
+
+
+def skinny_kernel(hardware: Hardware, region: LinearRegion) -> Kernel:
+    """One kernel for all of them, which reads the weights as fast as memory yields them."""
+    return _kernel(hardware, region, region.features, "skinny linear", hardware.linear.skinny.value)
+
+
+def _kernel(
+    hardware: Hardware, region: LinearRegion, features: Sequence[int], name: str, latency: float
+) -> Kernel:  # fmt: skip
+    elements = region.rows * region.width + sum(features) * (region.width + region.rows)
+    operations = 2.0 * region.rows * region.width * sum(features)
+    # Weights don't stay in a cache: a model reads all others before it reads them again.
+    memory = elements * region.itemsize / hardware.memory_bandwidth.value
+    return Kernel(
+        name=name, launch=round(latency), memory=round(max(memory, operations / hardware.attention.rate.value))
+    )
+
+
+PART = Core(
+    name="linear",
+    ops=LINEARS,
+    raising=((Stage.LINEARS, raise_linears),),
+    reported=Reported.NEVER,
+    traffic=Middle(name="linear"),
+    opt_in=True,
+    several=LINEARS[1:],
+)

@@ -1,0 +1,119 @@
+"""fp8 quantisation by one given scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.canonical.unraised import Unraised
+from fuseplan.graph.facts import ORDER_KEEPING, equal_shape, is_call, tensor_of
+from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positive
+from fuseplan.record import Reason
+from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
+from fuseplan.rules.parts.fp8 import CODE_BYTES, Scaling, apply_scale, sample_of, scalings
+from fuseplan.rules.parts.fp8_scales import is_computed, is_given
+from fuseplan.rules.parts.traffic import Region, Tail
+
+
+def reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
+    """q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
+
+    Args:
+        x: [..., hidden].
+        scale: one float32 element.
+        dtype: one of `FP8_DTYPES`.
+        rounding: one of `QuantRounding`.
+
+    Returns:
+        [..., hidden] in `dtype`, contiguous.
+
+    Raises:
+        ValueError: `rounding` isn't one of `QuantRounding`.
+    """
+    wide = compute_dtype(x.dtype)
+    return apply_scale(x.to(wide), scale.to(wide), dtype, QuantRounding(rounding))
+
+
+def fake(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
+    """Shape and dtype of `reference`."""
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
+    """(scale, dtype, rounding)"""
+    return torch.tensor([0.02], device=device), torch.float8_e4m3fn, QuantRounding.DIVIDE.value
+
+
+static_scaled_fp8_quant = define(
+    "static_scaled_fp8_quant",
+    "(Tensor x, Tensor scale, ScalarType dtype, str rounding) -> Tensor",
+    reference=reference,
+    fake=fake,
+    samples=[sample_of(shape, _sample_arguments) for shape in ((7, 320), (2, 3, 64))],
+    draws={"scale": draw_positive},
+)
+
+
+def raise_static(canonical: CanonicalGraph) -> None:
+    """Raises every quantisation by a given scale, and says of what is no quantisation why."""
+    for cast, found in scalings(canonical):
+        try:
+            if isinstance(found, Unraised):
+                raise found
+            if is_given(found):
+                _raise(canonical, found)
+        except Unraised as refused:
+            refused.tell(canonical, static_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+
+
+def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
+    node = scaling.scale
+    if is_computed(scaling):
+        detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
+        raise Unraised(Reason.OP, detail, node)
+    if not scaling.is_clamped:
+        raise scaling.unclamped
+    scale, x, codes = tensor_of(node), tensor_of(scaling.x), tensor_of(scaling.cast)
+    assert scale is not None and x is not None and codes is not None
+    if not equal_shape(x, codes):
+        detail = f"the scale has the shape {[*scale.shape]}, which makes {[*codes.shape]} of {[*x.shape]}"
+        raise Unraised(Reason.SIZE, detail, node, "scale.reshape(1)")
+    if scale.device != x.device:
+        detail = f"the scale is on {scale.device}, and what it scales on {x.device}"
+        raise Unraised(Reason.LAYOUT, detail, node, f"move the scale to {x.device}")
+    while is_call(node, *ORDER_KEEPING) and scale is not None and scale.dim() > 1:
+        node = node.args[0]
+        scale = tensor_of(node)
+    assert scale is not None
+    if scale.dim() > 1:
+        detail = f"the scale has the shape {[*scale.shape]}, and the op takes one number"
+        raise Unraised(Reason.SIZE, detail, node, "scale.reshape(1)")
+    args = (scaling.x, node, scaling.dtype, scaling.rounding.value)
+    canonical.raise_op(static_scaled_fp8_quant, args, (scaling.cast,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticFp8(Tail):
+    """It at a site."""
+
+    name, eager_kernels = "static_fp8_quant", 5
+
+    def result_bytes(self, region: Region) -> int:
+        """The codes."""
+        return region.tokens * region.width * CODE_BYTES
+
+
+PART = RowEpilogue(
+    name="static_fp8_quant",
+    kind=Kind.QUANTISATION,
+    suffix="static_fp8_quant",
+    ops=(static_scaled_fp8_quant,),
+    parameters=("Tensor scale", "ScalarType dtype", "str quant_rounding"),
+    sample=_sample_arguments,
+    cores=frozenset({"rms_norm", "silu_and_mul"}),
+    raising=((Stage.EPILOGUES, raise_static),),
+    traffic=StaticFp8,
+    tail=lambda node, core: StaticFp8(),
+)

@@ -1,0 +1,286 @@
+"""Norms, all-reduces, activations and quantisations as they occur after Inductor's post-grad passes."""
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.canonical.view import CanonicalGraph
+from fuseplan.graph.facts import aten
+from fuseplan.record import Reason
+from tests.helpers import (
+    CONVENTIONS,
+    HIDDEN,
+    SPELLINGS,
+    all_reduce,
+    canonical,
+    llama,
+    post_grad,
+    quantize,
+    quantize_rows,
+    randn,
+    vllm,
+)
+
+W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
+
+
+def nodes(graph: CanonicalGraph, name: str) -> list[fx.Node]:
+    return list(graph.graph.find_nodes(op="call_function", target=ops[name].overload))
+
+
+def aten_left(graph: CanonicalGraph) -> set[str]:
+    return {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_norms_with_and_without_residual(spelling: str, dynamic: bool) -> None:
+    norm = SPELLINGS[spelling]
+
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        y, residual = norm(x, None, weight)
+        y, residual = norm(y.relu(), residual, weight)
+        y, residual = norm(y.sigmoid(), residual, weight)
+        return y
+
+    raised = canonical(model, randn(5, HIDDEN), W, dynamic=dynamic)
+    assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 2, f"rms_norm[{HIDDEN}]": 1}
+    assert not raised.refusals
+    first = "llama" if spelling == "vllm" else CONVENTIONS[spelling]
+    assert [node.args[3] for node in nodes(raised, "rms_norm")] == [first]
+    # torch 2.11 leaves the residual of vLLM's spelling in float32.
+    allowed = {"vllm", "vllm_fp32_residual"} if spelling == "vllm" else {CONVENTIONS[spelling]}
+    assert {str(node.args[4]) for node in nodes(raised, "fused_add_rms_norm")} <= allowed
+    assert not {"aten.rsqrt.default", "aten.mean.dim"} & aten_left(raised)
+    raised.graph.lint()
+
+
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+def test_float32_models(spelling: str) -> None:
+    norm = SPELLINGS[spelling]
+
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        y, residual = norm(x, None, weight)
+        return norm(y.relu(), residual, weight)[0]
+
+    raised = canonical(model, randn(5, HIDDEN, dtype=torch.float32), W.float())
+    assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 1, f"rms_norm[{HIDDEN}]": 1}
+    expected = "gemma" if spelling == "gemma" else "llama"
+    assert [node.args[3] for node in nodes(raised, "rms_norm")] == [expected]
+
+
+def test_the_residual_is_the_shallower_addend_however_it_is_written() -> None:
+    def model(x: Tensor, weight: Tensor, swap: bool) -> Tensor:
+        block = x.relu().sigmoid()
+        total = x + block if swap else block + x
+        return llama(total, None, weight)[0] + total
+
+    for swap in (False, True):
+        raised = canonical(lambda x, w, swap=swap: model(x, w, swap), randn(5, HIDDEN), W)
+        (norm,) = nodes(raised, "fused_add_rms_norm")
+        assert norm.args[1].op == "placeholder"  # type: ignore[union-attr]
+
+
+def test_two_norms_of_one_sum_share_the_add() -> None:
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return llama(total, None, weight)[0], llama(total, None, weight * 2)[0]
+
+    raised = canonical(model, randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
+    assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 1, f"rms_norm[{HIDDEN}]": 1}
+
+
+def test_dead_residual_has_no_node() -> None:
+    raised = canonical(lambda x, r, w: llama(x, r, w)[0], randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
+    (norm,) = nodes(raised, "fused_add_rms_norm")
+    assert [user.args[1] for user in norm.users if user.target is operator.getitem] == [0]
+
+
+def test_a_value_inside_that_is_read_elsewhere_is_a_refusal() -> None:
+    def model(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return weight * (x.float() * scale).to(x.dtype), scale
+
+    raised = canonical(model, randn(5, HIDDEN), W)
+    assert raised.recognized() == {}
+    assert [refusal.reason for refusal in raised.refusals] == [Reason.USERS]
+
+
+def test_layer_norm_and_plain_rsqrt_are_left_alone() -> None:
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        return F.layer_norm(x, (HIDDEN,), weight) + x.abs().rsqrt()
+
+    assert canonical(model, randn(5, HIDDEN), W).recognized() == {}
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "mend"),
+    [
+        (torch.tensor(1e-6, dtype=torch.float64), "specialize_float"),  # what Dynamo makes of a dynamic Python float
+        (torch.tensor(1e-6), "make epsilon a Python float"),
+    ],
+)
+def test_an_epsilon_that_is_no_constant_is_named(epsilon: Tensor, mend: str) -> None:
+    def model(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    raised = canonical(model, randn(5, HIDDEN), W, epsilon)
+    assert raised.recognized() == {}
+    assert [refusal.reason for refusal in raised.refusals] == [Reason.ATTRIBUTE]
+    assert mend in str(raised.refusals[0].mend)
+
+
+def test_the_original_graph_is_not_touched() -> None:
+    graph = post_grad(lambda x, r, w: F.pad(vllm(x, r, w)[0], (0, 8)), randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
+    before = str(graph)
+    raised = canonicalize(graph)
+    assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 1, f"pad[{HIDDEN}]": 1}
+    assert str(graph) == before
+
+
+def test_silu_and_mul() -> None:
+    raised = canonical(lambda g, u: F.silu(g) * u, randn(5, 32), randn(5, 32, seed=1))
+    assert raised.recognized() == {"silu_and_mul[32]": 1}
+    halves = canonical(lambda x: F.silu(x[..., :32]) * x[..., 32:], randn(5, 64))
+    assert halves.recognized() == {"silu_and_mul[32]": 1}
+    assert canonical(lambda g, u: F.silu(g) + u, randn(5, 32), randn(5, 32, seed=1)).recognized() == {}
+
+
+def test_quantisation() -> None:
+    scale = torch.tensor([0.02])
+    for reciprocal, rounding in ((False, "divide"), (True, "multiply")):
+        raised = canonical(lambda x, s, r=reciprocal: quantize(x, s, reciprocal=r), randn(5, 32), scale)
+        (node,) = nodes(raised, "static_scaled_fp8_quant")
+        assert node.args[2:] == (torch.float8_e4m3fn, rounding)
+    alone = canonical(quantize_rows, randn(1, 1, 32))  # decoding: of a single row, the scale is one number
+    assert alone.recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 1}
+    raised = canonical(quantize_rows, randn(5, 32))
+    (node,) = nodes(raised, "dynamic_per_token_scaled_fp8_quant")
+    assert node.args[1:] == (torch.float8_e4m3fn, 1 / (448.0 * 512.0), "multiply")
+    assert raised.recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 1}
+    narrower = canonical(lambda x, s: (x.float() / s).clamp(-240.0, 240.0).to(torch.float8_e4m3fn), randn(5, 32), scale)
+    assert narrower.recognized() == {}
+
+
+@pytest.mark.parametrize(
+    ("pad", "value", "count"),
+    [((0, 8), 0.0, 1), ((8, 0), 0.0, 0), ((0, 8), 1.0, 0), ((0, 8, 0, 1), 0.0, 0), ((0, 0, 0, 1), 0.0, 0)],
+)
+def test_only_zeros_appended_to_rows_are_pads(pad: tuple[int, ...], value: float, count: int) -> None:
+    raised = canonical(lambda x: F.pad(x.relu(), pad, value=value), randn(5, 32))
+    assert raised.recognized().get("pad[32]", 0) == count
+
+
+def test_case_3_a_slice_is_hoisted_over_the_all_reduce(one_rank: str) -> None:
+    """vLLM #28841: a slice between the all-reduce and the norm hid the match. Hoisted, it shrinks the message too."""
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(all_reduce(x, one_rank)[..., :HIDDEN], residual, weight)
+
+    raised = canonical(model, randn(5, 96), randn(5, HIDDEN, seed=1), W)
+    (reduce,) = nodes(raised, "all_reduce")
+    assert reduce.args[0].target is aten.slice.Tensor  # type: ignore[union-attr]
+    assert raised.recognized()[f"all_reduce[{HIDDEN}]"] == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_case_4_a_reshape_is_hoisted_over_the_all_reduce(one_rank: str, dynamic: bool) -> None:
+    """vLLM #48757, TensorRT-LLM #14781: a reshape between them hid the match; the batch must not be baked in."""
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        flat = all_reduce(x.reshape(-1, HIDDEN), one_rank)
+        return llama(flat.reshape(x.shape), residual, weight)
+
+    raised = canonical(model, randn(3, 5, HIDDEN), randn(3, 5, HIDDEN, seed=1), W, dynamic=dynamic)
+    (norm,) = nodes(raised, "fused_add_rms_norm")
+    assert norm.args[0].target is ops.all_reduce.overload  # type: ignore[union-attr]
+
+
+def test_what_is_read_elsewhere_or_not_exact_is_not_hoisted(one_rank: str) -> None:
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = all_reduce(x, one_rank)
+        return reduced[..., :8].relu(), reduced.sigmoid()
+
+    (reduce,) = nodes(canonical(both, randn(5, 32)), "all_reduce")
+    assert reduce.args[0].op == "placeholder"  # type: ignore[union-attr]
+    (reduce,) = nodes(canonical(lambda x: all_reduce(x, one_rank).float(), randn(5, 32)), "all_reduce")
+    assert reduce.args[0].op == "placeholder"  # type: ignore[union-attr]
+
+
+def dequantized(x: Tensor) -> Tensor:
+    codes, scale = quantize_rows(x)
+    return codes.float() * scale
+
+
+def scale_and_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = quantize_rows(x)
+    return scale.view(-1), codes.float().sum()
+
+
+def grouped(x: Tensor) -> Tensor:
+    groups = x.float().view(-1, 8)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(1e-4) / 448.0
+    return (groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x: (dequantized(x), dequantized(x) * 2), {"dynamic_per_token_scaled_fp8_quant[32]": 1}),
+        (lambda x: (dequantized(x), dequantized(x.relu())), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
+        (lambda x: (grouped(x), grouped(x) * 2), {"per_token_group_fp8_quant[32]": 1}),
+        # A view between is another shape of the results.
+        (lambda x: (dequantized(x), dequantized(x.view(1, 5, 32))), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
+        # Two results are two pieces of memory, also through a view.
+        (lambda x: (*quantize_rows(x), *quantize_rows(x)), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
+        (lambda x: (dequantized(x), scale_and_sum(x)), {"dynamic_per_token_scaled_fp8_quant[32]": 2}),
+    ],
+)
+def test_layers_that_quantise_one_value_each_by_itself_share_it(
+    function: Callable[[Tensor], object], found: dict[str, int]
+) -> None:
+    raised = canonical(function, randn(5, 32))
+    assert raised.recognized() == found
+    raised.graph.lint()
+
+
+def test_what_is_quantised_on_both_sides_of_a_mutation_is_not_shared() -> None:
+    graph = post_grad(lambda x: (dequantized(x), dequantized(x) * 2), randn(5, 32))
+    x = graph.find_nodes(op="placeholder")[0]
+    second = graph.find_nodes(op="call_function", target=aten.abs.default)[-1]
+    with graph.inserting_before(second):
+        graph.call_function(aten.add_.Tensor, (x, 1)).meta["val"] = x.meta["val"]
+    assert canonicalize(graph).recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 2}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_reshapes_sink_below_pads_and_quants(dynamic: bool) -> None:
+    def model(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        y, _ = llama(x, None, weight)
+        flat = y.reshape(-1, HIDDEN)
+        return F.pad(flat, (0, 8)), quantize(flat, scale), *quantize_rows(flat)
+
+    raised = canonical(model, randn(3, 5, HIDDEN), W, torch.tensor([0.02]), dynamic=dynamic)
+    for name in ("pad", "static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant"):
+        (node,) = nodes(raised, name)
+        assert node.args[0].target is ops.rms_norm.overload  # type: ignore[union-attr]
+    raised.graph.lint()
+
+
+def test_noops_are_seen_through_only_when_asked() -> None:
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        y, _ = llama(x, None, weight)
+        return F.pad(y.clone(), (0, 8))
+
+    graph = post_grad(model, randn(5, HIDDEN), W)
+    for see_through, expected in ((True, ops.rms_norm.overload), (False, aten.clone.default)):
+        (pad,) = nodes(canonicalize(graph, see_through_noops=see_through), "pad")
+        found = pad.args[0].target  # type: ignore[union-attr]
+        assert found is expected or found is ops.rms_norm.overload

@@ -1,0 +1,211 @@
+"""Tuning a small model on the CPU, and planning from what was measured."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.config import CompileRange, PassConfig
+from fuseplan.errors import ConfigError
+from fuseplan.measurement.costs import Measurement, tune
+from fuseplan.measurement.tuning import Skipped, Step
+from fuseplan.planner.costs import CostTable, Provenance, cached_path
+from fuseplan.record import Report
+from tests.helpers import gpt_oss, randn
+from tests.measurement.tuning.sorting import CALLS, FAST, RAISING, SITE, SLOW, WIDTH, WRONG, NormSort, model
+
+RANGE = CompileRange(start=4, end=64)
+MINE = f"norm_sort norm_sort {FAST.name}", f"norm_sort norm_sort {SLOW.name}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("costs") / "costs.json"
+
+
+STEPS: list[Step] = []
+
+
+@pytest.fixture(scope="module")
+def tuned(path: Path) -> Measurement:
+    CALLS.clear()
+    return tune(
+        model, (randn(16, WIDTH),), table=path, ranges=[RANGE], tokens=[4, 64], repeats=5, rules=[NormSort()],
+        providers=[FAST, SLOW, WRONG], command="a test", watch=STEPS.append,
+    )  # fmt: skip
+
+
+def test_each_alternative_is_run_and_has_a_row_at_each_size(tuned: Measurement, path: Path) -> None:
+    rows = {(row.key, row.tokens) for row in tuned.rows}
+    assert rows == {(f"{SITE}: {name}", tokens) for name in ("unfused", *MINE) for tokens in (4, 64)}
+    assert {FAST.name, SLOW.name} <= set(CALLS)
+    assert tuned.classes == {SITE: 1}
+    assert not tuned.stopped
+    table = CostTable.load(path, device="cpu")
+    assert set(table.rows) == set(tuned.rows)
+
+
+def test_rows_say_where_they_come_from(tuned: Measurement) -> None:
+    for row in tuned.rows:
+        assert row.provenance is Provenance.MEASURED
+        assert (row.device, row.torch, row.topology, row.command) == ("cpu", torch.__version__, "tp1", "a test")
+        assert row.time_ns > 0
+
+
+def test_what_fails_verification_is_not_measured(tuned: Measurement) -> None:
+    (skipped,) = tuned.skipped
+    assert skipped.alternative == f"norm_sort norm_sort {WRONG.name}"
+    assert skipped.reason.startswith("norm_sort failed verification at 4 tokens: result 0")
+
+
+def test_watchers_see_how_far_it_is(tuned: Measurement) -> None:
+    assert {step.total for step in STEPS} == {8}
+    assert [step.done for step in STEPS] == sorted(step.done for step in STEPS)
+    assert STEPS[0].doing == "verifying"
+    assert STEPS[-1].done == 7  # two of the wrong kernel's, three at the first size, two compiled before the last
+
+
+@pytest.fixture
+def quiet(tuned: Measurement, path: Path, tmp_path: Path) -> Path:
+    """The table as a machine that does nothing else measures it: what lies within a spread is no reason to fuse."""
+    table, found = CostTable.load(path), tmp_path / "quiet.json"
+    table.updated(replace(row, spread_ns=0) for row in table.rows).save(found)
+    return found
+
+
+def fastest(path: Path, tokens: int) -> str:
+    rows = {row.key: row.time_ns for row in CostTable.load(path).rows if row.tokens == tokens}
+    return min(rows, key=lambda key: rows[key]).rpartition(" ")[2]
+
+
+def test_plans_are_made_of_measured_rows_alone(quiet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that is faster by its rows is chosen at both ends, and in between by interpolation."""
+    monkeypatch.setenv("FUSEPLAN_COSTS", str(quiet))
+    assert fastest(quiet, 4) == fastest(quiet, 64) == FAST.name
+    config = PassConfig(compile_ranges=[RANGE])
+    report = fuseplan.explain(model, randn(16, WIDTH), config=config, rules=[NormSort()], providers=[FAST, SLOW])
+    (graph,) = report.graphs
+    assert graph.plan is not None
+    assert graph.plan.prices == ("measured",)
+    assert [fusion.provider for fusion in graph.applied] == [FAST.name]
+    assert {loss.fusion.provider for loss in graph.lost} == {SLOW.name}
+
+
+def test_compiled_models_run_what_was_measured_to_be_fastest(quiet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEPLAN_COSTS", str(quiet))
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    compiled = fuseplan.compile(model, rules=[NormSort()], providers=[FAST, SLOW], on_report=reports.append)
+    CALLS.clear()
+    with torch.inference_mode():
+        actual = compiled(randn(16, WIDTH))
+    torch.testing.assert_close(actual, model(randn(16, WIDTH)), rtol=2**-6, atol=2**-6)
+    (graph,) = reports[0].graphs
+    assert [fusion.provider for fusion in graph.applied] == [FAST.name]
+    assert CALLS[-1] == FAST.name
+
+
+def test_a_missing_alternative_leaves_auto_to_the_model(tuned: Measurement, path: Path) -> None:
+    """The wrong kernel has no row, so `auto` models the class, while `measured` leaves it out."""
+    prices = {}
+    for costs in ("auto", "measured"):
+        report = fuseplan.explain(
+            model, randn(16, WIDTH), config=PassConfig(cost_table=path, costs=costs), rules=[NormSort()],
+            providers=[FAST, SLOW, WRONG],
+        )  # fmt: skip
+        assert report.graphs[0].plan is not None
+        prices[costs] = report.graphs[0].plan.prices
+    assert prices == {"auto": ("assumed",), "measured": ("measured",)}
+
+
+def layers(x: Tensor, residual: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    for weight in weights:
+        y, residual = gpt_oss(x, residual, weight)
+        x = (F.pad(y, (0, 16)) @ torch.ones(WIDTH + 16, WIDTH, dtype=torch.bfloat16)).tanh()
+    return x, residual
+
+
+def test_equal_components_are_measured_once(tmp_path: Path) -> None:
+    table = tmp_path / "costs.json"
+    inputs = randn(16, WIDTH), randn(16, WIDTH), randn(3, WIDTH)
+    measured = tune(layers, inputs, table=table, ranges=[RANGE], tokens=[16], repeats=5)
+    (site,) = measured.classes
+    assert measured.classes == {site: 3}
+    assert site == f"add -> rms_norm -> pad {WIDTH}:{WIDTH + 16} {WIDTH} bfloat16 gpt_oss"
+    assert sorted(row.key for row in measured.rows) == [
+        f"{site}: act_padding fused_add_rms_norm_pad torch", f"{site}: unfused",
+    ]  # fmt: skip
+
+
+def test_the_default_table_is_read_where_none_is_named(
+    tuned: Measurement, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def prices() -> tuple[str, ...]:
+        report = fuseplan.explain(model, randn(16, WIDTH), rules=[NormSort()], providers=[FAST, SLOW])
+        assert report.graphs[0].plan is not None
+        return report.graphs[0].plan.prices
+
+    assert prices() == ("assumed",)
+    cached = cached_path("cpu")
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(path.read_bytes())
+    assert prices() == ("measured",)
+    cached.write_text('{"schema": 1, "device"')
+    with caplog.at_level(logging.WARNING, "fuseplan"):
+        assert prices() == ("assumed",)
+    assert [record.getMessage() for record in caplog.records if "measured costs are ignored" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"repeats": 4}, "repeats=4: a median and its spread need at least 5"),
+        ({"tokens": [65]}, "tokens=65 lie in none of the ranges 4:64; add one that has them"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(tmp_path: Path, options: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        tune(model, (randn(16, WIDTH),), table=tmp_path / "costs.json", ranges=[RANGE], **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_whole_rows_or_none(tmp_path: Path) -> None:
+    def interrupt(step: Step) -> None:
+        if step.doing.startswith("timing"):
+            raise KeyboardInterrupt
+
+    table = tmp_path / "costs.json"
+    measured = tune(
+        model, (randn(16, WIDTH),), table=table, ranges=[RANGE], tokens=[4], repeats=5, rules=[NormSort()],
+        providers=[FAST], watch=interrupt,
+    )  # fmt: skip
+    assert measured.stopped
+    assert measured.rows == ()
+    assert CostTable.load(table).rows == ()
+
+
+def test_what_a_kernel_raises_when_it_is_run_is_told(tmp_path: Path) -> None:
+    measured = tune(
+        model, (randn(16, WIDTH),), table=tmp_path / "costs.json", ranges=[RANGE], tokens=[4], repeats=5,
+        rules=[NormSort()], providers=[RAISING], config=PassConfig(verify="off"),
+    )  # fmt: skip
+    assert [row.key for row in measured.rows] == [f"{SITE}: unfused"]
+    alternative = f"norm_sort norm_sort {RAISING.name}"
+    reason = "ZeroDivisionError: division by zero"
+    assert measured.skipped == (Skipped(site=SITE, alternative=alternative, tokens=4, reason=reason),)

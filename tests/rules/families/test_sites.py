@@ -1,0 +1,185 @@
+"""Sites of a graph, and the kernels around them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.planner.costs import CostModel, Kernel
+from fuseplan.rules.families import find_sites
+from fuseplan.rules.families.sites import Shape, Site, Taken
+from fuseplan.rules.parts.traffic import Tail
+from tests.helpers import randn, written
+from tests.planner.parts import DYNAMIC, NORM, SILU, STATIC, Padding
+from tests.planner.round_device import DEVICE
+
+aten = torch.ops.aten
+FP8 = torch.float8_e4m3fn
+MODEL = CostModel(DEVICE)
+PAD = Padding(padded=128)
+
+
+@pytest.fixture(autouse=True)
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group `g` has four; no other is known."""
+    monkeypatch.setattr("fuseplan.rules.families.sites.group_size", {"g": 4}.get)
+
+
+def everything(x: Any, r: Any, w: Any, scale: Any) -> Any:
+    """Three cores: the last has no epilogue, and what the first reads is reduced."""
+    y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
+    quantised = ops.static_scaled_fp8_quant(y, scale, FP8, "divide")
+    wide = ops.pad(y, 28)
+    z = ops.rms_norm(total, w, 1e-5, "gpt_oss")
+    codes, scales = ops.dynamic_per_token_scaled_fp8_quant(z, FP8, 1e-6, "divide")
+    return wide, quantised, codes, scales, ops.silu_and_mul(y, total, "llama")
+
+
+def sites_of(function: Any = everything, dtype: torch.dtype = torch.bfloat16) -> tuple[Site, ...]:
+    x, r, w = randn(10, 100, dtype=dtype), randn(10, 100, dtype=dtype), randn(100, dtype=dtype)
+    return find_sites(canonicalize(written(function, {"x": x, "r": r, "w": w, "scale": torch.tensor([0.5])})))
+
+
+def test_every_core_is_a_site_with_what_stands_around_it() -> None:
+    first, second, third = sites_of()
+    assert [site.ordinal for site in (first, second, third)] == [0, 1, 2]
+    assert [ops.of(site.core.target) for site in (first, second, third)] == [
+        ops.fused_add_rms_norm, ops.rms_norm, ops.silu_and_mul,
+    ]  # fmt: skip
+    assert first.reduce is first.core.args[0]
+    assert second.reduce is None
+    assert [ops.of(tail.target) for tail in first.tails] == [ops.static_scaled_fp8_quant, ops.pad]
+    assert [ops.of(tail.target) for tail in second.tails] == [ops.dynamic_per_token_scaled_fp8_quant]
+    assert third.tails == ()
+    assert (first.ranks, second.ranks) == (4, 1)
+
+
+def test_a_sum_that_is_padded_is_no_tail_and_neither_is_what_nobody_reads() -> None:
+    def model(x: Any, r: Any, w: Any, scale: Any) -> Any:
+        _, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
+        return ops.pad(total, 28)
+
+    (site,) = sites_of(model)
+    assert site.tails == ()
+    assert site.reduce is None
+
+
+def test_a_group_that_is_not_known_counts_as_one_rank() -> None:
+    (site,) = sites_of(lambda x, r, w, scale: ops.rms_norm(ops.all_reduce(x, "h"), w, 1e-5, "llama"))
+    assert site.reduce is not None
+    assert site.ranks == 1
+
+
+def test_shapes_hold_all_that_prices_depend_on() -> None:
+    first, second, third = sites_of()
+    assert first.shape(7) == Shape(
+        core=NORM, residual=True, ranks=4, rows=7, width=100, itemsize=2, tails=(STATIC, PAD),
+        convention="bfloat16 llama",
+    )  # fmt: skip
+    assert second.shape(3) == Shape(
+        core=NORM, residual=False, ranks=1, rows=3, width=100, itemsize=2, tails=(DYNAMIC,),
+        convention="bfloat16 gpt_oss",
+    )  # fmt: skip
+    assert third.shape(1) == Shape(
+        core=SILU, residual=False, ranks=1, rows=1, width=100, itemsize=2, tails=(),
+        convention="bfloat16 llama",
+    )  # fmt: skip
+    assert sites_of(dtype=torch.float32)[1].shape(3).itemsize == 4
+
+
+def test_widths_are_those_of_the_last_dimension() -> None:
+    def model(x: Any, w: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 28)
+
+    (site,) = find_sites(canonicalize(written(model, {"x": randn(2, 5, 100), "w": randn(100)})))
+    shape = site.shape(10)
+    assert (shape.width, shape.tails) == (100, (PAD,))
+
+
+def test_signatures_say_all_but_the_rows() -> None:
+    first, second, third = (site.shape(7).signature for site in sites_of())
+    assert first == "all_reduce[4] -> add -> rms_norm -> static_fp8_quant -> pad 100:128 100 bfloat16 llama"
+    assert second == "rms_norm -> dynamic_fp8_quant 100 bfloat16 gpt_oss"
+    assert third == "silu_and_mul 100 bfloat16 llama"
+    assert shape(ranks=2).signature.startswith("all_reduce[2] -> rms_norm")
+
+
+def shape(*tails: Tail, ranks: int = 1, residual: bool = False) -> Shape:
+    return Shape(core=NORM, residual=residual, ranks=ranks, rows=10, width=100, itemsize=2, tails=tails, convention="")
+
+
+RING = Kernel(name="all_reduce (LL)", launch=3200, wire=375)
+NORMED = Kernel(name="rms_norm", launch=1100, memory=42)
+STATIC_NORM = Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=32)
+ALONE = {
+    PAD: Kernel(name="pad", launch=1000, memory=46),
+    STATIC: Kernel(name="static_fp8_quant", launch=1000, memory=30),
+    DYNAMIC: Kernel(name="dynamic_fp8_quant", launch=1100, memory=31),
+}
+
+
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        (shape(), (NORMED,)),
+        (shape(residual=True), (Kernel(name="rms_norm", launch=1100, memory=82),)),
+        (shape(PAD), (NORMED, ALONE[PAD])),
+        (shape(STATIC), (STATIC_NORM,)),
+        (shape(PAD, STATIC), (STATIC_NORM, ALONE[PAD])),
+        (shape(PAD, PAD), (NORMED, ALONE[PAD], ALONE[PAD])),
+        # 1000 bytes and 1040 more that the same kernel writes
+        (shape(STATIC, STATIC, DYNAMIC), (STATIC_NORM, Kernel(name="further results", memory=20))),
+        (shape(PAD, ranks=4), (RING, NORMED, ALONE[PAD])),
+    ],
+)
+def test_inductor_quantises_in_the_cores_kernel_and_pads_in_another(site: Shape, expected: Sequence[Kernel]) -> None:
+    assert site.unfused(MODEL) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("site", "reduce", "tail", "left"),
+    [
+        (shape(), False, None, ()),
+        (shape(PAD), False, PAD, ()),
+        (shape(PAD), False, None, (ALONE[PAD],)),
+        (shape(PAD, STATIC), False, PAD, (ALONE[STATIC],)),
+        (shape(PAD, DYNAMIC, PAD), False, PAD, (ALONE[DYNAMIC], ALONE[PAD])),
+        (shape(PAD, ranks=4), False, PAD, (RING,)),
+        (shape(PAD, ranks=4), True, PAD, ()),
+        (shape(PAD, ranks=4), True, None, (ALONE[PAD],)),
+        (shape(STATIC, ranks=4), False, None, (RING, ALONE[STATIC])),
+    ],
+)
+def test_what_a_fused_op_leaves(site: Shape, reduce: bool, tail: Tail | None, left: Sequence[Kernel]) -> None:
+    assert site.rest(MODEL, reduce=reduce, tail=tail) == tuple(left)
+
+
+def test_a_fused_op_takes_its_parts_of_the_site() -> None:
+    site = shape(PAD, STATIC, ranks=4, residual=True)
+    region = site.region(reduce=True, tail=PAD)
+    assert (region.reduce, region.ranks, region.residual, region.tail) == (True, 4, True, PAD)
+    region = site.region(reduce=False, tail=None)
+    assert (region.reduce, region.ranks, region.residual, region.tail) == (False, 1, True, None)
+    assert (region.tokens, region.width, region.itemsize, region.core) == (10, 100, 2, NORM)
+    assert not shape(ranks=1).region(reduce=True, tail=None).reduce
+    fused = site.fused(MODEL, "flashinfer", reduce=True, tail=STATIC)
+    assert fused == MODEL.fused(site.region(reduce=True, tail=STATIC), "flashinfer")
+
+
+def test_what_a_match_takes_of_a_site() -> None:
+    first, second, third = sites_of()
+    quantised, wide = first.tails
+    item = next(iter(first.core.users))
+    reduce = first.reduce
+    assert reduce is not None
+    assert first.taken([first.core]) == Taken(reduce=False, tail=None)
+    assert first.taken([first.core, item, wide]) == Taken(reduce=False, tail=PAD)
+    assert first.taken([reduce, first.core, item, quantised]) == Taken(reduce=True, tail=STATIC)
+    assert first.taken([wide]) is None
+    assert first.taken([first.core, wide, quantised]) is None
+    assert first.taken([first.core, second.core]) is None
+    assert second.taken([second.core]) == Taken(reduce=False, tail=None)
+    assert third.taken([third.core]) == Taken(reduce=False, tail=None)

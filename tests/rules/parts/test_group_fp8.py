@@ -1,0 +1,307 @@
+"""fp8 with a scale for each group of a row: what it computes, how graphs spell it, what it is fused with and costs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.matching import find_matches
+from fuseplan.planner.costs import CostModel, Region
+from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.rules import by_name
+from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
+from fuseplan.rules.parts.group_fp8 import GroupFp8, per_token_group_fp8_quant
+from fuseplan.rules.parts.traffic import Kernel
+from fuseplan.verification import region as verification
+from fuseplan.verification.check import check
+from fuseplan.verification.specs import Sizes, cases_of
+from tests.helpers import all_reduce, canonical, llama, randn
+from tests.planner.parts import NORM, SILU
+from tests.planner.round_device import DEVICE
+from tests.planner.test_rotary import Counted
+
+FP8 = torch.float8_e4m3fn
+WIDTH, GROUP = 256, 64
+LEAST = 1 / (448.0 * 512.0)
+W = 1 + randn(WIDTH, seed=9) / 10
+CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
+Scale = Callable[[Tensor], Tensor]
+
+
+def before(amax: Tensor) -> Tensor:
+    return amax.clamp(min=1e-10) / 448.0
+
+
+def behind(amax: Tensor) -> Tensor:
+    return (amax / 448.0).clamp(min=1e-12)
+
+
+def without(amax: Tensor) -> Tensor:
+    return amax / 448.0
+
+
+def power(amax: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(before(amax))))
+
+
+def lifted(amax: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(without(amax)))).clamp(min=LEAST)
+
+
+def both(amax: Tensor) -> Tensor:
+    return before(amax).clamp(min=1e-6)
+
+
+def tensors(amax: Tensor) -> Tensor:
+    return torch.maximum(amax / 448.0, torch.full_like(amax, 1e-6))
+
+
+def deep_gemm(amax: Tensor) -> Tensor:
+    return torch.pow(2.0, torch.ceil(torch.log2(before(amax).abs())))
+
+
+SCALES: dict[str, tuple[Scale, float, bool, float]] = {
+    "before": (before, float(torch.tensor(1e-10) / 448.0), False, 0.0),
+    "behind": (behind, 1e-12, False, 0.0),
+    "without": (without, 0.0, False, 0.0),
+    "both": (both, 1e-6, False, 0.0),
+    "tensors": (tensors, 1e-6, False, 0.0),
+    "power": (power, float(torch.tensor(1e-10) / 448.0), True, 0.0),
+    "lifted": (lifted, 0.0, True, LEAST),
+    "deep_gemm": (deep_gemm, float(torch.tensor(1e-10) / 448.0), True, 0.0),
+}
+
+
+def quantize_groups(
+    x: Tensor, scale_of: Scale = before, *, group: int = GROUP, multiplies: bool = False, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As models spell it."""
+    groups = x.view(*x.shape[:-1], -1, group)
+    groups = groups.float() if wide else groups
+    scale = scale_of(groups.abs().amax(-1, keepdim=True).float())
+    scaled = groups.float() * scale.reciprocal() if multiplies else groups.float() / scale
+    return scaled.clamp(-448.0, 448.0).to(FP8).view(x.shape), scale.squeeze(-1)
+
+
+def equal(left: Any, right: Any) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a.float(), b.float()) and a.stride() == b.stride() for a, b in pairs)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_reference_is_what_models_compute(scale: str, multiplies: bool) -> None:
+    x = randn(2, 7, WIDTH) * torch.tensor([1e-4, 1.0, 3e4, 1.0, 0.02, 7.0, 1.0])[:, None]
+    scale_of, *bounds = SCALES[scale]
+    rounding = "multiply" if multiplies else "divide"
+    found = per_token_group_fp8_quant.reference(x.bfloat16(), GROUP, FP8, *bounds, rounding)
+    assert equal(found, quantize_groups(x.bfloat16(), scale_of, multiplies=multiplies))
+
+
+def test_scales_are_rounded_up_to_powers_of_two_exactly() -> None:
+    amax = torch.tensor([448.0, 448.0 * (1 + 2**-20), 447.0, 1.0, 0.0]).double()
+    x = torch.zeros(5, 2, dtype=torch.float64)
+    x[:, 1] = amax
+    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, True, 0.0, "divide")
+    assert scale.flatten().tolist() == [1.0, 2.0, 1.0, 2**-8, 0.0]
+
+
+def test_rows_that_groups_do_not_divide_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="unflatten"):
+        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, False, 0.0, "divide")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+def test_spellings_are_raised(scale: str, dynamic: bool, wide: bool) -> None:
+    scale_of, *bounds = SCALES[scale]
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_groups(F.rms_norm(x, (WIDTH,), W, 1e-5), scale_of, group=128, wide=wide)
+
+    graph = canonical(model, randn(5, WIDTH), dynamic=dynamic)
+    assert graph.recognized() == {f"per_token_group_fp8_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
+    (node,) = graph.calls(per_token_group_fp8_quant.overload)
+    assert node.args[1:] == (128, FP8, *bounds, "divide")
+
+
+def bounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: amax.clamp(max=6.0) / 448.0)
+
+
+def of_tensors(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: torch.maximum(amax / 448.0, amax.mean(-1, keepdim=True)))
+
+
+def multiplied(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: amax * (1 / 448.0))
+
+
+def others(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: amax / 440.0)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_groups(x, lambda amax: torch.exp2(torch.floor(torch.log2(before(amax)))))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "says"),
+    [
+        (bounded, "the largest has an upper bound (aten.clamp_max.default), and the op's has none"),
+        (of_tensors, "the smallest scale is a tensor (aten.maximum.default), and the op takes a number"),
+        (others, "the largest isn't divided by 448 but by 440"),
+        (multiplied, "multiplied by 0.00223214, which rounds otherwise"),
+        (halves, "the scale's exponent is taken by aten.floor.default, and the op rounds it up"),
+    ],
+)
+def test_what_the_op_does_not_compute_is_named(quantize: Any, says: str) -> None:
+    graph = canonical(lambda x: quantize(F.rms_norm(x, (WIDTH,), W, 1e-5)), randn(5, WIDTH))
+    assert f"per_token_group_fp8_quant[{WIDTH}]" not in graph.recognized()
+    assert any(says in refusal.detail for refusal in graph.refusals), [each.detail for each in graph.refusals]
+
+
+def of_another(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The scale of something that is made of the magnitudes."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.view(*x.shape[:-1], -1, GROUP)
+        scale = behind(change(groups.abs()).amax(-1, keepdim=True).float())
+        return (groups.float() / scale).clamp(-448.0, 448.0).to(FP8).view(x.shape), scale.squeeze(-1)
+
+    return quantize
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "doubled": lambda y: y * 2, "shifted": lambda y: y + 1, "capped": lambda y: y.clamp(max=0.5),
+    "rolled": lambda y: y.roll(1, 0), "of the next": lambda y: y.flip(-2), "of a block": lambda y: y.amax(-2, True),
+    "narrowed": lambda y: y.to(torch.float8_e4m3fn).to(torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_scale_of_something_else_is_left_alone(change: str) -> None:
+    function = of_another(CHANGES[change])
+    graph = canonical(lambda x: function(F.rms_norm(x, (WIDTH,), W, 1e-5)), randn(5, WIDTH))
+    assert not [name for name in graph.recognized() if "fp8" in name]
+
+
+def test_a_scale_that_is_rounded_on_the_way_is_left_alone() -> None:
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_groups(F.rms_norm(x, (WIDTH,), W.float(), 1e-5), lambda amax: before(amax.half().float()))
+
+    graph = canonical(model, randn(5, WIDTH, dtype=torch.float32))
+    assert not [name for name in graph.recognized() if "fp8" in name]
+
+
+def test_the_least_scale_is_of_float32_whatever_the_default_is() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        graph = canonical(lambda x: quantize_groups(F.silu(x) * x, before), randn(5, WIDTH))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (node,) = graph.calls(per_token_group_fp8_quant.overload)
+    assert node.args[3] == SCALES["before"][1]
+
+
+def norm(x: Tensor, r: Tensor, group: str) -> Any:
+    return quantize_groups(llama(x, None, W)[0])
+
+
+def add_norm(x: Tensor, r: Tensor, group: str) -> Any:
+    y, total = llama(x, r, W)
+    return *quantize_groups(y), total * 2
+
+
+def reduced(x: Tensor, r: Tensor, group: str) -> Any:
+    y, total = llama(all_reduce(x, group), r, W)
+    return *quantize_groups(y, power), total * 2
+
+
+def activated(x: Tensor, r: Tensor, group: str) -> Any:
+    return quantize_groups(F.silu(x) * r, behind, multiplies=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [(norm, "norm_quant"), (add_norm, "norm_quant"), (reduced, "allreduce_rms_quant"), (activated, "act_quant")],
+)
+@pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
+def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[int, ...], one_rank: str) -> None:
+    reports: list[fuseplan.Report] = []
+    inputs = randn(*shape), randn(*shape, seed=1)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled: Any = fuseplan.compile(lambda x, r: function(x, r, one_rank), config=CONFIG, on_report=reports.append)
+        assert equal(compiled(*inputs), function(*inputs, one_rank))
+    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
+
+
+def test_it_comes_with_every_member_of_its_families() -> None:
+    members = {
+        (rule.name, rule.op.name)
+        for rule in BUILT_IN_RULES
+        if isinstance(rule, ComposedRule) and rule.op.name.endswith("_group_fp8_quant")
+    }
+    assert members == {
+        ("norm_quant", "rms_norm_group_fp8_quant"),
+        ("norm_quant", "fused_add_rms_norm_group_fp8_quant"),
+        ("allreduce_rms_quant", "all_reduce_rms_norm_group_fp8_quant"),
+        ("allreduce_rms_quant", "all_reduce_fused_add_rms_norm_group_fp8_quant"),
+        ("act_quant", "silu_and_mul_group_fp8_quant"),
+    }
+
+
+def test_prices_by_hand() -> None:
+    """Ten rows of 128 bf16 values, and two scales each: 2560 bytes of them, 1280 of codes, 80 of scales."""
+    model, tail = CostModel(DEVICE), GroupFp8(group_size=64)
+    region = Region(core=NORM, tokens=10, width=128, tail=tail)
+    assert (region.read_bytes, region.result_bytes) == (2560 + 256, 1280 + 80)
+    quantised = Kernel(name="group_fp8_quant", launch=1100, memory=40)
+    assert model.unfused(region) == (Kernel(name="rms_norm", launch=1100, memory=54), quantised)
+    assert model.epilogue(region) == (quantised,)
+    assert model.fused(region, "triton") == (Kernel(name="rms_norm+group_fp8_quant", launch=1000, memory=42),)
+    activated = Region(core=SILU, tokens=10, width=128, tail=tail)
+    assert model.unfused(activated) == (Kernel(name="silu_and_mul+group_fp8_quant", launch=1100, memory=65),)
+    assert tail.text(128) == "group_fp8_quant 64"
+
+
+def test_its_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
+    for sample in per_token_group_fp8_quant.samples:
+        arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+        with Counted() as counted:
+            per_token_group_fp8_quant.reference(*arguments)
+        assert 0 < counted.count <= GroupFp8.eager_kernels
+
+
+def test_an_explained_model_saves_by_it() -> None:
+    report = fuseplan.explain(
+        lambda x: quantize_groups(F.rms_norm(x, (4096,), torch.ones(4096, dtype=torch.bfloat16), 1e-5), group=128),
+        torch.randn(64, 4096, dtype=torch.bfloat16), device="h200",
+    )  # fmt: skip
+    assert report.fused["norm_quant"] == 1
+    assert report.saved_us > 0
+
+
+def test_a_row_of_one_group_is_a_row() -> None:
+    graph = canonical(lambda x: quantize_groups(llama(x, None, W)[0], behind, group=WIDTH), randn(5, WIDTH))
+    assert f"per_token_group_fp8_quant[{WIDTH}]" not in graph.recognized()
+
+
+def test_it_is_verified_against_the_graphs_own_nodes() -> None:
+    """Groups are a view of rows there, and codes are viewed back."""
+    graph = canonical(lambda x: quantize_groups(llama(x, None, W)[0], power), randn(5, WIDTH))
+    rules = {"norm_quant": by_name(BUILT_IN_RULES)["norm_quant"]}
+    (match, *_) = find_matches(graph, rules, BUILT_IN_PROVIDERS[:1]).candidates
+    region = verification.Region.of(graph, match)
+    assert region is not None
+    (case, *_) = cases_of(match, Sizes(graph.graph), (5, 5))
+    assert check(match.rule, "torch", case, seed=1, region=region, free=()).wrong is None
+    other = replace(case, arguments={**case.arguments, "ue8m0": False})
+    assert "aren't what the graph computes" in str(check(match.rule, "torch", other, seed=1, region=region).wrong)
