@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,15 +43,17 @@ def canonicalize(
         canonicalize, see_through_noops=see_through_noops, engine_groups=engine_groups, asked=asked
     )
     canonical = CanonicalGraph.copy_of(graph, alike)
-    if see_through_noops:
-        eliminate_noops(canonical)
+    of_no_part: dict[Stage, Callable[[CanonicalGraph], None]] = {
+        Stage.ENGINES: functools.partial(_raise_engine_ops, groups=engine_groups),
+        Stage.RESHAPES: _sink_reshapes,
+        **({Stage.NOOPS: eliminate_noops} if see_through_noops else {}),
+    }
     for stage in Stage:
-        if stage is Stage.ENGINES:
-            _raise_engine_ops(canonical, engine_groups)
+        if stage in of_no_part:
+            of_no_part[stage](canonical)
         for part, raise_part in RAISING[stage]:
             if not part.opt_in or part in asked:
                 raise_part(canonical)
-    _sink_reshapes(canonical)
     sort_topologically(canonical.graph)
     return canonical
 

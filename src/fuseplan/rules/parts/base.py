@@ -16,8 +16,12 @@ from fuseplan.rules.parts.traffic import Middle, Tail
 
 
 class Stage(IntEnum):
-    """When a part looks for its spellings in a graph; those of one stage don't depend on each other."""
+    """What raises a graph, in the order in which it has to run: parts look for their spellings, and those of one stage
+    don't depend on each other; the first stage and the last have no parts.
+    """
 
+    NOOPS = auto()
+    """Views and casts that do nothing are taken out: no spelling has to see through them."""
     COLLECTIVES = auto()
     """All-reduces, which norms ask for to tell the residual from what is added to it."""
     ENGINES = auto()
@@ -38,6 +42,8 @@ class Stage(IntEnum):
     """What takes what has been rotated, kept and repeated."""
     LINEARS = auto()
     """Layers, whose inputs and results are others' by then."""
+    RESHAPES = auto()
+    """Reshapes between a core and its epilogue are moved behind both, once all of them are there."""
 
 
 class Reported(Enum):
