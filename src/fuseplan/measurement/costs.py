@@ -31,6 +31,7 @@ from fuseplan.planner.costs import Row
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.verification import Verifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +123,10 @@ def tune(
     stopped = False
     tuner = None
     if works:
-        verifier = explanation.entries[0].manager.verifier
-        if ranks.size > 1:
-            verifier = replace(verifier, rank=ranks.rank)
+        verifier = Verifier(
+            mode=config.verify, providers=providers, deadline_s=config.verify_timeout_s,
+            rank=ranks.rank if ranks.size > 1 else None,
+        )  # fmt: skip
         tuner = Tuner(verifier=verifier, ranks=ranks, origin=origin, repeats=repeats, save=save, watch=watch)
         try:
             tuner.run(works)
