@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -123,7 +124,7 @@ def weighted(savings: Sequence[int], unfused: Sequence[int]) -> int:
     return round(mean * unfused[len(unfused) // 2])
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Priced:
     """A graph's prices.
 
@@ -146,7 +147,31 @@ class Priced:
     provenance: list[Provenance]
     alternatives: dict[frozenset[int], dict[frozenset[int], int]]
     unfused: list[int]
-    together: dict[frozenset[int], dict[frozenset[int], tuple[int, ...]]] = field(default_factory=dict)
+    together: dict[frozenset[int], dict[frozenset[int], tuple[int, ...]]]
+
+
+class _Price(NamedTuple):
+    """What is known of one candidate; see `Priced`."""
+
+    value: int
+    provenance: Provenance
+    savings: tuple[int, ...]
+    cost: int | None
+
+
+class _Table(NamedTuple):
+    """What each alternative of a component that was measured as a whole saves, weighted and at each size."""
+
+    alternatives: dict[frozenset[int], int]
+    by_size: dict[frozenset[int], tuple[int, ...]]
+
+
+class _Component(NamedTuple):
+    """The prices of a component's candidates, and its sites as Inductor leaves them, by size."""
+
+    prices: dict[int, _Price]
+    unfused: Sequence[int]
+    table: _Table | None = None
 
 
 class Pricing:
@@ -176,16 +201,20 @@ class Pricing:
             components: of the candidates.
             structure: their conflicts and couplings.
         """
-        count = len(self.candidates)
-        result = Priced(
-            tokens=self.tokens, values=[0] * count, savings=[()] * count, costs=[None] * count,
-            provenance=[Provenance.MODELLED] * count, alternatives={}, unfused=[0] * len(self.tokens),
-        )  # fmt: skip
-        for component in components:
-            places = places_of(component, self.candidates)
-            if not self._look_up(component, places, structure, result):
-                self._model(component, places, result)
-        return result
+        priced = [self._look_up(each, structure) or self._model(each) for each in components]
+        prices = {index: price for each in priced for index, price in each.prices.items()}
+        in_order = [prices[index] for index in range(len(self.candidates))]
+        tables = {frozenset(each.prices): each.table for each in priced if each.table is not None}
+        return Priced(
+            tokens=self.tokens,
+            values=[price.value for price in in_order],
+            savings=[price.savings for price in in_order],
+            costs=[price.cost for price in in_order],
+            provenance=[price.provenance for price in in_order],
+            alternatives={members: table.alternatives for members, table in tables.items()},
+            together={members: table.by_size for members, table in tables.items()},
+            unfused=[sum(each.unfused[size] for each in priced) for size in range(len(self.tokens))],
+        )
 
     def signature(self, places: Sequence[int]) -> str:
         """Under which a table has a component with sites at `places`."""
@@ -204,15 +233,16 @@ class Pricing:
         width = hint(value.shape[-1]) if value.dim() else 1
         return self._rows.at(value, tokens) * width * value.dtype.itemsize
 
-    def _model(self, component: Sequence[int], places: Sequence[int], result: Priced) -> None:
-        sizes = range(len(self.tokens))
+    def _model(self, component: Sequence[int]) -> "_Component":
+        """A component by the model."""
+        places, sizes = places_of(component, self.candidates), range(len(self.tokens))
         unfused = [sum(self.prices.unfused_ns(self.shapes[place][size]) for place in places) for size in sizes]
+        prices = {}
         for index in component:
-            savings, costs, result.provenance[index] = self._modelled(self.candidates[index])
-            result.savings[index] = savings
-            result.costs[index] = costs[len(costs) // 2]
-            result.values[index] = weighted(savings, unfused) if places else savings[len(savings) // 2]
-        result.unfused = [a + b for a, b in zip(result.unfused, unfused, strict=True)]
+            savings, costs, provenance = self._modelled(self.candidates[index])
+            value = weighted(savings, unfused) if places else savings[len(savings) // 2]
+            prices[index] = _Price(value, provenance, savings, costs[len(costs) // 2])
+        return _Component(prices, unfused)
 
     def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...], Provenance]:
         """(what a candidate saves, what its op and copies take) by size, and how that is known. Where the model doesn't
@@ -296,14 +326,14 @@ class Pricing:
             total += self.prices.unfused_ns(shape) - rest
         return total
 
-    def _look_up(self, component: Sequence[int], places: Sequence[int], structure: Problem, result: Priced) -> bool:
-        """Fills in a component from the table; False where the model has to do it."""
-        prices = self.prices
+    def _look_up(self, component: Sequence[int], structure: Problem) -> "_Component | None":
+        """A component by the table; None where the model has to do it."""
+        prices, places = self.prices, places_of(component, self.candidates)
         ours = all(isinstance(self.candidates[index].match, Match) for index in component)
         if prices.table is None or prices.source == "modelled" or not places or not ours:
-            return False
+            return None
         if len(component) > MAX_ENUMERATED:
-            return False
+            return None
         signature, rows = self.signature(places), [self.rows_at(places, size) for size in self.tokens]
         unfused = prices.times(signature, UNFUSED, rows)
         times: dict[frozenset[int], list[tuple[int, int]]] = {}
@@ -313,26 +343,22 @@ class Pricing:
             if found is not None and unfused is not None:
                 times[frozenset(subset)] = found
             elif prices.source == "auto":
-                return False
+                return None
         before = [ns for ns, _ in unfused or [(0, 0)] * len(rows)]
         values: dict[frozenset[int], int] = {}
-        by_size = result.together.setdefault(frozenset(component), {})
+        by_size: dict[frozenset[int], tuple[int, ...]] = {}
         noise = {frozenset[int](): max(spread for _, spread in unfused or [(0, 0)])}
         for alternative, measured in times.items():
             savings = tuple(a - ns for a, (ns, _) in zip(before, measured, strict=True))
             values[alternative], noise[alternative] = weighted(savings, before), max(spread for _, spread in measured)
             by_size[alternative] = savings
-            if len(alternative) == 1:
-                (index,) = alternative
-                result.savings[index] = savings
-                result.costs[index] = measured[len(measured) // 2][0]
         values = break_ties(values, noise)
-        result.alternatives[frozenset(component)] = values
+        found_alone = {}
         for index in component:
-            result.provenance[index] = Provenance.MEASURED
-            result.values[index] = values.get(frozenset((index,)), 0)
-        result.unfused = [a + b for a, b in zip(result.unfused, before, strict=True)]
-        return True
+            alone = frozenset((index,))
+            cost = times[alone][len(rows) // 2][0] if alone in times else None
+            found_alone[index] = _Price(values.get(alone, 0), Provenance.MEASURED, by_size.get(alone, ()), cost)
+        return _Component(found_alone, before, _Table(values, by_size))
 
 
 def compatible(component: Sequence[int], structure: Problem) -> Iterator[tuple[int, ...]]:
