@@ -28,7 +28,7 @@ from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, Environment, PassConfig
 from fuseplan.dialect import DialectOp, ops
 from fuseplan.graph.ops import registry
-from fuseplan.planner import Prices
+from fuseplan.planner import Prices, Solver
 from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Provenance, Row
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, device_profile
 from fuseplan.record import Plan, Reason, Refusal, SavedPlans, Selected
@@ -205,7 +205,11 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
     "settles": [lambda: True],
     "defaults": [lambda: False],
 }  # fmt: skip
-OF_NO_CONSEQUENCE = {"config": "its own test", "on_report": "who is told"}
+OF_NO_CONSEQUENCE = {
+    "config": "its own test",
+    "on_report": "who is told",
+    "solver": "remembers answers, which are the same anew",
+}
 
 
 def test_every_argument_changes_the_key() -> None:
@@ -213,7 +217,7 @@ def test_every_argument_changes_the_key() -> None:
     assert names == {*ARGUMENTS, *OF_NO_CONSEQUENCE}
     keys = [key(), *(key(**{name: make()}) for name, makes in ARGUMENTS.items() for make in makes)]
     assert len(set(keys)) == len(keys)
-    assert key(on_report=print) == key()
+    assert key(on_report=print) == key(solver=Solver(PassConfig().node_budget)) == key()
     for name, makes in ARGUMENTS.items():
         assert [key(**{name: make()}) for make in makes] == [key(**{name: make()}) for make in makes]
 

@@ -61,7 +61,7 @@ def decided(graph: fx.Graph, provider: Provider = APART, **arguments: Any) -> Gr
     span = CompileRange(start=1, end=64)
     manager = PostGradPassManager(config, compile_range=span, providers=[provider], **arguments)
     analysis = manager.analyze(graph)
-    decision, verified = manager.decide_verified(analysis, "graph_0")
+    analysis, decision, verified = manager.decide_verified(analysis, "graph_0")
     return manager.report("graph_0", analysis, decision, rewritten=True, verified=verified)
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from torch import fx
+from torch._inductor.virtualized import V
 
-from fuseplan.config import PassConfig, Policy
+from fuseplan.config import Environment, PassConfig, Policy
 from fuseplan.cpython import uncollected
+from fuseplan.errors import UnsupportedError
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.facts import is_training, tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
@@ -40,7 +42,7 @@ from fuseplan.rules import Rule
 from fuseplan.verification.verifier import UNVERIFIED
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Analysis:
     """What is known of a graph before anything is chosen.
 
@@ -60,7 +62,7 @@ class Analysis:
     external: ExternalMatches
     posed: Posed
     rules: Mapping[str, tuple[Rule, ...]]
-    stages_ns: dict[str, int] = field(default_factory=dict)
+    stages_ns: Mapping[str, int] = field(default_factory=dict)
 
 
 def graph_report(
@@ -266,6 +268,28 @@ def assumed_constants(hardware: Hardware) -> list[Refusal]:
     detail = f"{hardware.name} has no profile: its costs are modelled, and {listed}{links} are assumed to be another's"
     mend = "fuseplan tune --device-only measures launches and memory, fuseplan tune WORKLOAD the fusions themselves"
     return [Refusal(reason=Reason.UNPRICED, detail=detail, mend=mend)]
+
+
+def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
+    """Why a graph is left alone altogether, or None.
+
+    Raises:
+        UnsupportedError: the graph is compiled by AOTInductor.
+    """
+    if not environment.enabled:
+        return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
+    if is_training(graph):
+        return Refusal(
+            reason=Reason.TRAINING,
+            detail="the graph has a backward and is left alone; fuseplan is for inference",
+            mend="run the model under torch.inference_mode() or torch.no_grad()",
+        )
+    if V.aot_compilation:
+        raise UnsupportedError(
+            "AOTInductor is not supported: fused ops are Python ops, which its packages can't carry; "
+            "leave fuseplan's options out, or use torch.compile"
+        )
+    return None
 
 
 def fault(error: Exception) -> Refusal:

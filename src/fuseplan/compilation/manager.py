@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import fx
-from torch._inductor.virtualized import V
 
 from fuseplan.caching.content import Known
 from fuseplan.caching.fingerprint import (
@@ -21,13 +20,13 @@ from fuseplan.caching.fingerprint import (
     provider_content,
     rule_content,
 )
-from fuseplan.compilation.analysis import Analysis, Regions, fault, graph_report, report_of, stage
+from fuseplan.compilation.analysis import Analysis, Regions, fault, graph_report, hands_off, report_of, stage
 from fuseplan.compilation.debug import DebugDump
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.errors import FuseplanError, PlanError, UnsupportedError
+from fuseplan.errors import FuseplanError, PlanError
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.facts import groups_in, is_training
+from fuseplan.graph.facts import groups_in
 from fuseplan.graph.surgery import undone_on_error
 from fuseplan.matching import (
     ExternalMatch,
@@ -87,6 +86,8 @@ class PostGradPassManager(Keyed):
         environment: None reads it now.
         prices: what fusions cost; None: the model of the device, and the cost table that configuration or environment
             name.
+        solver: what solved the problems of other graphs, within the same budget, whose components may
+            be in this one's; None: a new one.
         passes: other people's passes: `PatternMatcherPass` objects, unmodified, or `ExternalPass`es that say what a
             match is worth, join the plan under `planned`; functions of a graph, and passes that are chained to others,
             run before or after the plan, where they stand.
@@ -112,6 +113,7 @@ class PostGradPassManager(Keyed):
         device: DeviceProfile | None = None,
         environment: Environment | None = None,
         prices: Prices | None = None,
+        solver: Solver | None = None,
         passes: Sequence[object] = (),
         engine_groups: Callable[[], Mapping[object, str]] = dict,
         settles: bool = False,
@@ -130,7 +132,8 @@ class PostGradPassManager(Keyed):
         self.rules = self.enabled.always
         self.passes = as_external(passes)
         self.engine_groups = engine_groups
-        self.solver = Solver(config.node_budget)
+        self.solver = solver or Solver(config.node_budget)
+        assert self.solver.node_budget == config.node_budget, "the key has the configuration's"
         self.verifier = Verifier(
             mode=config.verify, providers=self.providers, device=device, deadline_s=config.verify_timeout_s,
             settles=settles,
@@ -153,7 +156,7 @@ class PostGradPassManager(Keyed):
         for graph_pass in self.previous:
             run_pass(graph_pass, graph)
         name = f"graph_{self._graphs}"
-        groups, refusal = groups_in(graph), self.hands_off(graph)
+        groups, refusal = groups_in(graph), hands_off(graph, self.environment)
         try:
             if refusal is not None:
                 report = GraphReport(graph=name, range=self._range, refusals=(refusal,))
@@ -184,19 +187,21 @@ class PostGradPassManager(Keyed):
 
     def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
         """Decides, and applies what was decided, all of it or nothing."""
-        decision, verified = self.decide_verified(analysis, name)
+        analysis, decision, verified = self.decide_verified(analysis, name)
         dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.posed, decision)
-        unapplied: list[Refusal] = []
+        stages, unapplied = dict(analysis.stages_ns), list[Refusal]()
         if decision.selected or analysis.external.after:
             with undone_on_error(graph):
-                unapplied = self._rewrite(analysis, decision)
+                with stage(stages, "rewriting"):
+                    unapplied = self._rewrite(analysis, decision)
                 for graph_pass in analysis.external.after:
                     run_pass(graph_pass, graph)
         if decision.selected:
             dump.graph("3-after", graph)
         report = self.report(
-            name, analysis, decision, rewritten=bool(decision.selected), further=unapplied, verified=verified
-        )
+            name, replace(analysis, stages_ns=stages), decision, rewritten=bool(decision.selected), further=unapplied,
+            verified=verified,
+        )  # fmt: skip
         dump.report(report)
         return report
 
@@ -271,50 +276,57 @@ class PostGradPassManager(Keyed):
             PlanError: what is forced can't be applied, or a saved plan doesn't fit.
         """
         posed = analysis.posed
-        with stage(analysis.stages_ns, "choosing"):
-            if policy.name == "off":
-                decision = decide_off()
-            elif policy.name == "ordered":
-                decision = decide_in_order(posed, policy.order)
-            elif self.saved is not None:
-                decision = replay(posed, self.saved.find(graph, self._range))
-            else:
-                with _places_folded():
-                    decision = decide_planned(posed, self.solver)
-            return limit(posed, decision, self.config.max_fusions)
+        if policy.name == "off":
+            decision = decide_off()
+        elif policy.name == "ordered":
+            decision = decide_in_order(posed, policy.order)
+        elif self.saved is not None:
+            decision = replay(posed, self.saved.find(graph, self._range))
+        else:
+            with _places_folded():
+                decision = decide_planned(posed, self.solver)
+        return limit(posed, decision, self.config.max_fusions)
 
-    def decide_verified(self, analysis: Analysis, graph: str) -> tuple[Decision, list[Verification | Pending]]:
+    def decide_verified(
+        self, analysis: Analysis, graph: str
+    ) -> tuple[Analysis, Decision, list[Verification | Pending]]:
         """What the configured policy would apply, all of it verified or left to all ranks: what fails is taken out of
         the problem, and the rest is decided again.
+
+        Returns:
+            The analysis without what failed, the decision, and what came of verifying it.
 
         Raises:
             PlanError: as for `decide`.
         """
         span, outcomes = self._span_of(Rows.of(analysis.canonical.graph)), dict[Verification, None]()
+        stages = dict(analysis.stages_ns)
         while True:
-            decision, posed = self.decide(analysis, self.config.chosen_policy, graph), analysis.posed
+            posed = analysis.posed
+            with stage(stages, "choosing"):
+                decision = self.decide(analysis, self.config.chosen_policy, graph)
             chosen = [i for i in decision.selected if isinstance(posed.candidates[i].match, Match)]
-            with stage(analysis.stages_ns, "verification"):
+            with stage(stages, "verification"):
                 found = self.verifier.verify([posed.candidates[i] for i in chosen], analysis.canonical, span)
             known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}
             outcomes.update(dict.fromkeys(known.values()))
             failed = {i: each.failure for i, each in known.items() if not each.passed}
             if not failed:
-                return decision, [*outcomes, *dict.fromkeys(each for each in found if isinstance(each, Pending))]
-            analysis.posed = posed.without(failed)
+                pending = dict.fromkeys(each for each in found if isinstance(each, Pending))
+                return replace(analysis, stages_ns=stages), decision, [*outcomes, *pending]
+            analysis = replace(analysis, posed=posed.without(failed))
 
     def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
         """Applies a decision: rules' matches first, then those of other people's passes, which read their results."""
         matches = [analysis.posed.candidates[index].match for index in decision.selected]
         ours = sorted((match for match in matches if isinstance(match, Match)), key=lambda match: match.anchor)
         refusals = []
-        with stage(analysis.stages_ns, "rewriting"):
-            if ours:
-                apply(analysis.canonical, ours)
-            for match in matches:
-                if isinstance(match, ExternalMatch) and not match.apply():
-                    detail = f"a match of pass {match.owner.name} is gone after other fusions were applied"
-                    refusals.append(Refusal(reason=Reason.OP, rule=match.owner.name, detail=detail))
+        if ours:
+            apply(analysis.canonical, ours)
+        for match in matches:
+            if isinstance(match, ExternalMatch) and not match.apply():
+                detail = f"a match of pass {match.owner.name} is gone after other fusions were applied"
+                refusals.append(Refusal(reason=Reason.OP, rule=match.owner.name, detail=detail))
         return refusals
 
     def report(
@@ -365,27 +377,6 @@ class PostGradPassManager(Keyed):
     @property
     def _range(self) -> tuple[int, int] | None:
         return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
-
-    def hands_off(self, graph: fx.Graph) -> Refusal | None:
-        """Why a graph is left alone altogether, or None.
-
-        Raises:
-            UnsupportedError: the graph is compiled by AOTInductor.
-        """
-        if not self.environment.enabled:
-            return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
-        if is_training(graph):
-            return Refusal(
-                reason=Reason.TRAINING,
-                detail="the graph has a backward and is left alone; fuseplan is for inference",
-                mend="run the model under torch.inference_mode() or torch.no_grad()",
-            )
-        if V.aot_compilation:
-            raise UnsupportedError(
-                "AOTInductor is not supported: fused ops are Python ops, which its packages can't carry; "
-                "leave fuseplan's options out, or use torch.compile"
-            )
-        return None
 
     def _deliver(self, graphs: Sequence[GraphReport]) -> None:
         report = report_of(self.config.chosen_policy, self.config, self.names, graphs)

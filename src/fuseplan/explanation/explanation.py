@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from fuseplan.compilation.analysis import Analysis, Regions, report_of
+from fuseplan.compilation.analysis import Analysis, Regions, hands_off, report_of, stage
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.explanation.capture import Capture
@@ -87,13 +87,12 @@ class Explanation:
     ) -> list[Entry]:
         manager = PostGradPassManager(
             config, compile_range=compile_range, device=self.device, prices=self._shared.prices,
-            providers=self.providers, rules=self._every,
+            providers=self.providers, rules=self._every, solver=self._shared.solver,
         )  # fmt: skip
-        manager.solver = self._shared.solver
         span = (compile_range.start, compile_range.end) if compile_range else None
         entries = []
         for index, (gm, calls) in enumerate(zip(self.traced.graphs, calls_of(self.traced.graphs), strict=True)):
-            name, refusal = f"graph_{index}", manager.hands_off(gm.graph)
+            name, refusal = f"graph_{index}", hands_off(gm.graph, manager.environment)
             if refusal is None:
                 read_for = index, opt_in_parts(manager.rules_for(gm.graph))
                 analysis = manager.analyze(gm.graph, self._canonical.get(read_for))
@@ -107,9 +106,11 @@ class Explanation:
         """What a policy would do."""
         graphs, regions = list(self.skipped), defaultdict[CompileRange | None, Regions](Regions)
         for entry in self.entries:
-            timed = replace(entry.analysis, stages_ns=dict(entry.analysis.stages_ns))
-            decision = entry.manager.decide(timed, policy, entry.name)
-            found = replace(entry.manager.report(entry.name, timed, decision), step_ns=self._step_ns(entry))
+            stages = dict(entry.analysis.stages_ns)
+            with stage(stages, "choosing"):
+                decision = entry.manager.decide(entry.analysis, policy, entry.name)
+            found = entry.manager.report(entry.name, replace(entry.analysis, stages_ns=stages), decision)
+            found = replace(found, step_ns=self._step_ns(entry))
             graphs += regions[entry.manager.compile_range].with_calls(entry.graph, found)
         rules = tuple(rule for rule in self.rules if not policy.order or rule in policy.order)
         return replace(report_of(policy, self.config, rules, graphs), breaks=self.traced.breaks)
@@ -148,9 +149,8 @@ class Explanation:
     def _outcome(self, policy: Policy) -> tuple[Any, ...]:
         outcome = []
         for entry in self.entries:
-            analysis = replace(entry.analysis, stages_ns={})
-            selected = entry.manager.decide(analysis, policy, entry.name).selected
-            outcome.append(tuple(sorted(analysis.posed.candidates[index].name for index in selected)))
+            selected = entry.manager.decide(entry.analysis, policy, entry.name).selected
+            outcome.append(tuple(sorted(entry.analysis.posed.candidates[index].name for index in selected)))
         return tuple(outcome)
 
     def unconstrained(self, policy: Policy) -> Report:
@@ -210,10 +210,9 @@ def _policies_at(entries: Sequence[Entry], policies: Sequence[Policy]) -> tuple[
     for policy in policies:
         saved, fused = 0, Counter[str]()
         for entry in entries:
-            analysis = replace(entry.analysis, stages_ns={})
-            decision = entry.manager.decide(analysis, policy, entry.name)
+            decision = entry.manager.decide(entry.analysis, policy, entry.name)
             saved += decision.saving_ns * entry.calls
-            chosen = [analysis.posed.candidates[index] for index in decision.selected]
+            chosen = [entry.analysis.posed.candidates[index] for index in decision.selected]
             for candidate in chosen:
                 fused[f"{candidate.rule} {candidate.provider}"] += entry.calls
         rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))
