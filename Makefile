@@ -16,6 +16,9 @@ TRANSFORMERS_VENV   ?= .venv-transformers
 # Beside the other environment, since transformers imports it wherever it is installed.
 TORCHAO      ?= torchao==0.18.0
 TORCHAO_VENV ?= .venv-torchao
+OLDEST_COMPRESSED ?= compressed-tensors==0.15.0.1
+NEWEST_COMPRESSED ?= compressed-tensors==0.20.1
+COMPRESSED_VENV   ?= .venv-compressed
 # What pip installs today: the newest patch of torch, and the newest of all else, without constraints.txt.
 UNPINNED_TORCH ?= torch==2.13.*
 UNPINNED_VENV  ?= .venv-unpinned
@@ -30,7 +33,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-transformers test-newest test-unpinned nightly mutants lint docs pictures setup clean
+.PHONY: help demo test test-vllm test-transformers test-torchao test-compressed test-newest test-unpinned nightly mutants lint docs pictures setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +55,11 @@ test-transformers: $(TRANSFORMERS_VENV)-oldest/.ready $(TRANSFORMERS_VENV)-newes
 test-torchao: $(TORCHAO_VENV)/.ready ## linear layers that torchao quantises, set up beside the other
 	@$(TORCHAO_VENV)/bin/python -m pytest tests/integrations/test_torchao.py
 
+test-compressed: $(COMPRESSED_VENV)-oldest/.ready $(COMPRESSED_VENV)-newest/.ready ## likewise by the oldest and the newest compressed-tensors
+	@for each in oldest newest; do \
+	  $(COMPRESSED_VENV)-$$each/bin/python -m pytest tests/integrations/test_compressed_tensors.py || exit 1; \
+	done
+
 test-newest: ## the same on the newest torch that is tried, set up beside the other
 	@$(MAKE) --no-print-directory test VENV="$(NEWEST_VENV)" TORCH="$(NEWEST_TORCH)"
 
@@ -71,6 +79,7 @@ nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks
 	@$(MAKE) --no-print-directory test-newest
 	@$(MAKE) --no-print-directory test-transformers
 	@$(MAKE) --no-print-directory test-torchao
+	@$(MAKE) --no-print-directory test-compressed
 	@for each in oldest newest; do \
 	  $(TRANSFORMERS_VENV)-$$each/bin/python -m pytest -m nightly tests/integrations/test_planned_types.py || exit 1; \
 	done
@@ -95,7 +104,7 @@ pictures: $(VENV)/.dev ## make the documentation's pictures and README's table a
 setup: $(VENV)/.dev ## create .venv with everything that development needs
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) $(TRANSFORMERS_VENV)-* $(TORCHAO_VENV) $(UNPINNED_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) $(VLLM_VENV) $(TRANSFORMERS_VENV)-* $(TORCHAO_VENV) $(COMPRESSED_VENV)-* $(UNPINNED_VENV) .mutants build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is repeated, and a finished one is not until its inputs change.
@@ -132,7 +141,10 @@ $(VENV)/.mutation: $(VENV)/.dev
 $(TRANSFORMERS_VENV)-oldest/.ready: OVER = $(OLDEST_TRANSFORMERS)
 $(TRANSFORMERS_VENV)-newest/.ready: OVER = $(NEWEST_TRANSFORMERS)
 $(TORCHAO_VENV)/.ready: OVER = $(TORCHAO)
-$(TRANSFORMERS_VENV)-oldest/.ready $(TRANSFORMERS_VENV)-newest/.ready $(TORCHAO_VENV)/.ready: $(VENV)/.dev
+$(COMPRESSED_VENV)-oldest/.ready: OVER = $(OLDEST_COMPRESSED)
+$(COMPRESSED_VENV)-newest/.ready: OVER = $(NEWEST_COMPRESSED)
+OVERLAYS := $(TRANSFORMERS_VENV)-oldest $(TRANSFORMERS_VENV)-newest $(TORCHAO_VENV) $(COMPRESSED_VENV)-oldest $(COMPRESSED_VENV)-newest
+$(addsuffix /.ready,$(OVERLAYS)): $(VENV)/.dev
 	@echo "fuseplan: installing $(firstword $(OVER)) over what $(VENV) has"
 	@rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
 	@under=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \

@@ -127,7 +127,8 @@ def table() -> list[Op]:
     kernel = {name: run for name in ops if (run := registered_kernel(name, "triton"))}
     norm, rounding = (EPS, "gpt_oss"), "llama"
     shape = (Q_HEADS + K_HEADS) * HEAD_DIM
-    by_groups = (GROUP, FP8, LEAST / 448, False, 0.0, "divide")
+    by_rows = (FP8, 1e-6, 0.0, 0.0, None, "multiply")
+    by_groups = (GROUP, FP8, LEAST / 448, 0.0, False, 0.0, 0.0, None, "divide")
     return [
         Op("add + RMSNorm + pad", norm_arguments,
            lambda x, r, w: kernel["fused_add_rms_norm_pad"](x, r, w, *norm, PADDED - WIDTH), add_norm_pad,
@@ -136,13 +137,13 @@ def table() -> list[Op]:
            lambda x, r, w: kernel["fused_add_rms_norm_static_fp8_quant"](x, r, w, *norm, scale, FP8, "multiply"),
            lambda x, r, w: add_norm_static(x, r, w, scale), 7 * WIDTH),
         Op("add + RMSNorm + dynamic fp8", norm_arguments,
-           lambda x, r, w: kernel["fused_add_rms_norm_dynamic_fp8_quant"](x, r, w, *norm, FP8, 1e-6, "multiply"),
+           lambda x, r, w: kernel["fused_add_rms_norm_dynamic_fp8_quant"](x, r, w, *norm, *by_rows),
            add_norm_dynamic, 7 * WIDTH + 4),
         Op("SiLU-mul + static fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
            lambda gate, up: kernel["silu_and_mul_static_fp8_quant"](gate, up, rounding, scale, FP8, "multiply"),
            lambda gate, up: static(activated(gate, up), scale), 5 * INTERMEDIATE),
         Op("SiLU-mul + dynamic fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
-           lambda gate, up: kernel["silu_and_mul_dynamic_fp8_quant"](gate, up, rounding, FP8, 1e-6, "multiply"),
+           lambda gate, up: kernel["silu_and_mul_dynamic_fp8_quant"](gate, up, rounding, *by_rows),
            lambda gate, up: dynamic(activated(gate, up)), 5 * INTERMEDIATE + 4),
         Op("RMSNorm + group fp8", lambda rows: norm_arguments(rows, GROUPED, 1),
            lambda x, w: kernel["rms_norm_group_fp8_quant"](x, w, *norm, *by_groups), norm_grouped,

@@ -118,7 +118,9 @@ def test_quantisation_is_bit_for_bit_what_models_write() -> None:
     for reciprocal, rounding in ((False, "divide"), (True, "multiply")):
         q = ops.static_scaled_fp8_quant(x, scale, torch.float8_e4m3fn, rounding)
         assert torch.equal(q.float(), quantize(x, scale, reciprocal=reciprocal).float())
-    q, scales = ops.dynamic_per_token_scaled_fp8_quant(x, torch.float8_e4m3fn, 1 / (448 * 512), "multiply")
+    q, scales = ops.dynamic_per_token_scaled_fp8_quant(
+        x, torch.float8_e4m3fn, 1 / (448 * 512), 0.0, 0.0, None, "multiply"
+    )
     expected, expected_scales = quantize_rows(x)
     assert torch.equal(q.float(), expected.float())
     assert torch.equal(scales, expected_scales)

@@ -110,13 +110,48 @@ def quantize_rows_max(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
 
 
+def quantize_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """compressed-tensors': all is in x's own precision, and 0 is no scale."""
+    low, high = torch.amin(x, -1, keepdim=True), torch.amax(x, -1, keepdim=True)
+    low, high = torch.min(low, torch.zeros_like(low)), torch.max(high, torch.zeros_like(high))
+    scale = torch.maximum(low.abs(), high.abs()) / 448.0
+    scale = torch.where(scale == 0, 0.0078125, scale)
+    return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups of four where they divide a row."""
+    groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
+    scale = (groups.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6)
+    codes = (groups.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return codes.flatten(-2), scale.squeeze(-1)
+
+
+def quantize_groups_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
+    codes, scale = quantize_rows_rounded(groups)
+    return codes.flatten(-2), scale.squeeze(-1)
+
+
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if scale.dim() == q.dim() and 1 < scale.shape[-1] < q.shape[-1]:
+        groups = q.float().unflatten(-1, (scale.shape[-1], -1))
+        return (groups * scale.unsqueeze(-1)).flatten(-2).to(dtype)
     return (q.float() * scale).to(dtype)
 
 
 ROW_QUANTS = {
     quant.__name__: quant
-    for quant in (quantize_rows, quantize_rows_divided, quantize_rows_max, quantize_rows_by_others, quantize_all)
+    for quant in (
+        quantize_rows,
+        quantize_rows_divided,
+        quantize_rows_max,
+        quantize_rows_rounded,
+        quantize_groups,
+        quantize_groups_rounded,
+        quantize_rows_by_others,
+        quantize_all,
+    )
 }
 QUANTS = {quant.__name__: quant for quant in (
     quantize, quantize_with_bounds, quantize_within, quantize_scaled, quantize_fnuz, quantize_narrow

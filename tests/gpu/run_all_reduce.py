@@ -36,7 +36,7 @@ EPILOGUES: dict[str | None, tuple[Any, ...]] = {
     None: (),
     "pad": (192,),
     "static_fp8_quant": (torch.tensor([0.02], device=DEVICE), torch.float8_e4m3fn, "divide"),
-    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, "multiply"),
+    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, 0.0, 0.0, None, "multiply"),
 }
 
 

@@ -28,7 +28,14 @@ RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 QUANT: dict[str, tuple[Any, ...]] = {
     "all_reduce_fused_add_rms_norm": (),
     "all_reduce_fused_add_rms_norm_static_fp8_quant": (0.02, torch.float8_e4m3fn, "multiply"),
-    "all_reduce_fused_add_rms_norm_dynamic_fp8_quant": (torch.float8_e4m3fn, flashinfer.MIN_SCALE, "divide"),
+    "all_reduce_fused_add_rms_norm_dynamic_fp8_quant": (
+        torch.float8_e4m3fn,
+        flashinfer.MIN_SCALE,
+        0.0,
+        0.0,
+        None,
+        "divide",
+    ),
 }
 SHAPES = ((1, 2880), (7, 2880), (33, 4096), (128, 5120), (8191, 2880), (64, 7168), (2, 3, 8192), (1024, 2880))
 FUSED = ops.all_reduce_fused_add_rms_norm

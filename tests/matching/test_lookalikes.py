@@ -142,8 +142,8 @@ QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | No
     "constant": (lambda y: quantize(y, 0.5), Reason.ATTRIBUTE, "the scale is a constant, 0.5", "tensor"),  # type: ignore[arg-type]
     "[1, 1]": (lambda y: quantize(y, S_OF_ONE_ROW), Reason.SIZE, "has the shape [1, 1]", "scale.reshape(1)"),
     "arithmetic": (
-        lambda y: (y / S.bfloat16()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.DTYPE,
-        "scaled or clamped in bfloat16", None,
+        lambda y: (y * S.bfloat16().reciprocal()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.DTYPE,
+        "the scale is bfloat16, and the op takes float32", None,
     ),
     "factor": (
         lambda y: (y.float() * S).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.OP,

@@ -23,12 +23,12 @@ FN, LEAST = torch.float8_e4m3fn, 1e-10
 
 
 def arguments(
-    group_size: int, min_scale: float, ue8m0: bool, rounding: str, *, min_power: float = 0.0
+    group_size: int, min_scale: float, ue8m0: bool, rounding: str, *, min_power: float = 0.0, zero_scale: float = 0.0
 ) -> dict[str, Any]:
     """A fused op's own, in their order."""
     return {
-        "group_size": group_size, "dtype": FN, "min_scale": min_scale, "ue8m0": ue8m0, "min_power": min_power,
-        "quant_rounding": rounding,
+        "group_size": group_size, "dtype": FN, "min_scale": min_scale, "max_scale": 0.0, "ue8m0": ue8m0,
+        "min_power": min_power, "zero_scale": zero_scale, "scale_ub": None, "quant_rounding": rounding,
     }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def cases() -> dict[str, bool]:
     for width, group in ((2880, 64), (7168, 128), (128, 128), (64, 64), (1024, 512), (2880, 32)):
         for rows in (1, 3, 9) if width <= 2880 else (2,):
             for ue8m0 in (False, True):
-                rounding = {3: "multiply", 9: "divide_by_rounded"}.get(rows, "divide")
+                rounding = {2: "divide_rounded", 3: "multiply", 9: "divide_by_rounded"}.get(rows, "divide")
                 own = arguments(group, LEAST, ue8m0, rounding)
                 x = activations(rows, width, width + rows)
                 for kernel in (normed, activated):
@@ -81,9 +81,10 @@ def not_finite() -> dict[str, bool]:
     """Zeros, infinity and NaN; scales that are powers of two; a least scale, before and behind the rounding to them."""
     found = {}
     for ue8m0, min_power in ((False, 0.0), (True, 0.0), (True, 0.3)):
-        for rounding in ("divide", "multiply", "divide_by_rounded")[: 2 if ue8m0 else 3]:
+        for rounding in ("divide", "multiply", "divide_by_rounded", "divide_rounded")[: 2 if ue8m0 else 4]:
             for least in (LEAST, 0.3) if not min_power else (0.0,):
-                own = arguments(64, least, ue8m0, rounding, min_power=min_power)
+                zero = 2.0**-7 if rounding == "divide_rounded" else 0.0
+                own = arguments(64, 0.0 if zero else least, ue8m0, rounding, min_power=min_power, zero_scale=zero)
                 x = activations(5, 192, 1)
                 x[0, 1], x[1, 70], x[2], x[3, 64:128] = float("inf"), float("nan"), 0.0, 0.0
                 x[4] = 448 * 2.0**20
@@ -93,16 +94,25 @@ def not_finite() -> dict[str, bool]:
 
 
 def by_row() -> dict[str, bool]:
-    """A scale of a whole row, rounded or not."""
+    """A scale of a whole row, rounded or not, bounded or not; one row is of zeros."""
     found = {}
     residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
-    y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
-    for rounding in ("divide", "multiply", "divide_by_rounded"):
-        own: dict[str, Any] = {"dtype": FN, "min_scale": LEAST, "quant_rounding": rounding}
-        epilogue = epilogue_of("dynamic_fp8_quant")(**own)
-        *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
-        found[rounding] = all(map(same, got, row_reference(y, *own.values())))
+    x = activations(5, 96, 1)
+    x[2], residual[2] = 0.0, 0.0
+    y, _ = norm.launch(x, residual, how, epilogue_of(None)())
+    upper = torch.tensor([1.5])
+    for rounding in ("divide", "multiply", "divide_by_rounded", "divide_rounded"):
+        for bounds in (
+            (LEAST, 0.0, 0.0, None),
+            (0.0, 0.0, 2.0**-7, None),
+            (0.0, 2.0**-8, 0.1, None),
+            (LEAST, 0.0, 0.0, upper),
+        ):
+            own = dict(zip(("dtype", "min_scale", "max_scale", "zero_scale", "scale_ub"), (FN, *bounds), strict=True))
+            own["quant_rounding"] = rounding
+            *got, _ = norm.launch(x, residual, how, epilogue_of("dynamic_fp8_quant")(**own))
+            found[f"{rounding} {bounds}"] = all(map(same, got, row_reference(y, *own.values())))
     return found
 
 

@@ -168,7 +168,7 @@ def not_finite() -> dict[str, list[bool]]:
 EPILOGUES: dict[str, tuple[Any, ...]] = {
     "pad": (8,),
     "static_fp8_quant": (torch.tensor([0.02]), torch.float8_e4m3fn, "divide"),
-    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, "multiply"),
+    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, 0.0, 0.0, None, "multiply"),
 }
 MANY_ROWS = 100
 CHECKED = ("fused_add_rms_norm_pad", "silu_and_mul_dynamic_fp8_quant")

@@ -34,7 +34,14 @@ EPILOGUES: dict[str | None, dict[str, Any]] = {
     None: {},
     "pad": {"right": 16},
     "static_fp8_quant": {"scale": torch.tensor([0.02]), "dtype": torch.float8_e4m3fn, "quant_rounding": "divide"},
-    "dynamic_fp8_quant": {"dtype": torch.float8_e4m3fn, "min_scale": 1e-6, "quant_rounding": "multiply"},
+    "dynamic_fp8_quant": {
+        "dtype": torch.float8_e4m3fn,
+        "min_scale": 1e-6,
+        "max_scale": 0.0,
+        "zero_scale": 0.0,
+        "scale_ub": None,
+        "quant_rounding": "multiply",
+    },
 }
 """A fused op's own arguments, in their order."""
 ONE_SHOT = (

@@ -167,7 +167,7 @@ def test_quantisation_rounds_nothing_before_it(library: Aiter, groups: list[dict
     op = ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant
     with ranks(2) as group:
         x, residual, weight = arguments((5, 512))
-        given = (x, residual, weight, 1e-5, "fp32", FN, 1 / (448 * 512), "divide", group)
+        given = (x, residual, weight, 1e-5, "fp32", FN, 1 / (448 * 512), 0.0, 0.0, None, "divide", group)
         with Alone():
             q, scale, total = op.kernel("aiter")(*given)
             expected = op.reference(*given)
@@ -199,7 +199,7 @@ def test_one_stage_or_two_is_decided_as_aiter_does(
     with ranks(count) as group:
         x, residual, weight = arguments(shape)
         if quantises:
-            quant = (FN, 1 / (448 * 512), "divide")
+            quant = (FN, 1 / (448 * 512), 0.0, 0.0, None, "divide")
             op = ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant
             op.kernel("aiter")(x, residual, weight, 1e-5, "fp32", *quant, group)
         else:

@@ -120,7 +120,7 @@ def arguments(op: str, dtype: torch.dtype, shape: tuple[int, ...], rounding: str
     weight = torch.linspace(0.5, 1.5, shape[-1]).to(dtype)
     tail: dict[str, list[Any]] = {
         "static": [torch.tensor([0.02]), FN, "multiply"],
-        "dynamic": [FN, MIN_SCALE, "divide"],
+        "dynamic": [FN, MIN_SCALE, 0.0, 0.0, None, "divide"],
     }
     quant = next((values for name, values in tail.items() if name in op), [])
     with_residual = [residual] if "add" in op else []
@@ -282,6 +282,10 @@ def test_rows_that_lie_anyhow_are_made_to_fit(library: FlashInfer) -> None:
          "takes codes in float8_e4m3fn, not in float8_e4m3fnuz"),
         (flashinfer.ALL_REDUCE_DYNAMIC, (8, 64), torch.bfloat16,
          {"quant_rounding": "divide", "dtype": FN, "min_scale": 1e-12}, "and the graph's is 1e-12"),
+        (flashinfer.ALL_REDUCE_DYNAMIC, (8, 64), torch.bfloat16,
+         {"quant_rounding": "divide", "dtype": FN, "scale_ub": torch.ones(1)}, "has no scale_ub"),
+        (flashinfer.ALL_REDUCE_DYNAMIC, (8, 64), torch.bfloat16,
+         {"quant_rounding": "divide", "dtype": FN, "zero_scale": 1.0}, "has no zero_scale, and the graph's scales do"),
     ],
 )  # fmt: skip
 def test_what_is_declined(

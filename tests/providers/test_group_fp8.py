@@ -28,13 +28,14 @@ def test_it_gives_the_references_bits(interpreted: dict[str, Any]) -> None:
 
 
 @needs_triton
-def test_scales_of_rows_are_rounded_or_not(interpreted: dict[str, Any]) -> None:
-    assert interpreted["by row"] == {"divide": True, "multiply": True, "divide_by_rounded": True}
+def test_scales_of_rows_are_rounded_and_bounded_or_not(interpreted: dict[str, Any]) -> None:
+    assert len(interpreted["by row"]) == 16
+    assert all(interpreted["by row"].values()), interpreted["by row"]
 
 
 @needs_triton
 def test_zeros_infinity_and_nan_stay_within_their_groups(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["not finite"]) == 24
+    assert len(interpreted["not finite"]) == 28
     assert all(interpreted["not finite"].values()), interpreted["not finite"]
 
 

@@ -24,16 +24,16 @@ def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 ARGUMENTS: dict[str, Callable[[int, int], tuple[Any, ...]]] = {
     "rms_norm_dynamic_fp8_quant": lambda rows, width: (
-        of(rows, width), of(width), 1e-5, "llama", FP8, 0.0, "multiply",
+        of(rows, width), of(width), 1e-5, "llama", FP8, 0.0, 0.0, 0.0, None, "multiply",
     ),
     "fused_add_rms_norm_dynamic_fp8_quant": lambda rows, width: (
-        of(rows, width), of(rows, width), of(width), 1e-5, "llama", FP8, 0.0, "multiply",
+        of(rows, width), of(rows, width), of(width), 1e-5, "llama", FP8, 0.0, 0.0, 0.0, None, "multiply",
     ),
     "fused_add_rms_norm_pad": lambda rows, width: (
         of(rows, width), of(rows, width), of(width), 1e-5, "gpt_oss", 192,
     ),
     "silu_and_mul_dynamic_fp8_quant": lambda rows, width: (
-        of(rows, 2 * width), of(rows, 2 * width), "llama", FP8, 0.0, "multiply",
+        of(rows, 2 * width), of(rows, 2 * width), "llama", FP8, 0.0, 0.0, 0.0, None, "multiply",
     ),
     "silu_and_mul_static_fp8_quant": lambda rows, width: (
         of(rows, 2 * width), of(rows, 2 * width), "llama", of(dtype=torch.float32), FP8, "multiply",

@@ -39,7 +39,15 @@ FINISHES: dict[str, Any] = {
     "none": finish(None),
     "pad": finish("pad", right=192),
     "static": finish("static_fp8_quant", scale=torch.ones(1), dtype=torch.float8_e4m3fn, quant_rounding="divide"),
-    "dynamic": finish("dynamic_fp8_quant", dtype=torch.float8_e4m3fn, min_scale=1e-5, quant_rounding="divide"),
+    "dynamic": finish(
+        "dynamic_fp8_quant",
+        dtype=torch.float8_e4m3fn,
+        min_scale=1e-5,
+        max_scale=0.0,
+        zero_scale=0.0,
+        scale_ub=None,
+        quant_rounding="divide",
+    ),
 }
 CHOICES = ("ROWS", "BLOCK", "STAGES", "LOOPS", "EVICTION", "Q_ROWS", "K_ROWS", "WIDTH", "num_warps", "maxnreg",
            "launch_pdl")  # fmt: skip

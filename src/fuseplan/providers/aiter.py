@@ -176,7 +176,7 @@ def _all_reduce_norm(
 
 def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, dtype: torch.dtype, min_scale: float,
-    quant_rounding: str, group_name: str,
+    max_scale: float, zero_scale: float, scale_ub: Tensor | None, quant_rounding: str, group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """residual_out = sum_ranks(x) + residual;  y = rms_norm(sum_ranks(x) + residual) * weight, not rounded;
     scale = amax(|y|, -1) / fp8_max;  q = (y / scale).to(fp8)
@@ -192,6 +192,9 @@ def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
         rounding: likewise.
         dtype: the fp8 format of the device: fnuz on CDNA3, fn on CDNA4.
         min_scale: has no effect.
+        max_scale: 0: there is none.
+        zero_scale: 0: there is none.
+        scale_ub: None: there is none.
         quant_rounding: `divide`.
         group_name: likewise.
 

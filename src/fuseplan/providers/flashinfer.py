@@ -137,7 +137,7 @@ def all_reduce_fused_add_rms_norm_static_fp8_quant(
 
 def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, dtype: torch.dtype, min_scale: float,
-    quant_rounding: str, group_name: str,
+    max_scale: float, zero_scale: float, scale_ub: Tensor | None, quant_rounding: str, group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same, and scale = max(amax(|y|, -1) / 448, min_scale);  q = clamp(y / scale, -448, 448).to(float8_e4m3fn).
 
@@ -151,6 +151,9 @@ def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
         rounding: likewise.
         dtype: float8_e4m3fn.
         min_scale: 1 / (448 * 512), which the kernel has built in.
+        max_scale: 0: there is none.
+        zero_scale: 0: there is none.
+        scale_ub: None: there is none.
         quant_rounding: `divide`.
         group_name: likewise.
 

@@ -120,6 +120,11 @@ class Gate:
                 expected=self.quant_rounding.value,
                 found=str(rounding),
             )
+        bounded = [name for name in ("max_scale", "zero_scale") if m.values.get(name)]
+        bounded += ["scale_ub"] if m.values.get("scale_ub") is not None else []
+        if self.quant_rounding is not None and bounded:
+            detail = f"{self.name} has no {bounded[0]}, and the graph's scales do"
+            return Refusal(reason=Reason.ATTRIBUTE, detail=detail, expected=f"no {bounded[0]}", found=f"a {bounded[0]}")
         if self.min_scale is not None and least is not None and not _equal_in_float32(least, self.min_scale):
             detail = f"the least scale of {self.name} is {self.min_scale:.6g}, and the graph's is {least:.6g}"
             return Refusal(

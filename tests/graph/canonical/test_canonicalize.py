@@ -163,7 +163,7 @@ def test_quantisation() -> None:
     assert alone.recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 1}
     raised = canonical(quantize_rows, randn(5, 32))
     (node,) = nodes(raised, "dynamic_per_token_scaled_fp8_quant")
-    assert node.args[1:] == (torch.float8_e4m3fn, 1 / (448.0 * 512.0), "multiply")
+    assert node.args[1:] == (torch.float8_e4m3fn, 1 / (448.0 * 512.0), 0.0, 0.0, None, "multiply")
     assert raised.recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 1}
     narrower = canonical(lambda x, s: (x.float() / s).clamp(-240.0, 240.0).to(torch.float8_e4m3fn), randn(5, 32), scale)
     assert narrower.recognized() == {}

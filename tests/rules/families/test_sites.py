@@ -34,7 +34,7 @@ def everything(x: Any, r: Any, w: Any, scale: Any) -> Any:
     quantised = ops.static_scaled_fp8_quant(y, scale, FP8, "divide")
     wide = ops.pad(y, 28)
     z = ops.rms_norm(total, w, 1e-5, "gpt_oss")
-    codes, scales = ops.dynamic_per_token_scaled_fp8_quant(z, FP8, 1e-6, "divide")
+    codes, scales = ops.dynamic_per_token_scaled_fp8_quant(z, FP8, 1e-6, 0.0, 0.0, None, "divide")
     return wide, quantised, codes, scales, ops.silu_and_mul(y, total, "llama")
 
 

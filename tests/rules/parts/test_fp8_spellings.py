@@ -57,6 +57,13 @@ def of_flat_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(flat * (1.0 / scale)[:, None]).view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
+def of_rows_without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
+    """AITER's: a row of zeros has a scale of 1."""
+    scale = x.float().abs().amax(-1, keepdim=True) / MOST
+    scale = torch.where(scale == 0, 1.0, scale)
+    return codes(x.float() / scale), scale
+
+
 def of_rows_by_a_narrow_least(x: Tensor) -> tuple[Tensor, Tensor]:
     """A number counts as the dtype of its tensor holds it."""
     least = torch.full((1,), 1e-4, dtype=torch.bfloat16)
@@ -131,28 +138,48 @@ def of_groups_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(groups.float() / scale.unsqueeze(-1)).view(x.shape), scale.view(*x.shape[:-1], -1)
 
 
-DIVIDE, MULTIPLY, BY_ROUNDED = "divide", "multiply", "divide_by_rounded"
+def of_rows_all_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """compressed-tensors 0.20: all is in the precision of x, and 0 is no scale."""
+    low, high = torch.amin(x, -1, keepdim=True), torch.amax(x, -1, keepdim=True)
+    low, high = torch.min(low, torch.zeros_like(low)), torch.max(high, torch.zeros_like(high))
+    scale = torch.maximum(low.abs(), high.abs()) / torch.full((), MOST, dtype=x.dtype)
+    scale = torch.where(scale == 0, torch.full((), EPSILON, dtype=x.dtype), scale)
+    return (x / scale).clamp(torch.full((), -MOST), torch.full((), MOST)).to(FP8), scale
+
+
+def of_groups_all_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1) / MOST
+    scale = torch.where(scale == 0, EPSILON, scale)
+    return codes(groups / scale.unsqueeze(-1)).flatten(-2), scale
+
+
+EPSILON = 0.0078125
+DIVIDE, MULTIPLY, BY_ROUNDED, ROUNDS = "divide", "multiply", "divide_by_rounded", "divide_rounded"
 ROUNDED = float(torch.tensor(1e-10, dtype=torch.bfloat16).float() / MOST)
 TENTH = float(torch.tensor(1e-4) / MOST)
 ROUNDED_TENTH = float(torch.tensor(1e-4, dtype=torch.bfloat16).float() / MOST)
 TWICE_ROUNDED = float((torch.tensor(1e-4).bfloat16() / MOST).float())
 ROWS, GROUPS = ops.dynamic_per_token_scaled_fp8_quant, ops.per_token_group_fp8_quant
 SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
-    of_rows_by_max: (FP8, LEAST, MULTIPLY),
-    of_rows_by_amax: (FP8, LEAST, MULTIPLY),
-    of_rows_without_a_least: (FP8, 0.0, DIVIDE),
-    of_flat_rows: (FP8, ROUNDED_TENTH, MULTIPLY),
-    of_rows_by_a_narrow_least: (FP8, ROUNDED_TENTH, DIVIDE),
-    of_rows_in_low_precision: (FP8, 0.0, BY_ROUNDED),
-    of_rows_rounded: (FP8, float(torch.tensor(1e-4).bfloat16()), BY_ROUNDED),
-    of_groups_in_low_precision: (GROUP, FP8, TWICE_ROUNDED, False, 0.0, BY_ROUNDED),
-    of_groups_by_max: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
-    of_groups_by_columns: (GROUP, FP8, LEAST, False, 0.0, DIVIDE),
-    of_groups_by_powers: (GROUP, FP8, 0.0, True, LEAST, DIVIDE),
-    of_rows_of_groups: (GROUP, FP8, ROUNDED, False, 0.0, DIVIDE),
-    of_groups_unclamped: (GROUP, FP8, TENTH, False, 0.0, MULTIPLY),
-    of_groups_in_float32: (GROUP, FP8, TENTH, False, 0.0, DIVIDE),
-    of_groups_repeated: (GROUP, FP8, 0.0, False, 0.0, DIVIDE),
+    of_rows_by_max: (FP8, LEAST, 0.0, 0.0, None, MULTIPLY),
+    of_rows_by_amax: (FP8, LEAST, 0.0, 0.0, None, MULTIPLY),
+    of_rows_without_a_least: (FP8, 0.0, 0.0, 0.0, None, DIVIDE),
+    of_rows_without_zeros: (FP8, 0.0, 0.0, 1.0, None, DIVIDE),
+    of_flat_rows: (FP8, ROUNDED_TENTH, 0.0, 0.0, None, MULTIPLY),
+    of_rows_by_a_narrow_least: (FP8, ROUNDED_TENTH, 0.0, 0.0, None, DIVIDE),
+    of_rows_in_low_precision: (FP8, 0.0, 0.0, 0.0, None, BY_ROUNDED),
+    of_rows_rounded: (FP8, float(torch.tensor(1e-4).bfloat16()), 0.0, 0.0, None, BY_ROUNDED),
+    of_groups_in_low_precision: (GROUP, FP8, TWICE_ROUNDED, 0.0, False, 0.0, 0.0, None, BY_ROUNDED),
+    of_groups_by_max: (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, DIVIDE),
+    of_groups_by_columns: (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, DIVIDE),
+    of_groups_by_powers: (GROUP, FP8, 0.0, 0.0, True, LEAST, 0.0, None, DIVIDE),
+    of_rows_of_groups: (GROUP, FP8, ROUNDED, 0.0, False, 0.0, 0.0, None, DIVIDE),
+    of_groups_unclamped: (GROUP, FP8, TENTH, 0.0, False, 0.0, 0.0, None, MULTIPLY),
+    of_groups_in_float32: (GROUP, FP8, TENTH, 0.0, False, 0.0, 0.0, None, DIVIDE),
+    of_rows_all_rounded: (FP8, 0.0, 0.0, EPSILON, None, ROUNDS),
+    of_groups_all_rounded: (GROUP, FP8, 0.0, 0.0, False, 0.0, EPSILON, None, ROUNDS),
+    of_groups_repeated: (GROUP, FP8, 0.0, 0.0, False, 0.0, 0.0, None, DIVIDE),
 }
 
 
@@ -278,7 +305,7 @@ def up_to_a_bound(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def chosen(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1, keepdim=True).float() / MOST
-    scale = torch.where(scale == 0, 1.0, scale)
+    scale = torch.where(scale < 1e-6, 1.0, scale)
     return codes(x.float() / scale), scale
 
 

@@ -65,15 +65,15 @@ def deep_gemm(amax: Tensor) -> Tensor:
     return torch.pow(2.0, torch.ceil(torch.log2(before(amax).abs())))
 
 
-SCALES: dict[str, tuple[Scale, float, bool, float]] = {
-    "before": (before, float(torch.tensor(1e-10) / 448.0), False, 0.0),
-    "behind": (behind, 1e-12, False, 0.0),
-    "without": (without, 0.0, False, 0.0),
-    "both": (both, 1e-6, False, 0.0),
-    "tensors": (tensors, 1e-6, False, 0.0),
-    "power": (power, float(torch.tensor(1e-10) / 448.0), True, 0.0),
-    "lifted": (lifted, 0.0, True, LEAST),
-    "deep_gemm": (deep_gemm, float(torch.tensor(1e-10) / 448.0), True, 0.0),
+SCALES: dict[str, tuple[Any, ...]] = {
+    "before": (before, float(torch.tensor(1e-10) / 448.0), 0.0, False, 0.0, 0.0, None),
+    "behind": (behind, 1e-12, 0.0, False, 0.0, 0.0, None),
+    "without": (without, 0.0, 0.0, False, 0.0, 0.0, None),
+    "both": (both, 1e-6, 0.0, False, 0.0, 0.0, None),
+    "tensors": (tensors, 1e-6, 0.0, False, 0.0, 0.0, None),
+    "power": (power, float(torch.tensor(1e-10) / 448.0), 0.0, True, 0.0, 0.0, None),
+    "lifted": (lifted, 0.0, 0.0, True, LEAST, 0.0, None),
+    "deep_gemm": (deep_gemm, float(torch.tensor(1e-10) / 448.0), 0.0, True, 0.0, 0.0, None),
 }
 
 
@@ -107,13 +107,13 @@ def test_scales_are_rounded_up_to_powers_of_two_exactly() -> None:
     amax = torch.tensor([448.0, 448.0 * (1 + 2**-20), 447.0, 1.0, 0.0]).double()
     x = torch.zeros(5, 2, dtype=torch.float64)
     x[:, 1] = amax
-    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, True, 0.0, "divide")
+    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, 0.0, True, 0.0, 0.0, None, "divide")
     assert scale.flatten().tolist() == [1.0, 2.0, 1.0, 2**-8, 0.0]
 
 
 def test_rows_that_groups_do_not_divide_are_refused() -> None:
     with pytest.raises(RuntimeError, match="unflatten"):
-        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, False, 0.0, "divide")
+        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, 0.0, False, 0.0, 0.0, None, "divide")
 
 
 @pytest.mark.parametrize("wide", [False, True])

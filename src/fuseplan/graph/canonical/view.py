@@ -206,17 +206,18 @@ class CanonicalGraph:
         self._claim(new, erase_dead(self.graph, [old]))
 
     def merge_equal(self, op: DialectOp) -> None:
-        """Makes one node of those that call an op of two results or more on the same values: layers that read one value
-        may each quantise it by themselves.
-        """
+        """Makes one node of those that call an op on the same values: layers may each quantise what they read."""
         found: dict[tuple[Any, ...], fx.Node] = {}
         for node in self.calls(op.overload):
             first = found.setdefault((self.region[node], *node.args), node)
             if first is not node:
-                self._merge(node, first)
+                several = len(op.overload._schema.returns) > 1
+                self._merge(self._results(node, first) if several else [(node, first)])
 
-    def _merge(self, node: fx.Node, first: fx.Node) -> None:
-        pairs = [(result, item(first, cast(int, result.args[1]))) for result in node.users]
+    def _results(self, node: fx.Node, first: fx.Node) -> list[tuple[fx.Node, fx.Node | None]]:
+        return [(result, item(first, cast(int, result.args[1]))) for result in node.users]
+
+    def _merge(self, pairs: Sequence[tuple[fx.Node, fx.Node | None]]) -> None:
         results = [(result, known) for result, known in pairs if known is not None]
         if len(results) < len(pairs) or not all(stays_inside(each) for pair in results for each in pair):
             return  # memory of their own would be one

@@ -90,7 +90,8 @@ class AttentionRounding(StrEnum):
 class QuantRounding(StrEnum):
     """How a scale is applied: `divide` computes x / scale; `multiply` takes the reciprocal of the scale and multiplies;
     `divide_by_rounded` is `divide` where a scale that is computed from x was rounded to x's precision first, as torchao
-    does it.
+    does it; `divide_rounded` is the same, and x / scale is rounded to x's precision, too, as compressed-tensors does:
+    its scales are in x's dtype.
 
     The first two differ in the last place of float32, which can move an fp8 code by one.
     """
@@ -98,11 +99,17 @@ class QuantRounding(StrEnum):
     DIVIDE = "divide"
     MULTIPLY = "multiply"
     DIVIDE_BY_ROUNDED = "divide_by_rounded"
+    DIVIDE_ROUNDED = "divide_rounded"
 
     @property
     def rounds_scale(self) -> bool:
         """Whether the quotient of amax and the largest code is rounded to x's precision."""
-        return self is QuantRounding.DIVIDE_BY_ROUNDED
+        return self in (QuantRounding.DIVIDE_BY_ROUNDED, QuantRounding.DIVIDE_ROUNDED)
+
+    @property
+    def rounds_scaled(self) -> bool:
+        """Whether x / scale is rounded to x's precision before it is clamped, and the scale in x's dtype."""
+        return self is QuantRounding.DIVIDE_ROUNDED
 
     @property
     def multiplies(self) -> bool:
@@ -116,4 +123,5 @@ class QuantRounding(StrEnum):
             "divide": "divides by the scale",
             "multiply": "multiplies by the reciprocal of the scale",
             "divide_by_rounded": "divides by the scale, rounded to the precision of what it scales",
+            "divide_rounded": "divides by the scale, and rounds both to the precision of what it scales",
         }[self]

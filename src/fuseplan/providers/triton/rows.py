@@ -31,12 +31,17 @@ def silu(x, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, NVIDIA: tl.constexpr):
-    """clamp(y / scale, -MOST, MOST) as `dtype`; NaN stays NaN."""
+def quantized(
+    y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, ROUNDS: tl.constexpr,
+    DTYPE: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """clamp(y / scale, -MOST, MOST) as `dtype`, the quotient rounded to DTYPE or not; NaN stays NaN."""
     if MULTIPLIES:  # noqa: SIM108 - chosen when the kernel is compiled
         scaled = y * tl.div_rn(1.0, scale)
     else:
         scaled = tl.div_rn(y, scale)
+    if ROUNDS:
+        scaled = rounded(scaled, DTYPE)
     if not NVIDIA:  # whose conversion instructions clamp
         scaled = tl.where(scaled > MOST, MOST, scaled)
         scaled = tl.where(scaled < -MOST, -MOST, scaled)
@@ -44,16 +49,24 @@ def quantized(y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.
 
 
 @triton.jit
-def dynamic_scale(y, min_scale, MOST: tl.constexpr, ROUNDS: tl.constexpr, DTYPE: tl.constexpr):
-    """max(amax(|y|) / MOST, min_scale) over the last dimension of y, NaN where y has one; the quotient rounded to DTYPE
-    or not.
+def dynamic_scale(
+    y, min_scale, max_scale, upper_ptr, MOST: tl.constexpr, ROUNDS: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """clamp(amax(|y|) / MOST, min_scale, max_scale) over the last dimension of y, NaN where y has one; the quotient
+    rounded to DTYPE or not, the largest bounded by what is at a pointer or not.
     """
     # Without their sign, numbers are in order as integers too, and NaN is the largest.
     largest = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1).to(tl.float32, bitcast=True)
+    if IS_BOUNDED:
+        upper = tl.load(upper_ptr).to(tl.float32)
+        largest = tl.where(largest > upper, upper, largest)
+        largest = tl.where(upper == upper, largest, upper)
     scale = tl.div_rn(largest, MOST)
     if ROUNDS:
         scale = rounded(scale, DTYPE)
-    return tl.where(scale < min_scale, min_scale, scale)
+    scale = tl.where(scale < min_scale, min_scale, scale)
+    return tl.where(scale > max_scale, max_scale, scale)
 
 
 @triton.jit

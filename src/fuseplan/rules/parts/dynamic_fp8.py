@@ -8,64 +8,95 @@ from torch import Tensor
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.ops import QuantRounding, compute_dtype, define
+from fuseplan.graph.facts import item
+from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
 from fuseplan.rules.parts.fp8 import (
     CODE_BYTES,
     SCALE_BYTES,
+    Codes,
     Scaling,
     apply_scale,
+    is_restored,
     raise_computed,
     sample_of,
+    scale_dtype,
     scale_of,
     scalings,
 )
 from fuseplan.rules.parts.fp8_scales import computed_scale, is_given
-from fuseplan.rules.parts.traffic import Region, Tail
+from fuseplan.rules.parts.traffic import Region
 
 
-def reference(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) -> tuple[Tensor, Tensor]:
-    """scale = max(amax(|x|, -1) / fp8_max, min_scale);  q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
+def reference(
+    x: Tensor, dtype: torch.dtype, min_scale: float, max_scale: float, zero_scale: float, scale_ub: Tensor | None,
+    rounding: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """scale = clamp(min(amax(|x|, -1), scale_ub) / fp8_max, min_scale, max_scale) or zero_scale
+    q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
 
     Args:
         x: [..., hidden].
         dtype: one of `FP8_DTYPES`.
         min_scale: the smallest scale, so that a row of zeros doesn't divide by zero; 0 for none.
+        max_scale: the largest scale; 0 for none.
+        zero_scale: what takes the place of a scale of 0.
+        scale_ub: the largest element of a row that counts, one element in any dtype; None for none.
         rounding: one of `QuantRounding`; it says how the scale is rounded, and applied to x. The scale itself is always
             a division.
 
     Returns:
-        (q, scale): [..., hidden] in `dtype` and [..., 1] in float32 (float64 for float64 inputs), contiguous.
+        (q, scale): [..., hidden] in `dtype` and [..., 1] in float32 (float64 for float64 inputs, x's dtype by
+        `divide_rounded`), contiguous.
 
     Raises:
         ValueError: `rounding` isn't one of `QuantRounding`.
     """
     wide, how = x.to(compute_dtype(x.dtype)), QuantRounding(rounding)
-    scale = scale_of(wide, x.dtype, dtype, how).clamp(min=min_scale)
-    return apply_scale(wide, scale, dtype, how), scale.contiguous()
+    scale = scale_of(wide, x.dtype, dtype, min_scale, max_scale, scale_ub, how)
+    if zero_scale:
+        scale = torch.where(scale == 0, zero_scale, scale)
+    return apply_scale(wide, scale, x.dtype, dtype, how), scale.to(scale_dtype(x.dtype, rounding)).contiguous()
 
 
-def fake(x: Tensor, dtype: torch.dtype, min_scale: float, rounding: str) -> tuple[Tensor, Tensor]:
+def fake(
+    x: Tensor, dtype: torch.dtype, min_scale: float, max_scale: float, zero_scale: float, scale_ub: Tensor | None,
+    rounding: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes and dtypes of `reference`."""
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x.dtype))
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=scale_dtype(x.dtype, rounding))
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """(dtype, min_scale, rounding); 1 / (448 * 512) is the smallest scale that vLLM's `QuantFP8` uses."""
-    return torch.float8_e4m3fn, 1 / (448 * 512), QuantRounding.MULTIPLY.value
+    """All but x; 1 / (448 * 512) is the smallest scale that vLLM's `QuantFP8` uses."""
+    return torch.float8_e4m3fn, 1 / (448 * 512), 0.0, 0.0, None, QuantRounding.MULTIPLY.value
+
+
+def _rounded_arguments(device: torch.device) -> tuple[Any, ...]:
+    """As compressed-tensors has them in bfloat16."""
+    zero = torch.finfo(torch.bfloat16).eps
+    return torch.float8_e4m3fn, 0.0, 0.0, zero, None, QuantRounding.DIVIDE_ROUNDED.value
+
+
+def _bounded_arguments(device: torch.device) -> tuple[Any, ...]:
+    bound = torch.tensor([1.5], device=device)
+    return torch.float8_e4m3fn, 0.0, 2.0, 0.0, bound, QuantRounding.DIVIDE_BY_ROUNDED.value
 
 
 dynamic_per_token_scaled_fp8_quant = define(
     "dynamic_per_token_scaled_fp8_quant",
-    "(Tensor x, ScalarType dtype, float min_scale, str rounding) -> (Tensor, Tensor)",
+    "(Tensor x, ScalarType dtype, float min_scale, float max_scale, float zero_scale, Tensor? scale_ub, str rounding)"
+    " -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     samples=[
         *(sample_of(shape, _sample_arguments) for shape in ((7, 320), (2, 3, 64))),
-        sample_of((5, 96), lambda device: (torch.float8_e4m3fn, 0.0, QuantRounding.DIVIDE_BY_ROUNDED.value)),
+        sample_of((5, 96), _bounded_arguments),
+        sample_of((4, 160), _rounded_arguments),
     ],
+    draws={"scale_ub": draw_positive},
 )
 
 
@@ -87,12 +118,12 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
     if scale.is_power:
         detail = "the scale is rounded up to a power of two, and the op's of whole rows isn't"
         raise Unraised(Reason.ATTRIBUTE, detail, scale.node)
-    args = (scale.rows, scaling.dtype, scale.min_scale, scale.rounding.value)
+    args = (scale.rows, scaling.dtype, scale.min_scale, 0.0, scale.zero_scale, None, scale.rounding.value)
     raise_computed(canonical, scaling, scale.node, dynamic_per_token_scaled_fp8_quant, args)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicFp8(Tail):
+class DynamicFp8(Codes):
     """It at a site: the largest of a row is a reduction over it."""
 
     name, reduces_rows, eager_kernels = "dynamic_fp8_quant", True, 10
@@ -107,11 +138,14 @@ PART = RowEpilogue(
     kind=Kind.QUANTISATION,
     suffix="dynamic_fp8_quant",
     ops=(dynamic_per_token_scaled_fp8_quant,),
-    parameters=("ScalarType dtype", "float min_scale", "str quant_rounding"),
+    parameters=(
+        "ScalarType dtype", "float min_scale", "float max_scale", "float zero_scale", "Tensor? scale_ub",
+        "str quant_rounding",
+    ),
     results=2,
     sample=_sample_arguments,
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.EPILOGUES, raise_dynamic),),
     traffic=DynamicFp8,
-    tail=lambda node, core: DynamicFp8(),
-)
+    tail=lambda node, core: DynamicFp8(restored=is_restored(item(node, 0))),
+)  # fmt: skip

@@ -3,11 +3,13 @@
     x32 = convert(x, float32)                                              or not: a float32 scale promotes x
     q   = convert(clamp(x32 / scale, -fp8_max, fp8_max), fp8)              `divide`
         | convert(clamp(x32 * reciprocal(scale), -fp8_max, fp8_max), fp8)  `multiply`
+        | convert(clamp(x / scale, -fp8_max, fp8_max), fp8)                `divide_rounded`: all in x's dtype
 
 Where the scale is from tells one quantisation from another; each is a part of its own. A scale that is computed from
 what is quantised is read in `fp8_scales`, and such a quantisation may go without the clamp.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,9 +35,10 @@ from fuseplan.graph.facts import (
     is_call,
     tensor_of,
 )
-from fuseplan.graph.ops import DialectOp, QuantRounding, Sample, random_tensor
+from fuseplan.graph.ops import DialectOp, QuantRounding, Sample, compute_dtype, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import rows_of
+from fuseplan.rules.parts.traffic import Clock, Kernel, Region, Tail
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 """`fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3. Their largest values, 448 and 240, come from `torch.finfo`."""
@@ -43,30 +46,52 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 CODE_BYTES = 1
 SCALE_BYTES = 4
 
-CLAMPS = (aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
+CLAMPS = (
+    aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
+    aten.clamp.Tensor,
+)  # fmt: skip
 
 
-def apply_scale(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
-    """q = clamp(x / scale, -fp8_max, fp8_max).to(dtype), contiguous; x and the scale are in the dtype of arithmetic."""
+def apply_scale(x: Tensor, scale: Tensor, own: torch.dtype, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
+    """q = clamp(x / scale, -fp8_max, fp8_max).to(dtype), contiguous; x and the scale are in the dtype of arithmetic, of
+    which x's `own` holds less.
+    """
     scaled = x * scale.reciprocal() if rounding.multiplies else x / scale
+    if rounding.rounds_scaled:
+        scaled = scaled.to(own).to(x.dtype)
     limit = torch.finfo(dtype).max
     return scaled.clamp(-limit, limit).to(dtype).contiguous()
 
 
-def scale_of(wide: Tensor, own: torch.dtype, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
-    """amax(|x|, -1) / fp8_max, rounded to x's precision or not.
+def scale_of(
+    wide: Tensor, own: torch.dtype, dtype: torch.dtype, min_scale: float, max_scale: float, scale_ub: Tensor | None,
+    rounding: QuantRounding,
+) -> Tensor:  # fmt: skip
+    """clamp(min(amax(|x|, -1), scale_ub) / fp8_max, min_scale, max_scale), the quotient in x's precision or not.
 
     Args:
         wide: [..., size], x in the dtype of arithmetic.
         own: the dtype of x.
         dtype: of the codes.
-        rounding: what says so.
+        min_scale: 0 for none.
+        max_scale: 0 for none.
+        scale_ub: one element; None: none.
+        rounding: whether the quotient is rounded.
 
     Returns:
         [..., 1] in the dtype of arithmetic.
     """
-    scale = wide.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max
-    return scale.to(own).to(wide.dtype) if rounding.rounds_scale else scale
+    largest = wide.abs().amax(-1, keepdim=True)
+    if scale_ub is not None:
+        largest = torch.minimum(largest, scale_ub.to(wide.dtype))
+    scale = largest / torch.finfo(dtype).max
+    scale = scale.to(own).to(wide.dtype) if rounding.rounds_scale else scale
+    return scale.clamp(min_scale, max_scale or math.inf)
+
+
+def scale_dtype(own: torch.dtype, rounding: str) -> torch.dtype:
+    """Of the scales of x in its own dtype."""
+    return own if QuantRounding(rounding).rounds_scaled else compute_dtype(own)
 
 
 def sample_of(shape: tuple[int, ...], arguments: Callable[[torch.device], tuple[Any, ...]]) -> Sample:
@@ -115,12 +140,45 @@ def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unrais
     """Every cast to fp8, and how what is cast was scaled, or why that isn't known."""
     for cast in canonical.calls(convert_element_type):
         dtype = cast.args[1]
-        if dtype in FP8_DTYPES:
+        if dtype in FP8_DTYPES and not _is_constant(cast):
             assert isinstance(dtype, torch.dtype)
             try:
                 yield cast, _read_scaling(cast, dtype)
             except Unraised as refused:
                 yield cast, refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes(Tail):
+    """A quantisation at a site.
+
+    Attributes:
+        restored: whether the graph makes numbers of the codes again, as where quantisation is simulated: Inductor has
+            that in the kernel of both, and behind an op it is a kernel of its own.
+    """
+
+    restored: bool = False
+
+    def text(self, width: int) -> str:
+        """`dynamic_fp8_quant`"""
+        return f"{self.name} restored" if self.restored else self.name
+
+    def behind(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
+        """The kernel that restores them."""
+        nbytes = self.result_bytes(region) + region.row_bytes
+        return (clock.local("dequantised", nbytes),) if self.restored else ()
+
+
+def is_restored(codes: fx.Node | None) -> bool:
+    """Whether all that is done to codes is to make numbers of them again."""
+    return codes is not None and all(is_call(user, convert_element_type) for user in codes.users)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether it is made of a constant alone, as zero points are."""
+    while len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and not node.all_input_nodes
 
 
 def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
@@ -134,7 +192,10 @@ def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
         node = narrowed.args[0]
     while is_call(node, *CLAMPS):
         x, *bounds = node.args
-        if node.target is aten.clamp_max.default:
+        if any(isinstance(bound, fx.Node) and number_of(bound) is None for bound in bounds):
+            break
+        bounds = [number_of(bound) for bound in bounds]
+        if is_call(node, aten.clamp_max.default, aten.clamp_max.Tensor):
             bounds = [None, *bounds]
         minimum, maximum = (*bounds, None, None)[:2]
         if node.kwargs or (minimum is not None and low is not None) or (maximum is not None and high is not None):
@@ -144,7 +205,10 @@ def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
     is_clamped = low == -limit and high == limit
     if not isinstance(node, fx.Node) or not (is_clamped or (low is None and high is None)):
         raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
-    if narrowed is not None and is_clamped:
+    if narrowed is not None and is_clamped and dtype_of(uncast(node)) is dtype_of(narrowed):
+        node = uncast(node)  # the range of fp8 is in its range: the clamp gives the same in either dtype
+        assert isinstance(node, fx.Node)
+    elif narrowed is not None and is_clamped:
         detail = f"what is cast is scaled or clamped in {dtype_name(narrowed)}"
         raise Unraised(Reason.DTYPE, detail, narrowed)
     return (node, True) if is_clamped else (cast.all_input_nodes[0], False)
@@ -157,6 +221,9 @@ def _read_scaling(cast: fx.Node, dtype: torch.dtype) -> Scaling:
     if found is None:
         if not is_clamped:
             raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
+        if is_call(scaled, aten.add.Tensor) and _operands(scaled.args[0]) is not None:
+            detail = f"a zero point ({scaled.args[1]}) is added to what is scaled, and the op has none"
+            raise Unraised(Reason.OP, detail, scaled, "quantise symmetrically, without a zero point")
         if is_call(scaled, *MULS):
             raise Unraised(Reason.OP, "what is clamped is multiplied by something else than 1 / scale", scaled)
         raise Unraised(Reason.OP, "what is clamped isn't x / scale", scaled, expected=aten.div.Tensor)
@@ -164,10 +231,13 @@ def _read_scaling(cast: fx.Node, dtype: torch.dtype) -> Scaling:
     if not isinstance(wide, fx.Node) or not isinstance(factor, fx.Node) or not isinstance(scale, fx.Node):
         detail = f"the scale is a constant, {scale}, and the op takes a tensor"
         raise Unraised(Reason.ATTRIBUTE, detail, scaled, "make the scale a float32 tensor of one element")
-    if dtype_of(scale) is not torch.float32:
+    own = dtype_of(scaled)
+    x = uncast(wide) if own is torch.float32 else wide
+    if own in LOW_PRECISION and rounding is QuantRounding.DIVIDE and own is dtype_of(scale) is dtype_of(x):
+        rounding = QuantRounding.DIVIDE_ROUNDED
+    elif dtype_of(scale) is not torch.float32:
         raise Unraised(Reason.DTYPE, f"the scale is {dtype_name(scale)}, and the op takes float32", scaled)
-    x = uncast(wide)
-    if dtype_of(scaled) is not torch.float32:
+    elif own is not torch.float32:
         raise Unraised(Reason.DTYPE, f"what is cast is scaled in {dtype_name(scaled)}", scaled)
     if not isinstance(x, fx.Node) or dtype_of(x) not in (torch.float32, *LOW_PRECISION):
         raise Unraised(Reason.DTYPE, f"what is scaled is {dtype_name(x)}", scaled)
@@ -176,7 +246,7 @@ def _read_scaling(cast: fx.Node, dtype: torch.dtype) -> Scaling:
     )  # fmt: skip
 
 
-def _operands(scaled: fx.Node) -> tuple[object, object, object, QuantRounding] | None:
+def _operands(scaled: object) -> tuple[object, object, object, QuantRounding] | None:
     """(x, factor, scale, rounding) of `x / scale` and of `x * (1 / scale)`.
 
     Raises:

@@ -1,10 +1,11 @@
 """Scales that a graph computes from what it quantises: read once, for the ops of a scale a row and of a scale a group.
 
-    scale = max(power(max(amax(|x|) / fp8_max, min_scale)), min_power)
+    scale = max(power(max(amax(|x|) / fp8_max, min_scale)), min_power) or zero_scale
 
-where `power` rounds up to a power of two, or isn't there. Between those steps values may be viewed in other shapes, as
-long as the order of the elements stays, and cast where that changes none of them: |x| and its largest are in float32 or
-in the precision of x, to which a minimum before the division is then rounded. The division is in float32, as in ops.
+where `power` rounds up to a power of two, or isn't there, and the largest may be that of -amin(x) and amax(x). Between
+those steps values may be viewed in other shapes, as long as the order of the elements stays, and cast where that
+changes none of them: |x| and its largest are in float32 or in the precision of x, to which a minimum before the
+division is then rounded. The division is in float32, as in ops, or in the precision of x, to which it is then rounded.
 """
 
 import math
@@ -52,6 +53,7 @@ class ComputedScale:
         min_scale: the smallest before it is rounded; 0 for none.
         is_power: whether it is rounded up to a power of two.
         min_power: the smallest behind that; 0 for none.
+        zero_scale: what takes the place of 0 behind all that.
         rounding: how it is rounded to the precision of x or isn't, and applied.
     """
 
@@ -61,6 +63,7 @@ class ComputedScale:
     min_scale: float
     is_power: bool
     min_power: float
+    zero_scale: float
     rounding: QuantRounding
 
 
@@ -91,7 +94,8 @@ def computed_scale(scaling: Scaling) -> ComputedScale:
     """
     _check_same(scaling)
     node, size = _spread(scaling)
-    amax, min_scale, is_power, min_power, is_rounded = _bounds(node, scaling)
+    last, zero_scale = _zero(node)
+    amax, min_scale, is_power, min_power, is_rounded = _bounds(last, scaling)
     reduced = tensor_of(_reduced(amax))
     assert reduced is not None
     if not equal_size(reduced.shape[-1], size):
@@ -100,9 +104,12 @@ def computed_scale(scaling: Scaling) -> ComputedScale:
     if not scaling.is_clamped and (is_rounded or max(min_scale, min_power) < NORMAL):
         raise scaling.unclamped  # a scale that lost digits may leave more than fp8 holds
     rows, is_split = _rows(scaling.x, size)
+    rounding = scaling.rounding
+    if is_rounded and not rounding.rounds_scaled:
+        rounding = QuantRounding.DIVIDE_BY_ROUNDED
     return ComputedScale(
         node=node, rows=rows, size=int(size) if is_split else None, min_scale=min_scale, is_power=is_power,
-        min_power=min_power, rounding=QuantRounding.DIVIDE_BY_ROUNDED if is_rounded else scaling.rounding,
+        min_power=min_power, zero_scale=zero_scale, rounding=rounding,
     )  # fmt: skip
 
 
@@ -110,6 +117,9 @@ def _largest_of(scale: fx.Node) -> object:
     """x, if a scale is computed from the largest |x| in some way, or None."""
     node, first, is_reduced = scale, None, False
     for _ in range(MOST_STEPS):
+        both = _extremes(node)
+        if both is not None:
+            return source_of(both[0])
         is_reduced |= is_call(node, aten.amax.default, aten.max.dim, aten.max.default)
         if is_call(node, aten.abs.default):
             first = first or source_of(node.args[0])
@@ -174,15 +184,17 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, flo
     """(amax, min_scale, is_power, min_power, whether it is rounded to the precision of x), from a scale back to the
     largest that it is computed from.
     """
-    node, least = _least(scale)
-    power, own = _power(node), dtype_of(source_of(scaling.x))
+    own = dtype_of(source_of(scaling.x))
+    node, least = _least(scale, own=own if scaling.rounding.rounds_scaled else None)
+    power = _power(node)
     if power is not None and own is torch.float32:
         # In low precision no quotient is that near to a power of two.
         detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
         raise Unraised(Reason.ROUNDING, detail, node)
     quotient, min_scale = (node, least) if power is None else _least(power)
     is_rounded = own in LOW_PRECISION and is_call(quotient, convert_element_type) and dtype_of(quotient.args[0]) is own
-    if is_rounded and power is None and not scaling.rounding.multiplies:
+    is_rounded |= own in LOW_PRECISION and dtype_of(quotient) is own
+    if is_rounded and dtype_of(quotient) is not own and power is None and not scaling.rounding.multiplies:
         quotient, rounded = _least(quotient.all_input_nodes[0], own=own)
         min_scale = max(min_scale, rounded)
     if not is_call(quotient, aten.div.Tensor) or number_of(quotient.args[1]) != scaling.limit:
@@ -238,6 +250,31 @@ def _minimum(node: fx.Node) -> tuple[fx.Node, float] | None:
     return x, float(least)
 
 
+def _zero(scale: fx.Node) -> tuple[fx.Node, float]:
+    """(s, number) of `where(s == 0, number, s)`; (the scale, 0) where it is none."""
+    condition, number, other = scale.args if is_call(scale, aten.where.self) else (None, None, None)
+    found = number_of(number)
+    if not is_call(condition, aten.eq.Scalar) or condition.args != (other, 0) or found is None:
+        return scale, 0.0
+    assert isinstance(other, fx.Node)
+    return other, float(found)
+
+
+def _extremes(largest: object) -> tuple[fx.Node, object] | None:
+    """(x, dims) of `maximum(|minimum(amin(x, dims), 0)|, |maximum(amax(x, dims), 0)|)`, which is amax(|x|, dims)."""
+    if not is_call(largest, aten.maximum.default):
+        return None
+    found = []
+    bounds = ((aten.minimum.default, aten.amin.default), (aten.maximum.default, aten.amax.default))
+    for side, (bound, reduction) in zip(largest.args, bounds, strict=True):
+        bounded = side.args[0] if is_call(side, aten.abs.default) else None
+        if not is_call(bounded, bound) or number_of(bounded.args[1]) != 0 or not is_call(bounded.args[0], reduction):
+            return None
+        found.append(bounded.args[0].args)
+    (x, *dims), others = found
+    return (x, dims[0] if dims else []) if found[0] == tuple(others) and isinstance(x, fx.Node) else None
+
+
 def _power(scale: fx.Node) -> fx.Node | None:
     """s of `exp2(ceil(log2(s)))` or `pow(2, ceil(log2(abs(s))))`."""
     exponent = _exponent(scale)
@@ -283,6 +320,9 @@ def _reduced(amax: fx.Node) -> fx.Node:
     if is_call(amax, *UPPER_BOUNDS) or (is_call(amax, aten.clamp.default) and len(amax.args) > 2):
         raise Unraised(Reason.OP, f"the largest has an upper bound ({amax.target}), and the op's has none", amax)
     largest, dims = amax, None
+    both = _extremes(amax)
+    if both is not None and both[1] in ([-1], [_dims(both[0]) - 1]):
+        return both[0]
     if is_call(amax, aten.amax.default):
         dims = list(amax.args[1]) if len(amax.args) > 1 else []
     elif is_call(amax, operator.getitem) and is_call(amax.args[0], aten.max.dim) and amax.args[1] == 0:
@@ -322,6 +362,12 @@ def _views(x: fx.Node) -> Iterator[fx.Node]:
     while is_call(x, *ORDER_KEEPING) or uncast(x) is not x:
         x = x.all_input_nodes[0]
         yield x
+
+
+def _dims(node: fx.Node) -> int:
+    """How many dimensions it has."""
+    value = tensor_of(node)
+    return value.dim() if value is not None else 0
 
 
 def _last(node: fx.Node) -> Any:

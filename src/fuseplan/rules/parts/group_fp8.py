@@ -8,52 +8,72 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.ops import QuantRounding, Sample, compute_dtype, define, random_tensor
+from fuseplan.graph.facts import item
+from fuseplan.graph.ops import QuantRounding, Sample, compute_dtype, define, draw_positive, random_tensor
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp8 import CODE_BYTES, SCALE_BYTES, Scaling, apply_scale, raise_computed, scale_of, scalings
+from fuseplan.rules.parts.fp8 import (
+    CODE_BYTES,
+    SCALE_BYTES,
+    Codes,
+    Scaling,
+    apply_scale,
+    is_restored,
+    raise_computed,
+    scale_dtype,
+    scale_of,
+    scalings,
+)
 from fuseplan.rules.parts.fp8_scales import ComputedScale, computed_scale, is_given, seems_split
-from fuseplan.rules.parts.traffic import Middle, Region, Tail
+from fuseplan.rules.parts.traffic import Middle, Region
 
 
 def reference(
-    x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, ue8m0: bool, min_power: float, rounding: str
-) -> tuple[Tensor, Tensor]:
-    """scale = max(amax(|x|) / fp8_max, min_scale) of each group;  q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
+    x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, max_scale: float, ue8m0: bool, min_power: float,
+    zero_scale: float, scale_ub: Tensor | None, rounding: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """scale = clamp(min(amax(|x|), scale_ub) / fp8_max, min_scale, max_scale) or zero_scale, of each group
+    q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
 
     Args:
         x: [..., hidden].
         group_size: elements of a group; it divides hidden.
         dtype: one of `FP8_DTYPES`.
         min_scale: the smallest scale; 0 for none: a group of zeros then divides by zero.
+        max_scale: the largest scale; 0 for none.
         ue8m0: whether scales are rounded up to powers of two. torch's own `exp2(ceil(log2(scale)))` gives the power
             below for a scale that is up to three units in the last place above it.
         min_power: the smallest scale behind that rounding, as it is; 0 for none, and without that rounding.
+        zero_scale: what takes the place of a scale of 0, behind all that.
+        scale_ub: the largest element of a group that counts, one element in any dtype; None for none.
         rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and
             applied to x. The scale itself is always a division.
 
     Returns:
-        (q, scale): [..., hidden] in `dtype` and [..., hidden / group_size] in float32 (float64 for float64 inputs),
-        contiguous.
+        (q, scale): [..., hidden] in `dtype` and [..., hidden / group_size] in float32 (float64 for float64 inputs,
+        x's dtype by `divide_rounded`), contiguous.
 
     Raises:
         ValueError: `rounding` isn't one of `QuantRounding`.
         RuntimeError: `group_size` doesn't divide hidden.
     """
     groups, how = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size)), QuantRounding(rounding)
-    scale = scale_of(groups, x.dtype, dtype, how).clamp(min=min_scale)
+    scale = scale_of(groups, x.dtype, dtype, min_scale, max_scale, scale_ub, how)
     if ue8m0:
         mantissa, exponent = torch.frexp(scale)
         power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
         scale = torch.where((scale > 0) & scale.isfinite(), power, scale).clamp(min=min_power)
-    codes = apply_scale(groups, scale, dtype, how)
-    return codes.flatten(-2), scale.squeeze(-1).contiguous()
+    if zero_scale:
+        scale = torch.where(scale == 0, zero_scale, scale)
+    codes = apply_scale(groups, scale, x.dtype, dtype, how)
+    return codes.flatten(-2), scale.squeeze(-1).to(scale_dtype(x.dtype, rounding)).contiguous()
 
 
 def fake(
-    x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, ue8m0: bool, min_power: float, rounding: str
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, max_scale: float, ue8m0: bool, min_power: float,
+    zero_scale: float, scale_ub: Tensor | None, rounding: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes and dtypes of `reference`."""
-    scale = x.new_empty((*x.shape[:-1], x.shape[-1] // group_size), dtype=compute_dtype(x.dtype))
+    scale = x.new_empty((*x.shape[:-1], x.shape[-1] // group_size), dtype=scale_dtype(x.dtype, rounding))
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
@@ -61,28 +81,27 @@ SAMPLE_GROUP = 64
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """(group_size, dtype, min_scale, ue8m0, min_power, rounding); vLLM's kernel divides a largest element of at least
-    1e-10 by 448.
-    """
-    return SAMPLE_GROUP, torch.float8_e4m3fn, 1e-10 / 448, False, 0.0, QuantRounding.DIVIDE.value
+    """All but x; vLLM's kernel divides a largest element of at least 1e-10 by 448."""
+    return SAMPLE_GROUP, torch.float8_e4m3fn, 1e-10 / 448, 0.0, False, 0.0, 0.0, None, QuantRounding.DIVIDE.value
 
 
 def _sample(shape: tuple[int, ...], group_size: int, *, ue8m0: bool) -> Sample:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         x = random_tensor(shape, torch.bfloat16, device, generator)
-        _, dtype, min_scale, _, min_power, rounding = _sample_arguments(device)
-        return x, group_size, dtype, min_scale, ue8m0, min_power, rounding
+        _, dtype, min_scale, max_scale, _, *rest = _sample_arguments(device)
+        return x, group_size, dtype, min_scale, max_scale, ue8m0, *rest
 
     return Sample(name=f"{rows_of(shape)}-{group_size}{'-ue8m0' * ue8m0}", make=make)
 
 
 per_token_group_fp8_quant = define(
     "per_token_group_fp8_quant",
-    "(Tensor x, int group_size, ScalarType dtype, float min_scale, bool ue8m0, float min_power, str rounding)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, int group_size, ScalarType dtype, float min_scale, float max_scale, bool ue8m0, float min_power, "
+    "float zero_scale, Tensor? scale_ub, str rounding) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     samples=[_sample((7, 320), 64, ue8m0=False), _sample((2, 3, 256), 128, ue8m0=True)],
+    draws={"scale_ub": draw_positive},
 )
 
 
@@ -102,13 +121,13 @@ def raise_groups(canonical: CanonicalGraph) -> None:
 def _raise(canonical: CanonicalGraph, scaling: Scaling, scale: ComputedScale) -> None:
     if scale.size is None:
         return
-    bounds = scale.min_scale, scale.is_power, scale.min_power
+    bounds = scale.min_scale, 0.0, scale.is_power, scale.min_power, scale.zero_scale, None
     args = (scale.rows, scale.size, scaling.dtype, *bounds, scale.rounding.value)
     raise_computed(canonical, scaling, scale.node, per_token_group_fp8_quant, args)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupFp8(Tail):
+class GroupFp8(Codes):
     """It at a site.
 
     Attributes:
@@ -126,7 +145,7 @@ class GroupFp8(Tail):
 
     def text(self, width: int) -> str:
         """`group_fp8_quant 128`"""
-        return f"{self.name} {self.group_size}"
+        return f"{super().text(width)} {self.group_size}"
 
     def result_bytes(self, region: Region) -> int:
         """The codes, and a scale a group."""
@@ -136,7 +155,7 @@ class GroupFp8(Tail):
 def _tail(node: fx.Node, core: fx.Node) -> GroupFp8:
     size = node.args[1]
     assert isinstance(size, int)
-    return GroupFp8(group_size=size)
+    return GroupFp8(group_size=size, restored=is_restored(item(node, 0)))
 
 
 PART = RowEpilogue(
@@ -145,8 +164,8 @@ PART = RowEpilogue(
     suffix="group_fp8_quant",
     ops=(per_token_group_fp8_quant,),
     parameters=(
-        "int group_size", "ScalarType dtype", "float min_scale", "bool ue8m0", "float min_power",
-        "str quant_rounding",
+        "int group_size", "ScalarType dtype", "float min_scale", "float max_scale", "bool ue8m0", "float min_power",
+        "float zero_scale", "Tensor? scale_ub", "str quant_rounding",
     ),
     results=2,
     sample=_sample_arguments,

@@ -12,9 +12,9 @@ from fuseplan.graph.facts import ORDER_KEEPING, equal_shape, is_call, tensor_of
 from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.rules.parts.fp8 import CODE_BYTES, Scaling, apply_scale, sample_of, scalings
+from fuseplan.rules.parts.fp8 import CODE_BYTES, Codes, Scaling, apply_scale, is_restored, sample_of, scalings
 from fuseplan.rules.parts.fp8_scales import is_computed, is_given
-from fuseplan.rules.parts.traffic import Region, Tail
+from fuseplan.rules.parts.traffic import Region
 
 
 def reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
@@ -22,7 +22,7 @@ def reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Te
 
     Args:
         x: [..., hidden].
-        scale: one float32 element.
+        scale: one element, in float32 or, by `divide_rounded`, in x's dtype.
         dtype: one of `FP8_DTYPES`.
         rounding: one of `QuantRounding`.
 
@@ -33,7 +33,7 @@ def reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Te
         ValueError: `rounding` isn't one of `QuantRounding`.
     """
     wide = compute_dtype(x.dtype)
-    return apply_scale(x.to(wide), scale.to(wide), dtype, QuantRounding(rounding))
+    return apply_scale(x.to(wide), scale.to(wide), x.dtype, dtype, QuantRounding(rounding))
 
 
 def fake(x: Tensor, scale: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
@@ -66,6 +66,7 @@ def raise_static(canonical: CanonicalGraph) -> None:
                 _raise(canonical, found)
         except Unraised as refused:
             refused.tell(canonical, static_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
+    canonical.merge_equal(static_scaled_fp8_quant)
 
 
 def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
@@ -95,7 +96,7 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticFp8(Tail):
+class StaticFp8(Codes):
     """It at a site."""
 
     name, eager_kernels = "static_fp8_quant", 5
@@ -115,5 +116,5 @@ PART = RowEpilogue(
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.EPILOGUES, raise_static),),
     traffic=StaticFp8,
-    tail=lambda node, core: StaticFp8(),
+    tail=lambda node, core: StaticFp8(restored=is_restored(node)),
 )

@@ -5,6 +5,7 @@ fused ops, `none` where they have none. Nothing else names one.
 """
 
 import importlib
+import math
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
@@ -75,9 +76,22 @@ def epilogue_of(suffix: str | None) -> type[Epilogue]:
     return found
 
 
-def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool, bool]:
-    """(the largest code, whether a scale is applied by its reciprocal, as `rows.quantized` takes them, whether it is
-    rounded to the precision of the rows)
+def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool, bool, bool]:
+    """(the largest code, whether a scale is applied by its reciprocal, whether the quotient is rounded to the precision
+    of the rows, as `rows.quantized` takes them, whether the scale is)
     """
     how = QuantRounding(quant_rounding)
-    return torch.finfo(dtype).max, how.multiplies, how.rounds_scale
+    return torch.finfo(dtype).max, how.multiplies, how.rounds_scaled, how.rounds_scale
+
+
+def empty_scales(x: Tensor, count: int, quant_rounding: str) -> Tensor:
+    """Memory for so many scales of each row of x."""
+    dtype = x.dtype if QuantRounding(quant_rounding).rounds_scaled else torch.float32
+    return x.new_empty((*x.shape[:-1], count), dtype=dtype)
+
+
+def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:
+    """(the least scale, the largest, what takes the place of 0, a pointer to the largest element that counts) of an
+    epilogue m with scales.
+    """
+    return m.min_scale, m.max_scale or math.inf, m.zero_scale, scales if m.scale_ub is None else m.scale_ub

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants
+from fuseplan.providers.triton.epilogues import Epilogue, code_constants, empty_scales, scale_bounds
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
@@ -18,27 +18,36 @@ def store_by_scale_of_row(
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Stores rows as codes, and the scale of each."""
-    y_ptr, scale_ptr, min_scale = arguments
+    y_ptr, scale_ptr, min_scale, max_scale, zero_scale, upper_ptr = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
-    ROUNDS: tl.constexpr = CONSTANTS[2]
+    ROUNDS_SCALED: tl.constexpr = CONSTANTS[2]
+    ROUNDS: tl.constexpr = CONSTANTS[3]
+    IS_BOUNDED: tl.constexpr = CONSTANTS[4]
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
     y = rounded(y, DTYPE)
-    scale = dynamic_scale(tl.where(inside, y, 0.0), min_scale, MOST, ROUNDS, DTYPE)
-    codes = quantized(y, scale[:, None], y_ptr.dtype.element_ty, MOST, MULTIPLIES, NVIDIA)
+    largest_of = tl.where(inside, y, 0.0)
+    scale = dynamic_scale(largest_of, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, DTYPE)
+    scale = tl.where(scale == 0, zero_scale, scale)
+    code: tl.constexpr = y_ptr.dtype.element_ty
+    codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, NVIDIA)
     tl.store(y_ptr + out, codes, mask=inside)
     tl.store(scale_ptr + row, scale, mask=valid)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicFp8(Epilogue):
-    """scale = max(amax(|y|, -1) / fp8_max, min_scale);  clamp(y / scale, -fp8_max, fp8_max).to(dtype)
+    """scale = clamp(min(amax(|y|, -1), scale_ub) / fp8_max, min_scale, max_scale) or zero_scale
+    clamp(y / scale, -fp8_max, fp8_max).to(dtype)
 
     Attributes:
         dtype: of the codes.
         min_scale: the least scale of a row.
+        max_scale: the largest; 0 for none.
+        zero_scale: what takes the place of 0.
+        scale_ub: the largest element that counts; None: all do.
         quant_rounding: how a scale is applied.
     """
 
@@ -47,21 +56,24 @@ class DynamicFp8(Epilogue):
     elements: ClassVar[Found] = NORM_THREAD["dynamic_fp8_quant"]
     dtype: torch.dtype
     min_scale: float
+    max_scale: float
+    zero_scale: float
+    scale_ub: Tensor | None
     quant_rounding: str
 
     def results(self, x: Tensor) -> tuple[Tensor, ...]:
         """Empty codes and scales [..., 1] for activations x."""
         codes = x.new_empty(x.shape, dtype=self.dtype)
-        return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        return codes, empty_scales(x, 1, self.quant_rounding)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(codes, scales, the least scale)"""
-        return *results, self.min_scale
+        """(codes, scales, their bounds)"""
+        return *results, *scale_bounds(self, results[1])
 
     @property
     def constants(self) -> tuple[Any, ...]:
         """What the device function is compiled for."""
-        return code_constants(self.dtype, self.quant_rounding)
+        return *code_constants(self.dtype, self.quant_rounding), self.scale_ub is not None
 
 
 EPILOGUE = DynamicFp8

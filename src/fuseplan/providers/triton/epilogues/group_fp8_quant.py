@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fuseplan.graph.facts import equal_size
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants
+from fuseplan.providers.triton.epilogues import Epilogue, code_constants, empty_scales, scale_bounds
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
@@ -20,22 +20,26 @@ def store_by_scales_of_groups(
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Stores rows as codes, and the scales of their groups."""
-    y_ptr, scale_ptr, min_scale, min_power = arguments
+    y_ptr, scale_ptr, min_scale, max_scale, zero_scale, upper_ptr, min_power = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
-    ROUNDS: tl.constexpr = CONSTANTS[2]
-    GROUP: tl.constexpr = CONSTANTS[3]
-    UE8M0: tl.constexpr = CONSTANTS[4]
+    ROUNDS_SCALED: tl.constexpr = CONSTANTS[2]
+    ROUNDS: tl.constexpr = CONSTANTS[3]
+    IS_BOUNDED: tl.constexpr = CONSTANTS[4]
+    GROUP: tl.constexpr = CONSTANTS[5]
+    UE8M0: tl.constexpr = CONSTANTS[6]
     GROUPS: tl.constexpr = WIDTH // GROUP
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
     y = tl.reshape(tl.where(inside, rounded(y, DTYPE), 0.0), [y.shape[0], y.shape[1] // GROUP, GROUP])
-    scale = dynamic_scale(y, min_scale, MOST, ROUNDS, DTYPE)
+    scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, DTYPE)
     if UE8M0:
         scale = power_of_two_from(scale)
         scale = tl.where(scale < min_power, min_power, scale)
-    codes = quantized(y, scale[:, :, None], y_ptr.dtype.element_ty, MOST, MULTIPLIES, NVIDIA)
+    scale = tl.where(scale == 0, zero_scale, scale)
+    code: tl.constexpr = y_ptr.dtype.element_ty
+    codes = quantized(y, scale[:, :, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, NVIDIA)
     tl.store(y_ptr + out, tl.reshape(codes, out.shape), mask=inside)
     group = first // GROUP + tl.arange(0, y.shape[1])
     at = row.to(tl.int64)[:, None] * GROUPS + group[None, :]
@@ -58,14 +62,18 @@ def power_of_two_from(x):
 class GroupFp8(Epilogue):
     """Of each group of elements of a row:
 
-    scale = max(amax(|y|) / fp8_max, min_scale);  clamp(y / scale, -fp8_max, fp8_max).to(dtype)
+    scale = clamp(min(amax(|y|), scale_ub) / fp8_max, min_scale, max_scale) or zero_scale
+    clamp(y / scale, -fp8_max, fp8_max).to(dtype)
 
     Attributes:
         group_size: elements of a group, a power of two; rows are whole groups.
         dtype: of the codes.
         min_scale: the least scale of a group.
+        max_scale: the largest; 0 for none.
         ue8m0: whether scales are rounded up to powers of two.
         min_power: the least scale of a group behind that.
+        zero_scale: what takes the place of 0.
+        scale_ub: the largest element that counts; None: all do.
         quant_rounding: how a scale is applied.
     """
 
@@ -74,8 +82,11 @@ class GroupFp8(Epilogue):
     group_size: int
     dtype: torch.dtype
     min_scale: float
+    max_scale: float
     ue8m0: bool
     min_power: float
+    zero_scale: float
+    scale_ub: Tensor | None
     quant_rounding: str
 
     @classmethod
@@ -102,16 +113,17 @@ class GroupFp8(Epilogue):
     def results(self, x: Tensor) -> tuple[Tensor, ...]:
         """Empty codes and scales [..., width / group_size] for activations x."""
         codes = x.new_empty(x.shape, dtype=self.dtype)
-        return codes, x.new_empty((*x.shape[:-1], x.shape[-1] // self.group_size), dtype=torch.float32)
+        return codes, empty_scales(x, x.shape[-1] // self.group_size, self.quant_rounding)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(codes, scales, the least scale, the least power of two)"""
-        return *results, self.min_scale, self.min_power
+        """(codes, scales, their bounds, the least power of two)"""
+        return *results, *scale_bounds(self, results[1]), self.min_power
 
     @property
     def constants(self) -> tuple[Any, ...]:
         """What the device function is compiled for."""
-        return *code_constants(self.dtype, self.quant_rounding), self.group_size, self.ue8m0
+        constants = code_constants(self.dtype, self.quant_rounding)
+        return *constants, self.scale_ub is not None, self.group_size, self.ue8m0
 
 
 EPILOGUE = GroupFp8

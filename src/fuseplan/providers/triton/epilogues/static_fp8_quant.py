@@ -21,13 +21,15 @@ def store_by_given_scale(
     y_ptr, scale_ptr = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
+    ROUNDS_SCALED: tl.constexpr = CONSTANTS[2]
     code: tl.constexpr = y_ptr.dtype.element_ty
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
     y = rounded(y, DTYPE)
     scale = tl.load(scale_ptr).to(tl.float32)
-    tl.store(y_ptr + out, quantized(y, scale, code, MOST, MULTIPLIES, NVIDIA), mask=inside)
+    codes = quantized(y, scale, code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, NVIDIA)
+    tl.store(y_ptr + out, codes, mask=inside)
 
 
 @dataclass(frozen=True, kw_only=True)

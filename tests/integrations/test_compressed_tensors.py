@@ -1,0 +1,134 @@
+"""compressed-tensors' quantised linear layers: the graphs that its own code leaves to Inductor.
+
+What a layer reads is quantised and scaled back at once, in the precision of the model, and goes into a product of that
+precision. Every layer's `forward` swaps its weight by an object that Dynamo doesn't trace, so as it is, a graph ends at
+each layer.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fuseplan
+from tests.helpers import randn
+
+WIDTH, INNER, LAYERS = 256, 512, 2
+SWAPS_WEIGHTS = "compressed_tensors.quantization.lifecycle.forward.patch_attr"
+"""Of a compressed layer it puts the weight in the place of itself."""
+
+
+class Block(nn.Module):
+    """A norm whose result two layers quantise, each by itself, and an activation that a third one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.gate, self.up = (nn.Linear(WIDTH, INNER, bias=False) for _ in range(2))
+        self.down = nn.Linear(INNER, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        down: Tensor = self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return x + down
+
+
+@pytest.fixture(scope="module")
+def quantisation() -> Iterator[Any]:
+    """Quiet about what it asks of other versions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield pytest.importorskip("compressed_tensors.quantization")
+    finally:
+        logging.disable(before)
+
+
+Quantise = Callable[[str], nn.Module]
+
+
+@pytest.fixture
+def quantised(quantisation: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quantise]:
+    """Makes models by the name of a scheme, whose layers Dynamo traces."""
+    monkeypatch.setattr(SWAPS_WEIGHTS, lambda *arguments: nullcontext(), raising=False)
+    # The first release calculates a constant by Tensor.item().
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        yield lambda scheme: model_of(quantisation, scheme)
+
+
+def model_of(quantisation: Any, scheme: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(LAYERS))).eval().bfloat16()
+    groups = {"all": quantisation.preset_name_to_scheme(scheme, ["Linear"])}
+    quantisation.apply_quantization_config(model, quantisation.QuantizationConfig(config_groups=groups))
+    for layer in model.modules():
+        if hasattr(layer, "quantization_status"):
+            for name, parameter in layer.named_parameters():
+                if name == "input_scale":
+                    parameter.data.fill_(2.0**-6)
+            layer.quantization_status = quantisation.QuantizationStatus.COMPRESSED
+    return model
+
+
+def fused(model: nn.Module, x: Tensor) -> tuple[dict[str, int], set[str], bool]:
+    """Counts by rule, fused ops, and whether bits are those of the model itself."""
+    reports = list[fuseplan.Report]()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch._dynamo.reset()
+        config = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
+        compiled = fuseplan.compile(model, config=config, on_report=reports.append)
+        got, wanted = compiled(x), model(x)
+    counts = {rule: sum(report.fused[rule] for report in reports) for rule in ("norm_quant", "act_quant")}
+    applied = {str(one.op) for report in reports for graph in report.graphs for one in graph.applied}
+    return counts, applied, torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [("FP8_DYNAMIC", "dynamic_fp8_quant"), ("FP8_BLOCK", "group_fp8_quant"), ("FP8", "static_fp8_quant")],
+)
+def test_every_norm_and_activation_quantises(quantised: Quantise, scheme: str, kind: str) -> None:
+    model = quantised(scheme)
+    for layer in model.modules():
+        if hasattr(layer, "input_zero_point"):
+            del layer.input_zero_point
+        if isinstance(layer, Block) and scheme == "FP8":
+            layer.up.input_scale = layer.gate.input_scale  # a scale is of what is read, not of who reads it
+    counts, applied, is_same = fused(model, randn(2, 3, WIDTH))
+    assert counts == {"norm_quant": LAYERS, "act_quant": LAYERS}
+    assert applied == {f"rms_norm_{kind}", f"fused_add_rms_norm_{kind}", f"silu_and_mul_{kind}"}
+    assert is_same
+
+
+def test_a_plan_leaves_rows_to_inductor_that_are_restored_at_once(quantised: Quantise) -> None:
+    """One kernel of Inductor's quantises a row and restores it; of groups it makes two."""
+    rows = fuseplan.explain(quantised("FP8_DYNAMIC"), randn(2, 3, WIDTH), device="h200")
+    assert rows.fused["norm_quant"] == rows.fused["act_quant"] == 0
+    assert rows.saved_us >= 0
+
+
+def test_a_graph_ends_at_each_of_its_layers(quantisation: Any) -> None:
+    counts, applied, _ = fused(model_of(quantisation, "FP8_DYNAMIC"), randn(2, 3, WIDTH))
+    assert counts == {"norm_quant": 0, "act_quant": 0}
+    assert applied == set()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "says"),
+    [
+        ("FP8_DYNAMIC", (6, WIDTH), "the scale is computed from all rows at once"),
+        ("FP8", (2, 3, WIDTH), "is added to what is scaled, and the op has none"),
+    ],
+)
+def test_what_is_left_alone_is_named(quantised: Quantise, scheme: str, shape: tuple[int, ...], says: str) -> None:
+    """Of rows without a batch, a scale a token is one of all of them; a given scale comes with a zero point."""
+    report = fuseplan.explain(quantised(scheme), randn(*shape), device="h200")
+    assert report.fused["norm_quant"] == report.fused["act_quant"] == 0
+    details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}
+    assert any(says in detail for detail in details), details
