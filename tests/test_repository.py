@@ -56,6 +56,6 @@ def test_readme_opens_with_installing_demo_and_test() -> None:
 def test_ci_runs_every_target_and_closes_with_the_tests() -> None:
     lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     targets = [line.split()[1] for line in lines if line.startswith("make ")]
-    assert targets == ["lint", "docs", "test-vllm", "test-transformers", "test-torchao", "test"]
+    assert targets == ["lint", "docs", "test-vllm", "test-transformers", "test-torchao", "test-compressed", "test"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert [each for each in targets if f"\n{each}: " not in makefile] == []

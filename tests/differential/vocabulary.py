@@ -119,6 +119,11 @@ def quantize_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
 
 
+def quantize_rows_bounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 2.0) / 448.0
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     """Groups of four where they divide a row."""
     groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
@@ -136,7 +141,8 @@ def quantize_groups_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if scale.dim() == q.dim() and 1 < scale.shape[-1] < q.shape[-1]:
         groups = q.float().unflatten(-1, (scale.shape[-1], -1))
-        return (groups * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+        restored: Tensor = groups * scale.unsqueeze(-1)
+        return restored.flatten(-2).to(dtype)
     return (q.float() * scale).to(dtype)
 
 
@@ -147,6 +153,7 @@ ROW_QUANTS = {
         quantize_rows_divided,
         quantize_rows_max,
         quantize_rows_rounded,
+        quantize_rows_bounded,
         quantize_groups,
         quantize_groups_rounded,
         quantize_rows_by_others,

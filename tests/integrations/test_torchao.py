@@ -1,5 +1,6 @@
 """torchao's fp8 linear layers: the graphs that its own code leaves to Inductor."""
 
+import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -42,19 +43,20 @@ def torchao() -> Iterator[Any]:
         logging.disable(before)
 
 
-def quantized(torchao: Any, granularity: Any) -> nn.Module:
+def quantized(torchao: Any, granularity: Any, **more: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(LAYERS))).eval().bfloat16()
-    torchao.quantize_(model, torchao.Float8DynamicActivationFloat8WeightConfig(granularity=granularity))
+    torchao.quantize_(model, torchao.Float8DynamicActivationFloat8WeightConfig(granularity=granularity, **more))
     return model
 
 
+@pytest.mark.parametrize("bounds", [{}, {"activation_value_lb": 1e-4, "activation_value_ub": 1.5}])
 @pytest.mark.filterwarnings("ignore")
 def test_every_row_is_quantised_by_the_norm_and_the_activation_before_it(
-    torchao: Any, monkeypatch: pytest.MonkeyPatch
+    torchao: Any, monkeypatch: pytest.MonkeyPatch, bounds: dict[str, float]
 ) -> None:
     monkeypatch.setattr(HAS_NO_KERNELS, lambda granularity: None)
-    model, reports = quantized(torchao, torchao.PerRow()), list[fuseplan.Report]()
+    model, reports = quantized(torchao, torchao.PerRow(), **bounds), list[fuseplan.Report]()
     x = randn(6, WIDTH)
     with torch.inference_mode():
         torch._dynamo.reset()
@@ -78,4 +80,31 @@ def test_one_scale_of_all_rows_is_named(torchao: Any, monkeypatch: pytest.Monkey
     report = fuseplan.explain(quantized(torchao, torchao.PerTensor()), randn(6, WIDTH), device="h200")
     assert not any(report.fused.values())
     details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}
-    assert any("the scale has the shape [1, 1], and what it scales [6, 128]" in detail for detail in details)
+    assert any("the scale is computed from all rows at once" in detail for detail in details)
+
+
+def multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, block_size: int) -> Tensor:
+    """Stands in for the Triton kernel of the product, with its arguments: groups of x, blocks of the weight."""
+    groups = x.float().unflatten(-1, (-1, block_size)) * x_scale.view(len(x), -1, 1)
+    blocks = weight_scale.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    product: Tensor = groups.flatten(-2) @ (weight.float() * blocks).t()
+    return product.bfloat16()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_group_is_quantised_where_rows_have_several(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the norm is one group here."""
+    monkeypatch.setattr(HAS_NO_KERNELS, lambda granularity: None)
+    layers = importlib.import_module("torchao.quantization.quantize_.workflows.float8.float8_tensor")
+    monkeypatch.setattr(layers, "blockwise_fp8_gemm", multiplied)
+    blocks = [torchao.PerBlock([1, WIDTH]), torchao.PerBlock([WIDTH, WIDTH])]
+    reports = list[fuseplan.Report]()
+    model, x = quantized(torchao, blocks), randn(6, WIDTH)
+    with torch.inference_mode():
+        torch._dynamo.reset()
+        config = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
+        got = fuseplan.compile(model, config=config, on_report=reports.append)(x)
+        torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
+    assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": LAYERS, "act_quant": LAYERS}
+    kinds = {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
+    assert {"rms_norm_dynamic_fp8_quant", "silu_and_mul_group_fp8_quant"} <= kinds

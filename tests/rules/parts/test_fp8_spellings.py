@@ -154,12 +154,32 @@ def of_groups_all_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(groups / scale.unsqueeze(-1)).flatten(-2), scale
 
 
+def of_rows_up_to_a_number(x: Tensor) -> tuple[Tensor, Tensor]:
+    """FBGEMM's."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 1.5) / MOST
+    return codes(x.float() / scale), scale
+
+
+def of_rows_up_to_a_rounded_number(x: Tensor) -> tuple[Tensor, Tensor]:
+    """torchao's, by `activation_value_lb` and `activation_value_ub`."""
+    scale = (x.abs().amax(-1, keepdim=True).clamp(1e-4, 1.3) / MOST).float()
+    return codes(x.float() / scale), scale
+
+
+def of_groups_up_to_a_number(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(-1, GROUP)
+    scale = (groups.abs().amax(dim=-1).float() / MOST).clamp(max=torch.full((1,), 0.003)).clamp(min=LEAST)
+    return codes(groups / scale.unsqueeze(-1)).view(x.shape), scale.view(*x.shape[:-1], -1)
+
+
 EPSILON = 0.0078125
 DIVIDE, MULTIPLY, BY_ROUNDED, ROUNDS = "divide", "multiply", "divide_by_rounded", "divide_rounded"
 ROUNDED = float(torch.tensor(1e-10, dtype=torch.bfloat16).float() / MOST)
 TENTH = float(torch.tensor(1e-4) / MOST)
 ROUNDED_TENTH = float(torch.tensor(1e-4, dtype=torch.bfloat16).float() / MOST)
 TWICE_ROUNDED = float((torch.tensor(1e-4).bfloat16() / MOST).float())
+UPPER = float(torch.tensor(1.5) / MOST)
+ROUNDED_UPPER = float(torch.tensor(1.3).bfloat16() / MOST)
 ROWS, GROUPS = ops.dynamic_per_token_scaled_fp8_quant, ops.per_token_group_fp8_quant
 SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
     of_rows_by_max: (FP8, LEAST, 0.0, 0.0, None, MULTIPLY),
@@ -177,6 +197,9 @@ SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
     of_rows_of_groups: (GROUP, FP8, ROUNDED, 0.0, False, 0.0, 0.0, None, DIVIDE),
     of_groups_unclamped: (GROUP, FP8, TENTH, 0.0, False, 0.0, 0.0, None, MULTIPLY),
     of_groups_in_float32: (GROUP, FP8, TENTH, 0.0, False, 0.0, 0.0, None, DIVIDE),
+    of_rows_up_to_a_number: (FP8, TENTH, UPPER, 0.0, None, DIVIDE),
+    of_rows_up_to_a_rounded_number: (FP8, TWICE_ROUNDED, ROUNDED_UPPER, 0.0, None, BY_ROUNDED),
+    of_groups_up_to_a_number: (GROUP, FP8, LEAST, 0.003, False, 0.0, 0.0, None, DIVIDE),
     of_rows_all_rounded: (FP8, 0.0, 0.0, EPSILON, None, ROUNDS),
     of_groups_all_rounded: (GROUP, FP8, 0.0, 0.0, False, 0.0, EPSILON, None, ROUNDS),
     of_groups_repeated: (GROUP, FP8, 0.0, 0.0, False, 0.0, 0.0, None, DIVIDE),
@@ -298,9 +321,26 @@ def by_a_narrow_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(x.float() / scale), scale
 
 
-def up_to_a_bound(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True).float().clamp(max=torch.full((1,), 6.0)) / MOST).clamp(min=LEAST)
+def up_to_a_bound_a_row(x: Tensor) -> tuple[Tensor, Tensor]:
+    bound = x.float().mean(-1, keepdim=True).exp()
+    scale = (torch.minimum(x.abs().amax(-1, keepdim=True).float(), bound) / MOST).clamp(min=LEAST)
     return codes(x.float() / scale), scale
+
+
+def up_to_a_bound_below_its_least(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(-1, keepdim=True).float().clamp(max=1e-4) / MOST).clamp(min=0.1)
+    return codes(x.float() / scale), scale
+
+
+def up_to_a_power(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(-1, GROUP)
+    scale = torch.exp2(torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True).float() / MOST))).clamp(max=2.0)
+    return codes(groups / scale).view(x.shape), scale
+
+
+def up_to_a_bound_unclamped(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 6.0) / MOST
+    return (x.float() / scale).to(FP8), scale
 
 
 def chosen(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,7 +408,10 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
     multiplied_in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
     unclamped_in_low_precision: "what is cast isn't clamped to +-448",
     by_a_narrow_scale: "the scale is bfloat16, and the op takes float32",
-    up_to_a_bound: "the largest has an upper bound",
+    up_to_a_bound_a_row: "the upper bound of the largest (aten.minimum.default) isn't one element in its dtype",
+    up_to_a_bound_below_its_least: "the scale has a least bound above its upper one",
+    up_to_a_power: "the power of two has an upper bound",
+    up_to_a_bound_unclamped: "what is cast isn't clamped to +-448",
     chosen: "the scale is computed by aten.where.self",
     with_indices: "the indices of the largest are read, too",
     unclamped: "what is cast isn't clamped to +-448",
@@ -416,6 +459,38 @@ def test_what_is_rounded_between_is_named() -> None:
     ):
         graph = canonicalize(post_grad(lambda x, f=function: f(F.silu(x) * x), randn(5, WIDTH, dtype=torch.float32)))
         assert [says in refusal.detail for refusal in graph.refusals if "fp8" in refusal.detail] == [True]
+
+
+def of_rows_up_to(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """vLLM's `QuantFP8` with `scale_ub`."""
+    largest = x.abs().max(dim=-1)[0].unsqueeze(-1).to(torch.float32).clamp(max=bound)
+    scale = (largest / MOST).clamp(min=LEAST)
+    return codes(x.to(torch.float32) * scale.reciprocal()), scale
+
+
+def of_groups_up_to(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.view(-1, x.shape[-1] // GROUP, GROUP)
+    scale = torch.minimum(groups.abs().amax(-1, keepdim=True).float(), bound) / MOST
+    return codes(groups / scale).view(x.shape), scale.squeeze(-1)
+
+
+@pytest.mark.parametrize("shape", [(1,), ()])
+@pytest.mark.parametrize(("quantize", "op"), [(of_rows_up_to, ROWS), (of_groups_up_to, GROUPS)])
+def test_the_largest_may_be_bounded_by_a_tensor(quantize: Any, op: Any, shape: tuple[int, ...]) -> None:
+    graph = post_grad(quantize, randn(6, WIDTH), torch.ones(shape))
+    raised = canonicalize(graph)
+    (node,) = raised.calls(op.overload)
+    assert node.args[-2].op == "placeholder"
+    ours, theirs = fx.GraphModule({}, raised.graph), fx.GraphModule({}, graph)
+    for bound in (0.5, 1.7, math.inf, math.nan):
+        for value in inputs(torch.bfloat16).values():
+            pairs = zip(ours(value, torch.full(shape, bound)), theirs(value, torch.full(shape, bound)), strict=True)
+            assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)
+    fused = fuseplan.explain(
+        lambda x, bound: quantize(llama(x, None, W)[0], bound), randn(5, WIDTH), torch.ones(shape), device="h200",
+        config=fuseplan.PassConfig(policy="ordered(norm_quant)"),
+    )  # fmt: skip
+    assert fused.fused["norm_quant"] == 1
 
 
 def test_a_given_scale_may_be_viewed_and_promote() -> None:

@@ -118,7 +118,8 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
     if scale.is_power:
         detail = "the scale is rounded up to a power of two, and the op's of whole rows isn't"
         raise Unraised(Reason.ATTRIBUTE, detail, scale.node)
-    args = (scale.rows, scaling.dtype, scale.min_scale, 0.0, scale.zero_scale, None, scale.rounding.value)
+    bounds = scale.min_scale, scale.max_scale, scale.zero_scale, scale.scale_ub
+    args = (scale.rows, scaling.dtype, *bounds, scale.rounding.value)
     raise_computed(canonical, scaling, scale.node, dynamic_per_token_scaled_fp8_quant, args)
 
 

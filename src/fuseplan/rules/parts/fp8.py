@@ -205,10 +205,11 @@ def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
     is_clamped = low == -limit and high == limit
     if not isinstance(node, fx.Node) or not (is_clamped or (low is None and high is None)):
         raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
-    if narrowed is not None and is_clamped and dtype_of(uncast(node)) is dtype_of(narrowed):
-        node = uncast(node)  # the range of fp8 is in its range: the clamp gives the same in either dtype
-        assert isinstance(node, fx.Node)
-    elif narrowed is not None and is_clamped:
+    inner = uncast(node)
+    if narrowed is not None and is_clamped and dtype_of(inner) is dtype_of(narrowed):
+        assert isinstance(inner, fx.Node)
+        return inner, True  # the range of fp8 is in its range: the clamp gives the same in either dtype
+    if narrowed is not None and is_clamped:
         detail = f"what is cast is scaled or clamped in {dtype_name(narrowed)}"
         raise Unraised(Reason.DTYPE, detail, narrowed)
     return (node, True) if is_clamped else (cast.all_input_nodes[0], False)

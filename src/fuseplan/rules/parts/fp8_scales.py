@@ -1,11 +1,11 @@
 """Scales that a graph computes from what it quantises: read once, for the ops of a scale a row and of a scale a group.
 
-    scale = max(power(max(amax(|x|) / fp8_max, min_scale)), min_power) or zero_scale
+    scale = max(power(clamp(min(amax(|x|), scale_ub) / fp8_max, min_scale, max_scale)), min_power) or zero_scale
 
 where `power` rounds up to a power of two, or isn't there, and the largest may be that of -amin(x) and amax(x). Between
 those steps values may be viewed in other shapes, as long as the order of the elements stays, and cast where that
-changes none of them: |x| and its largest are in float32 or in the precision of x, to which a minimum before the
-division is then rounded. The division is in float32, as in ops, or in the precision of x, to which it is then rounded.
+changes none of them: |x| and its largest are in float32 or in the precision of x, to which bounds before the division
+are then rounded. The division is in float32, as in ops, or in the precision of x, to which it is then rounded.
 """
 
 import math
@@ -37,6 +37,7 @@ from fuseplan.record import Reason
 from fuseplan.rules.parts.fp8 import Scaling, number_of, source_of, uncast
 
 UPPER_BOUNDS = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default, aten.clamp.Tensor)
+LOWER_BOUNDS = (aten.clamp_min.default, aten.clamp_min.Tensor, aten.maximum.default)
 NORMAL = torch.finfo(torch.float32).tiny
 MOST_STEPS = 16
 """From a scale to what it is computed from."""
@@ -51,6 +52,8 @@ class ComputedScale:
         rows: of whole groups, or of one group each: x in its own precision.
         size: elements of a group; None: a group is a row.
         min_scale: the smallest before it is rounded; 0 for none.
+        max_scale: likewise the largest.
+        scale_ub: the node that bounds the largest element; None: it has no bound.
         is_power: whether it is rounded up to a power of two.
         min_power: the smallest behind that; 0 for none.
         zero_scale: what takes the place of 0 behind all that.
@@ -61,10 +64,27 @@ class ComputedScale:
     rows: fx.Node
     size: int | None
     min_scale: float
+    max_scale: float
+    scale_ub: fx.Node | None
     is_power: bool
     min_power: float
     zero_scale: float
     rounding: QuantRounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Of a value.
+
+    Attributes:
+        least: the smallest; 0 for none.
+        most: the largest number.
+        upper: a node of one element that it isn't above.
+    """
+
+    least: float = 0.0
+    most: float = math.inf
+    upper: fx.Node | None = None
 
 
 def is_computed(scaling: Scaling) -> bool:
@@ -95,20 +115,22 @@ def computed_scale(scaling: Scaling) -> ComputedScale:
     _check_same(scaling)
     node, size = _spread(scaling)
     last, zero_scale = _zero(node)
-    amax, min_scale, is_power, min_power, is_rounded = _bounds(last, scaling)
+    amax, bounds, is_power, min_power, is_rounded = _bounds(last, scaling)
+    is_bounded = bounds.upper is not None or bounds.most < math.inf
     reduced = tensor_of(_reduced(amax))
     assert reduced is not None
     if not equal_size(reduced.shape[-1], size):
         detail = f"the scale is of {reduced.shape[-1]} elements each, and is applied to {size}"
         raise Unraised(Reason.SIZE, detail, amax)
-    if not scaling.is_clamped and (is_rounded or max(min_scale, min_power) < NORMAL):
+    if not scaling.is_clamped and (is_rounded or is_bounded or max(bounds.least, min_power) < NORMAL):
         raise scaling.unclamped  # a scale that lost digits may leave more than fp8 holds
     rows, is_split = _rows(scaling.x, size)
     rounding = scaling.rounding
     if is_rounded and not rounding.rounds_scaled:
         rounding = QuantRounding.DIVIDE_BY_ROUNDED
     return ComputedScale(
-        node=node, rows=rows, size=int(size) if is_split else None, min_scale=min_scale, is_power=is_power,
+        node=node, rows=rows, size=int(size) if is_split else None, min_scale=bounds.least,
+        max_scale=0.0 if bounds.most == math.inf else bounds.most, scale_ub=bounds.upper, is_power=is_power,
         min_power=min_power, zero_scale=zero_scale, rounding=rounding,
     )  # fmt: skip
 
@@ -166,10 +188,18 @@ def _spread(scaling: Scaling) -> tuple[fx.Node, Any]:
         fits = equal_sizes(x.shape[:-1], factor.shape[:-1])
     else:
         fits = equal_shape(x, factor)
+    if equal_size(factor.numel(), 1) and not equal_size(x.numel(), x.shape[-1]):
+        raise one_of_all(scaling.factor)
     if not fits or size is None:
         detail = f"the scale has the shape {[*factor.shape]}, and what it scales {[*x.shape]}"
         raise Unraised(Reason.SIZE, detail, scaling.factor, "keep a scale for each row of what it scales")
     return node, size
+
+
+def one_of_all(scale: fx.Node) -> Unraised:
+    """A scale of a whole tensor."""
+    detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
+    return Unraised(Reason.OP, detail, scale)
 
 
 def _repeats_last(expand: fx.Node) -> bool:
@@ -180,44 +210,60 @@ def _repeats_last(expand: fx.Node) -> bool:
     return equal_sizes(few.shape[:-1], many.shape[:-1])
 
 
-def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, float, bool, float, bool]:
-    """(amax, min_scale, is_power, min_power, whether it is rounded to the precision of x), from a scale back to the
-    largest that it is computed from.
+def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, float, bool]:
+    """(amax, bounds of what it gives, is_power, min_power, whether it is rounded to the precision of x), from a scale
+    back to the largest that it is computed from.
     """
     own = dtype_of(source_of(scaling.x))
-    node, least = _least(scale, own=own if scaling.rounding.rounds_scaled else None)
+    node, outer = _bounded(scale, own=own if scaling.rounding.rounds_scaled else None)
     power = _power(node)
     if power is not None and own is torch.float32:
         # In low precision no quotient is that near to a power of two.
         detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
         raise Unraised(Reason.ROUNDING, detail, node)
-    quotient, min_scale = (node, least) if power is None else _least(power)
+    if power is not None and outer.most < math.inf:
+        raise Unraised(Reason.OP, f"the power of two has an upper bound ({scale.target}), and the op's has none", scale)
+    quotient, bounds = (node, outer) if power is None else _bounded(power)
     is_rounded = own in LOW_PRECISION and is_call(quotient, convert_element_type) and dtype_of(quotient.args[0]) is own
     is_rounded |= own in LOW_PRECISION and dtype_of(quotient) is own
     if is_rounded and dtype_of(quotient) is not own and power is None and not scaling.rounding.multiplies:
-        quotient, rounded = _least(quotient.all_input_nodes[0], own=own)
-        min_scale = max(min_scale, rounded)
+        quotient, inner = _bounded(quotient.all_input_nodes[0], own=own)
+        bounds = _joined(bounds, inner, quotient)
     if not is_call(quotient, aten.div.Tensor) or number_of(quotient.args[1]) != scaling.limit:
         raise _unknown(quotient, scaling.limit)
-    amax, before = _least(quotient.all_input_nodes[0], own=own)
-    # A division that is rounded to the nearest keeps the order, so the least may be taken of either side of it.
-    divided = float(torch.tensor(before, dtype=torch.float32) / scaling.limit)
-    smallest = torch.tensor(max(min_scale, divided), dtype=torch.float32)
+    amax, before = _bounded(quotient.all_input_nodes[0], own=own, is_largest=True)
+    # A division that is rounded to the nearest keeps the order, so bounds may be taken of either side of it.
+    least, most = (torch.tensor(bound, dtype=torch.float32) / scaling.limit for bound in (before.least, before.most))
+    if is_rounded:
+        least, most = (bound.to(own) for bound in (least, most))
+    bounds = _joined(bounds, Bounds(least=float(least), most=float(most), upper=before.upper), quotient)
+    smallest = torch.tensor(bounds.least, dtype=torch.float32)
     if power is not None and torch.exp2(torch.ceil(torch.log2(smallest))) < smallest:
         raise Unraised(Reason.ROUNDING, f"log2 rounds the smallest scale, {smallest:g}, down to a power of two", node)
-    if is_rounded:
-        divided = float(torch.tensor(divided, dtype=own))
-    return amax, max(min_scale, divided), power is not None, 0.0 if power is None else least, is_rounded
+    return amax, bounds, power is not None, 0.0 if power is None else outer.least, is_rounded
 
 
-def _least(node: fx.Node, *, own: torch.dtype | None = None) -> tuple[fx.Node, float]:
-    """(x, least) of `max(x, least)`, where x may be viewed in other shapes; 0 where there is none.
+def _joined(outer: Bounds, inner: Bounds, node: fx.Node) -> Bounds:
+    """Of what is bounded twice: the op takes the larger of the least first, then the smaller of the most.
+
+    Raises:
+        Unraised: that isn't the same.
+    """
+    if outer.least > inner.most or (outer.upper is not None and inner.least):
+        raise Unraised(Reason.OP, "the scale has a least bound above its upper one", node)
+    least, most = max(outer.least, inner.least), min(outer.most, inner.most)
+    return Bounds(least=least, most=most, upper=outer.upper or inner.upper)
+
+
+def _bounded(node: fx.Node, *, own: torch.dtype | None = None, is_largest: bool = False) -> tuple[fx.Node, Bounds]:
+    """(x, bounds) of a value between bounds, where x may be viewed in other shapes.
 
     Args:
-        node: the larger one.
+        node: the value.
         own: in which dtype x is exact, and may be held, besides float32.
+        is_largest: whether it is the largest of elements, which may be bounded by a tensor, too.
     """
-    least, held = 0.0, torch.float32
+    found, held = Bounds(), torch.float32
     while True:
         dtype = dtype_of(node)
         if dtype is not torch.float32:
@@ -227,27 +273,51 @@ def _least(node: fx.Node, *, own: torch.dtype | None = None) -> tuple[fx.Node, f
             if dtype is not own:
                 raise Unraised(Reason.DTYPE, f"the largest is rounded to {dtype_name(node)} on the way", node)
             held = own
-        minimum = _minimum(node)
-        if minimum is not None:
-            node, number = minimum
-            least = max(least, float(torch.tensor(number, dtype=held)) if held is own else number)
+        bounded = _bound(node)
+        upper = _upper(node) if is_largest and bounded is None else None
+        if bounded is not None:
+            node, (least, most) = bounded
+            if held is own:
+                least, most = (float(torch.tensor(bound, dtype=held)) for bound in (least, most))
+            found = _joined(found, Bounds(least=least, most=most), node)
+        elif upper is not None:
+            found = _joined(found, Bounds(upper=upper[1]), node)
+            node = upper[0]
         elif is_call(node, *ORDER_KEEPING) or (own is not None and is_call(node, convert_element_type)):
             node = node.args[0]
         else:
-            return node, least
+            return node, found
 
 
-def _minimum(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(x, least) of `clamp(x, least)` and of `maximum(x, least)`."""
-    x = least = None
-    if is_call(node, aten.clamp_min.default, aten.clamp.default) and len(node.args) == 2:
-        x, least = node.args
-    elif is_call(node, aten.maximum.default):
-        x, least = node.args
-        x, least = (x, number_of(least)) if number_of(x) is None else (least, number_of(x))
-    if not isinstance(x, fx.Node) or not isinstance(least, (int, float)) or math.isnan(least):
+def _bound(node: fx.Node) -> tuple[fx.Node, tuple[float, float]] | None:
+    """(x, (least, most)) of `clamp(x, least, most)`, and of what else bounds x by numbers."""
+    if node.kwargs or not is_call(node, *LOWER_BOUNDS, *UPPER_BOUNDS, aten.clamp.default):
         return None
-    return x, float(least)
+    x, *bounds = node.args
+    if is_call(node, aten.maximum.default, aten.minimum.default) and number_of(x) is not None:
+        x, bounds = bounds[0], [x]
+    if is_call(node, *UPPER_BOUNDS) and len(bounds) == 1:
+        bounds = [None, *bounds]
+    least, most = (*bounds, None)[:2]
+    numbers = [limit if bound is None else number_of(bound) for bound, limit in ((least, 0.0), (most, math.inf))]
+    low, high = numbers
+    if not isinstance(x, fx.Node) or low is None or high is None or not low <= high:
+        return None
+    return x, (float(low), float(high))
+
+
+def _upper(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(x, bound) of `minimum(x, bound)`, where the bound is a tensor of one element that is as exact as x."""
+    if not is_call(node, *UPPER_BOUNDS):
+        return None
+    x, *bounds = node.args
+    bound = bounds[-1] if len(bounds) == 1 or bounds[0] is None else None
+    value, of = tensor_of(bound), tensor_of(x)
+    if not isinstance(bound, fx.Node) or not isinstance(x, fx.Node) or value is None or of is None:
+        return None
+    fits = equal_size(value.numel(), 1) and value.dim() <= 1 and value.device == of.device
+    exact = value.dtype is of.dtype or (of.dtype is torch.float32 and value.dtype in LOW_PRECISION)
+    return (x, bound) if fits and exact else None
 
 
 def _zero(scale: fx.Node) -> tuple[fx.Node, float]:
@@ -304,8 +374,8 @@ def _unknown(node: fx.Node, limit: float) -> Unraised:
         detail = f"the scale's exponent is taken by {exponent.target}, and the op rounds it up, by {aten.ceil.default}"
     elif is_call(node, aten.view.dtype):
         detail = "the scale is rounded by its bits, which makes an infinite one finite, and by the op it stays infinite"
-    elif is_call(node, *UPPER_BOUNDS) or (is_call(node, aten.clamp.default) and len(node.args) > 2):
-        detail = f"the scale has an upper bound ({node.target}), and the op's has none"
+    elif is_call(node, *UPPER_BOUNDS):
+        detail = f"the upper bound of the scale ({node.target}) is neither a number nor one of the largest element"
     elif is_call(node, aten.clamp_min.Tensor, aten.maximum.default):
         detail = f"the smallest scale is a tensor ({node.target}), and the op takes a number"
     elif is_call(node, convert_element_type):
@@ -317,8 +387,9 @@ def _unknown(node: fx.Node, limit: float) -> Unraised:
 
 def _reduced(amax: fx.Node) -> fx.Node:
     """|x| of `amax(|x|, -1)` and of `max(|x|, -1)` by its values, whether or not the dimension is kept."""
-    if is_call(amax, *UPPER_BOUNDS) or (is_call(amax, aten.clamp.default) and len(amax.args) > 2):
-        raise Unraised(Reason.OP, f"the largest has an upper bound ({amax.target}), and the op's has none", amax)
+    if is_call(amax, *UPPER_BOUNDS):
+        detail = f"the upper bound of the largest ({amax.target}) isn't one element in its dtype"
+        raise Unraised(Reason.OP, detail, amax)
     largest, dims = amax, None
     both = _extremes(amax)
     if both is not None and both[1] in ([-1], [_dims(both[0]) - 1]):

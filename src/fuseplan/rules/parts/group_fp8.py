@@ -121,7 +121,7 @@ def raise_groups(canonical: CanonicalGraph) -> None:
 def _raise(canonical: CanonicalGraph, scaling: Scaling, scale: ComputedScale) -> None:
     if scale.size is None:
         return
-    bounds = scale.min_scale, 0.0, scale.is_power, scale.min_power, scale.zero_scale, None
+    bounds = scale.min_scale, scale.max_scale, scale.is_power, scale.min_power, scale.zero_scale, scale.scale_ub
     args = (scale.rows, scale.size, scaling.dtype, *bounds, scale.rounding.value)
     raise_computed(canonical, scaling, scale.node, per_token_group_fp8_quant, args)
 

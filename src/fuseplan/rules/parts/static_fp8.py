@@ -13,7 +13,7 @@ from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positi
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
 from fuseplan.rules.parts.fp8 import CODE_BYTES, Codes, Scaling, apply_scale, is_restored, sample_of, scalings
-from fuseplan.rules.parts.fp8_scales import is_computed, is_given
+from fuseplan.rules.parts.fp8_scales import is_computed, is_given, one_of_all
 from fuseplan.rules.parts.traffic import Region
 
 
@@ -72,8 +72,7 @@ def raise_static(canonical: CanonicalGraph) -> None:
 def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
     node = scaling.scale
     if is_computed(scaling):
-        detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
-        raise Unraised(Reason.OP, detail, node)
+        raise one_of_all(node)
     if not scaling.is_clamped:
         raise scaling.unclamped
     scale, x, codes = tensor_of(node), tensor_of(scaling.x), tensor_of(scaling.cast)
