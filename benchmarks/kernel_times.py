@@ -128,7 +128,7 @@ def table() -> list[Op]:
     norm, rounding = (EPS, "gpt_oss"), "llama"
     shape = (Q_HEADS + K_HEADS) * HEAD_DIM
     by_rows = (FP8, 1e-6, 0.0, 0.0, None, "multiply")
-    by_groups = (GROUP, FP8, LEAST / 448, 0.0, False, 0.0, 0.0, None, "divide")
+    by_groups = (GROUP, FP8, LEAST / 448, 0.0, False, 0.0, 0.0, None, "divide", "rows")
     return [
         Op("add + RMSNorm + pad", norm_arguments,
            lambda x, r, w: kernel["fused_add_rms_norm_pad"](x, r, w, *norm, PADDED - WIDTH), add_norm_pad,

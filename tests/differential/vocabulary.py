@@ -132,6 +132,17 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2), scale.squeeze(-1)
 
 
+def quantize_groups_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales lie column by column where that is said of a matrix, each column padded."""
+    codes, scale = quantize_groups(x)
+    if scale.dim() != 2:
+        return codes, scale.transpose(-1, -2).contiguous().transpose(-1, -2)
+    rows = scale.shape[0]
+    moved = scale.new_empty((scale.shape[1], (rows + 3) // 4 * 4)).t()
+    moved[:rows] = scale
+    return codes, moved[:rows]
+
+
 def quantize_groups_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
     codes, scale = quantize_rows_rounded(groups)
@@ -156,6 +167,7 @@ ROW_QUANTS = {
         quantize_rows_bounded,
         quantize_groups,
         quantize_groups_rounded,
+        quantize_groups_columns,
         quantize_rows_by_others,
         quantize_all,
     )

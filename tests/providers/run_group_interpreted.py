@@ -23,12 +23,20 @@ FN, LEAST = torch.float8_e4m3fn, 1e-10
 
 
 def arguments(
-    group_size: int, min_scale: float, ue8m0: bool, rounding: str, *, min_power: float = 0.0, zero_scale: float = 0.0
+    group_size: int,
+    min_scale: float,
+    ue8m0: bool,
+    rounding: str,
+    *,
+    min_power: float = 0.0,
+    zero_scale: float = 0.0,
+    layout: str = "rows",
 ) -> dict[str, Any]:
     """A fused op's own, in their order."""
     return {
         "group_size": group_size, "dtype": FN, "min_scale": min_scale, "max_scale": 0.0, "ue8m0": ue8m0,
         "min_power": min_power, "zero_scale": zero_scale, "scale_ub": None, "quant_rounding": rounding,
+        "layout": layout,
     }  # fmt: skip
 
 
@@ -40,7 +48,7 @@ def activations(rows: int, width: int, seed: int) -> Tensor:
 
 def same(got: Tensor, wanted: Tensor) -> bool:
     """Whether shapes, dtypes and bits are equal, NaN being NaN whatever its bits are."""
-    if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or not got.is_contiguous():
+    if (got.shape, got.dtype, got.stride()) != (wanted.shape, wanted.dtype, wanted.stride()):
         return False
     nan = wanted.float().isnan()
     return torch.equal(got.float().isnan(), nan) and torch.equal(got.float()[~nan], wanted.float()[~nan])
@@ -74,6 +82,17 @@ def cases() -> dict[str, bool]:
                 x = activations(rows, width, width + rows)
                 for kernel in (normed, activated):
                     found[f"{kernel.__name__} {rows}x{width} {group} {ue8m0} {rounding}"] = kernel(x, own)
+    return found
+
+
+def layouts() -> dict[str, bool]:
+    """By layout: rows that fill columns and that don't, groups that fill words and that don't."""
+    found = {}
+    for layout in ("columns", "aligned", "packed"):
+        for rows, width in ((1, 320), (3, 256), (4, 320), (9, 448)):
+            own = arguments(64, LEAST, True, "divide", layout=layout)
+            for kernel in (normed, activated):
+                found[f"{kernel.__name__} {layout} {rows}x{width}"] = kernel(activations(rows, width, rows), own)
     return found
 
 
@@ -148,7 +167,13 @@ def powers() -> bool:
 
 def main() -> None:
     prepare()
-    found = {"cases": cases(), "by row": by_row(), "not finite": not_finite(), "powers": powers() and all_powers()}
+    found = {
+        "cases": cases(),
+        "by row": by_row(),
+        "not finite": not_finite(),
+        "powers": powers() and all_powers(),
+        "layouts": layouts(),
+    }
     print(json.dumps(found))
 
 

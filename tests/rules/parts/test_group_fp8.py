@@ -99,7 +99,7 @@ def test_the_reference_is_what_models_compute(scale: str, multiplies: bool) -> N
     x = randn(2, 7, WIDTH) * torch.tensor([1e-4, 1.0, 3e4, 1.0, 0.02, 7.0, 1.0])[:, None]
     scale_of, *bounds = SCALES[scale]
     rounding = "multiply" if multiplies else "divide"
-    found = per_token_group_fp8_quant.reference(x.bfloat16(), GROUP, FP8, *bounds, rounding)
+    found = per_token_group_fp8_quant.reference(x.bfloat16(), GROUP, FP8, *bounds, rounding, "rows")
     assert equal(found, quantize_groups(x.bfloat16(), scale_of, multiplies=multiplies))
 
 
@@ -107,13 +107,13 @@ def test_scales_are_rounded_up_to_powers_of_two_exactly() -> None:
     amax = torch.tensor([448.0, 448.0 * (1 + 2**-20), 447.0, 1.0, 0.0]).double()
     x = torch.zeros(5, 2, dtype=torch.float64)
     x[:, 1] = amax
-    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, 0.0, True, 0.0, 0.0, None, "divide")
+    _, scale = per_token_group_fp8_quant.reference(x, 2, FP8, 0.0, 0.0, True, 0.0, 0.0, None, "divide", "rows")
     assert scale.flatten().tolist() == [1.0, 2.0, 1.0, 2**-8, 0.0]
 
 
 def test_rows_that_groups_do_not_divide_are_refused() -> None:
     with pytest.raises(RuntimeError, match="unflatten"):
-        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, 0.0, False, 0.0, 0.0, None, "divide")
+        per_token_group_fp8_quant.reference(randn(3, 100), 64, FP8, 0.0, 0.0, False, 0.0, 0.0, None, "divide", "rows")
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -128,7 +128,7 @@ def test_spellings_are_raised(scale: str, dynamic: bool, wide: bool) -> None:
     graph = canonical(model, randn(5, WIDTH), dynamic=dynamic)
     assert graph.recognized() == {f"per_token_group_fp8_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(per_token_group_fp8_quant.overload)
-    assert node.args[1:] == (128, FP8, *bounds, "divide")
+    assert node.args[1:] == (128, FP8, *bounds, "divide", "rows")
 
 
 def bounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,10 @@ from fuseplan.graph.ops.registry import (
 )
 from fuseplan.graph.ops.rounding import ActivationRounding, AttentionRounding, QuantRounding, RotaryRounding, Rounding
 from fuseplan.graph.ops.samples import compute_dtype, random_tensor
+from fuseplan.graph.ops.scale_layout import PACKED, ScaleLayout, empty_scales, lay_out
 
 __all__ = [
+    "PACKED",
     "ActivationRounding",
     "AttentionRounding",
     "Dialect",
@@ -35,16 +37,19 @@ __all__ = [
     "RotaryRounding",
     "Rounding",
     "Sample",
+    "ScaleLayout",
     "compute_dtype",
     "define",
     "draw_activations",
     "draw_near_one",
     "draw_positive",
+    "empty_scales",
     "facts_of",
     "falls_back",
     "implement",
     "is_inlined",
     "kernel_of",
+    "lay_out",
     "ops",
     "random_tensor",
     "registered_kernel",

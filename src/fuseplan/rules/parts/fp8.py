@@ -297,10 +297,13 @@ def raise_computed(
     sizes = [_sizes(canonical, node) for node in old]
     node = canonical.insert_before(place, op.overload, args, fakes)
     canonical.interior[node] = claimed
-    for index, each in enumerate(old):
-        result = canonical.insert_before(place, operator.getitem, (node, index), fakes[index])
-        reshaped = canonical.insert_before(place, aten.reshape.default, (result, sizes[index]), tensor_of(each))
-        canonical.replace(each, reshaped)
+    results = [canonical.insert_before(place, operator.getitem, (node, index), fakes[index]) for index in range(2)]
+    for index, (each, result) in enumerate(zip(old, results, strict=True)):
+        if not equal_shape(tensor_of(each), fakes[index]):
+            args = (result, sizes[index])
+            results[index] = canonical.insert_before(place, aten.reshape.default, args, tensor_of(each))
+    for each, result in zip(old, results, strict=True):  # which may erase the place
+        canonical.replace(each, result)
 
 
 def _sizes(canonical: CanonicalGraph, node: fx.Node) -> list[Any]:

@@ -35,9 +35,8 @@ from fuseplan.graph.facts import (
 from fuseplan.graph.ops import QuantRounding
 from fuseplan.record import Reason
 from fuseplan.rules.parts.fp8 import Scaling, number_of, source_of, uncast
+from fuseplan.rules.parts.fp8_bounds import UPPER_BOUNDS, Bounds, bounded, joined
 
-UPPER_BOUNDS = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default, aten.clamp.Tensor)
-LOWER_BOUNDS = (aten.clamp_min.default, aten.clamp_min.Tensor, aten.maximum.default)
 NORMAL = torch.finfo(torch.float32).tiny
 MOST_STEPS = 16
 """From a scale to what it is computed from."""
@@ -70,21 +69,6 @@ class ComputedScale:
     min_power: float
     zero_scale: float
     rounding: QuantRounding
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Of a value.
-
-    Attributes:
-        least: the smallest; 0 for none.
-        most: the largest number.
-        upper: a node of one element that it isn't above.
-    """
-
-    least: float = 0.0
-    most: float = math.inf
-    upper: fx.Node | None = None
 
 
 def is_computed(scaling: Scaling) -> bool:
@@ -215,7 +199,7 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, fl
     back to the largest that it is computed from.
     """
     own = dtype_of(source_of(scaling.x))
-    node, outer = _bounded(scale, own=own if scaling.rounding.rounds_scaled else None)
+    node, outer = bounded(scale, own=own if scaling.rounding.rounds_scaled else None)
     power = _power(node)
     if power is not None and own is torch.float32:
         # In low precision no quotient is that near to a power of two.
@@ -223,101 +207,24 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, fl
         raise Unraised(Reason.ROUNDING, detail, node)
     if power is not None and outer.most < math.inf:
         raise Unraised(Reason.OP, f"the power of two has an upper bound ({scale.target}), and the op's has none", scale)
-    quotient, bounds = (node, outer) if power is None else _bounded(power)
+    quotient, bounds = (node, outer) if power is None else bounded(power)
     is_rounded = own in LOW_PRECISION and is_call(quotient, convert_element_type) and dtype_of(quotient.args[0]) is own
     is_rounded |= own in LOW_PRECISION and dtype_of(quotient) is own
     if is_rounded and dtype_of(quotient) is not own and power is None and not scaling.rounding.multiplies:
-        quotient, inner = _bounded(quotient.all_input_nodes[0], own=own)
-        bounds = _joined(bounds, inner, quotient)
+        quotient, inner = bounded(quotient.all_input_nodes[0], own=own)
+        bounds = joined(bounds, inner, quotient)
     if not is_call(quotient, aten.div.Tensor) or number_of(quotient.args[1]) != scaling.limit:
         raise _unknown(quotient, scaling.limit)
-    amax, before = _bounded(quotient.all_input_nodes[0], own=own, is_largest=True)
+    amax, before = bounded(quotient.all_input_nodes[0], own=own, is_largest=True)
     # A division that is rounded to the nearest keeps the order, so bounds may be taken of either side of it.
     least, most = (torch.tensor(bound, dtype=torch.float32) / scaling.limit for bound in (before.least, before.most))
     if is_rounded:
         least, most = (bound.to(own) for bound in (least, most))
-    bounds = _joined(bounds, Bounds(least=float(least), most=float(most), upper=before.upper), quotient)
+    bounds = joined(bounds, Bounds(least=float(least), most=float(most), upper=before.upper), quotient)
     smallest = torch.tensor(bounds.least, dtype=torch.float32)
     if power is not None and torch.exp2(torch.ceil(torch.log2(smallest))) < smallest:
         raise Unraised(Reason.ROUNDING, f"log2 rounds the smallest scale, {smallest:g}, down to a power of two", node)
     return amax, bounds, power is not None, 0.0 if power is None else outer.least, is_rounded
-
-
-def _joined(outer: Bounds, inner: Bounds, node: fx.Node) -> Bounds:
-    """Of what is bounded twice: the op takes the larger of the least first, then the smaller of the most.
-
-    Raises:
-        Unraised: that isn't the same.
-    """
-    if outer.least > inner.most or (outer.upper is not None and inner.least):
-        raise Unraised(Reason.OP, "the scale has a least bound above its upper one", node)
-    least, most = max(outer.least, inner.least), min(outer.most, inner.most)
-    return Bounds(least=least, most=most, upper=outer.upper or inner.upper)
-
-
-def _bounded(node: fx.Node, *, own: torch.dtype | None = None, is_largest: bool = False) -> tuple[fx.Node, Bounds]:
-    """(x, bounds) of a value between bounds, where x may be viewed in other shapes.
-
-    Args:
-        node: the value.
-        own: in which dtype x is exact, and may be held, besides float32.
-        is_largest: whether it is the largest of elements, which may be bounded by a tensor, too.
-    """
-    found, held = Bounds(), torch.float32
-    while True:
-        dtype = dtype_of(node)
-        if dtype is not torch.float32:
-            if own is None:
-                detail = f"the scale is computed in {dtype_name(node)}, and the op computes it in float32"
-                raise Unraised(Reason.DTYPE, detail, node, "cast the largest to float32 before it is divided")
-            if dtype is not own:
-                raise Unraised(Reason.DTYPE, f"the largest is rounded to {dtype_name(node)} on the way", node)
-            held = own
-        bounded = _bound(node)
-        upper = _upper(node) if is_largest and bounded is None else None
-        if bounded is not None:
-            node, (least, most) = bounded
-            if held is own:
-                least, most = (float(torch.tensor(bound, dtype=held)) for bound in (least, most))
-            found = _joined(found, Bounds(least=least, most=most), node)
-        elif upper is not None:
-            found = _joined(found, Bounds(upper=upper[1]), node)
-            node = upper[0]
-        elif is_call(node, *ORDER_KEEPING) or (own is not None and is_call(node, convert_element_type)):
-            node = node.args[0]
-        else:
-            return node, found
-
-
-def _bound(node: fx.Node) -> tuple[fx.Node, tuple[float, float]] | None:
-    """(x, (least, most)) of `clamp(x, least, most)`, and of what else bounds x by numbers."""
-    if node.kwargs or not is_call(node, *LOWER_BOUNDS, *UPPER_BOUNDS, aten.clamp.default):
-        return None
-    x, *bounds = node.args
-    if is_call(node, aten.maximum.default, aten.minimum.default) and number_of(x) is not None:
-        x, bounds = bounds[0], [x]
-    if is_call(node, *UPPER_BOUNDS) and len(bounds) == 1:
-        bounds = [None, *bounds]
-    least, most = (*bounds, None)[:2]
-    numbers = [limit if bound is None else number_of(bound) for bound, limit in ((least, 0.0), (most, math.inf))]
-    low, high = numbers
-    if not isinstance(x, fx.Node) or low is None or high is None or not low <= high:
-        return None
-    return x, (float(low), float(high))
-
-
-def _upper(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(x, bound) of `minimum(x, bound)`, where the bound is a tensor of one element that is as exact as x."""
-    if not is_call(node, *UPPER_BOUNDS):
-        return None
-    x, *bounds = node.args
-    bound = bounds[-1] if len(bounds) == 1 or bounds[0] is None else None
-    value, of = tensor_of(bound), tensor_of(x)
-    if not isinstance(bound, fx.Node) or not isinstance(x, fx.Node) or value is None or of is None:
-        return None
-    fits = equal_size(value.numel(), 1) and value.dim() <= 1 and value.device == of.device
-    exact = value.dtype is of.dtype or (of.dtype is torch.float32 and value.dtype in LOW_PRECISION)
-    return (x, bound) if fits and exact else None
 
 
 def _zero(scale: fx.Node) -> tuple[fx.Node, float]:

@@ -8,8 +8,18 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import item
-from fuseplan.graph.ops import QuantRounding, Sample, compute_dtype, define, draw_positive, random_tensor
+from fuseplan.graph.facts import item, tensor_of
+from fuseplan.graph.ops import (
+    QuantRounding,
+    Sample,
+    ScaleLayout,
+    compute_dtype,
+    define,
+    draw_positive,
+    empty_scales,
+    lay_out,
+    random_tensor,
+)
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
 from fuseplan.rules.parts.fp8 import (
     CODE_BYTES,
@@ -24,12 +34,13 @@ from fuseplan.rules.parts.fp8 import (
     scalings,
 )
 from fuseplan.rules.parts.fp8_scales import ComputedScale, computed_scale, is_given, seems_split
+from fuseplan.rules.parts.scale_layouts import layout_of
 from fuseplan.rules.parts.traffic import Middle, Region
 
 
 def reference(
     x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, max_scale: float, ue8m0: bool, min_power: float,
-    zero_scale: float, scale_ub: Tensor | None, rounding: str,
+    zero_scale: float, scale_ub: Tensor | None, rounding: str, layout: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """scale = clamp(min(amax(|x|), scale_ub) / fp8_max, min_scale, max_scale) or zero_scale, of each group
     q = clamp(x / scale, -fp8_max, fp8_max).to(fp8)
@@ -48,12 +59,14 @@ def reference(
         rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and
             applied to x. The scale itself is always a division.
 
+        layout: one of `ScaleLayout`: how scales lie. x has two dimensions where they don't lie in rows.
+
     Returns:
-        (q, scale): [..., hidden] in `dtype` and [..., hidden / group_size] in float32 (float64 for float64 inputs,
-        x's dtype by `divide_rounded`), contiguous.
+        (q, scale): [..., hidden] in `dtype`, contiguous, and [..., hidden / group_size] in float32 (float64 for float64
+        inputs, x's dtype by `divide_rounded`), or what `layout` makes of that.
 
     Raises:
-        ValueError: `rounding` isn't one of `QuantRounding`.
+        ValueError: `rounding` isn't one of `QuantRounding`, or `layout` one of `ScaleLayout`.
         RuntimeError: `group_size` doesn't divide hidden.
     """
     groups, how = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size)), QuantRounding(rounding)
@@ -65,15 +78,15 @@ def reference(
     if zero_scale:
         scale = torch.where(scale == 0, zero_scale, scale)
     codes = apply_scale(groups, scale, x.dtype, dtype, how)
-    return codes.flatten(-2), scale.squeeze(-1).to(scale_dtype(x.dtype, rounding)).contiguous()
+    return codes.flatten(-2), lay_out(scale.squeeze(-1).to(scale_dtype(x.dtype, rounding)), layout)
 
 
 def fake(
     x: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, max_scale: float, ue8m0: bool, min_power: float,
-    zero_scale: float, scale_ub: Tensor | None, rounding: str,
+    zero_scale: float, scale_ub: Tensor | None, rounding: str, layout: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes and dtypes of `reference`."""
-    scale = x.new_empty((*x.shape[:-1], x.shape[-1] // group_size), dtype=scale_dtype(x.dtype, rounding))
+    scale = empty_scales(x, x.shape[-1] // group_size, scale_dtype(x.dtype, rounding), layout)
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
@@ -82,25 +95,40 @@ SAMPLE_GROUP = 64
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """All but x; vLLM's kernel divides a largest element of at least 1e-10 by 448."""
-    return SAMPLE_GROUP, torch.float8_e4m3fn, 1e-10 / 448, 0.0, False, 0.0, 0.0, None, QuantRounding.DIVIDE.value
+    return (
+        SAMPLE_GROUP,
+        torch.float8_e4m3fn,
+        1e-10 / 448,
+        0.0,
+        False,
+        0.0,
+        0.0,
+        None,
+        QuantRounding.DIVIDE.value,
+        "rows",
+    )
 
 
-def _sample(shape: tuple[int, ...], group_size: int, *, ue8m0: bool) -> Sample:
+def _sample(shape: tuple[int, ...], group_size: int, *, ue8m0: bool, layout: ScaleLayout = ScaleLayout.ROWS) -> Sample:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         x = random_tensor(shape, torch.bfloat16, device, generator)
-        _, dtype, min_scale, max_scale, _, *rest = _sample_arguments(device)
-        return x, group_size, dtype, min_scale, max_scale, ue8m0, *rest
+        _, dtype, min_scale, max_scale, _, *rest, _ = _sample_arguments(device)
+        return x, group_size, dtype, min_scale, max_scale, ue8m0, *rest, layout.value
 
-    return Sample(name=f"{rows_of(shape)}-{group_size}{'-ue8m0' * ue8m0}", make=make)
+    return Sample(name=f"{rows_of(shape)}-{group_size}{'-ue8m0' * ue8m0}-{layout.value}", make=make)
 
 
 per_token_group_fp8_quant = define(
     "per_token_group_fp8_quant",
     "(Tensor x, int group_size, ScalarType dtype, float min_scale, float max_scale, bool ue8m0, float min_power, "
-    "float zero_scale, Tensor? scale_ub, str rounding) -> (Tensor, Tensor)",
+    "float zero_scale, Tensor? scale_ub, str rounding, str layout) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    samples=[_sample((7, 320), 64, ue8m0=False), _sample((2, 3, 256), 128, ue8m0=True)],
+    samples=[
+        _sample((7, 320), 64, ue8m0=False),
+        _sample((2, 3, 256), 128, ue8m0=True),
+        *(_sample((7, 384), 64, ue8m0=True, layout=layout) for layout in ScaleLayout),
+    ],
     draws={"scale_ub": draw_positive},
 )
 
@@ -122,8 +150,16 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling, scale: ComputedScale) ->
     if scale.size is None:
         return
     bounds = scale.min_scale, scale.max_scale, scale.is_power, scale.min_power, scale.zero_scale, scale.scale_ub
-    args = (scale.rows, scale.size, scaling.dtype, *bounds, scale.rounding.value)
-    raise_computed(canonical, scaling, scale.node, per_token_group_fp8_quant, args)
+    groups = _width(scale.rows) // scale.size
+    layout, last = layout_of(scale.node, scaling, scale.rows, groups)
+    args = (scale.rows, scale.size, scaling.dtype, *bounds, scale.rounding.value, layout.value)
+    raise_computed(canonical, scaling, last, per_token_group_fp8_quant, args)
+
+
+def _width(rows: fx.Node) -> int:
+    value = tensor_of(rows)
+    assert value is not None
+    return int(value.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +172,7 @@ class GroupFp8(Codes):
 
     group_size: int
 
-    name, reduces_rows, eager_kernels = "group_fp8_quant", True, 22
+    name, reduces_rows, eager_kernels = "group_fp8_quant", True, 30
 
     @classmethod
     def stands_alone(cls, core: Middle) -> bool:
@@ -165,7 +201,7 @@ PART = RowEpilogue(
     ops=(per_token_group_fp8_quant,),
     parameters=(
         "int group_size", "ScalarType dtype", "float min_scale", "float max_scale", "bool ue8m0", "float min_power",
-        "float zero_scale", "Tensor? scale_ub", "str quant_rounding",
+        "float zero_scale", "Tensor? scale_ub", "str quant_rounding", "str layout",
     ),
     results=2,
     sample=_sample_arguments,

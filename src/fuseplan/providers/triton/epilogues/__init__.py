@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fuseplan.dialect import QuantRounding
+from fuseplan.dialect import QuantRounding, empty_scales
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
 from fuseplan.record import Refusal
 
@@ -84,10 +84,10 @@ def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool
     return torch.finfo(dtype).max, how.multiplies, how.rounds_scaled, how.rounds_scale
 
 
-def empty_scales(x: Tensor, count: int, quant_rounding: str) -> Tensor:
+def scales_for(x: Tensor, count: int, quant_rounding: str, layout: str = "rows") -> Tensor:
     """Memory for so many scales of each row of x."""
     dtype = x.dtype if QuantRounding(quant_rounding).rounds_scaled else torch.float32
-    return x.new_empty((*x.shape[:-1], count), dtype=dtype)
+    return empty_scales(x, count, dtype, layout)
 
 
 def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants, empty_scales, scale_bounds
+from fuseplan.providers.triton.epilogues import Epilogue, code_constants, scale_bounds, scales_for
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
@@ -64,7 +64,7 @@ class DynamicFp8(Epilogue):
     def results(self, x: Tensor) -> tuple[Tensor, ...]:
         """Empty codes and scales [..., 1] for activations x."""
         codes = x.new_empty(x.shape, dtype=self.dtype)
-        return codes, empty_scales(x, 1, self.quant_rounding)
+        return codes, scales_for(x, 1, self.quant_rounding)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """(codes, scales, their bounds)"""

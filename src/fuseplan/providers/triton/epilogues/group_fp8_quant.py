@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fuseplan.dialect import PACKED, ScaleLayout
 from fuseplan.graph.facts import equal_size
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants, empty_scales, scale_bounds
+from fuseplan.providers.triton.epilogues import Epilogue, code_constants, scale_bounds, scales_for
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
@@ -20,7 +21,7 @@ def store_by_scales_of_groups(
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Stores rows as codes, and the scales of their groups."""
-    y_ptr, scale_ptr, min_scale, max_scale, zero_scale, upper_ptr, min_power = arguments
+    y_ptr, scale_ptr, min_scale, max_scale, zero_scale, upper_ptr, min_power, scale_row, scale_column = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
     ROUNDS_SCALED: tl.constexpr = CONSTANTS[2]
@@ -28,6 +29,7 @@ def store_by_scales_of_groups(
     IS_BOUNDED: tl.constexpr = CONSTANTS[4]
     GROUP: tl.constexpr = CONSTANTS[5]
     UE8M0: tl.constexpr = CONSTANTS[6]
+    PACKED: tl.constexpr = CONSTANTS[7]
     GROUPS: tl.constexpr = WIDTH // GROUP
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -42,8 +44,17 @@ def store_by_scales_of_groups(
     codes = quantized(y, scale[:, :, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, NVIDIA)
     tl.store(y_ptr + out, tl.reshape(codes, out.shape), mask=inside)
     group = first // GROUP + tl.arange(0, y.shape[1])
-    at = row.to(tl.int64)[:, None] * GROUPS + group[None, :]
-    tl.store(scale_ptr + at, scale, mask=valid[:, None] & within(group, GROUPS)[None, :])
+    if PACKED > 1:
+        exponents = tl.where((group < GROUPS)[None, :], scale.to(tl.int32, bitcast=True) >> 23 & 0xFF, 0)
+        exponents = tl.reshape(exponents, [y.shape[0], y.shape[1] // PACKED, PACKED])
+        words = tl.sum(exponents << (8 * tl.arange(0, PACKED)), axis=2)
+        column = first // (GROUP * PACKED) + tl.arange(0, y.shape[1] // PACKED)
+        at = row.to(tl.int64)[:, None] * scale_row + column[None, :].to(tl.int64) * scale_column
+        inside = column < (GROUPS + PACKED - 1) // PACKED
+        tl.store(scale_ptr + at, words, mask=valid[:, None] & inside[None, :])
+    else:
+        at = row.to(tl.int64)[:, None] * scale_row + group[None, :].to(tl.int64) * scale_column
+        tl.store(scale_ptr + at, scale, mask=valid[:, None] & within(group, GROUPS)[None, :])
 
 
 @triton.jit
@@ -75,6 +86,7 @@ class GroupFp8(Epilogue):
         zero_scale: what takes the place of 0.
         scale_ub: the largest element that counts; None: all do.
         quant_rounding: how a scale is applied.
+        layout: one of `ScaleLayout`.
     """
 
     store: ClassVar[Any] = store_by_scales_of_groups
@@ -88,6 +100,7 @@ class GroupFp8(Epilogue):
     zero_scale: float
     scale_ub: Tensor | None
     quant_rounding: str
+    layout: str
 
     @classmethod
     def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
@@ -97,6 +110,8 @@ class GroupFp8(Epilogue):
             expected = "a group size that is a power of two"
         elif not equal_size(width % size, 0):
             expected = f"a hidden size that is a multiple of {size}"
+        elif m.values.get("layout") == ScaleLayout.PACKED and isinstance(width, int) and width <= 2 * size:
+            expected = "a hidden size of more than two groups where scales are packed"
         else:
             return None
         return Refusal(
@@ -107,23 +122,28 @@ class GroupFp8(Epilogue):
 
     @property
     def unit(self) -> int:
-        """Elements of a group."""
-        return self.group_size
+        """Elements of a group, or of those whose scales are packed."""
+        return self.group_size * self._packed
+
+    @property
+    def _packed(self) -> int:
+        return PACKED if self.layout == ScaleLayout.PACKED else 1
 
     def results(self, x: Tensor) -> tuple[Tensor, ...]:
         """Empty codes and scales [..., width / group_size] for activations x."""
         codes = x.new_empty(x.shape, dtype=self.dtype)
-        return codes, empty_scales(x, x.shape[-1] // self.group_size, self.quant_rounding)
+        return codes, scales_for(x, x.shape[-1] // self.group_size, self.quant_rounding, self.layout)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(codes, scales, their bounds, the least power of two)"""
-        return *results, *scale_bounds(self, results[1]), self.min_power
+        """(codes, scales, their bounds, the least power of two, how far rows and columns of scales are apart)"""
+        scales = results[1]
+        return *results, *scale_bounds(self, scales), self.min_power, scales.stride(-2), scales.stride(-1)
 
     @property
     def constants(self) -> tuple[Any, ...]:
         """What the device function is compiled for."""
         constants = code_constants(self.dtype, self.quant_rounding)
-        return *constants, self.scale_ub is not None, self.group_size, self.ue8m0
+        return *constants, self.scale_ub is not None, self.group_size, self.ue8m0, self._packed
 
 
 EPILOGUE = GroupFp8

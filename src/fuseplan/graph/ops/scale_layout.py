@@ -1,0 +1,64 @@
+"""How the scales of groups lie in memory: products read them by loads of 16 bytes, down the rows."""
+
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNED_ROWS = 4
+"""A column of scales takes a multiple of 16 bytes: so many of four bytes each."""
+PACKED = 4
+"""Exponents of an int32."""
+
+
+class ScaleLayout(StrEnum):
+    """`rows`: contiguous. `columns`: of a matrix, one column after the other. `aligned`: the same, each column padded
+    to a multiple of four rows, whose values are nobody's. `packed`: the same, of the exponents of four scales that are
+    powers of two in an int32, the first in its lowest byte, and 0 for groups that aren't there (UE8M0).
+    """
+
+    ROWS = "rows"
+    COLUMNS = "columns"
+    ALIGNED = "aligned"
+    PACKED = "packed"
+
+
+def lay_out(scale: Tensor, layout: str) -> Tensor:
+    """Scales of a dtype in a layout.
+
+    Args:
+        scale: [..., groups]; two dimensions where they don't lie in rows.
+        layout: one of `ScaleLayout`.
+
+    Returns:
+        The same values, or [rows, groups / 4, rounded up] in int32.
+
+    Raises:
+        ValueError: `layout` isn't one of `ScaleLayout`.
+    """
+    how = ScaleLayout(layout)
+    if how is ScaleLayout.ROWS:
+        return scale.contiguous()
+    if how is ScaleLayout.PACKED:
+        exponents = (scale.float().view(torch.int32) >> 23) & 0xFF
+        padded = torch.nn.functional.pad(exponents, (0, -scale.shape[-1] % PACKED)).unflatten(-1, (-1, PACKED))
+        shifts = torch.arange(0, 8 * PACKED, 8, dtype=torch.int32, device=scale.device)
+        scale = (padded << shifts).sum(-1, dtype=torch.int32)
+    return _columns(scale, scale.shape[-1], scale.dtype, how).copy_(scale)
+
+
+def empty_scales(x: Tensor, groups: Any, dtype: torch.dtype, layout: str) -> Tensor:
+    """Memory for so many scales of each row of x, as `lay_out` yields them."""
+    how = ScaleLayout(layout)
+    if how is ScaleLayout.ROWS:
+        return x.new_empty((*x.shape[:-1], groups), dtype=dtype)
+    if how is ScaleLayout.PACKED:
+        groups, dtype = (groups + PACKED - 1) // PACKED, torch.int32
+    return _columns(x, groups, dtype, how)
+
+
+def _columns(x: Tensor, groups: Any, dtype: torch.dtype, how: ScaleLayout) -> Tensor:
+    rows = x.shape[0]
+    height = rows if how is ScaleLayout.COLUMNS else (rows + ALIGNED_ROWS - 1) // ALIGNED_ROWS * ALIGNED_ROWS
+    return x.new_empty((groups, height), dtype=dtype).mT[:rows]

@@ -1,0 +1,166 @@
+"""How graphs lay scales out in memory: what copies a matrix [rows, groups] column by column, padded or packed.
+
+columns  permute(clone(permute(s)))
+aligned  slice(slice_scatter(t, copy(slice(t), s))), t = permute(empty), as DeepGEMM's helper in plain torch
+packed   the same of the bytes (view(s, int32) >> 23) in zeros, viewed as int32
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fuseplan.graph.facts import (
+    ORDER_KEEPING,
+    Call,
+    aten,
+    convert_element_type,
+    equal_shape,
+    equal_size,
+    equal_sizes,
+    fill_of,
+    is_call,
+    tensor_of,
+)
+from fuseplan.graph.ops import PACKED, ScaleLayout, empty_scales
+from fuseplan.rules.parts.fp8 import Scaling
+
+NEW = (aten.empty.memory_format, aten.full.default)
+
+
+def layout_of(scale: fx.Node, scaling: Scaling, rows: fx.Node, groups: Any) -> tuple[ScaleLayout, fx.Node]:
+    """How the scales lie that are read beside those that x is scaled by, and the node that holds them so.
+
+    Args:
+        scale: the node that holds them before.
+        scaling: what they scale.
+        rows: of which they are.
+        groups: of a row.
+    """
+    x = tensor_of(rows)
+    assert x is not None
+    views = list(_views_ahead(scale))
+    inside = {scaling.factor, *scaling.factor.users, *_back(scaling.factor, scale)}
+    starts = {user for view in views for user in view.users} - {*views, *inside}
+    if x.dim() != 2 or len(starts) != 1:
+        return ScaleLayout.ROWS, scale
+    (start,) = starts
+    for layout, read in (
+        (ScaleLayout.COLUMNS, _columns),
+        (ScaleLayout.ALIGNED, _aligned),
+        (ScaleLayout.PACKED, _packed),
+    ):
+        last = read(start)
+        if last is not None and _lies(last, empty_scales(x, groups, torch.float32, layout)):
+            return layout, last
+    return ScaleLayout.ROWS, scale
+
+
+def _views_ahead(node: fx.Node) -> Iterator[fx.Node]:
+    """A node, and all that is a view of it and keeps the order of its elements."""
+    yield node
+    for user in node.users:
+        if is_call(user, *ORDER_KEEPING):
+            yield from _views_ahead(user)
+
+
+def _back(node: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
+    """What leads from a node to another."""
+    while node is not first and node.all_input_nodes:
+        yield node
+        node = node.all_input_nodes[0]
+
+
+def _lies(node: fx.Node, like: torch.Tensor) -> bool:
+    value = tensor_of(node)
+    assert value is not None
+    return equal_shape(value, like) and equal_sizes(value.stride(), like.stride())
+
+
+def _only(node: fx.Node | None, *targets: Any) -> Call | None:
+    """The one user of a node, where it calls one of some ops."""
+    user = next(iter(node.users)) if node is not None and len(node.users) == 1 else None
+    return user if is_call(user, *targets) else None
+
+
+def _last(node: fx.Node) -> Any:
+    value = tensor_of(node)
+    assert value is not None
+    return value.shape[-1]
+
+
+def _swaps(node: object) -> bool:
+    """Whether it transposes the last two dimensions."""
+    if not is_call(node, aten.permute.default):
+        return False
+    order = list(range(len(node.args[1])))
+    return list(node.args[1]) == [*order[:-2], *reversed(order[-2:])]
+
+
+def _columns(start: fx.Node) -> fx.Node | None:
+    """The clone may be gone by then: how its value lies is known of what is a view of it."""
+    if not _swaps(start):
+        return None
+    clone = _only(start, aten.clone.default)
+    last = _only(start if clone is None else clone, aten.permute.default)
+    return last if _swaps(last) else None
+
+
+def _aligned(start: fx.Node) -> fx.Node | None:
+    """`start` copies into memory that is laid out in columns, or into its first rows."""
+    moved = _written(start)
+    return _first_rows(moved) if moved is not None else None
+
+
+def _written(copy: fx.Node | None) -> fx.Node | None:
+    """All of the new memory, from a copy into its first rows and columns on."""
+    if not is_call(copy, aten.copy.default) or not _is_new(copy.args[0]):
+        return None
+    whole: fx.Node = copy
+    while (scatter := _only(whole, aten.slice_scatter.default)) is not None:
+        if scatter.args[1] is not whole or scatter.args[3] != 0 or not _is_new(scatter.args[0]):
+            return None
+        whole = scatter
+    return whole
+
+
+def _is_new(node: object) -> bool:
+    """Whether it is new memory of zeros or of anything, or a part of it from the first row on."""
+    while is_call(node, *ORDER_KEEPING) or _swaps(node) or (is_call(node, aten.slice.Tensor) and node.args[2] == 0):
+        assert isinstance(node, fx.Node)
+        node = node.args[0]
+    return is_call(node, *NEW) and fill_of(node) in (None, 0)
+
+
+def _first_rows(node: fx.Node) -> fx.Node | None:
+    """A value from its first row on, without further dimensions of one element; how many rows it has is seen later."""
+    part = _only(node, aten.slice.Tensor)
+    if part is not None and part.args[2] != 0:
+        return None
+    rows = node if part is None else part
+    squeezed = _only(rows, aten.squeeze.dim, aten.squeeze.dims)
+    return rows if squeezed is None else squeezed
+
+
+def _packed(start: fx.Node) -> fx.Node | None:
+    """`start` views float32 as integers, whose exponents are then bytes."""
+    if not is_call(start, aten.view.dtype) or start.args[1] is not torch.int32:
+        return None
+    shifted = _only(start, aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor_Scalar)
+    narrow = _only(shifted, convert_element_type)
+    if shifted is None or shifted.args[1] != 23 or narrow is None or narrow.args[1] is not torch.uint8:
+        return None
+    node = narrow
+    while (view := _only(node, aten.expand.default, *ORDER_KEEPING)) is not None:
+        node = view
+    whole = _written(_only(node, aten.copy.default))
+    if whole is None:
+        return None
+    words = whole
+    while (view := _only(words, aten.view.dtype, *ORDER_KEEPING)) is not None:
+        words = view
+    moved = _only(words, aten.copy.default)
+    if moved is None or moved.args[1] is not words or not _is_new(moved.args[0]):
+        return None
+    return _first_rows(moved) if equal_size(_last(whole), PACKED * _last(words)) else None

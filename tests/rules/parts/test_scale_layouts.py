@@ -1,0 +1,136 @@
+"""Scales of groups column by column, padded and packed, as DeepGEMM's helpers in plain torch leave them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import fuseplan
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from tests.helpers import llama, post_grad, randn
+
+aten = torch.ops.aten
+FP8, GROUP, WIDTH = torch.float8_e4m3fn, 64, 320
+W = 1 + randn(WIDTH, seed=9) / 10
+Layout = Callable[[Tensor], Tensor]
+
+
+def height(rows: int) -> int:
+    return (rows + 3) // 4 * 4
+
+
+def columns(scale: Tensor) -> Tensor:
+    return scale.transpose(-2, -1).contiguous().transpose(-1, -2)
+
+
+def aligned(scale: Tensor) -> Tensor:
+    """Memory for one more dimension, of which there is one matrix."""
+    rows, groups = scale.shape
+    moved = torch.empty((1, groups, height(rows)), dtype=scale.dtype).transpose(1, 2)
+    moved[:, :rows, :] = scale.unsqueeze(0)
+    return moved[:, :rows, :].squeeze(0)
+
+
+def aligned_in_zeros(scale: Tensor) -> Tensor:
+    rows, groups = scale.shape
+    moved = torch.zeros((groups, height(rows)), dtype=scale.dtype).t()
+    moved[:rows] = scale
+    return moved[:rows]
+
+
+def packed(scale: Tensor) -> Tensor:
+    """Exponents as bytes in zeros, four of them an int32, column by column."""
+    exponents = (scale.view(torch.int) >> 23).to(torch.uint8)
+    rows, groups = scale.shape
+    words = (groups + 3) // 4
+    padded = torch.zeros((1, height(rows), 4 * words), dtype=torch.uint8)
+    padded[:, :rows, :groups] = exponents
+    integers = padded.view(-1).view(dtype=torch.int).view(1, height(rows), words)
+    moved = torch.zeros((1, words, height(rows)), dtype=torch.int).mT
+    moved[:, :, :] = integers
+    return moved[:, :rows, :].squeeze(0)
+
+
+def quantised(layout: Layout, x: Tensor, *, both: bool = False) -> tuple[Tensor, ...]:
+    groups = x.view(-1, x.shape[-1] // GROUP, GROUP)
+    scale = groups.abs().float().amax(-1).clamp(1e-4) / 448.0
+    scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    codes = (groups * (1.0 / scale.unsqueeze(-1))).to(FP8).view(x.shape)
+    return (codes, layout(scale), *([scale] if both else []))
+
+
+LAYOUTS: dict[Layout, str] = {columns: "columns", aligned: "aligned", aligned_in_zeros: "aligned", packed: "packed"}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda each: each.__name__)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("rows", [4, 7])
+@every_layout
+def test_a_layout_is_the_ops(layout: Layout, rows: int, dynamic: bool) -> None:
+    graph = post_grad(lambda x: quantised(layout, x), randn(rows, WIDTH), dynamic=dynamic)
+    raised = canonicalize(graph)
+    (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
+    assert node.args[-1] == LAYOUTS[layout]
+    assert not list(raised.calls(aten.amax.default, aten.clone.default, aten.copy.default, aten.slice_scatter.default))
+    if not dynamic:
+        ours, theirs = fx.GraphModule({}, raised.graph), fx.GraphModule({}, graph)
+        x = randn(rows, WIDTH, seed=2) * torch.tensor([1e-3, 1e3, 1.0, 0.0, 7.0, 1.0, 1.0])[:rows, None].bfloat16()
+        for got, wanted in zip(ours(x), theirs(x), strict=True):
+            assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride())
+            assert torch.equal(got.float(), wanted.float())
+
+
+@every_layout
+def test_it_is_fused_with_the_norm(layout: Layout) -> None:
+    reports: list[fuseplan.Report] = []
+    torch._dynamo.reset()
+    x = randn(7, WIDTH)
+    config = fuseplan.PassConfig(policy="ordered(norm_quant)")
+    with torch.inference_mode():
+        compiled: Any = fuseplan.compile(
+            lambda x: quantised(layout, llama(x, None, W)[0]), config=config, on_report=reports.append
+        )
+        pairs = list(zip(compiled(x), quantised(layout, llama(x, None, W)[0]), strict=True))
+    assert reports[0].fused["norm_quant"] == 1
+    for got, wanted in pairs:
+        assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride())
+        assert torch.equal(got.float(), wanted.float())
+
+
+def shorter(scale: Tensor) -> Tensor:
+    moved = torch.empty((scale.shape[1], 16)).t()
+    moved[: scale.shape[0]] = scale
+    return moved[: scale.shape[0]]
+
+
+def from_the_second(scale: Tensor) -> Tensor:
+    moved = torch.zeros((scale.shape[1], height(scale.shape[0]))).t()
+    moved[1 : scale.shape[0]] = scale[1:]
+    return moved[: scale.shape[0]]
+
+
+def doubled(scale: Tensor) -> Tensor:
+    return columns(scale * 2)
+
+
+@pytest.mark.parametrize("layout", [shorter, from_the_second, doubled], ids=lambda each: each.__name__)
+def test_another_layout_is_left_to_inductor(layout: Layout) -> None:
+    raised = canonicalize(post_grad(lambda x: quantised(layout, x), randn(7, WIDTH)))
+    (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
+    assert node.args[-1] == "rows"
+
+
+def test_scales_that_are_read_in_rows_too_lie_in_rows() -> None:
+    raised = canonicalize(post_grad(lambda x: quantised(aligned, x, both=True), randn(7, WIDTH)))
+    (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
+    assert node.args[-1] == "rows"
+
+
+def test_a_layout_that_there_is_none_of_is_refused() -> None:
+    with pytest.raises(ValueError, match="'diagonal' is not a valid ScaleLayout"):
+        ops.per_token_group_fp8_quant.reference(
+            randn(3, WIDTH), GROUP, FP8, 0.0, 0.0, False, 0.0, 0.0, None, "divide", "diagonal"
+        )
