@@ -131,6 +131,9 @@ class Model(Writer):
 
     def quantised(self, y: str) -> None:
         """A quantisation to fp8, mostly with its inverse."""
+        if self.rng.random() < 0.1:
+            self.new(f"microscaled({y})")
+            return
         if self.rng.random() < 0.5:
             function = self.rng.choice(("quantize", "quantize", "quantize", *QUANTS))
             shape = self.rng.choice(((1,), (1,), (1,), (), (1, 1), (self.width(y),)))

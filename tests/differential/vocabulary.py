@@ -149,6 +149,19 @@ def quantize_groups_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2), scale.squeeze(-1)
 
 
+def microscaled(x: Tensor) -> Tensor:
+    """MXFP8 and back, in groups of four where these divide a row: a scale alone would jump where it is rounded up."""
+    groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
+    wanted = groups.abs().amax(-1).unsqueeze(-1).float() / 448.0
+    finite = (torch.ceil(torch.log2(wanted)).clamp(-127, 127) + 127).to(torch.uint8)
+    exponent = torch.where(wanted.isnan(), 255, torch.where(wanted.isinf(), 254, finite))
+    inverse = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent.float()))
+    factor = torch.where(exponent == 255, wanted, torch.where(exponent == 254, 2.0**-127, inverse))
+    codes = (groups.float() * factor).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    restored: Tensor = codes.float() * torch.exp2(exponent.float() - 127)
+    return restored.flatten(-2).to(x.dtype)
+
+
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if scale.dim() == q.dim() and 1 < scale.shape[-1] < q.shape[-1]:
         groups = q.float().unflatten(-1, (scale.shape[-1], -1))
@@ -262,8 +275,8 @@ NAMES: dict[str, Callable[..., object]] = {
     **{
         each.__name__: each
         for each in (
-            turned, padded_by_cat, padded_by_copy, dequantize, experts, routed_experts, best_shares, attend,
-            relu_of_product, own_epsilon, deepened,
+            turned, padded_by_cat, padded_by_copy, dequantize, microscaled, experts, routed_experts, best_shares,
+            attend, relu_of_product, own_epsilon, deepened,
         )
     },
 }  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fuseplan
 from tests.helpers import randn
+from tests.interpreted import no_code
 
 WIDTH, INNER, LAYERS = 128, 256, 2
 HAS_NO_KERNELS = "torchao.quantization.quant_api._check_hardware_support"
@@ -108,3 +109,29 @@ def test_every_group_is_quantised_where_rows_have_several(torchao: Any, monkeypa
     assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": LAYERS, "act_quant": LAYERS}
     kinds = {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
     assert {"rms_norm_dynamic_fp8_quant", "silu_and_mul_group_fp8_quant"} <= kinds
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scaling", ["FLOOR", "CEIL", "EVEN", "RCEIL"])
+def test_every_norm_and_activation_is_quantised_to_mxfp8(torchao: Any, scaling: str) -> None:
+    """Products are emulated: the kernels of others take Blackwell. Inductor makes no code for E8M0 on a CPU."""
+    mx = importlib.import_module("torchao.prototype.mx_formats")
+    config = importlib.import_module("torchao.prototype.mx_formats.config")
+    kernels = importlib.import_module("torchao.quantization.quantize_.common")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(LAYERS))).eval().bfloat16()
+    torchao.quantize_(
+        model,
+        mx.MXDynamicActivationMXWeightConfig(
+            scaling_mode=config.ScaleCalculationMode[scaling], kernel_preference=kernels.KernelPreference.EMULATED
+        ),
+    )
+    reports, x = list[fuseplan.Report](), randn(6, WIDTH)
+    with torch.inference_mode(), no_code():
+        torch._dynamo.reset()
+        policy = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
+        got = fuseplan.compile(model, config=policy, on_report=reports.append)(x)
+        torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
+    assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": LAYERS, "act_quant": LAYERS}
+    kinds = {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
+    assert kinds == {"rms_norm_mx_fp8_quant", "silu_and_mul_mx_fp8_quant"}  # products add the residual

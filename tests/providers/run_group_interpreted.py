@@ -3,6 +3,7 @@ whether it makes of the kernels' rows what the reference makes of them, bit for 
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fuseplan.providers.triton.epilogues.group_fp8_quant import power_of_two_fro
 from fuseplan.providers.triton.launching import Norm
 from fuseplan.rules.parts.dynamic_fp8 import reference as row_reference
 from fuseplan.rules.parts.group_fp8 import reference
+from fuseplan.rules.parts.mx_fp8 import reference as mx_reference
 from tests.providers.run_interpreted import prepare
 
 FN, LEAST = torch.float8_e4m3fn, 1e-10
@@ -93,6 +95,31 @@ def layouts() -> dict[str, bool]:
             own = arguments(64, LEAST, True, "divide", layout=layout)
             for kernel in (normed, activated):
                 found[f"{kernel.__name__} {layout} {rows}x{width}"] = kernel(activations(rows, width, rows), own)
+    return found
+
+
+def microscaled() -> dict[str, bool]:
+    """By scaling: random rows, each magnitude, powers of two, zeros, infinity and NaN."""
+    found = {}
+    edges = [0.0, torch.inf, torch.nan, 448.0, 449.0, 2.0**-133, 2.0**-126, 3.3e38, 1.0, 0.998046875, 480.0]
+    odd = activations(11, 96, 4)
+    odd[:, 32:] = 0.0
+    odd[:, 40] = torch.tensor(edges).bfloat16()
+    scales = torch.exp2(torch.linspace(-132, 120, 64))[:, None] * torch.linspace(0.5, 1.0, 64).repeat(2)
+    ones = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": scales.bfloat16()}
+    residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
+    how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
+    for scaling in ("floor", "ceil", "even", "rceil"):
+        own: dict[str, Any] = {"group_size": 32, "dtype": FN, "scaling": scaling}
+        epilogue = epilogue_of("mx_fp8_quant")(**own)
+        for kind, x in ones.items():
+            gate = torch.full_like(x, 64.0)  # whose SiLU is itself
+            (y,) = activation.launch(gate, x, "llama", epilogue_of(None)())
+            got: Sequence[Tensor] = activation.launch(gate, x, "llama", epilogue)
+            found[f"{scaling} {kind}"] = all(map(same, got, mx_reference(y, *own.values())))
+        y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
+        *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
+        found[f"{scaling} normed"] = all(map(same, got, mx_reference(y, *own.values())))
     return found
 
 
@@ -173,6 +200,7 @@ def main() -> None:
         "not finite": not_finite(),
         "powers": powers() and all_powers(),
         "layouts": layouts(),
+        "microscaled": microscaled(),
     }
     print(json.dumps(found))
 

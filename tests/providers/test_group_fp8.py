@@ -40,6 +40,12 @@ def test_scales_lie_as_they_are_asked_to(interpreted: dict[str, Any]) -> None:
 
 
 @needs_triton
+def test_exponents_are_the_references(interpreted: dict[str, Any]) -> None:
+    assert len(interpreted["microscaled"]) == 16
+    assert all(interpreted["microscaled"].values()), interpreted["microscaled"]
+
+
+@needs_triton
 def test_zeros_infinity_and_nan_stay_within_their_groups(interpreted: dict[str, Any]) -> None:
     assert len(interpreted["not finite"]) == 28
     assert all(interpreted["not finite"].values()), interpreted["not finite"]
@@ -54,7 +60,7 @@ def test_powers_of_two_stay_and_what_is_above_goes_up(interpreted: dict[str, Any
     ("size", "width", "detail", "layout"),
     [
         (64, 2880, None, "packed"),
-        (64, 128, "more than two groups where scales are packed, not groups of 64 in rows of 128", "packed"),
+        (64, 128, "at least 3 groups where scales are packed, not groups of 64 in rows of 128", "packed"),
         (64, 2880, None, "rows"),
         (128, 7168, None, "rows"),
         (128, 2880, "a hidden size that is a multiple of 128, not groups of 128 in rows of 2880", "rows"),

@@ -69,10 +69,12 @@ class _Rewriter:
         erase_dead(self.graph, [node for node in (*originals, *again) if not node._erased])
 
     def erase_unread(self) -> None:
-        """Erases results that nobody reads, and what was computed again: not before all matches are placed, since one
-        may read what the original graph's readers reach through views that are moved.
+        """Erases results that nobody reads, what was computed again, and what only led to values that others stand for:
+        not before all matches are placed, since one may read what the original graph's readers reach through views that
+        are moved.
         """
-        erase_dead(self.graph, [node for node in (*self.results, *self.repeated) if not node._erased])
+        unread = (*self.results, *self.repeated, *sorted(node for node in self.replaced if not node._erased))
+        erase_dead(self.graph, [node for node in unread if not node._erased])
 
     def _shared(self, value: fx.Node, reader: fx.Node) -> fx.Node:
         """The same value, computed before for another match."""

@@ -21,7 +21,14 @@ from fuseplan.graph.ops.registry import (
     ops,
     registered_kernel,
 )
-from fuseplan.graph.ops.rounding import ActivationRounding, AttentionRounding, QuantRounding, RotaryRounding, Rounding
+from fuseplan.graph.ops.rounding import (
+    ActivationRounding,
+    AttentionRounding,
+    MxScaling,
+    QuantRounding,
+    RotaryRounding,
+    Rounding,
+)
 from fuseplan.graph.ops.samples import compute_dtype, random_tensor
 from fuseplan.graph.ops.scale_layout import PACKED, ScaleLayout, empty_scales, lay_out
 
@@ -33,6 +40,7 @@ __all__ = [
     "DialectOp",
     "Draw",
     "Indices",
+    "MxScaling",
     "QuantRounding",
     "RotaryRounding",
     "Rounding",

@@ -125,3 +125,15 @@ class QuantRounding(StrEnum):
             "divide_by_rounded": "divides by the scale, rounded to the precision of what it scales",
             "divide_rounded": "divides by the scale, and rounds both to the precision of what it scales",
         }[self]
+
+
+class MxScaling(StrEnum):
+    """Which power of two scales a group of a microscaled format, as torchao names it: of the largest element, its own
+    power over that of the largest code, rounded down (`floor`), up (`ceil`) or, by as many digits as codes have, to the
+    nearest (`even`); or what the largest element is of the largest code, rounded up (`rceil`).
+    """
+
+    FLOOR = "floor"
+    CEIL = "ceil"
+    EVEN = "even"
+    RCEIL = "rceil"

@@ -42,6 +42,12 @@ def quantized(
         scaled = tl.div_rn(y, scale)
     if ROUNDS:
         scaled = rounded(scaled, DTYPE)
+    return codes_of(scaled, dtype, MOST, NVIDIA)
+
+
+@triton.jit
+def codes_of(scaled, dtype: tl.constexpr, MOST: tl.constexpr, NVIDIA: tl.constexpr):
+    """clamp(scaled, -MOST, MOST) as `dtype`; NaN stays NaN."""
     if not NVIDIA:  # whose conversion instructions clamp
         scaled = tl.where(scaled > MOST, MOST, scaled)
         scaled = tl.where(scaled < -MOST, -MOST, scaled)

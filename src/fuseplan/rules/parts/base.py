@@ -30,6 +30,8 @@ class Stage(IntEnum):
     """Views between a prologue and its core."""
     CORES = auto()
     """What normalises and what activates."""
+    MICROSCALED_EPILOGUES = auto()
+    """Epilogues of parts of a row, whose scales are exponents: others would be told that theirs are none."""
     GROUPED_EPILOGUES = auto()
     """Epilogues of parts of a row, which would pass for others' of whole ones."""
     EPILOGUES = auto()

@@ -120,7 +120,7 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
         raise Unraised(Reason.ATTRIBUTE, detail, scale.node)
     bounds = scale.min_scale, scale.max_scale, scale.zero_scale, scale.scale_ub
     args = (scale.rows, scaling.dtype, *bounds, scale.rounding.value)
-    raise_computed(canonical, scaling, scale.node, dynamic_per_token_scaled_fp8_quant, args)
+    raise_computed(canonical, scaling.cast, scale.node, dynamic_per_token_scaled_fp8_quant, args)
 
 
 @dataclass(frozen=True, kw_only=True)

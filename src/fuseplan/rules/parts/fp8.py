@@ -276,20 +276,20 @@ def _operands(scaled: object) -> tuple[object, object, object, QuantRounding] | 
 
 
 def raise_computed(
-    canonical: CanonicalGraph, scaling: Scaling, scale: fx.Node, op: DialectOp, args: tuple[Any, ...]
+    canonical: CanonicalGraph, cast: fx.Node, scale: fx.Node, op: DialectOp, args: tuple[Any, ...]
 ) -> None:
     """Puts an op that yields codes and scales in the place of both: each in the shape that it has in the graph.
 
     Args:
         canonical: the graph.
-        scaling: of which the codes are.
+        cast: the node that holds the codes.
         scale: the node that holds the scales.
         op: what computes both.
         args: its arguments, of which the first are the rows.
     """
     rows = tensor_of(args[0])
     fakes = op.fake(rows, *args[1:])
-    old = (scaling.cast, scale)
+    old = (cast, scale)
     if all(equal_shape(tensor_of(node), value) for node, value in zip(old, fakes, strict=True)):
         canonical.raise_op(op, args, old)
         return

@@ -108,7 +108,7 @@ def computed_scale(scaling: Scaling) -> ComputedScale:
         raise Unraised(Reason.SIZE, detail, amax)
     if not scaling.is_clamped and (is_rounded or is_bounded or max(bounds.least, min_power) < NORMAL):
         raise scaling.unclamped  # a scale that lost digits may leave more than fp8 holds
-    rows, is_split = _rows(scaling.x, size)
+    rows, is_split = rows_in_groups(scaling.x, size)
     rounding = scaling.rounding
     if is_rounded and not rounding.rounds_scaled:
         rounding = QuantRounding.DIVIDE_BY_ROUNDED
@@ -319,7 +319,7 @@ def _reduced(amax: fx.Node) -> fx.Node:
     return magnitudes
 
 
-def _rows(x: fx.Node, size: Any) -> tuple[fx.Node, bool]:
+def rows_in_groups(x: fx.Node, size: Any) -> tuple[fx.Node, bool]:
     """(rows, whether a row has several groups) that x is a view of as groups of so many elements: the earliest view of
     such rows, in the precision of what it is a view of.
     """

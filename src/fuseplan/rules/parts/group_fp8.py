@@ -153,7 +153,7 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling, scale: ComputedScale) ->
     groups = _width(scale.rows) // scale.size
     layout, last = layout_of(scale.node, scaling, scale.rows, groups)
     args = (scale.rows, scale.size, scaling.dtype, *bounds, scale.rounding.value, layout.value)
-    raise_computed(canonical, scaling, last, per_token_group_fp8_quant, args)
+    raise_computed(canonical, scaling.cast, last, per_token_group_fp8_quant, args)
 
 
 def _width(rows: fx.Node) -> int:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fuseplan.dialect import QuantRounding, empty_scales
+from fuseplan.graph.facts import equal_size
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
-from fuseplan.record import Refusal
+from fuseplan.record import Reason, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,26 @@ def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool
     """
     how = QuantRounding(quant_rounding)
     return torch.finfo(dtype).max, how.multiplies, how.rounds_scaled, how.rounds_scale
+
+
+def refuse_groups(size: int, x: Tensor, *, least: int = 1) -> Refusal | None:
+    """Why groups of so many elements are refused that no tile holds, or of which no row of x has a number of at least
+    `least`, or None.
+    """
+    width = x.shape[-1]
+    if size < 1 or size & (size - 1):
+        expected = "a group size that is a power of two"
+    elif not equal_size(width % size, 0):
+        expected = f"a hidden size that is a multiple of {size}"
+    elif isinstance(width, int) and width < least * size:
+        expected = f"a hidden size of at least {least} groups where scales are packed"
+    else:
+        return None
+    return Refusal(
+        reason=Reason.SIZE,
+        detail=f"fuseplan's Triton kernels take {expected}, not groups of {size} in rows of {width}",
+        expected=expected, found=f"group size {size}, hidden size {width}", mend="let another provider run it",
+    )  # fmt: skip
 
 
 def scales_for(x: Tensor, count: int, quant_rounding: str, layout: str = "rows") -> Tensor:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from fuseplan.dialect import PACKED, ScaleLayout
-from fuseplan.graph.facts import equal_size
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants, scale_bounds, scales_for
+from fuseplan.providers.triton.epilogues import Epilogue, code_constants, refuse_groups, scale_bounds, scales_for
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
-from fuseplan.record import Reason, Refusal
+from fuseplan.record import Refusal
 
 
 @triton.jit
@@ -105,20 +104,7 @@ class GroupFp8(Epilogue):
     @classmethod
     def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
         """Why groups are refused that no tile holds, or that don't divide a row."""
-        size, width = m.group_size, x.shape[-1]
-        if size < 1 or size & (size - 1):
-            expected = "a group size that is a power of two"
-        elif not equal_size(width % size, 0):
-            expected = f"a hidden size that is a multiple of {size}"
-        elif m.values.get("layout") == ScaleLayout.PACKED and isinstance(width, int) and width <= 2 * size:
-            expected = "a hidden size of more than two groups where scales are packed"
-        else:
-            return None
-        return Refusal(
-            reason=Reason.SIZE,
-            detail=f"fuseplan's Triton kernels take {expected}, not groups of {size} in rows of {width}",
-            expected=expected, found=f"group size {size}, hidden size {width}", mend="let another provider run it",
-        )  # fmt: skip
+        return refuse_groups(m.group_size, x, least=3 if m.values.get("layout") == ScaleLayout.PACKED else 1)
 
     @property
     def unit(self) -> int:

@@ -1,0 +1,184 @@
+"""MXFP8 as torchao leaves it: each scaling is one op, which computes what the graph does, bit for bit. torchao's own
+code is run in `tests/integrations/test_torchao.py`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+import fuseplan
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
+from fuseplan.rules.parts.mx_fp8 import MxFp8, per_token_mx_fp8_quant
+from tests.helpers import all_reduce, llama, post_grad, randn
+from tests.planner.test_rotary import Counted
+
+FP8, MOST, GROUP, WIDTH = torch.float8_e4m3fn, 448.0, 32, 128
+W = 1 + randn(WIDTH, seed=9) / 10
+SCALINGS = ("floor", "ceil", "even", "rceil")
+CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
+every_scaling = pytest.mark.parametrize("scaling", SCALINGS)
+
+
+def rounded_up(groups: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    wanted = largest / MOST
+    finite = (torch.ceil(torch.log2(wanted)).clamp(-127, 127) + 127).to(torch.uint8)
+    exponent = torch.where(wanted.isnan(), 255, torch.where(wanted.isinf(), 254, finite))
+    inverse = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent.float()))
+    factor = torch.where(exponent == 255, wanted, torch.where(exponent == 254, 2.0**-127, inverse))
+    return (groups * factor).clamp(-MOST, MOST), exponent
+
+
+def quantised(x: Tensor, scaling: str, *, top: int = 8, size: int = GROUP) -> tuple[Tensor, Tensor]:
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    largest = groups.abs().amax(-1).unsqueeze(-1).float()
+    groups = groups.float()
+    if scaling == "rceil":
+        scaled, exponent = rounded_up(groups, largest)
+    else:
+        if scaling == "even":
+            is_nan = largest.isnan()
+            largest = ((largest.view(torch.int32) + (1 << 19)) & 0xFF800000).view(torch.float32)
+            largest[is_nan] = float("nan")
+        bits = largest.view(torch.int32)
+        power = (torch.bitwise_right_shift(bits, 23) & 255) - 127
+        if scaling == "ceil":
+            power = power + ((bits & 0x7FFFFF) > 0)
+        exponent = ((power - top).clamp(-127, 128) + 127).to(torch.uint8)
+        exponent = torch.where(largest.isnan(), 255, exponent)
+        scale = torch.bitwise_left_shift(exponent.to(torch.int32), 23).view(torch.float32)
+        scaled = groups / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return scaled.to(FP8).reshape(x.shape), exponent.view(torch.float8_e8m0fnu).squeeze(-1)
+
+
+def bits(value: Tensor) -> Tensor:
+    """NaN being one NaN."""
+    return value.view(torch.uint8) if value.dtype is torch.float8_e8m0fnu else value.float().nan_to_num(nan=1e9)
+
+
+def inputs() -> dict[str, Tensor]:
+    x = randn(6, WIDTH, dtype=torch.float32)
+    odd = x.clone()
+    odd[0, 3], odd[1, 100], odd[2, 0], odd[3] = torch.inf, torch.nan, -torch.inf, 0.0
+    odd[4], odd[5] = 3.3e38, 1e-40
+    exponents = (
+        torch.exp2(torch.arange(-64.0, 64.0)).repeat(6, 1) * torch.tensor([1.0, 1.75, 1.875, 448, 1.5, 1e-18])[:, None]
+    )
+    return {"random": x, "odd": odd, "exponents": exponents, "tiny": x * 1e-38}
+
+
+@every_scaling
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_scaling_is_an_op(scaling: str, dynamic: bool) -> None:
+    graph = canonicalize(
+        post_grad(lambda x: quantised(llama(x, None, W)[0], scaling), randn(5, WIDTH), dynamic=dynamic)
+    )
+    assert graph.recognized() == {f"per_token_mx_fp8_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
+    (node,) = graph.calls(per_token_mx_fp8_quant.overload)
+    assert node.args[1:] == (GROUP, FP8, scaling)
+    assert not [refusal for refusal in graph.refusals if "fp8" in refusal.detail]
+
+
+@every_scaling
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_it_computes_what_the_graph_does(scaling: str, dtype: torch.dtype) -> None:
+    graph = post_grad(partial(quantised, scaling=scaling), randn(6, WIDTH).to(dtype))
+    raised = canonicalize(graph)
+    is_refused = scaling == "rceil" and dtype is torch.float32
+    assert len(raised.dialect_nodes) == (not is_refused)
+    constants = {str(node.target): torch.tensor(torch.nan) for node in graph.find_nodes(op="get_attr")}
+    ours, theirs = fx.GraphModule(constants, raised.graph), fx.GraphModule(constants, graph)
+    for kind, value in inputs().items():
+        most = torch.finfo(dtype).max
+        x = value.clamp(-most, most).to(dtype) if dtype is torch.float16 else value.to(dtype)
+        for got, wanted in zip(ours(x), theirs(x), strict=True):
+            assert got.dtype is wanted.dtype
+            assert torch.equal(bits(got), bits(wanted)), kind
+
+
+def norm(x: Tensor, r: Tensor, group: str) -> Any:
+    return quantised(llama(x, None, W)[0], "floor")
+
+
+def add_norm(x: Tensor, r: Tensor, group: str) -> Any:
+    y, total = llama(x, r, W)
+    return *quantised(y, "even"), total * 2
+
+
+def reduced(x: Tensor, r: Tensor, group: str) -> Any:
+    y, total = llama(all_reduce(x, group), r, W)
+    return *quantised(y, "ceil"), total * 2
+
+
+def activated(x: Tensor, r: Tensor, group: str) -> Any:
+    return quantised(F.silu(x) * r, "rceil")
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [(norm, "norm_quant"), (add_norm, "norm_quant"), (reduced, "allreduce_rms_quant"), (activated, "act_quant")],
+)
+@pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
+def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[int, ...], one_rank: str) -> None:
+    reports: list[fuseplan.Report] = []
+    x = randn(*shape), randn(*shape, seed=1)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled: Any = fuseplan.compile(lambda x, r: function(x, r, one_rank), config=CONFIG, on_report=reports.append)
+        pairs = list(zip(compiled(*x), function(*x, one_rank), strict=True))
+    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
+    assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)
+
+
+def test_it_is_left_alone_where_it_is_off() -> None:
+    config = fuseplan.PassConfig(fuse_norm_quant=False)
+    report = fuseplan.explain(lambda x: norm(x, x, ""), randn(5, WIDTH), device="h200", config=config)
+    assert not any(report.fused.values())
+
+
+def test_it_comes_with_every_member_of_its_families() -> None:
+    composed = [rule for rule in BUILT_IN_RULES if isinstance(rule, ComposedRule)]
+    assert len([rule for rule in composed if rule.op.name.endswith("_mx_fp8_quant")]) == 5
+
+
+def of_signed(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.reshape(-1, WIDTH // GROUP, GROUP)
+    largest = groups.amax(-1).unsqueeze(-1).float()
+    power = (torch.bitwise_right_shift(largest.view(torch.int32), 23) & 255) - 127
+    exponent = torch.where(largest.isnan(), 255, ((power - 8).clamp(-127, 128) + 127).to(torch.uint8))
+    scale = torch.bitwise_left_shift(exponent.to(torch.int32), 23).view(torch.float32)
+    return (groups.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)).to(FP8).reshape(x.shape), exponent
+
+
+NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, Tensor]], str] = {
+    of_signed: "the scale is neither one number nor computed from the largest of what it scales",
+    partial(quantised, scaling="floor", size=WIDTH): "a row is one group of 128",
+    partial(quantised, scaling="floor", top=7): "the scale",
+}
+
+
+@pytest.mark.parametrize("quantise", NEAR_MISSES)
+def test_what_it_does_not_compute_is_named(quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    graph = canonicalize(post_grad(lambda x: quantise(llama(x, None, W)[0]), randn(5, WIDTH)))
+    assert not list(graph.calls(per_token_mx_fp8_quant.overload))
+    details = [refusal.detail for refusal in graph.refusals]
+    assert any(NEAR_MISSES[quantise] in detail for detail in details), details
+
+
+def test_its_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
+    for sample in per_token_mx_fp8_quant.samples:
+        arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+        with Counted() as counted:
+            per_token_mx_fp8_quant.reference(*arguments)
+        assert 0 < counted.count <= MxFp8.eager_kernels
+
+
+def test_what_is_none_of_its_scalings_is_refused() -> None:
+    with pytest.raises(ValueError, match="'nearest' is not a valid MxScaling"):
+        ops.per_token_mx_fp8_quant.reference(randn(3, WIDTH), GROUP, FP8, "nearest")
