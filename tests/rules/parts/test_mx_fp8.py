@@ -156,10 +156,33 @@ def of_signed(x: Tensor) -> tuple[Tensor, Tensor]:
     return (groups.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)).to(FP8).reshape(x.shape), exponent
 
 
+def scales_of_nvfp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = x.float().view(-1, WIDTH // 16, 16)
+    scale = (groups.abs().amax(-1) / 6.0).clamp(2.0**-6, MOST).to(FP8)
+    return (groups * (1.0 / scale.float()).unsqueeze(-1)).clamp(-6.0, 6.0).view(x.shape), scale
+
+
+def exponents_of(largest: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.view(-1, WIDTH // GROUP, GROUP)
+        wanted = groups.abs().amax(-1).unsqueeze(-1).float() / largest
+        finite = (torch.ceil(torch.log2(wanted)).clamp(-127, 127) + 127).to(torch.uint8)
+        exponent = torch.where(wanted.isnan(), 255, torch.where(wanted.isinf(), 254, finite))
+        scaled = groups.float() * torch.exp2(127 - exponent.float())
+        return scaled.clamp(-largest, largest).view(x.shape), exponent.view(torch.float8_e8m0fnu)
+
+    return quantise
+
+
 NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, Tensor]], str] = {
     of_signed: "the scale is neither one number nor computed from the largest of what it scales",
     partial(quantised, scaling="floor", size=WIDTH): "a row is one group of 128",
     partial(quantised, scaling="floor", top=7): "the scale",
+    partial(quantised, scaling="even", top=2): "the codes are MXFP4 or MXFP6 (e2m1, e2m3)",
+    partial(quantised, scaling="ceil", top=15): "the codes are MXFP8 in float8_e5m2",
+    exponents_of(6.0): "the codes are MXFP4 (e2m1)",
+    exponents_of(28.0): "the codes are MXFP6 (e3m2)",
+    scales_of_nvfp4: "the codes are NVFP4",
 }
 
 

@@ -24,7 +24,16 @@ from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, fil
 from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp8 import CODE_BYTES, Codes, is_restored, raise_computed, reordered, source_of, uncast
+from fuseplan.rules.parts.fp8 import (
+    CODE_BYTES,
+    Codes,
+    is_restored,
+    number_of,
+    raise_computed,
+    reordered,
+    source_of,
+    uncast,
+)
 from fuseplan.rules.parts.fp8_scales import rows_in_groups
 from fuseplan.rules.parts.traffic import Middle, Region
 
@@ -227,6 +236,38 @@ def raise_mx(canonical: CanonicalGraph) -> None:
         except Unraised as refused:
             refused.tell(canonical, per_token_mx_fp8_quant, "MXFP8 quantisation", at=[cast], place=cast)
     canonical.merge_equal(per_token_mx_fp8_quant)
+    for node in (*canonical.calls(aten.view.dtype), *_casts(canonical)):
+        other = _other_format(node)
+        if other is not None:
+            near = Unraised(Reason.DTYPE, f"the codes are {other}, and the ops' are float8_e4m3fn", node)
+            near.tell(canonical, per_token_mx_fp8_quant, "microscaled quantisation", at=[node], place=node)
+
+
+TOPS = {2: "MXFP4 or MXFP6 (e2m1, e2m3)", 4: "MXFP6 (e3m2)", 15: "MXFP8 in float8_e5m2"}
+LARGEST = {6.0: "MXFP4 (e2m1)", 7.5: "MXFP6 (e2m3)", 28.0: "MXFP6 (e3m2)", 57344.0: "MXFP8 in float8_e5m2"}
+"""What formats that no op has subtract from the largest element's exponent, or divide it by."""
+MOST_STEPS = 12
+"""From exponents to that."""
+
+
+def _other_format(node: fx.Node) -> str | None:
+    """The format whose scales a node yields as exponents, or, as NVFP4 has them, in fp8, where it is one of these."""
+    is_exponent = is_call(node, aten.view.dtype) and node.args[1] is torch.float8_e8m0fnu
+    if not is_exponent and not is_call(node, convert_element_type):
+        return None
+    value: object = node.args[0]
+    for _ in range(MOST_STEPS):
+        if not isinstance(value, fx.Node) or not value.args:
+            break
+        number: Any = number_of(value.args[1]) if len(value.args) > 1 else None
+        if is_call(value, aten.div.Tensor) and number == 6.0 and not is_exponent:
+            return "NVFP4" if is_call(reordered(value.args[0]), aten.amax.default) else None
+        if is_exponent and is_call(value, aten.sub.Tensor) and number in TOPS:
+            return TOPS[number]
+        if is_exponent and is_call(value, aten.div.Tensor) and number in LARGEST:
+            return LARGEST[number]
+        value = value.args[2] if is_call(value, aten.where.self) else value.args[0]
+    return None
 
 
 def _casts(canonical: CanonicalGraph) -> Iterator[Call]:

@@ -65,6 +65,8 @@ def raise_static(canonical: CanonicalGraph) -> None:
             if is_given(found):
                 _raise(canonical, found)
         except Unraised as refused:
+            if cast in canonical.unraised:  # by what is more like it
+                continue
             refused.tell(canonical, static_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
     canonical.merge_equal(static_scaled_fp8_quant)
 
