@@ -18,13 +18,14 @@ from tests.helpers import post_grad, randn
 from tests.rules.parts.test_fp8_spellings import behind_a_norm, bits, inputs
 
 WIDTH, FP8, LEAST = 256, torch.float8_e4m3fn, 1 / (448 * 512)
+GROUPED = (128, FP8, LEAST, 0.0, False, 0.0, 0.0, None, "divide")
+POWERS = (128, FP8, 0.0, 0.0, True, LEAST, 0.0, None, "divide")
 KINDS: dict[str, tuple[dict[str, Any], str, tuple[Any, ...]]] = {
-    "of rows": ({}, "dynamic_per_token_scaled_fp8_quant", (FP8, LEAST, "multiply")),
-    "of groups": ({"use_ue8m0": False}, "per_token_group_fp8_quant", (128, FP8, LEAST, False, 0.0, "divide")),
-    "by powers": ({"use_ue8m0": True}, "per_token_group_fp8_quant", (128, FP8, 0.0, True, LEAST, "divide")),
+    "of rows": ({}, "dynamic_per_token_scaled_fp8_quant", (FP8, LEAST, 0.0, 0.0, None, "multiply")),
+    "of groups": ({"use_ue8m0": False}, "per_token_group_fp8_quant", (*GROUPED, "rows")),
+    "by powers": ({"use_ue8m0": True}, "per_token_group_fp8_quant", (*POWERS, "rows")),
     "by columns": (
-        {"use_ue8m0": False, "column_major_scales": True}, "per_token_group_fp8_quant",
-        (128, FP8, LEAST, False, 0.0, "divide"),
+        {"use_ue8m0": False, "column_major_scales": True}, "per_token_group_fp8_quant", (*GROUPED, "columns"),
     ),
 }  # fmt: skip
 
