@@ -66,12 +66,13 @@ def test_a_static_scale_of_its_layer_is_an_op() -> None:
     assert graph.recognized() == {f"static_scaled_fp8_quant[{WIDTH}]": 1}
 
 
-def test_an_upper_bound_of_its_layer_is_named() -> None:
+def test_an_upper_bound_of_its_layer_is_the_ops() -> None:
     layer = quantize("of rows")
     graph = canonicalize(post_grad(lambda x, s: layer(x, None, s), randn(5, WIDTH), torch.ones(1)))
-    assert graph.recognized() == {}
-    (refusal,) = graph.refusals
-    assert "the largest has an upper bound" in refusal.detail
+    (node,) = graph.calls(ops.dynamic_per_token_scaled_fp8_quant.overload)
+    bound = node.args[ops.dynamic_per_token_scaled_fp8_quant.arguments.index("scale_ub")]
+    assert isinstance(bound, fx.Node)
+    assert bound.op == "placeholder"
 
 
 @pytest.mark.parametrize("kind", KINDS)
