@@ -149,6 +149,7 @@ class _Rewriter:
         if original is not None:
             for each in (original, *self.canonical.repeated.get(original, ())):
                 each.replace_all_uses_with(result)
+                self.repeated.append(each)
                 if node in match.loose:
                     self._tell_readers(result, each, self.canonical.claims(match.consumed))
             return

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fuseplan
+from fuseplan.devices import device_profile
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
@@ -134,6 +135,21 @@ def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[i
         pairs = list(zip(compiled(*x), function(*x, one_rank), strict=True))
     assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
     assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)
+
+
+@every_scaling
+def test_what_two_layers_quantise_each_leaves_nothing_behind(scaling: str) -> None:
+    def both(x: Tensor) -> list[Tensor]:
+        y = llama(x, None, W)[0]
+        found = [quantised(y, scaling) for _ in range(2)]
+        return [codes.float() @ torch.ones(WIDTH, 2) * scales.view(torch.uint8).sum() for codes, scales in found]
+
+    graph = post_grad(both, randn(5, WIDTH))
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(verify="off", policy="ordered(norm_quant)")
+    fuseplan.PostGradPassManager(config, device=device_profile("h200"), on_report=reports.append)(graph)
+    assert reports[0].fused["norm_quant"] == 1
+    assert not [node for node in graph.nodes if node.op == "call_function" and not node.users]
 
 
 def test_it_is_left_alone_where_it_is_off() -> None:
