@@ -106,7 +106,8 @@ def _vllm() -> Iterator[Group]:
             is_clear = most < low or high < least
             gains.append(Gain(_count(int(count), "request"), before / after, is_clear=is_clear))
         version = ".".join(row["stock"]["vllm"].split(".")[:2])
-        yield Group(f"{NAMES[row['model']]}, vLLM {version}, one {gpu(found)}", gains)
+        asked = f" (with {row['with']})" if "with" in row else ""
+        yield Group(f"{NAMES[row['model']]}{asked}, vLLM {version}, one {gpu(found)}", gains)
 
 
 WIDTH, ROW, TITLE, LEFT, TOP = 860, 15, 26, 120, 62
@@ -262,7 +263,7 @@ def _vllm_row() -> tuple[str, ...]:
             f"{100 * abs(1 - 1 / gain.times):.0f} % {'less' if gain.times > 1 else 'more'}" for gain in group.gains
         ]
         doubt = "" if all(gain.is_clear for gain in group.gains) else ", within the spread"
-        told.append(f"{group.title.split(', ')[0]}: {' and '.join(changes)} time a token{doubt}")
+        told.append(f"{group.title.split(', vLLM')[0]}: {' and '.join(changes)} time a token{doubt}")
     counts = " and ".join(gain.label.split()[0] for gain in group.gains)
     layers = found["rows"][0]["layers"]
     version = found["rows"][0]["stock"]["vllm"]
