@@ -34,6 +34,11 @@ def hugging_face(
     return torch.cat((part * cos + turn(part) * sin, rest), dim=-1)
 
 
+def broadcast(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, S, head_dim], cos of any shape that broadcasts to it"""
+    return x * cos + rotate_half(x) * sin
+
+
 def vllm(x: Tensor, cos: Tensor, sin: Tensor, rotated: int = HEAD, neox: bool = True, wide: bool = False) -> Tensor:
     """x [tokens, heads * head_dim], cos [tokens, rotated / 2]"""
     shape = x.shape

@@ -22,10 +22,18 @@ from tests.cached import LENGTH, WRITES, Layer, arguments, layer, normed_layer, 
 from tests.helpers import gemma, gpt_oss
 from tests.interpreted import no_code
 from tests.matching.told import near_misses
-from tests.rotary import HEAD, K_HEADS, Q_HEADS, hugging_face_in_float32, normed
+from tests.rotary import HEAD, K_HEADS, Q_HEADS, broadcast, hugging_face_in_float32, normed
 from tests.rules.test_rules import arguments_of
 
 PLAIN, NORMED = "rope_cache", "qk_norm_rope_cache"
+
+
+def of_tokens_alone(tokens: int) -> list[Tensor]:
+    """Arguments whose cosines and sines are [S, D]."""
+    *given, cos, sin, positions = arguments(tokens)
+    return [*given, cos[0], sin[0], positions]
+
+
 LAYERS: dict[str, tuple[str, Layer, list[Tensor]]] = {
     "index_copy": (PLAIN, layer(), arguments()),
     "assigned, many tokens": (PLAIN, layer(WRITES["assigned"]), arguments(3)),
@@ -37,6 +45,8 @@ LAYERS: dict[str, tuple[str, Layer, list[Tensor]]] = {
     "counted from the end": (PLAIN, layer(WRITES["assigned"]), arguments(2, first=-2)),
     "all of the cache": (PLAIN, layer(), arguments(LENGTH, first=0)),
     "normed": (NORMED, normed_layer(), arguments()),
+    "angles of tokens alone": (PLAIN, layer(rotate=broadcast), of_tokens_alone(3)),
+    "normed, angles of tokens alone": (NORMED, normed_layer(rotate=broadcast), of_tokens_alone(3)),
     "normed, many tokens": (NORMED, normed_layer(), arguments(3)),
     "normed behind the transposition": (NORMED, normed_layer(tokens_first=False), arguments(3)),
     "normed, weights in float32": (

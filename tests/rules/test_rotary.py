@@ -20,7 +20,9 @@ from tests.rotary import (
     KW,
     Q_HEADS,
     QW,
+    angles,
     batched,
+    broadcast,
     flat,
     heads_first,
     heads_last,
@@ -32,7 +34,11 @@ from tests.rotary import (
 from tests.rules.test_rules import arguments_of
 
 RULE = "qk_norm_rope"
+
 LAYOUTS: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
+    "heads first, angles without a batch": (heads_first(broadcast), (*batched()[:2], *angles(5, HEAD))),
+    "heads first, angles with a batch": (heads_first(broadcast), (*batched()[:2], *angles(1, 5, HEAD))),
+    "heads first, one token's angles": (heads_first(broadcast), (*batched()[:2], *angles(HEAD))),
     "heads first": (heads_first(), batched()),
     "heads first, in float32": (heads_first(hugging_face_in_float32), batched(torch.float16)),
     "heads last": (heads_last(), flat()),

@@ -32,7 +32,7 @@ from fuseplan.record import Reason
 from fuseplan.rules.parts.cache_write import cache_write
 from fuseplan.rules.parts.cached_rotary.op import cached_rotary
 from fuseplan.rules.parts.rotary.op import rotary_embedding
-from fuseplan.rules.parts.rotary.spellings import Rotation, is_normed, read_rotations
+from fuseplan.rules.parts.rotary.spellings import Rotation, is_normed, read_rotations, spread
 
 TOKENS = 2
 """The dimension of tokens in a cache, and in what is written to it."""
@@ -93,8 +93,11 @@ class _Found:
         results = (self.keys.node, self.values.node)
         if self.rotations is None:
             canonical.raise_op(cache_write, self.arguments, results)
-        else:
-            canonical.raise_op(cached_rotary, self.arguments, (self.rotations[0].y, *results))
+            return
+        queries, _ = self.rotations
+        cos, sin = (spread(canonical, angle, queries) for angle in (queries.cos, queries.sin))
+        arguments = (*self.arguments[:5], cos, sin, *self.arguments[7:])
+        canonical.raise_op(cached_rotary, arguments, (queries.y, *results))
 
 
 def raise_cache_writes(canonical: CanonicalGraph) -> None:

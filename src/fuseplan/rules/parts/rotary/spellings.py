@@ -95,7 +95,8 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
     single = {*found}
     for q, k in _pairs(canonical, found):
         single -= {q, k}
-        canonical.raise_op(rotary_embedding, (q.x, k.x, q.cos, q.sin, q.rounding.value), (q.y, k.y))
+        cos, sin = (spread(canonical, angle, q) for angle in (q.cos, q.sin))
+        canonical.raise_op(rotary_embedding, (q.x, k.x, cos, sin, q.rounding.value), (q.y, k.y))
     for rotation in found:
         if rotation in single and is_normed(rotation.x):
             detail = "no other tensor is rotated by the same angles, as queries and keys of a layer are"
@@ -113,6 +114,17 @@ def read_rotations(canonical: CanonicalGraph) -> Iterator[tuple[fx.Node, Rotatio
                 yield root, _checked(canonical, rotation)
         except Unraised as refused:
             yield root, refused
+
+
+def spread(canonical: CanonicalGraph, angle: fx.Node, rotation: Rotation) -> fx.Node:
+    """The cosines or sines of a rotation, with the leading dimensions of size 1 that broadcasting gives them."""
+    x, value = tensor_of(rotation.x), tensor_of(angle)
+    assert x is not None and value is not None
+    reader = min(user for user in angle.users if user in rotation.interior)
+    for _ in range(x.dim() - value.dim()):
+        value = value.unsqueeze(0)
+        angle = canonical.insert_before(reader, aten.unsqueeze.default, (angle, 0), value)
+    return angle
 
 
 def _tell(canonical: CanonicalGraph, root: fx.Node, refused: Unraised) -> None:
