@@ -136,7 +136,7 @@ def of_a_stack(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
 
 def functional(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
     """Nothing is written in place."""
-    return layer()(q, k, v, k_cache + 0, v_cache + 0, *rest)
+    return layer()(q, k, v, k_cache + 1, v_cache + 1, *rest)
 
 
 def accumulates(cache: Tensor, positions: Tensor, x: Tensor) -> None:
