@@ -41,6 +41,9 @@ help: ## list the targets
 demo: $(VENV)/.run ## show what fuses in gpt-oss-120b on two GPUs, planned and by fixed orders (no GPU, weights or network)
 	@$(BIN)/fuseplan explain $(DEMO_ARGS)
 
+# Without bytecode, each process that a test starts compiles the package anew.
+test nightly: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.dev ## set up and run the tests; PYTEST_ARGS="-k name" chooses
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 

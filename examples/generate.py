@@ -13,7 +13,7 @@ import fuseplan
 from fuseplan.integrations import transformers as huggingface
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128, **HEADS}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128, **HEADS}
 GENERATE = {"cache_implementation": "static", "max_new_tokens": 8, "do_sample": False, "disable_compile": True}
 
 

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 
 import fuseplan
 
-TINY = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=2, vocab_size=128)
+TINY = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=1, vocab_size=128)
 GENERATE = {"cache_implementation": "static", "max_new_tokens": 8, "do_sample": False, "disable_compile": True}
 
 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
@@ -12,8 +13,12 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 # Scalar code: compiling it takes half as long, here and in the processes that tests start.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
-# Where tests already share the processors, NumPy's own threads mostly wait for each other, which takes its time, too.
+# Where tests already share the processors, threads of NumPy and torch mostly wait for each other, which takes as much
+# time again in many tests. Processes that tests start read the variable; this one has read it before.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 # Costs that whoever runs the tests measured before are none of theirs: they lie in Inductor's cache.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache_dir()) / "of_fuseplans_tests")

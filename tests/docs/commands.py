@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from docs.blocks import ROOT
 from fuseplan.cli import app
+from fuseplan.cpython import uncollected
 from fuseplan.explanation import capture as capturing
 from fuseplan.explanation import comparison
 from fuseplan.workloads import catalog
@@ -133,7 +134,7 @@ class Shell:
     def _fuseplan(self, command: Command) -> Outcome:
         # Pages show a machine that has nothing else to do.
         idle = mock.patch("os.getloadavg", return_value=(0.0, 0.0, 0.0))
-        with contextlib.chdir(self.folder), _own_modules(), idle:
+        with contextlib.chdir(self.folder), _own_modules(), idle, uncollected():
             result = CliRunner().invoke(app, command.arguments, env={**ENVIRONMENT, **command.environment})
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -4,6 +4,8 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,7 @@ from docs.make_pictures import CHARTS, PICTURES, TERMINALS, lines_of
 from docs.make_pictures import PAGES as SCREENSHOTS
 from fuseplan.cli import app
 from fuseplan.record import Nearness, Reason
+from fuseplan.workloads import catalog
 from tests.docs.commands import Command, Forks, Outcome, Shell, commands_of, traced_once
 from tests.examples.printed import FUSED, check
 from tests.matching.test_obstacles import OBSTACLES
@@ -33,6 +36,7 @@ PRINTS_THE_SAME = PINNED is not None and torch.__version__.startswith(PINNED[1])
 
 TIME = re.compile(r"\b\d+(\.\d+)?(?= (s|ms)\b)")
 READING = ROOT / "docs/reading-a-report.md"
+FULL_SIZE = [name for name in catalog.names() if "-tiny" not in name]
 
 
 def words(text: str) -> str:
@@ -43,6 +47,14 @@ def words(text: str) -> str:
 def shown(text: str) -> str:
     """A regular expression for what a page shows, where `...` stands for anything."""
     return re.escape(words(text)).replace(re.escape("..."), ".*").replace(r"\ ", r"\s*").replace(r"\s*.*\s*", ".*")
+
+
+def with_few_layers(command: Command) -> Command:
+    """A full-size model has two layers where nothing that it prints is shown: a fraction of the time."""
+    names_one = command.program == "fuseplan" and not {*FULL_SIZE}.isdisjoint(command.arguments)
+    if not names_one or "--layers" in command.arguments:
+        return command
+    return replace(command, arguments=[*command.arguments, "--layers", "2"])
 
 
 class Reader:
@@ -68,14 +80,17 @@ class Reader:
     def read(self) -> None:
         """Runs every block, and compares what is shown with what was printed."""
         self.start()
-        for block in self.blocks:
-            self._read(block)
+        for block, after in zip_longest(self.blocks, self.blocks[1:]):
+            self._read(block, is_compared=after is not None and after.language == "text" and after.shows_output)
 
-    def _read(self, block: Block) -> None:
+    def _read(self, block: Block, is_compared: bool) -> None:
         if block.language == "python":
             self.printed = [self._python(block)]
         elif block.language == "sh":
-            self.printed = [self._command(block, command) for command in commands_of(block.body)]
+            commands = commands_of(block.body)
+            self.printed = [
+                self._command(block, command if is_compared else with_few_layers(command)) for command in commands
+            ]
         elif block.language == "text" and PRINTS_THE_SAME:
             self._compare(block)
 
@@ -129,6 +144,18 @@ def test_every_block_runs_and_prints_what_it_shows(page: Path, readers: dict[Pat
     for block in readers[page].blocks:
         assert block.language.startswith("{") or block.language in LANGUAGES, f"{block}: {block.language!r}"
     readers[page].read()
+
+
+@pytest.mark.nightly
+def test_full_size_models_have_all_their_layers(readers: dict[Path, Reader]) -> None:
+    """By day they have two, where nothing that they print is shown."""
+    shell = readers[ROOT / "README.md"].shell
+    scripts = [block.body for page in PAGES for block in blocks_of(page) if block.language == "sh"]
+    told = [command for script in scripts for command in commands_of(script) if with_few_layers(command) != command]
+    assert [command.arguments[:2] for command in told if "--html" in command.arguments]
+    for command in told:
+        outcome = shell.run(command)
+        assert outcome.status == command.status, f"{command}\n{outcome.output}"
 
 
 def test_what_is_shown_is_compared() -> None:
