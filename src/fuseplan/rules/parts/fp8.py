@@ -86,7 +86,7 @@ def scale_of(
         largest = torch.minimum(largest, scale_ub.to(wide.dtype))
     scale = largest / torch.finfo(dtype).max
     scale = scale.to(own).to(wide.dtype) if rounding.rounds_scale else scale
-    return scale.clamp(min_scale, max_scale or math.inf)
+    return scale.clamp(min_scale or -math.inf, max_scale or math.inf)  # a tensor may bound it below 0
 
 
 def scale_dtype(own: torch.dtype, rounding: str) -> torch.dtype:

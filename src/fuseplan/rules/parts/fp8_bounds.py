@@ -48,7 +48,11 @@ def joined(outer: Bounds, inner: Bounds, node: fx.Node) -> Bounds:
     """
     if outer.least > inner.most or (outer.upper is not None and inner.least):
         raise Unraised(Reason.OP, "the scale has a least bound above its upper one", node)
+    if outer.upper is not None and inner.upper is not None:
+        raise Unraised(Reason.OP, "two tensors bound the scale, and the op takes one", node)
     least, most = max(outer.least, inner.least), min(outer.most, inner.most)
+    if most <= 0.0:
+        raise Unraised(Reason.OP, f"the scale has an upper bound of {most:g}, and that of the op is positive", node)
     return Bounds(least=least, most=most, upper=outer.upper or inner.upper)
 
 

@@ -221,10 +221,20 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, fl
     if is_rounded:
         least, most = (bound.to(own) for bound in (least, most))
     bounds = joined(bounds, Bounds(least=float(least), most=float(most), upper=before.upper), quotient)
-    smallest = torch.tensor(bounds.least, dtype=torch.float32)
-    if power is not None and torch.exp2(torch.ceil(torch.log2(smallest))) < smallest:
-        raise Unraised(Reason.ROUNDING, f"log2 rounds the smallest scale, {smallest:g}, down to a power of two", node)
+    if power is not None:
+        _check_powers(bounds, node)
     return amax, bounds, power is not None, 0.0 if power is None else outer.least, is_rounded
+
+
+def _check_powers(bounds: Bounds, node: fx.Node) -> None:
+    """That no bound is so near above a power of two that log2 rounds it down to that."""
+    if bounds.upper is not None and dtype_of(bounds.upper) not in LOW_PRECISION:
+        detail = "log2 rounds an upper bound just above a power of two down to it, and the op rounds it up"
+        raise Unraised(Reason.ROUNDING, detail, node)
+    for name, bound in (("smallest", bounds.least), ("largest", bounds.most)):
+        scale = torch.tensor(bound, dtype=torch.float32)
+        if bound < math.inf and torch.exp2(torch.ceil(torch.log2(scale))) < scale:
+            raise Unraised(Reason.ROUNDING, f"log2 rounds the {name} scale, {scale:g}, down to a power of two", node)
 
 
 def _zero(scale: fx.Node) -> tuple[fx.Node, float]:

@@ -20,7 +20,17 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, fill_of, is_call, item, tensor_of
+from fuseplan.graph.facts import (
+    Call,
+    aten,
+    convert_element_type,
+    dtype_of,
+    equal_shape,
+    fill_of,
+    is_call,
+    item,
+    tensor_of,
+)
 from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
@@ -191,7 +201,7 @@ def _fits(value: object, pattern: Pattern, found: dict[str, fx.Node]) -> bool:
         is_cast = is_call(value, convert_element_type) and value.args[1] is target
         return is_cast and isinstance(value, fx.Node) and _fits(value.args[0], arguments[0], found)
     value = value if is_call(value, target) else reordered(value)
-    if not is_call(value, target) or len(value.args) != len(arguments):
+    if not is_call(value, target) or len(value.args) != len(arguments) or value.kwargs:
         return False
     return all(_fits(each, wanted, found) for each, wanted in zip(value.args, arguments, strict=True))
 
@@ -281,6 +291,7 @@ def _raise(canonical: CanonicalGraph, cast: Call, scaling: MxScaling, found: dic
     if magnitudes is None or value is None or source_of(magnitudes.args[0]) is not source_of(x):
         detail = "the exponent isn't that of the largest of what it scales"
         raise Unraised(Reason.OP, detail, found["exponent"])
+    _check_shapes(cast, value, found["exponent"])
     if scaling is MxScaling.RCEIL and dtype_of(source_of(x)) is torch.float32:
         detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
         raise Unraised(Reason.ROUNDING, detail, found["exponent"])
@@ -290,6 +301,18 @@ def _raise(canonical: CanonicalGraph, cast: Call, scaling: MxScaling, found: dic
         raise Unraised(Reason.SIZE, f"a row is one group of {size}", found["exponent"])
     args = (rows, int(size), torch.float8_e4m3fn, scaling.value)
     raise_computed(canonical, cast, found["exponent"], per_token_mx_fp8_quant, args)
+
+
+def _check_shapes(cast: Call, groups: Tensor, exponent: fx.Node) -> None:
+    """That each group [..., size] is scaled by the one number that is its own."""
+    product = cast.args[0]
+    while not is_call(product, aten.div.Tensor, aten.mul.Tensor):
+        product = product.args[0]
+    x, factor = map(tensor_of, product.args)
+    assert x is not None and factor is not None
+    if not equal_shape(x, groups) or not equal_shape(factor, groups[..., :1]):
+        detail = f"the scale has the shape {[*factor.shape]}, and what it scales {[*x.shape]}"
+        raise Unraised(Reason.SIZE, detail, exponent, "keep a scale for each group of what it scales")
 
 
 @dataclass(frozen=True, kw_only=True)

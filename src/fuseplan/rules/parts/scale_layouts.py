@@ -5,7 +5,7 @@ aligned  slice(slice_scatter(t, copy(slice(t), s))), t = permute(empty), as Deep
 packed   the same of the bytes (view(s, int32) >> 23) in zeros, viewed as int32
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -119,7 +119,8 @@ def _written(copy: fx.Node | None) -> fx.Node | None:
         return None
     whole: fx.Node = copy
     while (scatter := _only(whole, aten.slice_scatter.default)) is not None:
-        if scatter.args[1] is not whole or scatter.args[3] != 0 or not _is_new(scatter.args[0]):
+        _, source, *place = scatter.args
+        if source is not whole or not _is_first(place) or not _is_new(scatter.args[0]):
             return None
         whole = scatter
     return whole
@@ -127,16 +128,25 @@ def _written(copy: fx.Node | None) -> fx.Node | None:
 
 def _is_new(node: object) -> bool:
     """Whether it is new memory of zeros or of anything, or a part of it from the first row on."""
-    while is_call(node, *ORDER_KEEPING) or _swaps(node) or (is_call(node, aten.slice.Tensor) and node.args[2] == 0):
+    while (
+        is_call(node, *ORDER_KEEPING) or _swaps(node)
+        or (is_call(node, aten.slice.Tensor) and _is_first(node.args[1:]))
+    ):  # fmt: skip
         assert isinstance(node, fx.Node)
         node = node.args[0]
     return is_call(node, *NEW) and fill_of(node) in (None, 0)
 
 
+def _is_first(place: Sequence[Any]) -> bool:
+    """Whether a slice's (dim, start, end, step) is from the first element on, without gaps."""
+    _, start, _, step = (*place, *(0, None, None, 1)[len(place) :])
+    return start == 0 and step == 1
+
+
 def _first_rows(node: fx.Node) -> fx.Node | None:
     """A value from its first row on, without further dimensions of one element; how many rows it has is seen later."""
     part = _only(node, aten.slice.Tensor)
-    if part is not None and part.args[2] != 0:
+    if part is not None and not _is_first(part.args[1:]):
         return None
     rows = node if part is None else part
     squeezed = _only(rows, aten.squeeze.dim, aten.squeeze.dims)

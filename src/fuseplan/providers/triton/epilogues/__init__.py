@@ -115,4 +115,4 @@ def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:
     """(the least scale, the largest, what takes the place of 0, a pointer to the largest element that counts) of an
     epilogue m with scales.
     """
-    return m.min_scale, m.max_scale or math.inf, m.zero_scale, scales if m.scale_ub is None else m.scale_ub
+    return m.min_scale or -math.inf, m.max_scale or math.inf, m.zero_scale, scales if m.scale_ub is None else m.scale_ub
