@@ -118,10 +118,10 @@ class _Trial:
 
     def expect(self) -> None:
         """Runs the region, as it is and in float64."""
-        self.given = self._fresh()
-        self.expected = self._results(self.question.before, self.given)
+        self.given = self.fresh()
+        self.expected = self.results_of(self.question.before, self.given)
         with torch.no_grad():
-            precise = self.question.before.run(_inputs(self._fresh()), self.case.symbols, call=run_exactly)
+            precise = self.question.before.run(_inputs(self.fresh()), self.case.symbols, call=run_exactly)
         exact = [each.of(precise) for each in self.question.results]
         self.exact = [_like(true, own) for true, own in zip(exact, self.expected, strict=True)]
 
@@ -134,10 +134,10 @@ class _Trial:
         Returns:
             (what is wrong, the largest error as a share of what is allowed).
         """
-        made = self._fresh()
+        made = self.fresh()
         for device in {each.device for each in self.expected}:
             poison_allocator(device, max(each.nbytes for each in self.expected))
-        actual = self._results(self.question.after, made)
+        actual = self.results_of(self.question.after, made)
         wrong = self._kind(actual)
         if wrong is not None:
             return wrong, 0.0
@@ -151,12 +151,12 @@ class _Trial:
         wrong = misplaced(actual, self.expected, inputs, self.question.free, before) or self._written(made)
         return wrong or (self._rounded() if thorough else None), worst
 
-    def _fresh(self) -> dict[str, Any]:
+    def fresh(self) -> dict[str, Any]:
         devices = {spec.device for spec in self.case.arguments.values() if isinstance(spec, TensorSpec)}
         generators = {device: torch.Generator(device).manual_seed(self.seed) for device in devices}
         return make_arguments(self.case.arguments, lambda name: _draw_of(self.case.arguments[name]), generators)
 
-    def _results(self, side: Side, given: Mapping[str, Any]) -> list[Any]:
+    def results_of(self, side: Side, given: Mapping[str, Any]) -> list[Any]:
         with torch.no_grad(), PoisonedInside():
             values = side.run(_inputs(given), self.case.symbols, call=run_node)
         return [each.of(values) for each in self.question.results]
@@ -221,7 +221,7 @@ class _Trial:
             trial = _Trial(self.question, self.case, self.seed + draw)
             sides = self.question.after, self.question.before
             for side in sides:
-                whole, rounded = (trial._results(side, made) for made in (trial._fresh(), trial._narrowed(name, dtype)))
+                whole, rounded = (trial.results_of(side, made) for made in (trial.fresh(), trial.narrowed(name, dtype)))
                 differing = sum(int((_bits(a) != _bits(b)).sum()) for a, b in zip(whole, rounded, strict=True))
                 if side is self.question.before:
                     changed += differing
@@ -231,8 +231,8 @@ class _Trial:
                 break
         return changed
 
-    def _narrowed(self, name: str, dtype: torch.dtype) -> dict[str, Any]:
-        made = self._fresh()
+    def narrowed(self, name: str, dtype: torch.dtype) -> dict[str, Any]:
+        made = self.fresh()
         made[name].tensor.copy_(made[name].tensor.to(dtype))
         return made
 

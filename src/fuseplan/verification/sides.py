@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C import DispatchKey, DispatchKeySet
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_dense, auto_functionalized_v2_dense
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
@@ -212,6 +213,6 @@ class PoisonedInside(Poisoned):
             return super().run(func, args, kwargs)
         tensors = (each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor))
         device = next((each.device.type for each in tensors), "cpu")
-        key = getattr(torch._C.DispatchKey, device.upper())
+        key = getattr(DispatchKey, device.upper())
         with self:
-            return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+            return func.redispatch(DispatchKeySet(key), *args, **kwargs)
