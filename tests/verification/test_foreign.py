@@ -266,3 +266,28 @@ def test_a_replacement_of_torchs_ops_alone_is_run_at_small_sizes() -> None:
     manager = PostGradPassManager(PassConfig(), rules=[], passes=[external], on_report=reports.append)
     manager(graph)
     assert reports[0].graphs[0].verified[0].tokens == (1, 5, 7, 33)
+
+
+@pytest.mark.parametrize("version", ["auto_functionalized", "auto_functionalized_v2"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_kernels_that_write_their_results_are_run_on_copies(version: str, rows: int) -> None:
+    """As vLLM's: what is returned is written to an argument, under a higher-order op; one forgets the last row."""
+
+    def into(result: Tensor, x: Tensor, y: Tensor) -> None:
+        end = x.shape[0] - rows
+        result[:end] = torch.relu(x[:end] + y[:end])
+
+    name = f"into_{rows}"
+    fused = others.op(f"{name}(Tensor! result, Tensor x, Tensor y) -> ()", into, lambda result, x, y: None)
+    wrapper = getattr(torch.ops.higher_order, version)
+
+    def replacement(x: Tensor, y: Tensor) -> Any:
+        if version.endswith("v2"):
+            return wrapper(fused, x=x, y=y, _result_base_index=0, _all_bases=[torch.empty_like(x)])[1]
+        return wrapper(fused, result=torch.empty_like(x), x=x, y=y)[1]
+
+    external = others.replacing(name, lambda x, y: torch.relu(x + y), replacement, *ADDED)
+    report, _ = run(add_relu, ADDED, external)
+    (verified,) = report.verified
+    assert verified.passed is (rows == 0), verified.detail
+    assert rows == 0 or "element [0, 0] is nan where" in refusal(report)

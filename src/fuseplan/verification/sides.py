@@ -144,7 +144,7 @@ def is_functionalized(node: fx.Node) -> bool:
 
 def run_node(node: fx.Node, given: Given) -> Any:
     """What a node calls, as it is."""
-    return _called(node, *given(lambda source, value: value))
+    return _called(node, *given(_placed if is_functionalized(node) else lambda source, value: value))
 
 
 def run_exactly(node: fx.Node, given: Given) -> Any:
@@ -176,6 +176,18 @@ def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.dtype in NARROW else value
     return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def _placed(source: fx.Node, value: Any) -> Any:
+    """A value as far into its memory as in the graph: copies of what is written to keep that."""
+    own = tensor_of(source)
+    if own is None or not isinstance(value, Tensor) or not isinstance(own.storage_offset(), int) or not value.numel():
+        return value
+    extent = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    buffer = torch.empty(own.storage_offset() + extent, dtype=value.dtype, device=value.device)
+    memory = value.as_strided((extent,), (1,), value.storage_offset())
+    buffer[own.storage_offset() :].copy_(memory)
+    return buffer.as_strided(value.shape, value.stride(), own.storage_offset())
 
 
 def _as_in_the_graph(source: fx.Node, value: Any) -> Any:

@@ -32,11 +32,11 @@ def told(match: ExternalMatch, before: Side, after: Side, symbols: Mapping[Any, 
 
 def vanished(before: Side, after: Side) -> list[str]:
     """Plain arguments of ops of others that no op of the replacement is given under that name, as `name=value of op`:
-    those first that aren't the op's default, and without numbers that it is given under another name.
+    those first that aren't the op's default and switch something on, and none whose number it is given otherwise.
     """
     carried = [item for op, given, _ in after.calls for item in {**_defaults(op), **given}.items()]
     numbers = {(type(value), value) for _, value in carried if type(value) in (int, float, str)}
-    found: list[tuple[bool, str]] = []
+    found: list[tuple[tuple[bool, ...], str]] = []
     for op, arguments, _ in before.calls:
         if op.namespace in TORCHS:
             continue
@@ -48,7 +48,8 @@ def vanished(before: Side, after: Side) -> list[str]:
             if any(type(other) is type(value) and other == value for other in given):
                 continue
             instead = f" (there it is {given[0]})" if given else ""
-            found.append((name in defaults and defaults[name] == value, f"{name}={value} of {_short(op)}{instead}"))
+            usual = name in defaults and defaults[name] == value, not value, not isinstance(value, bool)
+            found.append((usual, f"{name}={value} of {_short(op)}{instead}"))
     return [text for _, text in sorted(found, key=lambda each: each[0])]
 
 
