@@ -203,7 +203,10 @@ def test_one_in_which_ranks_meet_is_applied_and_says_so() -> None:
     external = others.replacing("met", lambda x: torch.relu(x + 1.0), lambda x: met(x, "0"), ADDED[0])
     report, _ = run(lambda x: torch.relu(x + 1.0) * 2.0, ADDED[:1], external)
     assert report.count(["met"]) == {"met": 1}
-    assert [each.detail for each in report.verified] == ["not verified: ranks meet in made_up.met.default"]
+    note = "not verified: ranks meet in made_up.met.default"
+    assert [(each.detail, each.unverified) for each in report.verified] == [(note, True)]
+    whole = Report(policy="planned", order=(), rules=("met",), graphs=(report,))
+    assert note in " ".join(str(whole).split())
 
 
 def test_off_verifies_nothing() -> None:
