@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -152,6 +152,11 @@ class _Trial:
         return wrong or (self._rounded() if thorough else None), worst
 
     def fresh(self) -> dict[str, Any]:
+        """The arguments, in memory of their own."""
+        return {name: each.copied() if isinstance(each, Guarded) else each for name, each in self._drawn.items()}
+
+    @cached_property
+    def _drawn(self) -> dict[str, Any]:
         devices = {spec.device for spec in self.case.arguments.values() if isinstance(spec, TensorSpec)}
         generators = {device: torch.Generator(device).manual_seed(self.seed) for device in devices}
         return make_arguments(self.case.arguments, lambda name: _draw_of(self.case.arguments[name]), generators)
