@@ -426,7 +426,9 @@ def test_what_somebodys_pass_would_read_is_copied() -> None:
     graph = written(returns_written, {"x": X, "w": W})
     (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
     nothing: Any = None
-    theirs = ExternalMatch(owner=nothing, entry=nothing, anchor=relu, consumed=(relu,), ordinal=0, emits=())
+    theirs = ExternalMatch(
+        owner=nothing, entry=nothing, anchor=relu, consumed=(relu,), ordinal=0, emits=(), found=nothing
+    )
     canonical = canonicalize(graph)
     copied = []
     for external in ((), (theirs,)):

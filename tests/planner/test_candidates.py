@@ -121,7 +121,7 @@ def somebodys(
     entry: Any = None
     return ExternalMatch(
         owner=ExternalPass(matcher=PatternMatcherPass(pass_name=name)), entry=entry, anchor=nodes[-1], consumed=nodes,
-        ordinal=ordinal, emits=tuple(emits),
+        ordinal=ordinal, emits=tuple(emits), found=entry,
     )  # fmt: skip
 
 

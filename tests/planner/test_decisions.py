@@ -240,7 +240,7 @@ def test_the_record_of_somebodys_match() -> None:
     node = next(node for node in given.canonical.original.nodes if node.target is aten.relu.default)
     entry: Any = None
     owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"))
-    match = ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=())
+    match = ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=(), found=entry)
     given = posed(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH, external=[match])
     fusion = fusion_record(given, 0)
     assert (fusion.rule, fusion.contested_op, fusion.site) == ("somebody", "aten.relu.default", node.name)

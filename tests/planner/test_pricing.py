@@ -221,7 +221,9 @@ def somebodys(graph: fx.Graph, saving_us: float | None) -> ExternalMatch:
     owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"), saving_us=saving_us)
     node = graph.find_nodes(op="call_function", target=aten.relu.default)[0]
     entry: Any = None
-    return ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=("theirs",))
+    return ExternalMatch(
+        owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=("theirs",), found=entry
+    )
 
 
 @pytest.mark.parametrize(("saving_us", "expected"), [(None, 1000), (2.5, 2500), (0.0, 0)])

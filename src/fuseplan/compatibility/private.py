@@ -120,9 +120,11 @@ PATTERN_MATCHER = (
     _matcher("is_match", 1),
     *map(_matcher, (
         "CallFunction.args", "CallFunction.fns", "CallFunction.kwargs", "ListOf.pattern", "MULTIPLE", "Match",
-        "Match.args", "Match.kwargs", "Match.nodes", "Match.replacement_graph", "MatchContext.pattern_to_node",
+        "Match.args", "Match.kwargs", "Match.nodes", "Match.output_nodes", "Match.replacement_graph",
+        "MatchContext.pattern_to_node",
         "MultiOutputPattern.outputs", "PatternEntry", "PatternEntry.extra_check", "PatternEntry.pattern", "PatternExpr",
         "PatternMatcherPass", "PatternMatcherPass.pass_name", "PatternMatcherPass.patterns", "ReplacementPatternEntry",
+        "ReplacementPatternEntry.normalize_args",
     )),
 )  # fmt: skip
 
@@ -145,10 +147,15 @@ GRAPHS = (
                ("symbolic_context",)),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("providers", "verification"), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("providers", "verification"), 4),
-    PrivateApi("torch.utils._pytree:tree_leaves", ("graph", "matching"), 1),
+    PrivateApi("torch.utils._pytree:tree_leaves", ("graph", "matching", "verification"), 1),
+    PrivateApi("torch.utils._pytree:tree_map", ("verification",), 2),
 )  # fmt: skip
 
 OPS = (
+    PrivateApi("torch._C:DispatchKey", ("verification",)),
+    PrivateApi("torch._C:DispatchKeySet", ("verification",), 1),
+    PrivateApi("torch._higher_order_ops.auto_functionalize:auto_functionalized_dense", ("verification",), 1),
+    PrivateApi("torch._higher_order_ops.auto_functionalize:auto_functionalized_v2_dense", ("verification",), 1),
     PrivateApi("torch._ops:HigherOrderOperator", ("explanation", "graph", "verification")),
     PrivateApi("torch._ops:HigherOrderOperator.name", ("graph",), 0),
     PrivateApi("torch._ops:OpOverload",
@@ -156,8 +163,9 @@ OPS = (
     PrivateApi("torch._ops:OpOverload._schema",
                ("caching", "graph", "rewriting", "rules", "verification")),
     PrivateApi("torch._ops:OpOverload.is_view", ("graph", "planner")),
-    PrivateApi("torch._ops:OpOverload.namespace", ("graph", "planner")),
-    PrivateApi("torch._ops:OpOverload.tags", ("graph", "measurement", "planner")),
+    PrivateApi("torch._ops:OpOverload.namespace", ("graph", "planner", "verification")),
+    PrivateApi("torch._ops:OpOverload.redispatch", ("verification",), 1),
+    PrivateApi("torch._ops:OpOverload.tags", ("graph", "measurement", "planner", "verification")),
     PrivateApi("torch:UntypedStorage._cdata", ("graph",)),
     PrivateApi("torch:ops.aten._unsafe_index_put.default", ("graph",)),
     PrivateApi("torch:ops.aten._scaled_dot_product_cudnn_attention.default", ("rules",)),

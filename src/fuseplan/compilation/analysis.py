@@ -178,10 +178,12 @@ def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
     for index, why in sorted(posed.failed.items()):
         candidate, fusion = posed.candidates[index], fusion_record(posed, index)
         nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
-        mend = f"forbid {candidate.rule}:{candidate.provider}"
-        mend = mend if UNVERIFIED in why else f"correct the kernel, or {mend}"
+        is_ours = candidate.provider != EXTERNAL
+        mend = f"forbid {candidate.rule}:{candidate.provider}" if is_ours else f"forbid {candidate.rule}"
+        mend = mend if UNVERIFIED in why else f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
+        whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"what pass {candidate.rule} puts in"
         place = replace(
-            _given_up(fusion, Reason.VERIFICATION, f"{candidate.provider}'s {candidate.op} {why}"),
+            _given_up(fusion, Reason.VERIFICATION, f"{whose} {why}"),
             nearness=nearness, provider=candidate.provider, mend=mend,
         )  # fmt: skip
         places.append(place)

@@ -305,7 +305,7 @@ class PostGradPassManager(Keyed):
             posed = analysis.posed
             with stage(stages, "choosing"):
                 decision = self.decide(analysis, self.config.chosen_policy, graph)
-            chosen = [i for i in decision.selected if isinstance(posed.candidates[i].match, Match)]
+            chosen = decision.selected
             with stage(stages, "verification"):
                 found = self.verifier.verify([posed.candidates[i] for i in chosen], analysis.canonical, span)
             known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}

@@ -8,6 +8,7 @@ run where their owner put them.
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -38,8 +39,9 @@ class ExternalPass:
         matcher: a `torch._inductor.pattern_matcher.PatternMatcherPass`, unmodified.
         name: unique; default: the pass's own name.
         saving_us: what each match saves; None: one kernel launch, since a replacement usually is one kernel less.
-        uuid: what tells its patterns, replacements and checks from former ones, or a function that returns it: compiled
-            graphs are cached under it. None: they are not cached, unless the matcher has a `uuid` of its own.
+        uuid: what tells its patterns, replacements, checks and kernels from former ones, or a function that returns it:
+            compiled graphs, and what came of verifying it, are cached under it. None: they are not cached, unless the
+            matcher has a `uuid` of its own.
     """
 
     matcher: PatternMatcherPass
@@ -77,6 +79,7 @@ class ExternalMatch:
         consumed: the nodes that it replaces, in graph order.
         ordinal: of the pass's matches, in graph order.
         emits: what the replacement calls.
+        found: what Inductor's matcher found there, with the replacement traced for these very shapes.
     """
 
     owner: ExternalPass
@@ -85,6 +88,41 @@ class ExternalMatch:
     consumed: tuple[fx.Node, ...]
     ordinal: int
     emits: tuple[str, ...]
+    found: InductorMatch
+
+    @property
+    def replacement(self) -> fx.GraphModule:
+        """What is put in, a function of `arguments`."""
+        assert self.found.replacement_graph is not None
+        return self.found.replacement_graph
+
+    @property
+    def arguments(self) -> list[Any]:
+        """What the replacement is called with, in the order of its placeholders: nodes and plain values."""
+        assert isinstance(self.entry, ReplacementPatternEntry)
+        return self.entry.normalize_args(*self.found.args, **self.found.kwargs)
+
+    @property
+    def outputs(self) -> list[fx.Node | None]:
+        """The nodes whose readers get the replacement's results; one alone stands for a tuple where there are more
+        results.
+        """
+        return self.found.output_nodes()
+
+    @property
+    def variables(self) -> dict[fx.Node, str]:
+        """What the pattern calls the nodes that it reads."""
+        named = {name: value for name, value in self.found.kwargs.items() if isinstance(value, fx.Node)}
+        return {node: name for name, node in named.items()}
+
+    @property
+    def written_at(self) -> str | None:
+        """The function that was registered as the replacement, and `file.py:12` of it; None where that isn't known."""
+        function = _closed_over(self.entry.extra_check, "replace_fn")
+        while (inner := _closed_over(function, "fn")) is not None:
+            function = inner  # torch wraps methods
+        code = getattr(function, "__code__", None)
+        return f"{code.co_qualname} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else None
 
     def apply(self) -> bool:
         """Matches again, since an input may be another node by now, and replaces; False if it no longer matches."""
@@ -172,7 +210,9 @@ def _matches(graph: fx.Graph, owner: ExternalPass, regions: dict[fx.Node, int]) 
                 continue
             seen.add(frozenset(consumed))
             emits = _calls(match.replacement_graph)
-            yield ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=consumed, ordinal=ordinal, emits=emits)
+            yield ExternalMatch(
+                owner=owner, entry=entry, anchor=node, consumed=consumed, ordinal=ordinal, emits=emits, found=match
+            )
             ordinal += 1
             break
 
@@ -184,6 +224,11 @@ def _match(entry: PatternEntry, node: fx.Node) -> InductorMatch | None:
     assert isinstance(match, InductorMatch)
     streams = {each.meta.get("custom", {}).get("stream", 0) for each in match.nodes}
     return match if len(streams) == 1 and entry.extra_check(match) else None
+
+
+def _closed_over(function: object, name: str) -> Any:
+    """What a function's own functions know by that name, None where there is nothing."""
+    return inspect.getclosurevars(function).nonlocals.get(name) if inspect.isfunction(function) else None
 
 
 GLUE = frozenset({"auto_functionalized", "auto_functionalized_v2", "empty", "empty_like", "getitem", "reshape", "view"})

@@ -9,9 +9,9 @@ class Verification:
     """One fused op by one provider, on arguments of one kind, against what it stands for.
 
     Attributes:
-        rule: the fusion.
+        rule: the fusion, or somebody's pass.
         op: the fused op.
-        provider: whose kernel was run.
+        provider: whose kernel was run; `external` of somebody's pass.
         signature: the op with dtypes, static sizes and attributes.
         tokens: the sizes that it was run at; empty where it couldn't be run here.
         passed: False: the fusion is not applied.
@@ -37,6 +37,11 @@ class Verification:
     time_ns: int = 0
     ranks: int = 1
     transient: bool = False
+
+    @property
+    def unverified(self) -> bool:
+        """Whether it is applied without: `detail` says why it couldn't be run, or not at all sizes."""
+        return self.passed and self.detail is not None
 
     @property
     def failure(self) -> str:

@@ -71,6 +71,7 @@ def _sections(comparison: Comparison, *, verbose: bool) -> list[RenderableType]:
         *([_by_range(comparison, _far)] if verbose else []),
         _by_range(comparison, _assumed),
         _pending(comparison),
+        _unverified(comparison),
         _warnings(comparison),
     ]
     for section in sections:
@@ -299,6 +300,13 @@ def _pending(comparison: Comparison) -> list[RenderableType]:
     pending = [each for report in comparison.reports for graph in report.graphs for each in graph.pending]
     kernels = dict.fromkeys(f"{each.provider}'s {each.op}" for each in pending)
     return [entry("pending", f"{kernel}: all ranks verify it together before the first run") for kernel in kernels]
+
+
+def _unverified(comparison: Comparison) -> list[RenderableType]:
+    """Other people's passes that were applied as they are, since they couldn't be run."""
+    graphs = [graph for report in comparison.reports for graph in report.graphs]
+    found = [each for graph in graphs for each in graph.verified if each.unverified]
+    return [entry("note", text) for text in dict.fromkeys(f"{each.rule}: {each.detail}" for each in found)]
 
 
 def _warnings(comparison: Comparison) -> list[RenderableType]:

@@ -71,6 +71,7 @@ def _lines(graph: GraphReport) -> Iterator[str]:
         how = "taken to save" if fusion.provenance == ASSUMED else "saves"
         saves = "" if fusion.saving_ns is None else f", {how} {fusion.saving_ns / 1000:.2f} us"
         yield f"applied {fusion.rule} as {fusion.op} by {fusion.provider} at {fusion.source or fusion.anchor}{saves}"
+    yield from (f"{each.rule}: {each.detail}" for each in graph.verified if each.unverified)
     for loss in graph.lost:
         winners = ", ".join(dict.fromkeys(winner.rule for winner in loss.blocked_by)) or "no fusion"
         lost = "" if loss.lost_ns is None else f", {loss.lost_ns / 1000:.2f} us less with it"

@@ -167,7 +167,7 @@ def _fresh(rule: Rule, case: Case, seed: int, rank: int | None = None) -> tuple[
 def _made(rule: Rule, case: Case, seed: int) -> dict[str, Any]:
     devices = {spec.device for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
     generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
-    return make_arguments(case.arguments, rule.op, generators)
+    return make_arguments(case.arguments, rule.op.draw, generators)
 
 
 def _summed(rule: Rule) -> list[str]:

@@ -14,7 +14,11 @@ def significant_strides(tensor: Tensor) -> list[int]:
 
 
 def misplaced(
-    actual: Sequence[Tensor], wanted: Sequence[Tensor | None], inputs: Mapping[str, Any], free: Collection[int]
+    actual: Sequence[Tensor],
+    wanted: Sequence[Tensor | None],
+    inputs: Mapping[str, Any],
+    free: Collection[int],
+    given: Mapping[str, Any] | None = None,
 ) -> str | None:
     """How results lie in memory otherwise than the graph's own do, or None.
 
@@ -23,9 +27,11 @@ def misplaced(
         wanted: what the graph computes; None where no node has it.
         inputs: by variable, of both.
         free: places of results whose layout nobody reads, or of which a copy is made.
+        given: by variable, what the graph's own values were computed from, where that isn't `inputs`.
     """
     others: list[tuple[str, Tensor, Tensor]]
-    others = [(f"its argument {name}", each, each) for name, each in inputs.items() if isinstance(each, Tensor)]
+    tensors = [(name, each, (given or inputs)[name]) for name, each in inputs.items() if isinstance(each, Tensor)]
+    others = [(f"its argument {name}", each, own) for name, each, own in tensors]
     for index, (got, own) in enumerate(zip(actual, wanted, strict=True)):
         if own is None or index in free or not own.numel():
             continue

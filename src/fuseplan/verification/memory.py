@@ -5,7 +5,7 @@ Arguments lie between margins of NaN, and whatever is allocated meanwhile is ful
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuseplan.dialect import DialectOp, Draw, Indices, draw_activations, kernel_of
+from fuseplan.dialect import Draw, Indices, draw_activations, kernel_of
 from fuseplan.graph.facts import group_size
 from fuseplan.verification.specs import ALIGNMENT, TensorSpec
 
@@ -174,13 +174,15 @@ def _placed(buffer: Tensor, like: Tensor) -> Tensor:
 
 
 def make_arguments(
-    arguments: Mapping[str, Any], op: DialectOp, generators: Mapping[torch.device, torch.Generator]
+    arguments: Mapping[str, Any],
+    draw_of: Callable[[str], Draw | Indices],
+    generators: Mapping[torch.device, torch.Generator],
 ) -> dict[str, Any]:
     """Fresh random arguments: a `Guarded` for each `TensorSpec`, plain values as they are.
 
     Args:
         arguments: of a case.
-        op: says how its arguments are drawn.
+        draw_of: how an argument is drawn, by name.
         generators: by device.
     """
     made: dict[str, Any] = {}
@@ -190,7 +192,7 @@ def make_arguments(
         elif spec.same_as is not None:
             made[name] = made[spec.same_as]
         else:
-            made[name] = _guarded(spec, _draw(op.draw(name), arguments), generators[spec.device])
+            made[name] = _guarded(spec, _draw(draw_of(name), arguments), generators[spec.device])
     return made
 
 

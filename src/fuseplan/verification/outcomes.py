@@ -55,7 +55,7 @@ def outcome_key(
         unfused=dict(unfused),
         region=region.text(cases[-1].symbols) if region else None,
         free=sorted(free),
-        hardware=sorted(_hardware(each) for each in devices),
+        hardware=sorted(hardware_text(each) for each in devices),
     )
 
 
@@ -64,7 +64,8 @@ def _texts(case: Case) -> list[list[str]]:
     return [[name, str(value)] for name, value in case.arguments.items() if name != "group_name"]
 
 
-def _hardware(device: torch.device) -> str:
+def hardware_text(device: torch.device) -> str:
+    """A device as outcomes know it: two of one text run kernels alike."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name} {properties.major}.{properties.minor} {properties.total_memory}"

@@ -164,12 +164,20 @@ def _arguments(values: Mapping[str, Any], symbols: Mapping[Any, int]) -> dict[st
         if tensor is None:
             arguments[name] = concrete(value.meta.get("val"), symbols)
         else:
-            spec = _spec(tensor, symbols, first.setdefault(value, name), name)
+            spec = spec_of(tensor, symbols, first.setdefault(value, name), name)
             arguments[name] = replace(spec, fill=fill_of(value))
     return arguments
 
 
-def _spec(tensor: Tensor, symbols: Mapping[Any, int], first: str, name: str) -> TensorSpec:
+def spec_of(tensor: Tensor, symbols: Mapping[Any, int], first: str, name: str) -> TensorSpec:
+    """An argument as it lies in the graph, with values for its symbols.
+
+    Args:
+        tensor: fake.
+        symbols: the values of symbolic sizes.
+        first: the first argument that is the same tensor.
+        name: of this one.
+    """
     offset = concrete(tensor.storage_offset(), symbols) * tensor.dtype.itemsize
     return TensorSpec(
         dtype=tensor.dtype,

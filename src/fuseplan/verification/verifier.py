@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from fuseplan.distributed.groups import STAND_IN
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import group_size, process_group
-from fuseplan.matching import Match
+from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate
 from fuseplan.providers import REFERENCE, DeviceProfile, Provider
 from fuseplan.record import Pending, Verification
@@ -18,6 +19,7 @@ from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
 from fuseplan.verification.check import Finding, check
 from fuseplan.verification.deadline import AttemptError, attempt
+from fuseplan.verification.foreign import Foreign
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, Sizes, cases_of
 from fuseplan.verification.together import pending_of, shared_seed
@@ -52,7 +54,7 @@ class Verifier:
         """An outcome for each candidate, or what all ranks have to do for one; None for all where verification is off.
 
         Args:
-            candidates: of rules.
+            candidates: of rules and of other people's passes.
             canonical: the graph that they were found in.
             span: first and last number of tokens.
         """
@@ -61,8 +63,17 @@ class Verifier:
         sizes = Sizes(canonical.graph)
         kinds: dict[tuple[Rule, str], outcomes.Kind] = {}
         known: dict[tuple[object, ...], Verification | Pending] = {}
-        questions = (_Question.of(each, canonical, sizes, span, self._meets) for each in candidates)
-        return [self._once(question, kinds, known) for question in questions]
+        found = list[Verification | Pending | None]()
+        for each in candidates:
+            if isinstance(each.match, ExternalMatch):
+                found.append(self._foreign.verify(each.match, sizes, span))
+            else:
+                found.append(self._once(_Question.of(each, canonical, sizes, span, self._meets), kinds, known))
+        return found
+
+    @cached_property
+    def _foreign(self) -> Foreign:
+        return Foreign(self.mode, self.deadline_s)
 
     def _once(
         self,
@@ -185,7 +196,7 @@ class _Question:
         meets: Callable[[Match], bool],
     ) -> "_Question":
         match = candidate.match
-        assert isinstance(match, Match), "other people's replacements are theirs to verify"
+        assert isinstance(match, Match)
         is_met = meets(match)
         return cls(
             match=match,

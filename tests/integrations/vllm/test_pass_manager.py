@@ -200,10 +200,14 @@ def patterned(name: str, search: Any, replacement: Any, *, owner: type = VllmPat
     return Patterned
 
 
-def unary(name: str) -> Any:
+def unary(name: str, compute: Any) -> Any:
     """A kernel of vLLM's, which writes into what it is given: it stands in graphs under `auto_functionalized`."""
+
+    def write(result: Tensor, x: Tensor) -> None:
+        result.copy_(compute(x))
+
     LIBRARY.define(f"{name}(Tensor! result, Tensor x) -> ()")
-    LIBRARY.impl(name, lambda result, x: None, "CPU")
+    LIBRARY.impl(name, write, "CPU")
     LIBRARY.impl(name, lambda result, x: None, "Meta")
     op = getattr(torch.ops.fuseplan_stand_in, name).default
 
@@ -214,7 +218,6 @@ def unary(name: str) -> Any:
 
 
 LIBRARY, OPS = torch.library.Library("fuseplan_stand_in", "FRAGMENT"), missing_ops.define()
-reduced, normed_and_quantised, both, split, cached = map(unary, ("reduced", "quantised", "both", "split", "cached"))
 
 
 def relu(x: Tensor) -> Any:
@@ -231,6 +234,10 @@ def sin_of(x: Any) -> Any:
 
 def cos_of(x: Any) -> Any:
     return torch.ops.aten.cos.default(x)
+
+
+reduced, normed_and_quantised, both = unary("reduced", relu), unary("quantised", relu_sin), unary("both", relu_sin)
+split, cached = unary("split", sin_of), unary("cached", cos_of)
 
 
 def kernels(graph: fx.Graph) -> list[str]:

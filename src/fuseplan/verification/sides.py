@@ -1,0 +1,230 @@
+"""Somebody's replacement as two functions: the nodes that it takes out of a graph, and the graph that it puts in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._C import DispatchKey, DispatchKeySet
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_dense, auto_functionalized_v2_dense
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from fuseplan.graph.facts import aten, tensor_of
+from fuseplan.graph.legality import external_inputs
+from fuseplan.matching import ExternalMatch
+from fuseplan.verification.evaluate import NARROW
+from fuseplan.verification.memory import Poisoned
+from fuseplan.verification.specs import concrete
+
+TORCHS = ("aten", "prims")
+BY_BITS = (aten.view.dtype, torch.ops.prims.view_of_dtype.default)
+"""Ops that read the bits of a value: in float64 it has others."""
+
+Change = Callable[[fx.Node, Any], Any]
+Given = Callable[[Change], tuple[tuple[Any, ...], dict[str, Any]]]
+"""`given(change)` yields the arguments of a node, of each node that it reads `change(node, value)`."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Side:
+    """Nodes that are run one after the other.
+
+    Attributes:
+        names: variable by node, of the nodes that the others read.
+        nodes: in graph order.
+        outputs: what is yielded: nodes, or nests of them.
+    """
+
+    names: Mapping[fx.Node, str]
+    nodes: tuple[fx.Node, ...]
+    outputs: tuple[Any, ...]
+
+    def run(
+        self, arguments: Mapping[str, Any], symbols: Mapping[Any, int], *, call: "Callable[[fx.Node, Given], Any]"
+    ) -> list[Any]:
+        """The values of `outputs`.
+
+        Args:
+            arguments: by variable.
+            symbols: the values of symbolic sizes.
+            call: runs a node.
+        """
+        values = {node: arguments[name] for node, name in self.names.items()}
+        for node in self.nodes:
+
+            def given(change: Change, node: fx.Node = node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: change(source, values[source]))
+                return _plain(args, symbols), _plain(kwargs, symbols)
+
+            values[node] = call(node, given)
+        return [fx.map_arg(output, lambda source: values[source]) for output in self.outputs]
+
+    @cached_property
+    def calls(self) -> list[tuple[Any, dict[str, Any], fx.Node]]:
+        """(op, arguments by name, node) of each op that is called, those under `auto_functionalized` too."""
+        found = []
+        for node in self.nodes:
+            target, args = node.target, node.args
+            if is_functionalized(node) and isinstance(args[0], OpOverload):
+                target, args = args[0], ()
+            if isinstance(target, OpOverload):
+                names = [argument.name for argument in target._schema.arguments]
+                found.append((target, {**dict(zip(names, args, strict=False)), **node.kwargs}, node))
+        return found
+
+    def text(self, symbols: Mapping[Any, int]) -> str:
+        """The nodes without their names."""
+        named: dict[fx.Node, Any] = dict(self.names)
+        lines = []
+        for number, node in enumerate(self.nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: named[source])
+            named[node] = f"%{number}"
+            lines.append(f"{node.target} {_plain(args, symbols)} {_plain(kwargs, symbols)}")
+        outputs = [fx.map_arg(output, lambda source: named[source]) for output in self.outputs]
+        return "\n".join([*lines, str(outputs)])
+
+
+def _plain(values: Any, symbols: Mapping[Any, int]) -> Any:
+    return pytree.tree_map(lambda value: concrete(value, symbols), values)
+
+
+def sides_of(match: ExternalMatch) -> tuple[Side, Side]:
+    """What a match stands for, and what is put in for it, of the same variables.
+
+    Raises:
+        ValueError: the replacement isn't a function of nodes alone.
+    """
+    arguments, names = match.arguments, dict[fx.Node, str]()
+    known, taken = match.variables, set[str]()
+    given = [each for each in arguments if isinstance(each, fx.Node)]
+    for node in dict.fromkeys((*given, *external_inputs(match.consumed))):
+        name = known.get(node, node.name)
+        names[node] = name if name not in taken else f"{name} ({node.name})"
+        taken.add(names[node])
+    before = Side(names=names, nodes=match.consumed, outputs=tuple(match.outputs))
+    return before, _replacement(match, arguments, names)
+
+
+def _replacement(match: ExternalMatch, arguments: list[Any], names: Mapping[fx.Node, str]) -> Side:
+    """The replacement, with plain values in the place of the placeholders that stand for them."""
+    module = match.replacement
+    placeholders = module.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(arguments):
+        raise ValueError(f"its replacement has {len(placeholders)} inputs and is called with {len(arguments)}")
+    graph, made = fx.Graph(), dict[fx.Node, Any]()
+    own: dict[str, fx.Node] = {}
+    for placeholder, argument in zip(placeholders, arguments, strict=True):
+        if not isinstance(argument, fx.Node):
+            made[placeholder] = argument
+            continue
+        if names[argument] not in own:
+            own[names[argument]] = graph.placeholder(argument.name)
+            own[names[argument]].meta = argument.meta
+        made[placeholder] = own[names[argument]]
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            raise ValueError(f"its replacement holds {node.target}, which isn't an argument")
+        if node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: made[source])
+            made[node] = graph.call_function(node.target, args, kwargs)
+            made[node].meta = node.meta
+    yielded = fx.map_arg(module.graph.output_node().args[0], lambda source: made[source])
+    outputs = tuple(yielded) if isinstance(yielded, (list, tuple)) else (yielded,)
+    calls = tuple(node for node in graph.nodes if node.op == "call_function")
+    return Side(names={node: name for name, node in own.items()}, nodes=calls, outputs=outputs)
+
+
+def is_functionalized(node: fx.Node) -> bool:
+    """Whether a node calls an op that writes, on copies of what it writes to."""
+    return getattr(node.target, "__name__", "").startswith("auto_functionalized")
+
+
+def run_node(node: fx.Node, given: Given) -> Any:
+    """What a node calls, as it is."""
+    return _called(node, *given(_placed if is_functionalized(node) else lambda source, value: value))
+
+
+def run_exactly(node: fx.Node, given: Given) -> Any:
+    """What a node computes in float64, with no cast on the way but to fp8. An op that isn't torch's may not take
+    float64, or read it as something else: where what it yields then isn't near what it yields in the graph, its own
+    rounding stays.
+    """
+    target = node.target
+    is_known = isinstance(target, OpOverload) and target.namespace in TORCHS and target not in BY_BITS
+    narrow = None if is_known else _called(node, *given(_as_in_the_graph))
+    if target in BY_BITS:
+        return narrow
+    try:
+        wide = _called(node, *pytree.tree_map(_widened, given(lambda source, value: value)))
+    except Exception:  # noqa: BLE001 - an op that doesn't take float64, whatever it raises then
+        return _called(node, *given(_as_in_the_graph)) if narrow is None else narrow
+    return wide if narrow is None or _is_near(wide, narrow) else narrow
+
+
+def _called(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if is_functionalized(node):
+        is_second = str(getattr(node.target, "__name__", "")).endswith("_v2")
+        return (auto_functionalized_v2_dense if is_second else auto_functionalized_dense)(*args, **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in NARROW else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def _placed(source: fx.Node, value: Any) -> Any:
+    """A value as far into its memory as in the graph: copies of what is written to keep that."""
+    own = tensor_of(source)
+    if own is None or not isinstance(value, Tensor) or not isinstance(own.storage_offset(), int) or not value.numel():
+        return value
+    extent = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+    buffer = torch.empty(own.storage_offset() + extent, dtype=value.dtype, device=value.device)
+    memory = value.as_strided((extent,), (1,), value.storage_offset())
+    buffer[own.storage_offset() :].copy_(memory)
+    return buffer.as_strided(value.shape, value.stride(), own.storage_offset())
+
+
+def _as_in_the_graph(source: fx.Node, value: Any) -> Any:
+    """A value in the dtype that it has there."""
+    own = tensor_of(source)
+    if own is None or not isinstance(value, Tensor) or value.dtype is own.dtype:
+        return value
+    return value.to(own.dtype)
+
+
+def _is_near(wide: Any, narrow: Any) -> bool:
+    """Whether all tensors of two results are near each other, as a value and its rounding are."""
+    left, right = pytree.tree_leaves(wide), pytree.tree_leaves(narrow)
+    return len(left) == len(right) and all(map(_is_rounding, left, right))
+
+
+def _is_rounding(wide: Any, narrow: Any) -> bool:
+    if not isinstance(narrow, Tensor) or not narrow.dtype.is_floating_point:
+        return True
+    if not isinstance(wide, Tensor) or wide.shape != narrow.shape:
+        return False
+    a, b = wide.double(), narrow.double()
+    finite = a.isfinite() & b.isfinite()
+    largest = torch.where(finite, b.abs(), 0.0).amax() if b.numel() else torch.zeros(())
+    off = torch.where(finite, (a - b).abs(), 0.0)
+    return bool((finite == b.isfinite()).all() and (off <= 8 * torch.finfo(narrow.dtype).eps * largest).all())
+
+
+class PoisonedInside(Poisoned):
+    """What ops of others allocate in Python is poisoned too."""
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an op; one that isn't torch's with this mode in force inside."""
+        if not isinstance(func, OpOverload) or func.namespace in TORCHS:
+            return super().run(func, args, kwargs)
+        tensors = (each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+        device = next((each.device.type for each in tensors), "cpu")
+        key = getattr(DispatchKey, device.upper())
+        with self:
+            return func.redispatch(DispatchKeySet(key), *args, **kwargs)

@@ -1,0 +1,296 @@
+"""Replacements of other people's passes: what isn't what it stands for isn't applied, and its owner can see why."""
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fuseplan.compilation.manager import PostGradPassManager
+from fuseplan.config import CompileRange, PassConfig
+from fuseplan.matching import ExternalPass
+from fuseplan.record import GraphReport, Reason, Report
+from tests.helpers import HIDDEN, post_grad, randn
+from tests.verification import others
+
+SPAN = CompileRange(start=1, end=64)
+
+
+@pytest.fixture(autouse=True)
+def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    return tmp_path / "fuseplan" / "verified"
+
+
+def run(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], external: ExternalPass, **options: Any
+) -> tuple[GraphReport, list[str]]:
+    """The report of a graph, and what is called in it then; it computes what it did."""
+    graph = post_grad(function, *inputs, dynamic=True)
+    reports: list[Report] = []
+    manager = PostGradPassManager(
+        PassConfig(**options), compile_range=SPAN, rules=[], passes=[external], on_report=reports.append
+    )
+    manager(graph)
+    (report,) = reports[0].graphs
+    return report, [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def refusal(report: GraphReport) -> str:
+    """What is told of the pass, once."""
+    (verified,) = report.verified
+    assert not verified.passed
+    assert not report.applied
+    (whole,) = [each for each in report.refusals if each.reason is Reason.VERIFICATION and each.nearness is None]
+    assert verified.detail is not None
+    assert verified.detail in whole.detail
+    assert whole.mend == f"correct the pass, or forbid {verified.rule}"
+    return whole.detail
+
+
+def silu_quant(x: Tensor) -> Any:
+    return others.group_quant(others.silu_mul(x), others.GROUP, True)
+
+
+def norm_quant(x: Tensor, weight: Tensor, scale: Tensor) -> Any:
+    return others.quant(others.rms_norm(x, weight, 1e-6), scale)
+
+
+def add_relu(x: Tensor, y: Tensor) -> Any:
+    return torch.relu(x + y) * 2.0
+
+
+def reads_later(x: Tensor, y: Tensor) -> Any:
+    shifted = y + 1.0
+    return torch.relu(x + shifted) * shifted
+
+
+ADDED = randn(5, HIDDEN, dtype=torch.float32), randn(5, HIDDEN, dtype=torch.float32, seed=1)
+
+
+def test_case_51477_a_scale_format_that_is_dropped_is_named() -> None:
+    report, called = run(silu_quant, (randn(5, 2 * HIDDEN),), others.silu_quant(others.drops_ue8m0))
+    detail = refusal(report)
+    assert "made_up.group_quant.default" in called
+    assert detail.startswith(
+        "silu_quant is not applied: what pass silu_quant puts in failed verification at 1 tokens: "
+    )
+    assert re.search(r" tokens: result \d \(\w+\): element .* are wrong", detail)
+    assert "of these nothing passes on scale_ue8m0=True of made_up.group_quant (there it is False)" in detail
+    assert f"made_up.group_quant(x: bfloat16[1, {HIDDEN}], group_size=32, scale_ue8m0=True)" in detail
+    assert re.search(r"replacement drops_ue8m0 \(others\.py:\d+\)", detail)
+    assert re.search(r"the largest differences from the graph's own are \S+ and \S+ of the value", detail)
+
+
+def test_the_same_with_the_format_is_applied() -> None:
+    report, called = run(silu_quant, (randn(5, 2 * HIDDEN),), others.silu_quant(others.keeps_ue8m0))
+    (verified,) = report.verified
+    assert (verified.passed, verified.tokens, verified.detail) == (True, (1, 5, 7, 33, 64), None)
+    assert verified.worst is not None
+    assert verified.worst <= 1
+    assert "made_up.silu_mul_group_quant.default" in called
+    assert verified.signature == f"silu_quant(x:bfloat16[?x{2 * HIDDEN}])"
+
+
+@pytest.mark.parametrize(
+    ("fused", "says"),
+    [
+        (others.norm_quant_rounds, "it takes its argument weight, float32, for bfloat16: rounding it"),
+        (others.norm_quant_reinterprets, "result 0 (quant): element"),
+    ],
+)
+def test_case_48324_a_float32_weight_that_is_taken_for_bfloat16_is_caught(fused: Any, says: str) -> None:
+    inputs = randn(5, HIDDEN), others.WEIGHT, others.SCALE
+    report, called = run(norm_quant, inputs, others.norm_quant_pass(fused))
+    assert says in refusal(report)
+    assert "made_up.rms_norm.default" in called
+
+
+@pytest.mark.parametrize("weight", [others.WEIGHT, others.WEIGHT.bfloat16()], ids=["float32", "bfloat16"])
+def test_one_that_takes_it_as_it_is_is_applied(weight: Tensor) -> None:
+    inputs = randn(5, HIDDEN), weight, others.SCALE
+    report, _ = run(norm_quant, inputs, others.norm_quant_pass(others.norm_quant_right))
+    assert report.count(["norm_quant"]) == {"norm_quant": 1}
+
+
+def test_a_bfloat16_weight_may_be_taken_for_one() -> None:
+    inputs = randn(5, HIDDEN), others.WEIGHT.bfloat16(), others.SCALE
+    report, _ = run(norm_quant, inputs, others.norm_quant_pass(others.norm_quant_rounds))
+    assert report.count(["norm_quant"]) == {"norm_quant": 1}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        (others.forgets_rows, r"at 1 tokens: result 0 \(relu\): element \[0, 0\] is nan where"),
+        (others.turned, "at 5 tokens: result 0 .*, and its fake implementation yields"),
+        (others.writes, "it writes to its argument y, which mul.* reads later"),
+        (others.raises, "at 1 tokens: it raises RuntimeError: no such tile"),
+        (others.overruns, "it writes beyond the elements of its argument x"),
+        (others.halves, r"result 0 \(relu\) is float16.*, and the graph's own value is float32"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_wrong_replacement_is_not_applied(kernel: Any, says: str) -> None:
+    report, called = run(reads_later, ADDED, others.add_relu(kernel))
+    assert re.search(says, detail := refusal(report)), detail
+    assert "aten.relu.default" in called
+
+
+def test_an_input_that_nobody_reads_later_may_be_written() -> None:
+    def last_reader(x: Tensor, y: Tensor) -> Any:
+        return torch.relu(x + (y + 1.0)) * 2.0
+
+    report, _ = run(last_reader, ADDED, others.add_relu(others.writes))
+    assert report.count(["writes"]) == {"writes": 1}
+    report, _ = run(add_relu, ADDED, others.add_relu(others.writes))
+    assert "it writes to its argument y, which the caller has" in refusal(report)
+
+
+def test_strides_that_the_fake_promises_and_somebody_sees_have_to_be_the_graphs() -> None:
+    name = "turned_as_promised"
+    others.op(f"{name}(Tensor x, Tensor y) -> Tensor", others.turned, others.turned)
+
+    def returned(x: Tensor, y: Tensor) -> Any:
+        return torch.relu(x + y)
+
+    report, _ = run(returned, ADDED, others.add_relu(None, name))
+    assert "and the graph's own value is float32" in refusal(report)
+    report, _ = run(add_relu, ADDED, others.add_relu(None, name))
+    assert report.count([name]) == {name: 0}, "a product lies as what it is computed of"
+
+
+def test_an_op_without_a_kernel_here_would_fail_at_the_first_run() -> None:
+    report, called = run(add_relu, ADDED, others.add_relu(None))
+    assert "it raises NotImplementedError" in refusal(report)
+    assert "aten.relu.default" in called
+
+
+def test_what_can_not_be_run_here_is_applied_and_says_so() -> None:
+    def in_the_engine_alone(x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise LookupError("no engine runs")
+        return x + 1.0
+
+    silu = others.op("silu_of_an_engine(Tensor x) -> Tensor", in_the_engine_alone, torch.empty_like)
+    x = torch.empty(4, HIDDEN)
+    external = others.replacing("doubled", lambda x: silu(x) * 2.0, lambda x: silu(x + x), x)
+    report, called = run(lambda x: silu(x) * 2.0, ADDED[:1], external)
+    (verified,) = report.verified
+    assert verified.passed
+    assert verified.detail is not None
+    assert verified.detail.startswith("not verified: what it stands for raises LookupError: no engine runs here")
+    assert "aten.mul.Tensor" not in called
+
+
+def test_one_that_draws_random_numbers_is_applied_and_says_so() -> None:
+    seeded = torch.Tag.nondeterministic_seeded
+    noisy = others.op("noisy(Tensor x) -> Tensor", lambda x: x + torch.rand_like(x), torch.empty_like, seeded)
+    external = others.replacing("drawn", lambda x: noisy(x) * 2.0, lambda x: noisy(x + x), ADDED[0])
+    report, _ = run(lambda x: noisy(x) * 2.0, ADDED[:1], external)
+    (verified,) = report.verified
+    assert verified.passed
+    assert verified.detail == "not verified: made_up.noisy.default draws random numbers"
+
+
+def test_one_in_which_ranks_meet_is_applied_and_says_so() -> None:
+    met = others.op("met(Tensor x, str group_name) -> Tensor", lambda x, _: x + x, lambda x, _: torch.empty_like(x))
+    external = others.replacing("met", lambda x: torch.relu(x + 1.0), lambda x: met(x, "0"), ADDED[0])
+    report, _ = run(lambda x: torch.relu(x + 1.0) * 2.0, ADDED[:1], external)
+    assert report.count(["met"]) == {"met": 1}
+    note = "not verified: ranks meet in made_up.met.default"
+    assert [(each.detail, each.unverified) for each in report.verified] == [(note, True)]
+    whole = Report(policy="planned", order=(), rules=("met",), graphs=(report,))
+    assert note in " ".join(str(whole).split())
+
+
+def test_off_verifies_nothing() -> None:
+    report, _ = run(add_relu, ADDED, others.add_relu(others.raises), verify="off")
+    assert report.count(["raises"]) == {"raises": 1}
+    assert report.verified == ()
+
+
+def test_a_hang_costs_its_deadline() -> None:
+    def hangs(x: Tensor, y: Tensor) -> Tensor:
+        time.sleep(3)
+        return others.add_relu_eager(x, y)
+
+    report, _ = run(add_relu, ADDED, others.add_relu(hangs), verify_timeout_s=0.2)
+    assert "it did not end within 0.2 s" in refusal(report)
+
+
+class Calls:
+    count = 0
+
+
+def counted(x: Tensor, y: Tensor) -> Tensor:
+    Calls.count += 1
+    return others.add_relu_eager(x, y)
+
+
+def test_an_outcome_is_kept_where_the_owner_gives_a_uuid(cold: Path) -> None:
+    counts = []
+    for uuid, options in (("1", {}), ("1", {}), ("2", {}), ("2", {"verify": "always"}), (None, {}), (None, {})):
+        Calls.count = 0
+        report, _ = run(add_relu, ADDED, others.add_relu(counted, uuid=uuid), **options)
+        assert report.count(["counted"]) == {"counted": 1}
+        counts.append((Calls.count > 0, report.verified[0].from_cache))
+    ran, known = (True, False), (False, True)
+    assert counts == [ran, known, ran, ran, ran, ran]
+    assert len(list(cold.glob("*.json"))) == 2
+
+
+def test_a_pass_that_matches_in_every_layer_is_run_once() -> None:
+    def layers(x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(4):
+            x = torch.relu(x + y) * 0.5
+        return x
+
+    Calls.count = 0
+    one, _ = run(add_relu, ADDED, others.add_relu(counted))
+    alone, Calls.count = Calls.count, 0
+    report, _ = run(layers, ADDED, others.add_relu(counted))
+    assert report.count(["counted"]) == {"counted": 4}
+    assert len(one.verified) == 1
+    assert Calls.count <= 2 * alone, "the first layer reads what the caller has"
+
+
+def test_a_replacement_of_torchs_ops_alone_is_run_at_small_sizes() -> None:
+    x = torch.empty(4, HIDDEN)
+    clamped = lambda x, y: (x + y).clamp_min(0.0)  # noqa: E731
+    external = others.replacing("clamped", lambda x, y: torch.relu(x + y), clamped, x, x.neg())
+    graph: fx.Graph = post_grad(add_relu, *ADDED, dynamic=True)
+    reports: list[Report] = []
+    manager = PostGradPassManager(PassConfig(), rules=[], passes=[external], on_report=reports.append)
+    manager(graph)
+    assert reports[0].graphs[0].verified[0].tokens == (1, 5, 7, 33)
+
+
+@pytest.mark.parametrize("version", ["auto_functionalized", "auto_functionalized_v2"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_kernels_that_write_their_results_are_run_on_copies(version: str, rows: int) -> None:
+    """As vLLM's: what is returned is written to an argument, under a higher-order op; one forgets the last row."""
+
+    def into(result: Tensor, x: Tensor, y: Tensor) -> None:
+        end = x.shape[0] - rows
+        result[:end] = torch.relu(x[:end] + y[:end])
+
+    name = f"into_{rows}"
+    fused = others.op(f"{name}(Tensor! result, Tensor x, Tensor y) -> ()", into, lambda result, x, y: None)
+    wrapper = getattr(torch.ops.higher_order, version)
+
+    def replacement(x: Tensor, y: Tensor) -> Any:
+        if version.endswith("v2"):
+            return wrapper(fused, x=x, y=y, _result_base_index=0, _all_bases=[torch.empty_like(x)])[1]
+        return wrapper(fused, result=torch.empty_like(x), x=x, y=y)[1]
+
+    external = others.replacing(name, lambda x, y: torch.relu(x + y), replacement, *ADDED)
+    report, _ = run(add_relu, ADDED, external)
+    (verified,) = report.verified
+    assert verified.passed is (rows == 0), verified.detail
+    assert rows == 0 or "element [0, 0] is nan where" in refusal(report)
