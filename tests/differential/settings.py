@@ -250,13 +250,13 @@ def coupling_broken(setting: Setting, graph: fx.Graph) -> list[str]:
     """Whether what is chosen for a graph leaves out what a rule asks for, however it was chosen."""
     manager = setting.manager()
     analysis = manager.analyze(graph)
-    problem = analysis.posed.problem
+    program = analysis.problem.program
     try:
         selected = set(manager.decide(analysis, setting.config.chosen_policy, "graph_0").selected)
     except PlanError:  # places are counted otherwise here where a pass of the setting's own runs before
         return []
-    broken = [pair for pair in problem.requires if pair[0] in selected and pair[1] not in selected]
-    torn = [group for group in problem.together if 0 < len(group & selected) < len(group)]
+    broken = [pair for pair in program.requires if pair[0] in selected and pair[1] not in selected]
+    torn = [group for group in program.together if 0 < len(group & selected) < len(group)]
     return [f"a rule is applied without what it requires: {broken or torn}"] if broken or torn else []
 
 

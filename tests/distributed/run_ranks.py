@@ -185,11 +185,11 @@ def verified() -> dict[str, Any]:
     (gm,) = capture(model, inputs(3), {}, dynamic=True).graphs
     span = fuseplan.CompileRange(start=1, end=8)
     manager = PostGradPassManager(fuseplan.PassConfig(), compile_range=span, providers=providers)
-    posed = manager.analyze(gm.graph).posed
+    problem = manager.analyze(gm.graph).problem
     results: dict[str, Any] = {}
     for name, rank in (("alone", None), ("in lock step", RANK)):
         verifier = dataclasses.replace(manager.verifier, rank=rank)
-        outcomes = verifier.verify(posed.candidates, posed.canonical, (span.start, span.end))
+        outcomes = verifier.verify(problem.candidates, problem.canonical, (span.start, span.end))
         results[name] = {each.provider: each.detail for each in outcomes if isinstance(each, Verification)}
     return results
 

@@ -142,8 +142,8 @@ def planned_again(prepare: Callable[..., str], **settings: Any) -> dict[str, Any
     x, residual = torch.randn(3, HIDDEN, generator=generator).bfloat16(), torch.ones(3, HIDDEN).bfloat16()
     needed = (("0", "bfloat16", "cpu"),)
 
-    def workspaces_of(posed: Any, decision: Any) -> Any:
-        chosen = [posed.candidates[index].match.provider for index in decision.selected]
+    def workspaces_of(problem: Any, decision: Any) -> Any:
+        chosen = [problem.candidates[index].match.provider for index in decision.selected]
         return needed if "shares" in chosen else ()
 
     with (

@@ -11,19 +11,19 @@ from fuseplan.dialect import ops
 from fuseplan.matching import Match, Matches, find_matches
 from fuseplan.planner.decide import Decision, Lost
 from fuseplan.planner.idle import idle_requests
-from fuseplan.planner.pose import Posed
+from fuseplan.planner.pose import Problem
 from fuseplan.providers import PROFILES
 from fuseplan.record import Reason
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
-from tests.planner.posing import TORCH, posed, twice
+from tests.planner.posing import TORCH, problem_of, twice
 
 aten = torch.ops.aten
 RULES = by_name(BUILT_IN_RULES)
 
 
 def idle(
-    given: Posed, decision: Decision, *, matches: Matches | None = None, flags: Sequence[str] = (), **config: Any
+    given: Problem, decision: Decision, *, matches: Matches | None = None, flags: Sequence[str] = (), **config: Any
 ) -> list[tuple[str | None, str]]:
     found = matches or Matches(candidates=tuple(c.match for c in given.candidates if isinstance(c.match, Match)))
     given_config = PassConfig(**config)
@@ -33,7 +33,7 @@ def idle(
 
 
 def test_flags_that_no_rule_answers_to_are_told() -> None:
-    given = posed(providers=TORCH)
+    given = problem_of(providers=TORCH)
     flag = "enable_qk_norm_rope_fusion"
     told = [(None, f"{flag}=True has no effect: none of the rules handed over answers to it")]
     found = idle(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=True)
@@ -43,7 +43,7 @@ def test_flags_that_no_rule_answers_to_are_told() -> None:
 
 
 def test_selectors_that_select_nothing_are_told() -> None:
-    given = posed(providers=TORCH, force=["norm_quant"], forbid=["act_padding#7"])
+    given = problem_of(providers=TORCH, force=["norm_quant"], forbid=["act_padding#7"])
     assert [detail for _, detail in idle(given, Decision())] == [
         "'norm_quant' is forced or forbidden, and selects no match in this graph",
         "'act_padding#7' is forced or forbidden, and selects no match in this graph",
@@ -51,7 +51,7 @@ def test_selectors_that_select_nothing_are_told() -> None:
 
 
 def test_flags_whose_ops_the_graph_lacks_are_told() -> None:
-    given = posed(providers=TORCH)
+    given = problem_of(providers=TORCH)
     missing = "the graph has no dynamic_per_token_scaled_fp8_quant and no silu_and_mul"
     told = [("act_quant", f"fuse_act_quant=True has no effect: {missing}")]
     assert idle(given, Decision(), fuse_act_quant=True) == told
@@ -69,7 +69,7 @@ def test_a_rule_that_was_refused_says_why() -> None:
     def mixed(x: Any, r: Any, w: Any) -> Any:
         return ops.pad(ops.rms_norm(x, aten.to.dtype(w, torch.float32), 1e-5, "llama"), 28), r
 
-    given = posed(mixed, providers=TORCH)
+    given = problem_of(mixed, providers=TORCH)
     matches = find_matches(given.canonical, RULES, TORCH, PROFILES["h200"])
     ((rule, detail),) = idle(given, Decision(), matches=matches, fuse_act_padding=True)
     assert rule == "act_padding"
@@ -80,7 +80,7 @@ def test_a_rule_that_just_does_not_match_says_so() -> None:
     def apart(x: Any, r: Any, w: Any) -> Any:
         return ops.pad(x, 28), ops.rms_norm(r, w, 1e-5, "llama")
 
-    given = posed(apart, providers=TORCH)
+    given = problem_of(apart, providers=TORCH)
     told = [("act_padding", "fuse_act_padding=True has no effect: act_padding matches nowhere")]
     assert idle(given, Decision(), fuse_act_padding=True) == told
 
@@ -103,7 +103,7 @@ def test_a_rule_that_just_does_not_match_says_so() -> None:
     ],
 )
 def test_a_rule_that_is_too_dear_everywhere_says_by_how_much(lost: list[Lost], detail: str | None) -> None:
-    given = posed(twice, providers=TORCH)
+    given = problem_of(twice, providers=TORCH)
     told = idle(given, Decision(lost=tuple(lost)), fuse_act_padding=True)
     if detail is None:
         assert told == []
@@ -114,7 +114,7 @@ def test_a_rule_that_is_too_dear_everywhere_says_by_how_much(lost: list[Lost], d
 
 
 def test_a_rule_that_is_too_dear_in_its_one_place() -> None:
-    given = posed(providers=TORCH)
+    given = problem_of(providers=TORCH)
     ((_, text),) = idle(given, Decision(lost=(Lost(candidate=0, lost_ns=100),)), fuse_act_padding=True)
     assert text.endswith("it costs at least 0.1 us more than it saves in each of 1 place")
     assert idle(given, Decision(lost=(Lost(candidate=0, lost_ns=100),))) == []

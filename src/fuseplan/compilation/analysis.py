@@ -19,7 +19,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import is_training, tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
-from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
+from fuseplan.planner import Decision, Problem, fusion_record, idle_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
 from fuseplan.planner.costs import Hardware, assumptions
 from fuseplan.record import (
@@ -51,7 +51,7 @@ class Analysis:
         matches: every candidate and refusal.
         near_misses: what rules failed at beside the refusals of `matches`.
         external: what other people's passes match.
-        posed: the problem.
+        problem: the problem.
         rules: the rules that were on, by name.
         stages_ns: time of each stage so far.
     """
@@ -60,7 +60,7 @@ class Analysis:
     matches: Matches
     near_misses: tuple[Refusal, ...]
     external: ExternalMatches
-    posed: Posed
+    problem: Problem
     rules: Mapping[str, tuple[Rule, ...]]
     stages_ns: Mapping[str, int] = field(default_factory=dict)
 
@@ -94,41 +94,41 @@ def graph_report(
         further: refusals beside those of the analysis.
         verified: what was checked before it was applied, and what all ranks check before the first run.
     """
-    canonical, posed = analysis.canonical, analysis.posed
+    canonical, problem = analysis.canonical, analysis.problem
     refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
-    refusals += idle_requests(config, idle_flags, analysis.rules, analysis.matches, posed, decision)
+    refusals += idle_requests(config, idle_flags, analysis.rules, analysis.matches, problem, decision)
     most = f"max_fusions={config.max_fusions}"
-    refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
-    refusals += _failures(posed, decision)
-    refusals += _unpriced(posed, decision)
+    refusals += [_given_up(fusion_record(problem, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
+    refusals += _failures(problem, decision)
+    refusals += _unpriced(problem, decision)
     alone = "what it requires, or is applied together with, isn't applied"
-    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
-    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, why) for i, why in sorted(posed.unmet.items())]
-    refusals += assumed_constants(posed.pricing.prices.model.hardware)
-    if unmeasured := posed.problem.unmeasured(decision.selected):
-        names = " and ".join(sorted({posed.candidates[index].rule for index in unmeasured}))
+    refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, alone) for i in decision.uncoupled]
+    refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, why) for i, why in sorted(problem.unmet.items())]
+    refusals += assumed_constants(problem.pricing.prices.model.hardware)
+    if unmeasured := problem.program.unmeasured(decision.selected):
+        names = " and ".join(sorted({problem.candidates[index].rule for index in unmeasured}))
         detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
         detail += "with others that aren't applied, and not without them"
         refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
     cycle = "together with fusions that were chosen it would make the graph cyclic"
-    refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
-    matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
+    refusals += [_given_up(fusion_record(problem, i), Reason.CYCLE, cycle) for i in decision.cyclic]
+    matched = {(c.rule, c.op, c.anchor) for c in problem.candidates}
     counts = [rule for rule, _, _ in matched]
-    saved = posed.saved_by_size(decision.selected)
+    saved = problem.saved_by_size(decision.selected)
     is_planned = decision.solution is not None
-    told = posed.failed.keys() | posed.unmet.keys() | (posed.unpriced if is_planned else set())
-    in_order = sorted(decision.selected, key=lambda i: (posed.candidates[i].provider == EXTERNAL, i))
+    told = problem.failed.keys() | problem.unmet.keys() | (problem.unpriced if is_planned else set())
+    in_order = sorted(decision.selected, key=lambda i: (problem.candidates[i].provider == EXTERNAL, i))
     return GraphReport(
         graph=name,
         range=span,
-        applied=tuple(fusion_record(posed, index) for index in in_order),
+        applied=tuple(fusion_record(problem, index) for index in in_order),
         lost=tuple(
             Loss(
-                fusion=fusion_record(posed, lost.candidate),
-                blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
+                fusion=fusion_record(problem, lost.candidate),
+                blocked_by=tuple(fusion_record(problem, winner) for winner in lost.blocked_by),
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
-                forbidden=lost.candidate in posed.ruled_out,
+                forbidden=lost.candidate in problem.ruled_out,
             )
             for lost in decision.lost
             if lost.candidate not in told
@@ -138,26 +138,26 @@ def graph_report(
         refusals=tuple(refusals),
         stages_ns=dict(analysis.stages_ns),
         rewritten=rewritten,
-        plan=plan_record(posed, decision, name, span, device) if is_planned else None,
+        plan=plan_record(problem, decision, name, span, device) if is_planned else None,
         sizes=tuple(
             SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving)
-            for tokens, unfused, saving in zip(posed.priced.tokens, posed.priced.unfused, saved, strict=True)
+            for tokens, unfused, saving in zip(problem.priced.tokens, problem.priced.unfused, saved, strict=True)
         ),
         saved_ns=decision.saving_ns,
-        unfused_ns=posed.unfused_ns,
+        unfused_ns=problem.unfused_ns,
         plan_ns=decision.plan_ns,
         verified=tuple(each for each in verified if isinstance(each, Verification)),
         pending=tuple(each for each in verified if isinstance(each, Pending)),
-        digest=_digest(posed, decision) if decision.selected else "",
-        workspaces=_workspaces(posed, decision) if rewritten else (),
+        digest=_digest(problem, decision) if decision.selected else "",
+        workspaces=_workspaces(problem, decision) if rewritten else (),
     )
 
 
-def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str, str], ...]:
+def _workspaces(problem: Problem, decision: Decision) -> tuple[tuple[str, str, str], ...]:
     """What fuseplan's own collective kernels need, each once, in graph order."""
     found = dict[tuple[str, str, str], None]()
     for index in decision.selected:
-        match = posed.candidates[index].match
+        match = problem.candidates[index].match
         if isinstance(match, Match) and match.shares:
             x = tensor_of(match.values["x"])
             assert x is not None
@@ -165,18 +165,18 @@ def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str, str],
     return tuple(found)
 
 
-def _digest(posed: Posed, decision: Decision) -> str:
+def _digest(problem: Problem, decision: Decision) -> str:
     """As `Plan.digest`, whatever the policy."""
-    chosen = [posed.candidates[index] for index in decision.selected]
-    return choice_digest(posed.sites, [(candidate.name, candidate.signature) for candidate in chosen])
+    chosen = [problem.candidates[index] for index in decision.selected]
+    return choice_digest(problem.sites, [(candidate.name, candidate.signature) for candidate in chosen])
 
 
-def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
+def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
     """What failed verification: once for its kernel, and once for every place that lost it."""
     places, kernels = list[Refusal](), dict[Refusal, None]()
-    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
-    for index, why in sorted(posed.failed.items()):
-        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+    applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
+    for index, why in sorted(problem.failed.items()):
+        candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
         mend = f"forbid {candidate.rule}:{candidate.provider}"
         mend = mend if UNVERIFIED in why else f"correct the kernel, or {mend}"
@@ -231,14 +231,14 @@ def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
     return [Refusal(reason=Reason.REPEATS, detail=detail)] if fused else []
 
 
-def _unpriced(posed: Posed, decision: Decision) -> list[Refusal]:
+def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
     """What a plan doesn't apply since nobody has priced it: once for its kernel, and once for every place."""
     if decision.solution is None:
         return []
     places, kernels = list[Refusal](), dict[Refusal, None]()
-    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
-    for index in sorted(posed.unpriced - posed.failed.keys()):
-        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+    applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
+    for index in sorted(problem.unpriced - problem.failed.keys()):
+        candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         why = f"nobody has priced {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
         hows = ["measure it (fuseplan.measurement.tune)"] if candidate.site is not None else []
         if isinstance(candidate.match, Match) and candidate.match.cost is not None:

@@ -188,7 +188,7 @@ class PostGradPassManager(Keyed):
     def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
         """Decides, and applies what was decided, all of it or nothing."""
         analysis, decision, verified = self.decide_verified(analysis, name)
-        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.posed, decision)
+        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.problem, decision)
         stages, unapplied = dict(analysis.stages_ns), list[Refusal]()
         if decision.selected or analysis.external.after:
             with undone_on_error(graph):
@@ -234,12 +234,12 @@ class PostGradPassManager(Keyed):
             if off := self.enabled.disabled:
                 near_misses += find_disabled(self._find_matches(canonical, off), self.enabled.disabled_by)
         with stage(stages, "pricing"), _places_folded():
-            posed = pose(
+            problem = pose(
                 canonical, matches.candidates, external.candidates, self.prices,
                 self._span_of(Rows.of(canonical.graph)), force=self.config.force, forbid=self.config.forbid,
             )  # fmt: skip
         return Analysis(
-            canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
+            canonical=canonical, matches=matches, near_misses=near_misses, external=external, problem=problem,
             rules=rules, stages_ns=stages,
         )  # fmt: skip
 
@@ -275,17 +275,17 @@ class PostGradPassManager(Keyed):
         Raises:
             PlanError: what is forced can't be applied, or a saved plan doesn't fit.
         """
-        posed = analysis.posed
+        problem = analysis.problem
         if policy.name == "off":
             decision = decide_off()
         elif policy.name == "ordered":
-            decision = decide_in_order(posed, policy.order)
+            decision = decide_in_order(problem, policy.order)
         elif self.saved is not None:
-            decision = replay(posed, self.saved.find(graph, self._range))
+            decision = replay(problem, self.saved.find(graph, self._range))
         else:
             with _places_folded():
-                decision = decide_planned(posed, self.solver)
-        return limit(posed, decision, self.config.max_fusions)
+                decision = decide_planned(problem, self.solver)
+        return limit(problem, decision, self.config.max_fusions)
 
     def decide_verified(
         self, analysis: Analysis, graph: str
@@ -302,23 +302,23 @@ class PostGradPassManager(Keyed):
         span, outcomes = self._span_of(Rows.of(analysis.canonical.graph)), dict[Verification, None]()
         stages = dict(analysis.stages_ns)
         while True:
-            posed = analysis.posed
+            problem = analysis.problem
             with stage(stages, "choosing"):
                 decision = self.decide(analysis, self.config.chosen_policy, graph)
-            chosen = [i for i in decision.selected if isinstance(posed.candidates[i].match, Match)]
+            chosen = [i for i in decision.selected if isinstance(problem.candidates[i].match, Match)]
             with stage(stages, "verification"):
-                found = self.verifier.verify([posed.candidates[i] for i in chosen], analysis.canonical, span)
+                found = self.verifier.verify([problem.candidates[i] for i in chosen], analysis.canonical, span)
             known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}
             outcomes.update(dict.fromkeys(known.values()))
             failed = {i: each.failure for i, each in known.items() if not each.passed}
             if not failed:
                 pending = dict.fromkeys(each for each in found if isinstance(each, Pending))
                 return replace(analysis, stages_ns=stages), decision, [*outcomes, *pending]
-            analysis = replace(analysis, posed=posed.without(failed))
+            analysis = replace(analysis, problem=problem.without(failed))
 
     def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
         """Applies a decision: rules' matches first, then those of other people's passes, which read their results."""
-        matches = [analysis.posed.candidates[index].match for index in decision.selected]
+        matches = [analysis.problem.candidates[index].match for index in decision.selected]
         ours = sorted((match for match in matches if isinstance(match, Match)), key=lambda match: match.anchor)
         refusals = []
         if ours:

@@ -110,7 +110,7 @@ def tune(
     _check_device(traced.graphs, profile.name)
     explanation = Explanation(traced, config, None, providers, (*BUILT_IN_RULES, *rules))
     spans = [(entry, entry.manager.compile_range) for entry in explanation.entries]
-    works, skipped = work_of([(e.analysis.posed, (r.start, r.end)) for e, r in spans if r is not None], tokens)
+    works, skipped = work_of([(e.analysis.problem, (r.start, r.end)) for e, r in spans if r is not None], tokens)
     skipped += [
         Skipped(site=graph.graph, reason=refusal.detail) for graph in explanation.skipped for refusal in graph.refusals
     ]

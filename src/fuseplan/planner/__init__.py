@@ -13,7 +13,7 @@ from fuseplan.planner.decide import (
     replay,
 )
 from fuseplan.planner.idle import idle_requests
-from fuseplan.planner.pose import Posed, check_selector, pose
+from fuseplan.planner.pose import Problem, check_selector, pose
 from fuseplan.planner.pricing import Prices
 from fuseplan.planner.solver import DEFAULT_NODE_BUDGET, Solver
 from fuseplan.planner.sources import prices_of
@@ -23,8 +23,8 @@ __all__ = [
     "ContradictionError",
     "Decision",
     "Lost",
-    "Posed",
     "Prices",
+    "Problem",
     "Solver",
     "check_selector",
     "decide_in_order",

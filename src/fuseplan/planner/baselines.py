@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from fuseplan.errors import PlanError
 from fuseplan.planner.components import isolate
 from fuseplan.planner.packing import Packing, State, contract
-from fuseplan.planner.problem import CycleFinder, Problem, Selection
+from fuseplan.planner.program import CycleFinder, IntegerProgram, Selection
 
 Preference = Callable[[Packing, int], tuple[int, ...]]
 """A sort key of atoms; the smallest is taken first."""
@@ -26,7 +26,7 @@ def largest(sizes: Sequence[int]) -> Preference:
 
 
 def greedy(
-    problem: Problem,
+    program: IntegerProgram,
     preference: Preference,
     find_cycles: CycleFinder | None = None,
     among: Collection[int] | None = None,
@@ -34,7 +34,7 @@ def greedy(
     """Takes one candidate after another, in order of preference, where it saves something and fits what was taken.
 
     Args:
-        problem: what there is to choose from.
+        program: what there is to choose from.
         preference: e.g. `heaviest`.
         find_cycles: as for the solver.
         among: the only candidates to take; None: all.
@@ -42,7 +42,7 @@ def greedy(
     Raises:
         PlanError: what is forced rules itself out.
     """
-    (whole,) = isolate(problem, [tuple(range(len(problem.names)))])
+    (whole,) = isolate(program, [tuple(range(len(program.names)))])
     packing = contract(whole)
     if packing is None:
         raise PlanError("what is forced can't all be applied")
@@ -56,4 +56,4 @@ def greedy(
             if tried.take(atom) and not (find_cycles and find_cycles(packing.candidates(tried.chosen))):
                 state = tried
     selected = packing.candidates(state.chosen)
-    return Selection(selected=selected, objective_ns=problem.saving(selected))
+    return Selection(selected=selected, objective_ns=program.saving(selected))

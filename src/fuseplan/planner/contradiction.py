@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from fuseplan.errors import PlanError
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 
 Groups = Sequence[tuple[str, frozenset[int]]]
 """Selectors of what is forced, each with the candidates at one place of which one has to be applied."""
@@ -37,17 +37,17 @@ class ContradictionError(PlanError):
         return f"{who} {verb}{f' at {where}' if where else ''}: {self.why}; {MEND}"
 
 
-def contradiction(problem: Problem, groups: Groups, sources: Sequence[str | None]) -> ContradictionError:
+def contradiction(program: IntegerProgram, groups: Groups, sources: Sequence[str | None]) -> ContradictionError:
     """Of a problem whose forced candidates can't all be applied.
 
     Args:
-        problem: the problem.
+        program: the problem.
         groups: what is forced, without what is forbidden.
         sources: the place of each candidate.
     """
     pairs: dict[tuple[str, ...], list[str | None]] = {}
     for (first, left), (second, right) in itertools.combinations(groups, 2):
-        if not left & right and all((min(i, j), max(i, j)) in problem.conflicts for i in left for j in right):
+        if not left & right and all((min(i, j), max(i, j)) in program.conflicts for i in left for j in right):
             texts = tuple(dict.fromkeys((first, second)))
             pairs.setdefault(texts, []).extend(sources[i] for i in sorted(left | right))
     if pairs:

@@ -14,7 +14,7 @@ from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, copies_text
 from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, Provenance
 from fuseplan.planner.declared import declared_ns, generated_ns
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.rules.families.sites import Shape, Site, Taken
 from fuseplan.rules.parts.traffic import Kernel, Tail, total_ns
@@ -194,7 +194,7 @@ class Pricing:
         self._kinds = {place: kinds.setdefault(tuple(s), len(kinds)) for place, s in self.shapes.items()}
         self._known: dict[Hashable, tuple[tuple[int, ...], tuple[int | None, ...]]] = {}
 
-    def price(self, components: Sequence[tuple[int, ...]], structure: Problem) -> Priced:
+    def price(self, components: Sequence[tuple[int, ...]], structure: IntegerProgram) -> Priced:
         """Prices every component from measured rows where they suffice, and else from the model.
 
         Args:
@@ -326,7 +326,7 @@ class Pricing:
             total += self.prices.unfused_ns(shape) - rest
         return total
 
-    def _look_up(self, component: Sequence[int], structure: Problem) -> "_Component | None":
+    def _look_up(self, component: Sequence[int], structure: IntegerProgram) -> "_Component | None":
         """A component by the table; None where the model has to do it."""
         prices, places = self.prices, places_of(component, self.candidates)
         ours = all(isinstance(self.candidates[index].match, Match) for index in component)
@@ -361,7 +361,7 @@ class Pricing:
         return _Component(found_alone, before, _Table(values, by_size))
 
 
-def compatible(component: Sequence[int], structure: Problem) -> Iterator[tuple[int, ...]]:
+def compatible(component: Sequence[int], structure: IntegerProgram) -> Iterator[tuple[int, ...]]:
     """The subsets of a component, the empty one aside, in which nothing conflicts."""
 
     def grow(chosen: tuple[int, ...], rest: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -12,7 +12,7 @@ if there are any. Whatever holds all candidates of one of them is cyclic too.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class IntegerProgram:
     """Maximise the saving of the candidates selected.
 
     A candidate is known by its index. Of selections that save the same the one with fewer candidates is preferred, then
