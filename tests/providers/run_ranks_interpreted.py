@@ -154,13 +154,13 @@ def plays_all() -> list[bool]:
 
 def capacity() -> list[tuple[bool, int]]:
     """One row fewer than fit in a launch, as many, and one more: whether it was right, and launches."""
-    space, turns = workspace(capacity=1024), []
+    space, epochs = workspace(capacity=1024), []
     rows = space.shot_words // WIDTH
     for count in (rows - 1, rows, rows + 1):
         before = int(space.state[0])
         right, _ = call(space, count, schedule(1, 0, two_shot=False), None, 70 + count)
-        turns.append((right, int(space.state[0]) - before))
-    return turns
+        epochs.append((right, int(space.state[0]) - before))
+    return epochs
 
 
 def unlike() -> list[Any]:

@@ -9,12 +9,12 @@ each row into the memory of the one rank that owns it, which sums the row and st
 There is no barrier. A word of a buffer holds EMPTY, a NaN that no rank ever sends, until its value comes, as in
 Lamport's construction and NCCL's LL protocols. Three slots take turns: while slot n is filled, slot n - 1, which was
 read in the call before, is emptied; no other rank can be sending to it before this rank has taken part in call n + 1.
-What was written in a slot is remembered, so that a smaller call empties after a larger one. The turn is counted in
+What was written in a slot is remembered, so that a smaller call empties after a larger one. The epoch is counted in
 device memory, so that replays of a graph advance it like eager calls.
 
-A rank that waited for another one in vain has failed for good: a word beside the turn says so to whatever runs in the
+A rank that waited for another one in vain has failed for good: a word beside the epoch says so to whatever runs in the
 workspace from then on, replays of graphs included, before the host is asked. It yields NaN alone, waits for nobody and
-sends nothing. So the others miss what it would have sent, and fail in turn, each after one deadline. What lies in its
+sends nothing. So the others miss what it would have sent, and fail one by one, each after one deadline. What lies in its
 memory may be of any call, and is of no use any more.
 
 Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
@@ -47,9 +47,9 @@ from fuseplan.providers.triton.tuned import (
 )
 
 SLOTS = tl.constexpr(SLOT_COUNT)
-TURN, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
-"""Words of a workspace's state: calls so far, who was waited for in vain (0: nobody so far), programs of this call that
-know the turn, then how much of each slot was written: of what ranks send each other, and of sums."""
+EPOCH, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
+"""Words of a workspace's state: the epoch, which is calls so far, who was waited for in vain (0: nobody so far), programs of this call that
+know the epoch, then how much of each slot was written: of what ranks send each other, and of sums."""
 UNIT = tl.constexpr(UNIT_WORDS)
 ARRIVED, LATE, AWAITED = (tl.constexpr(standing) for standing in range(3))
 """How it stands with a tile: all of it is there, some of it didn't come in time, or may still come."""
@@ -163,10 +163,10 @@ def _all_reduce_norm(
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    turn = tl.load(state + TURN)
+    epoch = tl.load(state + EPOCH)
     # No branch hangs on it by itself: if another program fails just now, this one's threads may see it or not.
     limit = tl.where(tl.load(state + FAILED) != 0, tl.zeros_like(limit), limit)
-    slot, last = turn % SLOTS, (turn + 2) % SLOTS
+    slot, last = epoch % SLOTS, (epoch + 2) % SLOTS
     WORD: tl.constexpr = mine.dtype.element_ty
     # Parts of a workspace begin at multiples of UNIT words, which lets the compiler store 16 bytes at once.
     shot_words, sums_words, sums_at = shot_units * UNIT, sums_units * UNIT, sums_units_at * UNIT
@@ -205,7 +205,7 @@ def _all_reduce_norm(
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
         if step == 0:
-            # All threads have used the turn. Once all programs have, it is the next call's.
+            # All threads have used the epoch. Once all programs have, it is the next call's.
             tl.debug_barrier()
             if tl.atomic_add(state + COUNTED, 1, sem="relaxed", scope="gpu") == programs - 1:
                 tl.store(state + COUNTED, 0)
@@ -217,7 +217,7 @@ def _all_reduce_norm(
                     tl.store(state + WRITTEN + SLOTS + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
                 else:
                     tl.store(state + WRITTEN + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
-                tl.store(state + TURN, turn + 1)
+                tl.store(state + EPOCH, epoch + 1)
         # Sum what was sent LAG steps ago.
         row = ((step - LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
         inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
