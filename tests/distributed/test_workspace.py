@@ -44,7 +44,7 @@ def test_memory_is_empty_and_nothing_is_remembered(one_rank: str) -> None:
     assert space.words.dtype is torch.int16
     assert (space.words == -1).all()
     assert not space.state.any()
-    assert space.distances.tolist() == [0]
+    assert space.peer_offsets.tolist() == [0]
 
 
 def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.Mo
         space = Workspace(dist.group.WORLD.group_name, CPU, 4, capacity=4096, alone=True)
         assert (space.rank, space.ranks, space.one_shot) == (2, 4, False)
         assert space.memory.local.numel() == HEADER_BYTES + SLOTS * (3 + 1) * 4096
-        assert space.distances.tolist() == [0] * 4
+        assert space.peer_offsets.tolist() == [0] * 4
     finally:
         dist.destroy_process_group()
 

@@ -139,9 +139,9 @@ class Workspace:
         memory.local.fill_(255)
         header = memory.local[:HEADER_BYTES].view(torch.int64)
         self.words = memory.local[HEADER_BYTES:].view({2: torch.int16, 4: torch.int32}[itemsize])
-        self.state, self.distances = header[:STATE_WORDS].zero_(), header[STATE_WORDS : STATE_WORDS + self.ranks]
-        distances = [(address - memory.local.data_ptr()) // 16 for address in memory.addresses]
-        self.distances.copy_(torch.tensor(distances))
+        self.state, self.peer_offsets = header[:STATE_WORDS].zero_(), header[STATE_WORDS : STATE_WORDS + self.ranks]
+        peer_offsets = [(address - memory.local.data_ptr()) // 16 for address in memory.addresses]
+        self.peer_offsets.copy_(torch.tensor(peer_offsets))
         self.failure = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._failure = self.failure.numpy()
         if self.device.type == "cuda":
@@ -152,7 +152,7 @@ class Workspace:
         """What kernels are given: messages, how far the others' are, what is remembered between calls, and who is late;
         the same tensors at every call.
         """
-        return self.words, self.distances, self.state, self.failure
+        return self.words, self.peer_offsets, self.state, self.failure
 
     @property
     def layout(self) -> str:

@@ -105,12 +105,12 @@ def sent(x, WORD: tl.constexpr):
 
 
 @triton.jit
-def memory_of(mine, distances, rank, limit):
+def memory_of(mine, peer_offsets, rank, limit):
     """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes. Who may wait no more failed
     and sends to itself alone.
     """
-    distance = tl.where(limit > 0, tl.load(distances + rank), 0)
-    return mine + distance * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
+    offset = tl.where(limit > 0, tl.load(peer_offsets + rank), 0)
+    return mine + offset * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def reduced(
 @names_functions
 @triton.jit(do_not_specialize=["rows", "limit", "shot_units", "sums_units_at", "sums_units"])
 def _all_reduce_norm(
-    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, distances, state, failure,
+    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, peer_offsets, state, failure,
     rows, x_row, residual_row, weight_dim, eps, limit, shot_units, sums_units_at, sums_units,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
@@ -195,12 +195,12 @@ def _all_reduce_norm(
             place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
             # Who has failed sends nothing: at this place in its own memory others of its programs may wait.
             inside = inside & (row < tl.where((owner == RANK) | (limit <= 0), 0, rows))[:, None]
-            tl.store(memory_of(mine, distances, owner, limit) + place + at, sent(x, WORD), mask=inside)
+            tl.store(memory_of(mine, peer_offsets, owner, limit) + place + at, sent(x, WORD), mask=inside)
         else:
             for to in tl.static_range(RANKS):
                 if to != RANK:
                     place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
-                    tl.store(memory_of(mine, distances, to, limit) + place + at, sent(x, WORD), mask=inside)
+                    tl.store(memory_of(mine, peer_offsets, to, limit) + place + at, sent(x, WORD), mask=inside)
         # Empty what was read in the call before.
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
@@ -238,7 +238,7 @@ def _all_reduce_norm(
                 words = sent(total.to(dtype), WORD)
                 at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                 for to in tl.static_range(RANKS):
-                    tl.store(memory_of(sums, distances, to, limit) + at, words, mask=inside)
+                    tl.store(memory_of(sums, peer_offsets, to, limit) + at, words, mask=inside)
             empty(mine + sums_at + last * sums_words, step * programs + program, summed, BLOCK, ROWS)
             row = ((step - 2 * LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
             inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
