@@ -26,7 +26,7 @@ from fuseplan.distributed.workspace import (
     UNIT_WORDS,
     WORKSPACES,
     Workspace,
-    alone,
+    loopback,
     workspace_of,
 )
 from fuseplan.errors import CollectiveError, PlanError
@@ -53,7 +53,7 @@ def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.Mo
     dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     try:
         assert dist.group.WORLD is not None
-        space = Workspace(dist.group.WORLD.group_name, CPU, 4, capacity=4096, alone=True)
+        space = Workspace(dist.group.WORLD.group_name, CPU, 4, capacity=4096, loopback=True)
         assert (space.rank, space.ranks, space.one_shot) == (2, 4, False)
         assert space.memory.local.numel() == HEADER_BYTES + SLOTS * (3 + 1) * 4096
         assert space.peer_offsets.tolist() == [0] * 4
@@ -159,7 +159,7 @@ def test_calls_of_several_threads_follow_each_other(one_rank: str) -> None:
 
 def test_what_one_rank_tries_alone_is_kept_apart_and_given_back(one_rank: str) -> None:
     shared = workspace_of(one_rank, CPU, torch.bfloat16, 1024)
-    with alone():
+    with loopback():
         tried = weakref.ref(workspace_of(one_rank, CPU, torch.bfloat16, 1024))
         assert tried() not in (shared, None)
         assert workspace_of(one_rank, CPU, torch.bfloat16, 1024) is tried()

@@ -85,7 +85,7 @@ def computed(
     space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What one call gives, and the reference of the sum in float32."""
-    parts = [part(RANK if space.alone else rank, rows, seed) for rank in range(RANKS)]
+    parts = [part(RANK if space.loopback else rank, rows, seed) for rank in range(RANKS)]
     residual, weight = part(RANKS, rows, seed), (1 + 0.1 * part(RANKS + 1, 1, seed)[0]).bfloat16()
     own = EPILOGUES[suffix]
     got = launch(
@@ -131,7 +131,7 @@ def main() -> None:
     seen["minus zero"] = bool(torch.signbit(total[0, 0]) and total[0, 0] == 0)
     if RANKS == 2:
         seen["capacity"] = capacity()
-    seen["alone"] = plays_all()
+    seen["loopback"] = loopback()
     seen["unlike"] = unlike()
     for two_shot in (False, True) if RANKS > 2 else (False,):
         seen[f"missing, {1 + two_shot} shots"] = missing(two_shot)
@@ -141,10 +141,10 @@ def main() -> None:
     leave()
 
 
-def plays_all() -> list[bool]:
-    """Whether a rank alone, the others being taken to hold what it does, is right in two shots as in one."""
+def loopback() -> list[bool]:
+    """Whether one rank in loopback, the others being taken to hold what it does, is right in two shots as in one."""
     assert dist.group.WORLD is not None
-    space = Workspace(dist.group.WORLD.group_name, CPU, 2, capacity=4096, alone=True, timeout_s=1e9)
+    space = Workspace(dist.group.WORLD.group_name, CPU, 2, capacity=4096, loopback=True, timeout_s=1e9)
     shots = [(*each, False) for each in ONE_SHOT] + [(*each, True) for each in TWO_SHOT if RANKS > 2]
     return [
         call(space, rows, schedule(programs, lag, two), suffix, 90 + seed)[0]

@@ -39,7 +39,8 @@ class Provider:
         prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
             does not call yet: they are candidates where a plan is only explained.
         runs_alone: whether ranks meet in fuseplan's own workspaces: one rank alone can try such kernels, in
-            `distributed.workspace.alone`. Others' are verified by all ranks of a group together, before the first run.
+            `distributed.workspace.loopback`. Others are verified by all ranks of a group together, before the first
+            run.
         timing: how the cost model prices its kernels; None: it doesn't know them, and offers without a cost are no more
             than assumed to save anything.
         available: a function that returns None, or why the provider can't run on this machine; None: its package is

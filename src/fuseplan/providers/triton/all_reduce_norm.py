@@ -14,8 +14,8 @@ device memory, so that replays of a graph advance it like eager calls.
 
 A rank that waited for another one in vain has failed for good: a word beside the epoch says so to whatever runs in the
 workspace from then on, replays of graphs included, before the host is asked. It yields NaN alone, waits for nobody and
-sends nothing. So the others miss what it would have sent, and fail one by one, each after one deadline. What lies in its
-memory may be of any call, and is of no use any more.
+sends nothing. So the others miss what it would have sent, and fail one by one, each after one deadline. What lies in
+its memory may be of any call, and is of no use any more.
 
 Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
 """
@@ -48,8 +48,9 @@ from fuseplan.providers.triton.tuned import (
 
 SLOTS = tl.constexpr(SLOT_COUNT)
 EPOCH, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
-"""Words of a workspace's state: the epoch, which is calls so far, who was waited for in vain (0: nobody so far), programs of this call that
-know the epoch, then how much of each slot was written: of what ranks send each other, and of sums."""
+"""Words of a workspace's state: the epoch, i.e. the number of calls so far; the rank that didn't come in time, plus one
+(0: none so far); how many programs of this call have read the epoch; then how much of each slot was written, first of
+what ranks send each other, then of sums."""
 UNIT = tl.constexpr(UNIT_WORDS)
 ARRIVED, LATE, AWAITED = (tl.constexpr(standing) for standing in range(3))
 """How it stands with a tile: all of it is there, some of it didn't come in time, or may still come."""
@@ -150,12 +151,12 @@ def _all_reduce_norm(
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
     LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
-    PLAYS_ALL: tl.constexpr,
+    LOOPBACK: tl.constexpr,
 ):  # fmt: skip
     """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
 
-    In two shots the ranks own a program's tiles in turn, and programs begin with different ranks. A rank that PLAYS_ALL
-    owns all of them, and is sent what the others would be.
+    In two shots the ranks own a program's tiles round robin, and programs begin with different ranks. In LOOPBACK one
+    rank owns all of them, and is sent what the others would be.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -176,7 +177,7 @@ def _all_reduce_norm(
     weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
     steps = tl.cdiv(tl.cdiv(rows, ROWS), programs)
     # Of the tiles of a step: how many one rank owns, at most, and which of them is this program's.
-    if PLAYS_ALL:
+    if LOOPBACK:
         shares, share = programs, program
     else:
         shares, share = tl.cdiv(programs, RANKS), program // RANKS
@@ -190,7 +191,7 @@ def _all_reduce_norm(
             at = packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
         else:
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        if TWO_SHOT and not PLAYS_ALL:
+        if TWO_SHOT and not LOOPBACK:
             owner = (step + program) % RANKS
             place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
             # Who has failed sends nothing: at this place in its own memory others of its programs may wait.
@@ -228,7 +229,7 @@ def _all_reduce_norm(
             # Hand on the sums of one's own rows, and take everybody's LAG steps later.
             sums = mine + sums_at + slot * sums_words
             owns = step >= LAG
-            if not PLAYS_ALL:
+            if not LOOPBACK:
                 owns = owns & ((step - LAG + program) % RANKS == RANK)
             if owns:
                 own = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
@@ -314,7 +315,7 @@ class Schedule:
 
     def share(self, rows: int, workspace: Workspace) -> int:
         """Rows of a step that one rank owns, at most."""
-        owners = 1 if workspace.alone else workspace.ranks
+        owners = 1 if workspace.loopback else workspace.ranks
         return int(triton.cdiv(min(rows, self.programs), owners)) * self.tile.rows
 
     def most_rows(self, width: int, workspace: Workspace) -> int:
@@ -381,7 +382,7 @@ def _launch(
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
-        TIMED=workspace.timed, PLAYS_ALL=workspace.alone and schedule.two_shot,
+        TIMED=workspace.timed, LOOPBACK=workspace.loopback and schedule.two_shot,
         STORE=epilogue.store, CONSTANTS=epilogue.constants, **norm.constants, **schedule.tile.launch(x),
         NVIDIA=is_nvidia(x.device),
     )  # fmt: skip
