@@ -216,11 +216,11 @@ class Replayed:
         self.space = workspace()
         self.two_shot, self.waits, self.outcomes = two_shot, list[int](), list[str]()
 
-    def call(self, limit: int | None = None) -> None:
+    def call(self, timeout: int | None = None) -> None:
         """One more: of other rows, tiles and epilogue than the last, and of other numbers."""
         number = len(self.outcomes)
         rows, programs, lag = ((3, 2, 1), (2, 2, 0), (4, 2, 0), (2, 1, 1))[number % 4]
-        self.space.limit = limit or NEVER
+        self.space.timeout = timeout or NEVER
         seen, standing_of = [0], all_reduce_norm.standing_of
 
         def counting(*arguments: Any) -> Any:

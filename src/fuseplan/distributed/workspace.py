@@ -105,7 +105,7 @@ class Workspace:
         self.rank, self.ranks = dist.get_rank(self.group), self.group.size()
         self.timed = device.type == "cuda" and not torch.version.hip
         self.timeout_s = timeout_s if timeout_s is not None else timeout_of(self.group, device.type).total_seconds()
-        self.limit = max(1, round(self.timeout_s * (1e9 if self.timed else POLLS_PER_S)))
+        self.timeout = max(1, round(self.timeout_s * (1e9 if self.timed else POLLS_PER_S)))
         self.loopback, self.one_shot = loopback, self.ranks <= ONE_SHOT_RANKS
         self.sums_words = 0 if self.one_shot else _whole_units(capacity // itemsize)
         share = capacity if loopback or self.one_shot else max(SHOT_BYTES, capacity // self.ranks)

@@ -65,17 +65,17 @@ def clock(polls, TIMED: tl.constexpr):
 
 
 @triton.jit
-def standing_of(words, missing, limit):
+def standing_of(words, missing, timeout):
     """How it stands with a tile, given how with a word that is missing: a maximum over all elements, and not each
     thread's own view, so that threads stay together. Who may not wait has failed, and takes nothing that it was sent.
     """
-    there = tl.where(limit > 0, ARRIVED, LATE)
+    there = tl.where(timeout > 0, ARRIVED, LATE)
     return tl.max(tl.max(tl.where(words == -1, missing, there), axis=1), axis=0)
 
 
 @triton.jit
-def receive(source, inside, limit, who, state, failure, TIMED: tl.constexpr):
-    """Waits until no word of a tile is EMPTY, or for `limit`; (the words, how long may still be waited).
+def receive(source, inside, timeout, who, state, failure, TIMED: tl.constexpr):
+    """Waits until no word of a tile is EMPTY, or for `timeout`, in the unit of `clock`; (the words, the timeout, or 0).
 
     Once a tile hasn't come, all its words are EMPTY, which is NaN, nobody is waited for any more, and the device and
     the host know for whom it was; the first of this program is the one to name.
@@ -83,19 +83,19 @@ def receive(source, inside, limit, who, state, failure, TIMED: tl.constexpr):
     polls = tl.zeros((), dtype=tl.int64)
     start = clock(polls, TIMED)
     words = tl.load(source, mask=inside, other=0, volatile=True)
-    standing = standing_of(words, tl.where(limit > 0, AWAITED, LATE), limit)
+    standing = standing_of(words, tl.where(timeout > 0, AWAITED, LATE), timeout)
     while standing == AWAITED:
         # The clock is read while the words are on their way.
         words = tl.load(source, mask=inside, other=0, volatile=True)
         polls += 1
-        missing = tl.where(clock(polls, TIMED) - start < limit, AWAITED, LATE)
-        standing = standing_of(words, missing, limit)
+        missing = tl.where(clock(polls, TIMED) - start < timeout, AWAITED, LATE)
+        standing = standing_of(words, missing, timeout)
     if standing == LATE:
         words = tl.full(words.shape, -1, words.dtype)
-        tl.store(state + FAILED, who, mask=limit > 0)
-        tl.store(failure, who, mask=limit > 0)
-        limit = tl.zeros_like(limit)
-    return words, limit
+        tl.store(state + FAILED, who, mask=timeout > 0)
+        tl.store(failure, who, mask=timeout > 0)
+        timeout = tl.zeros_like(timeout)
+    return words, timeout
 
 
 @triton.jit
@@ -106,11 +106,11 @@ def sent(x, WORD: tl.constexpr):
 
 
 @triton.jit
-def memory_of(mine, peer_offsets, rank, limit):
+def memory_of(mine, peer_offsets, rank, timeout):
     """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes. Who may wait no more failed
     and sends to itself alone.
     """
-    offset = tl.where(limit > 0, tl.load(peer_offsets + rank), 0)
+    offset = tl.where(timeout > 0, tl.load(peer_offsets + rank), 0)
     return mine + offset * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
 
 
@@ -123,7 +123,7 @@ def empty(mine, chunk, written, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def reduced(
-    x, place, shot_words, summing, state, failure, limit,
+    x, place, shot_words, summing, state, failure, timeout,
     RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """The sum over ranks of a tile x, as x's dtype holds it, and how long may still be waited: 0 if it is NaN.
@@ -135,18 +135,18 @@ def reduced(
             part = x.to(tl.float32)
         else:
             sent_at = place + ((source - RANK + RANKS) % RANKS - 1) * shot_words
-            words, limit = receive(sent_at, summing, limit, source + 1, state, failure, TIMED)
+            words, timeout = receive(sent_at, summing, timeout, source + 1, state, failure, TIMED)
             part = words.to(x.dtype, bitcast=True).to(tl.float32)
         # -0.0 and -0.0 is -0.0, but not if 0.0 comes first.
         total = part if source == 0 else total + part  # type: ignore[has-type]  # noqa: F821
-    return rounded(total, x.dtype), limit
+    return rounded(total, x.dtype), timeout
 
 
 @names_functions
-@triton.jit(do_not_specialize=["rows", "limit", "shot_units", "sums_units_at", "sums_units"])
+@triton.jit(do_not_specialize=["rows", "timeout", "shot_units", "sums_units_at", "sums_units"])
 def _all_reduce_norm(
     x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, peer_offsets, state, failure,
-    rows, x_row, residual_row, weight_dim, eps, limit, shot_units, sums_units_at, sums_units,
+    rows, x_row, residual_row, weight_dim, eps, timeout, shot_units, sums_units_at, sums_units,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
     LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
@@ -166,7 +166,7 @@ def _all_reduce_norm(
         tl.extra.cuda.gdc_launch_dependents()
     epoch = tl.load(state + EPOCH)
     # No branch hangs on it by itself: if another program fails just now, this one's threads may see it or not.
-    limit = tl.where(tl.load(state + FAILED) != 0, tl.zeros_like(limit), limit)
+    timeout = tl.where(tl.load(state + FAILED) != 0, tl.zeros_like(timeout), timeout)
     slot, last = epoch % SLOTS, (epoch + 2) % SLOTS
     WORD: tl.constexpr = mine.dtype.element_ty
     # Parts of a workspace begin at multiples of UNIT words, which lets the compiler store 16 bytes at once.
@@ -195,13 +195,13 @@ def _all_reduce_norm(
             owner = (step + program) % RANKS
             place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
             # Who has failed sends nothing: at this place in its own memory others of its programs may wait.
-            inside = inside & (row < tl.where((owner == RANK) | (limit <= 0), 0, rows))[:, None]
-            tl.store(memory_of(mine, peer_offsets, owner, limit) + place + at, sent(x, WORD), mask=inside)
+            inside = inside & (row < tl.where((owner == RANK) | (timeout <= 0), 0, rows))[:, None]
+            tl.store(memory_of(mine, peer_offsets, owner, timeout) + place + at, sent(x, WORD), mask=inside)
         else:
             for to in tl.static_range(RANKS):
                 if to != RANK:
                     place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
-                    tl.store(memory_of(mine, peer_offsets, to, limit) + place + at, sent(x, WORD), mask=inside)
+                    tl.store(memory_of(mine, peer_offsets, to, timeout) + place + at, sent(x, WORD), mask=inside)
         # Empty what was read in the call before.
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
@@ -235,11 +235,11 @@ def _all_reduce_norm(
                 own = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
                 packed = ((step - LAG) * shares + share) * ROWS + tl.arange(0, ROWS)
                 sent_to = mine + slot_at + packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
-                total, limit = reduced(own, sent_to, shot_words, inside, state, failure, limit, RANK, RANKS, TIMED)
+                total, timeout = reduced(own, sent_to, shot_words, inside, state, failure, timeout, RANK, RANKS, TIMED)
                 words = sent(total.to(dtype), WORD)
                 at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                 for to in tl.static_range(RANKS):
-                    tl.store(memory_of(sums, peer_offsets, to, limit) + at, words, mask=inside)
+                    tl.store(memory_of(sums, peer_offsets, to, timeout) + at, words, mask=inside)
             empty(mine + sums_at + last * sums_words, step * programs + program, summed, BLOCK, ROWS)
             row = ((step - 2 * LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
             inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
@@ -247,13 +247,13 @@ def _all_reduce_norm(
                 there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
                 residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            words, limit = receive(sums + at, inside, limit, RANKS + 1, state, failure, TIMED)
+            words, timeout = receive(sums + at, inside, timeout, RANKS + 1, state, failure, TIMED)
             total = words.to(dtype, bitcast=True).to(tl.float32)
         else:
             if LAG > 0:
                 x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
             sent_to = mine + slot_at + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            total, limit = reduced(x, sent_to, shot_words, inside, state, failure, limit, RANK, RANKS, TIMED)
+            total, timeout = reduced(x, sent_to, shot_words, inside, state, failure, timeout, RANK, RANKS, TIMED)
         if ADDS:
             total += residual
         kept = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -378,7 +378,7 @@ def _launch(
     run_kernel(
         _all_reduce_norm, (programs,),
         x, added, norm.weight, epilogue.arguments(tuple(results)), total, *workspace.tensors,
-        rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, workspace.limit,
+        rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, workspace.timeout,
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
