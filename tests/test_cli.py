@@ -163,8 +163,10 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
     assert result.exit_code == 0
     assert "2 graphs" in result.stdout
     line = next(number for number, text in enumerate(FACTORIES.splitlines(), 1) if "graph_break()" in text)
-    told = f"graph break: Call to `torch._dynamo.graph_break()` (some_factories.py:{line}: torch._dynamo.graph_break())"
-    assert told in " ".join(result.stdout.split())
+    found = (
+        f"graph break: Call to `torch._dynamo.graph_break()` (some_factories.py:{line}: torch._dynamo.graph_break())"
+    )
+    assert found in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -185,11 +185,11 @@ class Setting:
 
     def __str__(self) -> str:
         given = {name: value for name, value in vars(self.config).items() if value != getattr(PassConfig(), name)}
-        told = [f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items()]
-        told += [f"rule {rule.name}" for rule in self.rules] + [f"provider {each.name}" for each in self.providers]
-        told += [f"product_relu saves {self.saving_us} us"] if self.saving_us is not None else []
-        told += ["a function is a pass"] if self.function is not None else []
-        return ", ".join([*told, *(["freezing"] if self.freezing else [])])
+        parts = [f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items()]
+        parts += [f"rule {rule.name}" for rule in self.rules] + [f"provider {each.name}" for each in self.providers]
+        parts += [f"product_relu saves {self.saving_us} us"] if self.saving_us is not None else []
+        parts += ["a function is a pass"] if self.function is not None else []
+        return ", ".join([*parts, *(["freezing"] if self.freezing else [])])
 
 
 def draw(rng: random.Random) -> Setting:

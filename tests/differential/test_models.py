@@ -49,8 +49,8 @@ class Tally:
             self.rules += outcome.fused
             if outcome.problems:
                 fused = " ".join(f"{rule}={count}" for rule, count in outcome.fused.items())
-                told = "\n".join((*outcome.problems, f"under {setting}", f"fused: {fused}", str(program)))
-                self.failures.append(told)
+                text = "\n".join((*outcome.problems, f"under {setting}", f"fused: {fused}", str(program)))
+                self.failures.append(text)
 
     def check(self, least: float) -> None:
         """Nothing failed, in so many of the models something was fused, and torch alone could compile nearly all."""

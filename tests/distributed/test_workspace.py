@@ -249,18 +249,18 @@ def test_a_rank_that_can_not_share_memory_says_so_whatever_it_is(
     assert asked.digests[1].startswith(f"apart: {said}")
 
 
-def agreed(verdict: Verdict, told: list[Verdict], apart: Callable[[str], Any]) -> first_run.AgreedGraph:
+def agreed(verdict: Verdict, verdicts: list[Verdict], apart: Callable[[str], Any]) -> first_run.AgreedGraph:
     return first_run.AgreedGraph(
-        lambda x: x + 1, unfused=lambda: lambda x: x, apart=apart, settle=lambda: verdict, tell=told.append
+        lambda x: x + 1, unfused=lambda: lambda x: x, apart=apart, settle=lambda: verdict, tell=verdicts.append
     )
 
 
 def test_ranks_that_can_not_share_memory_plan_again_without_it() -> None:
-    told: list[Verdict] = []
+    verdicts: list[Verdict] = []
     verdict = Verdict(fused=False, apart=True, reason="they are far from each other")
-    graph = agreed(verdict, told, lambda why: lambda x: f"{x} {why}")
+    graph = agreed(verdict, verdicts, lambda why: lambda x: f"{x} {why}")
     assert [graph(1), graph(2)] == ["1 they are far from each other", "2 they are far from each other"]
-    assert told == [verdict]
+    assert verdicts == [verdict]
 
 
 def test_what_can_not_be_planned_without_shared_memory_is_run_unfused() -> None:

@@ -190,8 +190,8 @@ def test_tables_of_hugging_face_models_are_what_was_measured() -> None:
         ]
         for name, row in models.items()
     ]  # fmt: skip
-    told = [[names(row[0])[0], *row[1:]] for row in rows_under("## What compiling costs", page)]
-    assert told == [
+    documented = [[names(row[0])[0], *row[1:]] for row in rows_under("## What compiling costs", page)]
+    assert documented == [
         [kind, str(row["plain_cpu_s"]["median"]), *compile_costs(row["planned"]), *compile_costs(row["fused"])]
         for kind, row in measured["compile"].items()
     ]
@@ -238,19 +238,19 @@ def compile_costs(row: dict[str, Any]) -> list[str]:
 def test_fields_of_json_are_all_told() -> None:
     arguments = ["explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--json"]
     data: dict[str, Any] = json.loads(CliRunner().invoke(app, [*arguments, "--forbid", "act_quant"]).stdout)
-    told = [name for row in rows_under("versioned by `schema`") for name in names(row[0])]
-    assert told == [*data]
-    told = [name for row in rows_under("A row of `policies`") for name in names(row[0])]
-    assert set(told) - {"force"} == {name for policy in data["policies"] for name in policy}
+    documented = [name for row in rows_under("versioned by `schema`") for name in names(row[0])]
+    assert documented == [*data]
+    documented = [name for row in rows_under("A row of `policies`") for name in names(row[0])]
+    assert set(documented) - {"force"} == {name for policy in data["policies"] for name in policy}
 
 
 @pytest.mark.parametrize("package", [fuseplan, fuseplan.record, fuseplan.errors])
 def test_the_reference_has_every_public_name(package: ModuleType) -> None:
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
-    told = set(re.findall(r"^\.\. auto\w+:: fuseplan\.(?:record\.)?(\w+)$", pages, re.MULTILINE))
+    documented = set(re.findall(r"^\.\. auto\w+:: fuseplan\.(?:record\.)?(\w+)$", pages, re.MULTILINE))
     assert ".. automodule:: fuseplan.errors\n   :members:" in pages
     named = getattr(package, "__all__", [name for name in vars(fuseplan.errors) if name.endswith("Error")])
-    assert set(named) - told <= {name for name in vars(fuseplan.errors) if name.endswith("Error")}
+    assert set(named) - documented <= {name for name in vars(fuseplan.errors) if name.endswith("Error")}
 
 
 # Pictures.

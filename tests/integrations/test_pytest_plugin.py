@@ -192,9 +192,9 @@ def test_broken_locks_and_other_settings_are_told_and_can_be_written_anew(run: R
     assert "src/fuseplan" not in broken.stdout.str()
     for other, says in (("", "isn't JSON"), ('{"schema": 9}', "has schema 9; this version reads 1")):
         planned.write_text(other)
-        told = run("-k", "planned")
-        told.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock': it {says}*; {advice}"])
-        assert "src/fuseplan" not in told.stdout.str()
+        result = run("-k", "planned")
+        result.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock': it {says}*; {advice}"])
+        assert "src/fuseplan" not in result.stdout.str()
     run(UPDATE, "-k", "planned or TestClass").assert_outcomes(passed=2)
     assert planned.read_text() == PLANNED_LOCK
 

@@ -209,8 +209,8 @@ def test_passes_are_part_of_the_cache_key() -> None:
     }
     assert None not in keys
     assert len(keys) == 5
-    told = PostGradPassManager(PassConfig(), passes=[ExternalPass(matcher=add_relu_pass(), uuid=lambda: "1")])
-    assert told.uuid() in keys
+    manager = PostGradPassManager(PassConfig(), passes=[ExternalPass(matcher=add_relu_pass(), uuid=lambda: "1")])
+    assert manager.uuid() in keys
 
 
 @pytest.mark.parametrize("wrap", [lambda matcher: matcher, lambda matcher: ExternalPass(matcher=matcher)])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.record import NearMiss, Nearness, Reason
 from tests.helpers import HIDDEN, all_reduce, built_in, gpt_oss, llama, quantize, randn
-from tests.matching.told import R, W, X, near_misses
+from tests.matching.reported import R, W, X, near_misses
 
 
 def spelled(under_root: Callable[[Tensor], Tensor], *, divides: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
@@ -48,13 +48,13 @@ LOOKALIKES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str | None]
 
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_what_looks_like_a_norm_says_why_it_is_none(name: str, one_rank: str) -> None:
-    norm, told, mend = LOOKALIKES[name]
+    norm, expected, mend = LOOKALIKES[name]
     rows = near_misses(lambda x, w: F.pad(norm(all_reduce(x, one_rank), w), (0, 8)), X, W)
     assert {row.rule for row in rows} == {"allreduce_rms", "act_padding", "allreduce_rms_padding"}
     for row in rows:
         assert row.nearness is Nearness.UNRECOGNIZED
         assert row.detail.startswith("RMSNorm not recognised: ")
-        assert told in row.detail
+        assert expected in row.detail
         assert mend in str(row.mend) if mend else row.mend is None
         assert row.line is not None
         assert row.line.startswith("test_lookalikes.py:")
@@ -114,10 +114,10 @@ SILUS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Reason, str]] = {
 
 @pytest.mark.parametrize("name", SILUS)
 def test_what_looks_like_a_gated_silu_says_why_it_is_none(name: str) -> None:
-    change, reason, told = SILUS[name]
+    change, reason, expected = SILUS[name]
     (row,) = silu_and_mul(change)
     assert (row.rule, row.nearness, row.reason) == ("act_quant", Nearness.UNRECOGNIZED, reason)
-    assert told in row.detail
+    assert expected in row.detail
 
 
 def test_another_activation_is_no_silu_and_a_silu_far_from_a_quantisation_is_none_of_ours() -> None:
@@ -158,11 +158,11 @@ QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | No
 
 @pytest.mark.parametrize("name", QUANTISATIONS)
 def test_what_looks_like_a_quantisation_says_why_it_is_none(name: str) -> None:
-    change, reason, told, mend = QUANTISATIONS[name]
+    change, reason, expected, mend = QUANTISATIONS[name]
     (row,) = near_misses(lambda x, w: change(llama(x, None, w)[0]), X, W)
     assert row.nearness is Nearness.UNRECOGNIZED
     assert row.reason is reason
-    assert told in row.detail
+    assert expected in row.detail
     assert mend in str(row.mend) if mend else row.mend is None
 
 
@@ -217,11 +217,11 @@ ADDITIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Reason, str, str 
 
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_an_addition_that_is_no_residual_add_says_why(name: str, one_rank: str) -> None:
-    change, reason, told, hint = ADDITIONS[name]
+    change, reason, expected, hint = ADDITIONS[name]
     r, w = (R.float(), W.float()) if name == "float32" else (R, W)
     (row,) = near_misses(lambda x, r, w: built_in(change(all_reduce(x, one_rank), r), None, w)[0], X, r, w)
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.OBSTRUCTED, reason)
-    assert told in row.detail
+    assert expected in row.detail
     assert row.mend == hint
 
 

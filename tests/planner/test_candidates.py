@@ -275,9 +275,9 @@ def test_candidates_at_one_place_that_do_not_exclude_each_other_are_all_forced()
     assert given.program.one_of == ()
 
 
-def test_selectors_that_select_nothing_are_idle() -> None:
+def test_selectors_that_select_nothing_are_ineffective() -> None:
     given = problem_of(twice, force=["act_padding#0", "norm_quant"], forbid=["act_padding#7", "act_padding#1"])
-    assert given.idle == ("norm_quant", "act_padding#7")
+    assert given.ineffective == ("norm_quant", "act_padding#7")
 
 
 def test_what_is_forced_and_forbidden_is_refused_with_all_that_forbids_it() -> None:

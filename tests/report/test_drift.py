@@ -100,9 +100,9 @@ def test_one_cause_of_two_rules_is_one_paragraph() -> None:
     before = lock_of(OTHER, *applied("allreduce_rms_padding", norms((1, 2))), fusion("act_padding", "layers.3.norm"))
     refusals = [refusal("allreduce_rms", PLACE), refusal("allreduce_rms_padding", "layers.1.norm")]
     refusals += [refusal("allreduce_rms_padding", "layers.2.norm", "another"), refusal("act_padding", "layers.3.norm")]
-    told = plain(drift_paragraphs(drifts(before, report(graph(refusals=refusals))), 1)).split("\n\n")
+    paragraphs = plain(drift_paragraphs(drifts(before, report(graph(refusals=refusals))), 1)).split("\n\n")
     why = ["why     near miss: clone stands between", "        model.py:7: x = x.clone()", "mend    drop the copy"]
-    assert [paragraph.splitlines() for paragraph in told] == [
+    assert [paragraph.splitlines() for paragraph in paragraphs] == [
         [
             "lost    act_padding by triton, 1 place: layers.3.norm",
             "lost    allreduce_rms by triton, 1 place: layers.7.norm",

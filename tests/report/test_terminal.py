@@ -86,10 +86,14 @@ def test_names_of_workloads_rules_and_places_are_shown_as_they_are(width: int) -
         graph = replace(graph, applied=applied, lost=lost, matched=dict.fromkeys(NAMES, 1))
         return replace(report, order=NAMES, rules=NAMES, graphs=(graph,), warnings=(warning,))
 
-    told = comparison()
+    whole = comparison()
     text = render(
         replace(
-            told, workload=NAMES[0], reports=tuple(map(renamed, told.reports)), breaks=(NAMES[1],), notes=(NAMES[2],)
+            whole,
+            workload=NAMES[0],
+            reports=tuple(map(renamed, whole.reports)),
+            breaks=(NAMES[1],),
+            notes=(NAMES[2],),
         ),
         width,
     )

@@ -14,7 +14,7 @@ from fuseplan.rules import Bindings
 from fuseplan.rules.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.testing import check_rule
 from tests.helpers import gemma, gpt_oss
-from tests.matching.told import near_misses
+from tests.matching.reported import near_misses
 from tests.rotary import (
     HEAD,
     KW,

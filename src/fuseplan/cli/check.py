@@ -174,8 +174,8 @@ def _settle(before: Any, name: str, given: dict[str, Any], path: Path, update: b
         raise ConfigError(str(error)) from None
     changes = before.settings.changes(settings)
     if changes and not update:
-        told = contradiction(changes, "the command line")
-        raise LockError(f"lock file {str(path)!r} {told}; leave it out, or pin it with --update")
+        difference = contradiction(changes, "the command line")
+        raise LockError(f"lock file {str(path)!r} {difference}; leave it out, or pin it with --update")
     return settings, changes
 
 

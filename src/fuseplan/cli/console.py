@@ -36,7 +36,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except FuseplanError as error:
         if debug:
             traceback.print_exc()
-        if not (isinstance(error, RanksError) and error.told):
+        if not (isinstance(error, RanksError) and error.reported):
             say(f"fuseplan: {error}")
         raise typer.Exit(2) from None
 

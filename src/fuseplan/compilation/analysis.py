@@ -19,7 +19,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import is_training, tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
-from fuseplan.planner import Decision, Problem, fusion_record, idle_requests, plan_record
+from fuseplan.planner import Decision, Problem, fusion_record, ineffective_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
 from fuseplan.planner.costs import Hardware, assumptions
 from fuseplan.record import (
@@ -73,7 +73,7 @@ def graph_report(
     decision: Decision,
     *,
     rules: Sequence[str],
-    idle_flags: Sequence[str],
+    ineffective_flags: Sequence[str],
     device: str,
     rewritten: bool,
     further: Sequence[Refusal],
@@ -88,7 +88,7 @@ def graph_report(
         analysis: of the graph.
         decision: what is applied.
         rules: names of the rules and passes that are on.
-        idle_flags: flags that no rule answers to.
+        ineffective_flags: flags that no rule answers to.
         device: that it was priced for.
         rewritten: whether the graph was changed.
         further: refusals beside those of the analysis.
@@ -96,7 +96,7 @@ def graph_report(
     """
     canonical, problem = analysis.canonical, analysis.problem
     refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
-    refusals += idle_requests(config, idle_flags, analysis.rules, analysis.matches, problem, decision)
+    refusals += ineffective_requests(config, ineffective_flags, analysis.rules, analysis.matches, problem, decision)
     most = f"max_fusions={config.max_fusions}"
     refusals += [_given_up(fusion_record(problem, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
     refusals += _failures(problem, decision)
@@ -116,7 +116,7 @@ def graph_report(
     counts = [rule for rule, _, _ in matched]
     saved = problem.saved_by_size(decision.selected)
     is_planned = decision.solution is not None
-    told = problem.failed.keys() | problem.unmet.keys() | (problem.unpriced if is_planned else set())
+    already_refused = problem.failed.keys() | problem.unmet.keys() | (problem.unpriced if is_planned else set())
     in_order = sorted(decision.selected, key=lambda i: (problem.candidates[i].provider == EXTERNAL, i))
     return GraphReport(
         graph=name,
@@ -131,7 +131,7 @@ def graph_report(
                 forbidden=lost.candidate in problem.ruled_out,
             )
             for lost in decision.lost
-            if lost.candidate not in told
+            if lost.candidate not in already_refused
         ),
         matched={rule: counts.count(rule) for rule in rules},
         recognized=canonical.recognized(),
@@ -320,8 +320,8 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
         rules: that were on.
         graphs: one record each.
     """
-    told = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
-    whole = (r for graph in graphs for r in graph.refusals if r.reason in told and not is_of_a_place(r))
+    warned_of = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
+    whole = (r for graph in graphs for r in graph.refusals if r.reason in warned_of and not is_of_a_place(r))
     warnings = dict.fromkeys(whole)
     return Report(
         policy=policy.name, order=policy.order, rules=tuple(rules), graphs=tuple(graphs), warnings=tuple(warnings),

@@ -123,7 +123,7 @@ class PostGradPassManager(Keyed):
         self.compile_range = compile_range
         self.on_report = on_report
         self.previous = tuple(previous)
-        self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
+        self.ineffective_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
         self.providers = tuple(providers)
         self.device = device
         self.environment = environment or Environment.read()
@@ -341,8 +341,9 @@ class PostGradPassManager(Keyed):
     ) -> GraphReport:
         """The record of one graph."""
         return graph_report(
-            name, self._range, self.config, analysis, decision, rules=self.names, idle_flags=self.idle_flags,
-            device=self.prices.model.name, rewritten=rewritten, further=further, verified=verified,
+            name, self._range, self.config, analysis, decision,
+            rules=self.names, ineffective_flags=self.ineffective_flags, device=self.prices.model.name,
+            rewritten=rewritten, further=further, verified=verified,
         )  # fmt: skip
 
     @property
@@ -391,4 +392,4 @@ def _places_folded() -> Iterator[None]:
     try:
         yield
     except ContradictionError as error:
-        raise PlanError(error.told(places)) from None
+        raise PlanError(error.message(places)) from None

@@ -12,7 +12,7 @@ from fuseplan.planner.decide import (
     plan_record,
     replay,
 )
-from fuseplan.planner.idle import idle_requests
+from fuseplan.planner.ineffective import ineffective_requests
 from fuseplan.planner.pose import Problem, check_selector, pose
 from fuseplan.planner.pricing import Prices
 from fuseplan.planner.solver import DEFAULT_NODE_BUDGET, Solver
@@ -31,7 +31,7 @@ __all__ = [
     "decide_off",
     "decide_planned",
     "fusion_record",
-    "idle_requests",
+    "ineffective_requests",
     "limit",
     "plan_record",
     "pose",

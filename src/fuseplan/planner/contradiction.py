@@ -23,9 +23,9 @@ class ContradictionError(PlanError):
 
     def __init__(self, selectors: Sequence[str], sources: Iterable[str | None], why: str) -> None:
         self.selectors, self.sources, self.why = selectors, tuple(dict.fromkeys(sources)), why
-        super().__init__(self.told(lambda sources: ", ".join(filter(None, sources))))
+        super().__init__(self.message(lambda sources: ", ".join(filter(None, sources))))
 
-    def told(self, fold: Callable[[Iterable[str | None]], str]) -> str:
+    def message(self, fold: Callable[[Iterable[str | None]], str]) -> str:
         """The text of the error.
 
         Args:

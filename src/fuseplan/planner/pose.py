@@ -32,7 +32,7 @@ class Problem:
         priced: their prices.
         pricing: what made them, for who wants to see the rows behind them.
         sites: the signature of every site, in graph order.
-        idle: selectors of what is forced or forbidden that select nothing in this graph.
+        ineffective: selectors of what is forced or forbidden that select nothing in this graph.
         forced: selectors of what is forced, with what is open to each of them at each place.
         failed: candidates that failed verification, or need one that did, and why.
         unpriced: candidates that a plan doesn't apply since nobody has priced them and they aren't forced.
@@ -45,7 +45,7 @@ class Problem:
     priced: Priced
     pricing: Pricing
     sites: tuple[str, ...]
-    idle: tuple[str, ...]
+    ineffective: tuple[str, ...]
     forced: Groups = ()
     failed: Mapping[int, str] = field(default_factory=dict)
     unpriced: frozenset[int] = frozenset()
@@ -205,10 +205,10 @@ def pose(
         alternatives=priced.alternatives,
     )
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
-    idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
+    ineffective = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
     return Problem(
         canonical=canonical, candidates=candidates, program=program, priced=priced, pricing=pricing, sites=signatures,
-        idle=idle, forced=forced, unpriced=unpriced, unmet=couplings.unmet,
+        ineffective=ineffective, forced=forced, unpriced=unpriced, unmet=couplings.unmet,
     )  # fmt: skip
 
 

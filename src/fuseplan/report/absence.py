@@ -219,13 +219,13 @@ class Witness:
         if any(each.op == kernel.op for kernels in others for each in kernels):
             # An order looks at one provider a match, the one that saves the most.
             slower = ", or a slower one" if self.report.order else ""
-            told = f"it matches, and {kernel.provider} has no kernel for it any more{slower}"
-            return [Finding(AbsenceKind.OFF, None, told)]
+            detail = f"it matches, and {kernel.provider} has no kernel for it any more{slower}"
+            return [Finding(AbsenceKind.OFF, None, detail)]
         ops = sorted({each.op for kernels in others for each in kernels})
         if not ops:
             return []
-        told = f"what matches there now is {enumerate_names(ops)}, and no longer {kernel.op}"
-        return [Finding(AbsenceKind.CHANGED, None, told)]
+        detail = f"what matches there now is {enumerate_names(ops)}, and no longer {kernel.op}"
+        return [Finding(AbsenceKind.CHANGED, None, detail)]
 
 
 def absences(findings: Sequence[Finding]) -> list[Absence]:

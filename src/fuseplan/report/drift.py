@@ -79,10 +79,10 @@ def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
         unit for span, placed in lock.placed.items() for unit in _units(placed, placed_in(report, span), span, witness)
     ]
     explained = [unit for unit in units if unit.finding is not None]
-    told = absences([unit.finding for unit in explained if unit.finding is not None])
+    by_unit = absences([unit.finding for unit in explained if unit.finding is not None])
     rows: dict[tuple[int | None, Kernel | None, Kernel | None], list[_Unit]] = defaultdict(list)
-    causes = {id(cause): cause for cause in told}
-    for unit, cause in zip(explained, told, strict=True):
+    causes = {id(cause): cause for cause in by_unit}
+    for unit, cause in zip(explained, by_unit, strict=True):
         rows[id(cause), unit.before, unit.after].append(unit)
     for unit in units:
         if unit.finding is None:

@@ -40,14 +40,14 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
         yield lines
         return
     witness = Witness(report)
-    told = _missing(witness, rule)
-    if not told:
+    causes = _missing(witness, rule)
+    if not causes:
         lines.append(Line("why", _nothing(witness, rule, "nothing else" if found else "nothing")))
     yield lines
-    for cause, places in told[:MOST_CAUSES]:
+    for cause, places in causes[:MOST_CAUSES]:
         yield [Line("missed", where_text(wheres(places), ranges)), *cause_lines(cause)]
-    if len(told) > MOST_CAUSES:
-        yield [Line("", f"and {len(told) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
+    if len(causes) > MOST_CAUSES:
+        yield [Line("", f"and {len(causes) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
 
 
 def _nothing(witness: Witness, rule: str, nothing: str) -> str:

@@ -44,18 +44,18 @@ def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:
         drifts: as `drifts` yields them.
         ranges: how many compile ranges there are.
     """
-    told: dict[tuple[Line, ...], list[Line]] = {}
+    by_reason: dict[tuple[Line, ...], list[Line]] = {}
     for each in drifts:
         why = tuple(cause_lines(each.cause)) if each.cause is not None else ()
         line = Line(each.change.value, f"{_title(each)}, {where_text(each.where, ranges)}")
-        told.setdefault(why, []).append(line)
-    return [[*lines, *why] for why, lines in told.items()]
+        by_reason.setdefault(why, []).append(line)
+    return [[*lines, *why] for why, lines in by_reason.items()]
 
 
 def cause_lines(cause: Absence) -> list[Line]:
     """Why, on which line of the model, and what would mend it."""
-    told = f"near miss: {cause.detail}" if cause.near_miss is not None else cause.detail
-    lines = [Line("why", told)]
+    why = f"near miss: {cause.detail}" if cause.near_miss is not None else cause.detail
+    lines = [Line("why", why)]
     if cause.line is not None:
         lines.append(Line("", f"{cause.line}: {cause.code}" if cause.code else cause.line))
     if cause.mend is not None:

@@ -115,10 +115,10 @@ class Policies:
             if (graphs := [graph for graph in report.graphs if graph.range == span])
         ]
         fused, matched = (list(dict.fromkeys(column)) for column in zip(*ranges, strict=True))
-        told = fused if len(fused) == 1 else [count for count, _ in ranges]
+        counts = fused if len(fused) == 1 else [count for count, _ in ranges]
         if is_starved(report, rule):
             return Text("starved", style="bold red")
-        cell = Text("/".join(map(str, told)), style="green" if any(told) else "dim")
+        cell = Text("/".join(map(str, counts)), style="green" if any(counts) else "dim")
         return cell.append(f" of {max(matched)}", style="dim")
 
     def _saved(self, report: Report, span: Span) -> Text:

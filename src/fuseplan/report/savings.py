@@ -120,17 +120,17 @@ def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
         return Text(f"{who} fuses nothing: what matches, in {places}, {why}.")
     saved = Saved.of(report, span)
     is_gain = saved.saved_ns >= 0
-    told = Text(f"{who} {'saves' if is_gain else 'costs'} ")
-    told.append(f"{us(abs(saved.saved_ns))} us a step", style="bold green" if is_gain else "bold red")
+    text = Text(f"{who} {'saves' if is_gain else 'costs'} ")
+    text.append(f"{us(abs(saved.saved_ns))} us a step", style="bold green" if is_gain else "bold red")
     at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
-    told.append(
+    text.append(
         f"{at}: {percent(abs(saved.saved_ns), saved.unfused_ns)} of the {us(saved.unfused_ns)} us of {_work(report)}"
     )
     if saved.step_ns:
         share = 100 * abs(saved.saved_ns) / saved.step_ns
-        told.append(f", about {share:.{0 if share >= 0.95 else 1}f} % of the whole step")
-    told.append(f"; fused in {_where(_graphs(report, span))}.")
-    return told.append(_starving(comparison)) if orders else told
+        text.append(f", about {share:.{0 if share >= 0.95 else 1}f} % of the whole step")
+    text.append(f"; fused in {_where(_graphs(report, span))}.")
+    return text.append(_starving(comparison)) if orders else text
 
 
 def _graphs(report: Report, span: Span) -> list[GraphReport]:

@@ -223,18 +223,18 @@ def _conflicts(comparison: Comparison) -> list[RenderableType]:
 
 
 def _outcome(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
-    told = Text(f"{policy_name(report)}: ")
+    text = Text(f"{policy_name(report)}: ")
     winners = {conflict.winner: conflict.count for conflict in conflicts}
-    told.append(enumerate_names([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
+    text.append(enumerate_names([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
     losers: dict[str, list[ConflictClass]] = {}
     for conflict in conflicts:
         losers.setdefault(conflict.loser, []).append(conflict)
     for rule, rows in losers.items():
-        told.append(
+        text.append(
             f", {rule} is left with {report.fused.get(rule, 0)}", style="red" if is_starved(report, rule) else ""
         )
-        told.append(_margin(rows[0]))
-    return told
+        text.append(_margin(rows[0]))
+    return text
 
 
 def _margin(conflict: ConflictClass) -> str:
@@ -277,8 +277,8 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
     for rule in sorted({fusion.rule for _, fusion in always}):
         mine = [fusion for _, fusion in always if fusion.rule == rule]
         where = places(fusion.source for fusion in mine)
-        told = f"{rule} in {count_of(len(mine), 'place')}{f': {where}' if where else ''}"
-        lines.append(entry("uncontested", told, style=""))
+        text = f"{rule} in {count_of(len(mine), 'place')}{f': {where}' if where else ''}"
+        lines.append(entry("uncontested", text, style=""))
     return lines
 
 

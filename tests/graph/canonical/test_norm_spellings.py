@@ -11,7 +11,7 @@ from fuseplan.dialect import ops
 from fuseplan.graph.facts import fill_of, tensor_of
 from fuseplan.record import Reason
 from tests.helpers import HIDDEN, canonical, randn
-from tests.matching.told import near_misses
+from tests.matching.reported import near_misses
 
 EPS = 1e-6
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()

@@ -101,7 +101,7 @@ class LockStep(Ranks):
         Returns:
             Whether it was the first: the one that a person has to be told of.
         """
-        if isinstance(error, RanksError) and error.told:
+        if isinstance(error, RanksError) and error.reported:
             return False
         mine = f"rank {self.rank}: {type(error).__name__}: {one_line(error)}"
         try:
@@ -142,7 +142,7 @@ class LockStep(Ranks):
 
     def _raise_failure(self) -> None:
         if self._store.check([f"{PREFIX}/failed"]):
-            raise RanksError(self._store.get(f"{PREFIX}/failed").decode(), told=True)
+            raise RanksError(self._store.get(f"{PREFIX}/failed").decode(), reported=True)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -151,4 +151,4 @@ class LockStep(Ranks):
         except RanksError:
             raise
         except RuntimeError as error:
-            raise RanksError(f"the ranks' store doesn't answer: {one_line(error)}", told=self.rank > 0) from None
+            raise RanksError(f"the ranks' store doesn't answer: {one_line(error)}", reported=self.rank > 0) from None

@@ -11,9 +11,9 @@ from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Rule
 
 
-def idle_requests(
+def ineffective_requests(
     config: PassConfig,
-    idle_flags: Sequence[str],
+    ineffective_flags: Sequence[str],
     rules: Mapping[str, Sequence[Rule]],
     matches: Matches,
     problem: Problem,
@@ -25,16 +25,16 @@ def idle_requests(
 
     Args:
         config: what was asked for.
-        idle_flags: flags that no rule answers to.
+        ineffective_flags: flags that no rule answers to.
         rules: those that are on, by name.
         matches: of the graph.
         problem: its problem.
         decision: what is applied.
     """
-    for flag in idle_flags:
+    for flag in ineffective_flags:
         if getattr(config, flag) is True:
             yield _no_effect(f"{flag}=True has no effect: none of the rules handed over answers to it")
-    for selector in problem.idle:
+    for selector in problem.ineffective:
         if selector in config.forbid and re.split("[@#:]", selector)[0] not in rules:
             continue  # it is off in this graph anyway
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
