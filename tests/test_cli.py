@@ -385,7 +385,7 @@ def test_what_is_forced_needs_a_policy_that_it_concerns(policy: str) -> None:
     result = run(*EXPLAIN, "--policy", policy, "--force", "act_padding")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"fuseplan: force 'act_padding' concerns policy planned alone, and what is shown is {policy}; "
+        f"fuseplan: force 'act_padding' applies to policy planned only, and shown is {policy}; "
         "add planned, or leave it out\n"
     )
     assert run(*EXPLAIN, "--policy", policy, "--policy", "planned", "--force", "act_padding").exit_code == 0

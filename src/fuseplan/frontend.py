@@ -374,7 +374,7 @@ def explain(
         CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
     if passes:
-        raise ConfigError("explain takes no passes=; fuseplan.compile(..., passes=..., on_report=print) tells of them")
+        raise ConfigError("explain takes no passes=; fuseplan.compile(..., passes=..., on_report=print) reports them")
     return explain_call(
         model, inputs, model_arguments, config=config, device=device, rules=rules, providers=providers
     )  # fmt: skip

@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
     assert running.returncode == 130
     # Libraries may tell of leaks at exit.
     lines = [line for line in stderr.splitlines() if line.startswith("interrupted")]
-    assert lines == [f"interrupted; 0 rows are in {path}, and what was being measured is not"]
+    assert lines == [f"interrupted; 0 rows are in {path}; the unfinished measurement is lost"]
     assert CostTable.load(path, device="cpu").rows == ()
 
 

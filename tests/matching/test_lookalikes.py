@@ -1,4 +1,4 @@
-"""What looks like a dialect op and isn't one: the cause by its name, on its line, and what mends it."""
+"""What looks like a dialect op and isn't one: the cause by its name, on its line, and how to fix it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -16,7 +16,7 @@ from fuseplan.errors import ConfigError
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
 from fuseplan.planner.candidates import conflicts_of
-from fuseplan.planner.contradiction import MEND, ContradictionError, contradiction
+from fuseplan.planner.contradiction import ADVICE, ContradictionError, contradiction
 from fuseplan.planner.pose import Problem, check_selector, pose, selects
 from fuseplan.planner.pricing import Prices
 from fuseplan.planner.program import IntegerProgram
@@ -290,7 +290,7 @@ def test_what_is_forced_and_forbidden_is_refused_with_all_that_forbids_it() -> N
         "forbid 'act_padding#1:torch'",
         "forbid 'act_padding:triton'",
     ]
-    assert raised.value.why == "what is forced there is forbidden"
+    assert raised.value.why == "every fusion forced there is forbidden"
     with pytest.raises(ContradictionError) as raised:
         problem_of(twice, force=["act_padding#0:torch"], forbid=["act_padding"])
     assert raised.value.selectors == ["force 'act_padding#0:torch'", "forbid 'act_padding'"]
@@ -316,7 +316,7 @@ SOURCES = ["one", "one", None, "two"]
         ([(0, 1)], [("p", {0}), ("q", {1, 2})], ["force 'p'", "force 'q'"], ("one", None), "can't all be applied"),
         # Both may mean the same one.
         ([(0, 1)], [("p", {0, 1}), ("q", {0, 1})], ["force 'p'", "force 'q'"], ("one",), "can't all be applied"),
-        ([], [("p", {2}), ("p", {3})], ["force 'p'"], (None, "two"), "what they want can't all be applied together"),
+        ([], [("p", {2}), ("p", {3})], ["force 'p'"], (None, "two"), "they can't all be applied together"),
     ],
 )
 def test_contradictions_name_the_selectors_and_places(
@@ -334,9 +334,9 @@ def test_contradictions_name_the_selectors_and_places(
         (
             ["force 'p'", "forbid 'q'"],
             ["a", "b", "a", None],
-            f"force 'p' and forbid 'q' contradict each other at a, b: so; {MEND}",
+            f"force 'p' and forbid 'q' contradict each other at a, b: so; {ADVICE}",
         ),
-        (["force 'p'"], [None], f"force 'p' contradicts itself: so; {MEND}"),
+        (["force 'p'"], [None], f"force 'p' contradicts itself: so; {ADVICE}"),
     ],
 )
 def test_contradictions_in_one_line(selectors: list[str], sources: list[str | None], text: str) -> None:

@@ -205,4 +205,4 @@ def test_reports_name_what_is_given_up_for_its_couple() -> None:
     report = manager.report("graph_0", analysis, decision)
     assert report.applied == ()
     (refusal,) = [each for each in report.refusals if each.reason is Reason.COUPLED]
-    assert refusal.detail == "what it requires, or is applied together with, isn't applied"
+    assert refusal.detail == "a fusion that it needs isn't applied"

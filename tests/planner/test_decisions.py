@@ -299,5 +299,5 @@ def test_a_saved_plan_whose_fusions_exclude_each_other_is_refused() -> None:
         replay(given, selection(given, 2, 0))
     given = problem_of(crossing, providers=TORCH)
     assert replay(given, selection(given, 0)).selected == (0,)
-    with pytest.raises(PlanError, match="what it applies can't be applied together"):
+    with pytest.raises(PlanError, match="its fusions can't be applied together"):
         replay(given, selection(given, 0, 1))

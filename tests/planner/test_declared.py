@@ -80,7 +80,7 @@ def test_what_nobody_priced_is_left_out_with_a_warning_and_its_places() -> None:
     assert [each.provenance for each in graph.plan.rejected] == ["assumed"]
     (warning,) = report.warnings
     assert warning.reason is Reason.UNPRICED
-    assert "nobody has priced declared_gated_norm by declared_" in warning.detail
+    assert "no price is known for declared_gated_norm by declared_" in warning.detail
     assert warning.mend is not None
     assert "fuseplan.measurement.tune" in warning.mend
     assert "cost=" in warning.mend
@@ -102,7 +102,7 @@ def test_what_is_asked_for_is_applied_and_marked_in_every_report(config: dict[st
     text = console.export_text()
     assert "assumed" in text
     assert f"gated_norm by {fusion.provider} in 1 place" in text
-    assert "nobody has measured or declared it" in text
+    assert "neither measured nor declared" in text
 
 
 def test_a_declared_cost_is_held_against_what_inductor_makes_of_the_ops() -> None:

@@ -343,14 +343,14 @@ def test_simpler_ways_heed_what_is_forced_and_cycles() -> None:
     cyclic = tie(9, 5, 3)
     assert greedy(cyclic, heaviest, lambda chosen: [(0, 1)] if {0, 1} <= set(chosen) else []).selected == (0, 2)
     impossible = tie(1, 2, conflicts=frozenset({(0, 1)}), forced=frozenset({0, 1}))
-    with pytest.raises(PlanError, match="what is forced can't all be applied"):
+    with pytest.raises(PlanError, match="the forced fusions can't all be applied"):
         greedy(impossible, heaviest)
 
 
 @pytest.mark.parametrize(
     ("constraints", "says"),
     [
-        ({"forced": frozenset({0, 1})}, "what is forced can't all be applied: c0; c1"),
+        ({"forced": frozenset({0, 1})}, "the forced fusions can't all be applied: c0; c1"),
         ({"forced": frozenset({0}), "forbidden": frozenset({0})}, "can't all be applied without c0: c0"),
         ({"one_of": (frozenset({0, 1}),), "forbidden": frozenset({0, 1})}, "applied without c0, c1: c0 or c1"),
     ],

@@ -172,7 +172,7 @@ def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
             PlanError,
             (
                 "force 'act_padding' and forbid 'act_padding@*.1.*' contradict each other at "
-                "layers.1.post_attention_norm: what is forced there is forbidden; drop one of them"
+                "layers.1.post_attention_norm: every fusion forced there is forbidden; drop one of them"
             ),
         ),
         (

@@ -113,7 +113,9 @@ def test_how_the_graph_was_read_is_verified_at_once(graph: fx.Graph, monkeypatch
     report = decided(graph, settles=True)
     (outcome,) = report.verified
     assert not report.pending
-    assert (outcome.detail or "").startswith("at 33 tokens: the unfused ops aren't what the graph computes: result 0")
+    assert (outcome.detail or "").startswith(
+        "at 33 tokens: the unfused ops don't compute what the graph does: result 0"
+    )
 
 
 @pytest.mark.usefixtures("others")

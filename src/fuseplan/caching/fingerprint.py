@@ -164,7 +164,7 @@ def renew(key: str, folder: Path | None = None) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_whole(note, uuid4().hex)
     except OSError as error:
-        warning_once(log, "what failed for this run alone may be found in a warm compile cache: %s", error)
+        warning_once(log, "a failure of this run alone may be served by a warm compile cache: %s", error)
 
 
 def _note(key: str, folder: Path | None) -> Path:

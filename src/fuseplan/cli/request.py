@@ -22,11 +22,9 @@ Ranges = Annotated[
 Layers = Annotated[int | None, typer.Option(metavar="N", help="Another number of layers than the model's own.")]
 Force = Annotated[
     list[str] | None,
-    typer.Option(metavar="SELECTOR", help="What the plan must apply: RULE[@PLACE | #SITE][:PROVIDER]; repeatable."),
+    typer.Option(metavar="SELECTOR", help="A fusion to apply: RULE[@PLACE | #SITE][:PROVIDER]; repeatable."),
 ]
-Forbid = Annotated[
-    list[str] | None, typer.Option(metavar="SELECTOR", help="What the plan must not apply; may be repeated.")
-]
+Forbid = Annotated[list[str] | None, typer.Option(metavar="SELECTOR", help="A fusion not to apply; repeatable.")]
 ProviderNames = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="Who may run fused ops; may be repeated. Default: all.")
 ]

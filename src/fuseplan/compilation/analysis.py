@@ -101,7 +101,7 @@ def graph_report(
     refusals += [_given_up(fusion_record(problem, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
     refusals += _failures(problem, decision)
     refusals += _unpriced(problem, decision)
-    alone = "what it requires, or is applied together with, isn't applied"
+    alone = "a fusion that it needs isn't applied"
     refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, alone) for i in decision.uncoupled]
     refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, why) for i, why in sorted(problem.unmet.items())]
     refusals += assumed_constants(problem.pricing.prices.model.hardware)
@@ -232,19 +232,19 @@ def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
 
 
 def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
-    """What a plan doesn't apply since nobody has priced it: once for its kernel, and once for every place."""
+    """What a plan doesn't apply since no price is known for it: once for its kernel, and once for every place."""
     if decision.solution is None:
         return []
     places, kernels = list[Refusal](), dict[Refusal, None]()
     applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
     for index in sorted(problem.unpriced - problem.failed.keys()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
-        why = f"nobody has priced {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
+        why = f"no price is known for {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
         hows = ["measure it (fuseplan.measurement.tune)"] if candidate.site is not None else []
         if isinstance(candidate.match, Match) and candidate.match.cost is not None:
-            why = f"what {candidate.op} by {candidate.provider} takes is declared, and what it replaces isn't known"
+            why = f"the cost of {candidate.op} by {candidate.provider} is declared, that of the unfused ops isn't known"
         else:
-            hows.append("declare what it takes (provider_of(..., cost=))")
+            hows.append("declare its cost (provider_of(..., cost=))")
         place = replace(
             _given_up(fusion, Reason.UNPRICED, why), provider=candidate.provider,
             nearness=Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED,
@@ -299,7 +299,7 @@ def fault(error: Exception) -> Refusal:
     return Refusal(
         reason=Reason.FAULT,
         detail=f"the graph is left alone, since {where} raises {type(error).__name__}: {one_line(error)}",
-        mend="where that is code of your own, mend it; else report it with what FUSEPLAN_DEBUG_DIR writes",
+        mend="if that is your own code, fix it; otherwise report it with the files that FUSEPLAN_DEBUG_DIR writes",
     )
 
 

@@ -218,7 +218,7 @@ class Workspace:
             who = f"rank {found - 1}" if found <= self.ranks else "the sums of the other ranks"
             raise CollectiveError(
                 f"an all-reduce in group {self.group_name!r} waited {self.timeout_s:g} s for {who}; results since then "
-                "are NaN. Find out what became of that rank and start all ranks again"
+                "are NaN. Look at that rank's log and start all ranks again"
             )
 
 

@@ -85,7 +85,7 @@ def _check_force(config: PassConfig, policies: Sequence[Policy]) -> None:
     if config.force and policies and not any(policy.name == "planned" for policy in policies):
         forced, shown = " and ".join(map(repr, config.force)), ", ".join(map(str, policies))
         raise ConfigError(
-            f"force {forced} concerns policy planned alone, and what is shown is {shown}; add planned, or leave it out"
+            f"force {forced} applies to policy planned only, and shown is {shown}; add planned, or leave it out"
         )
 
 

@@ -103,7 +103,7 @@ def assert_fusions(
     _warn(report)
     paragraphs = unmet(report, {**dict.fromkeys(report.rules, 0), **wanted} if exact else wanted)
     if paragraphs:
-        raise AssertionError(f"fusions aren't what was expected{_asked(config, device)}\n\n{plain(paragraphs)}")
+        raise AssertionError(f"the fusions aren't as expected{_asked(config, device)}\n\n{plain(paragraphs)}")
     return report
 
 
@@ -271,7 +271,7 @@ def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
         lock = FusionLock.load(path)
     except LockError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
-            raise LockError(f"{error}; mend it, or write it anew with pytest {UPDATE}") from None
+            raise LockError(f"{error}; fix it, or write it anew with pytest {UPDATE}") from None
         missing = f"there is no fusion lock {shown}; write it with pytest {UPDATE}, and commit it"
         raise AssertionError(missing) from None
     changes = lock.settings.changes(settings)

@@ -32,7 +32,7 @@ class Obstruction:
         reason: its kind.
         found: what it calls.
         detail: for a person.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
     """
 
     node: fx.Node

@@ -164,8 +164,8 @@ def _check_device(graphs: Sequence[Any], device: str) -> None:
     others = sorted({value.device.type for value in values if value is not None and value.device.type != kind})
     if others:
         raise WorkloadError(
-            f"the model or its inputs are on {' and '.join(others)}, and what is measured is {device}; build all of it "
-            f"on {kind}"
+            f"the model or its inputs are on {' and '.join(others)}, and times are measured on {device}; build all "
+            f"of it on {kind}"
         )
 
 

@@ -45,7 +45,7 @@ def greedy(
     (whole,) = isolate(program, [tuple(range(len(program.names)))])
     packing = contract(whole)
     if packing is None:
-        raise PlanError("what is forced can't all be applied")
+        raise PlanError("the forced fusions can't all be applied")
     state = State.root(packing)
     mandatory = frozenset().union(*packing.mandatory)
     for atom in sorted(packing.alive, key=lambda each: (each not in mandatory, preference(packing, each))):

@@ -9,7 +9,7 @@ from fuseplan.planner.program import IntegerProgram
 Groups = Sequence[tuple[str, frozenset[int]]]
 """Selectors of what is forced, each with the candidates at one place of which one has to be applied."""
 
-MEND = "drop one of them, or narrow it down to other places, as RULE@PLACE"
+ADVICE = "drop one of them, or narrow it down to other places, as RULE@PLACE"
 
 
 class ContradictionError(PlanError):
@@ -34,7 +34,7 @@ class ContradictionError(PlanError):
         where = fold(self.sources)
         who = " and ".join(self.selectors)
         verb = "contradict each other" if len(self.selectors) > 1 else "contradicts itself"
-        return f"{who} {verb}{f' at {where}' if where else ''}: {self.why}; {MEND}"
+        return f"{who} {verb}{f' at {where}' if where else ''}: {self.why}; {ADVICE}"
 
 
 def contradiction(program: IntegerProgram, groups: Groups, sources: Sequence[str | None]) -> ContradictionError:
@@ -56,5 +56,5 @@ def contradiction(program: IntegerProgram, groups: Groups, sources: Sequence[str
     else:
         selectors = tuple(dict.fromkeys(text for text, _ in groups))
         where = [sources[i] for _, group in groups for i in sorted(group)]
-        why = "what they want can't all be applied together"
+        why = "they can't all be applied together"
     return ContradictionError([f"force {text!r}" for text in selectors], where, why)

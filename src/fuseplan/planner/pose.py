@@ -35,7 +35,7 @@ class Problem:
         ineffective: selectors of what is forced or forbidden that select nothing in this graph.
         forced: selectors of what is forced, with what is open to each of them at each place.
         failed: candidates that failed verification, or need one that did, and why.
-        unpriced: candidates that a plan doesn't apply since nobody has priced them and they aren't forced.
+        unpriced: candidates that a plan doesn't apply since no price is known for them and they aren't forced.
         unmet: candidates that lack what their rule requires, and what that is.
     """
 
@@ -118,7 +118,7 @@ class Problem:
         for group in self.program.together:
             if missing := group - chosen if group & chosen else None:
                 return f"{names[min(group & chosen)]} and {names[min(missing)]} are applied together or not at all"
-        return "what it applies can't be applied together" if self.find_cycles(selected) else None
+        return "its fusions can't be applied together" if self.find_cycles(selected) else None
 
     @cached_property
     def index(self) -> dict[int, int]:
@@ -215,8 +215,8 @@ def pose(
 def _unpriced(
     candidates: Sequence[Candidate], priced: Priced, forced: Sequence[frozenset[int]], structure: IntegerProgram
 ) -> frozenset[int]:
-    """Matches of rules that nobody has priced, but for what is forced where nobody has priced an alternative, and what
-    that needs. Other people's passes were handed over to be applied: of these an assumed price will do.
+    """Matches of rules without a price, except forced ones where no alternative has a price, and what these need.
+    Other people's passes were handed over to be applied: for them an assumed price will do.
     """
     assumed = {
         index
@@ -249,7 +249,7 @@ def _check_open(
         raise ContradictionError(
             [f"force {text!r}", *(f"forbid {each!r}" for each in against)],
             [candidates[i].source for i in sorted(indices)],
-            "what is forced there is forbidden",
+            "every fusion forced there is forbidden",
         )
 
 

@@ -156,4 +156,4 @@ def _contradiction(program: IntegerProgram, candidates: Sequence[int]) -> str:
     forced += [" or ".join(program.names[c] for c in sorted(g)) for g in program.one_of if g.issubset(candidates)]
     forbidden = [program.names[c] for c in candidates if c in program.forbidden]
     without = f" without {', '.join(forbidden[:3])}" if forbidden else ""
-    return f"what is forced can't all be applied{without}: {'; '.join(forced[:3])}"
+    return f"the forced fusions can't all be applied{without}: {'; '.join(forced[:3])}"

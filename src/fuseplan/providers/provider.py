@@ -101,7 +101,7 @@ class Provider:
             why = self.available()
         except Exception as error:
             what = f"{type(error).__name__}: {one_line(error)}"
-            raise ConfigError(f"whether {self.name} is available can't be told: {what}") from error
+            raise ConfigError(f"can't tell whether {self.name} is available: {what}") from error
         if why is not None and not isinstance(why, str):
             raise ConfigError(
                 f"available() of {self.name} returns {one_line(repr(why), 80)}: allowed are None and a line that says "

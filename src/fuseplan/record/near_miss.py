@@ -18,7 +18,7 @@ class NearMiss:
         detail: the first of them, for a person.
         source: the first place in the user's model.
         count: in how many places, over all graphs and ranges.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
         nearness: how much of a match there is.
         expected: what the pattern or the predicate asks for, the same in all of them.
         found: what is there, likewise.
@@ -50,7 +50,7 @@ class NearMiss:
 
 def near_misses_of(refusals: Iterable[Refusal]) -> tuple[NearMiss, ...]:
     """One row a cause: the nearest first, then the most frequent; that nobody implements an op comes after what can be
-    mended.
+    fixed.
     """
     causes: dict[tuple[object, ...], list[Refusal]] = {}
     for refusal in refusals:

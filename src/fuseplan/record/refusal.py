@@ -81,7 +81,7 @@ class Refusal:
         op: the dialect op at the heart of what was refused, if there is one.
         nodes: names of the FX nodes concerned, the one in the way first.
         source: module path or line of the user's model, of the node in the way, if known.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
         nearness: how much of a match there is; None for what isn't about a place in a graph.
         expected: the op that the pattern has in the place of the node in the way, or what the predicate asks for.
         found: what is there.

@@ -56,7 +56,7 @@ class Absence:
         lost_us: how much less a place would save with it, the mean over places; negative where it would save more.
         line: `file.py:12` of the user's model, if known.
         code: the text of that line, if known.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
     """
 
     kind: AbsenceKind
@@ -224,7 +224,7 @@ class Witness:
         ops = sorted({each.op for kernels in others for each in kernels})
         if not ops:
             return []
-        detail = f"what matches there now is {enumerate_names(ops)}, and no longer {kernel.op}"
+        detail = f"{enumerate_names(ops)} matches there now, and no longer {kernel.op}"
         return [Finding(AbsenceKind.CHANGED, None, detail)]
 
 
@@ -291,7 +291,7 @@ def _of_contest(kind: AbsenceKind, losses: Sequence[Loss]) -> Absence:
     margins = [loss.lost_ns for loss in losses if loss.lost_ns is not None]
     lost_us = round(sum(margins) / len(margins) / 1000, 3) if margins else None
     if kind is AbsenceKind.FORBIDDEN:
-        detail, mend = "it matches, and is forbidden", "take it off what is forbidden"
+        detail, mend = "it matches, and is forbidden", "don't forbid it"
     elif kind is AbsenceKind.NOT_WORTH_IT:
         cheaper = "" if lost_us is None else f" {lost_us:.1f} us a place"
         detail, mend = f"it matches, and leaving it to Inductor is{cheaper} cheaper", None

@@ -62,7 +62,7 @@ def _paragraph(cause: Cause) -> Iterator[RenderableType]:
     if at or row.code:
         yield indented(Text.assemble("at    ", at, (f"  {row.code}" if row.code else "", "italic dim")))
     if row.mend:
-        yield indented(Text.assemble(("mend  ", "green"), row.mend))
+        yield indented(Text.assemble(("fix   ", "green"), row.mend))
 
 
 def _declined(rows: Sequence[NearMiss]) -> Iterator[str]:

@@ -17,7 +17,7 @@ MOST_LINES = 6
 
 STYLES = {
     "lost": "bold red", "wrong": "bold red", "moved": "bold yellow", "missed": "bold yellow", "gained": "bold green",
-    "mend": "dim", "break": "dim", "": "dim",
+    "fix": "dim", "break": "dim", "": "dim",
 }  # fmt: skip
 
 
@@ -53,13 +53,13 @@ def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:
 
 
 def cause_lines(cause: Absence) -> list[Line]:
-    """Why, on which line of the model, and what would mend it."""
+    """Why, on which line of the model, and how to fix it."""
     why = f"near miss: {cause.detail}" if cause.near_miss is not None else cause.detail
     lines = [Line("why", why)]
     if cause.line is not None:
         lines.append(Line("", f"{cause.line}: {cause.code}" if cause.code else cause.line))
     if cause.mend is not None:
-        lines.append(Line("mend", cause.mend))
+        lines.append(Line("fix", cause.mend))
     return lines
 
 

@@ -139,7 +139,7 @@ class Policies:
         counts = f"counts: fused, of the matches in a step{', range by range' if several else ''}"
         step = "; step: of a whole step, estimated" if self._knows_steps else ""
         counts += "; starved: others took all of its nodes" if "starved" in texts else ""
-        lines = [f"{counts}; us: saved a step{self._sizes()}; ops: of the time of what fusions contend for{step}"]
+        lines = [f"{counts}; us: saved a step{self._sizes()}; ops: share of the ops that fusions contend for{step}"]
         for report, *others in self.alike:
             if others:
                 lines.append(f"{enumerate_names([*map(policy_name, (report, *others))])} do the same")

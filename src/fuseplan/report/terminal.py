@@ -27,7 +27,7 @@ def render_comparison(comparison: Comparison, *, verbose: bool = False) -> Rende
 
     Args:
         comparison: of at least one policy.
-        verbose: with conflicts, what was declined, what was recognised and where the time went; so it is where nothing
+        verbose: with conflicts, declined matches, what was recognised and where the time went; so it is where nothing
             matches.
     """
     comparison = shown(comparison)
@@ -127,15 +127,15 @@ def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
     """What explains a plan, and nobody has to act on."""
     return [
         ("conflicts", _by_range(comparison, _conflicts)),
-        ("what is uncontested", _by_range(comparison, _uncontested)),
-        ("what isn't worth it", _by_range(comparison, _not_worth_it)),
+        ("uncontested matches", _by_range(comparison, _uncontested)),
+        ("matches not worth fusing", _by_range(comparison, _not_worth_it)),
     ]
 
 
 def _hidden(comparison: Comparison) -> list[RenderableType]:
     """That there is more, where there is."""
     names = [name for name, lines in _asides(comparison) if lines]
-    names += ["what was declined"] if _far(comparison) else []
+    names += ["declined matches"] if _far(comparison) else []
     return [Text(f"more with -v: {enumerate_names(names)}", style="dim")] if names else []
 
 
@@ -290,7 +290,7 @@ def _assumed(comparison: Comparison) -> list[RenderableType]:
         title = f"{rule} by {provider} in {count_of(len(fusions), 'place')}: {where}"
         lines.append(entry("assumed", title.rstrip(": ")))
         savings = sorted({f"{(fusion.saving_ns or 0) / 1000:.1f}" for fusion in fusions})
-        lines.append(indented(f"taken to save {' or '.join(savings)} us a place: nobody has measured or declared it"))
+        lines.append(indented(f"taken to save {' or '.join(savings)} us a place: neither measured nor declared"))
     return lines
 
 

@@ -134,7 +134,7 @@ def _meeting(rank: int | None) -> Iterator[None]:
         yield
 
 
-READ_WRONG = "the unfused ops aren't what the graph computes: "
+READ_WRONG = "the unfused ops don't compute what the graph does: "
 
 
 def _compared(

@@ -132,7 +132,7 @@ class _Steps:
         verdict = self._meet(self._said, f"did not come to verify {self._kernel}")
         if verdict.lost:
             raise CollectiveError(
-                f"{verdict.reason}; what its group sends from now on may end up there. Start all ranks again, with a "
+                f"{verdict.reason}; its group's further messages may end up there. Start all ranks again, with a "
                 f"longer verify_timeout_s, or forbid {self._forbidden}"
             )
         if not verdict.fused:

@@ -60,7 +60,9 @@ def test_what_is_gone_is_found(api: PrivateApi, monkeypatch: pytest.MonkeyPatch)
     assert support.missing((api,)) is None
     support.missing.cache_clear()
     hide(monkeypatch, api)
-    assert support.missing((api,)) == f"vLLM {vllm.__version__} lacks what it needs: {api.dotted} is gone"
+    assert (
+        support.missing((api,)) == f"vLLM {vllm.__version__} lacks interfaces that fuseplan needs: {api.dotted} is gone"
+    )
 
 
 @pytest.mark.parametrize("api", [each for each in support.INTERFACES if each.args is not None], ids=name)

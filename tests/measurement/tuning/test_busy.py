@@ -14,4 +14,4 @@ def test_a_busy_machine_is_named(load: float, processors: int, expected: bool, m
     notes = busy()
     assert bool(notes) == expected
     if expected:
-        assert notes == ["this machine is busy (load 9.3 on 2 processors): times move with what else runs"]
+        assert notes == ["this machine is busy (load 9.3 on 2 processors): other work changes the times"]

@@ -107,7 +107,7 @@ class CanonicalGraph:
             place: where in the user's model it is looked for, if the node in the way has no place.
             expected: what should be there.
             found: what is there.
-            mend: what would mend it.
+            mend: how to fix it.
         """
         refusal = Refusal(
             reason=reason, op=op.name, detail=detail, nodes=(self.source_node(node).name,), source=place_of(place),

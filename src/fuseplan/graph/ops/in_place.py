@@ -25,7 +25,7 @@ def in_place_schema(name: str, schema: str, writes: Sequence[str]) -> str:
     if len(returns) <= len(writes):
         raise RuleError(
             f"fuseplan::{name}{schema} yields {len(returns)} and writes {len(writes)}: it must yield one more, the "
-            "last of them what is written"
+            "written tensors last"
         )
     for index, each in enumerate(writes):
         parameters[parameters.index(f"Tensor {each}")] = f"Tensor(a{index}!) {each}"

@@ -85,7 +85,7 @@ def missing(interfaces: tuple[PrivateApi, ...]) -> str | None:
     if not moved:
         return None
     more = f", and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""
-    return f"vLLM {vllm.__version__} lacks what it needs: {', '.join(map(str, moved[:SHOWN]))}{more}"
+    return f"vLLM {vllm.__version__} lacks interfaces that fuseplan needs: {', '.join(map(str, moved[:SHOWN]))}{more}"
 
 
 def obstacle() -> str | None:

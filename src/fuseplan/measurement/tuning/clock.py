@@ -206,7 +206,7 @@ def busy() -> list[str]:
     load, processors = os.getloadavg()[0], os.cpu_count() or 1
     if load <= BUSY * processors + 0.5:
         return []
-    return [f"this machine is busy (load {load:.1f} on {processors} processors): times move with what else runs"]
+    return [f"this machine is busy (load {load:.1f} on {processors} processors): other work changes the times"]
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -121,5 +121,5 @@ def cached_record(device: str) -> DeviceRecord | None:
         return DeviceRecord.load(path, device)
     except ConfigError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
-            warning_once(log, "what was measured of the device is ignored: %s; delete it, and tune again", error)
+            warning_once(log, "the device's measurements are ignored: %s; delete them and tune again", error)
         return None
