@@ -41,12 +41,12 @@ ADVICE = {
 
 @dataclass(kw_only=True)
 class Checked:
-    """What `check_rule` did.
+    """The result of `check_rule`.
 
     Attributes:
         cases: how many sets of arguments were run, by provider.
         refused: sets of arguments that the rule or a provider refuses, with the reason.
-        failures: what doesn't hold, a line each.
+        failures: one line each.
     """
 
     cases: dict[str, int] = field(default_factory=dict)

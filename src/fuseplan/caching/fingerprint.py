@@ -33,12 +33,12 @@ log = logging.getLogger("fuseplan")
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """What tells a pass manager from another one.
+    """What distinguishes a pass manager from another one.
 
     Attributes:
         facts: of data alone.
         unordered: rules and providers.
-        ordered: passes, which run in the order in which they are handed over.
+        ordered: passes, which run in the order given.
     """
 
     facts: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""What commands that look at a workload share: their options, and the way from those to a comparison."""
+"""Shared by commands on a workload: their options, and the way from those to a comparison."""
 
 import contextlib
 import sys
@@ -26,7 +26,7 @@ Force = Annotated[
 ]
 Forbid = Annotated[list[str] | None, typer.Option(metavar="SELECTOR", help="A fusion not to apply; repeatable.")]
 ProviderNames = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="Who may run fused ops; may be repeated. Default: all.")
+    list[str] | None, typer.Option(metavar="NAME", help="A provider that may run fused ops; repeatable. Default: all.")
 ]
 AllowRoundingChanges = Annotated[
     bool, typer.Option("--allow-rounding-changes", help="Let kernels round at other points than the graph.")

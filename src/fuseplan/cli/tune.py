@@ -186,7 +186,7 @@ def _doubts(found: Any) -> Iterator[str]:
 
 
 MOST_DOUBTS = 6
-"""Unclear rows that are told."""
+"""Unclear rows that are shown."""
 
 
 class _Times:

@@ -1,4 +1,4 @@
-"""What is known of a graph before anything is chosen, and the record of what was chosen."""
+"""The analysis of a graph before anything is chosen, and the record of what was chosen."""
 
 import time
 import traceback
@@ -44,7 +44,7 @@ from fuseplan.verification.verifier import UNVERIFIED
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Analysis:
-    """What is known of a graph before anything is chosen.
+    """The analysis of a graph before anything is chosen.
 
     Attributes:
         canonical: the raised copy.
@@ -154,7 +154,7 @@ def graph_report(
 
 
 def _workspaces(problem: Problem, decision: Decision) -> tuple[tuple[str, str, str], ...]:
-    """What fuseplan's own collective kernels need, each once, in graph order."""
+    """The workspaces of fuseplan's own collective kernels, each once, in graph order."""
     found = dict[tuple[str, str, str], None]()
     for index in decision.selected:
         match = problem.candidates[index].match
@@ -172,7 +172,7 @@ def _digest(problem: Problem, decision: Decision) -> str:
 
 
 def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
-    """What failed verification: once for its kernel, and once for every place that lost it."""
+    """Failed verifications: once for the kernel, and once for every place that lost it."""
     places, kernels = list[Refusal](), dict[Refusal, None]()
     applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
     for index, why in sorted(problem.failed.items()):
@@ -225,7 +225,7 @@ class Regions:
 
 
 def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
-    """What is said of fusions in a branch or a loop."""
+    """The note on fusions in a branch or a loop."""
     fused = [each.graph for each in reports if each.applied]
     detail = f"data decides how often {caller} runs {', '.join(fused)}, whose fusions are counted once"
     return [Refusal(reason=Reason.REPEATS, detail=detail)] if fused else []
@@ -293,7 +293,7 @@ def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
 
 
 def fault(error: Exception) -> Refusal:
-    """Why a graph goes on as Inductor made it: an error that nobody expects, and where it comes from."""
+    """Why a graph is left as Inductor made it: an unexpected error, and where it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
     return Refusal(

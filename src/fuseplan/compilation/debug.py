@@ -38,7 +38,7 @@ class DebugDump:
 
     @classmethod
     def open(cls, directory: Path | None, graph: str, compile_range: CompileRange | None) -> "DebugDump":
-        """A folder of its own for one graph: `<graph>[-<first>-<last>]-pid<process>`."""
+        """A folder for one graph: `<graph>[-<first>-<last>]-pid<process>`."""
         if directory is None:
             return cls(None)
         suffix = f"-{compile_range.start}-{compile_range.end}" if compile_range else ""

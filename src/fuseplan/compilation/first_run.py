@@ -32,7 +32,7 @@ class AgreedGraph:
         unfused: compiles the graph without.
         apart: compiles it with those that need no memory that ranks share, given why they can't share any.
         settle: asks the other ranks.
-        tell: is told of a verdict against the fusions, and of what the ranks verified together.
+        tell: called with a verdict against the fusions, and with what the ranks verified together.
     """
 
     def __init__(

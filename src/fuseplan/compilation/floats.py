@@ -45,7 +45,7 @@ class Floats:
     """Which floats of one compiled model are made constants.
 
     Args:
-        region: is told how many compilations come of it.
+        region: notified of the number of compilations.
     """
 
     def __init__(self, region: Region) -> None:

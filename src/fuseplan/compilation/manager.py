@@ -67,7 +67,7 @@ from fuseplan.verification import Verifier
 
 ReportCallback = Callable[[Report], None]
 DEFAULT_SPAN = CompileRange(start=1, end=8192)
-"""What a graph of any size is priced for: decoding one token to a prefill of vLLM's default `max_num_batched_tokens`.
+"""Sizes that a graph of any size is priced for: decoding one token to a prefill of vLLM's `max_num_batched_tokens`.
 What is applied has to serve larger sizes too."""
 
 
@@ -80,11 +80,11 @@ class PostGradPassManager(Keyed):
         on_report: called with a `Report` for every graph that is compiled; a warm compile cache skips the pass, and
             with it this call.
         previous: a custom pass, or several, that stood in Inductor's hook; it runs first, as it would without fuseplan.
-        rules: what can be fused.
-        providers: who can run it.
+        rules: the fusions.
+        providers: those that can run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
         environment: None reads it now.
-        prices: what fusions cost; None: the model of the device, and the cost table that configuration or environment
+        prices: of fusions; None: the model of the device, and the cost table that configuration or environment
             name.
         solver: what solved the problems of other graphs, within the same budget, whose components may
             be in this one's; None: a new one.
@@ -148,7 +148,7 @@ class PostGradPassManager(Keyed):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
-        raises what nobody expects, which is reported.
+        raises an unexpected error, which is reported.
 
         Raises:
             FuseplanError: the request can't be served: AOTInductor, a saved plan of another graph, contradictory force.
@@ -213,7 +213,7 @@ class PostGradPassManager(Keyed):
             canonical: its raised copy, where there is one already.
 
         Raises:
-            PlanError: what is forced is forbidden.
+            PlanError: a forced fusion is forbidden.
         """
         stages: dict[str, int] = {}
         rules = self.rules_for(graph)
@@ -265,7 +265,7 @@ class PostGradPassManager(Keyed):
         return DEFAULT_SPAN.start, int(min(DEFAULT_SPAN.end, rows.most_tokens))
 
     def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:
-        """What the policy would apply, `max_fusions` included.
+        """The policy's choice, `max_fusions` included.
 
         Args:
             analysis: of the graph.
@@ -273,7 +273,7 @@ class PostGradPassManager(Keyed):
             graph: its name, by which a saved plan is found.
 
         Raises:
-            PlanError: what is forced can't be applied, or a saved plan doesn't fit.
+            PlanError: a forced fusion can't be applied, or a saved plan doesn't fit.
         """
         problem = analysis.problem
         if policy.name == "off":
@@ -388,7 +388,7 @@ class PostGradPassManager(Keyed):
 
 @contextmanager
 def _places_folded() -> Iterator[None]:
-    """A contradiction of what is forced is told with its places as reports have them."""
+    """Contradictions of forced fusions are reported with their places as in reports."""
     try:
         yield
     except ContradictionError as error:

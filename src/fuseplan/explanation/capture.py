@@ -32,7 +32,7 @@ from fuseplan.record.text import one_line
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """What tracing gave.
+    """The result of tracing.
 
     Attributes:
         graphs: post-grad graphs, in the order in which they were compiled: more than one where the graph breaks, and a

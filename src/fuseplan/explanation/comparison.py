@@ -46,11 +46,11 @@ def compare(
         policies: what to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
         config: flags; its policy and ranges aren't used.
         build_ns: how long the model took to build.
-        providers: who may run fused ops.
-        rules: what can be fused.
+        providers: those that may run fused ops.
+        rules: the fusions.
         evidence: whether the comparison brings the drawn graphs, the rows behind its figures and the policies at many
             sizes, which takes a second or two more.
-        notes: what a reader has to know of the workload, one line each.
+        notes: caveats about the workload, one line each.
 
     Raises:
         WorkloadError: nothing could be traced.

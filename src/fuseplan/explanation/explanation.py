@@ -53,14 +53,14 @@ class Entry:
 
 
 class Explanation:
-    """What each policy would do with the graphs of one model. A graph is raised once, whatever the ranges.
+    """The decisions of each policy on the graphs of one model. A graph is raised once, whatever the ranges.
 
     Args:
         traced: the graphs.
         config: flags and compile ranges.
         device: a profile whose providers are taken as present; None: those of this machine.
-        providers: who may run fused ops.
-        rules: what can be fused.
+        providers: those that may run fused ops.
+        rules: the fusions.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Explanation:
         return entries
 
     def report(self, policy: Policy) -> Report:
-        """What a policy would do."""
+        """A policy's decision."""
         graphs, regions = list(self.skipped), defaultdict[CompileRange | None, Regions](Regions)
         for entry in self.entries:
             stages = dict(entry.analysis.stages_ns)
@@ -156,7 +156,7 @@ class Explanation:
         return tuple(outcome)
 
     def unconstrained(self, policy: Policy) -> Report:
-        """What a policy would do without what is forced and forbidden."""
+        """A policy's decision without forced and forbidden fusions."""
         config = replace(self.config, force=(), forbid=())
         free = Explanation(self.traced, config, self.device, self.providers, self._every)
         return free.report(policy)

@@ -80,7 +80,7 @@ def assert_fusions(
         config: flags, policy and compile ranges.
         device: a profile, or its name.
         rules: fusions beside the built-in ones.
-        providers: who can run them, beside the built-in ones.
+        providers: beside the built-in ones.
         exact: rules that aren't named must not be applied at all.
 
     Returns:
@@ -137,7 +137,7 @@ class FusionLockFixture(Protocol):
             config: flags, policy and compile ranges.
             device: a profile, or its name.
             rules: fusions beside the built-in ones.
-            providers: who can run them, beside the built-in ones.
+            providers: beside the built-in ones.
             name: follows the test's in the name of the file; needed where a test calls it twice.
 
         Returns:

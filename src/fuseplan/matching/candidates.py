@@ -54,7 +54,7 @@ def find_matches(
     Args:
         canonical: the graph.
         rules: members by rule name.
-        providers: who may run fused ops.
+        providers: those that may run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
         allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
         rows_of: up to how many rows of a tensor of the graph are planned for, and how many it has at most, infinity

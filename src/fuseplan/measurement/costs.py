@@ -44,7 +44,7 @@ class Measurement:
         skipped: what isn't measured, and why.
         classes: how many components each signature has, in all graphs and ranges.
         stopped: whether it was interrupted: what is here is whole, and the rest is missing.
-        unclear: what the repeats don't tell from the component without fusions.
+        unclear: what the repeats can't distinguish from the component without fusions.
         notes: what a reader has to know, one line each.
     """
 
@@ -86,11 +86,11 @@ def tune(
         repeats: of each time, at least 5.
         config: flags, where others than the defaults are wanted; its policy, ranges and costs aren't used.
         rules: fusions beside the built-in ones.
-        providers: who can run them; all that are available here are measured.
+        providers: all that are available here are measured.
         ranks: those of a tensor-parallel group, all of which measure the same and the slowest of which counts; the
             first writes. None: this process alone.
         command: for the rows' provenance.
-        watch: is told what is being done.
+        watch: called with what is being done.
 
     Raises:
         ConfigError: fewer repeats, a size outside of the ranges, or the table is broken, of another device, or can't be

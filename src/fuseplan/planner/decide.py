@@ -25,7 +25,7 @@ class Lost:
 
     Attributes:
         candidate: its index.
-        blocked_by: the selected ones in its way; empty where it is not worth it by itself.
+        blocked_by: the selected ones in its way; empty where it doesn't save anything.
         lost_ns: by how much a selection with it saves less than this one; None where there is none.
         flips_at_ns: what its op would have to take at most, for the two to be even; None where that is not known.
     """

@@ -52,7 +52,7 @@ def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
 
 
 def generated_ns(match: Match, model: CostModel, sized: Sized) -> int | None:
-    """What Inductor makes of all that a match stands for: one kernel, one for each epilogue that stands alone, and the
+    """What Inductor makes of a match's nodes: one kernel, one for each epilogue that stands alone, and the
     all-reduces; None where it calls another op of which that isn't known.
     """
     reads = _bytes(match.values.values(), sized)

@@ -55,7 +55,7 @@ def ineffective_requests(
 
 
 def _too_dear(name: str, problem: Problem, decision: Decision) -> str | None:
-    """Why none of a rule's matches is worth it, if nothing but its price stands in the way of any of them."""
+    """Why none of a rule's matches is worth it, if their price is the only reason."""
     mine = {index for index, candidate in enumerate(problem.candidates) if candidate.rule == name}
     lost = [each for each in decision.lost if each.candidate in mine]
     margins = [each.lost_ns for each in lost if each.lost_ns is not None]

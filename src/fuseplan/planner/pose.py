@@ -30,7 +30,7 @@ class Problem:
         candidates: in order of name; the problem knows them by index.
         program: what the solver is asked, in integers.
         priced: their prices.
-        pricing: what made them, for who wants to see the rows behind them.
+        pricing: what made them, for a look at the rows behind them.
         sites: the signature of every site, in graph order.
         ineffective: selectors of what is forced or forbidden that select nothing in this graph.
         forced: selectors of what is forced, with what is open to each of them at each place.
@@ -175,7 +175,7 @@ def pose(
         forbid: selectors of what must not.
 
     Raises:
-        PlanError: what is forced is forbidden.
+        PlanError: a forced fusion is forbidden.
     """
     sites = find_sites(canonical)
     candidates = candidates_of(canonical, sites, matches, external)
@@ -298,7 +298,7 @@ def _groups(text: str, candidates: Sequence[Candidate], structure: IntegerProgra
             by_place.setdefault(candidate.site.ordinal if candidate.site else candidate.name, []).append(index)
     groups: list[frozenset[int]] = []
     for place in by_place.values():
-        # Of candidates that don't exclude each other, e.g. two that somebody coupled, all are meant.
+        # Of candidates that don't exclude each other, e.g. coupled ones, all are meant.
         exclusive = all((i, j) in structure.conflicts for k, j in enumerate(place) for i in place[:k])
         groups += [frozenset(place)] if exclusive else [frozenset((index,)) for index in place]
     return groups

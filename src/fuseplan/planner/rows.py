@@ -23,7 +23,7 @@ class Rows:
 
     Attributes:
         tokens: this product, in the symbols of the graph; None where the graph has none.
-        traced: the number of tokens that the graph was traced with; 1 where no input tells.
+        traced: the number of tokens that the graph was traced with; 1 where no input shows it.
         environment: the `ShapeEnv` of the symbols, which has their ranges.
     """
 

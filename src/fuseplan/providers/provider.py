@@ -46,8 +46,8 @@ class Provider:
         available: a function that returns None, or why the provider can't run on this machine; None: its package is
             all that it needs.
         untested: on what its kernels have not been run, for a person; None where they have been.
-        uuid: of a provider of a user's own: what tells its kernels and checks from former ones, or a function that
-            returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
+        uuid: of a user's provider: what distinguishes its kernels and checks from former ones, or a function that returns
+            it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
             graphs are not cached.
     """
 
@@ -151,7 +151,7 @@ def provider_of(
     """A provider of one's own: it runs fused ops by given kernels.
 
     Args:
-        name: unique among the providers that are handed over together.
+        name: unique among the providers given together.
         kernels: by fused op; a kernel takes and yields what the op's reference does.
         description: for a person.
         vendors: whose devices it serves.
@@ -166,11 +166,11 @@ def provider_of(
             `vendors` is.
         cost: what a call takes: a `Timing` such as `ONE_KERNEL`, by which fuseplan's own kernels are priced; a
             `KernelCost`; microseconds; or a function of the arguments, as `Bindings` whose tensors have numbers for
-            sizes and no data, that returns microseconds. None: nobody has said; the ops aren't applied before they
+            sizes and no data, that returns microseconds. None: not declared; the ops aren't applied before they
             were measured, unless they are forced or the policy is `ordered`. A `Timing` prices ops that fuseplan has
             kernels for; another op it prices as `KernelCost()`.
-        uuid: what tells the kernels and the check from former ones, such as a version or a hash of their source, or a
-            function that returns it. Without it graphs are compiled, and kernels verified, anew at every start.
+        uuid: what distinguishes the kernels and the check from former ones, such as a version or a hash of their source,
+            or a function that returns it. Without it graphs are compiled, and kernels verified, again at every start.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.

@@ -14,7 +14,7 @@ class Box:
         name: of the op's node, or of the first node of those between.
         op: the dialect op's name; None where other ops are summed up.
         ops: what the original graph calls for it, counted, e.g. `{"aten.mm.default": 1}`.
-        members: names of the canonical nodes it stands for.
+        members: names of the canonical nodes in it.
         inputs: places, in the drawing, of the boxes whose values it reads, ascending.
         source: the module of the user's model that all of it belongs to, if known.
         line: `file.py:12`, the line of the user's model that it comes from, if there is one for all of it.

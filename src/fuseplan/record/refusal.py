@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """What kind of thing stood in the way."""
+    """The kind of obstacle."""
 
     OP = "op"
     """Another op than the pattern expects."""
@@ -20,7 +20,7 @@ class Reason(StrEnum):
     GROUP = "group"
     """A process group that isn't known here, or two that would have to be one."""
     DEAD = "dead"
-    """What would be fused computes nothing that is used."""
+    """The result of the ops isn't used."""
     ATTRIBUTE = "attribute"
     """An attribute that the replacement would drop."""
     ROUNDING = "rounding"
@@ -40,13 +40,13 @@ class Reason(StrEnum):
     UNPRICED = "unpriced"
     """Nobody has measured, modelled or declared what it takes."""
     COUPLED = "coupled"
-    """What it requires, or is only applied together with, isn't applied."""
+    """A fusion that it requires, or is only applied together with, isn't applied."""
     LIMIT = "limit"
     """Beyond `max_fusions`."""
     VERIFICATION = "verification"
-    """The fused op was run here and is not what it stands for."""
+    """The fused op was run here and differs from the unfused ops."""
     FAULT = "fault"
-    """A rule, a provider or fuseplan itself raised what nobody expects."""
+    """A rule, a provider or fuseplan itself raised an unexpected error."""
     RANKS = "ranks"
     """The ranks of a process group didn't agree on one plan."""
     REPEATS = "repeats"

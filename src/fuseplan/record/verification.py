@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """One fused op by one provider, on arguments of one kind, against what it stands for.
+    """One fused op by one provider, on arguments of one kind, against the unfused ops.
 
     Attributes:
         rule: the fusion.

@@ -20,7 +20,7 @@ GRAPH_ENDS = ("an input of the graph", "the graph's output")
 
 
 class AbsenceKind(StrEnum):
-    """What kind of thing explains that a fusion is not there."""
+    """The kind of reason for which a fusion is missing."""
 
     CONFLICT = "conflict"
     """It matches, and another fusion takes its nodes."""
@@ -29,7 +29,7 @@ class AbsenceKind(StrEnum):
     FORBIDDEN = "forbidden"
     """It matches, and must not be applied."""
     NEAR_MISS = "near miss"
-    """It doesn't match, and the report says what stands in the way."""
+    """It doesn't match, and the report says why."""
     LEFT_ALONE = "left alone"
     """The graph as a whole was not looked at."""
     OFF = "off"
@@ -142,7 +142,7 @@ class Witness:
         return None
 
     def of_rule(self, rule: str) -> Iterator[tuple[Finding, Span, str | None]]:
-        """All that stands in the way of a rule: at which range and place, a line of code where there is no module."""
+        """Every obstacle to a rule: at which range and place, a line of code where there is no module."""
         if self.policy_off(rule) is not None:
             return
         for graph in self.report.graphs:
@@ -190,7 +190,7 @@ class Witness:
         return self._in_layers.get((span, layer), []) if layer is not None else []
 
     def _nothing(self, kernel: Kernel, span: Span) -> Finding:
-        """What is to be said where the report has nothing about a place."""
+        """The finding where the report has nothing about a place."""
         if span in self._left_alone:
             return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
         if kernel.rule not in self.report.rules:

@@ -10,7 +10,7 @@ from fuseplan.report.lock import Span
 from fuseplan.report.paragraphs import Line, break_paragraphs, cause_lines, where_text
 
 MOST_CAUSES = 5
-"""Causes that are told of one rule, the likeliest first."""
+"""Causes that are shown of one rule, the likeliest first."""
 
 
 def unmet(report: Report, expected: Mapping[str, int]) -> list[list[Line]]:
@@ -51,7 +51,7 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
 
 
 def _nothing(witness: Witness, rule: str, nothing: str) -> str:
-    """What is to be said of a rule where the report names nothing in its way, and has `nothing` (else) of it."""
+    """The text for a rule where the report has no obstacle, and `nothing` (else) of it."""
     policy = witness.policy_off(rule)
     if policy is not None:
         return policy.detail

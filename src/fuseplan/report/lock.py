@@ -79,7 +79,7 @@ class LockSettings:
         tp: ranks of tensor parallelism, up to `MOST_RANKS`; None where the caller made the model.
         layers: another number of layers than the model's own, up to `MOST_LAYERS`.
         costs: where prices come from; nothing but the model is the same on every machine.
-        providers: who may run fused ops; empty: all.
+        providers: those that may run fused ops; empty: all.
         force: what the plan has to apply.
         forbid: what it must not apply.
         allow_rounding_changes: whether kernels may round elsewhere than the graph.
@@ -301,7 +301,7 @@ def parse_span(text: str) -> Span:
 
 
 def contradiction(changes: Mapping[str, tuple[str, str]], other: str) -> str:
-    """What a lock pins and somebody says otherwise, as the end of a sentence.
+    """What contradicts a lock, as the end of a sentence.
 
     Args:
         changes: as `LockSettings.changes` yields them.

@@ -11,7 +11,7 @@ from fuseplan.report.places import places
 from fuseplan.report.text import count_of, entry, enumerate_names, indented
 
 SHOWN = 8
-"""Causes that are told in full; the rest are counted."""
+"""Causes that are shown in full; the rest are counted."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def render_paragraphs(paragraphs: Iterable[Sequence[Line]]) -> RenderableType:
 
 
 def _title(drift: Drift) -> str:
-    """Who was and who is there; one of them where that is the same, at a place with another name."""
+    """The fusion before and after; one of them where both are the same, at a place with another name."""
     kernels = [Kernel.parse(text) for text in dict.fromkeys((drift.before, drift.after)) if text is not None]
     tells_apart = len({(kernel.rule, kernel.provider) for kernel in kernels}) == len(kernels)
     names = [f"{each.rule}{'' if tells_apart else f' ({each.op})'} by {each.provider}" for each in kernels]

@@ -1,4 +1,4 @@
-"""The record on a terminal: what fired, what starved, where and why, on one screen."""
+"""The record on a terminal: applied and starved rules, where and why, on one screen."""
 
 import io
 import re
@@ -84,7 +84,7 @@ def _matches(comparison: Comparison) -> bool:
 
 
 def _by_range(comparison: Comparison, section: Section) -> list[RenderableType]:
-    """A section that counts what a step has. Ranges in which it comes to the same, figures aside, are told once."""
+    """A section that counts what a step has. Ranges with the same result, figures aside, are shown once."""
     found: dict[str, list[tuple[str, list[RenderableType]]]] = {}
     every = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
     for span in every:
@@ -124,7 +124,7 @@ def _far(comparison: Comparison) -> list[RenderableType]:
 
 
 def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
-    """What explains a plan, and nobody has to act on."""
+    """What explains a plan, and needs no action."""
     return [
         ("conflicts", _by_range(comparison, _conflicts)),
         ("uncontested matches", _by_range(comparison, _uncontested)),
@@ -191,7 +191,7 @@ def _saves(span: tuple[int, int] | None, before_ns: int, after_ns: int) -> Text:
 
 
 def _forbidden(comparison: Comparison) -> list[RenderableType]:
-    """Matches that the first policy was told not to apply."""
+    """Matches that are forbidden under the first policy."""
     sources: dict[str, list[str | None]] = {}
     for graph in comparison.reports[0].graphs:
         for rule, site in dict.fromkeys((loss.fusion.rule, loss.fusion.site) for loss in graph.lost if loss.forbidden):
@@ -204,7 +204,7 @@ def _forbidden(comparison: Comparison) -> list[RenderableType]:
 
 
 def _conflicts(comparison: Comparison) -> list[RenderableType]:
-    """One paragraph for each set of places: who wants them, and who gets them under each policy."""
+    """One paragraph for each set of places: the rules that contend for them, and the winner under each policy."""
     contests: dict[tuple[str, tuple[str, ...]], list[tuple[Report, ConflictClass]]] = {}
     reports = [first for first, *_ in alike(comparison.reports)]
     for report in reports:
@@ -246,7 +246,7 @@ def _margin(conflict: ConflictClass) -> str:
 
 
 def _flip(conflict: ConflictClass) -> str:
-    """What the loser's op would have to take, beside what it takes."""
+    """The time at which the loser would win, beside its op's time."""
     if conflict.flips_at_us is None or conflict.lost_us is None:
         return ""
     takes = conflict.flips_at_us + conflict.lost_us
@@ -267,7 +267,7 @@ def _not_worth_it(comparison: Comparison) -> list[RenderableType]:
 
 
 def _uncontested(comparison: Comparison) -> list[RenderableType]:
-    """What every order applies: the matches of a conflicting rule that no other rule wants."""
+    """Matches of a conflicting rule that no other rule contends for."""
     ordered = [report for report in comparison.reports if report.order]
     if not any(report.conflicts for report in ordered):
         return []
@@ -283,7 +283,7 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
 
 
 def _assumed(comparison: Comparison) -> list[RenderableType]:
-    """What the first policy applies and nobody has priced."""
+    """What the first policy applies without a known price."""
     lines: list[RenderableType] = []
     for (rule, provider), fusions in comparison.reports[0].assumed.items():
         where = places(fusion.source for fusion in fusions)
@@ -295,7 +295,7 @@ def _assumed(comparison: Comparison) -> list[RenderableType]:
 
 
 def _pending(comparison: Comparison) -> list[RenderableType]:
-    """What a compilation applied and ranks haven't verified yet."""
+    """Applied fusions that ranks haven't verified yet."""
     pending = [each for report in comparison.reports for graph in report.graphs for each in graph.pending]
     kernels = dict.fromkeys(f"{each.provider}'s {each.op}" for each in pending)
     return [entry("pending", f"{kernel}: all ranks verify it together before the first run") for kernel in kernels]

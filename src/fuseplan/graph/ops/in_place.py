@@ -8,7 +8,7 @@ from fuseplan.errors import RuleError
 
 
 def parameters_of(schema: str) -> list[str]:
-    """The arguments as they stand in a schema: `Tensor x`, `float eps`."""
+    """The arguments as in a schema: `Tensor x`, `float eps`."""
     return schema[1 : schema.index(")")].split(", ")
 
 

@@ -85,7 +85,7 @@ def _after(owner: type, name: str, then: Callable[[Any], None]) -> None:
 
 def adopt(config: Any) -> None:
     """Notes in a `VllmConfig` that fuseplan is asked for, and under which configuration. What this vLLM doesn't have is
-    told in one line, and the engine starts without fuseplan.
+    logged in one line, and the engine starts without fuseplan.
 
     Raises:
         ConfigError: that configuration can't be served.

@@ -122,7 +122,7 @@ def nothing(why: str) -> str:
 
 
 def numbers(version: str) -> tuple[int, int] | None:
-    """Major and minor version, or None of a build that doesn't tell."""
+    """Major and minor version, or None of a build without one."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or ("dev" in version and (int(found[1]), int(found[2])) == SOURCE_BUILD):
         return None

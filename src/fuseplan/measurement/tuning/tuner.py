@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a watcher is told before something takes its time.
+    """What a watcher gets before something that takes a while.
 
     Attributes:
         site: the signature of a component's sites.
@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Unclear:
-    """An alternative whose repeats don't tell it from the component without fusions.
+    """An alternative that the repeats can't distinguish from the component without fusions.
 
     Attributes:
         site: the signature of the component's sites.
@@ -83,7 +83,7 @@ class Tuner:
         origin: of the rows.
         repeats: at least `clock.LEAST_REPEATS`.
         save: is handed the rows of each class as soon as they are all there.
-        watch: is told what is being done.
+        watch: called with what is being done.
         saved: the rows of all classes that are done.
         skipped: what isn't measured.
         unclear: what is measured, and could be faster than the component without fusions or slower.

@@ -16,7 +16,7 @@ class Work:
 
     Attributes:
         signature: of its sites, under which the table has it.
-        problem: the problem of the graph of the component that stands for the class.
+        problem: that of the graph of the component that represents the class.
         span: first and last number of tokens of the range.
         places: ordinals of the component's sites.
         alternatives: candidates by name, `unfused` without any among them.

@@ -132,7 +132,7 @@ class CostModel:
         """The kernels of `fused_ns`.
 
         It is priced as its timing says. A provider without one is taken to be one kernel, which is no more than an
-        assumption: the model can say what one would take, and not that somebody's op is one.
+        assumption: the model knows the price of one kernel, but not whether a user's op is one.
         """
         timing = self.timing(provider)
         if timing.eager:
@@ -155,7 +155,7 @@ class CostModel:
         return min(one_shot, (self._two_shot(name, region, peers, local),), key=total_ns)
 
     def timing(self, provider: str) -> Timing:
-        """How a provider's kernels are priced: one of which nobody has said it as one kernel."""
+        """How a provider's kernels are priced: without a declaration as one kernel."""
         return self.timings.get(provider, ONE_KERNEL)
 
     def _eager(self, region: Region) -> tuple[Kernel, ...]:
