@@ -46,8 +46,8 @@ class Provider:
         available: a function that returns None, or why the provider can't run on this machine; None: its package is
             all that it needs.
         untested: on what its kernels have not been run, for a person; None where they have been.
-        uuid: of a user's provider: what distinguishes its kernels and checks from former ones, or a function that returns
-            it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
+        uuid: of a user's provider: what distinguishes its kernels and checks from former ones, or a function that
+            returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
             graphs are not cached.
     """
 
@@ -169,8 +169,8 @@ def provider_of(
             sizes and no data, that returns microseconds. None: not declared; the ops aren't applied before they
             were measured, unless they are forced or the policy is `ordered`. A `Timing` prices ops that fuseplan has
             kernels for; another op it prices as `KernelCost()`.
-        uuid: what distinguishes the kernels and the check from former ones, such as a version or a hash of their source,
-            or a function that returns it. Without it graphs are compiled, and kernels verified, again at every start.
+        uuid: what distinguishes the kernels and the check from former ones, such as a version or a hash of their
+            source, or a function that returns it. Without it graphs are compiled, and kernels verified, again at every start.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
