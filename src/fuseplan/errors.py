@@ -40,7 +40,7 @@ class UnsupportedError(FuseplanError, RuntimeError):
 
 
 class CollectiveError(FuseplanError, RuntimeError):
-    """A kernel in which ranks meet that can't be run, or that gave up waiting for a rank."""
+    """A collective kernel that can't be run, or that gave up waiting for a rank."""
 
 
 class VerificationError(FuseplanError, AssertionError):

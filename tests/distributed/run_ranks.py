@@ -179,7 +179,7 @@ PROVIDERS = {kernel.__name__: provider_of(kernel.__name__, {OP: kernel}, cost=0.
 
 
 def verified() -> dict[str, Any]:
-    """What comes of kernels in which ranks meet, verified by each rank alone and by both in lock step."""
+    """Collective kernels, verified by each rank alone and by both in lock step."""
     plays_both = dataclasses.replace(provider_of("plays_both", {OP: doubles}, cost=0.0), runs_alone=True)
     providers = [PROVIDERS["sums"], PROVIDERS["doubles"], plays_both]
     (gm,) = capture(model, inputs(3), {}, dynamic=True).graphs
@@ -201,7 +201,7 @@ def only(provider: str, **changes: Any) -> fuseplan.PassConfig:
 
 
 def met_before_the_first_run() -> dict[str, Any]:
-    """What comes of kernels in which ranks meet under `fuseplan.compile`."""
+    """Collective kernels under `fuseplan.compile`."""
     results: dict[str, Any] = {}
     cache("met")
     results["met"] = run(only("sums"), providers=[PROVIDERS["sums"]])

@@ -104,11 +104,11 @@ def silu_and_mul(change: Callable[[Tensor, Tensor], Any]) -> list[NearMiss]:
 
 SILUS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Reason, str]] = {
     "read twice": (lambda g, u: ((a := F.silu(g)) * u, a.exp()), Reason.USERS, "also read by aten.exp.default"),
-    "returned": (lambda g, u: ((a := F.silu(g)) * u, a), Reason.USERS, "what SiLU yields is returned"),
+    "returned": (lambda g, u: ((a := F.silu(g)) * u, a), Reason.USERS, "SiLU's result is returned"),
     "float32": (lambda g, u: (F.silu(g) * u.float(),), Reason.DTYPE, "gate, up and result are bfloat16, float32"),
     "broadcast": (lambda g, u: (F.silu(g) * u[:1],), Reason.SIZE, "multiplied by another shape"),
     "quick GELU": (lambda g, u: (g * torch.sigmoid(1.702 * g) * u,), Reason.OP, "is scaled by 1.702"),
-    "alone": (lambda g, u: (F.silu(g), u), Reason.OP, "what SiLU yields isn't multiplied"),
+    "alone": (lambda g, u: (F.silu(g), u), Reason.OP, "SiLU's result isn't multiplied"),
 }  # fmt: skip
 
 

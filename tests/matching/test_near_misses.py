@@ -186,7 +186,7 @@ def test_a_quantisation_of_another_kind() -> None:
         return (llama(x, None, w)[0].float() / s).clamp(-240.0, 240.0).to(torch.float8_e4m3fn)
 
     (row,) = near_misses(model, X, W, torch.tensor([0.02]))
-    assert row.detail == "fp8 quantisation not recognised: what is cast isn't clamped to +-448"
+    assert row.detail == "fp8 quantisation not recognised: the value cast isn't clamped to +-448"
 
 
 def test_a_norm_over_another_dimension(one_rank: str) -> None:

@@ -203,7 +203,7 @@ def source_digest() -> str:
 
 
 def config_key(config: PassConfig) -> str:
-    """A configuration by content: what is forced and forbidden has no order, and files count by what is in them."""
+    """A configuration by content: selectors have no order, and files count by what is in them."""
     plain = replace(config, force=(), forbid=(), cost_table=None, plan=None)
     return content_of([plain, set(config.force), set(config.forbid)]).digest
 

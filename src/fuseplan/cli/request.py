@@ -76,7 +76,7 @@ def compared(
 
 
 def check_selectors(texts: Sequence[str]) -> None:
-    """Refuses selectors of what is forced or forbidden that select nothing in any graph.
+    """Refuses selectors of --force and --forbid that select nothing in any graph.
 
     Raises:
         ConfigError: one is malformed, or names an unknown rule.

@@ -84,9 +84,9 @@ def graph_report(
     Args:
         name: of the graph.
         span: first and last number of tokens, None where they aren't limited.
-        config: what was asked for.
+        config: its settings.
         analysis: of the graph.
-        decision: what is applied.
+        decision: the fusions that are applied.
         rules: names of the rules and passes that are on.
         ineffective_flags: flags that no rule answers to.
         device: that it was priced for.
@@ -316,7 +316,7 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
 
     Args:
         policy: what chose.
-        config: what was asked for; what is forced concerns plans alone.
+        config: its settings; forcing only concerns plans.
         rules: that were on.
         graphs: one record each.
     """

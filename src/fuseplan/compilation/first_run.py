@@ -72,7 +72,7 @@ class AgreedGraph:
     def _planned_apart(self, verdict: Verdict) -> Runnable:
         try:
             return self._apart(verdict.reason or "")
-        except FuseplanError:  # e.g. what is forced needs such memory
+        except FuseplanError:  # e.g. a forced fusion needs such memory
             return self._unfused()
 
 

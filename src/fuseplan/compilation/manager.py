@@ -68,7 +68,7 @@ from fuseplan.verification import Verifier
 ReportCallback = Callable[[Report], None]
 DEFAULT_SPAN = CompileRange(start=1, end=8192)
 """Sizes that a graph of any size is priced for: decoding one token to a prefill of vLLM's `max_num_batched_tokens`.
-What is applied has to serve larger sizes too."""
+Applied fusions have to serve larger sizes too."""
 
 
 class PostGradPassManager(Keyed):

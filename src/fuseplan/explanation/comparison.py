@@ -90,7 +90,7 @@ def _check_force(config: PassConfig, policies: Sequence[Policy]) -> None:
 
 
 def _concerned(config: PassConfig, policies: Sequence[Policy]) -> Policy | None:
-    """The first policy that what is forced, or else what is forbidden, has an influence on."""
+    """The first policy that forcing, or else forbidding, affects."""
     names = ("planned",) if config.force else ("planned", "ordered") if config.forbid else ()
     return next((policy for policy in policies if policy.name in names), None)
 

@@ -40,7 +40,7 @@ def greedy(
         among: the only candidates to take; None: all.
 
     Raises:
-        PlanError: what is forced rules itself out.
+        PlanError: forced fusions rule each other out.
     """
     (whole,) = isolate(program, [tuple(range(len(program.names)))])
     packing = contract(whole)

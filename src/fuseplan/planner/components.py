@@ -50,7 +50,7 @@ class Component:
 def components(program: IntegerProgram, cuts: Iterable[Sequence[int]] = ()) -> list[tuple[int, ...]]:
     """The sets of candidates that constraints tie together, each in ascending order, by smallest member.
 
-    What is forced or forbidden has no influence, so that a component measured as a whole remains one.
+    Forcing and forbidding have no influence, so that a component measured as a whole remains one.
 
     Args:
         program: the candidates and their constraints.

@@ -7,7 +7,7 @@ from fuseplan.errors import PlanError
 from fuseplan.planner.program import IntegerProgram
 
 Groups = Sequence[tuple[str, frozenset[int]]]
-"""Selectors of what is forced, each with the candidates at one place of which one has to be applied."""
+"""Forcing selectors, each with the candidates at one place of which one has to be applied."""
 
 ADVICE = "drop one of them, or narrow it down to other places, as RULE@PLACE"
 
@@ -42,7 +42,7 @@ def contradiction(program: IntegerProgram, groups: Groups, sources: Sequence[str
 
     Args:
         program: the problem.
-        groups: what is forced, without what is forbidden.
+        groups: of forced candidates, without forbidden ones.
         sources: the place of each candidate.
     """
     pairs: dict[tuple[str, ...], list[str | None]] = {}

@@ -131,7 +131,7 @@ def decide_planned(problem: Problem, solver: Solver) -> Decision:
     """The best legal selection, and for each other candidate what it lost.
 
     Raises:
-        PlanError: what is forced can't be applied.
+        PlanError: a forced fusion can't be applied.
     """
     start = time.perf_counter_ns()
     try:

@@ -24,12 +24,12 @@ def ineffective_requests(
     A rule that lost to another fusion did have an effect: the report has it among the conflicts.
 
     Args:
-        config: what was asked for.
+        config: its settings.
         ineffective_flags: flags that no rule answers to.
         rules: those that are on, by name.
         matches: of the graph.
         problem: its problem.
-        decision: what is applied.
+        decision: the fusions that are applied.
     """
     for flag in ineffective_flags:
         if getattr(config, flag) is True:

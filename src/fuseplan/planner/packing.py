@@ -155,7 +155,7 @@ class State:
 
 
 def contract(component: Component) -> Packing | None:
-    """The packing problem of a component, or None if what is forced rules itself out."""
+    """The packing problem of a component, or None if forced candidates rule each other out."""
     size = len(component.savings)
     places = size if size <= MAX_PLACES else 0
     scale = (size + 1) << places

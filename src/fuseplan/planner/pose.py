@@ -32,8 +32,8 @@ class Problem:
         priced: their prices.
         pricing: what made them, for a look at the rows behind them.
         sites: the signature of every site, in graph order.
-        ineffective: selectors of what is forced or forbidden that select nothing in this graph.
-        forced: selectors of what is forced, with what is open to each of them at each place.
+        ineffective: selectors that select nothing in this graph.
+        forced: forcing selectors, each with its open candidates at each place.
         failed: candidates that failed verification, or need one that did, and why.
         unpriced: candidates that a plan doesn't apply since no price is known for them and they aren't forced.
         unmet: candidates that lack what their rule requires, and what that is.
@@ -53,11 +53,11 @@ class Problem:
 
     @property
     def ruled_out(self) -> frozenset[int]:
-        """What no policy applies: what is forbidden, has failed or lacks what it requires."""
+        """Candidates that no policy applies: forbidden, failed or without one that they require."""
         return (self.program.forbidden - self.unpriced) | self.failed.keys()
 
     def without(self, failed: Mapping[int, str]) -> "Problem":
-        """The same problem without candidates that failed verification, and without what needs them. What is forced
+        """The same problem without candidates that failed verification, and those that need them. Forcing
         comes after what is right: a place where all that is forced has failed is open again.
         """
         reasons = {**self.failed, **failed}
@@ -239,7 +239,7 @@ def _needs(candidate: Candidate) -> str:
 def _check_open(
     groups: Groups, forbidden: frozenset[int], forbid: Sequence[str], candidates: Sequence[Candidate]
 ) -> None:
-    """Refuses what is forced and leaves nothing open, since it is forbidden."""
+    """Refuses forcing selectors all of whose candidates are forbidden."""
     ruled_out: dict[str, set[int]] = {}
     for text, group in groups:
         if group <= forbidden:
@@ -260,7 +260,7 @@ SELECTOR_FORM = "RULE[@PLACE | #SITE][:PROVIDER], e.g. act_padding, act_padding@
 
 
 def check_selector(text: str, rules: Sequence[str]) -> None:
-    """Refuses a selector of what is forced or forbidden.
+    """Refuses an invalid selector.
 
     Args:
         text: `RULE`, `RULE@PLACE` with a pattern of module paths, or `RULE#SITE`, each with `:PROVIDER` or without.

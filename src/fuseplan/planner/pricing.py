@@ -93,7 +93,7 @@ def places_of(component: Sequence[int], candidates: Sequence[Candidate]) -> list
 
 
 def row_key(signature: str, alternative: str) -> str:
-    """The key of a row in a cost table: a component's sites, and what is applied there."""
+    """The key of a row in a cost table: a component's sites, and the fusions applied there."""
     return f"{signature}: {alternative}"
 
 

@@ -54,7 +54,7 @@ class Solver:
             find_cycles: of a selection that is legal otherwise; None: there can be none.
 
         Raises:
-            PlanError: what is forced rules itself out.
+            PlanError: forced fusions rule each other out.
         """
         cuts: list[tuple[int, ...]] = []
         nodes = 0

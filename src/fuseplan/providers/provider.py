@@ -38,7 +38,7 @@ class Provider:
         implements: the fused ops, by name, that fuseplan runs by it.
         prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
             does not call yet: they are candidates where a plan is only explained.
-        runs_alone: whether ranks meet in fuseplan's own workspaces: one rank alone can try such kernels, in
+        runs_alone: whether collective kernels use fuseplan's own workspaces: one rank can run those by itself, in
             `distributed.workspace.loopback`. Others are verified by all ranks of a group together, before the first
             run.
         timing: how the cost model prices its kernels; None: it doesn't know them, and offers without a cost are no more
@@ -170,7 +170,7 @@ def provider_of(
             were measured, unless they are forced or the policy is `ordered`. A `Timing` prices ops that fuseplan has
             kernels for; another op it prices as `KernelCost()`.
         uuid: what distinguishes the kernels and the check from former ones, such as a version or a hash of their
-            source, or a function that returns it. Without it graphs are compiled, and kernels verified, again at every start.
+            source, or a function that returns it. Without it graphs are compiled, and kernels verified, at every start.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
@@ -217,7 +217,7 @@ def _conventions(given: Iterable[str]) -> frozenset[str]:
 
 
 def without_shared_memory(providers: Iterable[Provider], why: str) -> list[Provider]:
-    """The same without the kernels whose ranks meet in fuseplan's own workspaces; `why` is said of those.
+    """The same without the collective kernels that use fuseplan's own workspaces; `why` is the reason.
 
     Args:
         providers: any.

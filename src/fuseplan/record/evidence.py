@@ -72,7 +72,7 @@ class CostRow:
     Attributes:
         site: the class: the ops of a component's places, their widths, dtype and rounding.
         places: how many components of a step are of this class, in one graph and range.
-        alternative: `unfused`, or what is applied: rule, fused op, provider.
+        alternative: `unfused`, or the applied fusion: rule, fused op, provider.
         tokens: the size.
         time_ns: of all ops of the class, those included that the alternative leaves unfused.
         spread_ns: the interquartile range; 0 where modelled.

@@ -1,5 +1,5 @@
-"""A plan: what is applied to one graph in one compile range, what is not and why, and the proof that nothing better is
-legal. Saved as JSON, compared, replayed.
+"""A plan: the fusions applied to one graph in one compile range, the others and why not, and the proof that none is
+better. Saved as JSON, compared, replayed.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is applied to one graph.
+    """The fusions applied to one graph.
 
     Attributes:
         graph: its name in the report.
@@ -105,12 +105,12 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """sha256 of what is applied where by rule, op, provider, shape and place; no node names and no prices."""
+        """sha256 of the applied fusions by rule, op, provider, shape and place; no node names and no prices."""
         return choice_digest(self.sites, [(each.name, each.signature) for each in self.selected])
 
 
 def choice_digest(sites: Sequence[str], chosen: Sequence[tuple[str, str]]) -> str:
-    """sha256 of the sites of a graph, and of names and signatures of what is applied there."""
+    """sha256 of the sites of a graph, and of names and signatures of the fusions there."""
     return hashlib.sha256(json.dumps([sites, chosen]).encode()).hexdigest()
 
 

@@ -24,8 +24,8 @@ class Verdict:
 
     Attributes:
         path: of the lock, as the user named it.
-        lock: what the file has after the check.
-        found: what the model has.
+        lock: the file's content after the check.
+        found: the model's fusions.
         drifts: the differences between the former lock and the model.
         resettled: settings that were changed, with their texts before and after.
         breaks: graph breaks met while tracing, one line each.

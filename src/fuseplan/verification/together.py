@@ -1,4 +1,4 @@
-"""Kernels in which ranks meet, verified by all of them together: nobody enters one before all are about to."""
+"""Collective kernels, verified by all ranks together: none enters one before all are about to."""
 
 import json
 import time

@@ -228,7 +228,7 @@ def define(
         samples: arguments, for tests and verification.
         error_factor: how much more a kernel may be off than the reference is.
         fused: whether it replaces several others.
-        collective: whether ranks meet in it.
+        collective: whether all ranks of a group have to run it.
         draws: how random values for an argument are drawn, by its name, where normal ones won't do: a scale that has to
             be positive, say.
         writes: the arguments that kernels write to; `reference` and `fake` write to none, and yield last what these
