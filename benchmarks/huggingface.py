@@ -6,7 +6,7 @@ Each model of `examples/configs` is explained at full size by the command, whose
 Compilations are of the same architectures, cut to a few narrow layers, where the share of whatever fuseplan does once
 is largest. Each starts with empty caches and generates its code anew in this process; plain ones and fuseplan's take
 turns, and who begins changes with each turn. What is compared is CPU time, which others who share the machine disturb
-less than time on the clock: of all of a compilation, and of fuseplan's code in it, which is told exactly. The C++
+less than time on the clock: of all of a compilation, and of fuseplan's code in it, which is measured directly. The C++
 compiler runs in the first compilations alone, which aren't counted: it takes most of the time of a cold one, and would
 make the overhead look smaller.
 """

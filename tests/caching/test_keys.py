@@ -207,7 +207,7 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
 }  # fmt: skip
 OF_NO_CONSEQUENCE = {
     "config": "its own test",
-    "on_report": "who is told",
+    "on_report": "who gets the report",
     "solver": "remembers answers, which are the same anew",
 }
 

@@ -96,7 +96,7 @@ def no_memory_on_the_last() -> tuple[str | None, str | None]:
 
 
 def the_last_is_late() -> tuple[str | None, str | None]:
-    """It comes after the others have given up, and is told what they were; then all of them come once more."""
+    """It comes after the others have given up, and gets their results; then all of them come once more."""
     group = dist.new_group(timeout=datetime.timedelta(seconds=0.5)).group_name
     dist.barrier()
     if RANK == LAST:

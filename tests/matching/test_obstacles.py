@@ -29,7 +29,7 @@ class Obstacle:
         line: the file of the line that is to blame; empty: the model's own.
         config: under which it is one.
         providers: who may run fused ops; empty: all.
-        layers: that the model needs for it: what is dead is told by what other layers have.
+        layers: that the model needs for it: dead ops are found by comparison with other layers.
         at_norm: whether it is planted in the norm's module, and not in the module whose result is reduced.
         hint: what the row advises; None where nothing that leaves the model's result alone is known.
     """

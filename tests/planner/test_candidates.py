@@ -355,7 +355,7 @@ def test_cycles_are_found_in_the_canonical_graph_and_with_others_in_the_original
     assert given.find_cycles([0]) == []
     assert given.find_cycles([0, 1]) == [(0, 1)]
     assert given.find_cycles([1, 2]) == []
-    # A cycle of rules' matches is told once.
+    # A cycle of rules' matches is reported once.
     assert given.find_cycles([0, 1, 2]) == [(0, 1)]
 
 

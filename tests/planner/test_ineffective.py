@@ -1,4 +1,4 @@
-"""What was asked for and does nothing in a graph is told, with the reason."""
+"""Flags and selectors without effect in a graph are reported, with the reason."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +32,7 @@ def ineffective(
     return [(refusal.rule, refusal.detail) for refusal in refusals]
 
 
-def test_flags_that_no_rule_answers_to_are_told() -> None:
+def test_flags_that_no_rule_answers_to_are_reported() -> None:
     given = problem_of(providers=TORCH)
     flag = "enable_qk_norm_rope_fusion"
     expected = [(None, f"{flag}=True has no effect: none of the rules handed over answers to it")]

@@ -47,7 +47,7 @@ class Identity:
 
     def key(self, **further: Any) -> str | None:
         """The `fingerprint` of all of it and of `further`; None where something of a user's has no `uuid()`, which is
-        told once.
+        logged once.
         """
         contents = (*self.unordered, *self.ordered)
         unordered, ordered = ([each.key for each in part] for part in (self.unordered, self.ordered))

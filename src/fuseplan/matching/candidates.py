@@ -303,9 +303,9 @@ def _offered(
             )  # fmt: skip
         else:
             computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
-            told = [] if fits else [_rounds(computed, rounding)]
-            told += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
-            detail = f"{provider.name}'s {rule.op.name} {'; it '.join(told)}"
+            differences = [] if fits else [_rounds(computed, rounding)]
+            differences += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
+            detail = f"{provider.name}'s {rule.op.name} {'; it '.join(differences)}"
             declined.append(
                 _refusal(
                     match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,

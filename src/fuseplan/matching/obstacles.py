@@ -25,7 +25,7 @@ from fuseplan.rules.parts.views import MOVERS
 
 @dataclass(frozen=True, kw_only=True)
 class Obstruction:
-    """What is told of obstacles.
+    """What is reported of obstacles.
 
     Attributes:
         node: the first of them to blame.

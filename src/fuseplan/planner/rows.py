@@ -138,7 +138,7 @@ def _environment(sizes: Iterable[Any]) -> Any:
 
 
 def _upper(environment: Any, expression: Any) -> float:
-    """The upper end of an expression's range: what Dynamo guards, or was told by `mark_dynamic(..., max=)`."""
+    """The upper end of an expression's range: Dynamo's guard, or the bound given to `mark_dynamic(..., max=)`."""
     upper: Any = ShapeEnv.bound_sympy(environment, expression).upper if environment is not None else math.inf
     return int(upper) if getattr(upper, "is_Integer", isinstance(upper, int)) else math.inf
 

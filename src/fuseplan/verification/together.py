@@ -104,7 +104,7 @@ class _ApartError(Exception):
 
 
 class _Steps:
-    """The steps of one verification on this rank: what goes wrong in one is told at the next meeting, and no rank goes
+    """The steps of one verification on this rank: an error in one is reported at the next meeting, and no rank goes
     on after it.
     """
 

@@ -102,7 +102,7 @@ def test_what_else_it_is_multiplied_by_stays_outside(reader: str) -> None:
 
 
 def test_a_weight_that_is_there_is_not_left_outside() -> None:
-    """What stands between the two, or also reads the first, is what is told."""
+    """What stands between the two, or also reads the first, is what is reported."""
 
     def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         y = unweighted(x)
