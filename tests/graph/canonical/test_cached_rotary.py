@@ -193,7 +193,7 @@ WAYS: dict[str, tuple[Layer, Reason, str]] = {
     "keys alone": (keys_alone, Reason.OP, "no values are written at the positions of the keys"),
     "keys are read too": (keys_read_too, Reason.USERS, "the rotated key is also read by"),
     "other angles": (queries_of_other_angles, Reason.OP, "no queries are rotated by the angles of the keys"),
-    "values depend on cached keys": (values_of_cached_keys, Reason.CYCLE, "depends on what is cached"),
+    "values depend on cached keys": (values_of_cached_keys, Reason.CYCLE, "depend on the cache"),
     "partial": (layer(rotate=partial(hugging_face, rotated=8)), Reason.ATTRIBUTE, "8 of a head's 16 dimensions"),
     "interleaved": (
         layer(rotate=partial(hugging_face, turn=rotate_pairs)), Reason.ATTRIBUTE, "it rotates neighbours against",
