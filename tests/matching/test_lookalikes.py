@@ -147,7 +147,7 @@ QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | No
     ),
     "factor": (
         lambda y: (y.float() * S).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.OP,
-        "multiplied by something else than 1 / scale", None,
+        "isn't multiplied by 1 / scale", None,
     ),
     "another limit": (dynamic(lambda y: (amax(y) / 240.0).clamp(min=1e-9)), Reason.OP, "isn't divided by 448", None),
     "whole tensor": (

@@ -154,7 +154,7 @@ def test_what_it_replaces_has_to_be_known_too() -> None:
 
     report = explain(0.0, rules=[SortedNorm()], function=function)
     assert (report.matched["gated_norm"], report.fused["gated_norm"]) == (1, 0)
-    assert "is declared, and what it replaces isn't known" in report.warnings[0].detail
+    assert "is declared, that of the unfused ops isn't known" in report.warnings[0].detail
 
 
 def test_somebodys_kernel_of_a_built_in_op_is_not_taken_for_fuseplans() -> None:

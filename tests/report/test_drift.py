@@ -294,7 +294,7 @@ LOCKED = fusion("allreduce_rms", PLACE, op="all_reduce_fused_add_rms_norm", prov
     [
         (
             "all_reduce_rms_norm", {}, AbsenceKind.CHANGED,
-            "what matches there now is all_reduce_rms_norm, and no longer all_reduce_fused_add_rms_norm",
+            "all_reduce_rms_norm matches there now, and no longer all_reduce_fused_add_rms_norm",
         ),
         (
             "all_reduce_fused_add_rms_norm", {}, AbsenceKind.OFF,

@@ -50,7 +50,7 @@ def check_told(records: Records, api: PrivateApi) -> None:
     (record,) = records
     assert record.levelno == logging.WARNING
     text = record.getMessage()
-    assert f"lacks what it needs: {api.module}.{api.attributes[0]}" in text
+    assert f"lacks interfaces that fuseplan needs: {api.module}.{api.attributes[0]}" in text
     assert " is gone" in text
     assert text.endswith("; vLLM runs without it")
 
