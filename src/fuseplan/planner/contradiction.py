@@ -38,10 +38,10 @@ class ContradictionError(PlanError):
 
 
 def contradiction(program: IntegerProgram, groups: Groups, sources: Sequence[str | None]) -> ContradictionError:
-    """Of a problem whose forced candidates can't all be applied.
+    """The error for forced candidates that can't all be applied.
 
     Args:
-        program: the problem.
+        program: of the graph.
         groups: of forced candidates, without forbidden ones.
         sources: the place of each candidate.
     """

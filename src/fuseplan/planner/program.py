@@ -1,4 +1,4 @@
-"""What the solver is asked, and what it answers: integers and sets, no graph."""
+"""The solver's input and output: an integer program, selections and solutions, without a graph."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ if there are any. Whatever holds all candidates of one of them is cyclic too.
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerProgram:
-    """Maximise the saving of the candidates selected.
+    """Maximise the saving of the selected candidates, as a 0-1 integer program.
 
     A candidate is known by its index. Of selections that save the same the one with fewer candidates is preferred, then
     the one that comes first when both are written in ascending order.
@@ -50,7 +50,7 @@ class IntegerProgram:
         )
 
     def saving(self, selected: Collection[int]) -> int:
-        """What a selection saves, in ns. What was never measured together counts nothing: see `unmeasured`."""
+        """The saving of a selection, in ns. Parts that were never measured together count 0: see `unmeasured`."""
         chosen = set(selected)
         total = 0
         for members, savings in self.alternatives.items():
@@ -66,13 +66,13 @@ class IntegerProgram:
         return frozenset().union(*(part for part, savings in parts if part and part not in savings))
 
     def uncoupled(self, selected: Collection[int]) -> frozenset[int]:
-        """Of a selection those that may not be in it: what they require isn't, or what they belong together with."""
+        """Those of a selection that may not be in it, since a candidate that they need isn't."""
         chosen = set(selected)
         lone = {i for i, j in self.requires if i in chosen and j not in chosen}
         return frozenset(lone.union(*(group & chosen for group in self.together if not group <= chosen)))
 
     def units(self, selected: Sequence[int]) -> list[tuple[int, ...]]:
-        """A selection in parts that are applied together or not at all, by what they require and belong together with.
+        """A selection in parts that are applied together or not at all, by their couplings.
 
         Args:
             selected: in the order that the parts have by their first candidates.
@@ -115,7 +115,7 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """A legal selection that nothing is claimed of.
+    """A legal selection, without a bound.
 
     Attributes:
         selected: in ascending order.
