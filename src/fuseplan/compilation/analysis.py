@@ -49,8 +49,8 @@ class Analysis:
     Attributes:
         canonical: the raised copy.
         matches: every candidate and refusal.
-        near_misses: what rules failed at beside the refusals of `matches`.
-        external: what other people's passes match.
+        near_misses: refusals beside those of `matches`.
+        external: matches of other people's passes.
         problem: the problem.
         rules: the rules that were on, by name.
         stages_ns: time of each stage so far.
@@ -92,7 +92,7 @@ def graph_report(
         device: that it was priced for.
         rewritten: whether the graph was changed.
         further: refusals beside those of the analysis.
-        verified: what was checked before it was applied, and what all ranks check before the first run.
+        verified: checks before fusions were applied, and those of all ranks before the first run.
     """
     canonical, problem = analysis.canonical, analysis.problem
     refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
@@ -232,7 +232,7 @@ def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
 
 
 def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
-    """What a plan doesn't apply since no price is known for it: once for its kernel, and once for every place."""
+    """Fusions that a plan doesn't apply since no price is known: once for the kernel, and once for every place."""
     if decision.solution is None:
         return []
     places, kernels = list[Refusal](), dict[Refusal, None]()
@@ -315,7 +315,7 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
     """The record of all graphs under one policy.
 
     Args:
-        policy: what chose.
+        policy: which one chose.
         config: its settings; forcing only concerns plans.
         rules: that were on.
         graphs: one record each.

@@ -35,8 +35,8 @@ class Dispatch:
     loaded from a pickle, ask it to compile their own forward.
 
     Args:
-        branches: what compiles for each range.
-        otherwise: what compiles for calls that lie in no range.
+        branches: the compiler for each range.
+        otherwise: the compiler for calls outside all ranges.
         warn: called with those.
     """
 

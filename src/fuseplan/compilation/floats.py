@@ -31,7 +31,7 @@ class _Float:
     """An input of a graph of Dynamo's.
 
     Attributes:
-        symbol: what Dynamo calls the float; the same in every try at a frame.
+        symbol: Dynamo's name of the float; the same in every try at a frame.
         place: the frame, and where in it the float comes from.
         value: of this call.
     """

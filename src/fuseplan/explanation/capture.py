@@ -217,7 +217,7 @@ _DYNAMO_SAYS = {
     "generic_jump": "a branch on the value of a tensor",
     "step_unsupported": "a call in which the graph breaks",
 }
-"""What it has no words for, in its source's words."""
+"""For everything else, the text of its source."""
 
 
 def _first_line(text: str) -> str:

@@ -43,7 +43,7 @@ def compare(
         tp: ranks of tensor parallelism.
         ranges: the compile ranges.
         device: the profile whose providers are taken as present.
-        policies: what to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
+        policies: those to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
         config: flags; its policy and ranges aren't used.
         build_ns: how long the model took to build.
         providers: those that may run fused ops.
@@ -96,7 +96,7 @@ def _concerned(config: PassConfig, policies: Sequence[Policy]) -> Policy | None:
 
 
 def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: DeviceProfile) -> Iterator[str]:
-    """What the figures don't show: how they were priced, and which kernels this version prices without running them."""
+    """Notes on the figures: how they were priced, and which kernels this version prices without running them."""
     plans = [graph.plan for report in reports for graph in report.graphs if graph.plan is not None]
     sources = sorted({source for plan in plans for source in plan.prices}) or ["modelled"]
     yield f"costs are {' and '.join(sources)} for {device.name}"

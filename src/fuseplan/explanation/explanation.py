@@ -162,7 +162,7 @@ class Explanation:
         return free.report(policy)
 
     def evidence(self, policies: Sequence[Policy]) -> Evidence:
-        """What a reader of reports under these policies can look up."""
+        """The evidence for reports under these policies."""
         sized = [(size, self._entries(self._alone, CompileRange(start=size, end=size))) for size in self._sizes]
         hardware = self._shared.prices.model.hardware
         return Evidence(

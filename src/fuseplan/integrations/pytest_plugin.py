@@ -114,7 +114,7 @@ def _assert_fusions() -> Callable[..., "Report"]:
 
 
 class FusionLockFixture(Protocol):
-    """What the fixture `fusion_lock` is."""
+    """The type of the fixture `fusion_lock`."""
 
     def __call__(
         self,
@@ -197,7 +197,7 @@ def _compared(
         model: a module or function.
         inputs: its arguments.
         name: of the lock among several of the test.
-        asked: what else `explain` takes.
+        asked: further arguments of `explain`.
     """
     __tracebackhide__ = True
     from fuseplan.config import PassConfig
@@ -281,7 +281,7 @@ def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
 
 
 def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig | None", **asked: Any) -> "Report":
-    """What `fuseplan.explain` says at modelled costs."""
+    """The report of `fuseplan.explain` at modelled costs."""
     __tracebackhide__ = True
     from fuseplan.compatibility import require_supported_torch
 

@@ -69,7 +69,7 @@ def _counts(value: Any) -> Sequence[int]:
 
 
 def plan_note(config: Any) -> str | None:
-    """What a reader has to know of how `shard` splits a model by its own plan: None where that is its `tp_plan`.
+    """A note on how `shard` splits a model by its own plan: None where that is its `tp_plan`.
 
     A model whose `tp_plan` names no module of a layer, and whose `ep_plan` says how to split its experts, such as
     GPT-OSS, is split by that too; one without the latter has its embedding split alone.

@@ -26,7 +26,7 @@ from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
 
 REPEAT_NS = 20_000_000
-"""What a repeat lasts at least: a step has hundreds of kernels, and its time moves more than that of one."""
+"""The least duration of a repeat: a step has hundreds of kernels, and its time moves more than that of one."""
 
 MOST_COMPILED = 64
 """Of one function: each policy is a compilation of it, and beyond torch's own limit it would be run without any."""
@@ -71,7 +71,7 @@ def bench(
         repeats: of each time, at least 5.
         steps: in one repeat; None: as many as last long enough for the clock.
         ranks: those of a tensor-parallel group, all of which run the same and the slowest of which counts.
-        notes: what a reader has to know of the workload.
+        notes: caveats about the workload.
         command: that a reader can run it by.
         watch: called with what is being done, how many times are taken, and of how many.
 
@@ -127,7 +127,7 @@ class _Runner:
     """Compiles and times; its attributes are those of `bench`.
 
     Attributes:
-        notes: what fuseplan warned of.
+        notes: fuseplan's warnings.
     """
 
     model: Callable[..., Any]

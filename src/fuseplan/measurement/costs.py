@@ -36,16 +36,16 @@ from fuseplan.verification import Verifier
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What was measured.
+    """The result of measuring.
 
     Attributes:
         device: the profile's name.
         rows: one for each alternative and size.
-        skipped: what isn't measured, and why.
+        skipped: alternatives that aren't measured, and why.
         classes: how many components each signature has, in all graphs and ranges.
         stopped: whether it was interrupted: what is here is whole, and the rest is missing.
-        unclear: what the repeats can't distinguish from the component without fusions.
-        notes: what a reader has to know, one line each.
+        unclear: alternatives that the repeats can't distinguish from the component without fusions.
+        notes: caveats, one line each.
     """
 
     device: str

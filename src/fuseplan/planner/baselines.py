@@ -1,4 +1,4 @@
-"""What simpler ways of choosing would select; a plan is never worse than any of them."""
+"""Selections by simpler methods; a plan is never worse than any of them."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -12,7 +12,7 @@ Preference = Callable[[Packing, int], tuple[int, ...]]
 
 
 def heaviest(packing: Packing, atom: int) -> tuple[int, ...]:
-    """What saves the most comes first."""
+    """The largest saving first."""
     return -packing.savings[atom], atom
 
 
@@ -34,7 +34,7 @@ def greedy(
     """Takes one candidate after another, in order of preference, where it saves something and fits what was taken.
 
     Args:
-        program: what there is to choose from.
+        program: the candidates and their constraints.
         preference: e.g. `heaviest`.
         find_cycles: as for the solver.
         among: the only candidates to take; None: all.

@@ -22,7 +22,7 @@ class Candidate:
     Attributes:
         name: unique and the same on every rank and in every order of registration: place, rule, fused op, provider.
         rule: its rule, or the name of an external pass.
-        op: what it would put in.
+        op: the fused op.
         provider: whose kernel, `external` for an external pass.
         match: the match.
         site: where it contends; None for an external pass.

@@ -37,7 +37,7 @@ class Component:
     tables: tuple[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]], ...] = ()
 
     def saving(self, selected: Sequence[int]) -> int:
-        """What a legal selection saves, in ns."""
+        """The saving of a legal selection, in ns."""
         chosen = set(selected)
         total = 0
         for members, alternatives in self.tables:

@@ -1,4 +1,4 @@
-"""What a user forces and can't have: which selectors contradict each other, and at which places."""
+"""Contradictions of forced fusions: which selectors contradict each other, and at which places."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ class ContradictionError(PlanError):
     """Selectors that can't be followed together.
 
     Args:
-        selectors: what was given, each with its verb, e.g. `force 'act_padding'`.
+        selectors: the user's, each with its verb, e.g. `force 'act_padding'`.
         sources: places in the user's model, None where one isn't known.
         why: one clause.
     """

@@ -27,7 +27,7 @@ class Lost:
         candidate: its index.
         blocked_by: the selected ones in its way; empty where it doesn't save anything.
         lost_ns: by how much a selection with it saves less than this one; None where there is none.
-        flips_at_ns: what its op would have to take at most, for the two to be even; None where that is not known.
+        flips_at_ns: the time of its op at which the two would be equal; None where that is not known.
     """
 
     candidate: int
@@ -38,11 +38,11 @@ class Lost:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a policy does with a graph.
+    """The decision of a policy on a graph.
 
     Attributes:
         selected: candidates, ascending.
-        saving_ns: what they save.
+        saving_ns: their saving.
         lost: the other candidates that the policy looks at.
         cyclic: candidates given up because together with selected ones they would make the graph cyclic.
         uncoupled: candidates given up because what they require, or belong together with, isn't selected.
@@ -250,7 +250,7 @@ def plan_record(problem: Problem, decision: Decision, graph: str, span: tuple[in
 
 
 def replay(problem: Problem, plan: Plan) -> Decision:
-    """What a saved plan selects, if it still fits.
+    """The selection of a saved plan, if it still fits.
 
     Raises:
         PlanError: the graph has other sites, or lacks a match that the plan applies; the text names the first

@@ -30,7 +30,7 @@ GENERATED = frozenset(
 
 
 def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
-    """What a call of a fused op takes, as its provider declares.
+    """The time of a call of a fused op, as its provider declares it.
 
     Args:
         match: of a provider that declares a cost.

@@ -1,4 +1,4 @@
-"""The rows behind a plan's numbers: what each alternative takes at each class of places, and how that is known."""
+"""The rows behind a plan's numbers: the time of each alternative at each class of places, and its provenance."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from fuseplan.rules.parts.traffic import Kernel, total_ns
 
 
 def cost_rows(programs: Iterable[Problem]) -> tuple[CostRow, ...]:
-    """What the problems were priced by, each row once: by class of places, size and alternative.
+    """The prices of the problems, each row once: by class of places, size and alternative.
 
     Args:
         programs: of one graph or several, in one range or several.

@@ -1,4 +1,4 @@
-"""What was asked for and does nothing in a graph. Each is a refusal that users see as a warning, with the reason."""
+"""Flags and selectors without effect in a graph. Each is a refusal that users see as a warning, with the reason."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -122,7 +122,7 @@ class State:
         return State(self.packing, self.alive, self.chosen, self.weight)
 
     def gain(self, atom: int) -> int:
-        """What taking an atom that is alive would add to the weight."""
+        """The weight that taking an open atom would add."""
         weights = self.packing.weights
         return sum(weights[each] for each in self.packing.closures[atom] if each not in self.chosen)
 

@@ -30,7 +30,7 @@ class Problem:
         candidates: in order of name; the problem knows them by index.
         program: what the solver is asked, in integers.
         priced: their prices.
-        pricing: what made them, for a look at the rows behind them.
+        pricing: where they come from, for the rows behind them.
         sites: the signature of every site, in graph order.
         ineffective: selectors that select nothing in this graph.
         forced: forcing selectors, each with its open candidates at each place.
@@ -57,8 +57,8 @@ class Problem:
         return (self.program.forbidden - self.unpriced) | self.failed.keys()
 
     def without(self, failed: Mapping[int, str]) -> "Problem":
-        """The same problem without candidates that failed verification, and those that need them. Forcing
-        comes after what is right: a place where all that is forced has failed is open again.
+        """The same problem without candidates that failed verification, and those that need them. A
+        place where all forced candidates have failed is open again.
         """
         reasons = {**self.failed, **failed}
         program = self.program
@@ -91,7 +91,7 @@ class Problem:
         return self.priced.unfused[len(self.priced.unfused) // 2]
 
     def saved_by_size(self, selected: Sequence[int]) -> list[int]:
-        """What a selection saves at each size, in ns; what was never measured together counts nothing."""
+        """The saving of a selection at each size, in ns; parts that were never measured together count 0."""
         left, found = set(selected), list[tuple[int, ...]]()
         for members, savings in self.priced.together.items():
             if part := frozenset(left & members):
@@ -169,7 +169,7 @@ def pose(
         canonical: the graph.
         matches: of rules, in any order.
         external: of other people's passes, in any order.
-        prices: what they cost.
+        prices: of fusions.
         span: first and last number of tokens.
         force: selectors of what has to be applied; see `selects`.
         forbid: selectors of what must not.
@@ -291,7 +291,7 @@ def selects(text: str, candidate: Candidate) -> bool:
 
 
 def _groups(text: str, candidates: Sequence[Candidate], structure: IntegerProgram) -> list[frozenset[int]]:
-    """What a forcing selector means: at each place one of the candidates that it selects there, whoever runs it."""
+    """The groups of a forcing selector: at each place one of the candidates that it selects there, whoever runs it."""
     by_place: dict[object, list[int]] = {}
     for index, candidate in enumerate(candidates):
         if selects(text, candidate):

@@ -1,4 +1,4 @@
-"""What alternatives save at their sites, in a compile range: from measured rows or from the cost model, never mixed."""
+"""Savings of alternatives at their sites, in a compile range: from measured rows or the cost model, never mixed."""
 
 import math
 import statistics
@@ -130,8 +130,8 @@ class Priced:
 
     Attributes:
         tokens: the sizes.
-        values: what each candidate saves, weighted over sizes, in ns.
-        savings: what each candidate saves at each size; empty where nothing is known of it.
+        values: the saving of each candidate, weighted over sizes, in ns.
+        savings: the saving of each candidate at each size; empty where it isn't known.
         costs: what each candidate's op and the copies of its results take at the middle size; None where nothing is
             known of it.
         provenance: where each candidate's price is from.
@@ -381,7 +381,7 @@ def break_ties(values: Mapping[frozenset[int], int], noise: Mapping[frozenset[in
     """Makes alternatives equal whose margin to the best lies inside the noise, so that no fusion wins, then names do.
 
     Args:
-        values: what each alternative saves; leaving all unfused, the empty one, saves 0.
+        values: the saving of each alternative; leaving all unfused, the empty one, saves 0.
         noise: the spread of each, the empty one included.
     """
     empty = frozenset[int]()

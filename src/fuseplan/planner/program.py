@@ -20,7 +20,7 @@ class IntegerProgram:
 
     Attributes:
         names: unique, in ascending order of a key that does not depend on the order of discovery.
-        savings_ns: what applying each candidate saves; may be zero or negative.
+        savings_ns: the saving of each candidate; may be zero or negative.
         conflicts: pairs `(i, j)`, `i < j`: never both.
         requires: pairs `(i, j)`: `i` only together with `j`.
         together: sets of candidates: all of a set or none of it.
@@ -91,7 +91,7 @@ class Solution:
 
     Attributes:
         selected: in ascending order.
-        objective_ns: what the selection saves.
+        objective_ns: the saving of the selection.
         bound_ns: no legal selection saves more.
         components: how many sets of candidates were solved independently of each other.
         classes: how many of those differ.
@@ -119,7 +119,7 @@ class Selection:
 
     Attributes:
         selected: in ascending order.
-        objective_ns: what it saves.
+        objective_ns: its saving.
     """
 
     selected: tuple[int, ...]

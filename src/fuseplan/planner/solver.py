@@ -50,7 +50,7 @@ class Solver:
         """Chooses.
 
         Args:
-            program: what there is to choose from.
+            program: the candidates and their constraints.
             find_cycles: of a selection that is legal otherwise; None: there can be none.
 
         Raises:

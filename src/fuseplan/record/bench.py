@@ -1,4 +1,4 @@
-"""What a model's steps take under several policies."""
+"""Times of a model's steps under several policies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,7 +89,7 @@ class Bench:
         date: of the run, ISO 8601, in UTC.
         repeats: interleaved, of which the median is taken.
         batches: in ascending order.
-        notes: what a reader has to know, one line each.
+        notes: caveats, one line each.
         command: that ran it; empty where it was none.
     """
 

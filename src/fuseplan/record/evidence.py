@@ -111,12 +111,12 @@ class DeviceConstant:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyAt:
-    """What one policy does if it has to serve one size alone.
+    """The decision of one policy for a single size.
 
     Attributes:
         policy: as on the command line.
-        saved_ns: what it saves a step.
-        fused: what it applies, counted by rule and provider, e.g. `{"allreduce_rms triton": 73}`, zeros left out.
+        saved_ns: its saving in a step.
+        fused: its fusions, counted by rule and provider, e.g. `{"allreduce_rms triton": 73}`, zeros left out.
     """
 
     policy: str
@@ -147,7 +147,7 @@ class Evidence:
 
     Attributes:
         drawings: one a graph.
-        costs: what plans were priced by, by class, size and alternative.
+        costs: the prices behind plans, by class, size and alternative.
         constants: of the device's cost model.
         sizes: in ascending order.
     """

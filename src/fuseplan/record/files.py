@@ -117,7 +117,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 def _target(path: Path) -> Path:
-    """What a path leads to, through links.
+    """The target of a path, through links.
 
     Raises:
         OSError: it leads in a circle, or no file can have that path.

@@ -64,7 +64,7 @@ class SizePrice:
     Attributes:
         tokens: the size.
         unfused_ns: as Inductor leaves them.
-        saved_ns: what the applied fusions save of that.
+        saved_ns: the part of it that the applied fusions save.
     """
 
     tokens: int

@@ -194,7 +194,7 @@ class SavedPlans:
 
 
 def diff(left: SavedPlans, right: SavedPlans) -> list[str]:
-    """What changed between two files, one line each; empty where the same is applied at the same places."""
+    """The changes between two files, one line each; empty where the same is applied at the same places."""
     lines = [
         f"{name}: {before} -> {after}"
         for name, before, after in (("workload", left.workload, right.workload), ("tp", left.tp, right.tp))

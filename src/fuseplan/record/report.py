@@ -114,7 +114,7 @@ def again(report: GraphReport, ordinal: int, first: str | None = None, place: st
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one policy did to every graph, over all compile ranges.
+    """The record of one policy on every graph, over all compile ranges.
 
     Attributes:
         policy: `planned`, `ordered` or `off`.

@@ -1,4 +1,4 @@
-"""What a worker's graphs became, in its log and as a file; from a warm start, too."""
+"""The report on a worker's graphs, in its log and as a file; from a warm start, too."""
 
 import hashlib
 import logging

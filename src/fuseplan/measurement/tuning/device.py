@@ -1,4 +1,4 @@
-"""What a device's constants are on this machine: launches and copies, as the cost model has them."""
+"""A device's constants, measured on this machine: launches and copies, as in the cost model."""
 
 import datetime
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ class Tuner:
         save: is handed the rows of each class as soon as they are all there.
         watch: called with what is being done.
         saved: the rows of all classes that are done.
-        skipped: what isn't measured.
+        skipped: alternatives that aren't measured.
         unclear: what is measured, and could be faster than the component without fusions or slower.
     """
 

@@ -53,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """What isn't measured.
+    """An alternative that isn't measured.
 
     Attributes:
         site: the signature of a component's sites.

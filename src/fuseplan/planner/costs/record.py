@@ -49,14 +49,14 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRecord:
-    """What was measured of one device.
+    """Measurements of one device.
 
     Attributes:
         device: the profile's name.
         reported: torch's name of it.
         torch: torch's version.
         date: ISO 8601.
-        command: what was run.
+        command: the one that was run.
         constants: in order of name.
     """
 
