@@ -271,7 +271,7 @@ def assumed_constants(hardware: Hardware) -> list[Refusal]:
 
 
 def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
-    """Why a graph is left alone altogether, or None.
+    """Why a graph is left unfused as a whole, or None.
 
     Raises:
         UnsupportedError: the graph is compiled by AOTInductor.
@@ -281,7 +281,7 @@ def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
     if is_training(graph):
         return Refusal(
             reason=Reason.TRAINING,
-            detail="the graph has a backward and is left alone; fuseplan is for inference",
+            detail="the graph has a backward and is left unfused; fuseplan is for inference",
             mend="run the model under torch.inference_mode() or torch.no_grad()",
         )
     if V.aot_compilation:
@@ -298,7 +298,7 @@ def fault(error: Exception) -> Refusal:
     where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
     return Refusal(
         reason=Reason.FAULT,
-        detail=f"the graph is left alone, since {where} raises {type(error).__name__}: {one_line(error)}",
+        detail=f"the graph is left unfused, since {where} raises {type(error).__name__}: {one_line(error)}",
         mend="if that is your own code, fix it; otherwise report it with the files that FUSEPLAN_DEBUG_DIR writes",
     )
 

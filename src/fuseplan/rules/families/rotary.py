@@ -141,7 +141,7 @@ class QkNormRope(Rule):
                 return m.refuse(
                     Reason.SIZE, "k", detail, mend="norm queries and keys before heads and tokens change places"
                 )
-            return m.refuse(Reason.SIZE, "k", f"{shapes}; they may differ in the number of heads alone")
+            return m.refuse(Reason.SIZE, "k", f"{shapes}; they may only differ in the number of heads")
         heads = 1 if self.transposes else -2
         if cos.dim() != q.dim() or cos.shape[heads] != 1:
             detail = f"cos is {[*cos.shape]}; the fused op takes angles of each token, the same for all of its heads"

@@ -70,7 +70,7 @@ OTHER_COLLECTIVES: dict[object, str | None] = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default: None,
     torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default: None,
 }
-"""What else reduces over ranks, and what mends that where it isn't another way to split a model."""
+"""What else reduces over ranks, and how to fix that where it isn't another way to split a model."""
 wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 
 ELEMENTWISE_VIEWS = (
