@@ -6,7 +6,7 @@ Each model of `examples/configs` is explained at full size by the command, whose
 Compilations are of the same architectures, cut to a few narrow layers, where the share of whatever fuseplan does once
 is largest. Each starts with empty caches and generates its code anew in this process; plain ones and fuseplan's take
 turns, and who begins changes with each turn. What is compared is CPU time, which others who share the machine disturb
-less than time on the clock: of all of a compilation, and of fuseplan's code in it, which is told exactly. The C++
+less than time on the clock: of all of a compilation, and of fuseplan's code in it, which is measured directly. The C++
 compiler runs in the first compilations alone, which aren't counted: it takes most of the time of a cold one, and would
 make the overhead look smaller.
 """
@@ -72,24 +72,24 @@ def explained(name: str) -> dict[str, Any]:
         started.returncode = os.waitstatus_to_exitcode(status)
         assert started.returncode == 0, name
         output.seek(0)
-        told = json.load(output)
-    ranges = len(told["ranges"])
-    found, (planned,) = of_a_range(told["recognized"], ranges), told["policies"]
+        explained = json.load(output)
+    ranges = len(explained["ranges"])
+    found, (planned,) = of_a_range(explained["recognized"], ranges), explained["policies"]
     return {
         "s": round(spent, 1),
         "cpu_s": round(used.ru_utime + used.ru_stime, 1),
         "peak_mib": used.ru_maxrss // 1024,
         "layers": huggingface.load_config(CONFIGS / f"{name}.json").num_hidden_layers,
-        "graph_breaks": len(told["breaks"]),
+        "graph_breaks": len(explained["breaks"]),
         "norms": {op: count for op, count in found.items() if "rms_norm" in op},
         "all_reduces": sum(count for op, count in found.items() if op.startswith("all_reduce")),
         "sites": of_a_range(planned["matched"], ranges),
         "fused": of_a_range(planned["fused"], ranges),
         "near_misses": [
             {"rule": row["rule"], "reason": row["reason"], "detail": row["detail"], "count": row["count"] // ranges}
-            for row in told["near_misses"]
+            for row in explained["near_misses"]
         ],
-        "notes": told["notes"],
+        "notes": explained["notes"],
     }
 
 
@@ -218,8 +218,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def processor() -> str:
     """What the machine says that it computes with."""
-    told = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return told[1] if told else platform.processor()
+    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return model[1] if model else platform.processor()
 
 
 def figures() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fuseplan.explanation.capture import capture
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.matching import Match
 from fuseplan.planner import Solver
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.providers import PROFILES
 from fuseplan.rewriting import apply
 from fuseplan.workloads import catalog
@@ -70,7 +70,7 @@ def pipeline(graph: fx.Graph) -> dict[str, float]:
     decision = manager.decide(analysis, manager.config.chosen_policy, "graph_0")
     planned = time.perf_counter()
     # The plan is for another device than this one; the reference stands in for its kernels, which changes nothing here.
-    chosen = [analysis.posed.candidates[index].match for index in decision.selected]
+    chosen = [analysis.problem.candidates[index].match for index in decision.selected]
     matches = [replace(match, provider="torch") for match in chosen if isinstance(match, Match)]
     apply(analysis.canonical, sorted(matches, key=lambda match: match.anchor))
     done = time.perf_counter()
@@ -167,7 +167,7 @@ def stacked(graph: fx.Graph, times: int) -> fx.Graph:
     return big
 
 
-def tangles() -> dict[str, Problem]:
+def tangles() -> dict[str, IntegerProgram]:
     """2,000 candidates in one component, as overlapping regions make them, and without any structure."""
     count, random = 2000, Random(0)
     places = [random.randrange(1000) for _ in range(count)]
@@ -180,7 +180,7 @@ def tangles() -> dict[str, Problem]:
     savings = tuple(random.randint(1, 20_000) for _ in range(count))
     names = tuple(f"c{index:04}" for index in range(count))
     return {
-        name: Problem(names=names, savings_ns=savings, conflicts=frozenset(conflicts))
+        name: IntegerProgram(names=names, savings_ns=savings, conflicts=frozenset(conflicts))
         for name, conflicts in (("overlapping regions", overlaps), ("random pairs", pairs))
     }
 
@@ -243,13 +243,13 @@ def scaling(graph: fx.Graph) -> list[dict[str, float]]:
 
 def tangled() -> list[dict[str, Any]]:
     rows = []
-    for name, problem in tangles().items():
+    for name, program in tangles().items():
         start = time.perf_counter()
-        solution = Solver().solve(problem)
+        solution = Solver().solve(program)
         row = {
             "component": name,
             "candidates": 2000,
-            "conflicts": len(problem.conflicts),
+            "conflicts": len(program.conflicts),
             "gap": round(solution.gap, 4),
         }
         rows.append({**row, "nodes": solution.nodes, "s": round(time.perf_counter() - start, 2)})

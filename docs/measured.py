@@ -222,13 +222,13 @@ def table() -> str:
 def _rows() -> Iterator[tuple[str, ...]]:
     found = committed("decode_one_gpu_h200")
     steps = decode_steps(found)
-    told = []
+    lines = []
     for model in dict.fromkeys(row["model"] for row in steps):
         times = [row["times_faster"]["fuseplan"] for row in steps if row["model"] == model]
-        told.append(f"{NAMES[model]} {_span(times)}")
+        lines.append(f"{NAMES[model]} {_span(times)}")
     one = f"one {gpu(found)}"
     yield one, "`torch.compile`, Hugging Face", f"a decode step of {found['layers']} layers, {_batches(steps)}", \
-        f"times as fast: {', '.join(told)}", _link("decode_one_gpu_h200")  # fmt: skip
+        f"times as fast: {', '.join(lines)}", _link("decode_one_gpu_h200")  # fmt: skip
     yield _vllm_row()
     found = committed("kernels_h200")
     speedups = [row["speedup_over_torch_compile"] for row in found["rows"]]
@@ -257,17 +257,17 @@ def _rows() -> Iterator[tuple[str, ...]]:
 
 def _vllm_row() -> tuple[str, ...]:
     found = committed("vllm_turns_h200")
-    told = []
+    lines = []
     for group in _vllm():
         changes = [
             f"{100 * abs(1 - 1 / gain.times):.0f} % {'less' if gain.times > 1 else 'more'}" for gain in group.gains
         ]
         doubt = "" if all(gain.is_clear for gain in group.gains) else ", within the spread"
-        told.append(f"{group.title.split(', vLLM')[0]}: {' and '.join(changes)} time a token{doubt}")
+        lines.append(f"{group.title.split(', vLLM')[0]}: {' and '.join(changes)} time a token{doubt}")
     counts = " and ".join(gain.label.split()[0] for gain in group.gains)
     layers = found["rows"][0]["layers"]
     version = found["rows"][0]["stock"]["vllm"]
-    return f"one {gpu(found)}", f"vLLM {version}", f"{layers} layers, {counts} requests", "; ".join(told), \
+    return f"one {gpu(found)}", f"vLLM {version}", f"{layers} layers, {counts} requests", "; ".join(lines), \
         _link("vllm_turns_h200")  # fmt: skip
 
 

@@ -30,7 +30,7 @@ COMPILER = ("torch._inductor.codegen.cpp", "torch._inductor.codegen.cpp_wrapper_
 
 
 def seen_by_ranks(module: str, ranks: int, folder: Path, *, statuses: list[int], **environment: str) -> list[Any]:
-    """What each rank wrote to FOLDER/RANK.json; asserts that they ended as told."""
+    """What each rank wrote to FOLDER/RANK.json; asserts that they ended as expected."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.ranks", module, str(ranks), str(folder)]
     alone = {
         "OMP_NUM_THREADS": "1",

@@ -424,7 +424,7 @@ def test_checker_catches(path: str, source: str, breach: str) -> None:
     ("path", "source"),
     [
         ("__init__.py", "from fuseplan.frontend import compile"),
-        ("planner/solver.py", "from fuseplan.planner.problem import Problem\nfrom . import costs"),
+        ("planner/solver.py", "from fuseplan.planner.program import IntegerProgram\nfrom . import costs"),
         (
             "planner/solver.py",
             "import torch\nfrom fuseplan.graph import legality\nfrom fuseplan.errors import UserError",

@@ -163,8 +163,10 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
     assert result.exit_code == 0
     assert "2 graphs" in result.stdout
     line = next(number for number, text in enumerate(FACTORIES.splitlines(), 1) if "graph_break()" in text)
-    told = f"graph break: Call to `torch._dynamo.graph_break()` (some_factories.py:{line}: torch._dynamo.graph_break())"
-    assert told in " ".join(result.stdout.split())
+    found = (
+        f"graph break: Call to `torch._dynamo.graph_break()` (some_factories.py:{line}: torch._dynamo.graph_break())"
+    )
+    assert found in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ def test_what_is_forced_needs_a_policy_that_it_concerns(policy: str) -> None:
     result = run(*EXPLAIN, "--policy", policy, "--force", "act_padding")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"fuseplan: force 'act_padding' concerns policy planned alone, and what is shown is {policy}; "
+        f"fuseplan: force 'act_padding' applies to policy planned only, and shown is {policy}; "
         "add planned, or leave it out\n"
     )
     assert run(*EXPLAIN, "--policy", policy, "--policy", "planned", "--force", "act_padding").exit_code == 0

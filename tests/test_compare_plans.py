@@ -78,7 +78,7 @@ def test_a_file_is_equal_to_itself(saved: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (pay_less, [".reports.planned.graphs[0].applied[0].saving_ns: "]),
         (fuse_less, [".reports.planned.graphs[0].plan.selected: "]),
@@ -86,10 +86,12 @@ def test_a_file_is_equal_to_itself(saved: Path, capsys: pytest.CaptureFixture[st
         (rename_nodes, []),
     ],
 )
-def test_a_change_is_named(change: Change, told: list[str], saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_change_is_named(
+    change: Change, expected: list[str], saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = lines_of(capsys, saved, changed(saved, change))
-    assert len(lines) == len(told)
-    for line, start in zip(lines, told, strict=True):
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
         assert line.startswith(f"{CASE}: {start}")
 
 

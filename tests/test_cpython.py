@@ -1,4 +1,4 @@
-"""Calls and garbage: that what is told to cost nothing costs nothing, wherever in the call stack it stands."""
+"""Calls and garbage: that what is declared to cost nothing costs nothing, wherever in the call stack it stands."""
 
 import gc
 import resource

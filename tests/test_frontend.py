@@ -137,7 +137,7 @@ def test_models_with_different_configurations_do_not_leak() -> None:
 def test_training_graphs_are_left_alone_and_reported() -> None:
     with torch.inference_mode(False):
         model, reports = compiled(Block())
-        with pytest.warns(fuseplan.FuseplanWarning, match="the graph has a backward and is left alone") as shown:
+        with pytest.warns(fuseplan.FuseplanWarning, match="the graph has a backward and is left unfused") as shown:
             model(randn(5, HIDDEN)).sum().backward()
     assert [warning.filename for warning in shown if warning.category is fuseplan.FuseplanWarning] == [__file__]
     assert {refusal.reason for report in reports for graph in report.graphs for refusal in graph.refusals} == {

@@ -214,9 +214,9 @@ def test_dumps_that_cannot_be_written_fail_no_compilation(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUSEPLAN_DEBUG_DIR", str(tmp_path / "file" / "dumps"))
     run(fuseplan.compile(model_of(64), config=PAD), model_of(64), inputs_of(64))
-    told = [each for each in caplog.messages if "FUSEPLAN_DEBUG_DIR" in each]
-    assert told
-    assert all("Not a directory" in each and each.isprintable() for each in told)
+    warnings = [each for each in caplog.messages if "FUSEPLAN_DEBUG_DIR" in each]
+    assert warnings
+    assert all("Not a directory" in each and each.isprintable() for each in warnings)
 
 
 GARBAGE = {

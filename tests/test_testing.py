@@ -65,7 +65,7 @@ def test_what_a_kernel_raises_has_advice_of_its_own() -> None:
 
     with pytest.raises(VerificationError, match=r": 1 check failed\n.*ValueError: 257 rows are too many\. ") as failure:
         check_rule(AddNormRelu(), providers=[provider(picky)])
-    assert "What to do: mend what raises, or refuse these arguments" in str(failure.value)
+    assert "What to do: fix the error, or refuse these arguments" in str(failure.value)
 
 
 def test_what_a_provider_refuses_is_left_out_and_told() -> None:

@@ -1,4 +1,4 @@
-"""What a user can set: `PassConfig`, `CompileRange`, `Policy`, and the only reader of environment variables."""
+"""A user's settings: `PassConfig`, `CompileRange`, `Policy`, and the only reader of environment variables."""
 
 import dataclasses
 import difflib
@@ -176,8 +176,8 @@ class PassConfig:
             from the table alone; `modelled`: from the model alone.
         cost_table: a file of costs; default: `FUSEPLAN_COSTS`, or else what `fuseplan tune` has measured on this
             machine. A broken one that is named is an error.
-        plan: a file of saved plans to replay in place of planning anew; one that doesn't fit is an error.
-        node_budget: branch-and-bound nodes a component, after which the best plan found stands beside its bound.
+        plan: a file of saved plans to replay instead of planning; one that doesn't fit is an error.
+        node_budget: branch-and-bound nodes a component, after which the best plan found is reported with its bound.
         allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.
         verify: `first-use`: before a fused op is applied it is run against the unfused ops on random arguments, once
             for its kernel, signature, versions and hardware; what fails is not applied. `always`: in every compilation.
@@ -323,13 +323,13 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What `torchrun` tells the processes that it starts.
+    """What `torchrun` sets for the processes that it starts.
 
     Attributes:
         rank: of this process among all.
         local_rank: among those of this machine, which is the number of its GPU.
         ranks: how many there are; 1 where `torchrun` didn't start this process.
-        local_ranks: how many of them are on this machine; None where nobody says so.
+        local_ranks: how many of them are on this machine; None where that isn't set.
     """
 
     rank: int = 0

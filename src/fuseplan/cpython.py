@@ -29,7 +29,7 @@ def with_room(function: Callable[[], Result]) -> Result:
     """`function()`, whose calls find their frames' memory mapped.
 
     CPython keeps frames in chunks of 16 KiB. A loop at the end of one maps a chunk with each call and unmaps it with
-    each return (python/cpython#142183, mended in 2026, not in 3.11 and 3.12): a third of the time that 80 layers took
+    each return (python/cpython#142183, fixed in 2026, not in 3.11 and 3.12): a third of the time that 80 layers took
     to trace. The frame of this function claims so many slots that its chunk has room for all calls below it. Memory
     that isn't used is never touched.
     """

@@ -40,7 +40,7 @@ class UnsupportedError(FuseplanError, RuntimeError):
 
 
 class CollectiveError(FuseplanError, RuntimeError):
-    """A kernel in which ranks meet that can't be run, or that gave up waiting for a rank."""
+    """A collective kernel that can't be run, or that gave up waiting for a rank."""
 
 
 class VerificationError(FuseplanError, AssertionError):
@@ -55,9 +55,9 @@ class RanksError(FuseplanError, RuntimeError):
     """Another rank failed, or didn't come in time.
 
     Attributes:
-        told: whether another rank has told of it already.
+        reported: whether another rank has reported it already.
     """
 
-    def __init__(self, text: str, *, told: bool = False) -> None:
+    def __init__(self, text: str, *, reported: bool = False) -> None:
         super().__init__(text)
-        self.told = told
+        self.reported = reported

@@ -63,7 +63,7 @@ def inductor_options(
             fuseplan's and is not dropped.
         passes: other people's passes, as for `compile`.
         rules: fusions beside the built-in ones, likewise.
-        providers: who can run them, likewise.
+        providers: likewise.
 
     Returns:
         `options` with fuseplan's pass manager in its hook.
@@ -81,13 +81,13 @@ def inductor_options(
 
 
 class _Further(NamedTuple):
-    """What a user brings beside what is built in."""
+    """A user's rules, providers and passes."""
 
     passes: Sequence[object]
     rules: Sequence[Rule]
     providers: Sequence[Provider]
     apart: str | None = None
-    """Why ranks can't share memory; None where nobody has found out that they can't."""
+    """Why ranks can't share memory; None where that isn't known."""
 
 
 def _options(
@@ -139,7 +139,7 @@ def compile(
             passes whose patterns hold what another one puts in, run before or after the plan, where they stand among
             these.
         rules: fusions beside the built-in ones.
-        providers: who can run them, beside the built-in ones; `providers.provider_of` makes one of kernels.
+        providers: further ones; `providers.provider_of` makes one of kernels.
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 
     Returns:
@@ -265,7 +265,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         elif not self.fresh and key is not None and (_has_peers() or not torch.is_grad_enabled()):
             # Another function became the same graph, and Inductor's cache had that. Only a cold compilation can say
             # what is applied, which the other ranks will ask too. It can't where the graph has no op, which Inductor
-            # doesn't compile and of which nobody asks; and with gradients the pass may have nothing to say.
+            # doesn't compile and which isn't asked for; and with gradients the pass may have nothing to say.
             compiled = self._compile(model_, inputs_, extra, cold=True)
         constants = self.floats.settle()
         if known is None and not self.fresh:
@@ -286,7 +286,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         )
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], *, cold: bool) -> Any:
-        """What Inductor makes of the graph; `fresh` has what the pass reported, if it ran."""
+        """Inductor's compiled graph; `fresh` has what the pass reported, if it ran."""
         self.fresh.clear()
         try:
             with no_caches() if cold else contextlib.nullcontext():
@@ -313,7 +313,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         return compile_by
 
     def _apart(self, why: str) -> "_Backend":
-        """The same with the fusions that need no memory that ranks share; all ranks settle on that plan anew."""
+        """The same with the fusions that need no memory that ranks share; all ranks settle on that plan again."""
         config, compile_range, deliver, options, dynamic, (passes, rules, providers, _) = self._given
         apart = _Further(passes, rules, providers, why)
         backend = _Backend(config, compile_range, deliver, options, dynamic, apart)
@@ -352,7 +352,7 @@ def explain(
 
     The model is traced as `torch.compile` would, and run once; no code is generated. Fake tensors will do for its
     weights and inputs, and so neither a GPU nor weights are needed. Dynamo's caches are dropped: what was compiled
-    before is compiled anew at its next call, and no other thread may compile or run compiled code meanwhile.
+    before is compiled again at its next call, and no other thread may compile or run compiled code meanwhile.
 
     Args:
         model: a module or function.
@@ -362,7 +362,7 @@ def explain(
             of this machine.
         passes: other people's passes, which are refused here: compile with them, and read the report.
         rules: fusions beside the built-in ones.
-        providers: who can run them, beside the built-in ones.
+        providers: beside the built-in ones.
         **model_arguments: its keyword arguments.
 
     Returns:
@@ -374,7 +374,7 @@ def explain(
         CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
     if passes:
-        raise ConfigError("explain takes no passes=; fuseplan.compile(..., passes=..., on_report=print) tells of them")
+        raise ConfigError("explain takes no passes=; fuseplan.compile(..., passes=..., on_report=print) reports them")
     return explain_call(
         model, inputs, model_arguments, config=config, device=device, rules=rules, providers=providers
     )  # fmt: skip

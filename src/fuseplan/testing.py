@@ -28,25 +28,25 @@ ROWS = (1, 2, 7, 33, 257)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ADVICE = {
-    "match": "the pattern must be what canonical graphs have: dialect ops on variables, in the ops' order of arguments",
+    "match": "write the pattern as canonical graphs are: dialect ops on variables, in the ops' order of arguments",
     "agreement": "compare pattern and replacement argument by argument; the references in fuseplan.dialect decide",
     "rows": "mask the last, partial tile, and let no size be a constant of the kernel",
     "dtype": "compute in float32, round where the reference rounds, or refuse the dtype in the rule's check",
     "layout": "read the strides of the arguments, or refuse them in the provider's `accepts`",
     "symbolic sizes": "compute shapes from the arguments' shapes; no int(), no branch on a size",
-    "raised": "mend what raises, or refuse these arguments in the rule's check or the provider's `accepts`",
-    "determinism": "results must not depend on what another block has or hasn't written: look for a missing barrier",
+    "raised": "fix the error, or refuse these arguments in the rule's check or the provider's `accepts`",
+    "determinism": "results must not depend on another block's writes: look for a missing barrier",
 }
 
 
 @dataclass(kw_only=True)
 class Checked:
-    """What `check_rule` did.
+    """The result of `check_rule`.
 
     Attributes:
         cases: how many sets of arguments were run, by provider.
         refused: sets of arguments that the rule or a provider refuses, with the reason.
-        failures: what doesn't hold, a line each.
+        failures: one line each.
     """
 
     cases: dict[str, int] = field(default_factory=dict)

@@ -85,7 +85,7 @@ def test_what_is_computed_on_demand_changes_nothing() -> None:
     assert content_of(rule).key == before
 
 
-def told(content: Content) -> tuple[str, tuple[Any, ...]]:
+def fields(content: Content) -> tuple[str, tuple[Any, ...]]:
     return content.digest, content.users
 
 
@@ -96,7 +96,7 @@ def test_what_was_read_before_counts_as_if_it_was_not() -> None:
     values = [*BUILT_IN_RULES, [loop, BUILT_IN_RULES[0]], loop, [theirs, theirs], theirs, [os.system, theirs]]
     for order in (values, values[::-1]):
         known: Known = {}
-        assert [told(content_of(each, known)) for each in order] == [told(content_of(each)) for each in order]
+        assert [fields(content_of(each, known)) for each in order] == [fields(content_of(each)) for each in order]
 
 
 def test_all_that_fuseplan_ships_has_a_key() -> None:

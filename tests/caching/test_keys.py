@@ -127,10 +127,10 @@ def test_the_environment_counts_where_it_decides(files: Path) -> None:
         Environment(), Environment(enabled=False), Environment(cost_table=Path("costs.json")),
     ]  # fmt: skip
     assert len({key(environment=each) for each in environments}) == len(environments)
-    told = {"debug_dir": files, "report_dir": files, "vllm": True}
-    for name, value in told.items():
+    settings = {"debug_dir": files, "report_dir": files, "vllm": True}
+    for name, value in settings.items():
         assert key(environment=Environment(**{name: value})) == key()  # type: ignore[arg-type]
-    assert {field.name for field in dataclasses.fields(Environment)} == {"enabled", "cost_table", *told}
+    assert {field.name for field in dataclasses.fields(Environment)} == {"enabled", "cost_table", *settings}
 
 
 class Before(CustomGraphPass):
@@ -207,7 +207,7 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
 }  # fmt: skip
 OF_NO_CONSEQUENCE = {
     "config": "its own test",
-    "on_report": "who is told",
+    "on_report": "who gets the report",
     "solver": "remembers answers, which are the same anew",
 }
 

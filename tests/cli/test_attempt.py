@@ -48,7 +48,7 @@ def test_what_can_not_be_written_is_found_before_anything_runs(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("beside", "told"),
+    ("beside", "expected"),
     [
         ((-50_000, -60_000, -40_000), "A step takes 5.0 % less time with the plan (-6.0 to -4.0 %)"),
         ((50_000, 40_000, 60_000), "A step takes 5.0 % more time with the plan (+4.0 to +6.0 %)"),
@@ -59,7 +59,7 @@ def test_what_can_not_be_written_is_found_before_anything_runs(tmp_path: Path) -
         ),
     ],
 )
-def test_the_verdict(beside: tuple[int, int, int], told: str) -> None:
+def test_the_verdict(beside: tuple[int, int, int], expected: str) -> None:
     middle, low, high = beside
     paired = Paired(difference_ns=middle, low_ns=low, high_ns=high, repeats=9)
     rows = (
@@ -71,5 +71,5 @@ def test_the_verdict(beside: tuple[int, int, int], told: str) -> None:
         batches=(BatchTimes(batch=1, steps=1, policies=rows),),
     )  # fmt: skip
     shown, _, rest = gain(bench).partition("; on h200, batch 1: ")
-    assert shown.startswith(told)
+    assert shown.startswith(expected)
     assert rest

@@ -103,7 +103,7 @@ def test_rules_of_a_module_are_explained_and_known_by_name(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("module", "told"),
+    ("module", "expected"),
     [
         ("nowhere", "there is no such module here or installed; name it as Python imports it"),
         ("nowhere.below", "there is no such module here or installed"),
@@ -120,10 +120,10 @@ def test_rules_of_a_module_are_explained_and_known_by_name(folder: Path) -> None
         ("flagged", "rule Base is broken: AttributeError: 'PassConfig' object has no attribute 'fuse_mine'"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_in_one_line(module: str, told: str, folder: Path) -> None:
+def test_what_cannot_be_taken_is_refused_in_one_line(module: str, expected: str, folder: Path) -> None:
     if module in MODULES:
         (folder / f"{module}.py").write_text(MODULES[module], encoding="utf-8")
     result = run("gpt-oss-20b-tiny", "--rules", module)
     assert result.exit_code == 2
     (line,) = result.output.splitlines()
-    assert line.startswith(f"fuseplan: --rules {module}: {told}")
+    assert line.startswith(f"fuseplan: --rules {module}: {expected}")

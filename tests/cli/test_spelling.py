@@ -1,4 +1,4 @@
-"""Misspelled names are told at once, and help shows no types of typer's."""
+"""Misspelled names are reported at once, and help shows no types of typer's."""
 
 import re
 import subprocess

@@ -132,8 +132,8 @@ def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
     _, stderr = running.communicate(timeout=120)
     assert running.returncode == 130
     # Libraries may tell of leaks at exit.
-    told = [line for line in stderr.splitlines() if line.startswith("interrupted")]
-    assert told == [f"interrupted; 0 rows are in {path}, and what was being measured is not"]
+    lines = [line for line in stderr.splitlines() if line.startswith("interrupted")]
+    assert lines == [f"interrupted; 0 rows are in {path}; the unfinished measurement is lost"]
     assert CostTable.load(path, device="cpu").rows == ()
 
 
@@ -159,8 +159,8 @@ def test_a_rank_that_fails_ends_all_with_one_line(tmp_path: Path) -> None:
     done = torchrun(f"{WORKLOADS}:fails_on_rank_1", "--tokens", "4", "--out", str(tmp_path / "costs.json"))
     assert done.returncode != 0
     assert done.stdout == ""
-    told = [line for line in done.stderr.splitlines() if line.startswith("fuseplan: ")]
-    assert told == [f"fuseplan: {WORKLOADS}:fails_on_rank_1: the factory failed: ValueError: not on this one"]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fuseplan: ")]
+    assert lines == [f"fuseplan: {WORKLOADS}:fails_on_rank_1: the factory failed: ValueError: not on this one"]
 
 
 def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -32,7 +32,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(self.norm(x), (0, 16)) * self.scale + self.shift
 
-    def told(self) -> str:
+    def method(self) -> str:
         return "of the block"
 
 
@@ -106,7 +106,7 @@ def seen(model: Any, x: Tensor) -> dict[str, Any]:
     found["modes"] = [(each().training, block.norm.training, block.training) for each in (model.eval, model.train)]
     block.eval()
     found["mode of the original"] = model.training
-    found["methods"] = model.told(), "told" in dir(model), repr(model)
+    found["methods"] = model.method(), "method" in dir(model), repr(model)
     model.norm = nn.RMSNorm(WIDTH, eps=1e-6)
     found["submodule"] = block.norm is model.norm
     found["moved"] = model.double().norm.weight.dtype, model.float()(x).dtype

@@ -142,8 +142,8 @@ def test_a_flag_that_no_rule_answers_to_is_a_warning() -> None:
     rules = [rule for rule in BUILT_IN_RULES if "enable_qk_norm_rope_fusion" not in rule.flags]
     PostGradPassManager(config, on_report=reports.append, rules=rules)(post_grad(padded, *INPUTS))
     (warning,) = reports[0].warnings
-    told = "none of the rules handed over answers to it"
-    assert warning.detail == f"enable_qk_norm_rope_fusion=True has no effect: {told}"
+    expected = "none of the rules handed over answers to it"
+    assert warning.detail == f"enable_qk_norm_rope_fusion=True has no effect: {expected}"
 
 
 def test_copies_of_inductors_configuration_share_the_manager() -> None:

@@ -72,7 +72,7 @@ def test_a_device_of_ones_own_is_priced_by_its_record() -> None:
 
 def test_no_other_module_knows_a_device() -> None:
     """A new one is a record in its vendor's file, and nothing else names it, but defaults of commands, names that are
-    told from typos before torch is there, and rules that are on by default where their kernels were measured.
+    distinguished from typos before torch is there, and rules that are on by default where their kernels were measured.
     """
     assert {
         module.path

@@ -57,8 +57,8 @@ def through_doors(program: Program, setting: Setting, steps: Steps, group: str, 
             outcome.problems.append(f"{type(error).__name__}: {str(error)[:400]}")
         return outcome
     outcome.add(compiler.reports)
-    told = [str(each.message) for each in caught if issubclass(each.category, FuseplanWarning)]
-    if found.eager > usual.eager and not any("eager" in text for text in told):
+    warned = [str(each.message) for each in caught if issubclass(each.category, FuseplanWarning)]
+    if found.eager > usual.eager and not any("eager" in text for text in warned):
         outcome.problems.append(f"{found.eager} frames run eagerly, under torch.compile {usual.eager}")
     # With an epsilon of its own a second model may be traced twice, so that the epsilon becomes a constant.
     if not setting.config.compile_ranges and "epsilon" not in program.source and found.graphs > usual.graphs:

@@ -185,11 +185,11 @@ class Setting:
 
     def __str__(self) -> str:
         given = {name: value for name, value in vars(self.config).items() if value != getattr(PassConfig(), name)}
-        told = [f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items()]
-        told += [f"rule {rule.name}" for rule in self.rules] + [f"provider {each.name}" for each in self.providers]
-        told += [f"product_relu saves {self.saving_us} us"] if self.saving_us is not None else []
-        told += ["a function is a pass"] if self.function is not None else []
-        return ", ".join([*told, *(["freezing"] if self.freezing else [])])
+        parts = [f"{name}={str(value) if name == 'policy' else value!r}" for name, value in given.items()]
+        parts += [f"rule {rule.name}" for rule in self.rules] + [f"provider {each.name}" for each in self.providers]
+        parts += [f"product_relu saves {self.saving_us} us"] if self.saving_us is not None else []
+        parts += ["a function is a pass"] if self.function is not None else []
+        return ", ".join([*parts, *(["freezing"] if self.freezing else [])])
 
 
 def draw(rng: random.Random) -> Setting:
@@ -250,13 +250,13 @@ def coupling_broken(setting: Setting, graph: fx.Graph) -> list[str]:
     """Whether what is chosen for a graph leaves out what a rule asks for, however it was chosen."""
     manager = setting.manager()
     analysis = manager.analyze(graph)
-    problem = analysis.posed.problem
+    program = analysis.problem.program
     try:
         selected = set(manager.decide(analysis, setting.config.chosen_policy, "graph_0").selected)
     except PlanError:  # places are counted otherwise here where a pass of the setting's own runs before
         return []
-    broken = [pair for pair in problem.requires if pair[0] in selected and pair[1] not in selected]
-    torn = [group for group in problem.together if 0 < len(group & selected) < len(group)]
+    broken = [pair for pair in program.requires if pair[0] in selected and pair[1] not in selected]
+    torn = [group for group in program.together if 0 < len(group & selected) < len(group)]
     return [f"a rule is applied without what it requires: {broken or torn}"] if broken or torn else []
 
 

@@ -128,11 +128,11 @@ def check(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for scale in rng.sample((3.0, 5.0), 2):
         circumstances.set(scale)
         results, fused = seen(door(circumstances.look_up))
-        told = f"seed {seed}: {door.__name__} that looks at the {kind}: {scale}"
+        case = f"seed {seed}: {door.__name__} that looks at the {kind}: {scale}"
         if door in (as_pass, as_hook):
-            assert float(results[1][0, 0]) == pytest.approx(scale, rel=1e-3), told
+            assert float(results[1][0, 0]) == pytest.approx(scale, rel=1e-3), case
         else:
-            assert fused == [{"norm_relu": 1} if scale <= 4 else {}], told
+            assert fused == [{"norm_relu": 1} if scale <= 4 else {}], case
 
 
 @pytest.fixture(autouse=True)

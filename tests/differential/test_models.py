@@ -49,8 +49,8 @@ class Tally:
             self.rules += outcome.fused
             if outcome.problems:
                 fused = " ".join(f"{rule}={count}" for rule, count in outcome.fused.items())
-                told = "\n".join((*outcome.problems, f"under {setting}", f"fused: {fused}", str(program)))
-                self.failures.append(told)
+                text = "\n".join((*outcome.problems, f"under {setting}", f"fused: {fused}", str(program)))
+                self.failures.append(text)
 
     def check(self, least: float) -> None:
         """Nothing failed, in so many of the models something was fused, and torch alone could compile nearly all."""
@@ -71,7 +71,7 @@ def interpreted(program: Program, group: str) -> list[tuple[Setting, Outcome]]:
         graph = Interpreted(recorded)
         for _ in range(SETTINGS):
             setting = draw(rng)
-            setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
+            setting = direct(setting, setting.manager().analyze(recorded.copy()).problem.candidates, rng)
             outcomes.append((setting, graph.check(setting, rng)))
     return outcomes
 
@@ -91,7 +91,7 @@ def _used(program: Program, group: str, *, coded: bool) -> tuple[Setting, Outcom
     recorded, *_ = record_program(program, group)
     for _ in range(8):
         setting = draw(rng)
-        setting = direct(setting, setting.manager().analyze(recorded.copy()).posed.candidates, rng)
+        setting = direct(setting, setting.manager().analyze(recorded.copy()).problem.candidates, rng)
         if fuses(setting, recorded.copy()):
             break
     steps = draw_steps(program, rng, rng.choice((0, 1) if coded else (1, 2, 2)))

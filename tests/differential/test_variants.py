@@ -98,10 +98,10 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_regions_that_are_compiled_once_count_as_often_as_they_are_called(count: int) -> None:
     config, x = PassConfig(policy="ordered(act_padding)"), torch.randn(4, 32)
-    told = []
+    lines = []
     for nested in (False, True):
         model = Layers(count, 32, nested=nested).requires_grad_(False)
         report = fuseplan.explain(model, x, x.clone(), config=config, device="h200")
-        told.append((Counter(report.fused)["act_padding"], round(report.saved_us, 3)))
-    assert told[0] == told[1]
-    assert told[0][0] == count
+        lines.append((Counter(report.fused)["act_padding"], round(report.saved_us, 3)))
+    assert lines[0] == lines[1]
+    assert lines[0][0] == count

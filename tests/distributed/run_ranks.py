@@ -179,17 +179,17 @@ PROVIDERS = {kernel.__name__: provider_of(kernel.__name__, {OP: kernel}, cost=0.
 
 
 def verified() -> dict[str, Any]:
-    """What comes of kernels in which ranks meet, verified by each rank alone and by both in lock step."""
+    """Collective kernels, verified by each rank alone and by both in lock step."""
     plays_both = dataclasses.replace(provider_of("plays_both", {OP: doubles}, cost=0.0), runs_alone=True)
     providers = [PROVIDERS["sums"], PROVIDERS["doubles"], plays_both]
     (gm,) = capture(model, inputs(3), {}, dynamic=True).graphs
     span = fuseplan.CompileRange(start=1, end=8)
     manager = PostGradPassManager(fuseplan.PassConfig(), compile_range=span, providers=providers)
-    posed = manager.analyze(gm.graph).posed
+    problem = manager.analyze(gm.graph).problem
     results: dict[str, Any] = {}
     for name, rank in (("alone", None), ("in lock step", RANK)):
         verifier = dataclasses.replace(manager.verifier, rank=rank)
-        outcomes = verifier.verify(posed.candidates, posed.canonical, (span.start, span.end))
+        outcomes = verifier.verify(problem.candidates, problem.canonical, (span.start, span.end))
         results[name] = {each.provider: each.detail for each in outcomes if isinstance(each, Verification)}
     return results
 
@@ -201,7 +201,7 @@ def only(provider: str, **changes: Any) -> fuseplan.PassConfig:
 
 
 def met_before_the_first_run() -> dict[str, Any]:
-    """What comes of kernels in which ranks meet under `fuseplan.compile`."""
+    """Collective kernels under `fuseplan.compile`."""
     results: dict[str, Any] = {}
     cache("met")
     results["met"] = run(only("sums"), providers=[PROVIDERS["sums"]])

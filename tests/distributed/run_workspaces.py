@@ -96,7 +96,7 @@ def no_memory_on_the_last() -> tuple[str | None, str | None]:
 
 
 def the_last_is_late() -> tuple[str | None, str | None]:
-    """It comes after the others have given up, and is told what they were; then all of them come once more."""
+    """It comes after the others have given up, and gets their results; then all of them come once more."""
     group = dist.new_group(timeout=datetime.timedelta(seconds=0.5)).group_name
     dist.barrier()
     if RANK == LAST:
@@ -142,8 +142,8 @@ def planned_again(prepare: Callable[..., str], **settings: Any) -> dict[str, Any
     x, residual = torch.randn(3, HIDDEN, generator=generator).bfloat16(), torch.ones(3, HIDDEN).bfloat16()
     needed = (("0", "bfloat16", "cpu"),)
 
-    def workspaces_of(posed: Any, decision: Any) -> Any:
-        chosen = [posed.candidates[index].match.provider for index in decision.selected]
+    def workspaces_of(problem: Any, decision: Any) -> Any:
+        chosen = [problem.candidates[index].match.provider for index in decision.selected]
         return needed if "shares" in chosen else ()
 
     with (

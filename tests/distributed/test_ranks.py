@@ -71,7 +71,7 @@ def test_kernels_in_which_ranks_meet_are_verified_in_lock_step_alone(ranks: Rank
     """A kernel that takes the other rank to hold what it holds itself is found out."""
     for rank in ranks:
         alone, together = rank["verified"]["alone"], rank["verified"]["in lock step"]
-        assert all("ranks meet in its kernel" in alone[name] for name in ("sums", "doubles"))
+        assert all("its kernel is collective" in alone[name] for name in ("sums", "doubles"))
         assert alone["plays_both"] is None
         assert together["sums"] is None
         assert all(together[name].startswith("at 1 tokens: result 0: ") for name in ("doubles", "plays_both"))

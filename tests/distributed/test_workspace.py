@@ -26,7 +26,7 @@ from fuseplan.distributed.workspace import (
     UNIT_WORDS,
     WORKSPACES,
     Workspace,
-    alone,
+    loopback,
     workspace_of,
 )
 from fuseplan.errors import CollectiveError, PlanError
@@ -44,7 +44,7 @@ def test_memory_is_empty_and_nothing_is_remembered(one_rank: str) -> None:
     assert space.words.dtype is torch.int16
     assert (space.words == -1).all()
     assert not space.state.any()
-    assert space.distances.tolist() == [0]
+    assert space.peer_offsets.tolist() == [0]
 
 
 def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,10 +53,10 @@ def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.Mo
     dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     try:
         assert dist.group.WORLD is not None
-        space = Workspace(dist.group.WORLD.group_name, CPU, 4, capacity=4096, alone=True)
+        space = Workspace(dist.group.WORLD.group_name, CPU, 4, capacity=4096, loopback=True)
         assert (space.rank, space.ranks, space.one_shot) == (2, 4, False)
         assert space.memory.local.numel() == HEADER_BYTES + SLOTS * (3 + 1) * 4096
-        assert space.distances.tolist() == [0] * 4
+        assert space.peer_offsets.tolist() == [0] * 4
     finally:
         dist.destroy_process_group()
 
@@ -159,7 +159,7 @@ def test_calls_of_several_threads_follow_each_other(one_rank: str) -> None:
 
 def test_what_one_rank_tries_alone_is_kept_apart_and_given_back(one_rank: str) -> None:
     shared = workspace_of(one_rank, CPU, torch.bfloat16, 1024)
-    with alone():
+    with loopback():
         tried = weakref.ref(workspace_of(one_rank, CPU, torch.bfloat16, 1024))
         assert tried() not in (shared, None)
         assert workspace_of(one_rank, CPU, torch.bfloat16, 1024) is tried()
@@ -249,18 +249,18 @@ def test_a_rank_that_can_not_share_memory_says_so_whatever_it_is(
     assert asked.digests[1].startswith(f"apart: {said}")
 
 
-def agreed(verdict: Verdict, told: list[Verdict], apart: Callable[[str], Any]) -> first_run.AgreedGraph:
+def agreed(verdict: Verdict, verdicts: list[Verdict], apart: Callable[[str], Any]) -> first_run.AgreedGraph:
     return first_run.AgreedGraph(
-        lambda x: x + 1, unfused=lambda: lambda x: x, apart=apart, settle=lambda: verdict, tell=told.append
+        lambda x: x + 1, unfused=lambda: lambda x: x, apart=apart, settle=lambda: verdict, tell=verdicts.append
     )
 
 
 def test_ranks_that_can_not_share_memory_plan_again_without_it() -> None:
-    told: list[Verdict] = []
+    verdicts: list[Verdict] = []
     verdict = Verdict(fused=False, apart=True, reason="they are far from each other")
-    graph = agreed(verdict, told, lambda why: lambda x: f"{x} {why}")
+    graph = agreed(verdict, verdicts, lambda why: lambda x: f"{x} {why}")
     assert [graph(1), graph(2)] == ["1 they are far from each other", "2 they are far from each other"]
-    assert told == [verdict]
+    assert verdicts == [verdict]
 
 
 def test_what_can_not_be_planned_without_shared_memory_is_run_unfused() -> None:

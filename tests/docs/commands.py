@@ -103,9 +103,9 @@ def commands_of(script: str) -> Iterator[Command]:
         if words:
             count = next(index for index, word in enumerate(words) if not re.fullmatch(r"[A-Z_]+=.*", word))
             pairs = [word.split("=", 1) for word in words[:count]]
-            told = re.search(r"# exit status (\d)", line)
+            status = re.search(r"# exit status (\d)", line)
             program = words[count].removeprefix(".venv/bin/")
-            yield Command(dict(pairs), program, words[count + 1 :], int(told[1]) if told else 0)
+            yield Command(dict(pairs), program, words[count + 1 :], int(status[1]) if status else 0)
 
 
 class Shell:

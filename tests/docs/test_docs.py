@@ -193,13 +193,15 @@ def names(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-@pytest.mark.parametrize(("heading", "kind"), [("How near is its\n`Nearness`", Nearness), ("is its `Reason`", Reason)])
+@pytest.mark.parametrize(
+    ("heading", "kind"), [("Its `Nearness` says\nhow near it is", Nearness), ("Its `Reason` is", Reason)]
+)
 def test_tables_of_near_misses_are_complete(heading: str, kind: type[Nearness] | type[Reason]) -> None:
     assert [name for row in rows_under(heading) for name in names(row[0])] == [member.value for member in kind]
 
 
 def test_the_table_of_obstacles_is_the_one_that_is_planted() -> None:
-    rows = {row[0]: names(row[1]) for row in rows_under("These twelve obstacles")}
+    rows = {row[0]: names(row[1]) for row in rows_under("plants these twelve obstacles")}
     assert rows == {name: [obstacle.reason.value] for name, obstacle in OBSTACLES.items()}
 
 
@@ -217,8 +219,8 @@ def test_tables_of_hugging_face_models_are_what_was_measured() -> None:
         ]
         for name, row in models.items()
     ]  # fmt: skip
-    told = [[names(row[0])[0], *row[1:]] for row in rows_under("## What compiling costs", page)]
-    assert told == [
+    documented = [[names(row[0])[0], *row[1:]] for row in rows_under("## What compiling costs", page)]
+    assert documented == [
         [kind, str(row["plain_cpu_s"]["median"]), *compile_costs(row["planned"]), *compile_costs(row["fused"])]
         for kind, row in measured["compile"].items()
     ]
@@ -265,19 +267,19 @@ def compile_costs(row: dict[str, Any]) -> list[str]:
 def test_fields_of_json_are_all_told() -> None:
     arguments = ["explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--json"]
     data: dict[str, Any] = json.loads(CliRunner().invoke(app, [*arguments, "--forbid", "act_quant"]).stdout)
-    told = [name for row in rows_under("versioned by `schema`") for name in names(row[0])]
-    assert told == [*data]
-    told = [name for row in rows_under("A row of `policies`") for name in names(row[0])]
-    assert set(told) - {"force"} == {name for policy in data["policies"] for name in policy}
+    documented = [name for row in rows_under("versioned by `schema`") for name in names(row[0])]
+    assert documented == [*data]
+    documented = [name for row in rows_under("A row of `policies`") for name in names(row[0])]
+    assert set(documented) - {"force"} == {name for policy in data["policies"] for name in policy}
 
 
 @pytest.mark.parametrize("package", [fuseplan, fuseplan.record, fuseplan.errors])
 def test_the_reference_has_every_public_name(package: ModuleType) -> None:
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
-    told = set(re.findall(r"^\.\. auto\w+:: fuseplan\.(?:record\.)?(\w+)$", pages, re.MULTILINE))
+    documented = set(re.findall(r"^\.\. auto\w+:: fuseplan\.(?:record\.)?(\w+)$", pages, re.MULTILINE))
     assert ".. automodule:: fuseplan.errors\n   :members:" in pages
     named = getattr(package, "__all__", [name for name in vars(fuseplan.errors) if name.endswith("Error")])
-    assert set(named) - told <= {name for name in vars(fuseplan.errors) if name.endswith("Error")}
+    assert set(named) - documented <= {name for name in vars(fuseplan.errors) if name.endswith("Error")}
 
 
 # Pictures.

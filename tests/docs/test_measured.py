@@ -57,9 +57,9 @@ def test_readme_states_what_was_run() -> None:
 
 def test_pages_state_ranks_and_gpus_by_the_results_alone() -> None:
     for page in ("index", "is-it-for-me", "providers"):
-        told = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
-        assert "{{ gpus_run }}" in told, page
-        assert "{{ ranks_run }}" in told, page
+        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+        assert "{{ gpus_run }}" in text, page
+        assert "{{ ranks_run }}" in text, page
 
 
 def test_every_command_has_its_help_on_a_page() -> None:

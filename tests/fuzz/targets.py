@@ -49,15 +49,15 @@ class Target:
 
     def __call__(self, content: bytes) -> bool:
         """Whether the content is taken."""
-        told = None
+        text = None
         try:
             self.read(content)
         except self.errors as error:
-            told = str(error)
-        if told is not None:
-            assert told.isprintable(), told
-            assert 0 < len(told) <= LONGEST_LINE, told
-        return told is None
+            text = str(error)
+        if text is not None:
+            assert text.isprintable(), text
+            assert 0 < len(text) <= LONGEST_LINE, text
+        return text is None
 
 
 def _path(content: bytes) -> Path:
@@ -113,9 +113,9 @@ def _read_words(content: bytes) -> None:
         try:
             read(text)
         except ConfigError as error:
-            told = str(error)
+            text = str(error)
             refused += 1
-            assert told.isprintable()
+            assert text.isprintable()
     PassConfig(forbid=(text,))
     if refused == len(reads):
         raise ConfigError("no reader takes it")

@@ -355,7 +355,7 @@ def two_at_once() -> list[str]:
     def make(name: str, dtype: torch.dtype) -> None:
         try:
             workspaces.workspace_of(name, DEVICE, dtype)
-        except Exception as error:  # noqa: BLE001 - told by the scenario
+        except Exception as error:  # noqa: BLE001 - reported by the scenario
             failed.append(str(error))
 
     threads = [threading.Thread(target=make, args=each, daemon=True) for each in wanted]

@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.dialect import ops, registered_kernel
-from fuseplan.distributed.workspace import alone
+from fuseplan.distributed.workspace import loopback
 from fuseplan.providers.triton import replay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -127,7 +127,7 @@ def test_results_are_of_one_call_each() -> None:
 def group() -> Iterator[str]:
     """Of two ranks, of which one is here and plays both."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    with alone():
+    with loopback():
         yield dist.group.WORLD.group_name  # type: ignore[union-attr]
     dist.destroy_process_group()
 

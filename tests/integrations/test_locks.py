@@ -29,13 +29,13 @@ OTHERS: dict[str, Any] = {
     "allow_rounding_changes": True,
 }
 """Another value than the default of every setting that a lock can pin."""
-IDLE = {"verify", "verify_timeout_s", "agreement_timeout_s"}
+INEFFECTIVE = {"verify", "verify_timeout_s", "agreement_timeout_s"}
 """Settings of compilations alone: a lock compiles nothing."""
 REFUSED: dict[str, Any] = {"costs": "measured", "cost_table": "costs.json", "plan": "plan.json"}
 
 
 def test_every_setting_is_pinned_or_refused() -> None:
-    assert {each.name for each in dataclasses.fields(PassConfig)} == {*OTHERS, *REFUSED, *IDLE}
+    assert {each.name for each in dataclasses.fields(PassConfig)} == {*OTHERS, *REFUSED, *INEFFECTIVE}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -167,7 +167,7 @@ def test_a_regression_fails_with_rule_place_and_line(run: Run, planned: Path) ->
         "moved   allreduce_rms by flashinfer -> act_padding by triton, 2 places in every range: layers.1-2.norm",
         "why     near miss: aten.mul.Tensor stands between all_reduce and fused_add_rms_norm",
         ": x = x * 0.5",
-        "mend    scale before all_reduce",
+        "fix     scale before all_reduce",
         f"where that is meant: pytest {UPDATE}",
         "wrong   allreduce_rms: expected 4, found 2",
         "there   2 places: layers.0,3.norm",
@@ -187,14 +187,14 @@ def test_broken_locks_and_other_settings_are_told_and_can_be_written_anew(run: R
     broken = run("-k", "planned or TestClass")
     broken.assert_outcomes(failed=2)
     broken.stdout.fnmatch_lines([f"*planned.lock pins device=h100, and the test says device=h200; where that*{UPDATE}"])
-    advice = f"mend it, or write it anew with pytest {UPDATE}"
+    advice = f"fix it, or write it anew with pytest {UPDATE}"
     broken.stdout.fnmatch_lines([f"*LockError: lock file '*+one.lock': it isn't JSON*; {advice}"])
     assert "src/fuseplan" not in broken.stdout.str()
     for other, says in (("", "isn't JSON"), ('{"schema": 9}', "has schema 9; this version reads 1")):
         planned.write_text(other)
-        told = run("-k", "planned")
-        told.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock': it {says}*; {advice}"])
-        assert "src/fuseplan" not in told.stdout.str()
+        result = run("-k", "planned")
+        result.stdout.fnmatch_lines([f"*LockError: lock file '*planned.lock': it {says}*; {advice}"])
+        assert "src/fuseplan" not in result.stdout.str()
     run(UPDATE, "-k", "planned or TestClass").assert_outcomes(passed=2)
     assert planned.read_text() == PLANNED_LOCK
 
@@ -239,7 +239,7 @@ def test_training(assert_fusions):
             "*ConfigError: unknown device 'h20'; did you mean 'h200'*",
             "*ConfigError: device=device(type='cpu'): give a profile or the name of one: a100, *",
             "*ConfigError: name=3: give a text",
-            "*ConfigError: plan='plan.json': a lock pins what is planned, not a file of plans; leave it out",
+            "*ConfigError: plan='plan.json': a lock makes its own plan; leave it out",
             "*wrong   act_padding: expected 1, found 0",
             "*why     the graph has nothing that it could match",
         ]

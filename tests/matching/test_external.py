@@ -134,7 +134,7 @@ def test_they_compete_with_rules() -> None:
         manager = PostGradPassManager(PassConfig(), passes=passes, device=PROFILES["h200"])
         analysis = manager.analyze(graph)
         decision = manager.decide(analysis, manager.config.chosen_policy, "graph_0")
-        chosen = [analysis.posed.candidates[index].rule for index in decision.selected]
+        chosen = [analysis.problem.candidates[index].rule for index in decision.selected]
         assert chosen == [winner]
 
 
@@ -209,8 +209,8 @@ def test_passes_are_part_of_the_cache_key() -> None:
     }
     assert None not in keys
     assert len(keys) == 5
-    told = PostGradPassManager(PassConfig(), passes=[ExternalPass(matcher=add_relu_pass(), uuid=lambda: "1")])
-    assert told.uuid() in keys
+    manager = PostGradPassManager(PassConfig(), passes=[ExternalPass(matcher=add_relu_pass(), uuid=lambda: "1")])
+    assert manager.uuid() in keys
 
 
 @pytest.mark.parametrize("wrap", [lambda matcher: matcher, lambda matcher: ExternalPass(matcher=matcher)])
@@ -252,6 +252,6 @@ def test_a_pass_whose_matches_overlap_each_other_conflicts_with_itself(length: i
     manager = PostGradPassManager(PassConfig(), passes=[pairs])
     analysis = manager.analyze(post_grad(chain, torch.randn(4, 4)))
     decision = manager.decide(analysis, manager.config.chosen_policy, "graph_0")
-    assert len(analysis.posed.candidates) == length - 1
+    assert len(analysis.problem.candidates) == length - 1
     assert len(decision.selected) == fired
     assert all(lost.blocked_by for lost in decision.lost)

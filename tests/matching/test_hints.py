@@ -14,7 +14,7 @@ from fuseplan.config import PassConfig
 from fuseplan.providers import PROFILES
 from fuseplan.record import Reason
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn
-from tests.matching.told import R, W, X, near_misses
+from tests.matching.reported import R, W, X, near_misses
 
 Reduce = Callable[[Tensor], Tensor]
 Model = Callable[[Reduce, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -107,7 +107,7 @@ def run(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
         return list(fx.Interpreter(gm).run(*(s.clone() if isinstance(s, Tensor) else s for s in sizes)))
 
 
-def told(gm: fx.GraphModule) -> Any:
+def metas_of(gm: fx.GraphModule) -> Any:
     """What the graph itself says of its results."""
     return [node.meta["val"] for node in gm.graph.output_node().all_input_nodes]
 
@@ -123,8 +123,8 @@ def check(model: Model, inputs: Sequence[Tensor], copies: int, *, dynamic: bool 
     for left, right in zip(actual, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=2**-6, atol=2**-6)
     assert layout(actual) == layout(expected)
-    metas = told(after)
-    assert [str(value.stride()) for value in metas] == [str(value.stride()) for value in told(gm)]
+    metas = metas_of(after)
+    assert [str(value.stride()) for value in metas] == [str(value.stride()) for value in metas_of(gm)]
 
 
 def in_order(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -382,7 +382,7 @@ def test_results_of_turned_arguments_are_turned() -> None:
     assert len(match.copied) == 1
     expected, actual = run(gm, (*turned, W)), run(after, (*turned, W))
     assert actual[1].stride() == expected[1].stride() == (1, 6)
-    assert told(after)[1].stride() == (1, 6)
+    assert metas_of(after)[1].stride() == (1, 6)
 
 
 def test_a_sum_that_the_graph_slices_is_no_value_of_its_own(one_rank: str) -> None:

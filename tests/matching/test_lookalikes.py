@@ -1,4 +1,4 @@
-"""What looks like a dialect op and isn't one: the cause by its name, on its line, and what mends it."""
+"""What looks like a dialect op and isn't one: the cause by its name, on its line, and how to fix it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.record import NearMiss, Nearness, Reason
 from tests.helpers import HIDDEN, all_reduce, built_in, gpt_oss, llama, quantize, randn
-from tests.matching.told import R, W, X, near_misses
+from tests.matching.reported import R, W, X, near_misses
 
 
 def spelled(under_root: Callable[[Tensor], Tensor], *, divides: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
@@ -48,13 +48,13 @@ LOOKALIKES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str | None]
 
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_what_looks_like_a_norm_says_why_it_is_none(name: str, one_rank: str) -> None:
-    norm, told, mend = LOOKALIKES[name]
+    norm, expected, mend = LOOKALIKES[name]
     rows = near_misses(lambda x, w: F.pad(norm(all_reduce(x, one_rank), w), (0, 8)), X, W)
     assert {row.rule for row in rows} == {"allreduce_rms", "act_padding", "allreduce_rms_padding"}
     for row in rows:
         assert row.nearness is Nearness.UNRECOGNIZED
         assert row.detail.startswith("RMSNorm not recognised: ")
-        assert told in row.detail
+        assert expected in row.detail
         assert mend in str(row.mend) if mend else row.mend is None
         assert row.line is not None
         assert row.line.startswith("test_lookalikes.py:")
@@ -104,20 +104,20 @@ def silu_and_mul(change: Callable[[Tensor, Tensor], Any]) -> list[NearMiss]:
 
 SILUS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Reason, str]] = {
     "read twice": (lambda g, u: ((a := F.silu(g)) * u, a.exp()), Reason.USERS, "also read by aten.exp.default"),
-    "returned": (lambda g, u: ((a := F.silu(g)) * u, a), Reason.USERS, "what SiLU yields is returned"),
+    "returned": (lambda g, u: ((a := F.silu(g)) * u, a), Reason.USERS, "SiLU's result is returned"),
     "float32": (lambda g, u: (F.silu(g) * u.float(),), Reason.DTYPE, "gate, up and result are bfloat16, float32"),
     "broadcast": (lambda g, u: (F.silu(g) * u[:1],), Reason.SIZE, "multiplied by another shape"),
     "quick GELU": (lambda g, u: (g * torch.sigmoid(1.702 * g) * u,), Reason.OP, "is scaled by 1.702"),
-    "alone": (lambda g, u: (F.silu(g), u), Reason.OP, "what SiLU yields isn't multiplied"),
+    "alone": (lambda g, u: (F.silu(g), u), Reason.OP, "SiLU's result isn't multiplied"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SILUS)
 def test_what_looks_like_a_gated_silu_says_why_it_is_none(name: str) -> None:
-    change, reason, told = SILUS[name]
+    change, reason, expected = SILUS[name]
     (row,) = silu_and_mul(change)
     assert (row.rule, row.nearness, row.reason) == ("act_quant", Nearness.UNRECOGNIZED, reason)
-    assert told in row.detail
+    assert expected in row.detail
 
 
 def test_another_activation_is_no_silu_and_a_silu_far_from_a_quantisation_is_none_of_ours() -> None:
@@ -147,7 +147,7 @@ QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | No
     ),
     "factor": (
         lambda y: (y.float() * S).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), Reason.OP,
-        "multiplied by something else than 1 / scale", None,
+        "isn't multiplied by 1 / scale", None,
     ),
     "another limit": (dynamic(lambda y: (amax(y) / 240.0).clamp(min=1e-9)), Reason.OP, "isn't divided by 448", None),
     "whole tensor": (
@@ -158,11 +158,11 @@ QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | No
 
 @pytest.mark.parametrize("name", QUANTISATIONS)
 def test_what_looks_like_a_quantisation_says_why_it_is_none(name: str) -> None:
-    change, reason, told, mend = QUANTISATIONS[name]
+    change, reason, expected, mend = QUANTISATIONS[name]
     (row,) = near_misses(lambda x, w: change(llama(x, None, w)[0]), X, W)
     assert row.nearness is Nearness.UNRECOGNIZED
     assert row.reason is reason
-    assert told in row.detail
+    assert expected in row.detail
     assert mend in str(row.mend) if mend else row.mend is None
 
 
@@ -217,11 +217,11 @@ ADDITIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Reason, str, str 
 
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_an_addition_that_is_no_residual_add_says_why(name: str, one_rank: str) -> None:
-    change, reason, told, hint = ADDITIONS[name]
+    change, reason, expected, hint = ADDITIONS[name]
     r, w = (R.float(), W.float()) if name == "float32" else (R, W)
     (row,) = near_misses(lambda x, r, w: built_in(change(all_reduce(x, one_rank), r), None, w)[0], X, r, w)
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.OBSTRUCTED, reason)
-    assert told in row.detail
+    assert expected in row.detail
     assert row.mend == hint
 
 

@@ -15,7 +15,7 @@ from fuseplan.config import PassConfig
 from fuseplan.providers import PROFILES
 from fuseplan.record import Nearness, Reason
 from tests.helpers import HIDDEN, all_reduce, gpt_oss, llama, post_grad, quantize, randn, vllm
-from tests.matching.told import R, W, X, near_misses
+from tests.matching.reported import R, W, X, near_misses
 
 
 @torch.library.custom_op("near_misses::opaque", mutates_args=())
@@ -46,10 +46,10 @@ BETWEEN_NORM_AND_PAD: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str]] 
 
 @pytest.mark.parametrize("name", BETWEEN_NORM_AND_PAD)
 def test_what_stands_between_norm_and_pad(name: str) -> None:
-    change, reason, told = BETWEEN_NORM_AND_PAD[name]
+    change, reason, expected = BETWEEN_NORM_AND_PAD[name]
     (row,) = near_misses(lambda x, w: F.pad(change(llama(x, None, w)[0]), (0, 8)), X, W)
     assert (row.rule, row.nearness, row.reason) == ("act_padding", Nearness.OBSTRUCTED, reason)
-    assert told in row.detail
+    assert expected in row.detail
     assert row.expected == "rms_norm"
     assert row.line is not None
     assert row.line.startswith("test_near_misses.py:")
@@ -186,7 +186,7 @@ def test_a_quantisation_of_another_kind() -> None:
         return (llama(x, None, w)[0].float() / s).clamp(-240.0, 240.0).to(torch.float8_e4m3fn)
 
     (row,) = near_misses(model, X, W, torch.tensor([0.02]))
-    assert row.detail == "fp8 quantisation not recognised: what is cast isn't clamped to +-448"
+    assert row.detail == "fp8 quantisation not recognised: the value cast isn't clamped to +-448"
 
 
 def test_a_norm_over_another_dimension(one_rank: str) -> None:

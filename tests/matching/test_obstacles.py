@@ -23,20 +23,20 @@ class Obstacle:
     Attributes:
         plant: puts it into a model.
         reason: the reason of the first near miss.
-        told: what its detail contains.
+        detail: what its detail contains.
         folded: what it contains where Inductor has folded the obstacle into what is next to it, as that of torch 2.11
             does with casts.
         line: the file of the line that is to blame; empty: the model's own.
         config: under which it is one.
         providers: who may run fused ops; empty: all.
-        layers: that the model needs for it: what is dead is told by what other layers have.
+        layers: that the model needs for it: dead ops are found by comparison with other layers.
         at_norm: whether it is planted in the norm's module, and not in the module whose result is reduced.
         hint: what the row advises; None where nothing that leaves the model's result alone is known.
     """
 
     plant: Callable[[Garden, Place], None]
     reason: Reason
-    told: str
+    detail: str
     folded: str = ""
     line: str = PLANTED
     config: PassConfig = field(default_factory=PassConfig)
@@ -104,7 +104,7 @@ def test_the_first_cause_is_the_planted_obstacle(name: str, workload: str) -> No
     first = next(row for row in report.near_misses if row.rule != "grouped_attention")
     assert first.rule in ("allreduce_rms", "act_padding")
     is_folded = bool(obstacle.folded) and obstacle.folded in first.detail
-    assert (first.reason, obstacle.told in first.detail or is_folded) == (obstacle.reason, True), first
+    assert (first.reason, obstacle.detail in first.detail or is_folded) == (obstacle.reason, True), first
     assert first.mend == obstacle.hint
     if name == "disabled flag":
         assert first.count == len(first.sites) > len(made.places) / 2

@@ -9,7 +9,7 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.matching import find_matches
 from fuseplan.planner.costs import CostModel, CostTable, Provenance, Row
-from fuseplan.planner.pose import Posed, pose
+from fuseplan.planner.pose import Problem, pose
 from fuseplan.planner.pricing import Prices, alternative_name, row_key
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.rules import Rule, by_name
@@ -34,7 +34,7 @@ def twice(x: Any, r: Any, w: Any) -> Any:
     return ops.pad(y, 28), ops.pad(ops.rms_norm(total, w, 1e-5, "llama"), 28)
 
 
-def posed(
+def problem_of(
     function: Any = norm_and_pad,
     prices: Prices | None = None,
     span: tuple[int, int] = (10, 10),
@@ -43,17 +43,17 @@ def posed(
     rules: Sequence[Rule] = BUILT_IN_RULES,
     providers: Sequence[Provider] = PROVIDERS,
     **more: Any,
-) -> Posed:
+) -> Problem:
     canonical = canonicalize(written(function, {"x": X, "r": R, "w": W}, dynamic=dynamic))
     found = find_matches(canonical, by_name(rules), providers, PROFILES["h200"]).candidates
     return pose(canonical, found, more.pop("external", ()), prices or Prices(model=MODEL), span, **more)
 
 
-def by_provider(given: Posed, values: Sequence[Any]) -> dict[str, Any]:
+def by_provider(given: Problem, values: Sequence[Any]) -> dict[str, Any]:
     return {each.provider: value for each, value in zip(given.candidates, values, strict=True)}
 
 
-def measured(given: Posed, rows: Mapping[str, Sequence[tuple[int, int]]], sizes: Sequence[int] = (10,)) -> CostTable:
+def measured(given: Problem, rows: Mapping[str, Sequence[tuple[int, int]]], sizes: Sequence[int] = (10,)) -> CostTable:
     """A table of the one component of a graph: (time, spread) by size of alternatives, or of their candidates."""
     (component,) = given.components
     places = sorted({each.site.ordinal for i in component if (each := given.candidates[i]).site})

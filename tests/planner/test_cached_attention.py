@@ -9,7 +9,7 @@ from fuseplan.matching import find_matches
 from fuseplan.planner.candidates import candidates_of
 from fuseplan.planner.costs import HARDWARE, CostModel
 from fuseplan.planner.evidence import cost_rows
-from fuseplan.planner.pose import Posed, pose
+from fuseplan.planner.pose import Problem, pose
 from fuseplan.planner.pricing import Prices
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.rules import by_name
@@ -23,7 +23,7 @@ from tests.helpers import post_grad
 RULES = by_name((*CACHED_ATTENTION_RULES, *CACHED_ROTARY_RULES))
 
 
-def posed(inner: Callable[..., Layer], device: str = "h200") -> Posed:
+def problem_of(inner: Callable[..., Layer], device: str = "h200") -> Problem:
     function = attending(inner(read=lambda x: x))
     canonical = canonicalize(post_grad(function, *arguments(), visible()))
     matches = find_matches(canonical, RULES, BUILT_IN_PROVIDERS, PROFILES[device]).candidates
@@ -33,7 +33,7 @@ def posed(inner: Callable[..., Layer], device: str = "h200") -> Posed:
 @pytest.mark.parametrize("inner", [layer, normed_layer])
 @pytest.mark.parametrize("device", sorted(HARDWARE))
 def test_it_replaces_both_sites(device: str, inner: Callable[..., Layer]) -> None:
-    problem = posed(inner, device)
+    problem = problem_of(inner, device)
     model = CostModel(HARDWARE[device])
     (one,) = {each.places for each in problem.candidates if "attention" in each.rule}
     assert len(one) == 2
@@ -49,7 +49,7 @@ def test_it_replaces_both_sites(device: str, inner: Callable[..., Layer]) -> Non
 @pytest.mark.parametrize(("inner", "read_again"), [(layer, False), (normed_layer, True)])
 def test_it_is_the_kernel_of_attention_with_what_the_other_moves(inner: Callable[..., Layer], read_again: bool) -> None:
     """And no launch of that; where they aren't normed, queries are neither written nor read again."""
-    problem = posed(inner)
+    problem = problem_of(inner)
     model = CostModel(HARDWARE["h200"])
     candidate = next(each for each in problem.candidates if each.provider == "triton" and "attention" in each.rule)
     assert candidate.site is not None
@@ -71,7 +71,7 @@ def test_it_is_the_kernel_of_attention_with_what_the_other_moves(inner: Callable
 
 
 def test_rows_behind_the_numbers_name_both_sites() -> None:
-    problem = posed(layer)
+    problem = problem_of(layer)
     rows = [row for row in cost_rows([problem]) if " & " in row.site]
     assert {row.site for row in rows} == {" & ".join(problem.sites)}
     times = {row.alternative: row.time_ns for row in rows}

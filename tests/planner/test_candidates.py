@@ -16,20 +16,20 @@ from fuseplan.errors import ConfigError
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
 from fuseplan.planner.candidates import conflicts_of
-from fuseplan.planner.contradiction import MEND, ContradictionError, contradiction
-from fuseplan.planner.pose import Posed, check_selector, pose, selects
+from fuseplan.planner.contradiction import ADVICE, ContradictionError, contradiction
+from fuseplan.planner.pose import Problem, check_selector, pose, selects
 from fuseplan.planner.pricing import Prices
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.providers import PROFILES
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import written
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, R, W, X, norm_and_pad, posed, twice
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, R, W, X, norm_and_pad, problem_of, twice
 
 aten = torch.ops.aten
 
 
-def named(given: Posed, pairs: Any) -> set[tuple[str, ...]]:
+def named(given: Problem, pairs: Any) -> set[tuple[str, ...]]:
     return {tuple(given.candidates[i].name for i in pair) for pair in pairs}
 
 
@@ -40,7 +40,7 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_candidates_are_known_by_place_rule_op_and_provider() -> None:
-    given = posed(twice)
+    given = problem_of(twice)
     assert [candidate.name for candidate in given.candidates] == [
         "00000 act_padding fused_add_rms_norm_pad torch",
         "00000 act_padding fused_add_rms_norm_pad triton",
@@ -57,7 +57,7 @@ def test_candidates_are_known_by_place_rule_op_and_provider() -> None:
 
 
 def test_what_a_candidate_takes_reads_and_yields() -> None:
-    (first, _) = posed().candidates
+    (first, _) = problem_of().candidates
     by_name = {node.name: node for node in first.consumed}
     assert set(by_name) == {"fused_add_rms_norm_default", "getitem", "getitem_1", "pad_default"}
     assert {node.name for node in first.context} == {"x", "r", "w"}
@@ -65,19 +65,19 @@ def test_what_a_candidate_takes_reads_and_yields() -> None:
 
 
 def test_signatures_say_dtypes_static_sizes_and_attributes(four_ranks: None) -> None:
-    (first, _) = posed().candidates
+    (first, _) = problem_of().candidates
     sizes = "x:bfloat16[10x100], weight:bfloat16[100]"
     assert first.signature == (
         "fused_add_rms_norm_pad(x:bfloat16[10x100], residual:bfloat16[10x100], weight:bfloat16[100], eps=1e-05, "
         "rounding=llama, right=28)"
     )
-    dynamic = posed(dynamic=True).candidates[0].signature
+    dynamic = problem_of(dynamic=True).candidates[0].signature
     assert dynamic == first.signature.replace("10x100", "?x100")
 
     def reduced(x: Any, r: Any, w: Any) -> Any:
         return ops.rms_norm(ops.all_reduce(x, "g"), w, 1e-5, "llama"), r
 
-    assert posed(reduced).candidates[0].signature == f"all_reduce_rms_norm({sizes}, eps=1e-05, rounding=llama)"
+    assert problem_of(reduced).candidates[0].signature == f"all_reduce_rms_norm({sizes}, eps=1e-05, rounding=llama)"
 
 
 def test_pads_of_one_norm_are_told_apart_by_their_order() -> None:
@@ -86,24 +86,24 @@ def test_pads_of_one_norm_are_told_apart_by_their_order() -> None:
         wide = ops.pad(aten.relu.default(r), 4), ops.pad(y, 28), ops.pad(y, 12)
         return *wide, ops.pad(ops.rms_norm(r, w, 1e-5, "llama"), 4)
 
-    given = posed(model, providers=TORCH)
+    given = problem_of(model, providers=TORCH)
     assert [candidate.name for candidate in given.candidates] == [
         "00000 act_padding rms_norm_pad torch 1",
         "00000 act_padding rms_norm_pad torch 2",
         "00001 act_padding rms_norm_pad torch",
     ]
     assert [candidate.anchor.args[1] for candidate in given.candidates] == [28, 12, 4]
-    assert given.problem.conflicts == {(0, 1)}
+    assert given.program.conflicts == {(0, 1)}
 
 
 def test_candidates_of_a_common_node_conflict() -> None:
-    given = posed(twice)
-    assert given.problem.conflicts == {(0, 1), (2, 3)}
+    given = problem_of(twice)
+    assert given.program.conflicts == {(0, 1), (2, 3)}
     assert given.components == [(0, 1), (2, 3)]
 
 
 def test_a_candidate_conflicts_with_one_that_takes_what_it_reads() -> None:
-    first, second = posed(twice, providers=TORCH).candidates
+    first, second = problem_of(twice, providers=TORCH).candidates
     lost, yielded = first.match.consumed[0], first.anchor
     assert lost not in first.re_emitted
     assert yielded in first.re_emitted
@@ -125,7 +125,7 @@ def somebodys(
     )  # fmt: skip
 
 
-def with_somebody(function: Any, *targets: Any, providers: Any = TORCH, **more: Any) -> tuple[CanonicalGraph, Posed]:
+def with_somebody(function: Any, *targets: Any, providers: Any = TORCH, **more: Any) -> tuple[CanonicalGraph, Problem]:
     """A problem in which somebody's pass takes the calls of `targets`, a match each."""
     canonical = canonicalize(written(function, {"x": X, "r": R, "w": W}))
     found = find_matches(canonical, by_name(BUILT_IN_RULES), providers, PROFILES["h200"]).candidates
@@ -142,7 +142,7 @@ def test_somebodys_matches_are_candidates_that_conflict_by_what_they_take() -> N
     assert [candidate.name for candidate in given.candidates] == [
         "00000 act_padding fused_add_rms_norm_pad torch", "external somebody 00000", "external somebody 00001",
     ]  # fmt: skip
-    assert given.problem.conflicts == {(0, 1)}
+    assert given.program.conflicts == {(0, 1)}
     pad, relu = given.candidates[1:]
     assert (pad.rule, pad.op, pad.provider, pad.site) == ("somebody", "somebody", "external", None)
     assert pad.signature == "somebody fuseplan.pad.default"
@@ -164,13 +164,13 @@ def together(name: str = "act_padding", **attributes: Any) -> list[Rule]:
 
 
 def test_couplings_hold_between_candidates_of_one_provider() -> None:
-    given = posed(twice, rules=together(together=True))
-    assert named(given, given.problem.together) == {
+    given = problem_of(twice, rules=together(together=True))
+    assert named(given, given.program.together) == {
         ("00000 act_padding fused_add_rms_norm_pad torch", "00001 act_padding rms_norm_pad torch"),
         ("00000 act_padding fused_add_rms_norm_pad triton", "00001 act_padding rms_norm_pad triton"),
     }
-    assert posed(twice).problem.together == ()
-    assert posed(twice).problem.requires == frozenset()
+    assert problem_of(twice).program.together == ()
+    assert problem_of(twice).program.requires == frozenset()
 
 
 def test_a_rule_requires_those_that_it_shares_a_value_with(four_ranks: None) -> None:
@@ -181,15 +181,15 @@ def test_a_rule_requires_those_that_it_shares_a_value_with(four_ranks: None) -> 
         return ops.pad(z, 28), ops.rms_norm(ops.all_reduce(r, "g"), w, 1e-5, "llama")
 
     reduces = [rule for rule in BUILT_IN_RULES if rule.name == "allreduce_rms"]
-    given = posed(model, rules=[*together(requires=("allreduce_rms",)), *reduces])
+    given = problem_of(model, rules=[*together(requires=("allreduce_rms",)), *reduces])
     pad, first = "00001 act_padding fused_add_rms_norm_pad", "00000 allreduce_rms all_reduce_fused_add_rms_norm"
-    assert named(given, given.problem.requires) == {
+    assert named(given, given.program.requires) == {
         (f"{pad} {each}", f"{first} {each}") for each in ("torch", "triton")
     }
     # The other way round: what reads is required by what yields.
     pads = [rule for rule in BUILT_IN_RULES if rule.name == "act_padding"]
-    given = posed(model, rules=[*together("allreduce_rms", requires=("act_padding",)), *pads])
-    assert named(given, given.problem.requires) == {
+    given = problem_of(model, rules=[*together("allreduce_rms", requires=("act_padding",)), *pads])
+    assert named(given, given.program.requires) == {
         (f"{first} {each}", f"{pad} {each}") for each in ("torch", "triton")
     }
 
@@ -211,7 +211,7 @@ def test_a_rule_requires_those_that_it_shares_a_value_with(four_ranks: None) -> 
     ],
 )
 def test_selectors_mean_rules_places_and_providers(text: str, meant: bool) -> None:
-    candidate = posed(twice, providers=TORCH).candidates[1]
+    candidate = problem_of(twice, providers=TORCH).candidates[1]
     object.__setattr__(candidate, "source", "layers.3.norm")
     assert selects(text, candidate) is meant
 
@@ -242,21 +242,21 @@ def test_selectors_of_an_unknown_rule() -> None:
 
 
 def test_forcing_means_one_of_the_providers_at_each_place() -> None:
-    given = posed(twice, force=["act_padding"])
-    assert given.problem.one_of == (frozenset({0, 1}), frozenset({2, 3}))
-    assert given.problem.forced == frozenset()
+    given = problem_of(twice, force=["act_padding"])
+    assert given.program.one_of == (frozenset({0, 1}), frozenset({2, 3}))
+    assert given.program.forced == frozenset()
     assert given.forced == (("act_padding", frozenset({0, 1})), ("act_padding", frozenset({2, 3})))
-    given = posed(twice, force=["act_padding:triton", "act_padding#0:triton"])
-    assert given.problem.forced == {1, 3}
-    assert given.problem.one_of == ()
+    given = problem_of(twice, force=["act_padding:triton", "act_padding#0:triton"])
+    assert given.program.forced == {1, 3}
+    assert given.program.one_of == ()
     assert given.forced[2] == ("act_padding#0:triton", frozenset({1}))
 
 
 def test_what_is_forbidden_is_not_open_to_what_is_forced() -> None:
-    given = posed(twice, force=["act_padding"], forbid=["act_padding#0:torch"])
-    assert given.problem.forbidden == {0}
-    assert given.problem.forced == {1}
-    assert given.problem.one_of == (frozenset({2, 3}),)
+    given = problem_of(twice, force=["act_padding"], forbid=["act_padding#0:torch"])
+    assert given.program.forbidden == {0}
+    assert given.program.forced == {1}
+    assert given.program.one_of == (frozenset({2, 3}),)
 
 
 def test_candidates_at_one_place_that_do_not_exclude_each_other_are_all_forced() -> None:
@@ -271,18 +271,18 @@ def test_candidates_at_one_place_that_do_not_exclude_each_other_are_all_forced()
         "external somebody 00000 1",
         "external somebody 00000 2",
     ]
-    assert given.problem.forced == {0, 1}
-    assert given.problem.one_of == ()
+    assert given.program.forced == {0, 1}
+    assert given.program.one_of == ()
 
 
-def test_selectors_that_select_nothing_are_idle() -> None:
-    given = posed(twice, force=["act_padding#0", "norm_quant"], forbid=["act_padding#7", "act_padding#1"])
-    assert given.idle == ("norm_quant", "act_padding#7")
+def test_selectors_that_select_nothing_are_ineffective() -> None:
+    given = problem_of(twice, force=["act_padding#0", "norm_quant"], forbid=["act_padding#7", "act_padding#1"])
+    assert given.ineffective == ("norm_quant", "act_padding#7")
 
 
 def test_what_is_forced_and_forbidden_is_refused_with_all_that_forbids_it() -> None:
     with pytest.raises(ContradictionError) as raised:
-        posed(
+        problem_of(
             twice, force=["act_padding"], forbid=["act_padding#1:torch", "act_padding:triton", "act_padding#0:triton"]
         )
     assert raised.value.selectors == [
@@ -290,16 +290,16 @@ def test_what_is_forced_and_forbidden_is_refused_with_all_that_forbids_it() -> N
         "forbid 'act_padding#1:torch'",
         "forbid 'act_padding:triton'",
     ]
-    assert raised.value.why == "what is forced there is forbidden"
+    assert raised.value.why == "every fusion forced there is forbidden"
     with pytest.raises(ContradictionError) as raised:
-        posed(twice, force=["act_padding#0:torch"], forbid=["act_padding"])
+        problem_of(twice, force=["act_padding#0:torch"], forbid=["act_padding"])
     assert raised.value.selectors == ["force 'act_padding#0:torch'", "forbid 'act_padding'"]
     # One of the two is left at each place.
-    posed(twice, force=["act_padding"], forbid=["act_padding:torch"])
+    problem_of(twice, force=["act_padding"], forbid=["act_padding:torch"])
 
 
-def clash(*pairs: tuple[int, int]) -> Problem:
-    return Problem(names=("a", "b", "c", "d"), savings_ns=(0,) * 4, conflicts=frozenset(pairs))
+def clash(*pairs: tuple[int, int]) -> IntegerProgram:
+    return IntegerProgram(names=("a", "b", "c", "d"), savings_ns=(0,) * 4, conflicts=frozenset(pairs))
 
 
 SOURCES = ["one", "one", None, "two"]
@@ -316,7 +316,7 @@ SOURCES = ["one", "one", None, "two"]
         ([(0, 1)], [("p", {0}), ("q", {1, 2})], ["force 'p'", "force 'q'"], ("one", None), "can't all be applied"),
         # Both may mean the same one.
         ([(0, 1)], [("p", {0, 1}), ("q", {0, 1})], ["force 'p'", "force 'q'"], ("one",), "can't all be applied"),
-        ([], [("p", {2}), ("p", {3})], ["force 'p'"], (None, "two"), "what they want can't all be applied together"),
+        ([], [("p", {2}), ("p", {3})], ["force 'p'"], (None, "two"), "they can't all be applied together"),
     ],
 )
 def test_contradictions_name_the_selectors_and_places(
@@ -334,9 +334,9 @@ def test_contradictions_name_the_selectors_and_places(
         (
             ["force 'p'", "forbid 'q'"],
             ["a", "b", "a", None],
-            f"force 'p' and forbid 'q' contradict each other at a, b: so; {MEND}",
+            f"force 'p' and forbid 'q' contradict each other at a, b: so; {ADVICE}",
         ),
-        (["force 'p'"], [None], f"force 'p' contradicts itself: so; {MEND}"),
+        (["force 'p'"], [None], f"force 'p' contradicts itself: so; {ADVICE}"),
     ],
 )
 def test_contradictions_in_one_line(selectors: list[str], sources: list[str | None], text: str) -> None:
@@ -355,7 +355,7 @@ def test_cycles_are_found_in_the_canonical_graph_and_with_others_in_the_original
     assert given.find_cycles([0]) == []
     assert given.find_cycles([0, 1]) == [(0, 1)]
     assert given.find_cycles([1, 2]) == []
-    # A cycle of rules' matches is told once.
+    # A cycle of rules' matches is reported once.
     assert given.find_cycles([0, 1, 2]) == [(0, 1)]
 
 

@@ -12,15 +12,15 @@ from fuseplan.config import PassConfig, Policy
 from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
 from fuseplan.planner.decide import Decision, decide_in_order, decide_off, decide_planned, limit, plan_record, replay
-from fuseplan.planner.pose import Posed
+from fuseplan.planner.pose import Problem
 from fuseplan.planner.pricing import Prices
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.solver import Solver
 from fuseplan.record import Reason, Selected
 from fuseplan.rules import Rule
 from tests.compilation.test_manager import INPUTS, padded
 from tests.helpers import post_grad
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, posed
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, problem_of
 from tests.planner.test_candidates import together
 from tests.planner.test_decisions import priced
 
@@ -38,12 +38,12 @@ def pads(count: int = 4) -> Any:
     return model
 
 
-def tied(given: Posed, **ties: Any) -> Posed:
-    return replace(given, problem=replace(given.problem, **ties))
+def tied(given: Problem, **ties: Any) -> Problem:
+    return replace(given, program=replace(given.program, **ties))
 
 
-def four(**ties: Any) -> Posed:
-    return tied(priced(posed(pads(), providers=TORCH), 1, 2, 4, 8), **ties)
+def four(**ties: Any) -> Problem:
+    return tied(priced(problem_of(pads(), providers=TORCH), 1, 2, 4, 8), **ties)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_every_step_of_a_bisection_is_legal() -> None:
         for most in range(6):
             limited = limit(given, decision, most)
             assert given.illegal(limited.selected) is None, (seed, most)
-            assert given.problem.saving(limited.selected) == limited.saving_ns
+            assert given.program.saving(limited.selected) == limited.saving_ns
             sizes.append(len(limited.selected))
         assert sizes == sorted(sizes)
         assert sizes[-1] == len(decision.selected)
@@ -91,7 +91,7 @@ def test_the_saving_of_a_limited_measured_component_is_what_was_measured() -> No
         z = ops.rms_norm(r, w, 1e-5, "llama")
         return ops.pad(y, 28), ops.pad(z, 28)
 
-    given = tied(priced(posed(model, providers=TORCH), 10, 20))
+    given = tied(priced(problem_of(model, providers=TORCH), 10, 20))
     whole, first, both = frozenset({0, 1}), frozenset({0}), frozenset({0, 1})
     table = {whole: {first: 7, frozenset({1}): 9, both: 12}}
     given = tied(given, alternatives=table)
@@ -102,17 +102,17 @@ def test_the_saving_of_a_limited_measured_component_is_what_was_measured() -> No
     given = tied(given, alternatives={whole: {both: 12}})
     limited = limit(given, everything, 1)
     assert (limited.selected, limited.saving_ns) == ((0,), 0)
-    assert given.problem.unmeasured(limited.selected) == {0}
-    assert given.problem.unmeasured((0, 1)) == frozenset()
+    assert given.program.unmeasured(limited.selected) == {0}
+    assert given.program.unmeasured((0, 1)) == frozenset()
 
 
 def test_a_component_saves_at_each_size_what_was_measured_of_all_of_it() -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         return (ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 28),)
 
-    given = posed(model, providers=TORCH)
+    given = problem_of(model, providers=TORCH)
     table = measured(given, {"": [(5000, 10)], "torch": [(2000, 10)]})
-    given = posed(model, Prices(model=MODEL, table=table), providers=TORCH)
+    given = problem_of(model, Prices(model=MODEL, table=table), providers=TORCH)
     assert given.saved_by_size((0,)) == [3000]
     given.priced.together[frozenset({0})] = {}
     assert given.saved_by_size((0,)) == [0]
@@ -131,7 +131,7 @@ def test_an_order_leaves_out_what_lacks_what_it_needs() -> None:
 
 def test_an_order_runs_what_is_coupled_by_one_provider() -> None:
     """The first norm is cheaper by one provider and the second by the other; apart they would be illegal."""
-    given = posed(pads(2), providers=PROVIDERS, rules=together(together=True))
+    given = problem_of(pads(2), providers=PROVIDERS, rules=together(together=True))
     named = {candidate.name: index for index, candidate in enumerate(given.candidates)}
     values = [0] * len(named)
     for name, index in named.items():
@@ -174,11 +174,11 @@ def test_what_a_required_rule_offers_by_another_provider_alone_is_given_up() -> 
 
     rules = [called("first", "fused_add_rms_norm_pad", requires=("second",)), called("second", "rms_norm_pad")]
     reference, triton = PROVIDERS
-    given = posed(model, providers=PROVIDERS, rules=rules)
+    given = problem_of(model, providers=PROVIDERS, rules=rules)
     assert given.unmet == {}
 
     lacking = replace(triton, implements={k: v for k, v in triton.implements.items() if k != "rms_norm_pad"})
-    given = posed(model, providers=[reference, lacking], rules=rules)
+    given = problem_of(model, providers=[reference, lacking], rules=rules)
     names = [(each.rule, each.provider) for each in given.candidates]
     assert names == [("first", "torch"), ("first", "triton"), ("second", "torch")]
     assert given.unmet == {1: "it needs second by triton, which matches there by torch alone"}
@@ -190,10 +190,10 @@ def test_what_a_required_rule_offers_by_another_provider_alone_is_given_up() -> 
 
 
 def test_units_go_by_their_first_members() -> None:
-    problem = Problem(names=("a", "b", "c", "d"), savings_ns=(1,) * 4, together=(frozenset({0, 3}),))
-    assert problem.units([2, 3, 1, 0]) == [(2,), (3, 0), (1,)]
-    assert problem.units([2, 0]) == [(2,), (0,)]
-    assert problem.uncoupled([0, 1]) == {0}
+    program = IntegerProgram(names=("a", "b", "c", "d"), savings_ns=(1,) * 4, together=(frozenset({0, 3}),))
+    assert program.units([2, 3, 1, 0]) == [(2,), (3, 0), (1,)]
+    assert program.units([2, 0]) == [(2,), (0,)]
+    assert program.uncoupled([0, 1]) == {0}
 
 
 def test_reports_name_what_is_given_up_for_its_couple() -> None:
@@ -205,4 +205,4 @@ def test_reports_name_what_is_given_up_for_its_couple() -> None:
     report = manager.report("graph_0", analysis, decision)
     assert report.applied == ()
     (refusal,) = [each for each in report.refusals if each.reason is Reason.COUPLED]
-    assert refusal.detail == "what it requires, or is applied together with, isn't applied"
+    assert refusal.detail == "a fusion that it needs isn't applied"

@@ -22,11 +22,11 @@ from fuseplan.planner.decide import (
     plan_record,
     replay,
 )
-from fuseplan.planner.pose import Posed
-from fuseplan.planner.problem import Solution
+from fuseplan.planner.pose import Problem
+from fuseplan.planner.program import Solution
 from fuseplan.planner.solver import Solver
 from fuseplan.record import Rejected, Selected
-from tests.planner.posing import TORCH, posed, twice
+from tests.planner.posing import TORCH, problem_of, twice
 
 aten = torch.ops.aten
 
@@ -50,11 +50,11 @@ def crossing(x: Any, r: Any, w: Any) -> Any:
     return first, ops.rms_norm(b, aten.select.int(a, 0, 0), 1e-5, "llama"), aten.relu.default(r)
 
 
-def priced(given: Posed, *savings: int, **changes: Any) -> Posed:
-    return replace(given, problem=replace(given.problem, savings_ns=savings, **changes))
+def priced(given: Problem, *savings: int, **changes: Any) -> Problem:
+    return replace(given, program=replace(given.program, savings_ns=savings, **changes))
 
 
-def names(given: Posed, indices: Sequence[int]) -> list[str]:
+def names(given: Problem, indices: Sequence[int]) -> list[str]:
     return [f"{given.candidates[i].rule} {given.candidates[i].provider}" for i in indices]
 
 
@@ -63,7 +63,7 @@ def test_off_applies_nothing_and_looks_at_nothing() -> None:
 
 
 def test_in_order_the_first_rule_takes_what_it_wants() -> None:
-    given = posed(contested, providers=TORCH)
+    given = problem_of(contested, providers=TORCH)
     given = priced(given, 10, 20, 50)
     assert names(given, range(3)) == ["act_padding torch", "allreduce_rms torch", "allreduce_rms_padding torch"]
     decision = decide_in_order(given, ["act_padding", "allreduce_rms", "allreduce_rms_padding"])
@@ -92,7 +92,7 @@ def test_in_order_the_first_rule_takes_what_it_wants() -> None:
 def test_in_order_the_provider_that_saves_the_most_runs_a_match(
     savings: tuple[int, ...], forbidden: tuple[int, ...], winner: str
 ) -> None:
-    given = priced(posed(), *savings, forbidden=frozenset(forbidden))
+    given = priced(problem_of(), *savings, forbidden=frozenset(forbidden))
     decision = decide_in_order(given, ["act_padding"])
     assert names(given, decision.selected) == [f"act_padding {winner}"]
     assert decision.lost == ()
@@ -100,7 +100,7 @@ def test_in_order_the_provider_that_saves_the_most_runs_a_match(
 
 
 def test_in_order_what_would_be_cyclic_is_given_up() -> None:
-    given = priced(posed(crossing, providers=TORCH), 5, 7)
+    given = priced(problem_of(crossing, providers=TORCH), 5, 7)
     decision = decide_in_order(given, ["allreduce_rms"])
     assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1,), (0,), 7)
 
@@ -110,7 +110,7 @@ def test_in_order_what_is_given_up_stands_in_nobodys_way() -> None:
         first, second, third = crossing(x, r, w)
         return ops.pad(first, 28), ops.pad(second, 28), third
 
-    given = priced(posed(model, providers=TORCH), 1, 2, 4, 8, 16, 32)
+    given = priced(problem_of(model, providers=TORCH), 1, 2, 4, 8, 16, 32)
     decision = decide_in_order(given, ["allreduce_rms", "act_padding"])
     assert names(given, (0, 1, 3, 4)) == ["act_padding torch", "allreduce_rms torch"] * 2
     assert (decision.selected, decision.cyclic) == ((4,), (1,))
@@ -122,7 +122,7 @@ def test_in_order_of_several_cycles_the_first_in_the_graph_is_cut_first() -> Non
         first, second, _ = crossing(x, r, w)
         return *crossing(aten.add.Tensor(first, second), r, w), w
 
-    given = priced(posed(model, providers=TORCH), 1, 2, 4, 8)
+    given = priced(problem_of(model, providers=TORCH), 1, 2, 4, 8)
     decision = decide_in_order(given, ["allreduce_rms"])
     assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1, 3), (0, 2), 10)
 
@@ -134,7 +134,7 @@ def test_losers_are_those_whose_nodes_are_taken() -> None:
         z = ops.rms_norm(ops.all_reduce(total, "g"), w, 1e-5, "llama")
         return ops.pad(y, 28), ops.pad(z, 28)
 
-    given = priced(posed(model, providers=TORCH), 1, 2, 4, 8, 16, 32)
+    given = priced(problem_of(model, providers=TORCH), 1, 2, 4, 8, 16, 32)
     decision = decide_in_order(given, ["allreduce_rms_padding", "act_padding", "allreduce_rms"])
     assert names(given, decision.selected) == ["allreduce_rms_padding torch"] * 2
     assert decision.saving_ns == 4 + 32
@@ -144,7 +144,7 @@ def test_losers_are_those_whose_nodes_are_taken() -> None:
 
 
 def test_planned_every_other_candidate_knows_its_margin() -> None:
-    given = priced(posed(contested, providers=TORCH), 10, 20, 50)
+    given = priced(problem_of(contested, providers=TORCH), 10, 20, 50)
     given.priced.costs[:] = [100, 25, 7]
     decision = decide_planned(given, Solver())
     assert (decision.selected, decision.saving_ns) == ((2,), 50)
@@ -159,14 +159,14 @@ def test_planned_every_other_candidate_knows_its_margin() -> None:
 
 @pytest.mark.parametrize(("cost", "flips"), [(None, None), (40, None), (41, 1), (39, None)])
 def test_no_time_is_short_enough_where_the_margin_is_larger(cost: int | None, flips: int | None) -> None:
-    given = priced(posed(providers=TORCH), -40)
+    given = priced(problem_of(providers=TORCH), -40)
     given.priced.costs[:] = [cost]
     (lost,) = decide_planned(given, Solver()).lost
     assert lost == Lost(candidate=0, blocked_by=(), lost_ns=40, flips_at_ns=flips)
 
 
 def test_planned_what_is_cyclic_with_the_chosen_is_blocked_by_it() -> None:
-    given = priced(posed(crossing, providers=TORCH), 5, 7)
+    given = priced(problem_of(crossing, providers=TORCH), 5, 7)
     decision = decide_planned(given, Solver())
     assert decision.selected == (1,)
     assert [(each.candidate, each.blocked_by, each.lost_ns) for each in decision.lost] == [(0, (1,), 2)]
@@ -175,16 +175,16 @@ def test_planned_what_is_cyclic_with_the_chosen_is_blocked_by_it() -> None:
 
 
 def test_planned_what_is_forced_and_can_not_be_is_a_contradiction() -> None:
-    given = posed(contested, providers=TORCH, force=["act_padding", "allreduce_rms"])
+    given = problem_of(contested, providers=TORCH, force=["act_padding", "allreduce_rms"])
     with pytest.raises(ContradictionError, match="force 'act_padding' and force 'allreduce_rms' contradict each other"):
         decide_planned(given, Solver())
-    given = priced(posed(contested, providers=TORCH, force=["act_padding"]), 10, 20, 50)
+    given = priced(problem_of(contested, providers=TORCH, force=["act_padding"]), 10, 20, 50)
     decision = decide_planned(given, Solver())
     assert (decision.selected, decision.saving_ns) == ((0,), 10)
     assert [each.lost_ns for each in decision.lost] == [None, None]
 
 
-def ordered_sites(count: int = 3) -> Posed:
+def ordered_sites(count: int = 3) -> Problem:
     """Pads whose names are in graph order, applied to all."""
 
     def model(x: Any, r: Any, w: Any) -> Any:
@@ -194,7 +194,7 @@ def ordered_sites(count: int = 3) -> Posed:
             values.append(ops.pad(x, 28))
         return tuple(values)
 
-    return priced(posed(model, providers=TORCH), *range(1, count + 1))
+    return priced(problem_of(model, providers=TORCH), *range(1, count + 1))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_limit_counts_along_the_graph_and_not_along_the_names() -> None:
 
 
 def test_the_record_of_a_fusion() -> None:
-    given = priced(posed(twice, providers=TORCH), 5, 7)
+    given = priced(problem_of(twice, providers=TORCH), 5, 7)
     object.__setattr__(given.candidates[1], "source", "layers.1.norm")
     fusion = fusion_record(given, 1)
     assert (fusion.rule, fusion.op, fusion.provider) == ("act_padding", "rms_norm_pad", "torch")
@@ -236,19 +236,19 @@ def test_the_record_of_a_fusion() -> None:
 def test_the_record_of_somebodys_match() -> None:
     from torch._inductor.pattern_matcher import PatternMatcherPass
 
-    given = posed(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH)
+    given = problem_of(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH)
     node = next(node for node in given.canonical.original.nodes if node.target is aten.relu.default)
     entry: Any = None
     owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"))
     match = ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=(), found=entry)
-    given = posed(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH, external=[match])
+    given = problem_of(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH, external=[match])
     fusion = fusion_record(given, 0)
     assert (fusion.rule, fusion.contested_op, fusion.site) == ("somebody", "aten.relu.default", node.name)
     assert (fusion.rounding_change, fusion.site_class) == (None, None)
 
 
 def test_the_record_of_a_plan() -> None:
-    given = priced(posed(contested, providers=TORCH), 10, 20, 50)
+    given = priced(problem_of(contested, providers=TORCH), 10, 20, 50)
     decision = decide_planned(given, Solver())
     plan = plan_record(given, decision, "graph_3", (1, 64), "h200")
     first, second, third = given.candidates
@@ -267,7 +267,7 @@ def test_the_record_of_a_plan() -> None:
 
 
 def test_the_record_of_what_is_no_plan_claims_nothing() -> None:
-    given = priced(posed(contested, providers=TORCH), 10, 20, 50)
+    given = priced(problem_of(contested, providers=TORCH), 10, 20, 50)
     plan = plan_record(given, decide_in_order(given, ["act_padding"]), "graph_0", None, "h200")
     assert (plan.objective_ns, plan.bound_ns, plan.components, plan.classes, plan.cuts) == (10, 10, 0, 0, ())
     solution = Solution(selected=(0,), objective_ns=10, bound_ns=17, components=3, classes=2, nodes=1, cuts=((1, 0),))
@@ -278,14 +278,14 @@ def test_the_record_of_what_is_no_plan_claims_nothing() -> None:
 
 
 def test_a_saved_plan_is_selected_again() -> None:
-    given = priced(posed(twice, providers=TORCH), 5, 7)
+    given = priced(problem_of(twice, providers=TORCH), 5, 7)
     plan = plan_record(given, decide_planned(given, Solver()), "graph_0", None, "h200")
     backwards = replace(plan, selected=plan.selected[::-1])
     decision = replay(given, backwards)
     assert (decision.selected, decision.saving_ns, decision.solution) == ((0, 1), 12, None)
 
 
-def selection(given: Posed, *indices: int) -> Any:
+def selection(given: Problem, *indices: int) -> Any:
     plan = plan_record(given, decide_off(), "graph_0", None, "h200")
     chosen = [given.candidates[index] for index in indices]
     picked = [Selected(name=c.name, signature=c.signature, source=None, saving_ns=1) for c in chosen]
@@ -293,11 +293,11 @@ def selection(given: Posed, *indices: int) -> Any:
 
 
 def test_a_saved_plan_whose_fusions_exclude_each_other_is_refused() -> None:
-    given = posed(contested, providers=TORCH)
+    given = problem_of(contested, providers=TORCH)
     both = " and ".join(given.candidates[index].name for index in (0, 2))
     with pytest.raises(PlanError, match=f"doesn't fit this graph: {both} can't be applied together"):
         replay(given, selection(given, 2, 0))
-    given = posed(crossing, providers=TORCH)
+    given = problem_of(crossing, providers=TORCH)
     assert replay(given, selection(given, 0)).selected == (0,)
-    with pytest.raises(PlanError, match="what it applies can't be applied together"):
+    with pytest.raises(PlanError, match="its fusions can't be applied together"):
         replay(given, selection(given, 0, 1))

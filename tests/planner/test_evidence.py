@@ -4,18 +4,18 @@ from typing import Any
 
 from fuseplan.dialect import ops
 from fuseplan.planner.evidence import cost_rows
-from fuseplan.planner.pose import Posed
+from fuseplan.planner.pose import Problem
 from fuseplan.planner.pricing import UNFUSED, Prices
 from fuseplan.record import CostRow
-from tests.planner.posing import MODEL, TORCH, measured, posed
+from tests.planner.posing import MODEL, TORCH, measured, problem_of
 
 
-def rows_of(given: Posed) -> dict[tuple[str, int], CostRow]:
+def rows_of(given: Problem) -> dict[tuple[str, int], CostRow]:
     return {(row.alternative, row.tokens): row for row in cost_rows([given])}
 
 
 def test_modelled_rows_show_every_alternative_at_every_size() -> None:
-    given = posed(dynamic=True, span=(10, 1000))
+    given = problem_of(dynamic=True, span=(10, 1000))
     rows = rows_of(given)
     name = "act_padding fused_add_rms_norm_pad"
     alternatives = (UNFUSED, f"{name} torch", f"{name} triton")
@@ -35,16 +35,16 @@ def test_equal_places_share_their_rows() -> None:
         z = ops.rms_norm(r, w, 1e-5, "llama")
         return ops.pad(y, 28), ops.pad(z, 28), ops.pad(ops.silu_and_mul(x, r, "llama"), 28)
 
-    given = posed(same, providers=TORCH)
+    given = problem_of(same, providers=TORCH)
     rows = cost_rows([given, given])
     assert [(row.alternative, row.places) for row in rows] == [(UNFUSED, 2), ("act_padding rms_norm_pad torch", 2)]
 
 
 def test_measured_rows_name_where_they_come_from() -> None:
     rows = {"": [(1000, 1), (4000, 2)], "triton": [(500, 3), (1000, 4)]}
-    plain = posed(dynamic=True, span=(10, 40))
+    plain = problem_of(dynamic=True, span=(10, 40))
     prices = Prices(model=MODEL, table=measured(plain, rows, (10, 40)), source="measured")
-    given = posed(dynamic=True, span=(10, 40), prices=prices)
+    given = problem_of(dynamic=True, span=(10, 40), prices=prices)
     found = rows_of(given)
     triton = "act_padding fused_add_rms_norm_pad triton"
     assert list(found) == [(name, size) for size in (10, 20, 40) for name in (UNFUSED, triton)]

@@ -14,7 +14,7 @@ from fuseplan.planner.branch_and_bound import complete, search
 from fuseplan.planner.components import Component, components, isolate
 from fuseplan.planner.disjoint_sets import DisjointSets
 from fuseplan.planner.packing import MAX_PLACES, Limit, Packing, State, contract
-from fuseplan.planner.problem import Problem, Solution
+from fuseplan.planner.program import IntegerProgram, Solution
 from fuseplan.planner.solver import Solver
 
 
@@ -274,7 +274,7 @@ def test_disjoint_sets() -> None:
 
 
 def test_components_hold_their_own_constraints_by_place() -> None:
-    problem = Problem(
+    program = IntegerProgram(
         names=tuple("abcdefgh"),
         savings_ns=(1, 2, 3, 4, 5, 6, 7, 8),
         conflicts=frozenset({(1, 3), (0, 2)}),
@@ -286,10 +286,10 @@ def test_components_hold_their_own_constraints_by_place() -> None:
         alternatives={frozenset({4, 6}): {frozenset({4, 6}): 9, frozenset(): 0}},
     )
     cuts = [(2, 0)]
-    members = components(problem, cuts)
+    members = components(program, cuts)
     assert members == [(0, 2), (1, 3, 5), (4, 6), (7,)]
-    assert components(problem, [(7, 6)]) == [(0, 2), (1, 3, 5), (4, 6, 7)]
-    first, second, third, fourth = isolate(problem, members, cuts)
+    assert components(program, [(7, 6)]) == [(0, 2), (1, 3, 5), (4, 6, 7)]
+    first, second, third, fourth = isolate(program, members, cuts)
     assert first == Component(savings=(1, 3), conflicts=((0, 1),), one_of=((0, 1),), cuts=((0, 1),))
     assert second == Component(savings=(2, 4, 6), conflicts=((0, 1),), requires=((1, 2),), forced=(2,), forbidden=(0,))
     assert third == Component(savings=(5, 7), together=((0, 1),), tables=(((0, 1), (((0, 1), 9),)),))
@@ -303,12 +303,12 @@ def test_components_are_sorted_so_that_equal_ones_are_equal() -> None:
     random = Random(0)
     pairs = [(i, j) for j in range(40) for i in range(j) if random.random() < 0.2]
     groups = [frozenset(random.sample(range(40), 3)) for _ in range(12)]
-    problem = Problem(
+    program = IntegerProgram(
         names=tuple(f"c{i:02}" for i in range(40)), savings_ns=(1,) * 40, conflicts=frozenset(pairs),
         requires=frozenset((j, i) for i, j in pairs), together=tuple(groups), forced=frozenset(range(0, 40, 3)),
     )  # fmt: skip
     cuts = [tuple(random.sample(range(40), 4)) for _ in range(12)]
-    (only,) = isolate(problem, [tuple(range(40))], cuts)
+    (only,) = isolate(program, [tuple(range(40))], cuts)
     assert list(only.conflicts) == sorted(pairs)
     assert list(only.requires) == sorted((j, i) for i, j in pairs)
     assert list(only.together) == sorted(tuple(sorted(group)) for group in groups)
@@ -316,8 +316,8 @@ def test_components_are_sorted_so_that_equal_ones_are_equal() -> None:
     assert list(only.forced) == list(range(0, 40, 3))
 
 
-def tie(*savings: int, **constraints: Any) -> Problem:
-    return Problem(names=tuple(f"c{i}" for i in range(len(savings))), savings_ns=savings, **constraints)
+def tie(*savings: int, **constraints: Any) -> IntegerProgram:
+    return IntegerProgram(names=tuple(f"c{i}" for i in range(len(savings))), savings_ns=savings, **constraints)
 
 
 def test_simpler_ways_of_choosing() -> None:
@@ -343,14 +343,14 @@ def test_simpler_ways_heed_what_is_forced_and_cycles() -> None:
     cyclic = tie(9, 5, 3)
     assert greedy(cyclic, heaviest, lambda chosen: [(0, 1)] if {0, 1} <= set(chosen) else []).selected == (0, 2)
     impossible = tie(1, 2, conflicts=frozenset({(0, 1)}), forced=frozenset({0, 1}))
-    with pytest.raises(PlanError, match="what is forced can't all be applied"):
+    with pytest.raises(PlanError, match="the forced fusions can't all be applied"):
         greedy(impossible, heaviest)
 
 
 @pytest.mark.parametrize(
     ("constraints", "says"),
     [
-        ({"forced": frozenset({0, 1})}, "what is forced can't all be applied: c0; c1"),
+        ({"forced": frozenset({0, 1})}, "the forced fusions can't all be applied: c0; c1"),
         ({"forced": frozenset({0}), "forbidden": frozenset({0})}, "can't all be applied without c0: c0"),
         ({"one_of": (frozenset({0, 1}),), "forbidden": frozenset({0, 1})}, "applied without c0, c1: c0 or c1"),
     ],
@@ -370,8 +370,8 @@ def test_the_gap_is_relative_to_the_bound() -> None:
 
 
 def test_a_problem_knows_what_a_selection_saves() -> None:
-    problem = tie(1, 2, 4, 8, alternatives={frozenset({0, 1}): {frozenset({0}): 100, frozenset({0, 1}): 300}})
-    assert problem.saving([]) == 0
-    assert problem.saving([2, 3]) == 12
-    assert problem.saving([0, 3]) == 108
-    assert problem.saving([0, 1, 2]) == 304
+    program = tie(1, 2, 4, 8, alternatives={frozenset({0, 1}): {frozenset({0}): 100, frozenset({0, 1}): 300}})
+    assert program.saving([]) == 0
+    assert program.saving([2, 3]) == 12
+    assert program.saving([0, 3]) == 108
+    assert program.saving([0, 1, 2]) == 304

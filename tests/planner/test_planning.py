@@ -59,16 +59,16 @@ def fused(planner: PostGradPassManager, graph: fx.Graph) -> dict[str, int]:
 
 
 def check_never_worse(analysis: Analysis) -> None:
-    posed = analysis.posed
-    solution = Solver().solve(posed.problem, posed.find_cycles)
+    problem_of = analysis.problem
+    solution = Solver().solve(problem_of.program, problem_of.find_cycles)
     assert solution.gap == 0.0
     assert solution.objective_ns >= 0
-    rules = sorted({candidate.rule for candidate in posed.candidates})
+    rules = sorted({candidate.rule for candidate in problem_of.candidates})
     for order in permutations(rules):
-        assert decide_in_order(posed, order).saving_ns <= solution.objective_ns, order
-    sizes = [len(candidate.match.consumed) for candidate in posed.candidates]
+        assert decide_in_order(problem_of, order).saving_ns <= solution.objective_ns, order
+    sizes = [len(candidate.match.consumed) for candidate in problem_of.candidates]
     for preference in (heaviest, largest(sizes)):
-        assert greedy(posed.problem, preference, posed.find_cycles).objective_ns <= solution.objective_ns
+        assert greedy(problem_of.program, preference, problem_of.find_cycles).objective_ns <= solution.objective_ns
 
 
 SERVED = [
@@ -117,7 +117,7 @@ def test_order_means_nothing(gpt_oss: fx.Graph) -> None:
         planner = manager(rules=rules, providers=providers)
         analysis = planner.analyze(gpt_oss)
         decision = planner.decide(analysis, PLANNED, "graph_0")
-        record = plan_record(analysis.posed, decision, "graph_0", (1, 64), "h200")
+        record = plan_record(analysis.problem, decision, "graph_0", (1, 64), "h200")
         plans.add(json.dumps(repr(record)))
     assert len(plans) == 1
 
@@ -126,23 +126,23 @@ def test_every_loser_knows_its_margin(gpt_oss: fx.Graph) -> None:
     """What is lost by forcing a candidate is what the record says, and at `flips_at` the two are even."""
     planner = manager()
     analysis = planner.analyze(gpt_oss)
-    posed = analysis.posed
+    problem_of = analysis.problem
     decision = planner.decide(analysis, PLANNED, "graph_0")
     assert decision.lost
     for lost in decision.lost:
-        forced = replace(posed.problem, forced=frozenset({lost.candidate}))
-        best = Solver().solve(forced, posed.find_cycles).objective_ns
+        forced = replace(problem_of.program, forced=frozenset({lost.candidate}))
+        best = Solver().solve(forced, problem_of.find_cycles).objective_ns
         assert lost.lost_ns == decision.saving_ns - best
-        cost = posed.priced.costs[lost.candidate]
+        cost = problem_of.priced.costs[lost.candidate]
         assert cost is not None
         if lost.flips_at_ns is not None:
-            savings = list(posed.problem.savings_ns)
+            savings = list(problem_of.program.savings_ns)
             savings[lost.candidate] += cost - lost.flips_at_ns
             flipped = replace(forced, savings_ns=tuple(savings))
-            assert Solver().solve(flipped, posed.find_cycles).objective_ns == decision.saving_ns
+            assert Solver().solve(flipped, problem_of.find_cycles).objective_ns == decision.saving_ns
             savings[lost.candidate] += 1
-            cheaper = replace(posed.problem, savings_ns=tuple(savings))
-            assert lost.candidate in Solver().solve(cheaper, posed.find_cycles).selected
+            cheaper = replace(problem_of.program, savings_ns=tuple(savings))
+            assert lost.candidate in Solver().solve(cheaper, problem_of.find_cycles).selected
 
 
 def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
@@ -153,13 +153,13 @@ def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
     assert fused(manager(PassConfig(force=["act_padding"])), gpt_oss)["act_padding"] == sites
     one = fused(manager(PassConfig(force=["act_padding@*layers.1.*"])), gpt_oss)
     assert (one["act_padding"], one["allreduce_rms_padding"]) == (sites // LAYERS, sites - sites // LAYERS)
-    candidates = manager().analyze(gpt_oss).posed.candidates
+    candidates = manager().analyze(gpt_oss).problem.candidates
     ordinals = sorted({c.site.ordinal for c in candidates if c.rule == "allreduce_rms_padding" and c.site})
     by_ordinal = manager(PassConfig(forbid=[f"allreduce_rms_padding#{ordinals[0]}"]))
     assert fused(by_ordinal, gpt_oss)["allreduce_rms_padding"] == sites - 1
     provider = manager(PassConfig(force=["act_padding:torch"]))
     analysis = provider.analyze(gpt_oss)
-    chosen = [analysis.posed.candidates[i] for i in provider.decide(analysis, PLANNED, "graph_0").selected]
+    chosen = [analysis.problem.candidates[i] for i in provider.decide(analysis, PLANNED, "graph_0").selected]
     assert [each.provider for each in chosen if each.rule == "act_padding"] == ["torch"] * sites
 
 
@@ -172,7 +172,7 @@ def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
             PlanError,
             (
                 "force 'act_padding' and forbid 'act_padding@*.1.*' contradict each other at "
-                "layers.1.post_attention_norm: what is forced there is forbidden; drop one of them"
+                "layers.1.post_attention_norm: every fusion forced there is forbidden; drop one of them"
             ),
         ),
         (
@@ -216,7 +216,7 @@ def test_a_plan_is_saved_replayed_and_compared(gpt_oss: fx.Graph, tmp_path: Path
     planner = manager(PassConfig(forbid=["allreduce_rms_padding@*layers.0.*"]))
     analysis = planner.analyze(gpt_oss)
     decision = planner.decide(analysis, PLANNED, "graph_0")
-    plan = plan_record(analysis.posed, decision, "graph_0", (1, 64), "h200")
+    plan = plan_record(analysis.problem, decision, "graph_0", (1, 64), "h200")
     saved = SavedPlans(workload="gpt-oss-120b", tp=2, plans=(plan,))
     path = tmp_path / "plan.json"
     saved.save(path)
@@ -228,7 +228,7 @@ def test_a_plan_is_saved_replayed_and_compared(gpt_oss: fx.Graph, tmp_path: Path
 
     other = manager()
     analysis = other.analyze(gpt_oss)
-    best = plan_record(analysis.posed, other.decide(analysis, PLANNED, "graph_0"), "graph_0", (1, 64), "h200")
+    best = plan_record(analysis.problem, other.decide(analysis, PLANNED, "graph_0"), "graph_0", (1, 64), "h200")
     assert best.digest != plan.digest
     changes = diff(saved, replace(saved, plans=(best,)))
     assert any("allreduce_rms_padding" in change and "->" in change for change in changes)
@@ -238,21 +238,21 @@ def test_a_plan_is_saved_replayed_and_compared(gpt_oss: fx.Graph, tmp_path: Path
 def test_a_replay_that_does_not_fit_names_the_first_difference(gpt_oss: fx.Graph, tmp_path: Path) -> None:
     planner = manager()
     analysis = planner.analyze(gpt_oss)
-    posed = analysis.posed
-    plan = plan_record(posed, planner.decide(analysis, PLANNED, "graph_0"), "graph_0", (1, 64), "h200")
+    problem_of = analysis.problem
+    plan = plan_record(problem_of, planner.decide(analysis, PLANNED, "graph_0"), "graph_0", (1, 64), "h200")
     with traced("gpt-oss-120b", 2, layers=1) as smaller, pytest.raises(PlanError, match=r"there were .* sites and are"):
-        replay(planner.analyze(smaller).posed, plan)
+        replay(planner.analyze(smaller).problem, plan)
     with (
         traced("gpt-oss-120b", 1) as whole,
         pytest.raises(PlanError, match=r"site 0 was all_reduce\[2\] .* and is rms_n"),
     ):
-        replay(planner.analyze(whole).posed, plan)
+        replay(planner.analyze(whole).problem, plan)
     gone = replace(plan.selected[0], name=plan.selected[0].name.replace("triton", "nobody"))
     with pytest.raises(PlanError, match=r"nobody.*matches nothing here"):
-        replay(posed, replace(plan, selected=(gone,)))
+        replay(problem_of, replace(plan, selected=(gone,)))
     other = replace(plan.selected[0], signature="something_else()")
     with pytest.raises(PlanError, match=r"was something_else\(\) and is"):
-        replay(posed, replace(plan, selected=(other,)))
+        replay(problem_of, replace(plan, selected=(other,)))
     saved = SavedPlans(workload="w", tp=2, plans=(plan,))
     with pytest.raises(PlanError, match="none for graph_1 at 1:64 tokens; there are: graph_0 1:64"):
         saved.find("graph_1", (1, 64))
@@ -274,10 +274,10 @@ def test_a_replay_that_does_not_fit_names_the_first_difference(gpt_oss: fx.Graph
 def cost_rows(analysis: Analysis, prices: dict[str, int], spread: int = 0) -> list[dict[str, Any]]:
     """Rows for every site of a graph: `prices` by rule, a slow 90 us for all other alternatives."""
     rows = {}
-    for candidate in analysis.posed.candidates:
+    for candidate in analysis.problem.candidates:
         site = candidate.site
         assert site is not None
-        signature = analysis.posed.sites[site.ordinal]
+        signature = analysis.problem.sites[site.ordinal]
         name = alternative_name([candidate], [site.ordinal])
         wanted = prices.get(candidate.rule, 90_000) if candidate.provider == "triton" else 90_000
         for tokens in (1, 64):
@@ -326,8 +326,8 @@ def test_a_component_is_never_priced_from_both(gpt_oss: fx.Graph, tmp_path: Path
     incomplete = [row for row in rows if "allreduce_rms_padding" not in row["key"]]
     path = with_table(tmp_path, incomplete)
     automatic = manager(PassConfig(cost_table=path)).analyze(gpt_oss)
-    contested = {c.site.ordinal for c in automatic.posed.candidates if c.rule == "act_padding" and c.site}
-    for candidate, provenance in zip(automatic.posed.candidates, automatic.posed.priced.provenance, strict=True):
+    contested = {c.site.ordinal for c in automatic.problem.candidates if c.rule == "act_padding" and c.site}
+    for candidate, provenance in zip(automatic.problem.candidates, automatic.problem.priced.provenance, strict=True):
         assert candidate.site is not None
         assert provenance == ("modelled" if candidate.site.ordinal in contested else "measured")
     measured = manager(PassConfig(cost_table=path, costs="measured"))
@@ -369,7 +369,7 @@ def test_rounding_changes_are_refused_unless_allowed(gpt_oss: fx.Graph) -> None:
     lenient = manager(PassConfig(allow_rounding_changes=True), span=span, device=PROFILES["mi355x"], providers=aiter)
     analysis = lenient.analyze(gpt_oss)
     savings = {
-        order: decide_in_order(analysis.posed, order).saving_ns
+        order: decide_in_order(analysis.problem, order).saving_ns
         for order in (("act_padding", "allreduce_rms"), ("allreduce_rms", "act_padding"))
     }
     assert savings["act_padding", "allreduce_rms"] > savings["allreduce_rms", "act_padding"] > 0
@@ -381,8 +381,8 @@ def test_rounding_changes_are_refused_unless_allowed(gpt_oss: fx.Graph) -> None:
 
 def test_sites_do_not_change_with_rules_that_are_off(gpt_oss: fx.Graph) -> None:
     canonical = canonicalize(gpt_oss)
-    every = manager().analyze(gpt_oss).posed.sites
-    few = manager(PassConfig(fuse_act_padding=False)).analyze(gpt_oss).posed.sites
+    every = manager().analyze(gpt_oss).problem.sites
+    few = manager(PassConfig(fuse_act_padding=False)).analyze(gpt_oss).problem.sites
     assert every == few
     assert len(every) == len(canonical.calls(*{site.core.target for site in _sites(canonical)}))
 
@@ -419,10 +419,10 @@ def test_a_rule_that_requires_what_it_conflicts_with_is_never_applied(gpt_oss: f
     needy = coupled("act_padding", requires=("allreduce_rms",))
     planner = manager(rules=[needy, *others])
     analysis = planner.analyze(gpt_oss)
-    posed = analysis.posed
-    assert posed.problem.requires
+    problem_of = analysis.problem
+    assert problem_of.program.requires
     chosen = set(planner.decide(analysis, PLANNED, "graph_0").selected)
-    assert all(j in chosen for i, j in posed.problem.requires if i in chosen)
+    assert all(j in chosen for i, j in problem_of.program.requires if i in chosen)
     contradiction = manager(rules=[coupled("act_padding", requires=("act_padding",)), *others])
     assert fused(contradiction, gpt_oss)["allreduce_rms"] == LAYERS + 1
 

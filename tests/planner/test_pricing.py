@@ -26,13 +26,13 @@ from fuseplan.planner.pricing import (
     sizes_of,
     weighted,
 )
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.providers import provider_of
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import written
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, measured, norm_and_pad, posed, twice
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, measured, norm_and_pad, problem_of, twice
 
 aten = torch.ops.aten
 
@@ -59,8 +59,8 @@ def test_savings_are_weighed_by_what_they_are_of(savings: list[int], unfused: li
     assert weighted(savings, unfused) == expected
 
 
-def problem(count: int, **constraints: Any) -> Problem:
-    return Problem(names=tuple(map(str, range(count))), savings_ns=(0,) * count, **constraints)
+def program(count: int, **constraints: Any) -> IntegerProgram:
+    return IntegerProgram(names=tuple(map(str, range(count))), savings_ns=(0,) * count, **constraints)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def problem(count: int, **constraints: Any) -> Problem:
 def test_alternatives_are_the_subsets_in_which_nothing_conflicts(
     constraints: dict[str, Any], expected: set[tuple[int, ...]]
 ) -> None:
-    found = list(compatible((2, 0, 1), problem(3, **constraints)))
+    found = list(compatible((2, 0, 1), program(3, **constraints)))
     assert set(found) == expected
     assert len(found) == len(expected)
 
@@ -116,10 +116,10 @@ TORCH_NS = 15 * 1080 + 1026 + 1240
 
 
 def test_the_model_prices_a_site_with_and_without_a_fusion() -> None:
-    given = posed()
+    given = problem_of()
     assert by_provider(given, given.priced.costs) == {"triton": TRITON_NS, "torch": TORCH_NS}
     saved = {"triton": UNFUSED_NS - TRITON_NS, "torch": UNFUSED_NS - TORCH_NS}
-    assert by_provider(given, given.problem.savings_ns) == saved
+    assert by_provider(given, given.program.savings_ns) == saved
     assert by_provider(given, given.priced.savings) == {name: (value,) for name, value in saved.items()}
     assert given.priced.unfused == [UNFUSED_NS]
     assert given.unfused_ns == UNFUSED_NS
@@ -136,45 +136,45 @@ def test_the_model_adds_what_a_fusion_leaves_of_its_site(monkeypatch: pytest.Mon
     def contested(x: Any, r: Any, w: Any) -> Any:
         return norm_and_pad(ops.all_reduce(x, "g"), r, w)
 
-    given = posed(contested, providers=PROVIDERS[1:])
+    given = problem_of(contested, providers=PROVIDERS[1:])
     ring, pad = 3200 + 375, 1046
     unfused = ring + UNFUSED_NS
     exchange = 1000 + 400 + 40 + 375
     taken = {"act_padding": TRITON_NS, "allreduce_rms": exchange + 82, "allreduce_rms_padding": exchange + 88}
     left = {"act_padding": ring, "allreduce_rms": pad, "allreduce_rms_padding": 0}
     assert {each.rule: cost for each, cost in zip(given.candidates, given.priced.costs, strict=True)} == taken
-    for candidate, saving in zip(given.candidates, given.problem.savings_ns, strict=True):
+    for candidate, saving in zip(given.candidates, given.program.savings_ns, strict=True):
         assert saving == unfused - taken[candidate.rule] - left[candidate.rule], candidate.rule
     assert given.priced.unfused == [unfused]
 
 
 def test_a_dynamic_graph_is_priced_at_every_size_of_its_range() -> None:
-    given = posed(dynamic=True, span=(10, 1000))
+    given = problem_of(dynamic=True, span=(10, 1000))
     assert given.priced.tokens == (10, 100, 1000)
-    by_size = [posed(dynamic=True, span=(size, size)) for size in (10, 100, 1000)]
+    by_size = [problem_of(dynamic=True, span=(size, size)) for size in (10, 100, 1000)]
     for index in range(2):
         savings = tuple(each.priced.savings[index][0] for each in by_size)
         assert given.priced.savings[index] == savings
         assert given.priced.costs[index] == by_size[1].priced.costs[index]
-        assert given.problem.savings_ns[index] == weighted(savings, given.priced.unfused)
+        assert given.program.savings_ns[index] == weighted(savings, given.priced.unfused)
     assert given.priced.unfused == [each.priced.unfused[0] for each in by_size]
     assert given.unfused_ns == by_size[1].unfused_ns
-    assert given.saved_by_size([0, 1]) == [sum(each.problem.savings_ns) for each in by_size]
+    assert given.saved_by_size([0, 1]) == [sum(each.program.savings_ns) for each in by_size]
     assert given.saved_by_size([]) == [0, 0, 0]
 
 
 def test_sites_of_one_component_are_priced_together() -> None:
     """`together` ties both pads to one component, whose unfused time is that of both sites."""
     rules = [_together(rule) for rule in BUILT_IN_RULES if rule.name == "act_padding"]
-    given = posed(twice, rules=rules, dynamic=True, span=(10, 1000), providers=TORCH)
+    given = problem_of(twice, rules=rules, dynamic=True, span=(10, 1000), providers=TORCH)
     assert given.components == [(0, 1)]
-    alone = posed(twice, dynamic=True, span=(10, 1000), providers=TORCH)
+    alone = problem_of(twice, dynamic=True, span=(10, 1000), providers=TORCH)
     assert alone.components == [(0,), (1,)]
     assert given.priced.unfused == alone.priced.unfused
     for index in range(2):
         savings = given.priced.savings[index]
         assert savings == alone.priced.savings[index]
-        assert given.problem.savings_ns[index] == weighted(savings, given.priced.unfused)
+        assert given.program.savings_ns[index] == weighted(savings, given.priced.unfused)
 
 
 def _together(rule: Rule) -> Rule:
@@ -209,9 +209,9 @@ def test_what_the_model_does_not_know_saves_a_launch_for_each_op_less() -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         return aten.relu.default(aten.relu.default(ops.pad(x, 28)))
 
-    given = posed(model, rules=[PaddedRelu()], providers=[MINE], dynamic=True, span=(1, 64))
+    given = problem_of(model, rules=[PaddedRelu()], providers=[MINE], dynamic=True, span=(1, 64))
     assert given.priced.savings == [(2000,) * 3]
-    assert given.problem.savings_ns == (2000,)
+    assert given.program.savings_ns == (2000,)
     assert given.priced.costs == [None]
     assert given.candidates[0].site is None
     assert given.priced.unfused == [0, 0, 0]
@@ -231,12 +231,12 @@ def test_somebodys_pass_saves_what_its_owner_says_or_a_launch(saving_us: float |
     canonical = canonicalize(written(lambda x: (aten.relu.default(x),), {"x": X}, dynamic=True))
     match = somebodys(canonical.original, saving_us)
     given = pose(canonical, [], [match], Prices(model=MODEL), (1, 64))
-    assert given.problem.savings_ns == (expected,)
+    assert given.program.savings_ns == (expected,)
     assert given.priced.savings == [(expected,) * 3]
     assert given.priced.costs == [None]
     # Whoever hands a pass over wants it applied: an assumed price will do.
     assert given.priced.provenance == [Provenance.ASSUMED if saving_us is None else Provenance.DECLARED]
-    assert given.unpriced == given.problem.forbidden == frozenset()
+    assert given.unpriced == given.program.forbidden == frozenset()
     assert (given.candidates[0].provider, given.candidates[0].op) == ("external", "theirs")
 
 
@@ -244,61 +244,61 @@ ALL = {"": [(5000, 10)], "triton": [(2000, 20)], "torch": [(9000, 30)]}
 
 
 def test_a_table_prices_a_component_as_a_whole() -> None:
-    prices = Prices(model=MODEL, table=measured(posed(), ALL))
-    given = posed(prices=prices)
-    assert by_provider(given, given.problem.savings_ns) == {"triton": 3000, "torch": -4000}
+    prices = Prices(model=MODEL, table=measured(problem_of(), ALL))
+    given = problem_of(prices=prices)
+    assert by_provider(given, given.program.savings_ns) == {"triton": 3000, "torch": -4000}
     assert by_provider(given, given.priced.savings) == {"triton": (3000,), "torch": (-4000,)}
     assert by_provider(given, given.priced.costs) == {"triton": 2000, "torch": 9000}
     assert set(given.priced.provenance) == {Provenance.MEASURED}
     assert given.priced.unfused == [5000]
     index = {each.provider: i for i, each in enumerate(given.candidates)}
     expected = {frozenset({index["triton"]}): 3000, frozenset({index["torch"]}): -4000}
-    assert given.problem.alternatives == {frozenset({0, 1}): expected}
+    assert given.program.alternatives == {frozenset({0, 1}): expected}
 
 
 def test_a_table_is_read_at_every_size() -> None:
     rows = {"": [(1000, 0), (4000, 0)], "triton": [(500, 0), (1000, 0)], "torch": [(1000, 0), (4000, 0)]}
-    plain = posed(dynamic=True, span=(10, 40))
-    given = posed(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
+    plain = problem_of(dynamic=True, span=(10, 40))
+    given = problem_of(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
     assert given.priced.tokens == (10, 20, 40)
     assert by_provider(given, given.priced.savings)["triton"] == (500, 2000 - 667, 3000)
     assert by_provider(given, given.priced.costs)["triton"] == 667
     assert given.priced.unfused == [1000, 2000, 4000]
-    assert by_provider(given, given.problem.savings_ns) == {"triton": weighted((500, 1333, 3000), (1000, 2000, 4000)),
+    assert by_provider(given, given.program.savings_ns) == {"triton": weighted((500, 1333, 3000), (1000, 2000, 4000)),
                                                             "torch": 0}  # fmt: skip
 
 
 def test_the_largest_spread_of_all_sizes_is_the_noise() -> None:
     rows = {"": [(1000, 1), (4000, 7)], "triton": [(990, 300), (3960, 2)], "torch": [(2000, 0), (5000, 0)]}
-    plain = posed(dynamic=True, span=(10, 40))
-    given = posed(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
-    assert by_provider(given, given.problem.savings_ns)["triton"] == 0
+    plain = problem_of(dynamic=True, span=(10, 40))
+    given = problem_of(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
+    assert by_provider(given, given.program.savings_ns)["triton"] == 0
 
 
 @pytest.mark.parametrize("missing", ["", "triton", "torch"])
 @pytest.mark.parametrize("source", ["auto", "measured", "modelled"])
 def test_a_row_that_is_missing_sends_the_whole_component_to_the_model(missing: str, source: str) -> None:
     rows = {name: times for name, times in ALL.items() if name != missing}
-    given = posed(prices=Prices(model=MODEL, table=measured(posed(), rows), source=source))
+    given = problem_of(prices=Prices(model=MODEL, table=measured(problem_of(), rows), source=source))
     modelled = source != "measured"
     assert set(given.priced.provenance) == {Provenance.MODELLED if modelled else Provenance.MEASURED}
     if modelled:
-        assert given.problem.savings_ns == posed().problem.savings_ns
+        assert given.program.savings_ns == problem_of().program.savings_ns
     elif missing:
-        (alternatives,) = given.problem.alternatives.values()
+        (alternatives,) = given.program.alternatives.values()
         assert len(alternatives) == 1
-        assert by_provider(given, given.problem.savings_ns)[missing] == 0
+        assert by_provider(given, given.program.savings_ns)[missing] == 0
         assert by_provider(given, given.priced.costs)[missing] is None
         assert by_provider(given, given.priced.savings)[missing] == ()
     else:
         # Without what the others are compared with there is nothing to choose, and no time to show.
-        assert given.problem.alternatives == {frozenset({0, 1}): {}}
+        assert given.program.alternatives == {frozenset({0, 1}): {}}
         assert given.priced.unfused == [0]
 
 
 def test_a_table_may_be_there_and_not_be_asked() -> None:
-    given = posed(prices=Prices(model=MODEL, table=measured(posed(), ALL), source="modelled"))
-    assert given.problem.savings_ns == posed().problem.savings_ns
+    given = problem_of(prices=Prices(model=MODEL, table=measured(problem_of(), ALL), source="modelled"))
+    assert given.program.savings_ns == problem_of().program.savings_ns
 
 
 def many(count: int) -> Any:
@@ -313,16 +313,16 @@ def many(count: int) -> Any:
 def test_large_components_are_not_looked_up(count: int) -> None:
     """A table from which only the unfused row can be read, and that is all there is, is asked up to a number."""
     alone = [provider for provider in PROVIDERS if provider.name == "triton"]
-    plain = posed(many(count), providers=alone)
+    plain = problem_of(many(count), providers=alone)
     assert [len(each) for each in plain.components] == [count]
     table = measured(plain, {"": [(5000, 10)]})
-    given = posed(many(count), providers=alone, prices=Prices(model=MODEL, table=table, source="measured"))
+    given = problem_of(many(count), providers=alone, prices=Prices(model=MODEL, table=table, source="measured"))
     expected = Provenance.MEASURED if count == MAX_ENUMERATED else Provenance.MODELLED
     assert set(given.priced.provenance) == {expected}
 
 
 def test_names_of_alternatives() -> None:
-    given = posed(twice, providers=TORCH)
+    given = problem_of(twice, providers=TORCH)
     first, second = given.candidates
     assert alternative_name([], [0, 1]) == UNFUSED
     assert alternative_name([first], [0]) == "act_padding fused_add_rms_norm_pad torch"
@@ -333,7 +333,7 @@ def test_names_of_alternatives() -> None:
 
 
 def test_prices_know_what_they_depend_on() -> None:
-    table = measured(posed(), ALL)
+    table = measured(problem_of(), ALL)
     assert Prices(model=MODEL).key == ["round", "inductor", content_of(MODEL.hardware).digest, "auto", ""]
     assert Prices(model=MODEL, table=table, source="measured").key == [
         "round",
@@ -347,7 +347,7 @@ def test_prices_know_what_they_depend_on() -> None:
 
 def test_what_prices_and_rows_remember_is_no_part_of_them() -> None:
     prices = Prices(model=MODEL)
-    given = posed(prices=prices, dynamic=True)
+    given = problem_of(prices=prices, dynamic=True)
     assert prices == Prices(model=MODEL)
     assert repr(prices) == repr(Prices(model=MODEL))
     rows, fresh = Rows.of(given.canonical.graph), Rows.of(given.canonical.graph)
@@ -357,5 +357,5 @@ def test_what_prices_and_rows_remember_is_no_part_of_them() -> None:
 
 
 def test_components_of_the_structure_are_what_is_priced() -> None:
-    given = posed()
-    assert given.components == components(given.problem) == [(0, 1)]
+    given = problem_of()
+    assert given.components == components(given.program) == [(0, 1)]

@@ -13,7 +13,7 @@ from fuseplan.planner.branch_and_bound import Outcome, search
 from fuseplan.planner.components import Component
 from fuseplan.planner.milp import cliques, solve_linear
 from fuseplan.planner.packing import Packing, contract
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.relaxation import Relaxation, elimination_order
 from fuseplan.planner.solver import Solver
 
@@ -236,9 +236,9 @@ def test_a_linear_relaxation_prefers_fewer_candidates() -> None:
     assert chosen_by_linear(packed(10, 5, 5, conflicts=((0, 1), (0, 2)))) == (0,)
 
 
-def star(*savings: int, centre: int, **constraints: Any) -> Problem:
+def star(*savings: int, centre: int, **constraints: Any) -> IntegerProgram:
     pairs = frozenset((min(centre, i), max(centre, i)) for i in range(len(savings)) if i != centre)
-    return Problem(
+    return IntegerProgram(
         names=tuple(f"c{i}" for i in range(len(savings))), savings_ns=savings, conflicts=pairs, **constraints
     )
 
@@ -251,11 +251,11 @@ def test_regrets_of_large_components_are_what_neighbours_save(
     monkeypatch.setattr(solver, "LARGE", large)
     around = [9, 4]
     savings = [*around[:centre], 10, *around[centre:]]
-    problem = star(*savings, centre=centre)
+    program = star(*savings, centre=centre)
     given = Solver()
-    solution = given.solve(problem)
+    solution = given.solve(program)
     assert solution.objective_ns == 13
-    assert given.regrets(problem, solution.cuts) == [3 if i == centre else 0 for i in range(3)]
+    assert given.regrets(program, solution.cuts) == [3 if i == centre else 0 for i in range(3)]
     held = star(*savings, centre=centre, forced=frozenset({centre}))
     solution = given.solve(held)
     assert (solution.objective_ns, solution.selected) == (10, (centre,))
@@ -267,39 +267,41 @@ def test_regrets_of_large_components_are_what_neighbours_save(
 
 def test_regrets_of_large_components_count_neighbours_that_are_chosen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solver, "LARGE", 2)
-    problem = Problem(names=tuple("abcd"), savings_ns=(10, 1, 2, 20), conflicts=frozenset({(0, 1), (1, 2), (2, 3)}))
+    program = IntegerProgram(
+        names=tuple("abcd"), savings_ns=(10, 1, 2, 20), conflicts=frozenset({(0, 1), (1, 2), (2, 3)})
+    )
     given = Solver()
-    assert given.solve(problem).selected == (0, 3)
-    assert given.regrets(problem, ()) == [0, 9, 18, 0]
+    assert given.solve(program).selected == (0, 3)
+    assert given.regrets(program, ()) == [0, 9, 18, 0]
 
 
 def test_large_components_are_searched_a_little_and_then_relaxed(monkeypatch: pytest.MonkeyPatch) -> None:
     part = _tangle(30, 0.3, 5)
-    problem = Problem(
+    program = IntegerProgram(
         names=tuple(f"c{i:02}" for i in range(30)), savings_ns=part.savings, conflicts=frozenset(part.conflicts)
     )
-    exact = Solver().solve(problem)
+    exact = Solver().solve(program)
     assert exact.gap == 0.0
     for large, visits in ((29, solver.FIRST_VISITS), (29, 0), (30, 0)):
         monkeypatch.setattr(solver, "LARGE", large)
         monkeypatch.setattr(solver, "FIRST_VISITS", visits)
-        again = Solver().solve(problem)
+        again = Solver().solve(program)
         assert (again.objective_ns, again.bound_ns) == (exact.objective_ns, exact.objective_ns)
     assert again.nodes == exact.nodes
     monkeypatch.setattr(solver, "LARGE", 29)
     monkeypatch.setattr(solver, "solve_linear", lambda packing, budget: None)
-    alone = Solver().solve(problem)
+    alone = Solver().solve(program)
     assert alone.nodes == 1
     assert alone.objective_ns <= exact.objective_ns <= alone.bound_ns
     monkeypatch.setattr(solver, "FIRST_VISITS", solver.FIRST_VISITS + 10**6)
     monkeypatch.setattr(solver, "FIRST_NODES", 3)
-    assert Solver().solve(problem).nodes == 3
-    assert Solver(2).solve(problem).nodes == 2
+    assert Solver().solve(program).nodes == 3
+    assert Solver(2).solve(program).nodes == 2
 
 
 def test_what_a_relaxation_adds_is_its_bound_its_nodes_and_a_better_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     part = ring(5)
-    problem = Problem(names=tuple("abcde"), savings_ns=part.savings, conflicts=frozenset(part.conflicts))
+    program = IntegerProgram(names=tuple("abcde"), savings_ns=part.savings, conflicts=frozenset(part.conflicts))
     monkeypatch.setattr(solver, "LARGE", 4)
     monkeypatch.setattr(solver, "FIRST_NODES", 1)
 
@@ -307,7 +309,7 @@ def test_what_a_relaxation_adds_is_its_bound_its_nodes_and_a_better_choice(monke
         monkeypatch.setattr(
             solver, "solve_linear", lambda packing, budget: milp.Relaxed(chosen=chosen, bound_ns=bound, nodes=7)
         )
-        return Solver().solve(problem)
+        return Solver().solve(program)
 
     first = relaxed(None, 1000)
     assert (first.objective_ns, first.nodes) == (20, 1 + 7)

@@ -16,26 +16,26 @@ from fuseplan.graph.legality import Contraction, is_convex
 from fuseplan.graph.surgery import sort_topologically
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.components import components
-from fuseplan.planner.problem import CycleFinder, Problem, Solution
+from fuseplan.planner.program import CycleFinder, IntegerProgram, Solution
 from fuseplan.planner.solver import Solver
 from tests.planner import brute_force
 
 PROBLEMS, GRAPHS = 1000, 1000
 
 
-def is_legal(problem: Problem, chosen: frozenset[int]) -> bool:
+def is_legal(program: IntegerProgram, chosen: frozenset[int]) -> bool:
     return (
-        not any(i in chosen and j in chosen for i, j in problem.conflicts)
-        and all(j in chosen for i, j in problem.requires if i in chosen)
-        and all(len(chosen & group) in (0, len(group)) for group in problem.together)
-        and all(len(chosen & group) == 1 for group in problem.one_of)
-        and problem.forced <= chosen
-        and not problem.forbidden & chosen
+        not any(i in chosen and j in chosen for i, j in program.conflicts)
+        and all(j in chosen for i, j in program.requires if i in chosen)
+        and all(len(chosen & group) in (0, len(group)) for group in program.together)
+        and all(len(chosen & group) == 1 for group in program.one_of)
+        and program.forced <= chosen
+        and not program.forbidden & chosen
     )
 
 
 @st.composite
-def problems(draw: st.DrawFn, most: int = 9, tables: bool = True) -> Problem:
+def programs(draw: st.DrawFn, most: int = 9, tables: bool = True) -> IntegerProgram:
     count = draw(st.integers(1, most))
     index = st.integers(0, count - 1)
     pairs = st.sets(st.tuples(index, index), max_size=2 * count)
@@ -45,7 +45,7 @@ def problems(draw: st.DrawFn, most: int = 9, tables: bool = True) -> Problem:
     forced = draw(st.frozensets(index, max_size=1))
     forbidden = draw(st.frozensets(index, max_size=2))
     one_of = [frozenset(p) for p in sorted(conflicts)[:1] if draw(st.booleans())]
-    problem = Problem(
+    program = IntegerProgram(
         names=tuple(f"c{i:02}" for i in range(count)),
         savings_ns=tuple(draw(st.lists(st.integers(-5, 20), min_size=count, max_size=count))),
         conflicts=frozenset(conflicts),
@@ -56,28 +56,28 @@ def problems(draw: st.DrawFn, most: int = 9, tables: bool = True) -> Problem:
         forbidden=forbidden,
     )
     if tables and draw(st.booleans()):
-        members = draw(st.sampled_from([frozenset(each) for each in components(problem)]))
+        members = draw(st.sampled_from([frozenset(each) for each in components(program)]))
         subsets = [s for s in brute_force.subsets(count) if s and s <= members and draw(st.booleans())]
         rows = {subset: draw(st.integers(-5, 20)) for subset in subsets[:12]}
-        problem = replace(problem, alternatives={members: rows})
-    return problem
+        program = replace(program, alternatives={members: rows})
+    return program
 
 
-def check_optimal(problem: Problem, solution: Solution, expected: tuple[int, tuple[int, ...]]) -> None:
+def check_optimal(program: IntegerProgram, solution: Solution, expected: tuple[int, tuple[int, ...]]) -> None:
     assert (solution.objective_ns, solution.selected) == expected
     assert solution.bound_ns == solution.objective_ns
     assert solution.gap == 0.0
 
 
 @settings(max_examples=PROBLEMS)
-@given(problems())
-def test_solver_finds_what_brute_force_finds(problem: Problem) -> None:
-    expected = brute_force.best(problem.savings_ns, lambda chosen: is_legal(problem, chosen), problem.alternatives)
+@given(programs())
+def test_solver_finds_what_brute_force_finds(program: IntegerProgram) -> None:
+    expected = brute_force.best(program.savings_ns, lambda chosen: is_legal(program, chosen), program.alternatives)
     if expected is None:
         with pytest.raises(PlanError, match="forced"):
-            Solver().solve(problem)
+            Solver().solve(program)
     else:
-        check_optimal(problem, Solver().solve(problem), expected)
+        check_optimal(program, Solver().solve(program), expected)
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Case:
         return [(place[node], place[user]) for node in self.graph.nodes for user in node.users]
 
     @property
-    def problem(self) -> Problem:
+    def program(self) -> IntegerProgram:
         count = len(self.regions)
-        return Problem(
+        return IntegerProgram(
             names=tuple(f"c{i:02}" for i in range(count)),
             savings_ns=self.savings,
             conflicts=frozenset(
@@ -170,29 +170,29 @@ CYCLIC_ONLY_TOGETHER = 7
 def check_graph(seed: int) -> None:
     """The best legal set of a random graph is found."""
     case = random_case(seed)
-    problem = case.problem
+    program = case.program
 
     def legal(chosen: frozenset[int]) -> bool:
-        return is_legal(problem, chosen) and brute_force.is_acyclic(case.edges, case.regions, chosen)
+        return is_legal(program, chosen) and brute_force.is_acyclic(case.edges, case.regions, chosen)
 
-    expected = brute_force.best(problem.savings_ns, legal)
+    expected = brute_force.best(program.savings_ns, legal)
     assert expected is not None
-    solution = Solver().solve(problem, case.find_cycles)
-    check_optimal(problem, solution, expected)
+    solution = Solver().solve(program, case.find_cycles)
+    check_optimal(program, solution, expected)
     for cut in solution.cuts:
         assert len(cut) > 1
         assert not brute_force.is_acyclic(case.edges, case.regions, frozenset(cut))
     sizes = [len(region) for region in case.regions]
     for preference in (heaviest, largest(sizes)):
-        simple = greedy(problem, preference, case.find_cycles)
+        simple = greedy(program, preference, case.find_cycles)
         assert legal(frozenset(simple.selected))
-        assert simple.objective_ns == problem.saving(simple.selected) <= solution.objective_ns
+        assert simple.objective_ns == program.saving(simple.selected) <= solution.objective_ns
 
     order = Random(seed).sample(range(len(sizes)), len(sizes))
     shuffled = replace(
         case, regions=tuple(case.regions[i] for i in order), savings=tuple(case.savings[i] for i in order)
     )
-    assert Solver().solve(shuffled.problem, shuffled.find_cycles).objective_ns == solution.objective_ns
+    assert Solver().solve(shuffled.program, shuffled.find_cycles).objective_ns == solution.objective_ns
 
     before = run(case.graph)
     for index in solution.selected:
@@ -221,13 +221,13 @@ def test_seeds_hold_sets_that_are_cyclic_only_together() -> None:
     cyclic = []
     for seed in range(300):
         case = random_case(seed)
-        if Solver().solve(case.problem, case.find_cycles).cuts:
+        if Solver().solve(case.program, case.find_cycles).cuts:
             cyclic.append(seed)
     assert CYCLIC_ONLY_TOGETHER in cyclic
     assert len(cyclic) > 20
 
 
-def overlapping(count: int, seed: int = 0, width: int = 8) -> Problem:
+def overlapping(count: int, seed: int = 0, width: int = 8) -> IntegerProgram:
     """One component, as overlapping regions of a graph make it."""
     random = Random(seed)
     places = [random.randrange(count // 2) for _ in range(count)]
@@ -236,35 +236,35 @@ def overlapping(count: int, seed: int = 0, width: int = 8) -> Problem:
     return tangled(count, conflicts, random)
 
 
-def tangled(count: int, conflicts: set[tuple[int, int]], random: Random) -> Problem:
-    return Problem(
+def tangled(count: int, conflicts: set[tuple[int, int]], random: Random) -> IntegerProgram:
+    return IntegerProgram(
         names=tuple(f"c{i:04}" for i in range(count)),
         savings_ns=tuple(random.randint(1, 20_000) for _ in range(count)),
         conflicts=frozenset(conflicts),
     )
 
 
-def is_valid(problem: Problem, solution: Solution) -> bool:
+def is_valid(program: IntegerProgram, solution: Solution) -> bool:
     chosen = frozenset(solution.selected)
-    return is_legal(problem, chosen) and problem.saving(chosen) == solution.objective_ns <= solution.bound_ns
+    return is_legal(program, chosen) and program.saving(chosen) == solution.objective_ns <= solution.bound_ns
 
 
 def test_large_components_are_certified_and_beat_the_heuristics() -> None:
-    problem = overlapping(400)
-    solution = Solver().solve(problem)
-    assert is_valid(problem, solution)
+    program = overlapping(400)
+    solution = Solver().solve(program)
+    assert is_valid(program, solution)
     assert solution.gap == 0.0
     for preference in (heaviest, largest([1] * 400)):
-        assert greedy(problem, preference).objective_ns <= solution.objective_ns
+        assert greedy(program, preference).objective_ns <= solution.objective_ns
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_integer_programming_and_branch_and_bound_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = overlapping(44, seed)
-    exact = Solver().solve(problem)
+    program = overlapping(44, seed)
+    exact = Solver().solve(program)
     monkeypatch.setattr("fuseplan.planner.solver.LARGE", 8)
     monkeypatch.setattr("fuseplan.planner.solver.FIRST_VISITS", 0)
-    linear = Solver().solve(problem)
+    linear = Solver().solve(program)
     assert exact.gap == linear.gap == 0.0
     assert exact.objective_ns == linear.objective_ns
 
@@ -272,57 +272,57 @@ def test_integer_programming_and_branch_and_bound_agree(seed: int, monkeypatch: 
 def test_a_component_past_every_limit_returns_its_incumbent_and_bound() -> None:
     random = Random(3)
     pairs = {(min(p), max(p)) for p in ((random.randrange(600), random.randrange(600)) for _ in range(4000))}
-    problem = tangled(600, {pair for pair in pairs if pair[0] != pair[1]}, random)
+    program = tangled(600, {pair for pair in pairs if pair[0] != pair[1]}, random)
     for budget in (1, 20_000):
-        solution = Solver(budget).solve(problem)
-        assert is_valid(problem, solution)
+        solution = Solver(budget).solve(program)
+        assert is_valid(program, solution)
         assert solution.objective_ns > 0
-    assert Solver(1).solve(problem) == Solver(1).solve(problem)
-    assert Solver(1).solve(problem).gap > 0
+    assert Solver(1).solve(program) == Solver(1).solve(program)
+    assert Solver(1).solve(program).gap > 0
 
 
 @pytest.mark.parametrize("seed", [7, 16, 21, 26])
 def test_a_budget_of_one_node_is_still_legal_where_cycles_are(seed: int) -> None:
     case = random_case(seed)
-    solution = Solver(1).solve(case.problem, case.find_cycles)
+    solution = Solver(1).solve(case.program, case.find_cycles)
     chosen = frozenset(solution.selected)
-    assert is_legal(case.problem, chosen)
+    assert is_legal(case.program, chosen)
     assert brute_force.is_acyclic(case.edges, case.regions, chosen)
-    best = Solver().solve(case.problem, case.find_cycles)
+    best = Solver().solve(case.program, case.find_cycles)
     assert solution.objective_ns <= best.objective_ns <= solution.bound_ns
 
 
 def test_equal_components_are_solved_once() -> None:
     layers = 50
-    problem = Problem(
+    program = IntegerProgram(
         names=tuple(f"c{i:03}" for i in range(2 * layers)),
         savings_ns=(5, 7) * layers,
         conflicts=frozenset((2 * i, 2 * i + 1) for i in range(layers)),
     )
-    solution = Solver().solve(problem)
+    solution = Solver().solve(program)
     assert (solution.components, solution.classes, solution.nodes) == (layers, 1, 1)
     assert solution.objective_ns == 7 * layers
 
 
 def test_ties_go_to_fewer_candidates_then_to_the_first() -> None:
-    tie = Problem(names=("a", "b", "c"), savings_ns=(5, 5, 10), conflicts=frozenset({(0, 2), (1, 2)}))
+    tie = IntegerProgram(names=("a", "b", "c"), savings_ns=(5, 5, 10), conflicts=frozenset({(0, 2), (1, 2)}))
     assert Solver().solve(tie).selected == (2,)
-    equal = Problem(names=("a", "b"), savings_ns=(5, 5), conflicts=frozenset({(0, 1)}))
+    equal = IntegerProgram(names=("a", "b"), savings_ns=(5, 5), conflicts=frozenset({(0, 1)}))
     assert Solver().solve(equal).selected == (0,)
-    nothing = Problem(names=("a",), savings_ns=(0,))
+    nothing = IntegerProgram(names=("a",), savings_ns=(0,))
     assert Solver().solve(nothing).selected == ()
 
 
 @settings(max_examples=100)
-@given(problems(tables=False))
-def test_regrets_are_what_forcing_costs(problem: Problem) -> None:
+@given(programs(tables=False))
+def test_regrets_are_what_forcing_costs(program: IntegerProgram) -> None:
     solver = Solver()
     try:
-        best = solver.solve(problem)
+        best = solver.solve(program)
     except PlanError:
         return
-    for index, regret in enumerate(solver.regrets(problem, best.cuts)):
-        forced = replace(problem, forced=problem.forced | {index})
+    for index, regret in enumerate(solver.regrets(program, best.cuts)):
+        forced = replace(program, forced=program.forced | {index})
         try:
             assert regret == best.objective_ns - Solver().solve(forced).objective_ns
         except PlanError:

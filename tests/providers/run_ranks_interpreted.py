@@ -92,7 +92,7 @@ def computed(
     space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What one call gives, and the reference of the sum in float32."""
-    parts = [part(RANK if space.alone else rank, rows, seed) for rank in range(RANKS)]
+    parts = [part(RANK if space.loopback else rank, rows, seed) for rank in range(RANKS)]
     residual, weight = part(RANKS, rows, seed), (1 + 0.1 * part(RANKS + 1, 1, seed)[0]).bfloat16()
     own = EPILOGUES[suffix]
     got = launch(
@@ -138,7 +138,7 @@ def main() -> None:
     seen["minus zero"] = bool(torch.signbit(total[0, 0]) and total[0, 0] == 0)
     if RANKS == 2:
         seen["capacity"] = capacity()
-    seen["alone"] = plays_all()
+    seen["loopback"] = loopback()
     seen["unlike"] = unlike()
     for two_shot in (False, True) if RANKS > 2 else (False,):
         seen[f"missing, {1 + two_shot} shots"] = missing(two_shot)
@@ -148,10 +148,10 @@ def main() -> None:
     leave()
 
 
-def plays_all() -> list[bool]:
-    """Whether a rank alone, the others being taken to hold what it does, is right in two shots as in one."""
+def loopback() -> list[bool]:
+    """Whether one rank in loopback, the others being taken to hold what it does, is right in two shots as in one."""
     assert dist.group.WORLD is not None
-    space = Workspace(dist.group.WORLD.group_name, CPU, 2, capacity=4096, alone=True, timeout_s=1e9)
+    space = Workspace(dist.group.WORLD.group_name, CPU, 2, capacity=4096, loopback=True, timeout_s=1e9)
     shots = [(*each, False) for each in ONE_SHOT] + [(*each, True) for each in TWO_SHOT if RANKS > 2]
     return [
         call(space, rows, schedule(programs, lag, two), suffix, 90 + seed)[0]
@@ -161,13 +161,13 @@ def plays_all() -> list[bool]:
 
 def capacity() -> list[tuple[bool, int]]:
     """One row fewer than fit in a launch, as many, and one more: whether it was right, and launches."""
-    space, turns = workspace(capacity=1024), []
+    space, epochs = workspace(capacity=1024), []
     rows = space.shot_words // WIDTH
     for count in (rows - 1, rows, rows + 1):
         before = int(space.state[0])
         right, _ = call(space, count, schedule(1, 0, two_shot=False), None, 70 + count)
-        turns.append((right, int(space.state[0]) - before))
-    return turns
+        epochs.append((right, int(space.state[0]) - before))
+    return epochs
 
 
 def unlike() -> list[Any]:
@@ -223,11 +223,11 @@ class Replayed:
         self.space = workspace()
         self.two_shot, self.waits, self.outcomes = two_shot, list[int](), list[str]()
 
-    def call(self, limit: int | None = None) -> None:
+    def call(self, timeout: int | None = None) -> None:
         """One more: of other rows, tiles and epilogue than the last, and of other numbers."""
         number = len(self.outcomes)
         rows, programs, lag = ((3, 2, 1), (2, 2, 0), (4, 2, 0), (2, 1, 1))[number % 4]
-        self.space.limit = limit or NEVER
+        self.space.timeout = timeout or NEVER
         seen, standing_of = [0], all_reduce_norm.standing_of
 
         def counting(*arguments: Any) -> Any:

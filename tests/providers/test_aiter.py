@@ -17,7 +17,7 @@ from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import BUILT_IN_PROVIDERS, aiter
 from fuseplan.rules import Bindings
-from fuseplan.verification.memory import Alone, Poisoned
+from fuseplan.verification.memory import Loopback, Poisoned
 from tests.helpers import randn
 from tests.providers.stand_ins import Library, normed, ranks
 
@@ -151,7 +151,7 @@ def test_the_all_reduce_gives_the_references_bits(
     op = ops.all_reduce_fused_add_rms_norm_pad if right else ops.all_reduce_fused_add_rms_norm
     with ranks(count) as group:
         given = (*arguments(shape), 1e-5, "fp32", *((right,) if right else ()), group)
-        with Alone():
+        with Loopback():
             expected = op.reference(*given)
             with Poisoned():
                 actual = op.kernel("aiter")(*given)
@@ -168,7 +168,7 @@ def test_quantisation_rounds_nothing_before_it(library: Aiter, groups: list[dict
     with ranks(2) as group:
         x, residual, weight = arguments((5, 512))
         given = (x, residual, weight, 1e-5, "fp32", FN, 1 / (448 * 512), 0.0, 0.0, None, "divide", group)
-        with Alone():
+        with Loopback():
             q, scale, total = op.kernel("aiter")(*given)
             expected = op.reference(*given)
         library.fp8 = torch.float8_e4m3fnuz

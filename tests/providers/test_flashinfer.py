@@ -17,7 +17,7 @@ from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, flashinfer
 from fuseplan.rules import Bindings
-from fuseplan.verification.memory import Alone, Poisoned
+from fuseplan.verification.memory import Loopback, Poisoned
 from tests.helpers import all_reduce, gpt_oss, post_grad, quantize, randn
 from tests.providers.stand_ins import Library, is_aligned, normed, ranks, snapshot
 
@@ -142,7 +142,7 @@ def test_the_all_reduce_fusion_gives_the_references_bits(
     with ranks(2) as group:
         given = arguments(name, dtype, shape, rounding, group)
         before = [each.clone() if isinstance(each, Tensor) else each for each in given]
-        with Alone():
+        with Loopback():
             expected = op.reference(*given)
             with Poisoned():
                 actual = op.kernel("flashinfer")(*given)
@@ -257,7 +257,7 @@ def test_rows_that_lie_anyhow_are_made_to_fit(library: FlashInfer) -> None:
         shifted = whole[1:].view(4, 64)
         turned = randn(64, 4, seed=3).t()
         for x in (shifted, turned):
-            with Alone():
+            with Loopback():
                 expected = ops.all_reduce_fused_add_rms_norm.reference(
                     *[x, *arguments("all_reduce_add", torch.bfloat16, (4, 64), "gpt_oss", group)[1:]]
                 )
@@ -314,7 +314,7 @@ def test_what_an_old_release_has_gives_the_references_bits(name: str, monkeypatc
     try:
         with ranks(2) as group:
             given = arguments(name, torch.bfloat16, (7, 64), "gpt_oss", group)
-            with Alone():
+            with Loopback():
                 expected = ops[name].reference(*given)
                 actual = ops[name].kernel("flashinfer")(*given)
         for got, wanted in zip(actual, expected, strict=True):

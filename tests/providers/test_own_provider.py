@@ -152,9 +152,9 @@ def test_a_provider_that_can_not_run_here_says_why(group: str) -> None:
     assert refused is not None
     assert refused.detail == "libmine.so was built for another CUDA"
     report = explain(layers(group), own, device=None)
-    told = [each for each in report.graphs[0].refusals if each.provider == own.name]
-    assert {each.detail for each in told} == {f"{own.name} can't run here: libmine.so was built for another CUDA"}
-    assert {each.reason for each in told} == {Reason.PROVIDER}
+    refusals = [each for each in report.graphs[0].refusals if each.provider == own.name]
+    assert {each.detail for each in refusals} == {f"{own.name} can't run here: libmine.so was built for another CUDA"}
+    assert {each.reason for each in refusals} == {Reason.PROVIDER}
     assert all(each.provider != own.name for each in report.graphs[0].applied)
     # Another device's software is taken as present.
     assert own.unavailable(PROFILES["h200"]) is None
@@ -164,7 +164,7 @@ def test_a_provider_that_can_not_run_here_says_why(group: str) -> None:
 @pytest.mark.parametrize(
     ("available", "text"),
     [
-        (lambda: 1 / 0, "whether own_[0-9]+ is available can't be told: ZeroDivisionError"),
+        (lambda: 1 / 0, "can't tell whether own_[0-9]+ is available: ZeroDivisionError"),
         (lambda: True, r"available\(\) of own_[0-9]+ returns True: allowed are None and a line"),
     ],
 )

@@ -255,7 +255,7 @@ def test_a_call_in_another_workspace_is_another_call() -> None:
     class OfNobody(Workspace):
         def __init__(self, serial: int) -> None:
             self.serial, self.words = serial, torch.full((4,), float(serial))
-            self.distances, self.state, self.failure = (torch.zeros(4) for _ in range(3))
+            self.peer_offsets, self.state, self.failure = (torch.zeros(4) for _ in range(3))
 
     replays = replayed(run)
     for serial in (1, 2, 1, 2):

@@ -39,7 +39,7 @@ def schedule_of(rows: int, ranks: int, processors: int) -> tuple[Schedule, Any]:
     one_shot = ranks <= ONE_SHOT_RANKS
     shot = (CAPACITY_BYTES if one_shot else max(SHOT_BYTES, CAPACITY_BYTES // ranks)) // ITEM
     workspace = SimpleNamespace(
-        ranks=ranks, processors=processors, one_shot=one_shot, alone=False,
+        ranks=ranks, processors=processors, one_shot=one_shot, loopback=False,
         shot_words=shot // UNIT_WORDS * UNIT_WORDS,
         sums_words=0 if one_shot else CAPACITY_BYTES // ITEM // UNIT_WORDS * UNIT_WORDS,
     )  # fmt: skip

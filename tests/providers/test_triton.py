@@ -131,8 +131,8 @@ def test_all_reduces_between_ranks(between_ranks: list[dict[str, Any]]) -> None:
     for rank in between_ranks:
         assert len(rank["calls"]) == (8 if ranks == 2 else 21)
         assert all(rank["calls"] + rank["chosen"])
-        assert len(rank["alone"]) == (8 if ranks == 2 else 14)
-        assert all(rank["alone"])
+        assert len(rank["loopback"]) == (8 if ranks == 2 else 14)
+        assert all(rank["loopback"])
         assert not any(rank["left"])
         assert rank["minus zero"]
         assert rank.get("capacity", []) == ([[True, 1], [True, 1], [True, 2]] if ranks == 2 else [])

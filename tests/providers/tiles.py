@@ -109,7 +109,7 @@ def choices() -> dict[tuple[str, int], list[Any]]:
             found[f"qk {name} {heads[0]}+{heads[1]} {head_dim}", rows] = launched
     for processors, rows, width, ranks in itertools.product((132, 304), ROWS, WIDTHS, (2, 4, 8)):
         workspace: Any = SimpleNamespace(
-            processors=processors, ranks=ranks, one_shot=ranks <= 2, alone=False,
+            processors=processors, ranks=ranks, one_shot=ranks <= 2, loopback=False,
             shot_words=(32 if ranks == 2 else 4) * 2**19, sums_words=0 if ranks == 2 else 2**24,
         )  # fmt: skip
         for finish in ("none", "pad"):

@@ -38,7 +38,7 @@ class Case:
         normed_before_add: two further norms a layer, on what is added to the residual stream: its all-reduces go into
             those, as they do into its two on the residual stream elsewhere.
         plan: how to split it over the ranks where it brings no `tp_plan` of its own.
-        distribution: what transformers is told to split it over two ranks; empty: fuseplan splits it.
+        distribution: transformers' setting to split it over two ranks; empty: fuseplan splits it.
         reduced: all-reduces a layer in that split that go straight into a norm, or into a residual add and a norm.
     """
 

@@ -199,7 +199,7 @@ def error_of(call: Call, *arguments: Any) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("heads", "mask", "told"),
+    ("heads", "mask", "expected"),
     [
         (2, (ROWS, 1, 1, 11), ("11", "12")),
         (2, (ROWS + 1, 1, 1, 12), (str(ROWS + 1), str(ROWS))),
@@ -208,14 +208,14 @@ def error_of(call: Call, *arguments: Any) -> Exception:
     ids=["a mask too short", "a mask of other rows", "heads that don't divide"],
 )
 def test_what_does_not_fit_is_told_as_without_fuseplan(
-    heads: int, mask: tuple[int, ...] | None, told: tuple[str, ...]
+    heads: int, mask: tuple[int, ...] | None, expected: tuple[str, ...]
 ) -> None:
     kv = torch.randn(ROWS, heads, 12, 16)
     arguments = (torch.randn(ROWS, 8, 1, 16), kv, kv.clone(), None if mask is None else torch.zeros(mask))
     eager = str(error_of(attention, *arguments))
     plain, ours = (str(error_of(call(attention), *arguments)) for call in (torch.compile, fuseplan.compile))
     assert ours == plain
-    for size in told:
+    for size in expected:
         assert size in eager
         assert size in ours
 

@@ -41,9 +41,9 @@ def test_names_in_a_record_are_shown_as_python_writes_them() -> None:
         policy="planned", order=(), rules=(hostile,),
         graphs=(GraphReport(graph="graph_0", matched={hostile: 1}, applied=(FUSION,)),),
     )  # fmt: skip
-    told = shown(report)
-    assert told.rules == (r"layers.0\x1b[2J",)
-    assert told.graphs[0].matched == {r"layers.0\x1b[2J": 1}
-    assert told.graphs[0].applied[0] is FUSION
-    assert told.graphs[0].range is None
+    stored = shown(report)
+    assert stored.rules == (r"layers.0\x1b[2J",)
+    assert stored.graphs[0].matched == {r"layers.0\x1b[2J": 1}
+    assert stored.graphs[0].applied[0] is FUSION
+    assert stored.graphs[0].range is None
     assert shown((Reason.DTYPE, 1, None)) == (Reason.DTYPE, 1, None)

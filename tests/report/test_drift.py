@@ -49,7 +49,7 @@ def test_what_is_lost_is_named_with_its_place_and_near_miss() -> None:
         "lost    allreduce_rms_padding by triton, 1 place: layers.7.norm",
         "why     near miss: clone stands between",
         "        model.py:7: x = x.clone()",
-        "mend    drop the copy",
+        "fix     drop the copy",
     ]
 
 
@@ -92,7 +92,7 @@ def test_ranges_are_named_where_they_differ_and_a_cause_is_told_once() -> None:
         "lost    allreduce_rms_padding by triton, 2 places at 65:512 tokens: layers.7-8.norm",
         "why     near miss: clone stands between",
         "        model.py:7: x = x.clone()",
-        "mend    drop the copy",
+        "fix     drop the copy",
     ]
 
 
@@ -100,9 +100,9 @@ def test_one_cause_of_two_rules_is_one_paragraph() -> None:
     before = lock_of(OTHER, *applied("allreduce_rms_padding", norms((1, 2))), fusion("act_padding", "layers.3.norm"))
     refusals = [refusal("allreduce_rms", PLACE), refusal("allreduce_rms_padding", "layers.1.norm")]
     refusals += [refusal("allreduce_rms_padding", "layers.2.norm", "another"), refusal("act_padding", "layers.3.norm")]
-    told = plain(drift_paragraphs(drifts(before, report(graph(refusals=refusals))), 1)).split("\n\n")
-    why = ["why     near miss: clone stands between", "        model.py:7: x = x.clone()", "mend    drop the copy"]
-    assert [paragraph.splitlines() for paragraph in told] == [
+    paragraphs = plain(drift_paragraphs(drifts(before, report(graph(refusals=refusals))), 1)).split("\n\n")
+    why = ["why     near miss: clone stands between", "        model.py:7: x = x.clone()", "fix     drop the copy"]
+    assert [paragraph.splitlines() for paragraph in paragraphs] == [
         [
             "lost    act_padding by triton, 1 place: layers.3.norm",
             "lost    allreduce_rms by triton, 1 place: layers.7.norm",
@@ -294,7 +294,7 @@ LOCKED = fusion("allreduce_rms", PLACE, op="all_reduce_fused_add_rms_norm", prov
     [
         (
             "all_reduce_rms_norm", {}, AbsenceKind.CHANGED,
-            "what matches there now is all_reduce_rms_norm, and no longer all_reduce_fused_add_rms_norm",
+            "all_reduce_rms_norm matches there now, and no longer all_reduce_fused_add_rms_norm",
         ),
         (
             "all_reduce_fused_add_rms_norm", {}, AbsenceKind.OFF,

@@ -66,10 +66,10 @@ def test_the_first_compilation_says_one_line(configure: str, lines: int, tmp_pat
     path = tmp_path / "program.py"
     path.write_text(PROGRAM.replace("CONFIGURE", configure), encoding="utf-8")
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
-    told = [line for line in done.stderr.splitlines() if "fuseplan: ordered(act_padding) " in line]
-    assert len(told) == lines, done.stderr
-    assert all(line.startswith("theirs ") == ("theirs" in configure) for line in told)
-    assert all("fused in 1 of 1 place" in line and "on_report=print" in line for line in told)
+    own = [line for line in done.stderr.splitlines() if "fuseplan: ordered(act_padding) " in line]
+    assert len(own) == lines, done.stderr
+    assert all(line.startswith("theirs ") == ("theirs" in configure) for line in own)
+    assert all("fused in 1 of 1 place" in line and "on_report=print" in line for line in own)
 
 
 def test_a_graph_that_was_left_alone_says_why() -> None:

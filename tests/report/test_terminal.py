@@ -86,10 +86,14 @@ def test_names_of_workloads_rules_and_places_are_shown_as_they_are(width: int) -
         graph = replace(graph, applied=applied, lost=lost, matched=dict.fromkeys(NAMES, 1))
         return replace(report, order=NAMES, rules=NAMES, graphs=(graph,), warnings=(warning,))
 
-    told = comparison()
+    whole = comparison()
     text = render(
         replace(
-            told, workload=NAMES[0], reports=tuple(map(renamed, told.reports)), breaks=(NAMES[1],), notes=(NAMES[2],)
+            whole,
+            workload=NAMES[0],
+            reports=tuple(map(renamed, whole.reports)),
+            breaks=(NAMES[1],),
+            notes=(NAMES[2],),
         ),
         width,
     )
@@ -143,14 +147,14 @@ def test_36_layers_and_two_rules_are_one_paragraph_with_line_and_mend(width: int
     assert flat.count("near miss") == 1
     assert "allreduce_rms and allreduce_rms_padding: op, 36 places (layers.0-35.norm)" in flat
     assert "at layers.0-35.mlp model.py:12 y = y * [0.5]" in flat
-    assert "mend do it before" in flat
+    assert "fix do it before" in flat
     assert max(len(line) for line in text.splitlines()) <= width
 
 
 def test_the_rest_of_many_causes_is_counted() -> None:
     many = tuple(replace(MISSES[0], found=f"aten.op_{chr(97 + n)}", line=f"model.py:{n}") for n in range(11))
     text = render(comparison(refusals=many), 120)
-    assert text.count("mend  do it before") == 8
+    assert text.count("fix   do it before") == 8
     assert "3 more causes: --json and --html have them all" in text
 
 

@@ -21,7 +21,7 @@ from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.testing import check_rule
 from tests.cached import LENGTH, WRITES, Layer, arguments, attending, layer, normed_layer, on_copies, visible
 from tests.interpreted import no_code
-from tests.matching.told import near_misses
+from tests.matching.reported import near_misses
 from tests.rotary import HEAD, K_HEADS, hugging_face_in_float32
 from tests.rules.test_rules import arguments_of, rule_id
 

@@ -21,7 +21,7 @@ from fuseplan.testing import check_rule
 from tests.cached import LENGTH, WRITES, Layer, arguments, layer, normed_layer, on_copies
 from tests.helpers import gemma, gpt_oss
 from tests.interpreted import no_code
-from tests.matching.told import near_misses
+from tests.matching.reported import near_misses
 from tests.rotary import HEAD, K_HEADS, Q_HEADS, broadcast, hugging_face_in_float32, normed
 from tests.rules.test_rules import arguments_of
 

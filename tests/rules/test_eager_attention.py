@@ -193,8 +193,8 @@ def test_on_gpus_the_split_kernel_is_planned(name: str, queries: int, device: st
 def test_more_than_16_queries_are_left_alone_on_gpus(name: str) -> None:
     report = planned(MODELS[name].graph(17), "h100", allow_rounding_changes=True)
     assert applied(report) == []
-    (told,) = {each.detail for each in report.refusals if each.provider == "triton"}
-    assert told == "the kernel takes up to 16 query tokens; q has 17"
+    (detail,) = {each.detail for each in report.refusals if each.provider == "triton"}
+    assert detail == "the kernel takes up to 16 query tokens; q has 17"
 
 
 @pytest.mark.parametrize("name", ["capped", "sinks", "both"])

@@ -14,7 +14,7 @@ from fuseplan.rules import Bindings
 from fuseplan.rules.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.testing import check_rule
 from tests.helpers import gemma, gpt_oss
-from tests.matching.told import near_misses
+from tests.matching.reported import near_misses
 from tests.rotary import (
     HEAD,
     KW,
@@ -105,8 +105,8 @@ REFUSED: dict[str, tuple[bool, dict[str, Any], str, str]] = {
     "q": (False, {"q": torch.empty(3, 4, 8, dtype=torch.float64)}, "q is float64; supported", "dtype"),
     "k": (False, {"k": torch.empty(3, 2, 8)}, "k is float32 and q is bfloat16; the fused op takes one dtype", "dtype"),
     "a weight": (False, {"k_weight": torch.empty(8)}, "k_weight is float32 and q is bfloat16", "dtype"),
-    "other rows": (False, {"k": torch.empty(4, 2, 8).bfloat16()}, "may differ in the number of heads alone", "size"),
-    "other dimensions": (False, {"k": torch.empty(3, 1, 2, 8).bfloat16()}, "in the number of heads alone", "size"),
+    "other rows": (False, {"k": torch.empty(4, 2, 8).bfloat16()}, "may only differ in the number of heads", "size"),
+    "other dimensions": (False, {"k": torch.empty(3, 1, 2, 8).bfloat16()}, "only differ in the number", "size"),
     "heads before tokens": (
         False, {"q": torch.empty(4, 3, 8).bfloat16(), "k": torch.empty(2, 3, 8).bfloat16()},
         "q is [4, 3, 8] and k is [2, 3, 8], heads before tokens; the fused op takes tokens before heads", "size",

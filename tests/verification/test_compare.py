@@ -1,4 +1,4 @@
-"""What counts as an error, and where an element's place is told."""
+"""What counts as an error, and where an element's place is reported."""
 
 import pytest
 import torch

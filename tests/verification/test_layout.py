@@ -11,7 +11,7 @@ from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.check import check
 from fuseplan.verification.layout import misplaced
-from fuseplan.verification.memory import Alone, Gathered
+from fuseplan.verification.memory import Gathered, Loopback
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Sizes, cases_of
 from tests.helpers import HIDDEN, llama, post_grad, randn
@@ -82,7 +82,7 @@ def test_a_slice_where_a_dense_value_is_promised_fails_verification() -> None:
 def test_all_reduces_of_one_rank_and_of_all_lie_as_torchs_do(one_rank: str) -> None:
     columns = randn(3, 16, 5).transpose(1, 2)
     own = functional.wait_tensor(functional.all_reduce(columns, "sum", one_rank))
-    for mode in (Alone(), Gathered()):
+    for mode in (Loopback(), Gathered()):
         with mode:
             seen = functional.wait_tensor(functional.all_reduce(columns, "sum", one_rank))
         assert (seen.stride(), seen.tolist()) == (own.stride(), own.tolist())

@@ -1,4 +1,4 @@
-"""Kernels in which ranks meet: what is left to all ranks, what is kept of it, and how they part. Two processes verify
+"""Collective kernels: what is left to all ranks, what is kept of it, and how they part. Two processes verify
 some together in `tests/distributed`.
 """
 
@@ -100,7 +100,7 @@ def test_where_no_other_rank_settles_it_is_refused(graph: fx.Graph, settles: boo
     assert not report.pending
     assert not report.applied
     (refusal,) = [each for each in report.refusals if each.nearness is Nearness.REFUSED]
-    assert refusal.detail.endswith("ranks meet in its kernel, and only under fuseplan.compile they verify it together")
+    assert refusal.detail.endswith("its kernel is collective, and ranks verify it together only under fuseplan.compile")
     assert refusal.mend == "forbid allreduce_rms:apart"
 
 
@@ -113,7 +113,9 @@ def test_how_the_graph_was_read_is_verified_at_once(graph: fx.Graph, monkeypatch
     report = decided(graph, settles=True)
     (outcome,) = report.verified
     assert not report.pending
-    assert (outcome.detail or "").startswith("at 33 tokens: the unfused ops aren't what the graph computes: result 0")
+    assert (outcome.detail or "").startswith(
+        "at 33 tokens: the unfused ops don't compute what the graph does: result 0"
+    )
 
 
 @pytest.mark.usefixtures("others")

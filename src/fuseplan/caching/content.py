@@ -35,7 +35,7 @@ class Content:
 
     Attributes:
         digest: a hash of the data in it, and of what fuseplan ships by name.
-        users: functions and objects in it that are somebody else's, in the order in which they are met.
+        users: functions and objects of users in it, in the order in which they are met.
     """
 
     digest: str
@@ -43,7 +43,7 @@ class Content:
 
     @property
     def key(self) -> str | None:
-        """A hash of all of it; None where somebody else's part has no `uuid()`."""
+        """A hash of all of it; None where a part of a user's has no `uuid()`."""
         keys = [own_key(each) for each in self.users]
         return None if None in keys else _hash([self.digest, keys])
 
@@ -73,7 +73,7 @@ def content_of(value: Any, known: Known | None = None) -> Content:
 
 
 def own_key(thing: Any) -> str | None:
-    """A hash of what an object's `uuid()` returns; None where there is nothing that can be told from another."""
+    """A hash of what an object's `uuid()` returns; None where it has none."""
     return None if isinstance(said := _said(thing), str) else said[0].hex()
 
 
@@ -92,7 +92,7 @@ def _said(thing: Any) -> str | tuple[bytes]:
         value = uuid() if callable(uuid) else uuid
         data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, default=bytes.hex).encode()
         return (hashlib.sha256(data).digest(),) if value else f"its uuid() is {value!r}"
-    except Exception as error:  # noqa: BLE001 - somebody's code; without a key the graph is compiled anew
+    except Exception as error:  # noqa: BLE001 - a user's code; without a key the graph is compiled again
         return f"its uuid() fails: {type(error).__name__}: {one_line(error, 200)}"
 
 
@@ -114,7 +114,7 @@ class _Reader:
         self.users: list[Any] = []
         self._known = known
         self._open: list[int] = []
-        self._closed: Known = {}  # what users' parts are in, which are told by their numbers here
+        self._closed: Known = {}  # values that contain users' parts, which are identified by their numbers here
         self._cycles = self._uses = 0
 
     def read(self, value: Any) -> Any:

@@ -33,12 +33,12 @@ log = logging.getLogger("fuseplan")
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """What tells a pass manager from another one.
+    """What distinguishes a pass manager from another one.
 
     Attributes:
         facts: of data alone.
         unordered: rules and providers.
-        ordered: passes, which run in the order in which they are handed over.
+        ordered: passes, which run in the order given.
     """
 
     facts: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Identity:
 
     def key(self, **further: Any) -> str | None:
         """The `fingerprint` of all of it and of `further`; None where something of a user's has no `uuid()`, which is
-        told once.
+        logged once.
         """
         contents = (*self.unordered, *self.ordered)
         unordered, ordered = ([each.key for each in part] for part in (self.unordered, self.ordered))
@@ -164,7 +164,7 @@ def renew(key: str, folder: Path | None = None) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_whole(note, uuid4().hex)
     except OSError as error:
-        warning_once(log, "what failed for this run alone may be found in a warm compile cache: %s", error)
+        warning_once(log, "a failure of this run alone may be served by a warm compile cache: %s", error)
 
 
 def _note(key: str, folder: Path | None) -> Path:
@@ -203,7 +203,7 @@ def source_digest() -> str:
 
 
 def config_key(config: PassConfig) -> str:
-    """A configuration by content: what is forced and forbidden has no order, and files count by what is in them."""
+    """A configuration by content: selectors have no order, and files count by what is in them."""
     plain = replace(config, force=(), forbid=(), cost_table=None, plan=None)
     return content_of([plain, set(config.force), set(config.forbid)]).digest
 

@@ -31,7 +31,7 @@ CONFIG = "config.json"
 def check(
     workload: Workload,
     lock: Annotated[Path, typer.Option(metavar="FILE", help="The lock file, made to be committed.")],
-    update: Annotated[bool, typer.Option("--update", help="Write the lock, and say what changed.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write the lock, and report what changed.")] = False,
     tp: Annotated[
         int | None,
         typer.Option(metavar="N", help="Ranks of tensor parallelism, up to 65536. Default: the lock's, or 1."),
@@ -139,7 +139,7 @@ def _read(path: Path, update: bool) -> Any:
         return FusionLock.load(path)
     except LockError as error:
         if not isinstance(error.__cause__, OSError):
-            raise LockError(f"{error}; mend it, or delete it and write it anew with --update") from None
+            raise LockError(f"{error}; fix it, or delete it and write it anew with --update") from None
         if isinstance(error.__cause__, IsADirectoryError):
             raise LockError(f"{error}; name a file, e.g. {str(path / 'fusions.lock')!r}") from None
         if not isinstance(error.__cause__, FileNotFoundError):
@@ -174,8 +174,8 @@ def _settle(before: Any, name: str, given: dict[str, Any], path: Path, update: b
         raise ConfigError(str(error)) from None
     changes = before.settings.changes(settings)
     if changes and not update:
-        told = contradiction(changes, "the command line")
-        raise LockError(f"lock file {str(path)!r} {told}; leave it out, or pin it with --update")
+        difference = contradiction(changes, "the command line")
+        raise LockError(f"lock file {str(path)!r} {difference}; leave it out, or pin it with --update")
     return settings, changes
 
 

@@ -1,4 +1,4 @@
-"""What every command shares: options, one-line errors, progress, and where output goes."""
+"""Shared by all commands: options, one-line errors, progress, and where output goes."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from fuseplan.errors import FuseplanError, RanksError
 from fuseplan.record.text import printable
 
 LINE_S = 5.0
-"""Seconds between lines that tell how far something is."""
+"""Seconds between lines of progress."""
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 """Of consoles: names of workloads, modules and files are shown as they are."""
@@ -36,7 +36,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except FuseplanError as error:
         if debug:
             traceback.print_exc()
-        if not (isinstance(error, RanksError) and error.told):
+        if not (isinstance(error, RanksError) and error.reported):
             say(f"fuseplan: {error}")
         raise typer.Exit(2) from None
 
@@ -59,7 +59,7 @@ def measuring(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     is a terminal, else a line now and then.
 
     Args:
-        shown: whether anything is told; of several ranks one tells.
+        shown: whether progress is shown; of several ranks one shows it.
 
     Yields:
         `tell(what, done, total)`.

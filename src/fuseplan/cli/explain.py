@@ -55,7 +55,7 @@ def explain(
         Path | None, typer.Option(metavar="FILE", help="Write the report as a page, which needs no other file.")
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show conflicts, what was declined, and where the time went, too.")
+        bool, typer.Option("--verbose", "-v", help="Also show conflicts, declined matches and where the time went.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -43,7 +43,7 @@ def providers(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List who can run fused ops: available on this machine, or why not; of one provider, what its kernels take."""
+    """List the providers of fused ops: available here, or why not; for one provider, what its kernels take."""
     with one_line_errors(debug):
         from fuseplan.config import unknown
         from fuseplan.providers import BUILT_IN_PROVIDERS

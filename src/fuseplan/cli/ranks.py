@@ -58,7 +58,7 @@ def built(workload: str, ranks: Any, layers: int | None, *, weights: bool = Fals
 def ranks_of(tp: int | None, deadline_s: float, command: str, *, debug: bool) -> Iterator[Any]:
     """The ranks that `torchrun` started, each with its own GPU if there are any, or this process alone.
 
-    An error on one rank ends all of them, and is told once. A process that is one of several ends with this context.
+    An error on one rank ends all of them, and is reported once. One of several processes ends with this context.
 
     Args:
         tp: what the user asked for; None: as many ranks as there are.
@@ -86,7 +86,7 @@ def ranks_of(tp: int | None, deadline_s: float, command: str, *, debug: bool) ->
         if on_gpu and torch.cuda.device_count() <= launch.local_rank:
             raise ConfigError(f"{launch.ranks} ranks need as many GPUs, and there are {torch.cuda.device_count()}")
     except ConfigError as error:
-        raise (error if launch.rank == 0 else RanksError(str(error), told=True)) from None
+        raise (error if launch.rank == 0 else RanksError(str(error), reported=True)) from None
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

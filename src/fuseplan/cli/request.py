@@ -1,4 +1,4 @@
-"""What commands that look at a workload share: their options, and the way from those to a comparison."""
+"""Shared by commands on a workload: their options, and the way from those to a comparison."""
 
 import contextlib
 import sys
@@ -22,13 +22,11 @@ Ranges = Annotated[
 Layers = Annotated[int | None, typer.Option(metavar="N", help="Another number of layers than the model's own.")]
 Force = Annotated[
     list[str] | None,
-    typer.Option(metavar="SELECTOR", help="What the plan must apply: RULE[@PLACE | #SITE][:PROVIDER]; repeatable."),
+    typer.Option(metavar="SELECTOR", help="A fusion to apply: RULE[@PLACE | #SITE][:PROVIDER]; repeatable."),
 ]
-Forbid = Annotated[
-    list[str] | None, typer.Option(metavar="SELECTOR", help="What the plan must not apply; may be repeated.")
-]
+Forbid = Annotated[list[str] | None, typer.Option(metavar="SELECTOR", help="A fusion not to apply; repeatable.")]
 ProviderNames = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="Who may run fused ops; may be repeated. Default: all.")
+    list[str] | None, typer.Option(metavar="NAME", help="A provider that may run fused ops; repeatable. Default: all.")
 ]
 AllowRoundingChanges = Annotated[
     bool, typer.Option("--allow-rounding-changes", help="Let kernels round at other points than the graph.")
@@ -78,7 +76,7 @@ def compared(
 
 
 def check_selectors(texts: Sequence[str]) -> None:
-    """Refuses selectors of what is forced or forbidden that select nothing in any graph.
+    """Refuses selectors of --force and --forbid that select nothing in any graph.
 
     Raises:
         ConfigError: one is malformed, or names an unknown rule.

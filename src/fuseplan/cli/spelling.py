@@ -1,4 +1,4 @@
-"""Misspelled names, told before torch is imported: that takes seconds, and a typo has its answer in less than one."""
+"""Misspelled names, reported before torch is imported: importing takes seconds, and the error less than one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ RULES = (
 PROVIDERS = ("aiter", "flashinfer", "sdpa", "sdpa_packed", "torch", "triton")
 
 GPUS = ("nvidia-", "amd-")
-"""How the names of GPUs start that nobody has a profile of."""
+"""How the names of GPUs without a profile start."""
 
 
 def check_spelling(

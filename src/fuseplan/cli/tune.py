@@ -91,7 +91,7 @@ def tune(
                 show(_json(found, workload, ranks.size, table) if as_json else _rendered(found, table), as_json)
             if found.stopped:
                 if ranks.rank == 0:
-                    say(f"interrupted; {len(found.rows)} rows are in {table}, and what was being measured is not")
+                    say(f"interrupted; {len(found.rows)} rows are in {table}; the unfinished measurement is lost")
                 raise typer.Exit(INTERRUPTED)
 
 
@@ -186,7 +186,7 @@ def _doubts(found: Any) -> Iterator[str]:
 
 
 MOST_DOUBTS = 6
-"""Unclear rows that are told."""
+"""Unclear rows that are shown."""
 
 
 class _Times:

@@ -80,7 +80,7 @@ _EXAMPLES: Mapping[str, Callable[[Any], object]] = {
 
 
 def _misfit(function: Any, api: PrivateApi, *, unbound: bool) -> str | None:
-    """What is wrong with calling it as fuseplan does; None too of what tells nothing of its parameters."""
+    """What is wrong with calling it as fuseplan does; None too where its parameters can't be inspected."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -79,7 +79,7 @@ def explain(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _expanded(mode: str, dynamic: bool | None) -> dict[str, Any] | None:
-    """A mode as options; None where torch doesn't tell."""
+    """A mode as options; None where torch doesn't list them."""
     try:
         return {} if mode == "default" else dict(torch._inductor.list_mode_options(mode, dynamic))
     except (AttributeError, TypeError):

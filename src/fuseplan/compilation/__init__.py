@@ -1,1 +1,1 @@
-"""What runs while a model is compiled and called: the pass manager, and what it needs of Dynamo."""
+"""What runs while a model is compiled and called: the pass manager, and its use of Dynamo."""

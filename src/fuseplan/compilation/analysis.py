@@ -1,4 +1,4 @@
-"""What is known of a graph before anything is chosen, and the record of what was chosen."""
+"""The analysis of a graph before anything is chosen, and the record of what was chosen."""
 
 import time
 import traceback
@@ -19,7 +19,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import is_training, tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
-from fuseplan.planner import Decision, Posed, fusion_record, idle_requests, plan_record
+from fuseplan.planner import Decision, Problem, fusion_record, ineffective_requests, plan_record
 from fuseplan.planner.candidates import EXTERNAL
 from fuseplan.planner.costs import Hardware, assumptions
 from fuseplan.record import (
@@ -44,14 +44,14 @@ from fuseplan.verification.verifier import UNVERIFIED
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Analysis:
-    """What is known of a graph before anything is chosen.
+    """The analysis of a graph before anything is chosen.
 
     Attributes:
         canonical: the raised copy.
         matches: every candidate and refusal.
-        near_misses: what rules failed at beside the refusals of `matches`.
-        external: what other people's passes match.
-        posed: the problem.
+        near_misses: refusals beside those of `matches`.
+        external: matches of other people's passes.
+        problem: the problem.
         rules: the rules that were on, by name.
         stages_ns: time of each stage so far.
     """
@@ -60,7 +60,7 @@ class Analysis:
     matches: Matches
     near_misses: tuple[Refusal, ...]
     external: ExternalMatches
-    posed: Posed
+    problem: Problem
     rules: Mapping[str, tuple[Rule, ...]]
     stages_ns: Mapping[str, int] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ def graph_report(
     decision: Decision,
     *,
     rules: Sequence[str],
-    idle_flags: Sequence[str],
+    ineffective_flags: Sequence[str],
     device: str,
     rewritten: bool,
     further: Sequence[Refusal],
@@ -84,80 +84,80 @@ def graph_report(
     Args:
         name: of the graph.
         span: first and last number of tokens, None where they aren't limited.
-        config: what was asked for.
+        config: its settings.
         analysis: of the graph.
-        decision: what is applied.
+        decision: the fusions that are applied.
         rules: names of the rules and passes that are on.
-        idle_flags: flags that no rule answers to.
+        ineffective_flags: flags that no rule answers to.
         device: that it was priced for.
         rewritten: whether the graph was changed.
         further: refusals beside those of the analysis.
-        verified: what was checked before it was applied, and what all ranks check before the first run.
+        verified: checks before fusions were applied, and those of all ranks before the first run.
     """
-    canonical, posed = analysis.canonical, analysis.posed
+    canonical, problem = analysis.canonical, analysis.problem
     refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
-    refusals += idle_requests(config, idle_flags, analysis.rules, analysis.matches, posed, decision)
+    refusals += ineffective_requests(config, ineffective_flags, analysis.rules, analysis.matches, problem, decision)
     most = f"max_fusions={config.max_fusions}"
-    refusals += [_given_up(fusion_record(posed, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
-    refusals += _failures(posed, decision)
-    refusals += _unpriced(posed, decision)
-    alone = "what it requires, or is applied together with, isn't applied"
-    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, alone) for i in decision.uncoupled]
-    refusals += [_given_up(fusion_record(posed, i), Reason.COUPLED, why) for i, why in sorted(posed.unmet.items())]
-    refusals += assumed_constants(posed.pricing.prices.model.hardware)
-    if unmeasured := posed.problem.unmeasured(decision.selected):
-        names = " and ".join(sorted({posed.candidates[index].rule for index in unmeasured}))
+    refusals += [_given_up(fusion_record(problem, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
+    refusals += _failures(problem, decision)
+    refusals += _unpriced(problem, decision)
+    alone = "a fusion that it needs isn't applied"
+    refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, alone) for i in decision.uncoupled]
+    refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, why) for i, why in sorted(problem.unmet.items())]
+    refusals += assumed_constants(problem.pricing.prices.model.hardware)
+    if unmeasured := problem.program.unmeasured(decision.selected):
+        names = " and ".join(sorted({problem.candidates[index].rule for index in unmeasured}))
         detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
         detail += "with others that aren't applied, and not without them"
         refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
     cycle = "together with fusions that were chosen it would make the graph cyclic"
-    refusals += [_given_up(fusion_record(posed, i), Reason.CYCLE, cycle) for i in decision.cyclic]
-    matched = {(c.rule, c.op, c.anchor) for c in posed.candidates}
+    refusals += [_given_up(fusion_record(problem, i), Reason.CYCLE, cycle) for i in decision.cyclic]
+    matched = {(c.rule, c.op, c.anchor) for c in problem.candidates}
     counts = [rule for rule, _, _ in matched]
-    saved = posed.saved_by_size(decision.selected)
+    saved = problem.saved_by_size(decision.selected)
     is_planned = decision.solution is not None
-    told = posed.failed.keys() | posed.unmet.keys() | (posed.unpriced if is_planned else set())
-    in_order = sorted(decision.selected, key=lambda i: (posed.candidates[i].provider == EXTERNAL, i))
+    already_refused = problem.failed.keys() | problem.unmet.keys() | (problem.unpriced if is_planned else set())
+    in_order = sorted(decision.selected, key=lambda i: (problem.candidates[i].provider == EXTERNAL, i))
     return GraphReport(
         graph=name,
         range=span,
-        applied=tuple(fusion_record(posed, index) for index in in_order),
+        applied=tuple(fusion_record(problem, index) for index in in_order),
         lost=tuple(
             Loss(
-                fusion=fusion_record(posed, lost.candidate),
-                blocked_by=tuple(fusion_record(posed, winner) for winner in lost.blocked_by),
+                fusion=fusion_record(problem, lost.candidate),
+                blocked_by=tuple(fusion_record(problem, winner) for winner in lost.blocked_by),
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
-                forbidden=lost.candidate in posed.ruled_out,
+                forbidden=lost.candidate in problem.ruled_out,
             )
             for lost in decision.lost
-            if lost.candidate not in told
+            if lost.candidate not in already_refused
         ),
         matched={rule: counts.count(rule) for rule in rules},
         recognized=canonical.recognized(),
         refusals=tuple(refusals),
         stages_ns=dict(analysis.stages_ns),
         rewritten=rewritten,
-        plan=plan_record(posed, decision, name, span, device) if is_planned else None,
+        plan=plan_record(problem, decision, name, span, device) if is_planned else None,
         sizes=tuple(
             SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving)
-            for tokens, unfused, saving in zip(posed.priced.tokens, posed.priced.unfused, saved, strict=True)
+            for tokens, unfused, saving in zip(problem.priced.tokens, problem.priced.unfused, saved, strict=True)
         ),
         saved_ns=decision.saving_ns,
-        unfused_ns=posed.unfused_ns,
+        unfused_ns=problem.unfused_ns,
         plan_ns=decision.plan_ns,
         verified=tuple(each for each in verified if isinstance(each, Verification)),
         pending=tuple(each for each in verified if isinstance(each, Pending)),
-        digest=_digest(posed, decision) if decision.selected else "",
-        workspaces=_workspaces(posed, decision) if rewritten else (),
+        digest=_digest(problem, decision) if decision.selected else "",
+        workspaces=_workspaces(problem, decision) if rewritten else (),
     )
 
 
-def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str, str], ...]:
-    """What fuseplan's own collective kernels need, each once, in graph order."""
+def _workspaces(problem: Problem, decision: Decision) -> tuple[tuple[str, str, str], ...]:
+    """The workspaces of fuseplan's own collective kernels, each once, in graph order."""
     found = dict[tuple[str, str, str], None]()
     for index in decision.selected:
-        match = posed.candidates[index].match
+        match = problem.candidates[index].match
         if isinstance(match, Match) and match.shares:
             x = tensor_of(match.values["x"])
             assert x is not None
@@ -165,18 +165,18 @@ def _workspaces(posed: Posed, decision: Decision) -> tuple[tuple[str, str, str],
     return tuple(found)
 
 
-def _digest(posed: Posed, decision: Decision) -> str:
+def _digest(problem: Problem, decision: Decision) -> str:
     """As `Plan.digest`, whatever the policy."""
-    chosen = [posed.candidates[index] for index in decision.selected]
-    return choice_digest(posed.sites, [(candidate.name, candidate.signature) for candidate in chosen])
+    chosen = [problem.candidates[index] for index in decision.selected]
+    return choice_digest(problem.sites, [(candidate.name, candidate.signature) for candidate in chosen])
 
 
-def _failures(posed: Posed, decision: Decision) -> list[Refusal]:
-    """What failed verification: once for its kernel, and once for every place that lost it."""
+def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
+    """Failed verifications: once for the kernel, and once for every place that lost it."""
     places, kernels = list[Refusal](), dict[Refusal, None]()
-    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
-    for index, why in sorted(posed.failed.items()):
-        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
+    applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
+    for index, why in sorted(problem.failed.items()):
+        candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
         is_ours = candidate.provider != EXTERNAL
         mend = f"forbid {candidate.rule}:{candidate.provider}" if is_ours else f"forbid {candidate.rule}"
@@ -227,26 +227,26 @@ class Regions:
 
 
 def _uncounted(caller: str, reports: Sequence[GraphReport]) -> list[Refusal]:
-    """What is said of fusions in a branch or a loop."""
+    """The note on fusions in a branch or a loop."""
     fused = [each.graph for each in reports if each.applied]
     detail = f"data decides how often {caller} runs {', '.join(fused)}, whose fusions are counted once"
     return [Refusal(reason=Reason.REPEATS, detail=detail)] if fused else []
 
 
-def _unpriced(posed: Posed, decision: Decision) -> list[Refusal]:
-    """What a plan doesn't apply since nobody has priced it: once for its kernel, and once for every place."""
+def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
+    """Fusions that a plan doesn't apply since no price is known: once for the kernel, and once for every place."""
     if decision.solution is None:
         return []
     places, kernels = list[Refusal](), dict[Refusal, None]()
-    applied = {(posed.candidates[index].rule, posed.candidates[index].site) for index in decision.selected}
-    for index in sorted(posed.unpriced - posed.failed.keys()):
-        candidate, fusion = posed.candidates[index], fusion_record(posed, index)
-        why = f"nobody has priced {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
+    applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
+    for index in sorted(problem.unpriced - problem.failed.keys()):
+        candidate, fusion = problem.candidates[index], fusion_record(problem, index)
+        why = f"no price is known for {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
         hows = ["measure it (fuseplan.measurement.tune)"] if candidate.site is not None else []
         if isinstance(candidate.match, Match) and candidate.match.cost is not None:
-            why = f"what {candidate.op} by {candidate.provider} takes is declared, and what it replaces isn't known"
+            why = f"the cost of {candidate.op} by {candidate.provider} is declared, that of the unfused ops isn't known"
         else:
-            hows.append("declare what it takes (provider_of(..., cost=))")
+            hows.append("declare its cost (provider_of(..., cost=))")
         place = replace(
             _given_up(fusion, Reason.UNPRICED, why), provider=candidate.provider,
             nearness=Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED,
@@ -273,7 +273,7 @@ def assumed_constants(hardware: Hardware) -> list[Refusal]:
 
 
 def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
-    """Why a graph is left alone altogether, or None.
+    """Why a graph is left unfused as a whole, or None.
 
     Raises:
         UnsupportedError: the graph is compiled by AOTInductor.
@@ -283,7 +283,7 @@ def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
     if is_training(graph):
         return Refusal(
             reason=Reason.TRAINING,
-            detail="the graph has a backward and is left alone; fuseplan is for inference",
+            detail="the graph has a backward and is left unfused; fuseplan is for inference",
             mend="run the model under torch.inference_mode() or torch.no_grad()",
         )
     if V.aot_compilation:
@@ -295,13 +295,13 @@ def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
 
 
 def fault(error: Exception) -> Refusal:
-    """Why a graph goes on as Inductor made it: an error that nobody expects, and where it comes from."""
+    """Why a graph is left as Inductor made it: an unexpected error, and where it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
     return Refusal(
         reason=Reason.FAULT,
-        detail=f"the graph is left alone, since {where} raises {type(error).__name__}: {one_line(error)}",
-        mend="where that is code of your own, mend it; else report it with what FUSEPLAN_DEBUG_DIR writes",
+        detail=f"the graph is left unfused, since {where} raises {type(error).__name__}: {one_line(error)}",
+        mend="if that is your own code, fix it; otherwise report it with the files that FUSEPLAN_DEBUG_DIR writes",
     )
 
 
@@ -317,13 +317,13 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
     """The record of all graphs under one policy.
 
     Args:
-        policy: what chose.
-        config: what was asked for; what is forced concerns plans alone.
+        policy: which one chose.
+        config: its settings; forcing only concerns plans.
         rules: that were on.
         graphs: one record each.
     """
-    told = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
-    whole = (r for graph in graphs for r in graph.refusals if r.reason in told and not is_of_a_place(r))
+    warned_of = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
+    whole = (r for graph in graphs for r in graph.refusals if r.reason in warned_of and not is_of_a_place(r))
     warnings = dict.fromkeys(whole)
     return Report(
         policy=policy.name, order=policy.order, rules=tuple(rules), graphs=tuple(graphs), warnings=tuple(warnings),

@@ -22,7 +22,7 @@ from torch._logging._internal import warning_once
 from fuseplan.config import CompileRange
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.matching import Matches, compiled_pattern
-from fuseplan.planner import Decision, Posed
+from fuseplan.planner import Decision, Problem
 from fuseplan.record import GraphReport, to_json
 from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
@@ -38,7 +38,7 @@ class DebugDump:
 
     @classmethod
     def open(cls, directory: Path | None, graph: str, compile_range: CompileRange | None) -> "DebugDump":
-        """A folder of its own for one graph: `<graph>[-<first>-<last>]-pid<process>`."""
+        """A folder for one graph: `<graph>[-<first>-<last>]-pid<process>`."""
         if directory is None:
             return cls(None)
         suffix = f"-{compile_range.start}-{compile_range.end}" if compile_range else ""
@@ -61,7 +61,7 @@ class DebugDump:
         canonical: CanonicalGraph,
         rules: Mapping[str, tuple[Rule, ...]],
         matches: Matches,
-        posed: Posed,
+        problem: Problem,
         decision: Decision,
     ) -> None:
         """The canonical graph, the patterns and the table of matches."""
@@ -76,12 +76,12 @@ class DebugDump:
         self._write("patterns.txt", "\n".join(patterns))
         lost = {each.candidate: each for each in decision.lost}
         lines = []
-        for index, candidate in enumerate(posed.candidates):
+        for index, candidate in enumerate(problem.candidates):
             fate = "chosen    " if index in decision.selected else "not chosen"
-            winners = {posed.candidates[winner].rule for winner in lost[index].blocked_by} if index in lost else set()
+            winners = {problem.candidates[winner].rule for winner in lost[index].blocked_by} if index in lost else set()
             why = f"  lost to {', '.join(sorted(winners))}" if winners else ""
             where = f"  {candidate.source}" if candidate.source else ""
-            saving = f"{posed.problem.savings_ns[index] / 1000:+9.2f} us"
+            saving = f"{problem.program.savings_ns[index] / 1000:+9.2f} us"
             anchor = canonical.source_node(candidate.anchor).name
             lines.append(
                 f"{fate} {saving} {candidate.rule:16} {candidate.op:40} {candidate.provider:10} {anchor}{where}{why}"

@@ -35,9 +35,9 @@ class Dispatch:
     loaded from a pickle, ask it to compile their own forward.
 
     Args:
-        branches: what compiles for each range.
-        otherwise: what compiles for calls that lie in no range.
-        warn: is told of those.
+        branches: the compiler for each range.
+        otherwise: the compiler for calls outside all ranges.
+        warn: called with those.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Dispatch:
             self._warn(f"a call with {found} lies in none of the compile ranges {ranges}: it runs without fusions")
             return otherwise(*args, **kwargs)
 
-        # The marks of the wrapped one came along. This tells Dynamo that they are meant.
+        # The marks of the wrapped one came along. This makes Dynamo accept them.
         vars(dispatched).update({WRAPPER: id(dispatched), "__wrapped__": inspect.unwrap(otherwise)})
         return dispatched
 

@@ -32,7 +32,7 @@ class AgreedGraph:
         unfused: compiles the graph without.
         apart: compiles it with those that need no memory that ranks share, given why they can't share any.
         settle: asks the other ranks.
-        tell: is told of a verdict against the fusions, and of what the ranks verified together.
+        tell: called with a verdict against the fusions, and with what the ranks verified together.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class AgreedGraph:
     def _planned_apart(self, verdict: Verdict) -> Runnable:
         try:
             return self._apart(verdict.reason or "")
-        except FuseplanError:  # e.g. what is forced needs such memory
+        except FuseplanError:  # e.g. a forced fusion needs such memory
             return self._unfused()
 
 
@@ -143,7 +143,7 @@ def settled(report: Report, verdict: Verdict) -> Report:
     refusal = Refusal(
         reason=Reason.RANKS,
         detail=f"the graph is run unfused on all ranks of its group: {verdict.reason}",
-        mend="give all ranks one configuration and one cost table, and look at what the rank that is named reports",
+        mend="give all ranks one configuration and one cost table, and see what the rank named above reports",
     )
     if verdict.apart:
         refusal = replace(
@@ -154,7 +154,7 @@ def settled(report: Report, verdict: Verdict) -> Report:
         wrong = verdict.verified[-1]
         refusal = replace(
             refusal, reason=Reason.VERIFICATION, rule=wrong.rule, provider=wrong.provider,
-            mend=f"look at what the rank that is named reports, or forbid {wrong.rule}:{wrong.provider}",
+            mend=f"see what the rank named above reports, or forbid {wrong.rule}:{wrong.provider}",
         )  # fmt: skip
     graphs = tuple(
         replace(graph, applied=(), lost=(), rewritten=False, refusals=(*graph.refusals, refusal))

@@ -31,7 +31,7 @@ class _Float:
     """An input of a graph of Dynamo's.
 
     Attributes:
-        symbol: what Dynamo calls the float; the same in every try at a frame.
+        symbol: Dynamo's name of the float; the same in every try at a frame.
         place: the frame, and where in it the float comes from.
         value: of this call.
     """
@@ -45,7 +45,7 @@ class Floats:
     """Which floats of one compiled model are made constants.
 
     Args:
-        region: is told how many compilations come of it.
+        region: notified of the number of compilations.
     """
 
     def __init__(self, region: Region) -> None:

@@ -67,8 +67,8 @@ from fuseplan.verification import Verifier
 
 ReportCallback = Callable[[Report], None]
 DEFAULT_SPAN = CompileRange(start=1, end=8192)
-"""What a graph of any size is priced for: decoding one token to a prefill of vLLM's default `max_num_batched_tokens`.
-What is applied has to serve larger sizes too."""
+"""Sizes that a graph of any size is priced for: decoding one token to a prefill of vLLM's `max_num_batched_tokens`.
+Applied fusions have to serve larger sizes too."""
 
 
 class PostGradPassManager(Keyed):
@@ -80,11 +80,11 @@ class PostGradPassManager(Keyed):
         on_report: called with a `Report` for every graph that is compiled; a warm compile cache skips the pass, and
             with it this call.
         previous: a custom pass, or several, that stood in Inductor's hook; it runs first, as it would without fuseplan.
-        rules: what can be fused.
-        providers: who can run it.
+        rules: the fusions.
+        providers: those that can run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
         environment: None reads it now.
-        prices: what fusions cost; None: the model of the device, and the cost table that configuration or environment
+        prices: of fusions; None: the model of the device, and the cost table that configuration or environment
             name.
         solver: what solved the problems of other graphs, within the same budget, whose components may
             be in this one's; None: a new one.
@@ -123,7 +123,7 @@ class PostGradPassManager(Keyed):
         self.compile_range = compile_range
         self.on_report = on_report
         self.previous = tuple(previous)
-        self.idle_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
+        self.ineffective_flags = sorted(set(FUSION_FLAGS) - {flag for rule in rules for flag in rule.flags})
         self.providers = tuple(providers)
         self.device = device
         self.environment = environment or Environment.read()
@@ -148,7 +148,7 @@ class PostGradPassManager(Keyed):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
-        raises what nobody expects, which is reported.
+        raises an unexpected error, which is reported.
 
         Raises:
             FuseplanError: the request can't be served: AOTInductor, a saved plan of another graph, contradictory force.
@@ -188,7 +188,7 @@ class PostGradPassManager(Keyed):
     def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
         """Decides, and applies what was decided, all of it or nothing."""
         analysis, decision, verified = self.decide_verified(analysis, name)
-        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.posed, decision)
+        dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.problem, decision)
         stages, unapplied = dict(analysis.stages_ns), list[Refusal]()
         if decision.selected or analysis.external.after:
             with undone_on_error(graph):
@@ -213,7 +213,7 @@ class PostGradPassManager(Keyed):
             canonical: its raised copy, where there is one already.
 
         Raises:
-            PlanError: what is forced is forbidden.
+            PlanError: a forced fusion is forbidden.
         """
         stages: dict[str, int] = {}
         rules = self.rules_for(graph)
@@ -234,12 +234,12 @@ class PostGradPassManager(Keyed):
             if off := self.enabled.disabled:
                 near_misses += find_disabled(self._find_matches(canonical, off), self.enabled.disabled_by)
         with stage(stages, "pricing"), _places_folded():
-            posed = pose(
+            problem = pose(
                 canonical, matches.candidates, external.candidates, self.prices,
                 self._span_of(Rows.of(canonical.graph)), force=self.config.force, forbid=self.config.forbid,
             )  # fmt: skip
         return Analysis(
-            canonical=canonical, matches=matches, near_misses=near_misses, external=external, posed=posed,
+            canonical=canonical, matches=matches, near_misses=near_misses, external=external, problem=problem,
             rules=rules, stages_ns=stages,
         )  # fmt: skip
 
@@ -265,7 +265,7 @@ class PostGradPassManager(Keyed):
         return DEFAULT_SPAN.start, int(min(DEFAULT_SPAN.end, rows.most_tokens))
 
     def decide(self, analysis: Analysis, policy: Policy, graph: str) -> Decision:
-        """What the policy would apply, `max_fusions` included.
+        """The policy's choice, `max_fusions` included.
 
         Args:
             analysis: of the graph.
@@ -273,19 +273,19 @@ class PostGradPassManager(Keyed):
             graph: its name, by which a saved plan is found.
 
         Raises:
-            PlanError: what is forced can't be applied, or a saved plan doesn't fit.
+            PlanError: a forced fusion can't be applied, or a saved plan doesn't fit.
         """
-        posed = analysis.posed
+        problem = analysis.problem
         if policy.name == "off":
             decision = decide_off()
         elif policy.name == "ordered":
-            decision = decide_in_order(posed, policy.order)
+            decision = decide_in_order(problem, policy.order)
         elif self.saved is not None:
-            decision = replay(posed, self.saved.find(graph, self._range))
+            decision = replay(problem, self.saved.find(graph, self._range))
         else:
             with _places_folded():
-                decision = decide_planned(posed, self.solver)
-        return limit(posed, decision, self.config.max_fusions)
+                decision = decide_planned(problem, self.solver)
+        return limit(problem, decision, self.config.max_fusions)
 
     def decide_verified(
         self, analysis: Analysis, graph: str
@@ -302,23 +302,23 @@ class PostGradPassManager(Keyed):
         span, outcomes = self._span_of(Rows.of(analysis.canonical.graph)), dict[Verification, None]()
         stages = dict(analysis.stages_ns)
         while True:
-            posed = analysis.posed
+            problem = analysis.problem
             with stage(stages, "choosing"):
                 decision = self.decide(analysis, self.config.chosen_policy, graph)
             chosen = decision.selected
             with stage(stages, "verification"):
-                found = self.verifier.verify([posed.candidates[i] for i in chosen], analysis.canonical, span)
+                found = self.verifier.verify([problem.candidates[i] for i in chosen], analysis.canonical, span)
             known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}
             outcomes.update(dict.fromkeys(known.values()))
             failed = {i: each.failure for i, each in known.items() if not each.passed}
             if not failed:
                 pending = dict.fromkeys(each for each in found if isinstance(each, Pending))
                 return replace(analysis, stages_ns=stages), decision, [*outcomes, *pending]
-            analysis = replace(analysis, posed=posed.without(failed))
+            analysis = replace(analysis, problem=problem.without(failed))
 
     def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
         """Applies a decision: rules' matches first, then those of other people's passes, which read their results."""
-        matches = [analysis.posed.candidates[index].match for index in decision.selected]
+        matches = [analysis.problem.candidates[index].match for index in decision.selected]
         ours = sorted((match for match in matches if isinstance(match, Match)), key=lambda match: match.anchor)
         refusals = []
         if ours:
@@ -341,8 +341,9 @@ class PostGradPassManager(Keyed):
     ) -> GraphReport:
         """The record of one graph."""
         return graph_report(
-            name, self._range, self.config, analysis, decision, rules=self.names, idle_flags=self.idle_flags,
-            device=self.prices.model.name, rewritten=rewritten, further=further, verified=verified,
+            name, self._range, self.config, analysis, decision,
+            rules=self.names, ineffective_flags=self.ineffective_flags, device=self.prices.model.name,
+            rewritten=rewritten, further=further, verified=verified,
         )  # fmt: skip
 
     @property
@@ -387,8 +388,8 @@ class PostGradPassManager(Keyed):
 
 @contextmanager
 def _places_folded() -> Iterator[None]:
-    """A contradiction of what is forced is told with its places as reports have them."""
+    """Contradictions of forced fusions are reported with their places as in reports."""
     try:
         yield
     except ContradictionError as error:
-        raise PlanError(error.told(places)) from None
+        raise PlanError(error.message(places)) from None

@@ -70,7 +70,7 @@ def region_of(*key: Hashable) -> Region:
 
 
 class _Callback:
-    """What Dynamo calls where no entry fits, with the limits of a region."""
+    """The compiler that Dynamo calls where no entry fits, with the limits of a region."""
 
     def __init__(self, callback: Callable[..., Any], limits: Callable[[], dict[str, int]]) -> None:
         self._torchdynamo_orig_backend = callback  # by which Dynamo finds the backend of an entry

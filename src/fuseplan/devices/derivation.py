@@ -1,4 +1,4 @@
-"""How constants are written down, and how those of a device that nobody has measured follow from another one's."""
+"""How constants are written down, and how those of an unmeasured device are derived from another one's."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace

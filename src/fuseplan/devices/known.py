@@ -39,7 +39,7 @@ def default_profile() -> DeviceProfile:
 
 
 def local_profile() -> DeviceProfile:
-    """The profile of this machine's accelerator, the current one of several; one that nobody knows has its own name."""
+    """The profile of this machine's accelerator, the current one of several; an unknown one has its own name."""
     vendor = local_vendor()
     if vendor == "cpu":
         return PROFILES["cpu"]

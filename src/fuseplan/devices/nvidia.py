@@ -151,7 +151,7 @@ _PCIE = {4: 24.0, 5: 48.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """What NVIDIA prints of a GPU that nobody has measured for fuseplan.
+    """Datasheet values of a GPU that wasn't measured for fuseplan.
 
     Attributes:
         source: the document.

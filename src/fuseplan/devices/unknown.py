@@ -32,7 +32,7 @@ class Facts:
 
 
 def unknown_hardware(name: str, vendor: Vendor, facts: Facts) -> Hardware:
-    """Constants of a device that has no profile, by what torch reports of it; what that doesn't tell is assumed.
+    """Constants of a device that has no profile, by what torch reports of it; what is missing there is assumed.
 
     Args:
         name: of the device.

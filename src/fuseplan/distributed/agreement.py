@@ -26,7 +26,7 @@ NO_PLAN, OTHER_PLAN = "had no plan for it", "planned differently"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a group settled on.
+    """The verdict of a group.
 
     Attributes:
         fused: whether every rank runs its plan; else every rank runs unfused.
@@ -47,7 +47,7 @@ def agree(
     group_store: Store, *, graph: str, rank: int, size: int, digest: str, deadline: datetime.timedelta,
     awaited: str = NO_PLAN, differing: str = OTHER_PLAN,
 ) -> Verdict:  # fmt: skip
-    """Posts this rank's digest, waits for those of the others, and returns what all ranks will be told.
+    """Posts this rank's digest, waits for those of the others, and returns the verdict of all ranks.
 
     The first rank that knows enough, or has waited long enough, writes the verdict by one compare-and-set; all others,
     a late one too, read that one.
@@ -59,11 +59,11 @@ def agree(
         size: of the group.
         digest: of this rank's plan, or what `failed`, `refused`, `lost` or `apart` yield.
         deadline: how long to wait for the others.
-        awaited: what is said of a rank that isn't there by then.
-        differing: what is said of two that posted different digests.
+        awaited: the reason given for a rank that is late.
+        differing: the reason given for two different digests.
 
     Raises:
-        UnsupportedError: the store doesn't answer: nobody can say what the other ranks run.
+        UnsupportedError: the store doesn't answer, so it isn't known what the other ranks run.
     """
     try:
         attempt = group_store.add(f"{PREFIX}/{graph}/{rank}/attempts", 1)
@@ -83,22 +83,22 @@ def agree(
 
 
 def failed(error: BaseException) -> str:
-    """What a rank posts whose compilation failed."""
+    """The digest of a rank whose compilation failed."""
     return refused(f"could not compile it: {type(error).__name__}: {one_line(error, 200)}")
 
 
 def refused(why: str) -> str:
-    """What a rank posts that can't run its plan; `why` is said of it."""
+    """The digest of a rank that can't run its plan, with the reason."""
     return f"{FAILED}{why}"
 
 
 def lost(why: str) -> str:
-    """What a rank posts that is left in a collective; `why` is said of it."""
+    """The digest of a rank that is stuck in a collective, with the reason."""
     return f"{LOST}{why}"
 
 
 def apart(why: str) -> str:
-    """What a rank posts that can't share memory with the others; `why` is said of it."""
+    """The digest of a rank that can't share memory with the others, with the reason."""
     return f"{APART}{why}"
 
 

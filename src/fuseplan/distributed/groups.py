@@ -39,8 +39,8 @@ def timeout_of(group: dist.ProcessGroup, device_type: str | None = None) -> date
 
 
 def elsewhere(group_name: str) -> list[int]:
-    """The ranks of a group, by number in the world, that are on other machines, as far as `torchrun` has told this
-    process where it is: it numbers the ranks of a machine one after the other. Either all members of a group see some
+    """The ranks of a group, by number in the world, that are on other machines, as far as `torchrun` has set where
+    this process is: it numbers the ranks of a machine one after the other. Either all members of a group see some
     there, or none does.
 
     Raises:

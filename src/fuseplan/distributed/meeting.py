@@ -41,7 +41,7 @@ class Meeting:
         self._store = distributed_c10d._get_process_group_store(group)
 
     def step(self, take: Callable[[], T]) -> T:
-        """What this rank does by itself, once all have done theirs.
+        """A step of this rank, after all ranks have done theirs.
 
         Raises:
             CollectiveError: one of them failed, didn't come, or came with other facts.

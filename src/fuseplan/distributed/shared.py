@@ -24,7 +24,7 @@ class Kind(Generic[T]):
 
     Attributes:
         name: of the library, for a person.
-        release: gives one back; it doesn't communicate. None: what nobody points to any more is gone by itself.
+        release: gives one back; it doesn't communicate. None: it is freed with its last reference.
     """
 
     name: str

@@ -66,7 +66,7 @@ def allocate_symmetric(size: int, group_name: str, device: torch.device, meeting
     return SharedMemory(local=local, addresses=handle.buffer_ptrs, keep=handle)
 
 
-def allocate_alone(size: int, ranks: int, device: torch.device) -> SharedMemory:
+def allocate_loopback(size: int, ranks: int, device: torch.device) -> SharedMemory:
     """Memory in which this rank finds what it sends to others."""
     local = torch.empty(size, dtype=torch.uint8, device=device)
     return SharedMemory(local=local, addresses=[local.data_ptr()] * ranks, keep=None)
@@ -86,7 +86,7 @@ class Workspace:
         device: of this rank.
         itemsize: bytes of an element.
         capacity: bytes of the largest message.
-        alone: whether this rank plays all others too, as if they held what it does: what it sends comes back to it.
+        loopback: whether this rank stands for all others too, as if they held what it does: what it sends comes back.
         allocate: makes the memory.
         timeout_s: seconds after which a kernel stops to wait for another rank; None: the group's own timeout.
         use: what it is for, the same on all ranks; those of one use are made one after the other.
@@ -97,7 +97,7 @@ class Workspace:
 
     def __init__(
         self, group_name: str, device: torch.device, itemsize: int, *, capacity: int = CAPACITY_BYTES,
-        alone: bool = False, allocate: Allocate = allocate_symmetric, timeout_s: float | None = None,
+        loopback: bool = False, allocate: Allocate = allocate_symmetric, timeout_s: float | None = None,
         use: str = "messages",
     ) -> None:  # fmt: skip
         self.group = resolve(group_name)
@@ -105,10 +105,10 @@ class Workspace:
         self.rank, self.ranks = dist.get_rank(self.group), self.group.size()
         self.timed = device.type == "cuda" and not torch.version.hip
         self.timeout_s = timeout_s if timeout_s is not None else timeout_of(self.group, device.type).total_seconds()
-        self.limit = max(1, round(self.timeout_s * (1e9 if self.timed else POLLS_PER_S)))
-        self.alone, self.one_shot = alone, self.ranks <= ONE_SHOT_RANKS
+        self.timeout = max(1, round(self.timeout_s * (1e9 if self.timed else POLLS_PER_S)))
+        self.loopback, self.one_shot = loopback, self.ranks <= ONE_SHOT_RANKS
         self.sums_words = 0 if self.one_shot else _whole_units(capacity // itemsize)
-        share = capacity if alone or self.one_shot else max(SHOT_BYTES, capacity // self.ranks)
+        share = capacity if loopback or self.one_shot else max(SHOT_BYTES, capacity // self.ranks)
         self.shot_words = _whole_units(share // itemsize)
         self.sums_at = SLOTS * (self.ranks - 1) * self.shot_words
         words = self.sums_at + SLOTS * self.sums_words
@@ -118,8 +118,8 @@ class Workspace:
                 "model once before capturing it"
             )
         size, self.processors = HEADER_BYTES + words * itemsize, multiprocessors(device)
-        if alone or self.ranks == 1:
-            self._lay_out(allocate_alone(size, self.ranks, device), itemsize)
+        if loopback or self.ranks == 1:
+            self._lay_out(allocate_loopback(size, self.ranks, device), itemsize)
         else:
             patience, facts = timeout_of(self.group, device.type), f"{itemsize} {size} {self.shot_words} {UNIT_WORDS}"
             meeting = Meeting(self.group, f"share {capacity} bytes of memory for {use}", facts, patience, ADVICE)
@@ -139,9 +139,9 @@ class Workspace:
         memory.local.fill_(255)
         header = memory.local[:HEADER_BYTES].view(torch.int64)
         self.words = memory.local[HEADER_BYTES:].view({2: torch.int16, 4: torch.int32}[itemsize])
-        self.state, self.distances = header[:STATE_WORDS].zero_(), header[STATE_WORDS : STATE_WORDS + self.ranks]
-        distances = [(address - memory.local.data_ptr()) // 16 for address in memory.addresses]
-        self.distances.copy_(torch.tensor(distances))
+        self.state, self.peer_offsets = header[:STATE_WORDS].zero_(), header[STATE_WORDS : STATE_WORDS + self.ranks]
+        peer_offsets = [(address - memory.local.data_ptr()) // 16 for address in memory.addresses]
+        self.peer_offsets.copy_(torch.tensor(peer_offsets))
         self.failure = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._failure = self.failure.numpy()
         if self.device.type == "cuda":
@@ -152,7 +152,7 @@ class Workspace:
         """What kernels are given: messages, how far the others' are, what is remembered between calls, and who is late;
         the same tensors at every call.
         """
-        return self.words, self.distances, self.state, self.failure
+        return self.words, self.peer_offsets, self.state, self.failure
 
     @property
     def layout(self) -> str:
@@ -218,7 +218,7 @@ class Workspace:
             who = f"rank {found - 1}" if found <= self.ranks else "the sums of the other ranks"
             raise CollectiveError(
                 f"an all-reduce in group {self.group_name!r} waited {self.timeout_s:g} s for {who}; results since then "
-                "are NaN. Find out what became of that rank and start all ranks again"
+                "are NaN. Look at that rank's log and start all ranks again"
             )
 
 
@@ -247,21 +247,21 @@ def multiprocessors(device: torch.device) -> int:
 
 
 WORKSPACES: Final[Kind[Workspace]] = Kind(name="fuseplan's Triton all-reduce")
-_ALONE: contextvars.ContextVar[dict[Hashable, Workspace] | None] = contextvars.ContextVar(
-    "fuseplan_alone", default=None
+_LOOPBACK: contextvars.ContextVar[dict[Hashable, Workspace] | None] = contextvars.ContextVar(
+    "fuseplan_loopback", default=None
 )
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Workspaces of this thread are of this rank alone, which plays the others too: nothing is sent, and nobody waited
-    for. No other thread has them, and they are given back here.
+def loopback() -> Iterator[None]:
+    """Workspaces of this thread are loopbacks: its rank stands for the others too, nothing is sent, nobody waited for.
+    No other thread has them, and they are given back here.
     """
-    token = _ALONE.set({})
+    token = _LOOPBACK.set({})
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        _LOOPBACK.reset(token)
 
 
 def workspace_of(
@@ -275,10 +275,10 @@ def workspace_of(
     Raises:
         CollectiveError: as for `Workspace`.
     """
-    own, key = _ALONE.get(), (device, dtype, capacity)
+    own, key = _LOOPBACK.get(), (device, dtype, capacity)
     if own is not None:
         if (group_name, *key) not in own:
-            own[group_name, *key] = Workspace(group_name, device, dtype.itemsize, capacity=SHOT_BYTES, alone=True)
+            own[group_name, *key] = Workspace(group_name, device, dtype.itemsize, capacity=SHOT_BYTES, loopback=True)
         return own[group_name, *key]
 
     def make(group: dist.ProcessGroup) -> Workspace:

@@ -1,1 +1,1 @@
-"""What would be fused, without generating code: tracing, and holding graphs against policies."""
+"""Explaining fusions without generating code: tracing, and comparing policies on graphs."""

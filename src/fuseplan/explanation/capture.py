@@ -32,7 +32,7 @@ from fuseplan.record.text import one_line
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """What tracing gave.
+    """The result of tracing.
 
     Attributes:
         graphs: post-grad graphs, in the order in which they were compiled: more than one where the graph breaks, and a
@@ -201,8 +201,8 @@ def _breaks(reasons: Sequence[GraphCompileReason], counted: Iterable[str]) -> tu
         line = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
         code = (frames[-1].line or None) if frames else None
         found.append(GraphBreak(reason=_break_reason(each.reason), line=line, code=code))
-    told = {each.reason for each in found}
-    found += [GraphBreak(reason=text) for text in map(_break_reason, counted) if text not in told]
+    known = {each.reason for each in found}
+    found += [GraphBreak(reason=text) for text in map(_break_reason, counted) if text not in known]
     return tuple(dict.fromkeys(found))
 
 
@@ -210,14 +210,14 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def _break_reason(text: str) -> str:
-    return next((told for start, told in _DYNAMO_SAYS.items() if text.startswith(start)), _first_line(text))
+    return next((plain for start, plain in _DYNAMO_SAYS.items() if text.startswith(start)), _first_line(text))
 
 
 _DYNAMO_SAYS = {
     "generic_jump": "a branch on the value of a tensor",
     "step_unsupported": "a call in which the graph breaks",
 }
-"""What it has no words for, in its source's words."""
+"""For everything else, the text of its source."""
 
 
 def _first_line(text: str) -> str:

@@ -43,14 +43,14 @@ def compare(
         tp: ranks of tensor parallelism.
         ranges: the compile ranges.
         device: the profile whose providers are taken as present.
-        policies: what to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
+        policies: those to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
         config: flags; its policy and ranges aren't used.
         build_ns: how long the model took to build.
-        providers: who may run fused ops.
-        rules: what can be fused.
+        providers: those that may run fused ops.
+        rules: the fusions.
         evidence: whether the comparison brings the drawn graphs, the rows behind its figures and the policies at many
             sizes, which takes a second or two more.
-        notes: what a reader has to know of the workload, one line each.
+        notes: caveats about the workload, one line each.
 
     Raises:
         WorkloadError: nothing could be traced.
@@ -85,18 +85,18 @@ def _check_force(config: PassConfig, policies: Sequence[Policy]) -> None:
     if config.force and policies and not any(policy.name == "planned" for policy in policies):
         forced, shown = " and ".join(map(repr, config.force)), ", ".join(map(str, policies))
         raise ConfigError(
-            f"force {forced} concerns policy planned alone, and what is shown is {shown}; add planned, or leave it out"
+            f"force {forced} applies to policy planned only, and shown is {shown}; add planned, or leave it out"
         )
 
 
 def _concerned(config: PassConfig, policies: Sequence[Policy]) -> Policy | None:
-    """The first policy that what is forced, or else what is forbidden, has an influence on."""
+    """The first policy that forcing, or else forbidding, affects."""
     names = ("planned",) if config.force else ("planned", "ordered") if config.forbid else ()
     return next((policy for policy in policies if policy.name in names), None)
 
 
 def _notes(reports: Sequence[Report], providers: Sequence[Provider], device: DeviceProfile) -> Iterator[str]:
-    """What the figures don't show: how they were priced, and which kernels this version prices without running them."""
+    """Notes on the figures: how they were priced, and which kernels this version prices without running them."""
     plans = [graph.plan for report in reports for graph in report.graphs if graph.plan is not None]
     sources = sorted({source for plan in plans for source in plan.prices}) or ["modelled"]
     yield f"costs are {' and '.join(sources)} for {device.name}"

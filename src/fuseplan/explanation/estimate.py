@@ -1,4 +1,4 @@
-"""What a whole graph takes at a device's limits, so that a saving can be held against a step."""
+"""The time of a whole graph at a device's limits, to relate a saving to a step."""
 
 import operator
 from collections.abc import Collection, Iterator

@@ -53,14 +53,14 @@ class Entry:
 
 
 class Explanation:
-    """What each policy would do with the graphs of one model. A graph is raised once, whatever the ranges.
+    """The decisions of each policy on the graphs of one model. A graph is raised once, whatever the ranges.
 
     Args:
         traced: the graphs.
         config: flags and compile ranges.
         device: a profile whose providers are taken as present; None: those of this machine.
-        providers: who may run fused ops.
-        rules: what can be fused.
+        providers: those that may run fused ops.
+        rules: the fusions.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Explanation:
         return entries
 
     def report(self, policy: Policy) -> Report:
-        """What a policy would do."""
+        """A policy's decision."""
         graphs, regions = list(self.skipped), defaultdict[CompileRange | None, Regions](Regions)
         for entry in self.entries:
             stages = dict(entry.analysis.stages_ns)
@@ -118,14 +118,16 @@ class Explanation:
     def _step_ns(self, entry: Entry) -> int | None:
         """A graph without fusions at its middle size: its sites by the prices of the plan, and the rest estimated."""
         if entry not in self._rest:
-            posed, prices = entry.analysis.posed, self._shared.prices
-            claimed = frozenset[fx.Node]().union(*(each.consumed for each in posed.candidates if each.site is not None))
-            tokens = posed.priced.tokens
+            problem, prices = entry.analysis.problem, self._shared.prices
+            claimed = frozenset[fx.Node]().union(
+                *(each.consumed for each in problem.candidates if each.site is not None)
+            )
+            tokens = problem.priced.tokens
             self._rest[entry] = rest_ns(
                 entry.graph, claimed, prices.model.hardware, Rows.of(entry.graph), tokens[len(tokens) // 2]
             )  # fmt: skip
         rest = self._rest[entry]
-        return None if rest is None else rest + entry.analysis.posed.unfused_ns
+        return None if rest is None else rest + entry.analysis.problem.unfused_ns
 
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
@@ -150,22 +152,22 @@ class Explanation:
         outcome = []
         for entry in self.entries:
             selected = entry.manager.decide(entry.analysis, policy, entry.name).selected
-            outcome.append(tuple(sorted(entry.analysis.posed.candidates[index].name for index in selected)))
+            outcome.append(tuple(sorted(entry.analysis.problem.candidates[index].name for index in selected)))
         return tuple(outcome)
 
     def unconstrained(self, policy: Policy) -> Report:
-        """What a policy would do without what is forced and forbidden."""
+        """A policy's decision without forced and forbidden fusions."""
         config = replace(self.config, force=(), forbid=())
         free = Explanation(self.traced, config, self.device, self.providers, self._every)
         return free.report(policy)
 
     def evidence(self, policies: Sequence[Policy]) -> Evidence:
-        """What a reader of reports under these policies can look up."""
+        """The evidence for reports under these policies."""
         sized = [(size, self._entries(self._alone, CompileRange(start=size, end=size))) for size in self._sizes]
         hardware = self._shared.prices.model.hardware
         return Evidence(
             drawings=tuple(draw(graph, f"graph_{index}") for index, graph in self._richest.items()),
-            costs=cost_rows(entry.analysis.posed for entry in self.entries),
+            costs=cost_rows(entry.analysis.problem for entry in self.entries),
             constants=tuple(
                 DeviceConstant(name=name, value=constant.value, unit=constant.unit, source=constant.source)
                 for name, constant in hardware.constants()
@@ -191,7 +193,7 @@ class Explanation:
         """Sizes from the first of all ranges to the last: two an octave, and the ends of ranges."""
         spans = [entry.manager.compile_range for entry in self.entries]
         ends = {end for span in spans if span for end in (span.start, span.end)}
-        if not ends or not any(entry.analysis.posed.pricing.is_dynamic for entry in self.entries):
+        if not ends or not any(entry.analysis.problem.pricing.is_dynamic for entry in self.entries):
             return []
         first, last = min(ends), max(ends)
         octaves = {round(2 ** (half / 2)) for half in range(2 * last.bit_length())}
@@ -200,7 +202,7 @@ class Explanation:
     def _point(self, size: int, entries: Sequence[Entry], policies: Sequence[Policy]) -> SizePoint:
         steps = [step * entry.calls for entry in entries if (step := self._step_ns(entry)) is not None]
         rows = _policies_at(entries, policies)
-        unfused = sum(entry.analysis.posed.unfused_ns * entry.calls for entry in entries)
+        unfused = sum(entry.analysis.problem.unfused_ns * entry.calls for entry in entries)
         step = sum(steps) if len(steps) == len(entries) else None
         return SizePoint(tokens=size, unfused_ns=unfused, policies=rows, step_ns=step)
 
@@ -212,7 +214,7 @@ def _policies_at(entries: Sequence[Entry], policies: Sequence[Policy]) -> tuple[
         for entry in entries:
             decision = entry.manager.decide(entry.analysis, policy, entry.name)
             saved += decision.saving_ns * entry.calls
-            chosen = [entry.analysis.posed.candidates[index] for index in decision.selected]
+            chosen = [entry.analysis.problem.candidates[index] for index in decision.selected]
             for candidate in chosen:
                 fused[f"{candidate.rule} {candidate.provider}"] += entry.calls
         rows.append(PolicyAt(policy=str(policy), saved_ns=saved, fused=dict(sorted(fused.items()))))

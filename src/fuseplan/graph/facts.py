@@ -45,7 +45,7 @@ def other_operand(call: fx.Node, operand: object) -> object:
 
 
 def tensor_of(node: object) -> Tensor | None:
-    """The fake tensor that stands for a node's value, or None where it holds no single tensor."""
+    """The fake tensor of a node's value, or None where it holds no single tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
@@ -127,7 +127,7 @@ def is_training(graph: fx.Graph) -> bool:
     """Whether a graph is the forward or the backward half of a joint graph.
 
     AOTAutograd names the inputs of those `primals_*` and `tangents_*`, which its partitioner relies on too, and those
-    of an inference graph `arg*`. (From torch 2.12 on a custom pass can be told; 2.11 has no other sign.)
+    of an inference graph `arg*`. (From torch 2.12 on a custom pass gets that as an argument; 2.11 has no other sign.)
     """
     inputs = graph.find_nodes(op="placeholder")
     return any(str(node.target).startswith(("primals", "tangents")) for node in inputs)
@@ -145,8 +145,8 @@ def mutation_regions(graph: fx.Graph) -> dict[fx.Node, int]:
 def depths(graph: fx.Graph) -> dict[fx.Node, int]:
     """The length of the longest path to each node from an input.
 
-    Where nothing else tells, the deeper of two addends is a block's output and the shallower one the residual that it
-    was computed from, however the nodes are laid out.
+    Without another sign, the deeper of two addends is a block's output and the shallower one the residual that it was
+    computed from, however the nodes are laid out.
     """
     result: dict[fx.Node, int] = {}
     for node in graph.nodes:

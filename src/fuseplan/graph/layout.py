@@ -1,4 +1,4 @@
-"""How values lie in memory: strides, what shares memory with what, and which nodes of a graph can tell."""
+"""How values lie in memory: strides, aliasing, and which nodes of a graph depend on them."""
 
 import functools
 import itertools
@@ -169,7 +169,7 @@ def layout_reader(node: fx.Node, skipped: Collection[fx.Node], *, reordered: boo
 
 
 def _sees(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node can tell how an argument lies in memory."""
+    """Whether a node's result depends on an argument's memory layout."""
     target = user.target
     if is_call(user, operator.getitem):
         return False

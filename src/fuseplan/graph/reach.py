@@ -33,7 +33,7 @@ STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
 
 def is_thin(node: fx.Node) -> bool:
     """Whether a node computes each element of its result from few elements of its inputs, without mixing rows: a view,
-    a move, a cast, pointwise arithmetic, an all-reduce, an op that was in place, or somebody's op that keeps the shape
+    a move, a cast, pointwise arithmetic, an all-reduce, an op that was in place, or a custom op that keeps the shape
     of its one tensor.
     """
     if node.op != "call_function":

@@ -1,5 +1,5 @@
 """What a graph computes more than once: inference graphs come without common subexpressions removed, and every layer's
-attention makes its mask anew of the one comparison that all layers share.
+attention recomputes its mask from the one comparison that all layers share.
 """
 
 import functools

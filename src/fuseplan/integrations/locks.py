@@ -21,11 +21,9 @@ def pinned(config: PassConfig) -> PassConfig:
     if not Environment.read().enabled:
         raise ConfigError("FUSEPLAN=0 switches every fusion off, so there is nothing to check; unset FUSEPLAN")
     if config.cost_table is not None:
-        raise ConfigError(
-            f"cost_table={str(config.cost_table)!r}: what is checked is priced by the model; leave it out"
-        )
+        raise ConfigError(f"cost_table={str(config.cost_table)!r}: locks use the cost model's prices; leave it out")
     if config.costs not in ("auto", MODELLED):
-        raise ConfigError(f"costs={config.costs!r}: what is checked is priced by the model; leave it out")
+        raise ConfigError(f"costs={config.costs!r}: locks use the cost model's prices; leave it out")
     return dataclasses.replace(config, costs=MODELLED)
 
 
@@ -37,7 +35,7 @@ def settings_of(config: PassConfig, *, workload: str, device: str) -> LockSettin
     """
     config = pinned(config)
     if config.plan is not None:
-        raise ConfigError(f"plan={str(config.plan)!r}: a lock pins what is planned, not a file of plans; leave it out")
+        raise ConfigError(f"plan={str(config.plan)!r}: a lock makes its own plan; leave it out")
     defaults = PassConfig()
 
     def changed(names: Sequence[str]) -> dict[str, int]:

@@ -80,7 +80,7 @@ def assert_fusions(
         config: flags, policy and compile ranges.
         device: a profile, or its name.
         rules: fusions beside the built-in ones.
-        providers: who can run them, beside the built-in ones.
+        providers: beside the built-in ones.
         exact: rules that aren't named must not be applied at all.
 
     Returns:
@@ -103,7 +103,7 @@ def assert_fusions(
     _warn(report)
     paragraphs = unmet(report, {**dict.fromkeys(report.rules, 0), **wanted} if exact else wanted)
     if paragraphs:
-        raise AssertionError(f"fusions aren't what was expected{_asked(config, device)}\n\n{plain(paragraphs)}")
+        raise AssertionError(f"the fusions aren't as expected{_asked(config, device)}\n\n{plain(paragraphs)}")
     return report
 
 
@@ -114,7 +114,7 @@ def _assert_fusions() -> Callable[..., "Report"]:
 
 
 class FusionLockFixture(Protocol):
-    """What the fixture `fusion_lock` is."""
+    """The type of the fixture `fusion_lock`."""
 
     def __call__(
         self,
@@ -137,7 +137,7 @@ class FusionLockFixture(Protocol):
             config: flags, policy and compile ranges.
             device: a profile, or its name.
             rules: fusions beside the built-in ones.
-            providers: who can run them, beside the built-in ones.
+            providers: beside the built-in ones.
             name: follows the test's in the name of the file; needed where a test calls it twice.
 
         Returns:
@@ -197,7 +197,7 @@ def _compared(
         model: a module or function.
         inputs: its arguments.
         name: of the lock among several of the test.
-        asked: what else `explain` takes.
+        asked: further arguments of `explain`.
     """
     __tracebackhide__ = True
     from fuseplan.config import PassConfig
@@ -271,7 +271,7 @@ def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
         lock = FusionLock.load(path)
     except LockError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
-            raise LockError(f"{error}; mend it, or write it anew with pytest {UPDATE}") from None
+            raise LockError(f"{error}; fix it, or write it anew with pytest {UPDATE}") from None
         missing = f"there is no fusion lock {shown}; write it with pytest {UPDATE}, and commit it"
         raise AssertionError(missing) from None
     changes = lock.settings.changes(settings)
@@ -281,7 +281,7 @@ def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
 
 
 def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig | None", **asked: Any) -> "Report":
-    """What `fuseplan.explain` says at modelled costs."""
+    """The report of `fuseplan.explain` at modelled costs."""
     __tracebackhide__ = True
     from fuseplan.compatibility import require_supported_torch
 

@@ -69,7 +69,7 @@ def _counts(value: Any) -> Sequence[int]:
 
 
 def plan_note(config: Any) -> str | None:
-    """What a reader has to know of how `shard` splits a model by its own plan: None where that is its `tp_plan`.
+    """A note on how `shard` splits a model by its own plan: None where that is its `tp_plan`.
 
     A model whose `tp_plan` names no module of a layer, and whose `ep_plan` says how to split its experts, such as
     GPT-OSS, is split by that too; one without the latter has its embedding split alone.
@@ -132,8 +132,8 @@ def shard(model: nn.Module, group: dist.ProcessGroup, where: str, plan: Mapping[
     # Of the model's own plan, a part may be for other kinds of layers.
     if unmatched and (plan is not None or not found.base - unmatched):
         raise WorkloadError(
-            f"{where}: the tp_plan names what {type(model).__name__} doesn't have: {', '.join(sorted(unmatched))}; "
-            "use --tp 1, or shard the model in a factory"
+            f"{where}: the tp_plan names modules that {type(model).__name__} doesn't have: "
+            f"{', '.join(sorted(unmatched))}; use --tp 1, or shard the model in a factory"
         )
     for name, module in list(model.named_modules()):
         whole = found.style_of(name)

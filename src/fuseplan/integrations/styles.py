@@ -201,7 +201,7 @@ def _look_up_own_rows(module: Any, group: dist.ProcessGroup) -> None:
     A hook before it would lose the ids that one behind it needs.
     """
     forward, rows, rank = module.forward, module.weight.shape[0], group.rank()
-    module.padding_idx = None  # tells which row gets no gradient, and would have to be one of this rank's
+    module.padding_idx = None  # the row without a gradient, which would have to be one of this rank's
 
     def look_up(ids: Tensor) -> Tensor:
         # Not by a subtraction of the first row: on the first rank that is 0, and Inductor leaves it out.

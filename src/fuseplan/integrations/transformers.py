@@ -157,7 +157,7 @@ def with_layers(config: Any, layers: int | None, where: str) -> Any:
     if layers is not None:
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            with contextlib.suppress(AttributeError):  # some work their kinds out, and can't be told
+            with contextlib.suppress(AttributeError):  # some compute their kinds, and can't be set
                 text.layer_types = [text.layer_types[index % len(text.layer_types)] for index in range(layers)]
     found = getattr(text, "num_hidden_layers", None)
     if isinstance(found, int) and found > MOST_LAYERS:
@@ -191,7 +191,7 @@ def build(config: Any, group: dist.ProcessGroup | None, where: str, dtype: torch
 
 
 def is_language_model(model: object) -> bool:
-    """Whether `build` made it, or somebody else a model that generates."""
+    """Whether `build` made it, rather than a user's code that builds a generating model."""
     if "transformers" not in sys.modules:
         return False
     from transformers import GenerationMixin

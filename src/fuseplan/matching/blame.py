@@ -26,8 +26,8 @@ class Shared:
             found = decisive(self.canonical, place, likeliest_first(way.nodes, way.goal))
             self._decisive[key] = [*map([*way.nodes].index, found.nodes)], found.suffices
         chosen, suffices = self._decisive[key]
-        told = obstruction([way.nodes[index] for index in chosen], way.goal, consumer)
-        return told if suffices else replace(told, mend=None)
+        reported = obstruction([way.nodes[index] for index in chosen], way.goal, consumer)
+        return reported if suffices else replace(reported, mend=None)
 
 
 def _kind_of_way(way: Way) -> str:

@@ -54,7 +54,7 @@ def find_matches(
     Args:
         canonical: the graph.
         rules: members by rule name.
-        providers: who may run fused ops.
+        providers: those that may run fused ops.
         device: a profile whose providers are taken as present; None: those of this machine.
         allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
         rows_of: up to how many rows of a tensor of the graph are planned for, and how many it has at most, infinity
@@ -303,9 +303,9 @@ def _offered(
             )  # fmt: skip
         else:
             computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
-            told = [] if fits else [_rounds(computed, rounding)]
-            told += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
-            detail = f"{provider.name}'s {rule.op.name} {'; it '.join(told)}"
+            differences = [] if fits else [_rounds(computed, rounding)]
+            differences += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
+            detail = f"{provider.name}'s {rule.op.name} {'; it '.join(differences)}"
             declined.append(
                 _refusal(
                     match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,

@@ -70,7 +70,7 @@ def _is_near_core(node: fx.Node) -> bool:
 
 
 def is_always_reported(refusal: Refusal) -> bool:
-    """Whether something is told whatever rules ask for."""
+    """Whether something is reported whatever rules ask for."""
     part = _part_named(refusal.op)
     return part is not None and part.reported is Reported.ALWAYS
 

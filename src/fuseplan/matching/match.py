@@ -24,7 +24,7 @@ class Match:
         core: the node of the dialect op that fusions contend for.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
         cost: what the provider says that a call takes.
-        shares: whether ranks meet in fuseplan's own workspaces in its kernel.
+        shares: whether its kernel is collective and uses fuseplan's own workspaces.
         yields: what the replacement yields, as fake tensors, for each value of the pattern: dtype, sizes and strides
             count, the memory may be that of another match's.
         copied: the values of which a copy takes the place, since a reader can tell that the fused op's own result lies

@@ -128,14 +128,14 @@ class _Search:
 
     def refusals(self) -> Iterator[Refusal]:
         """One for each place."""
-        told: list[fx.Node] = []
+        refused: list[fx.Node] = []
         for anchor, members in self.anchors.items():
             attempt = min((self._attempt(member, anchor) for member in members), key=lambda each: each.rank)
-            told += [node for node in (attempt.core, anchor) if node is not None]
+            refused += [node for node in (attempt.core, anchor) if node is not None]
             self.named.update(gap.goal for gap in attempt.gaps if gap.goal is not None)
             yield self._explain(attempt)
         yield from self._unread_prologues()
-        yield from self.shared.siblings.missing(self.members, self.candidates, [*told, *self.named])
+        yield from self.shared.siblings.missing(self.members, self.candidates, [*refused, *self.named])
 
     def _anchors(self) -> dict[fx.Node, list[Rule]]:
         """Nodes that a member's pattern could end at and that aren't settled, in graph order."""
@@ -305,10 +305,10 @@ class _Search:
         gap = gaps[0]
         assert gap.goal is not None
         ways = [Way(nodes=each.way, goal=each.goal) for each in gaps if each.goal is not None]
-        told = self.shared.obstruction(Place(members=self.members, anchor=anchor, ways=ways), gap.consumer)
+        obstruction = self.shared.obstruction(Place(members=self.members, anchor=anchor, ways=ways), gap.consumer)
         return self._refuse(
-            told.node, told.reason, told.detail, nearness=Nearness.OBSTRUCTED,
-            expected=gap.expected, found=told.found, site=place_of(site), mend=told.mend,
+            obstruction.node, obstruction.reason, obstruction.detail, nearness=Nearness.OBSTRUCTED,
+            expected=gap.expected, found=obstruction.found, site=place_of(site), mend=obstruction.mend,
             further=(*gap.way, gap.consumer, gap.goal),
         )  # fmt: skip
 

@@ -25,14 +25,14 @@ from fuseplan.rules.parts.views import MOVERS
 
 @dataclass(frozen=True, kw_only=True)
 class Obstruction:
-    """What is told of obstacles.
+    """What is reported of obstacles.
 
     Attributes:
         node: the first of them to blame.
         reason: its kind.
         found: what it calls.
         detail: for a person.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
     """
 
     node: fx.Node

@@ -40,14 +40,14 @@ class Siblings:
         return present
 
     def missing(
-        self, members: Sequence[Rule], candidates: Sequence[Match], told: Collection[fx.Node]
+        self, members: Sequence[Rule], candidates: Sequence[Match], refused: Collection[fx.Node]
     ) -> Iterator[Refusal]:
         """Layers in which nothing is left of what a rule takes at the same place of most others.
 
         Args:
             members: of the rule.
             candidates: its matches.
-            told: nodes of places for which there is a refusal already.
+            refused: nodes of places for which there is a refusal already.
         """
         matched: dict[tuple[str, str], dict[int, Match]] = {}
         for match in candidates:
@@ -59,7 +59,7 @@ class Siblings:
             return
         overloads = {member.core.overload for member in members}
         here = {place: node for node, place in self._placed if node.target in overloads}
-        cores, known = self._cores_by_layer(members), {place_of(node) for node in told}
+        cores, known = self._cores_by_layer(members), {place_of(node) for node in refused}
         for (before, after), by_number in sorted(wanting.items()):
             # A layer with as many cores as others has this one too, by another name or spelling.
             usual = max(cores[before, number] for number in by_number)

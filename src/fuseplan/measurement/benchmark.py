@@ -26,7 +26,7 @@ from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
 
 REPEAT_NS = 20_000_000
-"""What a repeat lasts at least: a step has hundreds of kernels, and its time moves more than that of one."""
+"""The least duration of a repeat: a step has hundreds of kernels, and its time moves more than that of one."""
 
 MOST_COMPILED = 64
 """Of one function: each policy is a compilation of it, and beyond torch's own limit it would be run without any."""
@@ -67,13 +67,13 @@ def bench(
             is always there.
         config: flags and where costs come from; its policy and ranges aren't used.
         rules: fusions beside the built-in ones.
-        providers: who can run them, beside the built-in ones.
+        providers: beside the built-in ones.
         repeats: of each time, at least 5.
         steps: in one repeat; None: as many as last long enough for the clock.
         ranks: those of a tensor-parallel group, all of which run the same and the slowest of which counts.
-        notes: what a reader has to know of the workload.
+        notes: caveats about the workload.
         command: that a reader can run it by.
-        watch: is told what is being done, how many times are taken, and of how many.
+        watch: called with what is being done, how many times are taken, and of how many.
 
     Raises:
         ConfigError: fewer repeats or steps, or a flag and a policy contradict each other.
@@ -127,7 +127,7 @@ class _Runner:
     """Compiles and times; its attributes are those of `bench`.
 
     Attributes:
-        notes: what fuseplan warned of.
+        notes: fuseplan's warnings.
     """
 
     model: Callable[..., Any]
@@ -198,7 +198,7 @@ class _Runner:
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
-        """What fuseplan warns of is told with the figures, once."""
+        """fuseplan's warnings are reported with the figures, once."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield

@@ -36,16 +36,16 @@ from fuseplan.verification import Verifier
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What was measured.
+    """The result of measuring.
 
     Attributes:
         device: the profile's name.
         rows: one for each alternative and size.
-        skipped: what isn't measured, and why.
+        skipped: alternatives that aren't measured, and why.
         classes: how many components each signature has, in all graphs and ranges.
         stopped: whether it was interrupted: what is here is whole, and the rest is missing.
-        unclear: what the repeats don't tell from the component without fusions.
-        notes: what a reader has to know, one line each.
+        unclear: alternatives that the repeats can't distinguish from the component without fusions.
+        notes: caveats, one line each.
     """
 
     device: str
@@ -86,11 +86,11 @@ def tune(
         repeats: of each time, at least 5.
         config: flags, where others than the defaults are wanted; its policy, ranges and costs aren't used.
         rules: fusions beside the built-in ones.
-        providers: who can run them; all that are available here are measured.
+        providers: all that are available here are measured.
         ranks: those of a tensor-parallel group, all of which measure the same and the slowest of which counts; the
             first writes. None: this process alone.
         command: for the rows' provenance.
-        watch: is told what is being done.
+        watch: called with what is being done.
 
     Raises:
         ConfigError: fewer repeats, a size outside of the ranges, or the table is broken, of another device, or can't be
@@ -110,7 +110,7 @@ def tune(
     _check_device(traced.graphs, profile.name)
     explanation = Explanation(traced, config, None, providers, (*BUILT_IN_RULES, *rules))
     spans = [(entry, entry.manager.compile_range) for entry in explanation.entries]
-    works, skipped = work_of([(e.analysis.posed, (r.start, r.end)) for e, r in spans if r is not None], tokens)
+    works, skipped = work_of([(e.analysis.problem, (r.start, r.end)) for e, r in spans if r is not None], tokens)
     skipped += [
         Skipped(site=graph.graph, reason=refusal.detail) for graph in explanation.skipped for refusal in graph.refusals
     ]
@@ -164,8 +164,8 @@ def _check_device(graphs: Sequence[Any], device: str) -> None:
     others = sorted({value.device.type for value in values if value is not None and value.device.type != kind})
     if others:
         raise WorkloadError(
-            f"the model or its inputs are on {' and '.join(others)}, and what is measured is {device}; build all of it "
-            f"on {kind}"
+            f"the model or its inputs are on {' and '.join(others)}, and times are measured on {device}; build all "
+            f"of it on {kind}"
         )
 
 

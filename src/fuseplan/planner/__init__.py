@@ -12,8 +12,8 @@ from fuseplan.planner.decide import (
     plan_record,
     replay,
 )
-from fuseplan.planner.idle import idle_requests
-from fuseplan.planner.pose import Posed, check_selector, pose
+from fuseplan.planner.ineffective import ineffective_requests
+from fuseplan.planner.pose import Problem, check_selector, pose
 from fuseplan.planner.pricing import Prices
 from fuseplan.planner.solver import DEFAULT_NODE_BUDGET, Solver
 from fuseplan.planner.sources import prices_of
@@ -23,15 +23,15 @@ __all__ = [
     "ContradictionError",
     "Decision",
     "Lost",
-    "Posed",
     "Prices",
+    "Problem",
     "Solver",
     "check_selector",
     "decide_in_order",
     "decide_off",
     "decide_planned",
     "fusion_record",
-    "idle_requests",
+    "ineffective_requests",
     "limit",
     "plan_record",
     "pose",

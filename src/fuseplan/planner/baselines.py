@@ -1,18 +1,18 @@
-"""What simpler ways of choosing would select; a plan is never worse than any of them."""
+"""Selections by simpler methods; a plan is never worse than any of them."""
 
 from collections.abc import Callable, Collection, Sequence
 
 from fuseplan.errors import PlanError
 from fuseplan.planner.components import isolate
 from fuseplan.planner.packing import Packing, State, contract
-from fuseplan.planner.problem import CycleFinder, Problem, Selection
+from fuseplan.planner.program import CycleFinder, IntegerProgram, Selection
 
 Preference = Callable[[Packing, int], tuple[int, ...]]
 """A sort key of atoms; the smallest is taken first."""
 
 
 def heaviest(packing: Packing, atom: int) -> tuple[int, ...]:
-    """What saves the most comes first."""
+    """The largest saving first."""
     return -packing.savings[atom], atom
 
 
@@ -26,7 +26,7 @@ def largest(sizes: Sequence[int]) -> Preference:
 
 
 def greedy(
-    problem: Problem,
+    program: IntegerProgram,
     preference: Preference,
     find_cycles: CycleFinder | None = None,
     among: Collection[int] | None = None,
@@ -34,18 +34,18 @@ def greedy(
     """Takes one candidate after another, in order of preference, where it saves something and fits what was taken.
 
     Args:
-        problem: what there is to choose from.
+        program: the candidates and their constraints.
         preference: e.g. `heaviest`.
         find_cycles: as for the solver.
         among: the only candidates to take; None: all.
 
     Raises:
-        PlanError: what is forced rules itself out.
+        PlanError: forced fusions rule each other out.
     """
-    (whole,) = isolate(problem, [tuple(range(len(problem.names)))])
+    (whole,) = isolate(program, [tuple(range(len(program.names)))])
     packing = contract(whole)
     if packing is None:
-        raise PlanError("what is forced can't all be applied")
+        raise PlanError("the forced fusions can't all be applied")
     state = State.root(packing)
     mandatory = frozenset().union(*packing.mandatory)
     for atom in sorted(packing.alive, key=lambda each: (each not in mandatory, preference(packing, each))):
@@ -56,4 +56,4 @@ def greedy(
             if tried.take(atom) and not (find_cycles and find_cycles(packing.candidates(tried.chosen))):
                 state = tried
     selected = packing.candidates(state.chosen)
-    return Selection(selected=selected, objective_ns=problem.saving(selected))
+    return Selection(selected=selected, objective_ns=program.saving(selected))

@@ -21,11 +21,11 @@ class Candidate:
 
     Attributes:
         name: unique and the same on every rank and in every order of registration: place, rule, fused op, provider.
-        rule: its rule, or the name of somebody's pass.
-        op: what it would put in.
-        provider: whose kernel, `external` for somebody's pass.
+        rule: its rule, or the name of an external pass.
+        op: the fused op.
+        provider: whose kernel, `external` for an external pass.
         match: the match.
-        site: where it contends; None for somebody's pass.
+        site: where it contends; None for an external pass.
         others: further sites of which it takes parts, in the order of its site's `Taken.also`.
         consumed: nodes of the original graph that disappear.
         context: nodes of the canonical graph that must stay as they are.
@@ -106,7 +106,7 @@ def candidates_of(
 
 
 def _unique(candidates: list[Candidate]) -> tuple[Candidate, ...]:
-    """Matches of one rule at one core, e.g. two pads of one norm, are told apart by their order in the graph."""
+    """Matches of one rule at one core, e.g. two pads of one norm, are distinguished by their order in the graph."""
     counts: dict[str, int] = {}
     for candidate in candidates:
         counts[candidate.name] = counts.get(candidate.name, 0) + 1

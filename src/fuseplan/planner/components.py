@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from fuseplan.planner.disjoint_sets import DisjointSets
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Component:
     tables: tuple[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]], ...] = ()
 
     def saving(self, selected: Sequence[int]) -> int:
-        """What a legal selection saves, in ns."""
+        """The saving of a legal selection, in ns."""
         chosen = set(selected)
         total = 0
         for members, alternatives in self.tables:
@@ -47,17 +47,17 @@ class Component:
         return total + sum(self.savings[candidate] for candidate in chosen)
 
 
-def components(problem: Problem, cuts: Iterable[Sequence[int]] = ()) -> list[tuple[int, ...]]:
+def components(program: IntegerProgram, cuts: Iterable[Sequence[int]] = ()) -> list[tuple[int, ...]]:
     """The sets of candidates that constraints tie together, each in ascending order, by smallest member.
 
-    What is forced or forbidden has no influence, so that a component measured as a whole remains one.
+    Forcing and forbidding have no influence, so that a component measured as a whole remains one.
 
     Args:
-        problem: the candidates and their constraints.
+        program: the candidates and their constraints.
         cuts: further constraints: sets that may not be selected as a whole.
     """
-    sets = DisjointSets(len(problem.names))
-    ties: Iterable[Collection[int]] = chain(problem.conflicts, problem.requires, problem.together, cuts)
+    sets = DisjointSets(len(program.names))
+    ties: Iterable[Collection[int]] = chain(program.conflicts, program.requires, program.together, cuts)
     for tie in ties:
         if tie:
             sets.union(tie)
@@ -65,9 +65,9 @@ def components(problem: Problem, cuts: Iterable[Sequence[int]] = ()) -> list[tup
 
 
 def isolate(
-    problem: Problem, members: Sequence[tuple[int, ...]], cuts: Sequence[tuple[int, ...]] = ()
+    program: IntegerProgram, members: Sequence[tuple[int, ...]], cuts: Sequence[tuple[int, ...]] = ()
 ) -> list[Component]:
-    """The problem of each of `members`, which are `components(problem, cuts)`."""
+    """The problem of each of `members`, which are `components(program, cuts)`."""
     owner: dict[int, int] = {}
     local: dict[int, int] = {}
     for index, candidates in enumerate(members):
@@ -86,19 +86,19 @@ def isolate(
             each.sort()
         return found
 
-    conflicts, requires = grouped(problem.conflicts, False), grouped(problem.requires, True)
-    together, excluded = grouped(problem.together, False), grouped(cuts, False)
-    forced = grouped(((candidate,) for candidate in problem.forced), False)
-    forbidden = grouped(((candidate,) for candidate in problem.forbidden), False)
-    one_of = grouped(problem.one_of, False)
+    conflicts, requires = grouped(program.conflicts, False), grouped(program.requires, True)
+    together, excluded = grouped(program.together, False), grouped(cuts, False)
+    forced = grouped(((candidate,) for candidate in program.forced), False)
+    forbidden = grouped(((candidate,) for candidate in program.forbidden), False)
+    one_of = grouped(program.one_of, False)
     tables: dict[int, list[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]]]] = {}
-    for tabled, alternatives in problem.alternatives.items():
+    for tabled, alternatives in program.alternatives.items():
         rows = [(tuple(sorted(local[c] for c in subset)), saving) for subset, saving in alternatives.items() if subset]
         table = (tuple(sorted(local[c] for c in tabled)), tuple(sorted(rows)))
         tables.setdefault(owner[min(tabled)], []).append(table)
     return [
         Component(
-            savings=tuple(problem.savings_ns[candidate] for candidate in candidates),
+            savings=tuple(program.savings_ns[candidate] for candidate in candidates),
             conflicts=tuple((i, j) for i, j in conflicts.get(index, ())),
             requires=tuple((i, j) for i, j in requires.get(index, ())),
             together=tuple(together.get(index, ())),

@@ -12,8 +12,8 @@ from fuseplan.matching import Match
 from fuseplan.planner.contradiction import contradiction
 from fuseplan.planner.disjoint_sets import DisjointSets
 from fuseplan.planner.ordered import choose_in_order
-from fuseplan.planner.pose import Posed
-from fuseplan.planner.problem import Solution
+from fuseplan.planner.pose import Problem
+from fuseplan.planner.program import Solution
 from fuseplan.planner.solver import Solver
 from fuseplan.record import Fusion, Plan, Rejected, Selected
 from fuseplan.record.plan import first_difference
@@ -25,9 +25,9 @@ class Lost:
 
     Attributes:
         candidate: its index.
-        blocked_by: the selected ones in its way; empty where it is not worth it by itself.
+        blocked_by: the selected ones in its way; empty where it doesn't save anything.
         lost_ns: by how much a selection with it saves less than this one; None where there is none.
-        flips_at_ns: what its op would have to take at most, for the two to be even; None where that is not known.
+        flips_at_ns: the time of its op at which the two would be equal; None where that is not known.
     """
 
     candidate: int
@@ -38,11 +38,11 @@ class Lost:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a policy does with a graph.
+    """The decision of a policy on a graph.
 
     Attributes:
         selected: candidates, ascending.
-        saving_ns: what they save.
+        saving_ns: their saving.
         lost: the other candidates that the policy looks at.
         cyclic: candidates given up because together with selected ones they would make the graph cyclic.
         uncoupled: candidates given up because what they require, or belong together with, isn't selected.
@@ -66,93 +66,93 @@ def decide_off() -> Decision:
     return Decision()
 
 
-def decide_in_order(posed: Posed, order: Sequence[str]) -> Decision:
+def decide_in_order(problem: Problem, order: Sequence[str]) -> Decision:
     """`ordered(a, b, ...)`: see `planner.ordered`. Of several providers the one that saves the most runs a match, or
     all matches that are applied together or not at all.
 
     What is forced or forbidden has no influence, but for what is forbidden, which is no candidate. What then lacks what
     it requires, or belongs together with, is given up; its nodes stay as they are.
     """
-    problem, index = posed.problem, posed.index
+    program, index = problem.program, problem.index
     matches = sorted(
-        (match for chosen in _runners(posed, order) if isinstance(match := posed.candidates[chosen].match, Match)),
+        (match for chosen in _runners(problem, order) if isinstance(match := problem.candidates[chosen].match, Match)),
         key=lambda match: (match.anchor, match.rule.name, match.rule.op.name),
     )
-    choice = choose_in_order(posed.canonical.graph, matches, order)
+    choice = choose_in_order(problem.canonical.graph, matches, order)
     lost = []
     for match, winners in choice.lost:
         loser, taken = index[id(match)], tuple(index[id(winner)] for winner in winners)
-        known = not problem.unmeasured(taken) and not problem.unmeasured((loser,))
-        margin = problem.saving(taken) - problem.saving((loser,)) if known else None
+        known = not program.unmeasured(taken) and not program.unmeasured((loser,))
+        margin = program.saving(taken) - program.saving((loser,)) if known else None
         lost.append(Lost(candidate=loser, blocked_by=taken, lost_ns=margin))
     selected = {index[id(match)] for match in choice.chosen}
     uncoupled: set[int] = set()
-    while alone := problem.uncoupled(selected):
+    while alone := program.uncoupled(selected):
         selected -= alone
         uncoupled |= alone
     return Decision(
         selected=tuple(sorted(selected)),
-        saving_ns=problem.saving(selected),
+        saving_ns=program.saving(selected),
         lost=tuple(lost),
         cyclic=tuple(index[id(match)] for match in choice.cyclic),
-        uncoupled=tuple(posed.in_graph_order(uncoupled)),
+        uncoupled=tuple(problem.in_graph_order(uncoupled)),
     )
 
 
-def _runners(posed: Posed, order: Sequence[str]) -> list[int]:
+def _runners(problem: Problem, order: Sequence[str]) -> list[int]:
     """A candidate for each match of the rules of an order: that of the provider that saves the most, for matches that
     are coupled that of the one that could run all of them.
     """
-    problem = posed.problem
+    program = problem.program
     offers: dict[tuple[str, str, fx.Node], dict[str, int]] = {}
-    for index, candidate in enumerate(posed.candidates):
+    for index, candidate in enumerate(problem.candidates):
         match = candidate.match
-        if isinstance(match, Match) and candidate.rule in order and index not in posed.ruled_out:
+        if isinstance(match, Match) and candidate.rule in order and index not in problem.ruled_out:
             offers.setdefault((candidate.rule, candidate.op, match.anchor), {}).setdefault(candidate.provider, index)
     keys = list(offers)
     place = {index: number for number, key in enumerate(keys) for index in offers[key].values()}
     sets = DisjointSets(len(keys))
-    for tie in (*problem.requires, *problem.together):
+    for tie in (*program.requires, *program.together):
         if inside := [place[index] for index in tie if index in place]:
             sets.union(inside)
     runners = list[int]()
     for members in sets.sets():
         unit = [offers[keys[number]] for number in members]
         able = {name: [offer[name] for offer in unit] for name in unit[0] if all(name in offer for offer in unit)}
-        legal = {name: chosen for name, chosen in able.items() if not problem.uncoupled(chosen)} or able
+        legal = {name: chosen for name, chosen in able.items() if not program.uncoupled(chosen)} or able
         if len(unit) > 1 and legal:
-            runners += max(legal.values(), key=lambda chosen: sum(problem.savings_ns[index] for index in chosen))
+            runners += max(legal.values(), key=lambda chosen: sum(program.savings_ns[index] for index in chosen))
         else:
-            runners += [max(offer.values(), key=lambda index: problem.savings_ns[index]) for offer in unit]
+            runners += [max(offer.values(), key=lambda index: program.savings_ns[index]) for offer in unit]
     return runners
 
 
-def decide_planned(posed: Posed, solver: Solver) -> Decision:
+def decide_planned(problem: Problem, solver: Solver) -> Decision:
     """The best legal selection, and for each other candidate what it lost.
 
     Raises:
-        PlanError: what is forced can't be applied.
+        PlanError: a forced fusion can't be applied.
     """
     start = time.perf_counter_ns()
     try:
-        solution = solver.solve(posed.problem, posed.find_cycles)
+        solution = solver.solve(problem.program, problem.find_cycles)
     except PlanError:
-        raise contradiction(posed.problem, posed.forced, [each.source for each in posed.candidates]) from None
+        raise contradiction(problem.program, problem.forced, [each.source for each in problem.candidates]) from None
     plan_ns = time.perf_counter_ns() - start
-    problem, chosen = posed.problem, set(solution.selected)
+    program, chosen = problem.program, set(solution.selected)
     neighbours: dict[int, set[int]] = {}
-    for i, j in problem.conflicts:
+    for i, j in program.conflicts:
         neighbours.setdefault(i, set()).add(j)
         neighbours.setdefault(j, set()).add(i)
     for cut in solution.cuts:
         for i in cut:
             neighbours.setdefault(i, set()).update(cut)
-    regrets = solver.regrets(problem, solution.cuts)
+    regrets = solver.regrets(program, solution.cuts)
     lost = []
-    for index in range(len(posed.candidates)):
+    for index in range(len(problem.candidates)):
         if index in chosen:
             continue
-        regret, cost = regrets[index], posed.priced.costs[index]
+        regret, cost = regrets[index], problem.priced.costs[index]
         flips = cost - regret if cost is not None and regret is not None and cost > regret else None
         blocked = tuple(sorted(neighbours.get(index, set()) & chosen))
         lost.append(Lost(candidate=index, blocked_by=blocked, lost_ns=regret, flips_at_ns=flips))
@@ -165,12 +165,12 @@ def decide_planned(posed: Posed, solver: Solver) -> Decision:
     )
 
 
-def limit(posed: Posed, decision: Decision, most: int | None) -> Decision:
+def limit(problem: Problem, decision: Decision, most: int | None) -> Decision:
     """The same decision, cut after the first `most` of its parts in graph order: of fusions, or of fusions that are
     applied together or not at all.
     """
-    in_order = posed.in_graph_order(decision.selected)
-    units = posed.problem.units(in_order)
+    in_order = problem.in_graph_order(decision.selected)
+    units = problem.program.units(in_order)
     if most is None or len(units) <= most:
         return decision
     kept = {index for unit in units[:most] for index in unit}
@@ -178,13 +178,13 @@ def limit(posed: Posed, decision: Decision, most: int | None) -> Decision:
         decision,
         selected=tuple(sorted(kept)),
         limited=tuple(index for index in in_order if index not in kept),
-        saving_ns=posed.problem.saving(kept),
+        saving_ns=problem.program.saving(kept),
     )
 
 
-def fusion_record(posed: Posed, index: int) -> Fusion:
+def fusion_record(problem: Problem, index: int) -> Fusion:
     """A candidate as a record."""
-    candidate, canonical = posed.candidates[index], posed.canonical
+    candidate, canonical = problem.candidates[index], problem.canonical
     match = candidate.match
     core = match.core if isinstance(match, Match) else match.anchor
     op = ops.of(core.target)
@@ -192,22 +192,22 @@ def fusion_record(posed: Posed, index: int) -> Fusion:
         rule=candidate.rule,
         op=candidate.op,
         provider=candidate.provider,
-        provenance=posed.priced.provenance[index].value,
+        provenance=problem.priced.provenance[index].value,
         anchor=canonical.source_node(match.anchor).name,
         consumed=tuple(node.name for node in match.consumed),
         contested_op=op.name if op else str(core.target),
         site=core.name,
         source=candidate.source,
-        saving_ns=posed.problem.savings_ns[index],
+        saving_ns=problem.program.savings_ns[index],
         rounding_change=match.rounding_change if isinstance(match, Match) else None,
-        site_class=posed.sites[candidate.site.ordinal] if candidate.site else None,
+        site_class=problem.sites[candidate.site.ordinal] if candidate.site else None,
     )
 
 
-def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, int] | None, device: str) -> Plan:
+def plan_record(problem: Problem, decision: Decision, graph: str, span: tuple[int, int] | None, device: str) -> Plan:
     """A decision as a record."""
-    candidates, values, solution = posed.candidates, posed.problem.savings_ns, decision.solution
-    known = [provenance.value for provenance in posed.priced.provenance]
+    candidates, values, solution = problem.candidates, problem.program.savings_ns, decision.solution
+    known = [provenance.value for provenance in problem.priced.provenance]
     rejected = []
     for lost in decision.lost:
         candidate = candidates[lost.candidate]
@@ -228,7 +228,7 @@ def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, i
         range=span,
         device=device,
         prices=tuple(sorted(set(known))),
-        sites=posed.sites,
+        sites=problem.sites,
         selected=tuple(
             Selected(
                 name=candidates[index].name,
@@ -242,34 +242,34 @@ def plan_record(posed: Posed, decision: Decision, graph: str, span: tuple[int, i
         rejected=tuple(rejected),
         objective_ns=decision.saving_ns,
         bound_ns=solution.bound_ns if solution else decision.saving_ns,
-        unfused_ns=posed.unfused_ns,
+        unfused_ns=problem.unfused_ns,
         components=solution.components if solution else 0,
         classes=solution.classes if solution else 0,
         cuts=tuple(tuple(candidates[i].name for i in cut) for cut in solution.cuts) if solution else (),
     )
 
 
-def replay(posed: Posed, plan: Plan) -> Decision:
-    """What a saved plan selects, if it still fits.
+def replay(problem: Problem, plan: Plan) -> Decision:
+    """The selection of a saved plan, if it still fits.
 
     Raises:
         PlanError: the graph has other sites, or lacks a match that the plan applies; the text names the first
             difference.
     """
     where = f"the saved plan of {plan.graph} doesn't fit this graph"
-    if difference := first_difference(plan.sites, posed.sites):
+    if difference := first_difference(plan.sites, problem.sites):
         raise PlanError(f"{where}: {difference}")
-    by_name = {candidate.name: index for index, candidate in enumerate(posed.candidates)}
+    by_name = {candidate.name: index for index, candidate in enumerate(problem.candidates)}
     selected = []
     for each in plan.selected:
         index = by_name.get(each.name)
         if index is None:
             raise PlanError(f"{where}: it applies {each.name!r}, which matches nothing here")
-        found = posed.candidates[index].signature
+        found = problem.candidates[index].signature
         if found != each.signature:
             raise PlanError(f"{where}: {each.name!r} was {each.signature} and is {found}")
         selected.append(index)
-    chosen = tuple(sorted(index for index in selected if index not in posed.failed))
-    if why := posed.illegal(chosen):
+    chosen = tuple(sorted(index for index in selected if index not in problem.failed))
+    if why := problem.illegal(chosen):
         raise PlanError(f"{where}: {why}")
-    return Decision(selected=chosen, saving_ns=posed.problem.saving(chosen))
+    return Decision(selected=chosen, saving_ns=problem.program.saving(chosen))

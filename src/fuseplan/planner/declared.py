@@ -30,7 +30,7 @@ GENERATED = frozenset(
 
 
 def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
-    """What a call of a fused op takes, as its provider declares.
+    """The time of a call of a fused op, as its provider declares it.
 
     Args:
         match: of a provider that declares a cost.
@@ -52,7 +52,7 @@ def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
 
 
 def generated_ns(match: Match, model: CostModel, sized: Sized) -> int | None:
-    """What Inductor makes of all that a match stands for: one kernel, one for each epilogue that stands alone, and the
+    """What Inductor makes of a match's nodes: one kernel, one for each epilogue that stands alone, and the
     all-reduces; None where it calls another op of which that isn't known.
     """
     reads = _bytes(match.values.values(), sized)

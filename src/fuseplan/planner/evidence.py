@@ -1,4 +1,4 @@
-"""The rows behind a plan's numbers: what each alternative takes at each class of places, and how that is known."""
+"""The rows behind a plan's numbers: the time of each alternative at each class of places, and its provenance."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,21 +6,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from fuseplan.matching import Match
 from fuseplan.planner.candidates import Candidate
 from fuseplan.planner.costs import Provenance, Row
-from fuseplan.planner.pose import Posed
+from fuseplan.planner.pose import Problem
 from fuseplan.planner.pricing import UNFUSED, alternative_name, compatible, places_of, row_key
 from fuseplan.record import CostRow, KernelTime
 from fuseplan.rules.parts.traffic import Kernel, total_ns
 
 
-def cost_rows(problems: Iterable[Posed]) -> tuple[CostRow, ...]:
-    """What the problems were priced by, each row once: by class of places, size and alternative.
+def cost_rows(programs: Iterable[Problem]) -> tuple[CostRow, ...]:
+    """The prices of the problems, each row once: by class of places, size and alternative.
 
     Args:
-        problems: of one graph or several, in one range or several.
+        programs: of one graph or several, in one range or several.
     """
     rows: dict[tuple[str, int, str], CostRow] = {}
-    for posed in problems:
-        for row in (*_modelled(posed), *_measured(posed)):
+    for problem in programs:
+        for row in (*_modelled(problem), *_measured(problem)):
             rows.setdefault((row.site, row.tokens, row.alternative), row)
     order = {name: place for place, name in enumerate(dict.fromkeys(site for site, _, _ in rows))}
     return tuple(sorted(rows.values(), key=lambda row: (order[row.site], row.tokens, _unfused_first(row))))
@@ -30,14 +30,14 @@ def _unfused_first(row: CostRow) -> tuple[bool, str]:
     return row.alternative != UNFUSED, row.alternative
 
 
-def _modelled(posed: Posed) -> Iterator[CostRow]:
+def _modelled(problem: Problem) -> Iterator[CostRow]:
     """Rows of every site that a candidate contends for, and that wasn't measured; of several where it takes those."""
     contenders: dict[tuple[int, ...], list[Candidate]] = {}
-    for candidate, provenance in zip(posed.candidates, posed.priced.provenance, strict=True):
+    for candidate, provenance in zip(problem.candidates, problem.priced.provenance, strict=True):
         is_ours = candidate.site is not None and isinstance(candidate.match, Match)
         if is_ours and provenance is not Provenance.MEASURED:
             contenders.setdefault(tuple(sorted(candidate.places)), []).append(candidate)
-    names = {ordinals: " & ".join(posed.sites[each] for each in ordinals) for ordinals in contenders}
+    names = {ordinals: " & ".join(problem.sites[each] for each in ordinals) for ordinals in contenders}
     places = Counter(names.values())
     seen: set[tuple[str, frozenset[str]]] = set()
     for ordinals, candidates in contenders.items():
@@ -46,40 +46,40 @@ def _modelled(posed: Posed) -> Iterator[CostRow]:
         kind = name, frozenset(alternative_name([each], ordinals) for each in candidates)
         if kind not in seen:
             seen.add(kind)
-            for size, tokens in enumerate(posed.priced.tokens):
-                for alternative, kernels in _alternatives(posed, ordinals, candidates, size):
+            for size, tokens in enumerate(problem.priced.tokens):
+                for alternative, kernels in _alternatives(problem, ordinals, candidates, size):
                     yield CostRow(
                         site=name, places=places[name], alternative=alternative, tokens=tokens, spread_ns=0,
                         time_ns=total_ns(kernels), provenance=Provenance.MODELLED.value,
                         kernels=tuple(map(_time, kernels)),
                     )  # fmt: skip
-                unfused = total_ns(_unfused(posed, ordinals, size))
+                unfused = total_ns(_unfused(problem, ordinals, size))
                 for candidate in candidates:
-                    index = posed.index[id(candidate.match)]
-                    provenance = posed.priced.provenance[index]
+                    index = problem.index[id(candidate.match)]
+                    provenance = problem.priced.provenance[index]
                     if provenance is not Provenance.MODELLED:
                         yield CostRow(
                             site=name, places=places[name], alternative=alternative_name([candidate], ordinals),
-                            tokens=tokens, time_ns=unfused - posed.priced.savings[index][size], spread_ns=0,
+                            tokens=tokens, time_ns=unfused - problem.priced.savings[index][size], spread_ns=0,
                             provenance=provenance.value,
                         )  # fmt: skip
 
 
-def _unfused(posed: Posed, ordinals: Sequence[int], size: int) -> tuple[Kernel, ...]:
-    model, shapes = posed.pricing.prices.model, posed.pricing.shapes
+def _unfused(problem: Problem, ordinals: Sequence[int], size: int) -> tuple[Kernel, ...]:
+    model, shapes = problem.pricing.prices.model, problem.pricing.shapes
     return tuple(kernel for each in ordinals for kernel in shapes[each][size].unfused(model))
 
 
 def _alternatives(
-    posed: Posed, ordinals: Sequence[int], candidates: Sequence[Candidate], size: int
+    problem: Problem, ordinals: Sequence[int], candidates: Sequence[Candidate], size: int
 ) -> Iterator[tuple[str, tuple[Kernel, ...]]]:
-    pricing = posed.pricing
+    pricing = problem.pricing
     model = pricing.prices.model
-    yield UNFUSED, _unfused(posed, ordinals, size)
+    yield UNFUSED, _unfused(problem, ordinals, size)
     for candidate in candidates:
         assert candidate.site is not None and isinstance(candidate.match, Match)
         taken = candidate.site.taken(candidate.match.consumed)
-        is_modelled = posed.priced.provenance[posed.index[id(candidate.match)]] is Provenance.MODELLED
+        is_modelled = problem.priced.provenance[problem.index[id(candidate.match)]] is Provenance.MODELLED
         if taken is not None and is_modelled:
             fused, rest = list[Kernel](), list[Kernel]()
             for place, parts in pricing.taken(candidate, taken):
@@ -87,7 +87,7 @@ def _alternatives(
                 kernels = shape.fused if place == candidate.site.ordinal else shape.within
                 fused += kernels(model, candidate.provider, reduce=parts.reduce, tail=parts.tail)
                 rest += shape.rest(model, reduce=parts.reduce, tail=parts.tail)
-            copies = pricing.copies(candidate.match, posed.priced.tokens[size])
+            copies = pricing.copies(candidate.match, problem.priced.tokens[size])
             yield alternative_name([candidate], ordinals), (*fused, *copies, *rest)
 
 
@@ -98,24 +98,24 @@ def _time(kernel: Kernel) -> KernelTime:
     )  # fmt: skip
 
 
-def _measured(posed: Posed) -> Iterator[CostRow]:
+def _measured(problem: Problem) -> Iterator[CostRow]:
     """Rows of every component that was measured as a whole."""
-    table = posed.pricing.prices.table
+    table = problem.pricing.prices.table
     classes: Counter[str] = Counter()
     first: dict[tuple[str, frozenset[str]], tuple[int, ...]] = {}
-    for component in posed.components:
-        if table is not None and frozenset(component) in posed.problem.alternatives:
-            places = places_of(component, posed.candidates)
-            name = " & ".join(posed.sites[place] for place in places)
+    for component in problem.components:
+        if table is not None and frozenset(component) in problem.program.alternatives:
+            places = places_of(component, problem.candidates)
+            name = " & ".join(problem.sites[place] for place in places)
             classes[name] += 1
-            kind = frozenset(alternative_name([posed.candidates[index]], places) for index in component)
+            kind = frozenset(alternative_name([problem.candidates[index]], places) for index in component)
             first.setdefault((name, kind), component)
     for (name, _), component in first.items():
         assert table is not None
-        places = places_of(component, posed.candidates)
-        for tokens, shape in zip(posed.priced.tokens, posed.pricing.shapes[places[0]], strict=True):
-            for subset in ((), *compatible(component, posed.problem)):
-                alternative = alternative_name([posed.candidates[index] for index in subset], places)
+        places = places_of(component, problem.candidates)
+        for tokens, shape in zip(problem.priced.tokens, problem.pricing.shapes[places[0]], strict=True):
+            for subset in ((), *compatible(component, problem.program)):
+                alternative = alternative_name([problem.candidates[index] for index in subset], places)
                 found = table.interpolate(row_key(name, alternative), shape.rows)
                 if found is not None:
                     yield CostRow(

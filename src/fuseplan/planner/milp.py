@@ -26,7 +26,7 @@ NODES_PER_LINEAR_NODE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Relaxed:
-    """What linear relaxations found.
+    """The result of linear relaxations.
 
     Attributes:
         chosen: atoms, `packing.chosen` included; None where nothing feasible was found in the budget.

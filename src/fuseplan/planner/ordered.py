@@ -17,7 +17,7 @@ from fuseplan.matching import Match
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a policy chose.
+    """The choice of a policy.
 
     Attributes:
         chosen: the matches to apply, in graph order.

@@ -122,7 +122,7 @@ class State:
         return State(self.packing, self.alive, self.chosen, self.weight)
 
     def gain(self, atom: int) -> int:
-        """What taking an atom that is alive would add to the weight."""
+        """The weight that taking an open atom would add."""
         weights = self.packing.weights
         return sum(weights[each] for each in self.packing.closures[atom] if each not in self.chosen)
 
@@ -155,7 +155,7 @@ class State:
 
 
 def contract(component: Component) -> Packing | None:
-    """The packing problem of a component, or None if what is forced rules itself out."""
+    """The packing problem of a component, or None if forced candidates rule each other out."""
     size = len(component.savings)
     places = size if size <= MAX_PLACES else 0
     scale = (size + 1) << places

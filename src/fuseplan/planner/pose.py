@@ -16,36 +16,36 @@ from fuseplan.planner.components import components
 from fuseplan.planner.contradiction import ContradictionError, Groups
 from fuseplan.planner.costs import Provenance
 from fuseplan.planner.pricing import Priced, Prices, Pricing
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.rules.families import find_sites
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Posed:
-    """A graph's problem.
+class Problem:
+    """A graph's problem, as planned and reported.
 
     Attributes:
         canonical: the graph.
         candidates: in order of name; the problem knows them by index.
-        problem: what to solve.
+        program: what the solver is asked, in integers.
         priced: their prices.
-        pricing: what made them, for who wants to see the rows behind them.
+        pricing: where they come from, for the rows behind them.
         sites: the signature of every site, in graph order.
-        idle: selectors of what is forced or forbidden that select nothing in this graph.
-        forced: selectors of what is forced, with what is open to each of them at each place.
+        ineffective: selectors that select nothing in this graph.
+        forced: forcing selectors, each with its open candidates at each place.
         failed: candidates that failed verification, or need one that did, and why.
-        unpriced: candidates that a plan doesn't apply since nobody has priced them and they aren't forced.
+        unpriced: candidates that a plan doesn't apply since no price is known for them and they aren't forced.
         unmet: candidates that lack what their rule requires, and what that is.
     """
 
     canonical: CanonicalGraph
     candidates: tuple[Candidate, ...]
-    problem: Problem
+    program: IntegerProgram
     priced: Priced
     pricing: Pricing
     sites: tuple[str, ...]
-    idle: tuple[str, ...]
+    ineffective: tuple[str, ...]
     forced: Groups = ()
     failed: Mapping[int, str] = field(default_factory=dict)
     unpriced: frozenset[int] = frozenset()
@@ -53,20 +53,20 @@ class Posed:
 
     @property
     def ruled_out(self) -> frozenset[int]:
-        """What no policy applies: what is forbidden, has failed or lacks what it requires."""
-        return (self.problem.forbidden - self.unpriced) | self.failed.keys()
+        """Candidates that no policy applies: forbidden, failed or without one that they require."""
+        return (self.program.forbidden - self.unpriced) | self.failed.keys()
 
-    def without(self, failed: Mapping[int, str]) -> "Posed":
-        """The same problem without candidates that failed verification, and without what needs them. What is forced
-        comes after what is right: a place where all that is forced has failed is open again.
+    def without(self, failed: Mapping[int, str]) -> "Problem":
+        """The same problem without candidates that failed verification, and those that need them. A
+        place where all forced candidates have failed is open again.
         """
         reasons = {**self.failed, **failed}
-        problem = self.problem
+        program = self.program
         while more := {
-            **{i: _needs(self.candidates[j]) for i, j in problem.requires if j in reasons and i not in reasons},
+            **{i: _needs(self.candidates[j]) for i, j in program.requires if j in reasons and i not in reasons},
             **{
                 i: _needs(self.candidates[min(group & reasons.keys())])
-                for group in problem.together
+                for group in program.together
                 if not group.isdisjoint(reasons)
                 for i in group - reasons.keys()
             },
@@ -78,8 +78,8 @@ class Posed:
             self,
             failed=reasons,
             forced=tuple((text, left) for text, group in self.forced if (left := group - gone)),
-            problem=replace(
-                problem, forbidden=problem.forbidden | gone,
+            program=replace(
+                program, forbidden=program.forbidden | gone,
                 forced=frozenset(i for group in groups if len(group) == 1 for i in group),
                 one_of=tuple(group for group in groups if len(group) > 1),
             ),
@@ -91,7 +91,7 @@ class Posed:
         return self.priced.unfused[len(self.priced.unfused) // 2]
 
     def saved_by_size(self, selected: Sequence[int]) -> list[int]:
-        """What a selection saves at each size, in ns; what was never measured together counts nothing."""
+        """The saving of a selection at each size, in ns; parts that were never measured together count 0."""
         left, found = set(selected), list[tuple[int, ...]]()
         for members, savings in self.priced.together.items():
             if part := frozenset(left & members):
@@ -109,16 +109,16 @@ class Posed:
         chosen, names = set(selected), [candidate.name for candidate in self.candidates]
         for i in sorted(chosen & self.unmet.keys()):
             return f"{names[i]} can't be applied: {self.unmet[i]}"
-        for i, j in sorted(self.problem.conflicts):
+        for i, j in sorted(self.program.conflicts):
             if i in chosen and j in chosen:
                 return f"{names[i]} and {names[j]} can't be applied together"
-        for i, j in sorted(self.problem.requires):
+        for i, j in sorted(self.program.requires):
             if i in chosen and j not in chosen:
                 return f"{names[i]} needs {names[j]}, which isn't applied"
-        for group in self.problem.together:
+        for group in self.program.together:
             if missing := group - chosen if group & chosen else None:
                 return f"{names[min(group & chosen)]} and {names[min(missing)]} are applied together or not at all"
-        return "what it applies can't be applied together" if self.find_cycles(selected) else None
+        return "its fusions can't be applied together" if self.find_cycles(selected) else None
 
     @cached_property
     def index(self) -> dict[int, int]:
@@ -128,7 +128,7 @@ class Posed:
     @cached_property
     def components(self) -> list[tuple[int, ...]]:
         """Candidates that constrain each other, apart from cycles."""
-        return components(self.problem)
+        return components(self.program)
 
     def find_cycles(self, selected: Sequence[int]) -> list[tuple[int, ...]]:
         """A `CycleFinder`. Matches of rules are contracted in the canonical graph; where there are others', all of them
@@ -162,25 +162,25 @@ def pose(
     *,
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
-) -> Posed:
+) -> Problem:
     """The problem of one graph in one range.
 
     Args:
         canonical: the graph.
         matches: of rules, in any order.
         external: of other people's passes, in any order.
-        prices: what they cost.
+        prices: of fusions.
         span: first and last number of tokens.
         force: selectors of what has to be applied; see `selects`.
         forbid: selectors of what must not.
 
     Raises:
-        PlanError: what is forced is forbidden.
+        PlanError: a forced fusion is forbidden.
     """
     sites = find_sites(canonical)
     candidates = candidates_of(canonical, sites, matches, external)
     couplings = couplings_of(candidates)
-    structure = Problem(
+    structure = IntegerProgram(
         names=tuple(candidate.name for candidate in candidates),
         savings_ns=(0,) * len(candidates),
         conflicts=conflicts_of(candidates),
@@ -196,7 +196,7 @@ def pose(
     unpriced = _unpriced(candidates, priced, [group - closed for _, group in groups], structure) - closed
     forced = tuple((text, group - closed - unpriced) for text, group in groups)
     open_groups = dict.fromkeys(group for _, group in forced)
-    problem = replace(
+    program = replace(
         structure,
         savings_ns=tuple(priced.values),
         forced=frozenset(i for group in open_groups if len(group) == 1 for i in group),
@@ -205,18 +205,18 @@ def pose(
         alternatives=priced.alternatives,
     )
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
-    idle = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
-    return Posed(
-        canonical=canonical, candidates=candidates, problem=problem, priced=priced, pricing=pricing, sites=signatures,
-        idle=idle, forced=forced, unpriced=unpriced, unmet=couplings.unmet,
+    ineffective = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
+    return Problem(
+        canonical=canonical, candidates=candidates, program=program, priced=priced, pricing=pricing, sites=signatures,
+        ineffective=ineffective, forced=forced, unpriced=unpriced, unmet=couplings.unmet,
     )  # fmt: skip
 
 
 def _unpriced(
-    candidates: Sequence[Candidate], priced: Priced, forced: Sequence[frozenset[int]], structure: Problem
+    candidates: Sequence[Candidate], priced: Priced, forced: Sequence[frozenset[int]], structure: IntegerProgram
 ) -> frozenset[int]:
-    """Matches of rules that nobody has priced, but for what is forced where nobody has priced an alternative, and what
-    that needs. Other people's passes were handed over to be applied: of these an assumed price will do.
+    """Matches of rules without a price, except forced ones where no alternative has a price, and what these need.
+    Other people's passes were handed over to be applied: for them an assumed price will do.
     """
     assumed = {
         index
@@ -239,7 +239,7 @@ def _needs(candidate: Candidate) -> str:
 def _check_open(
     groups: Groups, forbidden: frozenset[int], forbid: Sequence[str], candidates: Sequence[Candidate]
 ) -> None:
-    """Refuses what is forced and leaves nothing open, since it is forbidden."""
+    """Refuses forcing selectors all of whose candidates are forbidden."""
     ruled_out: dict[str, set[int]] = {}
     for text, group in groups:
         if group <= forbidden:
@@ -249,7 +249,7 @@ def _check_open(
         raise ContradictionError(
             [f"force {text!r}", *(f"forbid {each!r}" for each in against)],
             [candidates[i].source for i in sorted(indices)],
-            "what is forced there is forbidden",
+            "every fusion forced there is forbidden",
         )
 
 
@@ -260,7 +260,7 @@ SELECTOR_FORM = "RULE[@PLACE | #SITE][:PROVIDER], e.g. act_padding, act_padding@
 
 
 def check_selector(text: str, rules: Sequence[str]) -> None:
-    """Refuses a selector of what is forced or forbidden.
+    """Refuses an invalid selector.
 
     Args:
         text: `RULE`, `RULE@PLACE` with a pattern of module paths, or `RULE#SITE`, each with `:PROVIDER` or without.
@@ -290,15 +290,15 @@ def selects(text: str, candidate: Candidate) -> bool:
     )
 
 
-def _groups(text: str, candidates: Sequence[Candidate], structure: Problem) -> list[frozenset[int]]:
-    """What a forcing selector means: at each place one of the candidates that it selects there, whoever runs it."""
+def _groups(text: str, candidates: Sequence[Candidate], structure: IntegerProgram) -> list[frozenset[int]]:
+    """The groups of a forcing selector: at each place one of the candidates that it selects there, whoever runs it."""
     by_place: dict[object, list[int]] = {}
     for index, candidate in enumerate(candidates):
         if selects(text, candidate):
             by_place.setdefault(candidate.site.ordinal if candidate.site else candidate.name, []).append(index)
     groups: list[frozenset[int]] = []
     for place in by_place.values():
-        # Of candidates that don't exclude each other, e.g. two that somebody coupled, all are meant.
+        # Of candidates that don't exclude each other, e.g. coupled ones, all are meant.
         exclusive = all((i, j) in structure.conflicts for k, j in enumerate(place) for i in place[:k])
         groups += [frozenset(place)] if exclusive else [frozenset((index,)) for index in place]
     return groups

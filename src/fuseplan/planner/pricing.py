@@ -1,4 +1,4 @@
-"""What alternatives save at their sites, in a compile range: from measured rows or from the cost model, never mixed."""
+"""Savings of alternatives at their sites, in a compile range: from measured rows or the cost model, never mixed."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, copies_text
 from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, Provenance
 from fuseplan.planner.declared import declared_ns, generated_ns
-from fuseplan.planner.problem import Problem
+from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.rules.families.sites import Shape, Site, Taken
 from fuseplan.rules.parts.traffic import Kernel, Tail, total_ns
@@ -93,7 +93,7 @@ def places_of(component: Sequence[int], candidates: Sequence[Candidate]) -> list
 
 
 def row_key(signature: str, alternative: str) -> str:
-    """The key of a row in a cost table: a component's sites, and what is applied there."""
+    """The key of a row in a cost table: a component's sites, and the fusions applied there."""
     return f"{signature}: {alternative}"
 
 
@@ -130,8 +130,8 @@ class Priced:
 
     Attributes:
         tokens: the sizes.
-        values: what each candidate saves, weighted over sizes, in ns.
-        savings: what each candidate saves at each size; empty where nothing is known of it.
+        values: the saving of each candidate, weighted over sizes, in ns.
+        savings: the saving of each candidate at each size; empty where it isn't known.
         costs: what each candidate's op and the copies of its results take at the middle size; None where nothing is
             known of it.
         provenance: where each candidate's price is from.
@@ -194,7 +194,7 @@ class Pricing:
         self._kinds = {place: kinds.setdefault(tuple(s), len(kinds)) for place, s in self.shapes.items()}
         self._known: dict[Hashable, tuple[tuple[int, ...], tuple[int | None, ...]]] = {}
 
-    def price(self, components: Sequence[tuple[int, ...]], structure: Problem) -> Priced:
+    def price(self, components: Sequence[tuple[int, ...]], structure: IntegerProgram) -> Priced:
         """Prices every component from measured rows where they suffice, and else from the model.
 
         Args:
@@ -326,7 +326,7 @@ class Pricing:
             total += self.prices.unfused_ns(shape) - rest
         return total
 
-    def _look_up(self, component: Sequence[int], structure: Problem) -> "_Component | None":
+    def _look_up(self, component: Sequence[int], structure: IntegerProgram) -> "_Component | None":
         """A component by the table; None where the model has to do it."""
         prices, places = self.prices, places_of(component, self.candidates)
         ours = all(isinstance(self.candidates[index].match, Match) for index in component)
@@ -361,7 +361,7 @@ class Pricing:
         return _Component(found_alone, before, _Table(values, by_size))
 
 
-def compatible(component: Sequence[int], structure: Problem) -> Iterator[tuple[int, ...]]:
+def compatible(component: Sequence[int], structure: IntegerProgram) -> Iterator[tuple[int, ...]]:
     """The subsets of a component, the empty one aside, in which nothing conflicts."""
 
     def grow(chosen: tuple[int, ...], rest: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -381,7 +381,7 @@ def break_ties(values: Mapping[frozenset[int], int], noise: Mapping[frozenset[in
     """Makes alternatives equal whose margin to the best lies inside the noise, so that no fusion wins, then names do.
 
     Args:
-        values: what each alternative saves; leaving all unfused, the empty one, saves 0.
+        values: the saving of each alternative; leaving all unfused, the empty one, saves 0.
         noise: the spread of each, the empty one included.
     """
     empty = frozenset[int]()

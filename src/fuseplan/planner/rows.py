@@ -23,7 +23,7 @@ class Rows:
 
     Attributes:
         tokens: this product, in the symbols of the graph; None where the graph has none.
-        traced: the number of tokens that the graph was traced with; 1 where no input tells.
+        traced: the number of tokens that the graph was traced with; 1 where no input shows it.
         environment: the `ShapeEnv` of the symbols, which has their ranges.
     """
 
@@ -138,7 +138,7 @@ def _environment(sizes: Iterable[Any]) -> Any:
 
 
 def _upper(environment: Any, expression: Any) -> float:
-    """The upper end of an expression's range: what Dynamo guards, or was told by `mark_dynamic(..., max=)`."""
+    """The upper end of an expression's range: Dynamo's guard, or the bound given to `mark_dynamic(..., max=)`."""
     upper: Any = ShapeEnv.bound_sympy(environment, expression).upper if environment is not None else math.inf
     return int(upper) if getattr(upper, "is_Integer", isinstance(upper, int)) else math.inf
 

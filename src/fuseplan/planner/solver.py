@@ -13,7 +13,7 @@ from fuseplan.planner.branch_and_bound import search
 from fuseplan.planner.components import Component, components, isolate
 from fuseplan.planner.milp import solve_linear
 from fuseplan.planner.packing import Packing, contract
-from fuseplan.planner.problem import CycleFinder, Problem, Solution
+from fuseplan.planner.program import CycleFinder, IntegerProgram, Solution
 
 DEFAULT_NODE_BUDGET = 20_000
 LARGE = 48
@@ -46,29 +46,29 @@ class Solver:
         self._answers: dict[Component, _Part | None] = {}
         self._regrets: dict[Component, tuple[int | None, ...]] = {}
 
-    def solve(self, problem: Problem, find_cycles: CycleFinder | None = None) -> Solution:
+    def solve(self, program: IntegerProgram, find_cycles: CycleFinder | None = None) -> Solution:
         """Chooses.
 
         Args:
-            problem: what there is to choose from.
+            program: the candidates and their constraints.
             find_cycles: of a selection that is legal otherwise; None: there can be none.
 
         Raises:
-            PlanError: what is forced rules itself out.
+            PlanError: forced fusions rule each other out.
         """
         cuts: list[tuple[int, ...]] = []
         nodes = 0
         while True:
-            members = components(problem, cuts)
-            parts = isolate(problem, members, cuts)
-            answers = [self._answer(problem, part, candidates) for part, candidates in zip(parts, members, strict=True)]
+            members = components(program, cuts)
+            parts = isolate(program, members, cuts)
+            answers = [self._answer(program, part, candidates) for part, candidates in zip(parts, members, strict=True)]
             selected = sorted(candidates[i] for a, candidates in zip(answers, members, strict=True) for i in a.chosen)
             nodes += sum(answer.nodes for answer in dict(zip(parts, answers, strict=True)).values())
             cycles = find_cycles(selected) if find_cycles and selected else ()
             objective, bound = sum(a.saving_ns for a in answers), sum(a.bound_ns for a in answers)
             if cycles and len(cuts) >= self.node_budget:
                 assert find_cycles
-                repaired = greedy(problem, heaviest, find_cycles, selected)
+                repaired = greedy(program, heaviest, find_cycles, selected)
                 selected, objective, cycles = [*repaired.selected], repaired.objective_ns, ()
             if not cycles:
                 return Solution(
@@ -84,18 +84,18 @@ class Solver:
             assert not set(new) & set(cuts), "a cut selection came back"
             cuts += dict.fromkeys(new)
 
-    def regrets(self, problem: Problem, cuts: Sequence[tuple[int, ...]]) -> list[int | None]:
+    def regrets(self, program: IntegerProgram, cuts: Sequence[tuple[int, ...]]) -> list[int | None]:
         """For each candidate by how much the best selection that holds it saves less than the best one at all; None
         where none holds it. In components too large to be solved again for each of them this is an upper bound: what
         its neighbours save in the best selection, less what it saves.
 
         Args:
-            problem: as it was solved.
+            program: as it was solved.
             cuts: of its solution.
         """
-        result: list[int | None] = [None] * len(problem.names)
-        members = components(problem, cuts)
-        for part, candidates in zip(isolate(problem, members, cuts), members, strict=True):
+        result: list[int | None] = [None] * len(program.names)
+        members = components(program, cuts)
+        for part, candidates in zip(isolate(program, members, cuts), members, strict=True):
             if part not in self._regrets:
                 self._regrets[part] = self._regrets_of(part)
             for candidate, regret in zip(candidates, self._regrets[part], strict=True):
@@ -125,10 +125,10 @@ class Solver:
             self._answers[part] = None if packing is None else _solve_packing(part, packing, self.node_budget)
         return self._answers[part]
 
-    def _answer(self, problem: Problem, part: Component, candidates: Sequence[int]) -> _Part:
+    def _answer(self, program: IntegerProgram, part: Component, candidates: Sequence[int]) -> _Part:
         answer = self._solved(part)
         if answer is None:
-            raise PlanError(_contradiction(problem, candidates))
+            raise PlanError(_contradiction(program, candidates))
         return answer
 
 
@@ -151,9 +151,9 @@ def _solve_packing(part: Component, packing: Packing, node_budget: int) -> _Part
     return _Part(chosen=selected, saving_ns=saving, bound_ns=max(bound, saving), nodes=nodes)
 
 
-def _contradiction(problem: Problem, candidates: Sequence[int]) -> str:
-    forced = [problem.names[c] for c in candidates if c in problem.forced]
-    forced += [" or ".join(problem.names[c] for c in sorted(g)) for g in problem.one_of if g.issubset(candidates)]
-    forbidden = [problem.names[c] for c in candidates if c in problem.forbidden]
+def _contradiction(program: IntegerProgram, candidates: Sequence[int]) -> str:
+    forced = [program.names[c] for c in candidates if c in program.forced]
+    forced += [" or ".join(program.names[c] for c in sorted(g)) for g in program.one_of if g.issubset(candidates)]
+    forbidden = [program.names[c] for c in candidates if c in program.forbidden]
     without = f" without {', '.join(forbidden[:3])}" if forbidden else ""
-    return f"what is forced can't all be applied{without}: {'; '.join(forced[:3])}"
+    return f"the forced fusions can't all be applied{without}: {'; '.join(forced[:3])}"

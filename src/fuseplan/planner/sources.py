@@ -43,5 +43,5 @@ def prices_of(
 
 
 def _cached(profile: DeviceProfile) -> CostTable | None:
-    """What was measured here, if the device is the one that is here."""
+    """Measurements made here, if the device is this machine's."""
     return cached_table(profile.name) if profile == local_profile() else None

@@ -225,7 +225,7 @@ ROUNDINGS: Final = frozenset({AttentionRounding.FLOAT32.value})
 
 
 def _unknown_kernel() -> Refusal:
-    detail = "the kernel of a device outside of torch: what it takes isn't known"
+    detail = "a kernel of a device outside of torch: its inputs aren't known"
     return Refusal(reason=Reason.PROVIDER, detail=detail, expected="one of torch's kernels", found="overrideable")
 
 

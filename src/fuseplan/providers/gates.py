@@ -33,7 +33,7 @@ class Offer:
         most_rows: how many rows of the first tensor its workspace or its counters hold, for given arguments; None: any
             number. Where a graph may have more, the op is no candidate, unless its kernel was registered with the same
             limit (`dialect.implement(..., most_rows=)`) and leaves such calls to the reference.
-        cost: what a call takes, where the cost model doesn't know the provider; see `Cost`. None: nobody has said, and
+        cost: what a call takes, where the cost model doesn't know the provider; see `Cost`. None: not declared, and
             the op isn't applied before it was measured, unless it is forced.
 
     Raises:
@@ -224,7 +224,7 @@ class Unshared:
     why: str
 
     def __call__(self, m: Any) -> Refusal | None:
-        """Why the arguments are refused, unless there is nobody to share with."""
+        """Why the arguments are refused, unless the rank is the only one."""
         name = m.values.get("group_name")
         if name is not None and group_size(name) == 1:
             return None

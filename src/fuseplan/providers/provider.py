@@ -38,14 +38,15 @@ class Provider:
         implements: the fused ops, by name, that fuseplan runs by it.
         prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
             does not call yet: they are candidates where a plan is only explained.
-        runs_alone: whether ranks meet in fuseplan's own workspaces: one rank alone can try such kernels, in
-            `distributed.workspace.alone`. Others' are verified by all ranks of a group together, before the first run.
+        runs_alone: whether collective kernels use fuseplan's own workspaces: one rank can run those by itself, in
+            `distributed.workspace.loopback`. Others are verified by all ranks of a group together, before the first
+            run.
         timing: how the cost model prices its kernels; None: it doesn't know them, and offers without a cost are no more
             than assumed to save anything.
         available: a function that returns None, or why the provider can't run on this machine; None: its package is
             all that it needs.
         untested: on what its kernels have not been run, for a person; None where they have been.
-        uuid: of a provider of a user's own: what tells its kernels and checks from former ones, or a function that
+        uuid: of a user's provider: what distinguishes its kernels and checks from former ones, or a function that
             returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
             graphs are not cached.
     """
@@ -100,7 +101,7 @@ class Provider:
             why = self.available()
         except Exception as error:
             what = f"{type(error).__name__}: {one_line(error)}"
-            raise ConfigError(f"whether {self.name} is available can't be told: {what}") from error
+            raise ConfigError(f"can't tell whether {self.name} is available: {what}") from error
         if why is not None and not isinstance(why, str):
             raise ConfigError(
                 f"available() of {self.name} returns {one_line(repr(why), 80)}: allowed are None and a line that says "
@@ -150,7 +151,7 @@ def provider_of(
     """A provider of one's own: it runs fused ops by given kernels.
 
     Args:
-        name: unique among the providers that are handed over together.
+        name: unique among the providers given together.
         kernels: by fused op; a kernel takes and yields what the op's reference does.
         description: for a person.
         vendors: whose devices it serves.
@@ -165,11 +166,11 @@ def provider_of(
             `vendors` is.
         cost: what a call takes: a `Timing` such as `ONE_KERNEL`, by which fuseplan's own kernels are priced; a
             `KernelCost`; microseconds; or a function of the arguments, as `Bindings` whose tensors have numbers for
-            sizes and no data, that returns microseconds. None: nobody has said; the ops aren't applied before they
+            sizes and no data, that returns microseconds. None: not declared; the ops aren't applied before they
             were measured, unless they are forced or the policy is `ordered`. A `Timing` prices ops that fuseplan has
             kernels for; another op it prices as `KernelCost()`.
-        uuid: what tells the kernels and the check from former ones, such as a version or a hash of their source, or a
-            function that returns it. Without it graphs are compiled, and kernels verified, anew at every start.
+        uuid: what distinguishes the kernels and the check from former ones, such as a version or a hash of their
+            source, or a function that returns it. Without it graphs are compiled, and kernels verified, at every start.
 
     Raises:
         RuleError: a kernel of that name is registered for one of the ops already.
@@ -216,7 +217,7 @@ def _conventions(given: Iterable[str]) -> frozenset[str]:
 
 
 def without_shared_memory(providers: Iterable[Provider], why: str) -> list[Provider]:
-    """The same without the kernels whose ranks meet in fuseplan's own workspaces; `why` is said of those.
+    """The same without the collective kernels that use fuseplan's own workspaces; `why` is the reason.
 
     Args:
         providers: any.

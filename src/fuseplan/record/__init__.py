@@ -1,4 +1,4 @@
-"""What everything speaks of: pure data, JSON in and out, no torch."""
+"""The records that all rooms share: pure data, JSON in and out, no torch."""
 
 from fuseplan.record.counterfactual import Change, Difference, changes, differences
 from fuseplan.record.evidence import (

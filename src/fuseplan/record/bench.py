@@ -1,4 +1,4 @@
-"""What a model's steps take under several policies."""
+"""Times of a model's steps under several policies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,11 +65,11 @@ class BatchTimes:
         return (self._share(beside.low_ns), self._share(beside.high_ns)) if beside else (0.0, 0.0)
 
     def is_noise(self, each: PolicyTime) -> bool:
-        """Whether the repeats don't tell it from plain `torch.compile`."""
+        """Whether the repeats can't distinguish it from plain `torch.compile`."""
         return each.beside_plain is None or not each.beside_plain.is_clear
 
     def is_even(self, each: PolicyTime) -> bool:
-        """Whether the repeats tell that the difference to plain `torch.compile` is below 1 %."""
+        """Whether the repeats show that the difference to plain `torch.compile` is below 1 %."""
         return each.beside_plain is None or each.beside_plain.is_even(self.plain.step_ns)
 
     def _share(self, time_ns: int) -> float:
@@ -89,7 +89,7 @@ class Bench:
         date: of the run, ISO 8601, in UTC.
         repeats: interleaved, of which the median is taken.
         batches: in ascending order.
-        notes: what a reader has to know, one line each.
+        notes: caveats, one line each.
         command: that ran it; empty where it was none.
     """
 

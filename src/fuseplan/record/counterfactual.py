@@ -1,4 +1,4 @@
-"""What forcing and forbidding changes: two reports on the same graphs, place by place."""
+"""The effect of forcing and forbidding: two reports on the same graphs, place by place."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What a range saves under two reports.
+    """The savings of a range under two reports.
 
     Attributes:
         range: first and last number of tokens, None where they aren't limited.
-        before_ns: what the first saves there.
-        after_ns: what the second saves.
+        before_ns: the saving of the first there.
+        after_ns: the saving of the second.
     """
 
     range: tuple[int, int] | None
@@ -60,7 +60,7 @@ def changes(before: Report, after: Report) -> tuple[Change, ...]:
 
 
 def differences(before: Report, after: Report) -> tuple[Difference, ...]:
-    """What each range saves under both."""
+    """The savings of each range under both."""
     totals: dict[tuple[int, int] | None, list[int]] = {}
     for old, new in _pairs(before, after):
         total = totals.setdefault(old.range, [0, 0])

@@ -14,7 +14,7 @@ class Box:
         name: of the op's node, or of the first node of those between.
         op: the dialect op's name; None where other ops are summed up.
         ops: what the original graph calls for it, counted, e.g. `{"aten.mm.default": 1}`.
-        members: names of the canonical nodes it stands for.
+        members: names of the canonical nodes in it.
         inputs: places, in the drawing, of the boxes whose values it reads, ascending.
         source: the module of the user's model that all of it belongs to, if known.
         line: `file.py:12`, the line of the user's model that it comes from, if there is one for all of it.
@@ -72,7 +72,7 @@ class CostRow:
     Attributes:
         site: the class: the ops of a component's places, their widths, dtype and rounding.
         places: how many components of a step are of this class, in one graph and range.
-        alternative: `unfused`, or what is applied: rule, fused op, provider.
+        alternative: `unfused`, or the applied fusion: rule, fused op, provider.
         tokens: the size.
         time_ns: of all ops of the class, those included that the alternative leaves unfused.
         spread_ns: the interquartile range; 0 where modelled.
@@ -111,12 +111,12 @@ class DeviceConstant:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyAt:
-    """What one policy does if it has to serve one size alone.
+    """The decision of one policy for a single size.
 
     Attributes:
         policy: as on the command line.
-        saved_ns: what it saves a step.
-        fused: what it applies, counted by rule and provider, e.g. `{"allreduce_rms triton": 73}`, zeros left out.
+        saved_ns: its saving in a step.
+        fused: its fusions, counted by rule and provider, e.g. `{"allreduce_rms triton": 73}`, zeros left out.
     """
 
     policy: str
@@ -147,7 +147,7 @@ class Evidence:
 
     Attributes:
         drawings: one a graph.
-        costs: what plans were priced by, by class, size and alternative.
+        costs: the prices behind plans, by class, size and alternative.
         constants: of the device's cost model.
         sizes: in ascending order.
     """

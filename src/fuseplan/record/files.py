@@ -24,7 +24,7 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
         OSError: it can't be read, or is a folder, a pipe or a device, which may have no end or make its reader wait.
         ValueError: it has more than `most_bytes`.
     """
-    # Opening a pipe would wait for who writes to it.
+    # Opening a pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(descriptor).st_mode
@@ -76,7 +76,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes bytes, or a text in UTF-8. Who reads `path` meanwhile, or after a crash, finds the old file or the new.
+    """Writes bytes, or a text in UTF-8. A reader of `path` meanwhile, or after a crash, finds the old file or the new.
 
     A link stays one: what it points to is replaced.
 
@@ -117,7 +117,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 def _target(path: Path) -> Path:
-    """What a path leads to, through links.
+    """The target of a path, through links.
 
     Raises:
         OSError: it leads in a circle, or no file can have that path.

@@ -16,7 +16,7 @@ class Fusion:
         contested_op: the dialect op that other fusions could want too: the core of the match.
         site: a name for the place that every candidate there shares: the core's node.
         source: module path in the user's model, if known.
-        saving_ns: what it saves, weighted over the sizes of the range; None where nothing was priced.
+        saving_ns: its saving, weighted over the sizes of the range; None where nothing was priced.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
         site_class: what its site has in common with others that cost the same, as `CostRow.site` names it; None for
             somebody else's pass.
@@ -46,7 +46,7 @@ class Loss:
         fusion: the fusion.
         blocked_by: the applied ones that took its nodes; empty where it was not worth it.
         lost_ns: by how much less would be saved with it; negative where more would be, as can be under `ordered`.
-        flips_at_ns: what its op would have to take at most to be applied; None where no time is short enough.
+        flips_at_ns: the longest time of its op at which it would be applied; None where no time is short enough.
         forbidden: whether it was ruled out by `PassConfig.forbid`.
     """
 
@@ -64,7 +64,7 @@ class SizePrice:
     Attributes:
         tokens: the size.
         unfused_ns: as Inductor leaves them.
-        saved_ns: what the applied fusions save of that.
+        saved_ns: the part of it that the applied fusions save.
     """
 
     tokens: int
@@ -85,8 +85,8 @@ class ConflictClass:
         sources: the places in the user's model.
         lost_us: how much less a place would save if the loser were applied there, by its best provider: the mean over
             places; negative where it would save more.
-        flips_at_us: what the loser's op would have to take at most to be applied, the mean over places; None where no
-            time is short enough.
+        flips_at_us: the longest time of the loser's op at which it would be applied, the mean over places; None where
+            no time is short enough.
     """
 
     rules: tuple[str, ...]

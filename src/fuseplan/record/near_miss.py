@@ -18,7 +18,7 @@ class NearMiss:
         detail: the first of them, for a person.
         source: the first place in the user's model.
         count: in how many places, over all graphs and ranges.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
         nearness: how much of a match there is.
         expected: what the pattern or the predicate asks for, the same in all of them.
         found: what is there, likewise.
@@ -49,8 +49,8 @@ class NearMiss:
 
 
 def near_misses_of(refusals: Iterable[Refusal]) -> tuple[NearMiss, ...]:
-    """One row a cause: the nearest first, then the most frequent; that nobody implements an op comes after what can be
-    mended.
+    """One row a cause: the nearest first, then the most frequent; ops without a provider come after what can be
+    fixed.
     """
     causes: dict[tuple[object, ...], list[Refusal]] = {}
     for refusal in refusals:
@@ -80,7 +80,7 @@ _OF_A_WHOLE = frozenset(
 
 
 def cause_of(refusal: Refusal | NearMiss) -> tuple[object, ...]:
-    """What equal refusals share: all that is told but names of nodes and symbols of sizes.
+    """What equal refusals share: all but names of nodes and symbols of sizes.
 
     Two lines of the model with the same op in the way are two obstacles: both have to be changed. Where nothing is in
     the way of the place itself, lines don't count.
@@ -93,7 +93,7 @@ def cause_of(refusal: Refusal | NearMiss) -> tuple[object, ...]:
 
 
 _NUMBERED = re.compile(r"(?<=[a-z])_\d+\b|\bs\d+\b")
-"""What tells `add_12` from `add`, and the number of a symbolic size."""
+"""The number in `add_12`, and that of a symbolic size."""
 
 
 def _distance(row: NearMiss) -> tuple[int, bool, int, str, str]:

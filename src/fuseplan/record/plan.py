@@ -1,5 +1,5 @@
-"""A plan: what is applied to one graph in one compile range, what is not and why, and the proof that nothing better is
-legal. Saved as JSON, compared, replayed.
+"""A plan: the fusions applied to one graph in one compile range, the others and why not, and the proof that none is
+better. Saved as JSON, compared, replayed.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Selected:
         name: place, rule, fused op, provider; the same on every rank.
         signature: the op with dtypes, static sizes and attributes.
         source: module path in the user's model, if known.
-        saving_ns: what it saves, weighted over the sizes of the range.
+        saving_ns: its saving, weighted over the sizes of the range.
         provenance: how that is known: `measured`, `modelled`, `declared` by its owner, or `assumed`.
     """
 
@@ -46,10 +46,10 @@ class Rejected:
         name: as for `Selected`.
         signature: likewise.
         source: likewise.
-        saving_ns: what it would save by itself; negative where it costs.
-        blocked_by: names of what stands in its way; empty where it is just not worth it.
+        saving_ns: its saving by itself; negative where it costs.
+        blocked_by: names of what is in its way; empty where it is just not worth it.
         lost_ns: by how much a plan that has to apply it saves less; None where none can.
-        flips_at_ns: what its op would have to take at most to be applied; None where no time is short enough, or its
+        flips_at_ns: the longest time of its op at which it would be applied; None where no time is short enough, or its
             time isn't known.
         provenance: as for `Selected`.
     """
@@ -66,7 +66,7 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is applied to one graph.
+    """The fusions applied to one graph.
 
     Attributes:
         graph: its name in the report.
@@ -76,9 +76,9 @@ class Plan:
         sites: the signature of every place that fusions could want, in graph order.
         selected: in order of name.
         rejected: in order of name.
-        objective_ns: what the selected save together.
+        objective_ns: the saving of the selected together.
         bound_ns: no legal selection saves more.
-        unfused_ns: what all contested sites take unfused, at the middle size of the range.
+        unfused_ns: the unfused time of all contested sites, at the middle size of the range.
         components: how many sets of candidates are independent of each other.
         classes: how many of those differ.
         cuts: sets of candidates that would be cyclic together.
@@ -105,12 +105,12 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """sha256 of what is applied where by rule, op, provider, shape and place; no node names and no prices."""
+        """sha256 of the applied fusions by rule, op, provider, shape and place; no node names and no prices."""
         return choice_digest(self.sites, [(each.name, each.signature) for each in self.selected])
 
 
 def choice_digest(sites: Sequence[str], chosen: Sequence[tuple[str, str]]) -> str:
-    """sha256 of the sites of a graph, and of names and signatures of what is applied there."""
+    """sha256 of the sites of a graph, and of names and signatures of the fusions there."""
     return hashlib.sha256(json.dumps([sites, chosen]).encode()).hexdigest()
 
 
@@ -194,7 +194,7 @@ class SavedPlans:
 
 
 def diff(left: SavedPlans, right: SavedPlans) -> list[str]:
-    """What changed between two files, one line each; empty where the same is applied at the same places."""
+    """The changes between two files, one line each; empty where the same is applied at the same places."""
     lines = [
         f"{name}: {before} -> {after}"
         for name, before, after in (("workload", left.workload, right.workload), ("tp", left.tp, right.tp))

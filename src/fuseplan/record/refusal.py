@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """What kind of thing stood in the way."""
+    """The kind of obstacle."""
 
     OP = "op"
     """Another op than the pattern expects."""
@@ -20,7 +20,7 @@ class Reason(StrEnum):
     GROUP = "group"
     """A process group that isn't known here, or two that would have to be one."""
     DEAD = "dead"
-    """What would be fused computes nothing that is used."""
+    """The result of the ops isn't used."""
     ATTRIBUTE = "attribute"
     """An attribute that the replacement would drop."""
     ROUNDING = "rounding"
@@ -40,13 +40,13 @@ class Reason(StrEnum):
     UNPRICED = "unpriced"
     """Nobody has measured, modelled or declared what it takes."""
     COUPLED = "coupled"
-    """What it requires, or is only applied together with, isn't applied."""
+    """A fusion that it requires, or is only applied together with, isn't applied."""
     LIMIT = "limit"
     """Beyond `max_fusions`."""
     VERIFICATION = "verification"
-    """The fused op was run here and is not what it stands for."""
+    """The fused op was run here and differs from the unfused ops."""
     FAULT = "fault"
-    """A rule, a provider or fuseplan itself raised what nobody expects."""
+    """A rule, a provider or fuseplan itself raised an unexpected error."""
     RANKS = "ranks"
     """The ranks of a process group didn't agree on one plan."""
     REPEATS = "repeats"
@@ -81,7 +81,7 @@ class Refusal:
         op: the dialect op at the heart of what was refused, if there is one.
         nodes: names of the FX nodes concerned, the one in the way first.
         source: module path or line of the user's model, of the node in the way, if known.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
         nearness: how much of a match there is; None for what isn't about a place in a graph.
         expected: the op that the pattern has in the place of the node in the way, or what the predicate asks for.
         found: what is there.

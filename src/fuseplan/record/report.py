@@ -20,7 +20,7 @@ from fuseplan.record.verification import Pending, Verification
 
 @dataclass(frozen=True, kw_only=True)
 class GraphReport:
-    """What happened to one graph in one compile range.
+    """The record of one graph in one compile range.
 
     Attributes:
         graph: a name, unique within a report.
@@ -33,20 +33,20 @@ class GraphReport:
         stages_ns: time of each stage, in nanoseconds.
         rewritten: whether the graph was changed; False under `off` and in `explain`.
         plan: the plan, under `planned`.
-        sizes: what is saved at each size that was priced.
-        saved_ns: what the applied fusions save, weighted over sizes.
-        unfused_ns: what all contested sites take unfused, at the middle size.
-        step_ns: what the whole graph takes unfused at the middle size, estimated from what it moves and multiplies at
+        sizes: the saving at each priced size.
+        saved_ns: the saving of the applied fusions, weighted over sizes.
+        unfused_ns: the unfused time of all contested sites, at the middle size.
+        step_ns: the unfused time of the whole graph at the middle size, estimated from what it moves and multiplies at
             the device's limits, by `explain`; None where that isn't known.
         plan_ns: how long the solver took.
         groups: names of the process groups whose collectives are in the graph.
         workspaces: shared memory that applied fusions need before they run: names of groups, of dtypes and of this
             rank's devices.
-        digest: of what is applied where; the same on every rank, or else none of them runs it. Empty where nothing is.
+        digest: of the applied fusions; the same on every rank, or else none of them runs it. Empty where nothing is.
         verified: the fused ops that were checked against the unfused ones, those that failed included.
         pending: applied fused ops that all ranks of their group verify together before the first run. The report after
             it has them among `verified`.
-        from_cache: whether the report was stored by an earlier compilation that a warm compile cache now stands for.
+        from_cache: whether the report was stored by an earlier compilation, and found with a warm compile cache.
     """
 
     graph: str
@@ -114,14 +114,14 @@ def again(report: GraphReport, ordinal: int, first: str | None = None, place: st
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one policy did to every graph, over all compile ranges.
+    """The record of one policy on every graph, over all compile ranges.
 
     Attributes:
         policy: `planned`, `ordered` or `off`.
         order: the order of registration of an `ordered` policy.
         rules: every rule that the configuration switched on, in order of name; `fused` has a key for each.
         graphs: one entry for each graph and range.
-        warnings: what was on but can have no effect, and other things a user should see once.
+        warnings: flags without effect, and other things a user should see once.
         force: selectors of what had to be applied.
         forbid: selectors of what must not be.
         breaks: graph breaks met while tracing, of `explain`; a compilation doesn't see them.
@@ -195,12 +195,12 @@ class Report:
 
     @property
     def saved_us(self) -> float:
-        """What the applied fusions save, over all graphs and ranges, in microseconds."""
+        """The saving of the applied fusions, over all graphs and ranges, in microseconds."""
         return sum(graph.saved_ns for graph in self.graphs) / 1000
 
     @property
     def assumed(self) -> dict[tuple[str, str], list[Fusion]]:
-        """What is applied and was priced by nobody, by rule and provider, over all graphs and ranges."""
+        """Applied fusions without a known price, by rule and provider, over all graphs and ranges."""
         found: dict[tuple[str, str], list[Fusion]] = {}
         for fusion in (each for graph in self.graphs for each in graph.applied if each.provenance == ASSUMED):
             found.setdefault((fusion.rule, fusion.provider), []).append(fusion)
@@ -208,7 +208,7 @@ class Report:
 
     @property
     def region_us(self) -> float:
-        """What all contested sites take, over all graphs and ranges, in microseconds."""
+        """The time of all contested sites, over all graphs and ranges, in microseconds."""
         return sum(graph.unfused_ns - graph.saved_ns for graph in self.graphs) / 1000
 
     @cached_property
@@ -235,7 +235,7 @@ MOST_LAYERS = 10_000
 """Of a model that is built from a number: more than any has, and building them ends within minutes."""
 
 ASSUMED = "assumed"
-"""How a price is known that nobody has measured, modelled or declared."""
+"""The provenance of a price that is neither measured, modelled nor declared."""
 
 UNFUSED = "unfused"
 """The winner where leaving a site to Inductor is cheaper."""
@@ -269,7 +269,7 @@ class Comparison:
         reports: one for each policy.
         breaks: graph breaks met while tracing, one line each.
         trace_ns: time to build and trace the model.
-        notes: what a reader of the figures has to know, one line each.
+        notes: caveats about the figures, one line each.
         unconstrained: the first policy that what is forced and forbidden concerns, without it, where something is.
         evidence: what a reader can look up, where it was asked for.
     """

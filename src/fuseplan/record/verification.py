@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """One fused op by one provider, on arguments of one kind, against what it stands for.
+    """One fused op by one provider, on arguments of one kind, against the unfused ops.
 
     Attributes:
         rule: the fusion, or somebody's pass.
@@ -89,7 +89,7 @@ class PendingCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """One fused op by one provider in whose kernel ranks meet: all of them verify it together, before the first run of
+    """One fused op by a provider whose kernel is collective: all ranks verify it together, before the first run of
     the graph that it is in. It has all that this takes, since a warm compile cache brings no graph.
 
     Attributes:
@@ -98,7 +98,7 @@ class Pending:
         ops: the rule's ops on one line, which tell it from others of its name.
         provider: whose kernel is run.
         signature: the op with dtypes, static sizes and attributes.
-        group: the name of the process group whose ranks meet.
+        group: the name of the process group.
         cases: what it is run on, the smallest size first.
         unfused: what the graph has in place of those arguments, where a kernel rounds elsewhere.
     """

@@ -20,7 +20,7 @@ GRAPH_ENDS = ("an input of the graph", "the graph's output")
 
 
 class AbsenceKind(StrEnum):
-    """What kind of thing explains that a fusion is not there."""
+    """The kind of reason for which a fusion is missing."""
 
     CONFLICT = "conflict"
     """It matches, and another fusion takes its nodes."""
@@ -29,7 +29,7 @@ class AbsenceKind(StrEnum):
     FORBIDDEN = "forbidden"
     """It matches, and must not be applied."""
     NEAR_MISS = "near miss"
-    """It doesn't match, and the report says what stands in the way."""
+    """It doesn't match, and the report says why."""
     LEFT_ALONE = "left alone"
     """The graph as a whole was not looked at."""
     OFF = "off"
@@ -56,7 +56,7 @@ class Absence:
         lost_us: how much less a place would save with it, the mean over places; negative where it would save more.
         line: `file.py:12` of the user's model, if known.
         code: the text of that line, if known.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
     """
 
     kind: AbsenceKind
@@ -142,7 +142,7 @@ class Witness:
         return None
 
     def of_rule(self, rule: str) -> Iterator[tuple[Finding, Span, str | None]]:
-        """All that stands in the way of a rule: at which range and place, a line of code where there is no module."""
+        """Every obstacle to a rule: at which range and place, a line of code where there is no module."""
         if self.policy_off(rule) is not None:
             return
         for graph in self.report.graphs:
@@ -190,7 +190,7 @@ class Witness:
         return self._in_layers.get((span, layer), []) if layer is not None else []
 
     def _nothing(self, kernel: Kernel, span: Span) -> Finding:
-        """What is to be said where the report has nothing about a place."""
+        """The finding where the report has nothing about a place."""
         if span in self._left_alone:
             return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
         if kernel.rule not in self.report.rules:
@@ -219,13 +219,13 @@ class Witness:
         if any(each.op == kernel.op for kernels in others for each in kernels):
             # An order looks at one provider a match, the one that saves the most.
             slower = ", or a slower one" if self.report.order else ""
-            told = f"it matches, and {kernel.provider} has no kernel for it any more{slower}"
-            return [Finding(AbsenceKind.OFF, None, told)]
+            detail = f"it matches, and {kernel.provider} has no kernel for it any more{slower}"
+            return [Finding(AbsenceKind.OFF, None, detail)]
         ops = sorted({each.op for kernels in others for each in kernels})
         if not ops:
             return []
-        told = f"what matches there now is {enumerate_names(ops)}, and no longer {kernel.op}"
-        return [Finding(AbsenceKind.CHANGED, None, told)]
+        detail = f"{enumerate_names(ops)} matches there now, and no longer {kernel.op}"
+        return [Finding(AbsenceKind.CHANGED, None, detail)]
 
 
 def absences(findings: Sequence[Finding]) -> list[Absence]:
@@ -291,7 +291,7 @@ def _of_contest(kind: AbsenceKind, losses: Sequence[Loss]) -> Absence:
     margins = [loss.lost_ns for loss in losses if loss.lost_ns is not None]
     lost_us = round(sum(margins) / len(margins) / 1000, 3) if margins else None
     if kind is AbsenceKind.FORBIDDEN:
-        detail, mend = "it matches, and is forbidden", "take it off what is forbidden"
+        detail, mend = "it matches, and is forbidden", "don't forbid it"
     elif kind is AbsenceKind.NOT_WORTH_IT:
         cheaper = "" if lost_us is None else f" {lost_us:.1f} us a place"
         detail, mend = f"it matches, and leaving it to Inductor is{cheaper} cheaper", None

@@ -77,7 +77,7 @@ def _needed(times: BatchTimes, each: PolicyTime) -> int | None:
 
 
 def _is_open(times: BatchTimes, each: PolicyTime) -> bool:
-    """Whether the repeats tell neither a difference to plain torch.compile nor that there is none."""
+    """Whether the repeats show neither a difference to plain torch.compile nor that there is none."""
     return each.policy != PLAIN and times.is_noise(each) and not times.is_even(each)
 
 

@@ -68,7 +68,7 @@ class _Unit(NamedTuple):
 
 
 def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
-    """What a report has and its lock has not, and the reverse, in the ranges of the lock.
+    """The differences between a report and its lock, in the ranges of the lock.
 
     Args:
         lock: what is expected.
@@ -79,10 +79,10 @@ def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
         unit for span, placed in lock.placed.items() for unit in _units(placed, placed_in(report, span), span, witness)
     ]
     explained = [unit for unit in units if unit.finding is not None]
-    told = absences([unit.finding for unit in explained if unit.finding is not None])
+    by_unit = absences([unit.finding for unit in explained if unit.finding is not None])
     rows: dict[tuple[int | None, Kernel | None, Kernel | None], list[_Unit]] = defaultdict(list)
-    causes = {id(cause): cause for cause in told}
-    for unit, cause in zip(explained, told, strict=True):
+    causes = {id(cause): cause for cause in by_unit}
+    for unit, cause in zip(explained, by_unit, strict=True):
         rows[id(cause), unit.before, unit.after].append(unit)
     for unit in units:
         if unit.finding is None:
@@ -101,7 +101,7 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
         gained[kernel, new] -= 1
         yield _Unit(span, old, kernel, kernel, Finding(AbsenceKind.RENAMED, now=new))
     lost, gained = +lost, +gained
-    # What has come to a place. Of places without a module path nobody can tell which is which.
+    # What has come to a place. Places without a module path can't be distinguished.
     come: dict[str | None, list[Kernel]] = defaultdict(list)
     for (kernel, place), count in sorted(gained.items(), key=_by_text, reverse=True):
         if place is not None:
@@ -118,7 +118,7 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
 
 def _renamed(lost: Placed, gained: Placed, span: Span, witness: Witness) -> list[tuple[Kernel, str, str]]:
     """Fusions that are still in their layer, at places with other names: (kernel, name before, name now). Which is
-    which can't be told where a layer has several, and so as many have to be there as before.
+    which isn't known where a layer has several, and so as many have to be there as before.
     """
     taken = {place for _, place in lost}, {place for _, place in gained}
     old: dict[tuple[Kernel, str], list[str]] = defaultdict(list)

@@ -10,7 +10,7 @@ from fuseplan.report.lock import Span
 from fuseplan.report.paragraphs import Line, break_paragraphs, cause_lines, where_text
 
 MOST_CAUSES = 5
-"""Causes that are told of one rule, the likeliest first."""
+"""Causes that are shown of one rule, the likeliest first."""
 
 
 def unmet(report: Report, expected: Mapping[str, int]) -> list[list[Line]]:
@@ -40,18 +40,18 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
         yield lines
         return
     witness = Witness(report)
-    told = _missing(witness, rule)
-    if not told:
+    causes = _missing(witness, rule)
+    if not causes:
         lines.append(Line("why", _nothing(witness, rule, "nothing else" if found else "nothing")))
     yield lines
-    for cause, places in told[:MOST_CAUSES]:
+    for cause, places in causes[:MOST_CAUSES]:
         yield [Line("missed", where_text(wheres(places), ranges)), *cause_lines(cause)]
-    if len(told) > MOST_CAUSES:
-        yield [Line("", f"and {len(told) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
+    if len(causes) > MOST_CAUSES:
+        yield [Line("", f"and {len(causes) - MOST_CAUSES} further causes: see near_misses of fuseplan.explain(...)")]
 
 
 def _nothing(witness: Witness, rule: str, nothing: str) -> str:
-    """What is to be said of a rule where the report names nothing in its way, and has `nothing` (else) of it."""
+    """The text for a rule where the report has no obstacle, and `nothing` (else) of it."""
     policy = witness.policy_off(rule)
     if policy is not None:
         return policy.detail

@@ -36,7 +36,7 @@ Span = tuple[int, int] | None
 
 
 class Kernel(NamedTuple):
-    """What is applied at a place."""
+    """The kernel applied at a place."""
 
     rule: str
     op: str
@@ -79,9 +79,9 @@ class LockSettings:
         tp: ranks of tensor parallelism, up to `MOST_RANKS`; None where the caller made the model.
         layers: another number of layers than the model's own, up to `MOST_LAYERS`.
         costs: where prices come from; nothing but the model is the same on every machine.
-        providers: who may run fused ops; empty: all.
-        force: what the plan has to apply.
-        forbid: what it must not apply.
+        providers: those that may run fused ops; empty: all.
+        force: selectors of fusions to apply.
+        forbid: selectors of fusions not to apply.
         allow_rounding_changes: whether kernels may round elsewhere than the graph.
         flags: of `PassConfig`, where they aren't the defaults.
         limits: of `PassConfig`, likewise.
@@ -141,7 +141,7 @@ class FusionLock:
     """Which fusions there are.
 
     Attributes:
-        settings: what was asked.
+        settings: those of the check.
         fusions: for each set of ranges with the same fusions, `RULE OP PROVIDER` with its folded places.
         schema: of the file.
 
@@ -168,7 +168,7 @@ class FusionLock:
         """The fusions of a report.
 
         Args:
-            settings: what was asked.
+            settings: those of the check.
             report: the answer.
         """
         same: dict[frozenset[tuple[Any, int]], list[Span]] = {}
@@ -182,7 +182,7 @@ class FusionLock:
 
     @cached_property
     def placed(self) -> Mapping[Span, Placed]:
-        """What is applied where, by range, in their order.
+        """The applied kernels by place, by range, in their order.
 
         Raises:
             ValueError: a range is there twice, a line can't be read, or there are too many places.
@@ -258,7 +258,7 @@ def check_writable(path: Path) -> None:
 
 
 def placed_in(report: Report, span: Span) -> Placed:
-    """What a report applies where in one range, over all of its graphs."""
+    """The kernels that a report applies in one range, over all of its graphs."""
     return Placed(
         (Kernel.of(fusion), module_of(fusion.source))
         for graph in report.graphs
@@ -301,7 +301,7 @@ def parse_span(text: str) -> Span:
 
 
 def contradiction(changes: Mapping[str, tuple[str, str]], other: str) -> str:
-    """What a lock pins and somebody says otherwise, as the end of a sentence.
+    """What contradicts a lock, as the end of a sentence.
 
     Args:
         changes: as `LockSettings.changes` yields them.

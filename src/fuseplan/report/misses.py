@@ -11,7 +11,7 @@ from fuseplan.report.places import places
 from fuseplan.report.text import count_of, entry, enumerate_names, indented
 
 SHOWN = 8
-"""Causes that are told in full; the rest are counted."""
+"""Causes that are shown in full; the rest are counted."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def causes(rows: Iterable[NearMiss]) -> list[Cause]:
 def render_near_misses(rows: Sequence[NearMiss]) -> tuple[list[RenderableType], list[RenderableType]]:
     """What nearly matched, in full; and what providers decline and what is far from a match, in a line each."""
     near = [row for row in rows if row.nearness not in (Nearness.DECLINED, Nearness.ABSENT)]
-    told = causes(near)
+    shown = causes(near)
     lines: list[RenderableType] = []
-    for cause in told[:SHOWN]:
+    for cause in shown[:SHOWN]:
         lines += _paragraph(cause)
-    if len(told) > SHOWN:
-        lines.append(entry("near miss", f"{len(told) - SHOWN} more causes: --json and --html have them all"))
+    if len(shown) > SHOWN:
+        lines.append(entry("near miss", f"{len(shown) - SHOWN} more causes: --json and --html have them all"))
     aside: list[RenderableType] = [entry("declined", Text(line, style="dim"), "dim") for line in _declined(rows)]
     aside += [entry("no match", Text(line, style="dim"), "dim") for line in _far(rows)]
     return lines, aside
@@ -62,7 +62,7 @@ def _paragraph(cause: Cause) -> Iterator[RenderableType]:
     if at or row.code:
         yield indented(Text.assemble("at    ", at, (f"  {row.code}" if row.code else "", "italic dim")))
     if row.mend:
-        yield indented(Text.assemble(("mend  ", "green"), row.mend))
+        yield indented(Text.assemble(("fix   ", "green"), row.mend))
 
 
 def _declined(rows: Sequence[NearMiss]) -> Iterator[str]:
@@ -82,5 +82,5 @@ def _far(rows: Sequence[NearMiss]) -> Iterator[str]:
         found = enumerate_names(list(dict.fromkeys(str(row.found) for row in members)))
         where = places(site for row in members for site in row.sites)
         total = count_of(sum(row.count for row in members), "place")
-        told = f": {where}" if where else ""
-        yield f"{enumerate_names(rules)} in {total}, where {found} is and no {expected}{told}"
+        at = f": {where}" if where else ""
+        yield f"{enumerate_names(rules)} in {total}, where {found} is and no {expected}{at}"

@@ -17,7 +17,7 @@ MOST_LINES = 6
 
 STYLES = {
     "lost": "bold red", "wrong": "bold red", "moved": "bold yellow", "missed": "bold yellow", "gained": "bold green",
-    "mend": "dim", "break": "dim", "": "dim",
+    "fix": "dim", "break": "dim", "": "dim",
 }  # fmt: skip
 
 
@@ -44,22 +44,22 @@ def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:
         drifts: as `drifts` yields them.
         ranges: how many compile ranges there are.
     """
-    told: dict[tuple[Line, ...], list[Line]] = {}
+    by_reason: dict[tuple[Line, ...], list[Line]] = {}
     for each in drifts:
         why = tuple(cause_lines(each.cause)) if each.cause is not None else ()
         line = Line(each.change.value, f"{_title(each)}, {where_text(each.where, ranges)}")
-        told.setdefault(why, []).append(line)
-    return [[*lines, *why] for why, lines in told.items()]
+        by_reason.setdefault(why, []).append(line)
+    return [[*lines, *why] for why, lines in by_reason.items()]
 
 
 def cause_lines(cause: Absence) -> list[Line]:
-    """Why, on which line of the model, and what would mend it."""
-    told = f"near miss: {cause.detail}" if cause.near_miss is not None else cause.detail
-    lines = [Line("why", told)]
+    """Why, on which line of the model, and how to fix it."""
+    why = f"near miss: {cause.detail}" if cause.near_miss is not None else cause.detail
+    lines = [Line("why", why)]
     if cause.line is not None:
         lines.append(Line("", f"{cause.line}: {cause.code}" if cause.code else cause.line))
     if cause.mend is not None:
-        lines.append(Line("mend", cause.mend))
+        lines.append(Line("fix", cause.mend))
     return lines
 
 
@@ -102,7 +102,7 @@ def render_paragraphs(paragraphs: Iterable[Sequence[Line]]) -> RenderableType:
 
 
 def _title(drift: Drift) -> str:
-    """Who was and who is there; one of them where that is the same, at a place with another name."""
+    """The fusion before and after; one of them where both are the same, at a place with another name."""
     kernels = [Kernel.parse(text) for text in dict.fromkeys((drift.before, drift.after)) if text is not None]
     tells_apart = len({(kernel.rule, kernel.provider) for kernel in kernels}) == len(kernels)
     names = [f"{each.rule}{'' if tells_apart else f' ({each.op})'} by {each.provider}" for each in kernels]

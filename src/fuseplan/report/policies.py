@@ -92,7 +92,7 @@ class Policies:
         return Group(*lines, *(indented(each, 4) for each in wholes))
 
     def _told(self, report: Report, span: Span) -> Text:
-        """What a policy saves, in words."""
+        """A policy's saving, in words."""
         saved = Saved.of(report, span)
         step = f", {saved.step_share} of a step" if self._knows_steps else ""
         return Text(f"{self._at(span)}saves {us(saved.saved_ns)} us, {saved.share} of the ops{step}")
@@ -101,7 +101,7 @@ class Policies:
         return "" if span is None or self.is_fixed else f"{tokens_of(span)} tokens: "
 
     def _head(self, span: Span) -> str:
-        """The range, and under it what stands in a cell."""
+        """The range, and under it what a cell has."""
         units = "us  ops  step" if self._knows_steps else "us  ops"
         return units if span is None or self.is_fixed else f"{tokens_of(span)} tokens\n{units}"
 
@@ -115,10 +115,10 @@ class Policies:
             if (graphs := [graph for graph in report.graphs if graph.range == span])
         ]
         fused, matched = (list(dict.fromkeys(column)) for column in zip(*ranges, strict=True))
-        told = fused if len(fused) == 1 else [count for count, _ in ranges]
+        counts = fused if len(fused) == 1 else [count for count, _ in ranges]
         if is_starved(report, rule):
             return Text("starved", style="bold red")
-        cell = Text("/".join(map(str, told)), style="green" if any(told) else "dim")
+        cell = Text("/".join(map(str, counts)), style="green" if any(counts) else "dim")
         return cell.append(f" of {max(matched)}", style="dim")
 
     def _saved(self, report: Report, span: Span) -> Text:
@@ -133,13 +133,13 @@ class Policies:
         return us(whole.unfused_ns) + (f" of {us(whole.step_ns)}" if whole.step_ns else "")
 
     def _legend(self) -> list[str]:
-        """What the columns are, and which policies come to the same."""
+        """What the columns are, and which policies have the same result."""
         texts = [self._count(each, rule).plain for each, *_ in self.alike for rule in self.rules]
         several = any("/" in text for text in texts)
         counts = f"counts: fused, of the matches in a step{', range by range' if several else ''}"
         step = "; step: of a whole step, estimated" if self._knows_steps else ""
         counts += "; starved: others took all of its nodes" if "starved" in texts else ""
-        lines = [f"{counts}; us: saved a step{self._sizes()}; ops: of the time of what fusions contend for{step}"]
+        lines = [f"{counts}; us: saved a step{self._sizes()}; ops: share of the ops that fusions contend for{step}"]
         for report, *others in self.alike:
             if others:
                 lines.append(f"{enumerate_names([*map(policy_name, (report, *others))])} do the same")

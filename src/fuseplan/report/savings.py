@@ -1,4 +1,4 @@
-"""What a policy saves, beside what that is a share of: the time of what fusions contend for, and of a whole step."""
+"""A policy's saving, and what it is a share of: the time of the contested ops, and of a whole step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ WORK = (
 
 @dataclass(frozen=True)
 class Saved:
-    """What a step of one range saves under a policy.
+    """The saving of a step in one range under a policy.
 
     Attributes:
         saved_ns: of a step.
-        unfused_ns: what fusions contend for, as Inductor leaves it.
+        unfused_ns: the time of the contested ops, unfused.
         step_ns: the whole step, estimated; None where that isn't known.
     """
 
@@ -45,7 +45,7 @@ class Saved:
 
     @property
     def share(self) -> str:
-        """Of what fusions contend for: `41 %`."""
+        """As a share of the contested ops: `41 %`."""
         return percent(self.saved_ns, self.unfused_ns)
 
     @property
@@ -103,7 +103,7 @@ def losses_of(report: Report, rule: str) -> Iterator[Loss]:
 
 
 def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
-    """One sentence: what the first policy saves, of what, and where.
+    """One sentence: the first policy's saving, its share, and where.
 
     Args:
         comparison: of at least one policy.
@@ -120,17 +120,17 @@ def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
         return Text(f"{who} fuses nothing: what matches, in {places}, {why}.")
     saved = Saved.of(report, span)
     is_gain = saved.saved_ns >= 0
-    told = Text(f"{who} {'saves' if is_gain else 'costs'} ")
-    told.append(f"{us(abs(saved.saved_ns))} us a step", style="bold green" if is_gain else "bold red")
+    text = Text(f"{who} {'saves' if is_gain else 'costs'} ")
+    text.append(f"{us(abs(saved.saved_ns))} us a step", style="bold green" if is_gain else "bold red")
     at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
-    told.append(
+    text.append(
         f"{at}: {percent(abs(saved.saved_ns), saved.unfused_ns)} of the {us(saved.unfused_ns)} us of {_work(report)}"
     )
     if saved.step_ns:
         share = 100 * abs(saved.saved_ns) / saved.step_ns
-        told.append(f", about {share:.{0 if share >= 0.95 else 1}f} % of the whole step")
-    told.append(f"; fused in {_where(_graphs(report, span))}.")
-    return told.append(_starving(comparison)) if orders else told
+        text.append(f", about {share:.{0 if share >= 0.95 else 1}f} % of the whole step")
+    text.append(f"; fused in {_where(_graphs(report, span))}.")
+    return text.append(_starving(comparison)) if orders else text
 
 
 def _graphs(report: Report, span: Span) -> list[GraphReport]:
@@ -138,7 +138,7 @@ def _graphs(report: Report, span: Span) -> list[GraphReport]:
 
 
 def _work(report: Report) -> str:
-    """`norm and all-reduce`: what fusions contend for."""
+    """`norm and all-reduce`: the contested ops."""
     fusions = [*_applied(report.graphs), *(loss.fusion for graph in report.graphs for loss in graph.lost)]
     ops = {each.op for each in fusions}
     known = [word for part, word in WORK if any(part in op for op in ops)]

@@ -1,4 +1,4 @@
-"""What one compilation came to, in a line of `logging`."""
+"""The result of one compilation, in a line of `logging`."""
 
 import logging
 import sys
@@ -23,7 +23,7 @@ def alone(report: Report, name: str = "model") -> Comparison:
 
 
 def summary(report: Report) -> str:
-    """What was fused and what that saves, or why nothing was."""
+    """The fusions and their saving, or why there are none."""
     left = [
         each for graph in report.graphs for each in graph.refusals if each.reason in (Reason.TRAINING, Reason.DISABLED)
     ]
@@ -33,7 +33,7 @@ def summary(report: Report) -> str:
 
 
 def tell(report: Report) -> None:
-    """Logs the summary. Where nobody has configured logging it goes to standard error."""
+    """Logs the summary. If logging isn't configured, it goes to standard error."""
     log = logging.getLogger(LOGGER)
     if not log.handlers:
         log.addHandler(_Unconfigured())

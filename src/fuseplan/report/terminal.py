@@ -1,4 +1,4 @@
-"""The record on a terminal: what fired, what starved, where and why, on one screen."""
+"""The record on a terminal: applied and starved rules, where and why, on one screen."""
 
 import io
 import re
@@ -27,7 +27,7 @@ def render_comparison(comparison: Comparison, *, verbose: bool = False) -> Rende
 
     Args:
         comparison: of at least one policy.
-        verbose: with conflicts, what was declined, what was recognised and where the time went; so it is where nothing
+        verbose: with conflicts, declined matches, what was recognised and where the time went; so it is where nothing
             matches.
     """
     comparison = shown(comparison)
@@ -85,7 +85,7 @@ def _matches(comparison: Comparison) -> bool:
 
 
 def _by_range(comparison: Comparison, section: Section) -> list[RenderableType]:
-    """A section that counts what a step has. Ranges in which it comes to the same, figures aside, are told once."""
+    """A section that counts what a step has. Ranges with the same result, figures aside, are shown once."""
     found: dict[str, list[tuple[str, list[RenderableType]]]] = {}
     every = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
     for span in every:
@@ -125,18 +125,18 @@ def _far(comparison: Comparison) -> list[RenderableType]:
 
 
 def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
-    """What explains a plan, and nobody has to act on."""
+    """What explains a plan, and needs no action."""
     return [
         ("conflicts", _by_range(comparison, _conflicts)),
-        ("what is uncontested", _by_range(comparison, _uncontested)),
-        ("what isn't worth it", _by_range(comparison, _not_worth_it)),
+        ("uncontested matches", _by_range(comparison, _uncontested)),
+        ("matches not worth fusing", _by_range(comparison, _not_worth_it)),
     ]
 
 
 def _hidden(comparison: Comparison) -> list[RenderableType]:
     """That there is more, where there is."""
     names = [name for name, lines in _asides(comparison) if lines]
-    names += ["what was declined"] if _far(comparison) else []
+    names += ["declined matches"] if _far(comparison) else []
     return [Text(f"more with -v: {enumerate_names(names)}", style="dim")] if names else []
 
 
@@ -192,7 +192,7 @@ def _saves(span: tuple[int, int] | None, before_ns: int, after_ns: int) -> Text:
 
 
 def _forbidden(comparison: Comparison) -> list[RenderableType]:
-    """Matches that the first policy was told not to apply."""
+    """Matches that are forbidden under the first policy."""
     sources: dict[str, list[str | None]] = {}
     for graph in comparison.reports[0].graphs:
         for rule, site in dict.fromkeys((loss.fusion.rule, loss.fusion.site) for loss in graph.lost if loss.forbidden):
@@ -205,7 +205,7 @@ def _forbidden(comparison: Comparison) -> list[RenderableType]:
 
 
 def _conflicts(comparison: Comparison) -> list[RenderableType]:
-    """One paragraph for each set of places: who wants them, and who gets them under each policy."""
+    """One paragraph for each set of places: the rules that contend for them, and the winner under each policy."""
     contests: dict[tuple[str, tuple[str, ...]], list[tuple[Report, ConflictClass]]] = {}
     reports = [first for first, *_ in alike(comparison.reports)]
     for report in reports:
@@ -224,18 +224,18 @@ def _conflicts(comparison: Comparison) -> list[RenderableType]:
 
 
 def _outcome(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
-    told = Text(f"{policy_name(report)}: ")
+    text = Text(f"{policy_name(report)}: ")
     winners = {conflict.winner: conflict.count for conflict in conflicts}
-    told.append(enumerate_names([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
+    text.append(enumerate_names([f"{rule} takes {count}" for rule, count in winners.items()]), style="green")
     losers: dict[str, list[ConflictClass]] = {}
     for conflict in conflicts:
         losers.setdefault(conflict.loser, []).append(conflict)
     for rule, rows in losers.items():
-        told.append(
+        text.append(
             f", {rule} is left with {report.fused.get(rule, 0)}", style="red" if is_starved(report, rule) else ""
         )
-        told.append(_margin(rows[0]))
-    return told
+        text.append(_margin(rows[0]))
+    return text
 
 
 def _margin(conflict: ConflictClass) -> str:
@@ -247,7 +247,7 @@ def _margin(conflict: ConflictClass) -> str:
 
 
 def _flip(conflict: ConflictClass) -> str:
-    """What the loser's op would have to take, beside what it takes."""
+    """The time at which the loser would win, beside its op's time."""
     if conflict.flips_at_us is None or conflict.lost_us is None:
         return ""
     takes = conflict.flips_at_us + conflict.lost_us
@@ -268,7 +268,7 @@ def _not_worth_it(comparison: Comparison) -> list[RenderableType]:
 
 
 def _uncontested(comparison: Comparison) -> list[RenderableType]:
-    """What every order applies: the matches of a conflicting rule that no other rule wants."""
+    """Matches of a conflicting rule that no other rule contends for."""
     ordered = [report for report in comparison.reports if report.order]
     if not any(report.conflicts for report in ordered):
         return []
@@ -278,25 +278,25 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
     for rule in sorted({fusion.rule for _, fusion in always}):
         mine = [fusion for _, fusion in always if fusion.rule == rule]
         where = places(fusion.source for fusion in mine)
-        told = f"{rule} in {count_of(len(mine), 'place')}{f': {where}' if where else ''}"
-        lines.append(entry("uncontested", told, style=""))
+        text = f"{rule} in {count_of(len(mine), 'place')}{f': {where}' if where else ''}"
+        lines.append(entry("uncontested", text, style=""))
     return lines
 
 
 def _assumed(comparison: Comparison) -> list[RenderableType]:
-    """What the first policy applies and nobody has priced."""
+    """What the first policy applies without a known price."""
     lines: list[RenderableType] = []
     for (rule, provider), fusions in comparison.reports[0].assumed.items():
         where = places(fusion.source for fusion in fusions)
         title = f"{rule} by {provider} in {count_of(len(fusions), 'place')}: {where}"
         lines.append(entry("assumed", title.rstrip(": ")))
         savings = sorted({f"{(fusion.saving_ns or 0) / 1000:.1f}" for fusion in fusions})
-        lines.append(indented(f"taken to save {' or '.join(savings)} us a place: nobody has measured or declared it"))
+        lines.append(indented(f"taken to save {' or '.join(savings)} us a place: neither measured nor declared"))
     return lines
 
 
 def _pending(comparison: Comparison) -> list[RenderableType]:
-    """What a compilation applied and ranks haven't verified yet."""
+    """Applied fusions that ranks haven't verified yet."""
     pending = [each for report in comparison.reports for graph in report.graphs for each in graph.pending]
     kernels = dict.fromkeys(f"{each.provider}'s {each.op}" for each in pending)
     return [entry("pending", f"{kernel}: all ranks verify it together before the first run") for kernel in kernels]

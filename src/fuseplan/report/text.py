@@ -35,7 +35,7 @@ def policy_name(report: Report) -> str:
 
 
 def warnings_of(report: Report) -> tuple[Refusal, ...]:
-    """What is on and has no effect, what is forced or forbidden and selects nothing, why graphs were left alone, and
+    """Flags without effect, selectors that select nothing, why graphs were left unfused, and
     what isn't counted as often as it runs.
     """
     whole = [

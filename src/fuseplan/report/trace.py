@@ -55,7 +55,7 @@ def _artifact(name: str, content: Callable[[], dict[str, Any]]) -> None:
 def _headline(report: Report, graph: GraphReport) -> str:
     at = f" at {tokens_of(graph.range)} tokens" if graph.range else ""
     if not graph.matched and graph.refusals:
-        return f"{graph.graph}{at}: left alone: {graph.refusals[0].detail}"
+        return f"{graph.graph}{at}: left unfused: {graph.refusals[0].detail}"
     counts = [f"{count} {rule}" for rule, count in graph.count(report.rules).items() if count]
     applied = ", ".join(counts) or "nothing"
     saved = f"{graph.saved_ns / 1000:.1f} of {graph.unfused_ns / 1000:.1f} us"

@@ -1,4 +1,4 @@
-"""What a check of a lock found: a line where it holds, a paragraph for each cause where it doesn't, or JSON."""
+"""The result of checking a lock: a line where it holds, a paragraph for each cause where it doesn't, or JSON."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         path: of the lock, as the user named it.
-        lock: what the file has after the check.
-        found: what the model has.
-        drifts: what the lock that was there before has and the model has not, and the reverse.
-        resettled: settings that were pinned anew, with their texts before and after.
+        lock: the file's content after the check.
+        found: the model's fusions.
+        drifts: the differences between the former lock and the model.
+        resettled: settings that were changed, with their texts before and after.
         breaks: graph breaks met while tracing, one line each.
-        warnings: what is on or selected and has no effect.
+        warnings: flags and selectors without effect.
         written: whether the file was written.
         mend: what to do where the differences are meant.
     """
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """What was found, in one line."""
+        """The result, in one line."""
         if not self.passed:
             return printable(f"{self.path} doesn't hold: {self._changes} ({self._question})")
         verb = f"wrote {self.path}" if self.written else f"{self.path} holds"

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuseplan.dialect import DialectOp, ops
-from fuseplan.distributed.workspace import alone
+from fuseplan.distributed.workspace import loopback
 from fuseplan.rules import Rule
 from fuseplan.verification.compare import compare, described
 from fuseplan.verification.evaluate import exact, fused, reference
 from fuseplan.verification.layout import misplaced, shares, significant_strides
-from fuseplan.verification.memory import Alone, Gathered, Guarded, Poisoned, make_arguments, poison_allocator
+from fuseplan.verification.memory import Gathered, Guarded, Loopback, Poisoned, make_arguments, poison_allocator
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, TensorSpec
 
@@ -130,11 +130,11 @@ def _meeting(rank: int | None) -> Iterator[None]:
         with Gathered():
             yield
         return
-    with Alone(), alone():
+    with Loopback(), loopback():
         yield
 
 
-READ_WRONG = "the unfused ops aren't what the graph computes: "
+READ_WRONG = "the unfused ops don't compute what the graph does: "
 
 
 def _compared(

@@ -20,7 +20,7 @@ class DeadlineError(AttemptError):
 
 
 def attempt(seconds: float, function: Callable[[], T], device: torch.device) -> T:
-    """`within`, whatever goes wrong told in one clause.
+    """`within`, with errors as one clause.
 
     Raises:
         AttemptError: `function` came to nothing.

@@ -87,7 +87,7 @@ def physical_memory() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-class Alone(SeeingMode):
+class Loopback(SeeingMode):
     """All-reduces of this thread, as if every rank held what this one does: nothing is sent, and nobody waited for."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ SMALL = 64
 """Sizes up to which torch's own ops are run: right by definition, only how they are called is in question."""
 
 ALIGNMENT = 128
-"""Bytes: what a pointer's alignment is told modulo of; the widest load of any kernel divides it."""
+"""Bytes: the modulus of pointers' alignment; the widest load of any kernel divides it."""
 
 UNKNOWN = 16
 """A size that depends on data, such as how many tokens go to an expert."""

@@ -1,4 +1,4 @@
-"""Kernels in which ranks meet, verified by all of them together: nobody enters one before all are about to."""
+"""Collective kernels, verified by all ranks together: none enters one before all are about to."""
 
 import json
 import time
@@ -104,7 +104,7 @@ class _ApartError(Exception):
 
 
 class _Steps:
-    """The steps of one verification on this rank: what goes wrong in one is told at the next meeting, and no rank goes
+    """The steps of one verification on this rank: an error in one is reported at the next meeting, and no rank goes
     on after it.
     """
 
@@ -132,7 +132,7 @@ class _Steps:
         verdict = self._meet(self._said, f"did not come to verify {self._kernel}")
         if verdict.lost:
             raise CollectiveError(
-                f"{verdict.reason}; what its group sends from now on may end up there. Start all ranks again, with a "
+                f"{verdict.reason}; its group's further messages may end up there. Start all ranks again, with a "
                 f"longer verify_timeout_s, or forbid {self._forbidden}"
             )
         if not verdict.fused:

@@ -24,7 +24,7 @@ from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, Sizes, cases_of
 from fuseplan.verification.together import pending_of, shared_seed
 
-UNVERIFIED = "ranks meet in its kernel, and only under fuseplan.compile they verify it together"
+UNVERIFIED = "its kernel is collective, and ranks verify it together only under fuseplan.compile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Verifier:
         device: a profile whose providers are taken as present; None: those of this machine.
         deadline_s: seconds that one size may take, the compilation of a kernel included.
         rank: of this process, where all ranks verify the same candidates in lock step; None: it verifies alone, and
-            kernels in which ranks meet are not run.
+            collective kernels are not run.
         settles: whether these are left to all ranks, which settle before the first run; else they are refused.
     """
 
@@ -171,7 +171,7 @@ class Verifier:
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
-    """One candidate, as far as an outcome depends on it, and whether ranks meet in its kernel."""
+    """One candidate, as far as an outcome depends on it, and whether its kernel is collective."""
 
     match: Match
     signature: str

@@ -78,7 +78,7 @@ class BuiltWorkload:
         model: a module or function.
         inputs: its arguments.
         build_ns: how long it took to build.
-        notes: what a reader of figures on it has to know, one line each.
+        notes: caveats about figures on it, one line each.
     """
 
     name: str

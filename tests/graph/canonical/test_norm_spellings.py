@@ -11,7 +11,7 @@ from fuseplan.dialect import ops
 from fuseplan.graph.facts import fill_of, tensor_of
 from fuseplan.record import Reason
 from tests.helpers import HIDDEN, canonical, randn
-from tests.matching.told import near_misses
+from tests.matching.reported import near_misses
 
 EPS = 1e-6
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
@@ -102,7 +102,7 @@ def test_what_else_it_is_multiplied_by_stays_outside(reader: str) -> None:
 
 
 def test_a_weight_that_is_there_is_not_left_outside() -> None:
-    """What stands between the two, or also reads the first, is what is told."""
+    """What stands between the two, or also reads the first, is what is reported."""
 
     def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         y = unweighted(x)

@@ -133,14 +133,14 @@ def test_custom_ops_without_a_weight_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("neox", "table", "reason", "told"),
+    ("neox", "table", "reason", "expected"),
     [
         (True, 32, Reason.OP, "it looks its angles up itself"),
         (True, 16, Reason.ATTRIBUTE, "it rotates 16 of the 32 elements of a head, and looks its angles up itself"),
         (False, 32, Reason.ATTRIBUTE, "it rotates neighbours (interleaved), and looks its angles up itself"),
     ],
 )
-def test_the_custom_op_for_rotary_embeddings_is_named(neox: bool, table: int, reason: Reason, told: str) -> None:
+def test_the_custom_op_for_rotary_embeddings_is_named(neox: bool, table: int, reason: Reason, expected: str) -> None:
     def rotated(positions: Any, query: Any, key: Any, table: Any) -> Any:
         both: Any = auto_functionalized(
             torch.ops._C.rotary_embedding.default, positions=positions, query=query, key=key, head_size=32,
@@ -150,7 +150,7 @@ def test_the_custom_op_for_rotary_embeddings_is_named(neox: bool, table: int, re
 
     canonical = raised(rotated, positions=torch.arange(4), query=X, key=R, table=randn(128, table))
     (refusal,) = canonical.refusals
-    assert (refusal.reason, refusal.detail) == (reason, f"rotary embedding not recognised: {told}")
+    assert (refusal.reason, refusal.detail) == (reason, f"rotary embedding not recognised: {expected}")
     assert refusal.mend is not None
     assert "-rotary_embedding" in refusal.mend
 
@@ -173,14 +173,14 @@ def test_a_group_that_is_not_known_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "size", "reason", "told"),
+    ("weight", "size", "reason", "expected"),
     [
         (None, None, Reason.OP, "it has no weight"),
         (W, 32, Reason.ATTRIBUTE, "the variance is taken over the first 32 elements"),
         (W.half(), None, Reason.DTYPE, "the weight is float16 and x is bfloat16"),
     ],
 )
-def test_norms_that_are_others(weight: Tensor | None, size: int | None, reason: Reason, told: str) -> None:
+def test_norms_that_are_others(weight: Tensor | None, size: int | None, reason: Reason, expected: str) -> None:
     inputs = {"x": X} if weight is None else {"x": X, "weight": weight}
 
     def norm(x: Any, weight: Any = None) -> Any:
@@ -188,7 +188,7 @@ def test_norms_that_are_others(weight: Tensor | None, size: int | None, reason: 
 
     canonical = raised(norm, **inputs)
     (refusal,) = canonical.refusals
-    assert (refusal.reason, told in refusal.detail) == (reason, True), refusal.detail
+    assert (refusal.reason, expected in refusal.detail) == (reason, True), refusal.detail
     assert not canonical.recognized()
 
 

@@ -53,8 +53,8 @@ class Run:
     @property
     def reports(self) -> dict[int, Report]:
         """Those that it named, by rank."""
-        told = re.findall(r"fuseplan on rank (\d+): .*; report: (\S+)", self.log)
-        return {int(rank): from_json(Report, json.loads(Path(path).read_text())) for rank, path in told}
+        reports = re.findall(r"fuseplan on rank (\d+): .*; report: (\S+)", self.log)
+        return {int(rank): from_json(Report, json.loads(Path(path).read_text())) for rank, path in reports}
 
 
 Engines = Callable[..., list[Run]]

@@ -51,6 +51,6 @@ def test_a_warm_start_is_as_a_cold_one(cold: list[Run], cache: Path, engines: En
     (warm,) = engines("deep_qwen3", [({}, FUSED)], cache, forced=first.forced, as_on_gpus=True)
     assert warm.tokens == first.tokens
     assert warm.log_probabilities == first.log_probabilities
-    told = rf"rank 0: {2 * (DEEPER + 1)} graphs%s; (fused: qk_norm_rope {2 * DEEPER}; recognised: .*)"
-    (now,), (then,) = re.findall(told % " from the cache", warm.log), re.findall(told % "", first.log)
+    summary = rf"rank 0: {2 * (DEEPER + 1)} graphs%s; (fused: qk_norm_rope {2 * DEEPER}; recognised: .*)"
+    (now,), (then,) = re.findall(summary % " from the cache", warm.log), re.findall(summary % "", first.log)
     assert now == then

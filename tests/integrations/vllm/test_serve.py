@@ -68,7 +68,7 @@ def test_a_server_answers_and_names_its_report(checkpoint: Callable[[str], Path]
             server.wait(60)
     (choice,) = answer["choices"]
     assert len(choice["text"].split()) == 6
-    (told,) = re.findall(r"fuseplan on rank 0: .*; report: (\S+)", log.read_text())
-    assert Path(told) == reports / "rank_0_0.json"
-    report = from_json(Report, json.loads(Path(told).read_text()))
+    (path,) = re.findall(r"fuseplan on rank 0: .*; report: (\S+)", log.read_text())
+    assert Path(path) == reports / "rank_0_0.json"
+    report = from_json(Report, json.loads(Path(path).read_text()))
     assert report.recognized[f"fused_add_rms_norm[{HIDDEN}]"] == 2 * LAYERS

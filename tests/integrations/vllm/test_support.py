@@ -50,7 +50,7 @@ def check_told(records: Records, api: PrivateApi) -> None:
     (record,) = records
     assert record.levelno == logging.WARNING
     text = record.getMessage()
-    assert f"lacks what it needs: {api.module}.{api.attributes[0]}" in text
+    assert f"lacks interfaces that fuseplan needs: {api.module}.{api.attributes[0]}" in text
     assert " is gone" in text
     assert text.endswith("; vLLM runs without it")
 
@@ -60,7 +60,9 @@ def test_what_is_gone_is_found(api: PrivateApi, monkeypatch: pytest.MonkeyPatch)
     assert support.missing((api,)) is None
     support.missing.cache_clear()
     hide(monkeypatch, api)
-    assert support.missing((api,)) == f"vLLM {vllm.__version__} lacks what it needs: {api.dotted} is gone"
+    assert (
+        support.missing((api,)) == f"vLLM {vllm.__version__} lacks interfaces that fuseplan needs: {api.dotted} is gone"
+    )
 
 
 @pytest.mark.parametrize("api", [each for each in support.INTERFACES if each.args is not None], ids=name)

@@ -13,7 +13,7 @@ from fuseplan.config import PassConfig
 from fuseplan.graph.facts import aten
 from fuseplan.measurement.tuning.compiled import PRODUCED, argument_sets, at_size, compiled, producers, specs_of
 from fuseplan.measurement.tuning.context import Context, context_of
-from fuseplan.planner import Posed
+from fuseplan.planner import Problem
 from fuseplan.planner.pricing import places_of
 from fuseplan.verification.specs import Sizes, TensorSpec
 from tests.cached import arguments, layer
@@ -24,12 +24,12 @@ W = torch.linspace(0.5, 1.5, WIDTH).bfloat16()
 M = randn(WIDTH + 8, WIDTH, seed=3)
 
 
-def posed(function: Any, *inputs: Tensor, dynamic: bool = False) -> Posed:
+def problem_of(function: Any, *inputs: Tensor, dynamic: bool = False) -> Problem:
     manager = PostGradPassManager(PassConfig())
-    return manager.analyze(post_grad(function, *inputs, dynamic=dynamic)).posed
+    return manager.analyze(post_grad(function, *inputs, dynamic=dynamic)).problem
 
 
-def context(given: Posed, component: int = 0) -> Context:
+def context(given: Problem, component: int = 0) -> Context:
     members = given.components[component]
     return context_of(given, members, places_of(members, given.candidates))
 
@@ -44,7 +44,7 @@ def block(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_a_component_is_cut_out_with_what_inductor_may_fuse_and_no_more() -> None:
-    given = posed(block, randn(4, WIDTH), randn(4, WIDTH))
+    given = problem_of(block, randn(4, WIDTH), randn(4, WIDTH))
     found = [node.target for node in context(given).nodes]
     assert {aten.tanh.default, aten.rsqrt.default, aten.constant_pad_nd.default, aten.sigmoid.default} <= set(found)
     assert aten.mm.default not in found
@@ -57,7 +57,7 @@ def two(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_it_ends_where_another_component_begins() -> None:
-    given = posed(two, randn(4, WIDTH), randn(4, WIDTH))
+    given = problem_of(two, randn(4, WIDTH), randn(4, WIDTH))
     first, second = context(given, 0), context(given, 1)
     assert set(first.nodes).isdisjoint(second.nodes)
     assert first.text == second.text
@@ -68,7 +68,7 @@ def run(graph: Any, arguments: Sequence[Tensor]) -> list[Tensor]:
 
 
 def test_fused_or_not_it_computes_the_same() -> None:
-    given = posed(block, randn(4, WIDTH), randn(4, WIDTH))
+    given = problem_of(block, randn(4, WIDTH), randn(4, WIDTH))
     part = context(given)
     (arguments, *_) = argument_sets(specs_of(part.fused(()), {}), 0)
     expected = run(part.fused(()), arguments)
@@ -82,7 +82,7 @@ def test_fused_or_not_it_computes_the_same() -> None:
 
 
 def test_symbolic_sizes_become_numbers() -> None:
-    given = posed(block, randn(4, WIDTH), randn(4, WIDTH), dynamic=True)
+    given = problem_of(block, randn(4, WIDTH), randn(4, WIDTH), dynamic=True)
     part, symbols = context(given), Sizes(given.canonical.graph).at(7)
     graph = part.fused(())
     specs = specs_of(graph, symbols)
@@ -97,19 +97,19 @@ def test_what_an_all_reduce_reads_is_produced_first_as_in_the_model(one_rank: st
         y, total = gpt_oss(all_reduce(x @ M[:WIDTH], one_rank), residual, W)
         return F.pad(y, (0, 8)), total
 
-    given = posed(reduced, randn(4, WIDTH), randn(4, WIDTH))
+    given = problem_of(reduced, randn(4, WIDTH), randn(4, WIDTH))
     part = context(given)
     (name,) = part.produced
     assert name.startswith("mm")
     assert targets(at_size(part.fused(()), {}, part.produced).graph)[0] is PRODUCED
     assert targets(producers(part.fused(()), part.produced).graph) == [PRODUCED]
-    read_only = posed(lambda x, r: gpt_oss(all_reduce(x, one_rank), r, W), randn(4, WIDTH), randn(4, WIDTH))
+    read_only = problem_of(lambda x, r: gpt_oss(all_reduce(x, one_rank), r, W), randn(4, WIDTH), randn(4, WIDTH))
     if read_only.components:
         assert context(read_only).produced == frozenset()
 
 
 def test_caches_are_written_in_place_as_in_the_model() -> None:
-    given = posed(layer(read=lambda cache: cache[:, :, 0]), *arguments())
+    given = problem_of(layer(read=lambda cache: cache[:, :, 0]), *arguments())
     part = context(given)
     assert [node.target for node in part.nodes].count(aten.copy_.default) == 2
     (match,) = [each.match for each in given.candidates if each.rule == "rope_cache"]

@@ -46,13 +46,13 @@ def test_a_rank_that_fails_ends_the_others_and_one_of_them_tells() -> None:
         try:
             return ranks.exchange(1)
         except RanksError as error:
-            return error.told, str(error), ranks.fail(error)
+            return error.reported, str(error), ranks.fail(error)
 
     def fail(ranks: LockStep) -> Any:
         return ranks.fail(ConfigError("no such\nthing"))
 
-    told = (True, "rank 1: ConfigError: no such thing", False)
-    assert together(wait, fail, wait) == [told, True, told]
+    reported = (True, "rank 1: ConfigError: no such thing", False)
+    assert together(wait, fail, wait) == [reported, True, reported]
 
 
 def test_of_two_that_fail_one_tells() -> None:
@@ -66,7 +66,7 @@ def test_a_rank_that_does_not_come_is_an_error_after_the_deadline() -> None:
     error, _ = together(lambda ranks: ranks.exchange(1), lambda ranks: None, deadline_s=0.1)
     assert isinstance(error, RanksError)
     assert str(error) == "rank 1 did not come within 0.1 s"
-    assert not error.told
+    assert not error.reported
 
 
 @pytest.mark.parametrize(("fails", "deadline_s"), [(True, 20.0), (False, 0.05)])

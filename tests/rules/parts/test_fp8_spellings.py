@@ -406,7 +406,7 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
     by_bits: "the scale is rounded by its bits, which makes an infinite one finite",
     of_powers_in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
     multiplied_in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
-    unclamped_in_low_precision: "what is cast isn't clamped to +-448",
+    unclamped_in_low_precision: "the value cast isn't clamped to +-448",
     by_a_narrow_scale: "the scale is bfloat16, and the op takes float32",
     up_to_a_bound_a_row: "the upper bound of the largest (aten.minimum.default) isn't one element in its dtype",
     up_to_a_bound_below_its_least: "the scale has a least bound above its upper one",
@@ -414,14 +414,14 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
     up_to_a_bound_unclamped: "what is cast isn't clamped to +-448",
     chosen: "the scale is computed by aten.where.self",
     with_indices: "the indices of the largest are read, too",
-    unclamped: "what is cast isn't clamped to +-448",
+    unclamped: "the value cast isn't clamped to +-448",
     rows_by_powers: "the scale is rounded up to a power of two, and the op's of whole rows isn't",
     over_columns: "not by amax over the last dimension",
     at_least_nan: "the scale is computed by aten.clamp",
     by_powers_from_just_above_one: "log2 rounds the smallest scale, 9.53674e-07, down to a power of two",
     with_a_dimension_of_the_scale: "the scale has the shape [1, 1, 1], which makes [1, 5, 256] of [5, 256]",
     of_all: "the scale is computed from all rows at once",
-    signed: "neither one number nor computed from the largest of what it scales",
+    signed: "neither one number nor computed from the largest value it scales",
 }
 
 
@@ -454,8 +454,8 @@ def test_what_is_rounded_between_is_named() -> None:
         return codes(x.bfloat16() / scale), scale
 
     for function, says in (
-        (scale_is_rounded, "the scale is of what is rounded to bfloat16, and what it scales isn't rounded"),
-        (rows_are_rounded, "what is scaled is rounded to bfloat16, and the scale is of what isn't rounded"),
+        (scale_is_rounded, "the scale is computed from values rounded to bfloat16, and the scaled ones aren't"),
+        (rows_are_rounded, "the scaled value is rounded to bfloat16, and the scale is computed from unrounded values"),
     ):
         graph = canonicalize(post_grad(lambda x, f=function: f(F.silu(x) * x), randn(5, WIDTH, dtype=torch.float32)))
         assert [says in refusal.detail for refusal in graph.refusals if "fp8" in refusal.detail] == [True]

@@ -17,7 +17,7 @@ class Unraised(Exception):
         reason: its kind.
         detail: for a person.
         node: what is in the way.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
         expected: the op that should be in the way's place, if it is a matter of ops.
     """
 

@@ -40,7 +40,7 @@ class CanonicalGraph:
         region: the number of mutations before a node; see `facts.mutation_regions`.
         repeated: for a node of `original` those that compute its value again, and for which its own node of `graph`
             stands, too.
-        interior: for a raised node the nodes of `original` that it stands for.
+        interior: for a raised node the nodes of `original` that it replaces.
         unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
             come to.
         raised_alike: raises another graph under the same settings.
@@ -107,7 +107,7 @@ class CanonicalGraph:
             place: where in the user's model it is looked for, if the node in the way has no place.
             expected: what should be there.
             found: what is there.
-            mend: what would mend it.
+            mend: how to fix it.
         """
         refusal = Refusal(
             reason=reason, op=op.name, detail=detail, nodes=(self.source_node(node).name,), source=place_of(place),
@@ -149,7 +149,7 @@ class CanonicalGraph:
         return node
 
     def _claim(self, node: fx.Node, erased: Iterable[fx.Node]) -> None:
-        """Notes that `node` stands for what the erased nodes stood for."""
+        """Notes that `node` replaces the erased nodes."""
         claimed = set(self.interior.get(node, ()))
         for each in erased:
             claimed |= self.interior.get(each, frozenset())
@@ -158,7 +158,7 @@ class CanonicalGraph:
         self.interior[node] = frozenset(claimed)
 
     def claims(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
-        """The nodes of the original graph that a set of canonical nodes stands for."""
+        """The nodes of the original graph that a set of canonical nodes replaces."""
         claimed: set[fx.Node] = set()
         for node in nodes:
             claimed |= self.interior.get(node, frozenset())

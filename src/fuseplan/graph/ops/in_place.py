@@ -8,7 +8,7 @@ from fuseplan.errors import RuleError
 
 
 def parameters_of(schema: str) -> list[str]:
-    """The arguments as they stand in a schema: `Tensor x`, `float eps`."""
+    """The arguments as in a schema: `Tensor x`, `float eps`."""
     return schema[1 : schema.index(")")].split(", ")
 
 
@@ -25,7 +25,7 @@ def in_place_schema(name: str, schema: str, writes: Sequence[str]) -> str:
     if len(returns) <= len(writes):
         raise RuleError(
             f"fuseplan::{name}{schema} yields {len(returns)} and writes {len(writes)}: it must yield one more, the "
-            "last of them what is written"
+            "written tensors last"
         )
     for index, each in enumerate(writes):
         parameters[parameters.index(f"Tensor {each}")] = f"Tensor(a{index}!) {each}"

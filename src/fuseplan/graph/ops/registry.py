@@ -121,7 +121,7 @@ class DialectOp:
 
     @property
     def parameters(self) -> list[str]:
-        """The arguments as they stand in the schema: `Tensor x`, `float eps`."""
+        """The arguments as in the schema: `Tensor x`, `float eps`."""
         return parameters_of(self.schema)
 
     @property
@@ -131,7 +131,7 @@ class DialectOp:
 
     @property
     def overload(self) -> "torch._ops.OpOverload":
-        """The op as it stands in a graph."""
+        """The op as called in a graph."""
         return _overload(f"{self.name}.default")
 
     def implementation(self, provider: str) -> "torch._ops.OpOverload":
@@ -227,8 +227,8 @@ def define(
         fake: shapes and dtypes of the results, symbolic sizes included.
         samples: arguments, for tests and verification.
         error_factor: how much more a kernel may be off than the reference is.
-        fused: whether it stands for several others.
-        collective: whether ranks meet in it.
+        fused: whether it replaces several others.
+        collective: whether all ranks of a group have to run it.
         draws: how random values for an argument are drawn, by its name, where normal ones won't do: a scale that has to
             be positive, say.
         writes: the arguments that kernels write to; `reference` and `fake` write to none, and yield last what these

@@ -85,7 +85,7 @@ def _after(owner: type, name: str, then: Callable[[Any], None]) -> None:
 
 def adopt(config: Any) -> None:
     """Notes in a `VllmConfig` that fuseplan is asked for, and under which configuration. What this vLLM doesn't have is
-    told in one line, and the engine starts without fuseplan.
+    logged in one line, and the engine starts without fuseplan.
 
     Raises:
         ConfigError: that configuration can't be served.
@@ -125,7 +125,7 @@ def _take_name(compilation: Any) -> bool:
 
 
 def _settings(given: Any) -> dict[str, Any]:
-    """What the user gave, without what the plugin added.
+    """The user's fields, without those that the plugin added.
 
     Raises:
         ConfigError: something else than fields and their values.
@@ -161,14 +161,14 @@ def _key(config: PassConfig) -> str:
 
 
 def _device_name() -> str:
-    """What vLLM calls the device, by NVML or its like."""
+    """vLLM's name of the device, by NVML or its like."""
     from vllm.platforms import current_platform
 
     return str(current_platform.get_device_name()) if current_platform.is_cuda_alike() else ""
 
 
 def _measured() -> list[str]:
-    """What `fuseplan tune` left on this machine, of any device."""
+    """The cost tables of `fuseplan tune` on this machine, of any device."""
     folders = (cached_path("").parent, record_path("").parent)
     files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
     return [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
@@ -196,7 +196,7 @@ def pass_config(settings: dict[str, Any]) -> PassConfig:
 
 
 def asked_for(config: Any) -> PassConfig | None:
-    """What a `VllmConfig` asks of fuseplan, or None."""
+    """The fuseplan settings of a `VllmConfig`, or None."""
     additional = config.additional_config
     if not isinstance(additional, dict) or KEY not in additional:
         return None

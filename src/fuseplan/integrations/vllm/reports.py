@@ -1,4 +1,4 @@
-"""What a worker's graphs became, in its log and as a file; from a warm start, too."""
+"""The report on a worker's graphs, in its log and as a file; from a warm start, too."""
 
 import hashlib
 import logging
@@ -78,7 +78,7 @@ class Journal:
         return all(graph.is_lasting for report in self.reports for graph in report.graphs)
 
     def silence(self) -> None:
-        """There is nothing to tell: another line said that fuseplan does nothing."""
+        """There is nothing to log: another line said that fuseplan does nothing."""
         self._is_silent = True
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ CONFIGURATION = (
     _vllm("platforms.interface:Platform.get_device_name"),
     _vllm("platforms.interface:Platform.is_cuda_alike", 0),
 )  # fmt: skip
-"""What is read in each process that holds a configuration."""
+"""Interfaces used in each process that holds a configuration."""
 
 WORKER = (
     *map(_vllm, (
@@ -60,7 +60,7 @@ WORKER = (
     _vllm("platforms.interface:Platform.get_pass_manager_cls", 0),
     _vllm("v1.worker.worker_base:WorkerBase.compile_or_warm_up_model", 0),
 )  # fmt: skip
-"""What is used in workers."""
+"""Interfaces used in workers."""
 
 BACKEND = (
     _vllm("compilation.backends:CompilerManager.compile"),
@@ -72,7 +72,7 @@ BACKEND = (
     _vllm("config.utils:Range.end"),
     _vllm("config.utils:Range.start"),
 )
-"""What is used while vLLM's own backend compiles. Looked at then: to import it initialises devices."""
+"""Interfaces used while vLLM's own backend compiles. Checked then, since importing them initialises devices."""
 
 INTERFACES = (*HOOKS, *CONFIGURATION, *WORKER, *BACKEND)
 """All of it. A test holds the list against the source."""
@@ -80,12 +80,12 @@ INTERFACES = (*HOOKS, *CONFIGURATION, *WORKER, *BACKEND)
 
 @functools.cache
 def missing(interfaces: tuple[PrivateApi, ...]) -> str | None:
-    """What of vLLM's interfaces isn't as fuseplan needs it, or None."""
+    """The interfaces of vLLM that fuseplan needs and that have changed, or None."""
     moved = find_moved(interfaces)
     if not moved:
         return None
     more = f", and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""
-    return f"vLLM {vllm.__version__} lacks what it needs: {', '.join(map(str, moved[:SHOWN]))}{more}"
+    return f"vLLM {vllm.__version__} lacks interfaces that fuseplan needs: {', '.join(map(str, moved[:SHOWN]))}{more}"
 
 
 def obstacle() -> str | None:
@@ -106,7 +106,7 @@ def tried() -> bool:
 
 
 def untried() -> str:
-    """What is said of others."""
+    """The note on others."""
     known = " and ".join(f"{dotted(release)} with torch {dotted(beside)}" for release, beside in sorted(TRIED.items()))
     return f"written for these versions, and not tried with them: vLLM {known} are"
 
@@ -122,7 +122,7 @@ def nothing(why: str) -> str:
 
 
 def numbers(version: str) -> tuple[int, int] | None:
-    """Major and minor version, or None of a build that doesn't tell."""
+    """Major and minor version, or None of a build without one."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or ("dev" in version and (int(found[1]), int(found[2])) == SOURCE_BUILD):
         return None

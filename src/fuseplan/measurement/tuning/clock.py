@@ -18,7 +18,7 @@ LEAST_REPEATS = 5
 """Below, a median and its quartiles say little."""
 
 REPEAT_NS = 2_000_000
-"""What a repeat lasts at least: thousands of times the resolution of a GPU's events or the CPU's clock."""
+"""The least duration of a repeat: thousands of times the resolution of a GPU's events or the CPU's clock."""
 
 MOST_CALLS = 1024
 """Calls in one repeat: so many of even the shortest kernel last long enough."""
@@ -33,7 +33,7 @@ CPU_CACHE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """What repeats of one call took.
+    """The times of repeats of one call.
 
     Attributes:
         median_ns: of one call.
@@ -57,7 +57,7 @@ class Subject:
     """One call, run on sets of arguments in turns; on the CPU plainly.
 
     Args:
-        call: what is timed.
+        call: the one that is timed.
         sets: its arguments.
     """
 
@@ -74,7 +74,7 @@ class Subject:
         self.count = count
 
     def time_ns(self) -> int:
-        """What one repeat takes."""
+        """The time of one repeat."""
         call, turns = self.call, [self.sets[turn % len(self.sets)] for turn in range(self.count)]
         start = time.perf_counter_ns()
         for arguments in turns:
@@ -145,7 +145,7 @@ def interleaved(
     count: int | None = None,
     least_ns: int = REPEAT_NS,
 ) -> dict[str, list[int]]:
-    """What one call of each takes, in ns, by repeat: the slowest rank's.
+    """The time of one call of each, in ns, by repeat: the slowest rank's.
 
     Every repeat times each of them once, and begins with another one, so that what disturbs a while disturbs all.
 
@@ -155,7 +155,7 @@ def interleaved(
         ranks: all of them measure the same.
         device: where.
         count: calls in a repeat; None: as many as last `least_ns`.
-        least_ns: what a repeat lasts at least.
+        least_ns: the least duration of a repeat.
 
     Raises:
         RanksError: a rank failed, or didn't come in time.
@@ -206,7 +206,7 @@ def busy() -> list[str]:
     load, processors = os.getloadavg()[0], os.cpu_count() or 1
     if load <= BUSY * processors + 0.5:
         return []
-    return [f"this machine is busy (load {load:.1f} on {processors} processors): times move with what else runs"]
+    return [f"this machine is busy (load {load:.1f} on {processors} processors): other work changes the times"]
 
 
 def cache_bytes(device: torch.device) -> int:

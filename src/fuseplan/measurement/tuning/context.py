@@ -15,7 +15,7 @@ from fuseplan.graph.legality import external_inputs
 from fuseplan.graph.reach import is_view
 from fuseplan.graph.surgery import COLLECTIVES
 from fuseplan.matching import Match
-from fuseplan.planner import Posed
+from fuseplan.planner import Problem
 from fuseplan.rewriting import apply
 from fuseplan.rules.families import find_sites
 
@@ -104,7 +104,7 @@ class Context:
         return graph
 
 
-def context_of(posed: Posed, component: Iterable[int], places: Collection[int]) -> Context:
+def context_of(problem: Problem, component: Iterable[int], places: Collection[int]) -> Context:
     """The part of a graph around a component.
 
     It has the component's sites, what its candidates consume, and what Inductor may put into one kernel with any of
@@ -112,13 +112,13 @@ def context_of(posed: Posed, component: Iterable[int], places: Collection[int]) 
     result is what an input of the model holds afterwards, it is written there, too, or Inductor would copy the input.
 
     Args:
-        posed: the graph's problem.
+        problem: the graph's problem.
         component: its candidates.
         places: ordinals of its sites.
     """
-    canonical = posed.canonical
+    canonical = problem.canonical
     sites = find_sites(canonical)
-    core = {node for index in component for node in posed.candidates[index].consumed}
+    core = {node for index in component for node in problem.candidates[index].consumed}
     core |= canonical.claims(part for site in sites if site.ordinal in places for part in site.parts)
     others = canonical.claims(part for site in sites if site.ordinal not in places for part in site.parts) - core
     core = {node for node in core if node.op == "call_function" and not _is_size(node)}

@@ -1,4 +1,4 @@
-"""What a device's constants are on this machine: launches and copies, as the cost model has them."""
+"""A device's constants, measured on this machine: launches and copies, as in the cost model."""
 
 import datetime
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def measure_device(*, repeats: int = 9, command: str = "fuseplan tune --device-o
     large, small = min(MOST_COPY_BYTES, free // 8), cache // CACHED_SHARE
     if large <= 2 * cache:
         raise ConfigError(
-            f"{free / 2**20:.0f} MiB of the GPU's memory are free, and copies take more: end what uses it"
+            f"{free / 2**20:.0f} MiB of the GPU's memory are free, and copies need more: stop other processes"
         )
     for name, nbytes in (("launch", 4), ("cache_bandwidth", small), ("memory_bandwidth", large)):
         if nbytes >= 4:

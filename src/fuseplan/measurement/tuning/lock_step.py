@@ -50,7 +50,7 @@ class LockStep(Ranks):
         size: how many there are.
         deadline_s: seconds that one waits for the others.
         leave: ends this process where it can't end by itself, since it waits for another rank inside a kernel; it is
-            handed a line for a person, empty where another rank tells.
+            called with a line for a person, empty where another rank reports it.
     """
 
     def __init__(self, store: Store, rank: int, size: int, *, deadline_s: float, leave: Callable[[str], None]) -> None:
@@ -99,14 +99,14 @@ class LockStep(Ranks):
         """Tells the other ranks that this one failed.
 
         Returns:
-            Whether it was the first: the one that a person has to be told of.
+            Whether it was the first: the one to report.
         """
-        if isinstance(error, RanksError) and error.told:
+        if isinstance(error, RanksError) and error.reported:
             return False
         mine = f"rank {self.rank}: {type(error).__name__}: {one_line(error)}"
         try:
             return self._store.compare_set(f"{PREFIX}/failed", "", mine).decode() == mine
-        except RuntimeError:  # the store is gone with the rank that holds it, which was told of
+        except RuntimeError:  # the store is gone with the rank that holds it, which was reported
             return False
 
     @contextlib.contextmanager
@@ -142,7 +142,7 @@ class LockStep(Ranks):
 
     def _raise_failure(self) -> None:
         if self._store.check([f"{PREFIX}/failed"]):
-            raise RanksError(self._store.get(f"{PREFIX}/failed").decode(), told=True)
+            raise RanksError(self._store.get(f"{PREFIX}/failed").decode(), reported=True)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -151,4 +151,4 @@ class LockStep(Ranks):
         except RanksError:
             raise
         except RuntimeError as error:
-            raise RanksError(f"the ranks' store doesn't answer: {one_line(error)}", told=self.rank > 0) from None
+            raise RanksError(f"the ranks' store doesn't answer: {one_line(error)}", reported=self.rank > 0) from None

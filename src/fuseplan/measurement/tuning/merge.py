@@ -22,14 +22,14 @@ def merge_into(path: Path, device: str, rows: Iterable[Row], *, replace_broken: 
         path: of the file, which need not be there.
         device: whose table it is.
         rows: of that device.
-        replace_broken: whether a broken file is written anew.
+        replace_broken: whether a broken file is replaced.
 
     Returns:
         What was written.
 
     Raises:
         ConfigError: the table there is broken or of another device, and is left as it is; the file can't be written;
-            or somebody has held the lock all the time.
+            or another process has held the lock all the time.
     """
     target = path.resolve()
     with writing("cost table", path, ConfigError):

@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a watcher is told before something takes its time.
+    """What a watcher gets before something that takes a while.
 
     Attributes:
         site: the signature of a component's sites.
@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Unclear:
-    """An alternative whose repeats don't tell it from the component without fusions.
+    """An alternative that the repeats can't distinguish from the component without fusions.
 
     Attributes:
         site: the signature of the component's sites.
@@ -83,9 +83,9 @@ class Tuner:
         origin: of the rows.
         repeats: at least `clock.LEAST_REPEATS`.
         save: is handed the rows of each class as soon as they are all there.
-        watch: is told what is being done.
+        watch: called with what is being done.
         saved: the rows of all classes that are done.
-        skipped: what isn't measured.
+        skipped: alternatives that aren't measured.
         unclear: what is measured, and could be faster than the component without fusions or slower.
     """
 
@@ -121,8 +121,8 @@ class Tuner:
         """The alternatives whose fused ops all pass; on all ranks."""
         self._tell(work, "verifying")
         chosen = sorted({index for subset in work.alternatives.values() for index in subset})
-        candidates = [work.posed.candidates[index] for index in chosen]
-        outcomes = self.verifier.verify(candidates, work.posed.canonical, work.span)
+        candidates = [work.problem.candidates[index] for index in chosen]
+        outcomes = self.verifier.verify(candidates, work.problem.canonical, work.span)
         failed = {
             str(i): each.failure
             for i, each in zip(chosen, outcomes, strict=True)
@@ -133,7 +133,7 @@ class Tuner:
             for index, why in of_rank.items():
                 everywhere.setdefault(index, why if self.ranks.size == 1 else f"{why} (rank {rank})")
         for name, subset in work.alternatives.items():
-            reasons = [f"{work.posed.candidates[i].op} {everywhere[str(i)]}" for i in subset if str(i) in everywhere]
+            reasons = [f"{work.problem.candidates[i].op} {everywhere[str(i)]}" for i in subset if str(i) in everywhere]
             if reasons:
                 self.skipped.append(Skipped(site=work.signature, alternative=name, reason=reasons[0]))
         return work.without(frozenset(map(int, everywhere)))
@@ -142,11 +142,11 @@ class Tuner:
         context = work.context
         graphs, errors = dict[str, fx.Graph](), dict[str, str]()
         for name, subset in work.alternatives.items():
-            matches = [work.posed.candidates[index].match for index in subset]
+            matches = [work.problem.candidates[index].match for index in subset]
             with _noted(errors, name):
                 graphs[name] = context.fused(matches)  # type: ignore[arg-type]
         self._agree(work, None, graphs, errors)
-        sizes, found = Sizes(work.posed.canonical.graph), list[Row]()
+        sizes, found = Sizes(work.problem.canonical.graph), list[Row]()
         for tokens, rows in zip(work.tokens, work.rows, strict=True):
             times = self._times(work, context, graphs, sizes.at(tokens), rows)
             # What produces the inputs isn't the component's.

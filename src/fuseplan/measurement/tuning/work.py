@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fuseplan.matching import Match
 from fuseplan.measurement.tuning.context import Context, context_of
-from fuseplan.planner import Posed
+from fuseplan.planner import Problem
 from fuseplan.planner.pricing import MAX_ENUMERATED, UNFUSED, alternative_name, compatible, places_of
 
 
@@ -16,7 +16,7 @@ class Work:
 
     Attributes:
         signature: of its sites, under which the table has it.
-        posed: the problem of the graph of the component that stands for the class.
+        problem: that of the graph of the component that represents the class.
         span: first and last number of tokens of the range.
         places: ordinals of the component's sites.
         alternatives: candidates by name, `unfused` without any among them.
@@ -26,7 +26,7 @@ class Work:
     """
 
     signature: str
-    posed: Posed
+    problem: Problem
     span: tuple[int, int]
     component: tuple[int, ...]
     places: tuple[int, ...]
@@ -38,7 +38,7 @@ class Work:
     @property
     def context(self) -> Context:
         """The part of the graph that is run."""
-        return context_of(self.posed, self.component, self.places)
+        return context_of(self.problem, self.component, self.places)
 
     @property
     def steps(self) -> int:
@@ -53,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """What isn't measured.
+    """An alternative that isn't measured.
 
     Attributes:
         site: the signature of a component's sites.
@@ -69,7 +69,7 @@ class Skipped:
 
 
 def work_of(
-    graphs: Sequence[tuple[Posed, tuple[int, int]]], tokens: Sequence[int] = ()
+    graphs: Sequence[tuple[Problem, tuple[int, int]]], tokens: Sequence[int] = ()
 ) -> tuple[list[Work], list[Skipped]]:
     """The classes of all graphs in all ranges, and what of them can't be measured.
 
@@ -83,10 +83,10 @@ def work_of(
     found: list[Work] = []
     skipped: dict[Skipped, None] = {}
     known: set[tuple[str, int, str]] = set()
-    for posed, span in graphs:
+    for problem, span in graphs:
         classes: dict[str, list[Work]] = {}
-        sizes = _sizes(posed, span, tokens)
-        for work in _components(posed, span, sizes, skipped) if sizes else ():
+        sizes = _sizes(problem, span, tokens)
+        for work in _components(problem, span, sizes, skipped) if sizes else ():
             classes.setdefault(work.signature, []).append(work)
         for members in classes.values():
             fresh = (_unmeasured(work, known) for work in _by_frequency(members))
@@ -94,37 +94,37 @@ def work_of(
     return found, list(skipped)
 
 
-def _sizes(posed: Posed, span: tuple[int, int], tokens: Sequence[int]) -> tuple[int, ...]:
+def _sizes(problem: Problem, span: tuple[int, int], tokens: Sequence[int]) -> tuple[int, ...]:
     """What a graph is measured at in a range; a graph of one size alone has no choice."""
-    if not tokens or not posed.pricing.is_dynamic:
-        return posed.pricing.tokens
+    if not tokens or not problem.pricing.is_dynamic:
+        return problem.pricing.tokens
     return tuple(size for size in sorted(set(tokens)) if span[0] <= size <= span[1])
 
 
 def _components(
-    posed: Posed, span: tuple[int, int], tokens: Sequence[int], skipped: dict[Skipped, None]
+    problem: Problem, span: tuple[int, int], tokens: Sequence[int], skipped: dict[Skipped, None]
 ) -> Iterator[Work]:
-    for component in posed.components:
-        candidates = [posed.candidates[index] for index in component]
-        places = places_of(component, posed.candidates)
+    for component in problem.components:
+        candidates = [problem.candidates[index] for index in component]
+        places = places_of(component, problem.candidates)
         if not places or not all(isinstance(candidate.match, Match) for candidate in candidates):
             continue
-        signature = posed.pricing.signature(places)
+        signature = problem.pricing.signature(places)
         if len(component) > MAX_ENUMERATED:
             why = f"it has {len(component)} candidates; beyond {MAX_ENUMERATED} each is priced by the model"
             skipped[Skipped(site=signature, reason=why)] = None
             continue
         alternatives: dict[str, tuple[int, ...]] = {UNFUSED: ()}
-        for subset in compatible(component, posed.problem):
-            name = alternative_name([posed.candidates[index] for index in subset], places)
-            if posed.find_cycles(subset):
+        for subset in compatible(component, problem.program):
+            name = alternative_name([problem.candidates[index] for index in subset], places)
+            if problem.find_cycles(subset):
                 skipped[Skipped(site=signature, alternative=name, reason="applied together they make a cycle")] = None
             else:
                 alternatives.setdefault(name, subset)
         yield Work(
-            signature=signature, posed=posed, span=span, component=component, places=tuple(places),
+            signature=signature, problem=problem, span=span, component=component, places=tuple(places),
             alternatives=alternatives, tokens=tuple(tokens), count=1,
-            rows=tuple(posed.pricing.rows_at(places, size) for size in tokens),
+            rows=tuple(problem.pricing.rows_at(places, size) for size in tokens),
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What alternatives cost: a model with sourced constants, and tables of measured or modelled times."""
+"""Costs of alternatives: a model with sourced constants, and tables of measured or modelled times."""
 
 from fuseplan.devices import HARDWARE, Aiter, Constant, Gate, Hardware, Peers, Protocol
 from fuseplan.devices.amd import AITER_GATE_LATER, AITER_GATE_MAY_2026

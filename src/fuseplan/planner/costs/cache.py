@@ -1,5 +1,5 @@
 """The cost table of this machine's device, beside Inductor's cache: where `fuseplan tune` writes what no file is named
-for, and where prices are looked up that nobody named a table for.
+for, and where prices without a named table are looked up.
 """
 
 import logging

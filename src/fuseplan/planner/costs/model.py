@@ -1,4 +1,4 @@
-"""What a fused op and the ops it replaces cost on a device: a roofline, and alpha-beta for what crosses ranks.
+"""Costs of a fused op and the ops it replaces on a device: a roofline, and alpha-beta for messages between ranks.
 
     kernel = launch + signal + staging + memory + wire
 
@@ -79,10 +79,10 @@ class CostModel:
         return (*before, *self.fused(taken, provider), *after)
 
     def saving_ns(self, site: Region, taken: Region, provider: str) -> int:
-        """What fusing `taken` saves at `site`; negative where it costs."""
+        """The saving of fusing `taken` at `site`; negative where it costs."""
         return self.unfused_ns(site) - self.alternative_ns(site, taken, provider)
 
-    # What is not fused.
+    # Unfused ops.
 
     def unfused_ns(self, region: Region) -> int:
         """All of a region's parts as Inductor leaves them."""
@@ -122,7 +122,7 @@ class CostModel:
         """A copy of a value of so many bytes, in a kernel of its own: it is read and written."""
         return self.local("copy", 2 * nbytes)
 
-    # What is fused.
+    # Fused ops.
 
     def fused_ns(self, region: Region, provider: str) -> int:
         """One fused op of all of a region's parts, by `provider`: see `fused`."""
@@ -132,7 +132,7 @@ class CostModel:
         """The kernels of `fused_ns`.
 
         It is priced as its timing says. A provider without one is taken to be one kernel, which is no more than an
-        assumption: the model can say what one would take, and not that somebody's op is one.
+        assumption: the model knows the price of one kernel, but not whether a user's op is one.
         """
         timing = self.timing(provider)
         if timing.eager:
@@ -155,7 +155,7 @@ class CostModel:
         return min(one_shot, (self._two_shot(name, region, peers, local),), key=total_ns)
 
     def timing(self, provider: str) -> Timing:
-        """How a provider's kernels are priced: one of which nobody has said it as one kernel."""
+        """How a provider's kernels are priced: without a declaration as one kernel."""
         return self.timings.get(provider, ONE_KERNEL)
 
     def _eager(self, region: Region) -> tuple[Kernel, ...]:

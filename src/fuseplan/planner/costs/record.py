@@ -49,14 +49,14 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRecord:
-    """What was measured of one device.
+    """Measurements of one device.
 
     Attributes:
         device: the profile's name.
         reported: torch's name of it.
         torch: torch's version.
         date: ISO 8601.
-        command: what was run.
+        command: the one that was run.
         constants: in order of name.
     """
 
@@ -121,5 +121,5 @@ def cached_record(device: str) -> DeviceRecord | None:
         return DeviceRecord.load(path, device)
     except ConfigError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
-            warning_once(log, "what was measured of the device is ignored: %s; delete it, and tune again", error)
+            warning_once(log, "the device's measurements are ignored: %s; delete them and tune again", error)
         return None

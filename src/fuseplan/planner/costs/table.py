@@ -50,7 +50,7 @@ class Row:
         triton: triton's version, likewise.
         topology: ranks and links, e.g. `tp2 nvlink`.
         date: ISO 8601.
-        command: what was run.
+        command: the one that was run.
     """
 
     key: str

@@ -9,13 +9,13 @@ each row into the memory of the one rank that owns it, which sums the row and st
 There is no barrier. A word of a buffer holds EMPTY, a NaN that no rank ever sends, until its value comes, as in
 Lamport's construction and NCCL's LL protocols. Three slots take turns: while slot n is filled, slot n - 1, which was
 read in the call before, is emptied; no other rank can be sending to it before this rank has taken part in call n + 1.
-What was written in a slot is remembered, so that a smaller call empties after a larger one. The turn is counted in
+What was written in a slot is remembered, so that a smaller call empties after a larger one. The epoch is counted in
 device memory, so that replays of a graph advance it like eager calls.
 
-A rank that waited for another one in vain has failed for good: a word beside the turn says so to whatever runs in the
+A rank that waited for another one in vain has failed for good: a word beside the epoch says so to whatever runs in the
 workspace from then on, replays of graphs included, before the host is asked. It yields NaN alone, waits for nobody and
-sends nothing. So the others miss what it would have sent, and fail in turn, each after one deadline. What lies in its
-memory may be of any call, and is of no use any more.
+sends nothing. So the others miss what it would have sent, and fail one by one, each after one deadline. What lies in
+its memory may be of any call, and is of no use any more.
 
 Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
 """
@@ -47,9 +47,10 @@ from fuseplan.providers.triton.tuned import (
 )
 
 SLOTS = tl.constexpr(SLOT_COUNT)
-TURN, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
-"""Words of a workspace's state: calls so far, who was waited for in vain (0: nobody so far), programs of this call that
-know the turn, then how much of each slot was written: of what ranks send each other, and of sums."""
+EPOCH, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
+"""Words of a workspace's state: the epoch, i.e. the number of calls so far; the rank that didn't come in time, plus one
+(0: none so far); how many programs of this call have read the epoch; then how much of each slot was written, first of
+what ranks send each other, then of sums."""
 UNIT = tl.constexpr(UNIT_WORDS)
 ARRIVED, LATE, AWAITED = (tl.constexpr(standing) for standing in range(3))
 """How it stands with a tile: all of it is there, some of it didn't come in time, or may still come."""
@@ -64,17 +65,17 @@ def clock(polls, TIMED: tl.constexpr):
 
 
 @triton.jit
-def standing_of(words, missing, limit):
+def standing_of(words, missing, timeout):
     """How it stands with a tile, given how with a word that is missing: a maximum over all elements, and not each
     thread's own view, so that threads stay together. Who may not wait has failed, and takes nothing that it was sent.
     """
-    there = tl.where(limit > 0, ARRIVED, LATE)
+    there = tl.where(timeout > 0, ARRIVED, LATE)
     return tl.max(tl.max(tl.where(words == -1, missing, there), axis=1), axis=0)
 
 
 @triton.jit
-def receive(source, inside, limit, who, state, failure, TIMED: tl.constexpr):
-    """Waits until no word of a tile is EMPTY, or for `limit`; (the words, how long may still be waited).
+def receive(source, inside, timeout, who, state, failure, TIMED: tl.constexpr):
+    """Waits until no word of a tile is EMPTY, or for `timeout`, in the unit of `clock`; (the words, the timeout, or 0).
 
     Once a tile hasn't come, all its words are EMPTY, which is NaN, nobody is waited for any more, and the device and
     the host know for whom it was; the first of this program is the one to name.
@@ -82,19 +83,19 @@ def receive(source, inside, limit, who, state, failure, TIMED: tl.constexpr):
     polls = tl.zeros((), dtype=tl.int64)
     start = clock(polls, TIMED)
     words = tl.load(source, mask=inside, other=0, volatile=True)
-    standing = standing_of(words, tl.where(limit > 0, AWAITED, LATE), limit)
+    standing = standing_of(words, tl.where(timeout > 0, AWAITED, LATE), timeout)
     while standing == AWAITED:
         # The clock is read while the words are on their way.
         words = tl.load(source, mask=inside, other=0, volatile=True)
         polls += 1
-        missing = tl.where(clock(polls, TIMED) - start < limit, AWAITED, LATE)
-        standing = standing_of(words, missing, limit)
+        missing = tl.where(clock(polls, TIMED) - start < timeout, AWAITED, LATE)
+        standing = standing_of(words, missing, timeout)
     if standing == LATE:
         words = tl.full(words.shape, -1, words.dtype)
-        tl.store(state + FAILED, who, mask=limit > 0)
-        tl.store(failure, who, mask=limit > 0)
-        limit = tl.zeros_like(limit)
-    return words, limit
+        tl.store(state + FAILED, who, mask=timeout > 0)
+        tl.store(failure, who, mask=timeout > 0)
+        timeout = tl.zeros_like(timeout)
+    return words, timeout
 
 
 @triton.jit
@@ -105,12 +106,12 @@ def sent(x, WORD: tl.constexpr):
 
 
 @triton.jit
-def memory_of(mine, distances, rank, limit):
+def memory_of(mine, peer_offsets, rank, timeout):
     """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes. Who may wait no more failed
     and sends to itself alone.
     """
-    distance = tl.where(limit > 0, tl.load(distances + rank), 0)
-    return mine + distance * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
+    offset = tl.where(timeout > 0, tl.load(peer_offsets + rank), 0)
+    return mine + offset * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def empty(mine, chunk, written, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def reduced(
-    x, place, shot_words, summing, state, failure, limit,
+    x, place, shot_words, summing, state, failure, timeout,
     RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """The sum over ranks of a tile x, as x's dtype holds it, and how long may still be waited: 0 if it is NaN.
@@ -134,28 +135,28 @@ def reduced(
             part = x.to(tl.float32)
         else:
             sent_at = place + ((source - RANK + RANKS) % RANKS - 1) * shot_words
-            words, limit = receive(sent_at, summing, limit, source + 1, state, failure, TIMED)
+            words, timeout = receive(sent_at, summing, timeout, source + 1, state, failure, TIMED)
             part = words.to(x.dtype, bitcast=True).to(tl.float32)
         # -0.0 and -0.0 is -0.0, but not if 0.0 comes first.
         total = part if source == 0 else total + part  # type: ignore[has-type]  # noqa: F821
-    return rounded(total, x.dtype), limit
+    return rounded(total, x.dtype), timeout
 
 
 @names_functions
-@triton.jit(do_not_specialize=["rows", "limit", "shot_units", "sums_units_at", "sums_units"])
+@triton.jit(do_not_specialize=["rows", "timeout", "shot_units", "sums_units_at", "sums_units"])
 def _all_reduce_norm(
-    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, distances, state, failure,
-    rows, x_row, residual_row, weight_dim, eps, limit, shot_units, sums_units_at, sums_units,
+    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, peer_offsets, state, failure,
+    rows, x_row, residual_row, weight_dim, eps, timeout, shot_units, sums_units_at, sums_units,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
     LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
-    PLAYS_ALL: tl.constexpr,
+    LOOPBACK: tl.constexpr,
 ):  # fmt: skip
     """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
 
-    In two shots the ranks own a program's tiles in turn, and programs begin with different ranks. A rank that PLAYS_ALL
-    owns all of them, and is sent what the others would be.
+    In two shots the ranks own a program's tiles round robin, and programs begin with different ranks. In LOOPBACK one
+    rank owns all of them, and is sent what the others would be.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -163,10 +164,10 @@ def _all_reduce_norm(
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    turn = tl.load(state + TURN)
+    epoch = tl.load(state + EPOCH)
     # No branch hangs on it by itself: if another program fails just now, this one's threads may see it or not.
-    limit = tl.where(tl.load(state + FAILED) != 0, tl.zeros_like(limit), limit)
-    slot, last = turn % SLOTS, (turn + 2) % SLOTS
+    timeout = tl.where(tl.load(state + FAILED) != 0, tl.zeros_like(timeout), timeout)
+    slot, last = epoch % SLOTS, (epoch + 2) % SLOTS
     WORD: tl.constexpr = mine.dtype.element_ty
     # Parts of a workspace begin at multiples of UNIT words, which lets the compiler store 16 bytes at once.
     shot_words, sums_words, sums_at = shot_units * UNIT, sums_units * UNIT, sums_units_at * UNIT
@@ -176,7 +177,7 @@ def _all_reduce_norm(
     weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
     steps = tl.cdiv(tl.cdiv(rows, ROWS), programs)
     # Of the tiles of a step: how many one rank owns, at most, and which of them is this program's.
-    if PLAYS_ALL:
+    if LOOPBACK:
         shares, share = programs, program
     else:
         shares, share = tl.cdiv(programs, RANKS), program // RANKS
@@ -190,22 +191,22 @@ def _all_reduce_norm(
             at = packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
         else:
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        if TWO_SHOT and not PLAYS_ALL:
+        if TWO_SHOT and not LOOPBACK:
             owner = (step + program) % RANKS
             place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
             # Who has failed sends nothing: at this place in its own memory others of its programs may wait.
-            inside = inside & (row < tl.where((owner == RANK) | (limit <= 0), 0, rows))[:, None]
-            tl.store(memory_of(mine, distances, owner, limit) + place + at, sent(x, WORD), mask=inside)
+            inside = inside & (row < tl.where((owner == RANK) | (timeout <= 0), 0, rows))[:, None]
+            tl.store(memory_of(mine, peer_offsets, owner, timeout) + place + at, sent(x, WORD), mask=inside)
         else:
             for to in tl.static_range(RANKS):
                 if to != RANK:
                     place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
-                    tl.store(memory_of(mine, distances, to, limit) + place + at, sent(x, WORD), mask=inside)
+                    tl.store(memory_of(mine, peer_offsets, to, timeout) + place + at, sent(x, WORD), mask=inside)
         # Empty what was read in the call before.
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
         if step == 0:
-            # All threads have used the turn. Once all programs have, it is the next call's.
+            # All threads have used the epoch. Once all programs have, it is the next call's.
             tl.debug_barrier()
             if tl.atomic_add(state + COUNTED, 1, sem="relaxed", scope="gpu") == programs - 1:
                 tl.store(state + COUNTED, 0)
@@ -217,7 +218,7 @@ def _all_reduce_norm(
                     tl.store(state + WRITTEN + SLOTS + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
                 else:
                     tl.store(state + WRITTEN + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
-                tl.store(state + TURN, turn + 1)
+                tl.store(state + EPOCH, epoch + 1)
         # Sum what was sent LAG steps ago.
         row = ((step - LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
         inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
@@ -228,17 +229,17 @@ def _all_reduce_norm(
             # Hand on the sums of one's own rows, and take everybody's LAG steps later.
             sums = mine + sums_at + slot * sums_words
             owns = step >= LAG
-            if not PLAYS_ALL:
+            if not LOOPBACK:
                 owns = owns & ((step - LAG + program) % RANKS == RANK)
             if owns:
                 own = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
                 packed = ((step - LAG) * shares + share) * ROWS + tl.arange(0, ROWS)
                 sent_to = mine + slot_at + packed.to(tl.int64)[:, None] * WIDTH + column[None, :]
-                total, limit = reduced(own, sent_to, shot_words, inside, state, failure, limit, RANK, RANKS, TIMED)
+                total, timeout = reduced(own, sent_to, shot_words, inside, state, failure, timeout, RANK, RANKS, TIMED)
                 words = sent(total.to(dtype), WORD)
                 at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                 for to in tl.static_range(RANKS):
-                    tl.store(memory_of(sums, distances, to, limit) + at, words, mask=inside)
+                    tl.store(memory_of(sums, peer_offsets, to, timeout) + at, words, mask=inside)
             empty(mine + sums_at + last * sums_words, step * programs + program, summed, BLOCK, ROWS)
             row = ((step - 2 * LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
             inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
@@ -246,13 +247,13 @@ def _all_reduce_norm(
                 there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
                 residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            words, limit = receive(sums + at, inside, limit, RANKS + 1, state, failure, TIMED)
+            words, timeout = receive(sums + at, inside, timeout, RANKS + 1, state, failure, TIMED)
             total = words.to(dtype, bitcast=True).to(tl.float32)
         else:
             if LAG > 0:
                 x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0)
             sent_to = mine + slot_at + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            total, limit = reduced(x, sent_to, shot_words, inside, state, failure, limit, RANK, RANKS, TIMED)
+            total, timeout = reduced(x, sent_to, shot_words, inside, state, failure, timeout, RANK, RANKS, TIMED)
         if ADDS:
             total += residual
         kept = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -314,7 +315,7 @@ class Schedule:
 
     def share(self, rows: int, workspace: Workspace) -> int:
         """Rows of a step that one rank owns, at most."""
-        owners = 1 if workspace.alone else workspace.ranks
+        owners = 1 if workspace.loopback else workspace.ranks
         return int(triton.cdiv(min(rows, self.programs), owners)) * self.tile.rows
 
     def most_rows(self, width: int, workspace: Workspace) -> int:
@@ -377,11 +378,11 @@ def _launch(
     run_kernel(
         _all_reduce_norm, (programs,),
         x, added, norm.weight, epilogue.arguments(tuple(results)), total, *workspace.tensors,
-        rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, workspace.limit,
+        rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, workspace.timeout,
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
-        TIMED=workspace.timed, PLAYS_ALL=workspace.alone and schedule.two_shot,
+        TIMED=workspace.timed, LOOPBACK=workspace.loopback and schedule.two_shot,
         STORE=epilogue.store, CONSTANTS=epilogue.constants, **norm.constants, **schedule.tile.launch(x),
         NVIDIA=is_nvidia(x.device),
     )  # fmt: skip

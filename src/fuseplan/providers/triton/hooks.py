@@ -1,4 +1,4 @@
-"""What Triton tells whoever watches its compilations, as vLLM does while it serves."""
+"""What Triton passes to hooks on its compilations, as vLLM has while it serves."""
 
 from typing import Any, Final
 

@@ -134,7 +134,7 @@ def eviction(*tensors: Tensor) -> str:
         tensors: all that it reads and writes.
 
     Returns:
-        `evict_first` where all of it fits the L2: results then stay there for whoever reads them. Beyond that the hint
+        `evict_first` where all of it fits the L2: results then stay there for their readers. Beyond that the hint
         costs time, and there is none.
     """
     most = L2_SHARE.value * cache_bytes(tensors[0].device)

@@ -85,7 +85,7 @@ def scratch(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Memory that every call gets anew."""
+    """Memory that is allocated for every call."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -169,7 +169,7 @@ class Replay:
     @classmethod
     def of(cls, recording: _Recording, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> "Replay | None":
         """Of what was recorded; None where it did more than launch kernels on these tensors, or where two of them share
-        memory, so that arguments can't be told from each other.
+        memory, so that arguments can't be distinguished.
         """
         made = [*results, *recording.scratch]
         pool = [*inputs, *made]
@@ -217,7 +217,7 @@ class _Known:
 
     @functools.cached_property
     def replays(self) -> dict[tuple[Any, ...], Replay]:
-        """By what tells calls apart."""
+        """By what distinguishes calls."""
         return {}
 
 
@@ -236,7 +236,7 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def run_or_replay(*arguments: Any) -> Any:
-        if _len_torch_dispatch_stack():  # somebody looks on, as verification does to poison what is allocated
+        if _len_torch_dispatch_stack():  # a dispatch mode is active, as in verification, which poisons allocations
             return run(*arguments)
         kinds, inputs = list[Any](), list[Tensor]()
         for each in arguments:  # in line, since it is paid for at every call

@@ -9,7 +9,7 @@ from fuseplan.report.places import places
 
 
 def changes(comparison: Comparison) -> dict[str, Any] | None:
-    """What the constraints cost by range, and what is applied where in the place of what; None where there are none."""
+    """The cost of the constraints by range, and the replaced fusions; None where there are none."""
     free, bound = comparison.unconstrained, comparison.constrained
     if free is None or bound is None:
         return None

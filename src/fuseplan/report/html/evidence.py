@@ -36,7 +36,7 @@ def constant_rows(constants: Iterable[DeviceConstant]) -> list[list[Any]]:
 
 
 def size_rows(sizes: Iterable[SizePoint]) -> dict[str, Any]:
-    """`points`: [tokens, unfused, [saved, outcome] by policy, step]; `outcomes`: what is applied, counted by rule and
+    """`points`: [tokens, unfused, [saved, outcome] by policy, step]; `outcomes`: applied fusions, counted by rule and
     provider.
     """
     outcomes = Table()

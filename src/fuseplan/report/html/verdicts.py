@@ -1,4 +1,4 @@
-"""What a reader should know first: which rule starves which under which policy, and what that costs."""
+"""The most important first: which rule starves which under which policy, and at what cost."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from fuseplan.report.savings import is_covered, losses_of, verdict
 
 
 def headline(comparison: Comparison) -> str:
-    """What the first policy saves, and of what."""
+    """The first policy's saving, and its share."""
     return verdict(comparison, orders=False).plain if comparison.reports else "Nothing was compared"
 
 
@@ -79,5 +79,5 @@ def behind_us(report: Report, first: Report) -> list[float]:
 
 
 def saved_ns(report: Report, span: tuple[int, int] | None) -> int:
-    """What a policy saves in a range, over all graphs."""
+    """The saving of a policy in a range, over all graphs."""
     return sum(graph.saved_ns for graph in report.graphs if graph.range == span)

@@ -136,8 +136,8 @@ class CachedRule(Rule):
         }
         for name, (shape, wanted) in shapes.items():
             if not equal_sizes(shape, wanted):
-                told = f"{name} is {[*shape]}, where q is {[*m.q.shape]} and k_cache {[*m.k_cache.shape]}"
-                return m.refuse(Reason.SIZE, name, f"{told}; the fused op takes {[*wanted]}")
+                given = f"{name} is {[*shape]}, where q is {[*m.q.shape]} and k_cache {[*m.k_cache.shape]}"
+                return m.refuse(Reason.SIZE, name, f"{given}; the fused op takes {[*wanted]}")
         for name in CACHES:
             if memory_order(getattr(m, name)) is None:
                 detail = f"{name} has gaps or overlaps: its strides are {tuple(getattr(m, name).stride())}"

@@ -135,13 +135,13 @@ class QkNormRope(Rule):
     def _shapes(self, m: Bindings) -> Refusal | None:
         q, k, cos = m.q, m.k, m.cos
         if k.dim() != q.dim() or list(q.shape[:-2]) != list(k.shape[:-2]):
-            told = f"q is {[*q.shape]} and k is {[*k.shape]}"
+            shapes = f"q is {[*q.shape]} and k is {[*k.shape]}"
             if k.dim() == q.dim() > 2 and q.shape[-2] == k.shape[-2] and list(q.shape[:-3]) == list(k.shape[:-3]):
-                detail = f"{told}, heads before tokens; the fused op takes tokens before heads"
+                detail = f"{shapes}, heads before tokens; the fused op takes tokens before heads"
                 return m.refuse(
                     Reason.SIZE, "k", detail, mend="norm queries and keys before heads and tokens change places"
                 )
-            return m.refuse(Reason.SIZE, "k", f"{told}; they may differ in the number of heads alone")
+            return m.refuse(Reason.SIZE, "k", f"{shapes}; they may only differ in the number of heads")
         heads = 1 if self.transposes else -2
         if cos.dim() != q.dim() or cos.shape[heads] != 1:
             detail = f"cos is {[*cos.shape]}; the fused op takes angles of each token, the same for all of its heads"

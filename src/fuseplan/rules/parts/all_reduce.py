@@ -70,7 +70,7 @@ OTHER_COLLECTIVES: dict[object, str | None] = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default: None,
     torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default: None,
 }
-"""What else reduces over ranks, and what mends that where it isn't another way to split a model."""
+"""What else reduces over ranks, and how to fix that where it isn't another way to split a model."""
 wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 
 ELEMENTWISE_VIEWS = (
@@ -241,7 +241,7 @@ def _twice(goal: fx.Node, node: fx.Node, after: str) -> Blame:
     """Of two all-reduces in a row the first is to blame: the second is next to what follows."""
     first, second = (str(each.args[1]) for each in (goal, node))
     if first == second:
-        detail = f"what is reduced over group {first!r} is reduced once more before {after}"
+        detail = f"the value reduced over group {first!r} is reduced once more before {after}"
         mend = "reduce once, and multiply by the number of ranks before"
         return Blame(reason=Reason.OP, found=NAME, detail=detail, mend=mend)
     detail = f"another all_reduce, over group {second!r}, stands between this one, over group {first!r}, and {after}"

@@ -102,7 +102,7 @@ class Blame:
         reason: its kind.
         found: what is there.
         detail: for a person.
-        mend: what would mend it, if known.
+        mend: how to fix it, if known.
     """
 
     reason: Reason

@@ -133,7 +133,7 @@ class Scaling:
     @property
     def unclamped(self) -> Unraised:
         """That it isn't."""
-        return Unraised(Reason.OP, f"what is cast isn't clamped to +-{self.limit:g}", self.cast)
+        return Unraised(Reason.OP, f"the value cast isn't clamped to +-{self.limit:g}", self.cast)
 
 
 def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unraised]]:
@@ -204,13 +204,13 @@ def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
         node = x
     is_clamped = low == -limit and high == limit
     if not isinstance(node, fx.Node) or not (is_clamped or (low is None and high is None)):
-        raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
+        raise Unraised(Reason.OP, f"the value cast isn't clamped to +-{limit:g}", cast)
     inner = uncast(node)
     if narrowed is not None and is_clamped and dtype_of(inner) is dtype_of(narrowed):
         assert isinstance(inner, fx.Node)
         return inner, True  # the range of fp8 is in its range: the clamp gives the same in either dtype
     if narrowed is not None and is_clamped:
-        detail = f"what is cast is scaled or clamped in {dtype_name(narrowed)}"
+        detail = f"the value cast is scaled or clamped in {dtype_name(narrowed)}"
         raise Unraised(Reason.DTYPE, detail, narrowed)
     return (node, True) if is_clamped else (cast.all_input_nodes[0], False)
 
@@ -221,13 +221,13 @@ def _read_scaling(cast: fx.Node, dtype: torch.dtype) -> Scaling:
     found = _operands(scaled)
     if found is None:
         if not is_clamped:
-            raise Unraised(Reason.OP, f"what is cast isn't clamped to +-{limit:g}", cast)
+            raise Unraised(Reason.OP, f"the value cast isn't clamped to +-{limit:g}", cast)
         if is_call(scaled, aten.add.Tensor) and _operands(scaled.args[0]) is not None:
-            detail = f"a zero point ({scaled.args[1]}) is added to what is scaled, and the op has none"
+            detail = f"a zero point ({scaled.args[1]}) is added to the scaled value, and the op has none"
             raise Unraised(Reason.OP, detail, scaled, "quantise symmetrically, without a zero point")
         if is_call(scaled, *MULS):
-            raise Unraised(Reason.OP, "what is clamped is multiplied by something else than 1 / scale", scaled)
-        raise Unraised(Reason.OP, "what is clamped isn't x / scale", scaled, expected=aten.div.Tensor)
+            raise Unraised(Reason.OP, "the clamped value isn't multiplied by 1 / scale", scaled)
+        raise Unraised(Reason.OP, "the clamped value isn't x / scale", scaled, expected=aten.div.Tensor)
     wide, factor, scale, rounding = found
     if not isinstance(wide, fx.Node) or not isinstance(factor, fx.Node) or not isinstance(scale, fx.Node):
         detail = f"the scale is a constant, {scale}, and the op takes a tensor"
@@ -239,9 +239,9 @@ def _read_scaling(cast: fx.Node, dtype: torch.dtype) -> Scaling:
     elif dtype_of(scale) is not torch.float32:
         raise Unraised(Reason.DTYPE, f"the scale is {dtype_name(scale)}, and the op takes float32", scaled)
     elif own is not torch.float32:
-        raise Unraised(Reason.DTYPE, f"what is cast is scaled in {dtype_name(scaled)}", scaled)
+        raise Unraised(Reason.DTYPE, f"the value cast is scaled in {dtype_name(scaled)}", scaled)
     if not isinstance(x, fx.Node) or dtype_of(x) not in (torch.float32, *LOW_PRECISION):
-        raise Unraised(Reason.DTYPE, f"what is scaled is {dtype_name(x)}", scaled)
+        raise Unraised(Reason.DTYPE, f"the scaled value is {dtype_name(x)}", scaled)
     return Scaling(
         cast=cast, dtype=dtype, x=x, factor=factor, scale=scale, rounding=rounding, is_clamped=is_clamped
     )  # fmt: skip

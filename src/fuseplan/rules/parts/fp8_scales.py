@@ -143,12 +143,12 @@ def _check_same(scaling: Scaling) -> None:
     if largest is x:
         return
     if is_call(largest, convert_element_type) and source_of(largest.args[0]) is x:
-        detail = f"the scale is of what is rounded to {dtype_name(largest)}, and what it scales isn't rounded"
+        detail = f"the scale is computed from values rounded to {dtype_name(largest)}, and the scaled ones aren't"
         raise Unraised(Reason.DTYPE, detail, largest)
     if is_call(x, convert_element_type) and source_of(x.args[0]) is largest:
-        detail = f"what is scaled is rounded to {dtype_name(x)}, and the scale is of what isn't rounded"
+        detail = f"the scaled value is rounded to {dtype_name(x)}, and the scale is computed from unrounded values"
         raise Unraised(Reason.DTYPE, detail, x)
-    detail = "the scale is neither one number nor computed from the largest of what it scales"
+    detail = "the scale is neither one number nor computed from the largest value it scales"
     raise Unraised(Reason.OP, detail, scaling.scale)
 
 
@@ -176,7 +176,7 @@ def _spread(scaling: Scaling) -> tuple[fx.Node, Any]:
         raise one_of_all(scaling.factor)
     if not fits or size is None:
         detail = f"the scale has the shape {[*factor.shape]}, and what it scales {[*x.shape]}"
-        raise Unraised(Reason.SIZE, detail, scaling.factor, "keep a scale for each row of what it scales")
+        raise Unraised(Reason.SIZE, detail, scaling.factor, "compute one scale for each row")
     return node, size
 
 

@@ -139,8 +139,8 @@ def _is_new(node: object) -> bool:
 
 def _is_first(place: Sequence[Any]) -> bool:
     """Whether a slice's (dim, start, end, step) is from the first element on, without gaps."""
-    _, start, _, step = (*place, *(0, None, None, 1)[len(place) :])
-    return start == 0 and step == 1
+    given = dict(zip(("dim", "start", "end", "step"), place, strict=False))
+    return given.get("start") == 0 and given.get("step", 1) == 1
 
 
 def _first_rows(node: fx.Node) -> fx.Node | None:

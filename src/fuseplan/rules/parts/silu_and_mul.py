@@ -123,21 +123,21 @@ def _silu_of_sigmoid(sigmoid: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 def _raise(canonical: CanonicalGraph, root: fx.Node, wide: fx.Node, activated: fx.Node) -> None:
     scaled = root.args[0]
     if is_call(scaled, *MULS) and scaled is not wide:
-        raise Unraised(Reason.OP, f"what the sigmoid takes is scaled by {scaled.args[1]}", scaled)
+        raise Unraised(Reason.OP, f"the sigmoid's input is scaled by {scaled.args[1]}", scaled)
     gate = wide.args[0] if is_call(wide, convert_element_type) else wide
     assert isinstance(gate, fx.Node)
     dtype = dtype_of(gate)
     if dtype_of(wide) in LOW_PRECISION:
         detail = f"SiLU is computed in {dtype_name(wide)}, and the op computes it in float32"
         raise Unraised(Reason.DTYPE, detail, root)
-    value, product = activated, only_reader(activated, "what SiLU yields")
+    value, product = activated, only_reader(activated, "SiLU's result")
     rounding = ActivationRounding.LLAMA
     if is_call(product, convert_element_type) and dtype_of(product) is dtype:
-        value, product = product, only_reader(product, "what SiLU yields")
+        value, product = product, only_reader(product, "SiLU's result")
     elif wide is not gate:
         rounding = ActivationRounding.FP32
     if not is_call(product, *MULS):
-        raise Unraised(Reason.OP, f"what SiLU yields isn't multiplied, but goes into {product.target}", product)
+        raise Unraised(Reason.OP, f"SiLU's result isn't multiplied, but goes into {product.target}", product)
     up = product.args[1] if product.args[0] is value else product.args[0]
     y = product
     if rounding is ActivationRounding.FP32:
@@ -147,12 +147,12 @@ def _raise(canonical: CanonicalGraph, root: fx.Node, wide: fx.Node, activated: f
             raise Unraised(Reason.DTYPE, detail, product)
         y, up = converted, up.args[0]
     if not isinstance(up, fx.Node) or not equal_shape(tensor_of(up), tensor_of(gate)):
-        raise Unraised(Reason.SIZE, "what SiLU yields is multiplied by another shape", product)
+        raise Unraised(Reason.SIZE, "SiLU's result is multiplied by another shape", product)
     if dtype_of(up) is not dtype or dtype_of(y) is not dtype:
         detail = f"gate, up and result are {', '.join(map(dtype_name, (gate, up, y)))}"
         raise Unraised(Reason.DTYPE, detail, product)
     if not is_convex({activated, value, product, y}, (gate, up)):
-        raise Unraised(Reason.CYCLE, "what is multiplied depends on what SiLU yields", product)
+        raise Unraised(Reason.CYCLE, "the other factor depends on SiLU's result", product)
     canonical.raise_op(silu_and_mul, (gate, up, rounding.value), (y,))
 
 

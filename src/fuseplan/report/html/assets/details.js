@@ -179,7 +179,7 @@ function missDetails({ miss: index, graph, box }) {
                 ["found", miss.found && code(miss.found)],
                 ["kind", miss.reason],
                 ["provider", miss.provider],
-                ["mend", miss.mend],
+                ["fix", miss.mend],
                 ["places", number(miss.count)],
                 ["in the way", miss.where && code(miss.where)],
                 ["would be fused", miss.sites && code(miss.sites)],

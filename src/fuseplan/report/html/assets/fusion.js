@@ -34,7 +34,7 @@ function fusionDetails({ fusion: id }) {
                     ["contested op", code(fusion.contested)],
                     ["site", code(fusion.site)],
                     ["named after", code(fusion.anchor)],
-                    ["priced", fusion.provenance === "assumed" ? "by nobody: assumed" : fusion.provenance],
+                    ["priced", fusion.provenance === "assumed" ? "assumed" : fusion.provenance],
                     ["rounding", fusion.before && `graph ${fusion.before}, kernel ${fusion.after}`],
                 ]),
             ),

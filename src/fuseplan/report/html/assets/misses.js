@@ -18,7 +18,7 @@ function openMisses() {
         ["in the way", ""],
         ["places", "figure"],
         ["where", ""],
-        ["mend", ""],
+        ["fix", ""],
     ];
     refill(byId("misses-table"), table("misses", columns, VIEW.misses.map(missRow)));
 }

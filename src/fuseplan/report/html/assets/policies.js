@@ -128,7 +128,7 @@ const STATE_TEXT = {
     outdone: "✕ outdone",
     worth: "not worth it",
     forbidden: "forbidden",
-    unpriced: "nobody priced it",
+    unpriced: "no price is known",
 };
 
 /** "36 of 36" for the range at hand, with all ranges below, and a word where it fires nowhere. */

@@ -99,7 +99,7 @@ function letterOf(policy, index) {
 const policyTitle = (policy) => (policy.counterfactual ? `${policy.name}, nothing forced or forbidden` : policy.name);
 const shortPolicy = (policy) => (policy.order.length ? `${policy.order[0]} first` : policy.name);
 
-/** What a policy does to a graph in a range: what is applied, and what has lost. */
+/** A policy's result for a graph in a range: the applied fusions, and the losers. */
 const choiceOf = remembered((policy, range, graph) => {
     const found = POLICIES[policy]?.ranges[range]?.graphs.find((each) => each.graph === graph);
     return {

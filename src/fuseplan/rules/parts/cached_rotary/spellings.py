@@ -206,7 +206,7 @@ class _Search:
             pairs = [_Found(keys, each, (first, rotated)) for each in values for first in queries]
         found = next((each for each in pairs if each.is_legal and self._is_unbroken(each)), None)
         if found is None:
-            raise Unraised(Reason.CYCLE, "what is rotated or written depends on what is cached", keys.node)
+            raise Unraised(Reason.CYCLE, "the rotated or written values depend on the cache", keys.node)
         self.taken |= found.region
         return found
 
@@ -259,7 +259,7 @@ class _Search:
         if x is None or positions is None or positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
             raise Unraised(Reason.SIZE, "its positions aren't one dimension of integers", write.node)
         if (*write.node.args, False)[3]:
-            raise Unraised(Reason.ATTRIBUTE, "it adds to what the cache holds", write.node)
+            raise Unraised(Reason.ATTRIBUTE, "it adds to the cache's values", write.node)
         wanted = [*cache.shape[:TOKENS], positions.shape[0], cache.shape[3]]
         if not equal_sizes(x.shape, wanted):
             detail = f"{[*x.shape]} is written where the cache takes {wanted}"
@@ -280,7 +280,7 @@ class _Search:
             )  # fmt: skip
         epilogue = next((user for user in cache.users if is_call(user, aten.copy_.default)), None)
         if epilogue is None or epilogue.args != (cache, node):
-            raise Unraised(Reason.OP, "its result isn't what the cache is afterwards", node, "write in place")
+            raise Unraised(Reason.OP, "its result isn't the updated cache", node, "write in place")
         reader = next((user for user in cache.users if user not in (node, epilogue)), None)
         if reader is not None:
             detail = f"the cache as it is before is also read by {reader.target} ({reader.name})"

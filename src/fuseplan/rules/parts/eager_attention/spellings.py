@@ -131,7 +131,7 @@ def _dtype(tensors: Sequence[fx.Node], softmax: Softmax) -> torch.dtype:
     dtype = _value(tensors[0]).dtype
     if len(found) > 1 or dtype not in DTYPES:
         raise Unraised(
-            Reason.DTYPE, f"queries, keys, values and what is added to their scores are {', '.join(found)}", tensors[0],
+            Reason.DTYPE, f"queries, keys, values and terms added to scores are {', '.join(found)}", tensors[0],
             "give them one dtype: bfloat16, float16 or float32",
         )  # fmt: skip
     if _value(softmax.source).dtype is not torch.float32:
@@ -279,7 +279,7 @@ def _read_weights(
                            expected=aten.bmm.default)  # fmt: skip
         last = step
     if product.args[0] is not last:
-        raise Unraised(Reason.OP, "its weights aren't what the second product multiplies by values", product)
+        raise Unraised(Reason.OP, "its weights aren't a factor of the product with values", product)
     if has_column:
         raise Unraised(Reason.OP, "the sinks' weights are multiplied by values, too", product)
     return steps
@@ -309,7 +309,7 @@ def _four(product: fx.Node, place: int, shape: Sequence[Any]) -> fx.Node:
     value = tensor_of(node)
     inner = _value(product.args[place])
     if value is None or value.dim() != 4 or not equal_sizes(value.shape, [*shape[:2], *inner.shape[1:]]):
-        raise Unraised(Reason.SIZE, "what it multiplies doesn't have its scores' batch and heads", product)
+        raise Unraised(Reason.SIZE, "its other factor doesn't have the scores' batch and heads", product)
     assert isinstance(node, fx.Node)
     return node
 

@@ -56,7 +56,7 @@ def _convention(
 
 
 def _lacks_weight(canonical: CanonicalGraph, op: DialectOp, node: fx.Node, values: Mapping[str, Any]) -> bool:
-    """Whether a norm only scales, which is told."""
+    """Whether a norm only scales, as its argument says."""
     if values["weight"] is not None:
         return False
     canonical.refuse(op, read_at(node), Reason.OP, "RMSNorm not recognised: it has no weight", node=node, place=node)

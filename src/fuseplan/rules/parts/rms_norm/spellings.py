@@ -259,7 +259,7 @@ def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> N
     else:
         found = " and ".join(map(dtype_name, narrow))
         wanted = str(dtype).removeprefix("torch.")
-        detail = f"it norms a float32 sum of {found}, and weighs what isn't rounded; both must be {wanted}"
+        detail = f"it norms a float32 sum of {found}, and its weight multiplies unrounded values; both must be {wanted}"
         raise Unraised(Reason.DTYPE, detail, total)
     if not _raise_with_residual(canonical, norm, total, narrow, residual_out, rounding):
         raise Unraised(Reason.OP, "no convention fits this sum", total)

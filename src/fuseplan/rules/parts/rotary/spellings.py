@@ -228,7 +228,7 @@ def _read_turned(neg: Call) -> Rotation | None:
         raise Unraised(Reason.OP, "the turned half isn't multiplied by sines and added", total)
     straight = total.args[1] if total.args[0] is turned else total.args[0]
     if not is_call(straight, *MULS) or source not in straight.args:
-        raise Unraised(Reason.OP, "what is added to the turned half isn't x times cosines", total)
+        raise Unraised(Reason.OP, "the value added to the rotated half isn't x times cosines", total)
     only_reader(straight, "the product of x and the cosines")
     return _finish(
         neg,

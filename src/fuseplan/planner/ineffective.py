@@ -1,4 +1,4 @@
-"""What was asked for and does nothing in a graph. Each is a refusal that users see as a warning, with the reason."""
+"""Flags and selectors without effect in a graph. Each is a refusal that users see as a warning, with the reason."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from fuseplan.config import PassConfig
 from fuseplan.matching import Matches, missing_ops
 from fuseplan.planner.decide import Decision
-from fuseplan.planner.pose import Posed
+from fuseplan.planner.pose import Problem
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Rule
 
 
-def idle_requests(
+def ineffective_requests(
     config: PassConfig,
-    idle_flags: Sequence[str],
+    ineffective_flags: Sequence[str],
     rules: Mapping[str, Sequence[Rule]],
     matches: Matches,
-    posed: Posed,
+    problem: Problem,
     decision: Decision,
 ) -> Iterator[Refusal]:
     """Selectors that select nothing, and flags that are True and switch on nothing that is applied.
@@ -24,17 +24,17 @@ def idle_requests(
     A rule that lost to another fusion did have an effect: the report has it among the conflicts.
 
     Args:
-        config: what was asked for.
-        idle_flags: flags that no rule answers to.
+        config: its settings.
+        ineffective_flags: flags that no rule answers to.
         rules: those that are on, by name.
         matches: of the graph.
-        posed: its problem.
-        decision: what is applied.
+        problem: its problem.
+        decision: the fusions that are applied.
     """
-    for flag in idle_flags:
+    for flag in ineffective_flags:
         if getattr(config, flag) is True:
             yield _no_effect(f"{flag}=True has no effect: none of the rules handed over answers to it")
-    for selector in posed.idle:
+    for selector in problem.ineffective:
         if selector in config.forbid and re.split("[@#:]", selector)[0] not in rules:
             continue  # it is off in this graph anyway
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
@@ -45,18 +45,18 @@ def idle_requests(
             continue
         if name not in counts and any(other in counts and {*flags} <= {*rules[other][0].flags} for other in rules):
             continue  # they switch on something else, too, which matches
-        why = _too_dear(name, posed, decision)
+        why = _too_dear(name, problem, decision)
         if name not in counts:
-            missing = missing_ops(posed.canonical, members)
+            missing = missing_ops(problem.canonical, members)
             refused = next((each.detail for each in matches.refusals if each.rule == name), None)
             why = f"the graph has no {' and no '.join(missing)}" if missing else refused or f"{name} matches nowhere"
         if why is not None:
             yield _no_effect(f"{' and '.join(flags)}=True has no effect: {why}", name)
 
 
-def _too_dear(name: str, posed: Posed, decision: Decision) -> str | None:
-    """Why none of a rule's matches is worth it, if nothing but its price stands in the way of any of them."""
-    mine = {index for index, candidate in enumerate(posed.candidates) if candidate.rule == name}
+def _too_dear(name: str, problem: Problem, decision: Decision) -> str | None:
+    """Why none of a rule's matches is worth it, if their price is the only reason."""
+    mine = {index for index, candidate in enumerate(problem.candidates) if candidate.rule == name}
     lost = [each for each in decision.lost if each.candidate in mine]
     margins = [each.lost_ns for each in lost if each.lost_ns is not None]
     if len(lost) < len(mine) or not margins or any(each.blocked_by for each in lost):

@@ -1,4 +1,4 @@
-"""What was asked for and does nothing in a graph is told, with the reason."""
+"""Flags and selectors without effect in a graph are reported, with the reason."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,56 +10,56 @@ from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.matching import Match, Matches, find_matches
 from fuseplan.planner.decide import Decision, Lost
-from fuseplan.planner.idle import idle_requests
-from fuseplan.planner.pose import Posed
+from fuseplan.planner.ineffective import ineffective_requests
+from fuseplan.planner.pose import Problem
 from fuseplan.providers import PROFILES
 from fuseplan.record import Reason
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
-from tests.planner.posing import TORCH, posed, twice
+from tests.planner.posing import TORCH, problem_of, twice
 
 aten = torch.ops.aten
 RULES = by_name(BUILT_IN_RULES)
 
 
-def idle(
-    given: Posed, decision: Decision, *, matches: Matches | None = None, flags: Sequence[str] = (), **config: Any
+def ineffective(
+    given: Problem, decision: Decision, *, matches: Matches | None = None, flags: Sequence[str] = (), **config: Any
 ) -> list[tuple[str | None, str]]:
     found = matches or Matches(candidates=tuple(c.match for c in given.candidates if isinstance(c.match, Match)))
     given_config = PassConfig(**config)
-    refusals = list(idle_requests(given_config, flags, RULES, found, given, decision))
+    refusals = list(ineffective_requests(given_config, flags, RULES, found, given, decision))
     assert {refusal.reason for refusal in refusals} <= {Reason.NO_EFFECT}
     return [(refusal.rule, refusal.detail) for refusal in refusals]
 
 
-def test_flags_that_no_rule_answers_to_are_told() -> None:
-    given = posed(providers=TORCH)
+def test_flags_that_no_rule_answers_to_are_reported() -> None:
+    given = problem_of(providers=TORCH)
     flag = "enable_qk_norm_rope_fusion"
-    told = [(None, f"{flag}=True has no effect: none of the rules handed over answers to it")]
-    found = idle(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=True)
-    assert [each for each in found if each[0] is None] == told
-    assert idle(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=False) == []
-    assert idle(given, Decision(), flags=[flag]) == []
+    expected = [(None, f"{flag}=True has no effect: none of the rules handed over answers to it")]
+    found = ineffective(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=True)
+    assert [each for each in found if each[0] is None] == expected
+    assert ineffective(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=False) == []
+    assert ineffective(given, Decision(), flags=[flag]) == []
 
 
 def test_selectors_that_select_nothing_are_told() -> None:
-    given = posed(providers=TORCH, force=["norm_quant"], forbid=["act_padding#7"])
-    assert [detail for _, detail in idle(given, Decision())] == [
+    given = problem_of(providers=TORCH, force=["norm_quant"], forbid=["act_padding#7"])
+    assert [detail for _, detail in ineffective(given, Decision())] == [
         "'norm_quant' is forced or forbidden, and selects no match in this graph",
         "'act_padding#7' is forced or forbidden, and selects no match in this graph",
     ]
 
 
 def test_flags_whose_ops_the_graph_lacks_are_told() -> None:
-    given = posed(providers=TORCH)
+    given = problem_of(providers=TORCH)
     missing = "the graph has no dynamic_per_token_scaled_fp8_quant and no silu_and_mul"
-    told = [("act_quant", f"fuse_act_quant=True has no effect: {missing}")]
-    assert idle(given, Decision(), fuse_act_quant=True) == told
+    expected = [("act_quant", f"fuse_act_quant=True has no effect: {missing}")]
+    assert ineffective(given, Decision(), fuse_act_quant=True) == expected
     # Of the rules that need two flags both must be True.
-    assert idle(given, Decision(), fuse_allreduce_rms=True) == [
+    assert ineffective(given, Decision(), fuse_allreduce_rms=True) == [
         ("allreduce_rms", "fuse_allreduce_rms=True has no effect: the graph has no all_reduce")
     ]
-    both = idle(given, Decision(), fuse_allreduce_rms=True, fuse_act_padding=True)
+    both = ineffective(given, Decision(), fuse_allreduce_rms=True, fuse_act_padding=True)
     assert ("allreduce_rms_padding", "fuse_allreduce_rms and fuse_act_padding=True has no effect: ") in [
         (rule, detail[: detail.index("the graph")]) for rule, detail in both if "the graph" in detail
     ]
@@ -69,9 +69,9 @@ def test_a_rule_that_was_refused_says_why() -> None:
     def mixed(x: Any, r: Any, w: Any) -> Any:
         return ops.pad(ops.rms_norm(x, aten.to.dtype(w, torch.float32), 1e-5, "llama"), 28), r
 
-    given = posed(mixed, providers=TORCH)
+    given = problem_of(mixed, providers=TORCH)
     matches = find_matches(given.canonical, RULES, TORCH, PROFILES["h200"])
-    ((rule, detail),) = idle(given, Decision(), matches=matches, fuse_act_padding=True)
+    ((rule, detail),) = ineffective(given, Decision(), matches=matches, fuse_act_padding=True)
     assert rule == "act_padding"
     assert detail.startswith("fuse_act_padding=True has no effect: weight is float32 and x is bfloat16")
 
@@ -80,9 +80,9 @@ def test_a_rule_that_just_does_not_match_says_so() -> None:
     def apart(x: Any, r: Any, w: Any) -> Any:
         return ops.pad(x, 28), ops.rms_norm(r, w, 1e-5, "llama")
 
-    given = posed(apart, providers=TORCH)
-    told = [("act_padding", "fuse_act_padding=True has no effect: act_padding matches nowhere")]
-    assert idle(given, Decision(), fuse_act_padding=True) == told
+    given = problem_of(apart, providers=TORCH)
+    expected = [("act_padding", "fuse_act_padding=True has no effect: act_padding matches nowhere")]
+    assert ineffective(given, Decision(), fuse_act_padding=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,18 +103,18 @@ def test_a_rule_that_just_does_not_match_says_so() -> None:
     ],
 )
 def test_a_rule_that_is_too_dear_everywhere_says_by_how_much(lost: list[Lost], detail: str | None) -> None:
-    given = posed(twice, providers=TORCH)
-    told = idle(given, Decision(lost=tuple(lost)), fuse_act_padding=True)
+    given = problem_of(twice, providers=TORCH)
+    found = ineffective(given, Decision(lost=tuple(lost)), fuse_act_padding=True)
     if detail is None:
-        assert told == []
+        assert found == []
     else:
-        ((rule, text),) = told
+        ((rule, text),) = found
         assert rule == "act_padding"
         assert text.startswith(f"fuse_act_padding=True has no effect: {detail}")
 
 
 def test_a_rule_that_is_too_dear_in_its_one_place() -> None:
-    given = posed(providers=TORCH)
-    ((_, text),) = idle(given, Decision(lost=(Lost(candidate=0, lost_ns=100),)), fuse_act_padding=True)
+    given = problem_of(providers=TORCH)
+    ((_, text),) = ineffective(given, Decision(lost=(Lost(candidate=0, lost_ns=100),)), fuse_act_padding=True)
     assert text.endswith("it costs at least 0.1 us more than it saves in each of 1 place")
-    assert idle(given, Decision(lost=(Lost(candidate=0, lost_ns=100),))) == []
+    assert ineffective(given, Decision(lost=(Lost(candidate=0, lost_ns=100),))) == []

@@ -1,4 +1,4 @@
-"""What the solver is asked, and what it answers: integers and sets, no graph."""
+"""The solver's input and output: an integer program, selections and solutions, without a graph."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ if there are any. Whatever holds all candidates of one of them is cyclic too.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Maximise the saving of the candidates selected.
+class IntegerProgram:
+    """Maximise the saving of the selected candidates, as a 0-1 integer program.
 
     A candidate is known by its index. Of selections that save the same the one with fewer candidates is preferred, then
     the one that comes first when both are written in ascending order.
 
     Attributes:
         names: unique, in ascending order of a key that does not depend on the order of discovery.
-        savings_ns: what applying each candidate saves; may be zero or negative.
+        savings_ns: the saving of each candidate; may be zero or negative.
         conflicts: pairs `(i, j)`, `i < j`: never both.
         requires: pairs `(i, j)`: `i` only together with `j`.
         together: sets of candidates: all of a set or none of it.
@@ -50,7 +50,7 @@ class Problem:
         )
 
     def saving(self, selected: Collection[int]) -> int:
-        """What a selection saves, in ns. What was never measured together counts nothing: see `unmeasured`."""
+        """The saving of a selection, in ns. Parts that were never measured together count 0: see `unmeasured`."""
         chosen = set(selected)
         total = 0
         for members, savings in self.alternatives.items():
@@ -66,13 +66,13 @@ class Problem:
         return frozenset().union(*(part for part, savings in parts if part and part not in savings))
 
     def uncoupled(self, selected: Collection[int]) -> frozenset[int]:
-        """Of a selection those that may not be in it: what they require isn't, or what they belong together with."""
+        """Those of a selection that may not be in it, since a candidate that they need isn't."""
         chosen = set(selected)
         lone = {i for i, j in self.requires if i in chosen and j not in chosen}
         return frozenset(lone.union(*(group & chosen for group in self.together if not group <= chosen)))
 
     def units(self, selected: Sequence[int]) -> list[tuple[int, ...]]:
-        """A selection in parts that are applied together or not at all, by what they require and belong together with.
+        """A selection in parts that are applied together or not at all, by their couplings.
 
         Args:
             selected: in the order that the parts have by their first candidates.
@@ -91,7 +91,7 @@ class Solution:
 
     Attributes:
         selected: in ascending order.
-        objective_ns: what the selection saves.
+        objective_ns: the saving of the selection.
         bound_ns: no legal selection saves more.
         components: how many sets of candidates were solved independently of each other.
         classes: how many of those differ.
@@ -115,11 +115,11 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """A legal selection that nothing is claimed of.
+    """A legal selection, without a bound.
 
     Attributes:
         selected: in ascending order.
-        objective_ns: what it saves.
+        objective_ns: its saving.
     """
 
     selected: tuple[int, ...]
