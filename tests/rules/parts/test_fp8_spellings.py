@@ -411,7 +411,7 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
     up_to_a_bound_a_row: "the upper bound of the largest (aten.minimum.default) isn't one element in its dtype",
     up_to_a_bound_below_its_least: "the scale has a least bound above its upper one",
     up_to_a_power: "the power of two has an upper bound",
-    up_to_a_bound_unclamped: "what is cast isn't clamped to +-448",
+    up_to_a_bound_unclamped: "the value cast isn't clamped to +-448",
     chosen: "the scale is computed by aten.where.self",
     with_indices: "the indices of the largest are read, too",
     unclamped: "the value cast isn't clamped to +-448",

@@ -191,7 +191,7 @@ def exponents_of(largest: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, Tensor]], str] = {
-    of_signed: "the scale is neither one number nor computed from the largest of what it scales",
+    of_signed: "the scale is neither one number nor computed from the largest value it scales",
     partial(quantised, scaling="floor", size=WIDTH): "a row is one group of 128",
     partial(quantised, scaling="floor", top=7): "the scale",
     partial(quantised, scaling="even", top=2): "the codes are MXFP4 or MXFP6 (e2m1, e2m3)",

@@ -31,8 +31,9 @@ from fuseplan.graph.surgery import sort_topologically
 from fuseplan.record import Reason
 from fuseplan.rules.parts.cache_write import cache_write
 from fuseplan.rules.parts.cached_rotary.op import cached_rotary
+from fuseplan.rules.parts.rotary.angles import spread
 from fuseplan.rules.parts.rotary.op import rotary_embedding
-from fuseplan.rules.parts.rotary.spellings import Rotation, is_normed, read_rotations, spread
+from fuseplan.rules.parts.rotary.spellings import Rotation, is_normed, read_rotations
 
 TOKENS = 2
 """The dimension of tokens in a cache, and in what is written to it."""
@@ -95,7 +96,7 @@ class _Found:
             canonical.raise_op(cache_write, self.arguments, results)
             return
         queries, _ = self.rotations
-        cos, sin = (spread(canonical, angle, queries) for angle in (queries.cos, queries.sin))
+        cos, sin = (spread(canonical, angle, queries.x, queries.interior) for angle in (queries.cos, queries.sin))
         arguments = (*self.arguments[:5], cos, sin, *self.arguments[7:])
         canonical.raise_op(cached_rotary, arguments, (queries.y, *results))
 

@@ -41,6 +41,7 @@ from fuseplan.graph.reach import path_between
 from fuseplan.graph.surgery import sort_topologically
 from fuseplan.record import Reason
 from fuseplan.rules.parts.rms_norm import rms_norm
+from fuseplan.rules.parts.rotary.angles import spread
 from fuseplan.rules.parts.rotary.op import rotary_embedding
 
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
@@ -95,7 +96,7 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
     single = {*found}
     for q, k in _pairs(canonical, found):
         single -= {q, k}
-        cos, sin = (spread(canonical, angle, q) for angle in (q.cos, q.sin))
+        cos, sin = (spread(canonical, angle, q.x, q.interior) for angle in (q.cos, q.sin))
         canonical.raise_op(rotary_embedding, (q.x, k.x, cos, sin, q.rounding.value), (q.y, k.y))
     for rotation in found:
         if rotation in single and is_normed(rotation.x):
@@ -114,17 +115,6 @@ def read_rotations(canonical: CanonicalGraph) -> Iterator[tuple[fx.Node, Rotatio
                 yield root, _checked(canonical, rotation)
         except Unraised as refused:
             yield root, refused
-
-
-def spread(canonical: CanonicalGraph, angle: fx.Node, rotation: Rotation) -> fx.Node:
-    """The cosines or sines of a rotation, with the leading dimensions of size 1 that broadcasting gives them."""
-    x, value = tensor_of(rotation.x), tensor_of(angle)
-    assert x is not None and value is not None
-    reader = min(user for user in angle.users if user in rotation.interior)
-    for _ in range(x.dim() - value.dim()):
-        value = value.unsqueeze(0)
-        angle = canonical.insert_before(reader, aten.unsqueeze.default, (angle, 0), value)
-    return angle
 
 
 def _tell(canonical: CanonicalGraph, root: fx.Node, refused: Unraised) -> None:
