@@ -32,7 +32,7 @@ def test_fake_agrees_with_reference(op: DialectOp, sample: Sample, one_rank: str
     inputs = arguments(sample)
     for real, fake in zip(leaves(op(*inputs)), leaves(op.fake(*inputs)), strict=True):
         assert (real.dtype, real.shape, real.stride()) == (fake.dtype, fake.shape, fake.stride())
-        assert real.is_contiguous()
+        assert real.is_contiguous() or "layout" in op.arguments
 
 
 @pytest.mark.parametrize(("op", "sample"), [case for case in CASES if not case[0].collective], ids=case_id)

@@ -83,7 +83,7 @@ def opposite_orders() -> list[str | None]:
         thread.start()
         time.sleep(0.01)
     for thread in threads:
-        thread.join(40)
+        thread.join(90)
     return found + ["waits for ever"] * sum(thread.is_alive() for thread in threads)
 
 

@@ -113,9 +113,9 @@ def _read_words(content: bytes) -> None:
         try:
             read(text)
         except ConfigError as error:
-            text = str(error)
+            message = str(error)
             refused += 1
-            assert text.isprintable()
+            assert message.isprintable()
     PassConfig(forbid=(text,))
     if refused == len(reads):
         raise ConfigError("no reader takes it")

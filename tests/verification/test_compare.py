@@ -20,6 +20,15 @@ def test_one_unit_in_the_last_place_is_allowed_and_two_are_not(dtype: torch.dtyp
         assert (compare(actual, reference, exact, 2.0).share <= 1) is passes
 
 
+def test_a_lucky_reference_is_half_a_unit_off_where_another_order_is_allowed() -> None:
+    exact = torch.tensor([[1.0, -1.5, 3.0]], dtype=torch.float64)
+    reference = exact.float()
+    for steps, passes in ((5, True), (6, False)):
+        actual = reference.clone()
+        actual[0, 2] += steps * 2 * torch.finfo(torch.float32).eps
+        assert (compare(actual, reference, exact, 8.0).share <= 1) is passes
+
+
 @given(st.floats(min_value=2.0**-120, max_value=2.0**120), st.booleans())
 def test_a_unit_is_the_distance_to_the_next_value(value: float, negative: bool) -> None:
     nearest = torch.tensor(-value if negative else value, dtype=torch.float32)
