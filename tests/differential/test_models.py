@@ -121,7 +121,7 @@ def chunk_of(first_seed: int, chunk: int, size: int) -> range:
     return range(first_seed + size * chunk, first_seed + size * (chunk + 1))
 
 
-@pytest.mark.parametrize("chunk", range(2))
+@pytest.mark.parametrize("chunk", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
     tried(chunk_of(first_seed, chunk, 10), 4, interpreted, one_rank).check(least=0.25)
 
