@@ -123,7 +123,7 @@ def test_a_graph_ends_at_each_of_its_layers(quantisation: Any) -> None:
     ("scheme", "shape", "says"),
     [
         ("FP8_DYNAMIC", (6, WIDTH), "the scale is computed from all rows at once"),
-        ("FP8", (2, 3, WIDTH), "is added to what is scaled, and the op has none"),
+        ("FP8", (2, 3, WIDTH), "is added to the scaled value, and the op has none"),
     ],
 )
 def test_what_is_left_alone_is_named(quantised: Quantise, scheme: str, shape: tuple[int, ...], says: str) -> None:
