@@ -62,7 +62,7 @@ def test_strides_and_alignment_are_those_of_the_graph() -> None:
     x, weight = case.arguments["x"], case.arguments["weight"]
     assert (x.stride, x.misalignment) == ((2 * HIDDEN, 1), 2)
     assert weight.misalignment == HIDDEN * 2 % 128
-    made = make_arguments(case.arguments, ops.fused_add_rms_norm.draw, {x.device: torch.Generator()})
+    made = make_arguments(case.arguments, ops.fused_add_rms_norm.draw, 0)
     assert made["x"].tensor.stride() == x.stride
     assert made["x"].tensor.data_ptr() % 4 == 2
 
@@ -75,13 +75,13 @@ def test_one_tensor_in_two_places_stays_one() -> None:
     if match.values["x"] is match.values["residual"]:
         (case,) = cases_of(match, Sizes(canonical.graph), (1, 8192))
         assert {case.arguments["x"].same_as, case.arguments["residual"].same_as} == {None, "x"}
-        made = make_arguments(case.arguments, ops.fused_add_rms_norm.draw, {torch.device("cpu"): torch.Generator()})
+        made = make_arguments(case.arguments, ops.fused_add_rms_norm.draw, 0)
         assert made["x"] is made["residual"]
 
 
 def test_expanded_rows_are_one_row() -> None:
     spec = TensorSpec(dtype=torch.bfloat16, shape=(5, 8), stride=(0, 1), misalignment=0, device=torch.device("cpu"))
-    made = make_arguments({"x": spec}, ops.rms_norm.draw, {spec.device: torch.Generator().manual_seed(0)})["x"]
+    made = make_arguments({"x": spec}, ops.rms_norm.draw, 0)["x"]
     assert isinstance(made, Guarded)
     assert made.tensor.stride() == (0, 1)
     assert torch.equal(made.tensor[0], made.tensor[4])

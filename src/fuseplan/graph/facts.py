@@ -68,6 +68,12 @@ def dtype_text(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def signature_text(value: torch.Tensor) -> str:
+    """Dtype and sizes, unknown ones as `?`: `bfloat16[?x64]`."""
+    sizes = "x".join(str(size) if isinstance(size, int) else "?" for size in value.shape)
+    return f"{dtype_text(value.dtype)}[{sizes}]"
+
+
 def dtype_name(node: object) -> str:
     """That of a node's value."""
     return dtype_text(dtype_of(node))
@@ -193,12 +199,17 @@ def groups_in(graph: fx.Graph) -> tuple[str, ...]:
     return tuple(names)
 
 
+def is_functionalized(target: object) -> bool:
+    """Whether it is the higher-order op that calls one which writes, on copies of what that writes to."""
+    return getattr(target, "__name__", "").startswith("auto_functionalized")
+
+
 def written_in_place(node: fx.Node) -> str | None:
     """What the user's model calls where a node comes from, if that is in place: `add_`, `imul`; or None.
 
     Functionalization made an op of it that writes to a new tensor, and an op with its own schema a higher-order one.
     """
-    if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
+    if is_functionalized(node.target):
         return str(node.args[0])
     found = (_in_place(str(name)) for name, _ in node.meta.get("source_fn_stack") or ())
     return next(filter(None, found), None)

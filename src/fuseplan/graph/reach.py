@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from fuseplan.graph.facts import RESHAPES, aten, equal_shape, tensor_of
+from fuseplan.graph.facts import RESHAPES, aten, equal_shape, is_functionalized, tensor_of
 
 LIMIT = 6
 """Ops between two nodes up to which they count as near each other."""
@@ -49,7 +49,7 @@ def _kind(target: Any) -> bool | None:
     """Whether a function is thin wherever it is called; None where that depends on its arguments."""
     if isinstance(target, torch._ops.OpOverload):
         return _kind_of_op(target)
-    return target is operator.getitem or getattr(target, "__name__", "").startswith("auto_functionalized")
+    return target is operator.getitem or is_functionalized(target)
 
 
 @functools.lru_cache(maxsize=4096)

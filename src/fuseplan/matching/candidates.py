@@ -14,6 +14,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import (
     group_size,
     is_call,
+    is_functionalized,
     is_mutation,
     item,
     place_of,
@@ -389,6 +390,6 @@ def op_name(node: fx.Node) -> str:
         return op_text(node.target)
     if is_call(node, operator.getitem) and isinstance(node.args[0], fx.Node):
         return op_name(node.args[0])
-    if getattr(node.target, "__name__", "").startswith("auto_functionalized"):
+    if is_functionalized(node.target):
         return str(node.args[0])
     return op_text(node.target)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import fx
 
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.facts import place_of, tensor_of
+from fuseplan.graph.facts import place_of, signature_text, tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.rules.families.sites import Site
 
@@ -127,8 +127,7 @@ def _signature(match: Match) -> str:
             continue
         tensor = tensor_of(value) if isinstance(value, fx.Node) else None
         if tensor is not None:
-            shape = "x".join("?" if not isinstance(size, int) else str(size) for size in tensor.shape)
-            parts.append(f"{name}:{str(tensor.dtype).removeprefix('torch.')}[{shape}]")
+            parts.append(f"{name}:{signature_text(tensor)}")
         elif not isinstance(value, fx.Node):
             parts.append(f"{name}={value}")
     return f"{match.rule.op.name}({', '.join(parts)}){copies_text(len(match.copied))}"

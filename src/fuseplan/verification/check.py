@@ -13,12 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fuseplan.dialect import DialectOp, ops
 from fuseplan.distributed.workspace import loopback
 from fuseplan.rules import Rule
-from fuseplan.verification.compare import compare, described
+from fuseplan.verification.compare import bits, compare, described
 from fuseplan.verification.evaluate import exact, fused, reference
 from fuseplan.verification.layout import misplaced, shares, significant_strides
-from fuseplan.verification.memory import Gathered, Guarded, Loopback, Poisoned, make_arguments, poison_allocator
+from fuseplan.verification.memory import (
+    Gathered,
+    Guarded,
+    Loopback,
+    Poisoned,
+    make_arguments,
+    poison_allocator,
+    unguarded,
+)
 from fuseplan.verification.region import Region
-from fuseplan.verification.specs import Case, TensorSpec
+from fuseplan.verification.specs import Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +128,7 @@ def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3
             inputs, _ = _fresh(rule, case, seed)
             with Poisoned():
                 runs.append(fused(rule, inputs, _on_copies(rule.op, rule.op.kernel(provider))))
-        return all(torch.equal(_bits(a), _bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        return all(torch.equal(bits(a), bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 @contextlib.contextmanager
@@ -156,18 +164,11 @@ def _compared(
 
 def _fresh(rule: Rule, case: Case, seed: int, rank: int | None = None) -> tuple[dict[str, Any], list[Guarded]]:
     """Random arguments, and the buffers that they lie in."""
-    made = _made(rule, case, seed)
+    made = make_arguments(case.arguments, rule.op.draw, seed)
     if rank is not None:
-        own = _made(rule, case, seed + 1 + rank)
+        own = make_arguments(case.arguments, rule.op.draw, seed + 1 + rank)
         made.update({name: own[name] for name in _summed(rule)})
-    inputs = {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
-    return inputs, [value for value in made.values() if isinstance(value, Guarded)]
-
-
-def _made(rule: Rule, case: Case, seed: int) -> dict[str, Any]:
-    devices = {spec.device for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
-    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
-    return make_arguments(case.arguments, rule.op.draw, generators)
+    return unguarded(made), [value for value in made.values() if isinstance(value, Guarded)]
 
 
 def _summed(rule: Rule) -> list[str]:
@@ -232,7 +233,7 @@ class _Watched:
                 names = self.op.arguments
                 at = [name for name, given in zip(names, args, strict=False) if given is each.tensor]
                 where = f"its argument {at[0]}" if at else "an argument"
-                if torch.equal(_bits(each.tensor), _bits(each.of_before)):
+                if torch.equal(bits(each.tensor), bits(each.of_before)):
                     return f"the kernel writes beyond the end of {where}"
                 return f"the kernel writes to {where}, and its schema says that it doesn't"
         return None
@@ -251,10 +252,6 @@ def _on_copies(op: DialectOp, kernel: Callable[..., Any]) -> Callable[..., Any]:
         return (*yielded, *(given[name] for name in op.writes))
 
     return run
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _of_another_kind(

@@ -116,6 +116,11 @@ def _floats(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> 
     return (actual.double() - exact).abs(), factor * row + unit
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of its elements, one after the other."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring values of `dtype` at each element's magnitude: 2^floor(log2 |x|) * epsilon."""
     finfo = torch.finfo(dtype)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fuseplan.caching.fingerprint import pass_content
 from fuseplan.dialect import Draw, draw_activations, draw_near_one, draw_positive
+from fuseplan.graph.facts import dtype_text
 from fuseplan.matching import ExternalMatch
 from fuseplan.record import Verification
 from fuseplan.verification import outcomes
-from fuseplan.verification.compare import compare, described
+from fuseplan.verification.compare import bits, compare, described
 from fuseplan.verification.deadline import AttemptError, attempt
 from fuseplan.verification.layout import misplaced, significant_strides
-from fuseplan.verification.memory import Guarded, make_arguments, poison_allocator
+from fuseplan.verification.memory import Guarded, make_arguments, poison_allocator, unguarded
 from fuseplan.verification.replaced import Replaced, unverifiable
 from fuseplan.verification.sides import PoisonedInside, Side, run_exactly, run_node
 from fuseplan.verification.specs import Case, Sizes, TensorSpec, concrete
@@ -121,7 +122,7 @@ class _Trial:
         self.given = self.fresh()
         self.expected = self.results_of(self.question.before, self.given)
         with torch.no_grad():
-            precise = self.question.before.run(_inputs(self.fresh()), self.case.symbols, call=run_exactly)
+            precise = self.question.before.run(unguarded(self.fresh()), self.case.symbols, call=run_exactly)
         exact = [each.of(precise) for each in self.question.results]
         self.exact = [_like(true, own) for true, own in zip(exact, self.expected, strict=True)]
 
@@ -147,7 +148,7 @@ class _Trial:
             if deviation.share > 1:
                 return f"{self._name(index)}: {deviation.text}{_largest(got, own)}", 0.0
             worst = max(worst, deviation.share)
-        inputs, before = _inputs(made), _inputs(self.given)
+        inputs, before = unguarded(made), unguarded(self.given)
         wrong = misplaced(actual, self.expected, inputs, self.question.free, before) or self._written(made)
         return wrong or (self._rounded() if thorough else None), worst
 
@@ -157,13 +158,11 @@ class _Trial:
 
     @cached_property
     def _drawn(self) -> dict[str, Any]:
-        devices = {spec.device for spec in self.case.arguments.values() if isinstance(spec, TensorSpec)}
-        generators = {device: torch.Generator(device).manual_seed(self.seed) for device in devices}
-        return make_arguments(self.case.arguments, lambda name: _draw_of(self.case.arguments[name]), generators)
+        return make_arguments(self.case.arguments, lambda name: _draw_of(self.case.arguments[name]), self.seed)
 
     def results_of(self, side: Side, given: Mapping[str, Any]) -> list[Any]:
         with torch.no_grad(), PoisonedInside():
-            values = side.run(_inputs(given), self.case.symbols, call=run_node)
+            values = side.run(unguarded(given), self.case.symbols, call=run_node)
         return [each.of(values) for each in self.question.results]
 
     def _name(self, index: int) -> str:
@@ -212,7 +211,7 @@ class _Trial:
         for name, spec in specs.items():
             for dtype in {each.dtype for each in specs.values() if each.dtype.itemsize < spec.dtype.itemsize}:
                 if (changed := self._changed(name, dtype)) >= FEWEST:
-                    short, own = (str(each).removeprefix("torch.") for each in (dtype, spec.dtype))
+                    short, own = (dtype_text(each) for each in (dtype, spec.dtype))
                     return (
                         f"it takes its argument {name}, {own}, for {short}: rounding it to {short} changes {changed} "
                         "elements of what the graph computes, and none of what it does"
@@ -227,7 +226,7 @@ class _Trial:
             sides = self.question.after, self.question.before
             for side in sides:
                 whole, rounded = (trial.results_of(side, made) for made in (trial.fresh(), trial.narrowed(name, dtype)))
-                differing = sum(int((_bits(a) != _bits(b)).sum()) for a, b in zip(whole, rounded, strict=True))
+                differing = sum(int((bits(a) != bits(b)).sum()) for a, b in zip(whole, rounded, strict=True))
                 if side is self.question.before:
                     changed += differing
                 elif differing:
@@ -240,10 +239,6 @@ class _Trial:
         made = self.fresh()
         made[name].tensor.copy_(made[name].tensor.to(dtype))
         return made
-
-
-def _inputs(made: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
 
 
 def _draw_of(spec: TensorSpec) -> Draw:
@@ -270,7 +265,3 @@ def _largest(got: Tensor, own: Tensor) -> str:
         return ""
     relative = (off / b.abs()[finite]).nan_to_num(0.0, 0.0, 0.0)
     return f"; the largest differences from the graph's own are {off.max():.3g} and {relative.max():.3g} of the value"
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.contiguous().reshape(-1).view(torch.uint8)

@@ -174,17 +174,17 @@ def _placed(buffer: Tensor, like: Tensor) -> Tensor:
 
 
 def make_arguments(
-    arguments: Mapping[str, Any],
-    draw_of: Callable[[str], Draw | Indices],
-    generators: Mapping[torch.device, torch.Generator],
-) -> dict[str, Any]:
+    arguments: Mapping[str, Any], draw_of: Callable[[str], Draw | Indices], seed: int
+) -> dict[str, Any]:  # fmt: skip
     """Fresh random arguments: a `Guarded` for each `TensorSpec`, plain values as they are.
 
     Args:
         arguments: of a case.
         draw_of: how an argument is drawn, by name.
-        generators: by device.
+        seed: equal seeds draw equal arguments.
     """
+    devices = {spec.device for spec in arguments.values() if isinstance(spec, TensorSpec)}
+    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
     made: dict[str, Any] = {}
     for name, spec in arguments.items():
         if not isinstance(spec, TensorSpec):
@@ -194,6 +194,11 @@ def make_arguments(
         else:
             made[name] = _guarded(spec, _draw(draw_of(name), arguments), generators[spec.device])
     return made
+
+
+def unguarded(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without their margins."""
+    return {name: value.tensor if isinstance(value, Guarded) else value for name, value in made.items()}
 
 
 def _draw(draw: Draw | Indices, arguments: Mapping[str, Any]) -> Draw:

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fuseplan.caching.fingerprint import fingerprint
-from fuseplan.graph.facts import drops_nothing, fill_of, hint, is_item, tensor_of
+from fuseplan.graph.facts import drops_nothing, fill_of, hint, is_item, signature_text, tensor_of
 from fuseplan.graph.layout import layout_reader, storage_of
 from fuseplan.matching import ExternalMatch
 from fuseplan.verification import outcomes
@@ -87,11 +87,7 @@ class Replaced:
     def signature(self) -> str:
         """The pass with dtypes and sizes as the graph has them."""
         values = [(name, tensor_of(node)) for node, name in self.before.names.items()]
-        parts = [
-            f"{name}:{str(each.dtype).removeprefix('torch.')}[{'x'.join(_size(size) for size in each.shape)}]"
-            for name, each in values
-            if each is not None
-        ]
+        parts = [f"{name}:{signature_text(each)}" for name, each in values if each is not None]
         return f"{self.match.owner.name}({', '.join(parts)})"
 
     def key(self, content: str) -> str:
@@ -114,10 +110,6 @@ class Replaced:
             kept=sorted(self.kept),
             hardware=sorted(map(outcomes.hardware_text, devices)),
         )
-
-
-def _size(size: Any) -> str:
-    return str(size) if isinstance(size, int) else "?"
 
 
 def _results(match: ExternalMatch, after: Side) -> tuple[Result, ...]:

@@ -12,7 +12,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_dense
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fuseplan.graph.facts import aten, tensor_of
+from fuseplan.graph.facts import aten, is_functionalized, tensor_of
 from fuseplan.graph.legality import external_inputs
 from fuseplan.matching import ExternalMatch
 from fuseplan.verification.evaluate import NARROW
@@ -68,7 +68,7 @@ class Side:
         found = []
         for node in self.nodes:
             target, args = node.target, node.args
-            if is_functionalized(node) and isinstance(args[0], OpOverload):
+            if is_functionalized(node.target) and isinstance(args[0], OpOverload):
                 target, args = args[0], ()
             if isinstance(target, OpOverload):
                 names = [argument.name for argument in target._schema.arguments]
@@ -137,14 +137,9 @@ def _replacement(match: ExternalMatch, arguments: list[Any], names: Mapping[fx.N
     return Side(names={node: name for name, node in own.items()}, nodes=calls, outputs=outputs)
 
 
-def is_functionalized(node: fx.Node) -> bool:
-    """Whether a node calls an op that writes, on copies of what it writes to."""
-    return getattr(node.target, "__name__", "").startswith("auto_functionalized")
-
-
 def run_node(node: fx.Node, given: Given) -> Any:
     """What a node calls, as it is."""
-    return _called(node, *given(_placed if is_functionalized(node) else lambda source, value: value))
+    return _called(node, *given(_placed if is_functionalized(node.target) else lambda source, value: value))
 
 
 def run_exactly(node: fx.Node, given: Given) -> Any:
@@ -165,7 +160,7 @@ def run_exactly(node: fx.Node, given: Given) -> Any:
 
 
 def _called(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if is_functionalized(node):
+    if is_functionalized(node.target):
         is_second = str(getattr(node.target, "__name__", "")).endswith("_v2")
         return (auto_functionalized_v2_dense if is_second else auto_functionalized_dense)(*args, **kwargs)
     assert callable(node.target)
