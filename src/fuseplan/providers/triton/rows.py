@@ -55,6 +55,25 @@ def codes_of(scaled, dtype: tl.constexpr, MOST: tl.constexpr, NVIDIA: tl.constex
 
 
 @triton.jit
+def largest_bits(y):
+    """The bits of amax(|y|) over the last dimension of y, float32, as integers."""
+    # Without their sign, numbers are in order as integers too, and NaN is the largest.
+    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1)
+
+
+@triton.jit
+def in_groups(y, row, first, valid, DTYPE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """Rows [ROWS, COLUMNS] from column `first` on, rounded to DTYPE, as [ROWS, groups, GROUP] with zeros outside, and
+    where they are put, [ROWS, COLUMNS]: elements from the first one, and which of these there are.
+    """
+    column = first + tl.arange(0, y.shape[1])
+    out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    inside = valid[:, None] & within(column, WIDTH)[None, :]
+    y = tl.reshape(tl.where(inside, rounded(y, DTYPE), 0.0), [y.shape[0], y.shape[1] // GROUP, GROUP])
+    return y, out, inside
+
+
+@triton.jit
 def dynamic_scale(
     y, min_scale, max_scale, upper_ptr, MOST: tl.constexpr, ROUNDS: tl.constexpr, IS_BOUNDED: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -62,8 +81,7 @@ def dynamic_scale(
     """clamp(amax(|y|) / MOST, min_scale, max_scale) over the last dimension of y, NaN where y has one; the quotient
     rounded to DTYPE or not, the largest bounded by what is at a pointer or not.
     """
-    # Without their sign, numbers are in order as integers too, and NaN is the largest.
-    largest = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1).to(tl.float32, bitcast=True)
+    largest = largest_bits(y).to(tl.float32, bitcast=True)
     if IS_BOUNDED:
         upper = tl.load(upper_ptr).to(tl.float32)
         largest = tl.where(largest > upper, upper, largest)

@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx
@@ -33,12 +33,13 @@ from fuseplan.graph.facts import (
     equal_size,
     fill_of,
     is_call,
+    item,
     tensor_of,
 )
 from fuseplan.graph.ops import DialectOp, QuantRounding, Sample, compute_dtype, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import rows_of
-from fuseplan.rules.parts.traffic import Clock, Kernel, Region, Tail
+from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 """`fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3. Their largest values, 448 and 240, come from `torch.finfo`."""
@@ -167,6 +168,40 @@ class Codes(Tail):
         """The kernel that restores them."""
         nbytes = self.result_bytes(region) + region.row_bytes
         return (clock.local("dequantised", nbytes),) if self.restored else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupCodes(Codes):
+    """One with a scale of each group of elements of a row.
+
+    Attributes:
+        group_size: elements of a group.
+    """
+
+    group_size: int
+
+    reduces_rows = True
+    scale_bytes: ClassVar[int]
+
+    @classmethod
+    def of(cls, node: fx.Node, core: fx.Node) -> Self:
+        """That of a dialect op `(x, group_size, ...)`."""
+        size = node.args[1]
+        assert isinstance(size, int)
+        return cls(group_size=size, restored=is_restored(item(node, 0)))
+
+    @classmethod
+    def stands_alone(cls, core: Middle) -> bool:
+        """Behind what reduces rows: a reduction over groups is another one."""
+        return core.reduces_rows
+
+    def text(self, width: int) -> str:
+        """`group_fp8_quant 128`"""
+        return f"{super().text(width)} {self.group_size}"
+
+    def result_bytes(self, region: Region) -> int:
+        """The codes, and a scale a group."""
+        return region.tokens * (region.width * CODE_BYTES + region.width // self.group_size * self.scale_bytes)
 
 
 def is_restored(codes: fx.Node | None) -> bool:

@@ -202,9 +202,7 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, fl
     node, outer = bounded(scale, own=own if scaling.rounding.rounds_scaled else None)
     power = _power(node)
     if power is not None and own is torch.float32:
-        # In low precision no quotient is that near to a power of two.
-        detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
-        raise Unraised(Reason.ROUNDING, detail, node)
+        raise rounded_by_log2(node)
     if power is not None and outer.most < math.inf:
         raise Unraised(Reason.OP, f"the power of two has an upper bound ({scale.target}), and the op's has none", scale)
     quotient, bounds = (node, outer) if power is None else bounded(power)
@@ -224,6 +222,12 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, fl
     if power is not None:
         _check_powers(bounds, node)
     return amax, bounds, power is not None, 0.0 if power is None else outer.least, is_rounded
+
+
+def rounded_by_log2(scale: fx.Node) -> Unraised:
+    """A power of two of float32 rows: in low precision no quotient is that near to one."""
+    detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
+    return Unraised(Reason.ROUNDING, detail, scale)
 
 
 def _check_powers(bounds: Bounds, node: fx.Node) -> None:

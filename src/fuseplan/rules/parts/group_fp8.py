@@ -1,6 +1,5 @@
 """fp8 quantisation by a scale of each group of elements of a row, which may be rounded up to a power of two (UE8M0)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import item, tensor_of
+from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.ops import (
     QuantRounding,
     Sample,
@@ -22,12 +21,10 @@ from fuseplan.graph.ops import (
 )
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
 from fuseplan.rules.parts.fp8 import (
-    CODE_BYTES,
     SCALE_BYTES,
-    Codes,
+    GroupCodes,
     Scaling,
     apply_scale,
-    is_restored,
     raise_computed,
     scale_dtype,
     scale_of,
@@ -35,7 +32,6 @@ from fuseplan.rules.parts.fp8 import (
 )
 from fuseplan.rules.parts.fp8_scales import ComputedScale, computed_scale, is_given, seems_split
 from fuseplan.rules.parts.scale_layouts import layout_of
-from fuseplan.rules.parts.traffic import Middle, Region
 
 
 def reference(
@@ -162,36 +158,10 @@ def _width(rows: fx.Node) -> int:
     return int(value.shape[-1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupFp8(Codes):
-    """It at a site.
+class GroupFp8(GroupCodes):
+    """It at a site."""
 
-    Attributes:
-        group_size: elements of a group.
-    """
-
-    group_size: int
-
-    name, reduces_rows, eager_kernels = "group_fp8_quant", True, 30
-
-    @classmethod
-    def stands_alone(cls, core: Middle) -> bool:
-        """Behind what reduces rows: a reduction over groups is another one."""
-        return core.reduces_rows
-
-    def text(self, width: int) -> str:
-        """`group_fp8_quant 128`"""
-        return f"{super().text(width)} {self.group_size}"
-
-    def result_bytes(self, region: Region) -> int:
-        """The codes, and a scale a group."""
-        return region.tokens * (region.width * CODE_BYTES + region.width // self.group_size * SCALE_BYTES)
-
-
-def _tail(node: fx.Node, core: fx.Node) -> GroupFp8:
-    size = node.args[1]
-    assert isinstance(size, int)
-    return GroupFp8(group_size=size, restored=is_restored(item(node, 0)))
+    name, eager_kernels, scale_bytes = "group_fp8_quant", 30, SCALE_BYTES
 
 
 PART = RowEpilogue(
@@ -209,5 +179,5 @@ PART = RowEpilogue(
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.GROUPED_EPILOGUES, raise_groups),),
     traffic=GroupFp8,
-    tail=_tail,
+    tail=GroupFp8.of,
 )  # fmt: skip

@@ -12,7 +12,6 @@ as torchao's `to_mx` leaves them, whose conversion to fp8 saturates.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,24 +27,20 @@ from fuseplan.graph.facts import (
     equal_shape,
     fill_of,
     is_call,
-    item,
     tensor_of,
 )
 from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
 from fuseplan.rules.parts.fp8 import (
-    CODE_BYTES,
-    Codes,
-    is_restored,
+    GroupCodes,
     number_of,
     raise_computed,
     reordered,
     source_of,
     uncast,
 )
-from fuseplan.rules.parts.fp8_scales import rows_in_groups
-from fuseplan.rules.parts.traffic import Middle, Region
+from fuseplan.rules.parts.fp8_scales import rounded_by_log2, rows_in_groups
 
 BIAS, NAN, INFINITE, DIGITS = 127, 255, 254, 23
 CODE_DIGITS = 3
@@ -293,8 +288,7 @@ def _raise(canonical: CanonicalGraph, cast: Call, scaling: MxScaling, found: dic
         raise Unraised(Reason.OP, detail, found["exponent"])
     _check_shapes(cast, value, found["exponent"])
     if scaling is MxScaling.RCEIL and dtype_of(source_of(x)) is torch.float32:
-        detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
-        raise Unraised(Reason.ROUNDING, detail, found["exponent"])
+        raise rounded_by_log2(found["exponent"])
     size = value.shape[-1]
     rows, is_split = rows_in_groups(x, size)
     if not is_split:
@@ -315,36 +309,10 @@ def _check_shapes(cast: Call, groups: Tensor, exponent: fx.Node) -> None:
         raise Unraised(Reason.SIZE, detail, exponent, "keep a scale for each group of what it scales")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MxFp8(Codes):
-    """It at a site.
+class MxFp8(GroupCodes):
+    """It at a site."""
 
-    Attributes:
-        group_size: elements of a group.
-    """
-
-    group_size: int
-
-    name, reduces_rows, eager_kernels = "mx_fp8_quant", True, 31
-
-    @classmethod
-    def stands_alone(cls, core: Middle) -> bool:
-        """Behind what reduces rows: a reduction over groups is another one."""
-        return core.reduces_rows
-
-    def text(self, width: int) -> str:
-        """`mx_fp8_quant 32`"""
-        return f"{super().text(width)} {self.group_size}"
-
-    def result_bytes(self, region: Region) -> int:
-        """The codes, and a byte a group."""
-        return region.tokens * (region.width * CODE_BYTES + region.width // self.group_size)
-
-
-def _tail(node: fx.Node, core: fx.Node) -> MxFp8:
-    size = node.args[1]
-    assert isinstance(size, int)
-    return MxFp8(group_size=size, restored=is_restored(item(node, 0)))
+    name, eager_kernels, scale_bytes = "mx_fp8_quant", 31, 1
 
 
 PART = RowEpilogue(
@@ -359,5 +327,5 @@ PART = RowEpilogue(
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.MICROSCALED_EPILOGUES, raise_mx),),
     traffic=MxFp8,
-    tail=_tail,
+    tail=MxFp8.of,
 )

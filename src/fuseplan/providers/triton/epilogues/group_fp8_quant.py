@@ -9,7 +9,7 @@ from torch import Tensor
 from fuseplan.dialect import PACKED, ScaleLayout
 from fuseplan.providers.triton.epilogues import Epilogue, code_constants, refuse_groups, scale_bounds, scales_for
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
+from fuseplan.providers.triton.rows import dynamic_scale, in_groups, quantized, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
 from fuseplan.record import Refusal
 
@@ -30,10 +30,7 @@ def store_by_scales_of_groups(
     UE8M0: tl.constexpr = CONSTANTS[6]
     PACKED: tl.constexpr = CONSTANTS[7]
     GROUPS: tl.constexpr = WIDTH // GROUP
-    column = first + tl.arange(0, y.shape[1])
-    out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    inside = valid[:, None] & within(column, WIDTH)[None, :]
-    y = tl.reshape(tl.where(inside, rounded(y, DTYPE), 0.0), [y.shape[0], y.shape[1] // GROUP, GROUP])
+    y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP)
     scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, DTYPE)
     if UE8M0:
         scale = power_of_two_from(scale)

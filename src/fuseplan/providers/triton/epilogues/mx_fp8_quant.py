@@ -9,7 +9,7 @@ from torch import Tensor
 from fuseplan.dialect import MxScaling
 from fuseplan.providers.triton.epilogues import Epilogue, refuse_groups
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import codes_of, rounded, within
+from fuseplan.providers.triton.rows import codes_of, in_groups, largest_bits, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
 from fuseplan.record import Refusal
 
@@ -26,12 +26,8 @@ def store_by_exponents(
     SCALING: tl.constexpr = CONSTANTS[2]
     GROUPS: tl.constexpr = WIDTH // GROUP
     code: tl.constexpr = y_ptr.dtype.element_ty
-    column = first + tl.arange(0, y.shape[1])
-    out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    inside = valid[:, None] & within(column, WIDTH)[None, :]
-    y = tl.reshape(tl.where(inside, rounded(y, DTYPE), 0.0), [y.shape[0], y.shape[1] // GROUP, GROUP])
-    # Without their sign, numbers are in order as integers too, and NaN is the largest.
-    bits = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1)
+    y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP)
+    bits = largest_bits(y)
     if SCALING == "rceil":
         wanted = tl.div_rn(bits.to(tl.float32, bitcast=True), MOST).to(tl.int32, bitcast=True)
         # 2^-127 has no exponent of its own, nor has what is below it.

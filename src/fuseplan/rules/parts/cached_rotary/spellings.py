@@ -14,7 +14,7 @@ the queries belong to it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -95,10 +95,10 @@ class _Found:
         if self.rotations is None:
             canonical.raise_op(cache_write, self.arguments, results)
             return
-        queries, _ = self.rotations
+        queries, keys = self.rotations
         cos, sin = (spread(canonical, angle, queries.x, queries.interior) for angle in (queries.cos, queries.sin))
-        arguments = (*self.arguments[:5], cos, sin, *self.arguments[7:])
-        canonical.raise_op(cached_rotary, arguments, (queries.y, *results))
+        whole = replace(self, rotations=(replace(queries, cos=cos, sin=sin), keys))
+        canonical.raise_op(cached_rotary, whole.arguments, (queries.y, *results))
 
 
 def raise_cache_writes(canonical: CanonicalGraph) -> None:
