@@ -4,20 +4,14 @@ PYTHONPATH=src:. python benchmarks/cached_attention.py [--write]
 """
 
 import argparse
-import datetime
 import itertools
-import json
 import math
-import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
 
-from benchmarks.graphs import Captured
+from benchmarks.split_attention import BYTES, keep, microseconds, sets_of
 from fuseplan.dialect import RotaryRounding
 from fuseplan.providers.triton import attention, cached_rotary
 from fuseplan.providers.triton.cached_attention import Token
@@ -26,8 +20,7 @@ Q_HEADS, HEADS, WIDTH = 32, 8, 128
 BATCHES = (1, 8, 32)
 LENGTHS = ((1280, 1000), (8192, 2000), (8192, 8000))
 """Keys that a cache has room for, and how many of them the mask shows."""
-CACHE_BYTES = 250e6
-"""What the sets of arguments have together, at least: several times the L2 of any GPU."""
+REPEATS = 5
 ROUNDING = RotaryRounding.PRODUCTS
 WHAT = (
     "microseconds a call, the median of five repeats of a CUDA graph that rotates among sets of arguments larger than "
@@ -70,23 +63,15 @@ def joint(
     return attention.launch(q, k_cache, v_cache, mask, WIDTH**-0.5, "cudnn", written=token)
 
 
-def microseconds(call: Callable[..., Tensor], sets: list[Arguments]) -> float:
-    """A call's, in a graph of calls on one set after the other."""
-    graph = Captured(lambda number: call(*sets[number]), len(sets), max(10, len(sets)))
-    return round(statistics.median(graph.replay(4) for _ in range(5)), 2)
-
-
 def measure(batch: int, keys: int, valid: int) -> dict[str, Any]:
     """All three, of one size, whose results are compared first."""
-    sets = [arguments_of(batch, keys, valid)]
-    count = math.ceil(CACHE_BYTES / (2 * sets[0][3][:, :, :valid].nbytes))
-    sets += [arguments_of(batch, keys, valid) for _ in range(max(1, min(63, count)))]
+    sets = sets_of(lambda: arguments_of(batch, keys, valid), batch * HEADS * valid * WIDTH * BYTES)
     ours, theirs = ([each.clone() for each in sets[0]] for _ in range(2))
     assert torch.equal(joint(*ours), apart(*theirs))
     assert all(map(torch.equal, ours, theirs))
     return {
-        "batch": batch, "keys": keys, "valid": valid, "two kernels": microseconds(apart, sets),
-        "attention": microseconds(attend, sets), "one kernel": microseconds(joint, sets),
+        "batch": batch, "keys": keys, "valid": valid, "two kernels": microseconds(apart, sets, REPEATS),
+        "attention": microseconds(attend, sets, REPEATS), "one kernel": microseconds(joint, sets, REPEATS),
     }  # fmt: skip
 
 
@@ -98,15 +83,7 @@ def main() -> None:
     for batch, (keys, valid) in itertools.product(BATCHES, LENGTHS):
         rows.append(measure(batch, keys, valid))
         print(rows[-1], flush=True)
-    device = torch.cuda.get_device_name()
-    found = {
-        "what": WHAT, "device": device, "versions": f"torch {torch.__version__}, triton {triton.__version__}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "PYTHONPATH=src:. python benchmarks/cached_attention.py --write", "rows": rows,
-    }  # fmt: skip
-    if write:
-        path = Path(__file__).parent / "results" / f"cached_attention_{device.split()[1].lower()}.json"
-        path.write_text(json.dumps(found, separators=(",", ":")).replace('{"batch"', '\n{"batch"') + "\n")
+    keep("cached_attention", WHAT, rows, write=write)
 
 
 if __name__ == "__main__":

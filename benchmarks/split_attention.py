@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ BATCHES = (1, 8, 32)
 LENGTHS = ((1280, 1000), (8192, 8000), (8192, 2000))
 """Keys that a cache has room for, and how many of them the mask shows."""
 BLOCKS, WARPS, STAGES, COUNTS = (32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 4, 8, 16, 32)
+BYTES = 2
+"""Of an element."""
 CACHE_BYTES = 250e6
 """What the sets of arguments have together, at least: several times the L2 of any GPU."""
 WHAT = (
@@ -48,10 +50,34 @@ def arguments_of(model: str, batch: int, keys: int, valid: int) -> Arguments:
     return q, k, v, mask, width**-0.5
 
 
-def microseconds(call: Callable[..., Tensor], sets: list[Arguments]) -> float:
+def microseconds(call: Callable[..., Tensor], sets: Sequence[tuple[Any, ...]], repeats: int = 3) -> float:
     """A call's, in a graph of calls on one set after the other."""
     graph = Captured(lambda number: call(*sets[number]), len(sets), max(10, len(sets)))
-    return round(statistics.median(graph.replay(4) for _ in range(3)), 2)
+    return round(statistics.median(graph.replay(4) for _ in range(repeats)), 2)
+
+
+def sets_of(make: Callable[[], Any], valid_bytes: int) -> list[Any]:
+    """Sets of arguments, at least two, that are larger than the L2 together.
+
+    Args:
+        make: a set.
+        valid_bytes: of the keys of a set that the mask shows, and of its values.
+    """
+    return [make() for _ in range(1 + max(1, min(63, math.ceil(CACHE_BYTES / (2 * valid_bytes)))))]
+
+
+def keep(name: str, what: str, rows: list[dict[str, Any]], *, write: bool) -> None:
+    """Writes the results of `benchmarks/NAME.py` on this GPU, where asked."""
+    device = torch.cuda.get_device_name()
+    found = {
+        "what": what, "device": device, "versions": f"torch {torch.__version__}, triton {triton.__version__}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": f"PYTHONPATH=src:. python benchmarks/{name}.py --write", "rows": rows,
+    }  # fmt: skip
+    if write:
+        path = Path(__file__).parent / "results" / f"{name}_{device.split()[1].lower()}.json"
+        first = f'{{"{next(iter(rows[0]))}"'
+        path.write_text(json.dumps(found, separators=(",", ":")).replace(first, f"\n{first}") + "\n")
 
 
 def split_as(split: Split | None) -> Callable[..., Tensor]:
@@ -61,9 +87,8 @@ def split_as(split: Split | None) -> Callable[..., Tensor]:
 
 def measure(model: str, batch: int, keys: int, valid: int) -> dict[str, Any]:
     """All of one size; what needs more shared memory than there is is left out."""
-    first = arguments_of(model, batch, keys, valid)
-    count = math.ceil(CACHE_BYTES / (2 * first[1][:, :, :valid].nbytes))
-    sets = [first, *(arguments_of(model, batch, keys, valid) for _ in range(max(1, min(63, count))))]
+    heads, width = MODELS[model][1:]
+    sets = sets_of(lambda: arguments_of(model, batch, keys, valid), batch * heads * valid * width * BYTES)
     grid = []
     for block, warps, stages, parts in itertools.product(BLOCKS, WARPS, STAGES, COUNTS):
         try:
@@ -88,16 +113,7 @@ def main() -> None:
     for model, batch, (keys, valid) in itertools.product(MODELS, BATCHES, LENGTHS):
         rows.append(measure(model, batch, keys, valid))
         print({**rows[-1], "grid": rows[-1]["grid"][:5]}, flush=True)
-    device = torch.cuda.get_device_name()
-    found = {
-        "what": WHAT, "device": device, "versions": f"torch {torch.__version__}, triton {triton.__version__}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "PYTHONPATH=src:. python benchmarks/split_attention.py --write", "rows": rows,
-    }  # fmt: skip
-    if write:
-        name = f"split_attention_{device.split()[1].lower()}.json"
-        path = Path(__file__).parent / "results" / name
-        path.write_text(json.dumps(found, separators=(",", ":")).replace('{"model"', '\n{"model"') + "\n")
+    keep("split_attention", WHAT, rows, write=write)
 
 
 if __name__ == "__main__":
