@@ -5,7 +5,6 @@ precision. Every layer's `forward` swaps its weight by an object that Dynamo doe
 each layer.
 """
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,36 +16,17 @@ from torch import Tensor, nn
 
 import fuseplan
 from tests.helpers import randn
+from tests.integrations.quantised import LAYERS, Block, blocks, quiet
 
-WIDTH, INNER, LAYERS = 256, 512, 2
+WIDTH, INNER = 256, 512
 SWAPS_WEIGHTS = "compressed_tensors.quantization.lifecycle.forward.patch_attr"
 """Of a compressed layer it puts the weight in the place of itself."""
 
 
-class Block(nn.Module):
-    """A norm whose result two layers quantise, each by itself, and an activation that a third one does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
-        self.gate, self.up = (nn.Linear(WIDTH, INNER, bias=False) for _ in range(2))
-        self.down = nn.Linear(INNER, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        down: Tensor = self.down(nn.functional.silu(self.gate(y)) * self.up(y))
-        return x + down
-
-
 @pytest.fixture(scope="module")
 def quantisation() -> Iterator[Any]:
-    """Quiet about what it asks of other versions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield pytest.importorskip("compressed_tensors.quantization")
-    finally:
-        logging.disable(before)
+    with quiet("compressed_tensors.quantization") as library:
+        yield library
 
 
 Quantise = Callable[[str], nn.Module]
@@ -62,8 +42,7 @@ def quantised(quantisation: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Qu
 
 
 def model_of(quantisation: Any, scheme: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(LAYERS))).eval().bfloat16()
+    model = blocks(WIDTH, INNER)
     groups = {"all": quantisation.preset_name_to_scheme(scheme, ["Linear"])}
     quantisation.apply_quantization_config(model, quantisation.QuantizationConfig(config_groups=groups))
     for layer in model.modules():

@@ -1,7 +1,6 @@
 """torchao's fp8 linear layers: the graphs that its own code leaves to Inductor."""
 
 import importlib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,42 +10,22 @@ from torch import Tensor, nn
 
 import fuseplan
 from tests.helpers import randn
+from tests.integrations.quantised import LAYERS, blocks, quiet
 from tests.interpreted import no_code
 
-WIDTH, INNER, LAYERS = 128, 256, 2
+WIDTH, INNER = 128, 256
 HAS_NO_KERNELS = "torchao.quantization.quant_api._check_hardware_support"
 """It asks for a GPU; all else of it runs on a CPU."""
 
 
-class Block(nn.Module):
-    """A norm whose result two layers quantise, each by itself, and an activation that a third one does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
-        self.gate, self.up = (nn.Linear(WIDTH, INNER, bias=False) for _ in range(2))
-        self.down = nn.Linear(INNER, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        down: Tensor = self.down(nn.functional.silu(self.gate(y)) * self.up(y))
-        return x + down
-
-
 @pytest.fixture(scope="module")
 def torchao() -> Iterator[Any]:
-    """Quiet about its libraries of other platforms."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield pytest.importorskip("torchao.quantization")
-    finally:
-        logging.disable(before)
+    with quiet("torchao.quantization") as library:
+        yield library
 
 
 def quantized(torchao: Any, granularity: Any, **more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(LAYERS))).eval().bfloat16()
+    model = blocks(WIDTH, INNER)
     torchao.quantize_(model, torchao.Float8DynamicActivationFloat8WeightConfig(granularity=granularity, **more))
     return model
 
@@ -118,8 +97,7 @@ def test_every_norm_and_activation_is_quantised_to_mxfp8(torchao: Any, scaling: 
     mx = importlib.import_module("torchao.prototype.mx_formats")
     config = importlib.import_module("torchao.prototype.mx_formats.config")
     kernels = importlib.import_module("torchao.quantization.quantize_.common")
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(LAYERS))).eval().bfloat16()
+    model = blocks(WIDTH, INNER)
     torchao.quantize_(
         model,
         mx.MXDynamicActivationMXWeightConfig(
