@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks.graphs import Captured
 from fuseplan.providers.attention import packed_attention, shared_attention
-from fuseplan.providers.triton.attention import Split, launch
+from fuseplan.providers.triton.attention import launch
+from fuseplan.providers.triton.split import Split
 
 MODELS = {"llama": (32, 8, 128), "gpt-oss": (64, 8, 64), "gemma3": (8, 4, 256)}
 """By the model whose they are: heads of queries, of keys and values, and their size."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fuseplan.graph.ops import AttentionRounding
 from fuseplan.providers.triton import attention
-from fuseplan.providers.triton.attention import Split, launch
+from fuseplan.providers.triton.attention import launch
+from fuseplan.providers.triton.split import Split
 from fuseplan.rules import Rule
 from fuseplan.rules.families.attention import EagerAttention, GroupedAttention
 from fuseplan.rules.parts.attention.op import attention_fake, attention_reference

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fuseplan.dialect import AttentionRounding, RotaryRounding, Rounding, ops
 from fuseplan.providers.triton import attention
-from fuseplan.providers.triton.attention import Split, launch
+from fuseplan.providers.triton.attention import launch
 from fuseplan.providers.triton.cached_attention import Token
 from fuseplan.providers.triton.cached_rotary import QkNorm
+from fuseplan.providers.triton.split import Split
 from fuseplan.rules import Rule
 from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.rules.parts.attention.op import exact_attention

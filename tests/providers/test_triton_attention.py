@@ -95,7 +95,7 @@ H100, RTX_4090, MI300X = 232_448, 101_376, 65_536
 def test_keys_are_split_among_two_programs_for_each_multiprocessor(
     keys: int, key_bytes: int, places: int, expected: tuple[int, ...]
 ) -> None:
-    from fuseplan.providers.triton.attention import Split
+    from fuseplan.providers.triton.split import Split
 
     split = Split.of(keys, key_bytes, places, processors=132)
     assert (split.count, split.block, split.warps) == expected
@@ -117,7 +117,7 @@ def test_keys_are_split_among_two_programs_for_each_multiprocessor(
 def test_tiles_fit_shared_memory(
     shared: int, key_bytes: int, places: int, rows: int, expected: tuple[int, ...]
 ) -> None:
-    from fuseplan.providers.triton.attention import Split
+    from fuseplan.providers.triton.split import Split
 
     split = Split.of(8192, key_bytes, places, processors=132).fitting(shared, rows, key_bytes, 2)
     assert (split.block, split.stages) == expected
