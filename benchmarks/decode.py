@@ -2,7 +2,7 @@
 cache, in CUDA graphs: fuseplan beside plain torch.compile, and beside fuseplan that leaves attention alone, in one
 process a rank.
 
-torchrun --nproc-per-node 2 benchmarks/decode.py [--layers 8] [--batch 1 8 32] [--device cpu] [--write]
+torchrun --nproc-per-node 2 benchmarks/decode.py [--layers 8] [--batch 1 8 32] [--device cpu] [--captured] [--write]
 """
 
 import argparse
@@ -31,7 +31,8 @@ WHAT = (
     "Llama-3.1-8B's layer shape (on a CPU 256 wide), bfloat16, vocabulary 32000, static cache of 1280, position 1000, "
     "mode='reduce-overhead'; without FLAG: fuseplan with that flag of PassConfig off; grouped_attention: what fuseplan "
     "takes less than so, and what so takes less than plain; host: until the step's call has returned; without_guards: "
-    "under torch.compiler.set_stance(skip_guard_eval_unsafe=True)"
+    "under torch.compiler.set_stance(skip_guard_eval_unsafe=True); captured: each step in one CUDA graph that was "
+    "captured by hand, as engines do, without mode='reduce-overhead', so that no rank waits for Python"
 )
 PLAIN, FUSED, APART = "torch.compile", "fuseplan", "without fuse_grouped_attention"
 
@@ -61,6 +62,8 @@ class Step:
 
     def __init__(self, model: LlamaForCausalLM, batch: int, compiled: Callable[..., Any]) -> None:
         device, self.compiled = model.device, compiled
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
         self.cache: Any = StaticCache(config=model.config, max_cache_len=CACHE)
         ids = torch.randint(0, 32000, (batch, 1), device=device, generator=torch.Generator(device).manual_seed(batch))
         self.arguments = {
@@ -75,9 +78,22 @@ class Step:
 
     def __call__(self) -> torch.Tensor:
         """Logits."""
+        if self.graph is not None:
+            self.graph.replay()
+            return self.logits
         if dist.get_backend() == "nccl":
             torch.compiler.cudagraph_mark_step_begin()
         return self.compiled(**self.arguments).logits  # type: ignore[no-any-return]
+
+    def capture(self) -> None:
+        """From now on, a step is one replay. It was called before, so that nothing compiles while it is captured."""
+        meet()
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog asks for events meanwhile, in a thread of its own.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.logits = self.compiled(**self.arguments).logits
+        self.graph = graph
+        meet()
 
     def repeat(self) -> tuple[float, float]:
         """Microseconds a step, and those of them until its call has returned. Tokens are written behind POSITION."""
@@ -123,6 +139,7 @@ def meet() -> None:
 def profiled(step: Step) -> list[list[Any]]:
     """The kernels of a step that take the most: microseconds, calls, name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        meet()  # else kernels that wait for another rank also wait for its profiler
         for _ in range(3):
             step()
         torch.cuda.synchronize()
@@ -144,12 +161,14 @@ def compared(times: Mapping[str, tuple[Figure, Figure]]) -> dict[str, Any]:
     }
 
 
-def measure(model: LlamaForCausalLM, batch: int) -> dict[str, Any]:
+def measure(model: LlamaForCausalLM, batch: int, *, captured: bool) -> dict[str, Any]:
     """All sides at one batch size."""
     torch._dynamo.reset()
     forward, on_gpu = model.forward, dist.get_backend() == "nccl"
     reports: dict[str, list[fuseplan.Report]] = {FUSED: [], APART: []}
-    how: dict[str, Any] = {"fullgraph": True, "dynamic": False, **({"mode": "reduce-overhead"} if on_gpu else {})}
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+    if on_gpu and not captured:
+        how["mode"] = "reduce-overhead"
     apart = fuseplan.PassConfig(fuse_grouped_attention=False)
     sides = {
         PLAIN: Step(model, batch, torch.compile(forward, **how)),
@@ -160,18 +179,24 @@ def measure(model: LlamaForCausalLM, batch: int) -> dict[str, Any]:
     for name, step in sides.items():
         for _ in range(4):
             logits[name] = step().float().clone()
+        if captured:
+            step.capture()
+            logits[name] = step().float().clone()
     times = timed(sides)
-    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-        for step in sides.values():
-            step()
-        unguarded = timed(sides)
+    unguarded: dict[str, Any] = {}
+    if not captured:
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            for step in sides.values():
+                step()
+            unguarded = {"without_guards": compared(timed(sides))}
     graphs = reports[FUSED][-1].graphs
     return {
         "batch": batch,
+        "captured": captured,
         **compared(times),
         "tokens_per_s": {name: round(batch / whole.us * 1e6) for name, (whole, _) in times.items()},
         "host": {name: host.json() for name, (_, host) in times.items()},
-        "without_guards": compared(unguarded),
+        **unguarded,
         "fused": reports[FUSED][-1].fused,
         "fused_apart": reports[APART][-1].fused,
         "applied": sorted({f"{f.rule}:{f.provider}" for graph in graphs for f in graph.applied}),
@@ -186,7 +211,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/decode_DEVICExRANKS.json")
+    parser.add_argument("--captured", action="store_true", help="each step in one CUDA graph, captured by hand")
+    parser.add_argument("--write", action="store_true", help="write results/decode_DEVICExRANKS[_captured].json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -196,9 +222,10 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     ranks, rows = dist.get_world_size(), list[dict[str, Any]]()
+    flag, suffix = (" --captured", "_captured") if arguments.captured else ("", "")
     result = {
         "what": WHAT,
-        "command": f"torchrun --nproc-per-node {ranks} benchmarks/decode.py --layers {arguments.layers} --write",
+        "command": f"torchrun --nproc-per-node {ranks} benchmarks/decode.py --layers {arguments.layers}{flag} --write",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions() if on_gpu else {"torch": torch.__version__},
         "ranks": ranks,
@@ -209,11 +236,11 @@ def main() -> None:
     with torch.no_grad():
         model = model_of(arguments.layers, rank, device)
         for batch in arguments.batch:
-            rows.append(measure(model, batch))
+            rows.append(measure(model, batch, captured=arguments.captured))
             if rank == 0:
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.write:
-                    path = arguments.out / f"decode_{name}x{ranks}.json"
+                    path = arguments.out / f"decode_{name}x{ranks}{suffix}.json"
                     path.write_text(json.dumps(result, indent=1) + "\n")
     leave()
 

@@ -37,6 +37,7 @@ NORM_TABLE = {
 }
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     **NORM_TABLE,
+    "add_rms_norm": ("add_rms_norm", ("fuse_add_rms_norm",)),
     **{f"silu_and_mul_{quant}": ("act_quant", ("fuse_act_quant",)) for quant in QUANTS},
     "qk_norm_rope": ("qk_norm_rope", ("enable_qk_norm_rope_fusion",)),
     "rope_cache": ("rope_cache", ("fuse_rope_cache",)),
@@ -56,7 +57,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 LINEAR = {"skinny_linear", "merged_linear", "merged_linear_silu_mul"}
 WRITING = {"cached_attention", "cached_eager_attention", "qk_norm_cached_attention"}
-OPT_IN = LINEAR | WRITING
+OPT_IN = LINEAR | WRITING | {"add_rms_norm"}
 MEMBERS = {
     "merged_linear_silu_and_mul": 2,
     "qk_norm_rope": 2,
@@ -82,6 +83,8 @@ def test_the_rules_there_are() -> None:
 def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     name = rule.op.name
     core = next(each for each in ("fused_add_rms_norm", "rms_norm", "silu_and_mul") if each in name)
+    if name == "add_rms_norm":
+        core = "fused_add_rms_norm"
     epilogues = {
         "_pad": "pad", "_static": "static_scaled_fp8_quant", "_dynamic": "dynamic_per_token_scaled_fp8_quant",
         "_group": "per_token_group_fp8_quant", "_mx": "per_token_mx_fp8_quant",
@@ -298,6 +301,7 @@ ALL = {name for name, _ in TABLE.values()} - OPT_IN
             {"act_quant"},
             {"act_padding": "fuse_act_padding", "allreduce_rms_padding": "fuse_act_padding"},
         ),
+        ({"fuse_add_rms_norm": True}, ALL | {"add_rms_norm"}, {}),
         ({"fuse_skinny_linear": True}, ALL | {"skinny_linear"}, {}),
         ({"fuse_merged_linear": True}, ALL | LINEAR - {"skinny_linear"}, {}),
         ({"fuse_merged_linear": False}, ALL, dict.fromkeys(LINEAR - {"skinny_linear"}, "fuse_merged_linear")),

@@ -17,9 +17,10 @@ DEVICES = (
     "h100-nvl", "h100-pcie", "h20-96gb", "h200", "l40s", "mi300x", "mi325x", "mi355x", "rtx4090",
 )  # fmt: skip
 RULES = (
-    "act_padding", "act_quant", "allreduce_rms", "allreduce_rms_padding", "allreduce_rms_quant", "cached_attention",
-    "cached_eager_attention", "eager_attention", "grouped_attention", "merged_linear", "merged_linear_silu_mul",
-    "norm_quant", "qk_norm_cached_attention", "qk_norm_rope", "qk_norm_rope_cache", "rope_cache", "skinny_linear",
+    "act_padding", "act_quant", "add_rms_norm", "allreduce_rms", "allreduce_rms_padding", "allreduce_rms_quant",
+    "cached_attention", "cached_eager_attention", "eager_attention", "grouped_attention", "merged_linear",
+    "merged_linear_silu_mul", "norm_quant", "qk_norm_cached_attention", "qk_norm_rope", "qk_norm_rope_cache",
+    "rope_cache", "skinny_linear",
 )  # fmt: skip
 PROVIDERS = ("aiter", "flashinfer", "sdpa", "sdpa_packed", "torch", "triton")
 

@@ -18,8 +18,10 @@ from fuseplan.graph.layout import carriers, computed, is_reordered, memory_order
 from fuseplan.graph.sharing import Shared
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
+from fuseplan.rewriting.counters import merge_counters
 from fuseplan.rewriting.functional import functionalized
 from fuseplan.rewriting.inlining import traced as traced_calls
+from fuseplan.rewriting.shared_inputs import share_inputs
 from fuseplan.rules.base import Traced
 
 
@@ -38,6 +40,8 @@ def apply(canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
         rewriter.replace(match)
     rewriter.erase_unread()
     sort_topologically(canonical.original)
+    merge_counters(canonical.original)
+    share_inputs(canonical.original)
     canonical.original.lint()
 
 

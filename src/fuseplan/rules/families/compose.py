@@ -62,7 +62,9 @@ class Member:
 
     @property
     def name(self) -> str:
-        """The fused op's name."""
+        """The fused op's name: the parts', and where the op in the middle is all there is, not quite its own."""
+        if self.prologue is None and self.epilogue is None:
+            return self.op.name.removeprefix("fused_")
         names = (
             self.prologue.name if self.prologue else "",
             self.op.name,

@@ -1,6 +1,7 @@
 """Fusions around RMSNorm.
 
-[all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it]
+[all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it], and `add_rms_norm` where a
+residual alone is before it
 """
 
 from fuseplan.graph.facts import dtype_text
@@ -8,6 +9,7 @@ from fuseplan.graph.ops import DialectOp
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings
 from fuseplan.rules.families.compose import SUPPORTED, ComposedRule, Member
+from fuseplan.rules.families.linear import DEFAULT_ON
 from fuseplan.rules.parts import PARTS, RowEpilogue, all_reduce, rms_norm
 from fuseplan.rules.parts.base import Kind
 
@@ -36,18 +38,31 @@ class NormRule(ComposedRule):
         return None
 
 
+class AddNormRule(NormRule):
+    """y = rms_norm(x + residual) * weight, in a kernel that is launched before the layers around it have ended.
+
+    Of many rows Inductor's own kernel is as fast. Without a residual there is nothing to win: what yields x would no
+    longer be part of the norm's kernel.
+    """
+
+    opt_in, default_on = "fuse_add_rms_norm", DEFAULT_ON
+
+
 def _members() -> list[Member]:
     epilogues = [part for part in PARTS if isinstance(part, RowEpilogue) and rms_norm.PART.name in part.cores]
-    return [
+    members = [
         Member(core=rms_norm.PART, prologue=prologue, residual=residual, epilogue=epilogue)
         for prologue in (None, all_reduce.PART)
         for epilogue in (None, *epilogues)
         if prologue or epilogue
         for residual in (False, True)
     ]
+    return [*members, Member(core=rms_norm.PART, residual=True)]
 
 
 def _rule(member: Member, op: DialectOp) -> NormRule:
+    if member.epilogue is None and member.prologue is None:
+        return AddNormRule("add_rms_norm", ("fuse_add_rms_norm",), member, op)
     if member.epilogue is None:
         return NormRule("allreduce_rms", ("fuse_allreduce_rms",), member, op)
     alone, reduced, flag = NAMES[member.epilogue.kind]
