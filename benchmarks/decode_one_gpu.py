@@ -81,7 +81,7 @@ class Workload:
 
 WORKLOADS = (
     *(Workload(batch=batch, position=1000, cache=1280) for batch in (1, 8, 32)),
-    *(Workload(batch=8, position=position, cache=8192) for position in (8000, 2000)),
+    *(Workload(batch=batch, position=position, cache=8192) for batch, position in ((8, 8000), (8, 2000), (32, 8000))),
     Workload(batch=1, tokens=2048, cache=2304),
 )
 CPU_WORKLOADS = (
