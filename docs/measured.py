@@ -77,11 +77,8 @@ def decode_steps(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tensor_parallel() -> Group:
-    found = committed("decode_h100x2")
-    gains = [
-        Gain(f"batch {row['batch']}", 1 / (1 - row["without_guards"]["less_time_percent"] / 100))
-        for row in found["rows"]
-    ]
+    found = committed("decode_h200x2_captured")
+    gains = [Gain(f"batch {row['batch']}", row["torch.compile"][0] / row["fuseplan"][0]) for row in found["rows"]]
     return Group(f"Llama-3.1-8B, Hugging Face, {found['ranks']} {gpu(found)}s", gains)
 
 
@@ -234,15 +231,14 @@ def _rows() -> Iterator[tuple[str, ...]]:
     speedups = [row["speedup_over_torch_compile"] for row in found["rows"]]
     yield one, "kernels alone", "norms, activations, rotary embedding", \
         f"{_span(speedups)} times as fast as `torch.compile`'s", _link("kernels_h200")  # fmt: skip
-    found = committed("decode_h100x2")
-    less = [row["without_guards"]["less_time_percent"] for row in found["rows"]]
-    several = f"{found['ranks']} {gpu(found)}s"
-    yield several, "`torch.compile`, Hugging Face", \
-        f"a decode step of Llama-3.1-8B, {found['layers']} layers, {_batches(found['rows'])}, guards skipped", \
-        f"{_percent(less)} less time", _link("decode_h100x2")  # fmt: skip
+    found = committed("decode_h200x2_captured")
+    times = [row["torch.compile"][0] / row["fuseplan"][0] for row in found["rows"]]
+    yield f"{found['ranks']} {gpu(found)}s", "`torch.compile`, Hugging Face", \
+        f"a decode step of Llama-3.1-8B, {found['layers']} layers, {_batches(found['rows'])}", \
+        f"{_span(times)} times as fast", _link("decode_h200x2_captured")  # fmt: skip
     found = committed("bench_gpt_oss_120b_h100x2")
     less = [-100 * row["change"] for each in found["batches"] for row in each["policies"] if row["policy"] == "planned"]
-    yield several, "`torch.compile`, plain PyTorch", \
+    yield f"{found['tp']} {found['device'].upper()}s", "`torch.compile`, plain PyTorch", \
         f"a decode step of gpt-oss-120b's shape, {_layers_of_bench()} layers, {_batches(found['batches'])}", \
         f"{_percent(less, 1)} less time", _link("bench_gpt_oss_120b_h100x2")  # fmt: skip
     for name in ("region_h100x2", "region_h100x4", "region_h200x2"):
@@ -319,7 +315,7 @@ def ranks_run() -> str:
 
 def layers_run() -> str:
     """How many layers the models of the chart have: `4 to 12`."""
-    found = [committed(name)["layers"] for name in ("decode_one_gpu_h200", "decode_h100x2")]
+    found = [committed(name)["layers"] for name in ("decode_one_gpu_h200", "decode_h200x2_captured")]
     found += [row["layers"] for row in committed("vllm_turns_h200")["rows"]]
     found.append(_layers_of_bench())
     return f"{min(found)} to {max(found)}"

@@ -23,6 +23,10 @@ TORCH = PROVIDERS[:1]
 X, R, W = randn(10, 100), randn(10, 100, seed=1), torch.ones(100, dtype=torch.bfloat16)
 
 
+UNASKED = tuple(rule for rule in BUILT_IN_RULES if rule.opt_in is None)
+"""The rules that are on wherever nobody asked."""
+
+
 def norm_and_pad(x: Any, r: Any, w: Any) -> Any:
     y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
     return ops.pad(y, 28), total
@@ -40,7 +44,7 @@ def problem_of(
     span: tuple[int, int] = (10, 10),
     *,
     dynamic: bool = False,
-    rules: Sequence[Rule] = BUILT_IN_RULES,
+    rules: Sequence[Rule] = UNASKED,
     providers: Sequence[Provider] = PROVIDERS,
     **more: Any,
 ) -> Problem:

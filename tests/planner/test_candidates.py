@@ -24,7 +24,7 @@ from fuseplan.providers import PROFILES
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import written
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, R, W, X, norm_and_pad, problem_of, twice
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, UNASKED, R, W, X, norm_and_pad, problem_of, twice
 
 aten = torch.ops.aten
 
@@ -128,7 +128,7 @@ def somebodys(
 def with_somebody(function: Any, *targets: Any, providers: Any = TORCH, **more: Any) -> tuple[CanonicalGraph, Problem]:
     """A problem in which somebody's pass takes the calls of `targets`, a match each."""
     canonical = canonicalize(written(function, {"x": X, "r": R, "w": W}))
-    found = find_matches(canonical, by_name(BUILT_IN_RULES), providers, PROFILES["h200"]).candidates
+    found = find_matches(canonical, by_name(UNASKED), providers, PROFILES["h200"]).candidates
     nodes = [node for node in canonical.original.nodes if node.target in targets]
     external = [somebodys(canonical.original, node, ordinal=i) for i, node in enumerate(nodes)]
     return canonical, pose(canonical, found, external, Prices(model=MODEL), (10, 10), **more)
@@ -369,7 +369,7 @@ def test_cycles_through_somebodys_match_are_found() -> None:
 
     canonical = canonicalize(written(model, {"x": X, "r": R, "w": W}))
     before, other, after = [node for node in canonical.original.nodes if node.target is aten.relu.default]
-    found = find_matches(canonical, by_name(BUILT_IN_RULES), TORCH, PROFILES["h200"]).candidates
+    found = find_matches(canonical, by_name(UNASKED), TORCH, PROFILES["h200"]).candidates
     for nodes, cycles in (((before, after), [(0, 1)]), ((before, other), [])):
         external = [somebodys(canonical.original, *nodes)]
         given = pose(canonical, found, external, Prices(model=MODEL), (10, 10))
@@ -383,7 +383,7 @@ def test_candidates_are_the_same_in_any_order_of_matches() -> None:
         return *twice(x, r, w), ops.pad(y, 28), ops.pad(y, 12), ops.pad(y, 4)
 
     canonical = canonicalize(written(several, {"x": X, "r": R, "w": W}))
-    found = find_matches(canonical, by_name(BUILT_IN_RULES), PROVIDERS, PROFILES["h200"]).candidates
+    found = find_matches(canonical, by_name(UNASKED), PROVIDERS, PROFILES["h200"]).candidates
 
     def names(matches: Sequence[Any]) -> list[tuple[str, str]]:
         given = pose(canonical, matches, [], Prices(model=MODEL), (10, 10))

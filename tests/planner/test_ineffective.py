@@ -1,6 +1,7 @@
 """Flags and selectors without effect in a graph are reported, with the reason."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -23,11 +24,18 @@ RULES = by_name(BUILT_IN_RULES)
 
 
 def ineffective(
-    given: Problem, decision: Decision, *, matches: Matches | None = None, flags: Sequence[str] = (), **config: Any
+    given: Problem,
+    decision: Decision,
+    *,
+    matches: Matches | None = None,
+    flags: Sequence[str] = (),
+    overruled: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    rules: Any = RULES,
+    **config: Any,
 ) -> list[tuple[str | None, str]]:
     found = matches or Matches(candidates=tuple(c.match for c in given.candidates if isinstance(c.match, Match)))
     given_config = PassConfig(**config)
-    refusals = list(ineffective_requests(given_config, flags, RULES, found, given, decision))
+    refusals = list(ineffective_requests(given_config, flags, overruled, rules, found, given, decision))
     assert {refusal.reason for refusal in refusals} <= {Reason.NO_EFFECT}
     return [(refusal.rule, refusal.detail) for refusal in refusals]
 
@@ -118,3 +126,13 @@ def test_a_rule_that_is_too_dear_in_its_one_place() -> None:
     ((_, text),) = ineffective(given, Decision(lost=(Lost(candidate=0, lost_ns=100),)), fuse_act_padding=True)
     assert text.endswith("it costs at least 0.1 us more than it saves in each of 1 place")
     assert ineffective(given, Decision(lost=(Lost(candidate=0, lost_ns=100),))) == []
+
+
+@pytest.mark.parametrize("remaining", [(), ("cached_eager_attention",)])
+def test_a_flag_that_another_one_overrules_is_reported_once(remaining: tuple[str, ...]) -> None:
+    """Whether all of its rules are off by it, or the graph lacks what the others need."""
+    given, rules = problem_of(providers=TORCH), {name: RULES[name] for name in ("norm_quant", *remaining)}
+    overruled = {"fuse_cached_attention": ("cached_attention", "fuse_grouped_attention")}
+    found = ineffective(given, Decision(), overruled=overruled, rules=rules, fuse_cached_attention=True)
+    detail = "fuse_cached_attention=True has no effect: fuse_grouped_attention=False switches cached_attention off"
+    assert [each for _, each in found] == [detail]

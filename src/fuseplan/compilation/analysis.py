@@ -74,6 +74,7 @@ def graph_report(
     *,
     rules: Sequence[str],
     ineffective_flags: Sequence[str],
+    overruled: Mapping[str, tuple[str, str]],
     device: str,
     rewritten: bool,
     further: Sequence[Refusal],
@@ -89,6 +90,7 @@ def graph_report(
         decision: the fusions that are applied.
         rules: names of the rules and passes that are on.
         ineffective_flags: flags that no rule answers to.
+        overruled: as for `planner.ineffective_requests`.
         device: that it was priced for.
         rewritten: whether the graph was changed.
         further: refusals beside those of the analysis.
@@ -96,7 +98,9 @@ def graph_report(
     """
     canonical, problem = analysis.canonical, analysis.problem
     refusals = [*(miss.refusal for miss in analysis.matches.misses), *analysis.near_misses, *further]
-    refusals += ineffective_requests(config, ineffective_flags, analysis.rules, analysis.matches, problem, decision)
+    refusals += ineffective_requests(
+        config, ineffective_flags, overruled, analysis.rules, analysis.matches, problem, decision
+    )
     most = f"max_fusions={config.max_fusions}"
     refusals += [_given_up(fusion_record(problem, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
     refusals += _failures(problem, decision)

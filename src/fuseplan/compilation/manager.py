@@ -342,8 +342,8 @@ class PostGradPassManager(Keyed):
         """The record of one graph."""
         return graph_report(
             name, self._range, self.config, analysis, decision,
-            rules=self.names, ineffective_flags=self.ineffective_flags, device=self.prices.model.name,
-            rewritten=rewritten, further=further, verified=verified,
+            rules=self.names, ineffective_flags=self.ineffective_flags, overruled=self.enabled.overruled,
+            device=self.prices.model.name, rewritten=rewritten, further=further, verified=verified,
         )  # fmt: skip
 
     @property

@@ -14,6 +14,7 @@ from fuseplan.rules import Rule
 def ineffective_requests(
     config: PassConfig,
     ineffective_flags: Sequence[str],
+    overruled: Mapping[str, tuple[str, str]],
     rules: Mapping[str, Sequence[Rule]],
     matches: Matches,
     problem: Problem,
@@ -26,6 +27,7 @@ def ineffective_requests(
     Args:
         config: its settings.
         ineffective_flags: flags that no rule answers to.
+        overruled: of flags that are True, a rule of theirs that another flag switches off, and that flag.
         rules: those that are on, by name.
         matches: of the graph.
         problem: its problem.
@@ -38,6 +40,10 @@ def ineffective_requests(
         if selector in config.forbid and re.split("[@#:]", selector)[0] not in rules:
             continue  # it is off in this graph anyway
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
+    answered = {members[0].opt_in for members in rules.values()}
+    for flag in overruled:
+        if flag not in answered:
+            yield _no_effect(f"{flag}=True has no effect: {_overruling(*overruled[flag])}")
     counts = {match.rule.name for match in matches.candidates}
     for name, members in rules.items():
         flags = (members[0].opt_in,) if members[0].opt_in else members[0].flags
@@ -50,6 +56,7 @@ def ineffective_requests(
             missing = missing_ops(problem.canonical, members)
             refused = next((each.detail for each in matches.refusals if each.rule == name), None)
             why = f"the graph has no {' and no '.join(missing)}" if missing else refused or f"{name} matches nowhere"
+            why = _overruling(*overruled[flags[0]]) if flags[0] in overruled else why
         if why is not None:
             yield _no_effect(f"{' and '.join(flags)}=True has no effect: {why}", name)
 
@@ -63,6 +70,10 @@ def _too_dear(name: str, problem: Problem, decision: Decision) -> str | None:
         return None
     places = "place" if len(mine) == 1 else "places"
     return f"it costs at least {min(margins) / 1000:.1f} us more than it saves in each of {len(mine)} {places}"
+
+
+def _overruling(rule: str, flag: str) -> str:
+    return f"{flag}=False switches {rule} off"
 
 
 def _no_effect(detail: str, rule: str | None = None) -> Refusal:

@@ -104,8 +104,8 @@ class Rows:
 
 
 def most_rows(graph: fx.Graph, tokens: int | None) -> float:
-    """The most tokens of a graph, or the most rows of a product with a weight where these are more: where no input is
-    of integers, nothing else tells.
+    """The most tokens of a graph, or the most rows of a product with a weight, or queries of attention, where these are
+    more: where no input is of integers, or only positions are, nothing else tells.
 
     Args:
         graph: as Inductor made it.
@@ -115,7 +115,14 @@ def most_rows(graph: fx.Graph, tokens: int | None) -> float:
     found = rows.most_tokens if tokens is None else tokens
     products = [node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)]
     values = [value for node in products if _is_input(node.args[-1]) and (value := tensor_of(node)) is not None]
+    # [batch, heads, tokens, head size]: each head has as many.
+    values += [value[:, 0] for node in graph.nodes if (value := _queries(node)) is not None]
     return max([found, *(rows.most(value, tokens) for value in values)])
+
+
+def _queries(node: fx.Node) -> torch.Tensor | None:
+    """What asks, of a node that is one of torch's attention ops; None of any other."""
+    return tensor_of(node.args[0]) if str(node.target).startswith("aten._scaled_dot_product_") else None
 
 
 def _is_input(value: Any) -> bool:

@@ -60,6 +60,7 @@ class EnabledRules:
         always: on in every graph, by name.
         disabled_by: of the rules that a flag switches off the first such flag, by name.
         disabled: these rules.
+        overruled: of the opt-in flags that are True, a rule that another flag switches off, and that flag.
         names: of all that were on in a graph so far.
         every: all that may be on in one.
         defaults: whether opt-in rules are on where `Rule.default_on` says so.
@@ -73,6 +74,7 @@ class EnabledRules:
         self.always = enabled_rules(config, rules)
         self.disabled_by = disabled_rules(config, rules)
         self.disabled = {name: known[name] for name in self.disabled_by}
+        self.overruled = _overruled(config, self.disabled, self.disabled_by)
         self.names = set(self.always)
         sizes = {name: _default_tokens(config, members, device) for name, members in known.items() if defaults}
         self._by_size = {name: (most, known[name]) for name, most in sizes.items() if most}
@@ -96,6 +98,17 @@ def _default_tokens(config: PassConfig, members: Sequence[Rule], device: str) ->
     if is_given or config.chosen_policy.name == "ordered" or len(places) < len(members):
         return 0
     return min(place.most_tokens for place in places)
+
+
+def _overruled(
+    config: PassConfig, disabled: Mapping[str, Sequence[Rule]], disabled_by: Mapping[str, str]
+) -> Mapping[str, tuple[str, str]]:
+    found = dict[str, tuple[str, str]]()
+    for name, members in disabled.items():
+        flag = members[0].opt_in
+        if flag is not None and getattr(config, flag) is True:
+            found.setdefault(flag, (name, disabled_by[name]))
+    return found
 
 
 def disabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, str]:
