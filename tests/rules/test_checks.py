@@ -20,7 +20,7 @@ from fuseplan.rules.families.norm import NORM_RULES
 
 AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
 CACHED = ("fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
-QUANTS = ("static_fp8_quant", "dynamic_fp8_quant", "group_fp8_quant", "mx_fp8_quant")
+QUANTS = ("static_fp8_quant", "dynamic_fp8_quant", "group_fp8_quant", "mx_fp4_quant", "mx_fp8_quant")
 NORM_TABLE = {
     "all_reduce_rms_norm": ("allreduce_rms", (AR,)),
     "all_reduce_fused_add_rms_norm": ("allreduce_rms", (AR,)),
@@ -84,7 +84,7 @@ def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     core = next(each for each in ("fused_add_rms_norm", "rms_norm", "silu_and_mul") if each in name)
     epilogues = {
         "_pad": "pad", "_static": "static_scaled_fp8_quant", "_dynamic": "dynamic_per_token_scaled_fp8_quant",
-        "_group": "per_token_group_fp8_quant", "_mx": "per_token_mx_fp8_quant",
+        "_group": "per_token_group_fp8_quant", "_mx_fp4": "per_token_mx_fp4_quant", "_mx_fp8": "per_token_mx_fp8_quant",
     }  # fmt: skip
     after = [op for text, op in epilogues.items() if text in name]
     parts = [*(["all_reduce"] if name.startswith("all_reduce") else []), core, *after]
