@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fuseplan
 from fuseplan.rules.parts.mx_fp4 import per_token_mx_fp4_quant
+from fuseplan.rules.parts.nv_fp4 import per_token_nv_fp4_quant
 from tests.helpers import randn
 from tests.integrations.quantised import LAYERS, blocks, quiet
 from tests.interpreted import no_code
@@ -143,3 +144,69 @@ def test_codes_in_fp4_are_those_of_its_own_function(
         if scaling != "RCEIL" or dtype is not torch.float32:  # log2 rounds there, and graphs of it are left alone
             assert torch.equal(got[1], scales.view(torch.uint8)), kind
             assert torch.equal(got[0], codes), kind
+
+
+def product_in_float(a: Any, b: Any, op: Any, bias: Tensor | None = None) -> Tensor:
+    """Stands in for torch's product of tensors in NVFP4, which takes Blackwell."""
+    product: Tensor = a.dequantize(torch.float32) @ b.dequantize(torch.float32)
+    return product.bfloat16()
+
+
+def in_nvfp4(torchao: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> nn.Module:
+    mx = importlib.import_module("torchao.prototype.mx_formats")
+    workflow = "torchao.prototype.mx_formats.inference_workflow"
+    monkeypatch.setattr(f"{workflow}.is_sm_at_least_100", lambda: True)
+    monkeypatch.setattr("torchao.prototype.mx_formats.nvfp4_tensor._addmm_nvfp4_dispatch", product_in_float)
+    model: Any = blocks(WIDTH, INNER)
+
+    def quantise(**more: Any) -> None:
+        config = mx.NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False, **more)
+        torchao.quantize_(model, config)
+
+    if options.get("step") == "convert":
+        quantise(step="prepare")
+        model(randn(6, WIDTH, seed=5))
+    quantise(**options)
+    block: Any
+    for block in model if options.get("step") == "convert" else ():
+        # A scale is of what is read, not of who reads it.
+        block.up.weight.act_per_tensor_scale = block.gate.weight.act_per_tensor_scale
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"step": "convert"}, {"use_dynamic_per_tensor_scale": False}])
+def test_every_norm_and_activation_is_quantised_to_nvfp4(
+    torchao: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """By a global scale that was calibrated, and without one."""
+    model, reports, x = in_nvfp4(torchao, monkeypatch, **options), list[fuseplan.Report](), randn(6, WIDTH)
+    with torch.inference_mode(), no_code():
+        torch._dynamo.reset()
+        policy = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
+        got = fuseplan.compile(model, config=policy, on_report=reports.append)(x)
+        torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
+    assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": LAYERS, "act_quant": LAYERS}
+    kinds = {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
+    assert {kind.removeprefix("fused_add_") for kind in kinds} == {"rms_norm_nv_fp4_quant", "silu_and_mul_nv_fp4_quant"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_global_scale_of_all_rows_is_named(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = fuseplan.explain(in_nvfp4(torchao, monkeypatch), randn(6, WIDTH), device="b200")
+    assert not any(report.fused.values())
+    details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}
+    assert any("the global scale is computed from all rows at once" in detail for detail in details), details
+
+
+@pytest.mark.parametrize("whole", [None, 0.02])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_in_nvfp4_are_those_of_its_own_function(torchao: Any, whole: float | None, dtype: torch.dtype) -> None:
+    nvfp4 = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
+    scale = None if whole is None else torch.tensor(whole)
+    for kind, given in {**inputs(), "apart": randn(6, 2 * WIDTH, dtype=torch.float32)[:, ::2]}.items():
+        x = given[:, :112].to(dtype)
+        scales, codes = nvfp4.nvfp4_quantize(x.contiguous(), 16, scale)
+        got = per_token_nv_fp4_quant.reference(x, 16, scale, torch.finfo(torch.float8_e4m3fn).tiny)
+        assert torch.equal(got[1].view(torch.uint8), scales.view(torch.uint8)), kind
+        assert torch.equal(got[0], codes), kind

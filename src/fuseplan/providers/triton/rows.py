@@ -92,12 +92,23 @@ def scaled_by_exponents(y, MOST: tl.constexpr, TOP: tl.constexpr, HALF: tl.const
 
 
 @triton.jit
-def store_exponents(exponent, exponent_ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr):
-    """Stores a byte for each group of rows [ROWS, COLUMNS] from column `first` on."""
+def store_bytes(each, ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """Stores a byte for each group of rows [ROWS, COLUMNS] from column `first` on, given as integers."""
     GROUPS: tl.constexpr = WIDTH // GROUP
-    group = first // GROUP + tl.arange(0, exponent.shape[1])
+    group = first // GROUP + tl.arange(0, each.shape[1])
     at = row.to(tl.int64)[:, None] * GROUPS + group[None, :]
-    tl.store(exponent_ptr + at, exponent.to(tl.uint8), mask=valid[:, None] & within(group, GROUPS)[None, :])
+    tl.store(ptr + at, each.to(tl.uint8), mask=valid[:, None] & within(group, GROUPS)[None, :])
+
+
+@triton.jit
+def e4m3_of(x):
+    """Numbers from 0 to 448 as float8_e4m3fn holds them, in float32, and its codes as integers; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    small = x + 16384.0  # whose last digit is the smallest code's value
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0x7FF00000
+    held = tl.where(x < 0.015625, small - 16384.0, normal.to(tl.float32, bitcast=True))
+    code = tl.where(x < 0.015625, small.to(tl.int32, bitcast=True) - 0x46800000, (normal >> 20) - 960)
+    return tl.where(x == x, held, x), tl.where(x == x, code, 0x7F)
 
 
 @triton.jit

@@ -9,14 +9,18 @@ which rounds to the nearest, ties to even, and has no code for NaN: it gives 2, 
 torchao's `f32_to_f4_unpacked` and `pack_uint4`, integer op by integer op, in graphs.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import Call, aten, is_call, tensor_of
-from fuseplan.rules.parts.fp8 import GroupCodes, reordered
+from fuseplan.graph.ops import DialectOp
+from fuseplan.record import Reason
+from fuseplan.rules.parts.fp8 import GroupCodes, number_of, reordered
+from fuseplan.rules.parts.microscaled import behind
 from fuseplan.rules.parts.patterns import F32, U8, Pattern, all_fit, bits_of
 
 MOST = 6.0
@@ -53,8 +57,8 @@ def packed(codes: Tensor) -> Tensor:
     Raises:
         RuntimeError: n is odd.
     """
-    pairs = codes.unflatten(-1, (-1, 2))
-    return pairs[..., 0] | pairs[..., 1] << 4
+    first, second = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.bitwise_or(first, second << 4)
 
 
 _SIZE = (aten.bitwise_xor.Tensor, "bits", "sign")
@@ -109,13 +113,13 @@ def _every_second(node: object, start: int) -> fx.Node | None:
     codes, dim, first, end, step = node.args
     value = tensor_of(codes)
     assert value is not None
-    is_last, is_whole = dim in (-1, value.dim() - 1), not isinstance(end, fx.Node) and _reaches(end, value, dim)
-    return codes if is_last and is_whole and (first, step) == (start, 2) else None
+    is_last = dim in (-1, value.dim() - 1)
+    return codes if is_last and _reaches(end, value, dim) and (first, step) == (start, 2) else None
 
 
-def _reaches(end: Any, value: Tensor, dim: int) -> bool:
+def _reaches(end: object, value: Tensor, dim: int) -> bool:
     size = value.shape[dim]
-    return end == WHOLE or (isinstance(size, int) and end >= size)
+    return isinstance(end, int) and (end == WHOLE or (isinstance(size, int) and end >= size))
 
 
 WHOLE = 2**63 - 1
@@ -126,6 +130,41 @@ def _reshaped(node: fx.Node) -> fx.Node:
     """The bytes in the shape that the graph gives them, where it gives them one."""
     user = next(iter(node.users)) if len(node.users) == 1 else node
     return user if reordered(user) is node else node
+
+
+def tell_simulated(canonical: CanonicalGraph, op: DialectOp, title: str, is_scale: Callable[[fx.Node], bool]) -> None:
+    """Notes numbers that are rounded to those of e2m1 and stay numbers, as compressed-tensors leaves them.
+
+    Args:
+        canonical: the graph.
+        op: the op that they are near.
+        title: of the format.
+        is_scale: whether a node tells that it is this one, on the way to what numbers are divided by.
+    """
+    for node in canonical.calls(aten.index_put.default):
+        quotient = _rounded_by_bounds(node)
+        scales = list(filter(is_scale, behind(quotient.args[1]))) if quotient is not None else []
+        if quotient is not None and scales:
+            detail = "numbers are rounded to those that codes stand for, and stay numbers, and the op yields codes"
+            near = Unraised(Reason.OP, detail, node)
+            near.tell(canonical, op, f"{title} quantisation", at=[quotient, *scales], place=quotient)
+
+
+def _rounded_by_bounds(node: Call) -> Call | None:
+    """x / scale of what compares that with all halves between codes, up to `x[x > 5] = 6`."""
+    value, masks, number = node.args[:3]
+    is_last = len(masks) == 1 and is_call(masks[0], aten.gt.Scalar) and masks[0].args == (value, 5.0)
+    if not is_last or number_of(number) != MOST:
+        return None
+    for _ in range(MOST_STEPS):
+        if is_call(value, aten.div.Tensor) or not isinstance(value, fx.Node) or not value.args:
+            break
+        value = value.args[0]
+    return value if is_call(value, aten.div.Tensor) else None
+
+
+MOST_STEPS = 20
+"""From what is rounded to what it is divided by."""
 
 
 class Fp4Codes(GroupCodes):

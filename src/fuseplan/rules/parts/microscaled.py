@@ -12,6 +12,7 @@ as torchao's `to_mx` leaves them.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,34 +167,89 @@ def raise_scaled(
         Unraised: it doesn't compute what the graph does.
     """
     scaling, found = how
+    if scaling is MxScaling.RCEIL and dtype_of(source_of(found["x"])) is torch.float32:
+        raise rounded_by_log2(found["exponent"])
+    if is_call(found["largest"], aten.index_put.default):
+        detail = "the largest is rounded at another digit than the codes' last"
+        raise Unraised(Reason.ROUNDING, detail, found["largest"])
+    rows, size = rows_of_groups(scaled, found, found["exponent"])
+    raise_computed(canonical, codes, found["exponent"], op, (rows, size, *between, scaling.value))
+
+
+def rows_of_groups(scaled: fx.Node, found: Found, scale: fx.Node) -> tuple[fx.Node, int]:
+    """(rows, elements of a group) of groups that are scaled each by what is computed of its own largest element.
+
+    Args:
+        scaled: the scaled groups.
+        found: `x`, which is scaled, and `largest`.
+        scale: the node that holds the scales.
+
+    Raises:
+        Unraised: they are something else.
+    """
     x, magnitudes = uncast(found["x"]), _magnitudes(found)
     assert isinstance(x, fx.Node)
     value = tensor_of(magnitudes)
     if magnitudes is None or value is None or source_of(magnitudes.args[0]) is not source_of(x):
-        detail = "the exponent isn't that of the largest of what it scales"
-        raise Unraised(Reason.OP, detail, found["exponent"])
-    _check_shapes(scaled, value, found["exponent"])
-    if scaling is MxScaling.RCEIL and dtype_of(source_of(x)) is torch.float32:
-        raise rounded_by_log2(found["exponent"])
+        raise Unraised(Reason.OP, "the scale isn't computed from the largest of what it scales", scale)
+    _check_shapes(scaled, value, scale)
     size = value.shape[-1]
     rows, is_split = rows_in_groups(x, size)
     if not is_split:
-        raise Unraised(Reason.SIZE, f"a row is one group of {size}", found["exponent"])
-    raise_computed(canonical, codes, found["exponent"], op, (rows, int(size), *between, scaling.value))
+        raise Unraised(Reason.SIZE, f"a row is one group of {size}", scale)
+    return rows, int(size)
 
 
-def _check_shapes(scaled: fx.Node, groups: Tensor, exponent: fx.Node) -> None:
+def _check_shapes(scaled: fx.Node, groups: Tensor, scale: fx.Node) -> None:
     """That each group [..., size] is scaled by the one number that is its own."""
-    product: Any = scaled
-    while not is_call(product, aten.div.Tensor, aten.mul.Tensor):
-        product = product.args[0]
-    x, factor = map(tensor_of, product.args)
+    x, factor = map(tensor_of, product_of(scaled).args)
     assert x is not None and factor is not None
     if not equal_shape(x, groups) or not equal_shape(factor, groups[..., :1]):
         detail = f"the scale has the shape {[*factor.shape]}, and what it scales {[*x.shape]}"
-        raise Unraised(Reason.SIZE, detail, exponent, "keep a scale for each group of what it scales")
+        raise Unraised(Reason.SIZE, detail, scale, "keep a scale for each group of what it scales")
 
 
+def product_of(scaled: fx.Node) -> Call:
+    """What divides or multiplies groups, of what may be clamped and viewed behind that. A search from a core comes to
+    it, where codes are too far away.
+    """
+    product: Any = scaled
+    while not is_call(product, aten.div.Tensor, aten.mul.Tensor):
+        product = product.args[0]
+    return product
+
+
+def products(scale: fx.Node) -> list[fx.Node]:
+    """What divides or multiplies groups by what is computed from their scales."""
+    found, ahead, seen = list[fx.Node](), [scale], {scale}
+    while ahead and len(seen) < MOST_STEPS**2:
+        node = ahead.pop(0)
+        for user in node.users:
+            if is_call(user, aten.div.Tensor, aten.mul.Tensor) and not equal_shape(tensor_of(user), tensor_of(node)):
+                found.append(user)
+            elif user not in seen:
+                seen.add(user)
+                ahead.append(user)
+    return found
+
+
+def is_power(node: fx.Node) -> bool:
+    """Whether it is a power of two by a number, which may be an exponent in a byte."""
+    return is_call(node, aten.exp2.default) or (is_call(node, aten.pow.Scalar) and node.args[0] == 2)
+
+
+def behind(value: object) -> Iterator[fx.Node]:
+    """A node, and some of those that it is computed from, the nearest first; none of a number."""
+    ahead = [value] if isinstance(value, fx.Node) else []
+    for _ in range(MOST_SEEN):
+        if not ahead:
+            break
+        node = ahead.pop(0)
+        yield node
+        ahead += node.all_input_nodes
+
+
+MOST_SEEN = 24
 MOST_STEPS = 12
 """From exponents to what tells their format."""
 
@@ -227,6 +283,7 @@ def tell_formats(
     """
     for node in canonical.calls(aten.view.dtype):
         other = format_of(node, tops, largest) if node.args[1] is torch.float8_e8m0fnu else None
-        if other is not None:
+        at = [*products(node.all_input_nodes[0]), node]
+        if other is not None and not any(each in canonical.unraised for each in at):  # by what is more like it
             near = Unraised(Reason.DTYPE, f"the codes are {other}, and the op's are {takes}", node)
-            near.tell(canonical, op, "microscaled quantisation", at=[node], place=node)
+            near.tell(canonical, op, "microscaled quantisation", at=at, place=node)

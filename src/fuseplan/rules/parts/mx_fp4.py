@@ -15,8 +15,18 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, packed, packings
-from fuseplan.rules.parts.microscaled import GROUP, Format, raise_scaled, read, scaled_groups, spellings, tell_formats
+from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, packed, packings, tell_simulated
+from fuseplan.rules.parts.microscaled import (
+    GROUP,
+    Format,
+    is_power,
+    product_of,
+    raise_scaled,
+    read,
+    scaled_groups,
+    spellings,
+    tell_formats,
+)
 
 E2M1 = Format(most=MOST, digits=1)
 
@@ -83,9 +93,10 @@ def raise_mx(canonical: CanonicalGraph) -> None:
         try:
             raise_scaled(canonical, codes, scaled, per_token_mx_fp4_quant, how)
         except Unraised as refused:
-            refused.tell(canonical, per_token_mx_fp4_quant, "MXFP4 quantisation", at=[codes], place=codes)
+            refused.tell(canonical, per_token_mx_fp4_quant, "MXFP4 quantisation", at=[product_of(scaled)], place=codes)
     canonical.merge_equal(per_token_mx_fp4_quant)
     tell_formats(canonical, per_token_mx_fp4_quant, "e2m1, two a byte", TOPS, LARGEST)
+    tell_simulated(canonical, per_token_mx_fp4_quant, "MXFP4", is_power)
 
 
 TOPS = {2: "MXFP6 (e2m3), or e2m1 that is converted in another way"}

@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import Call, aten, convert_element_type, is_call
+from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, is_call
 from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp8 import GroupCodes, number_of, reordered
+from fuseplan.rules.parts.fp8 import GroupCodes
 from fuseplan.rules.parts.microscaled import (
     GROUP,
-    MOST_STEPS,
     Format,
+    behind,
+    is_power,
     raise_scaled,
     read,
     scaled_groups,
@@ -89,6 +90,7 @@ def raise_mx(canonical: CanonicalGraph) -> None:
     for cast in _casts(canonical):
         how = read(cast.args[0], SPELLINGS)
         if how is None:
+            _tell_other_exponents(canonical, cast)
             continue
         try:
             raise_scaled(canonical, cast, cast.all_input_nodes[0], per_token_mx_fp8_quant, how, torch.float8_e4m3fn)
@@ -96,27 +98,24 @@ def raise_mx(canonical: CanonicalGraph) -> None:
             refused.tell(canonical, per_token_mx_fp8_quant, "MXFP8 quantisation", at=[cast], place=cast)
     canonical.merge_equal(per_token_mx_fp8_quant)
     tell_formats(canonical, per_token_mx_fp8_quant, "float8_e4m3fn", TOPS, LARGEST)
-    for node in _casts(canonical):
-        if _is_scale_of_fp4(node):
-            near = Unraised(Reason.DTYPE, "the codes are NVFP4, and the op's are float8_e4m3fn", node)
-            near.tell(canonical, per_token_mx_fp8_quant, "microscaled quantisation", at=[node], place=node)
+
+
+def _tell_other_exponents(canonical: CanonicalGraph, cast: Call) -> None:
+    """Notes codes by powers of two that are kept as bytes, where these are computed as compressed-tensors does."""
+    quotient = next((node for node in behind(cast) if is_call(node, aten.div.Tensor)), None)
+    power = next((node for node in behind(quotient.args[1]) if is_power(node)), None) if quotient is not None else None
+    if quotient is None or power is None or not any(dtype_of(node) is torch.uint8 for node in behind(power)):
+        return
+    scalings = ", ".join(MxScaling)
+    near = Unraised(
+        Reason.OP, f"exponents are computed in another way than by any scaling of the op ({scalings})", power
+    )
+    near.tell(canonical, per_token_mx_fp8_quant, "MXFP8 quantisation", at=[quotient, cast], place=cast)
 
 
 TOPS = {4: "MXFP6 (e3m2)", 15: "MXFP8 in float8_e5m2"}
 LARGEST = {7.5: "MXFP6 (e2m3)", 28.0: "MXFP6 (e3m2)", 57344.0: "MXFP8 in float8_e5m2"}
 """What formats that no op has subtract from the largest element's exponent, or divide it by."""
-
-
-def _is_scale_of_fp4(node: Call) -> bool:
-    """Whether a cast to fp8 yields the largest of codes in e2m1 that a group has."""
-    value: object = node.args[0]
-    for _ in range(MOST_STEPS):
-        if not isinstance(value, fx.Node) or not value.args:
-            break
-        if is_call(value, aten.div.Tensor) and number_of(value.args[1]) == 6.0:
-            return is_call(reordered(value.args[0]), aten.amax.default)
-        value = value.args[0]
-    return False
 
 
 def _casts(canonical: CanonicalGraph) -> Iterator[Call]:

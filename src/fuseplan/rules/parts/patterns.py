@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from fuseplan.graph.facts import aten, convert_element_type, fill_of, is_call
-from fuseplan.rules.parts.fp8 import reordered
+from fuseplan.rules.parts.fp8 import number_of, reordered
 
 Pattern = Any
-"""The name of a value, which is the same one wherever it stands; a number; or an op, or a dtype to which is cast, with
-patterns of its arguments. Views that keep the order of elements may stand anywhere.
+"""The name of a value, which is the same one wherever it stands; a number, or `float` for any; or an op, or a dtype to
+which is cast, with patterns of its arguments. Views that keep the order of elements may stand anywhere.
 """
 Found = dict[str, fx.Node]
 """Values by their names."""
@@ -28,6 +28,8 @@ def fits(value: object, pattern: Pattern, found: Found) -> bool:
     """Whether a value is what a pattern says, given the values that have names so far; it adds to these."""
     if isinstance(pattern, str):
         return isinstance(value, fx.Node) and found.setdefault(pattern, value) is value
+    if pattern is float:
+        return number_of(value) is not None
     if isinstance(pattern, list):
         return isinstance(value, (list, tuple)) and len(value) == 1 and fits(value[0], pattern[0], found)
     if not isinstance(pattern, tuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fuseplan.dialect import MxScaling
 from fuseplan.providers.triton.epilogues import Epilogue, bytes_for, refuse_groups
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import e2m1_of, in_groups, scaled_by_exponents, store_exponents, store_pairs
+from fuseplan.providers.triton.rows import e2m1_of, in_groups, scaled_by_exponents, store_bytes, store_pairs
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
 from fuseplan.record import Refusal
 
@@ -26,7 +26,7 @@ def store_pairs_by_exponents(
     y, _, _ = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP)
     scaled, exponent = scaled_by_exponents(y, 6.0, 2, 0x200000, SCALING)
     store_pairs(e2m1_of(scaled), y_ptr, row, first, valid, WIDTH, BLOCK)
-    store_exponents(exponent, exponent_ptr, row, first, valid, WIDTH, GROUP)
+    store_bytes(exponent, exponent_ptr, row, first, valid, WIDTH, GROUP)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fuseplan.dialect import MxScaling
 from fuseplan.providers.triton.epilogues import Epilogue, bytes_for, refuse_groups
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import codes_of, in_groups, scaled_by_exponents, store_exponents
+from fuseplan.providers.triton.rows import codes_of, in_groups, scaled_by_exponents, store_bytes
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
 from fuseplan.record import Refusal
 
@@ -30,7 +30,7 @@ def store_by_exponents(
     y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP)
     scaled, exponent = scaled_by_exponents(y, MOST, TOP, HALF, SCALING)
     tl.store(y_ptr + out, tl.reshape(codes_of(scaled, code, MOST, NVIDIA), out.shape), mask=inside)
-    store_exponents(exponent, exponent_ptr, row, first, valid, WIDTH, GROUP)
+    store_bytes(exponent, exponent_ptr, row, first, valid, WIDTH, GROUP)
 
 
 @dataclass(frozen=True, kw_only=True)
