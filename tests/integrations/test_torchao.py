@@ -157,7 +157,7 @@ def in_nvfp4(torchao: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> n
     workflow = "torchao.prototype.mx_formats.inference_workflow"
     monkeypatch.setattr(f"{workflow}.is_sm_at_least_100", lambda: True)
     monkeypatch.setattr("torchao.prototype.mx_formats.nvfp4_tensor._addmm_nvfp4_dispatch", product_in_float)
-    model: Any = blocks(WIDTH, INNER)
+    model = blocks(WIDTH, INNER)
 
     def quantise(**more: Any) -> None:
         config = mx.NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False, **more)
@@ -168,7 +168,7 @@ def in_nvfp4(torchao: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> n
         model(randn(6, WIDTH, seed=5))
     quantise(**options)
     block: Any
-    for block in model if options.get("step") == "convert" else ():
+    for block in model.children() if options.get("step") == "convert" else ():
         # A scale is of what is read, not of who reads it.
         block.up.weight.act_per_tensor_scale = block.gate.weight.act_per_tensor_scale
     return model
