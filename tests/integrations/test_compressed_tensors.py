@@ -103,10 +103,23 @@ def test_a_graph_ends_at_each_of_its_layers(quantisation: Any) -> None:
     [
         ("FP8_DYNAMIC", (6, WIDTH), "the scale is computed from all rows at once"),
         ("FP8", (2, 3, WIDTH), "is added to the scaled value, and the op has none"),
+        (
+            "MXFP4",
+            (2, 3, WIDTH),
+            "MXFP4 quantisation not recognised: numbers are rounded to those that codes stand for",
+        ),
+        (
+            "NVFP4",
+            (2, 3, WIDTH),
+            "NVFP4 quantisation not recognised: numbers are rounded to those that codes stand for",
+        ),
+        ("MXFP8", (2, 3, WIDTH), "exponents are computed in another way than by any scaling of the op"),
     ],
 )
 def test_what_is_left_alone_is_named(quantised: Quantise, scheme: str, shape: tuple[int, ...], says: str) -> None:
-    """Of rows without a batch, a scale a token is one of all of them; a given scale comes with a zero point."""
+    """Of rows without a batch, a scale a token is one of all of them; a given scale comes with a zero point. Codes in
+    fp4 are numbers throughout.
+    """
     report = fuseplan.explain(quantised(scheme), randn(*shape), device="h200")
     assert report.fused["norm_quant"] == report.fused["act_quant"] == 0
     details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}

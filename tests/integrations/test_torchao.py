@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import fuseplan
+from fuseplan.rules.parts.mx_fp4 import per_token_mx_fp4_quant
+from fuseplan.rules.parts.nv_fp4 import per_token_nv_fp4_quant
 from tests.helpers import randn
 from tests.integrations.quantised import LAYERS, blocks, quiet
 from tests.interpreted import no_code
+from tests.rules.parts.microscaling import inputs
 
 WIDTH, INNER = 128, 256
 HAS_NO_KERNELS = "torchao.quantization.quant_api._check_hardware_support"
@@ -90,18 +93,26 @@ def test_every_group_is_quantised_where_rows_have_several(torchao: Any, monkeypa
     assert {"rms_norm_dynamic_fp8_quant", "silu_and_mul_group_fp8_quant"} <= kinds
 
 
+every_scaling = pytest.mark.parametrize("scaling", ["FLOOR", "CEIL", "EVEN", "RCEIL"])
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scaling", ["FLOOR", "CEIL", "EVEN", "RCEIL"])
-def test_every_norm_and_activation_is_quantised_to_mxfp8(torchao: Any, scaling: str) -> None:
+@every_scaling
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_norm_and_activation_is_quantised_to_microscaled_formats(torchao: Any, scaling: str, bits: int) -> None:
     """Products are emulated: the kernels of others take Blackwell. Inductor makes no code for E8M0 on a CPU."""
     mx = importlib.import_module("torchao.prototype.mx_formats")
     config = importlib.import_module("torchao.prototype.mx_formats.config")
     kernels = importlib.import_module("torchao.quantization.quantize_.common")
     model = blocks(WIDTH, INNER)
+    dtype = torch.float8_e4m3fn if bits == 8 else torch.float4_e2m1fn_x2
     torchao.quantize_(
         model,
         mx.MXDynamicActivationMXWeightConfig(
-            scaling_mode=config.ScaleCalculationMode[scaling], kernel_preference=kernels.KernelPreference.EMULATED
+            activation_dtype=dtype,
+            weight_dtype=dtype,
+            scaling_mode=config.ScaleCalculationMode[scaling],
+            kernel_preference=kernels.KernelPreference.EMULATED,
         ),
     )
     reports, x = list[fuseplan.Report](), randn(6, WIDTH)
@@ -112,4 +123,90 @@ def test_every_norm_and_activation_is_quantised_to_mxfp8(torchao: Any, scaling: 
         torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
     assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": LAYERS, "act_quant": LAYERS}
     kinds = {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
-    assert kinds == {"rms_norm_mx_fp8_quant", "silu_and_mul_mx_fp8_quant"}  # products add the residual
+    # Products add the residual.
+    assert kinds == {f"rms_norm_mx_fp{bits}_quant", f"silu_and_mul_mx_fp{bits}_quant"}
+
+
+@every_scaling
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(6, 96), (2, 6, WIDTH)])
+def test_codes_in_fp4_are_those_of_its_own_function(
+    torchao: Any, scaling: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Zeros, infinity, NaN, numbers below the normal ones, ties and their neighbours, and rows apart in memory."""
+    tensors = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
+    mode = importlib.import_module("torchao.prototype.mx_formats.config").ScaleCalculationMode[scaling]
+    for kind, given in {**inputs(), "apart": randn(6, 2 * WIDTH, dtype=torch.float32)[:, ::2]}.items():
+        x = given[..., : shape[-1]].to(dtype)
+        x = x.expand(2, *x.shape) if len(shape) == 3 else x
+        scales, codes = tensors.to_mx(x.contiguous(), torch.float4_e2m1fn_x2, 32, mode)
+        got = per_token_mx_fp4_quant.reference(x, 32, scaling.lower())
+        if scaling != "RCEIL" or dtype is not torch.float32:  # log2 rounds there, and graphs of it are left alone
+            assert torch.equal(got[1], scales.view(torch.uint8)), kind
+            assert torch.equal(got[0], codes), kind
+
+
+def product_in_float(a: Any, b: Any, op: Any, bias: Tensor | None = None) -> Tensor:
+    """Stands in for torch's product of tensors in NVFP4, which takes Blackwell."""
+    product: Tensor = a.dequantize(torch.float32) @ b.dequantize(torch.float32)
+    return product.bfloat16()
+
+
+def in_nvfp4(torchao: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> nn.Module:
+    mx = importlib.import_module("torchao.prototype.mx_formats")
+    workflow = "torchao.prototype.mx_formats.inference_workflow"
+    monkeypatch.setattr(f"{workflow}.is_sm_at_least_100", lambda: True)
+    monkeypatch.setattr("torchao.prototype.mx_formats.nvfp4_tensor._addmm_nvfp4_dispatch", product_in_float)
+    model = blocks(WIDTH, INNER)
+
+    def quantise(**more: Any) -> None:
+        config = mx.NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False, **more)
+        torchao.quantize_(model, config)
+
+    if options.get("step") == "convert":
+        quantise(step="prepare")
+        model(randn(6, WIDTH, seed=5))
+    quantise(**options)
+    block: Any
+    for block in model.children() if options.get("step") == "convert" else ():
+        # A scale is of what is read, not of who reads it.
+        block.up.weight.act_per_tensor_scale = block.gate.weight.act_per_tensor_scale
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"step": "convert"}, {"use_dynamic_per_tensor_scale": False}])
+def test_every_norm_and_activation_is_quantised_to_nvfp4(
+    torchao: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """By a global scale that was calibrated, and without one."""
+    model, reports, x = in_nvfp4(torchao, monkeypatch, **options), list[fuseplan.Report](), randn(6, WIDTH)
+    with torch.inference_mode(), no_code():
+        torch._dynamo.reset()
+        policy = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
+        got = fuseplan.compile(model, config=policy, on_report=reports.append)(x)
+        torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
+    assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": LAYERS, "act_quant": LAYERS}
+    kinds = {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
+    assert {kind.removeprefix("fused_add_") for kind in kinds} == {"rms_norm_nv_fp4_quant", "silu_and_mul_nv_fp4_quant"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_global_scale_of_all_rows_is_named(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = fuseplan.explain(in_nvfp4(torchao, monkeypatch), randn(6, WIDTH), device="b200")
+    assert not any(report.fused.values())
+    details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}
+    assert any("the global scale is computed from all rows at once" in detail for detail in details), details
+
+
+@pytest.mark.parametrize("whole", [None, 0.02])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_in_nvfp4_are_those_of_its_own_function(torchao: Any, whole: float | None, dtype: torch.dtype) -> None:
+    nvfp4 = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
+    scale = None if whole is None else torch.tensor(whole)
+    for kind, given in {**inputs(), "apart": randn(6, 2 * WIDTH, dtype=torch.float32)[:, ::2]}.items():
+        x = given[:, :112].to(dtype)
+        scales, codes = nvfp4.nvfp4_quantize(x.contiguous(), 16, scale)
+        got = per_token_nv_fp4_quant.reference(x, 16, scale, torch.finfo(torch.float8_e4m3fn).tiny)
+        assert torch.equal(got[1].view(torch.uint8), scales.view(torch.uint8)), kind
+        assert torch.equal(got[0], codes), kind

@@ -4,6 +4,7 @@ whether it makes of the kernels' rows what the reference makes of them, bit for 
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ from fuseplan.providers.triton import activation, norm
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.epilogues.group_fp8_quant import power_of_two_from
 from fuseplan.providers.triton.launching import Norm
+from fuseplan.providers.triton.rows import e4m3_of
 from fuseplan.rules.parts.dynamic_fp8 import reference as row_reference
 from fuseplan.rules.parts.group_fp8 import reference
+from fuseplan.rules.parts.mx_fp4 import reference as mx_fp4_reference
 from fuseplan.rules.parts.mx_fp8 import reference as mx_reference
+from fuseplan.rules.parts.nv_fp4 import reference as nv_reference
 from tests.providers.run_interpreted import prepare
+from tests.rules.parts.microscaling import ties
 
 FN, LEAST = torch.float8_e4m3fn, 1e-10
 
@@ -99,28 +104,85 @@ def layouts() -> dict[str, bool]:
 
 
 def microscaled() -> dict[str, bool]:
-    """By scaling: random rows, each magnitude, powers of two, zeros, infinity and NaN."""
+    """By scaling: random rows, each magnitude, powers of two, zeros, infinity and NaN, to fp8 and to fp4."""
     found = {}
     edges = [0.0, torch.inf, torch.nan, 448.0, 449.0, 2.0**-133, 2.0**-126, 3.3e38, 1.0, 0.998046875, 480.0]
     odd = activations(11, 96, 4)
     odd[:, 32:] = 0.0
     odd[:, 40] = torch.tensor(edges).bfloat16()
     scales = torch.exp2(torch.linspace(-132, 120, 64))[:, None] * torch.linspace(0.5, 1.0, 64).repeat(2)
-    ones = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": scales.bfloat16()}
+    ones = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": scales.bfloat16(), "ties": ties()}
     residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
-    for scaling in ("floor", "ceil", "even", "rceil"):
-        own: dict[str, Any] = {"group_size": 32, "dtype": FN, "scaling": scaling}
-        epilogue = epilogue_of("mx_fp8_quant")(**own)
+    for scaling, bits in product(("floor", "ceil", "even", "rceil"), (8, 4)):
+        own: dict[str, Any] = {"group_size": 32, **({"dtype": FN} if bits == 8 else {}), "scaling": scaling}
+        epilogue = epilogue_of(f"mx_fp{bits}_quant")(**own)
+        wanted = mx_reference if bits == 8 else mx_fp4_reference
         for kind, x in ones.items():
             gate = torch.full_like(x, 64.0)  # whose SiLU is itself
             (y,) = activation.launch(gate, x, "llama", epilogue_of(None)())
             got: Sequence[Tensor] = activation.launch(gate, x, "llama", epilogue)
-            found[f"{scaling} {kind}"] = all(map(same, got, mx_reference(y, *own.values())))
+            codes, exponents = wanted(y, *own.values())
+            if bits == 4:  # which has no NaN: what it makes of one's bits differs by device
+                of_nan = y.isnan().unflatten(-1, (-1, 2)).any(-1)
+                got[0][of_nan] = codes[of_nan]
+            found[f"{scaling} {bits} {kind}"] = same(got[0], codes) and same(got[1], exponents)
         y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
         *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
-        found[f"{scaling} normed"] = all(map(same, got, mx_reference(y, *own.values())))
+        found[f"{scaling} {bits} normed"] = all(map(same, got, wanted(y, *own.values())))
     return found
+
+
+def by_scales() -> dict[str, bool]:
+    """NVFP4 by a global scale and without one, by a least scale that fp8 holds as a normal number and one that it
+    doesn't: random rows, rows of any magnitude, zeros, infinity and NaN.
+    """
+    found = {}
+    odd = activations(8, 96, 4)
+    odd[:, 32:] = 0.0
+    odd[:, 40] = torch.tensor([0.0, torch.inf, torch.nan, 2688.0, 2.0**-133, 3.3e38, 1.0, -6.0]).bfloat16()
+    magnitudes = torch.exp2(torch.linspace(-14, 12, 96))[:, None] * torch.linspace(0.5, 1.0, 16).repeat(4)
+    residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
+    how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
+    kinds = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": magnitudes.bfloat16(), "ties": ties()}
+    for whole, least in product((None, 0.02, 3.0), (2.0**-6, 0.001)):
+        scale = None if whole is None else torch.tensor(whole)
+        own: dict[str, Any] = {"group_size": 16, "global_scale": scale, "min_scale": least}
+        epilogue = epilogue_of("nv_fp4_quant")(**own)
+        for kind, x in kinds.items():
+            gate = torch.full_like(x, 64.0)
+            (y,) = activation.launch(gate, x, "llama", epilogue_of(None)())
+            got: Sequence[Tensor] = activation.launch(gate, x, "llama", epilogue)
+            codes, scales = nv_reference(y, *own.values())
+            of_nan = scales.float().isnan().repeat_interleave(8, -1)
+            got[0][of_nan] = codes[of_nan]
+            found[f"{whole} {least} {kind}"] = same(got[0], codes) and same(got[1], scales)
+        y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
+        *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
+        found[f"{whole} {least} normed"] = all(map(same, got, nv_reference(y, *own.values())))
+    return found
+
+
+@triton.jit
+def _held(x_ptr, y_ptr, code_ptr, SIZE: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    held, code = e4m3_of(tl.load(x_ptr + at))
+    tl.store(y_ptr + at, held)
+    tl.store(code_ptr + at, code.to(tl.uint8))
+
+
+def all_scales() -> bool:
+    """Whether numbers from 0 to 448 are held in fp8 as torch holds them: those that fp8 has, halfway between two, and
+    what is next to these.
+    """
+    codes = torch.arange(0, 127, dtype=torch.uint8).view(FN).float()
+    halves = (codes[1:] + codes[:-1]) / 2
+    above, below = (torch.nextafter(halves, torch.full((), end)) for end in (1e3, -1.0))
+    x = torch.nn.functional.pad(torch.cat([codes, halves, above, below, torch.tensor([torch.nan])]), (0, 6))
+    y, code = torch.empty_like(x), torch.empty(x.shape, dtype=torch.uint8)
+    _held[(2,)](x, y, code, SIZE=256)
+    wanted = x.to(FN)
+    return torch.equal(code, wanted.view(torch.uint8)) and same(y, wanted.float())
 
 
 def not_finite() -> dict[str, bool]:
@@ -201,6 +263,8 @@ def main() -> None:
         "powers": powers() and all_powers(),
         "layouts": layouts(),
         "microscaled": microscaled(),
+        "by scales": by_scales(),
+        "scales": all_scales(),
     }
     print(json.dumps(found))
 

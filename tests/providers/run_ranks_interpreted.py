@@ -42,6 +42,8 @@ EPILOGUES: dict[str | None, dict[str, Any]] = {
         "scale_ub": None,
         "quant_rounding": "multiply",
     },
+    "mx_fp4_quant": {"group_size": 16, "scaling": "even"},
+    "nv_fp4_quant": {"group_size": 16, "global_scale": torch.tensor(0.02), "min_scale": 2.0**-6},
 }
 """A fused op's own arguments, in their order."""
 ONE_SHOT = (
@@ -49,14 +51,14 @@ ONE_SHOT = (
     (1, 1, 0, None),
     (11, 2, 1, "static_fp8_quant"),
     (3, 2, 1, "dynamic_fp8_quant"),
-    (1, 1, 0, "pad"),
+    (1, 1, 0, "nv_fp4_quant"),
 )
 TWO_SHOT = (
     (11, 2, 1, "pad"),
     (1, 1, 0, None),
     (21, 6, 0, "pad"),
     (12, 1, 2, "dynamic_fp8_quant"),
-    (2, 2, 0, "pad"),
+    (2, 2, 0, "mx_fp4_quant"),
     (7, 5, 1, None),
 )
 """(rows, programs, lag, epilogue): larger and smaller ones take turns."""

@@ -30,6 +30,7 @@ FAMILIES = [
     )
 ]
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+WITHOUT_FP8 = {"sm_75": GPUTarget("cuda", 75, 32), "sm_80": GPUTarget("cuda", 80, 32)}
 SHARED_BYTES, MULTIPROCESSORS = 232448, 132
 """Of an H100."""
 OPS = [name for name in ops if registered_kernel(name, "triton") is not None]
@@ -64,7 +65,7 @@ def stand_ins(backend: str, run_kernel: Callable[..., None]) -> dict[str, Any]:
 @pytest.fixture(params=TARGETS)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Names and code of kernels that were compiled in place of being launched."""
-    target, made = TARGETS[request.param], list[tuple[str, dict[str, Any]]]()
+    target, made = {**TARGETS, **WITHOUT_FP8}[request.param], list[tuple[str, dict[str, Any]]]()
 
     def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         asm = kernel.warmup(*arguments, grid=grid, **constants).asm
@@ -109,6 +110,18 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
     if ops[name].writes:
         assert all("tt.assert" in asm["ttir"] for _, asm in compiled), "a position beyond the cache is caught"
         assert all("__assertfail" in asm.get("ptx", "__assertfail") for _, asm in compiled)
+
+
+@pytest.mark.parametrize("compiled", WITHOUT_FP8, indirect=True)
+@pytest.mark.parametrize("suffix", ["mx_fp4_quant", "nv_fp4_quant"])
+def test_fp4_compiles_for_gpus_without_fp8(suffix: str, compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    names = [name for name in OPS if name.endswith(suffix) and not ops[name].collective]
+    for name in names:
+        sample = ops[name].samples[0].make(torch.device("cpu"), torch.Generator().manual_seed(0))
+        kernel = registered_kernel(name, "triton")
+        assert kernel is not None
+        kernel(*(each.half() if isinstance(each, torch.Tensor) and each.dim() else each for each in sample))
+    assert len(compiled) == len(names) == 3
 
 
 def test_kernels_compile_while_somebody_watches() -> None:

@@ -41,8 +41,15 @@ def test_scales_lie_as_they_are_asked_to(interpreted: dict[str, Any]) -> None:
 
 @needs_triton
 def test_exponents_are_the_references(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["microscaled"]) == 16
+    assert len(interpreted["microscaled"]) == 40
     assert all(interpreted["microscaled"].values()), interpreted["microscaled"]
+
+
+@needs_triton
+def test_scales_in_fp8_of_codes_in_fp4_are_the_references(interpreted: dict[str, Any]) -> None:
+    assert interpreted["scales"]
+    assert len(interpreted["by scales"]) == 30
+    assert all(interpreted["by scales"].values()), interpreted["by scales"]
 
 
 @needs_triton

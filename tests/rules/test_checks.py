@@ -20,7 +20,7 @@ from fuseplan.rules.families.norm import NORM_RULES
 
 AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
 CACHED = ("fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
-QUANTS = ("static_fp8_quant", "dynamic_fp8_quant", "group_fp8_quant", "mx_fp8_quant")
+QUANTS = ("static_fp8_quant", "dynamic_fp8_quant", "group_fp8_quant", "mx_fp4_quant", "mx_fp8_quant", "nv_fp4_quant")
 NORM_TABLE = {
     "all_reduce_rms_norm": ("allreduce_rms", (AR,)),
     "all_reduce_fused_add_rms_norm": ("allreduce_rms", (AR,)),
@@ -87,7 +87,8 @@ def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
         core = "fused_add_rms_norm"
     epilogues = {
         "_pad": "pad", "_static": "static_scaled_fp8_quant", "_dynamic": "dynamic_per_token_scaled_fp8_quant",
-        "_group": "per_token_group_fp8_quant", "_mx": "per_token_mx_fp8_quant",
+        "_group": "per_token_group_fp8_quant", "_mx_fp4": "per_token_mx_fp4_quant", "_mx_fp8": "per_token_mx_fp8_quant",
+        "_nv_fp4": "per_token_nv_fp4_quant",
     }  # fmt: skip
     after = [op for text, op in epilogues.items() if text in name]
     parts = [*(["all_reduce"] if name.startswith("all_reduce") else []), core, *after]
@@ -95,7 +96,7 @@ def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     assert rule.describe() == f"{' -> '.join(parts)}  =>  {name}"
     # The value that the pad or the quantisation yields, the unpadded one, the scales, and the sum.
     sums = core == "fused_add_rms_norm" or name.startswith("all_reduce")
-    has_scales = any(kind in name for kind in ("_dynamic", "_group", "_mx"))
+    has_scales = any(kind in name for kind in ("_dynamic", "_group", "_mx", "_nv"))
     expected = 1 + ("pad" in name or has_scales) + sums
     assert len(rule.traced_pattern.outputs) == expected
     assert tuple(rule.traced_pattern.inputs) == rule.variables

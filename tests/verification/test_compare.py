@@ -83,6 +83,18 @@ def test_zero_has_two_codes() -> None:
     assert compare(zeros, flipped, flipped, 2.0).share == 0
 
 
+def test_codes_of_pairs_may_be_one_apart() -> None:
+    exact = torch.tensor([[0x80, 0x21, 0x9F]], dtype=torch.uint8)
+    for pair, passes in ((0x00, True), (0x01, True), (0x90, True), (0x02, False), (0xA0, False)):
+        actual = exact.clone()
+        actual[0, 0] = pair
+        assert (compare(actual, exact, exact, 2.0, is_packed=True).share <= 1) is passes
+    worst = compare(torch.tensor([[0x80, 0x51, 0x9F]], dtype=torch.uint8), exact, exact, 2.0, is_packed=True)
+    assert worst.text == "element [0, 3] is 5 where 2 is exact: off by 3 codes, allowed 1; 1 of 6 are wrong"
+    unlike = torch.tensor([[0x80, 0x41, 0x9F]], dtype=torch.uint8)
+    assert compare(unlike, unlike, exact, 2.0, is_packed=True).share <= 1
+
+
 def test_integers_are_equal_or_wrong() -> None:
     numbers = torch.arange(6).view(2, 3)
     assert compare(numbers, numbers, numbers, 2.0).share == 0

@@ -154,7 +154,7 @@ def _compared(
             continue
         if (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
             return Finding(wrong=f"{what}result {index} is {described([got])} and not {described([wanted])}")
-        deviation = compare(got, wanted, true, rule.op.error_factor)
+        deviation = compare(got, wanted, true, rule.op.error_factor, is_packed=index in rule.op.packed)
         worst = max(worst, deviation.share)
         if deviation.share > 1:
             share = deviation.share if math.isfinite(deviation.share) else None

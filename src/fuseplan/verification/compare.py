@@ -3,8 +3,8 @@
     allowed = factor * max over the row of |reference - exact| + one unit in the last place of exact
 
 Where a row is one element, such as the scale of a token, the reference may have been lucky in it: there the largest
-relative error of all rows counts. fp8 codes may be one step further apart than the reference's are in that row;
-integers and truths not at all.
+relative error of all rows counts. Codes, of fp8 and of fp4, may be one step further apart than the reference's are in
+that row; integers and truths not at all.
 """
 
 import math
@@ -30,7 +30,7 @@ class Deviation:
     text: str
 
 
-def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> Deviation:
+def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float, *, is_packed: bool = False) -> Deviation:
     """The worst element of a result.
 
     Args:
@@ -38,19 +38,22 @@ def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> 
         reference: what the unfused ops yield, in the same dtype and shape.
         exact: the same in float64 (in the dtype of `actual` where that is fp8 or no float).
         factor: how many times the reference's own error is allowed.
+        is_packed: whether bytes are two codes in e2m1 each. Then the elements are codes, as so many steps from 0.
     """
+    if is_packed:
+        actual, reference, exact = (_steps(each) for each in (actual, reference, exact))
     if actual.numel() == 0:
         return Deviation(share=0.0, text="no elements")
     width = actual.shape[-1] if actual.dim() else 1
     flat = [each.reshape(-1, width) for each in (actual, reference, exact)]
     step = max(1, BLOCK // width)
     parts = zip(*(each.split(step) for each in flat), strict=True)
-    blocks = [_block(got, wanted, true, factor) for got, wanted, true in parts]
+    blocks = [_block(got, wanted, true, factor, is_packed) for got, wanted, true in parts]
     worst = max(range(len(blocks)), key=lambda index: blocks[index].share)
     block = blocks[worst]
     place = torch.unravel_index(torch.tensor(worst * step * width + block.place), actual.shape)
     where = ", ".join(str(int(index)) for index in place)
-    unit = " codes" if actual.dtype in FP8 else ""
+    unit = " codes" if is_packed or actual.dtype in FP8 else ""
     off = f": off by {block.error:.3g}{unit}, allowed {block.allowed:.3g}" if math.isfinite(block.error) else ""
     wrong = sum(each.wrong for each in blocks)
     text = (
@@ -79,9 +82,12 @@ class _Block:
     allowed: float
 
 
-def _block(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> _Block:
+def _block(actual: Tensor, reference: Tensor, exact: Tensor, factor: float, is_packed: bool) -> _Block:
     """The worst element of some rows."""
-    if actual.dtype in FP8:
+    if is_packed:
+        own, error = (reference - exact).abs(), (actual - exact).abs().double()
+        allowed = (own.amax(-1, keepdim=True) + 1).expand_as(own).double()
+    elif actual.dtype in FP8:
         error, allowed = _codes(actual, reference, exact, factor)
     elif actual.dtype.is_floating_point:
         error, allowed = _floats(actual, reference, exact, factor)
@@ -148,6 +154,13 @@ def _ordinal(codes: Tensor) -> Tensor:
     bits = codes.view(torch.uint8).int()
     magnitude = bits & 0x7F
     return torch.where(bits >= 0x80, -magnitude, magnitude)
+
+
+def _steps(pairs: Tensor) -> Tensor:
+    """[..., n] bytes as [..., 2 n] codes in e2m1, integers in the order of their values, both zeros 0."""
+    codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).int()
+    magnitude = codes & 7
+    return torch.where(codes >= 8, -magnitude, magnitude)
 
 
 def described(tensors: Sequence[Tensor]) -> str:

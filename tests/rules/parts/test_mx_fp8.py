@@ -19,59 +19,17 @@ from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.rules.parts.mx_fp8 import MxFp8, per_token_mx_fp8_quant
 from tests.helpers import all_reduce, llama, post_grad, randn
 from tests.planner.test_rotary import Counted
+from tests.rules.parts.microscaling import GROUP, SCALINGS, WIDTH, bits, inputs, scaled
 
-FP8, MOST, GROUP, WIDTH = torch.float8_e4m3fn, 448.0, 32, 128
+FP8, MOST = torch.float8_e4m3fn, 448.0
 W = 1 + randn(WIDTH, seed=9) / 10
-SCALINGS = ("floor", "ceil", "even", "rceil")
 CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS)
 
 
-def rounded_up(groups: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    wanted = largest / MOST
-    finite = (torch.ceil(torch.log2(wanted)).clamp(-127, 127) + 127).to(torch.uint8)
-    exponent = torch.where(wanted.isnan(), 255, torch.where(wanted.isinf(), 254, finite))
-    inverse = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent.float()))
-    factor = torch.where(exponent == 255, wanted, torch.where(exponent == 254, 2.0**-127, inverse))
-    return (groups * factor).clamp(-MOST, MOST), exponent
-
-
 def quantised(x: Tensor, scaling: str, *, top: int = 8, size: int = GROUP) -> tuple[Tensor, Tensor]:
-    groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
-    largest = groups.abs().amax(-1).unsqueeze(-1).float()
-    groups = groups.float()
-    if scaling == "rceil":
-        scaled, exponent = rounded_up(groups, largest)
-    else:
-        if scaling == "even":
-            is_nan = largest.isnan()
-            largest = ((largest.view(torch.int32) + (1 << 19)) & 0xFF800000).view(torch.float32)
-            largest[is_nan] = float("nan")
-        bits = largest.view(torch.int32)
-        power = (torch.bitwise_right_shift(bits, 23) & 255) - 127
-        if scaling == "ceil":
-            power = power + ((bits & 0x7FFFFF) > 0)
-        exponent = ((power - top).clamp(-127, 128) + 127).to(torch.uint8)
-        exponent = torch.where(largest.isnan(), 255, exponent)
-        scale = torch.bitwise_left_shift(exponent.to(torch.int32), 23).view(torch.float32)
-        scaled = groups / scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return scaled.to(FP8).reshape(x.shape), exponent.view(torch.float8_e8m0fnu).squeeze(-1)
-
-
-def bits(value: Tensor) -> Tensor:
-    """NaN being one NaN."""
-    return value.view(torch.uint8) if value.dtype is torch.float8_e8m0fnu else value.float().nan_to_num(nan=1e9)
-
-
-def inputs() -> dict[str, Tensor]:
-    x = randn(6, WIDTH, dtype=torch.float32)
-    odd = x.clone()
-    odd[0, 3], odd[1, 100], odd[2, 0], odd[3] = torch.inf, torch.nan, -torch.inf, 0.0
-    odd[4], odd[5] = 3.3e38, 1e-40
-    exponents = (
-        torch.exp2(torch.arange(-64.0, 64.0)).repeat(6, 1) * torch.tensor([1.0, 1.75, 1.875, 448, 1.5, 1e-18])[:, None]
-    )
-    return {"random": x, "odd": odd, "exponents": exponents, "tiny": x * 1e-38}
+    groups, exponent = scaled(x, scaling, most=MOST, top=top, half=1 << 19, size=size)
+    return groups.to(FP8).reshape(x.shape), exponent
 
 
 @every_scaling
@@ -172,12 +130,6 @@ def of_signed(x: Tensor) -> tuple[Tensor, Tensor]:
     return (groups.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)).to(FP8).reshape(x.shape), exponent
 
 
-def scales_of_nvfp4(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.float().view(-1, WIDTH // 16, 16)
-    scale = (groups.abs().amax(-1) / 6.0).clamp(2.0**-6, MOST).to(FP8)
-    return (groups * (1.0 / scale.float()).unsqueeze(-1)).clamp(-6.0, 6.0).view(x.shape), scale
-
-
 def exponents_of(largest: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
         groups = x.view(-1, WIDTH // GROUP, GROUP)
@@ -194,11 +146,11 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, Tensor]], str] = {
     of_signed: "the scale is neither one number nor computed from the largest value it scales",
     partial(quantised, scaling="floor", size=WIDTH): "a row is one group of 128",
     partial(quantised, scaling="floor", top=7): "the scale",
-    partial(quantised, scaling="even", top=2): "the codes are MXFP4 or MXFP6 (e2m1, e2m3)",
+    partial(quantised, scaling="even", top=2): "the codes are MXFP6 (e2m3), or e2m1 that is converted in another way",
     partial(quantised, scaling="ceil", top=15): "the codes are MXFP8 in float8_e5m2",
-    exponents_of(6.0): "the codes are MXFP4 (e2m1)",
+    exponents_of(6.0): "the codes are e2m1 that is converted in another way",
+    exponents_of(7.5): "the codes are MXFP6 (e2m3)",
     exponents_of(28.0): "the codes are MXFP6 (e3m2)",
-    scales_of_nvfp4: "the codes are NVFP4",
 }
 
 
@@ -206,7 +158,8 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, Tensor]], str] = {
 def test_what_it_does_not_compute_is_named(quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     graph = canonicalize(post_grad(lambda x: quantise(llama(x, None, W)[0]), randn(5, WIDTH)))
     assert not list(graph.calls(per_token_mx_fp8_quant.overload))
-    details = [refusal.detail for refusal in graph.refusals]
+    report = fuseplan.explain(lambda x: quantise(llama(x, None, W)[0]), randn(5, WIDTH), device="b200")
+    details = [refusal.detail for each in report.graphs for refusal in each.refusals]
     assert any(NEAR_MISSES[quantise] in detail for detail in details), details
 
 

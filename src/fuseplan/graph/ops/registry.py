@@ -102,6 +102,7 @@ class DialectOp:
             and integers are 0 or 1.
         writes: the arguments that kernels write to. The op itself writes to none: its last results are what these hold
             afterwards. A kernel takes the same arguments, writes, and yields the other results alone.
+        packed: places of the results whose bytes are two codes in e2m1 each.
     """
 
     name: str
@@ -114,6 +115,7 @@ class DialectOp:
     collective: bool = False
     draws: Mapping[str, Draw | Indices] = field(default_factory=dict)
     writes: tuple[str, ...] = ()
+    packed: tuple[int, ...] = ()
 
     def draw(self, argument: str) -> Draw | Indices:
         """How random values for an argument are drawn."""
@@ -217,6 +219,7 @@ def define(
     collective: bool = False,
     draws: Mapping[str, Draw | Indices] | None = None,
     writes: Sequence[str] = (),
+    packed: Sequence[int] = (),
 ) -> DialectOp:
     """Registers `fuseplan::<name>` with torch and returns its record.
 
@@ -233,6 +236,8 @@ def define(
             be positive, say.
         writes: the arguments that kernels write to; `reference` and `fake` write to none, and yield last what these
             hold afterwards, in this order.
+        packed: places of the results whose bytes are two codes in e2m1 each, of which verification allows a kernel as
+            much as of codes in fp8.
 
     Raises:
         RuleError: there is an op of that name already, or `writes` names no tensors among the arguments, or there is no
@@ -255,6 +260,7 @@ def define(
         collective=collective,
         draws=dict(draws or {}),
         writes=tuple(writes),
+        packed=tuple(packed),
     )
 
 

@@ -62,6 +62,81 @@ def largest_bits(y):
 
 
 @triton.jit
+def scaled_by_exponents(y, MOST: tl.constexpr, TOP: tl.constexpr, HALF: tl.constexpr, SCALING: tl.constexpr):
+    """Groups [ROWS, groups, GROUP] as a power of two by the largest of each scales them, clamped or not, and its biased
+    exponents, 255 of NaN. The largest code is MOST, of exponent TOP, and HALF of its last digit's unit is that in
+    float32's.
+    """
+    bits = largest_bits(y)
+    if SCALING == "rceil":
+        wanted = tl.div_rn(bits.to(tl.float32, bitcast=True), MOST).to(tl.int32, bitcast=True)
+        # 2^-127 has no exponent of its own, nor has what is below it.
+        exponent = tl.where(wanted <= 0x400000, 0, (wanted + 0x7FFFFF) >> 23)
+        exponent = tl.where(exponent > 254, 254, exponent)
+        factor = tl.where(exponent == 254, 0x400000, (254 - exponent) << 23)
+        factor = tl.where(exponent == 0, 0x3F800000, factor)
+        factor = tl.where(bits > 0x7F800000, 0x7FC00000, factor)
+        scaled = y * factor.to(tl.float32, bitcast=True)[:, :, None]
+    else:
+        top = bits
+        if SCALING == "even":
+            top = bits + HALF
+        exponent = (top >> 23) - TOP
+        if SCALING == "ceil":
+            exponent = tl.where((bits & 0x7FFFFF) > 0, exponent + 1, exponent)
+        exponent = tl.where(exponent < 0, 0, exponent)
+        exponent = tl.where(bits > 0x7F800000, 255, exponent)
+        scale = tl.where(exponent == 0, 0x800000, exponent << 23).to(tl.float32, bitcast=True)
+        scaled = tl.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape))
+    return scaled, tl.where(bits > 0x7F800000, 255, exponent)
+
+
+@triton.jit
+def store_bytes(each, ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """Stores a byte for each group of rows [ROWS, COLUMNS] from column `first` on, given as integers."""
+    GROUPS: tl.constexpr = WIDTH // GROUP
+    group = first // GROUP + tl.arange(0, each.shape[1])
+    at = row.to(tl.int64)[:, None] * GROUPS + group[None, :]
+    tl.store(ptr + at, each.to(tl.uint8), mask=valid[:, None] & within(group, GROUPS)[None, :])
+
+
+@triton.jit
+def e4m3_of(x):
+    """Numbers from 0 to 448 as float8_e4m3fn holds them, in float32, and its codes as integers; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    small = x + 16384.0  # whose last digit is the smallest code's value
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0x7FF00000
+    held = tl.where(x < 0.015625, small - 16384.0, normal.to(tl.float32, bitcast=True))
+    code = tl.where(x < 0.015625, small.to(tl.int32, bitcast=True) - 0x46800000, (normal >> 20) - 960)
+    return tl.where(x == x, held, x), tl.where(x == x, code, 0x7F)
+
+
+@triton.jit
+def e2m1_of(x):
+    """Codes of float32 in e2m1, as integers: to the nearest, ties to even; NaN gives what its bits do by that."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    magnitude = size.to(tl.float32, bitcast=True)
+    small = (magnitude + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000
+    normal = ((size - 0x3EE00001 + ((size >> 22) & 1)) >> 22) & 0xFF
+    code = tl.where(magnitude >= 6.0, 7, tl.where(magnitude < 1.0, small, normal))
+    return code | ((bits >> 28) & 8)
+
+
+@triton.jit
+def store_pairs(codes, y_ptr, row, first, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores codes of rows [ROWS, groups, GROUP], BLOCK of them a row from column `first` on, two a byte: the first of
+    two in its low half.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    pairs = tl.reshape(codes, [codes.shape[0], BLOCK // 2, 2])
+    both = tl.sum(pairs << (4 * tl.arange(0, 2)), axis=2)
+    column = first // 2 + tl.arange(0, BLOCK // 2)
+    at = row.to(tl.int64)[:, None] * HALF + column[None, :]
+    tl.store(y_ptr + at, both.to(tl.uint8), mask=valid[:, None] & within(column, HALF)[None, :])
+
+
+@triton.jit
 def in_groups(y, row, first, valid, DTYPE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr):
     """Rows [ROWS, COLUMNS] from column `first` on, rounded to DTYPE, as [ROWS, groups, GROUP] with zeros outside, and
     where they are put, [ROWS, COLUMNS]: elements from the first one, and which of these there are.

@@ -139,6 +139,7 @@ class Member:
             fused=True,
             collective=any(op.collective for op in self.parts),
             draws={name: draw for op in self.parts for name, draw in op.draws.items()},
+            packed=epilogue.op.packed if epilogue else (),
         )
 
     def _sample(self, core: Sample) -> Sample:

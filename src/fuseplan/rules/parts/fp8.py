@@ -181,6 +181,7 @@ class GroupCodes(Codes):
     group_size: int
 
     reduces_rows = True
+    code_bits: ClassVar[int] = 8 * CODE_BYTES
     scale_bytes: ClassVar[int]
 
     @classmethod
@@ -201,7 +202,7 @@ class GroupCodes(Codes):
 
     def result_bytes(self, region: Region) -> int:
         """The codes, and a scale a group."""
-        return region.tokens * (region.width * CODE_BYTES + region.width // self.group_size * self.scale_bytes)
+        return region.tokens * (region.width * self.code_bits // 8 + region.width // self.group_size * self.scale_bytes)
 
 
 def is_restored(codes: fx.Node | None) -> bool:

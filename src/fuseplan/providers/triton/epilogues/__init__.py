@@ -111,6 +111,11 @@ def scales_for(x: Tensor, count: int, quant_rounding: str, layout: str = "rows")
     return empty_scales(x, count, dtype, layout)
 
 
+def bytes_for(x: Tensor, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Memory for a byte for so many elements of a row of x each."""
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // size), dtype=dtype)
+
+
 def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:
     """(the least scale, the largest, what takes the place of 0, a pointer to the largest element that counts) of an
     epilogue m with scales.

@@ -1,0 +1,126 @@
+"""MXFP4: e2m1 codes, two a byte, of groups of a row whose scales are powers of two, kept as their exponents in bytes.
+
+    exponent, scaled = those of `microscaled`
+    byte = e2m1(scaled)[0::2] | e2m1(scaled)[1::2] << 4
+
+as torchao's `to_mx` leaves them: see `fp4` for the conversion.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.canonical.unraised import Unraised
+from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
+from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
+from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, packed, packings, tell_simulated
+from fuseplan.rules.parts.microscaled import (
+    GROUP,
+    Format,
+    is_power,
+    product_of,
+    raise_scaled,
+    read,
+    scaled_groups,
+    spellings,
+    tell_formats,
+)
+
+E2M1 = Format(most=MOST, digits=1)
+
+
+def reference(x: Tensor, group_size: int, scaling: str) -> tuple[Tensor, Tensor]:
+    """exponent = the biased one of a power of two by each group's largest element;  q = e2m1(x / 2^exponent), packed
+
+    Args:
+        x: [..., hidden].
+        group_size: elements of a group; it divides hidden.
+        scaling: one of `MxScaling`.
+
+    Returns:
+        (q, exponent): [..., hidden / 2] in uint8, the code of the first of two elements in the low half, and
+        [..., hidden / group_size] in uint8: 127 for a scale of 1. Both are contiguous. A group with NaN has the
+        exponent 255, and codes that say nothing.
+
+    Raises:
+        ValueError: `scaling` isn't one of `MxScaling`.
+        RuntimeError: `group_size` doesn't divide hidden, or hidden is odd.
+    """
+    groups = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size))
+    scaled, exponent = scaled_groups(groups, E2M1, scaling)
+    return packed(e2m1(scaled).flatten(-2)), exponent
+
+
+def fake(x: Tensor, group_size: int, scaling: str) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of `reference`."""
+    *rows, hidden = x.shape
+    codes, exponent = (x.new_empty((*rows, hidden // size), dtype=torch.uint8) for size in (2, group_size))
+    return codes, exponent
+
+
+def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
+    """All but x."""
+    return GROUP, MxScaling.FLOOR.value
+
+
+def _sample(shape: tuple[int, ...], scaling: MxScaling) -> Sample:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        return random_tensor(shape, torch.bfloat16, device, generator), GROUP, scaling.value
+
+    return Sample(name=f"{rows_of(shape)}-{scaling.value}", make=make)
+
+
+per_token_mx_fp4_quant = define(
+    "per_token_mx_fp4_quant",
+    "(Tensor x, int group_size, str scaling) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    samples=[*(_sample((7, 320), each) for each in MxScaling), _sample((2, 3, 64), MxScaling.EVEN)],
+    packed=(0,),
+)
+
+SPELLINGS = spellings(E2M1)
+
+
+def raise_mx(canonical: CanonicalGraph) -> None:
+    """Raises every quantisation to MXFP4."""
+    for codes, scaled in packings(canonical):
+        how = read(scaled, SPELLINGS)
+        if how is None:
+            continue
+        try:
+            raise_scaled(canonical, codes, scaled, per_token_mx_fp4_quant, how)
+        except Unraised as refused:
+            refused.tell(canonical, per_token_mx_fp4_quant, "MXFP4 quantisation", at=[product_of(scaled)], place=codes)
+    canonical.merge_equal(per_token_mx_fp4_quant)
+    tell_formats(canonical, per_token_mx_fp4_quant, "e2m1, two a byte", TOPS, LARGEST)
+    tell_simulated(canonical, per_token_mx_fp4_quant, "MXFP4", is_power)
+
+
+TOPS = {2: "MXFP6 (e2m3), or e2m1 that is converted in another way"}
+LARGEST = {MOST: "e2m1 that is converted in another way"}
+"""What it, and formats near it, subtract from the largest element's exponent, or divide it by."""
+
+
+class MxFp4(Fp4Codes):
+    """It at a site."""
+
+    name, eager_kernels, scale_bytes = "mx_fp4_quant", 49, 1
+
+
+PART = RowEpilogue(
+    name="mx_fp4_quant",
+    kind=Kind.QUANTISATION,
+    suffix="mx_fp4_quant",
+    ops=(per_token_mx_fp4_quant,),
+    parameters=("int group_size", "str scaling"),
+    results=2,
+    sample=_sample_arguments,
+    unit=GROUP,
+    cores=frozenset({"rms_norm", "silu_and_mul"}),
+    raising=((Stage.MICROSCALED_EPILOGUES, raise_mx),),
+    traffic=MxFp4,
+    tail=MxFp4.of,
+)

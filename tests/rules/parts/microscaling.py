@@ -1,0 +1,93 @@
+"""Microscaled formats as torchao spells them, and what is quantised to them in tests."""
+
+import torch
+from torch import Tensor
+
+from tests.helpers import randn
+
+SCALINGS = ("floor", "ceil", "even", "rceil")
+WIDTH, GROUP = 128, 32
+
+
+def rounded_up(groups: Tensor, largest: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    wanted = largest / most
+    finite = (torch.ceil(torch.log2(wanted)).clamp(-127, 127) + 127).to(torch.uint8)
+    exponent = torch.where(wanted.isnan(), 255, torch.where(wanted.isinf(), 254, finite))
+    inverse = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent.float()))
+    factor = torch.where(exponent == 255, wanted, torch.where(exponent == 254, 2.0**-127, inverse))
+    return (groups * factor).clamp(-most, most), exponent
+
+
+def scaled(x: Tensor, scaling: str, *, most: float, top: int, half: int, size: int) -> tuple[Tensor, Tensor]:
+    """(scaled groups, exponents)"""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    largest = groups.abs().amax(-1).unsqueeze(-1).float()
+    groups = groups.float()
+    if scaling == "rceil":
+        result, exponent = rounded_up(groups, largest, most)
+    else:
+        if scaling == "even":
+            is_nan = largest.isnan()
+            largest = ((largest.view(torch.int32) + half) & 0xFF800000).view(torch.float32)
+            largest[is_nan] = float("nan")
+        bits = largest.view(torch.int32)
+        power = (torch.bitwise_right_shift(bits, 23) & 255) - 127
+        if scaling == "ceil":
+            power = power + ((bits & 0x7FFFFF) > 0)
+        exponent = ((power - top).clamp(-127, 128) + 127).to(torch.uint8)
+        exponent = torch.where(largest.isnan(), 255, exponent)
+        scale = torch.bitwise_left_shift(exponent.to(torch.int32), 23).view(torch.float32)
+        result = groups / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return result, exponent.view(torch.float8_e8m0fnu).squeeze(-1)
+
+
+def e2m1(x: Tensor) -> Tensor:
+    """As torchao's `f32_to_f4_unpacked`."""
+    bits = x.view(torch.int32)
+    sign = bits & 0x80000000
+    size = bits ^ sign
+    magnitude = size.view(torch.float32)
+    saturates = magnitude >= 6.0
+    is_small = torch.logical_and(torch.logical_not(saturates), magnitude < 1)
+    is_normal = torch.logical_not(torch.logical_or(saturates, is_small))
+    small = ((magnitude + torch.tensor(2.0**22)).view(torch.int32) - (149 << 23)).to(torch.uint8)
+    odd = (size >> 22) & 1
+    normal = ((size + (-(126 << 23) + (1 << 21) - 1) + odd) >> 22).to(torch.uint8)
+    code = torch.where(is_small, small, torch.full_like(size, 7, dtype=torch.uint8))
+    code = torch.where(is_normal, normal, code)
+    return code | ((sign >> 28).to(torch.uint8) & 8)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """As its `pack_uint4`."""
+    flat = codes.contiguous().view(-1)
+    return (flat[::2] | flat[1::2] << 4).view(*codes.shape[:-1], codes.shape[-1] // 2)
+
+
+def bits(value: Tensor) -> Tensor:
+    """NaN being one NaN."""
+    if value.dtype in (torch.float8_e8m0fnu, torch.uint8):
+        return value.view(torch.uint8)
+    return value.float().nan_to_num(nan=1e9)
+
+
+def inputs() -> dict[str, Tensor]:
+    """Random rows, odd ones, powers of two and near them, and numbers that float32 hardly holds."""
+    x = randn(6, WIDTH, dtype=torch.float32)
+    odd = x.clone()
+    odd[0, 3], odd[1, 100], odd[2, 0], odd[3] = torch.inf, torch.nan, -torch.inf, 0.0
+    odd[4], odd[5] = 3.3e38, 1e-40
+    exponents = (
+        torch.exp2(torch.arange(-64.0, 64.0)).repeat(6, 1) * torch.tensor([1.0, 1.75, 1.875, 448, 1.5, 1e-18])[:, None]
+    )
+    return {"random": x, "odd": odd, "exponents": exponents, "tiny": x * 1e-38, "ties": ties()}
+
+
+def ties() -> Tensor:
+    """What lies halfway between codes in e2m1, just above and just below, of both signs, in groups of largest 6."""
+    halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    near = torch.cat([halves, halves * (1 + 2**-7), halves * (1 - 2**-7), torch.tensor([6.0, 0.0])])
+    group = torch.cat([near, -near])[:GROUP]
+    group[-1] = 6.0
+    powers = torch.exp2(torch.tensor([-20.0, -1.0, 0.0, 1.0, 3.0, 40.0]))
+    return (group.repeat(WIDTH // GROUP) * powers[:, None]).contiguous()
