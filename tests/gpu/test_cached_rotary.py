@@ -106,6 +106,7 @@ def test_a_step_in_cuda_graphs_writes_growing_caches(name: str, with_attention: 
             counters.clear()
             runs.append(_decoded(model, each))
     expected = {joint: LAYERS} if with_attention else {rule: LAYERS, "grouped_attention": LAYERS}
+    expected["add_rms_norm"] = 2 * LAYERS
     assert {each: count for each, count in reports[-1].fused.items() if count} == expected
     assert not reports[-1].warnings
     assert len(reports) == 1

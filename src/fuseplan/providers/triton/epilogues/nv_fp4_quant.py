@@ -27,7 +27,7 @@ def store_pairs_by_scales(
     scale = tl.div_rn(largest_bits(y).to(tl.float32, bitcast=True), 6.0)
     inverse = 1.0
     if IS_GLOBAL:
-        whole = tl.load(global_ptr)
+        whole = tl.load(global_ptr).to(tl.float32)
         scale = tl.div_rn(scale, tl.broadcast_to(whole, scale.shape))
         inverse = tl.div_rn(1.0, whole)
     scale = tl.where(scale < min_scale, min_scale, scale)
