@@ -186,7 +186,6 @@ _SIDES = {
     "flex_attention": "`flex_attention`",
     "enable_gqa": "`enable_gqa` by hand",
     "hand-written": "written by hand",
-    "fuseplan, no linear layers": "no linear layers",
     "fuseplan": "fuseplan",
 }
 
