@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fuseplan.providers.triton.launching import AMD_SHARED  # noqa: E402
+from tests.forks import Forks  # noqa: E402
 from tests.providers.processes import printed_by  # noqa: E402
 
 FAMILIES = [
@@ -111,6 +112,6 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
         assert all("__assertfail" in asm.get("ptx", "__assertfail") for _, asm in compiled)
 
 
-def test_kernels_compile_while_somebody_watches() -> None:
+def test_kernels_compile_while_somebody_watches(forks: Forks) -> None:
     """vLLM does. What Triton 3.6 hands them is JSON, which functions among constants are none."""
-    assert printed_by("run_watched") == ["_norm", "_silu_and_mul", "_qk_norm_rope", "_linears"]
+    assert printed_by(forks, "run_watched") == ["_norm", "_silu_and_mul", "_qk_norm_rope", "_linears"]

@@ -7,6 +7,7 @@ import pytest
 import transformers
 from torch.torch_version import TorchVersion
 
+from tests.forks import Forks
 from tests.ranks import seen_by_ranks
 from tests.real_models.cases import CASES, LAYERS, ROUNDOFF, norms
 from tests.real_models.run_tensor_parallel import GPT_OSS, PAD_FIRST, REDUCE_FIRST, STEPS
@@ -25,10 +26,10 @@ Seen = list[dict[str, Any]]
         pytest.param((*CASES, *GPT_OSS), marks=pytest.mark.nightly, id="all coded"),
     ],
 )
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def seen(request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each of two ranks saw. Inductor makes code of these models; of all of them at night."""
     folder, coded = tmp_path_factory.mktemp("ranks"), " ".join(request.param)
-    return seen_by_ranks("tests.real_models.run_tensor_parallel", 2, folder, statuses=[0, 0], CODED=coded)
+    return seen_by_ranks(forks, "tests.real_models.run_tensor_parallel", 2, folder, statuses=[0, 0], CODED=coded)
 
 
 def test_huggingface_models_with_their_own_plans(seen: Seen) -> None:
