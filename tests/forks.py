@@ -68,6 +68,7 @@ class Request:
         folder: where it runs.
         environment: variables of all its processes.
         processes: they run at once; a variable of theirs goes before one of all.
+        is_told: whether they print the line that a first compilation logs.
     """
 
     path: str = ""
@@ -75,6 +76,7 @@ class Request:
     folder: str = str(ROOT)
     environment: Mapping[str, str] = field(default_factory=dict)
     processes: Processes = (((), {}),)
+    is_told: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def _run(request: Request, arguments: Sequence[str], environment: Mapping[str, s
     """In the forked process: as `python path arguments...`, or `python -m module arguments...`, would in its folder."""
     os.chdir(request.folder)
     os.environ.update({**request.environment, **environment})
-    # The line that a first compilation logs isn't part of what most pages are about.
-    logging.getLogger("fuseplan.compiled").setLevel(logging.WARNING)
+    if not request.is_told:
+        logging.getLogger("fuseplan.compiled").setLevel(logging.WARNING)
     sys.path.insert(0, request.folder)
     if any(name.startswith("TORCH_") for name in request.environment):
         from torch._logging._internal import _init_logs

@@ -64,10 +64,13 @@ class Shell:
     """Runs commands in a folder, each in the way of its program.
 
     What would install packages or run for minutes is only looked up: targets in the Makefile, extras in pyproject.toml.
+
+    Attributes:
+        has_code: whether Inductor makes code of what Python programs compile; otherwise graphs are interpreted.
     """
 
     def __init__(self, forks: Forks, folder: Path, cache: Path) -> None:
-        self.forks, self.folder = forks, folder
+        self.forks, self.folder, self.has_code = forks, folder, False
         self.environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
     def run(self, command: Command) -> Outcome:
@@ -95,24 +98,31 @@ class Shell:
 
     def start(self, path: Path) -> int:
         """Has a Python file run beside what runs here. Returns the number by which its outcome is asked for."""
-        return self.forks.start(Request(path=str(path), folder=str(self.folder), environment=self.environment))
+        request = Request(path=str(path), folder=str(self.folder), environment=self.environment, is_told=False)
+        return self.forks.start(request)
 
     def _python(self, command: Command) -> Outcome:
-        path, *arguments = command.arguments
-        (outcome,) = self._forked(command, [(arguments, {})], path=str(self.folder / path))
+        (outcome,) = self._programs(command, command.arguments, [{}])
         return outcome
 
     def _torchrun(self, command: Command) -> Outcome:
         """Its ranks, with the variables that it tells them of each other."""
-        option, count, path, *arguments = command.arguments
+        option, count, *program = command.arguments
         assert option == "--nproc-per-node"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         ranks = [{**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(int(count))]
-        outcomes = self._forked(command, [(arguments, rank) for rank in ranks], path=str(self.folder / path))
+        outcomes = self._programs(command, program, ranks)
         return Outcome(max(each.status for each in outcomes), "".join(each.output for each in outcomes))
+
+    def _programs(self, command: Command, program: list[str], ranks: list[dict[str, str]]) -> list[Outcome]:
+        """A file with its arguments, once for each of several environments."""
+        if self.has_code:
+            path, *arguments = program
+            return self._forked(command, [(arguments, rank) for rank in ranks], path=str(self.folder / path))
+        return self._forked(command, [(program, rank) for rank in ranks], module="tests.interpreted")
 
     def _pytest(self, command: Command) -> Outcome:
         # fuseplan's own plugin has been imported where pytest would first rewrite its assertions, and it has none.
@@ -122,7 +132,10 @@ class Shell:
 
     def _forked(self, command: Command, processes: Processes, **what: str) -> list[Outcome]:
         environment = {**self.environment, **command.environment}
-        request = Request(**what, folder=str(self.folder), environment=environment, processes=processes)
+        # Output is compared, and what a first compilation logs isn't part of what most pages are about.
+        request = Request(
+            **what, folder=str(self.folder), environment=environment, processes=processes, is_told=False
+        )  # fmt: skip
         return self.forks.outcomes(self.forks.start(request))
 
     def _cat(self, command: Command) -> Outcome:

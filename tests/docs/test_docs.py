@@ -160,6 +160,22 @@ def test_full_size_models_have_all_their_layers(readers: dict[Path, Reader]) -> 
         assert outcome.status == command.status, f"{command}\n{outcome.output}"
 
 
+@pytest.mark.nightly
+def test_programs_do_the_same_by_generated_code(readers: dict[Path, Reader]) -> None:
+    """By day their graphs are interpreted; Inductor makes code of what Python blocks compile."""
+    ran = set()
+    for page, reader in readers.items():
+        save_files(page, reader.folder)
+        reader.shell.has_code = True
+        for block in (each for each in blocks_of(page) if each.language == "sh"):
+            for command in commands_of(block.body):
+                if command.program in ("python", "torchrun"):
+                    reader._command(block, command)
+                    ran |= FUSED.keys() & set(command.arguments)
+        reader.shell.has_code = False
+    assert ran == FUSED.keys()
+
+
 def test_what_is_shown_is_compared() -> None:
     printed = words("saves 2.0 us instead of 5.9 us\ntime  build 2.4 s, pricing 13 ms")
     assert re.fullmatch(shown("saves 2.0 us\n   instead of 5.9 us\ntime  build 0.1 s, pricing 2 ms"), printed)
