@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from tests.forks import Forks
+
 # Scalar code: compiling it takes half as long, here and in the processes that tests start.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 # Where tests already share the processors, threads of NumPy and torch mostly wait for each other, which takes as much
@@ -51,6 +53,22 @@ def one_rank() -> Iterator[str]:
     assert dist.group.WORLD is not None
     yield dist.group.WORLD.group_name
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs files and modules in processes of their own, without starting Python and torch for each."""
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def interpreting_forks() -> Iterator[Forks]:
+    """The same, where Triton interprets its kernels: whether it does is settled when it is imported."""
+    forks = Forks(TRITON_INTERPRET="1")
+    yield forks
+    forks.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

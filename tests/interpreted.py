@@ -1,8 +1,12 @@
 """`fuseplan.compile` without generated code: graphs go through Inductor's passes, fuseplan's among them, and are then
 interpreted. A compilation takes tenths of a second in place of seconds, and all of fuseplan is in it.
+
+`python -m tests.interpreted PATH ARGUMENTS...` runs a program so.
 """
 
 import contextlib
+import runpy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -40,3 +44,9 @@ def _interpret(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Cal
         _recursive_post_grad_passes(gm, is_inference=bool(options.get("is_inference", False)))
     gm.recompile()
     return fx.Interpreter(gm).run
+
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    with no_code():
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,5 +1,6 @@
 """`benchmarks/decode_one_gpu.py`: its models, the one that is written by hand, and a run in which a peer fails."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,13 @@ from benchmarks.published_shapes import CHANGED, SHAPES, SMALL, VOCABULARY, mode
 CPU = torch.device("cpu")
 BY_HAND = [name for name, (config, _, _) in SHAPES.items() if config.model_type in KNOWN]
 WORK = benchmark.Workload(batch=2, position=8, cache=16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected() -> None:
+    """A run collects garbage again and again; what other tests left isn't looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,6 @@
 import contextlib
 import functools
 import gc
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import fuseplan
 from fuseplan.compilation.dispatch import tokens_of
 from fuseplan.errors import CompatibilityError, ConfigError, UnsupportedError, WorkloadError
 from fuseplan.record import Reason
+from tests.forks import Forks, Request
 from tests.helpers import HIDDEN, randn
 
 PAD = fuseplan.PassConfig(policy="ordered(act_padding)")
@@ -231,7 +229,7 @@ def test_a_model_on_the_meta_device_is_refused_with_what_works() -> None:
 
 
 WARM = """
-import sys, torch, fuseplan
+import torch, fuseplan
 from tests.helpers import randn
 from tests.test_frontend import Block, PAD
 torch.manual_seed(0)
@@ -245,16 +243,15 @@ print(graph.from_cache, reports[0].fused, difference < 2 ** -6, "fused" if graph
 """
 
 
-def test_a_warm_compile_cache_still_reports(tmp_path: Path) -> None:
+def test_a_warm_compile_cache_still_reports(forks: Forks, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(WARM, encoding="utf-8")
+    request = Request(path=str(path), environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}, is_told=False)
     outputs = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", WARM],
-            check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "src:."},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        outputs.append(done.stdout.split())
+        (done,) = forks.outcomes(forks.start(request))
+        assert done.status == 0, done.output
+        outputs.append(done.output.split())
     assert outputs[0] == ["False", *outputs[1][1:]]
     assert outputs[1][0] == "True"
     assert outputs[1][-1] == "fused"

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.forks import Forks
 from tests.ranks import seen_by_ranks
 
 Ranks = tuple[dict[str, Any], dict[str, Any]]
@@ -13,12 +14,12 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = seen_by_ranks("tests.distributed.run_ranks", 2, folder, statuses=[0, 7], PORT=str(port))
+    first, second = seen_by_ranks(forks, "tests.distributed.run_ranks", 2, folder, statuses=[0, 7], PORT=str(port))
     return first, second
 
 

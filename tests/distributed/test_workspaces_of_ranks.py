@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.forks import Forks
 from tests.ranks import seen_by_ranks
 
 Ranks = list[dict[str, Any]]
@@ -13,12 +14,12 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def ranks(request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     count, folder = request.param, tmp_path_factory.mktemp("workspaces")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return seen_by_ranks("tests.distributed.run_workspaces", count, folder, statuses=[0] * count, PORT=str(port))
+    return seen_by_ranks(forks, "tests.distributed.run_workspaces", count, folder, statuses=[0] * count, PORT=str(port))
 
 
 def test_threads_that_come_in_opposite_orders_do_not_wait_for_each_other(ranks: Ranks) -> None:

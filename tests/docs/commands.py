@@ -2,11 +2,9 @@
 
 import contextlib
 import importlib
-import json
-import os
 import re
 import shlex
-import subprocess
+import socket
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,59 +22,13 @@ from fuseplan.cpython import uncollected
 from fuseplan.explanation import capture as capturing
 from fuseplan.explanation import comparison
 from fuseplan.workloads import catalog
+from tests.forks import Forks, Outcome, Processes, Request
 
-FORKS = Path(__file__).with_name("forks.py")
 ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
     "COLUMNS": "110",
-    # Pages show a machine without GPU; and what has been forked can't use one.
+    # Pages show a machine without GPU.
     "CUDA_VISIBLE_DEVICES": "",
-    # No threads in the process that forks.
-    "OPENBLAS_NUM_THREADS": "1",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How something ended, and what it printed."""
-
-    status: int
-    output: str
-
-
-class Forks:
-    """Python files and modules, each in a process of its own, one after the other, beside what runs here."""
-
-    def __init__(self, cache: Path) -> None:
-        environment = {**os.environ, **ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-        self._process = subprocess.Popen(
-            [sys.executable, FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._count, self._outcomes = 0, list[Outcome]()
-
-    def start(self, folder: Path, environment: Mapping[str, str], arguments: list[str], **what: str) -> int:
-        """Runs `path=` a file, or `module=` a module. Returns the number by which its outcome is asked for."""
-        assert self._process.stdin is not None
-        request = {**what, "folder": str(folder), "environment": dict(environment), "arguments": arguments}
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        self._count += 1
-        return self._count - 1
-
-    def outcome(self, number: int) -> Outcome:
-        """How it ended; waits for that."""
-        assert self._process.stdout is not None
-        while len(self._outcomes) <= number:
-            self._outcomes.append(Outcome(**json.loads(self._process.stdout.readline())))
-        return self._outcomes[number]
-
-    def close(self) -> None:
-        """Ends the process that forks."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
 
 
 @dataclass(frozen=True)
@@ -112,10 +64,14 @@ class Shell:
     """Runs commands in a folder, each in the way of its program.
 
     What would install packages or run for minutes is only looked up: targets in the Makefile, extras in pyproject.toml.
+
+    Attributes:
+        has_code: whether Inductor makes code of what Python programs compile; otherwise graphs are interpreted.
     """
 
-    def __init__(self, forks: Forks, folder: Path) -> None:
-        self.forks, self.folder = forks, folder
+    def __init__(self, forks: Forks, folder: Path, cache: Path) -> None:
+        self.forks, self.folder, self.has_code = forks, folder, False
+        self.environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
     def run(self, command: Command) -> Outcome:
         """How the command ends."""
@@ -140,25 +96,47 @@ class Shell:
             raise result.exception
         return Outcome(result.exit_code, result.output)
 
+    def start(self, path: Path) -> int:
+        """Has a Python file run beside what runs here. Returns the number by which its outcome is asked for."""
+        request = Request(path=str(path), folder=str(self.folder), environment=self.environment, is_told=False)
+        return self.forks.start(request)
+
     def _python(self, command: Command) -> Outcome:
-        path, *arguments = command.arguments
-        started = self.forks.start(self.folder, command.environment, arguments, path=str(self.folder / path))
-        return self.forks.outcome(started)
+        (outcome,) = self._programs(command, command.arguments, [{}])
+        return outcome
 
     def _torchrun(self, command: Command) -> Outcome:
-        environment = {**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", *command.arguments]
-        done = subprocess.run(
-            arguments, cwd=self.folder, env={**environment, **command.environment}, capture_output=True, text=True,
-            check=False, timeout=400,
-        )  # fmt: skip
-        # gloo's threads now and then outlive their process group, and the interpreter then aborts after its last line.
-        aborted = "terminate called without an active exception" in done.stderr
-        return Outcome(0 if aborted else done.returncode, done.stdout)
+        """Its ranks, with the variables that it tells them of each other."""
+        option, count, *program = command.arguments
+        assert option == "--nproc-per-node"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        ranks = [{**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(int(count))]
+        outcomes = self._programs(command, program, ranks)
+        return Outcome(max(each.status for each in outcomes), "".join(each.output for each in outcomes))
+
+    def _programs(self, command: Command, program: list[str], ranks: list[dict[str, str]]) -> list[Outcome]:
+        """A file with its arguments, once for each of several environments."""
+        if self.has_code:
+            path, *arguments = program
+            return self._forked(command, [(arguments, rank) for rank in ranks], path=str(self.folder / path))
+        return self._forked(command, [(program, rank) for rank in ranks], module="tests.interpreted")
 
     def _pytest(self, command: Command) -> Outcome:
-        started = self.forks.start(self.folder, command.environment, command.arguments, module="pytest")
-        return self.forks.outcome(started)
+        # fuseplan's own plugin has been imported where pytest would first rewrite its assertions, and it has none.
+        arguments = ["-Wignore::pytest.PytestAssertRewriteWarning", *command.arguments]
+        (outcome,) = self._forked(command, [(arguments, {})], module="pytest")
+        return outcome
+
+    def _forked(self, command: Command, processes: Processes, **what: str) -> list[Outcome]:
+        environment = {**self.environment, **command.environment}
+        # Output is compared, and what a first compilation logs isn't part of what most pages are about.
+        request = Request(
+            **what, folder=str(self.folder), environment=environment, processes=processes, is_told=False
+        )  # fmt: skip
+        return self.forks.outcomes(self.forks.start(request))
 
     def _cat(self, command: Command) -> Outcome:
         paths = [path for pattern in command.arguments for path in sorted(self.folder.glob(pattern))]

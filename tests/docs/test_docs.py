@@ -23,8 +23,9 @@ from docs.make_pictures import PAGES as SCREENSHOTS
 from fuseplan.cli import app
 from fuseplan.record import Nearness, Reason
 from fuseplan.workloads import catalog
-from tests.docs.commands import Command, Forks, Outcome, Shell, commands_of, traced_once
+from tests.docs.commands import Command, Shell, commands_of, traced_once
 from tests.examples.printed import FUSED, check
+from tests.forks import Forks, Outcome
 from tests.matching.test_obstacles import OBSTACLES
 
 LANGUAGES = ("python", "sh", "text", "none")
@@ -63,8 +64,8 @@ class Reader:
     Python blocks stand on their own, so that they run from the start, beside the commands.
     """
 
-    def __init__(self, page: Path, forks: Forks, folder: Path) -> None:
-        self.page, self.forks, self.folder, self.shell = page, forks, folder, Shell(forks, folder)
+    def __init__(self, page: Path, forks: Forks, folder: Path, cache: Path) -> None:
+        self.page, self.forks, self.folder, self.shell = page, forks, folder, Shell(forks, folder, cache)
         self.blocks = blocks_of(page)
         self.started: dict[Block, int] = {}
         self.printed: list[str] = []
@@ -75,7 +76,7 @@ class Reader:
         for block in (each for each in self.blocks if each.language == "python" and each not in self.started):
             path = self.folder / f"block_{block.line}.py"
             path.write_text(block.body, encoding="utf-8")
-            self.started[block] = self.forks.start(self.folder, {}, [], path=str(path))
+            self.started[block] = self.shell.start(path)
 
     def read(self) -> None:
         """Runs every block, and compares what is shown with what was printed."""
@@ -97,7 +98,7 @@ class Reader:
     def _python(self, block: Block) -> str:
         if block.file:
             (self.folder / block.file).write_text(block.body, encoding="utf-8")
-        outcome = self.forks.outcome(self.started[block])
+        (outcome,) = self.forks.outcomes(self.started[block])
         assert outcome.status == 0, f"{block}\n{outcome.output}"
         return outcome.output
 
@@ -127,16 +128,17 @@ def _traced_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def readers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Reader]]:
+def readers(
+    request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Path, Reader]:
     """One for each page. Alone in its session, this module has the Python blocks of all pages run from the start."""
-    forks = Forks(tmp_path_factory.mktemp("inductor"))
-    readers = {page: Reader(page, forks, tmp_path_factory.mktemp(page.stem)) for page in PAGES}
+    cache = tmp_path_factory.mktemp("inductor")
+    readers = {page: Reader(page, forks, tmp_path_factory.mktemp(page.stem), cache) for page in PAGES}
     if not hasattr(request.config, "workerinput"):
         wanted = [item.callspec.params.get("page") for item in request.session.items if hasattr(item, "callspec")]
         for page in (each for each in wanted if each in readers):
             readers[page].start()
-    yield readers
-    forks.close()
+    return readers
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -156,6 +158,22 @@ def test_full_size_models_have_all_their_layers(readers: dict[Path, Reader]) -> 
     for command in told:
         outcome = shell.run(command)
         assert outcome.status == command.status, f"{command}\n{outcome.output}"
+
+
+@pytest.mark.nightly
+def test_programs_do_the_same_by_generated_code(readers: dict[Path, Reader]) -> None:
+    """By day their graphs are interpreted; Inductor makes code of what Python blocks compile."""
+    ran = set()
+    for page, reader in readers.items():
+        save_files(page, reader.folder)
+        reader.shell.has_code = True
+        for block in (each for each in blocks_of(page) if each.language == "sh"):
+            for command in commands_of(block.body):
+                if command.program in ("python", "torchrun"):
+                    reader._command(block, command)
+                    ran |= FUSED.keys() & set(command.arguments)
+        reader.shell.has_code = False
+    assert ran == FUSED.keys()
 
 
 def test_what_is_shown_is_compared() -> None:

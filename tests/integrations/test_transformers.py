@@ -1,7 +1,6 @@
 """Models split by their own `tp_plan` compute what the whole model computes."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fuseplan.errors import WorkloadError
 from fuseplan.integrations import transformers as huggingface
 from fuseplan.integrations.splitting import BasePlan
 from fuseplan.record.report import MOST_LAYERS
+from tests.forks import Forks, Request
 from tests.ranks import leave
 
 SIZES = {
@@ -117,8 +116,14 @@ def _logits(name: str, group: dist.ProcessGroup | None) -> torch.Tensor:
     return logits
 
 
+RANK = """
+import sys
+from tests.integrations.test_transformers import _rank
+_rank(int(sys.argv[1]), *sys.argv[2:])
+"""
+
+
 def _rank(rank: int, store: str, results: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = dist.group.WORLD
@@ -130,9 +135,13 @@ def _rank(rank: int, store: str, results: str) -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
-    arguments = (str(tmp_path / "store"), str(tmp_path / "logits.pt"))
-    mp.spawn(_rank, args=arguments, nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+def test_two_ranks_agree_with_one(forks: Forks, tmp_path: Path) -> None:
+    program = tmp_path / "rank.py"
+    program.write_text(RANK, encoding="utf-8")
+    arguments = [str(tmp_path / "store"), str(tmp_path / "logits.pt")]
+    processes = [([str(rank), *arguments], dict[str, str]()) for rank in range(2)]
+    outcomes = forks.outcomes(forks.start(Request(path=str(program), processes=processes)))
+    assert [each.status for each in outcomes] == [0, 0], outcomes
     split = torch.load(tmp_path / "logits.pt")
     for name in CONFIGS:
         torch.testing.assert_close(split[name], _logits(name, None), rtol=1e-4, atol=1e-5)

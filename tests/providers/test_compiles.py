@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fuseplan.providers.triton.launching import AMD_SHARED  # noqa: E402
+from tests.forks import Forks  # noqa: E402
 from tests.providers.processes import printed_by  # noqa: E402
 
 FAMILIES = [
@@ -124,6 +125,6 @@ def test_fp4_compiles_for_gpus_without_fp8(suffix: str, compiled: list[tuple[str
     assert len(compiled) == len(names) == 3
 
 
-def test_kernels_compile_while_somebody_watches() -> None:
+def test_kernels_compile_while_somebody_watches(forks: Forks) -> None:
     """vLLM does. What Triton 3.6 hands them is JSON, which functions among constants are none."""
-    assert printed_by("run_watched") == ["_norm", "_silu_and_mul", "_qk_norm_rope", "_linears"]
+    assert printed_by(forks, "run_watched") == ["_norm", "_silu_and_mul", "_qk_norm_rope", "_linears"]

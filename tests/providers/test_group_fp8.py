@@ -9,14 +9,15 @@ import torch
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
+from tests.forks import Forks
 from tests.providers.processes import printed_by
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    found: dict[str, Any] = printed_by("run_group_interpreted", TRITON_INTERPRET="1")
+def interpreted(interpreting_forks: Forks) -> dict[str, Any]:
+    found: dict[str, Any] = printed_by(interpreting_forks, "run_group_interpreted")
     return found
 
 

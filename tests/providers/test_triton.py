@@ -16,6 +16,7 @@ from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, ops, registered_ker
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
+from tests.forks import Forks
 from tests.providers.processes import printed_by
 from tests.ranks import seen_by_ranks
 
@@ -67,8 +68,8 @@ def test_checks_need_no_triton() -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    found: dict[str, Any] = printed_by("run_interpreted", TRITON_INTERPRET="1")
+def interpreted(interpreting_forks: Forks) -> dict[str, Any]:
+    found: dict[str, Any] = printed_by(interpreting_forks, "run_interpreted")
     return found
 
 
@@ -117,11 +118,13 @@ def test_infinity_and_nan_stay_where_they_are(interpreted: dict[str, Any]) -> No
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def between_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def between_ranks(
+    request: pytest.FixtureRequest, interpreting_forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of so many ranks saw."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     module = "tests.providers.run_ranks_interpreted"
-    return seen_by_ranks(module, ranks, folder, statuses=[0] * ranks, TRITON_INTERPRET="1")
+    return seen_by_ranks(interpreting_forks, module, ranks, folder, statuses=[0] * ranks)
 
 
 @needs_triton

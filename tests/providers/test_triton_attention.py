@@ -14,6 +14,7 @@ from fuseplan.dialect import ops
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
+from tests.forks import Forks
 from tests.providers.processes import printed_by
 
 ROOT = Path(__file__).parents[2]
@@ -21,8 +22,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    found: dict[str, Any] = printed_by("run_attention_interpreted", TRITON_INTERPRET="1")
+def interpreted(interpreting_forks: Forks) -> dict[str, Any]:
+    found: dict[str, Any] = printed_by(interpreting_forks, "run_attention_interpreted")
     return found
 
 

@@ -14,14 +14,15 @@ from fuseplan.dialect import ops
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
+from tests.forks import Forks
 from tests.providers.processes import printed_by
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    found: dict[str, Any] = printed_by("run_cached_attention_interpreted", TRITON_INTERPRET="1")
+def interpreted(interpreting_forks: Forks) -> dict[str, Any]:
+    found: dict[str, Any] = printed_by(interpreting_forks, "run_cached_attention_interpreted")
     return found
 
 

@@ -1,6 +1,6 @@
 """One of two ranks: `python -m tests.real_models.run_tensor_parallel RANK RANKS FOLDER`, which writes FOLDER/RANK.json.
-Inductor makes code of the models that the variable CODED names, with fuseplan and without it; the graphs of others are
-interpreted, and without fuseplan these run as they are.
+It runs the Hugging Face models that the variable RUN names. Inductor makes code of those that CODED names, with
+fuseplan and without it; the graphs of others are interpreted, and without fuseplan these run as they are.
 """
 
 import contextlib
@@ -81,13 +81,13 @@ def whole_and_split(name: str, folder: Path) -> tuple[Any, Any]:
     return whole, split
 
 
-def huggingface(folder: Path, coded: list[str]) -> dict[str, Any]:
+def huggingface(folder: Path, ran: list[str], coded: list[str]) -> dict[str, Any]:
     """Each model split with the model's own plan, beside the whole model and beside itself unfused."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     results = {}
     known = {field.name for field in dataclasses.fields(DistributedConfig)}
-    for name, case in CASES.items():
+    for name, case in ((name, CASES[name]) for name in ran):
         if not known.issuperset(case.distribution):
             continue  # transformers 5.17 knows no `ep_size`
         whole, split = whole_and_split(name, folder)
@@ -163,13 +163,13 @@ def under_both_orders(name: str, coded: bool) -> dict[str, Any]:
 
 def main() -> None:
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    coded = os.environ["CODED"].split()
+    ran, coded = os.environ["RUN"].split(), os.environ["CODED"].split()
     torch.set_num_threads(1)
     # What torchrun tells its ranks: transformers asks for it.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     dist.init_process_group("gloo", store=FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     with torch.inference_mode():
-        results = {"huggingface": huggingface(folder, coded), "gpt_oss": gpt_oss(coded)}
+        results = {"asked": ran, "huggingface": huggingface(folder, ran, coded), "gpt_oss": gpt_oss(coded)}
     (folder / f"{rank}.json").write_text(json.dumps(results))
     leave()
 

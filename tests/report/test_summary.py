@@ -1,8 +1,6 @@
 """A report prints as `explain` shows it, and a first compilation says one line."""
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 import fuseplan
 from fuseplan.record import GraphReport, Reason, Refusal, Report
 from fuseplan.report.summary import LOGGER, summary, untold
+from tests.forks import Forks, Request
 
 PROGRAM = """
 import logging
@@ -62,12 +61,13 @@ def test_a_report_prints_as_explain_shows_it(capsys: pytest.CaptureFixture[str])
     ],
     ids=["by default", "switched off", "by the user's handler"],
 )
-def test_the_first_compilation_says_one_line(configure: str, lines: int, tmp_path: Path) -> None:
+def test_the_first_compilation_says_one_line(configure: str, lines: int, forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(PROGRAM.replace("CONFIGURE", configure), encoding="utf-8")
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
-    own = [line for line in done.stderr.splitlines() if "fuseplan: ordered(act_padding) " in line]
-    assert len(own) == lines, done.stderr
+    (done,) = forks.outcomes(forks.start(Request(path=str(path))))
+    assert done.status == 0, done.output
+    own = [line for line in done.output.splitlines() if "fuseplan: ordered(act_padding) " in line]
+    assert len(own) == lines, done.output
     assert all(line.startswith("theirs ") == ("theirs" in configure) for line in own)
     assert all("fused in 1 of 1 place" in line and "on_report=print" in line for line in own)
 

@@ -1,7 +1,5 @@
 """One table, several writers."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +8,15 @@ from filelock import FileLock
 from fuseplan.errors import ConfigError
 from fuseplan.measurement.tuning import merge, merge_into, table_in
 from fuseplan.planner.costs import CostTable, Provenance, Row
+from tests.forks import Forks, Request
 
 WRITER = """
 import sys
 from pathlib import Path
-sys.path[:0] = {path!r}
 from tests.measurement.tuning.test_merge import row
 from fuseplan.measurement.tuning import merge_into
 for number in range(25):
-    merge_into(Path({file!r}), "cpu", [row(f"{{sys.argv[1]}} {{number}}", 1), row("both", 1, int(sys.argv[1]))])
+    merge_into(Path(sys.argv[2]), "cpu", [row(f"{sys.argv[1]} {number}", 1), row("both", 1, int(sys.argv[1]))])
 """
 
 
@@ -37,11 +35,12 @@ def test_rows_are_added_and_replaced(tmp_path: Path) -> None:
     assert {(each.key, each.tokens): each.time_ns for each in CostTable.load(path).rows} == expected
 
 
-def test_two_processes_at_once_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "costs.json"
-    code = WRITER.format(path=sys.path, file=str(path))
-    running = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in (1, 2)]
-    assert [process.wait(120) for process in running] == [0, 0]
+def test_two_processes_at_once_lose_nothing(forks: Forks, tmp_path: Path) -> None:
+    path, writer = tmp_path / "costs.json", tmp_path / "writer.py"
+    writer.write_text(WRITER, encoding="utf-8")
+    processes = [([str(number), str(path)], dict[str, str]()) for number in (1, 2)]
+    outcomes = forks.outcomes(forks.start(Request(path=str(writer), processes=processes)))
+    assert [each.status for each in outcomes] == [0, 0], outcomes
     rows = CostTable.load(path).rows
     assert {each.key for each in rows} == {"both", *(f"{number} {each}" for number in (1, 2) for each in range(25))}
     assert not list(tmp_path.glob("*.tmp"))
