@@ -58,10 +58,16 @@ class Candidate:
         return self.match.anchor
 
 
+def _is_opt_in(match: Match | ExternalMatch) -> bool:
+    return isinstance(match, Match) and match.rule.opt_in is not None
+
+
 def candidates_of(
     canonical: CanonicalGraph, sites: Sequence[Site], matches: Sequence[Match], external: Sequence[ExternalMatch]
 ) -> tuple[Candidate, ...]:
-    """Every match as a candidate, in order of name, whatever the order of the matches."""
+    """Every match as a candidate, in order of name, whatever the order of the matches; those of opt-in rules come last.
+    Of fusions that save the same, the earlier ones are chosen: a rule that is on unasked gives way to any other.
+    """
     by_core = {site.core: site for site in sites}
     result = []
     for match in matches:
@@ -101,7 +107,7 @@ def candidates_of(
         )
         for other in external
     ]
-    result.sort(key=lambda candidate: candidate.name)
+    result.sort(key=lambda candidate: (_is_opt_in(candidate.match), candidate.name))
     return _unique(result)
 
 
@@ -113,7 +119,7 @@ def _unique(candidates: list[Candidate]) -> tuple[Candidate, ...]:
     if all(count == 1 for count in counts.values()):
         return tuple(candidates)
     result, seen = [], dict.fromkeys(counts, 0)
-    for candidate in sorted(candidates, key=lambda c: (c.name, c.anchor._sort_key)):
+    for candidate in sorted(candidates, key=lambda c: (_is_opt_in(c.match), c.name, c.anchor._sort_key)):
         seen[candidate.name] += 1
         suffix = f" {seen[candidate.name]}" if counts[candidate.name] > 1 else ""
         result.append(replace(candidate, name=f"{candidate.name}{suffix}"))
