@@ -203,10 +203,14 @@ def test_a_global_scale_of_all_rows_is_named(torchao: Any, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_codes_in_nvfp4_are_those_of_its_own_function(torchao: Any, whole: float | None, dtype: torch.dtype) -> None:
     nvfp4 = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
+    utils = importlib.import_module("torchao.prototype.mx_formats.utils")
     scale = None if whole is None else torch.tensor(whole)
     for kind, given in {**inputs(), "apart": randn(6, 2 * WIDTH, dtype=torch.float32)[:, ::2]}.items():
         x = given[:, :112].to(dtype)
         scales, codes = nvfp4.nvfp4_quantize(x.contiguous(), 16, scale)
-        got = per_token_nv_fp4_quant.reference(x, 16, scale, torch.finfo(torch.float8_e4m3fn).tiny)
+        least = torch.finfo(torch.float8_e4m3fn).tiny
+        got = per_token_nv_fp4_quant.reference(x, 16, scale, least, "rows")
+        tiles = per_token_nv_fp4_quant.reference(x, 16, scale, least, "swizzled")[1]
+        assert torch.equal(tiles.flatten().view(torch.uint8), utils.to_blocked(scales).view(torch.uint8)), kind
         assert torch.equal(got[1].view(torch.uint8), scales.view(torch.uint8)), kind
         assert torch.equal(got[0], codes), kind

@@ -145,21 +145,23 @@ def by_scales() -> dict[str, bool]:
     residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
     kinds = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": magnitudes.bfloat16(), "ties": ties()}
-    for whole, least in product((None, 0.02, 3.0), (2.0**-6, 0.001)):
+    kinds["one"], kinds["many"] = activations(1, 4112, 3), activations(130, 80, 3)
+    cases = *product((None, 0.02, 3.0), (2.0**-6, 0.001), ("rows",)), (0.02, 2.0**-6, "swizzled")
+    for whole, least, layout in cases:
         scale = None if whole is None else torch.tensor(whole)
-        own: dict[str, Any] = {"group_size": 16, "global_scale": scale, "min_scale": least}
+        own: dict[str, Any] = {"group_size": 16, "global_scale": scale, "min_scale": least, "layout": layout}
         epilogue = epilogue_of("nv_fp4_quant")(**own)
         for kind, x in kinds.items():
             gate = torch.full_like(x, 64.0)
             (y,) = activation.launch(gate, x, "llama", epilogue_of(None)())
             got: Sequence[Tensor] = activation.launch(gate, x, "llama", epilogue)
             codes, scales = nv_reference(y, *own.values())
-            of_nan = scales.float().isnan().repeat_interleave(8, -1)
+            of_nan = nv_reference(y, 16, scale, least, "rows")[1].float().isnan().repeat_interleave(8, -1)
             got[0][of_nan] = codes[of_nan]
-            found[f"{whole} {least} {kind}"] = same(got[0], codes) and same(got[1], scales)
+            found[f"{whole} {least} {layout} {kind}"] = same(got[0], codes) and same(got[1], scales)
         y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
         *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
-        found[f"{whole} {least} normed"] = all(map(same, got, nv_reference(y, *own.values())))
+        found[f"{whole} {least} {layout} normed"] = all(map(same, got, nv_reference(y, *own.values())))
     return found
 
 

@@ -5,6 +5,7 @@ Importing this package registers them with torch as `torch.ops.fuseplan.*`.
 
 from fuseplan.graph.ops import (
     PACKED,
+    TILE_GROUPS,
     ActivationRounding,
     AttentionRounding,
     Dialect,
@@ -42,6 +43,7 @@ __all__ = [
     "LINEAR_FAMILY",
     "NORM_FAMILY",
     "PACKED",
+    "TILE_GROUPS",
     "ActivationRounding",
     "AttentionRounding",
     "Dialect",

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.ops import lay_out
 from fuseplan.providers import provider_of
 from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.rules.parts.nv_fp4 import NvFp4, per_token_nv_fp4_quant
@@ -44,6 +45,11 @@ def quantised(
     return packed(convert((groups * factor.unsqueeze(-1)).clamp(-limit, limit).view(x.shape))), scale
 
 
+def runnable(graph: fx.Graph) -> fx.GraphModule:
+    """With anything for the constants that it names and doesn't read."""
+    return fx.GraphModule({str(node.target): torch.tensor(0) for node in graph.find_nodes(op="get_attr")}, graph)
+
+
 @by_either
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_is_an_op(whole: float | None, dynamic: bool) -> None:
@@ -53,7 +59,7 @@ def test_it_is_an_op(whole: float | None, dynamic: bool) -> None:
     graph = canonicalize(post_grad(function, randn(5, WIDTH), torch.tensor(1.0), dynamic=dynamic))
     assert graph.recognized() == {f"per_token_nv_fp4_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(per_token_nv_fp4_quant.overload)
-    assert (node.args[1], node.args[3]) == (GROUP, LEAST)
+    assert (node.args[1], *node.args[3:]) == (GROUP, LEAST, "rows")
     assert isinstance(node.args[2], fx.Node) is (whole is not None)
     assert not graph.refusals
 
@@ -66,14 +72,79 @@ def test_it_computes_what_the_graph_does(whole: float | None, least: float, dtyp
     graph = post_grad(partial(quantised, least=least), *given)
     raised = canonicalize(graph)
     assert len(raised.dialect_nodes) == 1
-    constants = {str(node.target): torch.tensor(0) for node in graph.find_nodes(op="get_attr")}
-    ours, theirs = fx.GraphModule(constants, raised.graph), fx.GraphModule(constants, graph)
+    ours, theirs = runnable(raised.graph), runnable(graph)
     for kind, value in inputs().items():
         most = torch.finfo(dtype).max
         x = value.clamp(-most, most).to(dtype) if dtype is torch.float16 else value.to(dtype)
         for got, wanted in zip(ours(x, *given[1:]), theirs(x, *given[1:]), strict=True):
             assert got.dtype is wanted.dtype
             assert torch.equal(bits(got), bits(wanted)), kind
+
+
+def to_blocked(scale: Tensor) -> Tensor:
+    """As torchao's, compiled."""
+    rows, groups = scale.shape
+    down, along = (rows + 127) // 128, (groups + 3) // 4
+    padded = torch.zeros((128 * down, 4 * along), dtype=scale.dtype)
+    padded[:rows, :groups] = scale
+    tiles = padded.view(down, 128, along, 4).permute(0, 2, 1, 3).reshape(-1, 4, 32, 4).transpose(1, 2)
+    return tiles.reshape(-1, 32, 16).flatten().view(32 * down, 16 * along)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(5, 192), (5, 144), (128, 128), (256, 144), (300, 64), (1, 80)])
+def test_scales_in_tiles_are_the_ops_own(rows: int, width: int, dynamic: bool) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = quantised(x)
+        return codes, to_blocked(scale)
+
+    given = randn(rows, width)
+    graph = post_grad(function, given, dynamic=dynamic)
+    raised = canonicalize(graph)
+    (node,) = raised.calls(per_token_nv_fp4_quant.overload)
+    assert node.args[-1] == "swizzled"
+    assert not raised.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
+    sizes = [rows] * (len(graph.find_nodes(op="placeholder")) - 1)
+    for got, wanted in zip(runnable(raised.graph)(*sizes, given), function(given), strict=True):
+        assert torch.equal(bits(got), bits(wanted))
+
+
+def in_other_tiles(scale: Tensor) -> Tensor:
+    """Of 64 rows."""
+    padded = torch.zeros((64, 8), dtype=scale.dtype)
+    padded[:5] = scale
+    return padded.view(1, 64, 2, 4).permute(0, 2, 1, 3).reshape(-1, 2, 32, 4).transpose(1, 2).reshape(32, 16)
+
+
+def down_first(scale: Tensor) -> Tensor:
+    padded = torch.zeros((128, 8), dtype=scale.dtype)
+    padded[:5] = scale
+    return padded.view(1, 128, 2, 4).permute(2, 0, 1, 3).reshape(-1, 4, 32, 4).transpose(1, 2).reshape(32, 32)
+
+
+def from_the_second_row(scale: Tensor) -> Tensor:
+    padded = torch.zeros((128, 8), dtype=scale.dtype)
+    padded[1:6] = scale
+    return padded.view(1, 128, 2, 4).permute(0, 2, 1, 3).reshape(-1, 4, 32, 4).transpose(1, 2).reshape(32, 32)
+
+
+def read_twice(scale: Tensor) -> Tensor:
+    return to_blocked(scale).view(torch.uint8) + scale.float().sum().to(torch.uint8)
+
+
+@pytest.mark.parametrize("layout", [in_other_tiles, down_first, from_the_second_row, read_twice])
+def test_other_tiles_are_left_to_a_copy(layout: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = quantised(x)
+        return codes, layout(scale)
+
+    given = randn(5, WIDTH)
+    raised = canonicalize(post_grad(function, given))
+    (node,) = raised.calls(per_token_nv_fp4_quant.overload)
+    for got, wanted in zip(runnable(raised.graph)(given), function(given), strict=True):
+        assert torch.equal(bits(got), bits(wanted))
+    if layout is not read_twice:
+        assert node.args[-1] == "rows"
 
 
 def norm(x: Tensor, r: Tensor, scale: Tensor, group: str) -> Any:
@@ -91,7 +162,8 @@ def reduced(x: Tensor, r: Tensor, scale: Tensor, group: str) -> Any:
 
 
 def activated(x: Tensor, r: Tensor, scale: Tensor, group: str) -> Any:
-    return quantised(F.silu(x) * r, scale)
+    codes, scales = quantised(F.silu(x) * r, scale)
+    return codes, to_blocked(scales.flatten(0, -2))
 
 
 @pytest.mark.parametrize(
@@ -208,8 +280,8 @@ def two_codes_off(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def without_the_global_scale(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *rest, _, least = arguments
-    return right(x, *rest, None, least)
+    *rest, _, least, layout = arguments
+    return right(x, *rest, None, least, layout)
 
 
 def unwritten(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -228,3 +300,10 @@ def test_a_wrong_kernel_is_found_before_it_is_used(kernel: Callable[..., Any]) -
     (verified,) = reports[0].graphs[0].verified
     assert verified.passed is (kernel is right)
     assert reports[0].fused["norm_quant"] == (kernel is right)
+
+
+def test_layouts_of_other_scales_are_refused() -> None:
+    with pytest.raises(ValueError, match="lie in 'rows' or 'swizzled', not in 'columns'"):
+        per_token_nv_fp4_quant.reference(randn(3, WIDTH), GROUP, None, LEAST, "columns")
+    with pytest.raises(ValueError, match=r"scales in torch\.float32 have no layout 'swizzled', which is of bytes"):
+        lay_out(torch.ones(3, 4), "swizzled")

@@ -30,10 +30,21 @@ from fuseplan.graph.ops.rounding import (
     Rounding,
 )
 from fuseplan.graph.ops.samples import compute_dtype, random_tensor
-from fuseplan.graph.ops.scale_layout import PACKED, ScaleLayout, empty_scales, lay_out
+from fuseplan.graph.ops.scale_layout import (
+    PACKED,
+    SWIZZLED_ROWS,
+    TILE_GROUPS,
+    TILE_ROWS,
+    ScaleLayout,
+    empty_scales,
+    lay_out,
+)
 
 __all__ = [
     "PACKED",
+    "SWIZZLED_ROWS",
+    "TILE_GROUPS",
+    "TILE_ROWS",
     "ActivationRounding",
     "AttentionRounding",
     "Dialect",

@@ -357,13 +357,15 @@ def launch(
     if not x.numel():
         return *results, total
     chosen = schedule or Schedule.of(flat, epilogue, workspace)
-    outputs = [each.view(rows, -1) for each in (*results, total)]
+    sums = total.view(rows, -1)
     added = flat if residual is None else flattened(residual)
     most = chosen.most_rows(width, workspace)
     with torch.cuda.device_of(x), workspace.held():
         for start in range(0, rows, most):
-            part, rest, *written = (each[start : start + most] for each in (flat, added, *outputs))
-            _launch(part, rest if residual is not None else None, norm, epilogue, workspace, chosen, written)
+            part, rest, summed = (each[start : start + most] for each in (flat, added, sums))
+            store, written = epilogue.part(results, start, start + most)
+            own = rest if residual is not None else None
+            _launch(part, own, norm, store, workspace, chosen, (*written, summed))
     return *results, total
 
 

@@ -101,6 +101,27 @@ def store_bytes(each, ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
+def store_tiles(each, ptr, row, first, valid, rows, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """The same in tiles of 128 rows and 4 groups (`ScaleLayout.SWIZZLED`), of so many rows in all, and zeros for groups
+    and for rows that aren't there: each row writes those that are as far behind all rows as it, and again as far.
+    """
+    GROUPS: tl.constexpr = WIDTH // GROUP
+    TILES: tl.constexpr = (GROUPS + 3) // 4
+    group = first // GROUP + tl.arange(0, each.shape[1])
+    of_group = group // 4 * 512 + group % 4
+    inside = within(group, TILES * 4)[None, :]
+    filled = tl.where((group < GROUPS)[None, :], each, 0).to(tl.uint8)
+    at = (row // 128).to(tl.int64) * (TILES * 512) + row % 32 * 16 + row % 128 // 32 * 4
+    tl.store(ptr + at[:, None] + of_group[None, :], filled, mask=valid[:, None] & inside)
+    padded = (rows + 127) // 128 * 128
+    for turn in tl.range(1, (padded + rows - 1) // rows):
+        beyond = row + turn * rows
+        at = (beyond // 128).to(tl.int64) * (TILES * 512) + beyond % 32 * 16 + beyond % 128 // 32 * 4
+        there = valid & (beyond < padded)
+        tl.store(ptr + at[:, None] + of_group[None, :], tl.zeros_like(filled), mask=there[:, None] & inside)
+
+
+@triton.jit
 def e4m3_of(x):
     """Numbers from 0 to 448 as float8_e4m3fn holds them, in float32, and its codes as integers; NaN stays NaN."""
     bits = x.to(tl.int32, bitcast=True)

@@ -55,7 +55,7 @@ def reference(
         rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and
             applied to x. The scale itself is always a division.
 
-        layout: one of `ScaleLayout`: how scales lie. x has two dimensions where they don't lie in rows.
+        layout: one of `ScaleLayout` but `SWIZZLED`: how scales lie. x has two dimensions where they don't lie in rows.
 
     Returns:
         (q, scale): [..., hidden] in `dtype`, contiguous, and [..., hidden / group_size] in float32 (float64 for float64
@@ -123,7 +123,7 @@ per_token_group_fp8_quant = define(
     samples=[
         _sample((7, 320), 64, ue8m0=False),
         _sample((2, 3, 256), 128, ue8m0=True),
-        *(_sample((7, 384), 64, ue8m0=True, layout=layout) for layout in ScaleLayout),
+        *(_sample((7, 384), 64, ue8m0=True, layout=layout) for layout in ScaleLayout if layout != ScaleLayout.SWIZZLED),
     ],
     draws={"scale_ub": draw_positive},
 )

@@ -16,20 +16,32 @@ from torch import Tensor, fx
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import aten, convert_element_type, dtype_name, equal_size, is_call, tensor_of
-from fuseplan.graph.ops import Sample, compute_dtype, define, draw_positive, random_tensor
+from fuseplan.graph.ops import (
+    Sample,
+    ScaleLayout,
+    compute_dtype,
+    define,
+    draw_positive,
+    empty_scales,
+    lay_out,
+    random_tensor,
+)
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
 from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, packed, packings, tell_simulated
 from fuseplan.rules.parts.fp8 import number_of, raise_computed, source_of
 from fuseplan.rules.parts.microscaled import behind, product_of, products, rows_of_groups
 from fuseplan.rules.parts.patterns import F32, Found, Pattern, all_fit
+from fuseplan.rules.parts.scale_layouts import swizzled
 
 SCALE = torch.float8_e4m3fn
 MOST_SCALE = 448.0
 GROUP = 16
 
 
-def reference(x: Tensor, group_size: int, global_scale: Tensor | None, min_scale: float) -> tuple[Tensor, Tensor]:
+def reference(
+    x: Tensor, group_size: int, global_scale: Tensor | None, min_scale: float, layout: str
+) -> tuple[Tensor, Tensor]:
     """scale = clamp(amax(|x|) / 6 / global_scale, min_scale, 448).to(fp8), of each group
     q = e2m1(clamp(x * ((1 / global_scale) / scale), -6, 6)), packed
 
@@ -38,15 +50,19 @@ def reference(x: Tensor, group_size: int, global_scale: Tensor | None, min_scale
         group_size: elements of a group; it divides hidden.
         global_scale: one element, float32; None: there is none, and x is multiplied by 1 / scale.
         min_scale: the smallest scale; without one, a group of zeros divides by zero.
+        layout: of the scales: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
 
     Returns:
         (q, scale): [..., hidden / 2] in uint8, the code of the first of two elements in the low half, and
-        [..., hidden / group_size] in float8_e4m3fn. Both are contiguous. A group with NaN has NaN for a scale, and
-        codes that say nothing.
+        [..., hidden / group_size] in float8_e4m3fn, or what `layout` makes of that. Both are contiguous. A group with
+        NaN has NaN for a scale, and codes that say nothing.
 
     Raises:
         RuntimeError: `group_size` doesn't divide hidden, or hidden is odd.
+        ValueError: `layout` is another one.
     """
+    if layout not in (ScaleLayout.ROWS, ScaleLayout.SWIZZLED):
+        raise ValueError(f"scales of NVFP4 lie in 'rows' or 'swizzled', not in '{layout}'")
     groups = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size))
     wanted = groups.abs().amax(-1, keepdim=True) / MOST
     inverse = None
@@ -56,13 +72,16 @@ def reference(x: Tensor, group_size: int, global_scale: Tensor | None, min_scale
     scale = wanted.clamp(min_scale, MOST_SCALE).to(SCALE)
     own = scale.to(groups.dtype)
     scaled = groups * (own.reciprocal() if inverse is None else inverse / own)
-    return packed(e2m1(scaled.clamp(-MOST, MOST)).flatten(-2)), scale.squeeze(-1).contiguous()
+    return packed(e2m1(scaled.clamp(-MOST, MOST)).flatten(-2)), lay_out(scale.squeeze(-1), layout)
 
 
-def fake(x: Tensor, group_size: int, global_scale: Tensor | None, min_scale: float) -> tuple[Tensor, Tensor]:
+def fake(
+    x: Tensor, group_size: int, global_scale: Tensor | None, min_scale: float, layout: str
+) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `reference`."""
     *rows, hidden = x.shape
-    return x.new_empty((*rows, hidden // 2), dtype=torch.uint8), x.new_empty((*rows, hidden // group_size), dtype=SCALE)
+    codes = x.new_empty((*rows, hidden // 2), dtype=torch.uint8)
+    return codes, empty_scales(x, hidden // group_size, SCALE, layout)
 
 
 LEAST = torch.finfo(SCALE).tiny
@@ -70,23 +89,27 @@ LEAST = torch.finfo(SCALE).tiny
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """All but x."""
-    return GROUP, torch.full((), 0.02, device=device), LEAST
+    return GROUP, torch.full((), 0.02, device=device), LEAST, ScaleLayout.ROWS.value
 
 
-def _sample(shape: tuple[int, ...], *, is_global: bool) -> Sample:
+def _sample(shape: tuple[int, ...], layout: ScaleLayout, *, is_global: bool) -> Sample:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        size, scale, least = _sample_arguments(device)
-        return random_tensor(shape, torch.bfloat16, device, generator), size, scale if is_global else None, least
+        size, scale, least, _ = _sample_arguments(device)
+        x = random_tensor(shape, torch.bfloat16, device, generator)
+        return x, size, scale if is_global else None, least, layout.value
 
-    return Sample(name=f"{rows_of(shape)}{'-global' * is_global}", make=make)
+    return Sample(name=f"{rows_of(shape)}{'-global' * is_global}-{layout.value}", make=make)
 
 
 per_token_nv_fp4_quant = define(
     "per_token_nv_fp4_quant",
-    "(Tensor x, int group_size, Tensor? global_scale, float min_scale) -> (Tensor, Tensor)",
+    "(Tensor x, int group_size, Tensor? global_scale, float min_scale, str layout) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    samples=[*(_sample((7, 320), is_global=each) for each in (False, True)), _sample((2, 3, 64), is_global=True)],
+    samples=[
+        *(_sample((7, 320), ScaleLayout.ROWS, is_global=each) for each in (False, True)),
+        _sample((2, 3, 80), ScaleLayout.SWIZZLED, is_global=True),
+    ],
     draws={"global_scale": draw_positive},
     packed=(0,),
 )
@@ -139,7 +162,12 @@ def _raise(canonical: CanonicalGraph, codes: fx.Node, scaled: fx.Node, found: Fo
         _check_global(scale, rows)
     least = number_of(found["bounded"].args[1])
     assert least is not None
-    raise_computed(canonical, codes, found["scale"], per_token_nv_fp4_quant, (rows, size, scale, float(least)))
+    x = tensor_of(rows)
+    assert x is not None
+    laid_out = swizzled(found["scale"], rows, x.shape[-1] // size)
+    layout = ScaleLayout.ROWS if laid_out is None else ScaleLayout.SWIZZLED
+    args = (rows, size, scale, float(least), layout.value)
+    raise_computed(canonical, codes, laid_out or found["scale"], per_token_nv_fp4_quant, args)
 
 
 def _check_global(scale: fx.Node, rows: fx.Node) -> None:
@@ -187,7 +215,7 @@ PART = RowEpilogue(
     kind=Kind.QUANTISATION,
     suffix="nv_fp4_quant",
     ops=(per_token_nv_fp4_quant,),
-    parameters=("int group_size", "Tensor? global_scale", "float min_scale"),
+    parameters=("int group_size", "Tensor? global_scale", "float min_scale", "str layout"),
     results=2,
     sample=_sample_arguments,
     unit=GROUP,

@@ -3,6 +3,8 @@
 columns  permute(clone(permute(s)))
 aligned  slice(slice_scatter(t, copy(slice(t), s))), t = permute(empty), as DeepGEMM's helper in plain torch
 packed   the same of the bytes (view(s, int32) >> 23) in zeros, viewed as int32
+swizzled view(permute(view(permute(view(z, [R, 128, C, 4]), [0, 2, 1, 3]), [R * C, 4, 32, 4]), [0, 2, 1, 3])), z = s in
+         zeros, as torchao's `to_blocked`
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,7 @@ from torch import fx
 
 from fuseplan.graph.facts import (
     ORDER_KEEPING,
+    RESHAPES,
     Call,
     aten,
     convert_element_type,
@@ -23,7 +26,7 @@ from fuseplan.graph.facts import (
     is_call,
     tensor_of,
 )
-from fuseplan.graph.ops import PACKED, ScaleLayout, empty_scales
+from fuseplan.graph.ops import PACKED, SWIZZLED_ROWS, TILE_GROUPS, TILE_ROWS, ScaleLayout, empty_scales
 from fuseplan.rules.parts.fp8 import Scaling
 
 NEW = (aten.empty.memory_format, aten.full.default)
@@ -55,6 +58,54 @@ def layout_of(scale: fx.Node, scaling: Scaling, rows: fx.Node, groups: Any) -> t
         if last is not None and _lies(last, empty_scales(x, groups, torch.float32, layout)):
             return layout, last
     return ScaleLayout.ROWS, scale
+
+
+def swizzled(scale: fx.Node, rows: fx.Node, groups: Any) -> fx.Node | None:
+    """The node that holds scales of rows as `ScaleLayout.SWIZZLED` does, of the node that holds them in rows."""
+    x, value = tensor_of(rows), tensor_of(scale)
+    assert x is not None and value is not None
+    wanted = empty_scales(x, groups, value.dtype, ScaleLayout.SWIZZLED)
+    down, along = wanted.shape[0] // SWIZZLED_ROWS, wanted.shape[1] // (TILE_ROWS // SWIZZLED_ROWS * TILE_GROUPS)
+    views = list(_views_ahead(scale))
+    starts = {user for view in views for user in view.users} - set(views)
+    starts -= {user for user in starts if is_call(user, convert_element_type)}  # to what groups are scaled by
+    if len(starts) != 1:
+        return None
+    (start,) = starts
+    node = start if is_call(start, aten.permute.default) else None
+    if node is None:
+        whole = _in_zeros(start, groups)
+        padded = tensor_of(whole)
+        if padded is None or not equal_sizes(padded.shape, (down * TILE_ROWS, along * TILE_GROUPS)):
+            return None
+        node = _only(_only(whole, *RESHAPES), aten.permute.default)
+    for shape in (
+        (down, TILE_ROWS, along, TILE_GROUPS),
+        (down * along, TILE_ROWS // SWIZZLED_ROWS, SWIZZLED_ROWS, TILE_GROUPS),
+    ):
+        tiles = tensor_of(node.args[0]) if node is not None else None
+        if tiles is None or node is None or list(node.args[1]) != [0, 2, 1, 3] or not equal_sizes(tiles.shape, shape):
+            return None
+        view = _only(node, *RESHAPES)
+        node = _only(view, aten.permute.default)
+    while view is not None and not equal_shape(tensor_of(view), wanted):
+        view = _only(view, *ORDER_KEEPING)
+    return view
+
+
+def _in_zeros(start: fx.Node, groups: Any) -> fx.Node | None:
+    """New memory of which the first rows and columns are written to by a copy, or by what puts all of them there."""
+    source = tensor_of(start.args[1]) if len(start.args) > 1 else None
+    if source is None or source.dim() != 2 or not equal_size(source.shape[1], groups):
+        return None
+    if not is_call(start, aten.slice_scatter.default):
+        return _written(start)
+    whole, _, *place = start.args
+    return start if _is_first(place) and _is_zeros(whole) else None
+
+
+def _is_zeros(node: object) -> bool:
+    return is_call(node, aten.full.default) and fill_of(node) == 0
 
 
 def _views_ahead(node: fx.Node) -> Iterator[fx.Node]:

@@ -54,6 +54,10 @@ class Epilogue:
         """Empty results for activations x."""
         return (x.new_empty((*x.shape[:-1], self.width(x.shape[-1]))),)
 
+    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> "tuple[Epilogue, tuple[Tensor, ...]]":
+        """What stores some of the rows, and results of it."""
+        return self, tuple(each.view(each.shape[:-1].numel(), -1)[start:stop] for each in results)
+
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Tensors and floats that the device function is called with, `results` among them."""
         return results
@@ -111,9 +115,9 @@ def scales_for(x: Tensor, count: int, quant_rounding: str, layout: str = "rows")
     return empty_scales(x, count, dtype, layout)
 
 
-def bytes_for(x: Tensor, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+def bytes_for(x: Tensor, size: int) -> Tensor:
     """Memory for a byte for so many elements of a row of x each."""
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // size), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // size), dtype=torch.uint8)
 
 
 def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:

@@ -6,9 +6,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fuseplan.dialect import TILE_GROUPS, ScaleLayout, empty_scales
 from fuseplan.providers.triton.epilogues import Epilogue, bytes_for, refuse_groups
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import e2m1_of, e4m3_of, in_groups, largest_bits, store_bytes, store_pairs
+from fuseplan.providers.triton.rows import (
+    e2m1_of,
+    e4m3_of,
+    in_groups,
+    largest_bits,
+    store_bytes,
+    store_pairs,
+    store_tiles,
+)
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
 from fuseplan.record import Refusal
 
@@ -19,9 +28,10 @@ def store_pairs_by_scales(
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Stores rows as pairs of codes, and the scales of their groups."""
-    y_ptr, scale_ptr, global_ptr, min_scale = arguments
+    y_ptr, scale_ptr, global_ptr, min_scale, rows, first_row = arguments
     GROUP: tl.constexpr = CONSTANTS[0]
     IS_GLOBAL: tl.constexpr = CONSTANTS[1]
+    SWIZZLES: tl.constexpr = CONSTANTS[2]
     BLOCK: tl.constexpr = y.shape[1]
     y, _, _ = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP)
     scale = tl.div_rn(largest_bits(y).to(tl.float32, bitcast=True), 6.0)
@@ -36,7 +46,10 @@ def store_pairs_by_scales(
     scaled = tl.where(scaled > 6.0, 6.0, scaled)
     store_pairs(e2m1_of(tl.where(scaled < -6.0, -6.0, scaled)), y_ptr, row, first, valid, WIDTH, BLOCK)
     scale_ptr = scale_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)  # fp8 isn't a type of every GPU
-    store_bytes(code, scale_ptr, row, first, valid, WIDTH, GROUP)
+    if SWIZZLES:
+        store_tiles(code, scale_ptr, row + first_row, first, valid, rows, WIDTH, GROUP)
+    else:
+        store_bytes(code, scale_ptr, row, first, valid, WIDTH, GROUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +63,9 @@ class NvFp4(Epilogue):
         group_size: elements of a group, a power of two; rows are whole groups.
         global_scale: one element, float32; None: 1 in its place.
         min_scale: the smallest scale of a group.
+        layout: of the scales: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
+        first_row: which of all rows is the first of a launch.
+        all_rows: how many there are; 0: as many as codes.
     """
 
     store: ClassVar[Any] = store_pairs_by_scales
@@ -57,6 +73,9 @@ class NvFp4(Epilogue):
     group_size: int
     global_scale: Tensor | None
     min_scale: float
+    layout: str
+    first_row: int = 0
+    all_rows: int = 0
 
     @classmethod
     def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
@@ -65,21 +84,35 @@ class NvFp4(Epilogue):
 
     @property
     def unit(self) -> int:
-        """Elements of a group, or of a byte."""
-        return max(self.group_size, 2)
+        """Elements of a group, of a byte, or of a tile of scales."""
+        return max(self.group_size * (TILE_GROUPS if self._swizzles else 1), 2)
+
+    @property
+    def _swizzles(self) -> bool:
+        return self.layout == ScaleLayout.SWIZZLED
 
     def results(self, x: Tensor) -> tuple[Tensor, ...]:
         """Empty pairs of codes [..., width / 2] and scales [..., width / group_size] for activations x."""
-        return bytes_for(x, 2), bytes_for(x, self.group_size, torch.float8_e4m3fn)
+        return bytes_for(x, 2), empty_scales(x, x.shape[-1] // self.group_size, torch.float8_e4m3fn, self.layout)
+
+    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> "tuple[NvFp4, tuple[Tensor, ...]]":
+        """Of tiles all of them, since rows aren't apart in them."""
+        codes, scales = results
+        if not self._swizzles:
+            return super().part(results, start, stop)  # type: ignore[return-value]
+        (own,) = super().part((codes,), start, stop)[1]
+        return replace(self, first_row=start, all_rows=codes.shape[:-1].numel()), (own, scales)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(pairs of codes, scales, the global scale, the smallest one)"""
-        return *results, results[0] if self.global_scale is None else self.global_scale, self.min_scale
+        """(pairs of codes, scales, the global scale, the smallest one, all rows, which of them is the first)"""
+        codes = results[0]
+        whole, rows = codes if self.global_scale is None else self.global_scale, codes.shape[:-1].numel()
+        return *results, whole, self.min_scale, (self.all_rows or rows) * self._swizzles, self.first_row
 
     @property
     def constants(self) -> tuple[Any, ...]:
         """What the device function is compiled for."""
-        return self.group_size, self.global_scale is not None
+        return self.group_size, self.global_scale is not None, self._swizzles
 
 
 EPILOGUE = NvFp4
