@@ -158,13 +158,16 @@ def test_case_8_vllm_44079_by_the_model_too(gpt_oss: fx.Graph, monkeypatch: pyte
     config = PassConfig(allow_rounding_changes=True, forbid=("allreduce_rms:triton",))
     rules = without("allreduce_rms_padding", "act_padding")
 
-    def applied(first: int, last: int) -> set[str]:
+    def applied(first: int, last: int) -> tuple[set[str], set[str]]:
         report = explained(gpt_oss, span=CompileRange(start=first, end=last), config=config, rules=rules)
-        return {fusion.provider for fusion in report.applied if fusion.op.startswith("all_reduce_fused")}
+        providers = {fusion.provider for fusion in report.applied if fusion.op.startswith("all_reduce_fused")}
+        return providers, {name for size in report.sizes for name in size.all_reduces}
 
-    assert applied(1, 16) == applied(72, 88) == {"flashinfer"}
+    assert applied(1, 16) == ({"flashinfer"}, {"NCCL ring LL128"})
+    assert applied(72, 88) == ({"flashinfer"}, {"NCCL ring LL128"})
     monkeypatch.setattr("fuseplan.rules.families.sites.reducer_of", lambda reduce: "vllm")
-    assert [applied(1, 16), applied(72, 88)] == [{"flashinfer"}, set()]
+    assert applied(1, 16) == ({"flashinfer"}, {"vLLM custom one-shot"})
+    assert applied(72, 88) == (set(), {"symm_mem multimem"})
 
 
 def test_case_11_vllm_39356_command_line_and_configuration_choose_rules(tmp_path: Path) -> None:

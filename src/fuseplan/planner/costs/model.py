@@ -32,6 +32,9 @@ PadLowering: TypeAlias = Literal["inductor", "eager"]
 EAGER_BYTES = 8
 """A kernel of an eager reference reads and writes float32."""
 
+REDUCED = "all_reduce ("
+"""How the name of an unfused all-reduce starts; behind it comes whose it is and by what algorithm."""
+
 BUILT_IN_TIMINGS: Mapping[str, Timing] = {each.name: each.timing for each in BUILT_IN_PROVIDERS if each.timing}
 """By the provider's name."""
 
@@ -102,8 +105,8 @@ class CostModel:
         if (aiter := self.hardware.aiter) is not None:
             local = 2 * region.row_bytes
             if _takes_one_stage(aiter.plain, region):
-                return (self._one_shot("all_reduce (AITER one-stage)", region, aiter.peers, local),)
-            return (self._two_shot("all_reduce (AITER two-stage)", region, aiter.peers, local),)
+                return (self._one_shot(f"{REDUCED}AITER one-stage)", region, aiter.peers, local),)
+            return (self._two_shot(f"{REDUCED}AITER two-stage)", region, aiter.peers, local),)
         shots = self._shots(region)
         if shots is not None:
             return self.shot(shots, region)
@@ -121,7 +124,7 @@ class CostModel:
     def shot(self, shots: Shots, region: Region) -> tuple[Kernel, ...]:
         """The all-reduce alone, by a kernel in the memory of the ranks, with the copies before and after it."""
         latency, wire = shots.latency_ns(region.ranks), shots.wire_ns(region.row_bytes, region.ranks)
-        kernel = Kernel(name=f"all_reduce ({shots.name})", launch=_up(latency), wire=_up(wire))
+        kernel = Kernel(name=f"{REDUCED}{shots.name})", launch=_up(latency), wire=_up(wire))
         copies = [self.copy(region.row_bytes) for _ in range(shots.copies)]
         return (*copies[:1], kernel, *copies[1:])
 
@@ -240,7 +243,7 @@ class CostModel:
 
 def _by_library(protocol: Protocol, region: Region) -> Kernel:
     latency, wire = protocol.latency_ns(region.ranks), protocol.wire_ns(region.row_bytes, region.ranks)
-    return Kernel(name=f"all_reduce ({protocol.name})", launch=_up(latency), wire=_up(wire))
+    return Kernel(name=f"{REDUCED}{protocol.name})", launch=_up(latency), wire=_up(wire))
 
 
 def _takes_one_stage(gate: Gate, region: Region) -> bool:
