@@ -143,11 +143,11 @@ def test_without_multicast_no_switch_adds() -> None:
     bare = without_multicast(DEVICE)
     assert [each.name for each in bare.library] == ["LL", "Simple"]
     assert [each.name for each in bare.shots] == ["own one-shot"]
+    assert bare.engines == DEVICE.engines
     for name in ("h100", "h200", "b200", "b300"):
-        before, after = HARDWARE[name].engines["vllm"], without_multicast(HARDWARE[name]).engines["vllm"]
-        assert {each.kernel for each in before.choices} - {each.kernel for each in after.choices} == {
-            "symm_mem multimem", "symm_mem two-shot"
-        }  # fmt: skip
+        # Its own kernel then runs up to 8 MiB: the tables of smaller sizes are for machines with symmetric memory.
+        assert without_multicast(HARDWARE[name]).engines == HARDWARE["a100"].engines
+    assert without_multicast(HARDWARE["l40s"]) == HARDWARE["l40s"]
 
 
 @pytest.mark.parametrize(

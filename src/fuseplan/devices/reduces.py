@@ -115,8 +115,8 @@ def _vllm(custom: Mapping[int, int], symmetric: Mapping[int, int], multimem: fro
     )
     source = (
         f"vLLM 0.22 to 0.32: cuda_communicator.py, {where} of all_reduce_utils.py and symm_mem.py, and "
-        "custom_all_reduce.cuh for one stage; NCCL's symmetric memory and FlashInfer's all-reduce, which environment "
-        "variables switch on, aside"
+        "custom_all_reduce.cuh for one stage; without NCCL's symmetric memory, which an environment variable switches "
+        "on, and without FlashInfer's all-reduce, which newer ones ask first where it is installed"
     )
     return Dispatch(source=source, choices=tuple(choice for choice in choices if choice.below))
 
@@ -145,15 +145,14 @@ B300_VLLM: Final = {
 
 
 def without_multicast(hardware: Hardware) -> Hardware:
-    """A device whose switch can't add, or isn't there: no NVLS, no multimem, and vLLM leaves symmetric memory off."""
-    custom = frozenset({CUSTOM_ONE_SHOT, CUSTOM_TWO_SHOT})
-    engines = {
-        name: replace(dispatch, choices=tuple(each for each in dispatch.choices if each.kernel in custom))
-        for name, dispatch in hardware.engines.items()
-    }
+    """A device whose switch can't add, or isn't there: no NVLS, no multimem, and vLLM leaves symmetric memory off, with
+    which it has its own kernel run up to the size of its buffer.
+    """
+    choices = (choice for dispatch in hardware.engines.values() for choice in dispatch.choices)
+    symmetric = any(choice.kernel in (MULTIMEM, TWO_SHOT) for choice in choices)
     return replace(
         hardware,
         library=tuple(each for each in hardware.library if each.algorithm != "nvls"),
         shots=tuple(each for each in hardware.shots if each.algorithm != "multimem"),
-        engines=engines,
+        engines=ANY_VLLM if symmetric else hardware.engines,
     )
