@@ -1,12 +1,13 @@
-"""Fits the cost model's constants and shows its errors.
+"""Fits the cost model's constants of kernels that stay on one GPU, and shows its errors.
 
-    PYTHONPATH=src python benchmarks/calibrate_costs.py [--write]
+    PYTHONPATH=src:. python benchmarks/calibrate_costs.py [--write]
 
 H200: run 1, columns U, C, B and D, by least squares on log(model / measured), whose sigma is 10 % (single runs scatter
 by up to 20 %). These columns can't tell all constants apart, so those that somebody has published are held near that
-value, with a sigma of 20 %. Runs 2 and 3 and all other columns are tried only.
+value, with a sigma of 20 %. Runs 2 and 3 and all other columns are tried only. Columns B and D are of sketches; what
+fuseplan's own kernels exchange, and what NCCL takes, is fitted by benchmarks/calibrate_reduces.py.
 
-FlashInfer's two constants: run 2, column F. AITER's two: published one-stage tables of MI355X.
+AITER's two constants: published one-stage tables of MI355X.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from fuseplan.planner.costs import HARDWARE, Constant, CostModel, Gate, Hardware, Peers, Protocol, Region
+from benchmarks.calibrate_reduces import with_values
+from fuseplan.devices.reduces import without_multicast
+from fuseplan.planner.costs import HARDWARE, CostModel, Gate, Hardware, Region
 from fuseplan.rules.parts.pad import Padding
 from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
@@ -30,43 +33,23 @@ SIGMA_RUN, SIGMA_PUBLISHED = 0.1, 0.2
 PUBLISHED = {
     "cache_bandwidth": 5810.0,  # gpu-benches, gpu-small-kernels/h200_graph.txt: between 4.2 and 33.4 MB
     "triton.bandwidth": 380.0,  # NVIDIA/nccl issue 1264: p2pBandwidthLatencyTest, H100, one direction
-    "ring.LL.latency": 7800.0,  # NCCL's tuning.cc: 6.6 us and two steps of 0.6
-    "ring.LL.bandwidth": 141.0,  # NCCL's tuning.cc: llMaxBws, Hopper
-    "ring.Simple.latency": 15200.0,  # NCCL's tuning.cc: 8.4 us and two steps of 3.4
-    "ring.Simple.bandwidth": 370.8,  # NCCL's topo.h: SM90_NVLINK_BW of 20.6, 18 links
+    "library.NCCL ring LL.latency": 7800.0,  # NCCL's tuning.cc: 6.6 us and two steps of 0.6
+    "library.NCCL ring LL.bandwidth": 141.0,  # NCCL's tuning.cc: llMaxBws, Hopper
+    "library.NCCL ring Simple.latency": 15200.0,  # NCCL's tuning.cc: 8.4 us and two steps of 3.4
+    "library.NCCL ring Simple.bandwidth": 370.8,  # NCCL's topo.h: SM90_NVLINK_BW of 20.6, 18 links
 }
 START = {**PUBLISHED, "launch": 2000.0, "generated_norm": 500.0, "strided_copy": 3000.0, "triton.signal": 4000.0}
-Columns = Callable[[Hardware, int], Mapping[str, int]]
+OURS = without_multicast(HARDWARE["h200"])
+"""As these runs were made."""
 
 
 def h200_with(values: Mapping[str, float]) -> Hardware:
-    def put(name: str, constant: Constant) -> Constant:
-        return Constant(values.get(name, constant.value), constant.unit, constant.source)
-
+    """An H200 with the two protocols that NCCL runs between two ranks, and with sketches, which copied rows."""
     base = HARDWARE["h200"]
-    return replace(
-        base,
-        **{name: put(name, getattr(base, name)) for name in START if "." not in name},
-        triton=peers_with(base.triton, "triton", values),
-        flashinfer=peers_with(base.flashinfer, "flashinfer", values),
-        ring=tuple(
-            Protocol(
-                name=protocol.name,
-                latency=put(f"ring.{protocol.name}.latency", protocol.latency),
-                step=protocol.step,
-                bandwidth=put(f"ring.{protocol.name}.bandwidth", protocol.bandwidth),
-            )
-            for protocol in base.ring
-        ),
-    )
-
-
-def peers_with(peers: Peers | None, prefix: str, values: Mapping[str, float]) -> Peers | None:
-    if peers is None:
-        return None
-    kept = {name: getattr(peers, name) for name in ("signal", "bandwidth")}
-    put = {name: replace(old, value=values.get(f"{prefix}.{name}", old.value)) for name, old in kept.items()}
-    return replace(peers, **put)
+    assert base.triton is not None
+    library = tuple(each for each in base.library if each.name in ("NCCL ring LL", "NCCL ring Simple"))
+    changed: Hardware = with_values(replace(base, library=library, triton=replace(base.triton, stages=True)), values)
+    return changed
 
 
 def site(tokens: int, ranks: int = 2) -> Region:
@@ -79,7 +62,7 @@ def site(tokens: int, ranks: int = 2) -> Region:
 def contest(hardware: Hardware, tokens: int) -> dict[str, int]:
     """Columns U, C, B, D, FP and what stands beside them, with a pad as the probe runs it: eager."""
     model, whole = CostModel(hardware, pad="eager"), site(tokens)
-    pad, reduce = whole.without_reduce(), whole.without_epilogue()
+    pad, reduce = whole.without_reduce(), whole.without_tail()
     columns = {
         "U": model.unfused_ns(whole),
         "C": model.alternative_ns(whole, pad, "triton"),
@@ -153,19 +136,11 @@ def calibrate_h200(runs: Mapping[int, Sequence[Mapping[str, float]]]) -> tuple[d
     return values, summary
 
 
-def calibrate_flashinfer(rows: Sequence[Mapping[str, float]], fitted: Mapping[str, float]) -> dict[str, float]:
-    def residuals(values: Mapping[str, float]) -> list[float]:
-        return log_ratios(rows, h200_with({**fitted, **values}), "F")
-
-    values, _ = fit(residuals, {"flashinfer.signal": 2000.0, "flashinfer.bandwidth": 380.0})
-    return values
-
-
 def calibrate_aiter(published: Mapping[str, Any]) -> dict[str, Any]:
     def times(values: Mapping[str, float], table: Mapping[str, Any]) -> list[tuple[float, float]]:
         base = HARDWARE["mi355x"]
         assert base.aiter
-        peers = peers_with(base.aiter.peers, "aiter", values)
+        peers = with_values(base.aiter.peers, values)
         gate = Gate(source="", max_bytes={8: None} if table["stages"] == 1 else {})
         model = CostModel(replace(base, aiter=replace(base.aiter, peers=peers, fused=gate)))
         shape = {"width": table["width"], "ranks": table["ranks"], "reduce": True, "residual": True}
@@ -178,7 +153,7 @@ def calibrate_aiter(published: Mapping[str, Any]) -> dict[str, Any]:
         one_stage = [table for table in published["tables"] if table["stages"] == 1]
         return [float(np.log(model / us)) for table in one_stage for model, us in times(values, table)]
 
-    values, _ = fit(residuals, {"aiter.signal": 2000.0, "aiter.bandwidth": 60.0})
+    values, _ = fit(residuals, {"signal": 2000.0, "bandwidth": 60.0})
     tried = [
         {
             "source": table["source"],
@@ -214,26 +189,23 @@ def main() -> None:
     measured = json.loads((ROOT / "data/h200x2-ar-add-rms-pad.json").read_text())
     runs = {run["run"]: run["rows"] for run in measured["runs"]}
     values, constants = calibrate_h200(runs)
-    flashinfer = calibrate_flashinfer(runs[2], values)
-    fitted = h200_with({**values, **flashinfer})
-    columns = ("U", "C", "B", "D", "nccl_ar", "tri_add_rms_pad", "ind_add_rms_pad", "F")
+    fitted = h200_with(values)
+    columns = ("U", "C", "B", "D", "nccl_ar", "tri_add_rms_pad", "ind_add_rms_pad")
+    current = ("U", "C", "nccl_ar", "tri_add_rms_pad", "ind_add_rms_pad", "F")
     result = {
         "what": "constants of the cost model for H200, their errors, and the contest it decides; nanoseconds and GB/s",
-        "command": "PYTHONPATH=src python benchmarks/calibrate_costs.py --write",
+        "command": "PYTHONPATH=src:. python benchmarks/calibrate_costs.py --write",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": f"{measured['device']} (measured {measured['date']}); fitted on {platform.machine()}, one process",
         "fitted_on": "run 1, columns U, C, B, D; sigma 10 %; published values as priors, sigma 20 %",
         "constants": constants,
-        "flashinfer": {"fitted_on": "run 2, column F", **{name: round(v, 1) for name, v in flashinfer.items()}},
         "errors": {f"run {run}": errors(rows, fitted, columns) for run, rows in sorted(runs.items())},
         "committed": {
-            f"run {run}": {
-                c: {k: e[k] for k in ("median", "max")} for c, e in errors(rows, HARDWARE["h200"], columns).items()
-            }
+            f"run {run}": {c: {k: e[k] for k in ("median", "max")} for c, e in errors(rows, OURS, current).items()}
             for run, rows in sorted(runs.items())
         },
         "contest": {
-            tokens: {column: round(ns / 1e3, 2) for column, ns in contest(HARDWARE["h200"], tokens).items()}
+            tokens: {column: round(ns / 1e3, 2) for column, ns in contest(OURS, tokens).items()}
             for tokens in (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
         },
         "h100": try_h100(json.loads((ROOT / "data/h100-add-rms-pad.json").read_text())),

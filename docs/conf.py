@@ -112,18 +112,35 @@ def _constants(device: str) -> str:
 
 
 def _errors() -> str:
-    """How far H200's model is from what was measured, column by column."""
+    """How far H200's and H100's models are from what was measured, column by column."""
+    described, rows = _committed("results/region_h100x2")["columns"], list[tuple[object, ...]]()
+    for name, error in _committed("results/reduces")["errors"].items():
+        where, column = name.split(": ")
+        if column in described or column == "flashinfer":
+            what = described.get(column, "the faster of FlashInfer's two kernels, no pad")
+            rows.append((f"`{column}`, {where}", what, "these", f"{error['median']:.0%}", f"{error['max']:.0%}"))
     runs = _committed("results/cost_model_h200")["committed"]
-    described = _committed("data/h200x2-ar-add-rms-pad")["columns"]
-    fitted = {"U": "run 1", "C": "run 1", "B": "run 1", "D": "run 1", "F": "run 2"}
-    rows = []
+    before = _committed("data/h200x2-ar-add-rms-pad")["columns"]
     for column in dict.fromkeys(column for errors in runs.values() for column in errors):
         errors = [run[column] for run in runs.values() if column in run]
         medians = sorted(error["median"] for error in errors)
         span = f"{medians[0]:.0%} to {medians[-1]:.0%}"
         most = f"{max(error['max'] for error in errors):.0%}"
-        rows.append((f"`{column}`", described[column], fitted.get(column, "none"), span, most))
+        fitted = "run 1, in part" if column in "UC" else "none"
+        rows.append((f"`{column}`, h200 x 2 before", before[column], fitted, span, most))
     return _table(("column", "what was timed", "fitted to", "median error of a run", "largest"), rows)
+
+
+def _published() -> str:
+    """How the model does on published rows that were kept out of the fits."""
+    score = _committed("results/published")
+    factors = ", ".join(f"{row['factor']:g}" for row in score["crossovers"])
+    rows = [
+        ("which of two is faster", f"{score['signs']} rows", f"{score['signs_right']:.0%} right"),
+        ("times", f"{score['times']} rows", f"median error of {score['median_error']:.0%}"),
+        ("from which size on the other is faster", f"{len(score['crossovers'])} rows", f"off by factors of {factors}"),
+    ]
+    return _table(("what is asked", "of", "the model"), rows)
 
 
 def _region(ranks: int) -> str:
@@ -230,6 +247,7 @@ def _table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
 tables = {
     "h200_constants": _constants("h200"),
     "h200_errors": _errors(),
+    "published_score": _published(),
     "region_h100x2": _region(2),
     "region_h100x4": _region(4),
     "kernels_h200": _kernels(),

@@ -150,14 +150,24 @@ def test_case_8_vllm_57681_fuses_only_in_ranges_where_it_is_faster(gpt_oss: fx.G
 
 
 @needs_rounded_residual
-def test_case_8_vllm_57681_the_better_order_flips_with_the_range(gpt_oss: fx.Graph) -> None:
-    """By the model, too, a plan is made for each range: FlashInfer wins small messages and loses large ones."""
-    config = PassConfig(allow_rounding_changes=True)
-    providers = []
-    for span in (CompileRange(start=1, end=8), CompileRange(start=4096, end=8192)):
-        report = explained(gpt_oss, span=span, config=config, rules=without("allreduce_rms_padding", "act_padding"))
-        providers.append({fusion.provider for fusion in report.applied if fusion.op.startswith("all_reduce_fused")})
-    assert providers == [{"flashinfer"}, {"triton"}]
+def test_case_8_vllm_44079_by_the_model_too(gpt_oss: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer's fusion beats vLLM's own kernel, which eight ranks run below 256 KiB, and loses to multimem above; it
+    beats NCCL there, which torch.distributed runs.
+    """
+    monkeypatch.setattr("fuseplan.rules.families.sites.group_size", lambda name: 8)
+    config = PassConfig(allow_rounding_changes=True, forbid=("allreduce_rms:triton",))
+    rules = without("allreduce_rms_padding", "act_padding")
+
+    def applied(first: int, last: int) -> tuple[set[str], set[str]]:
+        report = explained(gpt_oss, span=CompileRange(start=first, end=last), config=config, rules=rules)
+        providers = {fusion.provider for fusion in report.applied if fusion.op.startswith("all_reduce_fused")}
+        return providers, {name for size in report.sizes for name in size.all_reduces}
+
+    assert applied(1, 16) == ({"flashinfer"}, {"NCCL ring LL128"})
+    assert applied(72, 88) == ({"flashinfer"}, {"NCCL ring LL128"})
+    monkeypatch.setattr("fuseplan.rules.families.sites.reducer_of", lambda reduce: "vllm")
+    assert applied(1, 16) == ({"flashinfer"}, {"vLLM custom one-shot"})
+    assert applied(72, 88) == (set(), {"symm_mem multimem"})
 
 
 def test_case_11_vllm_39356_command_line_and_configuration_choose_rules(tmp_path: Path) -> None:

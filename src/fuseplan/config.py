@@ -300,6 +300,7 @@ class Environment:
         cost_table: `FUSEPLAN_COSTS`: a cost table, where the configuration names none.
         vllm: `FUSEPLAN_VLLM=1`: become vLLM's post-grad pass.
         report_dir: `FUSEPLAN_REPORT_DIR`: where reports of engines are written.
+        multicast: False where `NCCL_NVLS_ENABLE=0`: NCCL doesn't let NVLink's switches add.
     """
 
     enabled: bool = True
@@ -307,6 +308,7 @@ class Environment:
     cost_table: Path | None = None
     vllm: bool = False
     report_dir: Path | None = None
+    multicast: bool = True
 
     @classmethod
     def read(cls) -> Self:
@@ -321,6 +323,7 @@ class Environment:
             cost_table=_path("FUSEPLAN_COSTS"),
             vllm=_switch("FUSEPLAN_VLLM", default=False),
             report_dir=_path("FUSEPLAN_REPORT_DIR"),
+            multicast=os.environ.get("NCCL_NVLS_ENABLE", "").strip() != "0",
         )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fuseplan.devices.hardware import Attention, Linear
+from fuseplan.devices.hardware import Attention, Choice, Dispatch, Linear, Shots
 from fuseplan.planner.costs import Aiter, Constant, Gate, Hardware, Peers, Protocol
 
 
@@ -38,21 +38,47 @@ DEVICE = Hardware(
         narrow_product_rate=operations(400),
     ),
     linear=Linear(library=ns(4000), skinny=ns(2500)),
-    ring=(
+    library=(
         Protocol(name="LL", latency=ns(2000), step=ns(300), bandwidth=rate(8)),
         Protocol(name="Simple", latency=ns(5000), step=ns(1000), bandwidth=rate(40)),
+        Protocol(name="NVLS", algorithm="nvls", latency=ns(200_000), step=ns(100), bandwidth=rate(50)),
     ),
-    triton=Peers(signal=ns(400), bandwidth=rate(16), mesh=False, stages=True),
-    flashinfer=Peers(signal=ns(200), bandwidth=rate(8), mesh=False, stages=False),
+    shots=(
+        Shots(
+            name="own one-shot", algorithm="one-shot", latency=ns(1500), step=ns(200), bandwidth=rate(20), peer=rate(4)
+        ),
+        Shots(
+            name="own multimem",
+            algorithm="multimem",
+            latency=ns(1500),
+            step=ns(300),
+            bandwidth=rate(20),
+            peer=rate(20),
+            copies=2,
+        ),
+    ),
+    engines={
+        "engine": Dispatch(
+            source="round",
+            choices=(
+                Choice(kernel="own one-shot", below={4: 2000}),
+                Choice(kernel="own multimem", below={4: 4000}),
+            ),
+        )
+    },
+    triton=Peers(signal=ns(400), second=ns(400), step=ns(0), bandwidth=rate(16), mesh=False, stages=True),
+    flashinfer=Peers(signal=ns(200), second=ns(200), step=ns(0), bandwidth=rate(8), mesh=False, stages=False),
 )
 GATE = Gate(source="round", max_tokens=10, max_bytes={2: None, 4: 4000})
 WITH_AITER = replace(
     DEVICE,
     vendor="amd",
-    ring=(),
+    library=(),
+    shots=(),
+    engines={},
     flashinfer=None,
     aiter=Aiter(
-        peers=Peers(signal=ns(50), bandwidth=rate(4), mesh=True, stages=False),
+        peers=Peers(signal=ns(50), second=ns(50), step=ns(0), bandwidth=rate(4), mesh=True, stages=False),
         plain=replace(GATE, max_tokens=None),
         fused=GATE,
         norm=ns(70),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fuseplan.devices.reduces import without_multicast
 from fuseplan.planner.costs import (
     AITER_GATE_LATER,
     AITER_GATE_MAY_2026,
@@ -114,8 +115,71 @@ def test_an_all_reduce_takes_the_fastest_protocol(ranks: int, tokens: int, expec
     assert MODEL.reduce(region(reduce=True, ranks=ranks, tokens=tokens)) == (expected,)
 
 
+COPY = Kernel(name="copy", launch=1000, memory=40)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "ranks", "tokens", "expected"),
+    [
+        ("own one-shot", 2, 10, (Kernel(name="all_reduce (own one-shot)", launch=1500, wire=500),)),
+        ("own one-shot", 8, 10, (Kernel(name="all_reduce (own one-shot)", launch=1500 + 2 * 200, wire=700),)),
+        ("own multimem", 4, 10, (COPY, Kernel(name="all_reduce (own multimem)", launch=1800, wire=125), COPY)),
+        ("engine", 4, 9, (Kernel(name="all_reduce (own one-shot)", launch=1700, wire=450),)),
+        ("engine", 4, 10, (COPY, Kernel(name="all_reduce (own multimem)", launch=1800, wire=125), COPY)),
+        ("engine", 4, 20, (Kernel(name="all_reduce (LL)", launch=3200, wire=750),)),
+        ("engine", 2, 10, (Kernel(name="all_reduce (LL)", launch=2000, wire=250),)),
+        ("nobody's", 2, 10, (Kernel(name="all_reduce (LL)", launch=2000, wire=250),)),
+        ("torch", 4, 100_000, (Kernel(name="all_reduce (NVLS)", launch=200_200, wire=500_000),)),
+        ("torch", 2, 100_000, (Kernel(name="all_reduce (Simple)", launch=5000, wire=500_000),)),
+    ],
+)
+def test_an_engine_and_an_op_of_torch_say_which_all_reduce_runs(
+    reducer: str, ranks: int, tokens: int, expected: tuple[Kernel, ...]
+) -> None:
+    assert MODEL.reduce(region(reduce=True, ranks=ranks, tokens=tokens, reducer=reducer)) == expected
+
+
+def test_without_multicast_no_switch_adds() -> None:
+    bare = without_multicast(DEVICE)
+    assert [each.name for each in bare.library] == ["LL", "Simple"]
+    assert [each.name for each in bare.shots] == ["own one-shot"]
+    assert bare.engines == DEVICE.engines
+    for name in ("h100", "h200", "b200", "b300"):
+        # Its own kernel then runs up to 8 MiB: the tables of smaller sizes are for machines with symmetric memory.
+        assert without_multicast(HARDWARE[name]).engines == HARDWARE["a100"].engines
+    assert without_multicast(HARDWARE["l40s"]) == HARDWARE["l40s"]
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "nbytes", "expected"),
+    [
+        ("h200", 8, 256 * 1024 - 1, "vLLM custom one-shot"),
+        ("h200", 8, 256 * 1024, "symm_mem multimem"),
+        ("h200", 8, 64 * 1024**2 + 2, "NCCL NVLS"),
+        ("h100", 2, 8 * 1024**2 - 1, "vLLM custom one-shot"),
+        ("h100", 2, 8 * 1024**2, "symm_mem two-shot"),
+        ("h100", 4, 512 * 1024, "vLLM custom two-shot"),
+        ("h100", 3, 1024, "NCCL ring LL"),
+        ("b200", 4, 2 * 1024**2, "symm_mem two-shot"),
+        ("b200", 8, 2 * 1024**2, "symm_mem multimem"),
+        ("b300", 8, 2 * 1024**2, "vLLM custom two-shot"),
+        ("a100", 8, 4 * 1024**2, "vLLM custom two-shot"),
+        ("a100", 8, 8 * 1024**2, "NCCL ring LL128"),
+        ("l40s", 2, 1024, "vLLM custom one-shot"),
+        ("l40s", 4, 1024, "NCCL ring LL"),
+        ("rtx4090", 2, 1024, "NCCL ring LL"),
+        ("mi300x", 8, 1024, "AITER one-stage"),
+    ],
+)
+def test_what_vllm_calls(device: str, ranks: int, nbytes: int, expected: str) -> None:
+    region = Region(core=NORM, tokens=1, width=nbytes, itemsize=1, reduce=True, ranks=ranks, reducer="vllm")
+    names = [kernel.name for kernel in CostModel(HARDWARE[device]).reduce(region) if kernel.name != "copy"]
+    assert names == [f"all_reduce ({expected})"]
+
+
 def one_shot(wire: int, **terms: int) -> Kernel:
-    return Kernel(**{"name": "all_reduce", "launch": 1000, "signal": 50, "memory": 40, "wire": wire, **terms})  # type: ignore[arg-type]
+    given = {"name": f"all_reduce (AITER {'two' if terms.get('signal') == 100 else 'one'}-stage)", "launch": 1000}
+    return Kernel(**{**given, "signal": 50, "memory": 40, "wire": wire, **terms})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -278,9 +342,13 @@ def test_constants_have_dotted_names() -> None:
         "launch", "generated_norm", "cache", "cache_bandwidth", "memory_bandwidth", "strided_copy",
         "attention.latency", "attention.split", "attention.key", "attention.rate", "attention.row_rate",
         "attention.narrow_row_rate", "attention.product_rate", "attention.narrow_product_rate",
-        "linear.library", "linear.skinny", "ring.LL.latency", "ring.LL.step", "ring.LL.bandwidth",
-        "ring.Simple.latency", "ring.Simple.step", "ring.Simple.bandwidth",
-        "triton.signal", "triton.bandwidth", "flashinfer.signal", "flashinfer.bandwidth",
+        "linear.library", "linear.skinny", "library.LL.latency", "library.LL.step", "library.LL.bandwidth",
+        "library.Simple.latency", "library.Simple.step", "library.Simple.bandwidth",
+        "library.NVLS.latency", "library.NVLS.step", "library.NVLS.bandwidth",
+        *(f"shots.own {name}.{part}" for name in ("one-shot", "multimem")
+          for part in ("latency", "step", "bandwidth", "peer")),
+        "triton.signal", "triton.second", "triton.step", "triton.bandwidth",
+        "flashinfer.signal", "flashinfer.second", "flashinfer.step", "flashinfer.bandwidth",
     ]  # fmt: skip
     assert dict(WITH_AITER.constants())["aiter.peers.signal"].value == 50
     assert dict(WITH_AITER.constants())["aiter.norm"].value == 70
@@ -289,19 +357,22 @@ def test_constants_have_dotted_names() -> None:
 # What nobody has measured on a device is derived from what somebody has: (device, from which, by what, constants).
 DERIVED = [
     ("h100", "h200", 1, ("launch", "generated_norm", "cache", "cache_bandwidth", "strided_copy", "triton.signal",
-                         "triton.bandwidth", "flashinfer.signal", "flashinfer.bandwidth", "ring.LL.bandwidth",
-                         "ring.LL.latency", "ring.Simple.bandwidth", "ring.Simple.latency")),
-    ("b200", "h200", 1, ("launch", "generated_norm", "triton.signal", "flashinfer.signal", "ring.LL.latency")),
+                         "triton.bandwidth", "flashinfer.signal", "flashinfer.bandwidth",
+                         "library.NCCL ring LL.latency", "shots.symm_mem multimem.bandwidth")),
+    ("b200", "h200", 1, ("launch", "generated_norm", "triton.signal", "flashinfer.signal",
+                         "library.NCCL ring Simple.latency", "shots.symm_mem one-shot.latency")),
     ("b200", "h200", 126 / 50, ("cache",)),
     ("b200", "h200", 148 / 132, ("cache_bandwidth", "strided_copy")),
     ("b200", "h200", 8 / 4.8, ("memory_bandwidth",)),
-    ("b200", "h200", 2, ("ring.LL.bandwidth",)),
-    ("b200", "h200", 40.1 / 20.6, ("ring.Simple.bandwidth", "triton.bandwidth", "flashinfer.bandwidth")),
+    ("b200", "h200", 40.1 / 20.6, ("library.NCCL ring Simple.bandwidth", "library.NCCL NVLS.bandwidth",
+                                   "triton.bandwidth", "flashinfer.bandwidth")),
+    ("b300", "b200", 1, ("library.NCCL ring LL.latency", "shots.vLLM custom one-shot.peer", "triton.second")),
+    ("a100", "h200", 12 * 20 / (18 * 20.6), ("library.NCCL ring LL128.bandwidth",
+                                             "shots.vLLM custom two-shot.bandwidth")),
     ("mi355x", "h200", 256 / 132, ("strided_copy",)),
     ("mi300x", "h200", 304 / 132, ("strided_copy",)),
-    ("mi300x", "mi355x", 1, ("launch", "cache", "cache_bandwidth", "aiter.peers.signal", "aiter.norm",
-                             "triton.signal")),
-    ("mi300x", "mi355x", 64 / 76.8, ("aiter.peers.bandwidth", "triton.bandwidth")),
+    ("mi300x", "mi355x", 1, ("launch", "cache", "cache_bandwidth", "aiter.norm")),
+    ("mi325x", "mi300x", 1, ("aiter.peers.signal", "aiter.peers.bandwidth", "triton.signal")),
 ]  # fmt: skip
 
 
@@ -317,12 +388,13 @@ def test_links_and_staging_of_each_vendor() -> None:
         triton, flashinfer = HARDWARE[name].triton, HARDWARE[name].flashinfer
         assert triton is not None
         assert flashinfer is not None
-        assert (triton.mesh, triton.stages, flashinfer.mesh, flashinfer.stages) == (False, True, False, False)
+        assert (triton.mesh, triton.stages, flashinfer.mesh, flashinfer.stages) == (False, False, False, False)
+        assert (triton.buffered, flashinfer.buffered) == (0, 3)
     for name in ("mi300x", "mi355x"):
         triton, aiter = HARDWARE[name].triton, HARDWARE[name].aiter
         assert triton is not None
         assert aiter is not None
-        assert (triton.mesh, triton.stages, aiter.peers.mesh, aiter.peers.stages) == (True, True, True, False)
+        assert (triton.mesh, triton.stages, aiter.peers.mesh, aiter.peers.stages) == (True, False, True, False)
 
 
 KIB = 1024

@@ -52,11 +52,11 @@ def test_memory_is_the_datasheets_times_what_a_copy_moves(device: str, paper: fl
 
 
 def test_links_are_those_that_the_card_has() -> None:
-    links = {name: dict(HARDWARE[name].constants())["ring.Simple.bandwidth"].value for name in HARDWARE
-             if HARDWARE[name].ring and name != "cpu"}  # fmt: skip
+    links = {name: dict(HARDWARE[name].constants())["library.NCCL ring Simple.bandwidth"].value for name in HARDWARE
+             if HARDWARE[name].library and name != "cpu"}  # fmt: skip
     assert links["l40s"] == links["rtx4090"] == links["a100-pcie"] == 24
     assert links["h100-pcie"] == links["h100-nvl"] == 48
-    assert links["a100"] == links["a100-40gb"] == pytest.approx(318.6 * 12 * 20 / (18 * 20.6), abs=0.1)
+    assert links["a100"] == links["a100-40gb"] == pytest.approx(links["h200"] * 12 * 20 / (18 * 20.6), abs=0.1)
     assert links["h20-96gb"] == links["gh200"] == links["h200"]
     assert HARDWARE["rtx4090"].triton is None
     assert HARDWARE["rtx4090"].flashinfer is None
@@ -74,7 +74,7 @@ def test_an_unknown_gpu_is_priced_by_what_torch_reports(monkeypatch: pytest.Monk
     assert "384 bits at 8001 MHz, 768 GB/s on paper" in hardware.memory_bandwidth.source
     assert hardware.cache.value == pytest.approx(33.4e6 * 6_291_456 / 50e6, rel=1e-3)
     assert hardware.cache_bandwidth.value == pytest.approx(5868 * 84 / 132, abs=0.1)
-    assert {"launch", "generated_norm", "ring.LL.latency", "triton.signal"} <= set(assumptions(hardware))
+    assert {"launch", "generated_norm", "library.NCCL ring LL.latency", "triton.signal"} <= set(assumptions(hardware))
     assert not {"memory_bandwidth", "cache", "cache_bandwidth"} & set(assumptions(hardware))
     (refusal,) = assumed_constants(hardware)
     assert "nvidia-rtx-a6000 has no profile" in refusal.detail

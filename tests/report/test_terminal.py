@@ -234,6 +234,26 @@ def test_a_rule_whose_work_a_wider_fusion_does_is_not_starved() -> None:
     assert "starved" in render(replace(comparison(), reports=(other,)), 120)
 
 
+def test_the_all_reduces_that_are_priced_have_names() -> None:
+    subject = with_prices(comparison())
+    names = {1: ("NCCL ring LL",), 3: ("NCCL ring LL",), 8: ("NCCL NVLS", "NCCL ring LL")}
+
+    def named(*tokens: int) -> str:
+        graphs = (
+            replace(
+                graph, sizes=tuple(replace(s, all_reduces=names[s.tokens]) for s in graph.sizes if s.tokens in tokens)
+            )
+            for graph in subject.reports[0].graphs
+        )
+        first = replace(subject.reports[0], graphs=tuple(graphs))
+        text = render(replace(subject, reports=(first, *subject.reports[1:])), 120)
+        return next((line.strip() for line in text.splitlines() if line.startswith("all-reduces, ")), "")
+
+    assert named(1, 3, 8) == "all-reduces, unfused: NCCL ring LL at 1, 3 and 8; NCCL NVLS at 8 tokens"
+    assert named(3) == "all-reduces, unfused: NCCL ring LL"
+    assert named() == ""
+
+
 def test_one_size_is_not_called_one_token() -> None:
     (report, _) = comparison().reports
     (graph,) = report.graphs

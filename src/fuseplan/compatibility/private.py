@@ -186,6 +186,8 @@ OPS = (
                ("graph", "integrations", "rules", "verification", "workloads")),
     PrivateApi("torch.distributed._functional_collectives:all_reduce", ("integrations", "workloads"), 3),
     PrivateApi("torch._C._distributed_c10d:Store", ("distributed", "measurement")),
+    PrivateApi("torch._C._autograd:DeviceType.CUDA", ("planner",)),
+    PrivateApi("torch._C._distributed_c10d:_SymmetricMemory.has_multicast_support", ("planner",), 2),
     PrivateApi("torch.distributed:ProcessGroup._get_backend", ("distributed",)),
     PrivateApi("torch.distributed._symmetric_memory:empty", ("distributed",)),
     PrivateApi("torch.distributed._symmetric_memory:rendezvous", ("distributed",), 2),

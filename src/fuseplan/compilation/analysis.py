@@ -144,8 +144,10 @@ def graph_report(
         rewritten=rewritten,
         plan=plan_record(problem, decision, name, span, device) if is_planned else None,
         sizes=tuple(
-            SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving)
-            for tokens, unfused, saving in zip(problem.priced.tokens, problem.priced.unfused, saved, strict=True)
+            SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving, all_reduces=problem.all_reduces(index))
+            for index, (tokens, unfused, saving) in enumerate(
+                zip(problem.priced.tokens, problem.priced.unfused, saved, strict=True)
+            )
         ),
         saved_ns=decision.saving_ns,
         unfused_ns=problem.unfused_ns,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from fuseplan.devices.derivation import H100_COPY, attention, like, linear, ns, peers, rate, renamed, scaled, size
+from fuseplan.devices.derivation import H100_COPY, attention, like, linear, ns, rate, renamed, scaled, size
 from fuseplan.devices.hardware import Aiter, Constant, Gate, Hardware, Peers
 from fuseplan.devices.nvidia import H100_ATTENTION, H200, H200_LINEAR
 from fuseplan.devices.profile import DeviceProfile
@@ -14,6 +14,10 @@ from fuseplan.devices.profile import DeviceProfile
 _AITER = (
     "benchmarks/data/mi355x-aiter-published.json: fitted on the one-stage tables of EmbeddedLLM/vllm#81 and "
     "ROCm/aiter#3458 (MI355X, 2026) by benchmarks/calibrate_costs.py"
+)
+_CUSTOM = (
+    "benchmarks/data/all-reduces-published.json, four MI300X (SGLang #6619): fitted by benchmarks/calibrate_reduces.py "
+    "on 2026-11-29"
 )
 
 # vLLM decides for AITER which all-reduce + RMSNorm it runs.
@@ -58,13 +62,17 @@ MI355X: Final = Hardware(
     linear=linear(H200_LINEAR, like("H200", "not measured on AMD")),
     triton=Peers(
         signal=ns(1044, f"AITER's: {_AITER}"),
+        second=ns(1044, f"AITER's: {_AITER}"),
+        step=ns(0, f"AITER's: {_AITER}"),
         bandwidth=rate(63.6, f"AITER's: {_AITER}"),
         mesh=True,
-        stages=True,
+        stages=False,
     ),
     aiter=Aiter(
         peers=Peers(
             signal=ns(1044, _AITER),
+            second=ns(1044, _AITER),
+            step=ns(0, f"{_AITER}, on four ranks alone"),
             bandwidth=rate(63.6, f"{_AITER}; 76.8 on paper"),
             mesh=True,
             stages=False,
@@ -82,13 +90,11 @@ MI355X: Final = Hardware(
 
 def _mi300x() -> Hardware:
     assert MI355X.aiter and MI355X.triton
-    link = rate(
-        round(MI355X.aiter.peers.bandwidth.value * 64 / 76.8, 1),
-        "MI355X's times 64 / 76.8, the links on paper; ScalarLM measured 50 GB/s for copies between peers",
-    )
+    link = rate(40.6, f"{_CUSTOM}; 64 on paper, and ScalarLM measured 50 GB/s for copies between peers")
+    signal = ns(3375, _CUSTOM)
 
-    def over_link(constant: Constant) -> Constant:
-        return link
+    def exchange(of: Peers) -> Peers:
+        return replace(of, signal=signal, second=signal, step=same(of.step), bandwidth=link)
 
     same = like("MI355X", "not measured on MI300X")
     return replace(
@@ -97,8 +103,8 @@ def _mi300x() -> Hardware:
         launch=same(MI355X.launch),
         memory_bandwidth=rate(4749, f"datasheet, 5.3 TB/s, times 3002 / 3350 ({H100_COPY}); not measured on AMD"),
         strided_copy=_copies(304),
-        triton=peers(MI355X.triton, same, over_link),
-        aiter=replace(MI355X.aiter, peers=peers(MI355X.aiter.peers, same, over_link), norm=same(MI355X.aiter.norm)),
+        triton=exchange(MI355X.triton),
+        aiter=replace(MI355X.aiter, peers=exchange(MI355X.aiter.peers), norm=same(MI355X.aiter.norm)),
     )
 
 

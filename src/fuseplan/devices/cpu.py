@@ -36,7 +36,7 @@ CPU: Final = Hardware(
         joins_row=True,
     ),
     linear=Linear(library=ns(5000, _NOMINAL), skinny=ns(5000, _NOMINAL)),
-    ring=(
+    library=(
         Protocol(
             name="gloo",
             latency=ns(100_000, _NOMINAL),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Final
 
-from fuseplan.devices.hardware import Attention, Constant, Hardware, Linear, Peers, Protocol
+from fuseplan.devices.hardware import Attention, Constant, Hardware, Linear, Peers, Protocol, Shots
 
 H100_COPY: Final = "benchmarks/data/h100-add-rms-pad.json, H100, 2026-11-22: copies at 3002 GB/s"
 COPIED: Final = 3002 / 3350
@@ -59,12 +59,26 @@ def linear(base: Linear, change: Like) -> Linear:
 
 def peers(base: Peers, change: Like, bandwidth: Like | None = None) -> Peers:
     """The exchange on another device; `bandwidth` says otherwise of its links."""
-    return replace(base, signal=change(base.signal), bandwidth=(bandwidth or change)(base.bandwidth))
+    return replace(
+        base, signal=change(base.signal), second=change(base.second), step=change(base.step),
+        bandwidth=(bandwidth or change)(base.bandwidth),
+    )  # fmt: skip
 
 
 def protocol(base: Protocol, change: Like) -> Protocol:
     """An all-reduce on another device."""
     return replace(base, latency=change(base.latency), step=change(base.step), bandwidth=change(base.bandwidth))
+
+
+def shots(base: Shots, change: Like, bandwidth: Like | None = None, peer: Like | None = None) -> Shots:
+    """An all-reduce in the memory of ranks on another device; `bandwidth` and `peer` say otherwise of its links."""
+    return replace(
+        base,
+        latency=change(base.latency),
+        step=change(base.step),
+        bandwidth=(bandwidth or change)(base.bandwidth),
+        peer=(peer or change)(base.peer),
+    )
 
 
 def renamed(hardware: Hardware, name: str, source: str, memory: float) -> Hardware:
@@ -90,7 +104,8 @@ def exchanges(base: Hardware, change: Like) -> dict[str, Any]:
     """All that crosses ranks on another device, by the field."""
     aiter = base.aiter
     return {
-        "ring": tuple(protocol(each, change) for each in base.ring),
+        "library": tuple(protocol(each, change) for each in base.library),
+        "shots": tuple(shots(each, change) for each in base.shots),
         "triton": base.triton and peers(base.triton, change),
         "flashinfer": base.flashinfer and peers(base.flashinfer, change),
         "aiter": aiter and replace(aiter, peers=peers(aiter.peers, change), norm=change(aiter.norm)),

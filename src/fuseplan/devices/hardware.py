@@ -1,5 +1,6 @@
 """What the cost model knows of a device: constants, each with its unit and where it comes from."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final, Literal
@@ -7,6 +8,12 @@ from typing import Any, Final, Literal
 Vendor = Literal["nvidia", "amd", "cpu"]
 EXCHANGES: Final = ("triton", "flashinfer", "aiter")
 """The fields of `Hardware` that say how kernels exchange rows with other ranks."""
+TORCH: Final = "torch"
+"""The reducer of an all-reduce of torch.distributed: its library chooses the algorithm. Other reducers are an engine,
+which chooses by size and number of ranks, and an op of torch that says the algorithm, such as `ONE_SHOT`.
+"""
+ONE_SHOT: Final = "symm_mem one-shot"
+"""The reducer `torch.ops.symm_mem.one_shot_all_reduce`."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +33,114 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One way in which a library runs an all-reduce around a ring of N ranks.
+    """One way in which a library runs an all-reduce of N ranks, over links from one to the next or through the switch.
 
-    time = latency + (steps - 2) * step + steps / N * bytes / bandwidth,   steps = 2 * (N - 1)
+    time = latency + (steps - 2) * step + crossing * bytes / bandwidth
+
+    | algorithm | steps     | crossing    | |
+    |-----------|-----------|-------------|-|
+    | `ring`    | 2 (N - 1) | 2 (N - 1)/N | every rank reduces a share and passes it on |
+    | `tree`    | 2 (N - 1) | 2           | up a chain and down again |
+    | `nvls`    | N         | (N + 1)/N   | the switch adds and hands out: three ranks at least |
 
     Attributes:
-        name: as the library names it.
+        name: the library's, with the algorithm and the protocol, e.g. `NCCL ring LL`.
+        algorithm: the row of the table.
         latency: of an empty all-reduce of two ranks, its launch included.
-        step: what each step beyond the two of two ranks adds.
+        step: what each step beyond the first two adds.
         bandwidth: of a rank's link, in one direction, as achieved.
     """
 
     name: str
+    algorithm: Literal["ring", "tree", "nvls"] = "ring"
     latency: Constant
     step: Constant
     bandwidth: Constant
+
+    def serves(self, ranks: int) -> bool:
+        """Whether it can run among so many ranks."""
+        return self.algorithm != "nvls" or ranks > 2
+
+    def latency_ns(self, ranks: int) -> float:
+        """Of an empty all-reduce."""
+        steps = ranks if self.algorithm == "nvls" else 2 * (ranks - 1)
+        return self.latency.value + (steps - 2) * self.step.value
+
+    def wire_ns(self, nbytes: float, ranks: int) -> float:
+        """What the bytes take beyond that."""
+        crossing = {"ring": 2 * (ranks - 1) / ranks, "tree": 2.0, "nvls": (ranks + 1) / ranks}[self.algorithm]
+        return crossing * nbytes / self.bandwidth.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shots:
+    """One way in which a kernel of one launch runs an all-reduce in the memory of its N ranks.
+
+    time = latency + log2(N / 2) * step + crossing * bytes / min(bandwidth, (N - 1) * peer) + copies
+
+    | algorithm  | crossing    | |
+    |------------|-------------|-|
+    | `one-shot` | N - 1       | every rank reads all rows of all others |
+    | `two-shot` | 2 (N - 1)/N | every rank reduces its share, and hands the result on |
+    | `multimem` | (N + 1)/N   | the switch adds a share for each rank, and hands out what it writes |
+
+    Attributes:
+        name: its owner's and the algorithm's, e.g. `vLLM custom two-shot`.
+        algorithm: the row of the table.
+        latency: of an empty one of two ranks: its launch, and waiting for the other rank.
+        step: what waiting for twice as many ranks adds.
+        bandwidth: of all of a rank's links in one direction, as achieved.
+        peer: of what a kernel has under way with one other rank.
+        copies: how many kernels beside it copy rows into a buffer that others can read, and out of it.
+    """
+
+    name: str
+    algorithm: Literal["one-shot", "two-shot", "multimem"]
+    latency: Constant
+    step: Constant
+    bandwidth: Constant
+    peer: Constant
+    copies: int = 0
+
+    def latency_ns(self, ranks: int) -> float:
+        """Of an empty all-reduce, without copies."""
+        return self.latency.value + math.log2(ranks / 2) * self.step.value
+
+    def wire_ns(self, nbytes: float, ranks: int) -> float:
+        """What the bytes take beyond that."""
+        crossing = {"one-shot": ranks - 1, "two-shot": 2 * (ranks - 1) / ranks, "multimem": (ranks + 1) / ranks}
+        return crossing[self.algorithm] * nbytes / min(self.bandwidth.value, (ranks - 1) * self.peer.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What an engine's all-reduce calls for some sizes.
+
+    Attributes:
+        kernel: one of the device's `Shots`, by name.
+        below: by the number of ranks that it serves, the size in bytes from which on it doesn't.
+    """
+
+    kernel: str
+    below: Mapping[int, int]
+
+    def takes(self, nbytes: float, ranks: int) -> bool:
+        """Whether it is called for so many bytes among so many ranks."""
+        return nbytes < self.below.get(ranks, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    """What an engine's all-reduce calls, by size and number of ranks: the first choice that takes them, or else the
+    library.
+
+    Attributes:
+        source: which version of which code.
+        choices: in the order in which they are asked.
+    """
+
+    source: str
+    choices: tuple[Choice, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +148,22 @@ class Peers:
     """How a kernel of one launch exchanges rows with the other ranks.
 
     Attributes:
-        signal: what waiting for the other ranks costs: a barrier, or Lamport's spinning on the data.
+        signal: what waiting for the other rank of two costs: a barrier, or Lamport's spinning on the data.
+        second: the same of the second wait of two shots.
+        step: what waiting for twice as many ranks adds, once however often the kernel waits.
         bandwidth: of one link in one direction, as achieved by loads and stores of a kernel.
         mesh: whether each pair of ranks has a link of its own, as on AMD's boards, or one switched link is shared.
         stages: whether a rank first copies its rows to a buffer that the others can read.
+        buffered: how often what it is sent goes through a rank's memory: as it comes, as it is read, as it is cleared.
     """
 
     signal: Constant
+    second: Constant
+    step: Constant
     bandwidth: Constant
     mesh: bool
     stages: bool
+    buffered: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +265,9 @@ class Hardware:
         strided_copy: of eager `copy_` into a narrowed tensor, the second half of eager `F.pad`.
         attention: attention kernels.
         linear: linear layers of few rows.
-        ring: the all-reduce of torch.distributed; the fastest protocol is taken. Empty where AITER replaces it.
+        library: the all-reduces of torch.distributed, of which the fastest is taken. Empty where AITER replaces them.
+        shots: all-reduces of engines, and torch's over symmetric memory.
+        engines: which all-reduce an engine calls, by the engine's name.
         triton: the exchange of Triton kernels over symmetric memory, None where there is no Triton.
         flashinfer: FlashInfer's exchange, None off NVIDIA.
         aiter: AITER's, None off AMD.
@@ -175,7 +283,9 @@ class Hardware:
     strided_copy: Constant
     attention: Attention
     linear: Linear
-    ring: tuple[Protocol, ...] = ()
+    library: tuple[Protocol, ...] = ()
+    shots: tuple[Shots, ...] = ()
+    engines: Mapping[str, Dispatch] = field(default_factory=dict)
     triton: Peers | None = None
     flashinfer: Peers | None = None
     aiter: Aiter | None = None

@@ -4,7 +4,8 @@ H200's were measured. Those of the others are its, or follow from it by ratios o
 datasheets, and the source of each says so.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from fuseplan.devices.derivation import (
@@ -21,10 +22,24 @@ from fuseplan.devices.derivation import (
     rate,
     renamed,
     scaled,
+    shots,
     size,
 )
-from fuseplan.devices.hardware import Attention, Constant, Hardware, Linear, Peers, Protocol
+from fuseplan.devices.hardware import Attention, Dispatch, Hardware, Linear, Peers, Protocol
 from fuseplan.devices.profile import DeviceProfile
+from fuseplan.devices.reduces import (
+    ANY_VLLM,
+    B200_VLLM,
+    B300_VLLM,
+    BLACKWELL_LIBRARY,
+    BLACKWELL_SHOTS,
+    HOPPER_LIBRARY,
+    HOPPER_SHOTS,
+    HOPPER_VLLM,
+    NCCL,
+    OURS,
+    PAIR_VLLM,
+)
 
 _RUN_1 = (
     "benchmarks/data/h200x2-ar-add-rms-pad.json, 2 x H200, 2026-11-22: fitted on run 1, columns U, C, B, D, by "
@@ -32,7 +47,6 @@ _RUN_1 = (
 )
 _RUN_2 = _RUN_1.replace("run 1, columns U, C, B, D,", "run 2, column F,")
 _GPU_BENCHES = "github.com/te42kyfo/gpu-benches, gpu-small-kernels/h200_graph.txt (streams in a CUDA graph)"
-_NCCL = "NCCL 2.30, src/graph/tuning.cc"
 
 _ATTENTION_RUN = "benchmarks/results/decode_one_gpu_h100.json, H100, 2026-11-28"
 _H100_RATE = "half of 798 TFLOP/s, an 8192^3 product in bfloat16 on an H100; the same whatever is fused"
@@ -68,31 +82,25 @@ H200: Final = Hardware(
     strided_copy=rate(2885, f"{_RUN_1}; poorly determined (sigma of 72 %)"),
     attention=H100_ATTENTION,
     linear=H200_LINEAR,
-    ring=(
-        Protocol(
-            name="LL",
-            latency=ns(7559, f"{_RUN_1}, near 6.6 us and two steps of {_NCCL}"),
-            step=ns(600, f"{_NCCL}: hwLatencies, NVLink, ring, LL"),
-            bandwidth=rate(146.0, f"{_RUN_1}, near llMaxBws of {_NCCL} (141 on Hopper)"),
-        ),
-        Protocol(
-            name="Simple",
-            latency=ns(18496, f"{_RUN_1}, near 8.4 us and two steps of {_NCCL}"),
-            step=ns(3400, f"{_NCCL}: hwLatencies, NVLink, ring, Simple"),
-            bandwidth=rate(318.6, f"{_RUN_1}, near 18 links of 20.6 (NCCL 2.30, src/graph/topo.h)"),
-        ),
-    ),
+    library=HOPPER_LIBRARY,
+    shots=HOPPER_SHOTS,
+    engines=HOPPER_VLLM,
     triton=Peers(
-        signal=ns(5207, f"{_RUN_1} (a barrier by atomics between the two phases of the kernel)"),
-        bandwidth=rate(413.2, f"{_RUN_1}, near 380 (NVIDIA/nccl#1264, p2pBandwidthLatencyTest on H100; 450 on paper)"),
-        mesh=False,
-        stages=True,
-    ),
-    flashinfer=Peers(
-        signal=ns(2829, f"{_RUN_2} (Lamport: readers spin on the data)"),
-        bandwidth=rate(276.7, _RUN_2),
+        signal=ns(2220, f"{OURS} (each rank writes to all others, and spins on the data)"),
+        second=ns(1265, OURS),
+        step=ns(1922, OURS),
+        bandwidth=rate(423.3, f"{OURS}, near 386 of its link_GB_s and 450 on paper"),
         mesh=False,
         stages=False,
+    ),
+    flashinfer=Peers(
+        signal=ns(3451, f"{OURS} (Lamport: readers spin on the data)"),
+        second=ns(15145, f"{OURS} (four ranks: two shots of FlashInfer take 30 us at least)"),
+        step=ns(1314, OURS),
+        bandwidth=rate(465.0, OURS),
+        mesh=False,
+        stages=False,
+        buffered=3,
     ),
 )
 
@@ -108,9 +116,11 @@ H100: Final = Hardware(
     strided_copy=_same_die(H200.strided_copy),
     attention=H100_ATTENTION,
     linear=H200_LINEAR,
-    ring=tuple(replace(protocol(each, _same_die), step=each.step) for each in H200.ring),
-    triton=H200.triton and peers(H200.triton, _same_die),
-    flashinfer=H200.flashinfer and peers(H200.flashinfer, _same_die),
+    library=H200.library,
+    shots=H200.shots,
+    engines=H200.engines,
+    triton=H200.triton,
+    flashinfer=H200.flashinfer,
 )
 
 _unmeasured = like("H200", "not measured on B200")
@@ -133,12 +143,9 @@ B200: Final = Hardware(
     strided_copy=_sms(H200.strided_copy),
     attention=attention(H100_ATTENTION, like("H100", "not measured on B200")),
     linear=linear(H200_LINEAR, like("H200", "not measured on B200")),
-    ring=tuple(
-        replace(each, latency=_unmeasured(each.latency), bandwidth=wider(each.bandwidth))
-        for each, wider in zip(
-            H200.ring, (_b200(2.0, f"llMaxBws of {_NCCL}, Blackwell over Hopper"), _links), strict=True
-        )
-    ),
+    library=BLACKWELL_LIBRARY,
+    shots=BLACKWELL_SHOTS,
+    engines=B200_VLLM,
     triton=H200.triton and peers(H200.triton, _unmeasured, _links),
     flashinfer=H200.flashinfer and peers(H200.flashinfer, _unmeasured, _links),
 )
@@ -161,6 +168,8 @@ class Sheet:
         pcie: the generation of its PCI Express.
         reaches_peers: whether a kernel can read and write another GPU's memory.
         low_latency: GB/s of NCCL's LL on one node.
+        multicast: whether the switch between its links adds.
+        engines: which all-reduce an engine calls.
     """
 
     source: str
@@ -170,6 +179,8 @@ class Sheet:
     pcie: int = 4
     reaches_peers: bool = True
     low_latency: float = 141.0
+    multicast: bool = False
+    engines: Mapping[str, Dispatch] = field(default_factory=lambda: PAIR_VLLM)
 
     def hardware(self, name: str, processors: int) -> Hardware:
         """The constants of a device of that name with so many streaming multiprocessors."""
@@ -191,9 +202,6 @@ class Sheet:
         def reached(of: Peers | None) -> Peers | None:
             return peers(of, same, links) if of is not None and self.reaches_peers else None
 
-        low, simple = H200.ring
-        slowest = self.low_latency if self.nvlink is not None else min(lanes / 2, self.low_latency)
-        low_rate = f"llMaxBws of {_NCCL}, or half of the lanes where that is less"
         paper = f"datasheet, {self.memory:g} GB/s, times 3002 / 3350 ({H100_COPY}); {unmeasured}"
         return Hardware(
             name=name,
@@ -206,24 +214,33 @@ class Sheet:
             strided_copy=more(H200.strided_copy),
             attention=attention(H100_ATTENTION, same),
             linear=linear(H200_LINEAR, same),
-            ring=(
-                Protocol(
-                    name="LL", latency=same(low.latency), step=self._step(low, 1000),
-                    bandwidth=rate(slowest, f"{low_rate}; {unmeasured}"),
-                ),
-                Protocol(
-                    name="Simple", latency=same(simple.latency), step=self._step(simple, 5700),
-                    bandwidth=links(simple.bandwidth),
-                ),
+            library=tuple(self._protocol(each, same, links, unmeasured) for each in self._served()),
+            shots=tuple(
+                shots(each, same, links, None if self.nvlink is not None else links)
+                for each in H200.shots
+                if self.reaches_peers and (self.multicast or each.algorithm != "multimem")
             ),
+            engines=self.engines,
             triton=reached(H200.triton),
             flashinfer=reached(H200.flashinfer),
         )  # fmt: skip
 
-    def _step(self, of: Protocol, over_pcie: float) -> Constant:
-        if self.nvlink is not None:
-            return of.step
-        return ns(over_pcie, f"{_NCCL}: hwLatencies, PCI, ring, {of.name}")
+    def _served(self) -> list[Protocol]:
+        """NCCL keeps LL128 and NVLS to NVLink."""
+        only = ("LL128", "NVLS") if self.nvlink is None else () if self.multicast else ("NVLS",)
+        return [each for each in H200.library if not each.name.endswith(only)]
+
+    def _protocol(self, of: Protocol, same: Like, links: Like, unmeasured: str) -> Protocol:
+        """NCCL's on these links."""
+        changed = replace(protocol(of, same), bandwidth=links(of.bandwidth))
+        if of.name.endswith(" LL"):
+            slowest = self.low_latency if self.nvlink is not None else min(_PCIE[self.pcie] / 2, self.low_latency)
+            why = f"llMaxBws of {NCCL}, or half of the lanes where that is less; {unmeasured}"
+            changed = replace(changed, bandwidth=rate(slowest, why))
+        if self.nvlink is None:
+            over_pcie = 1000 if of.name.endswith(" LL") else 5700
+            changed = replace(changed, step=ns(over_pcie, f"{NCCL}: hwLatencies, PCI; {unmeasured}"))
+        return changed
 
 
 def _gpu(name: str, description: str, reported: str, processors: int, constants: Hardware | Sheet) -> DeviceProfile:
@@ -241,9 +258,9 @@ _H100 = "NVIDIA H100 Tensor Core GPU datasheet and architecture whitepaper"
 _GH200 = "NVIDIA GH200 Grace Hopper Superchip datasheet"
 DEVICES: Final = (
     _gpu("a100", "A100 SXM, 80 GB", "A100-SXM4-80GB", 108,
-         Sheet(source=_A100, memory=2039, cache=40e6, nvlink=_A100_LINKS, low_latency=87.7)),
+         Sheet(source=_A100, memory=2039, cache=40e6, nvlink=_A100_LINKS, low_latency=87.7, engines=ANY_VLLM)),
     _gpu("a100-40gb", "A100 SXM, 40 GB", "A100-SXM4-40GB", 108,
-         Sheet(source=_A100, memory=1555, cache=40e6, nvlink=_A100_LINKS, low_latency=87.7)),
+         Sheet(source=_A100, memory=1555, cache=40e6, nvlink=_A100_LINKS, low_latency=87.7, engines=ANY_VLLM)),
     _gpu("a100-pcie", "A100 PCIe, 80 GB", "A100 80GB PCIe", 108,
          Sheet(source=_A100, memory=1935, cache=40e6, low_latency=87.7)),
     _gpu("a100-pcie-40gb", "A100 PCIe, 40 GB", "A100-PCIE-40GB", 108,
@@ -252,19 +269,22 @@ DEVICES: Final = (
          Sheet(source=f"NVIDIA L40S datasheet and {_ADA}", memory=864, cache=96e6, low_latency=87.7)),
     _gpu("rtx4090", "GeForce RTX 4090", "GeForce RTX 4090", 128,
          Sheet(source=f"{_ADA}, GeForce RTX 4090", memory=1008, cache=72e6, reaches_peers=False,
-               low_latency=87.7)),
+               low_latency=87.7, engines={})),
     _gpu("h20-96gb", "H20, 96 GB", "H20", 78,
-         Sheet(source="NVIDIA H20 datasheet", memory=4000, cache=60e6, nvlink=1.0)),
+         Sheet(source="NVIDIA H20 datasheet", memory=4000, cache=60e6, nvlink=1.0, multicast=True,
+               engines=HOPPER_VLLM)),
     _gpu("h100", "H100 SXM", "H100 80GB HBM3", 132, H100),
     _gpu("h100-pcie", "H100 PCIe", "H100 PCIe", 114, Sheet(source=_H100, memory=2000, cache=50e6, pcie=5)),
     _gpu("h100-nvl", "H100 NVL", "H100 NVL", 132,
          Sheet(source="NVIDIA H100 NVL datasheet", memory=3900, cache=50e6, pcie=5)),
     _gpu("h200", "H200 SXM", "H200", 132, H200),
-    _gpu("gh200", "GH200, 96 GB", "GH200 480GB", 132, Sheet(source=_GH200, memory=4000, cache=50e6, nvlink=1.0)),
+    _gpu("gh200", "GH200, 96 GB", "GH200 480GB", 132,
+         Sheet(source=_GH200, memory=4000, cache=50e6, nvlink=1.0, multicast=True, engines=HOPPER_VLLM)),
     _gpu("gh200-144gb", "GH200, 144 GB", "GH200 144G HBM3e", 132,
-         Sheet(source=_GH200, memory=4900, cache=50e6, nvlink=1.0)),
+         Sheet(source=_GH200, memory=4900, cache=50e6, nvlink=1.0, multicast=True, engines=HOPPER_VLLM)),
     _gpu("b200", "B200", "B200", 148, B200),
     _gpu("b300", "B300 SXM", "B300 SXM6 AC", 148,
-         renamed(B200, "b300", "NVIDIA DGX B300 datasheet: 8 TB/s and NVLink 5, as B200", 8000)),
+         replace(renamed(B200, "b300", "NVIDIA DGX B300 datasheet: 8 TB/s and NVLink 5, as B200", 8000),
+                 engines=B300_VLLM)),
 )  # fmt: skip
 """One record each."""

@@ -14,7 +14,7 @@ from fuseplan.planner.costs import CostModel
 from fuseplan.providers import KernelCost
 from fuseplan.providers.declared import declared_us
 from fuseplan.rules import Bindings
-from fuseplan.rules.parts import Core, Epilogue, Prologue, part_at
+from fuseplan.rules.parts import Core, Epilogue, Prologue, part_at, reducer_of
 from fuseplan.rules.parts.traffic import Middle, Region, total_ns
 
 Sized = Callable[[Tensor], Tensor]
@@ -95,7 +95,7 @@ def _all_reduce_ns(node: fx.Node, model: CostModel, sized: Sized) -> int:
     x = sized(value)
     region = Region(
         core=Middle(name="reduced", reads_sums=True), tokens=max(1, x.shape[:-1].numel()), width=x.shape[-1],
-        itemsize=x.dtype.itemsize, reduce=True, ranks=ranks,
+        itemsize=x.dtype.itemsize, reduce=True, ranks=ranks, reducer=reducer_of(node),
     )  # fmt: skip
     return total_ns(model.reduce(region))
 

@@ -100,6 +100,12 @@ class Problem:
         found += [self.priced.savings[index] for index in left]
         return [sum(savings[k] for savings in found if savings) for k in range(len(self.priced.tokens))]
 
+    def all_reduces(self, size: int) -> tuple[str, ...]:
+        """What the all-reduces of contested sites run unfused at one of the sizes, where they weren't measured."""
+        known = zip(self.candidates, self.priced.provenance, strict=True)
+        places = {place for each, how in known if how is not Provenance.MEASURED for place in each.places}
+        return self.pricing.all_reduces(sorted(places), size)
+
     def in_graph_order(self, selected: Iterable[int]) -> list[int]:
         """A selection by the places of its matches in the original graph, which all kinds of matches have."""
         return sorted(selected, key=lambda i: (self.canonical.source_node(self.candidates[i].anchor), i))

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from fuseplan.caching.content import content_of
 from fuseplan.graph.facts import hint, tensor_of
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate, copies_text
-from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, Provenance
+from fuseplan.planner.costs import BUILT_IN_TIMINGS, REDUCED, CostModel, CostTable, Provenance
 from fuseplan.planner.declared import declared_ns, generated_ns
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
@@ -223,6 +223,12 @@ class Pricing:
     def rows_at(self, places: Sequence[int], tokens: int) -> int:
         """The rows of a component's first site at a number of the model's tokens: what a table calls tokens."""
         return self._rows.at(self._inputs[places[0]], tokens)
+
+    def all_reduces(self, places: Iterable[int], size: int) -> tuple[str, ...]:
+        """The names of the all-reduces that sites run unfused, by the model, at one of the sizes."""
+        shapes = dict.fromkeys(self.shapes[place][size] for place in places)
+        kernels = (kernel.name for shape in shapes for kernel in shape.unfused(self.prices.model))
+        return tuple(sorted({name[len(REDUCED) : -1] for name in kernels if name.startswith(REDUCED)}))
 
     def copies(self, match: Match, tokens: int) -> tuple[Kernel, ...]:
         """The copies that a match needs beside its op, at a number of the model's tokens."""

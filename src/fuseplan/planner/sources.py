@@ -36,7 +36,7 @@ def prices_of(
         )
     # A device that is named is priced alike everywhere, but for one that only this machine knows.
     here = (device is None or profile.name not in PROFILES) and profile == local_profile()
-    hardware = hardware_of(profile, here=here)
+    hardware = hardware_of(profile, here=here, multicast=environment.multicast)
     own = {each.name: each.timing for each in providers if each.timing is not None}
     model = CostModel(hardware, timings={**BUILT_IN_TIMINGS, **own})
     return Prices(model=model, table=table, source=config.costs)

@@ -65,11 +65,13 @@ class SizePrice:
         tokens: the size.
         unfused_ns: as Inductor leaves them.
         saved_ns: the part of it that the applied fusions save.
+        all_reduces: what their all-reduces run unfused, as far as these are modelled, e.g. `NCCL ring LL`.
     """
 
     tokens: int
     unfused_ns: int
     saved_ns: int
+    all_reduces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

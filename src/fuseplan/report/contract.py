@@ -108,7 +108,14 @@ def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
         "unfused_us": sum(graph.unfused_ns for graph in graphs) / 1000,
         "step_us": sum(steps) / 1000 if len(steps) == len(graphs) else None,
         "sizes": [
-            {"tokens": tokens, "unfused_us": unfused / 1000, "saved_us": saved / 1000}
+            {
+                "tokens": tokens,
+                "unfused_us": unfused / 1000,
+                "saved_us": saved / 1000,
+                "all_reduces": sorted(
+                    {name for g in graphs for s in g.sizes if s.tokens == tokens for name in s.all_reduces}
+                ),
+            }
             for tokens, (unfused, saved) in sorted(sizes.items())
         ],
     }

@@ -326,4 +326,18 @@ def _footer(comparison: Comparison, verbose: bool) -> list[RenderableType]:
             stages[stage] = stages.get(stage, 0) + time_ns
     times = [f"build and trace {comparison.trace_ns / 1e9:.1f} s"]
     times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in stages.items()]
-    return [recognised, *notes, Text(f"time  {', '.join(times)}", style="dim")]
+    return [*_all_reduces(comparison), recognised, *notes, Text(f"time  {', '.join(times)}", style="dim")]
+
+
+def _all_reduces(comparison: Comparison) -> list[RenderableType]:
+    """What all-reduces are priced as where they aren't fused, by size."""
+    found: dict[str, dict[int, None]] = {}
+    for size in (size for graph in comparison.reports[0].graphs for size in graph.sizes):
+        for name in size.all_reduces:
+            found.setdefault(name, {})[size.tokens] = None
+    if len({tokens for sizes in found.values() for tokens in sizes}) < 2:
+        listed = ", ".join(found)
+    else:
+        at = {name: enumerate_names([f"{each:,}" for each in sorted(sizes)]) for name, sizes in found.items()}
+        listed = "; ".join(f"{name} at {sizes}" for name, sizes in at.items()) + " tokens"
+    return [Text(f"all-reduces, unfused: {listed}", style="dim")] if found else []

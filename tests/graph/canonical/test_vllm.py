@@ -16,6 +16,7 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.record import Reason
+from fuseplan.rules.families import find_sites
 from tests.helpers import randn, written
 
 HIDDEN, EPS = 64, 1e-5
@@ -81,6 +82,36 @@ def test_what_gpus_have() -> None:
     assert calls(canonical, "all_reduce") == [("x", "0")]
     (norm,) = calls(canonical, "fused_add_rms_norm")
     assert norm[1:] == ("residual", "weight", EPS, "vllm")
+
+
+def signatures(canonical: CanonicalGraph, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr("fuseplan.rules.families.sites.group_size", lambda name: 4)
+    return [site.shape(4).signature for site in find_sites(canonical)]
+
+
+def test_prices_know_whose_all_reduce_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flat(x: Any, residual: Any, weight: Any) -> Any:
+        reduced = torch.ops.aten.view.default(torch.ops.vllm.all_reduce.default(x, "tp:0"), [2, 2, HIDDEN])
+        return torch.ops.vllm_ir.rms_norm.default(reduced, weight, EPS)
+
+    (site,) = signatures(raised(reduce_add_norm, x=X, residual=R, weight=W), monkeypatch)
+    assert site.startswith("all_reduce[4 vllm] -> add -> rms_norm")
+    (site,) = signatures(raised(flat, x=X, residual=R, weight=W), monkeypatch)
+    assert site.startswith("all_reduce[4 vllm] -> rms_norm")
+
+
+@pytest.mark.parametrize(("operation", "expected"), [("sum", 1), ("max", 0)])
+def test_torchs_all_reduce_in_symmetric_memory(operation: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed._symmetric_memory
+
+    def norm(x: Any, weight: Any) -> Any:
+        reduced = torch.ops.symm_mem.one_shot_all_reduce.default(x, operation, "0")
+        return torch.ops.vllm_ir.rms_norm.default(reduced, weight, EPS)
+
+    canonical = raised(norm, x=X, weight=W)
+    assert canonical.recognized().get(f"all_reduce[{HIDDEN}]", 0) == expected
+    (site,) = signatures(canonical, monkeypatch)
+    assert site.startswith("all_reduce[4 symm_mem one-shot]") == bool(expected)
 
 
 @pytest.mark.parametrize(("dtype", "convention"), [(torch.bfloat16, "llama"), (torch.float32, "gpt_oss")])

@@ -14,7 +14,8 @@ from torch._ops import HigherOrderOperator, OpOverload
 from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import is_call
 
-NAMESPACES = frozenset({"vllm", "vllm_ir", "_C"})
+NAMESPACES = frozenset({"vllm", "vllm_ir", "_C", "symm_mem"})
+"""Of engines, and of torch's collectives over symmetric memory, which engines call, too."""
 
 
 def merge_equal_results(canonical: CanonicalGraph, node: fx.Node) -> None:

@@ -4,7 +4,7 @@ from fuseplan.devices import HARDWARE, Aiter, Constant, Gate, Hardware, Peers, P
 from fuseplan.devices.amd import AITER_GATE_LATER, AITER_GATE_MAY_2026
 from fuseplan.planner.costs.cache import cached_path, cached_table
 from fuseplan.planner.costs.hardware_of import assumptions, hardware_of
-from fuseplan.planner.costs.model import BUILT_IN_TIMINGS, CostModel
+from fuseplan.planner.costs.model import BUILT_IN_TIMINGS, REDUCED, CostModel
 from fuseplan.planner.costs.record import DeviceRecord, Measured, record_path
 from fuseplan.planner.costs.table import CostTable, Provenance, Row
 from fuseplan.rules.parts.traffic import Kernel, Region, total_ns
@@ -14,6 +14,7 @@ __all__ = [
     "AITER_GATE_MAY_2026",
     "BUILT_IN_TIMINGS",
     "HARDWARE",
+    "REDUCED",
     "Aiter",
     "Constant",
     "CostModel",

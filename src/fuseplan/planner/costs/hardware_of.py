@@ -5,24 +5,37 @@ from typing import Any
 import torch
 
 from fuseplan.devices import ASSUMED, DeviceProfile, Facts, Hardware, unknown_hardware
+from fuseplan.devices.reduces import without_multicast
 from fuseplan.planner.costs.record import cached_record
 
 
-def hardware_of(profile: DeviceProfile, *, here: bool) -> Hardware:
+def hardware_of(profile: DeviceProfile, *, here: bool, multicast: bool = True) -> Hardware:
     """The constants of a device.
 
     Args:
         profile: its record.
         here: whether it is this machine's, and what was measured of it counts.
+        multicast: whether this machine lets NVLink's switches add, if they can.
     """
     hardware = profile.hardware or unknown_hardware(profile.name, profile.vendor, _facts() if here else Facts())
     record = cached_record(profile.name) if here else None
-    return record.applied(hardware) if record is not None else hardware
+    hardware = record.applied(hardware) if record is not None else hardware
+    return hardware if not here or (multicast and _has_multicast()) else without_multicast(hardware)
 
 
 def assumptions(hardware: Hardware) -> list[str]:
     """The constants of which nothing is known."""
     return [name for name, constant in hardware.constants() if constant.source.startswith(ASSUMED)]
+
+
+def _has_multicast() -> bool:
+    """Whether the switches between this machine's GPUs can add."""
+    if not torch.cuda.is_available():
+        return False
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory  # a build without torch.distributed has none
+
+    return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, torch.cuda.current_device()))
 
 
 def _facts() -> Facts:

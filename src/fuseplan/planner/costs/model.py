@@ -8,7 +8,8 @@ A region takes as long as its kernels one after the other, as they run inside a 
 
 How Inductor leaves what is not fused:
 
-- An all-reduce is a kernel of the communication library.
+- An all-reduce is a kernel: of the communication library, by the fastest of its algorithms, or where an engine's op or
+  one of torch's over symmetric memory stands in the graph, the one that this runs at the size. Its name says which.
 - Residual add and norm are one row reduction, SiLU-and-mul is one pointwise kernel.
 - fp8 quantisation joins the kernel before it: static is pointwise, and the row maximum of dynamic is a reduction over
   the rows that this kernel holds already. After an opaque fused op it is a kernel of its own.
@@ -22,7 +23,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
-from fuseplan.devices.hardware import Aiter, Gate, Hardware, Peers, Protocol
+from fuseplan.devices.hardware import Aiter, Gate, Hardware, Peers, Protocol, Shots
 from fuseplan.providers import BUILT_IN_PROVIDERS, ONE_KERNEL, Timing
 from fuseplan.rules.parts.traffic import Kernel, Region, total_ns
 
@@ -30,6 +31,9 @@ PadLowering: TypeAlias = Literal["inductor", "eager"]
 
 EAGER_BYTES = 8
 """A kernel of an eager reference reads and writes float32."""
+
+REDUCED = "all_reduce ("
+"""How the name of an unfused all-reduce starts; behind it comes whose it is and by what algorithm."""
 
 BUILT_IN_TIMINGS: Mapping[str, Timing] = {each.name: each.timing for each in BUILT_IN_PROVIDERS if each.timing}
 """By the provider's name."""
@@ -99,11 +103,30 @@ class CostModel:
     def reduce(self, region: Region) -> tuple[Kernel, ...]:
         """The all-reduce alone."""
         if (aiter := self.hardware.aiter) is not None:
+            local = 2 * region.row_bytes
             if _takes_one_stage(aiter.plain, region):
-                return (self._one_shot("all_reduce", region, aiter.peers, 2 * region.row_bytes),)
-            return (self._two_shot("all_reduce", region, aiter.peers, 2 * region.row_bytes),)
-        kernels = [_ring(protocol, region) for protocol in self.hardware.ring]
-        return (min(kernels, key=lambda kernel: kernel.ns),)
+                return (self._one_shot(f"{REDUCED}AITER one-stage)", region, aiter.peers, local),)
+            return (self._two_shot(f"{REDUCED}AITER two-stage)", region, aiter.peers, local),)
+        shots = self._shots(region)
+        if shots is not None:
+            return self.shot(shots, region)
+        served = [each for each in self.hardware.library if each.serves(region.ranks)]
+        return (min((_by_library(each, region) for each in served), key=lambda kernel: kernel.ns),)
+
+    def _shots(self, region: Region) -> Shots | None:
+        """The kernel that an engine calls, or that the op in the graph is; None: the library's."""
+        dispatch, name = self.hardware.engines.get(region.reducer), region.reducer
+        if dispatch is not None:
+            takes = (each.kernel for each in dispatch.choices if each.takes(region.row_bytes, region.ranks))
+            name = next(takes, "")
+        return next((each for each in self.hardware.shots if each.name == name), None)
+
+    def shot(self, shots: Shots, region: Region) -> tuple[Kernel, ...]:
+        """The all-reduce alone, by a kernel in the memory of the ranks, with the copies before and after it."""
+        latency, wire = shots.latency_ns(region.ranks), shots.wire_ns(region.row_bytes, region.ranks)
+        kernel = Kernel(name=f"{REDUCED}{shots.name})", launch=_up(latency), wire=_up(wire))
+        copies = [self.copy(region.row_bytes) for _ in range(shots.copies)]
+        return (*copies[:1], kernel, *copies[1:])
 
     def core(self, region: Region) -> tuple[Kernel, ...]:
         """The kernels that Inductor makes of the core and of an epilogue after it; all-reduces don't count."""
@@ -194,32 +217,33 @@ class CostModel:
         """Every rank reads all rows of every other rank."""
         links = region.ranks - 1 if peers.mesh else 1
         wire = (region.ranks - 1) * region.row_bytes / links / peers.bandwidth.value
-        return self._exchange(name, region, peers, local, wire, barriers=1)
+        sent = peers.buffered * region.ranks * region.row_bytes
+        return self._exchange(name, region, peers, local + sent, wire, barriers=1)
 
     def _two_shot(self, name: str, region: Region, peers: Peers, local: int, barriers: int = 2) -> Kernel:
         """Every rank reduces its share of the rows and hands the result to every other rank."""
         links = region.ranks - 1 if peers.mesh else 1
         share = region.row_bytes / region.ranks
         wire = 2 * (region.ranks - 1) * share / links / peers.bandwidth.value
-        return self._exchange(name, region, peers, local, wire, barriers)
+        sent = peers.buffered * 2 * region.row_bytes
+        return self._exchange(name, region, peers, local + sent, wire, barriers)
 
     def _exchange(self, name: str, region: Region, peers: Peers, local: int, wire: float, barriers: int) -> Kernel:
         staging = self.hardware.memory_ns(2 * region.row_bytes) if peers.stages else 0.0
+        signal = peers.signal.value + (barriers - 1) * peers.second.value
         return Kernel(
             name=name,
             launch=_up(self.hardware.launch.value),
-            signal=barriers * _up(peers.signal.value),
+            signal=_up(signal + math.log2(region.ranks / 2) * peers.step.value),
             staging=_up(staging),
             memory=_up(self.hardware.memory_ns(local)),
             wire=_up(wire),
         )
 
 
-def _ring(protocol: Protocol, region: Region) -> Kernel:
-    steps = 2 * (region.ranks - 1)
-    latency = protocol.latency.value + (steps - 2) * protocol.step.value
-    wire = steps / region.ranks * region.row_bytes / protocol.bandwidth.value
-    return Kernel(name=f"all_reduce ({protocol.name})", launch=_up(latency), wire=_up(wire))
+def _by_library(protocol: Protocol, region: Region) -> Kernel:
+    latency, wire = protocol.latency_ns(region.ranks), protocol.wire_ns(region.row_bytes, region.ranks)
+    return Kernel(name=f"{REDUCED}{protocol.name})", launch=_up(latency), wire=_up(wire))
 
 
 def _takes_one_stage(gate: Gate, region: Region) -> bool:

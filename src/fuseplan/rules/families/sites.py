@@ -12,11 +12,11 @@ from typing import Protocol, Self
 
 from torch import fx
 
-from fuseplan.devices.hardware import Hardware
+from fuseplan.devices.hardware import TORCH, Hardware
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import dtype_text, fill_of, group_size, hint, item, tensor_of
 from fuseplan.graph.ops import ops
-from fuseplan.rules.parts import PARTS, Core, Epilogue, Prologue, part_at
+from fuseplan.rules.parts import PARTS, Core, Epilogue, Prologue, part_at, reducer_of
 from fuseplan.rules.parts.attention.traffic import Heads
 from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
@@ -70,6 +70,7 @@ class Shape:
         tails: what comes after it, in graph order.
         convention: dtype and rounding, which kernels are chosen by and prices are not.
         makes_weight: its norm has no weight, and a fused op gets one of ones, which a kernel of its own makes.
+        reducer: whose all-reduce stands before it.
     """
 
     core: Middle
@@ -81,11 +82,13 @@ class Shape:
     tails: tuple[Tail, ...]
     convention: str
     makes_weight: bool = False
+    reducer: str = TORCH
 
     @property
     def signature(self) -> str:
         """The site without its rows, e.g. `all_reduce[2] -> add -> rms_norm -> pad 2880:3072 bfloat16 gpt_oss`."""
-        parts = [f"all_reduce[{self.ranks}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core.name]
+        group = f"{self.ranks}" if self.reducer == TORCH else f"{self.ranks} {self.reducer}"
+        parts = [f"all_reduce[{group}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core.name]
         parts += [tail.text(self.width) for tail in self.tails]
         return f"{' -> '.join(parts)} {self.width} {self.convention}{' unweighted' * self.makes_weight}"
 
@@ -100,6 +103,7 @@ class Shape:
             residual=self.residual,
             tail=tail,
             ranks=self.ranks if reduce else 1,
+            reducer=self.reducer,
         )
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
@@ -218,6 +222,7 @@ class Site:
             tails=tuple(self.tail(node) for node in self.tails),
             convention=f"{dtype_text(value.dtype)} {rounding}",
             makes_weight=part.weight is not None and fill_of(self.core.args[part.weight]) is not None,
+            reducer=reducer_of(self.reduce) if self.reduce is not None else TORCH,
         )
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fuseplan.graph.ops import DialectOp, ops
-from fuseplan.rules.parts.base import Core, Epilogue, Part, Prologue, Reported, RowEpilogue, Stage
+from fuseplan.rules.parts.base import Core, Epilogue, Part, Prologue, Reported, RowEpilogue, Stage, reducer_of
 
 
 def _found() -> Iterator[Part]:
@@ -49,4 +49,5 @@ __all__ = [
     "Stage",
     "part_at",
     "part_of",
+    "reducer_of",
 ]

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from fuseplan.devices.hardware import ONE_SHOT, TORCH
 from fuseplan.graph.canonical import CanonicalGraph, is_dialect
 from fuseplan.graph.facts import ADDS, MULS, RESHAPES, aten, equal_shape, is_call, item, tensor_of
 from fuseplan.graph.ops import Sample, define, random_tensor
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import Blame, Prologue, Stage, rows_of, takes_residual
+from fuseplan.rules.parts.base import REDUCER, Blame, Prologue, Stage, reducer_of, rows_of, takes_residual
 from fuseplan.rules.parts.views import MOVERS, SCALES
 
 
@@ -141,6 +142,7 @@ def hoist_views(canonical: CanonicalGraph) -> None:
             moved = canonical.insert_before(view, view.target, (x, *view.args[1:]), view.meta["val"])
             moved.kwargs = view.kwargs
             hoisted = canonical.insert_before(view, all_reduce.overload, (moved, group_name), view.meta["val"])
+            hoisted.meta[REDUCER] = reducer_of(reduce)
             canonical.replace(view, hoisted)
             reduce = hoisted
 
@@ -159,6 +161,7 @@ def _raise_engines(
     name: object,
     result: fx.Node | None,
     groups: Mapping[object, str],
+    reducer: str,
 ) -> None:
     if result is None:
         return
@@ -171,21 +174,29 @@ def _raise_engines(
             node=node, place=node,
         )  # fmt: skip
         return
-    canonical.raise_op(all_reduce, (x, group_name), (result,))
+    canonical.raise_op(all_reduce, (x, group_name), (result,)).meta[REDUCER] = reducer
 
 
 def _vllm_all_reduce(
     canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
 ) -> None:
     """`vllm::all_reduce(tensor, group_name)`, out of place."""
-    _raise_engines(canonical, node, values["tensor"], values["group_name"], node, groups)
+    _raise_engines(canonical, node, values["tensor"], values["group_name"], node, groups, "vllm")
 
 
 def _shm_all_reduce(
     canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
 ) -> None:
     """`_C::shm_allreduce(handle, data!)`, of the CPU backend."""
-    _raise_engines(canonical, node, values["data"], values["handle"], item(node, 1), groups)
+    _raise_engines(canonical, node, values["data"], values["handle"], item(node, 1), groups, TORCH)
+
+
+def _one_shot_all_reduce(
+    canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
+) -> None:
+    """`symm_mem::one_shot_all_reduce(input, reduce_op, group_name)`, out of place, as none other is."""
+    if str(values["reduce_op"]).lower() == "sum":
+        canonical.raise_op(all_reduce, (values["input"], values["group_name"]), (node,)).meta[REDUCER] = ONE_SHOT
 
 
 def _sums_two(node: fx.Node) -> bool:
@@ -262,7 +273,11 @@ PART = Prologue(
     parameters=("str group_name",),
     sample=lambda: (world_group_name(),),
     raising=((Stage.COLLECTIVES, raise_all_reduces), (Stage.VIEWS, hoist_views)),
-    engine_ops={"vllm::all_reduce": _vllm_all_reduce, "_C::shm_allreduce": _shm_all_reduce},
+    engine_ops={
+        "vllm::all_reduce": _vllm_all_reduce,
+        "_C::shm_allreduce": _shm_all_reduce,
+        "symm_mem::one_shot_all_reduce": _one_shot_all_reduce,
+    },
     hint=_hint,
     blame=_blame,
     twice=_twice,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fuseplan.devices.hardware import TORCH
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import hint, tensor_of
 from fuseplan.graph.ops import DialectOp, ops
@@ -92,6 +93,16 @@ class Part:
     def op(self) -> DialectOp:
         """The op by whose name near misses are noted."""
         return self.ops[0]
+
+
+REDUCER = "reducer"
+"""The key in `meta` of a raised all-reduce under which it has whose it was, where that isn't torch.distributed's."""
+
+
+def reducer_of(reduce: fx.Node) -> str:
+    """Whose a raised all-reduce was in the graph; see `TORCH`."""
+    found: str = reduce.meta.get(REDUCER, TORCH)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

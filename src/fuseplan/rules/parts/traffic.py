@@ -6,6 +6,8 @@ A core says this of itself as a `Middle`, an epilogue as a `Tail`; a `Region` pu
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
+from fuseplan.devices.hardware import TORCH
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
@@ -144,6 +146,7 @@ class Region:
         itemsize: bytes of an activation.
         ranks: of the group that reduces, 1 where nothing is reduced.
         keeps_core: whether the core's own result is needed beside the epilogue's.
+        reducer: whose all-reduce stands in the graph; see `devices.hardware.TORCH`.
     """
 
     core: Middle
@@ -155,6 +158,7 @@ class Region:
     tail: Tail | None = None
     ranks: int = 1
     keeps_core: bool = False
+    reducer: str = TORCH
 
     def __post_init__(self) -> None:
         assert min(self.tokens, self.width, self.itemsize, self.ranks) >= 1, self
