@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.compilation.dispatch import tokens_of
+from fuseplan.devices import default_profile
 from fuseplan.errors import CompatibilityError, ConfigError, UnsupportedError, WorkloadError
 from fuseplan.record import Reason
 from tests.forks import Forks, Request
@@ -288,3 +289,10 @@ def test_advice_on_what_is_never_run_is_not_given() -> None:
         return 2 * value
 
     fuseplan.explain(lambda x: x * twice(3), randn(4, 8))
+
+
+def test_explain_is_for_a_gpu_where_nobody_says_otherwise() -> None:
+    """As on the command line: this machine's, or an H200."""
+    reports = (fuseplan.explain(Block(), randn(5, HIDDEN), device=device) for device in (None, "cpu"))
+    assert [report.graphs[0].device for report in reports] == [default_profile().name, "cpu"]
+    assert default_profile().vendor != "cpu"

@@ -22,6 +22,7 @@ from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.compilation.regions import identity_of, region_of, values_of
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.cpython import uncollected
+from fuseplan.devices import default_profile, local_vendor
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
@@ -358,8 +359,9 @@ def explain(
         model: a module or function.
         *inputs: its positional arguments.
         config: flags, policy and compile ranges; with ranges, tracing treats sizes as dynamic.
-        device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: those
-            of this machine.
+        device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: this
+            machine's GPU, with the providers that are there, and an H200 where there is none; there, "cpu" is this
+            machine.
         passes: other people's passes, which are refused here: compile with them, and read the report.
         rules: fusions beside the built-in ones.
         providers: beside the built-in ones.
@@ -394,6 +396,8 @@ def explain_call(
     """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
     config = config or PassConfig()
+    if local_vendor() == "cpu" and device in (None, "cpu"):
+        device = default_profile() if device is None else None
     profile = device_profile(device) if isinstance(device, str) else device
     traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
     everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)

@@ -151,7 +151,7 @@ def test_a_provider_that_can_not_run_here_says_why(group: str) -> None:
     refused = own.unavailable()
     assert refused is not None
     assert refused.detail == "libmine.so was built for another CUDA"
-    report = explain(layers(group), own, device=None)
+    report = explain(layers(group), own, device="cpu")
     refusals = [each for each in report.graphs[0].refusals if each.provider == own.name]
     assert {each.detail for each in refusals} == {f"{own.name} can't run here: libmine.so was built for another CUDA"}
     assert {each.reason for each in refusals} == {Reason.PROVIDER}

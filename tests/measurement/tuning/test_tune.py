@@ -97,7 +97,9 @@ def test_plans_are_made_of_measured_rows_alone(quiet: Path, monkeypatch: pytest.
     monkeypatch.setenv("FUSEPLAN_COSTS", str(quiet))
     assert fastest(quiet, 4) == fastest(quiet, 64) == FAST.name
     config = PassConfig(compile_ranges=[RANGE])
-    report = fuseplan.explain(model, randn(16, WIDTH), config=config, rules=[NormSort()], providers=[FAST, SLOW])
+    report = fuseplan.explain(
+        model, randn(16, WIDTH), config=config, device="cpu", rules=[NormSort()], providers=[FAST, SLOW]
+    )
     (graph,) = report.graphs
     assert graph.plan is not None
     assert graph.plan.prices == ("measured",)
@@ -124,7 +126,7 @@ def test_a_missing_alternative_leaves_auto_to_the_model(tuned: Measurement, path
     prices = {}
     for costs in ("auto", "measured"):
         report = fuseplan.explain(
-            model, randn(16, WIDTH), config=PassConfig(cost_table=path, costs=costs), rules=[NormSort()],
+            model, randn(16, WIDTH), config=PassConfig(cost_table=path, costs=costs), device="cpu", rules=[NormSort()],
             providers=[FAST, SLOW, WRONG],
         )  # fmt: skip
         assert report.graphs[0].plan is not None
@@ -157,7 +159,7 @@ def test_the_default_table_is_read_where_none_is_named(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def prices() -> tuple[str, ...]:
-        report = fuseplan.explain(model, randn(16, WIDTH), rules=[NormSort()], providers=[FAST, SLOW])
+        report = fuseplan.explain(model, randn(16, WIDTH), device="cpu", rules=[NormSort()], providers=[FAST, SLOW])
         assert report.graphs[0].plan is not None
         return report.graphs[0].plan.prices
 

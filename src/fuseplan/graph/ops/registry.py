@@ -192,6 +192,9 @@ class Dialect(Mapping[str, DialectOp]):
         except KeyError:
             raise AttributeError(f"no dialect op named {name!r}; there are {', '.join(self)}") from None
 
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._ops]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._ops)
 
