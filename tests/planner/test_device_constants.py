@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fuseplan.planner.costs import (
     hardware_of,
     record_path,
 )
+from fuseplan.planner.pricing import Prices
 from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
 from tests.devices.test_devices import here
@@ -98,6 +100,26 @@ def test_a_table_of_one_device_is_not_taken_for_anothers(monkeypatch: pytest.Mon
     assert prices_of(PassConfig(), NOWHERE, None).table is None
     with pytest.raises(ConfigError, match="it is of 'h100', not of 'h100-pcie'"):
         prices_of(PassConfig(cost_table=cached_path("h100")), NOWHERE, None)
+
+
+def test_switches_add_where_torch_and_nccl_let_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "NVIDIA H200", multi_processor_count=132)
+
+    def found(*, has: bool, **environment: bool) -> Prices:
+        monkeypatch.setattr(sys.modules["fuseplan.planner.costs.hardware_of"], "_has_multicast", lambda: has)
+        return prices_of(PassConfig(), Environment(**environment), None)  # type: ignore[arg-type]
+
+    assert found(has=True).model.hardware == HARDWARE["h200"]
+    without = found(has=False)
+    assert without.model.hardware == found(has=True, multicast=False).model.hardware
+    assert "shots.symm_mem multimem.latency" not in dict(without.model.hardware.constants())
+    assert without.key != found(has=True).key
+    # A device that is named is priced alike everywhere.
+    assert prices_of(PassConfig(), NOWHERE, PROFILES["h200"]).model.hardware == HARDWARE["h200"]
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    assert not Environment.read().multicast
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "2")
+    assert Environment.read().multicast
 
 
 def record(device: str, **changes: Any) -> DeviceRecord:
