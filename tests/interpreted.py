@@ -5,6 +5,7 @@ interpreted. A compilation takes tenths of a second in place of seconds, and all
 """
 
 import contextlib
+import operator
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,9 @@ def _interpret(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Cal
     mode = detect_fake_mode(inputs)
     with V.set_fake_mode(mode) if mode is not None else contextlib.nullcontext():
         _recursive_post_grad_passes(gm, is_inference=bool(options.get("is_inference", False)))
+    for node in reversed(gm.graph.find_nodes(op="call_function", target=operator.getitem)):
+        if not node.users:  # left over where an op of several tensors writes in place now, and yields none
+            gm.graph.erase_node(node)
     gm.recompile()
     return fx.Interpreter(gm).run
 

@@ -68,7 +68,7 @@ def written(importable: Path) -> str:
     result = run(WORKLOAD, "--tp", "2", "--lock", str(path), "--update")
     assert result.exit_code == 0, result.output
     assert "wrote" in result.stdout
-    assert f"{LAYERS * RANGES} fusions (allreduce_rms {LAYERS * RANGES})" in result.stdout
+    assert f"{LAYERS * RANGES} fusions (allreduce_rms_padding {LAYERS * RANGES})" in result.stdout
     return path.read_text()
 
 
@@ -83,7 +83,9 @@ def lock(written: str, tmp_path: Path) -> Path:
 def test_a_lock_is_small_and_holds_with_and_without_its_own_options(model: Path, lock: Path) -> None:
     data = json.loads(lock.read_text())
     assert data["fusions"] == {
-        "1:64, 65:512, 513:8192": {"allreduce_rms all_reduce_fused_add_rms_norm flashinfer": ["layers.0-3.norm"]}
+        "1:64, 65:512, 513:8192": {
+            "allreduce_rms_padding all_reduce_fused_add_rms_norm_pad triton": ["layers.0-3.norm"]
+        }
     }
     assert data["settings"] == {
         "costs": "modelled", "device": "h200", "policy": "planned", "ranges": ["1:64", "65:512", "513:8192"], "tp": 2,
@@ -92,7 +94,7 @@ def test_a_lock_is_small_and_holds_with_and_without_its_own_options(model: Path,
     result = run(WORKLOAD, "--lock", str(lock))
     assert result.exit_code == 0
     assert result.stdout.split() == (
-        f"{lock} holds: 12 fusions (allreduce_rms 12) of {WORKLOAD}, TP=2, planned for h200".split()
+        f"{lock} holds: 12 fusions (allreduce_rms_padding 12) of {WORKLOAD}, TP=2, planned for h200".split()
     )
     same = ["--tp", "2", "--device", "h200", "--policy", " planned ", "--range", "513:8192", "--range", "1:64"]
     held = run(WORKLOAD, "--lock", str(lock), *same, "--range", "65:512", "--json")
@@ -107,7 +109,7 @@ def test_a_regression_names_the_fusion_the_place_and_the_line(model: Path, lock:
     assert result.exit_code == 1
     text = " ".join(result.stdout.split())
     assert f"{lock} doesn't hold: 6 moved" in text
-    assert "allreduce_rms by flashinfer -> act_padding by triton, 2 places in every range: layers.1-2.norm" in text
+    assert "allreduce_rms_padding by triton -> act_padding by triton, 2 places in every range: layers.1-2.norm" in text
     assert text.count("near miss: aten.mul.Tensor stands between all_reduce and fused_add_rms_norm") == 1
     assert f"{SCALE}: x = x * 0.5" in text
     assert "scale before all_reduce" in text
@@ -121,8 +123,8 @@ def test_json_has_the_same(model: Path, lock: Path) -> None:
     assert result.exit_code == 1
     data = json.loads(result.stdout)
     assert (data["schema"], data["passed"], data["workload"], data["tp"]) == (1, False, WORKLOAD, 2)
-    assert data["locked"] == {"allreduce_rms": LAYERS * RANGES}
-    assert data["fused"] == {"act_padding": RANGES, "allreduce_rms": (LAYERS - 1) * RANGES}
+    assert data["locked"] == {"allreduce_rms_padding": LAYERS * RANGES}
+    assert data["fused"] == {"act_padding": RANGES, "allreduce_rms_padding": (LAYERS - 1) * RANGES}
     (moved,) = data["differences"]
     assert (moved["change"], moved["count"]) == ("moved", RANGES)
     assert moved["where"][0]["places"] == ["layers.1.norm"]

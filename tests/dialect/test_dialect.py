@@ -134,5 +134,5 @@ def test_fnuz_has_its_own_largest_value() -> None:
 def test_unknown_conventions_and_names_are_refused() -> None:
     with pytest.raises(ValueError, match="'ours' is not a valid Rounding"):
         ops.rms_norm(randn(2, 8), randn(8), 1e-5, "ours")
-    with pytest.raises(AttributeError, match="no dialect op named 'rms'; there are all_reduce, "):
+    with pytest.raises(AttributeError, match="no dialect op named 'rms'; there are add_rms_norm, all_reduce, "):
         _ = ops.rms

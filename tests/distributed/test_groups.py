@@ -94,7 +94,7 @@ def test_across_machines_the_other_fusions_are_planned(monkeypatch: pytest.Monke
         met[name] = [(fusion.rule, fusion.provider) for fusion in graph.applied]
         declined = [refusal for refusal in graph.refusals if "serves ranks of one machine" in refusal.detail]
         assert bool(declined) is (name == "two")
-    assert met["one"] == [("allreduce_rms", "flashinfer")]
+    assert met["one"] == [("allreduce_rms_padding", "triton")]
     assert [rule for rule, _ in met["two"]] == ["act_padding"]
     assert {refusal.provider for refusal in declined} >= {"triton", "flashinfer"}
     assert {refusal.reason for refusal in declined} == {Reason.GROUP}

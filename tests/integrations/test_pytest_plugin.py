@@ -44,12 +44,12 @@ def model():
 
 def test_counts(model, assert_fusions):
     module, inputs = model
-    report = assert_fusions(module, inputs, {"allreduce_rms": 4, "act_quant": 0})
-    assert report.fused["allreduce_rms"] == 4
+    report = assert_fusions(module, inputs, {"allreduce_rms_padding": 4, "act_quant": 0})
+    assert report.fused["allreduce_rms_padding"] == 4
 
 def test_ranges(model, assert_fusions):
     module, (x,) = model
-    assert_fusions(module, {"x": x}, {"allreduce_rms": 8}, config=PassConfig(compile_ranges=RANGES), exact=True)
+    assert_fusions(module, {"x": x}, {"allreduce_rms_padding": 8}, config=PassConfig(compile_ranges=RANGES), exact=True)
 
 @pytest.mark.parametrize("policy", ["planned", "ordered(act_padding)"])
 def test_lock(model, fusion_lock, policy):
@@ -117,7 +117,7 @@ def test_locks_are_written_beside_the_test_and_hold(run: Run) -> None:
         written.stdout.fnmatch_lines([f"fusion_locks/test_users/{name}"])
     lock = json.loads((run.locks / "test_lock-planned.lock").read_text())
     assert lock["fusions"] == {
-        "1:8, 9:64": {"allreduce_rms all_reduce_fused_add_rms_norm flashinfer": ["layers.0-3.norm"]}
+        "1:8, 9:64": {"allreduce_rms_padding all_reduce_fused_add_rms_norm_pad triton": ["layers.0-3.norm"]}
     }
     assert lock["settings"]["workload"] == "test_lock-planned"
     held = run("-k", "planned or TestClass")
@@ -128,7 +128,7 @@ def test_locks_are_written_beside_the_test_and_hold(run: Run) -> None:
 PLANNED_LOCK = """{
  "fusions": {
   "1:8, 9:64": {
-   "allreduce_rms all_reduce_fused_add_rms_norm flashinfer": [
+   "allreduce_rms_padding all_reduce_fused_add_rms_norm_pad triton": [
     "layers.0-3.norm"
    ]
   }
@@ -164,12 +164,12 @@ def test_a_regression_fails_with_rule_place_and_line(run: Run, planned: Path) ->
     text = regressed.stdout.str()
     for line in (
         "fusion_locks/test_users/test_lock-planned.lock doesn't hold: 4 moved (test_lock-planned, planned for h200)",
-        "moved   allreduce_rms by flashinfer -> act_padding by triton, 2 places in every range: layers.1-2.norm",
+        "moved   allreduce_rms_padding by triton -> act_padding by triton, 2 places in every range: layers.1-2.norm",
         "why     near miss: aten.mul.Tensor stands between all_reduce and fused_add_rms_norm",
         ": x = x * 0.5",
         "fix     scale before all_reduce",
         f"where that is meant: pytest {UPDATE}",
-        "wrong   allreduce_rms: expected 4, found 2",
+        "wrong   allreduce_rms_padding: expected 4, found 2",
         "there   2 places: layers.0,3.norm",
         "missed  2 places: layers.1-2.norm",
         "wrong   act_padding: expected 0, found 4",

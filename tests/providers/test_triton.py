@@ -39,7 +39,9 @@ def test_fields_of_epilogues_are_the_arguments_of_their_ops() -> None:
     cores = {"x", "residual", "weight", "eps", "rounding", "group_name", "gate", "up"}
     for op, suffix in members.items():
         own = {argument.name for argument in op.overload._schema.arguments} - cores
-        assert {each.name for each in dataclasses.fields(epilogue_of(suffix))} == own, op.name
+        fields = dataclasses.fields(epilogue_of(suffix))
+        # With a default: what a launch of some of the rows adds.
+        assert {each.name for each in fields if each.default is dataclasses.MISSING} == own, op.name
 
 
 def test_checks_need_no_triton() -> None:

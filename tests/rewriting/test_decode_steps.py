@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo import config as dynamo_config
 from torch._inductor.inductor_prims import force_stride_order
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+import fuseplan
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.matching import find_matches
@@ -17,7 +20,7 @@ from fuseplan.rewriting import apply
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.cached import arguments, attending, layer
-from tests.helpers import post_grad
+from tests.helpers import post_grad, randn
 
 aten = torch.ops.aten
 RULES = by_name([rule for rule in BUILT_IN_RULES if rule.name == "cached_attention"])
@@ -33,7 +36,10 @@ def same(index: int) -> int:
     return 1
 
 
-def step(*, by: Callable[[int], int] = same, read: Callable[..., Any] = lambda *given: ()) -> Callable[..., Any]:
+def step(
+    *, by: Callable[[int], int] = same, read: Callable[..., Any] = lambda *given: (),
+    position: Callable[..., Tensor] = torch.add,
+) -> Callable[..., Any]:  # fmt: skip
     """Three layers, each with a counter and caches of its own; what else is read of the mask and the positions."""
     attended = attending(layer(read=identity))
 
@@ -45,7 +51,7 @@ def step(*, by: Callable[[int], int] = same, read: Callable[..., Any] = lambda *
         mask = torch.where(places <= counters[0], 0.0, -65504.0).to(q.dtype)[None, None, None]
         found = []
         for index, counter in enumerate(counters):
-            positions = torch.arange(q.shape[1]) + counter
+            positions = position(torch.arange(q.shape[1]), counter)
             found += read(mask, positions)
             counter.add_(by(index))
             own = caches[2 * index : 2 * index + 2]
@@ -139,3 +145,51 @@ def test_positions_that_are_yielded_stay_in_memory_of_their_own() -> None:
     assert len(calls(graph, TOGETHER)) == 1
     output: Any = graph.output_node().args[0]
     assert [node.target for node in output[2:]] == [aten.add.Tensor] * 3
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        lambda zero, counter: torch.add(zero, counter, alpha=-1),
+        lambda zero, counter: zero.int() + counter.int(),
+        lambda zero, counter: zero + 1 + counter,
+    ],
+    ids=["scaled", "of another dtype", "behind the next"],
+)
+def test_other_positions_are_not_taken_for_the_counter(position: Callable[..., Tensor]) -> None:
+    graph = rewritten(step(position=position), inputs())
+    assert not [node for node in attentions(graph) if node.kwargs["positions"].target is aten.reshape.default]
+
+
+# Compiled, since it is Inductor that writes in place.
+
+
+def padded(h: Tensor, weight: Tensor) -> list[Tensor]:
+    return [F.pad(F.rms_norm(h, (64,), each, 1e-6), (0, 64)) for each in (weight, weight + 1)]
+
+
+def written_meanwhile(x: Tensor, weight: Tensor, rows: Tensor) -> list[Tensor]:
+    """A copy of what is shared is written to before all of it was read."""
+    h = x.relu()
+    copied = h.clone()
+    copied[rows] = 7.0
+    weight = weight + copied.float().softmax(-1).sum().to(weight.dtype) * 0
+    return [copied, *padded(h, weight)]
+
+
+def of_some_rows(x: Tensor, weight: Tensor, rows: Tensor) -> list[Tensor]:
+    """How many of them isn't known before it runs."""
+    return padded(x[rows > 1].relu(), weight)
+
+
+@pytest.mark.parametrize("function", [written_meanwhile, of_some_rows])
+def test_what_is_shared_stays_what_it_is(function: Callable[..., list[Tensor]]) -> None:
+    given = randn(4, 64), randn(64, seed=1), torch.tensor([1, 2, 0, 3])
+    reports: list[fuseplan.Report] = []
+    torch._dynamo.reset()
+    with torch.inference_mode(), dynamo_config.patch(capture_dynamic_output_shape_ops=True):
+        config = fuseplan.PassConfig(policy="ordered(act_padding)")
+        found = fuseplan.compile(function, config=config, on_report=reports.append)(*given)
+        for actual, expected in zip(found, function(*given), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
+    assert reports[0].fused["act_padding"] == 2

@@ -40,10 +40,9 @@ def ineffective_requests(
         if selector in config.forbid and re.split("[@#:]", selector)[0] not in rules:
             continue  # it is off in this graph anyway
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
-    answered = {members[0].opt_in for members in rules.values()}
-    for flag in overruled:
-        if flag not in answered:
-            yield _no_effect(f"{flag}=True has no effect: {_overruling(*overruled[flag])}")
+    told = {*overruled} - {members[0].opt_in for members in rules.values()}
+    for flag in sorted(told):
+        yield _no_effect(f"{flag}=True has no effect: {_overruling(*overruled[flag])}")
     counts = {match.rule.name for match in matches.candidates}
     for name, members in rules.items():
         flags = (members[0].opt_in,) if members[0].opt_in else members[0].flags
@@ -51,12 +50,16 @@ def ineffective_requests(
             continue
         if name not in counts and any(other in counts and {*flags} <= {*rules[other][0].flags} for other in rules):
             continue  # they switch on something else, too, which matches
+        if {*flags} & told:
+            continue
         why = _too_dear(name, problem, decision)
         if name not in counts:
             missing = missing_ops(problem.canonical, members)
             refused = next((each.detail for each in matches.refusals if each.rule == name), None)
             why = f"the graph has no {' and no '.join(missing)}" if missing else refused or f"{name} matches nowhere"
-            why = _overruling(*overruled[flags[0]]) if flags[0] in overruled else why
+            if flags[0] in overruled:
+                told.add(flags[0])
+                why = _overruling(*overruled[flags[0]])
         if why is not None:
             yield _no_effect(f"{' and '.join(flags)}=True has no effect: {why}", name)
 

@@ -74,7 +74,11 @@ class Rows:
             value: a tensor of the graph.
             tokens: the most tokens that the graph serves; None: as many as its symbols let it.
         """
-        rows, environment = _expression(value.shape[:-1]), _environment(value.shape[:-1])
+        return self.most_of(value.shape[:-1], tokens)
+
+    def most_of(self, sizes: Sequence[Any], tokens: int | None) -> float:
+        """The same of the product of some sizes."""
+        rows, environment = _expression(sizes), _environment(sizes)
         if environment is None:
             return max(1, int(rows))
         most = _upper(environment, rows)
@@ -115,13 +119,13 @@ def most_rows(graph: fx.Graph, tokens: int | None) -> float:
     found = rows.most_tokens if tokens is None else tokens
     products = [node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)]
     values = [value for node in products if _is_input(node.args[-1]) and (value := tensor_of(node)) is not None]
-    # [batch, heads, tokens, head size]: each head has as many.
-    values += [value[:, 0] for node in graph.nodes if (value := _queries(node)) is not None]
-    return max([found, *(rows.most(value, tokens) for value in values)])
+    asking = [value for node in graph.nodes if (value := _queries(node)) is not None]
+    leading = [*(value.shape[:-1] for value in values), *((value.shape[0], value.shape[2]) for value in asking)]
+    return max([found, *(rows.most_of(sizes, tokens) for sizes in leading)])
 
 
 def _queries(node: fx.Node) -> torch.Tensor | None:
-    """What asks, of a node that is one of torch's attention ops; None of any other."""
+    """The queries [batch, heads, tokens, head size] of a node that is one of torch's attention ops; else None."""
     return tensor_of(node.args[0]) if str(node.target).startswith("aten._scaled_dot_product_") else None
 
 

@@ -50,7 +50,7 @@ def _advances(write: Call) -> bool:
 
 def _read_directly(graph: fx.Graph, counter: fx.Node) -> bool:
     """Whether fused ops read `arange(1) + counter`; from now on they read the counter."""
-    positions = [user for user in counter.users if is_call(user, aten.add.Tensor) and _is_zero(user.args[0])]
+    positions = [user for user in counter.users if _is_position(user, counter)]
     found = False
     for position in positions:
         readers = [user for user in position.users if is_fused(user)]
@@ -65,9 +65,18 @@ def _read_directly(graph: fx.Graph, counter: fx.Node) -> bool:
     return found
 
 
-def _is_zero(node: object) -> bool:
-    """Whether a node is `arange(1)`."""
-    return is_call(node, torch.ops.prims.iota.default) and node.args[0] == 1 and node.kwargs.get("start") == 0
+def _is_position(node: fx.Node, counter: fx.Node) -> bool:
+    """Whether a node is `arange(1) + counter`, of the counter's dtype and device."""
+    if not is_call(node, aten.add.Tensor) or node.kwargs or node.args[1] is not counter:
+        return False
+    zero, mine, given = node.args[0], node.meta["val"], counter.meta["val"]
+    is_zero = is_call(zero, torch.ops.prims.iota.default) and zero.args[0] == 1 and zero.kwargs.get("start") == 0
+    return is_zero and (mine.dtype, mine.device) == (given.dtype, given.device) == _made(zero)
+
+
+def _made(node: fx.Node) -> tuple[torch.dtype, torch.device]:
+    value = node.meta["val"]
+    return value.dtype, value.device
 
 
 def _advance_together(graph: fx.Graph, step: int, writes: Sequence[Call]) -> None:

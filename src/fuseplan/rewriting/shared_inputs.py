@@ -10,14 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from fuseplan.graph.facts import is_item, tensor_of
+from fuseplan.graph.canonical.view import PROVENANCE
+from fuseplan.graph.facts import convert_element_type, tensor_of
 from fuseplan.graph.layout import memory_order
 from fuseplan.graph.ops.registry import kernel_of
 from fuseplan.graph.reach import is_view
 
 
 def share_inputs(graph: fx.Graph) -> None:
-    """Has Inductor put each value that fused ops or attention read more than once into memory, for all of them.
+    """Has Inductor put each pointwise value that fused ops or attention read more than once into memory, for all.
 
     Args:
         graph: topologically sorted; changed in place.
@@ -31,12 +32,13 @@ def share_inputs(graph: fx.Graph) -> None:
                 readers[_root(value)].add(node)
     for value, found in readers.items():
         fake = tensor_of(value)
-        if len(found) > 1 and fake is not None and _is_computed(value, fake):
+        if len(found) > 1 and fake is not None and _is_pointwise(value) and _has_plain_strides(fake):
             with graph.inserting_after(value):
-                # Its lowering yields a buffer with these strides.
+                # Its lowering yields a buffer with these strides, which is the value's own where that has one. So all
+                # readers take it from here: what one of them writes to a copy must not be written to what others read.
                 shared = graph.call_function(force_stride_order, (value, list(fake.stride())))
-            shared.meta = dict(value.meta)
-            for user in [user for user in value.users if user in found or is_view(user)]:
+            shared.meta = {key: value.meta[key] for key in (*PROVENANCE, "val") if key in value.meta}
+            for user in [user for user in value.users if user is not shared]:
                 user.replace_input_with(value, shared)
 
 
@@ -64,10 +66,14 @@ def _root(value: fx.Node) -> fx.Node:
     return value
 
 
-def _is_computed(root: fx.Node, value: torch.Tensor) -> bool:
-    """Whether Inductor may compute a value anew for each reader, and can be had to put it into memory: it is no input
-    and no result of an op with several, and its strides are known and leave no gaps.
-    """
-    if root.op != "call_function" or is_item(root) or is_fused(root):
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether Inductor may compute a value anew for each reader, element by element."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or target.is_view:
         return False
+    return torch.Tag.pointwise in target.tags or target is convert_element_type
+
+
+def _has_plain_strides(value: torch.Tensor) -> bool:
+    """Whether strides are known when the graph is compiled, and leave no gaps."""
     return memory_order(value) is not None and all(isinstance(each, int) for each in value.stride())

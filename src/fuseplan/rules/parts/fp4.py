@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import Call, aten, is_call, tensor_of
+from fuseplan.graph.facts import Call, aten, equal_size, is_call, tensor_of
 from fuseplan.graph.ops import DialectOp
 from fuseplan.record import Reason
 from fuseplan.rules.parts.fp8 import GroupCodes, number_of, reordered
@@ -113,7 +113,8 @@ def _every_second(node: object, start: int) -> fx.Node | None:
     codes, dim, first, end, step = node.args
     value = tensor_of(codes)
     assert value is not None
-    is_last = dim in (-1, value.dim() - 1)
+    # Of an odd number of codes, the last one would be broadcast, or have no second.
+    is_last = dim in (-1, value.dim() - 1) and equal_size(value.shape[-1] % 2, 0)
     return codes if is_last and _reaches(end, value, dim) and (first, step) == (start, 2) else None
 
 

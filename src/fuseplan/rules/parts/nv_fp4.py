@@ -162,6 +162,9 @@ def _raise(canonical: CanonicalGraph, codes: fx.Node, scaled: fx.Node, found: Fo
         _check_global(scale, rows)
     least = number_of(found["bounded"].args[1])
     assert least is not None
+    if least <= 0:
+        detail = f"the smallest scale is {float(least):g}, and the op's is above 0"
+        raise Unraised(Reason.ATTRIBUTE, detail, found["bounded"])
     x = tensor_of(rows)
     assert x is not None
     laid_out = swizzled(found["scale"], rows, x.shape[-1] // size)
