@@ -245,6 +245,8 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], str]] = 
     "divided": (divided, OTHERWISE),
     "another axis": (of_another_axis, "what it scales"),
     "truncated": (partial(quantised, convert=truncated), OTHERWISE),
+    "a scale of zero": (partial(quantised, least=0.0), "the smallest scale is 0, and the op's is above 0"),
+    "a negative scale": (partial(quantised, least=-1.0), "the smallest scale is -1, and the op's is above 0"),
     "a group a row": (partial(quantised, size=WIDTH), f"a row is one group of {WIDTH}"),
 }
 
