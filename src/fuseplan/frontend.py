@@ -22,13 +22,13 @@ from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.compilation.regions import identity_of, region_of, values_of
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.cpython import uncollected
-from fuseplan.devices import default_profile, local_vendor
+from fuseplan.devices import asked_profile
 from fuseplan.distributed import Verdict
 from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation.capture import capture, no_caches
 from fuseplan.explanation.explanation import Explanation
-from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, device_profile, without_shared_memory
+from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider, without_shared_memory
 from fuseplan.record import Report
 from fuseplan.record.report import merged
 from fuseplan.report.summary import tell
@@ -360,8 +360,7 @@ def explain(
         *inputs: its positional arguments.
         config: flags, policy and compile ranges; with ranges, tracing treats sizes as dynamic.
         device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: this
-            machine's GPU, with the providers that are there, and an H200 where there is none; there, "cpu" is this
-            machine.
+            machine's GPU, or an H200 where there is none, where "cpu" is this machine.
         passes: other people's passes, which are refused here: compile with them, and read the report.
         rules: fusions beside the built-in ones.
         providers: beside the built-in ones.
@@ -396,9 +395,6 @@ def explain_call(
     """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
     config = config or PassConfig()
-    if local_vendor() == "cpu" and device in (None, "cpu"):
-        device = default_profile() if device is None else None
-    profile = device_profile(device) if isinstance(device, str) else device
     traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
     everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)
-    return Explanation(traced, config, profile, everyone, everything).report(config.chosen_policy)
+    return Explanation(traced, config, asked_profile(device), everyone, everything).report(config.chosen_policy)

@@ -15,6 +15,7 @@ from fuseplan.devices.hardware import (
 from fuseplan.devices.known import (
     HARDWARE,
     PROFILES,
+    asked_profile,
     default_profile,
     device_profile,
     local_profile,
@@ -41,6 +42,7 @@ __all__ = [
     "Peers",
     "Protocol",
     "Vendor",
+    "asked_profile",
     "default_profile",
     "device_profile",
     "local_profile",

@@ -38,6 +38,17 @@ def default_profile() -> DeviceProfile:
     return PROFILES["h200"] if here.vendor == "cpu" else here
 
 
+def asked_profile(device: DeviceProfile | str | None) -> DeviceProfile | None:
+    """What somebody asks for by a profile, a name or nothing; None: this machine, with the providers that are there.
+
+    Raises:
+        ConfigError: as for `device_profile`.
+    """
+    if local_vendor() == "cpu" and device in (None, "cpu"):
+        return default_profile() if device is None else None
+    return device_profile(device) if isinstance(device, str) else device
+
+
 def local_profile() -> DeviceProfile:
     """The profile of this machine's accelerator, the current one of several; an unknown one has its own name."""
     vendor = local_vendor()
