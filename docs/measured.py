@@ -248,6 +248,15 @@ def _rows() -> Iterator[tuple[str, ...]]:
         yield f"{found['ranks']} {gpu(found)}s", "kernels alone", \
             f"all-reduce + add + RMSNorm + pad in one, {sizes[0]} to {sizes[-1]:,} tokens", \
             f"{_span(speedups)} times as fast as the best of {_peers(found)}", _link(name)  # fmt: skip
+    found = committed("decode_one_gpu_cpu")
+    steps = [row for row in found["rows"] if row["tokens"] == 1]
+    lines = [
+        f"{dtype} {_span([row['times_faster']['fuseplan'] for row in steps if row['dtype'] == dtype])}"
+        for dtype in dict.fromkeys(row["dtype"] for row in steps)
+    ]
+    yield f"none: a {found['device']}", "`torch.compile`, Hugging Face", \
+        f"a decode step of {found['layers']} layers, narrower, {_batches(steps)}", \
+        f"times as fast: {', '.join(lines)}", _link("decode_one_gpu_cpu")  # fmt: skip
     yield "8 GPUs; AMD's", "", "nothing was run: prices are modelled", "", ""
 
 
