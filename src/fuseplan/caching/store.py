@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -117,8 +118,21 @@ def _folder() -> Path:
 
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device} {value.requires_grad}"
+        own = f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device} {value.requires_grad}"
+        return f"{own}{_inside(value)}"
     return f"{type(value).__name__} {value}"
+
+
+def _inside(value: torch.Tensor) -> str:
+    """What tells a tensor of a subclass, such as a quantised weight, from others of its shape: what it is made of."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return ""
+    names, context = value.__tensor_flatten__()
+    parts = [f"{name}: {_describe(getattr(value, name))}" for name in names]
+    return f" {type(value).__module__}.{type(value).__qualname__} {_ADDRESS.sub('', repr(context))} {parts}"
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def _callers_level() -> int:
