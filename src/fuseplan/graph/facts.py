@@ -115,6 +115,11 @@ def is_mutation(node: fx.Node) -> bool:
     return node.op == "call_method" and str(node.target).endswith("_")
 
 
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node calls one of torch's attention ops: on queries [batch, heads, tokens, head size] first."""
+    return str(node.target).startswith("aten._scaled_dot_product_")
+
+
 def drops_nothing(node: fx.Node) -> bool:
     """Whether a node calls an op that may drop elements at random, which is why torch takes it for one that draws
     numbers, and is asked to drop none.

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuseplan.graph.facts import aten, hint, tensor_of
+from fuseplan.graph.facts import aten, hint, is_attention, tensor_of
 from fuseplan.graph.reach import is_view
 
 PRODUCTS = (aten.mm.default, aten.addmm.default)
@@ -119,14 +119,10 @@ def most_rows(graph: fx.Graph, tokens: int | None) -> float:
     found = rows.most_tokens if tokens is None else tokens
     products = [node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)]
     values = [value for node in products if _is_input(node.args[-1]) and (value := tensor_of(node)) is not None]
-    asking = [value for node in graph.nodes if (value := _queries(node)) is not None]
+    queries = (tensor_of(node.args[0]) for node in graph.nodes if is_attention(node))
+    asking = [value for value in queries if value is not None]
     leading = [*(value.shape[:-1] for value in values), *((value.shape[0], value.shape[2]) for value in asking)]
     return max([found, *(rows.most_of(sizes, tokens) for sizes in leading)])
-
-
-def _queries(node: fx.Node) -> torch.Tensor | None:
-    """The queries [batch, heads, tokens, head size] of a node that is one of torch's attention ops; else None."""
-    return tensor_of(node.args[0]) if str(node.target).startswith("aten._scaled_dot_product_") else None
 
 
 def _is_input(value: Any) -> bool:

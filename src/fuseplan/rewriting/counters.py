@@ -69,9 +69,9 @@ def _is_position(node: fx.Node, counter: fx.Node) -> bool:
     """Whether a node is `arange(1) + counter`, of the counter's dtype and device."""
     if not is_call(node, aten.add.Tensor) or node.kwargs or node.args[1] is not counter:
         return False
-    zero, mine, given = node.args[0], node.meta["val"], counter.meta["val"]
+    zero = node.args[0]
     is_zero = is_call(zero, torch.ops.prims.iota.default) and zero.args[0] == 1 and zero.kwargs.get("start") == 0
-    return is_zero and (mine.dtype, mine.device) == (given.dtype, given.device) == _made(zero)
+    return is_zero and _made(zero) == _made(node) == _made(counter)
 
 
 def _made(node: fx.Node) -> tuple[torch.dtype, torch.device]:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fuseplan.graph.canonical.view import PROVENANCE
-from fuseplan.graph.facts import convert_element_type, tensor_of
+from fuseplan.graph.facts import convert_element_type, is_attention, tensor_of
 from fuseplan.graph.layout import memory_order
 from fuseplan.graph.ops.registry import kernel_of
 from fuseplan.graph.reach import is_view
@@ -27,7 +27,7 @@ def share_inputs(graph: fx.Graph) -> None:
 
     readers = defaultdict[fx.Node, set[fx.Node]](set)
     for node in graph.nodes:
-        if is_fused(node) or _is_attention(node):
+        if is_fused(node) or is_attention(node):
             for value in _read(node):
                 readers[_root(value)].add(node)
     for value, found in readers.items():
@@ -45,11 +45,6 @@ def share_inputs(graph: fx.Graph) -> None:
 def is_fused(node: fx.Node) -> bool:
     """Whether a node calls a fused op, in place or functionally."""
     return kernel_of(node.args[0] if "_all_bases" in node.kwargs else node.target) is not None
-
-
-def _is_attention(node: fx.Node) -> bool:
-    """Whether a node calls one of torch's kernels for attention, as providers do whose calls are inlined."""
-    return str(node.target).startswith("aten._scaled_dot_product_")
 
 
 def _read(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,9 +1,14 @@
 """Microscaled formats as torchao spells them, and what is quantised to them in tests."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tests.helpers import randn
+import fuseplan
+from tests.helpers import all_reduce, llama, randn
 
 SCALINGS = ("floor", "ceil", "even", "rceil")
 WIDTH, GROUP = 128, 32
@@ -91,3 +96,34 @@ def ties() -> Tensor:
     group[-1] = 6.0
     powers = torch.exp2(torch.tensor([-20.0, -1.0, 0.0, 1.0, 3.0, 40.0]))
     return (group.repeat(WIDTH // GROUP) * powers[:, None]).contiguous()
+
+
+def cores(quantised: Callable[[Tensor, str], tuple[Tensor, Tensor]], weight: Tensor) -> tuple[Callable[..., Any], ...]:
+    """Each core with a quantisation behind it: a norm, one of a sum, one of a reduced sum, and an activation."""
+
+    def norm(x: Tensor, r: Tensor, group: str) -> Any:
+        return quantised(llama(x, None, weight)[0], "floor")
+
+    def add_norm(x: Tensor, r: Tensor, group: str) -> Any:
+        y, total = llama(x, r, weight)
+        return *quantised(y, "even"), total * 2
+
+    def reduced(x: Tensor, r: Tensor, group: str) -> Any:
+        y, total = llama(all_reduce(x, group), r, weight)
+        return *quantised(y, "ceil"), total * 2
+
+    def activated(x: Tensor, r: Tensor, group: str) -> Any:
+        return quantised(F.silu(x) * r, "rceil")
+
+    return norm, add_norm, reduced, activated
+
+
+def check_fused(function: Callable[..., Any], given: tuple[Tensor, ...], group: str, rule: str, config: Any) -> None:
+    """One fusion, by this rule, and the same bits."""
+    reports: list[fuseplan.Report] = []
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled: Any = fuseplan.compile(lambda *x: function(*x, group), config=config, on_report=reports.append)
+        pairs = list(zip(compiled(*given), function(*given, group), strict=True))
+    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
+    assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.devices import device_profile
@@ -19,9 +18,20 @@ from fuseplan.providers import provider_of
 from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.rules.parts.fp4 import e2m1 as codes_of
 from fuseplan.rules.parts.mx_fp4 import MxFp4, per_token_mx_fp4_quant
-from tests.helpers import all_reduce, llama, post_grad, randn
+from tests.helpers import llama, post_grad, randn
 from tests.planner.test_rotary import Counted
-from tests.rules.parts.microscaling import GROUP, SCALINGS, WIDTH, bits, e2m1, inputs, packed, scaled
+from tests.rules.parts.microscaling import (
+    GROUP,
+    SCALINGS,
+    WIDTH,
+    bits,
+    check_fused,
+    cores,
+    e2m1,
+    inputs,
+    packed,
+    scaled,
+)
 
 W = 1 + randn(WIDTH, seed=9) / 10
 CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
@@ -88,22 +98,7 @@ def test_rows_that_are_apart_in_memory_are_quantised_alike(scaling: str) -> None
         assert got.is_contiguous()
 
 
-def norm(x: Tensor, r: Tensor, group: str) -> Any:
-    return quantised(llama(x, None, W)[0], "floor")
-
-
-def add_norm(x: Tensor, r: Tensor, group: str) -> Any:
-    y, total = llama(x, r, W)
-    return *quantised(y, "even"), total * 2
-
-
-def reduced(x: Tensor, r: Tensor, group: str) -> Any:
-    y, total = llama(all_reduce(x, group), r, W)
-    return *quantised(y, "ceil"), total * 2
-
-
-def activated(x: Tensor, r: Tensor, group: str) -> Any:
-    return quantised(F.silu(x) * r, "rceil")
+norm, add_norm, reduced, activated = cores(quantised, W)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +107,8 @@ def activated(x: Tensor, r: Tensor, group: str) -> Any:
 )
 @pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
 def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[int, ...], one_rank: str) -> None:
-    reports: list[fuseplan.Report] = []
-    x = randn(*shape), randn(*shape, seed=1)
-    torch._dynamo.reset()
-    with torch.inference_mode():
-        compiled: Any = fuseplan.compile(lambda x, r: function(x, r, one_rank), config=CONFIG, on_report=reports.append)
-        pairs = list(zip(compiled(*x), function(*x, one_rank), strict=True))
-    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
-    assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)
+    given = randn(*shape), randn(*shape, seed=1)
+    check_fused(function, given, one_rank, rule, CONFIG)
 
 
 @every_scaling

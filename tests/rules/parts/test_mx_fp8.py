@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.devices import device_profile
@@ -17,9 +16,9 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.rules.parts.mx_fp8 import MxFp8, per_token_mx_fp8_quant
-from tests.helpers import all_reduce, llama, post_grad, randn
+from tests.helpers import llama, post_grad, randn
 from tests.planner.test_rotary import Counted
-from tests.rules.parts.microscaling import GROUP, SCALINGS, WIDTH, bits, inputs, scaled
+from tests.rules.parts.microscaling import GROUP, SCALINGS, WIDTH, bits, check_fused, cores, inputs, scaled
 
 FP8, MOST = torch.float8_e4m3fn, 448.0
 W = 1 + randn(WIDTH, seed=9) / 10
@@ -61,22 +60,7 @@ def test_it_computes_what_the_graph_does(scaling: str, dtype: torch.dtype) -> No
             assert torch.equal(bits(got), bits(wanted)), kind
 
 
-def norm(x: Tensor, r: Tensor, group: str) -> Any:
-    return quantised(llama(x, None, W)[0], "floor")
-
-
-def add_norm(x: Tensor, r: Tensor, group: str) -> Any:
-    y, total = llama(x, r, W)
-    return *quantised(y, "even"), total * 2
-
-
-def reduced(x: Tensor, r: Tensor, group: str) -> Any:
-    y, total = llama(all_reduce(x, group), r, W)
-    return *quantised(y, "ceil"), total * 2
-
-
-def activated(x: Tensor, r: Tensor, group: str) -> Any:
-    return quantised(F.silu(x) * r, "rceil")
+norm, add_norm, reduced, activated = cores(quantised, W)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +69,8 @@ def activated(x: Tensor, r: Tensor, group: str) -> Any:
 )
 @pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
 def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[int, ...], one_rank: str) -> None:
-    reports: list[fuseplan.Report] = []
-    x = randn(*shape), randn(*shape, seed=1)
-    torch._dynamo.reset()
-    with torch.inference_mode():
-        compiled: Any = fuseplan.compile(lambda x, r: function(x, r, one_rank), config=CONFIG, on_report=reports.append)
-        pairs = list(zip(compiled(*x), function(*x, one_rank), strict=True))
-    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
-    assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)
+    given = randn(*shape), randn(*shape, seed=1)
+    check_fused(function, given, one_rank, rule, CONFIG)
 
 
 @every_scaling

@@ -20,7 +20,7 @@ from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.rules.parts.nv_fp4 import NvFp4, per_token_nv_fp4_quant
 from tests.helpers import all_reduce, llama, post_grad, randn
 from tests.planner.test_rotary import Counted
-from tests.rules.parts.microscaling import WIDTH, bits, e2m1, inputs, packed
+from tests.rules.parts.microscaling import WIDTH, bits, check_fused, e2m1, inputs, packed
 
 FP8, GROUP, LEAST = torch.float8_e4m3fn, 16, 2.0**-6
 W = 1 + randn(WIDTH, seed=9) / 10
@@ -172,14 +172,8 @@ def activated(x: Tensor, r: Tensor, scale: Tensor, group: str) -> Any:
 )
 @pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
 def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[int, ...], one_rank: str) -> None:
-    reports: list[fuseplan.Report] = []
-    x = randn(*shape), randn(*shape, seed=1), torch.tensor(0.02)
-    torch._dynamo.reset()
-    with torch.inference_mode():
-        compiled: Any = fuseplan.compile(lambda *x: function(*x, one_rank), config=CONFIG, on_report=reports.append)
-        pairs = list(zip(compiled(*x), function(*x, one_rank), strict=True))
-    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
-    assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)
+    given = randn(*shape), randn(*shape, seed=1), torch.tensor(0.02)
+    check_fused(function, given, one_rank, rule, CONFIG)
 
 
 def test_what_two_layers_quantise_each_is_one() -> None:
