@@ -105,7 +105,7 @@ def _figures() -> dict[str, str]:
 def _constants(device: str) -> str:
     """The constants of a device's cost model, with their sources."""
     rows = [
-        (f"`{name}`", f"{constant.value:,.0f} {constant.unit}", constant.source)
+        (f"`{name}`", f"{constant.value:,.{2 if constant.unit == 'times' else 0}f} {constant.unit}", constant.source)
         for name, constant in HARDWARE[device].constants()
     ]
     return _table(("constant", "value", "source"), rows)

@@ -147,13 +147,13 @@ def _variations(cases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, dic
         yield "agreement", _told(case), case
     first = cases[0]
     for rows in ROWS:
-        yield "rows", f"{rows} rows", _each(first, lambda spec, rows=rows: _with_rows(spec, rows))
+        yield "rows", f"{rows} rows", _with_rows(first, rows)
     narrow = {spec.dtype for spec in first.values() if isinstance(spec, TensorSpec) and len(spec.shape) > 1}
     for dtype in DTYPES:
         yield "dtype", str(dtype).removeprefix("torch."), _each(
             first, lambda spec, dtype=dtype: replace(spec, dtype=dtype) if spec.dtype in narrow else spec
         )  # fmt: skip
-    seven = _each(first, lambda spec: _with_rows(spec, 7))
+    seven = _with_rows(first, 7)
     for what, change in _LAYOUTS.items():
         yield "layout", what, _each(seven, lambda spec, change=change: change(spec) if len(spec.shape) > 1 else spec)
 
@@ -162,10 +162,18 @@ def _each(arguments: Mapping[str, Any], change: Callable[..., TensorSpec]) -> di
     return {name: change(value) if isinstance(value, TensorSpec) else value for name, value in arguments.items()}
 
 
-def _with_rows(spec: TensorSpec, rows: int) -> TensorSpec:
-    if len(spec.shape) < 2:
-        return spec
-    return _dense(replace(spec, shape=(rows, *(1 for _ in spec.shape[1:-1]), spec.shape[-1])))
+def _with_rows(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The same with so many rows of every tensor but weights, as which their names tell them."""
+
+    def change(spec: TensorSpec) -> TensorSpec:
+        return _dense(replace(spec, shape=(rows, *(1 for _ in spec.shape[1:-1]), spec.shape[-1])))
+
+    return {
+        name: change(value)
+        if isinstance(value, TensorSpec) and len(value.shape) > 1 and not name.startswith("weight")
+        else value
+        for name, value in arguments.items()
+    }
 
 
 def _wide_rows(spec: TensorSpec) -> TensorSpec:

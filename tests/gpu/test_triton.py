@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fuseplan.dialect import ops
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
@@ -20,6 +21,7 @@ from fuseplan.rules.families.attention import ATTENTION_RULES
 from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.rules.families.linear import LINEAR_RULES
+from fuseplan.rules.families.linear_norm import LINEAR_NORM_RULES
 from fuseplan.rules.families.rotary import ROTARY_RULES, QkNormRope
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of
@@ -54,8 +56,30 @@ def test_qk_norm_rope_holds(rule: QkNormRope) -> None:
     ids=lambda each: each.op.name if isinstance(each, Rule) else f"{each} ranks",
 )
 def test_fused_ops_hold(rule: Rule) -> None:
-    further = 10 if rule in LINEAR_RULES else 12  # whose kernel takes neither float32 nor weights that are transposed
+    # Their kernels take neither float32 nor weights that are transposed.
+    further = 10 if rule in (*LINEAR_RULES, *LINEAR_NORM_RULES) else 12
     assert check_rule(rule, providers=TRITON, device="cuda").cases["triton"] >= len(rule.op.samples) + further
+
+
+@pytest.mark.parametrize("rows", [1, 8, 17, 32])
+@pytest.mark.parametrize(("width", "features"), [(4096, 4096), (14336, 4096), (2880, 2880), (8192, 1024), (1000, 512)])
+def test_programs_that_share_a_width_yield_the_same_every_time(rows: int, width: int, features: int) -> None:
+    """And what torch's product and norm yield, but for the order of sums."""
+    generator = torch.Generator("cuda").manual_seed(rows)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    x, weight = drawn(rows, width).bfloat16(), (drawn(features, width) * width**-0.5).bfloat16()
+    residual, norm_weight = drawn(rows, features).bfloat16(), (1 + drawn(features) / 8).bfloat16()
+    op = ops.skinny_linear_add_rms_norm
+    arguments = (x, weight, None, residual, norm_weight, 1e-5, "llama")
+    first = op.implementation("triton")(*arguments)
+    for _ in range(20):
+        again = op.implementation("triton")(*arguments)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    for own, wanted in zip(first, op.reference(*arguments), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=2**-7, atol=2**-6)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -18,6 +18,8 @@ def operations(value: float) -> Constant:
     return Constant(value, "GFLOP/s", "round")
 
 
+SAME = Constant(1, "times", "round")
+
 DEVICE = Hardware(
     name="round",
     vendor="nvidia",
@@ -37,7 +39,7 @@ DEVICE = Hardware(
         product_rate=operations(200),
         narrow_product_rate=operations(400),
     ),
-    linear=Linear(library=ns(4000), skinny=ns(2500)),
+    linear=Linear(library=ns(4000), skinny=ns(2500), idle=SAME, idle_few=SAME),
     library=(
         Protocol(name="LL", latency=ns(2000), step=ns(300), bandwidth=rate(8)),
         Protocol(name="Simple", latency=ns(5000), step=ns(1000), bandwidth=rate(40)),

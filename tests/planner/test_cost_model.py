@@ -342,7 +342,8 @@ def test_constants_have_dotted_names() -> None:
         "launch", "generated_norm", "cache", "cache_bandwidth", "memory_bandwidth", "strided_copy",
         "attention.latency", "attention.split", "attention.key", "attention.rate", "attention.row_rate",
         "attention.narrow_row_rate", "attention.product_rate", "attention.narrow_product_rate",
-        "linear.library", "linear.skinny", "library.LL.latency", "library.LL.step", "library.LL.bandwidth",
+        "linear.library", "linear.skinny", "linear.idle", "linear.idle_few",
+        "library.LL.latency", "library.LL.step", "library.LL.bandwidth",
         "library.Simple.latency", "library.Simple.step", "library.Simple.bandwidth",
         "library.NVLS.latency", "library.NVLS.step", "library.NVLS.bandwidth",
         *(f"shots.own {name}.{part}" for name in ("one-shot", "multimem")

@@ -3,6 +3,7 @@
 A process of its own: whether a kernel is interpreted is settled when Triton is imported, by `TRITON_INTERPRET=1`.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fuseplan.dialect import Rounding
 from fuseplan.providers.triton import linear
-from fuseplan.providers.triton.linear import Shares, launch
+from fuseplan.providers.triton.launching import Norm
+from fuseplan.providers.triton.linear import Shares, launch, launch_normed
 from fuseplan.rules.families.linear import LINEAR_RULES, gated_reference
+from fuseplan.rules.families.linear_norm import LINEAR_NORM_RULES, linear_add_rms_norm_reference
 from fuseplan.rules.parts.linear import draw_weight, linears_reference
 from fuseplan.testing import check_rule
 from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
@@ -86,6 +90,42 @@ def off(sizes: Sizes, x: Tensor, weights: list[Tensor], biases: list[Tensor | No
     return [apart(got), apart(computed(x, *weights, *biases))]
 
 
+NORMED = {
+    "as one": (1, (5,), 1024), "two parts": (4, (1,), 1024), "two parts, 32 rows": (4, (2, 16), 1024),
+    "three parts": (6, (17,), 1152), "four parts": (100, (3,), 1024), "width that can't be split": (100, (3,), 200),
+}  # fmt: skip
+"""(processors, leading dimensions, width) by name."""
+
+
+def normed() -> Iterator[tuple[str, list[Any]]]:
+    """(name, [programs that share the width, the largest differences to float64 of the kernels and of the reference])
+    of 128 features with a norm behind them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for (name, (processors, rows, width)), biased, rounding in itertools.product(
+        NORMED.items(), (False, True), (Rounding.LLAMA, Rounding.GPT_OSS, Rounding.VLLM_FP32_RESIDUAL)
+    ):
+        x, (weight,), (bias,) = Sizes(rows=rows, width=width, features=(128,), biased=(biased,)).tensors()
+        residual = torch.randn(*rows, 128, generator=generator)
+        residual = residual.to(torch.bfloat16 if rounding.rounds_residual else torch.float32)
+        norm_weight = (1 + torch.randn(128, generator=generator) / 8).bfloat16()
+        own = (residual, norm_weight, 1e-5, rounding.value)
+        with mock.patch.object(linear, "multiprocessors", lambda device, count=processors: count):
+            splits = Shares.shared(128, width, 32, processors).splits
+            got = launch_normed(x, weight, bias, residual, Norm(weight=norm_weight, eps=1e-5, rounding=rounding))
+        wanted = linear_add_rms_norm_reference(x, weight, bias, *own)
+        wide: list[Any] = [None if each is None else each.double() for each in (x, weight, bias, residual, norm_weight)]
+        exact = linear_add_rms_norm_reference(*wide, eps=1e-5, rounding=rounding.value)
+        assert [(each.shape, each.dtype, each.stride()) for each in got] == [
+            (each.shape, each.dtype, each.stride()) for each in wanted
+        ]
+        off = [
+            max(float((each.double() - want).abs().max()) for each, want in zip(found, exact, strict=True)) * 128
+            for found in (got, wanted)
+        ]
+        yield f"{name}{' biased' * biased} {rounding}", [splits, *off]
+
+
 def layouts() -> Iterator[tuple[str, Sizes, tuple[Any, Any, Any]]]:
     """(name, sizes, arguments) of other layouts; what belongs to nobody is NaN."""
     sizes = Sizes(rows=(5,), features=(40, 24), width=96)
@@ -139,9 +179,10 @@ def variants() -> int:
 def main() -> None:
     prepare()
     wide_products()
-    checked = [check_rule(rule, providers=[TRITON]) for rule in LINEAR_RULES]
+    checked = [check_rule(rule, providers=[TRITON]) for rule in (*LINEAR_RULES, *LINEAR_NORM_RULES)]
     result = {
         "sizes": {name: off(sizes, *sizes.tensors()) for name, sizes in SIZES.items()},
+        "normed": dict(normed()),
         "layouts": {name: off(sizes, *arguments) for name, sizes, arguments in layouts()},
         "special values": special_values(), "fitting": fitting(), "variants": variants(),
         "cases": [each.cases["triton"] for each in checked],

@@ -92,6 +92,12 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
         q, k = torch.zeros(1, 8, 1, 128).bfloat16(), torch.zeros(1, 2, 1280, 128).bfloat16()
         kernel(q, k, k, None, 1.0, False, "cudnn")
         assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
+    if name == "skinny_linear_add_rms_norm":
+        # Llama's output projection of few sequences and of many, whose width several programs share.
+        for rows in (1, 32):
+            x, weight = torch.zeros(rows, 1024).bfloat16(), torch.zeros(4096, 1024).bfloat16()
+            kernel(x, weight, None, torch.zeros(rows, 4096).bfloat16(), torch.ones(4096).bfloat16(), 1e-5, "llama")
+        assert {kernel for kernel, _ in compiled} == {"_linears", "_norm"}
     if name == "fused_attention":
         # Gemma 2's heads, and gpt-oss' in many sequences, whose keys aren't split.
         for batch, q_heads, heads, width, softcap, sinks in ((1, 8, 4, 256, 50.0, False), (64, 64, 8, 64, None, True)):

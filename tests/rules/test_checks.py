@@ -51,13 +51,14 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "qk_norm_rope_cached_attention": ("qk_norm_cached_attention", ("enable_qk_norm_rope_fusion", *CACHED)),
     "skinny_linear": ("skinny_linear", ("fuse_skinny_linear",)),
+    "skinny_linear_add_rms_norm": ("skinny_linear_add_rms_norm", ("fuse_skinny_linear", "fuse_add_rms_norm")),
     "merged_linear_pair": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_triple": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_silu_and_mul": ("merged_linear_silu_mul", ("fuse_merged_linear",)),
 }
 LINEAR = {"skinny_linear", "merged_linear", "merged_linear_silu_mul"}
 WRITING = {"cached_attention", "cached_eager_attention", "qk_norm_cached_attention"}
-OPT_IN = LINEAR | WRITING | {"add_rms_norm"}
+OPT_IN = LINEAR | WRITING | {"add_rms_norm", "skinny_linear_add_rms_norm"}
 MEMBERS = {
     "merged_linear_silu_and_mul": 2,
     "qk_norm_rope": 2,
@@ -304,6 +305,11 @@ ALL = {name for name, _ in TABLE.values()} - OPT_IN
         ),
         ({"fuse_add_rms_norm": True}, ALL | {"add_rms_norm"}, {}),
         ({"fuse_skinny_linear": True}, ALL | {"skinny_linear"}, {}),
+        (
+            {"fuse_skinny_linear": True, "fuse_add_rms_norm": True},
+            ALL | {"add_rms_norm", "skinny_linear", "skinny_linear_add_rms_norm"},
+            {},
+        ),
         ({"fuse_merged_linear": True}, ALL | LINEAR - {"skinny_linear"}, {}),
         ({"fuse_merged_linear": False}, ALL, dict.fromkeys(LINEAR - {"skinny_linear"}, "fuse_merged_linear")),
         ({"fuse_cached_attention": True}, ALL | WRITING, {}),

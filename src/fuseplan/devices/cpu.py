@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from fuseplan.devices.derivation import ns, operations, rate, size
+from fuseplan.devices.derivation import ns, operations, rate, ratio, size
 from fuseplan.devices.hardware import Attention, Hardware, Linear, Protocol
 from fuseplan.devices.profile import DeviceProfile
 
@@ -35,7 +35,9 @@ CPU: Final = Hardware(
         narrow_product_rate=operations(215, f"{_CPU_SPELLED}: 512 queries, by its AMX; 40 for one query, 54 for 4"),
         joins_row=True,
     ),
-    linear=Linear(library=ns(5000, _NOMINAL), skinny=ns(5000, _NOMINAL)),
+    linear=Linear(
+        library=ns(5000, _NOMINAL), skinny=ns(5000, _NOMINAL), idle=ratio(1, _NOMINAL), idle_few=ratio(1, _NOMINAL)
+    ),
     library=(
         Protocol(
             name="gloo",

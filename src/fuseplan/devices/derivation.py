@@ -25,6 +25,11 @@ def rate(value: float, source: str) -> Constant:
     return Constant(value, "GB/s", source)
 
 
+def ratio(value: float, source: str) -> Constant:
+    """How many times as long."""
+    return Constant(value, "times", source)
+
+
 def size(value: float, source: str) -> Constant:
     """Bytes."""
     return Constant(value, "bytes", source)
@@ -42,7 +47,10 @@ def like(whose: str, why: str) -> Like:
 
 def scaled(whose: str, constant: Constant, factor: float, why: str) -> Constant:
     """Another device's constant times a ratio."""
-    return replace(constant, value=round(constant.value * factor, 1), source=f"{whose}'s times {factor:.3g}: {why}")
+    digits = 3 if constant.unit == "times" else 1
+    return replace(
+        constant, value=round(constant.value * factor, digits), source=f"{whose}'s times {factor:.3g}: {why}"
+    )
 
 
 def attention(base: Attention, change: Like) -> Attention:
@@ -54,7 +62,7 @@ def attention(base: Attention, change: Like) -> Attention:
 
 def linear(base: Linear, change: Like) -> Linear:
     """Linear layers on another device."""
-    return Linear(library=change(base.library), skinny=change(base.skinny))
+    return Linear(**{each.name: change(getattr(base, each.name)) for each in fields(Linear)})
 
 
 def peers(base: Peers, change: Like, bandwidth: Like | None = None) -> Peers:

@@ -22,7 +22,7 @@ class Constant:
 
     Attributes:
         value: in `unit`.
-        unit: `ns`, `GB/s` (1e9 bytes a second, which is bytes a nanosecond), `GFLOP/s` or `bytes`.
+        unit: `ns`, `GB/s` (1e9 bytes a second, which is bytes a nanosecond), `GFLOP/s`, `bytes` or `times`.
         source: the datasheet, measurement or publication it was read from, or what it was derived from.
     """
 
@@ -244,10 +244,14 @@ class Linear:
     Attributes:
         library: what torch's product takes beside reading them, its launch and further kernels included.
         skinny: the same of fuseplan's kernel.
+        idle: how many times as long that reads weights for over 16 rows where half of the processors have no tile.
+        idle_few: the same for up to 16 rows, of which tiles are smaller.
     """
 
     library: Constant
     skinny: Constant
+    idle: Constant
+    idle_few: Constant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from fuseplan.devices.derivation import (
     peers,
     protocol,
     rate,
+    ratio,
     renamed,
     scaled,
     shots,
@@ -69,6 +70,8 @@ _LINEAR_RUN = (
 H200_LINEAR: Final = Linear(
     library=ns(4300, f"{_LINEAR_RUN}, for each of torch's products (3.1 to 5 us)"),
     skinny=ns(2200, f"{_LINEAR_RUN} (0.3 to 3.5 us)"),
+    idle=ratio(1.1, f"{_LINEAR_RUN}: 4,096 and 14,336 to 4,096 of 32 rows, 11.05 and 32.93 us, less the latency"),
+    idle_few=ratio(1.01, "an H200, 2026-11-29, the same layers of 1 and 8 rows between others: 0.1 to 0.4 us"),
 )
 
 H200: Final = Hardware(

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fuseplan.graph.canonical.view import PROVENANCE
-from fuseplan.graph.facts import convert_element_type, is_attention, tensor_of
+from fuseplan.graph.facts import aten, convert_element_type, equal_size, is_attention, is_call, tensor_of
 from fuseplan.graph.layout import memory_order
 from fuseplan.graph.ops.registry import kernel_of
 from fuseplan.graph.reach import is_view
@@ -40,6 +40,34 @@ def share_inputs(graph: fx.Graph) -> None:
             shared.meta = {key: value.meta[key] for key in (*PROVENANCE, "val") if key in value.meta}
             for user in [user for user in value.users if user is not shared]:
                 user.replace_input_with(value, shared)
+            _multiply(graph, value)
+
+
+def _multiply(graph: fx.Graph, value: fx.Node) -> None:
+    """Multiplies where a matrix product over one element is part of a pointwise value: the angles of a rotary embedding
+    are positions times frequencies, and their product is a kernel of its own, with another before it.
+    """
+    pending, seen = [value], {value}
+    while pending:
+        node = pending.pop()
+        for source in [each for each in node.all_input_nodes if each not in seen]:
+            seen.add(source)
+            if _is_outer_product(source):
+                with graph.inserting_before(source):
+                    product = graph.call_function(aten.mul.Tensor, source.args)
+                product.meta = dict(source.meta)
+                source.replace_all_uses_with(product)
+                graph.erase_node(source)
+            elif _is_pointwise(source) or is_view(source) or source.target is aten.cat.default:
+                pending.append(source)
+
+
+def _is_outer_product(node: fx.Node) -> bool:
+    """Whether a node is a matrix product over one element, in float32: each element is one product, rounded once."""
+    if not is_call(node, aten.bmm.default, aten.mm.default) or node.kwargs:
+        return False
+    first = tensor_of(node.args[0])
+    return first is not None and first.dtype is torch.float32 and equal_size(first.shape[-1], 1)
 
 
 def is_fused(node: fx.Node) -> bool:

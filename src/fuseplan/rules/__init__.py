@@ -47,10 +47,18 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tup
             )
         if policy.name == "ordered" and not listed and [*flags.values()] == [True]:
             raise ConfigError(f"{' and '.join(flags)}=True contradicts policy {policy}: add {name} to the list")
-        asked = listed or all(getattr(config, member.opt_in) for member in members if member.opt_in)
+        asked = listed or all(getattr(config, flag) for flag in _asked_for_by(members, rules))
         if not off and asked and (listed or policy.name != "ordered"):
             enabled[name] = members
     return enabled
+
+
+def _asked_for_by(members: Sequence[Rule], rules: Sequence[Rule]) -> set[str]:
+    """The flags that have to be True for the members of a rule to be on: their own, and others that switch on a rule
+    which they stand for, too.
+    """
+    opt_ins = {rule.opt_in for rule in rules}
+    return {flag for member in members if member.opt_in for flag in member.flags if flag in opt_ins}
 
 
 class EnabledRules:
@@ -76,7 +84,7 @@ class EnabledRules:
         self.disabled = {name: known[name] for name in self.disabled_by}
         self.overruled = _overruled(config, self.disabled, self.disabled_by)
         self.names = set(self.always)
-        sizes = {name: _default_tokens(config, members, device) for name, members in known.items() if defaults}
+        sizes = {name: _default_tokens(config, members, rules, device) for name, members in known.items() if defaults}
         self._by_size = {name: (most, known[name]) for name, most in sizes.items() if most}
         groups = (*self.always.values(), *(members for _, members in self._by_size.values()))
         self.every = tuple(rule for members in groups for rule in members)
@@ -88,13 +96,13 @@ class EnabledRules:
         return dict(sorted({**self.always, **further}.items()))
 
 
-def _default_tokens(config: PassConfig, members: Sequence[Rule], device: str) -> int:
+def _default_tokens(config: PassConfig, members: Sequence[Rule], rules: Sequence[Rule], device: str) -> int:
     """Tokens of a graph up to which an opt-in rule is on although nobody asked for it: under a policy that lists no
-    rules, where the flag that asks for it isn't given, and none of its others is False; 0: it isn't.
+    rules, where a flag that asks for it isn't given, and none of its others is False; 0: it isn't.
     """
     places = [rule.default_on for rule in members if rule.default_on is not None and device in rule.default_on.devices]
     given = {flag: getattr(config, flag) for rule in members for flag in rule.flags}
-    is_given = any(given[rule.opt_in] is not None for rule in members if rule.opt_in) or False in given.values()
+    is_given = all(given[flag] is not None for flag in _asked_for_by(members, rules)) or False in given.values()
     if is_given or config.chosen_policy.name == "ordered" or len(places) < len(members):
         return 0
     return min(place.most_tokens for place in places)

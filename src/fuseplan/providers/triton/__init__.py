@@ -209,6 +209,19 @@ def gated_linears(*arguments: Any) -> Tensor:
     return launch(*split_arguments(arguments[:-1]), arguments[-1])[0]
 
 
+def linear_add_rms_norm(
+    x: Tensor, weight0: Tensor, bias0: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, rounding: str
+) -> tuple[Tensor, ...]:
+    """`families.linear_norm.linear_add_rms_norm_reference` in two kernels, of which the second adds up what several
+    programs made of each tile of the layer.
+    """
+    from fuseplan.providers.triton.launching import Norm
+    from fuseplan.providers.triton.linear import launch_normed
+
+    norm = Norm(weight=norm_weight, eps=eps, rounding=Rounding(rounding))
+    return launch_normed(x, weight0, bias0, residual, norm)
+
+
 def most_linear_rows(m: Any) -> int:
     """Rows that the kernel of linear layers takes."""
     return MOST_LINEAR_ROWS
@@ -237,6 +250,14 @@ class FewRows:
     def limits(self) -> tuple[str, ...]:
         """What it takes, for a person."""
         return listed(_DTYPE_TEXTS), f"up to {MOST_LINEAR_ROWS} rows"
+
+
+class FewNormedRows(FewRows):
+    """The same with a norm behind it, whose kernel holds rows."""
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the kernels don't take the arguments, or None."""
+        return super().__call__(m) or row_kernel(None).check_width(m.residual, m)
 
 
 @dataclass(frozen=True)
@@ -370,6 +391,7 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
 
 _EAGER_ATTENTIONS = (ops.fused_attention, ops.rope_cached_eager_attention)
 _LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
+_FEW_ROWS = (*_LINEARS, ops.skinny_linear_add_rms_norm)
 _NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
 
@@ -384,6 +406,7 @@ implement(ops.qk_norm_rope_cached_attention, "triton", replayed(qk_norm_rope_cac
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
 implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))
+implement(ops.skinny_linear_add_rms_norm, "triton", replayed(linear_add_rms_norm))
 for _op, _suffix in _NORMS.items():
     implement(_op, "triton", norm_kernel(_op, _suffix))
 for _op, _own_suffix in _ACTIVATIONS.items():
@@ -399,6 +422,7 @@ ACCEPTS: Mapping[str, Accepts] = {
     ops.rope_cached_eager_attention.name: WrittenToken(names_kernel=False, most=1),
     ops.qk_norm_rope_cached_attention.name: WrittenToken(most=1),
     **{op.name: FewRows() for op in _LINEARS},
+    ops.skinny_linear_add_rms_norm.name: FewNormedRows(),
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }
@@ -413,7 +437,7 @@ PROVIDER: Final = Provider(
     implements={
         name: Offer(
             accepts=accepts,
-            most_rows=most_linear_rows if ops[name] in _LINEARS else None,
+            most_rows=most_linear_rows if ops[name] in _FEW_ROWS else None,
             roundings=ROUNDINGS if ops[name] in _EAGER_ATTENTIONS else None,
         )
         for name, accepts in ACCEPTS.items()

@@ -2,16 +2,19 @@
 
 Such a layer waits for its weights. A program reads a tile of one weight's rows, all of their width, and multiplies it
 by all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows to 16 and not
-to 64. Nothing is split along the width: sums have one order, and there is no second kernel. All layers' tiles are one
-grid, so a small layer's don't wait for a large one's. With SiLU-and-mul a tile has as many rows of gate as of up.
+to 64. Sums have one order. All layers' tiles are one grid, so a small layer's don't wait for a large one's. With
+SiLU-and-mul a tile has as many rows of gate as of up. Where a norm comes behind a layer of fewer tiles than processors,
+several programs share a tile's width, and the norm's kernel adds their parts as it reads them, in one order, too.
 
-The equivalent eager code is `fuseplan.rules.parts.linear.linears_reference`, and
-`fuseplan.rules.families.linear.gated_reference`.
+The equivalent eager code is `fuseplan.rules.parts.linear.linears_reference`,
+`fuseplan.rules.families.linear.gated_reference` and
+`fuseplan.rules.families.linear_norm.linear_add_rms_norm_reference`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -19,13 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ActivationRounding
-from fuseplan.providers.triton.launching import Tile, flattened, is_nvidia, multiprocessors, shared_bytes
-from fuseplan.providers.triton.replay import run_kernel
+from fuseplan.providers.triton import norm as norms
+from fuseplan.providers.triton.epilogues import epilogue_of
+from fuseplan.providers.triton.launching import Norm, Tile, flattened, is_nvidia, multiprocessors, shared_bytes
+from fuseplan.providers.triton.replay import run_kernel, scratch
 from fuseplan.providers.triton.rows import rounded, silu
-from fuseplan.providers.triton.tuned import LINEAR_FEATURES, LINEAR_STAGES, LINEAR_WARPS, LINEAR_WIDTH
+from fuseplan.providers.triton.tuned import (
+    LINEAR_FEATURES,
+    LINEAR_SPLITS,
+    LINEAR_STAGES,
+    LINEAR_WARPS,
+    LINEAR_WIDTH,
+)
 
 LEAST_ROWS = 16
 """Of x, as a tensor core multiplies them."""
+_LARGE = 1_000_000
+"""Rows of weights for each multiprocessor, of which tiles are large."""
 
 
 @triton.jit
@@ -41,12 +54,15 @@ def _linears(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, rows,
     x_row, w0_row, w1_row, w2_row,
     WIDTH: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr,
-    FEATURES: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-    ROUNDS_ACTIVATED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    FEATURES: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
+    ROUNDS_ACTIVATED: tl.constexpr, FILLS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """FEATURES of one layer for all rows; GATED: half as many of gate and of up, and silu(gate) * up."""
+    """FEATURES of one layer for all rows; GATED: half as many of gate and of up, and silu(gate) * up. Of SPLITS
+    programs each has a part of the width, and stores its sums in float32. FILLS: there are more programs than
+    processors.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    tile = tl.program_id(0)
+    tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     OWN: tl.constexpr = FEATURES // 2 if GATED else FEATURES
     SECOND: tl.constexpr = (N0 + OWN - 1) // OWN
     THIRD: tl.constexpr = SECOND + (0 if GATED else (N1 + OWN - 1) // OWN)
@@ -70,11 +86,16 @@ def _linears(
         w_tile = w_ptr + at * w_row + column[None, :]
     x_tile = x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :]
     is_row = (row < rows)[:, None]
+    PART: tl.constexpr = WIDTH // SPLITS
+    if SPLITS > 1:
+        w_tile += part * PART
+        x_tile += part * PART
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not FILLS:
+            tl.extra.cuda.gdc_launch_dependents()
     y = tl.zeros((FEATURES, ROWS), tl.float32)
-    for k in range(0, WIDTH, COLUMNS):
+    for k in range(0, PART, COLUMNS):
         if WIDTH % COLUMNS == 0:
             w = tl.load(w_tile + k)
             x = tl.load(x_tile + k, mask=is_row, other=0.0)
@@ -83,6 +104,9 @@ def _linears(
             w = tl.load(w_tile + k, mask=inside, other=0.0)
             x = tl.load(x_tile + k, mask=is_row & inside, other=0.0)
         y = tl.dot(w, tl.trans(x), y)
+    if LAUNCHES_EARLY and FILLS:
+        # Any earlier, programs that wait would have the place of some that could work.
+        tl.extra.cuda.gdc_launch_dependents()
     if GATED:
         if BIASED:
             is_gate = lane < OWN
@@ -98,9 +122,10 @@ def _linears(
             mask=(row < rows)[None, :] & (own < N0)[:, None],
         )  # fmt: skip
     else:
-        y = _biased(y, b_ptr, read, feature < count, BIASED)
+        y = _biased(y, b_ptr, read, (feature < count) & (part == 0), BIASED)
+        at_row = part * rows + row.to(tl.int64)
         tl.store(
-            y_ptr + row.to(tl.int64)[None, :] * count + feature[:, None], y.to(dtype),
+            y_ptr + at_row[None, :] * count + feature[:, None], y.to(y_ptr.dtype.element_ty),
             mask=(row < rows)[None, :] & (feature < count)[:, None],
         )  # fmt: skip
 
@@ -114,12 +139,14 @@ class Shares:
         columns: of these on their way to a program at a time.
         warps: of a program.
         stages: tiles on their way to it.
+        splits: programs that share the width of a tile.
     """
 
     features: int
     columns: int
     warps: int
     stages: int
+    splits: int = 1
 
     @classmethod
     def of(cls, features: int, rows: int, processors: int) -> "Shares":
@@ -138,6 +165,23 @@ class Shares:
             stages=LINEAR_STAGES.at(each),
         )  # fmt: skip
 
+    @classmethod
+    def shared(cls, features: int, width: int, rows: int, processors: int) -> "Shares":
+        """By what there is to do where programs may share the width; with one of them if they had better not.
+
+        Args:
+            features: of the layer.
+            width: of a row.
+            rows: of x, padded.
+            processors: multiprocessors of the device.
+        """
+        large = cls.of(processors * _LARGE, rows, processors)
+        shares = replace(large, stages=LINEAR_STAGES.at(features / processors))
+        splits = min(processors // triton.cdiv(features, shares.features), LINEAR_SPLITS.value)
+        while splits > 1 and width % (splits * shares.columns):
+            splits -= 1
+        return replace(shares, splits=splits) if splits > 1 else cls.of(features, rows, processors)
+
     def fitting(self, shared: int, rows: int, itemsize: int) -> "Shares":
         """Less on its way where a program has not that much shared memory.
 
@@ -150,6 +194,33 @@ class Shares:
             return self
         fewer = replace(self, stages=self.stages - 1) if self.stages > 2 else replace(self, columns=self.columns // 2)
         return fewer.fitting(shared, rows, itemsize)
+
+
+def launch_normed(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+    """A layer, and the residual add and the norm behind it in a second kernel.
+
+    Args:
+        x: [..., width], bfloat16 or float16, in all up to `MOST_LINEAR_ROWS` rows.
+        weight: [features, width], x's dtype, elements of a row side by side.
+        bias: [features] or None.
+        residual: [..., features], x's dtype, or float32.
+        norm: weight, epsilon and rounding.
+
+    Returns:
+        (y, residual_out), both [..., features].
+    """
+    tile_rows = _padded(x.numel() // max(1, x.shape[-1]))
+    shares = Shares.shared(weight.shape[0], x.shape[-1], tile_rows, multiprocessors(x.device))
+    shares = shares.fitting(shared_bytes(x.device), tile_rows, x.element_size())
+    projected = scratch(launch(x, [weight], [bias], shares=shares)[0])
+    if shares.splits == 1:
+        return norms.launch(projected, residual, norm, epilogue_of(None)())
+    like = residual if residual.dtype is x.dtype else scratch(x.new_empty(residual.shape))
+    return norms.launch(like, residual, norm, epilogue_of(None)(), projected)
+
+
+def _padded(rows: int) -> int:
+    return max(LEAST_ROWS, int(triton.next_power_of_2(rows)))
 
 
 def launch(
@@ -166,20 +237,24 @@ def launch(
         shares: how weights are shared out; None: by sizes.
 
     Returns:
-        [..., features_i] in x's dtype of each layer, contiguous.
+        [..., features_i] in x's dtype of each layer, contiguous; where programs share the width, [splits, ...,
+        features] in float32 of the only one, whose sum it is.
     """
     flat, width, gated = flattened(x), x.shape[-1], rounding is not None
     features = [weight.shape[0] for weight in weights]
-    results = tuple(x.new_empty((*x.shape[:-1], each)) for each in (features[:1] if gated else features))
+    splits = 1 if shares is None else shares.splits
+    kind: dict[str, Any] = {"dtype": torch.float32} if splits > 1 else {}
+    shape = (*((splits,) if splits > 1 else ()), *x.shape[:-1])
+    results = tuple(x.new_empty((*shape, each), **kind) for each in (features[:1] if gated else features))
     rows = flat.shape[0]
     if 0 in (rows, sum(features)):
         return results
-    tile_rows = max(LEAST_ROWS, triton.next_power_of_2(rows))
+    tile_rows = _padded(rows)
     if shares is None:
         shares = Shares.of(sum(features), tile_rows, multiprocessors(x.device))
         shares = shares.fitting(shared_bytes(x.device), tile_rows, x.element_size())
     own = shares.features // 2 if gated else shares.features
-    tiles = sum(triton.cdiv(each, own) for each in (features[:1] if gated else features))
+    programs = splits * sum(triton.cdiv(each, own) for each in (features[:1] if gated else features))
     is_biased = any(bias is not None for bias in biases)
     full = [
         weight.new_zeros(count) if bias is None and is_biased else (x if bias is None else bias.contiguous())
@@ -192,10 +267,11 @@ def launch(
     tile = Tile(rows=tile_rows, block=shares.features, warps=shares.warps)
     with torch.cuda.device_of(x):
         run_kernel(
-            _linears, (tiles,),
+            _linears, (programs,),
             flat, *ws, *bs, *ys, rows, flat.stride(0), *(each.stride(0) for each in ws),
             WIDTH=width, N0=counts[0], N1=counts[1], N2=counts[2], ROWS=tile.rows, FEATURES=tile.block,
-            COLUMNS=shares.columns, BIASED=is_biased, GATED=gated,
+            COLUMNS=shares.columns, SPLITS=splits, BIASED=is_biased, GATED=gated,
+            FILLS=programs > multiprocessors(x.device),
             ROUNDS_ACTIVATED=rounding is not None and ActivationRounding(rounding) is ActivationRounding.LLAMA,
             NVIDIA=is_nvidia(x.device), num_stages=shares.stages, **tile.launch(x),
         )  # fmt: skip

@@ -24,9 +24,10 @@ def _norm(
     x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, rows, x_row, residual_row, weight_dim, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
-    EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    PARTS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    """Some rows; x is the sum of PARTS, rounded."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty if PARTS == 1 else weight_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
@@ -38,6 +39,10 @@ def _norm(
     total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
         tl.float32
     )
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(x_ptr + (part * rows + at) * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 1:
+        total = rounded(total, dtype)
     if ADDS:
         total += tl.load(
             residual_ptr + at * residual_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION
@@ -49,7 +54,9 @@ def _norm(
     STORE(y, arguments, row, 0, row < rows, dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
-def launch(x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue) -> tuple[Tensor, ...]:
+def launch(
+    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue, parts: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The family's op.
 
     Args:
@@ -57,12 +64,14 @@ def launch(x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue) -
         residual: the same, or float32; None: there is none.
         norm: weight, epsilon and rounding.
         epilogue: what is done to rows before they are stored.
+        parts: [parts, ..., hidden], float32 and contiguous: their sum, rounded to x's dtype, is normalised in the place
+            of x, of which nothing is read. None: x is.
 
     Returns:
         The epilogue's results, and x + residual where there is a residual.
     """
-    flat = flattened(x)
-    rows, width = flat.shape
+    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    flat = flattened(x) if parts is None else parts.view(-1, width)
     added = None if residual is None else flattened(residual)
     results = epilogue.results(x)
     totals = () if residual is None else (x.new_empty(x.shape, dtype=norm.total_dtype(x)),)
@@ -76,6 +85,7 @@ def launch(x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue) -
                 totals[0] if totals else results[0], rows, flat.stride(0), 0 if added is None else added.stride(0),
                 norm.weight.stride(0), norm.eps,
                 WIDTH=width, ROWS=shape.rows, BLOCK=shape.block, ADDS=residual is not None,
+                PARTS=1 if parts is None else parts.shape[0],
                 EVICTION=eviction(x, *(() if residual is None else (residual,)), *results, *totals),
                 STORE=epilogue.store, CONSTANTS=epilogue.constants, **norm.constants, **shape.launch(x),
                 NVIDIA=is_nvidia(x.device),

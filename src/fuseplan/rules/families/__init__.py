@@ -12,6 +12,7 @@ from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES, CACHED_ROTARY_SITES
 from fuseplan.rules.families.compose import ComposedRule, Member
 from fuseplan.rules.families.linear import LINEAR_FAMILY, LINEAR_RULES, LINEAR_SITES
+from fuseplan.rules.families.linear_norm import LINEAR_NORM_RULES
 from fuseplan.rules.families.norm import NORM_FAMILY, NORM_RULES
 from fuseplan.rules.families.rotary import ROTARY_RULES
 from fuseplan.rules.families.sites import Site
@@ -19,7 +20,7 @@ from fuseplan.rules.parts import PARTS, Core, Part, part_of
 
 BUILT_IN_RULES: tuple[Rule, ...] = (
     *NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *CACHED_ROTARY_RULES, *ATTENTION_RULES,
-    *CACHED_ATTENTION_RULES, *LINEAR_RULES,
+    *CACHED_ATTENTION_RULES, *LINEAR_RULES, *LINEAR_NORM_RULES,
 )  # fmt: skip
 
 ops.add(*(rule.op for rule in BUILT_IN_RULES))

@@ -2,7 +2,7 @@
 alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from fuseplan.graph.canonical.view import is_dialect
 from fuseplan.graph.facts import dtype_text, hint, item, tensor_of
 from fuseplan.graph.ops import ActivationRounding, DialectOp, Sample, define
 from fuseplan.rules.base import DefaultOn, Rule
-from fuseplan.rules.families.sites import Pricer, Shape, Site
+from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
 from fuseplan.rules.parts import Core
 from fuseplan.rules.parts.linear import (
     LINEARS,
@@ -29,6 +29,7 @@ from fuseplan.rules.parts.linear import (
     split_arguments,
     weight_draws,
 )
+from fuseplan.rules.parts.rms_norm import fused_add_rms_norm
 from fuseplan.rules.parts.silu_and_mul import silu_and_mul
 from fuseplan.rules.parts.traffic import Kernel, Region, Tail
 
@@ -180,6 +181,13 @@ class Activation(Tail):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts(Tail):
+    """What a norm behind a layer of few features allows: that several programs share its width."""
+
+    name = "parts"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearShape(Shape):
     """All of a group of layers that prices depend on, at one size.
 
@@ -205,6 +213,10 @@ class LinearShape(Shape):
             own = (*library_kernels(model.hardware, self.sizes),)
             opaque = Kernel(name="opaque op", launch=round(model.hardware.launch.value))
             return (*own, *(self._activation(model.hardware) if tail else ()), opaque)
+        if isinstance(tail, Parts):
+            # The norm that puts the parts together is a kernel of its own.
+            behind = Kernel(name="launch of the norm", launch=round(model.hardware.launch.value))
+            return (skinny_kernel(model.hardware, self.sizes, shares_width=True), behind)
         return (skinny_kernel(model.hardware, self.sizes),)
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
@@ -245,6 +257,15 @@ class LinearSite(Site):
             core=PART.traffic, residual=False, ranks=1, rows=rows, width=width, itemsize=value.dtype.itemsize,
             tails=tuple(self.tail(node) for node in self.tails), convention=dtype_text(value.dtype), sizes=sizes,
         )  # fmt: skip
+
+    def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
+        """What a fusion that consumes `nodes` takes; None where that is more than the site, and the residual add and
+        the norm behind a single layer.
+        """
+        norms = [node for node in nodes if is_dialect(node, fused_add_rms_norm)]
+        if len(norms) != 1 or super().taken([*{*nodes} - {*norms}]) is None:
+            return super().taken(nodes)
+        return Taken(reduce=False, tail=Parts(), also=((norms[0], Taken(reduce=False, tail=None)),))
 
     def tail(self, node: fx.Node) -> Tail:
         """The activation in the site's shape."""

@@ -25,17 +25,19 @@ class NormRule(ComposedRule):
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what the fused op doesn't compute: mixed and unsupported dtypes."""
-        if m.x.dtype not in SUPPORTED:
-            names = ", ".join(map(dtype_text, SUPPORTED))
-            return m.refuse(Reason.DTYPE, "x", f"x is {dtype_text(m.x.dtype)}; supported are {names}")
-        if m.weight.dtype != m.x.dtype:
-            return m.refuse(
-                Reason.DTYPE,
-                "weight",
-                f"weight is {dtype_text(m.weight.dtype)} and x is {dtype_text(m.x.dtype)}; "
-                "the fused op takes one dtype",
-            )
-        return None
+        return unsupported_dtypes(m, "weight")
+
+
+def unsupported_dtypes(m: Bindings, name: str) -> Refusal | None:
+    """Refuses an x that no fused norm takes, and a weight of that name in another dtype than x."""
+    if m.x.dtype not in SUPPORTED:
+        names = ", ".join(map(dtype_text, SUPPORTED))
+        return m.refuse(Reason.DTYPE, "x", f"x is {dtype_text(m.x.dtype)}; supported are {names}")
+    weight = getattr(m, name)
+    if weight.dtype != m.x.dtype:
+        detail = f"{name} is {dtype_text(weight.dtype)} and x is {dtype_text(m.x.dtype)}; the fused op takes one dtype"
+        return m.refuse(Reason.DTYPE, name, detail)
+    return None
 
 
 class AddNormRule(NormRule):

@@ -18,6 +18,10 @@ from fuseplan.rules.parts.traffic import Kernel, Middle
 NAMES = ("linear", "linear_pair", "linear_triple")
 """Of the ops of one, two and three layers."""
 MOST_TOGETHER = len(NAMES)
+LEAST_ROWS = 16
+"""That a tensor core multiplies at once."""
+MOST_SHARED_FEATURES = 4224
+"""Of layers whose width several programs share, on a device with 132 processors: tiles of 64 for half of them."""
 
 
 def parameters_of(count: int) -> str:
@@ -235,18 +239,27 @@ def library_kernels(hardware: Hardware, region: LinearRegion) -> tuple[Kernel, .
     )
 
 
-def skinny_kernel(hardware: Hardware, region: LinearRegion) -> Kernel:
-    """One kernel for all of them, which reads the weights as fast as memory yields them."""
-    return _kernel(hardware, region, region.features, "skinny linear", hardware.linear.skinny.value)
+def skinny_kernel(hardware: Hardware, region: LinearRegion, *, shares_width: bool = False) -> Kernel:
+    """One kernel for all of them, which reads the weights as fast as memory yields them to as many programs.
+
+    Args:
+        hardware: the device.
+        region: the layers.
+        shares_width: whether several programs share the width where there are few tiles of features.
+    """
+    idle = 1.0
+    if not shares_width and sum(region.features) <= MOST_SHARED_FEATURES:
+        idle = (hardware.linear.idle if region.rows > LEAST_ROWS else hardware.linear.idle_few).value
+    return _kernel(hardware, region, region.features, "skinny linear", hardware.linear.skinny.value, idle)
 
 
 def _kernel(
-    hardware: Hardware, region: LinearRegion, features: Sequence[int], name: str, latency: float
+    hardware: Hardware, region: LinearRegion, features: Sequence[int], name: str, latency: float, idle: float = 1.0
 ) -> Kernel:  # fmt: skip
     elements = region.rows * region.width + sum(features) * (region.width + region.rows)
     operations = 2.0 * region.rows * region.width * sum(features)
     # Weights don't stay in a cache: a model reads all others before it reads them again.
-    memory = elements * region.itemsize / hardware.memory_bandwidth.value
+    memory = idle * elements * region.itemsize / hardware.memory_bandwidth.value
     return Kernel(
         name=name, launch=round(latency), memory=round(max(memory, operations / hardware.attention.rate.value))
     )
