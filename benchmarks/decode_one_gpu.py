@@ -3,7 +3,7 @@ torch.compile, and beside what else somebody could do: pass `enable_gqa=True` by
 attention, or write the model anew.
 
 python -m benchmarks.decode_one_gpu [--model llama-3.1-8b qwen3-8b] [--layers 8] [--device cpu] [--write]
-    [--workload decode] [--peers enable_gqa hand-written] [--leave-one-out]
+    [--workload decode] [--peers enable_gqa hand-written] [--leave-one-out] [--quantised fp8_rows fp8_blocks]
 """
 
 import argparse
@@ -33,6 +33,7 @@ import fuseplan
 from benchmarks.graphs import Figure, figure, versions
 from benchmarks.hand_written import HandWritten
 from benchmarks.published_shapes import CHANGED, SHAPES, VOCABULARY, model_of
+from benchmarks.quantised import FORMATS, quantised, stored_bytes
 from fuseplan.config import FUSION_FLAGS
 from fuseplan.rules.families import BUILT_IN_RULES
 
@@ -47,14 +48,17 @@ WHAT = (
     "without FLAG: fuseplan with that flag of PassConfig off, gave_us: what it takes longer so; failed: "
     "errors of those that gave no time; bytes_limit_us: all weights but the embedding's, and the valid part of the "
     "cache, once, at the bandwidth of a copy in this run, times_limit: times as long; logits: largest difference to "
-    "the model in float64, each side's own"
+    "the model in float64, each side's own, or to plain torch.compile's; quantised: how all linear layers but lm_head "
+    "are, by: what quantised them; less_time: by which part of it a step of fuseplan is shorter than that side's"
 )
 PLAIN, BY_HAND, FROZEN, FLEX, WRITTEN = "torch.compile", "enable_gqa", "freezing", "flex_attention", "hand-written"
 FUSED, ROUNDED, PACKED = "fuseplan", "fuseplan, allow_rounding_changes", "fuseplan, packed"
 CACHED = "fuseplan, cached attention"
+ATTENTION, LEFT = "fuseplan, attention alone", "fuseplan, quantisations left"
 EARLY = ", early launches"
 PEERS = (BY_HAND, FROZEN, FLEX, WRITTEN, FUSED)
-MORE_PEERS = (ROUNDED, PACKED, CACHED, PLAIN + EARLY, FUSED + EARLY)
+QUANTISED_PEERS = (ATTENTION, LEFT, FUSED)
+MORE_PEERS = (ROUNDED, PACKED, CACHED, ATTENTION, LEFT, PLAIN + EARLY, FUSED + EARLY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +271,10 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[
         flags = {"allow_rounding_changes": True}
     elif name == CACHED:
         flags = {"fuse_cached_attention": True}
+    elif name == ATTENTION:
+        flags = dict.fromkeys(FUSION_FLAGS, False) | {"fuse_grouped_attention": None}
+    elif name == LEFT:
+        flags = {"fuse_norm_quant": False, "fuse_act_quant": False}
     elif name != FUSED:
         flags = {name.removeprefix("without "): False}
     on_report = reports.append if name in (FUSED, ROUNDED, CACHED) else None
@@ -359,15 +367,21 @@ def compared(sides: Sides, times: Mapping[str, Figure], bytes_s: float) -> dict[
         return {}
     model = sides.model
     embedding, head = (each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()))
-    weights = sum(each.nbytes for each in model.parameters()) - (embedding.nbytes if embedding is not head else 0)
+    weights = sum(stored_bytes(each) for each in model.parameters())
+    weights -= embedding.nbytes if embedding is not head else 0
     limit = (weights + next(iter(sides.steps.values())).valid_bytes) / bytes_s * 1e6
     faster = {name: round(times[PLAIN].us / each.us, 3) for name, each in times.items()} if PLAIN in times else {}
     gave = {
         name.removeprefix("without "): round(each.us - times[FUSED].us, 1)
         for name, each in times.items() if name.startswith("without ") and FUSED in times
     }  # fmt: skip
+    less = {
+        name: round(1 - times[FUSED].us / times[name].us, 4)
+        for name in (PLAIN, ATTENTION, LEFT) if name in times and FUSED in times and ATTENTION in times
+    }  # fmt: skip
     return {
         "times_faster": {name: each for name, each in faster.items() if name != PLAIN},
+        **({"less_time": less} if less else {}),
         "bytes_limit_us": round(limit, 1),
         "times_limit": {name: round(each.us / limit, 3) for name, each in times.items()},
         **({"gave_us": gave} if gave else {}),
@@ -421,12 +435,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
     parser.add_argument("--workload", nargs="*", default=["decode", "long", "prefill"])
     parser.add_argument("--batch", nargs="*", type=int, help="of these batch sizes alone")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=(*PEERS, *MORE_PEERS), help="beside torch.compile")
+    parser.add_argument("--peers", nargs="*", choices=(*PEERS, *MORE_PEERS), help="beside torch.compile")
+    parser.add_argument("--quantised", nargs="*", default=[], choices=FORMATS, help="models of which layers take fp8")
     parser.add_argument("--leave-one-out", action="store_true", help="fuseplan without each flag that fired, too")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/decode_one_gpu_DEVICE.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.peers is None:
+        arguments.peers = QUANTISED_PEERS if arguments.quantised else PEERS
+    return arguments
 
 
 def main() -> None:
@@ -453,20 +471,23 @@ def main() -> None:
         "rows": rows,
     }
     torch._dynamo.config.recompile_limit = 64
-    path = arguments.out / f"decode_one_gpu_{name}.json"
+    path = arguments.out / f"decode_one_gpu_{'quantised_' * bool(arguments.quantised)}{name}.json"
     works = [
         work for work in (WORKLOADS if on_gpu else CPU_WORKLOADS)
         if work.name in arguments.workload and work.batch in (arguments.batch or [work.batch])
     ]  # fmt: skip
     with torch.inference_mode():
-        for model_name, dtype in itertools.product(arguments.model, arguments.dtype):
+        for model_name, dtype, how in itertools.product(
+            arguments.model, arguments.dtype, arguments.quantised or [None]
+        ):
             model = model_of(model_name, layers, device, getattr(torch, dtype))
+            by = {"quantised": how, "by": quantised(model, how)} if how else {}
             for work in works:
                 row = measure(
                     model, work, peers=[*arguments.peers], leave_one_out=arguments.leave_one_out,
-                    precise=not on_gpu or work.batch == 1, repeats=arguments.repeats, bytes_s=bytes_s,
+                    precise=not how and (not on_gpu or work.batch == 1), repeats=arguments.repeats, bytes_s=bytes_s,
                 )  # fmt: skip
-                rows.append({"model": model_name, "dtype": dtype, **row})
+                rows.append({"model": model_name, "dtype": dtype, **by, **row})
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "profile"}), flush=True)
                 if arguments.write:
                     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,6 +12,7 @@ import fuseplan
 from benchmarks import decode_one_gpu as benchmark
 from benchmarks.hand_written import KNOWN, HandWritten
 from benchmarks.published_shapes import CHANGED, SHAPES, SMALL, VOCABULARY, model_of
+from benchmarks.quantised import BLOCK, DTYPE, FORMATS, quantised, restored, stored_bytes, with_rows
 
 CPU = torch.device("cpu")
 BY_HAND = [name for name, (config, _, _) in SHAPES.items() if config.model_type in KNOWN]
@@ -142,3 +143,51 @@ def test_a_step_behind_a_window_begins_where_it_did() -> None:
     torch.testing.assert_close(step().shape, (2, 1, VOCABULARY))
     assert [layer.cumulative_length_int for layer in step.sliding] == [WORK.position + 1] * 2
     assert step.valid_bytes == sum(2 * layer.keys.nbytes for layer in step.sliding)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that blocks divide."""
+    monkeypatch.setattr("benchmarks.published_shapes.SMALL", {**SMALL, "hidden_size": 256, "intermediate_size": 256})
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-8b"])
+def test_all_that_norms_and_activations_quantise_is_fused(name: str, how: str) -> None:
+    layers = 2
+    model: Any = model_of(name, layers, CPU, torch.bfloat16)
+    step = benchmark.Step(model, WORK, model)
+    wanted = step()
+    assert quantised(model, how).startswith("layers written out, torch 2.")
+    assert len([each for each in model.parameters() if each.dtype is DTYPE]) == 7 * layers
+    step.reset()
+    assert (step() - wanted).norm() < 0.1 * wanted.norm()
+    report = fuseplan.explain(model, device="h200", **step.arguments)
+    assert (report.fused["norm_quant"], report.fused["act_quant"]) == (2 * layers, layers)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_a_row_says_what_fusing_quantisations_takes_off_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "compiled", lambda name, model, reports: benchmark.with_own_code(model))
+    model: Any = model_of("qwen3-8b", 1, CPU, torch.bfloat16)
+    whole = sum(stored_bytes(each) for each in model.parameters())
+    quantised(model, "fp8_blocks")
+    peers = [*benchmark.QUANTISED_PEERS]
+    row = benchmark.measure(model, WORK, peers=peers, leave_one_out=False, precise=False, repeats=2, bytes_s=1e9)
+    assert set(row["less_time"]) == {benchmark.PLAIN, benchmark.ATTENTION, benchmark.LEFT}
+    elements = 256 * (2 * 512 + 2 * 128 + 3 * 256)
+    assert whole - sum(stored_bytes(each) for each in model.parameters()) == elements - 4 * elements // BLOCK**2
+
+
+def test_rows_of_zeros_go_behind_those_that_are_there() -> None:
+    codes, scales = torch.ones(3, 256).to(DTYPE), torch.rand(2, 3).t()
+    more, wider = with_rows(codes, scales, 1)
+    assert torch.equal(restored(more, wider)[:3], restored(codes, scales))
+    assert not restored(more, wider)[3].any()
+    assert wider.stride() == (1, 4)
+
+
+def test_formats_are_named() -> None:
+    with pytest.raises(ValueError, match="'fp4' is no format of this benchmark; allowed: fp8_rows, fp8_blocks"):
+        quantised(torch.nn.Linear(1, 1), "fp4")

@@ -65,14 +65,14 @@ def is_view(node: fx.Node) -> bool:
 
 
 def stays_inside(value: fx.Node) -> bool:
-    """Whether ops of torch alone read a value, and views of it, and none of them writes to it or is the output."""
+    """Whether all that reads a value, and views of it, are ops that write to nothing, and none is the output. What such
+    an op returns is either declared a view or has memory of its own.
+    """
     stack, seen = [value], {value}
     while stack:
         for user in stack.pop().users:
             target = user.target
             if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-                return False
-            if target.namespace not in ("aten", "prims"):
                 return False
             if user not in seen and (target.is_view or target in RESHAPES):
                 seen.add(user)

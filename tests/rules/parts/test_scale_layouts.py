@@ -83,11 +83,13 @@ def test_a_layout_is_the_ops(layout: Layout, rows: int, dynamic: bool) -> None:
             assert torch.equal(got.float(), wanted.float())
 
 
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (2, 3)], ids=str)
 @every_layout
-def test_it_is_fused_with_the_norm(layout: Layout) -> None:
+def test_it_is_fused_with_the_norm(layout: Layout, shape: tuple[int, ...]) -> None:
+    """Scales are a matrix, whatever dimensions the rows have."""
     reports: list[fuseplan.Report] = []
     torch._dynamo.reset()
-    x = randn(7, WIDTH)
+    x = randn(*shape, WIDTH)
     config = fuseplan.PassConfig(policy="ordered(norm_quant)")
     with torch.inference_mode():
         compiled: Any = fuseplan.compile(
@@ -98,6 +100,56 @@ def test_it_is_fused_with_the_norm(layout: Layout) -> None:
     for got, wanted in pairs:
         assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride())
         assert torch.equal(got.float(), wanted.float())
+
+
+@torch.library.custom_op("scale_layout_tests::product", mutates_args=())
+def product(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.float().sum(-1) + scale.sum()
+
+
+@product.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.new_empty(codes.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("scale_layout_tests::written", mutates_args=("codes",))
+def written(codes: Tensor, scale: Tensor) -> Tensor:
+    codes.copy_(-codes.float())
+    return scale.sum()
+
+
+@written.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(())
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3)], ids=str)
+@every_layout
+def test_layers_with_products_of_their_own_share_the_codes(layout: Layout, shape: tuple[int, ...]) -> None:
+    """Each of them quantises what it reads."""
+
+    def layers(x: Tensor) -> list[Tensor]:
+        y = llama(x, None, W)[0]
+        pairs = [quantised(layout, y) for _ in range(3)]
+        return [product(codes.view(-1, WIDTH), scale) * number for number, (codes, scale) in enumerate(pairs, 1)]
+
+    reports, x = list[fuseplan.Report](), randn(*shape, WIDTH)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        config = fuseplan.PassConfig(policy="ordered(norm_quant)")
+        got = fuseplan.compile(layers, config=config, on_report=reports.append)(x)
+        assert all(torch.equal(one, other) for one, other in zip(got, layers(x), strict=True))
+    assert reports[0].fused["norm_quant"] == 1
+    assert not reports[0].graphs[0].refusals
+
+
+def test_codes_that_one_layer_writes_to_are_its_own() -> None:
+    def layers(x: Tensor) -> list[Tensor]:
+        (first, scale), (second, other) = (quantised(columns, x) for _ in range(2))
+        return [written(first, scale), product(second, other)]
+
+    raised = canonicalize(post_grad(layers, randn(7, WIDTH)))
+    assert len(raised.calls(ops.per_token_group_fp8_quant.overload)) == 2
 
 
 def shorter(scale: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fuseplan.graph.facts import (
+    RESHAPES,
     Call,
     aten,
     depths,
@@ -228,6 +229,17 @@ class CanonicalGraph:
                 self.repeated.setdefault(self.origin[known], []).append(self.origin[result])
             result.replace_all_uses_with(known)
         erase_dead(self.graph, [result for result, _ in results])
+        for _, known in results:
+            if known not in self.origin:
+                self._merge_views(known)
+
+    def _merge_views(self, value: fx.Node) -> None:
+        """Makes one node of a value's equal views, which stand for values of the original graph."""
+        found: dict[tuple[Any, ...], fx.Node] = {}
+        for user in [user for user in value.users if is_call(user, *RESHAPES)]:
+            first = found.setdefault((user.target, *user.args[1]), user)
+            if first is not user:
+                self._merge([(user, first)])
 
     def source_node(self, node: fx.Node) -> fx.Node:
         """The original of a node, or of the nearest value computed from it that has one, or the node itself."""

@@ -34,12 +34,12 @@ def lay_out(scale: Tensor, layout: str) -> Tensor:
     """Scales of a dtype in a layout.
 
     Args:
-        scale: [..., groups]; two dimensions where they don't lie in rows.
+        scale: [..., groups].
         layout: one of `ScaleLayout`.
 
     Returns:
-        The same values, or [rows, groups / 4, rounded up] in int32, or, swizzled, [32 * tiles of rows, 16 * tiles of
-        groups], whatever dimensions rows have.
+        The same values, or, whatever dimensions rows have, a matrix: [rows, groups], packed [rows, groups / 4, rounded
+        up] in int32, swizzled [32 * tiles of rows, 16 * tiles of groups].
 
     Raises:
         ValueError: `layout` isn't one of `ScaleLayout`, or is `swizzled`, and scales take more than a byte.
@@ -49,14 +49,15 @@ def lay_out(scale: Tensor, layout: str) -> Tensor:
         return scale.contiguous()
     if how is ScaleLayout.SWIZZLED and scale.element_size() > 1:
         raise ValueError(f"scales in {scale.dtype} have no layout '{how}', which is of bytes: give another one")
+    scale = scale.reshape(-1, scale.shape[-1])
     if how is ScaleLayout.SWIZZLED:
-        return _swizzled(scale.reshape(-1, scale.shape[-1]))
+        return _swizzled(scale)
     if how is ScaleLayout.PACKED:
         exponents = (scale.float().view(torch.int32) >> 23) & 0xFF
         padded = torch.nn.functional.pad(exponents, (0, -scale.shape[-1] % PACKED)).unflatten(-1, (-1, PACKED))
         shifts = torch.arange(0, 8 * PACKED, 8, dtype=torch.int32, device=scale.device)
         scale = (padded << shifts).sum(-1, dtype=torch.int32)
-    return _columns(scale, scale.shape[-1], scale.dtype, how).copy_(scale)
+    return _columns(scale, len(scale), scale.shape[-1], scale.dtype, how).copy_(scale)
 
 
 def _swizzled(scale: Tensor) -> Tensor:
@@ -73,17 +74,16 @@ def empty_scales(x: Tensor, groups: Any, dtype: torch.dtype, layout: str) -> Ten
     how = ScaleLayout(layout)
     if how is ScaleLayout.ROWS:
         return x.new_empty((*x.shape[:-1], groups), dtype=dtype)
+    rows = math.prod(x.shape[:-1])
     if how is ScaleLayout.SWIZZLED:
-        rows = math.prod(x.shape[:-1])
         across = SWIZZLED_ROWS * ((rows + TILE_ROWS - 1) // TILE_ROWS)
         along = TILE_ROWS // SWIZZLED_ROWS * TILE_GROUPS * ((groups + TILE_GROUPS - 1) // TILE_GROUPS)
         return x.new_empty((across, along), dtype=dtype)
     if how is ScaleLayout.PACKED:
         groups, dtype = (groups + PACKED - 1) // PACKED, torch.int32
-    return _columns(x, groups, dtype, how)
+    return _columns(x, rows, groups, dtype, how)
 
 
-def _columns(x: Tensor, groups: Any, dtype: torch.dtype, how: ScaleLayout) -> Tensor:
-    rows = x.shape[0]
+def _columns(x: Tensor, rows: Any, groups: Any, dtype: torch.dtype, how: ScaleLayout) -> Tensor:
     height = rows if how is ScaleLayout.COLUMNS else (rows + ALIGNED_ROWS - 1) // ALIGNED_ROWS * ALIGNED_ROWS
     return x.new_empty((groups, height), dtype=dtype).mT[:rows]

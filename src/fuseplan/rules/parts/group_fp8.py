@@ -55,7 +55,7 @@ def reference(
         rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and
             applied to x. The scale itself is always a division.
 
-        layout: one of `ScaleLayout` but `SWIZZLED`: how scales lie. x has two dimensions where they don't lie in rows.
+        layout: one of `ScaleLayout` but `SWIZZLED`: how scales lie.
 
     Returns:
         (q, scale): [..., hidden] in `dtype`, contiguous, and [..., hidden / group_size] in float32 (float64 for float64

@@ -46,7 +46,7 @@ def layout_of(scale: fx.Node, scaling: Scaling, rows: fx.Node, groups: Any) -> t
     views = list(_views_ahead(scale))
     inside = {scaling.factor, *scaling.factor.users, *_back(scaling.factor, scale)}
     starts = {user for view in views for user in view.users} - {*views, *inside}
-    if x.dim() != 2 or len(starts) != 1:
+    if len(starts) != 1:
         return ScaleLayout.ROWS, scale
     (start,) = starts
     for layout, read in (
