@@ -115,7 +115,8 @@ def normed() -> Iterator[tuple[str, list[Any]]]:
             got = launch_normed(x, weight, bias, residual, Norm(weight=norm_weight, eps=1e-5, rounding=rounding))
         wanted = linear_add_rms_norm_reference(x, weight, bias, *own)
         wide: list[Any] = [None if each is None else each.double() for each in (x, weight, bias, residual, norm_weight)]
-        exact = linear_add_rms_norm_reference(*wide, eps=1e-5, rounding=rounding.value)
+        wide += [1e-5, rounding.value]
+        exact = linear_add_rms_norm_reference(*wide)
         assert [(each.shape, each.dtype, each.stride()) for each in got] == [
             (each.shape, each.dtype, each.stride()) for each in wanted
         ]

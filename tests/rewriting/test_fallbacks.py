@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._inductor import lowering
 from torch.nn import functional as F
 
@@ -41,7 +42,8 @@ def test_inductor_is_told_first_where_it_would_take_long(is_slow: bool, monkeypa
     given = (randn(3, 1, 64), randn(3, 1, 64, seed=1), randn(64, 64, seed=2) / 8, randn(64, seed=3))
     flags: dict[str, Any] = dict.fromkeys(("fuse_skinny_linear", "fuse_add_rms_norm"), True)
     config = fuseplan.PassConfig(force=("skinny_linear_add_rms_norm",), **flags)
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+    caches = torch._inductor.config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False)
+    with torch.no_grad(), caches[0], caches[1]:
         got = fuseplan.compile(layers, config=config, fullgraph=True)(*given)
     torch.testing.assert_close(got, layers(*given), rtol=2**-6, atol=2**-6)
     assert (overload in met) is not is_slow
