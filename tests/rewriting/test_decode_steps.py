@@ -12,15 +12,17 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import fuseplan
+from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.matching import find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rewriting import apply
+from fuseplan.rewriting.shared_inputs import share_inputs
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.cached import arguments, attending, layer
-from tests.helpers import post_grad, randn
+from tests.helpers import post_grad, randn, written
 
 aten = torch.ops.aten
 RULES = by_name([rule for rule in BUILT_IN_RULES if rule.name == "cached_attention"])
@@ -193,3 +195,41 @@ def test_what_is_shared_stays_what_it_is(function: Callable[..., list[Tensor]]) 
         for actual, expected in zip(found, function(*given), strict=True):
             torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
     assert reports[0].fused["act_padding"] == 2
+
+
+def shared_cosines(product: Any) -> Callable[..., Any]:
+    """Cosines of what a matrix product yields, which two fused ops read."""
+
+    def function(frequencies: Any, positions: Any, weight: Any) -> Any:
+        angles = aten.cat.default([product(frequencies, positions)] * 2, -1)
+        cosines = aten.cos.default(aten.view.default(angles, [6, 8]))
+        return ops.skinny_linear(cosines, weight, None), ops.skinny_linear(cosines, weight, None)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("product", "shapes", "dtype", "products"),
+    [
+        (aten.mm.default, ((6, 1), (1, 4)), torch.float32, 0),
+        (aten.bmm.default, ((2, 3, 1), (2, 1, 4)), torch.float32, 0),
+        (aten.bmm.default, ((2, 3, 2), (2, 2, 4)), torch.float32, 1),
+        (aten.mm.default, ((6, 1), (1, 4)), torch.bfloat16, 1),
+    ],
+    ids=["one element", "batched", "two elements", "rounded"],
+)
+def test_products_over_one_element_are_multiplied(
+    product: Any, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, products: int
+) -> None:
+    """As the angles of a rotary embedding: on a GPU such a product is a kernel of its own."""
+    frequencies, positions = (randn(*shape, dtype=dtype, seed=index) for index, shape in enumerate(shapes))
+    given = {"frequencies": frequencies, "positions": positions, "weight": randn(16, 8, dtype=dtype)}
+    graph = written(shared_cosines(product), given)
+    before = outcome(graph, [*given.values()])
+    share_inputs(graph)
+    graph.lint()
+    assert len(calls(graph, product)) == products
+    assert len(calls(graph, aten.mul.Tensor)) == 1 - products
+    assert len(calls(graph, force_stride_order)) == 1
+    for actual, expected in zip(outcome(graph, [*given.values()]), before, strict=True):
+        assert torch.equal(actual, expected)

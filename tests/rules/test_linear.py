@@ -13,9 +13,10 @@ from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.planner.costs import HARDWARE
 from fuseplan.providers import device_profile
 from fuseplan.record import GraphReport, Reason
-from fuseplan.rules.parts.linear import PART
+from fuseplan.rules.parts.linear import PART, LinearRegion, skinny_kernel
 from tests.helpers import all_reduce, llama, post_grad, randn
 
 WIDTH = 64
@@ -357,3 +358,110 @@ def test_a_layer_whose_result_is_reduced_through_moved_views(one_rank: str) -> N
     report = planned(graph, policy="ordered(allreduce_rms, skinny_linear)")
     assert fused(report) == {"all_reduce_rms_norm": 1, "skinny_linear": 1}
     assert report.rewritten
+
+
+# With the norm behind them.
+
+NORMED = {"fuse_skinny_linear": True, "fuse_add_rms_norm": True}
+APART = {"add_rms_norm": 1, "skinny_linear": 1}
+TOGETHER = {"skinny_linear_add_rms_norm": 1}
+
+
+def normed(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    return llama(F.linear(x, weight), residual, norm)
+
+
+def sum_first(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    return llama(residual, F.linear(x, weight), norm)
+
+
+def read_twice(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+    y = F.linear(x, weight)
+    return *llama(y, residual, norm), y
+
+
+def without_residual(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+    return llama(F.linear(x, weight), None, norm)[0] + residual
+
+
+def rows_of_one(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    return llama(F.linear(x, weight), residual[:1].expand_as(residual), norm)
+
+
+def of_rows(*leading: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    return (
+        randn(*leading, WIDTH, dtype=dtype), randn(*leading, 32, dtype=dtype, seed=1), *weights(32, dtype=dtype),
+        randn(32, dtype=dtype, seed=2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "config", "found"),
+    [
+        (normed, NORMED, TOGETHER),
+        (sum_first, NORMED, TOGETHER),
+        (rows_of_one, NORMED, TOGETHER),
+        (normed, {}, TOGETHER),
+        (normed, {"fuse_add_rms_norm": True}, TOGETHER),
+        (normed, {"fuse_skinny_linear": False}, {"add_rms_norm": 1}),
+        (normed, {"fuse_add_rms_norm": False}, {"skinny_linear": 1}),
+        (normed, NORMED | {"forbid": ("skinny_linear_add_rms_norm",)}, APART),
+        (normed, {"policy": "ordered(add_rms_norm, skinny_linear)"}, APART),
+        (normed, {"policy": "ordered(skinny_linear_add_rms_norm)"}, TOGETHER),
+        (read_twice, NORMED, APART),
+        (without_residual, NORMED, {"skinny_linear": 1}),
+    ],
+)  # fmt: skip
+def test_a_layer_is_one_op_with_the_norm_behind_it(
+    function: Callable[..., Any], config: dict[str, Any], found: dict[str, int]
+) -> None:
+    assert fused(planned(post_grad(function, *of_rows(2, 1)), **config)) == found
+
+
+def test_it_is_asked_for_by_both_flags() -> None:
+    graph = post_grad(normed, *of_rows(3, 11))
+    assert fused(planned(graph, fuse_add_rms_norm=True)) == {"add_rms_norm": 1}, "33 rows: not on by default"
+
+
+def test_the_price_is_of_both_kernels() -> None:
+    """Of so few weights that reading them takes no time: torch's product takes 4.3 us, the kernel 2.2, and Inductor's
+    norm 0.574 more than a launch, which stays.
+    """
+    (chosen,) = planned(post_grad(normed, *of_rows(32, 1)), **NORMED).applied
+    assert chosen.saving_ns == pytest.approx(4300 - 2200 + 574, abs=20)
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "longer"), [(1, 4096, 1.01), (16, 4096, 1.01), (17, 4096, 1.1), (32, 2048, 1.1), (32, 4288, 1)]
+)
+def test_few_tiles_are_read_slower_unless_programs_share_the_width(rows: int, features: int, longer: float) -> None:
+    region = LinearRegion(rows=rows, width=4096, features=(features,), itemsize=2)
+    alone, shared = (skinny_kernel(HARDWARE["h200"], region, shares_width=shares) for shares in (False, True))
+    assert alone.memory == pytest.approx(longer * shared.memory, abs=1)
+    assert alone.launch == shared.launch
+
+
+def test_with_a_norm_it_computes_what_the_model_does() -> None:
+    reports: list[Any] = []
+    torch._dynamo.reset()
+    config = PassConfig(policy="ordered(skinny_linear_add_rms_norm)")
+    given = of_rows(3, 1)
+    with torch.inference_mode():
+        compiled = fuseplan.compile(normed, config=config, on_report=reports.append, fullgraph=True)
+        for actual, expected in zip(compiled(*given), normed(*given), strict=True):
+            torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.02)
+    assert reports[-1].fused["skinny_linear_add_rms_norm"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "says"),
+    [
+        (lambda x, residual, weight, norm: (x, residual, weight, norm.float()), Reason.DTYPE, "norm_weight is float32"),
+        (lambda *given: tuple(each.float() for each in given), Reason.DTYPE, "x is float32"),
+    ],
+)
+def test_what_a_layer_with_a_norm_refuses(change: Callable[..., Any], reason: Reason, says: str) -> None:
+    report = planned(post_grad(normed, *change(*of_rows(3, 1))), policy="ordered(skinny_linear_add_rms_norm)")
+    assert "triton" not in {each.provider for each in report.applied}
+    found = [(each.reason, each.detail) for each in report.refusals if each.provider in (None, "triton")]
+    assert any(each is reason and says in detail for each, detail in found), found
