@@ -25,7 +25,7 @@ from rich.console import Console, RenderableType
 from rich.segment import Segment
 from typer.testing import CliRunner
 
-from docs import measured
+from docs import diagram, measured
 from docs.blocks import ROOT, save_files
 from fuseplan.cli import app
 
@@ -94,6 +94,7 @@ CHARTS: Mapping[str, Callable[[], str]] = {
     "measured.svg": measured.gains,
     "region.svg": measured.region,
     "kernels.svg": measured.kernels,
+    "planner.svg": diagram.planner,
 }
 
 

@@ -107,7 +107,7 @@ def _vllm() -> Iterator[Group]:
         yield Group(f"{NAMES[row['model']]}{asked}, vLLM {version}, one {gpu(found)}", gains)
 
 
-WIDTH, ROW, TITLE, LEFT, TOP = 860, 15, 26, 120, 62
+WIDTH, ROW, TITLE, LEFT, TOP, SIDE = 860, 15, 26, 120, 62, 16
 LEAST = 0.75
 """Where the axis starts."""
 STYLE = """
@@ -118,6 +118,7 @@ svg { --ground: #f7f8fa; --frame: #d4d9e0; --ink: #1f2733; --dim: #5c6773; --bar
 text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--ink) }
 .head { font-weight: 700; paint-order: stroke; stroke: var(--ground); stroke-width: 5px }
 .dim { fill: var(--dim) } .end { text-anchor: end } .middle { text-anchor: middle }
+.box { fill: none; stroke: var(--dim) } .arrow { fill: none; stroke: var(--bar); stroke-width: 1.5 }
 .bar { fill: var(--bar) } .unclear { fill: none; stroke: var(--dim); stroke-dasharray: 3 2 }
 """
 
@@ -154,7 +155,7 @@ def kernels() -> str:
 
 
 def chart(title: str, shown: Sequence[Group]) -> str:
-    """Bars as SVG, for light and dark pages."""
+    """Bars as SVG."""
     drawn, y = list[str](), TOP
 
     def place(times: float) -> float:
@@ -163,7 +164,7 @@ def chart(title: str, shown: Sequence[Group]) -> str:
     longest = max(gain.times for group in shown for gain in group.gains)
     for group in shown:
         y += TITLE
-        drawn.append(_text(16, y - 7, group.title, "head"))
+        drawn.append(text(16, y - 7, group.title, "head"))
         for gain in group.gains:
             drawn += _bar(gain, y, place)
             y += ROW
@@ -171,15 +172,18 @@ def chart(title: str, shown: Sequence[Group]) -> str:
     ticks = [1 + half / 2 for half in range(1 + int((longest - 1) / 0.5))]
     grid = [
         f'<path d="M{place(tick)} {TOP}V{height - 12}" class="{"one" if tick == 1 else "grid"}"/>'
-        + _text(place(tick), TOP - 6, f"{tick:g}×" if tick > 1 else "as fast", "dim middle")
+        + text(place(tick), TOP - 6, f"{tick:g}×" if tick > 1 else "as fast", "dim middle")
         for tick in ticks
     ]
-    legend = [_text(16, 24, title, "head")]
+    legend = [text(16, 24, title, "head")]
     if any(not gain.is_clear for group in shown for gain in group.gains):
-        legend.append(
-            '<rect x="745" y="14" width="12" height="11" class="unclear"/>' + _text(762, 24, "unclear", "dim")
-        )
-    body = "\n".join([*legend, *grid, *drawn])
+        legend.append('<rect x="745" y="14" width="12" height="11" class="unclear"/>' + text(762, 24, "unclear", "dim"))
+    return svg(height, [*legend, *grid, *drawn])
+
+
+def svg(height: int, drawn: Sequence[str]) -> str:
+    """A picture of that height, for light and dark pages."""
+    body = "\n".join(drawn)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">\n'
         f"<style>{STYLE}</style>\n"
@@ -193,10 +197,11 @@ def _bar(gain: Gain, y: int, place: Callable[[float], float]) -> list[str]:
     start, end = sorted((place(gain.times), place(1)))
     bar = f'<rect x="{start}" y="{y}" width="{max(end - start, 0.5):.1f}" height="{ROW - 4}" class="{kind}"/>'
     label = f"{gain.times:.2f}" + ("" if gain.is_clear else " unclear")
-    return [_text(LEFT - 8, y + ROW - 5, gain.label, "dim end"), bar, _text(end + 5, y + ROW - 5, label, "")]
+    return [text(LEFT - 8, y + ROW - 5, gain.label, "dim end"), bar, text(end + 5, y + ROW - 5, label, "")]
 
 
-def _text(x: float, y: float, content: str, kind: str) -> str:
+def text(x: float, y: float, content: str, kind: str) -> str:
+    """A line of text at a place."""
     return f'<text x="{x}" y="{y}" class="{kind}">{html.escape(content)}</text>'
 
 

@@ -362,7 +362,7 @@ def test_a_layer_whose_result_is_reduced_through_moved_views(one_rank: str) -> N
 
 # With the norm behind them.
 
-NORMED = {"fuse_skinny_linear": True, "fuse_add_rms_norm": True}
+NORMED: dict[str, Any] = {"fuse_skinny_linear": True, "fuse_add_rms_norm": True}
 APART = {"add_rms_norm": 1, "skinny_linear": 1}
 TOGETHER = {"skinny_linear_add_rms_norm": 1}
 
