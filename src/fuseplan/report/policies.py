@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fuseplan.record import Comparison, Report
-from fuseplan.report.savings import Saved, Span, is_fixed, is_starved, spans_of, us
+from fuseplan.report.savings import Saved, Span, counts_of_step, is_fixed, is_starved, spans_of, us
 from fuseplan.report.text import enumerate_names, indented, policy_name, tokens_of
 
 LONGEST_NAME = 24
@@ -109,11 +109,7 @@ class Policies:
         """How often a rule fired in a step, of its matches; range by range where that differs."""
         if report.order and rule not in report.order:
             return Text("-", style="dim")
-        ranges = [
-            (sum(each.count([rule])[rule] for each in graphs), sum(each.matched.get(rule, 0) for each in graphs))
-            for span in self.spans
-            if (graphs := [graph for graph in report.graphs if graph.range == span])
-        ]
+        ranges = counts_of_step(report, rule)
         fused, matched = (list(dict.fromkeys(column)) for column in zip(*ranges, strict=True))
         counts = fused if len(fused) == 1 else [count for count, _ in ranges]
         if is_starved(report, rule):

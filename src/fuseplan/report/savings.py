@@ -54,6 +54,15 @@ class Saved:
         return percent(self.saved_ns, self.step_ns) if self.step_ns else ""
 
 
+def counts_of_step(report: Report, rule: str) -> list[tuple[int, int]]:
+    """(how often a rule fired in a step, of how many matches), range by range."""
+    graphs = [_graphs(report, span) for span in dict.fromkeys(graph.range for graph in report.graphs)]
+    return [
+        (sum(each.count([rule])[rule] for each in group), sum(each.matched.get(rule, 0) for each in group))
+        for group in graphs
+    ]
+
+
 def percent(part: float, whole: float) -> str:
     """`41 %`, `2.0 %`"""
     share = 100 * part / whole if whole else 0.0

@@ -1,12 +1,13 @@
 """The most important first: which rule starves which under which policy, and at what cost."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fuseplan.record import Comparison, ConflictClass, Reason, Report
 from fuseplan.record.report import UNFUSED
 from fuseplan.report.places import places
-from fuseplan.report.savings import is_covered, losses_of, verdict
+from fuseplan.report.savings import counts_of_step, is_covered, losses_of, verdict
 
 
 def headline(comparison: Comparison) -> str:
@@ -34,15 +35,23 @@ def _of(comparison: Comparison, index: int, report: Report) -> Iterator[dict[str
             yield {
                 "policy": index,
                 "loser": loser,
-                "winners": [[row.winner, row.count] for row in conflicts],
+                "winners": [[row.winner, _places_in_step(report, row)] for row in conflicts],
                 "op": conflicts[0].op,
                 "where": places(source for row in conflicts for source in row.sources),
-                "fused": report.fused.get(loser, 0),
-                "matched": report.matched.get(loser, 0),
+                "fused": max(count for count, _ in counts_of_step(report, loser)),
+                "matched": max(count for _, count in counts_of_step(report, loser)),
                 "state": rule_state(report, loser),
                 "lost_us": round(sum(us * count for us, count in known) / weight, 3) if weight else None,
                 "behind_us": behind_us(report, comparison.reports[0]),
             }
+
+
+def _places_in_step(report: Report, found: ConflictClass) -> int:
+    """At how many places of a step it is so: of a range where it is so most often."""
+    spans = dict.fromkeys(graph.range for graph in report.graphs)
+    ranges = (replace(report, graphs=tuple(each for each in report.graphs if each.range == span)) for span in spans)
+    kind = (found.winner, found.loser, found.op)
+    return max(row.count for each in ranges for row in each.conflicts if (row.winner, row.loser, row.op) == kind)
 
 
 def rule_state(report: Report, rule: str) -> str:

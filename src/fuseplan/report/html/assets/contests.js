@@ -4,14 +4,14 @@
 function openSummary() {
     const policy = POLICIES[0];
     const { warnings, breaks } = VIEW;
-    const counts = policy.rules.flatMap(([fused], index) => (fused ? [[RULES[index], fused]] : []));
+    const counts = policy.rules.flatMap(([fused], index) => (fused ? [[RULES[index], countsOfStep(policy, index)]] : []));
     const saved = policy.ranges.map((range, index) => [
         index ? ", " : null,
         el("b", null, us(range.saved)),
         ` ${index ? "" : "a step "}at ${spanText(VIEW.ranges[index])}`,
     ]);
     const proven = policy.ranges.every((range) => range.proof?.gap === 0);
-    const fusions = counts.map(([rule, count], index) => [index ? " + " : null, `${number(count)} `, ruleName(rule)]);
+    const fusions = counts.map(([rule, count], index) => [index ? " + " : null, `${count} `, ruleName(rule)]);
     if (counts.length) {
         const proof = proven ? "; gap 0, so that no legal selection saves more" : "";
         refill(byId("summary"), policyLabel(policy), " applies ", fusions, ` and saves `, saved, ` tokens${proof}.`);

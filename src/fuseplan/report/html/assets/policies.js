@@ -40,7 +40,7 @@ function drawPolicies() {
     refill(
         byId("policies-note"),
         "fired of matched in ",
-        several ? `range ${spanText(spanNow())}, all ranges below` : "the range",
+        several ? `range ${spanText(spanNow())}, below it range by range where that differs` : "the range",
         contest ? `; the place shown is ${contest.source || contest.site}` : null,
         contest?.alike > 1 ? `, one of ${contest.alike} alike` : null,
         "; times in µs a step; the ops are those that fusions contend for, unfused, and a step is estimated",
@@ -131,9 +131,15 @@ const STATE_TEXT = {
     unpriced: "no price is known",
 };
 
-/** "36 of 36" for the range at hand, with all ranges below, and a word where it fires nowhere. */
+/** How often a rule fires in a step: "36", or "36/0" range by range where that differs. */
+function countsOfStep(policy, index) {
+    const counts = policy.ranges.map((range) => number(range.rules[index][0]));
+    return new Set(counts).size > 1 ? counts.join("/") : counts[0];
+}
+
+/** "36 of 36" for the range at hand, all ranges below where they differ, and a word where it fires nowhere. */
 function firedOf(policy, rule, range) {
-    const [fused, matched, state] = policy.rules[rule.index];
+    const [, matched, state] = policy.rules[rule.index];
     if (state === "unlisted") return el("span.faint", null, "not listed");
     if (!matched) return el("span.faint", null, "–");
     const [here, there] = range.rules[rule.index];
@@ -147,8 +153,8 @@ function firedOf(policy, rule, range) {
         ),
         word
             ? el(state === "starved" ? "small.bad" : "small", null, word)
-            : VIEW.ranges.length > 1
-              ? el("small", null, `${number(fused)} of ${number(matched)}`)
+            : countsOfStep(policy, rule.index).includes("/")
+              ? el("small", null, countsOfStep(policy, rule.index))
               : null,
     ];
 }
