@@ -143,6 +143,20 @@ def test_codes_by_the_other_scale_are_held_against_numbers() -> None:
     assert "the scale of group" in wrong
 
 
+def test_scales_of_the_precision_of_rows_have_no_steps() -> None:
+    """Three of them in a row, which are no whole number of float32's."""
+    rule, quant, _ = rule_of("group_fp8 rows")
+    rounded = {**POWERS, "ue8m0": False, "zero_scale": 2.0**-7, "quant_rounding": "divide_rounded", "layout": "rows"}
+
+    def moved(gate: Tensor, up: Tensor, rounding: str, *arguments: Any) -> Any:
+        return quant.reference(nudged(gate, up), *arguments)
+
+    provider_of("stepping_rounded", {rule.op: moved}, cost=0.0, uuid="rounded")
+    spec = TensorSpec(dtype=BF16, shape=(33, 384), stride=(384, 1), misalignment=0, device=torch.device("cpu"))
+    case = Case(tokens=33, arguments={"gate": spec, "up": spec, "rounding": "llama", **rounded})
+    assert check(rule, "stepping_rounded", case, seed=3).wrong is None
+
+
 def test_scales_without_steps_are_compared_as_before() -> None:
     rule, _, arguments = rule_of("group_fp8 rows")
     found = Stepped.of(rule)

@@ -143,5 +143,8 @@ def _spacing(numbers: Tensor) -> Tensor:
     return torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _bits(scales: Tensor) -> Tensor:
-    return scales.view(torch.uint8) if scales.element_size() == 1 else scales.view(torch.int32)
+    return scales.view(_INTEGERS[scales.element_size()])
