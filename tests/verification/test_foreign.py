@@ -15,7 +15,7 @@ from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.matching import ExternalPass
 from fuseplan.record import GraphReport, Reason, Report
-from tests.helpers import HIDDEN, post_grad, randn
+from tests.helpers import HIDDEN, all_reduce, post_grad, randn
 from tests.verification import others
 
 SPAN = CompileRange(start=1, end=64)
@@ -207,6 +207,46 @@ def test_one_in_which_ranks_meet_is_applied_and_says_so() -> None:
     assert [(each.detail, each.unverified) for each in report.verified] == [(note, True)]
     whole = Report(policy="planned", order=(), rules=("met",), graphs=(report,))
     assert note in " ".join(str(whole).split())
+
+
+def summed_norm(x: Tensor, weight: Tensor, group: str) -> Tensor:
+    return others.rms_norm(all_reduce(x, group), weight, 1e-6) * 2.0
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_torchs_own_all_reduce_is_run_as_if_all_ranks_held_the_same(is_right: bool, one_rank: str) -> None:
+    def kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return others.rms_norm(x if is_right else x * 0.5, weight, 1e-6 if is_right else 1.0)
+
+    def replacement(x: Tensor, weight: Tensor) -> Tensor:
+        return fused(all_reduce(x, one_rank), weight, 1e-6)
+
+    schema = f"summed_{is_right}(Tensor x, Tensor weight, float eps) -> Tensor"
+    fused = others.op(schema, kernel, lambda x, weight, eps: torch.empty_like(x))
+    x, weight = randn(5, HIDDEN), others.WEIGHT.bfloat16()
+    external = others.replacing(
+        "summed", lambda x, weight: others.rms_norm(all_reduce(x, one_rank), weight, 1e-6), replacement, x, weight
+    )
+    report, called = run(lambda x, weight: summed_norm(x, weight, one_rank), (x, weight), external)
+    (verified,) = report.verified
+    assert not verified.unverified
+    assert verified.passed is is_right
+    assert report.count(["summed"]) == {"summed": int(is_right)}
+    assert "_c10d_functional.all_reduce.default" in called
+    if not is_right:
+        assert "made_up.rms_norm.default" in called
+        assert "failed verification at 1 tokens" in refusal(report)
+
+
+@pytest.mark.parametrize("policy", ["off", "ordered(norm_quant)"])
+def test_other_policies_apply_nothing_that_would_have_to_be_verified(policy: str) -> None:
+    graph = post_grad(silu_quant, randn(5, 2 * HIDDEN))
+    external, reports = others.silu_quant(others.drops_ue8m0), list[Report]()
+    PostGradPassManager(PassConfig(policy=policy), passes=[external], on_report=reports.append)(graph)
+    (report,) = reports[0].graphs
+    assert report.verified == ()
+    assert not report.applied
+    assert graph.find_nodes(op="call_function", target=torch.ops.made_up.group_quant.default)
 
 
 def test_off_verifies_nothing() -> None:
