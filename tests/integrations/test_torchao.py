@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fuseplan
+from benchmarks import quantised as benchmark
+from benchmarks.decode_one_gpu import Step, Workload
+from benchmarks.published_shapes import SMALL, model_of
 from fuseplan.rules.parts.mx_fp4 import per_token_mx_fp4_quant
 from fuseplan.rules.parts.nv_fp4 import per_token_nv_fp4_quant
 from tests.helpers import randn
@@ -58,6 +61,16 @@ def test_every_row_is_quantised_by_the_norm_and_the_activation_before_it(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_codes_of_another_format_are_named(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HAS_NO_KERNELS, lambda granularity: None)
+    model = quantized(torchao, torchao.PerRow(), activation_dtype=torch.float8_e5m2)
+    report = fuseplan.explain(model, randn(6, WIDTH), device="h200")
+    assert not report.fused["norm_quant"] + report.fused["act_quant"]
+    details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}
+    assert any("codes are in float8_e5m2, and those of the ops in float8_e4m3fn" in detail for detail in details)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_one_scale_of_all_rows_is_named(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HAS_NO_KERNELS, lambda granularity: None)
     report = fuseplan.explain(quantized(torchao, torchao.PerTensor()), randn(6, WIDTH), device="h200")
@@ -91,6 +104,33 @@ def test_every_group_is_quantised_where_rows_have_several(torchao: Any, monkeypa
     assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": LAYERS, "act_quant": LAYERS}
     kinds = {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
     assert {"rms_norm_dynamic_fp8_quant", "silu_and_mul_group_fp8_quant"} <= kinds
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_name", ["llama-3.1-8b", "qwen3-8b"])
+@pytest.mark.parametrize("how", benchmark.FORMATS)
+def test_a_decode_step_quantises_in_every_norm_and_activation_before_a_layer(
+    torchao: Any, monkeypatch: pytest.MonkeyPatch, model_name: str, how: str
+) -> None:
+    """Whole models of transformers: attention's result alone is quantised by itself."""
+    layers = importlib.import_module("torchao.quantization.quantize_.workflows.float8.float8_tensor")
+    monkeypatch.setattr(HAS_NO_KERNELS, lambda granularity: None)
+    monkeypatch.setattr(layers, "blockwise_fp8_gemm", multiplied)
+    smaller = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4}
+    monkeypatch.setattr("benchmarks.published_shapes.SMALL", {**SMALL, **smaller})
+    with torch.inference_mode():
+        model: Any = model_of(model_name, LAYERS, torch.device("cpu"), torch.bfloat16)
+        assert benchmark.quantised(model, how).startswith("torchao 0.18.0")
+        reports = list[fuseplan.Report]()
+        config = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
+        torch._dynamo.reset()
+        work = Workload(batch=2, position=8, cache=16)
+        compiled = Step(model, work, fuseplan.compile(model, config=config, on_report=reports.append))
+        got, wanted = compiled(), Step(model, work, model)()
+        assert (got - wanted).norm() < 0.1 * wanted.norm()
+        planned = fuseplan.explain(model, device="h200", **compiled.arguments).fused
+    assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": 2 * LAYERS, "act_quant": LAYERS}
+    assert (planned["norm_quant"], planned["act_quant"]) == (2 * LAYERS, LAYERS)
 
 
 every_scaling = pytest.mark.parametrize("scaling", ["FLOOR", "CEIL", "EVEN", "RCEIL"])

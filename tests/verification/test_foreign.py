@@ -15,7 +15,7 @@ from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.matching import ExternalPass
 from fuseplan.record import GraphReport, Reason, Report
-from tests.helpers import HIDDEN, post_grad, randn
+from tests.helpers import HIDDEN, all_reduce, post_grad, randn
 from tests.verification import others
 
 SPAN = CompileRange(start=1, end=64)
@@ -207,6 +207,76 @@ def test_one_in_which_ranks_meet_is_applied_and_says_so() -> None:
     assert [(each.detail, each.unverified) for each in report.verified] == [(note, True)]
     whole = Report(policy="planned", order=(), rules=("met",), graphs=(report,))
     assert note in " ".join(str(whole).split())
+
+
+def summed_norm(x: Tensor, weight: Tensor, group: str) -> Tensor:
+    normed: Tensor = others.rms_norm(all_reduce(x, group), weight, 1e-6)
+    return normed * 2.0
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_torchs_own_all_reduce_is_run_as_if_all_ranks_held_the_same(is_right: bool, one_rank: str) -> None:
+    def kernel(x: Tensor, weight: Tensor, eps: float) -> Any:
+        return others.rms_norm(x if is_right else x * 0.5, weight, 1e-6 if is_right else 1.0)
+
+    def replacement(x: Tensor, weight: Tensor) -> Any:
+        return fused(all_reduce(x, one_rank), weight, 1e-6)
+
+    schema = f"summed_{is_right}(Tensor x, Tensor weight, float eps) -> Tensor"
+    fused = others.op(schema, kernel, lambda x, weight, eps: torch.empty_like(x))
+    x, weight = randn(5, HIDDEN), others.WEIGHT.bfloat16()
+    external = others.replacing(
+        "summed", lambda x, weight: others.rms_norm(all_reduce(x, one_rank), weight, 1e-6), replacement, x, weight
+    )
+    report, called = run(lambda x, weight: summed_norm(x, weight, one_rank), (x, weight), external)
+    (verified,) = report.verified
+    assert not verified.unverified
+    assert verified.passed is is_right
+    assert report.count(["summed"]) == {"summed": int(is_right)}
+    assert "_c10d_functional.all_reduce.default" in called
+    if not is_right:
+        assert "made_up.rms_norm.default" in called
+        assert "failed verification at 1 tokens" in refusal(report)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("policy", ["planned", "off", "ordered(norm_quant)"])
+def test_what_is_chained_to_another_pass_is_verified_where_it_runs(policy: str, is_right: bool) -> None:
+    """It matches what the first one puts in; without a plan nothing does, and the graph has the op itself."""
+
+    def doubled(x: Tensor) -> Tensor:
+        return others.add_relu_eager(x, x) if is_right else x
+
+    schema = f"doubled_{policy[:3]}_{is_right}(Tensor x) -> Tensor"
+    op = others.op(schema, doubled, torch.empty_like)
+    inner = others.op(f"inner_{policy[:3]}_{is_right}(Tensor x) -> Tensor", torch.relu, torch.empty_like)
+    first = others.replacing("first", lambda x: torch.relu(x + 1.0), lambda x: inner(x + 1.0), ADDED[0])
+    second = others.replacing("second", lambda x: inner(x * 2.0), lambda x: op(x), ADDED[0])  # noqa: PLW0108
+    reports = list[Report]()
+    graph = post_grad(lambda x, y: (torch.relu(x + 1.0), inner(y * 2.0)), *ADDED)
+    manager = PostGradPassManager(
+        PassConfig(policy=policy), passes=[first, second], on_report=reports.append
+    )  # fmt: skip
+    manager(graph)
+    (report,) = reports[0].graphs
+    checked = {each.rule: each.passed for each in report.verified}
+    assert checked["second"] is is_right
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert any("doubled" in each for each in called) is is_right
+    told = [each for each in reports[0].warnings if each.reason is Reason.VERIFICATION]
+    assert [each.rule for each in told] == ([] if is_right else ["second"])
+    assert all("second is not applied: what pass second puts in failed verification" in each.detail for each in told)
+
+
+@pytest.mark.parametrize("policy", ["off", "ordered(norm_quant)"])
+def test_other_policies_apply_nothing_that_would_have_to_be_verified(policy: str) -> None:
+    graph = post_grad(silu_quant, randn(5, 2 * HIDDEN))
+    external, reports = others.silu_quant(others.drops_ue8m0), list[Report]()
+    PostGradPassManager(PassConfig(policy=policy), passes=[external], on_report=reports.append)(graph)
+    (report,) = reports[0].graphs
+    assert report.verified == ()
+    assert not report.applied
+    assert graph.find_nodes(op="call_function", target=torch.ops.made_up.group_quant.default)
 
 
 def test_off_verifies_nothing() -> None:

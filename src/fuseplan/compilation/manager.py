@@ -22,6 +22,7 @@ from fuseplan.caching.fingerprint import (
 )
 from fuseplan.compilation.analysis import Analysis, Regions, fault, graph_report, hands_off, report_of, stage
 from fuseplan.compilation.debug import DebugDump
+from fuseplan.compilation.theirs import Theirs, run_theirs
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import FuseplanError, PlanError
@@ -181,21 +182,25 @@ class PostGradPassManager(Keyed):
         if not analysis.external.before:
             return self._change(graph, name, analysis, dump)
         with undone_on_error(graph):
-            for graph_pass in analysis.external.before:
-                run_pass(graph_pass, graph)
-            return self._change(graph, name, self.analyze(graph), dump)
+            found = run_theirs(analysis.external.before, graph, self.verifier, self._span_of(Rows.of(graph)))
+            return self._change(graph, name, self.analyze(graph), dump, found)
 
-    def _change(self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump) -> GraphReport:
-        """Decides, and applies what was decided, all of it or nothing."""
+    def _change(
+        self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump, known: Theirs = ((), ())
+    ) -> GraphReport:
+        """Decides, and applies what was decided, all of it or nothing; `known` is of passes that have run before it."""
         analysis, decision, verified = self.decide_verified(analysis, name)
+        verified[:0] = known[0]
         dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.problem, decision)
-        stages, unapplied = dict(analysis.stages_ns), list[Refusal]()
+        stages, unapplied = dict(analysis.stages_ns), list(known[1])
         if decision.selected or analysis.external.after:
             with undone_on_error(graph):
                 with stage(stages, "rewriting"):
-                    unapplied = self._rewrite(analysis, decision)
-                for graph_pass in analysis.external.after:
-                    run_pass(graph_pass, graph)
+                    unapplied += self._rewrite(analysis, decision)
+                span = self._span_of(Rows.of(graph))
+                found, failed = run_theirs(analysis.external.after, graph, self.verifier, span)
+                verified += found
+                unapplied += failed
         if decision.selected:
             dump.graph("3-after", graph)
         report = self.report(

@@ -2,6 +2,7 @@
 
 from fuseplan.matching.candidates import compiled_pattern, find_matches, missing_ops
 from fuseplan.matching.external import (
+    ChainedPass,
     ExternalMatch,
     ExternalMatches,
     ExternalPass,
@@ -17,6 +18,7 @@ from fuseplan.matching.match import Match, Matches
 from fuseplan.matching.near_misses import find_near_misses
 
 __all__ = [
+    "ChainedPass",
     "CompiledPattern",
     "ExternalMatch",
     "ExternalMatches",

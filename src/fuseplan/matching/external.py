@@ -135,6 +135,25 @@ class ExternalMatch:
         return True
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ChainedPass:
+    """A pass of replacements that runs where its owner put it, since it matches what an earlier one puts in.
+
+    Attributes:
+        owner: the pass.
+    """
+
+    owner: ExternalPass
+
+    def matches(self, graph: fx.Graph) -> list[ExternalMatch]:
+        """What it would replace in a graph now."""
+        return list(_matches(graph, self.owner, mutation_regions(graph)))
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Applies it."""
+        self.owner.matcher.apply(graph)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExternalMatches:
     """What passes of others match on an unmodified graph.
@@ -188,10 +207,15 @@ def find_external(graph: fx.Graph, passes: Sequence["ExternalPass | GraphPass"])
         if isinstance(each, ExternalPass) and each.name in independent:
             has_planned = True
         else:
-            run = each.matcher.apply if isinstance(each, ExternalPass) else each
-            (after if has_planned else before).append(run)
+            (after if has_planned else before).append(_as_it_is(each))
     candidates = [match for each in planned if each.name in independent for match in found[each.name]]
     return ExternalMatches(candidates=tuple(candidates), before=tuple(before), after=tuple(after))
+
+
+def _as_it_is(each: "ExternalPass | GraphPass") -> GraphPass:
+    if not isinstance(each, ExternalPass):
+        return each
+    return each.matcher.apply if each.is_procedural else ChainedPass(owner=each)
 
 
 def _matches(graph: fx.Graph, owner: ExternalPass, regions: dict[fx.Node, int]) -> Iterator[ExternalMatch]:

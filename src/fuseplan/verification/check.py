@@ -27,6 +27,7 @@ from fuseplan.verification.memory import (
 )
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case
+from fuseplan.verification.steps import Stepped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Trial:
     ) -> None:
         self.rule, self.provider, self.case = rule, provider, case
         self.seed, self.unfused, self.rank = seed, unfused or {}, rank
+        self.stepped = Stepped.of(rule)
 
     def draw(self) -> None:
         """Makes the arguments."""
@@ -93,12 +95,13 @@ class Trial:
         """Runs the unfused ops, as they are and in float64."""
         graphs = {**self.inputs, **self.unfused}
         with torch.no_grad(), _meeting(self.rank):
-            self.expected = reference(self.rule, graphs)
-            self.precise = exact(self.rule, graphs)
+            quantised = self.stepped.node if self.stepped is not None else None
+            self.expected, self.given = reference(self.rule, graphs, quantised)
+            self.precise, self.given_exactly = exact(self.rule, graphs, quantised)
 
     def run(self, region: Region | None = None, free: Collection[int] = ()) -> Finding:
         """Runs the kernel, and what the match stands for in the graph, if it is of one."""
-        rule, inputs, expected, precise = self.rule, self.inputs, self.expected, self.precise
+        rule, inputs, expected = self.rule, self.inputs, self.expected
         with torch.no_grad(), _meeting(self.rank):
             watch = _Watched(rule.op, rule.op.kernel(self.provider), self.guarded)
             for device in {each.device for each in expected}:
@@ -111,13 +114,25 @@ class Trial:
             wrong = _of_another_kind(rule, inputs, actual, expected)
             if wrong is not None:
                 return Finding(wrong=wrong)
-            finding = _compared(rule, actual, expected, precise, "")
+            finding = self._compared(actual, "")
             if finding.wrong is None and region is not None:
                 unraised = region.evaluate(inputs, self.case.symbols)
-                wrong = _compared(rule, unraised, expected, precise, READ_WRONG).wrong
+                wrong = self._compared(unraised, READ_WRONG).wrong
                 wrong = wrong or misplaced(actual, unraised, inputs, free)
                 return replace(finding, wrong=wrong)
             return finding
+
+    def _compared(self, actual: Sequence[Tensor | None], what: str) -> Finding:
+        rule, kinds = self.rule, _of_other_kinds(actual, self.expected)
+        if kinds is not None:
+            return Finding(wrong=what + kinds)
+        if self.stepped is not None:
+            actual, wrong = self.stepped.settled(
+                actual, self.expected, self.given, self.given_exactly, rule.op.error_factor
+            )
+            if wrong is not None:
+                return Finding(wrong=what + wrong)
+        return _compared(rule, actual, self.expected, self.precise, what)
 
 
 def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3) -> bool:
@@ -145,6 +160,13 @@ def _meeting(rank: int | None) -> Iterator[None]:
 READ_WRONG = "the unfused ops don't compute what the graph does: "
 
 
+def _of_other_kinds(actual: Sequence[Tensor | None], expected: Sequence[Tensor]) -> str | None:
+    for index, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+        if got is not None and (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
+            return f"result {index} is {described([got])} and not {described([wanted])}"
+    return None
+
+
 def _compared(
     rule: Rule, actual: Sequence[Tensor | None], expected: Sequence[Tensor], precise: Sequence[Tensor], what: str
 ) -> Finding:
@@ -152,8 +174,6 @@ def _compared(
     for index, (got, wanted, true) in enumerate(zip(actual, expected, precise, strict=True)):
         if got is None:
             continue
-        if (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
-            return Finding(wrong=f"{what}result {index} is {described([got])} and not {described([wanted])}")
         deviation = compare(got, wanted, true, rule.op.error_factor, is_packed=index in rule.op.packed)
         worst = max(worst, deviation.share)
         if deviation.share > 1:

@@ -16,19 +16,21 @@ Call = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def reference(rule: Rule, arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The values of the pattern, each op by its reference, rounding where the graph rounds."""
-    return _evaluate(rule.traced_pattern, arguments, lambda target, args, kwargs: target(*args, **kwargs))
+def reference(rule: Rule, arguments: Mapping[str, Any], also: fx.Node | None = None) -> tuple[list[Tensor], list[Any]]:
+    """(the values of the pattern, the arguments of a node in it), each op by its reference, rounding where the graph
+    rounds.
+    """
+    return _evaluate(rule.traced_pattern, arguments, lambda target, args, kwargs: target(*args, **kwargs), also)
 
 
-def exact(rule: Rule, arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The values of the pattern in float64, with no cast on the way, but to fp8, in which codes are compared."""
+def exact(rule: Rule, arguments: Mapping[str, Any], also: fx.Node | None = None) -> tuple[list[Tensor], list[Any]]:
+    """The same in float64, with no cast on the way, but to fp8, in which codes are compared."""
     wide = {name: _widened(value) for name, value in arguments.items()}
 
     def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return target(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
 
-    return _evaluate(rule.traced_pattern, wide, call)
+    return _evaluate(rule.traced_pattern, wide, call, also)
 
 
 def _widened(value: Any) -> Any:
@@ -45,7 +47,7 @@ def fused(rule: Rule, arguments: Mapping[str, Any], kernel: Callable[..., Any]) 
     def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return kernel(*args) if target is overload else target(*args, **kwargs)
 
-    return _evaluate(traced, arguments, call)
+    return _evaluate(traced, arguments, call)[0]
 
 
 class _Placeholder:
@@ -58,7 +60,9 @@ class _Placeholder:
         return cls._node if isinstance(value, Tensor) else value
 
 
-def _evaluate(traced: Traced, arguments: Mapping[str, Any], call: Call) -> list[Tensor]:
+def _evaluate(
+    traced: Traced, arguments: Mapping[str, Any], call: Call, also: fx.Node | None = None
+) -> tuple[list[Tensor], list[Any]]:
     values: dict[fx.Node, Any] = {}
     for name, node in traced.inputs.items():
         if name in arguments:
@@ -67,4 +71,5 @@ def _evaluate(traced: Traced, arguments: Mapping[str, Any], call: Call) -> list[
         if node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
             values[node] = call(node.target, args, kwargs)
-    return [values[node] for node in traced.outputs]
+    given = [values[each] if isinstance(each, fx.Node) else each for each in also.args] if also is not None else []
+    return [values[node] for node in traced.outputs], given

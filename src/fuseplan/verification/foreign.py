@@ -21,7 +21,7 @@ from fuseplan.verification import outcomes
 from fuseplan.verification.compare import bits, compare, described
 from fuseplan.verification.deadline import AttemptError, attempt
 from fuseplan.verification.layout import misplaced, significant_strides
-from fuseplan.verification.memory import Guarded, make_arguments, poison_allocator, unguarded
+from fuseplan.verification.memory import Guarded, Loopback, make_arguments, poison_allocator, unguarded
 from fuseplan.verification.replaced import Replaced, unverifiable
 from fuseplan.verification.sides import PoisonedInside, Side, run_exactly, run_node
 from fuseplan.verification.specs import Case, Sizes, TensorSpec, concrete
@@ -121,7 +121,7 @@ class _Trial:
         """Runs the region, as it is and in float64."""
         self.given = self.fresh()
         self.expected = self.results_of(self.question.before, self.given)
-        with torch.no_grad():
+        with torch.no_grad(), Loopback():
             precise = self.question.before.run(unguarded(self.fresh()), self.case.symbols, call=run_exactly)
         exact = [each.of(precise) for each in self.question.results]
         self.exact = [_like(true, own) for true, own in zip(exact, self.expected, strict=True)]
@@ -161,7 +161,7 @@ class _Trial:
         return make_arguments(self.case.arguments, lambda name: _draw_of(self.case.arguments[name]), self.seed)
 
     def results_of(self, side: Side, given: Mapping[str, Any]) -> list[Any]:
-        with torch.no_grad(), PoisonedInside():
+        with torch.no_grad(), PoisonedInside(), Loopback():
             values = side.run(unguarded(given), self.case.symbols, call=run_node)
         return [each.of(values) for each in self.question.results]
 

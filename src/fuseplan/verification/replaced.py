@@ -20,6 +20,7 @@ from fuseplan.verification.region import ENGINE_COLLECTIVES
 from fuseplan.verification.sides import TORCHS, Side, sides_of
 from fuseplan.verification.specs import SMALL, Case, Sizes, TensorSpec, concrete, spec_of
 
+functional = torch.ops._c10d_functional
 COLLECTIVES = ("_c10d_functional", "_dtensor", "c10d", "c10d_functional", "symm_mem")
 
 
@@ -188,12 +189,19 @@ def _versions(match: ExternalMatch) -> list[str]:
     return [f"{name} {getattr(sys.modules.get(name), '__version__', None)}" for name in sorted(names)]
 
 
+def _is_sum(node: fx.Node) -> bool:
+    """Whether it is torch's own sum over ranks, or waits for one: these run as if every rank held the same."""
+    return node.target is functional.wait_tensor.default or (
+        node.target is functional.all_reduce.default and node.args[1] == "sum"
+    )
+
+
 def unverifiable(match: ExternalMatch) -> str | None:
     """Why nothing of it can be run by this process alone, or None."""
     replacement = [node for node in match.replacement.graph.nodes if node.op == "call_function"]
     for node in (*match.consumed, *replacement):
         ops = [each for each in (node.target, *node.args[:1]) if isinstance(each, OpOverload)]
-        for op in ops:
+        for op in () if _is_sum(node) else ops:
             names = [argument.name for argument in op._schema.arguments]
             if op.namespace in COLLECTIVES or op.name() in ENGINE_COLLECTIVES or "group_name" in names:
                 return f"ranks meet in {op}"

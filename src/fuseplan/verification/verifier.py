@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
+from torch import fx
 
 from fuseplan.distributed.groups import STAND_IN
 from fuseplan.graph.canonical import CanonicalGraph
@@ -70,6 +71,15 @@ class Verifier:
             else:
                 found.append(self._once(_Question.of(each, canonical, sizes, span, self._meets), kinds, known))
         return found
+
+    def verify_chained(
+        self, matches: Sequence[ExternalMatch], graph: fx.Graph, span: tuple[int, int]
+    ) -> list[Verification]:
+        """What came of verifying matches of a pass that isn't planned, once each."""
+        if self.mode == "off" or not matches:
+            return []
+        sizes = Sizes(graph)
+        return list(dict.fromkeys(self._foreign.verify(each, sizes, span) for each in matches))
 
     @cached_property
     def _foreign(self) -> Foreign:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.ops import ScaleLayout, in_rows, lay_out
 from tests.helpers import llama, post_grad, randn
 
 aten = torch.ops.aten
@@ -179,6 +180,15 @@ def test_scales_that_are_read_in_rows_too_lie_in_rows() -> None:
     raised = canonicalize(post_grad(lambda x: quantised(aligned, x, both=True), randn(7, WIDTH)))
     (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
     assert node.args[-1] == "rows"
+
+
+@pytest.mark.parametrize("layout", ScaleLayout)
+def test_scales_come_back_from_every_layout(layout: ScaleLayout) -> None:
+    exponents = torch.arange(1, 201, dtype=torch.int32).reshape(40, 5)
+    scales = (exponents << 23).view(torch.float32)
+    given = exponents.to(torch.uint8) if layout is ScaleLayout.SWIZZLED else scales
+    wanted = exponents if layout in (ScaleLayout.SWIZZLED, ScaleLayout.PACKED) else scales
+    assert torch.equal(in_rows(lay_out(given.reshape(2, 20, 5), layout), 40, 5, layout).to(wanted.dtype), wanted)
 
 
 def test_a_layout_that_there_is_none_of_is_refused() -> None:

@@ -4,6 +4,7 @@
 """
 
 from fuseplan.graph.ops.registry import (
+    Decoded,
     Dialect,
     DialectOp,
     Draw,
@@ -37,6 +38,7 @@ from fuseplan.graph.ops.scale_layout import (
     TILE_ROWS,
     ScaleLayout,
     empty_scales,
+    in_rows,
     lay_out,
 )
 
@@ -47,6 +49,7 @@ __all__ = [
     "TILE_ROWS",
     "ActivationRounding",
     "AttentionRounding",
+    "Decoded",
     "Dialect",
     "DialectOp",
     "Draw",
@@ -66,6 +69,7 @@ __all__ = [
     "facts_of",
     "falls_back",
     "implement",
+    "in_rows",
     "is_inlined",
     "kernel_of",
     "lay_out",

@@ -81,6 +81,29 @@ ROW_SCALES = (1.0, 1.0, 1.0, 0.001, 1.0, 30.0, 1.0, 0.0)
 """Small enough for an epsilon to count, large enough for the square of a sum not to fit a float16."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """What the results of a quantisation by steps stand for.
+
+    Attributes:
+        scales: of the groups, [rows, groups] in float64.
+        steps: the scales as integers in their order, one apart where they are neighbours.
+        numbers: of the codes of some groups, [groups, size in codes' memory] to [groups, size] in float64.
+        most: the largest of these.
+    """
+
+    numbers: Callable[[torch.Tensor], torch.Tensor]
+    scales: torch.Tensor
+    steps: torch.Tensor
+    most: float
+
+
+Decode = Callable[..., Decoded | None]
+"""`decode(codes, scales, *arguments)`, with all arguments of the op but the first; None where its scales have no steps,
+and are any numbers.
+"""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DialectOp:
     """An op that rules are written in.
@@ -103,6 +126,7 @@ class DialectOp:
         writes: the arguments that kernels write to. The op itself writes to none: its last results are what these hold
             afterwards. A kernel takes the same arguments, writes, and yields the other results alone.
         packed: places of the results whose bytes are two codes in e2m1 each.
+        decode: of a quantisation `(x, ...) -> (codes, scales)` with a scale of each group, what these stand for.
     """
 
     name: str
@@ -116,6 +140,7 @@ class DialectOp:
     draws: Mapping[str, Draw | Indices] = field(default_factory=dict)
     writes: tuple[str, ...] = ()
     packed: tuple[int, ...] = ()
+    decode: Decode | None = None
 
     def draw(self, argument: str) -> Draw | Indices:
         """How random values for an argument are drawn."""
@@ -223,6 +248,7 @@ def define(
     draws: Mapping[str, Draw | Indices] | None = None,
     writes: Sequence[str] = (),
     packed: Sequence[int] = (),
+    decode: Decode | None = None,
 ) -> DialectOp:
     """Registers `fuseplan::<name>` with torch and returns its record.
 
@@ -241,6 +267,8 @@ def define(
             hold afterwards, in this order.
         packed: places of the results whose bytes are two codes in e2m1 each, of which verification allows a kernel as
             much as of codes in fp8.
+        decode: of a quantisation by scales of groups that go in steps: where a kernel's rows lie that near to where a
+            scale takes its next step, verification allows that scale.
 
     Raises:
         RuleError: there is an op of that name already, or `writes` names no tensors among the arguments, or there is no
@@ -264,6 +292,7 @@ def define(
         draws=dict(draws or {}),
         writes=tuple(writes),
         packed=tuple(packed),
+        decode=decode,
     )
 
 

@@ -69,6 +69,18 @@ def _swizzled(scale: Tensor) -> Tensor:
     return torch.reshape(across, (len(tiles) * SWIZZLED_ROWS, -1)).view(scale.dtype)
 
 
+def in_rows(scale: Tensor, rows: int, groups: int, layout: str) -> Tensor:
+    """What `lay_out` made of scales, as [rows, groups]; of packed ones the exponents."""
+    how = ScaleLayout(layout)
+    if how is ScaleLayout.PACKED:
+        bytes_of = torch.stack([scale >> shift & 0xFF for shift in range(0, 8 * PACKED, 8)], -1)
+        return bytes_of.flatten(-2)[:, :groups]
+    if how is not ScaleLayout.SWIZZLED:
+        return scale.reshape(rows, groups)
+    across = scale.reshape(len(scale) // SWIZZLED_ROWS, -1, SWIZZLED_ROWS, TILE_ROWS // SWIZZLED_ROWS, TILE_GROUPS)
+    return across.permute(0, 3, 2, 1, 4).reshape(len(across) * TILE_ROWS, -1)[:rows, :groups]
+
+
 def empty_scales(x: Tensor, groups: Any, dtype: torch.dtype, layout: str) -> Tensor:
     """Memory for so many scales of each row of x, as `lay_out` yields them."""
     how = ScaleLayout(layout)

@@ -31,6 +31,7 @@ _SMALLEST = 2.0**22
 """To which a number below 1 is added, so that its halves are the sum's last digits."""
 _SMALLEST_BITS = 149 << 23
 _SATURATED = 7
+_NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, MOST)
 
 
 def e2m1(x: Tensor) -> Tensor:
@@ -59,6 +60,13 @@ def packed(codes: Tensor) -> Tensor:
     """
     first, second = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.bitwise_or(first, second << 4)
+
+
+def numbers_of(pairs: Tensor) -> Tensor:
+    """What packed codes stand for: [..., n] bytes to [..., 2 n] in float64."""
+    codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).long()
+    sizes = torch.tensor(_NUMBERS, dtype=torch.float64, device=pairs.device)[codes & 7]
+    return torch.where(codes >= _SIGN_OF_CODE, -sizes, sizes)
 
 
 _SIZE = (aten.bitwise_xor.Tensor, "bits", "sign")

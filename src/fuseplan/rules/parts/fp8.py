@@ -141,10 +141,14 @@ def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unrais
     """Every cast to fp8, and how what is cast was scaled, or why that isn't known."""
     for cast in canonical.calls(convert_element_type):
         dtype = cast.args[1]
-        if dtype in FP8_DTYPES and not _is_constant(cast):
+        if dtype in (*FP8_DTYPES, torch.float8_e5m2) and not _is_constant(cast):
             assert isinstance(dtype, torch.dtype)
             try:
-                yield cast, _read_scaling(cast, dtype)
+                scaling = _read_scaling(cast, dtype)
+                if dtype not in FP8_DTYPES:
+                    detail = "codes are in float8_e5m2, and those of the ops in float8_e4m3fn or float8_e4m3fnuz"
+                    raise Unraised(Reason.DTYPE, detail, cast)
+                yield cast, scaling
             except Unraised as refused:
                 yield cast, refused
 

@@ -9,6 +9,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.ops import (
+    Decoded,
     QuantRounding,
     Sample,
     ScaleLayout,
@@ -16,6 +17,7 @@ from fuseplan.graph.ops import (
     define,
     draw_positive,
     empty_scales,
+    in_rows,
     lay_out,
     random_tensor,
 )
@@ -86,6 +88,20 @@ def fake(
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
+def decode(
+    codes: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, max_scale: float,
+    ue8m0: bool, min_power: float, zero_scale: float, scale_ub: Tensor | None, rounding: str, layout: str,
+) -> Decoded | None:  # fmt: skip
+    """What both stand for, where scales are powers of two."""
+    if not ue8m0:
+        return None
+    own = in_rows(scales, codes.numel() // codes.shape[-1], codes.shape[-1] // group_size, layout)
+    is_packed = layout == ScaleLayout.PACKED
+    wide = torch.exp2((own - 127).double()) if is_packed else own.double()
+    steps = own if is_packed else torch.frexp(wide).exponent
+    return Decoded(scales=wide, steps=steps.int(), numbers=Tensor.double, most=torch.finfo(dtype).max)
+
+
 SAMPLE_GROUP = 64
 
 
@@ -126,6 +142,7 @@ per_token_group_fp8_quant = define(
         *(_sample((7, 384), 64, ue8m0=True, layout=layout) for layout in ScaleLayout if layout != ScaleLayout.SWIZZLED),
     ],
     draws={"scale_ub": draw_positive},
+    decode=decode,
 )
 
 

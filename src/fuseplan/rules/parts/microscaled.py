@@ -12,7 +12,7 @@ as torchao's `to_mx` leaves them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import Call, aten, dtype_of, equal_shape, is_call, tensor_of
-from fuseplan.graph.ops import DialectOp, MxScaling
+from fuseplan.graph.ops import Decoded, DialectOp, MxScaling
 from fuseplan.record import Reason
 from fuseplan.rules.parts.fp8 import number_of, raise_computed, reordered, source_of, uncast
 from fuseplan.rules.parts.fp8_scales import rounded_by_log2, rows_in_groups
@@ -87,6 +87,13 @@ def scaled_groups(groups: Tensor, codes: Format, scaling: str) -> tuple[Tensor, 
         exponent = torch.where(largest.isnan(), NAN, (exponent - codes.top).clamp(min=0))
         scaled = groups / (exponent.int() << DIGITS).view(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
     return scaled, torch.where(largest.isnan(), NAN, exponent).to(torch.uint8).squeeze(-1).contiguous()
+
+
+def decoded(exponents: Tensor, numbers: Callable[[Tensor], Tensor], most: float) -> Decoded:
+    """What exponents with their bias, [..., groups], stand for; see `Decoded`."""
+    steps = exponents.reshape(-1, exponents.shape[-1]).int()
+    scales = torch.where(steps == NAN, math.nan, torch.exp2((steps - BIAS).double()))
+    return Decoded(numbers=numbers, scales=scales, steps=steps, most=most)
 
 
 def _power(value: Pattern) -> Pattern:

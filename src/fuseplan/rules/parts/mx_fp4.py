@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
+from fuseplan.graph.ops import Decoded, MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, packed, packings, tell_simulated
+from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, numbers_of, packed, packings, tell_simulated
 from fuseplan.rules.parts.microscaled import (
     GROUP,
     Format,
+    decoded,
     is_power,
     product_of,
     raise_scaled,
@@ -60,6 +61,11 @@ def fake(x: Tensor, group_size: int, scaling: str) -> tuple[Tensor, Tensor]:
     return codes, exponent
 
 
+def decode(codes: Tensor, exponents: Tensor, group_size: int, scaling: str) -> Decoded:
+    """What both stand for."""
+    return decoded(exponents, numbers_of, E2M1.most)
+
+
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """All but x."""
     return GROUP, MxScaling.FLOOR.value
@@ -79,6 +85,7 @@ per_token_mx_fp4_quant = define(
     fake=fake,
     samples=[*(_sample((7, 320), each) for each in MxScaling), _sample((2, 3, 64), MxScaling.EVEN)],
     packed=(0,),
+    decode=decode,
 )
 
 SPELLINGS = spellings(E2M1)

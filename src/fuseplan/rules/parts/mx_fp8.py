@@ -15,7 +15,7 @@ from torch import Tensor
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, is_call
-from fuseplan.graph.ops import MxScaling, Sample, compute_dtype, define, random_tensor
+from fuseplan.graph.ops import Decoded, MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
 from fuseplan.rules.parts.fp8 import GroupCodes
@@ -23,6 +23,7 @@ from fuseplan.rules.parts.microscaled import (
     GROUP,
     Format,
     behind,
+    decoded,
     is_power,
     raise_scaled,
     read,
@@ -62,6 +63,11 @@ def fake(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str) -> tuple[
     return x.new_empty(x.shape, dtype=dtype), exponent
 
 
+def decode(codes: Tensor, exponents: Tensor, group_size: int, dtype: torch.dtype, scaling: str) -> Decoded:
+    """What both stand for."""
+    return decoded(exponents, Tensor.double, E4M3.most)
+
+
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """All but x."""
     return GROUP, torch.float8_e4m3fn, MxScaling.FLOOR.value
@@ -80,6 +86,7 @@ per_token_mx_fp8_quant = define(
     reference=reference,
     fake=fake,
     samples=[*(_sample((7, 320), each) for each in MxScaling), _sample((2, 3, 64), MxScaling.EVEN)],
+    decode=decode,
 )
 
 SPELLINGS = spellings(E4M3)

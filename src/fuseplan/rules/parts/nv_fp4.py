@@ -17,18 +17,20 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import aten, convert_element_type, dtype_name, equal_size, is_call, tensor_of
 from fuseplan.graph.ops import (
+    Decoded,
     Sample,
     ScaleLayout,
     compute_dtype,
     define,
     draw_positive,
     empty_scales,
+    in_rows,
     lay_out,
     random_tensor,
 )
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, packed, packings, tell_simulated
+from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, numbers_of, packed, packings, tell_simulated
 from fuseplan.rules.parts.fp8 import number_of, raise_computed, source_of
 from fuseplan.rules.parts.microscaled import behind, product_of, products, rows_of_groups
 from fuseplan.rules.parts.patterns import F32, Found, Pattern, all_fit
@@ -84,6 +86,16 @@ def fake(
     return codes, empty_scales(x, hidden // group_size, SCALE, layout)
 
 
+def decode(
+    codes: Tensor, scales: Tensor, group_size: int, global_scale: Tensor | None, min_scale: float, layout: str
+) -> Decoded:
+    """What both stand for."""
+    rows, groups = codes.numel() // codes.shape[-1], 2 * codes.shape[-1] // group_size
+    own = in_rows(scales, rows, groups, layout).contiguous()
+    whole = 1.0 if global_scale is None else global_scale.double()
+    return Decoded(scales=own.double() * whole, steps=own.view(torch.uint8).int(), numbers=numbers_of, most=MOST)
+
+
 LEAST = torch.finfo(SCALE).tiny
 
 
@@ -112,6 +124,7 @@ per_token_nv_fp4_quant = define(
     ],
     draws={"global_scale": draw_positive},
     packed=(0,),
+    decode=decode,
 )
 
 

@@ -1,0 +1,64 @@
+"""Random blocks that quantise, by every format, under fuseplan: by references the same bits as before, by Triton's
+kernels, interpreted, codes next to the exact values.
+"""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.differential.quantised import Block, all_of, differences
+from tests.forks import Forks, Request
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+@pytest.fixture(autouse=True)
+def untroubled() -> Iterator[None]:
+    """Random shapes do what torch warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def right(found: dict[str, Any], least: int) -> None:
+    assert not found["problems"], "\n".join(found["problems"])
+    assert found["fused"] >= least
+
+
+@pytest.mark.parametrize("count", [16, pytest.param(500, marks=pytest.mark.nightly)])
+def test_random_blocks_keep_their_bits(count: int, one_rank: str, first_seed: int) -> None:
+    right(all_of(range(first_seed, first_seed + count), one_rank), count // 4)
+
+
+@needs_triton
+@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.nightly)])
+def test_random_blocks_by_triton(count: int, interpreting_forks: Forks, first_seed: int) -> None:
+    arguments: tuple[tuple[str, ...], dict[str, str]] = ((str(first_seed), str(first_seed + count)), {})
+    module = "tests.differential.run_quantised_interpreted"
+    (outcome,) = interpreting_forks.outcomes(interpreting_forks.start(Request(module=module, processes=(arguments,))))
+    assert outcome.status == 0, outcome.output
+    found = json.loads(outcome.output.splitlines()[-1])
+    right(found, count // 4)
+    assert all(name.endswith(" triton") for name in found["applied"])
+
+
+def test_a_code_that_is_another_is_found(one_rank: str) -> None:
+    """In each of several blocks, of one element."""
+    for seed in range(10):
+        block = Block(seed, one_rank)
+        x, r = block.calls[0]
+        before = block(x, r)
+        codes, scales = (each.clone() for each in before[:2])
+        place = codes.numel() - 3
+        if codes.dtype is torch.float32:
+            codes.view(-1)[place] += codes.abs().max()
+        else:
+            codes.view(-1).view(torch.uint8)[place] ^= 0x2C if block.formats[0].bits == 8 else 0x66
+        after = [codes, scales, *before[2:]]
+        assert list(differences(block, before, after, x, r, is_exact=False)), str(block)
+        assert not list(differences(block, before, before, x, r, is_exact=True))
