@@ -129,6 +129,7 @@ const STATE_TEXT = {
     worth: "not worth it",
     forbidden: "forbidden",
     unpriced: "no price is known",
+    unsure: "not sure to gain",
 };
 
 /** "36 of 36" for the range at hand, with all ranges below, and a word where it fires nowhere. */
