@@ -49,10 +49,11 @@ def _modelled(problem: Problem) -> Iterator[CostRow]:
             seen.add(kind)
             for size, tokens in enumerate(problem.priced.tokens):
                 for alternative, kernels in _alternatives(problem, ordinals, candidates, size):
+                    low, high = _ends(problem, kernels)
                     yield CostRow(
                         site=name, places=places[name], alternative=alternative, tokens=tokens, spread_ns=0,
                         time_ns=total_ns(kernels), provenance=Provenance.MODELLED.value,
-                        kernels=tuple(map(_time, kernels)), **_ends(problem, kernels),
+                        kernels=tuple(map(_time, kernels)), low_ns=low, high_ns=high,
                     )  # fmt: skip
                 unfused = total_ns(_unfused(problem, ordinals, size))
                 for candidate in candidates:
@@ -92,10 +93,9 @@ def _alternatives(
             yield alternative_name([candidate], ordinals), (*fused, *copies, *rest)
 
 
-def _ends(problem: Problem, kernels: tuple[Kernel, ...]) -> dict[str, int]:
+def _ends(problem: Problem, kernels: tuple[Kernel, ...]) -> tuple[int, int]:
     estimate = Estimate.of(kernels)
-    low, high = ends(estimate.ns, estimate.exposure, problem.priced.errors)
-    return {"low_ns": low, "high_ns": high}
+    return ends(estimate.ns, estimate.exposure, problem.priced.errors)
 
 
 def _time(kernel: Kernel) -> KernelTime:

@@ -90,13 +90,14 @@ def _record(
 ) -> Unsure:
     priced = problem.priced
     best, *others = subsets
-    margins = []
+    margins = list[tuple[int, int, int]]()
     for other in others:
         if all(priced.provenance[index] is not Provenance.ASSUMED for index in other):
             ahead = sum(priced.values[index] for index in best) - sum(priced.values[index] for index in other)
             margins.append((ahead, *priced.ends(ahead, best, other)))
-    ahead, low, high = min(margins, key=lambda each: each[1], default=(None, None, None))
+    nearest = min(margins, key=lambda each: each[1], default=(None, None, None))
     return Unsure(
-        site=signature, places=1, alternatives=names, tokens=priced.tokens, ahead_ns=ahead, low_ns=low, high_ns=high,
+        site=signature, places=1, alternatives=names, tokens=priced.tokens, ahead_ns=nearest[0], low_ns=nearest[1],
+        high_ns=nearest[2],
         device=device,
     )  # fmt: skip

@@ -243,18 +243,19 @@ def _margin(conflict: ConflictClass) -> str:
     """By how much a place would be worse off with the loser, and from which cost on it would not."""
     if conflict.lost_us is None:
         return ""
-    text = f"{abs(conflict.lost_us):.1f}{_interval(conflict)} us {'more' if conflict.lost_us < 0 else 'less'} a place"
+    more = "more" if conflict.lost_us < 0 else "less"
+    text = f"{abs(conflict.lost_us):.1f} us {more} a place{_interval(conflict)}"
     return f" (would save {text}{_flip(conflict)})"
 
 
 def _interval(conflict: ConflictClass) -> str:
-    """` (0.9 to 2.1)`: where the margin is, 8 times of 10."""
+    """`, 0.9 to 2.1`: where the margin is, 8 times of 10."""
     low, high = conflict.lost_low_us, conflict.lost_high_us
     if low is None or high is None:
         return ""
     if conflict.lost_us is not None and conflict.lost_us < 0:
         low, high = -high, -low
-    return f" ({low:.1f} to {high:.1f})" if f"{low:.1f}" != f"{high:.1f}" else ""
+    return f", {low:.1f} to {high:.1f}" if f"{low:.1f}" != f"{high:.1f}" else ""
 
 
 def _flip(conflict: ConflictClass) -> str:
