@@ -90,6 +90,11 @@ def test_intervals_hold_what_was_left_out() -> None:
     assert found["rows of a table between two others"]["within"] >= 0.9
 
 
+def test_plans_of_other_errors_have_other_keys() -> None:
+    assert prices(fused=(0.0, 0.1)).key == prices(fused=(0.0, 0.1)).key
+    assert len({str(each.key) for each in (prices(), prices(fused=(0.0, 0.1)), prices(fused=(0.1, 0.1)))}) == 3
+
+
 def test_all_devices_say_how_far_off_they_are() -> None:
     assert {name for name, each in HARDWARE.items() if each.errors is HOPPER_ERRORS} >= {"h100", "h200"}
     assert all(each.errors in (HOPPER_ERRORS, UNMEASURED_ERRORS) for each in HARDWARE.values())
