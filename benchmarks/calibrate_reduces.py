@@ -20,7 +20,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, Constant, CostModel, Hardware, Region, total_ns
+from fuseplan.planner.costs import HARDWARE, Constant, CostModel, Hardware, Kernel, Region, total_ns
 from fuseplan.rules.parts.pad import Padding
 from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
@@ -94,6 +94,11 @@ def modelled_us(hardware: Hardware, row: Row) -> float:
     """A row's time by the model."""
     if not row.tokens:
         return all_reduce_us(hardware, row.column, row.nbytes, row.ranks)
+    return total_ns(kernels_of(hardware, row)) / 1e3
+
+
+def kernels_of(hardware: Hardware, row: Row) -> tuple[Kernel, ...]:
+    """The kernels of a region's column."""
     model = CostModel(without_multicast(hardware))
     site = Region(
         core=RMS_NORM.traffic, tokens=row.tokens, width=2880, reduce=True, residual=True, tail=Padding(padded=3072),
@@ -111,7 +116,7 @@ def modelled_us(hardware: Hardware, row: Row) -> float:
         "unfused_one_shot": lambda: (*copy, *model.unfused(symmetric)),
         "pad_one_shot": lambda: (*copy, *model.alternative(symmetric, site.without_reduce(), "triton")),
     }
-    return total_ns(kernels[row.column]()) / 1e3
+    return kernels[row.column]()
 
 
 def all_reduce_us(hardware: Hardware, name: str, nbytes: int, ranks: int) -> float:

@@ -170,6 +170,21 @@ def _kernels() -> str:
     return _table(("rows", *(f"{size:,}" for size in sizes)), rows)
 
 
+def _left_out() -> str:
+    """How many rows lie in their intervals that weren't seen by the fit."""
+    result = _committed("results/leave_one_out")
+    rows: list[tuple[object, ...]] = []
+    for name in ("one size left out", "one shape left out"):
+        found, wide = result[name], result[name]["in intervals of 90 %"]
+        for what in ("times", "savings"):
+            shares = (f"{100 * each[what]['within']:.0f} %" for each in (found, wide))
+            rows.append((name, f"{found[what]['rows']} {what}", *shares))
+    between = result["rows of a table between two others"]
+    held = f"{100 * between['within']:.0f} %"
+    rows.append(("a table's size between two others", f"{between['rows']} times", held, ""))
+    return _table(("", "rows", "in intervals of 80 %", "of 90 %"), rows)
+
+
 def _host_cost() -> str:
     """What the host takes for a layer with a fused op, and with Inductor's kernels."""
     rows: list[tuple[object, ...]] = []
@@ -248,6 +263,7 @@ tables = {
     "h200_constants": _constants("h200"),
     "h200_errors": _errors(),
     "published_score": _published(),
+    "left_out": _left_out(),
     "region_h100x2": _region(2),
     "region_h100x4": _region(4),
     "kernels_h200": _kernels(),

@@ -402,7 +402,8 @@ def test_what_is_forbidden_is_no_conflict_and_not_too_dear() -> None:
 
 def test_a_conflict_says_which_cost_would_flip_it() -> None:
     screen = " ".join(run(*EXPLAIN, "--policy", "planned", "-v").stdout.split())
-    margin = r"would save ([\d.]+) us less a place; it would win if its op took ([\d.]+) us instead of ([\d.]+)"
+    lead = r"would save ([\d.]+) us less a place, [\d.]+ to [\d.]+"
+    margin = rf"{lead}; it would win if its op took ([\d.]+) us instead of ([\d.]+)"
     found = re.search(rf"allreduce_rms is left with 1 \({margin}\)", screen)
     assert found is not None, screen
     lost, flips, takes = map(float, found.groups())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fuseplan.cli import app, console
-from fuseplan.cli.console import duration, measuring
+from fuseplan.cli.console import measuring
 from fuseplan.cli.tune import _Times
+from fuseplan.devices import PROFILES
+from fuseplan.devices.hardware import Error
 from fuseplan.planner.costs import CostTable, DeviceRecord, Measured, Provenance, Row, cached_path, record_path
+from fuseplan.record.text import duration
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOADS = "tests.cli.tuned_workloads"
@@ -252,3 +256,44 @@ def test_what_was_measured_of_the_device_is_kept_and_shown(monkeypatch: pytest.M
     assert DeviceRecord.load(path, "nvidia-rtx-a6000") == record
     data = json.loads(run("--device-only", "--json").stdout)
     assert (data["path"], data["device"]) == (str(path), "nvidia-rtx-a6000")
+
+
+@pytest.fixture
+def doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU on which the reference may take next to no time, or so the model says."""
+    profile = PROFILES["cpu"]
+    assert profile.hardware is not None
+    errors = {f"eager, {part}": Error(less=0.9, more=0.1) for part in ("fixed", "moved")}
+    hardware = replace(profile.hardware, errors=errors)
+    monkeypatch.setitem(PROFILES, "cpu", replace(profile, hardware=hardware))
+
+
+@pytest.mark.usefixtures("doubtful")
+def test_what_could_change_the_plan_is_told_and_measured_once(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    sizes = ("--range", "4")
+    explained = CliRunner().invoke(app, ["explain", f"{WORKLOADS}:pads", "--device", "cpu", *sizes])
+    (note,) = [line for line in explained.stdout.splitlines() if "--only-unsure" in line]
+    assert note == "note  measuring could change the plan in 1 place: fuseplan tune --only-unsure, about 8 s"
+    result = run(f"{WORKLOADS}:pads", *sizes, "--repeats", "5", "--only-unsure", "--out", str(path))
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert lines[0] == "2 alternatives of 1 class of places decide; measuring them takes about 8 s"
+    assert lines[1] == f"{SITE} at 4 tokens: unfused, {FUSED}"
+    assert result.stdout.splitlines()[-1] == f"2 rows in {path}"
+    again = run(f"{WORKLOADS}:pads", *sizes, "--only-unsure", "--out", str(path))
+    assert (again.exit_code, again.stdout) == (0, "nothing is unsure: no measurement could change the plan\n")
+    settled = ["explain", f"{WORKLOADS}:pads", "--device", "cpu", *sizes, "--costs", str(path)]
+    assert "--only-unsure" not in CliRunner().invoke(app, settled).stdout
+
+
+def test_nothing_is_measured_where_nothing_is_unsure(tmp_path: Path) -> None:
+    result = run(f"{WORKLOADS}:pads", "--only-unsure", "--out", str(tmp_path / "costs.json"))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "nothing is unsure: no measurement could change the plan\n"
+
+
+def test_the_device_alone_has_no_alternatives() -> None:
+    result = run("--device-only", "--only-unsure")
+    assert result.exit_code == 2
+    assert "leave --only-unsure out" in result.stderr

@@ -8,9 +8,10 @@ import torch
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.matching import find_matches
+from fuseplan.planner.alternatives import alternative_name, row_key
 from fuseplan.planner.costs import CostModel, CostTable, Provenance, Row
 from fuseplan.planner.pose import Problem, pose
-from fuseplan.planner.pricing import Prices, alternative_name, row_key
+from fuseplan.planner.prices import Prices
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES

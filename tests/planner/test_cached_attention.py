@@ -10,7 +10,7 @@ from fuseplan.planner.candidates import candidates_of
 from fuseplan.planner.costs import HARDWARE, CostModel
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.planner.pose import Problem, pose
-from fuseplan.planner.pricing import Prices
+from fuseplan.planner.prices import Prices
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.rules import by_name
 from fuseplan.rules.families import find_sites

@@ -18,7 +18,7 @@ from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
 from fuseplan.planner.candidates import conflicts_of
 from fuseplan.planner.contradiction import ADVICE, ContradictionError, contradiction
 from fuseplan.planner.pose import Problem, check_selector, pose, selects
-from fuseplan.planner.pricing import Prices
+from fuseplan.planner.prices import Prices
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.providers import PROFILES
 from fuseplan.rules import Rule, by_name

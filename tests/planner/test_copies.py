@@ -9,10 +9,11 @@ import torch
 from fuseplan.dialect import ops
 from fuseplan.matching import Match
 from fuseplan.planner import Solver, decide_planned
+from fuseplan.planner.alternatives import UNFUSED
 from fuseplan.planner.costs import CostModel, Provenance
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.planner.pose import Problem
-from fuseplan.planner.pricing import UNFUSED, Prices
+from fuseplan.planner.prices import Prices
 from tests.planner.posing import MODEL, PROVIDERS, by_provider, measured, problem_of
 from tests.planner.round_device import DEVICE
 

@@ -13,7 +13,7 @@ from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
 from fuseplan.planner.decide import Decision, decide_in_order, decide_off, decide_planned, limit, plan_record, replay
 from fuseplan.planner.pose import Problem
-from fuseplan.planner.pricing import Prices
+from fuseplan.planner.prices import Prices
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.solver import Solver
 from fuseplan.record import Reason, Selected

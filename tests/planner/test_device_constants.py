@@ -24,7 +24,7 @@ from fuseplan.planner.costs import (
     hardware_of,
     record_path,
 )
-from fuseplan.planner.pricing import Prices
+from fuseplan.planner.prices import Prices
 from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
 from tests.devices.test_devices import here

@@ -3,9 +3,10 @@
 from typing import Any
 
 from fuseplan.dialect import ops
+from fuseplan.planner.alternatives import UNFUSED
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.planner.pose import Problem
-from fuseplan.planner.pricing import UNFUSED, Prices
+from fuseplan.planner.prices import Prices
 from fuseplan.record import CostRow
 from tests.planner.posing import MODEL, TORCH, measured, problem_of
 

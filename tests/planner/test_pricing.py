@@ -12,20 +12,13 @@ from fuseplan.caching.content import content_of
 from fuseplan.dialect import define, ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.matching import ExternalMatch, ExternalPass
+from fuseplan.planner.alternatives import MAX_ENUMERATED, UNFUSED, alternative_name, break_ties, compatible, row_key
 from fuseplan.planner.components import components
 from fuseplan.planner.costs import Provenance
+from fuseplan.planner.doubt import weighted
 from fuseplan.planner.pose import pose
-from fuseplan.planner.pricing import (
-    MAX_ENUMERATED,
-    UNFUSED,
-    Prices,
-    alternative_name,
-    break_ties,
-    compatible,
-    row_key,
-    sizes_of,
-    weighted,
-)
+from fuseplan.planner.prices import Prices
+from fuseplan.planner.pricing import sizes_of
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.providers import provider_of

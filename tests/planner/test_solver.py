@@ -315,15 +315,23 @@ def test_ties_go_to_fewer_candidates_then_to_the_first() -> None:
 
 @settings(max_examples=100)
 @given(programs(tables=False))
-def test_regrets_are_what_forcing_costs(program: IntegerProgram) -> None:
+def test_rivals_are_the_best_with_a_candidate_or_without_it(program: IntegerProgram) -> None:
     solver = Solver()
     try:
         best = solver.solve(program)
     except PlanError:
         return
-    for index, regret in enumerate(solver.regrets(program, best.cuts)):
-        forced = replace(program, forced=program.forced | {index})
+    for index, rival in enumerate(solver.rivals(program, best.cuts)):
+        is_in = index in best.selected
+        changed: dict[str, Any] = (
+            {"forbidden": program.forbidden | {index}} if is_in else {"forced": program.forced | {index}}
+        )
         try:
-            assert regret == best.objective_ns - Solver().solve(forced).objective_ns
+            other = Solver().solve(replace(program, **changed))
         except PlanError:
-            assert regret is None
+            assert rival is None
+        else:
+            assert rival is not None
+            assert rival.lost_ns == best.objective_ns - other.objective_ns
+            assert {*rival.selected} <= {*other.selected}
+            assert (index in rival.best, index in rival.selected) == (is_in, not is_in)

@@ -47,7 +47,7 @@ def test_a_report_prints_as_explain_shows_it(capsys: pytest.CaptureFixture[str])
     report = fuseplan.explain(Block().bfloat16(), torch.randn(16, 2880, dtype=torch.bfloat16), device="h200")
     print(report)
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.startswith("The plan saves 2.0 us a step: ")
+    assert shown.startswith("The plan saves 2.0 us a step (1.0 to 2.8): ")
     assert "policy padding us ops step planned 1 of 1 2.0 " in shown
     assert "GraphReport(" not in shown
 

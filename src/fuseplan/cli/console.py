@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fuseplan.errors import FuseplanError, RanksError
-from fuseplan.record.text import printable
+from fuseplan.record.text import duration, printable
 
 LINE_S = 5.0
 """Seconds between lines of progress."""
@@ -94,14 +94,6 @@ class _Lines:
         self._last, self._told = now, done
         left = f", about {duration((now - self._start) / done * (total - done))} left" if done else ""
         say(f"{done} of {total}{left}: {what}")
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `3 min`, `1 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def say(text: str) -> None:

@@ -21,10 +21,12 @@ from fuseplan.cli.request import (
 )
 from fuseplan.cli.spelling import check_spelling
 from fuseplan.errors import ConfigError
-from fuseplan.record.text import printable
+from fuseplan.record.text import duration, printable
 
 UNFUSED = "unfused"
 LACKING = "costs='auto' models a class that lacks an alternative; costs='measured' leaves that alternative out"
+NOTHING = "nothing was measured: no fusion matches that can be run"
+NOTHING_UNSURE = "nothing is unsure: no measurement could change the plan"
 INTERRUPTED = 130
 """The exit status of what Ctrl-C ended, by custom."""
 
@@ -50,6 +52,10 @@ def tune(
         bool,
         typer.Option("--device-only", help="Measure the GPU's launches and copies instead, for the cost model."),
     ] = False,
+    only_unsure: Annotated[
+        bool,
+        typer.Option("--only-unsure", help="Measure only alternatives that could change the plan."),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -63,7 +69,7 @@ def tune(
         require_supported_torch(everything=True)
         if device_only:
             given = {"WORKLOAD": workload, "--tp": tp, "--range": ranges, "--tokens": tokens, "--layers": layers,
-                     "--provider": provider, "--out": out}  # fmt: skip
+                     "--provider": provider, "--out": out, "--only-unsure": only_unsure or None}  # fmt: skip
             _device(repeats, [name for name, value in given.items() if value is not None], as_json=as_json)
             return
         if workload is None:
@@ -86,9 +92,11 @@ def tune(
                     made.model, made.inputs, table=table, ranges=spans, tokens=tokens or (), repeats=repeats,
                     config=config, providers=providers, ranks=ranks, command=command_of(ranks.size),
                     watch=lambda step: tell(f"{step.doing}: {step.site}", step.done, step.total),
+                    only_unsure=only_unsure, listed=_list if only_unsure and ranks.rank == 0 else lambda works: None,
                 )  # fmt: skip
             if ranks.rank == 0:
-                show(_json(found, workload, ranks.size, table) if as_json else _rendered(found, table), as_json)
+                none = NOTHING_UNSURE if only_unsure else NOTHING
+                show(_json(found, workload, ranks.size, table) if as_json else _rendered(found, table, none), as_json)
             if found.stopped:
                 if ranks.rank == 0:
                     say(f"interrupted; {len(found.rows)} rows are in {table}; the unfinished measurement is lost")
@@ -150,7 +158,24 @@ def _json(found: Any, workload: str, tp: int, table: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rendered(found: Any, path: Path) -> Group:
+def _list(works: Sequence[Any]) -> None:
+    """What decides, and about how long measuring it takes."""
+    from fuseplan.providers import local_profile
+    from fuseplan.record.unsure import seconds_of
+    from fuseplan.report.text import count_of
+
+    if not works:
+        return
+    device = local_profile().name
+    counted = sum(len(work.alternatives) for work in works)
+    takes = duration(seconds_of(sum(work.steps for work in works), device))
+    classes = "1 class" if len(works) == 1 else f"{len(works)} classes"
+    say(f"{count_of(counted, 'alternative')} of {classes} of places decide; measuring them takes about {takes}")
+    for work in works:
+        say(f"{work.signature} at {', '.join(map(str, work.tokens))} tokens: {', '.join(work.alternatives)}")
+
+
+def _rendered(found: Any, path: Path, none: str) -> Group:
     """A table for each class, what isn't measured and why, and where the rows are."""
     parts: list[Any] = []
     for site, count in sorted(found.classes.items()):
@@ -166,9 +191,7 @@ def _rendered(found: Any, path: Path) -> Group:
     if any(each.alternative for each in found.skipped):
         parts.append(Text(LACKING))
     parts += map(Text, map(printable, _doubts(found)))
-    kept = (
-        f"{len(found.rows)} rows in {path}" if found.rows else "nothing was measured: no fusion matches that can be run"
-    )
+    kept = f"{len(found.rows)} rows in {path}" if found.rows else none
     return Group(*parts, Text(printable(kept)))
 
 

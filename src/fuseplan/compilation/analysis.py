@@ -19,7 +19,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import is_training, tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
-from fuseplan.planner import Decision, Problem, fusion_record, ineffective_requests, plan_record
+from fuseplan.planner import Decision, Problem, fusion_record, ineffective_requests, not_sure, plan_record, undecided
 from fuseplan.planner.candidates import EXTERNAL
 from fuseplan.planner.costs import Hardware, assumptions
 from fuseplan.record import (
@@ -105,6 +105,8 @@ def graph_report(
     refusals += [_given_up(fusion_record(problem, i), Reason.LIMIT, f"beyond {most}") for i in decision.limited]
     refusals += _failures(problem, decision)
     refusals += _unpriced(problem, decision)
+    unsure = [] if decision.solution is None else not_sure(decision, problem.unsure)
+    refusals += [_not_sure(fusion_record(problem, index)) for index in unsure]
     alone = "a fusion that it needs isn't applied"
     refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, alone) for i in decision.uncoupled]
     refusals += [_given_up(fusion_record(problem, i), Reason.COUPLED, why) for i, why in sorted(problem.unmet.items())]
@@ -120,7 +122,9 @@ def graph_report(
     counts = [rule for rule, _, _ in matched]
     saved = problem.saved_by_size(decision.selected)
     is_planned = decision.solution is not None
-    already_refused = problem.failed.keys() | problem.unmet.keys() | (problem.unpriced if is_planned else set())
+    left_out = problem.unpriced.union(unsure) if is_planned else frozenset()
+    already_refused = problem.failed.keys() | problem.unmet.keys() | left_out
+    low, high = problem.interval_of(decision.selected, decision.saving_ns)
     in_order = sorted(decision.selected, key=lambda i: (problem.candidates[i].provider == EXTERNAL, i))
     return GraphReport(
         graph=name,
@@ -133,6 +137,8 @@ def graph_report(
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
                 forbidden=lost.candidate in problem.ruled_out,
+                lost_low_ns=lost.lost_low_ns,
+                lost_high_ns=lost.lost_high_ns,
             )
             for lost in decision.lost
             if lost.candidate not in already_refused
@@ -144,12 +150,23 @@ def graph_report(
         rewritten=rewritten,
         plan=plan_record(problem, decision, name, span, device) if is_planned else None,
         sizes=tuple(
-            SizePrice(tokens=tokens, unfused_ns=unfused, saved_ns=saving, all_reduces=problem.all_reduces(index))
+            SizePrice(
+                tokens=tokens,
+                unfused_ns=unfused,
+                saved_ns=saving,
+                all_reduces=problem.all_reduces(index),
+                saved_low_ns=low,
+                saved_high_ns=high,
+            )
             for index, (tokens, unfused, saving) in enumerate(
                 zip(problem.priced.tokens, problem.priced.unfused, saved, strict=True)
             )
+            for low, high in [problem.interval_of(decision.selected, saving, index)]
         ),
         saved_ns=decision.saving_ns,
+        saved_low_ns=low,
+        saved_high_ns=high,
+        unsure=undecided(problem, device) if is_planned else (),
         unfused_ns=problem.unfused_ns,
         plan_ns=decision.plan_ns,
         verified=tuple(each for each in verified if isinstance(each, Verification)),
@@ -264,6 +281,17 @@ def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
         )
         kernels[whole] = None
     return [*kernels, *places]
+
+
+def _not_sure(fusion: Fusion) -> Refusal:
+    """A fusion that a plan doesn't apply since it may cost more than it saves."""
+    assert fusion.saving_ns is not None and fusion.low_ns is not None and fusion.high_ns is not None
+    saves = f"saves {fusion.saving_ns / 1000:.1f} us ({fusion.low_ns / 1000:.1f} to {fusion.high_ns / 1000:.1f})"
+    return replace(
+        _given_up(fusion, Reason.UNSURE, f"{fusion.op} by {fusion.provider} {saves}: not sure to gain"),
+        nearness=Nearness.DECLINED, provider=fusion.provider,
+        mend=f"fuseplan tune --only-unsure would settle it, or force {fusion.rule}:{fusion.provider}",
+    )  # fmt: skip
 
 
 def assumed_constants(hardware: Hardware) -> list[Refusal]:

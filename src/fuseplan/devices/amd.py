@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from fuseplan.devices.derivation import H100_COPY, attention, like, linear, ns, rate, renamed, scaled, size
+from fuseplan.devices.errors import UNMEASURED_ERRORS
 from fuseplan.devices.hardware import Aiter, Constant, Gate, Hardware, Peers
 from fuseplan.devices.nvidia import H100_ATTENTION, H200, H200_LINEAR
 from fuseplan.devices.profile import DeviceProfile
@@ -85,6 +86,7 @@ MI355X: Final = Hardware(
             "(6.479 before), less the launch",
         ),
     ),
+    errors=UNMEASURED_ERRORS,
 )
 
 

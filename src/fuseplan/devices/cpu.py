@@ -3,6 +3,7 @@
 from typing import Final
 
 from fuseplan.devices.derivation import ns, operations, rate, ratio, size
+from fuseplan.devices.errors import UNMEASURED_ERRORS
 from fuseplan.devices.hardware import Attention, Hardware, Linear, Protocol
 from fuseplan.devices.profile import DeviceProfile
 
@@ -46,6 +47,7 @@ CPU: Final = Hardware(
             bandwidth=rate(2, _NOMINAL),
         ),
     ),
+    errors=UNMEASURED_ERRORS,
 )
 
 DEVICES: Final = (DeviceProfile(name="cpu", vendor="cpu", description="any CPU that torch runs on", hardware=CPU),)

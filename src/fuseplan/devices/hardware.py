@@ -8,6 +8,18 @@ from typing import Any, Final, Literal
 Vendor = Literal["nvidia", "amd", "cpu"]
 EXCHANGES: Final = ("triton", "flashinfer", "aiter")
 """The fields of `Hardware` that say how kernels exchange rows with other ranks."""
+GENERATED: Final = "generated"
+"""The kind of what Inductor generates."""
+FUSED: Final = "fused"
+"""The kind of a fused op that stays on one device."""
+KINDS: Final = (
+    GENERATED, f"{GENERATED} quant", f"{GENERATED} rotary", FUSED, f"{FUSED} quant", f"{FUSED} rotary", "reduce",
+    *EXCHANGES, "attention", "split", "linear", "skinny", "eager",
+)  # fmt: skip
+"""The kinds of kernels that the model is more or less far off for: Inductor's and fused ops on one device, each by what
+else they do, all-reduces that aren't fused, fused ones by how they exchange rows, torch's attention and fuseplan's,
+torch's linear layers and fuseplan's, and references op by op.
+"""
 TORCH: Final = "torch"
 """The reducer of an all-reduce of torch.distributed: its library chooses the algorithm. Other reducers are an engine,
 which chooses by size and number of ranks, and an op of torch that says the algorithm, such as `ONE_SHOT`.
@@ -29,6 +41,19 @@ class Constant:
     value: float
     unit: str
     source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Error:
+    """How far the model is off: standard deviations, as shares of what it says.
+
+    Attributes:
+        less: of times that are shorter.
+        more: of times that are longer.
+    """
+
+    less: float
+    more: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +300,7 @@ class Hardware:
         triton: the exchange of Triton kernels over symmetric memory, None where there is no Triton.
         flashinfer: FlashInfer's exchange, None off NVIDIA.
         aiter: AITER's, None off AMD.
+        errors: how far the model is off, by what the error comes from; see `devices.errors`. What isn't there is exact.
     """
 
     name: str
@@ -293,6 +319,7 @@ class Hardware:
     triton: Peers | None = None
     flashinfer: Peers | None = None
     aiter: Aiter | None = None
+    errors: Mapping[str, Error] = field(default_factory=dict)
 
     def constants(self) -> Iterator[tuple[str, Constant]]:
         """Every constant by its dotted name, e.g. `triton.signal` or `ring.LL.latency`."""

@@ -26,7 +26,8 @@ from fuseplan.devices.derivation import (
     shots,
     size,
 )
-from fuseplan.devices.hardware import Attention, Dispatch, Hardware, Linear, Peers, Protocol
+from fuseplan.devices.errors import HOPPER_ERRORS, UNMEASURED_ERRORS
+from fuseplan.devices.hardware import Attention, Dispatch, Error, Hardware, Linear, Peers, Protocol
 from fuseplan.devices.profile import DeviceProfile
 from fuseplan.devices.reduces import (
     ANY_VLLM,
@@ -105,6 +106,7 @@ H200: Final = Hardware(
         stages=False,
         buffered=3,
     ),
+    errors=HOPPER_ERRORS,
 )
 
 _same_die = like("H200", "the same GH100 die, clocks and NVLink 4")
@@ -124,6 +126,7 @@ H100: Final = Hardware(
     engines=H200.engines,
     triton=H200.triton,
     flashinfer=H200.flashinfer,
+    errors=HOPPER_ERRORS,
 )
 
 _unmeasured = like("H200", "not measured on B200")
@@ -151,6 +154,7 @@ B200: Final = Hardware(
     engines=B200_VLLM,
     triton=H200.triton and peers(H200.triton, _unmeasured, _links),
     flashinfer=H200.flashinfer and peers(H200.flashinfer, _unmeasured, _links),
+    errors=UNMEASURED_ERRORS,
 )
 
 _SMS, L2_BYTES = 132, 50e6
@@ -173,6 +177,7 @@ class Sheet:
         low_latency: GB/s of NCCL's LL on one node.
         multicast: whether the switch between its links adds.
         engines: which all-reduce an engine calls.
+        errors: how far the model is off.
     """
 
     source: str
@@ -184,6 +189,7 @@ class Sheet:
     low_latency: float = 141.0
     multicast: bool = False
     engines: Mapping[str, Dispatch] = field(default_factory=lambda: PAIR_VLLM)
+    errors: Mapping[str, Error] = field(default_factory=lambda: UNMEASURED_ERRORS)
 
     def hardware(self, name: str, processors: int) -> Hardware:
         """The constants of a device of that name with so many streaming multiprocessors."""
@@ -226,6 +232,7 @@ class Sheet:
             engines=self.engines,
             triton=reached(H200.triton),
             flashinfer=reached(H200.flashinfer),
+            errors=self.errors,
         )  # fmt: skip
 
     def _served(self) -> list[Protocol]:
@@ -282,9 +289,11 @@ DEVICES: Final = (
          Sheet(source="NVIDIA H100 NVL datasheet", memory=3900, cache=50e6, pcie=5)),
     _gpu("h200", "H200 SXM", "H200", 132, H200),
     _gpu("gh200", "GH200, 96 GB", "GH200 480GB", 132,
-         Sheet(source=_GH200, memory=4000, cache=50e6, nvlink=1.0, multicast=True, engines=HOPPER_VLLM)),
+         Sheet(source=_GH200, memory=4000, cache=50e6, nvlink=1.0, multicast=True, engines=HOPPER_VLLM,
+               errors=HOPPER_ERRORS)),
     _gpu("gh200-144gb", "GH200, 144 GB", "GH200 144G HBM3e", 132,
-         Sheet(source=_GH200, memory=4900, cache=50e6, nvlink=1.0, multicast=True, engines=HOPPER_VLLM)),
+         Sheet(source=_GH200, memory=4900, cache=50e6, nvlink=1.0, multicast=True, engines=HOPPER_VLLM,
+               errors=HOPPER_ERRORS)),
     _gpu("b200", "B200", "B200", 148, B200),
     _gpu("b300", "B300 SXM", "B300 SXM6 AC", 148,
          replace(renamed(B200, "b300", "NVIDIA DGX B300 datasheet: 8 TB/s and NVLink 5, as B200", 8000),

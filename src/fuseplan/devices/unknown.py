@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fuseplan.devices.derivation import COPIED, PLAIN, attention, exchanges, linear, rate, scaled
+from fuseplan.devices.errors import UNMEASURED_ERRORS
 from fuseplan.devices.hardware import Constant, Hardware, Vendor
 from fuseplan.devices.known import PROFILES
 from fuseplan.devices.nvidia import L2_BYTES
@@ -62,6 +63,7 @@ def unknown_hardware(name: str, vendor: Vendor, facts: Facts) -> Hardware:
     return replace(
         base,
         name=name,
+        errors=UNMEASURED_ERRORS,
         attention=attention(base.attention, same),
         linear=linear(base.linear, same),
         **made,

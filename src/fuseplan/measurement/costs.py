@@ -23,8 +23,10 @@ from fuseplan.measurement.tuning import (
     Step,
     Tuner,
     Unclear,
+    Work,
     busy,
     merge_into,
+    table_in,
     work_of,
 )
 from fuseplan.planner.costs import Row
@@ -71,6 +73,8 @@ def tune(
     ranks: Ranks | None = None,
     command: str = "fuseplan.measurement.tune",
     watch: Callable[[Step], None] = lambda step: None,
+    only_unsure: bool = False,
+    listed: Callable[[Sequence[Work]], None] = lambda works: None,
 ) -> Measurement:
     """Measures what the alternatives of each component take, in context, and puts the times into a cost table.
 
@@ -91,6 +95,9 @@ def tune(
             first writes. None: this process alone.
         command: for the rows' provenance.
         watch: called with what is being done.
+        only_unsure: measure the alternatives alone that could change the plan, by the intervals of modelled prices, and
+            that the table lacks.
+        listed: called with what is going to be measured, before it is.
 
     Raises:
         ConfigError: fewer repeats, a size outside of the ranges, or the table is broken, of another device, or can't be
@@ -111,6 +118,10 @@ def tune(
     explanation = Explanation(traced, config, None, providers, (*BUILT_IN_RULES, *rules))
     spans = [(entry, entry.manager.compile_range) for entry in explanation.entries]
     works, skipped = work_of([(e.analysis.problem, (r.start, r.end)) for e, r in spans if r is not None], tokens)
+    if only_unsure:
+        known = table_in(table, profile.name)
+        works = [each for work in works if (each := work.unsure) is not None and not each.is_in(known)]
+    listed(works)
     skipped += [
         Skipped(site=graph.graph, reason=refusal.detail) for graph in explanation.skipped for refusal in graph.refusals
     ]

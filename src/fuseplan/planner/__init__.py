@@ -9,14 +9,16 @@ from fuseplan.planner.decide import (
     decide_planned,
     fusion_record,
     limit,
+    not_sure,
     plan_record,
     replay,
 )
 from fuseplan.planner.ineffective import ineffective_requests
 from fuseplan.planner.pose import Problem, check_selector, pose
-from fuseplan.planner.pricing import Prices
+from fuseplan.planner.prices import Prices
 from fuseplan.planner.solver import DEFAULT_NODE_BUDGET, Solver
 from fuseplan.planner.sources import prices_of
+from fuseplan.planner.undecided import undecided
 
 __all__ = [
     "DEFAULT_NODE_BUDGET",
@@ -33,8 +35,10 @@ __all__ = [
     "fusion_record",
     "ineffective_requests",
     "limit",
+    "not_sure",
     "plan_record",
     "pose",
     "prices_of",
     "replay",
+    "undecided",
 ]

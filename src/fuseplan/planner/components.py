@@ -23,6 +23,7 @@ class Component:
         forced: always selected.
         one_of: one of each.
         forbidden: never selected.
+        unsure: only selected where they are forced.
         tables: candidates measured as a whole and the saving of each allowed subset of them but the empty one.
     """
 
@@ -34,6 +35,7 @@ class Component:
     forced: tuple[int, ...] = ()
     one_of: tuple[tuple[int, ...], ...] = ()
     forbidden: tuple[int, ...] = ()
+    unsure: tuple[int, ...] = ()
     tables: tuple[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]], ...] = ()
 
     def saving(self, selected: Sequence[int]) -> int:
@@ -86,10 +88,11 @@ def isolate(
             each.sort()
         return found
 
-    conflicts, requires = grouped(program.conflicts, False), grouped(program.requires, True)
+    conflicts, requires = grouped(program.conflicts, False), grouped(program.requires | program.only_with, True)
     together, excluded = grouped(program.together, False), grouped(cuts, False)
     forced = grouped(((candidate,) for candidate in program.forced), False)
     forbidden = grouped(((candidate,) for candidate in program.forbidden), False)
+    unsure = grouped(((candidate,) for candidate in program.unsure), False)
     one_of = grouped(program.one_of, False)
     tables: dict[int, list[tuple[tuple[int, ...], tuple[tuple[tuple[int, ...], int], ...]]]] = {}
     for tabled, alternatives in program.alternatives.items():
@@ -106,6 +109,7 @@ def isolate(
             forced=tuple(candidate for (candidate,) in forced.get(index, ())),
             one_of=tuple(one_of.get(index, ())),
             forbidden=tuple(candidate for (candidate,) in forbidden.get(index, ())),
+            unsure=tuple(candidate for (candidate,) in unsure.get(index, ())),
             tables=tuple(sorted(tables.get(index, ()))),
         )
         for index, candidates in enumerate(members)

@@ -1,7 +1,7 @@
 """Decisions: what a policy selects of a graph's candidates, and what each of the others lost."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -11,6 +11,7 @@ from fuseplan.errors import PlanError
 from fuseplan.matching import Match
 from fuseplan.planner.contradiction import contradiction
 from fuseplan.planner.disjoint_sets import DisjointSets
+from fuseplan.planner.margins import Margin, Margins
 from fuseplan.planner.ordered import choose_in_order
 from fuseplan.planner.pose import Problem
 from fuseplan.planner.program import Solution
@@ -28,12 +29,16 @@ class Lost:
         blocked_by: the selected ones in its way; empty where it doesn't save anything.
         lost_ns: by how much a selection with it saves less than this one; None where there is none.
         flips_at_ns: the time of its op at which the two would be equal; None where that is not known.
+        lost_low_ns: the lower end of the interval of `lost_ns`; None where that isn't known.
+        lost_high_ns: the upper end.
     """
 
     candidate: int
     blocked_by: tuple[int, ...] = ()
     lost_ns: int | None = None
     flips_at_ns: int | None = None
+    lost_low_ns: int | None = None
+    lost_high_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,8 @@ class Decision:
         limited: candidates selected and given up again, since `max_fusions` allows no more.
         solution: the proof, of a plan.
         plan_ns: how long it took.
+        ahead: of a plan, what the places save beyond their next best alternative where that comes closest; None where
+            there is none.
     """
 
     selected: tuple[int, ...] = ()
@@ -59,6 +66,7 @@ class Decision:
     limited: tuple[int, ...] = ()
     solution: Solution | None = None
     plan_ns: int = 0
+    ahead: Margin | None = None
 
 
 def decide_off() -> Decision:
@@ -147,21 +155,28 @@ def decide_planned(problem: Problem, solver: Solver) -> Decision:
     for cut in solution.cuts:
         for i in cut:
             neighbours.setdefault(i, set()).update(cut)
-    regrets = solver.regrets(program, solution.cuts)
+    margins = Margins(problem, solver.rivals(program, solution.cuts))
     lost = []
     for index in range(len(problem.candidates)):
         if index in chosen:
             continue
-        regret, cost = regrets[index], problem.priced.costs[index]
+        margin, cost = margins[index], problem.priced.costs[index]
+        regret = margin.ns if margin is not None else None
         flips = cost - regret if cost is not None and regret is not None and cost > regret else None
         blocked = tuple(sorted(neighbours.get(index, set()) & chosen))
-        lost.append(Lost(candidate=index, blocked_by=blocked, lost_ns=regret, flips_at_ns=flips))
+        lost.append(
+            Lost(
+                candidate=index, blocked_by=blocked, lost_ns=regret, flips_at_ns=flips,
+                lost_low_ns=margin.low_ns if margin else None, lost_high_ns=margin.high_ns if margin else None,
+            )
+        )  # fmt: skip
     return Decision(
         selected=solution.selected,
         saving_ns=solution.objective_ns,
         lost=tuple(lost),
         solution=solution,
         plan_ns=plan_ns,
+        ahead=margins.closest(solution.selected),
     )
 
 
@@ -182,12 +197,20 @@ def limit(problem: Problem, decision: Decision, most: int | None) -> Decision:
     )
 
 
+def not_sure(decision: Decision, unsure: Collection[int]) -> list[int]:
+    """Those of a problem's unsure candidates that a plan would have applied otherwise, or left to something no better:
+    nothing that it applies is in their way.
+    """
+    return [lost.candidate for lost in decision.lost if lost.candidate in unsure and not lost.blocked_by]
+
+
 def fusion_record(problem: Problem, index: int) -> Fusion:
     """A candidate as a record."""
     candidate, canonical = problem.candidates[index], problem.canonical
     match = candidate.match
     core = match.core if isinstance(match, Match) else match.anchor
     op = ops.of(core.target)
+    low, high = problem.interval(index)
     return Fusion(
         rule=candidate.rule,
         op=candidate.op,
@@ -201,6 +224,8 @@ def fusion_record(problem: Problem, index: int) -> Fusion:
         saving_ns=problem.program.savings_ns[index],
         rounding_change=match.rounding_change if isinstance(match, Match) else None,
         site_class=problem.sites[candidate.site.ordinal] if candidate.site else None,
+        low_ns=low,
+        high_ns=high,
     )
 
 
@@ -221,8 +246,14 @@ def plan_record(problem: Problem, decision: Decision, graph: str, span: tuple[in
                 lost_ns=lost.lost_ns,
                 flips_at_ns=lost.flips_at_ns,
                 provenance=known[lost.candidate],
+                low_ns=problem.interval(lost.candidate)[0],
+                high_ns=problem.interval(lost.candidate)[1],
+                lost_low_ns=lost.lost_low_ns,
+                lost_high_ns=lost.lost_high_ns,
             )
         )
+    low, high = problem.interval_of(decision.selected, decision.saving_ns)
+    ahead = decision.ahead
     return Plan(
         graph=graph,
         range=span,
@@ -236,6 +267,8 @@ def plan_record(problem: Problem, decision: Decision, graph: str, span: tuple[in
                 source=candidates[index].source,
                 saving_ns=values[index],
                 provenance=known[index],
+                low_ns=problem.interval(index)[0],
+                high_ns=problem.interval(index)[1],
             )
             for index in decision.selected
         ),
@@ -246,6 +279,11 @@ def plan_record(problem: Problem, decision: Decision, graph: str, span: tuple[in
         components=solution.components if solution else 0,
         classes=solution.classes if solution else 0,
         cuts=tuple(tuple(candidates[i].name for i in cut) for cut in solution.cuts) if solution else (),
+        low_ns=low,
+        high_ns=high,
+        ahead_ns=ahead.ns if ahead else None,
+        ahead_low_ns=ahead.low_ns if ahead else None,
+        ahead_high_ns=ahead.high_ns if ahead else None,
     )
 
 

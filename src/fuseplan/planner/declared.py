@@ -15,7 +15,7 @@ from fuseplan.providers import KernelCost
 from fuseplan.providers.declared import declared_us
 from fuseplan.rules import Bindings
 from fuseplan.rules.parts import Core, Epilogue, Prologue, part_at, reducer_of
-from fuseplan.rules.parts.traffic import Middle, Region, total_ns
+from fuseplan.rules.parts.traffic import Kernel, Middle, Region
 
 Sized = Callable[[Tensor], Tensor]
 """A tensor of the graph at some number of tokens: no data, and all sizes are numbers."""
@@ -51,28 +51,32 @@ def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
     return round(1000 * declared_us(cost, Bindings(match.rule.name, values), whose))
 
 
-def generated_ns(match: Match, model: CostModel, sized: Sized) -> int | None:
+def generated(match: Match, model: CostModel, sized: Sized) -> tuple[Kernel, ...] | None:
     """What Inductor makes of a match's nodes: one kernel, one for each epilogue that stands alone, and the
     all-reduces; None where it calls another op of which that isn't known.
     """
     reads = _bytes(match.values.values(), sized)
-    total, kernels, reduction = 0, 0, False
+    found, alone, reduction = list[Kernel](), False, False
     for node in match.consumed:
         part = part_at(node)
         if isinstance(part, Prologue):
-            total += _all_reduce_ns(node, model, sized)
+            found += _all_reduce(node, model, sized)
         elif isinstance(part, Epilogue) and part.traffic.stands_alone(_core_of(match)):
-            total += round(model.hardware.launch.value + model.hardware.memory_ns(2 * _bytes((node,), sized)))
+            found.append(_kernel(part.name, model, 2 * _bytes((node,), sized)))
         elif part is None and not _is_generated(node.target):
             return None
         else:
-            kernels = 1
+            alone = True
             reduction |= isinstance(part, (Core, Epilogue)) and part.traffic.reduces_rows
-    if kernels:
+    if alone:
         extra = model.hardware.generated_norm.value if reduction else 0.0
-        moved = model.hardware.memory_ns(reads + _bytes(match.outputs, sized))
-        total += round(model.hardware.launch.value + extra + moved)
-    return total
+        found.append(_kernel(match.rule.core.name, model, reads + _bytes(match.outputs, sized), extra))
+    return tuple(found)
+
+
+def _kernel(name: str, model: CostModel, nbytes: int, extra: float = 0.0) -> Kernel:
+    fixed, moved = model.hardware.launch.value + extra, model.hardware.memory_ns(nbytes)
+    return Kernel(name=name, launch=round(fixed), memory=round(fixed + moved) - round(fixed))
 
 
 def _core_of(match: Match) -> Middle:
@@ -88,16 +92,16 @@ def _is_generated(target: Any) -> bool:
     return torch.Tag.pointwise in target.tags or target.is_view or target.overloadpacket.__name__ in GENERATED
 
 
-def _all_reduce_ns(node: fx.Node, model: CostModel, sized: Sized) -> int:
+def _all_reduce(node: fx.Node, model: CostModel, sized: Sized) -> tuple[Kernel, ...]:
     value, ranks = tensor_of(node), group_size(str(node.args[1])) or 1
     if value is None or ranks == 1:
-        return 0
+        return ()
     x = sized(value)
     region = Region(
         core=Middle(name="reduced", reads_sums=True), tokens=max(1, x.shape[:-1].numel()), width=x.shape[-1],
         itemsize=x.dtype.itemsize, reduce=True, ranks=ranks, reducer=reducer_of(node),
     )  # fmt: skip
-    return total_ns(model.reduce(region))
+    return model.reduce(region)
 
 
 def _sized(value: Any, sized: Sized) -> Any:

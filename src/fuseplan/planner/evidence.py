@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from fuseplan.matching import Match
+from fuseplan.planner.alternatives import UNFUSED, alternative_name, compatible, places_of, row_key
 from fuseplan.planner.candidates import Candidate
-from fuseplan.planner.costs import Provenance, Row
+from fuseplan.planner.costs import ROW, Estimate, Provenance, Row, ends
 from fuseplan.planner.pose import Problem
-from fuseplan.planner.pricing import UNFUSED, alternative_name, compatible, places_of, row_key
+from fuseplan.planner.prices import of_fused_op
 from fuseplan.record import CostRow, KernelTime
 from fuseplan.rules.parts.traffic import Kernel, total_ns
 
@@ -48,10 +49,11 @@ def _modelled(problem: Problem) -> Iterator[CostRow]:
             seen.add(kind)
             for size, tokens in enumerate(problem.priced.tokens):
                 for alternative, kernels in _alternatives(problem, ordinals, candidates, size):
+                    low, high = _ends(problem, kernels)
                     yield CostRow(
                         site=name, places=places[name], alternative=alternative, tokens=tokens, spread_ns=0,
                         time_ns=total_ns(kernels), provenance=Provenance.MODELLED.value,
-                        kernels=tuple(map(_time, kernels)),
+                        kernels=tuple(map(_time, kernels)), low_ns=low, high_ns=high,
                     )  # fmt: skip
                 unfused = total_ns(_unfused(problem, ordinals, size))
                 for candidate in candidates:
@@ -85,10 +87,15 @@ def _alternatives(
             for place, parts in pricing.taken(candidate, taken):
                 shape = pricing.shapes[place][size]
                 kernels = shape.fused if place == candidate.site.ordinal else shape.within
-                fused += kernels(model, candidate.provider, reduce=parts.reduce, tail=parts.tail)
+                fused += of_fused_op(kernels(model, candidate.provider, reduce=parts.reduce, tail=parts.tail))
                 rest += shape.rest(model, reduce=parts.reduce, tail=parts.tail)
             copies = pricing.copies(candidate.match, problem.priced.tokens[size])
             yield alternative_name([candidate], ordinals), (*fused, *copies, *rest)
+
+
+def _ends(problem: Problem, kernels: tuple[Kernel, ...]) -> tuple[int, int]:
+    estimate = Estimate.of(kernels)
+    return ends(estimate.ns, estimate.exposure, problem.priced.errors)
 
 
 def _time(kernel: Kernel) -> KernelTime:
@@ -116,12 +123,14 @@ def _measured(problem: Problem) -> Iterator[CostRow]:
         for tokens, shape in zip(problem.priced.tokens, problem.pricing.shapes[places[0]], strict=True):
             for subset in ((), *compatible(component, problem.program)):
                 alternative = alternative_name([problem.candidates[index] for index in subset], places)
-                found = table.interpolate(row_key(name, alternative), shape.rows)
+                key = row_key(name, alternative)
+                found = table.interpolate(key, shape.rows)
                 if found is not None:
+                    low, high = ends(found[0], {f"{ROW}{key}": table.deviation(key, shape.rows)}, {})
                     yield CostRow(
                         site=name, places=classes[name], alternative=alternative, tokens=tokens, time_ns=found[0],
                         spread_ns=found[1], provenance=Provenance.MEASURED.value,
-                        origin=tuple(map(_origin, table.neighbours(row_key(name, alternative), shape.rows))),
+                        origin=tuple(map(_origin, table.neighbours(key, shape.rows))), low_ns=low, high_ns=high,
                     )  # fmt: skip
 
 

@@ -72,6 +72,8 @@ def _too_dear(name: str, problem: Problem, decision: Decision) -> str | None:
     if len(lost) < len(mine) or not margins or any(each.blocked_by for each in lost):
         return None
     places = "place" if len(mine) == 1 else "places"
+    if mine & problem.unsure:
+        return f"it isn't sure to gain in any of {len(mine)} {places}; fuseplan tune --only-unsure would settle it"
     return f"it costs at least {min(margins) / 1000:.1f} us more than it saves in each of {len(mine)} {places}"
 
 

@@ -266,7 +266,9 @@ class _Atoms:
     def excluded(self, component: Component) -> list[int]:
         """The atoms that can't be chosen by themselves."""
         forbidden = [self.of[candidate] for candidate in component.forbidden if candidate in self.of]
-        return [*forbidden, *(atom for atom, others in enumerate(self.neighbours) if atom in others)]
+        forced = {self.of.get(candidate) for candidate in component.forced}
+        unsure = {self.of[candidate] for candidate in component.unsure if candidate in self.of} - forced
+        return [*forbidden, *sorted(unsure), *(atom for atom, others in enumerate(self.neighbours) if atom in others)]
 
     def limits(self, cuts: Iterable[tuple[int, ...]]) -> list[Limit]:
         """Cuts as limits; two atoms that no limit has room for become neighbours instead."""

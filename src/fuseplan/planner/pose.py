@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from fuseplan.config import unknown
 from fuseplan.errors import ConfigError
@@ -15,7 +16,8 @@ from fuseplan.planner.candidates import Candidate, candidates_of, conflicts_of, 
 from fuseplan.planner.components import components
 from fuseplan.planner.contradiction import ContradictionError, Groups
 from fuseplan.planner.costs import Provenance
-from fuseplan.planner.pricing import Priced, Prices, Pricing
+from fuseplan.planner.prices import Prices
+from fuseplan.planner.pricing import Priced, Pricing
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.rules.families import find_sites
@@ -36,6 +38,8 @@ class Problem:
         forced: forcing selectors, each with its open candidates at each place.
         failed: candidates that failed verification, or need one that did, and why.
         unpriced: candidates that a plan doesn't apply since no price is known for them and they aren't forced.
+        unsure: candidates that a plan doesn't apply since the interval of what they save reaches below zero, and which
+            aren't forced.
         unmet: candidates that lack what their rule requires, and what that is.
     """
 
@@ -49,6 +53,7 @@ class Problem:
     forced: Groups = ()
     failed: Mapping[int, str] = field(default_factory=dict)
     unpriced: frozenset[int] = frozenset()
+    unsure: frozenset[int] = frozenset()
     unmet: Mapping[int, str] = field(default_factory=dict)
 
     @property
@@ -99,6 +104,25 @@ class Problem:
                 left -= part
         found += [self.priced.savings[index] for index in left]
         return [sum(savings[k] for savings in found if savings) for k in range(len(self.priced.tokens))]
+
+    def interval(self, index: int) -> tuple[int | None, int | None]:
+        """The ends of the interval of what a candidate saves; None where its price is assumed, or nothing is known of
+        how far off prices are.
+        """
+        if self.priced.provenance[index] is Provenance.ASSUMED or not self.priced.has_doubts:
+            return None, None
+        return self.priced.ends_of(index)
+
+    def interval_of(
+        self, selected: Sequence[int], saving_ns: int, size: int | None = None
+    ) -> tuple[int | None, int | None]:
+        """The same of what a selection saves together, weighted over the sizes or at one of them."""
+        is_known = all(self.priced.provenance[index] is not Provenance.ASSUMED for index in selected)
+        if not is_known or not self.priced.has_doubts:
+            return None, None
+        if size is None:
+            return self.priced.ends(saving_ns, selected)
+        return self.priced.ends_at(size, saving_ns, selected)
 
     def all_reduces(self, size: int) -> tuple[str, ...]:
         """What the all-reduces of contested sites run unfused at one of the sizes, where they weren't measured."""
@@ -202,19 +226,24 @@ def pose(
     unpriced = _unpriced(candidates, priced, [group - closed for _, group in groups], structure) - closed
     forced = tuple((text, group - closed - unpriced) for text, group in groups)
     open_groups = dict.fromkeys(group for _, group in forced)
+    doubtful = _unsure(candidates, priced, frozenset().union(*open_groups), structure)
+    unsure = doubtful.unsure - closed - unpriced
     program = replace(
         structure,
         savings_ns=tuple(priced.values),
         forced=frozenset(i for group in open_groups if len(group) == 1 for i in group),
         one_of=tuple(group for group in open_groups if len(group) > 1),
         forbidden=closed | unpriced,
+        unsure=unsure,
+        only_with=doubtful.only_with,
         alternatives=priced.alternatives,
     )
     signatures = tuple(pricing.shapes[site.ordinal][0].signature for site in sites)
     ineffective = tuple(text for text in (*force, *forbid) if not any(selects(text, each) for each in candidates))
     return Problem(
         canonical=canonical, candidates=candidates, program=program, priced=priced, pricing=pricing, sites=signatures,
-        ineffective=ineffective, forced=forced, unpriced=unpriced, unmet=couplings.unmet,
+        ineffective=ineffective, forced=forced, unpriced=unpriced, unsure=unsure,
+        unmet=couplings.unmet,
     )  # fmt: skip
 
 
@@ -236,6 +265,62 @@ def _unpriced(
     }:
         meant |= more
     return frozenset(assumed - meant)
+
+
+class _Doubtful(NamedTuple):
+    """What a plan doesn't apply since it may not gain, and what it only applies with something that surely does."""
+
+    unsure: frozenset[int]
+    only_with: frozenset[tuple[int, int]]
+
+
+def _unsure(
+    candidates: Sequence[Candidate], priced: Priced, forced: frozenset[int], structure: IntegerProgram
+) -> _Doubtful:
+    """Matches of rules of which neither the interval of what they save stays at zero or above, nor that of something
+    that is only applied with them, with all that it needs. Rows of a table have spreads, by which they were compared;
+    for what is declared its owner vouches; other people's passes were handed over to be applied.
+    """
+    if not priced.has_doubts:
+        return _Doubtful(frozenset(), frozenset())
+    mine = {
+        index
+        for index, (each, how) in enumerate(zip(candidates, priced.provenance, strict=True))
+        if how is Provenance.MODELLED and isinstance(each.match, Match) and priced.values[index] > 0
+    }
+    unsure = {index for index in mine if priced.ends_of(index)[0] < 0} - forced
+    if not unsure or not (structure.requires or structure.together):
+        return _Doubtful(frozenset(unsure), frozenset())
+    needs = _closures(structure, len(candidates))
+    meant = forced.union(*(needs[index] for index in forced))
+    unsure -= meant
+    sure_with = dict[int, list[int]]()
+    for index in mine - meant:
+        whole = needs[index]
+        if len(whole) > 1 and priced.ends(sum(priced.values[each] for each in whole), whole)[0] >= 0:
+            for each in whole & unsure:
+                sure_with.setdefault(each, []).append(index)
+    ties = {(each, others[0]) for each, others in sure_with.items() if len(others) == 1 and others[0] != each}
+    return _Doubtful(frozenset(unsure - sure_with.keys()), frozenset(ties))
+
+
+def _closures(structure: IntegerProgram, count: int) -> list[frozenset[int]]:
+    """By candidate, all that is applied wherever it is."""
+    needs: list[set[int]] = [{index} for index in range(count)]
+    for i, j in structure.requires:
+        needs[i].add(j)
+    for group in structure.together:
+        for index in group:
+            needs[index] |= group
+    result = []
+    for index in range(count):
+        found, stack = {index}, [index]
+        while stack:
+            new = needs[stack.pop()] - found
+            found |= new
+            stack.extend(new)
+        result.append(frozenset(found))
+    return result
 
 
 def _needs(candidate: Candidate) -> str:

@@ -1,127 +1,47 @@
 """Savings of alternatives at their sites, in a compile range: from measured rows or the cost model, never mixed."""
 
 import math
-import statistics
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fuseplan.caching.content import content_of
+from fuseplan.devices.hardware import Error
 from fuseplan.graph.facts import hint, tensor_of
 from fuseplan.matching import ExternalMatch, Match
-from fuseplan.planner.candidates import Candidate, copies_text
-from fuseplan.planner.costs import BUILT_IN_TIMINGS, REDUCED, CostModel, CostTable, Provenance
-from fuseplan.planner.declared import declared_ns, generated_ns
+from fuseplan.planner.alternatives import (
+    MAX_ENUMERATED,
+    UNFUSED,
+    alternative_name,
+    break_ties,
+    compatible,
+    places_of,
+)
+from fuseplan.planner.candidates import Candidate
+from fuseplan.planner.costs import (
+    BUILT_IN_TIMINGS,
+    EXACT,
+    REDUCED,
+    Estimate,
+    Provenance,
+    combined,
+    ends,
+)
+from fuseplan.planner.declared import declared_ns, generated
+from fuseplan.planner.doubt import SURE, Doubt, Price, contenders, weighted, weights_of
+from fuseplan.planner.prices import Prices
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.rules.families.sites import Shape, Site, Taken
-from fuseplan.rules.parts.traffic import Kernel, Tail, total_ns
-
-UNFUSED = "unfused"
-MAX_ENUMERATED = 12
-"""Candidates up to which a component's alternatives are looked up as a whole; beyond, each candidate is modelled."""
+from fuseplan.rules.parts.traffic import Kernel
 
 
 def sizes_of(span: tuple[int, int]) -> tuple[int, ...]:
     """The numbers of tokens that a range is priced at: both ends and the geometric middle."""
     first, last = span
     return tuple(sorted({first, round(math.sqrt(first * last)), last}))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prices:
-    """Where prices come from.
-
-    Attributes:
-        model: of the device that the plan is for.
-        table: measured rows, or a user's own.
-        source: which of the two; `auto` takes the table where it has all rows of a component, and else the model.
-    """
-
-    model: CostModel
-    table: CostTable | None = None
-    source: str = "auto"
-    _cache: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def key(self) -> list[str]:
-        """What a plan depends on."""
-        model = [self.model.name, self.model.pad, content_of(self.model.hardware).digest]
-        return [*model, self.source, self.table.digest if self.table else ""]
-
-    @property
-    def launch_ns(self) -> int:
-        """A kernel with next to nothing to do."""
-        return round(self.model.hardware.launch.value)
-
-    def unfused_ns(self, shape: Shape) -> int:
-        """A site as Inductor leaves it, by the model."""
-        return self._once((shape,), lambda: total_ns(shape.unfused(self.model)))
-
-    def fused_ns(self, shape: Shape, provider: str, *, reduce: bool, tail: Tail | None) -> int:
-        """A fused op at a site, by the model."""
-        key = (shape, provider, reduce, tail)
-        return self._once(key, lambda: total_ns(shape.fused(self.model, provider, reduce=reduce, tail=tail)))
-
-    def within_ns(self, shape: Shape, provider: str, *, reduce: bool, tail: Tail | None) -> int:
-        """What a site adds to the fused op of another one that takes parts of it, by the model."""
-        key = ("within", shape, provider, reduce, tail)
-        return self._once(key, lambda: total_ns(shape.within(self.model, provider, reduce=reduce, tail=tail)))
-
-    def rest_ns(self, shape: Shape, *, reduce: bool, tail: Tail | None) -> int:
-        """What a fused op leaves of a site, by the model."""
-        return self._once((shape, reduce, tail), lambda: total_ns(shape.rest(self.model, reduce=reduce, tail=tail)))
-
-    def _once(self, key: Hashable, compute: Callable[[], int]) -> int:
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
-
-    def times(self, signature: str, alternative: str, rows: Sequence[int]) -> "list[tuple[int, int]] | None":
-        """(time, spread) in ns of a component under an alternative, by size; None where the table hasn't all of it."""
-        assert self.table is not None
-        times = [self.table.interpolate(row_key(signature, alternative), each) for each in rows]
-        known = [time for time in times if time is not None]
-        return known if len(known) == len(times) else None
-
-
-def places_of(component: Sequence[int], candidates: Sequence[Candidate]) -> list[int]:
-    """The ordinals of a component's sites."""
-    return sorted({place for index in component for place in candidates[index].places})
-
-
-def row_key(signature: str, alternative: str) -> str:
-    """The key of a row in a cost table: a component's sites, and the fusions applied there."""
-    return f"{signature}: {alternative}"
-
-
-def alternative_name(candidates: Sequence[Candidate], places: Sequence[int]) -> str:
-    """An alternative in a cost table, e.g. `act_padding fused_add_rms_norm_pad triton`; the place of each candidate
-    among the component's sites comes first where there are several sites, and ` + 1 copy` behind it where a result has
-    to be copied.
-    """
-    names = []
-    for candidate in candidates:
-        assert candidate.site is not None
-        place = f"{places.index(candidate.site.ordinal)}: " if len(places) > 1 else ""
-        copies = copies_text(len(candidate.match.copied) if isinstance(candidate.match, Match) else 0)
-        names.append(f"{place}{candidate.rule} {candidate.op} {candidate.provider}{copies}")
-    return " + ".join(sorted(names)) or UNFUSED
-
-
-def weighted(savings: Sequence[int], unfused: Sequence[int]) -> int:
-    """The mean over sizes of saving / unfused time, times the unfused time of the middle size: ns, and additive.
-
-    Args:
-        savings: by size.
-        unfused: of the whole component, by size.
-    """
-    if len(savings) == 1:
-        return savings[0]
-    mean = statistics.fmean(saving / max(1, time) for saving, time in zip(savings, unfused, strict=True))
-    return round(mean * unfused[len(unfused) // 2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +58,9 @@ class Priced:
         alternatives: of components measured as a whole, what each alternative saves.
         together: likewise, at each size.
         unfused: all contested sites, as Inductor leaves them, by size.
+        errors: how far off the model is.
+        doubts: what the error of each candidate's saving comes from.
+        together_doubts: of components measured as a whole, likewise of each alternative.
     """
 
     tokens: tuple[int, ...]
@@ -148,15 +71,56 @@ class Priced:
     alternatives: dict[frozenset[int], dict[frozenset[int], int]]
     unfused: list[int]
     together: dict[frozenset[int], dict[frozenset[int], tuple[int, ...]]]
+    errors: Mapping[str, Error]
+    doubts: list[Doubt]
+    together_doubts: dict[frozenset[int], dict[frozenset[int], Doubt]]
+    _known: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def has_doubts(self) -> bool:
+        """Whether anything is known of how far off these prices are."""
+        return bool(self.errors or self.together_doubts)
 
-class _Price(NamedTuple):
-    """What is known of one candidate; see `Priced`."""
+    def ends(self, value_ns: int, more: Collection[int], less: Collection[int] = ()) -> tuple[int, int]:
+        """The ends of the interval of what a selection saves, or saves beyond another one, weighted over sizes.
 
-    value: int
-    provenance: Provenance
-    savings: tuple[int, ...]
-    cost: int | None
+        Args:
+            value_ns: what it saves, or the difference.
+            more: its candidates.
+            less: those of the other one.
+        """
+        counts: dict[int, tuple[Doubt, int]] = {}
+        for sign, selected in ((1, set(more) - set(less)), (-1, set(less) - set(more))):
+            for doubt, times in self._doubts(selected):
+                key = id(doubt)
+                counts[key] = doubt, counts.get(key, (doubt, 0))[1] + sign * times
+        parts = ((e, factor * times) for doubt, times in counts.values() for e, factor in doubt.parts if times)
+        return ends(value_ns, combined(parts), self.errors)
+
+    def ends_of(self, index: int) -> tuple[int, int]:
+        """Those of what one candidate saves, computed once for all of equal components."""
+        key = self.values[index], id(self.doubts[index])
+        if key not in self._known:
+            self._known[key] = self.ends(self.values[index], (index,))
+        return self._known[key]
+
+    def ends_at(self, size: int, saving_ns: int, selected: Collection[int]) -> tuple[int, int]:
+        """The same at one of the sizes."""
+        parts = (
+            (doubt.exposures[size], float(times)) for doubt, times in self._doubts(selected) if doubt.exposures
+        )  # fmt: skip
+        return ends(saving_ns, combined(parts), self.errors)
+
+    def _doubts(self, selected: Collection[int]) -> list[tuple[Doubt, int]]:
+        """Those of a selection, each with how often it occurs: of equal layers it is the same object."""
+        left, found = set(selected), list[Doubt]()
+        for members, doubts in self.together_doubts.items():
+            if part := frozenset(left & members):
+                found.append(doubts.get(part, SURE))
+                left -= part
+        found += [self.doubts[index] for index in left]
+        counted = Counter(map(id, found))
+        return [(doubt, counted[key]) for key, doubt in {id(each): each for each in found}.items()]
 
 
 class _Table(NamedTuple):
@@ -164,12 +128,13 @@ class _Table(NamedTuple):
 
     alternatives: dict[frozenset[int], int]
     by_size: dict[frozenset[int], tuple[int, ...]]
+    doubts: dict[frozenset[int], Doubt]
 
 
 class _Component(NamedTuple):
     """The prices of a component's candidates, and its sites as Inductor leaves them, by size."""
 
-    prices: dict[int, _Price]
+    prices: dict[int, Price]
     unfused: Sequence[int]
     table: _Table | None = None
 
@@ -192,7 +157,8 @@ class Pricing:
             self.shapes[site.ordinal] = [site.shape(rows.at(value, size)) for size in self.tokens]
         kinds: dict[tuple[Shape, ...], int] = {}
         self._kinds = {place: kinds.setdefault(tuple(s), len(kinds)) for place, s in self.shapes.items()}
-        self._known: dict[Hashable, tuple[tuple[int, ...], tuple[int | None, ...]]] = {}
+        self._known: dict[Hashable, tuple[tuple[Estimate, ...], tuple[int | None, ...]]] = {}
+        self._doubts: dict[Hashable, tuple[object, Doubt]] = {}
 
     def price(self, components: Sequence[tuple[int, ...]], structure: IntegerProgram) -> Priced:
         """Prices every component from measured rows where they suffice, and else from the model.
@@ -213,6 +179,9 @@ class Pricing:
             provenance=[price.provenance for price in in_order],
             alternatives={members: table.alternatives for members, table in tables.items()},
             together={members: table.by_size for members, table in tables.items()},
+            errors=self.prices.errors,
+            doubts=[price.doubt for price in in_order],
+            together_doubts={members: table.doubts for members, table in tables.items()},
             unfused=[sum(each.unfused[size] for each in priced) for size in range(len(self.tokens))],
         )
 
@@ -242,15 +211,27 @@ class Pricing:
     def _model(self, component: Sequence[int]) -> "_Component":
         """A component by the model."""
         places, sizes = places_of(component, self.candidates), range(len(self.tokens))
-        unfused = [sum(self.prices.unfused_ns(self.shapes[place][size]) for place in places) for size in sizes]
-        prices = {}
+        unfused = [sum(self.prices.unfused(self.shapes[place][size]).ns for place in places) for size in sizes]
+        prices, weights = {}, weights_of(unfused)
         for index in component:
-            savings, costs, provenance = self._modelled(self.candidates[index])
+            estimates, costs, provenance = self._modelled(self.candidates[index])
+            savings = tuple(each.ns for each in estimates)
             value = weighted(savings, unfused) if places else savings[len(savings) // 2]
-            prices[index] = _Price(value, provenance, savings, costs[len(costs) // 2])
+            doubt = self._doubt(estimates, weights) if places and self.prices.errors else SURE
+            prices[index] = Price(value, provenance, savings, costs[len(costs) // 2], doubt)
         return _Component(prices, unfused)
 
-    def _modelled(self, candidate: Candidate) -> tuple[tuple[int, ...], tuple[int | None, ...], Provenance]:
+    def _doubt(self, savings: tuple[Estimate, ...], weights: tuple[float, ...]) -> Doubt:
+        """One object for all candidates of equal components that save the same: doubts are counted by their id."""
+        key = id(savings), weights
+        if key not in self._doubts:
+            # Kept beside it, so that the id doesn't become another's.
+            self._doubts[key] = savings, Doubt(tuple(each.exposure for each in savings), weights)
+        return self._doubts[key][1]
+
+    def _modelled(
+        self, candidate: Candidate
+    ) -> tuple[tuple[Estimate, ...], tuple[int | None, ...], Provenance]:  # fmt: skip
         """(what a candidate saves, what its op and copies take) by size, and how that is known. Where the model doesn't
         know the op, and its owner hasn't said anything, it is assumed to save a launch for each op less, beside the
         copies.
@@ -259,10 +240,10 @@ class Pricing:
         if isinstance(match, ExternalMatch):
             given, unknown = match.owner.saving_us, (None,) * sizes
             if given is None:
-                return (self.prices.launch_ns,) * sizes, unknown, Provenance.ASSUMED
-            return (round(given * 1000),) * sizes, unknown, Provenance.DECLARED
+                return (Estimate(self.prices.launch_ns, {}),) * sizes, unknown, Provenance.ASSUMED
+            return (Estimate(round(given * 1000), {}),) * sizes, unknown, Provenance.DECLARED
         parts = site.taken(match.consumed) if site is not None else None
-        copied = tuple(total_ns(self.copies(match, size)) for size in self.tokens)
+        copied = tuple(Estimate.of(self.copies(match, size)) if match.copied else EXACT for size in self.tokens)
         if site is not None and parts is not None and match.provider in self.prices.model.timings:
             ours = match.provider in BUILT_IN_TIMINGS
             how = Provenance.MODELLED if ours else Provenance.DECLARED
@@ -270,50 +251,50 @@ class Pricing:
         if match.cost is not None and (declared := self._declared(candidate, match, parts, copied)) is not None:
             return *declared, Provenance.DECLARED
         if site is None or parts is None:
-            saved = self.prices.launch_ns * (len(match.rule.calls) - 1)
-            return tuple(saved - ns for ns in copied), (None,) * sizes, Provenance.ASSUMED
+            saved = Estimate(self.prices.launch_ns * (len(match.rule.calls) - 1), {})
+            return tuple(saved - copies for copies in copied), (None,) * sizes, Provenance.ASSUMED
         return *self._known_parts(candidate, parts, copied), Provenance.ASSUMED
 
     def _declared(
-        self, candidate: Candidate, match: Match, parts: Taken | None, copied: Sequence[int]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        self, candidate: Candidate, match: Match, parts: Taken | None, copied: Sequence[Estimate]
+    ) -> tuple[tuple[Estimate, ...], tuple[int, ...]] | None:
         """The same of an op whose provider says what it takes; None where the model doesn't know what it replaces."""
         model = self.prices.model
-        savings, costs = list[int](), list[int]()
+        savings, costs = list[Estimate](), list[int]()
         for index, tokens in enumerate(self.tokens):
 
             def sized(value: Tensor, tokens: int = tokens) -> Tensor:
                 return self._rows.sized(value, tokens)
 
-            fused = copied[index] + declared_ns(match, model, sized)
+            fused = copied[index] + Estimate(declared_ns(match, model, sized), {})
             if parts is not None:
-                before: int | None = self._replaced_ns(self.taken(candidate, parts), index)
+                before = self._replaced(self.taken(candidate, parts), index)
+            elif (known := generated(match, model, sized)) is not None:
+                before = Estimate.of(known)
             else:
-                before = generated_ns(match, model, sized)
-            if before is None:
                 return None
             savings.append(before - fused)
-            costs.append(fused)
+            costs.append(fused.ns)
         return tuple(savings), tuple(costs)
 
     def _known_parts(
-        self, candidate: Candidate, parts: Taken, copied: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+        self, candidate: Candidate, parts: Taken, copied: tuple[Estimate, ...]
+    ) -> tuple[tuple[Estimate, ...], tuple[int | None, ...]]:
         """The same of an op that takes parts of a site, and maybe of others."""
         taken = self.taken(candidate, parts)
         kinds = [(self._kinds[place], each.reduce, each.tail) for place, each in taken]
-        key = (tuple(kinds), candidate.provider, copied)
+        key = (tuple(kinds), candidate.provider, tuple(each.ns for each in copied))
         if key not in self._known:
-            before, after, prices = list[int](), list[int](), self.prices
+            before, after, prices = list[Estimate](), list[int](), self.prices
             for index, copies in enumerate(copied):
                 fused = copies
                 for place, each in taken:
-                    price = prices.fused_ns if place == taken[0][0] else prices.within_ns
+                    price = prices.fused if place == taken[0][0] else prices.within
                     fused += price(
                         self.shapes[place][index], candidate.provider, reduce=each.reduce, tail=each.tail
                     )  # fmt: skip
-                before.append(self._replaced_ns(taken, index) - fused)
-                after.append(fused)
+                before.append(self._replaced(taken, index) - fused)
+                after.append(fused.ns)
             self._known[key] = tuple(before), tuple(after)
         return self._known[key]
 
@@ -323,13 +304,13 @@ class Pricing:
         others = zip(candidate.others, parts.also, strict=True)
         return [(candidate.site.ordinal, parts), *((site.ordinal, each) for site, (_, each) in others)]
 
-    def _replaced_ns(self, taken: Sequence[tuple[int, Taken]], index: int) -> int:
+    def _replaced(self, taken: Sequence[tuple[int, Taken]], index: int) -> Estimate:
         """Sites as Inductor leaves them, without what a fusion leaves of them."""
-        total = 0
+        total = EXACT
         for place, parts in taken:
             shape = self.shapes[place][index]
-            rest = self.prices.rest_ns(shape, reduce=parts.reduce, tail=parts.tail)
-            total += self.prices.unfused_ns(shape) - rest
+            rest = self.prices.rest(shape, reduce=parts.reduce, tail=parts.tail)
+            total += self.prices.unfused(shape) - rest
         return total
 
     def _look_up(self, component: Sequence[int], structure: IntegerProgram) -> "_Component | None":
@@ -343,56 +324,45 @@ class Pricing:
         signature, rows = self.signature(places), [self.rows_at(places, size) for size in self.tokens]
         unfused = prices.times(signature, UNFUSED, rows)
         times: dict[frozenset[int], list[tuple[int, int]]] = {}
+        missing: list[frozenset[int]] = []
         for subset in compatible(component, structure):
             name = alternative_name([self.candidates[i] for i in subset], places)
             found = prices.times(signature, name, rows)
             if found is not None and unfused is not None:
                 times[frozenset(subset)] = found
-            elif prices.source == "auto":
-                return None
+            else:
+                missing.append(frozenset(subset))
+        has_enough = unfused is not None and (not missing or self._is_settled(component, structure, missing))
+        if prices.source == "auto" and not has_enough:
+            return None
         before = [ns for ns, _ in unfused or [(0, 0)] * len(rows)]
         values: dict[frozenset[int], int] = {}
         by_size: dict[frozenset[int], tuple[int, ...]] = {}
         noise = {frozenset[int](): max(spread for _, spread in unfused or [(0, 0)])}
+        doubts, weights = dict[frozenset[int], Doubt](), weights_of(before)
         for alternative, measured in times.items():
             savings = tuple(a - ns for a, (ns, _) in zip(before, measured, strict=True))
             values[alternative], noise[alternative] = weighted(savings, before), max(spread for _, spread in measured)
             by_size[alternative] = savings
+            name = alternative_name([self.candidates[i] for i in sorted(alternative)], places)
+            exposures = (prices.deviations(signature, (UNFUSED, name), each) for each in rows)
+            doubts[alternative] = self._doubts.setdefault((signature, name), (None, Doubt(tuple(exposures), weights)))[
+                1
+            ]
         values = break_ties(values, noise)
         found_alone = {}
         for index in component:
             alone = frozenset((index,))
             cost = times[alone][len(rows) // 2][0] if alone in times else None
-            found_alone[index] = _Price(values.get(alone, 0), Provenance.MEASURED, by_size.get(alone, ()), cost)
-        return _Component(found_alone, before, _Table(values, by_size))
+            found_alone[index] = Price(
+                values.get(alone, 0), Provenance.MEASURED, by_size.get(alone, ()), cost, doubts.get(alone, SURE)
+            )
+        return _Component(found_alone, before, _Table(values, by_size, doubts))
 
-
-def compatible(component: Sequence[int], structure: IntegerProgram) -> Iterator[tuple[int, ...]]:
-    """The subsets of a component, the empty one aside, in which nothing conflicts."""
-
-    def grow(chosen: tuple[int, ...], rest: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        for position, index in enumerate(rest):
-            if not any((other, index) in structure.conflicts for other in chosen):
-                yield (*chosen, index)
-                yield from grow((*chosen, index), rest[position + 1 :])
-
-    for subset in grow((), sorted(component)):
-        inside = set(subset)
-        coupled = all(j in inside for i, j in structure.requires if i in inside)
-        if coupled and all(len(inside & group) in (0, len(group)) for group in structure.together):
-            yield subset
-
-
-def break_ties(values: Mapping[frozenset[int], int], noise: Mapping[frozenset[int], int]) -> dict[frozenset[int], int]:
-    """Makes alternatives equal whose margin to the best lies inside the noise, so that no fusion wins, then names do.
-
-    Args:
-        values: the saving of each alternative; leaving all unfused, the empty one, saves 0.
-        noise: the spread of each, the empty one included.
-    """
-    empty = frozenset[int]()
-    everything = {empty: 0, **values}
-    best = max(everything, key=lambda subset: (everything[subset], -len(subset), sorted(subset)))
-    tied = [s for s in everything if everything[best] - everything[s] <= max(noise[best], noise[s])]
-    level = 0 if empty in tied else min(everything[subset] for subset in tied)
-    return {subset: level if subset in tied else value for subset, value in values.items()}
+    def _is_settled(
+        self, component: Sequence[int], structure: IntegerProgram, missing: Collection[frozenset[int]]
+    ) -> bool:
+        """Whether the alternatives that a table lacks are surely behind another one by the model."""
+        errors = self.prices.errors
+        found = contenders(component, structure, self._model(component).prices, errors) if errors else ()
+        return bool(found) and not any(frozenset(each) in missing for each in found)

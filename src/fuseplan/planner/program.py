@@ -27,6 +27,8 @@ class IntegerProgram:
         forced: always selected.
         one_of: of each of these sets one candidate is selected. The members of a set conflict with each other.
         forbidden: never selected.
+        unsure: only selected where they are forced.
+        only_with: pairs `(i, j)`: `i`, which is unsure by itself, only together with `j`, which requires it.
         alternatives: for components (see `components.components`) measured as a whole: the saving of each compatible
             subset, in place of the sum of `savings_ns`. A subset that is absent is not allowed; the empty one always
             is, and saves 0.
@@ -40,6 +42,8 @@ class IntegerProgram:
     forced: frozenset[int] = frozenset()
     one_of: tuple[frozenset[int], ...] = ()
     forbidden: frozenset[int] = frozenset()
+    unsure: frozenset[int] = frozenset()
+    only_with: frozenset[tuple[int, int]] = frozenset()
     alternatives: Mapping[frozenset[int], Mapping[frozenset[int], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

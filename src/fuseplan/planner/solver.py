@@ -4,7 +4,7 @@ Components are solved apart and equal ones once. Cycles are cut lazily: a select
 candidates on the cycle to be selected together, and the components that this ties together are solved again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from fuseplan.errors import PlanError
@@ -22,6 +22,22 @@ FIRST_NODES = 50
 """What the search may spend on such a component before: most are settled by then, with all ties broken."""
 FIRST_VISITS = 1_000_000
 """At most how many conflicts these nodes may look at; a node looks at all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """The best selection of a component that holds a candidate which the best one at all doesn't, or lacks one of its
+    candidates.
+
+    Attributes:
+        lost_ns: by how much it saves less; negative where it saves more, by candidates that aren't sure to.
+        best: candidates of the best selection of the component.
+        selected: its own.
+    """
+
+    lost_ns: int
+    best: tuple[int, ...]
+    selected: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +60,7 @@ class Solver:
     def __init__(self, node_budget: int = DEFAULT_NODE_BUDGET) -> None:
         self.node_budget = node_budget
         self._answers: dict[Component, _Part | None] = {}
-        self._regrets: dict[Component, tuple[int | None, ...]] = {}
+        self._rivals: dict[Component, tuple[_Part | None, ...]] = {}
 
     def solve(self, program: IntegerProgram, find_cycles: CycleFinder | None = None) -> Solution:
         """Chooses.
@@ -84,40 +100,53 @@ class Solver:
             assert not set(new) & set(cuts), "a cut selection came back"
             cuts += dict.fromkeys(new)
 
-    def regrets(self, program: IntegerProgram, cuts: Sequence[tuple[int, ...]]) -> list[int | None]:
-        """For each candidate by how much the best selection that holds it saves less than the best one at all; None
-        where none holds it. In components too large to be solved again for each of them this is an upper bound: what
-        its neighbours save in the best selection, less what it saves.
+    def rivals(self, program: IntegerProgram, cuts: Sequence[tuple[int, ...]]) -> list[Rival | None]:
+        """For each candidate the rival that holds it, or lacks it if it is selected; None where there is none. In
+        components too large to be solved again for each of them it is the best selection without its neighbours.
 
         Args:
             program: as it was solved.
             cuts: of its solution.
         """
-        result: list[int | None] = [None] * len(program.names)
+        result: list[Rival | None] = [None] * len(program.names)
         members = components(program, cuts)
         for part, candidates in zip(isolate(program, members, cuts), members, strict=True):
-            if part not in self._regrets:
-                self._regrets[part] = self._regrets_of(part)
-            for candidate, regret in zip(candidates, self._regrets[part], strict=True):
-                result[candidate] = regret
+            if part not in self._rivals:
+                self._rivals[part] = self._rivals_of(part)
+            best = self._answers[part]
+            assert best is not None
+            for candidate, rival in zip(candidates, self._rivals[part], strict=True):
+                if rival is not None:
+                    result[candidate] = Rival(
+                        lost_ns=best.saving_ns - rival.saving_ns,
+                        best=tuple(candidates[index] for index in best.chosen),
+                        selected=tuple(candidates[index] for index in rival.chosen),
+                    )
         return result
 
-    def _regrets_of(self, part: Component) -> tuple[int | None, ...]:
+    def _rivals_of(self, part: Component) -> tuple[_Part | None, ...]:
         best = self._answers[part]
         assert best is not None
         chosen, size = set(best.chosen), len(part.savings)
         if size > LARGE:
-            gone = [0] * size
+            neighbours: list[set[int]] = [set() for _ in range(size)]
             for i, j in part.conflicts:
-                gone[i] += part.savings[j] if j in chosen else 0
-                gone[j] += part.savings[i] if i in chosen else 0
-            return tuple(0 if i in chosen else gone[i] - part.savings[i] for i in range(size))
-        regrets: list[int | None] = []
-        for index in range(size):
-            held = replace(part, forced=tuple(sorted({*part.forced, index}))) if index not in chosen else part
-            answer = best if held is part else self._solved(held)
-            regrets.append(None if answer is None else best.saving_ns - answer.saving_ns)
-        return tuple(regrets)
+                neighbours[i].add(j)
+                neighbours[j].add(i)
+            return tuple(
+                best if i in chosen else self._near(part, (chosen - neighbours[i]) | {i}) for i in range(size)
+            )  # fmt: skip
+        return tuple(self._rival_of(part, index, chosen) for index in range(size))
+
+    def _rival_of(self, part: Component, index: int, chosen: Collection[int]) -> _Part | None:
+        if index in chosen:
+            others = replace(part, forbidden=tuple(sorted({*part.forbidden, index})))
+            return None if index in part.forced else self._solved(others)
+        return self._solved(replace(part, forced=tuple(sorted({*part.forced, index}))))
+
+    def _near(self, part: Component, selected: Collection[int]) -> _Part:
+        saving = sum(part.savings[index] for index in selected)
+        return _Part(chosen=tuple(sorted(selected)), saving_ns=saving, bound_ns=saving, nodes=0)
 
     def _solved(self, part: Component) -> _Part | None:
         if part not in self._answers:

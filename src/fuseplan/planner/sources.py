@@ -6,7 +6,7 @@ from pathlib import Path
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
 from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, cached_table, hardware_of
-from fuseplan.planner.pricing import Prices
+from fuseplan.planner.prices import Prices
 from fuseplan.providers import PROFILES, DeviceProfile, Provider, local_profile
 
 

@@ -18,6 +18,7 @@ from fuseplan.record.plan import Plan, Rejected, SavedPlans, Selected, diff
 from fuseplan.record.refusal import Nearness, Reason, Refusal
 from fuseplan.record.report import Comparison, GraphReport, Report
 from fuseplan.record.serialization import from_json, to_json
+from fuseplan.record.unsure import Unsure
 from fuseplan.record.verification import Argument, Pending, PendingCase, Verification
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Selected",
     "SizePoint",
     "SizePrice",
+    "Unsure",
     "Verification",
     "changes",
     "diff",

@@ -76,6 +76,8 @@ class CostRow:
         tokens: the size.
         time_ns: of all ops of the class, those included that the alternative leaves unfused.
         spread_ns: the interquartile range; 0 where modelled.
+        low_ns: the lower end of the interval that holds the time in 80 of 100 cases; None where that isn't known.
+        high_ns: its upper end.
         provenance: `measured`, `modelled`, `declared` or `assumed`.
         kernels: of a modelled time; they sum to `time_ns`.
         origin: of a measured time: device, topology, versions, date and command, one text each.
@@ -90,6 +92,8 @@ class CostRow:
     provenance: str
     kernels: tuple[KernelTime, ...] = ()
     origin: tuple[str, ...] = ()
+    low_ns: int | None = None
+    high_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

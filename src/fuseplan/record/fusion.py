@@ -22,6 +22,8 @@ class Fusion:
             somebody else's pass.
         provenance: how what it saves is known: `measured` or `modelled`; `declared`, where its owner says so;
             `assumed`, where nobody does.
+        low_ns: the lower end of the interval that holds the saving in 80 of 100 cases; None where that isn't known.
+        high_ns: its upper end.
     """
 
     rule: str
@@ -36,6 +38,8 @@ class Fusion:
     rounding_change: tuple[str, str] | None = None
     site_class: str | None = None
     provenance: str = "modelled"
+    low_ns: int | None = None
+    high_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class Loss:
         lost_ns: by how much less would be saved with it; negative where more would be, as can be under `ordered`.
         flips_at_ns: the longest time of its op at which it would be applied; None where no time is short enough.
         forbidden: whether it was ruled out by `PassConfig.forbid`.
+        lost_low_ns: the lower end of the interval of `lost_ns`; None where that isn't known.
+        lost_high_ns: its upper end.
     """
 
     fusion: Fusion
@@ -55,6 +61,8 @@ class Loss:
     lost_ns: int | None = None
     flips_at_ns: int | None = None
     forbidden: bool = False
+    lost_low_ns: int | None = None
+    lost_high_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +74,16 @@ class SizePrice:
         unfused_ns: as Inductor leaves them.
         saved_ns: the part of it that the applied fusions save.
         all_reduces: what their all-reduces run unfused, as far as these are modelled, e.g. `NCCL ring LL`.
+        saved_low_ns: the lower end of the interval of `saved_ns`; None where that isn't known.
+        saved_high_ns: its upper end.
     """
 
     tokens: int
     unfused_ns: int
     saved_ns: int
     all_reduces: tuple[str, ...] = ()
+    saved_low_ns: int | None = None
+    saved_high_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +101,8 @@ class ConflictClass:
             places; negative where it would save more.
         flips_at_us: the longest time of the loser's op at which it would be applied, the mean over places; None where
             no time is short enough.
+        lost_low_us: the lower end of the interval of `lost_us`; None where that isn't known.
+        lost_high_us: its upper end.
     """
 
     rules: tuple[str, ...]
@@ -99,3 +113,5 @@ class ConflictClass:
     sources: tuple[str, ...] = ()
     lost_us: float | None = None
     flips_at_us: float | None = None
+    lost_low_us: float | None = None
+    lost_high_us: float | None = None

@@ -29,6 +29,8 @@ class Selected:
         source: module path in the user's model, if known.
         saving_ns: its saving, weighted over the sizes of the range.
         provenance: how that is known: `measured`, `modelled`, `declared` by its owner, or `assumed`.
+        low_ns: the lower end of the interval that holds the saving in 80 of 100 cases; None where that isn't known.
+        high_ns: its upper end.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Selected:
     source: str | None
     saving_ns: int
     provenance: str = "modelled"
+    low_ns: int | None = None
+    high_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,10 @@ class Rejected:
         flips_at_ns: the longest time of its op at which it would be applied; None where no time is short enough, or its
             time isn't known.
         provenance: as for `Selected`.
+        low_ns: likewise.
+        high_ns: likewise.
+        lost_low_ns: the lower end of the interval of `lost_ns`; None where that isn't known.
+        lost_high_ns: its upper end.
     """
 
     name: str
@@ -62,6 +70,10 @@ class Rejected:
     lost_ns: int | None
     flips_at_ns: int | None
     provenance: str = "modelled"
+    low_ns: int | None = None
+    high_ns: int | None = None
+    lost_low_ns: int | None = None
+    lost_high_ns: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +94,12 @@ class Plan:
         components: how many sets of candidates are independent of each other.
         classes: how many of those differ.
         cuts: sets of candidates that would be cyclic together.
+        low_ns: the lower end of the interval of `objective_ns`; None where that isn't known.
+        high_ns: its upper end.
+        ahead_ns: where the next best alternative of a place comes closest, what is saved beyond it; None where there is
+            none.
+        ahead_low_ns: the lower end of its interval.
+        ahead_high_ns: the upper end.
     """
 
     graph: str
@@ -97,6 +115,11 @@ class Plan:
     components: int
     classes: int
     cuts: tuple[tuple[str, ...], ...] = ()
+    low_ns: int | None = None
+    high_ns: int | None = None
+    ahead_ns: int | None = None
+    ahead_low_ns: int | None = None
+    ahead_high_ns: int | None = None
 
     @property
     def gap(self) -> float:

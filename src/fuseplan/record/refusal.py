@@ -39,6 +39,8 @@ class Reason(StrEnum):
     """The graph has a backward."""
     UNPRICED = "unpriced"
     """Nobody has measured, modelled or declared what it takes."""
+    UNSURE = "unsure"
+    """It may cost more than it saves, as far as prices tell."""
     COUPLED = "coupled"
     """A fusion that it requires, or is only applied together with, isn't applied."""
     LIMIT = "limit"

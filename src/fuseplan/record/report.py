@@ -15,6 +15,7 @@ from fuseplan.record.graph_break import GraphBreak
 from fuseplan.record.near_miss import NearMiss, cause_of, is_of_a_place, near_misses_of
 from fuseplan.record.plan import Plan, SavedPlans
 from fuseplan.record.refusal import Reason, Refusal
+from fuseplan.record.unsure import Unsure, all_of
 from fuseplan.record.verification import Pending, Verification
 
 
@@ -35,6 +36,10 @@ class GraphReport:
         plan: the plan, under `planned`.
         sizes: the saving at each priced size.
         saved_ns: the saving of the applied fusions, weighted over sizes.
+        saved_low_ns: the lower end of the interval that holds `saved_ns` in 80 of 100 cases; None where that isn't
+            known.
+        saved_high_ns: its upper end.
+        unsure: classes of places where measuring could change the plan, by policy `planned`.
         unfused_ns: the unfused time of all contested sites, at the middle size.
         step_ns: the unfused time of the whole graph at the middle size, estimated from what it moves and multiplies at
             the device's limits, by `explain`; None where that isn't known.
@@ -61,6 +66,9 @@ class GraphReport:
     plan: Plan | None = None
     sizes: tuple[SizePrice, ...] = ()
     saved_ns: int = 0
+    saved_low_ns: int | None = None
+    saved_high_ns: int | None = None
+    unsure: tuple[Unsure, ...] = ()
     unfused_ns: int = 0
     step_ns: int | None = None
     plan_ns: int = 0
@@ -189,6 +197,8 @@ class Report:
                 sources=tuple(dict.fromkeys(s for loss in losses if (s := loss.fusion.source) is not None)),
                 lost_us=_mean_us([loss.lost_ns for loss in losses]),
                 flips_at_us=_mean_us([loss.flips_at_ns for loss in losses]),
+                lost_low_us=_mean_us([loss.lost_low_ns for loss in losses]),
+                lost_high_us=_mean_us([loss.lost_high_ns for loss in losses]),
             )
             for (winner, loser, op), losses in sorted(classes.items())
         )
@@ -205,6 +215,13 @@ class Report:
         for fusion in (each for graph in self.graphs for each in graph.applied if each.provenance == ASSUMED):
             found.setdefault((fusion.rule, fusion.provider), []).append(fusion)
         return found
+
+    @property
+    def unsure(self) -> tuple[Unsure, ...]:
+        """Classes of places where measuring could change the plan, each once: `fuseplan tune --only-unsure` measures
+        these.
+        """
+        return all_of(each for graph in self.graphs for each in graph.unsure)
 
     @property
     def region_us(self) -> float:

@@ -50,3 +50,11 @@ def _shown(value: Any) -> Any:
         }
         return dataclasses.replace(value, **changes) if changes else value
     return value
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min`, `1 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

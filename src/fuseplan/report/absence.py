@@ -152,7 +152,8 @@ class Witness:
             cheapest = {loss.fusion.site: loss for loss in sorted(mine, key=_margin, reverse=True)}
             yield from ((_of_loss(loss), graph.range, loss.fusion.source) for loss in cheapest.values())
             for refusal in graph.refusals:
-                is_meant = refusal.rule == rule and refusal.nearness is not Nearness.DECLINED
+                is_whole = refusal.nearness is not Nearness.DECLINED or refusal.reason is Reason.UNSURE
+                is_meant = refusal.rule == rule and is_whole
                 if is_meant and refusal.reason is not Reason.NO_EFFECT:
                     yield Finding(AbsenceKind.NEAR_MISS, refusal), graph.range, refusal.site or refusal.source
         for span, refusals in self._left_alone.items():

@@ -1,9 +1,11 @@
 """The object that `fuseplan explain --json` prints; its shape is a contract, versioned by `schema`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from fuseplan.record import Comparison, Report, changes, differences, to_json
+from fuseplan.record import Comparison, GraphReport, Report, Unsure, changes, differences, to_json
+from fuseplan.report.savings import sum_of_ends
 from fuseplan.report.text import policy_name
 
 SCHEMA = 1
@@ -28,6 +30,7 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
             for conflict in report.conflicts
         ],
         "near_misses": [to_json(miss) for miss in first.near_misses],
+        "unsure": [_unsure(each) for each in first.unsure],
         "recognized": first.recognized,
         "warnings": [to_json(warning) for warning in first.warnings],
         "breaks": list(comparison.breaks),
@@ -43,6 +46,7 @@ def report_to_json(report: Report) -> dict[str, Any]:
         **_policy(report),
         "conflicts": [to_json(conflict) for conflict in report.conflicts],
         "near_misses": [to_json(miss) for miss in report.near_misses],
+        "unsure": [_unsure(each) for each in report.unsure],
         "recognized": report.recognized,
         "warnings": [to_json(warning) for warning in report.warnings],
         "graphs": [to_json(graph) for graph in report.graphs],
@@ -78,6 +82,7 @@ def _policy(report: Report) -> dict[str, Any]:
         "per_range": [_range(report, span) for span in report.per_range],
         "region_us": report.region_us,
         "saved_us": report.saved_us,
+        **_ends(report.graphs),
     }
     plans = [graph.plan for graph in report.graphs if graph.plan is not None]
     if plans:
@@ -90,6 +95,18 @@ def _policy(report: Report) -> dict[str, Any]:
             "digests": [plan.digest for plan in plans],
         }
     return row
+
+
+def _unsure(found: Unsure) -> dict[str, Any]:
+    return {**to_json(found), "tuning_s": found.tuning_s}
+
+
+def _ends(graphs: Sequence[GraphReport]) -> dict[str, float | None]:
+    """The ends of the interval of `saved_us`; None where they aren't known."""
+    low, high = (sum_of_ends([getattr(each, name) for each in graphs]) for name in ("saved_low_ns", "saved_high_ns"))
+    return {
+        "saved_low_us": None if low is None else low / 1000, "saved_high_us": None if high is None else high / 1000,
+    }  # fmt: skip
 
 
 def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
@@ -105,6 +122,7 @@ def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
         "fused": report.per_range[span],
         "region_us": sum(graph.unfused_ns - graph.saved_ns for graph in graphs) / 1000,
         "saved_us": sum(graph.saved_ns for graph in graphs) / 1000,
+        **_ends(graphs),
         "unfused_us": sum(graph.unfused_ns for graph in graphs) / 1000,
         "step_us": sum(steps) / 1000 if len(steps) == len(graphs) else None,
         "sizes": [

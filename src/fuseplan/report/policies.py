@@ -21,6 +21,9 @@ GAP = 2
 WHOLE = "us unfused, of a step"
 """The row of what savings are a share of."""
 
+SURE = "80 % interval, us"
+"""The row of the interval that holds what the first policy saves."""
+
 
 class Policies:
     """Policies by rules and by ranges: a table where the terminal is wide enough for it, two where it is not, and else
@@ -35,7 +38,7 @@ class Policies:
         self.alike = alike([each for each in comparison.reports if each.policy != "off"] or comparison.reports)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        labels = [WHOLE, *(policy_name(report) for report, *_ in self.alike)]
+        labels = [WHOLE, SURE, *(policy_name(report) for report, *_ in self.alike)]
         names = max(len(line) for label in labels for line in _broken(label, ", ", LONGEST_NAME))
         counts, savings = self._widths()
         if names + counts + savings <= options.max_width:
@@ -59,7 +62,15 @@ class Policies:
         ]
         cells = [(span, [self._saved(each, span) for each, *_ in self.alike]) for span in self.spans]
         savings = [
-            max(len(text) for text in (*self._head(span).split("\n"), self._whole(span), *(cell.plain for cell in row)))
+            max(
+                len(text)
+                for text in (
+                    *self._head(span).split("\n"),
+                    self._whole(span),
+                    *self._sure,
+                    *(cell.plain for cell in row),
+                )
+            )
             for span, row in cells
         ]
         return sum(counts) + GAP * len(counts), sum(savings) + GAP * len(savings)
@@ -78,6 +89,10 @@ class Policies:
         if spans:
             wholes = [self._whole(span) for span in spans]
             table.add_row(Text(WHOLE, style="dim"), *("" for _ in rules), *(Text(each, style="dim") for each in wholes))
+            if any(sure := self._sure):
+                table.add_row(
+                    Text(SURE, style="dim"), *("" for _ in rules), *(Text(each, style="dim") for each in sure)
+                )
         return table
 
     def _paragraphs(self) -> Group:
@@ -127,6 +142,11 @@ class Policies:
     def _whole(self, span: Span) -> str:
         whole = Saved.of(self.comparison.reports[0], span)
         return us(whole.unfused_ns) + (f" of {us(whole.step_ns)}" if whole.step_ns else "")
+
+    @property
+    def _sure(self) -> list[str]:
+        """The intervals of what the first policy saves, by range."""
+        return [Saved.of(self.comparison.reports[0], span).interval for span in self.spans]
 
     def _legend(self) -> list[str]:
         """What the columns are, and which policies have the same result."""

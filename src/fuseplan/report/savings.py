@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Report
+from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Reason, Report
 from fuseplan.report.absence import layer_of
 from fuseplan.report.text import count_of, enumerate_names, policy_name, tokens_of
 
@@ -26,11 +26,15 @@ class Saved:
         saved_ns: of a step.
         unfused_ns: the time of the contested ops, unfused.
         step_ns: the whole step, estimated; None where that isn't known.
+        low_ns: the lower end of the interval of the saving; None where that isn't known.
+        high_ns: its upper end.
     """
 
     saved_ns: int
     unfused_ns: int
     step_ns: int | None
+    low_ns: int | None = None
+    high_ns: int | None = None
 
     @classmethod
     def of(cls, report: Report, span: Span) -> "Saved":
@@ -41,7 +45,13 @@ class Saved:
             sum(graph.saved_ns for graph in graphs),
             sum(graph.unfused_ns for graph in graphs),
             sum(steps) if len(steps) == len(graphs) else None,
+            *(sum_of_ends([getattr(graph, name) for graph in graphs]) for name in ("saved_low_ns", "saved_high_ns")),
         )
+
+    @property
+    def interval(self) -> str:
+        """`307 to 390`; empty where that isn't known."""
+        return between(self.low_ns, self.high_ns)
 
     @property
     def share(self) -> str:
@@ -72,6 +82,19 @@ def percent(part: float, whole: float) -> str:
 def us(time_ns: float) -> str:
     """`8,304`, `12.3`"""
     return f"{time_ns / 1000:,.0f}" if abs(time_ns) >= 99_950 else f"{time_ns / 1000:.1f}"
+
+
+def between(low_ns: float | None, high_ns: float | None) -> str:
+    """`307 to 390`, in us; empty where an end isn't known, or both are the same."""
+    if low_ns is None or high_ns is None or us(low_ns) == us(high_ns):
+        return ""
+    return f"{us(low_ns)} to {us(high_ns)}"
+
+
+def sum_of_ends(ends: Sequence[int | None]) -> int | None:
+    """The ends of several graphs: errors of the model are the same in all of them."""
+    known = [end for end in ends if end is not None]
+    return sum(known) if len(known) == len(ends) else None
 
 
 def spans_of(comparison: Comparison) -> list[Span]:
@@ -124,13 +147,19 @@ def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
     if not any(report.matched.values()):
         return Text("Nothing to fuse: no rule matches anywhere.")
     if not any(graph.applied for graph in report.graphs):
-        places = count_of(len({loss.fusion.site for graph in _graphs(report, span) for loss in graph.lost}), "place")
+        graphs = _graphs(report, span)
+        unsure = {(each.op, each.nodes) for g in graphs for each in g.refusals if each.reason is Reason.UNSURE}
+        lost = {loss.fusion.site for graph in graphs for loss in graph.lost}
+        places = count_of(len(lost) + len(unsure), "place")
         why = "is cheaper unfused" if report.policy == "planned" else "is left unfused"
+        why = "isn't sure to gain" if unsure and not lost else f"{why} or isn't sure to gain" if unsure else why
         return Text(f"{who} fuses nothing: what matches, in {places}, {why}.")
     saved = Saved.of(report, span)
     is_gain = saved.saved_ns >= 0
     text = Text(f"{who} {'saves' if is_gain else 'costs'} ")
     text.append(f"{us(abs(saved.saved_ns))} us a step", style="bold green" if is_gain else "bold red")
+    if is_gain and saved.interval:
+        text.append(f" ({saved.interval})")
     at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
     text.append(
         f"{at}: {percent(abs(saved.saved_ns), saved.unfused_ns)} of the {us(saved.unfused_ns)} us of {_work(report)}"

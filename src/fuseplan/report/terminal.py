@@ -10,11 +10,11 @@ from rich.text import Text
 
 from fuseplan.record import Comparison, ConflictClass, Report, changes, differences
 from fuseplan.record.report import UNFUSED
-from fuseplan.record.text import printable, shown
+from fuseplan.record.text import duration, printable, shown
 from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, alike, matters
-from fuseplan.report.savings import is_starved, verdict
+from fuseplan.report.savings import between, is_starved, us, verdict
 from fuseplan.report.summary import alone
 from fuseplan.report.text import PLAIN, count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
 
@@ -130,6 +130,7 @@ def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
         ("conflicts", _by_range(comparison, _conflicts)),
         ("uncontested matches", _by_range(comparison, _uncontested)),
         ("matches not worth fusing", _by_range(comparison, _not_worth_it)),
+        ("what measuring could change", _open(comparison)),
     ]
 
 
@@ -242,8 +243,19 @@ def _margin(conflict: ConflictClass) -> str:
     """By how much a place would be worse off with the loser, and from which cost on it would not."""
     if conflict.lost_us is None:
         return ""
-    text = f"{abs(conflict.lost_us):.1f} us {'more' if conflict.lost_us < 0 else 'less'} a place"
+    more = "more" if conflict.lost_us < 0 else "less"
+    text = f"{abs(conflict.lost_us):.1f} us {more} a place{_interval(conflict)}"
     return f" (would save {text}{_flip(conflict)})"
+
+
+def _interval(conflict: ConflictClass) -> str:
+    """`, 0.9 to 2.1`: where the margin is, 8 times of 10."""
+    low, high = conflict.lost_low_us, conflict.lost_high_us
+    if low is None or high is None:
+        return ""
+    if conflict.lost_us is not None and conflict.lost_us < 0:
+        low, high = -high, -low
+    return f", {low:.1f} to {high:.1f}" if f"{low:.1f}" != f"{high:.1f}" else ""
 
 
 def _flip(conflict: ConflictClass) -> str:
@@ -317,6 +329,7 @@ def _warnings(comparison: Comparison) -> list[RenderableType]:
 
 def _footer(comparison: Comparison, verbose: bool) -> list[RenderableType]:
     notes: list[RenderableType] = [Text(f"note  {note}", style="dim") for note in comparison.notes]
+    notes += _unsure(comparison)
     recognised = _recognised(comparison.reports[0])
     if not verbose:
         return [recognised, *notes, *_hidden(comparison)]
@@ -327,6 +340,30 @@ def _footer(comparison: Comparison, verbose: bool) -> list[RenderableType]:
     times = [f"build and trace {comparison.trace_ns / 1e9:.1f} s"]
     times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in stages.items()]
     return [*_all_reduces(comparison), recognised, *notes, Text(f"time  {', '.join(times)}", style="dim")]
+
+
+def _unsure(comparison: Comparison) -> list[RenderableType]:
+    """That measuring could change the plan, what, and about how long it takes."""
+    found = comparison.reports[0].unsure
+    if not found:
+        return []
+    places = count_of(sum(each.places for each in found), "place")
+    takes = duration(sum(each.tuning_s for each in found))
+    text = f"measuring could change the plan in {places}: fuseplan tune --only-unsure, about {takes}"
+    lines: list[RenderableType] = [Text(f"note  {text}", style="dim")]
+    return lines
+
+
+def _open(comparison: Comparison) -> list[RenderableType]:
+    """Where measuring could change the plan: the alternatives of which one could be the best."""
+    lines: list[RenderableType] = []
+    for each in comparison.reports[0].unsure:
+        lines.append(entry("unsure", f"{each.site}, {count_of(each.places, 'place')}"))
+        if each.ahead_ns is not None:
+            ahead = f"ahead by {us(each.ahead_ns)} us ({between(each.low_ns, each.high_ns)})"
+            lines.append(indented(f"{each.alternatives[0]}: {ahead}"))
+        lines.append(indented(f"beside {enumerate_names(each.alternatives[1:])}"))
+    return lines
 
 
 def _all_reduces(comparison: Comparison) -> list[RenderableType]:

@@ -14,7 +14,7 @@ from fuseplan.graph.facts import aten
 from fuseplan.measurement.tuning.compiled import PRODUCED, argument_sets, at_size, compiled, producers, specs_of
 from fuseplan.measurement.tuning.context import Context, context_of
 from fuseplan.planner import Problem
-from fuseplan.planner.pricing import places_of
+from fuseplan.planner.alternatives import places_of
 from fuseplan.verification.specs import Sizes, TensorSpec
 from tests.cached import arguments, layer
 from tests.helpers import all_reduce, gpt_oss, post_grad, randn

@@ -15,8 +15,8 @@ from fuseplan.measurement.tuning.compiled import argument_sets, at_size, compile
 from fuseplan.measurement.tuning.context import Context
 from fuseplan.measurement.tuning.lock_step import Ranks
 from fuseplan.measurement.tuning.work import Skipped, Work
+from fuseplan.planner.alternatives import UNFUSED, row_key
 from fuseplan.planner.costs import Provenance, Row
-from fuseplan.planner.pricing import UNFUSED, row_key
 from fuseplan.record import Verification
 from fuseplan.record.paired import Paired
 from fuseplan.record.text import one_line

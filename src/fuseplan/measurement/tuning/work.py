@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from fuseplan.matching import Match
 from fuseplan.measurement.tuning.context import Context, context_of
 from fuseplan.planner import Problem
-from fuseplan.planner.pricing import MAX_ENUMERATED, UNFUSED, alternative_name, compatible, places_of
+from fuseplan.planner.alternatives import MAX_ENUMERATED, UNFUSED, alternative_name, compatible, places_of, row_key
+from fuseplan.planner.costs import CostTable
+from fuseplan.planner.undecided import is_open, open_alternatives
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,6 +46,21 @@ class Work:
     def steps(self) -> int:
         """How many times are taken."""
         return len(self.alternatives) * len(self.tokens)
+
+    @property
+    def unsure(self) -> "Work | None":
+        """What of it could change the plan, with `unfused`, to which all is compared; None where nothing could."""
+        names = {""} if not is_open(self.problem, self.component) else {
+            alternative_name([self.problem.candidates[index] for index in subset], self.places)
+            for subset in open_alternatives(self.problem, self.component)
+        }  # fmt: skip
+        kept = {name: chosen for name, chosen in self.alternatives.items() if name in names or name == UNFUSED}
+        return replace(self, alternatives=kept) if len(names) > 1 and kept.keys() - {UNFUSED} else None
+
+    def is_in(self, table: CostTable) -> bool:
+        """Whether a table has all of it."""
+        keys = (row_key(self.signature, name) for name in self.alternatives)
+        return all(table.lookup(key, rows) is not None for key in keys for rows in self.rows)
 
     def without(self, failed: frozenset[int]) -> "Work":
         """The same without the alternatives that have one of these candidates."""

@@ -3,6 +3,7 @@
 from fuseplan.devices import HARDWARE, Aiter, Constant, Gate, Hardware, Peers, Protocol
 from fuseplan.devices.amd import AITER_GATE_LATER, AITER_GATE_MAY_2026
 from fuseplan.planner.costs.cache import cached_path, cached_table
+from fuseplan.planner.costs.estimate import EXACT, ROW, Estimate, Exposure, combined, ends
 from fuseplan.planner.costs.hardware_of import assumptions, hardware_of
 from fuseplan.planner.costs.model import BUILT_IN_TIMINGS, REDUCED, CostModel
 from fuseplan.planner.costs.record import DeviceRecord, Measured, record_path
@@ -13,13 +14,17 @@ __all__ = [
     "AITER_GATE_LATER",
     "AITER_GATE_MAY_2026",
     "BUILT_IN_TIMINGS",
+    "EXACT",
     "HARDWARE",
     "REDUCED",
+    "ROW",
     "Aiter",
     "Constant",
     "CostModel",
     "CostTable",
     "DeviceRecord",
+    "Estimate",
+    "Exposure",
     "Gate",
     "Hardware",
     "Kernel",
@@ -32,6 +37,8 @@ __all__ = [
     "assumptions",
     "cached_path",
     "cached_table",
+    "combined",
+    "ends",
     "hardware_of",
     "record_path",
     "total_ns",

@@ -21,9 +21,10 @@ How Inductor leaves what is not fused:
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from fuseplan.devices.hardware import Aiter, Gate, Hardware, Peers, Protocol, Shots
+from fuseplan.devices.hardware import FUSED, GENERATED, Aiter, Gate, Hardware, Peers, Protocol, Shots
 from fuseplan.providers import BUILT_IN_PROVIDERS, ONE_KERNEL, Timing
 from fuseplan.rules.parts.traffic import Kernel, Region, total_ns
 
@@ -105,8 +106,8 @@ class CostModel:
         if (aiter := self.hardware.aiter) is not None:
             local = 2 * region.row_bytes
             if _takes_one_stage(aiter.plain, region):
-                return (self._one_shot(f"{REDUCED}AITER one-stage)", region, aiter.peers, local),)
-            return (self._two_shot(f"{REDUCED}AITER two-stage)", region, aiter.peers, local),)
+                return (self._one_shot(f"{REDUCED}AITER one-stage)", region, aiter.peers, local, "reduce"),)
+            return (self._two_shot(f"{REDUCED}AITER two-stage)", region, aiter.peers, local, "reduce"),)
         shots = self._shots(region)
         if shots is not None:
             return self.shot(shots, region)
@@ -124,7 +125,7 @@ class CostModel:
     def shot(self, shots: Shots, region: Region) -> tuple[Kernel, ...]:
         """The all-reduce alone, by a kernel in the memory of the ranks, with the copies before and after it."""
         latency, wire = shots.latency_ns(region.ranks), shots.wire_ns(region.row_bytes, region.ranks)
-        kernel = Kernel(name=f"{REDUCED}{shots.name})", launch=_up(latency), wire=_up(wire))
+        kernel = Kernel(name=f"{REDUCED}{shots.name})", launch=_up(latency), wire=_up(wire), kind="reduce")
         copies = [self.copy(region.row_bytes) for _ in range(shots.copies)]
         return (*copies[:1], kernel, *copies[1:])
 
@@ -132,14 +133,14 @@ class CostModel:
         """The kernels that Inductor makes of the core and of an epilogue after it; all-reduces don't count."""
         rest = region.without_reduce()
         if rest.tail is not None:
-            return rest.tail.joined(self, rest)
+            return _doing(rest.tail.joined(self, rest), rest)
         nbytes = rest.read_bytes + rest.written_bytes
         return (self.local(rest.core.name, nbytes, reduces_rows=rest.core.reduces_rows),)
 
     def epilogue(self, region: Region) -> tuple[Kernel, ...]:
         """The epilogue alone, behind an op that Inductor can't see into."""
         assert region.tail is not None
-        return region.tail.alone(self, region)
+        return _doing(region.tail.alone(self, region), region)
 
     def copy(self, nbytes: int) -> Kernel:
         """A copy of a value of so many bytes, in a kernel of its own: it is read and written."""
@@ -166,16 +167,17 @@ class CostModel:
         local = region.read_bytes + region.written_bytes
         name = region.name
         if not region.reduce or peers is None:
-            kernel = self._kernel(name, local, staged.norm.value if staged else 0.0)
-            return (*self.reduce(region), kernel) if region.reduce else (kernel,)
-        one_shot = (self._one_shot(name, region, peers, local),)
+            kernels = (self._kernel(name, local, staged.norm.value if staged else 0.0, FUSED),)
+            return (*(self.reduce(region) if region.reduce else ()), *_doing(kernels, region))
+        kind = timing.exchange if exchange else "triton"
+        one_shot = (self._one_shot(name, region, peers, local, kind),)
         if staged is not None:
             if _takes_one_stage(staged.fused, region):
                 return one_shot
             # Two launches: the reduced rows reach every rank's buffer, then each rank norms all of them.
-            scatter = self._two_shot("reduce_scatter", region, peers, 2 * region.row_bytes, barriers=1)
-            return (scatter, self.local(f"load_{name.removeprefix('all_reduce+')}", local))
-        return min(one_shot, (self._two_shot(name, region, peers, local),), key=total_ns)
+            scatter = self._two_shot("reduce_scatter", region, peers, 2 * region.row_bytes, kind, barriers=1)
+            return (scatter, self._kernel(f"load_{name.removeprefix('all_reduce+')}", local, kind=FUSED))
+        return min(one_shot, (self._two_shot(name, region, peers, local, kind),), key=total_ns)
 
     def timing(self, provider: str) -> Timing:
         """How a provider's kernels are priced: without a declaration as one kernel."""
@@ -185,7 +187,7 @@ class CostModel:
         """The reference: each kernel is priced as if it read and wrote a whole float32 activation."""
         count = region.core.eager_kernels + region.core.residual_kernels * region.residual
         count += region.tail.eager_count(region.core) if region.tail else 0
-        kernels = tuple(self.local("eager", EAGER_BYTES * region.tokens * region.width) for _ in range(count))
+        kernels = (self._kernel("eager", EAGER_BYTES * region.tokens * region.width, kind="eager"),) * count
         eager = CostModel(self.hardware, pad="eager")
         before = self.reduce(region) if region.reduce else ()
         return (*before, *kernels, *(region.tail.eager(eager, region) if region.tail else ()))
@@ -206,29 +208,32 @@ class CostModel:
         copied = self.hardware.memory_ns(nbytes) + nbytes / self.hardware.strided_copy.value
         return Kernel(name="copy_", launch=_up(self.hardware.launch.value), memory=_up(copied))
 
-    def _kernel(self, name: str, nbytes: float, extra: float = 0.0) -> Kernel:
+    def _kernel(self, name: str, nbytes: float, extra: float = 0.0, kind: str = GENERATED) -> Kernel:
         return Kernel(
             name=name,
             launch=_up(self.hardware.launch.value + extra),
             memory=_up(self.hardware.memory_ns(nbytes)),
+            kind=kind,
         )
 
-    def _one_shot(self, name: str, region: Region, peers: Peers, local: int) -> Kernel:
+    def _one_shot(self, name: str, region: Region, peers: Peers, local: int, kind: str) -> Kernel:
         """Every rank reads all rows of every other rank."""
         links = region.ranks - 1 if peers.mesh else 1
         wire = (region.ranks - 1) * region.row_bytes / links / peers.bandwidth.value
         sent = peers.buffered * region.ranks * region.row_bytes
-        return self._exchange(name, region, peers, local + sent, wire, barriers=1)
+        return self._exchange(name, region, peers, local + sent, wire, kind, barriers=1)
 
-    def _two_shot(self, name: str, region: Region, peers: Peers, local: int, barriers: int = 2) -> Kernel:
+    def _two_shot(self, name: str, region: Region, peers: Peers, local: int, kind: str, barriers: int = 2) -> Kernel:
         """Every rank reduces its share of the rows and hands the result to every other rank."""
         links = region.ranks - 1 if peers.mesh else 1
         share = region.row_bytes / region.ranks
         wire = 2 * (region.ranks - 1) * share / links / peers.bandwidth.value
         sent = peers.buffered * 2 * region.row_bytes
-        return self._exchange(name, region, peers, local + sent, wire, barriers)
+        return self._exchange(name, region, peers, local + sent, wire, kind, barriers)
 
-    def _exchange(self, name: str, region: Region, peers: Peers, local: int, wire: float, barriers: int) -> Kernel:
+    def _exchange(
+        self, name: str, region: Region, peers: Peers, local: int, wire: float, kind: str, barriers: int
+    ) -> Kernel:  # fmt: skip
         staging = self.hardware.memory_ns(2 * region.row_bytes) if peers.stages else 0.0
         signal = peers.signal.value + (barriers - 1) * peers.second.value
         return Kernel(
@@ -238,12 +243,19 @@ class CostModel:
             staging=_up(staging),
             memory=_up(self.hardware.memory_ns(local)),
             wire=_up(wire),
+            kind=kind,
         )
+
+
+def _doing(kernels: tuple[Kernel, ...], region: Region) -> tuple[Kernel, ...]:
+    """Kernels of the kind that the region's epilogue makes them."""
+    kind = region.tail.kind if region.tail is not None else ""
+    return tuple(replace(each, kind=f"{each.kind} {kind}") for each in kernels) if kind else kernels
 
 
 def _by_library(protocol: Protocol, region: Region) -> Kernel:
     latency, wire = protocol.latency_ns(region.ranks), protocol.wire_ns(region.row_bytes, region.ranks)
-    return Kernel(name=f"{REDUCED}{protocol.name})", launch=_up(latency), wire=_up(wire))
+    return Kernel(name=f"{REDUCED}{protocol.name})", launch=_up(latency), wire=_up(wire), kind="reduce")
 
 
 def _takes_one_stage(gate: Gate, region: Region) -> bool:

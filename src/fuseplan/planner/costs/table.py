@@ -4,6 +4,7 @@ import bisect
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -79,6 +80,15 @@ class Row:
             raise ConfigError(f"{where}: date {self.date[:40]!r} isn't an ISO 8601 date") from None
 
 
+MEDIAN_OF_FIVE = 1.2533 / (1.349 * 5**0.5)
+"""The standard deviation of the median of five repeats, the fewest that there are, beside their interquartile range."""
+BENT, STEPPED = 0.2, 0.06
+"""How far times between two sizes are off the line: of the difference of both ends, in the middle between them, and of
+the time, since kernels change with the size. Fitted on 561 rows of `benchmarks/results` (regions, kernels and tables of
+H100 and H200) between two others; see `benchmarks/leave_one_out.py`.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostTable:
     """Times of alternatives on one device, one a key and size; the order of rows means nothing.
@@ -117,6 +127,20 @@ class CostTable:
         share = (tokens - left.tokens) / (right.tokens - left.tokens)
         time_ns = round(left.time_ns + share * (right.time_ns - left.time_ns))
         return time_ns, max(left.spread_ns, right.spread_ns)
+
+    def deviation(self, key: str, tokens: int) -> float:
+        """The standard deviation of `interpolate`, in ns: that of a median of repeats, and between two rows what a line
+        misses.
+        """
+        rows = self.neighbours(key, tokens)
+        noise = MEDIAN_OF_FIVE * max(row.spread_ns for row in rows)
+        if len(rows) < 2:
+            return noise
+        left, right = rows
+        share = (tokens - left.tokens) / (right.tokens - left.tokens)
+        bend = BENT * 4 * share * (1 - share) * abs(right.time_ns - left.time_ns)
+        step = STEPPED * (left.time_ns + share * (right.time_ns - left.time_ns))
+        return math.hypot(noise, bend, step)
 
     def neighbours(self, key: str, tokens: int) -> tuple[Row, ...]:
         """The rows that `interpolate` reads: one of that size, or one on either side."""

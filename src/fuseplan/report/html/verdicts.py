@@ -58,8 +58,8 @@ def rule_state(report: Report, rule: str) -> str:
     """How a rule fares under a policy.
 
     `unlisted` (by its order), `unmatched`, `all` or `some` of its matches applied; and where none is: `off`,
-    `covered` by fusions that take all that it would, `starved` by the order, `forbidden`, `unpriced`, `outdone` in the
-    plan, or not `worth` it.
+    `covered` by fusions that take all that it would, `starved` by the order, `forbidden`, `unpriced`, `unsure`,
+    `outdone` in the plan, or not `worth` it.
     """
     fused, matched = report.fused.get(rule, 0), report.matched.get(rule, 0)
     if report.order and rule not in report.order:
@@ -79,6 +79,8 @@ def rule_state(report: Report, rule: str) -> str:
         return "forbidden"
     if not losses and any(each.rule == rule and each.reason is Reason.UNPRICED for each in report.warnings):
         return "unpriced"
+    if not losses and any(each.rule == rule and each.reason is Reason.UNSURE for each in report.near_misses):
+        return "unsure"
     return "outdone" if any(loss.blocked_by for loss in losses) else "worth"
 
 

@@ -164,6 +164,8 @@ class Codes(Tail):
 
     restored: bool = False
 
+    kind = "quant"
+
     def text(self, width: int) -> str:
         """`dynamic_fp8_quant`"""
         return f"{self.name} restored" if self.restored else self.name

@@ -261,8 +261,9 @@ def _kernel(
     # Weights don't stay in a cache: a model reads all others before it reads them again.
     memory = idle * elements * region.itemsize / hardware.memory_bandwidth.value
     return Kernel(
-        name=name, launch=round(latency), memory=round(max(memory, operations / hardware.attention.rate.value))
-    )
+        name=name, launch=round(latency), memory=round(max(memory, operations / hardware.attention.rate.value)),
+        kind="linear" if name == "linear" else "skinny",
+    )  # fmt: skip
 
 
 PART = Core(

@@ -3,15 +3,25 @@
 A core says this of itself as a `Middle`, an epilogue as a `Tail`; a `Region` puts some of them together, at one size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
-from fuseplan.devices.hardware import TORCH
+from fuseplan.devices.hardware import GENERATED, TORCH
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One kernel's time, term by term, in nanoseconds."""
+    """One kernel's time, term by term, in nanoseconds.
+
+    Attributes:
+        name: of the op or ops.
+        launch: of itself.
+        signal: waiting for other ranks.
+        staging: copying to where other ranks can read.
+        memory: bytes read and written.
+        wire: bytes over links.
+        kind: one of `devices.hardware.KINDS`, by which the model is more or less far off.
+    """
 
     name: str
     launch: int = 0
@@ -19,6 +29,17 @@ class Kernel:
     staging: int = 0
     memory: int = 0
     wire: int = 0
+    kind: str = field(default=GENERATED, compare=False)
+
+    @property
+    def fixed(self) -> int:
+        """What doesn't depend on the bytes: launch + signal"""
+        return self.launch + self.signal
+
+    @property
+    def moved(self) -> int:
+        """What depends on the bytes: staging + memory + wire"""
+        return self.staging + self.memory + self.wire
 
     @property
     def ns(self) -> int:
@@ -72,12 +93,14 @@ class Tail:
         reduces_rows: whether it is a reduction over rows.
         yields_core: whether the core's own result is part of what it yields, for nothing.
         eager_kernels: at most how many kernels its reference launches in eager mode; tests count them.
+        kind: what makes the model more or less far off for kernels that do this, too; see `devices.hardware.KINDS`.
     """
 
     name: ClassVar[str]
     reduces_rows: ClassVar[bool] = False
     yields_core: ClassVar[bool] = False
     eager_kernels: ClassVar[int] = 0
+    kind: ClassVar[str] = ""
 
     @classmethod
     def stands_alone(cls, core: Middle) -> bool:

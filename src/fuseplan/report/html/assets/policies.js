@@ -129,6 +129,7 @@ const STATE_TEXT = {
     worth: "not worth it",
     forbidden: "forbidden",
     unpriced: "no price is known",
+    unsure: "not sure to gain",
 };
 
 /** How often a rule fires in a step: "36", or "36/0" range by range where that differs. */

@@ -125,6 +125,7 @@ def _spelled(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
     product = Kernel(
         name="product of matrices", launch=launch,
         memory=_up(max(hardware.memory_ns(read), region.operations / 2 / _product_rate(hardware, region))),
+        kind="attention",
     )  # fmt: skip
     scores = Kernel(name="softmax", launch=launch, memory=_up(hardware.memory_ns(2 * region.score_bytes)))
     return (product, *(scores,) * region.passes, product)
@@ -146,6 +147,7 @@ def _attention(hardware: Hardware, region: AttentionRegion, form: Heads) -> Kern
         name=f"attention ({'triton, split keys' if form == 'split' else f'{region.kernel}, {form} heads'})",
         launch=_up(latency.value + walked),
         memory=_up(max(hardware.memory_ns(nbytes), region.operations / rate.value)),
+        kind="split" if form == "split" else "attention",
     )
 
 

@@ -60,7 +60,7 @@ class Rotation(Tail):
     cache_bytes: int = 0
     writes: bool = False
 
-    name, eager_kernels = "rotary", 34
+    name, eager_kernels, kind = "rotary", 34, "rotary"
 
     def text(self, width: int) -> str:
         """`rotary 32+8 heads`, and ` cached` where the keys are"""
