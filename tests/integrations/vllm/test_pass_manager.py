@@ -123,6 +123,11 @@ def test_a_pass_of_vllm_joins_the_plan() -> None:
     assert targets(graph) == ["fuseplan_stand_in.norm_relu.default"]
 
 
+def test_what_one_worker_can_not_verify_is_left_to_all() -> None:
+    with managed(lambda config: []) as manager:
+        assert manager._manager().verifier.settles
+
+
 def test_a_pass_of_vllm_can_be_forbidden() -> None:
     graph = graph_of(normed)
     with managed(lambda config: [NormRelu(config)], forbid=["NormRelu"]) as manager:

@@ -60,7 +60,11 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
             if self._config.chosen_policy.name == "planned":
                 passes = in_plan(passes)
             self._managers[key] = manager_for(
-                self._config, CompileRange(start=max(span.start, 1), end=span.end), self._journal.add, passes=passes
+                self._config,
+                CompileRange(start=max(span.start, 1), end=span.end),
+                self._journal.add,
+                passes=passes,
+                settles=True,
             )
         return self._managers[key]
 

@@ -21,11 +21,12 @@ def manager_for(
     *,
     previous: Sequence[GraphPass] = (),
     passes: Sequence[object] = (),
+    settles: bool = False,
 ) -> PostGradPassManager:
-    """A manager for one compile range."""
+    """A manager for one compile range; `settles` as for `PostGradPassManager`."""
     return PostGradPassManager(
         config, compile_range=compile_range, on_report=on_report, previous=previous, passes=passes,
-        engine_groups=process_groups, rules=_rules(config), defaults=False,
+        engine_groups=process_groups, rules=_rules(config), defaults=False, settles=settles,
         providers=(*BUILT_IN_PROVIDERS, *ENGINE_PROVIDERS),
     )  # fmt: skip
 

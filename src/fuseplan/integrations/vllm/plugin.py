@@ -256,8 +256,15 @@ def _prepare(worker: Any) -> None:
     from fuseplan.integrations.vllm.reports import Journal
 
     journal = Journal.of(config)
+
+    def give_up() -> None:
+        renew(config.additional_config[KEY][BASIS], _folder())
+
+    def settle() -> None:
+        journal.settle(chosen, give_up)
+
     if _splits(config.compilation_config):
-        offer_pass_manager(journal)
+        offer_pass_manager(journal, settle)
     elif config.compilation_config.backend == "inductor":
         options = config.compilation_config.inductor_compile_config
         previous = options.get(HOOK)
@@ -268,7 +275,8 @@ def _prepare(worker: Any) -> None:
     def warm_up_and_report(*args: Any, **kwargs: Any) -> Any:
         result = warm_up(*args, **kwargs)
         if not journal.is_lasting:
-            renew(config.additional_config[KEY][BASIS], _folder())
+            give_up()
+        settle()
         journal.close()
         return result
 
