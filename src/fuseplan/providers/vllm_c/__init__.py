@@ -67,7 +67,7 @@ def unready() -> str | None:
         return "the vLLM that is installed isn't its build for NVIDIA's GPUs"
     if not OLDEST <= TorchVersion(version) < BEYOND:
         return f"where kernels of vLLM {version} round hasn't been read: those from {OLDEST} to before {BEYOND} have"
-    missing = [name for name in KERNELS if not hasattr(torch.ops._C, name)]
+    missing = [name for name in KERNELS if not hasattr(getattr(torch.ops, kernels.NAMESPACE), name)]
     return f"torch.ops._C has no {missing[0]}, which vLLM registers on NVIDIA GPUs" if missing else None
 
 

@@ -1,5 +1,7 @@
 """Calls of vLLM's kernels, which write to results that are made here."""
 
+from typing import Any, Final
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,18 @@ from fuseplan.dialect import ScaleLayout, empty_scales
 from fuseplan.providers.vllm_c.halves import are_halves
 
 ACCESS_BYTES = 16
+
+NAMESPACE: Final = "_C"
+"""In which vLLM registers its ops with torch."""
+
+
+def registered(name: str) -> Any:
+    """An op of vLLM's.
+
+    Raises:
+        AttributeError: this process hasn't it.
+    """
+    return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
 def rms_norm_static_fp8_quant(
@@ -30,7 +44,7 @@ def rms_norm_static_fp8_quant(
     """
     q = x.new_empty(x.shape, dtype=dtype)
     if x.numel():
-        torch.ops._C.rms_norm_static_fp8_quant(_rows(q), _read(x), _weight(weight), scale, eps)
+        registered("rms_norm_static_fp8_quant")(_rows(q), _read(x), _weight(weight), scale, eps)
     return q
 
 
@@ -58,7 +72,7 @@ def fused_add_rms_norm_static_fp8_quant(
     """
     q, total = x.new_empty(x.shape, dtype=dtype), _copied(residual)
     if x.numel():
-        torch.ops._C.fused_add_rms_norm_static_fp8_quant(_rows(q), _read(x), _rows(total), _weight(weight), scale, eps)
+        registered("fused_add_rms_norm_static_fp8_quant")(_rows(q), _read(x), _rows(total), _weight(weight), scale, eps)
     return q, total
 
 
@@ -126,7 +140,7 @@ def _per_row(
 ) -> None:
     if x.numel():
         residual = None if total is None else _rows(total)
-        torch.ops._C.rms_norm_dynamic_per_token_quant(
+        registered("rms_norm_dynamic_per_token_quant")(
             _rows(q), _read(x), _weight(weight), _rows(scale), eps, scale_ub, residual
         )
 
@@ -205,7 +219,7 @@ def _per_group(
 ) -> None:  # fmt: skip
     if x.numel():
         in_rows = layout == ScaleLayout.ROWS
-        torch.ops._C.rms_norm_per_block_quant(
+        registered("rms_norm_per_block_quant")(
             _rows(q), _read(x), _weight(weight), _rows(scale) if in_rows else scale, eps, scale_ub,
             None if total is None else _rows(total), group_size, not in_rows,
         )  # fmt: skip
@@ -231,7 +245,7 @@ def silu_and_mul_static_fp8_quant(
     """
     q = gate.new_empty(gate.shape, dtype=dtype)
     if gate.numel():
-        torch.ops._C.silu_and_mul_quant(_rows(q), _joined(gate, up), scale)
+        registered("silu_and_mul_quant")(_rows(q), _joined(gate, up), scale)
     return q
 
 
@@ -264,7 +278,7 @@ def silu_and_mul_group_fp8_quant(
     """
     q, scale = gate.new_empty(gate.shape, dtype=dtype), _scales(gate, gate.shape[-1] // group_size, layout)
     if gate.numel():
-        torch.ops._C.silu_and_mul_per_block_quant(_rows(q), _joined(gate, up), _rows(scale), group_size, None, False)
+        registered("silu_and_mul_per_block_quant")(_rows(q), _joined(gate, up), _rows(scale), group_size, None, False)
     return q, scale
 
 
