@@ -326,7 +326,7 @@ def test_why_a_process_has_not_the_kernels(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm")
     monkeypatch.setattr("importlib.metadata.version", installed)
     refusal = PROVIDER.unavailable()
-    assert (refusal is None) if why is None else why in refusal.detail
+    assert refusal is None if why is None else refusal is not None and why in refusal.detail
     if version is not None and why is None:
         monkeypatch.setattr(vllm_c, "KERNELS", (*vllm_c.KERNELS, "one_more"))
         assert vllm_c.unready() == "torch.ops._C has no one_more, which vLLM registers on NVIDIA GPUs"

@@ -26,4 +26,5 @@ def emptied() -> AbstractContextManager[None]:
     """Nothing stands in Inductor's configuration but what the options bring. What stood there is chained, and where
     torch scopes custom passes it raises if something does.
     """
-    return inductor_config.patch(post_grad_custom_post_pass=None)
+    empty: AbstractContextManager[None] = inductor_config.patch(post_grad_custom_post_pass=None)
+    return empty
