@@ -228,8 +228,8 @@ def _announce(config: Any, chosen: PassConfig) -> None:
 
 
 def _left_uncompiled(config: Any) -> str | None:
-    """The model's architecture, where it is one that vLLM doesn't compile unless asked to, or None. vLLM 0.32 has
-    such a list; older ones compile every model that can be.
+    """What vLLM doesn't compile unless asked to, or None: the architecture, where it is on the list that vLLM has from
+    0.29 on; or the model, where something else has chosen breakable CUDA graphs, as VLLM_BATCH_INVARIANT does for some.
     """
     from vllm import envs
 
@@ -239,7 +239,7 @@ def _left_uncompiled(config: Any) -> str | None:
     model = config.model_config
     if model is None or model.enforce_eager or not getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False):
         return None
-    return ", ".join(sorted({*model.architectures} & listed())) or None
+    return ", ".join(sorted({*model.architectures} & listed())) or "the model"
 
 
 def _prepare(worker: Any) -> None:
