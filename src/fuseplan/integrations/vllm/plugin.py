@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -146,7 +147,8 @@ def _key(config: PassConfig) -> str:
         ConfigError: flags and policy contradict each other, or a file that is named is broken.
     """
     enabled_rules(replace(config, force=(), forbid=()), BUILT_IN_RULES)
-    table = config.cost_table or Environment.read().cost_table
+    environment = Environment.read()
+    table = config.cost_table or environment.cost_table
     known = {
         "source": source_digest(),
         "torch": torch.__version__,
@@ -155,6 +157,7 @@ def _key(config: PassConfig) -> str:
         "plan": plans_key(SavedPlans.load(Path(config.plan)) if config.plan else None),
         "table": content_of(CostTable.load(Path(table))).digest if table else None,
         "measured": _measured(),
+        "tune": uuid4().hex if environment.tune is not None else None,  # a warm start brings no graph to measure
         "providers": sorted((each.name, str(each.version())) for each in BUILT_IN_PROVIDERS),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
@@ -254,6 +257,7 @@ def _prepare(worker: Any) -> None:
     from fuseplan.integrations.vllm.backend import offer_pass_manager
     from fuseplan.integrations.vllm.passes import manager_for
     from fuseplan.integrations.vllm.reports import Journal
+    from fuseplan.integrations.vllm.tuning import Tuning
 
     journal = Journal.of(config)
 
@@ -264,6 +268,8 @@ def _prepare(worker: Any) -> None:
         journal.settle(chosen, give_up)
 
     if _splits(config.compilation_config):
+        table = Environment.read().tune
+        journal.tuning = Tuning(table) if table is not None else None
         offer_pass_manager(journal, settle)
     elif config.compilation_config.backend == "inductor":
         options = config.compilation_config.inductor_compile_config
@@ -278,6 +284,8 @@ def _prepare(worker: Any) -> None:
             give_up()
         settle()
         journal.close()
+        if journal.tuning is not None:
+            journal.tuning.run(chosen)
         return result
 
     worker.compile_or_warm_up_model = warm_up_and_report

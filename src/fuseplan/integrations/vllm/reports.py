@@ -16,6 +16,7 @@ from fuseplan.config import Environment, PassConfig
 from fuseplan.distributed import agree
 from fuseplan.errors import UnsupportedError
 from fuseplan.integrations.vllm.together import verified_by_all
+from fuseplan.integrations.vllm.tuning import Tuning
 from fuseplan.record import Pending, Report, Verification, stored
 from fuseplan.record.report import again, merged
 
@@ -31,6 +32,10 @@ class Journal:
         kept: beside vLLM's compile cache and by the same factors, since a warm start brings no graph.
         path: where the user finds it.
         rank: of the worker, among all.
+
+    Attributes:
+        reports: of the graphs that were compiled here.
+        tuning: takes graphs that are to be measured; None: none are.
     """
 
     def __init__(self, kept: Path, path: Path, rank: int) -> None:
@@ -39,6 +44,7 @@ class Journal:
         self._compiled: dict[int, tuple[object, list[Report]]] = {}
         self._verified: dict[Pending, Verification] = {}
         self._is_silent = False
+        self.tuning: Tuning | None = None
 
     @classmethod
     def of(cls, config: Any) -> "Journal":
