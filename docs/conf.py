@@ -194,6 +194,18 @@ def _host_cost() -> str:
     return _table(("fused op", "kernels of Inductor's", "a layer, `torch.compile`", "a layer, fuseplan"), rows)
 
 
+def _nearer() -> str:
+    found, head = _committed("results/nearer"), ("", "one graph", "split at attention")
+
+    def of_torch_compile(row: dict[str, Any]) -> str:
+        return f"{row['of_torch_compile']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
+
+    ways = found["one graph"]
+    return _table(
+        head, [(way, *(of_torch_compile(found[graphs][way]) for graphs in ("one graph", "split"))) for way in ways]
+    )
+
+
 def _decode() -> str:
     """A decode step on two GPUs: plain, without attention in the plan, and planned, by batch."""
     rows: list[tuple[object, ...]] = []
@@ -268,6 +280,7 @@ tables = {
     "region_h100x4": _region(4),
     "kernels_h200": _kernels(),
     "host_cost_h200": _host_cost(),
+    "nearer": _nearer(),
     "decode_h200x2": _decode(),
     "decode_one_gpu_h200": _decode_one_gpu(),
     "bench_gpt_oss_h100x2": _bench(),

@@ -300,6 +300,7 @@ class Environment:
         cost_table: `FUSEPLAN_COSTS`: a cost table, where the configuration names none.
         vllm: `FUSEPLAN_VLLM=1`: become vLLM's post-grad pass.
         report_dir: `FUSEPLAN_REPORT_DIR`: where reports of engines are written.
+        tune: `FUSEPLAN_TUNE`: where vLLM's workers write what they measure of their graphs before they serve.
         multicast: False where `NCCL_NVLS_ENABLE=0`: NCCL doesn't let NVLink's switches add.
     """
 
@@ -308,6 +309,7 @@ class Environment:
     cost_table: Path | None = None
     vllm: bool = False
     report_dir: Path | None = None
+    tune: Path | None = None
     multicast: bool = True
 
     @classmethod
@@ -323,6 +325,7 @@ class Environment:
             cost_table=_path("FUSEPLAN_COSTS"),
             vllm=_switch("FUSEPLAN_VLLM", default=False),
             report_dir=_path("FUSEPLAN_REPORT_DIR"),
+            tune=_path("FUSEPLAN_TUNE"),
             multicast=os.environ.get("NCCL_NVLS_ENABLE", "").strip() != "0",
         )
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import fx
 from torch._guards import TracingContext, tracing
-from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 
 from fuseplan.caching import store
@@ -18,6 +17,7 @@ from fuseplan.compatibility import require_supported_torch
 from fuseplan.compilation.dispatch import Dispatch
 from fuseplan.compilation.first_run import AgreedGraph, digest_of, groups_of, settle, settled
 from fuseplan.compilation.floats import Floats, constant
+from fuseplan.compilation.hook import HOOK, emptied, standing
 from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.compilation.regions import identity_of, region_of, values_of
 from fuseplan.config import CompileRange, PassConfig
@@ -37,8 +37,6 @@ from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
 
 T = TypeVar("T", bound=Callable[..., Any])
-
-HOOK = "post_grad_custom_post_pass"
 
 
 def inductor_options(
@@ -100,8 +98,7 @@ def _options(
     *,
     settles: bool = False,
 ) -> dict[str, Any]:
-    given = options.get(HOOK, getattr(inductor_config, HOOK))
-    previous = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    previous = standing(options)
     providers: Sequence[Provider] = (*BUILT_IN_PROVIDERS, *further.providers)
     if further.apart is not None:
         providers = without_shared_memory(providers, further.apart)
@@ -290,7 +287,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         """Inductor's compiled graph; `fresh` has what the pass reported, if it ran."""
         self.fresh.clear()
         try:
-            with no_caches() if cold else contextlib.nullcontext():
+            with emptied(), no_caches() if cold else contextlib.nullcontext():
                 return super().__call__(gm, inputs, **extra)  # type: ignore[no-untyped-call]
         except Exception as error:
             self.floats.restart()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
@@ -22,9 +23,15 @@ from tests.helpers import all_reduce, gpt_oss, post_grad, quantize, randn
 from tests.providers.stand_ins import Library, is_aligned, normed, ranks, snapshot
 
 PROVIDER = next(each for each in BUILT_IN_PROVIDERS if each.name == "flashinfer")
-VERSIONS = ("flashinfer-0.6.18.post1", "flashinfer-0.7.2.post1")
-OLD = "flashinfer-0.6.11.post2"
-"""What vLLM 0.22 pins: no scale a row, and no 1 + weight."""
+VERSIONS = tuple(f"flashinfer-{each}" for each in ("0.6.16.post3", "0.6.18.post1", "0.7.0.post1", "0.7.2.post1"))
+OLD = ("flashinfer-0.6.11.post2", "flashinfer-0.6.12")
+"""Without a scale a row; the first without 1 + weight, too."""
+PINNED = {
+    "0.22": "0.6.11.post2", "0.23": "0.6.12", "0.24": "0.6.12", "0.25": "0.6.13", "0.26": "0.6.14",
+    "0.27": "0.6.16.post3", "0.28": "0.6.16.post3", "0.29": "0.6.18", "0.30": "0.6.18.post1", "0.31": "0.7.0.post1",
+    "0.32": "0.7.0.post1", "0.33": "0.7.2.post1",
+}  # fmt: skip
+"""By releases of vLLM. 0.6.13 and 0.6.14 have the signatures of 0.6.12, and 0.6.18 those of 0.6.18.post1."""
 FN = torch.float8_e4m3fn
 MIN_SCALE = 1 / (448 * 512)
 
@@ -307,9 +314,27 @@ def test_hidden_sizes_of_models_are_taken(hidden: int) -> None:
         assert flashinfer.ALL_REDUCE_DYNAMIC(Bindings("r", dynamic)) is None
 
 
+@pytest.mark.parametrize("release", sorted(set(PINNED.values())))
+def test_releases_that_vllm_pins_will_do(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "nvidia")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flashinfer")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: release)
+    assert PROVIDER.unavailable() is None
+    has_rows = TorchVersion(release) >= flashinfer.DYNAMIC_FROM
+    same = {"0.6.13": "0.6.12", "0.6.14": "0.6.12", "0.6.18": "0.6.18.post1"}.get(release, release)
+    assert f"flashinfer-{same}" in (VERSIONS if has_rows else OLD)
+    patterns = snapshot(f"flashinfer-{same}")["constants"]["flashinfer.comm.AllReduceFusionPattern"]
+    assert ("kARResidualRMSNormDynamicFP8Quant" in patterns) is has_rows
+    takes_bias = "weight_bias" in snapshot(f"flashinfer-{same}")["functions"]["flashinfer.comm.allreduce_fusion"]
+    assert takes_bias is (TorchVersion(release) >= flashinfer.WEIGHT_BIAS_FROM)
+
+
+@pytest.mark.parametrize("old", OLD)
 @pytest.mark.parametrize("name", [name for name in EXACT if "dynamic" not in name])
-def test_what_an_old_release_has_gives_the_references_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = FlashInfer(OLD)
+def test_what_an_old_release_has_gives_the_references_bits(
+    name: str, old: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = FlashInfer(old)
     stand_in.library.install(monkeypatch)
     try:
         with ranks(2) as group:

@@ -100,7 +100,9 @@ def test_where_no_other_rank_settles_it_is_refused(graph: fx.Graph, settles: boo
     assert not report.pending
     assert not report.applied
     (refusal,) = [each for each in report.refusals if each.nearness is Nearness.REFUSED]
-    assert refusal.detail.endswith("its kernel is collective, and ranks verify it together only under fuseplan.compile")
+    assert refusal.detail.endswith(
+        "its kernel is collective, and ranks verify it together only under fuseplan.compile and in vLLM"
+    )
     assert refusal.mend == "forbid allreduce_rms:apart"
 
 

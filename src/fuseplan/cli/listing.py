@@ -46,9 +46,10 @@ def providers(
     """List the providers of fused ops: available here, or why not; for one provider, what its kernels take."""
     with one_line_errors(debug):
         from fuseplan.config import unknown
-        from fuseplan.providers import BUILT_IN_PROVIDERS
+        from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS
 
-        known = {each.name: each for each in sorted(BUILT_IN_PROVIDERS, key=lambda each: each.name)}
+        every = (*BUILT_IN_PROVIDERS, *ENGINE_PROVIDERS)
+        known = {each.name: each for each in sorted(every, key=lambda each: each.name)}
         if name is not None and name not in known:
             raise unknown("provider", name, known)
         rows: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from fuseplan.distributed import Verdict, agree_in_groups
 from fuseplan.distributed.agreement import apart
 from fuseplan.distributed.workspace import check_workspaces, prepare
 from fuseplan.errors import CollectiveError, FuseplanError
-from fuseplan.record import GraphReport, Reason, Refusal, Report
+from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report
 from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
 from fuseplan.verification import verify_together
@@ -110,9 +110,34 @@ def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, 
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for what this one says
             said = apart(f"can't share memory: {type(error).__name__}: {one_line(error, 300)}")
         verdict = ask(graph=graph, digest=said)
-    pending = tuple(dict.fromkeys(each for found in report.graphs for each in found.pending))
-    if not verdict.fused or not pending:
-        return verdict
+    pending = pending_in([report])
+    return verify_pending(pending, rules, ask, graph, config) if verdict.fused and pending else verdict
+
+
+def pending_in(reports: Iterable[Report]) -> tuple[Pending, ...]:
+    """What all ranks have to verify together, each once."""
+    return tuple(dict.fromkeys(each for report in reports for graph in report.graphs for each in graph.pending))
+
+
+def verify_pending(
+    pending: Sequence[Pending], rules: Sequence[Rule], ask: Callable[..., Verdict], graph: str, config: PassConfig
+) -> Verdict:
+    """Verifies together what is pending, at least one, as all ranks do at once that agree on it.
+
+    Args:
+        pending: in the order of all ranks.
+        rules: among which theirs are.
+        ask: `agree_in_groups` of their groups.
+        graph: names the steps in the groups' store.
+        config: has the deadlines.
+
+    Returns:
+        Whether all of it is right, on all ranks, with the outcomes.
+
+    Raises:
+        CollectiveError: a rank is left in a kernel that was verified.
+        UnsupportedError: the groups' store doesn't answer.
+    """
     steps = itertools.count()
 
     def meet(said: str, awaited: str) -> Verdict:

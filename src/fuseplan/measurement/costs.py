@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import fx
 
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.errors import ConfigError, WorkloadError
@@ -29,6 +30,7 @@ from fuseplan.measurement.tuning import (
     table_in,
     work_of,
 )
+from fuseplan.planner import Problem
 from fuseplan.planner.costs import Row
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, local_profile
 from fuseplan.rules import Rule
@@ -117,14 +119,58 @@ def tune(
     _check_device(traced.graphs, profile.name)
     explanation = Explanation(traced, config, None, providers, (*BUILT_IN_RULES, *rules))
     spans = [(entry, entry.manager.compile_range) for entry in explanation.entries]
-    works, skipped = work_of([(e.analysis.problem, (r.start, r.end)) for e, r in spans if r is not None], tokens)
+    problems = [(entry.analysis.problem, (span.start, span.end)) for entry, span in spans if span is not None]
+    found = tune_problems(
+        problems, table=table, tokens=tokens, repeats=repeats, config=config, providers=providers, ranks=ranks,
+        command=command, watch=watch, only_unsure=only_unsure, listed=listed,
+    )  # fmt: skip
+    skipped = [
+        Skipped(site=graph.graph, reason=refusal.detail) for graph in explanation.skipped for refusal in graph.refusals
+    ]
+    return replace(found, skipped=tuple(dict.fromkeys([*skipped, *found.skipped])), notes=tuple(notes))
+
+
+def tune_problems(
+    problems: Sequence[tuple[Problem, tuple[int, int]]],
+    *,
+    table: Path,
+    tokens: Sequence[int],
+    repeats: int,
+    config: PassConfig,
+    providers: Sequence[Provider],
+    ranks: Ranks,
+    command: str,
+    watch: Callable[[Step], None] = lambda step: None,
+    only_unsure: bool = False,
+    listed: Callable[[Sequence[Work]], None] = lambda works: None,
+    lower: Callable[[fx.Graph], None] | None = None,
+) -> Measurement:
+    """The same of graphs that were analysed before.
+
+    Args:
+        problems: each with first and last number of tokens of its range.
+        table: as for `tune`, and so are the others.
+        tokens: likewise.
+        repeats: likewise.
+        config: says how to verify.
+        providers: likewise.
+        ranks: likewise.
+        command: likewise.
+        watch: likewise.
+        only_unsure: likewise.
+        listed: likewise.
+        lower: puts what Inductor knows in the place of an engine's own ops.
+
+    Raises:
+        ConfigError: the table is broken, of another device, or can't be written.
+        RanksError: another rank failed, or didn't come in time.
+    """
+    profile = local_profile()
+    works, skipped = work_of(problems, tokens)
     if only_unsure:
         known = table_in(table, profile.name)
         works = [each for work in works if (each := work.unsure) is not None and not each.is_in(known)]
     listed(works)
-    skipped += [
-        Skipped(site=graph.graph, reason=refusal.detail) for graph in explanation.skipped for refusal in graph.refusals
-    ]
 
     def save(rows: Sequence[Row]) -> None:
         if ranks.rank == 0:
@@ -138,7 +184,9 @@ def tune(
             mode=config.verify, providers=providers, deadline_s=config.verify_timeout_s,
             rank=ranks.rank if ranks.size > 1 else None,
         )  # fmt: skip
-        tuner = Tuner(verifier=verifier, ranks=ranks, origin=origin, repeats=repeats, save=save, watch=watch)
+        tuner = Tuner(
+            verifier=verifier, ranks=ranks, origin=origin, repeats=repeats, save=save, watch=watch, lower=lower
+        )
         try:
             tuner.run(works)
         except KeyboardInterrupt:
@@ -149,7 +197,7 @@ def tune(
     return Measurement(
         device=profile.name, rows=tuple(tuner.saved) if tuner else (), classes=classes, stopped=stopped,
         skipped=tuple(dict.fromkeys([*skipped, *(tuner.skipped if tuner else ())])),
-        unclear=tuple(tuner.unclear) if tuner else (), notes=tuple(notes),
+        unclear=tuple(tuner.unclear) if tuner else (),
     )  # fmt: skip
 
 

@@ -5,11 +5,12 @@ from fuseplan.providers.declared import Cost, KernelCost
 from fuseplan.providers.gates import Offer
 from fuseplan.providers.provider import Provider, provider_of, without_shared_memory
 from fuseplan.providers.reference import PROVIDER as REFERENCE
-from fuseplan.providers.registry import BUILT_IN_PROVIDERS
+from fuseplan.providers.registry import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS
 from fuseplan.providers.timing import ONE_KERNEL, Timing
 
 __all__ = [
     "BUILT_IN_PROVIDERS",
+    "ENGINE_PROVIDERS",
     "ONE_KERNEL",
     "PROFILES",
     "REFERENCE",

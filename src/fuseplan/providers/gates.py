@@ -71,6 +71,7 @@ class Gate:
         quant_rounding: how it applies a scale, where it does it in one way.
         quant_dtypes: of the codes; empty: any.
         min_scale: the least scale of a row, where it is the kernel's own.
+        bounds_largest: whether it takes a bound on the largest element of a row (`scale_ub`).
     """
 
     name: str
@@ -84,6 +85,7 @@ class Gate:
     quant_rounding: QuantRounding | None = None
     quant_dtypes: frozenset[torch.dtype] = frozenset()
     min_scale: float | None = None
+    bounds_largest: bool = False
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the arguments are refused, or None."""
@@ -121,7 +123,7 @@ class Gate:
                 found=str(rounding),
             )
         bounded = [name for name in ("max_scale", "zero_scale") if m.values.get(name)]
-        bounded += ["scale_ub"] if m.values.get("scale_ub") is not None else []
+        bounded += ["scale_ub"] if m.values.get("scale_ub") is not None and not self.bounds_largest else []
         if self.quant_rounding is not None and bounded:
             detail = f"{self.name} has no {bounded[0]}, and the graph's scales do"
             return Refusal(reason=Reason.ATTRIBUTE, detail=detail, expected=f"no {bounded[0]}", found=f"a {bounded[0]}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fuseplan.providers import aiter, attention, flashinfer, reference, triton
+from fuseplan.providers import aiter, attention, flashinfer, reference, triton, vllm_c
 from fuseplan.providers.provider import Provider
 
 BUILT_IN_PROVIDERS: Sequence[Provider] = (
@@ -12,3 +12,6 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
     flashinfer.PROVIDER,
     aiter.PROVIDER,
 )
+
+ENGINE_PROVIDERS: Sequence[Provider] = (vllm_c.PROVIDER,)
+"""Those whose kernels an engine's process has and no other: what integrates the engine adds them."""

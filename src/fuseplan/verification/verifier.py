@@ -25,7 +25,7 @@ from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, Sizes, cases_of
 from fuseplan.verification.together import pending_of, shared_seed
 
-UNVERIFIED = "its kernel is collective, and ranks verify it together only under fuseplan.compile"
+UNVERIFIED = "its kernel is collective, and ranks verify it together only under fuseplan.compile and in vLLM"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,9 +140,9 @@ def test_the_custom_ops() -> None:
         return second[1], second[2]
 
     canonical = raised(norms, x=X, residual=R, weight=W)
-    assert calls(canonical, "rms_norm") == [("x", "weight", EPS, "llama")]
+    assert calls(canonical, "rms_norm") == [("x", "weight", EPS, "gpt_oss")]
     (norm,) = calls(canonical, "fused_add_rms_norm")
-    assert norm[1:] == ("residual", "weight", EPS, "llama")
+    assert norm[1:] == ("residual", "weight", EPS, "gpt_oss")
     assert "auto_functionalized" not in str(canonical.graph), "nothing of them is left in the raised copy"
 
 

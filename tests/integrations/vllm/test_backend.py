@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fuseplan.planner.costs import CostTable, Provenance
 from tests.integrations.vllm.checkpoints import DEEPER, HEAD, HIDDEN
 from tests.integrations.vllm.conftest import Engines, Run, check_close
 
@@ -54,3 +55,21 @@ def test_a_warm_start_is_as_a_cold_one(cold: list[Run], cache: Path, engines: En
     summary = rf"rank 0: {2 * (DEEPER + 1)} graphs%s; (fused: qk_norm_rope {2 * DEEPER}; recognised: .*)"
     (now,), (then,) = re.findall(summary % " from the cache", warm.log), re.findall(summary % "", first.log)
     assert now == then
+
+
+def test_fusions_are_measured_as_vllm_compiles_them(tmp_path: Path, engines: Engines) -> None:
+    """In its pieces and ranges, its norms lowered as it lowers them; the next engine plans by what was measured."""
+    table = tmp_path / "costs.json"
+    asked = {**COMPILATION, "additional_config": {"fuseplan": {"enable_qk_norm_rope_fusion": True}}}
+    starts = [({"FUSEPLAN_TUNE": str(table)}, asked), ({"FUSEPLAN_COSTS": str(table)}, asked)]
+    tuned, served = engines("qwen3", starts, tmp_path / "cache", as_on_gpus=True)
+    assert served.tokens == tuned.tokens
+    rows = CostTable.load(table).rows
+    assert {row.provenance for row in rows} == {Provenance.MEASURED}
+    assert {row.key.rpartition(": ")[2] for row in rows} == {"unfused", "qk_norm_rope qk_norm_rope torch"}
+    assert {row.tokens for row in rows} == {4 * size for size in (1, 8, 64, 65, 182, 512)}, "four heads of queries"
+    assert f"measured {len(rows)} rows of 1 kinds of sites" in tuned.log
+    assert f"start again with FUSEPLAN_COSTS={table} in place of FUSEPLAN_TUNE" in tuned.log
+    (report,) = served.reports.values()
+    found = [each for graph in report.graphs for each in (*graph.applied, *(loss.fusion for loss in graph.lost))]
+    assert {each.provenance for each in found} == {"measured"}

@@ -5,6 +5,7 @@ passes, so stand-ins with the same surface take their place.
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from vllm.config.utils import Range
 
 from fuseplan.integrations.vllm.pass_manager import FuseplanPassManager, plannable
 from fuseplan.integrations.vllm.plugin import KEY
+from fuseplan.integrations.vllm.tuning import Tuning
 from fuseplan.matching import ExternalPass
 from tests.helpers import written
 from tests.integrations.vllm import missing_ops
@@ -121,6 +123,25 @@ def test_a_pass_of_vllm_joins_the_plan() -> None:
         (report,) = manager._journal.reports
     assert report.fused["NormRelu"] == 1
     assert targets(graph) == ["fuseplan_stand_in.norm_relu.default"]
+
+
+def test_what_one_worker_can_not_verify_is_left_to_all() -> None:
+    with managed(lambda config: []) as manager:
+        assert manager._manager().verifier.settles
+
+
+def test_what_is_measured_is_lowered_as_vllm_does_it(tmp_path: Path) -> None:
+    graph = graph_of(normed)
+    with managed(lambda config: [NormRelu(config)]) as manager:
+        manager._journal.tuning = tuning = Tuning(tmp_path / "costs.json")
+        manager(graph)
+    ((problem, span),) = tuning._problems
+    assert span == (1, 64)
+    original = problem.canonical.original
+    assert targets(original) == ["vllm_ir.rms_norm.default", "aten.relu.default"]
+    assert tuning._lower is not None
+    tuning._lower(original)
+    assert not [target for target in targets(original) if target.startswith("vllm_ir")]
 
 
 def test_a_pass_of_vllm_can_be_forbidden() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from torch.distributed import distributed_c10d
+from vllm.compilation.backends import VllmBackend
 from vllm.distributed import parallel_state
 
 from fuseplan.distributed.agreement import Verdict
 from fuseplan.errors import UnsupportedError
 from fuseplan.integrations.vllm import reports
 from fuseplan.integrations.vllm.reports import Journal
+from fuseplan.integrations.vllm.together import before_first_run
 from fuseplan.record import Report
 from fuseplan.record.report import GraphReport
 from fuseplan.record.serialization import from_json
@@ -146,3 +148,17 @@ def test_the_folder_of_the_user_and_the_one_beside_the_cache(
     monkeypatch.setenv("FUSEPLAN_REPORT_DIR", str(tmp_path / "mine"))
     assert journals().kept == plain.kept
     assert journals().path == tmp_path / "mine/rank_0_0.json"
+
+
+def test_workers_meet_between_compilation_and_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they make then counts where vLLM sizes the KV cache."""
+    order: list[str] = []
+
+    def compile_model(self: Any, graph: Any, inputs: Any) -> str:
+        order.append("compiled")
+        return "callable"
+
+    monkeypatch.setattr(VllmBackend, "__call__", compile_model)
+    before_first_run(lambda: order.append("settled"))
+    assert VllmBackend.__call__(object(), None, []) == "callable"
+    assert order == ["compiled", "settled"]

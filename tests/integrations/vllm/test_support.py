@@ -224,7 +224,7 @@ def journal(tmp_path: Path) -> Journal:
 def test_the_backend_is_given_the_pass_manager(journal: Journal, lines: Records) -> None:
     assert current_platform.get_pass_manager_cls() == STOCK
     for _ in range(2):
-        offer_pass_manager(journal)
+        offer_pass_manager(journal, lambda: None)
         assert current_platform.get_pass_manager_cls() == OURS
     assert not lines
 
@@ -234,7 +234,7 @@ def test_a_backend_without_an_interface_keeps_its_own(
     api: PrivateApi, journal: Journal, lines: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hide(monkeypatch, api)
-    offer_pass_manager(journal)
+    offer_pass_manager(journal, lambda: None)
     assert [current_platform.get_pass_manager_cls() for _ in range(2)] == [STOCK, STOCK]
     journal.close()
     check_told(lines, api)
@@ -245,7 +245,7 @@ def test_a_platform_with_a_pass_manager_of_its_own_keeps_it(
 ) -> None:
     own = classmethod(lambda cls: "elsewhere.PassManager")
     monkeypatch.setattr(type(current_platform), "get_pass_manager_cls", own)
-    offer_pass_manager(journal)
+    offer_pass_manager(journal, lambda: None)
     assert current_platform.get_pass_manager_cls() == "elsewhere.PassManager"
     (record,) = lines
     assert "the platform has a pass manager of its own (elsewhere.PassManager)" in record.getMessage()

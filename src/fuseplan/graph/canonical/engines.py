@@ -1,8 +1,9 @@
 """Ops of inference engines, which their graphs have in the place of aten's and of functional collectives.
 
-What rounds where is read off vLLM 0.32: `vllm/ir/ops/layernorm.py` for `vllm_ir`, and
-`csrc/layernorm_kernels.cu` for `_C`, which rounds the sum and the normalised value to the activation dtype. Under
-`auto_functionalized` what an op writes to comes after what it returns.
+What rounds where is read off vLLM 0.22 to 0.33: `vllm/ir/ops/layernorm.py` for `vllm_ir`, and
+`csrc/layernorm_kernels.cu` for `_C`, which rounds the sum to the activation dtype, and the normalised value once it is
+multiplied by the weight (0.23, alone, before that, too). Under `auto_functionalized` what an op writes to comes after
+what it returns.
 """
 
 import operator

@@ -7,6 +7,7 @@ from typing import Any
 
 from fuseplan.integrations.vllm import support
 from fuseplan.integrations.vllm.reports import Journal
+from fuseplan.integrations.vllm.together import before_first_run
 
 STOCK = "vllm.compilation.passes.pass_manager.PostGradPassManager"
 OURS = "fuseplan.integrations.vllm.pass_manager.FuseplanPassManager"
@@ -14,17 +15,22 @@ OURS = "fuseplan.integrations.vllm.pass_manager.FuseplanPassManager"
 log = logging.getLogger("vllm.fuseplan")
 
 
-def offer_pass_manager(journal: Journal) -> None:
-    """Lets the platform name fuseplan's pass manager where it would name vLLM's. The backend asks when it compiles."""
+def offer_pass_manager(journal: Journal, settle: Callable[[], None]) -> None:
+    """Lets the platform name fuseplan's pass manager where it would name vLLM's. The backend asks when it compiles.
+
+    Args:
+        journal: has the reports of its graphs.
+        settle: called once they are compiled, before they run.
+    """
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
     theirs: str = current_platform.get_pass_manager_cls()
-    name = functools.cache(lambda: _pass_manager(journal, theirs))
+    name = functools.cache(lambda: _pass_manager(journal, theirs, settle))
     platform.get_pass_manager_cls = classmethod(lambda cls: name())
 
 
-def _pass_manager(journal: Journal, theirs: str) -> str:
+def _pass_manager(journal: Journal, theirs: str, settle: Callable[[], None]) -> str:
     """Which pass manager it is. Without fuseplan's, one line says why."""
     why = support.missing(support.BACKEND)
     if why is None and theirs not in (STOCK, OURS):
@@ -34,6 +40,7 @@ def _pass_manager(journal: Journal, theirs: str) -> str:
         journal.silence()
         return theirs
     _count_repeats(journal)
+    before_first_run(settle)
     return OURS
 
 

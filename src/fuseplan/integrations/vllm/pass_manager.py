@@ -5,17 +5,20 @@ Whatever runs code of its own, and what matches the results of another one, runs
 """
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
-from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
+from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context, pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager as VllmPassManager
+from vllm.config.utils import Range
 
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
+from fuseplan.graph.surgery import copy_graph
 from fuseplan.integrations.vllm.passes import manager_for
 from fuseplan.integrations.vllm.plugin import asked_for
 from fuseplan.integrations.vllm.reports import Journal
@@ -38,7 +41,19 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
 
     def __call__(self, graph: fx.Graph) -> None:
         """Plans, rewrites and lowers one graph."""
-        self._manager()(graph)
+        manager, tuning = self._manager(), self._journal.tuning
+        if tuning is not None and manager.compile_range is not None:
+            span = manager.compile_range.start, manager.compile_range.end
+            copied = fx.GraphModule(graph.owning_module or {}, copy_graph(graph)[0])  # it is rewritten below
+            tuning.add(manager.analyze(copied.graph).problem, span, functools.partial(self._lower_in, span))
+        manager(graph)
+        self._lower(graph)
+
+    def _lower_in(self, span: tuple[int, int], graph: fx.Graph) -> None:
+        with pass_context(Range(*span)):
+            self._lower(graph)
+
+    def _lower(self, graph: fx.Graph) -> None:
         planned = self.passes
         self.passes = []
         try:
@@ -60,7 +75,11 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
             if self._config.chosen_policy.name == "planned":
                 passes = in_plan(passes)
             self._managers[key] = manager_for(
-                self._config, CompileRange(start=max(span.start, 1), end=span.end), self._journal.add, passes=passes
+                self._config,
+                CompileRange(start=max(span.start, 1), end=span.end),
+                self._journal.add,
+                passes=passes,
+                settles=True,
             )
         return self._managers[key]
 

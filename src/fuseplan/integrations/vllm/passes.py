@@ -8,6 +8,7 @@ from typing import Any, Final
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.matching import GraphPass
+from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS
 from fuseplan.record import Report
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
@@ -20,11 +21,13 @@ def manager_for(
     *,
     previous: Sequence[GraphPass] = (),
     passes: Sequence[object] = (),
+    settles: bool = False,
 ) -> PostGradPassManager:
-    """A manager for one compile range."""
+    """A manager for one compile range; `settles` as for `PostGradPassManager`."""
     return PostGradPassManager(
         config, compile_range=compile_range, on_report=on_report, previous=previous, passes=passes,
-        engine_groups=process_groups, rules=_rules(config), defaults=False,
+        engine_groups=process_groups, rules=_rules(config), defaults=False, settles=settles,
+        providers=(*BUILT_IN_PROVIDERS, *ENGINE_PROVIDERS),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -146,7 +147,8 @@ def _key(config: PassConfig) -> str:
         ConfigError: flags and policy contradict each other, or a file that is named is broken.
     """
     enabled_rules(replace(config, force=(), forbid=()), BUILT_IN_RULES)
-    table = config.cost_table or Environment.read().cost_table
+    environment = Environment.read()
+    table = config.cost_table or environment.cost_table
     known = {
         "source": source_digest(),
         "torch": torch.__version__,
@@ -155,6 +157,7 @@ def _key(config: PassConfig) -> str:
         "plan": plans_key(SavedPlans.load(Path(config.plan)) if config.plan else None),
         "table": content_of(CostTable.load(Path(table))).digest if table else None,
         "measured": _measured(),
+        "tune": uuid4().hex if environment.tune is not None else None,  # a warm start brings no graph to measure
         "providers": sorted((each.name, str(each.version())) for each in BUILT_IN_PROVIDERS),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
@@ -228,8 +231,8 @@ def _announce(config: Any, chosen: PassConfig) -> None:
 
 
 def _left_uncompiled(config: Any) -> str | None:
-    """The model's architecture, where it is one that vLLM doesn't compile unless asked to, or None. vLLM 0.32 has
-    such a list; older ones compile every model that can be.
+    """What vLLM doesn't compile unless asked to, or None: the architecture, where it is on the list that vLLM has from
+    0.29 on; or the model, where something else has chosen breakable CUDA graphs, as VLLM_BATCH_INVARIANT does for some.
     """
     from vllm import envs
 
@@ -239,7 +242,7 @@ def _left_uncompiled(config: Any) -> str | None:
     model = config.model_config
     if model is None or model.enforce_eager or not getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False):
         return None
-    return ", ".join(sorted({*model.architectures} & listed())) or None
+    return ", ".join(sorted({*model.architectures} & listed())) or "the model"
 
 
 def _prepare(worker: Any) -> None:
@@ -254,10 +257,20 @@ def _prepare(worker: Any) -> None:
     from fuseplan.integrations.vllm.backend import offer_pass_manager
     from fuseplan.integrations.vllm.passes import manager_for
     from fuseplan.integrations.vllm.reports import Journal
+    from fuseplan.integrations.vllm.tuning import Tuning
 
     journal = Journal.of(config)
+
+    def give_up() -> None:
+        renew(config.additional_config[KEY][BASIS], _folder())
+
+    def settle() -> None:
+        journal.settle(chosen, give_up)
+
     if _splits(config.compilation_config):
-        offer_pass_manager(journal)
+        table = Environment.read().tune
+        journal.tuning = Tuning(table) if table is not None else None
+        offer_pass_manager(journal, settle)
     elif config.compilation_config.backend == "inductor":
         options = config.compilation_config.inductor_compile_config
         previous = options.get(HOOK)
@@ -268,8 +281,11 @@ def _prepare(worker: Any) -> None:
     def warm_up_and_report(*args: Any, **kwargs: Any) -> Any:
         result = warm_up(*args, **kwargs)
         if not journal.is_lasting:
-            renew(config.additional_config[KEY][BASIS], _folder())
+            give_up()
+        settle()
         journal.close()
+        if journal.tuning is not None:
+            journal.tuning.run(chosen)
         return result
 
     worker.compile_or_warm_up_model = warm_up_and_report

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 from torch.distributed import distributed_c10d
 
 from fuseplan.caching import store
-from fuseplan.compilation.first_run import digest_of
-from fuseplan.config import Environment
+from fuseplan.compilation.first_run import digest_of, pending_in
+from fuseplan.config import Environment, PassConfig
 from fuseplan.distributed import agree
 from fuseplan.errors import UnsupportedError
-from fuseplan.record import Report, stored
+from fuseplan.integrations.vllm.together import verified_by_all
+from fuseplan.integrations.vllm.tuning import Tuning
+from fuseplan.record import Pending, Report, Verification, stored
 from fuseplan.record.report import again, merged
 
 KEPT = "fuseplan_journal"
@@ -29,13 +32,19 @@ class Journal:
         kept: beside vLLM's compile cache and by the same factors, since a warm start brings no graph.
         path: where the user finds it.
         rank: of the worker, among all.
+
+    Attributes:
+        reports: of the graphs that were compiled here.
+        tuning: takes graphs that are to be measured; None: none are.
     """
 
     def __init__(self, kept: Path, path: Path, rank: int) -> None:
         self.kept, self.path, self.rank = kept, path, rank
         self.reports: list[Report] = []
         self._compiled: dict[int, tuple[object, list[Report]]] = {}
+        self._verified: dict[Pending, Verification] = {}
         self._is_silent = False
+        self.tuning: Tuning | None = None
 
     @classmethod
     def of(cls, config: Any) -> "Journal":
@@ -57,6 +66,9 @@ class Journal:
     def add(self, report: Report) -> None:
         """Takes the report of one graph."""
         self.reports.append(report)
+        if pending_in([report]):
+            # vLLM may have what was compiled in its cache before it is verified, and the engine may end there.
+            _write(self.kept, merged(self.reports))
 
     def note(self, compiled: object, before: int) -> None:
         """Takes what vLLM's backend compiled: one result for pieces that are alike, of which a pass sees the first.
@@ -76,6 +88,24 @@ class Journal:
     def is_lasting(self) -> bool:
         """Whether what was compiled here may be cached."""
         return all(graph.is_lasting for report in self.reports for graph in report.graphs)
+
+    def settle(self, config: PassConfig, give_up: Callable[[], None]) -> None:
+        """Has all workers verify together what is left to them, if anything is: of the graphs that were compiled here,
+        or of those that a warm start brings.
+
+        Args:
+            config: as for `verified_by_all`.
+            give_up: likewise.
+
+        Raises:
+            UnsupportedError: as of `verified_by_all`.
+            CollectiveError: likewise.
+        """
+        kept = None if self.reports else store.load_file(self.kept)
+        if kept is not None and pending_in([kept]):
+            _write(self.kept, *verified_by_all([kept], config, self._verified, give_up))
+        elif pending_in(self.reports):
+            self.reports = verified_by_all(self.reports, config, self._verified, give_up)
 
     def silence(self) -> None:
         """There is nothing to log: another line said that fuseplan does nothing."""

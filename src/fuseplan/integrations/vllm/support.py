@@ -64,8 +64,10 @@ WORKER = (
 
 BACKEND = (
     _vllm("compilation.backends:CompilerManager.compile"),
+    _vllm("compilation.backends:VllmBackend.__call__", 2),
     _vllm("compilation.passes.inductor_pass:InductorPass.hash_dict", 1),
     _vllm("compilation.passes.inductor_pass:get_pass_context", 0),
+    _vllm("compilation.passes.inductor_pass:pass_context", 1),
     _vllm("compilation.passes.pass_manager:PostGradPassManager.__call__", 1),
     _vllm("compilation.passes.pass_manager:PostGradPassManager.configure", 1),
     _vllm("compilation.passes.pass_manager:PostGradPassManager.uuid", 0),

@@ -106,16 +106,19 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     return values.as_strided(spec.shape, spec.stride)
 
 
-def compiled(gm: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Any]:
-    """The graph as Inductor compiles it, without any custom pass.
+def compiled(
+    gm: fx.GraphModule, arguments: Sequence[Tensor], lower: Callable[[fx.Graph], None] | None = None
+) -> Callable[..., Any]:
+    """The graph as Inductor compiles it, without any custom pass but `lower`.
 
     Args:
         gm: of `at_size`.
         arguments: like those that it will be called with.
+        lower: puts what Inductor knows in the place of an engine's own ops; None: there are none.
 
     Raises:
         Exception: whatever Inductor raises.
     """
     with torch.no_grad():
-        call: Callable[..., Any] = inductor_compile(gm, list(arguments), options={"post_grad_custom_post_pass": None})
+        call: Callable[..., Any] = inductor_compile(gm, list(arguments), options={"post_grad_custom_post_pass": lower})
         return call

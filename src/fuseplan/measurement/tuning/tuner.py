@@ -84,6 +84,7 @@ class Tuner:
         repeats: at least `clock.LEAST_REPEATS`.
         save: is handed the rows of each class as soon as they are all there.
         watch: called with what is being done.
+        lower: as for `compiled`.
         saved: the rows of all classes that are done.
         skipped: alternatives that aren't measured.
         unclear: what is measured, and could be faster than the component without fusions or slower.
@@ -95,6 +96,7 @@ class Tuner:
     repeats: int
     save: Callable[[Sequence[Row]], None]
     watch: Callable[[Step], None]
+    lower: Callable[[fx.Graph], None] | None = None
     saved: list[Row] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     unclear: list[Unclear] = field(default_factory=list)
@@ -176,7 +178,7 @@ class Tuner:
             for place, (name, module) in enumerate(modules.items()):
                 self._tell(work, f"compiling {name} for {rows} tokens", min(place, len(graphs) - 1))
                 with _noted(errors, name):
-                    subjects[name] = subject_of(_called(compiled(module, sets[0])), sets, device)
+                    subjects[name] = subject_of(_called(compiled(module, sets[0], self.lower)), sets, device)
             self._agree(work, rows, subjects, errors)
             with torch.no_grad():
                 for name in list(subjects):

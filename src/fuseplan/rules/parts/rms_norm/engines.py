@@ -67,7 +67,7 @@ def _c_norm(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any],
     """`_C::rms_norm(result!, input, weight, epsilon)`."""
     result = item(node, 1)
     if result is not None and not _lacks_weight(canonical, rms_norm, node, values):
-        args = (values["input"], values["weight"], values["epsilon"], Rounding.LLAMA.value)
+        args = (values["input"], values["weight"], values["epsilon"], Rounding.GPT_OSS.value)
         canonical.raise_op(rms_norm, args, (result,))
 
 
@@ -77,7 +77,7 @@ def _c_add_norm(
     """`_C::fused_add_rms_norm(input!, residual!, weight, epsilon)`."""
     results = (item(node, 1), item(node, 2))
     if results[0] is not None and not _lacks_weight(canonical, fused_add_rms_norm, node, values):
-        args = (values["input"], values["residual"], values["weight"], values["epsilon"], Rounding.LLAMA.value)
+        args = (values["input"], values["residual"], values["weight"], values["epsilon"], Rounding.GPT_OSS.value)
         canonical.raise_op(fused_add_rms_norm, args, results)
 
 
