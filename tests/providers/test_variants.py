@@ -1,13 +1,17 @@
 """Which machine code a call needs follows from its rows: verification runs all of it, and none is compiled later."""
 
+import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fuseplan.dialect import ops, registered_kernel
+from fuseplan.dialect import Rounding, ops, registered_kernel
+from fuseplan.distributed.workspace import CAPACITY_BYTES, ONE_SHOT_RANKS, SHOT_BYTES, UNIT_WORDS
+from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.verification.specs import ODD_SIZES
 from tests.providers.test_compiles import FAMILIES, stand_ins
 
@@ -45,27 +49,59 @@ ARGUMENTS: dict[str, Callable[[int, int], tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-@pytest.mark.parametrize("width", [4096, *(pytest.param(width, marks=pytest.mark.nightly) for width in (2880, 8192))])
-def test_sizes_that_are_verified_need_all_the_code_that_others_need(
-    name: str, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed: list[tuple[str, str]] = []
+class Needed(list[tuple[str, str]]):
+    """What kernels are compiled for."""
 
-    def note(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        needed.append((kernel.__name__, str(sorted(constants.items(), key=str))))
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Instead of launching one."""
+        self.append((kernel.__name__, str(sorted(constants.items(), key=str))))
 
-    others = stand_ins("cuda", note) | {"cache_bytes": lambda device: L2}
+
+@pytest.fixture
+def needed(monkeypatch: pytest.MonkeyPatch) -> Needed:
+    """As on an H100."""
+    found = Needed()
+    others = stand_ins("cuda", found) | {"cache_bytes": lambda device: L2}
     for family in FAMILIES:
         for each in others.keys() & vars(family).keys():
             monkeypatch.setattr(family, each, others[each])
-    kernel = registered_kernel(ops[name].name, "triton")
-    assert kernel is not None
+    return found
+
+
+def check(needed: Needed, run: Callable[[int], Any]) -> None:
+    """That sizes which are verified need all the code that others need."""
 
     def code_of(rows: int) -> tuple[tuple[str, str], ...]:
         needed.clear()
-        kernel(*ARGUMENTS[name](rows, width))
-        return tuple(needed)
+        run(rows)
+        return tuple(dict.fromkeys(needed))
 
-    verified = {code_of(rows) for rows in (*ODD_SIZES, LAST)}
-    assert verified == {code_of(rows) for rows in ROWS}
+    verified = {each for rows in (*ODD_SIZES, LAST) for each in code_of(rows)}
+    assert verified == {each for rows in ROWS for each in code_of(rows)}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("width", [4096, *(pytest.param(width, marks=pytest.mark.nightly) for width in (2880, 8192))])
+def test_sizes_that_are_verified_need_all_the_code_that_others_need(name: str, width: int, needed: Needed) -> None:
+    kernel = registered_kernel(ops[name].name, "triton")
+    assert kernel is not None
+    check(needed, lambda rows: kernel(*ARGUMENTS[name](rows, width)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("width", [4096, 2880])
+def test_so_do_all_reduces(ranks: int, width: int, needed: Needed) -> None:
+    all_reduce_norm: Any = next(family for family in FAMILIES if family.__name__.endswith("all_reduce_norm"))
+    one_shot = ranks <= ONE_SHOT_RANKS
+    shot = (CAPACITY_BYTES if one_shot else max(SHOT_BYTES, CAPACITY_BYTES // ranks)) // 2
+    workspace: Any = SimpleNamespace(
+        ranks=ranks, rank=0, processors=132, one_shot=one_shot, loopback=False, timed=True, timeout=1, tensors=(),
+        shot_words=shot // UNIT_WORDS * UNIT_WORDS, sums_at=0, held=contextlib.nullcontext,
+        sums_words=0 if one_shot else CAPACITY_BYTES // 2 // UNIT_WORDS * UNIT_WORDS, require=lambda *words: None,
+    )  # fmt: skip
+    norm = all_reduce_norm.Norm(weight=of(width), eps=1e-5, rounding=Rounding.LLAMA)
+    store = epilogue_of(None)()
+    check(
+        needed,
+        lambda rows: all_reduce_norm.launch(of(rows, width), of(rows, width), norm, store, workspace),
+    )

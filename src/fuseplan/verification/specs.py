@@ -13,7 +13,7 @@ from fuseplan.graph.facts import fill_of, hint, tensor_of
 from fuseplan.matching import Match
 from fuseplan.planner.rows import Rows
 
-ODD_SIZES = (1, 7, 33, 257, 769, 1127, 8191)
+ODD_SIZES = (1, 7, 33, 257, 389, 769, 1127, 8191)
 """Numbers of tokens that no tile divides, where they lie in the range: kernels forget their last, partial tile."""
 
 SMALL = 64
