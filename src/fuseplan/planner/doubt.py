@@ -27,6 +27,9 @@ class Doubt(NamedTuple):
         return list(zip(self.exposures, self.weights, strict=True)) if self.exposures else []
 
 
+LEAST_NS = 50
+"""That a plan would have to lose for measuring to be worth it: what reports round to nothing isn't."""
+
 SURE = Doubt()
 """Of a saving that is taken to be exact."""
 
@@ -104,6 +107,6 @@ def contenders(
         if subset != best:
             ahead = value(best) - value(subset)
             between = combined([*parts(best, 1), *parts(subset, -1)])
-            if not unpriced.isdisjoint(subset) or ends(ahead, between, errors)[0] < 0:
+            if not unpriced.isdisjoint(subset) or ends(ahead, between, errors)[0] < -LEAST_NS:
                 found.append(subset)
     return found

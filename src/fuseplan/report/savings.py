@@ -81,7 +81,7 @@ def percent(part: float, whole: float) -> str:
 
 def us(time_ns: float) -> str:
     """`8,304`, `12.3`"""
-    return f"{time_ns / 1000:,.0f}" if abs(time_ns) >= 99_950 else f"{time_ns / 1000:.1f}"
+    return f"{time_ns / 1000:,.0f}" if abs(time_ns) >= 99_950 else f"{round(time_ns / 1000, 1) + 0.0:.1f}"
 
 
 def between(low_ns: float | None, high_ns: float | None) -> str:
