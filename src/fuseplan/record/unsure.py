@@ -20,8 +20,8 @@ class Unsure:
         places: how many places of a graph are of it.
         alternatives: those that could be the best, the one that is applied first; `unfused` where nothing is.
         tokens: the sizes at which they are measured.
-        ahead_ns: what the first of them saves beyond the next one, weighted over the sizes; None where a price isn't
-            known.
+        ahead_ns: what the first of them saves beyond the next one, weighted over the sizes; negative where another one
+            saves more and isn't sure to; None where a price isn't known.
         low_ns: the lower end of the interval that holds that in 80 of 100 cases; below zero.
         high_ns: its upper end.
         device: the profile that it was priced for.

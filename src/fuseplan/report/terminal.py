@@ -360,10 +360,16 @@ def _open(comparison: Comparison) -> list[RenderableType]:
     for each in comparison.reports[0].unsure:
         lines.append(entry("unsure", f"{each.site}, {count_of(each.places, 'place')}"))
         if each.ahead_ns is not None:
-            ahead = f"ahead by {us(each.ahead_ns)} us ({between(each.low_ns, each.high_ns)})"
-            lines.append(indented(f"{each.alternatives[0]}: {ahead}"))
+            lines.append(indented(f"{each.alternatives[0]}: {_ahead(each.ahead_ns, each.low_ns, each.high_ns)}"))
         lines.append(indented(f"beside {enumerate_names(each.alternatives[1:])}"))
     return lines
+
+
+def _ahead(ns: int, low_ns: int | None, high_ns: int | None) -> str:
+    """By how much what is applied is ahead, or behind what isn't sure enough to be applied."""
+    if ns >= 0 or low_ns is None or high_ns is None:
+        return f"ahead by {us(ns)} us ({between(low_ns, high_ns)})"
+    return f"behind by {us(-ns)} us ({between(-high_ns, -low_ns)}), which isn't sure"
 
 
 def _all_reduces(comparison: Comparison) -> list[RenderableType]:

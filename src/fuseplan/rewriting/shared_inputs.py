@@ -52,14 +52,20 @@ def _multiply(graph: fx.Graph, value: fx.Node) -> None:
         node = pending.pop()
         for source in [each for each in node.all_input_nodes if each not in seen]:
             seen.add(source)
-            if _is_outer_product(source):
+            if _is_outer_product(source) and all(_is_elementwise(user) for user in source.users):
                 with graph.inserting_before(source):
                     product = graph.call_function(aten.mul.Tensor, source.args)
                 product.meta = dict(source.meta)
                 source.replace_all_uses_with(product)
                 graph.erase_node(source)
-            elif _is_pointwise(source) or is_view(source) or source.target is aten.cat.default:
+            elif _is_elementwise(source):
                 pending.append(source)
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Whether a node sees the elements of what it reads, whatever their strides, and not the sign of a zero alone."""
+    is_plain_view = is_view(node) and node.target is not aten.as_strided.default
+    return is_plain_view or _is_pointwise(node) or node.target is aten.cat.default
 
 
 def _is_outer_product(node: fx.Node) -> bool:

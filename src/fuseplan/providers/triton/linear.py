@@ -177,7 +177,7 @@ class Shares:
         """
         large = cls.of(processors * _LARGE, rows, processors)
         shares = replace(large, stages=LINEAR_STAGES.at(features / processors))
-        splits = min(processors // triton.cdiv(features, shares.features), LINEAR_SPLITS.value)
+        splits = min(processors // max(1, triton.cdiv(features, shares.features)), LINEAR_SPLITS.value)
         while splits > 1 and width % (splits * shares.columns):
             splits -= 1
         return replace(shares, splits=splits) if splits > 1 else cls.of(features, rows, processors)
