@@ -119,7 +119,8 @@ def test_a_reduced_value_that_is_read_elsewhere_is_one_near_miss(one_rank: str) 
 def experts(codes: Tensor, scales: Tensor, scores: Tensor) -> Tensor:
     """Stands for a library's quantised experts."""
     groups = codes.float().unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
-    return (groups.flatten(-2) * scores.softmax(-1).amax(-1, keepdim=True)).bfloat16()
+    mixed: Tensor = (groups.flatten(-2) * scores.softmax(-1).amax(-1, keepdim=True)).bfloat16()
+    return mixed
 
 
 @experts.register_fake
