@@ -278,11 +278,11 @@ def test_obstacles_on_different_lines_are_different_causes(one_rank: str) -> Non
 
 
 def test_what_is_returned_is_said_to_be(one_rank: str) -> None:
-    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        y = llama(x, None, w)[0]
+    def model(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.silu(gate) * up
         return quantize(y, S), y
 
-    (row,) = near_misses(model, X, W)
+    (row,) = near_misses(model, X, R)
     assert "is returned from the graph, too" in row.detail
     assert row.line is not None
     reduced = near_misses(lambda x, w: ((a := all_reduce(x, one_rank)), llama(a[:3], None, w)[0]), X, W)

@@ -280,11 +280,16 @@ def test_layers_that_differ_by_design_are_no_siblings(one_rank: str) -> None:
     assert (row.nearness, row.expected, row.sites) == (Nearness.MISSING, "pad", ("layers.2",))
 
 
-def test_quantised_values_read_by_others_stay_refusals() -> None:
-    def model(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def test_quantised_values_read_by_others_stay_refusals_but_for_norms() -> None:
+    def normed(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         y = llama(x, None, w)[0]
         return quantize(y, s), y.relu()
 
-    (row,) = near_misses(model, X, W, torch.tensor([0.02]))
-    assert (row.rule, row.nearness, row.reason) == ("norm_quant", Nearness.REFUSED, Reason.USERS)
+    def activated(gate: Tensor, up: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.silu(gate) * up
+        return quantize(y, s), y.relu()
+
+    assert not near_misses(normed, X, W, torch.tensor([0.02]))
+    (row,) = near_misses(activated, X, X.flip(0), torch.tensor([0.02]))
+    assert (row.rule, row.nearness, row.reason) == ("act_quant", Nearness.REFUSED, Reason.USERS)
     assert row.mend is None, "the model means relu to read it"

@@ -226,6 +226,36 @@ def by_row() -> dict[str, bool]:
     return found
 
 
+QUANTISED: dict[str, dict[str, Any]] = {
+    "static_fp8_quant": {"scale": torch.tensor([0.02]), "dtype": FN, "quant_rounding": "divide"},
+    "dynamic_fp8_quant": {"dtype": FN, "min_scale": LEAST, "max_scale": 0.0, "zero_scale": 0.0, "scale_ub": None,
+                          "quant_rounding": "divide"},
+    "group_fp8_quant": arguments(32, LEAST, True, "divide", layout="columns"),
+    "mx_fp8_quant": {"group_size": 32, "dtype": FN, "scaling": "rceil"},
+    "mx_fp4_quant": {"group_size": 32, "scaling": "even"},
+    "nv_fp4_quant": {"group_size": 16, "global_scale": None, "min_scale": 2.0**-6, "layout": "swizzled"},
+}  # fmt: skip
+
+
+def kept() -> dict[str, bool]:
+    """By epilogue, rounding and whether a residual is added: whether what is quantised is yielded as the norm's kernel
+    yields it, and all else as without it, each in memory of its own.
+    """
+    found = {}
+    for (suffix, own), rounding, residual in product(QUANTISED.items(), Rounding, (False, True)):
+        x, weight = activations(5, 96, 1), activations(1, 96, 9)[0]
+        how = Norm(weight=weight, eps=1e-5, rounding=rounding)
+        given = x, activations(5, 96, 2) if residual else None, how
+        y, *total = norm.launch(*given, epilogue_of(None)())
+        plain = norm.launch(*given, epilogue_of(suffix)(**own))
+        got = norm.launch(*given, epilogue_of(suffix)(**own), keeps=True)
+        quantised = plain[: len(plain) - len(total)]
+        wanted = (*quantised, y, *total)
+        apart = len({each.untyped_storage().data_ptr() for each in (*got, x)}) == len(got) + 1
+        found[f"{suffix} {rounding} {residual}"] = apart and all(map(same, got, wanted)) and len(got) == len(wanted)
+    return found
+
+
 @triton.jit
 def _rounded_up(x_ptr, y_ptr, SIZE: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     at = tl.arange(0, SIZE)
@@ -261,6 +291,7 @@ def main() -> None:
     found = {
         "cases": cases(),
         "by row": by_row(),
+        "kept": kept(),
         "not finite": not_finite(),
         "powers": powers() and all_powers(),
         "layouts": layouts(),

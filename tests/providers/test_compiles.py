@@ -85,9 +85,11 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], one_rank: str) -> None:
     kernel = registered_kernel(name, "triton")
     assert kernel is not None
-    for sample in ops[name].samples:
+    # What yields the norm, too, is the kernel of an op above, and a store.
+    samples = ops[name].samples[: 1 if name.endswith("_and_norm") else None]
+    for sample in samples:
         kernel(*sample.make(torch.device("cpu"), torch.Generator().manual_seed(0)))
-    assert len(compiled) >= len(ops[name].samples)
+    assert len(compiled) >= len(samples)
     if name == "grouped_attention":
         q, k = torch.zeros(1, 8, 1, 128).bfloat16(), torch.zeros(1, 2, 1280, 128).bfloat16()
         kernel(q, k, k, None, 1.0, False, "cudnn")
@@ -122,13 +124,13 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
 @pytest.mark.parametrize("compiled", WITHOUT_FP8, indirect=True)
 @pytest.mark.parametrize("suffix", ["mx_fp4_quant", "nv_fp4_quant"])
 def test_fp4_compiles_for_gpus_without_fp8(suffix: str, compiled: list[tuple[str, dict[str, Any]]]) -> None:
-    names = [name for name in OPS if name.endswith(suffix) and not ops[name].collective]
+    names = [name for name in OPS if suffix in name and not ops[name].collective]
     for name in names:
         sample = ops[name].samples[0].make(torch.device("cpu"), torch.Generator().manual_seed(0))
         kernel = registered_kernel(name, "triton")
         assert kernel is not None
         kernel(*(each.half() if isinstance(each, torch.Tensor) else each for each in sample))
-    assert len(compiled) == len(names) == 3
+    assert len(compiled) == len(names) == 5
 
 
 def test_kernels_compile_while_somebody_watches(forks: Forks) -> None:

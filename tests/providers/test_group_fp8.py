@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from fuseplan.dialect import Rounding
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
@@ -32,6 +33,13 @@ def test_it_gives_the_references_bits(interpreted: dict[str, Any]) -> None:
 def test_scales_of_rows_are_rounded_and_bounded_or_not(interpreted: dict[str, Any]) -> None:
     assert len(interpreted["by row"]) == 16
     assert all(interpreted["by row"].values()), interpreted["by row"]
+
+
+@needs_triton
+def test_what_is_quantised_is_yielded_too(interpreted: dict[str, Any]) -> None:
+    """In memory of its own, and everything else stays as it is."""
+    assert len(interpreted["kept"]) == 6 * len(Rounding) * 2
+    assert all(interpreted["kept"].values()), interpreted["kept"]
 
 
 @needs_triton

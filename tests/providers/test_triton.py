@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fuseplan.dialect import ACTIVATION_FAMILY, NORM_FAMILY, ops, registered_kernel
+from fuseplan.dialect import ACTIVATION_FAMILY, KEPT_NORM_FAMILY, NORM_FAMILY, ops, registered_kernel
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
@@ -33,7 +33,7 @@ def test_it_runs_every_fused_op() -> None:
 
 
 def test_fields_of_epilogues_are_the_arguments_of_their_ops() -> None:
-    members = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items()}
+    members = {op: suffix for family in (NORM_FAMILY, KEPT_NORM_FAMILY) for (_, _, suffix), op in family.items()}
     members |= {op: suffix for suffix, op in ACTIVATION_FAMILY.items()}
     assert set(members.values()) <= SUFFIXES
     cores = {"x", "residual", "weight", "eps", "rounding", "group_name", "gate", "up"}

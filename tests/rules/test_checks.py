@@ -21,6 +21,8 @@ from fuseplan.rules.families.norm import NORM_RULES
 AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
 CACHED = ("fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
 QUANTS = ("static_fp8_quant", "dynamic_fp8_quant", "group_fp8_quant", "mx_fp4_quant", "mx_fp8_quant", "nv_fp4_quant")
+ENDS = [f"{quant}{kept}" for quant in QUANTS for kept in ("", "_and_norm")]
+"""Of fused norms: what is quantised is yielded, too, or not."""
 NORM_TABLE = {
     "all_reduce_rms_norm": ("allreduce_rms", (AR,)),
     "all_reduce_fused_add_rms_norm": ("allreduce_rms", (AR,)),
@@ -28,11 +30,11 @@ NORM_TABLE = {
     "fused_add_rms_norm_pad": ("act_padding", (PAD,)),
     "all_reduce_rms_norm_pad": ("allreduce_rms_padding", (AR, PAD)),
     "all_reduce_fused_add_rms_norm_pad": ("allreduce_rms_padding", (AR, PAD)),
-    **{f"{core}_{quant}": ("norm_quant", (QUANT,)) for core in ("rms_norm", "fused_add_rms_norm") for quant in QUANTS},
+    **{f"{core}_{quant}": ("norm_quant", (QUANT,)) for core in ("rms_norm", "fused_add_rms_norm") for quant in ENDS},
     **{
         f"all_reduce_{core}_{quant}": ("allreduce_rms_quant", (AR, QUANT))
         for core in ("rms_norm", "fused_add_rms_norm")
-        for quant in QUANTS
+        for quant in ENDS
     },
 }
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -95,15 +97,16 @@ def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     parts = [*(["all_reduce"] if name.startswith("all_reduce") else []), core, *after]
     assert rule.core.name == core
     assert rule.describe() == f"{' -> '.join(parts)}  =>  {name}"
-    # The value that the pad or the quantisation yields, the unpadded one, the scales, and the sum.
+    # What the pad or the quantisation yields, the unpadded value, the scales, what is quantised, and the sum.
     sums = core == "fused_add_rms_norm" or name.startswith("all_reduce")
     has_scales = any(kind in name for kind in ("_dynamic", "_group", "_mx", "_nv"))
-    expected = 1 + ("pad" in name or has_scales) + sums
+    is_kept = name.endswith("_and_norm")
+    expected = 1 + ("pad" in name or has_scales) + is_kept + sums
     assert len(rule.traced_pattern.outputs) == expected
     assert tuple(rule.traced_pattern.inputs) == rule.variables
     items = [node for node in rule.traced_pattern.outputs if node.target is operator.getitem]
     scales = [(after[0], 0), (after[0], 1)] if has_scales else []
-    unpadded = [(core, 0)] if core == "fused_add_rms_norm" and ("pad" in name or not after) else []
+    unpadded = [(core, 0)] if core == "fused_add_rms_norm" and ("pad" in name or is_kept or not after) else []
     total = [(core, 1)] if core == "fused_add_rms_norm" else []
     assert [(op_text(item.all_input_nodes[0].target), item.args[1]) for item in items] == [*scales, *unpadded, *total]
     rule.validate()

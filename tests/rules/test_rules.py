@@ -265,16 +265,6 @@ def test_unsupported_dtype_is_refused() -> None:
     assert not PostGradPassManager(ALONE["act_padding"]).analyze(post_grad(model, *wide)).matches.candidates
 
 
-def test_a_quantised_norm_that_is_also_read_unquantised_is_refused() -> None:
-    def model(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        y, _ = llama(x, None, weight)
-        return quantize(y, scale), y.relu()
-
-    (refusal,) = refused(model, randn(7, HIDDEN), W, torch.tensor([0.02]), rule="norm_quant")
-    assert refusal.reason is Reason.USERS
-    assert "relu" in refusal.detail
-
-
 def test_a_reduced_value_that_is_read_elsewhere_is_refused_with_residual(one_rank: str) -> None:
     def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         reduced = all_reduce(x, one_rank)

@@ -31,7 +31,7 @@ from fuseplan.graph.ops import (
     ops,
     registered_kernel,
 )
-from fuseplan.rules.families import ACTIVATION_FAMILY, LINEAR_FAMILY, NORM_FAMILY
+from fuseplan.rules.families import ACTIVATION_FAMILY, KEPT_NORM_FAMILY, LINEAR_FAMILY, NORM_FAMILY
 from fuseplan.rules.parts.attention import KERNELS as ATTENTION_KERNELS
 from fuseplan.rules.parts.fp8 import FP8_DTYPES
 from fuseplan.rules.parts.linear import split_arguments
@@ -40,6 +40,7 @@ __all__ = [
     "ACTIVATION_FAMILY",
     "ATTENTION_KERNELS",
     "FP8_DTYPES",
+    "KEPT_NORM_FAMILY",
     "LINEAR_FAMILY",
     "NORM_FAMILY",
     "PACKED",

@@ -111,7 +111,8 @@ def matches_of(rule: Rule, canonical: CanonicalGraph) -> Iterator[tuple[Match, R
         result = pattern.match(anchor)
         if result is not None:
             match = _complete(rule, *result)
-            yield match, _refused(canonical, match)
+            if rule.takes(match.core, match.consumed):
+                yield match, _refused(canonical, match)
 
 
 def _complete(rule: Rule, values: Mapping[str, Any], found: Mapping[fx.Node, fx.Node]) -> Match:

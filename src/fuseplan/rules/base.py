@@ -4,7 +4,7 @@ meaning."""
 import inspect
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,6 +113,16 @@ class Rule:
     def check(self, m: Bindings) -> Refusal | None:
         """Why a match that the pattern admits must be refused, or None."""
         return None
+
+    def takes(self, core: fx.Node, consumed: Collection[fx.Node]) -> bool:
+        """Whether a match that the pattern admits is for this rule; if not, another one is there for such matches, and
+        nothing is reported of this one.
+
+        Args:
+            core: the node that calls the rule's core.
+            consumed: all nodes of the match.
+        """
+        return True
 
     @property
     def variables(self) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def test_shapes_hold_all_that_prices_depend_on() -> None:
     first, second, third = sites_of()
     assert first.shape(7) == Shape(
         core=NORM, residual=True, ranks=4, rows=7, width=100, itemsize=2, tails=(STATIC, PAD),
-        convention="bfloat16 llama",
+        convention="bfloat16 llama", kept=True,
     )  # fmt: skip
     assert second.shape(3) == Shape(
         core=NORM, residual=False, ranks=1, rows=3, width=100, itemsize=2, tails=(DYNAMIC,),
@@ -101,19 +101,47 @@ def test_widths_are_those_of_the_last_dimension() -> None:
 
 def test_signatures_say_all_but_the_rows() -> None:
     first, second, third = (site.shape(7).signature for site in sites_of())
-    assert first == "all_reduce[4] -> add -> rms_norm -> static_fp8_quant -> pad 100:128 100 bfloat16 llama"
+    assert first == "all_reduce[4] -> add -> rms_norm -> static_fp8_quant -> pad 100:128 100 bfloat16 llama kept"
     assert second == "rms_norm -> dynamic_fp8_quant 100 bfloat16 gpt_oss"
     assert third == "silu_and_mul 100 bfloat16 llama"
     assert shape(ranks=2).signature.startswith("all_reduce[2] -> rms_norm")
 
 
-def shape(*tails: Tail, ranks: int = 1, residual: bool = False) -> Shape:
-    return Shape(core=NORM, residual=residual, ranks=ranks, rows=10, width=100, itemsize=2, tails=tails, convention="")
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    ("quantises", "pads", "more", "kept"),
+    [
+        (True, False, False, False),
+        (True, True, False, False),
+        (True, False, True, True),
+        (True, True, True, True),
+        (False, True, True, False),
+        (False, False, True, False),
+    ],
+)
+def test_a_norm_is_kept_where_others_read_it_and_no_epilogue_yields_it(
+    residual: bool, quantises: bool, pads: bool, more: bool, kept: bool
+) -> None:
+    def model(x: Any, r: Any, w: Any, scale: Any) -> Any:
+        y = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")[0] if residual else ops.rms_norm(x, w, 1e-5, "llama")
+        quantised = (ops.static_scaled_fp8_quant(y, scale, FP8, "divide"),) if quantises else ()
+        return *quantised, *((ops.pad(y, 28),) if pads else ()), *((aten.relu.default(y),) if more else ())
+
+    (site,) = sites_of(model)
+    assert site.shape(7).kept is kept
+
+
+def shape(*tails: Tail, ranks: int = 1, residual: bool = False, kept: bool = False) -> Shape:
+    return Shape(
+        core=NORM, residual=residual, ranks=ranks, rows=10, width=100, itemsize=2, tails=tails, convention="", kept=kept
+    )
 
 
 RING = Kernel(name="all_reduce (LL)", launch=3200, wire=375)
 NORMED = Kernel(name="rms_norm", launch=1100, memory=42)
 STATIC_NORM = Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=32)
+STATIC_NORM_KEPT = Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=52)
+"""2000 bytes more, which others read."""
 ALONE = {
     PAD: Kernel(name="pad", launch=1000, memory=46),
     STATIC: Kernel(name="static_fp8_quant", launch=1000, memory=30),
@@ -128,7 +156,8 @@ ALONE = {
         (shape(residual=True), (Kernel(name="rms_norm", launch=1100, memory=82),)),
         (shape(PAD), (NORMED, ALONE[PAD])),
         (shape(STATIC), (STATIC_NORM,)),
-        (shape(PAD, STATIC), (STATIC_NORM, ALONE[PAD])),
+        (shape(STATIC, kept=True), (STATIC_NORM_KEPT,)),
+        (shape(PAD, STATIC), (STATIC_NORM_KEPT, ALONE[PAD])),
         (shape(PAD, PAD), (NORMED, ALONE[PAD], ALONE[PAD])),
         # 1000 bytes and 1040 more that the same kernel writes
         (shape(STATIC, STATIC, DYNAMIC), (STATIC_NORM, Kernel(name="further results", memory=20))),
@@ -165,8 +194,21 @@ def test_a_fused_op_takes_its_parts_of_the_site() -> None:
     assert (region.reduce, region.ranks, region.residual, region.tail) == (False, 1, True, None)
     assert (region.tokens, region.width, region.itemsize, region.core) == (10, 100, 2, NORM)
     assert not shape(ranks=1).region(reduce=True, tail=None).reduce
+    assert site.region(reduce=True, tail=STATIC).keeps_core, "the pad reads it"
+    assert not shape(STATIC).region(reduce=False, tail=STATIC).keeps_core
+    assert shape(STATIC, kept=True).region(reduce=False, tail=STATIC).keeps_core
     fused = site.fused(MODEL, "flashinfer", reduce=True, tail=STATIC)
     assert fused == MODEL.fused(site.region(reduce=True, tail=STATIC), "flashinfer")
+
+
+def test_a_norm_that_is_kept_is_written_on_both_sides() -> None:
+    """2000 bytes more than where nobody reads it."""
+    kept, plain = shape(DYNAMIC, residual=True, kept=True), shape(DYNAMIC, residual=True)
+    both, alone = (each.fused(MODEL, "triton", reduce=False, tail=DYNAMIC) for each in (kept, plain))
+    assert [kernel.ns for kernel in both] == [kernel.ns + 20 for kernel in alone]
+    assert [kernel.ns for kernel in kept.unfused(MODEL)] == [kernel.ns + 20 for kernel in plain.unfused(MODEL)]
+    assert kept.rest(MODEL, reduce=False, tail=DYNAMIC) == plain.rest(MODEL, reduce=False, tail=DYNAMIC) == ()
+    assert kept.fused(MODEL, "triton", reduce=False, tail=None) == plain.fused(MODEL, "triton", reduce=False, tail=None)
 
 
 def test_what_a_match_takes_of_a_site() -> None:

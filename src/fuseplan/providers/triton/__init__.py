@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fuseplan.dialect import (
     ACTIVATION_FAMILY,
+    KEPT_NORM_FAMILY,
     LINEAR_FAMILY,
     NORM_FAMILY,
     DialectOp,
@@ -342,7 +343,7 @@ def accept_activation(suffix: str) -> Accepts:
 
 def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
     """The kernel of a member of the norm family, by the member's own arguments."""
-    names = op.arguments
+    names, keeps = op.arguments, op in _KEPT_NORMS
 
     def run(*arguments: Any) -> Any:
         from fuseplan.providers.triton import all_reduce_norm, norm
@@ -352,9 +353,10 @@ def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
         x, residual = own.pop("x"), own.pop("residual", None)
         how = Norm(weight=own.pop("weight"), eps=own.pop("eps"), rounding=Rounding(own.pop("rounding")))
         if own.pop("group_name", None) is None:
-            results = norm.launch(x, residual, how, epilogue_of(suffix)(**own))
+            results = norm.launch(x, residual, how, epilogue_of(suffix)(**own), keeps=keeps)
         else:
-            results = all_reduce_norm.launch(x, residual, how, epilogue_of(suffix)(**own), arguments[-1])
+            epilogue = epilogue_of(suffix)(**own)
+            results = all_reduce_norm.launch(x, residual, how, epilogue, arguments[-1], keeps=keeps)
         return results if len(results) > 1 else results[0]
 
     kernel = replayed(run)
@@ -392,7 +394,11 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
 _EAGER_ATTENTIONS = (ops.fused_attention, ops.rope_cached_eager_attention)
 _LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
 _FEW_ROWS = (*_LINEARS, ops.skinny_linear_add_rms_norm)
-_NORMS = {op: suffix for (_, _, suffix), op in NORM_FAMILY.items() if suffix in SUFFIXES}
+_PLAIN_NORMS, _KEPT_NORMS = (
+    {op: suffix for (_, _, suffix), op in family.items() if suffix in SUFFIXES}
+    for family in (NORM_FAMILY, KEPT_NORM_FAMILY)
+)
+_NORMS = {**_PLAIN_NORMS, **_KEPT_NORMS}
 _ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))

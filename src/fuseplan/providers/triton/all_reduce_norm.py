@@ -1,4 +1,4 @@
-"""All-reduce [-> residual add] -> RMSNorm [-> an epilogue], in one kernel.
+"""All-reduce [-> residual add] -> RMSNorm [-> an epilogue], in one kernel, which may store the norm beside it.
 
 total = sum over ranks of x [+ residual];  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
@@ -20,7 +20,6 @@ its memory may be of any call, and is of no use any more.
 Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,11 +144,11 @@ def reduced(
 @names_functions
 @triton.jit(do_not_specialize=["rows", "timeout", "shot_units", "sums_units_at", "sums_units"])
 def _all_reduce_norm(
-    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, mine, peer_offsets, state, failure,
+    x_ptr, residual_ptr, weight_ptr, arguments, y_ptr, total_ptr, mine, peer_offsets, state, failure,
     rows, x_row, residual_row, weight_dim, eps, timeout, shot_units, sums_units_at, sums_units,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    KEEPS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, LAG: tl.constexpr, TIMED: tl.constexpr,
     LOOPBACK: tl.constexpr,
 ):  # fmt: skip
@@ -261,6 +260,8 @@ def _all_reduce_norm(
         if ADDS and ROUNDS_SUM:
             total = rounded(total, dtype)
         y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
+        if KEEPS:
+            tl.store(y_ptr + kept, y.to(dtype), mask=inside)
         STORE(y, arguments, row, 0, (row >= 0) & (row < rows), dtype, WIDTH, CONSTANTS, NVIDIA)
     # Empty the rest of what a larger call has left, and all sums if this call has none.
     emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program
@@ -333,6 +334,8 @@ def launch(
     epilogue: Epilogue,
     workspace: Workspace,
     schedule: Schedule | None = None,
+    *,
+    keeps: bool = False,
 ) -> tuple[Tensor, ...]:
     """The family's op.
 
@@ -343,19 +346,20 @@ def launch(
         epilogue: what is done to rows before they are stored.
         workspace: of the group, for x's dtype.
         schedule: None: by size. A message that doesn't fit in the workspace takes several launches.
+        keeps: whether the norm is yielded, too.
 
     Returns:
-        The epilogue's results, and the sum that was normalised.
+        The epilogue's results, the norm as x's dtype holds it where it is kept, and the sum that was normalised.
 
     Raises:
         CollectiveError: an earlier call in this workspace failed.
     """
     flat = flattened(x)
     rows, width = flat.shape
-    results = epilogue.results(x)
+    results, kept = epilogue.results(x), (x.new_empty(x.shape),) if keeps else ()
     total = x.new_empty(x.shape, dtype=x.dtype if residual is None else norm.total_dtype(x))
     if not x.numel():
-        return *results, total
+        return *results, *kept, total
     chosen = schedule or Schedule.of(flat, epilogue, workspace)
     sums = total.view(rows, -1)
     added = flat if residual is None else flattened(residual)
@@ -365,26 +369,26 @@ def launch(
             part, rest, summed = (each[start : start + most] for each in (flat, added, sums))
             store, written = epilogue.part(results, start, start + most)
             own = rest if residual is not None else None
-            _launch(part, own, norm, store, workspace, chosen, (*written, summed))
-    return *results, total
+            normed = tuple(each.view(rows, -1)[start : start + most] for each in kept)
+            _launch(part, own, norm, store, workspace, chosen, written, normed, summed)
+    return *results, *kept, total
 
 
 def _launch(
     x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue, workspace: Workspace, schedule: Schedule,
-    outputs: Sequence[Tensor],
+    results: tuple[Tensor, ...], kept: tuple[Tensor, ...], total: Tensor,
 ) -> None:  # fmt: skip
     rows, width = x.shape
-    *results, total = outputs
     added, programs = x if residual is None else residual, min(rows, schedule.programs)
     workspace.require(*schedule.words(width, rows, workspace))
     run_kernel(
         _all_reduce_norm, (programs,),
-        x, added, norm.weight, epilogue.arguments(tuple(results)), total, *workspace.tensors,
+        x, added, norm.weight, epilogue.arguments(results), kept[0] if kept else total, total, *workspace.tensors,
         rows, x.stride(0), added.stride(0), norm.weight.stride(0), norm.eps, workspace.timeout,
         *(words // UNIT_WORDS for words in (workspace.shot_words, workspace.sums_at, workspace.sums_words)),
         WIDTH=width, ROWS=schedule.tile.rows, BLOCK=schedule.tile.block, ADDS=residual is not None,
         RANK=workspace.rank, RANKS=workspace.ranks, TWO_SHOT=schedule.two_shot, LAG=schedule.lag,
         TIMED=workspace.timed, LOOPBACK=workspace.loopback and schedule.two_shot,
-        STORE=epilogue.store, CONSTANTS=epilogue.constants, **norm.constants, **schedule.tile.launch(x),
-        NVIDIA=is_nvidia(x.device),
+        STORE=epilogue.store, CONSTANTS=epilogue.constants, KEEPS=bool(kept), NVIDIA=is_nvidia(x.device),
+        **norm.constants, **schedule.tile.launch(x),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""[residual add ->] RMSNorm -> an epilogue, in one kernel.
+"""[residual add ->] RMSNorm -> an epilogue, in one kernel, which may store what the epilogue reads, too.
 
 total = x + residual;  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
@@ -21,10 +21,11 @@ from fuseplan.providers.triton.rows import normalized, rounded, within
 @names_functions
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _norm(
-    x_ptr, residual_ptr, weight_ptr, arguments, total_ptr, rows, x_row, residual_row, weight_dim, eps,
+    x_ptr, residual_ptr, weight_ptr, arguments, y_ptr, total_ptr, rows, x_row, residual_row, weight_dim, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_SUM: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, STORE: tl.constexpr, CONSTANTS: tl.constexpr,
-    PARTS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    KEEPS: tl.constexpr, PARTS: tl.constexpr, EVICTION: tl.constexpr,
+    LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Some rows; x is the sum of PARTS, rounded."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty if PARTS == 1 else weight_ptr.dtype.element_ty
@@ -51,12 +52,15 @@ def _norm(
         if ROUNDS_SUM:
             total = rounded(total, dtype)
     y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
+    if KEEPS:
+        tl.store(y_ptr + at * WIDTH + column[None, :], y.to(dtype), mask=inside)
     STORE(y, arguments, row, 0, row < rows, dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
 def launch(
-    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue, parts: Tensor | None = None
-) -> tuple[Tensor, ...]:
+    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue, parts: Tensor | None = None, *,
+    keeps: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The family's op.
 
     Args:
@@ -66,14 +70,17 @@ def launch(
         epilogue: what is done to rows before they are stored.
         parts: [parts, ..., hidden], float32 and contiguous: their sum, rounded to x's dtype, is normalised in the place
             of x, of which nothing is read. None: x is.
+        keeps: whether the norm is yielded, too.
 
     Returns:
-        The epilogue's results, and x + residual where there is a residual.
+        The epilogue's results, the norm as x's dtype holds it where it is kept, and x + residual where there is a
+        residual.
     """
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     flat = flattened(x) if parts is None else parts.view(-1, width)
     added = None if residual is None else flattened(residual)
     results = epilogue.results(x)
+    kept = (x.new_empty(x.shape),) if keeps else ()
     totals = () if residual is None else (x.new_empty(x.shape, dtype=norm.total_dtype(x)),)
     if x.numel():
         elements = epilogue.elements.at(rows / multiprocessors(x.device))
@@ -82,12 +89,12 @@ def launch(
             run_kernel(
                 _norm, (triton.cdiv(rows, shape.rows),),
                 flat, flat if added is None else added, norm.weight, epilogue.arguments(results),
-                totals[0] if totals else results[0], rows, flat.stride(0), 0 if added is None else added.stride(0),
-                norm.weight.stride(0), norm.eps,
+                kept[0] if kept else results[0], totals[0] if totals else results[0],
+                rows, flat.stride(0), 0 if added is None else added.stride(0), norm.weight.stride(0), norm.eps,
                 WIDTH=width, ROWS=shape.rows, BLOCK=shape.block, ADDS=residual is not None,
-                PARTS=1 if parts is None else parts.shape[0],
-                EVICTION=eviction(x, *(() if residual is None else (residual,)), *results, *totals),
+                PARTS=1 if parts is None else parts.shape[0], KEEPS=keeps,
+                EVICTION=eviction(x, *(() if residual is None else (residual,)), *results, *kept, *totals),
                 STORE=epilogue.store, CONSTANTS=epilogue.constants, **norm.constants, **shape.launch(x),
                 NVIDIA=is_nvidia(x.device),
             )  # fmt: skip
-    return (*results, *totals)
+    return (*results, *kept, *totals)

@@ -13,7 +13,7 @@ from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES, CACHED_RO
 from fuseplan.rules.families.compose import ComposedRule, Member
 from fuseplan.rules.families.linear import LINEAR_FAMILY, LINEAR_RULES, LINEAR_SITES
 from fuseplan.rules.families.linear_norm import LINEAR_NORM_RULES
-from fuseplan.rules.families.norm import NORM_FAMILY, NORM_RULES
+from fuseplan.rules.families.norm import KEPT_NORM_FAMILY, NORM_FAMILY, NORM_RULES
 from fuseplan.rules.families.rotary import ROTARY_RULES
 from fuseplan.rules.families.sites import Site
 from fuseplan.rules.parts import PARTS, Core, Part, part_of
@@ -48,6 +48,7 @@ def opt_in_parts(rules: Mapping[str, Sequence[Rule]]) -> frozenset[Part]:
 __all__ = [
     "ACTIVATION_FAMILY",
     "BUILT_IN_RULES",
+    "KEPT_NORM_FAMILY",
     "LINEAR_FAMILY",
     "NORM_FAMILY",
     "ComposedRule",

@@ -3,18 +3,20 @@
 A member's arguments and results follow from its parts:
 
     (the core's, with a residual where one is added, [the epilogue's own], [the prologue's own])
-        -> (y or the epilogue's, [the sum])
+        -> (y or the epilogue's, [y where it is kept], [the sum])
 
 The last result is what a core with a residual or a prologue read: x + residual, rounded, or the reduced x where there
 is no residual. A member with neither yields no such result, since it would be x itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
+from fuseplan.graph.facts import item
 from fuseplan.graph.ops import DialectOp, Sample, define
 from fuseplan.rules.base import Rule
 from fuseplan.rules.parts import Core, Prologue, RowEpilogue
@@ -36,15 +38,19 @@ class Member:
         prologue: what is done to its input; None: nothing.
         residual: whether a residual is added before it.
         epilogue: what is done to its result; None: nothing.
+        keeps: whether the core's own result is yielded beside the epilogue's, as where others read it, too; None: it
+            comes out of the epilogue's, or there is no member for such places.
     """
 
     core: Core
     prologue: Prologue | None = None
     residual: bool = False
     epilogue: RowEpilogue | None = None
+    keeps: bool | None = None
 
     def __post_init__(self) -> None:
         assert self.epilogue is None or self.core.name in self.epilogue.cores, self
+        assert self.keeps is None or (self.epilogue is not None and self.epilogue.core_of is None), self
 
     @property
     def op(self) -> DialectOp:
@@ -69,6 +75,7 @@ class Member:
             self.prologue.name if self.prologue else "",
             self.op.name,
             self.epilogue.suffix if self.epilogue else "",
+            "and_norm" if self.keeps else "",
         )
         return "_".join(name for name in names if name)
 
@@ -87,7 +94,7 @@ class Member:
             core: the op in the middle.
             after: the epilogue.
             arguments: of the fused op, in its order.
-            keeps_core: whether the core's own result is yielded, too, where the epilogue's has it.
+            keeps_core: whether the core's own result is yielded, too, where only the epilogue's has it.
 
         Returns:
             All that it yields.
@@ -103,7 +110,7 @@ class Member:
         if self.epilogue is not None:
             result, several = after(y, *arguments[count:last]), range(self.epilogue.results)
             values = (result,) if len(several) == 1 else tuple(result[index] for index in several)
-            values += (y,) if keeps_core and self.epilogue.core_of is not None else ()
+            values += (y,) if self.keeps or (keeps_core and self.epilogue.core_of is not None) else ()
         return (*values, total) if self.yields_sum else values
 
     def define(self) -> DialectOp:
@@ -111,7 +118,7 @@ class Member:
         prologue, epilogue = self.prologue, self.epilogue
         parameters = [*self.op.parameters, *(epilogue.parameters if epilogue else ())]
         parameters += prologue.parameters if prologue else ()
-        count = (epilogue.results if epilogue else 1) + self.yields_sum
+        count = (epilogue.results if epilogue else 1) + bool(self.keeps) + self.yields_sum
         outputs = f"({', '.join(['Tensor'] * count)})"
 
         def run(kind: str, arguments: Sequence[Any]) -> Any:
@@ -154,8 +161,8 @@ class Member:
 class ComposedRule(Rule):
     """[prologue ->] [+ residual ->] core [-> epilogue]  =>  one op.
 
-    The values it yields beside the first: the core's own where the epilogue's first one has it, and the sum that the
-    core read.
+    The values it yields beside the first: the core's own where the op keeps it or the epilogue's first one has it, and
+    the sum that the core read.
     """
 
     def __init__(self, name: str, flags: tuple[str, ...], member: Member, op: DialectOp) -> None:
@@ -166,6 +173,14 @@ class ComposedRule(Rule):
     def variables(self) -> tuple[str, ...]:
         """The fused op's own arguments, by the names in its schema."""
         return self.op.arguments
+
+    def takes(self, core: fx.Node, consumed: Collection[fx.Node]) -> bool:
+        """Of two members, the one that keeps the core's result takes those cores that others read, too."""
+        if self.member.keeps is None:
+            return True
+        result = item(core, 0) if self.member.residual else core
+        assert result is not None, core.format_node()
+        return self.member.keeps == any(user not in consumed for user in result.users)
 
     def pattern(self, **bound: Any) -> Any:
         """The parts, one after the other."""

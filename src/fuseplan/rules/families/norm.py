@@ -1,7 +1,7 @@
 """Fusions around RMSNorm.
 
-[all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it], and `add_rms_norm` where a
-residual alone is before it
+[all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it] [_and_norm where what is quantised
+is yielded, too], and `add_rms_norm` where a residual alone is before it
 """
 
 from fuseplan.graph.facts import dtype_text
@@ -21,7 +21,10 @@ NAMES = {
 
 
 class NormRule(ComposedRule):
-    """y = epilogue(rms_norm(sum_ranks(x) + residual) * weight)"""
+    """y = epilogue(rms_norm(sum_ranks(x) + residual) * weight)
+
+    Where others read the norm beside a quantisation, as the router of a mixture of experts does, the op yields both.
+    """
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what the fused op doesn't compute: mixed and unsupported dtypes."""
@@ -53,11 +56,12 @@ class AddNormRule(NormRule):
 def _members() -> list[Member]:
     epilogues = [part for part in PARTS if isinstance(part, RowEpilogue) and rms_norm.PART.name in part.cores]
     members = [
-        Member(core=rms_norm.PART, prologue=prologue, residual=residual, epilogue=epilogue)
+        Member(core=rms_norm.PART, prologue=prologue, residual=residual, epilogue=epilogue, keeps=keeps)
         for prologue in (None, all_reduce.PART)
         for epilogue in (None, *epilogues)
         if prologue or epilogue
         for residual in (False, True)
+        for keeps in ((False, True) if epilogue and epilogue.kind is Kind.QUANTISATION else (None,))
     ]
     return [*members, Member(core=rms_norm.PART, residual=True)]
 
@@ -74,9 +78,15 @@ def _rule(member: Member, op: DialectOp) -> NormRule:
 
 
 _FUSED = [(member, member.define()) for member in _members()]
-NORM_FAMILY = {
-    (each.prologue is not None, each.residual, each.epilogue.suffix if each.epilogue else None): op
-    for each, op in _FUSED
-}
-"""Fused norms by (whether an all-reduce comes before them, whether a residual is added, the epilogue's suffix)."""
+NORM_FAMILY, KEPT_NORM_FAMILY = (
+    {
+        (each.prologue is not None, each.residual, each.epilogue.suffix if each.epilogue else None): op
+        for each, op in _FUSED
+        if bool(each.keeps) is keeps
+    }
+    for keeps in (False, True)
+)
+"""Fused norms by (whether an all-reduce comes before them, whether a residual is added, the epilogue's suffix), and
+those that yield what they quantise, too.
+"""
 NORM_RULES = tuple(_rule(member, op) for member, op in _FUSED)

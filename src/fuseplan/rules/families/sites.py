@@ -16,7 +16,7 @@ from fuseplan.devices.hardware import TORCH, Hardware
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import dtype_text, fill_of, group_size, hint, item, tensor_of
 from fuseplan.graph.ops import ops
-from fuseplan.rules.parts import PARTS, Core, Epilogue, Prologue, part_at, reducer_of
+from fuseplan.rules.parts import PARTS, Core, Epilogue, Prologue, RowEpilogue, part_at, reducer_of
 from fuseplan.rules.parts.attention.traffic import Heads
 from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
@@ -71,6 +71,7 @@ class Shape:
         convention: dtype and rounding, which kernels are chosen by and prices are not.
         makes_weight: its norm has no weight, and a fused op gets one of ones, which a kernel of its own makes.
         reducer: whose all-reduce stands before it.
+        kept: what comes after it isn't all that reads its result, which no epilogue's holds, too.
     """
 
     core: Middle
@@ -83,6 +84,7 @@ class Shape:
     convention: str
     makes_weight: bool = False
     reducer: str = TORCH
+    kept: bool = False
 
     @property
     def signature(self) -> str:
@@ -90,7 +92,8 @@ class Shape:
         group = f"{self.ranks}" if self.reducer == TORCH else f"{self.ranks} {self.reducer}"
         parts = [f"all_reduce[{group}]"] * (self.ranks > 1) + ["add"] * self.residual + [self.core.name]
         parts += [tail.text(self.width) for tail in self.tails]
-        return f"{' -> '.join(parts)} {self.width} {self.convention}{' unweighted' * self.makes_weight}"
+        marks = " unweighted" * self.makes_weight + " kept" * self.kept
+        return f"{' -> '.join(parts)} {self.width} {self.convention}{marks}"
 
     def region(self, *, reduce: bool, tail: Tail | None) -> Region:
         """The parts of the site that one op takes."""
@@ -103,18 +106,20 @@ class Shape:
             residual=self.residual,
             tail=tail,
             ranks=self.ranks if reduce else 1,
+            keeps_core=self.kept or len(self.tails) > 1,
             reducer=self.reducer,
         )
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
         """The site as Inductor leaves it: an epilogue joins the core's kernel, unless it stands alone."""
         inside = [tail for tail in self.tails if not tail.stands_alone(self.core)]
+        apart = [tail for tail in self.tails if tail.stands_alone(self.core)]
         first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
+        first = replace(first, keeps_core=self.kept or bool(apart))
         kernels = (*(model.reduce(first) if first.reduce else ()), *model.core(first))
         more = [self.region(reduce=False, tail=tail).result_bytes for tail in inside[1:]]
         if more:
             kernels = (*kernels, Kernel(name="further results", memory=round(sum(map(model.hardware.memory_ns, more)))))
-        apart = [tail for tail in self.tails if tail.stands_alone(self.core)]
         rest = [kernel for tail in apart for kernel in model.epilogue(self.region(reduce=False, tail=tail))]
         return (*kernels, *rest)
 
@@ -179,7 +184,7 @@ class Site:
         """The site of a core of a graph: one that works on rows, such as a norm or an activation."""
         part, source = part_at(core), core.args[0]
         assert isinstance(part, Core), core.format_node()
-        result = item(core, 0) if ops.of(core.target) is part.residual_op else core
+        result = _result(core, part)
         tails = set[fx.Node]()
         for epilogue in PARTS:
             if isinstance(epilogue, Epilogue) and result is not None:
@@ -223,7 +228,15 @@ class Site:
             convention=f"{dtype_text(value.dtype)} {rounding}",
             makes_weight=part.weight is not None and fill_of(self.core.args[part.weight]) is not None,
             reducer=reducer_of(self.reduce) if self.reduce is not None else TORCH,
+            kept=self._is_kept,
         )
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether what an epilogue doesn't yield is read by others, too."""
+        alone = [node for node in self.tails if isinstance(part := part_at(node), RowEpilogue) and not part.core_of]
+        result = _result(self.core, self.part) if alone else None
+        return result is not None and any(user not in self.tails for user in result.users)
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
         """What a fusion that consumes `nodes` takes; None where that is more than parts of one site."""
@@ -242,6 +255,11 @@ class Site:
         part = part_at(node)
         assert isinstance(part, Epilogue), node.format_node()
         return part.tail(node, self.core)
+
+
+def _result(core: fx.Node, part: Core) -> fx.Node | None:
+    """What a core yields, its residual aside; None where nobody reads it."""
+    return item(core, 0) if ops.of(core.target) is part.residual_op else core
 
 
 def _taken(node: fx.Node, tail: Tail, nodes: Collection[fx.Node]) -> Tail:
