@@ -151,8 +151,8 @@ def test_case_8_vllm_57681_fuses_only_in_ranges_where_it_is_faster(gpt_oss: fx.G
 
 @needs_rounded_residual
 def test_case_8_vllm_44079_by_the_model_too(gpt_oss: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer's fusion beats vLLM's own kernel, which eight ranks run below 256 KiB, and loses to multimem above; it
-    beats NCCL there, which torch.distributed runs.
+    """FlashInfer's fusion is expected to beat vLLM's own kernel, which eight ranks run below 256 KiB, though not surely,
+    and loses to multimem above; it beats NCCL there, which torch.distributed runs.
     """
     monkeypatch.setattr("fuseplan.rules.families.sites.group_size", lambda name: 8)
     config = PassConfig(allow_rounding_changes=True, forbid=("allreduce_rms:triton",))
@@ -161,12 +161,14 @@ def test_case_8_vllm_44079_by_the_model_too(gpt_oss: fx.Graph, monkeypatch: pyte
     def applied(first: int, last: int) -> tuple[set[str], set[str]]:
         report = explained(gpt_oss, span=CompileRange(start=first, end=last), config=config, rules=rules)
         providers = {fusion.provider for fusion in report.applied if fusion.op.startswith("all_reduce_fused")}
+        unsure = {each.provider for each in report.refusals if each.reason is Reason.UNSURE}
+        providers |= {f"{provider}, not sure" for provider in unsure if provider is not None}
         return providers, {name for size in report.sizes for name in size.all_reduces}
 
     assert applied(1, 16) == ({"flashinfer"}, {"NCCL ring LL128"})
     assert applied(72, 88) == ({"flashinfer"}, {"NCCL ring LL128"})
     monkeypatch.setattr("fuseplan.rules.families.sites.reducer_of", lambda reduce: "vllm")
-    assert applied(1, 16) == ({"flashinfer"}, {"vLLM custom one-shot"})
+    assert applied(1, 16) == ({"flashinfer, not sure"}, {"vLLM custom one-shot"})
     assert applied(72, 88) == (set(), {"symm_mem multimem"})
 
 

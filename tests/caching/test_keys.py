@@ -129,7 +129,7 @@ def test_the_environment_counts_where_it_decides(files: Path) -> None:
     ]  # fmt: skip
     assert len({key(environment=each) for each in environments}) == len(environments)
     # Without a switch that adds there is nothing to forbid it; where there is one, prices have the key.
-    settings = {"debug_dir": files, "report_dir": files, "vllm": True, "multicast": False}
+    settings = {"debug_dir": files, "report_dir": files, "vllm": True, "multicast": False, "tune": files}
     for name, value in settings.items():
         assert key(environment=Environment(**{name: value})) == key()  # type: ignore[arg-type]
     assert {field.name for field in dataclasses.fields(Environment)} == {"enabled", "cost_table", *settings}

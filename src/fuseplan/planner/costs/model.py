@@ -169,7 +169,7 @@ class CostModel:
         if not region.reduce or peers is None:
             kernels = (self._kernel(name, local, staged.norm.value if staged else 0.0, FUSED),)
             return (*(self.reduce(region) if region.reduce else ()), *_doing(kernels, region))
-        kind = timing.exchange if exchange else "triton"
+        kind = timing.exchange if exchange else Timing.exchange
         one_shot = (self._one_shot(name, region, peers, local, kind),)
         if staged is not None:
             if _takes_one_stage(staged.fused, region):
