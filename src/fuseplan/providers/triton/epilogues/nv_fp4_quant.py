@@ -45,7 +45,6 @@ def store_pairs_by_scales(
     scaled = y * tl.div_rn(tl.broadcast_to(inverse, scale.shape), scale)[:, :, None]
     scaled = tl.where(scaled > 6.0, 6.0, scaled)
     store_pairs(e2m1_of(tl.where(scaled < -6.0, -6.0, scaled)), y_ptr, row, first, valid, WIDTH, BLOCK)
-    scale_ptr = scale_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)  # fp8 isn't a type of every GPU
     if SWIZZLES:
         store_tiles(code, scale_ptr, row + first_row, first, valid, rows, WIDTH, GROUP)
     else:
@@ -105,9 +104,17 @@ class NvFp4(Epilogue):
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """(pairs of codes, scales, the global scale, the smallest one, all rows, which of them is the first)"""
-        codes = results[0]
+        codes, scales = results
         whole, rows = codes if self.global_scale is None else self.global_scale, codes.shape[:-1].numel()
-        return *results, whole, self.min_scale, (self.all_rows or rows) * self._swizzles, self.first_row
+        # The kernel stores bytes, since fp8 isn't a type of every GPU.
+        return (
+            codes,
+            scales.view(torch.uint8),
+            whole,
+            self.min_scale,
+            (self.all_rows or rows) * self._swizzles,
+            self.first_row,
+        )
 
     @property
     def constants(self) -> tuple[Any, ...]:
