@@ -49,6 +49,7 @@ MUTATORS = {
 
 ELSEWHERE = {
     "integrations/vllm/backend.py": "vLLM's compiler, where the engine asks for fuseplan",
+    "integrations/vllm/together.py": "vLLM's backend: workers verify together before it runs a model",
     "graph/ops/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
     "compilation/floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",
     "compilation/regions.py": "whose entries Dynamo holds, by content and callback: gone with the last such backend",
