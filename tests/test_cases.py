@@ -151,8 +151,8 @@ def test_case_8_vllm_57681_fuses_only_in_ranges_where_it_is_faster(gpt_oss: fx.G
 
 @needs_rounded_residual
 def test_case_8_vllm_44079_by_the_model_too(gpt_oss: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer's fusion is expected to beat vLLM's own kernel, which eight ranks run below 256 KiB, though not surely,
-    and loses to multimem above; it beats NCCL there, which torch.distributed runs.
+    """FlashInfer's fusion is expected to beat vLLM's own kernel, which eight ranks run below 256 KiB, though not surely.
+    It loses to multimem above, and beats NCCL there, which torch.distributed runs.
     """
     monkeypatch.setattr("fuseplan.rules.families.sites.group_size", lambda name: 8)
     config = PassConfig(allow_rounding_changes=True, forbid=("allreduce_rms:triton",))
