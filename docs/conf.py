@@ -45,7 +45,7 @@ nitpick_ignore_regex = [
     # What only the devices that fuseplan brings are made of.
     (r"py:class", r"fuseplan\.devices\.hardware\.Hardware"),
     # What the manager is handed by other parts of fuseplan, and by nobody else.
-    (r"py:class", r"fuseplan\.(config\.Environment|planner\.pricing\.Prices|planner\.solver\.Solver)"),
+    (r"py:class", r"fuseplan\.(config\.Environment|planner\.prices\.Prices|planner\.solver\.Solver)"),
 ]
 
 html_theme = "furo"

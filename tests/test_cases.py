@@ -151,7 +151,7 @@ def test_case_8_vllm_57681_fuses_only_in_ranges_where_it_is_faster(gpt_oss: fx.G
 
 @needs_rounded_residual
 def test_case_8_vllm_44079_by_the_model_too(gpt_oss: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer's fusion is expected to beat vLLM's own kernel, which eight ranks run below 256 KiB, though not surely.
+    """FlashInfer's fusion is expected to beat vLLM's own kernel, which eight ranks run below 256 KiB, but not surely.
     It loses to multimem above, and beats NCCL there, which torch.distributed runs.
     """
     monkeypatch.setattr("fuseplan.rules.families.sites.group_size", lambda name: 8)

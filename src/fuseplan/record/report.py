@@ -218,9 +218,7 @@ class Report:
 
     @property
     def unsure(self) -> tuple[Unsure, ...]:
-        """Classes of places where measuring could change the plan, each once: `fuseplan tune --only-unsure` measures
-        these.
-        """
+        """Where measuring could change the plan, each class of places once; `fuseplan tune --only-unsure` does it."""
         return all_of(each for graph in self.graphs for each in graph.unsure)
 
     @property
