@@ -32,6 +32,7 @@ from fuseplan.dialect import QuantRounding, Rounding, implement, ops
 from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.graph.facts import group_size
 from fuseplan.providers.gates import Gate, Offer
+from fuseplan.providers.operands import ACCESS_BYTES, aligned, rows_of
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
@@ -50,10 +51,9 @@ EARLY_LAUNCH_FROM = "0.7.1"
 that is launched early (programmatic dependent launch) can read a residual that isn't written yet.
 """
 
-ACCESS_BYTES = 16
 BLOCK_THREADS = 1024
 CLUSTER_BLOCKS = 8
-"""`kBytesPerAccess`, the most threads of a block, and the most blocks that share a row."""
+"""The most threads of a block, and the most blocks that share a row; a thread loads `kBytesPerAccess`, 16."""
 
 LEAST_THREADS, WARP = 128, 32
 """Of a block that shares a row with others, and of a warp."""
@@ -98,7 +98,7 @@ def all_reduce_fused_add_rms_norm(
         CollectiveError: more rows than the kernels count, or no workspace when a CUDA graph is captured.
     """
     y, total = x.new_empty(x.shape), x.new_empty(x.shape)
-    _all_reduce_fusion("kARResidualRMSNorm", x, residual, weight, eps, rounding, group_name, total, norm_out=_rows(y))
+    _all_reduce_fusion("kARResidualRMSNorm", x, residual, weight, eps, rounding, group_name, total, norm_out=rows_of(y))
     return y, total
 
 
@@ -129,7 +129,7 @@ def all_reduce_fused_add_rms_norm_static_fp8_quant(
     """
     q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
     _all_reduce_fusion(
-        "kARResidualRMSNormFP8Quant", x, residual, weight, eps, rounding, group_name, total, quant_out=_rows(q),
+        "kARResidualRMSNormFP8Quant", x, residual, weight, eps, rounding, group_name, total, quant_out=rows_of(q),
         scale_factor=scale,
     )  # fmt: skip
     return q, total
@@ -166,8 +166,8 @@ def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
     q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _all_reduce_fusion(
-        "kARResidualRMSNormDynamicFP8Quant", x, residual, weight, eps, rounding, group_name, total, quant_out=_rows(q),
-        scale_out=_rows(scale),
+        "kARResidualRMSNormDynamicFP8Quant", x, residual, weight, eps, rounding, group_name, total,
+        quant_out=rows_of(q), scale_out=rows_of(scale),
     )  # fmt: skip
     return q, scale, total
 
@@ -199,9 +199,9 @@ def _all_reduce_fusion(
         _WORKSPACES, group_name, (x.device, x.dtype, hidden), rows=rows, capacity=capacity, make=make
     )
     comm.allreduce_fusion(
-        input=_aligned(_rows(x)), workspace=workspace, pattern=getattr(comm.AllReduceFusionPattern, pattern),
-        launch_with_pdl=TorchVersion(library.__version__) >= EARLY_LAUNCH_FROM, residual_out=_rows(residual_out),
-        residual_in=_aligned(_rows(residual)), rms_gamma=_aligned(weight.contiguous()), rms_eps=eps, fp32_acc=True,
+        input=aligned(rows_of(x)), workspace=workspace, pattern=getattr(comm.AllReduceFusionPattern, pattern),
+        launch_with_pdl=TorchVersion(library.__version__) >= EARLY_LAUNCH_FROM, residual_out=rows_of(residual_out),
+        residual_in=aligned(rows_of(residual)), rms_gamma=aligned(weight.contiguous()), rms_eps=eps, fp32_acc=True,
         **({"weight_bias": 1.0} if Rounding(rounding).adds_one else {}), **results,
     )  # fmt: skip
 
@@ -228,7 +228,7 @@ def rms_norm_static_fp8_quant(
     q = x.new_empty(x.shape, dtype=dtype)
     if x.numel():
         norm = importlib.import_module("flashinfer.norm")
-        norm.rmsnorm_quant(_rows(q), _aligned(_rows(x)), _aligned(weight.contiguous()), scale, eps)
+        norm.rmsnorm_quant(rows_of(q), aligned(rows_of(x)), aligned(weight.contiguous()), scale, eps)
     return q
 
 
@@ -258,19 +258,9 @@ def fused_add_rms_norm_static_fp8_quant(
     if x.numel():
         norm = importlib.import_module("flashinfer.norm")
         norm.fused_add_rmsnorm_quant(
-            _rows(q), _aligned(_rows(x)), _rows(total), _aligned(weight.contiguous()), scale, eps
+            rows_of(q), aligned(rows_of(x)), rows_of(total), aligned(weight.contiguous()), scale, eps
         )
     return q, total
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[rows, width], contiguous: a view wherever it can be one."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x where a load of 16 bytes may start."""
-    return x if x.data_ptr() % ACCESS_BYTES == 0 else x.clone()
 
 
 def _is_older(than: str) -> bool:

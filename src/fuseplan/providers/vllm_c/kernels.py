@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from fuseplan.dialect import ScaleLayout, empty_scales
+from fuseplan.providers.operands import aligned, rows_of
 from fuseplan.providers.vllm_c.halves import are_halves
-
-ACCESS_BYTES = 16
 
 NAMESPACE: Final = "_C"
 """In which vLLM registers its ops with torch."""
@@ -283,21 +282,17 @@ def silu_and_mul_group_fp8_quant(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[rows, width], a view of a contiguous tensor."""
+    """[rows, width], a view of a contiguous tensor: what is written to it is written to that."""
     return x.view(-1, x.shape[-1])
 
 
 def _read(x: Tensor) -> Tensor:
-    """[rows, width], contiguous, where a load of 16 bytes may start: a view wherever it can be one."""
-    return _aligned(x.reshape(-1, x.shape[-1]).contiguous())
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % ACCESS_BYTES == 0 else x.clone()
+    """[rows, width], contiguous, where a load may start: a view wherever it can be one."""
+    return aligned(rows_of(x))
 
 
 def _weight(weight: Tensor) -> Tensor:
-    return _aligned(weight.contiguous())
+    return aligned(weight.contiguous())
 
 
 def _copied(residual: Tensor) -> Tensor:
@@ -313,5 +308,5 @@ def _joined(gate: Tensor, up: Tensor) -> Tensor:
     width = gate.shape[-1]
     if are_halves(gate, up):
         rows = gate.numel() // width
-        return _aligned(gate.as_strided((rows, 2 * width), (2 * width, 1)))
+        return aligned(gate.as_strided((rows, 2 * width), (2 * width, 1)))
     return torch.cat((gate.reshape(-1, width), up.reshape(-1, width)), dim=-1)
