@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fuseplan.dialect import ops
-from fuseplan.providers.triton import ACCEPTS, MOST_LINEAR_ROWS, PROVIDER
+from fuseplan.providers.triton import ACCEPTS, PROVIDER
+from fuseplan.providers.triton.checks import MOST_LINEAR_ROWS
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
 from tests.forks import Forks
