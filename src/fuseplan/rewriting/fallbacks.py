@@ -12,7 +12,7 @@ from torch import fx
 from torch._library.utils import get_layout_constraint_tag
 from torch.torch_version import TorchVersion
 
-from fuseplan.graph.ops.registry import kernel_of
+from fuseplan.rewriting.shared_inputs import called_by, is_fused
 
 IS_SLOW: Final = TorchVersion(torch.__version__) < "2.13"
 
@@ -26,7 +26,7 @@ def add_fallbacks(graph: fx.Graph) -> None:
     from torch._inductor import lowering  # takes long to import
 
     for node in graph.nodes:
-        target = node.args[0] if "_all_bases" in node.kwargs else node.target
-        if kernel_of(target) is not None and target not in lowering.lowerings:
+        target = called_by(node)
+        if is_fused(node) and target not in lowering.lowerings:
             constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(target, with_default=True))
             lowering.make_fallback(target, layout_constraint=constraint, warn=False)

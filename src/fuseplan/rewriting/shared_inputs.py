@@ -6,6 +6,7 @@ own: a mask, or the cosines of a rotary embedding, once for every layer.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -76,9 +77,14 @@ def _is_outer_product(node: fx.Node) -> bool:
     return first is not None and first.dtype is torch.float32 and equal_size(first.shape[-1], 1)
 
 
+def called_by(node: fx.Node) -> Any:
+    """What a node calls, in place or functionally."""
+    return node.args[0] if "_all_bases" in node.kwargs else node.target
+
+
 def is_fused(node: fx.Node) -> bool:
-    """Whether a node calls a fused op, in place or functionally."""
-    return kernel_of(node.args[0] if "_all_bases" in node.kwargs else node.target) is not None
+    """Whether a node calls a fused op."""
+    return kernel_of(called_by(node)) is not None
 
 
 def _read(node: fx.Node) -> Iterator[fx.Node]:
