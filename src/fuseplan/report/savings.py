@@ -66,11 +66,18 @@ class Saved:
 
 def counts_of_step(report: Report, rule: str) -> list[tuple[int, int]]:
     """(how often a rule fired in a step, of how many matches), range by range."""
-    graphs = [_graphs(report, span) for span in dict.fromkeys(graph.range for graph in report.graphs)]
-    return [
-        (sum(each.count([rule])[rule] for each in group), sum(each.matched.get(rule, 0) for each in group))
-        for group in graphs
-    ]
+    return [fired(graphs, rule) for graphs in by_range(report)]
+
+
+def fired(graphs: Iterable[GraphReport], rule: str) -> tuple[int, int]:
+    """(how often a rule fired in some graphs, of how many matches)."""
+    counts = [(each.count([rule])[rule], each.matched.get(rule, 0)) for each in graphs]
+    return sum(count for count, _ in counts), sum(count for _, count in counts)
+
+
+def by_range(report: Report) -> list[list[GraphReport]]:
+    """The graphs of each compile range."""
+    return [_graphs(report, span) for span in dict.fromkeys(graph.range for graph in report.graphs)]
 
 
 def percent(part: float, whole: float) -> str:

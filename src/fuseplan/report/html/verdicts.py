@@ -7,7 +7,7 @@ from typing import Any
 from fuseplan.record import Comparison, ConflictClass, Reason, Report
 from fuseplan.record.report import UNFUSED
 from fuseplan.report.places import places
-from fuseplan.report.savings import counts_of_step, is_covered, losses_of, verdict
+from fuseplan.report.savings import by_range, counts_of_step, is_covered, losses_of, verdict
 
 
 def headline(comparison: Comparison) -> str:
@@ -32,14 +32,15 @@ def _of(comparison: Comparison, index: int, report: Report) -> Iterator[dict[str
         if not is_covered(report, loser):
             known = [(row.lost_us, row.count) for row in conflicts if row.lost_us is not None]
             weight = sum(count for _, count in known)
+            fused, matched = map(max, zip(*counts_of_step(report, loser), strict=True))
             yield {
                 "policy": index,
                 "loser": loser,
                 "winners": [[row.winner, _places_in_step(report, row)] for row in conflicts],
                 "op": conflicts[0].op,
                 "where": places(source for row in conflicts for source in row.sources),
-                "fused": max(count for count, _ in counts_of_step(report, loser)),
-                "matched": max(count for _, count in counts_of_step(report, loser)),
+                "fused": fused,
+                "matched": matched,
                 "state": rule_state(report, loser),
                 "lost_us": round(sum(us * count for us, count in known) / weight, 3) if weight else None,
                 "behind_us": behind_us(report, comparison.reports[0]),
@@ -48,8 +49,7 @@ def _of(comparison: Comparison, index: int, report: Report) -> Iterator[dict[str
 
 def _places_in_step(report: Report, found: ConflictClass) -> int:
     """At how many places of a step it is so: of a range where it is so most often."""
-    spans = dict.fromkeys(graph.range for graph in report.graphs)
-    ranges = (replace(report, graphs=tuple(each for each in report.graphs if each.range == span)) for span in spans)
+    ranges = (replace(report, graphs=tuple(graphs)) for graphs in by_range(report))
     kind = (found.winner, found.loser, found.op)
     return max(row.count for each in ranges for row in each.conflicts if (row.winner, row.loser, row.op) == kind)
 

@@ -10,6 +10,7 @@ from fuseplan.report.html.evidence import constant_rows, cost_rows, size_rows
 from fuseplan.report.html.tables import Table
 from fuseplan.report.html.verdicts import headline, rule_state, verdicts
 from fuseplan.report.places import places
+from fuseplan.report.savings import fired
 from fuseplan.report.text import policy_name
 
 Span = tuple[int, int] | None
@@ -97,17 +98,13 @@ class _View:
 
     def _range(self, report: Report, span: Span, names: Sequence[str]) -> dict[str, Any]:
         graphs = [graph for graph in report.graphs if graph.range == span]
-        fused = [graph.count(names) for graph in graphs]
         sizes: dict[int, list[int]] = {}
         for size in (size for graph in graphs for size in graph.sizes):
             total = sizes.setdefault(size.tokens, [0, 0])
             total[0] += size.unfused_ns
             total[1] += size.saved_ns
         return {
-            "rules": [
-                [sum(count[name] for count in fused), sum(graph.matched.get(name, 0) for graph in graphs)]
-                for name in names
-            ],
+            "rules": [[*fired(graphs, name)] for name in names],
             "saved": sum(graph.saved_ns for graph in graphs),
             "unfused": sum(graph.unfused_ns for graph in graphs),
             "sizes": [[tokens, *total] for tokens, total in sorted(sizes.items())],
