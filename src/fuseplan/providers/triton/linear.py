@@ -37,8 +37,6 @@ from fuseplan.providers.triton.tuned import (
 
 LEAST_ROWS = 16
 """Of x, as a tensor core multiplies them."""
-_LARGE = 1_000_000
-"""Rows of weights for each multiprocessor, of which tiles are large."""
 
 
 @triton.jit
@@ -175,12 +173,16 @@ class Shares:
             rows: of x, padded.
             processors: multiprocessors of the device.
         """
-        large = cls.of(processors * _LARGE, rows, processors)
-        shares = replace(large, stages=LINEAR_STAGES.at(features / processors))
-        splits = min(processors // max(1, triton.cdiv(features, shares.features)), LINEAR_SPLITS.value)
-        while splits > 1 and width % (splits * shares.columns):
+        tile, columns = LINEAR_FEATURES.at(math.inf), LINEAR_WIDTH.at(math.inf)
+        splits = min(processors // max(1, triton.cdiv(features, tile)), LINEAR_SPLITS.value)
+        while splits > 1 and width % (splits * columns):
             splits -= 1
-        return replace(shares, splits=splits) if splits > 1 else cls.of(features, rows, processors)
+        if splits <= 1:
+            return cls.of(features, rows, processors)
+        return cls(
+            features=tile, columns=columns, warps=LINEAR_WARPS.value, stages=LINEAR_STAGES.at(features / processors),
+            splits=splits,
+        )  # fmt: skip
 
     def fitting(self, shared: int, rows: int, itemsize: int) -> "Shares":
         """Less on its way where a program has not that much shared memory.

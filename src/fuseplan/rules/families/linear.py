@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import fx
 
-from fuseplan.devices.hardware import FUSED, Hardware
+from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.view import is_dialect
 from fuseplan.graph.facts import dtype_text, hint, item, tensor_of
@@ -215,7 +215,7 @@ class LinearShape(Shape):
             return (*own, *(self._activation(model.hardware) if tail else ()), opaque)
         if isinstance(tail, Parts):
             # The norm that puts the parts together is a kernel of its own.
-            behind = Kernel(name="launch of the norm", launch=round(model.hardware.launch.value), kind=FUSED)
+            behind = Kernel(name="launch of the norm", launch=round(model.hardware.launch.value))
             return (skinny_kernel(model.hardware, self.sizes, shares_width=True), behind)
         return (skinny_kernel(model.hardware, self.sizes),)
 
