@@ -145,6 +145,17 @@ def layouts() -> Iterator[tuple[str, Sizes, tuple[Any, Any, Any]]]:
     yield "one weight twice", Sizes(features=(40, 40)), (x, [weights[0], weights[0]], biases)
 
 
+def on_amd() -> list[bool]:
+    """Whether gate and up that are read one after the other, as on AMD's GPUs, yield the same bits."""
+    found = []
+    for sizes in (each for each in SIZES.values() if each.rounding is not None):
+        arguments = (*sizes.tensors(), sizes.rounding, sizes.shares)
+        (wanted,) = launch(*arguments)
+        with mock.patch.object(linear, "is_amd", return_value=True):
+            found.append(torch.equal(launch(*arguments)[0], wanted))
+    return found
+
+
 def special_values() -> list[bool]:
     """Whether infinities and NaN stay in their rows, and zero rows and features yield nothing."""
     sizes = Sizes(rows=(4,), features=(40, 24))
@@ -185,7 +196,7 @@ def main() -> None:
         "sizes": {name: off(sizes, *sizes.tensors()) for name, sizes in SIZES.items()},
         "normed": dict(normed()),
         "layouts": {name: off(sizes, *arguments) for name, sizes, arguments in layouts()},
-        "special values": special_values(), "fitting": fitting(), "variants": variants(),
+        "on AMD": on_amd(), "special values": special_values(), "fitting": fitting(), "variants": variants(),
         "cases": [each.cases["triton"] for each in checked],
         "refused": [line for each in checked for line in each.refused],
     }  # fmt: skip

@@ -48,6 +48,11 @@ def test_with_a_norm_behind_it_is_as_close_too_however_many_programs_share_the_w
 
 
 @needs_triton
+def test_gate_and_up_one_after_the_other_are_the_same(interpreted: dict[str, Any]) -> None:
+    assert interpreted["on AMD"] == [True] * 6
+
+
+@needs_triton
 def test_infinities_and_nan_stay_in_their_rows(interpreted: dict[str, Any]) -> None:
     assert all(interpreted["special values"])
 

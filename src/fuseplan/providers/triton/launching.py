@@ -155,6 +155,11 @@ def launches_early(device: torch.device) -> bool:
     return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def is_amd(device: torch.device) -> bool:
+    """Whether kernels are compiled for an AMD GPU."""
+    return device.type == "cuda" and torch.version.hip is not None and not INTERPRETED
+
+
 def is_nvidia(device: torch.device) -> bool:
     """Whether kernels are compiled for an NVIDIA GPU."""
     return device.type == "cuda" and torch.version.hip is None and not INTERPRETED

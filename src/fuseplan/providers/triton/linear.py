@@ -24,7 +24,7 @@ from torch import Tensor
 from fuseplan.dialect import ActivationRounding
 from fuseplan.providers.triton import norm as norms
 from fuseplan.providers.triton.epilogues import epilogue_of
-from fuseplan.providers.triton.launching import Norm, Tile, flattened, is_nvidia, multiprocessors, shared_bytes
+from fuseplan.providers.triton.launching import Norm, Tile, flattened, is_amd, is_nvidia, multiprocessors, shared_bytes
 from fuseplan.providers.triton.replay import run_kernel, scratch
 from fuseplan.providers.triton.rows import rounded, silu
 from fuseplan.providers.triton.tuned import (
@@ -53,11 +53,12 @@ def _linears(
     x_row, w0_row, w1_row, w2_row,
     WIDTH: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-    ROUNDS_ACTIVATED: tl.constexpr, FILLS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    ROUNDS_ACTIVATED: tl.constexpr, FILLS: tl.constexpr, APART: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """FEATURES of one layer for all rows; GATED: half as many of gate and of up, and silu(gate) * up. Of SPLITS
     programs each has a part of the width, and stores its sums in float32. FILLS: there are more programs than
-    processors.
+    processors. APART: gate and up are read one after the other, since Triton for AMD can't choose between pointers.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -78,8 +79,10 @@ def _linears(
     # Beyond the last one a tile reads its last feature again: loads without masks are copied in larger pieces.
     read = feature if EVEN else tl.minimum(feature, count - 1)
     at = read.to(tl.int64)[:, None]
-    if GATED:
-        w_tile = tl.where((lane < OWN)[:, None], w0_ptr + at * w0_row, w1_ptr + at * w1_row) + column[None, :]
+    is_first = (lane < OWN)[:, None]
+    other_tile = w1_ptr + at * w1_row + column[None, :]
+    if GATED and not APART:
+        w_tile = tl.where(is_first, w0_ptr + at * w0_row, w1_ptr + at * w1_row) + column[None, :]
     else:
         w_tile = w_ptr + at * w_row + column[None, :]
     x_tile = x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :]
@@ -94,7 +97,12 @@ def _linears(
             tl.extra.cuda.gdc_launch_dependents()
     y = tl.zeros((FEATURES, ROWS), tl.float32)
     for k in range(0, PART, COLUMNS):
-        if WIDTH % COLUMNS == 0:
+        if APART:
+            inside = (k + column < WIDTH)[None, :]
+            first_tile = tl.load(w_tile + k, mask=is_first & inside, other=0.0)
+            w = tl.where(is_first, first_tile, tl.load(other_tile + k, mask=(is_first == 0) & inside, other=0.0))
+            x = tl.load(x_tile + k, mask=is_row & inside, other=0.0)
+        elif WIDTH % COLUMNS == 0:
             w = tl.load(w_tile + k)
             x = tl.load(x_tile + k, mask=is_row, other=0.0)
         else:
@@ -273,7 +281,7 @@ def launch(
             flat, *ws, *bs, *ys, rows, flat.stride(0), *(each.stride(0) for each in ws),
             WIDTH=width, N0=counts[0], N1=counts[1], N2=counts[2], ROWS=tile.rows, FEATURES=tile.block,
             COLUMNS=shares.columns, SPLITS=splits, BIASED=is_biased, GATED=gated,
-            FILLS=programs > multiprocessors(x.device),
+            FILLS=programs > multiprocessors(x.device), APART=gated and is_amd(x.device),
             ROUNDS_ACTIVATED=rounding is not None and ActivationRounding(rounding) is ActivationRounding.LLAMA,
             NVIDIA=is_nvidia(x.device), num_stages=shares.stages, **tile.launch(x),
         )  # fmt: skip
