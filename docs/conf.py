@@ -206,6 +206,26 @@ def _nearer() -> str:
     )
 
 
+def _vllm_turns() -> str:
+    """Times of engines that took turns, fuseplan's with what it took more or less in the same turns."""
+    rows: list[tuple[object, ...]] = []
+    calls = {("ttft", "1 x 64"): "first token, 1 prompt of 64 tokens", ("ttft", "8 x 128"): "first token, 8 of 128",
+             ("ttft", "32 x 1000"): "first token, 32 of 1,000", ("tpot", "32"): "a token, 32 requests",
+             ("tpot", "1"): "a token, 1 request"}  # fmt: skip
+    for row in _committed("results/vllm_turns_h200")["rows"]:
+        model = f"{measured.NAMES[row['model']]}, {row['layers']} layers, TP={row['tp']}"
+        for (kind, name), what in calls.items():
+            times = ("{:.2f} ({:.2f} to {:.2f})".format(*row[side][kind][name]) if side in row else ""
+                     for side in ("stock", "flags", "fuseplan"))  # fmt: skip
+            against = (row["against"].get(side) for side in ("stock", "flags"))
+            changes = ("" if each is None else "{:+.1%} ({:+.1%} to {:+.1%})".format(*each[kind][name])
+                       for each in against)  # fmt: skip
+            rows.append((model, what, *times, *changes))
+            model = ""
+    head = ("", "ms", "vLLM", "vLLM, its fusions on", "fuseplan", "against the former", "against the latter")
+    return _table(head, rows)
+
+
 def _decode() -> str:
     """A decode step on two GPUs: plain, without attention in the plan, and planned, by batch."""
     rows: list[tuple[object, ...]] = []
@@ -281,6 +301,7 @@ tables = {
     "kernels_h200": _kernels(),
     "host_cost_h200": _host_cost(),
     "nearer": _nearer(),
+    "vllm_turns": _vllm_turns(),
     "decode_h200x2": _decode(),
     "decode_one_gpu_h200": _decode_one_gpu(),
     "bench_gpt_oss_h100x2": _bench(),

@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 START, END = "<!-- measured: written by make pictures -->", "<!-- /measured -->"
 
 NAMES = {"llama-3.1-8b": "Llama-3.1-8B", "llama-3.1-8b-fp8": "Llama-3.1-8B in fp8", "qwen3-8b": "Qwen3-8B",
-         "gemma-3-12b": "Gemma-3-12B", "gpt-oss-20b": "gpt-oss-20b"}  # fmt: skip
+         "gemma-3-12b": "Gemma-3-12B", "gpt-oss-20b": "gpt-oss-20b", "gpt-oss-120b": "gpt-oss-120b"}  # fmt: skip
 
 
 def committed(name: str) -> dict[str, Any]:
@@ -103,8 +103,12 @@ def _vllm() -> Iterator[Group]:
             is_clear = most < low or high < least
             gains.append(Gain(_count(int(count), "request"), before / after, is_clear=is_clear))
         version = ".".join(row["stock"]["vllm"].split(".")[:2])
-        asked = f" (with {row['with']})" if "with" in row else ""
-        yield Group(f"{NAMES[row['model']]}{asked}, vLLM {version}, one {gpu(found)}", gains)
+        yield Group(f"{NAMES[row['model']]}, vLLM {version}, {_gpus(row['tp'], found)}", gains)
+
+
+def _gpus(count: int, found: dict[str, Any]) -> str:
+    """`one H200`, `2 H200s`."""
+    return f"one {gpu(found)}" if count == 1 else f"{count} {gpu(found)}s"
 
 
 WIDTH, ROW, TITLE, LEFT, TOP, SIDE = 860, 15, 26, 120, 62, 16
@@ -268,17 +272,23 @@ def _rows() -> Iterator[tuple[str, ...]]:
 def _vllm_row() -> tuple[str, ...]:
     found = committed("vllm_turns_h200")
     lines = []
-    for group in _vllm():
+    for row, group in zip(found["rows"], _vllm(), strict=True):
+        if not row["fused"]:
+            lines.append(f"{group.title.split(', vLLM')[0]}: nothing is fused")
+            continue
         changes = [
-            f"{100 * abs(1 - 1 / gain.times):.0f} % {'less' if gain.times > 1 else 'more'}" for gain in group.gains
+            f"{100 * abs(1 - 1 / gain.times):.1f} % {'less' if gain.times > 1 else 'more'}"
+            f"{'' if gain.is_clear else ' (within the spread)'}"
+            for gain in group.gains
         ]
-        doubt = "" if all(gain.is_clear for gain in group.gains) else ", within the spread"
-        lines.append(f"{group.title.split(', vLLM')[0]}: {' and '.join(changes)} time a token{doubt}")
+        where = _gpus(row["tp"], found)
+        lines.append(f"{group.title.split(', vLLM')[0]} on {where}: {' and '.join(changes)} time a token")
     counts = " and ".join(gain.label.split()[0] for gain in group.gains)
-    layers = found["rows"][0]["layers"]
+    layers = sorted({row["layers"] for row in found["rows"]})
     version = found["rows"][0]["stock"]["vllm"]
-    return f"one {gpu(found)}", f"vLLM {version}", f"{layers} layers, {counts} requests", "; ".join(lines), \
-        _link("vllm_turns_h200")  # fmt: skip
+    gpus = " and ".join(_gpus(count, found) for count in sorted({row["tp"] for row in found["rows"]}))
+    return gpus, f"vLLM {version}", f"{_listed([str(each) for each in layers])} layers, {counts} requests", \
+        "; ".join(lines), _link("vllm_turns_h200")  # fmt: skip
 
 
 def _peers(found: dict[str, Any]) -> str:

@@ -42,7 +42,9 @@ def test_bars_are_as_long_as_the_steps_that_were_timed() -> None:
 def test_quartiles_that_overlap_are_called_unclear() -> None:
     for row in measured.committed("vllm_turns_h200")["rows"]:
         name = measured.NAMES[row["model"]]
-        (group,) = [each for each in measured.groups() if each.title.startswith(name) and ", vLLM" in each.title]
+        where = "one " if row["tp"] == 1 else f"{row['tp']} "
+        title = re.compile(rf"{re.escape(name)}, vLLM [0-9.]+, {where}")
+        (group,) = [each for each in measured.groups() if title.match(each.title)]
         for gain, count in zip(group.gains, ("1", "32"), strict=True):
             stock, planned = row["stock"]["tpot"][count], row["fuseplan"]["tpot"][count]
             assert gain.is_clear == (stock[1] > planned[2] or planned[1] > stock[2])
