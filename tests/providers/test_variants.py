@@ -1,25 +1,28 @@
 """Which machine code a call needs follows from its rows: verification runs all of it, and none is compiled later."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuseplan.dialect import Rounding, ops, registered_kernel
 from fuseplan.distributed.workspace import CAPACITY_BYTES, ONE_SHOT_RANKS, SHOT_BYTES, UNIT_WORDS
 from fuseplan.providers.triton.epilogues import epilogue_of
-from fuseplan.verification.specs import ODD_SIZES
+from fuseplan.providers.triton.replay import needed_code
+from fuseplan.verification import variants
+from fuseplan.verification.specs import ODD_SIZES, Case, TensorSpec
 from tests.providers.test_compiles import FAMILIES, stand_ins
 
 LAST = 8192
 ROWS = (*range(1, 1100), *range(1100, LAST, 37), LAST)
 FP8 = torch.float8_e4m3fn
-L2 = 50 * 2**20
-"""Bytes, of an H100."""
+L2 = {"h100": 50 * 2**20, "h200": 60 * 2**20}
+"""Bytes."""
 
 
 def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -57,18 +60,18 @@ class Needed(list[tuple[str, str]]):
         self.append((kernel.__name__, str(sorted(constants.items(), key=str))))
 
 
-@pytest.fixture
-def needed(monkeypatch: pytest.MonkeyPatch) -> Needed:
-    """As on an H100."""
+@pytest.fixture(params=L2)
+def needed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Needed:
+    """As on a GPU."""
     found = Needed()
-    others = stand_ins("cuda", found) | {"cache_bytes": lambda device: L2}
+    others = stand_ins("cuda", found) | {"cache_bytes": lambda device: L2[request.param]}
     for family in FAMILIES:
         for each in others.keys() & vars(family).keys():
             monkeypatch.setattr(family, each, others[each])
     return found
 
 
-def check(needed: Needed, run: Callable[[int], Any]) -> None:
+def check(needed: Needed, run: Callable[[int], Any], sizes: Sequence[int] = (*ODD_SIZES, LAST)) -> None:
     """That sizes which are verified need all the code that others need."""
 
     def code_of(rows: int) -> tuple[tuple[str, str], ...]:
@@ -76,16 +79,60 @@ def check(needed: Needed, run: Callable[[int], Any]) -> None:
         run(rows)
         return tuple(dict.fromkeys(needed))
 
-    verified = {each for rows in (*ODD_SIZES, LAST) for each in code_of(rows)}
+    verified = {each for rows in sizes for each in code_of(rows)}
     assert verified == {each for rows in ROWS for each in code_of(rows)}
+
+
+def case(values: tuple[Any, ...], rows: int) -> Case:
+    """Arguments without data as verification has them."""
+    arguments = {
+        f"{position}": TensorSpec(
+            dtype=each.dtype, shape=(*each.shape,), stride=each.stride(), misalignment=0, device=torch.device("cpu")
+        )
+        if isinstance(each, Tensor) else each
+        for position, each in enumerate(values)
+    }  # fmt: skip
+    return Case(tokens=rows, arguments=arguments)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("width", [4096, *(pytest.param(width, marks=pytest.mark.nightly) for width in (2880, 8192))])
-def test_sizes_that_are_verified_need_all_the_code_that_others_need(name: str, width: int, needed: Needed) -> None:
-    kernel = registered_kernel(ops[name].name, "triton")
+def test_sizes_that_are_verified_need_all_the_code_that_others_need(
+    name: str, width: int, needed: Needed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = ops[name]
+    kernel = registered_kernel(op.name, "triton")
     assert kernel is not None
-    check(needed, lambda rows: kernel(*ARGUMENTS[name](rows, width)))
+
+    def case_at(match: Any, sizes: Any, rows: int) -> Case:
+        return case(ARGUMENTS[name](rows, width), rows)
+
+    def needs(call: Callable[[], Any], mode: Any) -> frozenset[object]:
+        needed.clear()
+        with mode:
+            call()
+        return frozenset(needed)
+
+    monkeypatch.setattr(variants, "case_of", case_at)
+    match: Any = SimpleNamespace(rule=SimpleNamespace(op=op), provider="triton")
+    graph: Any = None
+    odd = [case_at(None, None, rows) for rows in (1, 7, 33, LAST)]
+    sizes = [each.tokens for each in variants.with_all_code(match, odd, graph, (1, LAST), needs)]
+    assert len(sizes) < 12
+    check(needed, lambda rows: kernel(*ARGUMENTS[name](rows, width)), sizes)
+
+
+def test_code_is_asked_for_and_none_is_launched() -> None:
+    kernel = registered_kernel("rms_norm_dynamic_fp8_quant", "triton")
+    assert kernel is not None
+    mode = FakeTensorMode()
+    with mode:
+        x, weight = torch.empty(3, 64).bfloat16(), torch.empty(64).bfloat16()
+    rest = (1e-5, "llama", FP8, 0.0, 0.0, 0.0, None, "multiply")
+    (found,) = needed_code(lambda: kernel(x, weight, *rest), mode)
+    assert "'_norm'" in str(found)
+    assert "('WIDTH', '64')" in str(found)
+    assert needed_code(lambda: kernel(x, weight), mode) == frozenset()
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.config import unknown
 from fuseplan.devices import VENDOR_NAMES, DeviceProfile, local_vendor
@@ -21,6 +22,9 @@ from fuseplan.providers.gates import Accepts, Offer, Unshared, accept_all
 from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
 from fuseplan.record.text import one_line
+
+Needs = Callable[[Callable[[], Any], TorchDispatchMode], frozenset[object]]
+"""What distinguishes the machine code that a call needs, of what calls it and a mode in which tensors have no data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,8 @@ class Provider:
         available: a function that returns None, or why the provider can't run on this machine; None: its package is
             all that it needs.
         untested: on what its kernels have not been run, for a person; None where they have been.
+        needs: what distinguishes the machine code that a call of its kernels needs, on tensors without data and in
+            their mode; None: its code doesn't follow from sizes.
         uuid: of a user's provider: what distinguishes its kernels and checks from former ones, or a function that
             returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
             graphs are not cached.
@@ -64,6 +70,7 @@ class Provider:
     timing: Timing | None = None
     available: Callable[[], str | None] | None = None
     untested: str | None = None
+    needs: Needs | None = None
     uuid: Any = None
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:

@@ -137,14 +137,16 @@ def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool 
         span: first and last number of tokens.
         traced: as for `Sizes.tokens`.
     """
-    cases = []
     tokens_of = sizes.tokens(span, traced=traced) or (_rows_of(match),)
     if match.runs_reference or is_inlined(match.rule.op, match.provider):
         tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
-    for tokens in tokens_of:
-        symbols = sizes.at(tokens)
-        cases.append(Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols))
-    return tuple(cases)
+    return tuple(case_of(match, sizes, tokens) for tokens in tokens_of)
+
+
+def case_of(match: Match, sizes: Sizes, tokens: int) -> Case:
+    """The arguments of a match at a number of tokens."""
+    symbols = sizes.at(tokens)
+    return Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols)
 
 
 def _rows_of(match: Match) -> int:

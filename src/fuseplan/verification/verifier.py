@@ -14,7 +14,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import group_size, process_group
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate
-from fuseplan.providers import REFERENCE, DeviceProfile, Provider
+from fuseplan.providers import REFERENCE, DeviceProfile, Needs, Provider
 from fuseplan.record import Pending, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
@@ -24,6 +24,7 @@ from fuseplan.verification.foreign import Foreign
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Case, Sizes, cases_of
 from fuseplan.verification.together import pending_of, shared_seed
+from fuseplan.verification.variants import with_all_code
 
 UNVERIFIED = "its kernel is collective, and ranks verify it together only under fuseplan.compile and in vLLM"
 
@@ -69,7 +70,9 @@ class Verifier:
             if isinstance(each.match, ExternalMatch):
                 found.append(self._foreign.verify(each.match, sizes, span))
             else:
-                found.append(self._once(_Question.of(each, canonical, sizes, span, self._meets), kinds, known))
+                needs = next((one.needs for one in self.providers if one.name == each.match.provider), None)
+                question = _Question.of(each, canonical, sizes, span, self._meets, needs)
+                found.append(self._once(question, kinds, known))
         return found
 
     def verify_chained(
@@ -204,14 +207,18 @@ class _Question:
         sizes: Sizes,
         span: tuple[int, int],
         meets: Callable[[Match], bool],
+        needs: Needs | None,
     ) -> "_Question":
         match = candidate.match
         assert isinstance(match, Match)
         is_met = meets(match)
+        cases = cases_of(match, sizes, span, traced=not is_met)
+        if needs is not None and not match.rule.op.collective and cases[0].device.type == "cuda":
+            cases = with_all_code(match, cases, sizes, span, needs)
         return cls(
             match=match,
             signature=candidate.signature,
-            cases=cases_of(match, sizes, span, traced=not is_met),
+            cases=cases,
             unfused={"rounding": match.rounding_change[0]} if match.rounding_change else {},
             region=Region.of(canonical, match),
             free=frozenset(i for i, node in enumerate(match.outputs) if node in (*match.copied, *match.loose)),

@@ -37,7 +37,7 @@ from fuseplan.providers.triton.checks import (
     row_kernel,
 )
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
-from fuseplan.providers.triton.replay import replayed
+from fuseplan.providers.triton.replay import needed_code, replayed
 
 
 def qk_norm_rope(
@@ -273,6 +273,7 @@ PROVIDER: Final = Provider(
         for name, accepts in ACCEPTS.items()
     },
     runs_alone=True,
+    needs=needed_code,
     timing=Timing(heads="split"),
     untested="not run on AMD's GPUs so far, and its all-reduces on no more than four GPUs",
 )

@@ -28,6 +28,9 @@ ALIGNED: Final = 16
 
 _RECORDING: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
 
+_NEEDED: ContextVar[list[object] | None] = ContextVar("needed", default=None)
+"""What is collected in place of launches."""
+
 
 @dataclass(frozen=True)
 class _Launch:
@@ -66,6 +69,10 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
         arguments: the first of its signature.
         constants: the others, and options of the compiler.
     """
+    needed = _NEEDED.get()
+    if needed is not None:
+        needed.append((kernel.__name__, tuple(sorted((name, repr(value)) for name, value in constants.items()))))
+        return
     compiled = kernel[grid](*arguments, **constants)
     recording = _RECORDING.get()
     if recording is not None and compiled is None:  # it was interpreted
@@ -73,6 +80,26 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
     elif recording is not None:
         further = (constants[name] for name in kernel.arg_names[len(arguments) :])
         recording.launches.append(_Launch(compiled[(*grid, 1, 1)[:3]], (*arguments, *further)))
+
+
+def needed_code(call: Callable[[], Any], mode: TorchDispatchMode) -> frozenset[object]:
+    """What distinguishes the machine code that a call of ops would launch, which launches nothing; empty where it can't
+    be called so.
+
+    Args:
+        call: on tensors without data.
+        mode: theirs.
+    """
+    needed = list[object]()
+    token = _NEEDED.set(needed)
+    try:
+        with mode:
+            call()
+    except Exception:  # noqa: BLE001 - verification runs the call, and says what is wrong with it
+        return frozenset()
+    finally:
+        _NEEDED.reset(token)
+    return frozenset(needed)
 
 
 def scratch(value: Tensor) -> Tensor:

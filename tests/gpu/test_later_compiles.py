@@ -1,0 +1,54 @@
+"""Whether a compile range needs machine code that its verification didn't run. Skipped without a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fuseplan
+
+triton = pytest.importorskip("triton")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+WIDTH, LAST, FP8 = 4096, 8192, torch.float8_e4m3fn
+
+
+def quantised(y: Tensor) -> tuple[Tensor, Tensor]:
+    wide = y.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-6)
+    return (wide * scale.reciprocal()).clamp(-448, 448).to(FP8), scale
+
+
+def block(x: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    total = x + residual
+    wide = total.float()
+    normed = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+    return *quantised(normed), total, *quantised(F.silu(gate) * up)
+
+
+def test_no_size_of_a_range_compiles_a_kernel_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arguments(rows: int) -> list[Tensor]:
+        made = [torch.randn(rows, width, device="cuda").bfloat16() for width in (WIDTH, WIDTH, 14336, 14336)]
+        made.insert(2, torch.ones(WIDTH, device="cuda").bfloat16())
+        for each in (made[0], made[1], *made[3:]):
+            torch._dynamo.mark_dynamic(each, 0)
+        return made
+
+    reports: list[fuseplan.Report] = []
+    ranges = [fuseplan.CompileRange(start=1, end=LAST)]
+    config = fuseplan.PassConfig(compile_ranges=ranges, force=["norm_quant", "act_quant"])
+    compiled = fuseplan.compile(block, config=config, on_report=reports.append)
+    compiled(*arguments(64))
+    assert {rule: count for rule, count in reports[-1].fused.items() if count} == {"norm_quant": 1, "act_quant": 1}
+    later: list[str] = []
+
+    def note(*, fn: Any, **_: Any) -> None:
+        later.append(fn.name)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    for rows in (*range(1, 1200, 13), *range(1200, LAST, 401), LAST):
+        compiled(*arguments(rows))
+    assert not later
