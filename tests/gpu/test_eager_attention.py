@@ -75,7 +75,8 @@ def test_steps_are_as_near_to_float32_as_those_of_plain_torch_compile(name: str)
     torch.manual_seed(0)
     model = MODELS[name]().eval().bfloat16().cuda()
     reports: list[fuseplan.Report] = []
-    config = fuseplan.PassConfig(allow_rounding_changes=True)
+    # Forced: attention to 64 keys isn't sure to be faster.
+    config = fuseplan.PassConfig(allow_rounding_changes=True, force=["eager_attention"])
     runs = []
     with torch.inference_mode():
         wide = copy.deepcopy(model).float()
