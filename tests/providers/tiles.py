@@ -48,6 +48,19 @@ FINISHES: dict[str, Any] = {
         scale_ub=None,
         quant_rounding="divide",
     ),
+    "group": finish(
+        "group_fp8_quant",
+        group_size=128,
+        dtype=torch.float8_e4m3fn,
+        min_scale=1e-5,
+        max_scale=0.0,
+        ue8m0=False,
+        min_power=0.0,
+        zero_scale=0.0,
+        scale_ub=None,
+        quant_rounding="divide",
+        layout="rows",
+    ),
 }
 CHOICES = ("ROWS", "BLOCK", "STAGES", "LOOPS", "EVICTION", "Q_ROWS", "K_ROWS", "WIDTH", "num_warps", "maxnreg",
            "launch_pdl")  # fmt: skip
@@ -93,10 +106,12 @@ def choices() -> dict[tuple[str, int], list[Any]]:
         for finish, kind in itertools.product(FINISHES, ("bfloat16", "float32")):
             how = Norm(weight=empty(width), eps=1e-5, rounding=Rounding.GPT_OSS)
             given = x if kind == "bfloat16" else x.float()
+            if finish == "group" and (width % 128 or kind == "float32"):
+                continue
             with recorded(norm, "_norm", device) as launched:
                 norm.launch(given, given, how, FINISHES[finish])
             found[f"norm {name} {width} {finish} {kind}", rows] = launched
-            if finish in ("static", "dynamic"):
+            if finish in ("static", "dynamic", "group"):
                 with recorded(activation, "_silu_and_mul", device) as launched:
                     activation.launch(given, given, "llama", FINISHES[finish])
                 found[f"activation {name} {width} {finish} {kind}", rows] = launched
@@ -124,8 +139,9 @@ def table() -> dict[str, Any]:
     known: dict[str, int] = {}
     lines: dict[str, list[int]] = {}
     for (case, rows), choice in choices().items():
-        # A grid of as many programs as rows is one choice, whatever the rows.
-        launched = [[["rows" if size == rows else size for size in grid], kept] for grid, kept in choice]
+        # A grid of as many programs for each row is one choice, whatever the rows.
+        grids = ([size if size % rows else f"{size // rows} a row" for size in grid] for grid, _ in choice)
+        launched = [[grid, kept] for grid, (_, kept) in zip(grids, choice, strict=True)]
         number = known.setdefault(json.dumps(launched, sort_keys=True), len(known))
         lines.setdefault(case, []).append(number)
     by_rows = {case: " ".join(map(str, numbers)) for case, numbers in lines.items()}

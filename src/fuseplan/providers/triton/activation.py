@@ -11,28 +11,26 @@ from torch import Tensor
 from fuseplan.dialect import ActivationRounding
 from fuseplan.providers.triton.epilogues import Epilogue
 from fuseplan.providers.triton.hooks import names_functions
-from fuseplan.providers.triton.launching import (
-    MOST_PROGRAMS,
-    Tile,
-    block_of,
-    eviction,
-    flattened,
-    is_nvidia,
-    multiprocessors,
-    shared_bytes,
-)
+from fuseplan.providers.triton.launching import Tile, block_of, eviction, flattened, is_nvidia
 from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import rounded, silu, within
-from fuseplan.providers.triton.tuned import MANY_TURNS, PART, PART_THREAD, ROW_THREAD, ROW_WARPS, STAGES
+from fuseplan.providers.triton.tuned import PART, PART_THREAD, ROW_THREAD, ROW_WARPS
 
 
+@names_functions
 @triton.jit
-def part_of_row(
-    gate_ptr, up_ptr, arguments, row, first, gate_row, up_row,
+def _silu_and_mul(
+    gate_ptr, up_ptr, arguments, gate_row, up_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, STORE: tl.constexpr,
-    CONSTANTS: tl.constexpr, EVICTION: tl.constexpr, NVIDIA: tl.constexpr,
+    CONSTANTS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of a row, from the first on."""
+    """A program takes BLOCK elements of a row, all of it where the epilogue asks for that."""
+    if LAUNCHES_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    # Programs that follow each other read what follows each other in memory.
+    PARTS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    row, first = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * BLOCK
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     row, column = row + tl.arange(0, 1), first + tl.arange(0, BLOCK)
     inside = within(column, WIDTH)[None, :]
@@ -49,36 +47,9 @@ def part_of_row(
         activated = silu(gate, NVIDIA)
     if ROUNDS_ACTIVATED:
         activated = rounded(activated, dtype)
-    STORE(activated * up, arguments, row, first, tl.full((1,), True, tl.int1), dtype, WIDTH, CONSTANTS, NVIDIA)
-
-
-@names_functions
-@triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
-def _silu_and_mul(
-    gate_ptr, up_ptr, arguments, rows, gate_row, up_row,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, STORE: tl.constexpr,
-    CONSTANTS: tl.constexpr, LOOPS: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
-    """A program takes BLOCK elements of a row, all of it where the epilogue asks for that, and, where it LOOPS, then of
-    the next that nobody takes; up to STAGES rows are on their way to it.
-    """
-    if LAUNCHES_EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    # Programs that follow each other read what follows each other in memory.
-    first = tl.program_id(0) * BLOCK
-    if LOOPS:
-        for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
-            part_of_row(
-                gate_ptr, up_ptr, arguments, row, first, gate_row, up_row, WIDTH, BLOCK, ROUNDS_ACTIVATED, STORE,
-                CONSTANTS, EVICTION, NVIDIA,
-            )  # fmt: skip
-    else:
-        part_of_row(
-            gate_ptr, up_ptr, arguments, tl.program_id(1), first, gate_row, up_row, WIDTH, BLOCK, ROUNDS_ACTIVATED,
-            STORE, CONSTANTS, EVICTION, NVIDIA,
-        )  # fmt: skip
+    # Rounded here, where the compiler multiplies two numbers of 16 bits at a time.
+    product, valid = (activated * up).to(dtype), tl.full((1,), True, tl.int1)
+    STORE(product, arguments, row, first, valid, dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
 def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple[Tensor, ...]:
@@ -97,25 +68,17 @@ def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple
     rows, width = gates.shape
     results = epilogue.results(gate)
     if gate.numel():
-        processors, stages = multiprocessors(gate.device), 1
-        turns, programs = rows / processors, min(rows, MOST_PROGRAMS)
         if not epilogue.whole_row:
             part = max(epilogue.unit, min(width, PART.at(rows)))
-            shape = Tile.holding(block_of(part), elements=PART_THREAD.value)
-        elif is_nvidia(gate.device):
-            shape = Tile.holding(block_of(width), elements=ROW_THREAD.at(turns), most_warps=ROW_WARPS.at(turns))
-            ahead = STAGES.value * 2 * shape.block * gate.element_size()
-            resident = shared_bytes(gate.device) // ahead if turns > MANY_TURNS.value else 0
-            if resident:
-                stages, programs = STAGES.value, min(rows, processors * resident)
+            shape = Tile.holding(block_of(part), elements=PART_THREAD.at(rows))
         else:
-            shape = Tile.holding(block_of(width), elements=ROW_THREAD.at(0))
+            most = ROW_WARPS.value if is_nvidia(gate.device) else 16
+            shape = Tile.holding(block_of(width), elements=ROW_THREAD.value, most_warps=most)
         with torch.cuda.device_of(gate):
             run_kernel(
-                _silu_and_mul, (triton.cdiv(width, shape.block), programs),
-                gates, ups, epilogue.arguments(results), rows, gates.stride(0), ups.stride(0),
-                WIDTH=width, BLOCK=shape.block, LOOPS=programs < rows, STAGES=stages,
-                EVICTION=eviction(gate, up, *results),
+                _silu_and_mul, (rows * triton.cdiv(width, shape.block),),
+                gates, ups, epilogue.arguments(results), gates.stride(0), ups.stride(0),
+                WIDTH=width, BLOCK=shape.block, EVICTION=eviction(gate, up, *results),
                 ROUNDS_ACTIVATED=ActivationRounding(rounding) is ActivationRounding.LLAMA,
                 STORE=epilogue.store, CONSTANTS=epilogue.constants, NVIDIA=is_nvidia(gate.device), **shape.launch(gate),
             )  # fmt: skip

@@ -4,7 +4,7 @@ take, and import them for it.
 
 from typing import Any
 
-__all__ = ["tl", "triton"]
+__all__ = ["cuda_capability_geq", "tl", "triton"]
 
 
 class _Absent:
@@ -20,5 +20,6 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.language.target_info import cuda_capability_geq
 except ImportError:
-    triton = tl = _Absent()
+    triton = tl = cuda_capability_geq = _Absent()

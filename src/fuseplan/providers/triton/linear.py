@@ -118,7 +118,7 @@ def _linears(
             is_gate = lane < OWN
             gate_bias = tl.load(b0_ptr + read, mask=is_gate, other=0.0).to(tl.float32)
             y += (gate_bias + tl.load(b1_ptr + read, mask=is_gate == 0, other=0.0).to(tl.float32))[:, None]
-        gate, up = tl.split(tl.permute(tl.reshape(rounded(y, dtype), (2, OWN, ROWS)), (1, 2, 0)))
+        gate, up = tl.split(tl.permute(tl.reshape(rounded(y, dtype, NVIDIA), (2, OWN, ROWS)), (1, 2, 0)))
         activated = silu(gate, NVIDIA)
         if ROUNDS_ACTIVATED:
             activated = rounded(activated, dtype)

@@ -83,8 +83,9 @@ def launch(
     kept = (x.new_empty(x.shape),) if keeps else ()
     totals = () if residual is None else (x.new_empty(x.shape, dtype=norm.total_dtype(x)),)
     if x.numel():
-        elements = epilogue.elements.at(rows / multiprocessors(x.device))
-        shape = Tile.holding(block_of(epilogue.width(width)), elements=elements)
+        turns = rows / multiprocessors(x.device)
+        held = epilogue.rows.at(turns) if residual is None else 1
+        shape = Tile.holding(block_of(epilogue.width(width)), elements=epilogue.elements.at(turns), rows=held)
         with torch.cuda.device_of(x):
             run_kernel(
                 _norm, (triton.cdiv(rows, shape.rows),),

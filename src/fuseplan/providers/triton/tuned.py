@@ -55,6 +55,7 @@ _KERNELS = Found(
     command="PYTHONPATH=src:. python benchmarks/kernel_times.py",
     source="other choices' figures were not kept; benchmarks/results/kernels_h100.json is of this one",
 )
+_ROWS = replace(_KERNELS, device="NVIDIA H200", date="2026-11-29")
 _ROTARY = replace(
     _KERNELS,
     command="PYTHONPATH=src:. python benchmarks/kernel_times.py --only 'QK norm + RoPE'",
@@ -79,34 +80,43 @@ NORM_THREAD: Final[Mapping[str, Found]] = {
         _KERNELS, "Elements of a thread, by rows for each multiprocessor.", (1, 16), (inf, 32), source=_NORM_SOURCE
     ),
     "static_fp8_quant": _found(
-        _KERNELS, "The same before static fp8 quantisation.", (inf, 8), source=_NORM_SOURCE
+        _ROWS, "The same before static fp8 quantisation.", (16, 8), (inf, 32),
+        source="2,880 elements of bfloat16 a row, with a residual: 10.9 us with 8 and 11.0 with 32 for 2,048 rows, "
+        "174.2 and 157.3 for 32,768",
     ),
     "dynamic_fp8_quant": _found(
-        _KERNELS, "The same before dynamic fp8 quantisation.", (1, 8), (4, 16), (inf, 32), source=_NORM_SOURCE
+        _ROWS, "The same before dynamic fp8 quantisation.", (4, 8), (inf, 32),
+        source="the same: 1.55 us with 8 and 1.79 with 32 for a row, 5.06 and 5.07 for 512, 13.8 and 11.2 for 2,048, "
+        "211 and 160 for 32,768; with 64 in between, but for 512 rows, 4.73, and 32,768, 157",
+    ),
+    "group_fp8_quant": _found(
+        _ROWS, "The same before fp8 quantisation of groups.", (4, 8), (inf, 32),
+        source="4,096 elements of bfloat16 a row: 1.47 us with 8 and 1.60 with 32 for a row, 4.53 and 4.60 for 512, "
+        "12.3 and 10.1 for 2,048, 180 and 127 for 32,768; 16 between them but for 512 rows, 4.21",
     ),
 }  # fmt: skip
 """Of the norm kernel, by epilogue."""
+ONE_ROW: Final = _found(_KERNELS, "Rows of a program of the norm kernel.", (inf, 1), source="not measured otherwise")
+GROUPED_ROWS: Final = _found(
+    _ROWS, "The same before fp8 quantisation of groups, without a residual.", (4, 1), (inf, 2),
+    source="4,096 elements of bfloat16 a row: 119.6 us with 2 and 127.0 with 1 for 32,768 rows, 9.8 and 10.1 for "
+    "2,048; with a residual 17.0 and 15.6",
+)  # fmt: skip
 
 PART: Final = _found(
-    _KERNELS, "Elements of a row that a program takes, where others may take the rest, by rows.", (8, 512), (inf, 1024)
-)
-PART_THREAD: Final = _found(_KERNELS, "Elements of a thread there.", (inf, 4))
-MANY_TURNS: Final = _found(
-    _KERNELS, "Rows for each multiprocessor from which on a program takes one after the other and loads ahead.",
-    (inf, 8), source="14,336 elements of bfloat16 a row: 197 us instead of 210 for 8,192 rows, and 17.5 instead of "
-    "15.8 for 512",
+    _ROWS, "Elements of a row that a program takes, where others may take the rest, by rows.",
+    (8, 512), (256, 1024), (inf, 2048),
+    source="14,336 elements of bfloat16 a row, fp8 of groups: 3.98 us with 1,024 by 4 a thread and 4.10 with 2,048 by "
+    "8 for 128 rows, 11.9 and 9.4 for 512, 689 and 534 for 32,768",
 )  # fmt: skip
-STAGES: Final = _found(
-    MANY_TURNS, "Rows that are on their way to it.", (inf, 3)
-)  # fmt: skip
+PART_THREAD: Final = _found(PART, "Elements of a thread there.", (256, 4), (inf, 8))
 ROW_THREAD: Final = _found(
-    _KERNELS, "Elements of a thread where a program takes all of a row, by rows for each multiprocessor.",
-    (MANY_TURNS.value, 16), (inf, 32),
+    _ROWS, "Elements of a thread where a program takes all of a row, as far as it has warps.", (inf, 16),
+    source="14,336 elements of bfloat16 a row, fp8 of rows, 32 warps, 16 warps, and 16 that take one row after the "
+    "other and load ahead: 3.06, 3.20 and 3.20 us for 32 rows, 37.1, 41.2 and 44.3 for 2,048, 540, 543 and 629 for "
+    "32,768",
 )  # fmt: skip
-ROW_WARPS: Final = _found(
-    _KERNELS, "The most warps there, where a warp has 32 threads, by rows for each multiprocessor.",
-    (1, 16), (MANY_TURNS.value, 32), (inf, 16),
-)  # fmt: skip
+ROW_WARPS: Final = _found(ROW_THREAD, "The most warps there, where a warp has 32 threads.", (inf, 32))
 
 HEADS: Final = _found(_ROTARY, "Elements of one half of the heads that a program holds.", (inf, 1024))
 HEADS_THREAD: Final = _found(_ROTARY, "Elements of one half that a thread holds.", (inf, 8))

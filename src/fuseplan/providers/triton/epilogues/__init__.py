@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fuseplan.dialect import QuantRounding, empty_scales
 from fuseplan.graph.facts import equal_size
-from fuseplan.providers.triton.tuned import NORM_THREAD, Found
+from fuseplan.providers.triton.tuned import NORM_THREAD, ONE_ROW, Found
 from fuseplan.record import Reason, Refusal
 
 
@@ -26,15 +26,17 @@ class Epilogue:
 
     Attributes:
         store: the device function, `store(y, arguments, row, first, valid, DTYPE, WIDTH, CONSTANTS, NVIDIA)`. It rounds
-            a tile y [ROWS, BLOCK], float32, 0 beyond WIDTH, to DTYPE, and stores what it makes of that. `row` [ROWS]
-            are its rows, stored where they are `valid`, and `first` is its first column.
+            a tile y [ROWS, BLOCK], float32 or DTYPE, 0 beyond WIDTH, to DTYPE, and stores what it makes of that. `row`
+            [ROWS] are its rows, stored where they are `valid`, and `first` is its first column.
         whole_row: whether a tile must hold all of a row.
         elements: that a thread of a norm holds, by rows for each multiprocessor.
+        rows: of a program of a norm without a residual, likewise.
     """
 
     store: ClassVar[Any]
     whole_row: ClassVar[bool] = False
     elements: ClassVar[Found] = NORM_THREAD["none"]
+    rows: ClassVar[Found] = ONE_ROW
 
     @classmethod
     def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
@@ -125,3 +127,10 @@ def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:
     epilogue m with scales.
     """
     return m.min_scale or -math.inf, m.max_scale or math.inf, m.zero_scale, scales if m.scale_ub is None else m.scale_ub
+
+
+def extremes(m: Any) -> tuple[bool, bool]:
+    """(whether elements over their scale may be beyond the largest code, whether a scale may be below 2^-85), by an
+    epilogue m with scales.
+    """
+    return m.scale_ub is not None or bool(m.max_scale), not m.min_scale >= 2**-85

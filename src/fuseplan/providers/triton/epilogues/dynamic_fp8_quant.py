@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants, scale_bounds, scales_for
+from fuseplan.providers.triton.epilogues import Epilogue, code_constants, extremes, scale_bounds, scales_for
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
@@ -24,15 +24,16 @@ def store_by_scale_of_row(
     ROUNDS_SCALED: tl.constexpr = CONSTANTS[2]
     ROUNDS: tl.constexpr = CONSTANTS[3]
     IS_BOUNDED: tl.constexpr = CONSTANTS[4]
+    OVERFLOWS: tl.constexpr = CONSTANTS[5]
+    UNDERFLOWS: tl.constexpr = CONSTANTS[6]
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
-    y = rounded(y, DTYPE)
-    largest_of = tl.where(inside, y, 0.0)
-    scale = dynamic_scale(largest_of, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, DTYPE)
+    y = rounded(y, DTYPE, NVIDIA)
+    scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, DTYPE)
     scale = tl.where(scale == 0, zero_scale, scale)
     code: tl.constexpr = y_ptr.dtype.element_ty
-    codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, NVIDIA)
+    codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, OVERFLOWS, UNDERFLOWS, NVIDIA)
     tl.store(y_ptr + out, codes, mask=inside)
     tl.store(scale_ptr + row, scale, mask=valid)
 
@@ -73,7 +74,7 @@ class DynamicFp8(Epilogue):
     @property
     def constants(self) -> tuple[Any, ...]:
         """What the device function is compiled for."""
-        return *code_constants(self.dtype, self.quant_rounding), self.scale_ub is not None
+        return *code_constants(self.dtype, self.quant_rounding), self.scale_ub is not None, *extremes(self)
 
 
 EPILOGUE = DynamicFp8

@@ -1,16 +1,23 @@
 """fp8 by a scale of each group of elements of a row."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fuseplan.dialect import PACKED, ScaleLayout
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants, refuse_groups, scale_bounds, scales_for
+from fuseplan.providers.triton.epilogues import (
+    Epilogue,
+    code_constants,
+    extremes,
+    refuse_groups,
+    scale_bounds,
+    scales_for,
+)
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, in_groups, quantized, within
-from fuseplan.providers.triton.tuned import NORM_THREAD, Found
+from fuseplan.providers.triton.tuned import GROUPED_ROWS, NORM_THREAD, Found
 from fuseplan.record import Refusal
 
 
@@ -29,15 +36,17 @@ def store_by_scales_of_groups(
     GROUP: tl.constexpr = CONSTANTS[5]
     UE8M0: tl.constexpr = CONSTANTS[6]
     PACKED: tl.constexpr = CONSTANTS[7]
+    OVERFLOWS: tl.constexpr = CONSTANTS[8]
+    UNDERFLOWS: tl.constexpr = CONSTANTS[9]
     GROUPS: tl.constexpr = WIDTH // GROUP
-    y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP)
+    y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
     scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, DTYPE)
     if UE8M0:
         scale = power_of_two_from(scale)
         scale = tl.where(scale < min_power, min_power, scale)
     scale = tl.where(scale == 0, zero_scale, scale)
     code: tl.constexpr = y_ptr.dtype.element_ty
-    codes = quantized(y, scale[:, :, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, NVIDIA)
+    codes = quantized(y, scale[:, :, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, OVERFLOWS, UNDERFLOWS, NVIDIA)
     tl.store(y_ptr + out, tl.reshape(codes, out.shape), mask=inside)
     group = first // GROUP + tl.arange(0, y.shape[1])
     if PACKED > 1:
@@ -86,7 +95,8 @@ class GroupFp8(Epilogue):
     """
 
     store: ClassVar[Any] = store_by_scales_of_groups
-    elements: ClassVar[Found] = replace(NORM_THREAD["dynamic_fp8_quant"], source="as with a scale a row; not measured")
+    elements: ClassVar[Found] = NORM_THREAD["group_fp8_quant"]
+    rows: ClassVar[Found] = GROUPED_ROWS
     group_size: int
     dtype: torch.dtype
     min_scale: float
@@ -126,7 +136,7 @@ class GroupFp8(Epilogue):
     def constants(self) -> tuple[Any, ...]:
         """What the device function is compiled for."""
         constants = code_constants(self.dtype, self.quant_rounding)
-        return *constants, self.scale_ub is not None, self.group_size, self.ue8m0, self._packed
+        return *constants, self.scale_ub is not None, self.group_size, self.ue8m0, self._packed, *extremes(self)
 
 
 EPILOGUE = GroupFp8

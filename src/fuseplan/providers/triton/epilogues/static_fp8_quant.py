@@ -26,9 +26,9 @@ def store_by_given_scale(
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
-    y = rounded(y, DTYPE)
+    y = rounded(y, DTYPE, NVIDIA)
     scale = tl.load(scale_ptr).to(tl.float32)
-    codes = quantized(y, scale, code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, NVIDIA)
+    codes = quantized(y, scale, code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, True, True, NVIDIA)
     tl.store(y_ptr + out, codes, mask=inside)
 
 
