@@ -1,4 +1,4 @@
-"""silu(gate) * up -> an epilogue, in one kernel.
+"""silu(gate) * up -> an epilogue, in one kernel, which may store what the epilogue reads, too.
 
 The equivalent eager code is the composed reference of the op, `fuseplan.rules.families.compose`.
 """
@@ -28,9 +28,9 @@ from fuseplan.providers.triton.tuned import MANY_TURNS, PART, PART_THREAD, ROW_T
 
 @triton.jit
 def part_of_row(
-    gate_ptr, up_ptr, arguments, row, first, gate_row, up_row,
+    gate_ptr, up_ptr, arguments, y_ptr, row, first, gate_row, up_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, STORE: tl.constexpr,
-    CONSTANTS: tl.constexpr, EVICTION: tl.constexpr, NVIDIA: tl.constexpr,
+    CONSTANTS: tl.constexpr, KEEPS: tl.constexpr, EVICTION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of a row, from the first on."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
@@ -49,15 +49,18 @@ def part_of_row(
         activated = silu(gate, NVIDIA)
     if ROUNDS_ACTIVATED:
         activated = rounded(activated, dtype)
-    STORE(activated * up, arguments, row, first, tl.full((1,), True, tl.int1), dtype, WIDTH, CONSTANTS, NVIDIA)
+    y = activated * up
+    if KEEPS:
+        tl.store(y_ptr + at * WIDTH + column[None, :], y.to(dtype), mask=inside)
+    STORE(y, arguments, row, first, tl.full((1,), True, tl.int1), dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
 @names_functions
 @triton.jit(do_not_specialize=["rows"])  # one compilation for all numbers of rows
 def _silu_and_mul(
-    gate_ptr, up_ptr, arguments, rows, gate_row, up_row,
+    gate_ptr, up_ptr, arguments, y_ptr, rows, gate_row, up_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, STORE: tl.constexpr,
-    CONSTANTS: tl.constexpr, LOOPS: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
+    CONSTANTS: tl.constexpr, KEEPS: tl.constexpr, LOOPS: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
     LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """A program takes BLOCK elements of a row, all of it where the epilogue asks for that, and, where it LOOPS, then of
@@ -71,17 +74,17 @@ def _silu_and_mul(
     if LOOPS:
         for row in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
             part_of_row(
-                gate_ptr, up_ptr, arguments, row, first, gate_row, up_row, WIDTH, BLOCK, ROUNDS_ACTIVATED, STORE,
-                CONSTANTS, EVICTION, NVIDIA,
+                gate_ptr, up_ptr, arguments, y_ptr, row, first, gate_row, up_row, WIDTH, BLOCK, ROUNDS_ACTIVATED,
+                STORE, CONSTANTS, KEEPS, EVICTION, NVIDIA,
             )  # fmt: skip
     else:
         part_of_row(
-            gate_ptr, up_ptr, arguments, tl.program_id(1), first, gate_row, up_row, WIDTH, BLOCK, ROUNDS_ACTIVATED,
-            STORE, CONSTANTS, EVICTION, NVIDIA,
+            gate_ptr, up_ptr, arguments, y_ptr, tl.program_id(1), first, gate_row, up_row, WIDTH, BLOCK,
+            ROUNDS_ACTIVATED, STORE, CONSTANTS, KEEPS, EVICTION, NVIDIA,
         )  # fmt: skip
 
 
-def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple[Tensor, ...]:
+def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue, *, keeps: bool = False) -> tuple[Tensor, ...]:
     """The family's op.
 
     Args:
@@ -89,13 +92,15 @@ def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple
         up: the same.
         rounding: one of `ActivationRounding`.
         epilogue: what is done to rows before they are stored.
+        keeps: whether the activation is yielded, too.
 
     Returns:
-        The epilogue's results.
+        The epilogue's results, and the activation as gate's dtype holds it where it is kept.
     """
     gates, ups = flattened(gate), flattened(up)
     rows, width = gates.shape
     results = epilogue.results(gate)
+    kept = (gate.new_empty(gate.shape),) if keeps else ()
     if gate.numel():
         processors, stages = multiprocessors(gate.device), 1
         turns, programs = rows / processors, min(rows, MOST_PROGRAMS)
@@ -113,10 +118,11 @@ def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple
         with torch.cuda.device_of(gate):
             run_kernel(
                 _silu_and_mul, (triton.cdiv(width, shape.block), programs),
-                gates, ups, epilogue.arguments(results), rows, gates.stride(0), ups.stride(0),
+                gates, ups, epilogue.arguments(results), kept[0] if kept else results[0], rows,
+                gates.stride(0), ups.stride(0),
                 WIDTH=width, BLOCK=shape.block, LOOPS=programs < rows, STAGES=stages,
-                EVICTION=eviction(gate, up, *results),
+                EVICTION=eviction(gate, up, *results, *kept), KEEPS=keeps,
                 ROUNDS_ACTIVATED=ActivationRounding(rounding) is ActivationRounding.LLAMA,
                 STORE=epilogue.store, CONSTANTS=epilogue.constants, NVIDIA=is_nvidia(gate.device), **shape.launch(gate),
             )  # fmt: skip
-    return results
+    return (*results, *kept)

@@ -153,12 +153,14 @@ class Core(Part):
         residual_op: the same op behind a residual add, which it yields, too.
         weight: the place of its weight among the arguments of `op`, counted from the last; None: it has none.
         several: the same op several times, on one input.
+        result: what it yields, in names of fused ops that yield it beside what an epilogue makes of it.
     """
 
     traffic: Middle
     residual_op: DialectOp | None = None
     weight: int | None = None
     several: tuple[DialectOp, ...] = ()
+    result: str = "result"
 
     @property
     def cores(self) -> tuple[DialectOp, ...]:
