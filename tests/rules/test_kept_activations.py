@@ -28,8 +28,8 @@ LAYERS = 2
 def test_what_others_read_is_yielded_beside_the_codes(suffix: str, reads: str) -> None:
     def model(gate: Tensor, up: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
         y = F.silu(gate) * up
-        other = {"product": lambda: F.linear(y, matrix), "pointwise": y.relu, "itself": lambda: y}[reads]()
-        return *FORMATS[suffix](y), other
+        read = {"product": F.linear(y, matrix), "pointwise": y.abs() + 1, "itself": y}
+        return *FORMATS[suffix](y), read[reads]
 
     inputs = randn(7, HIDDEN), randn(7, HIDDEN, seed=1), randn(8, HIDDEN, seed=2)
     report = compare(model, *inputs, rule="act_quant", ulps=8, coded=reads == "product")
@@ -57,7 +57,7 @@ def test_of_two_quantisations_one_is_fused_and_the_other_one_reads_the_activatio
 
 
 class Mlps(torch.nn.Module):
-    """Layers of which each yields its activation beside what the product of its codes is, as taps for distillation do."""
+    """Layers that yield their activations beside what their codes stand for, as taps for distillation do."""
 
     def forward(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
         taps = []

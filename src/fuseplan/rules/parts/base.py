@@ -99,6 +99,10 @@ REDUCER = "reducer"
 """The key in `meta` of a raised all-reduce under which it has whose it was, where that isn't torch.distributed's."""
 
 
+OPAQUE = "opaque"
+"""The key in `meta` of a raised epilogue that is an engine's own op in the graph, which Inductor joins with nothing."""
+
+
 def reducer_of(reduce: fx.Node) -> str:
     """Whose a raised all-reduce was in the graph; see `TORCH`."""
     found: str = reduce.meta.get(REDUCER, TORCH)

@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,19 +33,14 @@ from fuseplan.graph.facts import (
     equal_size,
     fill_of,
     is_call,
-    item,
     tensor_of,
 )
 from fuseplan.graph.ops import DialectOp, QuantRounding, Sample, compute_dtype, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import rows_of
-from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 """`fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3. Their largest values, 448 and 240, come from `torch.finfo`."""
-
-CODE_BYTES = 1
-SCALE_BYTES = 4
 
 CLAMPS = (
     aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
@@ -151,69 +146,6 @@ def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unrais
                 yield cast, scaling
             except Unraised as refused:
                 yield cast, refused
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codes(Tail):
-    """A quantisation at a site.
-
-    Attributes:
-        restored: whether the graph makes numbers of the codes again, as where quantisation is simulated: Inductor has
-            that in the kernel of both, and behind an op it is a kernel of its own.
-    """
-
-    restored: bool = False
-
-    kind = "quant"
-
-    def text(self, width: int) -> str:
-        """`dynamic_fp8_quant`"""
-        return f"{self.name} restored" if self.restored else self.name
-
-    def behind(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """The kernel that restores them."""
-        nbytes = self.result_bytes(region) + region.row_bytes
-        return (clock.local("dequantised", nbytes),) if self.restored else ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupCodes(Codes):
-    """One with a scale of each group of elements of a row.
-
-    Attributes:
-        group_size: elements of a group.
-    """
-
-    group_size: int
-
-    reduces_rows = True
-    code_bits: ClassVar[int] = 8 * CODE_BYTES
-    scale_bytes: ClassVar[int]
-
-    @classmethod
-    def of(cls, node: fx.Node, core: fx.Node) -> Self:
-        """That of a dialect op `(x, group_size, ...)`."""
-        size = node.args[1]
-        assert isinstance(size, int)
-        return cls(group_size=size, restored=is_restored(item(node, 0)))
-
-    @classmethod
-    def stands_alone(cls, core: Middle) -> bool:
-        """Behind what reduces rows: a reduction over groups is another one."""
-        return core.reduces_rows
-
-    def text(self, width: int) -> str:
-        """`group_fp8_quant 128`"""
-        return f"{super().text(width)} {self.group_size}"
-
-    def result_bytes(self, region: Region) -> int:
-        """The codes, and a scale a group."""
-        return region.tokens * (region.width * self.code_bits // 8 + region.width // self.group_size * self.scale_bytes)
-
-
-def is_restored(codes: fx.Node | None) -> bool:
-    """Whether all that is done to codes is to make numbers of them again."""
-    return codes is not None and all(is_call(user, convert_element_type) for user in codes.users)
 
 
 def _is_constant(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, is_
 from fuseplan.graph.ops import Decoded, MxScaling, Sample, compute_dtype, define, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp8 import GroupCodes
+from fuseplan.rules.parts.codes import GroupCodes
 from fuseplan.rules.parts.microscaled import (
     GROUP,
     Format,
