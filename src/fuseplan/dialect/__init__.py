@@ -42,6 +42,7 @@ from fuseplan.rules.families import (
 from fuseplan.rules.parts.attention import KERNELS as ATTENTION_KERNELS
 from fuseplan.rules.parts.fp8 import FP8_DTYPES
 from fuseplan.rules.parts.linear import split_arguments
+from fuseplan.rules.parts.mx_fp8 import FORMATS as MX_FP8_FORMATS
 
 __all__ = [
     "ACTIVATION_FAMILY",
@@ -50,6 +51,7 @@ __all__ = [
     "KEPT_ACTIVATION_FAMILY",
     "KEPT_NORM_FAMILY",
     "LINEAR_FAMILY",
+    "MX_FP8_FORMATS",
     "NORM_FAMILY",
     "PACKED",
     "TILE_GROUPS",

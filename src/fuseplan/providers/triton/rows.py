@@ -48,10 +48,31 @@ def quantized(
 @triton.jit
 def codes_of(scaled, dtype: tl.constexpr, MOST: tl.constexpr, NVIDIA: tl.constexpr):
     """clamp(scaled, -MOST, MOST) as `dtype`; NaN stays NaN."""
-    if not NVIDIA:  # whose conversion instructions clamp
-        scaled = tl.where(scaled > MOST, MOST, scaled)
-        scaled = tl.where(scaled < -MOST, -MOST, scaled)
-    return scaled.to(dtype)
+    if dtype == tl.float8e5:
+        codes = e5m2_of(scaled).to(dtype, bitcast=True)
+    else:
+        if not NVIDIA:  # whose conversion instructions clamp
+            scaled = tl.where(scaled > MOST, MOST, scaled)
+            scaled = tl.where(scaled < -MOST, -MOST, scaled)
+        codes = scaled.to(dtype)
+    return codes
+
+
+@triton.jit
+def e5m2_of(x):
+    """Codes of float32 in float8_e5m2, in bytes: clamped to its largest, to the nearest, ties to even; NaN is 0x7F.
+
+    GPUs before Hopper have no conversion of float32, and one by way of float16 rounds twice.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    small = (size.to(tl.float32, bitcast=True) + 128.0).to(tl.int32, bitcast=True) - 0x43000000
+    normal = (size - 0x37F00001 + ((size >> 21) & 1)) >> 21
+    code = tl.where(size < 0x38800000, small, normal)
+    code = tl.where(size >= 0x47600000, 0x7B, code)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    sign = tl.where(size > 0x7F800000, 0, (bits >> 24) & 0x80)
+    return (code | sign).to(tl.uint8)
 
 
 @triton.jit

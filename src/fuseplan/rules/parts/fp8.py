@@ -39,8 +39,10 @@ from fuseplan.graph.ops import DialectOp, QuantRounding, Sample, compute_dtype, 
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import rows_of
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-"""`fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3. Their largest values, 448 and 240, come from `torch.finfo`."""
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+"""Of codes: `fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3, and `e5m2`, which has a digit less for a range like
+float16's. Their largest values, 448, 240 and 57344, come from `torch.finfo`.
+"""
 
 CLAMPS = (
     aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
@@ -136,14 +138,10 @@ def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unrais
     """Every cast to fp8, and how what is cast was scaled, or why that isn't known."""
     for cast in canonical.calls(convert_element_type):
         dtype = cast.args[1]
-        if dtype in (*FP8_DTYPES, torch.float8_e5m2) and not _is_constant(cast):
+        if dtype in FP8_DTYPES and not _is_constant(cast):
             assert isinstance(dtype, torch.dtype)
             try:
-                scaling = _read_scaling(cast, dtype)
-                if dtype not in FP8_DTYPES:
-                    detail = "codes are in float8_e5m2, and those of the ops in float8_e4m3fn or float8_e4m3fnuz"
-                    raise Unraised(Reason.DTYPE, detail, cast)
-                yield cast, scaling
+                yield cast, _read_scaling(cast, dtype)
             except Unraised as refused:
                 yield cast, refused
 
@@ -264,7 +262,7 @@ def raise_computed(
     rows = tensor_of(args[0])
     fakes = op.fake(rows, *args[1:])
     old = (cast, scale)
-    if all(equal_shape(tensor_of(node), value) for node, value in zip(old, fakes, strict=True)):
+    if all(_is_alike(tensor_of(node), value) for node, value in zip(old, fakes, strict=True)):
         canonical.raise_op(op, args, old)
         return
     claimed, place = canonical.claims(old), min(old)
@@ -273,11 +271,22 @@ def raise_computed(
     canonical.interior[node] = claimed
     results = [canonical.insert_before(place, operator.getitem, (node, index), fakes[index]) for index in range(2)]
     for index, (each, result) in enumerate(zip(old, results, strict=True)):
-        if not equal_shape(tensor_of(each), fakes[index]):
+        value = tensor_of(each)
+        assert value is not None
+        if value.dtype is not fakes[index].dtype:  # bytes by another name
+            dtype = value.dtype
+            result = results[index] = canonical.insert_before(
+                place, aten.view.dtype, (result, dtype), fakes[index].view(dtype)
+            )
+        if not equal_shape(value, fakes[index]):
             args = (result, sizes[index])
             results[index] = canonical.insert_before(place, aten.reshape.default, args, tensor_of(each))
     for each, result in zip(old, results, strict=True):  # which may erase the place
         canonical.replace(each, result)
+
+
+def _is_alike(value: Tensor | None, like: Tensor) -> bool:
+    return value is not None and value.dtype is like.dtype and equal_shape(value, like)
 
 
 def _sizes(canonical: CanonicalGraph, node: fx.Node) -> list[Any]:
