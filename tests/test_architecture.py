@@ -55,7 +55,7 @@ INSIDE = {
     "compatibility": _rows("private", "check", "__init__", "fallback"),
     "compilation": _rows("__init__ analysis debug dispatch first_run hook regions theirs", "floats manager"),
     "explanation": _rows("__init__ capture drawing estimate", "explanation", "comparison"),
-    "graph": _rows("__init__ facts legality ops", "layout reach regions sharing surgery", "canonical"),
+    "graph": _rows("__init__ facts legality ops", "sizes", "layout reach regions sharing surgery", "canonical"),
     "measurement": _rows("tuning", "costs", "__init__ benchmark"),
     "rules": _rows("base", "__init__", "parts", "families"),
     "workloads": _rows("__init__ models", "catalog"),

@@ -33,7 +33,7 @@ from tests.rules.parts import test_nv_fp4 as nv_fp4
 from tests.rules.parts import test_scale_layouts as layouts
 from tests.rules.parts.microscaling import SCALINGS
 
-FP8 = torch.float8_e4m3fn
+FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 POLICY = "ordered(allreduce_rms_quant, norm_quant, act_quant)"
 ALONE = "ordered(norm_quant, act_quant)"
@@ -54,6 +54,7 @@ class Format:
         bits: of a code.
         lies: how scales lie that aren't in rows: packed or swizzled.
         whole: the scale of all scales.
+        code: the dtype of codes of 8 bits.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Format:
     bits: int = 8
     lies: str = "rows"
     whole: float = 1.0
+    code: torch.dtype = FP8
 
     def restored(self, codes: Tensor, scales: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """(what codes stand for, the scale of each of them), [rows, width] in float64."""
@@ -79,6 +81,8 @@ class Format:
             places = nv_fp4.to_blocked(torch.arange(1, rows * count + 1).reshape(rows, count)).flatten()
             wide = torch.empty(rows * count, dtype=torch.float64)
             wide[places[places > 0] - 1] = scales.flatten()[places > 0].double()
+            if not bool((scales.flatten()[places == 0].view(torch.uint8) == 0).all()):
+                wide.fill_(math.nan)  # what isn't there is no zero
         else:
             wide = scales.double()
         wide = wide.reshape(-1, 1) if wide.numel() == 1 else wide.reshape(rows, count).repeat_interleave(group, 1)
@@ -88,15 +92,24 @@ class Format:
     def nearest(self, values: Tensor, scale: Tensor) -> Tensor:
         """What the code nearest to each value stands for."""
         if self.bits == 8:
-            return (values / scale).clamp(-448.0, 448.0).to(FP8).double() * scale
+            most = torch.finfo(self.code).max
+            return (values / scale).clamp(-most, most).to(self.code).double() * scale
         steps = (values / scale).abs().unsqueeze(-1)
         best = E2M1[(steps - E2M1).abs().argmin(-1)]
         return torch.where(values < 0, -best, best) * scale
 
 
 def _in_rows(rng: random.Random, scale: Tensor) -> Format:
+    if rng.random() < 0.2:
+        return Format(name="e5m2 rows", quantise=in_e5m2, group=0, code=E5M2)
     quantise = rng.choice((quantize_rows, quantize_rows_divided, quantize_rows_rounded, quantize_rows_bounded, torchao))
     return Format(name=quantise.__name__, quantise=quantise, group=0)
+
+
+def in_e5m2(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale a row, for codes with a wider range."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / 57344.0).clamp(min=1e-12)
+    return (x.float() / scale).clamp(-57344.0, 57344.0).to(E5M2), scale
 
 
 def torchao(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,9 +158,14 @@ def _by_one(rng: random.Random, scale: Tensor) -> Format:
 
 def _microscaled(rng: random.Random, scale: Tensor) -> Format:
     module, bits = rng.choice(((mx_fp8, 8), (mx_fp4, 4)))
-    scaling = rng.choice(SCALINGS)
-    quantise = partial(module.quantised, scaling=scaling)
-    return Format(name=f"mx_fp{bits} {scaling}", quantise=quantise, group=32, bits=bits)
+    scaling, code = rng.choice(SCALINGS), rng.choice((FP8, FP8, E5M2)) if bits == 8 else FP8
+    quantise = partial(module.quantised, scaling=scaling, **({"code": code} if bits == 8 else {}))
+    swizzles = rng.random() < 0.4
+    given = partial(laid_out, quantise, nv_fp4.to_blocked) if swizzles else quantise
+    lies = "swizzled" if swizzles else "rows"
+    return Format(
+        name=f"mx_fp{bits} {code} {scaling} {lies}", quantise=given, group=32, bits=bits, lies=lies, code=code
+    )  # fmt: skip
 
 
 def _nv_fp4(rng: random.Random, scale: Tensor) -> Format:

@@ -17,16 +17,17 @@ from fuseplan.providers.triton import activation, norm
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.epilogues.group_fp8_quant import power_of_two_from
 from fuseplan.providers.triton.launching import Norm
-from fuseplan.providers.triton.rows import e4m3_of
+from fuseplan.providers.triton.rows import e4m3_of, e5m2_of
 from fuseplan.rules.parts.dynamic_fp8 import reference as row_reference
 from fuseplan.rules.parts.group_fp8 import reference
 from fuseplan.rules.parts.mx_fp4 import reference as mx_fp4_reference
 from fuseplan.rules.parts.mx_fp8 import reference as mx_reference
 from fuseplan.rules.parts.nv_fp4 import reference as nv_reference
+from fuseplan.rules.parts.static_fp8 import reference as static_reference
 from tests.providers.run_interpreted import prepare
 from tests.rules.parts.microscaling import ties
 
-FN, LEAST = torch.float8_e4m3fn, 1e-10
+FN, E5M2, LEAST = torch.float8_e4m3fn, torch.float8_e5m2, 1e-10
 
 
 def arguments(
@@ -104,7 +105,9 @@ def layouts() -> dict[str, bool]:
 
 
 def microscaled() -> dict[str, bool]:
-    """By scaling: random rows, each magnitude, powers of two, zeros, infinity and NaN, to fp8 and to fp4."""
+    """By scaling: random rows, each magnitude, powers of two, zeros, infinity and NaN, to fp8 of both kinds and to fp4,
+    exponents in rows and in tiles, of which a few rows and many fill some.
+    """
     found = {}
     edges = [0.0, torch.inf, torch.nan, 448.0, 449.0, 2.0**-133, 2.0**-126, 3.3e38, 1.0, 0.998046875, 480.0]
     odd = activations(11, 96, 4)
@@ -112,13 +115,16 @@ def microscaled() -> dict[str, bool]:
     odd[:, 40] = torch.tensor(edges).bfloat16()
     scales = torch.exp2(torch.linspace(-132, 120, 64))[:, None] * torch.linspace(0.5, 1.0, 64).repeat(2)
     ones = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": scales.bfloat16(), "ties": ties()}
+    tiled = {"one": activations(1, 160, 3), "many": activations(130, 96, 3), "odd": odd}
     residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
-    for scaling, bits in product(("floor", "ceil", "even", "rceil"), (8, 4)):
-        own: dict[str, Any] = {"group_size": 32, **({"dtype": FN} if bits == 8 else {}), "scaling": scaling}
+    codes_in = ((8, FN, "rows"), (8, E5M2, "rows"), (8, FN, "swizzled"), (4, None, "rows"), (4, None, "swizzled"))
+    for scaling, (bits, dtype, layout) in product(("floor", "ceil", "even", "rceil"), codes_in):
+        own: dict[str, Any] = {"group_size": 32, **({"dtype": dtype} if bits == 8 else {}), "scaling": scaling}
+        own["layout"] = layout
         epilogue = epilogue_of(f"mx_fp{bits}_quant")(**own)
         wanted = mx_reference if bits == 8 else mx_fp4_reference
-        for kind, x in ones.items():
+        for kind, x in (ones if layout == "rows" else tiled).items():
             gate = torch.full_like(x, 64.0)  # whose SiLU is itself
             (y,) = activation.launch(gate, x, "llama", epilogue_of(None)())
             got: Sequence[Tensor] = activation.launch(gate, x, "llama", epilogue)
@@ -126,10 +132,10 @@ def microscaled() -> dict[str, bool]:
             if bits == 4:  # which has no NaN: what it makes of one's bits differs by device
                 of_nan = y.isnan().unflatten(-1, (-1, 2)).any(-1)
                 got[0][of_nan] = codes[of_nan]
-            found[f"{scaling} {bits} {kind}"] = same(got[0], codes) and same(got[1], exponents)
+            found[f"{scaling} {bits} {dtype} {layout} {kind}"] = same(got[0], codes) and same(got[1], exponents)
         y, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue_of(None)())
         *got, _ = norm.launch(activations(5, 96, 1), residual, how, epilogue)
-        found[f"{scaling} {bits} normed"] = all(map(same, got, wanted(y, *own.values())))
+        found[f"{scaling} {bits} {dtype} {layout} normed"] = all(map(same, got, wanted(y, *own.values())))
     return found
 
 
@@ -203,6 +209,59 @@ def not_finite() -> dict[str, bool]:
     return found
 
 
+def wider() -> dict[str, bool]:
+    """Codes in e5m2, which has infinity, by each scale: random rows, zeros, infinity, NaN, and what is beyond its
+    largest by a given scale.
+    """
+    found = {}
+    x = activations(6, 192, 5)
+    x[0, 1], x[1, 70], x[2], x[3] = torch.inf, torch.nan, 0.0, x[3] * 1e30
+    up = torch.ones_like(x)
+    gate = torch.full_like(x, 64.0)
+    for rounding in ("divide", "multiply", "divide_by_rounded", "divide_rounded"):
+        dtype = torch.bfloat16 if rounding == "divide_rounded" else torch.float32
+        each: dict[str, tuple[dict[str, Any], Any]] = {
+            "static_fp8_quant": (
+                {"scale": torch.tensor([0.02], dtype=dtype), "dtype": E5M2, "quant_rounding": rounding},
+                static_reference,
+            ),
+            "dynamic_fp8_quant": (
+                {"dtype": E5M2, "min_scale": LEAST, "max_scale": 0.0, "zero_scale": 0.0, "scale_ub": None,
+                 "quant_rounding": rounding}, row_reference,
+            ),
+            "group_fp8_quant": ({**arguments(64, LEAST, False, rounding), "dtype": E5M2}, reference),
+        }  # fmt: skip
+        for suffix, (own, wanted) in each.items():
+            (y,) = activation.launch(gate, x * up, "llama", epilogue_of(None)())
+            got = activation.launch(gate, x * up, "llama", epilogue_of(suffix)(**own))
+            right = wanted(y, *own.values())
+            found[f"{suffix} {rounding}"] = all(map(same, got, right if isinstance(right, tuple) else (right,)))
+    return found
+
+
+@triton.jit
+def _narrowed(x_ptr, y_ptr, SIZE: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(y_ptr + at, e5m2_of(tl.load(x_ptr + at)))
+
+
+def all_of_e5m2() -> bool:
+    """Whether numbers are held in e5m2 as torch holds them: those that it has, halfway between two, what is next to
+    these, what is beyond them, infinity and NaN.
+    """
+    codes = torch.arange(256, dtype=torch.uint8).view(E5M2).float()
+    codes = codes[codes.isfinite()].sort().values
+    halves = (codes[1:] + codes[:-1]) / 2
+    above, below = (torch.nextafter(halves, torch.full((), end)) for end in (torch.inf, -torch.inf))
+    ends = torch.tensor([6e4, 6.2e4, -7e4, 1e30, torch.inf, -torch.inf, 1e-30, -1e-30, 0.0, -0.0, torch.nan])
+    x = torch.cat([codes, halves, above, below, ends])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 256))
+    y = torch.empty(x.shape, dtype=torch.uint8)
+    _narrowed[(len(x) // 256,)](x, y, SIZE=256)
+    wanted = x.clamp(-57344, 57344).to(E5M2)
+    return same(y.view(E5M2), wanted)
+
+
 def by_row() -> dict[str, bool]:
     """A scale of a whole row, rounded or not, bounded or not; one row is of zeros."""
     found = {}
@@ -231,8 +290,8 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "dynamic_fp8_quant": {"dtype": FN, "min_scale": LEAST, "max_scale": 0.0, "zero_scale": 0.0, "scale_ub": None,
                           "quant_rounding": "divide"},
     "group_fp8_quant": arguments(32, LEAST, True, "divide", layout="columns"),
-    "mx_fp8_quant": {"group_size": 32, "dtype": FN, "scaling": "rceil"},
-    "mx_fp4_quant": {"group_size": 32, "scaling": "even"},
+    "mx_fp8_quant": {"group_size": 32, "dtype": E5M2, "scaling": "rceil", "layout": "swizzled"},
+    "mx_fp4_quant": {"group_size": 32, "scaling": "even", "layout": "rows"},
     "nv_fp4_quant": {"group_size": 16, "global_scale": None, "min_scale": 2.0**-6, "layout": "swizzled"},
 }  # fmt: skip
 
@@ -298,6 +357,8 @@ def main() -> None:
         "microscaled": microscaled(),
         "by scales": by_scales(),
         "scales": all_scales(),
+        "wider": wider(),
+        "all of e5m2": all_of_e5m2(),
     }
     print(json.dumps(found))
 

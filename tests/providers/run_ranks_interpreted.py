@@ -42,7 +42,7 @@ EPILOGUES: dict[str | None, dict[str, Any]] = {
         "scale_ub": None,
         "quant_rounding": "multiply",
     },
-    "mx_fp4_quant": {"group_size": 16, "scaling": "even"},
+    "mx_fp4_quant": {"group_size": 16, "scaling": "even", "layout": "swizzled"},
     "nv_fp4_quant": {"group_size": 16, "global_scale": torch.tensor(0.02), "min_scale": 2.0**-6, "layout": "rows"},
 }
 """A fused op's own arguments, in their order."""

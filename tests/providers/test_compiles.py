@@ -90,7 +90,7 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
     kernel = registered_kernel(name, "triton")
     assert kernel is not None
     # What yields the norm, too, is the kernel of an op above, and a store.
-    samples = ops[name].samples[: 1 if name.endswith("_and_norm") else None]
+    samples = ops[name].samples[: 1 if name.endswith(("_and_norm", "_and_activation")) else None]
     for sample in samples:
         kernel(*sample.make(torch.device("cpu"), torch.Generator().manual_seed(0)))
     assert len(compiled) >= len(samples)

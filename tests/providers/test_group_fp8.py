@@ -50,7 +50,7 @@ def test_scales_lie_as_they_are_asked_to(interpreted: dict[str, Any]) -> None:
 
 @needs_triton
 def test_exponents_are_the_references(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["microscaled"]) == 40
+    assert len(interpreted["microscaled"]) == 92
     assert all(interpreted["microscaled"].values()), interpreted["microscaled"]
 
 
@@ -94,3 +94,10 @@ def test_what_it_declines(size: int, width: int, detail: str | None, layout: str
         assert refusal.reason is Reason.SIZE
         assert refusal.detail.startswith("fuseplan's Triton kernels take")
         assert refusal.detail.endswith(detail)
+
+
+@needs_triton
+def test_codes_in_e5m2_have_the_references_bits(interpreted: dict[str, Any]) -> None:
+    assert interpreted["all of e5m2"]
+    assert len(interpreted["wider"]) == 12
+    assert all(interpreted["wider"].values()), interpreted["wider"]

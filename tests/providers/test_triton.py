@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from fuseplan.dialect import ACTIVATION_FAMILY, KEPT_NORM_FAMILY, NORM_FAMILY, ops, registered_kernel
+from fuseplan.dialect import (
+    ACTIVATION_FAMILY,
+    KEPT_ACTIVATION_FAMILY,
+    KEPT_NORM_FAMILY,
+    NORM_FAMILY,
+    ops,
+    registered_kernel,
+)
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
@@ -34,7 +41,8 @@ def test_it_runs_every_fused_op() -> None:
 
 def test_fields_of_epilogues_are_the_arguments_of_their_ops() -> None:
     members = {op: suffix for family in (NORM_FAMILY, KEPT_NORM_FAMILY) for (_, _, suffix), op in family.items()}
-    members |= {op: suffix for suffix, op in ACTIVATION_FAMILY.items()}
+    for activations in (ACTIVATION_FAMILY, KEPT_ACTIVATION_FAMILY):
+        members |= {op: suffix for suffix, op in activations.items()}
     assert set(members.values()) <= SUFFIXES
     cores = {"x", "residual", "weight", "eps", "rounding", "group_name", "gate", "up"}
     for op, suffix in members.items():

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fuseplan.dialect import Rounding, ops, registered_kernel
 from fuseplan.distributed.workspace import CAPACITY_BYTES, ONE_SHOT_RANKS, SHOT_BYTES, UNIT_WORDS
 from fuseplan.providers.triton.epilogues import epilogue_of
-from fuseplan.providers.triton.replay import needed_code
+from fuseplan.providers.triton.replay import code_key, needed_code
 from fuseplan.verification import variants
 from fuseplan.verification.specs import ODD_SIZES, Case, TensorSpec
 from tests.providers.test_compiles import FAMILIES, stand_ins
@@ -45,6 +45,9 @@ ARGUMENTS: dict[str, Callable[[int, int], tuple[Any, ...]]] = {
     "silu_and_mul_static_fp8_quant": lambda rows, width: (
         of(rows, 2 * width), of(rows, 2 * width), "llama", of(dtype=torch.float32), FP8, "multiply",
     ),
+    "rms_norm_mx_fp8_quant": lambda rows, width: (
+        of(rows, width), of(width), 1e-5, "llama", 32, FP8, "floor", "swizzled",
+    ),
     "qk_norm_rope": lambda rows, width: (
         of(rows, width // 64, 128), of(rows, 8, 128), of(128), of(128), of(rows, 1, 64), of(rows, 1, 64), 1e-6,
         "llama", "products",
@@ -52,12 +55,12 @@ ARGUMENTS: dict[str, Callable[[int, int], tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
-class Needed(list[tuple[str, str]]):
+class Needed(list[tuple[Any, ...]]):
     """What kernels are compiled for."""
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Instead of launching one."""
-        self.append((kernel.__name__, str(sorted(constants.items(), key=str))))
+        self.append(code_key(kernel, arguments, constants))
 
 
 @pytest.fixture(params=L2)
@@ -74,7 +77,7 @@ def needed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def check(needed: Needed, run: Callable[[int], Any], sizes: Sequence[int] = (*ODD_SIZES, LAST)) -> None:
     """That sizes which are verified need all the code that others need."""
 
-    def code_of(rows: int) -> tuple[tuple[str, str], ...]:
+    def code_of(rows: int) -> tuple[tuple[Any, ...], ...]:
         needed.clear()
         run(rows)
         return tuple(dict.fromkeys(needed))
@@ -142,8 +145,9 @@ def test_so_do_all_reduces(ranks: int, width: int, needed: Needed) -> None:
     one_shot = ranks <= ONE_SHOT_RANKS
     shot = (CAPACITY_BYTES if one_shot else max(SHOT_BYTES, CAPACITY_BYTES // ranks)) // 2
     workspace: Any = SimpleNamespace(
-        ranks=ranks, rank=0, processors=132, one_shot=one_shot, loopback=False, timed=True, timeout=1, tensors=(),
+        ranks=ranks, rank=0, processors=132, one_shot=one_shot, loopback=False, timed=True, timeout=1,
         shot_words=shot // UNIT_WORDS * UNIT_WORDS, sums_at=0, held=contextlib.nullcontext,
+        tensors=(of(1),) * 4,
         sums_words=0 if one_shot else CAPACITY_BYTES // 2 // UNIT_WORDS * UNIT_WORDS, require=lambda *words: None,
     )  # fmt: skip
     norm = all_reduce_norm.Norm(weight=of(width), eps=1e-5, rounding=Rounding.LLAMA)

@@ -40,7 +40,11 @@ NORM_TABLE = {
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     **NORM_TABLE,
     "add_rms_norm": ("add_rms_norm", ("fuse_add_rms_norm",)),
-    **{f"silu_and_mul_{quant}": ("act_quant", ("fuse_act_quant",)) for quant in QUANTS},
+    **{
+        f"silu_and_mul_{quant}{kept}": ("act_quant", ("fuse_act_quant",))
+        for quant in QUANTS
+        for kept in ("", "_and_activation")
+    },
     "qk_norm_rope": ("qk_norm_rope", ("enable_qk_norm_rope_fusion",)),
     "rope_cache": ("rope_cache", ("fuse_rope_cache",)),
     "qk_norm_rope_cache": ("qk_norm_rope_cache", ("enable_qk_norm_rope_fusion", "fuse_rope_cache")),
@@ -100,7 +104,7 @@ def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     # What the pad or the quantisation yields, the unpadded value, the scales, what is quantised, and the sum.
     sums = core == "fused_add_rms_norm" or name.startswith("all_reduce")
     has_scales = any(kind in name for kind in ("_dynamic", "_group", "_mx", "_nv"))
-    is_kept = name.endswith("_and_norm")
+    is_kept = name.endswith(("_and_norm", "_and_activation"))
     expected = 1 + ("pad" in name or has_scales) + is_kept + sums
     assert len(rule.traced_pattern.outputs) == expected
     assert tuple(rule.traced_pattern.inputs) == rule.variables

@@ -206,7 +206,7 @@ OWN: dict[str, dict[str, Any]] = {
         "dtype": FP8, "min_scale": 1e-6, "max_scale": 0.0, "zero_scale": 0.0, "scale_ub": None,
         "quant_rounding": "divide",
     },
-    "mx_fp8_quant": {"group_size": 32, "dtype": FP8, "scaling": "floor"},
+    "mx_fp8_quant": {"group_size": 32, "dtype": FP8, "scaling": "floor", "layout": "rows"},
 }  # fmt: skip
 
 

@@ -21,11 +21,11 @@ GROUPS = {"min_scale": 0.0, "max_scale": 0.0, "ue8m0": True, "min_power": 0.0, "
 POWERS = {"group_size": 128, "dtype": FP8, **GROUPS, "quant_rounding": "divide"}
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
-        f"mx_fp8 {scaling}": ("mx_fp8_quant", {"group_size": 32, "dtype": FP8, "scaling": scaling})
+        f"mx_fp8 {scaling}": ("mx_fp8_quant", {"group_size": 32, "dtype": FP8, "scaling": scaling, "layout": "rows"})
         for scaling in ("floor", "ceil", "even", "rceil")
     },
     **{
-        f"mx_fp4 {scaling}": ("mx_fp4_quant", {"group_size": 32, "scaling": scaling})
+        f"mx_fp4 {scaling}": ("mx_fp4_quant", {"group_size": 32, "scaling": scaling, "layout": "swizzled"})
         for scaling in ("floor", "even")
     },
     **{f"group_fp8 {layout}": ("group_fp8_quant", {**POWERS, "layout": layout}) for layout in ("rows", "packed")},

@@ -32,17 +32,26 @@ from fuseplan.graph.ops import (
     ops,
     registered_kernel,
 )
-from fuseplan.rules.families import ACTIVATION_FAMILY, KEPT_NORM_FAMILY, LINEAR_FAMILY, NORM_FAMILY
+from fuseplan.rules.families import (
+    ACTIVATION_FAMILY,
+    KEPT_ACTIVATION_FAMILY,
+    KEPT_NORM_FAMILY,
+    LINEAR_FAMILY,
+    NORM_FAMILY,
+)
 from fuseplan.rules.parts.attention import KERNELS as ATTENTION_KERNELS
 from fuseplan.rules.parts.fp8 import FP8_DTYPES
 from fuseplan.rules.parts.linear import split_arguments
+from fuseplan.rules.parts.mx_fp8 import FORMATS as MX_FP8_FORMATS
 
 __all__ = [
     "ACTIVATION_FAMILY",
     "ATTENTION_KERNELS",
     "FP8_DTYPES",
+    "KEPT_ACTIVATION_FAMILY",
     "KEPT_NORM_FAMILY",
     "LINEAR_FAMILY",
+    "MX_FP8_FORMATS",
     "NORM_FAMILY",
     "PACKED",
     "TILE_GROUPS",

@@ -14,7 +14,7 @@ from fuseplan.graph.canonical.noops import eliminate_noops
 from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
 from fuseplan.graph.ops import ops
 from fuseplan.graph.surgery import erase_dead, sort_topologically
-from fuseplan.rules.parts import PARTS, Core, Part, RowEpilogue, Stage, part_at
+from fuseplan.rules.parts import OPAQUE, PARTS, Core, Part, RowEpilogue, Stage, part_at
 
 NO_GROUPS: Mapping[object, str] = {}
 
@@ -95,6 +95,7 @@ def _sink_reshapes(canonical: CanonicalGraph) -> None:
         assert op is not None
         fakes = op.fake(before, *(tensor_of(arg) if isinstance(arg, fx.Node) else arg for arg in node.args[1:]))
         moved = canonical.insert_before(node, node.target, (inner, *node.args[1:]), fakes)
+        moved.meta |= {key: node.meta[key] for key in (OPAQUE,) if key in node.meta}
         canonical.interior[moved] = canonical.claims([node, *node.users] if isinstance(fakes, tuple) else [node])
         if isinstance(fakes, torch.Tensor):
             _reshape_like(canonical, moved, node)

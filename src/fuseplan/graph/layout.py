@@ -14,6 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fuseplan.graph.facts import aten, equal_size, is_call, is_dense, is_mutation, tensor_of
+from fuseplan.graph.ops import ALIGNED_ROWS
+from fuseplan.graph.sizes import equal_rounded
 
 FRESH = (aten.addmm.default, aten.baddbmm.default, aten.bmm.default, aten.mm.default)
 """Ops whose results are row-major whatever the strides of their arguments are."""
@@ -83,7 +85,7 @@ def same_layout(left: Tensor, right: Tensor) -> bool:
     """
     dims = zip(left.shape, left.stride(), right.stride(), strict=True)
     return equal_size(left.storage_offset(), right.storage_offset()) and all(
-        equal_size(a, b) or equal_size(size, 1) for size, a, b in dims
+        equal_size(size, 1) or equal_rounded([a], [b], ALIGNED_ROWS) for size, a, b in dims
     )
 
 

@@ -61,7 +61,7 @@ def generated(match: Match, model: CostModel, sized: Sized) -> tuple[Kernel, ...
         part = part_at(node)
         if isinstance(part, Prologue):
             found += _all_reduce(node, model, sized)
-        elif isinstance(part, Epilogue) and part.traffic.stands_alone(_core_of(match)):
+        elif isinstance(part, Epilogue) and part.tail(node, match.core).stays_apart(_core_of(match)):
             found.append(_kernel(part.name, model, 2 * _bytes((node,), sized)))
         elif part is None and not _is_generated(node.target):
             return None

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuseplan.dialect import FP8_DTYPES, QuantRounding, Rounding, implement, ops
+from fuseplan.dialect import QuantRounding, Rounding, implement, ops
 from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.errors import CollectiveError
 from fuseplan.graph.facts import equal_size, group_size
@@ -305,7 +305,7 @@ ALL_REDUCE_QUANT = replace(
     source=f"{ALL_REDUCE.source}; aiter/dist/device_communicators/communicator_cuda.py: for which hidden sizes",
     widths=QUANT_WIDTHS,
     quant_rounding=QuantRounding.DIVIDE,
-    quant_dtypes=frozenset(FP8_DTYPES),
+    quant_dtypes=frozenset({torch.float8_e4m3fn, torch.float8_e4m3fnuz}),
 )
 
 

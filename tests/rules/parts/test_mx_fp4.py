@@ -55,7 +55,7 @@ def test_a_scaling_is_an_op(scaling: str, dynamic: bool) -> None:
     )
     assert graph.recognized() == {f"per_token_mx_fp4_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(per_token_mx_fp4_quant.overload)
-    assert node.args[1:] == (GROUP, scaling)
+    assert node.args[1:] == (GROUP, scaling, "rows")
     assert not graph.refusals
 
 
@@ -92,8 +92,10 @@ def test_every_float_has_the_code_of_its_nearest_number() -> None:
 @every_scaling
 def test_rows_that_are_apart_in_memory_are_quantised_alike(scaling: str) -> None:
     x = randn(6, 2 * WIDTH)[:, ::2]
-    apart = per_token_mx_fp4_quant.reference(x, GROUP, scaling)
-    for got, wanted in zip(apart, per_token_mx_fp4_quant.reference(x.contiguous(), GROUP, scaling), strict=True):
+    apart = per_token_mx_fp4_quant.reference(x, GROUP, scaling, "rows")
+    for got, wanted in zip(
+        apart, per_token_mx_fp4_quant.reference(x.contiguous(), GROUP, scaling, "rows"), strict=True
+    ):
         assert torch.equal(got, wanted)
         assert got.is_contiguous()
 
@@ -200,7 +202,7 @@ def test_its_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
 
 def test_what_is_none_of_its_scalings_is_refused() -> None:
     with pytest.raises(ValueError, match="'nearest' is not a valid MxScaling"):
-        ops.per_token_mx_fp4_quant.reference(randn(3, WIDTH), GROUP, "nearest")
+        ops.per_token_mx_fp4_quant.reference(randn(3, WIDTH), GROUP, "nearest", "rows")
 
 
 def right(*arguments: Any) -> tuple[Tensor, Tensor]:

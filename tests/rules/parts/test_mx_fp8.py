@@ -15,38 +15,52 @@ from fuseplan.devices import device_profile
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
+from fuseplan.rules.parts.mx_fp4 import per_token_mx_fp4_quant
 from fuseplan.rules.parts.mx_fp8 import MxFp8, per_token_mx_fp8_quant
 from tests.helpers import llama, post_grad, randn
 from tests.planner.test_rotary import Counted
+from tests.rules.parts import test_mx_fp4 as mx_fp4
 from tests.rules.parts.microscaling import GROUP, SCALINGS, WIDTH, bits, check_fused, cores, inputs, scaled
+from tests.rules.parts.test_nv_fp4 import down_first, from_the_second_row, in_other_tiles, read_twice, to_blocked
 
-FP8, MOST = torch.float8_e4m3fn, 448.0
+FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 W = 1 + randn(WIDTH, seed=9) / 10
 CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS)
+every_code = pytest.mark.parametrize("code", [FP8, E5M2], ids=str)
 
 
-def quantised(x: Tensor, scaling: str, *, top: int = 8, size: int = GROUP) -> tuple[Tensor, Tensor]:
-    groups, exponent = scaled(x, scaling, most=MOST, top=top, half=1 << 19, size=size)
-    return groups.to(FP8).reshape(x.shape), exponent
+def quantised(
+    x: Tensor, scaling: str, *, top: int | None = None, size: int = GROUP, code: torch.dtype = FP8,
+    clamped: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    own, half = (8, 1 << 19) if code is FP8 else (15, 1 << 20)
+    most = torch.finfo(code).max
+    groups, exponent = scaled(x, scaling, most=most, top=own if top is None else top, half=half, size=size)
+    if clamped is None:
+        clamped = code is E5M2
+    groups = groups.clamp(-most, most) if clamped and scaling != "rceil" else groups
+    return groups.to(code).reshape(x.shape), exponent
 
 
+@every_code
 @every_scaling
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_scaling_is_an_op(scaling: str, dynamic: bool) -> None:
+def test_a_scaling_is_an_op(scaling: str, dynamic: bool, code: torch.dtype) -> None:
     graph = canonicalize(
-        post_grad(lambda x: quantised(llama(x, None, W)[0], scaling), randn(5, WIDTH), dynamic=dynamic)
+        post_grad(lambda x: quantised(llama(x, None, W)[0], scaling, code=code), randn(5, WIDTH), dynamic=dynamic)
     )
     assert graph.recognized() == {f"per_token_mx_fp8_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(per_token_mx_fp8_quant.overload)
-    assert node.args[1:] == (GROUP, FP8, scaling)
+    assert node.args[1:] == (GROUP, code, scaling, "rows")
     assert not [refusal for refusal in graph.refusals if "fp8" in refusal.detail]
 
 
+@every_code
 @every_scaling
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_it_computes_what_the_graph_does(scaling: str, dtype: torch.dtype) -> None:
-    graph = post_grad(partial(quantised, scaling=scaling), randn(6, WIDTH).to(dtype))
+def test_it_computes_what_the_graph_does(scaling: str, dtype: torch.dtype, code: torch.dtype) -> None:
+    graph = post_grad(partial(quantised, scaling=scaling, code=code), randn(6, WIDTH).to(dtype))
     raised = canonicalize(graph)
     is_refused = scaling == "rceil" and dtype is torch.float32
     assert len(raised.dialect_nodes) == (not is_refused)
@@ -60,7 +74,78 @@ def test_it_computes_what_the_graph_does(scaling: str, dtype: torch.dtype) -> No
             assert torch.equal(bits(got), bits(wanted)), kind
 
 
+@pytest.mark.parametrize("scaling", ["floor", "rceil"])
+def test_what_is_clamped_is_the_same_op(scaling: str) -> None:
+    graph = post_grad(partial(quantised, scaling=scaling, clamped=True), randn(6, WIDTH))
+    raised = canonicalize(graph)
+    assert len(raised.calls(per_token_mx_fp8_quant.overload)) == 1
+    assert not raised.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp_max.default)
+
+
+@every_scaling
+@pytest.mark.parametrize("bits_of_codes", [8, 4])
+@pytest.mark.parametrize(("rows", "width"), [(5, 192), (128, 128), (130, 160), (1, 96)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exponents_in_tiles_are_the_ops_own(
+    scaling: str, bits_of_codes: int, rows: int, width: int, dynamic: bool
+) -> None:  # fmt: skip
+    """What isn't there is zero, whose exponent no group has."""
+    kinds: dict[int, tuple[Callable[..., Any], Any]] = {
+        8: (quantised, per_token_mx_fp8_quant), 4: (mx_fp4.quantised, per_token_mx_fp4_quant)
+    }  # fmt: skip
+    quantise, op = kinds[bits_of_codes]
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, exponent = quantise(x, scaling)
+        return codes, to_blocked(exponent)
+
+    given = randn(rows, width)
+    graph = post_grad(function, given, dynamic=dynamic)
+    raised = canonicalize(graph)
+    (node,) = raised.calls(op.overload)
+    assert node.args[-1] == "swizzled"
+    assert not raised.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
+    assert not raised.graph.find_nodes(op="call_function", target=torch.ops.aten.amax.default)
+    sizes = [rows] * (len(graph.find_nodes(op="placeholder")) - 1)
+    constants = {str(each.target): torch.tensor(torch.nan) for each in graph.find_nodes(op="get_attr")}
+    for got, wanted in zip(fx.GraphModule(constants, raised.graph)(*sizes, given), function(given), strict=True):
+        assert (got.dtype, got.shape, got.stride()) == (wanted.dtype, wanted.shape, wanted.stride())
+        assert torch.equal(bits(got), bits(wanted))
+
+
+@pytest.mark.parametrize("layout", [in_other_tiles, down_first, from_the_second_row, read_twice])
+def test_other_tiles_are_left_to_a_copy(layout: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, exponent = quantised(x, "floor")
+        return codes, layout(exponent)
+
+    given = randn(5, 8 * GROUP)
+    raised = canonicalize(post_grad(function, given))
+    (node,) = raised.calls(per_token_mx_fp8_quant.overload)
+    assert node.args[-1] == "rows" or layout is read_twice
+    for got, wanted in zip(fx.GraphModule({}, raised.graph)(given), function(given), strict=True):
+        assert torch.equal(bits(got), bits(wanted))
+
+
 norm, add_norm, reduced, activated = cores(quantised, W)
+
+
+def tiled(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    codes, exponent = quantised(x, scaling, code=E5M2)
+    return codes, to_blocked(exponent.flatten(0, -2))
+
+
+@pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
+def test_tiles_are_fused_with_every_core(shape: tuple[int, ...], one_rank: str) -> None:
+    given = randn(*shape), randn(*shape, seed=1)
+    rules = ("norm_quant", "norm_quant", "allreduce_rms_quant", "act_quant")
+    for function, rule in zip(cores(tiled, W), rules, strict=True):
+        check_fused(function, given, one_rank, rule, CONFIG)
+
+
+def test_another_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="exponents lie in 'rows' or 'swizzled', not in 'columns'"):
+        ops.per_token_mx_fp8_quant.reference(randn(3, WIDTH), GROUP, FP8, "floor", "columns")
 
 
 @pytest.mark.parametrize(
@@ -124,8 +209,10 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, Tensor]], str] = {
     of_signed: "the scale is neither one number nor computed from the largest value it scales",
     partial(quantised, scaling="floor", size=WIDTH): "a row is one group of 128",
     partial(quantised, scaling="floor", top=7): "the scale",
+    partial(quantised, scaling="floor", code=E5M2, clamped=False): "what is cast isn't clamped: torch makes infinity",
+    partial(quantised, scaling="even", code=E5M2, clamped=False): "what is cast isn't clamped: torch makes infinity",
+    partial(quantised, scaling="ceil", code=E5M2, top=14): "the scale",
     partial(quantised, scaling="even", top=2): "the codes are MXFP6 (e2m3), or e2m1 that is converted in another way",
-    partial(quantised, scaling="ceil", top=15): "the codes are MXFP8 in float8_e5m2",
     exponents_of(6.0): "the codes are e2m1 that is converted in another way",
     exponents_of(7.5): "the codes are MXFP6 (e2m3)",
     exponents_of(28.0): "the codes are MXFP6 (e3m2)",
@@ -151,4 +238,4 @@ def test_its_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
 
 def test_what_is_none_of_its_scalings_is_refused() -> None:
     with pytest.raises(ValueError, match="'nearest' is not a valid MxScaling"):
-        ops.per_token_mx_fp8_quant.reference(randn(3, WIDTH), GROUP, FP8, "nearest")
+        ops.per_token_mx_fp8_quant.reference(randn(3, WIDTH), GROUP, FP8, "nearest", "rows")

@@ -32,6 +32,7 @@ from fuseplan.graph.ops.rounding import (
 )
 from fuseplan.graph.ops.samples import compute_dtype, random_tensor
 from fuseplan.graph.ops.scale_layout import (
+    ALIGNED_ROWS,
     PACKED,
     SWIZZLED_ROWS,
     TILE_GROUPS,
@@ -43,6 +44,7 @@ from fuseplan.graph.ops.scale_layout import (
 )
 
 __all__ = [
+    "ALIGNED_ROWS",
     "PACKED",
     "SWIZZLED_ROWS",
     "TILE_GROUPS",

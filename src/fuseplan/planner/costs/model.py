@@ -97,7 +97,7 @@ class CostModel:
         """The kernels of `unfused_ns`."""
         before = self.reduce(region) if region.reduce else ()
         rest = region.without_reduce()
-        if region.tail is not None and region.tail.stands_alone(region.core):
+        if region.tail is not None and region.tail.stays_apart(region.core):
             return (*before, *self.core(rest.without_tail()), *self.epilogue(rest))
         return (*before, *self.core(rest))
 

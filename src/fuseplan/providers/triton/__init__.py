@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fuseplan.dialect import (
     ACTIVATION_FAMILY,
+    KEPT_ACTIVATION_FAMILY,
     KEPT_NORM_FAMILY,
     LINEAR_FAMILY,
     NORM_FAMILY,
@@ -202,14 +203,14 @@ def in_workspace(kernel: Callable[..., Any], names: Sequence[str]) -> Callable[.
 
 def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
     """The kernel of a member of the activation family, by the member's own arguments."""
-    names = op.arguments
+    names, keeps = op.arguments, op in _KEPT_ACTIVATIONS
 
     def run(*arguments: Any) -> Any:
         from fuseplan.providers.triton.activation import launch
 
         own = dict(zip(names, arguments, strict=True))
         gate, up, rounding = own.pop("gate"), own.pop("up"), own.pop("rounding")
-        results = launch(gate, up, rounding, epilogue_of(suffix)(**own))
+        results = launch(gate, up, rounding, epilogue_of(suffix)(**own), keeps=keeps)
         return results if len(results) > 1 else results[0]
 
     return replayed(run)
@@ -223,7 +224,11 @@ _PLAIN_NORMS, _KEPT_NORMS = (
     for family in (NORM_FAMILY, KEPT_NORM_FAMILY)
 )
 _NORMS = {**_PLAIN_NORMS, **_KEPT_NORMS}
-_ACTIVATIONS = {op: suffix for suffix, op in ACTIVATION_FAMILY.items() if suffix in SUFFIXES}
+_PLAIN_ACTIVATIONS, _KEPT_ACTIVATIONS = (
+    {op: suffix for suffix, op in family.items() if suffix in SUFFIXES}
+    for family in (ACTIVATION_FAMILY, KEPT_ACTIVATION_FAMILY)
+)
+_ACTIVATIONS = {**_PLAIN_ACTIVATIONS, **_KEPT_ACTIVATIONS}
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
 implement(ops.rope_cache, "triton", replayed(rope_cache))

@@ -1,4 +1,4 @@
-"""silu(gate) * up -> an epilogue, in one kernel.
+"""silu(gate) * up -> an epilogue, in one kernel, which may store what the epilogue reads, too.
 
 The equivalent eager code is the composed reference of the op, `fuseplan.rules.families.compose`.
 """
@@ -20,9 +20,10 @@ from fuseplan.providers.triton.tuned import PART, PART_THREAD, ROW_THREAD, ROW_W
 @names_functions
 @triton.jit
 def _silu_and_mul(
-    gate_ptr, up_ptr, arguments, gate_row, up_row,
+    gate_ptr, up_ptr, arguments, y_ptr, gate_row, up_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDS_ACTIVATED: tl.constexpr, STORE: tl.constexpr,
-    CONSTANTS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr, NVIDIA: tl.constexpr,
+    CONSTANTS: tl.constexpr, KEEPS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """A program takes BLOCK elements of a row, all of it where the epilogue asks for that."""
     if LAUNCHES_EARLY:
@@ -48,11 +49,13 @@ def _silu_and_mul(
     if ROUNDS_ACTIVATED:
         activated = rounded(activated, dtype)
     # Rounded here, where the compiler multiplies two numbers of 16 bits at a time.
-    product, valid = (activated * up).to(dtype), tl.full((1,), True, tl.int1)
-    STORE(product, arguments, row, first, valid, dtype, WIDTH, CONSTANTS, NVIDIA)
+    y, valid = (activated * up).to(dtype), tl.full((1,), True, tl.int1)
+    if KEEPS:
+        tl.store(y_ptr + at * WIDTH + column[None, :], y, mask=inside)
+    STORE(y, arguments, row, first, valid, dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
-def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple[Tensor, ...]:
+def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue, *, keeps: bool = False) -> tuple[Tensor, ...]:
     """The family's op.
 
     Args:
@@ -60,13 +63,15 @@ def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple
         up: the same.
         rounding: one of `ActivationRounding`.
         epilogue: what is done to rows before they are stored.
+        keeps: whether the activation is yielded, too.
 
     Returns:
-        The epilogue's results.
+        The epilogue's results, and the activation as gate's dtype holds it where it is kept.
     """
     gates, ups = flattened(gate), flattened(up)
     rows, width = gates.shape
     results = epilogue.results(gate)
+    kept = (gate.new_empty(gate.shape),) if keeps else ()
     if gate.numel():
         if not epilogue.whole_row:
             part = max(epilogue.unit, min(width, PART.at(rows)))
@@ -77,9 +82,10 @@ def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue) -> tuple
         with torch.cuda.device_of(gate):
             run_kernel(
                 _silu_and_mul, (rows * triton.cdiv(width, shape.block),),
-                gates, ups, epilogue.arguments(results), gates.stride(0), ups.stride(0),
-                WIDTH=width, BLOCK=shape.block, EVICTION=eviction(gate, up, *results),
+                gates, ups, epilogue.arguments(results), kept[0] if kept else results[0],
+                gates.stride(0), ups.stride(0),
+                WIDTH=width, BLOCK=shape.block, KEEPS=keeps, EVICTION=eviction(gate, up, *results, *kept),
                 ROUNDS_ACTIVATED=ActivationRounding(rounding) is ActivationRounding.LLAMA,
                 STORE=epilogue.store, CONSTANTS=epilogue.constants, NVIDIA=is_nvidia(gate.device), **shape.launch(gate),
             )  # fmt: skip
-    return results
+    return (*results, *kept)

@@ -7,7 +7,7 @@ for alike arguments the same machine code is launched again, on these arguments 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
@@ -71,7 +71,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
     """
     needed = _NEEDED.get()
     if needed is not None:
-        needed.append((kernel.__name__, tuple(sorted((name, repr(value)) for name, value in constants.items()))))
+        needed.append(code_key(kernel, arguments, constants))
         return
     compiled = kernel[grid](*arguments, **constants)
     recording = _RECORDING.get()
@@ -80,6 +80,18 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
     elif recording is not None:
         further = (constants[name] for name in kernel.arg_names[len(arguments) :])
         recording.launches.append(_Launch(compiled[(*grid, 1, 1)[:3]], (*arguments, *further)))
+
+
+def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What distinguishes machine code of a kernel of Triton, as far as it follows from numbers: its constants and
+    options, and of integers whether they are 1, or multiples of `ALIGNED`.
+    """
+    free = {each.name for each in kernel.params if each.do_not_specialize}
+    named = zip(kernel.arg_names, arguments, strict=False)
+    plain = ((name, each) for name, value in named for each in (value if isinstance(value, tuple) else (value,)))
+    integers = [(name, each) for name, each in plain if type(each) is int and name not in free]
+    known = tuple((name, each == 1, each % ALIGNED == 0) for name, each in integers)
+    return kernel.__name__, tuple(sorted((name, repr(value)) for name, value in constants.items())), known
 
 
 def needed_code(call: Callable[[], Any], mode: TorchDispatchMode) -> frozenset[object]:

@@ -91,10 +91,31 @@ def quantized(
 @triton.jit
 def codes_of(scaled, dtype: tl.constexpr, MOST: tl.constexpr, NVIDIA: tl.constexpr):
     """clamp(scaled, -MOST, MOST) as `dtype`; NaN stays NaN."""
-    if not NVIDIA:  # whose conversion instructions clamp
-        scaled = tl.where(scaled > MOST, MOST, scaled)
-        scaled = tl.where(scaled < -MOST, -MOST, scaled)
-    return scaled.to(dtype)
+    if dtype == tl.float8e5:
+        codes = e5m2_of(scaled).to(dtype, bitcast=True)
+    else:
+        if not NVIDIA:  # whose conversion instructions clamp
+            scaled = tl.where(scaled > MOST, MOST, scaled)
+            scaled = tl.where(scaled < -MOST, -MOST, scaled)
+        codes = scaled.to(dtype)
+    return codes
+
+
+@triton.jit
+def e5m2_of(x):
+    """Codes of float32 in float8_e5m2, in bytes: clamped to its largest, to the nearest, ties to even; NaN is 0x7F.
+
+    GPUs before Hopper have no conversion of float32, and one by way of float16 rounds twice.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    small = (size.to(tl.float32, bitcast=True) + 128.0).to(tl.int32, bitcast=True) - 0x43000000
+    normal = (size - 0x37F00001 + ((size >> 21) & 1)) >> 21
+    code = tl.where(size < 0x38800000, small, normal)
+    code = tl.where(size >= 0x47600000, 0x7B, code)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    sign = tl.where(size > 0x7F800000, 0, (bits >> 24) & 0x80)
+    return (code | sign).to(tl.uint8)
 
 
 @triton.jit
@@ -129,8 +150,10 @@ def scaled_by_exponents(y, MOST: tl.constexpr, TOP: tl.constexpr, HALF: tl.const
             exponent = tl.where((bits & 0x7FFFFF) > 0, exponent + 1, exponent)
         exponent = tl.where(exponent < 0, 0, exponent)
         exponent = tl.where(bits > 0x7F800000, 255, exponent)
-        scale = tl.where(exponent == 0, 0x800000, exponent << 23).to(tl.float32, bitcast=True)
-        scaled = tl.div_rn(y, tl.broadcast_to(scale[:, :, None], y.shape))
+        # The reciprocal: of infinity, where a number is NaN, 0; 2^-127 is subnormal.
+        factor = (254 - tl.where(exponent == 0, 1, exponent)) << 23
+        factor = tl.where(exponent == 254, 0x400000, tl.where(exponent == 255, 0, factor))
+        scaled = y * factor.to(tl.float32, bitcast=True)[:, :, None]
     return scaled, tl.where(bits > 0x7F800000, 255, exponent)
 
 
@@ -202,7 +225,7 @@ def store_pairs(codes, y_ptr, row, first, valid, WIDTH: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def in_groups(
-    y, row, first, valid, DTYPE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr = False,
+    y, row, first, valid, DTYPE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Rows [ROWS, COLUMNS] from column `first` on, rounded to DTYPE, as [ROWS, groups, GROUP] with zeros outside, and
     where they are put, [ROWS, COLUMNS]: elements from the first one, and which of these there are.

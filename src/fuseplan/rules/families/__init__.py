@@ -6,7 +6,7 @@ from typing import Any
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.ops import ops
 from fuseplan.rules import Rule
-from fuseplan.rules.families.activation import ACTIVATION_FAMILY, ACTIVATION_RULES
+from fuseplan.rules.families.activation import ACTIVATION_FAMILY, ACTIVATION_RULES, KEPT_ACTIVATION_FAMILY
 from fuseplan.rules.families.attention import ATTENTION_RULES, ATTENTION_SITES
 from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES, CACHED_ROTARY_SITES
@@ -48,6 +48,7 @@ def opt_in_parts(rules: Mapping[str, Sequence[Rule]]) -> frozenset[Part]:
 __all__ = [
     "ACTIVATION_FAMILY",
     "BUILT_IN_RULES",
+    "KEPT_ACTIVATION_FAMILY",
     "KEPT_NORM_FAMILY",
     "LINEAR_FAMILY",
     "NORM_FAMILY",

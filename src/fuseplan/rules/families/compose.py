@@ -75,7 +75,7 @@ class Member:
             self.prologue.name if self.prologue else "",
             self.op.name,
             self.epilogue.suffix if self.epilogue else "",
-            "and_norm" if self.keeps else "",
+            f"and_{self.core.result}" if self.keeps else "",
         )
         return "_".join(name for name in names if name)
 

@@ -112,8 +112,8 @@ class Shape:
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
         """The site as Inductor leaves it: an epilogue joins the core's kernel, unless it stands alone."""
-        inside = [tail for tail in self.tails if not tail.stands_alone(self.core)]
-        apart = [tail for tail in self.tails if tail.stands_alone(self.core)]
+        inside = [tail for tail in self.tails if not tail.stays_apart(self.core)]
+        apart = [tail for tail in self.tails if tail.stays_apart(self.core)]
         first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
         first = replace(first, keeps_core=self.kept or bool(apart))
         kernels = (*(model.reduce(first) if first.reduce else ()), *model.core(first))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fuseplan.graph.ops import DialectOp, ops
-from fuseplan.rules.parts.base import Core, Epilogue, Part, Prologue, Reported, RowEpilogue, Stage, reducer_of
+from fuseplan.rules.parts.base import OPAQUE, Core, Epilogue, Part, Prologue, Reported, RowEpilogue, Stage, reducer_of
 
 
 def _found() -> Iterator[Part]:
@@ -39,6 +39,7 @@ def part_at(node: object) -> Part | None:
 
 
 __all__ = [
+    "OPAQUE",
     "PARTS",
     "Core",
     "Epilogue",

@@ -99,6 +99,10 @@ REDUCER = "reducer"
 """The key in `meta` of a raised all-reduce under which it has whose it was, where that isn't torch.distributed's."""
 
 
+OPAQUE = "opaque"
+"""The key in `meta` of a raised epilogue that is an engine's own op in the graph, which Inductor joins with nothing."""
+
+
 def reducer_of(reduce: fx.Node) -> str:
     """Whose a raised all-reduce was in the graph; see `TORCH`."""
     found: str = reduce.meta.get(REDUCER, TORCH)
@@ -153,12 +157,14 @@ class Core(Part):
         residual_op: the same op behind a residual add, which it yields, too.
         weight: the place of its weight among the arguments of `op`, counted from the last; None: it has none.
         several: the same op several times, on one input.
+        result: what it yields, in names of fused ops that yield it beside what an epilogue makes of it.
     """
 
     traffic: Middle
     residual_op: DialectOp | None = None
     weight: int | None = None
     several: tuple[DialectOp, ...] = ()
+    result: str = "result"
 
     @property
     def cores(self) -> tuple[DialectOp, ...]:

@@ -1,10 +1,11 @@
 """fp8 quantisation by a scale of each row, its largest element over the largest of fp8."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
@@ -12,19 +13,9 @@ from fuseplan.graph.facts import item
 from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.rules.parts.fp8 import (
-    CODE_BYTES,
-    SCALE_BYTES,
-    Codes,
-    Scaling,
-    apply_scale,
-    is_restored,
-    raise_computed,
-    sample_of,
-    scale_dtype,
-    scale_of,
-    scalings,
-)
+from fuseplan.rules.parts.codes import CODE_BYTES, SCALE_BYTES, Codes
+from fuseplan.rules.parts.fp8 import Scaling, apply_scale, raise_computed, sample_of, scale_dtype, scale_of, scalings
+from fuseplan.rules.parts.fp8_engines import CODES, check_rows, engine_reader, one_number, raise_call
 from fuseplan.rules.parts.fp8_scales import computed_scale, is_given
 from fuseplan.rules.parts.traffic import Region
 
@@ -69,9 +60,13 @@ def fake(
     return x.new_empty(x.shape, dtype=dtype), scale
 
 
+VLLM_MIN_SCALE = 1 / (448 * 512)
+"""The smallest scale of vLLM's `QuantFP8`, and of its kernels."""
+
+
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """All but x; 1 / (448 * 512) is the smallest scale that vLLM's `QuantFP8` uses."""
-    return torch.float8_e4m3fn, 1 / (448 * 512), 0.0, 0.0, None, QuantRounding.MULTIPLY.value
+    """All but x."""
+    return torch.float8_e4m3fn, VLLM_MIN_SCALE, 0.0, 0.0, None, QuantRounding.MULTIPLY.value
 
 
 def _rounded_arguments(device: torch.device) -> tuple[Any, ...]:
@@ -123,6 +118,16 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
     raise_computed(canonical, scaling.cast, scale.node, dynamic_per_token_scaled_fp8_quant, args)
 
 
+def _read_rows(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
+    """`_C::dynamic_per_token_scaled_fp8_quant(result!, input, scale!, scale_ub)`: it divides by the scale."""
+    x, bound = values["input"], values["scale_ub"]
+    check_rows(node, x, values["result"])
+    if bound is not None:
+        bound = one_number(canonical, node, bound, x, "the upper bound")
+    args = (x, CODES, VLLM_MIN_SCALE, 0.0, 0.0, bound, QuantRounding.DIVIDE.value)
+    raise_call(canonical, node, dynamic_per_token_scaled_fp8_quant, args, (item(node, 1), item(node, 2)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DynamicFp8(Codes):
     """It at a site: the largest of a row is a reduction over it."""
@@ -147,6 +152,11 @@ PART = RowEpilogue(
     sample=_sample_arguments,
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.EPILOGUES, raise_dynamic),),
+    engine_ops={
+        "_C::dynamic_per_token_scaled_fp8_quant": engine_reader(
+            dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", _read_rows
+        ),
+    },
     traffic=DynamicFp8,
-    tail=lambda node, core: DynamicFp8(restored=is_restored(item(node, 0))),
+    tail=DynamicFp8.read,
 )  # fmt: skip

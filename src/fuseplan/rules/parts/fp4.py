@@ -19,7 +19,8 @@ from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import Call, aten, equal_size, is_call, tensor_of
 from fuseplan.graph.ops import DialectOp
 from fuseplan.record import Reason
-from fuseplan.rules.parts.fp8 import GroupCodes, number_of, reordered
+from fuseplan.rules.parts.codes import GroupCodes
+from fuseplan.rules.parts.fp8 import number_of, reordered
 from fuseplan.rules.parts.microscaled import behind
 from fuseplan.rules.parts.patterns import F32, U8, Pattern, all_fit, bits_of
 

@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,19 +33,16 @@ from fuseplan.graph.facts import (
     equal_size,
     fill_of,
     is_call,
-    item,
     tensor_of,
 )
 from fuseplan.graph.ops import DialectOp, QuantRounding, Sample, compute_dtype, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import rows_of
-from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-"""`fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3. Their largest values, 448 and 240, come from `torch.finfo`."""
-
-CODE_BYTES = 1
-SCALE_BYTES = 4
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+"""Of codes: `fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3, and `e5m2`, which has a digit less for a range like
+float16's. Their largest values, 448, 240 and 57344, come from `torch.finfo`.
+"""
 
 CLAMPS = (
     aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
@@ -141,79 +138,12 @@ def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unrais
     """Every cast to fp8, and how what is cast was scaled, or why that isn't known."""
     for cast in canonical.calls(convert_element_type):
         dtype = cast.args[1]
-        if dtype in (*FP8_DTYPES, torch.float8_e5m2) and not _is_constant(cast):
+        if dtype in FP8_DTYPES and not _is_constant(cast):
             assert isinstance(dtype, torch.dtype)
             try:
-                scaling = _read_scaling(cast, dtype)
-                if dtype not in FP8_DTYPES:
-                    detail = "codes are in float8_e5m2, and those of the ops in float8_e4m3fn or float8_e4m3fnuz"
-                    raise Unraised(Reason.DTYPE, detail, cast)
-                yield cast, scaling
+                yield cast, _read_scaling(cast, dtype)
             except Unraised as refused:
                 yield cast, refused
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codes(Tail):
-    """A quantisation at a site.
-
-    Attributes:
-        restored: whether the graph makes numbers of the codes again, as where quantisation is simulated: Inductor has
-            that in the kernel of both, and behind an op it is a kernel of its own.
-    """
-
-    restored: bool = False
-
-    kind = "quant"
-
-    def text(self, width: int) -> str:
-        """`dynamic_fp8_quant`"""
-        return f"{self.name} restored" if self.restored else self.name
-
-    def behind(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """The kernel that restores them."""
-        nbytes = self.result_bytes(region) + region.row_bytes
-        return (clock.local("dequantised", nbytes),) if self.restored else ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupCodes(Codes):
-    """One with a scale of each group of elements of a row.
-
-    Attributes:
-        group_size: elements of a group.
-    """
-
-    group_size: int
-
-    reduces_rows = True
-    code_bits: ClassVar[int] = 8 * CODE_BYTES
-    scale_bytes: ClassVar[int]
-
-    @classmethod
-    def of(cls, node: fx.Node, core: fx.Node) -> Self:
-        """That of a dialect op `(x, group_size, ...)`."""
-        size = node.args[1]
-        assert isinstance(size, int)
-        return cls(group_size=size, restored=is_restored(item(node, 0)))
-
-    @classmethod
-    def stands_alone(cls, core: Middle) -> bool:
-        """Behind what reduces rows: a reduction over groups is another one."""
-        return core.reduces_rows
-
-    def text(self, width: int) -> str:
-        """`group_fp8_quant 128`"""
-        return f"{super().text(width)} {self.group_size}"
-
-    def result_bytes(self, region: Region) -> int:
-        """The codes, and a scale a group."""
-        return region.tokens * (region.width * self.code_bits // 8 + region.width // self.group_size * self.scale_bytes)
-
-
-def is_restored(codes: fx.Node | None) -> bool:
-    """Whether all that is done to codes is to make numbers of them again."""
-    return codes is not None and all(is_call(user, convert_element_type) for user in codes.users)
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -332,7 +262,7 @@ def raise_computed(
     rows = tensor_of(args[0])
     fakes = op.fake(rows, *args[1:])
     old = (cast, scale)
-    if all(equal_shape(tensor_of(node), value) for node, value in zip(old, fakes, strict=True)):
+    if all(_is_alike(tensor_of(node), value) for node, value in zip(old, fakes, strict=True)):
         canonical.raise_op(op, args, old)
         return
     claimed, place = canonical.claims(old), min(old)
@@ -341,11 +271,22 @@ def raise_computed(
     canonical.interior[node] = claimed
     results = [canonical.insert_before(place, operator.getitem, (node, index), fakes[index]) for index in range(2)]
     for index, (each, result) in enumerate(zip(old, results, strict=True)):
-        if not equal_shape(tensor_of(each), fakes[index]):
+        value = tensor_of(each)
+        assert value is not None
+        if value.dtype is not fakes[index].dtype:  # bytes by another name
+            dtype = value.dtype
+            result = results[index] = canonical.insert_before(
+                place, aten.view.dtype, (result, dtype), fakes[index].view(dtype)
+            )
+        if not equal_shape(value, fakes[index]):
             args = (result, sizes[index])
             results[index] = canonical.insert_before(place, aten.reshape.default, args, tensor_of(each))
     for each, result in zip(old, results, strict=True):  # which may erase the place
         canonical.replace(each, result)
+
+
+def _is_alike(value: Tensor | None, like: Tensor) -> bool:
+    return value is not None and value.dtype is like.dtype and equal_shape(value, like)
 
 
 def _sizes(canonical: CanonicalGraph, node: fx.Node) -> list[Any]:

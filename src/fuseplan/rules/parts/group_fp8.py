@@ -1,5 +1,6 @@
 """fp8 quantisation by a scale of each group of elements of a row, which may be rounded up to a power of two (UE8M0)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import tensor_of
+from fuseplan.graph.facts import dtype_name, equal_size, item, tensor_of
 from fuseplan.graph.ops import (
     Decoded,
     QuantRounding,
@@ -21,18 +22,12 @@ from fuseplan.graph.ops import (
     lay_out,
     random_tensor,
 )
+from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp8 import (
-    SCALE_BYTES,
-    GroupCodes,
-    Scaling,
-    apply_scale,
-    raise_computed,
-    scale_dtype,
-    scale_of,
-    scalings,
-)
-from fuseplan.rules.parts.fp8_scales import ComputedScale, computed_scale, is_given, seems_split
+from fuseplan.rules.parts.codes import SCALE_BYTES, GroupCodes
+from fuseplan.rules.parts.fp8 import Scaling, apply_scale, raise_computed, scale_dtype, scale_of, scalings
+from fuseplan.rules.parts.fp8_engines import CODES, check_rows, engine_reader, lies_as, raise_call
+from fuseplan.rules.parts.fp8_scales import ComputedScale, computed_scale, is_given, rounded_by_log2, seems_split
 from fuseplan.rules.parts.scale_layouts import layout_of
 
 
@@ -175,6 +170,49 @@ def _width(rows: fx.Node) -> int:
     return int(value.shape[-1])
 
 
+VLLM_LEAST = 1e-10
+"""The smallest scale before it is made a power of two, in vLLM's kernels."""
+
+
+def _read_groups(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
+    """`_C::per_token_group_fp8_quant(input, output_q!, output_s!, group_size, eps, fp8_min, fp8_max, scale_ue8m0)`, how
+    scales lie being told by the strides of `output_s`; and `_packed(input, output_q!, output_s_packed!, group_size,
+    eps, fp8_min, fp8_max)`, whose scales are powers of two.
+
+    scale = max(amax(|x|), eps) / fp8_max, of each group; q = x / scale
+    """
+    x, size = values["input"], values["group_size"]
+    check_rows(node, x, values["output_q"])
+    packs, limit = "output_s_packed" in values, torch.finfo(CODES).max
+    least, most = (values[f"{end}_8bit" if f"{end}_8bit" in values else f"fp8_{end}"] for end in ("min", "max"))
+    if (least, most) != (-limit, limit):
+        detail = f"codes are between {least:g} and {most:g}, and the op's between {-limit:g} and {limit:g}"
+        raise Unraised(Reason.ATTRIBUTE, detail, node)
+    rows, is_power = tensor_of(x), packs or bool(values["scale_ue8m0"])
+    assert rows is not None
+    if not equal_size(rows.shape[-1] % size, 0):
+        raise Unraised(Reason.SIZE, f"rows of {rows.shape[-1]} aren't whole groups of {size}", node)
+    if is_power and rows.dtype is torch.float32:
+        raise rounded_by_log2(node)
+    smallest = torch.tensor(values["eps"], dtype=torch.float32) / limit
+    min_scale = max(float(smallest), float(torch.tensor(VLLM_LEAST))) if is_power else float(smallest)
+    layout = ScaleLayout.PACKED if packs else _layout_of(node, values["output_s"], rows, rows.shape[-1] // size)
+    rounding = QuantRounding.DIVIDE.value
+    args = (x, size, CODES, min_scale, 0.0, is_power, 0.0, 0.0, None, rounding, layout.value)
+    raise_call(canonical, node, per_token_group_fp8_quant, args, (item(node, 1), item(node, 2)))
+
+
+def _layout_of(node: fx.Node, scales: fx.Node, rows: Tensor, groups: Any) -> ScaleLayout:
+    """How scales lie in memory that was made for them."""
+    value = tensor_of(scales)
+    assert value is not None
+    for layout in (ScaleLayout.ROWS, ScaleLayout.COLUMNS, ScaleLayout.ALIGNED):
+        if lies_as(value, empty_scales(rows, groups, torch.float32, layout)):
+            return layout
+    detail = f"scales are {dtype_name(scales)}{[*value.shape]} with strides {value.stride()}, which no layout has"
+    raise Unraised(Reason.LAYOUT, detail, node)
+
+
 class GroupFp8(GroupCodes):
     """It at a site."""
 
@@ -195,6 +233,12 @@ PART = RowEpilogue(
     unit=SAMPLE_GROUP,
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.GROUPED_EPILOGUES, raise_groups),),
+    engine_ops={
+        "_C::per_token_group_fp8_quant": engine_reader(per_token_group_fp8_quant, "fp8 quantisation", _read_groups),
+        "_C::per_token_group_fp8_quant_packed": engine_reader(
+            per_token_group_fp8_quant, "fp8 quantisation", _read_groups
+        ),
+    },
     traffic=GroupFp8,
     tail=GroupFp8.of,
 )  # fmt: skip

@@ -21,12 +21,13 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import Call, aten, dtype_of, equal_shape, is_call, tensor_of
-from fuseplan.graph.ops import Decoded, DialectOp, MxScaling
+from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, equal_shape, is_call, tensor_of
+from fuseplan.graph.ops import Decoded, DialectOp, MxScaling, ScaleLayout, in_rows, lay_out
 from fuseplan.record import Reason
 from fuseplan.rules.parts.fp8 import number_of, raise_computed, reordered, source_of, uncast
 from fuseplan.rules.parts.fp8_scales import rounded_by_log2, rows_in_groups
 from fuseplan.rules.parts.patterns import F32, I32, U8, Found, Pattern, all_fit, bits_of
+from fuseplan.rules.parts.scale_layouts import swizzled
 
 BIAS, NAN, INFINITE, DIGITS = 127, 255, 254, 23
 GROUP = 32
@@ -89,9 +90,22 @@ def scaled_groups(groups: Tensor, codes: Format, scaling: str) -> tuple[Tensor, 
     return scaled, torch.where(largest.isnan(), NAN, exponent).to(torch.uint8).squeeze(-1).contiguous()
 
 
-def decoded(exponents: Tensor, numbers: Callable[[Tensor], Tensor], most: float) -> Decoded:
-    """What exponents with their bias, [..., groups], stand for; see `Decoded`."""
-    steps = exponents.reshape(-1, exponents.shape[-1]).int()
+def laid_out(exponents: Tensor, layout: str) -> Tensor:
+    """Exponents in a layout.
+
+    Raises:
+        ValueError: it is another one than `rows` or `swizzled`.
+    """
+    if layout not in (ScaleLayout.ROWS, ScaleLayout.SWIZZLED):
+        raise ValueError(f"exponents lie in 'rows' or 'swizzled', not in '{layout}'")
+    return lay_out(exponents, layout)
+
+
+def decoded(
+    exponents: Tensor, rows: int, groups: int, layout: str, numbers: Callable[[Tensor], Tensor], most: float
+) -> Decoded:
+    """What exponents with their bias stand for, of so many rows and groups of each; see `Decoded`."""
+    steps = in_rows(exponents, rows, groups, layout).int()
     scales = torch.where(steps == NAN, math.nan, torch.exp2((steps - BIAS).double()))
     return Decoded(numbers=numbers, scales=scales, steps=steps, most=most)
 
@@ -168,7 +182,7 @@ def raise_scaled(
     canonical: CanonicalGraph, codes: fx.Node, scaled: fx.Node, op: DialectOp, how: tuple[MxScaling, Found],
     *between: Any,
 ) -> None:  # fmt: skip
-    """Puts an op `(x, group_size, *between, scaling)` in the place of codes and their exponents.
+    """Puts an op `(x, group_size, *between, scaling, layout)` in the place of codes and their exponents.
 
     Raises:
         Unraised: it doesn't compute what the graph does.
@@ -180,7 +194,19 @@ def raise_scaled(
         detail = "the largest is rounded at another digit than the codes' last"
         raise Unraised(Reason.ROUNDING, detail, found["largest"])
     rows, size = rows_of_groups(scaled, found, found["exponent"])
-    raise_computed(canonical, codes, found["exponent"], op, (rows, size, *between, scaling.value))
+    x = tensor_of(rows)
+    assert x is not None
+    laid_out = _swizzled(found["exponent"], rows, x.shape[-1] // size)
+    layout = ScaleLayout.ROWS if laid_out is None else ScaleLayout.SWIZZLED
+    args = (rows, size, *between, scaling.value, layout.value)
+    raise_computed(canonical, codes, laid_out or found["exponent"], op, args)
+
+
+def _swizzled(exponent: fx.Node, rows: fx.Node, groups: Any) -> fx.Node | None:
+    """The node that holds exponents in tiles, where all that is read of them beside what scales groups is that."""
+    scales = [user for user in exponent.users if is_call(user, aten.view.dtype)]
+    rest = [user for user in exponent.users if not is_call(user, aten.view.dtype, convert_element_type, aten.eq.Scalar)]
+    return swizzled(scales[0], rows, groups) if len(scales) == 1 and not rest else None
 
 
 def rows_of_groups(scaled: fx.Node, found: Found, scale: fx.Node) -> tuple[fx.Node, int]:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.ops import Decoded, MxScaling, Sample, compute_dtype, define, random_tensor
+from fuseplan.graph.ops import (
+    Decoded,
+    MxScaling,
+    Sample,
+    ScaleLayout,
+    compute_dtype,
+    define,
+    empty_scales,
+    random_tensor,
+)
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
 from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, numbers_of, packed, packings, tell_simulated
 from fuseplan.rules.parts.microscaled import (
@@ -21,6 +30,7 @@ from fuseplan.rules.parts.microscaled import (
     Format,
     decoded,
     is_power,
+    laid_out,
     product_of,
     raise_scaled,
     read,
@@ -32,58 +42,63 @@ from fuseplan.rules.parts.microscaled import (
 E2M1 = Format(most=MOST, digits=1)
 
 
-def reference(x: Tensor, group_size: int, scaling: str) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, group_size: int, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
     """exponent = the biased one of a power of two by each group's largest element;  q = e2m1(x / 2^exponent), packed
 
     Args:
         x: [..., hidden].
         group_size: elements of a group; it divides hidden.
         scaling: one of `MxScaling`.
+        layout: of the exponents: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
 
     Returns:
         (q, exponent): [..., hidden / 2] in uint8, the code of the first of two elements in the low half, and
-        [..., hidden / group_size] in uint8: 127 for a scale of 1. Both are contiguous. A group with NaN has the
-        exponent 255, and codes that say nothing.
+        [..., hidden / group_size] in uint8, or what `layout` makes of that: 127 for a scale of 1. Both are contiguous.
+        A group with NaN has the exponent 255, and codes that say nothing.
 
     Raises:
-        ValueError: `scaling` isn't one of `MxScaling`.
+        ValueError: `scaling` isn't one of `MxScaling`, or `layout` is another one.
         RuntimeError: `group_size` doesn't divide hidden, or hidden is odd.
     """
     groups = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size))
     scaled, exponent = scaled_groups(groups, E2M1, scaling)
-    return packed(e2m1(scaled).flatten(-2)), exponent
+    return packed(e2m1(scaled).flatten(-2)), laid_out(exponent, layout)
 
 
-def fake(x: Tensor, group_size: int, scaling: str) -> tuple[Tensor, Tensor]:
+def fake(x: Tensor, group_size: int, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `reference`."""
     *rows, hidden = x.shape
-    codes, exponent = (x.new_empty((*rows, hidden // size), dtype=torch.uint8) for size in (2, group_size))
-    return codes, exponent
+    codes = x.new_empty((*rows, hidden // 2), dtype=torch.uint8)
+    return codes, empty_scales(x, hidden // group_size, torch.uint8, layout)
 
 
-def decode(codes: Tensor, exponents: Tensor, group_size: int, scaling: str) -> Decoded:
+def decode(codes: Tensor, exponents: Tensor, group_size: int, scaling: str, layout: str) -> Decoded:
     """What both stand for."""
-    return decoded(exponents, numbers_of, E2M1.most)
+    rows, groups = codes.numel() // codes.shape[-1], 2 * codes.shape[-1] // group_size
+    return decoded(exponents, rows, groups, layout, numbers_of, E2M1.most)
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """All but x."""
-    return GROUP, MxScaling.FLOOR.value
+    return GROUP, MxScaling.FLOOR.value, ScaleLayout.ROWS.value
 
 
-def _sample(shape: tuple[int, ...], scaling: MxScaling) -> Sample:
+def _sample(shape: tuple[int, ...], scaling: MxScaling, layout: ScaleLayout = ScaleLayout.ROWS) -> Sample:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return random_tensor(shape, torch.bfloat16, device, generator), GROUP, scaling.value
+        return random_tensor(shape, torch.bfloat16, device, generator), GROUP, scaling.value, layout.value
 
-    return Sample(name=f"{rows_of(shape)}-{scaling.value}", make=make)
+    return Sample(name=f"{rows_of(shape)}-{scaling.value}-{layout.value}", make=make)
 
 
 per_token_mx_fp4_quant = define(
     "per_token_mx_fp4_quant",
-    "(Tensor x, int group_size, str scaling) -> (Tensor, Tensor)",
+    "(Tensor x, int group_size, str scaling, str layout) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    samples=[*(_sample((7, 320), each) for each in MxScaling), _sample((2, 3, 64), MxScaling.EVEN)],
+    samples=[
+        *(_sample((7, 320), each) for each in MxScaling),
+        _sample((2, 3, 64), MxScaling.EVEN, ScaleLayout.SWIZZLED),
+    ],
     packed=(0,),
     decode=decode,
 )
@@ -122,7 +137,7 @@ PART = RowEpilogue(
     kind=Kind.QUANTISATION,
     suffix="mx_fp4_quant",
     ops=(per_token_mx_fp4_quant,),
-    parameters=("int group_size", "str scaling"),
+    parameters=("int group_size", "str scaling", "str layout"),
     results=2,
     sample=_sample_arguments,
     unit=GROUP,

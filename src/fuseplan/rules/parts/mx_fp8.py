@@ -10,101 +10,149 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, is_call
-from fuseplan.graph.ops import Decoded, MxScaling, Sample, compute_dtype, define, random_tensor
+from fuseplan.graph.facts import Call, aten, convert_element_type, dtype_of, dtype_text, is_call
+from fuseplan.graph.ops import (
+    Decoded,
+    MxScaling,
+    Sample,
+    ScaleLayout,
+    compute_dtype,
+    define,
+    empty_scales,
+    random_tensor,
+)
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.fp8 import GroupCodes
+from fuseplan.rules.parts.codes import GroupCodes
 from fuseplan.rules.parts.microscaled import (
     GROUP,
     Format,
     behind,
     decoded,
     is_power,
+    laid_out,
+    product_of,
     raise_scaled,
     read,
     scaled_groups,
     spellings,
     tell_formats,
 )
+from fuseplan.rules.parts.patterns import all_fit
 
-E4M3 = Format(most=448.0, digits=3)
+FORMATS = {
+    torch.float8_e4m3fn: Format(most=448.0, digits=3),
+    torch.float8_e5m2: Format(most=57344.0, digits=2),
+}
+"""By the dtype of codes."""
 
 
-def reference(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
     """exponent = the biased one of a power of two by each group's largest element;  q = clamp(x / 2^exponent).to(fp8)
 
     Args:
         x: [..., hidden].
         group_size: elements of a group; it divides hidden.
-        dtype: float8_e4m3fn.
+        dtype: float8_e4m3fn or float8_e5m2.
         scaling: one of `MxScaling`.
+        layout: of the exponents: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
 
     Returns:
-        (q, exponent): [..., hidden] in `dtype`, [..., hidden / group_size] in uint8: 127 for a scale of 1. Both are
-        contiguous. A group with NaN has the exponent 255.
+        (q, exponent): [..., hidden] in `dtype`, [..., hidden / group_size] in uint8, or what `layout` makes of that:
+        127 for a scale of 1. Both are contiguous. A group with NaN has the exponent 255.
 
     Raises:
-        ValueError: `scaling` isn't one of `MxScaling`.
+        ValueError: `scaling` isn't one of `MxScaling`, or `layout` is another one.
         RuntimeError: `group_size` doesn't divide hidden.
     """
     groups = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size))
-    scaled, exponent = scaled_groups(groups, E4M3, scaling)
-    return scaled.clamp(-E4M3.most, E4M3.most).to(dtype).flatten(-2).contiguous(), exponent
+    scaled, exponent = scaled_groups(groups, FORMATS[dtype], scaling)
+    most = FORMATS[dtype].most
+    return scaled.clamp(-most, most).to(dtype).flatten(-2).contiguous(), laid_out(exponent, layout)
 
 
-def fake(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str) -> tuple[Tensor, Tensor]:
+def fake(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `reference`."""
-    exponent = x.new_empty((*x.shape[:-1], x.shape[-1] // group_size), dtype=torch.uint8)
-    return x.new_empty(x.shape, dtype=dtype), exponent
+    return x.new_empty(x.shape, dtype=dtype), empty_scales(x, x.shape[-1] // group_size, torch.uint8, layout)
 
 
-def decode(codes: Tensor, exponents: Tensor, group_size: int, dtype: torch.dtype, scaling: str) -> Decoded:
+def decode(
+    codes: Tensor, exponents: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layout: str
+) -> Decoded:  # fmt: skip
     """What both stand for."""
-    return decoded(exponents, Tensor.double, E4M3.most)
+    width = codes.shape[-1]
+    return decoded(exponents, codes.numel() // width, width // group_size, layout, Tensor.double, FORMATS[dtype].most)
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """All but x."""
-    return GROUP, torch.float8_e4m3fn, MxScaling.FLOOR.value
+    return GROUP, torch.float8_e4m3fn, MxScaling.FLOOR.value, ScaleLayout.ROWS.value
 
 
-def _sample(shape: tuple[int, ...], scaling: MxScaling) -> Sample:
+def _sample(
+    shape: tuple[int, ...], scaling: MxScaling, layout: ScaleLayout = ScaleLayout.ROWS,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> Sample:  # fmt: skip
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return random_tensor(shape, torch.bfloat16, device, generator), GROUP, torch.float8_e4m3fn, scaling.value
+        x = random_tensor(shape, torch.bfloat16, device, generator)
+        return x, GROUP, dtype, scaling.value, layout.value
 
-    return Sample(name=f"{rows_of(shape)}-{scaling.value}", make=make)
+    return Sample(name=f"{rows_of(shape)}-{dtype_text(dtype)}-{scaling.value}-{layout.value}", make=make)
 
 
 per_token_mx_fp8_quant = define(
     "per_token_mx_fp8_quant",
-    "(Tensor x, int group_size, ScalarType dtype, str scaling) -> (Tensor, Tensor)",
+    "(Tensor x, int group_size, ScalarType dtype, str scaling, str layout) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
-    samples=[*(_sample((7, 320), each) for each in MxScaling), _sample((2, 3, 64), MxScaling.EVEN)],
+    samples=[
+        *(_sample((7, 320), each, dtype=dtype) for each in MxScaling for dtype in FORMATS),
+        _sample((2, 3, 64), MxScaling.EVEN, ScaleLayout.SWIZZLED),
+    ],
     decode=decode,
 )
 
-SPELLINGS = spellings(E4M3)
+SPELLINGS = {dtype: spellings(codes) for dtype, codes in FORMATS.items()}
 
 
 def raise_mx(canonical: CanonicalGraph) -> None:
     """Raises every quantisation to MXFP8."""
     for cast in _casts(canonical):
-        how = read(cast.args[0], SPELLINGS)
+        value, is_clamped = _unclamped(cast)
+        how = read(value, SPELLINGS[cast.args[1]]) or read(cast.args[0], SPELLINGS[cast.args[1]])
         if how is None:
             _tell_other_exponents(canonical, cast)
             continue
         try:
-            raise_scaled(canonical, cast, cast.all_input_nodes[0], per_token_mx_fp8_quant, how, torch.float8_e4m3fn)
+            if cast.args[1] is torch.float8_e5m2 and not is_clamped and how[0] is not MxScaling.RCEIL:
+                raise _beyond(cast)
+            raise_scaled(canonical, cast, value, per_token_mx_fp8_quant, how, cast.args[1])
         except Unraised as refused:
-            refused.tell(canonical, per_token_mx_fp8_quant, "MXFP8 quantisation", at=[cast], place=cast)
+            refused.tell(
+                canonical, per_token_mx_fp8_quant, "MXFP8 quantisation", at=[product_of(value), cast], place=cast
+            )
     canonical.merge_equal(per_token_mx_fp8_quant)
-    tell_formats(canonical, per_token_mx_fp8_quant, "float8_e4m3fn", TOPS, LARGEST)
+    tell_formats(canonical, per_token_mx_fp8_quant, "float8_e4m3fn or float8_e5m2", TOPS, LARGEST)
+
+
+def _unclamped(cast: Call) -> tuple[fx.Node, bool]:
+    """(x, whether it is clamped) of what is cast, clamped to what codes hold or not."""
+    most = FORMATS[cast.args[1]].most
+    found = all_fit(cast.args[0], (aten.clamp_max.default, (aten.clamp_min.default, "x", -most), most), {})
+    return (found["x"], True) if found is not None else (cast.all_input_nodes[0], False)
+
+
+def _beyond(cast: Call) -> Unraised:
+    """What is scaled may be infinite or, by `floor`, up to 65536."""
+    detail = (
+        "what is cast isn't clamped: torch makes infinity of what is beyond float8_e5m2, and its kernels for GPUs the "
+        "largest code"
+    )
+    return Unraised(Reason.ROUNDING, detail, cast, "clamp it to +-57344")
 
 
 def _tell_other_exponents(canonical: CanonicalGraph, cast: Call) -> None:
@@ -120,13 +168,13 @@ def _tell_other_exponents(canonical: CanonicalGraph, cast: Call) -> None:
     near.tell(canonical, per_token_mx_fp8_quant, "MXFP8 quantisation", at=[quotient, cast], place=cast)
 
 
-TOPS = {4: "MXFP6 (e3m2)", 15: "MXFP8 in float8_e5m2"}
-LARGEST = {7.5: "MXFP6 (e2m3)", 28.0: "MXFP6 (e3m2)", 57344.0: "MXFP8 in float8_e5m2"}
+TOPS = {4: "MXFP6 (e3m2)"}
+LARGEST = {7.5: "MXFP6 (e2m3)", 28.0: "MXFP6 (e3m2)"}
 """What formats that no op has subtract from the largest element's exponent, or divide it by."""
 
 
 def _casts(canonical: CanonicalGraph) -> Iterator[Call]:
-    return (cast for cast in canonical.calls(convert_element_type) if cast.args[1] is torch.float8_e4m3fn)
+    return (cast for cast in canonical.calls(convert_element_type) if cast.args[1] in FORMATS)
 
 
 class MxFp8(GroupCodes):
@@ -140,7 +188,7 @@ PART = RowEpilogue(
     kind=Kind.QUANTISATION,
     suffix="mx_fp8_quant",
     ops=(per_token_mx_fp8_quant,),
-    parameters=("int group_size", "ScalarType dtype", "str scaling"),
+    parameters=("int group_size", "ScalarType dtype", "str scaling", "str layout"),
     results=2,
     sample=_sample_arguments,
     unit=GROUP,

@@ -8,6 +8,7 @@
 as torchao's `nvfp4_quantize` leaves them: see `fp4` for the conversion.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
 from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, numbers_of, packed, packings, tell_simulated
 from fuseplan.rules.parts.fp8 import number_of, raise_computed, source_of
+from fuseplan.rules.parts.fp8_engines import engine_reader
 from fuseplan.rules.parts.microscaled import behind, product_of, products, rows_of_groups
 from fuseplan.rules.parts.patterns import F32, Found, Pattern, all_fit
 from fuseplan.rules.parts.scale_layouts import swizzled
@@ -220,6 +222,14 @@ def _is_scale_of_fp4(cast: fx.Node) -> bool:
     return any(is_call(node, aten.amax.default) for quotient in quotients for node in behind(quotient))
 
 
+def _refuse_vllm(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
+    """`_C::scaled_fp4_quant(input, input_scale, is_sf_swizzled_layout, output!, output_scale!)`: it multiplies by what
+    `rcp.approx.ftz` yields, which no other device computes to the last bit.
+    """
+    detail = "vLLM's kernel multiplies by approximate reciprocals, and the op divides, which gives other scales"
+    raise Unraised(Reason.ROUNDING, detail, node)
+
+
 class NvFp4(Fp4Codes):
     """It at a site."""
 
@@ -237,6 +247,10 @@ PART = RowEpilogue(
     unit=GROUP,
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.MICROSCALED_EPILOGUES, raise_nv),),
+    engine_ops={
+        name: engine_reader(per_token_nv_fp4_quant, "NVFP4 quantisation", _refuse_vllm)
+        for name in ("_C::scaled_fp4_quant", "_C::scaled_fp4_quant.out")
+    },
     traffic=NvFp4,
     tail=NvFp4.of,
 )

@@ -166,4 +166,5 @@ PART = Core(
     raising=((Stage.CORES, raise_silu_and_mul),),
     reported=Reported.NEVER,  # a SiLU alone is an activation like others
     traffic=Middle(name="silu_and_mul", inputs=2, eager_kernels=7),
+    result="activation",
 )

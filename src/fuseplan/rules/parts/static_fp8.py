@@ -1,18 +1,21 @@
 """fp8 quantisation by one given scale."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.unraised import Unraised
-from fuseplan.graph.facts import ORDER_KEEPING, equal_shape, is_call, tensor_of
+from fuseplan.graph.facts import ORDER_KEEPING, equal_shape, is_call, item, tensor_of
 from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.rules.parts.fp8 import CODE_BYTES, Codes, Scaling, apply_scale, is_restored, sample_of, scalings
+from fuseplan.rules.parts.codes import CODE_BYTES, Codes
+from fuseplan.rules.parts.fp8 import Scaling, apply_scale, sample_of, scalings
+from fuseplan.rules.parts.fp8_engines import CODES, check_rows, engine_reader, one_number, raise_call
 from fuseplan.rules.parts.fp8_scales import is_computed, is_given, one_of_all
 from fuseplan.rules.parts.traffic import Region
 
@@ -96,6 +99,20 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
     canonical.raise_op(static_scaled_fp8_quant, args, (scaling.cast,))
 
 
+def _read_static(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
+    """`_C::static_scaled_fp8_quant(result!, input, scale, group_shape)`: by the reciprocal of the scale."""
+    x, codes = values["input"], item(node, 1)
+    check_rows(node, x, values["result"])
+    scale = one_number(canonical, node, values["scale"], x, "the scale")
+    args = (x, scale, CODES, QuantRounding.MULTIPLY.value)
+    raise_call(canonical, node, static_scaled_fp8_quant, args, (codes,))
+
+
+def _refuse_whole(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
+    """`_C::dynamic_scaled_fp8_quant(result!, input, scale!)`"""
+    raise one_of_all(node)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StaticFp8(Codes):
     """It at a site."""
@@ -116,6 +133,10 @@ PART = RowEpilogue(
     sample=_sample_arguments,
     cores=frozenset({"rms_norm", "silu_and_mul"}),
     raising=((Stage.EPILOGUES, raise_static),),
+    engine_ops={
+        "_C::static_scaled_fp8_quant": engine_reader(static_scaled_fp8_quant, "fp8 quantisation", _read_static),
+        "_C::dynamic_scaled_fp8_quant": engine_reader(static_scaled_fp8_quant, "fp8 quantisation", _refuse_whole),
+    },
     traffic=StaticFp8,
-    tail=lambda node, core: StaticFp8(restored=is_restored(node)),
+    tail=StaticFp8.read,
 )

@@ -107,6 +107,10 @@ class Tail:
         """Whether Inductor leaves it a kernel of its own behind a core: it iterates over another width."""
         return False
 
+    def stays_apart(self, core: Middle) -> bool:
+        """Whether it is a kernel of its own behind a core, unfused."""
+        return self.stands_alone(core)
+
     def text(self, width: int) -> str:
         """For a signature.
 

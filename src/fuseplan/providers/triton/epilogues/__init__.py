@@ -7,14 +7,14 @@ fused ops, `none` where they have none. Nothing else names one.
 import importlib
 import math
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fuseplan.dialect import QuantRounding, empty_scales
+from fuseplan.dialect import TILE_GROUPS, QuantRounding, ScaleLayout, empty_scales
 from fuseplan.graph.facts import equal_size
 from fuseplan.providers.triton.tuned import NORM_THREAD, ONE_ROW, Found
 from fuseplan.record import Reason, Refusal
@@ -81,6 +81,55 @@ def epilogue_of(suffix: str | None) -> type[Epilogue]:
     """The epilogue of the fused ops with that suffix."""
     found: type[Epilogue] = importlib.import_module(f"{__name__}.{suffix or 'none'}").EPILOGUE
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupBytes(Epilogue):
+    """An epilogue that stores a byte for each group of elements of a row, in rows or in tiles.
+
+    Attributes:
+        group_size: elements of a group, a power of two; rows are whole groups.
+        layout: of these bytes: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
+        first_row: which of all rows is the first of a launch.
+        all_rows: how many there are; 0: as many as codes.
+    """
+
+    elements: ClassVar[Found] = replace(NORM_THREAD["dynamic_fp8_quant"], source="as with a scale a row; not measured")
+    group_size: int
+    layout: str
+    first_row: int = 0
+    all_rows: int = 0
+
+    @classmethod
+    def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
+        """Why groups are refused that no tile holds, or that don't divide a row."""
+        return refuse_groups(m.group_size, x)
+
+    @property
+    def unit(self) -> int:
+        """Elements of a group, of a byte of codes, or of a tile of scales."""
+        return max(self.group_size * (TILE_GROUPS if self.swizzles else 1), 2)
+
+    @property
+    def swizzles(self) -> bool:
+        """Whether bytes lie in tiles."""
+        return self.layout == ScaleLayout.SWIZZLED
+
+    def scales(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for the bytes of activations x, in a dtype."""
+        return empty_scales(x, x.shape[-1] // self.group_size, dtype, self.layout)
+
+    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> tuple[Epilogue, tuple[Tensor, ...]]:
+        """Of tiles all of them, since rows aren't apart in them."""
+        codes, scales = results
+        if not self.swizzles:
+            return super().part(results, start, stop)
+        (own,) = super().part((codes,), start, stop)[1]
+        return replace(self, first_row=start, all_rows=codes.shape[:-1].numel()), (own, scales)
+
+    def places(self, codes: Tensor) -> tuple[int, int]:
+        """(all rows, or 0 where bytes lie in rows, which of them is the first of these codes)"""
+        return (self.all_rows or codes.shape[:-1].numel()) * self.swizzles, self.first_row
 
 
 def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool, bool, bool]:

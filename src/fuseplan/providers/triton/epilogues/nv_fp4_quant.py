@@ -1,13 +1,12 @@
 """NVFP4: e2m1, two codes a byte, by a scale in fp8 of each group of elements of a row, and a global scale or none."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fuseplan.dialect import TILE_GROUPS, ScaleLayout, empty_scales
-from fuseplan.providers.triton.epilogues import Epilogue, bytes_for, refuse_groups
+from fuseplan.providers.triton.epilogues import GroupBytes, bytes_for
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import (
     e2m1_of,
@@ -18,8 +17,6 @@ from fuseplan.providers.triton.rows import (
     store_pairs,
     store_tiles,
 )
-from fuseplan.providers.triton.tuned import NORM_THREAD, Found
-from fuseplan.record import Refusal
 
 
 @triton.jit
@@ -33,7 +30,7 @@ def store_pairs_by_scales(
     IS_GLOBAL: tl.constexpr = CONSTANTS[1]
     SWIZZLES: tl.constexpr = CONSTANTS[2]
     BLOCK: tl.constexpr = y.shape[1]
-    y, _, _ = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP)
+    y, _, _ = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
     scale = tl.div_rn(largest_bits(y).to(tl.float32, bitcast=True), 6.0)
     inverse = 1.0
     if IS_GLOBAL:
@@ -52,74 +49,36 @@ def store_pairs_by_scales(
 
 
 @dataclass(frozen=True, kw_only=True)
-class NvFp4(Epilogue):
+class NvFp4(GroupBytes):
     """Of each group of elements of a row:
 
     scale = clamp(amax(|y|) / 6 / global_scale, min_scale, 448).to(float8_e4m3fn)
     e2m1(clamp(y * ((1 / global_scale) / scale), -6, 6))
 
     Attributes:
-        group_size: elements of a group, a power of two; rows are whole groups.
         global_scale: one element, float32; None: 1 in its place.
         min_scale: the smallest scale of a group.
-        layout: of the scales: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
-        first_row: which of all rows is the first of a launch.
-        all_rows: how many there are; 0: as many as codes.
     """
 
     store: ClassVar[Any] = store_pairs_by_scales
-    elements: ClassVar[Found] = replace(NORM_THREAD["dynamic_fp8_quant"], source="as with a scale a row; not measured")
-    group_size: int
     global_scale: Tensor | None
     min_scale: float
-    layout: str
-    first_row: int = 0
-    all_rows: int = 0
-
-    @classmethod
-    def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
-        """Why groups are refused that no tile holds, or that don't divide a row."""
-        return refuse_groups(m.group_size, x)
-
-    @property
-    def unit(self) -> int:
-        """Elements of a group, of a byte, or of a tile of scales."""
-        return max(self.group_size * (TILE_GROUPS if self._swizzles else 1), 2)
-
-    @property
-    def _swizzles(self) -> bool:
-        return self.layout == ScaleLayout.SWIZZLED
 
     def results(self, x: Tensor) -> tuple[Tensor, ...]:
         """Empty pairs of codes [..., width / 2] and scales [..., width / group_size] for activations x."""
-        return bytes_for(x, 2), empty_scales(x, x.shape[-1] // self.group_size, torch.float8_e4m3fn, self.layout)
-
-    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> "tuple[NvFp4, tuple[Tensor, ...]]":
-        """Of tiles all of them, since rows aren't apart in them."""
-        codes, scales = results
-        if not self._swizzles:
-            return super().part(results, start, stop)  # type: ignore[return-value]
-        (own,) = super().part((codes,), start, stop)[1]
-        return replace(self, first_row=start, all_rows=codes.shape[:-1].numel()), (own, scales)
+        return bytes_for(x, 2), self.scales(x, torch.float8_e4m3fn)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """(pairs of codes, scales, the global scale, the smallest one, all rows, which of them is the first)"""
         codes, scales = results
-        whole, rows = codes if self.global_scale is None else self.global_scale, codes.shape[:-1].numel()
+        whole = codes if self.global_scale is None else self.global_scale
         # The kernel stores bytes, since fp8 isn't a type of every GPU.
-        return (
-            codes,
-            scales.view(torch.uint8),
-            whole,
-            self.min_scale,
-            (self.all_rows or rows) * self._swizzles,
-            self.first_row,
-        )
+        return codes, scales.view(torch.uint8), whole, self.min_scale, *self.places(codes)
 
     @property
     def constants(self) -> tuple[Any, ...]:
         """What the device function is compiled for."""
-        return self.group_size, self.global_scale is not None, self._swizzles
+        return self.group_size, self.global_scale is not None, self.swizzles
 
 
 EPILOGUE = NvFp4

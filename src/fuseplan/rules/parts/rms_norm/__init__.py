@@ -10,6 +10,7 @@ PART = Core(
     name="rms_norm",
     ops=(rms_norm, fused_add_rms_norm),
     residual_op=fused_add_rms_norm,
+    result="norm",
     weight=-3,
     raising=((Stage.CORES, raise_rms_norms),),
     engine_ops=ENGINE_OPS,

@@ -1,0 +1,89 @@
+"""Quantisations at a site, as prices see them: what they write, and what is done to that."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import fx
+
+from fuseplan.graph.facts import convert_element_type, is_call, item
+from fuseplan.rules.parts.base import OPAQUE
+from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
+
+CODE_BYTES = 1
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes(Tail):
+    """A quantisation at a site.
+
+    Attributes:
+        restored: whether the graph makes numbers of the codes again, as where quantisation is simulated: Inductor has
+            that in the kernel of both, and behind an op it is a kernel of its own.
+        opaque: whether it is an op of an engine's, of which Inductor makes no part of another kernel.
+    """
+
+    restored: bool = False
+    opaque: bool = False
+
+    kind = "quant"
+
+    @classmethod
+    def read(cls, node: fx.Node, core: fx.Node) -> Self:
+        """That of a dialect op, whose codes are its first result or the only one."""
+        several = len(node.target._schema.returns) > 1  # type: ignore[union-attr]
+        codes = item(node, 0) if several else node
+        return cls(restored=is_restored(codes), opaque=OPAQUE in node.meta)
+
+    def stays_apart(self, core: Middle) -> bool:
+        """What an engine calls by itself does."""
+        return self.opaque or super().stays_apart(core)
+
+    def text(self, width: int) -> str:
+        """`dynamic_fp8_quant`"""
+        return f"{self.name}{' restored' * self.restored}{' opaque' * self.opaque}"
+
+    def behind(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
+        """The kernel that restores them."""
+        nbytes = self.result_bytes(region) + region.row_bytes
+        return (clock.local("dequantised", nbytes),) if self.restored else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupCodes(Codes):
+    """One with a scale of each group of elements of a row.
+
+    Attributes:
+        group_size: elements of a group.
+    """
+
+    group_size: int
+
+    reduces_rows = True
+    code_bits: ClassVar[int] = 8 * CODE_BYTES
+    scale_bytes: ClassVar[int]
+
+    @classmethod
+    def of(cls, node: fx.Node, core: fx.Node) -> Self:
+        """That of a dialect op `(x, group_size, ...)`."""
+        size = node.args[1]
+        assert isinstance(size, int)
+        return cls(group_size=size, restored=is_restored(item(node, 0)), opaque=OPAQUE in node.meta)
+
+    @classmethod
+    def stands_alone(cls, core: Middle) -> bool:
+        """Behind what reduces rows: a reduction over groups is another one."""
+        return core.reduces_rows
+
+    def text(self, width: int) -> str:
+        """`group_fp8_quant 128`"""
+        return f"{super().text(width)} {self.group_size}"
+
+    def result_bytes(self, region: Region) -> int:
+        """The codes, and a scale a group."""
+        return region.tokens * (region.width * self.code_bits // 8 + region.width // self.group_size * self.scale_bytes)
+
+
+def is_restored(codes: fx.Node | None) -> bool:
+    """Whether all that is done to codes is to make numbers of them again."""
+    return codes is not None and all(is_call(user, convert_element_type) for user in codes.users)

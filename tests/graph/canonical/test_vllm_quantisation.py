@@ -1,0 +1,367 @@
+"""vLLM's ops that quantise to fp8, as its post-grad graphs have them with `+quant_fp8`.
+
+Its builds for CPUs have none of them, so that they are declared here by the schemas that vLLM 0.22 to 0.33 publishes
+(`csrc/torch_bindings.cpp`), and computed by references in plain torch, step by step as its CUDA kernels do.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+import fuseplan
+from fuseplan.compilation.manager import PostGradPassManager
+from fuseplan.devices import device_profile
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.ops import empty_scales
+from fuseplan.record import Nearness, Reason, Refusal, Report
+from tests.graph.canonical.test_vllm import vllm_ops
+from tests.helpers import randn, written
+from tests.rules.parts.test_fp8_spellings import inputs
+
+__all__ = ["vllm_ops"]
+
+FP8, WIDTH, GROUP, EPS = torch.float8_e4m3fn, 512, 128, 1e-5
+SCHEMAS = {
+    "static_scaled_fp8_quant": "(Tensor! result, Tensor input, Tensor scale, (int, int)? group_shape=None) -> ()",
+    "dynamic_scaled_fp8_quant": "(Tensor! result, Tensor input, Tensor! scale) -> ()",
+    "dynamic_per_token_scaled_fp8_quant": "(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
+    "per_token_group_fp8_quant": "(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, "
+    "float fp8_min, float fp8_max, bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned) -> ()",
+    "per_token_group_fp8_quant_packed": "(Tensor input, Tensor! output_q, Tensor! output_s_packed, int group_size, "
+    "float eps, float fp8_min, float fp8_max) -> ()",
+    "scaled_fp4_quant": "(Tensor input, Tensor input_scale, bool is_sf_swizzled_layout) -> (Tensor, Tensor)",
+}
+
+
+def static(result: Tensor, x: Tensor, scale: Tensor, group_shape: Any = None) -> None:
+    """As `scaled_fp8_quant_kernel_strided_group_shape` with one scale."""
+    result.copy_((x.float() * (1.0 / scale)).clamp(-448, 448).to(FP8))
+
+
+def by_rows(result: Tensor, x: Tensor, scale: Tensor, scale_ub: Tensor | None) -> None:
+    """As `dynamic_per_token_scaled_fp8_quant_kernel_strided`."""
+    largest = x.abs().amax(-1, keepdim=True).float()
+    largest = largest if scale_ub is None else torch.minimum(largest, scale_ub)
+    scale.copy_((largest / 448).clamp(min=1 / (448 * 512)))
+    result.copy_((x.float() / scale).clamp(-448, 448).to(FP8))
+
+
+def group_scales(x: Tensor, size: int, eps: float, *, powers: bool) -> tuple[Tensor, Tensor]:
+    groups = x.float().unflatten(-1, (-1, size))
+    scale = groups.abs().amax(-1).clamp(min=eps) / 448
+    scale = torch.exp2(torch.ceil(torch.log2(scale.clamp(min=1e-10)))) if powers else scale
+    return (groups / scale.unsqueeze(-1)).clamp(-448, 448).to(FP8).flatten(-2), scale
+
+
+def by_groups(
+    x: Tensor, output_q: Tensor, output_s: Tensor, size: int, eps: float, least: float, most: float, powers: bool,
+    *dummies: bool,
+) -> None:  # fmt: skip
+    """As `per_token_group_quant_8bit_kernel`."""
+    codes, scale = group_scales(x, size, eps, powers=powers)
+    output_q.copy_(codes)
+    output_s.copy_(scale)
+
+
+def packed(
+    x: Tensor, output_q: Tensor, output_s: Tensor, size: int, eps: float, least: float, most: float
+) -> None:  # fmt: skip
+    """As `per_token_group_quant_8bit_packed_register_kernel`."""
+    codes, scale = group_scales(x, size, eps, powers=True)
+    output_q.copy_(codes)
+    exponents = torch.nn.functional.pad(scale.view(torch.int32) >> 23, (0, -scale.shape[-1] % 4)).unflatten(-1, (-1, 4))
+    output_s.copy_((exponents << torch.tensor([0, 8, 16, 24], dtype=torch.int32)).sum(-1, dtype=torch.int32))
+
+
+COMPUTED: dict[str, Callable[..., Any]] = {
+    "static_scaled_fp8_quant": static,
+    "dynamic_scaled_fp8_quant": lambda *arguments: None,
+    "dynamic_per_token_scaled_fp8_quant": by_rows,
+    "per_token_group_fp8_quant": by_groups,
+    "per_token_group_fp8_quant_packed": packed,
+    "scaled_fp4_quant": lambda x, *rest: (
+        x.new_empty((len(x), x.shape[1] // 2), dtype=torch.uint8),
+        x.new_empty((len(x), x.shape[1] // 16), dtype=torch.uint8),
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quantising_ops(vllm_ops: None) -> Iterator[None]:
+    """Defines them. vLLM's builds for CPUs have some by the same names, without arguments."""
+    with contextlib.ExitStack() as defined:
+        for name, schema in SCHEMAS.items():
+            if hasattr(torch.ops._C, name):
+                pytest.skip("vLLM's build has an op of the same name without arguments")
+            library = torch.library.Library("_C", "FRAGMENT")
+            defined.callback(library._destroy)
+            library.define(f"{name}{schema}")
+            for key in ("Meta", "CPU"):
+                library.impl(name, COMPUTED[name] if key == "CPU" or "fp4" in name else lambda *arguments: None, key)
+        yield
+
+
+def called(name: str, **values: Any) -> Any:
+    """A call as functionalisation leaves it: what is returned, then what is written."""
+    return auto_functionalized(getattr(torch.ops._C, name).default, **values)
+
+
+def new(x: Any, like: Tensor) -> Any:
+    """Memory as `torch.empty_strided` makes it."""
+    made = {"dtype": like.dtype, "device": torch.device("cpu")}
+    args = [*like.shape], [*like.stride()]
+    return fx.Proxy(x.node.graph.call_function(torch.ops.aten.empty_strided.default, args, made), x.tracer)
+
+
+Quantise = Callable[[Any], tuple[Any, ...]]
+
+
+def groups_of(rows: int, *, layout: str = "rows", powers: bool = False, eps: float = 1e-10) -> Quantise:
+    like = torch.empty(rows, WIDTH)
+
+    def quantise(y: Any) -> tuple[Any, ...]:
+        codes, scales = new(y, like.to(FP8)), new(y, empty_scales(like, WIDTH // GROUP, torch.float32, layout))
+        result = called(
+            "per_token_group_fp8_quant", input=y, output_q=codes, output_s=scales, group_size=GROUP, eps=eps,
+            fp8_min=-448.0, fp8_max=448.0, scale_ue8m0=powers, dummy_is_scale_transposed=layout != "rows",
+            dummy_is_tma_aligned=layout == "aligned",
+        )  # fmt: skip
+        return result[1], result[2]
+
+    return quantise
+
+
+def packed_of(rows: int) -> Quantise:
+    like = torch.empty(rows, WIDTH)
+
+    def quantise(y: Any) -> tuple[Any, ...]:
+        codes, scales = new(y, like.to(FP8)), new(y, empty_scales(like, WIDTH // GROUP, torch.int32, "packed"))
+        result = called(
+            "per_token_group_fp8_quant_packed", input=y, output_q=codes, output_s_packed=scales, group_size=GROUP,
+            eps=1e-10, fp8_min=-448.0, fp8_max=448.0,
+        )  # fmt: skip
+        return result[1], result[2]
+
+    return quantise
+
+
+def rows_of(rows: int, bound: Any = None) -> Quantise:
+    def quantise(y: Any) -> tuple[Any, ...]:
+        codes, scales = new(y, torch.empty(rows, WIDTH, dtype=FP8)), new(y, torch.empty(rows, 1))
+        result = called("dynamic_per_token_scaled_fp8_quant", result=codes, input=y, scale=scales, scale_ub=bound)
+        return result[1], result[2]
+
+    return quantise
+
+
+def one_of(rows: int, scale: Any) -> Quantise:
+    def quantise(y: Any) -> tuple[Any, ...]:
+        codes = new(y, torch.empty(rows, WIDTH, dtype=FP8))
+        result = called("static_scaled_fp8_quant", result=codes, input=y, scale=scale, group_shape=[-1, -1])
+        return (result[1],)
+
+    return quantise
+
+
+ROWS = 6
+LEAST = float(torch.tensor(1e-10) / 448)
+KINDS: dict[str, tuple[Callable[[Any], Quantise], str, tuple[Any, ...]]] = {
+    "static": (lambda s: one_of(ROWS, s), "static_scaled_fp8_quant", (FP8, "multiply")),
+    "rows": (
+        lambda s: rows_of(ROWS), "dynamic_per_token_scaled_fp8_quant", (FP8, 1 / (448 * 512), 0.0, 0.0, None, "divide"),
+    ),
+    "groups": (
+        lambda s: groups_of(ROWS), "per_token_group_fp8_quant",
+        (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, "divide", "rows"),
+    ),
+    "powers": (
+        lambda s: groups_of(ROWS, powers=True), "per_token_group_fp8_quant",
+        (GROUP, FP8, float(torch.tensor(1e-10)), 0.0, True, 0.0, 0.0, None, "divide", "rows"),
+    ),
+    "columns": (
+        lambda s: groups_of(ROWS, layout="columns"), "per_token_group_fp8_quant",
+        (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, "divide", "columns"),
+    ),
+    "aligned": (
+        lambda s: groups_of(ROWS, layout="aligned"), "per_token_group_fp8_quant",
+        (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, "divide", "aligned"),
+    ),
+    "packed": (
+        lambda s: packed_of(ROWS), "per_token_group_fp8_quant",
+        (GROUP, FP8, float(torch.tensor(1e-10)), 0.0, True, 0.0, 0.0, None, "divide", "packed"),
+    ),
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def graph_of(kind: str, dtype: torch.dtype = torch.bfloat16) -> fx.Graph:
+    """Of the quantisation alone."""
+    given = {"x": torch.empty(ROWS, WIDTH, dtype=dtype), "s": torch.empty(1)}
+    return written(lambda x, s: KINDS[kind][0](s)(x), given)
+
+
+@every_kind
+def test_it_is_one_op_with_all_that_it_computes_by(kind: str) -> None:
+    _, name, expected = KINDS[kind]
+    raised = canonicalize(graph_of(kind))
+    (node,) = raised.calls(ops[name].overload)
+    assert tuple(each for each in node.args[1:] if not isinstance(each, fx.Node)) == expected
+    assert not raised.refusals
+
+
+def bits(value: Tensor) -> Tensor:
+    return value.view(torch.uint8) if value.itemsize == 1 else value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@every_kind
+def test_it_computes_what_the_kernel_does(kind: str, dtype: torch.dtype) -> None:
+    """Of all rows without NaN, whose codes nobody reads; infinity is one of them, whose scale is infinite."""
+    graph = graph_of(kind, dtype)
+    raised = canonicalize(graph)
+    if dtype is torch.float32 and kind in ("powers", "packed"):
+        assert not raised.dialect_nodes
+        assert raised.refusals
+        return
+    assert len(raised.dialect_nodes) == 1
+    for name, value in inputs(dtype).items():
+        x = value.repeat(1, WIDTH // value.shape[-1]).nan_to_num(0.0, torch.inf, -torch.inf)
+        x = x if kind != "packed" else x.nan_to_num(posinf=3e4, neginf=-3e4)
+        scale = torch.tensor([0.37])
+        for got, wanted in zip(
+            fx.GraphModule({}, raised.graph)(x, scale), fx.GraphModule({}, graph)(x, scale), strict=True
+        ):
+            same = (bits(got) == bits(wanted)) | (got.float().isnan() & wanted.float().isnan())
+            assert bool(same.all()), name
+            assert got.stride() == wanted.stride()
+
+
+def block(kind: str, *, adds: bool) -> fx.Graph:
+    """A half layer of vLLM's: its norm in `vllm_ir`, and the quantisation behind it."""
+
+    def layer(x: Any, r: Any, w: Any, s: Any) -> Any:
+        if adds:
+            both = torch.ops.vllm_ir.fused_add_rms_norm.default(x, r, w, EPS)
+            return *KINDS[kind][0](s)(both[0]), both[1]
+        return KINDS[kind][0](s)(torch.ops.vllm_ir.rms_norm.default(x, w, EPS))
+
+    x = randn(ROWS, WIDTH)
+    return written(layer, {"x": x, "r": x, "w": randn(WIDTH), "s": torch.empty(1)})
+
+
+def fused(graph: fx.Graph, policy: str = "ordered(norm_quant)") -> Report:
+    reports: list[Report] = []
+    config = fuseplan.PassConfig(policy=policy, verify="off", costs="modelled")
+    PostGradPassManager(config, on_report=reports.append, device=device_profile("h200"))(graph)
+    return reports[0]
+
+
+@pytest.mark.parametrize("policy", ["ordered(norm_quant)", "planned"])
+@pytest.mark.parametrize("adds", [False, True])
+@every_kind
+def test_it_goes_into_its_norm(kind: str, adds: bool, policy: str) -> None:
+    graph = block(kind, adds=adds)
+    report = fused(graph, policy)
+    (applied,) = report.graphs[0].applied
+    assert applied.rule == "norm_quant"
+    assert applied.op.startswith("fused_add_rms_norm" if adds else "rms_norm")
+    assert "opaque" in str(applied.site_class)
+    left = [
+        str(node.target) for node in graph.nodes if node.op == "call_function" and "getitem" not in str(node.target)
+    ]
+    assert left == [f"fuseplan.{applied.op}.triton"]
+
+
+def test_unfused_it_is_a_kernel_of_its_own() -> None:
+    """Inductor has a quantisation in plain torch in the norm's kernel, and makes none of this one's."""
+
+    def plain(x: Any, r: Any, w: Any, s: Any) -> Any:
+        y = torch.ops.vllm_ir.rms_norm.default(x, w, EPS)
+        both = ops.dynamic_per_token_scaled_fp8_quant(y, FP8, 1 / (448 * 512), 0.0, 0.0, None, "divide")
+        return both[0], both[1]
+
+    given = {"x": randn(ROWS, WIDTH), "r": randn(ROWS, WIDTH), "w": randn(WIDTH), "s": torch.empty(1)}
+    own, theirs = (
+        fused(each).graphs[0].applied[0].saving_ns for each in (written(plain, given), block("rows", adds=False))
+    )
+    assert own is not None
+    assert theirs is not None
+    assert theirs > own + 1000
+
+
+def refusal(name: str, **changed: Any) -> Refusal:
+    """What is said of one call."""
+    given = {"x": torch.empty(ROWS, WIDTH).bfloat16(), "s": torch.empty(1)}
+    calls: dict[str, dict[str, Any]] = {
+        "static_scaled_fp8_quant": {"result": torch.empty(ROWS, WIDTH, dtype=FP8), "group_shape": None},
+        "dynamic_scaled_fp8_quant": {"result": torch.empty(ROWS, WIDTH, dtype=FP8), "scale": torch.empty(1)},
+        "dynamic_per_token_scaled_fp8_quant": {
+            "result": torch.empty(ROWS, WIDTH, dtype=FP8), "scale": torch.empty(ROWS, 1), "scale_ub": None,
+        },
+        "per_token_group_fp8_quant": {
+            "output_q": torch.empty(ROWS, WIDTH, dtype=FP8), "output_s": torch.empty(ROWS, WIDTH // GROUP),
+            "group_size": GROUP, "eps": 1e-10, "fp8_min": -448.0, "fp8_max": 448.0, "scale_ue8m0": False,
+            "dummy_is_scale_transposed": False, "dummy_is_tma_aligned": False,
+        },
+    }  # fmt: skip
+    values = calls[name] | changed
+
+    def quantise(x: Any, s: Any) -> Any:
+        own = {key: new(x, value) if isinstance(value, Tensor) else value for key, value in values.items()}
+        result = called(
+            name, input=x, **({"scale": s} if name.startswith("static") and "scale" not in own else {}), **own
+        )
+        return tuple(result[index + 1] for index in range(2 if "static" not in name else 1))
+
+    raised = canonicalize(written(quantise, given))
+    assert not raised.dialect_nodes
+    (found,) = raised.refusals
+    assert found.nearness is Nearness.UNRECOGNIZED
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "reason", "detail"),
+    [
+        (
+            "static_scaled_fp8_quant", {"scale": torch.empty(4)}, Reason.SIZE,
+            "the scale is float32[4] on cpu, and the op takes one float32 number",
+        ),
+        (
+            "static_scaled_fp8_quant", {"result": torch.empty(16, WIDTH, dtype=FP8)}, Reason.LAYOUT,
+            f"a result is float8_e4m3fn[16, {WIDTH}]",
+        ),
+        (
+            "static_scaled_fp8_quant", {"result": torch.empty(ROWS, WIDTH, dtype=torch.float8_e4m3fnuz)}, Reason.DTYPE,
+            "vLLM's kernels take 224 for the largest of float8_e4m3fnuz",
+        ),
+        ("dynamic_scaled_fp8_quant", {}, Reason.OP, "the scale is computed from all rows at once"),
+        (
+            "dynamic_per_token_scaled_fp8_quant", {"scale_ub": torch.empty(ROWS)}, Reason.SIZE,
+            f"the upper bound is float32[{ROWS}]",
+        ),
+        ("per_token_group_fp8_quant", {"fp8_max": 240.0}, Reason.ATTRIBUTE, "codes are between -448 and 240"),
+        ("per_token_group_fp8_quant", {"group_size": 96}, Reason.SIZE, f"rows of {WIDTH} aren't whole groups of 96"),
+        ("per_token_group_fp8_quant", {"output_s": torch.empty(4, 16).T}, Reason.LAYOUT, "which no layout has"),
+    ],
+)  # fmt: skip
+def test_what_computes_otherwise_is_named(name: str, changed: dict[str, Any], reason: Reason, detail: str) -> None:
+    found = refusal(name, **changed)
+    assert found.reason is reason
+    assert detail in found.detail
+
+
+def test_approximate_reciprocals_are_named() -> None:
+    def quantise(x: Any, s: Any) -> Any:
+        result = torch.ops._C.scaled_fp4_quant.default(x, s, True)
+        return result[0], result[1]
+
+    raised = canonicalize(written(quantise, {"x": randn(ROWS, WIDTH), "s": torch.empty(1)}))
+    (found,) = raised.refusals
+    assert (found.reason, "approximate reciprocals" in found.detail) == (Reason.ROUNDING, True)
