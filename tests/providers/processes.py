@@ -6,8 +6,9 @@ from typing import Any
 from tests.forks import Forks, Request
 
 
-def printed_by(forks: Forks, script: str) -> Any:
+def printed_by(forks: Forks, script: str, *arguments: str) -> Any:
     """The JSON that a script of this folder prints in its last line."""
-    (outcome,) = forks.outcomes(forks.start(Request(module=f"tests.providers.{script}")))
+    request = Request(module=f"tests.providers.{script}", processes=((arguments, {}),))
+    (outcome,) = forks.outcomes(forks.start(request))
     assert outcome.status == 0, outcome.output
     return json.loads(outcome.output.splitlines()[-1])

@@ -114,7 +114,8 @@ def microscaled() -> dict[str, bool]:
     odd[:, 32:] = 0.0
     odd[:, 40] = torch.tensor(edges).bfloat16()
     scales = torch.exp2(torch.linspace(-132, 120, 64))[:, None] * torch.linspace(0.5, 1.0, 64).repeat(2)
-    ones = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": scales.bfloat16(), "ties": ties()}
+    magnitudes = scales.bfloat16().view(4, -1)  # each row is a program, whose width hardly matters to the interpreter
+    ones = {"random": activations(3, 2880, 3), "odd": odd, "magnitudes": magnitudes, "ties": ties()}
     tiled = {"one": activations(1, 160, 3), "many": activations(130, 96, 3), "odd": odd}
     residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
@@ -147,17 +148,18 @@ def by_scales() -> dict[str, bool]:
     odd = activations(8, 96, 4)
     odd[:, 32:] = 0.0
     odd[:, 40] = torch.tensor([0.0, torch.inf, torch.nan, 2688.0, 2.0**-133, 3.3e38, 1.0, -6.0]).bfloat16()
-    magnitudes = torch.exp2(torch.linspace(-14, 12, 96))[:, None] * torch.linspace(0.5, 1.0, 16).repeat(4)
+    scales = torch.exp2(torch.linspace(-14, 12, 96))[:, None] * torch.linspace(0.5, 1.0, 16).repeat(4)
     residual, weight = activations(5, 96, 2), activations(1, 96, 9)[0]
     how = Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA)
-    kinds = {"random": activations(9, 2880, 3), "odd": odd, "magnitudes": magnitudes.bfloat16(), "ties": ties()}
-    kinds["one"], kinds["many"] = activations(1, 4112, 3), activations(130, 80, 3)
+    kinds = {"random": activations(3, 2880, 3), "odd": odd, "ties": ties(), "one": activations(1, 4112, 3)}
+    kinds["magnitudes"] = scales.bfloat16().view(4, -1)
+    tiles = {"many": activations(130, 80, 3)}  # of scales, which lie in tiles of 128 rows where they are swizzled
     cases = *product((None, 0.02, 3.0), (2.0**-6, 0.001), ("rows",)), (0.02, 2.0**-6, "swizzled")
     for whole, least, layout in cases:
         scale = None if whole is None else torch.tensor(whole)
         own: dict[str, Any] = {"group_size": 16, "global_scale": scale, "min_scale": least, "layout": layout}
         epilogue = epilogue_of("nv_fp4_quant")(**own)
-        for kind, x in kinds.items():
+        for kind, x in (kinds | tiles if layout == "swizzled" else kinds).items():
             gate = torch.full_like(x, 64.0)
             (y,) = activation.launch(gate, x, "llama", epilogue_of(None)())
             got: Sequence[Tensor] = activation.launch(gate, x, "llama", epilogue)
@@ -297,11 +299,12 @@ QUANTISED: dict[str, dict[str, Any]] = {
 
 
 def kept() -> dict[str, bool]:
-    """By epilogue, rounding and whether a residual is added: whether what is quantised is yielded as the norm's kernel
-    yields it, and all else as without it, each in memory of its own.
+    """By epilogue and rounding, with a residual and without one in turns: whether what is quantised is yielded as the
+    norm's kernel yields it, and all else as without it, each in memory of its own.
     """
     found = {}
-    for (suffix, own), rounding, residual in product(QUANTISED.items(), Rounding, (False, True)):
+    for (first, (suffix, own)), (second, rounding) in product(enumerate(QUANTISED.items()), enumerate(Rounding)):
+        residual = bool((first + second) % 2)
         x, weight = activations(5, 96, 1), activations(1, 96, 9)[0]
         how = Norm(weight=weight, eps=1e-5, rounding=rounding)
         given = x, activations(5, 96, 2) if residual else None, how

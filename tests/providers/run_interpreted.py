@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import sys
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,6 +31,8 @@ from tests.rules.test_rules import arguments_of
 
 CPU = torch.device("cpu")
 PRODUCTS = {name for name in ops if "attention" in name or "linear" in name}
+KEPT = {name for name in ops if name.endswith(("_and_norm", "_and_activation"))}
+"""The kernels of other ops, and a store."""
 TRITON = dataclasses.replace(
     next(each for each in BUILT_IN_PROVIDERS if each.name == "triton"), vendors=frozenset({"cpu", "nvidia", "amd"})
 )
@@ -124,15 +127,15 @@ def transposed(leading: tuple[int, ...], heads: int, head_dim: int, dtype: torch
     return torch.randn(heads, head_dim, *leading, generator=generator).to(dtype).movedim((0, 1), (-2, -1))
 
 
-def differences() -> dict[str, dict[str, float]]:
-    """By op and sample: the largest difference to the reference; of fp8 codes, in steps.
+def differences(names: Iterable[str], most: int | None = None) -> dict[str, dict[str, float]]:
+    """By op and sample, of so many: the largest difference to the reference; of fp8 codes, in steps.
 
     Not of products, whose sums have no order to keep.
     """
     found: dict[str, dict[str, float]] = {}
-    for name in TRITON.implements.keys() - PRODUCTS:
+    for name in names:
         op = ops[name]
-        for sample in op.samples:
+        for sample in op.samples[:most]:
             arguments = sample.make(CPU, torch.Generator().manual_seed(0))
             wanted, got = op.reference(*arguments), op.kernel("triton")(*arguments)
             if op.writes:
@@ -275,22 +278,28 @@ def declined() -> str:
 
 
 def main() -> None:
+    """Alone with the argument `kept`: every sample of ops that yield what they quantise, of which else one is tried."""
     prepare()
     dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    if "kept" in sys.argv:
+        print(json.dumps(differences(KEPT)))
+        return
     (rule,) = (each for each in BUILT_IN_RULES if each.name == "qk_norm_rope" and not vars(each)["transposes"])
     # Each token is programs of its own, and the interpreter takes milliseconds for one.
     with mock.patch.object(testing, "ROWS", tuple(each for each in testing.ROWS if each < MANY_ROWS)):
         checked = check_rule(rule, providers=[TRITON])
         cached_rotary = [check_rule(each, providers=[TRITON], samples=arguments_of(each, CPU))
                          for each in CACHED_ROTARY_RULES]  # fmt: skip
-    alone = [each for each in BUILT_IN_RULES if each.op.name in CHECKED]
+        alone = {each.op.name: check_rule(each, providers=[TRITON]).cases["triton"]
+                 for each in BUILT_IN_RULES if each.op.name in CHECKED}  # fmt: skip
     result = {
-        "differences": differences(), "odd": odd(), "declined": declined(),
+        "differences": differences(TRITON.implements.keys() - PRODUCTS - KEPT) | differences(KEPT, most=1),
+        "odd": odd(), "declined": declined(),
         "more than programs": more_than_programs(), "cases": checked.cases["triton"],
         "refused": checked.refused, "not finite": not_finite(),
         "caches": caches(), "out of bounds": out_of_bounds(),
         "cached": [each.cases["triton"] for each in cached_rotary],
-        "alone": {each.op.name: check_rule(each, providers=[TRITON]).cases["triton"] for each in alone},
+        "alone": alone,
     }  # fmt: skip
     print(json.dumps(result))
 

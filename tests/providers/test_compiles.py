@@ -85,15 +85,30 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return made
 
 
+@pytest.mark.parametrize("is_day", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["day", "night"])
 @pytest.mark.parametrize("name", OPS)
-def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], one_rank: str) -> None:
+def test_kernels_compile(name: str, is_day: bool, compiled: list[tuple[str, dict[str, Any]]], one_rank: str) -> None:
+    """By day one sample of each op, and all those of each epilogue for one GPU behind a norm alone or an activation."""
     kernel = registered_kernel(name, "triton")
     assert kernel is not None
+    is_nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
     # What yields the norm, too, is the kernel of an op above, and a store.
-    samples = ops[name].samples[: 1 if name.endswith(("_and_norm", "_and_activation")) else None]
+    is_kept = name.endswith(("_and_norm", "_and_activation"))
+    is_one = is_kept or (is_day and not (is_nvidia and name.startswith(("rms_norm", "silu"))))
+    samples = ops[name].samples[: 1 if is_one else None]
     for sample in samples:
         kernel(*sample.make(torch.device("cpu"), torch.Generator().manual_seed(0)))
     assert len(compiled) >= len(samples)
+    if is_nvidia or not is_day:
+        compile_published(name, kernel, compiled)
+    if ops[name].writes:
+        compiled = [each for each in compiled if each[0] != "_combine"]
+        assert all("tt.assert" in asm["ttir"] for _, asm in compiled), "a position beyond the cache is caught"
+        assert all("__assertfail" in asm.get("ptx", "__assertfail") for _, asm in compiled)
+
+
+def compile_published(name: str, kernel: Callable[..., Any], compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    """Shapes of published models, which take other paths than samples do."""
     if name == "grouped_attention":
         q, k = torch.zeros(1, 8, 1, 128).bfloat16(), torch.zeros(1, 2, 1280, 128).bfloat16()
         kernel(q, k, k, None, 1.0, False, "cudnn")
@@ -119,10 +134,6 @@ def test_kernels_compile(name: str, compiled: list[tuple[str, dict[str, Any]]], 
             mask = torch.zeros(batch, 1, 1, 1280).half()
             kernel(q, k, k, cache, cache, *rest, mask, scale, is_causal, kernel_name)
         assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
-        compiled = [each for each in compiled if each[0] == "_attend"]
-    if ops[name].writes:
-        assert all("tt.assert" in asm["ttir"] for _, asm in compiled), "a position beyond the cache is caught"
-        assert all("__assertfail" in asm.get("ptx", "__assertfail") for _, asm in compiled)
 
 
 @pytest.mark.parametrize("compiled", WITHOUT_FP8, indirect=True)
