@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from dataclasses import replace
 from math import inf
@@ -26,6 +27,17 @@ def seen_by_ranks(
     outcomes = forks.outcomes(forks.start(Request(module=module, environment=environment, processes=processes)))
     assert [each.status for each in outcomes] == statuses, "\n".join(each.output[-4000:] for each in outcomes)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def variables_of_ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its ranks of the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+    }  # fmt: skip
+    return [{**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def leave() -> NoReturn:

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import re
 import shlex
-import socket
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from fuseplan.explanation import capture as capturing
 from fuseplan.explanation import comparison
 from fuseplan.workloads import catalog
 from tests.forks import Forks, Outcome, Processes, Request
+from tests.ranks import variables_of_ranks
 
 ENVIRONMENT = {
     "COLUMNS": "110",
@@ -109,12 +109,7 @@ class Shell:
         """Its ranks, with the variables that it tells them of each other."""
         option, count, *program = command.arguments
         assert option == "--nproc-per-node"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        ranks = [{**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(int(count))]
-        outcomes = self._programs(command, program, ranks)
+        outcomes = self._programs(command, program, variables_of_ranks(int(count)))
         return Outcome(max(each.status for each in outcomes), "".join(each.output for each in outcomes))
 
     def _programs(self, command: Command, program: list[str], ranks: list[dict[str, str]]) -> list[Outcome]:
