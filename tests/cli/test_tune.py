@@ -22,6 +22,8 @@ from fuseplan.devices import PROFILES
 from fuseplan.devices.hardware import Error
 from fuseplan.planner.costs import CostTable, DeviceRecord, Measured, Provenance, Row, cached_path, record_path
 from fuseplan.record.text import duration
+from tests.forks import Forks, Request
+from tests.ranks import variables_of_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOADS = "tests.cli.tuned_workloads"
@@ -142,11 +144,13 @@ def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_ranks_measure_in_lock_step_and_one_writes(tmp_path: Path) -> None:
+def test_ranks_measure_in_lock_step_and_one_writes(tmp_path: Path, forks: Forks) -> None:
     path = tmp_path / "costs.json"
-    done = torchrun(f"{WORKLOADS}:reduces", "--tokens", "4", "--repeats", "5", "--out", str(path), "--json")
-    assert done.returncode == 0, done.stderr[-4000:]
-    data: dict[str, Any] = json.loads(done.stdout)
+    arguments = ("tune", f"{WORKLOADS}:reduces", "--tokens", "4", "--repeats", "5", "--out", str(path), "--json")
+    request = Request(module="fuseplan", processes=[(arguments, each) for each in variables_of_ranks(2)])
+    first, second = forks.outcomes(forks.start(request))
+    assert (first.status, second.status) == (0, 0), first.output + second.output
+    data: dict[str, Any] = json.loads("{" + first.output.partition("{")[2])
     assert data["tp"] == 2
     site = f"all_reduce[2] -> {SITE}"
     names = {

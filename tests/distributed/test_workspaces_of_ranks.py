@@ -1,4 +1,4 @@
-"""Two processes and four with gloo make workspaces: all of them have one, or all of them know why not, and soon."""
+"""Two processes, and at night four, with gloo make workspaces: all have one, or all know why not, and soon."""
 
 import socket
 from typing import Any
@@ -13,7 +13,7 @@ Ranks = list[dict[str, Any]]
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.nightly)])
 def ranks(request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     count, folder = request.param, tmp_path_factory.mktemp("workspaces")
     with socket.socket() as free:
