@@ -1,6 +1,7 @@
 """Scales of groups column by column, padded and packed, as DeepGEMM's helpers in plain torch leave them."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.ops import ScaleLayout, in_rows, lay_out
 from tests.helpers import llama, post_grad, randn
+from tests.interpreted import no_code
 
 aten = torch.ops.aten
 FP8, GROUP, WIDTH = torch.float8_e4m3fn, 64, 320
@@ -64,6 +66,8 @@ def quantised(layout: Layout, x: Tensor, *, both: bool = False) -> tuple[Tensor,
 
 
 LAYOUTS: dict[Layout, str] = {columns: "columns", aligned: "aligned", aligned_in_zeros: "aligned", packed: "packed"}
+CODED = (2, 3)
+"""The shape of rows that code is made of; other graphs are interpreted."""
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda each: each.__name__)
 
 
@@ -92,7 +96,7 @@ def test_it_is_fused_with_the_norm(layout: Layout, shape: tuple[int, ...]) -> No
     torch._dynamo.reset()
     x = randn(*shape, WIDTH)
     config = fuseplan.PassConfig(policy="ordered(norm_quant)")
-    with torch.inference_mode():
+    with torch.inference_mode(), nullcontext() if shape == CODED else no_code():
         compiled: Any = fuseplan.compile(
             lambda x: quantised(layout, llama(x, None, W)[0]), config=config, on_report=reports.append
         )
@@ -136,7 +140,7 @@ def test_layers_with_products_of_their_own_share_the_codes(layout: Layout, shape
 
     reports, x = list[fuseplan.Report](), randn(*shape, WIDTH)
     torch._dynamo.reset()
-    with torch.inference_mode():
+    with torch.inference_mode(), nullcontext() if shape == CODED else no_code():
         config = fuseplan.PassConfig(policy="ordered(norm_quant)")
         got = fuseplan.compile(layers, config=config, on_report=reports.append)(x)
         assert all(torch.equal(one, other) for one, other in zip(got, layers(x), strict=True))
