@@ -84,7 +84,7 @@ nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks
 	@$(MAKE) --no-print-directory test-torchao
 	@$(MAKE) --no-print-directory test-compressed
 	@for each in oldest newest; do \
-	  $(TRANSFORMERS_VENV)-$$each/bin/python -m pytest -m nightly tests/integrations/test_planned_types.py || exit 1; \
+	  $(TRANSFORMERS_VENV)-$$each/bin/python -m pytest -m nightly tests/integrations/test_planned_types.py tests/integrations/test_splitting.py || exit 1; \
 	done
 	@$(MAKE) --no-print-directory test-unpinned
 

@@ -220,8 +220,7 @@ def test_every_argument_changes_the_key() -> None:
     keys = [key(), *(key(**{name: make()}) for name, makes in ARGUMENTS.items() for make in makes)]
     assert len(set(keys)) == len(keys)
     assert key(on_report=print) == key(solver=Solver(PassConfig().node_budget)) == key()
-    for name, makes in ARGUMENTS.items():
-        assert [key(**{name: make()}) for make in makes] == [key(**{name: make()}) for make in makes]
+    assert keys[1:] == [key(**{name: make()}) for name, makes in ARGUMENTS.items() for make in makes]
 
 
 class Own(Rule):

@@ -2,6 +2,7 @@
 out stays.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -151,14 +152,15 @@ def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["interpreted", "coded"])
 @pytest.mark.parametrize("name", [*OWN, pytest.param("llama", marks=pytest.mark.nightly)])
-def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_does(name: str) -> None:
+def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_does(name: str, coded: bool) -> None:
     model = built(name)
     config = fuseplan.PassConfig(force=("cached_eager_attention",), fuse_cached_attention=True, verify="always")
     reports: list[fuseplan.Report] = []
     compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
     runs = []
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if coded else no_code():
         for each in (model, compiled):
             given = step(model, prompt=4, padded=2)
             cache, logits = given["past_key_values"], []
