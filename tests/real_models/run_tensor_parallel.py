@@ -1,5 +1,5 @@
 """One of two ranks: `python -m tests.real_models.run_tensor_parallel RANK RANKS FOLDER`, which writes FOLDER/RANK.json.
-It runs the Hugging Face models that the variable RUN names. Inductor makes code of those that CODED names, with
+It runs the models that the variable RUN names. Inductor makes code of those that CODED names, with
 fuseplan and without it; the graphs of others are interpreted, and without fuseplan these run as they are.
 """
 
@@ -133,10 +133,10 @@ def decoded(forward: Callable[..., Tensor], model: Any, forced: Tensor | None = 
     return torch.cat(tokens, 1), torch.cat(steps, 1)
 
 
-def gpt_oss(coded: list[str]) -> dict[str, Any]:
+def gpt_oss(ran: list[str], coded: list[str]) -> dict[str, Any]:
     """The tiny GPT-OSS with its experts' all-reduce inside the op and outside, under both orders and unfused."""
     results: dict[str, Any] = {}
-    for name in GPT_OSS:
+    for name in ran:
         with contextlib.nullcontext() if name in coded else no_code():
             results[name] = under_both_orders(name, name in coded)
     return results
@@ -169,7 +169,8 @@ def main() -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     dist.init_process_group("gloo", store=FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     with torch.inference_mode():
-        results = {"asked": ran, "huggingface": huggingface(folder, ran, coded), "gpt_oss": gpt_oss(coded)}
+        theirs, own = ([name for name in ran if name in known] for known in (CASES, GPT_OSS))
+        results = {"asked": theirs, "huggingface": huggingface(folder, theirs, coded), "gpt_oss": gpt_oss(own, coded)}
     (folder / f"{rank}.json").write_text(json.dumps(results))
     leave()
 
