@@ -133,7 +133,7 @@ def test_rules_hold_in_every_layout_and_dtype(interpreted: dict[str, Any]) -> No
 
 @needs_triton
 def test_there_may_be_more_to_do_than_programs(interpreted: dict[str, Any]) -> None:
-    assert interpreted["more than programs"] == {"silu_and_mul_static_fp8_quant": True, "qk_norm_rope": True}
+    assert interpreted["more than programs"] is True
 
 
 @needs_triton
