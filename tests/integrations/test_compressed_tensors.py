@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fuseplan
 from tests.helpers import randn
 from tests.integrations.quantised import LAYERS, Block, blocks, quiet
+from tests.interpreted import no_code
 
 WIDTH, INNER = 256, 512
 SWAPS_WEIGHTS = "compressed_tensors.quantization.lifecycle.forward.patch_attr"
@@ -42,9 +44,14 @@ def quantised(quantisation: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Qu
 
 
 def model_of(quantisation: Any, scheme: str) -> nn.Module:
-    model = blocks(WIDTH, INNER)
+    return compressed(quantisation, blocks(WIDTH, INNER), scheme)
+
+
+def compressed(quantisation: Any, model: nn.Module, scheme: str) -> nn.Module:
+    """A model with its linear layers quantised, but for a head."""
     groups = {"all": quantisation.preset_name_to_scheme(scheme, ["Linear"])}
-    quantisation.apply_quantization_config(model, quantisation.QuantizationConfig(config_groups=groups))
+    config = quantisation.QuantizationConfig(config_groups=groups, ignore=["lm_head"])
+    quantisation.apply_quantization_config(model, config)
     for layer in model.modules():
         if hasattr(layer, "quantization_status"):
             for name, parameter in layer.named_parameters():
@@ -124,3 +131,35 @@ def test_what_is_left_alone_is_named(quantised: Quantise, scheme: str, shape: tu
     assert report.fused["norm_quant"] == report.fused["act_quant"] == 0
     details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}
     assert any(says in detail for detail in details), details
+
+
+COUNTS = {
+    "FP8_DYNAMIC": (2, 1), "FP8_BLOCK": (2, 1), "FP8": (0, 0), "MXFP8": (0, 0), "MXFP4": (0, 0), "NVFP4": (0, 0),
+    "W8A8": (0, 0),
+}  # fmt: skip
+"""By scheme: how many norms and activations of each layer of a whole model quantise what layers behind them read."""
+
+
+@pytest.mark.parametrize("scheme", COUNTS)
+def test_a_whole_model_of_transformers(quantised: Quantise, quantisation: Any, scheme: str) -> None:
+    """A Llama whose linear layers are quantised, its head aside, from tokens to logits: attention's result alone is
+    quantised by itself. `FP8` has zero points, and the others no codes that an op yields.
+    """
+    norms, activations = COUNTS[scheme]
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, max_position_embeddings=32, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = compressed(quantisation, LlamaForCausalLM(config).eval().bfloat16(), scheme)
+    reports, tokens = list[fuseplan.Report](), torch.arange(12).reshape(2, 6)
+    with torch.inference_mode(), warnings.catch_warnings(), no_code():
+        warnings.simplefilter("ignore")
+        torch._dynamo.reset()
+        policy = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
+        compiled = fuseplan.compile(model, config=policy, on_report=reports.append)
+        got, wanted = compiled(tokens).logits, model(tokens).logits
+    counts = [sum(report.fused[rule] for report in reports) for rule in ("norm_quant", "act_quant")]
+    assert counts == [norms * LAYERS, activations * LAYERS]
+    if norms:
+        assert (got - wanted).norm() <= 0.05 * wanted.norm()
