@@ -151,7 +151,8 @@ def test_a_whole_model_of_transformers(quantised: Quantise, quantisation: Any, s
         num_key_value_heads=2, vocab_size=64, max_position_embeddings=32, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = compressed(quantisation, LlamaForCausalLM(config).eval().bfloat16(), scheme)
+    llama: Any = LlamaForCausalLM(config)
+    model = compressed(quantisation, llama.eval().bfloat16(), scheme)
     reports, tokens = list[fuseplan.Report](), torch.arange(12).reshape(2, 6)
     with torch.inference_mode(), warnings.catch_warnings(), no_code():
         warnings.simplefilter("ignore")

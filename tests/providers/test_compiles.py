@@ -148,6 +148,22 @@ def test_fp4_compiles_for_gpus_without_fp8(suffix: str, compiled: list[tuple[str
     assert len(compiled) == len(names) == 6
 
 
+@pytest.mark.parametrize("compiled", [*TARGETS, *WITHOUT_FP8], indirect=True)
+def test_codes_in_e5m2_and_scales_in_tiles_compile(compiled: list[tuple[str, dict[str, Any]]]) -> None:
+    """Also for GPUs without fp8: such codes are made as integers."""
+    x, weight, code = torch.zeros(3, 256).half(), torch.ones(256).half(), torch.float8_e5m2
+    calls: dict[str, tuple[Any, ...]] = {
+        "silu_and_mul_dynamic_fp8_quant": (x, x, "llama", code, 1e-9, 0.0, 0.0, None, "divide"),
+        "rms_norm_static_fp8_quant": (x, weight, 1e-5, "llama", torch.ones(1), code, "multiply"),
+        "silu_and_mul_mx_fp8_quant": (x, x, "llama", 32, code, "rceil", "swizzled"),
+        "rms_norm_mx_fp4_quant": (x, weight, 1e-5, "llama", 32, "even", "swizzled"),
+    }
+    for name, arguments in calls.items():
+        kernel: Any = registered_kernel(name, "triton")
+        kernel(*arguments)
+    assert len(compiled) == 4
+
+
 def test_kernels_compile_while_somebody_watches(forks: Forks) -> None:
     """vLLM does. What Triton 3.6 hands them is JSON, which functions among constants are none."""
     assert printed_by(forks, "run_watched") == ["_norm", "_silu_and_mul", "_qk_norm_rope", "_linears"]
