@@ -1,10 +1,13 @@
 import operator
+from typing import Any
 
 import pytest
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseplan.graph.facts import depths, module_path, mutation_regions, source_line
+from fuseplan.graph.facts import depths, equal_size, is_pure, module_path, mutation_regions, source_line
 from fuseplan.graph.legality import Contraction, external_inputs, is_convex
 from fuseplan.graph.surgery import copy_graph, erase_dead, is_sorted, sort_topologically
 
@@ -93,6 +96,71 @@ def test_copies_know_their_originals() -> None:
     copy.erase_node(copy.output_node())
     graph.lint()
     assert nodes["d"].users
+
+
+def test_copies_are_of_the_same_calls_and_stand_alone() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y", default_value=2)
+    both = graph.call_function(aten.cat.default, ([x, y],), {"dim": 0})
+    both.meta["val"] = "a value"
+    graph.output(((both, x),))
+    graph.output_node().meta["seen"] = True
+    copy, origin = copy_graph(graph)
+    copy.lint()
+    assert [(n.name, n.op, n.target, n.meta) for n in copy.nodes] == [
+        (n.name, n.op, n.target, n.meta) for n in graph.nodes
+    ]
+    assert [fx.map_arg((n.args, n.kwargs), origin.__getitem__) for n in copy.nodes] == [
+        (n.args, n.kwargs) for n in graph.nodes
+    ]
+    assert [[origin[user] for user in n.users] for n in copy.nodes] == [[*n.users] for n in graph.nodes]
+    (call,) = copy.find_nodes(op="call_function", target=aten.cat.default)
+    call.meta["val"] = "another"
+    call.args = ([call.args[0][0]],)
+    assert both.meta["val"] == "a value"
+    assert both.args == ([x, y],)
+
+
+def test_what_was_declared_to_have_effects_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    kept = graph.call_function(operator.neg, (x,))
+    gone = graph.call_function(aten.relu.default, (x,))
+    graph.output(x)
+    monkeypatch.setattr(fx.node, "_side_effectful_functions", {*fx.node._side_effectful_functions, operator.neg})
+    assert erase_dead(graph, [kept, gone]) == [gone]
+
+
+@pytest.mark.parametrize(
+    ("target", "pure"),
+    [
+        (aten.relu.default, True),
+        (aten.view.default, True),
+        (aten.add_.Tensor, False),
+        (aten.bernoulli.default, False),
+        (aten._assert_async.msg, False),
+        (operator.getitem, False),
+        ("add", False),
+    ],
+)
+def test_what_surely_has_no_effect(target: object, pure: bool) -> None:
+    assert is_pure(target) is pure
+
+
+def test_sizes_are_equal_whatever_their_symbols_are() -> None:
+    environment = ShapeEnv()
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * 2)
+    fake = FakeTensorMode(shape_env=environment).from_tensor(torch.empty(6, 8), symbolic_context=context)
+    rows, width = fake.shape
+    guards = len(environment.guards)
+    assert equal_size(rows, rows)
+    assert equal_size(rows + width, width + rows)
+    assert equal_size(2 * rows // 2, rows)
+    assert not equal_size(rows, width)
+    assert not equal_size(rows, 6)
+    assert not equal_size(6, 8)
+    assert equal_size(8, 8)
+    assert len(environment.guards) == guards
 
 
 def test_dead_nodes_go_and_side_effects_stay() -> None:

@@ -304,6 +304,22 @@ def test_equal_components_are_solved_once() -> None:
     assert solution.objective_ns == 7 * layers
 
 
+def test_rivals_are_of_the_program_that_is_asked_for() -> None:
+    """Whatever was solved in between, and if a program differs in its savings or its cuts alone."""
+    names, conflicts = ("a", "b"), frozenset({(0, 1)})
+    first = IntegerProgram(names=names, savings_ns=(5, 3), conflicts=conflicts)
+    second = IntegerProgram(names=names, savings_ns=(2, 7), conflicts=conflicts)
+    solver = Solver()
+    for program in (first, second):
+        solver.solve(program)
+    lost = [[each.lost_ns for each in solver.rivals(program, ()) if each] for program in (first, second)]
+    assert lost == [[2, 2], [5, 5]]
+    free = IntegerProgram(names=names, savings_ns=(5, 3))
+    solver.solve(free)
+    solver.solve(free, lambda selected: [(0, 1)] if len(selected) > 1 else [])
+    assert [each.lost_ns for each in solver.rivals(free, [(0, 1)]) if each] == [2, 2]
+
+
 def test_ties_go_to_fewer_candidates_then_to_the_first() -> None:
     tie = IntegerProgram(names=("a", "b", "c"), savings_ns=(5, 5, 10), conflicts=frozenset({(0, 2), (1, 2)}))
     assert Solver().solve(tie).selected == (2,)

@@ -24,6 +24,7 @@ from fuseplan.compilation.analysis import Analysis, Regions, fault, graph_report
 from fuseplan.compilation.debug import DebugDump
 from fuseplan.compilation.theirs import Theirs, run_theirs
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
+from fuseplan.cpython import uncollected
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import FuseplanError, PlanError
 from fuseplan.graph.canonical import CanonicalGraph
@@ -147,6 +148,7 @@ class PostGradPassManager(Keyed):
         self.on_canonical: Callable[[CanonicalGraph], None] | None = None
         self.may_restart = False
 
+    @uncollected()
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites `graph` in place, or leaves it exactly as it is: also where a rule, a provider or fuseplan itself
         raises an unexpected error, which is reported.
@@ -159,10 +161,8 @@ class PostGradPassManager(Keyed):
         name = f"graph_{self._graphs}"
         groups, refusal = groups_in(graph), hands_off(graph, self.environment)
         try:
-            if refusal is not None:
-                report = GraphReport(graph=name, range=self._range, refusals=(refusal,))
-            else:
-                report = self._fuse(graph, name)
+            left = GraphReport(graph=name, range=self._range, refusals=(refusal,)) if refusal is not None else None
+            report = left or self._fuse(graph, name)
         except FuseplanError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
@@ -210,6 +210,7 @@ class PostGradPassManager(Keyed):
         dump.report(report)
         return report
 
+    @uncollected()
     def analyze(self, graph: fx.Graph, canonical: CanonicalGraph | None = None) -> Analysis:
         """Raises a copy of the graph, finds every match on it and what nearly matched, and prices the matches.
 
@@ -221,7 +222,8 @@ class PostGradPassManager(Keyed):
             PlanError: a forced fusion is forbidden.
         """
         stages: dict[str, int] = {}
-        rules = self.rules_for(graph)
+        rows = Rows.of(graph)
+        rules = self.rules_for(graph, rows)
         if canonical is None:
             with stage(stages, "canonical"):
                 canonical = canonicalize(
@@ -230,37 +232,35 @@ class PostGradPassManager(Keyed):
                 )  # fmt: skip
         with stage(stages, "matching"):
             external = find_external(graph, self.passes)
-            matches = self._find_matches(canonical, rules, external.candidates)
+            matches = self._find_matches(canonical, rules, rows, external.candidates)
         with stage(stages, "near misses"):
             near_misses = find_near_misses(canonical, self.rules, matches)
             # Nobody asked for those that are on by default in such graphs, nor why they aren't somewhere in them.
             asked = tuple(miss for miss in matches.misses if miss.refusal.rule not in rules.keys() - self.rules.keys())
             matches = replace(matches, misses=asked)
             if off := self.enabled.disabled:
-                near_misses += find_disabled(self._find_matches(canonical, off), self.enabled.disabled_by)
+                near_misses += find_disabled(self._find_matches(canonical, off, rows, ()), self.enabled.disabled_by)
         with stage(stages, "pricing"), _places_folded():
             problem = pose(
                 canonical, matches.candidates, external.candidates, self.prices,
-                self._span_of(Rows.of(canonical.graph)), force=self.config.force, forbid=self.config.forbid,
+                self._span_of(rows), force=self.config.force, forbid=self.config.forbid, rows=rows,
             )  # fmt: skip
         return Analysis(
             canonical=canonical, matches=matches, near_misses=near_misses, external=external, problem=problem,
             rules=rules, stages_ns=stages,
         )  # fmt: skip
 
-    def rules_for(self, graph: fx.Graph) -> Mapping[str, tuple[Rule, ...]]:
+    def rules_for(self, graph: fx.Graph, rows: Rows | None = None) -> Mapping[str, tuple[Rule, ...]]:
         """The rules that are on in a graph, opt-in ones by its size and device among them."""
-        return self.enabled.of(most_rows(graph, self.compile_range.end if self.compile_range else None))
+        return self.enabled.of(most_rows(graph, self.compile_range.end if self.compile_range else None, rows))
 
     def _find_matches(
-        self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], external: Sequence[ExternalMatch] = ()
+        self, canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], rows: Rows, other: Sequence[ExternalMatch]
     ) -> Matches:
-        rows = Rows.of(canonical.graph)
-        _, planned = self._span_of(rows)
-        most = self.compile_range.end if self.compile_range else None
+        planned, most = self._span_of(rows)[1], self.compile_range.end if self.compile_range else None
         return find_matches(
             canonical, rules, self.providers, self.device, allow_rounding_changes=self.config.allow_rounding_changes,
-            rows_of=lambda x: (rows.at(x, planned), rows.most(x, most)), external=external,
+            rows_of=lambda x: (rows.at(x, planned), rows.most(x, most)), external=other,
         )  # fmt: skip
 
     def _span_of(self, rows: Rows) -> tuple[int, int]:

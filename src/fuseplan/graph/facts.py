@@ -81,6 +81,11 @@ def dtype_name(node: object) -> str:
 
 def equal_size(left: object, right: object) -> bool:
     """Whether two sizes are equal for every value of their symbols; adds no guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    # Comparing symbolic integers goes through sympy's relations, which takes long; most are the same.
+    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt) and left.node.expr == right.node.expr:
+        return True
     return symbolic_shapes.statically_known_true(left == right)
 
 
@@ -115,9 +120,35 @@ def is_mutation(node: fx.Node) -> bool:
     return node.op == "call_method" and str(node.target).endswith("_")
 
 
+FUNCTIONAL = frozenset({torch.Tag.core, torch.Tag.pointwise, torch.Tag.reduction})
+"""Tags of torch's ops whose values follow from the values of their arguments."""
+
+
+def is_torchs(target: object) -> TypeGuard[torch._ops.OpOverload]:
+    """Whether a function is an op of torch itself."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
+
+
+def is_pure(target: object) -> bool:
+    """Whether a function surely does nothing but compute its result, as views and arithmetic of torch do."""
+    return is_torchs(target) and _is_pure_op(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_pure_op(target: torch._ops.OpOverload) -> bool:
+    if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    return target.is_view or not FUNCTIONAL.isdisjoint(target.tags)
+
+
 def is_attention(node: fx.Node) -> bool:
     """Whether a node calls one of torch's attention ops: on queries [batch, heads, tokens, head size] first."""
-    return str(node.target).startswith("aten._scaled_dot_product_")
+    return isinstance(node.target, torch._ops.OpOverload) and _is_attention_op(node.target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_attention_op(target: torch._ops.OpOverload) -> bool:
+    return str(target).startswith("aten._scaled_dot_product_")
 
 
 def drops_nothing(node: fx.Node) -> bool:
@@ -161,7 +192,10 @@ def depths(graph: fx.Graph) -> dict[fx.Node, int]:
     """
     result: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        result[node] = 1 + max((result[source] for source in node.all_input_nodes), default=-1)
+        deepest = -1
+        for source in node.all_input_nodes:
+            deepest = max(deepest, result[source])
+        result[node] = deepest + 1
     return result
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Collection, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
-from fuseplan.graph.facts import aten, equal_size, is_call, is_dense, is_mutation, tensor_of
+from fuseplan.graph.facts import FUNCTIONAL, aten, equal_size, is_call, is_dense, is_mutation, is_torchs, tensor_of
 from fuseplan.graph.ops import ALIGNED_ROWS
 from fuseplan.graph.sizes import equal_rounded
 
@@ -54,9 +54,6 @@ WRITTEN_LATER = (
 
 READ_ONLY = ("cond", "flex_attention", "invoke_subgraph")
 """Higher-order ops that don't write to their arguments: a body that would is functionalised."""
-
-FUNCTIONAL = frozenset({torch.Tag.core, torch.Tag.pointwise, torch.Tag.reduction})
-"""Tags of torch's ops whose values follow from the values of their arguments."""
 
 
 def computed(target: Any, args: Any, kwargs: Any) -> Any:
@@ -148,7 +145,7 @@ def _follows(user: fx.Node, *, reordered: bool) -> bool:
     if is_call(user, operator.getitem):
         return True
     target = user.target
-    if not _is_torchs(target) or target in BY_LAYOUT:
+    if not is_torchs(target) or target in BY_LAYOUT:
         return False
     holds_tensors = isinstance(user.meta.get("val"), (Tensor, list, tuple))
     return target.is_view or (reordered and holds_tensors and target not in FRESH)
@@ -175,7 +172,7 @@ def _sees(user: fx.Node, node: fx.Node) -> bool:
     target = user.target
     if is_call(user, operator.getitem):
         return False
-    if not _is_torchs(target) or target in BY_LAYOUT:
+    if not is_torchs(target) or target in BY_LAYOUT:
         return True
     if is_mutation(user) or target in WRITTEN_LATER:
         return _writes(user, node)
@@ -183,11 +180,6 @@ def _sees(user: fx.Node, node: fx.Node) -> bool:
     if any(str(tag).startswith("Tag.needs_") for tag in target.tags):
         return True
     return not target.is_view and target not in FRESH and FUNCTIONAL.isdisjoint(target.tags)
-
-
-def _is_torchs(target: object) -> TypeGuard[torch._ops.OpOverload]:
-    """Whether a function is an op of torch itself."""
-    return isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
 
 
 def _writes(user: fx.Node, node: fx.Node) -> bool:

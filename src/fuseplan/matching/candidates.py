@@ -1,6 +1,5 @@
 """Every match of every rule on one unmodified canonical graph, and what was refused."""
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fuseplan.dialect import AttentionRounding, Rounding, falls_back
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import (
     group_size,
@@ -26,17 +24,18 @@ from fuseplan.graph.layout import storage_of
 from fuseplan.graph.legality import external_inputs, is_convex
 from fuseplan.graph.reach import strided_reader
 from fuseplan.matching.external import ExternalMatch
-from fuseplan.matching.inductor import CompiledPattern
-from fuseplan.matching.layouts import Layouts, Unkept
-from fuseplan.matching.match import Match, Matches, Miss
-from fuseplan.providers import DeviceProfile, Offer, Provider
+from fuseplan.matching.inductor import CompiledPattern, item_of
+from fuseplan.matching.layouts import Kind, Layouts, Unkept
+from fuseplan.matching.match import Match, Matches, Miss, refusal_of
+from fuseplan.matching.offers import Declined, Taken, offers_of, unready_of
+from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule
 from fuseplan.rules.base import op_text
 
 
 def compiled_pattern(rule: Rule) -> CompiledPattern:
-    """The rule's pattern for Inductor's matcher."""
+    """The rule's pattern, made ready to be matched."""
     return CompiledPattern(rule.traced_pattern)
 
 
@@ -69,24 +68,27 @@ def find_matches(
     unready = [(provider, why) for provider, why in asked if why is not None and provider.available is not None]
     candidates: list[Match] = []
     misses: list[Miss] = []
+    offers: dict[Kind, tuple[list[Taken], list[Declined]]] = {}
     for rule in (member for _, members in sorted(rules.items()) for member in members):
         for found, refusal in _found(rule, canonical):
             if refusal is not None:
                 misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
-            taken, declined = _offered(found, available, device, allow_rounding_changes, rows_of)
-            declined += _unready(found, unready, device)
+            kind = layouts.kind_of(found)
+            if kind not in offers:
+                offers[kind] = offers_of(found, available, device, allow_rounding_changes, rows_of)
+            taken, refused = offers[kind]
+            declined = [each.of(found) for each in refused]
+            declined += unready_of(found, unready, device)
             if not taken and not declined:
                 detail = f"no available provider implements {rule.op.name}"
-                declined.append(_refusal(found, Reason.PROVIDER, detail, (found.core.name,), found.core))
+                declined.append(refusal_of(found, Reason.PROVIDER, detail, (found.core.name,), found.core))
             settled = layouts.settle(found) if taken else found
             if isinstance(settled, Unkept):
                 refusal = _unkept(canonical, found, settled)
                 misses.append(Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=refusal))
                 continue
-            candidates += [
-                replace(each, yields=settled.yields, copied=settled.copied, loose=settled.loose) for each in taken
-            ]
+            candidates += [each.of(settled) for each in taken]
             nearness = Nearness.DECLINED if taken else Nearness.REFUSED
             misses += [
                 Miss(rule=rule, anchor=found.anchor, consumed=found.consumed, refusal=replace(each, nearness=nearness))
@@ -106,13 +108,45 @@ def _found(rule: Rule, canonical: CanonicalGraph) -> list[tuple[Match, Refusal |
 
 def matches_of(rule: Rule, canonical: CanonicalGraph) -> Iterator[tuple[Match, Refusal | None]]:
     """(a match of one member of a rule's family, without a provider; why it is refused, or None), in graph order."""
+    calls = _Calls.of(canonical)
+    if not rule.required_ops <= calls.targets:
+        return
     pattern = compiled_pattern(rule)
-    for anchor in canonical.graph.find_nodes(op="call_function", target=pattern.target):
+    for anchor in calls.anchors(pattern):
         result = pattern.match(anchor)
         if result is not None:
             match = _complete(rule, *result)
             if rule.takes(match.core, match.consumed):
                 yield match, _refused(canonical, match)
+
+
+class _Calls:
+    """What the nodes of one graph call.
+
+    Attributes:
+        targets: all that any of them calls.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self.targets = {node.target for node in graph.nodes if node.op == "call_function"}
+        self._items: dict[Any, list[fx.Node]] = {}
+        for node in graph.find_nodes(op="call_function", target=operator.getitem):
+            self._items.setdefault(item_of(node), []).append(node)
+
+    @classmethod
+    def of(cls, canonical: CanonicalGraph) -> "_Calls":
+        """Those of a graph, read once for all rules."""
+        known: _Calls | None = canonical.known.get(cls)
+        if known is None:
+            canonical.known[cls] = known = cls(canonical.graph)
+        return known
+
+    def anchors(self, pattern: CompiledPattern) -> list[fx.Node]:
+        """The nodes that a pattern may end at. Most that take an item take it of something else."""
+        if pattern.item is not None:
+            return self._items.get(pattern.item, [])
+        return list(self._graph.find_nodes(op="call_function", target=pattern.target))
 
 
 def _complete(rule: Rule, values: Mapping[str, Any], found: Mapping[fx.Node, fx.Node]) -> Match:
@@ -152,7 +186,7 @@ def _stray_user(canonical: CanonicalGraph, match: Match) -> Refusal | None:
             names = (canonical.source_node(user).name, canonical.source_node(node).name)
             reader, read = (f"{op_name(each)} ({name})" for each, name in zip((user, node), names, strict=True))
             how = "returned from the graph, too" if user.op == "output" else f"also read by {reader}"
-            return _refusal(
+            return refusal_of(
                 match, Reason.USERS, f"{read} is {how}, and {match.rule.op.name} doesn't yield it", names,
                 node if user.op == "output" else user, expected=f"no other reader of {op_name(node)}",
                 found=op_name(user),
@@ -166,7 +200,7 @@ def _own_input(canonical: CanonicalGraph, match: Match) -> Refusal | None:
     for name, node in match.values.items():
         if isinstance(node, fx.Node) and node in inside:
             original = canonical.source_node(node).name
-            return _refusal(
+            return refusal_of(
                 match, Reason.USERS, f"{op_name(node)} ({original}) is the {name} of {match.rule.op.name}, too",
                 (original,), node, expected=f"no other reader of {op_name(node)}", found=op_name(match.core),
             )  # fmt: skip
@@ -180,7 +214,7 @@ def _restrided(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         if node is not None and reader is not None:
             names = (canonical.source_node(reader).name, canonical.source_node(node).name)
             detail = f"{op_name(reader)} ({names[0]}) reads the memory of {op_name(node)} ({names[1]}) by its strides"
-            return _refusal(
+            return refusal_of(
                 match, Reason.LAYOUT, detail, names, reader, expected="readers by shape", found=op_name(reader),
                 mend="index, slice or reshape instead",
             )  # fmt: skip
@@ -193,7 +227,7 @@ def _unkept(canonical: CanonicalGraph, match: Match, unkept: Unkept) -> Refusal:
     names = (reader.name, canonical.source_node(node).name)
     how = "is returned from the graph" if reader.op == "output" else f"{op_name(reader)} ({names[0]}) reads it"
     detail = f"{op_name(node)} ({names[1]}) can't lie in memory as the graph promises, and {how}: {unkept.detail}"
-    return _refusal(
+    return refusal_of(
         match, Reason.LAYOUT, detail, names, node if reader.op == "output" else reader,
         expected="readers by shape", found=op_name(reader),
         mend=f"read what {op_name(node)} yields through .contiguous()",
@@ -211,7 +245,7 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         ]
         writer = writers[0]
         detail = f"{op_name(writer)} ({writer.name}), an in-place op, stands between two nodes of the match"
-        return _refusal(
+        return refusal_of(
             match, Reason.MUTATION, detail, (canonical.source_node(writer).name, *names), writer,
             expected="no in-place op", found=op_name(writer),
             mend=None if _write_to(writers, consumed) else "write in place before or after all of them",
@@ -219,7 +253,7 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
     inputs = [value for value in match.values.values() if isinstance(value, fx.Node)]
     if not is_convex(consumed, inputs):
         detail = "an input of the fused op depends on one of its results"
-        return _refusal(match, Reason.CYCLE, detail, names, last)
+        return refusal_of(match, Reason.CYCLE, detail, names, last)
     return None
 
 
@@ -239,21 +273,9 @@ def _unknown_group(match: Match) -> Refusal | None:
         return None
     detail = f"the process group {name!r} of the all-reduce isn't known in this process"
     mend = "initialise torch.distributed and the group before the model is compiled"
-    return _refusal(
+    return refusal_of(
         match, Reason.GROUP, detail, (match.core.name,), match.core, expected="a group of this process",
         found=f"group {name!r}", mend=mend,
-    )  # fmt: skip
-
-
-def _refusal(
-    match: Match, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node, *, expected: str | None = None,
-    found: str | None = None, mend: str | None = None, provider: str | None = None,
-) -> Refusal:  # fmt: skip
-    """Of something that has all ops of the pattern."""
-    return Refusal(
-        reason=reason, rule=match.rule.name, op=match.rule.core.name, detail=detail, nodes=nodes,
-        source=place_of(place), mend=mend, nearness=Nearness.REFUSED, expected=expected, found=found,
-        provider=provider, site=place_of(match.core), line=source_line(place), code=source_code(place),
     )  # fmt: skip
 
 
@@ -267,112 +289,6 @@ def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core
         refusal, op=rule.core.name, nodes=nodes, source=refusal.source or place_of(core),
         nearness=Nearness.REFUSED, site=place_of(core), line=source_line(core), code=source_code(core),
     )  # fmt: skip
-
-
-def _offered(
-    match: Match, available: Sequence[Provider], device: DeviceProfile | None, allow_rounding_changes: bool,
-    rows_of: Callable[[Tensor], tuple[int, float]] | None,
-) -> tuple[list[Match], list[Refusal]]:  # fmt: skip
-    """The match once for each provider that takes its arguments, and why others don't."""
-    rule, taken, declined = match.rule, list[Match](), list[Refusal]()
-    for provider in available:
-        offer = provider.offers(device).get(rule.op.name)
-        if offer is None:
-            continue
-        bindings, rounding = Bindings(rule.name, match.values), match.values.get("rounding")
-        refusal = offer.accepts(bindings) or _beyond(offer, match, provider.name, rows_of)
-        fits = offer.roundings is None or rounding in offer.roundings
-        shares = rule.op.collective and provider.runs_alone
-        near = sorted(each for each in offer.roundings or () if _differs_by_rounding(rounding, each))
-        if refusal is not None:
-            declined.append(
-                _refusal(
-                    match, refusal.reason, refusal.detail, (match.core.name,), match.core, expected=refusal.expected,
-                    found=refusal.found, mend=refusal.mend, provider=provider.name,
-                )
-            )  # fmt: skip
-        elif fits and offer.leaves_out is None:
-            taken.append(replace(match, provider=provider.name, cost=offer.cost, shares=shares))
-        elif (fits or near) and allow_rounding_changes:
-            computed = str(rounding) if fits else near[0]
-            change = (str(rounding), f"{computed}, not rounding {offer.leaves_out}" if offer.leaves_out else computed)
-            values = {**match.values, "rounding": computed}
-            taken.append(
-                replace(
-                    match, provider=provider.name, values=values, rounding_change=change, cost=offer.cost,
-                    shares=shares,
-                )
-            )  # fmt: skip
-        else:
-            computed = str(rounding) if fits else " or ".join(near or sorted(offer.roundings or ()))
-            differences = [] if fits else [_rounds(computed, rounding)]
-            differences += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
-            detail = f"{provider.name}'s {rule.op.name} {'; it '.join(differences)}"
-            declined.append(
-                _refusal(
-                    match, Reason.ROUNDING, detail, (match.core.name,), match.core, expected=computed,
-                    found=str(rounding), mend="set allow_rounding_changes" if near or fits else None,
-                    provider=provider.name,
-                )
-            )  # fmt: skip
-    return taken, declined
-
-
-def _unready(
-    match: Match, unready: Sequence[tuple[Provider, Refusal]], device: DeviceProfile | None
-) -> Iterator[Refusal]:
-    """Why providers don't run a match of which their owners say that they can't run here."""
-    for provider, why in unready:
-        if match.rule.op.name in provider.offers(device):
-            detail = f"{provider.name} can't run here: {why.detail}"
-            yield _refusal(
-                match, why.reason, detail, (match.core.name,), match.core, mend=why.mend, provider=provider.name
-            )
-
-
-def _beyond(
-    offer: Offer, match: Match, provider: str, rows_of: Callable[[Tensor], tuple[int, float]] | None
-) -> Refusal | None:
-    """Why a provider can't serve the largest size, if it can't. Where its kernel leaves larger calls to the reference,
-    that is the largest size that is planned for; else it is the largest that there can be.
-    """
-    first = next((value for node in match.values.values() if (value := _tensor(node)) is not None), None)
-    if offer.most_rows is None or rows_of is None or first is None:
-        return None
-    held: Any = offer.most_rows(Bindings(match.rule.name, match.values))
-    planned, most = rows_of(first)
-    bounded = falls_back(match.rule.op.name, provider)
-    if not isinstance(held, int):  # the width is dynamic
-        detail = f"{provider} takes as many rows as their width lets it, and the width isn't known"
-        return None if bounded else Refusal(reason=Reason.SIZE, detail=detail, mend="mark the width static")
-    wanted = planned if bounded else most
-    if wanted <= held:
-        return None
-    found = f"up to {wanted} rows" if wanted < math.inf else "any number of rows"
-    has = f"the range has up to {wanted}" if most < math.inf else "nothing limits those of the graph"
-    return Refusal(
-        reason=Reason.SIZE, detail=f"{provider} takes up to {held} rows of this width, and {has}",
-        expected=f"at most {held} rows", found=found, mend=f"end a compile range at {held} tokens",
-    )  # fmt: skip
-
-
-def _tensor(value: object) -> Tensor | None:
-    return tensor_of(value) if isinstance(value, fx.Node) else None
-
-
-def _rounds(computed: str, graph: object) -> str:
-    """How a kernel rounds other than the graph, for a person."""
-    if (computed, graph) == (AttentionRounding.FLOAT32, AttentionRounding.EAGER):
-        return "keeps scores and their softmax in float32, and the graph rounds both"
-    return f"rounds as {computed}, and the graph as {graph}"
-
-
-def _differs_by_rounding(found: object, computed: str) -> bool:
-    """Whether two conventions round one formula differently. Activations' have names of norms'; others aren't known."""
-    if {found, computed} <= {*AttentionRounding}:
-        return found != computed
-    known: dict[object, Rounding] = {convention.value: convention for convention in Rounding}
-    return found in known and computed in known and known[found].differs_by_rounding(known[computed])
 
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:

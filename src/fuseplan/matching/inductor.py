@@ -1,6 +1,7 @@
 """The one place that touches Inductor's private pattern matcher."""
 
 import operator
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -12,43 +13,48 @@ from torch._inductor.pattern_matcher import (
     PatternExpr,
     is_match,
 )
+from torch._ops import OpOverload
 
+from fuseplan.graph.facts import is_call
 from fuseplan.rules.base import Traced
 
 
 class CompiledPattern:
-    """A rule's pattern as an Inductor pattern expression, rooted at its anchor.
+    """A rule's pattern, rooted at its anchor.
 
-    Every node of it may have other users (`MULTIPLE`); whether they matter is decided after the match, since a fused
-    op can yield more than its first result.
+    Every node of it may have other users; whether they matter is decided after the match, since a fused op can yield
+    more than its first result.
 
     Attributes:
         target: what an anchor calls.
-        expression: for `PatternMatcherPass` and its like.
-        by_node: the expression of each node of the traced pattern that leads to the anchor.
+        item: where that takes an item, (what it is an item of, index).
     """
 
     def __init__(self, traced: Traced) -> None:
-        self.by_node: dict[fx.Node, PatternExpr] = {}
-        anchor = traced.outputs[0]
-        for name, node in traced.inputs.items():
-            self.by_node[node] = KeywordArg(name)
-        self.expression = self._convert(anchor)
-        self.target = anchor.target
-        self._item = _item_of(anchor)
+        self._anchor = anchor = traced.outputs[0]
+        self._names = {node: name for name, node in traced.inputs.items()}
+        self._calls = [node for node in traced.graph.nodes if node.op == "call_function"]
+        self.target, self.item = anchor.target, item_of(anchor)
 
-    def _convert(self, node: fx.Node) -> PatternExpr:
-        if node not in self.by_node:
-            args = fx.map_arg(node.args, self._convert)  # type: ignore[arg-type]
-            assert callable(node.target)
-            self.by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE)
-        return self.by_node[node]
+    @cached_property
+    def expression(self) -> PatternExpr:
+        """It as an Inductor pattern expression, for `PatternMatcherPass` and its like."""
+        return self._by_node[self._anchor]
 
-    def fits(self, anchor: fx.Node) -> bool:
-        """Whether a node that calls `target` can be the pattern's anchor. Most are items of something else: a look at
-        what they are items of is cheaper than a match.
-        """
-        return self._item is None or _item_of(anchor) == self._item
+    @cached_property
+    def _by_node(self) -> dict[fx.Node, PatternExpr]:
+        """The expression of each node of the traced pattern that leads to the anchor."""
+        by_node: dict[fx.Node, PatternExpr] = {node: KeywordArg(name) for node, name in self._names.items()}
+
+        def convert(node: fx.Node) -> PatternExpr:
+            if node not in by_node:
+                args = fx.map_arg(node.args, convert)  # type: ignore[arg-type]
+                assert callable(node.target)
+                by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE)
+            return by_node[node]
+
+        convert(self._anchor)
+        return by_node
 
     def match(self, anchor: fx.Node) -> tuple[dict[str, Any], dict[fx.Node, fx.Node]] | None:
         """Matches the pattern at `anchor`.
@@ -56,22 +62,52 @@ class CompiledPattern:
         Returns:
             (value by variable, graph node by pattern node), or None.
         """
-        if not self.fits(anchor):
-            return None
+        if not self._is_plain:
+            return self._match_by_inductor(anchor)
+        values, found = dict[str, Any](), dict[fx.Node, fx.Node]()
+        return (values, found) if self._fits(self._anchor, anchor, values, found) else None
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether all it calls are single overloads or items, on nothing but nodes and plain values by position."""
+        targets = (node.target is operator.getitem or isinstance(node.target, OpOverload) for node in self._calls)
+        nested = (isinstance(arg, (list, tuple, dict, slice)) for node in self._calls for arg in node.args)
+        return all(targets) and not any(nested) and not any(node.kwargs for node in self._calls)
+
+    def _fits(self, expected: Any, found: Any, values: dict[str, Any], nodes: dict[fx.Node, fx.Node]) -> bool:
+        """Holds a plain pattern against a graph as Inductor's matcher does, which takes several times as long."""
+        if not isinstance(expected, fx.Node):
+            return not isinstance(found, fx.Node) and bool(found == expected)
+        name = self._names.get(expected)
+        if name is not None and name not in values:
+            values[name] = found
+            return True
+        if name is not None:
+            return bool(values[name] == found)
+        if expected in nodes:
+            return nodes[expected] is found
+        if not is_call(found, expected.target) or len(found.args) != len(expected.args):
+            return False
+        if not all(self._fits(*pair, values, nodes) for pair in zip(expected.args, found.args, strict=True)):
+            return False
+        nodes[expected] = found
+        return True
+
+    def _match_by_inductor(self, anchor: fx.Node) -> tuple[dict[str, Any], dict[fx.Node, fx.Node]] | None:
         context = MatchContext([self.expression], graph=anchor.graph)
         result = context.match(self.expression, anchor)
         if not is_match(result):
             return None
         found = {
             node: context.pattern_to_node[expression]
-            for node, expression in self.by_node.items()
+            for node, expression in self._by_node.items()
             if node.op == "call_function"
         }
         return dict(result.kwargs), {node: target for node, target in found.items() if target is not None}
 
 
-def _item_of(node: fx.Node) -> tuple[Any, Any] | None:
-    """(what the producer calls, index) of a `getitem`, None of any other node."""
+def item_of(node: fx.Node) -> tuple[Any, Any] | None:
+    """(what the producer calls, index) of a node that takes an item, None of any other."""
     if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
         return None
     return node.args[0].target, node.args[1]

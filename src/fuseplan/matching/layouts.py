@@ -8,7 +8,7 @@ of its own takes its place, which the plan pays for.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
@@ -26,6 +26,9 @@ from fuseplan.graph.layout import (
     writers,
 )
 from fuseplan.matching.match import Match
+
+Kind: TypeAlias = tuple[Any, ...]
+"""What matches are alike in; see `Layouts.kind_of`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -96,7 +99,9 @@ class Layouts:
     def __init__(self, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> None:
         self._canonical, self.outside = canonical, outside
         self._settled: dict[Match, Match | Unkept] = {}
-        self._known: dict[Any, _Yielded] = {}
+        self._known: dict[Kind, _Yielded] = {}
+        self._kinds: dict[Match, Kind] = {}
+        self._interned: dict[Kind, Kind] = {}
         # Repeated layers have few layouts, and comparing symbolic ones takes long.
         self._places: dict[Tensor, tuple[Any, int]] = {}
         self._compared: dict[Any, tuple[bool, bool]] = {}
@@ -170,16 +175,18 @@ class Layouts:
 
     def _yielded(self, match: Match) -> _Yielded:
         """What the replacement yields; computed once for arguments of one kind."""
-        key = match.rule, *self._kinds(match.values)
+        key = self.kind_of(match)
         if key not in self._known:
-            traced = match.rule.trace_replacement(match.values)
+            traced, op = match.rule.trace_replacement(match.values), match.rule.op
             values = {traced.inputs[n]: v.meta["val"] for n, v in match.values.items() if isinstance(v, fx.Node)}
             names = {placeholder: name for name, placeholder in traced.inputs.items()}
             variables = {storage_of(v): names[n] for n, v in values.items() if isinstance(v, Tensor)}
             for node in traced.graph.nodes:
                 if node.op == "call_function":
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-                    values[node] = computed(node.target, args, kwargs)
+                    # The dispatcher would call the same, and takes as long again.
+                    function = op.fake if node.target is op.overload else node.target
+                    values[node] = computed(function, args, kwargs)
             self._known[key] = _Yielded(tuple(values[node] for node in traced.outputs), variables)
         return self._known[key]
 
@@ -218,8 +225,16 @@ class Layouts:
             self._compared[key] = same_layout(promise, value), is_reordered(value, promise)
         return self._compared[key]
 
-    def _kinds(self, values: Mapping[str, Any]) -> Iterator[Any]:
-        """Equal for arguments of which the results lie alike."""
+    def kind_of(self, match: Match) -> Kind:
+        """Equal for matches of one rule whose arguments are alike: dtypes, devices, sizes, strides, which of them share
+        memory, and plain values.
+        """
+        if match not in self._kinds:
+            kind = match.rule, *self._alike(match.values)
+            self._kinds[match] = self._interned.setdefault(kind, kind)
+        return self._kinds[match]
+
+    def _alike(self, values: Mapping[str, Any]) -> Iterator[Any]:
         storages: dict[int, int] = {}
         for name, value in values.items():
             tensor = tensor_of(value)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fuseplan.graph.facts import place_of, source_code, source_line
 from fuseplan.providers import Cost
-from fuseplan.record import Nearness, Refusal
+from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule
 
 
@@ -90,3 +91,15 @@ class Matches:
     def refusals(self) -> tuple[Refusal, ...]:
         """Why, for each of the misses that no provider takes."""
         return tuple(miss.refusal for miss in self.misses if miss.refusal.nearness is Nearness.REFUSED)
+
+
+def refusal_of(
+    match: Match, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node, *, expected: str | None = None,
+    found: str | None = None, mend: str | None = None, provider: str | None = None,
+) -> Refusal:  # fmt: skip
+    """Of something that has all ops of the pattern."""
+    return Refusal(
+        reason=reason, rule=match.rule.name, op=match.rule.core.name, detail=detail, nodes=nodes,
+        source=place_of(place), mend=mend, nearness=Nearness.REFUSED, expected=expected, found=found,
+        provider=provider, site=place_of(match.core), line=source_line(place), code=source_code(place),
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import fx
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import place_of, signature_text, tensor_of
 from fuseplan.matching import ExternalMatch, Match
-from fuseplan.rules.families.sites import Site
+from fuseplan.rules.families.sites import Site, Taken
 
 EXTERNAL = "external"
 """The provider of other people's replacements."""
@@ -26,6 +26,7 @@ class Candidate:
         provider: whose kernel, `external` for an external pass.
         match: the match.
         site: where it contends; None for an external pass.
+        taken: what it takes of the site; None where that is more than parts of it, or there is none.
         others: further sites of which it takes parts, in the order of its site's `Taken.also`.
         consumed: nodes of the original graph that disappear.
         context: nodes of the canonical graph that must stay as they are.
@@ -46,6 +47,7 @@ class Candidate:
     source: str | None = None
     signature: str = ""
     others: tuple[Site, ...] = ()
+    taken: Taken | None = None
 
     @property
     def places(self) -> frozenset[int]:
@@ -56,6 +58,14 @@ class Candidate:
     def anchor(self) -> fx.Node:
         """The node that the match is named after; sorts in graph order among matches of one kind."""
         return self.match.anchor
+
+
+class _Spot(NamedTuple):
+    """What candidates of one core that consume the same nodes have in common: a rule's, by every provider."""
+
+    claims: frozenset[fx.Node]
+    source: str | None
+    taken: Taken | None
 
 
 def _is_opt_in(match: Match | ExternalMatch) -> bool:
@@ -69,28 +79,33 @@ def candidates_of(
     Of fusions that save the same, the earlier ones are chosen: a rule that is on unasked gives way to any other.
     """
     by_core = {site.core: site for site in sites}
+    spots, texts = dict[tuple[fx.Node, tuple[fx.Node, ...]], _Spot](), dict[fx.Node, str]()
     result = []
     for match in matches:
-        site = by_core.get(match.core)
-        inside = frozenset(match.consumed)
+        site, rule = by_core.get(match.core), match.rule
+        spot = spots.get((match.core, match.consumed))
+        if spot is None:
+            taken = site.taken(match.consumed) if site else None
+            spot = _Spot(canonical.claims(match.consumed), place_of(match.core), taken)
+            spots[match.core, match.consumed] = spot
         yielded = frozenset(node for node in match.outputs if node is not None)
-        inputs = frozenset(v for v in match.values.values() if isinstance(v, fx.Node)) - inside
-        taken = site.taken(match.consumed) if site else None
+        inputs = frozenset(v for v in match.values.values() if isinstance(v, fx.Node))
         place = f"{site.ordinal:05}" if site else f"{match.core.name}"
         result.append(
             Candidate(
-                name=f"{place} {match.rule.name} {match.rule.op.name} {match.provider}",
-                rule=match.rule.name,
-                op=match.rule.op.name,
+                name=f"{place} {rule.name} {rule.op.name} {match.provider}",
+                rule=rule.name,
+                op=rule.op.name,
                 provider=match.provider,
                 match=match,
                 site=site,
-                consumed=canonical.claims(match.consumed),
-                context=inputs,
-                re_emitted=yielded & inside,
-                source=place_of(match.core),
-                signature=_signature(match),
-                others=tuple(by_core[core] for core, _ in taken.also) if taken else (),
+                taken=spot.taken,
+                consumed=spot.claims,
+                context=inputs.difference(match.consumed),
+                re_emitted=yielded.intersection(match.consumed),
+                source=spot.source,
+                signature=_signature(match, texts),
+                others=tuple(by_core[core] for core, _ in spot.taken.also) if spot.taken else (),
             )
         )
     result += [
@@ -126,16 +141,17 @@ def _unique(candidates: list[Candidate]) -> tuple[Candidate, ...]:
     return tuple(result)
 
 
-def _signature(match: Match) -> str:
+def _signature(match: Match, texts: dict[fx.Node, str]) -> str:
+    """What a match computes; `texts` has those of nodes so far."""
     parts = []
     for name, value in match.values.items():
-        if name == "group_name":
+        if not isinstance(value, fx.Node):
+            parts += [f"{name}={value}"] if name != "group_name" else []
             continue
-        tensor = tensor_of(value) if isinstance(value, fx.Node) else None
-        if tensor is not None:
-            parts.append(f"{name}:{signature_text(tensor)}")
-        elif not isinstance(value, fx.Node):
-            parts.append(f"{name}={value}")
+        if value not in texts:
+            tensor = tensor_of(value)
+            texts[value] = "" if tensor is None else signature_text(tensor)
+        parts += [f"{name}:{texts[value]}"] if texts[value] else []
     return f"{match.rule.op.name}({', '.join(parts)}){copies_text(len(match.copied))}"
 
 
@@ -156,7 +172,7 @@ def conflicts_of(candidates: Sequence[Candidate]) -> frozenset[tuple[int, int]]:
             for node in candidate.match.consumed:
                 if node not in candidate.re_emitted:
                     lost.setdefault(node, []).append(index)
-    for group in consumers.values():
+    for group in set(map(tuple, consumers.values())):
         conflicts.update((i, j) for k, j in enumerate(group) for i in group[:k])
     for index, candidate in enumerate(candidates):
         for node in candidate.context:

@@ -80,11 +80,10 @@ def _alternatives(
     yield UNFUSED, _unfused(problem, ordinals, size)
     for candidate in candidates:
         assert candidate.site is not None and isinstance(candidate.match, Match)
-        taken = candidate.site.taken(candidate.match.consumed)
         is_modelled = problem.priced.provenance[problem.index[id(candidate.match)]] is Provenance.MODELLED
-        if taken is not None and is_modelled:
+        if candidate.taken is not None and is_modelled:
             fused, rest = list[Kernel](), list[Kernel]()
-            for place, parts in pricing.taken(candidate, taken):
+            for place, parts in pricing.taken(candidate, candidate.taken):
                 shape = pricing.shapes[place][size]
                 kernels = shape.fused if place == candidate.site.ordinal else shape.within
                 fused += of_fused_op(kernels(model, candidate.provider, reduce=parts.reduce, tail=parts.tail))

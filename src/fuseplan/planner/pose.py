@@ -192,6 +192,7 @@ def pose(
     *,
     force: Sequence[str] = (),
     forbid: Sequence[str] = (),
+    rows: Rows | None = None,
 ) -> Problem:
     """The problem of one graph in one range.
 
@@ -203,6 +204,7 @@ def pose(
         span: first and last number of tokens.
         force: selectors of what has to be applied; see `selects`.
         forbid: selectors of what must not.
+        rows: of the graph; None reads them.
 
     Raises:
         PlanError: a forced fusion is forbidden.
@@ -217,7 +219,7 @@ def pose(
         requires=couplings.requires,
         together=couplings.together,
     )
-    pricing = Pricing(candidates, sites, prices, Rows.of(canonical.graph), span)
+    pricing = Pricing(candidates, sites, prices, rows or Rows.of(canonical.graph), span)
     priced = pricing.price(components(structure), structure)
     forbidden = frozenset(i for text in forbid for i, c in enumerate(candidates) if selects(text, c))
     groups = [(text, group) for text in force for group in _groups(text, candidates, structure)]

@@ -149,15 +149,18 @@ class Pricing:
         self.tokens = sizes_of(span) if rows.is_dynamic else (rows.traced,)
         self._rows = rows
         self._inputs: dict[int, Tensor] = {}
-        self.shapes: dict[int, list[Shape]] = {}
+        self.shapes: dict[int, tuple[Shape, ...]] = {}
+        equal: dict[tuple[Shape, ...], tuple[Shape, ...]] = {}
         for site in sites:
             value = tensor_of(site.core.args[0])
             assert value is not None
             self._inputs[site.ordinal] = value
-            self.shapes[site.ordinal] = [site.shape(rows.at(value, size)) for size in self.tokens]
-        kinds: dict[tuple[Shape, ...], int] = {}
-        self._kinds = {place: kinds.setdefault(tuple(s), len(kinds)) for place, s in self.shapes.items()}
+            shapes = tuple(site.shape(rows.at(value, size)) for size in self.tokens)
+            self.shapes[site.ordinal] = equal.setdefault(shapes, shapes)
+        kinds = {id(shapes): kind for kind, shapes in enumerate(equal)}
+        self._kinds = {place: kinds[id(shapes)] for place, shapes in self.shapes.items()}
         self._known: dict[Hashable, tuple[tuple[Estimate, ...], tuple[int | None, ...]]] = {}
+        self._unfused: dict[tuple[int, ...], list[int]] = {}
         self._doubts: dict[Hashable, tuple[object, Doubt]] = {}
 
     def price(self, components: Sequence[tuple[int, ...]], structure: IntegerProgram) -> Priced:
@@ -211,7 +214,12 @@ class Pricing:
     def _model(self, component: Sequence[int]) -> "_Component":
         """A component by the model."""
         places, sizes = places_of(component, self.candidates), range(len(self.tokens))
-        unfused = [sum(self.prices.unfused(self.shapes[place][size]).ns for place in places) for size in sizes]
+        kinds = tuple(self._kinds[place] for place in places)
+        if kinds not in self._unfused:
+            self._unfused[kinds] = [
+                sum(self.prices.unfused(self.shapes[place][size]).ns for place in places) for size in sizes
+            ]
+        unfused = self._unfused[kinds]
         prices, weights = {}, weights_of(unfused)
         for index in component:
             estimates, costs, provenance = self._modelled(self.candidates[index])
@@ -242,7 +250,7 @@ class Pricing:
             if given is None:
                 return (Estimate(self.prices.launch_ns, {}),) * sizes, unknown, Provenance.ASSUMED
             return (Estimate(round(given * 1000), {}),) * sizes, unknown, Provenance.DECLARED
-        parts = site.taken(match.consumed) if site is not None else None
+        parts = candidate.taken
         copied = tuple(Estimate.of(self.copies(match, size)) if match.copied else EXACT for size in self.tokens)
         if site is not None and parts is not None and match.provider in self.prices.model.timings:
             ours = match.provider in BUILT_IN_TIMINGS

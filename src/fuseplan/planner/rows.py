@@ -61,7 +61,7 @@ class Rows:
         if self.tokens is None:
             return rows
         sizes: list[Any] = list(leading)
-        key = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+        key = tuple(map(_exact, sizes))
         if key not in self._varies:
             symbols: set[Any] = getattr(_expression(leading), "free_symbols", set())
             self._varies[key] = bool(symbols & self.tokens.free_symbols)
@@ -107,22 +107,24 @@ class Rows:
         return torch.empty(sizes, dtype=value.dtype, device="meta")
 
 
-def most_rows(graph: fx.Graph, tokens: int | None) -> float:
+def most_rows(graph: fx.Graph, tokens: int | None, rows: Rows | None = None) -> float:
     """The most tokens of a graph, or the most rows of a product with a weight, or queries of attention, where these are
     more: where no input is of integers, or only positions are, nothing else tells.
 
     Args:
         graph: as Inductor made it.
         tokens: the most that it serves; None: as many as its symbols let it.
+        rows: of the graph; None reads them.
     """
-    rows = Rows.of(graph)
+    rows = rows or Rows.of(graph)
     found = rows.most_tokens if tokens is None else tokens
     products = [node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)]
     values = [value for node in products if _is_input(node.args[-1]) and (value := tensor_of(node)) is not None]
     queries = (tensor_of(node.args[0]) for node in graph.nodes if is_attention(node))
     asking = [value for value in queries if value is not None]
     leading = [*(value.shape[:-1] for value in values), *((value.shape[0], value.shape[2]) for value in asking)]
-    return max([found, *(rows.most_of(sizes, tokens) for sizes in leading)])
+    known = {tuple(map(_exact, sizes)): sizes for sizes in leading}
+    return max([found, *(rows.most_of(sizes, tokens) for sizes in known.values())])
 
 
 def _is_input(value: Any) -> bool:
@@ -136,8 +138,13 @@ def _expression(sizes: Iterable[Any]) -> Any:
     """The product of sizes in the symbols of the graph."""
     product: Any = 1
     for size in sizes:
-        product = product * (size.node.expr if isinstance(size, torch.SymInt) else size)
+        product = product * _exact(size)
     return product
+
+
+def _exact(size: Any) -> Any:
+    """A size in the symbols of the graph."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _environment(sizes: Iterable[Any]) -> Any:

@@ -6,6 +6,7 @@ candidates on the cycle to be selected together, and the components that this ti
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from fuseplan.errors import PlanError
 from fuseplan.planner.baselines import greedy, heaviest
@@ -50,6 +51,12 @@ class _Part:
     nodes: int
 
 
+_Parts: TypeAlias = tuple[
+    IntegerProgram, tuple[tuple[int, ...], ...], list[tuple[int, ...]], list[Component]
+]  # fmt: skip
+"""A program, cuts, its components under these, and the problem of each."""
+
+
 class Solver:
     """Remembers the components it has solved, so that graphs and ranges with equal layers share their answers.
 
@@ -61,6 +68,7 @@ class Solver:
         self.node_budget = node_budget
         self._answers: dict[Component, _Part | None] = {}
         self._rivals: dict[Component, tuple[_Part | None, ...]] = {}
+        self._last: _Parts | None = None
 
     def solve(self, program: IntegerProgram, find_cycles: CycleFinder | None = None) -> Solution:
         """Chooses.
@@ -75,8 +83,7 @@ class Solver:
         cuts: list[tuple[int, ...]] = []
         nodes = 0
         while True:
-            members = components(program, cuts)
-            parts = isolate(program, members, cuts)
+            members, parts = self._parts_of(program, tuple(cuts))
             answers = [self._answer(program, part, candidates) for part, candidates in zip(parts, members, strict=True)]
             selected = sorted(candidates[i] for a, candidates in zip(answers, members, strict=True) for i in a.chosen)
             nodes += sum(answer.nodes for answer in dict(zip(parts, answers, strict=True)).values())
@@ -109,8 +116,8 @@ class Solver:
             cuts: of its solution.
         """
         result: list[Rival | None] = [None] * len(program.names)
-        members = components(program, cuts)
-        for part, candidates in zip(isolate(program, members, cuts), members, strict=True):
+        members, parts = self._parts_of(program, tuple(cuts))
+        for part, candidates in zip(parts, members, strict=True):
             if part not in self._rivals:
                 self._rivals[part] = self._rivals_of(part)
             best = self._answers[part]
@@ -123,6 +130,15 @@ class Solver:
                         selected=tuple(candidates[index] for index in rival.chosen),
                     )
         return result
+
+    def _parts_of(
+        self, program: IntegerProgram, cuts: tuple[tuple[int, ...], ...]
+    ) -> tuple[list[tuple[int, ...]], list[Component]]:
+        """The components of a program, and their problems: rivals are asked for of what was solved just before."""
+        if self._last is None or self._last[0] is not program or self._last[1] != cuts:
+            members = components(program, cuts)
+            self._last = program, cuts, members, isolate(program, members, cuts)
+        return self._last[2:]
 
     def _rivals_of(self, part: Component) -> tuple[_Part | None, ...]:
         best = self._answers[part]

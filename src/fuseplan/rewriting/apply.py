@@ -4,7 +4,8 @@ Nothing has to be lowered back: what was raised and not fused was raised on a co
 """
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from fuseplan.rewriting.functional import functionalized
 from fuseplan.rewriting.inlining import traced as traced_calls
 from fuseplan.rewriting.shared_inputs import share_inputs
 from fuseplan.rules.base import Traced
+
+NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def apply(canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
@@ -107,6 +110,10 @@ class _Rewriter:
                 if node.target is fused and match.rule.op.writes:
                     target, args, kwargs = functionalized(match.rule.op, target, args)
                 value = None if kwargs else known.get(node)
+                if value is None and node.target is fused and not kwargs:
+                    value = _fake_value(
+                        match.rule.op.fake, args
+                    )  # the dispatcher would call it, and takes as long again
                 mapping[node] = self._create(place, target, args, kwargs, match.core, value)
         return [mapping[node] for node in traced.outputs]
 
@@ -127,7 +134,7 @@ class _Rewriter:
         with self.graph.inserting_before(place.before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {key: provenance.meta[key] for key in PROVENANCE if key in provenance.meta}
-        node.meta["val"] = _fake_value(node) if value is None else value
+        node.meta["val"] = _fake_value(target, args, kwargs) if value is None else value
         return node
 
     def _value(self, node: fx.Node, place: fx.Node) -> fx.Node:
@@ -194,7 +201,7 @@ class _Rewriter:
         assert promise is not None and value is not None
         for reader in sorted(carriers(result, gone, reordered=is_reordered(value, promise))):
             if reader is not result and all("val" in source.meta for source in reader.all_input_nodes):
-                reader.meta["val"] = _fake_value(reader)
+                reader.meta["val"] = _fake_value(reader.target, reader.args, reader.kwargs)
 
 
 class _Place:
@@ -230,7 +237,6 @@ def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
     return known
 
 
-def _fake_value(node: fx.Node) -> Any:
-    """What the node would yield, computed on fake tensors."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-    return computed(node.target, args, kwargs)
+def _fake_value(target: Any, args: Any, kwargs: Any = NO_KWARGS) -> Any:
+    """What a node would yield, computed on fake tensors."""
+    return computed(target, *fx.map_arg((args, dict(kwargs)), lambda source: source.meta["val"]))

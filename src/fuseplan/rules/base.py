@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -191,6 +192,11 @@ class Rule:
         """The ops of the pattern, in its order; taking one of several results is no op."""
         nodes = self.traced_pattern.graph.nodes
         return [node for node in nodes if node.op == "call_function" and node.target is not operator.getitem]
+
+    @cached_property
+    def required_ops(self) -> frozenset[Any]:
+        """The overloads that its pattern calls: a graph that doesn't call all of them has no match."""
+        return frozenset(node.target for node in self.calls if isinstance(node.target, torch._ops.OpOverload))
 
     @property
     def is_composed(self) -> bool:

@@ -224,14 +224,18 @@ class Site:
             rows=rows,
             width=hint(value.shape[-1]),
             itemsize=value.dtype.itemsize,
-            tails=tuple(self.tail(node) for node in self.tails),
+            tails=self._tails,
             convention=f"{dtype_text(value.dtype)} {rounding}",
             makes_weight=part.weight is not None and fill_of(self.core.args[part.weight]) is not None,
             reducer=reducer_of(self.reduce) if self.reduce is not None else TORCH,
             kept=self._is_kept,
         )
 
-    @property
+    @cached_property
+    def _tails(self) -> tuple[Tail, ...]:
+        return tuple(self.tail(node) for node in self.tails)
+
+    @cached_property
     def _is_kept(self) -> bool:
         """Whether what an epilogue doesn't yield is read by others, too."""
         alone = [node for node in self.tails if isinstance(part := part_at(node), RowEpilogue) and not part.core_of]
@@ -247,7 +251,7 @@ class Site:
         tails = [node for node in self.tails if node in inside]
         if others or len(tails) > 1 or self.core not in inside:
             return None
-        tail = _taken(tails[0], self.tail(tails[0]), inside) if tails else None
+        tail = _taken(tails[0], self._tails[self.tails.index(tails[0])], inside) if tails else None
         return Taken(reduce=self.reduce in inside, tail=tail)
 
     def tail(self, node: fx.Node) -> Tail:

@@ -1,0 +1,163 @@
+"""Plain patterns are followed as by Inductor's matcher, and providers are asked once for matches that are alike."""
+
+# ruff: noqa: PLW0108 - patterns are functions whose parameters are read by name
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.explanation.capture import capture
+from fuseplan.matching import compiled_pattern, find_matches
+from fuseplan.matching.inductor import CompiledPattern
+from fuseplan.providers import provider_of
+from fuseplan.record import Reason, Refusal
+from fuseplan.rules import Rule, by_name
+from fuseplan.rules.base import _NODE, _trace
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.workloads import catalog
+from tests.helpers import HIDDEN, llama, randn, written
+
+aten = torch.ops.aten
+PADDING = {"act_padding": by_name(BUILT_IN_RULES)["act_padding"]}
+
+
+class Pattern(Rule):
+    """A pattern alone, of any function."""
+
+    def __init__(self, pattern: Any) -> None:
+        self.name, self.pattern = "own", pattern  # type: ignore[method-assign]
+
+
+def pattern_of(function: Any) -> CompiledPattern:
+    rule = Pattern(function)
+    return CompiledPattern(_trace(rule, function, dict.fromkeys(rule.variables, _NODE)))
+
+
+def both(pattern: CompiledPattern, node: fx.Node) -> list[Any]:
+    return [pattern.match(node), pattern._match_by_inductor(node)]
+
+
+@pytest.fixture(scope="module", params=["gpt-oss-20b-tiny", "llama-3.1-8b-tiny"])
+def graph(request: pytest.FixtureRequest) -> Iterator[fx.Graph]:
+    with catalog.build(request.param, tp=2) as built:
+        (gm, *_) = capture(built.model, built.inputs, {}, dynamic=True).graphs
+        yield canonicalize(gm.graph).graph
+
+
+def test_built_in_patterns_match_as_by_inductor(graph: fx.Graph) -> None:
+    matched = 0
+    for rule in BUILT_IN_RULES:
+        pattern = compiled_pattern(rule)
+        for node in graph.find_nodes(op="call_function", target=pattern.target):
+            ours, theirs = both(pattern, node)
+            assert ours == theirs
+            if ours is not None:
+                assert [list(each) for each in ours] == [list(each) for each in theirs]
+                matched += 1
+    assert matched > 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "model", "matches"),
+    [
+        (lambda x, y: aten.mul.Tensor(aten.relu.default(x), y), lambda x, y: aten.mul.Tensor(aten.relu(x), y), True),
+        (lambda x, y: aten.mul.Tensor(aten.relu.default(x), y), lambda x, y: aten.mul.Tensor(x, y), False),
+        (lambda x: aten.mul.Tensor(x, x), lambda x, y: aten.mul.Tensor(x, x), True),
+        (lambda x: aten.mul.Tensor(x, x), lambda x, y: aten.mul.Tensor(x, y), False),
+        (lambda x, k: aten.mul.Tensor(x, k), lambda x, y: aten.mul.Tensor(x, 2.5), True),
+        (lambda x, k: aten.add.Tensor(aten.mul.Tensor(x, k), k), lambda x, y: aten.add(aten.mul(x, 2), 2), True),
+        (lambda x, k: aten.add.Tensor(aten.mul.Tensor(x, k), k), lambda x, y: aten.add(aten.mul(x, 2), 3), False),
+        (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, 2), True),
+        (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, 3), False),
+        (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, y), False),
+        (lambda x, y: aten.add.Tensor(x, y), lambda x, y: aten.add.Tensor(x, y, alpha=2), True),
+        (lambda x: aten.permute.default(x, [1, 0]), lambda x, y: aten.permute.default(x, [1, 0]), True),
+        (lambda x: aten.permute.default(x, [1, 0]), lambda x, y: aten.permute.default(x, [0, 1]), False),
+        (lambda x, dims: aten.permute.default(x, dims), lambda x, y: aten.permute.default(x, [0, 1]), True),
+    ],
+)
+def test_patterns_match_as_by_inductor(pattern: Any, model: Any, matches: bool) -> None:
+    compiled = pattern_of(pattern)
+    called = fx.symbolic_trace(model).graph
+    overloads = {aten.relu: aten.relu.default, aten.mul: aten.mul.Tensor, aten.add: aten.add.Tensor}
+    for node in called.nodes:
+        node.target = overloads.get(node.target, node.target)
+    anchor = called.output_node().args[0]
+    assert isinstance(anchor, fx.Node)
+    ours, theirs = both(compiled, anchor)
+    assert ours == theirs
+    assert (ours is not None) is matches
+
+
+def test_a_value_that_equals_nothing_is_bound() -> None:
+    """As Inductor binds it: a variable's first value is held against nothing."""
+    graph = fx.Graph()
+    anchor = graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), float("nan")))
+    ours, theirs = both(pattern_of(lambda x, k: aten.mul.Tensor(x, k)), anchor)
+    assert ours is not None
+    assert theirs is not None
+    assert list(ours[0]) == list(theirs[0]) == ["x", "k"]
+
+
+def test_the_same_value_of_the_pattern_is_the_same_node() -> None:
+    def shared(x: Any) -> Any:
+        y = aten.relu.default(x)
+        return aten.mul.Tensor(y, y)
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first, second = (graph.call_function(aten.relu.default, (x,)) for _ in range(2))
+    once, twice = (graph.call_function(aten.mul.Tensor, (first, each)) for each in (first, second))
+    pattern = pattern_of(shared)
+    assert all(each is not None for each in both(pattern, once))
+    assert both(pattern, twice) == [None, None]
+
+
+def pads(x: Any, w: Any, wide: Any, v: Any) -> Any:
+    """Three norms that are padded, two of them alike."""
+    normed = [ops.rms_norm(each, w, 1e-6, "llama") for each in (x, ops.rms_norm(x, w, 1e-6, "llama"))]
+    normed.append(ops.rms_norm(wide, v, 1e-6, "llama"))
+    return [ops.pad(each, 64) for each in normed]
+
+
+def test_providers_are_asked_once_for_each_kind() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def accepts(m: Any) -> Refusal | None:
+        asked.append(tuple(m.x.shape))
+        width = m.x.shape[-1]
+        return None if width == HIDDEN else m.refuse(Reason.SIZE, "x", f"{width} is too wide")
+
+    own = provider_of("asked_once", {ops.rms_norm_pad: ops.rms_norm_pad.reference}, accepts=accepts, cost=0.0)
+    inputs: Mapping[str, Tensor] = {
+        "x": randn(6, HIDDEN), "w": randn(HIDDEN), "wide": randn(6, 2 * HIDDEN), "v": randn(2 * HIDDEN)
+    }  # fmt: skip
+    found = find_matches(canonicalize(written(pads, inputs)), PADDING, [own])
+    assert len(asked) == len(set(asked)) == 2
+    assert len(found.candidates) == 2
+    (miss,) = found.misses
+    assert f"{2 * HIDDEN} is too wide" in miss.refusal.detail
+    assert len({match.core for match in found.candidates} | {miss.consumed[0]}) == 3
+
+
+def test_a_rule_that_calls_an_op_by_all_its_overloads_is_looked_for() -> None:
+    """Which overload stands in the graph isn't known before it is matched."""
+    rule = Pattern(lambda x: aten.mul(aten.relu(x), 2))
+    assert rule.required_ops == frozenset()
+    rule = Pattern(lambda x: aten.mul.Tensor(aten.relu(x), 2))
+    assert rule.required_ops == {aten.mul.Tensor}
+
+
+def test_llama_is_what_is_padded() -> None:
+    """The rule of these tests matches what models write, too."""
+    (match,) = find_matches(
+        canonicalize(capture(lambda x, w: aten.constant_pad_nd(llama(x, None, w)[0], [0, 64]),
+                             (randn(6, HIDDEN), randn(HIDDEN)), {}, dynamic=False).graphs[0].graph),
+        PADDING, [provider_of("pads_llama", {ops.rms_norm_pad: ops.rms_norm_pad.reference}, cost=0.0)],
+    ).candidates  # fmt: skip
+    assert match.rule.op is ops.rms_norm_pad
