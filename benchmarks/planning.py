@@ -1,10 +1,11 @@
 """How long planning takes, beside Inductor's own matcher with the same rules on the same graph in one process.
 
-    PYTHONPATH=src python benchmarks/planning.py [--write]
+    PYTHONPATH=src python benchmarks/planning.py [--against REVISION] [--write]
 
 Sequential: one `PatternMatcherPass` a rule, made with `register_replacement` from the rule's own pattern and
 replacement, applied one after another to a copy of the canonical graph, which is given to it for nothing. fuseplan: the
-graph as Inductor hands it over, raised, matched, priced, planned and rewritten.
+graph as Inductor hands it over, raised, matched, priced, planned and rewritten. Against: another revision, beside this
+one by the same rules and by all of its own; see `against.py`.
 """
 
 import gc
@@ -17,6 +18,7 @@ from random import Random
 from typing import Any
 
 import torch
+from against import compared, spread
 from committed import main
 from torch import fx
 from torch._guards import detect_fake_mode
@@ -185,11 +187,6 @@ def tangles() -> dict[str, IntegerProgram]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": round(statistics.median(values), 2), "iqr": round(quartiles[2] - quartiles[0], 2)}
-
-
 def contest(graph: fx.Graph) -> dict[str, Any]:
     """fuseplan beside sequential passes, interleaved."""
     start = time.perf_counter()
@@ -256,11 +253,12 @@ def tangled() -> list[dict[str, Any]]:
     return rows
 
 
-def figures() -> dict[str, Any]:
+def figures(against: str | None) -> dict[str, Any]:
+    revisions = {} if against is None else {"against": compared(against)}
     with catalog.build("gpt-oss-120b", tp=2) as built:
         (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
         contests, scales = contest(gm.graph), scaling(gm.graph)
-    return {"contest": contests, "scaling": scales, "tangled": tangled()}
+    return {"contest": contests, "scaling": scales, "tangled": tangled(), **revisions}
 
 
 if __name__ == "__main__":
@@ -269,4 +267,5 @@ if __name__ == "__main__":
         "How long planning takes, beside Inductor's own matcher.",
         "planning gpt-oss-120b at TP=2, one range, modelled costs of h200; milliseconds",
         figures,
+        {"against": "a revision, or a folder with a checkout of one, that plans beside this one"},
     )
