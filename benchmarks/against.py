@@ -23,15 +23,16 @@ from statistics import median, quantiles
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKLOAD, RANKS = "gpt-oss-120b", 2
-TURNS = 15
+WORKLOAD, RANKS, TURNS = "gpt-oss-120b", 2, 15
 
 
-def compared(other: str) -> dict[str, Any]:
+def compared(other: str, workload: str = WORKLOAD, turns: int = TURNS) -> dict[str, Any]:
     """Both revisions, by stage in milliseconds of CPU time, and what tracing and planning hold at most.
 
     Args:
         other: a revision of this repository, or a folder with a checkout of one.
+        workload: what they plan, at two ranks.
+        turns: how often each of them does.
     """
     with _checkout(other) as theirs, contextlib.ExitStack() as stack:
         old = stack.enter_context(_Planner(theirs))
@@ -39,14 +40,14 @@ def compared(other: str) -> dict[str, Any]:
         shared = [rule for rule in old.rules if rule in new.rules]
         planners = {"theirs": old, "ours, by their rules": same, "ours": new}
         for planner, rules in zip(planners.values(), (None, shared, None), strict=True):
-            planner.ask(rules)
-        found = [{name: planner.ask("time") for name, planner in planners.items()} for _ in range(TURNS)]
+            planner.ask([workload, rules])
+        found = [{name: planner.ask("time") for name, planner in planners.items()} for _ in range(turns)]
         peaks = {name: round(planner.ask("memory")) for name, planner in planners.items()}
     stages = {name: [stage for stage in found[0][name] if stage != "fused"] for name in planners}
     first, second, _ = planners
     return {
         "revision": other,
-        "turns": TURNS,
+        "turns": turns,
         "rules": {"theirs": len(old.rules), "shared": len(shared), "ours": len(new.rules)},
         "cpu_ms": {
             name: {stage: spread([turn[name][stage] for turn in found]) for stage in stages[name]} for name in planners
@@ -94,7 +95,7 @@ class _Planner:
         self.rules: list[list[str]] = self._read()
 
     def ask(self, what: Any) -> Any:
-        """Sends a request: first the rules to plan by, None for all, then `time` or `memory`."""
+        """Sends a request: first the workload, and the rules to plan by, None for all; then `time` or `memory`."""
         assert self._process.stdin is not None
         print(json.dumps(what), file=self._process.stdin, flush=True)
         return self._read()
@@ -124,12 +125,12 @@ def serve() -> None:
     time.perf_counter, time.perf_counter_ns = time.process_time, time.process_time_ns
     every = inspect.signature(planning.PostGradPassManager).parameters["rules"].default
     print(json.dumps([_named(rule) for rule in every]), file=answers, flush=True)
-    kept = json.loads(sys.stdin.readline())
+    workload, kept = json.loads(sys.stdin.readline())
     if kept is not None:
         rules = [rule for rule in every if _named(rule) in kept]
         planning.PostGradPassManager = functools.partial(planning.PostGradPassManager, rules=rules)
     build = (getattr(planning, "catalog", None) or planning.workloads).build
-    with build(WORKLOAD, tp=RANKS) as built:
+    with build(workload, tp=RANKS) as built:
         (gm,) = planning.capture(built.model, built.inputs, {}, dynamic=True).graphs
         planning.pipeline(gm.graph)
         print(json.dumps("ready"), file=answers, flush=True)
