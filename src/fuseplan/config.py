@@ -163,6 +163,8 @@ class PassConfig:
             SiLU-and-mul, rule `merged_linear_silu_mul`; None: on for up to 32 tokens on an H100, H200 or GH200, but not
             in vLLM.
         fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: likewise.
+        fuse_scaled_linear: linear layers of few rows in fp8 with scales of rows, several that read one input, rule
+            `merged_scaled_linear`, and single ones, rule `skinny_scaled_linear`; None: likewise.
         fuse_add_rms_norm: residual add + RMSNorm, rule `add_rms_norm`; None: likewise.
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
@@ -204,6 +206,7 @@ class PassConfig:
     fuse_cached_attention: bool | None = None
     fuse_merged_linear: bool | None = None
     fuse_skinny_linear: bool | None = None
+    fuse_scaled_linear: bool | None = None
     fuse_add_rms_norm: bool | None = None
     eliminate_noops: bool = True
     policy: Policy | str = DEFAULT_POLICY
@@ -286,6 +289,7 @@ FUSION_FLAGS = (
     "fuse_cached_attention",
     "fuse_merged_linear",
     "fuse_skinny_linear",
+    "fuse_scaled_linear",
     "fuse_add_rms_norm",
 )
 

@@ -74,6 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fuse_eager_attention": {"fuse_eager_attention": False},
     "fuse_merged_linear": {"fuse_merged_linear": True},
     "fuse_skinny_linear": {"fuse_skinny_linear": True},
+    "fuse_scaled_linear": {"fuse_scaled_linear": True},
     "fuse_add_rms_norm": {"fuse_add_rms_norm": True},
     "eliminate_noops": {"eliminate_noops": False},
     "policy": {"policy": "ordered(act_padding)"},

@@ -23,6 +23,7 @@ from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.rules.families.linear import LINEAR_RULES
 from fuseplan.rules.families.linear_norm import LINEAR_NORM_RULES
 from fuseplan.rules.families.rotary import ROTARY_RULES, QkNormRope
+from fuseplan.rules.families.scaled_linear import SCALED_LINEAR_RULES
 from fuseplan.testing import check_rule
 from tests.rules.test_rules import arguments_of
 
@@ -57,7 +58,7 @@ def test_qk_norm_rope_holds(rule: QkNormRope) -> None:
 )
 def test_fused_ops_hold(rule: Rule) -> None:
     # Their kernels take neither float32 nor weights that are transposed.
-    further = 10 if rule in (*LINEAR_RULES, *LINEAR_NORM_RULES) else 12
+    further = 10 if rule in (*LINEAR_RULES, *LINEAR_NORM_RULES, *SCALED_LINEAR_RULES) else 12
     assert check_rule(rule, providers=TRITON, device="cuda").cases["triton"] >= len(rule.op.samples) + further
 
 

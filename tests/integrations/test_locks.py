@@ -19,6 +19,7 @@ OTHERS: dict[str, Any] = {
     "fuse_cached_attention": True,
     "fuse_merged_linear": True,
     "fuse_skinny_linear": True,
+    "fuse_scaled_linear": True,
     "fuse_add_rms_norm": True,
     "eliminate_noops": False,
     "policy": "off",

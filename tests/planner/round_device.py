@@ -39,7 +39,15 @@ DEVICE = Hardware(
         product_rate=operations(200),
         narrow_product_rate=operations(400),
     ),
-    linear=Linear(library=ns(4000), skinny=ns(2500), idle=SAME, idle_few=SAME),
+    linear=Linear(
+        library=ns(4000),
+        skinny=ns(2500),
+        idle=SAME,
+        idle_few=SAME,
+        scaled_library=ns(4000),
+        scaled_column=ns(20),
+        scaled=ns(3000),
+    ),
     library=(
         Protocol(name="LL", latency=ns(2000), step=ns(300), bandwidth=rate(8)),
         Protocol(name="Simple", latency=ns(5000), step=ns(1000), bandwidth=rate(40)),

@@ -1,13 +1,14 @@
 """Every Triton kernel compiles for NVIDIA's and AMD's GPUs, on a machine without one; the interpreter takes more."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
-from fuseplan.dialect import ops, registered_kernel
+from fuseplan.dialect import SCALED_LINEAR_FAMILY, ops, registered_kernel
 
 triton = pytest.importorskip("triton")
 
@@ -28,6 +29,7 @@ FAMILIES = [
         "linear",
         "norm",
         "qk_norm_rope",
+        "scaled_linear",
     )
 ]
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -85,6 +87,13 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return made
 
 
+def of_zeros(rows: int, width: int, features: Sequence[int], fast: bool) -> tuple[Any, ...]:
+    """Arguments of layers in fp8 with scales of rows."""
+    weights = [torch.zeros(each, width).to(torch.float8_e4m3fn) for each in features]
+    scales = [torch.zeros(1, each) for each in features]
+    return weights[0][:rows], torch.zeros(rows, 1), *weights, *scales, *[None] * len(features), fast
+
+
 @pytest.mark.parametrize("is_day", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["day", "night"])
 @pytest.mark.parametrize("name", OPS)
 def test_kernels_compile(name: str, is_day: bool, compiled: list[tuple[str, dict[str, Any]]], one_rank: str) -> None:
@@ -119,6 +128,16 @@ def compile_published(name: str, kernel: Callable[..., Any], compiled: list[tupl
             x, weight = torch.zeros(rows, 1024).bfloat16(), torch.zeros(4096, 1024).bfloat16()
             kernel(x, weight, None, torch.zeros(rows, 4096).bfloat16(), torch.ones(4096).bfloat16(), 1e-5, "llama")
         assert {kernel for kernel, _ in compiled} == {"_linears", "_norm"}
+    if name in {op.name for op in SCALED_LINEAR_FAMILY}:
+        # Llama's output projection, gate and up, and a smaller model's q, k and v; several programs share the width of
+        # all but gate and up.
+        features = {"skinny_scaled_linear": (4096,), "merged_scaled_linear_pair": (14336, 14336)}
+        for rows, fast in ((1, True), (32, False))[: 1 if is_day else None]:
+            kernel(*of_zeros(rows, 4096, features.get(name, (2048, 512, 512)), fast))
+        assert {kernel for kernel, _ in compiled} <= {"_scaled_linears", "_combine"}
+        assert ("_combine" in {kernel for kernel, _ in compiled}) is (name != "merged_scaled_linear_pair")
+        for asm in (asm for kernel, asm in compiled if kernel == "_scaled_linears" and "ptx" in asm):
+            assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n(16|32)k32\.f32\.e4m3\.e4m3", asm["ptx"])
     if name == "fused_attention":
         # Gemma 2's heads, and gpt-oss' in many sequences, whose keys aren't split.
         for batch, q_heads, heads, width, softcap, sinks in ((1, 8, 4, 256, 50.0, False), (64, 64, 8, 64, None, True)):

@@ -61,10 +61,14 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "merged_linear_pair": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_triple": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_silu_and_mul": ("merged_linear_silu_mul", ("fuse_merged_linear",)),
+    "skinny_scaled_linear": ("skinny_scaled_linear", ("fuse_scaled_linear",)),
+    "merged_scaled_linear_pair": ("merged_scaled_linear", ("fuse_scaled_linear",)),
+    "merged_scaled_linear_triple": ("merged_scaled_linear", ("fuse_scaled_linear",)),
 }
 LINEAR = {"skinny_linear", "merged_linear", "merged_linear_silu_mul"}
+SCALED = {"skinny_scaled_linear", "merged_scaled_linear"}
 WRITING = {"cached_attention", "cached_eager_attention", "qk_norm_cached_attention"}
-OPT_IN = LINEAR | WRITING | {"add_rms_norm", "skinny_linear_add_rms_norm"}
+OPT_IN = LINEAR | SCALED | WRITING | {"add_rms_norm", "skinny_linear_add_rms_norm"}
 MEMBERS = {
     "merged_linear_silu_and_mul": 2,
     "qk_norm_rope": 2,
@@ -317,6 +321,8 @@ ALL = {name for name, _ in TABLE.values()} - OPT_IN
             ALL | {"add_rms_norm", "skinny_linear", "skinny_linear_add_rms_norm"},
             {},
         ),
+        ({"fuse_scaled_linear": True}, ALL | SCALED, {}),
+        ({"fuse_scaled_linear": False}, ALL, dict.fromkeys(SCALED, "fuse_scaled_linear")),
         ({"fuse_merged_linear": True}, ALL | LINEAR - {"skinny_linear"}, {}),
         ({"fuse_merged_linear": False}, ALL, dict.fromkeys(LINEAR - {"skinny_linear"}, "fuse_merged_linear")),
         ({"fuse_cached_attention": True}, ALL | WRITING, {}),

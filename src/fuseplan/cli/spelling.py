@@ -19,8 +19,8 @@ DEVICES = (
 RULES = (
     "act_padding", "act_quant", "add_rms_norm", "allreduce_rms", "allreduce_rms_padding", "allreduce_rms_quant",
     "cached_attention", "cached_eager_attention", "eager_attention", "grouped_attention", "merged_linear",
-    "merged_linear_silu_mul", "norm_quant", "qk_norm_cached_attention", "qk_norm_rope", "qk_norm_rope_cache",
-    "rope_cache", "skinny_linear", "skinny_linear_add_rms_norm",
+    "merged_linear_silu_mul", "merged_scaled_linear", "norm_quant", "qk_norm_cached_attention", "qk_norm_rope",
+    "qk_norm_rope_cache", "rope_cache", "skinny_linear", "skinny_linear_add_rms_norm", "skinny_scaled_linear",
 )  # fmt: skip
 PROVIDERS = ("aiter", "flashinfer", "sdpa", "sdpa_packed", "torch", "triton")
 

@@ -37,7 +37,13 @@ CPU: Final = Hardware(
         joins_row=True,
     ),
     linear=Linear(
-        library=ns(5000, _NOMINAL), skinny=ns(5000, _NOMINAL), idle=ratio(1, _NOMINAL), idle_few=ratio(1, _NOMINAL)
+        library=ns(5000, _NOMINAL),
+        skinny=ns(5000, _NOMINAL),
+        idle=ratio(1, _NOMINAL),
+        idle_few=ratio(1, _NOMINAL),
+        scaled_library=ns(5000, _NOMINAL),
+        scaled_column=ns(0, _NOMINAL),
+        scaled=ns(5000, _NOMINAL),
     ),
     library=(
         Protocol(

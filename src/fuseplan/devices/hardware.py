@@ -271,12 +271,18 @@ class Linear:
         skinny: the same of fuseplan's kernel.
         idle: how many times as long that reads weights for over 16 rows where half of the processors have no tile.
         idle_few: the same for up to 16 rows, of which tiles are smaller.
+        scaled_library: what torch's product of codes in fp8 with scales of rows takes beside going through the width.
+        scaled_column: what each column of the width takes it at least, however few features there are.
+        scaled: what fuseplan's kernel of such layers takes beside reading the weights.
     """
 
     library: Constant
     skinny: Constant
     idle: Constant
     idle_few: Constant
+    scaled_library: Constant
+    scaled_column: Constant
+    scaled: Constant
 
 
 @dataclass(frozen=True, kw_only=True)

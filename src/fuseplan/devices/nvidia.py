@@ -68,11 +68,18 @@ _LINEAR_RUN = (
     "benchmarks/results/skinny_linear_h200.json, H200, 2026-11-29: 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 "
     "to 4,096 in bfloat16, 1 to 32 rows; the mean of what is left beside the bytes of the weights"
 )
+_SCALED_RUN = (
+    "an H200, 2026-11-29, torch 2.11 (CUDA 13.0): 4,096 to 4,096, to 4,096 + 1,024 + 1,024 and to 14,336 + 14,336, and "
+    "14,336 to 4,096 in fp8, 1 to 32 rows"
+)
 H200_LINEAR: Final = Linear(
     library=ns(4300, f"{_LINEAR_RUN}, for each of torch's products (3.1 to 5 us)"),
     skinny=ns(2200, f"{_LINEAR_RUN} (0.3 to 3.5 us)"),
     idle=ratio(1.1, f"{_LINEAR_RUN}: 4,096 and 14,336 to 4,096 of 32 rows, 11.05 and 32.93 us, less the latency"),
     idle_few=ratio(1.01, "an H200, 2026-11-29, the same layers of 1 and 8 rows between others: 0.1 to 0.4 us"),
+    scaled_library=ns(4000, f"{_SCALED_RUN}: 13.5 and 36.9 us of one layer to 4,096, less the columns"),
+    scaled_column=ns(2.3, f"{_SCALED_RUN}: (36.9 - 13.5) us / (14,336 - 4,096); 1,024 features take as long as 4,096"),
+    scaled=ns(3500, f"{_SCALED_RUN}: 7.1, 8.7, 30.5 and 17.6 us for 8 rows, less the bytes (2.6 to 4.2 us)"),
 )
 
 H200: Final = Hardware(

@@ -38,11 +38,13 @@ from fuseplan.rules.families import (
     KEPT_NORM_FAMILY,
     LINEAR_FAMILY,
     NORM_FAMILY,
+    SCALED_LINEAR_FAMILY,
 )
 from fuseplan.rules.parts.attention import KERNELS as ATTENTION_KERNELS
 from fuseplan.rules.parts.fp8 import FP8_DTYPES
 from fuseplan.rules.parts.linear import split_arguments
 from fuseplan.rules.parts.mx_fp8 import FORMATS as MX_FP8_FORMATS
+from fuseplan.rules.parts.scaled_linear import Layers as ScaledLayers
 
 __all__ = [
     "ACTIVATION_FAMILY",
@@ -54,6 +56,7 @@ __all__ = [
     "MX_FP8_FORMATS",
     "NORM_FAMILY",
     "PACKED",
+    "SCALED_LINEAR_FAMILY",
     "TILE_GROUPS",
     "ActivationRounding",
     "AttentionRounding",
@@ -68,6 +71,7 @@ __all__ = [
     "Rounding",
     "Sample",
     "ScaleLayout",
+    "ScaledLayers",
     "define",
     "draw_activations",
     "draw_near_one",

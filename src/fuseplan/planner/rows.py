@@ -12,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fuseplan.graph.facts import aten, hint, is_attention, tensor_of
 from fuseplan.graph.reach import is_view
 
-PRODUCTS = (aten.mm.default, aten.addmm.default)
+PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2, aten._scaled_mm.default: 1}
+"""And the place of the weight among their arguments."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,12 @@ def most_rows(graph: fx.Graph, tokens: int | None, rows: Rows | None = None) -> 
     """
     rows = rows or Rows.of(graph)
     found = rows.most_tokens if tokens is None else tokens
-    products = [node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)]
-    values = [value for node in products if _is_input(node.args[-1]) and (value := tensor_of(node)) is not None]
+    products = (
+        (node, node.args[place])
+        for target, place in PRODUCTS.items()
+        for node in graph.find_nodes(op="call_function", target=target)
+    )
+    values = [value for node, weight in products if _is_input(weight) and (value := tensor_of(node)) is not None]
     queries = (tensor_of(node.args[0]) for node in graph.nodes if is_attention(node))
     asking = [value for value in queries if value is not None]
     leading = [*(value.shape[:-1] for value in values), *((value.shape[0], value.shape[2]) for value in asking)]

@@ -13,9 +13,11 @@ from fuseplan.dialect import (
     KEPT_NORM_FAMILY,
     LINEAR_FAMILY,
     NORM_FAMILY,
+    SCALED_LINEAR_FAMILY,
     DialectOp,
     RotaryRounding,
     Rounding,
+    ScaledLayers,
     implement,
     ops,
     split_arguments,
@@ -29,6 +31,7 @@ from fuseplan.providers.triton.checks import (
     FewNormedRows,
     FewQueries,
     FewRows,
+    FewScaledRows,
     WrittenToken,
     accept_activation,
     accept_cached_rotary,
@@ -166,6 +169,14 @@ def linear_add_rms_norm(
     return launch_normed(x, weight0, bias0, residual, norm)
 
 
+def scaled_linears(*arguments: Any) -> Any:
+    """`parts.scaled_linear.scaled_linears_reference` in one kernel, or two."""
+    from fuseplan.providers.triton.scaled_linear import launch
+
+    results = launch(ScaledLayers.of(arguments))
+    return results if len(results) > 1 else results[0]
+
+
 def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
     """The kernel of a member of the norm family, by the member's own arguments."""
     names, keeps = op.arguments, op in _KEPT_NORMS
@@ -218,7 +229,7 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
 
 _EAGER_ATTENTIONS = (ops.fused_attention, ops.rope_cached_eager_attention)
 _LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
-_FEW_ROWS = (*_LINEARS, ops.skinny_linear_add_rms_norm)
+_FEW_ROWS = (*_LINEARS, *SCALED_LINEAR_FAMILY, ops.skinny_linear_add_rms_norm)
 _PLAIN_NORMS, _KEPT_NORMS = (
     {op: suffix for (_, _, suffix), op in family.items() if suffix in SUFFIXES}
     for family in (NORM_FAMILY, KEPT_NORM_FAMILY)
@@ -242,6 +253,8 @@ for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
 implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))
 implement(ops.skinny_linear_add_rms_norm, "triton", replayed(linear_add_rms_norm))
+for _op in SCALED_LINEAR_FAMILY:
+    implement(_op, "triton", replayed(scaled_linears))
 for _op, _suffix in _NORMS.items():
     implement(_op, "triton", norm_kernel(_op, _suffix))
 for _op, _own_suffix in _ACTIVATIONS.items():
@@ -258,6 +271,7 @@ ACCEPTS: Mapping[str, Accepts] = {
     ops.qk_norm_rope_cached_attention.name: WrittenToken(most=1),
     **{op.name: FewRows() for op in _LINEARS},
     ops.skinny_linear_add_rms_norm.name: FewNormedRows(),
+    **{op.name: FewScaledRows() for op in SCALED_LINEAR_FAMILY},
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }

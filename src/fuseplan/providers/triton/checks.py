@@ -26,6 +26,11 @@ _DTYPE_TEXTS = [*map(dtype_text, NARROW_DTYPES)]
 
 MOST_LINEAR_ROWS = 32
 """Of the input of a linear layer: beyond, it is no longer weights alone that cost."""
+SCALED_UNIT = 16
+"""Codes of a row that are read together."""
+LEAST_CAPABILITY = (9, 0)
+"""Of a GPU whose tensor cores take fp8 from shared memory."""
+_SINCE = "of compute capability {}.{} and newer".format(*LEAST_CAPABILITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +89,18 @@ def most_linear_rows(m: Any) -> int:
 
 @dataclass(frozen=True)
 class FewRows:
-    """The check of linear layers of few rows."""
+    """The check of linear layers of few rows.
+
+    Attributes:
+        dtypes: of x.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = NARROW_DTYPES
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the kernel doesn't take the arguments, or None."""
-        if m.x.dtype not in NARROW_DTYPES:
-            detail = f"the kernel takes {' and '.join(_DTYPE_TEXTS)}; x is {dtype_text(m.x.dtype)}"
+        if m.x.dtype not in self.dtypes:
+            detail = f"the kernel takes {' and '.join(map(dtype_text, self.dtypes))}; x is {dtype_text(m.x.dtype)}"
             return m.refuse(Reason.DTYPE, "x", detail)  # type: ignore[no-any-return]
         weights = [name for name in m.values if name.startswith("weight")]
         for name in weights:
@@ -104,7 +115,7 @@ class FewRows:
 
     def limits(self) -> tuple[str, ...]:
         """What it takes, for a person."""
-        return listed(_DTYPE_TEXTS), f"up to {MOST_LINEAR_ROWS} rows"
+        return listed([*map(dtype_text, self.dtypes)]), f"up to {MOST_LINEAR_ROWS} rows"
 
 
 class FewNormedRows(FewRows):
@@ -113,6 +124,40 @@ class FewNormedRows(FewRows):
     def __call__(self, m: Any) -> Refusal | None:
         """Why the kernels don't take the arguments, or None."""
         return super().__call__(m) or row_kernel(None).check_width(m.residual, m)
+
+
+class FewScaledRows(FewRows):
+    """The check of those in fp8 with scales of rows."""
+
+    def __init__(self) -> None:
+        super().__init__(dtypes=(torch.float8_e4m3fn,))
+
+    def __call__(self, m: Any) -> Refusal | None:
+        """Why the kernel doesn't take the arguments, or None."""
+        return super().__call__(m) or self._device(m) or self._width(m)
+
+    def limits(self) -> tuple[str, ...]:
+        """What it takes, for a person."""
+        return *super().limits(), f"widths that are multiples of {SCALED_UNIT}", f"NVIDIA's GPUs {_SINCE}"
+
+    def _device(self, m: Any) -> Refusal | None:
+        if m.x.device.type != "cuda" or not torch.cuda.is_available():
+            return None  # it is interpreted, or planned for a device that isn't here
+        if torch.version.hip is not None:
+            found = "this is one of AMD's"
+        elif torch.cuda.get_device_capability(m.x.device) < LEAST_CAPABILITY:
+            found = "this one has {}.{}".format(*torch.cuda.get_device_capability(m.x.device))
+        else:
+            return None
+        detail = f"the kernel is for the tensor cores of NVIDIA's GPUs {_SINCE}; {found}"
+        return m.refuse(Reason.PROVIDER, "x", detail)  # type: ignore[no-any-return]
+
+    def _width(self, m: Any) -> Refusal | None:
+        width = m.x.shape[-1]
+        if equal_size(width % SCALED_UNIT, 0):
+            return None
+        detail = f"the kernel takes widths that are multiples of {SCALED_UNIT}, as tensor cores do; x has {width}"
+        return m.refuse(Reason.SIZE, "x", detail)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -206,3 +206,27 @@ LINEAR_SPLITS: Final = _found(
     "us at 8 rows and at 1; with fewer stages or larger tiles slower",
 )  # fmt: skip
 LINEAR_WARPS: Final = _found(LINEAR_FEATURES, "Warps of a program.", (inf, 4))
+
+_SCALED = replace(
+    _SPLIT,
+    command="PYTHONPATH=src:. python benchmarks/scaled_linear.py",
+    source="1, 8, 16 and 32 rows of fp8; 4,096 to 4,096, to 6,144 and to 28,672, and 14,336 to 4,096: within 4 % of "
+    "the best of 25 choices of 16 to 128 features, 128 to 512 columns, 3 to 8 stages, 4 and 8 warps, 1 to 8 parts",
+)
+SCALED_FEATURES: Final = _found(
+    _SCALED, "Rows of weights of a tile in fp8.", (inf, 64),
+    source="of 32, which aren't multiplied in fp8, 14,336 to 4,096 takes 24.2 us in place of 18.4 for 32 rows; of 128 "
+    "19.6, and to 28,672 as long",
+)  # fmt: skip
+SCALED_WIDTH: Final = _found(_SCALED, "Columns of these on their way at a time.", (inf, 256))
+SCALED_STAGES: Final = _found(
+    _SCALED, "Tiles that are on their way to a program, by programs for each multiprocessor.", (1, 6), (inf, 4),
+    source="8 rows: 4,096 to 28,672 30.8 us with 4 and 32.9 with 6; 14,336 to 4,096 17.9 and 17.7",
+)  # fmt: skip
+SCALED_SPLITS: Final = _found(
+    _SCALED, "The most programs that share the width of a tile.", (inf, 4),
+    source="two for each tile where there are 64 tiles: 17.7 us, four 18.2 and eight 21; no more than a multiprocessor "
+    "has one of",
+)  # fmt: skip
+SCALED_WARPS: Final = _found(_SCALED, "Warps of a program.", (inf, 4))
+SCALED_COMBINED: Final = _found(_SCALED, "Features that a program of the second kernel has.", (inf, 256))

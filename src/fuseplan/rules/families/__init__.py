@@ -15,17 +15,20 @@ from fuseplan.rules.families.linear import LINEAR_FAMILY, LINEAR_RULES, LINEAR_S
 from fuseplan.rules.families.linear_norm import LINEAR_NORM_RULES
 from fuseplan.rules.families.norm import KEPT_NORM_FAMILY, NORM_FAMILY, NORM_RULES
 from fuseplan.rules.families.rotary import ROTARY_RULES
+from fuseplan.rules.families.scaled_linear import SCALED_LINEAR_FAMILY, SCALED_LINEAR_RULES, SCALED_LINEAR_SITES
 from fuseplan.rules.families.sites import Site
 from fuseplan.rules.parts import PARTS, Core, Part, part_of
 
 BUILT_IN_RULES: tuple[Rule, ...] = (
     *NORM_RULES, *ACTIVATION_RULES, *ROTARY_RULES, *CACHED_ROTARY_RULES, *ATTENTION_RULES,
-    *CACHED_ATTENTION_RULES, *LINEAR_RULES, *LINEAR_NORM_RULES,
+    *CACHED_ATTENTION_RULES, *LINEAR_RULES, *LINEAR_NORM_RULES, *SCALED_LINEAR_RULES,
 )  # fmt: skip
 
 ops.add(*(rule.op for rule in BUILT_IN_RULES))
 
-SITES: Mapping[Core, type[Site]] = {**ATTENTION_SITES, **CACHED_ROTARY_SITES, **LINEAR_SITES}
+SITES: Mapping[Core, type[Site]] = {
+    **ATTENTION_SITES, **CACHED_ROTARY_SITES, **LINEAR_SITES, **SCALED_LINEAR_SITES,
+}  # fmt: skip
 """Sites of cores that don't work on rows alone."""
 
 _CORES: Mapping[Any, type[Site]] = {
@@ -52,6 +55,7 @@ __all__ = [
     "KEPT_NORM_FAMILY",
     "LINEAR_FAMILY",
     "NORM_FAMILY",
+    "SCALED_LINEAR_FAMILY",
     "ComposedRule",
     "Member",
     "find_sites",

@@ -138,7 +138,7 @@ def raise_linears(canonical: CanonicalGraph) -> None:
         if layer is not None:
             groups.setdefault((layer.source, canonical.region[node]), []).append(node)
     for products in groups.values():
-        for few in _shared_out(products):
+        for few in shared_out(products):
             # Read again: what the group reads may have been another one's result.
             _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
 
@@ -150,7 +150,7 @@ def _read(node: Call) -> _Layer | None:
     if not is_call(transposed, aten.permute.default) or list(transposed.args[1]) != [1, 0]:
         return None
     weight = transposed.args[0]
-    if not _is_given(weight) or not _fits(weight, bias):
+    if not is_input(weight) or not _fits(weight, bias):
         return None
     assert isinstance(rows, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node | None)
     source, result = rows, None
@@ -159,7 +159,7 @@ def _read(node: Call) -> _Layer | None:
     return _Layer(rows=rows, weight=weight, bias=bias, product=node, source=source, result=result)
 
 
-def _is_given(node: object) -> bool:
+def is_input(node: object) -> bool:
     """Whether a value is there before the graph runs, so that no result of a layer can be part of it."""
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
@@ -171,7 +171,7 @@ def _fits(weight: object, bias: object) -> bool:
         return False
     if bias is None:
         return True
-    return _is_given(bias) and added is not None and equal_sizes(added.shape, value.shape[:1])
+    return is_input(bias) and added is not None and equal_sizes(added.shape, value.shape[:1])
 
 
 def _ends_alike(source: object, rows: fx.Node) -> bool:
@@ -193,7 +193,7 @@ def _undone(product: fx.Node, source: fx.Node) -> fx.Node | None:
     return reader if equal_sizes(wanted, after.shape) else None
 
 
-def _shared_out(products: Sequence[Call]) -> Iterable[Sequence[Call]]:
+def shared_out(products: Sequence[Call]) -> Iterable[Sequence[Call]]:
     """Up to three at a time, of four two and two."""
     while products:
         count = 2 if len(products) == MOST_TOGETHER + 1 else min(MOST_TOGETHER, len(products))
