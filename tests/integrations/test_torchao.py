@@ -1,6 +1,7 @@
 """torchao's fp8 linear layers: the graphs that its own code leaves to Inductor."""
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +134,32 @@ def test_a_decode_step_quantises_in_every_norm_and_activation_before_a_layer(
         planned = fuseplan.explain(model, device="h200", **compiled.arguments).fused
     assert {rule: n for rule, n in reports[-1].fused.items() if n} == {"norm_quant": 2 * LAYERS, "act_quant": LAYERS}
     assert (planned["norm_quant"], planned["act_quant"]) == (2 * LAYERS, LAYERS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_name", ["llama-3.1-8b", "qwen3-8b"])
+def test_layers_of_a_decode_step_that_read_one_quantised_value_are_one_op(
+    torchao: Any, monkeypatch: pytest.MonkeyPatch, model_name: str
+) -> None:
+    """q, k and v, and gate and up; o and down by themselves."""
+    monkeypatch.setattr(HAS_NO_KERNELS, lambda granularity: None)
+    smaller = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 4}
+    monkeypatch.setattr("benchmarks.published_shapes.SMALL", {**SMALL, **smaller})
+    rules = {"norm_quant": 2, "act_quant": 1, "merged_scaled_linear": 2, "skinny_scaled_linear": 2}
+    with torch.inference_mode():
+        model: Any = model_of(model_name, LAYERS, torch.device("cpu"), torch.bfloat16)
+        benchmark.quantised(model, "fp8_rows")
+        reports = list[fuseplan.Report]()
+        config = fuseplan.PassConfig(policy=f"ordered({', '.join(rules)})")
+        torch._dynamo.reset()
+        work = Workload(batch=2, position=8, cache=16)
+        compiled = Step(model, work, fuseplan.compile(model, config=config, on_report=reports.append))
+        got, wanted = compiled(), Step(model, work, model)()
+        assert (got - wanted).norm() < 0.1 * wanted.norm()
+    assert {rule: n for rule, n in reports[-1].fused.items() if n} == {rule: n * LAYERS for rule, n in rules.items()}
+    (graph,) = reports[-1].graphs
+    counts = Counter(one.op for one in graph.applied)
+    assert (counts["merged_scaled_linear_triple"], counts["merged_scaled_linear_pair"]) == (LAYERS, LAYERS)
 
 
 every_scaling = pytest.mark.parametrize("scaling", ["FLOOR", "CEIL", "EVEN", "RCEIL"])

@@ -48,7 +48,7 @@ def several(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
 def views_of_their_own(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
     deep, deep_scale = x[:, None], scale[:, None]
     pairs = zip(own[::2], own[1::2], strict=True)
-    return [product(deep.reshape(-1, WIDTH), deep_scale.reshape(-1, 1), *each) for each in pairs]
+    return [product(deep.reshape(-1, WIDTH), deep_scale.unsqueeze(-1).reshape(-1, 1), *each) for each in pairs]
 
 
 def quantised_apart(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.engines import arguments_of
-from fuseplan.graph.facts import RESHAPES, Call, aten, dtype_of, equal_size, equal_sizes, is_call, tensor_of
+from fuseplan.graph.facts import ORDER_KEEPING, Call, aten, dtype_of, equal_size, equal_sizes, is_call, tensor_of
 from fuseplan.graph.ops import DialectOp, Sample, define, draw_positive, random_tensor
 from fuseplan.rules.parts.base import Core, Reported, Stage
 from fuseplan.rules.parts.linear import MOST_TOGETHER, NAMES, LinearRegion, is_input, shared_out
@@ -232,7 +232,7 @@ def _size(node: object, dim: int) -> Any:
 
 def _viewed(node: Any) -> Any:
     """What a value is a view of that has all its elements in their order."""
-    while is_call(node, *RESHAPES) or (is_call(node, aten.permute.default) and _is_line(node)):
+    while is_call(node, *ORDER_KEEPING) or (is_call(node, aten.permute.default) and _is_line(node)):
         node = node.args[0]
     return node
 
