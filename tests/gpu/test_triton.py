@@ -29,6 +29,7 @@ from tests.rules.test_rules import arguments_of
 
 ROOT = Path(__file__).parents[2]
 GPUS = torch.cuda.device_count()
+FP8 = bool(GPUS) and torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs a GPU")]
 
 TRITON = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
@@ -60,6 +61,49 @@ def test_fused_ops_hold(rule: Rule) -> None:
     # Kernels of linear layers take neither float32 nor weights that are transposed, those of fp8 nothing else.
     further = 10 if rule in (*LINEAR_RULES, *LINEAR_NORM_RULES) else 8 if rule in SCALED_LINEAR_RULES else 12
     assert check_rule(rule, providers=TRITON, device="cuda").cases["triton"] >= len(rule.op.samples) + further
+
+
+@pytest.mark.skipif(not FP8, reason="needs tensor cores that take fp8 from shared memory")
+@pytest.mark.parametrize("rows", [1, 8, 17, 32])
+@pytest.mark.parametrize("use_fast_accum", [True, False])
+@pytest.mark.parametrize(
+    ("width", "features"),
+    [
+        (4096, (4096,)),
+        (14336, (4096,)),
+        (4096, (4096, 1024, 1024)),
+        (4096, (14336, 14336)),
+        (208, (48, 80)),
+        (2880, (33,)),
+    ],
+)
+def test_layers_in_fp8_are_as_near_as_torchs_and_the_same_every_time(
+    rows: int, use_fast_accum: bool, width: int, features: tuple[int, ...]
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(rows)
+
+    def quantised(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values = torch.randn(shape, device="cuda", generator=generator)
+        scale = values.abs().amax(-1, keepdim=True) / 448
+        return (values / scale).to(torch.float8_e4m3fn), scale
+
+    (x, scale), weights = quantised(rows, width), [quantised(each, width) for each in features]
+    op = (ops.skinny_scaled_linear, ops.merged_scaled_linear_pair, ops.merged_scaled_linear_triple)[len(features) - 1]
+    biases = [torch.randn(each, device="cuda", generator=generator).bfloat16() for each in features]
+    arguments = x, scale, *(w for w, _ in weights), *(own.t() for _, own in weights), *biases, use_fast_accum
+    runs = [op.implementation("triton")(*arguments) for _ in range(3)]
+    first, *others = [found if isinstance(found, tuple) else (found,) for found in runs]
+    for index, ((codes, own), bias) in enumerate(zip(weights, biases, strict=True)):
+        assert all(torch.equal(first[index], other[index]) for other in others)
+        exact = (x.double() * scale) @ (codes.double() * own).t() + bias
+        most = exact.abs().amax(-1, keepdim=True)
+        assert ((first[index].double() - exact).abs() <= most * 2**-7).all()
+        if features[index] % 16 == 0:
+            torchs = torch._scaled_mm(
+                x, codes.t(), scale, own.t(), bias, out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum
+            )
+            off = [((each.double() - exact).norm() / exact.norm()).item() for each in (first[index], torchs)]
+            assert off[0] <= 1.1 * off[1] + 1e-4
 
 
 @pytest.mark.parametrize("rows", [1, 8, 17, 32])

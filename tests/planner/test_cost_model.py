@@ -343,6 +343,7 @@ def test_constants_have_dotted_names() -> None:
         "attention.latency", "attention.split", "attention.key", "attention.rate", "attention.row_rate",
         "attention.narrow_row_rate", "attention.product_rate", "attention.narrow_product_rate",
         "linear.library", "linear.skinny", "linear.idle", "linear.idle_few",
+        "linear.scaled_library", "linear.scaled_column", "linear.scaled",
         "library.LL.latency", "library.LL.step", "library.LL.bandwidth",
         "library.Simple.latency", "library.Simple.step", "library.Simple.bandwidth",
         "library.NVLS.latency", "library.NVLS.step", "library.NVLS.bandwidth",

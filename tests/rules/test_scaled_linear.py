@@ -217,6 +217,13 @@ def test_by_default_graphs_of_few_rows_get_it_where_it_was_measured(
     assert fused(planned(block(rows, 4096), device, compile_range)) == found
 
 
+@pytest.mark.parametrize(("last", "found"), [(32, ALL), (33, QUANTISED)])
+def test_any_number_of_rows_that_is_limited(last: int, found: dict[str, int]) -> None:
+    with torch.inference_mode():
+        graph = post_grad(Block(4096), randn(3, 4096), dynamic=True)
+    assert fused(planned(graph, compile_range=CompileRange(start=1, end=last))) == found
+
+
 def test_codes_are_quantised_once_and_read_by_one_op() -> None:
     graph = block(2, 1, 4096)
     planned(graph)

@@ -180,6 +180,7 @@ OPS = (
     PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention.default", ("rules",)),
     PrivateApi("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default", ("rules",)),
     PrivateApi("torch:ops.aten._scaled_dot_product_fused_attention_overrideable.default", ("rules",)),
+    PrivateApi("torch:ops.aten._scaled_mm", ("planner", "rules")),
     PrivateApi("torch:ops.aten._unsafe_view.default", ("graph",)),
     PrivateApi("torch:ops._c10d_functional.all_gather_into_tensor", ("integrations", "workloads")),
     PrivateApi("torch:ops._c10d_functional.all_reduce.default",
