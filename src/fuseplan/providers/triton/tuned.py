@@ -209,7 +209,7 @@ LINEAR_WARPS: Final = _found(LINEAR_FEATURES, "Warps of a program.", (inf, 4))
 
 _SCALED = replace(
     _SPLIT,
-    command="python -m benchmarks.scaled_linear",
+    command="PYTHONPATH=src:. python benchmarks/scaled_linear.py",
     source="1, 8, 16 and 32 rows of fp8; 4,096 to 4,096, to 6,144 and to 28,672, and 14,336 to 4,096: within 4 % of "
     "the best of 25 choices of 16 to 128 features, 128 to 512 columns, 3 to 8 stages, 4 and 8 warps, 1 to 8 parts",
 )

@@ -9,8 +9,8 @@ from torch import fx
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import dtype_text, hint, tensor_of
 from fuseplan.graph.ops import DialectOp, define
-from fuseplan.rules.base import DefaultOn, Rule
-from fuseplan.rules.families.linear import Linears, LinearShape
+from fuseplan.rules.base import Rule
+from fuseplan.rules.families.linear import DEFAULT_ON, Linears, LinearShape
 from fuseplan.rules.families.sites import Pricer, Site
 from fuseplan.rules.parts.base import Core
 from fuseplan.rules.parts.linear import LinearRegion
@@ -46,9 +46,6 @@ def _define(count: int) -> DialectOp:
 
 SCALED_LINEAR_FAMILY = tuple(_define(count) for count in range(1, len(SCALED_LINEARS) + 1))
 """The fused ops of one, two and three layers."""
-
-DEFAULT_ON = DefaultOn(most_tokens=32, devices=("gh200", "h100", "h200"))
-"""Measured on an H200, see `devices.nvidia.H200_LINEAR`; the others are the same chip."""
 
 
 class ScaledLinears(Linears):
