@@ -280,7 +280,7 @@ def test_layers_that_differ_by_design_are_no_siblings(one_rank: str) -> None:
     assert (row.nearness, row.expected, row.sites) == (Nearness.MISSING, "pad", ("layers.2",))
 
 
-def test_quantised_values_read_by_others_stay_refusals_but_for_norms() -> None:
+def test_values_read_by_others_stay_refusals_where_no_op_keeps_them(one_rank: str) -> None:
     def normed(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         y = llama(x, None, w)[0]
         return quantize(y, s), y.relu()
@@ -289,7 +289,12 @@ def test_quantised_values_read_by_others_stay_refusals_but_for_norms() -> None:
         y = F.silu(gate) * up
         return quantize(y, s), y.relu()
 
+    def reduced(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        sums = all_reduce(x, one_rank)
+        return llama(sums, r, w)[0], sums.relu()
+
     assert not near_misses(normed, X, W, torch.tensor([0.02]))
-    (row,) = near_misses(activated, X, X.flip(0), torch.tensor([0.02]))
-    assert (row.rule, row.nearness, row.reason) == ("act_quant", Nearness.REFUSED, Reason.USERS)
+    assert not near_misses(activated, X, X.flip(0), torch.tensor([0.02]))
+    (row,) = near_misses(reduced, X, X.flip(0), W)
+    assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.REFUSED, Reason.USERS)
     assert row.mend is None, "the model means relu to read it"
