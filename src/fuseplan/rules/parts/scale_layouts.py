@@ -88,9 +88,11 @@ def swizzled(scale: fx.Node, rows: fx.Node, groups: Any) -> fx.Node | None:
             return None
         view = _only(node, *RESHAPES)
         node = _only(view, aten.permute.default)
-    while view is not None and not equal_shape(tensor_of(view), wanted):
-        view = _only(view, *ORDER_KEEPING)
-    return view
+    # What is read may be flat, or have a dimension for tiles, as `to_blocked` has it.
+    last: fx.Node | None = view
+    while last is not None and not equal_shape(tensor_of(last), wanted):
+        last = _only(last, *ORDER_KEEPING)
+    return last or view
 
 
 def _in_zeros(start: fx.Node, groups: Any) -> fx.Node | None:
