@@ -81,14 +81,15 @@ def test_it_computes_what_the_graph_does(whole: float | None, least: float, dtyp
             assert torch.equal(bits(got), bits(wanted)), kind
 
 
-def to_blocked(scale: Tensor) -> Tensor:
-    """As torchao's, compiled."""
+def to_blocked(scale: Tensor, *, flat: bool = False) -> Tensor:
+    """As torchao's, compiled; flat, as it is itself, or as its callers view it."""
     rows, groups = scale.shape
     down, along = (rows + 127) // 128, (groups + 3) // 4
     padded = torch.zeros((128 * down, 4 * along), dtype=scale.dtype)
     padded[:rows, :groups] = scale
     tiles = padded.view(down, 128, along, 4).permute(0, 2, 1, 3).reshape(-1, 4, 32, 4).transpose(1, 2)
-    return tiles.reshape(-1, 32, 16).flatten().view(32 * down, 16 * along)
+    blocked = tiles.reshape(-1, 32, 16).flatten()
+    return blocked if flat else blocked.view(32 * down, 16 * along)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
