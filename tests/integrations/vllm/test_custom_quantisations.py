@@ -3,6 +3,7 @@
 These are declared by their published schemas, with references in plain torch, and vLLM is told that it runs on a GPU.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,9 +47,10 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in OPS:
         library = torch.library.Library("_C", "FRAGMENT")
         libraries.append(library)
-        library.define(f"{name}{SCHEMAS[name]}")
-        library.impl(name, COMPUTED[name], "CPU")
-        library.impl(name, lambda *arguments: None, "Meta")
+        with contextlib.suppress(RuntimeError):  # another file's tests may have declared it in this process
+            library.define(f"{name}{SCHEMAS[name]}")
+        library.impl(name, COMPUTED[name], "CPU", allow_override=True)
+        library.impl(name, lambda *arguments: None, "Meta", allow_override=True)
     monkeypatch.setattr(type(fp8_utils.current_platform), "is_cuda_alike", lambda self: True)
     with torch._inductor.config.patch(enable_auto_functionalized_v2=False):
         torch._dynamo.reset()
