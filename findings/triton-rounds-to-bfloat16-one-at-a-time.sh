@@ -2,7 +2,7 @@
 # Triton 3.6.0 and 3.7.1, compiled for sm_90: `x.to(tl.bfloat16).to(tl.float32)`, which rounds a float32 value, takes one
 # F2F.BF16.F32 for each element. That is an instruction of a unit with an eighth of the throughput of others. The same
 # rounding of two elements by one `cvt.rn.bf16x2.f32`, as inline PTX, takes F2FP for each two. Where a value is only
-# by this.
+# stored as bfloat16, the compiler uses F2FP by itself.
 # Seen: 8 F2F for 8 elements of a thread, and 0 with inline PTX.
 #
 # Exit status 0: it is so today. 1: it has changed.
