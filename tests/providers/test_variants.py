@@ -12,9 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuseplan.dialect import Rounding, ops, registered_kernel
 from fuseplan.distributed.workspace import CAPACITY_BYTES, ONE_SHOT_RANKS, SHOT_BYTES, UNIT_WORDS
+from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.replay import code_key, needed_code
-from fuseplan.verification import variants
+from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.verification import variants, verifier
 from fuseplan.verification.specs import ODD_SIZES, Case, TensorSpec
 from tests.providers.test_compiles import FAMILIES, stand_ins
 
@@ -136,6 +138,31 @@ def test_code_is_asked_for_and_none_is_launched() -> None:
     assert "'_norm'" in str(found)
     assert "('WIDTH', '64')" in str(found)
     assert needed_code(lambda: kernel(x, weight), mode) == frozenset()
+
+
+def test_layers_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def ask(match: Any, cases: tuple[Case, ...], *_: Any) -> tuple[Case, ...]:
+        asked.append(match)
+        return cases
+
+    def case_of(rows: int) -> Case:
+        there = torch.device("cuda")
+        x = TensorSpec(dtype=FP8, shape=(rows, 64), stride=(64, 1), misalignment=0, device=there)
+        return Case(tokens=rows, arguments={"x": x})
+
+    (triton_provider,) = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
+    rule = next(each for each in BUILT_IN_RULES if not each.op.collective)
+    monkeypatch.setattr(verifier, "cases_of", lambda match, *_, **__: (case_of(match.rows),))
+    monkeypatch.setattr(verifier, "with_all_code", ask)
+    checks = verifier.Verifier(mode="first-use", providers=[triton_provider])
+    unused: Any = None
+    known: dict[tuple[object, ...], tuple[Case, ...]] = {}
+    for rows in (1, 1, 2, 1):
+        match: Any = SimpleNamespace(rule=rule, provider="triton", rows=rows)
+        assert checks._cases(match, unused, (1, 2), False, known) == (case_of(rows),)
+    assert [match.rows for match in asked] == [1, 2]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

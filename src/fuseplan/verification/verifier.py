@@ -1,7 +1,7 @@
 """`Verifier`: every rule x provider x signature that a decision applies, once, before the first use."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import group_size, process_group
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner.candidates import Candidate
-from fuseplan.providers import REFERENCE, DeviceProfile, Needs, Provider
+from fuseplan.providers import REFERENCE, DeviceProfile, Provider
 from fuseplan.record import Pending, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
@@ -65,13 +65,15 @@ class Verifier:
         sizes = Sizes(canonical.graph)
         kinds: dict[tuple[Rule, str], outcomes.Kind] = {}
         known: dict[tuple[object, ...], Verification | Pending] = {}
+        complete: dict[tuple[object, ...], tuple[Case, ...]] = {}
         found = list[Verification | Pending | None]()
         for each in candidates:
             if isinstance(each.match, ExternalMatch):
                 found.append(self._foreign.verify(each.match, sizes, span))
             else:
-                needs = next((one.needs for one in self.providers if one.name == each.match.provider), None)
-                question = _Question.of(each, canonical, sizes, span, self._meets, needs)
+                is_met = self._meets(each.match)
+                cases = self._cases(each.match, sizes, span, is_met, complete)
+                question = _Question.of(each, canonical, cases, is_met)
                 found.append(self._once(question, kinds, known))
         return found
 
@@ -83,6 +85,24 @@ class Verifier:
             return []
         sizes = Sizes(graph)
         return list(dict.fromkeys(self._foreign.verify(each, sizes, span) for each in matches))
+
+    def _cases(
+        self, match: Match, sizes: Sizes, span: tuple[int, int], is_met: bool,
+        complete: dict[tuple[object, ...], tuple[Case, ...]],
+    ) -> tuple[Case, ...]:  # fmt: skip
+        """What a match is checked at; `complete` has those of equal matches so far, since layers are alike."""
+        cases = cases_of(match, sizes, span, traced=not is_met)
+        needs = self._provider(match.provider).needs
+        if needs is None or match.rule.op.collective or cases[0].device.type != "cuda":
+            return cases
+        key = match.rule, match.provider, str(cases)
+        if key not in complete:
+            complete[key] = with_all_code(match, cases, sizes, span, needs)
+        return complete[key]
+
+    def _provider(self, name: str) -> Provider:
+        (provider,) = [each for each in self.providers if each.name == name]
+        return provider
 
     @cached_property
     def _foreign(self) -> Foreign:
@@ -96,8 +116,7 @@ class Verifier:
     ) -> Verification | Pending:
         rule, name = question.match.rule, question.match.provider
         if (rule, name) not in kinds:
-            (provider,) = [each for each in self.providers if each.name == name]
-            kinds[rule, name] = outcomes.kind_of(rule, provider, self.device)
+            kinds[rule, name] = outcomes.kind_of(rule, self._provider(name), self.device)
         kind = kinds[rule, name]
         key = outcomes.outcome_key(kind, question.cases, question.unfused, question.region, question.free)
         # What ranks of one group have found says nothing of another.
@@ -201,20 +220,10 @@ class _Question:
 
     @classmethod
     def of(
-        cls,
-        candidate: Candidate,
-        canonical: CanonicalGraph,
-        sizes: Sizes,
-        span: tuple[int, int],
-        meets: Callable[[Match], bool],
-        needs: Needs | None,
-    ) -> "_Question":
+        cls, candidate: Candidate, canonical: CanonicalGraph, cases: Sequence[Case], is_met: bool
+    ) -> "_Question":  # fmt: skip
         match = candidate.match
         assert isinstance(match, Match)
-        is_met = meets(match)
-        cases = cases_of(match, sizes, span, traced=not is_met)
-        if needs is not None and not match.rule.op.collective and cases[0].device.type == "cuda":
-            cases = with_all_code(match, cases, sizes, span, needs)
         return cls(
             match=match,
             signature=candidate.signature,
