@@ -53,7 +53,9 @@ LEVELS = _rows(
 INSIDE = {
     "caching": _rows("__init__ content", "fingerprint", "store"),
     "compatibility": _rows("private", "check", "__init__", "fallback"),
-    "compilation": _rows("__init__ analysis debug dispatch first_run hook regions theirs", "floats manager"),
+    "compilation": _rows(
+        "__init__ analysis debug dispatch first_run home hook regions theirs", "chosen floats", "manager"
+    ),
     "explanation": _rows("__init__ capture drawing estimate", "explanation", "comparison"),
     "graph": _rows("__init__ facts legality ops", "sizes", "layout reach regions sharing surgery", "canonical"),
     "measurement": _rows("tuning", "costs", "__init__ benchmark"),

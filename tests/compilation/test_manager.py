@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
-from fuseplan.config import CompileRange
+from fuseplan.config import CompileRange, Environment
+from fuseplan.devices import PROFILES
 from fuseplan.errors import ConfigError
+from fuseplan.planner import prices_of
 from fuseplan.record import Reason, Report, from_json
 from fuseplan.record.report import GraphReport
 from fuseplan.rules.families import BUILT_IN_RULES
@@ -198,3 +200,19 @@ def test_inputs_that_come_late_are_waited_for() -> None:
         actual = fuseplan.compile(late, config=PAD, on_report=reports.append)(*INPUTS)
     for left, right in zip(actual, late(*INPUTS), strict=True):
         torch.testing.assert_close(left, right, rtol=2**-6, atol=2**-6)
+
+
+def test_a_graph_of_the_cpu_is_planned_for_it_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("fuseplan.compilation.home", "fuseplan.providers.provider"):
+        monkeypatch.setattr(f"{module}.local_vendor", lambda: "nvidia")
+    reports: list[Report] = []
+    for config in (PAD, fuseplan.PassConfig()):
+        prices = prices_of(config, Environment(), PROFILES["h200"])
+        manager = PostGradPassManager(config, prices=prices, on_report=reports.append)
+        assert {each.name for each in manager.providers if each.unavailable() is None} > {"torch", "triton"}
+        manager(post_grad(padded, *INPUTS))
+    (in_order,), (planned,) = (report.graphs for report in reports)
+    assert [(each.rule, each.provider) for each in in_order.applied] == 2 * [("act_padding", "torch")]
+    assert planned.plan is not None
+    assert planned.plan.device == "cpu"
+    assert not in_order.refusals

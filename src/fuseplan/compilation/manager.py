@@ -1,11 +1,10 @@
-"""`PostGradPassManager`: Inductor's custom graph pass. It reads like the way of the data: canonical, matching,
-choosing, rewriting, report.
-"""
+"""`PostGradPassManager`: Inductor's custom graph pass. Its stages: canonical, matching, choosing, rewriting, report."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import fx
@@ -21,7 +20,9 @@ from fuseplan.caching.fingerprint import (
     rule_content,
 )
 from fuseplan.compilation.analysis import Analysis, Regions, fault, graph_report, hands_off, report_of, stage
+from fuseplan.compilation.chosen import apply_chosen
 from fuseplan.compilation.debug import DebugDump
+from fuseplan.compilation.home import is_beside_a_gpu, parts_for_the_cpu
 from fuseplan.compilation.theirs import Theirs, run_theirs
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.cpython import uncollected
@@ -34,7 +35,6 @@ from fuseplan.matching import (
     ExternalMatch,
     ExternalPass,
     GraphPass,
-    Match,
     Matches,
     as_external,
     find_disabled,
@@ -59,10 +59,9 @@ from fuseplan.planner import (
 )
 from fuseplan.planner.rows import Rows, most_rows
 from fuseplan.providers import BUILT_IN_PROVIDERS, DeviceProfile, Provider
-from fuseplan.record import GraphReport, Pending, Reason, Refusal, Report, SavedPlans, Verification
+from fuseplan.record import GraphReport, Pending, Refusal, Report, SavedPlans, Verification
 from fuseplan.report.places import places
 from fuseplan.report.trace import publish
-from fuseplan.rewriting import apply
 from fuseplan.rules import EnabledRules, Rule
 from fuseplan.rules.families import BUILT_IN_RULES, opt_in_parts
 from fuseplan.verification import Verifier
@@ -130,16 +129,17 @@ class PostGradPassManager(Keyed):
         self.device = device
         self.environment = environment or Environment.read()
         self.prices = prices or prices_of(config, self.environment, device, providers)
-        self.enabled = EnabledRules(config, rules, device=self.prices.model.name, defaults=defaults)
+        self._enabled_on = partial(EnabledRules, config, rules, defaults=defaults)
+        self.enabled = self._enabled_on(device=self.prices.model.name)
         self.rules = self.enabled.always
         self.passes = as_external(passes)
         self.engine_groups = engine_groups
         self.solver = solver or Solver(config.node_budget)
         assert self.solver.node_budget == config.node_budget, "the key has the configuration's"
-        self.verifier = Verifier(
-            mode=config.verify, providers=self.providers, device=device, deadline_s=config.verify_timeout_s,
-            settles=settles,
-        )  # fmt: skip
+        self._verifier_of = partial(
+            Verifier, mode=config.verify, device=device, deadline_s=config.verify_timeout_s, settles=settles
+        )
+        self.verifier = self._verifier_of(providers=self.providers)
         self.saved = SavedPlans.load(Path(config.plan)) if config.plan else None
         names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
         for selector in (*config.force, *config.forbid):
@@ -158,11 +158,11 @@ class PostGradPassManager(Keyed):
         """
         for graph_pass in self.previous:
             run_pass(graph_pass, graph)
-        name = f"graph_{self._graphs}"
+        name, home = f"graph_{self._graphs}", self._at_home(graph)
         groups, refusal = groups_in(graph), hands_off(graph, self.environment)
         try:
             left = GraphReport(graph=name, range=self._range, refusals=(refusal,)) if refusal is not None else None
-            report = left or self._fuse(graph, name)
+            report = left or home._fuse(graph, name)
         except FuseplanError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
@@ -170,7 +170,19 @@ class PostGradPassManager(Keyed):
         self._graphs += 1
         if not report.is_lasting:
             self.give_up_key()
-        self._deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
+        home._deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
+
+    def _at_home(self, graph: fx.Graph) -> "PostGradPassManager":
+        """Who plans a graph: itself, or itself with what it has for graphs of the CPU."""
+        if not is_beside_a_gpu(graph, self.device):
+            return self
+        home = copy.copy(self)
+        vars(home).update(self._for_the_cpu)
+        return home
+
+    @cached_property
+    def _for_the_cpu(self) -> dict[str, object]:
+        return parts_for_the_cpu(self.config, self.environment, self.providers, self._enabled_on, self._verifier_of)
 
     def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
         """All stages, one after the other."""
@@ -196,7 +208,7 @@ class PostGradPassManager(Keyed):
         if decision.selected or analysis.external.after:
             with undone_on_error(graph):
                 with stage(stages, "rewriting"):
-                    unapplied += self._rewrite(analysis, decision)
+                    unapplied += apply_chosen(analysis, decision)
                 span = self._span_of(Rows.of(graph))
                 found, failed = run_theirs(analysis.external.after, graph, self.verifier, span)
                 verified += found
@@ -320,19 +332,6 @@ class PostGradPassManager(Keyed):
                 pending = dict.fromkeys(each for each in found if isinstance(each, Pending))
                 return replace(analysis, stages_ns=stages), decision, [*outcomes, *pending]
             analysis = replace(analysis, problem=problem.without(failed))
-
-    def _rewrite(self, analysis: Analysis, decision: Decision) -> list[Refusal]:
-        """Applies a decision: rules' matches first, then those of other people's passes, which read their results."""
-        matches = [analysis.problem.candidates[index].match for index in decision.selected]
-        ours = sorted((match for match in matches if isinstance(match, Match)), key=lambda match: match.anchor)
-        refusals = []
-        if ours:
-            apply(analysis.canonical, ours)
-        for match in matches:
-            if isinstance(match, ExternalMatch) and not match.apply():
-                detail = f"a match of pass {match.owner.name} is gone after other fusions were applied"
-                refusals.append(Refusal(reason=Reason.OP, rule=match.owner.name, detail=detail))
-        return refusals
 
     def report(
         self,

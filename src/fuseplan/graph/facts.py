@@ -1,6 +1,7 @@
 """Facts about FX nodes: what they are, what they hold, where they come from."""
 
 import functools
+import itertools
 import operator
 import os
 import re
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed import distributed_c10d
 from torch.fx.experimental import symbolic_shapes
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 convert_element_type = torch.ops.prims.convert_element_type.default
@@ -48,6 +50,12 @@ def tensor_of(node: object) -> Tensor | None:
     """The fake tensor of a node's value, or None where it holds no single tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def devices_of(graph: fx.Graph) -> set[str]:
+    """Where the tensors of a graph are, by type of device."""
+    values = itertools.chain.from_iterable(pytree.tree_leaves(node.meta.get("val")) for node in graph.nodes)
+    return {value.device.type for value in values if isinstance(value, Tensor)}
 
 
 def fill_of(node: object) -> float | None:
