@@ -1,8 +1,9 @@
-"""One decode step of an unmodified Hugging Face Llama of Llama-3.1-8B's shape, split by its own tp_plan, on a static
-cache, in CUDA graphs: fuseplan beside plain torch.compile, and beside fuseplan that leaves attention alone, in one
-process a rank.
+"""One decode step of an unmodified Hugging Face model, split by its own tp_plan, on a static cache, in CUDA graphs:
+fuseplan beside plain torch.compile, and beside fuseplan that leaves attention alone, in one process a rank; of a model
+in fp8 beside fuseplan that fuses attention alone, and beside one that leaves quantisations.
 
-torchrun --nproc-per-node 2 benchmarks/decode.py [--layers 8] [--batch 1 8 32] [--device cpu] [--captured] [--write]
+torchrun --nproc-per-node 2 benchmarks/decode.py [--model llama-3.1-8b] [--layers 8] [--batch 1 8 32] [--device cpu]
+    [--quantised fp8_rows] [--captured] [--write]
 """
 
 import argparse
@@ -10,6 +11,8 @@ import datetime
 import gc
 import json
 import os
+import shlex
+import sys
 import tempfile
 import time
 import warnings
@@ -19,48 +22,55 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 
 import fuseplan
+from benchmarks import published_shapes
 from benchmarks.graphs import Figure, figure, leave, slowest, versions
+from benchmarks.published_shapes import SHAPES
+from benchmarks.quantised import FORMATS, quantised
+from fuseplan.config import FUSION_FLAGS
 
 POSITION, CACHE = 1000, 1280
 REPEATS, STEPS = 25, 40
 WHAT = (
     "microseconds a decode step, [median, interquartile range] of interleaved repeats of 40 steps, slowest rank; "
-    "Llama-3.1-8B's layer shape (on a CPU 256 wide), bfloat16, vocabulary 32000, static cache of 1280, position 1000, "
+    "the model's layer shape (on a CPU 512 wide), bfloat16, vocabulary 32000, static cache of 1280, position 1000, "
     "mode='reduce-overhead'; without FLAG: fuseplan with that flag of PassConfig off; grouped_attention: what fuseplan "
     "takes less than so, and what so takes less than plain; host: until the step's call has returned; without_guards: "
     "under torch.compiler.set_stance(skip_guard_eval_unsafe=True); captured: each step in one CUDA graph that was "
-    "captured by hand, as engines do, without mode='reduce-overhead', so that no rank waits for Python"
+    "captured by hand, as engines do, without mode='reduce-overhead', so that no rank waits for Python; quantised: how "
+    "all linear layers but lm_head are, each rank's part by itself, by: what quantised them; less_time: by which part "
+    "of it a step of fuseplan is shorter than that side's"
 )
 PLAIN, FUSED, APART = "torch.compile", "fuseplan", "without fuse_grouped_attention"
+ATTENTION, LEFT = "fuseplan, attention alone", "fuseplan, quantisations left"
+SIDES = {FUSED: fuseplan.PassConfig(), APART: fuseplan.PassConfig(fuse_grouped_attention=False)}
+NOTHING_ELSE: dict[str, Any] = dict.fromkeys(FUSION_FLAGS, False) | {"fuse_grouped_attention": None}
+QUANTISED_SIDES = {
+    FUSED: fuseplan.PassConfig(),
+    ATTENTION: fuseplan.PassConfig(**NOTHING_ELSE),
+    LEFT: fuseplan.PassConfig(fuse_norm_quant=False, fuse_act_quant=False),
+}
 
 
-def model_of(layers: int, rank: int, device: torch.device) -> LlamaForCausalLM:
+def model_of(name: str, layers: int, rank: int, device: torch.device) -> Any:
     """Random weights, saved once and loaded by every rank with the model's own plan."""
-    width, heads = (4096, 32) if device.type == "cuda" else (256, 8)
     folder = [tempfile.mkdtemp() if rank == 0 else ""]
     if rank == 0:
-        torch.manual_seed(0)
-        shape: dict[str, Any] = {
-            "hidden_size": width, "intermediate_size": width * 7 // 2, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": heads // 4, "vocab_size": 32000,
-            "max_position_embeddings": 4096, "rope_theta": 5e5, "rms_norm_eps": 1e-5,
-        }  # fmt: skip
-        with device:
-            whole: Any = LlamaForCausalLM(LlamaConfig(**shape))
-            whole.to(torch.bfloat16).save_pretrained(folder[0])
+        whole: Any = published_shapes.model_of(name, layers, device, torch.bfloat16)
+        whole.save_pretrained(folder[0])
+        del whole
         torch.cuda.empty_cache()
     dist.broadcast_object_list(folder)
-    model: Any = LlamaForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16)
-    return model.eval()  # type: ignore[no-any-return]
+    model: Any = SHAPES[name][1].from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16)
+    return model.eval()
 
 
 class Step:
     """A compiled step at one batch size, with a cache of its own."""
 
-    def __init__(self, model: LlamaForCausalLM, batch: int, compiled: Callable[..., Any]) -> None:
+    def __init__(self, model: Any, batch: int, compiled: Callable[..., Any]) -> None:
         device, self.compiled = model.device, compiled
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits = torch.empty(0)
@@ -150,9 +160,15 @@ def profiled(step: Step) -> list[list[Any]]:
 def compared(times: Mapping[str, tuple[Figure, Figure]]) -> dict[str, Any]:
     """Each side's step, what fuseplan's takes less than plain torch.compile's, and what attention has of that."""
     us = {name: whole.us for name, (whole, _) in times.items()}
-    return {
+    found = {
         **{name: whole.json() for name, (whole, _) in times.items()},
         "less_time_percent": round(100 * (1 - us[FUSED] / us[PLAIN]), 2),
+    }
+    if APART not in us:
+        less = {name: round(1 - us[FUSED] / each, 4) for name, each in us.items() if name != FUSED}
+        return {**found, "less_time": less}
+    return {
+        **found,
         "grouped_attention": {
             "gave_us": round(us[APART] - us[FUSED], 2),
             "less_time_percent": round(100 * (1 - us[FUSED] / us[APART]), 2),
@@ -161,20 +177,19 @@ def compared(times: Mapping[str, tuple[Figure, Figure]]) -> dict[str, Any]:
     }
 
 
-def measure(model: LlamaForCausalLM, batch: int, *, captured: bool) -> dict[str, Any]:
+def measure(model: Any, batch: int, *, captured: bool, in_fp8: bool = False) -> dict[str, Any]:
     """All sides at one batch size."""
     torch._dynamo.reset()
     forward, on_gpu = model.forward, dist.get_backend() == "nccl"
-    reports: dict[str, list[fuseplan.Report]] = {FUSED: [], APART: []}
     how: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if on_gpu and not captured:
         how["mode"] = "reduce-overhead"
-    apart = fuseplan.PassConfig(fuse_grouped_attention=False)
-    sides = {
-        PLAIN: Step(model, batch, torch.compile(forward, **how)),
-        FUSED: Step(model, batch, fuseplan.compile(forward, on_report=reports[FUSED].append, **how)),
-        APART: Step(model, batch, fuseplan.compile(forward, config=apart, on_report=reports[APART].append, **how)),
-    }
+    configs = QUANTISED_SIDES if in_fp8 else SIDES
+    reports: dict[str, list[fuseplan.Report]] = {name: [] for name in configs}
+    sides = {PLAIN: Step(model, batch, torch.compile(forward, **how))}
+    for name, config in configs.items():
+        fused = fuseplan.compile(forward, config=config, on_report=reports[name].append, **how)
+        sides[name] = Step(model, batch, fused)
     logits = {}
     for name, step in sides.items():
         for _ in range(4):
@@ -198,7 +213,7 @@ def measure(model: LlamaForCausalLM, batch: int, *, captured: bool) -> dict[str,
         "host": {name: host.json() for name, (_, host) in times.items()},
         **unguarded,
         "fused": reports[FUSED][-1].fused,
-        "fused_apart": reports[APART][-1].fused,
+        **({"fused_apart": reports[APART][-1].fused} if APART in reports else {}),
         "applied": sorted({f"{f.rule}:{f.provider}" for graph in graphs for f in graph.applied}),
         "refused": sorted({r.detail for graph in graphs for r in graph.refusals if r.detail})[:6],
         "logits_relative_difference": float((logits[FUSED] - logits[PLAIN]).norm() / logits[PLAIN].norm()),
@@ -207,12 +222,14 @@ def measure(model: LlamaForCausalLM, batch: int, *, captured: bool) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b", choices=[*SHAPES])
+    parser.add_argument("--quantised", choices=FORMATS, help="linear layers take and hold fp8")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--captured", action="store_true", help="each step in one CUDA graph, captured by hand")
-    parser.add_argument("--write", action="store_true", help="write results/decode_DEVICExRANKS[_captured].json")
+    parser.add_argument("--write", action="store_true", help="write results/decode_*DEVICExRANKS*.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -222,25 +239,28 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     ranks, rows = dist.get_world_size(), list[dict[str, Any]]()
-    flag, suffix = (" --captured", "_captured") if arguments.captured else ("", "")
-    result = {
-        "what": WHAT,
-        "command": f"torchrun --nproc-per-node {ranks} benchmarks/decode.py --layers {arguments.layers}{flag} --write",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": versions() if on_gpu else {"torch": torch.__version__},
-        "ranks": ranks,
-        "layers": arguments.layers,
-        "rows": rows,
-    }
+    in_fp8, suffix = arguments.quantised is not None, "_captured" * arguments.captured
     name = torch.cuda.get_device_name().split()[1].lower() if on_gpu else "cpu"
+    path = arguments.out / f"decode_{'quantised_' * in_fp8}{name}x{ranks}{suffix}.json"
     with torch.no_grad():
-        model = model_of(arguments.layers, rank, device)
+        model = model_of(arguments.model, arguments.layers, rank, device)
+        by = {"quantised": arguments.quantised, "by": quantised(model, arguments.quantised)} if in_fp8 else {}
+        result = {
+            "what": WHAT,
+            "command": f"torchrun --nproc-per-node {ranks} benchmarks/decode.py {shlex.join(sys.argv[1:])}",
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "versions": versions() if on_gpu else {"torch": torch.__version__},
+            "ranks": ranks,
+            "model": arguments.model,
+            **by,
+            "layers": arguments.layers,
+            "rows": rows,
+        }
         for batch in arguments.batch:
-            rows.append(measure(model, batch, captured=arguments.captured))
+            rows.append(measure(model, batch, captured=arguments.captured, in_fp8=in_fp8))
             if rank == 0:
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.write:
-                    path = arguments.out / f"decode_{name}x{ranks}{suffix}.json"
                     path.write_text(json.dumps(result, indent=1) + "\n")
     leave()
 

@@ -3,7 +3,8 @@ torch.compile, and beside what else somebody could do: pass `enable_gqa=True` by
 attention, or write the model anew.
 
 python -m benchmarks.decode_one_gpu [--model llama-3.1-8b qwen3-8b] [--layers 8] [--device cpu] [--write]
-    [--workload decode] [--peers enable_gqa hand-written] [--leave-one-out] [--quantised fp8_rows fp8_blocks]
+    [--workload decode] [--peers enable_gqa hand-written] [--leave-one-out] [--captured]
+    [--quantised fp8_rows fp8_blocks]
 """
 
 import argparse
@@ -45,6 +46,7 @@ WHAT = (
     "where transformers' use_gqa_in_sdpa always says yes; freezing: torch.compile with freezing=True; flex_attention: "
     "torch.compile with that attn_implementation, graph breaks allowed; hand-written: benchmarks/hand_written.py under "
     "torch.compile; early launches: with Inductor's triton.enable_pdl; "
+    "captured: in one CUDA graph that was captured by hand, as engines do, in place of that mode; "
     "without FLAG: fuseplan with that flag of PassConfig off, gave_us: what it takes longer so; failed: "
     "errors of those that gave no time; bytes_limit_us: all weights but the embedding's, and the valid part of the "
     "cache, once, at the bandwidth of a copy in this run, times_limit: times as long; logits: largest difference to "
@@ -122,6 +124,8 @@ class Step:
     def __init__(self, model: Any, work: Workload, compiled: Callable[..., Any], *, by_hand: bool = False) -> None:
         device = model.device
         self.work, self.compiled, self.by_hand, self.device = work, compiled, by_hand, device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
         self.cache = cache_of(model, work)
         generator = torch.Generator(device).manual_seed(1)
         shape = (work.batch, work.tokens)
@@ -154,11 +158,23 @@ class Step:
 
     def __call__(self) -> Tensor:
         """Logits."""
+        if self.graph is not None:
+            self.graph.replay()
+            return self.logits
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         for layer in self.sliding:  # a number of Python's: another one is another graph
             layer.cumulative_length_int = self.work.position
         return self.compiled(**self.arguments).logits  # type: ignore[no-any-return]
+
+    def capture(self) -> None:
+        """From now on, a call is one replay. It was called before, so that nothing compiles while it is captured."""
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self()
+        self.graph = graph
+        self.synchronize()
 
     def repeat(self) -> float:
         """Microseconds a step."""
@@ -242,14 +258,18 @@ def with_own_code(model: Any) -> Callable[..., Any]:
     return call
 
 
-def compiled(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[..., Any]:
+def compiled(name: str, model: Any, reports: list[fuseplan.Report], *, captured: bool = False) -> Callable[..., Any]:
     """A side by its name.
 
     Raises:
         ValueError: it doesn't exist of this model.
     """
     on_gpu = model.device.type == "cuda"
-    how: dict[str, Any] = {"fullgraph": True, "dynamic": False, **({"mode": "reduce-overhead"} if on_gpu else {})}
+    how: dict[str, Any] = {
+        "fullgraph": True,
+        "dynamic": False,
+        **({"mode": "reduce-overhead"} if on_gpu and not captured else {}),
+    }
     forward, early = with_own_code(model), name.endswith(EARLY)
     fused = functools.partial(fuseplan.compile, forward if early else model)
     name = name.removesuffix(EARLY)
@@ -298,8 +318,8 @@ class Sides:
         compile_s: what that call took.
     """
 
-    def __init__(self, model: Any, work: Workload) -> None:
-        self.model, self.work = model, work
+    def __init__(self, model: Any, work: Workload, *, captured: bool = False) -> None:
+        self.model, self.work, self.captured = model, work, captured
         self.steps, self.failed, self.reports = dict[str, Step](), dict[str, str](), list[fuseplan.Report]()
         self.logits, self.compile_s = dict[str, Tensor](), dict[str, float]()
 
@@ -308,7 +328,8 @@ class Sides:
         self.attempt(name, lambda: self._first_run(name))
 
     def _first_run(self, name: str) -> None:
-        step = Step(self.model, self.work, compiled(name, self.model, self.reports), by_hand=name == BY_HAND)
+        own = compiled(name, self.model, self.reports, captured=self.captured)
+        step = Step(self.model, self.work, own, by_hand=name == BY_HAND)
         # Dynamo asks the configuration, and not the options, whether it should hand over parameters to be frozen.
         patches = {"freezing": name == FROZEN, "triton.enable_pdl": name.endswith(EARLY)}
         with enable_gqa(step.by_hand), torch._inductor.config.patch(patches):
@@ -318,6 +339,8 @@ class Sides:
             for _ in range(3):
                 step.reset()
                 step()
+            if self.captured:
+                step.capture()
         self.steps[name], self.logits[name] = step, logits
 
     def attempt(self, name: str, call: Callable[[], Any]) -> None:
@@ -333,12 +356,20 @@ class Sides:
 
 
 def measure(
-    model: Any, work: Workload, *, peers: list[str], leave_one_out: bool, precise: bool, repeats: int, bytes_s: float
+    model: Any,
+    work: Workload,
+    *,
+    peers: list[str],
+    leave_one_out: bool,
+    precise: bool,
+    repeats: int,
+    bytes_s: float,
+    captured: bool = False,
 ) -> dict[str, Any]:
     """All sides on one workload."""
     torch._dynamo.reset()
     on_gpu, began = model.device.type == "cuda", time.perf_counter()
-    sides = Sides(model, work)
+    sides = Sides(model, work, captured=captured)
     for name in (PLAIN, *peers):
         sides.add(name)
     for name in without(sides.reports) if leave_one_out else ():
@@ -354,6 +385,7 @@ def measure(
         profile = {name: sides.steps[name].profiled() for name in shown}
     return {
         "batch": work.batch, "tokens": work.tokens, "position": work.position, "cache": work.cache,
+        **({"captured": True} if captured else {}),
         **{name: each.json() for name, each in times.items()},
         **compared(sides, times, bytes_s), **planned(sides.reports),
         "compile_s": sides.compile_s, "seconds": round(time.perf_counter() - began), "failed": sides.failed,
@@ -438,6 +470,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=(*PEERS, *MORE_PEERS), help="beside torch.compile")
     parser.add_argument("--quantised", nargs="*", default=[], choices=FORMATS, help="models of which layers take fp8")
     parser.add_argument("--leave-one-out", action="store_true", help="fuseplan without each flag that fired, too")
+    parser.add_argument("--captured", action="store_true", help="each call in one CUDA graph, captured by hand")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/decode_one_gpu_DEVICE.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
@@ -486,6 +519,7 @@ def main() -> None:
                 row = measure(
                     model, work, peers=[*arguments.peers], leave_one_out=arguments.leave_one_out,
                     precise=not how and (not on_gpu or work.batch == 1), repeats=arguments.repeats, bytes_s=bytes_s,
+                    captured=arguments.captured,
                 )  # fmt: skip
                 rows.append({"model": model_name, "dtype": dtype, **by, **row})
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "profile"}), flush=True)

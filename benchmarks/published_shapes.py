@@ -46,16 +46,21 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def model_of(name: str, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Random weights in a published model's shape; on a CPU 512 wide, with 8 heads to 2, whatever the model."""
-    config, model, own = SHAPES[name]
+def config_of(name: str, layers: int, device: torch.device) -> Any:
+    """Of a published model's shape; on a CPU 512 wide, with 8 heads to 2, whatever the model."""
+    config, _, own = SHAPES[name]
     common: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 16384}
     shape = {**common, **own, **(SMALL if device.type == "cpu" else {})}
+    return config(num_hidden_layers=layers, vocab_size=VOCABULARY, **shape)
+
+
+def model_of(name: str, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Random weights in the shape of `config_of`."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return model(config(num_hidden_layers=layers, vocab_size=VOCABULARY, **shape)).eval()  # type: ignore[no-any-return]
+            return SHAPES[name][1](config_of(name, layers, device)).eval()  # type: ignore[no-any-return]
     finally:
         torch.set_default_dtype(before)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 DTYPE, BLOCK = torch.float8_e4m3fn, 128
 LARGEST = torch.finfo(DTYPE).max
@@ -173,7 +174,7 @@ def torchao_here() -> Any:
 
 
 def quantised(model: nn.Module, how: str) -> str:
-    """Quantises a model's linear layers but `lm_head`, in place.
+    """Quantises a model's linear layers but `lm_head`, in place; those of a model that is split, each rank's part.
 
     Args:
         model: on the device where it will run, in bfloat16.
@@ -183,7 +184,7 @@ def quantised(model: nn.Module, how: str) -> str:
         By what.
 
     Raises:
-        ValueError: another format.
+        ValueError: another format, or the model is split and torchao isn't installed.
     """
     if how not in FORMATS:
         raise ValueError(f"{how!r} is no format of this benchmark; allowed: {', '.join(FORMATS)}")
@@ -194,6 +195,8 @@ def quantised(model: nn.Module, how: str) -> str:
     for parent in [*model.modules()]:
         for name, child in [*parent.named_children()]:
             if isinstance(child, nn.Linear) and name != UNQUANTISED:
+                if isinstance(child.weight, DTensor):
+                    raise ValueError("the layers of a model that transformers has split need torchao 0.18")
                 setattr(parent, name, layer(child))
     return f"layers written out, torch {torch.__version__}"
 
@@ -213,6 +216,10 @@ def _by_torchao(library: Any, model: nn.Module, how: str) -> str:
         kernel_preference=kernels.KernelPreference.TORCH,
         set_inductor_config=False,
     )
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and isinstance(module.weight, DTensor):
+            module.weight = _kept(module.weight.to_local())
 
     def takes(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and not name.endswith(UNQUANTISED)
