@@ -64,6 +64,9 @@ def model_of(name: str, layers: int, rank: int, device: torch.device) -> Any:
         torch.cuda.empty_cache()
     dist.broadcast_object_list(folder)
     model: Any = SHAPES[name][1].from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16)
+    for module in model.modules():  # transformers 5.17 has gradients summed by hooks, through which Dynamo can't trace
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
     return model.eval()
 
 

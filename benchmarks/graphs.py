@@ -99,7 +99,7 @@ def versions() -> dict[str, str]:
     import triton
 
     found = {"torch": torch.__version__, "triton": triton.__version__, "device": torch.cuda.get_device_name()}
-    for name in ("flashinfer", "liger_kernel", "quack", "transformers"):
+    for name in ("flashinfer", "liger_kernel", "quack", "transformers", *({"vllm"} & sys.modules.keys())):
         try:
             module = __import__(name)
         except ImportError:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fuseplan.providers  # noqa: F401 - registers kernels
+from benchmarks import vllm_kernels
 from benchmarks.graphs import compare, versions
 from fuseplan.dialect import ops, registered_kernel
 
@@ -28,7 +29,8 @@ MOST_SETS = 24
 WHAT = (
     "microseconds a call, [median, interquartile range] of five interleaved repeats of CUDA graphs that rotate among "
     "sets of arguments larger than the L2; bfloat16, hidden 2880 padded to 3072, or 4096 with groups of 128, "
-    "intermediate 14336, 32 + 8 heads of 128"
+    "intermediate 14336, gate and up the halves of rows, 32 + 8 heads of 128; vllm: its own kernel of the same, which "
+    "writes the sum over the residual"
 )
 FP8, GROUP, LEAST = torch.float8_e4m3fn, 128, 1e-10
 
@@ -110,6 +112,11 @@ def activations(rows: int, width: int, count: int) -> list[Tensor]:
     return [torch.randn(rows, width, device="cuda").bfloat16() for _ in range(count)]
 
 
+def halves(rows: int) -> tuple[Tensor, ...]:
+    """gate and up, of one product."""
+    return activations(rows, 2 * INTERMEDIATE, 1)[0].chunk(2, dim=-1)
+
+
 def norm_arguments(rows: int, width: int = WIDTH, count: int = 2) -> tuple[Tensor, ...]:
     return (*activations(rows, width, count), (1 + 0.1 * torch.randn(width, device="cuda")).bfloat16())
 
@@ -139,10 +146,10 @@ def table() -> list[Op]:
         Op("add + RMSNorm + dynamic fp8", norm_arguments,
            lambda x, r, w: kernel["fused_add_rms_norm_dynamic_fp8_quant"](x, r, w, *norm, *by_rows),
            add_norm_dynamic, 7 * WIDTH + 4),
-        Op("SiLU-mul + static fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
+        Op("SiLU-mul + static fp8", halves,
            lambda gate, up: kernel["silu_and_mul_static_fp8_quant"](gate, up, rounding, scale, FP8, "multiply"),
            lambda gate, up: static(activated(gate, up), scale), 5 * INTERMEDIATE),
-        Op("SiLU-mul + dynamic fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
+        Op("SiLU-mul + dynamic fp8", halves,
            lambda gate, up: kernel["silu_and_mul_dynamic_fp8_quant"](gate, up, rounding, *by_rows),
            lambda gate, up: dynamic(activated(gate, up)), 5 * INTERMEDIATE + 4),
         Op("RMSNorm + group fp8", lambda rows: norm_arguments(rows, GROUPED, 1),
@@ -151,7 +158,7 @@ def table() -> list[Op]:
         Op("add + RMSNorm + group fp8", lambda rows: norm_arguments(rows, GROUPED),
            lambda x, r, w: kernel["fused_add_rms_norm_group_fp8_quant"](x, r, w, *norm, *by_groups), add_norm_grouped,
            7 * GROUPED + 4 * GROUPED // GROUP),
-        Op("SiLU-mul + group fp8", lambda rows: tuple(activations(rows, INTERMEDIATE, 2)),
+        Op("SiLU-mul + group fp8", halves,
            lambda gate, up: kernel["silu_and_mul_group_fp8_quant"](gate, up, rounding, *by_groups),
            lambda gate, up: grouped(activated(gate, up)), 5 * INTERMEDIATE + 4 * INTERMEDIATE // GROUP),
         Op("QK norm + RoPE", heads,
@@ -160,8 +167,10 @@ def table() -> list[Op]:
     ]  # fmt: skip
 
 
-def others() -> dict[str, Callable[..., Any]]:
-    """Other libraries' residual add + RMSNorm and torch.compile's pad, of those that are installed."""
+def others() -> dict[str, dict[str, Callable[..., Any]]]:
+    """Other libraries' kernels by op, of those that are installed: residual add + RMSNorm of Liger Kernel and quack, with
+    torch.compile's pad, and vLLM's.
+    """
     pad = torch.compile(lambda y: F.pad(y, (0, PADDED - WIDTH)), dynamic=False)
     found: dict[str, Callable[..., Any]] = {}
     try:
@@ -186,7 +195,8 @@ def others() -> dict[str, Callable[..., Any]]:
             return pad(y), total
 
         found["quack_then_pad"] = quack
-    return found
+    theirs = {op: {"vllm": kernel} for op, kernel in vllm_kernels.kernels(EPS, GROUP, FP8).items()}
+    return {"add + RMSNorm + pad": found, **theirs}
 
 
 def row(op: Op, rows: int, beside: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
@@ -230,7 +240,7 @@ def main() -> None:
     rows = []
     for op in chosen:
         for size in ROWS:
-            rows.append(row(op, size, beside if op.name == "add + RMSNorm + pad" else {}))
+            rows.append(row(op, size, beside.get(op.name, {})))
             print(json.dumps(rows[-1]), flush=True)
     if not arguments.write:
         return

@@ -64,13 +64,13 @@ def pad(y: Tensor) -> Tensor:
 class FlashInfer:
     """FlashInfer's fused all-reduces, where the package is installed."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, width: int = WIDTH) -> None:
         from flashinfer import comm
 
         self.comm = comm
         self.workspace = comm.create_allreduce_fusion_workspace(
             backend="trtllm", world_size=group.size(), rank=dist.get_rank(), max_token_num=max(TOKENS),
-            hidden_dim=WIDTH, dtype=torch.bfloat16, group=group,
+            hidden_dim=width, dtype=torch.bfloat16, group=group,
         )  # fmt: skip
 
     def __call__(
