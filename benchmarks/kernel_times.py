@@ -168,7 +168,7 @@ def table() -> list[Op]:
 
 
 def others() -> dict[str, dict[str, Callable[..., Any]]]:
-    """Other libraries' kernels by op, of those that are installed: residual add + RMSNorm of Liger Kernel and quack, with
+    """Other libraries' kernels by op, of those that are installed: of Liger Kernel and quack add + RMSNorm with
     torch.compile's pad, and vLLM's.
     """
     pad = torch.compile(lambda y: F.pad(y, (0, PADDED - WIDTH)), dynamic=False)
