@@ -1,13 +1,14 @@
 """fuseplan's Triton kernels on one GPU, beside torch.compile's own code and beside a copy of as many bytes.
 
-PYTHONPATH=src:. python benchmarks/kernel_times.py [--only OP] [--write]
+PYTHONPATH=src:. python benchmarks/kernel_times.py [--only OP ...] [--write]
 """
 
 import argparse
 import datetime
 import functools
 import json
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,37 +228,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/kernels_DEVICE.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
-    parser.add_argument("--only", metavar="OP", help="measure this op alone, and replace its rows in the file")
+    parser.add_argument("--only", metavar="OP", nargs="+", help="measure these ops alone, and replace their rows")
     arguments = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
-    beside, measured = others(), table()
-    chosen = [op for op in measured if arguments.only in (None, op.name)]
-    if not chosen:
-        parser.error(f"--only {arguments.only!r}: allowed are {', '.join(op.name for op in measured)}")
+    beside, measured = others(), {op.name: op for op in table()}
+    if unknown := [name for name in arguments.only or () if name not in measured]:
+        parser.error(f"--only {unknown[0]!r}: allowed are {', '.join(measured)}")
     path = arguments.out / f"kernels_{torch.cuda.get_device_name().split()[1].lower()}.json"
     if arguments.only and arguments.write and not path.exists():
         parser.error(f"--only replaces rows of {path}, which isn't there: measure all ops first")
-    rows = []
-    for op in chosen:
-        for size in ROWS:
-            rows.append(row(op, size, beside.get(op.name, {})))
-            print(json.dumps(rows[-1]), flush=True)
-    if not arguments.write:
-        return
-    only = f" --only {arguments.only!r}" if arguments.only else ""
+    only = f" --only {shlex.join(arguments.only)}" if arguments.only else ""
     run = {
         "command": f"PYTHONPATH=src:. python benchmarks/kernel_times.py --write{only}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
     }
-    result: dict[str, Any] = {"what": WHAT, **run, "rows": rows}
-    if arguments.only:
-        before = json.loads(path.read_text())
-        kept = {**before.get("measured_again", {}), arguments.only: run}
-        own = iter(rows)
-        merged = [next(own) if each["op"] == arguments.only else each for each in before["rows"]]
-        result = {**before, "measured_again": kept, "rows": merged}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(path.read_text()) if arguments.only and arguments.write else {**run, "rows": []}
+    for name in arguments.only or measured:
+        rows = []
+        for size in ROWS:
+            rows.append(row(measured[name], size, beside.get(name, {})))
+            print(json.dumps(rows[-1]), flush=True)
+        result = with_rows(result, name, rows, run if arguments.only else None)
+        if arguments.write:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def with_rows(
+    result: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]], again: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Results with an op's rows where its former ones were, or behind all.
+
+    Args:
+        result: what there was.
+        name: the op's.
+        rows: of it.
+        again: by what it was measured again; None: all of the results are of this run.
+    """
+    before, own = result["rows"], iter(rows)
+    merged = [next(own, each) if each["op"] == name else each for each in before] + [*own]
+    repeated = {"measured_again": {**result.get("measured_again", {}), name: again}} if again else {}
+    return {"what": WHAT, **{key: each for key, each in result.items() if key != "what"}, **repeated, "rows": merged}
 
 
 if __name__ == "__main__":

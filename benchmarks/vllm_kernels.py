@@ -17,7 +17,8 @@ def kernels(eps: float, group: int, dtype: torch.dtype) -> dict[str, Callable[..
         dtype: of codes.
     """
     try:
-        importlib.import_module("vllm._C")
+        for name in ("vllm._C", "vllm._C_stable_libtorch"):
+            importlib.import_module(name)
     except ImportError:
         return {}
     ops, scale = torch.ops._C, torch.tensor([0.02], device="cuda")
