@@ -170,6 +170,51 @@ def _kernels() -> str:
     return _table(("rows", *(f"{size:,}" for size in sizes)), rows)
 
 
+def _vllm_kernels() -> str:
+    """How many times as long as ours vLLM's own kernels take, by rows."""
+    result = [row for row in _committed("results/kernels_h200")["rows"] if "vllm" in row]
+    sizes = sorted({row["rows"] for row in result})
+    found = {(row["op"], row["rows"]): row["vllm"][0] / row["fused"][0] for row in result}
+    rows = [(op, *(f"{found[op, size]:.2f}" for size in sizes)) for op in dict.fromkeys(row["op"] for row in result)]
+    return _table(("rows", *(f"{size:,}" for size in sizes)), rows)
+
+
+def _quantised_region() -> str:
+    """What fp8 quantisation adds to the fused all-reduce, and the kernel beside others' in pairs, by tokens."""
+    result = _committed("results/region_quantised_h200x2")["rows"]
+    found = {(row["quantised"], row["tokens"]): row for row in result}
+    rows: list[tuple[object, ...]] = []
+    for tokens in sorted({row["tokens"] for row in result}):
+        cells: list[str] = []
+        for how in ("group", "token"):
+            row = found[how, tokens]
+            median, spread = row["fused"]
+            cells += [f"{median:.2f} ± {spread:.2f} us", f"{100 * row['over']:.0f} %", f"{row['times_faster']:.2f}"]
+        rows.append((f"{tokens:,}", *cells))
+    each = ("on top of no quantisation", "beside others' best")
+    return _table(("tokens", "scales of 128", *each, "of a token", *each), rows)
+
+
+def _quantised_steps() -> str:
+    """Captured decode steps of models in fp8 beside what else could run them."""
+    one, two = (
+        _committed("results/decode_one_gpu_quantised_h200"),
+        _committed("results/decode_quantised_h200x2_captured"),
+    )
+    split = {"model": two["model"], "quantised": two["quantised"], "gpus": 2}
+    formats = {"fp8_rows": "a row", "fp8_blocks": "128 elements"}
+    others = ("torch.compile", "fuseplan, attention alone", "fuseplan, quantisations left")
+    rows: list[tuple[object, ...]] = []
+    for row in (*one["rows"], *({**row, **split} for row in two["rows"])):
+        if row.get("captured"):
+            us = row["fuseplan"][0]
+            less = (f"{row[side][0]:,.0f} ({100 * (1 - us / row[side][0]):.0f} %)" for side in others)
+            what = f"`{row['model']}`", formats[row["quantised"]], row.get("gpus", 1), row["batch"]
+            rows.append((*what, f"{us:,.0f}", *less))
+    sides = ("plain `torch.compile` (less)", "attention's fusions alone (less)", "all but quantisations (less)")
+    return _table(("model", "a scale for", "H200s", "batch", "fuseplan", *sides), rows)
+
+
 def _left_out() -> str:
     """How many rows lie in their intervals that weren't seen by the fit."""
     result = _committed("results/leave_one_out")
@@ -299,6 +344,9 @@ tables = {
     "region_h100x2": _region(2),
     "region_h100x4": _region(4),
     "kernels_h200": _kernels(),
+    "vllm_kernels_h200": _vllm_kernels(),
+    "quantised_steps": _quantised_steps(),
+    "region_quantised_h200x2": _quantised_region(),
     "host_cost_h200": _host_cost(),
     "nearer": _nearer(),
     "vllm_turns": _vllm_turns(),

@@ -107,6 +107,12 @@ def test_heads_that_no_kernel_reads_so_are_refused() -> None:
         Timing(heads="shred")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("times", [0.5, float("nan")])
+def test_no_kernel_is_faster_than_memory(times: float) -> None:
+    with pytest.raises(ConfigError, match=r"times=(0\.5|nan): a kernel takes at least as long as memory does"):
+        Timing(times=times)
+
+
 def test_of_an_op_that_the_model_has_no_site_for_it_is_a_kernel() -> None:
     offer = mine(cost=ONE_KERNEL).implements[ops.fused_add_rms_norm_pad.name]
     assert offer.cost == KernelCost()

@@ -4,7 +4,10 @@ Nothing of this has been run on a GPU.
 """
 
 import importlib.metadata
+import json
+import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +18,19 @@ from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
 from fuseplan.integrations.vllm.passes import manager_for
+from fuseplan.planner.costs import HARDWARE, CostModel, Region
 from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS, PROFILES, vllm_c
 from fuseplan.providers.vllm_c import gates, halves
 from fuseplan.record import Report
 from fuseplan.rules import Bindings
 from fuseplan.verification.memory import Poisoned
 from tests.helpers import post_grad, randn
+from tests.planner.parts import NORM
 from tests.providers.stand_ins import snapshot
 
 (PROVIDER,) = ENGINE_PROVIDERS
 FN = torch.float8_e4m3fn
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 MIN_SCALE = 1 / (448 * 512)
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -377,3 +383,19 @@ def test_engines_have_it_among_their_candidates() -> None:
 
 def test_it_says_that_it_has_not_been_run() -> None:
     assert PROVIDER.untested is not None
+
+
+def test_the_price_is_the_median_of_what_was_measured() -> None:
+    rows = json.loads((RESULTS / "kernels_h200.json").read_text())["rows"]
+    ratios = sorted(row["vllm"][0] / row["fused"][0] for row in rows if "vllm" in row)
+    assert len(ratios) == 48
+    assert round(statistics.median(ratios), 2) == vllm_c.TIMES
+    assert (round(ratios[0], 2), round(ratios[-1], 1)) == (1.08, 11.4)
+
+
+def test_own_kernels_come_before_those_of_vllm() -> None:
+    assert PROVIDER.timing is not None
+    model = CostModel(HARDWARE["h200"], timings={PROVIDER.name: PROVIDER.timing})
+    for tokens in (1, 8192):
+        shape = Region(core=NORM, tokens=tokens, width=4096)
+        assert model.fused_ns(shape, "triton") < model.fused_ns(shape, "vllm_c")

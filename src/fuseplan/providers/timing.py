@@ -5,6 +5,7 @@ from typing import Final, get_args
 
 from fuseplan.config import unknown
 from fuseplan.devices import EXCHANGES
+from fuseplan.errors import ConfigError
 from fuseplan.rules.parts.attention.traffic import Heads
 
 
@@ -21,20 +22,24 @@ class Timing:
         eager: it is no kernel but the reference, op by op in eager mode.
         exchange: the constants by which ranks exchange rows, as a field of `Hardware`.
         heads: how an attention kernel reads keys and values that several heads of queries share.
+        times: how many times as long as a kernel at the memory's bandwidth its kernels take.
 
     Raises:
-        ConfigError: no such constants, or no such way to read heads, are known.
+        ConfigError: no such constants, or no such way to read heads, are known, or `times` isn't at least 1.
     """
 
     eager: bool = False
     exchange: str = "triton"
     heads: Heads = "repeated"
+    times: float = 1.0
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             raise unknown("exchange", str(self.exchange), EXCHANGES)
         if self.heads not in get_args(Heads):
             raise unknown("heads", str(self.heads), get_args(Heads))
+        if not self.times >= 1:
+            raise ConfigError(f"times={self.times!r}: a kernel takes at least as long as memory does: give 1 or more")
 
 
 ONE_KERNEL: Final = Timing()

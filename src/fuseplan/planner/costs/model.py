@@ -164,7 +164,7 @@ class CostModel:
         exchange = self.hardware.exchange(timing.exchange)
         staged = exchange if isinstance(exchange, Aiter) else None
         peers = exchange.peers if isinstance(exchange, Aiter) else exchange or self.hardware.triton
-        local = region.read_bytes + region.written_bytes
+        local = round(timing.times * (region.read_bytes + region.written_bytes))
         name = region.name
         if not region.reduce or peers is None:
             kernels = (self._kernel(name, local, staged.norm.value if staged else 0.0, FUSED),)
