@@ -145,6 +145,18 @@ def test_codes_of_another_format_are_left() -> None:
     assert recognized(product, x.to(torch.float8_e5m2), scale, *weight(32)) == {}
 
 
+def test_layers_whose_every_size_is_a_symbol_are_refused_by_name() -> None:
+    """As weights that are handed over have them where `dynamic=True`: such a size has no hash."""
+    inputs = *quantize_rows(randn(3, WIDTH)), *weights(32, 16)
+    for each in inputs:
+        torch._dynamo.maybe_mark_dynamic(each, 1)
+    report = planned(post_grad(several, *inputs, dynamic=True), **ON)
+    details = [
+        each.detail for each in report.refusals if (each.rule, each.provider) == ("merged_scaled_linear", "triton")
+    ]
+    assert details == ["the size of weight0 isn't known when the graph is compiled"]
+
+
 def test_biases_are_inputs_of_the_op() -> None:
     inputs = *quantize_rows(randn(3, WIDTH)), *weight(32)
     assert recognized(product, *inputs, randn(32)) == {"scaled_linear": 1}

@@ -40,6 +40,26 @@ def is_call(node: object, *targets: object) -> TypeGuard[Call]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def arguments(call: fx.Node) -> tuple[Any, ...]:
+    """What a function is called with, in the order of its schema, defaults where the call leaves them out. Of what has
+    no schema as the call has it, by name behind the others.
+    """
+    if not isinstance(call.target, torch._ops.OpOverload):
+        return *call.args, *sorted(call.kwargs.items())
+    names, defaults = _schema_of(call.target)
+    if len(call.args) == len(names):
+        return call.args
+    rest = zip(names[len(call.args) :], defaults[len(call.args) :], strict=True)
+    return *call.args, *(call.kwargs.get(name, default) for name, default in rest)
+
+
+@functools.lru_cache(maxsize=4096)
+def _schema_of(target: torch._ops.OpOverload) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Names of the arguments, and their defaults, None of those that have none."""
+    schema = target._schema.arguments
+    return tuple(argument.name for argument in schema), tuple(argument.default_value for argument in schema)
+
+
 def other_operand(call: fx.Node, operand: object) -> object:
     """Of an op with two operands the one that isn't `operand`."""
     left, right = call.args
@@ -95,6 +115,11 @@ def equal_size(left: object, right: object) -> bool:
     if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt) and left.node.expr == right.node.expr:
         return True
     return symbolic_shapes.statically_known_true(left == right)
+
+
+def exact(size: Any) -> Any:
+    """A size to be compared and hashed: a symbolic one by its expression, which adds no guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def equal_sizes(left: Sequence[object], right: Sequence[object]) -> bool:

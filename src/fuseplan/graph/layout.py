@@ -13,7 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
-from fuseplan.graph.facts import FUNCTIONAL, aten, equal_size, is_call, is_dense, is_mutation, is_torchs, tensor_of
+from fuseplan.graph.facts import (
+    FUNCTIONAL,
+    aten,
+    equal_size,
+    exact,
+    is_call,
+    is_dense,
+    is_mutation,
+    is_torchs,
+    tensor_of,
+)
 from fuseplan.graph.ops import ALIGNED_ROWS
 from fuseplan.graph.sizes import equal_rounded
 
@@ -72,8 +82,7 @@ def storage_of(value: Tensor) -> int:
 
 def layout_of(value: Tensor) -> tuple[Any, ...]:
     """Sizes, strides and offset, to be compared and hashed: symbolic ones by their expressions, which adds no guard."""
-    numbers = (*value.shape, *value.stride(), value.storage_offset())
-    return tuple(each.node.expr if isinstance(each, torch.SymInt) else each for each in numbers)
+    return tuple(map(exact, (*value.shape, *value.stride(), value.storage_offset())))
 
 
 def same_layout(left: Tensor, right: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuseplan.graph.facts import aten, hint, is_attention, tensor_of
+from fuseplan.graph.facts import aten, exact, hint, is_attention, tensor_of
 from fuseplan.graph.reach import is_view
 
 PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2, aten._scaled_mm.default: 1}
@@ -42,9 +42,9 @@ class Rows:
         symbolic = [value for value in inputs if any(isinstance(size, torch.SymInt) for size in _leading(value))]
         integers = [value for value in symbolic or inputs if not value.is_floating_point() and value.dim()]
         for value in integers or symbolic:
-            exact = _expression(_leading(value))
+            product = _expression(_leading(value))
             traced = _product([hint(size) for size in _leading(value)])
-            return cls(exact, traced, _environment(_leading(value))) if symbolic else cls(None, traced)
+            return cls(product, traced, _environment(_leading(value))) if symbolic else cls(None, traced)
         return cls(None, 1)
 
     @property
@@ -62,7 +62,7 @@ class Rows:
         if self.tokens is None:
             return rows
         sizes: list[Any] = list(leading)
-        key = tuple(map(_exact, sizes))
+        key = tuple(map(exact, sizes))
         if key not in self._varies:
             symbols: set[Any] = getattr(_expression(leading), "free_symbols", set())
             self._varies[key] = bool(symbols & self.tokens.free_symbols)
@@ -128,7 +128,7 @@ def most_rows(graph: fx.Graph, tokens: int | None, rows: Rows | None = None) -> 
     queries = (tensor_of(node.args[0]) for node in graph.nodes if is_attention(node))
     asking = [value for value in queries if value is not None]
     leading = [*(value.shape[:-1] for value in values), *((value.shape[0], value.shape[2]) for value in asking)]
-    known = {tuple(map(_exact, sizes)): sizes for sizes in leading}
+    known = {tuple(map(exact, sizes)): sizes for sizes in leading}
     return max([found, *(rows.most_of(sizes, tokens) for sizes in known.values())])
 
 
@@ -143,13 +143,8 @@ def _expression(sizes: Iterable[Any]) -> Any:
     """The product of sizes in the symbols of the graph."""
     product: Any = 1
     for size in sizes:
-        product = product * _exact(size)
+        product = product * exact(size)
     return product
-
-
-def _exact(size: Any) -> Any:
-    """A size in the symbols of the graph."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _environment(sizes: Iterable[Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.engines import arguments_of
-from fuseplan.graph.facts import ORDER_KEEPING, Call, aten, dtype_of, equal_size, equal_sizes, is_call, tensor_of
+from fuseplan.graph.facts import ORDER_KEEPING, Call, aten, dtype_of, equal_size, equal_sizes, exact, is_call, tensor_of
 from fuseplan.graph.ops import DialectOp, Sample, define, draw_positive, random_tensor
 from fuseplan.rules.parts.base import Core, Reported, Stage
 from fuseplan.rules.parts.linear import MOST_TOGETHER, NAMES, LinearRegion, is_input, shared_out
@@ -179,7 +179,7 @@ class _Layer:
     @property
     def reads(self) -> tuple[Any, ...]:
         """What layers have in common that can be one op: several may each have views of their own of one input."""
-        return _viewed(self.rows), _viewed(self.scale), _size(self.rows, 1), self.use_fast_accum
+        return _viewed(self.rows), _viewed(self.scale), exact(_size(self.rows, 1)), self.use_fast_accum
 
 
 def raise_scaled_linears(canonical: CanonicalGraph) -> None:
