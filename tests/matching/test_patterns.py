@@ -75,7 +75,14 @@ def test_built_in_patterns_match_as_by_inductor(graph: fx.Graph) -> None:
         (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, 2), True),
         (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, 3), False),
         (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, y), False),
-        (lambda x, y: aten.add.Tensor(x, y), lambda x, y: aten.add.Tensor(x, y, alpha=2), True),
+        (lambda x, y: aten.add.Tensor(x, y), lambda x, y: aten.add.Tensor(x, y, alpha=2), False),
+        (lambda x, y: aten.add.Tensor(x, y, alpha=2), lambda x, y: aten.add.Tensor(x, y, alpha=2), True),
+        (lambda x, y: aten.add.Tensor(x, y, alpha=2), lambda x, y: aten.add.Tensor(x, y, alpha=3), False),
+        (lambda x, y: aten.add.Tensor(x, y, alpha=2), lambda x, y: aten.add.Tensor(x, y), False),
+        (lambda x, y, k: aten.add.Tensor(x, y, alpha=k), lambda x, y: aten.add.Tensor(x, y, alpha=3), True),
+        (lambda x, y: aten.cat.default([x, y, x], 1), lambda x, y: aten.cat.default([x, y, x], 1), True),
+        (lambda x, y: aten.cat.default([x, y], 1), lambda x, y: aten.cat.default([x, y, x], 1), False),
+        (lambda x: aten.cat.default([x, x], 1), lambda x, y: aten.cat.default([x, y], 1), False),
         (lambda x: aten.permute.default(x, [1, 0]), lambda x, y: aten.permute.default(x, [1, 0]), True),
         (lambda x: aten.permute.default(x, [1, 0]), lambda x, y: aten.permute.default(x, [0, 1]), False),
         (lambda x, dims: aten.permute.default(x, dims), lambda x, y: aten.permute.default(x, [0, 1]), True),
@@ -92,6 +99,41 @@ def test_patterns_match_as_by_inductor(pattern: Any, model: Any, matches: bool) 
     ours, theirs = both(compiled, anchor)
     assert ours == theirs
     assert (ours is not None) is matches
+
+
+@pytest.mark.parametrize(
+    ("pattern", "model", "bound"),
+    [
+        (lambda x, y: aten.add.Tensor(x, y, alpha=1), lambda x, y: aten.add.Tensor(x, y), {}),
+        (lambda x, y: aten.add.Tensor(x, y), lambda x, y: aten.add.Tensor(x, y, alpha=1), {}),
+        (lambda x, y, k: aten.add.Tensor(x, y, alpha=k), lambda x, y: aten.add.Tensor(x, y), {"k": 1}),
+        (lambda x: aten.mean.dim(x, [1], False), lambda x, y: aten.mean.dim(x, [1]), {}),
+        (lambda x: aten.mean.dim(x, [1]), lambda x, y: aten.mean.dim(x, [1], True), None),
+        (lambda x, kept: aten.mean.dim(x, [1], kept), lambda x, y: aten.mean.dim(x, [1], keepdim=True), {"kept": True}),
+        (lambda x: aten.mean.dim(x, [1]), lambda x, y: aten.mean.dim(x, [1], dtype=torch.float64), None),
+    ],
+)
+def test_arguments_that_are_left_out_are_their_defaults(pattern: Any, model: Any, bound: dict[str, Any] | None) -> None:
+    """Of which Inductor's matcher makes something else, or nothing."""
+    anchor = fx.symbolic_trace(model).graph.output_node().args[0]
+    assert isinstance(anchor, fx.Node)
+    found = pattern_of(pattern).match(anchor)
+    plain = (
+        None if found is None else {name: value for name, value in found[0].items() if not isinstance(value, fx.Node)}
+    )
+    assert plain == bound
+
+
+def test_a_name_that_a_pattern_of_all_overloads_leaves_out_is_looked_at() -> None:
+    """Which is matched by Inductor."""
+    by_name: Any
+    for by_name, matches in (({}, True), ({"alpha": 2}, False)):
+        graph = fx.Graph()
+        x, y = map(graph.placeholder, "xy")
+        total = graph.call_function(aten.add.Tensor, (x, y), by_name)
+        anchor = graph.call_function(aten.relu.default, (total,))
+        found = pattern_of(lambda x, y: aten.relu.default(aten.add(x, y))).match(anchor)
+        assert (found is not None) is matches
 
 
 def test_a_value_that_equals_nothing_is_bound() -> None:

@@ -15,6 +15,7 @@ from fuseplan.providers import provider_of
 from fuseplan.record import Nearness, Report
 from fuseplan.rules import Rule
 from tests.helpers import HIDDEN, llama, randn
+from tests.interpreted import no_code
 
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
 
@@ -106,6 +107,57 @@ def test_tests_can_count_it() -> None:
     assert_fusions(obstructed, (randn(5, HIDDEN), W), {"norm_relu": 1}, **theirs)
     with pytest.raises(AssertionError, match=r"why     near miss: aten\.sin\.default stands between rms_norm and aten"):
         assert_fusions(obstructed, (randn(5, HIDDEN), W), {"norm_relu": 2}, **theirs)
+
+
+def doubled_reference(x: Tensor, weight: Tensor, residual: Tensor, eps: float, rounding: str) -> Tensor:
+    normed: Tensor = ops.rms_norm.reference(x, weight, eps, rounding)
+    return residual + 2 * normed.float()
+
+
+norm_doubled = define(
+    "norm_doubled", "(Tensor x, Tensor weight, Tensor residual, float eps, str rounding) -> Tensor",
+    reference=doubled_reference, fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32), samples=(),
+    fused=True,
+)  # fmt: skip
+DOUBLES = provider_of("doubles", {norm_doubled: doubled_reference}, cost=0.0)
+
+
+class NormDoubled(Rule):
+    """rms_norm -> residual + 2 *  =>  one op, whose result is cast; both sides have arguments by name."""
+
+    name, flags, op, core = "norm_doubled", (), norm_doubled, ops.rms_norm
+
+    def pattern(self, x: Any, weight: Any, residual: Any, eps: Any, rounding: Any) -> Any:
+        return torch.ops.aten.add.Tensor(residual, ops.rms_norm(x, weight, eps, rounding), alpha=2)
+
+    def replacement(self, x: Any, weight: Any, residual: Any, eps: Any, rounding: Any) -> Any:
+        return torch.ops.aten._to_copy.default(norm_doubled(x, weight, residual, eps, rounding), dtype=torch.bfloat16)
+
+
+def added(x: Tensor, w: Tensor, residual: Tensor, alpha: int) -> Tensor:
+    return torch.add(residual, llama(x, None, w)[0], alpha=alpha)
+
+
+@pytest.mark.parametrize(("alpha", "applied"), [(2, 1), (3, 0), (1, 0)])
+@pytest.mark.parametrize("verify", ["first-use", "off"])
+def test_arguments_by_name_are_part_of_both_sides(alpha: int, applied: int, verify: str) -> None:
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    inputs = randn(5, HIDDEN), W, randn(5, HIDDEN, seed=2), alpha
+    compiled = fuseplan.compile(
+        added, rules=[NormDoubled()], providers=[DOUBLES], on_report=reports.append,
+        config=fuseplan.PassConfig(verify=verify),
+    )  # fmt: skip
+    with no_code(), torch.inference_mode():
+        actual = compiled(*inputs)
+    expected = added(*inputs)
+    assert (actual.dtype, reports[0].fused["norm_doubled"]) == (expected.dtype, applied)
+    torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
+    why = {3: "takes 3, and the rule has 2 there", 1: "takes 1, and the rule has 2 there"}
+    found = [
+        miss.detail.split("aten.add.Tensor ")[-1] for miss in reports[0].near_misses if miss.rule == "norm_doubled"
+    ]
+    assert found == ([why[alpha]] if alpha in why else [])
 
 
 def test_an_op_is_defined_once() -> None:

@@ -1,6 +1,7 @@
 """The one place that touches Inductor's private pattern matcher."""
 
 import operator
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch._inductor.pattern_matcher import (
 )
 from torch._ops import OpOverload
 
-from fuseplan.graph.facts import is_call
+from fuseplan.graph.facts import arguments, is_call
 from fuseplan.rules.base import Traced
 
 
@@ -48,9 +49,9 @@ class CompiledPattern:
 
         def convert(node: fx.Node) -> PatternExpr:
             if node not in by_node:
-                args = fx.map_arg(node.args, convert)  # type: ignore[arg-type]
+                args, kwargs = fx.map_arg((node.args, node.kwargs), convert)  # type: ignore[arg-type]
                 assert callable(node.target)
-                by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE)
+                by_node[node] = CallFunction(node.target, *args, _users=MULTIPLE, **kwargs)
             return by_node[node]
 
         convert(self._anchor)
@@ -69,13 +70,15 @@ class CompiledPattern:
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Whether all it calls are single overloads or items, on nothing but nodes and plain values by position."""
-        targets = (node.target is operator.getitem or isinstance(node.target, OpOverload) for node in self._calls)
-        nested = (isinstance(arg, (list, tuple, dict, slice)) for node in self._calls for arg in node.args)
-        return all(targets) and not any(nested) and not any(node.kwargs for node in self._calls)
+        """Whether all it calls are single overloads or items."""
+        return all(node.target is operator.getitem or isinstance(node.target, OpOverload) for node in self._calls)
 
     def _fits(self, expected: Any, found: Any, values: dict[str, Any], nodes: dict[fx.Node, fx.Node]) -> bool:
-        """Holds a plain pattern against a graph as Inductor's matcher does, which takes several times as long."""
+        """Holds a plain pattern against a graph as Inductor's matcher does, which takes several times as long, and
+        doesn't look at arguments by name that the pattern leaves out.
+        """
+        if isinstance(expected, (list, tuple)):
+            return isinstance(found, (list, tuple)) and self._all_fit(expected, found, values, nodes)
         if not isinstance(expected, fx.Node):
             return not isinstance(found, fx.Node) and bool(found == expected)
         name = self._names.get(expected)
@@ -86,12 +89,19 @@ class CompiledPattern:
             return bool(values[name] == found)
         if expected in nodes:
             return nodes[expected] is found
-        if not is_call(found, expected.target) or len(found.args) != len(expected.args):
+        if not is_call(found, expected.target):
             return False
-        if not all(self._fits(*pair, values, nodes) for pair in zip(expected.args, found.args, strict=True)):
+        if not self._all_fit(arguments(expected), arguments(found), values, nodes):
             return False
         nodes[expected] = found
         return True
+
+    def _all_fit(
+        self, expected: Sequence[Any], found: Sequence[Any], values: dict[str, Any], nodes: dict[fx.Node, fx.Node]
+    ) -> bool:  # fmt: skip
+        return len(expected) == len(found) and all(
+            self._fits(*pair, values, nodes) for pair in zip(expected, found, strict=True)
+        )
 
     def _match_by_inductor(self, anchor: fx.Node) -> tuple[dict[str, Any], dict[fx.Node, fx.Node]] | None:
         context = MatchContext([self.expression], graph=anchor.graph)
@@ -103,7 +113,10 @@ class CompiledPattern:
             for node, expression in self._by_node.items()
             if node.op == "call_function"
         }
-        return dict(result.kwargs), {node: target for node, target in found.items() if target is not None}
+        matched = {node: target for node, target in found.items() if target is not None}
+        if not all(target.kwargs.keys() <= node.kwargs.keys() for node, target in matched.items()):
+            return None  # by a name that the pattern leaves out, which the matcher doesn't look at
+        return dict(result.kwargs), matched
 
 
 def item_of(node: fx.Node) -> tuple[Any, Any] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.facts import dtype_name, place_of, source_code, source_line
+from fuseplan.graph.facts import arguments, dtype_name, place_of, source_code, source_line
 from fuseplan.graph.legality import is_convex
 from fuseplan.graph.ops import DialectOp, ops
 from fuseplan.graph.reach import is_view, path_between
@@ -187,7 +187,7 @@ class _Search:
         if expected.is_core:
             attempt.core = found
         for place, part in expected.inputs:
-            self._follow(attempt, part, found.args[place], found)
+            self._follow(attempt, part, arguments(found)[place], found)
 
     def _search(self, expected: Outline, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
         """(obstacles, the expected node or what looks like it) behind `found`."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from fuseplan.graph.facts import item
+from fuseplan.graph.facts import arguments, item
 from fuseplan.rules import Rule
 from fuseplan.rules.base import op_text
 
@@ -81,7 +81,7 @@ def difference(rule: Rule, anchor: fx.Node) -> Difference | None:
     bound: dict[fx.Node, object] = {}
 
     def follow(pattern: fx.Node, node: fx.Node) -> Difference | None:
-        for wanted, given in zip(pattern.args, node.args, strict=False):
+        for wanted, given in zip(arguments(pattern), arguments(node), strict=False):
             if not isinstance(wanted, fx.Node):
                 if wanted != given:
                     what = op_text(node.target)
@@ -107,7 +107,7 @@ def _outline(rule: Rule, node: fx.Node) -> Outline:
         source, index = node.args
         assert isinstance(source, fx.Node)
         node = source
-    parts = [(i, arg) for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op != "placeholder"]
+    parts = [(i, arg) for i, arg in enumerate(arguments(node)) if isinstance(arg, fx.Node) and arg.op != "placeholder"]
     return Outline(
         target=node.target, index=index, name=op_text(node.target), is_core=node.target is rule.core.overload,
         inputs=tuple((place, _outline(rule, arg)) for place, arg in parts),

@@ -105,8 +105,7 @@ class _Rewriter:
                 mapping[node] = self._inline(place, match, args)
             elif node.op == "call_function":
                 target = match.rule.op.implementation(match.provider) if node.target is fused else node.target
-                args = fx.map_arg(node.args, lambda source: mapping[source])
-                kwargs: dict[str, Any] = {}
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: mapping[source])
                 if node.target is fused and match.rule.op.writes:
                     target, args, kwargs = functionalized(match.rule.op, target, args)
                 value = None if kwargs else known.get(node)
