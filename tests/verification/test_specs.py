@@ -2,19 +2,24 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.errors import FuseplanWarning
 from fuseplan.matching import Match
+from fuseplan.providers import provider_of
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.memory import Guarded, make_arguments
 from fuseplan.verification.region import Region
-from fuseplan.verification.specs import Sizes, TensorSpec, cases_of
+from fuseplan.verification.specs import Sizes, TensorSpec, case_of, cases_of
 from tests.helpers import HIDDEN, llama, post_grad, randn
+from tests.interpreted import no_code
 
 WEIGHT = torch.ones(2, HIDDEN).bfloat16()
 
@@ -40,10 +45,62 @@ def test_rows_follow_the_tokens_and_nothing_else_does() -> None:
     large = cases_of(match, Sizes(canonical.graph), (1, 8192))
     assert [case.tokens for case in large] == [1, 7, 24, 33], "the reference is right by definition"
     shapes = [case.arguments["x"].shape for case in cases]
+    assert case_of(match, Sizes(canonical.graph), 8192).arguments["x"].shape[:2] == (64, 128)
+    assert case_of(match, Sizes(canonical.graph), 257).arguments["x"].shape[:2] == (4, 64), "no divisor: as traced"
     assert all(shape[-1] == HIDDEN for shape in shapes)
     assert [shape[0] * shape[1] for shape in shapes] == [8, 24, 32, 64]
+    varied = [case_of(match, Sizes(canonical.graph), case.tokens).arguments["x"].shape for case in cases]
+    assert [tuple(shape[:2]) for shape in varied] == [(2, 4), (4, 6), (3, 11), (8, 8)]
     assert {case.arguments["weight"].shape for case in cases} == {(HIDDEN,)}
     assert {case.arguments["right"] for case in cases} == {16}
+
+
+def two_lengths(tokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens + 1, torch.nn.functional.pad(llama(x, None, weight)[0], (0, 16))
+
+
+def test_a_second_length_goes_from_long_to_short() -> None:
+    match, canonical = match_of(two_lengths, torch.arange(6), randn(5, HIDDEN), WEIGHT[0], dynamic=True)
+    sizes = Sizes(canonical.graph)
+    cases = [case_of(match, sizes, tokens) for tokens in sizes.tokens((1, 8192))]
+    found = {case.tokens: case.arguments["x"].shape[0] for case in cases}
+    assert found == {1: 8191, 6: 5, 7: 8191, 33: 1127, 257: 389, 389: 257, 769: 33, 1127: 33, 8192: 7}
+    assert case_of(match, sizes, 6, traced=False).arguments["x"].shape[0] == 8191
+    varying = [each for each in sizes.at(1) if len({sizes.at(tokens)[each] for tokens in found}) > 1]
+    assert len(varying) == 1, "what is measured and priced varies in tokens alone"
+
+
+def test_what_the_graph_demands_of_a_size_is_kept() -> None:
+    def function(tokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.shape[0] % 4 == 0
+        assert x.shape[0] <= 600
+        return two_lengths(tokens, x, weight)
+
+    match, canonical = match_of(function, torch.arange(6), randn(8, HIDDEN), WEIGHT[0], dynamic=True)
+    sizes = Sizes(canonical.graph)
+    found = {case_of(match, sizes, tokens).arguments["x"].shape[0] for tokens in sizes.tokens((1, 8192))}
+    assert found == {8, 600}
+
+
+def test_a_kernel_that_is_wrong_at_another_length_of_a_second_input_is_refused() -> None:
+    def wrong(x: Tensor, *rest: Any) -> Tensor:
+        y: Tensor = ops.rms_norm_pad.reference(x, *rest)
+        return y * 2 if x.shape[0] > 100 else y
+
+    reports: list[Any] = []
+    torch._dynamo.reset()
+    provider = provider_of("wrong_when_long", {ops.rms_norm_pad: wrong}, cost=0.0)
+    compiled = fuseplan.compile(
+        two_lengths, providers=[provider], on_report=reports.append, dynamic=True,
+        config=PassConfig(force=("act_padding:wrong_when_long",)),
+    )  # fmt: skip
+    inputs = [(torch.arange(6), randn(length, HIDDEN), WEIGHT[0]) for length in (5, 200)]
+    with no_code(), torch.inference_mode():
+        with pytest.warns(FuseplanWarning, match="wrong_when_long's rms_norm_pad failed verification"):
+            compiled(*inputs[0])
+        for each in inputs:
+            torch.testing.assert_close(compiled(*each), two_lengths(*each), rtol=2**-6, atol=2**-6)
+    assert [each.fused["act_padding"] for each in reports] == [0]
 
 
 def test_a_static_graph_is_checked_at_its_own_size() -> None:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,10 +140,12 @@ def _cases(match: ExternalMatch, before: Side, after: Side, sizes: Sizes, span: 
     first = next((value for node in match.consumed if (value := tensor_of(node)) is not None), None)
     rows = math.prod(map(hint, first.shape[:-1])) if first is not None else 1
     tokens_of = sizes.tokens(span) or (rows,)
+    values_at: Callable[[int], Mapping[Any, int]] = sizes.varied
     if all(op.namespace in TORCHS for op, _, _ in after.calls):
         tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
+        values_at = sizes.at
     return tuple(
-        Case(tokens=tokens, arguments=_arguments(before, symbols := sizes.at(tokens)), symbols=symbols)
+        Case(tokens=tokens, arguments=_arguments(before, symbols := values_at(tokens)), symbols=symbols)
         for tokens in tokens_of
     )
 

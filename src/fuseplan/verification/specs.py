@@ -1,12 +1,16 @@
 """What a fused op will be called with: the arguments of a match, at each number of tokens that they are checked at."""
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuseplan.dialect import is_inlined
 from fuseplan.graph.facts import fill_of, hint, tensor_of
@@ -16,11 +20,17 @@ from fuseplan.planner.rows import Rows
 ODD_SIZES = (1, 7, 33, 257, 389, 769, 1127, 8191)
 """Numbers of tokens that no tile divides, where they lie in the range: kernels forget their last, partial tile."""
 
+SPAN = 8192
+"""Up to which the end of a range of sizes is tried, too."""
+
 SMALL = 64
 """Sizes up to which torch's own ops are run: right by definition, only how they are called is in question."""
 
 ALIGNMENT = 128
 """Bytes: the modulus of pointers' alignment; the widest load of any kernel divides it."""
+
+MOST_TOGETHER = 2**17
+"""Of a number of tokens and independent sizes their product, up to which these are varied, too."""
 
 UNKNOWN = 16
 """A size that depends on data, such as how many tokens go to an expert."""
@@ -80,15 +90,15 @@ class Case:
 class Sizes:
     """Values for the symbols of a graph.
 
-    Where the number of tokens is a product of several symbols, the last one varies and the others stay as traced.
-
     Args:
         graph: whose inputs have the symbols.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.rows = Rows.of(graph)
-        self._traced = _traced_symbols(graph)
+        self._traced, self._sizes = _traced_symbols(graph)
+        self._varied: dict[int, dict[Any, int]] = {}
+        self._factors = sorted(self.rows.tokens.free_symbols, key=str) if self.rows.is_dynamic else []
 
     def tokens(self, span: tuple[int, int], *, traced: bool = True) -> tuple[int, ...]:
         """What a kernel is checked at: both ends of the range, odd sizes in it, and the size that was traced; none for
@@ -107,25 +117,80 @@ class Sizes:
         return tuple(sorted({first, last, *inside}))
 
     def at(self, tokens: int) -> dict[Any, int]:
-        """The value of each symbol."""
-        values = dict(self._traced)
-        if self.rows.is_dynamic:
-            symbols = sorted(self.rows.tokens.free_symbols, key=str)
-            others = self.rows.tokens.xreplace({symbol: values.get(symbol, UNKNOWN) for symbol in symbols[:-1]})
-            factor = int(others.xreplace({symbols[-1]: 1}))
-            values[symbols[-1]] = max(1, tokens // max(1, factor))
+        """The value of each symbol: all but one of the tokens', the last, are as traced."""
+        return self._with_last(dict(self._traced), tokens)
+
+    def varied(self, tokens: int, *, traced: bool = True) -> dict[Any, int]:
+        """The same with all sizes of inputs varied that the graph's guards leave free, the others by that much less as
+        there are more tokens: [B, S] as B * S in several ways, and a second input of its own length from long to short.
+
+        Args:
+            tokens: how many.
+            traced: whether the others stay as traced at the number of tokens that was traced.
+        """
+        if not self.rows.is_dynamic or (traced and tokens == self.rows.traced):
+            return self.at(tokens)
+        if tokens not in self._varied:
+            self._varied[tokens] = self._vary(tokens)
+        return self._varied[tokens]
+
+    def _vary(self, tokens: int) -> dict[Any, int]:
+        values, left = self.at(tokens), MOST_TOGETHER // max(1, tokens)
+        others = sorted(self._sizes - {self._factors[-1]}, key=str)
+        first = bisect.bisect_left(ODD_SIZES, tokens)  # each of them comes first, and is long, at some number of tokens
+        for symbol in (others[(first + place) % len(others)] for place in range(len(others))):
+            is_factor = symbol in self._factors
+            whole = self._with_last({**values, symbol: 1}, tokens)[self._factors[-1]]
+            sizes = self._divisors(symbol, whole) if is_factor else self._steps(symbol, left)
+            tried = (self._with_last({**values, symbol: size}, tokens) for size in sizes)
+            values = next((each for each in tried if self._is_allowed(symbol, each)), values)
+            left //= 1 if is_factor else max(1, values[symbol])
         return values
 
+    def _with_last(self, values: dict[Any, int], tokens: int) -> dict[Any, int]:
+        if self._factors:
+            last = self._factors[-1]
+            others = self.rows.tokens.xreplace({each: values.get(each, UNKNOWN) for each in self._factors[:-1]})
+            values[last] = max(1, tokens // max(1, int(others.xreplace({last: 1}))))
+        return values
 
-def _traced_symbols(graph: fx.Graph) -> dict[Any, int]:
-    values: dict[Any, int] = {}
+    def _steps(self, symbol: Any, most: int) -> list[int]:
+        """What a size is tried at, the largest first."""
+        found = ShapeEnv.bound_sympy(self.rows.environment, symbol)
+        sizes = {*ODD_SIZES, *(int(end) for end in (found.lower, found.upper) if end.is_Integer and 0 < end <= SPAN)}
+        return sorted((size for size in sizes if found.lower <= size <= min(found.upper, most)), reverse=True)
+
+    def _divisors(self, symbol: Any, whole: int) -> list[int]:
+        """The same of a size that a number is a product with, so that no token is lost."""
+        found = ShapeEnv.bound_sympy(self.rows.environment, symbol)
+        sizes = (size for size in range(math.isqrt(whole), 0, -1) if whole % size == 0)
+        return [size for size in sizes if found.lower <= size <= found.upper]
+
+    def _is_allowed(self, symbol: Any, values: Mapping[Any, int]) -> bool:
+        return not any(guard.xreplace(values) == sympy.false for guard in self._guards.get(symbol, ()))
+
+    @cached_property
+    def _guards(self) -> dict[Any, list[Any]]:
+        """What the graph demands, by symbol."""
+        environment, found = self.rows.environment, dict[Any, list[Any]]()
+        for guard in environment.guards:
+            demanded = ShapeEnv.replace(environment, guard.expr)
+            for symbol in demanded.free_symbols:
+                found.setdefault(symbol, []).append(demanded)
+        return found
+
+
+def _traced_symbols(graph: fx.Graph) -> tuple[dict[Any, int], set[Any]]:
+    """(what symbols were traced with, those that are sizes of inputs)."""
+    values, found = dict[Any, int](), set[Any]()
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else (value,)
         for size in sizes:
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 values[size.node.expr] = hint(size)
-    return values
+                found |= {size.node.expr} if isinstance(value, Tensor) else set()
+    return values, found
 
 
 def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool = True) -> tuple[Case, ...]:
@@ -139,13 +204,17 @@ def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool 
     """
     tokens_of = sizes.tokens(span, traced=traced) or (_rows_of(match),)
     if match.runs_reference or is_inlined(match.rule.op, match.provider):
-        tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
-    return tuple(case_of(match, sizes, tokens) for tokens in tokens_of)
+        small = (tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
+        return tuple(_case(match, tokens, sizes.at(tokens)) for tokens in small)
+    return tuple(case_of(match, sizes, tokens, traced=traced) for tokens in tokens_of)
 
 
-def case_of(match: Match, sizes: Sizes, tokens: int) -> Case:
-    """The arguments of a match at a number of tokens."""
-    symbols = sizes.at(tokens)
+def case_of(match: Match, sizes: Sizes, tokens: int, *, traced: bool = True) -> Case:
+    """The arguments of a match at a number of tokens, other sizes varied."""
+    return _case(match, tokens, sizes.varied(tokens, traced=traced))
+
+
+def _case(match: Match, tokens: int, symbols: Mapping[Any, int]) -> Case:
     return Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols)
 
 
