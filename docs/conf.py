@@ -151,7 +151,7 @@ def _region(ranks: int) -> str:
         ratios = ("over_unfused", "over_peers_single", "over_best_single", "over_flashinfer_alone")
         figures = (f"{row[f'speedup_{name}']:.2f}" for name in ratios)
         limit = f"{row['share_of_limit']:.2f}" if row["tokens"] >= 1024 else ""
-        rows.append((f"{row['tokens']:,}", f"{median:.2f} ± {spread:.2f} us", *figures, limit))
+        rows.append((f"{row['tokens']:,}", f"{median:.2f} ({spread:.2f}) us", *figures, limit))
     others = ("others' best", "own, then a pad", "FlashInfer without pad", "limit")
     head = ("tokens", "one kernel", "beside unfused", *others)
     return _table(head, rows)
@@ -234,7 +234,7 @@ def _host_cost() -> str:
     """What the host takes for a layer with a fused op, and with Inductor's kernels."""
     rows: list[tuple[object, ...]] = []
     for row in _committed("results/host_cost_h200")["rows"]:
-        sides = ("{:.1f} ± {:.1f} us".format(*row[side]) for side in ("torch.compile", "fuseplan"))
+        sides = ("{:.1f} ({:.1f}) us".format(*row[side]) for side in ("torch.compile", "fuseplan"))
         rows.append((f"`{row['op']}`", row["kernels"], *sides))
     return _table(("fused op", "kernels of Inductor's", "a layer, `torch.compile`", "a layer, fuseplan"), rows)
 
@@ -276,7 +276,7 @@ def _decode() -> str:
     rows: list[tuple[object, ...]] = []
     sides = ("torch.compile", "without fuse_grouped_attention", "fuseplan")
     for row in _committed("results/decode_h200x2_captured")["rows"]:
-        figures = ("{:,.0f} ± {:,.0f} us".format(*row[side]) for side in sides)
+        figures = ("{:,.0f} ({:,.0f}) us".format(*row[side]) for side in sides)
         faster = (f"{row['torch.compile'][0] / row[side][0]:.2f}" for side in sides[1:])
         rows.append((row["batch"], *figures, *faster))
     head = ("`torch.compile`", "`fuse_grouped_attention=False`", "fuseplan", "the former", "the latter")
@@ -307,7 +307,7 @@ def _decode_one_gpu() -> str:
     rows: list[tuple[object, ...]] = []
     for row in found:
         failed = dict.fromkeys(row.get("failed", {}), "fails")
-        times = ("{:,.0f} ± {:,.0f} us".format(*row[side]) if side in row else failed.get(side, "") for side in sides)
+        times = ("{:,.0f} ({:,.0f}) us".format(*row[side]) if side in row else failed.get(side, "") for side in sides)
         limit = [f"{row['bytes_limit_us']:,.0f} us" if "bytes_limit_us" in row else ""] if limited else []
         ratios = (row.get("times_faster", {}).get(side) for side in ("enable_gqa", "fuseplan"))
         faster = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
@@ -326,7 +326,7 @@ def _bench() -> str:
     rows: list[tuple[object, ...]] = []
     for policy in steps[0]:
         times = (each[policy] for each in steps)
-        figures = (f"{row['step_ns'] / 1e6:.3f} ± {row['spread_ns'] / 1e6:.3f} ms" for row in times)
+        figures = (f"{row['step_ns'] / 1e6:.3f} ({row['spread_ns'] / 1e6:.3f}) ms" for row in times)
         rows.append((f"`{policy}`", *figures))
     return _table(("policy", *(f"batch {each['batch']}" for each in batches)), rows)
 

@@ -178,7 +178,7 @@ class _Teller(store.Warner):
     def __call__(self, report: Report) -> None:
         super().__call__(report)
         if not self.has_told and not (dist.is_initialized() and dist.get_rank()):
-            tell(report)
+            tell(report, hint=self.on_report is None)
         self.has_told = True
 
 

@@ -33,7 +33,9 @@ def test_one_command_tunes_times_and_explains(tmp_path: Path) -> None:
     first, *rest = result.stdout.splitlines()
     took = r"; on cpu, batch 4: \S+ \S+ a step under the plan, \S+ \S+ under torch\.compile\.$"
     assert re.search(took, first), first
-    assert re.match("The plan gains nothing|Whether the plan gains anything is unclear|A step takes ", first)
+    assert re.match(
+        "The plan fuses nothing|The plan gains nothing|Whether the plan gains anything is unclear|A step takes ", first
+    )
     assert "costs are measured for cpu" in "\n".join(rest)
     assert len(CostTable.load(table, device="cpu").rows) == 2
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -47,23 +49,28 @@ def test_what_can_not_be_written_is_found_before_anything_runs(tmp_path: Path) -
     assert result.stderr.count("\n") == 1
 
 
+FUSED = {"act_padding": 1}
+
+
 @pytest.mark.parametrize(
-    ("beside", "expected"),
+    ("beside", "fused", "expected"),
     [
-        ((-50_000, -60_000, -40_000), "A step takes 5.0 % less time with the plan (-6.0 to -4.0 %)"),
-        ((50_000, 40_000, 60_000), "A step takes 5.0 % more time with the plan (+4.0 to +6.0 %)"),
-        ((1_000, -2_000, 3_000), "The plan gains nothing that could be measured here (-0.2 to +0.3 %)"),
+        ((-50_000, -60_000, -40_000), FUSED, "A step takes 5.0 % less time with the plan (-6.0 to -4.0 %)"),
+        ((50_000, 40_000, 60_000), FUSED, "A step takes 5.0 % more time with the plan (+4.0 to +6.0 %)"),
+        ((1_000, -2_000, 3_000), FUSED, "The plan gains nothing that could be measured here (-0.2 to +0.3 %)"),
         (
             (-50_000, -110_000, 10_000),
+            FUSED,
             "Whether the plan gains anything is unclear (-11.0 to +1.0 %): about 16 repeats would settle it (--repeats",
         ),
+        ((-50_000, -60_000, 10_000), {}, "The plan fuses nothing, so both run the same code (-6.0 to +1.0 % is noise)"),
     ],
 )
-def test_the_verdict(beside: tuple[int, int, int], expected: str) -> None:
+def test_the_verdict(beside: tuple[int, int, int], fused: dict[str, int], expected: str) -> None:
     middle, low, high = beside
     paired = Paired(difference_ns=middle, low_ns=low, high_ns=high, repeats=9)
     rows = (
-        PolicyTime(policy="planned", step_ns=1_000_000 + middle, spread_ns=0, beside_plain=paired),
+        PolicyTime(policy="planned", step_ns=1_000_000 + middle, spread_ns=0, fused=fused, beside_plain=paired),
         PolicyTime(policy="torch.compile", step_ns=1_000_000, spread_ns=0),
     )
     bench = Bench(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fuseplan import cli
+from fuseplan.explanation.capture import STAGES
 
 FACTORIES = """
 import torch
@@ -42,14 +44,29 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_spinner_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.chdir(tmp_path)
     for name in ("x[/b]/config.json", ":smile:/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{")
         result = run("explain", name)
         assert result.exit_code == 2
         assert result.exception is None or isinstance(result.exception, SystemExit)
         assert f"building {name}" in result.stderr
+
+
+def test_progress_shows_each_stage_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("explain", "gpt-oss-120b-tiny", "--layers", "1", "--device", "h200", "--range", "4")
+    assert run(*arguments).stderr == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run(*arguments).stderr)
+    stages = [f"{stage} 1 layer of gpt-oss-120b-tiny" for stage in (*STAGES, "planning")]
+    for stage in ("importing torch", "building gpt-oss-120b-tiny", *stages):
+        assert re.search(rf"{re.escape(stage)} 0:00:\d\d", shown), stage
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from fuseplan.cli import app, spelling
 from fuseplan.devices import PROFILES
+from fuseplan.errors import WorkloadError
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
@@ -26,6 +28,18 @@ TYPOS = (
     ("try", "gpt-oss-120bb"),
     ("bench", "gpt-oss-120b", "--policy", "planed"),
     ("check", "gpt-oss-120b", "--lock", "none.lock", "--device", "h20"),
+    ("explain", "gpt-oss-120b", "--force", "act_paddin@layers.1.*"),
+    ("explain", "gpt-oss-120b", "--forbid", "act_paddin:triton"),
+    ("check", "gpt-oss-120b", "--lock", "none.lock", "--forbid", "act_paddin#1"),
+)
+MISSING = (
+    (("explain", "nowhere/config.json"), "'nowhere/config.json' can't be read: No such file or directory"),
+    (("try", "no_such_package.module:factory"), "no module named 'no_such_package' here"),
+    (("explain", "gpt-oss-120b", "--costs", "none.json"), "cost table 'none.json' can't be read: No such file"),
+    (("bench", "gpt-oss-120b", "--costs", "none.json"), "cost table 'none.json' can't be read: No such file"),
+    (("explain", "gpt-oss-120b", "--plan", "none.json"), "plan file 'none.json' can't be read: No such file"),
+    (("explain", "gpt-oss-120b", "--range", "9:1"), "compile range 9:1 is empty"),
+    (("tune", "gpt-oss-120b", "--range", "1:9", "--range", "4:20"), "overlap"),
 )
 
 
@@ -44,6 +58,31 @@ def test_a_typo_is_answered_before_torch_is_imported(arguments: tuple[str, ...])
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert re.search(r"(?i)did you mean|possible options: |allowed: ", done.stderr)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), MISSING, ids=lambda each: " ".join(each[:4]))
+def test_what_is_missing_is_said_before_torch_is_imported(arguments: tuple[str, ...], expected: str) -> None:
+    code = "import sys; sys.modules['torch'] = None; from fuseplan.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fuseplan: ")
+    assert expected in line
+
+
+def test_a_module_in_the_current_folder_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkloadError, match="no module named 'only_here'"):
+        spelling.check_spelling("only_here:factory")
+    (tmp_path / "only_here.py").write_text("")
+    spelling.check_spelling("only_here:factory")
+    spelling.check_spelling("fuseplan.workloads:factory")
+
+
+def test_the_list_of_commands_has_whole_sentences() -> None:
+    shown = CliRunner().invoke(app, ["-h"]).stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in shown] == [*COMMANDS]
+    assert all(line.endswith(".") and not line.endswith("...") for line in shown)
 
 
 def test_help_and_typos_take_less_than_half_a_second_of_processor_time() -> None:
@@ -73,4 +112,4 @@ def test_completion_is_offered() -> None:
 
 
 def test_own_modules_bring_names_of_their_own() -> None:
-    spelling.check_spelling("package.module:factory", policies=["ordered(mine)"], providers=["mine"], own=True)
+    spelling.check_spelling("fuseplan.workloads:factory", policies=["ordered(mine)"], providers=["mine"], own=True)

@@ -218,10 +218,10 @@ def test_sizes_that_are_wider_than_the_terminal_are_shown_below_each_other() -> 
         with console.capture() as captured:
             console.print(_Times("site: ", rows))
         lines = [" ".join(line.split()) for line in captured.get().splitlines()]
-        assert [line for line in lines if line.startswith("us, at tokens")] == [
-            f"us, at tokens {head}" for head in heads
+        assert [line for line in lines if line.startswith("us (spread), at tokens")] == [
+            f"us (spread), at tokens {head}" for head in heads
         ]
-        assert sum("8192.00 ±0.02" in line for line in lines) == len(names)
+        assert sum("8192.00 (0.02)" in line for line in lines) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Benchmarks as JSON, for a terminal, and as a picture."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -83,7 +84,7 @@ def test_json_has_every_figure() -> None:
     }  # fmt: skip
     assert second["policies"][0]["tokens_per_s"] == 8888.9
     assert [each["noise"] for each in first["policies"]] == [False, False, True, True, True]
-    assert [each["repeats_needed"] for each in first["policies"]] == [None, None, None, 16, None]
+    assert [each["repeats_needed"] for each in first["policies"]] == [None] * 5
     assert first["policies"][1]["same_as"] == "planned"
 
 
@@ -99,11 +100,24 @@ def test_a_person_sees_what_is_faster_and_what_is_noise() -> None:
         "planned 900 us 4.00 us 1,111 -10.0 % (-10.4 to -9.6) act_padding 4",
         "ordered(act_padding) 900 us 4.00 us 1,111 -10.0 % (-10.4 to -9.6) as planned",
         f"{ORDERED} 1.00 ms 5.00 us 996 even (-0.1 to +0.9) act_padding 3, allreduce_rms 1",
-        "off 1.05 ms 2.00 us 952 unclear (-1.0 to +11.0) -",
+        "off 1.05 ms 2.00 us 952 same code (-1.0 to +11.0) -",
         "torch.compile 1.00 ms 3.00 us 1,000",
     ]
-    assert "unclear  off at batch 8: about 16 repeats would settle it" in [line.rstrip() for line in lines]
+    assert not any(line.startswith("unclear") for line in lines)
     assert lines[-1].rstrip() == "note mind".replace(" ", "  ")
+
+
+def test_an_unclear_difference_says_how_many_repeats_would_settle_it() -> None:
+    fused = replace(batch(8).policies[3], policy="ordered(act_quant)", fused={"act_quant": 1})
+    times = replace(batch(8), policies=(*batch(8).policies[:3], fused, batch(8).policies[4]))
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(render_bench(replace(BENCH, batches=(times,))))
+    lines = [" ".join(line.split()) for line in captured.get().splitlines()]
+    assert "ordered(act_quant) 1.05 ms 2.00 us 952 unclear (-1.0 to +11.0) act_quant 1" in lines
+    assert "unclear ordered(act_quant) at batch 8: about 16 repeats would settle it" in lines
+    (told,) = bench_to_json(replace(BENCH, batches=(times,)))["batches"]
+    assert [each["repeats_needed"] for each in told["policies"]] == [None, None, None, 16, None]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Which fusions fire in a torch.compile'd model, which starve, and why.",
+    help="Fuse kernels in models under torch.compile: see what fuses and why, measure what that gains.",
 )
 
 
@@ -54,15 +54,15 @@ class _Command(typer.core.TyperCommand):
         return re.sub(r"^(  [A-Z]+ )(<\w+>)", lambda found: found[1] + " " * len(found[2]), text, flags=re.MULTILINE)
 
 
-app.command(cls=_Command)(explain)
-app.command(name="try", cls=_Command)(attempt)
-app.command(cls=_Command)(tune)
-app.command(cls=_Command)(bench)
-app.command(cls=_Command)(check)
-app.command(cls=_Command)(rules)
-app.command(cls=_Command)(providers)
-app.command(cls=_Command)(devices)
-app.command(name="diff", cls=_Command)(diff_plans)
+app.command(cls=_Command, short_help="Show what would be fused in a model, and what that saves.")(explain)
+app.command(name="try", cls=_Command, short_help="Measure on this machine how much faster a model gets.")(attempt)
+app.command(cls=_Command, short_help="Time a model's fusions, so that plans rest on measurements.")(tune)
+app.command(cls=_Command, short_help="Time steps of a model with and without fuseplan.")(bench)
+app.command(cls=_Command, short_help="Fail where a model's fusions differ from a lock file.")(check)
+app.command(cls=_Command, short_help="List the fusions.")(rules)
+app.command(cls=_Command, short_help="List the kernel libraries, and which are installed here.")(providers)
+app.command(cls=_Command, short_help="List the devices with known prices.")(devices)
+app.command(name="diff", cls=_Command, short_help="Show what changed between two files of plans.")(diff_plans)
 
 
 def main() -> None:

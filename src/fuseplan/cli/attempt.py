@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fuseplan.cli.console import Debug, measuring, one_line_errors, say, show
 from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, command_of, ranks_of
-from fuseplan.cli.request import AllowRoundingChanges, Layers, Workload
+from fuseplan.cli.request import AllowRoundingChanges, Layers, Workload, import_torch
 from fuseplan.cli.spelling import check_spelling
 
 Tell = Callable[[str, int, int], None]
@@ -37,9 +37,7 @@ def attempt(
     """
     with one_line_errors(debug):
         check_spelling(workload)
-        from fuseplan.compatibility import require_supported_torch
-
-        require_supported_torch(everything=True)
+        import_torch()
         from fuseplan.config import PassConfig
         from fuseplan.measurement.benchmark import check_timing
         from fuseplan.report import check_html, render_bench, render_comparison, save_html

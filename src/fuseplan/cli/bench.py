@@ -7,8 +7,8 @@ import typer
 
 from fuseplan.cli.console import Debug, Json, measuring, one_line_errors, say, show
 from fuseplan.cli.ranks import DEADLINE_S, REPEATS, Deadline, Tp, built, command_of, ranks_of
-from fuseplan.cli.request import AllowRoundingChanges, Layers, Workload, find_policies
-from fuseplan.cli.spelling import check_spelling
+from fuseplan.cli.request import AllowRoundingChanges, Layers, Workload, find_policies, import_torch
+from fuseplan.cli.spelling import check_files, check_spelling
 
 DEFAULT_BATCHES = (1, 8, 32)
 
@@ -46,9 +46,8 @@ def bench(
     """
     with one_line_errors(debug):
         check_spelling(workload, policies=policies)
-        from fuseplan.compatibility import require_supported_torch
-
-        require_supported_torch(everything=True)
+        check_files(costs=costs)
+        import_torch()
         from fuseplan.compilation.manager import PostGradPassManager
         from fuseplan.config import PassConfig
         from fuseplan.measurement.benchmark import bench as run

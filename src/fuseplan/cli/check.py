@@ -21,6 +21,7 @@ from fuseplan.cli.request import (
     find_policies,
     find_providers,
     find_ranges,
+    import_torch,
 )
 from fuseplan.cli.spelling import check_spelling
 
@@ -56,10 +57,11 @@ def check(
     asked again; other options than its own need --update.
     """
     with one_line_errors(debug):
-        check_spelling(workload, device=device, policies=[policy] if policy else None, providers=provider)
-        from fuseplan.compatibility import require_supported_torch
-
-        require_supported_torch(everything=True)
+        check_spelling(
+            workload, device=device, policies=[policy] if policy else None, providers=provider,
+            selectors=[*(force or ()), *(forbid or ())], ranges=ranges,
+        )  # fmt: skip
+        import_torch()
         from fuseplan.config import PassConfig
         from fuseplan.integrations.locks import pinned
         from fuseplan.report import render_verdict, verdict_to_json

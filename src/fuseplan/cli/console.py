@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -43,14 +51,18 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def progress(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error where that is a terminal; what comes out is not disturbed by it."""
+    """What is being done, and for how long already, on standard error where that is a terminal; what comes out is not
+    disturbed by it.
+    """
     console = Console(stderr=True, **PLAIN)
     if not console.is_terminal:
         yield lambda text: None
         return
     spinner = "dots" if console.encoding.startswith("utf") else "line"
-    with console.status(Text(printable(text)), spinner=spinner) as status:
-        yield lambda text: status.update(Text(printable(text)))
+    columns = (SpinnerColumn(spinner), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(printable(text), total=None)
+        yield lambda text: bar.update(task, description=printable(text))
 
 
 @contextmanager

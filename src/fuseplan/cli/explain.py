@@ -19,8 +19,9 @@ from fuseplan.cli.request import (
     find_policies,
     find_providers,
     find_ranges,
+    import_torch,
 )
-from fuseplan.cli.spelling import check_spelling
+from fuseplan.cli.spelling import check_files, check_spelling
 
 
 def explain(
@@ -62,10 +63,12 @@ def explain(
 ) -> None:
     """Show what each policy would fuse in WORKLOAD. Needs no GPU, no weights and no network."""
     with one_line_errors(debug):
-        check_spelling(workload, device=device, policies=policies, providers=provider, own=bool(modules))
-        from fuseplan.compatibility import require_supported_torch
-
-        require_supported_torch(everything=True)
+        check_spelling(
+            workload, device=device, policies=policies, providers=provider,
+            selectors=[*(force or ()), *(forbid or ())], ranges=ranges, own=bool(modules),
+        )  # fmt: skip
+        check_files(costs=costs, plan=plan)
+        import_torch()
         from fuseplan.config import PassConfig
         from fuseplan.devices import default_profile, device_profile
         from fuseplan.record import SavedPlans

@@ -33,6 +33,20 @@ AllowRoundingChanges = Annotated[
 ]
 
 
+def import_torch() -> None:
+    """Imports torch, which takes seconds, and checks that it is one that is supported.
+
+    Raises:
+        CompatibilityError: it is too old, or private interfaces of it have moved.
+    """
+    from fuseplan.config import Launch
+
+    with progress("importing torch") if Launch.read().rank == 0 else contextlib.nullcontext():
+        from fuseplan.compatibility import require_supported_torch
+
+        require_supported_torch(everything=True)
+
+
 def compared(
     workload: str,
     *,
@@ -57,8 +71,10 @@ def compared(
     """
     from fuseplan.compilation.manager import PostGradPassManager
     from fuseplan.explanation.comparison import compare
+    from fuseplan.report.text import count_of
     from fuseplan.rules.families import BUILT_IN_RULES
     from fuseplan.workloads import catalog
+    from fuseplan.workloads.catalog import layers_of
 
     rules = BUILT_IN_RULES if rules is None else rules
     PostGradPassManager(config, device=device, rules=rules)
@@ -67,11 +83,12 @@ def compared(
         progress(f"building {workload}") as update,
         catalog.build(workload, tp=tp, layers=layers) as built,
     ):
-        update(f"tracing {workload}: Dynamo, AOTAutograd, Inductor's post-grad passes")
+        layers = layers_of(built.model)
+        what = f"{count_of(layers, 'layer')} of {workload}" if layers else workload
         return compare(
             built.model, built.inputs, workload=workload, tp=tp, ranges=ranges, device=device, policies=policies,
             build_ns=built.build_ns, config=config, providers=providers, rules=rules, evidence=evidence,
-            notes=built.notes,
+            notes=built.notes, watch=lambda stage: update(f"{stage} {what}"),
         )  # fmt: skip
 
 

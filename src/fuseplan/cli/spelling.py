@@ -1,10 +1,16 @@
-"""Misspelled names, reported before torch is imported: importing takes seconds, and the error less than one."""
+"""Misspelled names and missing files, reported before torch is imported: importing takes seconds, and the error less
+than one.
+"""
 
+import re
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
-from fuseplan.config import Policy, unknown
-from fuseplan.errors import WorkloadError
+from fuseplan.config import CompileRange, Policy, check_ranges, unknown
+from fuseplan.errors import ConfigError, PlanError, WorkloadError
+from fuseplan.record.files import reading
 
 # What these parts have by name; a test holds each list against them.
 WORKLOADS = (
@@ -34,36 +40,76 @@ def check_spelling(
     device: str | None = None,
     policies: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
+    selectors: Sequence[str] | None = None,
+    ranges: Sequence[str] | None = None,
     own: bool = False,
 ) -> None:
-    """Refuses names that stand for nothing, whatever is installed.
+    """Refuses names that stand for nothing, and ranges that aren't any.
 
     Args:
         workload: as the user named it.
         device: likewise.
         policies: likewise.
         providers: likewise.
+        selectors: of fusions to apply or not to; their rules are checked.
+        ranges: compile ranges.
         own: whether modules of the user's bring rules and providers of other names.
 
     Raises:
-        ConfigError: there is no such device, policy, rule or provider.
-        WorkloadError: there is no such workload.
+        ConfigError: there is no such device, policy, rule or provider, or a range is none, or overlaps another.
+        WorkloadError: there is no such workload, file or module.
     """
-    if workload is not None and workload not in WORKLOADS and not _may_be_elsewhere(workload):
-        error = unknown("workload", workload, WORKLOADS)
-        raise WorkloadError(f"{error}, the path of a Hugging Face config.json, or package.module:factory")
+    if workload is not None and workload not in WORKLOADS:
+        _check_elsewhere(workload)
     if device is not None and device not in DEVICES and not device.startswith(GPUS):
         raise unknown("device", device, DEVICES)
-    orders = [name for text in policies or () for name in Policy.parse(text).order]
-    for kind, given, known in (("rule", orders, RULES), ("provider", providers or (), PROVIDERS)):
+    check_ranges([CompileRange.parse(text) for text in ranges or ()])
+    named = [name for text in policies or () for name in Policy.parse(text).order]
+    named += [re.split("[@#:]", text)[0] for text in selectors or ()]
+    for kind, given, known in (("rule", named, RULES), ("provider", providers or (), PROVIDERS)):
         for name in given:
             if name not in known and not own:
                 raise unknown(kind, name, known)
 
 
-def _may_be_elsewhere(workload: str) -> bool:
-    """Whether it is a path or a factory."""
+def check_files(*, costs: Path | None = None, plan: Path | None = None) -> None:
+    """Refuses files that aren't there.
+
+    Raises:
+        ConfigError: there is no such cost table.
+        PlanError: there is no such plan file.
+    """
+    if costs is not None:
+        with reading("cost table", costs, ConfigError):
+            costs.stat()
+    if plan is not None:
+        with reading("plan file", plan, PlanError):
+            plan.stat()
+
+
+def _check_elsewhere(workload: str) -> None:
+    """Refuses what is neither a path nor a factory, a path where nothing is, and a module that isn't installed."""
+    if workload.endswith(".json") or "/" in workload:
+        with reading("Hugging Face configuration", Path(workload), WorkloadError):
+            Path(workload).stat()
+    elif ":" in workload:
+        package = workload.partition(":")[0].partition(".")[0]
+        if not package.isidentifier() or not _is_installed(package):
+            raise WorkloadError(f"{workload}: no module named {package!r} here; run in its folder, or set PYTHONPATH")
+    elif not _exists(workload):
+        error = unknown("workload", workload, WORKLOADS)
+        raise WorkloadError(f"{error}, the path of a Hugging Face config.json, or package.module:factory")
+
+
+def _is_installed(package: str) -> bool:
     try:
-        return ":" in workload or "/" in workload or workload.endswith(".json") or Path(workload).exists()
+        return find_spec(package) is not None or PathFinder.find_spec(package, [str(Path.cwd())]) is not None
+    except ValueError:  # in sys.modules without a spec
+        return True
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
     except OSError:  # too long for a file
         return False

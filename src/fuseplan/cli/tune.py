@@ -18,6 +18,7 @@ from fuseplan.cli.request import (
     Ranges,
     find_providers,
     find_ranges,
+    import_torch,
 )
 from fuseplan.cli.spelling import check_spelling
 from fuseplan.errors import ConfigError
@@ -63,10 +64,8 @@ def tune(
     into a cost table. Under torchrun for tensor parallelism: torchrun --nproc-per-node 2 -m fuseplan tune WORKLOAD.
     """
     with one_line_errors(debug):
-        check_spelling(workload, providers=provider)
-        from fuseplan.compatibility import require_supported_torch
-
-        require_supported_torch(everything=True)
+        check_spelling(workload, providers=provider, ranges=ranges)
+        import_torch()
         if device_only:
             given = {"WORKLOAD": workload, "--tp": tp, "--range": ranges, "--tokens": tokens, "--layers": layers,
                      "--provider": provider, "--out": out, "--only-unsure": only_unsure or None}  # fmt: skip
@@ -246,10 +245,10 @@ class _Times:
                 yield ""
 
 
-HEADING, GAP = "us, at tokens", 3
+HEADING, GAP = "us (spread), at tokens", 3
 
 
 def _cell(row: Any, best: int) -> Text:
     if row is None:
         return Text("-")
-    return Text(f"{row.time_ns / 1000:.2f} ±{row.spread_ns / 1000:.2f}", style="green" if row.time_ns == best else "")
+    return Text(f"{row.time_ns / 1000:.2f} ({row.spread_ns / 1000:.2f})", style="green" if row.time_ns == best else "")

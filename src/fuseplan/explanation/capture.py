@@ -46,18 +46,29 @@ class Capture:
     time_ns: int = 0
 
 
+STAGES = (
+    "tracing, 1 of 3 (Dynamo):",
+    "tracing, 2 of 3 (AOTAutograd):",
+    "tracing, 3 of 3 (Inductor's passes):",
+)
+"""What a watcher is told; where the graph breaks, more than once."""
+
+
 @dataclass
 class _Recorder:
     """A backend that copies each graph where Inductor hands it to custom passes, and then interprets it."""
 
+    watch: Callable[[str], None]
     graphs: list[fx.GraphModule] = field(default_factory=list)
     _copies: dict[fx.GraphModule, fx.GraphModule] = field(default_factory=dict)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.watch(STAGES[1])
         return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=self._inner))  # type: ignore[arg-type]
 
     def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         # Passes after the hook rewrite collectives to act in place, so the graph is copied inside the hook.
+        self.watch(STAGES[2])
         is_inference = bool(options.get("is_inference", False))
         view_to_reshape(gm)
         mode = detect_fake_mode(example_inputs)
@@ -76,7 +87,14 @@ class _Recorder:
         self.graphs.append(copied)
 
 
-def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
+def capture(
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    dynamic: bool,
+    watch: Callable[[str], None] = lambda stage: None,
+) -> Capture:
     """Traces `model(*inputs, **kwargs)` through Dynamo, AOTAutograd and Inductor's post-grad passes.
 
     The model is run once, on fake tensors where its inputs are fake. Threads that trace take turns; none may compile or
@@ -88,20 +106,28 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, 
         kwargs: its keyword arguments.
         dynamic: treat the leading dimensions of tensor arguments as unknown. (`torch.compile(dynamic=True)` would treat
             epsilons as unknown too.)
+        watch: called with the stage that is begun, one of `STAGES`.
 
     Raises:
         WorkloadError: nothing could be traced, and the text has torch's reason; or the model is on the meta device.
     """
     with _TURN:
-        return _capture(model, inputs, kwargs, dynamic=dynamic)
+        return _capture(model, inputs, kwargs, dynamic, watch)
 
 
 _TURN = threading.RLock()
 
 
-def _capture(model: Callable[..., Any], inputs: Sequence[Any], kwargs: dict[str, Any], *, dynamic: bool) -> Capture:
+def _capture(
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    kwargs: dict[str, Any],
+    dynamic: bool,
+    watch: Callable[[str], None],
+) -> Capture:
     start = time.perf_counter_ns()
-    recorder = _Recorder()
+    recorder = _Recorder(watch)
+    watch(STAGES[0])
     torch._dynamo.reset()
     before, met = dict(counters["graph_break"]), len(graph_break_reasons)
     compiled = torch.compile(model, backend=recorder)

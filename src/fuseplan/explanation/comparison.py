@@ -33,6 +33,7 @@ def compare(
     rules: Sequence[Rule] = BUILT_IN_RULES,
     evidence: bool = False,
     notes: Sequence[str] = (),
+    watch: Callable[[str], None] = lambda stage: None,
 ) -> Comparison:
     """Several policies on one workload.
 
@@ -51,6 +52,7 @@ def compare(
         evidence: whether the comparison brings the drawn graphs, the rows behind its figures and the policies at many
             sizes, which takes a second or two more.
         notes: caveats about the workload, one line each.
+        watch: called with what is begun.
 
     Raises:
         WorkloadError: nothing could be traced.
@@ -62,7 +64,8 @@ def compare(
         PostGradPassManager(replace(config, policy=policy, force=(), plan=None), rules=rules)
     _check_force(config, policies)
     config = replace(config, policy=Policy(name="planned"))
-    traced = capture(model, inputs, {}, dynamic=True)
+    traced = capture(model, inputs, {}, dynamic=True, watch=watch)
+    watch("planning")
     explanation = Explanation(traced, config, device, providers, rules)
     every = policies or (config.chosen_policy, *explanation.orders(), Policy(name="off"))
     reports = [explanation.report(policy) for policy in every]

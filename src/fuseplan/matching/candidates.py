@@ -174,7 +174,7 @@ def _refused(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         or _restrided(canonical, match)
         or _illegal(canonical, match)
         or _unknown_group(match)
-        or _placed(canonical, rule, rule.check(Bindings(rule.name, match.values)), match.core)
+        or _placed(canonical, match, rule.check(Bindings(rule.name, match.values)))
     )
 
 
@@ -279,15 +279,16 @@ def _unknown_group(match: Match) -> Refusal | None:
     )  # fmt: skip
 
 
-def _placed(canonical: CanonicalGraph, rule: Rule, refusal: Refusal | None, core: fx.Node) -> Refusal | None:
-    """A rule's refusal with the names of the user's graph, and its place."""
+def _placed(canonical: CanonicalGraph, match: Match, refusal: Refusal | None) -> Refusal | None:
+    """A rule's refusal with the names of the user's graph, and its place: the line that reads what is refused."""
     if refusal is None:
         return None
-    by_name = {node.name: canonical.source_node(node).name for node in core.all_input_nodes}
-    nodes = tuple(by_name.get(name, name) for name in refusal.nodes)
+    read = {value.name: (value, node) for node in reversed(match.consumed) for value in node.all_input_nodes}
+    nodes = tuple(canonical.source_node(read[name][0]).name if name in read else name for name in refusal.nodes)
+    place = next((read[name][1] for name in refusal.nodes if name in read), match.core)
     return replace(
-        refusal, op=rule.core.name, nodes=nodes, source=refusal.source or place_of(core),
-        nearness=Nearness.REFUSED, site=place_of(core), line=source_line(core), code=source_code(core),
+        refusal, op=match.rule.core.name, nodes=nodes, source=refusal.source or place_of(match.core),
+        nearness=Nearness.REFUSED, site=place_of(match.core), line=source_line(place), code=source_code(place),
     )  # fmt: skip
 
 

@@ -72,6 +72,10 @@ class BatchTimes:
         """Whether the repeats show that the difference to plain `torch.compile` is below 1 %."""
         return each.beside_plain is None or each.beside_plain.is_even(self.plain.step_ns)
 
+    def is_same(self, each: PolicyTime) -> bool:
+        """Whether nothing is fused, so that Inductor makes the code of plain `torch.compile`."""
+        return each.policy != PLAIN and not each.fused
+
     def _share(self, time_ns: int) -> float:
         return time_ns / max(1, self.plain.step_ns)
 

@@ -58,7 +58,9 @@ def gain(bench: Bench) -> str:
     planned, low, high = times.policies[0], *times.interval(times.policies[0])
     took = f"{time_text(planned.step_ns)} a step under the plan, {time_text(times.plain.step_ns)} under {PLAIN}"
     interval = f"{100 * low:+.1f} to {100 * high:+.1f} %"
-    if times.is_even(planned):
+    if times.is_same(planned):
+        verdict = f"The plan fuses nothing, so both run the same code ({interval} is noise)"
+    elif times.is_even(planned):
         verdict = f"The plan gains nothing that could be measured here ({interval})"
     elif times.is_noise(planned):
         needed = _needed(times, planned)
@@ -78,7 +80,9 @@ def _needed(times: BatchTimes, each: PolicyTime) -> int | None:
 
 def _is_open(times: BatchTimes, each: PolicyTime) -> bool:
     """Whether the repeats show neither a difference to plain torch.compile nor that there is none."""
-    return each.policy != PLAIN and times.is_noise(each) and not times.is_even(each)
+    if each.policy == PLAIN or times.is_same(each):
+        return False
+    return times.is_noise(each) and not times.is_even(each)
 
 
 def _doubts(times: BatchTimes) -> Iterator[str]:
@@ -120,13 +124,16 @@ def time_text(ns: int) -> str:
 
 
 def change_text(times: BatchTimes, each: PolicyTime) -> str:
-    """`-5.2 % (-5.6 to -4.7)`, `even` where the difference surely is below 1 %, or `unclear`; empty for plain
-    torch.compile itself.
+    """`-5.2 % (-5.6 to -4.7)`, `same code` where nothing is fused, `even` where the difference surely is below 1 %, or
+    `unclear`; empty for plain torch.compile itself.
     """
     if each.policy == PLAIN:
         return ""
     low, high = (100 * end for end in times.interval(each))
-    word = (
-        "even" if times.is_even(each) else "unclear" if times.is_noise(each) else f"{100 * times.change(each):+.1f} %"
-    )
+    if times.is_same(each):
+        word = "same code"
+    elif times.is_even(each):
+        word = "even"
+    else:
+        word = "unclear" if times.is_noise(each) else f"{100 * times.change(each):+.1f} %"
     return f"{word} ({low:+.1f} to {high:+.1f})"

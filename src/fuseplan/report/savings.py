@@ -154,13 +154,7 @@ def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
     if not any(report.matched.values()):
         return Text("Nothing to fuse: no rule matches anywhere.")
     if not any(graph.applied for graph in report.graphs):
-        graphs = _graphs(report, span)
-        unsure = {(each.op, each.nodes) for g in graphs for each in g.refusals if each.reason is Reason.UNSURE}
-        lost = {loss.fusion.site for graph in graphs for loss in graph.lost}
-        places = count_of(len(lost) + len(unsure), "place")
-        why = "is cheaper unfused" if report.policy == "planned" else "is left unfused"
-        why = "isn't sure to gain" if unsure and not lost else f"{why} or isn't sure to gain" if unsure else why
-        return Text(f"{who} fuses nothing: what matches, in {places}, {why}.")
+        return Text(f"{who} fuses nothing: {why_nothing(report, span)}.")
     saved = Saved.of(report, span)
     is_gain = saved.saved_ns >= 0
     text = Text(f"{who} {'saves' if is_gain else 'costs'} ")
@@ -169,20 +163,35 @@ def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
         text.append(f" ({saved.interval})")
     at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
     text.append(
-        f"{at}: {percent(abs(saved.saved_ns), saved.unfused_ns)} of the {us(saved.unfused_ns)} us of {_work(report)}"
+        f"{at}: {percent(abs(saved.saved_ns), saved.unfused_ns)} of the {us(saved.unfused_ns)} us of {work_of(report)}"
     )
     if saved.step_ns:
         share = 100 * abs(saved.saved_ns) / saved.step_ns
         text.append(f", about {share:.{0 if share >= 0.95 else 1}f} % of the whole step")
-    text.append(f"; fused in {_where(_graphs(report, span))}.")
+    text.append(f"; fused in {where_of(report, span)}.")
     return text.append(_starving(comparison)) if orders else text
+
+
+def why_nothing(report: Report, span: Span) -> str:
+    """Of a report whose rules match somewhere: `2 places match, but fusing them costs more than it saves`"""
+    graphs = _graphs(report, span)
+    unsure = {(each.op, each.nodes) for g in graphs for each in g.refusals if each.reason is Reason.UNSURE}
+    lost = {loss.fusion.site for graph in graphs for loss in graph.lost}
+    count = len(lost) + len(unsure)
+    found, them = (f"{count} places match", "them") if count != 1 else ("1 place matches", "it")
+    if report.policy != "planned":
+        return f"{found}, but the policy leaves {them} unfused"
+    dearer = f"fusing {them} costs more than it saves"
+    if unsure and lost:
+        return f"{found}, but {dearer}, or may do so"
+    return f"{found}, but {f'fusing {them} may cost more than it saves' if unsure else dearer}"
 
 
 def _graphs(report: Report, span: Span) -> list[GraphReport]:
     return [graph for graph in report.graphs if graph.range == span]
 
 
-def _work(report: Report) -> str:
+def work_of(report: Report) -> str:
     """`norm and all-reduce`: the contested ops."""
     fusions = [*_applied(report.graphs), *(loss.fusion for graph in report.graphs for loss in graph.lost)]
     ops = {each.op for each in fusions}
@@ -195,8 +204,9 @@ def _applied(graphs: Iterable[GraphReport]) -> list[Fusion]:
     return [fusion for graph in graphs for fusion in graph.applied]
 
 
-def _where(graphs: Sequence[GraphReport]) -> str:
+def where_of(report: Report, span: Span) -> str:
     """`36 of 36 layers`, or places where the model has no layers."""
+    graphs = _graphs(report, span)
     fused = _applied(graphs)
     every = [*fused, *(loss.fusion for graph in graphs for loss in graph.lost)]
     layers = {layer for each in every if (layer := layer_of(each.source))}

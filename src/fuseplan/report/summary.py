@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from fuseplan.record import Comparison, Reason, Report
 from fuseplan.record.text import printable, shown
-from fuseplan.report.savings import verdict
+from fuseplan.report.savings import Saved, is_fixed, percent, spans_of, us, verdict, where_of, work_of
+from fuseplan.report.text import policy_name, tokens_of
 
 LOGGER = "fuseplan.compiled"
 """Says one line at INFO. `logging.getLogger("fuseplan.compiled").setLevel(logging.WARNING)` switches it off."""
@@ -23,23 +24,44 @@ def alone(report: Report, name: str = "model") -> Comparison:
 
 
 def summary(report: Report) -> str:
-    """The fusions and their saving, or why there are none."""
+    """Where something is fused and what that saves, of what; or why nothing is."""
     left = [
         each for graph in report.graphs for each in graph.refusals if each.reason in (Reason.TRAINING, Reason.DISABLED)
     ]
-    if left and not any(graph.applied for graph in report.graphs):
-        return f"Nothing is fused: {printable(left[0].detail)}."
-    return verdict(alone(shown(report))).plain
+    fuses = any(graph.applied for graph in report.graphs)
+    if left and not fuses:
+        return f"nothing is fused: {printable(left[0].detail)}."
+    report = shown(report)
+    comparison = alone(report)
+    if not fuses:
+        text = verdict(comparison).plain
+        return f"{text[0].lower()}{text[1:]}"
+    span = spans_of(comparison)[0]
+    saved = Saved.of(report, span)
+    who = "" if report.policy == "planned" else f"{policy_name(report)}: "
+    at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
+    is_gain = saved.saved_ns >= 0
+    interval = f" ({saved.interval})" if is_gain and saved.interval else ""
+    return (
+        f"{who}fused in {where_of(report, span)}. Estimated {'saving' if is_gain else 'loss'}: "
+        f"{us(abs(saved.saved_ns))} us a step{interval}{at}, {percent(abs(saved.saved_ns), saved.unfused_ns)} of the "
+        f"{us(saved.unfused_ns)} us of {work_of(report)}."
+    )
 
 
-def tell(report: Report) -> None:
-    """Logs the summary. If logging isn't configured, it goes to standard error."""
+def tell(report: Report, *, hint: bool = True) -> None:
+    """Logs the summary. If logging isn't configured, it goes to standard error.
+
+    Args:
+        report: of one compilation.
+        hint: with how to get all of it.
+    """
     log = logging.getLogger(LOGGER)
     if not log.handlers:
         log.addHandler(_Unconfigured())
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
-    log.info("fuseplan: %s (all of it: on_report=print)", summary(report))
+    log.info("fuseplan: %s%s", summary(report), " Full report: on_report=print" if hint else "")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ user's.
 
 import contextlib
 import importlib
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,6 +122,12 @@ def _resized(inputs: Sequence[Any], batch: int | None) -> tuple[Any, ...]:
         return value[torch.arange(batch, device=value.device) % rows]
 
     return tuple(map(resized, inputs))
+
+
+def layers_of(model: Any) -> int:
+    """The length of a model's outermost list of modules; 0 where it has none."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return next((len(each) for each in modules if isinstance(each, torch.nn.ModuleList)), 0)
 
 
 def names() -> list[str]:
@@ -267,8 +274,9 @@ def import_module(name: str) -> ModuleType:
 def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]]:
     module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(import_module(module_name), attribute)
-        made = factory(tp)
+        module = import_module(module_name)
+        factory = getattr(module, attribute, None)
+        made = factory(tp) if factory is not None else None
     except (Exception, SystemExit) as error:
         # A script without a main guard ends the program when it is imported: with 0, as if all were well.
         what = (
@@ -277,6 +285,14 @@ def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]
             else f"{type(error).__name__}: {error}"
         )
         raise WorkloadError(f"{name}: the factory failed: {one_line(what)}") from error
+    if factory is None:
+        own = [
+            each
+            for each, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module_name
+        ]
+        what = unknown("factory", attribute, own) if own else f"{module_name} has no {attribute!r}"
+        raise WorkloadError(f"{name}: {what}")
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise WorkloadError(f"{name}: factory(tp) must return (module, inputs), found {type(made).__name__}")
     return made[0], tuple(made[1])
