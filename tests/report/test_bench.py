@@ -114,7 +114,7 @@ def test_an_unclear_difference_says_how_many_repeats_would_settle_it() -> None:
     with console.capture() as captured:
         console.print(render_bench(replace(BENCH, batches=(times,))))
     lines = [" ".join(line.split()) for line in captured.get().splitlines()]
-    assert "ordered(act_quant) 1.05 ms 2.00 us 952 unclear (-1.0 to +11.0) act_quant 1" in lines
+    assert "ordered(act_quant) 1.05 ms 2.00 us 7,619 unclear (-1.0 to +11.0) act_quant 1" in lines
     assert "unclear ordered(act_quant) at batch 8: about 16 repeats would settle it" in lines
     (told,) = bench_to_json(replace(BENCH, batches=(times,)))["batches"]
     assert [each["repeats_needed"] for each in told["policies"]] == [None, None, None, 16, None]

@@ -99,7 +99,7 @@ def test_lone_surrogates_can_be_written(tmp_path: Path) -> None:
 
 def test_headline_says_what_is_saved_and_verdicts_who_starves() -> None:
     data = view(Synthetic().comparison())
-    assert data["headline"].startswith("The plan saves 29.0 us a step at 1-64 tokens: 36 % of the 80.0 us of ")
+    assert data["headline"].startswith("The plan saves 29.0 µs a step at 1-64 tokens: 36 % of the 80.0 µs of ")
     first, second = data["verdicts"]
     assert (first["loser"], first["state"], first["winners"]) == (PAD, "starved", [[REDUCE, 4]])
     assert (first["where"], first["lost_us"], first["behind_us"]) == ("layers.0-3.post_norm", 1.0, [8.0, 8.0, 0.0])

@@ -109,7 +109,7 @@ def test_shows_every_part(open_page: Open) -> None:
     assert (
         page.locator("h1")
         .inner_text()
-        .startswith("The plan saves 37.0 us a step at 1-64 tokens: 37 % of the 100 us of ")
+        .startswith("The plan saves 37.0 µs a step at 1-64 tokens: 37 % of the 100 µs of ")
     )
     for part in ("tokens", "policies", "graph", "conflicts", "misses", "costs", "constants", "run"):
         assert page.locator(f"#{part}").is_visible(), part

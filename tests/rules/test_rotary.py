@@ -184,6 +184,17 @@ def test_near_misses_name_what_stands_in_the_way(name: str) -> None:
     assert all(row.detail.startswith(detail) for row in rows), [row.detail for row in rows]
 
 
+def test_angles_of_each_head_are_refused_at_the_line_that_rotates() -> None:
+    def function(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (normed(x, weight).transpose(1, 2) for x, weight in ((q, QW), (k, KW)))
+        return broadcast(q, cos, sin), broadcast(k, cos, sin)
+
+    x, angles = torch.randn(2, 7, 4, HEAD).bfloat16(), torch.randn(4, 7, HEAD).bfloat16()
+    (row,) = near_misses(function, x, x.clone(), angles, angles.clone(), rule=RULE)
+    assert (row.nearness, row.code) == (Nearness.REFUSED, "return x * cos + rotate_half(x) * sin")
+    assert row.detail.startswith("cos is [1, 4, 7, ")
+
+
 def test_a_norm_that_others_read_too_is_refused() -> None:
     def function(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         norms = [normed(x.view(7, -1, HEAD), weight) for x, weight in ((q, QW), (k, KW))]

@@ -3,9 +3,12 @@
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.text import Text
 
 from fuseplan.cli.console import Debug, Json, one_line_errors, show, table_of
+
+ALL_PATTERNS = "all patterns of one rule: fuseplan rules NAME"
 
 
 def rules(
@@ -13,7 +16,7 @@ def rules(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the fusions: what each matches and the op that takes its place."""
+    """List the fusions: what each matches and the op that takes its place; for one of them, all of its patterns."""
     with one_line_errors(debug):
         from fuseplan.config import unknown
         from fuseplan.rules import by_name
@@ -22,13 +25,19 @@ def rules(
         known = by_name(BUILT_IN_RULES)
         if name is not None and name not in known:
             raise unknown("rule", name, known)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"rule": rule, "flags": list(members[0].flags), "fusions": [member.describe() for member in members]}
             for rule, members in known.items()
             if name in (None, rule)
         ]
         if as_json:
             return show({"schema": 1, "rules": rows}, as_json=True)
+        if name is None:
+            table = table_of("rule", "flag", "patterns", "the shortest: pattern  =>  fused op")
+            for row in rows:
+                shortest = min(row["fusions"], key=len)
+                table.add_row(row["rule"], " and ".join(row["flags"]), str(len(row["fusions"])), shortest)
+            return show(Group(table, Text(), Text(ALL_PATTERNS)), as_json=False)
         table = table_of("rule", "flag", "pattern  =>  fused op")
         for row in rows:
             for index, fusion in enumerate(row["fusions"]):

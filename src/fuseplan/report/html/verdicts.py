@@ -1,5 +1,6 @@
 """The most important first: which rule starves which under which policy, and at what cost."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,10 @@ from fuseplan.report.savings import by_range, counts_of_step, is_covered, losses
 
 
 def headline(comparison: Comparison) -> str:
-    """The first policy's saving, and its share."""
-    return verdict(comparison, orders=False).plain if comparison.reports else "Nothing was compared"
+    """The first policy's saving, and its share, with the page's unit."""
+    if not comparison.reports:
+        return "Nothing was compared"
+    return re.sub(r"(?<=\d) us\b", " µs", verdict(comparison, orders=False).plain)
 
 
 def verdicts(comparison: Comparison) -> list[dict[str, Any]]:

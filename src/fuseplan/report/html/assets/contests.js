@@ -8,12 +8,12 @@ function openSummary() {
     const saved = policy.ranges.map((range, index) => [
         index ? ", " : null,
         el("b", null, us(range.saved)),
-        ` ${index ? "" : "a step "}at ${spanText(VIEW.ranges[index])}`,
+        ` of ${bare(range.unfused)} ${index ? "" : "a step "}at ${spanText(VIEW.ranges[index])}`,
     ]);
     const proven = policy.ranges.every((range) => range.proof?.gap === 0);
     const fusions = counts.map(([rule, count], index) => [index ? " + " : null, `${count} `, ruleName(rule)]);
     if (counts.length) {
-        const proof = proven ? "; gap 0, so that no legal selection saves more" : "";
+        const proof = proven ? "; no legal selection saves more (gap 0)" : "";
         refill(byId("summary"), policyLabel(policy), " applies ", fusions, ` and saves `, saved, ` tokens${proof}.`);
     }
     const alerts = [...warnings.map((each) => each.detail), ...breaks.map((reason) => `graph break: ${reason}`)];

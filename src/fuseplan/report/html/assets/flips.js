@@ -40,8 +40,8 @@ const orderTitle = (set) => `${set.length === 2 ? "better" : "best"} of ${letter
 function flipText() {
     const turns = orderSets().map((set) => [`the ${orderTitle(set)}`, orderFlips(set)]);
     if (LINED[0].name === "planned") turns.unshift(["the best plan", planFlips()]);
-    const between = (index) => `${number(POINTS[index - 1].tokens)} and ${number(POINTS[index].tokens)}`;
+    const between = (index) => `between ${number(POINTS[index - 1].tokens)} and ${number(POINTS[index].tokens)}`;
     const text = ([what, at]) =>
-        at.length ? `${what} flips between ${at.map(between).join(", ")} tokens` : `${what} is the same at every size`;
+        at.length ? `${what} flips ${at.map(between).join(", and ")} tokens` : `${what} is the same at every size`;
     return turns.map(text).join("; ");
 }
