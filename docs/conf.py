@@ -367,6 +367,8 @@ facts = {
     "measured": re.sub(r"\[JSON\]\(benchmarks/results/(\S+)\)", r"`\1`", measured.table()),
     "gpus_run": measured.gpus_run(),
     "ranks_run": measured.ranks_run(),
+    "engines_run": measured.engines_run(),
+    "in_short": measured.in_short(),
 }
 myst_substitutions = {**_figures(), **tables, **facts, **helps}
 

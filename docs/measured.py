@@ -274,21 +274,20 @@ def _vllm_row() -> tuple[str, ...]:
     lines = []
     for row, group in zip(found["rows"], _vllm(), strict=True):
         if not row["fused"]:
-            lines.append(f"{group.title.split(', vLLM')[0]}: nothing is fused")
+            lines.append(f"{group.title.split(', vLLM')[0]} nothing is fused")
             continue
         changes = [
             f"{100 * abs(1 - 1 / gain.times):.1f} % {'less' if gain.times > 1 else 'more'}"
-            f"{'' if gain.is_clear else ' (within the spread)'}"
+            f"{'' if gain.is_clear else ' (unclear)'}"
             for gain in group.gains
         ]
         where = _gpus(row["tp"], found)
-        lines.append(f"{group.title.split(', vLLM')[0]} on {where}: {' and '.join(changes)} time a token")
+        lines.append(f"{group.title.split(', vLLM')[0]} on {where} {' and '.join(changes)}")
     counts = " and ".join(gain.label.split()[0] for gain in group.gains)
     layers = sorted({row["layers"] for row in found["rows"]})
     version = found["rows"][0]["stock"]["vllm"]
-    gpus = " and ".join(_gpus(count, found) for count in sorted({row["tp"] for row in found["rows"]}))
-    return gpus, f"vLLM {version}", f"{_listed([str(each) for each in layers])} layers, {counts} requests", \
-        "; ".join(lines), _link("vllm_turns_h200")  # fmt: skip
+    return engines_run(), f"vLLM {version}", f"{_listed([str(each) for each in layers])} layers, {counts} requests", \
+        f"time a token: {'; '.join(lines)}", _link("vllm_turns_h200")  # fmt: skip
 
 
 def _peers(found: dict[str, Any]) -> str:
@@ -335,6 +334,33 @@ def ranks_run() -> str:
     """How many ranks all-reduces were measured with: `2 and 4`."""
     found = (each.get("ranks") or each.get("tp") for each in _every_result())
     return _listed([str(count) for count in sorted({count for count in found if count})])
+
+
+def engines_run() -> str:
+    """How many GPUs engines of vLLM were timed on: `one H200 and 2 H200s`."""
+    found = committed("vllm_turns_h200")
+    return " and ".join(_gpus(count, found) for count in sorted({row["tp"] for row in found["rows"]}))
+
+
+def in_short() -> str:
+    """What a reader may expect of decode steps, in a sentence."""
+    one, two = committed("decode_one_gpu_h200"), committed("decode_h200x2_captured")
+    single = _span([row["times_faster"]["fuseplan"] for row in decode_steps(one)])
+    several = _span([row["torch.compile"][0] / row["fuseplan"][0] for row in two["rows"]])
+    fused = [group for group, row in zip(_vllm(), committed("vllm_turns_h200")["rows"], strict=True) if row["fused"]]
+    (label, alone), (many, together) = (
+        (gains[0].label, gains) for gains in zip(*(group.gains for group in fused), strict=True)
+    )
+    assert all(gain.is_clear for gain in alone)
+    assert not any(gain.is_clear for gain in together)
+    less = _percent([100 * (1 - 1 / gain.times) for gain in alone], 1)
+    layers = one["layers"]
+    assert layers == two["layers"]
+    return (
+        f"In short: a decode step of {layers} layers of Hugging Face models was {single} times as fast on one "
+        f"{gpu(one)}, and {several} times on {_gpus(two['ranks'], two)}. In vLLM a token took {less} less time with "
+        f"{label}, where anything was fused; with {many} no gain was clear."
+    )
 
 
 def layers_run() -> str:

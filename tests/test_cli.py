@@ -286,7 +286,7 @@ def test_rules_lists_every_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(len(row["fusions"]) for row in data["rules"]) == len(BUILT_IN_RULES)
     for rule in BUILT_IN_RULES:
         assert rule.describe() in run("rules", rule.name).stdout
-    first, *rows = run("rules").stdout.splitlines()[:-2]
+    _, *rows = run("rules").stdout.splitlines()[:-2]
     assert [line.split()[0] for line in rows] == sorted({rule.name for rule in BUILT_IN_RULES})
     (norms,) = [line.split() for line in rows if line.startswith("norm_quant ")]
     assert norms[1:3] == ["fuse_norm_quant", str(sum(rule.name == "norm_quant" for rule in BUILT_IN_RULES))]

@@ -88,7 +88,7 @@ def test_a_plot_without_matplotlib_is_refused_first(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(f"{WORKLOADS}:pads", "--plot", str(tmp_path / "steps"))
     assert result.exit_code == 2
-    assert result.stderr == "fuseplan: a plot needs matplotlib: pip install 'fuseplan[bench]'\n"
+    assert result.stderr == "fuseplan: a plot needs matplotlib: pip install matplotlib\n"
     assert list(tmp_path.iterdir()) == []
 
 

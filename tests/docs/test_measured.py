@@ -52,9 +52,10 @@ def test_quartiles_that_overlap_are_called_unclear() -> None:
 
 def test_readme_states_what_was_run() -> None:
     words = " ".join(TEXT.split())
-    run = f"Kernels were run on {measured.gpus_run()} alone, all-reduces with {measured.ranks_run()} ranks"
+    run = f"Kernels were run on {measured.gpus_run()} only, all-reduces with {measured.ranks_run()} ranks"
     assert run in words
     assert f"models of {measured.layers_run()} layers" in words
+    assert measured.in_short() in words
 
 
 def test_pages_state_ranks_and_gpus_by_the_results_alone() -> None:
@@ -62,6 +63,20 @@ def test_pages_state_ranks_and_gpus_by_the_results_alone() -> None:
         text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
         assert "{{ gpus_run }}" in text, page
         assert "{{ ranks_run }}" in text, page
+
+
+def test_the_page_on_who_may_use_it_states_engines_by_the_results() -> None:
+    text = (ROOT / "docs/is-it-for-me.md").read_text(encoding="utf-8")
+    assert "{{ in_short }}" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| vLLM |")]
+    assert "{{ engines_run }}" in row
+    assert "several GPUs" not in row
+    assert measured.engines_run().split(" and ")[-1] in measured.table()
+
+
+def test_no_page_installs_from_where_it_is_not_published() -> None:
+    for page in (measured.README, *(ROOT / "docs").glob("*.md")):
+        assert not re.search(r"pip install \W*fuseplan\b", page.read_text(encoding="utf-8")), page
 
 
 def test_every_command_has_its_help_on_a_page() -> None:

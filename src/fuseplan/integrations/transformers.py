@@ -75,9 +75,7 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
         from transformers import CONFIG_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except ImportError as error:
-        raise WorkloadError(
-            f"{where}: Hugging Face workloads need transformers; pip install fuseplan[transformers]"
-        ) from error
+        raise WorkloadError(f"{where}: Hugging Face workloads need transformers; pip install transformers") from error
     fields = _without_code(data)
     for name, value in _numbers(fields):
         _check_count(name, value, where)

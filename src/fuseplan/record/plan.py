@@ -254,7 +254,8 @@ def _changes(left: Plan, right: Plan) -> Iterator[str]:
         where = f"site {places[0]}" if len(places) == 1 else f"{len(places)} sites, first {places[0]}"
         yield f"{old_choice} -> {new_choice} ({where})"
     if left.objective_ns != right.objective_ns:
-        yield f"saves {left.objective_ns / 1000:.1f} us -> {right.objective_ns / 1000:.1f} us"
+        saved = [f"{each.objective_ns / 1000:.1f} of {each.unfused_ns / 1000:.1f} us" for each in (left, right)]
+        yield f"saves {' -> '.join(saved)}"
 
 
 def first_difference(before: Sequence[str], after: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ from fuseplan.report.bench import change_text, time_text
 
 PLANNED, OTHER, WITHOUT, INK, FAINT = "#0b6e4f", "#a9b8c6", "#5d6d7e", "#1c2833", "#d5dbe1"
 COLUMNS = 3
-MISSING = "a plot needs matplotlib: pip install 'fuseplan[bench]'"
+MISSING = "a plot needs matplotlib: pip install matplotlib"
 
 
 def check_plot(path: Path) -> None:

@@ -14,7 +14,7 @@ from fuseplan.record.text import duration, printable, shown
 from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, alike, matters
-from fuseplan.report.savings import between, is_starved, us, verdict
+from fuseplan.report.savings import Saved, between, is_starved, us, verdict
 from fuseplan.report.summary import alone
 from fuseplan.report.text import PLAIN, count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
 
@@ -169,7 +169,10 @@ def _what_if(comparison: Comparison) -> list[RenderableType]:
     given = [f"{verb} {text}" for verb, texts in (("force", asked.force), ("forbid", asked.forbid)) for text in texts]
     under = f" under {policy_name(asked)}" if asked.order else ""
     lines: list[RenderableType] = [entry("what if", f"{enumerate_names(given)}{under}")]
-    saved = [_saves(each.range, each.before_ns, each.after_ns) for each in differences(free, asked)]
+    saved = [
+        _saves(each.range, each.before_ns, each.after_ns, Saved.of(asked, each.range).unfused_ns)
+        for each in differences(free, asked)
+    ]
     lines.append(indented(Text("saves ").append_text(Text(", ").join(saved))))
     grouped: dict[tuple[str, str, tuple[str, ...]], int] = {}
     for change in changes(free, asked):
@@ -184,11 +187,11 @@ def _what_if(comparison: Comparison) -> list[RenderableType]:
     return lines
 
 
-def _saves(span: tuple[int, int] | None, before_ns: int, after_ns: int) -> Text:
+def _saves(span: tuple[int, int] | None, before_ns: int, after_ns: int, unfused_ns: int) -> Text:
     worse = after_ns < before_ns
-    at = f" at {tokens_of(span)}" if span else ""
+    at = f" at {tokens_of(span)} tokens" if span else ""
     return Text.assemble(
-        (f"{after_ns / 1000:.1f} us", "red" if worse else ""), f" instead of {before_ns / 1000:.1f} us{at}"
+        (us(after_ns), "red" if worse else ""), f" of {us(unfused_ns)} us instead of {us(before_ns)}{at}"
     )
 
 

@@ -282,7 +282,7 @@ PROVIDER: Final = Provider(
     description="fuseplan's own Triton kernels",
     vendors=frozenset({"nvidia", "amd"}),
     package="triton",
-    install="pip install fuseplan[triton]",
+    install="pip install triton",
     implements={
         name: Offer(
             accepts=accepts,
