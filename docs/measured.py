@@ -354,6 +354,7 @@ def in_short() -> str:
     assert all(gain.is_clear for gain in alone)
     assert not any(gain.is_clear for gain in together)
     less = _percent([100 * (1 - 1 / gain.times) for gain in alone], 1)
+    label = label.replace("1 ", "one ")
     layers = one["layers"]
     assert layers == two["layers"]
     return (
