@@ -276,7 +276,7 @@ def test_everything_can_be_read(open_page: Open, scheme: str) -> None:
     page.locator(".bracket").first.click()
     assert page.evaluate(CONTRAST) == []
     page.locator("h1").evaluate("each => each.style.color = '#777c'")
-    assert [text for text, _, _ in page.evaluate(CONTRAST)] == ["The plan saves 29.0 us a step "]
+    assert [text for text, _, _ in page.evaluate(CONTRAST)] == ["The plan saves 29.0 µs a step "]
     page.locator("h1").evaluate("each => each.style.color = ''")
     ground = "getComputedStyle(document.body).backgroundColor"
     system = page.evaluate(ground)
@@ -295,6 +295,21 @@ def test_no_width_scrolls_sideways(open_page: Open, width: int) -> None:
     page.locator(".bracket").first.click()
     assert panel(page).is_visible()
     assert page.evaluate(fits)
+
+
+def test_constants_can_be_read_on_a_phone(open_page: Open) -> None:
+    page = open_page(Synthetic().comparison(), width=390)
+    name, value, unit, source = (page.locator("#constants td").nth(index).bounding_box() for index in range(4))
+    assert name["y"] == value["y"] == unit["y"]
+    assert source["y"] >= name["y"] + name["height"]
+    assert source["width"] > 300
+
+
+def test_the_summary_says_what_each_saving_is_of(open_page: Open) -> None:
+    comparison = Synthetic().comparison()
+    shown = " ".join(open_page(comparison).locator("#summary").inner_text().split())
+    for graph in comparison.reports[0].graphs:
+        assert f"{graph.saved_ns / 1000:.1f} µs of {graph.unfused_ns / 1000:.1f}" in shown
 
 
 def test_hostile_names_are_text(open_page: Open) -> None:

@@ -71,7 +71,7 @@ def compared(
     """
     from fuseplan.compilation.manager import PostGradPassManager
     from fuseplan.explanation.comparison import compare
-    from fuseplan.report.text import count_of
+    from fuseplan.record.text import count_of
     from fuseplan.rules.families import BUILT_IN_RULES
     from fuseplan.workloads import catalog
     from fuseplan.workloads.catalog import layers_of

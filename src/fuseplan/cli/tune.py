@@ -22,7 +22,7 @@ from fuseplan.cli.request import (
 )
 from fuseplan.cli.spelling import check_spelling
 from fuseplan.errors import ConfigError
-from fuseplan.record.text import duration, printable
+from fuseplan.record.text import count_of, duration, printable
 
 UNFUSED = "unfused"
 LACKING = "costs='auto' models a class that lacks an alternative; costs='measured' leaves that alternative out"
@@ -161,7 +161,6 @@ def _list(works: Sequence[Any]) -> None:
     """What decides, and about how long measuring it takes."""
     from fuseplan.providers import local_profile
     from fuseplan.record.unsure import seconds_of
-    from fuseplan.report.text import count_of
 
     if not works:
         return
@@ -184,7 +183,7 @@ def _rendered(found: Any, path: Path, none: str) -> Group:
             heading = Text(printable(f"{site}, {count} in the model"), style="bold")
             parts += [heading, _Times(start, rows), Text("")]
     for each in found.skipped:
-        size = f" at {each.tokens} tokens" if each.tokens else ""
+        size = f" at {count_of(each.tokens, 'token')}" if each.tokens else ""
         what = f"{each.site}: {each.alternative}" if each.alternative else each.site
         parts.append(Text(printable(f"not measured: {what}{size}: {each.reason}")))
     if any(each.alternative for each in found.skipped):
@@ -201,7 +200,7 @@ def _doubts(found: Any) -> Iterator[str]:
         needed = each.beside_unfused.repeats_needed
         settled = f"about {needed} repeats would settle it" if needed else "more repeats would hardly settle it"
         beside = f"{low:+.2f} to {high:+.2f} us beside {UNFUSED}"
-        yield f"unclear: {each.site}: {each.alternative} at {each.tokens} tokens: {beside}; {settled}"
+        yield f"unclear: {each.site}: {each.alternative} at {count_of(each.tokens, 'token')}: {beside}; {settled}"
     if len(found.unclear) > MOST_DOUBTS:
         yield f"unclear: {len(found.unclear) - MOST_DOUBTS} more, which --json has"
     yield from (f"note  {note}" for note in found.notes)

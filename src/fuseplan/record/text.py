@@ -58,3 +58,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 place`, `2 places`"""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from fuseplan.record import GraphBreak, Loss, NearMiss, Nearness, Reason, Refusal, Report
 from fuseplan.record.near_miss import cause_of, near_misses_of
+from fuseplan.record.text import count_of
 from fuseplan.report.lock import Kernel, Span
 from fuseplan.report.places import module_of, places
-from fuseplan.report.text import count_of, enumerate_names, policy_name
+from fuseplan.report.text import enumerate_names, policy_name
 
 MOST_BREAKS = 3
 """Graph breaks that one cause names."""

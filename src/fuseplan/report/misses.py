@@ -7,8 +7,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from fuseplan.record import NearMiss, Nearness
+from fuseplan.record.text import count_of
 from fuseplan.report.places import places
-from fuseplan.report.text import count_of, entry, enumerate_names, indented
+from fuseplan.report.text import entry, enumerate_names, indented
 
 SHOWN = 8
 """Causes that are shown in full; the rest are counted."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fuseplan.record.text import printable
+from fuseplan.record.text import count_of, printable
 from fuseplan.report.absence import Absence
 from fuseplan.report.drift import Drift, Where
 from fuseplan.report.lock import Kernel
-from fuseplan.report.text import count_of, entry
+from fuseplan.report.text import entry
 
 MOST_LINES = 6
 """Folded places that are listed; of more the first ones, and how many they are."""

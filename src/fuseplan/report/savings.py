@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Reason, Report
+from fuseplan.record.text import count_of
 from fuseplan.report.absence import layer_of
-from fuseplan.report.text import count_of, enumerate_names, policy_name, tokens_of
+from fuseplan.report.text import enumerate_names, policy_name, tokens_of
 
 Span = tuple[int, int] | None
 

@@ -10,13 +10,13 @@ from rich.text import Text
 
 from fuseplan.record import Comparison, ConflictClass, Report, changes, differences
 from fuseplan.record.report import UNFUSED
-from fuseplan.record.text import duration, printable, shown
+from fuseplan.record.text import count_of, duration, printable, shown
 from fuseplan.report.misses import render_near_misses
 from fuseplan.report.places import places
 from fuseplan.report.policies import Policies, alike, matters
 from fuseplan.report.savings import Saved, between, is_starved, us, verdict
 from fuseplan.report.summary import alone
-from fuseplan.report.text import PLAIN, count_of, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
+from fuseplan.report.text import PLAIN, entry, enumerate_names, indented, policy_name, tokens_of, warnings_of
 
 Section = Callable[[Comparison], list[RenderableType]]
 

@@ -70,8 +70,3 @@ def entry(label: str, content: str | Text, style: str = "bold yellow") -> Table:
     table.add_column(overflow="fold")
     table.add_row(Text(label, style=style), content if isinstance(content, Text) else Text(content))
     return table
-
-
-def count_of(number: int, noun: str) -> str:
-    """`1 place`, `2 places`"""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -9,11 +9,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fuseplan.record import Refusal, to_json
-from fuseplan.record.text import printable
+from fuseplan.record.text import count_of, printable
 from fuseplan.report.drift import Drift, DriftKind
 from fuseplan.report.lock import FusionLock
 from fuseplan.report.paragraphs import Line, break_paragraphs, drift_paragraphs, plain, render_paragraphs
-from fuseplan.report.text import count_of
 
 SCHEMA = 1
 

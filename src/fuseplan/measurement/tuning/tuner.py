@@ -19,7 +19,7 @@ from fuseplan.planner.alternatives import UNFUSED, row_key
 from fuseplan.planner.costs import Provenance, Row
 from fuseplan.record import Verification
 from fuseplan.record.paired import Paired
-from fuseplan.record.text import one_line
+from fuseplan.record.text import count_of, one_line
 from fuseplan.verification import Verifier
 from fuseplan.verification.specs import Sizes
 
@@ -176,17 +176,17 @@ class Tuner:
         subjects, errors = dict[str, Subject](), dict[str, str]()
         try:
             for place, (name, module) in enumerate(modules.items()):
-                self._tell(work, f"compiling {name} for {rows} tokens", min(place, len(graphs) - 1))
+                self._tell(work, f"compiling {name} for {count_of(rows, 'token')}", min(place, len(graphs) - 1))
                 with _noted(errors, name):
                     subjects[name] = subject_of(_called(compiled(module, sets[0], self.lower)), sets, device)
             self._agree(work, rows, subjects, errors)
             with torch.no_grad():
                 for name in list(subjects):
-                    self._tell(work, f"running {name} at {rows} tokens", len(graphs) - 1)
+                    self._tell(work, f"running {name} at {count_of(rows, 'token')}", len(graphs) - 1)
                     with _noted(errors, name):
                         subjects[name].warm_up()
                     self._agree(work, rows, subjects, errors)
-                self._tell(work, f"timing {len(graphs)} alternatives at {rows} tokens", len(graphs) - 1)
+                self._tell(work, f"timing {len(graphs)} alternatives at {count_of(rows, 'token')}", len(graphs) - 1)
                 times = interleaved(subjects, self.repeats, self.ranks, device)
         finally:
             for subject in subjects.values():
