@@ -58,7 +58,7 @@ STAGES = (
 class _Recorder:
     """A backend that copies each graph where Inductor hands it to custom passes, and then interprets it."""
 
-    watch: Callable[[str], None]
+    watch: Callable[[str], None] = lambda stage: None
     graphs: list[fx.GraphModule] = field(default_factory=list)
     _copies: dict[fx.GraphModule, fx.GraphModule] = field(default_factory=dict)
 

@@ -291,8 +291,8 @@ def _call_factory(name: str, tp: int) -> tuple[Callable[..., Any], Sequence[Any]
             for each, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module_name
         ]
-        what = unknown("factory", attribute, own) if own else f"{module_name} has no {attribute!r}"
-        raise WorkloadError(f"{name}: {what}")
+        why = str(unknown("factory", attribute, own)) if own else f"{module_name} has no {attribute!r}"
+        raise WorkloadError(f"{name}: {why}")
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise WorkloadError(f"{name}: factory(tp) must return (module, inputs), found {type(made).__name__}")
     return made[0], tuple(made[1])
