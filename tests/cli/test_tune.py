@@ -60,7 +60,7 @@ def test_rows_go_to_the_table_and_to_a_person(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == f"{SITE}, 1 in the model"
-    assert lines[1].split() == ["us,", "at", "tokens", "4"]
+    assert lines[1].split() == ["us", "(spread),", "at", "tokens", "4"]
     assert [line.split("  ")[0] for line in lines[2:4]] == ["unfused", FUSED]
     assert lines[-1] == f"2 rows in {path}"
     assert f"0 of 2: verifying: {SITE}" in result.stderr
