@@ -162,7 +162,7 @@ class PostGradPassManager(Keyed):
         groups, refusal = groups_in(graph), hands_off(graph, self.environment)
         try:
             left = GraphReport(graph=name, range=self._range, refusals=(refusal,)) if refusal is not None else None
-            report = left or home._fuse(graph, name)
+            report = left or home.fuse(graph, name)
         except FuseplanError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
@@ -170,7 +170,7 @@ class PostGradPassManager(Keyed):
         self._graphs += 1
         if not report.is_lasting:
             self.give_up_key()
-        home._deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
+        home.deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
 
     def _at_home(self, graph: fx.Graph) -> "PostGradPassManager":
         """Who plans a graph: itself, or itself with what it has for graphs of the CPU."""
@@ -184,7 +184,7 @@ class PostGradPassManager(Keyed):
     def _for_the_cpu(self) -> dict[str, object]:
         return parts_for_the_cpu(self.config, self.environment, self.providers, self._enabled_on, self._verifier_of)
 
-    def _fuse(self, graph: fx.Graph, name: str) -> GraphReport:
+    def fuse(self, graph: fx.Graph, name: str) -> GraphReport:
         """All stages, one after the other."""
         dump = DebugDump.open(self.environment.debug_dir, name, self.compile_range)
         dump.graph("1-before", graph)
@@ -383,7 +383,7 @@ class PostGradPassManager(Keyed):
     def _range(self) -> tuple[int, int] | None:
         return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
 
-    def _deliver(self, graphs: Sequence[GraphReport]) -> None:
+    def deliver(self, graphs: Sequence[GraphReport]) -> None:
         report = report_of(self.config.chosen_policy, self.config, self.names, graphs)
         publish(report)
         if self.on_report is not None:
