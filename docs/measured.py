@@ -53,7 +53,7 @@ class Group:
 
 def groups() -> list[Group]:
     """Whole decode steps, as they were measured beside plain `torch.compile` or vLLM."""
-    return [*_one_gpu(), _tensor_parallel(), _orders(), *_vllm()]
+    return [*_one_gpu(), *_in_fp8(), _tensor_parallel(), _orders(), *_vllm()]
 
 
 def _one_gpu() -> Iterator[Group]:
@@ -76,9 +76,35 @@ def decode_steps(found: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _in_fp8() -> Iterator[Group]:
+    """Models in fp8, each step in one CUDA graph."""
+    for (model, how, gpus), rows in quantised_steps().items():
+        gains = [Gain(f"batch {row['batch']}", times_of(row)) for row in rows]
+        yield Group(f"{NAMES[model]} in fp8, {SCALES[how]}, Hugging Face, {gpus}", gains)
+
+
+SCALES = {"fp8_rows": "a scale a row", "fp8_blocks": "a scale for 128"}
+
+
+def quantised_steps() -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Captured decode steps in fp8 by model, format and GPUs."""
+    one, two = committed("decode_one_gpu_quantised_h200"), committed("decode_quantised_h200x2_captured")
+    steps: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in one["rows"]:
+        if row.get("captured"):
+            steps.setdefault((row["model"], row["quantised"], _gpus(1, one)), []).append(row)
+    steps[two["model"], two["quantised"], _gpus(two["ranks"], two)] = two["rows"]
+    return {place: sorted(rows, key=lambda row: int(row["batch"])) for place, rows in steps.items()}
+
+
+def times_of(row: dict[str, Any]) -> float:
+    """How many times as fast as plain `torch.compile` fuseplan is."""
+    return float(row["torch.compile"][0] / row["fuseplan"][0])
+
+
 def _tensor_parallel() -> Group:
     found = committed("decode_h200x2_captured")
-    gains = [Gain(f"batch {row['batch']}", row["torch.compile"][0] / row["fuseplan"][0]) for row in found["rows"]]
+    gains = [Gain(f"batch {row['batch']}", times_of(row)) for row in found["rows"]]
     return Group(f"Llama-3.1-8B, Hugging Face, {found['ranks']} {gpu(found)}s", gains)
 
 
@@ -235,13 +261,16 @@ def _rows() -> Iterator[tuple[str, ...]]:
     one = f"one {gpu(found)}"
     yield one, "`torch.compile`, Hugging Face", f"a decode step of {found['layers']} layers, {_batches(steps)}", \
         f"times as fast: {', '.join(lines)}", _link("decode_one_gpu_h200")  # fmt: skip
+    yield from _fp8_rows()
     yield _vllm_row()
     found = committed("kernels_h200")
     speedups = [row["speedup_over_torch_compile"] for row in found["rows"]]
+    beside = [row["vllm"][0] / row["fused"][0] for row in found["rows"] if "vllm" in row]
     yield one, "kernels alone", "norms, activations, rotary embedding", \
-        f"{_span(speedups)} times as fast as `torch.compile`'s", _link("kernels_h200")  # fmt: skip
+        f"{_span(speedups)} times as fast as `torch.compile`'s, with fp8 {_span(beside)} times as fast as vLLM's own", \
+        _link("kernels_h200")  # fmt: skip
     found = committed("decode_h200x2_captured")
-    times = [row["torch.compile"][0] / row["fuseplan"][0] for row in found["rows"]]
+    times = [times_of(row) for row in found["rows"]]
     yield f"{found['ranks']} {gpu(found)}s", "`torch.compile`, Hugging Face", \
         f"a decode step of Llama-3.1-8B, {found['layers']} layers, {_batches(found['rows'])}", \
         f"{_span(times)} times as fast", _link("decode_h200x2_captured")  # fmt: skip
@@ -257,6 +286,11 @@ def _rows() -> Iterator[tuple[str, ...]]:
         yield f"{found['ranks']} {gpu(found)}s", "kernels alone", \
             f"all-reduce + add + RMSNorm + pad in one, {sizes[0]} to {sizes[-1]:,} tokens", \
             f"{_span(speedups)} times as fast as the best of {_peers(found)}", _link(name)  # fmt: skip
+    found = committed("region_quantised_h200x2")
+    speedups, sizes = [row["times_faster"] for row in found["rows"]], [row["tokens"] for row in found["rows"]]
+    yield f"{found['ranks']} {gpu(found)}s", "kernels alone", \
+        f"all-reduce + add + RMSNorm + fp8 quantisation in one, {min(sizes)} to {max(sizes):,} tokens", \
+        f"{_span(speedups)} times as fast as the best of {_peers(found)}", _link("region_quantised_h200x2")  # fmt: skip
     found = committed("decode_one_gpu_cpu")
     steps = [row for row in found["rows"] if row["tokens"] == 1]
     lines = [
@@ -267,6 +301,22 @@ def _rows() -> Iterator[tuple[str, ...]]:
         f"a decode step of {found['layers']} layers, narrower, {_batches(steps)}", \
         f"times as fast: {', '.join(lines)}", _link("decode_one_gpu_cpu")  # fmt: skip
     yield "8 GPUs; AMD's", "", "nothing was run: prices are modelled", "", ""
+
+
+def _fp8_rows() -> Iterator[tuple[str, ...]]:
+    """Steps of models in fp8, a row for each result."""
+    names = {1: "decode_one_gpu_quantised_h200", 2: "decode_quantised_h200x2_captured"}
+    for count, name in names.items():
+        found = committed(name)
+        gpus = _gpus(count, found)
+        steps = {place: rows for place, rows in quantised_steps().items() if place[2] == gpus}
+        lines = [
+            f"{NAMES[model]} ({SCALES[how]}) {_span([times_of(row) for row in rows])}"
+            for (model, how, _), rows in steps.items()
+        ]
+        yield gpus, "`torch.compile`, Hugging Face, fp8 by torchao", \
+            f"a decode step of {found['layers']} layers, {_batches(next(iter(steps.values())))}", \
+            f"times as fast: {', '.join(lines)}", _link(name)  # fmt: skip
 
 
 def _vllm_row() -> tuple[str, ...]:

@@ -384,6 +384,7 @@ class PostGradPassManager(Keyed):
         return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
 
     def deliver(self, graphs: Sequence[GraphReport]) -> None:
+        """Shows a report of graphs to whoever listens."""
         report = report_of(self.config.chosen_policy, self.config, self.names, graphs)
         publish(report)
         if self.on_report is not None:
