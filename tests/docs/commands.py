@@ -96,9 +96,14 @@ class Shell:
             raise result.exception
         return Outcome(result.exit_code, result.output)
 
-    def start(self, path: Path) -> int:
-        """Has a Python file run beside what runs here. Returns the number by which its outcome is asked for."""
-        request = Request(path=str(path), folder=str(self.folder), environment=self.environment, is_told=False)
+    def start(self, path: Path, *, has_code: bool) -> int:
+        """Has a Python file run beside what runs here, by generated code or not. Returns the number by which its
+        outcome is asked for.
+        """
+        what: dict[str, Any] = {"path": str(path)}
+        if not has_code:
+            what = {"module": "tests.interpreted", "processes": [([str(path)], {})]}
+        request = Request(**what, folder=str(self.folder), environment=self.environment, is_told=False)
         return self.forks.start(request)
 
     def _python(self, command: Command) -> Outcome:
