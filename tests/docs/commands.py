@@ -168,7 +168,8 @@ def _own_modules() -> Iterator[None]:
 def traced_once() -> AbstractContextManager[Any]:
     """Traces each workload once, whatever number of commands explain it: that is where their time goes.
 
-    A workload is known by its name and by the files of the folder, which its factory may be in.
+    A workload is known by its name and by the files of the folder, which its factory may be in, or by the path of its
+    configuration, which doesn't change.
     """
     build, capture = catalog.build, capturing.capture
     traces: dict[tuple[Any, ...], Any] = {}
@@ -177,7 +178,9 @@ def traced_once() -> AbstractContextManager[Any]:
     @contextmanager
     def remember(name: str, **options: Any) -> Iterator[Any]:
         files = sorted((path.name, path.read_text(encoding="utf-8")) for path in Path.cwd().glob("[!.]*.py"))
-        current[:] = [(name, *sorted(options.items()), *(files if ":" in name else ()))]
+        config = Path(name, "config.json") if Path(name).is_dir() else Path(name)
+        known = config.resolve() if config.is_file() else name
+        current[:] = [(known, *sorted(options.items()), *(files if ":" in name else ()))]
         with build(name, **options) as built:
             yield built
 
