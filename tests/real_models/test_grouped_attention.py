@@ -106,6 +106,7 @@ def test_a_padded_step_computes_and_caches_what_the_model_does(coded: bool) -> N
         torch.testing.assert_close(left.values, right.values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_generation_gives_equal_tokens() -> None:
     model = built("llama")
     how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
