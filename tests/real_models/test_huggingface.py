@@ -1,5 +1,5 @@
 """Unmodified Hugging Face models, compiled on the CPU with fuseplan beside plain `torch.compile`. Inductor makes code
-of all of them at night; by day the graphs of two are interpreted, and `test_static_cache` has code of two.
+of all of them at night; by day the graphs of two are interpreted, and `test_static_cache` has code of one.
 
 The models run on a gloo group of one rank, split by a tensor-parallel plan through hooks: their all-reduces are real,
 so that there is something to fuse in a model that neither pads nor quantises. (transformers itself splits nothing over

@@ -174,7 +174,7 @@ def test_what_comes_out_and_what_is_cached_stay(name: str, rule: str, tokens: in
         assert len(reports) == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.nightly)])
 def test_the_code_of_a_step_copies_no_cache(name: str) -> None:
     """Of one graph for several steps, which hands the caches themselves to the fused op."""
     (model, _), rule = built(name), JOINT[name]

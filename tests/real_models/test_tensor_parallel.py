@@ -82,6 +82,7 @@ def test_gpt_oss_under_both_orders(seen: Seen) -> None:
                 "fused_add_rms_norm_pad": LAYERS,
             },
         }
+        assert PAD_FIRST in result["policies"]
         for policy, row in result["policies"].items():
             assert row["fused"] == [expected[policy]] * 2, "one graph for the prompt, one for decoding"
             assert row["calls"] == {op: STEPS * count for op, count in ran[policy].items() if count}
