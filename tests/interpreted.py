@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import fx
 from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
