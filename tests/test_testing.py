@@ -57,7 +57,7 @@ def other_layout(rule: Rule) -> bool:
 def by_day() -> set[int]:
     """The first rules of each kind; `make nightly` has all of them."""
     seen, chosen = set[object](), set[int]()
-    for rule in sorted(CHECKED, key=lambda rule: -len(rule.op.name)):
+    for rule in sorted(CHECKED, key=lambda rule: len(rule.op.name)):
         if not kinds_of(rule) <= seen:
             chosen.add(id(rule))
             seen |= kinds_of(rule)
