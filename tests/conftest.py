@@ -2,6 +2,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch._C._distributed_c10d import HashStore
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from tests.forks import Forks
+from tests.interpreted import no_code
 
 # Scalar code: compiling it takes half as long, here and in the processes that tests start.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
@@ -69,6 +71,13 @@ def interpreting_forks() -> Iterator[Forks]:
     forks = Forks(TRITON_INTERPRET="1")
     yield forks
     forks.close()
+
+
+@pytest.fixture(params=["interpreted", pytest.param("coded", marks=pytest.mark.nightly)])
+def by_code_at_night(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Interprets by day what is compiled, and has Inductor make code of it at night."""
+    with no_code() if request.param == "interpreted" else nullcontext():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import fx
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
@@ -47,7 +48,8 @@ def _interpret(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Cal
         if not node.users:  # left over where an op of several tensors writes in place now, and yields none
             gm.graph.erase_node(node)
     gm.recompile()
-    return fx.Interpreter(gm).run
+    run: Callable[..., Any] = make_boxed_func(fx.Interpreter(gm).run)
+    return run
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from fuseplan.cli import app
 from fuseplan.devices import known
 from fuseplan.planner.costs import CostTable
 from tests import regressing_model
+from tests.docs.commands import traced_once
 from tests.regressing_model import LAYERS, plant
 
 WORKLOAD = "regressing_model:build"
@@ -51,6 +52,12 @@ def importable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("COLUMNS", "120")
         yield folder
     sys.modules.pop("regressing_model", None)
+
+
+@pytest.fixture
+def once() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture
@@ -305,6 +312,7 @@ def test_the_environment_changes_nothing_silently(
     assert "FUSEPLAN=0 switches every fusion off" in one_line(run(WORKLOAD, "--lock", str(lock)))
 
 
+@pytest.mark.usefixtures("once")
 def test_a_configuration_is_named_by_its_path_from_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     (tmp_path / "configs").mkdir()
@@ -326,6 +334,7 @@ def test_a_configuration_is_named_by_its_path_from_the_lock(tmp_path: Path, monk
         assert run(name, "--lock", str(lock)).exit_code == 0
 
 
+@pytest.mark.usefixtures("once")
 def test_a_built_in_workload(tmp_path: Path) -> None:
     path = tmp_path / "tiny.lock"
     arguments = ["gpt-oss-120b-tiny", "--lock", str(path)]

@@ -153,7 +153,7 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_blocks")
 @pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-8b"])
+@pytest.mark.parametrize("name", ["qwen3-8b", pytest.param("llama-3.1-8b", marks=pytest.mark.nightly)])
 def test_all_that_norms_and_activations_quantise_is_fused(name: str, how: str) -> None:
     layers = 2
     model: Any = model_of(name, layers, CPU, torch.bfloat16)

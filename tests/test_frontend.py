@@ -22,6 +22,8 @@ from fuseplan.record import Reason
 from tests.forks import Forks, Request
 from tests.helpers import HIDDEN, randn
 
+pytestmark = pytest.mark.usefixtures("by_code_at_night")
+
 PAD = fuseplan.PassConfig(policy="ordered(act_padding)")
 
 

@@ -24,6 +24,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
+@pytest.mark.usefixtures("by_code_at_night")  # tests/docs has it by code
 def test_one_command_tunes_times_and_explains(tmp_path: Path) -> None:
     table, page = tmp_path / "costs.json", tmp_path / "try.html"
     result = CliRunner().invoke(

@@ -30,6 +30,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
+@pytest.mark.usefixtures("by_code_at_night")  # tests/docs has it by code
 def test_all_policies_side_by_side_at_each_batch_size() -> None:
     arguments = ["--batch", "3", "--batch", "2", "--repeats", "5", "--steps", "3", "--json"]
     result = run(f"{WORKLOADS}:pads", *arguments)
@@ -52,6 +53,7 @@ def test_all_policies_side_by_side_at_each_batch_size() -> None:
     assert "0 of 8: compiling planned at batch 2" in result.stderr
 
 
+@pytest.mark.usefixtures("by_code_at_night")
 def test_what_a_person_sees_and_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot = tmp_path / "steps.png"

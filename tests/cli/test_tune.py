@@ -3,10 +3,8 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,18 +125,29 @@ def test_a_broken_table_that_is_named_is_left_as_it_is(tmp_path: Path, content: 
     assert path.read_text() == content
 
 
-def test_ctrl_c_leaves_a_whole_table(tmp_path: Path) -> None:
-    path = tmp_path / "costs.json"
-    command = [sys.executable, "-m", "fuseplan", "tune", f"{WORKLOADS}:pads", "--repeats", "100000", "--out", str(path)]
-    running = subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert running.stderr is not None
-    assert "0 of 18: verifying" in running.stderr.readline()
-    time.sleep(1)
-    running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate(timeout=120)
-    assert running.returncode == 130
+INTERRUPTED = """
+import io, os, signal, sys, threading
+from fuseplan.cli import main
+
+class Watched(io.TextIOWrapper):
+    def write(self, text):
+        if "0 of 18: verifying" in text:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return super().write(text)
+
+sys.stderr = Watched(sys.stderr.buffer, line_buffering=True)
+main()
+"""
+
+
+def test_ctrl_c_leaves_a_whole_table(tmp_path: Path, forks: Forks) -> None:
+    path, program = tmp_path / "costs.json", tmp_path / "program.py"
+    program.write_text(INTERRUPTED)
+    arguments = ("tune", f"{WORKLOADS}:pads", "--repeats", "100000", "--out", str(path))
+    (done,) = forks.outcomes(forks.start(Request(path=str(program), processes=[(arguments, {})])))
+    assert done.status == 130, done.output
     # Libraries may tell of leaks at exit.
-    lines = [line for line in stderr.splitlines() if line.startswith("interrupted")]
+    lines = [line for line in done.output.splitlines() if line.startswith("interrupted")]
     assert lines == [f"interrupted; 0 rows are in {path}; the unfinished measurement is lost"]
     assert CostTable.load(path, device="cpu").rows == ()
 
@@ -162,6 +171,7 @@ def test_ranks_measure_in_lock_step_and_one_writes(tmp_path: Path, forks: Forks)
     assert len(CostTable.load(path, device="cpu").rows) == 4
 
 
+@pytest.mark.nightly
 @pytest.mark.distributed
 def test_a_rank_that_fails_ends_all_with_one_line(tmp_path: Path) -> None:
     done = torchrun(f"{WORKLOADS}:fails_on_rank_1", "--tokens", "4", "--out", str(tmp_path / "costs.json"))

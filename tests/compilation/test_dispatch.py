@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 import fuseplan
 
+pytestmark = pytest.mark.usefixtures("by_code_at_night")
+
 WIDTH = 32
 RANGES = (fuseplan.CompileRange(start=1, end=4), fuseplan.CompileRange(start=5, end=16))
 REPORTS: list[fuseplan.Report] = []

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.compilation.regions import identity_of
 
+pytestmark = pytest.mark.usefixtures("by_code_at_night")
+
 WIDTH = 32
 LIMIT = 2
 PAD = "ordered(act_padding)"

@@ -123,7 +123,7 @@ def chunk_of(first_seed: int, chunk: int, size: int) -> range:
 
 @pytest.mark.parametrize("chunk", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 10), 4, interpreted, one_rank).check(least=0.25)
+    tried(chunk_of(first_seed, chunk, 6), 4, interpreted, one_rank).check(least=0.25)
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -132,11 +132,11 @@ def test_random_ends_interpreted(theme: str, one_rank: str, first_seed: int) -> 
 
 
 def test_random_uses(one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, 0, 4), 2, used, one_rank).check(least=0.25)
+    tried(chunk_of(first_seed, 0, 2), 2, used, one_rank).check(least=0.25)
 
 
 def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, 0, 2), 2, compiled, one_rank).check(least=0.4)
+    tried(chunk_of(first_seed, 0, 1), 2, compiled, one_rank).check(least=0.4)
 
 
 @pytest.mark.nightly

@@ -30,13 +30,13 @@ def right(found: dict[str, Any], least: int) -> None:
     assert found["fused"] >= least
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [8, pytest.param(500, marks=pytest.mark.nightly)])
 def test_random_blocks_keep_their_bits(count: int, one_rank: str, first_seed: int) -> None:
     right(all_of(range(first_seed, first_seed + count), one_rank), count // 4)
 
 
 @needs_triton
-@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [6, pytest.param(500, marks=pytest.mark.nightly)])
 def test_random_blocks_by_triton(count: int, interpreting_forks: Forks, first_seed: int) -> None:
     arguments: tuple[tuple[str, ...], dict[str, str]] = ((str(first_seed), str(first_seed + count)), {})
     module = "tests.differential.run_quantised_interpreted"

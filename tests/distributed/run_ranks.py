@@ -100,7 +100,10 @@ def run_coded(config: fuseplan.PassConfig, **options: Any) -> dict[str, Any]:
 
 
 def cache(name: str) -> Path:
-    path = FOLDER / f"cache-{name}-{RANK}"
+    """A cold one, but for what a C++ compiler made before, which lies in folders of two letters."""
+    path, before = FOLDER / f"cache-{name}-{RANK}", os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    for made in Path(before).glob("??") if before.startswith(str(FOLDER)) else ():
+        shutil.copytree(made, path / made.name)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     return path
 

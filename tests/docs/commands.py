@@ -96,9 +96,14 @@ class Shell:
             raise result.exception
         return Outcome(result.exit_code, result.output)
 
-    def start(self, path: Path) -> int:
-        """Has a Python file run beside what runs here. Returns the number by which its outcome is asked for."""
-        request = Request(path=str(path), folder=str(self.folder), environment=self.environment, is_told=False)
+    def start(self, path: Path, *, has_code: bool) -> int:
+        """Has a Python file run beside what runs here, by generated code or not. Returns the number by which its
+        outcome is asked for.
+        """
+        what: dict[str, Any] = {"path": str(path)}
+        if not has_code:
+            what = {"module": "tests.interpreted", "processes": [([str(path)], {})]}
+        request = Request(**what, folder=str(self.folder), environment=self.environment, is_told=False)
         return self.forks.start(request)
 
     def _python(self, command: Command) -> Outcome:
@@ -163,7 +168,8 @@ def _own_modules() -> Iterator[None]:
 def traced_once() -> AbstractContextManager[Any]:
     """Traces each workload once, whatever number of commands explain it: that is where their time goes.
 
-    A workload is known by its name and by the files of the folder, which its factory may be in.
+    A workload is known by its name and by the files of the folder, which its factory may be in, or by the path of its
+    configuration, which doesn't change.
     """
     build, capture = catalog.build, capturing.capture
     traces: dict[tuple[Any, ...], Any] = {}
@@ -172,7 +178,9 @@ def traced_once() -> AbstractContextManager[Any]:
     @contextmanager
     def remember(name: str, **options: Any) -> Iterator[Any]:
         files = sorted((path.name, path.read_text(encoding="utf-8")) for path in Path.cwd().glob("[!.]*.py"))
-        current[:] = [(name, *sorted(options.items()), *(files if ":" in name else ()))]
+        config = Path(name, "config.json") if Path(name).is_dir() else Path(name)
+        known = config.resolve() if config.is_file() else name
+        current[:] = [(known, *sorted(options.items()), *(files if ":" in name else ()))]
         with build(name, **options) as built:
             yield built
 

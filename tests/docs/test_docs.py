@@ -37,6 +37,8 @@ PRINTS_THE_SAME = PINNED is not None and torch.__version__.startswith(PINNED[1])
 
 TIME = re.compile(r"\b\d+(\.\d+)?(?= (s|ms)\b)")
 READING = ROOT / "docs/reading-a-report.md"
+CODED = {"README", "other-passes"}
+"""Pages whose Python blocks run by generated code by day too: the first one, and one that is about its cache."""
 FULL_SIZE = [name for name in catalog.names() if "-tiny" not in name]
 FULL_SIZE_TERMINALS = {name for name, made in TERMINALS.items() if not {*FULL_SIZE}.isdisjoint(made.command.split())}
 
@@ -51,21 +53,22 @@ def shown(text: str) -> str:
     return re.escape(words(text)).replace(re.escape("..."), ".*").replace(r"\ ", r"\s*").replace(r"\s*.*\s*", ".*")
 
 
-def by_day(command: Command, page: Path) -> Command | None:
-    """What is run by day of a command of which nothing that it prints is shown, and all of it at night: of full-size
-    models and where a step is timed one layer. None: ranks that torchrun starts, which `tests/real_models` has too, and
-    what README times, on other pages.
+def by_day(command: Command, page: Path, *, is_compared: bool) -> Command | None:
+    """What is run by day of a command, and all of it at night: one layer of full-size models and where a step is timed,
+    if nothing that it prints is shown. None: ranks that torchrun starts, which `tests/real_models` has too, and what
+    README times, on other pages.
     """
     if command.program == "torchrun" or (command.arguments[0] == "try" and page.name != "README.md"):
         return None
-    names_one = command.program == "fuseplan" and not {*FULL_SIZE}.isdisjoint(command.arguments)
-    if command.arguments[0] == "try":
-        layers = command.arguments.index("--layers")
-        rest = command.arguments[:layers] + command.arguments[layers + 2 :]
-        return replace(command, arguments=[*rest, "--layers", "1", "--repeats", "5"])
-    if not names_one or "--layers" in command.arguments:
+    is_large = not {*FULL_SIZE}.isdisjoint(command.arguments) or any("configs/" in word for word in command.arguments)
+    is_timed = command.arguments[0] == "try"
+    if is_compared or command.program != "fuseplan" or not (is_large or is_timed):
         return command
-    return replace(command, arguments=[*command.arguments, "--layers", "1"])
+    arguments = [*command.arguments]
+    if "--layers" in arguments:
+        at = arguments.index("--layers")
+        del arguments[at : at + 2]
+    return replace(command, arguments=[*arguments, "--layers", "1", *["--repeats", "5"] * is_timed])
 
 
 class Reader:
@@ -86,7 +89,7 @@ class Reader:
         for block in (each for each in self.blocks if each.language == "python" and each not in self.started):
             path = self.folder / f"block_{block.line}.py"
             path.write_text(block.body, encoding="utf-8")
-            self.started[block] = self.shell.start(path)
+            self.started[block] = self.shell.start(path, has_code=self.shell.has_code or self.page.stem in CODED)
 
     def read(self) -> None:
         """Runs every block, and compares what is shown with what was printed."""
@@ -99,9 +102,9 @@ class Reader:
             self.printed = [self._python(block)]
         elif block.language == "sh":
             commands = commands_of(block.body)
-            chosen = [command if is_compared else by_day(command, self.page) for command in commands]
+            chosen = [by_day(command, self.page, is_compared=is_compared) for command in commands]
             self.printed = [self._command(block, command) for command in chosen if command is not None]
-        elif block.language == "text" and PRINTS_THE_SAME:
+        elif block.language == "text" and PRINTS_THE_SAME and self.printed:  # empty: it is run at night
             self._compare(block)
 
     def _python(self, block: Block) -> str:
@@ -161,7 +164,12 @@ def test_every_block_runs_and_prints_what_it_shows(page: Path, readers: dict[Pat
 def test_what_is_shortened_by_day_runs_as_it_stands(readers: dict[Path, Reader]) -> None:
     shell = readers[ROOT / "README.md"].shell
     scripts = [(page, block.body) for page in PAGES for block in blocks_of(page) if block.language == "sh"]
-    told = [command for page, script in scripts for command in commands_of(script) if by_day(command, page) != command]
+    told = [
+        command
+        for page, script in scripts
+        for command in commands_of(script)
+        if by_day(command, page, is_compared=False) != command
+    ]
     assert {"explain", "try"} <= {command.arguments[0] for command in told}
     assert [command.arguments[:2] for command in told if "--html" in command.arguments]
     for command in (each for each in told if each.program == "fuseplan"):  # other programs run by generated code, below
@@ -171,12 +179,18 @@ def test_what_is_shortened_by_day_runs_as_it_stands(readers: dict[Path, Reader])
 
 @pytest.mark.nightly
 def test_programs_do_the_same_by_generated_code(readers: dict[Path, Reader]) -> None:
-    """By day their graphs are interpreted; Inductor makes code of what Python blocks compile."""
+    """By day graphs are interpreted."""
     ran = set()
-    for page, reader in readers.items():
-        save_files(page, reader.folder)
+    for reader in readers.values():
         reader.shell.has_code = True
-        for block in (each for each in blocks_of(page) if each.language == "sh"):
+        reader.started.clear()
+        reader.start()
+        for block in reader.blocks:
+            if block.language == "python":
+                reader._python(block)
+                continue
+            if block.language != "sh":
+                continue
             for command in commands_of(block.body):
                 if command.program in ("python", "torchrun"):
                     reader._command(block, command)

@@ -2,6 +2,7 @@
 out stays.
 """
 
+import functools
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 
 import fuseplan
 from tests.interpreted import no_code
+from tests.traced import Traced
 
 LAYERS, CACHE, PROMPT, WINDOW = 2, 32, 7, 8
 COMMON: dict[str, Any] = {
@@ -67,6 +69,12 @@ def step(model: Any, queries: int = 1, batch: int = 2, prompt: int = PROMPT, pad
     }  # fmt: skip
 
 
+@functools.cache
+def traced(name: str, dtype: torch.dtype = torch.float32, **further: Any) -> Traced:
+    model = built(name, dtype)
+    return Traced(model, **step(model, **further))
+
+
 def providers(report: fuseplan.Report) -> list[str]:
     return [each.provider for each in report.graphs[0].applied if each.rule in EITHER]
 
@@ -75,17 +83,16 @@ def providers(report: fuseplan.Report) -> list[str]:
     "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in ("gemma3", "qwen3"))) for name in MODELS]
 )
 def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: str) -> None:
-    model = built(name, torch.float16 if name == "qwen3" else torch.bfloat16)
-    arguments = step(model, padded=2)
+    model = traced(name, torch.float16 if name == "qwen3" else torch.bfloat16, padded=2)
     config = fuseplan.PassConfig(allow_rounding_changes=True, fuse_cached_attention=True)
-    report = fuseplan.explain(model, device="h100", config=config, **arguments)
+    report = model.explain(device="h100", config=config)
     assert providers(report) == ["triton"] * LAYERS
     fusions = [each for each in report.graphs[0].applied if each.rule in EITHER]
     joint = 0 if name in ("gemma3", "qwen3") else LAYERS
     assert (report.fused["cached_eager_attention"], report.fused["rope_cache"]) == (joint, 0)
     assert [each.source for each in fusions] == [f"model.layers.{layer}.self_attn" for layer in range(LAYERS)]
 
-    report = fuseplan.explain(model, device="h100", **arguments)
+    report = model.explain(device="h100")
     assert providers(report) == []
     (miss,) = [each for each in report.near_misses if each.rule == "eager_attention" and each.provider == "triton"]
     assert (miss.count, miss.reason, miss.mend) == (LAYERS, "rounding", "set allow_rounding_changes")
@@ -94,9 +101,12 @@ def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: s
 @pytest.mark.parametrize(
     ("name", "batch", "queries", "prompt"),
     [
-        ("llama", 1, 1, PROMPT),
+        ("gemma2", 1, 3, PROMPT),
         pytest.param("gemma2", 1, 1, 11, marks=pytest.mark.nightly),
-        ("gemma2", 2, 3, PROMPT),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (("llama", 1, 1, PROMPT), ("gemma2", 2, 3, PROMPT))
+        ),
         ("gpt_oss", 2, 1, 11),
         pytest.param("gpt_oss", 1, 3, 9, marks=pytest.mark.nightly),
     ],
@@ -105,21 +115,22 @@ def test_steps_of_any_kind_are_recognised(name: str, batch: int, queries: int, p
     """One sequence, a chunk of several tokens, and sliding windows that are full. At such sizes nothing is sure to be
     gained, so it is forced.
     """
-    model = built(name, torch.bfloat16)
     config = fuseplan.PassConfig(allow_rounding_changes=True, force=("eager_attention:triton",))
-    report = fuseplan.explain(model, device="h200", config=config, **step(model, queries, batch, prompt))
+    model = traced(name, torch.bfloat16, queries=queries, batch=batch, prompt=prompt)
+    report = model.explain(device="h200", config=config)
     assert providers(report) == ["triton"] * LAYERS
 
 
+@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["interpreted", "coded"])
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.nightly] * (name != "llama")) for name in sorted(MODELS.keys() - OWN)],
 )
-def test_in_float32_a_cpus_kernel_is_planned_and_computes_what_the_model_does(name: str) -> None:
+def test_in_float32_a_cpus_kernel_is_planned_and_computes_what_the_model_does(name: str, coded: bool) -> None:
     model = built(name)
     reports: list[fuseplan.Report] = []
     compiled = fuseplan.compile(model, fullgraph=True, on_report=reports.append)
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if coded else no_code():
         plain, fused = step(model, 3, padded=2), step(model, 3, padded=2)
         expected, actual = model(**plain).logits, compiled(**fused).logits
     assert providers(reports[-1]) == ["sdpa"] * LAYERS
@@ -137,7 +148,7 @@ def test_soft_caps_and_sinks_are_left_alone_on_a_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in OWN)) for name in MODELS]
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name != "gpt_oss")) for name in MODELS]
 )
 def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str) -> None:
     """What a kernel is held to is the model's own attention: soft-caps, sinks and windows included."""
@@ -153,7 +164,9 @@ def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str)
 
 
 @pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["interpreted", "coded"])
-@pytest.mark.parametrize("name", [*OWN, pytest.param("llama", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "name", ["gemma2", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("gpt_oss", "llama"))]
+)
 def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_does(name: str, coded: bool) -> None:
     model = built(name)
     config = fuseplan.PassConfig(force=("cached_eager_attention",), fuse_cached_attention=True, verify="always")

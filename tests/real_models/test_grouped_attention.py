@@ -2,6 +2,8 @@
 what comes out stays.
 """
 
+import functools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from transformers import (
 import fuseplan
 from fuseplan.providers.attention import EFFICIENT_SHARES
 from tests.interpreted import no_code
+from tests.traced import Traced
 
 LAYERS, CACHE, PROMPT = 2, 32, 7
 COMMON: dict[str, Any] = {
@@ -53,10 +56,15 @@ def step(model: Any, padded: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@functools.cache
+def traced(name: str, dtype: torch.dtype = torch.float32, padded: int = 0) -> Traced:
+    model = built(name).to(dtype)
+    return Traced(model, **step(model, padded))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_planned_once_a_layer(name: str) -> None:
-    model = built(name)
-    report = fuseplan.explain(model, device="cpu", **step(model, padded=2))
+    report = traced(name, padded=2).explain(device="cpu")
     assert report.fused["grouped_attention"] == LAYERS
     fusions = [each for each in report.graphs[0].applied if each.rule == "grouped_attention"]
     assert [each.source for each in fusions] == [f"model.layers.{layer}.self_attn" for layer in range(LAYERS)]
@@ -76,17 +84,18 @@ def test_it_is_planned_once_a_layer(name: str) -> None:
 def test_a_gpu_is_planned_for_by_the_kernel_that_is_priced_best_there(
     device: str, dtype: torch.dtype, provider: str
 ) -> None:
-    model, apart = built("llama").to(dtype), fuseplan.PassConfig(fuse_cached_attention=False)
-    report = fuseplan.explain(model, device=device, config=apart, **step(model))
+    apart = fuseplan.PassConfig(fuse_cached_attention=False)
+    report = traced("llama", dtype).explain(device=device, config=apart)
     assert report.fused["grouped_attention"] == LAYERS
     assert {f.provider for f in report.graphs[0].applied if f.rule == "grouped_attention"} == {provider}
 
 
-def test_a_padded_step_computes_and_caches_what_the_model_does() -> None:
+@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["interpreted", "coded"])
+def test_a_padded_step_computes_and_caches_what_the_model_does(coded: bool) -> None:
     model = built("qwen3")
     reports: list[fuseplan.Report] = []
     compiled = fuseplan.compile(model, fullgraph=True, on_report=reports.append)
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if coded else no_code():
         plain, fused = step(model, padded=2), step(model, padded=2)
         expected, actual = model(**plain).logits, compiled(**fused).logits
     assert reports[-1].fused["grouped_attention"] == LAYERS
@@ -97,6 +106,7 @@ def test_a_padded_step_computes_and_caches_what_the_model_does() -> None:
         torch.testing.assert_close(left.values, right.values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_generation_gives_equal_tokens() -> None:
     model = built("llama")
     how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}

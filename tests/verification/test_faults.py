@@ -138,6 +138,7 @@ def test_a_hang_costs_its_deadline_and_no_more(traced: fx.Graph) -> None:
     assert time.perf_counter() - start < 30
 
 
+@pytest.mark.usefixtures("by_code_at_night")
 def test_one_line_says_it_to_the_user_of_compile() -> None:
     torch._dynamo.reset()
     wrong = provider(yields_nan)

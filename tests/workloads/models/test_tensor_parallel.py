@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from fuseplan.workloads.models import GptOss, KVCache, Workload, shard_, workload
+from tests.forks import Forks, Request
 from tests.ranks import leave
 from tests.workloads.models.conftest import FakeGroup
 
@@ -99,5 +100,11 @@ def compare_with_whole(rank: int, size: int, store: str) -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    spawn(compare_with_whole, args=(2, str(tmp_path / "store")), nprocs=2)
+def test_two_ranks_compute_what_one_does(tmp_path: Path, forks: Forks) -> None:
+    processes = [((str(rank), "2", str(tmp_path / "store")), dict[str, str]()) for rank in range(2)]
+    outcomes = forks.outcomes(forks.start(Request(path=__file__, processes=processes)))
+    assert [each.status for each in outcomes] == [0, 0], "\n".join(each.output[-4000:] for each in outcomes)
+
+
+if __name__ == "__main__":
+    compare_with_whole(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
