@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache_dir()) / "of_fuseplans_tests")
 
 # How long guards take is measured with all caches flushed, a seventh of the time of tracing a small function.
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+vars(torch._dynamo.guards)["profile_guard_manager"] = lambda *_: 0.0
 
 pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
 

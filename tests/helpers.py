@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -101,12 +102,14 @@ def canonical(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = Fal
     return canonicalize(post_grad(function, *inputs, dynamic=dynamic))
 
 
-def quickly_traced(function: Callable[..., Any], *inputs: Tensor) -> fx.Graph:
-    """The same graph of a function of tensors that Dynamo leaves as it is, without Dynamo, in a third of the time: for
-    further inputs and dtypes of what `post_grad` traces in another test. Sizes are constants.
+def quickly_traced(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> fx.Graph:
+    """The same graph of a function of tensors that Dynamo leaves as it is, without Dynamo unless it is dynamic, in a
+    third of the time: for further inputs of what another test traces as users do.
     """
-    free = torch.func.functionalize(function, remove="mutations_and_views")
-    with torch.no_grad():
+    if dynamic:
+        return post_grad(function, *inputs, dynamic=True)
+    free = torch.func.functionalize(function, remove="mutations")
+    with torch.no_grad(), enable_python_dispatcher():
         gm = make_fx(free, select_decomp_table(), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     gm.graph.eliminate_dead_code()
     joint_graph_passes(gm)
