@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import _functional_collectives as collectives
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -102,20 +104,34 @@ def canonical(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = Fal
     return canonicalize(post_grad(function, *inputs, dynamic=dynamic))
 
 
+def quickly_canonical(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> CanonicalGraph:
+    """What `quickly_traced` yields, raised."""
+    return canonicalize(quickly_traced(function, *inputs, dynamic=dynamic))
+
+
 def quickly_traced(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> fx.Graph:
     """The same graph of a function of tensors that Dynamo leaves as it is, without Dynamo unless it is dynamic, in a
     third of the time: for further inputs of what another test traces as users do.
     """
     if dynamic:
         return post_grad(function, *inputs, dynamic=True)
-    free = torch.func.functionalize(function, remove="mutations")
+    marks = "_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices"
+    assert not [each for each in inputs if any(hasattr(each, mark) for mark in marks)], "marks are for Dynamo"
+
+    def on_inputs(*given: Tensor) -> Any:
+        return function(*given)  # tracing would ask for arguments that have defaults, too
+
+    free = torch.func.functionalize(on_inputs, remove="mutations")
     with torch.no_grad(), enable_python_dispatcher():
         gm = make_fx(free, select_decomp_table(), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add_.Scalar):
+        node.target = torch.ops.aten.add.Scalar  # F.rms_norm's own, on a value that nothing else reads
     gm.graph.eliminate_dead_code()
-    joint_graph_passes(gm)
-    recorder = _Recorder()
-    with torch.no_grad():
-        recorder._inner(gm, [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")], is_inference=True)
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    recorder, mode = _Recorder(), detect_fake_mode(values)
+    with torch.no_grad(), V.set_fake_mode(mode):
+        joint_graph_passes(gm)
+        recorder._inner(gm, values, is_inference=True)
     (traced,) = recorder.graphs
     return traced.graph
 

@@ -22,7 +22,7 @@ from fuseplan.planner.ordered import choose_in_order
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
-from tests.helpers import HIDDEN, SPELLINGS, all_reduce, post_grad, quantize, randn
+from tests.helpers import HIDDEN, SPELLINGS, all_reduce, quantize, quickly_traced, randn
 from tests.traced import workload_graph
 
 RULES = by_name(BUILT_IN_RULES)
@@ -129,7 +129,7 @@ INPUTS = (randn(5, HIDDEN), W, torch.tensor([0.02]))
 )
 @given(layers=st.lists(LAYER, min_size=1, max_size=4), data=st.data())
 def test_random_stacks(layers: list[dict[str, Any]], data: st.DataObject, one_rank: str) -> None:
-    graph = post_grad(stack(layers, one_rank), *INPUTS)
+    graph = quickly_traced(stack(layers, one_rank), *INPUTS)
     order = tuple(data.draw(st.permutations(sorted(RULES))))
     expected = really_apply(graph, order)
     assert emulated(graph, order) == expected
@@ -139,7 +139,7 @@ def test_random_stacks(layers: list[dict[str, Any]], data: st.DataObject, one_ra
 @pytest.mark.parametrize("layers", [1, 3])
 def test_every_order_of_the_contest(layers: int, one_rank: str) -> None:
     contested = {"reduce": True, "residual": True, "pad": True, "quant": False, "read": True, "spelling": "vllm"}
-    graph = post_grad(stack([contested] * layers, one_rank), *INPUTS)
+    graph = quickly_traced(stack([contested] * layers, one_rank), *INPUTS)
     rules = ("act_padding", "allreduce_rms", "allreduce_rms_padding")
     outcomes = set()
     for order in itertools.permutations(rules):
