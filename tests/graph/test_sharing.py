@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fuseplan.graph.facts import aten
 from fuseplan.graph.sharing import Shared
-from tests.helpers import post_grad
+from tests.helpers import quickly_traced
 
 LENGTH = torch.tensor(3)
 X = torch.zeros(2, 4)
@@ -74,12 +74,12 @@ def shared(graph: fx.Graph) -> bool:
     ],
 )
 def test_values_are_shared_that_the_same_calls_compute(function: Callable[..., Any], is_shared: bool) -> None:
-    assert shared(post_grad(function, LENGTH, X)) == is_shared
+    assert shared(quickly_traced(function, LENGTH, X)) == is_shared
 
 
 @pytest.mark.parametrize("place", ["between the values", "before the second reader"])
 def test_nothing_is_shared_across_a_mutation(place: str) -> None:
-    graph = post_grad(equal, LENGTH, X)
+    graph = quickly_traced(equal, LENGTH, X)
     length = graph.find_nodes(op="placeholder")[0]
     second = graph.find_nodes(op="call_function", target=aten.where.self)[-1]
     before = readers(graph)[1] if place == "before the second reader" else second
@@ -98,7 +98,7 @@ def test_what_is_used_twice_at_each_step_is_looked_at_once() -> None:
             hidden = hidden * hidden
         return [x + hidden, x - hidden * 2]
 
-    graph = post_grad(squared, LENGTH, X)
+    graph = quickly_traced(squared, LENGTH, X)
     found = Shared(graph)
     reader = readers(graph)[0]
     for value in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
@@ -106,7 +106,7 @@ def test_what_is_used_twice_at_each_step_is_looked_at_once() -> None:
 
 
 def test_what_is_erased_is_no_longer_shared() -> None:
-    graph = post_grad(equal, LENGTH, X)
+    graph = quickly_traced(equal, LENGTH, X)
     found, (first, second) = Shared(graph), readers(graph)
     values = [next(each for each in reader.all_input_nodes if each.op != "placeholder") for reader in (first, second)]
     assert found.first(values[0], first) is values[0]

@@ -19,8 +19,8 @@ from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.base import _NODE, _trace
 from fuseplan.rules.families import BUILT_IN_RULES
-from fuseplan.workloads import catalog
 from tests.helpers import HIDDEN, llama, randn, written
+from tests.workload_graphs import workload_graph
 
 aten = torch.ops.aten
 PADDING = {"act_padding": by_name(BUILT_IN_RULES)["act_padding"]}
@@ -42,11 +42,11 @@ def both(pattern: CompiledPattern, node: fx.Node) -> list[Any]:
     return [pattern.match(node), pattern._match_by_inductor(node)]
 
 
-@pytest.fixture(scope="module", params=["gpt-oss-20b-tiny", "llama-3.1-8b-tiny"])
+@pytest.fixture(scope="module", params=[("gpt-oss-120b", 2), ("llama-3.1-8b", 4)], ids=str)
 def graph(request: pytest.FixtureRequest) -> Iterator[fx.Graph]:
-    with catalog.build(request.param, tp=2) as built:
-        (gm, *_) = capture(built.model, built.inputs, {}, dynamic=True).graphs
-        yield canonicalize(gm.graph).graph
+    name, tp = request.param
+    with workload_graph(name, tp, 2) as traced:
+        yield canonicalize(traced).graph
 
 
 def test_built_in_patterns_match_as_by_inductor(graph: fx.Graph) -> None:

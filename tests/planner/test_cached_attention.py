@@ -1,8 +1,10 @@
 """What attention and the writes before it cost in one op: parts of two sites, and a launch less."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
+from torch import fx
 
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.matching import find_matches
@@ -23,9 +25,13 @@ from tests.helpers import post_grad
 RULES = by_name((*CACHED_ATTENTION_RULES, *CACHED_ROTARY_RULES))
 
 
+@functools.cache
+def traced(inner: Callable[..., Layer]) -> fx.Graph:
+    return post_grad(attending(inner(read=lambda x: x)), *arguments(), visible())
+
+
 def problem_of(inner: Callable[..., Layer], device: str = "h200") -> Problem:
-    function = attending(inner(read=lambda x: x))
-    canonical = canonicalize(post_grad(function, *arguments(), visible()))
+    canonical = canonicalize(traced(inner))
     matches = find_matches(canonical, RULES, BUILT_IN_PROVIDERS, PROFILES[device]).candidates
     return pose(canonical, matches, (), Prices(model=CostModel(HARDWARE[device])), (1, 1))
 
@@ -81,7 +87,7 @@ def test_rows_behind_the_numbers_name_both_sites() -> None:
 
 
 def test_a_fusion_of_more_than_both_sites_is_none_of_theirs() -> None:
-    canonical = canonicalize(post_grad(attending(layer(read=lambda x: x)), *arguments(), visible()))
+    canonical = canonicalize(traced(layer))
     site = next(each for each in find_sites(canonical) if each.part.name == "attention")
     calls = [node for node in canonical.graph.nodes if node.op == "call_function"]
     (match, *_) = find_matches(canonical, RULES, BUILT_IN_PROVIDERS, PROFILES["h200"]).candidates

@@ -15,7 +15,7 @@ from fuseplan.rules.parts.cached_rotary.traffic import CachedRegion
 from fuseplan.rules.parts.rotary import Rotation
 from fuseplan.rules.parts.traffic import total_ns
 from tests.cached import BATCH, LENGTH, arguments, layer, normed_layer
-from tests.helpers import post_grad
+from tests.helpers import quickly_traced
 from tests.planner.parts import NORM
 from tests.planner.test_rotary import Counted
 from tests.rotary import HEAD, K_HEADS, Q_HEADS
@@ -80,7 +80,7 @@ def test_a_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
 
 
 def test_a_site_is_the_rotation_with_its_writes() -> None:
-    canonical = canonicalize(post_grad(layer(), *arguments(3)))
+    canonical = canonicalize(quickly_traced(layer(), *arguments(3)))
     (site,) = find_sites(canonical)
     shape = site.shape(BATCH * Q_HEADS * 3)
     assert isinstance(shape, CachedRotaryShape)
@@ -96,7 +96,7 @@ def test_a_site_is_the_rotation_with_its_writes() -> None:
 
 @pytest.mark.parametrize("tokens_first", [True, False])
 def test_behind_norms_the_site_is_the_queries_norm(tokens_first: bool) -> None:
-    canonical = canonicalize(post_grad(normed_layer(tokens_first=tokens_first), *arguments(3)))
+    canonical = canonicalize(quickly_traced(normed_layer(tokens_first=tokens_first), *arguments(3)))
     q = next(site for site in find_sites(canonical) if site.tails)
     (tail,) = q.shape(BATCH * 3 * Q_HEADS).tails
     assert tail == Rotation(

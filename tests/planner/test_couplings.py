@@ -19,7 +19,7 @@ from fuseplan.planner.solver import Solver
 from fuseplan.record import Reason, Selected
 from fuseplan.rules import Rule
 from tests.compilation.test_manager import INPUTS, padded
-from tests.helpers import post_grad
+from tests.helpers import quickly_traced
 from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, problem_of
 from tests.planner.test_candidates import together
 from tests.planner.test_decisions import priced
@@ -200,7 +200,7 @@ def test_reports_name_what_is_given_up_for_its_couple() -> None:
     rules = together(together=True)
     config = PassConfig(policy="ordered(act_padding)", forbid=("act_padding#1",))
     manager = PostGradPassManager(config, rules=rules)
-    analysis = manager.analyze(post_grad(padded, *INPUTS))
+    analysis = manager.analyze(quickly_traced(padded, *INPUTS))
     decision = manager.decide(analysis, Policy.parse("ordered(act_padding)"), "graph_0")
     report = manager.report("graph_0", analysis, decision)
     assert report.applied == ()

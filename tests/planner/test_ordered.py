@@ -15,7 +15,6 @@ from torch._inductor.pattern_matcher import PatternMatcherPass, register_graph_p
 from torch.nn import functional as F
 
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.explanation.capture import capture
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.surgery import erase_dead
 from fuseplan.matching import compiled_pattern, find_matches
@@ -23,8 +22,8 @@ from fuseplan.planner.ordered import choose_in_order
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
-from fuseplan.workloads import catalog
-from tests.helpers import HIDDEN, SPELLINGS, all_reduce, post_grad, quantize, randn
+from tests.helpers import HIDDEN, SPELLINGS, all_reduce, quantize, quickly_traced, randn
+from tests.workload_graphs import workload_graph
 
 RULES = by_name(BUILT_IN_RULES)
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
@@ -130,7 +129,7 @@ INPUTS = (randn(5, HIDDEN), W, torch.tensor([0.02]))
 )
 @given(layers=st.lists(LAYER, min_size=1, max_size=4), data=st.data())
 def test_random_stacks(layers: list[dict[str, Any]], data: st.DataObject, one_rank: str) -> None:
-    graph = post_grad(stack(layers, one_rank), *INPUTS)
+    graph = quickly_traced(stack(layers, one_rank), *INPUTS)
     order = tuple(data.draw(st.permutations(sorted(RULES))))
     expected = really_apply(graph, order)
     assert emulated(graph, order) == expected
@@ -140,7 +139,7 @@ def test_random_stacks(layers: list[dict[str, Any]], data: st.DataObject, one_ra
 @pytest.mark.parametrize("layers", [1, 3])
 def test_every_order_of_the_contest(layers: int, one_rank: str) -> None:
     contested = {"reduce": True, "residual": True, "pad": True, "quant": False, "read": True, "spelling": "vllm"}
-    graph = post_grad(stack([contested] * layers, one_rank), *INPUTS)
+    graph = quickly_traced(stack([contested] * layers, one_rank), *INPUTS)
     rules = ("act_padding", "allreduce_rms", "allreduce_rms_padding")
     outcomes = set()
     for order in itertools.permutations(rules):
@@ -151,11 +150,10 @@ def test_every_order_of_the_contest(layers: int, one_rank: str) -> None:
     assert len(outcomes) == 3
 
 
-@pytest.mark.parametrize("name", ["gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce", "llama-3.1-8b-tiny"])
-def test_every_order_on_real_models(name: str) -> None:
-    with catalog.build(name, tp=2, layers=2) as built:
-        (gm,) = capture(built.model, built.inputs, {}, dynamic=True).graphs
+@pytest.mark.parametrize(("name", "tp"), [("gpt-oss-120b", 2), ("gpt-oss-120b:outer-reduce", 2), ("llama-3.1-8b", 4)])
+def test_every_order_on_real_models(name: str, tp: int) -> None:
+    with workload_graph(name, tp, 2) as graph:
         for order in itertools.permutations(("act_padding", "allreduce_rms", "allreduce_rms_padding")):
-            taken = emulated(gm.graph, order)
+            taken = emulated(graph, order)
             assert taken
-            assert taken == really_apply(gm.graph, order)
+            assert taken == really_apply(graph, order)

@@ -8,7 +8,7 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.planner.costs import HARDWARE, CostModel, Region
 from fuseplan.rules.families import find_sites
-from tests.helpers import post_grad
+from tests.helpers import quickly_traced
 from tests.planner.parts import NORM, Rotation
 from tests.rotary import HEAD, K_HEADS, Q_HEADS, batched, flat, heads_first, heads_last, normed
 
@@ -69,7 +69,7 @@ def test_a_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
 def test_a_site_is_the_queries_norm_with_all_that_the_fusion_takes(layout: str) -> None:
     function, inputs, tokens = (heads_first(), batched(), 10) if layout == "heads first" else (heads_last(), flat(), 7)
     angles = 2 * HEAD if layout == "heads first" else HEAD
-    canonical = canonicalize(post_grad(function, *inputs))
+    canonical = canonicalize(quickly_traced(function, *inputs))
     q, k = find_sites(canonical)
     tail = Rotation(q_heads=Q_HEADS, k_heads=K_HEADS, angles=angles)
     shape = q.shape(tokens * Q_HEADS)
@@ -85,6 +85,6 @@ def test_a_site_is_the_queries_norm_with_all_that_the_fusion_takes(layout: str) 
 
 
 def test_norms_that_are_not_rotated_have_no_such_tail() -> None:
-    canonical = canonicalize(post_grad(lambda q, k, cos, sin: (normed(q, torch.ones(64) / 3), k), *flat()))
+    canonical = canonicalize(quickly_traced(lambda q, k, cos, sin: (normed(q, torch.ones(64) / 3), k), *flat()))
     (site,) = find_sites(canonical)
     assert site.tails == ()

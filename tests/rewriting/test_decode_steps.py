@@ -22,7 +22,7 @@ from fuseplan.rewriting.shared_inputs import share_inputs
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.cached import arguments, attending, layer
-from tests.helpers import post_grad, randn, written
+from tests.helpers import quickly_traced, randn, written
 
 aten = torch.ops.aten
 RULES = by_name([rule for rule in BUILT_IN_RULES if rule.name == "cached_attention"])
@@ -71,7 +71,7 @@ def inputs(tokens: int = 1) -> list[Tensor]:
 
 def rewritten(function: Callable[..., Any], given: Sequence[Tensor]) -> fx.Graph:
     """The graph of a step whose layers are fused, which computes and leaves behind what it did."""
-    graph = post_grad(function, *given)
+    graph = quickly_traced(function, *given)
     before, canonical = copy_graph(graph)[0], canonicalize(graph)
     chosen = list(find_matches(canonical, RULES, BUILT_IN_PROVIDERS[:1]).candidates)
     assert len(chosen) == 3

@@ -32,7 +32,7 @@ from tests.attention import (
     on_gpu,
     tiled,
 )
-from tests.helpers import canonical, post_grad, randn
+from tests.helpers import post_grad, quickly_canonical, quickly_traced, randn
 
 aten = torch.ops.aten
 ATTENTION = {
@@ -83,7 +83,7 @@ def run(graph: fx.Graph, *arguments: Tensor) -> Tensor:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_it_fires_in_every_spelling_and_nothing_is_copied(spelling: str, queries: int) -> None:
     arguments = inputs(queries)
-    graph = post_grad(attend(SPELLINGS[spelling]), *arguments)
+    graph = quickly_traced(attend(SPELLINGS[spelling]), *arguments)
     expected = run(graph, *arguments)
     report = planned(graph, verify="always")
     assert applied(report) == ["sdpa_packed" if queries == 1 else "sdpa"]
@@ -96,7 +96,7 @@ def test_it_fires_in_every_spelling_and_nothing_is_copied(spelling: str, queries
 @pytest.mark.parametrize("form", ["sdpa", "sdpa_packed"])
 def test_either_form_is_verified_and_close_to_float64(form: str, dtype: torch.dtype) -> None:
     arguments = inputs(dtype=dtype)
-    graph = post_grad(attend(hugging_face, scale=0.3), *arguments)
+    graph = quickly_traced(attend(hugging_face, scale=0.3), *arguments)
     plain = run(graph, *arguments)
     report = planned(graph, verify="always", force=(f"grouped_attention:{form}",))
     assert applied(report) == [form]
@@ -129,7 +129,7 @@ def test_lengths_that_need_not_be_equal_are_refused(checked: bool) -> None:
 @pytest.mark.parametrize("masked", [True, False])
 def test_causal_queries_keep_their_order(masked: bool) -> None:
     arguments = inputs(32, masked=masked)
-    graph = post_grad(attend(hugging_face, is_causal=not masked), *arguments)
+    graph = quickly_traced(attend(hugging_face, is_causal=not masked), *arguments)
     expected = run(graph, *arguments) if masked else attend(hugging_face, is_causal=True)(*arguments)
     report = planned(graph, verify="always")
     assert applied(report) == ["sdpa"]
@@ -141,7 +141,7 @@ def test_one_head_for_all_queries_is_shared_too() -> None:
     def expanded(x: Tensor) -> Tensor:
         return x.expand(-1, HEADS, -1, -1)
 
-    graph = post_grad(attend(expanded), *inputs(shared=1))
+    graph = quickly_traced(attend(expanded), *inputs(shared=1))
     assert applied(planned(graph)) == ["sdpa_packed"]
 
 
@@ -151,7 +151,7 @@ def test_heads_that_are_repeated_in_part_are_shared_by_what_is_left() -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     arguments = inputs(5)
-    graph = post_grad(attention, *arguments)
+    graph = quickly_traced(attention, *arguments)
     expected = run(graph, *arguments)
     assert applied(planned(graph, verify="always")) == ["sdpa"]
     torch.testing.assert_close(run(graph, *arguments), expected, rtol=2**-7, atol=2**-7)
@@ -201,7 +201,7 @@ def test_keys_of_a_few_queries_are_split_among_programs(device: str, queries: in
 
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
 def test_heads_are_packed_for_every_kernel(kernel: str) -> None:
-    graph = on_gpu(post_grad(attend(hugging_face), *inputs(masked=kernel != "flash")), kernel)
+    graph = on_gpu(quickly_traced(attend(hugging_face), *inputs(masked=kernel != "flash")), kernel)
     promised = called(graph, kernel).meta["val"][0]
     report = planned(graph, "h100", force=("grouped_attention:sdpa_packed",))
     assert applied(report) == ["sdpa_packed"]
@@ -295,7 +295,7 @@ def missed(graph: fx.Graph) -> Refusal:
 
 
 def test_dropout_is_refused() -> None:
-    graph = post_grad(attend(hugging_face), *inputs())
+    graph = quickly_traced(attend(hugging_face), *inputs())
     call = called(graph, "cpu")
     call.args = (*call.args[:3], 0.1)
     refusal = missed(graph)
@@ -317,7 +317,7 @@ def test_sums_of_exponentials_that_are_read_are_refused() -> None:
         found: tuple[Tensor, ...] = ATTENTION["cpu"](q, hugging_face(k), hugging_face(v))
         return found
 
-    refusal = missed(post_grad(attention, *inputs(masked=False)))
+    refusal = missed(quickly_traced(attention, *inputs(masked=False)))
     assert refusal.reason is Reason.USERS
     assert "logsumexp" in refusal.detail
 
@@ -327,13 +327,13 @@ def test_a_second_reader_of_repeated_keys_is_refused() -> None:
         wide = hugging_face(k)
         return F.scaled_dot_product_attention(q, wide, hugging_face(v), attn_mask=mask), wide
 
-    refusal = missed(post_grad(attention, *inputs()))
+    refusal = missed(quickly_traced(attention, *inputs()))
     assert refusal.reason is Reason.USERS
     assert "repeat_heads" in refusal.detail
 
 
 def test_heads_after_each_other_are_refused() -> None:
-    refusal = missed(post_grad(attend(tiled), *inputs()))
+    refusal = missed(quickly_traced(attend(tiled), *inputs()))
     assert refusal.reason is Reason.ATTRIBUTE
     assert "after each other" in refusal.detail
 
@@ -344,7 +344,7 @@ def test_keys_alone_are_refused() -> None:
             q, hugging_face(k), torch.cat([v, v + 1, v + 2, v + 3], 1), attn_mask=mask
         )
 
-    refusal = missed(post_grad(attention, *inputs()))
+    refusal = missed(quickly_traced(attention, *inputs()))
     assert refusal.reason is Reason.OP
     assert "values are not" in refusal.detail
 
@@ -354,13 +354,13 @@ def test_keys_and_values_that_are_shared_unlike_are_refused() -> None:
         k, v = hugging_face(k), v[:, :1].expand(-1, HEADS, -1, -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    refusal = missed(post_grad(attention, *inputs()))
+    refusal = missed(quickly_traced(attention, *inputs()))
     assert refusal.reason is Reason.ATTRIBUTE
     assert "keys have 2 heads, 4 times each" in refusal.detail
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
-    graph = post_grad(attend(hugging_face), *inputs())
+    graph = quickly_traced(attend(hugging_face), *inputs())
     (q,) = [node for node in graph.find_nodes(op="placeholder") if node.meta["val"].shape[2:] == (1, HEAD_DIM)]
     with q.meta["val"].fake_mode:
         q.meta["val"] = torch.empty(3, 6, 1, HEAD_DIM, dtype=torch.bfloat16)
@@ -370,7 +370,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 
 def test_a_mask_of_truths_is_refused() -> None:
-    graph = post_grad(attend(hugging_face), *inputs())
+    graph = quickly_traced(attend(hugging_face), *inputs())
     call = called(graph, "cpu")
     (mask,) = [node for node in graph.find_nodes(op="placeholder") if node.meta["val"].dtype is torch.bool]
     call.kwargs = {**call.kwargs, "attn_mask": mask}
@@ -389,6 +389,6 @@ def test_disabled_is_identity(config: dict[str, Any]) -> None:
 
 
 def test_unshared_heads_are_nothing_to_speak_of() -> None:
-    raised = canonical(attend(lambda x: x), randn(2, 4, 3, 16), randn(2, 4, 8, 16), randn(2, 4, 8, 16))
+    raised = quickly_canonical(attend(lambda x: x), randn(2, 4, 3, 16), randn(2, 4, 8, 16), randn(2, 4, 8, 16))
     assert not raised.refusals
     assert "attention[16]" not in raised.recognized()

@@ -20,7 +20,7 @@ from fuseplan.rules.families.attention import EagerAttention
 from fuseplan.rules.parts.eager_attention.op import eager_attention_reference
 from tests.attention import HEAD_DIM, HEADS, SHARED, SPELLINGS, attend, hugging_face, inputs, tiled
 from tests.eager_attention import CAP, MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
-from tests.helpers import post_grad, randn
+from tests.helpers import post_grad, quickly_traced, randn
 from tests.rules.test_attention import planned
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def test_softmaxes_are_read_as_inductor_prepares_them_on_cuda(name: str) -> None
 
 def test_no_mask_is_needed() -> None:
     q, k, v, _, sinks = SINKS.inputs()
-    (node,) = raised(post_grad(lambda q, k, v, sinks: SINKS(q, k, v, None, sinks), q, k, v, sinks))
+    (node,) = raised(quickly_traced(lambda q, k, v, sinks: SINKS(q, k, v, None, sinks), q, k, v, sinks))
     assert node.args[3] is None
     assert isinstance(node.args[4], fx.Node)
 
@@ -105,14 +105,14 @@ def test_scales_may_divide_and_caps_may_be_products() -> None:
         return (torch.tanh((q @ k.mT) / 4.0 * 0.5) * 2.0 + mask).softmax(-1) @ v
 
     q, k, v = (randn(2, 4, 8, 16, seed=seed) for seed in range(3))
-    (node,) = raised(post_grad(model, q, k, v, randn(8, 8)))
+    (node,) = raised(quickly_traced(model, q, k, v, randn(8, 8)))
     assert node.args[5:] == (0.25, 2.0, "eager")
 
 
 def test_keys_may_come_with_their_dimensions_swapped() -> None:
     q, k, v = (randn(2, 4, 8, 16, seed=seed) for seed in range(3))
     turned = k.mT.contiguous()
-    graph = post_grad(lambda q, turned, v, mask: (q @ turned + mask).softmax(-1) @ v, q, turned, v, randn(8, 8))
+    graph = quickly_traced(lambda q, turned, v, mask: (q @ turned + mask).softmax(-1) @ v, q, turned, v, randn(8, 8))
     (node,) = raised(graph)
     assert node.args[1].meta["val"].shape == k.shape  # type: ignore[union-attr]
 
@@ -147,7 +147,7 @@ def test_on_a_cpu_inductors_one_kernel_for_one_query_stays(
 @pytest.mark.parametrize(("queries", "provider"), [(1, "sdpa_packed"), (5, "sdpa")])
 def test_in_float32_the_cpus_kernel_may_run_as_it_is(queries: int, provider: str) -> None:
     arguments = PLAIN.inputs(queries, torch.float32)
-    graph = post_grad(PLAIN, *arguments)
+    graph = quickly_traced(PLAIN, *arguments)
     expected = run(graph, *arguments)
     report = planned(graph, verify="always", force=(f"eager_attention:{provider}",))
     assert applied(report) == [provider]
@@ -160,7 +160,7 @@ def test_in_float32_the_cpus_kernel_may_run_as_it_is(queries: int, provider: str
 @pytest.mark.parametrize(("queries", "provider"), [(1, "sdpa_packed"), (5, "sdpa")])
 def test_in_narrow_dtypes_rounding_has_to_be_allowed(dtype: torch.dtype, queries: int, provider: str) -> None:
     arguments = PLAIN.inputs(queries, dtype)
-    graph = post_grad(PLAIN, *arguments)
+    graph = quickly_traced(PLAIN, *arguments)
     plain = run(graph, *arguments)
     refused = planned(copy_graph(graph)[0])
     assert not applied(refused)
@@ -242,7 +242,7 @@ def missed(graph: fx.Graph, **config: Any) -> Refusal:
 
 
 def test_weights_that_are_asked_for_are_refused() -> None:
-    graph = post_grad(PLAIN.both, *PLAIN.inputs())
+    graph = quickly_traced(PLAIN.both, *PLAIN.inputs())
     refusal = missed(graph)
     assert (refusal.reason, refusal.mend) == (Reason.USERS, "leave output_attentions out")
     assert refusal.detail == "attention not recognised: the tensor of weights is returned from the graph, too"
@@ -253,7 +253,7 @@ def test_a_second_reader_of_the_scores_is_refused() -> None:
         scores = q @ k.mT
         return scores.softmax(-1) @ v, scores.amax(-1)
 
-    refusal = missed(post_grad(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3))))
+    refusal = missed(quickly_traced(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3))))
     assert refusal.reason is Reason.USERS
     assert "the tensor of scores is also read by aten.amax.default" in refusal.detail
 
@@ -315,7 +315,7 @@ def test_other_ops_on_weights_are_refused() -> None:
 
 def test_a_mask_of_another_dtype_is_refused() -> None:
     q, k, v, mask = PLAIN.inputs()
-    refusal = missed(post_grad(PLAIN, q, k, v, mask.float()))
+    refusal = missed(quickly_traced(PLAIN, q, k, v, mask.float()))
     assert refusal.reason in (Reason.DTYPE, Reason.OP)
 
 
@@ -324,7 +324,7 @@ def test_math_is_a_near_miss() -> None:
         with sdpa_kernel(SDPBackend.MATH):
             return attend(hugging_face)(*arguments)
 
-    refusal = missed(post_grad(attention, *inputs()))
+    refusal = missed(quickly_traced(attention, *inputs()))
     assert (refusal.reason, refusal.nearness) == (Reason.OP, Nearness.UNRECOGNIZED)
 
 
@@ -332,7 +332,7 @@ def test_a_softmax_over_another_dimension_is_none() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT).softmax(-2) @ v
 
-    graph = post_grad(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3)))
+    graph = quickly_traced(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3)))
     assert not raised(graph)
 
 

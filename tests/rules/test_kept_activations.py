@@ -15,7 +15,7 @@ from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.check import check
 from fuseplan.verification.specs import Case, TensorSpec
 from fuseplan.verification.steps import Stepped
-from tests.helpers import HIDDEN, post_grad, quantize_rows, randn
+from tests.helpers import HIDDEN, quantize_rows, quickly_traced, randn
 from tests.rules.parts.test_group_fp8 import quantize_groups
 from tests.rules.test_kept_norms import FORMATS, OWN, WIDE, applied, never_written, other_numbers, sound
 from tests.rules.test_rules import ALONE, compare
@@ -39,7 +39,7 @@ def test_what_others_read_is_yielded_beside_the_codes(suffix: str, reads: str) -
 
 def test_where_nobody_reads_it_it_is_not_yielded() -> None:
     """Nor is the op that yields it among the candidates."""
-    graph = post_grad(
+    graph = quickly_traced(
         lambda gate, up: quantize_rows(F.silu(gate) * up), randn(7, HIDDEN), randn(7, HIDDEN, seed=1)
     )  # fmt: skip
     matches = PostGradPassManager(ALONE["act_quant"]).analyze(graph).matches

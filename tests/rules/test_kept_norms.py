@@ -18,7 +18,7 @@ from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.check import check
 from fuseplan.verification.specs import Case, TensorSpec
 from fuseplan.verification.steps import Stepped
-from tests.helpers import HIDDEN, all_reduce, llama, post_grad, quantize, quantize_rows, randn
+from tests.helpers import HIDDEN, all_reduce, llama, quantize, quantize_rows, quickly_traced, randn
 from tests.rules.parts.test_group_fp8 import quantize_groups
 from tests.rules.test_rules import ALONE, W, compare
 
@@ -69,7 +69,7 @@ def test_where_nobody_reads_it_it_is_not_yielded(residual: bool) -> None:
         y, total = llama(x, r if residual else None, weight)
         return *quantize_rows(y), total * 2
 
-    graph = post_grad(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W)
+    graph = quickly_traced(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W)
     matches = PostGradPassManager(ALONE["norm_quant"]).analyze(graph).matches
     core = "fused_add_rms_norm" if residual else "rms_norm"
     assert {match.rule.op.name for match in matches.candidates} == {f"{core}_dynamic_fp8_quant"}
@@ -109,7 +109,7 @@ def test_a_reduced_value_that_is_read_elsewhere_is_one_near_miss(one_rank: str) 
         y = llama(reduced, r, weight)[0]
         return *quantize_rows(y), y.relu(), reduced.sin()
 
-    graph = post_grad(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W)
+    graph = quickly_traced(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W)
     (refusal,) = PostGradPassManager(ALONE["allreduce_rms_quant"]).analyze(graph).matches.refusals
     assert (refusal.reason, refusal.nearness) == (Reason.USERS, Nearness.REFUSED)
     assert refusal.detail.endswith("all_reduce_fused_add_rms_norm_dynamic_fp8_quant_and_norm doesn't yield it")

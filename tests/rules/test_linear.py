@@ -17,7 +17,7 @@ from fuseplan.planner.costs import HARDWARE
 from fuseplan.providers import device_profile
 from fuseplan.record import GraphReport, Reason
 from fuseplan.rules.parts.linear import PART, LinearRegion, skinny_kernel
-from tests.helpers import all_reduce, llama, post_grad, randn
+from tests.helpers import all_reduce, llama, quickly_traced, randn
 
 WIDTH = 64
 ON: dict[str, Any] = {"fuse_merged_linear": True, "fuse_skinny_linear": True}
@@ -29,7 +29,7 @@ def weights(*features: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]
 
 def recognized(function: Callable[..., Any], *inputs: Tensor) -> dict[str, int]:
     """How many of each op of linear layers there are."""
-    raised = canonicalize(post_grad(function, *inputs), asked=(PART,))
+    raised = canonicalize(quickly_traced(function, *inputs), asked=(PART,))
     counts = {name.split("[")[0]: 0 for name in raised.recognized()}
     for name, count in raised.recognized().items():
         counts[name.split("[")[0]] += count
@@ -125,7 +125,7 @@ def test_layers_of_other_numbers_are_left() -> None:
 
 
 def test_nobody_who_has_not_asked_gets_it() -> None:
-    graph = post_grad(several, randn(3, WIDTH), *weights(32, 16))
+    graph = quickly_traced(several, randn(3, WIDTH), *weights(32, 16))
     assert not canonicalize(graph).recognized()
 
 
@@ -192,7 +192,7 @@ MERGED = {"merged_linear_pair": 1, "merged_linear_triple": 1}
     ],
 )  # fmt: skip
 def test_flags_and_policies_choose(config: dict[str, Any], found: dict[str, int]) -> None:
-    assert fused(planned(post_grad(layer, *LAYER), **config)) == found
+    assert fused(planned(quickly_traced(layer, *LAYER), **config)) == found
 
 
 def of_tokens(tokens: Tensor, embedding: Tensor, *own: Tensor) -> list[Tensor]:
@@ -200,7 +200,7 @@ def of_tokens(tokens: Tensor, embedding: Tensor, *own: Tensor) -> list[Tensor]:
 
 
 def decoding(tokens: int) -> fx.Graph:
-    return post_grad(of_tokens, torch.zeros(tokens, dtype=torch.int64), randn(8, WIDTH), *weights(32, 16))
+    return quickly_traced(of_tokens, torch.zeros(tokens, dtype=torch.int64), randn(8, WIDTH), *weights(32, 16))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_rows_of_products_without_a_weight_do_not_count() -> None:
     def rotated(tokens: Tensor, positions: Tensor, frequencies: Tensor, *own: Tensor) -> list[Tensor]:
         return [torch.mm(frequencies[:, None], positions[None].to(frequencies.dtype)), *of_tokens(tokens, *own)]
 
-    graph = post_grad(
+    graph = quickly_traced(
         rotated, torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), randn(64), randn(8, WIDTH),
         *weights(32, 16),
     )  # fmt: skip
@@ -238,7 +238,7 @@ def test_rows_of_products_without_a_weight_do_not_count() -> None:
 
 def test_by_default_rows_count_where_no_input_is_of_tokens() -> None:
     for rows, count in ((32, 1), (33, 0)):
-        report = planned(post_grad(several, randn(rows, WIDTH), *weights(32, 16)))
+        report = planned(quickly_traced(several, randn(rows, WIDTH), *weights(32, 16)))
         assert len(report.applied) == count
         assert bool(report.unfused_ns) is bool(count), "what can't be fused isn't contended for"
 
@@ -258,7 +258,7 @@ def test_reports_have_the_rules_of_graphs_that_were_on_in_them() -> None:
 
 
 def test_a_flag_that_one_of_its_rules_obeys_had_an_effect() -> None:
-    report = planned(post_grad(several, randn(3, WIDTH), *weights(32, 16)), fuse_merged_linear=True)
+    report = planned(quickly_traced(several, randn(3, WIDTH), *weights(32, 16)), fuse_merged_linear=True)
     assert fused(report) == {"merged_linear_pair": 1}
     assert not [each for each in report.refusals if each.reason is Reason.NO_EFFECT]
 
@@ -271,7 +271,7 @@ def up_first(x: Tensor, up: Tensor, gate: Tensor) -> Tensor:
 def test_gate_and_up_are_told_apart_in_either_order() -> None:
     x, first, second = randn(3, WIDTH), *weights(32, 32)
     for function in (gated, up_first):
-        graph = post_grad(function, x, first, second)
+        graph = quickly_traced(function, x, first, second)
         wanted = function(x, first, second)
         assert fused(planned(graph, **ON)) == {"merged_linear_silu_and_mul": 1}
         (node,) = graph.find_nodes(op="call_function", target=ops.merged_linear_silu_and_mul.implementation("triton"))
@@ -284,7 +284,7 @@ def test_gate_and_up_are_told_apart_in_either_order() -> None:
 
 
 def test_an_activation_whose_inputs_are_read_elsewhere_is_left() -> None:
-    graph = post_grad(gated_and_returned, randn(3, WIDTH), *weights(32, 32))
+    graph = quickly_traced(gated_and_returned, randn(3, WIDTH), *weights(32, 32))
     assert fused(planned(graph, **ON)) == {"merged_linear_pair": 1}
 
 
@@ -299,7 +299,7 @@ def test_an_activation_whose_inputs_are_read_elsewhere_is_left() -> None:
 def test_what_the_kernel_does_not_take_is_refused_by_name(
     inputs: tuple[Tensor, ...], reason: Reason, says: str
 ) -> None:
-    report = planned(post_grad(several, *inputs), **ON)
+    report = planned(quickly_traced(several, *inputs), **ON)
     assert not report.applied
     refusals = [each for each in report.refusals if each.rule == "merged_linear" and each.provider == "triton"]
     assert [each.reason for each in refusals] == [reason]
@@ -319,7 +319,7 @@ class Layers(torch.nn.Module):
 
 def test_numbers_of_rows_that_are_not_limited_are_refused() -> None:
     with torch.inference_mode():
-        report = planned(post_grad(Layers(), randn(3, WIDTH), dynamic=True), **ON)
+        report = planned(quickly_traced(Layers(), randn(3, WIDTH), dynamic=True), **ON)
     assert not report.applied
     (refusal,) = [each for each in report.refusals if each.provider == "triton"]
     assert refusal.detail == "triton takes up to 32 rows of this width, and nothing limits those of the graph"
@@ -327,7 +327,7 @@ def test_numbers_of_rows_that_are_not_limited_are_refused() -> None:
 
 def test_a_saving_is_of_the_layers_and_the_activation() -> None:
     """On an H200 a launch is 1.4 us, a product of torch 4.3 us beside the bytes, and the fused kernel 2.2."""
-    report = planned(post_grad(gated, randn(1, WIDTH), *weights(32, 32)), **ON)
+    report = planned(quickly_traced(gated, randn(1, WIDTH), *weights(32, 32)), **ON)
     (chosen,) = report.applied
     assert chosen.op == "merged_linear_silu_and_mul"
     assert chosen.saving_ns == pytest.approx(2 * 4300 + 1402 - 2200, abs=20)
@@ -354,7 +354,7 @@ def test_a_layer_whose_result_is_reduced_through_moved_views(one_rank: str) -> N
         return llama(reduced, None, norm)[0]
 
     inputs = randn(2, 3, WIDTH), *weights(32), randn(32)
-    graph = post_grad(function, *inputs)
+    graph = quickly_traced(function, *inputs)
     report = planned(graph, policy="ordered(allreduce_rms, skinny_linear)")
     assert fused(report) == {"all_reduce_rms_norm": 1, "skinny_linear": 1}
     assert report.rewritten
@@ -415,11 +415,11 @@ def of_rows(*leading: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor,
 def test_a_layer_is_one_op_with_the_norm_behind_it(
     function: Callable[..., Any], config: dict[str, Any], found: dict[str, int]
 ) -> None:
-    assert fused(planned(post_grad(function, *of_rows(2, 1)), **config)) == found
+    assert fused(planned(quickly_traced(function, *of_rows(2, 1)), **config)) == found
 
 
 def test_it_is_asked_for_by_both_flags() -> None:
-    graph = post_grad(normed, *of_rows(3, 11))
+    graph = quickly_traced(normed, *of_rows(3, 11))
     assert fused(planned(graph, fuse_add_rms_norm=True)) == {"add_rms_norm": 1}, "33 rows: not on by default"
 
 
@@ -427,7 +427,7 @@ def test_the_price_is_of_both_kernels() -> None:
     """Of so few weights that reading them takes no time: torch's product takes 4.3 us, the kernel 2.2, and Inductor's
     norm 0.574 more than a launch, which stays.
     """
-    (chosen,) = planned(post_grad(normed, *of_rows(32, 1)), **NORMED).applied
+    (chosen,) = planned(quickly_traced(normed, *of_rows(32, 1)), **NORMED).applied
     assert chosen.saving_ns == pytest.approx(4300 - 2200 + 574, abs=20)
 
 
@@ -461,7 +461,7 @@ def test_with_a_norm_it_computes_what_the_model_does() -> None:
     ],
 )
 def test_what_a_layer_with_a_norm_refuses(change: Callable[..., Any], reason: Reason, says: str) -> None:
-    report = planned(post_grad(normed, *change(*of_rows(3, 1))), policy="ordered(skinny_linear_add_rms_norm)")
+    report = planned(quickly_traced(normed, *change(*of_rows(3, 1))), policy="ordered(skinny_linear_add_rms_norm)")
     assert "triton" not in {each.provider for each in report.applied}
     found = [(each.reason, each.detail) for each in report.refusals if each.provider in (None, "triton")]
     assert any(each is reason and says in detail for each, detail in found), found

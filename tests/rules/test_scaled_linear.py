@@ -16,7 +16,7 @@ from fuseplan.planner.costs import HARDWARE
 from fuseplan.record import Reason
 from fuseplan.rules.parts.linear import LinearRegion
 from fuseplan.rules.parts.scaled_linear import PART, library_kernels, skinny_kernel
-from tests.helpers import post_grad, quantize_rows, randn
+from tests.helpers import post_grad, quantize_rows, quickly_traced, randn
 from tests.rules.test_linear import fused, planned
 
 WIDTH = 64
@@ -86,7 +86,7 @@ def rows_that_share_no_width(x: Tensor, scale: Tensor, *own: Tensor) -> list[Ten
 
 def recognized(function: Callable[..., Any], *inputs: Tensor) -> dict[str, int]:
     counts = dict[str, int]()
-    for name, count in canonicalize(post_grad(function, *inputs), asked=(PART,)).recognized().items():
+    for name, count in canonicalize(quickly_traced(function, *inputs), asked=(PART,)).recognized().items():
         counts[name.split("[")[0]] = counts.get(name.split("[")[0], 0) + count
     return {name: count for name, count in counts.items() if name.startswith("scaled_linear")}
 
@@ -163,7 +163,7 @@ def test_biases_are_inputs_of_the_op() -> None:
 
 
 def test_nobody_who_has_not_asked_gets_it() -> None:
-    graph = post_grad(several, *quantize_rows(randn(3, WIDTH)), *weights(32, 16))
+    graph = quickly_traced(several, *quantize_rows(randn(3, WIDTH)), *weights(32, 16))
     assert not canonicalize(graph).recognized()
 
 
@@ -187,7 +187,7 @@ class Block(nn.Module):
 
 def block(*shape: int) -> fx.Graph:
     with torch.no_grad():
-        return post_grad(Block(shape[-1]), randn(*shape))
+        return quickly_traced(Block(shape[-1]), randn(*shape))
 
 
 ALL = {"merged_scaled_linear_triple": 1, "rms_norm_dynamic_fp8_quant": 1, "skinny_scaled_linear": 1}
@@ -232,7 +232,7 @@ def test_by_default_graphs_of_few_rows_get_it_where_it_was_measured(
 @pytest.mark.parametrize(("last", "found"), [(32, ALL), (33, QUANTISED)])
 def test_any_number_of_rows_that_is_limited(last: int, found: dict[str, int]) -> None:
     with torch.inference_mode():
-        graph = post_grad(Block(4096), randn(3, 4096), dynamic=True)
+        graph = quickly_traced(Block(4096), randn(3, 4096), dynamic=True)
     assert fused(planned(graph, compile_range=CompileRange(start=1, end=last))) == found
 
 
@@ -263,7 +263,7 @@ def test_codes_are_quantised_once_and_read_by_one_op() -> None:
 def test_what_the_kernel_does_not_take_is_refused_by_name(
     inputs: tuple[Tensor, ...], reason: Reason, says: str
 ) -> None:
-    report = planned(post_grad(several, *inputs), **ON)
+    report = planned(quickly_traced(several, *inputs), **ON)
     assert not report.applied
     refusals = [each for each in report.refusals if each.rule == "merged_scaled_linear" and each.provider == "triton"]
     assert [each.reason for each in refusals] == [reason]

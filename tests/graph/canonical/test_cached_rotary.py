@@ -14,7 +14,7 @@ from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import tensor_of
 from fuseplan.record import Reason
 from tests.cached import LENGTH, WRITES, Layer, arguments, index_copy, layer, normed_layer
-from tests.helpers import canonical
+from tests.helpers import quickly_canonical
 from tests.rotary import (
     HEAD,
     K_HEADS,
@@ -35,7 +35,7 @@ def nodes(graph: CanonicalGraph, name: str) -> list[fx.Node]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("write", sorted(WRITES))
 def test_rotation_and_writes_are_raised_together(write: str, dtype: torch.dtype, tokens: int) -> None:
-    graph = canonical(layer(WRITES[write]), *arguments(tokens, dtype))
+    graph = quickly_canonical(layer(WRITES[write]), *arguments(tokens, dtype))
     assert graph.recognized() == {RAISED: 1}
     assert not graph.refusals
     (node,) = nodes(graph, "cached_rotary")
@@ -48,14 +48,14 @@ def test_rotation_and_writes_are_raised_together(write: str, dtype: torch.dtype,
 
 
 def test_rounding_is_that_of_the_rotation() -> None:
-    graph = canonical(layer(rotate=hugging_face_in_float32), *arguments())
+    graph = quickly_canonical(layer(rotate=hugging_face_in_float32), *arguments())
     (node,) = nodes(graph, "cached_rotary")
     assert node.args[8] == "fp32"
 
 
 @pytest.mark.parametrize("tokens_first", [True, False])
 def test_behind_norms_the_writes_are_an_op_of_their_own(tokens_first: bool) -> None:
-    graph = canonical(normed_layer(tokens_first=tokens_first), *arguments())
+    graph = quickly_canonical(normed_layer(tokens_first=tokens_first), *arguments())
     assert graph.recognized() == {f"rms_norm[{HEAD}]": 2, f"rotary_embedding[{HEAD}]": 1, f"cache_write[{HEAD}]": 1}
     (node,), (rotary,) = nodes(graph, "cache_write"), nodes(graph, "rotary_embedding")
     assert node.args[0] in rotary.users
@@ -71,7 +71,7 @@ def test_keys_are_what_is_cached_where_there_are_as_many_queries(normed: bool) -
         return inner(k, q, *rest)  # keys come first in the graph's inputs
 
     given = arguments(k_heads=Q_HEADS)
-    graph = canonical(function, given[1], *(given[0], *given[2:]))
+    graph = quickly_canonical(function, given[1], *(given[0], *given[2:]))
     assert len(nodes(graph, "cache_write" if normed else "cached_rotary")) == 1
     assert not graph.refusals
 
@@ -83,7 +83,7 @@ def test_each_layer_has_its_own_though_they_share_positions_and_angles() -> None
         return layer()(q, given[1] * 2, given[2] * 2, *given[5:7], *given[7:])
 
     q, k, v, k_cache, v_cache, *rest = arguments()
-    graph = canonical(function, q, k, v, k_cache, v_cache, k_cache.clone(), v_cache.clone(), *rest)
+    graph = quickly_canonical(function, q, k, v, k_cache, v_cache, k_cache.clone(), v_cache.clone(), *rest)
     assert graph.recognized() == {RAISED: 2}
     caches = [node.args[index] for node in nodes(graph, "cached_rotary") for index in (3, 4)]
     assert len({*caches}) == 4
@@ -209,7 +209,7 @@ def test_what_could_not_be_done_in_place_or_at_once_is_refused_by_name(way: str)
         given[5:7] = [each[..., :8] for each in given[5:7]]
     if way == "a part of a larger one":
         given[3:5] = [torch.cat((each, each), dim=1) for each in given[3:5]]
-    graph = canonical(function, *given)
+    graph = quickly_canonical(function, *given)
     assert not {"cached_rotary", "cache_write"} & {name.partition("[")[0] for name in graph.recognized()}
     (refusal,) = graph.refusals
     assert (refusal.op, refusal.reason) == ("cached_rotary", reason)
@@ -230,7 +230,7 @@ def test_each_write_is_checked_that_could_be_the_values(sound: bool) -> None:
         return q, before, k_cache + 1, near + 1, far + 1
 
     given = arguments()
-    graph = canonical(function, *given, given[4].clone())
+    graph = quickly_canonical(function, *given, given[4].clone())
     assert len(nodes(graph, "cached_rotary")) == sound
     assert len(graph.refusals) == (not sound)
 
@@ -239,7 +239,7 @@ def test_behind_norms_it_is_refused_by_the_name_of_the_write() -> None:
     def function(*given: Tensor) -> Any:
         return given[3] * 2, *normed_layer()(*given)
 
-    graph = canonical(function, *arguments())
+    graph = quickly_canonical(function, *arguments())
     (refusal,) = graph.refusals
     assert (refusal.op, refusal.reason) == ("cache_write", Reason.USERS)
 
@@ -248,7 +248,7 @@ def test_caches_that_share_memory_are_refused() -> None:
     given = arguments()
     both = torch.stack(given[3:5])
     given[3:5] = both.unbind()
-    graph = canonical(layer(), *given)
+    graph = quickly_canonical(layer(), *given)
     assert RAISED not in graph.recognized()
     assert graph.refusals
 
@@ -256,7 +256,7 @@ def test_caches_that_share_memory_are_refused() -> None:
 def test_a_cache_with_gaps_is_refused() -> None:
     given = arguments()
     given[3] = torch.zeros(2, K_HEADS, LENGTH, 2 * HEAD).bfloat16()[..., :HEAD]
-    (refusal,) = canonical(layer(), *given).refusals
+    (refusal,) = quickly_canonical(layer(), *given).refusals
     assert refusal.reason is Reason.LAYOUT
     assert "its cache has gaps or overlaps" in refusal.detail
 
@@ -267,7 +267,7 @@ def test_a_cache_of_another_dtype_is_refused() -> None:
 
     given = arguments()
     given[3:5] = [each.float() for each in given[3:5]]
-    graph = canonical(layer(write), *given)
+    graph = quickly_canonical(layer(write), *given)
     assert RAISED not in graph.recognized()
 
 
@@ -283,12 +283,12 @@ def test_a_cache_that_grows_is_a_near_miss(normed: bool) -> None:
         q, *_ = make(append)(q, k, v, k_cache, v_cache, *rest)
         return q, *grown
 
-    (refusal,) = canonical(function, *arguments()).refusals
+    (refusal,) = quickly_canonical(function, *arguments()).refusals
     assert refusal.op == ("cache_write" if normed else "cached_rotary")
     assert "keys are appended to a cache that grows" in refusal.detail
 
 
 def test_keys_that_are_not_rotated_have_nothing_to_say() -> None:
-    graph = canonical(layer(rotate=lambda x, cos, sin: x * 2), *arguments())
+    graph = quickly_canonical(layer(rotate=lambda x, cos, sin: x * 2), *arguments())
     assert not graph.recognized()
     assert not graph.refusals

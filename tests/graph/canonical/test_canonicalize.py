@@ -18,11 +18,11 @@ from tests.helpers import (
     HIDDEN,
     SPELLINGS,
     all_reduce,
-    canonical,
     llama,
-    post_grad,
     quantize,
     quantize_rows,
+    quickly_canonical,
+    quickly_traced,
     randn,
     vllm,
 )
@@ -49,7 +49,7 @@ def test_norms_with_and_without_residual(spelling: str, dynamic: bool) -> None:
         y, residual = norm(y.sigmoid(), residual, weight)
         return y
 
-    raised = canonical(model, randn(5, HIDDEN), W, dynamic=dynamic)
+    raised = quickly_canonical(model, randn(5, HIDDEN), W, dynamic=dynamic)
     assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 2, f"rms_norm[{HIDDEN}]": 1}
     assert not raised.refusals
     first = "llama" if spelling == "vllm" else CONVENTIONS[spelling]
@@ -69,7 +69,7 @@ def test_float32_models(spelling: str) -> None:
         y, residual = norm(x, None, weight)
         return norm(y.relu(), residual, weight)[0]
 
-    raised = canonical(model, randn(5, HIDDEN, dtype=torch.float32), W.float())
+    raised = quickly_canonical(model, randn(5, HIDDEN, dtype=torch.float32), W.float())
     assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 1, f"rms_norm[{HIDDEN}]": 1}
     expected = "gemma" if spelling == "gemma" else "llama"
     assert [node.args[3] for node in nodes(raised, "rms_norm")] == [expected]
@@ -82,7 +82,7 @@ def test_the_residual_is_the_shallower_addend_however_it_is_written() -> None:
         return llama(total, None, weight)[0] + total
 
     for swap in (False, True):
-        raised = canonical(lambda x, w, swap=swap: model(x, w, swap), randn(5, HIDDEN), W)
+        raised = quickly_canonical(lambda x, w, swap=swap: model(x, w, swap), randn(5, HIDDEN), W)
         (norm,) = nodes(raised, "fused_add_rms_norm")
         assert norm.args[1].op == "placeholder"  # type: ignore[union-attr]
 
@@ -92,12 +92,12 @@ def test_two_norms_of_one_sum_share_the_add() -> None:
         total = x + residual
         return llama(total, None, weight)[0], llama(total, None, weight * 2)[0]
 
-    raised = canonical(model, randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
+    raised = quickly_canonical(model, randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
     assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 1, f"rms_norm[{HIDDEN}]": 1}
 
 
 def test_dead_residual_has_no_node() -> None:
-    raised = canonical(lambda x, r, w: llama(x, r, w)[0], randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
+    raised = quickly_canonical(lambda x, r, w: llama(x, r, w)[0], randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
     (norm,) = nodes(raised, "fused_add_rms_norm")
     assert [user.args[1] for user in norm.users if user.target is operator.getitem] == [0]
 
@@ -107,7 +107,7 @@ def test_a_value_inside_that_is_read_elsewhere_is_a_refusal() -> None:
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
         return weight * (x.float() * scale).to(x.dtype), scale
 
-    raised = canonical(model, randn(5, HIDDEN), W)
+    raised = quickly_canonical(model, randn(5, HIDDEN), W)
     assert raised.recognized() == {}
     assert [refusal.reason for refusal in raised.refusals] == [Reason.USERS]
 
@@ -116,7 +116,7 @@ def test_layer_norm_and_plain_rsqrt_are_left_alone() -> None:
     def model(x: Tensor, weight: Tensor) -> Tensor:
         return F.layer_norm(x, (HIDDEN,), weight) + x.abs().rsqrt()
 
-    assert canonical(model, randn(5, HIDDEN), W).recognized() == {}
+    assert quickly_canonical(model, randn(5, HIDDEN), W).recognized() == {}
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,16 @@ def test_an_epsilon_that_is_no_constant_is_named(epsilon: Tensor, mend: str) -> 
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    raised = canonical(model, randn(5, HIDDEN), W, epsilon)
+    raised = quickly_canonical(model, randn(5, HIDDEN), W, epsilon)
     assert raised.recognized() == {}
     assert [refusal.reason for refusal in raised.refusals] == [Reason.ATTRIBUTE]
     assert mend in str(raised.refusals[0].mend)
 
 
 def test_the_original_graph_is_not_touched() -> None:
-    graph = post_grad(lambda x, r, w: F.pad(vllm(x, r, w)[0], (0, 8)), randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
+    graph = quickly_traced(
+        lambda x, r, w: F.pad(vllm(x, r, w)[0], (0, 8)), randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W
+    )
     before = str(graph)
     raised = canonicalize(graph)
     assert raised.recognized() == {f"fused_add_rms_norm[{HIDDEN}]": 1, f"pad[{HIDDEN}]": 1}
@@ -146,26 +148,28 @@ def test_the_original_graph_is_not_touched() -> None:
 
 
 def test_silu_and_mul() -> None:
-    raised = canonical(lambda g, u: F.silu(g) * u, randn(5, 32), randn(5, 32, seed=1))
+    raised = quickly_canonical(lambda g, u: F.silu(g) * u, randn(5, 32), randn(5, 32, seed=1))
     assert raised.recognized() == {"silu_and_mul[32]": 1}
-    halves = canonical(lambda x: F.silu(x[..., :32]) * x[..., 32:], randn(5, 64))
+    halves = quickly_canonical(lambda x: F.silu(x[..., :32]) * x[..., 32:], randn(5, 64))
     assert halves.recognized() == {"silu_and_mul[32]": 1}
-    assert canonical(lambda g, u: F.silu(g) + u, randn(5, 32), randn(5, 32, seed=1)).recognized() == {}
+    assert quickly_canonical(lambda g, u: F.silu(g) + u, randn(5, 32), randn(5, 32, seed=1)).recognized() == {}
 
 
 def test_quantisation() -> None:
     scale = torch.tensor([0.02])
     for reciprocal, rounding in ((False, "divide"), (True, "multiply")):
-        raised = canonical(lambda x, s, r=reciprocal: quantize(x, s, reciprocal=r), randn(5, 32), scale)
+        raised = quickly_canonical(lambda x, s, r=reciprocal: quantize(x, s, reciprocal=r), randn(5, 32), scale)
         (node,) = nodes(raised, "static_scaled_fp8_quant")
         assert node.args[2:] == (torch.float8_e4m3fn, rounding)
-    alone = canonical(quantize_rows, randn(1, 1, 32))  # decoding: of a single row, the scale is one number
+    alone = quickly_canonical(quantize_rows, randn(1, 1, 32))  # decoding: of a single row, the scale is one number
     assert alone.recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 1}
-    raised = canonical(quantize_rows, randn(5, 32))
+    raised = quickly_canonical(quantize_rows, randn(5, 32))
     (node,) = nodes(raised, "dynamic_per_token_scaled_fp8_quant")
     assert node.args[1:] == (torch.float8_e4m3fn, 1 / (448.0 * 512.0), 0.0, 0.0, None, "multiply")
     assert raised.recognized() == {"dynamic_per_token_scaled_fp8_quant[32]": 1}
-    narrower = canonical(lambda x, s: (x.float() / s).clamp(-240.0, 240.0).to(torch.float8_e4m3fn), randn(5, 32), scale)
+    narrower = quickly_canonical(
+        lambda x, s: (x.float() / s).clamp(-240.0, 240.0).to(torch.float8_e4m3fn), randn(5, 32), scale
+    )
     assert narrower.recognized() == {}
 
 
@@ -174,7 +178,7 @@ def test_quantisation() -> None:
     [((0, 8), 0.0, 1), ((8, 0), 0.0, 0), ((0, 8), 1.0, 0), ((0, 8, 0, 1), 0.0, 0), ((0, 0, 0, 1), 0.0, 0)],
 )
 def test_only_zeros_appended_to_rows_are_pads(pad: tuple[int, ...], value: float, count: int) -> None:
-    raised = canonical(lambda x: F.pad(x.relu(), pad, value=value), randn(5, 32))
+    raised = quickly_canonical(lambda x: F.pad(x.relu(), pad, value=value), randn(5, 32))
     assert raised.recognized().get("pad[32]", 0) == count
 
 
@@ -184,7 +188,7 @@ def test_case_3_a_slice_is_hoisted_over_the_all_reduce(one_rank: str) -> None:
     def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return llama(all_reduce(x, one_rank)[..., :HIDDEN], residual, weight)
 
-    raised = canonical(model, randn(5, 96), randn(5, HIDDEN, seed=1), W)
+    raised = quickly_canonical(model, randn(5, 96), randn(5, HIDDEN, seed=1), W)
     (reduce,) = nodes(raised, "all_reduce")
     assert reduce.args[0].target is aten.slice.Tensor  # type: ignore[union-attr]
     assert raised.recognized()[f"all_reduce[{HIDDEN}]"] == 1
@@ -198,7 +202,7 @@ def test_case_4_a_reshape_is_hoisted_over_the_all_reduce(one_rank: str, dynamic:
         flat = all_reduce(x.reshape(-1, HIDDEN), one_rank)
         return llama(flat.reshape(x.shape), residual, weight)
 
-    raised = canonical(model, randn(3, 5, HIDDEN), randn(3, 5, HIDDEN, seed=1), W, dynamic=dynamic)
+    raised = quickly_canonical(model, randn(3, 5, HIDDEN), randn(3, 5, HIDDEN, seed=1), W, dynamic=dynamic)
     (norm,) = nodes(raised, "fused_add_rms_norm")
     assert norm.args[0].target is ops.all_reduce.overload  # type: ignore[union-attr]
 
@@ -208,9 +212,9 @@ def test_what_is_read_elsewhere_or_not_exact_is_not_hoisted(one_rank: str) -> No
         reduced = all_reduce(x, one_rank)
         return reduced[..., :8].relu(), reduced.sigmoid()
 
-    (reduce,) = nodes(canonical(both, randn(5, 32)), "all_reduce")
+    (reduce,) = nodes(quickly_canonical(both, randn(5, 32)), "all_reduce")
     assert reduce.args[0].op == "placeholder"  # type: ignore[union-attr]
-    (reduce,) = nodes(canonical(lambda x: all_reduce(x, one_rank).float(), randn(5, 32)), "all_reduce")
+    (reduce,) = nodes(quickly_canonical(lambda x: all_reduce(x, one_rank).float(), randn(5, 32)), "all_reduce")
     assert reduce.args[0].op == "placeholder"  # type: ignore[union-attr]
 
 
@@ -246,13 +250,13 @@ def grouped(x: Tensor) -> Tensor:
 def test_layers_that_quantise_one_value_each_by_itself_share_it(
     function: Callable[[Tensor], object], found: dict[str, int]
 ) -> None:
-    raised = canonical(function, randn(5, 32))
+    raised = quickly_canonical(function, randn(5, 32))
     assert raised.recognized() == found
     raised.graph.lint()
 
 
 def test_what_is_quantised_on_both_sides_of_a_mutation_is_not_shared() -> None:
-    graph = post_grad(lambda x: (dequantized(x), dequantized(x) * 2), randn(5, 32))
+    graph = quickly_traced(lambda x: (dequantized(x), dequantized(x) * 2), randn(5, 32))
     x = graph.find_nodes(op="placeholder")[0]
     second = graph.find_nodes(op="call_function", target=aten.abs.default)[-1]
     with graph.inserting_before(second):
@@ -267,7 +271,7 @@ def test_reshapes_sink_below_pads_and_quants(dynamic: bool) -> None:
         flat = y.reshape(-1, HIDDEN)
         return F.pad(flat, (0, 8)), quantize(flat, scale), *quantize_rows(flat)
 
-    raised = canonical(model, randn(3, 5, HIDDEN), W, torch.tensor([0.02]), dynamic=dynamic)
+    raised = quickly_canonical(model, randn(3, 5, HIDDEN), W, torch.tensor([0.02]), dynamic=dynamic)
     for name in ("pad", "static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant"):
         (node,) = nodes(raised, name)
         assert node.args[0].target is ops.rms_norm.overload  # type: ignore[union-attr]
@@ -279,7 +283,7 @@ def test_noops_are_seen_through_only_when_asked() -> None:
         y, _ = llama(x, None, weight)
         return F.pad(y.clone(), (0, 8))
 
-    graph = post_grad(model, randn(5, HIDDEN), W)
+    graph = quickly_traced(model, randn(5, HIDDEN), W)
     for see_through, expected in ((True, ops.rms_norm.overload), (False, aten.clone.default)):
         (pad,) = nodes(canonicalize(graph, see_through_noops=see_through), "pad")
         found = pad.args[0].target  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import fill_of, tensor_of
 from fuseplan.record import Reason
-from tests.helpers import HIDDEN, canonical, randn
+from tests.helpers import HIDDEN, quickly_canonical, randn
 from tests.matching.reported import near_misses
 
 EPS = 1e-6
@@ -35,7 +35,7 @@ def unweighted(x: Tensor, root: str = "torch.pow") -> Tensor:
 
 
 def norms(model: Callable[..., object], *inputs: Tensor) -> list[fx.Node]:
-    raised = canonical(model, *inputs)
+    raised = quickly_canonical(model, *inputs)
     assert not raised.refusals
     raised.graph.lint()
     return raised.calls(ops.rms_norm.overload, ops.fused_add_rms_norm.overload)  # type: ignore[return-value]
@@ -84,7 +84,7 @@ def test_all_norms_of_one_width_share_their_ones() -> None:
         halves = unweighted(x.view(5, 2, HIDDEN // 2))
         return unweighted(x), unweighted(x.relu()), halves, unweighted(halves.sigmoid())
 
-    raised = canonical(model, randn(5, HIDDEN))
+    raised = quickly_canonical(model, randn(5, HIDDEN))
     ones = raised.calls(torch.ops.aten.full.default)
     assert sorted(tensor_of(node).shape[0] for node in ones) == [HIDDEN // 2, HIDDEN]  # type: ignore[union-attr]
     assert not raised.original.find_nodes(op="call_function", target=torch.ops.aten.full.default)
@@ -108,13 +108,13 @@ def test_a_weight_that_is_there_is_not_left_outside() -> None:
         y = unweighted(x)
         return y * w, y.exp()
 
-    raised = canonical(model, randn(5, HIDDEN), W)
+    raised = quickly_canonical(model, randn(5, HIDDEN), W)
     assert raised.recognized() == {}
     assert [refusal.reason for refusal in raised.refusals] == [Reason.USERS]
 
 
 def test_what_stays_in_float32_is_no_norm_of_the_dialect() -> None:
-    raised = canonical(lambda x: normed(x).relu(), randn(5, HIDDEN))
+    raised = quickly_canonical(lambda x: normed(x).relu(), randn(5, HIDDEN))
     assert raised.recognized() == {}
     assert [refusal.reason for refusal in raised.refusals] == [Reason.OP]
 
@@ -125,5 +125,5 @@ def test_other_powers_are_no_roots() -> None:
         mean = wide.pow(2).mean(-1, keepdim=True) + EPS
         return tuple(F.pad((wide * mean.pow(power)).type_as(x), (0, 8)) for power in (-1, 0.5, -0.25))
 
-    assert canonical(model, randn(5, HIDDEN)).recognized() == {f"pad[{HIDDEN}]": 3}
+    assert quickly_canonical(model, randn(5, HIDDEN)).recognized() == {f"pad[{HIDDEN}]": 3}
     assert all("RMSNorm not recognised" not in row.detail for row in near_misses(model, randn(5, HIDDEN)))

@@ -12,7 +12,7 @@ from fuseplan.dialect import ops
 from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import tensor_of
 from fuseplan.record import Reason
-from tests.helpers import canonical, randn
+from tests.helpers import quickly_canonical, randn
 from tests.rotary import (
     HEAD,
     K_HEADS,
@@ -53,7 +53,7 @@ SPELLINGS: dict[str, tuple[Any, Callable[..., tuple[Tensor, ...]], str]] = {
 @pytest.mark.parametrize("spelling", sorted(SPELLINGS))
 def test_queries_and_keys_are_raised_together(spelling: str, dtype: torch.dtype) -> None:
     function, inputs, rounding = SPELLINGS[spelling]
-    graph = canonical(function, *inputs(dtype))
+    graph = quickly_canonical(function, *inputs(dtype))
     assert graph.recognized() == {f"rms_norm[{HEAD}]": 2, f"rotary_embedding[{HEAD}]": 1}
     assert not graph.refusals
     (rotary,) = rotations(graph)
@@ -65,7 +65,7 @@ def test_queries_and_keys_are_raised_together(spelling: str, dtype: torch.dtype)
 @pytest.mark.parametrize("spelling", ["hugging_face", "vllm"])
 def test_symbolic_sizes(spelling: str) -> None:
     function, inputs, _ = SPELLINGS[spelling]
-    assert len(rotations(canonical(function, *inputs(), dynamic=True))) == 1
+    assert len(rotations(quickly_canonical(function, *inputs(), dynamic=True))) == 1
 
 
 def test_angles_in_float32_promote_the_products() -> None:
@@ -74,7 +74,7 @@ def test_angles_in_float32_promote_the_products() -> None:
     def function(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         return tuple(each.to(q.dtype) for each in heads_first()(q, k, cos, sin))
 
-    (rotary,) = rotations(canonical(function, q, k, cos.float(), sin.float()))
+    (rotary,) = rotations(quickly_canonical(function, q, k, cos.float(), sin.float()))
     assert rotary.args[4] == "fp32"
 
 
@@ -85,7 +85,7 @@ def test_queries_have_more_heads_whichever_is_rotated_first(keys_first: bool) ->
         first, second = (hugging_face(normed(x, w).transpose(1, 2), cos, sin) for x, w in both)
         return first, second
 
-    (rotary,) = rotations(canonical(function, *batched()))
+    (rotary,) = rotations(quickly_canonical(function, *batched()))
     assert [heads & {Q_HEADS} for heads in heads_of(rotary)] == [{Q_HEADS}, set()]
 
 
@@ -97,7 +97,7 @@ def test_layers_with_the_same_angles_are_paired_each_by_itself() -> None:
             q, k = (each.sigmoid() * mixed for each in (q, k))
         return q, k
 
-    graph = canonical(layers, *flat())
+    graph = quickly_canonical(layers, *flat())
     found = rotations(graph)
     assert len(found) == 3
     assert all(heads_of(rotary) == heads_of(found[0]) for rotary in found)
@@ -119,12 +119,12 @@ def test_angles_may_be_the_halves_of_one_tensor_and_stand_first() -> None:
         return rotate(q, angles), rotate(k, angles)
 
     q, k, *_ = flat()
-    (rotary,) = rotations(canonical(function, q, k, randn(7, HEAD)))
+    (rotary,) = rotations(quickly_canonical(function, q, k, randn(7, HEAD)))
     assert [tensor_of(arg).shape[-1] for arg in rotary.args[:4]] == [HEAD, HEAD, HEAD // 2, HEAD // 2]  # type: ignore[union-attr]
 
 
 def test_what_is_not_normed_stays_as_it_is() -> None:
-    graph = canonical(heads_last(norm=lambda x, weight: x * weight.to(x.dtype)), *flat())
+    graph = quickly_canonical(heads_last(norm=lambda x, weight: x * weight.to(x.dtype)), *flat())
     assert graph.recognized() == {}
     assert not graph.refusals
 
@@ -183,7 +183,7 @@ LOOKALIKES: dict[str, tuple[Any, tuple[Tensor, ...], Reason, str]] = {
 @pytest.mark.parametrize("name", sorted(LOOKALIKES))
 def test_what_only_looks_like_one_is_refused_by_name(name: str) -> None:
     function, inputs, reason, detail = LOOKALIKES[name]
-    graph = canonical(function, *inputs)
+    graph = quickly_canonical(function, *inputs)
     assert not rotations(graph)
     assert {(refusal.op, refusal.reason, refusal.detail) for refusal in graph.refusals} == {
         ("rotary_embedding", reason, f"rotary embedding not recognised: {detail}")
@@ -191,7 +191,7 @@ def test_what_only_looks_like_one_is_refused_by_name(name: str) -> None:
 
 
 def test_one_tensor_alone_has_no_partner() -> None:
-    graph = canonical(lambda q, k, cos, sin: (heads_last()(q, k, cos, sin)[0], k), *flat())
+    graph = quickly_canonical(lambda q, k, cos, sin: (heads_last()(q, k, cos, sin)[0], k), *flat())
     assert not rotations(graph)
     (refusal,) = graph.refusals
     assert refusal.detail.endswith("no other tensor is rotated by the same angles, as queries and keys of a layer are")
@@ -203,6 +203,6 @@ def test_what_is_computed_from_the_other_is_no_partner() -> None:
         keys = k * rotated.sum(-1, keepdim=True)
         return vllm(normed(keys.view(7, -1, HEAD), KW).view(k.shape), cos, sin)
 
-    graph = canonical(function, *flat())
+    graph = quickly_canonical(function, *flat())
     assert not rotations(graph)
     assert len(graph.refusals) == 2

@@ -18,7 +18,7 @@ import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.facts import convert_element_type
-from tests.helpers import llama, post_grad, quantize_rows, randn, written
+from tests.helpers import llama, post_grad, quantize_rows, quickly_traced, randn, written
 from tests.interpreted import no_code
 
 FP8, MOST = torch.float8_e4m3fn, 448.0
@@ -210,6 +210,9 @@ CODED = (of_rows_by_max, of_rows_up_to_a_number, of_groups_by_max, of_groups_in_
 """What code is made of; graphs of others are interpreted."""
 
 
+TRACERS = (post_grad, quickly_traced)
+
+
 def name(function: Any) -> str | None:
     return getattr(function, "__name__", None)
 
@@ -239,10 +242,14 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
     return {kind: value.to(dtype) for kind, value in {**found, "edges": edges}.items()}
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 @every_spelling
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_spelling_is_an_op(quantize: Quantize, dynamic: bool) -> None:
-    graph = canonicalize(post_grad(behind_a_norm(quantize), randn(5, WIDTH), dynamic=dynamic))
+    check_spelling(quantize, post_grad(behind_a_norm(quantize), randn(5, WIDTH), dynamic=dynamic))
+
+
+def check_spelling(quantize: Quantize, traced: fx.Graph) -> None:
+    graph = canonicalize(traced)
     op = ROWS if "rows" in quantize.__name__ and quantize is not of_rows_of_groups else GROUPS
     assert graph.recognized() == {f"{op.name}[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(op.overload)
@@ -251,11 +258,19 @@ def test_a_spelling_is_an_op(quantize: Quantize, dynamic: bool) -> None:
     graph.graph.lint()
 
 
+@pytest.mark.parametrize("quantize", CODED, ids=name)
+def test_graphs_traced_quickly_are_those_of_dynamo(quantize: Quantize) -> None:
+    """And stand for them here."""
+    given = behind_a_norm(quantize), randn(5, WIDTH)
+    targets = [[node.target for node in trace(*given).nodes if node.op == "call_function"] for trace in TRACERS]
+    assert targets[0] == targets[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @every_spelling
 def test_it_computes_what_the_graph_does(quantize: Quantize, dtype: torch.dtype) -> None:
     x = randn(6, WIDTH).to(dtype)
-    graph = post_grad(quantize, x)
+    graph = quickly_traced(quantize, x)
     raised = canonicalize(graph)
     is_refused = quantize is of_groups_by_powers and dtype is torch.float32
     assert len(raised.dialect_nodes) == (not is_refused)
@@ -266,7 +281,16 @@ def test_it_computes_what_the_graph_does(quantize: Quantize, dtype: torch.dtype)
             assert torch.equal(bits(got), bits(wanted)), kind
 
 
-@pytest.mark.parametrize(("shape", "dynamic"), [((2, 3, WIDTH), (0, 1)), ((1, WIDTH), ())])
+@every_spelling
+def test_sizes_may_be_constants(quantize: Quantize) -> None:
+    for rows in (5, 1):
+        if rows > 1 or quantize is not of_groups_by_columns:  # one row lies in columns, too
+            check_spelling(quantize, quickly_traced(behind_a_norm(quantize), randn(rows, WIDTH)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dynamic"), [((2, 3, WIDTH), (0, 1)), pytest.param((1, WIDTH), (), marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("quantize", [each for each in SPELLINGS if each is not of_groups_by_columns], ids=name)
 def test_batches_of_any_shape_are_fused(quantize: Quantize, shape: tuple[int, ...], dynamic: tuple[int, ...]) -> None:
     reports: list[fuseplan.Report] = []
@@ -283,7 +307,7 @@ def test_batches_of_any_shape_are_fused(quantize: Quantize, shape: tuple[int, ..
         assert torch.equal(bits(got), bits(wanted))
 
 
-@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH)])
+@pytest.mark.parametrize("shape", [pytest.param((5, WIDTH), marks=pytest.mark.nightly), (2, 3, WIDTH)])
 def test_scales_that_lie_column_after_column_still_do(shape: tuple[int, ...]) -> None:
     torch._dynamo.reset()
     with torch.inference_mode():
@@ -431,7 +455,7 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
 
 @pytest.mark.parametrize("quantize", NEAR_MISSES, ids=name)
 def test_what_no_op_computes_is_named(quantize: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-    graph = canonicalize(post_grad(lambda x: quantize(llama(x, None, W)[0]), randn(5, WIDTH)))
+    graph = canonicalize(quickly_traced(lambda x: quantize(llama(x, None, W)[0]), randn(5, WIDTH)))
     assert not [found for found in graph.recognized() if "fp8" in found]
     (refusal,) = graph.refusals
     assert NEAR_MISSES[quantize] in refusal.detail

@@ -17,7 +17,7 @@ from fuseplan.dialect.raising import canonicalize
 from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.rules.parts.mx_fp4 import per_token_mx_fp4_quant
 from fuseplan.rules.parts.mx_fp8 import MxFp8, per_token_mx_fp8_quant
-from tests.helpers import llama, post_grad, randn
+from tests.helpers import llama, quickly_traced, randn
 from tests.planner.test_rotary import Counted
 from tests.rules.parts import test_mx_fp4 as mx_fp4
 from tests.rules.parts.microscaling import GROUP, SCALINGS, WIDTH, bits, check_fused, cores, inputs, scaled
@@ -48,7 +48,7 @@ def quantised(
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_scaling_is_an_op(scaling: str, dynamic: bool, code: torch.dtype) -> None:
     graph = canonicalize(
-        post_grad(lambda x: quantised(llama(x, None, W)[0], scaling, code=code), randn(5, WIDTH), dynamic=dynamic)
+        quickly_traced(lambda x: quantised(llama(x, None, W)[0], scaling, code=code), randn(5, WIDTH), dynamic=dynamic)
     )
     assert graph.recognized() == {f"per_token_mx_fp8_quant[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(per_token_mx_fp8_quant.overload)
@@ -60,7 +60,7 @@ def test_a_scaling_is_an_op(scaling: str, dynamic: bool, code: torch.dtype) -> N
 @every_scaling
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_it_computes_what_the_graph_does(scaling: str, dtype: torch.dtype, code: torch.dtype) -> None:
-    graph = post_grad(partial(quantised, scaling=scaling, code=code), randn(6, WIDTH).to(dtype))
+    graph = quickly_traced(partial(quantised, scaling=scaling, code=code), randn(6, WIDTH).to(dtype))
     raised = canonicalize(graph)
     is_refused = scaling == "rceil" and dtype is torch.float32
     assert len(raised.dialect_nodes) == (not is_refused)
@@ -76,7 +76,7 @@ def test_it_computes_what_the_graph_does(scaling: str, dtype: torch.dtype, code:
 
 @pytest.mark.parametrize("scaling", ["floor", "rceil"])
 def test_what_is_clamped_is_the_same_op(scaling: str) -> None:
-    graph = post_grad(partial(quantised, scaling=scaling, clamped=True), randn(6, WIDTH))
+    graph = quickly_traced(partial(quantised, scaling=scaling, clamped=True), randn(6, WIDTH))
     raised = canonicalize(graph)
     assert len(raised.calls(per_token_mx_fp8_quant.overload)) == 1
     assert not raised.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp_max.default)
@@ -85,10 +85,25 @@ def test_what_is_clamped_is_the_same_op(scaling: str) -> None:
 @every_scaling
 @pytest.mark.parametrize("bits_of_codes", [8, 4])
 @pytest.mark.parametrize(("rows", "width"), [(5, 192), (128, 128), (130, 160), (1, 96)])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_exponents_in_tiles_are_the_ops_own(
-    scaling: str, bits_of_codes: int, rows: int, width: int, dynamic: bool
-) -> None:  # fmt: skip
+def test_exponents_in_tiles_are_the_ops_own(scaling: str, bits_of_codes: int, rows: int, width: int) -> None:
+    check_tiles(scaling, bits_of_codes, rows, width, dynamic=False)
+
+
+@pytest.mark.parametrize(
+    "scaling", ["floor", *(pytest.param(each, marks=pytest.mark.nightly) for each in SCALINGS if each != "floor")]
+)
+@pytest.mark.parametrize("bits_of_codes", [8, 4])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(5, 192), (130, 160), *(pytest.param(*each, marks=pytest.mark.nightly) for each in ((128, 128), (1, 96)))],
+)
+def test_exponents_of_any_number_of_rows_in_tiles_are_the_ops_own(
+    scaling: str, bits_of_codes: int, rows: int, width: int
+) -> None:
+    check_tiles(scaling, bits_of_codes, rows, width, dynamic=True)
+
+
+def check_tiles(scaling: str, bits_of_codes: int, rows: int, width: int, *, dynamic: bool) -> None:
     """What isn't there is zero, whose exponent no group has."""
     kinds: dict[int, tuple[Callable[..., Any], Any]] = {
         8: (quantised, per_token_mx_fp8_quant), 4: (mx_fp4.quantised, per_token_mx_fp4_quant)
@@ -100,7 +115,7 @@ def test_exponents_in_tiles_are_the_ops_own(
         return codes, to_blocked(exponent, flat=rows == 5)
 
     given = randn(rows, width)
-    graph = post_grad(function, given, dynamic=dynamic)
+    graph = quickly_traced(function, given, dynamic=dynamic)
     raised = canonicalize(graph)
     (node,) = raised.calls(op.overload)
     assert node.args[-1] == "swizzled"
@@ -120,7 +135,7 @@ def test_other_tiles_are_left_to_a_copy(layout: Callable[[Tensor], Tensor]) -> N
         return codes, layout(exponent)
 
     given = randn(5, 8 * GROUP)
-    raised = canonicalize(post_grad(function, given))
+    raised = canonicalize(quickly_traced(function, given))
     (node,) = raised.calls(per_token_mx_fp8_quant.overload)
     assert node.args[-1] == "rows" or layout is read_twice
     for got, wanted in zip(fx.GraphModule({}, raised.graph)(given), function(given), strict=True):
@@ -148,11 +163,15 @@ def test_another_layout_is_refused() -> None:
         ops.per_token_mx_fp8_quant.reference(randn(3, WIDTH), GROUP, FP8, "floor", "columns")
 
 
+def test_code_of_it_is_right(one_rank: str) -> None:
+    check_fused(add_norm, (randn(7, WIDTH), randn(7, WIDTH, seed=1)), one_rank, "norm_quant", CONFIG)
+
+
 @pytest.mark.parametrize(
     ("function", "rule"),
     [(norm, "norm_quant"), (add_norm, "norm_quant"), (reduced, "allreduce_rms_quant"), (activated, "act_quant")],
 )
-@pytest.mark.parametrize("shape", [(7, WIDTH), (2, 5, WIDTH)])
+@pytest.mark.parametrize("shape", [pytest.param((7, WIDTH), marks=pytest.mark.nightly), (2, 5, WIDTH)])
 def test_it_is_composed_with_every_core(function: Any, rule: str, shape: tuple[int, ...], one_rank: str) -> None:
     given = randn(*shape), randn(*shape, seed=1)
     check_fused(function, given, one_rank, rule, CONFIG)
@@ -165,7 +184,7 @@ def test_what_two_layers_quantise_each_leaves_nothing_behind(scaling: str) -> No
         found = [quantised(y, scaling) for _ in range(2)]
         return [codes.float() @ torch.ones(WIDTH, 2) * scales.view(torch.uint8).sum() for codes, scales in found]
 
-    graph = post_grad(both, randn(5, WIDTH))
+    graph = quickly_traced(both, randn(5, WIDTH))
     reports: list[fuseplan.Report] = []
     config = fuseplan.PassConfig(verify="off", policy="ordered(norm_quant)")
     fuseplan.PostGradPassManager(config, device=device_profile("h200"), on_report=reports.append)(graph)
@@ -221,7 +240,7 @@ NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, Tensor]], str] = {
 
 @pytest.mark.parametrize("quantise", NEAR_MISSES)
 def test_what_it_does_not_compute_is_named(quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-    graph = canonicalize(post_grad(lambda x: quantise(llama(x, None, W)[0]), randn(5, WIDTH)))
+    graph = canonicalize(quickly_traced(lambda x: quantise(llama(x, None, W)[0]), randn(5, WIDTH)))
     assert not list(graph.calls(per_token_mx_fp8_quant.overload))
     report = fuseplan.explain(lambda x: quantise(llama(x, None, W)[0]), randn(5, WIDTH), device="b200")
     details = [refusal.detail for each in report.graphs for refusal in each.refusals]

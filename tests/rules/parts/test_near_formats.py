@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fuseplan.dialect.raising import canonicalize
-from tests.helpers import post_grad, randn
+from tests.helpers import quickly_traced, randn
 
 FP8, MOST, ROWS, WIDTH, GROUP = torch.float8_e4m3fn, 448.0, 6, 256, 64
 Function = Callable[..., tuple[Tensor, ...]]
@@ -90,7 +90,7 @@ _uneven *= torch.exp2(
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_codes_and_scales_stay(case: str) -> None:
     function, inputs = CASES[case]
-    graph = post_grad(function, *inputs)
+    graph = quickly_traced(function, *inputs)
     constants: dict[str, Any] = {}
     ours, theirs = fx.GraphModule(constants, canonicalize(graph).graph), fx.GraphModule(constants, graph)
     for got, wanted in zip(ours(*inputs), theirs(*inputs), strict=True):

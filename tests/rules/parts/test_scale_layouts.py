@@ -12,7 +12,7 @@ import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.ops import ScaleLayout, in_rows, lay_out
-from tests.helpers import llama, post_grad, randn
+from tests.helpers import llama, post_grad, quickly_traced, randn
 from tests.interpreted import no_code
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda each: each.
 @pytest.mark.parametrize("rows", [4, 7])
 @every_layout
 def test_a_layout_is_the_ops(layout: Layout, rows: int, dynamic: bool) -> None:
-    graph = post_grad(lambda x: quantised(layout, x), randn(rows, WIDTH), dynamic=dynamic)
+    graph = quickly_traced(lambda x: quantised(layout, x), randn(rows, WIDTH), dynamic=dynamic)
     raised = canonicalize(graph)
     (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
     assert node.args[-1] == LAYOUTS[layout]
@@ -175,13 +175,13 @@ def doubled(scale: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [shorter, from_the_second, doubled], ids=lambda each: each.__name__)
 def test_another_layout_is_left_to_inductor(layout: Layout) -> None:
-    raised = canonicalize(post_grad(lambda x: quantised(layout, x), randn(7, WIDTH)))
+    raised = canonicalize(quickly_traced(lambda x: quantised(layout, x), randn(7, WIDTH)))
     (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
     assert node.args[-1] == "rows"
 
 
 def test_scales_that_are_read_in_rows_too_lie_in_rows() -> None:
-    raised = canonicalize(post_grad(lambda x: quantised(aligned, x, both=True), randn(7, WIDTH)))
+    raised = canonicalize(quickly_traced(lambda x: quantised(aligned, x, both=True), randn(7, WIDTH)))
     (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
     assert node.args[-1] == "rows"
 
