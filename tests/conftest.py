@@ -11,13 +11,16 @@ import torch._dynamo.guards
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
+from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from tests.forks import Forks
 from tests.interpreted import no_code
 
-# Scalar code: compiling it takes half as long, here and in the processes that tests start.
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# Scalar code: compiling it takes half as long, here and in the processes that tests start. Processes that tests start
+# read the variable; this one has read it before, unless it is one of several workers.
+if os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0") == "0":
+    inductor_config.cpp.vec_isa_ok = False
 # Where tests already share the processors, threads of NumPy and torch mostly wait for each other, which takes as much
 # time again in many tests. Processes that tests start read the variable; this one has read it before.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
