@@ -80,7 +80,9 @@ def test_it_computes_and_caches_what_the_model_does(name: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=2**-8, atol=2**-8)
 
 
-@pytest.mark.parametrize(("rule", "function"), [(PLAIN, layer()), (NORMED, normed_layer())])
+@pytest.mark.parametrize(
+    ("rule", "function"), [(PLAIN, layer()), pytest.param(NORMED, normed_layer(), marks=pytest.mark.nightly)]
+)
 def test_the_code_writes_to_the_caches_themselves(rule: str, function: Layer) -> None:
     """No copy of a cache is made, and whoever reads one afterwards reads what was written."""
     given, reports = arguments(), list[Report]()
@@ -101,7 +103,7 @@ def test_the_code_writes_to_the_caches_themselves(rule: str, function: Layer) ->
 
 
 @pytest.mark.parametrize(("rule", "make"), [(PLAIN, layer), (NORMED, normed_layer)])
-@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize("n_layers", [pytest.param(1, marks=pytest.mark.nightly), 3])
 def test_it_fires_once_a_layer(n_layers: int, rule: str, make: Callable[..., Layer]) -> None:
     one = make()
 
@@ -179,11 +181,12 @@ def writes_more_elsewhere(*given: Tensor) -> Any:
     return q, given[0] + 1, given[3] + 1
 
 
+@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("function", [reads_after, returned, views_after, writes_more_elsewhere])
-def test_readers_of_the_cache_see_what_they_saw(function: Layer) -> None:
+def test_readers_of_the_cache_see_what_they_saw(function: Layer, coded: bool) -> None:
     given, reports = arguments(2), list[Report]()
     expected, caches = on_copies(function, given)
-    with fresh_cache():
+    with fresh_cache() if coded else no_code():
         actual, written = on_copies(compiled(function, PLAIN, reports), given)
     assert reports[0].fused == {PLAIN: 1}
     for got, wanted in zip((*actual, *written), (*expected, *caches), strict=True):
@@ -207,7 +210,7 @@ def test_a_cache_too_short_for_the_position_is_an_index_error(rule: str, positio
     own = [each.clone() for each in arguments(first=position)]
     before = [each.clone() for each in own[3:5]]
     reports: list[Report] = []
-    with torch.inference_mode(), pytest.raises(IndexError, match=r"out of (range|bounds)"):
+    with no_code(), torch.inference_mode(), pytest.raises(IndexError, match=r"out of (range|bounds)"):
         compiled(function, rule, reports)(*own)
     assert reports[0].fused == {rule: 1}
     assert all(torch.equal(a, b) for a, b in zip(own[3:5], before, strict=True))
