@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 import fuseplan
+from fuseplan.explanation.capture import no_caches
 from fuseplan.planner.costs import HARDWARE
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import Nearness, Report
@@ -92,7 +93,7 @@ def test_the_code_writes_to_the_caches_themselves(rule: str, inner: Callable[...
     expected, caches = on_copies(function, given)
     own = [each.clone() for each in given]
     pointers = [each.data_ptr() for each in own]
-    with torch.inference_mode(), fresh_cache():
+    with torch.inference_mode(), no_caches():
         actual, (code,) = run_and_get_code(compiled(function, rule, reports), *own)
     assert reports[0].fused == {rule: 1}
     for got, wanted in zip((actual, *own), (expected, *caches), strict=True):
@@ -184,7 +185,7 @@ def writes_more_elsewhere(*given: Tensor) -> Any:
 def test_readers_of_the_cache_see_what_they_saw(function: Layer, coded: bool) -> None:
     given, reports = masked(), list[Report]()
     expected, caches = on_copies(function, given)
-    with fresh_cache() if coded else no_code():
+    with no_caches() if coded else no_code():
         actual, written = on_copies(compiled(function, PLAIN, reports), given)
     assert reports[0].fused == {PLAIN: 1}
     for got, wanted in zip((*actual, *written), (*expected, *caches), strict=True):
