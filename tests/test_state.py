@@ -25,6 +25,7 @@ CACHES = {
     "graph/facts.py:_innermost": "text",
     "graph/facts.py:_is_attention_op": "ops of torch, which stay as long as the process",
     "graph/facts.py:_is_pure_op": "likewise",
+    "graph/facts.py:_schema_of": "likewise",
     "graph/layout.py:_op_only_reads": "likewise",
     "graph/reach.py:_kind_of_op": "likewise",
     "graph/sharing.py:_is_cheap": "likewise",
