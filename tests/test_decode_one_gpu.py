@@ -67,7 +67,7 @@ def test_nothing_else_was_written_by_hand() -> None:
         HandWritten(model_of("gpt-oss-20b", 1, CPU, torch.float32))
 
 
-def eager(name: str, model: Any, reports: list[fuseplan.Report]) -> Callable[..., Any]:
+def eager(name: str, model: Any, reports: list[fuseplan.Report], *, captured: bool) -> Callable[..., Any]:
     """The sides of a run without compiling."""
     if name == benchmark.FLEX:
         raise RuntimeError("one\n  of its\nerrors")
@@ -109,7 +109,7 @@ def test_float64_begins_where_windows_of_the_others_did(name: str, monkeypatch: 
 
 
 def test_a_run_in_which_all_fail_ends_with_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(name: str, *further: Any) -> Any:
+    def fails(name: str, *further: Any, captured: bool) -> Any:
         raise RuntimeError(name)
 
     row = measured(monkeypatch, "llama-3.1-8b", fails, *benchmark.PEERS)
@@ -169,7 +169,7 @@ def test_all_that_norms_and_activations_quantise_is_fused(name: str, how: str) -
 
 @pytest.mark.usefixtures("in_blocks")
 def test_a_row_says_what_fusing_quantisations_takes_off_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "compiled", lambda name, model, reports: benchmark.with_own_code(model))
+    monkeypatch.setattr(benchmark, "compiled", lambda name, model, reports, **how: benchmark.with_own_code(model))
     model: Any = model_of("qwen3-8b", 1, CPU, torch.bfloat16)
     whole = sum(stored_bytes(each) for each in model.parameters())
     quantised(model, "fp8_blocks")

@@ -89,7 +89,8 @@ def test_a_stage_that_raises(traced: fx.Graph, stage: str, monkeypatch: pytest.M
     def raises(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError(f"a bug in {stage}")
 
-    monkeypatch.setattr(f"fuseplan.compilation.manager.{stage}", raises)
+    module = "chosen" if stage == "apply" else "manager"
+    monkeypatch.setattr(f"fuseplan.compilation.{module}.{stage}", raises)
     graph, report = fuse(traced, rules=[AddNormRelu()], providers=[provider(right)])
     assert_left_alone(graph, traced, report, f"a bug in {stage}")
 

@@ -4,7 +4,6 @@ than one.
 
 import re
 from collections.abc import Sequence
-from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def check_spelling(
         raise unknown("device", device, DEVICES)
     check_ranges([CompileRange.parse(text) for text in ranges or ()])
     named = [name for text in policies or () for name in Policy.parse(text).order]
-    named += [re.split("[@#:]", text)[0] for text in selectors or ()]
+    named += filter(None, (re.split("[@#:]", text)[0] for text in selectors or ()))
     for kind, given, known in (("rule", named, RULES), ("provider", providers or (), PROVIDERS)):
         for name in given:
             if name not in known and not own:
@@ -103,7 +102,7 @@ def _check_elsewhere(workload: str) -> None:
 
 def _is_installed(package: str) -> bool:
     try:
-        return find_spec(package) is not None or PathFinder.find_spec(package, [str(Path.cwd())]) is not None
+        return find_spec(package) is not None or Path(package).is_dir() or any(Path.cwd().glob(f"{package}.*"))
     except ValueError:  # in sys.modules without a spec
         return True
 
