@@ -189,7 +189,7 @@ def _quantised_region() -> str:
         for how in ("group", "token"):
             row = found[how, tokens]
             median, spread = row["fused"]
-            cells += [f"{median:.2f} ± {spread:.2f} us", f"{100 * row['over']:.0f} %", f"{row['times_faster']:.2f}"]
+            cells += [f"{median:.2f} us ({spread:.2f})", f"{100 * row['over']:.0f} %", f"{row['times_faster']:.2f}"]
         rows.append((f"{tokens:,}", *cells))
     each = ("on top of no quantisation", "beside others' best")
     return _table(("tokens", "scales of 128", *each, "of a token", *each), rows)
