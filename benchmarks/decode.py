@@ -28,8 +28,7 @@ import fuseplan
 from benchmarks import published_shapes
 from benchmarks.graphs import Figure, figure, leave, slowest, versions
 from benchmarks.published_shapes import SHAPES
-from benchmarks.quantised import FORMATS, quantised
-from fuseplan.config import FUSION_FLAGS
+from benchmarks.quantised import FLAGS, FORMATS, quantised
 
 POSITION, CACHE = 1000, 1280
 REPEATS, STEPS = 25, 40
@@ -44,13 +43,10 @@ WHAT = (
     "of it a step of fuseplan is shorter than that side's"
 )
 PLAIN, FUSED, APART = "torch.compile", "fuseplan", "without fuse_grouped_attention"
-ATTENTION, LEFT = "fuseplan, attention alone", "fuseplan, quantisations left"
 SIDES = {FUSED: fuseplan.PassConfig(), APART: fuseplan.PassConfig(fuse_grouped_attention=False)}
-NOTHING_ELSE: dict[str, Any] = dict.fromkeys(FUSION_FLAGS, False) | {"fuse_grouped_attention": None}
 QUANTISED_SIDES = {
     FUSED: fuseplan.PassConfig(),
-    ATTENTION: fuseplan.PassConfig(**NOTHING_ELSE),
-    LEFT: fuseplan.PassConfig(fuse_norm_quant=False, fuse_act_quant=False),
+    **{name: fuseplan.PassConfig(**flags) for name, flags in FLAGS.items()},
 }
 
 

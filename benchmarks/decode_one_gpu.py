@@ -34,7 +34,7 @@ import fuseplan
 from benchmarks.graphs import Figure, figure, versions
 from benchmarks.hand_written import HandWritten
 from benchmarks.published_shapes import CHANGED, SHAPES, VOCABULARY, model_of
-from benchmarks.quantised import FORMATS, quantised, stored_bytes
+from benchmarks.quantised import ATTENTION, FLAGS, FORMATS, LEFT, quantised, stored_bytes
 from fuseplan.config import FUSION_FLAGS
 from fuseplan.rules.families import BUILT_IN_RULES
 
@@ -56,7 +56,6 @@ WHAT = (
 PLAIN, BY_HAND, FROZEN, FLEX, WRITTEN = "torch.compile", "enable_gqa", "freezing", "flex_attention", "hand-written"
 FUSED, ROUNDED, PACKED = "fuseplan", "fuseplan, allow_rounding_changes", "fuseplan, packed"
 CACHED = "fuseplan, cached attention"
-ATTENTION, LEFT = "fuseplan, attention alone", "fuseplan, quantisations left"
 EARLY = ", early launches"
 PEERS = (BY_HAND, FROZEN, FLEX, WRITTEN, FUSED)
 QUANTISED_PEERS = (ATTENTION, LEFT, FUSED)
@@ -291,10 +290,8 @@ def compiled(name: str, model: Any, reports: list[fuseplan.Report], *, captured:
         flags = {"allow_rounding_changes": True}
     elif name == CACHED:
         flags = {"fuse_cached_attention": True}
-    elif name == ATTENTION:
-        flags = dict.fromkeys(FUSION_FLAGS, False) | {"fuse_grouped_attention": None}
-    elif name == LEFT:
-        flags = {"fuse_norm_quant": False, "fuse_act_quant": False}
+    elif name in FLAGS:
+        flags = FLAGS[name]
     elif name != FUSED:
         flags = {name.removeprefix("without "): False}
     on_report = reports.append if name in (FUSED, ROUNDED, CACHED) else None

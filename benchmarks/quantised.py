@@ -13,11 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fuseplan.config import FUSION_FLAGS
+
 DTYPE, BLOCK = torch.float8_e4m3fn, 128
 LARGEST = torch.finfo(DTYPE).max
 FORMATS = ("fp8_rows", "fp8_blocks")
 UNQUANTISED = "lm_head"
 """The name of the one linear layer that stays as it is, as in published checkpoints."""
+ATTENTION, LEFT = "fuseplan, attention alone", "fuseplan, quantisations left"
+FLAGS: dict[str, dict[str, Any]] = {
+    ATTENTION: dict.fromkeys(FUSION_FLAGS, False) | {"fuse_grouped_attention": None},
+    LEFT: {"fuse_norm_quant": False, "fuse_act_quant": False},
+}
+"""What fuseplan is given as the other sides of a model in fp8."""
 MODULES = "quant_api", "quantize_.workflows.float8.float8_tensor", "quantize_.common"
 
 

@@ -89,6 +89,56 @@ class FlashInfer:
         return y
 
 
+def flashinfer_or_why(group: dist.ProcessGroup, width: int = WIDTH) -> tuple[FlashInfer | None, str]:
+    """(FlashInfer's, "installed"), or (None, what hinders it), which is shown beside the figures."""
+    try:
+        return FlashInfer(group, width), "installed"
+    except Exception as error:  # noqa: BLE001 - whatever hinders it
+        return None, f"{type(error).__name__}: {error}"
+
+
+def started() -> dist.ProcessGroup:
+    """All ranks, each on its GPU."""
+    device = torch.device("cuda", int(os.environ["RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch._dynamo.config.recompile_limit = 128
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def unfused_reduces(x: Tensor, group: dist.ProcessGroup) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """All-reduces of x by NCCL and by torch's one-shot op, this one with its copy."""
+    reduced, name = x.clone(), group.group_name
+    shared = symmetric_memory.empty(*x.shape, device=torch.device("cuda", dist.get_rank()), dtype=x.dtype)
+    symmetric_memory.rendezvous(shared, name)
+
+    def nccl() -> Tensor:
+        # In place, as Inductor does it; the mean costs what the sum does, and stays finite however often it is taken.
+        dist.all_reduce(reduced, op=dist.ReduceOp.AVG)
+        return reduced
+
+    def one_shot() -> Tensor:
+        shared.copy_(x)
+        return torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", name)  # type: ignore[no-any-return]
+
+    return nccl, one_shot
+
+
+def take_faster(times: dict[str, Figure], name: str, into: str) -> None:
+    """Keeps of FlashInfer's one-shot and two-shot figures the better one, where there are any, under another name.
+
+    Args:
+        times: changed in place.
+        name: of both, with braces for the shots.
+        into: the name that stays.
+    """
+    both = [times.pop(name.format(shots), None) for shots in ("one_shot", "two_shot")]
+    known = [each for each in both if each is not None]
+    if known:
+        times[into] = min(known, key=lambda each: each.us)
+
+
 def alternatives(
     tokens: int, group: dist.ProcessGroup, flashinfer: FlashInfer | None
 ) -> dict[str, Callable[[int], Any]]:
@@ -100,24 +150,12 @@ def alternatives(
     for same in (residual, weight):
         dist.broadcast(same, 0)
     scale = torch.tensor([0.02], device="cuda")
-    reduced = x.clone()
-    shared = symmetric_memory.empty(tokens, WIDTH, device=torch.device("cuda", dist.get_rank()), dtype=torch.bfloat16)
-    symmetric_memory.rendezvous(shared, name)
+    nccl, one_shot = unfused_reduces(x, group)
     norm = (weight, EPS, "gpt_oss")
     reduce, both = NORM_FAMILY[True, True, None].kernel("triton"), NORM_FAMILY[True, True, "pad"].kernel("triton")
     quant = NORM_FAMILY[True, True, "static_fp8_quant"].kernel("triton")
     padded = NORM_FAMILY[False, True, "pad"].kernel("triton")
     right = PADDED - WIDTH
-
-    def nccl() -> Tensor:
-        # In place, as Inductor does it; the mean costs what the sum does, and stays finite however often it is taken.
-        dist.all_reduce(reduced, op=dist.ReduceOp.AVG)
-        return reduced
-
-    def one_shot() -> Tensor:
-        shared.copy_(x)
-        return torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", name)  # type: ignore[no-any-return]
-
     found: dict[str, Callable[[int], Any]] = {
         "unfused": lambda _: add_norm_pad(nccl(), residual, weight),
         "unfused_one_shot": lambda _: add_norm_pad(one_shot(), residual, weight),
@@ -157,10 +195,7 @@ def links() -> dict[str, float]:
 def row(tokens: int, times: dict[str, Figure], bandwidth: dict[str, float], ranks: int) -> dict[str, Any]:
     """Figures of one size, with what follows from them."""
     for name in ("then_pad", "then_eager_pad"):
-        both = [times.pop(f"flashinfer_{shots}_{name}", None) for shots in ("one_shot", "two_shot")]
-        known = [each for each in both if each is not None]
-        if known:
-            times[f"flashinfer_{name}"] = min(known, key=lambda each: each.us)
+        take_faster(times, f"flashinfer_{{}}_{name}", f"flashinfer_{name}")
     message = tokens * WIDTH * 2
     share = (ranks - 1) if ranks == 2 else 2 * (ranks - 1) / ranks
     link = share * message / bandwidth["link_GB_s"] / 1e3
@@ -190,18 +225,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/region_DEVICExRANKS.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
     arguments = parser.parse_args()
-    rank = int(os.environ["RANK"])
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    torch._dynamo.config.recompile_limit = 64
-    group = dist.group.WORLD
-    assert group is not None
-    failed = None
-    try:
-        flashinfer = FlashInfer(group)
-    except Exception as error:  # noqa: BLE001 - whatever hinders it is shown beside the figures
-        flashinfer, failed = None, f"{type(error).__name__}: {error}"
+    group, rank = started(), dist.get_rank()
+    flashinfer, why = flashinfer_or_why(group)
     bandwidth = links()
     rows = []
     for tokens in TOKENS:
@@ -217,7 +242,7 @@ def main() -> None:
         "versions": versions(),
         "ranks": group.size(),
         "columns": COLUMNS,
-        "flashinfer": failed or "installed",
+        "flashinfer": why,
         **{key: round(value) for key, value in bandwidth.items()},
         "rows": rows,
     }

@@ -7,20 +7,17 @@ torchrun --nproc-per-node 2 -m benchmarks.region_quantised [--write]
 import argparse
 import datetime
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
-from torch import Tensor
 
 import fuseplan.providers  # noqa: F401 - registers kernels
 from benchmarks.graphs import Figure, compare, leave, versions
 from benchmarks.kernel_times import EPS, FP8, GROUP, LEAST, add_norm_dynamic, add_norm_grouped, dynamic, grouped
-from benchmarks.region import TOKENS, FlashInfer
+from benchmarks.region import TOKENS, FlashInfer, flashinfer_or_why, started, take_faster, unfused_reduces
 from fuseplan.dialect import NORM_FAMILY
 
 WIDTH, ROUNDING = 4096, "gpt_oss"
@@ -59,23 +56,11 @@ def alternatives(
     weight = (1 + 0.1 * torch.randn(WIDTH, device=device)).bfloat16()
     for same in (residual, weight):
         dist.broadcast(same, 0)
-    reduced = x.clone()
-    shared = symmetric_memory.empty(tokens, WIDTH, device=device, dtype=torch.bfloat16)
-    symmetric_memory.rendezvous(shared, name)
+    nccl, one_shot = unfused_reduces(x, group)
     norm = (weight, EPS, ROUNDING)
     reduce, fused = (NORM_FAMILY[True, True, each].kernel("triton") for each in (None, kind))
     normed = NORM_FAMILY[False, True, kind].kernel("triton")
     plain, quant = torch.compile(together, dynamic=False), torch.compile(alone, dynamic=False)
-
-    def nccl() -> Tensor:
-        # In place, as Inductor does it; the mean costs what the sum does, and stays finite however often it is taken.
-        dist.all_reduce(reduced, op=dist.ReduceOp.AVG)
-        return reduced
-
-    def one_shot() -> Tensor:
-        shared.copy_(x)
-        return torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", name)  # type: ignore[no-any-return]
-
     found: dict[str, Callable[[int], Any]] = {
         "plain": lambda _: reduce(x, residual, *norm, name),
         "fused": lambda _: fused(x, residual, *norm, *arguments, name),
@@ -93,10 +78,7 @@ def alternatives(
 
 def row(tokens: int, how: str, times: dict[str, Figure]) -> dict[str, Any]:
     """Figures of one size and format, with what follows from them."""
-    both = [times.pop(f"flashinfer_{shots}", None) for shots in ("one_shot", "two_shot")]
-    known = [each for each in both if each is not None]
-    if known:
-        times["flashinfer"] = min(known, key=lambda each: each.us)
+    take_faster(times, "flashinfer_{}", "flashinfer")
     fused = times["fused"].us
     return {
         "tokens": tokens, "quantised": how,
@@ -112,18 +94,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write results/region_quantised_DEVICExRANKS.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
     arguments = parser.parse_args()
-    rank = int(os.environ["RANK"])
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    torch._dynamo.config.recompile_limit = 128
-    group = dist.group.WORLD
-    assert group is not None
-    failed = None
-    try:
-        flashinfer = FlashInfer(group, WIDTH)
-    except Exception as error:  # noqa: BLE001 - whatever hinders it is shown beside the figures
-        flashinfer, failed = None, f"{type(error).__name__}: {error}"
+    group, rank = started(), dist.get_rank()
+    flashinfer, why = flashinfer_or_why(group, WIDTH)
     rows = list[dict[str, Any]]()
     result = {
         "what": WHAT,
@@ -132,7 +104,7 @@ def main() -> None:
         "versions": versions(),
         "ranks": group.size(),
         "columns": COLUMNS,
-        "flashinfer": failed or "installed",
+        "flashinfer": why,
         "rows": rows,
     }
     name = torch.cuda.get_device_name().split()[1].lower()

@@ -197,22 +197,16 @@ def _quantised_region() -> str:
 
 def _quantised_steps() -> str:
     """Captured decode steps of models in fp8 beside what else could run them."""
-    one, two = (
-        _committed("results/decode_one_gpu_quantised_h200"),
-        _committed("results/decode_quantised_h200x2_captured"),
-    )
-    split = {"model": two["model"], "quantised": two["quantised"], "gpus": 2}
     formats = {"fp8_rows": "a row", "fp8_blocks": "128 elements"}
     others = ("torch.compile", "fuseplan, attention alone", "fuseplan, quantisations left")
-    rows: list[tuple[object, ...]] = []
-    for row in (*one["rows"], *({**row, **split} for row in two["rows"])):
-        if row.get("captured"):
+    lines: list[tuple[object, ...]] = []
+    for (model, how, gpus), rows in measured.quantised_steps().items():
+        for row in rows:
             us = row["fuseplan"][0]
             less = (f"{row[side][0]:,.0f} ({100 * (1 - us / row[side][0]):.0f} %)" for side in others)
-            what = f"`{row['model']}`", formats[row["quantised"]], row.get("gpus", 1), row["batch"]
-            rows.append((*what, f"{us:,.0f}", *less))
+            lines.append((f"`{model}`", formats[how], gpus, row["batch"], f"{us:,.0f}", *less))
     sides = ("plain `torch.compile` (less)", "attention's fusions alone (less)", "all but quantisations (less)")
-    return _table(("model", "a scale for", "H200s", "batch", "fuseplan", *sides), rows)
+    return _table(("model", "a scale for", "GPUs", "batch", "fuseplan", *sides), lines)
 
 
 def _left_out() -> str:

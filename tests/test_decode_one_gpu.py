@@ -12,7 +12,7 @@ import fuseplan
 from benchmarks import decode_one_gpu as benchmark
 from benchmarks.hand_written import KNOWN, HandWritten
 from benchmarks.published_shapes import CHANGED, SHAPES, SMALL, VOCABULARY, model_of
-from benchmarks.quantised import BLOCK, DTYPE, FORMATS, quantised, restored, stored_bytes, with_rows
+from benchmarks.quantised import ATTENTION, BLOCK, DTYPE, FORMATS, LEFT, quantised, restored, stored_bytes, with_rows
 
 CPU = torch.device("cpu")
 BY_HAND = [name for name, (config, _, _) in SHAPES.items() if config.model_type in KNOWN]
@@ -175,7 +175,7 @@ def test_a_row_says_what_fusing_quantisations_takes_off_a_step(monkeypatch: pyte
     quantised(model, "fp8_blocks")
     peers = [*benchmark.QUANTISED_PEERS]
     row = benchmark.measure(model, WORK, peers=peers, leave_one_out=False, precise=False, repeats=2, bytes_s=1e9)
-    assert set(row["less_time"]) == {benchmark.PLAIN, benchmark.ATTENTION, benchmark.LEFT}
+    assert set(row["less_time"]) == {benchmark.PLAIN, ATTENTION, LEFT}
     elements = 256 * (2 * 512 + 2 * 128 + 3 * 256)
     assert whole - sum(stored_bytes(each) for each in model.parameters()) == elements - 4 * elements // BLOCK**2
 

@@ -7,7 +7,7 @@ from torch import fx
 
 from fuseplan.config import Environment, PassConfig
 from fuseplan.devices import PROFILES, DeviceProfile, local_vendor
-from fuseplan.graph.facts import devices_of
+from fuseplan.graph.facts import is_on_cpu
 from fuseplan.planner import prices_of
 from fuseplan.providers import Provider
 from fuseplan.rules import EnabledRules
@@ -16,7 +16,7 @@ from fuseplan.verification import Verifier
 
 def is_beside_a_gpu(graph: fx.Graph, device: DeviceProfile | None) -> bool:
     """Whether a graph that is planned for this machine, which has a GPU, is all in the CPU's memory."""
-    return device is None and local_vendor() != "cpu" and devices_of(graph) == {"cpu"}
+    return device is None and local_vendor() != "cpu" and is_on_cpu(graph)
 
 
 def parts_for_the_cpu(

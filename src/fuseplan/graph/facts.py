@@ -72,10 +72,11 @@ def tensor_of(node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def devices_of(graph: fx.Graph) -> set[str]:
-    """Where the tensors of a graph are, by type of device."""
+def is_on_cpu(graph: fx.Graph) -> bool:
+    """Whether a graph has tensors, and all of them are on the CPU."""
     values = itertools.chain.from_iterable(pytree.tree_leaves(node.meta.get("val")) for node in graph.nodes)
-    return {value.device.type for value in values if isinstance(value, Tensor)}
+    devices = (value.device.type for value in values if isinstance(value, Tensor))
+    return next(devices, None) == "cpu" and all(device == "cpu" for device in devices)
 
 
 def fill_of(node: object) -> float | None:

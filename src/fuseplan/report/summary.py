@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from fuseplan.record import Comparison, Reason, Report
 from fuseplan.record.text import printable, shown
-from fuseplan.report.savings import Saved, is_fixed, percent, spans_of, us, verdict, where_of, work_of
-from fuseplan.report.text import policy_name, tokens_of
+from fuseplan.report.savings import Saved, at_size, share_text, spans_of, us, verdict, where_of
+from fuseplan.report.text import policy_name
 
 LOGGER = "fuseplan.compiled"
 """Says one line at INFO. `logging.getLogger("fuseplan.compiled").setLevel(logging.WARNING)` switches it off."""
@@ -39,13 +39,11 @@ def summary(report: Report) -> str:
     span = spans_of(comparison)[0]
     saved = Saved.of(report, span)
     who = "" if report.policy == "planned" else f"{policy_name(report)}: "
-    at = f" at {tokens_of(span)} tokens" if span is not None and not is_fixed(comparison) else ""
     is_gain = saved.saved_ns >= 0
     interval = f" ({saved.interval})" if is_gain and saved.interval else ""
     return (
         f"{who}fused in {where_of(report, span)}. Estimated {'saving' if is_gain else 'loss'}: "
-        f"{us(abs(saved.saved_ns))} us a step{interval}{at}, {percent(abs(saved.saved_ns), saved.unfused_ns)} of the "
-        f"{us(saved.unfused_ns)} us of {work_of(report)}."
+        f"{us(abs(saved.saved_ns))} us a step{interval}{at_size(comparison, span)}, {share_text(report, saved)}."
     )
 
 
