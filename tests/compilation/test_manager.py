@@ -216,3 +216,16 @@ def test_a_graph_of_the_cpu_is_planned_for_it_beside_a_gpu(monkeypatch: pytest.M
     assert planned.plan is not None
     assert planned.plan.device == "cpu"
     assert not in_order.refusals
+
+
+def test_a_fault_in_what_the_cpu_has_leaves_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("a bug in prices")
+
+    monkeypatch.setattr("fuseplan.compilation.home.local_vendor", lambda: "nvidia")
+    monkeypatch.setattr("fuseplan.compilation.home.prices_of", fails)
+    graph, reports = post_grad(padded, *INPUTS), list[Report]()
+    before = str(graph)
+    PostGradPassManager(PAD, on_report=reports.append)(graph)
+    assert str(graph) == before
+    assert "a bug in prices" in reports[0].graphs[0].refusals[0].detail

@@ -158,11 +158,11 @@ class PostGradPassManager(Keyed):
         """
         for graph_pass in self.previous:
             run_pass(graph_pass, graph)
-        name, home = f"graph_{self._graphs}", self._at_home(graph)
+        name, home = f"graph_{self._graphs}", self
         groups, refusal = groups_in(graph), hands_off(graph, self.environment)
         try:
             left = GraphReport(graph=name, range=self._range, refusals=(refusal,)) if refusal is not None else None
-            report = left or home.fuse(graph, name)
+            report = left or (home := self._at_home(graph)).fuse(graph, name)
         except FuseplanError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the model is right without fusions
