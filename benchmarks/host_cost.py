@@ -1,6 +1,7 @@
 """What the host pays for a fused op where no CUDA graph covers a call, beside Inductor's own kernels.
 
-A chain of layers, each a product of matrices and what is fused before it, small enough that the host is the bound.
+A chain of layers, each a product of matrices and what is fused before it, small enough that the host is the bound; and
+calls of single ops, as compiled code makes them and by torch's dispatcher.
 
 PYTHONPATH=src:. python benchmarks/host_cost.py [--profile] [--write]
 """
@@ -16,18 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
 from benchmarks.graphs import figure, versions
+from fuseplan.dialect import ops
+from fuseplan.distributed.workspace import loopback
 
 LAYERS, ROWS, WIDTH, PAD, REPEATS, CALLS, EPS = 64, 16, 512, 64, 15, 10, 1e-5
 FP8 = torch.float8_e4m3fn
 WHAT = (
     f"microseconds of the host's time a layer, [median, interquartile range] of {REPEATS} interleaved repeats of "
     f"{CALLS} calls, no CUDA graphs; {LAYERS} layers of what is fused and a product of {ROWS} x {WIDTH} by {WIDTH} x "
-    f"{WIDTH}, bfloat16; kernels: that Inductor launches in place of the fused op"
+    f"{WIDTH}, bfloat16; kernels: that Inductor launches in place of the fused op; calls: of single ops, of as many "
+    "rows and columns, until they are launched: direct as compiled code makes them, dispatcher by torch's dispatcher; "
+    "all-reduces of two ranks of which one is there and sends to itself"
 )
 Layer = Callable[..., Tensor]
 
@@ -114,6 +121,32 @@ def measured(op: str, *, profile: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CALLED = ("fused_add_rms_norm_pad", "fused_add_rms_norm_dynamic_fp8_quant", "all_reduce_fused_add_rms_norm_pad")
+
+
+def called(op: str) -> dict[str, Any]:
+    """Microseconds of the host until a call's kernel is launched."""
+    overload: Any = ops[op].implementation("triton")
+    arguments = ops[op].samples[0].make(torch.device("cuda"), torch.Generator().manual_seed(0))
+    named = dict(zip(ops[op].arguments, arguments, strict=True))
+    rows = {name: torch.randn(ROWS, WIDTH, device="cuda").bfloat16() for name in ("x", "residual")}
+    own = named | rows | {"weight": torch.ones(WIDTH, device="cuda").bfloat16()}
+    if "group_name" in own:
+        own["group_name"] = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    given = tuple(own.values())
+    sides = {"direct": lambda: overload.direct("alike", *given), "dispatcher": lambda: overload(*given)}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(REPEATS + 1):
+        for name, side in sides.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(20 * CALLS):
+                side()
+            if number:  # the first one compiles
+                times[name].append((time.perf_counter() - start) * 1e6 / (20 * CALLS))
+    return {"op": op, **{name: figure(each).json() for name, each in times.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", action="store_true", help="print what Python spends the time on")
@@ -124,10 +157,15 @@ def main() -> None:
     for op in LAYER:
         rows.append(measured(op, profile=arguments.profile))
         print(json.dumps(rows[-1]), flush=True)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    with loopback(), torch.inference_mode():
+        calls = [called(op) for op in CALLED]
+    print(json.dumps(calls))
     if arguments.write:
         result = {
             "what": WHAT, "command": "PYTHONPATH=src:. python benchmarks/host_cost.py --write",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "versions": versions(), "rows": rows,
+            "calls": calls,
         }  # fmt: skip
         device = torch.cuda.get_device_name().split()[1].lower()
         (arguments.out / f"host_cost_{device}.json").write_text(json.dumps(result, indent=1) + "\n")

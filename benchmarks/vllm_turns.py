@@ -29,7 +29,7 @@ SIDES = {
     "flags": "those of its own on that the model has sites for",
     "fuseplan": "the plugin, vLLM's own fusions off",
 }
-FIRST, LAST = 5, 2
+FIRST, LAST = 15, 2
 """Repeats in a turn of a call for one token: of short prompts, and of long ones."""
 PROMPTS = {"1 x 20": (1, 20), "1 x 64": (1, 64), "8 x 128": (8, 128), "32 x 1000": (32, 1000)}
 """Requests and tokens of each."""

@@ -233,6 +233,15 @@ def _host_cost() -> str:
     return _table(("fused op", "kernels of Inductor's", "a layer, `torch.compile`", "a layer, fuseplan"), rows)
 
 
+def _host_calls() -> str:
+    """What the host takes for a call of a fused op, past torch's dispatcher and by it."""
+    rows = [
+        (f"`{row['op']}`", *("{:.1f} ({:.1f}) us".format(*row[side]) for side in ("dispatcher", "direct")))
+        for row in _committed("results/host_cost_h200")["calls"]
+    ]
+    return _table(("fused op", "a call by torch's dispatcher", "as compiled code calls it"), rows)
+
+
 def _nearer() -> str:
     found, head = _committed("results/nearer"), ("", "one graph", "split at attention")
 
@@ -342,6 +351,7 @@ tables = {
     "quantised_steps": _quantised_steps(),
     "region_quantised_h200x2": _quantised_region(),
     "host_cost_h200": _host_cost(),
+    "host_calls_h200": _host_calls(),
     "nearer": _nearer(),
     "vllm_turns": _vllm_turns(),
     "decode_h200x2": _decode(),

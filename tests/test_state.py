@@ -55,6 +55,7 @@ ELSEWHERE = {
     "integrations/vllm/together.py": "vLLM's backend: workers verify together before it runs a model",
     "graph/ops/registry.py": "what torch's library was given and doesn't give back: nothing is replaced or taken out",
     "compilation/floats.py": "which floats Dynamo is to take for constants, taken back once the graph is compiled",
+    "rewriting/fallbacks.py": "how Inductor lowers fuseplan's own ops, which nobody else lowers",
     "compilation/regions.py": "whose entries Dynamo holds, by content and callback: gone with the last such backend",
     "workloads/catalog.py": "sys.path: a factory is looked for in the working directory, as python -m would",
 }

@@ -157,6 +157,31 @@ def test_calls_of_several_threads_follow_each_other(one_rank: str) -> None:
     assert most == [1]
 
 
+def test_a_call_on_another_stream_waits_for_the_last_one(one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, int]] = []
+    current, captures = [0], [False]
+
+    class Event:
+        def record(self, stream: int) -> None:
+            log.append(("record", stream))
+
+        def wait(self) -> None:
+            log.append(("wait", current[0]))
+
+    space = made(one_rank)
+    monkeypatch.setattr(space, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(workspace, "handle_of_current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[0])
+    for stream, is_captured in ((1, False), (1, False), (3, True), (2, False), (1, False)):
+        current[0], captures[0] = stream, is_captured
+        with space.held():
+            log.append(("launch", stream))
+    one, two = [("launch", 1), ("record", 1)], [("launch", 2), ("record", 2)]
+    assert log == [*one, *one, ("launch", 3), ("wait", 2), *two, ("wait", 1), *one]
+
+
 def test_what_one_rank_tries_alone_is_kept_apart_and_given_back(one_rank: str) -> None:
     shared = workspace_of(one_rank, CPU, torch.bfloat16, 1024)
     with loopback():

@@ -57,7 +57,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[replay.Replay]:
     seen: list[replay.Replay] = []
     launch = replay.Replay.__call__
 
-    def noted(self: replay.Replay, inputs: Any) -> tuple[Tensor, ...]:
+    def noted(self: replay.Replay, inputs: Any) -> Any:
         seen.append(self)
         return launch(self, inputs)
 
@@ -134,8 +134,8 @@ def group() -> Iterator[str]:
 
 def test_all_reduces_are_launched_again_in_their_workspace(group: str, replays: list[replay.Replay]) -> None:
     name = "all_reduce_fused_add_rms_norm_pad"
-    for rows in (7, 300, 7, 7, 300):
+    for rows in (7, 300, 7, 7, 300, 2100):  # the last in several launches
         for seed in range(3):
             arguments = (*_arguments(seed, rows), group)
             check(called(name, arguments), worked_out(name, arguments))
-    assert len(replays) >= 13
+    assert len(replays) >= 15

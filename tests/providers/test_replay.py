@@ -1,5 +1,6 @@
 """What is launched again for alike arguments, and what isn't: on kernels that are Python functions."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +53,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are taken for a GPU's."""
     monkeypatch.setattr(replay, "is_on_gpu", lambda value: True)
     monkeypatch.setattr(replay, "empty_strided", lambda *how: torch.empty_strided(how[0], how[1], dtype=how[2]))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(replay, "current_device", lambda: -1)
+    monkeypatch.setattr(replay, "handed", lambda value: value)
+    monkeypatch.setattr(replay, "launcher", lambda compiled, grid, device: compiled[grid])
 
 
 def add_into(x: Tensor, y: Tensor, outputs: tuple[Any, ...], factor: int) -> None:
@@ -120,6 +123,66 @@ def test_strides_that_ask_for_a_copy_are_never_replayed() -> None:
     for value in (1.0, 2.0):
         x = torch.full((2, 3, 4), value).transpose(0, 1)
         assert run(x, torch.zeros(3, 2, 4), 1)[0, 0, 0] == value
+    assert (kernel.jitted, kernel.launched) == (2, 0)
+
+
+class At:
+    """An address, as launches are handed: a place in a tensor."""
+
+    def __init__(self, tensor: Tensor, offset: int = 0) -> None:
+        self.tensor, self.offset = tensor, offset
+
+    def __add__(self, offset: int) -> "At":
+        return At(self.tensor, self.offset + offset)
+
+    @staticmethod
+    def reached(given: "Tensor | At", numbers: int) -> Tensor:
+        """So many numbers from there on."""
+        if isinstance(given, Tensor):
+            return given.view(-1)[:numbers]
+        return given.tensor.view(-1)[given.offset // given.tensor.itemsize :][:numbers]
+
+
+def double_some(x: Any, out: Any, numbers: int) -> None:
+    At.reached(out, numbers).copy_(2 * At.reached(x, numbers))
+
+
+def in_two(kernel: Kernel) -> Callable[..., Any]:
+    """Of several launches, each of a part of the rows."""
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape)
+        for start in range(0, len(x), 2):
+            part = slice(start, start + 2)
+            run_kernel(kernel, (1,), x[part], out.view(-1, 4)[part], numbers=4 * len(x[part]))
+        return out
+
+    return replayed(run)
+
+
+def test_calls_in_several_launches_are_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "handed", At)
+    kernel = Kernel(double_some)
+    run = in_two(kernel)
+    for seed in range(3):
+        x = torch.arange(20.0).view(5, 4) + seed
+        torch.testing.assert_close(run(x), 2 * x)
+    assert (kernel.jitted, kernel.launched) == (3, 6)
+
+
+def test_parts_of_tensors_that_are_interleaved_are_never_replayed() -> None:
+    """In which of them a part lies doesn't follow from where it is."""
+    kernel = Kernel(double_some)
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        out = x.new_empty(4)
+        run_kernel(kernel, (1,), x[1], out, numbers=4)
+        return out
+
+    replays = replayed(run)
+    for seed in range(2):
+        both = torch.arange(16.0).view(2, 8) + seed
+        torch.testing.assert_close(replays(both[:, :4], both[:, 4:]), 2 * both[1, :4])
     assert (kernel.jitted, kernel.launched) == (2, 0)
 
 
@@ -244,6 +307,18 @@ def test_no_more_than_so_many_kinds_are_remembered(monkeypatch: pytest.MonkeyPat
     assert kernel.launched == 1
 
 
+class OfNobody(Workspace):
+    """A workspace that no group has."""
+
+    def __init__(self, serial: int) -> None:
+        self.serial, self.words, self.times_held = serial, torch.full((4,), float(serial)), 0
+        self.peer_offsets, self.state, self.failure = (torch.zeros(4) for _ in range(3))
+
+    def held(self) -> Any:
+        self.times_held += 1
+        return contextlib.nullcontext()
+
+
 def test_a_call_in_another_workspace_is_another_call() -> None:
     kernel = Kernel(add_into)
 
@@ -251,11 +326,6 @@ def test_a_call_in_another_workspace_is_another_call() -> None:
         out = x.new_empty(x.shape)
         run_kernel(kernel, (1,), x, workspace.tensors[0], (out,), factor=1)
         return out
-
-    class OfNobody(Workspace):
-        def __init__(self, serial: int) -> None:
-            self.serial, self.words = serial, torch.full((4,), float(serial))
-            self.peer_offsets, self.state, self.failure = (torch.zeros(4) for _ in range(3))
 
     replays = replayed(run)
     for serial in (1, 2, 1, 2):

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -130,8 +130,8 @@ class Workspace:
             # Nobody may send before everybody's memory is empty.
             meeting.step(lambda: self._lay_out(memory, itemsize))
         self.serial = next(_serials)
-        self._lock = threading.RLock()
-        self._ended: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self.lock = threading.RLock()
+        self.ended: _Ended | None = None
 
     def _lay_out(self, memory: SharedMemory, itemsize: int) -> None:
         """Empties this rank's memory, and notes how far that of the others is."""
@@ -172,27 +172,13 @@ class Workspace:
         """Whether a kernel has waited for another rank for too long."""
         return bool(self._failure[0])
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> "_Held":
         """Around the launches of a call: they follow those of the last one, whichever thread and stream that was of.
 
         Raises:
             CollectiveError: an earlier call failed.
         """
-        with self._lock:
-            self.check()
-            if capturing(self.device) or self.device.type != "cuda":
-                yield
-                return
-            stream = torch.cuda.current_stream(self.device)
-            if self._ended is not None and self._ended[0] != stream:
-                self._ended[1].wait()
-            try:
-                yield
-            finally:
-                event = self._ended[1] if self._ended is not None else torch.cuda.Event()
-                event.record(stream)
-                self._ended = stream, event
+        return _Held(self)
 
     def require(self, shot_words: int, sums_words: int) -> None:
         """Before a launch: what it sends has to fit.
@@ -220,6 +206,60 @@ class Workspace:
                 f"an all-reduce in group {self.group_name!r} waited {self.timeout_s:g} s for {who}; results since then "
                 "are NaN. Look at that rank's log and start all ranks again"
             )
+
+
+class _Ended(NamedTuple):
+    """The last call that ran: its stream, by the driver's handle, and an event behind its launches."""
+
+    handle: int
+    stream: torch.cuda.Stream
+    event: torch.cuda.Event
+
+
+def _handle_of_current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+handle_of_current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _handle_of_current_stream
+)
+"""Takes the host a tenth of the time that the stream itself does."""
+
+
+class _Held:
+    """A workspace while a call launches kernels in it. No generator: it is paid for at every call."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.ended: _Ended | None = None
+
+    def __enter__(self) -> None:
+        workspace = self.workspace
+        workspace.lock.acquire()
+        try:
+            workspace.check()
+            if workspace.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+                return
+            handle, last = handle_of_current_stream(workspace.words.get_device()), workspace.ended
+            if last is None:
+                self.ended = _Ended(handle, torch.cuda.current_stream(workspace.device), torch.cuda.Event())
+            elif last.handle != handle:
+                last.event.wait()
+                self.ended = _Ended(handle, torch.cuda.current_stream(workspace.device), last.event)
+            else:
+                self.ended = last
+        except BaseException:
+            workspace.lock.release()
+            raise
+
+    def __exit__(self, *raised: object) -> None:
+        workspace = self.workspace
+        try:
+            if self.ended is not None:
+                self.ended.event.record(self.ended.stream)
+                workspace.ended = self.ended
+        finally:
+            workspace.lock.release()
 
 
 UNIT_WORDS = 64

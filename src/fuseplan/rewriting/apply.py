@@ -20,7 +20,7 @@ from fuseplan.graph.sharing import Shared
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
 from fuseplan.rewriting.counters import merge_counters
-from fuseplan.rewriting.fallbacks import IS_SLOW, add_fallbacks
+from fuseplan.rewriting.fallbacks import add_fallbacks
 from fuseplan.rewriting.functional import functionalized
 from fuseplan.rewriting.inlining import traced as traced_calls
 from fuseplan.rewriting.shared_inputs import share_inputs
@@ -46,8 +46,7 @@ def apply(canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
     sort_topologically(canonical.original)
     merge_counters(canonical.original)
     share_inputs(canonical.original)
-    if IS_SLOW:
-        add_fallbacks(canonical.original)
+    add_fallbacks(canonical.original)
     canonical.original.lint()
 
 

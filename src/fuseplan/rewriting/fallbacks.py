@@ -1,11 +1,12 @@
 """How Inductor lowers fused ops: as calls, with the layouts that it asks of custom ops.
 
-It would do so unasked where it first meets one. But up to torch 2.12 it then writes a log line, whether or not anybody
-reads it, of all that the call depends on, and of a graph in which every layer reads two results of the one before that
-takes exponential time: a final layer that no other layer was like took minutes behind eight of them.
+It would do so unasked where it first meets one, with two drawbacks. Up to torch 2.12 it then writes a log line, whether
+or not anybody reads it, of all that the call depends on, and of a graph in which every layer reads two results of the
+one before that takes exponential time: a final layer that no other layer was like took minutes behind eight of them.
+And the code that it writes calls the op by torch's dispatcher, which costs the host about as much as the launch.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -18,15 +19,25 @@ IS_SLOW: Final = TorchVersion(torch.__version__) < "2.13"
 
 
 def add_fallbacks(graph: fx.Graph) -> None:
-    """Has Inductor know the fused ops of a graph before it lowers it, as it would when it meets them.
+    """Has Inductor know the fused ops of a graph before it lowers it: those that are called directly, and where its own
+    way to meet them is slow, all of them.
 
     Args:
         graph: in which fused ops are.
     """
+    for node in graph.nodes:
+        if is_fused(node) and (IS_SLOW or hasattr(called_by(node), "direct")):
+            _add(called_by(node))
+
+
+def _add(target: Any) -> None:
     from torch._inductor import lowering  # takes long to import
 
-    for node in graph.nodes:
-        target = called_by(node)
-        if is_fused(node) and target not in lowering.lowerings:
-            constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(target, with_default=True))
-            lowering.make_fallback(target, layout_constraint=constraint, warn=False)
+    if target in lowering.lowerings:
+        return
+    constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(target, with_default=True))
+    lowering.make_fallback(target, layout_constraint=constraint, warn=False)
+    if hasattr(target, "direct"):
+        from fuseplan.rewriting.direct import lower
+
+        lowering.lowerings[target] = lower(target)

@@ -305,7 +305,9 @@ def implement(
     Args:
         op: the fused op.
         provider: who runs it.
-        kernel: by the op's own arguments; where the op `writes`, it does so, and yields the other results.
+        kernel: by the op's own arguments; where the op `writes`, it does so, and yields the other results. Where it has
+            an attribute `direct`, `direct(overload)` makes a function `(key, *arguments)` that code of Inductor's calls
+            in place of the overload, with equal keys for calls that are alike but for addresses and numbers in tensors.
         most_rows: how many rows of its first tensor the kernel takes, for given arguments, as attributes by their
             names. A call of more runs the op's reference: every rank of a group alike, since all of them have as many
             rows. None: any number.
@@ -321,6 +323,9 @@ def implement(
         schema, fake = in_place_schema(op.name, schema, op.writes), without_last(fake, len(op.writes))
     _register(name, schema, kernel if most_rows is None else _within(op, kernel, most_rows), fake)
     _KERNELS[name] = kernel
+    if hasattr(kernel, "direct"):
+        overload = _overload(name)
+        overload.direct = kernel.direct(overload)  # type: ignore[attr-defined]
     if most_rows is not None:
         _WITHIN.add(name)
     if inlined:

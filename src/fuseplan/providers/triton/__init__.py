@@ -2,6 +2,7 @@
 needs no Triton, running them does.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from fuseplan.dialect import (
     ops,
     split_arguments,
 )
-from fuseplan.distributed.workspace import workspace_of
+from fuseplan.distributed.workspace import Workspace, workspace_of
 from fuseplan.providers.attention import ROUNDINGS
 from fuseplan.providers.gates import Accepts, Offer
 from fuseplan.providers.provider import Provider
@@ -41,7 +42,7 @@ from fuseplan.providers.triton.checks import (
     row_kernel,
 )
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
-from fuseplan.providers.triton.replay import needed_code, replayed
+from fuseplan.providers.triton.replay import Direct, needed_code, replayed
 
 
 def qk_norm_rope(
@@ -203,12 +204,16 @@ def in_workspace(kernel: Callable[..., Any], names: Sequence[str]) -> Callable[.
     """A kernel that takes the workspace of its group behind its other arguments, as one that takes these alone."""
     group, activations = names.index("group_name"), names.index("x")
 
-    def run(*arguments: Any) -> Any:
+    def its_workspace(*arguments: Any) -> Workspace:
         x = arguments[activations]
-        workspace = workspace_of(arguments[group], x.device, x.dtype)
+        return workspace_of(arguments[group], x.device, x.dtype)
+
+    def run(*arguments: Any) -> Any:
+        workspace = its_workspace(*arguments)
         with workspace.held():
             return kernel(*arguments, workspace)
 
+    run.direct = functools.partial(Direct, workspace=its_workspace)  # type: ignore[attr-defined]
     return run
 
 

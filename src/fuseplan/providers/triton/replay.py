@@ -4,18 +4,22 @@ Before a kernel runs, its function chooses tiles and allocates results, and Trit
 the machine code up. That takes the host several times as long as a launch of Inductor's own code, and where no CUDA
 graph covers a call the device waits for it. All of it follows from shapes, strides, dtypes, alignment and numbers, so
 for alike arguments the same machine code is launched again, on these arguments and on new results.
+
+Code that Inductor has written knows shapes, strides, dtypes and numbers when it is compiled. It calls `Direct`, which
+spares it torch's dispatcher and a look at every argument.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._dynamo import guards
+from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.distributed.workspace import Workspace
@@ -31,17 +35,27 @@ _RECORDING: ContextVar["_Recording | None"] = ContextVar("recording", default=No
 _NEEDED: ContextVar[list[object] | None] = ContextVar("needed", default=None)
 """What is collected in place of launches."""
 
+_REPLAYED: ContextVar["list[Replay] | None"] = ContextVar("replayed", default=None)
+"""What calls launch again, or would if they came once more."""
+
+handed = Tensor.data_ptr
+"""What a launch is handed for a tensor. Triton takes addresses as they are; tensors it asks for theirs, and the driver
+whether the GPU can read there.
+"""
+
 
 @dataclass(frozen=True)
 class _Launch:
     """A kernel that ran.
 
     Attributes:
-        run: launches its machine code on a grid.
+        compiled: its machine code.
+        grid: programs.
         arguments: all of them, in the order of its signature; tuples may hold tensors.
     """
 
-    run: Callable[..., None]
+    compiled: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
 
 
@@ -79,7 +93,33 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
         recording.is_whole = False
     elif recording is not None:
         further = (constants[name] for name in kernel.arg_names[len(arguments) :])
-        recording.launches.append(_Launch(compiled[(*grid, 1, 1)[:3]], (*arguments, *further)))
+        recording.launches.append(_Launch(compiled, grid, (*arguments, *further)))
+
+
+def launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
+    """compiled[grid], which launches machine code of Triton on the current stream, without what that works out for
+    hooks where none is set.
+
+    Args:
+        compiled: the machine code.
+        grid: programs, of up to three dimensions.
+        device: the index of the GPU that will be the current one.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+
+    grid = (*grid, 1, 1)[:3]
+    runtime, run, launch = knobs.runtime, compiled[grid], compiled.run
+    function, metadata, stream_of = compiled.function, compiled.packed_metadata, driver.active.get_current_stream
+
+    def launched(*arguments: Any) -> None:
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+            if hook is not None and getattr(hook, "calls", True):
+                run(*arguments)
+                return
+        launch(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
+
+    return launched
 
 
 def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -122,8 +162,7 @@ def scratch(value: Tensor) -> Tensor:
     return value
 
 
-@dataclass(frozen=True)
-class _Memory:
+class _Memory(NamedTuple):
     """Memory that is allocated for every call."""
 
     shape: tuple[int, ...]
@@ -138,55 +177,39 @@ class _Memory:
         return cls(tuple(value.shape), value.stride(), value.dtype)
 
 
-@dataclass(frozen=True)
-class _Template:
-    """Arguments of a launch, of which some are tensors of a pool.
+class _Written:
+    """Arguments of launches as Python code, in which tensors of a pool have names."""
 
-    Attributes:
-        values: all of them, with None in the place of tensors, and of tuples that hold some.
-        tensors: (position, place in the pool).
-        tuples: (position, template).
-    """
+    def __init__(self, pool: Mapping[str, Tensor]) -> None:
+        self.pool = pool
+        self.used = set[str]()
+        self.constants: dict[str, Any] = {}
 
-    values: tuple[Any, ...]
-    tensors: tuple[tuple[int, int], ...]
-    tuples: "tuple[tuple[int, _Template], ...]"
+    def code(self, value: Any) -> str | None:
+        """None where it isn't clear in which tensor of the pool one lies."""
+        if isinstance(value, tuple):
+            parts = [self.code(each) for each in value]
+            return None if None in parts else f"({''.join(f'{part}, ' for part in parts)})"
+        if not isinstance(value, Tensor):
+            name = f"constant{len(self.constants)}"
+            self.constants[name] = value
+            return name
+        at = value.data_ptr()
+        # A launch is handed addresses alone, so views of other shapes are the same argument.
+        alike = {name: each for name, each in self.pool.items() if each.itemsize == value.itemsize}
+        found = [name for name, each in alike.items() if each.data_ptr() == at]
+        found = found or [name for name, each in alike.items() if 0 < at - each.data_ptr() < _span(each)]
+        if len(found) != 1:
+            return None
+        self.used.add(found[0])
+        offset = at - self.pool[found[0]].data_ptr()
+        return f"handed({found[0]})" + (f" + {offset}" if offset else "")
 
-    @classmethod
-    def of(cls, arguments: tuple[Any, ...], pool: Sequence[Tensor]) -> "_Template | None":
-        """None where a tensor isn't in the pool."""
-        values, tensors, tuples = list(arguments), [], []
-        for position, value in enumerate(arguments):
-            if isinstance(value, Tensor):
-                found = [place for place, each in enumerate(pool) if each.data_ptr() == value.data_ptr()]
-                if not found or pool[found[0]].itemsize != value.itemsize:  # a launch is handed addresses alone
-                    return None
-                tensors.append((position, found[0]))
-            elif isinstance(value, tuple):
-                inner = cls.of(value, pool)
-                if inner is None:
-                    return None
-                if not inner.places:
-                    continue
-                tuples.append((position, inner))
-            else:
-                continue
-            values[position] = None  # so that no tensor is kept alive
-        return cls(tuple(values), tuple(tensors), tuple(tuples))
 
-    @property
-    def places(self) -> set[int]:
-        """Of all tensors."""
-        return {place for _, place in self.tensors}.union(*(inner.places for _, inner in self.tuples))
-
-    def filled(self, pool: Sequence[Tensor]) -> list[Any]:
-        """The arguments."""
-        values = list(self.values)
-        for position, place in self.tensors:
-            values[position] = pool[place]
-        for position, inner in self.tuples:
-            values[position] = tuple(inner.filled(pool))
-        return values
+def _span(value: Tensor) -> int:
+    """Bytes from the first of a tensor's elements to behind the last."""
+    steps = ((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (sum(steps) + 1) * value.itemsize if value.numel() else 0
 
 
 @dataclass(frozen=True)
@@ -195,50 +218,56 @@ class Replay:
 
     Attributes:
         device: the index of the GPU.
-        memory: results, then scratch.
-        results: how many of it are results.
-        launches: what launches a kernel's machine code on a grid, and its arguments.
+        launch: on it, for inputs whose addresses are aligned as those were, what allocates results and scratch and
+            launches the kernels: Python code without a loop, since the device may wait for it.
     """
 
     device: int
-    memory: tuple[_Memory, ...]
-    results: int
-    launches: tuple[tuple[Callable[..., None], _Template], ...]
+    launch: Callable[..., Any]
 
     @classmethod
     def of(cls, recording: _Recording, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> "Replay | None":
         """Of what was recorded; None where it did more than launch kernels on these tensors, or where two of them share
         memory, so that arguments can't be distinguished.
         """
-        made = [*results, *recording.scratch]
-        pool = [*inputs, *made]
-        memory = [_Memory.like(each) for each in made]
-        addresses = {each.data_ptr() for each in pool}
-        if not recording.is_whole or None in memory or 0 in addresses or len(addresses) != len(pool):
+        made = {f"made{place}": each for place, each in enumerate((*results, *recording.scratch))}
+        pool = {f"input{place}": each for place, each in enumerate(inputs)} | made
+        memory = {name: _Memory.like(each) for name, each in made.items()}
+        addresses = {each.data_ptr() for each in pool.values()}
+        if not recording.is_whole or None in memory.values() or 0 in addresses or len(addresses) != len(pool):
             return None
-        templates = [_Template.of(each.arguments, pool) for each in recording.launches]
-        if None in templates:
+        written = _Written(pool)
+        launches = [written.code(each.arguments) for each in recording.launches]
+        if None in launches or not made.keys() <= written.used:
             return None
-        known = [each for each in templates if each is not None]
-        if not {*range(len(inputs), len(pool))} <= set[int]().union(*(each.places for each in known)):
-            return None
-        return cls(
-            device=pool[0].get_device(),
-            memory=tuple(each for each in memory if each is not None),
-            results=len(results),
-            launches=tuple((one.run, template) for one, template in zip(recording.launches, known, strict=True)),
-        )
+        device = inputs[0].get_device()
+        kernels = [launcher(each.compiled, each.grid, device) for each in recording.launches]
+        named = written.constants | {f"kernel{place}": each for place, each in enumerate(kernels)}
+        lines = [
+            f"def launch({', '.join(list(pool)[: len(inputs)])}):",
+            *(f"    {name} = empty_strided(*memory_{name})" for name in made),
+            *(f"    kernel{place}{arguments}" for place, arguments in enumerate(launches)),
+            f"    return {', '.join(list(made)[: len(results)])}",
+        ]
+        named |= {f"memory_{name}": each for name, each in memory.items()}
+        named |= {"handed": handed, "empty_strided": empty_strided}
+        exec(compile("\n".join(lines), "<launches of fuseplan>", "exec"), named)
+        return cls(device=device, launch=named["launch"])
 
-    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The results for inputs whose addresses are aligned as those were."""
-        if torch.cuda.current_device() != self.device:
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        """The results, one or a tuple, for inputs whose addresses are aligned as those were."""
+        if current_device() != self.device:
             with torch.cuda.device(self.device):
-                return self(inputs)
-        made = [empty_strided(each.shape, each.strides, each.dtype) for each in self.memory]
-        pool = (*inputs, *made)
-        for run, template in self.launches:
-            run(*template.filled(pool))  # on the current stream
-        return tuple(made[: self.results])
+                return self.launch(*inputs)
+        return self.launch(*inputs)
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device()
+
+
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _current_device)
+"""Of a process that has launched kernels: `torch.cuda.current_device` looks first whether it has."""
 
 
 def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -291,8 +320,8 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
         key = tuple(kinds)
         replay = known.replays.get(key)
         if replay is not None:
-            results = replay(inputs)
-            return results if len(results) > 1 else results[0]
+            _note(replay)
+            return replay(inputs)
         if not is_on_gpu(inputs[0]):
             return run(*arguments)
         with _Recording() as recording:
@@ -307,9 +336,84 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
         replay = Replay.of(recording, inputs, results)
         if replay is not None:
             known.replays[key] = replay
+            _note(replay)
         return yielded
 
+    run_or_replay.direct = Direct  # type: ignore[attr-defined]
     return run_or_replay
+
+
+def _note(replay: Replay) -> None:
+    replayed = _REPLAYED.get()
+    if replayed is not None:
+        replayed.append(replay)
+
+
+class _Site(NamedTuple):
+    """What calls with one key launch.
+
+    Attributes:
+        replay: it.
+        places: of the arguments that are tensors.
+    """
+
+    replay: Replay
+    places: tuple[int, ...]
+
+
+class Direct:
+    """An op as compiled graphs call it, which say by a key what a call's arguments are like.
+
+    A call whose key is known, and whose tensors are aligned, launches what the one before it with that key did. All
+    others are calls of the op, and so are those that a profiler or a dispatch mode should see.
+
+    Args:
+        op: the overload.
+        workspace: of a call's arguments, for ops between ranks.
+    """
+
+    def __init__(self, op: Callable[..., Any], workspace: Callable[..., Workspace] | None = None) -> None:
+        self.op, self.workspace = op, workspace
+        self.sites: dict[Hashable, _Site] = {}
+
+    def __call__(self, key: Hashable, *arguments: Any) -> Any:
+        """op(*arguments)
+
+        Args:
+            key: equal for calls whose tensors have equal shapes, strides (but of dimensions of one element), dtypes and
+                devices, and whose other arguments are equal.
+            arguments: the op's.
+        """
+        if self.workspace is not None:
+            workspace = self.workspace(*arguments)
+            site = self.sites.get((key, workspace.serial))
+        else:
+            workspace, site = None, self.sites.get(key)
+        if site is None or profiler._is_profiler_enabled or _len_torch_dispatch_stack():
+            return self._first(key if workspace is None else (key, workspace.serial), arguments)
+        inputs = [arguments[place] for place in site.places]
+        for each in inputs:
+            if each.data_ptr() % ALIGNED:
+                return self.op(*arguments)
+        if workspace is None:
+            return site.replay(inputs)
+        with workspace.held():
+            return site.replay((*inputs, *workspace.tensors))
+
+    def _first(self, key: Hashable, arguments: tuple[Any, ...]) -> Any:
+        """Calls the op, and remembers what it launched."""
+        replays = list[Replay]()
+        token = _REPLAYED.set(replays)
+        try:
+            results = self.op(*arguments)
+        finally:
+            _REPLAYED.reset(token)
+        places = tuple(place for place, each in enumerate(arguments) if isinstance(each, Tensor))
+        if len(replays) == 1 and not any(arguments[place].data_ptr() % ALIGNED for place in places):
+            if len(self.sites) >= MOST_KNOWN:
+                self.sites.clear()
+            self.sites[key] = _Site(replays[0], places)
+        return results
 
 
 def is_on_gpu(value: Tensor) -> bool:

@@ -1,0 +1,62 @@
+"""Calls of fused ops in the code that Inductor writes, past torch's dispatcher.
+
+`torch.ops.fuseplan.rms_norm_pad.triton(x, ...)` becomes `torch.ops.fuseplan.rms_norm_pad.triton.direct(key, x, ...)`.
+The key says what the arguments are like, as far as a launch follows from it: shapes, strides, dtypes, devices and plain
+values as they stand in the graph, and the values of the symbols in them. Layers that are alike share a key.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import sympy
+from torch._inductor import config, ir
+from torch.utils._pytree import tree_leaves
+
+
+class DirectKernel(ir.FallbackKernel):
+    """A call of an op's `direct`; of the op itself where Inductor writes C++, which can't make such calls."""
+
+    def get_kernel_name(self) -> str:
+        """What the code calls."""
+        name: str = super().get_kernel_name()
+        return name if config.cpp_wrapper else f"{name}.direct"
+
+    def codegen_args(self) -> list[str]:
+        """What it is called with."""
+        args: list[str] = super().codegen_args()
+        return args if config.cpp_wrapper else [key_of(self), *args]
+
+
+def key_of(kernel: ir.FallbackKernel) -> str:
+    """The key of a call, as Python code."""
+    inputs: list[Any] = list(kernel.inputs)
+    shapes = [(tuple(each.get_size()), tuple(each.get_stride())) for each in inputs]
+    kinds = [(each.get_dtype(), each.get_device()) for each in inputs]
+    others = kernel.unflatten_args(["tensor"] * len(inputs), kernel.constant_args)
+    digest = hashlib.sha256(repr((shapes, kinds, others)).encode()).hexdigest()[:16]
+    return ", ".join([f"({digest!r}", *_symbols(tree_leaves((shapes, others)))]) + ",)"
+
+
+def _symbols(values: Iterable[Any]) -> list[str]:
+    """Of all of them, in a fixed order."""
+    expressions = (getattr(getattr(value, "node", value), "expr", value) for value in values)
+    return sorted(
+        {str(symbol) for each in expressions if isinstance(each, sympy.Basic) for symbol in each.free_symbols}
+    )
+
+
+def lower(target: Any) -> Callable[..., Any]:
+    """What Inductor makes of a call of an op.
+
+    Args:
+        target: the overload.
+    """
+
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        results: Any = DirectKernel.create(target, *args, **kwargs)
+        if isinstance(results, ir.IRNode):
+            return ir.TensorBox.create(results)
+        return tuple(map(ir.TensorBox.create, results))
+
+    return handler
