@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -177,11 +178,25 @@ class _Memory(NamedTuple):
         return cls(tuple(value.shape), value.stride(), value.dtype)
 
 
+class _Place(NamedTuple):
+    """Where a tensor of a pool lies: its name in code, its first byte, its bytes up to the last, and an element's."""
+
+    name: str
+    start: int
+    span: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, name: str, value: Tensor) -> "_Place":
+        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        return cls(name, value.data_ptr(), (last + 1) * value.itemsize, value.itemsize)
+
+
 class _Written:
     """Arguments of launches as Python code, in which tensors of a pool have names."""
 
     def __init__(self, pool: Mapping[str, Tensor]) -> None:
-        self.pool = pool
+        self.places = [_Place.of(name, each) for name, each in pool.items()]
         self.used = set[str]()
         self.constants: dict[str, Any] = {}
 
@@ -194,22 +209,20 @@ class _Written:
             name = f"constant{len(self.constants)}"
             self.constants[name] = value
             return name
-        at = value.data_ptr()
         # A launch is handed addresses alone, so views of other shapes are the same argument.
-        alike = {name: each for name, each in self.pool.items() if each.itemsize == value.itemsize}
-        found = [name for name, each in alike.items() if each.data_ptr() == at]
-        found = found or [name for name, each in alike.items() if 0 < at - each.data_ptr() < _span(each)]
+        at, itemsize = value.data_ptr(), value.itemsize
+        found = [each for each in self.places if each.start == at and each.itemsize == itemsize]
+        found = found or [each for each in self.places if 0 < at - each.start < each.span and each.itemsize == itemsize]
         if len(found) != 1:
             return None
-        self.used.add(found[0])
-        offset = at - self.pool[found[0]].data_ptr()
-        return f"handed({found[0]})" + (f" + {offset}" if offset else "")
+        self.used.add(found[0].name)
+        return f"handed({found[0].name})" + (f" + {at - found[0].start}" if at > found[0].start else "")
 
 
-def _span(value: Tensor) -> int:
-    """Bytes from the first of a tensor's elements to behind the last."""
-    steps = ((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return (sum(steps) + 1) * value.itemsize if value.numel() else 0
+@functools.lru_cache(maxsize=1024)
+def _compiled(source: str) -> CodeType:
+    """Sizes are constants by name, so calls of an op with other numbers of rows have one source."""
+    return compile(source, "<launches of fuseplan>", "exec")
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,7 @@ class Replay:
         ]
         named |= {f"memory_{name}": each for name, each in memory.items()}
         named |= {"handed": handed, "empty_strided": empty_strided}
-        exec(compile("\n".join(lines), "<launches of fuseplan>", "exec"), named)
+        exec(_compiled("\n".join(lines)), named)
         return cls(device=device, launch=named["launch"])
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
