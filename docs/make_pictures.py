@@ -94,6 +94,7 @@ CHARTS: Mapping[str, Callable[[], str]] = {
     "measured.svg": measured.gains,
     "region.svg": measured.region,
     "kernels.svg": measured.kernels,
+    "crossover.svg": measured.crossover,
     "planner.svg": diagram.planner,
 }
 

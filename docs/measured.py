@@ -144,6 +144,7 @@ STYLE = """
 svg { --ground: #f7f8fa; --frame: #d4d9e0; --ink: #1f2733; --dim: #5c6773; --bar: #1f6feb }
 @media (prefers-color-scheme: dark) { svg { --ground: #14181f; --frame: #2c3440; --ink: #d7dde5; --dim: #8b96a5;
 --bar: #4c8df6; } }
+.of-flashinfer { fill: #3a9d5d } .of-nccl { fill: #c77d1a } .of-symmetric { fill: #8a63d2 } .on { fill: #fff }
 .ground { fill: var(--ground); stroke: var(--frame) } .grid { stroke: var(--frame) } .one { stroke: var(--dim) }
 text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--ink) }
 .head { font-weight: 700; paint-order: stroke; stroke: var(--ground); stroke-width: 5px }
@@ -182,6 +183,50 @@ def kernels() -> str:
         for op in dict.fromkeys(row["op"] for row in found["rows"])
     ]
     return chart(f"Kernels on one {gpu(found)}, times as fast as torch.compile's own code", shown)
+
+
+def crossover() -> str:
+    """Which of others' kernels is the fastest at each size, measured and by the model."""
+    found, drawn, y = committed("crossover"), list[str](), TOP - 20
+    kinds = {"FlashInfer": "of-flashinfer", "NCCL": "of-nccl", "symmetric memory": "of-symmetric"}
+    sizes = sorted({row["tokens"] for row in found["rows"]})
+    step = (WIDTH - LEFT - SIDE) / len(sizes)
+    for device, ranks in dict.fromkeys((row["device"], row["ranks"]) for row in found["rows"]):
+        rows = [row for row in found["rows"] if (row["device"], row["ranks"]) == (device, ranks)]
+        tried = [name.replace("symmetric", "torch's symmetric") for name in kinds if name in rows[0]["measured"]]
+        y += TITLE
+        drawn.append(text(SIDE, y - 7, f"{ranks} {device.upper()}s: {_listed(tried)}", "head"))
+        for side in ("measured", "modelled"):
+            drawn.append(text(LEFT - 8, y + ROW - 4, side, "dim end"))
+            for row in rows:
+                name, times = row["fastest_of_others"][side], row[side]
+                x = LEFT + step * sizes.index(row["tokens"])
+                drawn.append(
+                    f'<rect x="{x:.1f}" y="{y}" width="{step - 2:.1f}" height="{ROW}" class="{kinds[name]}"/>'
+                    + text(
+                        round(x + step / 2 - 1, 1), y + ROW - 4, f"{times[name] / times['fuseplan']:.1f}×", "on middle"
+                    )
+                )
+            y += ROW + 3
+    legend = [
+        text(
+            SIDE,
+            24,
+            "The fastest all-reduce + add + RMSNorm + pad without fuseplan's, times as long as fuseplan's",
+            "head",
+        )
+    ]
+    labels = [
+        text(round(LEFT + step * (place + 0.5), 1), y + 12, f"{size:,}", "dim middle")
+        for place, size in enumerate(sizes)
+    ]
+    legend += [text(LEFT - 8, y + 12, "tokens", "dim end"), *labels]
+    for place, (name, kind) in enumerate(kinds.items()):
+        x = LEFT + 150 * place
+        legend.append(
+            f'<rect x="{x}" y="{y + 24}" width="12" height="11" class="{kind}"/>' + text(x + 17, y + 34, name, "dim")
+        )
+    return svg(y + 48, [*legend, *drawn])
 
 
 def chart(title: str, shown: Sequence[Group]) -> str:

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from typer.main import get_command
 
+from benchmarks import crossover
 from docs import measured
 from docs.blocks import ROOT
 from docs.make_pictures import CHARTS, PICTURES
@@ -27,6 +28,15 @@ def test_a_chart_shows_the_committed_results(name: str) -> None:
     drawn = (PICTURES / name).read_text(encoding="utf-8")
     assert CHARTS[name]() == drawn, "make pictures"
     ElementTree.fromstring(drawn)
+
+
+def test_crossovers_are_those_of_the_model_as_it_is() -> None:
+    found = measured.committed("crossover")
+    assert list(crossover.measured_rows()) == found["rows"], "python benchmarks/crossover.py --write"
+    assert list(crossover.modelled_rows()) == found["shapes"]
+    assert {row["fastest"]["measured"] for row in found["rows"]} == {crossover.OURS}
+    assert found["regret"] == 0
+    assert {name for shape in found["shapes"] for name in shape["fastest"]} == {crossover.OURS}
 
 
 def test_bars_are_as_long_as_the_steps_that_were_timed() -> None:

@@ -1,0 +1,139 @@
+"""Which kernels are the fastest for an all-reduce with the norm behind it, by message: measured, and by the model.
+
+    PYTHONPATH=src:. python benchmarks/crossover.py [--write]
+
+Measured rows are those of `benchmarks/results/region_*.json` (hidden size 2,880, with a pad to 3,072); nothing is run
+here. Where nothing was measured, the model alone says.
+"""
+
+import argparse
+import datetime
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.calibrate_reduces import REGIONS, ROOT
+from fuseplan.devices.reduces import without_multicast
+from fuseplan.planner.costs import HARDWARE, CostModel, Hardware, Kernel, Region, total_ns
+from fuseplan.rules.parts.pad import Padding
+from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
+
+OURS = "fuseplan"
+COLUMNS = {
+    OURS: "all", "FlashInfer": "flashinfer_then_pad", "NCCL": "pad_nccl", "symmetric memory": "pad_one_shot",
+}  # fmt: skip
+"""Who does the all-reduce, and the measured column: fuseplan's kernel of all, FlashInfer's op and a pad, or NCCL's or
+torch's one-shot all-reduce and fuseplan's norm and pad.
+"""
+TOKENS = tuple(2**power for power in range(14))
+MODELLED = (("h100", 2), ("h100", 4), ("h200", 2), ("h200", 4))
+HIDDEN = (2880, 4096, 8192)
+WHAT = (
+    "microseconds of all-reduce, residual add and RMSNorm (with a pad where measured), bfloat16, by who does the "
+    "all-reduce; fastest, and fastest of others: measured, and by the cost model without NVLink multicast; regret: "
+    "the measured time of the model's choice over the least one, less 1; from: the tokens from which NCCL is the "
+    "fastest of others; multicast_from: likewise by the model, where NCCL may use it"
+)
+Times = Mapping[str, float]
+
+
+def modelled(hardware: Hardware, tokens: int, hidden: int, ranks: int, padded: int | None = None) -> Times:
+    """Microseconds by provider."""
+    model = CostModel(hardware)
+    tail = None if padded is None else Padding(padded=padded)
+    site = Region(
+        core=RMS_NORM.traffic, tokens=tokens, width=hidden, reduce=True, residual=True, tail=tail, ranks=ranks
+    )
+    symmetric = replace(site, reducer="symm_mem one-shot")
+    flashinfer = model.fused(site, "flashinfer")
+    if tail is not None:
+        flashinfer = model.alternative(site, site.without_tail(), "flashinfer")
+    kernels: dict[str, tuple[Kernel, ...]] = {
+        OURS: model.fused(site, "triton"),
+        "FlashInfer": flashinfer,
+        "NCCL": model.alternative(site, site.without_reduce(), "triton"),
+        "symmetric memory": (
+            model.copy(site.row_bytes), *model.alternative(symmetric, site.without_reduce(), "triton"),
+        ),
+    }  # fmt: skip
+    return {name: round(total_ns(each) / 1e3, 2) for name, each in kernels.items()}
+
+
+def fastest(times: Times) -> str:
+    """Whose time is the least."""
+    return min(times, key=lambda name: times[name])
+
+
+def others(times: Times) -> dict[str, float]:
+    """Without fuseplan's kernel of all."""
+    return {name: each for name, each in times.items() if name != OURS}
+
+
+def measured_rows() -> Iterator[dict[str, Any]]:
+    """Each measured size beside the model."""
+    for name, (device, ranks) in REGIONS.items():
+        hardware = without_multicast(HARDWARE[device])
+        for row in json.loads((ROOT / f"results/{name}.json").read_text())["rows"]:
+            times = {provider: row[column][0] for provider, column in COLUMNS.items() if column in row}
+            by_model = modelled(hardware, row["tokens"], 2880, ranks, 3072)
+            by_model = {provider: by_model[provider] for provider in times}
+            found: dict[str, Any] = {
+                "device": device, "ranks": ranks, "hidden": 2880, "tokens": row["tokens"], "measured": times,
+                "modelled": by_model,
+            }  # fmt: skip
+            for which, of in (("fastest", dict), ("fastest_of_others", others)):
+                chosen = fastest(of(by_model))
+                found[which] = {"measured": fastest(of(times)), "modelled": chosen}
+                found[f"regret_{which}"] = round(times[chosen] / min(of(times).values()) - 1, 4)
+            yield found
+
+
+def modelled_rows() -> Iterator[dict[str, Any]]:
+    """What the model says of each shape: who is the fastest of all, and from where NCCL is, of others."""
+    for device, ranks in MODELLED:
+        for hidden in HIDDEN:
+            plain, multicast = without_multicast(HARDWARE[device]), HARDWARE[device]
+            of_all = {fastest(modelled(plain, tokens, hidden, ranks)) for tokens in TOKENS}
+            yield {
+                "device": device, "ranks": ranks, "hidden": hidden, "fastest": sorted(of_all),
+                "from": _from(plain, hidden, ranks), "multicast_from": _from(multicast, hidden, ranks),
+            }  # fmt: skip
+
+
+def _from(hardware: Hardware, hidden: int, ranks: int) -> int | None:
+    """The tokens, a power of two, from which on NCCL is the fastest of others."""
+    found = None
+    for tokens in reversed(TOKENS):
+        if fastest(others(modelled(hardware, tokens, hidden, ranks))) != "NCCL":
+            break
+        found = tokens
+    return found
+
+
+def main() -> None:
+    """Prints who is the fastest, and writes it if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/crossover.json")
+    arguments = parser.parse_args()
+    rows, shapes = list(measured_rows()), list(modelled_rows())
+    for row in rows:
+        said = (f"{row[which]['measured']} (model: {row[which]['modelled']}, {row[f'regret_{which}']:.1%})"
+                for which in ("fastest", "fastest_of_others"))  # fmt: skip
+        print(f"{row['ranks']} x {row['device']}, {row['tokens']:>5} tokens: {'; of others '.join(said)}")
+    for shape in shapes:
+        print(json.dumps(shape))
+    if arguments.write:
+        result = {
+            "what": WHAT, "command": "PYTHONPATH=src:. python benchmarks/crossover.py --write",
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "regret": max(row["regret_fastest"] for row in rows),
+            "regret_of_others": max(row["regret_fastest_of_others"] for row in rows),
+            "rows": rows, "shapes": shapes,
+        }  # fmt: skip
+        (Path(__file__).parent / "results/crossover.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
