@@ -34,7 +34,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # How long guards take is measured with all caches flushed, a seventh of the time of tracing a small function.
 vars(torch._dynamo.guards)["profile_guard_manager"] = lambda *_: 0.0
 
-pytest_plugins = ["pytester"]  # runs of pytest in which fuseplan's own plugin is tried
+pytest_plugins = [
+    "pytester",  # runs of pytest in which fuseplan's own plugin is tried
+    "tests.sampled",
+]
 
 
 def pytest_collection_finish() -> None:

@@ -179,6 +179,7 @@ def test_an_interrupt_leaves_no_half_of_anything(stage: str, monkeypatch: pytest
     assert len(cached_files()) == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "replace"])
 def test_reports_that_cannot_be_stored_fail_no_compilation(

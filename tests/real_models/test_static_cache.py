@@ -73,6 +73,7 @@ def held(cache: StaticCache) -> list[Tensor]:
     return [each for layer in layers for each in (layer.keys, layer.values, layer.cumulative_length)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("device", ["h100", "mi300x"])
 @pytest.mark.parametrize("with_attention", [True, False])

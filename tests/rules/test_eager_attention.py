@@ -50,6 +50,7 @@ def run(graph: fx.Graph, *arguments: Tensor) -> Tensor:
 # What is raised.
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODELS)

@@ -23,6 +23,7 @@ from tests.rules.test_rules import ALONE, compare
 LAYERS = 2
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("reads", ["product", "pointwise", "itself"])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_what_others_read_is_yielded_beside_the_codes(suffix: str, reads: str) -> None:

@@ -36,6 +36,7 @@ def applied(report: Report) -> list[str]:
     return [fusion.op for graph in report.graphs for fusion in graph.applied]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_what_others_read_is_yielded_beside_the_codes(suffix: str, residual: bool) -> None:

@@ -120,8 +120,16 @@ def stack(spelling: str, layers: int, width: int, group: str | None) -> Callable
     return model
 
 
-@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
-@pytest.mark.parametrize(("layers", "width"), [(3, 1), (2, 192)])
+@pytest.mark.parametrize(
+    ("spelling", "layers", "width"),
+    [
+        *((spelling, 3, 1) for spelling in sorted(SPELLINGS)),
+        *(
+            pytest.param(spelling, 2, 192, marks=[pytest.mark.nightly] * (spelling != "gpt_oss"))
+            for spelling in sorted(SPELLINGS)
+        ),
+    ],
+)
 def test_act_padding_fires_once_a_layer(spelling: str, layers: int, width: int) -> None:
     coded = width > 1 and spelling == "gpt_oss"
     inputs = (randn(7, HIDDEN), W, randn(8, HIDDEN, seed=2), randn(8, seed=3))
@@ -129,6 +137,7 @@ def test_act_padding_fires_once_a_layer(spelling: str, layers: int, width: int) 
     assert report.fused == {"act_padding": layers}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("users", [0, 1, 3])

@@ -83,6 +83,7 @@ def activation(quantise: Quantise, x: Tensor, r: Tensor, group: str) -> tuple[Te
     return quantise(F.silu(x) * r)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("function", "rule"), [(norm, "norm_quant"), (reduced, "allreduce_rms_quant"), (activation, "act_quant")]
 )

@@ -288,6 +288,7 @@ def test_sizes_may_be_constants(quantize: Quantize) -> None:
             check_spelling(quantize, quickly_traced(behind_a_norm(quantize), randn(rows, WIDTH)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("shape", "dynamic"), [((2, 3, WIDTH), (0, 1)), pytest.param((1, WIDTH), (), marks=pytest.mark.nightly)]
 )

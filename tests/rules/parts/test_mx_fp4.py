@@ -47,6 +47,7 @@ def quantised(
     return pack(convert(groups.reshape(x.shape))), exponent
 
 
+@pytest.mark.sampled
 @every_scaling
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_scaling_is_an_op(scaling: str, dynamic: bool) -> None:

@@ -43,6 +43,7 @@ def quantised(
     return groups.to(code).reshape(x.shape), exponent
 
 
+@pytest.mark.sampled
 @every_code
 @every_scaling
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -82,6 +83,7 @@ def test_what_is_clamped_is_the_same_op(scaling: str) -> None:
     assert not raised.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp_max.default)
 
 
+@pytest.mark.sampled
 @every_scaling
 @pytest.mark.parametrize("bits_of_codes", [8, 4])
 @pytest.mark.parametrize(("rows", "width"), [(5, 192), (128, 128), (130, 160), (1, 96)])

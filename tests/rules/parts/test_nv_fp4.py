@@ -173,6 +173,7 @@ def activated(x: Tensor, r: Tensor, scale: Tensor, group: str) -> Any:
     return codes, to_blocked(scales.flatten(0, -2))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("function", "rule"),
     [(norm, "norm_quant"), (add_norm, "norm_quant"), (reduced, "allreduce_rms_quant"), (activated, "act_quant")],

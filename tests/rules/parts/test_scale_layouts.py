@@ -71,6 +71,7 @@ CODED = (2, 3)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda each: each.__name__)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("rows", [4, 7])
 @every_layout
@@ -88,6 +89,7 @@ def test_a_layout_is_the_ops(layout: Layout, rows: int, dynamic: bool) -> None:
             assert torch.equal(got.float(), wanted.float())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (2, 3)], ids=str)
 @every_layout
 def test_it_is_fused_with_the_norm(layout: Layout, shape: tuple[int, ...]) -> None:
@@ -128,6 +130,7 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
     return scale.new_empty(())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", [(7,), (2, 3)], ids=str)
 @every_layout
 def test_layers_with_products_of_their_own_share_the_codes(layout: Layout, shape: tuple[int, ...]) -> None:
