@@ -7,9 +7,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseplan.graph.facts import depths, equal_size, is_pure, module_path, mutation_regions, source_line
+from fuseplan.graph.facts import depths, equal_size, is_pure, module_path, mutation_regions, source_line, targets_of
 from fuseplan.graph.legality import Contraction, external_inputs, is_convex
-from fuseplan.graph.surgery import copy_graph, erase_dead, is_sorted, sort_topologically
+from fuseplan.graph.surgery import call_function, copy_graph, erase_dead, is_sorted, sort_topologically
 
 aten = torch.ops.aten
 
@@ -145,6 +145,34 @@ def test_what_was_declared_to_have_effects_stays(monkeypatch: pytest.MonkeyPatch
 )
 def test_what_surely_has_no_effect(target: object, pure: bool) -> None:
     assert is_pure(target) is pure
+
+
+def test_what_a_graph_calls_is_known_without_a_walk_over_its_nodes() -> None:
+    graph, nodes = diamond()
+    assert set(targets_of(graph)) == {aten.add.Tensor, aten.relu.default}
+    output = graph.output_node()
+    output.args = ((nodes["e"],),)
+    graph.erase_node(nodes["d"])
+    assert targets_of(graph) == [aten.relu.default]
+    nodes["e"].target = aten.neg.default
+    assert set(targets_of(graph)) == {aten.relu.default, aten.neg.default}
+
+
+def test_a_call_is_as_torch_makes_it() -> None:
+    graph, nodes = diamond()
+    with graph.inserting_before(nodes["d"]):
+        args: tuple[Any, ...] = ([nodes["b"], nodes["c"]], -1)
+        ours, theirs = (
+            make(aten.cat.default, args) for make in (lambda *of: call_function(graph, *of), graph.call_function)
+        )
+    for node in (ours, theirs):
+        assert (node.op, node.target, node.args, node.kwargs) == ("call_function", aten.cat.default, args, {})
+        assert node in nodes["b"].users
+        assert node in nodes["c"].users
+        assert node < nodes["d"]
+    assert type(ours.args[0]) is type(theirs.args[0])
+    assert call_function(graph, aten.cat.default, args[:1], {"dim": -1}).kwargs == {"dim": -1}
+    graph.lint()
 
 
 def test_sizes_are_equal_whatever_their_symbols_are() -> None:

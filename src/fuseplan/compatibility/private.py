@@ -141,6 +141,7 @@ PATTERN_MATCHER = (
 )  # fmt: skip
 
 GRAPHS = (
+    PrivateApi("torch.fx:Graph._find_nodes_lookup_table", ("graph",)),
     PrivateApi("torch.fx:Graph._graph_namespace", ("graph",)),
     PrivateApi("torch.fx:Graph._root", ("graph",)),
     PrivateApi("torch.fx:Node._erased", ("graph", "matching", "rewriting")),
@@ -153,12 +154,13 @@ GRAPHS = (
     PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv.replace", ("verification",), 1),
     PrivateApi("torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", ("testing",), 0, ("dynamic_sizes",)),
     PrivateApi("torch.fx.experimental.symbolic_shapes:statically_known_true", ("graph",), 1),
-    PrivateApi("torch._subclasses.fake_tensor:FakeTensor", ("graph",)),
+    PrivateApi("torch._subclasses.fake_tensor:FakeTensor", ("graph",), 3),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensor.fake_mode", ("graph",)),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode", ("testing", "verification", "workloads"), 0,
                ("shape_env", "allow_non_fake_inputs")),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode.from_tensor", ("testing", "verification"), 1,
                ("symbolic_context",)),
+    PrivateApi("torch.utils._mode_utils:no_dispatch", ("graph",), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("providers", "verification"), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("providers", "verification"), 4),
     PrivateApi("torch.utils._pytree:tree_leaves", ("graph", "matching", "rewriting", "verification"), 1),

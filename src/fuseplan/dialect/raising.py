@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.canonical.engines import NAMESPACES, arguments_of, engine_op, merge_equal_results
+from fuseplan.graph.canonical.engines import NAMESPACES, arguments_of, engine_op, is_engines, merge_equal_results
 from fuseplan.graph.canonical.noops import eliminate_noops
-from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, tensor_of
+from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, targets_of, tensor_of
 from fuseplan.graph.ops import ops
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.rules.parts import OPAQUE, PARTS, Core, Part, RowEpilogue, Stage, part_at
@@ -66,7 +66,7 @@ def _raise_engine_ops(canonical: CanonicalGraph, groups: Mapping[object, str]) -
         groups: what the engine calls its groups (`"tp:0"`, the handle of a shared-memory communicator), and the names
             of the process groups behind them.
     """
-    for node in list(canonical.graph.nodes):
+    for node in canonical.calls(*filter(is_engines, targets_of(canonical.graph))):
         op = engine_op(node)
         if op is None or op.namespace not in NAMESPACES:
             continue

@@ -40,6 +40,12 @@ def is_call(node: object, *targets: object) -> TypeGuard[Call]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def targets_of(graph: fx.Graph) -> list[Any]:
+    """The functions that nodes of a graph call, each once."""
+    table = graph._find_nodes_lookup_table.table
+    return [target for (op, target), nodes in table.items() if op == "call_function" and nodes]
+
+
 def arguments(call: fx.Node) -> tuple[Any, ...]:
     """What a function is called with, in the order of its schema, defaults where the call leaves them out. Of what has
     no schema as the call has it, by name behind the others.
@@ -113,9 +119,13 @@ def equal_size(left: object, right: object) -> bool:
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     # Comparing symbolic integers goes through sympy's relations, which takes long; most are the same.
-    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt) and left.node.expr == right.node.expr:
+    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt) and _is_same(left.node, right.node):
         return True
     return symbolic_shapes.statically_known_true(left == right)
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    return left is right or left.expr == right.expr
 
 
 def exact(size: Any) -> Any:
@@ -149,9 +159,11 @@ def is_mutation(node: fx.Node) -> bool:
     The same test as Inductor's pattern matcher makes for ops with a schema; functionalised higher-order ops don't
     mutate.
     """
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    return node.op == "call_method" and str(node.target).endswith("_")
+    return _writes(node.target) or (node.op == "call_method" and str(node.target).endswith("_"))
+
+
+def _writes(target: object) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
 
 
 FUNCTIONAL = frozenset({torch.Tag.core, torch.Tag.pointwise, torch.Tag.reduction})
@@ -177,12 +189,12 @@ def _is_pure_op(target: torch._ops.OpOverload) -> bool:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether a node calls one of torch's attention ops: on queries [batch, heads, tokens, head size] first."""
-    return isinstance(node.target, torch._ops.OpOverload) and _is_attention_op(node.target)
+    return is_attention_op(node.target)
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_attention_op(target: torch._ops.OpOverload) -> bool:
-    return str(target).startswith("aten._scaled_dot_product_")
+def is_attention_op(target: object) -> bool:
+    """Whether a function is one of them."""
+    return isinstance(target, torch._ops.OpOverload) and str(target).startswith("aten._scaled_dot_product_")
 
 
 def drops_nothing(node: fx.Node) -> bool:
@@ -211,6 +223,8 @@ def is_training(graph: fx.Graph) -> bool:
 
 def mutation_regions(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node the number of mutations at or before it. A region of nodes may be moved only within one number."""
+    if not any(map(_writes, targets_of(graph))) and not graph.find_nodes(op="call_method"):
+        return dict.fromkeys(graph.nodes, 0)
     regions, count = {}, 0
     for node in graph.nodes:
         count += is_mutation(node)
@@ -226,10 +240,7 @@ def depths(graph: fx.Graph) -> dict[fx.Node, int]:
     """
     result: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        deepest = -1
-        for source in node.all_input_nodes:
-            deepest = max(deepest, result[source])
-        result[node] = deepest + 1
+        result[node] = 1 + max([result[source] for source in node.all_input_nodes], default=-1)
     return result
 
 

@@ -22,6 +22,7 @@ from fuseplan.graph.facts import (
     is_dense,
     is_mutation,
     is_torchs,
+    targets_of,
     tensor_of,
 )
 from fuseplan.graph.ops import ALIGNED_ROWS
@@ -185,6 +186,11 @@ def _sees(user: fx.Node, node: fx.Node) -> bool:
         return True
     if is_mutation(user) or target in WRITTEN_LATER:
         return _writes(user, node)
+    return _op_sees(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _op_sees(target: torch._ops.OpOverload) -> bool:
     # Tags such as `needs_exact_strides` aren't in every torch.
     if any(str(tag).startswith("Tag.needs_") for tag in target.tags):
         return True
@@ -212,20 +218,16 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
 
 def _only_reads(target: Any) -> bool:
     """Whether a function writes to none of its arguments, whatever they are."""
-    return isinstance(target, torch._ops.OpOverload) and _op_only_reads(target)
-
-
-@functools.lru_cache(maxsize=4096)
-def _op_only_reads(target: torch._ops.OpOverload) -> bool:
-    return not target._schema.is_mutable and target not in WRITTEN_LATER
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and target not in WRITTEN_LATER
 
 
 def writers(graph: fx.Graph) -> dict[int, fx.Node]:
     """The storages that nodes of a graph write to, or may be made to write to, and the first node that does."""
+    others = [target for target in targets_of(graph) if target is not operator.getitem and not _only_reads(target)]
+    calls = [node for target in others for node in graph.find_nodes(op="call_function", target=target)]
+    calls += [node for op in ("call_method", "call_module") for node in graph.find_nodes(op=op)]
     found: dict[int, fx.Node] = {}
-    for user in graph.nodes:
-        if user.op in ("placeholder", "get_attr", "output") or _only_reads(user.target):
-            continue
+    for user in sorted(calls):
         for node in user.all_input_nodes:
             value = tensor_of(node)
             if value is not None and _writes(user, node):

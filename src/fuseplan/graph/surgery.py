@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,17 +17,29 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of a graph, and the original of each of its nodes. The graphs share their owning module and fake
     tensors.
     """
-    copy = fx.Graph(owning_module=graph.owning_module)
+    copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     original: dict[fx.Node, fx.Node] = {}
-    copy_of = copies.__getitem__
+    copy_of, map_arg = copies.__getitem__, fx.map_arg
     for node in graph.nodes:
         # `Graph.graph_copy` takes twice as long: it looks for symbols among the arguments of each node.
         new = copy.create_node(node.op, node.target, (), {}, node.name, node.type)
-        new._update_args_kwargs(fx.map_arg(node.args, copy_of), fx.map_arg(node.kwargs, copy_of))
+        args, kwargs = node.args, node.kwargs
+        if args or kwargs:
+            new._update_args_kwargs(map_arg(args, copy_of), map_arg(kwargs, copy_of) if kwargs else kwargs)
         new.meta.update(node.meta)
         copies[node], original[new] = new, node
+    copy.owning_module = graph.owning_module
     return copy, original
+
+
+def call_function(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """`graph.call_function(target, args, kwargs)`, which takes twice as long: it looks for symbols among the
+    arguments.
+    """
+    node = graph.create_node("call_function", target)
+    node._update_args_kwargs(args, kwargs or {})
+    return node
 
 
 @contextmanager
@@ -79,7 +92,7 @@ def is_sorted(graph: fx.Graph) -> bool:
     """Whether every node comes after its inputs."""
     seen: set[fx.Node] = set()
     for node in graph.nodes:
-        if any(source not in seen for source in node.all_input_nodes):
+        if not seen.issuperset(node.all_input_nodes):
             return False
         seen.add(node)
     return True

@@ -18,6 +18,7 @@ from fuseplan.graph.facts import (
     place_of,
     source_code,
     source_line,
+    targets_of,
     tensor_of,
 )
 from fuseplan.graph.layout import storage_of
@@ -129,7 +130,7 @@ class _Calls:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
-        self.targets = {node.target for node in graph.nodes if node.op == "call_function"}
+        self.targets = {*targets_of(graph)}
         self._items: dict[Any, list[fx.Node]] = {}
         for node in graph.find_nodes(op="call_function", target=operator.getitem):
             self._items.setdefault(item_of(node), []).append(node)
@@ -236,7 +237,10 @@ def _unkept(canonical: CanonicalGraph, match: Match, unkept: Unkept) -> Refusal:
 
 def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
     consumed, last = match.consumed, match.consumed[-1]
-    names = tuple(canonical.source_node(node).name for node in consumed)
+
+    def names() -> tuple[str, ...]:
+        return tuple(canonical.source_node(node).name for node in consumed)
+
     if len({canonical.region[node] for node in consumed}) > 1:
         # The copy of the graph has the writing node too: nothing of it is raised.
         first, end = canonical.region[consumed[0]], canonical.region[last]
@@ -246,14 +250,14 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         writer = writers[0]
         detail = f"{op_name(writer)} ({writer.name}), an in-place op, stands between two nodes of the match"
         return refusal_of(
-            match, Reason.MUTATION, detail, (canonical.source_node(writer).name, *names), writer,
+            match, Reason.MUTATION, detail, (canonical.source_node(writer).name, *names()), writer,
             expected="no in-place op", found=op_name(writer),
             mend=None if _write_to(writers, consumed) else "write in place before or after all of them",
         )  # fmt: skip
     inputs = [value for value in match.values.values() if isinstance(value, fx.Node)]
     if not is_convex(consumed, inputs):
         detail = "an input of the fused op depends on one of its results"
-        return refusal_of(match, Reason.CYCLE, detail, names, last)
+        return refusal_of(match, Reason.CYCLE, detail, names(), last)
     return None
 
 

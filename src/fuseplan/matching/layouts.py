@@ -5,10 +5,10 @@ read it that are functions of elements, nobody can tell. Where anybody can, a co
 of its own takes its place, which the plan pays for.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, fx
 
@@ -46,24 +46,23 @@ class Unkept:
     detail: str
 
 
-@dataclass(frozen=True, eq=False)
-class _Landing:
+class _Landing(NamedTuple):
     """A value of the original graph that a fusion replaces.
 
     Attributes:
-        index: of the result.
+        place: of the result, among all.
         node: the value in the canonical graph.
         original: in the original one.
         promise: what the graph promises, as a fake tensor.
         value: what takes its place.
-        promised: the storage of the former.
-        memory: what the latter shares memory with: the name of a variable, or the storage of a new tensor.
+        promised: the storage of the promise.
+        memory: what the value shares memory with: the name of a variable, or the storage of a new tensor.
         is_kept: whether it lies as promised.
         is_reordered: whether its strides may come in another order than promised, so that what is computed of it lies
             otherwise, too.
     """
 
-    index: int
+    place: int
     node: fx.Node
     original: fx.Node
     promise: Tensor
@@ -80,10 +79,12 @@ class _Yielded:
 
     Attributes:
         values: its results, as fake tensors.
+        places: how each of them lies, and its storage.
         variables: those whose tensors it was computed of, by storage.
     """
 
     values: tuple[Tensor, ...]
+    places: tuple[tuple[int, int], ...]
     variables: Mapping[int, str]
 
 
@@ -102,9 +103,10 @@ class Layouts:
         self._known: dict[Kind, _Yielded] = {}
         self._kinds: dict[Match, Kind] = {}
         self._interned: dict[Kind, Kind] = {}
-        # Repeated layers have few layouts, and comparing symbolic ones takes long.
-        self._places: dict[Tensor, tuple[Any, int]] = {}
-        self._compared: dict[Any, tuple[bool, bool]] = {}
+        # Repeated layers have few layouts, which are numbered: hashing and comparing symbolic ones takes long.
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._places: dict[fx.Node, tuple[int, int] | None] = {}
+        self._compared: dict[tuple[int, int], tuple[bool, bool]] = {}
         self._reordered: set[fx.Node] = set()
 
     @classmethod
@@ -123,17 +125,16 @@ class Layouts:
 
     def _settle(self, match: Match) -> Match | Unkept:
         yielded = self._yielded(match)
-        landings = sorted(self._landings(match, yielded), key=lambda each: (not each.is_kept, each.index))
-        claims = self._canonical.claims(match.consumed)
-        tensors = ((name, tensor_of(value)) for name, value in match.values.items())
-        storages: Mapping[str | int, int] = {name: self._place(each)[1] for name, each in tensors if each is not None}
+        landings = sorted(self._landings(match, yielded), key=lambda each: (not each.is_kept, each.place))
+        places = ((name, self._place(value)) for name, value in match.values.items() if isinstance(value, fx.Node))
+        storages: Mapping[str | int, int] = {name: place[1] for name, place in places if place is not None}
         copied, loose, owners = list[fx.Node](), list[fx.Node](), dict(storages)
         for landing in landings:
             owner = owners.get(landing.memory)
             shares = owner is not None and owner != landing.promised
             ties = _ties(landing, landings, storages)
             if not landing.is_kept or shares or not all(ties):
-                reader = self._reader(landing, claims, owner if shares else None)
+                reader = self._reader(landing, match, owner if shares else None)
                 if reader is None:
                     loose.append(landing.node)
                     self._reordered.update([landing.node] if landing.is_reordered else ())
@@ -143,7 +144,7 @@ class Layouts:
                     copied.append(landing.node)
                     continue
             owners.setdefault(landing.memory, landing.promised)
-        return replace(match, copied=tuple(copied), loose=tuple(loose), yields=yielded.values)
+        return match.but(copied=tuple(copied), loose=tuple(loose), yields=yielded.values)
 
     def settle_readers(self, matches: Sequence[Match]) -> list[Match]:
         """The matches, of which a kernel takes its arguments as they lie in the graph that the others leave: what is
@@ -167,7 +168,7 @@ class Layouts:
             if any(consumed.isdisjoint(other.consumed) for other in others) and self._can_be_copied(node):
                 seen.append(node)
         loose = tuple(node for node in match.loose if node not in seen)
-        return replace(match, copied=(*match.copied, *seen), loose=loose)
+        return match.but(copied=(*match.copied, *seen), loose=loose)
 
     def _can_be_copied(self, node: fx.Node) -> bool:
         value = tensor_of(self._canonical.origin[node])
@@ -187,40 +188,49 @@ class Layouts:
                     # The dispatcher would call the same, and takes as long again.
                     function = op.fake if node.target is op.overload else node.target
                     values[node] = computed(function, args, kwargs)
-            self._known[key] = _Yielded(tuple(values[node] for node in traced.outputs), variables)
+            results = tuple(values[node] for node in traced.outputs)
+            self._known[key] = _Yielded(results, tuple(map(self._lies, results)), variables)
         return self._known[key]
 
     def _landings(self, match: Match, yielded: _Yielded) -> Iterator[_Landing]:
         """Where the results go: to values of the original graph, or on to what is computed from one that has none."""
-        consumed = set(match.consumed)
         stack = [
-            (index, node, value)
-            for index, (node, value) in enumerate(zip(match.outputs, yielded.values, strict=True))
+            (index, node, value, place)
+            for index, (node, value, place) in enumerate(
+                zip(match.outputs, yielded.values, yielded.places, strict=True)
+            )
             if node is not None
         ]
         while stack:
-            index, node, value = stack.pop()
+            index, node, value, (layout, storage) = stack.pop()
             original = self._canonical.origin.get(node)
-            promise = tensor_of(original)
-            if original is not None and promise is not None:
-                storage = storage_of(value)
-                memory, (_, promised) = yielded.variables.get(storage, storage), self._place(promise)
-                yield _Landing(index, node, original, promise, value, promised, memory, *self._compare(value, promise))
+            place = self._place(original) if original is not None else None
+            if original is not None and place is not None:
+                promise, memory = original.meta["val"], yielded.variables.get(storage, storage)
+                kept = self._compare(value, promise, (layout, place[0]))
+                yield _Landing(index, node, original, promise, value, place[1], memory, *kept)
             for user in node.users if original is None else ():
-                if user not in consumed:
+                if user not in match.consumed:
                     made = _made(user, {node: value})
                     if isinstance(made, Tensor):
-                        stack.append((index, user, made))
+                        stack.append((index, user, made, self._lies(made)))
 
-    def _place(self, tensor: Tensor) -> tuple[Any, int]:
-        """How a tensor lies in its storage, and which that is."""
-        if tensor not in self._places:
-            self._places[tensor] = layout_of(tensor), storage_of(tensor)
-        return self._places[tensor]
+    def _place(self, node: fx.Node) -> tuple[int, int] | None:
+        """How a node's value lies in its storage, and which that is; None where it is no tensor."""
+        if node not in self._places:
+            value = tensor_of(node)
+            self._places[node] = None if value is None else self._lies(value)
+        return self._places[node]
 
-    def _compare(self, value: Tensor, promise: Tensor) -> tuple[bool, bool]:
-        """Whether a value lies as promised, and whether its strides may come in another order."""
-        key = self._place(value)[0], self._place(promise)[0]
+    def _lies(self, value: Tensor) -> tuple[int, int]:
+        """The number of a tensor's dtype, device and layout, and its storage."""
+        look = value.dtype, value.device, layout_of(value)
+        return self._numbers.setdefault(look, len(self._numbers)), storage_of(value)
+
+    def _compare(self, value: Tensor, promise: Tensor, key: tuple[int, int]) -> tuple[bool, bool]:
+        """Whether a value lies as promised, and whether its strides may come in another order; once for layouts of
+        the same two numbers.
+        """
         if key not in self._compared:
             self._compared[key] = same_layout(promise, value), is_reordered(value, promise)
         return self._compared[key]
@@ -237,15 +247,16 @@ class Layouts:
     def _alike(self, values: Mapping[str, Any]) -> Iterator[Any]:
         storages: dict[int, int] = {}
         for name, value in values.items():
-            tensor = tensor_of(value)
-            if tensor is None:
+            place = self._place(value) if isinstance(value, fx.Node) else None
+            if place is None:
                 yield name, str(value.meta.get("val") if isinstance(value, fx.Node) else value)
             else:
-                layout, storage = self._place(tensor)
-                yield name, tensor.dtype, tensor.device, layout, storages.setdefault(storage, len(storages))
+                layout, storage = place
+                yield name, layout, storages.setdefault(storage, len(storages))
 
-    def _reader(self, landing: _Landing, claims: Collection[fx.Node], owner: int | None) -> fx.Node | None:
+    def _reader(self, landing: _Landing, match: Match, owner: int | None) -> fx.Node | None:
         """Who can tell that a value isn't as promised; None: nobody."""
+        claims = self._canonical.claims(match.consumed)
         reader = layout_reader(landing.original, claims, reordered=landing.is_reordered)
         if reader is None and self.outside:
             reached = carriers(landing.original, claims, reordered=landing.is_reordered)

@@ -57,6 +57,12 @@ class Match:
         """Whether the provider's kernel is the op's own reference."""
         return self.rule.op.runs_reference(self.provider)
 
+    def but(self, **changes: Any) -> "Match":
+        """`dataclasses.replace`, in a fifth of the time: there are many matches."""
+        result = object.__new__(Match)
+        result.__dict__.update(self.__dict__, **changes)
+        return result
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Miss:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -36,9 +36,8 @@ class Taken:
     def of(self, match: Match) -> Match:
         """A match as this provider runs it."""
         values = match.values if self.rounding is None else {**match.values, "rounding": self.rounding}
-        return replace(
-            match, provider=self.provider, values=values, rounding_change=self.change, cost=self.cost,
-            shares=self.shares,
+        return match.but(
+            provider=self.provider, values=values, rounding_change=self.change, cost=self.cost, shares=self.shares
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import fx
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import place_of, signature_text, tensor_of
 from fuseplan.matching import ExternalMatch, Match
+from fuseplan.rules import Rule
 from fuseplan.rules.families.sites import Site, Taken
 
 EXTERNAL = "external"
@@ -63,9 +64,30 @@ class Candidate:
 class _Spot(NamedTuple):
     """What candidates of one core that consume the same nodes have in common: a rule's, by every provider."""
 
+    site: Site | None
+    place: str
     claims: frozenset[fx.Node]
+    context: frozenset[fx.Node]
+    re_emitted: frozenset[fx.Node]
     source: str | None
     taken: Taken | None
+    others: tuple[Site, ...]
+
+    @classmethod
+    def of(cls, match: Match, canonical: CanonicalGraph, by_core: Mapping[fx.Node, Site]) -> "_Spot":
+        """That of a match."""
+        site, consumed = by_core.get(match.core), frozenset(match.consumed)
+        taken = site.taken(match.consumed) if site else None
+        return cls(
+            site=site,
+            place=f"{site.ordinal:05}" if site else match.core.name,
+            claims=canonical.claims(match.consumed),
+            context=frozenset(v for v in match.values.values() if isinstance(v, fx.Node)) - consumed,
+            re_emitted=consumed.intersection(match.outputs),
+            source=place_of(match.core),
+            taken=taken,
+            others=tuple(by_core[core] for core, _ in taken.also) if taken else (),
+        )
 
 
 def _is_opt_in(match: Match | ExternalMatch) -> bool:
@@ -79,33 +101,29 @@ def candidates_of(
     Of fusions that save the same, the earlier ones are chosen: a rule that is on unasked gives way to any other.
     """
     by_core = {site.core: site for site in sites}
-    spots, texts = dict[tuple[fx.Node, tuple[fx.Node, ...]], _Spot](), dict[fx.Node, str]()
+    spots, texts = dict[tuple[Rule, fx.Node, tuple[fx.Node, ...]], _Spot](), dict[fx.Node, str]()
     result = []
     for match in matches:
-        site, rule = by_core.get(match.core), match.rule
-        spot = spots.get((match.core, match.consumed))
-        if spot is None:
-            taken = site.taken(match.consumed) if site else None
-            spot = _Spot(canonical.claims(match.consumed), place_of(match.core), taken)
-            spots[match.core, match.consumed] = spot
-        yielded = frozenset(node for node in match.outputs if node is not None)
-        inputs = frozenset(v for v in match.values.values() if isinstance(v, fx.Node))
-        place = f"{site.ordinal:05}" if site else f"{match.core.name}"
+        rule = match.rule
+        key = rule, match.core, match.consumed
+        if key not in spots:
+            spots[key] = _Spot.of(match, canonical, by_core)
+        spot = spots[key]
         result.append(
             Candidate(
-                name=f"{place} {rule.name} {rule.op.name} {match.provider}",
+                name=f"{spot.place} {rule.name} {rule.op.name} {match.provider}",
                 rule=rule.name,
                 op=rule.op.name,
                 provider=match.provider,
                 match=match,
-                site=site,
+                site=spot.site,
                 taken=spot.taken,
                 consumed=spot.claims,
-                context=inputs.difference(match.consumed),
-                re_emitted=yielded.intersection(match.consumed),
+                context=spot.context,
+                re_emitted=spot.re_emitted,
                 source=spot.source,
                 signature=_signature(match, texts),
-                others=tuple(by_core[core] for core, _ in spot.taken.also) if spot.taken else (),
+                others=spot.others,
             )
         )
     result += [

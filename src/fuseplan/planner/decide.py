@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import fx
 
@@ -20,8 +21,7 @@ from fuseplan.record import Fusion, Plan, Rejected, Selected
 from fuseplan.record.plan import first_difference
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lost:
+class Lost(NamedTuple):
     """A candidate that was not selected.
 
     Attributes:

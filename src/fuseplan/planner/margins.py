@@ -33,10 +33,15 @@ class Margins:
     def __init__(self, problem: Problem, rivals: Sequence[Rival | None]) -> None:
         self._priced, self._rivals = problem.priced, rivals
         self._known: dict[tuple[object, ...], Margin] = {}
+        self._found: dict[int, Margin | None] = {}
 
     def __getitem__(self, candidate: int) -> Margin | None:
         """Before the rival of a candidate; None where there is none."""
-        rival = self._rivals[candidate]
+        if candidate not in self._found:
+            self._found[candidate] = self._before(self._rivals[candidate])
+        return self._found[candidate]
+
+    def _before(self, rival: Rival | None) -> Margin | None:
         if rival is None:
             return None
         if not self._priced.has_doubts:

@@ -150,17 +150,21 @@ class Pricing:
         self._rows = rows
         self._inputs: dict[int, Tensor] = {}
         self.shapes: dict[int, tuple[Shape, ...]] = {}
-        equal: dict[tuple[Shape, ...], tuple[Shape, ...]] = {}
+        equal: dict[tuple[Shape, tuple[int, ...]], tuple[Shape, ...]] = {}
         for site in sites:
             value = tensor_of(site.core.args[0])
             assert value is not None
             self._inputs[site.ordinal] = value
-            shapes = tuple(site.shape(rows.at(value, size)) for size in self.tokens)
-            self.shapes[site.ordinal] = equal.setdefault(shapes, shapes)
-        kinds = {id(shapes): kind for kind, shapes in enumerate(equal)}
+            first, *others = (rows.at(value, size) for size in self.tokens)
+            key = site.shape(first), tuple(others)
+            if key not in equal:
+                equal[key] = key[0], *(site.shape(each) for each in others)
+            self.shapes[site.ordinal] = equal[key]
+        kinds = {id(shapes): kind for kind, shapes in enumerate(equal.values())}
         self._kinds = {place: kinds[id(shapes)] for place, shapes in self.shapes.items()}
         self._known: dict[Hashable, tuple[tuple[Estimate, ...], tuple[int | None, ...]]] = {}
         self._unfused: dict[tuple[int, ...], list[int]] = {}
+        self._prices: dict[Hashable, tuple[object, Price]] = {}
         self._doubts: dict[Hashable, tuple[object, Doubt]] = {}
 
     def price(self, components: Sequence[tuple[int, ...]], structure: IntegerProgram) -> Priced:
@@ -223,10 +227,14 @@ class Pricing:
         prices, weights = {}, weights_of(unfused)
         for index in component:
             estimates, costs, provenance = self._modelled(self.candidates[index])
-            savings = tuple(each.ns for each in estimates)
-            value = weighted(savings, unfused) if places else savings[len(savings) // 2]
-            doubt = self._doubt(estimates, weights) if places and self.prices.errors else SURE
-            prices[index] = Price(value, provenance, savings, costs[len(costs) // 2], doubt)
+            key = id(estimates), kinds
+            if key not in self._prices:
+                savings = tuple(each.ns for each in estimates)
+                value = weighted(savings, unfused) if places else savings[len(savings) // 2]
+                doubt = self._doubt(estimates, weights) if places and self.prices.errors else SURE
+                # Kept beside it, so that the id doesn't become another's.
+                self._prices[key] = estimates, Price(value, provenance, savings, costs[len(costs) // 2], doubt)
+            prices[index] = self._prices[key][1]
         return _Component(prices, unfused)
 
     def _doubt(self, savings: tuple[Estimate, ...], weights: tuple[float, ...]) -> Doubt:

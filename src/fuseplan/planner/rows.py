@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuseplan.graph.facts import aten, exact, hint, is_attention, tensor_of
+from fuseplan.graph.facts import aten, exact, hint, is_attention_op, targets_of, tensor_of
 from fuseplan.graph.reach import is_view
 
 PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2, aten._scaled_mm.default: 1}
@@ -125,7 +125,9 @@ def most_rows(graph: fx.Graph, tokens: int | None, rows: Rows | None = None) -> 
         for node in graph.find_nodes(op="call_function", target=target)
     )
     values = [value for node, weight in products if _is_input(weight) and (value := tensor_of(node)) is not None]
-    queries = (tensor_of(node.args[0]) for node in graph.nodes if is_attention(node))
+    attention = [target for target in targets_of(graph) if is_attention_op(target)]
+    asked = (node for target in attention for node in graph.find_nodes(op="call_function", target=target))
+    queries = (tensor_of(node.args[0]) for node in asked)
     asking = [value for value in queries if value is not None]
     leading = [*(value.shape[:-1] for value in values), *((value.shape[0], value.shape[2]) for value in asking)]
     known = {tuple(map(exact, sizes)): sizes for sizes in leading}

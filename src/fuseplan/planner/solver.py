@@ -6,7 +6,7 @@ candidates on the cycle to be selected together, and the components that this ti
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from fuseplan.errors import PlanError
 from fuseplan.planner.baselines import greedy, heaviest
@@ -25,8 +25,7 @@ FIRST_VISITS = 1_000_000
 """At most how many conflicts these nodes may look at; a node looks at all of them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rival:
+class Rival(NamedTuple):
     """The best selection of a component that holds a candidate which the best one at all doesn't, or lacks one of its
     candidates.
 

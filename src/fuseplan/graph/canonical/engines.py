@@ -29,10 +29,19 @@ def merge_equal_results(canonical: CanonicalGraph, node: fx.Node) -> None:
                 canonical.replace(user, known)
 
 
+def is_engines(target: object) -> bool:
+    """Whether calls of a function may be calls of an engine's op."""
+    return _is_functionalizer(target) or (isinstance(target, OpOverload) and target.namespace in NAMESPACES)
+
+
+def _is_functionalizer(target: object) -> bool:
+    return isinstance(target, HigherOrderOperator) and target.name() == "auto_functionalized"
+
+
 def engine_op(node: fx.Node) -> OpOverload | None:
     """The custom op that a node calls, itself or under `auto_functionalized`."""
     target: object = node.target
-    if isinstance(target, HigherOrderOperator) and target.name() == "auto_functionalized" and node.args:
+    if _is_functionalizer(target) and node.args:
         target = node.args[0]
     return target if isinstance(target, OpOverload) else None
 

@@ -20,11 +20,12 @@ from fuseplan.graph.facts import (
     place_of,
     source_code,
     source_line,
+    targets_of,
     tensor_of,
 )
 from fuseplan.graph.ops import DialectOp, ops
 from fuseplan.graph.reach import stays_inside
-from fuseplan.graph.surgery import copy_graph, erase_dead
+from fuseplan.graph.surgery import call_function, copy_graph, erase_dead
 from fuseplan.record import Nearness, Reason, Refusal
 
 
@@ -81,7 +82,8 @@ class CanonicalGraph:
     @property
     def dialect_nodes(self) -> list[fx.Node]:
         """The nodes that call a dialect op, op by op, each in graph order."""
-        return [node for op in ops.values() for node in self.graph.find_nodes(op="call_function", target=op.overload)]
+        called = {op: target for target in targets_of(self.graph) if (op := ops.of(target)) is not None}
+        return [node for op in ops.values() if op in called for node in self.calls(called[op])]
 
     def calls(self, *targets: Any) -> list[Call]:
         """The nodes that call one of `targets`, in graph order."""
@@ -134,18 +136,17 @@ class CanonicalGraph:
         inputs = [arg for arg in args if isinstance(arg, fx.Node)]
         late = max([node for node in inputs if place < node], default=None)
         with self.graph.inserting_after(late) if late is not None else self.graph.inserting_before(place):
-            node = self.graph.call_function(op.overload, tuple(args))
-        node.meta = {key: live[0].meta[key] for key in PROVENANCE if key in live[0].meta}
+            node = call_function(self.graph, op.overload, tuple(args))
         if len(results) == 1:
             self._stand_in(node, live[0])
         else:
-            node.meta["val"] = tuple(tensor_of(result) for result in results)
+            node.meta.update(_provenance(live[0]), val=tuple(tensor_of(result) for result in results))
             self._take_place(node, live[0])
             for index in reversed(range(len(results))):
                 result = results[index]
                 if result is not None:
                     with self.graph.inserting_after(node):
-                        self._stand_in(self.graph.call_function(operator.getitem, (node, index)), result)
+                        self._stand_in(call_function(self.graph, operator.getitem, (node, index)), result)
         self._claim(node, erase_dead(self.graph, live))
         return node
 
@@ -168,7 +169,9 @@ class CanonicalGraph:
         return frozenset(claimed)
 
     def _stand_in(self, node: fx.Node, replaced: fx.Node) -> None:
-        node.meta = {**node.meta, **{key: replaced.meta[key] for key in (*PROVENANCE, "val") if key in replaced.meta}}
+        node.meta.update(_provenance(replaced))
+        if "val" in replaced.meta:
+            node.meta["val"] = replaced.meta["val"]
         self._take_place(node, replaced)
         if replaced in self.origin:
             self.origin[node] = self.origin[replaced]
@@ -190,9 +193,8 @@ class CanonicalGraph:
     ) -> fx.Node:
         """A new node without an original: a value that no node of the original graph has."""
         with self.graph.inserting_before(place):
-            node = self.graph.call_function(target, tuple(args), kwargs)
-        node.meta = {key: place.meta[key] for key in PROVENANCE if key in place.meta}
-        node.meta["val"] = value
+            node = call_function(self.graph, target, tuple(args), kwargs)
+        node.meta.update(_provenance(place), val=value)
         self._take_place(node, place)
         return node
 
@@ -261,6 +263,11 @@ class CanonicalGraph:
 
 PROVENANCE = ("stack_trace", "nn_module_stack", "custom")
 """Metadata that says where in the user's model a node comes from."""
+
+
+def _provenance(node: fx.Node) -> dict[str, Any]:
+    meta = node.meta
+    return {key: meta[key] for key in PROVENANCE if key in meta}
 
 
 def is_dialect(node: object, *operations: DialectOp) -> TypeGuard[Call]:

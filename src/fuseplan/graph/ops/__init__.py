@@ -3,6 +3,7 @@
 `ops` has those that parts and families have added; `fuseplan.dialect` is where all of them are there.
 """
 
+from fuseplan.graph.ops.fakes import empty
 from fuseplan.graph.ops.registry import (
     Decoded,
     Dialect,
@@ -67,6 +68,7 @@ __all__ = [
     "draw_activations",
     "draw_near_one",
     "draw_positive",
+    "empty",
     "empty_scales",
     "facts_of",
     "falls_back",

@@ -163,6 +163,10 @@ class Taken:
     also: "tuple[tuple[fx.Node, Taken], ...]" = ()
 
 
+FINDING = tuple(part.found for part in PARTS if isinstance(part, Epilogue) and part.found is not None)
+"""Of epilogues that say themselves where they are."""
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One core of a graph.
@@ -186,10 +190,10 @@ class Site:
         assert isinstance(part, Core), core.format_node()
         result = _result(core, part)
         tails = set[fx.Node]()
-        for epilogue in PARTS:
-            if isinstance(epilogue, Epilogue) and result is not None:
-                users = (user for user in result.users if part_at(user) is epilogue)
-                tails.update(users if epilogue.found is None else epilogue.found(core))
+        if result is not None:
+            found = ((user, part_at(user)) for user in result.users)
+            tails.update(user for user, each in found if isinstance(each, Epilogue) and each.found is None)
+            tails.update(node for find in FINDING for node in find(core))
         reduce = source if isinstance(source, fx.Node) and isinstance(part_at(source), Prologue) else None
         return cls(ordinal, core, reduce, tuple(sorted(tails)))
 

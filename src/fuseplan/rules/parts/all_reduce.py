@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fuseplan.devices.hardware import ONE_SHOT, TORCH
 from fuseplan.graph.canonical import CanonicalGraph, is_dialect
 from fuseplan.graph.facts import ADDS, MULS, RESHAPES, aten, equal_shape, is_call, item, tensor_of
-from fuseplan.graph.ops import Sample, define, random_tensor
+from fuseplan.graph.ops import Sample, define, empty, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import REDUCER, Blame, Prologue, Stage, reducer_of, rows_of, takes_residual
 from fuseplan.rules.parts.views import MOVERS, SCALES
@@ -39,7 +39,7 @@ def reference(x: Tensor, group_name: str) -> Tensor:
 
 def fake(x: Tensor, group_name: str) -> Tensor:
     """Shape and dtype of `reference`."""
-    return x.new_empty(x.shape)
+    return empty(x, x.shape)
 
 
 def world_group_name() -> str:

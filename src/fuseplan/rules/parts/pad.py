@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import aten, convert_element_type, is_call
-from fuseplan.graph.ops import Sample, define, random_tensor
+from fuseplan.graph.ops import Sample, define, empty, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of, width_of
 from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
@@ -31,7 +31,7 @@ def reference(x: Tensor, right: int) -> Tensor:
 
 def fake(x: Tensor, right: int) -> Tensor:
     """Shape and dtype of `reference`."""
-    return x.new_empty((*x.shape[:-1], x.shape[-1] + right))
+    return empty(x, (*x.shape[:-1], x.shape[-1] + right))
 
 
 def _sample(shape: tuple[int, ...], right: int) -> Sample:

@@ -20,7 +20,7 @@ from fuseplan.graph.facts import (
     tensor_of,
 )
 from fuseplan.graph.legality import is_convex
-from fuseplan.graph.ops import ActivationRounding, Sample, compute_dtype, define, random_tensor
+from fuseplan.graph.ops import ActivationRounding, Sample, compute_dtype, define, empty, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.base import Core, Reported, Stage, rows_of
 from fuseplan.rules.parts.traffic import Middle
@@ -49,7 +49,7 @@ def reference(gate: Tensor, up: Tensor, rounding: str) -> Tensor:
 
 def fake(gate: Tensor, up: Tensor, rounding: str) -> Tensor:
     """Shape and dtype of `reference`."""
-    return gate.new_empty(gate.shape)
+    return empty(gate, gate.shape)
 
 
 def _samples() -> list[Sample]:

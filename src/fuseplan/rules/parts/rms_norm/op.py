@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuseplan.graph.ops import Rounding, Sample, compute_dtype, define, draw_near_one, random_tensor
+from fuseplan.graph.ops import Rounding, Sample, compute_dtype, define, draw_near_one, empty, random_tensor
 from fuseplan.rules.parts import residual_add
 from fuseplan.rules.parts.base import rows_of
 
@@ -69,7 +69,7 @@ def norm_dtype(x: Tensor, weight: Tensor, rounding: str) -> torch.dtype:
 
 def rms_norm_fake(x: Tensor, weight: Tensor, eps: float, rounding: str) -> Tensor:
     """Shape and dtype of `rms_norm_reference`."""
-    return x.new_empty(x.shape, dtype=norm_dtype(x, weight, rounding))
+    return empty(x, x.shape, norm_dtype(x, weight, rounding))
 
 
 def fused_add_rms_norm_fake(
@@ -77,7 +77,7 @@ def fused_add_rms_norm_fake(
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `fused_add_rms_norm_reference`."""
     dtype = x.dtype if Rounding(rounding).rounds_residual else compute_dtype(x.dtype)
-    return rms_norm_fake(x, weight, eps, rounding), x.new_empty(x.shape, dtype=dtype)
+    return rms_norm_fake(x, weight, eps, rounding), empty(x, x.shape, dtype)
 
 
 SAMPLE_SHAPES = ((1, 64), (7, 320), (2, 5, 2880), (33, 257))

@@ -1,0 +1,50 @@
+"""Results of fake implementations."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fuseplan.graph.layout import layout_of, storage_of
+from fuseplan.graph.ops import empty
+
+
+def fake_of(mode: FakeTensorMode, kind: str) -> Tensor:
+    if kind == "static":
+        return mode.from_tensor(torch.empty(6, 8, dtype=torch.bfloat16))
+    if kind == "backed":
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * 2)
+        return mode.from_tensor(torch.empty(6, 8, dtype=torch.bfloat16), symbolic_context=context)
+    assert mode.shape_env is not None
+    with mode:
+        return torch.empty((mode.shape_env.create_unbacked_symint(), 8), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("kind", ["static", "backed", "unbacked"])
+def test_a_new_fake_is_the_one_that_the_mode_makes(kind: str, dtype: torch.dtype | None, inside: bool) -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    x = fake_of(mode, kind)
+    guards = len(environment.guards)
+    for shape in (x.shape, (*x.shape[:-1], x.shape[-1] + 4)):
+        with mode:
+            theirs = x.new_empty(shape, dtype=dtype)
+            ours = empty(x, shape, dtype)
+        ours = ours if inside else empty(x, shape, dtype)
+        assert type(ours) is FakeTensor
+        assert ours.fake_mode is mode
+        assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        assert layout_of(ours) == layout_of(theirs)
+        assert len({storage_of(each) for each in (x, ours, theirs)}) == 3
+    assert len(environment.guards) == guards
+
+
+def test_of_a_real_tensor_it_is_a_real_one() -> None:
+    made = empty(torch.zeros(2, 3), (4,), torch.int32)
+    assert type(made) is Tensor
+    assert (made.shape, made.dtype, made.device.type) == ((4,), torch.int32, "cpu")
