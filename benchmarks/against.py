@@ -1,8 +1,8 @@
 """Planning by this revision and by another one, turn by turn, for `planning.py --against`.
 
 Each revision plans the same model in a process of its own, by its own `planning.py`. This one does so twice: by the
-rules that the other one has, and by all of its own. All of them have the same one core. Times are of the CPU: those of
-a clock would say how busy the machine is.
+rules that the other one has, and by all of its own. While they plan, all have the same one core. Times are of the CPU:
+those of a clock would say how busy the machine is.
 """
 
 import contextlib
@@ -120,7 +120,6 @@ def serve() -> None:
     """In a process of one revision: answers `_Planner.ask`. Whatever this uses of `planning`, any revision's has."""
     import planning
 
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what torch prints isn't an answer
     time.perf_counter, time.perf_counter_ns = time.process_time, time.process_time_ns
@@ -134,6 +133,7 @@ def serve() -> None:
     with build(workload, tp=RANKS) as built:
         (gm,) = planning.capture(built.model, built.inputs, {}, dynamic=True).graphs
         planning.pipeline(gm.graph)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         print(json.dumps("ready"), file=answers, flush=True)
         for line in sys.stdin:
             result = planning.pipeline(gm.graph) if json.loads(line) == "time" else _peak(planning, gm.graph)
