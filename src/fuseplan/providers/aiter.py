@@ -29,6 +29,7 @@ from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.errors import CollectiveError
 from fuseplan.graph.facts import equal_size, group_size
 from fuseplan.providers.gates import Gate, Offer, listed
+from fuseplan.providers.operands import ACCESS_BYTES, by_names
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
@@ -36,7 +37,6 @@ from fuseplan.record import Reason, Refusal
 OLDEST = "0.1.20"
 """The first release whose one-stage kernel waits for all readers before the shared memory is written again."""
 
-ACCESS_BYTES = 16
 POOL_BYTES = 2**26
 """Of the memory that a group shares. AITER's own dispatch takes messages that are smaller."""
 
@@ -56,128 +56,65 @@ _COMMUNICATORS: Final[Kind[Any]] = Kind(
 )
 
 
-def rms_norm_pad(x: Tensor, weight: Tensor, eps: float, rounding: str, right: int) -> Tensor:
-    """y = pad(rms_norm(x) * weight, (0, right))        in one Triton kernel
+def norm_pad(m: Any) -> Any:
+    """[residual_out = x + residual];  y = pad(rms_norm(x [+ residual]) * weight, (0, right))      in one Triton kernel
 
-    Equals `ops.rms_norm_pad` under the rounding `gpt_oss`.
+    Equals `ops.rms_norm_pad` under the rounding `gpt_oss` and `ops.fused_add_rms_norm_pad` under `fp32`.
 
     Args:
-        x: [..., hidden], floating point.
-        weight: [hidden].
-        eps: added to the mean square.
-        rounding: `gpt_oss`.
-        right: zeros to append to each row.
+        m: x [..., hidden], floating point; residual of x's shape and dtype, or none; weight [hidden]; right, the zeros
+            to append to each row of y.
 
     Returns:
-        [..., hidden + right], contiguous, in x's dtype.
+        y or (y, residual_out): [..., hidden + right] and [..., hidden], contiguous, in x's dtype.
     """
+    x, residual, width = m.x, vars(m).get("residual"), m.x.shape[-1] + m.right
     if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], x.shape[-1] + right))
-    padded: Tensor = _fused_add_rmsnorm_pad(_flat(x), weight, eps, None, x.shape[-1] + right)
-    return padded.view(*x.shape[:-1], x.shape[-1] + right)
+        y, total = x.new_empty((*x.shape[:-1], width)), x.new_empty(x.shape)
+    else:
+        module = importlib.import_module("aiter.ops.triton.normalization.fused_add_rmsnorm_pad")
+        added = None if residual is None else _flat(residual)
+        with torch.cuda.device_of(x):
+            # It pads to the next multiple, which of `width` is `width`.
+            found = module.fused_add_rmsnorm_pad(
+                _flat(x), m.weight.contiguous(), m.eps, res=added, x_pad_to_multiple=width
+            )
+        y, total = (found, x) if residual is None else found
+    y = y.view(*x.shape[:-1], width)
+    return y if residual is None else (y, total.view(x.shape))
 
 
-def fused_add_rms_norm_pad(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, right: int
-) -> tuple[Tensor, Tensor]:
-    """residual_out = x + residual;  y = pad(rms_norm(x + residual) * weight, (0, right))        in one Triton kernel
+def all_reduce_norm(m: Any) -> tuple[Tensor, Tensor]:
+    """residual_out = sum_ranks(x) + residual;  y = pad(rms_norm(sum_ranks(x) + residual) * weight, (0, right))
 
-    Equals `ops.fused_add_rms_norm_pad` under the rounding `fp32`.
+    Equals `ops.all_reduce_fused_add_rms_norm` and, with `right`, `ops.all_reduce_fused_add_rms_norm_pad` under the
+    rounding `fp32`. The kernels' waits for other ranks have no deadline.
 
     Args:
-        x: [..., hidden], floating point.
-        residual: [..., hidden], x's dtype.
-        weight: [hidden].
-        eps: added to the mean square.
-        rounding: `fp32`.
-        right: zeros to append to each row of y.
+        m: x [..., hidden], float16 or bfloat16, equal shapes on all ranks; residual of x's shape and dtype; weight
+            [hidden] in x's dtype; right, the zeros to append to each row of y, a multiple of 8, or none; group_name of
+            a process group of 2, 4 or 8 ranks on one node.
 
     Returns:
         (y, residual_out): [..., hidden + right] and [..., hidden], contiguous, in x's dtype.
-    """
-    if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], x.shape[-1] + right)), x.new_empty(x.shape)
-    padded, total = _fused_add_rmsnorm_pad(_flat(x), weight, eps, _flat(residual), x.shape[-1] + right)
-    return padded.view(*x.shape[:-1], x.shape[-1] + right), total.view(x.shape)
-
-
-def _fused_add_rmsnorm_pad(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, width: int) -> Any:
-    module = importlib.import_module("aiter.ops.triton.normalization.fused_add_rmsnorm_pad")
-    with torch.cuda.device_of(x):
-        # It pads to the next multiple, which of `width` is `width`.
-        return module.fused_add_rmsnorm_pad(x, weight.contiguous(), eps, res=residual, x_pad_to_multiple=width)
-
-
-def all_reduce_fused_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, group_name: str
-) -> tuple[Tensor, Tensor]:
-    """residual_out = sum_ranks(x) + residual;  y = rms_norm(sum_ranks(x) + residual) * weight
-
-    Equals `ops.all_reduce_fused_add_rms_norm` under the rounding `fp32`. The kernels' waits for other ranks have no
-    deadline.
-
-    Args:
-        x: [..., hidden], float16 or bfloat16; equal shapes on all ranks.
-        residual: [..., hidden], x's dtype.
-        weight: [hidden], x's dtype.
-        eps: added to the mean square.
-        rounding: `fp32`.
-        group_name: of a process group of 2, 4 or 8 ranks on one node.
-
-    Returns:
-        (y, residual_out), both [..., hidden], contiguous, in x's dtype.
 
     Raises:
         CollectiveError: a message of 64 MiB or more, a group that AITER doesn't serve, or none of its memory there when
             a graph is captured.
     """
-    return _all_reduce_norm(x, residual, weight, eps, 0, group_name)
-
-
-def all_reduce_fused_add_rms_norm_pad(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, right: int, group_name: str
-) -> tuple[Tensor, Tensor]:
-    """The same with y = pad(rms_norm(sum_ranks(x) + residual) * weight, (0, right)).
-
-    Equals `ops.all_reduce_fused_add_rms_norm_pad` under the rounding `fp32`.
-
-    Args:
-        x: as for `all_reduce_fused_add_rms_norm`, and so are the others.
-        residual: likewise.
-        weight: likewise.
-        eps: likewise.
-        rounding: likewise.
-        right: zeros to append to each row of y, a multiple of 8.
-        group_name: likewise.
-
-    Returns:
-        (y, residual_out): [..., hidden + right] and [..., hidden], contiguous, in x's dtype.
-
-    Raises:
-        CollectiveError: as for `all_reduce_fused_add_rms_norm`.
-    """
-    return _all_reduce_norm(x, residual, weight, eps, right, group_name)
-
-
-def _all_reduce_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, right: int, group_name: str
-) -> tuple[Tensor, Tensor]:
-    width = x.shape[-1] + right
+    x, width = m.x, m.x.shape[-1] + vars(m).get("right", 0)
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], width)), x.new_empty(x.shape)
-    communicator = _communicator(x, group_name)
+    communicator = _communicator(x, m.group_name)
     results = communicator.custom_fused_ar_rms(
-        x.contiguous(), residual.contiguous(), weight.contiguous(), eps,
+        x.contiguous(), m.residual.contiguous(), m.weight.contiguous(), m.eps,
         x.nbytes <= ONE_STAGE_BYTES // communicator.world_size, out_hidden_dim=width,
     )  # fmt: skip
-    y, total = _served(results, x, group_name)
+    y, total = _served(results, x, m.group_name)
     return y, total
 
 
-def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, dtype: torch.dtype, min_scale: float,
-    max_scale: float, zero_scale: float, scale_ub: Tensor | None, quant_rounding: str, group_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def all_reduce_dynamic(m: Any) -> tuple[Tensor, Tensor, Tensor]:
     """residual_out = sum_ranks(x) + residual;  y = rms_norm(sum_ranks(x) + residual) * weight, not rounded;
     scale = amax(|y|, -1) / fp8_max;  q = (y / scale).to(fp8)
 
@@ -185,36 +122,27 @@ def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
     rows whose scale is below `min_scale`: theirs is as computed, and 1 for a row of zeros.
 
     Args:
-        x: as for `all_reduce_fused_add_rms_norm`, and so are the others.
-        residual: likewise.
-        weight: likewise.
-        eps: likewise.
-        rounding: likewise.
-        dtype: the fp8 format of the device: fnuz on CDNA3, fn on CDNA4.
-        min_scale: has no effect.
-        max_scale: 0: there is none.
-        zero_scale: 0: there is none.
-        scale_ub: None: there is none.
-        quant_rounding: `divide`.
-        group_name: likewise.
+        m: as for `all_reduce_norm`; dtype the fp8 format of the device: fnuz on CDNA3, fn on CDNA4; min_scale, which
+            has no effect; no other bound of the scales; quant_rounding `divide`.
 
     Returns:
         (q, scale, residual_out): [..., hidden], [..., 1] in float32 and [..., hidden], contiguous.
 
     Raises:
-        CollectiveError: as for `all_reduce_fused_add_rms_norm`, or another fp8 format than the device's.
+        CollectiveError: as for `all_reduce_norm`, or another fp8 format than the device's.
     """
+    x = m.x
     if x.numel() == 0:
         scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-        return x.new_empty(x.shape, dtype=dtype), scale, x.new_empty(x.shape)
-    communicator = _communicator(x, group_name)
+        return x.new_empty(x.shape, dtype=m.dtype), scale, x.new_empty(x.shape)
+    communicator = _communicator(x, m.group_name)
     results = communicator.custom_fused_ar_rms_quant(
-        x.contiguous(), residual.contiguous(), weight.contiguous(), eps, x.nbytes <= ONE_STAGE_QUANT_BYTES
+        x.contiguous(), m.residual.contiguous(), m.weight.contiguous(), m.eps, x.nbytes <= ONE_STAGE_QUANT_BYTES
     )
-    q, total, scale = _served(results, x, group_name)
-    if q.dtype is not dtype:
+    q, total, scale = _served(results, x, m.group_name)
+    if q.dtype is not m.dtype:
         raise CollectiveError(
-            f"AITER quantises to {q.dtype} on this device, and the graph to {dtype}: forbid the provider"
+            f"AITER quantises to {q.dtype} on this device, and the graph to {m.dtype}: forbid the provider"
         )
     return q, scale, total
 
@@ -352,10 +280,10 @@ PROVIDER: Final = Provider(
 )
 
 for _op, _kernel in (
-    (ops.rms_norm_pad, rms_norm_pad),
-    (ops.fused_add_rms_norm_pad, fused_add_rms_norm_pad),
-    (ops.all_reduce_fused_add_rms_norm, all_reduce_fused_add_rms_norm),
-    (ops.all_reduce_fused_add_rms_norm_pad, all_reduce_fused_add_rms_norm_pad),
-    (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_fused_add_rms_norm_dynamic_fp8_quant),
+    (ops.rms_norm_pad, norm_pad),
+    (ops.fused_add_rms_norm_pad, norm_pad),
+    (ops.all_reduce_fused_add_rms_norm, all_reduce_norm),
+    (ops.all_reduce_fused_add_rms_norm_pad, all_reduce_norm),
+    (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_dynamic),
 ):
-    implement(_op, PROVIDER.name, _kernel, most_rows=OFFERS[_op.name].most_rows)
+    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=OFFERS[_op.name].most_rows)

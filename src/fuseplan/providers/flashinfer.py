@@ -32,7 +32,7 @@ from fuseplan.dialect import QuantRounding, Rounding, implement, ops
 from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.graph.facts import group_size
 from fuseplan.providers.gates import Gate, Offer
-from fuseplan.providers.operands import ACCESS_BYTES, aligned, rows_of
+from fuseplan.providers.operands import ACCESS_BYTES, aligned, by_names, rows_of
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
@@ -75,21 +75,15 @@ def _release(workspace: Any) -> None:
 _WORKSPACES: Final[Kind[Any]] = Kind(name="FlashInfer's all-reduce fusion", release=_release)
 
 
-def all_reduce_fused_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, group_name: str
-) -> tuple[Tensor, Tensor]:
+def all_reduce_norm(m: Any) -> tuple[Tensor, Tensor]:
     """residual_out = sum_ranks(x) + residual;  y = rms_norm(residual_out) * weight        in one kernel
 
     Equals `ops.all_reduce_fused_add_rms_norm` under the roundings `gpt_oss` and `gemma`. The kernel's waits for other
     ranks have no deadline.
 
     Args:
-        x: [..., hidden], float16 or bfloat16; equal shapes on all ranks.
-        residual: [..., hidden], x's dtype.
-        weight: [hidden], x's dtype.
-        eps: added to the mean square.
-        rounding: `gpt_oss` or `gemma`.
-        group_name: of a process group of 2, 4 or 8 ranks on one node.
+        m: x [..., hidden], float16 or bfloat16, equal shapes on all ranks; residual of x's shape and dtype; weight
+            [hidden] in x's dtype; group_name of a process group of 2, 4 or 8 ranks on one node.
 
     Returns:
         (y, residual_out), both [..., hidden], contiguous, in x's dtype.
@@ -97,85 +91,55 @@ def all_reduce_fused_add_rms_norm(
     Raises:
         CollectiveError: more rows than the kernels count, or no workspace when a CUDA graph is captured.
     """
-    y, total = x.new_empty(x.shape), x.new_empty(x.shape)
-    _all_reduce_fusion("kARResidualRMSNorm", x, residual, weight, eps, rounding, group_name, total, norm_out=rows_of(y))
+    y, total = m.x.new_empty(m.x.shape), m.x.new_empty(m.x.shape)
+    _all_reduce_fusion("kARResidualRMSNorm", m, total, norm_out=rows_of(y))
     return y, total
 
 
-def all_reduce_fused_add_rms_norm_static_fp8_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, scale: Tensor, dtype: torch.dtype,
-    quant_rounding: str, group_name: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same, and q = clamp(y * (1 / scale), -448, 448).to(float8_e4m3fn).
+def all_reduce_static(m: Any) -> tuple[Tensor, Tensor]:
+    """`all_reduce_norm`, and q = clamp(y * (1 / scale), -448, 448).to(float8_e4m3fn).
 
-    Equals `ops.all_reduce_fused_add_rms_norm_static_fp8_quant` where the scale is multiplied.
+    Equals `ops.all_reduce_fused_add_rms_norm_static_fp8_quant` where the scale, one float32 element, is multiplied.
 
     Args:
-        x: as for `all_reduce_fused_add_rms_norm`, and so are the others.
-        residual: likewise.
-        weight: likewise.
-        eps: likewise.
-        rounding: likewise.
-        scale: one float32 element.
-        dtype: float8_e4m3fn.
-        quant_rounding: `multiply`.
-        group_name: likewise.
+        m: as for `all_reduce_norm`; scale; quant_rounding `multiply`.
 
     Returns:
         (q, residual_out), both [..., hidden], contiguous.
 
     Raises:
-        CollectiveError: as for `all_reduce_fused_add_rms_norm`.
+        CollectiveError: as for `all_reduce_norm`.
     """
-    q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
-    _all_reduce_fusion(
-        "kARResidualRMSNormFP8Quant", x, residual, weight, eps, rounding, group_name, total, quant_out=rows_of(q),
-        scale_factor=scale,
-    )  # fmt: skip
+    q, total = m.x.new_empty(m.x.shape, dtype=m.dtype), m.x.new_empty(m.x.shape)
+    _all_reduce_fusion("kARResidualRMSNormFP8Quant", m, total, quant_out=rows_of(q), scale_factor=m.scale)
     return q, total
 
 
-def all_reduce_fused_add_rms_norm_dynamic_fp8_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, dtype: torch.dtype, min_scale: float,
-    max_scale: float, zero_scale: float, scale_ub: Tensor | None, quant_rounding: str, group_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same, and scale = max(amax(|y|, -1) / 448, min_scale);  q = clamp(y / scale, -448, 448).to(float8_e4m3fn).
+def all_reduce_dynamic(m: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`all_reduce_norm`, and scale = max(amax(|y|, -1) / 448, min_scale)
+    q = clamp(y / scale, -448, 448).to(float8_e4m3fn).
 
     Equals `ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant` where the scale divides.
 
     Args:
-        x: as for `all_reduce_fused_add_rms_norm`, and so are the others.
-        residual: likewise.
-        weight: likewise.
-        eps: likewise.
-        rounding: likewise.
-        dtype: float8_e4m3fn.
-        min_scale: 1 / (448 * 512), which the kernel has built in.
-        max_scale: 0: there is none.
-        zero_scale: 0: there is none.
-        scale_ub: None: there is none.
-        quant_rounding: `divide`.
-        group_name: likewise.
+        m: as for `all_reduce_norm`; min_scale 1 / (448 * 512), which the kernel has built in; no other bound of the
+            scales; quant_rounding `divide`.
 
     Returns:
         (q, scale, residual_out): [..., hidden], [..., 1] in float32 and [..., hidden], contiguous.
 
     Raises:
-        CollectiveError: as for `all_reduce_fused_add_rms_norm`.
+        CollectiveError: as for `all_reduce_norm`.
     """
-    q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    _all_reduce_fusion(
-        "kARResidualRMSNormDynamicFP8Quant", x, residual, weight, eps, rounding, group_name, total,
-        quant_out=rows_of(q), scale_out=rows_of(scale),
-    )  # fmt: skip
+    q, total = m.x.new_empty(m.x.shape, dtype=m.dtype), m.x.new_empty(m.x.shape)
+    scale = m.x.new_empty((*m.x.shape[:-1], 1), dtype=torch.float32)
+    results = {"quant_out": rows_of(q), "scale_out": rows_of(scale)}
+    _all_reduce_fusion("kARResidualRMSNormDynamicFP8Quant", m, total, **results)
     return q, scale, total
 
 
-def _all_reduce_fusion(
-    pattern: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, group_name: str,
-    residual_out: Tensor, **results: Any,
-) -> None:  # fmt: skip
+def _all_reduce_fusion(pattern: str, m: Any, residual_out: Tensor, **results: Any) -> None:
+    x, group_name = m.x, m.group_name
     rows, hidden = x.shape[:-1].numel(), x.shape[-1]
     if rows == 0:
         return
@@ -201,66 +165,35 @@ def _all_reduce_fusion(
     comm.allreduce_fusion(
         input=aligned(rows_of(x)), workspace=workspace, pattern=getattr(comm.AllReduceFusionPattern, pattern),
         launch_with_pdl=TorchVersion(library.__version__) >= EARLY_LAUNCH_FROM, residual_out=rows_of(residual_out),
-        residual_in=aligned(rows_of(residual)), rms_gamma=aligned(weight.contiguous()), rms_eps=eps, fp32_acc=True,
-        **({"weight_bias": 1.0} if Rounding(rounding).adds_one else {}), **results,
+        residual_in=aligned(rows_of(m.residual)), rms_gamma=aligned(m.weight.contiguous()), rms_eps=m.eps,
+        fp32_acc=True, **({"weight_bias": 1.0} if Rounding(m.rounding).adds_one else {}), **results,
     )  # fmt: skip
 
 
-def rms_norm_static_fp8_quant(
-    x: Tensor, weight: Tensor, eps: float, rounding: str, scale: Tensor, dtype: torch.dtype, quant_rounding: str
-) -> Tensor:
-    """q = clamp(rms_norm(x) * weight * (1 / scale), -448, 448).to(float8_e4m3fn), rounded nowhere before
+def norm_static(m: Any) -> Any:
+    """[residual_out = x + residual]
+    q = clamp(rms_norm(x [+ residual]) * weight * (1 / scale), -448, 448).to(float8_e4m3fn), rounded nowhere before
 
-    `ops.rms_norm_static_fp8_quant` but for the rounding of the norm.
-
-    Args:
-        x: [..., hidden], float16 or bfloat16.
-        weight: [hidden], x's dtype.
-        eps: added to the mean square.
-        rounding: `gpt_oss`.
-        scale: one float32 element.
-        dtype: float8_e4m3fn.
-        quant_rounding: `multiply`.
-
-    Returns:
-        [..., hidden] in `dtype`, contiguous.
-    """
-    q = x.new_empty(x.shape, dtype=dtype)
-    if x.numel():
-        norm = importlib.import_module("flashinfer.norm")
-        norm.rmsnorm_quant(rows_of(q), aligned(rows_of(x)), aligned(weight.contiguous()), scale, eps)
-    return q
-
-
-def fused_add_rms_norm_static_fp8_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, scale: Tensor, dtype: torch.dtype,
-    quant_rounding: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """residual_out = x + residual
-    q = clamp(rms_norm(x + residual) * weight * (1 / scale), -448, 448).to(float8_e4m3fn)
-
-    `ops.fused_add_rms_norm_static_fp8_quant` under the rounding `fp32`, but for the rounding of the norm.
+    `ops.rms_norm_static_fp8_quant` under the rounding `gpt_oss` and `ops.fused_add_rms_norm_static_fp8_quant` under
+    `fp32`, but for the rounding of the norm.
 
     Args:
-        x: [..., hidden], float16 or bfloat16.
-        residual: [..., hidden], x's dtype; it is copied, since the kernel writes the sum over it.
-        weight: [hidden], x's dtype.
-        eps: added to the mean square.
-        rounding: `fp32`.
-        scale: one float32 element.
-        dtype: float8_e4m3fn.
-        quant_rounding: `multiply`.
+        m: x [..., hidden], float16 or bfloat16; residual of x's shape and dtype, or none; it is copied, since the
+            kernel writes the sum over it; weight [hidden] in x's dtype; scale, one float32 element; quant_rounding
+            `multiply`.
 
     Returns:
-        (q, residual_out), both [..., hidden], contiguous.
+        q, or (q, residual_out), all [..., hidden], contiguous.
     """
-    q, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape).copy_(residual)
-    if x.numel():
+    residual = vars(m).get("residual")
+    q = m.x.new_empty(m.x.shape, dtype=m.dtype)
+    total = None if residual is None else m.x.new_empty(m.x.shape).copy_(residual)
+    if m.x.numel():
         norm = importlib.import_module("flashinfer.norm")
-        norm.fused_add_rmsnorm_quant(
-            rows_of(q), aligned(rows_of(x)), rows_of(total), aligned(weight.contiguous()), scale, eps
-        )
-    return q, total
+        run = norm.rmsnorm_quant if total is None else norm.fused_add_rmsnorm_quant
+        written = () if total is None else (rows_of(total),)
+        run(rows_of(q), aligned(rows_of(m.x)), *written, aligned(m.weight.contiguous()), m.scale, m.eps)
+    return q if total is None else (q, total)
 
 
 def _is_older(than: str) -> bool:
@@ -373,10 +306,10 @@ PROVIDER: Final = Provider(
 )
 
 for _op, _kernel in (
-    (ops.all_reduce_fused_add_rms_norm, all_reduce_fused_add_rms_norm),
-    (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, all_reduce_fused_add_rms_norm_static_fp8_quant),
-    (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_fused_add_rms_norm_dynamic_fp8_quant),
-    (ops.rms_norm_static_fp8_quant, rms_norm_static_fp8_quant),
-    (ops.fused_add_rms_norm_static_fp8_quant, fused_add_rms_norm_static_fp8_quant),
+    (ops.all_reduce_fused_add_rms_norm, all_reduce_norm),
+    (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, all_reduce_static),
+    (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_dynamic),
+    (ops.rms_norm_static_fp8_quant, norm_static),
+    (ops.fused_add_rms_norm_static_fp8_quant, norm_static),
 ):
-    implement(_op, PROVIDER.name, _kernel, most_rows=OFFERS[_op.name].most_rows)
+    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=OFFERS[_op.name].most_rows)

@@ -1,8 +1,12 @@
 """Operands as libraries' row kernels read and write them: rows of elements side by side, by loads of 16 bytes."""
 
-from typing import Final
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
 
 from torch import Tensor
+
+from fuseplan.dialect import DialectOp
 
 ACCESS_BYTES: Final = 16
 """Of one load or store."""
@@ -16,3 +20,13 @@ def rows_of(x: Tensor) -> Tensor:
 def aligned(x: Tensor) -> Tensor:
     """x where a load may start."""
     return x if x.data_ptr() % ACCESS_BYTES == 0 else x.clone()
+
+
+def by_names(op: DialectOp, run: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A kernel that takes an op's arguments as attributes by their names, as one that takes them in the op's order."""
+    names = op.arguments
+
+    def kernel(*arguments: Any) -> Any:
+        return run(SimpleNamespace(**dict(zip(names, arguments, strict=True))))
+
+    return kernel

@@ -77,9 +77,10 @@ class DefaultOn:
 class Rule:
     """One fusion: where it matches, what it refuses, and what stands there afterwards.
 
-    A subclass gives `name`, `flags`, `op`, `pattern`, `replacement` and, where something can't be seen in the pattern,
-    `check`. Variables bind by parameter name; epsilons, widths, groups and dtypes are variables like tensors. A `uuid`,
-    a method or a value, changes with what these functions do: compiled graphs are cached under it, or else not at all.
+    A subclass gives `name`, `flags`, `op`, `pattern`, `replacement`, unless the fused op takes variables by their names
+    and yields what the pattern does, and, where something can't be seen in the pattern, `check`. Variables bind by
+    parameter name; epsilons, widths, groups and dtypes are variables like tensors. A `uuid`, a method or a value,
+    changes with what these functions do: compiled graphs are cached under it, or else not at all.
 
     Attributes:
         name: shared by the members of a family, e.g. `allreduce_rms`.
@@ -108,8 +109,21 @@ class Rule:
         raise NotImplementedError
 
     def replacement(self, *variables: Any, **named: Any) -> Any:
-        """The same values in the same order, computed by the fused op."""
-        raise NotImplementedError
+        """The same values in the same order, computed by the fused op; where a rule doesn't say how, by the fused op of
+        the variables that its schema names.
+
+        Raises:
+            RuleError: a name in the schema isn't a variable of the pattern.
+        """
+        missing = [name for name in self.op.arguments if name not in named]
+        if missing:
+            raise RuleError(
+                f"rule {self.name} ({type(self).__name__}): its pattern has no variable {missing[0]!r}, which "
+                f"{self.op.name} takes; write a replacement"
+            )
+        results = self.op(*(named[name] for name in self.op.arguments))
+        count = len(self.op.overload._schema.returns)
+        return (results,) if count == 1 else tuple(results[index] for index in range(count))
 
     def check(self, m: Bindings) -> Refusal | None:
         """Why a match that the pattern admits must be refused, or None."""
@@ -127,8 +141,10 @@ class Rule:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """The pattern's parameters."""
-        return tuple(inspect.signature(self.pattern).parameters)
+        """The pattern's parameters; of one that takes any (`**bound`), the fused op's, by the names in its schema."""
+        parameters = inspect.signature(self.pattern).parameters
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+        return self.op.arguments if takes_any else tuple(parameters)
 
     @cached_property
     def traced_pattern(self) -> Traced:

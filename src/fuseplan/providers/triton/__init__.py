@@ -16,7 +16,6 @@ from fuseplan.dialect import (
     NORM_FAMILY,
     SCALED_LINEAR_FAMILY,
     DialectOp,
-    RotaryRounding,
     Rounding,
     ScaledLayers,
     implement,
@@ -26,6 +25,7 @@ from fuseplan.dialect import (
 from fuseplan.distributed.workspace import Workspace, workspace_of
 from fuseplan.providers.attention import ROUNDINGS
 from fuseplan.providers.gates import Accepts, Offer
+from fuseplan.providers.operands import by_names
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.providers.triton.checks import (
@@ -55,91 +55,28 @@ def qk_norm_rope(
     return launch(q, k, q_weight, k_weight, cos, sin, eps, rounding, rotary_rounding)
 
 
-def rope_cache(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str,
-) -> Tensor:  # fmt: skip
-    """`parts.cached_rotary.op.rope_cache_reference` in one kernel, which writes the caches and yields the queries."""
-    from fuseplan.providers.triton.cached_rotary import launch
-
-    return launch(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
-
-
-def qk_norm_rope_cache(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
-    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str,
-) -> Tensor:  # fmt: skip
-    """`families.cached_rotary.qk_norm_rope_cache_reference` in one kernel, which writes the caches and yields the
-    queries.
+def rope_cache(m: Any) -> Tensor:
+    """`families.cached_rotary.qk_norm_rope_cache_reference`, or `rope_cache_reference` of what isn't normed, in one
+    kernel, which writes the caches and yields the queries.
     """
     from fuseplan.providers.triton.cached_rotary import QkNorm, launch
 
-    norm = QkNorm(q_weight=q_weight, k_weight=k_weight, eps=eps, rounding=Rounding(rounding))
-    return launch(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding, norm)
+    return launch(m.q, m.k, m.v, m.k_cache, m.v_cache, m.cos, m.sin, m.positions, m.rotary_rounding, QkNorm.of(m))
 
 
-def grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, kernel: str
-) -> Tensor:  # fmt: skip
-    """`parts.attention.op.attention_reference` with the keys split among programs; `is_causal` is False."""
-    from fuseplan.providers.triton.attention import launch
-
-    return launch(q, k, v, mask, scale, kernel)
-
-
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None,
-    rounding: str,
-) -> Tensor:  # fmt: skip
-    """`parts.eager_attention.op.eager_attention_reference`, keys split among programs; `rounding` is `float32`."""
-    from fuseplan.providers.triton.attention import launch
-
-    return launch(q, k, v, mask, scale, None, sinks=sinks, softcap=softcap)
-
-
-def rope_cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str, mask: Tensor | None, scale: float, is_causal: bool, kernel: str,
-) -> Tensor:  # fmt: skip
-    """`families.cached_attention.rope_cached_attention_reference` of one token, which writes the caches and yields what
-    is attended; `is_causal` is False.
+def attended(m: Any) -> Tensor:
+    """`parts.attention.op.attention_reference` or `parts.eager_attention.op.eager_attention_reference` with the keys
+    split among programs. Where there are caches, these get the key and the value of one token first, as
+    `families.cached_attention` composes it. `is_causal` is False, and `rounding` of what is spelled out `float32`.
     """
     from fuseplan.providers.triton.attention import launch
     from fuseplan.providers.triton.cached_attention import Token
 
-    rounding = RotaryRounding(rotary_rounding)
-    token = Token(k=k, v=v, cos=cos, sin=sin, positions=positions, rotary_rounding=rounding)
-    return launch(q, k_cache, v_cache, mask, scale, kernel, written=token)
-
-
-def rope_cached_eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rounding: str,
-) -> Tensor:  # fmt: skip
-    """`families.cached_attention.rope_cached_eager_attention_reference`, likewise; `rounding` is `float32`."""
-    from fuseplan.providers.triton.attention import launch
-    from fuseplan.providers.triton.cached_attention import Token
-
-    how = RotaryRounding(rotary_rounding)
-    token = Token(k=k, v=v, cos=cos, sin=sin, positions=positions, rotary_rounding=how)
-    return launch(q, k_cache, v_cache, mask, scale, None, sinks=sinks, softcap=softcap, written=token)
-
-
-def qk_norm_rope_cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
-    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str, mask: Tensor | None, scale: float,
-    is_causal: bool, kernel: str,
-) -> Tensor:  # fmt: skip
-    """`families.cached_attention.qk_norm_rope_cached_attention_reference`, likewise."""
-    from fuseplan.providers.triton.attention import launch
-    from fuseplan.providers.triton.cached_attention import Token
-    from fuseplan.providers.triton.cached_rotary import QkNorm
-
-    norm = QkNorm(q_weight=q_weight, k_weight=k_weight, eps=eps, rounding=Rounding(rounding))
-    token = Token(
-        k=k, v=v, cos=cos, sin=sin, positions=positions, rotary_rounding=RotaryRounding(rotary_rounding), norm=norm
-    )
-    return launch(q, k_cache, v_cache, mask, scale, kernel, written=token)
+    own = vars(m)
+    how = {"sinks": own.get("sinks"), "softcap": own.get("softcap")}
+    if "k_cache" not in own:
+        return launch(m.q, m.k, m.v, m.mask, m.scale, own.get("kernel"), **how)
+    return launch(m.q, m.k_cache, m.v_cache, m.mask, m.scale, own.get("kernel"), **how, written=Token.of(m))
 
 
 def linears(*arguments: Any) -> Any:
@@ -232,6 +169,10 @@ def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
     return replayed(run)
 
 
+_ATTENTIONS = (
+    ops.grouped_attention, ops.fused_attention, ops.rope_cached_attention, ops.rope_cached_eager_attention,
+    ops.qk_norm_rope_cached_attention,
+)  # fmt: skip
 _EAGER_ATTENTIONS = (ops.fused_attention, ops.rope_cached_eager_attention)
 _LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
 _FEW_ROWS = (*_LINEARS, *SCALED_LINEAR_FAMILY, ops.skinny_linear_add_rms_norm)
@@ -247,13 +188,10 @@ _PLAIN_ACTIVATIONS, _KEPT_ACTIVATIONS = (
 _ACTIVATIONS = {**_PLAIN_ACTIVATIONS, **_KEPT_ACTIVATIONS}
 
 implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
-implement(ops.rope_cache, "triton", replayed(rope_cache))
-implement(ops.qk_norm_rope_cache, "triton", replayed(qk_norm_rope_cache))
-implement(ops.grouped_attention, "triton", replayed(grouped_attention))
-implement(ops.fused_attention, "triton", replayed(fused_attention))
-implement(ops.rope_cached_attention, "triton", replayed(rope_cached_attention))
-implement(ops.rope_cached_eager_attention, "triton", replayed(rope_cached_eager_attention))
-implement(ops.qk_norm_rope_cached_attention, "triton", replayed(qk_norm_rope_cached_attention))
+for _op in (ops.rope_cache, ops.qk_norm_rope_cache):
+    implement(_op, "triton", replayed(by_names(_op, rope_cache)))
+for _op in _ATTENTIONS:
+    implement(_op, "triton", replayed(by_names(_op, attended)))
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
 implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))

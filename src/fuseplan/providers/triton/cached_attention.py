@@ -14,7 +14,7 @@ The equivalent eager code is `fuseplan.rules.families.cached_attention.qk_norm_r
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import triton
 import triton.language as tl
@@ -81,6 +81,14 @@ class Token:
     positions: Tensor
     rotary_rounding: RotaryRounding
     norm: QkNorm | None = None
+
+    @classmethod
+    def of(cls, m: Any) -> Self:
+        """That of a fused op's arguments, by their names."""
+        return cls(
+            k=m.k, v=m.v, cos=m.cos, sin=m.sin, positions=m.positions,
+            rotary_rounding=RotaryRounding(m.rotary_rounding), norm=QkNorm.of(m),
+        )  # fmt: skip
 
     @property
     def arguments(self) -> tuple[Any, ...]:

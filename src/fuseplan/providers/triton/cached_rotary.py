@@ -10,6 +10,7 @@ The equivalent eager code is `fuseplan.rules.families.cached_rotary.qk_norm_rope
 """
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import triton
@@ -146,6 +147,13 @@ class QkNorm:
     k_weight: Tensor
     eps: float
     rounding: Rounding
+
+    @classmethod
+    def of(cls, m: Any) -> Self | None:
+        """That of a fused op's arguments, by their names; None where it has no norm."""
+        if "q_weight" not in vars(m):
+            return None
+        return cls(q_weight=m.q_weight, k_weight=m.k_weight, eps=m.eps, rounding=Rounding(m.rounding))
 
 
 def broadcast(value: Tensor) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from torch.torch_version import TorchVersion
 
 from fuseplan.dialect import ActivationRounding, Rounding, implement, ops
 from fuseplan.providers.gates import Offer
+from fuseplan.providers.operands import by_names
 from fuseplan.providers.provider import Provider
 from fuseplan.providers.timing import Timing
 from fuseplan.providers.vllm_c import gates, kernels
@@ -123,13 +124,13 @@ PROVIDER: Final = Provider(
 )
 
 for _op, _kernel in (
-    (ops.rms_norm_static_fp8_quant, kernels.rms_norm_static_fp8_quant),
-    (ops.fused_add_rms_norm_static_fp8_quant, kernels.fused_add_rms_norm_static_fp8_quant),
-    (ops.rms_norm_dynamic_fp8_quant, kernels.rms_norm_dynamic_fp8_quant),
-    (ops.fused_add_rms_norm_dynamic_fp8_quant, kernels.fused_add_rms_norm_dynamic_fp8_quant),
-    (ops.rms_norm_group_fp8_quant, kernels.rms_norm_group_fp8_quant),
-    (ops.fused_add_rms_norm_group_fp8_quant, kernels.fused_add_rms_norm_group_fp8_quant),
-    (ops.silu_and_mul_static_fp8_quant, kernels.silu_and_mul_static_fp8_quant),
-    (ops.silu_and_mul_group_fp8_quant, kernels.silu_and_mul_group_fp8_quant),
+    (ops.rms_norm_static_fp8_quant, kernels.static_norm),
+    (ops.fused_add_rms_norm_static_fp8_quant, kernels.static_norm),
+    (ops.rms_norm_dynamic_fp8_quant, kernels.dynamic_norm),
+    (ops.fused_add_rms_norm_dynamic_fp8_quant, kernels.dynamic_norm),
+    (ops.rms_norm_group_fp8_quant, kernels.group_norm),
+    (ops.fused_add_rms_norm_group_fp8_quant, kernels.group_norm),
+    (ops.silu_and_mul_static_fp8_quant, kernels.static_activation),
+    (ops.silu_and_mul_group_fp8_quant, kernels.group_activation),
 ):
-    implement(_op, PROVIDER.name, _kernel, most_rows=OFFERS[_op.name].most_rows)
+    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=OFFERS[_op.name].most_rows)

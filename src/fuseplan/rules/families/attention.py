@@ -67,11 +67,6 @@ class GroupedAttention(Rule):
         shared = repeat_heads(k, groups), repeat_heads(v, groups)
         return (attention(q, *shared, mask, scale, is_causal, kernel),)
 
-    def replacement(
-        self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
-    ) -> Any:  # fmt: skip
-        return (self.op(q, k, v, mask, scale, is_causal, kernel),)
-
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses keys, values and masks of lengths that the graph doesn't know to be equal: calls can't be made up on
         which a kernel is verified.
@@ -88,15 +83,8 @@ class EagerAttention(Rule):
     name, flags = "eager_attention", ("fuse_eager_attention",)
     op, core = fused_attention, eager_attention
 
-    def pattern(
-        self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any
-    ) -> Any:  # fmt: skip
-        return (eager_attention(q, k, v, mask, sinks, scale, softcap, rounding),)
-
-    def replacement(
-        self, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any
-    ) -> Any:  # fmt: skip
-        return (self.op(q, k, v, mask, sinks, scale, softcap, rounding),)
+    def pattern(self, **bound: Any) -> Any:
+        return (eager_attention(*bound.values()),)
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what `GroupedAttention` does, and numbers of heads that aren't known."""

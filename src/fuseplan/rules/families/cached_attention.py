@@ -2,55 +2,50 @@
 without, and the writes of the new keys and values into the static caches that attention reads.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuseplan.graph.ops import AttentionRounding, RotaryRounding, Rounding, Sample, define, draw_near_one, random_tensor
+from fuseplan.graph.ops import (
+    AttentionRounding,
+    RotaryRounding,
+    Rounding,
+    Sample,
+    define,
+    draw_near_one,
+    random_tensor,
+)
 from fuseplan.record import Refusal
 from fuseplan.rules.base import Bindings, Rule
 from fuseplan.rules.families.attention import unequal_lengths
 from fuseplan.rules.families.cached_rotary import (
     CachedRule,
     NormedCachedRule,
-    qk_norm_rope_cache_fake,
-    qk_norm_rope_cache_reference,
+    qk_norm_rope_cache,
+    rope_cache,
 )
 from fuseplan.rules.families.linear import DEFAULT_ON
 from fuseplan.rules.parts.attention import attention, repeat_heads
 from fuseplan.rules.parts.attention.op import DRAWS as ATTENTION_DRAWS
-from fuseplan.rules.parts.attention.op import ERROR_FACTOR, attention_fake, attention_reference, draw_keys, draw_mask
+from fuseplan.rules.parts.attention.op import ERROR_FACTOR, draw_keys, draw_mask
 from fuseplan.rules.parts.cache_write import CACHES, cache_write
 from fuseplan.rules.parts.cached_rotary import cached_rotary
 from fuseplan.rules.parts.cached_rotary.op import DRAWS as CACHED_DRAWS
-from fuseplan.rules.parts.cached_rotary.op import cached_sample, rope_cache_fake, rope_cache_reference
+from fuseplan.rules.parts.cached_rotary.op import cached_sample
 from fuseplan.rules.parts.eager_attention import eager_attention
-from fuseplan.rules.parts.eager_attention.op import eager_attention_fake, eager_attention_reference
 from fuseplan.rules.parts.rms_norm import rms_norm
 from fuseplan.rules.parts.rotary import rotary_embedding
 
 
-def rope_cached_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str, mask: Tensor | None, scale: float, is_causal: bool, kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def rope_cached_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q, k_cache, v_cache = rope_cache(q, k, v, ...);  y = grouped_attention(q, k_cache, v_cache, mask, scale)
 
     Args:
-        q: [batch, q_heads, tokens, head_dim].
-        k: [batch, heads, tokens, head_dim], q's dtype; q_heads is a multiple of heads.
-        v: [batch, heads, tokens, value_dim], q's dtype.
-        k_cache: [batch, heads, length, head_dim], q's dtype.
-        v_cache: [batch, heads, length, value_dim], q's dtype.
-        cos: [batch or 1, 1, tokens or 1, head_dim], or half of head_dim where both halves share it.
-        sin: cos's shape.
-        positions: [tokens], integers; a negative one counts from the end. Of equal ones any may be the last.
-        rotary_rounding: one of `RotaryRounding`.
-        mask: added to the scores, broadcasts to [batch, q_heads, tokens, length]; None: nothing is added.
-        scale: of the scores.
-        is_causal: query i sees keys 0 to i alone.
-        kernel: torch's, by name: one of `ATTENTION_KERNELS`.
+        arguments: those of `rope_cache_reference`, then from the mask on those of `attention_reference`, whose keys and
+            values are the caches, of `length`.
 
     Returns:
         (y, k_cache, v_cache): y [batch, q_heads, tokens, value_dim] in q's dtype, laid out as the kernel does of
@@ -61,44 +56,14 @@ def rope_cached_attention_reference(
         KeyError: no kernel of that name is known.
         ValueError: `rotary_rounding` isn't one of `RotaryRounding`.
     """
-    written = rope_cache_reference(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
-    return attention_reference(*written, mask, scale, is_causal, kernel), *written[1:]
+    return _attending(rope_cache.reference, attention.reference, len(rope_cache.parameters), *arguments)
 
 
-def rope_cached_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str, mask: Tensor | None, scale: float, is_causal: bool, kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Shapes, dtypes and layouts of `rope_cached_attention_reference`."""
-    written = rope_cache_fake(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
-    return attention_fake(*written, mask, scale, is_causal, kernel), *written[1:]
-
-
-def qk_norm_rope_cached_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
-    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str, mask: Tensor | None, scale: float,
-    is_causal: bool, kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def qk_norm_rope_cached_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """rope_cached_attention of rms_norm(q, q_weight) and rms_norm(k, k_weight), each as its own reference computes it.
 
     Args:
-        q: see `rope_cached_attention_reference`.
-        k: likewise.
-        v: likewise.
-        k_cache: likewise.
-        v_cache: likewise.
-        q_weight: [head_dim].
-        k_weight: [head_dim].
-        cos: see `rope_cached_attention_reference`.
-        sin: likewise.
-        positions: likewise.
-        eps: added to the mean squares.
-        rounding: one of `Rounding`, of both norms.
-        rotary_rounding: one of `RotaryRounding`.
-        mask: see `rope_cached_attention_reference`.
-        scale: likewise.
-        is_causal: likewise.
-        kernel: likewise.
+        arguments: those of `qk_norm_rope_cache_reference`, then as for `rope_cached_attention_reference`.
 
     Returns:
         As `rope_cached_attention_reference`.
@@ -108,46 +73,15 @@ def qk_norm_rope_cached_attention_reference(
         KeyError: no kernel of that name is known.
         ValueError: `rounding` or `rotary_rounding` isn't one of theirs.
     """
-    written = qk_norm_rope_cache_reference(
-        q, k, v, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, eps, rounding, rotary_rounding
-    )
-    return attention_reference(*written, mask, scale, is_causal, kernel), *written[1:]
+    return _attending(qk_norm_rope_cache.reference, attention.reference, len(qk_norm_rope_cache.parameters), *arguments)
 
 
-def qk_norm_rope_cached_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
-    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str, mask: Tensor | None, scale: float,
-    is_causal: bool, kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Shapes, dtypes and layouts of `qk_norm_rope_cached_attention_reference`."""
-    written = qk_norm_rope_cache_fake(
-        q, k, v, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, eps, rounding, rotary_rounding
-    )
-    return attention_fake(*written, mask, scale, is_causal, kernel), *written[1:]
-
-
-def rope_cached_eager_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rounding: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def rope_cached_eager_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q, k_cache, v_cache = rope_cache(q, k, v, ...);  y = eager_attention(q, k_cache, v_cache, mask, sinks, scale)
 
     Args:
-        q: see `rope_cached_attention_reference`.
-        k: likewise.
-        v: likewise.
-        k_cache: likewise.
-        v_cache: likewise.
-        cos: likewise.
-        sin: likewise.
-        positions: likewise.
-        rotary_rounding: one of `RotaryRounding`.
-        mask: added to the scores, in q's dtype, broadcasts to [batch, q_heads, tokens, length]; None: nothing is added.
-        sinks: [q_heads] in q's dtype: a logit more of every query of a head, which takes weight and has no value; None:
-            there is none.
-        scale: of the scores.
-        softcap: what scores stay below; None: they stay as they are.
-        rounding: one of `AttentionRounding`.
+        arguments: those of `rope_cache_reference`, then from the mask on those of `eager_attention_reference`, whose
+            keys and values are the caches, of `length`.
 
     Returns:
         (y, k_cache, v_cache): y [batch, q_heads, tokens, value_dim] in q's dtype, contiguous, and the caches as they
@@ -157,17 +91,15 @@ def rope_cached_eager_attention_reference(
         IndexError: a position lies outside of the cache.
         ValueError: `rotary_rounding` or `rounding` isn't one of theirs.
     """
-    written = rope_cache_reference(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
-    return eager_attention_reference(*written, mask, sinks, scale, softcap, rounding), *written[1:]
+    return _attending(rope_cache.reference, eager_attention.reference, len(rope_cache.parameters), *arguments)
 
 
-def rope_cached_eager_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rounding: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Shapes, dtypes and layouts of `rope_cached_eager_attention_reference`."""
-    written = rope_cache_fake(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
-    return eager_attention_fake(*written, mask, sinks, scale, softcap, rounding), *written[1:]
+def _attending(
+    write: Callable[..., Any], attend: Callable[..., Tensor], count: int, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attends to what is written, of which the first `count` arguments are."""
+    written = write(*arguments[:count])
+    return attend(*written, *arguments[count:]), *written[1:]
 
 
 def _sample(cached: Sample, *, masked: bool, rounding: Rounding | None = None) -> Sample:
@@ -217,7 +149,7 @@ rope_cached_attention = define(
     "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cos, Tensor sin, Tensor positions, "
     "str rotary_rounding, Tensor? mask, float scale, bool is_causal, str kernel) -> (Tensor, Tensor, Tensor)",
     reference=rope_cached_attention_reference,
-    fake=rope_cached_attention_fake,
+    fake=partial(_attending, rope_cache.fake, attention.fake, len(rope_cache.parameters)),
     samples=[_sample(each, masked=masked) for each, masked in zip(_CACHED, _MASKED, strict=True)],
     fused=True,
     error_factor=ERROR_FACTOR,
@@ -231,7 +163,7 @@ qk_norm_rope_cached_attention = define(
     "Tensor sin, Tensor positions, float eps, str rounding, str rotary_rounding, Tensor? mask, float scale, "
     "bool is_causal, str kernel) -> (Tensor, Tensor, Tensor)",
     reference=qk_norm_rope_cached_attention_reference,
-    fake=qk_norm_rope_cached_attention_fake,
+    fake=partial(_attending, qk_norm_rope_cache.fake, attention.fake, len(qk_norm_rope_cache.parameters)),
     samples=[
         _sample(each, masked=masked, rounding=rounding)
         for each, masked, rounding in zip(
@@ -251,7 +183,7 @@ rope_cached_eager_attention = define(
     "str rotary_rounding, Tensor? mask, Tensor? sinks, float scale, float? softcap, str rounding) -> "
     "(Tensor, Tensor, Tensor)",
     reference=rope_cached_eager_attention_reference,
-    fake=rope_cached_eager_attention_fake,
+    fake=partial(_attending, rope_cache.fake, eager_attention.fake, len(rope_cache.parameters)),
     samples=[
         _eager_sample(each, softcap=softcap)
         for each, softcap in zip(rope_cached_attention.samples, (None, 2.0, 3.0, None), strict=True)
@@ -281,16 +213,6 @@ class CachedAttention(CachedRule):
         rotated, *caches = _items(cached_rotary(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding))
         return _attended(rotated, caches, groups, mask, scale, is_causal, kernel)
 
-    def replacement(
-        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
-        rotary_rounding: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any,
-    ) -> Any:  # fmt: skip
-        return _items(
-            self.op(
-                q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding, mask, scale, is_causal, kernel
-            )
-        )  # fmt: skip
-
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what `rope_cache` and `grouped_attention` do."""
         return super().check(m) or _unequal_masks(m)
@@ -312,16 +234,6 @@ class CachedEagerAttention(CachedRule):
     ) -> Any:  # fmt: skip
         written = _items(cached_rotary(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding))
         return eager_attention(*written, mask, sinks, scale, softcap, rounding), *written[1:]
-
-    def replacement(
-        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
-        rotary_rounding: Any, mask: Any, sinks: Any, scale: Any, softcap: Any, rounding: Any,
-    ) -> Any:  # fmt: skip
-        return _items(
-            self.op(
-                q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding, mask, sinks, scale, softcap, rounding
-            )
-        )  # fmt: skip
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what `rope_cache` and `eager_attention` do."""
@@ -350,18 +262,6 @@ class QkNormCachedAttention(NormedCachedRule):
         rotated = rotary_embedding(q, k, cos, sin, rotary_rounding)
         written = cache_write(rotated[1], v, k_cache, v_cache, positions)
         return _attended(rotated[0], (written[0], written[1]), groups, mask, scale, is_causal, kernel)
-
-    def replacement(
-        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
-        positions: Any, eps: Any, rounding: Any, rotary_rounding: Any, groups: Any, mask: Any, scale: Any,
-        is_causal: Any, kernel: Any,
-    ) -> Any:  # fmt: skip
-        return _items(
-            self.op(
-                self._moved(q), self._moved(k), v, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, eps,
-                rounding, rotary_rounding, mask, scale, is_causal, kernel,
-            )
-        )  # fmt: skip
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what `qk_norm_rope_cache` and `grouped_attention` do."""

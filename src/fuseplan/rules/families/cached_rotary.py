@@ -162,6 +162,9 @@ class NormedCachedRule(CachedRule):
     def _moved(self, value: Any) -> Any:
         return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.tokens_first else value
 
+    def replacement(self, **bound: Any) -> Any:
+        return super().replacement(**{**bound, "q": self._moved(bound["q"]), "k": self._moved(bound["k"])})
+
     def _heads_first(self, x: Tensor) -> Tensor:
         return x.permute(HEADS_FIRST) if self.tokens_first and x.dim() == 4 else x
 
@@ -182,19 +185,9 @@ class RopeCache(CachedRule):
     name, flags = "rope_cache", ("fuse_rope_cache",)
     op, core = rope_cache, cached_rotary
 
-    def pattern(
-        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
-        rotary_rounding: Any,
-    ) -> Any:  # fmt: skip
-        written = cached_rotary(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+    def pattern(self, **bound: Any) -> Any:
+        written = cached_rotary(*bound.values())
         return written[0], written[1], written[2]
-
-    def replacement(
-        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, cos: Any, sin: Any, positions: Any,
-        rotary_rounding: Any,
-    ) -> Any:  # fmt: skip
-        fused = self.op(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
-        return fused[0], fused[1], fused[2]
 
 
 class QkNormRopeCache(NormedCachedRule):
@@ -216,15 +209,9 @@ class QkNormRopeCache(NormedCachedRule):
         written = cache_write(rotated[1], v, k_cache, v_cache, positions)
         return written[0], written[1], rotated[0]
 
-    def replacement(
-        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
-        positions: Any, eps: Any, rounding: Any, rotary_rounding: Any,
-    ) -> Any:  # fmt: skip
-        fused = self.op(
-            self._moved(q), self._moved(k), v, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, eps, rounding,
-            rotary_rounding,
-        )  # fmt: skip
-        return fused[1], fused[2], fused[0]
+    def replacement(self, **bound: Any) -> Any:
+        q_out, *caches = super().replacement(**bound)
+        return *caches, q_out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,11 +169,6 @@ class ComposedRule(Rule):
         self.name, self.flags, self.member = name, flags, member
         self.op, self.core = op, member.op
 
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """The fused op's own arguments, by the names in its schema."""
-        return self.op.arguments
-
     def takes(self, core: fx.Node, consumed: Collection[fx.Node]) -> bool:
         """Of two members, the one that keeps the core's result takes those cores that others read, too."""
         if self.member.keeps is None:
@@ -191,9 +186,7 @@ class ComposedRule(Rule):
 
     def replacement(self, **bound: Any) -> Any:
         """The fused op, and the core's result out of the epilogue's."""
-        fused = self.op(*(bound[name] for name in self.variables))
-        count = len(self.op.overload._schema.returns)
-        results = tuple(fused[index] for index in range(count)) if count > 1 else (fused,)
+        results = super().replacement(**bound)
         epilogue = self.member.epilogue
         if epilogue is None or epilogue.core_of is None:
             return results

@@ -112,20 +112,9 @@ class Linears(Rule):
 
     default_on = DEFAULT_ON
 
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """The fused op's own arguments, by the names in its schema."""
-        return self.op.arguments
-
     def pattern(self, **bound: Any) -> Any:
         """The layers."""
-        return self._results(self.core(*bound.values()))
-
-    def replacement(self, **bound: Any) -> Any:
-        """The fused op."""
-        return self._results(self.op(*bound.values()))
-
-    def _results(self, found: Any) -> Any:
+        found = self.core(*bound.values())
         return tuple(found[index] for index in range(self.count)) if self.count > 1 else (found,)
 
 
@@ -144,11 +133,6 @@ class GatedLinears(Rule):
     name, flags = "merged_linear_silu_mul", ("fuse_merged_linear",)
     opt_in, default_on = "fuse_merged_linear", DEFAULT_ON
     op, core = GATED, LINEARS[1]
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """The fused op's own arguments, by the names in its schema."""
-        return self.op.arguments
 
     def pattern(self, **bound: Any) -> Any:
         """The layers, and the activation of their results."""

@@ -103,13 +103,6 @@ class LinearAddNorm(Rule):
         found = fused_add_rms_norm(LINEARS[0](x, weight0, bias0), residual, norm_weight, eps, rounding)
         return found[0], found[1]
 
-    def replacement(
-        self, x: Any, weight0: Any, bias0: Any, residual: Any, norm_weight: Any, eps: Any, rounding: Any
-    ) -> Any:
-        """The fused op."""
-        found = self.op(x, weight0, bias0, residual, norm_weight, eps, rounding)
-        return found[0], found[1]
-
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses the dtypes that a fused norm does."""
         return unsupported_dtypes(m, "norm_weight")
