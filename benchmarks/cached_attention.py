@@ -6,13 +6,14 @@ PYTHONPATH=src:. python benchmarks/cached_attention.py [--write]
 import argparse
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from benchmarks.split_attention import BYTES, keep, microseconds, sets_of
-from fuseplan.dialect import RotaryRounding
+from fuseplan.dialect import RotaryRounding, ops
 from fuseplan.providers.triton import attention, cached_rotary
 from fuseplan.providers.triton.cached_attention import Token
 
@@ -51,7 +52,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *r
 
 def apart(q: Tensor, *rest: Tensor) -> Tensor:
     """By two kernels."""
-    return attend(cached_rotary.launch(q, *rest[:-1], ROUNDING.value), *rest)
+    named = dict(zip(ops.rope_cache.arguments, (q, *rest[:-1], ROUNDING.value), strict=True))
+    return attend(cached_rotary.launch(SimpleNamespace(**named)), *rest)
 
 
 def joint(

@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -277,21 +277,7 @@ class PassConfig:
         return self.policy != DEFAULT_POLICY
 
 
-FUSION_FLAGS = (
-    "fuse_act_padding",
-    "fuse_allreduce_rms",
-    "fuse_norm_quant",
-    "fuse_act_quant",
-    "enable_qk_norm_rope_fusion",
-    "fuse_rope_cache",
-    "fuse_grouped_attention",
-    "fuse_eager_attention",
-    "fuse_cached_attention",
-    "fuse_merged_linear",
-    "fuse_skinny_linear",
-    "fuse_scaled_linear",
-    "fuse_add_rms_norm",
-)
+FUSION_FLAGS = tuple(each.name for each in fields(PassConfig) if each.type == bool | None)
 
 
 @dataclass(frozen=True, kw_only=True)

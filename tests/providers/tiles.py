@@ -4,7 +4,6 @@ python -m tests.providers.tiles > tests/providers/data/tiles.json
 """
 
 import dataclasses
-import importlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -16,13 +15,9 @@ from unittest import mock
 import torch
 
 from fuseplan.dialect import Rounding
-from fuseplan.providers.triton import activation, all_reduce_norm, launching, norm
+from fuseplan.providers.triton import activation, all_reduce_norm, launching, norm, qk_norm_rope
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm
-
-qk_norm_rope = importlib.import_module(
-    "fuseplan.providers.triton.qk_norm_rope"
-)  # the package has a function of its name
 
 H100 = {"multiprocessors": 132, "shared_bytes": 232448, "cache_bytes": 50 * 2**20, "is_nvidia": True}
 MI300X = {"multiprocessors": 304, "shared_bytes": 65536, "cache_bytes": 4 * 2**20, "is_nvidia": False}
@@ -120,7 +115,9 @@ def choices() -> dict[tuple[str, int], list[Any]]:
             q, k, angles = (empty(rows, count, head_dim) for count in (*heads, 1))
             with recorded(qk_norm_rope, "_qk_norm_rope", device) as launched:
                 weight = empty(head_dim)
-                qk_norm_rope.launch(q, k, weight, weight, angles, angles, 1e-6, "llama", "products")
+                how = {"eps": 1e-6, "rounding": "llama", "rotary_rounding": "products"}
+                given = {"q": q, "k": k, "q_weight": weight, "k_weight": weight, "cos": angles, "sin": angles, **how}
+                qk_norm_rope.launch(SimpleNamespace(**given))
             found[f"qk {name} {heads[0]}+{heads[1]} {head_dim}", rows] = launched
     for processors, rows, width, ranks in itertools.product((132, 304), ROWS, WIDTHS, (2, 4, 8)):
         workspace: Any = SimpleNamespace(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from fuseplan.devices.derivation import H100_COPY, attention, like, linear, ns, rate, renamed, scaled, size
+from fuseplan.devices.derivation import H100_COPY, derived, like, ns, rate, renamed, scaled, size
 from fuseplan.devices.errors import UNMEASURED_ERRORS
 from fuseplan.devices.hardware import Aiter, Constant, Gate, Hardware, Peers
 from fuseplan.devices.nvidia import H100_ATTENTION, H200, H200_LINEAR
@@ -59,8 +59,8 @@ MI355X: Final = Hardware(
     ),
     memory_bandwidth=rate(7169, f"datasheet, 8 TB/s, times 3002 / 3350 ({H100_COPY}); not measured on AMD"),
     strided_copy=_copies(256),
-    attention=attention(H100_ATTENTION, like("H100", "not measured on AMD")),
-    linear=linear(H200_LINEAR, like("H200", "not measured on AMD")),
+    attention=derived(H100_ATTENTION, like("H100", "not measured on AMD")),
+    linear=derived(H200_LINEAR, like("H200", "not measured on AMD")),
     triton=Peers(
         signal=ns(1044, f"AITER's: {_AITER}"),
         second=ns(1044, f"AITER's: {_AITER}"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fuseplan.devices.hardware import Attention, Constant, Hardware, Linear, Peers, Protocol, Shots
 
@@ -13,6 +13,7 @@ PLAIN: Final = ("launch", "generated_norm", "cache", "cache_bandwidth", "memory_
 """The constants that every device has, its links and libraries aside."""
 
 Like = Callable[[Constant], Constant]
+T = TypeVar("T", Attention, Linear, Peers, Protocol, Shots)
 
 
 def ns(value: float, source: str) -> Constant:
@@ -53,40 +54,19 @@ def scaled(whose: str, constant: Constant, factor: float, why: str) -> Constant:
     )
 
 
-def attention(base: Attention, change: Like) -> Attention:
-    """Attention on another device."""
-    values = {each.name: getattr(base, each.name) for each in fields(Attention)}
-    changed: dict[str, Any] = {name: change(each) for name, each in values.items() if isinstance(each, Constant)}
+def derived(base: T, change: Like, **others: Like | None) -> T:
+    """A record of constants on another device.
+
+    Args:
+        base: the other device's.
+        change: what becomes of its constants.
+        others: the same of some of them, by name; None: no other than `change`.
+    """
+    constants = ((each.name, getattr(base, each.name)) for each in fields(base))
+    changed: dict[str, Any] = {
+        name: (others.get(name) or change)(each) for name, each in constants if isinstance(each, Constant)
+    }
     return replace(base, **changed)
-
-
-def linear(base: Linear, change: Like) -> Linear:
-    """Linear layers on another device."""
-    return Linear(**{each.name: change(getattr(base, each.name)) for each in fields(Linear)})
-
-
-def peers(base: Peers, change: Like, bandwidth: Like | None = None) -> Peers:
-    """The exchange on another device; `bandwidth` says otherwise of its links."""
-    return replace(
-        base, signal=change(base.signal), second=change(base.second), step=change(base.step),
-        bandwidth=(bandwidth or change)(base.bandwidth),
-    )  # fmt: skip
-
-
-def protocol(base: Protocol, change: Like) -> Protocol:
-    """An all-reduce on another device."""
-    return replace(base, latency=change(base.latency), step=change(base.step), bandwidth=change(base.bandwidth))
-
-
-def shots(base: Shots, change: Like, bandwidth: Like | None = None, peer: Like | None = None) -> Shots:
-    """An all-reduce in the memory of ranks on another device; `bandwidth` and `peer` say otherwise of its links."""
-    return replace(
-        base,
-        latency=change(base.latency),
-        step=change(base.step),
-        bandwidth=(bandwidth or change)(base.bandwidth),
-        peer=(peer or change)(base.peer),
-    )
 
 
 def renamed(hardware: Hardware, name: str, source: str, memory: float) -> Hardware:
@@ -112,9 +92,9 @@ def exchanges(base: Hardware, change: Like) -> dict[str, Any]:
     """All that crosses ranks on another device, by the field."""
     aiter = base.aiter
     return {
-        "library": tuple(protocol(each, change) for each in base.library),
-        "shots": tuple(shots(each, change) for each in base.shots),
-        "triton": base.triton and peers(base.triton, change),
-        "flashinfer": base.flashinfer and peers(base.flashinfer, change),
-        "aiter": aiter and replace(aiter, peers=peers(aiter.peers, change), norm=change(aiter.norm)),
+        "library": tuple(derived(each, change) for each in base.library),
+        "shots": tuple(derived(each, change) for each in base.shots),
+        "triton": base.triton and derived(base.triton, change),
+        "flashinfer": base.flashinfer and derived(base.flashinfer, change),
+        "aiter": aiter and replace(aiter, peers=derived(aiter.peers, change), norm=change(aiter.norm)),
     }

@@ -12,18 +12,14 @@ from fuseplan.devices.derivation import (
     COPIED,
     H100_COPY,
     Like,
-    attention,
+    derived,
     like,
-    linear,
     ns,
     operations,
-    peers,
-    protocol,
     rate,
     ratio,
     renamed,
     scaled,
-    shots,
     size,
 )
 from fuseplan.devices.errors import HOPPER_ERRORS, UNMEASURED_ERRORS
@@ -154,13 +150,13 @@ B200: Final = Hardware(
     cache_bandwidth=_sms(H200.cache_bandwidth),
     memory_bandwidth=_b200(8.0 / 4.8, "datasheets, 8 over 4.8 TB/s")(H200.memory_bandwidth),
     strided_copy=_sms(H200.strided_copy),
-    attention=attention(H100_ATTENTION, like("H100", "not measured on B200")),
-    linear=linear(H200_LINEAR, like("H200", "not measured on B200")),
+    attention=derived(H100_ATTENTION, like("H100", "not measured on B200")),
+    linear=derived(H200_LINEAR, like("H200", "not measured on B200")),
     library=BLACKWELL_LIBRARY,
     shots=BLACKWELL_SHOTS,
     engines=B200_VLLM,
-    triton=H200.triton and peers(H200.triton, _unmeasured, _links),
-    flashinfer=H200.flashinfer and peers(H200.flashinfer, _unmeasured, _links),
+    triton=H200.triton and derived(H200.triton, _unmeasured, bandwidth=_links),
+    flashinfer=H200.flashinfer and derived(H200.flashinfer, _unmeasured, bandwidth=_links),
     errors=UNMEASURED_ERRORS,
 )
 
@@ -216,7 +212,7 @@ class Sheet:
         )
 
         def reached(of: Peers | None) -> Peers | None:
-            return peers(of, same, links) if of is not None and self.reaches_peers else None
+            return derived(of, same, bandwidth=links) if of is not None and self.reaches_peers else None
 
         paper = f"datasheet, {self.memory:g} GB/s, times 3002 / 3350 ({H100_COPY}); {unmeasured}"
         return Hardware(
@@ -228,11 +224,11 @@ class Sheet:
             cache_bandwidth=more(H200.cache_bandwidth),
             memory_bandwidth=rate(round(self.memory * COPIED, 1), paper),
             strided_copy=more(H200.strided_copy),
-            attention=attention(H100_ATTENTION, same),
-            linear=linear(H200_LINEAR, same),
+            attention=derived(H100_ATTENTION, same),
+            linear=derived(H200_LINEAR, same),
             library=tuple(self._protocol(each, same, links, unmeasured) for each in self._served()),
             shots=tuple(
-                shots(each, same, links, None if self.nvlink is not None else links)
+                derived(each, same, bandwidth=links, peer=None if self.nvlink is not None else links)
                 for each in H200.shots
                 if self.reaches_peers and (self.multicast or each.algorithm != "multimem")
             ),
@@ -249,7 +245,7 @@ class Sheet:
 
     def _protocol(self, of: Protocol, same: Like, links: Like, unmeasured: str) -> Protocol:
         """NCCL's on these links."""
-        changed = replace(protocol(of, same), bandwidth=links(of.bandwidth))
+        changed = derived(of, same, bandwidth=links)
         if of.name.endswith(" LL"):
             slowest = self.low_latency if self.nvlink is not None else min(_PCIE[self.pcie] / 2, self.low_latency)
             why = f"llMaxBws of {NCCL}, or half of the lanes where that is less; {unmeasured}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from fuseplan.devices.derivation import like, ns, protocol, rate, scaled, shots
+from fuseplan.devices.derivation import derived, like, ns, rate, scaled
 from fuseplan.devices.hardware import ONE_SHOT, Choice, Constant, Dispatch, Hardware, Protocol, Shots
 
 NCCL: Final = "NCCL 2.30, src/graph/tuning.cc"
@@ -81,15 +81,12 @@ _AS_HOPPER: Final = like("H200", "not measured on B200")
 BLACKWELL_LIBRARY: Final = _library(
     _nccl("ring LL", _BLACKWELL, 11676, 878, 262.1),
     _nccl("ring LL128", _BLACKWELL, 22600, 431, 603.6),
-    *(
-        replace(protocol(each, _AS_HOPPER), bandwidth=_wider(each.bandwidth))
-        for each in (HOPPER_LIBRARY[2], HOPPER_LIBRARY[5])
-    ),
+    *(derived(each, _AS_HOPPER, bandwidth=_wider) for each in (HOPPER_LIBRARY[2], HOPPER_LIBRARY[5])),
 )
 BLACKWELL_SHOTS: Final = (
     _shots(CUSTOM_ONE_SHOT, _BLACKWELL, 4593, 1215, 600.0, 125.6),
     _shots(CUSTOM_TWO_SHOT, _BLACKWELL, 10898, 1132, 300.0, 67.9),
-    shots(HOPPER_SHOTS[2], _AS_HOPPER, _wider),
+    derived(HOPPER_SHOTS[2], _AS_HOPPER, bandwidth=_wider),
     _shots(TWO_SHOT, _BLACKWELL, 11283, 1059, 574.6, 233.2, copies=2),
     _shots(MULTIMEM, _BLACKWELL, 9915, 543, 317.3, 215.3, copies=2),
 )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from fuseplan.devices.derivation import COPIED, PLAIN, attention, exchanges, linear, rate, scaled
+from fuseplan.devices.derivation import COPIED, PLAIN, derived, exchanges, rate, scaled
 from fuseplan.devices.errors import UNMEASURED_ERRORS
 from fuseplan.devices.hardware import Constant, Hardware, Vendor
 from fuseplan.devices.known import PROFILES
@@ -64,8 +64,8 @@ def unknown_hardware(name: str, vendor: Vendor, facts: Facts) -> Hardware:
         base,
         name=name,
         errors=UNMEASURED_ERRORS,
-        attention=attention(base.attention, same),
-        linear=linear(base.linear, same),
+        attention=derived(base.attention, same),
+        linear=derived(base.linear, same),
         **made,
         **exchanges(base, same),
     )

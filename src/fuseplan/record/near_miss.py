@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from fuseplan.record.refusal import Nearness, Reason, Refusal
 
@@ -103,21 +104,10 @@ def _distance(row: NearMiss) -> tuple[int, bool, int, str, str]:
 
 def _row(refusals: Sequence[Refusal]) -> NearMiss:
     first = refusals[0]
+    alike: dict[str, Any] = {each.name: getattr(first, each.name) for each in fields(first) if each.name != "site"}
     return NearMiss(
-        rule=first.rule,
-        reason=first.reason,
-        op=first.op,
-        detail=first.detail,
-        source=first.source,
+        **{**alike, "nearness": first.nearness or Nearness.REFUSED},
         count=len(refusals),
-        mend=first.mend,
-        nearness=first.nearness or Nearness.REFUSED,
-        expected=first.expected,
-        found=first.found,
-        provider=first.provider,
         sources=tuple(dict.fromkeys(refusal.source for refusal in refusals if refusal.source is not None)),
         sites=tuple(dict.fromkeys(refusal.site for refusal in refusals if refusal.site is not None)),
-        line=first.line,
-        code=first.code,
-        nodes=first.nodes,
     )

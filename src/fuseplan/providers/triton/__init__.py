@@ -45,23 +45,13 @@ from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
 from fuseplan.providers.triton.replay import Direct, needed_code, replayed
 
 
-def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
-    rotary_rounding: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`families.rotary.qk_norm_rope_reference` in one kernel."""
-    from fuseplan.providers.triton.qk_norm_rope import launch
-
-    return launch(q, k, q_weight, k_weight, cos, sin, eps, rounding, rotary_rounding)
-
-
-def rope_cache(m: Any) -> Tensor:
-    """`families.cached_rotary.qk_norm_rope_cache_reference`, or `rope_cache_reference` of what isn't normed, in one
-    kernel, which writes the caches and yields the queries.
+def rotated(m: Any) -> Any:
+    """`families.rotary.qk_norm_rope_reference` in one kernel, or, where there are caches, that of
+    `families.cached_rotary`, which writes them and yields the queries.
     """
-    from fuseplan.providers.triton.cached_rotary import QkNorm, launch
+    from fuseplan.providers.triton import cached_rotary, qk_norm_rope
 
-    return launch(m.q, m.k, m.v, m.k_cache, m.v_cache, m.cos, m.sin, m.positions, m.rotary_rounding, QkNorm.of(m))
+    return (cached_rotary if "k_cache" in vars(m) else qk_norm_rope).launch(m)
 
 
 def attended(m: Any) -> Tensor:
@@ -187,9 +177,8 @@ _PLAIN_ACTIVATIONS, _KEPT_ACTIVATIONS = (
 )
 _ACTIVATIONS = {**_PLAIN_ACTIVATIONS, **_KEPT_ACTIVATIONS}
 
-implement(ops.qk_norm_rope, "triton", replayed(qk_norm_rope))
-for _op in (ops.rope_cache, ops.qk_norm_rope_cache):
-    implement(_op, "triton", replayed(by_names(_op, rope_cache)))
+for _op in (ops.qk_norm_rope, ops.rope_cache, ops.qk_norm_rope_cache):
+    implement(_op, "triton", replayed(by_names(_op, rotated)))
 for _op in _ATTENTIONS:
     implement(_op, "triton", replayed(by_names(_op, attended)))
 for _op in LINEAR_FAMILY:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fuseplan.dialect import RotaryRounding, Rounding
 from fuseplan.providers.triton.launching import MOST_PROGRAMS, Tile, eviction
-from fuseplan.providers.triton.qk_norm_rope import rotated_heads
+from fuseplan.providers.triton.qk_norm_rope import rotate
 from fuseplan.providers.triton.replay import run_kernel
 from fuseplan.providers.triton.rows import within
 from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
@@ -40,28 +40,6 @@ def assert_place(is_there):
 
 
 @triton.jit
-def _rotate(
-    x_ptr, x, y_ptr, y, is_there, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, first_head,
-    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
-    NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
-    EVICTION: tl.constexpr,
-):  # fmt: skip
-    """ROWS heads of a token from `x_ptr` to `y_ptr`, whose strides (head, element) are `x` and `y`."""
-    head, column = first_head + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    is_column = within(column, HALF)
-    inside = within(head, HEADS)[:, None] & is_column[None, :]
-    heads = head.to(tl.int64)[:, None]
-    y1, y2 = rotated_heads(
-        x_ptr + heads * x[0] + column[None, :] * x[1], x[1], inside, weight_ptr, weight_dim, cosines + column * cos_dim,
-        cos_dim, sines + column * sin_dim, sin_dim, eps, column, is_column, y_ptr.dtype.element_ty,
-        HALF, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
-    )  # fmt: skip
-    out = y_ptr + heads * y[0] + column[None, :] * y[1]
-    tl.store(out, y1, mask=inside & is_there)
-    tl.store(out + HALF * y[1], y2, mask=inside & is_there)
-
-
-@triton.jit
 def _token(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     positions_ptr, batch, token, seq, part, q_parts, k_parts, length,
@@ -77,7 +55,7 @@ def _token(
     cosines = cos_ptr + batch * cos[0] + token * cos[1]
     sines = sin_ptr + batch * sin[0] + token * sin[1]
     if part < q_parts:
-        _rotate(
+        rotate(
             q_ptr + batch * q[0] + token * q[2], (q[1], q[3]),
             q_out_ptr + (batch * Q_HEADS * seq + token) * (2 * HALF), (zero + seq * (2 * HALF), 1), True,
             q_weight_ptr, q_weight_dim, cosines, cos[2], sines, sin[2], eps, part * Q_ROWS,
@@ -87,7 +65,7 @@ def _token(
         place, is_there = place_of(positions_ptr, token, positions_step, length)
         assert_place(is_there)
         if part < q_parts + k_parts:
-            _rotate(
+            rotate(
                 k_ptr + batch * k[0] + token * k[2], (k[1], k[3]),
                 k_cache_ptr + batch * k_cache[0] + place * k_cache[2], (k_cache[1], k_cache[3]), is_there,
                 k_weight_ptr, k_weight_dim, cosines, cos[2], sines, sin[2], eps, (part - q_parts) * K_ROWS,
@@ -161,27 +139,21 @@ def broadcast(value: Tensor) -> tuple[int, ...]:
     return (*(0 if value.shape[dim] == 1 else value.stride(dim) for dim in (0, 2)), value.stride(3))
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    rotary_rounding: str, norm: QkNorm | None = None,
-) -> Tensor:  # fmt: skip
-    """See `fuseplan.rules.families.cached_rotary.qk_norm_rope_cache_reference`; any strides.
+def launch(m: Any) -> Tensor:
+    """`fuseplan.rules.families.cached_rotary.qk_norm_rope_cache_reference`, or `rope_cache_reference` of what isn't
+    normed, which writes the caches.
 
     Args:
-        q: [batch, q_heads, tokens, head_dim]; bfloat16, float16 or float32.
-        k: [batch, heads, tokens, head_dim].
-        v: [batch, heads, tokens, value_dim].
-        k_cache: [batch, heads, length, head_dim]; it is written.
-        v_cache: [batch, heads, length, value_dim]; it is written.
-        cos: [batch or 1, 1, tokens or 1, head_dim], or half of head_dim.
-        sin: cos's shape.
-        positions: [tokens], integers; where the caches don't have one, nothing is written.
-        rotary_rounding: of the rotation.
-        norm: of queries and keys; None: there is none.
+        m: the op's arguments by their names: tensors of any strides, in bfloat16, float16 or float32; where the caches
+            don't have one of the positions, nothing is written.
 
     Returns:
-        The rotated queries, contiguous.
+        The rotated queries, [batch, q_heads, tokens, head_dim], contiguous.
     """
+    q, k, v, k_cache, v_cache, cos, sin, positions = (
+        m.q, m.k, m.v, m.k_cache, m.v_cache, m.cos, m.sin, m.positions
+    )  # fmt: skip
+    norm = QkNorm.of(m)
     q_out = q.new_empty(q.shape)
     batches, q_heads, seq, head_dim = q.shape
     k_heads, half, value_dim = k.shape[1], head_dim // 2, v.shape[3]
@@ -206,7 +178,7 @@ def launch(
             HALF=half, VALUE_DIM=value_dim, Q_HEADS=q_heads, K_HEADS=k_heads, Q_ROWS=q_rows, K_ROWS=k_rows,
             V_ROWS=v_rows, WIDTH=width, V_WIDTH=value_width, SHARED_ANGLES=cos.shape[-1] == half,
             NORMS=norm is not None, ROUNDS_NORMED=convention.rounds_normed, ADDS_ONE=convention.adds_one,
-            ROUNDS_PRODUCTS=RotaryRounding(rotary_rounding) is RotaryRounding.PRODUCTS,
+            ROUNDS_PRODUCTS=RotaryRounding(m.rotary_rounding) is RotaryRounding.PRODUCTS,
             EVICTION=eviction(q, k, v, q_out), **shape.launch(q),
             enable_fp_fusion=False,  # a fused multiply-add doesn't round the product
             debug=True, sanitize_overflow=False,  # assertions, and none that Triton adds

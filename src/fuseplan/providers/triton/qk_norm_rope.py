@@ -6,6 +6,8 @@ A program holds some heads of a token's q, or k, as two halves of `head_dim`, an
 The equivalent eager code is `fuseplan.rules.parts.rotary.op.qk_norm_rope_reference`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -108,66 +110,59 @@ def rotated_rows(
 
 
 @triton.jit
-def _norm_and_rotate(
-    x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr,
-    batch, position, seq, first_head, x_batch, x_seq, x_head, x_dim, weight_dim,
-    cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+def rotate(
+    x_ptr, x, y_ptr, y, is_there, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, first_head,
     HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
-    ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
+    NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads of a token of x [batch, seq, HEADS, 2 * HALF]."""
-    dtype = y_ptr.dtype.element_ty
-    zero = tl.zeros((), tl.int64)
-    batch, position = zero + batch, zero + position
+    """ROWS heads of a token from `x_ptr` to `y_ptr`, whose strides (head, element) are `x` and `y`."""
     head, column = first_head + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     is_column = within(column, HALF)
     inside = within(head, HEADS)[:, None] & is_column[None, :]
-    low = x_ptr + batch * x_batch + position * x_seq
-    low += head.to(tl.int64)[:, None] * x_head + column[None, :] * x_dim
-    cosines = cos_ptr + batch * cos_batch + position * cos_seq + column * cos_dim
-    sines = sin_ptr + batch * sin_batch + position * sin_seq + column * sin_dim
+    heads = head.to(tl.int64)[:, None]
     y1, y2 = rotated_heads(
-        low, x_dim, inside, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, eps, column, is_column, dtype,
-        HALF, SHARED_ANGLES, True, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+        x_ptr + heads * x[0] + column[None, :] * x[1], x[1], inside, weight_ptr, weight_dim, cosines + column * cos_dim,
+        cos_dim, sines + column * sin_dim, sin_dim, eps, column, is_column, y_ptr.dtype.element_ty,
+        HALF, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
     )  # fmt: skip
-    out = y_ptr + ((batch * seq + position) * HEADS + head)[:, None] * (2 * HALF) + column[None, :]
-    tl.store(out, y1, mask=inside)
-    tl.store(out + HALF, y2, mask=inside)
+    out = y_ptr + heads * y[0] + column[None, :] * y[1]
+    tl.store(out, y1, mask=inside & is_there)
+    tl.store(out + HALF * y[1], y2, mask=inside & is_there)
 
 
 @triton.jit
 def _token(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-    batch, position, seq, part, q_parts,
-    q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
-    cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+    batch, position, seq, part, q_parts, q, k, q_weight_dim, k_weight_dim, cos, sin, eps,
     HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """A part of a token: the first `q_parts` are queries, the others keys."""
+    zero = tl.zeros((), tl.int64)
+    batch, position = zero + batch, zero + position
+    cosines = cos_ptr + batch * cos[0] + position * cos[1]
+    sines = sin_ptr + batch * sin[0] + position * sin[1]
+    first = (batch * seq + position) * (2 * HALF)
     if part < q_parts:
-        _norm_and_rotate(
-            q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr,
-            batch, position, seq, part * Q_ROWS, q_batch, q_seq, q_head, q_dim, q_weight_dim,
-            cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
-            HALF, Q_HEADS, Q_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+        rotate(
+            q_ptr + batch * q[0] + position * q[1], (q[2], q[3]), q_out_ptr + first * Q_HEADS, (2 * HALF, 1), True,
+            q_weight_ptr, q_weight_dim, cosines, cos[2], sines, sin[2], eps, part * Q_ROWS,
+            HALF, Q_HEADS, Q_ROWS, WIDTH, SHARED_ANGLES, True, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
         )  # fmt: skip
     else:
-        _norm_and_rotate(
-            k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-            batch, position, seq, (part - q_parts) * K_ROWS, k_batch, k_seq, k_head, k_dim, k_weight_dim,
-            cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
-            HALF, K_HEADS, K_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
+        rotate(
+            k_ptr + batch * k[0] + position * k[1], (k[2], k[3]), k_out_ptr + first * K_HEADS, (2 * HALF, 1), True,
+            k_weight_ptr, k_weight_dim, cosines, cos[2], sines, sin[2], eps, (part - q_parts) * K_ROWS,
+            HALF, K_HEADS, K_ROWS, WIDTH, SHARED_ANGLES, True, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS, EVICTION,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seq", "batches"])  # one compilation for all numbers of tokens
 def _qk_norm_rope(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-    q_parts, seq, batches,
-    q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
-    cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+    q_parts, seq, batches, q, k, q_weight_dim, k_weight_dim, cos, sin, eps,
     HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
@@ -186,8 +181,7 @@ def _qk_norm_rope(
                 _token(
                     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
                     batch, position, seq, part, q_parts,
-                    q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
-                    cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+                    q, k, q_weight_dim, k_weight_dim, cos, sin, eps,
                     HALF, Q_HEADS, K_HEADS, Q_ROWS, K_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE,
                     ROUNDS_PRODUCTS, EVICTION,
                 )  # fmt: skip
@@ -195,8 +189,7 @@ def _qk_norm_rope(
         _token(
             q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
             first_batch, first, seq, part, q_parts,
-            q_batch, q_seq, q_head, q_dim, k_batch, k_seq, k_head, k_dim, q_weight_dim, k_weight_dim,
-            cos_batch, cos_seq, cos_dim, sin_batch, sin_seq, sin_dim, eps,
+            q, k, q_weight_dim, k_weight_dim, cos, sin, eps,
             HALF, Q_HEADS, K_HEADS, Q_ROWS, K_ROWS, WIDTH, SHARED_ANGLES, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
             EVICTION,
         )  # fmt: skip
@@ -209,26 +202,17 @@ def _steps(value: Tensor, dims: tuple[int, ...], swapped: bool) -> tuple[int, ..
     return (*(reversed(leading) if swapped else leading), *(value.stride(dim) for dim in dims))
 
 
-def launch(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
-    rotary_rounding: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `fuseplan.rules.parts.rotary.op.qk_norm_rope_reference`; any strides.
+def launch(m: Any) -> tuple[Tensor, Tensor]:
+    """`fuseplan.rules.families.rotary.qk_norm_rope_reference`.
 
     Args:
-        q: [B, S, q_heads, head_dim], [tokens, q_heads, head_dim] or [q_heads, head_dim]; bfloat16, float16 or float32.
-        k: the same with k_heads.
-        q_weight: [head_dim].
-        k_weight: [head_dim].
-        cos: [..., 1, head_dim] or [..., 1, head_dim / 2], leading dimensions q's or 1.
-        sin: cos's shape.
-        eps: added to the mean squares.
-        rounding: of the norms.
-        rotary_rounding: of the rotation.
+        m: the op's arguments by their names: tensors of any strides, in bfloat16, float16 or float32, q in
+            [B, S, q_heads, head_dim], [tokens, q_heads, head_dim] or [q_heads, head_dim].
 
     Returns:
         (q_out, k_out), contiguous.
     """
+    q, k, q_weight, k_weight, cos, sin = m.q, m.k, m.q_weight, m.k_weight, m.cos, m.sin
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     *leading, q_heads, head_dim = q.shape
     k_heads, half = k.shape[-2], head_dim // 2
@@ -243,18 +227,18 @@ def launch(
     if batches * seq * (q_parts + k_parts) == 0:
         return q_out, k_out
     shape = Tile.holding(width, rows=max(q_rows, k_rows), elements=HEADS_THREAD.value)
-    convention = Rounding(rounding)
+    convention = Rounding(m.rounding)
     with torch.cuda.device_of(q):
         run_kernel(
             _qk_norm_rope, (q_parts + k_parts, min(seq, MOST_PROGRAMS), min(batches, MOST_PROGRAMS)),
             q, k, q_out, k_out, q_weight, k_weight, cos, sin,
             q_parts, seq, batches,
-            *_steps(q, (-2, -1), swapped), *_steps(k, (-2, -1), swapped), q_weight.stride(0), k_weight.stride(0),
-            *_steps(cos, (-1,), swapped), *_steps(sin, (-1,), swapped), eps,
+            _steps(q, (-2, -1), swapped), _steps(k, (-2, -1), swapped), q_weight.stride(0), k_weight.stride(0),
+            _steps(cos, (-1,), swapped), _steps(sin, (-1,), swapped), m.eps,
             HALF=half, Q_HEADS=q_heads, K_HEADS=k_heads, Q_ROWS=q_rows, K_ROWS=k_rows, WIDTH=width,
             SHARED_ANGLES=cos.shape[-1] == half,
             ROUNDS_NORMED=convention.rounds_normed, ADDS_ONE=convention.adds_one,
-            ROUNDS_PRODUCTS=RotaryRounding(rotary_rounding) is RotaryRounding.PRODUCTS,
+            ROUNDS_PRODUCTS=RotaryRounding(m.rotary_rounding) is RotaryRounding.PRODUCTS,
             EVICTION=eviction(q, k, q_out, k_out), LOOPS=max(seq, batches) > MOST_PROGRAMS, **shape.launch(q),
             enable_fp_fusion=False,  # a fused multiply-add doesn't round the product
         )  # fmt: skip

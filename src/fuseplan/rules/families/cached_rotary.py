@@ -39,45 +39,29 @@ rope_cache = define(
 )
 
 
-def qk_norm_rope_cache_reference(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
-    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def qk_norm_rope_cache_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """rope_cache of rms_norm(q, q_weight) and rms_norm(k, k_weight), each as its own reference computes it.
 
     Args:
-        q: [batch, q_heads, tokens, head_dim].
-        k: [batch, heads, tokens, head_dim], q's dtype.
-        v: [batch, heads, tokens, value_dim], q's dtype.
-        k_cache: [batch, heads, length, head_dim], q's dtype.
-        v_cache: [batch, heads, length, value_dim], q's dtype.
-        q_weight: [head_dim].
-        k_weight: [head_dim].
-        cos: [batch or 1, 1, tokens or 1, head_dim], or half of head_dim where both halves share it.
-        sin: cos's shape.
-        positions: [tokens], integers; a negative one counts from the end. Of equal ones any may be the last.
-        eps: added to the mean squares.
-        rounding: one of `Rounding`, of both norms.
-        rotary_rounding: one of `RotaryRounding`.
+        arguments: those of `rope_cache_reference`, with q_weight and k_weight [head_dim] before cos, and before
+            rotary_rounding eps, which is added to the mean squares, and one of `Rounding`, of both norms.
 
     Returns:
-        (q_out, k_cache, v_cache): rotated queries in the shape and the dtype of q, contiguous, and the caches as they
-        are afterwards.
+        As `rope_cache_reference`.
 
     Raises:
         IndexError: a position lies outside of the cache.
         ValueError: `rounding` or `rotary_rounding` isn't one of theirs.
     """
+    q, k, *caches, q_weight, k_weight, cos, sin, positions, eps, rounding, rotary_rounding = arguments
     q, k = rms_norm_reference(q, q_weight, eps, rounding), rms_norm_reference(k, k_weight, eps, rounding)
-    return rope_cache_reference(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+    return rope_cache_reference(q, k, *caches, cos, sin, positions, rotary_rounding)
 
 
-def qk_norm_rope_cache_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
-    sin: Tensor, positions: Tensor, eps: float, rounding: str, rotary_rounding: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def qk_norm_rope_cache_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes, dtypes and layouts of `qk_norm_rope_cache_reference`."""
-    return rope_cache_fake(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
+    *tensors, _, _, cos, sin, positions, _, _, rotary_rounding = arguments
+    return rope_cache_fake(*tensors, cos, sin, positions, rotary_rounding)
 
 
 def _normed_sample(cached: Sample, rounding: Rounding) -> Sample:

@@ -6,6 +6,8 @@ Gate and up projections are interleaved: row 2i of `w13` is gate i, row 2i + 1 i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed._functional_collectives  # registers the collectives' meta kernels
 import torch.nn.functional as F
@@ -100,36 +102,17 @@ def experts(
 
 
 @experts.register_fake
-def _(
-    x_TP: Tensor,
-    router_logits_TE: Tensor,
-    w13: Tensor,
-    b13: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    top_k: int,
-    alpha: float,
-    limit: float,
-    hidden: int,
-    group: str,
-) -> Tensor:
+def _(x_TP: Tensor, *others: Any) -> Tensor:
+    *_, hidden, _ = others
     return x_TP.new_empty(x_TP.shape[0], hidden)
 
 
 @register_flop_formula(torch.ops.gpt_oss.experts)
-def _operations(
-    x_TP: torch.Size,
-    router_logits_TE: torch.Size,
-    w13: torch.Size,
-    b13: torch.Size,
-    w2: torch.Size,
-    b2: torch.Size,
-    top_k: int,
-    *others: object,
-    **more: object,
-) -> int:
-    """Both products of every token with its experts."""
-    return 2 * x_TP[0] * top_k * (w13[1] * w13[2] + w2[1] * w2[2])
+def _operations(*arguments: Any, **more: object) -> int:
+    """Both products of every token with its experts, of shapes in the place of tensors."""
+    x_TP, _, w13, _, w2, _, top_k, *_ = arguments
+    operations: int = 2 * x_TP[0] * top_k * (w13[1] * w13[2] + w2[1] * w2[2])
+    return operations
 
 
 class Experts(nn.Module):
