@@ -196,24 +196,32 @@ def _digest(problem: Problem, decision: Decision) -> str:
 
 def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
     """Failed verifications: once for the kernel, and once for every place that lost it."""
-    places, kernels = list[Refusal](), dict[Refusal, None]()
-    applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
+    places = list[Refusal]()
     for index, why in sorted(problem.failed.items()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
-        nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
         is_ours = candidate.provider != EXTERNAL
         mend = f"forbid {candidate.rule}:{candidate.provider}" if is_ours else f"forbid {candidate.rule}"
         mend = mend if UNVERIFIED in why else f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
         whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"what pass {candidate.rule} puts in"
-        place = replace(
-            _given_up(fusion, Reason.VERIFICATION, f"{whose} {why}"),
-            nearness=nearness, provider=candidate.provider, mend=mend,
-        )  # fmt: skip
-        places.append(place)
-        kernels[
-            replace(place, nodes=(), source=None, site=None, nearness=None,
-                    detail=f"{candidate.rule} is not applied: {place.detail}")
-        ] = None  # fmt: skip
+        place = _given_up(fusion, Reason.VERIFICATION, f"{whose} {why}")
+        places.append(_beside_others(problem, decision, index, replace(place, mend=mend)))
+    return _once_and_everywhere(places)
+
+
+def _beside_others(problem: Problem, decision: Decision, index: int, place: Refusal) -> Refusal:
+    """The refusal of a candidate, and whether another provider's is applied in its place."""
+    candidate = problem.candidates[index]
+    applied = {(problem.candidates[each].rule, problem.candidates[each].site) for each in decision.selected}
+    nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
+    return replace(place, nearness=nearness, provider=candidate.provider)
+
+
+def _once_and_everywhere(places: Sequence[Refusal]) -> list[Refusal]:
+    """Refusals of places behind those of their kernels, each of which is there once."""
+    kernels = dict[Refusal, None]()
+    for place in places:
+        detail = f"{place.rule} is not applied: {place.detail}"
+        kernels[replace(place, nodes=(), source=None, site=None, nearness=None, detail=detail)] = None
     return [*kernels, *places]
 
 
@@ -260,8 +268,7 @@ def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
     """Fusions that a plan doesn't apply since no price is known: once for the kernel, and once for every place."""
     if decision.solution is None:
         return []
-    places, kernels = list[Refusal](), dict[Refusal, None]()
-    applied = {(problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected}
+    places = list[Refusal]()
     for index in sorted(problem.unpriced - problem.failed.keys()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         why = f"no price is known for {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
@@ -270,17 +277,10 @@ def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
             why = f"the cost of {candidate.op} by {candidate.provider} is declared, that of the unfused ops isn't known"
         else:
             hows.append("declare its cost (provider_of(..., cost=))")
-        place = replace(
-            _given_up(fusion, Reason.UNPRICED, why), provider=candidate.provider,
-            nearness=Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED,
-            mend=" or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"]),
-        )  # fmt: skip
-        places.append(place)
-        whole = replace(
-            place, nodes=(), source=None, site=None, nearness=None, detail=f"{candidate.rule} is not applied: {why}"
-        )
-        kernels[whole] = None
-    return [*kernels, *places]
+        mend = " or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"])
+        place = replace(_given_up(fusion, Reason.UNPRICED, why), mend=mend)
+        places.append(_beside_others(problem, decision, index, place))
+    return _once_and_everywhere(places)
 
 
 def _not_sure(fusion: Fusion) -> Refusal:

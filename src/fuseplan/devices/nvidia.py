@@ -11,6 +11,7 @@ from typing import Final
 from fuseplan.devices.derivation import (
     COPIED,
     H100_COPY,
+    PLAIN,
     Like,
     derived,
     like,
@@ -113,24 +114,8 @@ H200: Final = Hardware(
 )
 
 _same_die = like("H200", "the same GH100 die, clocks and NVLink 4")
-H100: Final = Hardware(
-    name="h100",
-    vendor="nvidia",
-    launch=_same_die(H200.launch),
-    generated_norm=_same_die(H200.generated_norm),
-    cache=_same_die(H200.cache),
-    cache_bandwidth=_same_die(H200.cache_bandwidth),
-    memory_bandwidth=rate(3002, H100_COPY),
-    strided_copy=_same_die(H200.strided_copy),
-    attention=H100_ATTENTION,
-    linear=H200_LINEAR,
-    library=H200.library,
-    shots=H200.shots,
-    engines=H200.engines,
-    triton=H200.triton,
-    flashinfer=H200.flashinfer,
-    errors=HOPPER_ERRORS,
-)
+_H100_PLAIN: Final = {part: _same_die(getattr(H200, part)) for part in PLAIN}
+H100: Final = replace(H200, name="h100", **{**_H100_PLAIN, "memory_bandwidth": rate(3002, H100_COPY)})
 
 _unmeasured = like("H200", "not measured on B200")
 

@@ -261,29 +261,22 @@ class TorchAttention(Provider):
         return self.offered(device.vendor if device else None)
 
 
-PROVIDERS: Final = (
+PROVIDERS: Final = tuple(
     TorchAttention(
-        name=SHARED,
-        description="torch's attention kernels, on heads that queries share",
+        name=name,
+        description=f"torch's attention kernels, on {description}",
         vendors=frozenset(VENDOR_NAMES),
         package=None,
         install="",
-        implements=shared_offers(None),
-        offered=shared_offers,
-        timing=Timing(heads="shared"),
+        implements=offered(None),
+        offered=offered,
+        timing=timing,
         untested=_UNTESTED,
-    ),
-    TorchAttention(
-        name=PACKED,
-        description="torch's attention kernels, on one query token's heads stacked as tokens",
-        vendors=frozenset(VENDOR_NAMES),
-        package=None,
-        install="",
-        implements=packed_offers(None),
-        offered=packed_offers,
-        timing=Timing(heads="packed"),
-        untested=_UNTESTED,
-    ),
+    )
+    for name, description, offered, timing in (
+        (SHARED, "heads that queries share", shared_offers, Timing(heads="shared")),
+        (PACKED, "one query token's heads stacked as tokens", packed_offers, Timing(heads="packed")),
+    )
 )
 
 implement(ops.grouped_attention, SHARED, shared_attention, inlined=True)

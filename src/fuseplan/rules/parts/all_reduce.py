@@ -1,7 +1,7 @@
 """All-reduce as one op: the functional collective and its wait."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fuseplan.graph.canonical import CanonicalGraph, is_dialect
 from fuseplan.graph.facts import ADDS, MULS, RESHAPES, aten, equal_shape, is_call, item, tensor_of
 from fuseplan.graph.ops import Sample, define, empty, random_tensor
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import REDUCER, Blame, Prologue, Stage, reducer_of, rows_of, takes_residual
+from fuseplan.rules.parts.base import REDUCER, Blame, EngineReader, Prologue, Stage, reducer_of, rows_of, takes_residual
 from fuseplan.rules.parts.views import MOVERS, SCALES
 
 
@@ -154,41 +154,31 @@ def _only_view(reduce: fx.Node) -> fx.Node | None:
     return user if is_call(user, *ELEMENTWISE_VIEWS) else None
 
 
-def _raise_engines(
-    canonical: CanonicalGraph,
-    node: fx.Node,
-    x: fx.Node,
-    name: object,
-    result: fx.Node | None,
-    groups: Mapping[object, str],
-    reducer: str,
-) -> None:
-    if result is None:
-        return
-    group_name = groups.get(name)
-    if group_name is None:
-        known = ", ".join(sorted(map(str, groups))) or "none"
-        canonical.refuse(
-            all_reduce, [result], Reason.GROUP,
-            f"all_reduce not recognised: vLLM's group {name!r} is not among those of this process ({known})",
-            node=node, place=node,
-        )  # fmt: skip
-        return
-    canonical.raise_op(all_reduce, (x, group_name), (result,)).meta[REDUCER] = reducer
+def _engine(data: str, group: str, result_of: Callable[[fx.Node], fx.Node | None], reducer: str) -> EngineReader:
+    """What raises an engine's all-reduce.
 
+    Args:
+        data: the argument that is reduced.
+        group: the argument that says over which of the engine's groups.
+        result_of: the node that holds the result of a call.
+        reducer: whose it is.
+    """
 
-def _vllm_all_reduce(
-    canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
-) -> None:
-    """`vllm::all_reduce(tensor, group_name)`, out of place."""
-    _raise_engines(canonical, node, values["tensor"], values["group_name"], node, groups, "vllm")
+    def read(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]) -> None:
+        result, group_name = result_of(node), groups.get(values[group])
+        if result is None:
+            return
+        if group_name is None:
+            known = ", ".join(sorted(map(str, groups))) or "none"
+            canonical.refuse(
+                all_reduce, [result], Reason.GROUP,
+                f"all_reduce not recognised: vLLM's group {values[group]!r} is not among those of this process "
+                f"({known})", node=node, place=node,
+            )  # fmt: skip
+            return
+        canonical.raise_op(all_reduce, (values[data], group_name), (result,)).meta[REDUCER] = reducer
 
-
-def _shm_all_reduce(
-    canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
-) -> None:
-    """`_C::shm_allreduce(handle, data!)`, of the CPU backend."""
-    _raise_engines(canonical, node, values["data"], values["handle"], item(node, 1), groups, TORCH)
+    return read
 
 
 def _one_shot_all_reduce(
@@ -274,8 +264,10 @@ PART = Prologue(
     sample=lambda: (world_group_name(),),
     raising=((Stage.COLLECTIVES, raise_all_reduces), (Stage.VIEWS, hoist_views)),
     engine_ops={
-        "vllm::all_reduce": _vllm_all_reduce,
-        "_C::shm_allreduce": _shm_all_reduce,
+        # `vllm::all_reduce(tensor, group_name)`, out of place
+        "vllm::all_reduce": _engine("tensor", "group_name", lambda node: node, "vllm"),
+        # `_C::shm_allreduce(handle, data!)`, of the CPU backend
+        "_C::shm_allreduce": _engine("data", "handle", lambda node: item(node, 1), TORCH),
         "symm_mem::one_shot_all_reduce": _one_shot_all_reduce,
     },
     hint=_hint,

@@ -64,26 +64,18 @@ def _lacks_weight(canonical: CanonicalGraph, op: DialectOp, node: fx.Node, value
 
 
 def _c_norm(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]) -> None:
-    """`_C::rms_norm(result!, input, weight, epsilon)`."""
-    result = item(node, 1)
-    if result is not None and not _lacks_weight(canonical, rms_norm, node, values):
-        args = (values["input"], values["weight"], values["epsilon"], Rounding.GPT_OSS.value)
-        canonical.raise_op(rms_norm, args, (result,))
-
-
-def _c_add_norm(
-    canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
-) -> None:
-    """`_C::fused_add_rms_norm(input!, residual!, weight, epsilon)`."""
-    results = (item(node, 1), item(node, 2))
-    if results[0] is not None and not _lacks_weight(canonical, fused_add_rms_norm, node, values):
-        args = (values["input"], values["residual"], values["weight"], values["epsilon"], Rounding.GPT_OSS.value)
-        canonical.raise_op(fused_add_rms_norm, args, results)
+    """`_C::rms_norm(result!, input, weight, epsilon)`, `_C::fused_add_rms_norm(input!, residual!, weight, epsilon)`."""
+    adds = "residual" in values
+    op, results = (fused_add_rms_norm, (item(node, 1), item(node, 2))) if adds else (rms_norm, (item(node, 1),))
+    if results[0] is not None and not _lacks_weight(canonical, op, node, values):
+        added = (values["residual"],) if adds else ()
+        args = (values["input"], *added, values["weight"], values["epsilon"], Rounding.GPT_OSS.value)
+        canonical.raise_op(op, args, results)
 
 
 ENGINE_OPS = {
     "vllm_ir::rms_norm": _ir_norm,
     "vllm_ir::fused_add_rms_norm": _ir_add_norm,
     "_C::rms_norm": _c_norm,
-    "_C::fused_add_rms_norm": _c_add_norm,
+    "_C::fused_add_rms_norm": _c_norm,
 }
