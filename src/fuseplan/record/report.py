@@ -222,6 +222,11 @@ class Report:
         return all_of(each for graph in self.graphs for each in graph.unsure)
 
     @property
+    def stages_ns(self) -> dict[str, int]:
+        """The time of each stage, over all graphs and ranges."""
+        return _total(graph.stages_ns for graph in self.graphs)
+
+    @property
     def region_us(self) -> float:
         """The time of all contested sites, over all graphs and ranges, in microseconds."""
         return sum(graph.unfused_ns - graph.saved_ns for graph in self.graphs) / 1000

@@ -336,12 +336,8 @@ def _footer(comparison: Comparison, verbose: bool) -> list[RenderableType]:
     recognised = _recognised(comparison.reports[0])
     if not verbose:
         return [recognised, *notes, *_hidden(comparison)]
-    stages: dict[str, int] = {}
-    for graph in comparison.reports[0].graphs:
-        for stage, time_ns in graph.stages_ns.items():
-            stages[stage] = stages.get(stage, 0) + time_ns
     times = [f"build and trace {comparison.trace_ns / 1e9:.1f} s"]
-    times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in stages.items()]
+    times += [f"{stage} {time_ns / 1e6:.0f} ms" for stage, time_ns in comparison.reports[0].stages_ns.items()]
     return [*_all_reduces(comparison), recognised, *notes, Text(f"time  {', '.join(times)}", style="dim")]
 
 

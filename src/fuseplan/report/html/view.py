@@ -51,7 +51,7 @@ class _View:
             "notes": list(comparison.notes),
             "breaks": list(comparison.breaks),
             "trace_ns": comparison.trace_ns,
-            "stages": _stages(first) if first else [],
+            "stages": [list(each) for each in first.stages_ns.items()] if first else [],
             "recognized": sorted(first.recognized.items()) if first else [],
             "graphs": [self._graph(name) for name in self.graphs],
             "sizes": size_rows(evidence.sizes) if evidence else {"outcomes": [], "points": []},
@@ -192,11 +192,3 @@ def _proof(graphs: Iterable[GraphReport]) -> dict[str, Any] | None:
         "digests": [plan.digest for _, plan in plans],
         "prices": sorted({price for _, plan in plans for price in plan.prices}),
     }
-
-
-def _stages(report: Report) -> list[list[Any]]:
-    stages: dict[str, int] = {}
-    for graph in report.graphs:
-        for stage, time_ns in graph.stages_ns.items():
-            stages[stage] = stages.get(stage, 0) + time_ns
-    return [[stage, time_ns] for stage, time_ns in stages.items()]

@@ -3,18 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from fuseplan.dialect import PACKED, ScaleLayout
-from fuseplan.providers.triton.epilogues import (
-    Epilogue,
-    code_constants,
-    extremes,
-    refuse_groups,
-    scale_bounds,
-    scales_for,
-)
+from fuseplan.providers.triton.epilogues import code_constants, extremes, refuse_groups, scale_bounds, scales_for
+from fuseplan.providers.triton.epilogues.dynamic_fp8_quant import DynamicFp8
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, in_groups, quantized, within
 from fuseplan.providers.triton.tuned import GROUPED_ROWS, NORM_THREAD, Found
@@ -75,37 +68,23 @@ def power_of_two_from(x):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupFp8(Epilogue):
-    """Of each group of elements of a row:
-
-    scale = clamp(min(amax(|y|), scale_ub) / fp8_max, min_scale, max_scale) or zero_scale
-    clamp(y / scale, -fp8_max, fp8_max).to(dtype)
+class GroupFp8(DynamicFp8):
+    """`DynamicFp8` of each group of elements of a row.
 
     Attributes:
         group_size: elements of a group, a power of two; rows are whole groups.
-        dtype: of the codes.
-        min_scale: the least scale of a group.
-        max_scale: the largest; 0 for none.
         ue8m0: whether scales are rounded up to powers of two.
         min_power: the least scale of a group behind that.
-        zero_scale: what takes the place of 0.
-        scale_ub: the largest element that counts; None: all do.
-        quant_rounding: how a scale is applied.
         layout: one of `ScaleLayout`.
     """
 
     store: ClassVar[Any] = store_by_scales_of_groups
+    whole_row: ClassVar[bool] = False
     elements: ClassVar[Found] = NORM_THREAD["group_fp8_quant"]
     rows: ClassVar[Found] = GROUPED_ROWS
     group_size: int
-    dtype: torch.dtype
-    min_scale: float
-    max_scale: float
     ue8m0: bool
     min_power: float
-    zero_scale: float
-    scale_ub: Tensor | None
-    quant_rounding: str
     layout: str
 
     @classmethod
