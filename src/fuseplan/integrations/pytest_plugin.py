@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -113,8 +113,12 @@ def _assert_fusions() -> Callable[..., "Report"]:
     return assert_fusions
 
 
-class FusionLockFixture(Protocol):
+class FusionLockFixture:
     """The type of the fixture `fusion_lock`."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self._used: set[Path] = set()
 
     def __call__(
         self,
@@ -148,29 +152,12 @@ class FusionLockFixture(Protocol):
             LockError: the file is broken, or can't be written.
             ConfigError: something that a lock can't pin.
         """
-
-
-@pytest.fixture
-def fusion_lock(request: pytest.FixtureRequest) -> FusionLockFixture:
-    """`fusion_lock(model, inputs)` compares fusions with a file beside the test; see `FusionLockFixture`."""
-    used: set[Path] = set()
-
-    def check(
-        model: Callable[..., Any],
-        inputs: Inputs,
-        *,
-        config: "PassConfig | None" = None,
-        device: "DeviceProfile | str" = DEFAULT_DEVICE,
-        rules: "Sequence[Rule]" = (),
-        providers: "Sequence[Provider]" = (),
-        name: str | None = None,
-    ) -> "Report":
         __tracebackhide__ = True
         from fuseplan.errors import FuseplanError
 
         asked = {"config": config, "device": device, "rules": rules, "providers": providers}
         try:
-            report, verdict = _compared(request, used, model, inputs, name, asked)
+            report, verdict = self._compared(model, inputs, name, asked)
         except FuseplanError as error:
             raise error.with_traceback(None)  # noqa: B904 - what the test reads has no lines of fuseplan
         _warn(report)
@@ -178,51 +165,43 @@ def fusion_lock(request: pytest.FixtureRequest) -> FusionLockFixture:
             raise AssertionError(verdict.text)
         return report
 
-    return check
+    def _compared(
+        self, model: Callable[..., Any], inputs: Inputs, name: str | None, asked: Mapping[str, Any]
+    ) -> "tuple[Report, Verdict | None]":
+        """The report, and the verdict on a lock; None where the lock is written. `asked` is what else is asked."""
+        __tracebackhide__ = True
+        from fuseplan.config import PassConfig
+        from fuseplan.errors import ConfigError, LockError
+        from fuseplan.integrations.locks import settings_of
+        from fuseplan.report import FusionLock, Verdict
+        from fuseplan.report.drift import drifts
+
+        request = self._request
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"name={name!r}: give a text")
+        path = lock_path(request.node.path, request.node.nodeid, name)
+        if path in self._used:
+            raise LockError(
+                f"fusion_lock has compared {path.name} in this test already; give each call a name of its own"
+            )
+        self._used.add(path)
+        shown = _shown(path, request.config.rootpath)
+        settings = settings_of(asked["config"] or PassConfig(), workload=path.stem, device=_name(asked["device"]))
+        lock = None if request.config.getoption(UPDATE) else _read(path, shown, settings)
+        report = _explained(model, inputs, **asked)
+        found = FusionLock.of(settings, report)
+        if lock is None:
+            if _write(path, found):
+                request.node.user_properties.append((WRITTEN, shown))
+            return report, None
+        differing, breaks = drifts(lock, report), tuple(map(str, report.breaks))
+        return report, Verdict(path=shown, lock=lock, found=found, drifts=differing, breaks=breaks, mend=MEANT)
 
 
-def _compared(
-    request: pytest.FixtureRequest,
-    used: set[Path],
-    model: Callable[..., Any],
-    inputs: Inputs,
-    name: str | None,
-    asked: Mapping[str, Any],
-) -> "tuple[Report, Verdict | None]":
-    """The report, and the verdict on a lock; None where the lock is written.
-
-    Args:
-        request: of the test.
-        used: locks that it has compared with, to which this one is added.
-        model: a module or function.
-        inputs: its arguments.
-        name: of the lock among several of the test.
-        asked: further arguments of `explain`.
-    """
-    __tracebackhide__ = True
-    from fuseplan.config import PassConfig
-    from fuseplan.errors import ConfigError, LockError
-    from fuseplan.integrations.locks import settings_of
-    from fuseplan.report import FusionLock, Verdict
-    from fuseplan.report.drift import drifts
-
-    if name is not None and not isinstance(name, str):
-        raise ConfigError(f"name={name!r}: give a text")
-    path = lock_path(request.node.path, request.node.nodeid, name)
-    if path in used:
-        raise LockError(f"fusion_lock has compared {path.name} in this test already; give each call a name of its own")
-    used.add(path)
-    shown = _shown(path, request.config.rootpath)
-    settings = settings_of(asked["config"] or PassConfig(), workload=path.stem, device=_name(asked["device"]))
-    lock = None if request.config.getoption(UPDATE) else _read(path, shown, settings)
-    report = _explained(model, inputs, **asked)
-    found = FusionLock.of(settings, report)
-    if lock is None:
-        if _write(path, found):
-            request.node.user_properties.append((WRITTEN, shown))
-        return report, None
-    breaks = tuple(map(str, report.breaks))
-    return report, Verdict(path=shown, lock=lock, found=found, drifts=drifts(lock, report), breaks=breaks, mend=MEANT)
+@pytest.fixture
+def fusion_lock(request: pytest.FixtureRequest) -> FusionLockFixture:
+    """`fusion_lock(model, inputs)` compares fusions with a file beside the test; see `FusionLockFixture`."""
+    return FusionLockFixture(request)
 
 
 def lock_path(test_file: Path, nodeid: str, name: str | None = None) -> Path:
