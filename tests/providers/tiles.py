@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from fuseplan.dialect import Rounding
+from fuseplan.dialect import Rounding, ops
 from fuseplan.providers.triton import activation, all_reduce_norm, launching, norm, qk_norm_rope
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm
@@ -115,9 +115,8 @@ def choices() -> dict[tuple[str, int], list[Any]]:
             q, k, angles = (empty(rows, count, head_dim) for count in (*heads, 1))
             with recorded(qk_norm_rope, "_qk_norm_rope", device) as launched:
                 weight = empty(head_dim)
-                how = {"eps": 1e-6, "rounding": "llama", "rotary_rounding": "products"}
-                given = {"q": q, "k": k, "q_weight": weight, "k_weight": weight, "cos": angles, "sin": angles, **how}
-                qk_norm_rope.launch(SimpleNamespace(**given))
+                arguments = q, k, weight, weight, angles, angles, 1e-6, "llama", "products"
+                qk_norm_rope.launch(SimpleNamespace(**dict(zip(ops.qk_norm_rope.arguments, arguments, strict=True))))
             found[f"qk {name} {heads[0]}+{heads[1]} {head_dim}", rows] = launched
     for processors, rows, width, ranks in itertools.product((132, 304), ROWS, WIDTHS, (2, 4, 8)):
         workspace: Any = SimpleNamespace(

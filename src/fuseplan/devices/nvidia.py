@@ -6,7 +6,7 @@ datasheets, and the source of each says so.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from fuseplan.devices.derivation import (
     COPIED,
@@ -114,7 +114,7 @@ H200: Final = Hardware(
 )
 
 _same_die = like("H200", "the same GH100 die, clocks and NVLink 4")
-_H100_PLAIN: Final = {part: _same_die(getattr(H200, part)) for part in PLAIN}
+_H100_PLAIN: Final[dict[str, Any]] = {part: _same_die(getattr(H200, part)) for part in PLAIN}
 H100: Final = replace(H200, name="h100", **{**_H100_PLAIN, "memory_bandwidth": rate(3002, H100_COPY)})
 
 _unmeasured = like("H200", "not measured on B200")

@@ -154,7 +154,7 @@ def launch(m: Any) -> Tensor:
         m.q, m.k, m.v, m.k_cache, m.v_cache, m.cos, m.sin, m.positions
     )  # fmt: skip
     norm = QkNorm.of(m)
-    q_out = q.new_empty(q.shape)
+    q_out: Tensor = q.new_empty(q.shape)
     batches, q_heads, seq, head_dim = q.shape
     k_heads, half, value_dim = k.shape[1], head_dim // 2, v.shape[3]
     width, value_width = triton.next_power_of_2(half), triton.next_power_of_2(value_dim)

@@ -53,15 +53,15 @@ def qk_norm_rope_cache_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tenso
         IndexError: a position lies outside of the cache.
         ValueError: `rounding` or `rotary_rounding` isn't one of theirs.
     """
-    q, k, *caches, q_weight, k_weight, cos, sin, positions, eps, rounding, rotary_rounding = arguments
+    q, k, v, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, eps, rounding, rotary_rounding = arguments
     q, k = rms_norm_reference(q, q_weight, eps, rounding), rms_norm_reference(k, k_weight, eps, rounding)
-    return rope_cache_reference(q, k, *caches, cos, sin, positions, rotary_rounding)
+    return rope_cache_reference(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
 
 
 def qk_norm_rope_cache_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes, dtypes and layouts of `qk_norm_rope_cache_reference`."""
-    *tensors, _, _, cos, sin, positions, _, _, rotary_rounding = arguments
-    return rope_cache_fake(*tensors, cos, sin, positions, rotary_rounding)
+    written = *arguments[:5], *arguments[7:10], arguments[-1]
+    return rope_cache_fake(*written)
 
 
 def _normed_sample(cached: Sample, rounding: Rounding) -> Sample:
