@@ -131,9 +131,9 @@ class Split:
 
     def _before(self, style: Style, by_expert: bool) -> Iterator[Callable[..., Any]]:
         if style.splits_input:
-            yield _take_slice(self.group)
+            yield _change_input(lambda x: x.chunk(self.group.size(), -1)[self.group.rank()])
         if style.divides_input:
-            yield _divide(self.group)
+            yield _change_input(lambda x: x / self.group.size())
         if style.routes or (style is _SUM and by_expert):
             yield _route(self.module, self.group)
 
@@ -181,16 +181,9 @@ def _gather(group: dist.ProcessGroup, size: int | None) -> Callable[..., Tensor]
     return hook
 
 
-def _take_slice(group: dist.ProcessGroup) -> Callable[..., Any]:
+def _change_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].chunk(group.size(), -1)[group.rank()], *args[1:])
-
-    return hook
-
-
-def _divide(group: dist.ProcessGroup) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] / group.size(), *args[1:])
+        return (change(args[0]), *args[1:])
 
     return hook
 

@@ -67,8 +67,8 @@ def _sections(comparison: Comparison, *, verbose: bool) -> list[RenderableType]:
         _what_if(comparison),
         *([lines for _, lines in _asides(comparison)] if verbose else []),
         _by_range(comparison, _forbidden),
-        _by_range(comparison, _near),
-        *([_by_range(comparison, _far)] if verbose else []),
+        _by_range(comparison, lambda each: render_near_misses(each.reports[0].near_misses)[0]),
+        *([_by_range(comparison, _declined)] if verbose else []),
         _by_range(comparison, _assumed),
         _pending(comparison),
         _unverified(comparison),
@@ -116,11 +116,7 @@ def _plain(lines: Sequence[RenderableType]) -> str:
     return " ".join(text.getvalue().split())
 
 
-def _near(comparison: Comparison) -> list[RenderableType]:
-    return render_near_misses(comparison.reports[0].near_misses)[0]
-
-
-def _far(comparison: Comparison) -> list[RenderableType]:
+def _declined(comparison: Comparison) -> list[RenderableType]:
     return render_near_misses(comparison.reports[0].near_misses)[1]
 
 
@@ -137,7 +133,7 @@ def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
 def _hidden(comparison: Comparison) -> list[RenderableType]:
     """That there is more, where there is."""
     names = [name for name, lines in _asides(comparison) if lines]
-    names += ["declined matches"] if _far(comparison) else []
+    names += ["declined matches"] if _declined(comparison) else []
     return [Text(f"more with -v: {enumerate_names(names)}", style="dim")] if names else []
 
 

@@ -91,28 +91,26 @@ class Loopback(SeeingMode):
     """All-reduces of this thread, as if every rank held what this one does: nothing is sent, and nobody waited for."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs an op; an all-reduce multiplies by the number of ranks."""
+        """Runs an op; an all-reduce is `reduced`."""
         if func is functional.all_reduce.default:
-            return args[0].contiguous() * (group_size(str(args[2])) or 1)  # rows, as torch yields them
+            return self.reduced(args[0], args[2])
         if func is functional.wait_tensor.default:
             return args[0].clone()
         return func(*args, **kwargs)
 
+    def reduced(self, x: Tensor, group_name: Any) -> Tensor:
+        """x times the number of ranks."""
+        return x.contiguous() * (group_size(str(group_name)) or 1)  # rows, as torch yields them
 
-class Gathered(SeeingMode):
+
+class Gathered(Loopback):
     """All-reduces of this thread as sums of what all ranks hold, gathered and added up here: exact in float64, and in
     narrower dtypes rounded once. Every rank has to run the same.
     """
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs an op; an all-reduce gathers and sums."""
-        if func is functional.all_reduce.default:
-            return self._sum(args[0], distributed_c10d._resolve_process_group(args[2]))  # type: ignore[attr-defined]
-        if func is functional.wait_tensor.default:
-            return args[0].clone()
-        return func(*args, **kwargs)
-
-    def _sum(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def reduced(self, x: Tensor, group_name: Any) -> Tensor:
+        """The sum over all ranks."""
+        group: dist.ProcessGroup = distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined]
         # As bytes: not every backend knows every dtype.
         mine = x.contiguous().reshape(-1).view(torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(group.size())]

@@ -51,12 +51,9 @@ def linear_add_rms_norm_reference(
     return found
 
 
-def linear_add_rms_norm_fake(
-    x: Tensor, weight0: Tensor, bias0: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, rounding: str
-) -> tuple[Tensor, Tensor]:
+def linear_add_rms_norm_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `linear_add_rms_norm_reference`."""
-    projected = linears_fake(x, weight0, bias0)
-    found: tuple[Tensor, Tensor] = fused_add_rms_norm.fake(projected, residual, norm_weight, eps, rounding)
+    found: tuple[Tensor, Tensor] = fused_add_rms_norm.fake(linears_fake(*arguments[:3]), *arguments[3:])
     return found
 
 

@@ -44,11 +44,9 @@ def qk_norm_rope_reference(
     return rotary_embedding_reference(*normed, cos, sin, rotary_rounding)
 
 
-def qk_norm_rope_fake(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
-    rotary_rounding: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def qk_norm_rope_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `qk_norm_rope_reference`."""
+    q, k, q_weight, k_weight, _, _, eps, rounding, _ = arguments
     return rms_norm_fake(q, q_weight, eps, rounding), rms_norm_fake(k, k_weight, eps, rounding)
 
 
