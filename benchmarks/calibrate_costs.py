@@ -23,8 +23,9 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from benchmarks.calibrate_reduces import with_values
+from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, CostModel, Gate, Hardware, Region
+from fuseplan.planner.costs import HARDWARE, Gate, Hardware, Region
 from fuseplan.rules.parts.pad import Padding
 from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
@@ -61,7 +62,7 @@ def site(tokens: int, ranks: int = 2) -> Region:
 
 def contest(hardware: Hardware, tokens: int) -> dict[str, int]:
     """Columns U, C, B, D, FP and what stands beside them, with a pad as the probe runs it: eager."""
-    model, whole = CostModel(hardware, pad="eager"), site(tokens)
+    model, whole = Contest(hardware, pad="eager"), site(tokens)
     pad, reduce = whole.without_reduce(), whole.without_tail()
     columns = {
         "U": model.unfused_ns(whole),
@@ -70,7 +71,7 @@ def contest(hardware: Hardware, tokens: int) -> dict[str, int]:
         "D": model.fused_ns(whole, "triton"),
         "nccl_ar": sum(kernel.ns for kernel in model.reduce(whole)),
         "tri_add_rms_pad": model.fused_ns(pad, "triton"),
-        "ind_add_rms_pad": CostModel(hardware).unfused_ns(pad),
+        "ind_add_rms_pad": Contest(hardware).unfused_ns(pad),
     }
     if hardware.flashinfer:
         columns["F"] = model.fused_ns(reduce, "flashinfer")
@@ -142,7 +143,7 @@ def calibrate_aiter(published: Mapping[str, Any]) -> dict[str, Any]:
         assert base.aiter
         peers = with_values(base.aiter.peers, values)
         gate = Gate(source="", max_bytes={8: None} if table["stages"] == 1 else {})
-        model = CostModel(replace(base, aiter=replace(base.aiter, peers=peers, fused=gate)))
+        model = Contest(replace(base, aiter=replace(base.aiter, peers=peers, fused=gate)))
         shape = {"width": table["width"], "ranks": table["ranks"], "reduce": True, "residual": True}
         return [
             (model.fused_ns(Region(core=RMS_NORM.traffic, tokens=m, **shape), "aiter") / 1e3, us)
@@ -169,7 +170,7 @@ def calibrate_aiter(published: Mapping[str, Any]) -> dict[str, Any]:
 
 def try_h100(published: Mapping[str, Any]) -> list[dict[str, float]]:
     """do_bench empties the cache between runs, so only sizes far beyond it compare."""
-    model, rows = CostModel(HARDWARE["h100"]), []
+    model, rows = Contest(HARDWARE["h100"]), []
     for row in published["rows"]:
         part = site(row["rows"]).without_reduce()
         rows.append(

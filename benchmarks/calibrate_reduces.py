@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, Constant, CostModel, Hardware, Kernel, Region, total_ns
+from fuseplan.planner.costs import HARDWARE, Constant, Hardware, Kernel, Region, total_ns
 from fuseplan.rules.parts.pad import Padding
 from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
@@ -99,7 +100,7 @@ def modelled_us(hardware: Hardware, row: Row) -> float:
 
 def kernels_of(hardware: Hardware, row: Row) -> tuple[Kernel, ...]:
     """The kernels of a region's column."""
-    model = CostModel(without_multicast(hardware))
+    model = Contest(without_multicast(hardware))
     site = Region(
         core=RMS_NORM.traffic, tokens=row.tokens, width=2880, reduce=True, residual=True, tail=Padding(padded=3072),
         ranks=row.ranks,
@@ -125,8 +126,8 @@ def all_reduce_us(hardware: Hardware, name: str, nbytes: int, ranks: int) -> flo
     if name.startswith("AITER"):
         assert hardware.aiter is not None
         gate = replace(hardware.aiter.plain, max_bytes={8: None} if "one" in name else {})
-        return total_ns(CostModel(replace(hardware, aiter=replace(hardware.aiter, plain=gate))).reduce(region)) / 1e3
-    return total_ns(CostModel(hardware).reduce(replace(region, reducer="torch" if name == "NCCL" else name))) / 1e3
+        return total_ns(Contest(replace(hardware, aiter=replace(hardware.aiter, plain=gate))).reduce(region)) / 1e3
+    return total_ns(Contest(hardware).reduce(replace(region, reducer="torch" if name == "NCCL" else name))) / 1e3
 
 
 def tied(values: Mapping[str, float]) -> dict[str, float]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibrate_reduces import REGIONS, ROOT
+from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, CostModel, Hardware, Kernel, Region, total_ns
+from fuseplan.planner.costs import HARDWARE, Hardware, Kernel, Region, total_ns
 from fuseplan.rules.parts.pad import Padding
 from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
@@ -41,7 +42,7 @@ Times = Mapping[str, float]
 
 def modelled(hardware: Hardware, tokens: int, hidden: int, ranks: int, padded: int | None = None) -> Times:
     """Microseconds by provider."""
-    model = CostModel(hardware)
+    model = Contest(hardware)
     tail = None if padded is None else Padding(padded=padded)
     site = Region(
         core=RMS_NORM.traffic, tokens=tokens, width=hidden, reduce=True, residual=True, tail=tail, ranks=ranks

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibrate_reduces import REGIONS, kernels_of, regions
+from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Hardware, Kernel, Region
+from fuseplan.planner.costs import HARDWARE, CostTable, Hardware, Kernel, Region
 from fuseplan.rules.parts.attention.traffic import AttentionRegion, grouped
 from fuseplan.rules.parts.dynamic_fp8 import DynamicFp8
 from fuseplan.rules.parts.group_fp8 import GroupFp8
@@ -141,9 +142,9 @@ def _tables() -> Iterator[Measured]:
             )  # fmt: skip
 
 
-def _model(hardware: Hardware) -> CostModel:
+def _model(hardware: Hardware) -> Contest:
     """As these runs were made."""
-    return CostModel(without_multicast(hardware))
+    return Contest(without_multicast(hardware))
 
 
 KERNELS: dict[str, tuple[Any, int, bool, Tail]] = {
@@ -190,7 +191,7 @@ def _linears() -> Iterator[Measured]:
             kernels = library_kernels(hardware, region)
             if "SiLU" in row["layers"]:
                 nbytes = 6 * region.rows * region.features[0]
-                kernels = (*kernels, CostModel(hardware).local("silu_and_mul", nbytes))
+                kernels = (*kernels, Contest(hardware).local("silu_and_mul", nbytes))
             return kernels
 
         yield Measured(

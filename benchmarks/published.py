@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibrate_reduces import all_reduce_us
-from fuseplan.planner.costs import HARDWARE, CostModel, Hardware, Region
+from benchmarks.contest import Contest
+from fuseplan.planner.costs import HARDWARE, Hardware, Region
 from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
 ROOT = Path(__file__).parent
@@ -43,7 +44,7 @@ def region(table: dict[str, Any], width: int, tokens: int) -> Region:
 
 def times(table: dict[str, Any], width: int, tokens: int) -> tuple[float, float]:
     """(fused, unfused) by the model, in us."""
-    model, site = CostModel(hardware_of(table)), region(table, width, tokens)
+    model, site = Contest(hardware_of(table)), region(table, width, tokens)
     return model.fused_ns(site, table["provider"]) / 1e3, model.unfused_ns(site) / 1e3
 
 

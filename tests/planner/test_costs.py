@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.calibrate_reduces import REGIONS, overall, regions
+from benchmarks.contest import Contest
 from benchmarks.published import score
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs import HARDWARE, CostModel, CostTable, Provenance, Region, Row
+from fuseplan.planner.costs import HARDWARE, CostTable, Provenance, Region, Row
 from fuseplan.providers import PROFILES
 from tests.planner.parts import NORM, Padding
 
@@ -27,7 +28,7 @@ def site(tokens: int, ranks: int = 2) -> Region:
 
 
 def alternatives(device: str, provider: str, tokens: int, ranks: int = 2) -> dict[str, int]:
-    model, whole = CostModel(HARDWARE[device]), site(tokens, ranks)
+    model, whole = Contest(HARDWARE[device]), site(tokens, ranks)
     return {
         "unfused": model.unfused_ns(whole),
         "act_padding": model.alternative_ns(whole, whole.without_reduce(), provider),
@@ -106,7 +107,7 @@ def test_published_times_are_near_those_of_the_model() -> None:
     st.sampled_from(["torch", "triton", "flashinfer", "aiter", "somebody"]),
 )
 def test_prices_are_positive_integers_and_grow_with_tokens(device: str, tokens: int, ranks: int, provider: str) -> None:
-    model = CostModel(HARDWARE[device])
+    model = Contest(HARDWARE[device])
     for region in (site(tokens, ranks), site(tokens, ranks).without_reduce(), site(tokens, ranks).without_tail()):
         for price in (model.unfused_ns(region), model.fused_ns(region, provider)):
             assert isinstance(price, int)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.contest import Contest
 from fuseplan.compilation.analysis import assumed_constants
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
@@ -15,7 +16,6 @@ from fuseplan.measurement.tuning import Times
 from fuseplan.measurement.tuning.device import measure_device, record_of
 from fuseplan.planner.costs import (
     HARDWARE,
-    CostModel,
     DeviceRecord,
     Measured,
     Region,
@@ -64,7 +64,7 @@ def test_links_are_those_that_the_card_has() -> None:
     assert HARDWARE["rtx4090"].flashinfer is None
     assert HARDWARE["l40s"].triton is not None
     region = Region(core=NORM, tokens=64, width=4096, reduce=True, ranks=2)
-    assert CostModel(HARDWARE["l40s"]).unfused_ns(region) > CostModel(HARDWARE["a100"]).unfused_ns(region)
+    assert Contest(HARDWARE["l40s"]).unfused_ns(region) > Contest(HARDWARE["a100"]).unfused_ns(region)
 
 
 def test_an_unknown_gpu_is_priced_by_what_torch_reports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.contest import Contest
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
 from fuseplan.integrations.vllm.passes import manager_for
-from fuseplan.planner.costs import HARDWARE, CostModel, Region
+from fuseplan.planner.costs import HARDWARE, Region
 from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS, PROFILES, vllm_c
 from fuseplan.providers.vllm_c import gates, halves
 from fuseplan.record import Report
@@ -395,7 +396,7 @@ def test_the_price_is_the_median_of_what_was_measured() -> None:
 
 def test_own_kernels_come_before_those_of_vllm() -> None:
     assert PROVIDER.timing is not None
-    model = CostModel(HARDWARE["h200"], timings={PROVIDER.name: PROVIDER.timing})
+    model = Contest(HARDWARE["h200"], timings={PROVIDER.name: PROVIDER.timing})
     for tokens in (1, 8192):
         shape = Region(core=NORM, tokens=tokens, width=4096)
         assert model.fused_ns(shape, "triton") < model.fused_ns(shape, "vllm_c")

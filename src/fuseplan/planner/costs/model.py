@@ -44,7 +44,7 @@ class CostModel:
     """Prices regions on one device.
 
     A site of a graph has parts: all-reduce, core, epilogue. A fusion takes some of them; what it leaves is run
-    unfused. `alternative_ns` prices a site under one fusion, `saving_ns` is what that saves.
+    unfused.
     """
 
     def __init__(
@@ -67,34 +67,10 @@ class CostModel:
         """The device's name."""
         return self.hardware.name
 
-    # A site under one alternative.
-
-    def alternative_ns(self, site: Region, taken: Region | None, provider: str) -> int:
-        """`site` with the parts `taken` run by `provider` as one op, and the rest as Inductor leaves it."""
-        return total_ns(self.alternative(site, taken, provider))
-
-    def alternative(self, site: Region, taken: Region | None, provider: str) -> tuple[Kernel, ...]:
-        """The kernels of `alternative_ns`."""
-        if taken is None:
-            return self.unfused(site)
-        assert taken.core == site.core and taken.residual == site.residual, (site, taken)
-        assert taken.tail in (None, site.tail) and taken.reduce <= site.reduce, (site, taken)
-        before = self.reduce(site) if site.reduce and not taken.reduce else ()
-        after = self.epilogue(site) if site.tail and not taken.tail else ()
-        return (*before, *self.fused(taken, provider), *after)
-
-    def saving_ns(self, site: Region, taken: Region, provider: str) -> int:
-        """The saving of fusing `taken` at `site`; negative where it costs."""
-        return self.unfused_ns(site) - self.alternative_ns(site, taken, provider)
-
     # Unfused ops.
 
-    def unfused_ns(self, region: Region) -> int:
-        """All of a region's parts as Inductor leaves them."""
-        return total_ns(self.unfused(region))
-
     def unfused(self, region: Region) -> tuple[Kernel, ...]:
-        """The kernels of `unfused_ns`."""
+        """All of a region's parts as Inductor leaves them."""
         before = self.reduce(region) if region.reduce else ()
         rest = region.without_reduce()
         if region.tail is not None and region.tail.stays_apart(region.core):
@@ -148,12 +124,8 @@ class CostModel:
 
     # Fused ops.
 
-    def fused_ns(self, region: Region, provider: str) -> int:
-        """One fused op of all of a region's parts, by `provider`: see `fused`."""
-        return total_ns(self.fused(region, provider))
-
     def fused(self, region: Region, provider: str) -> tuple[Kernel, ...]:
-        """The kernels of `fused_ns`.
+        """One fused op of all of a region's parts, by `provider`.
 
         It is priced as its timing says. A provider without one is taken to be one kernel, which is no more than an
         assumption: the model knows the price of one kernel, but not whether a user's op is one.
