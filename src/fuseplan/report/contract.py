@@ -1,11 +1,10 @@
 """The object that `fuseplan explain --json` prints; its shape is a contract, versioned by `schema`."""
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-from fuseplan.record import Comparison, GraphReport, Report, Unsure, changes, differences, to_json
-from fuseplan.report.savings import sum_of_ends
+from fuseplan.record import Comparison, Report, Unsure, changes, differences, to_json
+from fuseplan.report.savings import Saved, graphs_of, sizes_of
 from fuseplan.report.text import policy_name
 
 SCHEMA = 1
@@ -82,7 +81,7 @@ def _policy(report: Report) -> dict[str, Any]:
         "per_range": [_range(report, span) for span in report.per_range],
         "region_us": report.region_us,
         "saved_us": report.saved_us,
-        **_ends(report.graphs),
+        **_ends(Saved.over(report.graphs)),
     }
     plans = [graph.plan for graph in report.graphs if graph.plan is not None]
     if plans:
@@ -101,39 +100,32 @@ def _unsure(found: Unsure) -> dict[str, Any]:
     return {**to_json(found), "tuning_s": found.tuning_s}
 
 
-def _ends(graphs: Sequence[GraphReport]) -> dict[str, float | None]:
+def _ends(saved: Saved) -> dict[str, float | None]:
     """The ends of the interval of `saved_us`; None where they aren't known."""
-    low, high = (sum_of_ends([getattr(each, name) for each in graphs]) for name in ("saved_low_ns", "saved_high_ns"))
-    return {
-        "saved_low_us": None if low is None else low / 1000, "saved_high_us": None if high is None else high / 1000,
-    }  # fmt: skip
+    ends = (("saved_low_us", saved.low_ns), ("saved_high_us", saved.high_ns))
+    return {name: None if end is None else end / 1000 for name, end in ends}
 
 
 def _range(report: Report, span: tuple[int, int] | None) -> dict[str, Any]:
-    graphs = [graph for graph in report.graphs if graph.range == span]
-    steps = [graph.step_ns for graph in graphs if graph.step_ns is not None]
-    sizes: dict[int, list[int]] = {}
-    for size in (size for graph in graphs for size in graph.sizes):
-        total = sizes.setdefault(size.tokens, [0, 0])
-        total[0] += size.unfused_ns
-        total[1] += size.saved_ns
+    graphs = graphs_of(report, span)
+    saved = Saved.over(graphs)
     return {
         "range": list(span) if span else None,
         "fused": report.per_range[span],
-        "region_us": sum(graph.unfused_ns - graph.saved_ns for graph in graphs) / 1000,
-        "saved_us": sum(graph.saved_ns for graph in graphs) / 1000,
-        **_ends(graphs),
-        "unfused_us": sum(graph.unfused_ns for graph in graphs) / 1000,
-        "step_us": sum(steps) / 1000 if len(steps) == len(graphs) else None,
+        "region_us": (saved.unfused_ns - saved.saved_ns) / 1000,
+        "saved_us": saved.saved_ns / 1000,
+        **_ends(saved),
+        "unfused_us": saved.unfused_ns / 1000,
+        "step_us": None if saved.step_ns is None else saved.step_ns / 1000,
         "sizes": [
             {
                 "tokens": tokens,
-                "unfused_us": unfused / 1000,
-                "saved_us": saved / 1000,
+                "unfused_us": unfused_ns / 1000,
+                "saved_us": saved_ns / 1000,
                 "all_reduces": sorted(
                     {name for g in graphs for s in g.sizes if s.tokens == tokens for name in s.all_reduces}
                 ),
             }
-            for tokens, (unfused, saved) in sorted(sizes.items())
+            for tokens, unfused_ns, saved_ns in sizes_of(graphs)
         ],
     }

@@ -40,7 +40,11 @@ class Saved:
     @classmethod
     def of(cls, report: Report, span: Span) -> "Saved":
         """All graphs of a range together."""
-        graphs = _graphs(report, span)
+        return cls.over(graphs_of(report, span))
+
+    @classmethod
+    def over(cls, graphs: Sequence[GraphReport]) -> "Saved":
+        """Some graphs together."""
         steps = [graph.step_ns for graph in graphs if graph.step_ns is not None]
         return cls(
             sum(graph.saved_ns for graph in graphs),
@@ -65,6 +69,15 @@ class Saved:
         return percent(self.saved_ns, self.step_ns) if self.step_ns else ""
 
 
+def sizes_of(graphs: Iterable[GraphReport]) -> list[tuple[int, int, int]]:
+    """(tokens, unfused_ns, saved_ns) of some graphs together, at each size."""
+    sizes: dict[int, tuple[int, int]] = {}
+    for size in (size for graph in graphs for size in graph.sizes):
+        unfused, saved = sizes.get(size.tokens, (0, 0))
+        sizes[size.tokens] = unfused + size.unfused_ns, saved + size.saved_ns
+    return [(tokens, *total) for tokens, total in sorted(sizes.items())]
+
+
 def counts_of_step(report: Report, rule: str) -> list[tuple[int, int]]:
     """(how often a rule fired in a step, of how many matches), range by range."""
     return [fired(graphs, rule) for graphs in by_range(report)]
@@ -78,7 +91,7 @@ def fired(graphs: Iterable[GraphReport], rule: str) -> tuple[int, int]:
 
 def by_range(report: Report) -> list[list[GraphReport]]:
     """The graphs of each compile range."""
-    return [_graphs(report, span) for span in dict.fromkeys(graph.range for graph in report.graphs)]
+    return [graphs_of(report, span) for span in dict.fromkeys(graph.range for graph in report.graphs)]
 
 
 def percent(part: float, whole: float) -> str:
@@ -183,7 +196,7 @@ def share_text(report: Report, saved: Saved) -> str:
 
 def why_nothing(report: Report, span: Span) -> str:
     """Of a report whose rules match somewhere: `2 places match, but fusing them costs more than it saves`"""
-    graphs = _graphs(report, span)
+    graphs = graphs_of(report, span)
     unsure = {(each.op, each.nodes) for g in graphs for each in g.refusals if each.reason is Reason.UNSURE}
     lost = {loss.fusion.site for graph in graphs for loss in graph.lost}
     count = len(lost) + len(unsure)
@@ -196,7 +209,8 @@ def why_nothing(report: Report, span: Span) -> str:
     return f"{found}, but {f'fusing {them} may cost more than it saves' if unsure else dearer}"
 
 
-def _graphs(report: Report, span: Span) -> list[GraphReport]:
+def graphs_of(report: Report, span: Span) -> list[GraphReport]:
+    """The graphs of a range."""
     return [graph for graph in report.graphs if graph.range == span]
 
 
@@ -215,7 +229,7 @@ def _applied(graphs: Iterable[GraphReport]) -> list[Fusion]:
 
 def where_of(report: Report, span: Span) -> str:
     """`36 of 36 layers`, or places where the model has no layers."""
-    graphs = _graphs(report, span)
+    graphs = graphs_of(report, span)
     fused = _applied(graphs)
     every = [*fused, *(loss.fusion for graph in graphs for loss in graph.lost)]
     layers = {layer for each in every if (layer := layer_of(each.source))}

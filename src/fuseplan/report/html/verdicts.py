@@ -8,7 +8,7 @@ from typing import Any
 from fuseplan.record import Comparison, ConflictClass, Reason, Report
 from fuseplan.record.report import UNFUSED
 from fuseplan.report.places import places
-from fuseplan.report.savings import by_range, counts_of_step, is_covered, losses_of, verdict
+from fuseplan.report.savings import Saved, by_range, counts_of_step, is_covered, losses_of, verdict
 
 
 def headline(comparison: Comparison) -> str:
@@ -89,9 +89,5 @@ def rule_state(report: Report, rule: str) -> str:
 
 def behind_us(report: Report, first: Report) -> list[float]:
     """By how much less a policy saves than the first one, by range."""
-    return [round((saved_ns(first, span) - saved_ns(report, span)) / 1000, 3) for span in report.per_range]
-
-
-def saved_ns(report: Report, span: tuple[int, int] | None) -> int:
-    """The saving of a policy in a range, over all graphs."""
-    return sum(graph.saved_ns for graph in report.graphs if graph.range == span)
+    saved = [[Saved.of(each, span).saved_ns for each in (first, report)] for span in report.per_range]
+    return [round((best - own) / 1000, 3) for best, own in saved]

@@ -10,7 +10,7 @@ from fuseplan.report.html.evidence import constant_rows, cost_rows, size_rows
 from fuseplan.report.html.tables import Table
 from fuseplan.report.html.verdicts import headline, rule_state, verdicts
 from fuseplan.report.places import places
-from fuseplan.report.savings import fired
+from fuseplan.report.savings import Saved, fired, graphs_of, sizes_of
 from fuseplan.report.text import policy_name
 
 Span = tuple[int, int] | None
@@ -97,17 +97,13 @@ class _View:
         }  # fmt: skip
 
     def _range(self, report: Report, span: Span, names: Sequence[str]) -> dict[str, Any]:
-        graphs = [graph for graph in report.graphs if graph.range == span]
-        sizes: dict[int, list[int]] = {}
-        for size in (size for graph in graphs for size in graph.sizes):
-            total = sizes.setdefault(size.tokens, [0, 0])
-            total[0] += size.unfused_ns
-            total[1] += size.saved_ns
+        graphs = graphs_of(report, span)
+        saved = Saved.over(graphs)
         return {
             "rules": [[*fired(graphs, name)] for name in names],
-            "saved": sum(graph.saved_ns for graph in graphs),
-            "unfused": sum(graph.unfused_ns for graph in graphs),
-            "sizes": [[tokens, *total] for tokens, total in sorted(sizes.items())],
+            "saved": saved.saved_ns,
+            "unfused": saved.unfused_ns,
+            "sizes": [list(each) for each in sizes_of(graphs)],
             "graphs": [self._applied(graph) for graph in graphs],
             "proof": _proof(graphs),
         }
