@@ -175,5 +175,34 @@ def test_a_name_is_one_word() -> None:
         fuseplan.inductor_options(rules=[TwoWords()])
 
 
+class ByName(Rule):
+    """The same, whose fused op takes the pattern's variables by their names."""
+
+    name, flags, op, core = "norm_relu", (), rms_norm_relu, ops.rms_norm
+
+    def pattern(self, **bound: Any) -> Any:
+        return torch.ops.aten.relu.default(ops.rms_norm(*bound.values()))
+
+
+class Misnamed(ByName):
+    """The same with another name for the weight."""
+
+    def pattern(self, x: Any, scale: Any, eps: Any, rounding: Any) -> Any:  # type: ignore[override]
+        return torch.ops.aten.relu.default(ops.rms_norm(x, scale, eps, rounding))
+
+
+def test_a_replacement_follows_from_names() -> None:
+    rule = ByName()
+    rule.validate()
+    assert rule.variables == ("x", "weight", "eps", "rounding")
+    assert rule.describe() == NormRelu().describe()
+    replaced = rule.trace_replacement(dict(rule.traced_pattern.inputs))
+    (call,) = (node for node in replaced.graph.nodes if node.op == "call_function")
+    assert call.target is rms_norm_relu.overload
+    assert [each.name for each in call.args] == ["x", "weight", "eps", "rounding"]
+    with pytest.raises(RuleError, match="its pattern has no variable 'weight', which rms_norm_relu takes; write a"):
+        Misnamed().validate()
+
+
 def test_it_describes_itself() -> None:
     assert NormRelu().describe() == "rms_norm -> aten.relu.default  =>  rms_norm_relu"
