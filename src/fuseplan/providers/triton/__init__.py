@@ -84,17 +84,15 @@ def gated_linears(*arguments: Any) -> Tensor:
     return launch(*split_arguments(arguments[:-1]), arguments[-1])[0]
 
 
-def linear_add_rms_norm(
-    x: Tensor, weight0: Tensor, bias0: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, rounding: str
-) -> tuple[Tensor, ...]:
+def linear_add_rms_norm(m: Any) -> tuple[Tensor, ...]:
     """`families.linear_norm.linear_add_rms_norm_reference` in two kernels, of which the second adds up what several
     programs made of each tile of the layer.
     """
     from fuseplan.providers.triton.launching import Norm
     from fuseplan.providers.triton.linear import launch_normed
 
-    norm = Norm(weight=norm_weight, eps=eps, rounding=Rounding(rounding))
-    return launch_normed(x, weight0, bias0, residual, norm)
+    norm = Norm(weight=m.norm_weight, eps=m.eps, rounding=Rounding(m.rounding))
+    return launch_normed(m.x, m.weight0, m.bias0, m.residual, norm)
 
 
 def scaled_linears(*arguments: Any) -> Any:
@@ -184,7 +182,8 @@ for _op in _ATTENTIONS:
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
 implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))
-implement(ops.skinny_linear_add_rms_norm, "triton", replayed(linear_add_rms_norm))
+_op = ops.skinny_linear_add_rms_norm
+implement(_op, "triton", replayed(by_names(_op, linear_add_rms_norm)))
 for _op in SCALED_LINEAR_FAMILY:
     implement(_op, "triton", replayed(scaled_linears))
 for _op, _suffix in _NORMS.items():

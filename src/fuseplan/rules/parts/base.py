@@ -206,7 +206,6 @@ class RowEpilogue(Epilogue):
 
     Attributes:
         kind: what it is for.
-        suffix: of the names of fused ops.
         parameters: the op's arguments after the first, as they stand in a schema.
         results: how many tensors it yields.
         sample: values for `parameters` on a device.
@@ -215,12 +214,16 @@ class RowEpilogue(Epilogue):
     """
 
     kind: Kind
-    suffix: str
     parameters: tuple[str, ...]
     results: int = 1
     sample: Callable[[torch.device], tuple[Any, ...]]
     unit: int = 1
     core_of: Callable[[Any, Mapping[str, Any]], Any] | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of fused ops."""
+        return self.name
 
 
 def width_of(core: fx.Node) -> int:

@@ -142,7 +142,6 @@ class DynamicFp8(Codes):
 PART = RowEpilogue(
     name="dynamic_fp8_quant",
     kind=Kind.QUANTISATION,
-    suffix="dynamic_fp8_quant",
     ops=(dynamic_per_token_scaled_fp8_quant,),
     parameters=(
         "ScalarType dtype", "float min_scale", "float max_scale", "float zero_scale", "Tensor? scale_ub",

@@ -222,7 +222,6 @@ class GroupFp8(GroupCodes):
 PART = RowEpilogue(
     name="group_fp8_quant",
     kind=Kind.QUANTISATION,
-    suffix="group_fp8_quant",
     ops=(per_token_group_fp8_quant,),
     parameters=(
         "int group_size", "ScalarType dtype", "float min_scale", "float max_scale", "bool ue8m0", "float min_power",

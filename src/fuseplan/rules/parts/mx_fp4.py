@@ -135,7 +135,6 @@ class MxFp4(Fp4Codes):
 PART = RowEpilogue(
     name="mx_fp4_quant",
     kind=Kind.QUANTISATION,
-    suffix="mx_fp4_quant",
     ops=(per_token_mx_fp4_quant,),
     parameters=("int group_size", "str scaling", "str layout"),
     results=2,

@@ -186,7 +186,6 @@ class MxFp8(GroupCodes):
 PART = RowEpilogue(
     name="mx_fp8_quant",
     kind=Kind.QUANTISATION,
-    suffix="mx_fp8_quant",
     ops=(per_token_mx_fp8_quant,),
     parameters=("int group_size", "ScalarType dtype", "str scaling", "str layout"),
     results=2,

@@ -239,7 +239,6 @@ class NvFp4(Fp4Codes):
 PART = RowEpilogue(
     name="nv_fp4_quant",
     kind=Kind.QUANTISATION,
-    suffix="nv_fp4_quant",
     ops=(per_token_nv_fp4_quant,),
     parameters=("int group_size", "Tensor? global_scale", "float min_scale", "str layout"),
     results=2,

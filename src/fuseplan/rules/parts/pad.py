@@ -136,7 +136,6 @@ def _hint(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:
 PART = RowEpilogue(
     name="pad",
     kind=Kind.PADDING,
-    suffix="pad",
     ops=(pad,),
     parameters=("int right",),
     sample=lambda device: (192,),

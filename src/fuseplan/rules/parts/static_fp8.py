@@ -127,7 +127,6 @@ class StaticFp8(Codes):
 PART = RowEpilogue(
     name="static_fp8_quant",
     kind=Kind.QUANTISATION,
-    suffix="static_fp8_quant",
     ops=(static_scaled_fp8_quant,),
     parameters=("Tensor scale", "ScalarType dtype", "str quant_rounding"),
     sample=_sample_arguments,
