@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fuseplan.config import CompileRange, Policy, check_ranges, unknown
 from fuseplan.errors import ConfigError, PlanError, WorkloadError
-from fuseplan.record.files import reading
+from fuseplan.record.files import exists, reading
 
 # What these parts have by name; a test holds each list against them.
 WORKLOADS = (
@@ -95,7 +95,7 @@ def _check_elsewhere(workload: str) -> None:
         package = workload.partition(":")[0].partition(".")[0]
         if not package.isidentifier() or not _is_installed(package):
             raise WorkloadError(f"{workload}: no module named {package!r} here; run in its folder, or set PYTHONPATH")
-    elif not _exists(workload):
+    elif not exists(workload):
         error = unknown("workload", workload, WORKLOADS)
         raise WorkloadError(f"{error}, the path of a Hugging Face config.json, or package.module:factory")
 
@@ -105,10 +105,3 @@ def _is_installed(package: str) -> bool:
         return find_spec(package) is not None or Path(package).is_dir() or any(Path.cwd().glob(f"{package}.*"))
     except ValueError:  # in sys.modules without a spec
         return True
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # too long for a file
-        return False

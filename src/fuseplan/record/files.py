@@ -41,6 +41,14 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     return content
 
 
+def exists(path: str) -> bool:
+    """Whether there is something at a path, if it can be one."""
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a file
+        return False
+
+
 @contextmanager
 def reading(what: str, path: Path | str, error: type[Exception]) -> Iterator[None]:
     """Makes whatever is wrong with a file's content, a ValueError, or with the file, an OSError, an `error` of one line

@@ -64,6 +64,11 @@ class Loss:
     lost_low_ns: int | None = None
     lost_high_ns: int | None = None
 
+    @property
+    def margin(self) -> float:
+        """`lost_ns`, infinite where that isn't known."""
+        return float("inf") if self.lost_ns is None else self.lost_ns
+
 
 @dataclass(frozen=True, kw_only=True)
 class SizePrice:

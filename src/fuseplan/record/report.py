@@ -181,7 +181,7 @@ class Report:
             best: dict[tuple[str, str], Loss] = {}
             for loss in (each for each in graph.lost if not each.forbidden):
                 place = (loss.fusion.site, loss.fusion.rule)
-                if place not in best or _margin(loss) < _margin(best[place]):
+                if place not in best or loss.margin < best[place].margin:
                     best[place] = loss
             for loss in best.values():
                 winners = {winner.rule for winner in loss.blocked_by} or {UNFUSED}
@@ -259,10 +259,6 @@ ASSUMED = "assumed"
 
 UNFUSED = "unfused"
 """The winner where leaving a site to Inductor is cheaper."""
-
-
-def _margin(loss: Loss) -> float:
-    return float("inf") if loss.lost_ns is None else loss.lost_ns
 
 
 def _mean_us(values: Sequence[int | None]) -> float | None:

@@ -150,7 +150,7 @@ class Witness:
             # Where one provider lost to another of the same rule, the rule is there.
             there = {fusion.site for fusion in graph.applied if fusion.rule == rule}
             mine = [loss for loss in graph.lost if loss.fusion.rule == rule and loss.fusion.site not in there]
-            cheapest = {loss.fusion.site: loss for loss in sorted(mine, key=_margin, reverse=True)}
+            cheapest = {loss.fusion.site: loss for loss in sorted(mine, key=lambda loss: loss.margin, reverse=True)}
             yield from ((_of_loss(loss), graph.range, loss.fusion.source) for loss in cheapest.values())
             for refusal in graph.refusals:
                 is_whole = refusal.nearness is not Nearness.DECLINED or refusal.reason is Reason.UNSURE
@@ -311,10 +311,6 @@ def _lead(lost_us: float | None) -> str:
     if lost_us is None:
         return ""
     return f", {abs(lost_us):.1f} us a place {'behind' if lost_us < 0 else 'ahead'}"
-
-
-def _margin(loss: Loss) -> float:
-    return float("inf") if loss.lost_ns is None else loss.lost_ns
 
 
 def _concerns(refusal: Refusal, kernel: Kernel) -> bool:

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fuseplan.config import CompileRange, unknown
 from fuseplan.errors import WorkloadError
 from fuseplan.integrations import transformers as huggingface
+from fuseplan.record.files import exists
 from fuseplan.record.report import MOST_LAYERS, MOST_RANKS
 from fuseplan.record.text import one_line
 from fuseplan.workloads import models
@@ -185,15 +186,8 @@ def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = 
 def path_of(name: str) -> Path | None:
     """The Hugging Face configuration that a workload's name is the path of; None for what is named otherwise."""
     is_built_in = name in models.WORKLOADS or name in HUGGING_FACE
-    is_path = not is_built_in and (name.endswith(".json") or "/" in name or _exists(name))
+    is_path = not is_built_in and (name.endswith(".json") or "/" in name or exists(name))
     return Path(name) if is_path else None
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except OSError:  # too long for a file
-        return False
 
 
 @contextlib.contextmanager
