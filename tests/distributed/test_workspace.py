@@ -165,8 +165,8 @@ def test_a_call_on_another_stream_waits_for_the_last_one(one_rank: str, monkeypa
         def record(self, stream: int) -> None:
             log.append(("record", stream))
 
-        def wait(self) -> None:
-            log.append(("wait", current[0]))
+        def wait(self, stream: int) -> None:
+            log.append(("wait", stream))
 
     space = made(one_rank)
     monkeypatch.setattr(space, "device", torch.device("cuda", 0))

@@ -170,6 +170,25 @@ def test_calls_in_several_launches_are_launched_again(monkeypatch: pytest.Monkey
     assert (kernel.jitted, kernel.launched) == (3, 6)
 
 
+def test_parts_are_as_aligned_as_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code for an aligned address is never launched on another, whatever the tensor that it is a part of."""
+    monkeypatch.setattr(replay, "handed", At)
+    kernel = Kernel(double_some)
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(3)
+        run_kernel(kernel, (1,), x[1], out, numbers=3)
+        return out
+
+    replays, memory = replayed(run), torch.arange(16.0)
+    assert memory.data_ptr() % replay.ALIGNED == 0
+    for first in (1, 2):
+        x = memory[first : first + 6].view(2, 3)
+        assert (x[1].data_ptr() % replay.ALIGNED == 0) == (first == 1)
+        torch.testing.assert_close(replays(x), 2 * x[1])
+    assert (kernel.jitted, kernel.launched) == (2, 0)
+
+
 def test_parts_of_tensors_that_are_interleaved_are_never_replayed() -> None:
     """In which of them a part lies doesn't follow from where it is."""
     kernel = Kernel(double_some)

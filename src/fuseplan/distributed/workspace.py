@@ -244,8 +244,9 @@ class _Held:
             if last is None:
                 self.ended = _Ended(handle, torch.cuda.current_stream(workspace.device), torch.cuda.Event())
             elif last.handle != handle:
-                last.event.wait()
-                self.ended = _Ended(handle, torch.cuda.current_stream(workspace.device), last.event)
+                stream = torch.cuda.current_stream(workspace.device)
+                last.event.wait(stream)  # the device's own, which needn't be the current one
+                self.ended = _Ended(handle, stream, last.event)
             else:
                 self.ended = last
         except BaseException:

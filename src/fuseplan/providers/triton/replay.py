@@ -323,8 +323,8 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
         for each in arguments:  # in line, since it is paid for at every call
             if isinstance(each, Tensor):
                 inputs.append(each)
-                is_aligned = each.data_ptr() % ALIGNED == 0
-                kinds.append((each.shape, each.stride(), each.dtype, each.get_device(), is_aligned))
+                # Not whether it is aligned alone: a part of what isn't may be.
+                kinds.append((each.shape, each.stride(), each.dtype, each.get_device(), each.data_ptr() % ALIGNED))
             elif isinstance(each, Workspace):
                 inputs += each.tensors
                 kinds.append(each.serial)
