@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+import fuseplan
 from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
 from fuseplan.errors import ConfigError
 from fuseplan.rules import enabled_rules
@@ -19,11 +20,26 @@ from fuseplan.rules.families import BUILT_IN_RULES
         ({"policy": "off(act_padding)"}, "off takes no rules"),
         ({"policy": "ordered()"}, "lists no rules"),
         ({"policy": "ordered(a, a)"}, "lists a twice"),
+        ({"policy": None}, "unknown policy 'None'; allowed: planned, off, ordered"),
+        ({"compile_ranges": "1:8"}, r"compile_ranges='1:8': allowed are sequences of e.g. CompileRange\("),
+        ({"compile_ranges": 8}, "compile_ranges=8: allowed are sequences"),
+        ({"compile_ranges": [(1, 8)]}, r"compile_ranges=\[\(1, 8\)\]: allowed are sequences"),
+        ({"cost_table": 3}, "cost_table=3: allowed are None and paths of files"),
+        ({"plan": {}}, "plan={}: allowed are None and paths of files"),
     ],
 )
 def test_bad_flags_say_what_is_allowed(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PassConfig(**flags)
+
+
+@pytest.mark.parametrize("given", [{}, {"force": ()}, "off", 3])
+def test_what_is_no_config_is_refused(given: Any) -> None:
+    for entry in (fuseplan.compile, fuseplan.explain):
+        with pytest.raises(ConfigError, match=r"config=.*: allowed are None and a PassConfig"):
+            entry(len, config=given)
+    with pytest.raises(ConfigError, match=r"config=.*: allowed are None and a PassConfig"):
+        fuseplan.inductor_options(given)
 
 
 def test_policies_read_as_they_are_written() -> None:

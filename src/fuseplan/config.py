@@ -69,9 +69,12 @@ def check_ranges(ranges: Sequence[CompileRange]) -> tuple[CompileRange, ...]:
     """The ranges in ascending order.
 
     Raises:
-        ConfigError: two of them overlap.
+        ConfigError: one of them is no range, or two overlap.
     """
-    ordered = tuple(sorted(ranges))
+    given = tuple(ranges) if isinstance(ranges, Iterable) else (ranges,)
+    if not all(isinstance(each, CompileRange) for each in given):
+        raise ConfigError(f"compile_ranges={ranges!r}: allowed are sequences of e.g. CompileRange(start=1, end=8)")
+    ordered = tuple(sorted(given))
     for before, after in itertools.pairwise(ordered):
         if after.start <= before.end:
             raise ConfigError(f"compile ranges {before} and {after} overlap; each number of tokens has one plan")
@@ -233,8 +236,8 @@ class PassConfig:
             raise ConfigError(f"eliminate_noops={self.eliminate_noops!r}: allowed are True and False")
         if self.max_fusions is not None and (not isinstance(self.max_fusions, int) or self.max_fusions < 0):
             raise ConfigError(f"max_fusions={self.max_fusions!r}: allowed are None and integers of at least 0")
-        if isinstance(self.policy, str):
-            object.__setattr__(self, "policy", Policy.parse(self.policy))
+        if not isinstance(self.policy, Policy):
+            object.__setattr__(self, "policy", Policy.parse(str(self.policy)))
         object.__setattr__(self, "compile_ranges", check_ranges(self.compile_ranges))
         self._check_planning()
 
@@ -258,6 +261,9 @@ class PassConfig:
             number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
             if not unset and not (number and 0 < seconds < math.inf):
                 raise ConfigError(f"{name}={seconds!r}: allowed are seconds, more than 0 and finite")
+        for name in ("cost_table", "plan"):
+            if not isinstance(path := getattr(self, name), str | Path | None):
+                raise ConfigError(f"{name}={path!r}: allowed are None and paths of files")
         for name in ("force", "plan"):
             if getattr(self, name) and self.chosen_policy.name != "planned":
                 raise ConfigError(f"{name} needs policy planned, and the policy is {self.policy}")
@@ -275,6 +281,17 @@ class PassConfig:
     def policy_is_given(self) -> bool:
         """Whether the policy is another than the default, which flags may thin out without contradicting it."""
         return self.policy != DEFAULT_POLICY
+
+
+def settings(config: PassConfig | None) -> PassConfig:
+    """A user's settings; None: the defaults.
+
+    Raises:
+        ConfigError: they are no `PassConfig`.
+    """
+    if not isinstance(config, PassConfig | None):
+        raise ConfigError(f"config={config!r}: allowed are None and a PassConfig, e.g. PassConfig(policy='off')")
+    return config or PassConfig()
 
 
 FUSION_FLAGS = tuple(each.name for each in fields(PassConfig) if each.type == bool | None)

@@ -20,7 +20,7 @@ from fuseplan.compilation.floats import Floats, constant
 from fuseplan.compilation.hook import HOOK, emptied, standing
 from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.compilation.regions import identity_of, region_of, values_of
-from fuseplan.config import CompileRange, PassConfig
+from fuseplan.config import CompileRange, PassConfig, settings
 from fuseplan.cpython import uncollected
 from fuseplan.devices import asked_profile
 from fuseplan.distributed import Verdict
@@ -68,12 +68,12 @@ def inductor_options(
         `options` with fuseplan's pass manager in its hook.
 
     Raises:
-        ConfigError: flags and policy contradict each other, or the environment is malformed.
+        ConfigError: `config` is none, flags and policy contradict each other, or the environment is malformed.
         CompatibilityError: this torch is too old. Where private interfaces of torch's have moved, a `FuseplanWarning`
             names them, and `options` come back as they are.
     """
     require_supported_torch()
-    config = config or PassConfig()
+    config = settings(config)
     ranges = config.compile_ranges
     whole = CompileRange(start=ranges[0].start, end=ranges[-1].end) if ranges else None
     return _options(config, whole, on_report, dict(options or {}), _Further(passes, rules, providers))
@@ -151,7 +151,7 @@ def compile(
             names them, and the model is compiled by plain `torch.compile`.
     """
     require_supported_torch()
-    config = config or PassConfig()
+    config = settings(config)
     arguments = dict(torch_compile_arguments)
     backend = arguments.pop("backend", "inductor")
     if backend != "inductor":
@@ -391,7 +391,7 @@ def explain_call(
 ) -> Report:
     """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
-    config = config or PassConfig()
+    config = settings(config)
     traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
     everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)
     return Explanation(traced, config, asked_profile(device), everyone, everything).report(config.chosen_policy)
