@@ -34,8 +34,7 @@ HIDDEN = (2880, 4096, 8192)
 WHAT = (
     "microseconds of all-reduce, residual add and RMSNorm (with a pad where measured), bfloat16, by who does the "
     "all-reduce; fastest, and fastest of others: measured, and by the cost model without NVLink multicast; regret: "
-    "the measured time of the model's choice over the least one, less 1; from: the tokens from which NCCL is the "
-    "fastest of others; multicast_from: likewise by the model, where NCCL may use it"
+    "the measured time of the model's choice over the least one, less 1; shapes: by the model alone, without a pad"
 )
 Times = Mapping[str, float]
 
@@ -92,25 +91,15 @@ def measured_rows() -> Iterator[dict[str, Any]]:
 
 
 def modelled_rows() -> Iterator[dict[str, Any]]:
-    """What the model says of each shape: who is the fastest of all, and from where NCCL is, of others."""
+    """What the model says of each shape: who is the fastest at powers of two tokens."""
     for device, ranks in MODELLED:
         for hidden in HIDDEN:
-            plain, multicast = without_multicast(HARDWARE[device]), HARDWARE[device]
+            plain = without_multicast(HARDWARE[device])
             of_all = {fastest(modelled(plain, tokens, hidden, ranks)) for tokens in TOKENS}
             yield {
-                "device": device, "ranks": ranks, "hidden": hidden, "fastest": sorted(of_all),
-                "from": _from(plain, hidden, ranks), "multicast_from": _from(multicast, hidden, ranks),
+                "device": device, "ranks": ranks, "hidden": hidden, "tokens": [TOKENS[0], TOKENS[-1]],
+                "fastest": sorted(of_all),
             }  # fmt: skip
-
-
-def _from(hardware: Hardware, hidden: int, ranks: int) -> int | None:
-    """The tokens, a power of two, from which on NCCL is the fastest of others."""
-    found = None
-    for tokens in reversed(TOKENS):
-        if fastest(others(modelled(hardware, tokens, hidden, ranks))) != "NCCL":
-            break
-        found = tokens
-    return found
 
 
 def main() -> None:

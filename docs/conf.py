@@ -224,18 +224,6 @@ def _left_out() -> str:
     return _table(("", "rows", "in intervals of 80 %", "of 90 %"), rows)
 
 
-def _crossover() -> str:
-    """From how many tokens on NCCL is the fastest of others, by the model."""
-    rows = [
-        (f"{row['ranks']} {row['device'].upper()}s", f"{row['hidden']:,}",
-         *(f"{row[key]:,}" if row[key] else f"beyond {2**13:,}" for key in ("from", "multicast_from")))
-        for row in _committed("results/crossover")["shapes"]
-    ]  # fmt: skip
-    return _table(
-        ("", "hidden size", "tokens from which NCCL is faster than FlashInfer", "with NVLink multicast"), rows
-    )
-
-
 def _host_cost() -> str:
     """What the host takes for a layer with a fused op, and with Inductor's kernels."""
     rows: list[tuple[object, ...]] = []
@@ -362,7 +350,6 @@ tables = {
     "vllm_kernels_h200": _vllm_kernels(),
     "quantised_steps": _quantised_steps(),
     "region_quantised_h200x2": _quantised_region(),
-    "crossover": _crossover(),
     "host_cost_h200": _host_cost(),
     "host_calls_h200": _host_calls(),
     "nearer": _nearer(),

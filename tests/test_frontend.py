@@ -300,3 +300,16 @@ def test_explain_is_for_a_gpu_where_nobody_says_otherwise() -> None:
     named = [re.findall(r"priced for (\S+)", str(report)) for report in reports]
     assert named == [[default_profile().name], ["cpu"]]
     assert default_profile().vendor != "cpu"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rules", "Rule"), ("providers", "Provider")], ids=["rules", "providers"])
+@pytest.mark.parametrize("given", [3, ("allreduce_rms",), (None,)], ids=repr)
+def test_what_is_no_rule_and_no_provider_is_refused_by_one_line(name: str, kind: str, given: Any) -> None:
+    wanted = rf"^{name}={re.escape(repr(given))}: allowed are sequences of instances of {kind}$"
+    for take in (
+        lambda **more: fuseplan.compile(lambda x: x, **more),
+        fuseplan.inductor_options,
+        lambda **more: fuseplan.explain(lambda x: x, torch.ones(1), **more),
+    ):
+        with pytest.raises(ConfigError, match=wanted):
+            take(**{name: given})

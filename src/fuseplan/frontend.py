@@ -20,7 +20,7 @@ from fuseplan.compilation.floats import Floats, constant
 from fuseplan.compilation.hook import HOOK, emptied, standing
 from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.compilation.regions import identity_of, region_of, values_of
-from fuseplan.config import CompileRange, PassConfig, settings
+from fuseplan.config import CompileRange, PassConfig, instances, settings
 from fuseplan.cpython import uncollected
 from fuseplan.devices import asked_profile
 from fuseplan.distributed import Verdict
@@ -76,7 +76,8 @@ def inductor_options(
     config = settings(config)
     ranges = config.compile_ranges
     whole = CompileRange(start=ranges[0].start, end=ranges[-1].end) if ranges else None
-    return _options(config, whole, on_report, dict(options or {}), _Further(passes, rules, providers))
+    further = _Further(passes, instances("rules", rules, Rule), instances("providers", providers, Provider))
+    return _options(config, whole, on_report, dict(options or {}), further)
 
 
 class _Further(NamedTuple):
@@ -158,7 +159,8 @@ def compile(
         raise ConfigError(f"backend={backend!r}: fusions are passes of Inductor; leave backend out or use 'inductor'")
     options = _merge_mode(arguments.pop("mode", None), arguments.pop("options", None), arguments.get("dynamic"))
     _warn_if_nothing_compiles(arguments)
-    warner, further = _Teller(on_report), _Further(passes, rules, providers)
+    further = _Further(passes, instances("rules", rules, Rule), instances("providers", providers, Provider))
+    warner = _Teller(on_report)
 
     def branch(compile_range: CompileRange | None) -> _Branch:
         backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), further)
@@ -391,7 +393,8 @@ def explain_call(
 ) -> Report:
     """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
-    config = settings(config)
+    config, rules = settings(config), instances("rules", rules, Rule)
+    providers = instances("providers", providers, Provider)
     traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
     everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)
     return Explanation(traced, config, asked_profile(device), everyone, everything).report(config.chosen_policy)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import lowering
 from torch._inductor.utils import run_and_get_code
+from torch._inductor.virtualized import V
 
 import fuseplan
 from fuseplan.dialect import ops
@@ -124,6 +126,7 @@ def test_cpp_code_calls_the_op(calls: list[tuple[Any, ...]], monkeypatch: pytest
     parent = DirectKernel.__mro__[1]
     monkeypatch.setattr(parent, "get_kernel_name", lambda self: "torch.ops.fuseplan.op")
     monkeypatch.setattr(parent, "codegen_args", lambda self: ["x"])
-    with inductor_config.patch(cpp_wrapper=True):
+    with V.set_graph_handler(SimpleNamespace(cpp_wrapper=True)):  # type: ignore[arg-type]
         assert (kernel.get_kernel_name(), kernel.codegen_args()) == ("torch.ops.fuseplan.op", ["x"])
-    assert kernel.get_kernel_name() == "torch.ops.fuseplan.op.direct"
+    with V.set_graph_handler(SimpleNamespace(cpp_wrapper=False)):  # type: ignore[arg-type]
+        assert kernel.get_kernel_name() == "torch.ops.fuseplan.op.direct"

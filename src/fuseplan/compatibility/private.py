@@ -100,7 +100,6 @@ INDUCTOR = (
     PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.__call__", ("caching",), 1),
     PrivateApi("torch._inductor.custom_graph_pass:CustomGraphPass.uuid", ("caching",), 0),
     PrivateApi("torch._inductor.inductor_prims:force_stride_order", ("rewriting",), 2),
-    PrivateApi("torch._inductor.config:cpp_wrapper", ("rewriting",)),
     PrivateApi("torch._inductor.ir:FallbackKernel.codegen_args", ("rewriting",), 0),
     PrivateApi("torch._inductor.ir:FallbackKernel.create", ("rewriting",), 1),
     PrivateApi("torch._inductor.ir:FallbackKernel.get_kernel_name", ("rewriting",), 0),
@@ -113,6 +112,7 @@ INDUCTOR = (
     PrivateApi("torch._inductor.fx_passes.post_grad:view_to_reshape", ("explanation",), 1),
     PrivateApi("torch._inductor.runtime.cache_dir_utils:cache_dir", ("caching", "planner", "verification"), 0),
     PrivateApi("torch._inductor.virtualized:V.aot_compilation", ("compilation",)),
+    PrivateApi("torch._inductor.virtualized:V.graph", ("rewriting",)),
     PrivateApi("torch._inductor.virtualized:V.set_fake_mode", ("explanation",), 1),
 )
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
-from torch._inductor import config, ir
+from torch._inductor import ir
+from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_leaves
 
 
@@ -20,12 +21,17 @@ class DirectKernel(ir.FallbackKernel):
     def get_kernel_name(self) -> str:
         """What the code calls."""
         name: str = super().get_kernel_name()
-        return name if config.cpp_wrapper else f"{name}.direct"
+        return name if _writes_cpp() else f"{name}.direct"
 
     def codegen_args(self) -> list[str]:
         """What it is called with."""
         args: list[str] = super().codegen_args()
-        return args if config.cpp_wrapper else [key_of(self), *args]
+        return args if _writes_cpp() else [key_of(self), *args]
+
+
+def _writes_cpp() -> bool:
+    """Whether the code of the graph that is being lowered is C++."""
+    return bool(getattr(V.graph, "cpp_wrapper", False))
 
 
 def key_of(kernel: ir.FallbackKernel) -> str:
