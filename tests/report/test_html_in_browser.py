@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,45 +55,58 @@ CONTRAST = """() => {
 Open = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Tab:
+    """The one tab that pages are opened in, and what it has done since it was last emptied."""
+
+    page: Any
+    troubles: list[str]
+    requests: list[str]
+
+    def empty(self) -> None:
+        """Forgets the page, what it kept, and what came of it."""
+        self.page.evaluate("localStorage.clear()")
+        self.page.goto("about:blank")
+        self.troubles.clear()
+        self.requests.clear()
+
+
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def tab() -> Iterator[Tab]:
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
     with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield launched
-        launched.close()
+        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        # A context for each test would take as long as most tests.
+        page = browser.new_context(reduced_motion="reduce").new_page()
+        page.set_default_timeout(5000)
+        tab = Tab(page, [], [])
+        page.on("console", lambda message: tab.troubles.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: tab.troubles.append(f"error: {error}"))
+        page.on("request", lambda request: tab.requests.append(request.url))
+        yield tab
+        browser.close()
 
 
 @pytest.fixture
-def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
+def open_page(tab: Tab, tmp_path: Path) -> Iterator[Open]:
     """Opens a comparison from disk. At the end nothing was asked of the network, and nothing went wrong."""
-    troubles: list[str] = []
-    requests: list[str] = []
-    contexts: list[Any] = []
+    path = tmp_path / "page.html"
 
     def opened(comparison: Comparison, *, width: int = 1280, height: int = 900, scheme: str = "light") -> Any:
-        path = tmp_path / "page.html"
         save_html(comparison, path)
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(5000)
-        page.on("console", lambda message: troubles.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(path.as_uri())
-        page.locator("html[data-ready]").wait_for(state="attached")
-        return page
+        tab.page.set_viewport_size({"width": width, "height": height})
+        tab.page.emulate_media(color_scheme=scheme)
+        tab.page.goto(path.as_uri())
+        tab.page.locator("html[data-ready]").wait_for(state="attached")
+        return tab.page
 
     yield opened
-    for context in contexts:
-        context.close()
+    troubles, requests = [*tab.troubles], {*tab.requests}
+    tab.empty()
     assert troubles == []
-    assert set(requests) == {(tmp_path / "page.html").as_uri()}
+    assert requests == {path.as_uri()}
 
 
 def panel(page: Any) -> Any:
