@@ -21,6 +21,9 @@ from tests.interpreted import no_code
 # read the variable; this one has read it before, unless it is one of several workers.
 if os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0") == "0":
     inductor_config.cpp.vec_isa_ok = False
+# A pool of processes that compile takes seconds to start, for graphs of which each test compiles a small one or two.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+inductor_config.compile_threads = int(os.environ["TORCHINDUCTOR_COMPILE_THREADS"])
 # Where tests already share the processors, threads of NumPy and torch mostly wait for each other, which takes as much
 # time again in many tests. Processes that tests start read the variable; this one has read it before.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
