@@ -23,7 +23,7 @@ from fuseplan.workloads.models import workload
 from tests.helpers import all_reduce
 from tests.real_models.cases import CASES
 
-LAYERS = 3
+LAYERS = 2
 GPT_OSS = "gpt-oss-120b-tiny:outer-reduce"
 WORKLOADS = (GPT_OSS, "llama", "qwen3", "gpt_oss", "mixtral")
 PLANS = {
