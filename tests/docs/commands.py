@@ -20,6 +20,7 @@ from fuseplan.cli import app
 from fuseplan.cpython import uncollected
 from fuseplan.explanation import capture as capturing
 from fuseplan.explanation import comparison
+from fuseplan.measurement import costs
 from fuseplan.workloads import catalog
 from tests.forks import Forks, Outcome, Processes, Request
 from tests.ranks import variables_of_ranks
@@ -166,7 +167,7 @@ def _own_modules() -> Iterator[None]:
 
 
 def traced_once() -> AbstractContextManager[Any]:
-    """Traces each workload once, whatever number of commands explain it: that is where their time goes.
+    """Traces each workload once, whatever number of commands explain or tune it: that is where their time goes.
 
     A workload is known by its name and by the files of the folder, which its factory may be in, or by the path of its
     configuration, which doesn't change.
@@ -180,7 +181,8 @@ def traced_once() -> AbstractContextManager[Any]:
         files = sorted((path.name, path.read_text(encoding="utf-8")) for path in Path.cwd().glob("[!.]*.py"))
         config = Path(name, "config.json") if Path(name).is_dir() else Path(name)
         known = config.resolve() if config.is_file() else name
-        current[:] = [(known, *sorted(options.items()), *(files if ":" in name else ()))]
+        told = sorted((option, value) for option, value in options.items() if value)  # the others are defaults
+        current[:] = [(known, *told, *(files if ":" in name else ()))]
         with build(name, **options) as built:
             yield built
 
@@ -192,5 +194,6 @@ def traced_once() -> AbstractContextManager[Any]:
 
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(catalog, "build", remember))
-    stack.enter_context(mock.patch.object(comparison, "capture", look_up))
+    for module in (comparison, costs):
+        stack.enter_context(mock.patch.object(module, "capture", look_up))
     return stack
