@@ -24,9 +24,9 @@ from transformers import (
 import fuseplan
 from tests.interpreted import no_code
 
-LAYERS, ROWS, VOCABULARY, WINDOW = 2, 3, 64, 6
+ROWS, VOCABULARY, WINDOW = 3, 64, 6
 COMMON: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "initializer_range": 0.3,
 }  # fmt: skip
 MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
@@ -34,7 +34,10 @@ MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     "gemma3": (
         Gemma3TextConfig, Gemma3ForCausalLM,
-        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
+        {
+            "num_hidden_layers": 2, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+        },
     ),
 }  # fmt: skip
 Call = Callable[..., Any]
@@ -56,7 +59,13 @@ def built(name: str, dtype: torch.dtype = torch.float32, **further: Any) -> Any:
     """A model whose weights are as far apart as trained ones: with those that it begins with, all logits are near 0."""
     config, model, own = MODELS[name]
     torch.manual_seed(0)
-    return model(config(**COMMON, **own, **further)).eval().to(dtype)
+    return model(config(**{**COMMON, **own, **further})).eval().to(dtype)
+
+
+def layers_of(model: Any) -> int:
+    """One, but for models whose layers differ: `test_static_cache` has several alike."""
+    layers: int = model.config.num_hidden_layers
+    return layers
 
 
 def fused(model: Any, reports: list[fuseplan.Report], **how: Any) -> Any:
@@ -99,7 +108,7 @@ def test_logits_are_as_near_to_float64_as_plain_ones(name: str, dtype: torch.dty
     exact, _ = decoded(wide, wide, steps)
     reports = list[fuseplan.Report]()
     plain, ours = (decoded(call, model, steps)[0] for call in (model, fused(model, reports)))
-    assert all(report.fused["grouped_attention"] == LAYERS for report in reports)
+    assert all(report.fused["grouped_attention"] == layers_of(model) for report in reports)
     errors = [float((logits.double() - exact).square().mean().sqrt()) for logits in (ours, plain)]
     assert 0 < errors[0] <= 1.05 * errors[1]
 
@@ -110,7 +119,7 @@ def test_many_lengths_of_padded_rows_share_one_graph(name: str) -> None:
     steps = [1] * 64
     expected, plain = decoded(model, model, steps, padded=3)
     actual, ours = decoded(fused(model, reports, fullgraph=True), model, steps, padded=3)
-    assert [report.fused["grouped_attention"] for report in reports] == [LAYERS]
+    assert [report.fused["grouped_attention"] for report in reports] == [layers_of(model)]
     # What stands where there is padding means nothing: those queries see no key.
     for row in range(ROWS):
         first = 3 * (row == 1)
@@ -124,19 +133,24 @@ def test_a_prompt_in_chunks_is_what_it_is_as_a_whole(name: str, parts: list[int]
     model, reports = built(name), list[fuseplan.Report]()
     expected, plain = decoded(model, model, [sum(parts)])
     actual, ours = decoded(fused(model, reports), model, parts)
-    assert all(report.fused["grouped_attention"] == LAYERS for report in reports)
+    assert all(report.fused["grouped_attention"] == layers_of(model) for report in reports)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert_equal_caches(ours, plain)
 
 
-def test_windows_slide_with_one_more_graph_at_their_edge() -> None:
-    model, reports = built("gemma3"), list[fuseplan.Report]()
+@pytest.mark.parametrize(
+    "layer_types",
+    [["sliding_attention"], pytest.param(["sliding_attention", "full_attention"], marks=pytest.mark.nightly)],
+)
+def test_windows_slide_with_one_more_graph_at_their_edge(layer_types: list[str]) -> None:
+    model = built("gemma3", num_hidden_layers=len(layer_types), layer_types=layer_types)
+    reports = list[fuseplan.Report]()
     steps = [1] * (3 * WINDOW)
     expected, plain = decoded(model, model, steps)
     actual, ours = decoded(fused(model, reports), model, steps)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert_equal_caches(ours, plain)
-    assert [report.fused["grouped_attention"] for report in reports] == [LAYERS] * len(reports)
+    assert [report.fused["grouped_attention"] for report in reports] == [layers_of(model)] * len(reports)
     # One for the first length, one for those that follow, one for windows that are full.
     assert len(reports) == 3
 
@@ -157,7 +171,7 @@ def test_generate_compiles_by_itself_and_gives_equal_tokens(name: str) -> None:
 
     expected = generated()
     actual = generated(**fuseplan.inductor_options(on_report=reports.append))
-    assert [report.fused["grouped_attention"] for report in reports] == [LAYERS]
+    assert [report.fused["grouped_attention"] for report in reports] == [layers_of(model)]
     logits, others = (torch.stack(each.logits) for each in (expected, actual))
     best = logits.topk(2).values
     assert (best[..., 0] - best[..., 1]).min() > 10 * (logits - others).abs().max(), "another order of sums would do"
@@ -181,7 +195,7 @@ def test_a_dynamic_cache_is_left_alone_and_no_gain_is_promised() -> None:
     growing = reports[-1]
     assert (growing.fused["grouped_attention"], growing.saved_us) == (0, 0)
     (miss,) = [each for each in growing.near_misses if each.rule == "grouped_attention"]
-    assert (miss.count, miss.reason) == (LAYERS, "size")
+    assert (miss.count, miss.reason) == (layers_of(model), "size")
     assert "the graph doesn't know these to be equal" in miss.detail
     assert not any(character.isdigit() for character in miss.mend or "")
 
@@ -226,4 +240,4 @@ def test_a_cache_too_short_for_the_position_is_an_index_error() -> None:
     for call in (model, fused(model, reports)):
         with pytest.raises(IndexError, match=r"index 8 is out of bounds for dimension \d with size 8"):
             decoded(call, model, [1] * 9, room=8)
-    assert reports[-1].fused["grouped_attention"] == LAYERS
+    assert reports[-1].fused["grouped_attention"] == layers_of(model)

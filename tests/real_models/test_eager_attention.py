@@ -80,7 +80,7 @@ def providers(report: fuseplan.Report) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in ("gemma3", "qwen3"))) for name in MODELS]
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in OWN)) for name in MODELS]
 )
 def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: str) -> None:
     model = traced(name, torch.float16 if name == "qwen3" else torch.bfloat16, padded=2)
@@ -101,11 +101,14 @@ def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: s
 @pytest.mark.parametrize(
     ("name", "batch", "queries", "prompt"),
     [
-        ("gemma2", 1, 3, PROMPT),
-        pytest.param("gemma2", 1, 1, 11, marks=pytest.mark.nightly),
         *(
             pytest.param(*case, marks=pytest.mark.nightly)
-            for case in (("llama", 1, 1, PROMPT), ("gemma2", 2, 3, PROMPT))
+            for case in (
+                ("gemma2", 1, 3, PROMPT),
+                ("gemma2", 1, 1, 11),
+                ("llama", 1, 1, PROMPT),
+                ("gemma2", 2, 3, PROMPT),
+            )
         ),
         ("gpt_oss", 2, 1, 11),
         pytest.param("gpt_oss", 1, 3, 9, marks=pytest.mark.nightly),

@@ -1,5 +1,6 @@
 """Unmodified Hugging Face models, compiled on the CPU with fuseplan beside plain `torch.compile`. Inductor makes code
-of all of them at night; by day the graphs of two are interpreted, and `test_static_cache` has code of one.
+of all of them at night; by day the graphs of two are interpreted, beside the models as they are, and
+`test_static_cache` has code of one.
 
 The models run on a gloo group of one rank, split by a tensor-parallel plan through hooks: their all-reduces are real,
 so that there is something to fuse in a model that neither pads nor quantises. (transformers itself splits nothing over
@@ -92,7 +93,7 @@ def test_fused_agrees_with_plain_compile(name: str, coded: bool, group: dist.Pro
     batch = BATCHES[name]
     with torch.inference_mode(), nullcontext() if coded else no_code():
         torch._dynamo.reset()
-        expected = generate(torch.compile(model), model, batch)
+        expected = generate(torch.compile(model) if coded else model, model, batch)
         torch._dynamo.reset()
         fused = fuseplan.compile(model, config=config, on_report=reports.append)
         actual = generate(fused, model, batch)

@@ -21,7 +21,8 @@ def test_it_is_planned_once_a_layer() -> None:
     assert all(each.saving_ns and each.saving_ns > 0 for each in fusions)
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("mixtral", marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # by day `test_static_cache` has it, of llama
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_without_qk_norms_there_is_nothing_to_say(name: str) -> None:
     report = fuseplan.explain(CASES[name].build(None).eval(), IDS, device="h200", use_cache=False)
     assert report.fused["qk_norm_rope"] == 0
