@@ -36,7 +36,7 @@ def test_random_blocks_keep_their_bits(count: int, one_rank: str, first_seed: in
 
 
 @needs_triton
-@pytest.mark.parametrize("count", [6, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [4, pytest.param(500, marks=pytest.mark.nightly)])
 def test_random_blocks_by_triton(count: int, interpreting_forks: Forks, first_seed: int) -> None:
     arguments: tuple[tuple[str, ...], dict[str, str]] = ((str(first_seed), str(first_seed + count)), {})
     module = "tests.differential.run_quantised_interpreted"
