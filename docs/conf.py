@@ -39,7 +39,7 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 nitpick_ignore_regex = [
     # Of other projects; their inventories can't be had without network.
-    (r"py:.*", r"(torch|collections|pathlib|pytest|rich)\..*"),
+    (r"py:.*", r"(torch|collections|pathlib|_?pytest|rich)\..*"),
     # Type variables.
     (r"py:class", r"fuseplan\.(frontend|record\.serialization)\.T"),
     # What only the devices that fuseplan brings are made of.
