@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,12 @@ DYNAMIC_IMPORTS = {
 }
 
 
+WRITTEN_HERE = {f"providers/triton/replay.py: {name}" for name in ("compile", "exec")}
+"""Launches, of names that are numbered there and of offsets: what runs text that it has written itself, and nothing of
+what it was given.
+"""
+
+
 def what_runs_text(module: Module) -> Iterator[str]:
     """Each use of something that runs what it reads, as `path:line: what`."""
     own = {node.name for node in module.tree.body if isinstance(node, ast.FunctionDef)}
@@ -73,7 +80,8 @@ def dynamic_imports(module: Module) -> set[tuple[str, str]]:
 
 
 def test_nothing_runs_what_it_reads() -> None:
-    assert [use for module in source_modules() for use in what_runs_text(module)] == []
+    found = {re.sub(r":\d+:", ":", use) for module in source_modules() for use in what_runs_text(module)}
+    assert found == WRITTEN_HERE
 
 
 def test_one_place_imports_what_a_user_names() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,35 @@ def test_calls_in_several_launches_are_launched_again(monkeypatch: pytest.Monkey
         x = torch.arange(20.0).view(5, 4) + seed
         torch.testing.assert_close(run(x), 2 * x)
     assert (kernel.jitted, kernel.launched) == (3, 6)
+
+
+def test_what_is_compiled_has_nothing_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that are numbered, and offsets; numbers, texts and names of kernels are constants."""
+    sources: list[str] = []
+    compiled = replay._compiled
+
+    def noted(source: str) -> Any:
+        sources.append(source)
+        return compiled(source)
+
+    monkeypatch.setattr(replay, "_compiled", noted)
+    monkeypatch.setattr(replay, "handed", At)
+
+    def run(x: Tensor, text: str) -> Tensor:
+        out = x.new_empty(x.shape)
+        for start in range(0, len(x), 2):
+            run_kernel(
+                Kernel(lambda x, out, numbers, text: double_some(x, out, numbers)), (1,), x[start : start + 2],
+                out[start : start + 2], numbers=4 * len(x[start : start + 2]), text=text,
+            )  # fmt: skip
+        return out
+
+    replays = replayed(run)
+    for _ in range(2):
+        replays(torch.ones(3, 4), "__import__('os')")
+    (source,) = sources
+    known = {"def", "launch", "input", "made", "empty_strided", "memory_made", "kernel", "handed", "constant", "return"}
+    assert set(re.findall(r"[A-Za-z_]+|'|\"", source)) == known
 
 
 def test_parts_are_as_aligned_as_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
