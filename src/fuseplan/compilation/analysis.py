@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from fuseplan.graph.facts import is_training, tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Problem, fusion_record, ineffective_requests, not_sure, plan_record, undecided
-from fuseplan.planner.candidates import EXTERNAL
+from fuseplan.planner.candidates import EXTERNAL, Candidate
 from fuseplan.planner.costs import Hardware, assumptions
 from fuseplan.record import (
     Fusion,
@@ -196,7 +196,7 @@ def _digest(problem: Problem, decision: Decision) -> str:
 
 def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
     """Failed verifications: once for the kernel, and once for every place that lost it."""
-    places = list[Refusal]()
+    places, applied = list[Refusal](), _applied(problem, decision)
     for index, why in sorted(problem.failed.items()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         is_ours = candidate.provider != EXTERNAL
@@ -204,14 +204,17 @@ def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
         mend = mend if UNVERIFIED in why else f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
         whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"what pass {candidate.rule} puts in"
         place = _given_up(fusion, Reason.VERIFICATION, f"{whose} {why}")
-        places.append(_beside_others(problem, decision, index, replace(place, mend=mend)))
+        places.append(_beside_others(candidate, applied, replace(place, mend=mend)))
     return _once_and_everywhere(places)
 
 
-def _beside_others(problem: Problem, decision: Decision, index: int, place: Refusal) -> Refusal:
+def _applied(problem: Problem, decision: Decision) -> frozenset[tuple[str, object]]:
+    """Rules and sites of the fusions that are applied."""
+    return frozenset((problem.candidates[index].rule, problem.candidates[index].site) for index in decision.selected)
+
+
+def _beside_others(candidate: Candidate, applied: Collection[tuple[str, object]], place: Refusal) -> Refusal:
     """The refusal of a candidate, and whether another provider's is applied in its place."""
-    candidate = problem.candidates[index]
-    applied = {(problem.candidates[each].rule, problem.candidates[each].site) for each in decision.selected}
     nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
     return replace(place, nearness=nearness, provider=candidate.provider)
 
@@ -268,7 +271,7 @@ def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
     """Fusions that a plan doesn't apply since no price is known: once for the kernel, and once for every place."""
     if decision.solution is None:
         return []
-    places = list[Refusal]()
+    places, applied = list[Refusal](), _applied(problem, decision)
     for index in sorted(problem.unpriced - problem.failed.keys()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         why = f"no price is known for {candidate.op} by {candidate.provider}: it could be slower than what it replaces"
@@ -279,7 +282,7 @@ def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
             hows.append("declare its cost (provider_of(..., cost=))")
         mend = " or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"])
         place = replace(_given_up(fusion, Reason.UNPRICED, why), mend=mend)
-        places.append(_beside_others(problem, decision, index, place))
+        places.append(_beside_others(candidate, applied, place))
     return _once_and_everywhere(places)
 
 
