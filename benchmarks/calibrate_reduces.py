@@ -99,12 +99,18 @@ def modelled_us(hardware: Hardware, row: Row) -> float:
 
 
 def kernels_of(hardware: Hardware, row: Row) -> tuple[Kernel, ...]:
-    """The kernels of a region's column."""
-    model = Contest(without_multicast(hardware))
+    """The kernels of a region's column, on a machine without multicast."""
+    return kernels_at(without_multicast(hardware), row.column, row.tokens, 2880, row.ranks, 3072)
+
+
+def kernels_at(
+    hardware: Hardware, column: str, tokens: int, hidden: int, ranks: int, padded: int | None = None
+) -> tuple[Kernel, ...]:
+    """The kernels of a column of regions, of any width; padded: to which norms are padded, None: they aren't."""
+    model, tail = Contest(hardware), None if padded is None else Padding(padded=padded)
     site = Region(
-        core=RMS_NORM.traffic, tokens=row.tokens, width=2880, reduce=True, residual=True, tail=Padding(padded=3072),
-        ranks=row.ranks,
-    )  # fmt: skip
+        core=RMS_NORM.traffic, tokens=tokens, width=hidden, reduce=True, residual=True, tail=tail, ranks=ranks
+    )
     symmetric = replace(site, reducer="symm_mem one-shot")
     copy = (model.copy(site.row_bytes),)
     kernels = {
@@ -114,10 +120,11 @@ def kernels_of(hardware: Hardware, row: Row) -> tuple[Kernel, ...]:
         "all": lambda: model.fused(site, "triton"),
         "reduce": lambda: model.fused(site.without_tail(), "triton"),
         "flashinfer": lambda: model.fused(site.without_tail(), "flashinfer"),
+        "flashinfer_then_pad": lambda: model.alternative(site, site.without_tail(), "flashinfer"),
         "unfused_one_shot": lambda: (*copy, *model.unfused(symmetric)),
         "pad_one_shot": lambda: (*copy, *model.alternative(symmetric, site.without_reduce(), "triton")),
     }
-    return kernels[row.column]()
+    return kernels[column]()
 
 
 def all_reduce_us(hardware: Hardware, name: str, nbytes: int, ranks: int) -> float:

@@ -10,16 +10,12 @@ import argparse
 import datetime
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calibrate_reduces import REGIONS, ROOT
-from benchmarks.contest import Contest
+from benchmarks.calibrate_reduces import REGIONS, ROOT, kernels_at
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, Hardware, Kernel, Region, total_ns
-from fuseplan.rules.parts.pad import Padding
-from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
+from fuseplan.planner.costs import HARDWARE, Hardware, total_ns
 
 OURS = "fuseplan"
 COLUMNS = {
@@ -41,23 +37,7 @@ Times = Mapping[str, float]
 
 def modelled(hardware: Hardware, tokens: int, hidden: int, ranks: int, padded: int | None = None) -> Times:
     """Microseconds by provider."""
-    model = Contest(hardware)
-    tail = None if padded is None else Padding(padded=padded)
-    site = Region(
-        core=RMS_NORM.traffic, tokens=tokens, width=hidden, reduce=True, residual=True, tail=tail, ranks=ranks
-    )
-    symmetric = replace(site, reducer="symm_mem one-shot")
-    flashinfer = model.fused(site, "flashinfer")
-    if tail is not None:
-        flashinfer = model.alternative(site, site.without_tail(), "flashinfer")
-    kernels: dict[str, tuple[Kernel, ...]] = {
-        OURS: model.fused(site, "triton"),
-        "FlashInfer": flashinfer,
-        "NCCL": model.alternative(site, site.without_reduce(), "triton"),
-        "symmetric memory": (
-            model.copy(site.row_bytes), *model.alternative(symmetric, site.without_reduce(), "triton"),
-        ),
-    }  # fmt: skip
+    kernels = {name: kernels_at(hardware, column, tokens, hidden, ranks, padded) for name, column in COLUMNS.items()}
     return {name: round(total_ns(each) / 1e3, 2) for name, each in kernels.items()}
 
 
