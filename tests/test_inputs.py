@@ -48,7 +48,7 @@ DYNAMIC_IMPORTS = {
 }
 
 
-WRITTEN_HERE = {f"providers/triton/replay.py: {name}" for name in ("compile", "exec")}
+WRITTEN_HERE = {f"providers/triton/launches.py: {name}" for name in ("compile", "exec")}
 """Launches, of names that are numbered there and of offsets: what runs text that it has written itself, and nothing of
 what it was given.
 """

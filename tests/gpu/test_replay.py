@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.dialect import ops, registered_kernel
 from fuseplan.distributed.workspace import loopback
-from fuseplan.providers.triton import replay
+from fuseplan.providers.triton.launches import Replay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 OPS = [
@@ -52,21 +52,21 @@ def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[replay.Replay]:
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """What was launched again."""
-    seen: list[replay.Replay] = []
-    launch = replay.Replay.__call__
+    seen: list[Replay] = []
+    launch = Replay.__call__
 
-    def noted(self: replay.Replay, inputs: Any) -> Any:
+    def noted(self: Replay, inputs: Any) -> Any:
         seen.append(self)
         return launch(self, inputs)
 
-    monkeypatch.setattr(replay.Replay, "__call__", noted)
+    monkeypatch.setattr(Replay, "__call__", noted)
     return seen
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_ops_compute_the_same_when_they_are_launched_again(name: str, replays: list[replay.Replay]) -> None:
+def test_ops_compute_the_same_when_they_are_launched_again(name: str, replays: list[Replay]) -> None:
     for sample in ops[name].samples:
         for seed in range(3):
             arguments = sample.make(torch.device("cuda"), torch.Generator().manual_seed(seed))
@@ -97,7 +97,7 @@ def test_other_sizes_alignment_and_shared_memory_are_told_apart() -> None:
         check(called(NAME, (strided, x, *rest)), worked_out(NAME, (strided, x, *rest)))
 
 
-def test_graphs_and_other_streams(replays: list[replay.Replay]) -> None:
+def test_graphs_and_other_streams(replays: list[Replay]) -> None:
     called(NAME, _arguments(0))
     before, held = len(replays), _arguments(1)
     stream = torch.cuda.Stream()
@@ -132,7 +132,7 @@ def group() -> Iterator[str]:
     dist.destroy_process_group()
 
 
-def test_all_reduces_are_launched_again_in_their_workspace(group: str, replays: list[replay.Replay]) -> None:
+def test_all_reduces_are_launched_again_in_their_workspace(group: str, replays: list[Replay]) -> None:
     name = "all_reduce_fused_add_rms_norm_pad"
     for rows in (7, 300, 7, 7, 300, 2100):  # the last in several launches
         for seed in range(3):

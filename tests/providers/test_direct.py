@@ -10,7 +10,7 @@ from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.distributed.workspace import Workspace
-from fuseplan.providers.triton import replay
+from fuseplan.providers.triton import launches, replay
 from fuseplan.providers.triton.replay import Direct, replayed, run_kernel
 from tests.providers.test_replay import Kernel, OfNobody, on_cpu
 
@@ -185,5 +185,5 @@ def test_hooks_of_triton_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-replay_launcher = replay.launcher
+replay_launcher = launches.launcher
 """Before `on_cpu` replaces it."""

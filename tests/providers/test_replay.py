@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fuseplan.caching.content import content_of
 from fuseplan.dialect import ops
 from fuseplan.distributed.workspace import Workspace
-from fuseplan.providers.triton import replay
+from fuseplan.providers.triton import launches, replay
 from fuseplan.providers.triton.replay import replayed, run_kernel, scratch
 
 
@@ -53,10 +53,10 @@ class Compiled:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors are taken for a GPU's."""
     monkeypatch.setattr(replay, "is_on_gpu", lambda value: True)
-    monkeypatch.setattr(replay, "empty_strided", lambda *how: torch.empty_strided(how[0], how[1], dtype=how[2]))
-    monkeypatch.setattr(replay, "current_device", lambda: -1)
-    monkeypatch.setattr(replay, "handed", lambda value: value)
-    monkeypatch.setattr(replay, "launcher", lambda compiled, grid, device: compiled[grid])
+    monkeypatch.setattr(launches, "empty_strided", lambda *how: torch.empty_strided(how[0], how[1], dtype=how[2]))
+    monkeypatch.setattr(launches, "current_device", lambda: -1)
+    monkeypatch.setattr(launches, "handed", lambda value: value)
+    monkeypatch.setattr(launches, "launcher", lambda compiled, grid, device: compiled[grid])
 
 
 def add_into(x: Tensor, y: Tensor, outputs: tuple[Any, ...], factor: int) -> None:
@@ -162,7 +162,7 @@ def in_two(kernel: Kernel) -> Callable[..., Any]:
 
 
 def test_calls_in_several_launches_are_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "handed", At)
+    monkeypatch.setattr(launches, "handed", At)
     kernel = Kernel(double_some)
     run = in_two(kernel)
     for seed in range(3):
@@ -174,14 +174,14 @@ def test_calls_in_several_launches_are_launched_again(monkeypatch: pytest.Monkey
 def test_what_is_compiled_has_nothing_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that are numbered, and offsets; numbers, texts and names of kernels are constants."""
     sources: list[str] = []
-    compiled = replay._compiled
+    compiled = launches._compiled
 
     def noted(source: str) -> Any:
         sources.append(source)
         return compiled(source)
 
-    monkeypatch.setattr(replay, "_compiled", noted)
-    monkeypatch.setattr(replay, "handed", At)
+    monkeypatch.setattr(launches, "_compiled", noted)
+    monkeypatch.setattr(launches, "handed", At)
 
     def run(x: Tensor, text: str) -> Tensor:
         out = x.new_empty(x.shape)
@@ -202,7 +202,7 @@ def test_what_is_compiled_has_nothing_of_the_arguments(monkeypatch: pytest.Monke
 
 def test_parts_are_as_aligned_as_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine code for an aligned address is never launched on another, whatever the tensor that it is a part of."""
-    monkeypatch.setattr(replay, "handed", At)
+    monkeypatch.setattr(launches, "handed", At)
     kernel = Kernel(double_some)
 
     def run(x: Tensor) -> Tensor:

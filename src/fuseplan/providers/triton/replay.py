@@ -10,20 +10,17 @@ spares it torch's dispatcher and a look at every argument.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from types import CodeType
 from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
-from torch._C._dynamo import guards
 from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuseplan.distributed.workspace import Workspace
+from fuseplan.providers.triton.launches import Launch, Replay
 
 MOST_KNOWN: Final = 1024
 """Kinds of arguments that are remembered of each op; then all of them are forgotten."""
@@ -39,33 +36,13 @@ _NEEDED: ContextVar[list[object] | None] = ContextVar("needed", default=None)
 _REPLAYED: ContextVar["list[Replay] | None"] = ContextVar("replayed", default=None)
 """What calls launch again, or would if they came once more."""
 
-handed = Tensor.data_ptr
-"""What a launch is handed for a tensor. Triton takes addresses as they are; tensors it asks for theirs, and the driver
-whether the GPU can read there.
-"""
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A kernel that ran.
-
-    Attributes:
-        compiled: its machine code.
-        grid: programs.
-        arguments: all of them, in the order of its signature; tuples may hold tensors.
-    """
-
-    compiled: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-
 
 class _Recording(TorchDispatchMode):
     """What a call launches and allocates, and whether that is all it does to tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.launches: list[_Launch] = []
+        self.launches: list[Launch] = []
         self.scratch: list[Tensor] = []
         self.is_whole = True
 
@@ -94,33 +71,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
         recording.is_whole = False
     elif recording is not None:
         further = (constants[name] for name in kernel.arg_names[len(arguments) :])
-        recording.launches.append(_Launch(compiled, grid, (*arguments, *further)))
-
-
-def launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
-    """compiled[grid], which launches machine code of Triton on the current stream, without what that works out for
-    hooks where none is set.
-
-    Args:
-        compiled: the machine code.
-        grid: programs, of up to three dimensions.
-        device: the index of the GPU that will be the current one.
-    """
-    from triton import knobs
-    from triton.runtime import driver
-
-    grid = (*grid, 1, 1)[:3]
-    runtime, run, launch = knobs.runtime, compiled[grid], compiled.run
-    function, metadata, stream_of = compiled.function, compiled.packed_metadata, driver.active.get_current_stream
-
-    def launched(*arguments: Any) -> None:
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-            if hook is not None and getattr(hook, "calls", True):
-                run(*arguments)
-                return
-        launch(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
-
-    return launched
+        recording.launches.append(Launch(compiled, grid, (*arguments, *further)))
 
 
 def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -161,136 +112,6 @@ def scratch(value: Tensor) -> Tensor:
     if recording is not None:
         recording.scratch.append(value)
     return value
-
-
-class _Memory(NamedTuple):
-    """Memory that is allocated for every call."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def like(cls, value: Tensor) -> "_Memory | None":
-        """That of a tensor which is all of its storage; None for any other."""
-        if value.storage_offset() or value.untyped_storage().nbytes() != value.nbytes:
-            return None
-        return cls(tuple(value.shape), value.stride(), value.dtype)
-
-
-class _Place(NamedTuple):
-    """Where a tensor of a pool lies: its name in code, its first byte, its bytes up to the last, and an element's."""
-
-    name: str
-    start: int
-    span: int
-    itemsize: int
-
-    @classmethod
-    def of(cls, name: str, value: Tensor) -> "_Place":
-        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-        return cls(name, value.data_ptr(), (last + 1) * value.itemsize, value.itemsize)
-
-
-class _Written:
-    """Arguments of launches as Python code, in which tensors of a pool have names."""
-
-    def __init__(self, pool: Mapping[str, Tensor]) -> None:
-        self.places = [_Place.of(name, each) for name, each in pool.items()]
-        self.used = set[str]()
-        self.constants: dict[str, Any] = {}
-
-    def code(self, value: Any) -> str | None:
-        """None where it isn't clear in which tensor of the pool one lies."""
-        if isinstance(value, tuple):
-            parts = [self.code(each) for each in value]
-            return None if None in parts else f"({''.join(f'{part}, ' for part in parts)})"
-        if not isinstance(value, Tensor):
-            name = f"constant{len(self.constants)}"
-            self.constants[name] = value
-            return name
-        # A launch is handed addresses alone, so views of other shapes are the same argument.
-        at, itemsize = value.data_ptr(), value.itemsize
-        found = [each for each in self.places if each.start == at and each.itemsize == itemsize]
-        found = found or [each for each in self.places if 0 < at - each.start < each.span and each.itemsize == itemsize]
-        if len(found) != 1:
-            return None
-        self.used.add(found[0].name)
-        return f"handed({found[0].name})" + (f" + {at - found[0].start}" if at > found[0].start else "")
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(source: str) -> CodeType:
-    """Sizes are constants by name, so calls of an op with other numbers of rows have one source."""
-    return compile(source, "<launches of fuseplan>", "exec")
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What a call launched, for calls with alike arguments.
-
-    Attributes:
-        device: the index of the GPU.
-        launch: on it, for inputs whose addresses are aligned as those were, what allocates results and scratch and
-            launches the kernels: Python code without a loop, since the device may wait for it.
-    """
-
-    device: int
-    launch: Callable[..., Any]
-
-    @classmethod
-    def of(cls, recording: _Recording, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> "Replay | None":
-        """Of what was recorded; None where it did more than launch kernels on these tensors, or where two of them share
-        memory, so that arguments can't be distinguished.
-        """
-        made = {f"made{place}": each for place, each in enumerate((*results, *recording.scratch))}
-        pool = {f"input{place}": each for place, each in enumerate(inputs)} | made
-        memory = {name: _Memory.like(each) for name, each in made.items()}
-        addresses = {each.data_ptr() for each in pool.values()}
-        if not recording.is_whole or None in memory.values() or 0 in addresses or len(addresses) != len(pool):
-            return None
-        written = _Written(pool)
-        launches = [written.code(each.arguments) for each in recording.launches]
-        if None in launches or not made.keys() <= written.used:
-            return None
-        device = inputs[0].get_device()
-        kernels = [launcher(each.compiled, each.grid, device) for each in recording.launches]
-        named = written.constants | {f"kernel{place}": each for place, each in enumerate(kernels)}
-        lines = [
-            f"def launch({', '.join(list(pool)[: len(inputs)])}):",
-            *(f"    {name} = empty_strided(*memory_{name})" for name in made),
-            *(f"    kernel{place}{arguments}" for place, arguments in enumerate(launches)),
-            f"    return {', '.join(list(made)[: len(results)])}",
-        ]
-        named |= {f"memory_{name}": each for name, each in memory.items()}
-        named |= {"handed": handed, "empty_strided": empty_strided}
-        exec(_compiled("\n".join(lines)), named)
-        return cls(device=device, launch=named["launch"])
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        """The results, one or a tuple, for inputs whose addresses are aligned as those were."""
-        if current_device() != self.device:
-            with torch.cuda.device(self.device):
-                return self.launch(*inputs)
-        return self.launch(*inputs)
-
-
-def _current_device() -> int:
-    return torch.cuda.current_device()
-
-
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _current_device)
-"""Of a process that has launched kernels: `torch.cuda.current_device` looks first whether it has."""
-
-
-def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-
-
-empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
-    guards, "_empty_strided_cuda", _empty_strided
-)
-"""Takes memory of the current GPU as Inductor's own code does, which costs the host half of `torch.empty_strided`."""
 
 
 class _Known:
@@ -346,7 +167,7 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
         if len(known.replays) >= MOST_KNOWN:
             known.replays.clear()
         results = yielded if isinstance(yielded, tuple) else (yielded,)
-        replay = Replay.of(recording, inputs, results)
+        replay = Replay.of(recording.launches, inputs, results, recording.scratch) if recording.is_whole else None
         if replay is not None:
             known.replays[key] = replay
             _note(replay)
