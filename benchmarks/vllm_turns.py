@@ -85,8 +85,9 @@ MODELS: dict[str, dict[str, Any]] = {
 """Configurations; where the name ends in fp8, vLLM quantises weights, and activations per token."""
 WHAT = (
     "milliseconds, [median, lower and upper quartile] of interleaved turns of engines on the same GPUs; ttft: a call "
-    "of LLM.generate for one token, by requests x tokens of a prompt; tpot: (a call for 61 tokens less a call for one) "
-    "/ 60, by requests, prompts of 1,000 and of 64 tokens; against: a turn's median of fuseplan over the other side's, "
+    "of LLM.generate for one token, by requests x tokens of a prompt; tpot: by requests, prompts of 1,000 and of 64 "
+    "tokens, what a token takes the requests that get their first one last, so that no prompt is read meanwhile, by "
+    "the engine's clock; against: a turn's median of fuseplan over the other side's, "
     "less 1, [median, least, most] of the turns; random weights, CUDA graphs of 1 to 32 tokens; load_s: seconds until "
     "LLM() is there, all sides starting at once with cold caches, warm_s: once more, from their caches; "
     "compiled_while_serving: Triton kernels, in the calls and turns, as vLLM's own monitor names them"
@@ -165,7 +166,7 @@ def run_side(arguments: argparse.Namespace) -> None:
         max_num_batched_tokens=8192, gpu_memory_utilization=0.3, kv_cache_memory_bytes=8 << 30,
         tensor_parallel_size=arguments.tp,
         compilation_config={"pass_config": {flag: flag in on for flag in FLAGS}, "cudagraph_capture_sizes": CAPTURED},
-        enable_prefix_caching=False, disable_log_stats=True, **({"quantization": "fp8"} if "fp8" in model else {}),
+        enable_prefix_caching=False, disable_log_stats=False, **({"quantization": "fp8"} if "fp8" in model else {}),
     )  # fmt: skip
     load_s = round(time.perf_counter() - start, 1)
     if arguments.turns == 0:
@@ -177,19 +178,24 @@ def run_side(arguments: argparse.Namespace) -> None:
         for name, (count, length) in PROMPTS.items()
     }
 
-    def call(name: str, tokens: int) -> float:
+    def call(name: str, tokens: int = 1) -> tuple[float, Any]:
         how = vllm.SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0.0)
         begun = time.perf_counter()
-        engine.generate(prompts[name], how, use_tqdm=False)
-        return (time.perf_counter() - begun) * 1e3
+        outputs = engine.generate(prompts[name], how, use_tqdm=False)
+        return (time.perf_counter() - begun) * 1e3, outputs
+
+    def per_token(name: str) -> float:
+        _, outputs = call(name, TOKENS + 1)
+        last = max((each.metrics for each in outputs), key=lambda each: each.first_token_ts)
+        return (last.last_token_ts - last.first_token_ts) * 1e3 / TOKENS
 
     turns: list[dict[str, dict[str, list[float]]]] = []
 
     def measure() -> None:
-        ttft = {name: [call(name, 1) for _ in range(LAST if name == "32 x 1000" else FIRST)] for name in prompts}
+        ttft = {name: [call(name)[0] for _ in range(LAST if name == "32 x 1000" else FIRST)] for name in prompts}
         tpot = {}
         for requests, name in (("32", "32 x 1000"), ("1", "1 x 64")):
-            tpot[requests] = [(call(name, TOKENS + 1) - call(name, 1)) / TOKENS for _ in range(2)]
+            tpot[requests] = [per_token(name) for _ in range(3)]
         turns.append({"ttft": ttft, "tpot": tpot})
 
     measure()
@@ -357,7 +363,10 @@ def main() -> None:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     new = {(row["model"], row["tp"]) for row in rows}
     layers = f" --layers {arguments.layers}" if arguments.layers else ""
-    command = f"python -m benchmarks.vllm_turns --tp {arguments.tp} --sides {' '.join(arguments.sides)}{layers} --write"
+    command = (
+        f"python -m benchmarks.vllm_turns --model {' '.join(arguments.model)} --tp {arguments.tp} "
+        f"--turns {arguments.turns} --sides {' '.join(arguments.sides)}{layers} --write"
+    )
     run = {"command": command, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
     result = {
         "what": WHAT,

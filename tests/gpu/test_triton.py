@@ -99,9 +99,12 @@ def test_layers_in_fp8_are_as_near_as_torchs_and_the_same_every_time(
         most = exact.abs().amax(-1, keepdim=True)
         assert ((first[index].double() - exact).abs() <= most * 2**-7).all()
         if features[index] % 16 == 0:
+            # torch 2.11's cuBLAS takes no bias with fast accumulation at this width, so torch adds it apart.
             torchs = torch._scaled_mm(
-                x, codes.t(), scale, own.t(), bias, out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum
-            )
+                x, codes.t(), scale, own.t(), None if (is_apart := use_fast_accum and width == 14336) else bias,
+                out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum,
+            )  # fmt: skip
+            torchs = torchs + bias if is_apart else torchs
             off = [((each.double() - exact).norm() / exact.norm()).item() for each in (first[index], torchs)]
             assert off[0] <= 1.1 * off[1] + 1e-4
 
