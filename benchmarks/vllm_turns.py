@@ -28,7 +28,9 @@ SIDES = {
     "stock": "vLLM's own fusions off",
     "flags": "those of its own on that the model has sites for",
     "fuseplan": "the plugin, vLLM's own fusions off",
+    "linears": "the same, and linear layers of up to 32 tokens, which have a compile range of their own",
 }
+PLUGGED = ("fuseplan", "linears")
 FIRST, LAST = 15, 2
 """Repeats in a turn of a call for one token: of short prompts, and of long ones."""
 PROMPTS = {"1 x 20": (1, 20), "1 x 64": (1, 64), "8 x 128": (8, 128), "32 x 1000": (32, 1000)}
@@ -161,12 +163,19 @@ def run_side(arguments: argparse.Namespace) -> None:
     import vllm
 
     on = flags_of(model, arguments.tp) if side == "flags" else []
+    settings: dict[str, Any] = {
+        "pass_config": {flag: flag in on for flag in FLAGS},
+        "cudagraph_capture_sizes": CAPTURED,
+    }
+    further: dict[str, Any] = {"quantization": "fp8"} if "fp8" in model else {}
+    if side == "linears":
+        settings["compile_ranges_endpoints"] = [CAPTURED[-1]]
+        further["additional_config"] = {"fuseplan": {"fuse_merged_linear": True, "fuse_skinny_linear": True}}
     engine = vllm.LLM(
         model=str(path), load_format="dummy", skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=32,
         max_num_batched_tokens=8192, gpu_memory_utilization=0.3, kv_cache_memory_bytes=8 << 30,
         tensor_parallel_size=arguments.tp,
-        compilation_config={"pass_config": {flag: flag in on for flag in FLAGS}, "cudagraph_capture_sizes": CAPTURED},
-        enable_prefix_caching=False, disable_log_stats=False, **({"quantization": "fp8"} if "fp8" in model else {}),
+        compilation_config=settings, enable_prefix_caching=False, disable_log_stats=False, **further,
     )  # fmt: skip
     load_s = round(time.perf_counter() - start, 1)
     if arguments.turns == 0:
@@ -268,8 +277,8 @@ def run_sides(arguments: argparse.Namespace, model: str, folder: Path, turns: in
             command, stdout=(folder / f"{side}.out").open("w"), stderr=(folder / f"{side}.log").open("a"),
             start_new_session=True,
             env={
-                **ENVIRONMENT, **os.environ, **caches, "FUSEPLAN_VLLM": str(int(side == "fuseplan")),
-                "FUSEPLAN_REPORT_DIR": str(folder / "report"),
+                **ENVIRONMENT, **os.environ, **caches, "FUSEPLAN_VLLM": str(int(side in PLUGGED)),
+                "FUSEPLAN_REPORT_DIR": str(folder / f"report-{side}"),
             },
         )  # fmt: skip
     round_ = 0
@@ -302,6 +311,12 @@ def compiled_kernels(folder: Path, side: str) -> dict[str, int]:
     return dict(Counter(MONITOR.findall(said)))
 
 
+def fused_in(folder: Path) -> dict[str, int]:
+    """Fusions of a worker's whole model, by rule."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))][:1]
+    return dict(Counter(each["rule"] for report in reports for graph in report["graphs"] for each in graph["applied"]))
+
+
 def measure_model(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     """All sides of a model.
 
@@ -314,20 +329,20 @@ def measure_model(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         found = run_sides(arguments, model, folder, arguments.turns)
         compiled = {side: compiled_kernels(folder, side) for side in found}
         warm = run_sides(arguments, model, folder, 0) if arguments.warm else {side: {} for side in found}
-        reports = [json.loads(path.read_text()) for path in sorted((folder / "report").glob("*.json"))]
-    fused = Counter(each["rule"] for graph in reports[0]["graphs"] for each in graph["applied"]) if reports else {}
+        fused = {side: fused_in(folder / f"report-{side}") for side in PLUGGED if side in found}
     layers = arguments.layers or MODELS[model]["num_hidden_layers"]
     result = {
         "model": model, "layers": layers, "tp": arguments.tp, "turns": arguments.turns,
-        "flags_on": flags_of(model, arguments.tp), "fused": dict(fused),
+        "flags_on": flags_of(model, arguments.tp), "fused": fused.get("fuseplan", {}),
     }  # fmt: skip
     for side, each in found.items():
         result[side] = summarised(each) | warm[side] | {"compiled_while_serving": compiled[side]}
-    if "fuseplan" in found:
-        result["against"] = {
-            side: compared(found["fuseplan"]["turns"], each["turns"])
-            for side, each in found.items() if side != "fuseplan"
-        }  # fmt: skip
+    for plugged, rules in fused.items():
+        against = {
+            side: compared(found[plugged]["turns"], each["turns"]) for side, each in found.items() if side != plugged
+        }
+        result |= {"against": against} if plugged == "fuseplan" else {f"{plugged}_fused": rules,
+                                                                      f"{plugged}_against": against}  # fmt: skip
     return result
 
 

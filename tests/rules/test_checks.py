@@ -61,6 +61,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "merged_linear_pair": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_triple": ("merged_linear", ("fuse_merged_linear",)),
     "merged_linear_silu_and_mul": ("merged_linear_silu_mul", ("fuse_merged_linear",)),
+    "linear_silu_and_mul": ("merged_linear_silu_mul", ("fuse_merged_linear",)),
     "skinny_scaled_linear": ("skinny_scaled_linear", ("fuse_scaled_linear",)),
     "merged_scaled_linear_pair": ("merged_scaled_linear", ("fuse_scaled_linear",)),
     "merged_scaled_linear_triple": ("merged_scaled_linear", ("fuse_scaled_linear",)),

@@ -283,6 +283,80 @@ def test_gate_and_up_are_told_apart_in_either_order() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def chunked(x: Tensor, both: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As Phi-3 has it."""
+    gate, up = F.linear(x, both, bias).chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
+def sliced(x: Tensor, both: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As vLLM has it."""
+    y = F.linear(x, both, bias)
+    half = y.shape[-1] // 2
+    return F.silu(y[..., :half]) * y[..., half:]
+
+
+@pytest.mark.parametrize("is_biased", [False, True])
+@pytest.mark.parametrize("function", [chunked, sliced])
+@pytest.mark.parametrize("shape", [(3, WIDTH), (2, 1, WIDTH)], ids=str)
+def test_gate_and_up_may_be_halves_of_one_layer(
+    function: Callable[..., Any], shape: tuple[int, ...], is_biased: bool
+) -> None:
+    inputs = randn(*shape), *weights(96), *([randn(96, seed=7)] if is_biased else [])
+    graph = quickly_traced(function, *inputs)
+    (chosen,) = planned(graph, **ON).applied
+    assert chosen.op == "linear_silu_and_mul"
+    assert chosen.site_class == f"linear {WIDTH} -> 96 -> silu_and_mul bfloat16"
+    assert chosen.saving_ns == pytest.approx(4300 + 1402 - 2200, abs=20)
+    (node,) = graph.find_nodes(op="call_function", target=ops.linear_silu_and_mul.implementation("triton"))
+    got = ops.linear_silu_and_mul(*inputs[:2], inputs[2] if is_biased else None, node.args[-1])
+    torch.testing.assert_close(got, function(*inputs))
+
+
+def up_before_gate(x: Tensor, both: Tensor) -> Tensor:
+    up, gate = F.linear(x, both).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gate_as_both(x: Tensor, both: Tensor) -> Tensor:
+    gate, _ = F.linear(x, both).chunk(2, dim=-1)
+    return F.silu(gate) * gate
+
+
+def read_as_a_whole(x: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.linear(x, both)
+    gate, up = y.chunk(2, dim=-1)
+    return F.silu(gate) * up, y * 2
+
+
+def half_returned(x: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = F.linear(x, both).chunk(2, dim=-1)
+    return F.silu(gate) * up, up.sum(-1)
+
+
+def interleaved(x: Tensor, both: Tensor) -> Tensor:
+    y = F.linear(x, both)
+    return F.silu(y[..., ::2]) * y[..., 1::2]
+
+
+def halves_of_rows(x: Tensor, both: Tensor) -> Tensor:
+    gate, up = F.linear(x, both).chunk(2, dim=0)
+    return F.silu(gate) * up
+
+
+def unequal(x: Tensor, both: Tensor) -> Tensor:
+    y = F.linear(x, both)
+    return F.silu(y[..., :32]) * y[..., 64:]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [up_before_gate, gate_as_both, read_as_a_whole, half_returned, interleaved, halves_of_rows, unequal],
+)
+def test_a_layer_whose_halves_are_something_else_stays_alone(function: Callable[..., Any]) -> None:
+    assert fused(planned(quickly_traced(function, randn(4, WIDTH), *weights(96)), **ON)) == {"skinny_linear": 1}
+
+
 def test_an_activation_whose_inputs_are_read_elsewhere_is_left() -> None:
     graph = quickly_traced(gated_and_returned, randn(3, WIDTH), *weights(32, 32))
     assert fused(planned(graph, **ON)) == {"merged_linear_pair": 1}
@@ -334,15 +408,23 @@ def test_a_saving_is_of_the_layers_and_the_activation() -> None:
     assert chosen.site_class == "linear 64 -> 32+32 -> silu_and_mul bfloat16"
 
 
-@pytest.mark.parametrize("rule", ["merged_linear", "merged_linear_silu_mul", "skinny_linear"])
-def test_it_computes_what_the_model_does(rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "function", "given"),
+    [
+        ("merged_linear", layer, LAYER),
+        ("merged_linear_silu_mul", layer, LAYER),
+        ("merged_linear_silu_mul", chunked, (randn(3, WIDTH), *weights(96), randn(96, seed=7))),
+        ("skinny_linear", layer, LAYER),
+    ],
+)
+def test_it_computes_what_the_model_does(rule: str, function: Callable[..., Any], given: tuple[Tensor, ...]) -> None:
     reports: list[Any] = []
     torch._dynamo.reset()
     config = PassConfig(policy=f"ordered({rule})")
     with torch.inference_mode():
-        expected = layer(*LAYER)
-        compiled = fuseplan.compile(layer, config=config, on_report=reports.append, fullgraph=True)
-        torch.testing.assert_close(compiled(*LAYER), expected, atol=0.05, rtol=0.02)
+        expected = function(*given)
+        compiled = fuseplan.compile(function, config=config, on_report=reports.append, fullgraph=True)
+        torch.testing.assert_close(compiled(*given), expected, atol=0.05, rtol=0.02)
     assert reports[-1].fused[rule] >= 1
 
 

@@ -84,6 +84,14 @@ def gated_linears(*arguments: Any) -> Tensor:
     return launch(*split_arguments(arguments[:-1]), arguments[-1])[0]
 
 
+def halved_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: str) -> Tensor:
+    """`families.linear.halved_reference` in one kernel."""
+    from fuseplan.providers.triton.linear import launch
+
+    biases = (None, None) if bias is None else bias.chunk(2)
+    return launch(x, weight.chunk(2), biases, rounding)[0]
+
+
 def linear_add_rms_norm(m: Any) -> tuple[Tensor, ...]:
     """`families.linear_norm.linear_add_rms_norm_reference` in two kernels, of which the second adds up what several
     programs made of each tile of the layer.
@@ -162,7 +170,7 @@ _ATTENTIONS = (
     ops.qk_norm_rope_cached_attention,
 )  # fmt: skip
 _EAGER_ATTENTIONS = (ops.fused_attention, ops.rope_cached_eager_attention)
-_LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul)
+_LINEARS = (*LINEAR_FAMILY, ops.merged_linear_silu_and_mul, ops.linear_silu_and_mul)
 _FEW_ROWS = (*_LINEARS, *SCALED_LINEAR_FAMILY, ops.skinny_linear_add_rms_norm)
 _PLAIN_NORMS, _KEPT_NORMS = (
     {op: suffix for (_, _, suffix), op in family.items() if suffix in SUFFIXES}
@@ -182,6 +190,7 @@ for _op in _ATTENTIONS:
 for _op in LINEAR_FAMILY:
     implement(_op, "triton", replayed(linears))
 implement(ops.merged_linear_silu_and_mul, "triton", replayed(gated_linears))
+implement(ops.linear_silu_and_mul, "triton", replayed(halved_linear))
 _op = ops.skinny_linear_add_rms_norm
 implement(_op, "triton", replayed(by_names(_op, linear_add_rms_norm)))
 for _op in SCALED_LINEAR_FAMILY:

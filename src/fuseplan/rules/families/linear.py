@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torch import fx
+from torch import Tensor, fx
 
 from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.canonical import CanonicalGraph
@@ -17,9 +17,11 @@ from fuseplan.rules.base import DefaultOn, Rule
 from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
 from fuseplan.rules.parts import Core
 from fuseplan.rules.parts.linear import (
+    HALVES,
     LINEARS,
     PART,
     LinearRegion,
+    halves_reference,
     library_kernels,
     linears_fake,
     linears_reference,
@@ -95,6 +97,48 @@ GATED = define(
 )
 
 
+def halved_reference(x: Tensor, weight0: Tensor, bias0: Tensor | None, rounding: str) -> Tensor:
+    """gate, up = torch.nn.functional.linear(x, weight0, bias0).chunk(2, dim=-1);  y = silu(gate) * up
+
+    Args:
+        x: [..., width].
+        weight0: [2 * intermediate, width], x's dtype: gate's rows, then up's.
+        bias0: [2 * intermediate], or None.
+        rounding: one of `ActivationRounding`.
+
+    Returns:
+        [..., intermediate] in x's dtype.
+
+    Raises:
+        ValueError: `rounding` isn't one of `ActivationRounding`.
+    """
+    y: Tensor = silu_and_mul.reference(*halves_reference(linears_reference(x, weight0, bias0)), rounding)
+    return y
+
+
+def halved_fake(x: Tensor, weight0: Tensor, bias0: Tensor | None, rounding: str) -> Tensor:
+    """Shape and dtype of `halved_reference`."""
+    return x.new_empty((*x.shape[:-1], weight0.shape[0] // 2))
+
+
+def _halved_sample(layer: Sample, rounding: ActivationRounding) -> Sample:
+    def make(device: Any, generator: Any) -> tuple[Any, ...]:
+        return *layer.make(device, generator), rounding.value
+
+    return Sample(name=f"{layer.name}-{rounding}", make=make)
+
+
+HALVED = define(
+    "linear_silu_and_mul",
+    f"({parameters_of(1)}, str rounding) -> Tensor",
+    reference=halved_reference,
+    fake=halved_fake,
+    samples=[_halved_sample(each, rounding) for each, rounding in zip(samples_of(1), _ROUNDINGS, strict=True)],
+    fused=True,
+    draws=weight_draws(1),
+)
+
+
 DEFAULT_ON = DefaultOn(most_tokens=32, devices=("gh200", "h100", "h200"))
 """Measured on an H200, `benchmarks/results/decode_one_gpu_h200.json`; the others are the same chip, and of 920 random
 models none had other numbers.
@@ -151,6 +195,22 @@ class GatedLinears(Rule):
     def describe(self) -> str:
         """The pattern and the fused op on one line."""
         return super().describe() + ", up before gate" * self.up_first
+
+
+class HalvedLinear(Rule):
+    """linear(x, weight0) -> halves -> silu_and_mul  =>  one op.
+
+    gate, up = (x @ weight0^T).chunk(2, dim=-1);  y = silu(gate) * up, as vLLM and models such as Phi-3 merge weights
+    """
+
+    name, flags = "merged_linear_silu_mul", ("fuse_merged_linear",)
+    opt_in, default_on = "fuse_merged_linear", DEFAULT_ON
+    op, core = HALVED, LINEARS[0]
+
+    def pattern(self, x: Any, weight0: Any, bias0: Any, rounding: Any) -> Any:
+        """The layer, and the activation of its result's halves."""
+        found = HALVES(LINEARS[0](x, weight0, bias0))
+        return (silu_and_mul(found[0], found[1], rounding),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +270,7 @@ class LinearShape(Shape):
     def _activation(self, hardware: Hardware) -> tuple[Kernel, ...]:
         if not self.tails:
             return ()
-        nbytes = 3 * self.rows * self.sizes.features[0] * self.itemsize
+        nbytes = 3 * self.rows * (sum(self.sizes.features) // 2) * self.itemsize
         kernel = Kernel(
             name="silu_and_mul", launch=round(hardware.launch.value), memory=round(hardware.memory_ns(nbytes))
         )
@@ -246,6 +306,7 @@ class LinearSite(Site):
         """What a fusion that consumes `nodes` takes; None where that is more than the site, and the residual add and
         the norm behind a single layer.
         """
+        nodes = [node for node in nodes if not is_dialect(node, HALVES)]
         norms = [node for node in nodes if is_dialect(node, fused_add_rms_norm)]
         if len(norms) != 1 or super().taken([*{*nodes} - {*norms}]) is None:
             return super().taken(nodes)
@@ -257,15 +318,23 @@ class LinearSite(Site):
 
 
 def _activation_of(core: fx.Node) -> fx.Node | None:
-    """The SiLU-and-mul that alone reads the results of two layers."""
-    results = [item(core, index) for index in range(2)] if is_dialect(core, LINEARS[1]) else []
-    readers = {reader for result in results if result is not None for reader in result.users}
-    reader = next(iter(readers)) if len(readers) == 1 else None
-    return reader if reader is not None and is_dialect(reader, silu_and_mul) else None
+    """The SiLU-and-mul that alone reads the results of two layers, or the halves of one's."""
+    reader = _reader(core) if is_dialect(core, LINEARS[0]) else core
+    if reader is None or not is_dialect(reader, LINEARS[1], HALVES):
+        return None
+    activation = _reader(*(found for index in range(2) if (found := item(reader, index)) is not None))
+    return activation if activation is not None and is_dialect(activation, silu_and_mul) else None
+
+
+def _reader(*values: fx.Node) -> fx.Node | None:
+    """What alone reads all of them."""
+    readers = {reader for value in values for reader in value.users}
+    return next(iter(readers)) if len(readers) == 1 else None
 
 
 LINEAR_RULES: tuple[Rule, ...] = (
     *(Linears(count) for count in range(1, len(LINEARS) + 1)),
     *(GatedLinears(up_first=up_first) for up_first in (False, True)),
+    HalvedLinear(),
 )
 LINEAR_SITES: Mapping[Core, type[Site]] = {PART: LinearSite}

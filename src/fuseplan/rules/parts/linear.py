@@ -13,6 +13,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import RESHAPES, Call, aten, equal_size, equal_sizes, is_call, tensor_of
 from fuseplan.graph.ops import DialectOp, Sample, define, random_tensor
 from fuseplan.rules.parts.base import Core, Reported, Stage
+from fuseplan.rules.parts.halves import SPLITS, half_of
 from fuseplan.rules.parts.traffic import Kernel, Middle
 
 NAMES = ("linear", "linear_pair", "linear_triple")
@@ -106,6 +107,40 @@ LINEARS = tuple(_define(count) for count in range(1, MOST_TOGETHER + 1))
 """The ops of one, two and three layers."""
 
 
+def halves_reference(y: Tensor) -> tuple[Tensor, Tensor]:
+    """first, second = y.chunk(2, dim=-1)
+
+    Args:
+        y: [..., 2 * features], a layer's result.
+
+    Returns:
+        The halves of its last dimension, [..., features] in y's dtype, contiguous.
+    """
+    first, second = (each.clone(memory_format=torch.contiguous_format) for each in y.chunk(2, dim=-1))
+    return first, second
+
+
+def halves_fake(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of `halves_reference`."""
+    first, second = (y.new_empty((*y.shape[:-1], y.shape[-1] // 2)) for _ in range(2))
+    return first, second
+
+
+def _halves_sample(shape: tuple[int, ...], dtype: torch.dtype) -> Sample:
+    name = f"{'x'.join(map(str, shape))}-{str(dtype).removeprefix('torch.')}"
+    return Sample(name=name, make=lambda device, generator: (random_tensor(shape, dtype, device, generator),))
+
+
+HALVES = define(
+    "linear_halves",
+    "(Tensor y) -> (Tensor, Tensor)",
+    reference=halves_reference,
+    fake=halves_fake,
+    samples=[_halves_sample((3, 64), torch.bfloat16), _halves_sample((2, 5, 96), torch.float16)],
+)
+"""What a layer that was merged before yields: gate and up."""
+
+
 # How graphs spell them.
 
 
@@ -141,6 +176,16 @@ def raise_linears(canonical: CanonicalGraph) -> None:
         for few in shared_out(products):
             # Read again: what the group reads may have been another one's result.
             _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
+    for call in canonical.calls(LINEARS[0].overload):
+        _raise_halves(canonical, call)
+
+
+def _raise_halves(canonical: CanonicalGraph, layer: Call) -> None:
+    """Raises both halves of a layer's result, where nothing else reads it."""
+    readers = [part for user in layer.users for part in (user.users if is_call(user, *SPLITS) else (user,))]
+    halves = {half.index: reader for reader in readers if (half := half_of(reader)) and not half.interleaved}
+    if len(readers) == 2 and halves.keys() == {0, 1}:
+        canonical.raise_op(HALVES, (layer,), [halves[0], halves[1]])
 
 
 def _read(node: Call) -> _Layer | None:
@@ -268,7 +313,7 @@ def _kernel(
 
 PART = Core(
     name="linear",
-    ops=LINEARS,
+    ops=(*LINEARS, HALVES),
     raising=((Stage.LINEARS, raise_linears),),
     reported=Reported.NEVER,
     traffic=Middle(name="linear"),

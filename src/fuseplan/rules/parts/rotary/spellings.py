@@ -40,11 +40,11 @@ from fuseplan.graph.ops import RotaryRounding
 from fuseplan.graph.reach import path_between
 from fuseplan.graph.surgery import sort_topologically
 from fuseplan.record import Reason
+from fuseplan.rules.parts.halves import SPLITS, Half, half_of, is_last, width_of
 from fuseplan.rules.parts.rms_norm import rms_norm
 from fuseplan.rules.parts.rotary.angles import spread
 from fuseplan.rules.parts.rotary.op import rotary_embedding
 
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 VIEWS = (
     *RESHAPES, *SPLITS, aten.expand.default, aten.permute.default, aten.slice.Tensor, aten.unsqueeze.default,
     convert_element_type, operator.getitem,
@@ -199,7 +199,7 @@ def _read(root: Call) -> Rotation | None:
 
 def _read_turned(neg: Call) -> Rotation | None:
     """`x * cos + cat(-x2, x1) * sin`"""
-    second = _part_of(neg.args[0])
+    second = half_of(neg.args[0])
     if second is None or second.index != 1:
         return None
     if second.interleaved:
@@ -207,7 +207,7 @@ def _read_turned(neg: Call) -> Rotation | None:
     cat = _joined(neg)
     if cat is None or cat.args[0][0] is not neg:
         return None
-    first = _part_of(cat.args[0][1])
+    first = half_of(cat.args[0][1])
     if first is None or first.index != 0 or first.source is not second.source or first.interleaved:
         return None
     source = second.source
@@ -284,20 +284,11 @@ def _finish(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One of the two parts of a tensor's last dimension: a half, or every other element."""
-
-    source: fx.Node
-    index: int
-    interleaved: bool = False
-
-
-@dataclass(frozen=True)
 class _Product:
     """A part times cosines or sines."""
 
     node: fx.Node
-    part: _Part
+    part: Half
     factor: object
 
 
@@ -305,7 +296,7 @@ def _products(node: object) -> list[_Product]:
     """A product as a part times something: angles are halves of something, too, so that it can be read in two ways."""
     if not is_call(node, *MULS):
         return []
-    readings = ((_part_of(part), factor) for part, factor in (node.args, node.args[::-1]))
+    readings = ((half_of(part), factor) for part, factor in (node.args, node.args[::-1]))
     return [_Product(node, part, factor) for part, factor in readings if part is not None]
 
 
@@ -320,62 +311,19 @@ def is_normed(node: fx.Node) -> bool:
     return path_between(node, lambda node: is_dialect(node, rms_norm), "inputs") is not None
 
 
-def _part_of(node: object) -> _Part | None:
-    """Which part of what a node is."""
-    if is_call(node, aten.slice.Tensor):
-        return _sliced(node)
-    if is_call(node, aten.select.int) and _is_last(node.args[0], node.args[1]) and _width(node.args[0]) == 2:
-        return _Part(node.args[0], int(node.args[2]), interleaved=True)
-    if is_call(node, operator.getitem) and is_call(node.args[0], *SPLITS):
-        source, sizes, dim = (*node.args[0].args, 0)[:3]
-        width = _width(source)
-        halves = (width // 2,) * 2 if width is not None and width % 2 == 0 else None
-        given = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes, sizes)
-        if halves is not None and given == halves and _is_last(source, dim):
-            return _Part(source, node.args[1])
-    return None
-
-
-def _sliced(node: Call) -> _Part | None:
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    source, dim, start, end, step = *node.args, *defaults[len(node.args) - 1 :]
-    width = _width(source)
-    if width is None or width % 2 or not _is_last(source, dim):
-        return None
-    start, end = start or 0, width if end is None else end
-    if step == 2:
-        return _Part(source, start, interleaved=True) if start in (0, 1) else None
-    if step != 1 or not isinstance(end, int):
-        return None
-    half = width // 2
-    return {(0, half): _Part(source, 0), (half, width): _Part(source, 1)}.get((start, min(end, width)))
-
-
-def _width(node: object) -> int | None:
-    """The size of the last dimension, where it is a constant."""
-    value = tensor_of(node)
-    size = value.shape[-1] if value is not None and value.dim() else None
-    return size if isinstance(size, int) else None
-
-
-def _is_last(node: object, dim: object) -> bool:
-    value = tensor_of(node)
-    return value is not None and dim in (-1, value.dim() - 1)
-
-
 def _joined(part: fx.Node) -> Call | None:
     """The concatenation of two parts along the last dimension that is the one reader of a part."""
     (cat,) = part.users if len(part.users) == 1 else (None,)
     if not is_call(cat, aten.cat.default) or len(cat.args[0]) != 2:
         return None
-    return cat if _is_last(cat, (*cat.args, 0)[1]) else None
+    return cat if is_last(cat, (*cat.args, 0)[1]) else None
 
 
 def _require_whole(source: fx.Node, root: fx.Node) -> None:
     """Raises where only a part of each head is rotated."""
     for node in _casts_and_parts(source):
         whole = node.args[0].args[0] if is_call(node, operator.getitem) else node.args[0]
-        rotated, width = _width(node), _width(whole)
+        rotated, width = width_of(node), width_of(whole)
         if rotated != width:
             detail = f"it rotates {rotated} of a head's {width} dimensions (partial rotary), and the op rotates all"
             raise Unraised(Reason.ATTRIBUTE, detail, root)
