@@ -22,13 +22,14 @@ def as_before(name: str, signature: Any, constants: dict[Any, Any], *further: An
 jit.serialize_specialization_data = as_before
 
 from fuseplan.dialect import ops, registered_kernel  # noqa: E402
+from fuseplan.providers.triton.replay import OPTIONS  # noqa: E402
 from tests.providers.test_compiles import FAMILIES, TARGETS, Driver, stand_ins  # noqa: E402
 
 SEEN: list[str] = []
 
 
 def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel.warmup(*arguments, grid=grid, **constants)
+    kernel.warmup(*arguments, grid=grid, **OPTIONS, **constants)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fuseplan.providers.triton.launching import AMD_SHARED  # noqa: E402
+from fuseplan.providers.triton.replay import OPTIONS  # noqa: E402
 from tests.forks import Forks  # noqa: E402
 from tests.providers.processes import printed_by  # noqa: E402
 
@@ -75,7 +76,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         kernel.device_caches.clear()  # else the target that a kernel was first compiled for stays its own
-        asm = kernel.warmup(*arguments, grid=grid, **constants).asm
+        asm = kernel.warmup(*arguments, grid=grid, **OPTIONS, **constants).asm
         assert ("ptx" in asm) is (target.backend == "cuda")
         made.append((kernel.__name__, asm))
 
