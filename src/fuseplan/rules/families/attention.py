@@ -61,11 +61,9 @@ class GroupedAttention(Rule):
     name, flags = "grouped_attention", ("fuse_grouped_attention",)
     op, core = grouped_attention, attention
 
-    def pattern(
-        self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
-    ) -> Any:  # fmt: skip
-        shared = repeat_heads(k, groups), repeat_heads(v, groups)
-        return (attention(q, *shared, mask, scale, is_causal, kernel),)
+    def pattern(self, groups: Any, **bound: Any) -> Any:
+        q, k, v, *how = bound.values()
+        return (attention(q, repeat_heads(k, groups), repeat_heads(v, groups), *how),)
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses keys, values and masks of lengths that the graph doesn't know to be equal: calls can't be made up on
