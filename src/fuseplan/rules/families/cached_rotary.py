@@ -11,30 +11,19 @@ from torch import Tensor, fx
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import dtype_text, equal_size, equal_sizes, hint, tensor_of
 from fuseplan.graph.layout import memory_order
-from fuseplan.graph.ops import define
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
+from fuseplan.rules.families.compose import fused_as
 from fuseplan.rules.families.rotary import HEADS_FIRST, NormedRule, by_norms, normed, refuse_dtypes
 from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
 from fuseplan.rules.parts import Core
 from fuseplan.rules.parts.cache_write import CACHES, bytes_of, cache_write
 from fuseplan.rules.parts.cached_rotary import PART, cached_rotary
-from fuseplan.rules.parts.cached_rotary.op import CACHED_SAMPLES, DRAWS, SCHEMA, rope_cache_fake, rope_cache_reference
 from fuseplan.rules.parts.cached_rotary.traffic import CachedRegion
 from fuseplan.rules.parts.rms_norm import rms_norm
 from fuseplan.rules.parts.traffic import Kernel, Tail
 
-rope_cache = define(
-    "rope_cache",
-    SCHEMA,
-    reference=rope_cache_reference,
-    fake=rope_cache_fake,
-    samples=CACHED_SAMPLES,
-    fused=True,
-    draws=DRAWS,
-    writes=CACHES,
-)
-
+rope_cache = fused_as(cached_rotary, "rope_cache", writes=CACHES)
 qk_norm_rope_cache = normed(rope_cache, "qk_norm_rope_cache", by_norms(rope_cache.samples))
 
 
