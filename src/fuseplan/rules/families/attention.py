@@ -158,9 +158,8 @@ class AttentionSite(Site):
         )  # fmt: skip
         flags = " masked" * (mask is not None) + " causal" * is_causal
         return AttentionShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
-            sizes=sizes, kernels=self._kernels(kernel, q, mask),
-            convention=f"{dtype_text(q.dtype)}{flags}",
+            core=PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
+            kernels=self._kernels(kernel, q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
         )  # fmt: skip
 
     def _kernels(self, kernel: str, q: Tensor, mask: Tensor | None) -> tuple[tuple[str, str], ...]:
@@ -231,8 +230,8 @@ class EagerAttentionSite(AttentionSite):
         )  # fmt: skip
         flags = " masked" * (mask is not None) + " sinks" * is_joined + " capped" * (self.core.args[6] is not None)
         return EagerAttentionShape(
-            core=EAGER_PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize,
-            tails=(), sizes=sizes, kernels=self._kernels("cpu", q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
+            core=EAGER_PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
+            kernels=self._kernels("cpu", q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
         )  # fmt: skip
 
 

@@ -183,8 +183,8 @@ class CachedRotarySite(Site):
             cache_bytes=bytes_of(self.core.args[3:5]),
         )  # fmt: skip
         return CachedRotaryShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
-            sizes=sizes, convention=f"{dtype_text(q.dtype)} {self.core.args[8]}",
+            core=PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
+            convention=f"{dtype_text(q.dtype)} {self.core.args[8]}",
         )  # fmt: skip
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:

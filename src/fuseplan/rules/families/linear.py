@@ -288,7 +288,7 @@ class LinearSite(Site):
             features=tuple(hint(weight.shape[0]) for weight in found if weight is not None),
         )  # fmt: skip
         return LinearShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=width, itemsize=value.dtype.itemsize,
+            core=PART.traffic, rows=rows, width=width, itemsize=value.dtype.itemsize,
             tails=tuple(self.tail(node) for node in self.tails), convention=dtype_text(value.dtype), sizes=sizes,
         )  # fmt: skip
 

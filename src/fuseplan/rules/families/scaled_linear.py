@@ -79,8 +79,8 @@ class ScaledLinearSite(Site):
         features = tuple(hint(weight.shape[0]) for weight in found if weight is not None)
         sizes = LinearRegion(rows=rows, width=width, itemsize=value.dtype.itemsize, features=features)
         return ScaledLinearShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=width, itemsize=value.dtype.itemsize,
-            tails=(), convention=dtype_text(value.dtype), sizes=sizes,
+            core=PART.traffic, rows=rows, width=width, itemsize=value.dtype.itemsize,
+            convention=dtype_text(value.dtype), sizes=sizes,
         )  # fmt: skip
 
 
