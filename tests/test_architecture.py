@@ -6,7 +6,7 @@ Imports inside functions and under TYPE_CHECKING count like any other: what a mo
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -79,6 +79,8 @@ MODELS_MAY_USE = sys.stdlib_module_names | {"torch", "fuseplan"}
 TORCH_FREE = {"cpython", "errors", "record"}
 PATTERN_MATCHER = "torch._inductor.pattern_matcher"
 ENVIRONMENT = {f"os.{name}" for name in ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")}
+UNLISTED = ("devices", "graph/ops", "measurement/tuning", "rules/families", "rules/parts", "workloads/models")
+"""Rooms whose __init__ has no __all__: fuseplan alone imports from them, and what they offer is what they import."""
 MAX_LINES = 400
 KERNELS = "providers/triton/"
 
@@ -270,6 +272,18 @@ def unlisted(init: Module) -> list[str]:
     return sorted((public - listed) | (listed - bound))
 
 
+def unwanted(init: Module, others: Iterable[Module]) -> list[str]:
+    """Names that an __init__ imports, and that neither it uses nor anybody imports from it."""
+    room = ".".join(("fuseplan", *init.names[:-1]))
+    last = init.names[-2]
+    others = [module for module in others if last in module.source]  # to look at few
+    wanted = {imp.name for module in others for imp in imports(module) if imp.module == room}
+    nodes = list(ast.walk(init.tree))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    bound = {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return sorted(bound - used - wanted)
+
+
 @cache
 def source_modules() -> list[Module]:
     package = SRC / "fuseplan"
@@ -358,6 +372,14 @@ def test_a_named_op_is_seen(source: str) -> None:
 def test_public_api_is_what_all_lists() -> None:
     init = next(module for module in source_modules() if module.path == "__init__.py")
     assert unlisted(init) == []
+
+
+@pytest.mark.parametrize("room", UNLISTED)
+def test_what_a_room_imports_for_others_they_import(room: str) -> None:
+    init = next(module for module in source_modules() if module.path == f"{room}/__init__.py")
+    further = [path for folder in ("tests", "benchmarks") for path in sorted((SRC.parent / folder).rglob("*.py"))]
+    others = [Module(path.as_posix(), path.read_text(encoding="utf-8")) for path in further]
+    assert unwanted(init, (*source_modules(), *others)) == []
 
 
 def test_imports_without_optional_dependencies() -> None:
@@ -462,3 +484,17 @@ def test_checker_allows(path: str, source: str) -> None:
 )
 def test_checker_reads_all(source: str, names: list[str]) -> None:
     assert unlisted(Module("__init__.py", source)) == names
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("from fuseplan.devices import PROFILES, local_profile", []),
+        ("from fuseplan import devices\n\ndevices.local_profile(devices.PROFILES)", []),
+        ("from fuseplan.devices import PROFILES", ["local_profile"]),
+        ("from fuseplan.devices.known import PROFILES", ["PROFILES", "local_profile"]),
+    ],
+)
+def test_checker_finds_what_nobody_imports(source: str, names: list[str]) -> None:
+    init = Module("devices/__init__.py", "from fuseplan.devices.known import PROFILES, known, local_profile\nknown()")
+    assert unwanted(init, [Module("report/x.py", source)]) == names

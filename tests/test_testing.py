@@ -55,7 +55,7 @@ def kinds_of(rule: Rule) -> set[object]:
 
 def other_layout(rule: Rule) -> bool:
     """Whether it works on another layout than the samples of its op."""
-    return bool(getattr(rule, "transposes", False) or getattr(rule, "tokens_first", False))
+    return bool(getattr(rule, "transposes", False))
 
 
 def by_day() -> set[int]:

@@ -30,9 +30,7 @@ MODELS: dict[str, tuple[type[Any], type[Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {getattr(rule, 'tokens_first', '')}"
-)
+@pytest.mark.parametrize("rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {getattr(rule, 'transposes', '')}")
 def test_rules_hold(rule: CachedRule) -> None:
     samples = arguments_of(rule, torch.device("cpu"))
     assert check_rule(rule, providers=TRITON, samples=samples, device="cuda").cases["triton"] >= len(samples) + 8

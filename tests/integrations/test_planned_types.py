@@ -9,6 +9,7 @@ from torch.torch_version import TorchVersion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fuseplan.errors import WorkloadError
+from fuseplan.integrations import splitting
 from fuseplan.integrations import transformers as huggingface
 from fuseplan.integrations.splitting import BasePlan
 from tests.integrations.planned import ranks, run
@@ -63,4 +64,4 @@ def test_it_is_split_by_its_plan(model_type: str) -> None:
                 run(config(), group)
             return
         model, exchanged = run(config(), group)
-    assert exchanged["all_reduce"] >= 1, huggingface.unmatched_note(model)
+    assert exchanged["all_reduce"] >= 1, splitting.unmatched_note(model)

@@ -7,6 +7,7 @@ import pytest
 
 import fuseplan
 from fuseplan.errors import WorkloadError
+from fuseplan.integrations import splitting
 from fuseplan.integrations import transformers as huggingface
 from fuseplan.integrations.splitting import BasePlan
 from fuseplan.workloads import catalog
@@ -29,7 +30,7 @@ def test_a_prefix_that_names_no_module_loses_no_key() -> None:
             # Behind o_proj and behind the MLP; experts have a shared one, which is summed apart since 5.1.
             apart = len(layers) * ("layers.*.feed_forward" not in model.config.base_model_tp_plan)
             assert exchanged["all_reduce"] == 2 * 2 + apart
-            assert huggingface.unmatched_note(model) is None
+            assert splitting.unmatched_note(model) is None
 
 
 def test_a_plan_of_the_embedding_alone_leaves_layers_to_the_plan_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,7 @@ def test_a_plan_of_the_embedding_alone_leaves_layers_to_the_plan_of_experts(monk
         with ranks(2) as group:
             _, exchanged = run(config, group)
         assert exchanged["all_reduce"] == config.num_hidden_layers + added
-        note = huggingface.plan_note(config)
+        note = splitting.plan_note(config)
         assert note is not None
         found = "a tp_plan for its embedding alone" if plan else "no tp_plan"
         assert note == f"gpt_oss has {found}, and is split by its ep_plan: experts alone, attention whole on every rank"
@@ -56,7 +57,7 @@ def test_a_plan_of_the_embedding_alone_says_that_layers_stay_whole(monkeypatch: 
     with ranks(2) as group:
         _, exchanged = run(config, group)
     assert exchanged["all_reduce"] == 1
-    assert huggingface.plan_note(config) == (
+    assert splitting.plan_note(config) == (
         "llama has a tp_plan for its embedding alone: its layers are whole on every rank"
     )
 
@@ -74,21 +75,21 @@ def test_a_key_of_a_users_plan_that_names_nothing_is_refused() -> None:
         model, _ = run(read(**CONFIGS["llama"]), None)
         plan = {"model.layers.*.self_attn.o_proj": "rowwise", "model.layers.*.mlp.dwon_proj": "rowwise"}
         with pytest.raises(WorkloadError, match=r"doesn't have: model.layers.\*.mlp.dwon_proj; use --tp 1"):
-            huggingface.shard(model, group, "it", plan)
+            splitting.shard(model, group, "it", plan)
         with pytest.raises(WorkloadError, match="has the style 'diagonal'; supported are all_reduce, "):
-            huggingface.shard(model, group, "it", {"lm_head": "diagonal"})
+            splitting.shard(model, group, "it", {"lm_head": "diagonal"})
 
 
 def test_a_part_that_no_layer_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not what other kinds of layers have in its place: an MLP beside experts."""
     with ranks(2) as group:
         model, _ = run(read(**CONFIGS["qwen3_moe"]), group)
-        assert huggingface.unmatched_note(model) is None
+        assert splitting.unmatched_note(model) is None
         config = read(**CONFIGS["llama"])
         plan = {**config.base_model_tp_plan, "layers.*.cross_attn.o_proj": "rowwise"}
         monkeypatch.setattr(type(config), "base_model_tp_plan", plan)
         model, _ = run(read(**CONFIGS["llama"]), group)
-        assert huggingface.unmatched_note(model) == (
+        assert splitting.unmatched_note(model) == (
             "LlamaForCausalLM has no module or parameter named model.layers.*.cross_attn.o_proj: its plan doesn't "
             "split them"
         )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fuseplan.errors import WorkloadError
+from fuseplan.integrations import splitting
 from fuseplan.integrations import transformers as huggingface
 from fuseplan.integrations.splitting import BasePlan
 from fuseplan.record.report import MOST_LAYERS
@@ -109,7 +110,7 @@ def _logits(name: str, group: dist.ProcessGroup | None) -> torch.Tensor:
     config.use_cache = False
     model = huggingface.build(config, None if name in PLANS else group, name, dtype=torch.float32)
     if name in PLANS and group is not None:
-        huggingface.shard(model, group, name, PLANS[name])
+        splitting.shard(model, group, name, PLANS[name])
     ids = torch.arange(14).reshape(2, 7)
     with torch.no_grad():
         logits: torch.Tensor = model(ids).logits
@@ -173,8 +174,8 @@ def is_split_by_expert() -> bool:
 def test_a_model_without_a_tp_plan_is_split_by_its_ep_plan_and_says_so() -> None:
     if not is_split_by_expert():
         pytest.skip("this transformers splits GPT-OSS by another plan")
-    assert huggingface.plan_note(huggingface.config_from_dict(CONFIGS["qwen3_moe"], "")) is None
-    note = huggingface.plan_note(huggingface.config_from_dict(CONFIGS["gpt_oss"], ""))
+    assert splitting.plan_note(huggingface.config_from_dict(CONFIGS["qwen3_moe"], "")) is None
+    note = splitting.plan_note(huggingface.config_from_dict(CONFIGS["gpt_oss"], ""))
     assert note is not None
     found, _, rest = note.partition(", and ")
     # Since 5.24 there is one for the embedding.

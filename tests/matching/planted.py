@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.explanation.capture import capture
 from fuseplan.explanation.explanation import Explanation
+from fuseplan.integrations import splitting
 from fuseplan.integrations import transformers as huggingface
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import Report
@@ -69,7 +70,7 @@ class Garden:
             config = huggingface.config_from_dict({**CASES[name].config, "num_hidden_layers": layers}, name)
             config.use_cache = False
             self.model = huggingface.build(config, None, name)
-            huggingface.shard(self.model, world, name, PLANS.get(name))
+            splitting.shard(self.model, world, name, PLANS.get(name))
             root, pairs = (
                 "model.",
                 (("self_attn.o_proj", "post_attention_layernorm"), (CASES[name].last, "input_layernorm")),

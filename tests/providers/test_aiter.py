@@ -233,8 +233,8 @@ def test_capacity_is_the_memory_that_the_ranks_share(
         with pytest.raises(CollectiveError, match="takes up to 5 rows of this width over group '0', not 6"):
             fuse(6, group)
     bound = Bindings("r", {"x": torch.empty(6, 512, dtype=torch.bfloat16)})
-    assert aiter.OFFERS["all_reduce_fused_add_rms_norm"].most_rows is not None
-    assert aiter.OFFERS["all_reduce_fused_add_rms_norm"].most_rows(bound) == 5
+    assert aiter.PROVIDER.implements["all_reduce_fused_add_rms_norm"].most_rows is not None
+    assert aiter.PROVIDER.implements["all_reduce_fused_add_rms_norm"].most_rows(bound) == 5
 
 
 def test_errors_are_one_line(library: Aiter, groups: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_hidden_sizes_of_models_are_taken(hidden: int, count: int) -> None:
 
 def test_the_triton_kernel_counts_in_32_bits() -> None:
     bound = Bindings("r", {"x": torch.empty(8, 2880), "right": 192})
-    most = aiter.OFFERS["rms_norm_pad"].most_rows
+    most = aiter.PROVIDER.implements["rms_norm_pad"].most_rows
     assert most is not None
     assert most(bound) == (2**31 - 1) // 3072
 

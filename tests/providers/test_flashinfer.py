@@ -134,7 +134,7 @@ def arguments(op: str, dtype: torch.dtype, shape: tuple[int, ...], rounding: str
     return [x, *with_residual, weight, 1e-5, rounding, *quant, *([group] if "all_reduce" in op else [])]
 
 
-EXACT = [name for name, offer in flashinfer.OFFERS.items() if offer.leaves_out is None]
+EXACT = [name for name, offer in flashinfer.PROVIDER.implements.items() if offer.leaves_out is None]
 
 
 @pytest.mark.parametrize("rounding", ["gpt_oss", "gemma"])
@@ -162,7 +162,7 @@ def test_the_all_reduce_fusion_gives_the_references_bits(
 
 
 def test_norms_with_quantisation_round_nothing_before_it(library: FlashInfer) -> None:
-    for name, offer in flashinfer.OFFERS.items():
+    for name, offer in flashinfer.PROVIDER.implements.items():
         if offer.leaves_out is None:
             continue
         assert offer.roundings is not None

@@ -179,7 +179,7 @@ def norm_arguments(name: str, dtype: torch.dtype, shape: tuple[int, ...], **more
 
 
 def rounding_of(name: str) -> str:
-    roundings = vllm_c.OFFERS[name].roundings
+    roundings = vllm_c.PROVIDER.implements[name].roundings
     assert roundings is not None
     (rounding,) = roundings
     return rounding
@@ -205,7 +205,7 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-EXACT = [name for name, offer in vllm_c.OFFERS.items() if offer.leaves_out is None]
+EXACT = [name for name, offer in vllm_c.PROVIDER.implements.items() if offer.leaves_out is None]
 NORMS = [name for name in EXACT if "norm" in name]
 
 

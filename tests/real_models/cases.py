@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import profile
 
+from fuseplan.integrations import splitting
 from fuseplan.integrations import transformers as huggingface
 
 LAYERS, HIDDEN, HEAD = 2, 64, 16
@@ -73,7 +74,7 @@ class Case:
         name = self.config["model_type"]
         model = huggingface.build(huggingface.config_from_dict(self.config, name), None, name)
         if group is not None:
-            huggingface.shard(model, group, name, self.plan)
+            splitting.shard(model, group, name, self.plan)
         return model
 
 

@@ -220,9 +220,7 @@ def test_a_cache_too_short_for_the_position_is_an_index_error(rule: str, positio
 # What the rules refuse.
 
 
-@pytest.mark.parametrize(
-    "rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {getattr(rule, 'tokens_first', '')}"
-)
+@pytest.mark.parametrize("rule", CACHED_ROTARY_RULES, ids=lambda rule: f"{rule.name} {getattr(rule, 'transposes', '')}")
 def test_the_reference_holds_in_float16_on_odd_sizes_and_layouts(rule: CachedRule) -> None:
     torch_alone = [each for each in BUILT_IN_PROVIDERS if each.name == "torch"]
     samples = [_in(torch.float16, each) for each in arguments_of(rule, torch.device("cpu"))]

@@ -74,10 +74,9 @@ def arguments_of(rule: Rule, device: torch.device) -> list[dict[str, Any]]:
     if "groups" in rule.variables:
         found = [{**each, "groups": each["q"].shape[1] // each["k"].shape[1]} for each in found]
     if getattr(rule, "transposes", False):
+        moved = ("q", "k") if "k_cache" in rule.variables else ("cos", "sin")
         found = [{name: _batched(value) for name, value in each.items()} for each in found]
-        found = [{**each, **{name: each[name].transpose(1, 2) for name in ("cos", "sin")}} for each in found]
-    if getattr(rule, "tokens_first", False):
-        found = [{**each, **{name: each[name].transpose(1, 2) for name in ("q", "k")}} for each in found]
+        found = [{**each, **{name: each[name].transpose(1, 2) for name in moved}} for each in found]
     return found
 
 
@@ -90,7 +89,7 @@ def rule_id(rule: Rule) -> str:
 
 
 def _moves(rule: Rule) -> bool:
-    return getattr(rule, "transposes", False) or getattr(rule, "tokens_first", False)
+    return getattr(rule, "transposes", False)
 
 
 @pytest.mark.parametrize("rule", BUILT_IN_RULES, ids=rule_id)

@@ -3,11 +3,9 @@
 from fuseplan.devices.hardware import (
     EXCHANGES,
     Aiter,
-    Attention,
     Constant,
     Gate,
     Hardware,
-    Linear,
     Peers,
     Protocol,
     Vendor,
@@ -24,29 +22,3 @@ from fuseplan.devices.known import (
 )
 from fuseplan.devices.profile import VENDOR_NAMES, DeviceProfile
 from fuseplan.devices.unknown import ASSUMED, Facts, unknown_hardware
-
-__all__ = [
-    "ASSUMED",
-    "EXCHANGES",
-    "HARDWARE",
-    "PROFILES",
-    "VENDOR_NAMES",
-    "Aiter",
-    "Attention",
-    "Constant",
-    "DeviceProfile",
-    "Facts",
-    "Gate",
-    "Hardware",
-    "Linear",
-    "Peers",
-    "Protocol",
-    "Vendor",
-    "asked_profile",
-    "default_profile",
-    "device_profile",
-    "local_profile",
-    "local_vendor",
-    "profile_of",
-    "unknown_hardware",
-]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fuseplan.distributed.groups import resolve, timeout_of
 from fuseplan.distributed.meeting import Meeting
-from fuseplan.distributed.shared import SHARED, Kind
+from fuseplan.distributed.shared import SHARED, Kind, capturing
 from fuseplan.errors import CollectiveError
 
 SLOTS = 3
@@ -112,7 +112,7 @@ class Workspace:
         self.shot_words = _whole_units(share // itemsize)
         self.sums_at = SLOTS * (self.ranks - 1) * self.shot_words
         words = self.sums_at + SLOTS * self.sums_words
-        if capturing(device):
+        if device.type == "cuda" and capturing():
             raise CollectiveError(
                 f"group {group_name!r} has no workspace yet, and none can be made while a graph is captured: run the "
                 "model once before capturing it"
@@ -273,11 +273,6 @@ def _whole_units(words: int) -> int:
 
 POLLS_PER_S = 1e6
 """Where kernels have no clock they count how often they have looked; about this often in a second."""
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched now is recorded and not run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def multiprocessors(device: torch.device) -> int:

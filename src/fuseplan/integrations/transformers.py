@@ -14,24 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from fuseplan.errors import WorkloadError
-from fuseplan.integrations.splitting import check_heads, plan_note, shard, unmatched_note
+from fuseplan.integrations.splitting import check_heads, shard
 from fuseplan.record.files import read_bytes, reading
 from fuseplan.record.parsing import parse_json
 from fuseplan.record.report import MOST_LAYERS
 from fuseplan.record.text import one_line
-
-__all__ = [
-    "LARGEST_BYTES",
-    "build",
-    "config_from_dict",
-    "decoding_step",
-    "is_language_model",
-    "load_config",
-    "plan_note",
-    "shard",
-    "unmatched_note",
-    "with_layers",
-]
 
 LARGEST_BYTES = 16 * 2**20
 """Of a config.json; the largest list the labels of their classifiers."""

@@ -16,7 +16,7 @@ Nothing of this has been run on ROCm hardware.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuseplan.dialect import QuantRounding, Rounding, implement, ops
+from fuseplan.dialect import DialectOp, QuantRounding, Rounding, implement, ops
 from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.errors import CollectiveError
 from fuseplan.graph.facts import equal_size, group_size
@@ -254,17 +254,24 @@ def most_padded_rows(m: Any) -> int:
 
 _FP32, _GPT_OSS = frozenset({Rounding.FP32.value}), frozenset({Rounding.GPT_OSS.value})
 
-OFFERS: Mapping[str, Offer] = {
-    ops.rms_norm_pad.name: Offer(roundings=_GPT_OSS, most_rows=most_padded_rows),
-    ops.fused_add_rms_norm_pad.name: Offer(roundings=_FP32, most_rows=most_padded_rows),
-    ops.all_reduce_fused_add_rms_norm.name: Offer(accepts=ALL_REDUCE, roundings=_FP32, most_rows=most_rows),
-    ops.all_reduce_fused_add_rms_norm_pad.name: Offer(accepts=ALL_REDUCE, roundings=_FP32, most_rows=most_rows),
-    ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant.name: Offer(
-        accepts=ALL_REDUCE_QUANT, roundings=_FP32, most_rows=most_rows,
-        leaves_out="the norm before it is quantised, and the least scale of a row",
+KERNELS: Mapping[DialectOp, tuple[Callable[..., Any], Offer]] = {
+    ops.rms_norm_pad: (norm_pad, Offer(roundings=_GPT_OSS, most_rows=most_padded_rows)),
+    ops.fused_add_rms_norm_pad: (norm_pad, Offer(roundings=_FP32, most_rows=most_padded_rows)),
+    ops.all_reduce_fused_add_rms_norm: (
+        all_reduce_norm, Offer(accepts=ALL_REDUCE, roundings=_FP32, most_rows=most_rows)
+    ),
+    ops.all_reduce_fused_add_rms_norm_pad: (
+        all_reduce_norm, Offer(accepts=ALL_REDUCE, roundings=_FP32, most_rows=most_rows)
+    ),
+    ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant: (
+        all_reduce_dynamic,
+        Offer(
+            accepts=ALL_REDUCE_QUANT, roundings=_FP32, most_rows=most_rows,
+            leaves_out="the norm before it is quantised, and the least scale of a row",
+        ),
     ),
 }  # fmt: skip
-"""What each kernel takes, by fused op."""
+"""By fused op, and what each takes."""
 
 PROVIDER: Final = Provider(
     name="aiter",
@@ -274,16 +281,10 @@ PROVIDER: Final = Provider(
     distribution="amd-aiter",
     oldest=OLDEST,
     install=f"install AITER {OLDEST} or newer from its ROCm release",
-    implements=OFFERS,
+    implements={op.name: offer for op, (_, offer) in KERNELS.items()},
     timing=Timing(exchange="aiter"),
     untested="not run on ROCm hardware so far: its calls are held against AITER's signatures alone",
 )
 
-for _op, _kernel in (
-    (ops.rms_norm_pad, norm_pad),
-    (ops.fused_add_rms_norm_pad, norm_pad),
-    (ops.all_reduce_fused_add_rms_norm, all_reduce_norm),
-    (ops.all_reduce_fused_add_rms_norm_pad, all_reduce_norm),
-    (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_dynamic),
-):
-    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=OFFERS[_op.name].most_rows)
+for _op, (_kernel, _offer) in KERNELS.items():
+    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=_offer.most_rows)

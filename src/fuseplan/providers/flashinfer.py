@@ -19,7 +19,7 @@ takes lengths, or bits for one row, where `grouped_attention` has a mask that is
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from fuseplan.dialect import QuantRounding, Rounding, implement, ops
+from fuseplan.dialect import DialectOp, QuantRounding, Rounding, implement, ops
 from fuseplan.distributed.shared import SHARED, Kind
 from fuseplan.graph.facts import group_size
 from fuseplan.providers.gates import Gate, Offer
@@ -275,23 +275,24 @@ def most_rows(m: Any) -> int:
 _CONVENTIONS = frozenset({Rounding.GPT_OSS.value, Rounding.GEMMA.value})
 _UNROUNDED = "the norm before it is quantised"
 
-OFFERS: Mapping[str, Offer] = {
+KERNELS: Mapping[DialectOp, tuple[Callable[..., Any], Offer]] = {
     **{
-        op.name: Offer(accepts=gate, roundings=_CONVENTIONS, most_rows=most_rows)
-        for op, gate in (
-            (ops.all_reduce_fused_add_rms_norm, ALL_REDUCE),
-            (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, ALL_REDUCE_STATIC),
-            (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, ALL_REDUCE_DYNAMIC),
+        op: (kernel, Offer(accepts=gate, roundings=_CONVENTIONS, most_rows=most_rows))
+        for op, kernel, gate in (
+            (ops.all_reduce_fused_add_rms_norm, all_reduce_norm, ALL_REDUCE),
+            (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, all_reduce_static, ALL_REDUCE_STATIC),
+            (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_dynamic, ALL_REDUCE_DYNAMIC),
         )
     },
-    ops.rms_norm_static_fp8_quant.name: Offer(
-        accepts=NORM_QUANT, roundings=frozenset({Rounding.GPT_OSS.value}), leaves_out=_UNROUNDED
-    ),
-    ops.fused_add_rms_norm_static_fp8_quant.name: Offer(
-        accepts=NORM_QUANT, roundings=frozenset({Rounding.FP32.value}), leaves_out=_UNROUNDED
-    ),
+    **{
+        op: (norm_static, Offer(accepts=NORM_QUANT, roundings=frozenset({rounding.value}), leaves_out=_UNROUNDED))
+        for op, rounding in (
+            (ops.rms_norm_static_fp8_quant, Rounding.GPT_OSS),
+            (ops.fused_add_rms_norm_static_fp8_quant, Rounding.FP32),
+        )
+    },
 }
-"""What each kernel takes, by fused op."""
+"""By fused op, and what each takes."""
 
 PROVIDER: Final = Provider(
     name="flashinfer",
@@ -301,15 +302,9 @@ PROVIDER: Final = Provider(
     distribution="flashinfer-python",
     oldest=OLDEST,
     install="pip install -U flashinfer-python",
-    implements=OFFERS,
+    implements={op.name: offer for op, (_, offer) in KERNELS.items()},
     timing=Timing(exchange="flashinfer"),
 )
 
-for _op, _kernel in (
-    (ops.all_reduce_fused_add_rms_norm, all_reduce_norm),
-    (ops.all_reduce_fused_add_rms_norm_static_fp8_quant, all_reduce_static),
-    (ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant, all_reduce_dynamic),
-    (ops.rms_norm_static_fp8_quant, norm_static),
-    (ops.fused_add_rms_norm_static_fp8_quant, norm_static),
-):
-    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=OFFERS[_op.name].most_rows)
+for _op, (_kernel, _offer) in KERNELS.items():
+    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=_offer.most_rows)

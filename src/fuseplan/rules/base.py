@@ -141,10 +141,11 @@ class Rule:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """The pattern's parameters; of one that takes any (`**bound`), the fused op's, by the names in its schema."""
+        """The pattern's parameters; where it takes any (`**bound`), also the fused op's, by the names in its schema."""
         parameters = inspect.signature(self.pattern).parameters
-        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-        return self.op.arguments if takes_any else tuple(parameters)
+        named = [name for name, each in parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        takes_any = len(named) < len(parameters)
+        return tuple(dict.fromkeys((*named, *(self.op.arguments if takes_any else ()))))
 
     @cached_property
     def traced_pattern(self) -> Traced:

@@ -25,18 +25,19 @@ def reference(rule: Rule, arguments: Mapping[str, Any], also: fx.Node | None = N
 
 def exact(rule: Rule, arguments: Mapping[str, Any], also: fx.Node | None = None) -> tuple[list[Tensor], list[Any]]:
     """The same in float64, with no cast on the way, but to fp8, in which codes are compared."""
-    wide = {name: _widened(value) for name, value in arguments.items()}
+    wide = {name: widened(value) for name, value in arguments.items()}
 
     def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return target(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+        return target(*map(widened, args), **{name: widened(value) for name, value in kwargs.items()})
 
     return _evaluate(rule.traced_pattern, wide, call, also)
 
 
-def _widened(value: Any) -> Any:
+def widened(value: Any) -> Any:
+    """A tensor in float64, or that in the place of a dtype; what isn't narrower as it is."""
     if isinstance(value, Tensor):
         return value.double() if value.dtype in NARROW else value
-    return torch.float64 if value in NARROW else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
 def fused(rule: Rule, arguments: Mapping[str, Any], kernel: Callable[..., Any]) -> list[Tensor]:

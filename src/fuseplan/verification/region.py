@@ -12,6 +12,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import RESHAPES, fill_of, is_call, tensor_of
 from fuseplan.matching import Match
 from fuseplan.rules.parts import PARTS, Prologue
+from fuseplan.verification.sides import Side, run_node
 from fuseplan.verification.specs import concrete
 
 ENGINE_COLLECTIVES = frozenset(name for part in PARTS if isinstance(part, Prologue) for name in part.engine_ops)
@@ -20,19 +21,14 @@ MOST_NODES = 128
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Region:
-    """Nodes of the original graph between a match's inputs and its results.
+class Region(Side):
+    """Nodes of the original graph between a match's inputs and its results. Of the latter, `outputs` has the nodes that
+    have them, and None where none does.
 
     Attributes:
-        inputs: variable by node.
-        nodes: in graph order.
-        outputs: for each result of the pattern the node that has it, None where none does.
         shaped: for each of them the result as the pattern has it, of which the node may be a reshape.
     """
 
-    inputs: Mapping[fx.Node, str]
-    nodes: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node | None, ...]
     shaped: tuple[fx.Node | None, ...]
 
     @classmethod
@@ -61,7 +57,7 @@ class Region:
             stack += node.all_input_nodes
         if not found:
             return None
-        return cls(inputs=inputs, nodes=tuple(sorted(found)), outputs=outputs, shaped=match.outputs)
+        return cls(names=inputs, nodes=tuple(sorted(found)), outputs=outputs, shaped=match.outputs)
 
     def evaluate(self, arguments: Mapping[str, Any], symbols: Mapping[Any, int]) -> list[Tensor | None]:
         """The region's results.
@@ -70,33 +66,8 @@ class Region:
             arguments: by variable.
             symbols: the values of symbolic sizes.
         """
-        values: dict[fx.Node, Any] = {node: arguments[name] for node, name in self.inputs.items()}
-
-        def value(node: fx.Node) -> Any:
-            return values[node] if node in values else concrete(node.meta["val"], symbols)
-
-        for node in self.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            assert callable(node.target)
-            values[node] = node.target(*args, **kwargs)
-        return [
-            _shaped(values[node], shaped, symbols) if node is not None else None
-            for node, shaped in zip(self.outputs, self.shaped, strict=True)
-        ]
-
-    def text(self, symbols: Mapping[Any, int]) -> str:
-        """The region without names."""
-        names: dict[fx.Node, Any] = dict(self.inputs)
-
-        def name(node: fx.Node) -> Any:
-            return names[node] if node in names else concrete(node.meta["val"], symbols)
-
-        lines = []
-        for number, node in enumerate(self.nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), name)
-            names[node] = f"%{number}"
-            lines.append(f"{node.target} {args} {kwargs}")
-        return "\n".join([*lines, str([names[node] if node is not None else None for node in self.outputs])])
+        values = self.run(arguments, symbols, call=run_node)
+        return [_shaped(value, shaped, symbols) for value, shaped in zip(values, self.shaped, strict=True)]
 
 
 def _original(canonical: CanonicalGraph, node: fx.Node) -> fx.Node | None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fuseplan.graph.facts import aten, is_functionalized, tensor_of
 from fuseplan.graph.legality import external_inputs
 from fuseplan.matching import ExternalMatch
-from fuseplan.verification.evaluate import NARROW
+from fuseplan.verification.evaluate import widened
 from fuseplan.verification.memory import Poisoned
 from fuseplan.verification.specs import concrete
 
@@ -33,7 +33,7 @@ class Side:
     """Nodes that are run one after the other.
 
     Attributes:
-        names: variable by node, of the nodes that the others read.
+        names: variable by node, of the nodes that the others read; sizes may be read beside them.
         nodes: in graph order.
         outputs: what is yielded: nodes, or nests of them.
     """
@@ -53,14 +53,15 @@ class Side:
             call: runs a node.
         """
         values = {node: arguments[name] for node, name in self.names.items()}
+        known = _known(values, symbols)
         for node in self.nodes:
 
             def given(change: Change, node: fx.Node = node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: change(source, values[source]))
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: change(source, known(source)))
                 return _plain(args, symbols), _plain(kwargs, symbols)
 
             values[node] = call(node, given)
-        return [fx.map_arg(output, lambda source: values[source]) for output in self.outputs]
+        return [fx.map_arg(output, known) for output in self.outputs]
 
     @cached_property
     def calls(self) -> list[tuple[Any, dict[str, Any], fx.Node]]:
@@ -78,13 +79,17 @@ class Side:
     def text(self, symbols: Mapping[Any, int]) -> str:
         """The nodes without their names."""
         named: dict[fx.Node, Any] = dict(self.names)
-        lines = []
+        known, lines = _known(named, symbols), []
         for number, node in enumerate(self.nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: named[source])
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known)
             named[node] = f"%{number}"
             lines.append(f"{node.target} {_plain(args, symbols)} {_plain(kwargs, symbols)}")
-        outputs = [fx.map_arg(output, lambda source: named[source]) for output in self.outputs]
+        outputs = [fx.map_arg(output, known) for output in self.outputs]
         return "\n".join([*lines, str(outputs)])
+
+
+def _known(values: Mapping[fx.Node, Any], symbols: Mapping[Any, int]) -> Callable[[fx.Node], Any]:
+    return lambda node: values[node] if node in values else concrete(node.meta["val"], symbols)
 
 
 def _plain(values: Any, symbols: Mapping[Any, int]) -> Any:
@@ -153,7 +158,7 @@ def run_exactly(node: fx.Node, given: Given) -> Any:
     if target in BY_BITS:
         return narrow
     try:
-        wide = _called(node, *pytree.tree_map(_widened, given(lambda source, value: value)))
+        wide = _called(node, *pytree.tree_map(widened, given(lambda source, value: value)))
     except Exception:  # noqa: BLE001 - an op that doesn't take float64, whatever it raises then
         return _called(node, *given(_as_in_the_graph)) if narrow is None else narrow
     return wide if narrow is None or _is_near(wide, narrow) else narrow
@@ -165,12 +170,6 @@ def _called(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return (auto_functionalized_v2_dense if is_second else auto_functionalized_dense)(*args, **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype in NARROW else value
-    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
 def _placed(source: fx.Node, value: Any) -> Any:

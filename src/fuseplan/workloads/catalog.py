@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fuseplan.config import CompileRange, unknown
 from fuseplan.errors import WorkloadError
+from fuseplan.integrations import splitting
 from fuseplan.integrations import transformers as huggingface
 from fuseplan.record.files import exists
 from fuseplan.record.report import MOST_LAYERS, MOST_RANKS
@@ -170,7 +171,7 @@ def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = 
         elif (config := _hugging_face_config(name)) is not None:
             model, inputs = _build_hugging_face(config, name, group, layers, mode)
             if group is not None:
-                found = (huggingface.plan_note(config), huggingface.unmatched_note(model))
+                found = (splitting.plan_note(config), splitting.unmatched_note(model))
                 notes = tuple(note for note in found if note)
         elif ":" in name:
             if layers is not None:

@@ -6,24 +6,3 @@ from fuseplan.measurement.tuning.lock_step import LockStep, Ranks
 from fuseplan.measurement.tuning.merge import merge_into, table_in
 from fuseplan.measurement.tuning.tuner import Origin, Step, Tuner, Unclear
 from fuseplan.measurement.tuning.work import Skipped, Work, work_of
-
-__all__ = [
-    "LEAST_REPEATS",
-    "LockStep",
-    "Origin",
-    "Ranks",
-    "Skipped",
-    "Step",
-    "Subject",
-    "Times",
-    "Tuner",
-    "Unclear",
-    "Work",
-    "busy",
-    "interleaved",
-    "measure_device",
-    "merge_into",
-    "subject_of",
-    "table_in",
-    "work_of",
-]

@@ -46,8 +46,8 @@ from fuseplan.providers.triton.replay import Direct, needed_code, replayed
 
 
 def rotated(m: Any) -> Any:
-    """`families.rotary.qk_norm_rope_reference` in one kernel, or, where there are caches, that of
-    `families.cached_rotary`, which writes them and yields the queries.
+    """`ops.qk_norm_rope.reference` in one kernel, or, where there are caches, that of `ops.qk_norm_rope_cache` or
+    `ops.rope_cache`, which writes them and yields the queries.
     """
     from fuseplan.providers.triton import cached_rotary, qk_norm_rope
 

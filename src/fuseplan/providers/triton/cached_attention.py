@@ -9,7 +9,7 @@ the position lies in writes there, whatever the mask says, before it reads the t
 writes, but the same, and what the cache held at the position is read by none. As in
 `fuseplan.providers.triton.cached_rotary`, nothing is written at a position that the caches don't have.
 
-The equivalent eager code is `fuseplan.rules.families.cached_attention.qk_norm_rope_cached_attention_reference`.
+The equivalent eager code is `ops.qk_norm_rope_cached_attention.reference`.
 """
 
 from collections.abc import Mapping

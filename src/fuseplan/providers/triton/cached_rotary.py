@@ -6,7 +6,7 @@ k_cache[:, :, positions] = y,   v_cache[:, :, positions] = v
 
 A program holds some heads of a token's q, k or v, and reads and writes each element once. It writes at no position that
 the caches don't have: on the GPU such a position ends the process's kernels with an assertion, as Inductor's own do.
-The equivalent eager code is `fuseplan.rules.families.cached_rotary.qk_norm_rope_cache_reference`.
+The equivalent eager code is `ops.qk_norm_rope_cache.reference`.
 """
 
 from dataclasses import dataclass
@@ -140,8 +140,7 @@ def broadcast(value: Tensor) -> tuple[int, ...]:
 
 
 def launch(m: Any) -> Tensor:
-    """`fuseplan.rules.families.cached_rotary.qk_norm_rope_cache_reference`, or `rope_cache_reference` of what isn't
-    normed, which writes the caches.
+    """`ops.qk_norm_rope_cache.reference`, or `ops.rope_cache.reference` of what isn't normed, which writes the caches.
 
     Args:
         m: the op's arguments by their names: tensors of any strides, in bfloat16, float16 or float32; where the caches

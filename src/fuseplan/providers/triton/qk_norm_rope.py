@@ -3,7 +3,7 @@
 n = rms_norm(x, weight);  y = n * cos + cat(-n2, n1) * sin        for x of q and of k
 
 A program holds some heads of a token's q, or k, as two halves of `head_dim`, and reads and writes each element once.
-The equivalent eager code is `fuseplan.rules.parts.rotary.op.qk_norm_rope_reference`.
+The equivalent eager code is `ops.qk_norm_rope.reference`.
 """
 
 from typing import Any
@@ -203,7 +203,7 @@ def _steps(value: Tensor, dims: tuple[int, ...], swapped: bool) -> tuple[int, ..
 
 
 def launch(m: Any) -> tuple[Tensor, Tensor]:
-    """`fuseplan.rules.families.rotary.qk_norm_rope_reference`.
+    """`ops.qk_norm_rope.reference`.
 
     Args:
         m: the op's arguments by their names: tensors of any strides, in bfloat16, float16 or float32, q in

@@ -20,13 +20,13 @@ Not used: `rms_norm`, `fused_add_rms_norm` and `silu_and_mul`, since no fused op
 """
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 from torch.torch_version import TorchVersion
 
-from fuseplan.dialect import ActivationRounding, Rounding, implement, ops
+from fuseplan.dialect import ActivationRounding, DialectOp, Rounding, implement, ops
 from fuseplan.providers.gates import Offer
 from fuseplan.providers.operands import by_names
 from fuseplan.providers.provider import Provider
@@ -91,25 +91,29 @@ def _version() -> str | None:
         return None
 
 
-_STATIC = static_roundings(_version())
+_STATIC = Offer(accepts=gates.STATIC, roundings=static_roundings(_version()), most_rows=most_rows)
 _LLAMA, _VLLM = frozenset({Rounding.LLAMA.value}), frozenset({Rounding.VLLM.value})
 
-OFFERS: Mapping[str, Offer] = {
-    ops.rms_norm_static_fp8_quant.name: Offer(accepts=gates.STATIC, roundings=_STATIC, most_rows=most_rows),
-    ops.fused_add_rms_norm_static_fp8_quant.name: Offer(accepts=gates.STATIC, roundings=_STATIC, most_rows=most_rows),
-    ops.rms_norm_dynamic_fp8_quant.name: Offer(accepts=gates.DYNAMIC, roundings=_LLAMA),
-    ops.fused_add_rms_norm_dynamic_fp8_quant.name: Offer(accepts=gates.DYNAMIC, roundings=_VLLM),
-    ops.rms_norm_group_fp8_quant.name: Offer(accepts=gates.GROUP, roundings=_LLAMA),
-    ops.fused_add_rms_norm_group_fp8_quant.name: Offer(accepts=gates.GROUP, roundings=_VLLM),
-    ops.silu_and_mul_static_fp8_quant.name: Offer(
-        accepts=gates.ACTIVATION_STATIC, roundings=frozenset({ActivationRounding.LLAMA.value})
+OFFERED: Mapping[DialectOp, tuple[Callable[..., Any], Offer]] = {
+    ops.rms_norm_static_fp8_quant: (kernels.static_norm, _STATIC),
+    ops.fused_add_rms_norm_static_fp8_quant: (kernels.static_norm, _STATIC),
+    ops.rms_norm_dynamic_fp8_quant: (kernels.dynamic_norm, Offer(accepts=gates.DYNAMIC, roundings=_LLAMA)),
+    ops.fused_add_rms_norm_dynamic_fp8_quant: (kernels.dynamic_norm, Offer(accepts=gates.DYNAMIC, roundings=_VLLM)),
+    ops.rms_norm_group_fp8_quant: (kernels.group_norm, Offer(accepts=gates.GROUP, roundings=_LLAMA)),
+    ops.fused_add_rms_norm_group_fp8_quant: (kernels.group_norm, Offer(accepts=gates.GROUP, roundings=_VLLM)),
+    ops.silu_and_mul_static_fp8_quant: (
+        kernels.static_activation,
+        Offer(accepts=gates.ACTIVATION_STATIC, roundings=frozenset({ActivationRounding.LLAMA.value})),
     ),
-    ops.silu_and_mul_group_fp8_quant.name: Offer(
-        accepts=gates.ACTIVATION_GROUP, roundings=frozenset({ActivationRounding.FP32.value}),
-        leaves_out="the activation before it is quantised", most_rows=most_activations,
+    ops.silu_and_mul_group_fp8_quant: (
+        kernels.group_activation,
+        Offer(
+            accepts=gates.ACTIVATION_GROUP, roundings=frozenset({ActivationRounding.FP32.value}),
+            leaves_out="the activation before it is quantised", most_rows=most_activations,
+        ),
     ),
 }  # fmt: skip
-"""What each kernel takes, by fused op."""
+"""By fused op, and what each takes."""
 
 PROVIDER: Final = Provider(
     name="vllm_c",
@@ -117,20 +121,11 @@ PROVIDER: Final = Provider(
     vendors=frozenset({"nvidia"}),
     package="vllm",
     install=f"install a build of vLLM {OLDEST} or newer, before {BEYOND}, for NVIDIA's GPUs",
-    implements=OFFERS,
+    implements={op.name: offer for op, (_, offer) in OFFERED.items()},
     timing=Timing(times=TIMES),
     available=unready,
     untested="not run on a GPU so far, where only vLLM's kernels were timed: its calls are held against signatures",
 )
 
-for _op, _kernel in (
-    (ops.rms_norm_static_fp8_quant, kernels.static_norm),
-    (ops.fused_add_rms_norm_static_fp8_quant, kernels.static_norm),
-    (ops.rms_norm_dynamic_fp8_quant, kernels.dynamic_norm),
-    (ops.fused_add_rms_norm_dynamic_fp8_quant, kernels.dynamic_norm),
-    (ops.rms_norm_group_fp8_quant, kernels.group_norm),
-    (ops.fused_add_rms_norm_group_fp8_quant, kernels.group_norm),
-    (ops.silu_and_mul_static_fp8_quant, kernels.static_activation),
-    (ops.silu_and_mul_group_fp8_quant, kernels.group_activation),
-):
-    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=OFFERS[_op.name].most_rows)
+for _op, (_kernel, _offer) in OFFERED.items():
+    implement(_op, PROVIDER.name, by_names(_op, _kernel), most_rows=_offer.most_rows)

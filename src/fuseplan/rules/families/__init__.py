@@ -46,18 +46,3 @@ def opt_in_parts(rules: Mapping[str, Sequence[Rule]]) -> frozenset[Part]:
     """The parts that a graph is read for because of rules that are on in it, by name, and else isn't."""
     parts = (part_of(rule.core) for members in rules.values() for rule in members)
     return frozenset(part for part in parts if part is not None and part.opt_in)
-
-
-__all__ = [
-    "ACTIVATION_FAMILY",
-    "BUILT_IN_RULES",
-    "KEPT_ACTIVATION_FAMILY",
-    "KEPT_NORM_FAMILY",
-    "LINEAR_FAMILY",
-    "NORM_FAMILY",
-    "SCALED_LINEAR_FAMILY",
-    "ComposedRule",
-    "Member",
-    "find_sites",
-    "opt_in_parts",
-]

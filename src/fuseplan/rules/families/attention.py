@@ -12,44 +12,24 @@ from torch import Tensor, fx
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.view import is_dialect
 from fuseplan.graph.facts import aten, dtype_text, equal_size, hint, tensor_of
-from fuseplan.graph.ops import define
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
 from fuseplan.rules.families.cached_rotary import CachedRotarySite
+from fuseplan.rules.families.compose import fused_as
 from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
 from fuseplan.rules.parts import Core
 from fuseplan.rules.parts.attention import PART, attention, repeat_heads
 from fuseplan.rules.parts.attention.kernels import target_kernel
-from fuseplan.rules.parts.attention.op import DRAWS, ERROR_FACTOR, SCHEMA, SIZES, attention_fake, attention_reference
+from fuseplan.rules.parts.attention.op import SIZES
 from fuseplan.rules.parts.attention.traffic import AttentionRegion, grouped, repeated
 from fuseplan.rules.parts.cached_rotary import cached_rotary
 from fuseplan.rules.parts.eager_attention import PART as EAGER_PART
 from fuseplan.rules.parts.eager_attention import eager_attention
-from fuseplan.rules.parts.eager_attention.op import eager_attention_fake, eager_attention_reference
 from fuseplan.rules.parts.rms_norm import rms_norm
 from fuseplan.rules.parts.traffic import Kernel, Tail
 
-grouped_attention = define(
-    "grouped_attention",
-    SCHEMA,
-    reference=attention_reference,
-    fake=attention_fake,
-    samples=[sizes.sample(shared=True) for sizes in SIZES],
-    fused=True,
-    error_factor=ERROR_FACTOR,
-    draws=DRAWS,
-)
-
-fused_attention = define(
-    "fused_attention",
-    eager_attention.schema,
-    reference=eager_attention_reference,
-    fake=eager_attention_fake,
-    samples=eager_attention.samples,
-    fused=True,
-    error_factor=eager_attention.error_factor,
-    draws=eager_attention.draws,
-)
+grouped_attention = fused_as(attention, "grouped_attention", samples=[sizes.sample(shared=True) for sizes in SIZES])
+fused_attention = fused_as(eager_attention, "fused_attention")
 
 
 class GroupedAttention(Rule):
@@ -61,11 +41,9 @@ class GroupedAttention(Rule):
     name, flags = "grouped_attention", ("fuse_grouped_attention",)
     op, core = grouped_attention, attention
 
-    def pattern(
-        self, q: Any, k: Any, v: Any, groups: Any, mask: Any, scale: Any, is_causal: Any, kernel: Any
-    ) -> Any:  # fmt: skip
-        shared = repeat_heads(k, groups), repeat_heads(v, groups)
-        return (attention(q, *shared, mask, scale, is_causal, kernel),)
+    def pattern(self, groups: Any, **bound: Any) -> Any:
+        q, k, v, *how = bound.values()
+        return (attention(q, repeat_heads(k, groups), repeat_heads(v, groups), *how),)
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses keys, values and masks of lengths that the graph doesn't know to be equal: calls can't be made up on
@@ -180,9 +158,8 @@ class AttentionSite(Site):
         )  # fmt: skip
         flags = " masked" * (mask is not None) + " causal" * is_causal
         return AttentionShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
-            sizes=sizes, kernels=self._kernels(kernel, q, mask),
-            convention=f"{dtype_text(q.dtype)}{flags}",
+            core=PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
+            kernels=self._kernels(kernel, q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
         )  # fmt: skip
 
     def _kernels(self, kernel: str, q: Tensor, mask: Tensor | None) -> tuple[tuple[str, str], ...]:
@@ -253,8 +230,8 @@ class EagerAttentionSite(AttentionSite):
         )  # fmt: skip
         flags = " masked" * (mask is not None) + " sinks" * is_joined + " capped" * (self.core.args[6] is not None)
         return EagerAttentionShape(
-            core=EAGER_PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize,
-            tails=(), sizes=sizes, kernels=self._kernels("cpu", q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
+            core=EAGER_PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
+            kernels=self._kernels("cpu", q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
         )  # fmt: skip
 
 

@@ -6,89 +6,25 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import dtype_text, equal_size, equal_sizes, hint, tensor_of
 from fuseplan.graph.layout import memory_order
-from fuseplan.graph.ops import Rounding, Sample, define, draw_near_one, random_tensor
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
-from fuseplan.rules.families.rotary import HEADS_FIRST, refuse_dtypes
+from fuseplan.rules.families.compose import fused_as
+from fuseplan.rules.families.rotary import HEADS_FIRST, NormedRule, by_norms, normed, refuse_dtypes
 from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
 from fuseplan.rules.parts import Core
 from fuseplan.rules.parts.cache_write import CACHES, bytes_of, cache_write
 from fuseplan.rules.parts.cached_rotary import PART, cached_rotary
-from fuseplan.rules.parts.cached_rotary.op import CACHED_SAMPLES, DRAWS, SCHEMA, rope_cache_fake, rope_cache_reference
 from fuseplan.rules.parts.cached_rotary.traffic import CachedRegion
 from fuseplan.rules.parts.rms_norm import rms_norm
-from fuseplan.rules.parts.rms_norm.op import rms_norm_reference
-from fuseplan.rules.parts.rotary import rotary_embedding
 from fuseplan.rules.parts.traffic import Kernel, Tail
 
-rope_cache = define(
-    "rope_cache",
-    SCHEMA,
-    reference=rope_cache_reference,
-    fake=rope_cache_fake,
-    samples=CACHED_SAMPLES,
-    fused=True,
-    draws=DRAWS,
-    writes=CACHES,
-)
-
-
-def qk_norm_rope_cache_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """rope_cache of rms_norm(q, q_weight) and rms_norm(k, k_weight), each as its own reference computes it.
-
-    Args:
-        arguments: those of `rope_cache_reference`, with q_weight and k_weight [head_dim] before cos, and before
-            rotary_rounding eps, which is added to the mean squares, and one of `Rounding`, of both norms.
-
-    Returns:
-        As `rope_cache_reference`.
-
-    Raises:
-        IndexError: a position lies outside of the cache.
-        ValueError: `rounding` or `rotary_rounding` isn't one of theirs.
-    """
-    q, k, v, k_cache, v_cache, q_weight, k_weight, cos, sin, positions, eps, rounding, rotary_rounding = arguments
-    q, k = rms_norm_reference(q, q_weight, eps, rounding), rms_norm_reference(k, k_weight, eps, rounding)
-    return rope_cache_reference(q, k, v, k_cache, v_cache, cos, sin, positions, rotary_rounding)
-
-
-def qk_norm_rope_cache_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes, dtypes and layouts of `qk_norm_rope_cache_reference`."""
-    written = *arguments[:5], *arguments[7:10], arguments[-1]
-    return rope_cache_fake(*written)
-
-
-def _normed_sample(cached: Sample, rounding: Rounding) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        *tensors, cos, sin, positions, rotary_rounding = cached.make(device, generator)
-        q = tensors[0]
-        noise = [random_tensor(q.shape[-1:], torch.float32, device, generator) for _ in range(2)]
-        weights = [(1 + 0.1 * each).to(q.dtype) for each in noise]
-        return *tensors, *weights, cos, sin, positions, 1e-6, rounding.value, rotary_rounding
-
-    return Sample(name=f"{cached.name}-{rounding}", make=make)
-
-
-qk_norm_rope_cache = define(
-    "qk_norm_rope_cache",
-    "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor q_weight, Tensor k_weight, Tensor cos, "
-    "Tensor sin, Tensor positions, float eps, str rounding, str rotary_rounding) -> (Tensor, Tensor, Tensor)",
-    reference=qk_norm_rope_cache_reference,
-    fake=qk_norm_rope_cache_fake,
-    samples=[
-        *(_normed_sample(each, Rounding.LLAMA) for each in CACHED_SAMPLES),
-        *(_normed_sample(CACHED_SAMPLES[0], each) for each in (Rounding.GPT_OSS, Rounding.GEMMA)),
-    ],
-    fused=True,
-    draws={**DRAWS, "q_weight": draw_near_one, "k_weight": draw_near_one},
-    writes=CACHES,
-)
+rope_cache = fused_as(cached_rotary, "rope_cache", writes=CACHES)
+qk_norm_rope_cache = normed(rope_cache, "qk_norm_rope_cache", by_norms(rope_cache.samples))
 
 
 class CachedRule(Rule):
@@ -135,22 +71,20 @@ class CachedRule(Rule):
         return x
 
 
-class NormedCachedRule(CachedRule):
-    """The same of queries and keys that are normed before: where `tokens_first`, in [B, S, heads, D], and rotated in
-    [B, heads, S, D].
-    """
-
-    def __init__(self, *, tokens_first: bool) -> None:
-        self.tokens_first = tokens_first
-
-    def _moved(self, value: Any) -> Any:
-        return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.tokens_first else value
+class NormedCachedRule(CachedRule, NormedRule):
+    """The same of queries and keys that are normed before."""
 
     def replacement(self, **bound: Any) -> Any:
         return super().replacement(**{**bound, "q": self._moved(bound["q"]), "k": self._moved(bound["k"])})
 
+    def _written(self, bound: Mapping[str, Any]) -> tuple[Any, tuple[Any, Any]]:
+        """(queries, caches), rotated and written."""
+        q_out, k_out = self._rotated(bound)
+        written = cache_write(k_out, *(bound[name] for name in ("v", *CACHES, "positions")))
+        return q_out, (written[0], written[1])
+
     def _heads_first(self, x: Tensor) -> Tensor:
-        return x.permute(HEADS_FIRST) if self.tokens_first and x.dim() == 4 else x
+        return x.permute(HEADS_FIRST) if self.transposes and x.dim() == 4 else x
 
 
 def _is_one_of_each_token(cos: Tensor, q: Tensor) -> bool:
@@ -183,15 +117,9 @@ class QkNormRopeCache(NormedCachedRule):
     name, flags = "qk_norm_rope_cache", ("enable_qk_norm_rope_fusion", "fuse_rope_cache")
     op, core = qk_norm_rope_cache, rms_norm
 
-    def pattern(
-        self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any,
-        positions: Any, eps: Any, rounding: Any, rotary_rounding: Any,
-    ) -> Any:  # fmt: skip
-        q = self._moved(rms_norm(q, q_weight, eps, rounding))
-        k = self._moved(rms_norm(k, k_weight, eps, rounding))
-        rotated = rotary_embedding(q, k, cos, sin, rotary_rounding)
-        written = cache_write(rotated[1], v, k_cache, v_cache, positions)
-        return written[0], written[1], rotated[0]
+    def pattern(self, **bound: Any) -> Any:
+        q_out, caches = self._written(bound)
+        return *caches, q_out
 
     def replacement(self, **bound: Any) -> Any:
         q_out, *caches = super().replacement(**bound)
@@ -255,8 +183,8 @@ class CachedRotarySite(Site):
             cache_bytes=bytes_of(self.core.args[3:5]),
         )  # fmt: skip
         return CachedRotaryShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=sizes.width, itemsize=sizes.itemsize, tails=(),
-            sizes=sizes, convention=f"{dtype_text(q.dtype)} {self.core.args[8]}",
+            core=PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
+            convention=f"{dtype_text(q.dtype)} {self.core.args[8]}",
         )  # fmt: skip
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
@@ -267,7 +195,7 @@ class CachedRotarySite(Site):
 
 CACHED_ROTARY_RULES: tuple[Rule, ...] = (
     RopeCache(),
-    QkNormRopeCache(tokens_first=False),
-    QkNormRopeCache(tokens_first=True),
+    QkNormRopeCache(transposes=False),
+    QkNormRopeCache(transposes=True),
 )
 CACHED_ROTARY_SITES: Mapping[Core, type[Site]] = {PART: CachedRotarySite}

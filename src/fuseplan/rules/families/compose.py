@@ -29,6 +29,28 @@ def _results(values: tuple[Any, ...]) -> Any:
     return values if len(values) > 1 else values[0]
 
 
+def fused_as(op: DialectOp, name: str, *, samples: Sequence[Sample] = (), writes: Sequence[str] = ()) -> DialectOp:
+    """The fused op that computes what a single op does.
+
+    Args:
+        op: what it computes, with its reference, fake and tolerance.
+        name: of the fused op.
+        samples: of it, where these are others than the op's own.
+        writes: the arguments that its kernels write to.
+    """
+    return define(
+        name,
+        op.schema,
+        reference=op.reference,
+        fake=op.fake,
+        samples=samples or op.samples,
+        error_factor=op.error_factor,
+        fused=True,
+        draws=op.draws,
+        writes=writes,
+    )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Member:
     """One way to put parts together.

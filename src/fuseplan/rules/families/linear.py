@@ -12,8 +12,9 @@ from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.view import is_dialect
 from fuseplan.graph.facts import dtype_text, hint, item, tensor_of
-from fuseplan.graph.ops import ActivationRounding, DialectOp, Sample, define
+from fuseplan.graph.ops import ActivationRounding, Sample, define
 from fuseplan.rules.base import DefaultOn, Rule
+from fuseplan.rules.families.compose import fused_as
 from fuseplan.rules.families.sites import Pricer, Shape, Site, Taken
 from fuseplan.rules.parts import Core
 from fuseplan.rules.parts.linear import (
@@ -70,20 +71,9 @@ def _gated_sample(layers: Sample, rounding: ActivationRounding) -> Sample:
     return Sample(name=f"{layers.name}-{rounding}", make=make)
 
 
-def _define(count: int) -> DialectOp:
-    op = LINEARS[count - 1]
-    return define(
-        "skinny_linear" if count == 1 else f"merged_{op.name}",
-        op.schema,
-        reference=linears_reference,
-        fake=linears_fake,
-        samples=samples_of(count),
-        fused=True,
-        draws=weight_draws(count),
-    )
-
-
-LINEAR_FAMILY = tuple(_define(count) for count in range(1, len(LINEARS) + 1))
+LINEAR_FAMILY = tuple(
+    fused_as(op, f"merged_{op.name}" if index else "skinny_linear") for index, op in enumerate(LINEARS)
+)
 """The fused ops of one, two and three layers."""
 
 GATED = define(
@@ -298,7 +288,7 @@ class LinearSite(Site):
             features=tuple(hint(weight.shape[0]) for weight in found if weight is not None),
         )  # fmt: skip
         return LinearShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=width, itemsize=value.dtype.itemsize,
+            core=PART.traffic, rows=rows, width=width, itemsize=value.dtype.itemsize,
             tails=tuple(self.tail(node) for node in self.tails), convention=dtype_text(value.dtype), sizes=sizes,
         )  # fmt: skip
 

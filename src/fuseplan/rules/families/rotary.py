@@ -1,78 +1,80 @@
 """The fusion of QK norm and rotary embedding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fuseplan.graph.facts import dtype_text
-from fuseplan.graph.ops import Rounding, Sample, define, draw_near_one, random_tensor
+from fuseplan.graph.ops import DialectOp, Rounding, Sample, define, draw_near_one, random_tensor
 from fuseplan.record import Reason, Refusal
 from fuseplan.rules.base import Bindings, Rule
 from fuseplan.rules.families.compose import SUPPORTED
 from fuseplan.rules.parts.rms_norm import rms_norm
-from fuseplan.rules.parts.rms_norm.op import rms_norm_fake, rms_norm_reference
 from fuseplan.rules.parts.rotary import rotary_embedding
-from fuseplan.rules.parts.rotary.op import DRAWS, HEADS, ROTARY_SAMPLES, rotary_embedding_reference
 
 
-def qk_norm_rope_reference(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rounding: str,
-    rotary_rounding: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """rotary_embedding(rms_norm(q, q_weight), rms_norm(k, k_weight), cos, sin), each as its own reference computes it.
+def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]]) -> DialectOp:
+    """The fused op of an op that rotates q and k, and of the norms before it: op(rms_norm(q), rms_norm(k), ...).
+
+    Its arguments are those of `op`, with q_weight and k_weight [head_dim] before cos, and before rotary_rounding, which
+    may be `rounding` there, eps, which is added to the mean squares, and one of `Rounding`, of both norms. It yields
+    what `op` does, and raises ValueError where `rounding` isn't one of theirs, too.
 
     Args:
-        q: [..., q_heads, head_dim].
-        k: [..., k_heads, head_dim], q's dtype and leading dimensions.
-        q_weight: [head_dim].
-        k_weight: [head_dim].
-        cos: [..., 1, head_dim] or [..., 1, head_dim / 2], leading dimensions q's or 1.
-        sin: cos's shape.
-        eps: added to the mean squares.
-        rounding: one of `Rounding`, of both norms.
-        rotary_rounding: one of `RotaryRounding`.
-
-    Returns:
-        (q_out, k_out) in the shapes and the dtype of q and k, contiguous.
-
-    Raises:
-        ValueError: `rounding` or `rotary_rounding` isn't one of theirs.
+        op: what rotates, and may write caches and attend.
+        name: of the fused op.
+        samples: of `op`, and how norms before it round.
     """
-    normed = rms_norm_reference(q, q_weight, eps, rounding), rms_norm_reference(k, k_weight, eps, rounding)
-    return rotary_embedding_reference(*normed, cos, sin, rotary_rounding)
+    parameters = op.parameters
+    angles, turn = parameters.index("Tensor cos"), next(i for i, each in enumerate(parameters) if each[:4] == "str ")
+    weights = ["Tensor q_weight", "Tensor k_weight"]
+    norms = [*parameters[:angles], *weights, *parameters[angles:turn], "float eps", "str rounding"]
+    last = len(norms)
+
+    def run(kind: str, arguments: Sequence[Any]) -> Any:
+        norm, (q, k, *others) = getattr(rms_norm, kind), arguments[:angles]
+        q_weight, k_weight, *between, eps, rounding = arguments[angles:last]
+        heads = norm(q, q_weight, eps, rounding), norm(k, k_weight, eps, rounding)
+        return getattr(op, kind)(*heads, *others, *between, *arguments[last:])
+
+    def reference(*arguments: Any) -> Any:
+        return run("reference", arguments)
+
+    def fake(*arguments: Any) -> Any:
+        return run("fake", arguments)
+
+    def sample(plain: Sample, rounding: Rounding) -> Sample:
+        def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+            arguments = plain.make(device, generator)
+            q, eps = arguments[0], 1e-6
+            noise = [random_tensor(q.shape[-1:], torch.float32, device, generator) for _ in weights]
+            drawn = [(1 + 0.1 * each).to(q.dtype) for each in noise]
+            return *arguments[:angles], *drawn, *arguments[angles:turn], eps, rounding.value, *arguments[turn:]
+
+        return Sample(name=f"{plain.name}-{rounding}", make=make)
+
+    reference.__doc__ = f"{op.name} of rms_norm(q, q_weight) and rms_norm(k, k_weight), each as its own reference does."
+    return define(
+        name,
+        f"({', '.join([*norms, 'str rotary_rounding', *parameters[turn + 1 :]])}) -> {op.schema.split(' -> ')[1]}",
+        reference=reference,
+        fake=fake,
+        samples=[sample(*each) for each in samples],
+        error_factor=op.error_factor,
+        fused=True,
+        draws={**op.draws, "q_weight": draw_near_one, "k_weight": draw_near_one},
+        writes=op.writes,
+    )
 
 
-def qk_norm_rope_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of `qk_norm_rope_reference`."""
-    q, k, q_weight, k_weight, _, _, eps, rounding, _ = arguments
-    return rms_norm_fake(q, q_weight, eps, rounding), rms_norm_fake(k, k_weight, eps, rounding)
+def by_norms(samples: Sequence[Sample]) -> list[tuple[Sample, Rounding]]:
+    """Samples with norms before them: all of them by one rounding, the first by the others, too."""
+    further = [(samples[0], each) for each in (Rounding.GPT_OSS, Rounding.GEMMA)]
+    return [*((each, Rounding.LLAMA) for each in samples), *further]
 
 
-def _fused_sample(rotary: Sample, rounding: Rounding) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        q, k, cos, sin, rotary_rounding = rotary.make(device, generator)
-        noise = [random_tensor(q.shape[-1:], torch.float32, device, generator) for _ in HEADS]
-        q_weight, k_weight = ((1 + 0.1 * each).to(q.dtype) for each in noise)
-        return q, k, q_weight, k_weight, cos, sin, 1e-6, rounding.value, rotary_rounding
-
-    return Sample(name=f"{rotary.name}-{rounding}", make=make)
-
-
-qk_norm_rope = define(
-    "qk_norm_rope",
-    "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, str rounding, "
-    "str rotary_rounding) -> (Tensor, Tensor)",
-    reference=qk_norm_rope_reference,
-    fake=qk_norm_rope_fake,
-    samples=[
-        *(_fused_sample(each, Rounding.LLAMA) for each in ROTARY_SAMPLES),
-        *(_fused_sample(ROTARY_SAMPLES[0], each) for each in (Rounding.GPT_OSS, Rounding.GEMMA)),
-    ],
-    fused=True,
-    draws={**DRAWS, "q_weight": draw_near_one, "k_weight": draw_near_one},
-)
+qk_norm_rope = normed(rotary_embedding, "qk_norm_rope", by_norms(rotary_embedding.samples))
 
 HEADS_FIRST = (0, 2, 1, 3)
 """Between [B, S, heads, head_dim] and [B, heads, S, head_dim]; its own inverse."""
@@ -91,40 +93,47 @@ def refuse_dtypes(m: Bindings, others: Sequence[str]) -> Refusal | None:
     return None
 
 
-class QkNormRope(Rule):
+class NormedRule(Rule):
+    """A rule of queries and keys that are normed and rotated.
+
+    Args:
+        transposes: whether heads are normed in [B, S, heads, head_dim] and rotated in [B, heads, S, head_dim], as
+            Hugging Face's models do.
+    """
+
+    def __init__(self, *, transposes: bool) -> None:
+        self.transposes = transposes
+
+    def _moved(self, value: Any) -> Any:
+        return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.transposes else value
+
+    def _rotated(self, bound: Mapping[str, Any]) -> tuple[Any, Any]:
+        """(queries, keys), normed and rotated."""
+        q, k = (
+            self._moved(rms_norm(bound[name], bound[f"{name}_weight"], bound["eps"], bound["rounding"]))
+            for name in ("q", "k")
+        )
+        rotated = rotary_embedding(q, k, bound["cos"], bound["sin"], bound["rotary_rounding"])
+        return rotated[0], rotated[1]
+
+
+class QkNormRope(NormedRule):
     """rms_norm(q), rms_norm(k) (-> transpose) -> rotary_embedding  =>  one op.
 
     y = n * cos + cat(-n2, n1) * sin,   n = rms_norm(x) * weight,   of the queries and of the keys
 
-    Where `transposes`, heads are normed in [B, S, heads, head_dim] and rotated in [B, heads, S, head_dim], as Hugging
-    Face's models do; the fused op stays in the first layout, and its results are views in the second.
+    Where it `transposes`, the fused op stays in the first layout, and its results are views in the second.
     """
 
     name, flags = "qk_norm_rope", ("enable_qk_norm_rope_fusion",)
     op, core = qk_norm_rope, rms_norm
 
-    def __init__(self, *, transposes: bool) -> None:
-        self.transposes = transposes
+    def pattern(self, **bound: Any) -> Any:
+        return self._rotated(bound)
 
-    def pattern(
-        self, q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: Any, rounding: Any,
-        rotary_rounding: Any,
-    ) -> Any:  # fmt: skip
-        q = self._moved(rms_norm(q, q_weight, eps, rounding))
-        k = self._moved(rms_norm(k, k_weight, eps, rounding))
-        rotated = rotary_embedding(q, k, cos, sin, rotary_rounding)
-        return rotated[0], rotated[1]
-
-    def replacement(
-        self, q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: Any, rounding: Any,
-        rotary_rounding: Any,
-    ) -> Any:  # fmt: skip
-        cos, sin = self._moved(cos), self._moved(sin)
-        fused = self.op(q, k, q_weight, k_weight, cos, sin, eps, rounding, rotary_rounding)
-        return self._moved(fused[0]), self._moved(fused[1])
-
-    def _moved(self, value: Any) -> Any:
-        return torch.ops.aten.permute.default(value, [*HEADS_FIRST]) if self.transposes else value
+    def replacement(self, **bound: Any) -> Any:
+        angles = {name: self._moved(bound[name]) for name in ("cos", "sin")}
+        return tuple(map(self._moved, super().replacement(**{**bound, **angles})))
 
     def check(self, m: Bindings) -> Refusal | None:
         """Refuses what the fused op doesn't compute: mixed and unsupported dtypes, other layouts of the angles."""

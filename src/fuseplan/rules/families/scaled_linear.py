@@ -8,43 +8,25 @@ from torch import fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import dtype_text, hint, tensor_of
-from fuseplan.graph.ops import DialectOp, define
 from fuseplan.rules.base import Rule
+from fuseplan.rules.families.compose import fused_as
 from fuseplan.rules.families.linear import DEFAULT_ON, Linears, LinearShape
 from fuseplan.rules.families.sites import Pricer, Site
 from fuseplan.rules.parts.base import Core
 from fuseplan.rules.parts.linear import LinearRegion
 from fuseplan.rules.parts.scaled_linear import (
-    ERROR_FACTOR,
     PART,
     SCALED_LINEARS,
     Layers,
-    draws_of,
     library_kernels,
     reference_kernels,
-    samples_of,
-    scaled_linears_fake,
-    scaled_linears_reference,
     skinny_kernel,
 )
 from fuseplan.rules.parts.traffic import Kernel, Tail
 
-
-def _define(count: int) -> DialectOp:
-    op = SCALED_LINEARS[count - 1]
-    return define(
-        f"{'skinny' if count == 1 else 'merged'}_{op.name}",
-        op.schema,
-        reference=scaled_linears_reference,
-        fake=scaled_linears_fake,
-        samples=samples_of(count),
-        error_factor=ERROR_FACTOR,
-        fused=True,
-        draws=draws_of(count),
-    )
-
-
-SCALED_LINEAR_FAMILY = tuple(_define(count) for count in range(1, len(SCALED_LINEARS) + 1))
+SCALED_LINEAR_FAMILY = tuple(
+    fused_as(op, f"{'merged' if index else 'skinny'}_{op.name}") for index, op in enumerate(SCALED_LINEARS)
+)
 """The fused ops of one, two and three layers."""
 
 
@@ -97,8 +79,8 @@ class ScaledLinearSite(Site):
         features = tuple(hint(weight.shape[0]) for weight in found if weight is not None)
         sizes = LinearRegion(rows=rows, width=width, itemsize=value.dtype.itemsize, features=features)
         return ScaledLinearShape(
-            core=PART.traffic, residual=False, ranks=1, rows=rows, width=width, itemsize=value.dtype.itemsize,
-            tails=(), convention=dtype_text(value.dtype), sizes=sizes,
+            core=PART.traffic, rows=rows, width=width, itemsize=value.dtype.itemsize,
+            convention=dtype_text(value.dtype), sizes=sizes,
         )  # fmt: skip
 
 

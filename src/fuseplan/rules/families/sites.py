@@ -75,12 +75,12 @@ class Shape:
     """
 
     core: Middle
-    residual: bool
-    ranks: int
+    residual: bool = False
+    ranks: int = 1
     rows: int
     width: int
     itemsize: int
-    tails: tuple[Tail, ...]
+    tails: tuple[Tail, ...] = ()
     convention: str
     makes_weight: bool = False
     reducer: str = TORCH

@@ -36,19 +36,3 @@ def part_of(op: DialectOp | None) -> Part | None:
 def part_at(node: object) -> Part | None:
     """The part that a node calls."""
     return part_of(ops.of(node.target)) if isinstance(node, fx.Node) else None
-
-
-__all__ = [
-    "OPAQUE",
-    "PARTS",
-    "Core",
-    "Epilogue",
-    "Part",
-    "Prologue",
-    "Reported",
-    "RowEpilogue",
-    "Stage",
-    "part_at",
-    "part_of",
-    "reducer_of",
-]

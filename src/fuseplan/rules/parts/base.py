@@ -11,7 +11,7 @@ from torch import fx
 from fuseplan.devices.hardware import TORCH
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import hint, tensor_of
-from fuseplan.graph.ops import DialectOp, ops
+from fuseplan.graph.ops import DialectOp, Sample, ops, random_tensor
 from fuseplan.record import Reason
 from fuseplan.rules.parts.traffic import Middle, Tail
 
@@ -242,3 +242,12 @@ def takes_residual(node: fx.Node) -> bool:
 def rows_of(shape: Sequence[int]) -> str:
     """`7x320`, for the name of a sample."""
     return "x".join(map(str, shape))
+
+
+def sample_of(shape: tuple[int, ...], arguments: Callable[[torch.device], tuple[Any, ...]], more: str = "") -> Sample:
+    """Normal values in rows, in bfloat16, and an op's further arguments on a device; `more` of them is in its name."""
+
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        return random_tensor(shape, torch.bfloat16, device, generator), *arguments(device)
+
+    return Sample(name=rows_of(shape) + more, make=make)

@@ -1,12 +1,16 @@
 """Quantisations at a site, as prices see them: what they write, and what is done to that."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import fx
 
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import convert_element_type, is_call, item
-from fuseplan.rules.parts.base import OPAQUE
+from fuseplan.graph.ops import DialectOp
+from fuseplan.rules.parts.base import OPAQUE, EngineReader, Kind, RowEpilogue, Stage
 from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
 CODE_BYTES = 1
@@ -64,7 +68,7 @@ class GroupCodes(Codes):
     scale_bytes: ClassVar[int]
 
     @classmethod
-    def of(cls, node: fx.Node, core: fx.Node) -> Self:
+    def read(cls, node: fx.Node, core: fx.Node) -> Self:
         """That of a dialect op `(x, group_size, ...)`."""
         size = node.args[1]
         assert isinstance(size, int)
@@ -82,6 +86,38 @@ class GroupCodes(Codes):
     def result_bytes(self, region: Region) -> int:
         """The codes, and a scale a group."""
         return region.tokens * (region.width * self.code_bits // 8 + region.width // self.group_size * self.scale_bytes)
+
+
+def quantisation(
+    op: DialectOp, traffic: type[Codes], stage: Stage, raises: Callable[[CanonicalGraph], None],
+    sample: Callable[[torch.device], tuple[Any, ...]], *, unit: int = 1,
+    engine_ops: Mapping[str, EngineReader] | None = None,
+) -> RowEpilogue:  # fmt: skip
+    """The part of a quantisation, behind a norm or an activation.
+
+    Args:
+        op: `(x, ...) -> codes`, or with their scales.
+        traffic: what prices need.
+        stage: in which `raises` runs.
+        raises: raises its spellings.
+        sample: values for all arguments but x.
+        unit: as of `RowEpilogue`.
+        engine_ops: as of `Part`.
+    """
+    return RowEpilogue(
+        name=traffic.name,
+        kind=Kind.QUANTISATION,
+        ops=(op,),
+        parameters=tuple(each.replace("str rounding", "str quant_rounding") for each in op.parameters[1:]),
+        results=len(op.overload._schema.returns),
+        sample=sample,
+        unit=unit,
+        cores=frozenset({"rms_norm", "silu_and_mul"}),
+        raising=((stage, raises),),
+        engine_ops=engine_ops or {},
+        traffic=traffic,
+        tail=traffic.read,
+    )
 
 
 def is_restored(codes: fx.Node | None) -> bool:

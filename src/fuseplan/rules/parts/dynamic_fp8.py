@@ -12,9 +12,9 @@ from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import item
 from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.rules.parts.codes import CODE_BYTES, SCALE_BYTES, Codes
-from fuseplan.rules.parts.fp8 import Scaling, apply_scale, raise_computed, sample_of, scale_dtype, scale_of, scalings
+from fuseplan.rules.parts.base import Stage, sample_of
+from fuseplan.rules.parts.codes import CODE_BYTES, SCALE_BYTES, Codes, quantisation
+from fuseplan.rules.parts.fp8 import Scaling, apply_scale, raise_computed, scale_dtype, scale_of, scalings
 from fuseplan.rules.parts.fp8_engines import CODES, check_rows, engine_reader, one_number, raise_call
 from fuseplan.rules.parts.fp8_scales import computed_scale, is_given
 from fuseplan.rules.parts.traffic import Region
@@ -139,23 +139,11 @@ class DynamicFp8(Codes):
         return region.tokens * (region.width * CODE_BYTES + SCALE_BYTES)
 
 
-PART = RowEpilogue(
-    name="dynamic_fp8_quant",
-    kind=Kind.QUANTISATION,
-    ops=(dynamic_per_token_scaled_fp8_quant,),
-    parameters=(
-        "ScalarType dtype", "float min_scale", "float max_scale", "float zero_scale", "Tensor? scale_ub",
-        "str quant_rounding",
-    ),
-    results=2,
-    sample=_sample_arguments,
-    cores=frozenset({"rms_norm", "silu_and_mul"}),
-    raising=((Stage.EPILOGUES, raise_dynamic),),
+PART = quantisation(
+    dynamic_per_token_scaled_fp8_quant, DynamicFp8, Stage.EPILOGUES, raise_dynamic, _sample_arguments,
     engine_ops={
         "_C::dynamic_per_token_scaled_fp8_quant": engine_reader(
             dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", _read_rows
         ),
     },
-    traffic=DynamicFp8,
-    tail=DynamicFp8.read,
 )  # fmt: skip

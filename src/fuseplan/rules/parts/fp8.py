@@ -11,7 +11,7 @@ what is quantised is read in `fp8_scales`, and such a quantisation may go withou
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,8 @@ from fuseplan.graph.facts import (
     is_call,
     tensor_of,
 )
-from fuseplan.graph.ops import DialectOp, QuantRounding, Sample, compute_dtype, random_tensor
+from fuseplan.graph.ops import DialectOp, QuantRounding, compute_dtype
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import rows_of
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 """Of codes: `fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3, and `e5m2`, which has a digit less for a range like
@@ -90,15 +89,6 @@ def scale_of(
 def scale_dtype(own: torch.dtype, rounding: str) -> torch.dtype:
     """Of the scales of x in its own dtype."""
     return own if QuantRounding(rounding).rounds_scaled else compute_dtype(own)
-
-
-def sample_of(shape: tuple[int, ...], arguments: Callable[[torch.device], tuple[Any, ...]]) -> Sample:
-    """Normal values to be quantised, in bfloat16, and the further arguments on a device."""
-
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return random_tensor(shape, torch.bfloat16, device, generator), *arguments(device)
-
-    return Sample(name=rows_of(shape), make=make)
 
 
 @dataclass(frozen=True, kw_only=True)

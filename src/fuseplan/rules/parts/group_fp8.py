@@ -20,11 +20,10 @@ from fuseplan.graph.ops import (
     empty_scales,
     in_rows,
     lay_out,
-    random_tensor,
 )
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.codes import SCALE_BYTES, GroupCodes
+from fuseplan.rules.parts.base import Stage, sample_of
+from fuseplan.rules.parts.codes import SCALE_BYTES, GroupCodes, quantisation
 from fuseplan.rules.parts.fp8 import Scaling, apply_scale, raise_computed, scale_dtype, scale_of, scalings
 from fuseplan.rules.parts.fp8_engines import CODES, check_rows, engine_reader, lies_as, raise_call
 from fuseplan.rules.parts.fp8_scales import ComputedScale, computed_scale, is_given, rounded_by_log2, seems_split
@@ -102,27 +101,16 @@ SAMPLE_GROUP = 64
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
     """All but x; vLLM's kernel divides a largest element of at least 1e-10 by 448."""
-    return (
-        SAMPLE_GROUP,
-        torch.float8_e4m3fn,
-        1e-10 / 448,
-        0.0,
-        False,
-        0.0,
-        0.0,
-        None,
-        QuantRounding.DIVIDE.value,
-        "rows",
-    )
+    how = QuantRounding.DIVIDE.value, ScaleLayout.ROWS.value
+    return SAMPLE_GROUP, torch.float8_e4m3fn, 1e-10 / 448, 0.0, False, 0.0, 0.0, None, *how
 
 
 def _sample(shape: tuple[int, ...], group_size: int, *, ue8m0: bool, layout: ScaleLayout = ScaleLayout.ROWS) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        x = random_tensor(shape, torch.bfloat16, device, generator)
+    def arguments(device: torch.device) -> tuple[Any, ...]:
         _, dtype, min_scale, max_scale, _, *rest, _ = _sample_arguments(device)
-        return x, group_size, dtype, min_scale, max_scale, ue8m0, *rest, layout.value
+        return group_size, dtype, min_scale, max_scale, ue8m0, *rest, layout.value
 
-    return Sample(name=f"{rows_of(shape)}-{group_size}{'-ue8m0' * ue8m0}-{layout.value}", make=make)
+    return sample_of(shape, arguments, f"-{group_size}{'-ue8m0' * ue8m0}-{layout.value}")
 
 
 per_token_group_fp8_quant = define(
@@ -219,25 +207,10 @@ class GroupFp8(GroupCodes):
     name, eager_kernels, scale_bytes = "group_fp8_quant", 30, SCALE_BYTES
 
 
-PART = RowEpilogue(
-    name="group_fp8_quant",
-    kind=Kind.QUANTISATION,
-    ops=(per_token_group_fp8_quant,),
-    parameters=(
-        "int group_size", "ScalarType dtype", "float min_scale", "float max_scale", "bool ue8m0", "float min_power",
-        "float zero_scale", "Tensor? scale_ub", "str quant_rounding", "str layout",
-    ),
-    results=2,
-    sample=_sample_arguments,
-    unit=SAMPLE_GROUP,
-    cores=frozenset({"rms_norm", "silu_and_mul"}),
-    raising=((Stage.GROUPED_EPILOGUES, raise_groups),),
+PART = quantisation(
+    per_token_group_fp8_quant, GroupFp8, Stage.GROUPED_EPILOGUES, raise_groups, _sample_arguments, unit=SAMPLE_GROUP,
     engine_ops={
-        "_C::per_token_group_fp8_quant": engine_reader(per_token_group_fp8_quant, "fp8 quantisation", _read_groups),
-        "_C::per_token_group_fp8_quant_packed": engine_reader(
-            per_token_group_fp8_quant, "fp8 quantisation", _read_groups
-        ),
+        name: engine_reader(per_token_group_fp8_quant, "fp8 quantisation", _read_groups)
+        for name in ("_C::per_token_group_fp8_quant", "_C::per_token_group_fp8_quant_packed")
     },
-    traffic=GroupFp8,
-    tail=GroupFp8.of,
 )  # fmt: skip

@@ -21,9 +21,9 @@ from fuseplan.graph.ops import (
     compute_dtype,
     define,
     empty_scales,
-    random_tensor,
 )
-from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
+from fuseplan.rules.parts.base import Stage, sample_of
+from fuseplan.rules.parts.codes import quantisation
 from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, numbers_of, packed, packings, tell_simulated
 from fuseplan.rules.parts.microscaled import (
     GROUP,
@@ -84,10 +84,8 @@ def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
 
 
 def _sample(shape: tuple[int, ...], scaling: MxScaling, layout: ScaleLayout = ScaleLayout.ROWS) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return random_tensor(shape, torch.bfloat16, device, generator), GROUP, scaling.value, layout.value
-
-    return Sample(name=f"{rows_of(shape)}-{scaling.value}-{layout.value}", make=make)
+    own = GROUP, scaling.value, layout.value
+    return sample_of(shape, lambda device: own, f"-{scaling.value}-{layout.value}")
 
 
 per_token_mx_fp4_quant = define(
@@ -132,16 +130,4 @@ class MxFp4(Fp4Codes):
     name, eager_kernels, scale_bytes = "mx_fp4_quant", 49, 1
 
 
-PART = RowEpilogue(
-    name="mx_fp4_quant",
-    kind=Kind.QUANTISATION,
-    ops=(per_token_mx_fp4_quant,),
-    parameters=("int group_size", "str scaling", "str layout"),
-    results=2,
-    sample=_sample_arguments,
-    unit=GROUP,
-    cores=frozenset({"rms_norm", "silu_and_mul"}),
-    raising=((Stage.MICROSCALED_EPILOGUES, raise_mx),),
-    traffic=MxFp4,
-    tail=MxFp4.of,
-)
+PART = quantisation(per_token_mx_fp4_quant, MxFp4, Stage.MICROSCALED_EPILOGUES, raise_mx, _sample_arguments, unit=GROUP)

@@ -23,11 +23,10 @@ from fuseplan.graph.ops import (
     compute_dtype,
     define,
     empty_scales,
-    random_tensor,
 )
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
-from fuseplan.rules.parts.codes import GroupCodes
+from fuseplan.rules.parts.base import Stage, sample_of
+from fuseplan.rules.parts.codes import GroupCodes, quantisation
 from fuseplan.rules.parts.microscaled import (
     GROUP,
     Format,
@@ -97,11 +96,8 @@ def _sample(
     shape: tuple[int, ...], scaling: MxScaling, layout: ScaleLayout = ScaleLayout.ROWS,
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> Sample:  # fmt: skip
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        x = random_tensor(shape, torch.bfloat16, device, generator)
-        return x, GROUP, dtype, scaling.value, layout.value
-
-    return Sample(name=f"{rows_of(shape)}-{dtype_text(dtype)}-{scaling.value}-{layout.value}", make=make)
+    own = GROUP, dtype, scaling.value, layout.value
+    return sample_of(shape, lambda device: own, f"-{dtype_text(dtype)}-{scaling.value}-{layout.value}")
 
 
 per_token_mx_fp8_quant = define(
@@ -183,16 +179,4 @@ class MxFp8(GroupCodes):
     name, eager_kernels, scale_bytes = "mx_fp8_quant", 31, 1
 
 
-PART = RowEpilogue(
-    name="mx_fp8_quant",
-    kind=Kind.QUANTISATION,
-    ops=(per_token_mx_fp8_quant,),
-    parameters=("int group_size", "ScalarType dtype", "str scaling", "str layout"),
-    results=2,
-    sample=_sample_arguments,
-    unit=GROUP,
-    cores=frozenset({"rms_norm", "silu_and_mul"}),
-    raising=((Stage.MICROSCALED_EPILOGUES, raise_mx),),
-    traffic=MxFp8,
-    tail=MxFp8.of,
-)
+PART = quantisation(per_token_mx_fp8_quant, MxFp8, Stage.MICROSCALED_EPILOGUES, raise_mx, _sample_arguments, unit=GROUP)

@@ -27,10 +27,10 @@ from fuseplan.graph.ops import (
     empty_scales,
     in_rows,
     lay_out,
-    random_tensor,
 )
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of
+from fuseplan.rules.parts.base import Stage, sample_of
+from fuseplan.rules.parts.codes import quantisation
 from fuseplan.rules.parts.fp4 import MOST, Fp4Codes, e2m1, numbers_of, packed, packings, tell_simulated
 from fuseplan.rules.parts.fp8 import number_of, raise_computed, source_of
 from fuseplan.rules.parts.fp8_engines import engine_reader
@@ -107,12 +107,11 @@ def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
 
 
 def _sample(shape: tuple[int, ...], layout: ScaleLayout, *, is_global: bool) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+    def arguments(device: torch.device) -> tuple[Any, ...]:
         size, scale, least, _ = _sample_arguments(device)
-        x = random_tensor(shape, torch.bfloat16, device, generator)
-        return x, size, scale if is_global else None, least, layout.value
+        return size, scale if is_global else None, least, layout.value
 
-    return Sample(name=f"{rows_of(shape)}{'-global' * is_global}-{layout.value}", make=make)
+    return sample_of(shape, arguments, f"{'-global' * is_global}-{layout.value}")
 
 
 per_token_nv_fp4_quant = define(
@@ -236,20 +235,10 @@ class NvFp4(Fp4Codes):
     name, eager_kernels, scale_bytes = "nv_fp4_quant", 49, 1
 
 
-PART = RowEpilogue(
-    name="nv_fp4_quant",
-    kind=Kind.QUANTISATION,
-    ops=(per_token_nv_fp4_quant,),
-    parameters=("int group_size", "Tensor? global_scale", "float min_scale", "str layout"),
-    results=2,
-    sample=_sample_arguments,
-    unit=GROUP,
-    cores=frozenset({"rms_norm", "silu_and_mul"}),
-    raising=((Stage.MICROSCALED_EPILOGUES, raise_nv),),
+PART = quantisation(
+    per_token_nv_fp4_quant, NvFp4, Stage.MICROSCALED_EPILOGUES, raise_nv, _sample_arguments, unit=GROUP,
     engine_ops={
         name: engine_reader(per_token_nv_fp4_quant, "NVFP4 quantisation", _refuse_vllm)
         for name in ("_C::scaled_fp4_quant", "_C::scaled_fp4_quant.out")
     },
-    traffic=NvFp4,
-    tail=NvFp4.of,
-)
+)  # fmt: skip

@@ -9,9 +9,9 @@ from torch import Tensor, fx
 
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import aten, convert_element_type, is_call
-from fuseplan.graph.ops import Sample, define, empty, random_tensor
+from fuseplan.graph.ops import define, empty
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, rows_of, width_of
+from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage, sample_of, width_of
 from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 from fuseplan.rules.parts.views import SCALES
 
@@ -34,19 +34,12 @@ def fake(x: Tensor, right: int) -> Tensor:
     return empty(x, (*x.shape[:-1], x.shape[-1] + right))
 
 
-def _sample(shape: tuple[int, ...], right: int) -> Sample:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return random_tensor(shape, torch.bfloat16, device, generator), right
-
-    return Sample(name=f"{rows_of(shape)}+{right}", make=make)
-
-
 pad = define(
     "pad",
     "(Tensor x, int right) -> Tensor",
     reference=reference,
     fake=fake,
-    samples=[_sample((7, 320), 192), _sample((2, 3, 64), 1)],
+    samples=[sample_of((7, 320), lambda device: (192,), "+192"), sample_of((2, 3, 64), lambda device: (1,), "+1")],
 )
 
 

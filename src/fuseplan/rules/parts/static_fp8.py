@@ -12,9 +12,9 @@ from fuseplan.graph.canonical.unraised import Unraised
 from fuseplan.graph.facts import ORDER_KEEPING, equal_shape, is_call, item, tensor_of
 from fuseplan.graph.ops import QuantRounding, compute_dtype, define, draw_positive
 from fuseplan.record import Reason
-from fuseplan.rules.parts.base import Kind, RowEpilogue, Stage
-from fuseplan.rules.parts.codes import CODE_BYTES, Codes
-from fuseplan.rules.parts.fp8 import Scaling, apply_scale, sample_of, scalings
+from fuseplan.rules.parts.base import Stage, sample_of
+from fuseplan.rules.parts.codes import CODE_BYTES, Codes, quantisation
+from fuseplan.rules.parts.fp8 import Scaling, apply_scale, scalings
 from fuseplan.rules.parts.fp8_engines import CODES, check_rows, engine_reader, one_number, raise_call
 from fuseplan.rules.parts.fp8_scales import is_computed, is_given, one_of_all
 from fuseplan.rules.parts.traffic import Region
@@ -124,18 +124,10 @@ class StaticFp8(Codes):
         return region.tokens * region.width * CODE_BYTES
 
 
-PART = RowEpilogue(
-    name="static_fp8_quant",
-    kind=Kind.QUANTISATION,
-    ops=(static_scaled_fp8_quant,),
-    parameters=("Tensor scale", "ScalarType dtype", "str quant_rounding"),
-    sample=_sample_arguments,
-    cores=frozenset({"rms_norm", "silu_and_mul"}),
-    raising=((Stage.EPILOGUES, raise_static),),
+PART = quantisation(
+    static_scaled_fp8_quant, StaticFp8, Stage.EPILOGUES, raise_static, _sample_arguments,
     engine_ops={
         "_C::static_scaled_fp8_quant": engine_reader(static_scaled_fp8_quant, "fp8 quantisation", _read_static),
         "_C::dynamic_scaled_fp8_quant": engine_reader(static_scaled_fp8_quant, "fp8 quantisation", _refuse_whole),
     },
-    traffic=StaticFp8,
-    tail=StaticFp8.read,
-)
+)  # fmt: skip

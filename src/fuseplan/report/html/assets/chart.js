@@ -62,7 +62,7 @@ function gridOf(low, high, step, y, left, right) {
         lines.push(svg(value === 0 ? "path.axis" : "path.grid", { d: `M${left} ${y(value)} H${right}` }));
         lines.push(svg("text.tick", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, label));
     }
-    return svg("g", null, lines);
+    return svg("g", lines);
 }
 
 /** Every other compile range is shaded. */
@@ -113,7 +113,6 @@ function cursorOf(y, width) {
     const x = stepX(STATE.size, width);
     return svg(
         "g.cursor",
-        null,
         svg("path", { d: `M${x} 0 V${CHART_HEIGHT}` }),
         LINED.map((policy) =>
             svg(policy.index === STATE.policy ? "circle.now" : "circle", {
@@ -129,7 +128,6 @@ function flipLine(kind, index, width) {
     const x = (stepX(index, width) + stepX(index - 1, width)) / 2;
     return svg(
         kind,
-        null,
         svg("path", { d: `M${x} 0 V${CHART_HEIGHT}` }),
         svg("path.flag", { d: `M${x - 5} 0 H${x + 5} L${x} 7 Z` }),
     );
@@ -153,7 +151,7 @@ function endLabels(y, width) {
         return svg(
             now ? "text.end.now" : "text.end",
             { x: width - right + 10, y: top + 4 },
-            svg("tspan.letter", null, end.policies.map((policy) => policy.letter).join(" ")),
+            svg("tspan.letter", end.policies.map((policy) => policy.letter).join(" ")),
             names,
         );
     });

@@ -4,10 +4,12 @@
 function openSummary() {
     const policy = POLICIES[0];
     const { warnings, breaks } = VIEW;
-    const counts = policy.rules.flatMap(([fused], index) => (fused ? [[RULES[index], countsOfStep(policy, index)]] : []));
+    const counts = policy.rules.flatMap(([fused], index) =>
+        fused ? [[RULES[index], countsOfStep(policy, index)]] : [],
+    );
     const saved = policy.ranges.map((range, index) => [
         index ? ", " : null,
-        el("b", null, us(range.saved)),
+        el("b", us(range.saved)),
         ` of ${bare(range.unfused)} ${index ? "" : "a step "}at ${spanText(VIEW.ranges[index])}`,
     ]);
     const proven = policy.ranges.every((range) => range.proof?.gap === 0);
@@ -20,7 +22,7 @@ function openSummary() {
     const more = alerts.length > 3 ? [el("a", { href: "#run" }, `${alerts.length - 3} more`)] : [];
     refill(
         byId("alerts"),
-        [...alerts.slice(0, 3), ...more].map((text) => el("p", null, nearGlyph(false), el("span", null, text))),
+        [...alerts.slice(0, 3), ...more].map((text) => el("p", nearGlyph(false), el("span", text))),
     );
 }
 
@@ -33,45 +35,38 @@ function openVerdicts() {
         const policy = POLICIES[row.policy];
         return el(
             "tr",
-            null,
             el(
                 "th",
                 { scope: "row" },
                 el(
                     "button.link.lettered",
-                    { type: "button", onclick: (event) => showVerdict(row, event) },
-                    el("span.letter", null, policy.letter),
+                    { onclick: (event) => showVerdict(row, event) },
+                    el("span.letter", policy.letter),
                     code(policy.name),
                 ),
             ),
-            el("td", null, ruleName(row.loser)),
+            el("td", ruleName(row.loser)),
             el(
                 row.state === "starved" ? "td.figure.bad" : "td.figure",
-                null,
-                el("b", null, number(row.fused)),
+                el("b", number(row.fused)),
                 ` of ${number(row.matched)}`,
-                row.state === "starved" ? el("small.bad", null, "✕ starved") : null,
+                row.state === "starved" ? el("small.bad", "✕ starved") : null,
             ),
             el(
                 "td",
-                null,
-                row.winners.map(([rule, count]) => el("div", null, ruleName(rule), ` × ${number(count)}`)),
-                el("small", null, code(row.where || row.op)),
+                row.winners.map(([rule, count]) => el("div", ruleName(rule), ` × ${number(count)}`)),
+                el("small", code(row.where || row.op)),
             ),
             el(
                 row.lost_us < 0 ? "td.figure.bad" : "td.figure",
-                null,
                 row.lost_us === null ? "–" : marginText(row.lost_us * 1000, 2),
             ),
             row.behind_us.map((each) =>
-                el("td.figure", null, each === 0 ? "equal" : `${each > 0 ? "−" : "+"}${number(Math.abs(each), 1)}`),
+                el("td.figure", each === 0 ? "equal" : `${each > 0 ? "−" : "+"}${number(Math.abs(each), 1)}`),
             ),
         );
     });
-    refill(
-        byId("verdicts"),
-        reachable(el("div.scroll", null, el("table.verdicts", null, verdictHead(spans), el("tbody", null, rows)))),
-    );
+    refill(byId("verdicts"), reachable(el("div.scroll", el("table.verdicts", verdictHead(spans), el("tbody", rows)))));
 }
 
 /** Two lines of headings: the last columns have one in common. */
@@ -79,10 +74,8 @@ function verdictHead(spans) {
     const high = (title, kind) => el(kind ? `th.${kind}` : "th", { scope: "col", rowspan: 2 }, title);
     return el(
         "thead",
-        null,
         el(
             "tr",
-            null,
             high("under"),
             high("rule"),
             high("fires", "figure"),
@@ -92,7 +85,6 @@ function verdictHead(spans) {
         ),
         el(
             "tr",
-            null,
             spans.map((span) => el("th.figure", { scope: "col" }, `${spanText(span)} tokens`)),
         ),
     );
@@ -116,7 +108,7 @@ function drawConflicts() {
     refill(
         byId("conflicts-note"),
         "under ",
-        el("b", null, policyLabel(policy)),
+        el("b", policyLabel(policy)),
         ", over all graphs and ranges; the mean of a place",
     );
     if (!policy.conflicts.length) {
@@ -124,7 +116,6 @@ function drawConflicts() {
             byId("conflicts-table"),
             el(
                 "p.note",
-                null,
                 policy.name === "off"
                     ? "Nothing is applied, so nothing is in the way."
                     : "No match stands in another's way.",
@@ -133,11 +124,11 @@ function drawConflicts() {
         return;
     }
     const columns = [
-        ["takes it", ""],
-        ["loses it", ""],
-        ["contested op", ""],
+        "takes it",
+        "loses it",
+        "contested op",
         ["places", "figure"],
-        ["where", ""],
+        "where",
         ["with the loser instead", "figure"],
         ["loser wins below", "figure"],
     ];
@@ -155,29 +146,17 @@ function conflictRow(policy, row, index) {
     const open = (event) => select({ kind: "conflict", policy: policy.index, conflict: index }, event);
     return el(
         "tr",
-        null,
-        el("td", null, row.winner === "unfused" ? el("span.faint", null, "left to Inductor") : ruleName(row.winner)),
-        el(
-            "td",
-            null,
-            el(
-                "button.link",
-                { type: "button", "data-key": `conflict ${index}`, onclick: open },
-                "✕ ",
-                ruleName(row.loser),
-            ),
-        ),
-        el("td", null, code(row.op)),
-        el("td.figure", null, number(row.count)),
-        el("td", null, code(row.where)),
+        el("td", row.winner === "unfused" ? el("span.faint", "left to Inductor") : ruleName(row.winner)),
+        el("td", el("button.link", { "data-key": `conflict ${index}`, onclick: open }, "✕ ", ruleName(row.loser))),
+        el("td", code(row.op)),
+        el("td.figure", number(row.count)),
+        el("td", code(row.where)),
         el(
             row.lost_us < 0 ? "td.figure.bad" : "td.figure",
-            null,
             row.lost_us === null ? "can't be applied" : marginText(row.lost_us * 1000, 2),
         ),
         el(
             "td.figure",
-            null,
             row.flips_at_us === null
                 ? el("span.faint", { title: neverText(policy) }, policy.order.length ? "the order decides" : "never")
                 : `${number(row.flips_at_us, 2)} µs`,
@@ -201,31 +180,27 @@ function openChanges() {
     const rows = changes.rows.map((row) =>
         el(
             "tr",
-            null,
-            el("td", null, code(row.before)),
-            el("td", null, code(row.after)),
-            el("td.figure", null, number(row.count)),
-            el("td", null, code(row.where)),
+            el("td", code(row.before)),
+            el("td", code(row.after)),
+            el("td.figure", number(row.count)),
+            el("td", code(row.where)),
         ),
     );
     refill(
         byId("changes"),
         el(
             "div.changes",
-            null,
-            el("h3", null, "What force and forbid change"),
+            el("h3", "What force and forbid change"),
             el(
                 "p",
-                null,
-                rules.map(([word, text]) => el("span.tag", null, `${word} `, code(text))),
+                rules.map(([word, text]) => el("span.tag", `${word} `, code(text))),
             ),
             el(
                 "p",
-                null,
                 "The plan saves ",
                 VIEW.ranges.map((span, index) => [
                     index ? ", " : null,
-                    el("b", null, `${number(Math.abs(changes.lost_us[index]), 1)} µs`),
+                    el("b", `${number(Math.abs(changes.lost_us[index]), 1)} µs`),
                     ` ${changes.lost_us[index] < 0 ? "more" : "less"} at ${spanText(span)} tokens`,
                 ]),
                 ".",
@@ -234,20 +209,10 @@ function openChanges() {
                 ? reachable(
                       el(
                           "div.scroll",
-                          null,
-                          table(
-                              "diff",
-                              [
-                                  ["without them", ""],
-                                  ["with them", ""],
-                                  ["places", "figure"],
-                                  ["where", ""],
-                              ],
-                              rows,
-                          ),
+                          table("diff", ["without them", "with them", ["places", "figure"], "where"], rows),
                       ),
                   )
-                : el("p.note", null, "The same is applied at the same places."),
+                : el("p.note", "The same is applied at the same places."),
         ),
     );
 }

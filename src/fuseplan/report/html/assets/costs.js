@@ -30,11 +30,7 @@ function openCosts() {
             : null,
         tokens.map((each) => el("option", { value: String(each) }, `${number(each)} tokens`)),
     );
-    const clear = el(
-        "button.quiet",
-        { type: "button", onclick: () => filterCosts({ text: "", site: "", tokens: "" }) },
-        "Clear",
-    );
+    const clear = el("button.quiet", { onclick: () => filterCosts({ text: "", site: "", tokens: "" }) }, "Clear");
     refill(byId("costs-tools"), text, site, size, clear, el("span", { id: "costs-count", role: "status" }));
     drawCosts();
 }
@@ -75,16 +71,16 @@ function drawCosts() {
     byId("costs-count").textContent = `${number(rows.length)} of ${plural(COSTS.length, "row")}`;
     const spread = COSTS.some((row) => row.spread);
     const columns = [
-        ["alternative", ""],
-        ["fused op", ""],
+        "alternative",
+        "fused op",
         ["tokens", "figure"],
         ["time, µs", "figure"],
         ...(spread ? [["spread", "figure"]] : []),
         ["saves, µs", "figure"],
         [termLegend(), "terms"],
         ...TERMS.map((term) => [term, "figure"]),
-        ["kernels", ""],
-        ["provenance", ""],
+        "kernels",
+        "provenance",
     ];
     const body = [];
     const most = new Map();
@@ -95,12 +91,11 @@ function drawCosts() {
             body.push(
                 el(
                     "tr.class",
-                    null,
                     el(
                         "th",
                         { colspan: columns.length, scope: "colgroup" },
                         code(row.site),
-                        el("span", null, ` ${plural(row.places, "place")} in a graph and range`),
+                        el("span", ` ${plural(row.places, "place")} in a graph and range`),
                     ),
                 ),
             );
@@ -113,10 +108,7 @@ function drawCosts() {
             ),
         );
     });
-    refill(
-        byId("costs-table"),
-        rows.length ? table("costs", columns, body) : el("p.note", null, "No row has all of that."),
-    );
+    refill(byId("costs-table"), rows.length ? table("costs", columns, body) : el("p.note", "No row has all of that."));
 }
 
 function costRow(row, most, first) {
@@ -128,23 +120,19 @@ function costRow(row, most, first) {
     const saved = unfused && row !== unfused ? unfused.ns - row.ns : null;
     return el(
         first ? "tr.first" : "tr",
-        null,
-        el("td", null, plain ? [ruleName(rule), el("span.faint", null, ` ${provider}`)] : code(row.alternative)),
-        el("td.faint", null, plain ? code(op) : null),
-        el("td.figure", null, number(row.tokens)),
-        el("td.figure", null, el("b", null, bare(row.ns, 2))),
-        COSTS.some((each) => each.spread) ? el("td.figure", null, row.spread ? bare(row.spread, 2) : "–") : null,
-        el(saved < 0 ? "td.figure.worse" : "td.figure", null, saved === null ? "" : bare(saved, 2)),
-        el("td.terms", null, termBar(row, most)),
-        row.terms.map((ns) =>
-            el("td.figure", null, row.runs.length ? (ns ? bare(ns, 2) : el("span.faint", null, "0")) : "–"),
-        ),
-        el("td", null, kernelList(row)),
+        el("td", plain ? [ruleName(rule), el("span.faint", ` ${provider}`)] : code(row.alternative)),
+        el("td.faint", plain ? code(op) : null),
+        el("td.figure", number(row.tokens)),
+        el("td.figure", el("b", bare(row.ns, 2))),
+        COSTS.some((each) => each.spread) ? el("td.figure", row.spread ? bare(row.spread, 2) : "–") : null,
+        el(saved < 0 ? "td.figure.worse" : "td.figure", saved === null ? "" : bare(saved, 2)),
+        el("td.terms", termBar(row, most)),
+        row.terms.map((ns) => el("td.figure", row.runs.length ? (ns ? bare(ns, 2) : el("span.faint", "0")) : "–")),
+        el("td", kernelList(row)),
         el(
             "td",
-            null,
             row.provenance,
-            row.origin.map((text) => el("small", null, text)),
+            row.origin.map((text) => el("small", text)),
         ),
     );
 }
@@ -152,8 +140,7 @@ function costRow(row, most, first) {
 const termLegend = () =>
     el(
         "span.term-legend",
-        null,
-        TERMS.map((term) => el("span", null, el("i.term", { "data-term": term }), term)),
+        TERMS.map((term) => el("span", el("i.term", { "data-term": term }), term)),
     );
 
 /** The terms of a modelled time as parts of a bar; a measured one is one part. */
@@ -180,22 +167,14 @@ function kernelList(row) {
     const count = row.runs.reduce((sum, run) => sum + run.count, 0);
     return el(
         "details.kernels",
-        null,
-        el("summary", null, plural(count, "kernel")),
+        el("summary", plural(count, "kernel")),
         el(
             "ul",
-            null,
             row.runs.map(({ kernel, count: times }) => {
                 const terms = TERMS.map((term, index) => [term, kernel[index + 1]])
                     .filter(([, ns]) => ns)
                     .map(([term, ns]) => `${term} ${bare(ns, 3)}`);
-                return el(
-                    "li",
-                    null,
-                    times > 1 ? `${times} × ` : "",
-                    code(textAt(kernel[0])),
-                    ` ${terms.join(" + ")} µs`,
-                );
+                return el("li", times > 1 ? `${times} × ` : "", code(textAt(kernel[0])), ` ${terms.join(" + ")} µs`);
             }),
         ),
     );
@@ -209,20 +188,14 @@ function openConstants() {
         byId("constants-table"),
         table(
             "constants",
-            [
-                ["constant", ""],
-                ["value", "figure"],
-                ["unit", ""],
-                ["source", ""],
-            ],
+            ["constant", ["value", "figure"], "unit", "source"],
             VIEW.constants.map(([name, value, unit, source]) =>
                 el(
                     "tr",
-                    null,
-                    el("td", null, code(name)),
-                    el("td.figure", null, number(value, digits(value))),
-                    el("td", null, unit),
-                    el("td.wide", null, source),
+                    el("td", code(name)),
+                    el("td.figure", number(value, digits(value))),
+                    el("td", unit),
+                    el("td.wide", source),
                 ),
             ),
         ),

@@ -24,9 +24,8 @@ function drawDetails() {
         panel,
         el(
             "div.details-head",
-            null,
-            el("span.kind", null, kind),
-            el("button.quiet", { type: "button", "aria-label": "Close details", onclick: deselect }, "✕"),
+            el("span.kind", kind),
+            el("button.quiet", { "aria-label": "Close details", onclick: deselect }, "✕"),
         ),
         el("h2", { tabindex: "-1" }, title),
         parts,
@@ -40,13 +39,11 @@ function facts(rows) {
     const known = rows.filter(([, value]) => value !== null && value !== undefined && value !== "" && value !== false);
     return el(
         "dl.facts-list",
-        null,
-        known.map(([name, value]) => [el("dt", null, name), el("dd", null, value)]),
+        known.map(([name, value]) => [el("dt", name), el("dd", value)]),
     );
 }
 
-const part = (title, ...content) =>
-    content.flat().some(Boolean) ? el("section", null, el("h3", null, title), content) : null;
+const part = (title, ...content) => (content.flat().some(Boolean) ? el("section", el("h3", title), content) : null);
 
 function boxDetails({ graph, box: index }) {
     const box = GRAPHS[graph].boxes[index];
@@ -55,14 +52,7 @@ function boxDetails({ graph, box: index }) {
         ...choice.applied.map((each) => ({ state: "applied", ...each })),
         ...choice.lost.map((each) => ({ state: "lost", ...each })),
     ].filter(({ fusion }) => fusion.boxes.includes(index));
-    const links = (indices) =>
-        indices.length
-            ? el(
-                  "ul.links",
-                  null,
-                  indices.map((each) => el("li", null, boxLink(graph, each))),
-              )
-            : null;
+    const links = (indices) => list("ul.links", indices, (each) => boxLink(graph, each));
     return {
         kind: box.op ? "Dialect op" : "Other ops",
         title: code(box.op || box.title),
@@ -75,36 +65,16 @@ function boxDetails({ graph, box: index }) {
             ]),
             part(
                 "Fusions that want it",
-                wanting.length
-                    ? el(
-                          "ul.fates",
-                          null,
-                          wanting.map((fate) => el("li", null, fusionLink(fate.fusion), fateText(fate))),
-                      )
-                    : null,
+                list("ul.fates", wanting, (fate) => [fusionLink(fate.fusion), fateText(fate)]),
             ),
             part(
                 "Near misses here",
-                box.marks.map((miss) => el("p", null, missLink(miss, { graph, box: index }))),
+                box.marks.map((miss) => el("p", missLink(miss, { graph, box: index }))),
             ),
-            part(
-                "Calls in the original graph",
-                el(
-                    "ul.counts",
-                    null,
-                    box.calls.map(([name, count]) => el("li", null, el("b", null, number(count)), " ", code(name))),
-                ),
-            ),
+            part("Calls in the original graph", counted(box.calls)),
             part("Reads", links(box.inputs)),
             part("Is read by", links(box.users)),
-            part(
-                "Nodes",
-                el(
-                    "p.nodes",
-                    null,
-                    box.members.map((node) => code(node)),
-                ),
-            ),
+            part("Nodes", nodeNames(box.members)),
         ],
     };
 }
@@ -112,12 +82,7 @@ function boxDetails({ graph, box: index }) {
 function missLink(index, place) {
     const miss = VIEW.misses[index];
     const open = () => change({ selection: { kind: "miss", miss: index, ...place } });
-    return el(
-        "button.link",
-        { type: "button", onclick: open },
-        nearGlyph(isFaint(miss)),
-        ` ${miss.rule || miss.op}: ${miss.detail}`,
-    );
+    return el("button.link", { onclick: open }, nearGlyph(isFaint(miss)), ` ${miss.rule || miss.op}: ${miss.detail}`);
 }
 
 function conflictDetails({ policy: index, conflict }) {
@@ -134,10 +99,10 @@ function conflictDetails({ policy: index, conflict }) {
         kind: "Conflict",
         title: [ruleName(row.loser), " loses"],
         parts: [
-            el("p.sub", null, taker, " the ", code(row.op), ` in ${places}`, policyLabel(policy)),
+            el("p.sub", taker, " the ", code(row.op), ` in ${places}`, policyLabel(policy)),
             facts(conflictFacts(row, policy)),
             losses.length ? alternativesOf(losses[0].fusion.cls, losses[0].fusion, index) : null,
-            part(`Places in range ${spanText(spanNow())}`, el("ul.fates", null, losses.map(placeOfLoss))),
+            part(`Places in range ${spanText(spanNow())}`, el("ul.fates", losses.map(placeOfLoss))),
         ],
     };
 }
@@ -157,9 +122,8 @@ function placeOfLoss(loss) {
     const text = loss.forbidden ? "forbidden" : marginText(loss.lost, 2);
     return el(
         "li",
-        null,
-        el("button.link", { type: "button", onclick: open }, code(loss.fusion.source || loss.fusion.site)),
-        el(loss.lost < 0 ? "span.figure.bad" : "span.figure", null, text),
+        el("button.link", { onclick: open }, code(loss.fusion.source || loss.fusion.site)),
+        el(loss.lost < 0 ? "span.figure.bad" : "span.figure", text),
     );
 }
 
@@ -171,8 +135,8 @@ function missDetails({ miss: index, graph, box }) {
         kind: `Near miss: ${miss.nearness}`,
         title: miss.rule ? ruleName(miss.rule) : code(miss.op || "–"),
         parts: [
-            el("p.sub", null, NEARNESS[miss.nearness]),
-            el("p.verdict", null, miss.detail),
+            el("p.sub", NEARNESS[miss.nearness]),
+            el("p.verdict", miss.detail),
             lineOfCode(miss),
             facts([
                 ["expected", miss.expected && code(miss.expected)],
@@ -187,36 +151,17 @@ function missDetails({ miss: index, graph, box }) {
             ]),
             part(
                 "Also in the way here",
-                others.map((mark) => el("p", null, missLink(mark, { graph, box }))),
+                others.map((mark) => el("p", missLink(mark, { graph, box }))),
             ),
             part(
                 "In the graph",
-                drawn.length
-                    ? el(
-                          "ul.links",
-                          null,
-                          drawn.map((mark) =>
-                              el(
-                                  "li",
-                                  null,
-                                  el(
-                                      "button.link",
-                                      {
-                                          type: "button",
-                                          onclick: () =>
-                                              showInGraph(mark.graph, mark.box, {
-                                                  kind: "miss",
-                                                  miss: index,
-                                                  graph: mark.graph,
-                                                  box: mark.box,
-                                              }),
-                                      },
-                                      code(mark.source || GRAPHS[mark.graph].boxes[mark.box].title),
-                                  ),
-                              ),
-                          ),
-                      )
-                    : null,
+                list("ul.links", drawn, ({ graph, box, source }) =>
+                    el(
+                        "button.link",
+                        { onclick: () => showInGraph(graph, box, { kind: "miss", miss: index, graph, box }) },
+                        code(source || GRAPHS[graph].boxes[box].title),
+                    ),
+                ),
             ),
         ],
     };

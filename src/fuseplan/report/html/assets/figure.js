@@ -34,8 +34,8 @@ function regionShape({ fusion, before, after }, layout, metrics) {
     return svg(
         "g.region",
         { "data-rule": ruleHue(fusion.rule), "data-fusion": fusion.id, "data-key": `fusion ${fusion.id}` },
-        svg("g.region-line", null, shapes(2)),
-        svg("g.region-area", null, shapes(0)),
+        svg("g.region-line", shapes(2)),
+        svg("g.region-area", shapes(0)),
     );
 }
 
@@ -85,7 +85,6 @@ function flowOf(graph, indices, layout) {
     layout.buses.forEach((bus, lane) => paths.push(...busPaths(bus, layout.bus(lane), layout)));
     return svg(
         "g.flow",
-        null,
         paths.map((d) => svg("path", { d })),
     );
 }
@@ -119,7 +118,7 @@ function busPaths(bus, y, layout) {
 /** In a compact drawing one line says enough. */
 function straightOf(layout) {
     const places = [...layout.boxes.values()].filter((place) => place.row === 0);
-    return svg("g.flow", null, svg("path", { d: `M0 ${middle(places[0])} H${layout.width}` }));
+    return svg("g.flow", svg("path", { d: `M0 ${middle(places[0])} H${layout.width}` }));
 }
 
 /** Dashes from a bracket down to each box that its fusion would take, and a cross at the box that was taken. */

@@ -8,21 +8,13 @@ function fusionDetails({ fusion: id }) {
         kind,
         title: ruleName(fusion.rule),
         parts: [
-            el("p.sub", null, code(fusion.op), " by ", el("b", null, fusion.provider)),
+            el("p.sub", code(fusion.op), " by ", el("b", fusion.provider)),
             verdictOf(fate),
             alternativesOf(fusion.cls, fusion),
             part(
                 "Takes",
-                el(
-                    "ul.links",
-                    null,
-                    fusion.boxes.map((index) => el("li", null, boxLink(fusion.graph, index))),
-                ),
-                el(
-                    "p.nodes",
-                    null,
-                    fusion.nodes.map((node) => code(node)),
-                ),
+                list("ul.links", fusion.boxes, (index) => boxLink(fusion.graph, index)),
+                nodeNames(fusion.nodes),
             ),
             part("Who wants this place", rivalsOf(fusion)),
             part("Under each policy", fatesOf(fusion)),
@@ -45,16 +37,15 @@ function fusionDetails({ fusion: id }) {
 /** What happened to a fusion under the policy at hand, in words and figures. */
 function verdictOf(fate) {
     const where = `in range ${spanText(spanNow())}`;
-    if (fate.state === "none") return el("p.verdict", null, `No candidate of ${policyTitle(policyNow())} ${where}.`);
+    if (fate.state === "none") return el("p.verdict", `No candidate of ${policyTitle(policyNow())} ${where}.`);
     if (fate.state === "applied") {
         return el(
             "p.verdict.good",
-            null,
             fate.saving === null
                 ? `Applied ${where}; nothing priced it.`
                 : [
                       fate.fusion.provenance === "assumed" ? "Taken to save " : "Saves ",
-                      el("b", null, us(fate.saving, 2)),
+                      el("b", us(fate.saving, 2)),
                       ` a step here, ${where}, weighted over its sizes.`,
                   ],
         );
@@ -62,10 +53,8 @@ function verdictOf(fate) {
     const winners = [...new Map(fate.winners.map((fusion) => [fusion.id, fusion])).values()];
     return el(
         fate.lost < 0 ? "div.verdict.bad" : "div.verdict",
-        null,
         el(
             "p",
-            null,
             fate.forbidden
                 ? "Ruled out by forbid."
                 : winners.length
@@ -74,14 +63,13 @@ function verdictOf(fate) {
         ),
         el(
             "p",
-            null,
             fate.lost === null
                 ? "No selection with it is legal."
                 : fate.lost === 0
                   ? "With it the same would be saved."
-                  : ["With it the step would be ", el("b", null, marginText(fate.lost, 2)), ` ${where}.`],
+                  : ["With it the step would be ", el("b", marginText(fate.lost, 2)), ` ${where}.`],
         ),
-        el("p", null, flipOf(fate)),
+        el("p", flipOf(fate)),
     );
 }
 
@@ -89,7 +77,7 @@ function verdictOf(fate) {
 function flipOf(fate) {
     if (policyNow().order.length) return "The order decides that, whatever its op takes.";
     if (fate.flips === null) return "No time of its op is short enough to change that, or its time isn't known.";
-    return ["It would be chosen if its op took at most ", el("b", null, us(fate.flips, 2)), "."];
+    return ["It would be chosen if its op took at most ", el("b", us(fate.flips, 2)), "."];
 }
 
 /** Every fusion at the same site, and how it fares. */
@@ -99,46 +87,32 @@ function rivalsOf(fusion) {
     const fates = rivals
         .map((each) => fateOf(each, STATE.policy, STATE.range))
         .sort((a, b) => rank[a.state] - rank[b.state] || (a.lost ?? Infinity) - (b.lost ?? Infinity));
-    return el(
-        "ul.fates",
-        null,
-        fates.map((fate) =>
-            el(fate.fusion === fusion ? "li.now" : "li", null, fusionLink(fate.fusion), fateText(fate)),
-        ),
-    );
+    const row = (fate) => [fusionLink(fate.fusion), fateText(fate)];
+    return list("ul.fates", fates, row, (fate) => fate.fusion === fusion);
 }
 
 function fateText(fate) {
     if (fate.state === "applied")
-        return el("span.figure.good", null, "applied", fate.saving === null ? null : `, saves ${us(fate.saving, 2)}`);
-    if (fate.state === "none") return el("span.figure.faint", null, "not considered");
+        return el("span.figure.good", "applied", fate.saving === null ? null : `, saves ${us(fate.saving, 2)}`);
+    if (fate.state === "none") return el("span.figure.faint", "not considered");
     return el(
         fate.lost < 0 ? "span.figure.bad" : "span.figure",
-        null,
         fate.forbidden ? "forbidden" : marginText(fate.lost, 2),
     );
 }
 
 function fatesOf(fusion) {
-    return el(
-        "ul.fates",
-        null,
-        POLICIES.map((policy) => {
-            const pick = el(
-                "button.link",
-                { type: "button", onclick: () => change({ policy: policy.index }) },
-                el("span.letter", null, policy.letter),
-                " ",
-                shortPolicy(policy),
-            );
-            return el(
-                policy.index === STATE.policy ? "li.now" : "li",
-                null,
-                pick,
-                fateText(fateOf(fusion, policy.index, STATE.range)),
-            );
-        }),
-    );
+    const row = (policy) => [
+        el(
+            "button.link",
+            { onclick: () => change({ policy: policy.index }) },
+            el("span.letter", policy.letter),
+            " ",
+            shortPolicy(policy),
+        ),
+        fateText(fateOf(fusion, policy.index, STATE.range)),
+    ];
+    return list("ul.fates", POLICIES, row, (policy) => policy.index === STATE.policy);
 }
 
 /** The alternatives of a class of places as bars, at one of the sizes that they were priced at. */
@@ -153,11 +127,7 @@ function alternativesOf(cls, fusion, policy = STATE.policy) {
     );
     const body = el("div");
     const buttons = sizes.map((size) =>
-        el(
-            "button",
-            { type: "button", "aria-pressed": String(size === nearest), onclick: () => show(size) },
-            number(size),
-        ),
+        el("button", { "aria-pressed": String(size === nearest), onclick: () => show(size) }, number(size)),
     );
     const show = (size) => {
         buttons.forEach((button, index) => button.setAttribute("aria-pressed", String(sizes[index] === size)));
@@ -170,7 +140,7 @@ function alternativesOf(cls, fusion, policy = STATE.policy) {
             ),
             el(
                 "button.link.rows-link",
-                { type: "button", onclick: () => showCosts({ cls, tokens: size }) },
+                { onclick: () => showCosts({ cls, tokens: size }) },
                 "cost rows behind these figures",
             ),
         );
@@ -178,7 +148,7 @@ function alternativesOf(cls, fusion, policy = STATE.policy) {
     show(nearest);
     return part(
         "Time of the place by alternative",
-        el("div.sizes", { role: "group", "aria-label": "Tokens" }, el("span", null, "tokens"), buttons),
+        el("div.sizes", { role: "group", "aria-label": "Tokens" }, el("span", "tokens"), buttons),
         body,
     );
 }
@@ -194,15 +164,14 @@ function alternativeBars(rows, fusion, policy) {
     const now = applied.size ? applied : new Set(["unfused"]);
     return el(
         "ul.bars",
-        null,
         [...rows]
             .sort((a, b) => a.ns - b.ns)
             .map((row) => {
                 const [rule, , provider] = row.alternative.split(" ");
                 const name =
                     row === unfused
-                        ? el("span", null, "unfused, by Inductor")
-                        : el("span", null, ruleName(rule), ` ${provider || ""}`);
+                        ? el("span", "unfused, by Inductor")
+                        : el("span", ruleName(rule), ` ${provider || ""}`);
                 const note = [
                     now.has(row.alternative) ? "applied" : null,
                     row.alternative === nameOf(fusion) ? "this one" : null,
@@ -211,13 +180,11 @@ function alternativeBars(rows, fusion, policy) {
                     .join(", ");
                 return el(
                     row.alternative === nameOf(fusion) ? "li.now" : "li",
-                    null,
-                    el("div", null, name, note ? el("em", null, note) : null, el("b.figure", null, us(row.ns, 2))),
-                    el("div.bar-line", null, termBar(row, most)),
+                    el("div", name, note ? el("em", note) : null, el("b.figure", us(row.ns, 2))),
+                    el("div.bar-line", termBar(row, most)),
                     unfused && row !== unfused
                         ? el(
                               "small",
-                              null,
                               marginText(row.ns - unfused.ns, 2)
                                   .replace("worse", "more than unfused")
                                   .replace("better", "saved"),

@@ -57,8 +57,11 @@ function layerFigure(graph, segment, metrics) {
         metrics.detailed ? regions.map((region) => regionItem(region, graph, layout, metrics)) : [],
         segment.boxes.flatMap((index) => markItem(graph.boxes[index], layout.boxes.get(index), metrics)),
     );
-    return el("div.layer-scroll", null, figure);
+    return el("div.layer-scroll", figure);
 }
+
+/** What arrow keys lead to; see `openFocus`. */
+const itemOf = (kind, attributes, ...children) => el(kind, { tabindex: "-1", ...attributes }, ...children);
 
 const at = (x, y, w, h) => ({ left: `${x}px`, top: `${y}px`, width: `${w}px`, ...(h ? { height: `${h}px` } : {}) });
 
@@ -72,11 +75,9 @@ function boxItem(box, place, region, metrics) {
         region ? `in ${rule} by ${region.fusion.provider}` : null,
         box.marks.length ? plural(box.marks.length, "near miss", "near misses") : null,
     ];
-    return el(
+    return itemOf(
         box.op ? "button.item.box.op" : "button.item.box",
         {
-            type: "button",
-            tabindex: "-1",
             "data-key": `box ${box.graph} ${box.index}`,
             style: at(place.x, place.y, place.w, place.h),
             "data-rule": region ? ruleHue(rule) : null,
@@ -84,8 +85,8 @@ function boxItem(box, place, region, metrics) {
             title: [box.op || box.title, box.source, box.line, box.value].filter(Boolean).join("\n"),
             onclick: (event) => select({ kind: "box", graph: box.graph, box: box.index }, event),
         },
-        el("span.box-title", null, metrics.detailed ? breakable(box.title) : shortTitle(box)),
-        metrics.detailed && box.subtitle ? [" ", el("span.box-more", null, box.subtitle)] : null,
+        el("span.box-title", metrics.detailed ? breakable(box.title) : shortTitle(box)),
+        metrics.detailed && box.subtitle ? [" ", el("span.box-more", box.subtitle)] : null,
     );
 }
 
@@ -105,11 +106,9 @@ function regionItem({ fusion, saving, before, after, home }, graph, layout, metr
     const provider = home && right - left > 200 ? fusion.provider : null;
     const way = after ? "goes on in the next segment" : before ? "from the segment before" : null;
     const words = [[fusion.rule, provider, worth].filter(Boolean).join(" "), "fused region", way];
-    return el(
+    return itemOf(
         "button.item.region-name",
         {
-            type: "button",
-            tabindex: "-1",
             "data-key": `fusion ${fusion.id}${home ? "" : " part"}`,
             "data-fusion": fusion.id,
             "data-rule": ruleHue(fusion.rule),
@@ -119,9 +118,9 @@ function regionItem({ fusion, saving, before, after, home }, graph, layout, metr
             onclick: (event) => select({ kind: "fusion", fusion: fusion.id }, event),
         },
         before && !home ? el("span", { "aria-hidden": "true" }, "↤") : null,
-        el("b", null, fusion.rule),
-        provider ? [" ", el("span", null, provider)] : null,
-        worth ? [" ", el("i", null, worth)] : null,
+        el("b", fusion.rule),
+        provider ? [" ", el("span", provider)] : null,
+        worth ? [" ", el("i", worth)] : null,
         after ? el("span", { "aria-hidden": "true" }, "↦") : null,
     );
 }
@@ -135,11 +134,9 @@ function bracketItem({ loss, lane, from, to }, layout, metrics) {
     const better = loss.lost !== null && loss.lost < 0;
     const why = whyLost(loss);
     const figure = loss.forbidden || loss.lost === null ? why : marginText(loss.lost, 2);
-    return el(
+    return itemOf(
         better ? "button.item.bracket.better" : "button.item.bracket",
         {
-            type: "button",
-            tabindex: "-1",
             "data-key": `fusion ${fusion.id}`,
             "data-fusion": fusion.id,
             "data-rule": ruleHue(fusion.rule),
@@ -149,9 +146,9 @@ function bracketItem({ loss, lane, from, to }, layout, metrics) {
             onclick: (event) => select({ kind: "fusion", fusion: fusion.id }, event),
         },
         el("span.no", { "aria-hidden": "true" }, "✕"),
-        el("b", null, fusion.rule),
+        el("b", fusion.rule),
         " ",
-        el("i", null, figure),
+        el("i", figure),
     );
 }
 
@@ -169,11 +166,9 @@ function markItem(box, place, metrics) {
     const faint = misses.every(isFaint);
     if (faint && !metrics.detailed) return [];
     return [
-        el(
+        itemOf(
             faint ? "button.item.near.faint" : "button.item.near",
             {
-                type: "button",
-                tabindex: "-1",
                 "data-key": `near ${box.graph} ${box.index}`,
                 style: { left: `${place.x + place.w - 11}px`, top: `${place.y - 7}px` },
                 "aria-label": `near miss: ${misses.map(missText).join("; ")}`,

@@ -5,11 +5,7 @@ const OPEN = { groups: new Set(), layers: new Set() };
 function openLayers() {
     if (!GRAPHS.some((graph) => graph.boxes.length)) return;
     byId("graph").hidden = false;
-    refill(
-        byId("graph-tools"),
-        graphPicker(),
-        el("button.quiet", { type: "button", id: "unfold", onclick: toggleAll }, ""),
-    );
+    refill(byId("graph-tools"), graphPicker(), el("button.quiet", { id: "unfold", onclick: toggleAll }, ""));
     refill(byId("legend"), legend());
     listen(["policy", "range", "graph"], drawLayers);
     listen(["query"], markFound);
@@ -36,7 +32,7 @@ function graphPicker() {
         options,
     );
     listen(["graph"], () => (picker.value = STATE.graph));
-    return el("label.pick", null, "graph ", picker);
+    return el("label.pick", "graph ", picker);
 }
 
 /** Runs of segments that look alike under the policy and range at hand. */
@@ -67,7 +63,7 @@ function drawLayers() {
     refill(
         byId("graph-note"),
         "under ",
-        el("b", null, policyLabel(policyNow())),
+        el("b", policyLabel(policyNow())),
         ` at ${spanText(spanNow())} tokens; ${sizeText(graph)}`,
     );
     markFound();
@@ -100,54 +96,37 @@ function toggleAll() {
 function groupRow(graph, group) {
     const [first] = group.segments;
     if (group.segments.length === 1) return layerRow(graph, first, FULL, layerHead(first));
-    const open = isOpen(group);
-    const key = segmentKey(first);
-    const head = el(
-        "button.item.fold",
-        {
-            type: "button",
-            tabindex: "-1",
-            "aria-expanded": String(open),
-            "data-key": `fold ${key}`,
-            onclick: () => {
-                if (open) OPEN.groups.delete(key);
-                else OPEN.groups.add(key);
-                drawLayers();
-            },
-        },
-        el("span.caret", { "aria-hidden": "true" }),
-        el("b", null, runTitle(group.segments)),
-        el("span", null, `${group.segments.length} alike`),
-    );
-    if (!open) return layerRow(graph, first, FULL, head);
+    const count = el("span", `${group.segments.length} alike`);
+    const head = foldHead("fold", OPEN.groups, first, runTitle(group.segments), count);
+    if (!isOpen(group)) return layerRow(graph, first, FULL, head);
     return el(
         "div.layer-group",
         { role: "group", "aria-label": runTitle(group.segments) },
-        el("div.layer-row.group-head", null, el("div.layer-head", null, head)),
+        el("div.layer-row.group-head", el("div.layer-head", head)),
         group.segments.map((segment) => unfoldedRow(graph, segment)),
+    );
+}
+
+/** A button that opens and folds a segment, which `opened` has where it is open. */
+function foldHead(kind, opened, segment, title, more = null) {
+    const key = segmentKey(segment);
+    const toggle = () => {
+        if (!opened.delete(key)) opened.add(key);
+        drawLayers();
+    };
+    return itemOf(
+        "button.item.fold",
+        { "aria-expanded": String(opened.has(key)), "data-key": `${kind} ${key}`, onclick: toggle },
+        el("span.caret", { "aria-hidden": "true" }),
+        el("b", title),
+        more,
     );
 }
 
 /** A layer of an unfolded group: compact, until it is opened itself. */
 function unfoldedRow(graph, segment) {
-    const key = segmentKey(segment);
-    const open = OPEN.layers.has(key);
-    const head = el(
-        "button.item.fold",
-        {
-            type: "button",
-            tabindex: "-1",
-            "aria-expanded": String(open),
-            "data-key": `layer ${key}`,
-            onclick: () => {
-                if (open) OPEN.layers.delete(key);
-                else OPEN.layers.add(key);
-                drawLayers();
-            },
-        },
-        el("span.caret", { "aria-hidden": "true" }),
-        el("b", null, segmentTitle(segment)),
-    );
+    const open = OPEN.layers.has(segmentKey(segment));
+    const head = foldHead("layer", OPEN.layers, segment, segmentTitle(segment));
     return layerRow(graph, segment, open ? FULL : COMPACT, head);
 }
 
@@ -156,7 +135,7 @@ function layerRow(graph, segment, metrics, head) {
     return el(
         kind,
         { "data-segment": segment.index, role: "group", "aria-label": segmentTitle(segment) },
-        el("div.layer-head", null, head, metrics.detailed ? null : lossCount(graph, segment)),
+        el("div.layer-head", head, metrics.detailed ? null : lossCount(graph, segment)),
         layerFigure(graph, segment, metrics),
     );
 }
@@ -168,7 +147,7 @@ function lossCount(graph, segment) {
     return count ? el("span.faint", { title: "candidates that lost here" }, `✕ ${count}`) : null;
 }
 
-const layerHead = (segment) => el("b", null, breakable(segmentTitle(segment)));
+const layerHead = (segment) => el("b", breakable(segmentTitle(segment)));
 
 function segmentTitle(segment) {
     if (segment.number === null) return segment.name;

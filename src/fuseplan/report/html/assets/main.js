@@ -16,7 +16,7 @@ function openNav() {
     refill(
         byId("nav"),
         there.map(([id, name]) =>
-            el("a", { href: `#${id}` }, name, counts[id] ? el("span", null, number(counts[id])) : null),
+            el("a", { href: `#${id}` }, name, counts[id] ? el("span", number(counts[id])) : null),
         ),
     );
 }
@@ -25,27 +25,19 @@ function legend() {
     const matched = VIEW.rules.filter((rule) => rule.matched).map((rule) => ruleName(rule.name));
     return [
         matched,
-        el("span", null, el("i.key-region", { "aria-hidden": "true" }), "fused region"),
-        el(
-            "span",
-            null,
-            el("i.key-bracket", { "aria-hidden": "true" }),
-            "candidate that lost; ✕ where its op was taken",
-        ),
-        VIEW.misses.length ? el("span", null, nearGlyph(false), " near miss") : null,
-        VIEW.misses.some(isFaint)
-            ? el("span", null, nearGlyph(true), " one provider declines, or no match at all")
-            : null,
+        el("span", el("i.key-region", { "aria-hidden": "true" }), "fused region"),
+        el("span", el("i.key-bracket", { "aria-hidden": "true" }), "candidate that lost; ✕ where its op was taken"),
+        VIEW.misses.length ? el("span", nearGlyph(false), " near miss") : null,
+        VIEW.misses.some(isFaint) ? el("span", nearGlyph(true), " one provider declines, or no match at all") : null,
         el(
             "span.keys",
-            null,
-            el("kbd", null, "Tab"),
+            el("kbd", "Tab"),
             " into the graph, ",
-            el("kbd", null, "←↑↓→"),
+            el("kbd", "←↑↓→"),
             " move, ",
-            el("kbd", null, "Enter"),
+            el("kbd", "Enter"),
             " details, ",
-            el("kbd", null, "Esc"),
+            el("kbd", "Esc"),
             " close",
         ),
     ];

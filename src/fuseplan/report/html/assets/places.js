@@ -48,8 +48,8 @@ function boxLink(graph, index, text) {
     const box = GRAPHS[graph].boxes[index];
     return el(
         "button.link",
-        { type: "button", title: "show in the graph", onclick: () => showInGraph(graph, index) },
-        text || [code(box.op || box.title), box.source ? el("small", null, box.source) : null],
+        { title: "show in the graph", onclick: () => showInGraph(graph, index) },
+        text || [code(box.op || box.title), box.source ? el("small", box.source) : null],
     );
 }
 
@@ -57,9 +57,9 @@ function boxLink(graph, index, text) {
 function fusionLink(fusion) {
     return el(
         "button.link",
-        { type: "button", title: "show its details", onclick: () => showFusion(fusion) },
+        { title: "show its details", onclick: () => showFusion(fusion) },
         ruleName(fusion.rule),
-        el("small", null, fusion.provider),
+        el("small", fusion.provider),
     );
 }
 

@@ -16,8 +16,8 @@ function drawPolicies() {
     const rules = VIEW.rules.map((rule, index) => ({ ...rule, index })).filter((rule) => rule.matched);
     const several = VIEW.ranges.length > 1;
     const columns = [
-        ["policy", ""],
-        ...(contest ? [["at a contested place", ""]] : []),
+        "policy",
+        ...(contest ? ["at a contested place"] : []),
         ...rules.map((rule) => [ruleName(rule.name), "figure"]),
         ...(point
             ? [
@@ -52,12 +52,11 @@ function policyRow(policy, rules, contest, point) {
     const range = policy.ranges[STATE.range];
     return el(
         policy.index === STATE.policy ? "tr.now" : "tr",
-        null,
         el("th", { scope: "row" }, policyPick(policy)),
-        contest ? el("td", null, contestStrip(contest, policy)) : null,
-        rules.map((rule) => el("td.figure", null, firedOf(policy, rule, range))),
+        contest ? el("td", contestStrip(contest, policy)) : null,
+        rules.map((rule) => el("td.figure", firedOf(policy, rule, range))),
         point ? savedCells(policy, point) : null,
-        el("td.figure", null, savedOf(range)),
+        el("td.figure", savedOf(range)),
         againstFirst(policy, range),
     );
 }
@@ -70,29 +69,29 @@ function policyPick(policy) {
         checked: policy.index === STATE.policy,
         onchange: () => change({ policy: policy.index }),
     });
-    const more = policy.counterfactual ? el("small", null, "nothing forced or forbidden") : null;
-    const name = el("span.policy-name", null, code(policy.name), more);
-    return el("label.policy", null, input, el("span.letter", null, policy.letter), lineSample(policy), name);
+    const more = policy.counterfactual ? el("small", "nothing forced or forbidden") : null;
+    const name = el("span.policy-name", code(policy.name), more);
+    return el("label.policy", input, el("span.letter", policy.letter), lineSample(policy), name);
 }
 
 /** What a policy saves if it has to serve the size at hand alone; the most of all is bold. */
 function savedCells(policy, point) {
     const at = policy.counterfactual ? null : point.at[policy.index];
-    if (!at) return [1, 2, ...(point.step ? [3] : [])].map(() => el("td.figure", null, "–"));
+    if (!at) return [1, 2, ...(point.step ? [3] : [])].map(() => el("td.figure", "–"));
     const most = Math.max(...point.at.map((each) => each.saved));
-    const text = at.saved === most && most > 0 ? el("b", null, bare(at.saved)) : bare(at.saved);
+    const text = at.saved === most && most > 0 ? el("b", bare(at.saved)) : bare(at.saved);
     const priced = COSTS.some((row) => row.tokens === point.tokens);
     return [
-        el("td.figure", null, priced ? rowsLink({ tokens: point.tokens }, "size", text) : text),
-        el("td.figure", null, share(at.saved, point.unfused)),
-        ...(point.step ? [el("td.figure", null, share(at.saved, point.step))] : []),
+        el("td.figure", priced ? rowsLink({ tokens: point.tokens }, "size", text) : text),
+        el("td.figure", share(at.saved, point.unfused)),
+        ...(point.step ? [el("td.figure", share(at.saved, point.step))] : []),
     ];
 }
 
 /** A figure that leads to the rows it was computed from. */
 function rowsLink(rows, what, text) {
     const title = `show the cost rows of this ${what}`;
-    return el("button.link", { type: "button", title, onclick: () => showCosts(rows) }, text);
+    return el("button.link", { title, onclick: () => showCosts(rows) }, text);
 }
 
 /** What the plan of the range saves. */
@@ -105,7 +104,7 @@ function savedOf(range) {
 function againstFirst(policy, range) {
     const behind = POLICIES[0].ranges[STATE.range].saved - range.saved;
     const text = behind === 0 ? "equal" : `${behind > 0 ? "−" : "+"}${bare(Math.abs(behind))}`;
-    return el(behind > 0 ? "td.figure.worse" : "td.figure", null, policy.index === 0 ? "" : text);
+    return el(behind > 0 ? "td.figure.worse" : "td.figure", policy.index === 0 ? "" : text);
 }
 
 const lineSample = (policy) =>
@@ -141,21 +140,20 @@ function countsOfStep(policy, index) {
 /** "36 of 36" for the range at hand, all ranges below where they differ, and a word where it fires nowhere. */
 function firedOf(policy, rule, range) {
     const [, matched, state] = policy.rules[rule.index];
-    if (state === "unlisted") return el("span.faint", null, "not listed");
-    if (!matched) return el("span.faint", null, "–");
+    if (state === "unlisted") return el("span.faint", "not listed");
+    if (!matched) return el("span.faint", "–");
     const [here, there] = range.rules[rule.index];
     const word = STATE_TEXT[state];
     return [
         el(
             state === "starved" ? "span.fired.bad" : here ? "span.fired" : "span.fired.none",
-            null,
-            el("b", null, number(here)),
+            el("b", number(here)),
             ` of ${number(there)}`,
         ),
         word
-            ? el(state === "starved" ? "small.bad" : "small", null, word)
+            ? el(state === "starved" ? "small.bad" : "small", word)
             : countsOfStep(policy, rule.index).includes("/")
-              ? el("small", null, countsOfStep(policy, rule.index))
+              ? el("small", countsOfStep(policy, rule.index))
               : null,
     ];
 }
@@ -203,24 +201,19 @@ function contestStrip(contest, policy) {
         if (owner && parts.at(-1)?.owner === owner) parts.at(-1).boxes.push(index);
         else parts.push({ owner, boxes: [index] });
     }
-    const chip = (index) => el("span.chip", null, shortTitle(GRAPHS[contest.graph].boxes[index]));
+    const chip = (index) => el("span.chip", shortTitle(GRAPHS[contest.graph].boxes[index]));
     const strip = parts.map(({ owner, boxes }) =>
         owner
             ? el(
                   "span.frame",
                   { "data-rule": ruleHue(owner.rule), title: `${owner.rule} by ${owner.provider}` },
-                  el("span.frame-chips", null, boxes.map(chip)),
-                  el("span.frame-name", null, breakable(owner.rule)),
+                  el("span.frame-chips", boxes.map(chip)),
+                  el("span.frame-name", breakable(owner.rule)),
               )
             : boxes.map(chip),
     );
-    const names = lost.map(({ fusion }) => el("span.loser", null, "✕ ", fusion.rule));
-    return el(
-        "div.strip",
-        null,
-        el("div.strip-boxes", null, strip),
-        names.length ? el("div.losers", null, names) : null,
-    );
+    const names = lost.map(({ fusion }) => el("span.loser", "✕ ", fusion.rule));
+    return el("div.strip", el("div.strip-boxes", strip), names.length ? el("div.losers", names) : null);
 }
 
 /** Whether all that a loser would take is in one fusion anyway. */

@@ -91,9 +91,9 @@ function drawResults(query, count) {
                         take(index);
                     },
                 },
-                el("span.kind", null, entry.kind),
+                el("span.kind", entry.kind),
                 code(entry.name),
-                entry.more ? el("small", null, nodeFor(entry, query) || entry.more) : null,
+                entry.more ? el("small", nodeFor(entry, query) || entry.more) : null,
             ),
         ),
         el(

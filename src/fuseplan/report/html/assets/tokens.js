@@ -23,23 +23,10 @@ function openTokens() {
 }
 
 function unitPicker() {
-    const pick = (unit, label) =>
-        el(
-            "label.segment",
-            null,
-            el("input", {
-                type: "radio",
-                name: "unit",
-                value: unit,
-                checked: STATE.unit === unit,
-                onchange: () => change({ unit }),
-            }),
-            label,
-        );
+    const pick = (unit, label) => radio("unit", unit, STATE.unit === unit, () => change({ unit }), label);
     return el(
         "fieldset.segments",
-        null,
-        el("legend.unseen", null, "Unit of the chart"),
+        el("legend.unseen", "Unit of the chart"),
         pick("share", "% of these ops"),
         pick("us", "µs a step"),
     );
@@ -134,7 +121,7 @@ function orderTrack(set, width) {
 }
 
 const trackRow = (name, parts) =>
-    el("div.track", { role: "group", "aria-label": name }, el("span.track-name", null, name), parts);
+    el("div.track", { role: "group", "aria-label": name }, el("span.track-name", name), parts);
 
 function trackPart(from, to, width, text, { pressed, title, onclick }) {
     const half = (stepX(1, width) - stepX(0, width)) / 2;
@@ -142,13 +129,12 @@ function trackPart(from, to, width, text, { pressed, title, onclick }) {
     return el(
         "button.track-part",
         {
-            type: "button",
             title,
             onclick,
             "aria-pressed": String(pressed),
             style: { left: `${x + 1}px`, width: `${end - x - 2}px` },
         },
-        el("span", null, text),
+        el("span", text),
     );
 }
 
@@ -166,10 +152,9 @@ function openControl() {
         control,
         el(
             "div.control-inner",
-            null,
             readout,
             el("div.slider", { id: "slider" }, slider),
-            el("label.pick", null, el("span.unseen", null, "Policy "), picker),
+            el("label.pick", el("span.unseen", "Policy "), picker),
         ),
     );
     const show = () => {
@@ -203,38 +188,29 @@ function sizeSlider() {
 function rangePicker() {
     if (VIEW.ranges.length < 2) return el("span");
     const picks = VIEW.ranges.map((span, index) =>
-        el(
-            "label.segment",
-            null,
-            el("input", {
-                type: "radio",
-                name: "range",
-                value: index,
-                checked: index === STATE.range,
-                onchange: () => change({ range: index }),
-            }),
-            spanText(span),
-        ),
+        radio("range", index, index === STATE.range, () => change({ range: index }), spanText(span)),
     );
-    return el("fieldset.segments", null, el("legend.unseen", null, "Compile range"), picks);
+    return el("fieldset.segments", el("legend.unseen", "Compile range"), picks);
 }
 
 function readoutOf() {
     const point = pointNow();
     const span = spanNow();
-    if (!point) return [el("b", null, spanText(span)), " tokens"];
+    if (!point) return [el("b", spanText(span)), " tokens"];
     const served = isServed(point.tokens, span);
     return [
-        el("b", null, number(point.tokens)),
+        el("b", number(point.tokens)),
         point.tokens === 1 ? " token" : " tokens",
-        el("span", null, served ? `range ${spanText(span)}` : "no range"),
+        el("span", served ? `range ${spanText(span)}` : "no range"),
     ];
 }
 
 function valueText() {
     const point = pointNow();
     const at = point.at[STATE.policy];
-    const saved = at ? `, ${policyNow().name} saves ${us(at.saved)}, ${share(at.saved, point.unfused)} of the ops’ time` : "";
+    const saved = at
+        ? `, ${policyNow().name} saves ${us(at.saved)}, ${share(at.saved, point.unfused)} of the ops’ time`
+        : "";
     return `${plural(point.tokens, "token")}, compile range ${spanText(spanNow())}${saved}`;
 }
 

@@ -49,8 +49,7 @@ function readGraph(graph, index) {
 }
 
 function readFusion(row, id) {
-    const [graph, rule, op, provider, anchor, contested, site, source, cls, before, after, boxes, nodes, how] =
-        row;
+    const [graph, rule, op, provider, anchor, contested, site, source, cls, before, after, boxes, nodes, how] = row;
     return {
         id,
         graph,
