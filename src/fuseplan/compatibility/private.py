@@ -160,6 +160,7 @@ GRAPHS = (
                ("shape_env", "allow_non_fake_inputs")),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode.from_tensor", ("testing", "verification"), 1,
                ("symbolic_context",)),
+    PrivateApi("torch._subclasses.fake_tensor:in_kernel_invocation_manager", ("graph",), 1),
     PrivateApi("torch.utils._mode_utils:no_dispatch", ("graph",), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("providers", "verification"), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("providers", "verification"), 4),
