@@ -143,7 +143,10 @@ PATTERN_MATCHER = (
 GRAPHS = (
     PrivateApi("torch.fx:Graph._find_nodes_lookup_table", ("graph",)),
     PrivateApi("torch.fx:Graph._graph_namespace", ("graph",)),
+    PrivateApi("torch.fx:Graph._len", ("graph",)),
     PrivateApi("torch.fx:Graph._root", ("graph",)),
+    PrivateApi("torch.fx.graph:_Namespace._obj_to_name", ("graph",)),
+    PrivateApi("torch.fx.graph:_Namespace._used_names", ("graph",)),
     PrivateApi("torch.fx:Node._erased", ("graph", "matching", "rewriting")),
     PrivateApi("torch.fx:Node._sort_key", ("matching", "planner")),
     PrivateApi("torch.fx:Node._update_args_kwargs", ("graph",), 2),
