@@ -56,7 +56,7 @@ def test_something_that_can_not_be_called_any_more_is_found(monkeypatch: pytest.
 
 def test_a_class_without_its_instances_attribute_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     class Graph:
-        _find_nodes_lookup_table = _graph_namespace = None
+        _find_nodes_lookup_table = _graph_namespace = _len = None
 
     monkeypatch.setattr(torch.fx, "Graph", Graph)
     assert [str(each) for each in find_moved(PRIVATE_APIS)] == ["torch.fx.Graph._root is gone"]
@@ -64,7 +64,7 @@ def test_a_class_without_its_instances_attribute_is_found(monkeypatch: pytest.Mo
 
 def test_a_class_that_can_not_be_made_any_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     class Graph:
-        _find_nodes_lookup_table = _graph_namespace = None
+        _find_nodes_lookup_table = _graph_namespace = _len = None
 
         def __init__(self) -> None:
             raise RuntimeError("make me another way")

@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fuseplan.graph.layout import layout_of, storage_of
 from fuseplan.graph.ops import empty
+from fuseplan.graph.ops.fakes import view_of
 
 
 def fake_of(mode: FakeTensorMode, kind: str) -> Tensor:
@@ -41,6 +42,23 @@ def test_a_new_fake_is_the_one_that_the_mode_makes(kind: str, dtype: torch.dtype
         assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
         assert layout_of(ours) == layout_of(theirs)
         assert len({storage_of(each) for each in (x, ours, theirs)}) == 3
+    assert len(environment.guards) == guards
+
+
+@pytest.mark.parametrize("kind", ["static", "backed", "unbacked"])
+def test_a_view_of_a_fake_is_the_one_that_the_mode_makes(kind: str) -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    x, other = fake_of(mode, kind), fake_of(mode, "static")
+    assert isinstance(x, FakeTensor)
+    theirs = x.t()[1:, :2] if kind == "static" else x[:, 2:]
+    guards = len(environment.guards)
+    ours = view_of(x, theirs)
+    assert type(ours) is FakeTensor
+    assert ours.fake_mode is mode
+    assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+    assert layout_of(ours) == layout_of(theirs) != layout_of(x)
+    assert storage_of(ours) == storage_of(x) != storage_of(other)
     assert len(environment.guards) == guards
 
 

@@ -121,6 +121,20 @@ def test_copies_are_of_the_same_calls_and_stand_alone() -> None:
     assert both.args == ([x, y],)
 
 
+def test_names_in_a_copy_are_taken() -> None:
+    graph, _ = diamond()
+    copy, _ = copy_graph(graph)
+    assert len(copy.nodes) == len(graph.nodes)
+    names = [node.name for node in graph.nodes]
+    with copy.inserting_before(copy.output_node()):
+        added = [copy.create_node("call_function", aten.relu.default, (), {}, name) for name in names]
+    assert len({node.name for node in copy.nodes}) == 2 * len(names)
+    copied = [node for node in copy.nodes if node not in added]
+    copied[0]._rename(names[1])
+    assert copied[0].name not in names
+    assert [node.name for node in graph.nodes] == names
+
+
 def test_what_was_declared_to_have_effects_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fuseplan.graph.layout import carriers, is_reordered, layout_reader, memory_order, same_layout, writers
+from fuseplan.graph.layout import carriers, is_reordered, is_view_of, layout_reader, memory_order, same_layout, writers
 from tests.helpers import written
 
 aten = torch.ops.aten
@@ -51,6 +51,19 @@ def test_sizes_that_nobody_knows_have_an_order_and_no_guard() -> None:
     assert same_layout(value, value)
     assert not is_reordered(value, value)
     assert not same_layout(value, value[..., 1:])
+
+
+def test_a_view_of_one_tensor_is_one_of_another_that_lies_as_it_does() -> None:
+    with FakeTensorMode():
+        x, other = torch.empty(4, 8), torch.empty(4, 8)
+        turned, wider, half = torch.empty(8, 4).t(), torch.empty(4, 9), torch.empty(4, 8, dtype=torch.float16)
+        later = torch.empty(33)[1:].view(4, 8)
+    view, by_bits = x[:, :2], x.view(torch.int32)
+    assert is_view_of(view, x, other)
+    for each in (turned, wider, half, later, torch.empty(4, 8)):
+        assert not is_view_of(view, x, each)
+    assert not is_view_of(view.clone(), x, other)
+    assert not is_view_of(by_bits, x, other)
 
 
 def test_dimensions_of_one_element_have_no_stride() -> None:

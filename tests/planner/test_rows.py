@@ -1,8 +1,12 @@
 """How many rows a graph has, of which rules for few rows are on by default."""
 
 import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fuseplan.planner.rows import most_rows
+from fuseplan.planner.rows import Rows, most_rows
 from tests.cached import BATCH, arguments, attending, layer, visible
 from tests.helpers import post_grad
 
@@ -13,3 +17,31 @@ def test_queries_count_where_attention_is_compiled_by_itself(tokens: int) -> Non
     graph = post_grad(attending(layer(read=lambda cache: cache)), *arguments(tokens), visible(5, tokens))
     assert most_rows(graph, None) == BATCH * tokens
     assert most_rows(graph, 1) == BATCH * tokens
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_tokens_are_those_of_the_first_symbolic_integers(order: tuple[int, ...]) -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(value: torch.Tensor, *dynamic: int) -> torch.Tensor:
+        kinds = [DimDynamic.DUCK if dim in dynamic else DimDynamic.STATIC for dim in range(value.dim())]
+        return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+
+    inputs = [
+        fake(torch.zeros(7, 64)), fake(torch.zeros(12, 64), 0), fake(torch.zeros(3, dtype=torch.int64)),
+        fake(torch.zeros(5, 6, dtype=torch.int64), 0, 1),
+    ]  # fmt: skip
+    for left, traced, is_dynamic in ((4, 30, True), (3, 12, True), (1, 1, False)):
+        graph = fx.Graph()
+        for index in order:
+            if index < left:
+                graph.placeholder(f"input_{index}").meta["val"] = inputs[index]
+        rows = Rows.of(graph)
+        assert (rows.traced, rows.is_dynamic) == (traced, is_dynamic)
+        assert rows.at_each(inputs[0], (1, 100)) == (7, 7)
+        if is_dynamic:
+            assert rows.at_each(inputs[1], (traced, 2 * traced)) == ((12, 24) if left == 3 else (12, 12))
+    graph = fx.Graph()
+    for index in (0, 2):
+        graph.placeholder(f"input_{index}").meta["val"] = inputs[index]
+    assert (Rows.of(graph).traced, Rows.of(graph).is_dynamic) == (3, False)

@@ -1,7 +1,7 @@
 """Chosen fusions in the original graph: it computes what it did, and what isn't fused stays as it was."""
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.layout import storage_of
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.matching import Match, find_matches
 from fuseplan.providers import BUILT_IN_PROVIDERS, Provider, provider_of
@@ -174,6 +175,44 @@ def test_values_that_are_known_are_not_computed_again() -> None:
         items = {user.args[1]: user.meta["val"] for user in node.users if user.target is operator.getitem}
         assert items == {0: old[wide.name], 1: old[total.name]}
         assert items[0] is old[wide.name]
+
+
+def test_a_view_of_a_known_value_lies_in_its_memory() -> None:
+    graph = written(padded, INPUTS)
+    matches = rewrite(graph, RULES["act_padding"])
+    slices = [node for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor) if node.args[3] == -8]
+    assert len(matches) == 2
+    assert len(slices) == 1
+    for node in slices:
+        assert storage_of(node.meta["val"]) == storage_of(node.args[0].meta["val"])
+        assert node.meta["val"].stride() == (HIDDEN + 8, 1)
+
+
+@pytest.mark.parametrize("difference", ["nothing", "pad", "epsilon", "rounding"])
+def test_replacements_of_equal_values_are_traced_once(difference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pad, eps = (16 if difference == "pad" else 8), (1e-6 if difference == "epsilon" else 1e-5)
+    rounding = "gpt_oss" if difference == "rounding" else "llama"
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        first, second = ops.rms_norm(x, w, 1e-5, "llama"), ops.rms_norm(r, w, eps, rounding)
+        return ops.pad(first, 8), ops.pad(second, pad)
+
+    traced: list[Mapping[str, Any]] = []
+    graph = written(model, INPUTS)
+    canonical = canonicalize(graph)
+    chosen = find_matches(canonical, {"act_padding": RULES["act_padding"]}, [BUILT_IN_PROVIDERS[0]]).candidates
+    trace = Rule.trace_replacement
+
+    def noted(rule: Rule, values: Mapping[str, Any]) -> Any:
+        traced.append(values)
+        return trace(rule, values)
+
+    monkeypatch.setattr(Rule, "trace_replacement", noted)
+    apply(canonical, chosen)
+    assert len(chosen) == 2
+    assert len(traced) == (1 if difference == "nothing" else 2)
+    fused = graph.find_nodes(op="call_function", target=ops.rms_norm_pad.overload)
+    assert [node.args[2:] for node in fused] == [(1e-5, "llama", 8), (eps, rounding, pad)]
 
 
 def test_values_that_are_not_contiguous_are_computed_again() -> None:

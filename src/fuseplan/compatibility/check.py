@@ -74,6 +74,7 @@ _EXAMPLES: Mapping[str, Callable[[Any], object]] = {
     "ListOf": lambda cls: cls(importlib.import_module(cls.__module__).KeywordArg("x")),
     "OpOverload": lambda cls: torch.ops.aten.relu.default,
     "PatternMatcherPass": lambda cls: cls(),
+    "_Namespace": lambda cls: cls(),
     "_TorchCompileInductorWrapper": lambda cls: cls(None, None, None),
 }
 """An instance of each class some of whose attributes only instances have."""

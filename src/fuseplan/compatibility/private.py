@@ -143,7 +143,10 @@ PATTERN_MATCHER = (
 GRAPHS = (
     PrivateApi("torch.fx:Graph._find_nodes_lookup_table", ("graph",)),
     PrivateApi("torch.fx:Graph._graph_namespace", ("graph",)),
+    PrivateApi("torch.fx:Graph._len", ("graph",)),
     PrivateApi("torch.fx:Graph._root", ("graph",)),
+    PrivateApi("torch.fx.graph:_Namespace._obj_to_name", ("graph",)),
+    PrivateApi("torch.fx.graph:_Namespace._used_names", ("graph",)),
     PrivateApi("torch.fx:Node._erased", ("graph", "matching", "rewriting")),
     PrivateApi("torch.fx:Node._sort_key", ("matching", "planner")),
     PrivateApi("torch.fx:Node._update_args_kwargs", ("graph",), 2),
@@ -160,6 +163,7 @@ GRAPHS = (
                ("shape_env", "allow_non_fake_inputs")),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensorMode.from_tensor", ("testing", "verification"), 1,
                ("symbolic_context",)),
+    PrivateApi("torch._subclasses.fake_tensor:in_kernel_invocation_manager", ("graph",), 1),
     PrivateApi("torch.utils._mode_utils:no_dispatch", ("graph",), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("providers", "verification"), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("providers", "verification"), 4),

@@ -239,8 +239,9 @@ def depths(graph: fx.Graph) -> dict[fx.Node, int]:
     computed from, however the nodes are laid out.
     """
     result: dict[fx.Node, int] = {}
+    depth_of = result.__getitem__
     for node in graph.nodes:
-        result[node] = 1 + max([result[source] for source in node.all_input_nodes], default=-1)
+        result[node] = 1 + max(map(depth_of, node.all_input_nodes), default=-1)
     return result
 
 

@@ -86,13 +86,21 @@ def layout_of(value: Tensor) -> tuple[Any, ...]:
     return tuple(map(exact, (*value.shape, *value.stride(), value.storage_offset())))
 
 
+def is_view_of(view: Tensor, base: Tensor, other: Tensor) -> bool:
+    """Whether one fake tensor is a view of a second one's memory, and of a third one's would have the same layout."""
+    return (
+        storage_of(view) == storage_of(base) and type(other) is FakeTensor
+        and view.dtype is base.dtype is other.dtype and layout_of(base) == layout_of(other)
+    )  # fmt: skip
+
+
 def same_layout(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape have equal strides and offsets for every value of their symbols, dimensions of
     one element aside; adds no guard.
     """
     dims = zip(left.shape, left.stride(), right.stride(), strict=True)
     return equal_size(left.storage_offset(), right.storage_offset()) and all(
-        equal_size(size, 1) or equal_rounded([a], [b], ALIGNED_ROWS) for size, a, b in dims
+        equal_rounded([a], [b], ALIGNED_ROWS) or equal_size(size, 1) for size, a, b in dims
     )
 
 

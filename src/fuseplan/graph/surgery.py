@@ -22,13 +22,17 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     original: dict[fx.Node, fx.Node] = {}
     copy_of, map_arg = copies.__getitem__, fx.map_arg
     for node in graph.nodes:
-        # `Graph.graph_copy` takes twice as long: it looks for symbols among the arguments of each node.
-        new = copy.create_node(node.op, node.target, (), {}, node.name, node.type)
-        args, kwargs = node.args, node.kwargs
-        if args or kwargs:
-            new._update_args_kwargs(map_arg(args, copy_of), map_arg(kwargs, copy_of) if kwargs else kwargs)
+        # `Graph.create_node`, one by one, takes twice as long, and `Graph.graph_copy` four times.
+        args, kwargs = map_arg(node.args, copy_of), map_arg(node.kwargs, copy_of)
+        new = fx.Node(copy, node.name, node.op, node.target, args, kwargs, node.type)
+        copy._root.prepend(new)
         new.meta.update(node.meta)
         copies[node], original[new] = new, node
+    copy._len = len(copies)
+    copy._graph_namespace._obj_to_name = {new: new.name for new in original}
+    copy._graph_namespace._used_names = {node.name for node in copies}
+    for called, nodes in graph._find_nodes_lookup_table.table.items():
+        copy._find_nodes_lookup_table.table[called] = dict.fromkeys(map(copy_of, nodes))
     copy.owning_module = graph.owning_module
     return copy, original
 

@@ -298,11 +298,8 @@ def _placed(canonical: CanonicalGraph, match: Match, refusal: Refusal | None) ->
 
 def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]:
     """The ops that every member of a rule needs and the graph doesn't have: why the rule can do nothing here."""
-    graph = canonical.graph
-    missing = [
-        {op_text(node.target) for node in rule.calls if not graph.find_nodes(op="call_function", target=node.target)}
-        for rule in members
-    ]
+    targets = _Calls.of(canonical).targets
+    missing = [{op_text(node.target) for node in rule.calls if node.target not in targets} for rule in members]
     return min((sorted(names) for names in missing), key=len) if all(missing) else []
 
 

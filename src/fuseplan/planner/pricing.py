@@ -155,7 +155,7 @@ class Pricing:
             value = tensor_of(site.core.args[0])
             assert value is not None
             self._inputs[site.ordinal] = value
-            first, *others = (rows.at(value, size) for size in self.tokens)
+            first, *others = rows.at_each(value, self.tokens)
             key = site.shape(first), tuple(others)
             if key not in equal:
                 equal[key] = key[0], *(site.shape(each) for each in others)

@@ -1,5 +1,6 @@
 """How many rows tensors of a graph have at a number of tokens."""
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Rows:
     tokens: Any
     traced: int
     environment: Any = None
-    _varies: dict[tuple[Any, ...], bool] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[tuple[Any, ...], tuple[int, bool]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, graph: fx.Graph) -> "Rows":
@@ -39,13 +40,15 @@ class Rows:
         else the first. Where there are none, off the first of integers, since any other input may be a weight.
         """
         inputs = [value for node in graph.find_nodes(op="placeholder") if (value := tensor_of(node)) is not None]
-        symbolic = [value for value in inputs if any(isinstance(size, torch.SymInt) for size in _leading(value))]
-        integers = [value for value in symbolic or inputs if not value.is_floating_point() and value.dim()]
-        for value in integers or symbolic:
-            product = _expression(_leading(value))
-            traced = _product([hint(size) for size in _leading(value)])
-            return cls(product, traced, _environment(_leading(value))) if symbolic else cls(None, traced)
-        return cls(None, 1)
+        integers = [value for value in inputs if not value.is_floating_point() and value.dim()]
+        # There are few integers, and an input of weights for every layer.
+        symbolic = next(filter(_is_symbolic, itertools.chain(integers, inputs)), None)
+        value = symbolic if symbolic is not None else next(iter(integers), None)
+        if value is None:
+            return cls(None, 1)
+        leading = _leading(value)
+        traced = _product([hint(size) for size in leading])
+        return cls(None, traced) if symbolic is None else cls(_expression(leading), traced, _environment(leading))
 
     @property
     def is_dynamic(self) -> bool:
@@ -57,16 +60,18 @@ class Rows:
 
         Where tokens have several symbols, the last one varies and the others stay as traced.
         """
-        leading = value.shape[:-1]
-        rows = max(1, _product([hint(size) for size in leading]))
-        if self.tokens is None:
-            return rows
-        sizes: list[Any] = list(leading)
+        return self.at_each(value, (tokens,))[0]
+
+    def at_each(self, value: torch.Tensor, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The same at several numbers of tokens."""
+        sizes: list[Any] = list(value.shape[:-1])
         key = tuple(map(exact, sizes))
-        if key not in self._varies:
-            symbols: set[Any] = getattr(_expression(leading), "free_symbols", set())
-            self._varies[key] = bool(symbols & self.tokens.free_symbols)
-        return max(1, round(rows * tokens / self.traced)) if self._varies[key] else rows
+        if key not in self._known:
+            symbols: set[Any] = getattr(_expression(sizes), "free_symbols", set())
+            varies = self.tokens is not None and bool(symbols & self.tokens.free_symbols)
+            self._known[key] = max(1, _product([hint(size) for size in sizes])), varies
+        rows, varies = self._known[key]
+        return tuple(max(1, round(rows * each / self.traced)) if varies else rows for each in tokens)
 
     def most(self, value: torch.Tensor, tokens: int | None) -> float:
         """The most rows that a tensor can have; infinity where nothing limits them.
@@ -147,6 +152,11 @@ def _expression(sizes: Iterable[Any]) -> Any:
     for size in sizes:
         product = product * exact(size)
     return product
+
+
+def _is_symbolic(value: torch.Tensor) -> bool:
+    """Whether tokens may be among the leading dimensions of an input."""
+    return any(isinstance(size, torch.SymInt) for size in _leading(value))
 
 
 def _environment(sizes: Iterable[Any]) -> Any:

@@ -15,7 +15,9 @@ from fuseplan.dialect import is_inlined
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.canonical.view import PROVENANCE
 from fuseplan.graph.facts import aten, tensor_of
-from fuseplan.graph.layout import carriers, computed, is_reordered, memory_order, same_layout
+from fuseplan.graph.layout import carriers, computed, is_reordered, is_view_of, memory_order, same_layout
+from fuseplan.graph.ops.fakes import view_of
+from fuseplan.graph.reach import is_view
 from fuseplan.graph.sharing import Shared
 from fuseplan.graph.surgery import erase_dead, sort_topologically
 from fuseplan.matching import Match
@@ -59,6 +61,7 @@ class _Rewriter:
         self.placed: dict[fx.Node, fx.Node] = {}
         self.results: list[fx.Node] = []
         self.shared, self.repeated = Shared(self.graph), list[fx.Node]()
+        self._traced: dict[tuple[Any, ...], Traced] = {}
         self.consumed = {node for match in chosen for node in match.consumed}
         self.replaced = canonical.claims(self.consumed)
 
@@ -93,7 +96,7 @@ class _Rewriter:
         return first
 
     def _emit(self, match: Match, arguments: dict[str, fx.Node], place: "_Place") -> list[fx.Node]:
-        traced = match.rule.trace_replacement(match.values)
+        traced = self._replacement(match)
         mapping = {traced.inputs[name]: node for name, node in arguments.items()}
         fused = match.rule.op.overload
         known = _known_values(traced, match)
@@ -114,6 +117,14 @@ class _Rewriter:
                     )  # the dispatcher would call it, and takes as long again
                 mapping[node] = self._create(place, target, args, kwargs, match.core, value)
         return [mapping[node] for node in traced.outputs]
+
+    def _replacement(self, match: Match) -> Traced:
+        """The replacement as a graph, traced once for all matches of a rule with the same plain values."""
+        plain = ((type(each), None if isinstance(each, fx.Node) else repr(each)) for each in match.values.values())
+        key = match.rule, *match.values, *plain
+        if key not in self._traced:
+            self._traced[key] = match.rule.trace_replacement(match.values)
+        return self._traced[key]
 
     def _inline(self, place: "_Place", match: Match, args: tuple[Any, ...]) -> fx.Node:
         """Emits the calls that a provider's kernel makes."""
@@ -220,12 +231,17 @@ def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
     implementation again takes longer than all else.
     """
     known: dict[fx.Node, Any] = {}
+    yielded = dict(zip(traced.outputs, match.yields, strict=True))
     for node, output, made in zip(traced.outputs, match.outputs, match.yields, strict=True):
         value = tensor_of(output)
         # Nodes that share memory can't have values that don't.
         direct = node.target in (operator.getitem, match.rule.op.overload) and traced.outputs.count(node) == 1
         if value is not None and direct and output not in match.loose and same_layout(value, made):
             known[node] = value
+    for node, made in yielded.items():
+        base = node.args[0] if is_view(node) else None
+        if isinstance(base, fx.Node) and base in known and is_view_of(made, yielded[base], known[base]):
+            known[node] = view_of(known[base], made)
     for node in traced.graph.find_nodes(op="call_function", target=match.rule.op.overload):
         count = len(match.rule.op.overload._schema.returns)
         items = {user.args[1]: known.get(user) for user in node.users if user.target is operator.getitem}

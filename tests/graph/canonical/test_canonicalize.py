@@ -288,3 +288,18 @@ def test_noops_are_seen_through_only_when_asked() -> None:
         (pad,) = nodes(canonicalize(graph, see_through_noops=see_through), "pad")
         found = pad.args[0].target  # type: ignore[union-attr]
         assert found is expected or found is ops.rms_norm.overload
+
+
+def test_a_new_node_is_as_deep_as_what_it_takes_the_place_of() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    shallow = graph.call_function(aten.relu.default, (x,))
+    deep = graph.call_function(aten.add.Tensor, (graph.call_function(aten.neg.default, (shallow,)), x))
+    graph.output((shallow, deep))
+    canonical = CanonicalGraph.copy_of(graph)
+    copies = {original: node for node, original in canonical.origin.items()}
+    first = canonical.insert_before(copies[shallow], aten.sin.default, (copies[x],), None)
+    second = canonical.insert_before(copies[deep], aten.sin.default, (first,), None)
+    third = canonical.insert_before(second, aten.cos.default, (first,), None)
+    canonical.replace(copies[deep], second)
+    assert [canonical.depth(node) for node in (copies[x], copies[shallow], first, second, third)] == [0, 1, 1, 3, 3]

@@ -4,6 +4,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -38,7 +39,6 @@ class CanonicalGraph:
         graph: its copy, raised.
         origin: for a node of `graph` the node of `original` with the same value. Nodes without one, e.g. a slice that
             was hoisted over an all-reduce, come into being only when a fusion needs them.
-        depth: the longest path to a node from an input; see `facts.depths`.
         region: the number of mutations before a node; see `facts.mutation_regions`.
         repeated: for a node of `original` those that compute its value again, and for which its own node of `graph`
             stands, too.
@@ -53,7 +53,6 @@ class CanonicalGraph:
     original: fx.Graph
     graph: fx.Graph
     origin: dict[fx.Node, fx.Node]
-    depth: dict[fx.Node, int]
     region: dict[fx.Node, int]
     repeated: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     interior: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
@@ -62,6 +61,7 @@ class CanonicalGraph:
     raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
     known: dict[Any, Any] = field(default_factory=dict, init=False)
     _constants: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+    _copied: dict[fx.Node, fx.Node] = field(kw_only=True)
 
     @classmethod
     def copy_of(
@@ -75,8 +75,8 @@ class CanonicalGraph:
         """
         graph, origin = copy_graph(original)
         return cls(
-            original=original, graph=graph, origin=origin, depth=depths(graph), region=mutation_regions(graph),
-            raised_alike=raised_alike or cls.copy_of,
+            original=original, graph=graph, origin=origin, region=mutation_regions(graph),
+            raised_alike=raised_alike or cls.copy_of, _copied=dict(origin),
         )  # fmt: skip
 
     @property
@@ -199,7 +199,15 @@ class CanonicalGraph:
         return node
 
     def _take_place(self, node: fx.Node, place: fx.Node) -> None:
-        self.depth[node], self.region[node] = self.depth[place], self.region[place]
+        self._copied[node], self.region[node] = self._copied[place], self.region[place]
+
+    def depth(self, node: fx.Node) -> int:
+        """The longest path from an input to a node of `graph`, or to the one in whose place it is."""
+        return self._depths[self._copied[node]]
+
+    @cached_property
+    def _depths(self) -> dict[fx.Node, int]:
+        return depths(self.original)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Makes `new`, which has the same value, stand for `old`."""

@@ -278,8 +278,7 @@ def _raise_with_residual(
         return False
     if not equal_shape(tensor_of(left), tensor_of(right)):
         return False
-    left_first = _rank(canonical, left, right) > _rank(canonical, right, left)
-    x, residual = (left, right) if left_first else (right, left)
+    x, residual = (left, right) if _is_output(canonical, left, right) else (right, left)
     if dtype_of(x) is not dtype_of(residual):
         x, residual = (left, right) if dtype_of(left) is (norm.rounded_to or dtype_of(norm.y)) else (right, left)
         if rounding.rounds_residual or dtype_of(residual) is not torch.float32:
@@ -295,20 +294,23 @@ def _raise_with_residual(
     return True
 
 
-def _rank(canonical: CanonicalGraph, addend: fx.Node, other: fx.Node) -> tuple[int, int]:
-    """By which of two addends is the block's output, and the other one the residual: what is all-reduced for this sum
-    alone, what is computed from an all-reduce for this sum alone, what is all-reduced and the other one doesn't depend
-    on, and then the deeper one.
+def _is_output(canonical: CanonicalGraph, addend: fx.Node, other: fx.Node) -> bool:
+    """Whether of two addends this one is the block's output, and the other one the residual: what is all-reduced for
+    this sum alone, what is computed from an all-reduce for this sum alone, what is all-reduced and the other one
+    doesn't depend on, and then the deeper one.
     """
+    mine, others = _certainty(addend, other), _certainty(other, addend)
+    return mine > others if mine != others else canonical.depth(addend) > canonical.depth(other)
+
+
+def _certainty(addend: fx.Node, other: fx.Node) -> int:
     reached = path_between(addend, _is_reduced, "inputs")
-    certainty = 0
-    if reached is not None:
-        way, reduced = reached
-        if all(len(node.users) == 1 for node in (*way, reduced)):
-            certainty = 2 if way else 3
-        elif not way and is_convex([reduced], [other]):
-            certainty = 1
-    return certainty, canonical.depth[addend]
+    if reached is None:
+        return 0
+    way, reduced = reached
+    if all(len(node.users) == 1 for node in (*way, reduced)):
+        return 2 if way else 3
+    return 1 if not way and is_convex([reduced], [other]) else 0
 
 
 def _is_reduced(node: fx.Node) -> bool:
