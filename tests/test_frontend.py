@@ -251,6 +251,14 @@ def test_savings_are_finite_numbers(saving: Any) -> None:
         fuseplan.ExternalPass(matcher=PatternMatcherPass(), saving_us=saving)
 
 
+def test_rows_of_no_elements_are_planned() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return nn.functional.pad(nn.functional.rms_norm(x, (0,), w, 1e-6), (0, 8))
+
+    report = fuseplan.explain(model, randn(5, 0), randn(0), config=PAD)
+    assert report.fused["act_padding"] == 1
+
+
 @pytest.mark.parametrize("policy", ["planned", "ordered(act_padding)"])
 def test_an_empty_batch_is_planned_and_compiled(policy: str) -> None:
     config = fuseplan.PassConfig(policy=policy)
