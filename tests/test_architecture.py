@@ -29,7 +29,7 @@ def _rows(*rows: str) -> tuple[frozenset[str], ...]:
 LEVELS = _rows(
     "cpython errors",
     "record",
-    "config compatibility graph",
+    "arguments config compatibility graph",
     "devices distributed",
     "rules",
     "dialect",

@@ -5,12 +5,14 @@ import functools
 import gc
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.pattern_matcher import PatternMatcherPass
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
@@ -208,6 +210,53 @@ def test_what_can_not_be_traced_is_one_line() -> None:
 
     with pytest.raises(WorkloadError, match="the model could not be traced: no way"):
         fuseplan.explain(impossible, randn(5, HIDDEN))
+
+
+@pytest.mark.parametrize("model", [None, 3, "llama-3.1-8b"])
+def test_what_is_no_model_is_one_line(model: Any) -> None:
+    for take in (fuseplan.explain, fuseplan.compile):
+        with pytest.raises(ConfigError, match=rf"^model={model!r}: allowed are modules and functions$"):
+            take(model)
+
+
+@pytest.mark.parametrize("take", [lambda **more: fuseplan.compile(lambda x: x, **more), fuseplan.inductor_options])
+def test_a_report_goes_to_a_function(take: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^on_report=3: allowed are None and functions$"):
+        take(on_report=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("passes", 3, "pass 3 is neither a PatternMatcherPass, an ExternalPass nor a function of a graph"),
+        ("passes", None, "pass None is neither"),
+        ("options", 3, "options=3: allowed are None and dictionaries"),
+        ("options", ["max_autotune"], r"options=\['max_autotune'\]: allowed are None and dictionaries"),
+    ],
+)
+def test_passes_and_options_of_another_type_are_one_line(name: str, given: Any, says: str) -> None:
+    for take in (lambda **more: fuseplan.compile(lambda x: x, **more), fuseplan.inductor_options):
+        with pytest.raises(ConfigError, match=f"^{says}"):
+            take(**{name: given})
+
+
+def test_a_device_that_is_none_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^device=3: allowed are None, names of devices and profiles$"):
+        fuseplan.explain(lambda x: x, torch.ones(1), device=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("saving", ["1", float("nan"), float("inf")])
+def test_savings_are_finite_numbers(saving: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^saving_us={saving!r}: allowed are None and finite numbers"):
+        fuseplan.ExternalPass(matcher=PatternMatcherPass(), saving_us=saving)
+
+
+def test_rows_of_no_elements_are_planned() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return nn.functional.pad(nn.functional.rms_norm(x, (0,), w, 1e-6), (0, 8))
+
+    report = fuseplan.explain(model, randn(5, 0), randn(0), config=PAD)
+    assert report.fused["act_padding"] == 1
 
 
 @pytest.mark.parametrize("policy", ["planned", "ordered(act_padding)"])

@@ -230,6 +230,7 @@ def test_requests_that_cannot_be_paths_end_in_one_line(tmp_path: Path) -> None:
     lock = str(tmp_path / "circle")
     for arguments, says in (
         (["explain", "x" * 300], "unknown workload"),
+        (["explain", ""], "unknown workload ''"),
         (["explain", "gpt-oss-120b-tiny", "--range", "1:" + "9" * 5000], "isn't of the form FIRST:LAST"),
         (["explain", "gpt-oss-120b-tiny", "--layers", "10001"], "give a number of layers of at most 10000"),
         (["check", "gpt-oss-120b-tiny", "--lock", lock], "Too many levels of symbolic links"),

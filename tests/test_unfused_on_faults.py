@@ -122,6 +122,14 @@ def test_somebodys_pass_that_raises(traced: fx.Graph) -> None:
     assert_left_alone(graph, traced, report, "since careless (test_unfused_on_faults.py:")
 
 
+def test_torch_raises_in_somebodys_pass(traced: fx.Graph) -> None:
+    def careless(graph: fx.Graph) -> None:
+        torch.broadcast_shapes((2,), (3,))
+
+    graph, report = fuse(traced, passes=[careless])
+    assert_left_alone(graph, traced, report, "since careless (test_unfused_on_faults.py:")
+
+
 def test_what_the_user_asked_for_and_cannot_have_is_an_error(traced: fx.Graph) -> None:
     with pytest.raises(PlanError):
         fuse(traced, config=PassConfig(force=("act_padding",), forbid=("act_padding:torch",)))

@@ -294,18 +294,6 @@ def settings(config: PassConfig | None) -> PassConfig:
     return config or PassConfig()
 
 
-def instances(name: str, given: Any, kind: type[T]) -> tuple[T, ...]:
-    """What a user hands over beside the built-in.
-
-    Raises:
-        ConfigError: something else than a sequence of these.
-    """
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(each, kind) for each in found):
-        raise ConfigError(f"{name}={given!r}: allowed are sequences of instances of {kind.__name__}")
-    return found
-
-
 FUSION_FLAGS = tuple(each.name for each in fields(PassConfig) if each.type == bool | None)
 
 

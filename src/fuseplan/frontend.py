@@ -12,6 +12,7 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import list_mode_options
 
+from fuseplan.arguments import called, instances, mapping
 from fuseplan.caching import store
 from fuseplan.compatibility import require_supported_torch
 from fuseplan.compilation.dispatch import Dispatch
@@ -20,7 +21,7 @@ from fuseplan.compilation.floats import Floats, constant
 from fuseplan.compilation.hook import HOOK, emptied, standing
 from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.compilation.regions import identity_of, region_of, values_of
-from fuseplan.config import CompileRange, PassConfig, instances, settings
+from fuseplan.config import CompileRange, PassConfig, settings
 from fuseplan.cpython import uncollected
 from fuseplan.devices import asked_profile
 from fuseplan.distributed import Verdict
@@ -77,7 +78,7 @@ def inductor_options(
     ranges = config.compile_ranges
     whole = CompileRange(start=ranges[0].start, end=ranges[-1].end) if ranges else None
     further = _Further(passes, instances("rules", rules, Rule), instances("providers", providers, Provider))
-    return _options(config, whole, on_report, dict(options or {}), further)
+    return _options(config, whole, called("on_report", on_report, optional=True), mapping("options", options), further)
 
 
 class _Further(NamedTuple):
@@ -146,21 +147,22 @@ def compile(
         torch's own `OptimizedModule`, whose copies share what was compiled and compute with their own weights.
 
     Raises:
-        ConfigError: flags and policy contradict each other, `backend` isn't Inductor, `mode` and `options` set one
-            option to different values.
+        ConfigError: `model` can't be called, flags and policy contradict each other, `backend` isn't Inductor, `mode`
+            and `options` set one option to different values.
         CompatibilityError: this torch is too old. Where private interfaces of torch's have moved, a `FuseplanWarning`
             names them, and the model is compiled by plain `torch.compile`.
     """
     require_supported_torch()
-    config = settings(config)
+    model, config = called("model", model), settings(config)
     arguments = dict(torch_compile_arguments)
     backend = arguments.pop("backend", "inductor")
     if backend != "inductor":
         raise ConfigError(f"backend={backend!r}: fusions are passes of Inductor; leave backend out or use 'inductor'")
-    options = _merge_mode(arguments.pop("mode", None), arguments.pop("options", None), arguments.get("dynamic"))
+    given = mapping("options", arguments.pop("options", None))
+    options = _merge_mode(arguments.pop("mode", None), given, arguments.get("dynamic"))
     _warn_if_nothing_compiles(arguments)
     further = _Further(passes, instances("rules", rules, Rule), instances("providers", providers, Provider))
-    warner = _Teller(on_report)
+    warner = _Teller(called("on_report", on_report, optional=True))
 
     def branch(compile_range: CompileRange | None) -> _Branch:
         backend = _Backend(config, compile_range, warner, options, arguments.get("dynamic"), further)
@@ -199,15 +201,13 @@ class _Branch:
         return region_of("plain", values_of(options)).compile(function, {**self.arguments, "options": options})
 
 
-def _merge_mode(mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None) -> dict[str, Any]:
+def _merge_mode(mode: str | None, options: Mapping[str, Any], dynamic: bool | None) -> dict[str, Any]:
     """torch.compile refuses a mode beside options; here the mode is expanded to its options."""
     expanded = dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
-    for name, value in (options or {}).items():
+    for name, value in options.items():
         if expanded.get(name, value) != value:
-            raise ConfigError(
-                f"mode={mode!r} sets {name}={expanded[name]!r} and options set it to {value!r}; drop one of them"
-            )
-    return {**expanded, **(options or {})}
+            raise ConfigError(f"mode={mode!r} sets {name}={expanded[name]!r} and options set it to {value!r}; drop one")
+    return {**expanded, **options}
 
 
 def _warn_if_nothing_compiles(arguments: Mapping[str, Any]) -> None:
@@ -370,7 +370,7 @@ def explain(
 
     Raises:
         WorkloadError: nothing could be traced.
-        ConfigError: flags and policy contradict each other, or there are passes.
+        ConfigError: `model` can't be called, flags and policy contradict each other, or there are passes.
         CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
     if passes:
@@ -393,8 +393,8 @@ def explain_call(
 ) -> Report:
     """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
-    config, rules = settings(config), instances("rules", rules, Rule)
-    providers = instances("providers", providers, Provider)
+    model, config, rules = called("model", model), settings(config), instances("rules", rules, Rule)
+    profile, providers = asked_profile(device), instances("providers", providers, Provider)
     traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
     everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)
-    return Explanation(traced, config, asked_profile(device), everyone, everything).report(config.chosen_policy)
+    return Explanation(traced, config, profile, everyone, everything).report(config.chosen_policy)

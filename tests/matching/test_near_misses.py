@@ -165,7 +165,7 @@ def test_one_of_another_kind_right_before_the_core_of_what_is_obstructed(one_ran
     assert any("aten.sigmoid.default stands between" in detail for detail in details), details
 
 
-@pytest.mark.parametrize(("amounts", "value"), [((8, 0), 0.0), ((0, 8), 1.0), ((0, 8, 0, 1), 0.0)])
+@pytest.mark.parametrize(("amounts", "value"), [((8, 0), 0.0), ((0, 8), 1.0), ((0, 8), -0.0), ((0, 8, 0, 1), 0.0)])
 def test_a_pad_of_another_kind(amounts: tuple[int, ...], value: float) -> None:
     def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         y, total = llama(x, r, w)

@@ -47,6 +47,9 @@ def test_strides_of_one_element_and_of_none_mean_nothing() -> None:
 def test_memory_is_shared_where_the_graph_shares_it_and_nowhere_else() -> None:
     assert wrong(X, wanted=(OWN,)) == "result 0 shares memory with its argument x, and the graph's own value doesn't"
     assert wrong(OWN, wanted=(X,)) == "result 0 shares no memory with its argument x, and the graph's own value does"
+    inside = torch.zeros(6, 8)[1:5]
+    wanted = "result 0 shares memory with its argument x, and the graph's own value doesn't"
+    assert misplaced((inside,), (OWN,), {"x": inside}, (), {"x": X}) == wanted
     other = OWN.clone()
     assert (
         wrong(OWN, OWN, wanted=(OWN, other))

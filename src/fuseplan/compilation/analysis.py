@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import fx
 from torch._inductor.virtualized import V
 
@@ -332,8 +333,11 @@ def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
 
 
 def fault(error: Exception) -> Refusal:
-    """Why a graph is left as Inductor made it: an unexpected error, and where it comes from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    """Why a graph is left as Inductor made it: an unexpected error, and where it comes from: of torch's own functions,
+    who called them.
+    """
+    frames, torchs = traceback.extract_tb(error.__traceback__), Path(torch.__file__).parent
+    frame = next((each for each in reversed(frames) if torchs not in Path(each.filename).parents), frames[-1])
     where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
     return Refusal(
         reason=Reason.FAULT,

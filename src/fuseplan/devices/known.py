@@ -10,6 +10,7 @@ from fuseplan.config import unknown
 from fuseplan.devices import amd, cpu, nvidia
 from fuseplan.devices.hardware import Hardware, Vendor
 from fuseplan.devices.profile import DeviceProfile
+from fuseplan.errors import ConfigError
 
 PROFILES: Final = {profile.name: profile for profile in (*nvidia.DEVICES, *amd.DEVICES, *cpu.DEVICES)}
 HARDWARE: Final[Mapping[str, Hardware]] = {
@@ -42,8 +43,10 @@ def asked_profile(device: DeviceProfile | str | None) -> DeviceProfile | None:
     """What somebody asks for by a profile, a name or nothing; None: this machine, with the providers that are there.
 
     Raises:
-        ConfigError: as for `device_profile`.
+        ConfigError: as for `device_profile`, or it is none of these.
     """
+    if not isinstance(device, DeviceProfile | str | None):
+        raise ConfigError(f"device={device!r}: allowed are None, names of devices and profiles")
     if local_vendor() == "cpu" and device in (None, "cpu"):
         return default_profile() if device is None else None
     return device_profile(device) if isinstance(device, str) else device

@@ -6,6 +6,7 @@ run where their owner put them.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,9 @@ class ExternalPass:
         uuid: what tells its patterns, replacements, checks and kernels from former ones, or a function that returns it:
             compiled graphs, and what came of verifying it, are cached under it. None: they are not cached, unless the
             matcher has a `uuid` of its own.
+
+    Raises:
+        ConfigError: `matcher` is no such pass, or `saving_us` no finite number.
     """
 
     matcher: PatternMatcherPass
@@ -54,6 +58,9 @@ class ExternalPass:
             raise ConfigError(
                 f"matcher={self.matcher!r} isn't a PatternMatcherPass; hand over other passes as they are"
             )
+        saving = self.saving_us
+        if saving is not None and not (isinstance(saving, (int, float)) and math.isfinite(saving)):
+            raise ConfigError(f"saving_us={saving!r}: allowed are None and finite numbers of microseconds")
         if not self.name:
             object.__setattr__(self, "name", self.matcher.pass_name or "external")
 
@@ -176,7 +183,7 @@ def as_external(passes: Sequence[object]) -> tuple["ExternalPass | GraphPass", .
         ConfigError: it is neither, or two have one name.
     """
     result: list[ExternalPass | GraphPass] = []
-    for each in passes:
+    for each in passes if isinstance(passes, Iterable) else (passes,):
         if isinstance(each, PatternMatcherPass):
             result.append(ExternalPass(matcher=each))
         elif isinstance(each, ExternalPass) or callable(each):

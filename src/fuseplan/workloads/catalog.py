@@ -187,7 +187,7 @@ def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = 
 def path_of(name: str) -> Path | None:
     """The Hugging Face configuration that a workload's name is the path of; None for what is named otherwise."""
     is_built_in = name in models.WORKLOADS or name in HUGGING_FACE
-    is_path = not is_built_in and (name.endswith(".json") or "/" in name or exists(name))
+    is_path = not is_built_in and (name.endswith(".json") or "/" in name or (name != "" and exists(name)))
     return Path(name) if is_path else None
 
 

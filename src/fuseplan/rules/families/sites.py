@@ -226,7 +226,7 @@ class Site:
             residual=op is part.residual_op,
             ranks=self.ranks,
             rows=rows,
-            width=hint(value.shape[-1]),
+            width=max(1, hint(value.shape[-1])),  # as rows: empty ones cost what one element does
             itemsize=value.dtype.itemsize,
             tails=self._tails,
             convention=f"{dtype_text(value.dtype)} {rounding}",

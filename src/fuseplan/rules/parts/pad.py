@@ -48,7 +48,7 @@ def raise_pads(canonical: CanonicalGraph) -> None:
     for node in canonical.calls(aten.constant_pad_nd.default):
         x, amounts, value = (*node.args, 0.0)[:3]
         if (
-            value == 0
+            str(value) in ("0", "0.0")  # minus zero is another value
             and list(amounts[:1]) == [0]
             and isinstance(amounts[1], int)
             and amounts[1] > 0

@@ -1,0 +1,56 @@
+"""What users hand over to the entry points, refused by one line where it is of another type."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from fuseplan.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def called(name: str, given: T, *, optional: bool = False) -> T:
+    """What is to be called.
+
+    Args:
+        name: of the argument.
+        given: it.
+        optional: whether it may be None.
+
+    Raises:
+        ConfigError: it can't be called.
+    """
+    if not callable(given) and not (optional and given is None):
+        raise ConfigError(f"{name}={given!r}: allowed are {'None' if optional else 'modules'} and functions")
+    return given
+
+
+def mapping(name: str, given: Any) -> dict[str, Any]:
+    """What has names; empty where it is None.
+
+    Args:
+        name: of the argument.
+        given: it.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not isinstance(given, Mapping | None):
+        raise ConfigError(f"{name}={given!r}: allowed are None and dictionaries")
+    return dict(given or {})
+
+
+def instances(name: str, given: Any, kind: type[T]) -> tuple[T, ...]:
+    """What stands beside the built-in.
+
+    Args:
+        name: of the argument.
+        given: it; one alone needs no sequence.
+        kind: of each.
+
+    Raises:
+        ConfigError: something else than a sequence of these.
+    """
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(each, kind) for each in found):
+        raise ConfigError(f"{name}={given!r}: allowed are sequences of instances of {kind.__name__}")
+    return found
