@@ -288,3 +288,24 @@ def test_noops_are_seen_through_only_when_asked() -> None:
         (pad,) = nodes(canonicalize(graph, see_through_noops=see_through), "pad")
         found = pad.args[0].target  # type: ignore[union-attr]
         assert found is expected or found is ops.rms_norm.overload
+
+
+@pytest.mark.parametrize("written", ["source", "view of it", "copy", "view of the copy", "nothing"])
+def test_a_copy_is_seen_through_where_neither_is_written_to(written: str) -> None:
+    """What it is a copy of has another value then."""
+    graph = quickly_traced(lambda x, w: F.pad(llama(x, None, w)[0], (0, 8)), randn(5, HIDDEN), W)
+    x, readers = graph.find_nodes(op="placeholder")[0], list(graph.find_nodes(op="placeholder")[0].users)
+    with graph.inserting_before(readers[0]):
+        copy = graph.call_function(aten.clone.default, (x,))
+        copy.meta["val"] = aten.clone(x.meta["val"])
+        target = copy if "copy" in written else x
+        if "view" in written:
+            target = graph.call_function(aten.view.default, (target, [-1]))
+            target.meta["val"] = target.args[0].meta["val"].view(-1)
+        if written != "nothing":
+            graph.call_function(aten.add_.Tensor, (target, 1)).meta["val"] = target.meta["val"]
+    for reader in readers:
+        reader.replace_input_with(x, copy)
+    raised = canonicalize(graph)
+    (norm,) = nodes(raised, "rms_norm")
+    assert raised.origin[norm.args[0]] is (x if written == "nothing" else copy)  # type: ignore[index]
