@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
+from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.distributed import agreement
@@ -130,7 +131,7 @@ def test_a_rank_that_waits_looks_less_and_less_often(monkeypatch: pytest.MonkeyP
 
     store = Slow()
     store.set("fuseplan/agreement/g/1/1", "plan")
-    monkeypatch.setattr(agreement.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     verdict = agree(store, graph="g", rank=0, size=2, digest="plan", deadline=datetime.timedelta(seconds=9))
     assert verdict == Verdict(fused=True)
     assert pauses == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.02, 0.02]
@@ -172,10 +173,10 @@ def test_the_group_that_has_all_ranks_of_the_others_settles(
         return Verdict(fused=True)
 
     monkeypatch.setattr(agreement, "resolve", lambda name: Group(groups[int(name)]))
-    monkeypatch.setattr(agreement.dist, "get_backend", lambda group: "gloo")
-    monkeypatch.setattr(agreement.dist, "get_process_group_ranks", lambda group: list(group.ranks))
-    monkeypatch.setattr(agreement.dist, "get_rank", lambda group: 1)
-    monkeypatch.setattr(agreement.distributed_c10d, "_get_process_group_store", lambda group: group.ranks)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(group.ranks))
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    monkeypatch.setattr(distributed_c10d, "_get_process_group_store", lambda group: group.ranks)
     monkeypatch.setattr(agreement, "agree", agree)
     names = [str(number) for number in reversed(range(len(groups)))]
     verdict = agree_in_groups(names, graph="g", digest="d", deadline_s=2.0, work_s=0.5, awaited="is late")

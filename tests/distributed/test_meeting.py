@@ -4,10 +4,13 @@ import datetime
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import pytest
+import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed import distributed_c10d
 
 from fuseplan.distributed import Verdict, meeting
 from fuseplan.distributed.meeting import BUSY, Meeting
@@ -28,8 +31,8 @@ class Rank(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting.distributed_c10d, "_get_process_group_store", lambda group: group.store)
-    monkeypatch.setattr(meeting.dist, "get_rank", lambda group: group.rank)
+    monkeypatch.setattr(distributed_c10d, "_get_process_group_store", lambda group: group.store)
+    monkeypatch.setattr(dist, "get_rank", lambda group: group.rank)
 
 
 def met(group: Any, facts: str = "facts", seconds: float = 5.0) -> Meeting:
@@ -83,7 +86,7 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said() -> None:
 
 
 def test_the_least_of_all_is_known_to_all() -> None:
-    assert together([lambda at, own=own: at.least(own) for own in (132, 78, 114)]) == [78] * 3
+    assert together([methodcaller("least", own) for own in (132, 78, 114)]) == [78] * 3
 
 
 class Others:
@@ -109,8 +112,12 @@ def others(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Others]:
 
 def test_a_collective_is_begun_once_no_rank_is_in_another_one(others: Callable[..., Others]) -> None:
     asked, taken = others(f"rank 1 {BUSY}", f"rank 1 {BUSY}"), list[int]()
-    at = met(Rank(HashStore(), 0, 2))
-    assert at.collective(lambda: taken.append(len(asked.heard)) or 7) == 7
+
+    def take() -> int:
+        taken.append(len(asked.heard))
+        return 7
+
+    assert met(Rank(HashStore(), 0, 2)).collective(take) == 7
     assert taken == [3], "in front of it the ranks have asked each other three times"
     assert asked.heard == ["facts"] * 4
     assert meeting._COLLECTIVE.acquire(blocking=False), "the next one can begin"

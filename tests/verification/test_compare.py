@@ -126,8 +126,8 @@ def test_nothing_is_never_wrong() -> None:
 
 def worst(actual: list[float], reference: list[float], exact: list[float], factor: float = 2.0) -> float:
     """Of rows of one element each."""
-    columns = (torch.tensor(each).unsqueeze(-1) for each in (actual, reference))
-    return compare(*columns, torch.tensor(exact, dtype=torch.float64).unsqueeze(-1), factor).share
+    got, wanted = (torch.tensor(each).unsqueeze(-1) for each in (actual, reference))
+    return compare(got, wanted, torch.tensor(exact, dtype=torch.float64).unsqueeze(-1), factor).share
 
 
 def test_in_rows_of_one_element_the_largest_relative_error_of_all_counts() -> None:
@@ -184,7 +184,8 @@ def test_what_is_exactly_zero_is_no_more_than_one_code_off(dtype: torch.dtype) -
     exact = torch.tensor([[0x38, 0]], dtype=torch.uint8)
     for steps, passes in ((1, True), (2, False)):
         actual = exact + torch.tensor([[0, steps]], dtype=torch.uint8)
-        assert (compare(*(each.view(dtype) for each in (actual, exact, exact)), 2.0).share <= 1) is passes
+        true = exact.view(dtype)
+        assert (compare(actual.view(dtype), true, true, 2.0).share <= 1) is passes
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

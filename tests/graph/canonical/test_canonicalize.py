@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
 
 def nodes(graph: CanonicalGraph, name: str) -> list[fx.Node]:
     return list(graph.graph.find_nodes(op="call_function", target=ops[name].overload))
+
+
+def returned(graph: fx.Graph) -> list[Any]:
+    values: Any = graph.output_node().args[0]
+    return list(values)
 
 
 def aten_left(graph: CanonicalGraph) -> set[str]:
@@ -302,7 +308,7 @@ def test_a_copy_is_seen_through_where_neither_is_written_to(written: str) -> Non
         target = copy if "copy" in written else x
         if "view" in written:
             target = graph.call_function(aten.view.default, (target, [-1]))
-            target.meta["val"] = target.args[0].meta["val"].view(-1)
+            target.meta["val"] = (copy if "copy" in written else x).meta["val"].view(-1)
         if written != "nothing":
             graph.call_function(aten.add_.Tensor, (target, 1)).meta["val"] = target.meta["val"]
     for reader in readers:
@@ -326,9 +332,9 @@ def test_a_raised_op_stands_for_all_that_computes_its_results() -> None:
     computed = {node for node in graph.nodes if node.op == "call_function"}
     assert raised.interior[norm] == computed
     assert raised.claims([norm, *norm.users]) == computed
-    results = graph.output_node().args[0]
+    results = returned(graph)
     assert [each.meta["val"].shape for each in results] == [each.shape for each in norm.meta["val"]]
-    assert [raised.origin[each] for each in raised.graph.output_node().args[0]] == list(results)
+    assert [raised.origin[each] for each in returned(raised.graph)] == results
     assert norm.meta["stack_trace"] == results[0].meta["stack_trace"]
     users = sorted(norm.users, key=lambda each: int(str(each.args[1])))
     assert [each.meta["stack_trace"] for each in users] == [each.meta["stack_trace"] for each in results]
@@ -340,11 +346,11 @@ def test_an_op_stands_behind_the_last_of_its_arguments_that_come_late() -> None:
     """What else reads its results comes after that once the graph is sorted."""
     graph = quickly_traced(lambda x, w: (x.relu(), w * 2, w * 3), randn(5, HIDDEN), W)
     canonical = CanonicalGraph.copy_of(graph)
-    first, second, third = canonical.graph.output_node().args[0]
+    first, second, third = returned(canonical.graph)
     raised = canonical.raise_op(ops.rms_norm, (third, second, 1e-6, "llama"), [first])
     assert third < raised
-    assert list(canonical.graph.output_node().args[0]) == [raised, second, third]
-    assert canonical.origin[raised] is graph.output_node().args[0][0]
+    assert returned(canonical.graph) == [raised, second, third]
+    assert canonical.origin[raised] is returned(graph)[0]
 
 
 def test_a_copy_raises_others_as_it_was_raised_itself() -> None:
@@ -414,8 +420,8 @@ def test_the_one_reader_of_a_value_is_that_or_says_who_else_reads_it() -> None:
 
     canonical = CanonicalGraph.copy_of(quickly_traced(lambda x: x.relu().tanh(), randn(5, HIDDEN)))
     assert only_reader(canonical.calls(aten.relu.default)[0], "it") is canonical.calls(aten.tanh.default)[0]
-    returned = reason(lambda x: (y := x.relu(), y * 2))
-    assert returned == (Reason.USERS, "the root is returned from the graph, too", "relu")
+    found = reason(lambda x: (y := x.relu(), y * 2))
+    assert found == (Reason.USERS, "the root is returned from the graph, too", "relu")
     for function in (lambda x: ((y := x.relu()) * 2, y.tanh()), lambda x: ((y := x.relu()).tanh(), y * 2)):
         read = reason(function)
         assert read == (Reason.USERS, "the root is also read by aten.tanh.default (tanh)", "tanh")

@@ -158,8 +158,8 @@ def test_exponents_that_are_read_as_numbers_too_stay_in_rows() -> None:
         for node in graph.find_nodes(op="call_function", target=aten.view.dtype)
         if node.args[1] is torch.float8_e8m0fnu
     )
-    output = graph.output_node()
-    output.args = ((*output.args[0], exponent),)
+    values: Any = graph.output_node().args[0]
+    graph.output_node().args = ((*values, exponent),)
     raised = canonicalize(graph)
     (node,) = raised.calls(per_token_mx_fp8_quant.overload)
     assert node.args[-1] == "rows"
