@@ -3,6 +3,7 @@ some together in `tests/distributed`.
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -25,9 +26,10 @@ from fuseplan.errors import CollectiveError
 from fuseplan.providers import Provider, provider_of
 from fuseplan.record import GraphReport, Nearness, Pending, PendingCase, Report, Verification, from_json, to_json
 from fuseplan.rules.families import BUILT_IN_RULES
-from fuseplan.verification import together, verifier, verify_together
+from fuseplan.verification import check, together, verifier, verify_together
 from fuseplan.verification.check import Finding
 from fuseplan.verification.region import Region
+from fuseplan.verification.specs import Case, TensorSpec
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn
 
 OP = ops.all_reduce_fused_add_rms_norm
@@ -265,3 +267,20 @@ def test_a_rank_that_is_late_says_that_it_is_lost(one_rank: str) -> None:
     ranks.verify(1, one_rank, seconds=0.05)
     said = "lost: is left in the verification of r by p at 1 tokens: the kernel did not end within 0.05 s"
     assert ranks.steps == [*ALONE, said]
+
+
+def test_only_what_is_summed_differs_among_ranks() -> None:
+    rule = next(rule for rule in BUILT_IN_RULES if rule.op is OP)
+    assert check._summed(rule) == ["x"]
+    wide = TensorSpec(dtype=torch.bfloat16, shape=(3, 8), stride=(8, 1), misalignment=0, device=torch.device("cpu"))
+    weight = dataclasses.replace(wide, shape=(8,), stride=(1,))
+    case = Case(tokens=3, arguments={"x": wide, "residual": wide, "weight": weight, "eps": 1e-6, "group_name": "0"})
+    alone, first, second, again = (check._fresh(rule, case, 5, rank) for rank in (None, 0, 1, 0))
+    for name in ("residual", "weight"):
+        assert all(torch.equal(each[0][name], alone[0][name]) for each in (first, second, again))
+    assert torch.equal(first[0]["x"], again[0]["x"])
+    different = [each[0]["x"] for each in (alone, first, second)]
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(different, 2))
+    assert [len(guarded) for _, guarded in (alone, first)] == [3, 3]
+    assert all(any(each.tensor is first[0][name] for each in first[1]) for name in ("x", "residual", "weight"))
+    assert (first[0]["eps"], first[0]["group_name"]) == (1e-6, "0")
