@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuseplan.verification.compare import BLOCK, compare, described, unit_in_the_last_place
+from fuseplan.verification.compare import BLOCK, bits, compare, described, unit_in_the_last_place
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -215,11 +215,11 @@ def test_a_code_and_its_negative_are_as_far_apart_as_their_numbers() -> None:
 
 
 def test_what_is_wrong_is_counted_over_all_blocks() -> None:
-    exact = torch.zeros(5, BLOCK // 2 + 1, dtype=torch.float64)
+    exact = torch.zeros(5, BLOCK + 1, dtype=torch.float64)
     actual = exact.float()
     actual[:, -1] = torch.tensor([1.0, 2.0, 4.0, 3.0, 0.0])
     found = compare(actual, exact.float(), exact, 2.0)
-    assert found.text.startswith(f"element [2, {BLOCK // 2}] is 4 where 0 is exact")
+    assert found.text.startswith(f"element [2, {BLOCK}] is 4 where 0 is exact")
     assert found.text.endswith(f"; 4 of {actual.numel()} are wrong")
 
 
@@ -238,3 +238,77 @@ def test_truths_and_integers_are_told_by_their_numbers() -> None:
 def test_tensors_are_described_by_dtype_sizes_and_strides() -> None:
     text = described([torch.zeros(2, 3).t(), torch.zeros(4, dtype=torch.uint8)])
     assert text == "float32[3, 2] with strides (1, 3); uint8[4] with strides (1,)"
+
+
+def fp8(*rows: list[int], dtype: torch.dtype = FP8[0]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.uint8).view(dtype)
+
+
+SIXTEEN, TWENTY, HALF = 0x58, 0x5A, 0x30
+FOUR_AND_A_HALF = 0x49
+
+
+@pytest.mark.parametrize(
+    ("others", "allowed"),
+    [
+        ((), 4.0625), (((TWENTY, HALF), (SIXTEEN, HALF)), 4.0625), (((SIXTEEN, HALF), (SIXTEEN, HALF)), 4.0625),
+    ],
+)  # fmt: skip
+def test_codes_may_be_off_as_far_as_their_values_may(others: tuple[tuple[int, int], ...], allowed: float) -> None:
+    """Twice what the reference is off beyond a code, which is 2, and a code of 0.5, in the same row."""
+    exact = fp8(*[[SIXTEEN, HALF]] * (1 + len(others)))
+    reference = fp8([TWENTY, HALF], *map(list, others))
+    actual = exact.view(torch.uint8).clone()
+    actual[0, 1] = FOUR_AND_A_HALF
+    assert compare(actual.view(FP8[0]), reference, exact, 2.0).share == pytest.approx(4 / allowed)
+
+
+@pytest.mark.parametrize(("noisy", "passes"), [(2, True), (1, False)])
+def test_a_row_in_which_the_reference_is_lucky_is_allowed_what_half_of_them_are(noisy: int, passes: bool) -> None:
+    exact = fp8(*[[SIXTEEN, HALF]] * 3)
+    reference = fp8(*[[TWENTY if row < noisy else SIXTEEN, HALF] for row in range(3)])
+    actual = exact.view(torch.uint8).clone()
+    actual[2, 1] = FOUR_AND_A_HALF
+    assert (compare(actual.view(FP8[0]), reference, exact, 2.0).share <= 1) is passes
+
+
+def test_below_a_power_of_two_codes_are_half_as_far_apart() -> None:
+    one, two_below, three_below = fp8([0x38]), fp8([0x36]), fp8([0x35])
+    assert compare(two_below, one, one, 2.0).share == 1
+    assert compare(three_below, one, one, 2.0).share == pytest.approx(1.5)
+
+
+def test_what_is_no_number_allows_nothing_elsewhere() -> None:
+    nan_and_one, nan_and_two = fp8([0x7F, 0x38]), fp8([0x7F, 0x40])
+    assert compare(nan_and_two, nan_and_one, nan_and_one, 2.0).share > 1
+    e5m2 = torch.float8_e5m2
+    exact, reference = fp8([0x7B, 0x3C], dtype=e5m2), fp8([0x7C, 0x3C], dtype=e5m2)
+    assert compare(fp8([0x7C, 0x3F], dtype=e5m2), reference, exact, 2.0).share == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("sign", [0, 0x80])
+def test_the_largest_codes_without_infinities_are_numbers(sign: int) -> None:
+    largest, below = (fp8([code | sign], dtype=FP8[1]) for code in (0x7F, 0x7E))
+    assert compare(below, largest, largest, 2.0).share == 1
+
+
+def test_what_is_as_far_off_as_allowed_is_not_wrong() -> None:
+    exact = torch.tensor([[0x20, 0x20]], dtype=torch.uint8)
+    actual = torch.tensor([[0x33, 0x42]], dtype=torch.uint8)
+    found = compare(actual, exact, exact, 2.0, is_packed=True)
+    assert (found.share, found.text.split("; ")[1]) == (3, "3 of 4 are wrong")
+    actual = torch.tensor([[0x31, 0x42]], dtype=torch.uint8)
+    assert compare(actual, exact, exact, 2.0, is_packed=True).text.endswith("; 2 of 4 are wrong")
+
+
+def test_a_kernel_that_rounds_a_little_otherwise_is_allowed_half_a_unit_more() -> None:
+    exact = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    actual = exact.float()
+    actual[0, 0] += 2 * torch.finfo(torch.float32).eps
+    assert compare(actual, exact.float(), exact, 2.5).share == pytest.approx(2 / 2.25)
+    assert compare(actual, exact.float(), exact, 2.0).share == 2
+
+
+def test_bits_are_those_of_the_elements_in_order() -> None:
+    assert bits(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).t()).tolist() == [1, 3, 2, 4]
+    assert bits(torch.tensor(1.0)).tolist() == [0, 0, 0x80, 0x3F]
