@@ -19,7 +19,7 @@ PENDING = Pending(rule="r", op="o", ops="o", provider="p", signature="s", group=
 OTHER = dataclasses.replace(PENDING, signature="another")
 FUSION = Fusion(rule="r", op="o", provider="p", anchor="n", consumed=("n",), contested_op="rms_norm", site="n")
 RIGHT = Verification(rule="r", op="o", provider="p", signature="s", ranks=2)
-WRONG = dataclasses.replace(RIGHT, passed=False, detail="rank 1 found r by p wrong at 7 tokens")
+WRONG = dataclasses.replace(RIGHT, rule="w", passed=False, detail="rank 1 found r by p wrong at 7 tokens")
 
 
 def graph(*pending: Pending, **more: Any) -> GraphReport:
@@ -192,8 +192,8 @@ def test_what_was_verified_is_reported_with_the_graphs_that_have_it() -> None:
         (Verdict(fused=False, reason="they differ"), Reason.RANKS, "run unfused on all ranks", "give all ranks one"),
         (Verdict(fused=False, reason="far", apart=True), Reason.RANKS, "is planned again without", "forbid those"),
         (
-            Verdict(fused=False, reason="rank 1 found it wrong", verified=(RIGHT, WRONG)), Reason.VERIFICATION,
-            "run unfused on all ranks of its group: rank 1 found it wrong", "or forbid r:p",
+            Verdict(fused=False, reason="rank 1 found it wrong", verified=(RIGHT, RIGHT, WRONG)), Reason.VERIFICATION,
+            "run unfused on all ranks of its group: rank 1 found it wrong", "or forbid w:p",
         ),
     ],
 )  # fmt: skip
@@ -206,4 +206,4 @@ def test_a_graph_that_is_run_unfused_says_why(verdict: Verdict, reason: Reason, 
     assert warning.reason is reason
     assert detail in warning.detail
     assert mend in (warning.mend or "")
-    assert (warning.rule, warning.provider) == (("r", "p") if verdict.verified else (None, None))
+    assert (warning.rule, warning.provider) == (("w", "p") if verdict.verified else (None, None))

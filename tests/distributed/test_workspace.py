@@ -94,7 +94,7 @@ def test_four_ranks_send_parts_and_their_sums(
 
     def allocate(size: int, *rest: Any) -> workspace.SharedMemory:
         asked.append((size, *rest))
-        local = torch.empty(size, dtype=torch.uint8)
+        local = torch.zeros(size, dtype=torch.uint8)
         addresses = [local.data_ptr() + 160 * rank for rank in range(-2, 2)]
         return workspace.SharedMemory(local=local, addresses=addresses, keep=None)
 
@@ -112,6 +112,7 @@ def test_four_ranks_send_parts_and_their_sums(
     assert meeting.steps == ["step"], "nobody sends before all are empty"
     assert space.peer_offsets.tolist() == [-20, -10, 0, 10]
     assert (space.state.tolist(), space.words.numel()) == ([0] * 9, (size - 512) // 2)
+    assert (space.words == -1).all()
     assert (space.timed, space.timeout) == (False, 2_000_000)
     assert space.layout == f"78 processors, {space.shot_words} words, {space.sums_words} of sums"
     space.failure[0] = 4
