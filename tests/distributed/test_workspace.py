@@ -134,12 +134,14 @@ def test_one_rank_that_stands_for_four_sends_whole_messages(four_ranks: str) -> 
     assert space.memory.addresses == [space.memory.local.data_ptr()] * 4
 
 
-def test_two_ranks_need_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+@pytest.mark.parametrize(("ranks", "one_shot"), [(2, True), (3, False)])
+def test_two_ranks_need_no_sums(ranks: int, one_shot: bool) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
     try:
         assert dist.group.WORLD is not None
         space = Workspace(dist.group.WORLD.group_name, CPU, 2, capacity=4096, loopback=True, timeout_s=1e-9)
-        assert (space.one_shot, space.sums_words, space.shot_words, space.timeout) == (True, 0, 2048, 1)
+        assert (space.one_shot, space.sums_words) == (one_shot, 0 if one_shot else 2048)
+        assert (space.shot_words, space.timeout) == (2048, 1)
         assert [each.data_ptr() for each in space.tensors] == [
             each.data_ptr() for each in (space.words, space.peer_offsets, space.state, space.failure)
         ]
