@@ -58,12 +58,13 @@ def test_what_no_node_has_hides_nothing_behind_it() -> None:
 
 
 def test_the_graphs_own_values_may_be_of_other_arguments() -> None:
-    before = {"x": OWN.clone(), "eps": 1e-6}
-    assert misplaced([X], [before["x"]], {"x": X, "eps": 1e-6}, (), before) is None
+    own = OWN.clone()
+    before = {"x": own, "eps": 1e-6}
+    assert misplaced([X], [own], {"x": X, "eps": 1e-6}, (), before) is None
     assert misplaced([X], [X], {"x": X, "eps": 1e-6}, (), before) == (
         "result 0 shares memory with its argument x, and the graph's own value doesn't"
     )
-    assert misplaced([OWN], [before["x"]], {"x": X, "eps": 1e-6}, (), before) == (
+    assert misplaced([OWN], [own], {"x": X, "eps": 1e-6}, (), before) == (
         "result 0 shares no memory with its argument x, and the graph's own value does"
     )
 
