@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fuseplan.dialect import Indices, draw_activations
 from fuseplan.verification import memory
@@ -127,3 +128,37 @@ def test_places_are_distinct_and_not_the_first_where_there_are_others() -> None:
 def test_integers_with_a_draw_of_their_own_are_drawn_by_it() -> None:
     made = drawn({"n": spec(4, dtype=torch.int64)}, n=lambda shape, device, generator: torch.full(shape, 7))
     assert made["n"].tensor.tolist() == [7] * 4
+
+
+def test_blocks_that_a_gpus_allocator_hands_out_next_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, asked = torch.empty, list[tuple[int, str]]()
+
+    def noted(count: int, *, device: torch.device) -> torch.Tensor:
+        asked.append((count, device.type))
+        return empty(count)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    for device, size in (("cuda", 5000), ("cuda", 0), ("cpu", 5000)):
+        memory.poison_allocator(torch.device(device), size)
+    assert asked == [(1250, "cuda")] * 4 + [(256, "cuda")] * 4
+
+
+def test_what_ranks_hold_is_added_up(one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathered as bytes, in the order of rows."""
+    x = torch.arange(6, dtype=torch.bfloat16).view(3, 2).t()
+
+    def gather(parts: list[torch.Tensor], mine: torch.Tensor, group: Any) -> None:
+        parts[0].copy_(mine)
+        parts[1].copy_((x.contiguous() * 4).view(-1).view(torch.uint8))
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+    monkeypatch.setattr(dist.ProcessGroup, "size", lambda self: 2)
+    functional = torch.ops._c10d_functional
+    with memory.Gathered():
+        found = functional.wait_tensor(functional.all_reduce(x, "sum", one_rank))
+    assert torch.equal(found, x * 5)
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "group_size", lambda name: 3 if name == one_rank else None)
+    with memory.Loopback():
+        found = functional.wait_tensor(functional.all_reduce(x, "sum", one_rank))
+    assert torch.equal(found, x * 3)

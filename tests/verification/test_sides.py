@@ -84,6 +84,14 @@ def test_an_op_that_takes_no_float64_rounds_as_it_does(kernel: Callable[[Tensor]
     assert torch.equal(exact, wanted)
 
 
+def test_one_of_torchs_that_takes_no_float64_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "TORCHS", ("aten", "prims", "made_up"))
+    x = X.bfloat16()
+    computed = side((aten.exp.default, ("x",)), (widened("only_of_bfloat16", only_of_bfloat16), ("0",)), x=x)
+    (exact,) = computed.run({"x": x}, {}, call=run_exactly)
+    assert torch.equal(exact, x.double().exp().bfloat16() * 3)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_near_is_so_by_the_precision_of_its_values(dtype: torch.dtype) -> None:
     narrow, eps = torch.tensor([1.0, -64.0, 0.0], dtype=dtype), torch.finfo(dtype).eps
