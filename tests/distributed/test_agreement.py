@@ -4,13 +4,16 @@ import datetime
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
+from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fuseplan.distributed.agreement import Verdict, agree, agree_in_groups, failed, lost, refused
+from fuseplan.distributed import agreement
+from fuseplan.distributed.agreement import Verdict, agree, agree_in_groups, apart, failed, lost, refused
 from fuseplan.errors import UnsupportedError
 
 
@@ -117,3 +120,83 @@ def test_a_group_whose_other_ranks_do_not_exist_waits_for_none_of_them() -> None
     finally:
         dist.destroy_process_group()
     assert verdict == Verdict(fused=True)
+
+
+def test_a_rank_that_waits_looks_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    class Slow(HashStore):
+        def check(self, keys: list[str]) -> bool:
+            return len(keys) == 1 or len(pauses) > 7
+
+    store = Slow()
+    store.set("fuseplan/agreement/g/1/1", "plan")
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    verdict = agree(store, graph="g", rank=0, size=2, digest="plan", deadline=datetime.timedelta(seconds=9))
+    assert verdict == Verdict(fused=True)
+    assert pauses == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.02, 0.02]
+
+
+def nobody(*arguments: object, **rest: object) -> Verdict:
+    pytest.fail("the other ranks are asked")
+
+
+def test_a_rank_alone_asks_nobody(one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "agree", nobody)
+    for names in ([one_rank], []):
+        assert agree_in_groups(names, graph="g", digest="a", deadline_s=1.0) == Verdict(fused=True)
+
+
+class Group(NamedTuple):
+    ranks: tuple[int, ...]
+
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@pytest.mark.parametrize(
+    ("groups", "asked"),
+    [
+        (((0, 1), (0, 1, 2, 3), (2, 3)), (0, 1, 2, 3)),
+        (((0,), (0, 1)), (0, 1)),
+        (((0, 1), (1, 2)), None),
+        (((0, 1, 2), (2, 3)), None),
+    ],
+)
+def test_the_group_that_has_all_ranks_of_the_others_settles(
+    monkeypatch: pytest.MonkeyPatch, groups: tuple[tuple[int, ...], ...], asked: tuple[int, ...] | None
+) -> None:
+    found: list[tuple[Any, ...]] = []
+
+    def agree(store: object, *, rank: int, size: int, deadline: datetime.timedelta, **rest: object) -> Verdict:
+        found.append((store, rank, size, deadline.total_seconds(), rest))
+        return Verdict(fused=True)
+
+    monkeypatch.setattr(agreement, "resolve", lambda name: Group(groups[int(name)]))
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(group.ranks))
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    monkeypatch.setattr(distributed_c10d, "_get_process_group_store", lambda group: group.ranks)
+    monkeypatch.setattr(agreement, "agree", agree)
+    names = [str(number) for number in reversed(range(len(groups)))]
+    verdict = agree_in_groups(names, graph="g", digest="d", deadline_s=2.0, work_s=0.5, awaited="is late")
+    if asked is None:
+        assert verdict == Verdict(fused=False, reason="its collectives are of groups that overlap: 0, 1")
+        assert not found
+    else:
+        rest = {"graph": "g", "digest": "d", "awaited": "is late"}
+        assert (verdict.fused, found) == (True, [(asked, 1, len(asked), 2.5, rest)])
+
+
+@pytest.mark.parametrize(
+    ("digests", "late", "verdict"),
+    [
+        ({0: apart("far"), 1: "plan"}, [], Verdict(fused=False, reason="rank 0 far", apart=True)),
+        ({0: apart("far")}, [1], Verdict(fused=False, reason="rank 0 far")),
+        ({0: apart("far"), 1: refused("no")}, [], Verdict(fused=False, reason="rank 1 no")),
+        ({1: "plan"}, [0, 2], Verdict(fused=False, reason="rank 0, 2 was late")),
+    ],
+)
+def test_the_worst_that_a_rank_says_is_the_verdict(digests: dict[int, str], late: list[int], verdict: Verdict) -> None:
+    """Ranks that are late may be able to share nothing at all."""
+    assert agreement._verdict(digests, late, "was late", "differ") == verdict

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,3 +144,41 @@ def test_a_group_waits_as_long_as_it_was_told_to(monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
         dist.destroy_process_group()
     assert asked == [5, 3, 7]
+
+
+class Backends:
+    """A group with a backend for each type of device, some of which don't say how long they wait."""
+
+    def __init__(self, **seconds: int | None) -> None:
+        self.seconds = seconds
+        self._device_types = [torch.device(name) for name in seconds]
+
+    def _get_backend(self, device: torch.device) -> object:
+        if device.type not in self.seconds:
+            raise RuntimeError("no backend")
+        seconds = self.seconds[device.type]
+        options = SimpleNamespace(_timeout=None if seconds is None else datetime.timedelta(seconds=seconds))
+        return SimpleNamespace(options=options) if seconds != 0 else object()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked", "found"),
+    [
+        ({"cpu": 3, "cuda": 4}, None, 4),
+        ({"cpu": 3, "cuda": 4}, "cpu", 3),
+        ({"cpu": 3, "meta": 4}, None, 3),
+        ({"meta": 4, "cpu": 3}, None, 4),
+        ({"cpu": 3}, "cuda", 3),
+        ({"cpu": 3, "cuda": None}, None, 3),
+        ({"cpu": 3, "cuda": 0}, None, 3),
+        ({"cpu": None}, None, 77),
+        ({}, None, 77),
+    ],
+)
+def test_the_gpus_backend_says_how_long_a_group_waits(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, int], asked: str | None, found: int
+) -> None:
+    """Else another one of the group, else torch's own."""
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(distributed_c10d, "_get_default_timeout", lambda backend: datetime.timedelta(seconds=77))
+    assert timeout_of(Backends(**seconds), asked).total_seconds() == found  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import datetime
 import gc
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import fx
 from torch._C._distributed_c10d import HashStore
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.compilation import first_run
 from fuseplan.config import PassConfig
 from fuseplan.distributed import Verdict, workspace
 from fuseplan.distributed import shared as registry
 from fuseplan.distributed.agreement import _verdict
+from fuseplan.distributed.groups import resolve, timeout_of
 from fuseplan.distributed.shared import SHARED
 from fuseplan.distributed.workspace import (
     HEADER_BYTES,
@@ -48,8 +50,6 @@ def test_memory_is_empty_and_nothing_is_remembered(one_rank: str) -> None:
 
 
 def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     try:
         assert dist.group.WORLD is not None
@@ -59,6 +59,119 @@ def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.Mo
         assert space.peer_offsets.tolist() == [0] * 4
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[str]:
+    """The name of a group of four, of which this is the third and the others don't exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+class Met:
+    """A meeting to which the others come, with fewer processors."""
+
+    def __init__(self, group: object, purpose: str, facts: str, deadline: datetime.timedelta, advice: str) -> None:
+        self.said = purpose, facts, deadline.total_seconds()
+        self.steps: list[str] = []
+
+    def least(self, mine: int) -> int:
+        return 78
+
+    def step(self, take: Callable[[], Any]) -> Any:
+        self.steps.append("step")
+        return take()
+
+
+@pytest.mark.parametrize(("mebibytes", "shot"), [(2, 2**20), (32, 8 * 2**20)])
+def test_four_ranks_send_parts_and_their_sums(
+    four_ranks: str, monkeypatch: pytest.MonkeyPatch, mebibytes: int, shot: int
+) -> None:
+    """Each rank has a part of every message, but of small ones more than that."""
+    asked: list[tuple[Any, ...]] = []
+
+    def allocate(size: int, *rest: Any) -> workspace.SharedMemory:
+        asked.append((size, *rest))
+        local = torch.zeros(size, dtype=torch.uint8)
+        addresses = [local.data_ptr() + 160 * rank for rank in range(-2, 2)]
+        return workspace.SharedMemory(local=local, addresses=addresses, keep=None)
+
+    monkeypatch.setattr(workspace, "Meeting", Met)
+    capacity = mebibytes * 2**20
+    space = Workspace(four_ranks, CPU, 2, capacity=capacity, allocate=allocate, use="bfloat16", timeout_s=2)
+    assert (space.one_shot, space.loopback, space.processors) == (False, False, 78)
+    assert (2 * space.shot_words, 2 * space.sums_words) == (shot, capacity)
+    assert space.sums_at == 3 * 3 * space.shot_words
+    ((size, *rest, meeting),) = asked
+    assert (size, rest) == (512 + 3 * 3 * shot + 3 * capacity, [four_ranks, CPU])
+    assert meeting.said == (
+        f"share {capacity} bytes of memory for bfloat16", f"2 {size} {space.shot_words} 64", timeout_of_fake(four_ranks)
+    )  # fmt: skip
+    assert meeting.steps == ["step"], "nobody sends before all are empty"
+    assert space.peer_offsets.tolist() == [-20, -10, 0, 10]
+    assert (space.state.tolist(), space.words.numel()) == ([0] * 9, (size - 512) // 2)
+    assert (space.words == -1).all()
+    assert (space.timed, space.timeout) == (False, 2_000_000)
+    assert space.layout == f"78 processors, {space.shot_words} words, {space.sums_words} of sums"
+    space.failure[0] = 4
+    with pytest.raises(CollectiveError, match="for rank 3; results"):
+        space.check()
+
+
+def timeout_of_fake(name: str) -> float:
+    return timeout_of(resolve(name), "cpu").total_seconds()
+
+
+def test_one_rank_that_stands_for_four_sends_whole_messages(four_ranks: str) -> None:
+    with loopback():
+        space = workspace_of(four_ranks, CPU, torch.bfloat16)
+        other = workspace_of(four_ranks, CPU, torch.float32)
+        assert workspace_of(four_ranks, CPU, torch.bfloat16) is space is not other
+    assert space.loopback
+    assert (2 * space.shot_words, 4 * other.shot_words) == (2**20, 2**20)
+    assert space.memory.addresses == [space.memory.local.data_ptr()] * 4
+
+
+@pytest.mark.parametrize(("ranks", "one_shot"), [(2, True), (3, False)])
+def test_two_ranks_need_no_sums(ranks: int, one_shot: bool) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
+    try:
+        assert dist.group.WORLD is not None
+        space = Workspace(dist.group.WORLD.group_name, CPU, 2, capacity=4096, loopback=True, timeout_s=1e-9)
+        assert (space.one_shot, space.sums_words) == (one_shot, 0 if one_shot else 2048)
+        assert (space.shot_words, space.timeout) == (2048, 1)
+        assert [each.data_ptr() for each in space.tensors] == [
+            each.data_ptr() for each in (space.words, space.peer_offsets, space.state, space.failure)
+        ]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, LookupError])
+def test_a_group_that_is_not_there_any_more_is_not_current(
+    one_rank: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Whatever torch raises then."""
+
+    def gone(name: str) -> object:
+        raise error
+
+    space, found = made(one_rank), list[bool]()
+    for each in (resolve, lambda name: object(), gone):
+        monkeypatch.setattr(workspace, "resolve", each)
+        found.append(space.is_current)
+    assert found == [True, False, False]
+
+
+def test_what_is_wanted_is_made_on_its_device(one_rank: str) -> None:
+    layout = workspace.prepare([(one_rank, "bfloat16", "cpu"), (one_rank, "float32", "cpu")])
+    spaces = [workspace_of(one_rank, CPU, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert SHARED.values(WORKSPACES) == spaces
+    assert layout == "; ".join(each.layout for each in spaces)
+    assert "1 processors, 16777216 words, 0 of sums" in layout
+    SHARED.release()
 
 
 def test_parts_are_whole_units(one_rank: str) -> None:

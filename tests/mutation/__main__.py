@@ -1,10 +1,11 @@
 """Mutation testing: changes one condition, number or operator at a time, and asks whether a test notices.
 
 python -m tests.mutation                      # every mutant, those aside whose result is known
-python -m tests.mutation --sample 10          # ten a file, always the same ten
+python -m tests.mutation --sample 150         # that many a package, always the same ones
+python -m tests.mutation matching             # a package, or a file of one, e.g. matching/trial.py
 python -m tests.mutation --again survived     # after writing tests
 python -m tests.mutation --show survived      # what the tests didn't notice
-python -m tests.mutation --report benchmarks/results/mutation.json
+python -m tests.mutation --sample 150 --least 0.85 --report benchmarks/results/mutation.json
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -53,28 +54,50 @@ NO_SUCH_TEST = (4, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """`[tool.mutation]` of pyproject.toml.
+class Package:
+    """What is sampled and scored together.
 
     Attributes:
-        paths: folders under the package whose files are mutated.
+        paths: folders and files under the package whose files are mutated.
         tests: files of tests that may notice.
-        deselected: tests among them that are too slow.
-        imported: files of tests that may notice, by file that is run while it is imported alone.
-        without: operators to leave out, by file.
     """
 
     paths: Sequence[str]
     tests: Sequence[str]
-    deselected: Sequence[str]
-    imported: Mapping[str, Sequence[str]]
-    without: Mapping[str, Sequence[str]]
 
     @cached_property
     def files(self) -> list[str]:
         """Those that are mutated."""
-        found = (file for path in self.paths for file in sorted((SOURCE / path).rglob("*.py")))
+        places = (SOURCE / path for path in self.paths)
+        found = (file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.py"))))
         return [str(file.relative_to(SOURCE)) for file in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`[tool.mutation]` of pyproject.toml.
+
+    Attributes:
+        packages: by name.
+        deselected: tests of theirs that are too slow.
+        imported: files of tests that may notice, by file that is run while it is imported alone.
+        without: operators to leave out, by file.
+    """
+
+    packages: Mapping[str, Package]
+    deselected: Sequence[str]
+    imported: Mapping[str, Sequence[str]]
+    without: Mapping[str, Sequence[str]]
+
+    def chosen(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The files of each package that are named, or whose package is; all for no name."""
+        if unknown := {*names} - {*self.packages} - {file for each in self.packages.values() for file in each.files}:
+            sys.exit(f"no package or file that is mutated: {', '.join(sorted(unknown))}")
+        found = {
+            package: [file for file in each.files if not names or package in names or file in names]
+            for package, each in self.packages.items()
+        }
+        return {package: files for package, files in found.items() if files}
 
     def mutants(self, path: str) -> list[Mutant]:
         """Of one file."""
@@ -82,14 +105,17 @@ class Settings:
 
 
 def settings() -> Settings:
-    return Settings(**tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutation"])
+    read = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutation"]
+    return Settings(**{**read, "packages": {name: Package(**each) for name, each in read["packages"].items()}})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("files", nargs="*", help="of the package, e.g. planner/solver.py; none: all")
+    parser.add_argument(
+        "names", nargs="*", help="packages of pyproject.toml, or files, e.g. planner/solver.py; none: all"
+    )
     parser.add_argument("--tests", nargs="+", help="the only files of tests to ask; default: those of pyproject.toml")
-    parser.add_argument("--sample", type=int, help="mutants a file")
+    parser.add_argument("--sample", type=int, help="mutants a package")
     parser.add_argument("--shard", default="1/1", help="which part of how many, e.g. 1/2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="starts no mutant after that")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
@@ -102,24 +128,31 @@ def main() -> int:
     )
     parser.add_argument("--show", action="append", default=[], help="print those of a result, and run nothing")
     parser.add_argument("--report", type=Path, help="write the summary as JSON, and run nothing")
-    parser.add_argument("--least", type=float, default=0.0, help="the score below which the report is a failure")
+    parser.add_argument(
+        "--least", type=float, default=0.0, help="the score of a package below which its report is a failure"
+    )
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and not without its forks
     began, config = time.monotonic(), settings()
+    files = config.chosen(chosen.names)
     if chosen.tests:
-        config = replace(config, tests=chosen.tests)
-    files = chosen.files or config.files
+        asked = {name: replace(each, tests=chosen.tests) for name, each in config.packages.items()}
+        config = replace(config, packages=asked)
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        mutants = [mutant for found in pool.map(config.mutants, files) for mutant in found]
-    known, results = equivalents(EQUIVALENT), Results(chosen.folder / "results.jsonl")
-    if chosen.show or chosen.report:
-        return tell(mutants, known, results, chosen.show, chosen.report, chosen.least, config)
-    excluded = [mutant for mutant in mutants if any(each.is_(mutant) for each in known)]
-    wanted = choose([mutant for mutant in mutants if mutant not in excluded], chosen.sample, chosen.shard)
-    wanted = [m for m in wanted if results.status(m) is None or results.status(m) in chosen.again]
-    print(f"{len(mutants)} mutants, {len(excluded)} of them equivalent, {len(wanted)} to run")
+        found = {name: pool.map(config.mutants, paths) for name, paths in files.items()}
+        mutants = {name: [mutant for each in of_files for mutant in each] for name, of_files in found.items()}
+    mutated = {path for paths in files.values() for path in paths}
+    known = [each for each in equivalents(EQUIVALENT) if not chosen.names or each.path in mutated]
+    results = Results(chosen.folder / "results.jsonl")
+    if chosen.show or chosen.report or chosen.least:
+        return tell(mutants, known, results, chosen.sample, chosen.show, chosen.report, chosen.least, config)
+    drawn = [mutant for each in mutants.values() for mutant in choose(each, known, chosen.sample)]
+    random.Random(0).shuffle(drawn)  # so that the first of them speak for all
+    part, parts = map(int, chosen.shard.split("/"))
+    wanted = [m for m in drawn[part - 1 :: parts] if results.status(m) in (None, *chosen.again)]
+    print(f"{sum(map(len, mutants.values()))} mutants, {len(drawn)} of them drawn, {len(wanted)} to run")
     if wanted:
-        facts = facts_of(config, chosen.folder, chosen.jobs)
+        facts = facts_of(config, files, chosen.folder, chosen.jobs)
         for test in facts.failed:
             print(f"not asked, since it fails on the package as it is: {test}")
         preload(facts.modules)
@@ -149,27 +182,27 @@ class Results:
             file.write(json.dumps(row) + "\n")
 
 
-def choose(mutants: Sequence[Mutant], sample: int | None, shard: str) -> list[Mutant]:
-    """In an order that is random and always the same, so that the first of them speak for all."""
-    by_file: dict[str, list[Mutant]] = {}
-    for mutant in sorted(mutants, key=lambda mutant: mutant.key):
-        by_file.setdefault(mutant.path, []).append(mutant)
-    some = [mutant for found in by_file.values() for mutant in found[:sample]]
-    random.Random(0).shuffle(some)
-    part, parts = map(int, shard.split("/"))
-    return some[part - 1 :: parts]
+def choose(mutants: Sequence[Mutant], known: Sequence[Equivalent], sample: int | None) -> list[Mutant]:
+    """Mutants of a package that aren't equivalent: some at random, which stay the same while their files do."""
+    rest = [mutant for mutant in mutants if not any(each.is_(mutant) for each in known)]
+    return sorted(rest, key=lambda mutant: mutant.key)[:sample]
 
 
-def facts_of(config: Settings, folder: Path, jobs: int) -> Observed:
-    """What the tests do on the package as it is, found once for each state of package and tests."""
-    shared = hashlib.sha256(json.dumps([config.deselected, config.files]).encode())
+def facts_of(config: Settings, packages: Collection[str], folder: Path, jobs: int) -> Observed:
+    """What the tests of packages do on these as they are, found once for each state of package and tests."""
+    mutated: dict[str, list[str]] = {}
+    for package in config.packages.values():
+        for test in package.tests:
+            mutated.setdefault(test, []).extend(package.files)
+    asked = {test: mutated[test] for name in packages for test in config.packages[name].tests}
+    shared = hashlib.sha256(json.dumps(config.deselected).encode())
     helpers = (file for file in (ROOT / "tests").rglob("*.py") if not file.name.startswith("test_"))
     for file in sorted([*SOURCE.rglob("*.py"), *helpers]):
         shared.update(file.read_bytes())
     slots = {}
-    for name in config.tests:
+    for name, files in asked.items():
         digest = shared.copy()
-        digest.update((ROOT / name).read_bytes())
+        digest.update(json.dumps(files).encode() + (ROOT / name).read_bytes())
         slots[name] = Slot(folder / "observed" / f"{name.replace('/', '-')}-{digest.hexdigest()[:16]}")
     todo, running = [name for name, slot in slots.items() if not (slot.folder / "done").exists()], list[Fork]()
     try:
@@ -177,7 +210,7 @@ def facts_of(config: Settings, folder: Path, jobs: int) -> Observed:
             while todo and len(running) < jobs:
                 name = todo.pop(0)
                 slot = Slot.fresh(slots[name].folder)
-                work = partial(observe, slot, name, config.deselected, config.files)
+                work = partial(observe, slot, name, config.deselected, asked[name])
                 running.append(fork(slot, name, 900, work))
             done, status = wait(running)
             if status != 0:
@@ -286,54 +319,76 @@ def start(slot: Slot, mutant: Mutant, tests: Sequence[str], facts: Observed, con
 
 
 def tell(
-    mutants: Sequence[Mutant], known: Sequence[Equivalent], results: Results, show: Sequence[str], report: Path | None,
-    least: float, config: Settings,
+    mutants: Mapping[str, Sequence[Mutant]], known: Sequence[Equivalent], results: Results, sample: int | None,
+    show: Sequence[str], report: Path | None, least: float, config: Settings,
 ) -> int:  # fmt: skip
-    """Prints and writes what is known of mutants.
+    """Prints and writes what is known of mutants, by package.
 
     Returns:
-        1 where the score is too low, or the list of equivalent mutants has entries that are none; else 0.
+        1 where a score is too low, or the list of equivalent mutants has entries that are none; else 0.
     """
-    tables: dict[str, Counter[str]] = {}
-    for mutant in mutants:
-        status = EXCLUDED if any(each.is_(mutant) for each in known) else results.status(mutant) or NOT_RUN
-        tables.setdefault(mutant.path, Counter())[status] += 1
-        if status in show:
-            print(f"{mutant.path}:{mutant.lines[0]} {mutant.operator}\n    - {mutant.before}\n    + {mutant.after}")
-    for path, counts in tables.items():
-        print(f"{path:32} {dict(sorted(counts.items()))}")
-    total = sum(tables.values(), Counter())
-    print(f"{'all':32} {dict(sorted(total.items()))}: {score(total):.1%}")
-    stale = [each for each in known if not any(each.is_(mutant) for mutant in mutants)]
+    packages = dict[str, dict[str, Counter[str]]]()
+    for name, found in mutants.items():
+        drawn = {mutant.key for mutant in choose(found, known, sample)}
+        tables = packages[name] = dict[str, Counter[str]]()
+        for mutant in found:
+            status = (results.status(mutant) if mutant.key in drawn else None) or NOT_RUN
+            if any(each.is_(mutant) for each in known):
+                status = EXCLUDED
+            tables.setdefault(mutant.path, Counter())[status] += 1
+            if status in show:
+                print(f"{mutant.path}:{mutant.lines[0]} {mutant.operator}\n    - {mutant.before}\n    + {mutant.after}")
+    for name, tables in packages.items():
+        for path, counts in tables.items():
+            print(f"{path:32} {dict(sorted(counts.items()))}")
+        row = summary(sum(tables.values(), Counter()))
+        print(f"{name:32} {row['score']:.1%} of {row['run']} mutants, 95 %: {row['low']:.1%} to {row['high']:.1%}")
+    stale = [each for each in known if not any(each.is_(mutant) for found in mutants.values() for mutant in found)]
     for each in stale:
         print(f"equivalent.toml: no mutant of {each.path} turns {each.before!r} into {each.after!r}")
+    content = report_of(packages, sample, config)
     if report is not None:
-        report.write_text(json.dumps(summary(tables, config), indent=1) + "\n")
-    return 1 if stale or score(total) < least else 0
+        report.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if stale or any(row["score"] < least for row in content["packages"].values()) else 0
 
 
-def score(counts: Mapping[str, int]) -> float:
-    """Mutants that were noticed, of all that were run and aren't equivalent."""
-    noticed = counts.get(KILLED, 0) + counts.get(TIMEOUT, 0)
-    return noticed / max(1, noticed + counts.get(SURVIVED, 0) + counts.get(UNTESTED, 0))
+def summary(counts: Counter[str]) -> dict[str, Any]:
+    """How many became what; the score: those that were noticed, of all that were run; and its interval at 95 %, after
+    Wilson: where all mutants would lie, that these are a sample of.
+    """
+    from scipy.stats import binomtest  # not in the process that forks
 
-
-def summary(tables: Mapping[str, Counter[str]], config: Settings) -> dict[str, Any]:
-    names = (KILLED, SURVIVED, TIMEOUT, UNTESTED, EXCLUDED, NOT_RUN)
-    rows = {
-        path: {"mutants": counts.total(), **{name: counts[name] for name in names}, "score": round(score(counts), 4)}
-        for path, counts in tables.items()
+    noticed = counts[KILLED] + counts[TIMEOUT]
+    run = noticed + counts[SURVIVED] + counts[UNTESTED]
+    low, high = binomtest(noticed, run).proportion_ci(0.95, method="wilson") if run else (0.0, 1.0)
+    return {
+        "mutants": counts.total(),
+        **{name: counts[name] for name in (KILLED, SURVIVED, TIMEOUT, UNTESTED, EXCLUDED, NOT_RUN)},
+        "run": run,
+        "score": round(noticed / max(1, run), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
     }
-    total = sum(tables.values(), Counter())
+
+
+def report_of(
+    packages: Mapping[str, Mapping[str, Counter[str]]], sample: int | None, config: Settings
+) -> dict[str, Any]:
     return {
         "command": "make mutants",
         "date": datetime.date.today().isoformat(),
         "tool": f"cosmic-ray {metadata.version('cosmic-ray')}, its operators; tests/mutation runs them",
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
+        "sample": sample,
         "left_out": {path: list(names) for path, names in config.without.items()},
-        "total": {"mutants": total.total(), **{name: total[name] for name in names}, "score": round(score(total), 4)},
-        "files": rows,
+        "packages": {
+            name: {
+                **summary(sum(tables.values(), Counter())),
+                "files": {path: summary(c) for path, c in tables.items()},
+            }
+            for name, tables in packages.items()
+        },
     }
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fuseplan.verification.compare import compare, unit_in_the_last_place
+from fuseplan.verification.compare import BLOCK, bits, compare, described, unit_in_the_last_place
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -121,3 +122,193 @@ def test_nothing_is_never_wrong() -> None:
     assert compare(empty, empty, empty.double(), 2.0).share == 0
     scalar = torch.tensor(2.0)
     assert compare(scalar, scalar, scalar.double(), 2.0).share == 0
+
+
+def worst(actual: list[float], reference: list[float], exact: list[float], factor: float = 2.0) -> float:
+    """Of rows of one element each."""
+    got, wanted = (torch.tensor(each).unsqueeze(-1) for each in (actual, reference))
+    return compare(got, wanted, torch.tensor(exact, dtype=torch.float64).unsqueeze(-1), factor).share
+
+
+def test_in_rows_of_one_element_the_largest_relative_error_of_all_counts() -> None:
+    """The reference may have been lucky in one of them."""
+    exact = [1.0, 100.0, -1e4]
+    reference = [1.0, 101.0, -1e4]
+    assert worst([1.0, 101.0, -1e4 - 199], reference, exact) <= 1
+    assert worst([1.0, 101.0, -1e4 - 201], reference, exact) > 1
+    assert worst([1.019, 101.0, -1e4], reference, exact) <= 1
+    assert worst([1.021, 101.0, -1e4], reference, exact) > 1
+    assert worst([1.019], [1.0], [1.0]) > 1
+
+
+@pytest.mark.parametrize("lucky", [0.0, 0.5])
+def test_a_zero_says_nothing_of_relative_errors(lucky: float) -> None:
+    assert worst([0.0, 1.0], [lucky, 1.0], [0.0, 1.0]) <= 1
+    assert worst([0.0, 1.001], [lucky, 1.0], [0.0, 1.0]) > 1
+    assert worst([1e-6, 1.0], [lucky, 1.0], [0.0, 1.0]) > 1
+
+
+def test_where_the_reference_overflows_its_row_is_allowed_no_more() -> None:
+    exact = torch.tensor([[1e39, 1.0, 2.0]], dtype=torch.float64)
+    reference, actual = exact.float(), exact.float()
+    assert reference.isinf().sum() == 1
+    right = compare(actual, reference, exact, 2.0)
+    assert right.share == 0
+    actual[0, 2] += 1e-3
+    assert 1 < compare(actual, reference, exact, 2.0).share < float("inf")
+
+
+def test_what_is_not_finite_on_both_sides_is_not_off_at_all() -> None:
+    for value in ("inf", "nan"):
+        same = torch.full((2, 2), float(value))
+        assert compare(same, same, same.double(), 2.0).share == 0
+    one = torch.ones(2, 2)
+    one[1, 0] = float("nan")
+    found = compare(one, torch.ones(2, 2), torch.ones(2, 2).double(), 2.0)
+    assert (found.share, found.text) == (float("inf"), "element [1, 0] is nan where 1 is exact; 1 of 4 are wrong")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_next_to_zero_a_unit_is_the_least_number_there_is(dtype: torch.dtype) -> None:
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    small = torch.tensor([0.0, least, -torch.finfo(dtype).smallest_normal], dtype=torch.float64)
+    assert unit_in_the_last_place(small, dtype).tolist() == [least] * 3
+    exact = torch.zeros(1, 2, dtype=torch.float64)
+    actual = torch.tensor([[0.0, least]], dtype=dtype)
+    assert compare(actual, exact.to(dtype), exact, 2.0).share == 1
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_what_is_exactly_zero_is_no_more_than_one_code_off(dtype: torch.dtype) -> None:
+    """Such as what pads a row."""
+    exact = torch.tensor([[0x38, 0]], dtype=torch.uint8)
+    for steps, passes in ((1, True), (2, False)):
+        actual = exact + torch.tensor([[0, steps]], dtype=torch.uint8)
+        true = exact.view(dtype)
+        assert (compare(actual.view(dtype), true, true, 2.0).share <= 1) is passes
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_codes_may_be_one_further_apart_than_those_of_the_reference_in_that_row(is_packed: bool) -> None:
+    def codes(*rows: list[int]) -> Tensor:
+        made = torch.tensor(rows, dtype=torch.uint8)
+        return made if is_packed else made.view(FP8[0])
+
+    exact = codes([0x38, 0x38], [0x38, 0x38])
+    reference = codes([0x38, 0x3A], [0x38, 0x38])
+    for row, steps, passes in ((0, 3, True), (0, 4, False), (1, 1, True), (1, 2, False)):
+        actual = exact.clone().view(torch.uint8)
+        actual[row, 0] += steps
+        found = compare(actual if is_packed else actual.view(FP8[0]), reference, exact, 2.0, is_packed=is_packed)
+        assert (found.share <= 1) is passes
+        assert found.share == pytest.approx(steps / (3 - 2 * row))
+
+
+def test_a_code_and_its_negative_are_as_far_apart_as_their_numbers() -> None:
+    positive, negative = (torch.tensor([[code]], dtype=torch.uint8).view(FP8[0]) for code in (2, 0x83))
+    found = compare(negative, positive, positive, 2.0)
+    assert "off by 5 codes, allowed 1" in found.text
+    pairs = torch.tensor([[0x10]], dtype=torch.uint8), torch.tensor([[0xF0]], dtype=torch.uint8)
+    assert "element [0, 1] is -7 where 1 is exact: off by 8 codes" in compare(
+        pairs[1], pairs[0], pairs[0], 2.0, is_packed=True
+    ).text  # fmt: skip
+
+
+def test_what_is_wrong_is_counted_over_all_blocks() -> None:
+    exact = torch.zeros(5, BLOCK + 1, dtype=torch.float64)
+    actual = exact.float()
+    actual[:, -1] = torch.tensor([1.0, 2.0, 4.0, 3.0, 0.0])
+    found = compare(actual, exact.float(), exact, 2.0)
+    assert found.text.startswith(f"element [2, {BLOCK}] is 4 where 0 is exact")
+    assert found.text.endswith(f"; 4 of {actual.numel()} are wrong")
+
+
+def test_truths_and_integers_are_told_by_their_numbers() -> None:
+    numbers = torch.tensor([[3, 4]])
+    found = compare(numbers + torch.tensor([[0, 3]]), numbers, numbers, 8.0)
+    assert (found.share, found.text) == (
+        2,
+        "element [0, 1] is 7 where 4 is exact: off by 1, allowed 0.5; 1 of 2 are wrong",
+    )
+    truths = torch.tensor([True, False])
+    assert compare(truths, truths, truths, 2.0).share == 0
+    assert compare(~truths, truths, truths, 2.0).share == 2
+
+
+def test_tensors_are_described_by_dtype_sizes_and_strides() -> None:
+    text = described([torch.zeros(2, 3).t(), torch.zeros(4, dtype=torch.uint8)])
+    assert text == "float32[3, 2] with strides (1, 3); uint8[4] with strides (1,)"
+
+
+def fp8(*rows: list[int], dtype: torch.dtype = FP8[0]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.uint8).view(dtype)
+
+
+SIXTEEN, TWENTY, HALF = 0x58, 0x5A, 0x30
+FOUR_AND_A_HALF = 0x49
+
+
+@pytest.mark.parametrize(
+    ("others", "allowed"),
+    [
+        ((), 4.0625), (((TWENTY, HALF), (SIXTEEN, HALF)), 4.0625), (((SIXTEEN, HALF), (SIXTEEN, HALF)), 4.0625),
+    ],
+)  # fmt: skip
+def test_codes_may_be_off_as_far_as_their_values_may(others: tuple[tuple[int, int], ...], allowed: float) -> None:
+    """Twice what the reference is off beyond a code, which is 2, and a code of 0.5, in the same row."""
+    exact = fp8(*[[SIXTEEN, HALF]] * (1 + len(others)))
+    reference = fp8([TWENTY, HALF], *map(list, others))
+    actual = exact.view(torch.uint8).clone()
+    actual[0, 1] = FOUR_AND_A_HALF
+    assert compare(actual.view(FP8[0]), reference, exact, 2.0).share == pytest.approx(4 / allowed)
+
+
+@pytest.mark.parametrize(("noisy", "passes"), [(2, True), (1, False)])
+def test_a_row_in_which_the_reference_is_lucky_is_allowed_what_half_of_them_are(noisy: int, passes: bool) -> None:
+    exact = fp8(*[[SIXTEEN, HALF]] * 3)
+    reference = fp8(*[[TWENTY if row < noisy else SIXTEEN, HALF] for row in range(3)])
+    actual = exact.view(torch.uint8).clone()
+    actual[2, 1] = FOUR_AND_A_HALF
+    assert (compare(actual.view(FP8[0]), reference, exact, 2.0).share <= 1) is passes
+
+
+def test_below_a_power_of_two_codes_are_half_as_far_apart() -> None:
+    one, two_below, three_below = fp8([0x38]), fp8([0x36]), fp8([0x35])
+    assert compare(two_below, one, one, 2.0).share == 1
+    assert compare(three_below, one, one, 2.0).share == pytest.approx(1.5)
+
+
+def test_what_is_no_number_allows_nothing_elsewhere() -> None:
+    nan_and_one, nan_and_two = fp8([0x7F, 0x38]), fp8([0x7F, 0x40])
+    assert compare(nan_and_two, nan_and_one, nan_and_one, 2.0).share > 1
+    e5m2 = torch.float8_e5m2
+    exact, reference = fp8([0x7B, 0x3C], dtype=e5m2), fp8([0x7C, 0x3C], dtype=e5m2)
+    assert compare(fp8([0x7C, 0x3F], dtype=e5m2), reference, exact, 2.0).share == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("sign", [0, 0x80])
+def test_the_largest_codes_without_infinities_are_numbers(sign: int) -> None:
+    largest, below = (fp8([code | sign], dtype=FP8[1]) for code in (0x7F, 0x7E))
+    assert compare(below, largest, largest, 2.0).share == 1
+
+
+def test_what_is_as_far_off_as_allowed_is_not_wrong() -> None:
+    exact = torch.tensor([[0x20, 0x20]], dtype=torch.uint8)
+    actual = torch.tensor([[0x33, 0x42]], dtype=torch.uint8)
+    found = compare(actual, exact, exact, 2.0, is_packed=True)
+    assert (found.share, found.text.split("; ")[1]) == (3, "3 of 4 are wrong")
+    actual = torch.tensor([[0x31, 0x42]], dtype=torch.uint8)
+    assert compare(actual, exact, exact, 2.0, is_packed=True).text.endswith("; 2 of 4 are wrong")
+
+
+def test_a_kernel_that_rounds_a_little_otherwise_is_allowed_half_a_unit_more() -> None:
+    exact = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    actual = exact.float()
+    actual[0, 0] += 2 * torch.finfo(torch.float32).eps
+    assert compare(actual, exact.float(), exact, 2.5).share == pytest.approx(2 / 2.25)
+    assert compare(actual, exact.float(), exact, 2.0).share == 2
+
+
+def test_bits_are_those_of_the_elements_in_order() -> None:
+    assert bits(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).t()).tolist() == [1, 3, 2, 4]
+    assert bits(torch.tensor(1.0)).tolist() == [0, 0, 0x80, 0x3F]

@@ -94,6 +94,10 @@ def test_the_same_with_the_format_is_applied() -> None:
     assert verified.worst is not None
     assert verified.worst <= 1
     assert "made_up.silu_mul_group_quant.default" in called
+    assert (verified.rule, verified.provider) == ("silu_quant", "external")
+    assert "silu_mul_group_quant" in verified.op
+    assert (verified.transient, verified.from_cache, verified.ranks) == (False, False, 1)
+    assert verified.time_ns > 0
     assert verified.signature == f"silu_quant(x:bfloat16[?x{2 * HIDDEN}])"
 
 
@@ -150,6 +154,13 @@ def test_an_input_that_nobody_reads_later_may_be_written() -> None:
     assert report.count(["writes"]) == {"writes": 1}
     report, _ = run(add_relu, ADDED, others.add_relu(others.writes))
     assert "it writes to its argument y, which the caller has" in refusal(report)
+
+    def returned(x: Tensor, y: Tensor) -> Any:
+        shifted = y + 1.0
+        return torch.relu(x + shifted) * 2.0, shifted
+
+    report, _ = run(returned, ADDED, others.add_relu(others.writes))
+    assert "it writes to its argument y, which the graph returns" in refusal(report)
 
 
 def test_strides_that_the_fake_promises_and_somebody_sees_have_to_be_the_graphs() -> None:

@@ -10,7 +10,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.check import check
-from fuseplan.verification.layout import misplaced
+from fuseplan.verification.layout import misplaced, shares, significant_strides
 from fuseplan.verification.memory import Gathered, Loopback
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Sizes, cases_of
@@ -42,6 +42,40 @@ def test_strides_and_offsets_count() -> None:
 def test_strides_of_one_element_and_of_none_mean_nothing() -> None:
     assert wrong(torch.zeros(1, 16)[:, :8], wanted=(torch.zeros(1, 8),)) is None
     assert wrong(torch.zeros(0, 16)[:, :8], wanted=(torch.zeros(0, 8),)) is None
+
+
+def test_strides_of_two_elements_and_more_count() -> None:
+    assert [significant_strides(torch.zeros(*shape)) for shape in ((2, 3), (1, 3), (3, 1), (1, 1), (2, 2, 2))] == [
+        [3, 1], [1], [1], [], [4, 2, 1]
+    ]  # fmt: skip
+
+
+def test_what_no_node_has_hides_nothing_behind_it() -> None:
+    wide = torch.zeros(4, 16)[:, :8]
+    assert str(wrong(OWN, wide, wanted=(None, OWN))).startswith("result 1 is float32[4, 8] with strides (16, 1)")
+    assert str(wrong(OWN, wide, wanted=(OWN, OWN), free=(0,))).startswith("result 1 is")
+    assert wrong(OWN, OWN, wanted=(None, OWN.clone())) is None, "nobody has the other one"
+
+
+def test_the_graphs_own_values_may_be_of_other_arguments() -> None:
+    own = OWN.clone()
+    before = {"x": own, "eps": 1e-6}
+    assert misplaced([X], [own], {"x": X, "eps": 1e-6}, (), before) is None
+    assert misplaced([X], [X], {"x": X, "eps": 1e-6}, (), before) == (
+        "result 0 shares memory with its argument x, and the graph's own value doesn't"
+    )
+    assert misplaced([OWN], [own], {"x": X, "eps": 1e-6}, (), before) == (
+        "result 0 shares no memory with its argument x, and the graph's own value does"
+    )
+
+
+def test_parts_of_one_memory_share_it_where_they_have_elements() -> None:
+    assert shares(X, X[2:])
+    assert shares(X[0, :1], X[3, 7:])
+    assert not shares(X, OWN)
+    assert not shares(X[0, :1], OWN[0, :1])
+    assert not shares(X, X[:0])
+    assert not shares(X[:0], X)
 
 
 def test_memory_is_shared_where_the_graph_shares_it_and_nowhere_else() -> None:

@@ -12,12 +12,14 @@ from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import FuseplanWarning
+from fuseplan.graph.facts import tensor_of
 from fuseplan.matching import Match
 from fuseplan.providers import provider_of
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.memory import Guarded, make_arguments
 from fuseplan.verification.region import Region
-from fuseplan.verification.specs import Sizes, TensorSpec, case_of, cases_of
+from fuseplan.verification.specs import Case, Sizes, TensorSpec, case_of, cases_of, concrete, spec_of
+from fuseplan.verification.verifier import _Question
 from tests.helpers import HIDDEN, llama, post_grad, randn
 from tests.interpreted import no_code
 
@@ -158,3 +160,50 @@ def test_a_region_is_what_the_match_stands_for() -> None:
     assert results[0] is not None
     assert torch.equal(results[0], expected)
     assert any(each is not None and torch.equal(each, total) for each in results[1:])
+
+
+def spec(*shape: int, stride: tuple[int, ...], device: str = "cpu") -> TensorSpec:
+    return TensorSpec(
+        dtype=torch.float32, shape=shape, stride=stride, misalignment=0, device=torch.device(device)
+    )  # fmt: skip
+
+
+def test_a_tensor_reaches_from_its_first_element_to_its_last() -> None:
+    found = [spec(2, 3, stride=(8, 2)), spec(4, 3, stride=(0, 1)), spec(stride=()), spec(0, 3, stride=(3, 1))]
+    assert [each.extent for each in found] == [1 + 8 + 4, 3, 1, 0]
+
+
+def test_a_case_is_on_the_device_of_its_first_tensor() -> None:
+    arguments = {"eps": 1.0, "x": spec(1, stride=(1,), device="cuda:1"), "y": spec(1, stride=(1,))}
+    assert Case(tokens=1, arguments=arguments).device == torch.device("cuda:1")
+    assert Case(tokens=1, arguments={"eps": 1.0}).device == torch.device("cpu")
+
+
+def test_an_argument_is_as_far_from_a_border_as_in_memory() -> None:
+    memory = torch.zeros(4, 100, dtype=torch.bfloat16)
+    found = spec_of(memory[1:, 5:], {}, "x", "y")
+    assert (found.shape, found.stride, found.misalignment, found.same_as) == ((3, 95), (100, 1), 210 - 128, "x")
+    assert spec_of(memory, {}, "x", "x") == TensorSpec(
+        dtype=torch.bfloat16, shape=(4, 100), stride=(100, 1), misalignment=0, device=memory.device
+    )
+
+
+def test_sizes_that_depend_on_data_are_taken_as_some_number() -> None:
+    _, canonical = match_of(padded, randn(4, 6, HIDDEN), randn(4, 6, HIDDEN, seed=1), WEIGHT[0], dynamic=True)
+    shape = next(node for node in canonical.graph.find_nodes(op="placeholder") if tensor_of(node) is not None)
+    size = shape.meta["val"].shape[0]
+    symbol = next(iter(size.node.expr.free_symbols))
+    assert (concrete(size, {symbol: 7}), concrete(size, {}), concrete("x", {})) == (7, 16, "x")
+    sizes = Sizes(canonical.graph)
+    assert sizes.tokens((8, 64), traced=False) == (8, 33, 64)
+    assert sizes.tokens((1, 8192), traced=False) == (1, 7, 33, 257, 389, 769, 1127, 8192)
+    assert sizes.tokens((30, 30)) == (30,)
+
+
+@pytest.mark.parametrize(("count", "middle"), [(1, 0), (2, 1), (3, 2), (4, 2), (9, 2)])
+def test_how_the_graph_was_read_is_checked_at_a_size_that_is_neither_small_nor_large(count: int, middle: int) -> None:
+    cases = [Case(tokens=tokens, arguments={}) for tokens in range(count)]
+    question = _Question(
+        match=None, signature="", cases=cases, unfused={}, region=None, free=frozenset(), meets=False  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert question.middle is cases[middle]

@@ -3,8 +3,12 @@ some together in `tests/distributed`.
 """
 
 import dataclasses
+import itertools
 import json
+import time
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +24,12 @@ from fuseplan.dialect import ops
 from fuseplan.distributed import Verdict
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import Provider, provider_of
-from fuseplan.record import GraphReport, Nearness, Pending, Report, from_json, to_json
+from fuseplan.record import GraphReport, Nearness, Pending, PendingCase, Report, Verification, from_json, to_json
 from fuseplan.rules.families import BUILT_IN_RULES
-from fuseplan.verification import together, verifier, verify_together
+from fuseplan.verification import check, together, verifier, verify_together
+from fuseplan.verification.check import Finding
 from fuseplan.verification.region import Region
+from fuseplan.verification.specs import Case, TensorSpec
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn
 
 OP = ops.all_reduce_fused_add_rms_norm
@@ -179,3 +185,102 @@ def test_a_rank_that_is_left_behind_is_an_error(graph: fx.Graph) -> None:
 
     with pytest.raises(CollectiveError, match=r"rank 1 is left in it; .* or forbid allreduce_rms:apart"):
         verify_together(pending, BUILT_IN_RULES, meet, 60)
+
+
+class Ranks:
+    """One of two ranks, whose other one goes on until it says otherwise, with a kernel of its own.
+
+    Attributes:
+        steps: what was done, in order.
+    """
+
+    def __init__(self, **kernel: Any) -> None:
+        self.kernel, self.steps = kernel, list[str]()
+
+    def trial(self, pending: Pending, kept: PendingCase, rules: object, rank: int) -> Any:
+        assert rank == 0
+
+        def step(name: str) -> Any:
+            self.steps.append(f"{name} {kept.tokens}")
+            does = self.kernel.get(f"{name}_{kept.tokens}")
+            return does() if callable(does) else does
+
+        return SimpleNamespace(**{name: partial(step, name) for name in ("draw", "expect", "run")})
+
+    def meet(self, said: str, awaited: str) -> Verdict:
+        assert awaited == "did not come to verify r by p"
+        self.steps.append(said)
+        return Verdict(fused=said == "ready", reason=None if said == "ready" else f"rank 0 {said}")
+
+    def verify(self, count: int, group: str, seconds: float = 60) -> list[Verification]:
+        cases = tuple(PendingCase(tokens=tokens, arguments=()) for tokens in (1, 7))
+        pending = [
+            Pending(rule="r", op="o", ops="", provider="p", signature=str(number), group=group, cases=cases)
+            for number in range(count)
+        ]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(together, "_trial", self.trial)
+            return verify_together(pending, (), self.meet, seconds)
+
+
+ALONE = ["draw 1", "ready", "expect 1", "ready", "run 1"]
+
+
+def test_ranks_meet_before_each_step_in_which_they_wait_for_each_other(one_rank: str) -> None:
+    ranks = Ranks(run_1=Finding(wrong=None, worst=0.5), run_7=Finding(wrong=None, worst=0.25))
+    first, second = ranks.verify(2, one_rank)
+    assert (first.passed, first.detail, first.worst, first.tokens, first.ranks) == (True, None, 0.5, (1, 7), 1)
+    assert (first.signature, second.signature, second.passed) == ("0", "1", True)
+    assert ranks.steps == 2 * [*ALONE, *(each.replace("1", "7") for each in ALONE), "ready"]
+    assert 0 < first.time_ns < 60e9
+
+
+@pytest.mark.parametrize(
+    ("kernel", "steps", "why", "tokens"),
+    [
+        ({"run_1": Finding(wrong="it is 3", worst=4.0)}, ALONE, "it is 3", (1,)),
+        ({"run_1": lambda: 1 / 0}, ALONE, "the kernel raises ZeroDivisionError: division by zero", (1,)),
+        ({"expect_1": lambda: 1 / 0}, ALONE[:3], "the kernel raises ZeroDivisionError: division by zero", ()),
+        ({"draw_1": lambda: 1 / 0}, ALONE[:1], "the kernel raises ZeroDivisionError: division by zero", ()),
+    ],
+)
+def test_what_one_rank_finds_wrong_ends_the_verification_of_all(
+    one_rank: str, kernel: dict[str, Any], steps: list[str], why: str, tokens: tuple[int, ...]
+) -> None:
+    """At their next meeting, and nothing else is verified."""
+    ranks = Ranks(**kernel)
+    (outcome,) = ranks.verify(2, one_rank)
+    said = f"failed: found r by p wrong at 1 tokens: {why}"
+    assert ranks.steps == [*steps, said]
+    assert (outcome.passed, outcome.detail, outcome.worst, outcome.tokens) == (False, f"rank 0 {said}", None, tokens)
+
+
+def test_what_is_wrong_at_the_last_size_counts_too(one_rank: str) -> None:
+    ranks = Ranks(run_1=Finding(wrong=None, worst=0.5), run_7=Finding(wrong="it is 3"))
+    (outcome,) = ranks.verify(1, one_rank)
+    assert ranks.steps[-1] == "failed: found r by p wrong at 7 tokens: it is 3"
+    assert (outcome.passed, outcome.tokens) == (False, (1, 7))
+
+
+def test_a_rank_that_is_late_says_that_it_is_lost(one_rank: str) -> None:
+    ranks = Ranks(run_1=lambda: time.sleep(1))
+    ranks.verify(1, one_rank, seconds=0.05)
+    said = "lost: is left in the verification of r by p at 1 tokens: the kernel did not end within 0.05 s"
+    assert ranks.steps == [*ALONE, said]
+
+
+def test_only_what_is_summed_differs_among_ranks() -> None:
+    rule = next(rule for rule in BUILT_IN_RULES if rule.op is OP)
+    assert check._summed(rule) == ["x"]
+    wide = TensorSpec(dtype=torch.bfloat16, shape=(3, 8), stride=(8, 1), misalignment=0, device=torch.device("cpu"))
+    weight = dataclasses.replace(wide, shape=(8,), stride=(1,))
+    case = Case(tokens=3, arguments={"x": wide, "residual": wide, "weight": weight, "eps": 1e-6, "group_name": "0"})
+    alone, first, second, again = (check._fresh(rule, case, 5, rank) for rank in (None, 0, 1, 0))
+    for name in ("residual", "weight"):
+        assert all(torch.equal(each[0][name], alone[0][name]) for each in (first, second, again))
+    assert torch.equal(first[0]["x"], again[0]["x"])
+    different = [each[0]["x"] for each in (alone, first, second)]
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(different, 2))
+    assert [len(guarded) for _, guarded in (alone, first)] == [3, 3]
+    assert all(any(each.tensor is first[0][name] for each in first[1]) for name in ("x", "residual", "weight"))
+    assert (first[0]["eps"], first[0]["group_name"]) == (1e-6, "0")

@@ -128,11 +128,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbouring values of `dtype` at each element's magnitude: 2^floor(log2 |x|) * epsilon."""
+    """The distance of neighbouring values of `dtype` at each element's magnitude: 2^floor(log2 |x|) * epsilon, and next
+    to zero the least number.
+    """
     finfo = torch.finfo(dtype)
     _, exponent = torch.frexp(exact)
     with torch.cuda.device_of(exact):  # torch's ldexp needs its tensors' device to be the current one
         spacing = torch.ldexp(torch.full_like(exact, finfo.eps), exponent - 1)
+    spacing = torch.where(exact == 0, 0.0, spacing)  # whose exponent is that of 0.5
     return spacing.clamp(min=finfo.smallest_normal * finfo.eps)
 
 

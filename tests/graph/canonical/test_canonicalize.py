@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.canonical.unraised import Unraised, only_reader
 from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import aten
 from fuseplan.record import Reason
@@ -32,6 +34,11 @@ W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
 
 def nodes(graph: CanonicalGraph, name: str) -> list[fx.Node]:
     return list(graph.graph.find_nodes(op="call_function", target=ops[name].overload))
+
+
+def returned(graph: fx.Graph) -> list[Any]:
+    values: Any = graph.output_node().args[0]
+    return list(values)
 
 
 def aten_left(graph: CanonicalGraph) -> set[str]:
@@ -303,3 +310,139 @@ def test_a_new_node_is_as_deep_as_what_it_takes_the_place_of() -> None:
     third = canonical.insert_before(second, aten.cos.default, (first,), None)
     canonical.replace(copies[deep], second)
     assert [canonical.depth(node) for node in (copies[x], copies[shallow], first, second, third)] == [0, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("written", ["source", "view of it", "copy", "view of the copy", "nothing"])
+def test_a_copy_is_seen_through_where_neither_is_written_to(written: str) -> None:
+    """What it is a copy of has another value then."""
+    graph = quickly_traced(lambda x, w: F.pad(llama(x, None, w)[0], (0, 8)), randn(5, HIDDEN), W)
+    x, readers = graph.find_nodes(op="placeholder")[0], list(graph.find_nodes(op="placeholder")[0].users)
+    with graph.inserting_before(readers[0]):
+        copy = graph.call_function(aten.clone.default, (x,))
+        copy.meta["val"] = aten.clone(x.meta["val"])
+        target = copy if "copy" in written else x
+        if "view" in written:
+            target = graph.call_function(aten.view.default, (target, [-1]))
+            target.meta["val"] = (copy if "copy" in written else x).meta["val"].view(-1)
+        if written != "nothing":
+            graph.call_function(aten.add_.Tensor, (target, 1)).meta["val"] = target.meta["val"]
+    for reader in readers:
+        reader.replace_input_with(x, copy)
+    raised = canonicalize(graph)
+    (norm,) = nodes(raised, "rms_norm")
+    assert raised.origin[norm.args[0]] is (x if written == "nothing" else copy)  # type: ignore[index]
+    assert bool(raised.calls(aten.clone.default)) is (written != "nothing")
+
+
+def residual_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return llama(x, residual, weight)
+
+
+def test_a_raised_op_stands_for_all_that_computes_its_results() -> None:
+    graph = quickly_traced(residual_norm, randn(5, HIDDEN), randn(5, HIDDEN, seed=1), W)
+    for number, node in enumerate(graph.nodes):
+        node.meta["stack_trace"] = str(number)
+    raised = canonicalize(graph)
+    (norm,) = nodes(raised, "fused_add_rms_norm")
+    computed = {node for node in graph.nodes if node.op == "call_function"}
+    assert raised.interior[norm] == computed
+    assert raised.claims([norm, *norm.users]) == computed
+    results = returned(graph)
+    assert [each.meta["val"].shape for each in results] == [each.shape for each in norm.meta["val"]]
+    assert [raised.origin[each] for each in returned(raised.graph)] == results
+    assert norm.meta["stack_trace"] == results[0].meta["stack_trace"]
+    users = sorted(norm.users, key=lambda each: int(str(each.args[1])))
+    assert [each.meta["stack_trace"] for each in users] == [each.meta["stack_trace"] for each in results]
+    assert {raised.region[each] for each in (norm, *users)} == {0}
+    assert raised.depth(norm) == raised.depth(users[0]) > 0
+
+
+def test_an_op_stands_behind_the_last_of_its_arguments_that_come_late() -> None:
+    """What else reads its results comes after that once the graph is sorted."""
+    graph = quickly_traced(lambda x, w: (x.relu(), w * 2, w * 3), randn(5, HIDDEN), W)
+    canonical = CanonicalGraph.copy_of(graph)
+    first, second, third = returned(canonical.graph)
+    raised = canonical.raise_op(ops.rms_norm, (third, second, 1e-6, "llama"), [first])
+    assert third < raised
+    assert returned(canonical.graph) == [raised, second, third]
+    assert canonical.origin[raised] is returned(graph)[0]
+
+
+def test_a_copy_raises_others_as_it_was_raised_itself() -> None:
+    graph = quickly_traced(lambda x, w: llama(x, None, w)[0], randn(5, HIDDEN), W)
+    assert canonicalize(graph).raised_alike(graph).recognized() == {f"rms_norm[{HIDDEN}]": 1}
+    assert CanonicalGraph.copy_of(graph).raised_alike(graph).recognized() == {}
+    assert CanonicalGraph.copy_of(graph, canonicalize).raised_alike(graph).recognized() == {f"rms_norm[{HIDDEN}]": 1}
+
+
+def test_calls_of_several_ops_come_in_the_order_of_the_graph() -> None:
+    graph = quickly_traced(lambda x: (x.relu().abs() * 2).relu(), randn(5, HIDDEN))
+    canonical = CanonicalGraph.copy_of(graph)
+    called = [node for node in canonical.graph.nodes if node.op == "call_function" and node.target != aten.mul.Tensor]
+    assert canonical.calls(aten.abs.default, aten.relu.default) == called
+    assert canonical.calls(aten.relu.default) == called[::2]
+
+
+def test_a_constant_is_one_for_all_who_need_it_alike() -> None:
+    canonical = CanonicalGraph.copy_of(quickly_traced(lambda x: x.relu(), randn(5, HIDDEN)))
+    like = canonical.graph.find_nodes(op="placeholder")[0].meta["val"]
+    made = [
+        canonical.constant(value, shape, like=each)
+        for value, shape, each in (
+            (1.0, [4], like), (1.0, (4,), like), (2.0, [4], like), (1.0, [5], like), (1.0, [4], like.float())
+        )
+    ]  # fmt: skip
+    assert made[0] is made[1]
+    assert len(set(made)) == 4
+    assert all(each < canonical.calls(aten.relu.default)[0] for each in made)
+    assert (made[2].args, made[2].kwargs["dtype"], made[2].meta["val"].shape) == (([4], 2.0), like.dtype, (4,))
+    assert made[4].meta["val"].dtype is torch.float32
+
+
+def refused(canonical: CanonicalGraph, **expected: object) -> None:
+    (refusal,) = canonical.refusals
+    assert {name: getattr(refusal, name) for name in expected} == expected
+
+
+def test_what_is_in_the_way_is_named_with_what_should_be_there() -> None:
+    graph = quickly_traced(lambda x: x.relu() * 2, randn(5, HIDDEN))
+    relu = graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+    relu.meta["stack_trace"], product = "", relu.next
+    for expected, found in ((aten.tanh.default, "aten.relu.default"), (None, None)):
+        canonical = CanonicalGraph.copy_of(graph)
+        at = canonical.calls(aten.relu.default)[0], canonical.calls(aten.mul.Tensor)[0]
+        Unraised(Reason.OP, "it is another", at[0], "write tanh", expected=expected).tell(
+            canonical, ops.rms_norm, "RMSNorm", at=at, place=at[1]
+        )
+        wanted = str(expected) if expected is not None else None
+        refused(canonical, reason=Reason.OP, op="rms_norm", detail="RMSNorm not recognised: it is another", found=found,
+                expected=wanted, mend="write tanh", nodes=(relu.name,))  # fmt: skip
+        assert set(canonical.unraised) == {*at}
+    canonical = CanonicalGraph.copy_of(graph)
+    x = canonical.graph.find_nodes(op="placeholder")[0]
+    Unraised(Reason.OP, "", x, expected=aten.tanh.default).tell(canonical, ops.rms_norm, "", at=[x], place=x)
+    refused(canonical, found=None, expected="aten.tanh.default")
+    assert product.target == aten.mul.Tensor
+
+
+def test_the_one_reader_of_a_value_is_that_or_says_who_else_reads_it() -> None:
+    def reason(function: Callable[[Tensor], object]) -> tuple[Reason, str, str]:
+        canonical = CanonicalGraph.copy_of(quickly_traced(function, randn(5, HIDDEN)))
+        (value,) = canonical.calls(aten.relu.default)
+        with pytest.raises(Unraised) as caught:
+            only_reader(value, "the root")
+        return caught.value.reason, caught.value.detail, caught.value.node.name
+
+    canonical = CanonicalGraph.copy_of(quickly_traced(lambda x: x.relu().tanh(), randn(5, HIDDEN)))
+    assert only_reader(canonical.calls(aten.relu.default)[0], "it") is canonical.calls(aten.tanh.default)[0]
+    found = reason(lambda x: (y := x.relu(), y * 2))
+    assert found == (Reason.USERS, "the root is returned from the graph, too", "relu")
+    for function in (lambda x: ((y := x.relu()) * 2, y.tanh()), lambda x: ((y := x.relu()).tanh(), y * 2)):
+        read = reason(function)
+        assert read == (Reason.USERS, "the root is also read by aten.tanh.default (tanh)", "tanh")
+    canonical = CanonicalGraph.copy_of(quickly_traced(lambda x: x.relu(), randn(5, HIDDEN)))
+    value = canonical.calls(aten.relu.default)[0]
+    canonical.graph.output_node().args = ((),)
+    with pytest.raises(Unraised, match="the root isn't read") as caught:
+        only_reader(value, "the root")
+    assert (caught.value.reason, caught.value.node) == (Reason.DEAD, value)

@@ -144,6 +144,30 @@ def test_other_tiles_are_left_to_a_copy(layout: Callable[[Tensor], Tensor]) -> N
         assert torch.equal(bits(got), bits(wanted))
 
 
+def test_exponents_that_are_read_as_numbers_too_stay_in_rows() -> None:
+    """In tiles they would be computed again for those who read them."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, exponent = quantised(x, "floor")
+        return codes, to_blocked(exponent)
+
+    given, aten = randn(5, 8 * GROUP), torch.ops.aten
+    graph = quickly_traced(function, given)
+    (exponent,) = (
+        node.args[0]
+        for node in graph.find_nodes(op="call_function", target=aten.view.dtype)
+        if node.args[1] is torch.float8_e8m0fnu
+    )
+    values: Any = graph.output_node().args[0]
+    graph.output_node().args = ((*values, exponent),)
+    raised = canonicalize(graph)
+    (node,) = raised.calls(per_token_mx_fp8_quant.overload)
+    assert node.args[-1] == "rows"
+    assert not raised.graph.find_nodes(op="call_function", target=aten.amax.default)
+    for got, wanted in zip(*(fx.GraphModule({}, each)(given) for each in (raised.graph, graph)), strict=True):
+        assert torch.equal(bits(got), bits(wanted))
+
+
 norm, add_norm, reduced, activated = cores(quantised, W)
 
 

@@ -57,4 +57,4 @@ def arguments_of(node: fx.Node, op: OpOverload) -> dict[str, Any]:
 
 def read_at(node: fx.Node) -> list[fx.Node]:
     """Where a search from a norm's neighbours comes to it."""
-    return [node, *(user for user in node.users if user.target is not None)]
+    return [node, *node.users]

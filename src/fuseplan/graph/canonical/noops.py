@@ -1,9 +1,12 @@
 """Seeing through views and casts that do nothing."""
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import RESHAPES, aten, convert_element_type, equal_shape, is_mutation, tensor_of
+from fuseplan.graph.layout import storage_of
 
 SHAPE_PRESERVING = (
     *RESHAPES,
@@ -28,9 +31,17 @@ def is_noop(node: fx.Node) -> bool:
 
 
 def eliminate_noops(canonical: CanonicalGraph) -> None:
-    """Replaces every no-op by its input. A copy of something that is written to later is not a no-op."""
+    """Replaces every no-op by its input. A copy is none where it is written to, or what it is a copy of, also through
+    views of them: both differ then.
+    """
+    writers = [node for node in canonical.graph.nodes if is_mutation(node)]
+    written = _storages(source for writer in writers for source in writer.all_input_nodes)
     for node in canonical.calls(*SHAPE_PRESERVING, aten.permute.default):
         source = node.args[0]
-        if isinstance(source, fx.Node) and is_noop(node) and not any(is_mutation(user) for user in source.users):
+        if isinstance(source, fx.Node) and is_noop(node) and written.isdisjoint(_storages([source, node])):
             node.replace_all_uses_with(source)
             canonical.graph.erase_node(node)
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {storage_of(value) for node in nodes if (value := tensor_of(node)) is not None}

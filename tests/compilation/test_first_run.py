@@ -1,0 +1,209 @@
+"""What ranks settle on is what runs, and what the report says. Two processes settle in `tests/distributed`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from fuseplan.compilation import first_run
+from fuseplan.compilation.first_run import AgreedGraph, digest_of, groups_of, pending_in, settled, verify_pending
+from fuseplan.config import PassConfig
+from fuseplan.distributed import Verdict
+from fuseplan.errors import CollectiveError
+from fuseplan.record import Fusion, GraphReport, Pending, Reason, Report, Verification
+
+PENDING = Pending(rule="r", op="o", ops="o", provider="p", signature="s", group="0", cases=())
+OTHER = dataclasses.replace(PENDING, signature="another")
+FUSION = Fusion(rule="r", op="o", provider="p", anchor="n", consumed=("n",), contested_op="rms_norm", site="n")
+RIGHT = Verification(rule="r", op="o", provider="p", signature="s", ranks=2)
+WRONG = dataclasses.replace(RIGHT, rule="w", passed=False, detail="rank 1 found r by p wrong at 7 tokens")
+
+
+def graph(*pending: Pending, **more: Any) -> GraphReport:
+    return GraphReport(graph="g", applied=(FUSION,), rewritten=True, pending=pending, **more)
+
+
+def report(*graphs: GraphReport) -> Report:
+    return Report(policy="planned", order=(), rules=(), graphs=graphs)
+
+
+class Model:
+    """A graph whose ranks come to a verdict, or to none."""
+
+    def __init__(self, outcome: Verdict | CollectiveError) -> None:
+        self.outcome, self.settled, self.told = outcome, 0, list[Verdict]()
+        self.graph = AgreedGraph(
+            lambda x: ("fused", x), lambda: lambda x: ("unfused", x), lambda why: lambda x: (why, x), self.settle,
+            self.told.append,
+        )  # fmt: skip
+
+    def settle(self) -> Verdict:
+        self.settled += 1
+        if isinstance(self.outcome, CollectiveError):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.mark.parametrize(
+    ("verdict", "runs", "is_told"),
+    [
+        (Verdict(fused=True), "fused", False),
+        (Verdict(fused=True, verified=(RIGHT,)), "fused", True),
+        (Verdict(fused=False, reason="they differ"), "unfused", True),
+        (Verdict(fused=False, reason="far", apart=True), "far", True),
+        (Verdict(fused=False, apart=True), "", True),
+    ],
+)
+def test_all_calls_run_what_the_first_one_settled(verdict: Verdict, runs: str, is_told: bool) -> None:
+    model = Model(verdict)
+    assert [model.graph(1), model.graph(2)] == [(runs, 1), (runs, 2)]
+    assert model.settled == 1
+    assert model.told == [verdict] * is_told
+
+
+def test_a_graph_whose_ranks_parted_raises_at_every_call() -> None:
+    """The other ranks wait for this one at its first run: it never comes."""
+    model = Model(CollectiveError("a rank is left in a kernel"))
+    for _ in range(2):
+        with pytest.raises(CollectiveError, match="left in a kernel"):
+            model.graph(1)
+    assert model.settled == 1
+    assert not model.told
+
+
+def test_groups_and_what_is_pending_are_named_once_each() -> None:
+    found = report(graph(PENDING, OTHER, groups=("0", "1")), graph(OTHER, groups=("1", "2")))
+    assert groups_of(found) == ("0", "1", "2")
+    assert pending_in([found, found]) == (PENDING, OTHER)
+
+
+def test_what_ranks_have_to_agree_on_tells_plans_apart() -> None:
+    found = [
+        report(graph(digest="a"), graph(digest="b")), report(graph(digest="b"), graph(digest="a")),
+        report(graph(PENDING, digest="a"), graph(digest="b")), report(graph(digest="a")), report(), None,
+    ]  # fmt: skip
+    assert len({digest_of(each) for each in found}) == len(found)
+    assert digest_of(found[0]) == digest_of(report(graph(digest="a", range=(1, 2)), graph(digest="b")))
+
+
+class Asked:
+    """The other ranks, who agree to all, and what they are told."""
+
+    def __init__(self, *verdicts: Verdict) -> None:
+        self.verdicts, self.heard = [*verdicts], list[dict[str, Any]]()
+
+    def __call__(self, *names: Any, **said: Any) -> Verdict:
+        self.heard.append(said)
+        return self.verdicts.pop(0) if self.verdicts else Verdict(fused=True)
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Pending, ...]]:
+    """What was verified, with two meetings for each, all of it right but what is called another."""
+    found: list[tuple[Pending, ...]] = []
+
+    def verify(pending: tuple[Pending, ...], rules: object, meet: Callable[[str, str], Verdict], seconds: float) -> Any:
+        found.append(pending)
+        assert seconds == 7
+        for said in ("ready", "done"):
+            meet(said, "did not come")
+        return [WRONG if each is OTHER else RIGHT for each in pending]
+
+    monkeypatch.setattr(first_run, "verify_together", verify)
+    return found
+
+
+CONFIG = PassConfig(verify_timeout_s=7, agreement_timeout_s=3)
+
+
+@pytest.mark.parametrize(("pending", "is_fused"), [((PENDING,), True), ((PENDING, OTHER), False)])
+def test_what_is_pending_decides(
+    verified: list[tuple[Pending, ...]], pending: tuple[Pending, ...], is_fused: bool
+) -> None:
+    asked = Asked()
+    verdict = verify_pending(pending, (), asked, "name", CONFIG)
+    outcomes = (RIGHT,) if is_fused else (RIGHT, WRONG)
+    assert verdict == Verdict(fused=is_fused, reason=outcomes[-1].detail, verified=outcomes)
+    common = {"work_s": 7, "awaited": "did not come"}
+    assert asked.heard == [
+        {"graph": "name-0", "digest": "ready", **common}, {"graph": "name-1", "digest": "done", **common},
+    ]  # fmt: skip
+
+
+def settle(found: Report, *verdicts: Verdict, module: fx.GraphModule | None = None) -> tuple[Verdict, Asked]:
+    asked = Asked(*verdicts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(first_run, "agree_in_groups", asked)
+        patched.setattr(first_run, "prepare", lambda wanted: "132 processors")
+        return first_run.settle(module or fx.GraphModule({}, fx.Graph()), found, "digest", CONFIG, ()), asked
+
+
+def test_ranks_that_agree_verify_what_is_pending(verified: list[tuple[Pending, ...]]) -> None:
+    verdict, asked = settle(report(graph(PENDING, PENDING, groups=("0",))))
+    assert (verdict.fused, verdict.verified, verified) == (True, (RIGHT,), [(PENDING,)])
+    assert [said["digest"] for said in asked.heard] == ["digest", "ready", "done"]
+    assert {said["deadline_s"] for said in asked.heard} == {3}
+    assert len({said["graph"] for said in asked.heard}) == 3
+
+
+WORKSPACES = (("0", "bfloat16", "cpu"),)
+
+
+@pytest.mark.parametrize("agreements", [0, 1])
+def test_ranks_that_differ_verify_nothing(verified: list[tuple[Pending, ...]], agreements: int) -> None:
+    """In their plans, or in what they share."""
+    differ = Verdict(fused=False, reason="they differ")
+    found = report(graph(PENDING, groups=("0",), workspaces=WORKSPACES))
+    verdict, asked = settle(found, *[Verdict(fused=True)] * agreements, differ)
+    assert verdict == differ
+    assert [said["digest"] for said in asked.heard] == ["digest", "digest 132 processors"][: agreements + 1]
+    assert not verified
+
+
+def test_graphs_are_told_apart_by_their_ops() -> None:
+    """Not by what ranks name otherwise."""
+
+    def name_of(*ops: Callable[..., Any], prefix: str) -> str:
+        made = fx.Graph()
+        value = made.placeholder(prefix)
+        for op in ops:
+            value = made.call_function(op, (value,))
+        made.output(value)
+        return str(settle(report(), module=fx.GraphModule({}, made))[1].heard[0]["graph"])
+
+    assert name_of(torch.relu, torch.tanh, prefix="x") == name_of(torch.relu, torch.tanh, prefix="y")
+    assert name_of(torch.relu, torch.tanh, prefix="x") != name_of(torch.tanh, torch.relu, prefix="x")
+
+
+def test_what_was_verified_is_reported_with_the_graphs_that_have_it() -> None:
+    before = report(graph(PENDING, verified=(WRONG,)), graph(OTHER), graph())
+    after = settled(before, Verdict(fused=True, verified=(RIGHT,)))
+    assert [each.verified for each in after.graphs] == [(WRONG, RIGHT), (), ()]
+    assert [(each.pending, each.applied, each.rewritten) for each in after.graphs] == [((), (FUSION,), True)] * 3
+    assert not after.warnings
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reason", "detail", "mend"),
+    [
+        (Verdict(fused=False, reason="they differ"), Reason.RANKS, "run unfused on all ranks", "give all ranks one"),
+        (Verdict(fused=False, reason="far", apart=True), Reason.RANKS, "is planned again without", "forbid those"),
+        (
+            Verdict(fused=False, reason="rank 1 found it wrong", verified=(RIGHT, RIGHT, WRONG)), Reason.VERIFICATION,
+            "run unfused on all ranks of its group: rank 1 found it wrong", "or forbid w:p",
+        ),
+    ],
+)  # fmt: skip
+def test_a_graph_that_is_run_unfused_says_why(verdict: Verdict, reason: Reason, detail: str, mend: str) -> None:
+    after = settled(report(graph(PENDING), graph()), verdict)
+    (warning,) = after.warnings
+    assert [(each.applied, each.lost, each.rewritten, each.refusals) for each in after.graphs] == [
+        ((), (), False, (warning,))
+    ] * 2
+    assert warning.reason is reason
+    assert detail in warning.detail
+    assert mend in (warning.mend or "")
+    assert (warning.rule, warning.provider) == (("w", "p") if verdict.verified else (None, None))

@@ -1,0 +1,250 @@
+"""Two sides of somebody's replacement: what is computed of them exactly, and what is told of them."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fuseplan.verification import sides
+from fuseplan.verification.foreign import _draw_of, _largest, _like
+from fuseplan.verification.sides import Side, run_exactly, run_node
+from fuseplan.verification.specs import TensorSpec
+from fuseplan.verification.telling import told, vanished
+from tests.verification import others
+
+aten = torch.ops.aten
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def side(*calls: tuple[Any, tuple[Any, ...]], **inputs: Tensor) -> Side:
+    """Calls one after the other; a name stands for an input, an index for what a call yields."""
+    graph = fx.Graph()
+    placed: dict[Any, fx.Node] = {}
+    for name, value in inputs.items():
+        placed[name] = graph.placeholder(name)
+        placed[name].meta["val"] = value
+    values: dict[Any, Any] = {**inputs}
+    for number, (target, args) in enumerate(calls):
+        known = [(placed[each], values[each]) if isinstance(each, str) else (each, each) for each in args]
+        node = graph.call_function(target, tuple(node for node, _ in known))
+        node.meta["val"] = values[f"{number}"] = target(*(value for _, value in known))
+        placed[f"{number}"] = node
+    names = {placed[name]: name for name in inputs}
+    return Side(names=names, nodes=tuple(placed[f"{n}"] for n in range(len(calls))), outputs=(node,))
+
+
+X = torch.tensor([[1.0, 1 / 3, -7.1]])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_torchs_ops_are_run_in_float64_without_casts_on_the_way(dtype: torch.dtype) -> None:
+    x = X.to(dtype)
+    cast = torch.ops.prims.convert_element_type.default
+    computed = side((aten.mul.Tensor, ("x", "x")), (cast, ("0", torch.bfloat16)), (aten.exp.default, ("1",)), x=x)
+    (exact,) = computed.run({"x": x}, {}, call=run_exactly)
+    assert torch.equal(exact, (x.double() * x.double()).exp())
+    (own,) = computed.run({"x": x}, {}, call=run_node)
+    assert torch.equal(own, (x * x).bfloat16().exp())
+
+
+def test_what_reads_bits_reads_those_of_the_graph() -> None:
+    x = X.bfloat16()
+    computed = side((aten.mul.Tensor, ("x", "x")), (aten.view.dtype, ("0", torch.int16)), x=x)
+    (exact,) = computed.run({"x": x}, {}, call=run_exactly)
+    assert torch.equal(exact, (x * x).view(torch.int16))
+
+
+def widened(name: str, kernel: Callable[[Tensor], Any]) -> Any:
+    return others.op(f"{name}(Tensor x) -> Tensor", kernel, torch.empty_like)
+
+
+def only_of_bfloat16(x: Tensor) -> Tensor:
+    if x.dtype is not torch.bfloat16:
+        raise RuntimeError("not implemented for Double")
+    return x * 3
+
+
+def of_other_bits(x: Tensor) -> Tensor:
+    return x * 3 if x.dtype is torch.bfloat16 else x * 5
+
+
+def thrice(x: Tensor) -> Tensor:
+    return x * 3
+
+
+@pytest.mark.parametrize(("kernel", "is_exact"), [(only_of_bfloat16, False), (of_other_bits, False), (thrice, True)])
+def test_an_op_that_takes_no_float64_rounds_as_it_does(kernel: Callable[[Tensor], Tensor], is_exact: bool) -> None:
+    x = X.bfloat16()
+    computed = side((aten.exp.default, ("x",)), (widened(kernel.__name__, kernel), ("0",)), x=x)
+    (exact,) = computed.run({"x": x}, {}, call=run_exactly)
+    wanted = x.double().exp() * 3 if is_exact else x.double().exp().bfloat16() * 3
+    assert torch.equal(exact, wanted)
+
+
+def test_one_of_torchs_that_takes_no_float64_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "TORCHS", ("aten", "prims", "made_up"))
+    x = X.bfloat16()
+    computed = side((aten.exp.default, ("x",)), (widened("only_of_bfloat16", only_of_bfloat16), ("0",)), x=x)
+    (exact,) = computed.run({"x": x}, {}, call=run_exactly)
+    assert torch.equal(exact, x.double().exp().bfloat16() * 3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_near_is_so_by_the_precision_of_its_values(dtype: torch.dtype) -> None:
+    narrow, eps = torch.tensor([1.0, -64.0, 0.0], dtype=dtype), torch.finfo(dtype).eps
+    for units, is_near in ((7, True), (9, False)):
+        wide = narrow.double() + torch.tensor([0.0, 0.0, units * 64 * eps])
+        assert sides._is_rounding(wide, narrow) is is_near
+        assert sides._is_rounding(narrow.double() - wide + narrow.double(), narrow) is is_near
+        assert sides._is_near([narrow.double(), wide], (narrow, narrow)) is is_near
+    assert not sides._is_near([narrow], (narrow, narrow))
+
+
+def test_what_overflows_is_near_what_overflows_too() -> None:
+    narrow = torch.tensor([float("inf"), 1.0, float("nan")])
+    assert sides._is_rounding(torch.tensor([float("inf"), 1.0, float("nan")]).double(), narrow)
+    assert sides._is_rounding(torch.tensor([1e300, 1.0, 1.0]).double(), narrow), "float64 doesn't"
+    assert not sides._is_rounding(torch.tensor([1.0, float("inf"), 1.0]).double(), narrow)
+    assert not sides._is_rounding(torch.tensor([1.0, 1.1, 1.0]).double(), narrow)
+    empty = torch.empty(0, 3)
+    assert sides._is_rounding(empty.double(), empty)
+
+
+def test_only_floats_of_one_shape_can_be_far() -> None:
+    x = torch.ones(2)
+    assert sides._is_rounding(x.int(), (x + 3).int())
+    assert sides._is_rounding(7, 8)
+    assert not sides._is_rounding(torch.ones(3).double(), x)
+    assert not sides._is_rounding(7, x)
+
+
+def test_a_copy_of_what_is_written_lies_as_far_into_its_memory_as_in_the_graph() -> None:
+    memory = torch.arange(20.0)
+    own = memory.as_strided((3, 2), (4, 1), 5)
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    node.meta["val"] = own
+    found = sides._placed(node, own.as_strided((3, 2), (4, 1), 2))
+    assert (found.storage_offset(), found.stride(), found.tolist()) == (
+        5,
+        (4, 1),
+        memory.as_strided((3, 2), (4, 1), 2).tolist(),
+    )
+    assert found.data_ptr() != own.data_ptr()
+    assert sides._placed(node, 7) == 7
+    assert sides._placed(node, torch.empty(0)).shape == (0,)
+
+
+def test_sides_are_told_apart_by_what_they_call_and_yield() -> None:
+    x = torch.ones(2, 3)
+    made = [
+        side((aten.mul.Tensor, ("x", 2)), (aten.add.Tensor, ("0", "y")), x=x, y=x),
+        side((aten.mul.Tensor, ("x", 2)), (aten.add.Tensor, ("0", "y")), x=x, y=x),
+        side((aten.mul.Tensor, ("x", 3)), (aten.add.Tensor, ("0", "y")), x=x, y=x),
+        side((aten.mul.Tensor, ("x", 2)), (aten.add.Tensor, ("0", "x")), x=x, y=x),
+        side((aten.mul.Tensor, ("x", 2)), (aten.add.Tensor, ("y", "0")), x=x, y=x),
+        side((aten.mul.Tensor, ("x", 2)), x=x, y=x),
+    ]
+    texts = [each.text({}) for each in made]
+    assert texts[0] == texts[1] == "aten.mul.Tensor ('x', 2) {}\naten.add.Tensor ('%0', 'y') {}\n['%1']"
+    assert len({*texts}) == 5
+
+
+def scaled(schema: str) -> Any:
+    return others.op(schema, lambda x, *rest, **named: x * 1, lambda x, *rest, **named: torch.empty_like(x))
+
+
+def told_side(schema: str, *args: Any) -> Side:
+    return side((scaled(schema), ("x", *args)), x=torch.ones(2, 3))
+
+
+def test_arguments_that_nothing_passes_on_are_named_those_that_matter_first() -> None:
+    before = told_side("told_all(Tensor x, int size=4, bool flag=False, float eps=0.5, bool on=False, bool off=True, "
+                       "int _hidden=9) -> Tensor", 4, True, 0.25, False, False, 8)  # fmt: skip
+    nothing = told_side("told_none(Tensor x) -> Tensor")
+    assert vanished(before, nothing) == [
+        "flag=True of made_up.told_all", "eps=0.25 of made_up.told_all", "off=False of made_up.told_all",
+        "size=4 of made_up.told_all", "on=False of made_up.told_all",
+    ]  # fmt: skip
+    assert vanished(nothing, before) == []
+    assert vanished(before, before) == []
+
+
+def test_an_argument_that_has_another_value_there_says_which() -> None:
+    before = told_side("told_eps(Tensor x, float eps, bool flag) -> Tensor", 0.25, True)
+    after = told_side("told_eps(Tensor x, float eps, bool flag) -> Tensor", 0.5, False)
+    assert vanished(before, after) == [
+        "flag=True of made_up.told_eps (there it is False)", "eps=0.25 of made_up.told_eps (there it is 0.5)",
+    ]  # fmt: skip
+    usual = told_side("told_usual(Tensor x, bool flag=False) -> Tensor")
+    assert vanished(before, usual)[0] == "flag=True of made_up.told_eps (there it is False)"
+
+
+def test_a_number_that_is_passed_on_by_another_name_is_not_gone() -> None:
+    before = told_side("told_by_name(Tensor x, float eps, int group) -> Tensor", 0.25, 1)
+    after = told_side("told_otherwise(Tensor x, float epsilon, bool one) -> Tensor", 0.25, True)
+    assert vanished(before, after) == ["group=1 of made_up.told_by_name"], "True is another one than 1"
+
+
+def test_torchs_own_arguments_are_nobodys_options() -> None:
+    assert (
+        vanished(side((aten.sum.dim_IntList, ("x", [0], True)), x=X), told_side("told_none(Tensor x) -> Tensor")) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "place", "end"),
+    [
+        (None, None, ""),
+        ("p", None, "; pattern p, replacement unknown"),
+        (None, "f (a.py:3)", "; replacement f (a.py:3)"),
+        ("p", "f (a.py:3)", "; pattern p, replacement f (a.py:3)"),
+    ],
+)
+def test_what_stands_for_what_is_told_in_one_clause(pattern: str | None, place: str | None, end: str) -> None:
+    match: Any = SimpleNamespace(entry=SimpleNamespace(pattern_name=pattern), written_at=place)
+    before = side((aten.mul.Tensor, ("x", 2)), (aten.mul.Tensor, ("0", 3)), (aten.relu.default, ("1",)), x=X.bfloat16())
+    after = told_side("told_call(Tensor x, int size, bool _hidden=True) -> Tensor", 4)
+    text = told(match, before, after, {})
+    assert text == f"made_up.told_call(x: float32[2, 3], size=4) stands for aten.mul.Tensor, aten.relu{end}"
+    assert told(match, after, before, {}).startswith(
+        "aten.mul.Tensor, aten.relu stands for made_up.told_call(x: float32[2, 3], size=4); "
+        "of these nothing passes on size=4 of made_up.told_call"
+    )
+    empty = Side(names={}, nodes=(), outputs=())
+    assert told(match, empty, empty, {}) == f"nothing stands for nothing{end}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "draw"),
+    [
+        ((), torch.bfloat16, "draw_positive"),
+        ((1, 1), torch.bfloat16, "draw_positive"),
+        ((5, 1), torch.float32, "draw_positive"),
+        ((5, 1), torch.bfloat16, "draw_activations"),
+        ((5, 2), torch.float32, "draw_activations"),
+        ((64,), torch.float32, "draw_near_one"),
+        ((1, 64), torch.float32, "draw_activations"),
+    ],
+)
+def test_arguments_are_drawn_as_what_they_are_likely_to_be(shape: tuple[int, ...], dtype: Any, draw: str) -> None:
+    spec = TensorSpec(dtype=dtype, shape=shape, stride=(1,) * len(shape), misalignment=0, device=torch.device("cpu"))
+    assert _draw_of(spec).__name__ == draw
+
+
+def test_exact_values_are_wide_where_results_are_floats() -> None:
+    exact = torch.tensor([1 / 3], dtype=torch.float64)
+    assert _like(exact, X).dtype is torch.float64
+    assert _like(exact.float(), X.double()).dtype is torch.float64
+    assert _like(exact, X.to(others.FP8)).dtype is others.FP8
+    assert _like(exact, X.int()).dtype is torch.int32
+
+
+def test_the_largest_differences_are_of_what_is_finite() -> None:
+    own = torch.tensor([1.0, 100.0, float("inf"), 0.0, float("nan")])
+    got = torch.tensor([1.5, 102.0, 3.0, 1.0, 1.0])
+    assert _largest(got, own) == "; the largest differences from the graph's own are 2 and 0.5 of the value"
+    assert _largest(own[2:3], own[2:3]) == ""
