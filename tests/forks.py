@@ -121,26 +121,28 @@ class Forks:
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(address)
-        self._stream = self._socket.makefile("rw", encoding="utf-8")
+        # Two: one that is written to forgets what it has read ahead.
+        self._requests = self._socket.makefile("w", encoding="utf-8")
+        self._answers = self._socket.makefile("r", encoding="utf-8")
         self._count, self._outcomes = 0, list[list[Outcome]]()
 
     def start(self, request: Request) -> int:
         """Returns the number by which its outcomes are asked for."""
-        print(json.dumps(dataclasses.asdict(request)), file=self._stream, flush=True)
+        print(json.dumps(dataclasses.asdict(request)), file=self._requests, flush=True)
         self._count += 1
         return self._count - 1
 
     def outcomes(self, number: int) -> list[Outcome]:
         """How its processes ended; waits for that."""
         while len(self._outcomes) <= number:
-            answer = json.loads(self._stream.readline())
+            answer = json.loads(self._answers.readline())
             self._outcomes.append([Outcome(**each) for each in answer])
         return self._outcomes[number]
 
     def close(self) -> None:
         """Has the server know that nothing more is asked."""
-        self._stream.close()
-        self._socket.close()
+        for each in (self._requests, self._answers, self._socket):
+            each.close()
 
 
 def _run(request: Request, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -216,15 +218,15 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as listening:
         while listening in select.select([listening, sys.stdin], [], [])[0]:
             connection, _ = listening.accept()
-            with connection, connection.makefile("rw", encoding="utf-8") as stream:
+            with connection, connection.makefile("r") as requests, connection.makefile("w") as answers:
                 if not has_imported:
                     _import()
                     has_imported = True
                 if os.fork():
                     continue
                 listening.close()
-                for line in stream:
-                    print(json.dumps(_answer(Request(**json.loads(line)))), file=stream, flush=True)
+                for line in requests:
+                    print(json.dumps(_answer(Request(**json.loads(line)))), file=answers, flush=True)
                 os._exit(0)
     while True:
         try:

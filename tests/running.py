@@ -11,6 +11,7 @@ import torch._dynamo.guards
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
+from torch._dynamo.side_effects import SideEffects
 from torch._inductor import config as inductor_config
 
 from tests.forks import Forks, Server
@@ -24,6 +25,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # How long guards take is measured with all caches flushed, a seventh of the time of tracing a small function.
 vars(torch._dynamo.guards)["profile_guard_manager"] = lambda *_: 0.0
+# What Dynamo would log of side effects names each frame below it, of which pytest has many.
+setattr(SideEffects, "_format_side_effect_message", lambda *_: "")  # noqa: B010 - mypy knows that it's a method
 
 # How long inputs take to be made says how busy the machine is, and nothing about what is tested.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,6 +36,7 @@ settings.load_profile("untimed")
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what modules hold isn't looked through at every collection
+    gc.set_threshold(100_000, 20, 20)  # nor what is being traced, again and again: a tenth of the time of most tests
 
 
 def pytest_unconfigure() -> None:
