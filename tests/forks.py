@@ -41,6 +41,7 @@ IMPORTED = (
     "fuseplan.integrations.transformers",
     "fuseplan.testing",
 )
+IMPORTED_WHERE_TRITON_INTERPRETS = ("tests.providers.run_interpreted",)
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
     "GLOO_SOCKET_IFNAME": "lo",
@@ -202,7 +203,7 @@ def _answer(request: Request) -> list[dict[str, Any]]:
 
 def _import() -> None:
     """Imports what forks needn't import again."""
-    for name in IMPORTED:
+    for name in IMPORTED + IMPORTED_WHERE_TRITON_INTERPRETS * ("TRITON_INTERPRET" in os.environ):
         importlib.import_module(name)
     for passes in ("joint_graph", "post_grad"):
         sys.modules[f"torch._inductor.fx_passes.{passes}"].lazy_init()
