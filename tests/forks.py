@@ -207,7 +207,9 @@ def _import() -> None:
         importlib.import_module(name)
     for passes in ("joint_graph", "post_grad"):
         sys.modules[f"torch._inductor.fx_passes.{passes}"].lazy_init()
-    vars(sys.modules["torch._dynamo.guards"])["profile_guard_manager"] = lambda *_: 0.0  # as in running.py
+    # As in running.py.
+    vars(sys.modules["torch._dynamo.guards"])["profile_guard_manager"] = lambda *_: 0.0
+    sys.modules["torch._dynamo.config"].run_gc_after_compile = False  # type: ignore[attr-defined]
     sys.path.remove(str(ROOT))  # the folder that `-m` puts there; PYTHONPATH has it, too
     gc.set_threshold(100_000, 20, 20)
     gc.freeze()

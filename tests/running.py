@@ -11,9 +11,12 @@ import torch._dynamo.guards
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.side_effects import SideEffects
 from torch._inductor import config as inductor_config
+from torch._logging._internal import trace_log
 
+from tests.contents import read_once
 from tests.forks import Forks, Server
 from tests.interpreted import no_code
 
@@ -25,6 +28,12 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # How long guards take is measured with all caches flushed, a seventh of the time of tracing a small function.
 vars(torch._dynamo.guards)["profile_guard_manager"] = lambda *_: 0.0
+# Nor does a collection after each compilation find much, where what is traced isn't looked through otherwise.
+dynamo_config.run_gc_after_compile = False
+# torch renders each graph, guard and event as soon as its logger of traces has a handler. pytest gives its own to all
+# loggers that don't propagate, and would show none of it.
+trace_log.handlers.clear()
+trace_log.propagate = True
 # What Dynamo would log of side effects names each frame below it, of which pytest has many.
 setattr(SideEffects, "_format_side_effect_message", lambda *_: "")  # noqa: B010 - mypy knows that it's a method
 
@@ -37,6 +46,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what modules hold isn't looked through at every collection
     gc.set_threshold(100_000, 20, 20)  # nor what is being traced, again and again: a tenth of the time of most tests
+    read_once()
 
 
 def pytest_unconfigure() -> None:
