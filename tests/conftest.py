@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import tempfile
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 
 from tests.forks import Server
+
+# What is imported and collected stays, and isn't looked through meanwhile; see pytest_collection_finish in running.py.
+gc.disable()
 
 # Torch reads these when it is imported, which no line above has done: here, in workers, and in processes of tests.
 # Scalar code: compiling it takes half as long.
@@ -40,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.running")
     else:
+        gc.enable()
         config.pluginmanager.register(_Shared())
 
 

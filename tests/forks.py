@@ -203,6 +203,7 @@ def _answer(request: Request) -> list[dict[str, Any]]:
 
 def _import() -> None:
     """Imports what forks needn't import again."""
+    gc.disable()  # it all stays
     for name in IMPORTED + IMPORTED_WHERE_TRITON_INTERPRETS * ("TRITON_INTERPRET" in os.environ):
         importlib.import_module(name)
     for passes in ("joint_graph", "post_grad"):
@@ -212,6 +213,7 @@ def _import() -> None:
     sys.modules["torch._dynamo.config"].run_gc_after_compile = False  # type: ignore[attr-defined]
     sys.path.remove(str(ROOT))  # the folder that `-m` puts there; PYTHONPATH has it, too
     gc.set_threshold(100_000, 20, 20)
+    gc.enable()
     gc.freeze()
 
 

@@ -42,8 +42,23 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that start processes come first: one of their tests may take half a minute, and is nothing to end with.
+
+    What a module shares isn't made by two workers either, who take each other's last tests.
+    """
+    starting = {each.path for each in items if {"forks", "interpreting_forks"}.intersection(_fixtures_of(each))}
+    items.sort(key=lambda item: item.path not in starting)
+
+
+def _fixtures_of(item: pytest.Item) -> list[str]:
+    return item.fixturenames if isinstance(item, pytest.Function) else []
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
+    gc.enable()
     gc.freeze()  # what modules hold isn't looked through at every collection
     gc.set_threshold(100_000, 20, 20)  # nor what is being traced, again and again: a tenth of the time of most tests
     read_once()
