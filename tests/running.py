@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
@@ -80,12 +80,12 @@ def one_rank() -> Iterator[str]:
 def _forks(config: pytest.Config, name: str, **environment: str) -> Iterator[Forks]:
     """Workers share a process that forks, which whoever started them has started; alone, this process starts it."""
     shared = getattr(config, "workerinput", {}).get(name)
-    server = None if shared else Server(**environment)
-    forks = Forks(shared or server.address)
-    yield forks
-    forks.close()
-    if server:
-        server.close()
+    if shared:
+        with closing(Forks(shared)) as forks:
+            yield forks
+    else:
+        with closing(Server(**environment)) as server, closing(Forks(server.address)) as forks:
+            yield forks
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,3 @@
-from collections.abc import Iterator
-from unittest import mock
-
 import pytest
 
 from fuseplan.compilation import manager
@@ -8,7 +5,7 @@ from tests.contents import READ_ANEW
 
 
 @pytest.fixture(autouse=True)
-def _read_anew() -> Iterator[None]:
+def _read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are what is tested: elsewhere, what fuseplan ships is read for them once."""
-    with mock.patch.multiple(manager, **READ_ANEW):
-        yield
+    for name, read in READ_ANEW.items():
+        monkeypatch.setattr(manager, name, read)

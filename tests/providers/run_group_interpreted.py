@@ -319,10 +319,10 @@ def kept() -> dict[str, bool]:
 
     for (first, (suffix, own)), (second, rounding) in product(enumerate(QUANTISED.items()), enumerate(Rounding)):
         residual = bool((first + second) % 2)
-        x, *further = given(rounding, residual)
+        x, added, how = given(rounding, residual)
         y, *total = unquantised(rounding, residual)
-        plain = norm.launch(x, *further, epilogue_of(suffix)(**own))
-        got = norm.launch(x, *further, epilogue_of(suffix)(**own), keeps=True)
+        plain = norm.launch(x, added, how, epilogue_of(suffix)(**own))
+        got = norm.launch(x, added, how, epilogue_of(suffix)(**own), keeps=True)
         quantised = plain[: len(plain) - len(total)]
         wanted = (*quantised, y, *total)
         apart = len({each.untyped_storage().data_ptr() for each in (*got, x)}) == len(got) + 1
