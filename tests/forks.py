@@ -1,7 +1,7 @@
 """Python files and modules, each in processes of its own, forked from one that has imported what they take longest to
 import: torch, fuseplan, transformers, pytest.
 
-`python -m tests.forks` reads one `Request` a line, as JSON, and answers each with the `Outcome` of every process.
+Whoever connects to a `Server` writes one `Request` a line, as JSON, and reads the `Outcome` of every process of each.
 """
 
 import dataclasses
@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,11 +41,14 @@ IMPORTED = (
     "fuseplan.integrations.transformers",
     "fuseplan.testing",
 )
+IMPORTED_WHERE_TRITON_INTERPRETS = ("tests.providers.run_interpreted",)
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
     "GLOO_SOCKET_IFNAME": "lo",
     # Output is compared.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Hashes of texts are others than here.
+    "PYTHONHASHSEED": "random",
     # What has been forked can't use a GPU.
     "CUDA_VISIBLE_DEVICES": "",
     # No threads in the process that forks.
@@ -87,38 +92,58 @@ class Outcome:
     output: str
 
 
-class Forks:
-    """The process that forks: runs one request after the other, beside what runs here."""
+class Server:
+    """The process that forks, for all who connect: it imports nothing before the first does.
+
+    Attributes:
+        address: where they connect.
+    """
 
     def __init__(self, **environment: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT, **environment},
-        )  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        self.address = str(Path(self._folder.name, "forks"))
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(self.address)
+            listening.listen()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.forks", str(listening.fileno())], pass_fds=[listening.fileno()],
+                stdin=subprocess.PIPE, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **environment},
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends it, once all who have connected are done."""
+        self._process.communicate()
+        self._folder.cleanup()
+
+
+class Forks:
+    """A connection to a server, which runs its requests one after the other, beside what runs here."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(address)
+        # Two: one that is written to forgets what it has read ahead.
+        self._requests = self._socket.makefile("w", encoding="utf-8")
+        self._answers = self._socket.makefile("r", encoding="utf-8")
         self._count, self._outcomes = 0, list[list[Outcome]]()
 
     def start(self, request: Request) -> int:
         """Returns the number by which its outcomes are asked for."""
-        assert self._process.stdin is not None
-        print(json.dumps(dataclasses.asdict(request)), file=self._process.stdin, flush=True)
+        print(json.dumps(dataclasses.asdict(request)), file=self._requests, flush=True)
         self._count += 1
         return self._count - 1
 
     def outcomes(self, number: int) -> list[Outcome]:
         """How its processes ended; waits for that."""
-        assert self._process.stdout is not None
         while len(self._outcomes) <= number:
-            answer = json.loads(self._process.stdout.readline())
+            answer = json.loads(self._answers.readline())
             self._outcomes.append([Outcome(**each) for each in answer])
         return self._outcomes[number]
 
     def close(self) -> None:
-        """Ends the process that forks."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        """Has the server know that nothing more is asked."""
+        for each in (self._requests, self._answers, self._socket):
+            each.close()
 
 
 def _run(request: Request, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -176,17 +201,43 @@ def _answer(request: Request) -> list[dict[str, Any]]:
     return [dataclasses.asdict(each) for each in outcomes]
 
 
-def main() -> None:
-    for name in IMPORTED:
+def _import() -> None:
+    """Imports what forks needn't import again."""
+    gc.disable()  # it all stays
+    for name in IMPORTED + IMPORTED_WHERE_TRITON_INTERPRETS * ("TRITON_INTERPRET" in os.environ):
         importlib.import_module(name)
     for passes in ("joint_graph", "post_grad"):
         sys.modules[f"torch._inductor.fx_passes.{passes}"].lazy_init()
-    vars(sys.modules["torch._dynamo.guards"])["profile_guard_manager"] = lambda *_: 0.0  # as in conftest.py
+    # As in running.py.
+    vars(sys.modules["torch._dynamo.guards"])["profile_guard_manager"] = lambda *_: 0.0
+    sys.modules["torch._dynamo.config"].run_gc_after_compile = False  # type: ignore[attr-defined]
     sys.path.remove(str(ROOT))  # the folder that `-m` puts there; PYTHONPATH has it, too
     gc.set_threshold(100_000, 20, 20)
+    gc.enable()
     gc.freeze()
-    for line in sys.stdin:
-        print(json.dumps(_answer(Request(**json.loads(line)))), flush=True)
+
+
+def main() -> None:
+    """Serves each connection in a process of its own, until standard input ends."""
+    has_imported = False
+    with socket.socket(fileno=int(sys.argv[1])) as listening:
+        while listening in select.select([listening, sys.stdin], [], [])[0]:
+            connection, _ = listening.accept()
+            with connection, connection.makefile("r") as requests, connection.makefile("w") as answers:
+                if not has_imported:
+                    _import()
+                    has_imported = True
+                if os.fork():
+                    continue
+                listening.close()
+                for line in requests:
+                    print(json.dumps(_answer(Request(**json.loads(line)))), file=answers, flush=True)
+                os._exit(0)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
 
 
 if __name__ == "__main__":

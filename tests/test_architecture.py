@@ -382,7 +382,8 @@ def test_what_a_room_imports_for_others_they_import(room: str) -> None:
     assert unwanted(init, (*source_modules(), *others)) == []
 
 
-def test_imports_without_optional_dependencies() -> None:
+def test_optional_dependencies_are_not_needed() -> None:
+    """Not to import the package, and no Triton for plans that are made for a machine that has it."""
     code = (
         "import sys\n"
         "for name in ('triton', 'transformers', 'accelerate', 'vllm', 'flashinfer', 'aiter', 'matplotlib'):\n"
@@ -390,9 +391,24 @@ def test_imports_without_optional_dependencies() -> None:
         "import fuseplan, fuseplan.cli\n"
         "missing = [name for name in fuseplan.__all__ if not hasattr(fuseplan, name)]\n"
         "assert not missing, missing\n"
+        "import torch\n"
+        "from fuseplan.providers.triton import ACCEPTS\n"
+        "from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of\n"
+        "from fuseplan.rules import Bindings\n"
+        "for suffix in SUFFIXES:\n"
+        "    epilogue_of(suffix)\n"
+        "for width in (2880, 2**17):\n"
+        "    x = torch.empty(1, width, dtype=torch.bfloat16, device='meta')\n"
+        "    for suffix in ('static', 'dynamic'):\n"
+        "        name = f'silu_and_mul_{suffix}_fp8_quant'\n"
+        "        refusal = ACCEPTS[name](Bindings(name, {'gate': x, 'up': x}))\n"
+        "        print(suffix, width, refusal is None)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [
+        "static 2880 True", "dynamic 2880 True", "static 131072 True", "dynamic 131072 False"
+    ]  # fmt: skip
 
 
 # The checker itself: each breach it exists for, and the neighbour that is no breach.

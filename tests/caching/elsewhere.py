@@ -1,28 +1,36 @@
-"""What another process finds, with other addresses, and other hashes of texts: started once for all tests."""
+"""What another process finds, with other addresses, and other hashes of texts: it is this module that runs there."""
 
-import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
+from fuseplan.caching.content import content_of
+from fuseplan.providers import BUILT_IN_PROVIDERS, device_profile
+from fuseplan.rules.families import BUILT_IN_RULES
+from tests.forks import Forks, Request
 
-ROOT = Path(__file__).parents[2]
-CODE = """
-from tests.caching.test_keys import *
-print(key(rules=[own(), *BUILT_IN_RULES[::-1]], providers=[provider(), *BUILT_IN_PROVIDERS[::-1]],
-    passes=[external(uuid='1'), pass_that_adds(1, uuid='1')], device=device_profile('h200')))
-from tests.caching.test_content import *
-for left, right in (*DIFFERENT.values(), *((one(), other()) for one, other in WITH.values())):
-    print(content_of(left).key, content_of(right).key)
-"""
+TEXT = "hashed here and there"
 
 
-@functools.cache
-def elsewhere() -> list[str]:
+def elsewhere(forks: Forks) -> list[str]:
     """The key of a manager, then keys of pairs of values, a line each."""
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    run = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+    (outcome,) = forks.outcomes(forks.start(Request(module=__name__)))
+    assert outcome.status == 0, outcome.output
+    hashed, *lines = outcome.output.splitlines()
+    assert hashed != str(hash(TEXT))
+    return lines
+
+
+def main() -> None:
+    from tests.caching.test_content import pairs
+    from tests.caching.test_keys import external, key, own, pass_that_adds, provider
+
+    print(hash(TEXT))
+    print(
+        key(
+            rules=[own(), *BUILT_IN_RULES[::-1]], providers=[provider(), *BUILT_IN_PROVIDERS[::-1]],
+            passes=[external(uuid="1"), pass_that_adds(1, uuid="1")], device=device_profile("h200"),
+        )
+    )  # fmt: skip
+    for left, right in pairs():
+        print(content_of(left).key, content_of(right).key)
+
+
+if __name__ == "__main__":
+    main()

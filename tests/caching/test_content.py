@@ -25,6 +25,7 @@ from fuseplan.providers.gates import accept_all
 from fuseplan.rules import Bindings, Rule
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.caching.elsewhere import elsewhere
+from tests.forks import Forks
 
 
 class Kind(enum.Enum):
@@ -307,6 +308,9 @@ def _ordered(value: Any) -> Any:
     return [_ordered(item) for item in value] if isinstance(value, list) else repr(value)
 
 
-def test_another_process_finds_the_same() -> None:
-    pairs = (*DIFFERENT.values(), *((one(), other()) for one, other in WITH.values()))
-    assert elsewhere()[1:] == [f"{content_of(left).key} {content_of(right).key}" for left, right in pairs]
+def pairs() -> list[tuple[Any, Any]]:
+    return [*DIFFERENT.values(), *((one(), other()) for one, other in WITH.values())]
+
+
+def test_another_process_finds_the_same(forks: Forks) -> None:
+    assert elsewhere(forks)[1:] == [f"{content_of(left).key} {content_of(right).key}" for left, right in pairs()]

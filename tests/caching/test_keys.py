@@ -33,6 +33,7 @@ from fuseplan.record import Plan, Reason, Refusal, SavedPlans, Selected
 from fuseplan.rules import Bindings, Rule
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.caching.elsewhere import elsewhere
+from tests.forks import Forks
 
 RANGE = CompileRange(start=1, end=8)
 FEW = BUILT_IN_RULES[:5]
@@ -537,9 +538,9 @@ def test_position_changes_nothing() -> None:
     assert key(one) == key(other)
 
 
-def test_another_process_has_the_same_key() -> None:
+def test_another_process_has_the_same_key(forks: Forks) -> None:
     here = key(
         rules=[*BUILT_IN_RULES, own()], providers=[*BUILT_IN_PROVIDERS, provider()],
         passes=[external(uuid="1"), pass_that_adds(1, uuid="1")], device=device_profile("h200"),
     )  # fmt: skip
-    assert elsewhere()[0] == here
+    assert elsewhere(forks)[0] == here
