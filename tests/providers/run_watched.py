@@ -29,7 +29,7 @@ SEEN: list[str] = []
 
 
 def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel.warmup(*arguments, grid=grid, **OPTIONS, **constants)
+    kernel.warmup(*arguments, grid=grid, **{**OPTIONS, **constants})
 
 
 def main() -> None:

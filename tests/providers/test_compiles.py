@@ -76,7 +76,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     def compile_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         kernel.device_caches.clear()  # else the target that a kernel was first compiled for stays its own
-        asm = kernel.warmup(*arguments, grid=grid, **OPTIONS, **constants).asm
+        asm = kernel.warmup(*arguments, grid=grid, **{**OPTIONS, **constants}).asm
         assert ("ptx" in asm) is (target.backend == "cuda")
         made.append((kernel.__name__, asm))
 

@@ -29,8 +29,8 @@ ALIGNED: Final = 16
 """Bytes of an address that Triton compiles for."""
 
 OPTIONS: Final[Mapping[str, Any]] = {"enable_fp_fusion": True}
-"""Of the compiler, for all kernels. Triton 3.9 warns where it isn't said whether a product and a sum may be rounded
-once, and 3.10 will round them apart.
+"""Of the compiler, for kernels that don't say otherwise. Triton 3.9 warns where it isn't said whether a product and a
+sum may be rounded once, and 3.10 will round them apart.
 """
 
 _RECORDING: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
@@ -70,7 +70,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
     if needed is not None:
         needed.append(code_key(kernel, arguments, constants))
         return
-    compiled = kernel[grid](*arguments, **OPTIONS, **constants)
+    compiled = kernel[grid](*arguments, **{**OPTIONS, **constants})
     recording = _RECORDING.get()
     if recording is not None and compiled is None:  # it was interpreted
         recording.is_whole = False
