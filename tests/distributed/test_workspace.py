@@ -311,9 +311,9 @@ def test_what_one_rank_tries_alone_is_kept_apart_and_given_back(one_rank: str) -
 
 
 def test_none_is_made_while_a_graph_is_captured(one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "capturing", lambda device: True)
+    monkeypatch.setattr(workspace, "capturing", lambda: True)
     with pytest.raises(CollectiveError, match="run the model once before capturing it"):
-        workspace_of(one_rank, CPU, torch.bfloat16, 2048)
+        workspace_of(one_rank, torch.device("cuda", 0), torch.bfloat16, 2048)
 
 
 def test_the_deadline_is_the_groups_own() -> None:

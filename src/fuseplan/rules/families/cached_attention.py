@@ -135,9 +135,8 @@ class CachedAttention(_AttendingRule):
     op, core = rope_cached_attention, attention
 
     def pattern(self, groups: Any, **bound: Any) -> Any:
-        *arguments, mask, scale, is_causal, kernel = bound.values()
-        q_out, *caches = _items(cached_rotary(*arguments))
-        return _attended(q_out, caches, groups, mask, scale, is_causal, kernel)
+        q_out, *caches = _items(cached_rotary(*(bound[name] for name in cached_rotary.arguments)))
+        return _attended(q_out, caches, groups, *(bound[name] for name in attention.arguments[3:]))
 
 
 class CachedEagerAttention(_AttendingRule):
@@ -151,9 +150,8 @@ class CachedEagerAttention(_AttendingRule):
     op, core = rope_cached_eager_attention, eager_attention
 
     def pattern(self, **bound: Any) -> Any:
-        *arguments, mask, sinks, scale, softcap, rounding = bound.values()
-        written = _items(cached_rotary(*arguments))
-        return eager_attention(*written, mask, sinks, scale, softcap, rounding), *written[1:]
+        written = _items(cached_rotary(*(bound[name] for name in cached_rotary.arguments)))
+        return eager_attention(*written, *(bound[name] for name in eager_attention.arguments[3:])), *written[1:]
 
 
 class QkNormCachedAttention(NormedCachedRule, _AttendingRule):
