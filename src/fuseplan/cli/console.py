@@ -62,7 +62,8 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
     columns = (SpinnerColumn(spinner), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(printable(text), total=None)
-        yield lambda text: bar.update(task, description=printable(text))
+        # At once, since a stage may be over before the next look.
+        yield lambda text: bar.update(task, description=printable(text), refresh=True)
 
 
 @contextmanager
