@@ -333,7 +333,7 @@ def measure_model(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     layers = arguments.layers or MODELS[model]["num_hidden_layers"]
     result = {
         "model": model, "layers": layers, "tp": arguments.tp, "turns": arguments.turns,
-        "flags_on": flags_of(model, arguments.tp), "fused": fused.get("fuseplan", {}),
+        "flags_on": flags_of(model, arguments.tp), "fused": {},
     }  # fmt: skip
     for side, each in found.items():
         result[side] = summarised(each) | warm[side] | {"compiled_while_serving": compiled[side]}
@@ -341,8 +341,8 @@ def measure_model(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         against = {
             side: compared(found[plugged]["turns"], each["turns"]) for side, each in found.items() if side != plugged
         }
-        result |= {"against": against} if plugged == "fuseplan" else {f"{plugged}_fused": rules,
-                                                                      f"{plugged}_against": against}  # fmt: skip
+        prefix = "" if plugged == "fuseplan" else f"{plugged}_"
+        result |= {f"{prefix}fused": rules, f"{prefix}against": against}
     return result
 
 

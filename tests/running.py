@@ -15,6 +15,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.side_effects import SideEffects
 from torch._inductor import config as inductor_config
 from torch._logging._internal import trace_log
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.contents import read_once
 from tests.forks import Forks, Server
@@ -72,6 +73,15 @@ def pytest_unconfigure() -> None:
 def one_rank() -> Iterator[str]:
     """The name of a gloo group of this process alone: its collectives run, and are the identity."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[str]:
+    """The name of a group of four, of which this is the third and the others don't exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     assert dist.group.WORLD is not None
     yield dist.group.WORLD.group_name
     dist.destroy_process_group()

@@ -1,7 +1,6 @@
 """How long a group waits, and whether it is of one machine; and that plans know."""
 
 import datetime
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed import distributed_c10d
 from torch.nn import functional as F
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
@@ -24,15 +22,6 @@ from fuseplan.record import Reason, Report
 from fuseplan.rules import Bindings
 
 HIDDEN = 2880
-
-
-@pytest.fixture
-def four_ranks() -> Iterator[str]:
-    """The name of a group of four, of which this is the third and the others don't exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, rank: int, local: int, ranks: int, local_ranks: int | None) -> None:

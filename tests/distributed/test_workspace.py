@@ -4,7 +4,7 @@ import datetime
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,15 +59,6 @@ def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.Mo
         assert space.peer_offsets.tolist() == [0] * 4
     finally:
         dist.destroy_process_group()
-
-
-@pytest.fixture
-def four_ranks() -> Iterator[str]:
-    """The name of a group of four, of which this is the third and the others don't exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
 
 
 class Met:

@@ -35,9 +35,8 @@ def misplaced(
     for index, (got, own) in enumerate(zip(actual, wanted, strict=True)):
         if own is None or index in free or not own.numel():
             continue
-        differs = f"result {index} is {_placed(got)}, and the graph's own value is {_placed(own)}"
         if significant_strides(got) != significant_strides(own):
-            return differs
+            return _elsewhere(index, got, own)
         for name, after, before in others:
             if shares(got, after) and not shares(own, before):
                 return f"result {index} shares memory with {name}, and the graph's own value doesn't"
@@ -45,7 +44,7 @@ def misplaced(
                 return f"result {index} shares no memory with {name}, and the graph's own value does"
         # Only now, since arguments lie inside guarded memory: what shares theirs has an offset that nobody else sees.
         if got.storage_offset() != own.storage_offset():
-            return differs
+            return _elsewhere(index, got, own)
         others.append((f"result {index}", got, own))
     return None
 
@@ -54,6 +53,10 @@ def shares(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors are parts of the same memory."""
     same = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
     return same and left.numel() > 0 and right.numel() > 0
+
+
+def _elsewhere(index: int, got: Tensor, own: Tensor) -> str:
+    return f"result {index} is {_placed(got)}, and the graph's own value is {_placed(own)}"
 
 
 def _placed(tensor: Tensor) -> str:

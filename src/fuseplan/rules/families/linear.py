@@ -2,7 +2,7 @@
 alone.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -62,13 +62,27 @@ def gated_fake(*arguments: Any) -> Any:
 _ROUNDINGS = (ActivationRounding.LLAMA, ActivationRounding.FP32, ActivationRounding.LLAMA)
 
 
-def _gated_sample(layers: Sample, rounding: ActivationRounding) -> Sample:
-    def make(device: Any, generator: Any) -> tuple[Any, ...]:
-        x, (gate, _), (bias, _) = split_arguments(layers.make(device, generator))
-        biases = (None, None) if bias is None else (bias, bias.roll(1))
-        return x, gate, gate.roll(1, dims=0), *biases, rounding.value
+def _activated(count: int, arguments: Callable[..., tuple[Any, ...]] = lambda *given: given) -> list[Sample]:
+    """Samples of so many layers with an activation behind them.
 
-    return Sample(name=f"{layers.name}-{rounding}", make=make)
+    Args:
+        count: of the layers.
+        arguments: of the fused op but for its rounding, by those of the layers.
+    """
+
+    def sample(layers: Sample, rounding: ActivationRounding) -> Sample:
+        def make(device: Any, generator: Any) -> tuple[Any, ...]:
+            return *arguments(*layers.make(device, generator)), rounding.value
+
+        return Sample(name=f"{layers.name}-{rounding}", make=make)
+
+    return [sample(each, rounding) for each, rounding in zip(samples_of(count), _ROUNDINGS, strict=True)]
+
+
+def _alike(x: Tensor, gate: Tensor, _: Tensor, bias: Tensor | None, __: Tensor | None) -> tuple[Any, ...]:
+    """Gate and up of one size."""
+    biases = (None, None) if bias is None else (bias, bias.roll(1))
+    return x, gate, gate.roll(1, dims=0), *biases
 
 
 LINEAR_FAMILY = tuple(
@@ -81,7 +95,7 @@ GATED = define(
     f"({parameters_of(2)}, str rounding) -> Tensor",
     reference=gated_reference,
     fake=gated_fake,
-    samples=[_gated_sample(each, rounding) for each, rounding in zip(samples_of(2), _ROUNDINGS, strict=True)],
+    samples=_activated(2, _alike),
     fused=True,
     draws=weight_draws(2),
 )
@@ -111,19 +125,12 @@ def halved_fake(x: Tensor, weight0: Tensor, bias0: Tensor | None, rounding: str)
     return x.new_empty((*x.shape[:-1], weight0.shape[0] // 2))
 
 
-def _halved_sample(layer: Sample, rounding: ActivationRounding) -> Sample:
-    def make(device: Any, generator: Any) -> tuple[Any, ...]:
-        return *layer.make(device, generator), rounding.value
-
-    return Sample(name=f"{layer.name}-{rounding}", make=make)
-
-
 HALVED = define(
     "linear_silu_and_mul",
     f"({parameters_of(1)}, str rounding) -> Tensor",
     reference=halved_reference,
     fake=halved_fake,
-    samples=[_halved_sample(each, rounding) for each, rounding in zip(samples_of(1), _ROUNDINGS, strict=True)],
+    samples=_activated(1),
     fused=True,
     draws=weight_draws(1),
 )
