@@ -28,9 +28,9 @@ SIDES = {
     "stock": "vLLM's own fusions off",
     "flags": "those of its own on that the model has sites for",
     "fuseplan": "the plugin, vLLM's own fusions off",
-    "linears": "the same, and linear layers of up to 32 tokens, which have a compile range of their own",
+    "without": "the same without linear layers, which have a compile range of their own, of up to 32 tokens",
 }
-PLUGGED = ("fuseplan", "linears")
+PLUGGED = ("fuseplan", "without")
 FIRST, LAST = 15, 2
 """Repeats in a turn of a call for one token: of short prompts, and of long ones."""
 PROMPTS = {"1 x 20": (1, 20), "1 x 64": (1, 64), "8 x 128": (8, 128), "32 x 1000": (32, 1000)}
@@ -168,9 +168,8 @@ def run_side(arguments: argparse.Namespace) -> None:
         "cudagraph_capture_sizes": CAPTURED,
     }
     further: dict[str, Any] = {"quantization": "fp8"} if "fp8" in model else {}
-    if side == "linears":
-        settings["compile_ranges_endpoints"] = [CAPTURED[-1]]
-        further["additional_config"] = {"fuseplan": {"fuse_merged_linear": True, "fuse_skinny_linear": True}}
+    if side == "without":
+        further["additional_config"] = {"fuseplan": {"fuse_merged_linear": False, "fuse_skinny_linear": False}}
     engine = vllm.LLM(
         model=str(path), load_format="dummy", skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=32,
         max_num_batched_tokens=8192, gpu_memory_utilization=0.3, kv_cache_memory_bytes=8 << 30,

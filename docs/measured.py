@@ -449,10 +449,11 @@ def in_short() -> str:
     less = _percent([100 * (1 - 1 / gain.times) for gain in clear], 1)
     layers = one["layers"]
     assert layers == two["layers"]
+    runs = f"{len(clear)} of {len(gains)} runs; in the others no difference was clear"
     return (
         f"In short: a decode step of {layers} layers of Hugging Face models was {single} times as fast on one "
         f"{gpu(one)}, and {several} times on {_gpus(two['ranks'], two)}. In vLLM a token took {less} less time in "
-        f"{len(clear)} of {len(gains)} runs in which anything was fused; in the others no difference was clear."
+        f"{f'all {len(gains)} runs' if len(clear) == len(gains) else runs}."
     )
 
 

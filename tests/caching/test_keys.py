@@ -209,7 +209,6 @@ ARGUMENTS: dict[str, list[Callable[[], Any]]] = {
     ],
     "engine_groups": [lambda: {"tp:0": "1"}.copy, lambda: {"tp:0": "2"}.copy, lambda: {7: "2"}.copy],
     "settles": [lambda: True],
-    "defaults": [lambda: False],
 }  # fmt: skip
 OF_NO_CONSEQUENCE = {
     "config": "its own test",

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from fuseplan.compilation import first_run
 from fuseplan.compilation.first_run import AgreedGraph, digest_of, groups_of, pending_in, settled, verify_pending
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
+from fuseplan.devices.known import device_profile
 from fuseplan.distributed import Verdict
 from fuseplan.errors import CollectiveError
 from fuseplan.record import Fusion, GraphReport, Pending, Reason, Report, Verification
+from tests.helpers import all_reduce, quickly_traced, randn
 
 PENDING = Pending(rule="r", op="o", ops="o", provider="p", signature="s", group="0", cases=())
 OTHER = dataclasses.replace(PENDING, signature="another")
@@ -207,3 +211,29 @@ def test_a_graph_that_is_run_unfused_says_why(verdict: Verdict, reason: Reason, 
     assert detail in warning.detail
     assert mend in (warning.mend or "")
     assert (warning.rule, warning.provider) == (("w", "p") if verdict.verified else (None, None))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [({}, True), ({"is_biased": True}, True), ({"eps": 1e-6}, False), ({"is_fused": False}, False)],
+)
+def test_ranks_agree_on_collectives_and_on_which_others_there_are(
+    change: dict[str, Any], is_same: bool, four_ranks: str
+) -> None:
+    """A layer whose parts are summed over the ranks has its bias on one of them alone."""
+
+    def planned(*, is_biased: bool = False, eps: float = 1e-5, is_fused: bool = True) -> GraphReport:
+        def layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+            part = F.linear(x, weight, bias if is_biased else None)
+            total = all_reduce(part, four_ranks) + residual
+            return F.rms_norm(total, (total.shape[-1],), norm, eps), total
+
+        inputs = randn(3, 128), randn(64, 128), randn(64), randn(3, 64), randn(64)
+        config = PassConfig(verify="off", **{"force" if is_fused else "forbid": ("skinny_linear",)})  # type: ignore[arg-type]
+        reports: list[Report] = []
+        manager = PostGradPassManager(config, device=device_profile("h200"), on_report=reports.append)
+        manager(quickly_traced(layer, *inputs))
+        assert {"allreduce_rms", *["skinny_linear"] * is_fused} == {each.rule for each in reports[-1].graphs[0].applied}
+        return reports[-1].graphs[0]
+
+    assert (planned().digest == planned(**change).digest) is is_same

@@ -1,5 +1,7 @@
 """Whether a compile range needs machine code that its verification didn't run. Skipped without a GPU."""
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fuseplan
+from fuseplan.dialect import registered_kernel
+from fuseplan.providers.triton.replay import compile_ahead
 
 triton = pytest.importorskip("triton")
 
@@ -54,3 +58,22 @@ def test_no_size_of_a_range_compiles_a_kernel_later(monkeypatch: pytest.MonkeyPa
     for rows in (*range(2, 1200, 13), *range(1200, LAST, 401), LAST):
         compiled(*arguments(rows))
     assert not later
+
+
+def test_what_is_compiled_ahead_is_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    of = functools.partial(torch.ones, device="cuda", dtype=torch.bfloat16)
+    norm, linears = (registered_kernel(name, "triton") for name in ("fused_add_rms_norm_pad", "skinny_linear"))
+    assert norm is not None
+    assert linears is not None
+    calls = [
+        functools.partial(norm, of(2, 4032), of(2, 4032), of(4032), 1e-5, "llama", 8),
+        functools.partial(linears, of(3, 4032), of(1056, 4032), None),
+    ]
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
+    compile_ahead(calls)
+    assert sorted(name.rpartition(".")[2] for name in compiled) == ["_linears", "_norm"]
+    results = [call() for call in calls]
+    assert len(compiled) == 2
+    assert torch.equal(results[1], of(3, 1056) * 4032)

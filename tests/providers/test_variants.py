@@ -1,7 +1,10 @@
 """Which machine code a call needs follows from its rows: verification runs all of it, and none is compiled later."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fuseplan.dialect import Rounding, ops, registered_kernel
 from fuseplan.distributed.workspace import CAPACITY_BYTES, ONE_SHOT_RANKS, SHOT_BYTES, UNIT_WORDS
 from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.providers.triton import linear, norm, replay
 from fuseplan.providers.triton.epilogues import epilogue_of
-from fuseplan.providers.triton.replay import code_key, needed_code
+from fuseplan.providers.triton.replay import code_key, compile_ahead, needed_code
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification import variants, verifier
 from fuseplan.verification.specs import ODD_SIZES, Case, TensorSpec
-from tests.providers.test_compiles import FAMILIES, stand_ins
+from tests.providers.test_compiles import FAMILIES, TARGETS, Driver, stand_ins, triton
 
 LAST = 8192
 ROWS = (*range(1, 1100), *range(1100, LAST, 37), LAST)
@@ -122,7 +126,7 @@ def test_sizes_that_are_verified_need_all_the_code_that_others_need(
     match: Any = SimpleNamespace(rule=SimpleNamespace(op=op), provider="triton")
     graph: Any = None
     odd = [case_at(None, None, rows) for rows in (1, 7, 33, LAST)]
-    sizes = [each.tokens for each in variants.with_all_code(match, odd, graph, (1, LAST), needs)]
+    sizes = [*(each.tokens for each in odd), *variants.with_further_code(match, odd, graph, (1, LAST), needs)]
     assert len(sizes) < 12
     check(needed, lambda rows: kernel(*ARGUMENTS[name](rows, width)), sizes)
 
@@ -140,12 +144,72 @@ def test_code_is_asked_for_and_none_is_launched() -> None:
     assert needed_code(lambda: kernel(x, weight), mode) == frozenset()
 
 
+def test_code_is_compiled_ahead_once_and_none_is_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(TARGETS["sm_90"]))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.JITFunction, "__getitem__", None)  # by which kernels are launched
+    others = stand_ins("cuda", replay.run_kernel) | {"cache_bytes": lambda device: L2["h200"]}
+    for family in FAMILIES:
+        for each in others.keys() & vars(family).keys():
+            monkeypatch.setattr(family, each, others[each])
+    compiled: list[str] = []
+    compiler = triton.compiler.compile
+
+    def compile_kernel(source: Any, **how: Any) -> Any:
+        compiled.append(source.fn.__name__)
+        return compiler(source, **how)
+
+    monkeypatch.setattr(triton.compiler, "compile", compile_kernel)
+
+    for kernel in (norm._norm, linear._linears):
+        kernel.device_caches.clear()
+    rms_norm, skinny = (registered_kernel(name, "triton") for name in ("rms_norm_pad", "skinny_linear"))
+    assert rms_norm is not None
+    assert skinny is not None
+    half = functools.partial(torch.empty, dtype=torch.float16)
+
+    def refused() -> None:
+        raise ValueError
+
+    norms = [functools.partial(rms_norm, half(rows, 64), half(64), 1e-5, "llama", 8) for rows in (2, 2, 3)]
+    layer = functools.partial(skinny, half(2, 128), half(64, 128), None)
+    compile_ahead([refused, *norms, layer])
+    assert sorted(compiled) == ["_linears", "_norm"]
+    compile_ahead([*norms, layer])
+    assert len(compiled) == 2, "it is there already"
+    for kernel in (norm._norm, linear._linears):
+        ((code,),) = [cache[0].values() for cache in kernel.device_caches.values()]
+        assert "ptx" in code.asm
+        kernel.device_caches.clear()
+
+
+def test_what_will_be_verified_is_compiled_ahead() -> None:
+    ahead: list[list[Any]] = []
+    (triton_provider,) = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
+    provider = dataclasses.replace(triton_provider, compile_ahead=lambda calls: ahead.append(list(calls)))
+    checks = verifier.Verifier(mode="first-use", providers=[provider])
+    there, here = torch.device("cuda", 0), torch.device("cpu")
+
+    def question(device: torch.device, sizes: Sequence[int], meets: bool = False) -> Any:
+        x = TensorSpec(shape=(2,), stride=(1,), dtype=FP8, misalignment=0, device=device)
+        cases = [Case(tokens=rows, arguments={"x": x}) for rows in sizes]
+        return SimpleNamespace(match=SimpleNamespace(provider="triton", rule=None), cases=cases, meets=meets)
+
+    checks._compile_ahead([question(here, (1, 2)), question(there, (1, 2), meets=True)])
+    assert not ahead
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifier, "attempt", lambda seconds, function, device: function())
+        checks._compile_ahead([question(there, (1, 2)), question(here, (3,)), question(there, (4,))])
+    ((*calls,),) = ahead
+    assert [each.args[2].tokens for each in calls] == [1, 2, 4]
+
+
 def test_layers_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def ask(match: Any, cases: tuple[Case, ...], *_: Any) -> tuple[Case, ...]:
+    def ask(match: Any, *_: Any) -> tuple[int, ...]:
         asked.append(match)
-        return cases
+        return 5, 2
 
     def case_of(rows: int) -> Case:
         there = torch.device("cuda")
@@ -154,15 +218,16 @@ def test_layers_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     (triton_provider,) = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
     rule = next(each for each in BUILT_IN_RULES if not each.op.collective)
-    monkeypatch.setattr(verifier, "cases_of", lambda match, *_, **__: (case_of(match.rows),))
-    monkeypatch.setattr(verifier, "with_all_code", ask)
+    monkeypatch.setattr(verifier, "cases_of", lambda match, *_, **__: (case_of(match.rows), case_of(9)))
+    monkeypatch.setattr(verifier, "case_of", lambda match, sizes, rows: case_of(rows))
+    monkeypatch.setattr(verifier, "with_further_code", ask)
     checks = verifier.Verifier(mode="first-use", providers=[triton_provider])
     unused: Any = None
-    known: dict[tuple[object, ...], tuple[Case, ...]] = {}
-    for rows in (1, 1, 2, 1):
+    for rows in (1, 1, 3, 1):
         match: Any = SimpleNamespace(rule=rule, provider="triton", rows=rows)
-        assert checks._cases(match, unused, (1, 2), False, known) == (case_of(rows),)
-    assert [match.rows for match in asked] == [1, 2]
+        assert checks._cases(match, unused, (1, 2), False) == tuple(map(case_of, sorted((rows, 2, 5, 9))))
+    checks._cases(SimpleNamespace(rule=rule, provider="triton", rows=1), unused, (1, 3), False)  # type: ignore[arg-type]
+    assert [match.rows for match in asked] == [1, 3, 1]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

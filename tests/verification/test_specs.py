@@ -204,6 +204,7 @@ def test_sizes_that_depend_on_data_are_taken_as_some_number() -> None:
 def test_how_the_graph_was_read_is_checked_at_a_size_that_is_neither_small_nor_large(count: int, middle: int) -> None:
     cases = [Case(tokens=tokens, arguments={}) for tokens in range(count)]
     question = _Question(
-        match=None, signature="", cases=cases, unfused={}, region=None, free=frozenset(), meets=False  # type: ignore[arg-type]
+        match=None, signature="", cases=cases, unfused={}, region=None, free=frozenset(), meets=False, key="",  # type: ignore[arg-type]
+        is_stored=True,
     )  # fmt: skip
     assert question.middle is cases[middle]

@@ -19,7 +19,7 @@ from fuseplan.errors import UnsupportedError
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import is_training, tensor_of
 from fuseplan.graph.regions import regions_of
-from fuseplan.matching import ExternalMatches, Match, Matches
+from fuseplan.matching import ExternalMatch, ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Problem, fusion_record, ineffective_requests, not_sure, plan_record, undecided
 from fuseplan.planner.candidates import EXTERNAL, Candidate
 from fuseplan.planner.costs import Hardware, assumptions
@@ -190,9 +190,17 @@ def _workspaces(problem: Problem, decision: Decision) -> tuple[tuple[str, str, s
 
 
 def _digest(problem: Problem, decision: Decision) -> str:
-    """As `Plan.digest`, whatever the policy."""
+    """What ranks have to agree on: which rules are applied where, by whom, and how messages are exchanged. In what else
+    a fusion takes ranks may differ: a layer whose parts are summed over them has its bias on one rank alone.
+    """
     chosen = [problem.candidates[index] for index in decision.selected]
-    return choice_digest(problem.sites, [(candidate.name, candidate.signature) for candidate in chosen])
+    said = [(each.name, "" if _is_local(each.match) else each.signature) for each in chosen]
+    return choice_digest([str(len(problem.sites))], said)
+
+
+def _is_local(match: Match | ExternalMatch) -> bool:
+    """Whether a fusion is known to exchange nothing with other ranks."""
+    return isinstance(match, Match) and not match.rule.op.collective
 
 
 def _failures(problem: Problem, decision: Decision) -> list[Refusal]:

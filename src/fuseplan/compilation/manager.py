@@ -95,7 +95,6 @@ class PostGradPassManager(Keyed):
         engine_groups: tells what an engine calls its groups, and the names of the process groups behind them; asked at
             each graph, since groups come after managers.
         settles: whether ranks settle before each graph's first run, and verify together what none of them can alone.
-        defaults: whether opt-in rules are on where `Rule.default_on` says so.
 
     Raises:
         ConfigError: flags and policy contradict each other, the environment is malformed, or a cost table is broken.
@@ -118,7 +117,6 @@ class PostGradPassManager(Keyed):
         passes: Sequence[object] = (),
         engine_groups: Callable[[], Mapping[object, str]] = dict,
         settles: bool = False,
-        defaults: bool = True,
     ) -> None:
         self.config = config
         self.compile_range = compile_range
@@ -129,7 +127,7 @@ class PostGradPassManager(Keyed):
         self.device = device
         self.environment = environment or Environment.read()
         self.prices = prices or prices_of(config, self.environment, device, providers)
-        self._enabled_on = partial(EnabledRules, config, rules, defaults=defaults)
+        self._enabled_on = partial(EnabledRules, config, rules)
         self.enabled = self._enabled_on(device=self.prices.model.name)
         self.rules = self.enabled.always
         self.passes = as_external(passes)
@@ -375,7 +373,6 @@ class PostGradPassManager(Keyed):
             "prices": self.prices.key,
             "plan": plans_key(self.saved),
             "settles": self.verifier.settles,
-            "defaults": self.enabled.defaults,
         }
         return Identity(facts, (*rules, *providers), passes)
 

@@ -52,6 +52,8 @@ class Provider:
         untested: on what its kernels have not been run, for a person; None where they have been.
         needs: what distinguishes the machine code that a call of its kernels needs, on tensors without data and in
             their mode; None: its code doesn't follow from sizes.
+        compile_ahead: compiles what calls of its kernels need, all at once, and runs none; None: each is compiled when
+            it is first called.
         uuid: of a user's provider: what distinguishes its kernels and checks from former ones, or a function that
             returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
             graphs are not cached.
@@ -71,6 +73,7 @@ class Provider:
     available: Callable[[], str | None] | None = None
     untested: str | None = None
     needs: Needs | None = None
+    compile_ahead: Callable[[Iterable[Callable[[], Any]]], None] | None = None
     uuid: Any = None
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:

@@ -47,7 +47,8 @@ class GraphReport:
         groups: names of the process groups whose collectives are in the graph.
         workspaces: shared memory that applied fusions need before they run: names of groups, of dtypes and of this
             rank's devices.
-        digest: of the applied fusions; the same on every rank, or else none of them runs it. Empty where nothing is.
+        digest: of the applied fusions, as far as ranks have to agree on them: the same on every rank, or else none of
+            them runs it. Empty where nothing is.
         verified: the fused ops that were checked against the unfused ones, those that failed included.
         pending: applied fused ops that all ranks of their group verify together before the first run. The report after
             it has them among `verified`.

@@ -71,20 +71,19 @@ class EnabledRules:
         overruled: of the opt-in flags that are True, a rule that another flag switches off, and that flag.
         names: of all that were on in a graph so far.
         every: all that may be on in one.
-        defaults: whether opt-in rules are on where `Rule.default_on` says so.
 
     Raises:
         RuleError, ConfigError: see `enabled_rules`.
     """
 
-    def __init__(self, config: PassConfig, rules: Sequence[Rule], *, device: str, defaults: bool) -> None:
-        known, self.defaults = by_name(rules), defaults
+    def __init__(self, config: PassConfig, rules: Sequence[Rule], *, device: str) -> None:
+        known = by_name(rules)
         self.always = enabled_rules(config, rules)
         self.disabled_by = disabled_rules(config, rules)
         self.disabled = {name: known[name] for name in self.disabled_by}
         self.overruled = _overruled(config, self.disabled, self.disabled_by)
         self.names = set(self.always)
-        sizes = {name: _default_tokens(config, members, rules, device) for name, members in known.items() if defaults}
+        sizes = {name: _default_tokens(config, members, rules, device) for name, members in known.items()}
         self._by_size = {name: (most, known[name]) for name, most in sizes.items() if most}
         groups = (*self.always.values(), *(members for _, members in self._by_size.values()))
         self.every = tuple(rule for members in groups for rule in members)

@@ -26,7 +26,7 @@ from fuseplan.verification.memory import (
     unguarded,
 )
 from fuseplan.verification.region import Region
-from fuseplan.verification.specs import Case
+from fuseplan.verification.specs import Case, undrawn
 from fuseplan.verification.steps import Stepped
 
 
@@ -144,6 +144,12 @@ def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3
             with Poisoned():
                 runs.append(fused(rule, inputs, _on_copies(rule.op, rule.op.kernel(provider))))
         return all(torch.equal(bits(a), bits(b)) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def call_without_data(rule: Rule, provider: str, case: Case) -> None:
+    """Calls a kernel as `check` does, with arguments of whatever content: for who looks at what it launches."""
+    with torch.no_grad(), _meeting(None):
+        fused(rule, undrawn(case), rule.op.kernel(provider))
 
 
 @contextlib.contextmanager

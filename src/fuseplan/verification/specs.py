@@ -87,6 +87,19 @@ class Case:
         return next(devices, torch.device("cpu"))
 
 
+def undrawn(case: Case) -> dict[str, Any]:
+    """Arguments of whatever content; in a mode of tensors without data, such tensors."""
+    made: dict[str, Any] = {}
+    for name, value in case.arguments.items():
+        if not isinstance(value, TensorSpec):
+            made[name] = value
+        elif value.same_as is not None:
+            made[name] = made[value.same_as]
+        else:
+            made[name] = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
+    return made
+
+
 class Sizes:
     """Values for the symbols of a graph.
 

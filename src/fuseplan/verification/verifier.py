@@ -1,11 +1,13 @@
 """`Verifier`: every rule x provider x signature that a decision applies, once, before the first use."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import fx
 
@@ -18,13 +20,13 @@ from fuseplan.providers import REFERENCE, DeviceProfile, Provider
 from fuseplan.record import Pending, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
-from fuseplan.verification.check import Finding, check
+from fuseplan.verification.check import Finding, call_without_data, check
 from fuseplan.verification.deadline import AttemptError, attempt
 from fuseplan.verification.foreign import Foreign
 from fuseplan.verification.region import Region
-from fuseplan.verification.specs import Case, Sizes, cases_of
+from fuseplan.verification.specs import Case, Sizes, case_of, cases_of
 from fuseplan.verification.together import pending_of, shared_seed
-from fuseplan.verification.variants import with_all_code
+from fuseplan.verification.variants import with_further_code
 
 UNVERIFIED = "its kernel is collective, and ranks verify it together only under fuseplan.compile and in vLLM"
 
@@ -64,18 +66,31 @@ class Verifier:
             return [None] * len(candidates)
         sizes = Sizes(canonical.graph)
         kinds: dict[tuple[Rule, str], outcomes.Kind] = {}
-        known: dict[tuple[object, ...], Verification | Pending] = {}
-        complete: dict[tuple[object, ...], tuple[Case, ...]] = {}
-        found = list[Verification | Pending | None]()
+        known: dict[object, Verification | Pending] = {}
+        asked, left = list[object](), dict[object, _Question]()
         for each in candidates:
             if isinstance(each.match, ExternalMatch):
-                found.append(self._foreign.verify(each.match, sizes, span))
+                asked.append(own := object())
+                known[own] = self._foreign.verify(each.match, sizes, span)
+                continue
+            is_met = self._meets(each.match)
+            cases = self._cases(each.match, sizes, span, is_met)
+            question = _Question.of(each, canonical, cases, is_met, self._kind(each.match, kinds))
+            asked.append(question.identity)
+            if question.identity in known or question.identity in left:
+                continue
+            # In lock step another rank may not have it stored.
+            stored = outcomes.load(question.key) if question.is_stored and self.mode == "first-use" else None
+            if stored is None:
+                left[question.identity] = question
             else:
-                is_met = self._meets(each.match)
-                cases = self._cases(each.match, sizes, span, is_met, complete)
-                question = _Question.of(each, canonical, cases, is_met)
-                found.append(self._once(question, kinds, known))
-        return found
+                known[question.identity] = replace(stored, from_cache=True, time_ns=0)
+        self._compile_ahead(left.values())
+        for identity, question in left.items():
+            known[identity] = found = self._run(question)
+            if question.is_stored and isinstance(found, Verification) and not found.transient:
+                outcomes.save(question.key, found)
+        return [known[each] for each in asked]
 
     def verify_chained(
         self, matches: Sequence[ExternalMatch], graph: fx.Graph, span: tuple[int, int]
@@ -86,19 +101,23 @@ class Verifier:
         sizes = Sizes(graph)
         return list(dict.fromkeys(self._foreign.verify(each, sizes, span) for each in matches))
 
-    def _cases(
-        self, match: Match, sizes: Sizes, span: tuple[int, int], is_met: bool,
-        complete: dict[tuple[object, ...], tuple[Case, ...]],
-    ) -> tuple[Case, ...]:  # fmt: skip
-        """What a match is checked at; `complete` has those of equal matches so far, since layers are alike."""
+    def _cases(self, match: Match, sizes: Sizes, span: tuple[int, int], is_met: bool) -> tuple[Case, ...]:
+        """What a match is checked at, by its number of tokens."""
         cases = cases_of(match, sizes, span, traced=not is_met)
         needs = self._provider(match.provider).needs
         if needs is None or match.rule.op.collective or cases[0].device.type != "cuda":
             return cases
-        key = match.rule, match.provider, str(cases)
-        if key not in complete:
-            complete[key] = with_all_code(match, cases, sizes, span, needs)
-        return complete[key]
+        # Layers are alike, and so are graphs.
+        key = match.rule, match.provider, span, str([(each.tokens, each.arguments) for each in cases])
+        if key not in self._further:
+            self._further[key] = with_further_code(match, cases, sizes, span, needs)
+        further = (case_of(match, sizes, tokens) for tokens in self._further[key])
+        return tuple(sorted((*cases, *further), key=lambda case: case.tokens))
+
+    @cached_property
+    def _further(self) -> dict[tuple[object, ...], tuple[int, ...]]:
+        """Numbers of tokens at which kernels need further code, by what is asked."""
+        return {}
 
     def _provider(self, name: str) -> Provider:
         (provider,) = [each for each in self.providers if each.name == name]
@@ -108,41 +127,37 @@ class Verifier:
     def _foreign(self) -> Foreign:
         return Foreign(self.mode, self.deadline_s)
 
-    def _once(
-        self,
-        question: "_Question",
-        kinds: dict[tuple[Rule, str], outcomes.Kind],
-        known: dict[tuple[object, ...], Verification | Pending],
-    ) -> Verification | Pending:
-        rule, name = question.match.rule, question.match.provider
-        if (rule, name) not in kinds:
-            kinds[rule, name] = outcomes.kind_of(rule, self._provider(name), self.device)
-        kind = kinds[rule, name]
-        key = outcomes.outcome_key(kind, question.cases, question.unfused, question.region, question.free)
-        # What ranks of one group have found says nothing of another.
-        asked = key, rule, name, question.match.values["group_name"] if question.meets else None
-        if asked not in known:
-            # In lock step another rank may not have it stored.
-            is_stored = kind.is_known and not question.meets
-            stored = outcomes.load(key) if is_stored and self.mode == "first-use" else None
-            known[asked] = replace(stored, from_cache=True, time_ns=0) if stored else self._run(question, key)
-            found = known[asked]
-            if is_stored and stored is None and isinstance(found, Verification) and not found.transient:
-                outcomes.save(key, found)
-        return known[asked]
+    def _kind(self, match: Match, kinds: dict[tuple[Rule, str], outcomes.Kind]) -> outcomes.Kind:
+        asked = match.rule, match.provider
+        if asked not in kinds:
+            kinds[asked] = outcomes.kind_of(match.rule, self._provider(match.provider), self.device)
+        return kinds[asked]
 
-    def _run(self, question: "_Question", key: str) -> Verification | Pending:
+    def _compile_ahead(self, questions: Iterable["_Question"]) -> None:
+        """Has kernels compiled several at a time that are run below, and would be compiled one after the other."""
+        calls: dict[tuple[str, torch.device], list[Callable[[], object]]] = {}
+        for each in questions:
+            name, device = each.match.provider, each.cases[0].device
+            if device.type == "cuda" and not each.meets:
+                made = (partial(call_without_data, each.match.rule, name, case) for case in each.cases)
+                calls.setdefault((name, device), []).extend(made)
+        for (name, device), of_one in calls.items():
+            if (compile_ahead := self._provider(name).compile_ahead) is not None:
+                with suppress(AttemptError):  # the one that is run next has the same fault, and says so
+                    attempt(self.deadline_s, partial(compile_ahead, of_one), device)
+
+    def _run(self, question: "_Question") -> Verification | Pending:
         start, match = time.perf_counter_ns(), question.match
         outcome = Verification(
             rule=match.rule.name, op=match.rule.op.name, provider=match.provider, signature=question.signature
         )
         if self.rank is None and question.meets:
-            return self._left_to_all(question, key, outcome)
+            return self._left_to_all(question, outcome)
         worst: float | None = 0.0
         tokens, detail, transient = list[int](), None, False
         for case in question.cases:
             tokens.append(case.tokens)
-            finding, is_lasting = self._finding(question, case, key)
+            finding, is_lasting = self._finding(question, case)
             transient = transient or not is_lasting
             worst = None if finding.worst is None else max(worst or 0.0, finding.worst)
             if finding.wrong is not None:
@@ -154,14 +169,14 @@ class Verifier:
             time_ns=time.perf_counter_ns() - start,
         )  # fmt: skip
 
-    def _left_to_all(self, question: "_Question", key: str, outcome: Verification) -> Verification | Pending:
+    def _left_to_all(self, question: "_Question", outcome: Verification) -> Verification | Pending:
         """What is verified before the first run. How the graph was read is checked now, by the reference: the graph
         isn't there any more then.
         """
         group = process_group(str(question.match.values["group_name"]))
         if not self.settles or group is None or dist.get_backend(group) == STAND_IN:
             return replace(outcome, passed=False, detail=UNVERIFIED)
-        finding, is_lasting = self._finding(question, question.middle, key, REFERENCE.name)
+        finding, is_lasting = self._finding(question, question.middle, REFERENCE.name)
         if finding.wrong is not None:
             tokens = question.middle.tokens
             detail = f"at {tokens} tokens: {finding.wrong}"
@@ -179,13 +194,11 @@ class Verifier:
         alone = group is None or group_size(str(group)) == 1 or (self.rank is None and match.shares)
         return match.rule.op.collective and not match.runs_reference and not alone
 
-    def _finding(
-        self, question: "_Question", case: Case, key: str, provider: str | None = None
-    ) -> tuple[Finding, bool]:
+    def _finding(self, question: "_Question", case: Case, provider: str | None = None) -> tuple[Finding, bool]:
         """What came of one size, and whether it would come again: memory and time may be there next time."""
         match = question.match
         rank = self.rank if question.meets else None
-        seed = outcomes.seed_of(key) if rank is None else shared_seed(question.signature, case.tokens)
+        seed = outcomes.seed_of(question.key) if rank is None else shared_seed(question.signature, case.tokens)
         # How the graph was read doesn't depend on the size.
         region = question.region if case is question.middle else None
 
@@ -203,7 +216,12 @@ class Verifier:
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
-    """One candidate, as far as an outcome depends on it, and whether its kernel is collective."""
+    """One candidate, as far as an outcome depends on it, and whether its kernel is collective.
+
+    Attributes:
+        key: of its outcome.
+        is_stored: whether that is kept for other processes.
+    """
 
     match: Match
     signature: str
@@ -212,6 +230,14 @@ class _Question:
     region: Region | None
     free: frozenset[int]
     meets: bool
+    key: str
+    is_stored: bool
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for those that one answer is enough for. What ranks of one group have found says nothing of another."""
+        match = self.match
+        return self.key, match.rule, match.provider, match.values["group_name"] if self.meets else None
 
     @property
     def middle(self) -> Case:
@@ -220,16 +246,15 @@ class _Question:
 
     @classmethod
     def of(
-        cls, candidate: Candidate, canonical: CanonicalGraph, cases: Sequence[Case], is_met: bool
+        cls, candidate: Candidate, canonical: CanonicalGraph, cases: Sequence[Case], is_met: bool, kind: outcomes.Kind
     ) -> "_Question":  # fmt: skip
         match = candidate.match
         assert isinstance(match, Match)
+        unfused = {"rounding": match.rounding_change[0]} if match.rounding_change else {}
+        region = Region.of(canonical, match)
+        free = frozenset(i for i, node in enumerate(match.outputs) if node in (*match.copied, *match.loose))
         return cls(
-            match=match,
-            signature=candidate.signature,
-            cases=cases,
-            unfused={"rounding": match.rounding_change[0]} if match.rounding_change else {},
-            region=Region.of(canonical, match),
-            free=frozenset(i for i, node in enumerate(match.outputs) if node in (*match.copied, *match.loose)),
-            meets=is_met,
-        )
+            match=match, signature=candidate.signature, cases=cases, unfused=unfused, region=region, free=free,
+            meets=is_met, key=outcomes.outcome_key(kind, cases, unfused, region, free),
+            is_stored=kind.is_known and not is_met,
+        )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 import fuseplan
@@ -153,6 +154,50 @@ def test_a_configuration_is_adopted_once(configure: Configure, lines: list[loggi
     assert config.compute_hash() == before
     assert asked_for(config) == fuseplan.PassConfig(policy="off")
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "quantization", "ends"),
+    [
+        ({}, "NVIDIA H200", None, [32, 8192]),
+        ({}, "NVIDIA H100 80GB HBM3", "mxfp4", [32, 8192]),
+        ({}, "NVIDIA H200", "fp8", [8192]),
+        ({}, "NVIDIA A100-SXM4-80GB", None, [8192]),
+        ({"fuse_skinny_linear": True}, "NVIDIA A100-SXM4-80GB", None, [32, 8192]),
+        ({"fuse_merged_linear": False}, "NVIDIA H200", None, [32, 8192]),
+        ({"fuse_merged_linear": False, "fuse_skinny_linear": False}, "NVIDIA H200", None, [8192]),
+        ({"policy": "off"}, "NVIDIA H200", None, [8192]),
+    ],
+)
+def test_linear_layers_of_few_tokens_get_a_compile_range(
+    settings: dict[str, Any], device: str, quantization: str | None, ends: list[int], configure: Configure,
+    lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = configure()
+    compilation, limit = config.compilation_config, config.scheduler_config.max_num_batched_tokens
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "get_device_name", classmethod(lambda cls: device))
+    monkeypatch.setattr(config.model_config, "quantization", quantization)
+    compilation.mode, compilation.compile_ranges_endpoints = CompilationMode.VLLM_COMPILE, [limit]
+    before = compilation.compute_hash()
+    config.additional_config[KEY] = settings
+    plugin.adopt(config)
+    assert compilation.compile_ranges_endpoints == [limit if each == 8192 else each for each in ends]
+    assert (compilation.compute_hash() != before) is (len(ends) == 2), "vLLM's own cache key has its ranges"
+    (record,) = lines
+    assert ("a compile range that ends at 32 tokens for linear layers" in record.getMessage()) is (len(ends) == 2)
+
+
+@pytest.mark.parametrize(("ends", "after"), [([16], [16]), ([32], [32]), ([16, 2048], [16, 32, 2048]), (None, None)])
+def test_compile_ranges_of_a_user_stay(
+    ends: list[int] | None, after: list[int] | None, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    config.compilation_config.compile_ranges_endpoints = ends
+    config.additional_config[KEY] = {"fuse_merged_linear": True}
+    plugin.adopt(config)
+    assert config.compilation_config.compile_ranges_endpoints == after
 
 
 def test_a_table_of_costs_that_is_not_there_is_told_at_once(configure: Configure, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ def manager_for(
     """A manager for one compile range; `settles` as for `PostGradPassManager`."""
     return PostGradPassManager(
         config, compile_range=compile_range, on_report=on_report, previous=previous, passes=passes,
-        engine_groups=process_groups, rules=_rules(config), defaults=False, settles=settles,
-        providers=(*BUILT_IN_PROVIDERS, *ENGINE_PROVIDERS),
+        engine_groups=process_groups, rules=_rules(config), providers=(*BUILT_IN_PROVIDERS, *ENGINE_PROVIDERS),
+        settles=settles,
     )  # fmt: skip
 
 

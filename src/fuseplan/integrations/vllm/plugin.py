@@ -22,6 +22,7 @@ import fuseplan
 from fuseplan.caching.content import content_of
 from fuseplan.caching.fingerprint import config_key, plans_key, renew, renewed, source_digest
 from fuseplan.config import Environment, PassConfig
+from fuseplan.devices.known import profile_of
 from fuseplan.errors import ConfigError
 from fuseplan.integrations.vllm import support
 from fuseplan.planner.costs import CostTable, cached_path
@@ -30,6 +31,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import SavedPlans
 from fuseplan.rules import enabled_rules
 from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.rules.families.linear import DEFAULT_ON
 
 KEY = "fuseplan"
 """In `additional_config`: `{"fuseplan": {"policy": "planned", ...}}`, the fields of `PassConfig`."""
@@ -40,6 +42,14 @@ PASS_NAME = "vllm_pass"
 HOOK = "post_grad_custom_post_pass"
 BASIS, DIGEST = "key", "digest"
 """What the plugin adds to the fields of `PassConfig`: their key, and what stands for it since it was last given up."""
+
+LINEAR_FLAGS = "fuse_merged_linear", "fuse_skinny_linear"
+"""Of the rules that linear layers of few rows get a compile range for."""
+
+WITH_PLAIN_LINEARS = None, "mxfp4", "gpt_oss_mxfp4"
+"""vLLM's names of quantisation under which linear layers aren't quantised: MXFP4's experts alone are. Quantised ones
+are custom ops, which those rules don't match.
+"""
 
 log = logging.getLogger("vllm.fuseplan")
 """Below vLLM's own logger, so that it is formatted and filtered as vLLM's lines are."""
@@ -112,7 +122,7 @@ def adopt(config: Any) -> None:
     chosen = pass_config(settings)
     key = _key(chosen)
     additional[KEY] = {**settings, BASIS: key, DIGEST: renewed(key, _folder())}
-    _announce(config, chosen)
+    _announce(config, chosen, _with_small_range(config, chosen))
 
 
 def _take_name(compilation: Any) -> bool:
@@ -163,6 +173,25 @@ def _key(config: PassConfig) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
+def _with_small_range(config: Any, chosen: PassConfig) -> str:
+    """Gives batches of few tokens a compile range of their own, where linear layers of few rows are fused by default or
+    because their flags say so. In vLLM's own range, which goes up to the largest batch, their kernels can't be chosen.
+
+    Returns:
+        What there is to say about it.
+    """
+    compilation, model, most = config.compilation_config, config.model_config, DEFAULT_ON.most_tokens
+    ends = compilation.compile_ranges_endpoints
+    flags = [getattr(chosen, flag) for flag in LINEAR_FLAGS]
+    is_default = None in flags and profile_of(_device_name(), "nvidia").name in DEFAULT_ON.devices
+    if chosen.chosen_policy.name != "planned" or not _splits(compilation) or not (is_default or True in flags):
+        return ""
+    if model is None or model.quantization not in WITH_PLAIN_LINEARS or not ends or ends[-1] <= most:
+        return ""
+    compilation.compile_ranges_endpoints = sorted({*ends, most})
+    return f", and a compile range that ends at {most} tokens for linear layers"
+
+
 def _device_name() -> str:
     """vLLM's name of the device, by NVML or its like."""
     from vllm.platforms import current_platform
@@ -206,8 +235,8 @@ def asked_for(config: Any) -> PassConfig | None:
     return pass_config(_settings(additional[KEY]))
 
 
-def _announce(config: Any, chosen: PassConfig) -> None:
-    """Says in one line what was done, and loudly where nothing will come of it."""
+def _announce(config: Any, chosen: PassConfig, further: str) -> None:
+    """Says in one line what was done and what more, and loudly where nothing will come of it."""
     compilation = config.compilation_config
     if not _compiles(compilation):
         if (model := _left_uncompiled(config)) is not None:
@@ -225,8 +254,8 @@ def _announce(config: Any, chosen: PassConfig) -> None:
         return
     level, note = (logging.INFO, "") if support.tried() else (logging.WARNING, f"; {support.untried()}")
     log.log(
-        level, "fuseplan %s is the post-grad pass of %s: policy %s, compilation mode %s%s",
-        fuseplan.__version__, support.versions(), chosen.chosen_policy, compilation.mode.name, note,
+        level, "fuseplan %s is the post-grad pass of %s: policy %s, compilation mode %s%s%s",
+        fuseplan.__version__, support.versions(), chosen.chosen_policy, compilation.mode.name, further, note,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from fuseplan.providers.triton.checks import (
     row_kernel,
 )
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
-from fuseplan.providers.triton.replay import Direct, needed_code, replayed
+from fuseplan.providers.triton.replay import Direct, compile_ahead, needed_code, replayed
 
 
 def rotated(m: Any) -> Any:
@@ -233,6 +233,7 @@ PROVIDER: Final = Provider(
     },
     runs_alone=True,
     needs=needed_code,
+    compile_ahead=compile_ahead,
     timing=Timing(heads="split"),
     untested="not run on AMD's GPUs so far, and its all-reduces on no more than four GPUs",
 )

@@ -9,11 +9,15 @@ Code that Inductor has written knows shapes, strides, dtypes and numbers when it
 spares it torch's dispatcher and a look at every argument.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable, Mapping
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.autograd import profiler
@@ -35,8 +39,11 @@ sum may be rounded once, and 3.10 will round them apart.
 
 _RECORDING: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
 
-_NEEDED: ContextVar[list[object] | None] = ContextVar("needed", default=None)
-"""What is collected in place of launches."""
+_NEEDED: ContextVar["dict[object, _Needed] | None"] = ContextVar("needed", default=None)
+"""What is collected in place of launches, the first of those that need the same machine code, by `code_key`."""
+
+MOST_COMPILERS: Final = 8
+"""Kernels that are compiled at a time."""
 
 _REPLAYED: ContextVar["list[Replay] | None"] = ContextVar("replayed", default=None)
 """What calls launch again, or would if they came once more."""
@@ -57,6 +64,15 @@ class _Recording(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Needed(NamedTuple):
+    """A launch that isn't made."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+
+
 def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants), so that it can be launched again.
 
@@ -68,7 +84,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
     """
     needed = _NEEDED.get()
     if needed is not None:
-        needed.append(code_key(kernel, arguments, constants))
+        needed.setdefault(code_key(kernel, arguments, constants), _Needed(kernel, grid, arguments, constants))
         return
     compiled = kernel[grid](*arguments, **{**OPTIONS, **constants})
     recording = _RECORDING.get()
@@ -80,15 +96,16 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
 
 
 def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What distinguishes machine code of a kernel of Triton, as far as it follows from numbers: its constants and
-    options, and of integers whether they are 1, or multiples of `ALIGNED`.
+    """What distinguishes machine code of a kernel of Triton, as far as it follows from numbers and dtypes: constants,
+    options, dtypes, and of integers whether they are 1, or multiples of `ALIGNED`.
     """
     free = {each.name for each in kernel.params if each.do_not_specialize}
     named = zip(kernel.arg_names, arguments, strict=False)
-    plain = ((name, each) for name, value in named for each in (value if isinstance(value, tuple) else (value,)))
-    integers = [(name, each) for name, each in plain if type(each) is int and name not in free]
+    plain = [(name, each) for name, value in named for each in (value if isinstance(value, tuple) else (value,))]
+    integers = ((name, each) for name, each in plain if type(each) is int and name not in free)
     known = tuple((name, each == 1, each % ALIGNED == 0) for name, each in integers)
-    return kernel.__name__, tuple(sorted((name, repr(value)) for name, value in constants.items())), known
+    dtypes = tuple(each.dtype for _, each in plain if isinstance(each, Tensor))
+    return kernel.__name__, tuple(sorted((name, repr(value)) for name, value in constants.items())), known, dtypes
 
 
 def needed_code(call: Callable[[], Any], mode: TorchDispatchMode) -> frozenset[object]:
@@ -99,16 +116,54 @@ def needed_code(call: Callable[[], Any], mode: TorchDispatchMode) -> frozenset[o
         call: on tensors without data.
         mode: theirs.
     """
-    needed = list[object]()
-    token = _NEEDED.set(needed)
     try:
-        with mode:
+        with mode, _collected() as needed:
             call()
     except Exception:  # noqa: BLE001 - verification runs the call, and says what is wrong with it
         return frozenset()
+    return frozenset(needed)
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[dict[object, _Needed]]:
+    needed = dict[object, _Needed]()
+    token = _NEEDED.set(needed)
+    try:
+        yield needed
     finally:
         _NEEDED.reset(token)
-    return frozenset(needed)
+
+
+def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
+    """Compiles and loads what calls of ops would launch, several kernels at a time, and launches nothing. What can't be
+    compiled fails when it is launched.
+
+    Args:
+        calls: on tensors of whatever content.
+    """
+    from triton import AsyncCompileMode
+
+    with _collected() as needed, _Recording():  # a mode, under which nothing is remembered to be launched again
+        for call in calls:
+            with contextlib.suppress(Exception):
+                call()
+    with ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1)) as pool:
+        found = list[tuple[Any, Tensor]]()
+        with AsyncCompileMode(pool, ignore_errors=True):
+            for kernel, grid, arguments, constants in needed.values():
+                with contextlib.suppress(Exception):
+                    code = kernel.warmup(*arguments, grid=grid, **{**OPTIONS, **constants})
+                    found.append((code, next(each for each in arguments if isinstance(each, Tensor))))
+        for code, tensor in found:
+            pool.submit(_load, code, tensor)
+
+
+def _load(code: Any, tensor: Tensor) -> None:
+    """Loads machine code on a tensor's device, and makes the launcher of its signature, for which Triton 3.6 runs a C
+    compiler.
+    """
+    with contextlib.suppress(Exception), torch.cuda.device_of(tensor):
+        code.run  # noqa: B018 - a property that does it all
 
 
 def scratch(value: Tensor) -> Tensor:
