@@ -28,9 +28,10 @@ SIDES = {
     "stock": "vLLM's own fusions off",
     "flags": "those of its own on that the model has sites for",
     "fuseplan": "the plugin, vLLM's own fusions off",
+    "scaled": "the same with linear layers in fp8 (fuse_scaled_linear), in such a compile range",
     "without": "the same without linear layers, which have a compile range of their own, of up to 32 tokens",
 }
-PLUGGED = ("fuseplan", "without")
+PLUGGED = ("fuseplan", "without", "scaled")
 FIRST, LAST = 15, 2
 """Repeats in a turn of a call for one token: of short prompts, and of long ones."""
 PROMPTS = {"1 x 20": (1, 20), "1 x 64": (1, 64), "8 x 128": (8, 128), "32 x 1000": (32, 1000)}
@@ -170,6 +171,8 @@ def run_side(arguments: argparse.Namespace) -> None:
     further: dict[str, Any] = {"quantization": "fp8"} if "fp8" in model else {}
     if side == "without":
         further["additional_config"] = {"fuseplan": {"fuse_merged_linear": False, "fuse_skinny_linear": False}}
+    if side == "scaled":
+        further["additional_config"] = {"fuseplan": {"fuse_scaled_linear": True}}
     engine = vllm.LLM(
         model=str(path), load_format="dummy", skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=32,
         max_num_batched_tokens=8192, gpu_memory_utilization=0.3, kv_cache_memory_bytes=8 << 30,

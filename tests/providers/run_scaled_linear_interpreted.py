@@ -30,6 +30,7 @@ class Sizes:
     features: tuple[int, ...] = (64, 32)
     biased: tuple[bool, ...] = (False, False, False)
     use_fast_accum: bool = True
+    in_all: tuple[bool, ...] = (False, False, False)
     processors: int = 1
     shares: Shares | None = None
 
@@ -48,7 +49,7 @@ class Sizes:
         return ScaledLayers(
             x=codes(*self.rows, self.width), x_scale=scales(*self.rows, 1),
             weights=[codes(count, self.width) for count in self.features],
-            scales=[scales(1, count) for count in self.features],
+            scales=[scales(1, 1 if one else count) for count, one in zip(self.features, self.in_all, strict=False)],
             biases=[
                 torch.randn(count, generator=generator).to(RESULT) if biased else None
                 for count, biased in zip(self.features, self.biased, strict=False)
@@ -69,6 +70,9 @@ SIZES: dict[str, Sizes] = {
     "precise sums": Sizes(use_fast_accum=False),
     "biases": Sizes(biased=(True, True), features=(40, 24)),
     "one bias": Sizes(biased=(False, True, False), features=(40, 24, 8)),
+    "a scale of all": Sizes(in_all=(True, True), biased=(True, True)),
+    "a scale of all, and of each": Sizes(in_all=(True, False, True), features=(40, 24, 8)),
+    "in parts, a scale of all": Sizes(features=(96, 33), in_all=(True, True), shares=PARTS),
     "in parts": Sizes(features=(64,), processors=4, width=1024),
     "in parts, 32 rows": Sizes(features=(70,), processors=9, width=1024, rows=(2, 16)),
     "in parts, three layers": Sizes(features=(96, 300, 16), shares=PARTS, rows=(5,)),

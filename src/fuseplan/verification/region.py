@@ -1,6 +1,6 @@
 """The part of the model that a match stands for, as Inductor made it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,16 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.facts import RESHAPES, fill_of, is_call, tensor_of
+from fuseplan.graph.canonical.engines import engine_op
+from fuseplan.graph.facts import RESHAPES, aten, fill_of, is_call, tensor_of
 from fuseplan.matching import Match
 from fuseplan.rules.parts import PARTS, Prologue
 from fuseplan.verification.sides import Side, run_node
 from fuseplan.verification.specs import concrete
 
 ENGINE_COLLECTIVES = frozenset(name for part in PARTS if isinstance(part, Prologue) for name in part.engine_ops)
+EVALUATED = frozenset(name for part in PARTS for name in part.evaluated)
+"""Ops of engines that are run as they stand in a graph; what others compute is read off their sources."""
 MOST_NODES = 128
 """Beyond which a region isn't one of a single fusion."""
 
@@ -27,21 +30,26 @@ class Region(Side):
 
     Attributes:
         shaped: for each of them the result as the pattern has it, of which the node may be a reshape.
+        views: by variable, of those that are views of what the graph reads: these views, the last one first.
     """
 
     shaped: tuple[fx.Node | None, ...]
+    views: Mapping[str, tuple[fx.Node, ...]]
 
     @classmethod
     def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
         """The region, or None where there is none: an input that the canonical graph moved has no original."""
         bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         inputs: dict[fx.Node, str] = {}
-        # A constant of fuseplan's own stands for nothing of the graph.
-        bound = {name: node for name, node in bound.items() if node in canonical.origin or fill_of(node) is None}
-        if not all(node in canonical.origin for node in bound.values()):
-            return None
+        views: dict[str, tuple[fx.Node, ...]] = {}
         for name, node in bound.items():
-            inputs.setdefault(canonical.origin[node], name)
+            if node not in canonical.origin and fill_of(node) is not None:
+                continue  # a constant of fuseplan's own stands for nothing of the graph
+            views[name] = tuple(_views(canonical, node))
+            source = views[name][-1].args[0] if views[name] else node
+            if not isinstance(source, fx.Node) or source not in canonical.origin:
+                return None
+            inputs.setdefault(canonical.origin[source], name)
         outputs = tuple(_original(canonical, node) if node is not None else None for node in match.outputs)
         found: set[fx.Node] = set()
         stack = [node for node in outputs if node is not None]
@@ -49,7 +57,9 @@ class Region(Side):
             node = stack.pop()
             if node in inputs or node in found or _is_size(node):
                 continue
-            if node.op != "call_function" or isinstance(node.target, HigherOrderOperator) or len(found) == MOST_NODES:
+            if node.op != "call_function" or len(found) == MOST_NODES:
+                return None
+            if isinstance(node.target, HigherOrderOperator) and _name(engine_op(node)) not in EVALUATED:
                 return None
             if isinstance(node.target, OpOverload) and node.target.name() in ENGINE_COLLECTIVES:
                 return None  # no rank runs that alone
@@ -57,7 +67,7 @@ class Region(Side):
             stack += node.all_input_nodes
         if not found:
             return None
-        return cls(names=inputs, nodes=tuple(sorted(found)), outputs=outputs, shaped=match.outputs)
+        return cls(names=inputs, nodes=tuple(sorted(found)), outputs=outputs, shaped=match.outputs, views=views)
 
     def evaluate(self, arguments: Mapping[str, Any], symbols: Mapping[Any, int]) -> list[Tensor | None]:
         """The region's results.
@@ -66,8 +76,35 @@ class Region(Side):
             arguments: by variable.
             symbols: the values of symbolic sizes.
         """
-        values = self.run(arguments, symbols, call=run_node)
+        given = {**arguments, **{name: _seen(arguments[name], views, symbols) for name, views in self.views.items()}}
+        values = self.run(given, symbols, call=run_node)
         return [_shaped(value, shaped, symbols) for value, shaped in zip(values, self.shaped, strict=True)]
+
+
+def _name(op: OpOverload | None) -> str:
+    return "" if op is None else op.name().removesuffix(".default")
+
+
+def _views(canonical: CanonicalGraph, node: fx.Node) -> Iterator[fx.Node]:
+    """The views that make a node of one that stands for a value of the graph."""
+    while node not in canonical.origin and is_call(node, aten.permute.default, *RESHAPES):
+        yield node
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+
+
+def _seen(value: Any, views: Sequence[fx.Node], symbols: Mapping[Any, int]) -> Any:
+    """What a value is a view of."""
+    for view in views:
+        if is_call(view, aten.permute.default):
+            dims: Any = view.args[1]
+            value = value.permute([dims.index(dim) for dim in range(len(dims))])
+        else:
+            source = tensor_of(view.args[0])
+            assert source is not None
+            value = value.reshape([concrete(size, symbols) for size in source.shape])
+    return value
 
 
 def _original(canonical: CanonicalGraph, node: fx.Node) -> fx.Node | None:

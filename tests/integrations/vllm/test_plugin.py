@@ -10,6 +10,7 @@ from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 import fuseplan
+from fuseplan.config import CompileRange
 from fuseplan.integrations.vllm import plugin
 from fuseplan.integrations.vllm.passes import manager_for
 from fuseplan.integrations.vllm.plugin import HOOK, KEY, asked_for
@@ -60,6 +61,20 @@ def test_asked_for_by_name(configure: Configure, lines: list[logging.LogRecord])
 def test_what_was_slower_in_vllm_is_on_where_it_is_named(settings: dict[str, Any], is_on: bool) -> None:
     manager = manager_for(fuseplan.PassConfig(**settings), None, lambda report: None)
     assert ("qk_norm_rope" in manager.rules) is is_on
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, set()),
+        ({"fuse_scaled_linear": True}, {"merged_scaled_linear", "skinny_scaled_linear"}),
+        ({"policy": "ordered(skinny_scaled_linear)"}, {"skinny_scaled_linear"}),
+    ],
+)
+def test_layers_in_fp8_are_fused_where_that_is_asked_for(settings: dict[str, Any], names: set[str]) -> None:
+    few = CompileRange(start=1, end=32)
+    manager = manager_for(fuseplan.PassConfig(**settings), few, lambda report: None)
+    assert {rule.name for rule in manager.enabled.every if "scaled_linear" in rule.name} == names
 
 
 def test_every_setting_is_a_part_of_the_key(configure: Configure) -> None:
@@ -162,6 +177,9 @@ def test_a_configuration_is_adopted_once(configure: Configure, lines: list[loggi
         ({}, "NVIDIA H200", None, [32, 8192]),
         ({}, "NVIDIA H100 80GB HBM3", "mxfp4", [32, 8192]),
         ({}, "NVIDIA H200", "fp8", [8192]),
+        ({"fuse_merged_linear": True}, "NVIDIA H200", "fp8", [8192]),
+        ({"fuse_scaled_linear": True}, "NVIDIA H200", "fp8", [32, 8192]),
+        ({"fuse_scaled_linear": False}, "NVIDIA H200", "fp8", [8192]),
         ({}, "NVIDIA A100-SXM4-80GB", None, [8192]),
         ({"fuse_skinny_linear": True}, "NVIDIA A100-SXM4-80GB", None, [32, 8192]),
         ({"fuse_merged_linear": False}, "NVIDIA H200", None, [32, 8192]),

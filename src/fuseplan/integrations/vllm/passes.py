@@ -37,11 +37,21 @@ run: Inductor's own code for these norms is hard to beat there, and the model of
 """
 
 
+UNTIMED: Final = "fuse_scaled_linear"
+"""The flag of rules that weren't timed beside vLLM's own kernels for layers in fp8."""
+
+
 def _rules(config: PassConfig) -> Sequence[Rule]:
-    """All rules, that one only where it is asked for."""
+    """All rules, those only where they are asked for."""
     selected = (re.split("[@#:]", selector)[0] for selector in (*config.force, *config.forbid))
-    is_asked = config.enable_qk_norm_rope_fusion or SLOWER in (*config.chosen_policy.order, *selected)
-    return [rule for rule in BUILT_IN_RULES if is_asked or rule.name != SLOWER]
+    named = {*config.chosen_policy.order, *selected}
+    named |= {SLOWER} if config.enable_qk_norm_rope_fusion else set()
+    is_asked = getattr(config, UNTIMED) is True
+    return [
+        rule
+        for rule in BUILT_IN_RULES
+        if rule.name in named or (rule.name != SLOWER and (is_asked or rule.opt_in != UNTIMED))
+    ]
 
 
 def process_groups() -> Mapping[object, str]:

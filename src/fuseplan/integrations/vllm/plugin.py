@@ -46,10 +46,11 @@ BASIS, DIGEST = "key", "digest"
 LINEAR_FLAGS = "fuse_merged_linear", "fuse_skinny_linear"
 """Of the rules that linear layers of few rows get a compile range for."""
 
+SCALED_FLAG = "fuse_scaled_linear"
+"""Of those for quantised layers."""
+
 WITH_PLAIN_LINEARS = None, "mxfp4", "gpt_oss_mxfp4"
-"""vLLM's names of quantisation under which linear layers aren't quantised: MXFP4's experts alone are. Quantised ones
-are custom ops, which those rules don't match.
-"""
+"""vLLM's names of quantisation under which linear layers aren't quantised: MXFP4's experts alone are."""
 
 log = logging.getLogger("vllm.fuseplan")
 """Below vLLM's own logger, so that it is formatted and filtered as vLLM's lines are."""
@@ -184,9 +185,11 @@ def _with_small_range(config: Any, chosen: PassConfig) -> str:
     ends = compilation.compile_ranges_endpoints
     flags = [getattr(chosen, flag) for flag in LINEAR_FLAGS]
     is_default = None in flags and profile_of(_device_name(), "nvidia").name in DEFAULT_ON.devices
-    if chosen.chosen_policy.name != "planned" or not _splits(compilation) or not (is_default or True in flags):
+    is_plain = model is not None and model.quantization in WITH_PLAIN_LINEARS
+    is_wanted = is_plain and (is_default or True in flags)
+    if chosen.chosen_policy.name != "planned" or not (is_wanted or getattr(chosen, SCALED_FLAG)):
         return ""
-    if model is None or model.quantization not in WITH_PLAIN_LINEARS or not ends or ends[-1] <= most:
+    if not _splits(compilation) or not ends or ends[-1] <= most:
         return ""
     compilation.compile_ranges_endpoints = sorted({*ends, most})
     return f", and a compile range that ends at {most} tokens for linear layers"

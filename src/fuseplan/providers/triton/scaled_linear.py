@@ -42,11 +42,11 @@ def _scaled_linears(
     parts_ptr, rows, x_row, w0_row, w1_row, w2_row,
     WIDTH: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, IMPRECISE: tl.constexpr,
-    FILLS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    EACH: tl.constexpr, FILLS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     """FEATURES of one layer for all rows. Of SPLITS programs each has a part of the width, and stores its sums in
-    float32. IMPRECISE: how many products tensor cores may add up before float32 does; 0: any number. FILLS: there are
-    more programs than processors.
+    float32. IMPRECISE: how many products tensor cores may add up before float32 does; 0: any number. EACH: every
+    feature has a scale, and else all of a layer's have one. FILLS: there are more programs than processors.
     """
     tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     SECOND: tl.constexpr = (N0 + FEATURES - 1) // FEATURES
@@ -98,7 +98,7 @@ def _scaled_linears(
         tl.store(parts_ptr + at_row[None, :] + feature[:, None], y, mask=is_own)
     else:
         scale = tl.load(s_ptr + row, mask=is_row, other=0.0)
-        y = y * scale[None, :] * tl.load(w_s_ptr + read)[:, None]
+        y = y * scale[None, :] * tl.load(w_s_ptr + read * EACH)[:, None]
         if BIASED:
             y += tl.load(b_ptr + read).to(tl.float32)[:, None]
         at_row = row.to(tl.int64) * count
@@ -109,9 +109,9 @@ def _scaled_linears(
 def _combine(
     parts_ptr, s_ptr, s0_ptr, s1_ptr, s2_ptr, b0_ptr, b1_ptr, b2_ptr, y0_ptr, y1_ptr, y2_ptr, rows,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    BIASED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+    BIASED: tl.constexpr, EACH: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK features of one row, of which the parts are added up in their order."""
+    """BLOCK features of one row, of which the parts are added up in their order. EACH: as above."""
     tile, row = tl.program_id(0), tl.program_id(1)
     SECOND: tl.constexpr = (N0 + BLOCK - 1) // BLOCK
     THIRD: tl.constexpr = SECOND + (N1 + BLOCK - 1) // BLOCK
@@ -131,7 +131,7 @@ def _combine(
     for part in tl.static_range(SPLITS):
         at_row = (part * rows + row).to(tl.int64) * (N0 + N1 + N2) + before
         y += tl.load(parts_ptr + at_row + feature, mask=is_own, other=0.0)
-    y = y * tl.load(s_ptr + row) * tl.load(w_s_ptr + feature, mask=is_own, other=0.0)
+    y = y * tl.load(s_ptr + row) * tl.load(w_s_ptr + feature * EACH, mask=is_own, other=0.0)
     if BIASED:
         y += tl.load(b_ptr + feature, mask=is_own, other=0.0).to(tl.float32)
     tl.store(y_ptr + row.to(tl.int64) * count + feature, y.to(y_ptr.dtype.element_ty), mask=is_own)
@@ -201,15 +201,17 @@ def launch(layers: ScaledLayers, shares: Shares | None = None) -> tuple[Tensor, 
     parts = results[0]
     if shares.splits > 1:
         parts = scratch(x.new_empty((shares.splits, rows, total), dtype=torch.float32))
-    ws, scales, bs, ys = (_padded(each) for each in (layers.weights, layers.scales, biases, results))
+    each, own = _scales(layers.scales, features)
+    ws, scales, bs, ys = (_padded(values) for values in (layers.weights, own, biases, results))
     counts = [*features, *[0] * (len(ws) - len(features))]
     sizes = {"N0": counts[0], "N1": counts[1], "N2": counts[2], "SPLITS": shares.splits, "BIASED": is_biased}
+    sizes["EACH"] = int(each)
     tile = Tile(rows=tile_rows, block=size, warps=SCALED_WARPS.value)
     behind = Tile(rows=1, block=SCALED_COMBINED.value, warps=SCALED_WARPS.value)
     with torch.cuda.device_of(x):
         run_kernel(
             _scaled_linears, (tiles * shares.splits,),
-            x, scale, *ws, *scales, *bs, *ys, parts, rows, x.stride(0), *(each.stride(0) for each in ws),
+            x, scale, *ws, *scales, *bs, *ys, parts, rows, x.stride(0), *(weight.stride(0) for weight in ws),
             WIDTH=width, ROWS=tile.rows, FEATURES=tile.block, COLUMNS=shares.columns, **sizes,
             IMPRECISE=0 if layers.use_fast_accum else min(IMPRECISE, shares.columns),
             FILLS=tiles * shares.splits > processors, num_stages=shares.stages, **tile.launch(x),
@@ -220,6 +222,15 @@ def launch(layers: ScaledLayers, shares: Shares | None = None) -> tuple[Tensor, 
                 parts, scale, *scales, *bs, *ys, rows, BLOCK=behind.block, **sizes, **behind.launch(x),
             )  # fmt: skip
     return results
+
+
+def _scales(scales: Sequence[Tensor], features: Sequence[int]) -> tuple[bool, Sequence[Tensor]]:
+    """Whether every feature has a scale, and them, side by side."""
+    pairs = list(zip(scales, features, strict=True))
+    if all(scale.numel() == 1 for scale, _ in pairs):
+        return False, scales
+    full = [scale.expand(1, count).contiguous() if scale.numel() == 1 else scale for scale, count in pairs]
+    return True, full
 
 
 def _full(bias: Tensor | None, x: Tensor, count: int, is_biased: bool) -> Tensor:

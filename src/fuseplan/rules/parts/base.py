@@ -76,6 +76,7 @@ class Part:
         ops: the dialect ops of it that stand in graphs; near misses of any are noted by the name of the first.
         raising: how it finds its spellings in aten, and when.
         engine_ops: how it reads the ops that inference engines have for it, by name.
+        evaluated: such ops, by name, that are run as they stand where a match of it is verified.
         reported: when what only looks like it is a near miss.
         hint: what may be moved away between it and its neighbour.
         opt_in: whether graphs are read for it only where a rule about it was asked for.
@@ -85,6 +86,7 @@ class Part:
     ops: tuple[DialectOp, ...]
     raising: tuple[tuple[Stage, Callable[[CanonicalGraph], None]], ...] = ()
     engine_ops: Mapping[str, EngineReader] = field(default_factory=dict)
+    evaluated: tuple[str, ...] = ()
     reported: Reported = Reported.NEAR_A_CORE
     hint: Hint | None = None
     opt_in: bool = False

@@ -1,9 +1,14 @@
 """Linear layers whose rows and weights are codes in fp8 with a scale of each row, and those that read one input.
 
 y = _scaled_mm(codes, permute(weight), scale, view(weight_scale), bias, None, bfloat16, use_fast_accum)
+_C.cutlass_scaled_mm(y, codes, weight, scale, weight_scale, bias)
+
+The second is vLLM's, whose weights [width, features] lie as rows of features do, with a scale of each or one of all.
+Its kernels for Hopper let tensor cores add up products without float32's help (0.22 to 0.33,
+`csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +17,27 @@ from torch import Tensor, fx
 
 from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.canonical.engines import arguments_of
-from fuseplan.graph.facts import ORDER_KEEPING, Call, aten, dtype_of, equal_size, equal_sizes, exact, is_call, tensor_of
+from fuseplan.graph.canonical.engines import arguments_of, engine_op, is_engines, merge_equal_results
+from fuseplan.graph.facts import (
+    ORDER_KEEPING,
+    Call,
+    aten,
+    dtype_of,
+    equal_size,
+    equal_sizes,
+    exact,
+    is_call,
+    item,
+    targets_of,
+    tensor_of,
+)
 from fuseplan.graph.ops import DialectOp, Sample, define, draw_positive, random_tensor
 from fuseplan.rules.parts.base import Core, Reported, Stage
 from fuseplan.rules.parts.linear import MOST_TOGETHER, NAMES, LinearRegion, is_input, shared_out
 from fuseplan.rules.parts.traffic import Kernel, Middle
 
 CODES = torch.float8_e4m3fn
+CUTLASS = "_C::cutlass_scaled_mm"
 RESULT = torch.bfloat16
 """The one dtype of results of scales of rows in torch."""
 ERROR_FACTOR = 4.0
@@ -34,7 +52,7 @@ class Layers:
         x: [..., width], codes.
         x_scale: [..., 1], float32.
         weights: [features_i, width], codes.
-        scales: [1, features_i], float32.
+        scales: [1, features_i], float32, or [1, 1], of all features.
         biases: [features_i], bfloat16, or None.
         use_fast_accum: whether tensor cores may add up products without float32's help.
     """
@@ -70,8 +88,9 @@ def scaled_linears_reference(*arguments: Any) -> Any:
 
     Args:
         arguments: x [..., width] in float8_e4m3fn, x_scale [..., 1] in float32, then the weights [features_i, width] in
-            float8_e4m3fn, as many scales of theirs [1, features_i] in float32, as many biases [features_i] in bfloat16
-            or None, and whether tensor cores may add up products without float32's help, which changes nothing here.
+            float8_e4m3fn, as many scales of theirs [1, features_i] or [1, 1] in float32, as many biases [features_i] in
+            bfloat16 or None, and whether tensor cores may add up products without float32's help, which changes nothing
+            here.
 
     Returns:
         [..., features_i] in bfloat16 of each layer (float64 for float64 scales); of a single one not in a tuple.
@@ -115,23 +134,29 @@ def samples_of(count: int) -> list[Sample]:
         _sample((1, 96), (64, 32, 16)[:count], biased=False),
         _sample((2, 5, 160), (48, 80, 33)[:count], biased=True),
         _sample((17, 64), (40, 40, 8)[:count], biased=count > 1, use_fast_accum=False),
+        _sample((3, 128), (48, 33, 16)[:count], biased=count == 1, in_all=count),
+        *([_sample((5, 96), (24, 40, 9)[:count], biased=True, in_all=1)] if count > 1 else []),
     ]
 
 
 def _sample(
-    shape: tuple[int, ...], features: tuple[int, ...], *, biased: bool, use_fast_accum: bool = True
-) -> Sample:  # fmt: skip
+    shape: tuple[int, ...], features: tuple[int, ...], *, biased: bool, use_fast_accum: bool = True, in_all: int = 0
+) -> Sample:
+    """Layers of which the first `in_all` have one scale in all."""
+
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         cpu = torch.device("cpu")
         x = draw_codes(shape, cpu, generator).to(device=device, dtype=CODES)
         weights = [draw_codes((each, shape[-1]), cpu, generator).to(device=device, dtype=CODES) for each in features]
         x_scale = draw_positive((*shape[:-1], 1), cpu, generator).to(device)
-        scales = [draw_positive((1, each), cpu, generator).to(device) for each in features]
+        counts = [1 if index < in_all else each for index, each in enumerate(features)]
+        scales = [draw_positive((1, each), cpu, generator).to(device) for each in counts]
         biases = [random_tensor((each,), RESULT, device, generator) if biased else None for each in features]
         return x, x_scale, *weights, *scales, *biases, use_fast_accum
 
     name = f"{'x'.join(map(str, shape))}-{'-'.join(map(str, features))}"
-    return Sample(name=name + "-biased" * biased + "-fast" * use_fast_accum, make=make)
+    kind = "-biased" * biased + "-fast" * use_fast_accum + (f"-{in_all}_in_all" if in_all else "")
+    return Sample(name=name + kind, make=make)
 
 
 def _define(count: int) -> DialectOp:
@@ -193,6 +218,12 @@ def raise_scaled_linears(canonical: CanonicalGraph) -> None:
         for few in shared_out(products):
             # Read again: what the group reads may have been another one's result.
             _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
+    for node in canonical.calls(*filter(is_engines, targets_of(canonical.graph))):
+        op = engine_op(node)
+        if op is not None and op.name().removesuffix(".default") == CUTLASS:
+            merge_equal_results(canonical, node)
+            if (own := _read_engines(canonical, node, arguments_of(node, op))) is not None:
+                _raise(canonical, [own])
 
 
 def _read(node: Call) -> _Layer | None:
@@ -211,6 +242,33 @@ def _read(node: Call) -> _Layer | None:
         product=node, rows=rows, scale=scale, weight=weight, weight_scale=weight_scale, bias=bias,
         use_fast_accum=given["use_fast_accum"],
     )  # fmt: skip
+
+
+def _read_engines(canonical: CanonicalGraph, node: Call, given: Mapping[str, Any]) -> _Layer | None:
+    """A call of vLLM's, whose only result is what it writes."""
+    rows, weight, scale, weight_scale, bias = (given[name] for name in ("a", "b", "a_scales", "b_scales", "bias"))
+    result, features, own = item(node, 1), _size(weight, 1), tensor_of(weight_scale)
+    if result is None or len(node.users) != 1 or not is_input(weight) or not is_input(weight_scale):
+        return None
+    written, held, codes = tensor_of(result), tensor_of(weight), tensor_of(rows)
+    if written is None or held is None or codes is None or own is None or codes.dim() != 2:
+        return None
+    if codes.dtype is not CODES or held.dtype is not CODES or not equal_size(held.stride(0), 1):
+        return None
+    if not _is_of(scale, torch.float32, _size(rows, 0), 1) or own.dtype is not torch.float32:
+        return None
+    if not _is_of(result, RESULT, _size(rows, 0), features) or not equal_sizes(written.stride(), (features, 1)):
+        return None
+    if bias is not None and not (is_input(bias) and _is_of(bias, RESULT, features)):
+        return None
+    count = 1 if equal_size(own.numel(), 1) else features
+    if not equal_size(own.numel(), count):
+        return None
+    turned = canonical.insert_before(node, aten.permute.default, (weight, [1, 0]), held.t())
+    row = canonical.insert_before(node, aten.reshape.default, (weight_scale, [1, count]), own.reshape(1, count))
+    return _Layer(
+        product=result, rows=rows, scale=scale, weight=turned, weight_scale=row, bias=bias, use_fast_accum=True
+    )
 
 
 def _fits(rows: Any, scale: Any, weight: Any, weight_scale: Any) -> bool:
@@ -294,6 +352,7 @@ PART = Core(
     name="scaled_linear",
     ops=SCALED_LINEARS,
     raising=((Stage.LINEARS, raise_scaled_linears),),
+    evaluated=(CUTLASS,),
     reported=Reported.NEVER,
     traffic=Middle(name="scaled_linear"),
     opt_in=True,
