@@ -9,7 +9,14 @@ import torch
 from torch import fx
 
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.canonical.engines import NAMESPACES, arguments_of, engine_op, is_engines, merge_equal_results
+from fuseplan.graph.canonical.engines import (
+    NAMESPACES,
+    arguments_of,
+    engine_op,
+    engine_op_name,
+    is_engines,
+    merge_equal_results,
+)
 from fuseplan.graph.canonical.noops import eliminate_noops
 from fuseplan.graph.facts import RESHAPES, aten, equal_size, is_call, targets_of, tensor_of
 from fuseplan.graph.ops import ops
@@ -70,7 +77,7 @@ def _raise_engine_ops(canonical: CanonicalGraph, groups: Mapping[object, str]) -
         op = engine_op(node)
         if op is None or op.namespace not in NAMESPACES:
             continue
-        read = ENGINE_OPS.get(op.name().removesuffix(".default"))
+        read = ENGINE_OPS.get(engine_op_name(node))
         if read is not None:
             merge_equal_results(canonical, node)
             read(canonical, node, arguments_of(node, op), groups)

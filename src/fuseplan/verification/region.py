@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.canonical.engines import engine_op
+from fuseplan.graph.canonical.engines import engine_op_name
 from fuseplan.graph.facts import RESHAPES, aten, fill_of, is_call, tensor_of
 from fuseplan.matching import Match
 from fuseplan.rules.parts import PARTS, Prologue
@@ -59,7 +59,7 @@ class Region(Side):
                 continue
             if node.op != "call_function" or len(found) == MOST_NODES:
                 return None
-            if isinstance(node.target, HigherOrderOperator) and _name(engine_op(node)) not in EVALUATED:
+            if isinstance(node.target, HigherOrderOperator) and engine_op_name(node) not in EVALUATED:
                 return None
             if isinstance(node.target, OpOverload) and node.target.name() in ENGINE_COLLECTIVES:
                 return None  # no rank runs that alone
@@ -79,10 +79,6 @@ class Region(Side):
         given = {**arguments, **{name: _seen(arguments[name], views, symbols) for name, views in self.views.items()}}
         values = self.run(given, symbols, call=run_node)
         return [_shaped(value, shaped, symbols) for value, shaped in zip(values, self.shaped, strict=True)]
-
-
-def _name(op: OpOverload | None) -> str:
-    return "" if op is None else op.name().removesuffix(".default")
 
 
 def _views(canonical: CanonicalGraph, node: fx.Node) -> Iterator[fx.Node]:

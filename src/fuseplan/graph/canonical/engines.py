@@ -46,6 +46,12 @@ def engine_op(node: fx.Node) -> OpOverload | None:
     return target if isinstance(target, OpOverload) else None
 
 
+def engine_op_name(node: fx.Node) -> str:
+    """Its name, e.g. `_C::rms_norm`; empty where there is none."""
+    op = engine_op(node)
+    return "" if op is None else op.name().removesuffix(".default")
+
+
 def arguments_of(node: fx.Node, op: OpOverload) -> dict[str, Any]:
     """An engine op's arguments by the names in the op's schema, defaults included."""
     schema = op._schema.arguments

@@ -12,6 +12,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS
 from fuseplan.record import Report
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
+from fuseplan.rules.families.scaled_linear import ScaledLinears
 
 
 def manager_for(
@@ -37,20 +38,18 @@ run: Inductor's own code for these norms is hard to beat there, and the model of
 """
 
 
-UNTIMED: Final = "fuse_scaled_linear"
-"""The flag of rules that weren't timed beside vLLM's own kernels for layers in fp8."""
-
-
 def _rules(config: PassConfig) -> Sequence[Rule]:
-    """All rules, those only where they are asked for."""
+    """All rules; that one, and those for layers in fp8, which weren't timed beside vLLM's own kernels, only where they
+    are asked for.
+    """
     selected = (re.split("[@#:]", selector)[0] for selector in (*config.force, *config.forbid))
     named = {*config.chosen_policy.order, *selected}
     named |= {SLOWER} if config.enable_qk_norm_rope_fusion else set()
-    is_asked = getattr(config, UNTIMED) is True
+    is_asked = getattr(config, ScaledLinears.opt_in) is True
     return [
         rule
         for rule in BUILT_IN_RULES
-        if rule.name in named or (rule.name != SLOWER and (is_asked or rule.opt_in != UNTIMED))
+        if rule.name in named or (rule.name != SLOWER and (is_asked or rule.opt_in != ScaledLinears.opt_in))
     ]
 
 

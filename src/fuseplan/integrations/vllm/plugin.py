@@ -32,6 +32,7 @@ from fuseplan.record import SavedPlans
 from fuseplan.rules import enabled_rules
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.rules.families.linear import DEFAULT_ON
+from fuseplan.rules.families.scaled_linear import ScaledLinears
 
 KEY = "fuseplan"
 """In `additional_config`: `{"fuseplan": {"policy": "planned", ...}}`, the fields of `PassConfig`."""
@@ -45,9 +46,6 @@ BASIS, DIGEST = "key", "digest"
 
 LINEAR_FLAGS = "fuse_merged_linear", "fuse_skinny_linear"
 """Of the rules that linear layers of few rows get a compile range for."""
-
-SCALED_FLAG = "fuse_scaled_linear"
-"""Of those for quantised layers."""
 
 WITH_PLAIN_LINEARS = None, "mxfp4", "gpt_oss_mxfp4"
 """vLLM's names of quantisation under which linear layers aren't quantised: MXFP4's experts alone are."""
@@ -187,7 +185,7 @@ def _with_small_range(config: Any, chosen: PassConfig) -> str:
     is_default = None in flags and profile_of(_device_name(), "nvidia").name in DEFAULT_ON.devices
     is_plain = model is not None and model.quantization in WITH_PLAIN_LINEARS
     is_wanted = is_plain and (is_default or True in flags)
-    if chosen.chosen_policy.name != "planned" or not (is_wanted or getattr(chosen, SCALED_FLAG)):
+    if chosen.chosen_policy.name != "planned" or not (is_wanted or getattr(chosen, ScaledLinears.opt_in)):
         return ""
     if not _splits(compilation) or not ends or ends[-1] <= most:
         return ""

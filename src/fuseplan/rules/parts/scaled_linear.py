@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fuseplan.devices.hardware import Hardware
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.canonical.engines import arguments_of, engine_op, is_engines, merge_equal_results
+from fuseplan.graph.canonical.engines import arguments_of, engine_op, engine_op_name, is_engines, merge_equal_results
 from fuseplan.graph.facts import (
     ORDER_KEEPING,
     Call,
@@ -220,7 +220,7 @@ def raise_scaled_linears(canonical: CanonicalGraph) -> None:
             _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
     for node in canonical.calls(*filter(is_engines, targets_of(canonical.graph))):
         op = engine_op(node)
-        if op is not None and op.name().removesuffix(".default") == CUTLASS:
+        if op is not None and engine_op_name(node) == CUTLASS:
             merge_equal_results(canonical, node)
             if (own := _read_engines(canonical, node, arguments_of(node, op))) is not None:
                 _raise(canonical, [own])
