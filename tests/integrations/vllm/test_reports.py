@@ -18,7 +18,7 @@ from fuseplan.errors import UnsupportedError
 from fuseplan.integrations.vllm import reports
 from fuseplan.integrations.vllm.reports import Journal
 from fuseplan.integrations.vllm.together import before_first_run
-from fuseplan.record import Report
+from fuseplan.record import Fusion, Report
 from fuseplan.record.report import GraphReport
 from fuseplan.record.serialization import from_json
 from tests.integrations.vllm.conftest import Configure
@@ -53,9 +53,17 @@ def test_a_report_is_written_where_it_was_asked_for_and_kept(journal: Journal, l
     journal.close()
     (record,) = lines
     assert record.getMessage() == (
-        f"fuseplan on rank 0: 1 graph; fused: allreduce_rms 0; recognised: rms_norm[64] 3; report: {journal.path}"
+        f"fuseplan on rank 0: 1 graph; fused: nothing; recognised: rms_norm[64] 3; report: {journal.path}"
     )
     assert read(journal.path) == read(journal.kept) == report()
+
+
+def test_the_line_has_rules_that_found_places(journal: Journal, lines: Records) -> None:
+    fusion = Fusion(rule="r", op="o", provider="p", anchor="n", consumed=("n",), contested_op="rms_norm", site="n")
+    graph = GraphReport(graph="g", applied=(fusion,) * 2, matched={"r": 2, "pad": 3, "none": 0}, rewritten=True)
+    journal.add(Report(policy="planned", order=(), rules=("r", "none", "pad"), graphs=(graph,)))
+    journal.close()
+    assert "; fused: r 2, pad 0 of 3; recognised: nothing; " in lines[0].getMessage()
 
 
 def test_a_warm_start_finds_what_was_kept(journal: Journal, lines: Records) -> None:
@@ -63,7 +71,7 @@ def test_a_warm_start_finds_what_was_kept(journal: Journal, lines: Records) -> N
     journal.close()
     journal.path.unlink()
     Journal(journal.kept, journal.path, 0).close()
-    assert "1 graph from the cache; fused: allreduce_rms 0; recognised: rms_norm[64] 3" in lines[-1].getMessage()
+    assert "1 graph from the cache; fused: nothing; recognised: rms_norm[64] 3" in lines[-1].getMessage()
     assert read(journal.path).graphs[0].from_cache
 
 

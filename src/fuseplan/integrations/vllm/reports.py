@@ -133,7 +133,12 @@ class Journal:
         if self.path != self.kept:
             is_written = _write(self.path, report)
         graphs = len(report.graphs)
-        fused = ", ".join(f"{rule} {count}" for rule, count in report.fused.items())
+        # A rule that found places and fused none of them is what a user has to see.
+        fused = ", ".join(
+            f"{rule} {count}" if count else f"{rule} 0 of {report.matched[rule]}"
+            for rule, count in report.fused.items()
+            if count or report.matched[rule]
+        )
         found = ", ".join(f"{op} {count}" for op, count in report.recognized.items())
         log.info(
             "fuseplan on rank %d: %d graph%s%s; fused: %s; recognised: %s; report: %s",
