@@ -229,7 +229,7 @@ class _Search:
             if reached is not None:
                 way, goal = reached
                 if goal in self.canonical.unraised:
-                    return self._claim(goal, noted_as(self.members[0].core.name))
+                    return self._claim(goal, self.canonical.unraised[goal].op)
                 if without_taken(way, node):
                     gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
                     return self._obstructed([gap], goal, goal)
@@ -312,7 +312,7 @@ class _Search:
             further=(*gap.way, gap.consumer, gap.goal),
         )  # fmt: skip
 
-    def _claim(self, node: fx.Node, core: str) -> Refusal:
+    def _claim(self, node: fx.Node, core: str | None) -> Refusal:
         refusal = self.canonical.unraised[node]
         self.claimed.add(id(refusal))
         return replace(refusal, rule=self.name, site=refusal.source, op=core)
