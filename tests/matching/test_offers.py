@@ -253,7 +253,12 @@ def test_it_is_the_most_that_there_can_be_that_counts() -> None:
 
 def test_where_larger_calls_run_the_reference_it_is_the_most_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr("fuseplan.matching.offers.falls_back", lambda *names: not asked.append(names))
+
+    def falls_back(op: str, name: str) -> bool:
+        asked.append((op, name))
+        return True
+
+    monkeypatch.setattr("fuseplan.matching.offers.falls_back", falls_back)
     assert the_match(up_to(48), rows_of=rows(48, math.inf)).provider == "a"
     assert asked == [("rms_norm_pad", "a")]
     refusal = the_refusal(up_to(48), rows_of=rows(49, math.inf))
