@@ -110,6 +110,9 @@ def test_a_norm_that_another_op_reads_is_meant_to_be_without_a_pad() -> None:
     whole = both(padded(), OTHER)
     assert lacking(whole, whole, both(read_by(aten.exp.default, "first"), OTHER)) == []
     assert lacking(added(), added(), added(is_padded=False, is_read=True)) == []
+    others = both(read_by(aten.exp.default, "first"), OTHER)
+    refusals = lacking(whole, others, whole, both(OTHER), whole, whole)
+    assert [refusal.site for refusal in refusals] == ["layers.3.first"]
     # Where the others' results are read by that op, too, the pad is what is gone.
     read = added(is_read=True)
     (refusal,) = lacking(read, added(is_padded=False, is_read=True), read)
@@ -216,6 +219,14 @@ def test_readers_are_those_of_the_norm_and_not_of_the_sum() -> None:
 
     (refusal,) = lacking(added(), sum_read, added())
     assert (refusal.expected, refusal.site) == ("pad", "layers.1.first")
+
+
+def test_what_the_same_ops_read_and_is_no_match_lacks_something() -> None:
+    canonical = canonical_of([padded(), padded(), padded()])
+    candidates = find_matches(canonical, PADDING, PROVIDERS, PROFILES["h200"]).candidates
+    others = [match for match in candidates if match.core.name != "rms_norm_default_1"]
+    (refusal,) = Siblings(canonical).missing(PADDING["act_padding"], others, ())
+    assert (refusal.expected, refusal.site, refusal.nodes) == ("pad", "layers.1.first", ("rms_norm_default_1",))
 
 
 @pytest.mark.parametrize(

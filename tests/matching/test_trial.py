@@ -208,6 +208,56 @@ def test_an_edge_without_obstacles_is_as_the_rule_has_it() -> None:
     assert sketch.decides(place) == (["sin_default"], True)
 
 
+def test_edges_behind_one_without_obstacles_are_looked_at() -> None:
+    sketch = Sketch(padded_norm_of_half)
+    far = sketch.way("all_reduce_default", "exp_default", "getitem", "split_tensor", "cos_default")
+    near = sketch.way("rms_norm_default", "sin_default")
+    place = sketch.place("allreduce_rms_padding", "pad_default", near, sketch.way("rms_norm_default"), far)
+    assert sketch.decides(place) == (["sin_default"], True)
+
+
+def test_what_is_between_and_as_the_rule_has_it_is_part_of_it() -> None:
+    sketch = Sketch(lambda x, w: ops.pad(norm(aten.sin.default(ops.all_reduce(x, "g")), w), 28))
+    place = sketch.place("allreduce_rms_padding", "pad_default", sketch.way("all_reduce_default", "sin_default"))
+    assert sketch.decides(place) == (["sin_default"], True)
+
+
+def test_what_is_taken_out_reads_nothing_any_more() -> None:
+    """The fused op yields what it adds, and not what it reduces."""
+
+    def model(x: Any, w: Any) -> Any:
+        reduced = ops.all_reduce(aten.exp.default(x), "g")
+        return ops.fused_add_rms_norm(aten.tanh.default(aten.sin.default(reduced)), x, w, 1e-5, "llama")[0]
+
+    sketch = Sketch(model)
+    way = sketch.way("all_reduce_default", "tanh_default", "sin_default")
+    assert sketch.decides(sketch.place("allreduce_rms", "getitem", way)) == (["tanh_default", "sin_default"], True)
+
+
+def test_one_of_the_results_of_a_norm_is_what_should_be_read() -> None:
+    def model(x: Any, w: Any) -> Any:
+        results = ops.fused_add_rms_norm(x, aten.exp.default(x), w, 1e-5, "llama")
+        return ops.pad(aten.sin.default(results[0]), 28)
+
+    sketch = Sketch(model)
+    place = sketch.place("act_padding", "pad_default", sketch.way("getitem", "sin_default"))
+    assert sketch.decides(place) == (["sin_default"], True)
+
+
+def test_what_has_no_original_can_not_be_taken_out_of_it() -> None:
+    """A view that was moved before an all-reduce, since another op reads what it is moved from."""
+
+    def model(x: Any, w: Any) -> Any:
+        y = in_blocks(ops.all_reduce(aten.sin.default(x), "unknown"))
+        return norm(y, w), aten.exp.default(y)
+
+    sketch = Sketch(model)
+    (moved,) = [node for node in sketch.canonical.graph.nodes if node not in sketch.canonical.origin][:1]
+    assert moved.target is aten.reshape.default
+    place = sketch.place("allreduce_rms", "rms_norm_default", Way(nodes=[moved], goal=sketch["sin_default"]))
+    assert sketch.decides(place) == ([moved.name], False)
+
+
 @pytest.mark.parametrize("computed", [False, True])
 def test_a_cast_is_done_before_the_all_reduce_then(computed: bool) -> None:
     """What is reduced, and what that is computed from, is in the narrow dtype, where the norm's input is."""
@@ -256,6 +306,15 @@ def test_places_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -
         assert found.node is sketch[f"mul_tensor{end}"]
         assert found.detail == "aten.mul.Tensor stands between rms_norm and pad", "the view is none"
     assert len(tried) == 1
+
+
+def test_of_several_edges_the_first_is_told_of() -> None:
+    sketch = Sketch(padded_norm_of_half)
+    near = sketch.way("rms_norm_default", "sin_default")
+    far = sketch.way("all_reduce_default", "exp_default", "getitem", "split_tensor", "cos_default")
+    place = sketch.place("allreduce_rms_padding", "pad_default", near, far)
+    found = Shared(sketch.canonical).obstruction(place, sketch["pad_default"])
+    assert found.detail == "aten.sin.default stands between rms_norm and pad"
 
 
 @pytest.mark.parametrize("what", ["constant", "readers", "rule", "edge"])

@@ -36,8 +36,8 @@ class Way:
     def steps(self) -> list[tuple[fx.Node, ...]]:
         """The obstacles; one of several results of an op is one step together with that op."""
         steps: list[tuple[fx.Node, ...]] = []
-        for node in self.nodes:
-            if steps and is_item(steps[-1][-1]) and steps[-1][-1].args[0] is node:
+        for before, node in zip((None, *self.nodes), self.nodes, strict=False):
+            if is_item(before) and before.args[0] is node:
                 steps[-1] = (*steps[-1], node)
             else:
                 steps.append((node,))
