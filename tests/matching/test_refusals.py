@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from fuseplan.dialect import ops
@@ -19,7 +19,7 @@ from fuseplan.providers import PROFILES, Offer, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
-from tests.helpers import randn, written
+from tests.helpers import llama, quickly_canonical, randn, written
 from tests.matching.placed import line_of, placed
 
 RULES = by_name(BUILT_IN_RULES)
@@ -308,13 +308,17 @@ def test_of_two_readers_it_is_the_first_one() -> None:
 
 
 def test_names_are_those_of_the_users_graph() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        return aten.add.Tensor(aten.tanh.default(norm(x, w)), aten.constant_pad_nd.default(r, [0, 0, 0, 0]))
+    """There the other norm ends in a product."""
 
-    canonical = canonical_of(model)
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return torch.tanh(llama(x, None, w)[0]) + llama(r, None, w)[0]
+
+    canonical = quickly_canonical(model, *INPUTS.values())
     ((match, refusal),) = matches_of(Checked("other"), canonical)
+    assert match.values["other"].target is ops.rms_norm.overload
     assert refusal is not None
-    assert refusal.nodes == (canonical.source_node(match.values["other"]).name,)
+    assert refusal.nodes == (canonical.origin[match.values["other"]].name,)
+    assert refusal.nodes[0].startswith("mul")
 
 
 # What comes of all matches.
