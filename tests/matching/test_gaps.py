@@ -1,6 +1,6 @@
 """Which place of which rule nearly matches, and which gap is named of several, in written graphs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import convert_element_type
 from fuseplan.matching import find_matches, find_near_misses
 from fuseplan.matching.near_misses import Attempt, Gap
-from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
+from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
@@ -36,9 +36,11 @@ def canonical_of(model: Model, modules: dict[str, str] | None = None) -> Canonic
     return canonicalize(placed(written(model, INPUTS), modules))
 
 
-def in_graph(canonical: CanonicalGraph, *rules: str, own: tuple[Rule, ...] = ()) -> list[Refusal]:
+def in_graph(
+    canonical: CanonicalGraph, *rules: str, own: tuple[Rule, ...] = (), providers: Sequence[Provider] = TORCH
+) -> list[Refusal]:
     asked = {**{name: RULES[name] for name in rules}, **by_name(own)}
-    return [*find_near_misses(canonical, asked, find_matches(canonical, asked, TORCH, PROFILES["h200"]))]
+    return [*find_near_misses(canonical, asked, find_matches(canonical, asked, providers, PROFILES["h200"]))]
 
 
 def missed(model: Model, *rules: str, **options: Any) -> list[Refusal]:
@@ -124,6 +126,26 @@ def test_the_norm_that_is_there_is_the_one_that_is_expected(fused: bool) -> None
     assert refusal.detail == f"aten.sin.default stands between {name} and pad"
     assert (refusal.expected, refusal.found) == (name, "aten.sin.default")
     assert refusal.nodes == ("sin_default", "pad_default", "getitem" if fused else "rms_norm_default")
+
+
+def test_places_are_told_of_in_the_order_of_the_graph() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        first = norm(aten.relu.default(x), w)
+        second, _ = added(aten.relu.default(r), first, w)
+        third = norm(aten.relu.default(second), w)
+        return first, second, third, norm(reduced(r), w)
+
+    assert [refusal.nodes[1] for refusal in missed(model, "allreduce_rms")] == [
+        "rms_norm_default", "fused_add_rms_norm_default", "rms_norm_default_1",
+    ]  # fmt: skip
+
+
+def test_a_match_is_no_near_miss_and_neither_is_a_refused_one() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return ops.pad(norm(reduced(r), w), 28)
+
+    assert missed(model, "act_padding", "allreduce_rms") == []
+    assert missed(model, "act_padding", "allreduce_rms", providers=[]) == []
 
 
 def ranked(*, absent: int = 0, obstacles: int = 0, ops_found: int = 0) -> Attempt:
@@ -358,8 +380,9 @@ def test_one_without_a_core_says_nothing_of_what_others_match_or_nearly_do() -> 
         normed = norm(x, w), aten.sin.default(norm(r, w))
         return [ops.static_scaled_fp8_quant(y, scale, torch.float8_e4m3fn, "divide") for y in normed]
 
-    refusals = missed(model, "act_quant", "norm_quant")
-    assert [(each.rule, each.nearness) for each in refusals] == [("norm_quant", Nearness.OBSTRUCTED)]
+    for providers in (TORCH, []):  # without any the match is a miss
+        refusals = missed(model, "act_quant", "norm_quant", providers=providers)
+        assert [(each.rule, each.nearness) for each in refusals] == [("norm_quant", Nearness.OBSTRUCTED)]
     alone = missed(model, "act_quant")
     assert [(each.rule, each.nearness) for each in alone] == [("act_quant", Nearness.ABSENT)] * 2
 
