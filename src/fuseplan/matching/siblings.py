@@ -68,7 +68,7 @@ class Siblings:
                 for number in sorted(self._present[before] - by_number.keys())
             }
             missing = [place for place, lacks in lacking.items() if place not in known and (lacks or place in here)]
-            if 0 < len(missing) < len(by_number):
+            if len(missing) < len(by_number):
                 yield from _missing(self.canonical, by_number, missing, here)
 
     def _cores_by_layer(self, members: Sequence[Rule]) -> Counter[tuple[str, int]]:
