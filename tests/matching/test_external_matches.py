@@ -11,6 +11,7 @@ from torch._inductor.pattern_matcher import (
     Arg,
     CallFunction,
     KeywordArg,
+    ListOf,
     Match,
     MultiOutputPattern,
     PatternMatcherPass,
@@ -279,7 +280,8 @@ WRITTEN = {
     "in a list": CallFunction(aten.cat.default, [TANH, TANH], 0),
     "one of several results": MultiOutputPattern([CallFunction(aten.neg.default, KeywordArg("x")), TANH]),
     "a dead result": MultiOutputPattern([CallFunction(aten.neg.default, KeywordArg("x")), None, TANH]),
-    "repeated": RepeatedExpr(TANH),
+    "each of a list": CallFunction(aten.cat.default, ListOf(CallFunction(aten.neg.default, TANH)), 0),
+    "repeated": RepeatedExpr(CallFunction(aten.neg.default, TANH)),
     "one of several overloads": CallFunction([aten.sin.default, aten.tanh.default], KeywordArg("x")),
 }
 

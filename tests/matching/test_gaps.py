@@ -409,6 +409,27 @@ class TwiceTheSame(Rule):
         return aten.add.Tensor(ops.rms_norm(x, weight, eps, rounding), ops.rms_norm(z, weight, eps, rounding))
 
 
+def test_of_two_absent_ones_the_first_is_named() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return aten.add.Tensor(aten.cumsum.default(x, 0), aten.cumprod.default(r, 0)), norm(x, w)
+
+    refusal = the_one(model, own=(TwiceTheSame(),))
+    assert refusal.detail == "expected rms_norm before aten.add.Tensor, found aten.cumsum.default"
+    assert refusal.nodes == ("cumsum_default", "add_tensor")
+    refusal = the_one(lambda x, r, w: aten.add.Tensor(norm(x, w), aten.cumprod.default(r, 0)), own=(TwiceTheSame(),))
+    assert refusal.detail == "expected rms_norm before aten.add.Tensor, found aten.cumprod.default"
+    assert refusal.site == "model.py:3", "where the core is that is there"
+
+
+def test_of_two_obstructed_ones_the_first_is_named() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return aten.add.Tensor(aten.sin.default(norm(x, w)), aten.exp.default(norm(r, w)))
+
+    refusal = the_one(model, own=(TwiceTheSame(),))
+    assert refusal.detail == "aten.sin.default stands between rms_norm and aten.add.Tensor"
+    assert refusal.nodes == ("sin_default", "add_tensor", "rms_norm_default")
+
+
 def test_another_constant_than_the_rules_is_named() -> None:
     refusal = the_one(lambda x, r, w: aten.add.Tensor(norm(x, w), r, alpha=2), own=(NormAdded(),))
     assert (refusal.nearness, refusal.reason) == (Nearness.REFUSED, Reason.ATTRIBUTE)
