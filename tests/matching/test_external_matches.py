@@ -183,6 +183,21 @@ def test_nodes_are_taken_once_by_a_pass() -> None:
     ]  # fmt: skip
 
 
+def test_a_node_at_which_one_pattern_is_no_match_is_held_against_the_next() -> None:
+    """One that matches is enough."""
+    matcher = cos_of_sin()
+    register_replacement(lambda x: aten.cos(x), sigmoid, [torch.randn(4, 4)], fwd_only, matcher)  # noqa: PLW0108
+
+    def model(x: Any, y: Any) -> Any:
+        sin = aten.sin.default(x)
+        aten.neg_.default(y)
+        return aten.cos.default(sin), aten.cos.default(aten.exp.default(x)), aten.cos.default(aten.sin.default(x))
+
+    assert [names(match.consumed) for match in found(model, matcher)] == [
+        ["cos_default"], ["cos_default_1"], ["sin_default_1", "cos_default_2"],
+    ]  # fmt: skip
+
+
 # Which are planned, and what runs before and after.
 
 
