@@ -153,7 +153,7 @@ def ranked(*, absent: int = 0, obstacles: int = 0, ops_found: int = 0) -> Attemp
     node = graph.placeholder("x")
     gaps = [Gap(expected="", consumer=node, found=node) for _ in range(absent)]
     gaps += [Gap(expected="", consumer=node, found=node, way=[node] * obstacles, goal=node)]
-    return Attempt(rule=RULES["act_padding"][0], anchor=node, gaps=gaps, ops_found=ops_found)
+    return Attempt(rule=RULES["act_padding"][0], anchor=node, gaps=gaps, calls=[node] * ops_found)
 
 
 def test_the_nearest_lacks_the_least_then_has_the_fewest_obstacles_then_the_most_ops() -> None:
@@ -189,6 +189,30 @@ def test_of_two_obstacles_the_nearest_to_the_end_is_told_of() -> None:
 def refusal_line(model: Model, name: str) -> str:
     names = [node.name for node in written(model, INPUTS).nodes]
     return f"model.py:{names.index(name)}"
+
+
+def test_a_hint_is_given_where_the_rest_of_the_pattern_is_there() -> None:
+    refusal = the_one(lambda x, r, w: ops.pad(aten.sin.default(norm(reduced(x), w)), 28), "allreduce_rms_padding")
+    assert refusal.mend == "do it after pad"
+
+
+def test_a_hint_is_given_where_others_read_a_further_result() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y, total = added(x, r, w)
+        return ops.pad(aten.sin.default(y), 28), total
+
+    assert the_one(model, "act_padding").mend == "do it after pad"
+
+
+def test_places_that_differ_in_what_is_there_are_tried_anew() -> None:
+    """Of the second one another op reads what is reduced, too, which no fused op yields."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        first, second = reduced(x), reduced(r)
+        sums = [added(each, r, w) for each in (first, second)]
+        return [(ops.pad(aten.sin.default(y), 28), total) for y, total in sums], aten.exp.default(second)
+
+    assert [refusal.mend for refusal in missed(model, "allreduce_rms_padding")] == ["do it after pad", None]
 
 
 # Prologues.
