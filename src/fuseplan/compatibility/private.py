@@ -167,7 +167,7 @@ GRAPHS = (
     PrivateApi("torch.utils._mode_utils:no_dispatch", ("graph",), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode", ("providers", "verification"), 0),
     PrivateApi("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__", ("providers", "verification"), 4),
-    PrivateApi("torch.utils._pytree:tree_leaves", ("graph", "matching", "rewriting", "verification"), 1),
+    PrivateApi("torch.utils._pytree:tree_leaves", ("graph", "rewriting", "verification"), 1),
     PrivateApi("torch.utils._pytree:tree_map", ("verification",), 2),
 )  # fmt: skip
 

@@ -21,7 +21,8 @@ class Shared:
     def obstruction(self, place: Place, consumer: fx.Node) -> Obstruction:
         """What is to be said of the obstacles between two ops: of those without which the rule would match."""
         way = place.ways[0]
-        key = (place.members[0].name, consumer.target, *map(_kind_of_way, place.ways))
+        calls = [(node.target, len(node.users)) for node in place.calls]
+        key = (place.members[0].name, consumer.target, *map(_kind_of_way, place.ways), *calls)
         if key not in self._decisive:
             found = decisive(self.canonical, place, likeliest_first(way.nodes, way.goal))
             self._decisive[key] = [*map([*way.nodes].index, found.nodes)], found.suffices

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import fx
 from torch._inductor.pattern_matcher import (
     Match as InductorMatch,
@@ -234,8 +233,7 @@ def _matches(graph: fx.Graph, owner: ExternalPass, regions: dict[fx.Node, int]) 
             if match is None:
                 continue
             consumed = tuple(sorted(match.nodes))
-            inputs = [each for each in _nodes(match.kwargs, match.args) if each not in consumed]
-            if frozenset(consumed) in seen or not consumed or not is_convex(consumed, inputs):
+            if frozenset(consumed) in seen or not consumed or not is_convex(consumed):
                 continue
             if len({regions[each] for each in consumed}) > 1:
                 continue
@@ -288,18 +286,12 @@ def _targets(owner: ExternalPass) -> set[str]:
         pattern = stack.pop()
         if isinstance(pattern, PatternExpr):
             found |= _ops((*getattr(pattern, "fns", ()), *getattr(pattern, "args", ())))
-            parts = (getattr(pattern, name, ()) for name in ("args", "outputs"))
-            stack += [each for part in parts if part for each in part]
+            stack += [*getattr(pattern, "args", ()), *getattr(pattern, "outputs", ())]
             stack += [*getattr(pattern, "kwargs", {}).values()]
-            inner = getattr(pattern, "pattern", None)
-            stack += [inner] if inner is not None else []
+            stack += [getattr(pattern, name, None) for name in ("pattern", "inner_pattern")]  # of lists, and repeated
         elif isinstance(pattern, (list, tuple)):
             stack += pattern
     return found
-
-
-def _nodes(*values: Any) -> Iterable[fx.Node]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
 
 
 def run_pass(graph_pass: GraphPass, graph: fx.Graph) -> None:

@@ -56,11 +56,7 @@ def noted_as(name: str) -> str:
 def _core_near(node: fx.Node, part: Part) -> bool:
     towards_users = isinstance(part, Prologue)
     starts = node.users if towards_users else node.all_input_nodes
-    return any(
-        path_between(start, _is_near_core, "users" if towards_users else "inputs")
-        for start in starts
-        if start.op == "call_function"
-    )
+    return any(path_between(start, _is_near_core, "users" if towards_users else "inputs") for start in starts)
 
 
 def _is_near_core(node: fx.Node) -> bool:

@@ -55,20 +55,20 @@ class Attempt:
         anchor: where it was held.
         core: the node of its core, if there is one.
         gaps: where the graph differs, from the anchor on.
-        ops_found: how many of its dialect ops there are.
+        calls: the nodes that call its ops, as far as these are there.
     """
 
     rule: Rule
     anchor: fx.Node
     core: fx.Node | None = None
     gaps: list[Gap] = field(default_factory=list)
-    ops_found: int = 0
+    calls: list[fx.Node] = field(default_factory=list)
 
     @property
     def rank(self) -> tuple[int, int, int]:
         """The nearest first: fewest ops missing, fewest obstacles, most ops found."""
         missing = sum(gap.goal is None for gap in self.gaps)
-        return missing, sum(len(gap.way) for gap in self.gaps), -self.ops_found
+        return missing, sum(len(gap.way) for gap in self.gaps), -len(self.calls)
 
 
 def find_near_misses(
@@ -183,7 +183,7 @@ class _Search:
 
     def _enter(self, attempt: Attempt, expected: Outline, found: fx.Node) -> None:
         """Goes on to the inputs of a call that is as the pattern has it."""
-        attempt.ops_found += 1
+        attempt.calls.append(found)
         if expected.is_core:
             attempt.core = found
         for place, part in expected.inputs:
@@ -229,7 +229,7 @@ class _Search:
             if reached is not None:
                 way, goal = reached
                 if goal in self.canonical.unraised:
-                    return self._claim(goal, noted_as(self.members[0].core.name))
+                    return self._claim(goal, self.canonical.unraised[goal].op)
                 if without_taken(way, node):
                     gap = Gap(expected=op.name, consumer=goal, found=way[-1], way=way[::-1], goal=node)
                     return self._obstructed([gap], goal, goal)
@@ -278,7 +278,7 @@ class _Search:
             assert gap.goal is not None
             if gap.goal in self.canonical.unraised:
                 return self._claim(gap.goal, attempt.rule.core.name)
-            return self._obstructed(attempt.gaps, attempt.anchor, site)
+            return self._obstructed(attempt.gaps, attempt.anchor, site, attempt.calls)
         gap = absent[0]
         place = _origin(gap.found)
         found = op_name(place) if place is not None else "an input of the graph"
@@ -301,18 +301,21 @@ class _Search:
             found=found.found if found else "others", site=place_of(site), further=(attempt.anchor,),
         )  # fmt: skip
 
-    def _obstructed(self, gaps: Sequence[Gap], anchor: fx.Node, site: fx.Node) -> Refusal:
+    def _obstructed(
+        self, gaps: Sequence[Gap], anchor: fx.Node, site: fx.Node, calls: Sequence[fx.Node] = ()
+    ) -> Refusal:  # fmt: skip
         gap = gaps[0]
         assert gap.goal is not None
         ways = [Way(nodes=each.way, goal=each.goal) for each in gaps if each.goal is not None]
-        obstruction = self.shared.obstruction(Place(members=self.members, anchor=anchor, ways=ways), gap.consumer)
+        place = Place(members=self.members, anchor=anchor, ways=ways, calls=calls)
+        obstruction = self.shared.obstruction(place, gap.consumer)
         return self._refuse(
             obstruction.node, obstruction.reason, obstruction.detail, nearness=Nearness.OBSTRUCTED,
             expected=gap.expected, found=obstruction.found, site=place_of(site), mend=obstruction.mend,
             further=(*gap.way, gap.consumer, gap.goal),
         )  # fmt: skip
 
-    def _claim(self, node: fx.Node, core: str) -> Refusal:
+    def _claim(self, node: fx.Node, core: str | None) -> Refusal:
         refusal = self.canonical.unraised[node]
         self.claimed.add(id(refusal))
         return replace(refusal, rule=self.name, site=refusal.source, op=core)

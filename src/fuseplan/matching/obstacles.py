@@ -71,11 +71,11 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
     """What is to be said of the obstacles between two ops.
 
     Args:
-        way: the obstacles, from the consumer's side.
+        way: the obstacles, one at least, from the consumer's side.
         goal: the op that should be read.
         consumer: the op that should read it.
     """
-    node = likeliest_first(way, goal)[0] if way else goal
+    node = likeliest_first(way, goal)[0]
     before, after = op_name(goal), op_name(consumer)
     if isinstance(part := part_at(node), Prologue) and part.twice is not None:
         # Of two in a row the first is to blame: the second is next to what follows.
@@ -114,13 +114,15 @@ def _read_elsewhere(reader: fx.Node, view: fx.Node, goal: fx.Node) -> Obstructio
 
 
 def _weight(node: fx.Node) -> int:
-    if written_in_place(node):
-        return 0
-    if is_call(node, convert_element_type):
-        return 2
-    if is_call(node, aten.clone.default):
-        return 3
-    return 4 if is_call(node, *MOVERS) else 1
+    """How late a node is blamed: what writes in place is first, then come what computes, casts, copies and views."""
+    kinds = (
+        written_in_place(node) is not None,
+        not is_call(node, convert_element_type, aten.clone.default, *MOVERS),
+        is_call(node, convert_element_type),
+        is_call(node, aten.clone.default),
+        True,
+    )
+    return kinds.index(True)
 
 
 def _judge(node: fx.Node, in_place: str | None, reader: fx.Node | None, before: str) -> tuple[Reason, str]:

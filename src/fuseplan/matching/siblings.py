@@ -55,7 +55,7 @@ class Siblings:
             if layer is not None:
                 matched.setdefault((layer[0], layer[2]), {}).setdefault(layer[1], match)
         wanting = {key: by_number for key, by_number in matched.items() if self._present[key[0]] - by_number.keys()}
-        if not any(len(by_number) > 1 for by_number in wanting.values()):
+        if not wanting:
             return
         overloads = {member.core.overload for member in members}
         here = {place: node for node, place in self._placed if node.target in overloads}
@@ -68,7 +68,7 @@ class Siblings:
                 for number in sorted(self._present[before] - by_number.keys())
             }
             missing = [place for place, lacks in lacking.items() if place not in known and (lacks or place in here)]
-            if 0 < len(missing) < len(by_number):
+            if len(missing) < len(by_number):
                 yield from _missing(self.canonical, by_number, missing, here)
 
     def _cores_by_layer(self, members: Sequence[Rule]) -> Counter[tuple[str, int]]:

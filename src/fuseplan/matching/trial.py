@@ -36,8 +36,8 @@ class Way:
     def steps(self) -> list[tuple[fx.Node, ...]]:
         """The obstacles; one of several results of an op is one step together with that op."""
         steps: list[tuple[fx.Node, ...]] = []
-        for node in self.nodes:
-            if steps and is_item(steps[-1][-1]) and steps[-1][-1].args[0] is node:
+        for before, node in zip((None, *self.nodes), self.nodes, strict=False):
+            if is_item(before) and before.args[0] is node:
                 steps[-1] = (*steps[-1], node)
             else:
                 steps.append((node,))
@@ -52,11 +52,13 @@ class Place:
         members: of the rule.
         anchor: the node at which their patterns would end.
         ways: the one that is asked about, then those at other edges of the pattern.
+        calls: what is there already of the pattern.
     """
 
     members: Sequence[Rule]
     anchor: fx.Node
     ways: Sequence[Way]
+    calls: Sequence[fx.Node] = ()
 
 
 class Decisive(NamedTuple):
@@ -94,17 +96,19 @@ def decisive(canonical: CanonicalGraph, place: Place, likely: Sequence[fx.Node])
 
 
 class _Part:
-    """The nodes of the original graph from the goals to the anchor."""
+    """The nodes of the original graph that the rule would take, with what is between."""
 
     def __init__(self, canonical: CanonicalGraph, place: Place) -> None:
         self.canonical, self.place = canonical, place
         on_ways = [node for way in place.ways for node in (*way.nodes, way.goal)]
-        starts = canonical.claims(_with_producers(way.goal for way in place.ways))
+        starts = canonical.claims(_with_producers([*place.calls, *(way.goal for way in place.ways)]))
         ends = canonical.claims(_with_producers([place.anchor]))
         last = max(ends, default=None)
         ahead = _reached(starts, lambda node: node.users, lambda node: last is not None and not last < node)
         between = _reached(ends, lambda node: node.all_input_nodes, ahead.__contains__)
-        self.nodes = sorted({*canonical.claims(_with_producers(on_ways)), *ends, *between})
+        nodes = {*starts, *canonical.claims(_with_producers(on_ways)), *ends, *between}
+        items = {user for node in nodes for user in node.users if is_item(user)}  # others may read further results
+        self.nodes = sorted(nodes | items)
         self.on_ways = {canonical.origin.get(node) for node in on_ways}
 
     def matches_without(self, removed: Collection[fx.Node], *, read_elsewhere: bool) -> bool:

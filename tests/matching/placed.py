@@ -1,0 +1,30 @@
+"""Written graphs whose nodes come from lines and modules of a model, by which refusals can be told."""
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from fuseplan.graph.facts import source_code
+from fuseplan.record import Refusal
+
+
+def placed(graph: fx.Graph, modules: Mapping[str, str] | None = None) -> fx.Graph:
+    """The graph; each node gets a line of its own, whose text is the node's name, and a module where `modules` has one
+    for that name.
+    """
+    for number, node in enumerate(graph.nodes):
+        node.meta["stack_trace"] = f'  File "/somewhere/model.py", line {number}\n    {node.name}'
+        if modules and node.name in modules:
+            node.meta["nn_module_stack"] = {node.name: (modules[node.name], object)}
+        assert source_code(node) == node.name
+    return graph
+
+
+def line_of(graph: fx.Graph, name: str) -> str:
+    """The line of a node of such a graph, by its name."""
+    return f"model.py:{[node.name for node in graph.nodes].index(name)}"
+
+
+def blamed(refusal: Refusal) -> str | None:
+    """The name of the node on whose line something is refused."""
+    return refusal.code

@@ -1,0 +1,376 @@
+"""What passes of others match on a graph, and when each of them runs, on written graphs."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._inductor.pattern_matcher import (
+    Arg,
+    CallFunction,
+    KeywordArg,
+    ListOf,
+    Match,
+    MultiOutputPattern,
+    PatternMatcherPass,
+    RepeatedExpr,
+    fwd_only,
+    register_graph_pattern,
+    register_replacement,
+)
+
+from fuseplan.errors import ConfigError
+from fuseplan.graph.facts import aten
+from fuseplan.matching import ExternalMatch, ExternalPass
+from fuseplan.matching.external import ChainedPass, as_external, external_of, find_external, run_pass
+from tests.helpers import written
+
+X, Y = torch.randn(4, 4), torch.randn(4, 4)
+Model = Callable[[Any, Any], Any]
+
+
+def replacing(
+    name: str, search: Callable[..., Any], replacement: Callable[..., Any], count: int = 1, **options: Any
+) -> PatternMatcherPass:
+    result = PatternMatcherPass(pass_name=name)
+    register_replacement(search, replacement, [torch.randn(4, 4) for _ in range(count)], fwd_only, result, **options)
+    return result
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    result: Tensor = aten.sigmoid(x)
+    return result
+
+
+def cos_of_sin(**options: Any) -> PatternMatcherPass:
+    return replacing("cos_of_sin", lambda x: aten.cos(aten.sin(x)), lambda x: aten.tanh(aten.exp(x)), **options)
+
+
+def of_tanh(name: str = "of_tanh") -> PatternMatcherPass:
+    return replacing(name, lambda x: aten.neg(aten.tanh(x)), sigmoid)
+
+
+def graph_of(model: Model) -> fx.Graph:
+    return written(model, {"x": X, "y": Y})
+
+
+def found(model: Model, *passes: PatternMatcherPass) -> list[ExternalMatch]:
+    return [*find_external(graph_of(model), as_external(passes)).candidates]
+
+
+def names(nodes: Sequence[fx.Node | None]) -> list[str]:
+    return [node.name if node is not None else "" for node in nodes]
+
+
+def test_what_a_match_is() -> None:
+    def model(x: Any, y: Any) -> Any:
+        return aten.cos.default(aten.sin.default(x)), aten.cos.default(aten.sin.default(y))
+
+    matcher = cos_of_sin()
+    graph = graph_of(model)
+    first, second = find_external(graph, as_external([matcher])).candidates
+    assert (first.owner.matcher, first.owner.name) == (matcher, "cos_of_sin")
+    assert (first.ordinal, second.ordinal) == (0, 1)
+    assert names([first.anchor, second.anchor]) == ["cos_default", "cos_default_1"]
+    assert names(first.consumed) == ["sin_default", "cos_default"]
+    assert names(second.consumed) == ["sin_default_1", "cos_default_1"]
+    assert first.emits == ("aten.exp.default", "aten.tanh.default")
+    assert {node.name: name for node, name in second.variables.items()} == {"y": "x"}
+    assert [node.name for node in first.arguments] == ["x"]
+    assert names(first.outputs) == ["cos_default"]
+    targets = [node.target for node in first.replacement.graph.find_nodes(op="call_function", target=aten.tanh.default)]
+    assert targets == [aten.tanh.default]
+    assert str(first.written_at).startswith("cos_of_sin.<locals>.<lambda> (test_external_matches.py:")
+
+
+def test_a_match_is_applied_once() -> None:
+    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
+    (match,) = find_external(graph, as_external([cos_of_sin()])).candidates
+    assert match.apply() is True
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert called == [aten.exp.default, aten.tanh.default]
+    assert match.apply() is False, "its anchor is gone"
+
+
+def test_a_match_that_no_longer_is_one_is_not_applied() -> None:
+    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
+    (match,) = find_external(graph, as_external([cos_of_sin()])).candidates
+    (sin,) = graph.find_nodes(op="call_function", target=aten.sin.default)
+    sin.target = aten.exp.default
+    assert match.apply() is False
+    assert graph.find_nodes(op="call_function", target=aten.cos.default)
+
+
+def test_what_the_owner_checks_is_asked() -> None:
+    asked: list[Match] = []
+
+    def extra_check(match: Match) -> bool:
+        asked.append(match)
+        return bool(match.kwargs["x"].name == "y")
+
+    def model(x: Any, y: Any) -> Any:
+        return aten.cos.default(aten.sin.default(x)), aten.cos.default(aten.sin.default(y))
+
+    (match,) = found(model, cos_of_sin(extra_check=extra_check))
+    assert (match.anchor.name, match.ordinal) == ("cos_default_1", 0)
+    assert {each.kwargs["x"].name for each in asked} == {"x", "y"}
+
+
+@pytest.mark.parametrize(("streams", "matches"), [((1, 1), 1), ((1, 2), 0), ((0, None), 1), ((None, 1), 0)])
+def test_ops_of_different_streams_are_no_match(streams: tuple[int | None, ...], matches: int) -> None:
+    """Where nothing is noted it is the first one."""
+    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    for node, stream in zip(calls, streams, strict=True):
+        if stream is not None:
+            node.meta["custom"] = {"stream": stream}
+    assert len(find_external(graph, as_external([cos_of_sin()])).candidates) == matches
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_ops_with_one_that_writes_between_them_are_no_match(between: bool) -> None:
+    def model(x: Any, y: Any) -> Any:
+        sin = aten.sin.default(x)
+        if between:
+            aten.neg_.default(y)
+        cos = aten.cos.default(sin)
+        aten.neg_.default(y)
+        return cos, y, aten.cos.default(aten.sin.default(y))
+
+    matches = found(model, cos_of_sin())
+    assert [match.anchor.name for match in matches] == (
+        ["cos_default_1"] if between else ["cos_default", "cos_default_1"]
+    )
+    assert [match.ordinal for match in matches] == [*range(len(matches))]
+
+
+def test_a_match_that_would_make_a_cycle_is_none() -> None:
+    def yielding(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        sin = aten.sin(x)
+        return sin + y, sin
+
+    matcher = replacing("cyclic", yielding, lambda x, y: (x * y, x), 2)
+
+    def model(x: Any, y: Any) -> Any:
+        sin = aten.sin.default(x)
+        other = aten.sin.default(y)
+        return aten.add.Tensor(sin, aten.cos.default(sin)), sin, aten.add.Tensor(other, x), other
+
+    matches = found(model, matcher)
+    assert {name for match in matches for name in names(match.consumed)} == {"sin_default_1", "add_tensor_1"}
+
+
+def test_nodes_are_taken_once_by_a_pass() -> None:
+    """Two of its patterns fit there, and end at different nodes."""
+
+    def yielding(x: Tensor) -> tuple[Tensor, Tensor]:
+        sin = aten.sin(x)
+        return sin, aten.cos(sin)
+
+    matcher = cos_of_sin()
+    register_replacement(yielding, lambda x: (x, x * 2), [torch.randn(4, 4)], fwd_only, matcher)
+    assert len(ExternalPass(matcher=matcher).entries) == 2
+
+    def model(x: Any, y: Any) -> Any:
+        return aten.cos.default(aten.sin.default(x)), aten.cos.default(aten.sin.default(y))
+
+    matches = found(model, matcher)
+    assert [match.ordinal for match in matches] == [0, 1]
+    assert [names(match.consumed) for match in matches] == [
+        ["sin_default", "cos_default"], ["sin_default_1", "cos_default_1"],
+    ]  # fmt: skip
+
+
+def test_a_node_at_which_one_pattern_is_no_match_is_held_against_the_next() -> None:
+    """One that matches is enough."""
+    matcher = cos_of_sin()
+    register_replacement(lambda x: aten.cos(x), sigmoid, [torch.randn(4, 4)], fwd_only, matcher)  # noqa: PLW0108
+
+    def model(x: Any, y: Any) -> Any:
+        sin = aten.sin.default(x)
+        aten.neg_.default(y)
+        return aten.cos.default(sin), aten.cos.default(aten.exp.default(x)), aten.cos.default(aten.sin.default(x))
+
+    assert [names(match.consumed) for match in found(model, matcher)] == [
+        ["cos_default"], ["cos_default_1"], ["sin_default_1", "cos_default_2"],
+    ]  # fmt: skip
+
+
+# Which are planned, and what runs before and after.
+
+
+def handler(name: str = "handler") -> PatternMatcherPass:
+    result = PatternMatcherPass(pass_name=name)
+
+    @register_graph_pattern(CallFunction(aten.exp.default, Arg()), pass_dict=result)
+    def handle(match: Match, x: fx.Node) -> None:
+        pass
+
+    return result
+
+
+def model_of_all(x: Any, y: Any) -> Any:
+    return aten.cos.default(aten.sin.default(x)), aten.neg.default(aten.tanh.default(y)), aten.exp.default(x)
+
+
+def test_a_pass_is_procedural_if_it_does_more_than_to_replace() -> None:
+    assert not ExternalPass(matcher=cos_of_sin()).is_procedural
+    assert ExternalPass(matcher=handler()).is_procedural
+    both = cos_of_sin()
+    for key, entries in handler().patterns.items():
+        both.patterns[key].extend(entries)
+    assert ExternalPass(matcher=both).is_procedural
+    assert len(ExternalPass(matcher=both).entries) == 2
+
+
+def test_what_is_planned_and_what_runs_before_and_after() -> None:
+    def first(graph: fx.Graph) -> None:
+        """Somebody's."""
+
+    def last(graph: fx.Graph) -> None:
+        """Somebody's."""
+
+    early, late = handler("early"), handler("late")
+    passes = as_external([first, early, cos_of_sin(), last, late])
+    external = find_external(graph_of(model_of_all), passes)
+    assert [match.owner.name for match in external.candidates] == ["cos_of_sin"]
+    assert external.before == (first, early.apply)
+    assert external.after == (last, late.apply)
+
+
+def test_a_pass_that_matches_what_an_earlier_one_puts_in_runs_after_it() -> None:
+    graph = graph_of(model_of_all)
+    external = find_external(graph, as_external([cos_of_sin(), of_tanh()]))
+    assert [match.owner.name for match in external.candidates] == ["cos_of_sin"]
+    (chained,) = external.after
+    assert isinstance(chained, ChainedPass)
+    assert [match.anchor.name for match in chained.matches(graph)] == ["neg_default"]
+    chained(graph)
+    assert graph.find_nodes(op="call_function", target=aten.sigmoid.default)
+    assert not graph.find_nodes(op="call_function", target=aten.neg.default)
+
+
+def test_one_that_stands_before_it_is_planned_itself() -> None:
+    external = find_external(graph_of(model_of_all), as_external([of_tanh(), cos_of_sin()]))
+    assert [match.owner.name for match in external.candidates] == ["of_tanh", "cos_of_sin"]
+    assert external.before == external.after == ()
+
+
+def test_an_earlier_one_that_matches_nothing_puts_nothing_in() -> None:
+    external = find_external(
+        graph_of(lambda x, y: aten.neg.default(aten.tanh.default(y))), as_external([cos_of_sin(), of_tanh()])
+    )
+    assert [match.owner.name for match in external.candidates] == ["of_tanh"]
+
+
+def test_what_holds_ops_together_chains_nothing() -> None:
+    flat = replacing("flat", lambda x: aten.cos(aten.sin(x)), lambda x: aten.exp(x).reshape(16).reshape(4, 4))
+    reshaped = replacing(
+        "reshaped", lambda x: aten.tanh(aten.reshape(x, [16])), lambda x: aten.sigmoid(aten.reshape(x, [16]))
+    )
+
+    def model(x: Any, y: Any) -> Any:
+        return aten.cos.default(aten.sin.default(x)), aten.tanh.default(aten.reshape.default(y, [16]))
+
+    external = find_external(graph_of(model), as_external([flat, reshaped]))
+    assert [match.emits for match in external.candidates] == [("aten.exp.default",)]
+    assert external.after == ()
+
+
+def by_hand(name: str, pattern: Any, search: Callable[..., Any]) -> PatternMatcherPass:
+    """A pass of replacements with a pattern that its owner wrote."""
+    result = replacing(name, search, sigmoid)
+    for entries in result.patterns.values():
+        for entry in entries:
+            entry.pattern = pattern
+    return result
+
+
+TANH = CallFunction(aten.tanh.default, KeywordArg("x"))
+WRITTEN = {
+    "an argument": CallFunction(aten.neg.default, TANH),
+    "an argument by name": CallFunction(aten.neg.default, 1, other=TANH),
+    "in a list": CallFunction(aten.cat.default, [TANH, TANH], 0),
+    "one of several results": MultiOutputPattern([CallFunction(aten.neg.default, KeywordArg("x")), TANH]),
+    "a dead result": MultiOutputPattern([CallFunction(aten.neg.default, KeywordArg("x")), None, TANH]),
+    "each of a list": CallFunction(aten.cat.default, ListOf(CallFunction(aten.neg.default, TANH)), 0),
+    "repeated": RepeatedExpr(CallFunction(aten.neg.default, TANH)),
+    "one of several overloads": CallFunction([aten.sin.default, aten.tanh.default], KeywordArg("x")),
+}
+
+
+@pytest.mark.parametrize("place", WRITTEN)
+def test_an_op_anywhere_in_a_pattern_chains_it(place: str) -> None:
+    chained = by_hand("chained", WRITTEN[place], lambda x: aten.neg(aten.abs(x)))
+    other = by_hand("other", CallFunction(aten.neg.default, KeywordArg("x")), lambda x: aten.neg(aten.abs(x)))
+    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
+    external = find_external(graph, as_external([cos_of_sin(), chained, other]))
+    assert [each.owner.name for each in external.after if isinstance(each, ChainedPass)] == ["chained"]
+    assert len(external.after) == 1
+
+
+def test_no_pass_finds_nothing() -> None:
+    external = find_external(graph_of(model_of_all), ())
+    assert (external.candidates, external.before, external.after) == ((), (), ())
+
+
+# What is a pass.
+
+
+@pytest.mark.parametrize("saving", [True, 0, -1.5, 3, None])
+def test_what_a_match_may_save(saving: Any) -> None:
+    assert ExternalPass(matcher=cos_of_sin(), saving_us=saving).saving_us is saving
+
+
+@pytest.mark.parametrize("saving", [float("inf"), float("nan"), "3", [1]])
+def test_what_it_may_not(saving: Any) -> None:
+    with pytest.raises(ConfigError, match="allowed are None and finite numbers of microseconds"):
+        ExternalPass(matcher=cos_of_sin(), saving_us=saving)
+
+
+def test_what_a_pass_is_called() -> None:
+    assert ExternalPass(matcher=cos_of_sin()).name == "cos_of_sin"
+    assert ExternalPass(matcher=cos_of_sin(), name="mine").name == "mine"
+    assert ExternalPass(matcher=PatternMatcherPass()).name == "external"
+
+
+def test_passes_are_taken_as_they_are() -> None:
+    def function(graph: fx.Graph) -> None:
+        """Somebody's."""
+
+    matcher, wrapped = cos_of_sin(), ExternalPass(matcher=of_tanh())
+    first, second, third = as_external([matcher, wrapped, function])
+    assert isinstance(first, ExternalPass)
+    assert (first.matcher, second, third) == (matcher, wrapped, function)
+    assert as_external(function) == (function,)  # type: ignore[arg-type]
+    assert as_external(()) == ()
+    with pytest.raises(ConfigError, match="pass 3 is neither a PatternMatcherPass, an ExternalPass nor a function"):
+        as_external([function, 3])
+    with pytest.raises(ConfigError, match="two passes are named 'of_tanh'; wrap them as ExternalPass"):
+        as_external([cos_of_sin(), wrapped, of_tanh()])
+
+
+def test_a_pass_that_asks_is_told_whether_it_is_inference() -> None:
+    calls: list[Any] = []
+
+    def asking(graph: fx.Graph, is_inference: bool) -> None:
+        calls.append((graph, is_inference))
+
+    graph = graph_of(model_of_all)
+    run_pass(asking, graph)
+    run_pass(calls.append, graph)
+    assert calls == [(graph, True), graph]
+
+
+def test_the_pass_that_an_object_keeps() -> None:
+    matcher, other = cos_of_sin(), of_tanh()
+    owner = SimpleNamespace(patterns=3, inner=matcher, other=other, uuid="7")
+    kept = external_of(owner, ["missing", "patterns", "inner", "other"], "mine")
+    assert kept is not None
+    assert (kept.matcher, kept.name, kept.uuid) == (matcher, "mine", "7")
+    kept = external_of(SimpleNamespace(inner=matcher), ["inner"], "mine")
+    assert kept is not None
+    assert kept.uuid is None
+    assert external_of(owner, ["missing", "patterns"], "mine") is None

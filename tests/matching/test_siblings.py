@@ -1,0 +1,249 @@
+"""What a layer lacks that others have at the same place, in written graphs of layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from fuseplan.dialect import ops
+from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.matching import find_matches, find_near_misses
+from fuseplan.matching.siblings import Siblings, layer_of
+from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
+from fuseplan.record import Nearness, Reason, Refusal
+from fuseplan.rules import by_name
+from fuseplan.rules.families import BUILT_IN_RULES
+from tests.helpers import randn, written
+from tests.matching.placed import placed
+
+aten = torch.ops.aten
+RULES = by_name(BUILT_IN_RULES)
+PADDING = {"act_padding": RULES["act_padding"]}
+PROVIDERS = [each for each in BUILT_IN_PROVIDERS if each.name in ("torch", "triton")]
+INPUTS = {"x": randn(10, 64), "w": torch.ones(64, dtype=torch.bfloat16)}
+
+Layer = Callable[[str, Any, Any], list[Any]]
+"""What a layer of a given path yields for an activation and a weight."""
+
+
+def within(path: str, value: Any) -> Any:
+    """A value as the module of that path computes it."""
+    value.node.meta["nn_module_stack"] = {path: (path, object)}
+    return value
+
+
+def norm(path: str, x: Any, w: Any) -> Any:
+    return within(path, ops.rms_norm(within(path, aten.relu.default(x)), w, 1e-5, "llama"))
+
+
+def padded(name: str = "first") -> Layer:
+    return lambda layer, x, w: [within(f"{layer}.{name}", ops.pad(norm(f"{layer}.{name}", x, w), 28))]
+
+
+def read_by(target: Any, name: str) -> Layer:
+    """A norm that nothing pads."""
+    return lambda layer, x, w: [within(f"{layer}.{name}", target(norm(f"{layer}.{name}", x, w)))]
+
+
+def added(name: str = "first", *, is_padded: bool = True, is_read: bool = False) -> Layer:
+    """A norm behind a residual add, whose sum is read in any case."""
+
+    def layer(path: str, x: Any, w: Any) -> list[Any]:
+        path = f"{path}.{name}"
+        results = within(path, ops.fused_add_rms_norm(within(path, aten.relu.default(x)), x, w, 1e-5, "llama"))
+        total = within(path, results[1])
+        y = within(path, results[0]) if is_padded or is_read else None
+        pads = [within(path, ops.pad(y, 28))] if is_padded else []
+        return [total, *pads, *([within(path, aten.tanh.default(y))] if is_read else [])]
+
+    return layer
+
+
+def both(*layers: Layer) -> Layer:
+    return lambda path, x, w: [value for layer in layers for value in layer(path, x, w)]
+
+
+OTHER = read_by(aten.tanh.default, "second")
+"""By which a layer is there at all."""
+
+
+def canonical_of(layers: Sequence[Layer], root: str = "layers.") -> CanonicalGraph:
+    def model(x: Any, w: Any) -> Any:
+        return [value for number, layer in enumerate(layers) for value in layer(f"{root}{number}", x, w)]
+
+    return canonicalize(placed(written(model, INPUTS)))
+
+
+def lacking(*layers: Layer, refused: Sequence[fx.Node] = (), rules: Any = PADDING, **options: Any) -> list[Refusal]:
+    canonical = canonical_of(layers, **options)
+    candidates = find_matches(canonical, rules, PROVIDERS, PROFILES["h200"]).candidates
+    (members,) = rules.values()
+    return [*Siblings(canonical).missing(members, candidates, refused)]
+
+
+@pytest.mark.parametrize("root", ["layers.", "model.decoder.layers."])
+def test_a_layer_without_the_norm_of_the_others(root: str) -> None:
+    whole = both(padded(), OTHER)
+    (refusal,) = lacking(whole, OTHER, whole, whole, root=root)
+    assert (refusal.reason, refusal.nearness) == (Reason.DEAD, Nearness.MISSING)
+    assert (refusal.rule, refusal.op) == ("act_padding", "rms_norm")
+    assert refusal.detail == (
+        "3 other layers have rms_norm there and this one has none: is its result not used? What is dead is gone before "
+        "fusions are looked for"
+    )
+    assert (refusal.source, refusal.site) == (f"{root}1.first", f"{root}1.first")
+    assert (refusal.expected, refusal.found, refusal.nodes) == ("rms_norm", "nothing", ())
+
+
+def test_a_layer_whose_norm_nothing_reads_lacks_what_comes_after_it() -> None:
+    whole = added()
+    (refusal,) = lacking(whole, whole, added(is_padded=False))
+    assert refusal.detail.startswith("2 other layers have pad there and this one has none")
+    assert (refusal.expected, refusal.op, refusal.site) == ("pad", "fused_add_rms_norm", "layers.2.first")
+    assert refusal.nodes == ("fused_add_rms_norm_default_2",)
+
+
+def test_a_norm_that_another_op_reads_is_meant_to_be_without_a_pad() -> None:
+    whole = both(padded(), OTHER)
+    assert lacking(whole, whole, both(read_by(aten.exp.default, "first"), OTHER)) == []
+    assert lacking(added(), added(), added(is_padded=False, is_read=True)) == []
+    others = both(read_by(aten.exp.default, "first"), OTHER)
+    refusals = lacking(whole, others, whole, both(OTHER), whole, whole)
+    assert [refusal.site for refusal in refusals] == ["layers.3.first"]
+    # Where the others' results are read by that op, too, the pad is what is gone.
+    read = added(is_read=True)
+    (refusal,) = lacking(read, added(is_padded=False, is_read=True), read)
+    assert (refusal.expected, refusal.site) == ("pad", "layers.1.first")
+
+
+def test_one_that_the_same_op_reads_in_another_module_is_meant_to_be_as_it_is() -> None:
+    def elsewhere(layer: str, x: Any, w: Any) -> list[Any]:
+        return [within(f"{layer}.mlp", aten.tanh.default(norm(f"{layer}.first", x, w)))]
+
+    def read_here(layer: str, x: Any, w: Any) -> list[Any]:
+        y = norm(f"{layer}.first", x, w)
+        return [within(f"{layer}.first", ops.pad(y, 28)), within(f"{layer}.first", aten.tanh.default(y))]
+
+    assert lacking(read_here, elsewhere, read_here) == []
+    (refusal,) = lacking(read_here, read_by(aten.tanh.default, "first"), read_here)
+    assert refusal.site == "layers.1.first"
+
+
+def test_it_takes_a_majority_of_at_least_two() -> None:
+    whole = both(padded(), OTHER)
+    assert lacking(whole, OTHER) == []
+    assert lacking(whole, OTHER, OTHER) == []
+    assert lacking(whole, OTHER, whole, OTHER) == [], "every other layer is by design"
+    refusals = lacking(whole, OTHER, whole, OTHER, whole)
+    assert [refusal.site for refusal in refusals] == ["layers.1.first", "layers.3.first"]
+    assert lacking(whole, whole, whole) == []
+
+
+def test_a_layer_with_as_many_norms_has_this_one_by_another_name() -> None:
+    whole = both(padded(), OTHER)
+    assert lacking(whole, both(read_by(aten.exp.default, "third"), OTHER), whole) == []
+
+
+def test_it_is_the_layer_with_the_most_norms_that_it_is_held_against() -> None:
+    third = read_by(aten.exp.default, "third")
+    lacks = both(OTHER, third)
+    (refusal,) = lacking(both(padded(), OTHER), lacks, both(padded(), OTHER, third))
+    assert refusal.site == "layers.1.first"
+    (refusal,) = lacking(both(padded(), OTHER, third), lacks, both(padded(), OTHER))
+    assert refusal.site == "layers.1.first"
+
+
+def test_what_only_looks_like_a_norm_is_one_of_them() -> None:
+    whole = both(padded(), OTHER)
+
+    def another(layer: str, x: Any, w: Any) -> list[Any]:
+        return [within(f"{layer}.third", aten.exp.default(x)), *OTHER(layer, x, w)]
+
+    canonical = canonical_of([whole, another, whole])
+    candidates = find_matches(canonical, PADDING, PROVIDERS, PROFILES["h200"]).candidates
+    (node,) = canonical.graph.find_nodes(op="call_function", target=aten.exp.default)
+    members = PADDING["act_padding"]
+    assert len([*Siblings(canonical).missing(members, candidates, ())]) == 1
+    canonical.refuse(ops.all_reduce, [node], Reason.OP, "no all-reduce", node=node, place=node)
+    assert len([*Siblings(canonical).missing(members, candidates, ())]) == 1, "it is none of the rule's"
+    canonical.refuse(ops.rms_norm, [node], Reason.OP, "no norm", node=node, place=node)
+    assert [*Siblings(canonical).missing(members, candidates, ())] == []
+
+
+def test_a_place_of_which_something_is_said_already_is_left_out() -> None:
+    whole = both(padded(), OTHER)
+
+    def obstructed(layer: str, x: Any, w: Any) -> list[Any]:
+        y = norm(f"{layer}.first", x, w)
+        return [within(f"{layer}.first", ops.pad(aten.tanh.default(y), 28)), *OTHER(layer, x, w)]
+
+    canonical = canonical_of([whole, obstructed, whole])
+    matches = find_matches(canonical, PADDING, PROVIDERS, PROFILES["h200"])
+    (refusal,) = find_near_misses(canonical, PADDING, matches)
+    assert refusal.nearness is Nearness.OBSTRUCTED
+    # The place of an anchor alone, in which nothing else is left.
+    canonical = canonical_of([whole, OTHER, OTHER, whole, whole])
+    there = next(node for node in canonical.graph.nodes if node.name == "relu_default_3")
+    there.meta["nn_module_stack"] = {"": ("layers.1.first", object)}
+    candidates = find_matches(canonical, PADDING, PROVIDERS, PROFILES["h200"]).candidates
+    refusals = Siblings(canonical).missing(PADDING["act_padding"], candidates, [there])
+    assert [refusal.site for refusal in refusals] == ["layers.2.first"]
+
+
+def test_every_place_of_a_layer_is_held_against_its_own() -> None:
+    whole = both(padded("b"), padded("a"), OTHER)
+    refusals = lacking(whole, both(padded("a"), OTHER), both(padded("b"), OTHER), whole, whole)
+    assert [refusal.site for refusal in refusals] == ["layers.2.a", "layers.1.b"]
+    assert {refusal.detail.split(" have")[0] for refusal in refusals} == {"4 other layers"}
+
+
+def test_what_is_outside_of_layers_is_held_against_nothing() -> None:
+    def outside(layer: str, x: Any, w: Any) -> list[Any]:
+        return padded("first")("final", x, w)
+
+    whole = both(padded(), OTHER)
+    assert lacking(outside, outside, outside) == []
+    (refusal,) = lacking(outside, whole, OTHER, whole)
+    assert refusal.site == "layers.2.first"
+
+
+def test_readers_are_those_of_the_norm_and_not_of_the_sum() -> None:
+    """A sum that other layers' ops read says nothing of what reads the norm."""
+
+    def sum_read(layer: str, x: Any, w: Any) -> list[Any]:
+        total, *_ = added(is_padded=False)(layer, x, w)
+        return [within(f"{layer}.first", aten.exp.default(total))]
+
+    (refusal,) = lacking(added(), sum_read, added())
+    assert (refusal.expected, refusal.site) == ("pad", "layers.1.first")
+
+
+def test_what_the_same_ops_read_and_is_no_match_lacks_something() -> None:
+    canonical = canonical_of([padded(), padded(), padded()])
+    candidates = find_matches(canonical, PADDING, PROVIDERS, PROFILES["h200"]).candidates
+    others = [match for match in candidates if match.core.name != "rms_norm_default_1"]
+    (refusal,) = Siblings(canonical).missing(PADDING["act_padding"], others, ())
+    assert (refusal.expected, refusal.site, refusal.nodes) == ("pad", "layers.1.first", ("rms_norm_default_1",))
+
+
+@pytest.mark.parametrize(
+    ("place", "layer"),
+    [
+        ("layers.3.mlp", ("layers.", 3, ".mlp")),
+        ("model.layers.12", ("model.layers.", 12, "")),
+        ("0.norm", ("", 0, ".norm")),
+        ("7", ("", 7, "")),
+        ("blocks.2.experts.7.w", ("blocks.", 2, ".experts.7.w")),
+        ("layer3.norm", None),
+        ("layers.3b.norm", None),
+        ("model.norm", None),
+        ("model.py:12", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_layer_of_a_module_is_the_first_number_of_its_path(place: str | None, layer: Any) -> None:
+    assert layer_of(place) == layer
