@@ -603,8 +603,7 @@ def test_it_is_drawn_until_enough_elements_have_changed(width: int) -> None:
         trial = _Trial(question, case, 3 + draw)
         given = trial.fresh(), trial.narrowed("w", BF16)
         whole, rounded = (trial.results_of(question.before, made) for made in given)
-        pairs = zip(whole, rounded, strict=True)
-        counted += sum(int((a.view(torch.uint8) != b.view(torch.uint8)).sum()) for a, b in pairs)
+        counted += sum(int((a != b).sum()) for a, b in zip(whole, rounded, strict=True))
         drawn += 1
         if counted >= FEWEST:
             break

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fuseplan.verification import sides
-from fuseplan.verification.foreign import _draw_of, _largest, _like
+from fuseplan.verification.foreign import _differing, _draw_of, _largest, _like
 from fuseplan.verification.sides import Side, run_exactly, run_node, sides_of
 from fuseplan.verification.specs import TensorSpec
 from fuseplan.verification.telling import told, vanished
@@ -136,7 +138,13 @@ def test_a_copy_of_what_is_written_lies_as_far_into_its_memory_as_in_the_graph()
     )
     assert found.data_ptr() != own.data_ptr()
     assert sides._placed(node, 7) == 7
-    assert sides._placed(node, torch.empty(0)).shape == (0,)
+    nothing = torch.empty(0)
+    assert sides._placed(node, nothing) is nothing
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    whole = mode.from_tensor(torch.empty(6, 5), symbolic_context=context)
+    node.meta["val"] = whole[1:]
+    assert sides._placed(node, own) is own, "how far isn't known"
 
 
 def test_sides_are_told_apart_by_what_they_call_and_yield() -> None:
@@ -242,6 +250,15 @@ def test_exact_values_are_wide_where_results_are_floats() -> None:
     assert _like(exact.float(), X.double()).dtype is torch.float64
     assert _like(exact, X.to(others.FP8)).dtype is others.FP8
     assert _like(exact, X.int()).dtype is torch.int32
+
+
+def test_elements_differ_by_their_bits() -> None:
+    nan = float("nan")
+    left, right = torch.tensor([[1.0, -0.0, nan], [2.0, 3.0, nan]]), torch.tensor([[1.5, 0.0, nan], [2.0, -3.1, 4.0]])
+    assert _differing(left, right) == 4
+    assert _differing(left[:, :0], right[:, :0]) == _differing(left, left) == 0
+    assert _differing(left.t(), right.t()) == 4
+    assert _differing(left.to(others.FP8), right.to(others.FP8)) == 4
 
 
 def test_the_largest_differences_are_of_what_is_finite() -> None:

@@ -1,6 +1,7 @@
 """What is seen of a kernel that does what a function of its arguments doesn't do, and of results of another kind."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,21 +251,43 @@ def test_arguments_that_are_one_tensor_are_guarded_once_each() -> None:
     assert inputs["x"] is inputs["residual"]
 
 
-def test_equal_arguments_give_equal_bits_every_time() -> None:
-    calls: list[None] = []
+@pytest.mark.parametrize("other", [1, 2, 3, 4])
+@pytest.mark.parametrize("result", [0, 1])
+def test_equal_arguments_give_equal_bits_every_time(other: int, result: int) -> None:
+    calls: list[Tensor] = []
 
     def racing(x: Tensor, *rest: Any) -> Any:
-        calls.append(None)
-        y, total = reference(x, *rest)
-        y.view(torch.int16)[0, 0] ^= len(calls) == 3
-        return y, total
+        calls.append(x.clone())
+        results = reference(x, *rest)
+        results[result].view(torch.int16)[-1, -1] ^= len(calls) == other
+        return results
 
-    assert repeated(RULE, provider(right).name, normed(), seed=0)
-    assert not repeated(RULE, provider(racing).name, normed(), seed=0)
+    assert repeated(RULE, provider(racing).name, normed(), seed=0) is (other == 4)
     assert len(calls) == 3
+    assert all(torch.equal(each, calls[0]) for each in calls)
     calls.clear()
-    assert repeated(RULE, provider(racing).name, normed(), seed=0, times=2)
+    assert repeated(RULE, provider(racing).name, normed(), seed=0, times=2) is (other > 2)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("rank", "met"), [(None, ["loopback", "Loopback"]), (0, ["Gathered"]), (1, ["Gathered"])])
+def test_all_reduces_are_of_all_ranks_where_they_check_together(
+    rank: int | None, met: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[str] = []
+
+    def entering(name: str) -> Any:
+        @contextlib.contextmanager
+        def enter() -> Iterator[None]:
+            entered.append(name)
+            yield
+
+        return enter
+
+    for name in ("Gathered", "Loopback", "loopback"):
+        monkeypatch.setattr(check, name, entering(name))
+    with check._meeting(rank):
+        assert sorted(entered) == sorted(met)
 
 
 def test_what_a_kernel_launches_is_looked_at_without_data() -> None:
