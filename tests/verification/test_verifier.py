@@ -426,12 +426,19 @@ def test_where_there_is_no_region() -> None:
     assert Region.of(canonical, match.but(outputs=(x, None), values={"x": x})) is None
 
 
-def test_a_region_is_not_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    canonical = graph_of(dynamic=False)
-    match = match_at(canonical, 0, "p")
-    for most, is_there in ((4, True), (3, False)):
-        monkeypatch.setattr(region, "MOST_NODES", most)
-        assert (Region.of(canonical, match) is not None) is is_there
+@pytest.mark.parametrize(("count", "is_there"), [(1, True), (128, True), (129, False)])
+def test_a_region_is_not_too_large(count: int, is_there: bool) -> None:
+    graph = fx.Graph()
+    x = last = graph.placeholder("x")
+    for _ in range(count):
+        last = graph.call_function(aten.relu.default, (last,))
+    graph.output((last,))
+    canonical = CanonicalGraph.copy_of(graph)
+    copies = {original: copy for copy, original in canonical.origin.items()}
+    match: Any = SimpleNamespace(values={"x": copies[x]}, outputs=(copies[last],))
+    found = Region.of(canonical, match)
+    assert (found is not None) is is_there
+    assert found is None or len(found.nodes) == count
 
 
 def test_no_rank_runs_a_collective_of_an_engine_or_a_higher_order_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
