@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from fuseplan.graph.facts import aten
-from fuseplan.verification import specs
+from fuseplan.verification import specs, variants
 from fuseplan.verification.specs import (
     SMALL,
     UNKNOWN,
@@ -309,3 +309,24 @@ def test_a_tensor_reaches_from_its_first_element_to_its_last() -> None:
 
     assert [extent((2, 3), (8, 2)), extent((4, 3), (0, 1)), extent((), ()), extent((0, 3), (3, 1))] == [13, 3, 1, 0]
     assert extent((1, 5), (100, 2)) == 9
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_further_code_is_asked_about_where_there_are_several_sizes(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    inputs.add(6, dtype=TOKENS)
+    match, sizes = match_of(inputs, size=3), inputs.sizes
+    match.rule = SimpleNamespace(op=SimpleNamespace(name="op"))
+    monkeypatch.setattr(variants, "registered_kernel", lambda name, provider: lambda size: None)
+    cases = [case_of(match, sizes, tokens) for tokens in (1, 4, 5)[:count]]
+    asked: list[None] = []
+
+    def needs(call: Any, mode: Any) -> frozenset[object]:
+        """Other code from the third call on."""
+        asked.append(None)
+        return frozenset({len(asked) > 2})
+
+    found = variants.with_further_code(match, cases, sizes, (1, 4), needs)
+    assert found == {1: (), 2: (1,), 3: ()}[count]
+    assert len(asked) == (0 if count == 1 else count + 4)
