@@ -507,3 +507,46 @@ def test_values_that_are_no_tensors_have_no_shape() -> None:
     assert region._shaped(7, result, {}) == 7
     del result.meta["val"]
     assert region._shaped(flat, result, {}) is flat
+
+
+def test_what_a_match_sees_through_views_is_turned_back() -> None:
+    """Of a variable that is a view of what the graph reads, which the graph itself may read as it is."""
+
+    def function(x: Any, residual: Any, weight: Any) -> Any:
+        return aten.mul.Tensor(aten.relu.default(x), 2.0)
+
+    canonical = graph_of(function, dynamic=False)
+    (relu,), (result,) = canonical.calls(aten.relu.default), canonical.calls(aten.mul.Tensor)
+    x = relu.args[0]
+    cube = torch.arange(5 * HIDDEN).reshape(1, HIDDEN, 5).to(torch.bfloat16)
+    shaped = canonical.insert_before(relu, aten.reshape.default, (x, [5, 1, HIDDEN]), X.reshape(5, 1, HIDDEN))
+    turned = canonical.insert_before(relu, aten.permute.default, (shaped, [1, 2, 0]), cube)
+    match: Any = SimpleNamespace(values={"y": turned, "eps": 1.0}, outputs=(result,))
+    found = Region.of(canonical, match)
+    assert found is not None
+    assert found.names == {canonical.origin[x]: "y"}
+    assert found.views == {"y": (turned, shaped)}
+    (value,) = found.evaluate({"y": cube, "eps": 1.0}, {})
+    assert value is not None
+    assert torch.equal(value, cube.permute(2, 0, 1).reshape(5, HIDDEN) * 2)
+    match.values = {"y": relu}
+    found = Region.of(canonical, match)
+    assert found is not None
+    assert (found.views, [str(node.target) for node in found.nodes]) == ({"y": ()}, ["aten.mul.Tensor"])
+    del canonical.origin[x]
+    match.values = {"y": turned}
+    assert Region.of(canonical, match) is None
+
+
+def test_a_higher_order_op_is_run_where_what_it_calls_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    canonical = graph_of(dynamic=False)
+    match = match_at(canonical, 0, "p")
+    (first, _) = canonical.original.find_nodes(op="call_function", target=aten.relu.default)
+    first.target, args = torch.ops.higher_order.auto_functionalized, first.args
+    for op, evaluated, is_there in (
+        (aten.relu.default, {"aten::relu"}, True), (aten.relu.default, {"aten::tanh"}, False),
+        (aten.tanh.default, {"aten::relu"}, False),
+    ):  # fmt: skip
+        first.args = (op, *args)
+        monkeypatch.setattr(region, "EVALUATED", frozenset(evaluated))
+        assert (Region.of(canonical, match) is not None) is is_there

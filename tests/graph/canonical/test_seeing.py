@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from fuseplan.graph.canonical.engines import arguments_of, engine_op, is_engines, merge_equal_results, read_at
+from fuseplan.graph.canonical.engines import (
+    arguments_of,
+    engine_op,
+    engine_op_name,
+    is_engines,
+    merge_equal_results,
+    read_at,
+)
 from fuseplan.graph.canonical.noops import eliminate_noops, is_noop
 from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import aten, convert_element_type
@@ -127,6 +134,7 @@ def test_the_op_is_what_is_called_or_what_is_functionalised() -> None:
     assert engine_op(graph.call_function(auto_functionalized, ())) is None
     assert engine_op(graph.call_function(operator.getitem, (SEEN, 0))) is None
     assert engine_op(x) is None
+    assert [engine_op_name(each) for each in (direct, wrapped, x)] == ["vllm_ir::seen", "vllm_ir::seen", ""]
 
 
 def test_arguments_are_by_name_with_those_that_are_left_out() -> None:
