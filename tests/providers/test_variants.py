@@ -187,7 +187,7 @@ def test_what_will_be_verified_is_compiled_ahead() -> None:
     ahead: list[list[Any]] = []
     (triton_provider,) = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
     provider = dataclasses.replace(triton_provider, compile_ahead=lambda calls: ahead.append(list(calls)))
-    checks = verifier.Verifier(mode="first-use", providers=[provider])
+    checks = verifier.Verifier(mode="first-use", providers=[provider], deadline_s=60.0)
     there, here = torch.device("cuda", 0), torch.device("cpu")
 
     def question(device: torch.device, sizes: Sequence[int], meets: bool = False) -> Any:
@@ -221,7 +221,7 @@ def test_layers_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(verifier, "cases_of", lambda match, *_, **__: (case_of(match.rows), case_of(9)))
     monkeypatch.setattr(verifier, "case_of", lambda match, sizes, rows: case_of(rows))
     monkeypatch.setattr(verifier, "with_further_code", ask)
-    checks = verifier.Verifier(mode="first-use", providers=[triton_provider])
+    checks = verifier.Verifier(mode="first-use", providers=[triton_provider], deadline_s=60.0)
     unused: Any = None
     for rows in (1, 1, 3, 1):
         match: Any = SimpleNamespace(rule=rule, provider="triton", rows=rows)

@@ -47,7 +47,8 @@ def test_the_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ("dtype", "byte"),
     [
         (torch.float8_e4m3fn, 0x7F), (torch.float8_e4m3fnuz, 0x80), (torch.float8_e5m2, 0x7F),
-        (torch.float8_e5m2fnuz, 0x80), (torch.uint8, 0x7F), (torch.int8, 0x7F), (torch.bool, 1),
+        (torch.float8_e5m2fnuz, 0x80), (torch.float8_e8m0fnu, 0xFF),
+        (torch.uint8, 0x7F), (torch.int8, 0x7F), (torch.bool, 1),
     ],
 )  # fmt: skip
 def test_bytes_are_poisoned_with_what_is_no_number_or_large(dtype: torch.dtype, byte: int) -> None:
@@ -60,6 +61,7 @@ def test_bytes_are_poisoned_with_what_is_no_number_or_large(dtype: torch.dtype, 
 
 def test_wide_integers_are_poisoned_with_the_largest() -> None:
     assert poison(torch.zeros(2, dtype=torch.int32)).tolist() == [2**31 - 1] * 2
+    assert poison(torch.zeros(2, dtype=torch.int16)).tolist() == [2**15 - 1] * 2
 
 
 def spec(*shape: int, dtype: torch.dtype = torch.float32, stride: tuple[int, ...] = (), **more: Any) -> TensorSpec:

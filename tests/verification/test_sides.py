@@ -1,5 +1,6 @@
 """Two sides of somebody's replacement: what is computed of them exactly, and what is told of them."""
 
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fuseplan.verification import sides
-from fuseplan.verification.foreign import _draw_of, _largest, _like
-from fuseplan.verification.sides import Side, run_exactly, run_node
+from fuseplan.verification.foreign import _differing, _draw_of, _largest, _like
+from fuseplan.verification.sides import Side, run_exactly, run_node, sides_of
 from fuseplan.verification.specs import TensorSpec
 from fuseplan.verification.telling import told, vanished
 from tests.verification import others
@@ -135,7 +138,13 @@ def test_a_copy_of_what_is_written_lies_as_far_into_its_memory_as_in_the_graph()
     )
     assert found.data_ptr() != own.data_ptr()
     assert sides._placed(node, 7) == 7
-    assert sides._placed(node, torch.empty(0)).shape == (0,)
+    nothing = torch.empty(0)
+    assert sides._placed(node, nothing) is nothing
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    whole = mode.from_tensor(torch.empty(6, 5), symbolic_context=context)
+    node.meta["val"] = whole[1:]
+    assert sides._placed(node, own) is own, "how far isn't known"
 
 
 def test_sides_are_told_apart_by_what_they_call_and_yield() -> None:
@@ -243,8 +252,132 @@ def test_exact_values_are_wide_where_results_are_floats() -> None:
     assert _like(exact, X.int()).dtype is torch.int32
 
 
+def test_elements_differ_by_their_bits() -> None:
+    nan = float("nan")
+    left, right = torch.tensor([[1.0, -0.0, nan], [2.0, 3.0, nan]]), torch.tensor([[1.5, 0.0, nan], [2.0, -3.1, 4.0]])
+    assert _differing(left, right) == 4
+    assert _differing(left[:, :0], right[:, :0]) == _differing(left, left) == 0
+    assert _differing(left.t(), right.t()) == 4
+    assert _differing(left.to(others.FP8), right.to(others.FP8)) == 4
+
+
 def test_the_largest_differences_are_of_what_is_finite() -> None:
     own = torch.tensor([1.0, 100.0, float("inf"), 0.0, float("nan")])
     got = torch.tensor([1.5, 102.0, 3.0, 1.0, 1.0])
     assert _largest(got, own) == "; the largest differences from the graph's own are 2 and 0.5 of the value"
     assert _largest(own[2:3], own[2:3]) == ""
+
+
+def test_a_side_is_run_in_order_with_values_for_symbols() -> None:
+    graph = fx.Graph()
+    x, size = graph.placeholder("x"), graph.placeholder("size")
+    x.meta["val"], size.meta["val"] = X, 7
+    first = graph.call_function(aten.mul.Tensor, (x, size))
+    second = graph.call_function(aten.cat.default, ([first, x],), {"dim": 1})
+    computed = Side(names={x: "x"}, nodes=(first, second), outputs=((first, [x]), second, None, size))
+    seen: list[Any] = []
+
+    def call(node: fx.Node, given: Any) -> Any:
+        seen.append(node)
+        args, kwargs = given(lambda source, value: value if source is not x else value + 1)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    (inner, (own,)), whole, nothing, number = computed.run({"x": X}, {}, call=call)
+    assert seen == [first, second]
+    assert torch.equal(inner, (X + 1) * 7)
+    assert own is X
+    assert torch.equal(whole, torch.cat([(X + 1) * 7, X + 1], 1))
+    assert (nothing, number) == (None, 7)
+
+
+def test_calls_are_by_name_those_that_are_functionalised_too() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    fused = others.op("called_into(Tensor! result, Tensor x, int size=3) -> ()", None, lambda result, x, size=3: None)
+    wrapper = torch.ops.higher_order.auto_functionalized
+    direct = graph.call_function(fused, (x, x), {"size": 4})
+    wrapped = graph.call_function(wrapper, (fused,), {"result": x, "x": x})
+    item = graph.call_function(operator.getitem, (wrapped, 1))
+    calls = Side(names={x: "x"}, nodes=(direct, wrapped, item), outputs=(item,)).calls
+    assert calls == [(fused, {"result": x, "x": x, "size": 4}, direct), (fused, {"result": x, "x": x}, wrapped)]
+
+
+def replacing(
+    known: dict[str, fx.Node], replaced: fx.Graph, *arguments: Any, names: dict[fx.Node, str] | None = None
+) -> Any:
+    """A match of relu(x + y), by what is given."""
+    x, y = known["x"], known["y"]
+    total = next(iter(x.users))
+    relu = next(iter(total.users))
+    return SimpleNamespace(
+        arguments=list(arguments), variables={x: "a", y: "b"} if names is None else names, consumed=(total, relu),
+        outputs=[relu], replacement=SimpleNamespace(graph=replaced),
+    )  # fmt: skip
+
+
+def of_graph() -> dict[str, fx.Node]:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    for node in (x, y):
+        node.meta["val"] = X
+    graph.call_function(aten.relu.default, (graph.call_function(aten.add.Tensor, (x, y)),))
+    return {"x": x, "y": y}
+
+
+def replacement(count: int = 2, *, several: bool = False) -> fx.Graph:
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"p{index}") for index in range(count)]
+    node = graph.call_function(aten.sub.Tensor, tuple(inputs[:2]), {"alpha": inputs[-1]} if count > 2 else {})
+    node.meta["val"] = "promised"
+    graph.output((node, inputs[0]) if several else node)
+    return graph
+
+
+def test_both_sides_are_of_the_same_variables() -> None:
+    known = of_graph()
+    x, y = known.values()
+    before, after = sides_of(replacing(known, replacement(3), y, x, 2))
+    assert before.names == {y: "b", x: "a"}
+    assert [str(each.target) for each in before.nodes] == ["aten.add.Tensor", "aten.relu.default"]
+    assert before.outputs == (before.nodes[1],)
+    assert list(after.names.values()) == ["b", "a"]
+    assert [node.meta["val"] is X for node in after.names] == [True, True]
+    (call,) = after.nodes
+    assert (call.args, call.kwargs) == ((*after.names,), {"alpha": 2})
+    assert call.meta["val"] == "promised"
+    assert after.outputs == (call,)
+    arguments = {"a": torch.tensor(1.0), "b": torch.tensor(5.0)}
+    assert before.run(arguments, {}, call=run_node) == [torch.tensor(6.0)]
+    assert after.run(arguments, {}, call=run_node) == [torch.tensor(3.0)]
+    _, several = sides_of(replacing(known, replacement(several=True), x, y))
+    assert several.outputs == (several.nodes[0], next(iter(several.names)))
+    _, twice = sides_of(replacing(known, replacement(), x, x))
+    assert list(twice.names.values()) == ["a"]
+    assert twice.nodes[0].args == (*twice.names, *twice.names)
+    alike, _ = sides_of(replacing(known, replacement(), x, y, names={x: "a", y: "a"}))
+    assert list(alike.names.values()) == ["a", "a (y)"]
+    unnamed, _ = sides_of(replacing(known, replacement(1), x, names={}))
+    assert list(unnamed.names.values()) == ["x", "y"], "what the replacement doesn't read stands last"
+
+
+def test_a_replacement_is_a_function_of_its_arguments_alone() -> None:
+    known = of_graph()
+    with pytest.raises(ValueError, match=r"^its replacement has 2 inputs and is called with 1$"):
+        sides_of(replacing(known, replacement(), known["x"]))
+    holding = replacement()
+    with holding.inserting_before(holding.output_node()):
+        holding.create_node("get_attr", "weight")
+    with pytest.raises(ValueError, match=r"^its replacement holds weight, which isn't an argument$"):
+        sides_of(replacing(known, holding, *known.values()))
+
+
+def test_what_is_given_is_in_the_dtype_of_the_graph_and_else_as_it_is() -> None:
+    node = of_graph()["x"]
+    assert sides._as_in_the_graph(node, X) is X
+    assert sides._as_in_the_graph(node, X.double()).dtype is torch.float32
+    assert sides._as_in_the_graph(node, 7) == 7
+    node.meta["val"] = X.to(torch.bfloat16)
+    assert torch.equal(sides._as_in_the_graph(node, X.double()), X.to(torch.bfloat16))
+    del node.meta["val"]
+    assert sides._as_in_the_graph(node, X) is X
+    assert sides._placed(node, X) is X

@@ -73,5 +73,5 @@ def within(seconds: float, function: Callable[[], T], device: torch.device) -> T
     if thread.is_alive():
         raise DeadlineError(f"the kernel did not end within {seconds:g} s")
     if failures:
-        raise failures[0]
-    return results[0]
+        raise failures.pop()
+    return results.pop()

@@ -226,7 +226,7 @@ class _Trial:
             sides = self.question.after, self.question.before
             for side in sides:
                 whole, rounded = (trial.results_of(side, made) for made in (trial.fresh(), trial.narrowed(name, dtype)))
-                differing = sum(int((bits(a) != bits(b)).sum()) for a, b in zip(whole, rounded, strict=True))
+                differing = sum(map(_differing, whole, rounded))
                 if side is self.question.before:
                     changed += differing
                 elif differing:
@@ -239,6 +239,11 @@ class _Trial:
         made = self.fresh()
         made[name].tensor.copy_(made[name].tensor.to(dtype))
         return made
+
+
+def _differing(left: Tensor, right: Tensor) -> int:
+    """How many elements have other bits."""
+    return int((bits(left) != bits(right)).view(-1, left.element_size()).any(-1).sum())
 
 
 def _draw_of(spec: TensorSpec) -> Draw:

@@ -31,14 +31,18 @@ ALLOCATIONS = frozenset(
 )
 
 
+NANS = {torch.float8_e4m3fnuz: 0x80, torch.float8_e5m2fnuz: 0x80, torch.float8_e8m0fnu: 0xFF}
+"""The bytes that are NaN in formats of fp8 in which 0x7f is a number."""
+
+
 def poison(tensor: Tensor) -> Tensor:
-    """Fills a tensor with NaN; one of integers with 0x7f in every byte, one of truths with True."""
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
-        return tensor.fill_(float("nan"))
+    """Fills a tensor with NaN; one of integers with the largest, or 0x7f in bytes, and one of truths with True."""
     if tensor.dtype is torch.bool:
         return tensor.fill_(True)
-    if tensor.dtype.itemsize == 1:  # fp8 in all its formats, and bytes; 0x80 is the NaN of fnuz, 0x7f that of fn
-        return tensor.view(torch.uint8).fill_(0x80 if "fnuz" in str(tensor.dtype) else 0x7F).view(tensor.dtype)
+    if tensor.dtype.itemsize == 1:
+        return tensor.view(torch.uint8).fill_(NANS.get(tensor.dtype, 0x7F)).view(tensor.dtype)
+    if tensor.dtype.is_floating_point:
+        return tensor.fill_(float("nan"))
     return tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 

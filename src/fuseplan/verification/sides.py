@@ -68,9 +68,10 @@ class Side:
         """(op, arguments by name, node) of each op that is called, those under `auto_functionalized` too."""
         found = []
         for node in self.nodes:
-            target, args = node.target, node.args
-            if is_functionalized(node.target) and isinstance(args[0], OpOverload):
-                target, args = args[0], ()
+            target: Any = node.target
+            args = node.args
+            if is_functionalized(target):
+                (target,), args = args, ()
             if isinstance(target, OpOverload):
                 names = [argument.name for argument in target._schema.arguments]
                 found.append((target, {**dict(zip(names, args, strict=False)), **node.kwargs}, node))
@@ -136,7 +137,7 @@ def _replacement(match: ExternalMatch, arguments: list[Any], names: Mapping[fx.N
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: made[source])
             made[node] = graph.call_function(node.target, args, kwargs)
             made[node].meta = node.meta
-    yielded = fx.map_arg(module.graph.output_node().args[0], lambda source: made[source])
+    (yielded,) = fx.map_arg(module.graph.output_node().args, lambda source: made[source])
     outputs = tuple(yielded) if isinstance(yielded, (list, tuple)) else (yielded,)
     calls = tuple(node for node in graph.nodes if node.op == "call_function")
     return Side(names={node: name for name, node in own.items()}, nodes=calls, outputs=outputs)

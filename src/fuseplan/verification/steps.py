@@ -129,7 +129,7 @@ class _Groups:
         width = exact.shape[-1]
         given, true = rows.reshape(-1, width), exact.reshape(-1, width)
         which, place = row.unique(return_inverse=True)
-        worst = (given[which].double() - true[which]).abs().amax(-1)[place].unsqueeze(-1)
+        worst = (given[which].double() - true[which]).abs().amax(1, keepdim=True)[place]
         groups = true.reshape(len(true), count, -1)[row, group]
         unit = unit_in_the_last_place(groups, rows.dtype)
         if factor > ROUNDED_ALIKE:

@@ -191,8 +191,9 @@ def _value(argument: Argument) -> Any:
         return json.loads(argument.value)
     assert argument.dtype is not None
     dtype: torch.dtype = getattr(torch, argument.dtype)
-    if argument.shape is None or argument.device is None:
+    if argument.shape is None:
         return dtype
+    assert argument.device is not None
     return TensorSpec(
         dtype=dtype, shape=argument.shape, stride=argument.stride, misalignment=argument.misalignment,
         device=torch.device(argument.device), same_as=argument.same_as,

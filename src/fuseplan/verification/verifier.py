@@ -38,8 +38,8 @@ class Verifier:
     Attributes:
         mode: `first-use`, `always` or `off`, as `PassConfig.verify` says.
         providers: who can run fused ops.
-        device: a profile whose providers are taken as present; None: those of this machine.
         deadline_s: seconds that one size may take, the compilation of a kernel included.
+        device: a profile whose providers are taken as present; None: those of this machine.
         rank: of this process, where all ranks verify the same candidates in lock step; None: it verifies alone, and
             collective kernels are not run.
         settles: whether these are left to all ranks, which settle before the first run; else they are refused.
@@ -47,8 +47,8 @@ class Verifier:
 
     mode: str
     providers: Sequence[Provider]
+    deadline_s: float
     device: DeviceProfile | None = None
-    deadline_s: float = 300.0
     rank: int | None = None
     settles: bool = False
 

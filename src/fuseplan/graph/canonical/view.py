@@ -1,5 +1,6 @@
 """`CanonicalGraph`: a copy of a graph in the dialect, and the original of each of its values."""
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -59,7 +60,7 @@ class CanonicalGraph:
     unraised: dict[fx.Node, Refusal] = field(default_factory=dict)
     dynamic_epsilons: list[fx.Node] = field(default_factory=list)
     raised_alike: "Callable[[fx.Graph], CanonicalGraph]" = field(kw_only=True)
-    known: dict[Any, Any] = field(default_factory=dict, init=False)
+    known: dict[Any, Any] = field(default_factory=dict)
     _constants: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     _copied: dict[fx.Node, fx.Node] = field(kw_only=True)
 
@@ -87,8 +88,8 @@ class CanonicalGraph:
 
     def calls(self, *targets: Any) -> list[Call]:
         """The nodes that call one of `targets`, in graph order."""
-        found = [node for target in targets for node in self.graph.find_nodes(op="call_function", target=target)]
-        return cast(list[Call], sorted(found) if len(targets) > 1 else found)
+        found = (self.graph.find_nodes(op="call_function", target=target, sort=False) for target in targets)
+        return cast(list[Call], sorted(itertools.chain.from_iterable(found)))
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -128,17 +129,15 @@ class CanonicalGraph:
             results: the nodes whose values the op yields, in its order; None where a result is dead.
 
         Returns:
-            The new node. It stands before the first of `results`, or after its last argument where that comes later;
+            The new node. It stands where the first of `results` did, or after its last argument where that comes later;
             the caller has made sure that the region is convex, and `canonicalize` sorts the graph afterwards.
         """
         live = [result for result in results if result is not None]
         place = min(live)
-        inputs = [arg for arg in args if isinstance(arg, fx.Node)]
-        late = max([node for node in inputs if place < node], default=None)
-        with self.graph.inserting_after(late) if late is not None else self.graph.inserting_before(place):
+        with self.graph.inserting_after(max([place, *(arg for arg in args if isinstance(arg, fx.Node))])):
             node = call_function(self.graph, op.overload, tuple(args))
         if len(results) == 1:
-            self._stand_in(node, live[0])
+            self._stand_in(node, place)
         else:
             node.meta.update(_provenance(live[0]), val=tuple(tensor_of(result) for result in results))
             self._take_place(node, live[0])

@@ -1,0 +1,796 @@
+"""Matches of other people's passes as questions, on graphs that are written: what is asked, and what runs of it say."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fuseplan.caching.fingerprint import pass_content
+from fuseplan.graph.facts import aten
+from fuseplan.matching import ExternalMatch, ExternalPass
+from fuseplan.matching.external import find_external
+from fuseplan.record import Verification
+from fuseplan.verification import foreign
+from fuseplan.verification.deadline import AttemptError
+from fuseplan.verification.foreign import DRAWS, FEWEST, Foreign, _Trial
+from fuseplan.verification.replaced import Replaced, Result, _arguments, _results, _versions, unverifiable
+from fuseplan.verification.sides import Side
+from fuseplan.verification.specs import Case, Sizes, TensorSpec
+from tests.helpers import HIDDEN, written
+from tests.verification import others
+
+SPAN = 1, 64
+X, Y, W = torch.zeros(5, HIDDEN), torch.zeros(5, HIDDEN), torch.ones(HIDDEN)
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    return tmp_path / "fuseplan" / "verified"
+
+
+def op(kernel: Callable[..., Any], schema: str = "(Tensor x, Tensor y) -> Tensor", fake: Any = None) -> Any:
+    return others.op(f"asked_{next(_numbers)}{schema}", kernel, fake or (lambda x, *_: torch.empty_like(x)))
+
+
+def matched(
+    function: Callable[..., Any], external: ExternalPass, *, dynamic: bool = True, **inputs: Tensor
+) -> tuple[ExternalMatch, fx.Graph]:
+    graph = written(function, inputs or {"x": X, "y": Y}, dynamic=dynamic)
+    (match,) = find_external(graph, [external]).candidates
+    return match, graph
+
+
+def asked(
+    function: Callable[..., Any], external: ExternalPass, *, dynamic: bool = True, span: tuple[int, int] = SPAN,
+    **inputs: Tensor,
+) -> Replaced:  # fmt: skip
+    match, graph = matched(function, external, dynamic=dynamic, **inputs)
+    return Replaced.of(match, Sizes(graph), span)
+
+
+def of_two(search: Callable[..., Any], fused: Callable[..., Any]) -> ExternalPass:
+    """A pass on two tensors of the same shape."""
+    return others.replacing(f"two_{next(_numbers)}", search, fused, torch.empty(4, HIDDEN), -torch.empty(4, HIDDEN))
+
+
+def add_relu(x: Any, y: Any) -> Any:
+    return aten.neg.default(aten.relu.default(aten.add.Tensor(x, y)))
+
+
+def add_relu_pass(kernel: Callable[..., Any] = others.add_relu_eager) -> ExternalPass:
+    fused = op(kernel)
+    return of_two(lambda x, y: torch.relu(x + y), lambda x, y: fused(x, y))  # noqa: PLW0108 - named arguments
+
+
+def spec(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> TensorSpec:
+    stride = torch.empty(shape, device="meta").stride()
+    return TensorSpec(dtype=dtype, shape=shape, stride=stride, misalignment=0, device=torch.device("cpu"), **more)
+
+
+def node(value: Any, target: Any = None) -> fx.Node:
+    graph = fx.Graph()
+    made = graph.placeholder("x") if target is None else graph.call_function(target, ([2], 0.25))
+    made.meta["val"] = value
+    return made
+
+
+def test_a_question_has_the_results_that_are_read_and_arguments_at_every_size() -> None:
+    question = asked(add_relu, add_relu_pass())
+    (result,) = question.results
+    assert (result.output, result.item, result.node.target) == (0, None, aten.relu.default)
+    assert result.promise is not None
+    assert (tuple(result.promise.shape)[1:], result.promise.dtype) == ((HIDDEN,), torch.float32)
+    assert [case.tokens for case in question.cases] == [1, 5, 7, 33, 64]
+    assert [case.arguments for case in question.cases] == [
+        {"x": spec(case.tokens, HIDDEN), "y": spec(case.tokens, HIDDEN)} for case in question.cases
+    ]
+    assert [[*case.symbols.values()] for case in question.cases] == [[case.tokens] for case in question.cases]
+    assert question.signature == f"{question.match.owner.name}(x:float32[?x{HIDDEN}], y:float32[?x{HIDDEN}])"
+    assert {name: node.op for name, node in question.kept.items()} == {"x": "placeholder", "y": "placeholder"}
+
+
+def test_a_result_is_free_whose_strides_nobody_sees() -> None:
+    def function(x: Any, y: Any, w: Any) -> Any:
+        total = aten.relu.default(aten.add.Tensor(x, y))
+        return aten.mm.default(total, w)
+
+    assert asked(function, add_relu_pass(), dynamic=False, x=X, y=Y, w=torch.zeros(HIDDEN, 8)).free == {0}
+    assert asked(add_relu, add_relu_pass()).free == frozenset(), "a negation lies as what it is computed of"
+    assert asked(lambda x, y: aten.relu.default(aten.add.Tensor(x, y)), add_relu_pass()).free == frozenset()
+
+
+def test_a_graph_of_one_size_is_asked_about_at_that() -> None:
+    question = asked(add_relu, add_relu_pass(), dynamic=False)
+    (case,) = question.cases
+    assert (case.tokens, case.symbols) == (5, {})
+    cube = torch.zeros(3, 4, HIDDEN)
+    (case,) = asked(add_relu, add_relu_pass(), dynamic=False, x=cube, y=cube).cases
+    assert (case.tokens, case.arguments["x"].shape) == (12, (3, 4, HIDDEN))
+
+
+def test_torchs_own_ops_are_run_at_small_sizes_alone() -> None:
+    clamped = of_two(lambda x, y: torch.relu(x + y), lambda x, y: (x + y).clamp_min(0.0))
+    assert [case.tokens for case in asked(add_relu, clamped, span=(1, 65)).cases] == [1, 5, 7, 33]
+    assert [case.tokens for case in asked(add_relu, clamped, span=(64, 8192)).cases] == [64]
+    assert [case.tokens for case in asked(add_relu, clamped, span=(70, 8192)).cases] == [70]
+    own = [case.tokens for case in asked(add_relu, add_relu_pass(), span=(70, 8192)).cases]
+    assert own == [70, 257, 389, 769, 1127, 8192]
+
+
+def test_a_second_length_varies_with_an_op_of_others_alone() -> None:
+    def function(tokens: Any, x: Any, y: Any) -> Any:
+        return aten.neg.default(tokens), add_relu(x, y)
+
+    clamped = of_two(lambda x, y: torch.relu(x + y), lambda x, y: (x + y).clamp_min(0.0))
+    tokens = torch.zeros(3, 4, dtype=torch.int64)
+    lengths = [
+        {case.arguments["x"].shape[0] for case in asked(function, each, tokens=tokens, x=X, y=Y).cases}
+        for each in (clamped, add_relu_pass())
+    ]
+    assert lengths[0] == {5}
+    assert len(lengths[1]) > 1
+
+
+SPLIT = op(
+    lambda x: (x * 0.5, x * 2.0), "(Tensor x) -> (Tensor, Tensor)", lambda x: (torch.empty_like(x), x.new_empty(3))
+)  # fmt: skip
+
+
+def results_of(
+    function: Callable[..., Any], outputs: Sequence[Any], made: Sequence[Any], *, inside: Sequence[Any] = ()
+) -> tuple[Result, ...]:  # fmt: skip
+    """Of a match whose outputs are the nodes that call some functions, by one that makes nodes or nests of them."""
+    graph = written(function, {"x": X})
+    called = {each: graph.find_nodes(op="call_function", target=each) for each in (SPLIT, *outputs, *inside) if each}
+    found = [called[each][0] if each else None for each in outputs]
+    match: Any = SimpleNamespace(outputs=found, consumed=[called[SPLIT][0], *(called[each][0] for each in inside)])
+    return _results(match, SimpleNamespace(outputs=made))  # type: ignore[arg-type]
+
+
+ONE, TWO, THREE = (node(torch.empty(size, device="meta")) for size in (1, 2, 3))
+
+
+@pytest.mark.parametrize("read", [(0,), (1,), (1, 0)])
+def test_items_are_results_each_by_itself(read: Sequence[int]) -> None:
+    def function(x: Any) -> Any:
+        values = SPLIT(x)
+        return tuple(aten.neg.default(values[index]) for index in read)
+
+    for made in ([ONE, TWO], [(ONE, TWO)], [[ONE, TWO]]):
+        found = results_of(function, [SPLIT], made)
+        assert [(each.output, each.item) for each in found] == [(0, index) for index in read]
+        assert [each.node.args[1] for each in found] == [*read]
+        assert [each.promise is (ONE, TWO)[index].meta["val"] for each, index in zip(found, read, strict=True)]
+        assert all(each.promise is not None for each in found)
+        values = [(torch.zeros(1), torch.ones(1))]
+        assert [each.of(values) for each in found] == [values[0][index] for index in read]
+    assert [each.promise for each in results_of(function, [SPLIT], [ONE])] == [None] * len(read)
+    assert [each.output for each in results_of(function, [None, SPLIT], [THREE, (ONE, TWO)])] == [1] * len(read)
+
+
+def test_a_tensor_is_a_result_and_promised_as_one() -> None:
+    def function(x: Any) -> Any:
+        first = aten.relu.default(SPLIT(x)[0])
+        return aten.neg.default(first), aten.sin.default(first), aten.abs.default(x)
+
+    relu, sin = aten.relu.default, aten.sin.default
+    (result,) = results_of(function, [relu], [TWO])
+    assert (result.output, result.item, result.node.target, result.promise) == (0, None, relu, TWO.meta["val"])
+    assert result.of(["a"]) == "a"
+    first, second = results_of(function, [sin, None, relu], [ONE, TWO, THREE])
+    assert (first.output, first.node.target, first.promise) == (0, sin, ONE.meta["val"])
+    assert (second.output, second.node.target, second.promise) == (2, relu, THREE.meta["val"])
+    (packed,) = results_of(function, [relu], [ONE, TWO])
+    assert packed.promise is None
+    with pytest.raises(ValueError, match=r"^its pattern has 2 results, and its replacement 1$"):
+        results_of(function, [relu, sin], [ONE])
+
+
+def test_what_only_the_region_reads_is_no_result() -> None:
+    def function(x: Any) -> Any:
+        first = aten.relu.default(SPLIT(x)[0])
+        return (aten.sin.default(first),)
+
+    relu, sin = aten.relu.default, aten.sin.default
+    (result,) = results_of(function, [relu, sin], [ONE, TWO], inside=[relu, sin])
+    assert (result.output, result.node.target) == (1, sin)
+
+
+def split_match() -> tuple[ExternalMatch, fx.Graph]:
+    """Of an op with two results, which is returned whole, too."""
+    external = of_two(lambda x, y: SPLIT(x + y)[0], lambda x, y: x + y)
+    match, graph = matched(lambda x, y: aten.neg.default(SPLIT(aten.add.Tensor(x, y))[0]), external)
+    (call,) = graph.find_nodes(op="call_function", target=SPLIT)
+    graph.output_node().args = ((graph.output_node().args[0], call),)
+    match.found.output_nodes = lambda: [call]  # type: ignore[method-assign]
+    return match, graph
+
+
+def test_what_is_no_tensor_and_is_read_whole_can_not_be_asked_about() -> None:
+    def function(x: Any) -> Any:
+        values = SPLIT(x)
+        return aten.neg.default(values[0]), values
+
+    with pytest.raises(ValueError, match=r"^what it yields for asked_\w+ is no tensor$"):
+        results_of(function, [SPLIT], [(ONE, TWO)])
+    match, graph = split_match()
+    outcome = Stub("always", OUTCOME).verify(match, Sizes(graph), SPAN)
+    assert str(outcome.detail).startswith("not verified: what it yields for asked_")
+
+
+def test_what_nobody_reads_is_no_result() -> None:
+    external = of_two(lambda x, y: (torch.relu(x + y), torch.sin(x)), lambda x, y: (torch.relu(y + x), torch.sin(x)))
+    match, graph = matched(lambda x, y: (add_relu(x, y), aten.sin.default(x)), external)
+    graph.output_node().args = ((graph.output_node().args[0][0],),)  # type: ignore[index]
+    (result,) = Replaced.of(match, Sizes(graph), SPAN).results
+    assert (result.output, str(result.node.target)) == (0, "aten.relu.default")
+
+
+def test_arguments_are_tensors_and_numbers() -> None:
+    nodes = {node(torch.zeros(2, 3)): "x", node(7): "size", node(0.5): "eps", node(True): "flag",
+             node(torch.ones(2), aten.full.default): "full"}  # fmt: skip
+    side = Side(names=nodes, nodes=(), outputs=())
+    assert _arguments(side, {}) == {"x": spec(2, 3), "size": 7, "eps": 0.5, "flag": True, "full": spec(2, fill=0.25)}
+    for value, kind in ((None, "NoneType"), ("text", "str"), ((torch.ones(1),), "tuple")):
+        with pytest.raises(ValueError, match=f"^its argument z is a {kind}$"):
+            _arguments(Side(names={node(value): "z"}, nodes=(), outputs=()), {})
+
+
+def kept(function: Callable[..., Any]) -> dict[str, tuple[str, str]]:
+    question = asked(function, add_relu_pass(), x=X, y=Y)
+    return {name: (each.op, str(each.target)) for name, each in question.kept.items()}
+
+
+def test_what_is_read_later_is_kept_also_through_views() -> None:
+
+    def shifted(y: Any) -> Any:
+        return aten.sin.default(y)
+
+    own = ("placeholder", "x")
+    assert kept(lambda x, y: add_relu(x, shifted(y))) == {"x": own}
+    found = kept(lambda x, y: (z := shifted(y), add_relu(x, z), aten.cos.default(z))[1:])
+    assert found == {"x": own, "y": ("call_function", "aten.cos.default")}
+    found = kept(lambda x, y: (z := shifted(y), add_relu(x, z), z)[1:])
+    assert found["y"] == ("output", "output")
+
+    def viewed(x: Any, y: Any) -> Any:
+        z = shifted(y)
+        other = aten.view.default(z, [-1])
+        return add_relu(x, z), aten.cos.default(other)
+
+    assert kept(viewed)["y"] == ("call_function", "aten.cos.default")
+
+    def early(x: Any, y: Any) -> Any:
+        z = shifted(y)
+        before = aten.cos.default(z)
+        return before, add_relu(x, z)
+
+    assert "y" not in kept(early)
+    assert kept(lambda x, y: (add_relu(x, y), aten.cos.default(x)))["x"] == ("call_function", "aten.cos.default")
+
+
+def test_a_question_is_known_by_all_that_an_outcome_depends_on() -> None:
+    external = add_relu_pass()
+    question = asked(add_relu, external)
+    key = question.key("content")
+    assert asked(add_relu, external).key("content") == key
+    result, first = question.results[0], question.cases[0]
+    half = {**first.arguments, "x": spec(1, HIDDEN, dtype=torch.float16)}
+    changed = [
+        replace(question, results=(replace(result, output=1),)),
+        replace(question, results=(replace(result, item=0),)),
+        replace(question, free=frozenset({0})),
+        replace(question, kept={}),
+        replace(question, cases=question.cases[1:]),
+        replace(question, cases=(*question.cases, replace(first, tokens=2))),
+        replace(question, cases=(replace(first, arguments=half), *question.cases[1:])),
+        replace(question, after=question.before),
+        replace(question, before=question.after),
+    ]
+    keys = [each.key("content") for each in changed]
+    assert len({key, question.key("another"), *keys}) == len(changed) + 2
+
+
+def test_sizes_in_a_side_are_those_of_the_largest_case() -> None:
+    """All that varies with tokens stands in it at least once."""
+
+    def function(x: Any, y: Any) -> Any:
+        return aten.neg.default(aten.relu.default(aten.add.Tensor(x, y)))
+
+    question = asked(function, add_relu_pass())
+    seen: list[Any] = []
+    watched: Any = SimpleNamespace(text=seen.append)
+    replace(question, before=watched, after=watched).key("")
+    assert seen == [question.cases[-1].symbols] * 2
+    assert [*seen[0].values()] == [64]
+
+
+def test_versions_are_of_the_packages_of_a_pass_and_its_ops() -> None:
+    match: Any = SimpleNamespace(owner=SimpleNamespace(uuid=None), emits=("torch.a", "nowhere.op.default", "torch.b"))
+    none = f"builtins {None}"
+    assert _versions(match) == [none, "nowhere None", f"torch {torch.__version__}"]
+    match.owner.uuid, match.emits = torch.nn.Linear(1, 1).forward, ()
+    assert _versions(match) == [f"torch {torch.__version__}"]
+
+
+def ungraphed(*calls: tuple[Any, tuple[Any, ...]], consumed: Sequence[fx.Node] = ()) -> ExternalMatch:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for target, args in calls:
+        graph.call_function(target, (x, *args))
+    match: Any = SimpleNamespace(consumed=consumed, replacement=SimpleNamespace(graph=graph))
+    return match  # type: ignore[no-any-return]
+
+
+functional = torch.ops._c10d_functional
+
+
+def test_what_one_process_can_not_run_alone_is_named() -> None:
+    assert unverifiable(ungraphed((aten.relu.default, ()), (functional.all_reduce.default, ("sum", "0")),
+                                  (functional.wait_tensor.default, ()))) is None  # fmt: skip
+    for call, text in (
+        ((functional.all_reduce.default, ("max", "0")), "ranks meet in _c10d_functional.all_reduce.default"),
+        ((functional.all_gather_into_tensor.default, (2, "0")),
+         "ranks meet in _c10d_functional.all_gather_into_tensor.default"),
+        ((aten.bernoulli.default, ()), "aten.bernoulli.default draws random numbers"),
+        ((aten._scaled_dot_product_flash_attention.default, (1, 2, 0.5)),
+         "aten._scaled_dot_product_flash_attention.default draws random numbers"),
+    ):  # fmt: skip
+        assert unverifiable(ungraphed(call)) == text
+        graph = ungraphed(call).replacement.graph
+        assert unverifiable(ungraphed(consumed=graph.find_nodes(op="call_function", target=call[0]))) == text
+    attention = aten._scaled_dot_product_flash_attention.default
+    assert unverifiable(ungraphed((attention, (1, 2, 0.0)))) is None
+    grouped = others.op("grouped_1(Tensor x, str group_name) -> Tensor", None, lambda x, _: torch.empty_like(x))
+    assert unverifiable(ungraphed((grouped, ("0",)))) == "ranks meet in made_up.grouped_1.default"
+    wrapper = torch.ops.higher_order.auto_functionalized
+    wrapped = ungraphed()
+    wrapped.replacement.graph.call_function(wrapper, (grouped,), {"x": 1})
+    assert unverifiable(wrapped) == "ranks meet in made_up.grouped_1.default"
+
+
+def test_what_lies_on_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: Any = torch.empty(2, device="meta")
+    call = node(there, aten.full.default)
+    assert unverifiable(ungraphed(consumed=[call])) is None
+
+    class Elsewhere(Tensor):
+        device = torch.device("cuda", 1)
+
+    call.meta["val"] = [torch.empty(2), torch.empty(2).as_subclass(Elsewhere), 7]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert unverifiable(ungraphed(consumed=[call])) == "there is no cuda:1 here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert unverifiable(ungraphed(consumed=[call])) is None
+
+
+def tried(question: Replaced, *, thorough: bool = False, tokens: int = 5) -> tuple[str | None, float]:
+    (case,) = [case for case in question.cases if case.tokens == tokens]
+    trial = _Trial(question, case, 3)
+    trial.expect()
+    return trial.run(thorough=thorough)
+
+
+def kernels(first: Callable[..., Any], second: Callable[..., Any], dtype: torch.dtype = torch.float32) -> Replaced:
+    """Two results, relu of a sum and sine, by an op each."""
+    schema = "(Tensor x, Tensor y) -> Tensor"
+    fake = lambda x, y: torch.empty_like(x, dtype=dtype)  # noqa: E731
+    own = added, subtracted
+    wanted = [op(lambda x, y, each=each: each(x, y).to(dtype), schema, fake) for each in own]
+    made = [op(each, schema, fake) for each in (first, second)]
+    external = of_two(
+        lambda x, y: tuple(each(x, y) for each in wanted), lambda x, y: tuple(each(x, y) for each in made)
+    )  # fmt: skip
+    function = lambda x, y: tuple(aten.alias.default(each(x, y)) for each in wanted)  # noqa: E731
+    return asked(function, external)
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu(x + y)
+
+
+def subtracted(x: Tensor, y: Tensor) -> Tensor:
+    return x - y
+
+
+def nudged(kernel: Callable[..., Tensor], ends: float = float("inf")) -> Callable[..., Tensor]:
+    return lambda x, y: torch.nextafter(kernel(x, y), torch.tensor(ends))
+
+
+def test_the_worst_of_all_results_counts() -> None:
+    assert tried(kernels(added, subtracted)) == (None, tried(kernels(added, subtracted))[1])
+    right = tried(kernels(added, subtracted))[1]
+    found = [tried(kernels(*each))[1] for each in ((nudged(added), subtracted), (added, nudged(subtracted)))]
+    assert all(right < share <= 1 for share in found)
+    both = tried(kernels(nudged(added), nudged(subtracted)))
+    assert both == (None, max(found))
+
+
+def test_what_nobody_reads_can_not_be_wrong() -> None:
+    question = replace(kernels(added, lambda x, y: x), results=())
+    assert tried(question) == (None, 0.0)
+
+
+def test_a_result_that_is_off_is_named_by_its_place() -> None:
+    wrong, share = tried(kernels(added, lambda x, y: x - y + 1))
+    assert wrong is not None
+    assert wrong.startswith("result 1 (asked_")
+    assert "; the largest differences from the graph's own are 1 and " in wrong
+    assert share == 0.0
+
+
+def test_codes_may_be_one_step_off() -> None:
+    """That is just what is allowed, and no more."""
+
+    def stepped(steps: int) -> Callable[..., Tensor]:
+        def kernel(x: Tensor, y: Tensor) -> Tensor:
+            codes = torch.relu(x + y).to(others.FP8)
+            moved = codes.view(torch.uint8)
+            moved += steps * (codes.float() > 0) * (codes.float() < 100)
+            return codes
+
+        return kernel
+
+    def exactly(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).to(others.FP8)
+
+    wrong, share = tried(kernels(stepped(1), exactly, others.FP8))
+    assert (wrong, share) == (None, 1.0)
+    wrong, _ = tried(kernels(stepped(4), exactly, others.FP8))
+    assert "result 0" in str(wrong)
+
+
+FLAT, TURNED = "with strides (64, 1)", "with strides (1, 5)"
+OWN = f"and the graph's own value is float32[5, 64] {FLAT}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        (lambda x, y: [added(x, y)], "is a list and no tensor"),
+        (lambda x, y: added(x, y).half(), f"is float16[5, 64] {FLAT}, {OWN}"),
+        (lambda x, y: added(x, y)[:3], f"is float32[3, 64] {FLAT}, {OWN}"),
+        (
+            lambda x, y: added(x, y).t().contiguous().t(),
+            f"is float32[5, 64] {TURNED}, and its fake implementation yields float32[5, 64] {FLAT}",
+        ),
+    ],
+)
+def test_results_are_of_the_kind_of_the_graphs_and_of_what_was_promised(kernel: Any, says: str) -> None:
+    question = asked(add_relu, add_relu_pass(added))
+    trial = _Trial(question, question.cases[1], 3)
+    trial.expect()
+    given = trial.fresh()
+    x, y = given["x"].tensor, given["y"].tensor
+    assert trial._kind([kernel(x, y)]) == f"result 0 (relu_default) {says}"
+    assert trial._kind([added(x, y)]) is None
+    (result,) = question.results
+    unpromised = replace(question, results=(replace(result, promise=None),))
+    other = _Trial(unpromised, question.cases[1], 3)
+    other.expected = trial.expected
+    assert (other._kind([kernel(x, y)]) is None) is ("its fake implementation" in says)
+
+
+def test_a_promise_of_another_dtype_is_broken() -> None:
+    question = asked(add_relu, add_relu_pass(added))
+    (result,) = question.results
+    assert result.promise is not None
+    promised = replace(question, results=(replace(result, promise=result.promise.half()),))
+    trial = _Trial(promised, question.cases[1], 3)
+    trial.expect()
+    assert "and its fake implementation yields float16[5, 64]" in str(trial._kind(trial.expected))
+
+
+def test_what_is_empty_has_no_strides() -> None:
+    question = asked(add_relu, add_relu_pass(added))
+    trial = _Trial(question, question.cases[1], 3)
+    trial.expected = [torch.empty(0, HIDDEN)]
+    assert trial._kind([torch.empty(HIDDEN, 0).t()]) is None
+
+
+def writing(kernel: Callable[..., Any], later: bool = True) -> Replaced:
+    """Of a sum whose second operand is an intermediate value that is read later, or isn't."""
+
+    def function(x: Any, y: Any) -> Any:
+        z = aten.sin.default(y)
+        result = add_relu(x, z)
+        return (result, aten.cos.default(z)) if later else result
+
+    return asked(function, add_relu_pass(kernel))
+
+
+def test_writes_to_what_is_read_later_are_wrong() -> None:
+    def writes(x: Tensor, y: Tensor) -> Tensor:
+        result = added(x, y)
+        y.add_(1)
+        return result
+
+    name = "y"
+    assert tried(writing(writes))[0] == f"it writes to its argument {name}, which cos_default reads later"
+    assert tried(writing(writes, later=False))[0] is None
+    returned = asked(lambda x, y: (z := aten.sin.default(y), add_relu(x, z), z)[1:], add_relu_pass(writes))
+    assert tried(returned)[0] == f"it writes to its argument {name}, which the graph returns"
+    assert tried(asked(add_relu, add_relu_pass(writes)))[0] == "it writes to its argument y, which the caller has"
+
+    def beyond(x: Tensor, y: Tensor) -> Tensor:
+        y.as_strided((1,), (1,), y.storage_offset() + y.numel()).fill_(0.0)
+        return added(x, y)
+
+    assert tried(writing(beyond, later=False))[0] == f"it writes beyond the elements of its argument {name}"
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_what_both_leave_in_an_argument_is_compared(numbers: bool) -> None:
+    question = writing(added)
+    trial = _Trial(question, question.cases[1], 3)
+    trial.expect()
+    for off, wrong in ((0.0, False), (1.0, True)):
+        trial.given = trial.fresh()
+        made = {**({"size": 5} if numbers else {}), **trial.fresh()}
+        trial.given |= {"size": 5}
+        trial.given["x"].tensor.add_(1.0)
+        made["x"].tensor.add_(1.0 + off)
+        found = trial._written(made)
+        assert (found is not None) is wrong
+        assert not wrong or str(found).startswith("what it leaves in its argument x: element [")
+    made = trial.fresh()
+    assert "what it leaves in its argument x" in str(trial._written(made)), "it doesn't write where the graph does"
+
+
+def test_codes_that_are_left_in_an_argument_may_be_one_step_off() -> None:
+    question = asked(add_relu, add_relu_pass())
+    codes = spec(4, 8, dtype=others.FP8)
+    trial = _Trial(question, Case(tokens=4, arguments={"codes": codes}), 3)
+    for steps, wrong in ((1, False), (2, True)):
+        trial.given, made = trial.fresh(), trial.fresh()
+        for given in (trial.given, made):
+            given["codes"].tensor.copy_(torch.full((4, 8), 0.5))
+        made["codes"].tensor.view(torch.uint8).add_(steps)
+        assert (trial._written(made) is not None) is wrong
+
+
+BF16 = torch.bfloat16
+
+
+def scaled(weight_of: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, w: (x.float() * weight_of(w).float()).to(x.dtype)
+
+
+def weighted(
+    weight_of: Callable[[Tensor], Tensor], *, width: int = HIDDEN, wide: torch.dtype = torch.float32,
+    span: tuple[int, int] = SPAN, seen: Callable[[Tensor], Tensor] = lambda weight: weight,
+) -> Replaced:  # fmt: skip
+    """x * w, of a wide w, by a kernel that takes it for something."""
+    x, w = torch.zeros(5, width, dtype=BF16), torch.ones(width, dtype=wide)
+    fake = lambda x, w: torch.empty_like(x)  # noqa: E731
+    wanted, fused = op(scaled(seen), fake=fake), op(scaled(weight_of), fake=fake)
+    external = others.replacing(
+        f"weighted_{next(_numbers)}", lambda x, w: wanted(x, w), lambda x, w: fused(x, w), x, w  # noqa: PLW0108
+    )  # fmt: skip
+    return asked(lambda x, w: aten.neg.default(wanted(x, w)), external, span=span, x=x, w=w)
+
+
+def test_an_argument_that_is_taken_for_a_narrower_one_is_named_where_it_is_looked_for() -> None:
+    taken = weighted(lambda weight: weight.to(BF16))
+    wrong, worst = tried(taken, thorough=True)
+    assert wrong is not None
+    assert wrong.startswith("it takes its argument w, float32, for bfloat16: rounding it to bfloat16 changes ")
+    assert wrong.endswith(" elements of what the graph computes, and none of what it does")
+    assert 0 < worst <= 1
+    assert tried(taken) == (None, worst)
+    assert tried(weighted(lambda weight: weight), thorough=True)[0] is None
+    # Nothing narrower is there that it could be taken for, or the graph takes it for that, too.
+    assert tried(weighted(lambda weight: weight, wide=BF16), thorough=True)[0] is None
+    both = weighted(lambda weight: weight.to(BF16), seen=lambda weight: weight.to(BF16))
+    assert tried(both, thorough=True)[0] is None
+
+
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_it_is_drawn_until_enough_elements_have_changed(width: int) -> None:
+    """What the graph computes is counted over draws by different seeds; one change of what the other does is enough."""
+    question = weighted(lambda weight: weight.to(BF16), width=width)
+    case = question.cases[0]
+    counted, drawn = 0, 0
+    for draw in range(DRAWS):
+        trial = _Trial(question, case, 3 + draw)
+        given = trial.fresh(), trial.narrowed("w", BF16)
+        whole, rounded = (trial.results_of(question.before, made) for made in given)
+        counted += sum(int((a != b).sum()) for a, b in zip(whole, rounded, strict=True))
+        drawn += 1
+        if counted >= FEWEST:
+            break
+    assert _Trial(question, case, 3)._changed("w", BF16) == counted
+    wrong = _Trial(question, case, 3)._rounded()
+    assert (wrong is not None) is (counted >= FEWEST)
+    assert wrong is None or f"changes {counted} elements" in wrong
+    assert (drawn == DRAWS, counted > 0) == {1: (True, True), 4: (False, True), 64: (False, True)}[width]
+    assert _Trial(weighted(lambda weight: weight, width=64), case_of(64), 3)._changed("w", BF16) == 0
+
+
+def case_of(width: int) -> Case:
+    return weighted(lambda weight: weight, width=width).cases[0]
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch, changed: int) -> list[tuple[str, torch.dtype]]:
+    """The arguments that are rounded, and to what; each rounding is said to change so many elements."""
+    looked: list[tuple[str, torch.dtype]] = []
+
+    def look(_: _Trial, name: str, dtype: torch.dtype) -> int:
+        looked.append((name, dtype))
+        return changed
+
+    monkeypatch.setattr(_Trial, "_changed", look)
+    return looked
+
+
+@pytest.mark.parametrize(("changed", "named"), [(FEWEST - 1, False), (FEWEST, True), (FEWEST + 1, True)])
+def test_few_changes_may_be_luck(changed: int, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = weighted(lambda weight: weight)
+    looked = looked_at(monkeypatch, changed)
+    assert (_Trial(question, question.cases[0], 3)._rounded() is not None) is named
+    assert looked == [("w", BF16)]
+
+
+def test_all_but_the_least_of_floats_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = looked_at(monkeypatch, 0)
+    arguments = {
+        "a": spec(2, dtype=torch.float64), "b": spec(2), "c": spec(2, dtype=BF16), "d": spec(2, dtype=torch.int64),
+        "e": spec(2, dtype=others.FP8), "f": 7,
+    }  # fmt: skip
+    trial = _Trial(weighted(lambda weight: weight), Case(tokens=2, arguments=arguments), 3)
+    assert trial._rounded() is None
+    assert sorted(looked, key=str) == sorted([("a", torch.float32), ("a", BF16), ("b", BF16)], key=str)
+
+
+class Scripted:
+    """Stands for `_Trial`: what it says at each number of tokens, and what it was asked."""
+
+    said: dict[int, Any]
+    expected: dict[int, Exception]
+    asked: list[tuple[int, int, bool]]
+
+    def __init__(self, question: Any, case: Case, seed: int) -> None:
+        self.case, self.seed = case, seed
+
+    def expect(self) -> None:
+        if self.case.tokens in self.expected:
+            raise self.expected[self.case.tokens]
+
+    def run(self, *, thorough: bool) -> tuple[str | None, float]:
+        self.asked.append((self.case.tokens, self.seed, thorough))
+        found = self.said[self.case.tokens]
+        if isinstance(found, Exception):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+
+OUTCOME = Verification(rule="rule", op="op", provider="external", signature="s")
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Verification, list[tuple[int, int, bool]]]]:
+    monkeypatch.setattr(foreign, "_Trial", Scripted)
+    monkeypatch.setattr(foreign, "told", lambda match, before, after, symbols: f"told of {match}{symbols}")
+
+    def run(said: dict[int, Any], expected: Any = None) -> tuple[Verification, list[tuple[int, int, bool]]]:
+        Scripted.said, Scripted.expected, Scripted.asked = said, expected or {}, []
+        cases = [Case(tokens=tokens, arguments={}, symbols={"s": tokens}) for tokens in said]
+        question: Any = SimpleNamespace(cases=cases, match="m", before=None, after=None)
+        return Foreign("always", 60.0)._run(question, 9, OUTCOME), Scripted.asked
+
+    return run
+
+
+def test_each_size_is_run_and_the_largest_of_the_small_ones_thoroughly(scripted: Any) -> None:
+    outcome, asked_of = scripted({1: (None, 0.25), 33: (None, 0.75), 300: (None, 0.5), 301: (None, 0.0)})
+    assert asked_of == [(1, 9, False), (33, 9, False), (300, 9, True), (301, 9, False)]
+    assert replace(outcome, time_ns=0) == replace(OUTCOME, tokens=(1, 33, 300, 301), worst=0.75)
+    assert 0 < outcome.time_ns < 60 * 10**9
+    assert scripted({400: (None, 0.0), 401: (None, 0.0)})[1] == [(400, 9, False), (401, 9, True)]
+    assert scripted({400: (None, 0.0)})[0].worst == 0.0
+
+
+def test_the_first_that_is_wrong_ends_it(scripted: Any) -> None:
+    outcome, asked_of = scripted({1: (None, 0.25), 7: ("bad", 0.0), 33: (None, 0.0)})
+    assert [tokens for tokens, _, _ in asked_of] == [1, 7]
+    wanted = replace(OUTCOME, tokens=(1, 7), passed=False, detail="at 7 tokens: bad; told of m{'s': 7}")
+    assert replace(outcome, time_ns=0) == wanted
+    assert 0 < outcome.time_ns < 60 * 10**9
+
+
+def test_what_comes_to_nothing_may_come_to_something_next_time(scripted: Any) -> None:
+    outcome, _ = scripted({1: (None, 0.25), 7: AttemptError("no the kernel in the kernel x")})
+    text = "raises AttemptError: no the kernel in the kernel x"
+    assert (outcome.passed, outcome.transient, outcome.tokens) == (False, True, (1, 7))
+    assert outcome.detail == f"at 7 tokens: it {text}; told of m{{'s': 7}}"
+    outcome, asked_of = scripted({1: (None, 0.25), 7: (None, 0.0)}, {7: AttemptError("no the kernel in the kernel x")})
+    assert (outcome.passed, outcome.transient, outcome.tokens) == (True, False, (1,))
+    assert outcome.detail == f"not verified: what it stands for {text} here"
+    assert [tokens for tokens, _, _ in asked_of] == [1]
+
+
+class Stub(Foreign):
+    """Whose runs are counted, and come to what is given."""
+
+    def __init__(self, mode: str, found: Verification) -> None:
+        super().__init__(mode, 60.0)
+        self.found, self.seeds = found, list[int]()
+
+    def _run(self, question: Replaced, seed: int, outcome: Verification) -> Verification:
+        self.seeds.append(seed)
+        return replace(outcome, worst=0.5, time_ns=5, **self.changes)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {"passed": self.found.passed, "detail": self.found.detail, "transient": self.found.transient}
+
+
+@pytest.mark.parametrize(
+    ("passed", "detail", "transient", "settled"),
+    [(True, None, False, True), (False, "wrong", False, True), (False, "late", True, False),
+     (True, "not verified: why", False, False), (True, None, True, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("uuid", ["1", None])
+@pytest.mark.parametrize("mode", ["first-use", "always"])
+def test_what_is_settled_is_kept_for_others_where_the_pass_has_a_name(
+    passed: bool, detail: str | None, transient: bool, settled: bool, uuid: str | None, mode: str, cold: Path
+) -> None:
+    fused = op(added)
+    external = others.replacing("kept", lambda x, y: torch.relu(x + y), lambda x, y: fused(x, y), X, Y.neg(), uuid=uuid)  # noqa: PLW0108
+    match, graph = matched(add_relu, external)
+    found = replace(OUTCOME, passed=passed, detail=detail, transient=transient)
+    first = Stub(mode, found)
+    one, two = (first.verify(match, Sizes(graph), SPAN) for _ in range(2))
+    signature = f"kept(x:float32[?x{HIDDEN}], y:float32[?x{HIDDEN}])"
+    assert one == Verification(
+        rule="kept", op=" ".join(match.emits), provider="external", signature=signature, worst=0.5, time_ns=5,
+        passed=passed, detail=detail, transient=transient,
+    )  # fmt: skip
+    known = replace(one, from_cache=True, time_ns=0)
+    assert two == (known if mode == "first-use" else one)
+    assert len(set(first.seeds)) == 1
+    is_kept = uuid is not None and settled
+    assert len(list(cold.glob("*.json"))) == is_kept
+    second = Stub(mode, found)
+    third = second.verify(match, Sizes(graph), SPAN)
+    assert third == (known if is_kept and mode == "first-use" else one)
+    assert second.seeds in ([], first.seeds[:1])
+    assert (second.verify(match, Sizes(graph), SPAN) == known) is (mode == "first-use")
+
+
+def test_another_pass_of_the_same_content_is_another() -> None:
+    """Whose owner says no version: it is known as long as it lives."""
+    fused = op(added)
+    made = [
+        others.replacing("same", lambda x, y: torch.relu(x + y), lambda x, y: fused(x, y), X, Y.neg())  # noqa: PLW0108
+        for _ in range(2)
+    ]
+    assert pass_content(made[0]).key is None
+    checks = Stub("first-use", OUTCOME)
+    for external in (*made, made[0]):
+        match, graph = matched(add_relu, external)
+        checks.verify(match, Sizes(graph), SPAN)
+    assert len(checks.seeds) == 2
+
+
+def test_what_can_not_be_asked_says_so_and_is_not_run() -> None:
+    noisy = op(added, "(Tensor x, Tensor y) -> Tensor")
+    seeded = others.op("asked_seeded(Tensor x, Tensor y) -> Tensor", added, lambda x, y: torch.empty_like(x),
+                       torch.Tag.nondeterministic_seeded)  # fmt: skip
+    checks = Stub("always", OUTCOME)
+    external = of_two(lambda x, y: torch.relu(x + y), lambda x, y: seeded(x, noisy(x, y)))
+    match, graph = matched(add_relu, external)
+    outcome = checks.verify(match, Sizes(graph), SPAN)
+    assert outcome == Verification(
+        rule=external.name, op=" ".join(match.emits), provider="external", signature=external.name,
+        detail="not verified: made_up.asked_seeded.default draws random numbers",
+    )  # fmt: skip
+    assert checks.seeds == []

@@ -1,0 +1,552 @@
+"""What is asked of each candidate, how often, and what becomes of findings; by checks that say what they are told."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fuseplan.dialect import ops
+from fuseplan.graph.canonical import CanonicalGraph
+from fuseplan.graph.facts import aten
+from fuseplan.matching import Match
+from fuseplan.record import Pending, Verification
+from fuseplan.rules import Rule
+from fuseplan.verification import outcomes, region, verifier
+from fuseplan.verification.check import Finding
+from fuseplan.verification.deadline import AttemptError
+from fuseplan.verification.foreign import Foreign
+from fuseplan.verification.region import Region
+from fuseplan.verification.specs import Case, Sizes
+from fuseplan.verification.together import shared_seed
+from fuseplan.verification.verifier import UNVERIFIED, Verifier, _Question
+from tests.helpers import HIDDEN, written
+from tests.verification.fused_norm import WEIGHT, AddNormRelu, add_norm_relu, provider, right
+
+X = torch.zeros(5, HIDDEN, dtype=torch.bfloat16)
+SPAN = 1, 64
+SIZES = (1, 5, 7, 33, 64)
+RULE = AddNormRelu()
+
+
+@pytest.fixture(autouse=True)
+def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    return tmp_path / "fuseplan" / "verified"
+
+
+def two_layers(x: Any, residual: Any, weight: Any) -> Any:
+    found = []
+    for _ in range(2):
+        both = ops.fused_add_rms_norm(x, residual, weight, 1e-6, "llama")
+        x, residual = aten.relu.default(both[0]), both[1]
+        found.append(x)
+    return *found, residual
+
+
+def graph_of(function: Callable[..., Any] = two_layers, *, dynamic: bool = True) -> CanonicalGraph:
+    return CanonicalGraph.copy_of(written(function, {"x": X, "residual": X, "weight": WEIGHT}, dynamic=dynamic))
+
+
+def match_at(canonical: CanonicalGraph, layer: int, name: str, **more: Any) -> Match:
+    relu = canonical.calls(aten.relu.default)[layer]
+    norm = relu.args[0].args[0]
+    total = next(user for user in norm.users if user.args[1] == 1)
+    values = dict(zip(("x", "residual", "weight", "eps", "rounding"), norm.args, strict=True))
+    consumed = tuple(sorted((norm, *norm.users, relu)))
+    return Match(
+        rule=RULE, provider=name, values=values, consumed=consumed, outputs=(relu, total), core=norm, **more
+    )  # fmt: skip
+
+
+def candidate(match: Match, signature: str = "s") -> Any:
+    return SimpleNamespace(match=match, signature=signature)
+
+
+class Checks:
+    """Stands for `check`: what it finds at each number of tokens, and how it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: dict[int, Any] = {}
+        self.asked: list[tuple[int, dict[str, Any]]] = []
+        monkeypatch.setattr(verifier, "check", self.check)
+
+    def check(self, rule: Rule, name: str, case: Case, **how: Any) -> Finding:
+        self.asked.append((case.tokens, {"rule": rule, "provider": name, **how}))
+        found = self.found.get(case.tokens, Finding(wrong=None, worst=0.25))
+        if isinstance(found, Exception):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [tokens for tokens, _ in self.asked]
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
+    return Checks(monkeypatch)
+
+
+def verified(
+    canonical: CanonicalGraph, matches: Sequence[Match], *, own: Any, mode: str = "always", **more: Any
+) -> list[Any]:
+    verifying = Verifier(mode=mode, providers=own, deadline_s=60.0, **more)
+    return verifying.verify([candidate(each) for each in matches], canonical, SPAN)
+
+
+@pytest.fixture
+def one() -> Any:
+    return provider(right)
+
+
+def test_the_largest_error_of_all_sizes_is_told(checks: Checks, one: Any) -> None:
+    canonical = graph_of()
+    shares = zip(SIZES, (0.25, 0.75, 0.5, 0.0, 0.5), strict=True)
+    checks.found = {tokens: Finding(wrong=None, worst=share) for tokens, share in shares}
+    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one])
+    assert replace(outcome, time_ns=0) == Verification(
+        rule="add_norm_relu", op="add_norm_relu", provider=one.name, signature="s", tokens=SIZES, worst=0.75
+    )
+    assert 0 < outcome.time_ns < 60 * 10**9
+    checks.found = dict.fromkeys(SIZES, Finding(wrong=None, worst=0.0))
+    assert verified(canonical, [match_at(canonical, 0, one.name)], own=[one])[0].worst == 0.0
+    checks.found = {33: Finding(wrong=None, worst=None), 64: Finding(wrong=None, worst=0.5)}
+    assert verified(canonical, [match_at(canonical, 0, one.name)], own=[one])[0].worst == 0.5
+    checks.found = {64: Finding(wrong=None, worst=None)}
+    assert verified(canonical, [match_at(canonical, 0, one.name)], own=[one])[0].worst is None
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_the_first_size_that_is_wrong_ends_it_but_in_lock_step(checks: Checks, one: Any, rank: int | None) -> None:
+    canonical = graph_of()
+    checks.found = {7: Finding(wrong="bad", worst=3.0), 64: Finding(wrong="worse", worst=5.0)}
+    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one], rank=rank)
+    wanted = SIZES[:3] if rank is None else SIZES
+    assert (outcome.tokens, tuple(checks.tokens)) == (wanted, wanted)
+    assert (outcome.passed, outcome.detail, outcome.transient) == (False, "at 7 tokens: bad", False)
+    assert outcome.worst == (3.0 if rank is None else 5.0)
+    assert all(how["rank"] is None for _, how in checks.asked)
+
+
+def test_what_comes_to_nothing_is_transient(checks: Checks, one: Any) -> None:
+    canonical = graph_of()
+    checks.found = {5: ZeroDivisionError("by zero")}
+    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one], rank=0)
+    assert (outcome.passed, outcome.transient, outcome.tokens, outcome.worst) == (False, True, SIZES, 0.25)
+    assert outcome.detail == "at 5 tokens: the kernel raises ZeroDivisionError: by zero"
+
+
+def test_how_the_graph_was_read_is_checked_once_and_rounding_as_the_graph_has_it(checks: Checks, one: Any) -> None:
+    canonical = graph_of()
+    match = match_at(canonical, 0, one.name, rounding_change=("llama", "fp32"))
+    verified(canonical, [match], own=[one])
+    assert [how["unfused"] for _, how in checks.asked] == [{"rounding": "llama"}] * len(SIZES)
+    assert [how["region"] is None for _, how in checks.asked] == [True, True, False, True, True]
+    assert {how["seed"] for _, how in checks.asked} != {0}
+    assert len({how["seed"] for _, how in checks.asked}) == 1
+    assert {(how["rule"], how["provider"], how["free"]) for _, how in checks.asked} == {(RULE, one.name, frozenset())}
+    checks.asked.clear()
+    relu, total = match.outputs
+    assert relu is not None
+    assert total is not None
+    elsewhere: list[tuple[dict[str, Any], set[int]]] = [
+        ({"copied": (total,)}, {1}), ({"loose": (relu,)}, {0}), ({"copied": (relu,), "loose": (total,)}, {0, 1}),
+    ]  # fmt: skip
+    for more, free in elsewhere:
+        verified(canonical, [match_at(canonical, 0, one.name, **more)], own=[one])
+        assert checks.asked.pop()[1]["free"] == free
+    assert all(how["unfused"] == {} for _, how in checks.asked)
+
+
+def test_layers_that_are_alike_are_run_once(checks: Checks, one: Any) -> None:
+    canonical = graph_of()
+    matches = [match_at(canonical, layer, one.name) for layer in (0, 1, 0)]
+    first, second, third = verified(canonical, matches, own=[one])
+    assert checks.tokens == [*SIZES]
+    assert first is second is third
+    checks.asked.clear()
+    other = provider(right)
+    matches = [match_at(canonical, 0, each.name) for each in (one, other, one)]
+    found = verified(canonical, matches, own=[one, other])
+    assert [each.provider for each in found] == [one.name, other.name, one.name]
+    assert len(checks.tokens) == 2 * len(SIZES)
+
+
+@pytest.mark.parametrize("mode", ["first-use", "always"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("transient", [True, False])
+def test_outcomes_are_kept_where_the_kernel_is_known(
+    checks: Checks, cold: Path, mode: str, known: bool, transient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = provider(right)
+    canonical = graph_of()
+    checks.found = {5: ZeroDivisionError("x")} if transient else {}
+    match = match_at(canonical, 0, own.name)
+    kind = outcomes.kind_of(RULE, own, None)
+    monkeypatch.setattr(outcomes, "kind_of", lambda *_: replace(kind, is_known=known))
+    (first,) = verified(canonical, [match], mode=mode, own=[own])
+    is_kept = known and not transient
+    assert len(list(cold.glob("*.json"))) == is_kept
+    count = len(checks.asked)
+    (second,) = verified(canonical, [match], mode=mode, own=[own])
+    assert (first.from_cache, first.time_ns > 0) == (False, True)
+    if is_kept and mode == "first-use":
+        assert second == replace(first, from_cache=True, time_ns=0)
+        assert len(checks.asked) == count
+    else:
+        assert not second.from_cache
+        assert len(checks.asked) == 2 * count
+
+
+def test_nothing_is_verified_where_it_is_off_or_there_is_nothing(checks: Checks, one: Any) -> None:
+    canonical = graph_of()
+    matches = [match_at(canonical, layer, one.name) for layer in (0, 1)]
+    assert verified(canonical, matches, own=[one], mode="off") == [None, None]
+    assert verified(canonical, [], own=[one]) == []
+    off = Verifier(mode="off", providers=[one], deadline_s=1.0)
+    assert off.verify_chained([object()], canonical.graph, SPAN) == []  # type: ignore[list-item]
+    on = Verifier(mode="always", providers=[one], deadline_s=1.0)
+    assert on.verify_chained([], canonical.graph, SPAN) == []
+    assert not checks.asked
+    assert (on.device, on.rank, on.settles) == (None, None, False)
+    assert (on._foreign.mode, on._foreign.deadline_s) == ("always", 1.0)
+    assert on._foreign is on._foreign
+    assert on._provider(one.name) is one
+
+
+def test_passes_of_others_are_verified_once_each(monkeypatch: pytest.MonkeyPatch, one: Any) -> None:
+    outcome = Verification(rule="r", op="o", provider="external", signature="s")
+    asked: list[Any] = []
+
+    def verify(self: Any, match: Any, sizes: Sizes, span: tuple[int, int]) -> Verification:
+        asked.append((match, span))
+        return replace(outcome, rule=match)
+
+    monkeypatch.setattr(Foreign, "verify", verify)
+    chained = Verifier(mode="always", providers=[one], deadline_s=1.0)
+    found = chained.verify_chained(["a", "b", "a"], graph_of().graph, SPAN)  # type: ignore[list-item]
+    assert [each.rule for each in found] == ["a", "b"]
+    assert asked == [("a", SPAN), ("b", SPAN), ("a", SPAN)]
+
+
+def test_a_size_has_its_deadline(monkeypatch: pytest.MonkeyPatch, one: Any) -> None:
+    def late(*_: Any, **__: Any) -> Finding:
+        time.sleep(0.2)
+        raise AssertionError
+
+    canonical = graph_of(dynamic=False)
+    monkeypatch.setattr(verifier, "check", late)
+    verifying = Verifier(mode="always", providers=[one], deadline_s=0.01)
+    (outcome,) = verifying.verify([candidate(match_at(canonical, 0, one.name))], canonical, SPAN)
+    assert isinstance(outcome, Verification)
+    assert outcome.detail == "at 5 tokens: the kernel did not end within 0.01 s"
+    assert outcome.transient
+
+
+def met(*, group: Any = "g", runs_reference: bool = False, shares: bool = False, collective: bool = True) -> Any:
+    op = SimpleNamespace(collective=collective, name="op")
+    return SimpleNamespace(
+        rule=SimpleNamespace(op=op, name="rule"), provider="p", values={} if group is None else {"group_name": group},
+        runs_reference=runs_reference, shares=shares,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("match", "rank", "meets"),
+    [
+        (met(), None, True), (met(), 0, True), (met(collective=False), None, False), (met(group=None), None, False),
+        (met(group="one"), None, False), (met(group="unknown"), None, True), (met(runs_reference=True), None, False),
+        (met(shares=True), None, False), (met(shares=True), 0, True),
+    ],
+)  # fmt: skip
+def test_a_kernel_meets_others_where_it_waits_for_them(
+    match: Any, rank: int | None, meets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifier, "group_size", {"g": 2, "one": 1}.get)
+    assert Verifier(mode="always", providers=[], deadline_s=1.0, rank=rank)._meets(match) is meets
+
+
+def question(match: Any, count: int = 3, **more: Any) -> _Question:
+    cases = [Case(tokens=tokens, arguments={}) for tokens in range(1, count + 1)]
+    given = {"unfused": {"u": 1}, "region": None, "free": frozenset({1}), "meets": True, "is_stored": False}
+    return _Question(match=match, signature="s", cases=cases, key="k", **{**given, **more})
+
+
+LEFT = Verification(rule="rule", op="op", provider="p", signature="s")
+
+
+@pytest.mark.parametrize(
+    ("settles", "group", "backend"), [(False, "group", "gloo"), (True, None, "gloo"), (True, "group", "fake")]
+)
+def test_what_nobody_settles_is_refused(
+    settles: bool, group: Any, backend: str, checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifier, "process_group", lambda name: group)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: backend)
+    verifying = Verifier(mode="always", providers=[], deadline_s=9.0, settles=settles)
+    assert verifying._run(question(met())) == replace(LEFT, passed=False, detail=UNVERIFIED)
+    assert not checks.asked
+
+
+def test_how_it_was_read_is_checked_before_it_is_left_to_all(checks: Checks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier, "process_group", lambda name: name)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
+    pending: Any = object()
+    kept: list[Any] = []
+
+    def keep(*given: Any) -> Pending:
+        kept.append(given)
+        if len(kept) > 1:
+            raise TypeError("no JSON")
+        return pending  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(verifier, "pending_of", keep)
+    verifying = Verifier(mode="always", providers=[], deadline_s=9.0, settles=True)
+    asked = question(met(), region="region")
+    assert verifying._run(asked) is pending
+    ((tokens, how),) = checks.asked
+    assert (tokens, how["provider"], how["rank"], how["region"], how["free"], how["unfused"]) == (
+        3, "torch", None, "region", {1}, {"u": 1},
+    )  # fmt: skip
+    assert how["seed"] == outcomes.seed_of("k")
+    assert kept == [(asked.match, "s", asked.cases, {"u": 1})]
+    outcome = verifying._run(asked)
+    detail = "its arguments can't be kept until the first run: no JSON"
+    assert outcome == replace(LEFT, passed=False, detail=detail)
+    checks.found = {3: Finding(wrong="bad", worst=2.0)}
+    outcome = verifying._run(asked)
+    assert outcome == replace(LEFT, tokens=(3,), passed=False, detail="at 3 tokens: bad")
+    checks.found = {3: MemoryError("full")}
+    outcome = verifying._run(asked)
+    assert isinstance(outcome, Verification)
+    assert (outcome.passed, outcome.transient, outcome.tokens) == (False, True, (3,))
+    assert len(kept) == 2
+
+
+def test_ranks_that_meet_draw_by_a_seed_that_all_have(checks: Checks) -> None:
+    verifying = Verifier(mode="always", providers=[], deadline_s=9.0, rank=1)
+    verifying._run(question(met()))
+    seeds = [how["seed"] for _, how in checks.asked]
+    assert seeds == [shared_seed("s", tokens) for tokens in (1, 2, 3)]
+    assert {how["rank"] for _, how in checks.asked} == {1}
+    checks.asked.clear()
+    verifying._run(question(met(collective=False), meets=False))
+    assert {(how["seed"], how["rank"]) for _, how in checks.asked} == {(outcomes.seed_of("k"), None)}
+
+
+def test_questions_are_one_where_an_answer_is_enough() -> None:
+    def asked(**changes: Any) -> _Question:
+        return question(SimpleNamespace(**{**vars(met()), "rule": "rule", **changes}))
+
+    own = asked()
+    assert own.identity == asked().identity
+    others = [
+        asked(provider="q"), asked(values={"group_name": "h"}), asked(rule="r"), replace(own, key="l"),
+        replace(own, meets=False),
+    ]  # fmt: skip
+    assert replace(own, meets=False).identity == replace(asked(values={"group_name": "h"}), meets=False).identity
+    assert len({own.identity, *(each.identity for each in others)}) == 1 + len(others)
+
+
+def test_kernels_are_compiled_ahead_on_gpus_and_their_faults_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    ahead: list[tuple[str, int]] = []
+
+    def compiling(name: str) -> Any:
+        def compile_ahead(calls: Sequence[Any]) -> None:
+            ahead.append((name, len(calls)))
+            raise AttemptError("slow")
+
+        return SimpleNamespace(name=name, compile_ahead=compile_ahead)
+
+    def asked(name: str, device: torch.device, count: int, *, meets: bool = False) -> Any:
+        cases = [SimpleNamespace(device=device)] * count
+        return SimpleNamespace(match=SimpleNamespace(provider=name, rule=None), cases=cases, meets=meets)
+
+    monkeypatch.setattr(verifier, "attempt", lambda seconds, function, device: function())
+    providers = [compiling("p"), compiling("q"), SimpleNamespace(name="none", compile_ahead=None)]
+    verifying = Verifier(mode="always", providers=providers, deadline_s=1.0)
+    verifying._compile_ahead([
+        asked("p", cuda, 2), asked("q", cuda, 1), asked("p", cpu, 4), asked("p", cuda, 3, meets=True),
+        asked("none", cuda, 1), asked("p", cuda, 1),
+    ])  # fmt: skip
+    assert ahead == [("p", 3), ("q", 1)]
+
+
+def test_a_region_is_what_computes_the_results() -> None:
+    canonical = graph_of(dynamic=False)
+    match = match_at(canonical, 1, "p")
+    found = Region.of(canonical, match)
+    assert found is not None
+    original = {each: canonical.origin[each] for each in canonical.graph.nodes}
+    assert found.names == {original[match.values[name]]: name for name in ("x", "residual", "weight")}
+    relu, total = match.outputs
+    assert relu is not None
+    assert total is not None
+    assert found.outputs == (original[relu], original[total])
+    assert found.nodes == tuple(sorted(original[each] for each in match.consumed))
+    assert found.shaped == match.outputs
+    x, residual = torch.randn(5, HIDDEN).bfloat16(), torch.randn(5, HIDDEN).bfloat16()
+    values = found.evaluate({"x": x, "residual": residual, "weight": WEIGHT}, {})
+    expected = add_norm_relu.reference(x, residual, WEIGHT, 1e-6, "llama")
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))  # type: ignore[arg-type]
+
+
+def test_a_dead_result_is_none() -> None:
+    canonical = graph_of(dynamic=False)
+    match = match_at(canonical, 0, "p")
+    found = Region.of(canonical, match.but(outputs=(match.outputs[0], None)))
+    assert found is not None
+    assert found.outputs == (canonical.origin[match.outputs[0]], None)  # type: ignore[index]
+    values = found.evaluate({"x": X, "residual": X, "weight": WEIGHT}, {})
+    assert values[1] is None
+    assert Region.of(canonical, match.but(outputs=(None, None))) is None
+
+
+def test_where_there_is_no_region() -> None:
+    canonical = graph_of(dynamic=False)
+    match = match_at(canonical, 1, "p")
+    x, weight = match.values["x"], match.values["weight"]
+    moved = canonical.insert_before(match.consumed[0], aten.abs.default, (x,), x.meta["val"])
+    assert Region.of(canonical, match.but(values={**match.values, "x": moved})) is None
+    # A constant of fuseplan's own stands for nothing of the graph.
+    ones = canonical.constant(1.0, (HIDDEN,), like=weight.meta["val"])
+    found = Region.of(canonical, match.but(values={**match.values, "other": ones}))
+    assert found is not None
+    assert "other" not in found.names.values()
+    # The weight is no input then, and no node computes it.
+    assert Region.of(canonical, match.but(values={k: v for k, v in match.values.items() if k != "weight"})) is None
+    # Results that are the inputs have no nodes between.
+    assert Region.of(canonical, match.but(outputs=(x, None), values={"x": x})) is None
+
+
+@pytest.mark.parametrize(("count", "is_there"), [(1, True), (128, True), (129, False)])
+def test_a_region_is_not_too_large(count: int, is_there: bool) -> None:
+    graph = fx.Graph()
+    x = last = graph.placeholder("x")
+    for _ in range(count):
+        last = graph.call_function(aten.relu.default, (last,))
+    graph.output((last,))
+    canonical = CanonicalGraph.copy_of(graph)
+    copies = {original: copy for copy, original in canonical.origin.items()}
+    match: Any = SimpleNamespace(values={"x": copies[x]}, outputs=(copies[last],))
+    found = Region.of(canonical, match)
+    assert (found is not None) is is_there
+    assert found is None or len(found.nodes) == count
+
+
+def test_no_rank_runs_a_collective_of_an_engine_or_a_higher_order_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    canonical = graph_of(dynamic=False)
+    match = match_at(canonical, 0, "p")
+    monkeypatch.setattr(region, "ENGINE_COLLECTIVES", frozenset({"aten::relu"}))
+    assert Region.of(canonical, match) is None
+    monkeypatch.setattr(region, "ENGINE_COLLECTIVES", frozenset())
+    assert Region.of(canonical, match) is not None
+    (first, _) = canonical.original.find_nodes(op="call_function", target=aten.relu.default)
+    first.target = torch.ops.higher_order.cond
+    assert Region.of(canonical, match) is None
+
+
+def test_sizes_are_no_part_of_a_region() -> None:
+    graph = fx.Graph()
+    size, x = graph.placeholder("size"), graph.placeholder("x")
+    size.meta["val"], x.meta["val"] = 5, torch.zeros(5, 8)
+    expanded = graph.call_function(aten.view.default, (x, [size, 8]))
+    result = graph.call_function(aten.relu.default, (expanded,))
+    for node in (expanded, result):
+        node.meta["val"] = x.meta["val"]
+    graph.output((result,))
+    canonical = CanonicalGraph.copy_of(graph)
+    copies = {original: copy for copy, original in canonical.origin.items()}
+    match: Any = SimpleNamespace(values={"x": copies[x]}, outputs=(copies[result],))
+    found = Region.of(canonical, match)
+    assert found is not None
+    assert found.nodes == (expanded, result)
+    size.meta["val"] = "no size"
+    assert Region.of(canonical, match) is None
+    size.meta["val"] = torch.zeros(1)
+    assert Region.of(canonical, match) is None
+
+
+def test_a_result_may_be_a_reshape_in_the_graph() -> None:
+    def function(x: Any, residual: Any, weight: Any) -> Any:
+        y = aten.relu.default(x)
+        return aten.view.default(y, [-1]), aten.sin.default(y), aten.view.default(y, [HIDDEN, -1])
+
+    canonical = graph_of(function, dynamic=False)
+    (relu,) = canonical.calls(aten.relu.default)
+    x = relu.args[0]
+    match: Any = SimpleNamespace(values={"x": x}, outputs=(relu,))
+    own, flat = canonical.origin[relu], canonical.original.find_nodes(op="call_function", target=aten.view.default)[0]
+    found = Region.of(canonical, match)
+    assert found is not None
+    assert found.outputs == (own,)
+    del canonical.origin[relu]
+    found = Region.of(canonical, match)
+    assert found is not None
+    assert found.outputs == (flat,)
+    (value,) = found.evaluate({"x": torch.ones_like(X)}, {})
+    assert value is not None
+    assert torch.equal(value, torch.ones_like(X)), "in the shape of the result"
+    for view in canonical.calls(aten.view.default):
+        del canonical.origin[view]
+    assert Region.of(canonical, match) is None, "a sine is no reshape"
+
+
+def test_values_that_are_no_tensors_have_no_shape() -> None:
+    result = graph_of(dynamic=False).calls(aten.relu.default)[0]
+    flat: Tensor = torch.zeros(5 * HIDDEN)
+    assert region._shaped(flat, result, {}).shape == (5, HIDDEN)
+    assert region._shaped(flat, None, {}) is flat
+    assert region._shaped(7, result, {}) == 7
+    del result.meta["val"]
+    assert region._shaped(flat, result, {}) is flat
+
+
+def test_what_a_match_sees_through_views_is_turned_back() -> None:
+    """Of a variable that is a view of what the graph reads, which the graph itself may read as it is."""
+
+    def function(x: Any, residual: Any, weight: Any) -> Any:
+        return aten.mul.Tensor(aten.relu.default(x), 2.0)
+
+    canonical = graph_of(function, dynamic=False)
+    (relu,), (result,) = canonical.calls(aten.relu.default), canonical.calls(aten.mul.Tensor)
+    x = relu.args[0]
+    cube = torch.arange(5 * HIDDEN).reshape(1, HIDDEN, 5).to(torch.bfloat16)
+    shaped = canonical.insert_before(relu, aten.reshape.default, (x, [5, 1, HIDDEN]), X.reshape(5, 1, HIDDEN))
+    turned = canonical.insert_before(relu, aten.permute.default, (shaped, [1, 2, 0]), cube)
+    match: Any = SimpleNamespace(values={"y": turned, "eps": 1.0}, outputs=(result,))
+    found = Region.of(canonical, match)
+    assert found is not None
+    assert found.names == {canonical.origin[x]: "y"}
+    assert found.views == {"y": (turned, shaped)}
+    (value,) = found.evaluate({"y": cube, "eps": 1.0}, {})
+    assert value is not None
+    assert torch.equal(value, cube.permute(2, 0, 1).reshape(5, HIDDEN) * 2)
+    match.values = {"y": relu}
+    found = Region.of(canonical, match)
+    assert found is not None
+    assert (found.views, [str(node.target) for node in found.nodes]) == ({"y": ()}, ["aten.mul.Tensor"])
+    del canonical.origin[x]
+    match.values = {"y": turned}
+    assert Region.of(canonical, match) is None
+
+
+def test_a_higher_order_op_is_run_where_what_it_calls_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    canonical = graph_of(dynamic=False)
+    match = match_at(canonical, 0, "p")
+    (first, _) = canonical.original.find_nodes(op="call_function", target=aten.relu.default)
+    first.target, args = torch.ops.higher_order.auto_functionalized, first.args
+    for op, evaluated, is_there in (
+        (aten.relu.default, {"aten::relu"}, True), (aten.relu.default, {"aten::tanh"}, False),
+        (aten.tanh.default, {"aten::relu"}, False),
+    ):  # fmt: skip
+        first.args = (op, *args)
+        monkeypatch.setattr(region, "EVALUATED", frozenset(evaluated))
+        assert (Region.of(canonical, match) is not None) is is_there
