@@ -144,6 +144,16 @@ def test_what_is_kept_comes_back(graph: fx.Graph, monkeypatch: pytest.MonkeyPatc
     assert together._arguments(dtypes) == {"dtype": torch.float8_e4m3fn, "right": 8, "eps": 1e-6, "nothing": None}
 
 
+@pytest.mark.parametrize(("fill", "kept"), [(1, 1.0), (0.25, 0.25), (float("inf"), None), (None, None)])
+def test_constants_stay_constants(fill: float | None, kept: float | None) -> None:
+    weight = TensorSpec(
+        dtype=torch.bfloat16, shape=(8,), stride=(1,), misalignment=0, device=torch.device("cpu"), fill=fill
+    )
+    case = PendingCase(tokens=1, arguments=together._kept({"weight": weight}))
+    again = from_json(PendingCase, json.loads(json.dumps(to_json(case))))
+    assert together._arguments(again.arguments) == {"weight": dataclasses.replace(weight, fill=kept)}
+
+
 @pytest.mark.usefixtures("others")
 def test_ranks_agree_on_what_they_verify_whatever_they_call_it(graph: fx.Graph) -> None:
     def digest(pending: Pending) -> str:

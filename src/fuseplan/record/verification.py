@@ -62,6 +62,7 @@ class Argument:
         misalignment: bytes from a multiple of the widest load to a tensor's first element.
         device: where a tensor lies.
         same_as: an earlier argument that is the very same tensor, if any.
+        fill: what all elements of a tensor are, of a constant; None: they are drawn.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Argument:
     misalignment: int = 0
     device: str | None = None
     same_as: str | None = None
+    fill: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

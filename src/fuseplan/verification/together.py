@@ -1,6 +1,7 @@
 """Collective kernels, verified by all ranks together: none enters one before all are about to."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -176,6 +177,7 @@ def _argument(name: str, value: Any) -> Argument:
         return Argument(
             name=name, dtype=dtype_text(value.dtype), shape=value.shape, stride=value.stride,
             misalignment=value.misalignment, device=str(value.device), same_as=value.same_as,
+            fill=None if value.fill is None or not math.isfinite(value.fill) else float(value.fill),
         )  # fmt: skip
     if isinstance(value, torch.dtype):
         return Argument(name=name, dtype=dtype_text(value))
@@ -196,5 +198,5 @@ def _value(argument: Argument) -> Any:
     assert argument.device is not None
     return TensorSpec(
         dtype=dtype, shape=argument.shape, stride=argument.stride, misalignment=argument.misalignment,
-        device=torch.device(argument.device), same_as=argument.same_as,
+        device=torch.device(argument.device), same_as=argument.same_as, fill=argument.fill,
     )  # fmt: skip
