@@ -6,6 +6,7 @@ Imports inside functions and under TYPE_CHECKING count like any other: what a mo
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -514,3 +515,15 @@ def test_checker_reads_all(source: str, names: list[str]) -> None:
 def test_checker_finds_what_nobody_imports(source: str, names: list[str]) -> None:
     init = Module("devices/__init__.py", "from fuseplan.devices.known import PROFILES, known, local_profile\nknown()")
     assert unwanted(init, [Module("report/x.py", source)]) == names
+
+
+def test_mutation_asks_files_that_there_are() -> None:
+    root = Path(__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mutation"]
+    packages = settings["packages"].values()
+    asked = [test for each in packages for test in each["tests"]]
+    asked += [test for tests in settings["imported"].values() for test in tests]
+    asked += [test.partition("::")[0] for test in settings["deselected"]]
+    changed = [path for each in packages for path in each["paths"]] + [*settings["imported"], *settings["without"]]
+    assert [test for test in asked if not (root / test).exists()] == []
+    assert [path for path in changed if not (root / "src/fuseplan" / path).exists()] == []
