@@ -1,11 +1,14 @@
-"""Written graphs whose nodes come from lines and modules of a model, by which refusals can be told."""
+"""Written graphs whose nodes come from lines and modules of a model, by which refusals can be told, and a rule."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import fx
 
-from fuseplan.graph.facts import source_code
+from fuseplan.dialect import ops
+from fuseplan.graph.facts import aten, source_code
 from fuseplan.record import Refusal
+from fuseplan.rules.base import Rule
 
 
 def placed(graph: fx.Graph, modules: Mapping[str, str] | None = None) -> fx.Graph:
@@ -28,3 +31,13 @@ def line_of(graph: fx.Graph, name: str) -> str:
 def blamed(refusal: Refusal) -> str | None:
     """The name of the node on whose line something is refused."""
     return refusal.code
+
+
+class NormAdded(Rule):
+    """rms_norm -> + other, with what the norm yields."""
+
+    name, flags, op, core = "norm_added", (), ops.rms_norm_pad, ops.rms_norm
+
+    def pattern(self, x: Any, weight: Any, other: Any, eps: Any, rounding: Any) -> Any:
+        y = ops.rms_norm(x, weight, eps, rounding)
+        return aten.add.Tensor(y, other), y

@@ -18,7 +18,7 @@ from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import randn, written
-from tests.matching.placed import placed
+from tests.matching.placed import NormAdded, placed
 
 aten = torch.ops.aten
 RULES = by_name(BUILT_IN_RULES)
@@ -412,16 +412,6 @@ def test_one_without_a_core_says_nothing_of_what_others_match_or_nearly_do() -> 
 
 
 # Where all ops are there.
-
-
-class NormAdded(Rule):
-    """rms_norm -> + other, with what the norm yields."""
-
-    name, flags, op, core = "norm_added", (), ops.rms_norm_pad, ops.rms_norm
-
-    def pattern(self, x: Any, weight: Any, other: Any, eps: Any, rounding: Any) -> Any:
-        y = ops.rms_norm(x, weight, eps, rounding)
-        return aten.add.Tensor(y, other), y
 
 
 class TwiceTheSame(Rule):

@@ -20,7 +20,7 @@ from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import llama, quickly_canonical, randn, written
-from tests.matching.placed import line_of, placed
+from tests.matching.placed import NormAdded, line_of, placed
 
 RULES = by_name(BUILT_IN_RULES)
 INPUTS = {"x": randn(12, 64), "r": randn(12, 64, seed=1), "w": torch.ones(64, dtype=torch.bfloat16)}
@@ -37,16 +37,6 @@ class NormTanh(Rule):
 
     def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
         return (ops.rms_norm_pad(x, weight, eps, rounding, 0),)
-
-
-class NormAdded(Rule):
-    """rms_norm -> + other, with what the norm yields."""
-
-    name, flags, op, core = "norm_added", (), ops.rms_norm_pad, ops.rms_norm
-
-    def pattern(self, x: Any, weight: Any, other: Any, eps: Any, rounding: Any) -> Any:
-        y = ops.rms_norm(x, weight, eps, rounding)
-        return aten.add.Tensor(y, other), y
 
 
 class NormAlone(NormAdded):
