@@ -31,7 +31,12 @@ SIDES = {
     "scaled": "the same with linear layers in fp8 (fuse_scaled_linear), in such a compile range",
     "without": "the same without linear layers, which have a compile range of their own, of up to 32 tokens",
 }
-PLUGGED = ("fuseplan", "without", "scaled")
+PLUGGED: dict[str, dict[str, bool]] = {
+    "fuseplan": {},
+    "scaled": {"fuse_scaled_linear": True},
+    "without": {"fuse_merged_linear": False, "fuse_skinny_linear": False},
+}
+"""What the plugin is asked for on its sides."""
 FIRST, LAST = 15, 2
 """Repeats in a turn of a call for one token: of short prompts, and of long ones."""
 PROMPTS = {"1 x 20": (1, 20), "1 x 64": (1, 64), "8 x 128": (8, 128), "32 x 1000": (32, 1000)}
@@ -169,10 +174,8 @@ def run_side(arguments: argparse.Namespace) -> None:
         "cudagraph_capture_sizes": CAPTURED,
     }
     further: dict[str, Any] = {"quantization": "fp8"} if "fp8" in model else {}
-    if side == "without":
-        further["additional_config"] = {"fuseplan": {"fuse_merged_linear": False, "fuse_skinny_linear": False}}
-    if side == "scaled":
-        further["additional_config"] = {"fuseplan": {"fuse_scaled_linear": True}}
+    if PLUGGED.get(side):
+        further["additional_config"] = {"fuseplan": PLUGGED[side]}
     engine = vllm.LLM(
         model=str(path), load_format="dummy", skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=32,
         max_num_batched_tokens=8192, gpu_memory_utilization=0.3, kv_cache_memory_bytes=8 << 30,
