@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,6 +182,27 @@ def test_code_is_compiled_ahead_once_and_none_is_launched(monkeypatch: pytest.Mo
         ((code,),) = [cache[0].values() for cache in kernel.device_caches.values()]
         assert "ptx" in code.asm
         kernel.device_caches.clear()
+
+
+def test_code_is_loaded_that_is_handed_over_as_a_future() -> None:
+    loaded: list[str] = []
+
+    class Code:
+        @property
+        def run(self) -> None:
+            loaded.append("now")
+
+    class Future(triton.FutureKernel):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:  # that of Triton 3.6 has none
+            raise AttributeError(name)
+
+    handed = futures.Future[Code]()
+    handed.set_result(Code())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_of", contextlib.nullcontext)
+        for code in (Code(), Future(lambda kernel: None, handed)):
+            replay._load(code, torch.empty(1))
+    assert len(loaded) == 2
 
 
 def test_what_will_be_verified_is_compiled_ahead() -> None:

@@ -102,12 +102,12 @@ class Trial:
     def run(self, region: Region | None = None, free: Collection[int] = ()) -> Finding:
         """Runs the kernel, and what the match stands for in the graph, if it is of one."""
         rule, inputs, expected = self.rule, self.inputs, self.expected
-        with torch.no_grad(), _meeting(self.rank):
-            watch = _Watched(rule.op, rule.op.kernel(self.provider), self.guarded)
+        watch = _Watched(rule.op, rule.op.kernel(self.provider), self.guarded)
+        with torch.no_grad():  # and no mode while results are compared, which is thousands of ops
             for device in {each.device for each in expected}:
                 poison_allocator(device, max(each.nbytes for each in expected))
             try:
-                with Poisoned():
+                with _meeting(self.rank), Poisoned():
                     actual = fused(rule, inputs, watch)
             except _MisbehavedError as error:
                 return Finding(wrong=str(error))
@@ -116,7 +116,8 @@ class Trial:
                 return Finding(wrong=wrong)
             finding = self._compared(actual, "")
             if finding.wrong is None and region is not None:
-                unraised = region.evaluate(inputs, self.case.symbols)
+                with _meeting(self.rank):
+                    unraised = region.evaluate(inputs, self.case.symbols)
                 wrong = self._compared(unraised, READ_WRONG).wrong
                 wrong = wrong or misplaced(actual, unraised, inputs, free)
                 return replace(finding, wrong=wrong)

@@ -46,7 +46,7 @@ def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float, *, 
         return Deviation(share=0.0, text="no elements")
     width = actual.shape[-1] if actual.dim() else 1
     flat = [each.reshape(-1, width) for each in (actual, reference, exact)]
-    step = max(1, BLOCK // width)
+    step = max(1, (BLOCK_ON_GPU if actual.is_cuda else BLOCK) // width)
     parts = zip(*(each.split(step) for each in flat), strict=True)
     blocks = [_block(got, wanted, true, factor, is_packed) for got, wanted, true in parts]
     worst = max(range(len(blocks)), key=lambda index: blocks[index].share)
@@ -69,6 +69,8 @@ be exact by luck, in a row of few elements, and counts as half a unit off.
 """
 BLOCK = 2**17
 """Elements that are looked at together: few enough for a processor's cache to hold all that is computed of them."""
+BLOCK_ON_GPU = 2**23
+"""There each of some hundred steps costs a launch, and 64 MB in float64."""
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,16 @@ def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
 def _load(code: Any, tensor: Tensor) -> None:
     """Loads machine code on a tensor's device, and makes the launcher of its signature, for which Triton 3.6 runs a C
     compiler.
+
+    Args:
+        code: of `warmup`, which yields a future while kernels are compiled several at a time.
+        tensor: one of the kernel's arguments.
     """
+    from triton import FutureKernel
+
     with contextlib.suppress(Exception), torch.cuda.device_of(tensor):
-        code.run  # noqa: B018 - a property that does it all
+        kernel = code.result() if isinstance(code, FutureKernel) else code  # in Triton 3.6 it can't do more
+        kernel.run  # noqa: B018 - a property that does it all
 
 
 def scratch(value: Tensor) -> Tensor:
