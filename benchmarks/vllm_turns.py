@@ -28,13 +28,11 @@ SIDES = {
     "stock": "vLLM's own fusions off",
     "flags": "those of its own on that the model has sites for",
     "fuseplan": "the plugin, vLLM's own fusions off",
-    "scaled": "the same with linear layers in fp8 (fuse_scaled_linear), in such a compile range",
     "without": "the same without linear layers, which have a compile range of their own, of up to 32 tokens",
 }
 PLUGGED: dict[str, dict[str, bool]] = {
     "fuseplan": {},
-    "scaled": {"fuse_scaled_linear": True},
-    "without": {"fuse_merged_linear": False, "fuse_skinny_linear": False},
+    "without": {"fuse_merged_linear": False, "fuse_skinny_linear": False, "fuse_scaled_linear": False},
 }
 """What the plugin is asked for on its sides."""
 FIRST, LAST = 15, 2

@@ -10,7 +10,6 @@ from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 import fuseplan
-from fuseplan.config import CompileRange
 from fuseplan.integrations.vllm import plugin
 from fuseplan.integrations.vllm.passes import manager_for
 from fuseplan.integrations.vllm.plugin import HOOK, KEY, asked_for
@@ -61,20 +60,6 @@ def test_asked_for_by_name(configure: Configure, lines: list[logging.LogRecord])
 def test_what_was_slower_in_vllm_is_on_where_it_is_named(settings: dict[str, Any], is_on: bool) -> None:
     manager = manager_for(fuseplan.PassConfig(**settings), None, lambda report: None)
     assert ("qk_norm_rope" in manager.rules) is is_on
-
-
-@pytest.mark.parametrize(
-    ("settings", "names"),
-    [
-        ({}, set()),
-        ({"fuse_scaled_linear": True}, {"merged_scaled_linear", "skinny_scaled_linear"}),
-        ({"policy": "ordered(skinny_scaled_linear)"}, {"skinny_scaled_linear"}),
-    ],
-)
-def test_layers_in_fp8_are_fused_where_that_is_asked_for(settings: dict[str, Any], names: set[str]) -> None:
-    few = CompileRange(start=1, end=32)
-    manager = manager_for(fuseplan.PassConfig(**settings), few, lambda report: None)
-    assert {rule.name for rule in manager.enabled.every if "scaled_linear" in rule.name} == names
 
 
 def test_every_setting_is_a_part_of_the_key(configure: Configure) -> None:
@@ -176,9 +161,12 @@ def test_a_configuration_is_adopted_once(configure: Configure, lines: list[loggi
     [
         ({}, "NVIDIA H200", None, [32, 8192]),
         ({}, "NVIDIA H100 80GB HBM3", "mxfp4", [32, 8192]),
-        ({}, "NVIDIA H200", "fp8", [8192]),
-        ({"fuse_merged_linear": True}, "NVIDIA H200", "fp8", [8192]),
-        ({"fuse_scaled_linear": True}, "NVIDIA H200", "fp8", [32, 8192]),
+        ({}, "NVIDIA H200", "fp8", [32, 8192]),
+        ({}, "NVIDIA H200", "awq", [8192]),
+        ({"fuse_merged_linear": True}, "NVIDIA H200", "awq", [8192]),
+        ({"fuse_scaled_linear": True}, "NVIDIA H200", "awq", [32, 8192]),
+        ({"fuse_merged_linear": False, "fuse_skinny_linear": False}, "NVIDIA H200", "fp8", [32, 8192]),
+        ({}, "NVIDIA A100-SXM4-80GB", "fp8", [8192]),
         ({"fuse_scaled_linear": False}, "NVIDIA H200", "fp8", [8192]),
         ({}, "NVIDIA A100-SXM4-80GB", None, [8192]),
         ({"fuse_skinny_linear": True}, "NVIDIA A100-SXM4-80GB", None, [32, 8192]),
@@ -204,6 +192,31 @@ def test_linear_layers_of_few_tokens_get_a_compile_range(
     assert (compilation.compute_hash() != before) is (len(ends) == 2), "vLLM's own cache key has its ranges"
     (record,) = lines
     assert ("a compile range that ends at 32 tokens for linear layers" in record.getMessage()) is (len(ends) == 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "is_so"),
+    [
+        ("fp8", {}, True),
+        ("fp8_per_channel", {}, True),
+        ("fp8", {"activation_scheme": "dynamic"}, True),
+        ("fp8", {"activation_scheme": "static"}, False),
+        ("fp8", {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, False),
+        ("fp8_per_block", {}, False),
+        ("compressed-tensors", {}, False),
+        ("compressed-tensors", {"config_groups": {"group_0": {"input_activations": None}}}, False),
+        *(
+            ("compressed-tensors", {"config_groups": {"group_0": {"input_activations": scheme}}}, is_so)
+            for scheme, is_so in [
+                ({"type": "float", "num_bits": 8, "strategy": "token"}, True),
+                ({"type": "float", "num_bits": 8, "strategy": "tensor"}, False),
+                ({"type": "int", "num_bits": 8, "strategy": "token"}, False),
+            ]
+        ),
+    ],
+)
+def test_layers_in_fp8_are_known_by_their_checkpoint(method: str, given: dict[str, Any], is_so: bool) -> None:
+    assert plugin._quantises_rows(method, given) is is_so
 
 
 @pytest.mark.parametrize(("ends", "after"), [([16], [16]), ([32], [32]), ([16, 2048], [16, 32, 2048]), (None, None)])

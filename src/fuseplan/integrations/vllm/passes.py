@@ -12,7 +12,6 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS
 from fuseplan.record import Report
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
-from fuseplan.rules.families.scaled_linear import ScaledLinears
 
 
 def manager_for(
@@ -39,18 +38,11 @@ run: Inductor's own code for these norms is hard to beat there, and the model of
 
 
 def _rules(config: PassConfig) -> Sequence[Rule]:
-    """All rules; that one, and those for layers in fp8, which weren't timed beside vLLM's own kernels, only where they
-    are asked for.
-    """
+    """All rules, but that one only where it is asked for."""
     selected = (re.split("[@#:]", selector)[0] for selector in (*config.force, *config.forbid))
     named = {*config.chosen_policy.order, *selected}
-    named |= {SLOWER} if config.enable_qk_norm_rope_fusion else set()
-    is_asked = getattr(config, ScaledLinears.opt_in) is True
-    return [
-        rule
-        for rule in BUILT_IN_RULES
-        if rule.name in named or (rule.name != SLOWER and (is_asked or rule.opt_in != ScaledLinears.opt_in))
-    ]
+    is_asked = config.enable_qk_norm_rope_fusion is True or SLOWER in named
+    return [rule for rule in BUILT_IN_RULES if is_asked or rule.name != SLOWER]
 
 
 def process_groups() -> Mapping[object, str]:

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ LINEAR_FLAGS = "fuse_merged_linear", "fuse_skinny_linear"
 
 WITH_PLAIN_LINEARS = None, "mxfp4", "gpt_oss_mxfp4"
 """vLLM's names of quantisation under which linear layers aren't quantised: MXFP4's experts alone are."""
+
+WITH_FP8_LINEARS = "fp8", "fp8_per_tensor", "fp8_per_channel", "fbgemm_fp8"
+"""Those under which linear layers are in fp8, and inputs get a scale for each token, unless a checkpoint says else."""
 
 log = logging.getLogger("vllm.fuseplan")
 """Below vLLM's own logger, so that it is formatted and filtered as vLLM's lines are."""
@@ -179,18 +182,45 @@ def _with_small_range(config: Any, chosen: PassConfig) -> str:
     Returns:
         What there is to say about it.
     """
-    compilation, model, most = config.compilation_config, config.model_config, DEFAULT_ON.most_tokens
+    compilation, most = config.compilation_config, DEFAULT_ON.most_tokens
     ends = compilation.compile_ranges_endpoints
-    flags = [getattr(chosen, flag) for flag in LINEAR_FLAGS]
+    flags = [getattr(chosen, flag) for flag in _linear_flags(config.model_config)]
     is_default = None in flags and profile_of(_device_name(), "nvidia").name in DEFAULT_ON.devices
-    is_plain = model is not None and model.quantization in WITH_PLAIN_LINEARS
-    is_wanted = is_plain and (is_default or True in flags)
-    if chosen.chosen_policy.name != "planned" or not (is_wanted or getattr(chosen, ScaledLinears.opt_in)):
+    is_wanted = is_default or True in (*flags, getattr(chosen, ScaledLinears.opt_in))
+    if chosen.chosen_policy.name != "planned" or not is_wanted:
         return ""
     if not _splits(compilation) or not ends or ends[-1] <= most:
         return ""
     compilation.compile_ranges_endpoints = sorted({*ends, most})
     return f", and a compile range that ends at {most} tokens for linear layers"
+
+
+def _linear_flags(model: Any) -> Sequence[str]:
+    """Flags of the rules for a model's linear layers, by what vLLM says of its quantisation."""
+    if model is None:
+        return ()
+    if model.quantization in WITH_PLAIN_LINEARS:
+        return LINEAR_FLAGS
+    given = getattr(model.hf_config, "quantization_config", None)
+    is_ours = _quantises_rows(model.quantization, given if isinstance(given, Mapping) else {})
+    return (ScaledLinears.opt_in,) if is_ours else ()
+
+
+def _quantises_rows(method: str, given: Mapping[str, Any]) -> bool:
+    """Whether linear layers are in fp8, and their inputs get a scale for each token as they come.
+
+    Args:
+        method: vLLM's name of the quantisation.
+        given: what the checkpoint says of it; empty where vLLM quantises the weights.
+    """
+    if method in WITH_FP8_LINEARS:
+        return given.get("activation_scheme", "dynamic") == "dynamic" and not given.get("weight_block_size")
+    if method != "compressed-tensors":
+        return False
+    inputs = [each.get("input_activations") or {} for each in (given.get("config_groups") or {}).values()]
+    return any(
+        [each.get(name) for name in ("type", "num_bits", "strategy")] == ["float", 8, "token"] for each in inputs
+    )
 
 
 def _device_name() -> str:
