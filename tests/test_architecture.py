@@ -55,7 +55,7 @@ INSIDE = {
     "caching": _rows("__init__ content", "fingerprint", "store"),
     "compatibility": _rows("private", "check", "__init__", "fallback"),
     "compilation": _rows(
-        "__init__ analysis debug dispatch first_run home hook regions theirs", "chosen floats", "manager"
+        "__init__ analysis debug dispatch first_run home hook regions theirs", "chosen floats whole_graph", "manager"
     ),
     "explanation": _rows("__init__ capture drawing estimate", "explanation", "comparison"),
     "graph": _rows("__init__ facts legality ops", "sizes", "layout reach regions sharing surgery", "canonical"),

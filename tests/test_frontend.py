@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.compilation.dispatch import tokens_of
 from fuseplan.devices import default_profile
-from fuseplan.errors import CompatibilityError, ConfigError, UnsupportedError, WorkloadError
+from fuseplan.errors import CompatibilityError, ConfigError, WorkloadError
 from fuseplan.record import Reason
 from tests.forks import Forks, Request
 from tests.helpers import HIDDEN, randn
@@ -170,16 +170,6 @@ def test_case_10_a_flag_without_effect_is_one_visible_warning() -> None:
 def test_explain_refuses_passes_by_name() -> None:
     with pytest.raises(fuseplan.FuseplanError, match=r"^explain takes no passes=; fuseplan\.compile"):
         fuseplan.explain(Block(), randn(5, HIDDEN), passes=[object()])
-
-
-def test_aot_inductor_is_refused_by_name() -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        program = torch.export.export(Block(), (randn(5, HIDDEN),))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export's own
-            with pytest.raises(Exception, match="AOTInductor is not supported") as raised:
-                torch._inductor.aoti_compile_and_package(program, inductor_configs=fuseplan.inductor_options(PAD))
-    assert UnsupportedError.__name__ in str(raised.value)
 
 
 def test_explain_counts_what_compile_fuses() -> None:

@@ -36,7 +36,7 @@ class CompatibilityError(FuseplanError, RuntimeError):
 
 
 class UnsupportedError(FuseplanError, RuntimeError):
-    """A request that is refused by name, e.g. AOTInductor."""
+    """A request that is refused by name, e.g. collectives under AOTInductor."""
 
 
 class CollectiveError(FuseplanError, RuntimeError):

@@ -49,7 +49,9 @@ def inductor_options(
     rules: Sequence[Rule] = (),
     providers: Sequence[Provider] = (),
 ) -> dict[str, Any]:
-    """Options for `torch.compile(model, options=...)` that put fuseplan into Inductor's custom-pass hook.
+    """Options for `torch.compile(model, options=...)`, or `inductor_configs=` of AOTInductor's
+    `aoti_compile_and_package`, that put fuseplan into Inductor's custom-pass hook. A `FuseplanWarning` says what has no
+    effect, and which packages need fuseplan where they are loaded.
 
     One plan serves every number of tokens that the graph may see; `fuseplan.compile` makes one for each compile range.
     It also lets ranks settle before a graph's first run; here a kernel that they would have to verify together is
@@ -78,7 +80,8 @@ def inductor_options(
     ranges = config.compile_ranges
     whole = CompileRange(start=ranges[0].start, end=ranges[-1].end) if ranges else None
     further = _Further(passes, instances("rules", rules, Rule), instances("providers", providers, Provider))
-    return _options(config, whole, called("on_report", on_report, optional=True), mapping("options", options), further)
+    warner = store.Warner(called("on_report", on_report, optional=True))
+    return _options(config, whole, warner, mapping("options", options), further)
 
 
 class _Further(NamedTuple):
@@ -213,11 +216,8 @@ def _merge_mode(mode: str | None, options: Mapping[str, Any], dynamic: bool | No
 def _warn_if_nothing_compiles(arguments: Mapping[str, Any]) -> None:
     if arguments.get("disable") or torch._dynamo.config.disable:
         why = "disable=True" if arguments.get("disable") else "torch._dynamo.config.disable (TORCHDYNAMO_DISABLE)"
-        warnings.warn(
-            f"fuseplan has no effect: torch.compile is switched off by {why}, so no graph reaches it",
-            FuseplanWarning,
-            stacklevel=3,
-        )
+        text = f"fuseplan has no effect: torch.compile is switched off by {why}, so no graph reaches it"
+        warnings.warn(text, FuseplanWarning, stacklevel=3)
 
 
 def _has_peers() -> bool:

@@ -1,23 +1,18 @@
 """The analysis of a graph before anything is chosen, and the record of what was chosen."""
 
 import time
-import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import fx
-from torch._inductor.virtualized import V
 
-from fuseplan.config import Environment, PassConfig, Policy
+from fuseplan.config import PassConfig, Policy
 from fuseplan.cpython import uncollected
-from fuseplan.errors import UnsupportedError
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.graph.facts import is_training, tensor_of
+from fuseplan.graph.facts import tensor_of
 from fuseplan.graph.regions import regions_of
 from fuseplan.matching import ExternalMatch, ExternalMatches, Match, Matches
 from fuseplan.planner import Decision, Problem, fusion_record, ineffective_requests, not_sure, plan_record, undecided
@@ -38,7 +33,6 @@ from fuseplan.record import (
 from fuseplan.record.near_miss import is_of_a_place
 from fuseplan.record.plan import choice_digest
 from fuseplan.record.report import again
-from fuseplan.record.text import one_line
 from fuseplan.rules import Rule
 from fuseplan.verification.verifier import UNVERIFIED
 
@@ -318,42 +312,6 @@ def assumed_constants(hardware: Hardware) -> list[Refusal]:
     return [Refusal(reason=Reason.UNPRICED, detail=detail, mend=mend)]
 
 
-def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
-    """Why a graph is left unfused as a whole, or None.
-
-    Raises:
-        UnsupportedError: the graph is compiled by AOTInductor.
-    """
-    if not environment.enabled:
-        return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
-    if is_training(graph):
-        return Refusal(
-            reason=Reason.TRAINING,
-            detail="the graph has a backward and is left unfused; fuseplan is for inference",
-            mend="run the model under torch.inference_mode() or torch.no_grad()",
-        )
-    if V.aot_compilation:
-        raise UnsupportedError(
-            "AOTInductor is not supported: fused ops are Python ops, which its packages can't carry; "
-            "leave fuseplan's options out, or use torch.compile"
-        )
-    return None
-
-
-def fault(error: Exception) -> Refusal:
-    """Why a graph is left as Inductor made it: an unexpected error, and where it comes from: of torch's own functions,
-    who called them.
-    """
-    frames, torchs = traceback.extract_tb(error.__traceback__), Path(torch.__file__).parent
-    frame = next((each for each in reversed(frames) if torchs not in Path(each.filename).parents), frames[-1])
-    where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
-    return Refusal(
-        reason=Reason.FAULT,
-        detail=f"the graph is left unfused, since {where} raises {type(error).__name__}: {one_line(error)}",
-        mend="if that is your own code, fix it; otherwise report it with the files that FUSEPLAN_DEBUG_DIR writes",
-    )
-
-
 def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:
     nearness = Nearness.REFUSED if reason is Reason.CYCLE else None
     return Refusal(
@@ -371,7 +329,7 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
         rules: that were on.
         graphs: one record each.
     """
-    warned_of = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT)
+    warned_of = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT, Reason.PACKAGE)
     whole = (r for graph in graphs for r in graph.refusals if r.reason in warned_of and not is_of_a_place(r))
     warnings = dict.fromkeys(whole)
     return Report(

@@ -19,11 +19,12 @@ from fuseplan.caching.fingerprint import (
     provider_content,
     rule_content,
 )
-from fuseplan.compilation.analysis import Analysis, Regions, fault, graph_report, hands_off, report_of, stage
+from fuseplan.compilation.analysis import Analysis, Regions, graph_report, report_of, stage
 from fuseplan.compilation.chosen import apply_chosen
 from fuseplan.compilation.debug import DebugDump
 from fuseplan.compilation.home import is_beside_a_gpu, parts_for_the_cpu
 from fuseplan.compilation.theirs import Theirs, run_theirs
+from fuseplan.compilation.whole_graph import fault, hands_off, lost_in_package, needed_by_package
 from fuseplan.config import FUSION_FLAGS, CompileRange, Environment, PassConfig, Policy
 from fuseplan.cpython import uncollected
 from fuseplan.dialect.raising import canonicalize
@@ -152,7 +153,7 @@ class PostGradPassManager(Keyed):
         raises an unexpected error, which is reported.
 
         Raises:
-            FuseplanError: the request can't be served: AOTInductor, a saved plan of another graph, contradictory force.
+            FuseplanError: the request can't be served, e.g. collectives under AOTInductor, or contradictory force.
         """
         for graph_pass in self.previous:
             run_pass(graph_pass, graph)
@@ -213,6 +214,7 @@ class PostGradPassManager(Keyed):
                 unapplied += failed
         if decision.selected:
             dump.graph("3-after", graph)
+            unapplied += needed_by_package(analysis.problem, decision)
         report = self.report(
             name, replace(analysis, stages_ns=stages), decision, rewritten=bool(decision.selected), further=unapplied,
             verified=verified,
@@ -316,6 +318,7 @@ class PostGradPassManager(Keyed):
         """
         span, outcomes = self._span_of(Rows.of(analysis.canonical.graph)), dict[Verification, None]()
         stages = dict(analysis.stages_ns)
+        analysis = replace(analysis, problem=analysis.problem.without(lost_in_package(analysis)))
         while True:
             problem = analysis.problem
             with stage(stages, "choosing"):

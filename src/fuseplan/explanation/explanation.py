@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from fuseplan.compilation.analysis import Analysis, Regions, hands_off, report_of, stage
+from fuseplan.compilation.analysis import Analysis, Regions, report_of, stage
 from fuseplan.compilation.manager import PostGradPassManager
+from fuseplan.compilation.whole_graph import hands_off
 from fuseplan.config import CompileRange, PassConfig, Policy
 from fuseplan.explanation.capture import Capture
 from fuseplan.explanation.drawing import draw

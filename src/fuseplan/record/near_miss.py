@@ -76,6 +76,7 @@ _OF_A_WHOLE = frozenset(
         Reason.FAULT,
         Reason.RANKS,
         Reason.REPEATS,
+        Reason.PACKAGE,
     }
 )
 

@@ -53,6 +53,8 @@ class Reason(StrEnum):
     """The ranks of a process group didn't agree on one plan."""
     REPEATS = "repeats"
     """Data decides how often a step runs it, so it is counted once."""
+    PACKAGE = "package"
+    """What AOTInductor writes calls fuseplan, which has to be there where it is loaded."""
 
 
 class Nearness(StrEnum):

@@ -1,0 +1,93 @@
+"""Why a graph is left unfused as a whole, and what one needs where it runs."""
+
+import traceback
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import fx
+from torch._inductor.virtualized import V
+from torch.torch_version import TorchVersion
+
+from fuseplan.compilation.analysis import Analysis
+from fuseplan.config import Environment
+from fuseplan.dialect import is_inlined
+from fuseplan.errors import UnsupportedError
+from fuseplan.graph.facts import groups_in, is_on_cpu, is_training
+from fuseplan.matching import ExternalMatch, Match
+from fuseplan.planner import Decision, Problem
+from fuseplan.record import Reason, Refusal
+from fuseplan.record.text import one_line
+
+
+def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
+    """Why a graph is left unfused as a whole, or None.
+
+    Raises:
+        UnsupportedError: the graph is compiled by AOTInductor, and has collectives.
+    """
+    if not environment.enabled:
+        return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
+    if is_training(graph):
+        return Refusal(
+            reason=Reason.TRAINING,
+            detail="the graph has a backward and is left unfused; fuseplan is for inference",
+            mend="run the model under torch.inference_mode() or torch.no_grad()",
+        )
+    if V.aot_compilation and (groups := groups_in(graph)):
+        raise UnsupportedError(
+            f"the graph has collectives of {', '.join(groups)}, and AOTInductor is supported for one process alone; "
+            "leave fuseplan's options out, or use torch.compile"
+        )
+    return None
+
+
+CALLS_OPS: Final = "2.13"
+"""The release of torch whose packages call ops as they were written, as far as that was tried, on CPUs. Those of 2.11
+hand them other dtypes (bfloat16 becomes quint8), and one with Triton's ops crashed on a GPU when it was loaded.
+"""
+
+
+def lost_in_package(analysis: Analysis) -> dict[int, str]:
+    """The candidates whose ops a package of AOTInductor can't be trusted to call, and why they are left out."""
+    if not V.aot_compilation:
+        return {}
+    if not is_on_cpu(analysis.canonical.graph):
+        where = "on a GPU"
+    elif TorchVersion(torch.__version__) < CALLS_OPS:
+        where = f"before torch {CALLS_OPS}; this is {torch.__version__}"
+    else:
+        return {}
+    why = f"can't be called by AOTInductor's packages {where}"
+    return {index: why for index, each in enumerate(analysis.problem.candidates) if _is_called(each.match)}
+
+
+def _is_called(match: Match | ExternalMatch) -> bool:
+    return isinstance(match, Match) and not is_inlined(match.rule.op, match.provider)
+
+
+def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
+    """That a package of AOTInductor calls fuseplan's ops, by their names; kernels that are inlined leave none."""
+    if not V.aot_compilation:
+        return []
+    chosen = (problem.candidates[index] for index in decision.selected)
+    rules = sorted({each.rule for each in chosen if _is_called(each.match)})
+    if not rules:
+        return []
+    called = ", ".join(rules)
+    detail = f"the package calls fuseplan's ops ({called}): load it in Python, after `import fuseplan.providers`"
+    return [Refusal(reason=Reason.PACKAGE, detail=detail, mend=f"forbid={rules} makes one without them")]
+
+
+def fault(error: Exception) -> Refusal:
+    """Why a graph is left as Inductor made it: an unexpected error, and where it comes from: of torch's own functions,
+    who called them.
+    """
+    frames, torchs = traceback.extract_tb(error.__traceback__), Path(torch.__file__).parent
+    frame = next((each for each in reversed(frames) if torchs not in Path(each.filename).parents), frames[-1])
+    where = f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})"
+    return Refusal(
+        reason=Reason.FAULT,
+        detail=f"the graph is left unfused, since {where} raises {type(error).__name__}: {one_line(error)}",
+        mend="if that is your own code, fix it; otherwise report it with the files that FUSEPLAN_DEBUG_DIR writes",
+    )

@@ -1,0 +1,42 @@
+"""Packages of AOTInductor with attention by torch's kernels. Skipped without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.torch_version import TorchVersion
+
+import fuseplan
+from tests.integrations.test_aot_inductor import Attending
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def test_a_package_computes_what_the_model_does(tmp_path: Path) -> None:
+    """In a process of its own, which the package may end."""
+    if TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("a package was seen to crash when it was loaded")
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], check=False, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def main(folder: str) -> None:
+    """Compares a package's results with the model's."""
+    heads = [(3, 8, 5, 16), (3, 2, 32, 16), (3, 2, 32, 16)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in heads]
+    reports: list[fuseplan.Report] = []
+    with torch.no_grad():
+        program = torch.export.export(Attending(), tuple(inputs))
+        options = fuseplan.inductor_options(on_report=reports.append)
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=f"{folder}/model.pt2", inductor_configs=options
+        )
+        assert reports[-1].fused["grouped_attention"] == 1
+        loaded = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(loaded(*inputs), Attending()(*inputs), rtol=0.02, atol=0.02)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
