@@ -191,6 +191,13 @@ def linear(packing: Packing, budget: int = 10_000) -> tuple[int, int, int] | Non
     return relaxed.bound_ns, sum(packing.savings[atom] for atom in relaxed.chosen), relaxed.nodes
 
 
+def test_a_relaxation_that_is_whole_needs_one_node() -> None:
+    packing = contract(_tangle(3, 0.0, 0))
+    assert packing is not None
+    saved = sum(packing.savings[atom] for atom in packing.alive)
+    assert linear(packing) == (saved, saved, 1)
+
+
 def test_what_a_linear_relaxation_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of all atoms of a ring of five make a bound of 25; branching on them makes it 20."""
     packing = contract(ring(5))
