@@ -173,6 +173,7 @@ def test_a_broken_record_is_ignored_with_a_line(
         hardware = prices_of(PassConfig(), NOWHERE, None).model.hardware
     (line,) = caplog.messages
     assert line.startswith("the device's measurements are ignored: device record ")
+    assert path.name in line
     assert hardware.launch.value == HARDWARE["h200"].launch.value
     with pytest.raises(ConfigError):
         DeviceRecord.load(path, "nvidia-rtx-a6000")
