@@ -89,7 +89,9 @@ def test_a_site_is_the_rotation_with_its_writes() -> None:
         tokens=BATCH * 3, q_heads=Q_HEADS, heads=K_HEADS, width=HEAD, value_width=HEAD, angles=2 * HEAD, itemsize=2,
         cache_bytes=2 * 2 * BATCH * K_HEADS * LENGTH * HEAD,
     )  # fmt: skip
+    assert [site.shape(rows).sizes.tokens for rows in (1, Q_HEADS, 2 * Q_HEADS)] == [1, 1, 2]  # type: ignore[attr-defined]
     assert site.taken([site.core, *site.core.users]) is not None
+    assert site.taken([*site.core.users]) is None
     others = [node for node in canonical.graph.nodes if node.op == "call_function"]
     assert site.taken(others) is None
 

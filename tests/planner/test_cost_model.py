@@ -103,6 +103,11 @@ def test_an_epilogue_behind_an_opaque_op_is_a_kernel(changes: dict[str, Any], ex
     assert eager == (EAGER_PAD if changes is PADDED else (expected,))
 
 
+def test_parts_of_a_nanosecond_add_up_before_they_are_rounded() -> None:
+    """3.96 ns in the cache, and 19.8 for the strides."""
+    assert MODEL.strided_copy(396) == Kernel(name="copy_", launch=1000, memory=24)
+
+
 @pytest.mark.parametrize(
     ("ranks", "tokens", "expected"),
     [

@@ -1,7 +1,9 @@
 """Cost tables: what a row may hold, how times between rows are read, and what a file may be."""
 
 import json
+import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -75,9 +77,23 @@ def test_what_a_time_was_read_from() -> None:
 
     assert [sizes(tokens) for tokens in (5, 10, 11, 20, 21, 40, 50)] == [[], [10], [10, 20], [20], [20, 40], [40], []]
     assert sizes(10, "other") == [10]
-    assert sizes(11, "other") == sizes(10, "absent") == []
+    assert sizes(9, "other") == sizes(11, "other") == sizes(10, "absent") == []
     assert CURVE.interpolate("absent", 10) is None
     assert CURVE.interpolate("other", 10) == (7, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (20, 0),
+        (30, math.hypot(0.2 * 1000, 0.06 * 2500)),  # in the middle
+        (25, math.hypot(0.2 * 1000 * 3 / 4, 0.06 * 2750)),
+    ],
+)
+def test_between_rows_a_time_is_less_certain(tokens: int, expected: float) -> None:
+    normal = NormalDist()
+    quartiles, median = normal.inv_cdf(0.75) - normal.inv_cdf(0.25), math.sqrt(math.pi / 2 / 5)
+    assert CURVE.deviation("k", tokens) == pytest.approx(math.hypot(expected, 9 * median / quartiles), rel=1e-3)
 
 
 def test_rows_are_added_or_take_the_place_of_older_ones() -> None:

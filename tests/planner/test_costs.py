@@ -147,14 +147,8 @@ MISSING = {name: value for name, value in row().items() if name != "time_ns"}
         (table(row(time_ns="fast")), "expected int, found 'fast'"),
         (table(row(time_ns=1.5)), "expected int, found '1.5'"),
         (table(row(time_ns=True)), "expected int"),
-        (table(row(time_ns=10**14)), "time_ns must be between 0"),
-        (table(row(), row()), "occurs twice"),
-        (table(row(device="h100")), "is of 'h100', the table of 'h200'"),
-        (table(row(date="yesterday")), "ISO 8601"),
         (table(row(surprise=1)), "surprise"),
         (table(row(provenance="guessed")), "measured"),
-        (table(row(), schema=2), "it has schema 2; this version reads 1"),
-        (table(row(), schema=None), "it has schema None"),
         (json.dumps({"schema": 1, "device": "h200"}).encode(), "no rows"),
         (b"[]", "isn't a JSON object"),
         (b"{", "isn't JSON"),
@@ -168,14 +162,6 @@ def test_a_broken_table_is_refused_in_one_line(content: bytes, says: str) -> Non
     assert says in str(error.value)
     assert str(error.value).startswith("cost table 'costs.json': ")
     assert "\n" not in str(error.value)
-
-
-def test_a_table_of_another_device_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "costs.json"
-    path.write_bytes(table(row()))
-    assert CostTable.load(path, device="h200").lookup("site: unfused", 8) is not None
-    with pytest.raises(ConfigError, match="it is of 'h200', not of 'mi355x'"):
-        CostTable.load(path, device="mi355x")
 
 
 def test_saving_and_loading_give_the_same_table(tmp_path: Path) -> None:
@@ -192,10 +178,6 @@ def test_saving_and_loading_give_the_same_table(tmp_path: Path) -> None:
     loaded = CostTable.load(tmp_path / "deep" / "costs.json")
     assert loaded.digest == saved.digest == CostTable(device="h200", rows=rows[::-1]).digest
     assert [each.name for each in (tmp_path / "deep").iterdir()] == ["costs.json"]
-    assert loaded.interpolate("site: unfused", 8) == (8000, 10)
-    assert loaded.interpolate("site: unfused", 36) == (36_000, 10)
-    assert loaded.interpolate("site: unfused", 4) is None
-    assert loaded.interpolate("site: unfused", 65) is None
 
 
 def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -143,6 +143,20 @@ def test_an_order_runs_what_is_coupled_by_one_provider() -> None:
     assert given.illegal(decision.selected) is None
 
 
+def test_an_order_runs_a_match_by_a_provider_that_has_what_it_needs() -> None:
+    """Triton's would save more, and needs what is forbidden."""
+    given = problem_of(pads(2), providers=PROVIDERS)
+    index = {(each.name[:5], each.provider): place for place, each in enumerate(given.candidates)}
+    (first, second) = dict.fromkeys(name for name, _ in index)
+    needed = index[second, "torch"]
+    values = [9 if each.provider == "triton" else 1 for each in given.candidates]
+    needs = frozenset({(index[first, "triton"], needed)})
+    given = tied(given, savings_ns=tuple(values), requires=needs, forbidden=frozenset({needed}))
+    decision = decide_in_order(given, ["act_padding"])
+    assert {*decision.selected} == {index[first, "torch"], index[second, "triton"]}
+    assert decision.uncoupled == ()
+
+
 def test_a_saved_plan_with_half_of_a_pair_is_refused() -> None:
     given = four(requires=frozenset({(0, 1)}), together=(frozenset({2, 3}),))
 

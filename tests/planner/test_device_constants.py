@@ -24,6 +24,7 @@ from fuseplan.planner.costs import (
     hardware_of,
     record_path,
 )
+from fuseplan.planner.costs.record import cached_record
 from fuseplan.planner.prices import Prices
 from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
@@ -168,7 +169,11 @@ def test_a_broken_record_is_ignored_with_a_line(
     record("nvidia-rtx-a6000").save(path)
     path.write_text(broken if isinstance(broken, str) else json.dumps({**json.loads(path.read_text()), **broken}))
     with caplog.at_level(logging.WARNING, "fuseplan"):
+        assert cached_record("h100") is None  # none is there, of which there's nothing to say
         hardware = prices_of(PassConfig(), NOWHERE, None).model.hardware
+    (line,) = caplog.messages
+    assert line.startswith("the device's measurements are ignored: device record ")
+    assert path.name in line
     assert hardware.launch.value == HARDWARE["h200"].launch.value
     with pytest.raises(ConfigError):
         DeviceRecord.load(path, "nvidia-rtx-a6000")

@@ -15,9 +15,9 @@ from fuseplan.devices.errors import HOPPER_ERRORS, UNMEASURED_ERRORS, sources_of
 from fuseplan.devices.hardware import FUSED, GENERATED, KINDS, Error
 from fuseplan.errors import PlanError
 from fuseplan.planner import decide_in_order, decide_planned, not_sure, plan_record, replay
-from fuseplan.planner.costs import CostModel, Estimate, combined, ends
+from fuseplan.planner.costs import ROW, CostModel, Estimate, combined, ends
 from fuseplan.planner.costs.estimate import HALF_WIDTH
-from fuseplan.planner.pose import Problem
+from fuseplan.planner.pose import Problem, _unsure
 from fuseplan.planner.prices import Prices
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.solver import Solver
@@ -59,6 +59,19 @@ def test_errors_of_one_source_add_up_and_cancel_in_a_difference() -> None:
     low, high = ends(saving.ns, saving.exposure, fused)
     assert (low, high) == (-round(HALF_WIDTH * 100 * 2**0.5), round(HALF_WIDTH * 200))
     assert ends(7, {}, errors) == (7, 7)
+
+
+def test_a_measured_row_errs_by_its_deviation_on_either_side() -> None:
+    sides = {f"{ROW}fused": 30.0, f"{ROW}unfused": -40.0, "a source that nobody knows": 1e6}
+    assert ends(1000, sides, {}) == (1000 - round(50 * HALF_WIDTH), 1000 + round(50 * HALF_WIDTH))
+
+
+def test_an_estimate_of_kernels_is_the_sum_of_theirs() -> None:
+    both = kernels(GENERATED, launch=3, memory=20) + kernels(GENERATED, launch=4)
+    assert both.ns == 27
+    assert {source: ns for source, ns in both.exposure.items() if "generated" in source} == {
+        "generated, fixed": 7.0, "generated, moved": 20.0,
+    }  # fmt: skip
 
 
 def test_exposures_are_weighted() -> None:
@@ -146,6 +159,27 @@ def test_equal_layers_err_alike() -> None:
     values = given.program.savings_ns
     together, _ = given.priced.ends(sum(values), (0, 1))
     assert sum(values) - together == (values[0] - first) + (values[1] - second)
+    assert given.priced.ends(7, (0,), (1,)) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("less", "ties", "unsure", "only_with"),
+    [
+        (0, {}, {0}, set()),
+        (0, {"requires": frozenset({(1, 0)})}, set(), {(0, 1)}),
+        (1, {"requires": frozenset({(1, 0)})}, {0}, set()),  # of both, 1 ns may be lost
+        (0, {"together": (frozenset({0, 1}),)}, set(), set()),
+    ],
+)
+def test_what_may_cost_alone_is_held_against_what_needs_it(
+    less: int, ties: dict[str, Any], unsure: set[int], only_with: set[tuple[int, int]]
+) -> None:
+    """Of two places the first saves next to nothing, and both together, at the worst, nothing or 1 ns less."""
+    given = problem_of(twice, prices=prices(fused=(0.0, 0.1)), providers=TRITON)
+    may_cost = -given.priced.ends(0, (0, 1))[0]
+    priced = replace(given.priced, values=[1, may_cost - 1 - less])
+    found = _unsure(given.candidates, priced, frozenset(), program(*priced.values, **ties))
+    assert ({*found.unsure}, {*found.only_with}) == (unsure, only_with)
 
 
 def test_a_device_that_says_nothing_has_no_intervals() -> None:
@@ -157,13 +191,13 @@ def test_a_device_that_says_nothing_has_no_intervals() -> None:
 
 
 def test_what_could_be_the_best_is_known_before_anything_is_measured() -> None:
-    (found,) = undecided(unsure(), "cpu")
+    given = problem_of(prices=prices(fused=(0.5, 2.0)), providers=TRITON)
+    (found,) = undecided(given, "cpu")
     assert found.alternatives == ("unfused", "act_padding fused_add_rms_norm_pad triton")
     assert (found.places, found.tokens, found.tuning_s) == (1, (1,), 8.0)
-    assert found.ahead_ns is not None
-    assert found.low_ns is not None
-    assert found.high_ns is not None
-    assert found.low_ns < 0 < found.high_ns
+    ahead = -given.program.savings_ns[0]
+    assert found.ahead_ns == ahead
+    assert (found.low_ns, found.high_ns) == (ahead - round(HALF_WIDTH * 500), ahead + round(HALF_WIDTH * 2000))
     sure = problem_of(prices=prices(fused=(0.0, 0.1)), providers=TRITON)
     assert open_alternatives(sure, sure.components[0]) == [(0,)]
     assert not undecided(sure, "round")

@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import pytest
+
 from fuseplan.dialect import ops
 from fuseplan.planner.alternatives import UNFUSED
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.planner.pose import Problem
 from fuseplan.planner.prices import Prices
+from fuseplan.providers import provider_of
 from fuseplan.record import CostRow
 from tests.planner.posing import MODEL, TORCH, measured, problem_of
+
+UNFUSED_NS = 1182 + 1046
 
 
 def rows_of(given: Problem) -> dict[tuple[str, int], CostRow]:
@@ -21,13 +26,24 @@ def test_modelled_rows_show_every_alternative_at_every_size() -> None:
     name = "act_padding fused_add_rms_norm_pad"
     alternatives = (UNFUSED, f"{name} torch", f"{name} triton")
     assert list(rows) == [(alternative, size) for size in (10, 100, 1000) for alternative in alternatives]
-    assert rows[UNFUSED, 10].time_ns == 1182 + 1046
+    assert rows[UNFUSED, 10].time_ns == UNFUSED_NS
     assert [kernel.name for kernel in rows[UNFUSED, 10].kernels] == ["rms_norm", "pad"]
     (kernel,) = rows[f"{name} triton", 10].kernels
     assert (kernel.launch, kernel.memory, kernel.signal, kernel.staging, kernel.wire) == (1000, 88, 0, 0, 0)
     for row in rows.values():
         assert (row.site, row.places, row.provenance, row.spread_ns) == (given.sites[0], 1, "modelled", 0)
         assert row.origin == ()
+
+
+@pytest.mark.parametrize(("cost", "provenance", "time_ns"), [(2.0, "declared", 2000), (None, "assumed", 1088)])
+def test_what_the_model_does_not_know_has_a_row_without_kernels(
+    cost: float | None, provenance: str, time_ns: int
+) -> None:
+    op = ops.fused_add_rms_norm_pad
+    mine = provider_of(f"evident_{provenance}", {op: op.reference}, cost=cost)
+    unfused, row = cost_rows([problem_of(providers=[mine])])
+    assert (unfused.alternative, unfused.provenance) == (UNFUSED, "modelled")
+    assert (row.provenance, row.time_ns, row.spread_ns, row.kernels) == (provenance, time_ns, 0, ())
 
 
 def test_equal_places_share_their_rows() -> None:

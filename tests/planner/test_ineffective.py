@@ -93,6 +93,11 @@ def test_a_rule_that_just_does_not_match_says_so() -> None:
     assert ineffective(given, Decision(), fuse_act_padding=True) == expected
 
 
+def test_a_flag_has_an_effect_where_one_of_its_rules_matches() -> None:
+    given, rules = problem_of(providers=TORCH), dict.fromkeys(("act_padding", "another"), RULES["act_padding"])
+    assert ineffective(given, Decision(selected=(0,)), rules=rules, fuse_act_padding=True) == []
+
+
 @pytest.mark.parametrize(
     ("lost", "detail"),
     [

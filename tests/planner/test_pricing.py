@@ -14,7 +14,7 @@ from fuseplan.dialect.raising import canonicalize
 from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.alternatives import MAX_ENUMERATED, UNFUSED, alternative_name, break_ties, compatible, row_key
 from fuseplan.planner.components import components
-from fuseplan.planner.costs import Provenance
+from fuseplan.planner.costs import ROW, Provenance
 from fuseplan.planner.doubt import weighted
 from fuseplan.planner.pose import pose
 from fuseplan.planner.prices import Prices
@@ -287,6 +287,16 @@ def test_a_row_that_is_missing_sends_the_whole_component_to_the_model(missing: s
         # Without what the others are compared with there is nothing to choose, and no time to show.
         assert given.program.alternatives == {frozenset({0, 1}): {}}
         assert given.priced.unfused == [0]
+
+
+def test_a_difference_of_two_rows_errs_by_both_in_opposite_ways() -> None:
+    table = measured(problem_of(), ALL)
+    (signature,) = {row.key.split(": ")[0] for row in table.rows}
+    keys = [row_key(signature, alternative) for alternative in (UNFUSED, "act_padding fused_add_rms_norm_pad triton")]
+    first, second = (table.deviation(key, 10) for key in keys)
+    found = Prices(model=MODEL, table=table).deviations(signature, (UNFUSED, keys[1].split(": ")[1]), 10)
+    assert found == {f"{ROW}{keys[0]}": first, f"{ROW}{keys[1]}": -second}
+    assert 0 < first < second
 
 
 def test_a_table_may_be_there_and_not_be_asked() -> None:

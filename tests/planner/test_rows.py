@@ -1,5 +1,9 @@
 """How many rows a graph has, of which rules for few rows are on by default."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import fx
@@ -8,7 +12,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fuseplan.planner.rows import Rows, most_rows
 from tests.cached import BATCH, arguments, attending, layer, visible
-from tests.helpers import post_grad
+from tests.helpers import post_grad, written
+
+aten = torch.ops.aten
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -19,14 +25,86 @@ def test_queries_count_where_attention_is_compiled_by_itself(tokens: int) -> Non
     assert most_rows(graph, 1) == BATCH * tokens
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
-def test_tokens_are_those_of_the_first_symbolic_integers(order: tuple[int, ...]) -> None:
+def faking() -> Callable[..., torch.Tensor]:
+    """Makes fake tensors of one graph, some of whose sizes are symbols; equal sizes are the same one."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(value: torch.Tensor, *dynamic: int) -> torch.Tensor:
         kinds = [DimDynamic.DUCK if dim in dynamic else DimDynamic.STATIC for dim in range(value.dim())]
         return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
+    return fake
+
+
+def batch() -> tuple[Rows, torch.Tensor]:
+    """Of 5 x 6 tokens, both sizes symbols, and their hidden states."""
+    fake, graph = faking(), fx.Graph()
+    graph.placeholder("tokens").meta["val"] = fake(torch.zeros(5, 6, dtype=torch.int64), 0, 1)
+    return Rows.of(graph), fake(torch.zeros(5, 6, 64), 0, 1)
+
+
+def test_rows_are_all_dimensions_but_the_last_and_follow_the_tokens() -> None:
+    rows, hidden = batch()
+    heads = hidden.view(*hidden.shape[:2], 4, 16)
+    assert (rows.at_each(hidden, (0, 30, 60)), rows.at(heads, 60)) == ((1, 30, 60), 240)
+    assert [rows.at(torch.zeros(shape), 60) for shape in ((3, 4, 8), (0, 8), (8,))] == [12, 1, 1]
+
+
+def test_of_a_size_at_other_tokens_the_last_symbol_varies() -> None:
+    rows, hidden = batch()
+    first, last = map(str, hidden.shape[:2])
+    sized = rows.sized(hidden.half(), 60)
+    assert sized.shape == ((5, 12, 64) if first < last else (10, 6, 64))
+    assert (sized.dtype, sized.device.type) == (torch.float16, "meta")
+    assert rows.sized(hidden, 0).shape == ((5, 1, 64) if first < last else (1, 6, 64))
+    assert Rows(None, 1).sized(torch.zeros(3, 4), 60).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_most_100", "of_at_most_64", "unlimited"),
+    [
+        (lambda b, s: (b, s), 100, 100, math.inf),
+        (lambda b, s: (2 * s, b), 200, 200, math.inf),
+        (lambda b, s: (s,), 50, 50, 64),  # a size that is a symbol is 2 or more
+        (lambda b, s: (b, s, s), math.inf, math.inf, math.inf),
+        (lambda b, s: (s // 2,), math.inf, 32, 32),
+        (lambda b, s: (3, 4), 12, 12, 12),
+        (lambda b, s: (0, 4), 1, 1, 1),
+    ],
+)
+def test_the_most_rows_are_limited_by_tokens_and_by_guards(
+    sizes: Any, at_most_100: float, of_at_most_64: float, unlimited: float
+) -> None:
+    rows, hidden = batch()
+    given = sizes(*hidden.shape[:2])
+    assert rows.most_of(given, 100) == at_most_100
+    assert rows.most_of(hidden.shape[1:2], 1) == 1
+    torch._check(hidden.shape[1] <= 64)
+    assert (rows.most_of(given, 100), rows.most_of(given, None)) == (of_at_most_64, unlimited)
+    assert (rows.most_tokens, Rows(None, 7).most_tokens) == (math.inf, 7)
+    torch._check(hidden.shape[0] <= 8)
+    assert (rows.most_tokens, rows.most(hidden, None)) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("product", "expected"),
+    [
+        (lambda x, w, b: aten.mm.default(aten.relu.default(x), aten.t.default(w)), 7),
+        (lambda x, w, b: aten.addmm.default(b, aten.relu.default(x), aten.t.default(w)), 7),
+        (lambda x, w, b: aten.mm.default(x, aten.relu.default(aten.t.default(w))), 1),
+        (lambda x, w, b: aten.mm.default(aten.t.default(w), x), 64),
+        (lambda x, w, b: aten.relu.default(x), 1),
+    ],
+)
+def test_rows_of_products_with_inputs_are_tokens(product: Any, expected: int) -> None:
+    """A weight is an input, or a view of one."""
+    given = {"x": torch.ones(7, 64), "w": torch.ones(7, 64), "b": torch.ones(7)}
+    assert most_rows(written(product, given), None) == expected
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_tokens_are_those_of_the_first_symbolic_integers(order: tuple[int, ...]) -> None:
+    fake = faking()
     inputs = [
         fake(torch.zeros(7, 64)), fake(torch.zeros(12, 64), 0), fake(torch.zeros(3, dtype=torch.int64)),
         fake(torch.zeros(5, 6, dtype=torch.int64), 0, 1),

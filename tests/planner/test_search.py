@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from scipy.optimize import OptimizeResult
 
 from fuseplan.planner import milp, solver
 from fuseplan.planner.branch_and_bound import Outcome, search
@@ -203,6 +204,9 @@ def test_what_a_linear_relaxation_may_cost(monkeypatch: pytest.MonkeyPatch) -> N
     assert linear(packing, milp.NODES_PER_LINEAR_NODE - 1) == relaxed
     monkeypatch.setattr(milp, "MAX_FRACTIONAL", 5)
     assert linear(packing) == branched
+    with monkeypatch.context() as patched:
+        patched.setattr(milp, "milp", lambda *given, **options: OptimizeResult(x=None))  # in the nodes that it had
+        assert linear(packing) == relaxed
     monkeypatch.setattr(milp, "MAX_FRACTIONAL", 4)
     assert linear(packing) == relaxed
     monkeypatch.setattr(milp, "MAX_ROWS", 1)

@@ -12,10 +12,11 @@ from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.errors import ConfigError, RuleError
 from fuseplan.record import Reason
-from fuseplan.rules import Bindings, Rule, by_name, disabled_rules, enabled_rules
+from fuseplan.rules import Bindings, EnabledRules, Rule, by_name, disabled_rules, enabled_rules
 from fuseplan.rules.base import op_text
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.rules.families.activation import ACTIVATION_RULES
+from fuseplan.rules.families.attention import unequal_lengths
 from fuseplan.rules.families.norm import NORM_RULES
 
 AR, PAD, QUANT = "fuse_allreduce_rms", "fuse_act_padding", "fuse_norm_quant"
@@ -91,6 +92,20 @@ def test_the_rules_there_are() -> None:
     }
 
 
+@pytest.mark.parametrize("name", sorted(name for name in TABLE if "reduce" not in name))
+def test_samples_are_like_what_models_hand_over(name: str) -> None:
+    """Weights of norms are near 1, and scores have the scale of their width."""
+    op = getattr(ops, name)
+    names = [argument.name for argument in op.overload._schema.arguments]
+    for sample in op.samples:
+        given = dict(zip(names, sample.make(torch.device("cpu"), torch.Generator().manual_seed(0)), strict=True))
+        for name in {*names} & {"weight", "norm_weight", "q_weight", "k_weight"}:
+            if given[name].dim() == 1:
+                assert (given[name] - 1).abs().max() < 0.7
+        if "q" in names and "scale" in names:
+            assert given["scale"] == pytest.approx(given["q"].shape[-1] ** -0.5)
+
+
 @pytest.mark.parametrize("rule", [*NORM_RULES, *ACTIVATION_RULES], ids=op_name)
 def test_a_rule_is_made_of_the_parts_in_its_ops_name(rule: Rule) -> None:
     name = rule.op.name
@@ -153,6 +168,30 @@ def test_activations_refuse_nothing_themselves() -> None:
     for rule in BUILT_IN_RULES:
         if rule.name == "act_quant":
             assert rule.check(Bindings(rule.name, {"gate": bound("gate", torch.float64)})) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "mask", "refused"),
+    [
+        (5, None, None),
+        (5, (3, 5), None),
+        (5, (5, 1), None),
+        (4, None, "attention reads 5 keys and 4 values, and the graph doesn't know these to be equal"),
+        (1, (3, 5), "attention reads 5 keys and 1 values"),
+        (5, (5, 4), "attention reads 5 keys and a mask of 4"),
+    ],
+)
+def test_attention_refuses_keys_values_and_masks_of_different_lengths(
+    values: int, mask: tuple[int, int] | None, refused: str | None
+) -> None:
+    given = {"k": torch.empty(1, 2, 5, 8), "v": torch.empty(1, 2, values, 8), "mask": mask and torch.empty(1, 1, *mask)}
+    found = unequal_lengths(Bindings("grouped_attention", given))
+    if refused is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.reason is Reason.SIZE
+        assert found.detail.startswith(refused)
 
 
 def test_bindings_give_tensors_and_plain_values_and_name_what_there_is() -> None:
@@ -360,6 +399,15 @@ def test_flags_and_policies_choose_rules(config: dict[str, Any], enabled: set[st
 def test_requests_that_contradict_the_policy(config: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         enabled_rules(PassConfig(**config), BUILT_IN_RULES)
+
+
+@pytest.mark.parametrize(
+    ("asked", "overruled"),
+    [(True, {"fuse_cached_attention": ("cached_attention", "fuse_grouped_attention")}), (None, {}), (False, {})],
+)
+def test_what_is_asked_for_may_be_switched_off_by_another_flag(asked: bool | None, overruled: dict[str, Any]) -> None:
+    config = PassConfig(fuse_cached_attention=asked, fuse_grouped_attention=False)
+    assert EnabledRules(config, BUILT_IN_RULES, device="h200").overruled == overruled
 
 
 def test_rules_are_validated_when_they_are_chosen() -> None:

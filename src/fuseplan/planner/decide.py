@@ -128,7 +128,7 @@ def _runners(problem: Problem, order: Sequence[str]) -> list[int]:
         unit = [offers[keys[number]] for number in members]
         able = {name: [offer[name] for offer in unit] for name in unit[0] if all(name in offer for offer in unit)}
         legal = {name: chosen for name, chosen in able.items() if not program.uncoupled(chosen)} or able
-        if len(unit) > 1 and legal:
+        if legal:
             runners += max(legal.values(), key=lambda chosen: sum(program.savings_ns[index] for index in chosen))
         else:
             runners += [max(offer.values(), key=lambda index: program.savings_ns[index]) for offer in unit]

@@ -2,13 +2,14 @@
 nodes that they stand for.
 """
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fuseplan.graph.facts import group_size, tensor_of
+from fuseplan.graph.facts import group_size, is_call, tensor_of
 from fuseplan.matching import Match
 from fuseplan.planner.costs import CostModel
 from fuseplan.providers import KernelCost
@@ -62,7 +63,8 @@ def generated(match: Match, model: CostModel, sized: Sized) -> tuple[Kernel, ...
         if isinstance(part, Prologue):
             found += _all_reduce(node, model, sized)
         elif isinstance(part, Epilogue) and part.tail(node, match.core).stays_apart(_core_of(match)):
-            found.append(_kernel(part.name, model, 2 * _bytes((node,), sized)))
+            results = [user for user in node.users if is_call(user, operator.getitem)]
+            found.append(_kernel(part.name, model, _bytes((*node.all_input_nodes, node, *results), sized)))
         elif part is None and not _is_generated(node.target):
             return None
         else:

@@ -91,9 +91,8 @@ class Rows:
         if tokens is not None and self.tokens is not None:
             above, below = (rows / self.tokens).as_numer_denom()
             if not above.free_symbols:
-                least = 1 if not below.free_symbols else max(1, int(ShapeEnv.bound_sympy(environment, below).lower))
-                share = int(above) * tokens // (least if below.free_symbols else int(below))
-                most = min(most, max(1, share))
+                least = ShapeEnv.bound_sympy(environment, below).lower if below.free_symbols else below
+                most = min(most, max(1, int(above) * tokens // max(1, int(least))))
         return most
 
     @property

@@ -10,7 +10,10 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.planner.costs import CostModel, Kernel
 from fuseplan.rules.families import find_sites
+from fuseplan.rules.families.linear import Activation, LinearShape
 from fuseplan.rules.families.sites import Shape, Site, Taken
+from fuseplan.rules.parts.linear import PART as LINEAR
+from fuseplan.rules.parts.linear import LinearRegion
 from fuseplan.rules.parts.traffic import Tail
 from tests.helpers import randn, written
 from tests.planner.parts import DYNAMIC, NORM, SILU, STATIC, Padding
@@ -55,6 +58,21 @@ def test_every_core_is_a_site_with_what_stands_around_it() -> None:
     assert [ops.of(tail.target) for tail in second.tails] == [ops.dynamic_per_token_scaled_fp8_quant]
     assert third.tails == ()
     assert (first.ranks, second.ranks) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("tail", "fused", "rest"), [(Activation(), ["silu_and_mul"], []), (None, [], ["silu_and_mul"])]
+)
+def test_an_activation_that_is_not_fused_is_left(tail: Tail | None, fused: list[str], rest: list[str]) -> None:
+    shape = LinearShape(
+        core=LINEAR.traffic, rows=10, width=100, itemsize=2, tails=(Activation(),), convention="bfloat16",
+        sizes=LinearRegion(rows=10, width=100, features=(50, 50), itemsize=2),
+    )  # fmt: skip
+    kernels = shape.fused(MODEL, "torch", reduce=False, tail=tail)
+    assert [kernel.name for kernel in kernels[2:]] == [*fused, "opaque op"]
+    left = shape.rest(MODEL, reduce=False, tail=tail)
+    assert [kernel.name for kernel in left] == rest
+    assert {*kernels[:-1], *left} == {*shape.unfused(MODEL)}
 
 
 def test_a_sum_that_is_padded_is_no_tail_and_neither_is_what_nobody_reads() -> None:
