@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
@@ -17,7 +17,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
-from tests.helpers import randn, written
+from tests.helpers import all_reduce, llama, quickly_traced, randn, written
 from tests.matching.placed import NormAdded, placed
 
 aten = torch.ops.aten
@@ -313,6 +313,15 @@ def test_one_that_what_the_norm_adds_depends_on() -> None:
     assert refusal.site == refusal_line(model, "fused_add_rms_norm_default")
 
 
+def test_of_several_readers_the_one_that_what_the_norm_adds_depends_on_is_named() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = reduced(x)
+        return aten.exp.default(y), added(aten.cumsum.default(y, 0), y, w), norm(reduced(r), w)
+
+    assert "aten.cumsum.default" in [refusal.found for refusal in missed(model, "allreduce_rms")]
+    assert "aten.exp.default" not in [refusal.found for refusal in missed(model, "allreduce_rms")]
+
+
 def test_a_residual_of_another_dtype_than_the_norms() -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         wide = reduced(convert_element_type(x, torch.float32))
@@ -327,6 +336,50 @@ def test_a_residual_of_another_dtype_than_the_norms() -> None:
     assert (refusal.expected, refusal.found) == ("all_reduce of bfloat16", "float32")
     assert refusal.nodes == ("fused_add_rms_norm_default", "all_reduce_default")
     assert refusal.code == "fused_add_rms_norm_default"
+
+
+def test_a_residual_where_what_the_norm_adds_to_it_is_computed_from_another() -> None:
+    """Of two all-reduces the one that nothing else reads is the block's."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        y = all_reduce(x, "g")
+        return *llama(all_reduce(r, "g").sigmoid(), y, w), y.relu()
+
+    of_other, refusal = in_graph(canonicalize(quickly_traced(model, *INPUTS.values())), "allreduce_rms")
+    assert of_other.detail.startswith("aten.sigmoid.default stands between all_reduce and fused_add_rms_norm")
+    assert (refusal.reason, refusal.nearness, refusal.mend) == (Reason.OP, Nearness.OBSTRUCTED, None)
+    assert refusal.detail == (
+        "all_reduce is added as the residual of fused_add_rms_norm, whose other addend, aten.sigmoid.default, is "
+        "computed from all_reduce, too"
+    )
+    assert (refusal.expected, refusal.found) == ("one all_reduce", "two of all_reduce")
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_residual_by_the_order_in_which_an_op_was_called(computed: bool) -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return added(product(x, r) if computed else x, reduced(r), w)
+
+    shapes = {**INPUTS, "x": randn(12, 12), "r": randn(12, 12, seed=1), "w": torch.ones(12, dtype=torch.bfloat16)}
+    _, refusal = in_graph(canonicalize(placed(written(model, shapes))), "allreduce_rms")
+    found = "aten.mm.default" if computed else "an input of the graph"
+    assert (refusal.reason, refusal.nearness) == (Reason.OP, Nearness.OBSTRUCTED)
+    assert refusal.detail == (
+        "all_reduce is added as the residual of fused_add_rms_norm: the rule has it in the place of the other addend, "
+        f"{found}"
+    )
+    assert (refusal.expected, refusal.found) == ("all_reduce", found)
+    assert refusal.mend == "swap the two addends of fused_add_rms_norm"
+    assert refusal.nodes == ("fused_add_rms_norm_default", "all_reduce_default")
+
+
+def test_one_that_is_a_weight_is_no_residual() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return norm(x, reduced(w)), norm(reduced(r), w)
+
+    _, refusal = missed(model, "allreduce_rms")
+    assert (refusal.reason, refusal.detail) == (Reason.OP, "all_reduce is read as the weight of rms_norm")
+    assert refusal.nodes == ("rms_norm_default", "all_reduce_default")
 
 
 # What looks like an op.
