@@ -115,6 +115,20 @@ def test_of_several_members_the_one_of_which_the_most_is_there_is_told_of() -> N
 
 
 @pytest.mark.parametrize("fused", [False, True])
+def test_a_member_that_came_further_is_told_of_whatever_stands_in_its_way(fused: bool) -> None:
+    """The other one's norm isn't there, nor what is before it."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = added(x, r, w)[0] if fused else norm(x, w)
+        return ops.pad(aten.sin.default(y), 28), ops.pad(norm(reduced(r), w), 12)
+
+    refusal = the_one(model, "allreduce_rms_padding")
+    name = "fused_add_rms_norm" if fused else "rms_norm"
+    assert refusal.detail == f"expected all_reduce before {name}, found an input of the graph"
+    assert refusal.nodes == (f"{name}_default",)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 def test_the_norm_that_is_there_is_the_one_that_is_expected(fused: bool) -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         y = added(x, r, w)[0] if fused else norm(x, w)
@@ -148,18 +162,20 @@ def test_a_match_is_no_near_miss_and_neither_is_a_refused_one() -> None:
     assert missed(model, "act_padding", "allreduce_rms", providers=[]) == []
 
 
-def ranked(*, absent: int = 0, obstacles: int = 0, ops_found: int = 0) -> Attempt:
+def ranked(*, absent: int = 0, obstacles: int = 0, ops_found: int = 0, lacking: int = 1) -> Attempt:
     graph = fx.Graph()
     node = graph.placeholder("x")
-    gaps = [Gap(expected="", consumer=node, found=node) for _ in range(absent)]
+    gaps = [Gap(expected="", consumer=node, found=node, lacking=lacking) for _ in range(absent)]
     gaps += [Gap(expected="", consumer=node, found=node, way=[node] * obstacles, goal=node)]
     return Attempt(rule=RULES["act_padding"][0], anchor=node, gaps=gaps, calls=[node] * ops_found)
 
 
-def test_the_nearest_lacks_the_least_then_has_the_fewest_obstacles_then_the_most_ops() -> None:
+def test_the_nearest_lacks_the_least_then_came_furthest_or_has_all_and_the_fewest_obstacles() -> None:
     nearest = [
         ranked(ops_found=3), ranked(ops_found=1), ranked(obstacles=1, ops_found=2), ranked(obstacles=1),
-        ranked(obstacles=3, ops_found=9), ranked(absent=1, ops_found=9), ranked(absent=1), ranked(absent=2),
+        ranked(obstacles=3, ops_found=9), ranked(absent=1, ops_found=9), ranked(absent=1, ops_found=2, obstacles=3),
+        ranked(absent=1, ops_found=1), ranked(absent=1, ops_found=1, obstacles=1), ranked(absent=2, ops_found=1),
+        ranked(absent=1, lacking=3, ops_found=9),
     ]  # fmt: skip
     others_first = nearest[::-1]
     assert sorted(others_first, key=lambda each: each.rank) == nearest

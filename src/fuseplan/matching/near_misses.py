@@ -37,6 +37,7 @@ class Gap:
         found: what it reads.
         way: from `found` towards the expected one, if that is near.
         goal: the expected one, or what looks like it; None where it is not near.
+        lacking: of an absent one, how many calls of the pattern aren't there: itself and all behind it.
     """
 
     expected: str
@@ -44,6 +45,7 @@ class Gap:
     found: object
     way: Sequence[fx.Node] = ()
     goal: fx.Node | None = None
+    lacking: int = 1
 
 
 @dataclass(eq=False, kw_only=True)
@@ -66,9 +68,12 @@ class Attempt:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """The nearest first: fewest ops missing, fewest obstacles, most ops found."""
-        missing = sum(gap.goal is None for gap in self.gaps)
-        return missing, sum(len(gap.way) for gap in self.gaps), -len(self.calls)
+        """The nearest first: fewest calls missing, then fewest obstacles and most calls found; where any is missing,
+        how far it came counts more than what stands in the way.
+        """
+        missing = sum(gap.lacking for gap in self.gaps if gap.goal is None)
+        obstacles, found = sum(len(gap.way) for gap in self.gaps), len(self.calls)
+        return (missing, -found, obstacles) if missing else (0, obstacles, -found)
 
 
 def find_near_misses(
@@ -174,7 +179,8 @@ class _Search:
                 return
             reached = self._search(expected, found)
         if reached is None:
-            attempt.gaps.append(Gap(expected=expected.name, consumer=consumer, found=found))
+            gap = Gap(expected=expected.name, consumer=consumer, found=found, lacking=expected.size)
+            attempt.gaps.append(gap)
             return
         way, goal = reached
         attempt.gaps.append(Gap(expected=expected.name, consumer=consumer, found=found, way=way, goal=goal))
