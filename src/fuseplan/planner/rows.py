@@ -168,11 +168,11 @@ def _expression(sizes: Iterable[Any]) -> Any:
 def _equal(environment: Any, kept: Collection[Any]) -> dict[Any, Any]:
     """What symbols stand for by guards `left == right` of products and quotients, in `kept` ones as far as they can."""
     found: dict[Any, Any] = {}
-    for guard in environment.guards:
-        demanded = ShapeEnv.replace(environment, guard.expr)
-        left, right = (each.xreplace(found) for each in demanded.args) if isinstance(demanded, sympy.Eq) else (0, 0)
+    guards = (guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq))
+    for demanded in (ShapeEnv.replace(environment, each) for each in guards):
+        left, right = (each.xreplace(found) for each in demanded.args or (sympy.S.Zero, sympy.S.Zero))
         if left == 0 or right == 0:
-            continue
+            continue  # it is known anyway, or no product
         ratio: Any = left / right
         for symbol in sorted(ratio.free_symbols.difference(kept), key=str, reverse=True):
             value = next((each for each in (symbol / ratio, symbol * ratio) if symbol not in each.free_symbols), None)
