@@ -1,8 +1,9 @@
-"""Random blocks that quantise: a norm, maybe of a sum or of a reduced sum, or an activation, whose result one or more
-layers quantise, each by itself, and others read as it is.
+"""Random blocks that quantise: a norm, maybe gated, of a sum or of a reduced sum, or an activation, whose result one or
+more layers quantise, each by itself, and others read as it is.
 
-The oracle is the block in float64 without rounding. A code has to be one of those next to the exact value over its
-scale, but where the value is within its tolerance of the middle between two.
+The oracle is the block in float64 without rounding. A value may be off it by a few times of what the block itself is,
+relative to the value. A scale has to be one that the format gives to such values, and a code that of the exact value
+over its scale, but where the value is within that of the middle between two.
 """
 
 import math
@@ -23,8 +24,14 @@ from fuseplan.devices import device_profile
 from fuseplan.record import Reason, Report
 from fuseplan.verification.compare import unit_in_the_last_place
 from tests.differential.errors import FACTOR, exactly
+from tests.differential.layout import strides_of
 from tests.differential.recording import Recorded, record
-from tests.differential.vocabulary import quantize_rows_bounded, quantize_rows_divided, quantize_rows_rounded
+from tests.differential.vocabulary import (
+    quantize_all,
+    quantize_rows_bounded,
+    quantize_rows_divided,
+    quantize_rows_rounded,
+)
 from tests.helpers import SPELLINGS, all_reduce, quantize, quantize_rows
 from tests.rules.parts import test_group_fp8 as groups_fp8
 from tests.rules.parts import test_mx_fp4 as mx_fp4
@@ -39,6 +46,7 @@ POLICY = "ordered(allreduce_rms_quant, norm_quant, act_quant)"
 ALONE = "ordered(norm_quant, act_quant)"
 """Kernels that reduce take several ranks."""
 POWERS = ("power", "deep_gemm")
+UPPER = torch.tensor([1.5])
 READERS = ("product", "numbers", "returned")
 Quantise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -49,6 +57,7 @@ class Format:
 
     Attributes:
         name: what tells it from others.
+        kind: what it is counted by.
         quantise: rows [..., W] to codes and scales.
         group: elements with one scale; 0 for all.
         bits: of a code.
@@ -58,6 +67,7 @@ class Format:
     """
 
     name: str
+    kind: str
     quantise: Quantise
     group: int
     bits: int = 8
@@ -100,10 +110,10 @@ class Format:
 
 
 def _in_rows(rng: random.Random, scale: Tensor) -> Format:
-    if rng.random() < 0.2:
-        return Format(name="e5m2 rows", quantise=in_e5m2, group=0, code=E5M2)
-    quantise = rng.choice((quantize_rows, quantize_rows_divided, quantize_rows_rounded, quantize_rows_bounded, torchao))
-    return Format(name=quantise.__name__, quantise=quantise, group=0)
+    quantise = rng.choice(ROWS)
+    kind = "row bounded above" if quantise in (quantize_rows_bounded, bounded_by_tensor) else "row"
+    code = E5M2 if quantise is in_e5m2 else FP8
+    return Format(name=quantise.__name__, kind=kind, quantise=quantise, group=0, code=code)
 
 
 def in_e5m2(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,21 +128,60 @@ def torchao(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-448.0, 448.0).to(FP8), scale
 
 
+def bounded_by_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As vLLM's `QuantFP8` does by its `scale_ub`."""
+    scale = torch.minimum(x.abs().amax(-1, keepdim=True).float(), UPPER.to(x.device)) / 448.0
+    scale = scale.clamp(min=1 / (448.0 * 512.0))
+    return (x.float() / scale).clamp(-448.0, 448.0).to(FP8), scale
+
+
+ROWS: tuple[Quantise, ...] = (
+    quantize_rows, quantize_rows_divided, quantize_rows_rounded, quantize_rows_bounded, torchao, in_e5m2,
+    bounded_by_tensor,
+)  # fmt: skip
+
+
+def _of_all(rng: random.Random, scale: Tensor) -> Format:
+    """One scale of all rows, which no op has."""
+    return Format(name="of all rows", kind="tensor", quantise=quantize_all, group=0)
+
+
+def by_number(scale_of: groups_fp8.Scale, amax: Tensor) -> Tensor:
+    return scale_of(amax.clamp(max=1.5))
+
+
+def by_tensor(scale_of: groups_fp8.Scale, amax: Tensor) -> Tensor:
+    return scale_of(torch.minimum(amax, UPPER.to(amax.device)))
+
+
+def behind(scale_of: groups_fp8.Scale, amax: Tensor) -> Tensor:
+    return scale_of(amax).clamp(max=2.0**-7)
+
+
+GROUPS = (*sorted(groups_fp8.SCALES), *POWERS, *POWERS)
+
+
 def _in_groups(rng: random.Random, scale: Tensor) -> Format:
-    group, name, multiplies = rng.choice((64, 128)), rng.choice(sorted(groups_fp8.SCALES)), rng.random() < 0.5
+    group, name, multiplies = rng.choice((64, 128)), rng.choice(GROUPS), rng.random() < 0.5
     if rng.random() < 0.15:
-        return Format(name=f"rounded {group}", quantise=partial(in_groups, quantize_rows_rounded, group), group=group)
+        quantise = partial(in_groups, quantize_rows_rounded, group)
+        return Format(name=f"rounded {group}", kind=f"group {group}", quantise=quantise, group=group)
+    scale_of, bound = groups_fp8.SCALES[name][0], rng.choice((None, None, None, by_number, by_tensor, behind))
     how = partial(
-        groups_fp8.quantize_groups, scale_of=groups_fp8.SCALES[name][0], group=group, multiplies=multiplies,
-        wide=rng.random() < 0.3,
+        groups_fp8.quantize_groups, scale_of=scale_of if bound is None else partial(bound, scale_of), group=group,
+        multiplies=multiplies, wide=rng.random() < 0.3,
     )  # fmt: skip
-    laid = [layouts.columns, layouts.aligned, layouts.aligned_in_zeros, *([layouts.packed] if name in POWERS else [])]
-    text = f"group {group} {name}{' reciprocal' * multiplies}"
+    laid = [layouts.columns, layouts.aligned, layouts.aligned_in_zeros, *([layouts.packed] * 2 * (name in POWERS))]
+    above = f" bounded above {bound.__name__}" if bound is not None else ""
+    text = f"group {group} {name}{above}{' reciprocal' * multiplies}"
+    kind = f"group {group}{' powers' * (name in (*POWERS, 'lifted'))}{' bounded above' * (bound is not None)}"
     if rng.random() < 0.4:
-        return Format(name=text, quantise=how, group=group)
+        return Format(name=text, kind=kind, quantise=how, group=group)
     lay = rng.choice(laid)
     lies = "packed" if lay is layouts.packed else "rows"
-    return Format(name=f"{text} {lay.__name__}", quantise=partial(laid_out, how, lay), group=group, lies=lies)
+    quantise = partial(laid_out, how, lay)
+    text, kind = f"{text} {lay.__name__}", f"{kind} {lay.__name__.removesuffix('_in_zeros')}"
+    return Format(name=text, kind=kind, quantise=quantise, group=group, lies=lies)
 
 
 def in_groups(quantise: Quantise, group: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +202,7 @@ def _by_one(rng: random.Random, scale: Tensor) -> Format:
     def static(x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(x, scale, reciprocal=reciprocal), scale.clone()
 
-    return Format(name=f"static{' reciprocal' * reciprocal}", quantise=static, group=0)
+    return Format(name=f"static{' reciprocal' * reciprocal}", kind="given scale", quantise=static, group=0)
 
 
 def _microscaled(rng: random.Random, scale: Tensor) -> Format:
@@ -164,7 +213,8 @@ def _microscaled(rng: random.Random, scale: Tensor) -> Format:
     given = partial(laid_out, quantise, nv_fp4.to_blocked) if swizzles else quantise
     lies = "swizzled" if swizzles else "rows"
     return Format(
-        name=f"mx_fp{bits} {code} {scaling} {lies}", quantise=given, group=32, bits=bits, lies=lies, code=code
+        name=f"mx_fp{bits} {code} {scaling} {lies}", kind=f"mx_fp{bits}{' swizzled' * swizzles}", quantise=given,
+        group=32, bits=bits, lies=lies, code=code,
     )  # fmt: skip
 
 
@@ -175,11 +225,18 @@ def _nv_fp4(rng: random.Random, scale: Tensor) -> Format:
     given = partial(laid_out, quantise, nv_fp4.to_blocked) if swizzles else quantise
     lies = "swizzled" if swizzles else "rows"
     return Format(
-        name=f"nv_fp4 {whole} {least} {lies}", quantise=given, group=16, bits=4, lies=lies, whole=whole or 1.0
-    )
+        name=f"nv_fp4 {whole} {least} {lies}", kind=f"nv_fp4{' swizzled' * swizzles}", quantise=given, group=16,
+        bits=4, lies=lies, whole=whole or 1.0,
+    )  # fmt: skip
 
 
-KINDS = {_in_rows: 2, _in_groups: 4, _by_one: 1, _microscaled: 3, _nv_fp4: 2}
+DRAWN = {_in_rows: 4, _in_groups: 8, _by_one: 2, _of_all: 1, _microscaled: 6, _nv_fp4: 4}
+KINDS = (
+    "given scale", "row", "row bounded above", "group 64", "group 64 powers", "group 128", "group 128 powers",
+    "bounded above columns", "aligned", "packed", "mx_fp8", "mx_fp8 swizzled", "mx_fp4", "mx_fp4 swizzled", "nv_fp4",
+    "nv_fp4 swizzled", "silu", "norm", "norm of a sum", "gated before", "gated behind", "unquantised too",
+)  # fmt: skip
+"""Of each of them, as a part of their kinds, many blocks have some that are fused."""
 
 
 @torch.library.custom_op("differential::product", mutates_args=())
@@ -207,6 +264,7 @@ class Block:
         self.source = rng.choices((*SPELLINGS, "silu", "gelu"), (3, 2, 1, 1, 2, 4, 1))[0]
         self.is_norm = self.source in SPELLINGS
         self.adds, self.reduces = rng.random() < 0.6, self.is_norm and rng.random() < 0.3
+        self.gate = rng.choice(("before", "behind")) if self.is_norm and rng.random() < 0.15 else ""
         self.scale = torch.tensor([0.02])
         count = rng.choices((1, 2, 3), (5, 3, 2))[0]
         first = self._draw(rng)
@@ -223,7 +281,7 @@ class Block:
         self.calls = [self._inputs((first, *leading[1:]), rng, generator) for first in self._sizes(leading[0])]
 
     def _draw(self, rng: random.Random) -> Format:
-        return rng.choices(list(KINDS), list(KINDS.values()))[0](rng, self.scale)
+        return rng.choices(list(DRAWN), list(DRAWN.values()))[0](rng, self.scale)
 
     def _sizes(self, first: int) -> Sequence[int]:
         return (first, first + 4) if self.dynamic else (first,)
@@ -241,6 +299,7 @@ class Block:
 
     def __str__(self) -> str:
         parts = [f"seed {self.seed}", str(self.dtype), self.source, *(["of a sum"] if self.adds else [])]
+        parts += [f"gated {self.gate}"] if self.gate else []
         parts += ["reduced"] * self.reduces + ["dynamic"] * self.dynamic
         parts += [f"{[*call[0].shape]}" for call in self.calls]
         parts += [f"{each.name} {reader}" for each, reader in zip(self.formats, self.readers, strict=True)]
@@ -250,8 +309,22 @@ class Block:
         """(what is quantised, the sum)"""
         if not self.is_norm:
             return (F.silu(x) if self.source == "silu" else F.gelu(x)) * r, r
+        gate, norm = F.silu(r.float()), SPELLINGS[self.source]
         x = all_reduce(x, self.group) if self.reduces else x
-        return SPELLINGS[self.source](x, r if self.adds else None, self.weight)
+        if self.gate == "before":
+            x = (x * gate).to(self.dtype)
+        y, total = norm(x, r if self.adds else None, self.weight)
+        return (y * gate).to(self.dtype) if self.gate == "behind" else y, total
+
+    @property
+    def kinds(self) -> set[str]:
+        """What it is counted by; of several formats, none is."""
+        formats = {each.kind for each in self.formats}
+        core = f"{'reduced ' * self.reduces}norm{' of a sum' * self.adds}" if self.is_norm else self.source
+        gated = {f"gated {self.gate}"} if self.gate else set()
+        return (
+            {core} | gated | ({"unquantised too"} if self.also else set()) | (formats if len(formats) == 1 else set())
+        )
 
     def __call__(self, x: Tensor, r: Tensor) -> list[Tensor]:
         """Codes and scales of each layer, and what others read."""
@@ -281,9 +354,9 @@ def fused(recorded: Recorded, policy: str, device: str | None, verify: str) -> t
     return graph.owning_module, reports[0]
 
 
-def tried(seed: int, group: str, *, kernels: bool = False) -> tuple[Counter[str], list[str]]:
+def tried(block: Block, *, kernels: bool = False) -> tuple[Counter[str], list[str]]:
     """(applied fusions by op, what is wrong) of a block, by references, or by Triton's kernels in its interpreter."""
-    block, rng = Block(seed, group), random.Random(seed + 1)
+    rng = random.Random(block.seed + 1)
     applied, problems = Counter[str](), list[str]()
     for recorded in record(block, block.calls):
         device = rng.choice(("h200", "b200")) if kernels else None
@@ -298,7 +371,7 @@ def tried(seed: int, group: str, *, kernels: bool = False) -> tuple[Counter[str]
             with torch.no_grad():
                 before = torch.utils._pytree.tree_leaves(fx.Interpreter(recorded.graph).run(*given))
                 after = torch.utils._pytree.tree_leaves(fx.Interpreter(module).run(*given))
-            is_exact = not kernels and block.source != "silu"
+            is_exact = not kernels and block.source != "silu" and not block.gate
             problems += differences(block, before, after, x, r, is_exact=is_exact)
     return applied, [f"{block}: {problem}" for problem in problems]
 
@@ -317,7 +390,7 @@ def differences(
         is_exact: whether both have to be the same, bit for bit.
     """
     for index, (result, wanted) in enumerate(zip(after, before, strict=True)):
-        if (result.dtype, result.shape, result.stride()) != (wanted.dtype, wanted.shape, wanted.stride()):
+        if (result.dtype, result.shape, strides_of(result)) != (wanted.dtype, wanted.shape, strides_of(wanted)):
             yield f"result {index} is {result.dtype} {[*result.shape]} with strides {result.stride()}, not as before"
         elif is_exact and not _same(result, wanted):
             yield f"result {index} has other bits in {int((result.double() != wanted.double()).sum())} places"
@@ -325,7 +398,10 @@ def differences(
     own = block.value(x, r)[0]
     rows, width = own.numel() // block.width, block.width
     exact, rounded = truth.reshape(rows, width), own.double().reshape(rows, width)
-    off = (rounded - exact).abs().amax(-1, keepdim=True) * FACTOR + unit_in_the_last_place(exact, own.dtype)
+    error, size = (rounded - exact).abs(), exact.abs()
+    relative = (error / torch.where(size == 0, 1.0, size)).amax(-1, keepdim=True)
+    relative = relative.clamp(max=2 * torch.finfo(own.dtype).eps)  # more is of what was too small for its dtype
+    off = torch.maximum(error, relative * size) * FACTOR + unit_in_the_last_place(exact, own.dtype)
     for number, form in enumerate(block.formats):
         at = 2 * number
         got, plain = (form.restored(side[at], side[at + 1], rows, width) for side in (after, before))
@@ -342,9 +418,16 @@ def differences(
                 f"{form.name}: {int(wrong.sum())} codes aren't next to the exact values: [{row}, {column}] is "
                 f"{float(got[0][row, column])} for {float(exact[row, column])}, before {float(plain[0][row, column])}"
             )
-        ratio = got[1] / plain[1]
-        if not torch.all(~counts | ((ratio > 0.49) & (ratio < 2.01))):
-            yield f"{form.name}: scales are far from those before"
+        ends = [((exact.abs() + side * off).clamp(min=0) * exact.sign()).to(own.dtype) for side in (-1, 1)]
+        bounds = [plain[1], *(form.restored(*form.quantise(end.reshape(own.shape)), rows, width)[1] for end in ends)]
+        least, most = torch.stack(bounds).aminmax(dim=0)
+        wrong = counts & ((got[1] < least * (1 - 1e-6)) | (got[1] > most * (1 + 1e-6)))
+        if wrong.any():
+            row, column = (int(each) for each in wrong.nonzero()[0])
+            yield (
+                f"{form.name}: the scale of [{row}, {column}] is {float(got[1][row, column])}, and those of the exact "
+                f"values are from {float(least[row, column])} to {float(most[row, column])}"
+            )
 
 
 def _same(got: Tensor, wanted: Tensor) -> bool:
@@ -353,11 +436,15 @@ def _same(got: Tensor, wanted: Tensor) -> bool:
 
 
 def all_of(seeds: range, group: str, *, kernels: bool = False) -> dict[str, Any]:
-    """Of the blocks of some seeds: how many have a fusion, fusions by op and provider, and all that is wrong."""
-    applied, problems, fused_blocks = Counter[str](), list[str](), 0
+    """Of the blocks of some seeds: how many have a fusion, of which kinds these are, fusions by op and provider, and
+    all that is wrong.
+    """
+    applied, kinds, problems, fused_blocks = Counter[str](), Counter[str](), list[str](), 0
     for seed in seeds:
-        more, wrong = tried(seed, group, kernels=kernels)
+        block = Block(seed, group)
+        more, wrong = tried(block, kernels=kernels)
         applied += more
         problems += wrong
         fused_blocks += bool(more)
-    return {"fused": fused_blocks, "applied": dict(applied), "problems": problems}
+        kinds.update(block.kinds if more else ())
+    return {"fused": fused_blocks, "kinds": dict(kinds), "applied": dict(applied), "problems": problems}

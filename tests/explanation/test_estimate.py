@@ -42,6 +42,25 @@ def test_what_fusions_contend_for_is_counted_once() -> None:
     assert graph.step_ns == graph.unfused_ns
 
 
+def test_rows_that_two_inputs_have_by_sizes_of_their_own_grow_together() -> None:
+    """Their product was asked for the flops of matrices whose numbers differ."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 64, 32))
+
+        def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+            return torch.bmm(x.reshape(-1, 1, 64), self.experts[ids.reshape(-1)])
+
+    ids, x = torch.zeros(3, 5, dtype=torch.int64), torch.randn(3, 5, 64)
+    for each in (ids, x):
+        torch._dynamo.mark_dynamic(each, 0)
+        torch._dynamo.mark_dynamic(each, 1)
+    (graph,) = report_on(Routed(), ids, x).graphs
+    assert graph.step_ns is not None
+
+
 @torch.library.custom_op("estimated::opaque", mutates_args=())
 def opaque(x: Tensor) -> Tensor:
     return x.clone()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
@@ -17,7 +17,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
-from tests.helpers import randn, written
+from tests.helpers import all_reduce, llama, quickly_traced, randn, written
 from tests.matching.placed import NormAdded, placed
 
 aten = torch.ops.aten
@@ -115,6 +115,20 @@ def test_of_several_members_the_one_of_which_the_most_is_there_is_told_of() -> N
 
 
 @pytest.mark.parametrize("fused", [False, True])
+def test_a_member_that_came_further_is_told_of_whatever_stands_in_its_way(fused: bool) -> None:
+    """The other one's norm isn't there, nor what is before it."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = added(x, r, w)[0] if fused else norm(x, w)
+        return ops.pad(aten.sin.default(y), 28), ops.pad(norm(reduced(r), w), 12)
+
+    refusal = the_one(model, "allreduce_rms_padding")
+    name = "fused_add_rms_norm" if fused else "rms_norm"
+    assert refusal.detail == f"expected all_reduce before {name}, found an input of the graph"
+    assert refusal.nodes == (f"{name}_default",)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 def test_the_norm_that_is_there_is_the_one_that_is_expected(fused: bool) -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         y = added(x, r, w)[0] if fused else norm(x, w)
@@ -148,18 +162,20 @@ def test_a_match_is_no_near_miss_and_neither_is_a_refused_one() -> None:
     assert missed(model, "act_padding", "allreduce_rms", providers=[]) == []
 
 
-def ranked(*, absent: int = 0, obstacles: int = 0, ops_found: int = 0) -> Attempt:
+def ranked(*, absent: int = 0, obstacles: int = 0, ops_found: int = 0, lacking: int = 1) -> Attempt:
     graph = fx.Graph()
     node = graph.placeholder("x")
-    gaps = [Gap(expected="", consumer=node, found=node) for _ in range(absent)]
+    gaps = [Gap(expected="", consumer=node, found=node, lacking=lacking) for _ in range(absent)]
     gaps += [Gap(expected="", consumer=node, found=node, way=[node] * obstacles, goal=node)]
     return Attempt(rule=RULES["act_padding"][0], anchor=node, gaps=gaps, calls=[node] * ops_found)
 
 
-def test_the_nearest_lacks_the_least_then_has_the_fewest_obstacles_then_the_most_ops() -> None:
+def test_the_nearest_lacks_the_least_then_came_furthest_or_has_all_and_the_fewest_obstacles() -> None:
     nearest = [
         ranked(ops_found=3), ranked(ops_found=1), ranked(obstacles=1, ops_found=2), ranked(obstacles=1),
-        ranked(obstacles=3, ops_found=9), ranked(absent=1, ops_found=9), ranked(absent=1), ranked(absent=2),
+        ranked(obstacles=3, ops_found=9), ranked(absent=1, ops_found=9), ranked(absent=1, ops_found=2, obstacles=3),
+        ranked(absent=1, ops_found=1), ranked(absent=1, ops_found=1, obstacles=1), ranked(absent=2, ops_found=1),
+        ranked(absent=1, lacking=3, ops_found=9),
     ]  # fmt: skip
     others_first = nearest[::-1]
     assert sorted(others_first, key=lambda each: each.rank) == nearest
@@ -313,6 +329,15 @@ def test_one_that_what_the_norm_adds_depends_on() -> None:
     assert refusal.site == refusal_line(model, "fused_add_rms_norm_default")
 
 
+def test_of_several_readers_the_one_that_what_the_norm_adds_depends_on_is_named() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = reduced(x)
+        return aten.exp.default(y), added(aten.cumsum.default(y, 0), y, w), norm(reduced(r), w)
+
+    assert "aten.cumsum.default" in [refusal.found for refusal in missed(model, "allreduce_rms")]
+    assert "aten.exp.default" not in [refusal.found for refusal in missed(model, "allreduce_rms")]
+
+
 def test_a_residual_of_another_dtype_than_the_norms() -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         wide = reduced(convert_element_type(x, torch.float32))
@@ -327,6 +352,50 @@ def test_a_residual_of_another_dtype_than_the_norms() -> None:
     assert (refusal.expected, refusal.found) == ("all_reduce of bfloat16", "float32")
     assert refusal.nodes == ("fused_add_rms_norm_default", "all_reduce_default")
     assert refusal.code == "fused_add_rms_norm_default"
+
+
+def test_a_residual_where_what_the_norm_adds_to_it_is_computed_from_another() -> None:
+    """Of two all-reduces the one that nothing else reads is the block's."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        y = all_reduce(x, "g")
+        return *llama(all_reduce(r, "g").sigmoid(), y, w), y.relu()
+
+    of_other, refusal = in_graph(canonicalize(quickly_traced(model, *INPUTS.values())), "allreduce_rms")
+    assert of_other.detail.startswith("aten.sigmoid.default stands between all_reduce and fused_add_rms_norm")
+    assert (refusal.reason, refusal.nearness, refusal.mend) == (Reason.OP, Nearness.OBSTRUCTED, None)
+    assert refusal.detail == (
+        "all_reduce is added as the residual of fused_add_rms_norm, whose other addend, aten.sigmoid.default, is "
+        "computed from all_reduce, too"
+    )
+    assert (refusal.expected, refusal.found) == ("one all_reduce", "two of all_reduce")
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_residual_by_the_order_in_which_an_op_was_called(computed: bool) -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return added(product(x, r) if computed else x, reduced(r), w)
+
+    shapes = {**INPUTS, "x": randn(12, 12), "r": randn(12, 12, seed=1), "w": torch.ones(12, dtype=torch.bfloat16)}
+    _, refusal = in_graph(canonicalize(placed(written(model, shapes))), "allreduce_rms")
+    found = "aten.mm.default" if computed else "an input of the graph"
+    assert (refusal.reason, refusal.nearness) == (Reason.OP, Nearness.OBSTRUCTED)
+    assert refusal.detail == (
+        "all_reduce is added as the residual of fused_add_rms_norm: the rule has it in the place of the other addend, "
+        f"{found}"
+    )
+    assert (refusal.expected, refusal.found) == ("all_reduce", found)
+    assert refusal.mend == "swap the two addends of fused_add_rms_norm"
+    assert refusal.nodes == ("fused_add_rms_norm_default", "all_reduce_default")
+
+
+def test_one_that_is_a_weight_is_no_residual() -> None:
+    def model(x: Any, r: Any, w: Any) -> Any:
+        return norm(x, reduced(w)), norm(reduced(r), w)
+
+    _, refusal = missed(model, "allreduce_rms")
+    assert (refusal.reason, refusal.detail) == (Reason.OP, "all_reduce is read as the weight of rms_norm")
+    assert refusal.nodes == ("rms_norm_default", "all_reduce_default")
 
 
 # What looks like an op.

@@ -25,6 +25,7 @@ from fuseplan.providers.triton import all_reduce_norm
 from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm, Tile
+from tests.providers import whole_words
 from tests.providers.run_interpreted import prepare
 from tests.ranks import always, leave, left_in
 
@@ -123,6 +124,7 @@ def schedule(programs: int, lag: int, two_shot: bool) -> Schedule:
 
 def main() -> None:
     prepare()
+    whole_words.install()
     all_reduce_norm.standing_of = patient(all_reduce_norm.standing_of)
     store = FileStore(str(FOLDER / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=RANKS)

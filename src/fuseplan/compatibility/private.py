@@ -154,7 +154,7 @@ GRAPHS = (
     PrivateApi("torch.fx.experimental.symbolic_shapes:DimDynamic.STATIC", ("testing",)),
     PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv", ("testing", "workloads"), 0),
     PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv.bound_sympy", ("planner", "verification"), 1),
-    PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv.replace", ("verification",), 1),
+    PrivateApi("torch.fx.experimental.symbolic_shapes:ShapeEnv.replace", ("planner", "verification"), 1),
     PrivateApi("torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", ("testing",), 0, ("dynamic_sizes",)),
     PrivateApi("torch.fx.experimental.symbolic_shapes:statically_known_true", ("graph",), 1),
     PrivateApi("torch._subclasses.fake_tensor:FakeTensor", ("graph",), 3),

@@ -37,6 +37,7 @@ class Gap:
         found: what it reads.
         way: from `found` towards the expected one, if that is near.
         goal: the expected one, or what looks like it; None where it is not near.
+        lacking: of an absent one, how many calls of the pattern aren't there: itself and all behind it.
     """
 
     expected: str
@@ -44,6 +45,7 @@ class Gap:
     found: object
     way: Sequence[fx.Node] = ()
     goal: fx.Node | None = None
+    lacking: int = 1
 
 
 @dataclass(eq=False, kw_only=True)
@@ -66,9 +68,12 @@ class Attempt:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """The nearest first: fewest ops missing, fewest obstacles, most ops found."""
-        missing = sum(gap.goal is None for gap in self.gaps)
-        return missing, sum(len(gap.way) for gap in self.gaps), -len(self.calls)
+        """The nearest first: fewest calls missing, then fewest obstacles and most calls found; where any is missing,
+        how far it came counts more than what stands in the way.
+        """
+        missing = sum(gap.lacking for gap in self.gaps if gap.goal is None)
+        obstacles, found = sum(len(gap.way) for gap in self.gaps), len(self.calls)
+        return (missing, -found, obstacles) if missing else (0, obstacles, -found)
 
 
 def find_near_misses(
@@ -174,7 +179,8 @@ class _Search:
                 return
             reached = self._search(expected, found)
         if reached is None:
-            attempt.gaps.append(Gap(expected=expected.name, consumer=consumer, found=found))
+            gap = Gap(expected=expected.name, consumer=consumer, found=found, lacking=expected.size)
+            attempt.gaps.append(gap)
             return
         way, goal = reached
         attempt.gaps.append(Gap(expected=expected.name, consumer=consumer, found=found, way=way, goal=goal))
@@ -235,7 +241,13 @@ class _Search:
                     return self._obstructed([gap], goal, goal)
         for core in node.users:
             if core.target in cores:
-                return self._taken_as_residual(op, node, core)
+                role = cores[core.target].arguments[arguments(core).index(node)]
+                if role == "residual":
+                    return self._taken_as_residual(op, node, core)
+                return self._refuse(
+                    core, Reason.OP, f"{op.name} is read as the {role} of {op_name(core)}", nearness=Nearness.ABSENT,
+                    expected=f"{op.name} as another argument", found=role, site=place_of(core), further=(node,),
+                )  # fmt: skip
         reader = next((each for each in node.users if each.op == "call_function"), None)
         found = op_name(reader) if reader is not None else "the graph's output"
         expected = min((core.name for core in cores.values()), key=len)
@@ -247,25 +259,48 @@ class _Search:
     def _taken_as_residual(self, op: DialectOp, node: fx.Node, core: fx.Node) -> Refusal:
         """Why a prologue's result isn't the addend that would be taken along."""
         other, added, part = core.args[0], op_name(core), part_at(node)
-        reader = next((user for user in node.users if user is not core), None)
         if isinstance(part, Prologue) and part.added_twice is not None and part_at(other) is part:
             blame = part.added_twice(added)
             return self._refuse(
                 core, blame.reason, blame.detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}",
                 found=blame.found, site=place_of(core), mend=blame.mend, further=(node,),
             )  # fmt: skip
-        if reader is not None and isinstance(other, fx.Node) and not is_convex([node], [other]):
+        assert isinstance(other, fx.Node), core.format_node()
+        others = [user for user in node.users if user is not core]
+        reader = next((user for user in others if user is other or not is_convex([user], [other])), None)
+        if reader is not None:
             found = op_name(reader)
             detail = f"{op.name} is also read by {found} ({reader.name}), and what {added} adds depends on it"
             return self._refuse(
                 reader, Reason.USERS, detail, nearness=Nearness.OBSTRUCTED, expected=f"no other reader of {op.name}",
                 found=found, site=place_of(core), further=(node, core),
             )  # fmt: skip
-        dtypes = dtype_name(node), dtype_name(core.args[0])
+        dtypes = dtype_name(node), dtype_name(other)
+        if dtypes[0] == dtypes[1]:
+            return self._taken_for_the_other(op, node, core, other)
         detail = f"{op.name} is added as the residual of {added}: it is {dtypes[0]}, and the norm yields {dtypes[1]}"
         return self._refuse(
             core, Reason.DTYPE, detail, nearness=Nearness.OBSTRUCTED, expected=f"{op.name} of {dtypes[1]}",
             found=dtypes[0], site=place_of(core), further=(node,),
+        )  # fmt: skip
+
+    def _taken_for_the_other(self, op: DialectOp, node: fx.Node, core: fx.Node, other: fx.Node) -> Refusal:
+        """Why of two addends of one dtype the other one is the norm's first: it is computed from another prologue, or
+        the graph called an op that tells them apart.
+        """
+        added, place = op_name(core), _origin(other)
+        found = op_name(place) if place is not None else "an input of the graph"
+        detail = f"{op.name} is added as the residual of {added}"
+        expected = op.name
+        mend: str | None = f"swap the two addends of {added}"
+        if path_between(other, lambda each: each.target is op.overload, "inputs") is not None:
+            detail += f", whose other addend, {found}, is computed from {op.name}, too"
+            expected, found, mend = f"one {op.name}", f"two of {op.name}", None
+        else:
+            detail += f": the rule has it in the place of the other addend, {found}"
+        return self._refuse(
+            core, Reason.OP, detail, nearness=Nearness.OBSTRUCTED, expected=expected, found=found,
+            site=place_of(core), mend=mend, further=(node,),
         )  # fmt: skip
 
     def _explain(self, attempt: Attempt) -> Refusal:

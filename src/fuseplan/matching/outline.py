@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -28,6 +29,11 @@ class Outline:
     name: str
     is_core: bool
     inputs: tuple[tuple[int, "Outline"], ...]
+
+    @cached_property
+    def size(self) -> int:
+        """How many calls it is, with all that it reads."""
+        return 1 + sum(part.size for _, part in self.inputs)
 
     def fits(self, node: fx.Node) -> bool:
         """Whether a node is this call, or the meant one of its results."""

@@ -2,10 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -27,11 +28,14 @@ class Rows:
         tokens: this product, in the symbols of the graph; None where the graph has none.
         traced: the number of tokens that the graph was traced with; 1 where no input shows it.
         environment: the `ShapeEnv` of the symbols, which has their ranges.
+        equal: what further symbols stand for, as the graph's guards have it. Of two inputs whose rows are added each
+            has symbols of its own.
     """
 
     tokens: Any
     traced: int
     environment: Any = None
+    equal: Mapping[Any, Any] = field(default_factory=dict, compare=False)
     _known: dict[tuple[Any, ...], tuple[int, bool]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -48,7 +52,10 @@ class Rows:
             return cls(None, 1)
         leading = _leading(value)
         traced = _product([hint(size) for size in leading])
-        return cls(None, traced) if symbolic is None else cls(_expression(leading), traced, _environment(leading))
+        if symbolic is None:
+            return cls(None, traced)
+        tokens, environment = _expression(leading), _environment(leading)
+        return cls(tokens, traced, environment, _equal(environment, tokens.free_symbols))
 
     @property
     def is_dynamic(self) -> bool:
@@ -67,7 +74,7 @@ class Rows:
         sizes: list[Any] = list(value.shape[:-1])
         key = tuple(map(exact, sizes))
         if key not in self._known:
-            symbols: set[Any] = getattr(_expression(sizes), "free_symbols", set())
+            symbols: set[Any] = getattr(self._own(_expression(sizes)), "free_symbols", set())
             varies = self.tokens is not None and bool(symbols & self.tokens.free_symbols)
             self._known[key] = max(1, _product([hint(size) for size in sizes])), varies
         rows, varies = self._known[key]
@@ -89,7 +96,7 @@ class Rows:
             return max(1, int(rows))
         most = _upper(environment, rows)
         if tokens is not None and self.tokens is not None:
-            above, below = (rows / self.tokens).as_numer_denom()
+            above, below = (self._own(rows) / self.tokens).as_numer_denom()
             if not above.free_symbols:
                 least = ShapeEnv.bound_sympy(environment, below).lower if below.free_symbols else below
                 most = min(most, max(1, int(above) * tokens // max(1, int(least))))
@@ -107,9 +114,13 @@ class Rows:
         moving = max(self.tokens.free_symbols, key=str) if self.tokens is not None else None
         sizes, shape = list[int](), list[Any](value.shape)
         for size in shape:
-            varies = isinstance(size, torch.SymInt) and moving in size.node.expr.free_symbols
+            varies = isinstance(size, torch.SymInt) and moving in self._own(exact(size)).free_symbols
             sizes.append(max(1, round(hint(size) * tokens / self.traced)) if varies else hint(size))
         return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+    def _own(self, size: Any) -> Any:
+        """The expression of a size, without symbols that stand for others."""
+        return size.xreplace(self.equal) if self.equal and not isinstance(size, int) else size
 
 
 def most_rows(graph: fx.Graph, tokens: int | None, rows: Rows | None = None) -> float:
@@ -151,6 +162,24 @@ def _expression(sizes: Iterable[Any]) -> Any:
     for size in sizes:
         product = product * exact(size)
     return product
+
+
+def _equal(environment: Any, kept: Collection[Any]) -> dict[Any, Any]:
+    """What symbols stand for by guards `left == right` of products and quotients, in `kept` ones as far as they can."""
+    found: dict[Any, Any] = {}
+    guards = (guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq))
+    for demanded in (ShapeEnv.replace(environment, each) for each in guards):
+        left, right = (each.xreplace(found) for each in demanded.args or (sympy.S.Zero, sympy.S.Zero))
+        if left == 0 or right == 0:
+            continue  # it is known anyway, or no product
+        ratio: Any = left / right
+        for symbol in sorted(ratio.free_symbols.difference(kept), key=str, reverse=True):
+            value = next((each for each in (symbol / ratio, symbol * ratio) if symbol not in each.free_symbols), None)
+            if value is not None:
+                found = {each: known.xreplace({symbol: value}) for each, known in found.items()}
+                found[symbol] = value
+                break
+    return found
 
 
 def _is_symbolic(value: torch.Tensor) -> bool:
