@@ -158,18 +158,9 @@ def scaled_by_exponents(y, MOST: tl.constexpr, TOP: tl.constexpr, HALF: tl.const
 
 
 @triton.jit
-def store_bytes(each, ptr, row, first, valid, WIDTH: tl.constexpr, GROUP: tl.constexpr):
-    """Stores a byte for each group of rows [ROWS, COLUMNS] from column `first` on, given as integers."""
-    GROUPS: tl.constexpr = WIDTH // GROUP
-    group = first // GROUP + tl.arange(0, each.shape[1])
-    at = row.to(tl.int64)[:, None] * GROUPS + group[None, :]
-    tl.store(ptr + at, each.to(tl.uint8), mask=valid[:, None] & within(group, GROUPS)[None, :])
-
-
-@triton.jit
-def store_tiles(each, ptr, row, first, valid, rows, WIDTH: tl.constexpr, GROUP: tl.constexpr):
-    """The same in tiles of 128 rows and 4 groups (`ScaleLayout.SWIZZLED`), of so many rows in all, and zeros for groups
-    and for rows that aren't there: each row writes those that are as far behind all rows as it, and again as far.
+def _store_tiles(each, ptr, row, first, valid, rows, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """Stores bytes in tiles of 128 rows and 4 groups (`ScaleLayout.SWIZZLED`), of so many rows in all, and zeros for
+    groups and rows that aren't there: each row writes those that are as far behind all rows as it, and again as far.
     """
     GROUPS: tl.constexpr = WIDTH // GROUP
     TILES: tl.constexpr = (GROUPS + 3) // 4
@@ -185,6 +176,22 @@ def store_tiles(each, ptr, row, first, valid, rows, WIDTH: tl.constexpr, GROUP: 
         at = (beyond // 128).to(tl.int64) * (TILES * 512) + beyond % 32 * 16 + beyond % 128 // 32 * 4
         there = valid & (beyond < padded)
         tl.store(ptr + at[:, None] + of_group[None, :], tl.zeros_like(filled), mask=there[:, None] & inside)
+
+
+@triton.jit
+def store_bytes(
+    each, ptr, row, first, valid, rows, first_row, WIDTH: tl.constexpr, GROUP: tl.constexpr, SWIZZLES: tl.constexpr,
+):  # fmt: skip
+    """Stores a byte for each group of rows [ROWS, COLUMNS] from column `first` on, given as integers; in tiles, where
+    it SWIZZLES, of which the row is `first_row` rows further on.
+    """
+    if SWIZZLES:
+        _store_tiles(each, ptr, row + first_row, first, valid, rows, WIDTH, GROUP)
+    else:
+        GROUPS: tl.constexpr = WIDTH // GROUP
+        group = first // GROUP + tl.arange(0, each.shape[1])
+        at = row.to(tl.int64)[:, None] * GROUPS + group[None, :]
+        tl.store(ptr + at, each.to(tl.uint8), mask=valid[:, None] & within(group, GROUPS)[None, :])
 
 
 @triton.jit

@@ -9,14 +9,7 @@ from torch import Tensor
 from fuseplan.dialect import MxScaling
 from fuseplan.providers.triton.epilogues import GroupBytes, bytes_for
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import (
-    e2m1_of,
-    in_groups,
-    scaled_by_exponents,
-    store_bytes,
-    store_pairs,
-    store_tiles,
-)
+from fuseplan.providers.triton.rows import e2m1_of, in_groups, scaled_by_exponents, store_bytes, store_pairs
 
 
 @triton.jit
@@ -33,10 +26,7 @@ def store_pairs_by_exponents(
     y, _, _ = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
     scaled, exponent = scaled_by_exponents(y, 6.0, 2, 0x200000, SCALING)
     store_pairs(e2m1_of(scaled), y_ptr, row, first, valid, WIDTH, BLOCK)
-    if SWIZZLES:
-        store_tiles(exponent, exponent_ptr, row + first_row, first, valid, rows, WIDTH, GROUP)
-    else:
-        store_bytes(exponent, exponent_ptr, row, first, valid, WIDTH, GROUP)
+    store_bytes(exponent, exponent_ptr, row, first, valid, rows, first_row, WIDTH, GROUP, SWIZZLES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fuseplan.dialect import MX_FP8_FORMATS, MxScaling
 from fuseplan.providers.triton.epilogues import GroupBytes
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import codes_of, in_groups, scaled_by_exponents, store_bytes, store_tiles
+from fuseplan.providers.triton.rows import codes_of, in_groups, scaled_by_exponents, store_bytes
 
 
 @triton.jit
@@ -29,10 +29,7 @@ def store_by_exponents(
     y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
     scaled, exponent = scaled_by_exponents(y, MOST, TOP, HALF, SCALING)
     tl.store(y_ptr + out, tl.reshape(codes_of(scaled, code, MOST, NVIDIA), out.shape), mask=inside)
-    if SWIZZLES:
-        store_tiles(exponent, exponent_ptr, row + first_row, first, valid, rows, WIDTH, GROUP)
-    else:
-        store_bytes(exponent, exponent_ptr, row, first, valid, WIDTH, GROUP)
+    store_bytes(exponent, exponent_ptr, row, first, valid, rows, first_row, WIDTH, GROUP, SWIZZLES)
 
 
 @dataclass(frozen=True, kw_only=True)

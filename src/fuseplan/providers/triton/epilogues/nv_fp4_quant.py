@@ -8,15 +8,7 @@ from torch import Tensor
 
 from fuseplan.providers.triton.epilogues import GroupBytes, bytes_for
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import (
-    e2m1_of,
-    e4m3_of,
-    in_groups,
-    largest_bits,
-    store_bytes,
-    store_pairs,
-    store_tiles,
-)
+from fuseplan.providers.triton.rows import e2m1_of, e4m3_of, in_groups, largest_bits, store_bytes, store_pairs
 
 
 @triton.jit
@@ -42,10 +34,7 @@ def store_pairs_by_scales(
     scaled = y * tl.div_rn(tl.broadcast_to(inverse, scale.shape), scale)[:, :, None]
     scaled = tl.where(scaled > 6.0, 6.0, scaled)
     store_pairs(e2m1_of(tl.where(scaled < -6.0, -6.0, scaled)), y_ptr, row, first, valid, WIDTH, BLOCK)
-    if SWIZZLES:
-        store_tiles(code, scale_ptr, row + first_row, first, valid, rows, WIDTH, GROUP)
-    else:
-        store_bytes(code, scale_ptr, row, first, valid, WIDTH, GROUP)
+    store_bytes(code, scale_ptr, row, first, valid, rows, first_row, WIDTH, GROUP, SWIZZLES)
 
 
 @dataclass(frozen=True, kw_only=True)
