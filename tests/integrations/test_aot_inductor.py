@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
 import fuseplan
+from fuseplan.compilation import whole_graph
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.compilation.whole_graph import CALLS_OPS, hands_off, lost_in_package
 from fuseplan.config import Environment
 from fuseplan.errors import UnsupportedError
@@ -26,7 +28,8 @@ from fuseplan.providers.attention import SHARED as SHARED_KERNEL
 from fuseplan.record import Reason
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.attention import BATCH, HEAD_DIM, HEADS, KEYS, SHARED, hugging_face
-from tests.helpers import HIDDEN, randn
+from tests.helpers import HIDDEN, post_grad, randn
+from tests.verification.fused_norm import WEIGHT, AddNormRelu, model, provider, right
 
 Package = Callable[..., tuple[Path, list[fuseplan.Report], list[str]]]
 
@@ -131,8 +134,48 @@ def test_ops_are_left_out_where_packages_were_not_seen_to_call_them(
     problem = SimpleNamespace(candidates=[SimpleNamespace(match=each) for each in (*matches, object())])
     analysis: Any = SimpleNamespace(canonical=SimpleNamespace(graph=graph), problem=problem)
     with V.set_aot_compilation(packaged):
-        found = lost_in_package(analysis)
+        found = lost_in_package(analysis, range(3))
     assert found == ({} if why is None else {1: f"can't be called by AOTInductor's packages {why}"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_told"),
+    [
+        ({"policy": "ordered(act_padding)"}, True),
+        ({"force": ("act_padding",)}, True),
+        ({"policy": "off"}, False),
+        ({}, False),
+    ],
+)
+def test_only_what_was_chosen_is_said_to_be_left_out(
+    asked: dict[str, Any], is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = post_grad(Padded(), randn(5, HIDDEN))
+    monkeypatch.setattr(whole_graph, "CALLS_OPS", "99")
+    reports: list[fuseplan.Report] = []
+    with V.set_aot_compilation(True):
+        PostGradPassManager(fuseplan.PassConfig(**asked), on_report=reports.append)(graph)
+    assert not reports[0].graphs[0].applied
+    why = f"can't be called by AOTInductor's packages before torch 99; this is {torch.__version__}"
+    text = f"act_padding is not applied: torch's fused_add_rms_norm_pad {why}"
+    told = [(each.reason, each.detail, each.mend) for each in reports[0].warnings]
+    assert told == ([(Reason.PACKAGE, text, "forbid act_padding:torch")] if is_told else [])
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < CALLS_OPS, reason="this torch's packages call no ops")
+def test_rules_and_providers_of_a_user_are_named() -> None:
+    """Their ops are defined by their own modules."""
+    own = provider(right)
+    graph = post_grad(model, randn(5, HIDDEN), randn(5, HIDDEN, seed=1), WEIGHT)
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(force=("add_norm_relu",))
+    with V.set_aot_compilation(True):
+        PostGradPassManager(config, rules=[AddNormRelu()], providers=[own], on_report=reports.append)(graph)
+    (told,) = [each.detail for each in reports[0].warnings if each.reason is Reason.PACKAGE]
+    assert told == (
+        "the package calls fuseplan's ops (add_norm_relu): load it in Python, after `import fuseplan.providers` "
+        f"and after importing what defines rule add_norm_relu and provider {own.name}"
+    )
 
 
 def test_collectives_are_refused() -> None:

@@ -197,16 +197,21 @@ def _is_local(match: Match | ExternalMatch) -> bool:
     return isinstance(match, Match) and not match.rule.op.collective
 
 
+UNCALLED = "can't be called by AOTInductor's packages"
+
+
 def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
-    """Failed verifications: once for the kernel, and once for every place that lost it."""
+    """Failed verifications, and what can't be packaged: once for the kernel, and once for every place that lost it."""
     places, applied = list[Refusal](), _applied(problem, decision)
     for index, why in sorted(problem.failed.items()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         is_ours = candidate.provider != EXTERNAL
         mend = f"forbid {candidate.rule}:{candidate.provider}" if is_ours else f"forbid {candidate.rule}"
-        mend = mend if UNVERIFIED in why else f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
+        reason = Reason.PACKAGE if UNCALLED in why else Reason.VERIFICATION
+        if reason is Reason.VERIFICATION and UNVERIFIED not in why:
+            mend = f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
         whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"what pass {candidate.rule} puts in"
-        place = _given_up(fusion, Reason.VERIFICATION, f"{whose} {why}")
+        place = _given_up(fusion, reason, f"{whose} {why}")
         places.append(_beside_others(candidate, applied, replace(place, mend=mend)))
     return _once_and_everywhere(places)
 

@@ -143,9 +143,8 @@ class PostGradPassManager(Keyed):
         names = sorted({rule.name for rule in rules} | {p.name for p in self.passes if isinstance(p, ExternalPass)})
         for selector in (*config.force, *config.forbid):
             check_selector(selector, names)
-        self._graphs, self._regions = 0, Regions()
+        self._graphs, self._regions, self.may_restart = 0, Regions(), False
         self.on_canonical: Callable[[CanonicalGraph], None] | None = None
-        self.may_restart = False
 
     @uncollected()
     def __call__(self, graph: fx.Graph) -> None:
@@ -307,8 +306,8 @@ class PostGradPassManager(Keyed):
     def decide_verified(
         self, analysis: Analysis, graph: str
     ) -> tuple[Analysis, Decision, list[Verification | Pending]]:
-        """What the configured policy would apply, all of it verified or left to all ranks: what fails is taken out of
-        the problem, and the rest is decided again.
+        """What the configured policy would apply, all of it verified or left to all ranks: what fails, or can't be
+        packaged, is taken out of the problem, and the rest is decided again.
 
         Returns:
             The analysis without what failed, the decision, and what came of verifying it.
@@ -318,12 +317,13 @@ class PostGradPassManager(Keyed):
         """
         span, outcomes = self._span_of(Rows.of(analysis.canonical.graph)), dict[Verification, None]()
         stages = dict(analysis.stages_ns)
-        analysis = replace(analysis, problem=analysis.problem.without(lost_in_package(analysis)))
         while True:
             problem = analysis.problem
             with stage(stages, "choosing"):
                 decision = self.decide(analysis, self.config.chosen_policy, graph)
-            chosen = decision.selected
+            if lost := lost_in_package(analysis, chosen := decision.selected):
+                analysis = replace(analysis, problem=problem.without(lost))
+                continue
             with stage(stages, "verification"):
                 found = self.verifier.verify([problem.candidates[i] for i in chosen], analysis.canonical, span)
             known = {i: each for i, each in zip(chosen, found, strict=True) if isinstance(each, Verification)}

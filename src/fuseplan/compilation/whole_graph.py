@@ -1,6 +1,7 @@
 """Why a graph is left unfused as a whole, and what one needs where it runs."""
 
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -9,15 +10,17 @@ from torch import fx
 from torch._inductor.virtualized import V
 from torch.torch_version import TorchVersion
 
-from fuseplan.compilation.analysis import Analysis
+from fuseplan.compilation.analysis import UNCALLED, Analysis
 from fuseplan.config import Environment
 from fuseplan.dialect import is_inlined
 from fuseplan.errors import UnsupportedError
 from fuseplan.graph.facts import groups_in, is_on_cpu, is_training
 from fuseplan.matching import ExternalMatch, Match
 from fuseplan.planner import Decision, Problem
+from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS
 from fuseplan.record import Reason, Refusal
 from fuseplan.record.text import one_line
+from fuseplan.rules.families import BUILT_IN_RULES
 
 
 def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
@@ -48,8 +51,8 @@ hand them other dtypes (bfloat16 becomes quint8), and one with Triton's ops cras
 """
 
 
-def lost_in_package(analysis: Analysis) -> dict[int, str]:
-    """The candidates whose ops a package of AOTInductor can't be trusted to call, and why they are left out."""
+def lost_in_package(analysis: Analysis, chosen: Iterable[int]) -> dict[int, str]:
+    """Of the chosen candidates those whose ops a package of AOTInductor can't be trusted to call, and why."""
     if not V.aot_compilation:
         return {}
     if not is_on_cpu(analysis.canonical.graph):
@@ -58,24 +61,33 @@ def lost_in_package(analysis: Analysis) -> dict[int, str]:
         where = f"before torch {CALLS_OPS}; this is {torch.__version__}"
     else:
         return {}
-    why = f"can't be called by AOTInductor's packages {where}"
-    return {index: why for index, each in enumerate(analysis.problem.candidates) if _is_called(each.match)}
+    candidates = analysis.problem.candidates
+    return {index: f"{UNCALLED} {where}" for index in chosen if _is_called(candidates[index].match)}
 
 
 def _is_called(match: Match | ExternalMatch) -> bool:
     return isinstance(match, Match) and not is_inlined(match.rule.op, match.provider)
 
 
+_PROVIDERS: Final = (*BUILT_IN_PROVIDERS, *ENGINE_PROVIDERS)
+
+
 def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
-    """That a package of AOTInductor calls fuseplan's ops, by their names; kernels that are inlined leave none."""
+    """That a package of AOTInductor calls fuseplan's ops, by their names, and whose; kernels that are inlined leave
+    none.
+    """
     if not V.aot_compilation:
         return []
-    chosen = (problem.candidates[index] for index in decision.selected)
-    rules = sorted({each.rule for each in chosen if _is_called(each.match)})
+    called = [each for each in (problem.candidates[i] for i in decision.selected) if _is_called(each.match)]
+    rules = sorted({each.rule for each in called})
     if not rules:
         return []
-    called = ", ".join(rules)
-    detail = f"the package calls fuseplan's ops ({called}): load it in Python, after `import fuseplan.providers`"
+    users = sorted({f"rule {name}" for name in rules} - {f"rule {rule.name}" for rule in BUILT_IN_RULES})
+    users += sorted({f"provider {each.provider}" for each in called} - {f"provider {each.name}" for each in _PROVIDERS})
+    detail = f"the package calls fuseplan's ops ({', '.join(rules)}): load it in Python, "
+    detail += "after `import fuseplan.providers`" + (
+        f" and after importing what defines {' and '.join(users)}" if users else ""
+    )
     return [Refusal(reason=Reason.PACKAGE, detail=detail, mend=f"forbid={rules} makes one without them")]
 
 

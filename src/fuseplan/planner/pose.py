@@ -36,7 +36,7 @@ class Problem:
         sites: the signature of every site, in graph order.
         ineffective: selectors that select nothing in this graph.
         forced: forcing selectors, each with its open candidates at each place.
-        failed: candidates that failed verification, or need one that did, and why.
+        failed: candidates that failed verification or can't be packaged, or need one such, and why.
         unpriced: candidates that a plan doesn't apply since no price is known for them and they aren't forced.
         unsure: candidates that a plan doesn't apply since the interval of what they save reaches below zero, and which
             aren't forced.
@@ -62,15 +62,15 @@ class Problem:
         return (self.program.forbidden - self.unpriced) | self.failed.keys()
 
     def without(self, failed: Mapping[int, str]) -> "Problem":
-        """The same problem without candidates that failed verification, and those that need them. A
-        place where all forced candidates have failed is open again.
+        """The same problem without candidates that failed, by index with the reasons, and those that need them. A place
+        where all forced candidates have failed is open again.
         """
         reasons = {**self.failed, **failed}
         program = self.program
         while more := {
-            **{i: _needs(self.candidates[j]) for i, j in program.requires if j in reasons and i not in reasons},
+            **{i: self._needs(j, reasons) for i, j in program.requires if j in reasons and i not in reasons},
             **{
-                i: _needs(self.candidates[min(group & reasons.keys())])
+                i: self._needs(min(group & reasons.keys()), reasons)
                 for group in program.together
                 if not group.isdisjoint(reasons)
                 for i in group - reasons.keys()
@@ -89,6 +89,10 @@ class Problem:
                 one_of=tuple(group for group in groups if len(group) > 1),
             ),
         )  # fmt: skip
+
+    def _needs(self, index: int, reasons: Mapping[int, str]) -> str:
+        candidate = self.candidates[index]
+        return f"needs {candidate.rule} by {candidate.provider}, which {reasons[index]}"
 
     @property
     def unfused_ns(self) -> int:
@@ -323,10 +327,6 @@ def _closures(structure: IntegerProgram, count: int) -> list[frozenset[int]]:
             stack.extend(new)
         result.append(frozenset(found))
     return result
-
-
-def _needs(candidate: Candidate) -> str:
-    return f"needs {candidate.rule} by {candidate.provider}, which failed verification"
 
 
 def _check_open(

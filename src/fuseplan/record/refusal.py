@@ -54,7 +54,7 @@ class Reason(StrEnum):
     REPEATS = "repeats"
     """Data decides how often a step runs it, so it is counted once."""
     PACKAGE = "package"
-    """What AOTInductor writes calls fuseplan, which has to be there where it is loaded."""
+    """What AOTInductor writes calls fuseplan, which has to be there where it is loaded; or it can't call it."""
 
 
 class Nearness(StrEnum):
