@@ -262,6 +262,21 @@ def test_one_size_is_not_called_one_token() -> None:
     assert "token" not in render(fixed, 120)
 
 
+@pytest.mark.parametrize("policy", ["planned", "ordered"])
+@pytest.mark.parametrize("reason", [Reason.VERIFICATION, Reason.PACKAGE, Reason.LIMIT, Reason.COUPLED, Reason.UNPRICED])
+def test_what_keeps_a_match_out_is_said_where_nothing_is_fused(policy: str, reason: Reason) -> None:
+    (report, _) = comparison().reports
+    (graph,) = report.graphs
+    left = [
+        Refusal(reason=reason, detail="it is left out", rule="act_padding", op="norm", nodes=(f"pad_{i}",))
+        for i in (1, 2)
+    ]
+    whole = replace(left[0], nodes=(), detail="act_padding is not applied")
+    given = replace(graph, applied=(), lost=(), refusals=(whole, *left, left[0]))
+    text = render(replace(report, policy=policy, graphs=(given,)), 120)
+    assert "fuses nothing: 2 places match; it is left out." in text
+
+
 def test_a_plan_that_fuses_nothing_and_a_model_without_matches_say_so() -> None:
     (report, _) = comparison().reports
     (graph,) = report.graphs
@@ -270,6 +285,9 @@ def test_a_plan_that_fuses_nothing_and_a_model_without_matches_say_so() -> None:
     assert render(nothing, 120).startswith(
         "The plan fuses nothing: 3 places match, but fusing them costs more than it saves."
     )
+    forbidden = tuple(replace(each, forbidden=True) for each in lost)
+    ruled_out = replace(nothing, graphs=(replace(graph, applied=(), lost=forbidden),))
+    assert render(ruled_out, 120).startswith("The plan fuses nothing: 3 places match, but are forbidden.")
     empty = replace(nothing, graphs=(replace(graph, applied=(), lost=(), matched={}),))
     text = render(empty, 120, verbose=False)
     assert text.startswith("Nothing to fuse: no rule matches anywhere.")

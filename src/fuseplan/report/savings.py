@@ -198,15 +198,29 @@ def why_nothing(report: Report, span: Span) -> str:
     """Of a report whose rules match somewhere: `2 places match, but fusing them costs more than it saves`"""
     graphs = graphs_of(report, span)
     unsure = {(each.op, each.nodes) for g in graphs for each in g.refusals if each.reason is Reason.UNSURE}
-    lost = {loss.fusion.site for graph in graphs for loss in graph.lost}
-    count = len(lost) + len(unsure)
-    found, them = (f"{count} places match", "them") if count != 1 else ("1 place matches", "it")
+    losses = [loss for graph in graphs for loss in graph.lost]
+    lost = {loss.fusion.site for loss in losses}
+    refused = {
+        (each.op, each.nodes): each.detail
+        for g in graphs
+        for each in g.refusals
+        if each.nodes and each.reason in _LEFT_OUT
+    }
+    count = len(lost) + len(unsure) or len(refused)
+    found, them, are = (f"{count} places match", "them", "are") if count != 1 else ("1 place matches", "it", "is")
+    if refused and not (lost or unsure):
+        return f"{found}; {next(iter(refused.values()))}"
+    if losses and not unsure and all(loss.forbidden for loss in losses):
+        return f"{found}, but {are} forbidden"
     if report.policy != "planned":
         return f"{found}, but the policy leaves {them} unfused"
     dearer = f"fusing {them} costs more than it saves"
     if unsure and lost:
         return f"{found}, but {dearer}, or may do so"
     return f"{found}, but {f'fusing {them} may cost more than it saves' if unsure else dearer}"
+
+
+_LEFT_OUT = (Reason.VERIFICATION, Reason.PACKAGE, Reason.LIMIT, Reason.COUPLED, Reason.UNPRICED)
 
 
 def graphs_of(report: Report, span: Span) -> list[GraphReport]:
