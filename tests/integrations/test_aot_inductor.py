@@ -29,18 +29,10 @@ from fuseplan.record import Reason
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.attention import BATCH, HEAD_DIM, HEADS, KEYS, SHARED, hugging_face
 from tests.helpers import HIDDEN, post_grad, randn
+from tests.test_frontend import PAD, Block
 from tests.verification.fused_norm import WEIGHT, AddNormRelu, model, provider, right
 
 Package = Callable[..., tuple[Path, list[fuseplan.Report], list[str]]]
-
-
-class Padded(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(HIDDEN, eps=1e-6, dtype=torch.bfloat16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(self.norm(x + x.sin()), (0, 8))
 
 
 class Attending(nn.Module):
@@ -94,9 +86,9 @@ def test_a_package_of_inlined_kernels_has_nothing_of_fuseplan(package: Package) 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < CALLS_OPS, reason="this torch's packages call no ops")
 def test_a_package_that_calls_ops_says_so(package: Package) -> None:
-    model, x = Padded(), randn(5, HIDDEN)
+    model, x = Block(), randn(5, HIDDEN)
     rows = {0: torch.export.Dim("rows", min=2, max=64)}
-    path, reports, said = package(model, (x,), (rows,), fuseplan.PassConfig(policy="ordered(act_padding)"))
+    path, reports, said = package(model, (x,), (rows,), PAD)
     assert reports[-1].fused == {"act_padding": 1}
     text = "the package calls fuseplan's ops (act_padding): load it in Python, after `import fuseplan.providers`"
     assert [(each.reason, each.detail) for each in reports[-1].warnings] == [(Reason.PACKAGE, text)]
@@ -150,7 +142,7 @@ def test_ops_are_left_out_where_packages_were_not_seen_to_call_them(
 def test_only_what_was_chosen_is_said_to_be_left_out(
     asked: dict[str, Any], is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph = post_grad(Padded(), randn(5, HIDDEN))
+    graph = post_grad(Block(), randn(5, HIDDEN))
     monkeypatch.setattr(whole_graph, "CALLS_OPS", "99")
     reports: list[fuseplan.Report] = []
     with V.set_aot_compilation(True):

@@ -84,9 +84,10 @@ def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
         return []
     users = sorted({f"rule {name}" for name in rules} - {f"rule {rule.name}" for rule in BUILT_IN_RULES})
     users += sorted({f"provider {each.provider}" for each in called} - {f"provider {each.name}" for each in _PROVIDERS})
-    detail = f"the package calls fuseplan's ops ({', '.join(rules)}): load it in Python, "
-    detail += "after `import fuseplan.providers`" + (
-        f" and after importing what defines {' and '.join(users)}" if users else ""
+    further = f" and after importing what defines {' and '.join(users)}" if users else ""
+    detail = (
+        f"the package calls fuseplan's ops ({', '.join(rules)}): load it in Python, after `import fuseplan.providers`"
+        f"{further}"
     )
     return [Refusal(reason=Reason.PACKAGE, detail=detail, mend=f"forbid={rules} makes one without them")]
 
