@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from fuseplan.providers.triton.rows import quantized, rounded  # noqa: E402
+from fuseplan.providers.triton.rows import dynamic_scale, quantized, quotient, reciprocal_root, rounded  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +33,31 @@ def _quantize(  # type: ignore[no-untyped-def]
 def _round(x_ptr, y_ptr, DTYPE: tl.constexpr, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + at, rounded(tl.load(x_ptr + at), DTYPE, True))
+
+
+@triton.jit
+def _count_wrong(wrong_ptr, SIGNIFICANDS: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = (at | 0x3F800000).to(tl.float32, bitcast=True)
+    wrong = tl.zeros([BLOCK], tl.int32)
+    for significand in range(SIGNIFICANDS):
+        y = (tl.zeros([BLOCK], tl.int32) + (significand << SHIFT) + 0x3F800000).to(tl.float32, bitcast=True)
+        wrong += (quotient(y, scale, DTYPE, False, False, True) != tl.div_rn(y, scale)).to(tl.int32)
+    tl.atomic_add(wrong_ptr, tl.sum(wrong))
+
+
+@triton.jit
+def _scale(y_ptr, scale_ptr, MOST: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * 32 + tl.arange(0, 32)
+    y = tl.load(y_ptr + row[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
+    infinity = float("inf")
+    tl.store(scale_ptr + row, dynamic_scale(y, 0.0, infinity, scale_ptr, MOST, False, False, False, True))
+
+
+@triton.jit
+def _root(x_ptr, y_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, reciprocal_root(tl.load(x_ptr + at), True))
 
 
 def bits(count: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -86,3 +111,37 @@ def test_numbers_are_rounded_to_the_nearest(dtype: torch.dtype, block: int) -> N
     assert torch.equal(y.isnan(), wanted.isnan())
     torch.testing.assert_close(y.nan_to_num(0.0), wanted.nan_to_num(0.0), rtol=0, atol=0)
     assert torch.equal(y.signbit()[~y.isnan()], wanted.signbit()[~y.isnan()])
+
+
+@pytest.mark.parametrize(("dtype", "significands", "shift"), [(tl.bfloat16, 128, 16), (tl.float16, 1024, 13)], ids=str)
+def test_quotients_of_all_significands_are_the_nearest(dtype: tl.dtype, significands: int, shift: int) -> None:
+    wrong = torch.zeros(1, dtype=torch.int32, device="cuda")
+    _count_wrong[(2**23 // BLOCK,)](wrong, significands, shift, dtype, BLOCK)
+    assert not wrong.item()
+
+
+@pytest.mark.parametrize("most", [448.0, 57344.0])
+@pytest.mark.parametrize("group", [1, 2, 16, 128])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scales_of_all_numbers_are_the_nearest(dtype: torch.dtype, group: int, most: float) -> None:
+    """Each number among zeros, and among any others."""
+    every = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype)
+    alone = torch.zeros(2**16, group, device="cuda", dtype=dtype)
+    at = torch.arange(2**16, device="cuda")
+    alone[at, at % group] = every
+    for y in (alone, bits(2**16 * group, dtype, 0).view(-1, group)):
+        scale = torch.empty(2**16, device="cuda")
+        _scale[(2**11,)](y, scale, most, group)
+        wanted = (y.float().abs().amax(-1).double() / most).float()
+        torch.testing.assert_close(scale, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_reciprocal_roots_are_off_by_less_than_a_unit_in_the_last_place() -> None:
+    x = bits(COUNT, torch.float32, 0).abs()
+    x[:2] = torch.tensor([0.0, float("inf")])
+    y = torch.empty_like(x)
+    _root[(COUNT // BLOCK,)](x, y, BLOCK)
+    assert y[:2].tolist() == [float("inf"), 0.0]
+    torch.testing.assert_close(
+        y[2:].double(), x[2:].double().rsqrt(), rtol=0.7 * torch.finfo(x.dtype).eps, atol=0, equal_nan=True
+    )

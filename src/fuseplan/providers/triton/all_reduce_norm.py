@@ -173,7 +173,7 @@ def _all_reduce_norm(
     written = tl.load(state + WRITTEN + last) * UNIT
     summed = tl.load(state + WRITTEN + SLOTS + last) * UNIT
     slot_at, last_at = slot * (RANKS - 1) * shot_words, last * (RANKS - 1) * shot_words
-    weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0)
     steps = tl.cdiv(tl.cdiv(rows, ROWS), programs)
     # Of the tiles of a step: how many one rank owns, at most, and which of them is this program's.
     if LOOPBACK:
@@ -259,7 +259,7 @@ def _all_reduce_norm(
         tl.store(total_ptr + kept, total.to(total_ptr.dtype.element_ty), mask=inside)
         if ADDS and ROUNDS_SUM:
             total = rounded(total, dtype)
-        y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
+        y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE, NVIDIA)
         if KEEPS:
             tl.store(y_ptr + kept, y.to(dtype), mask=inside)
         STORE(y, arguments, row, 0, (row >= 0) & (row < rows), dtype, WIDTH, CONSTANTS, NVIDIA)

@@ -15,7 +15,7 @@ from fuseplan.providers.triton.epilogues import Epilogue
 from fuseplan.providers.triton.hooks import names_functions
 from fuseplan.providers.triton.launching import Norm, Tile, block_of, eviction, flattened, is_nvidia, multiprocessors
 from fuseplan.providers.triton.replay import run_kernel
-from fuseplan.providers.triton.rows import normalized, rounded, within
+from fuseplan.providers.triton.rows import narrowed, normalized, rounded, widened, within
 
 
 @names_functions
@@ -33,27 +33,29 @@ def _norm(
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & within(column, WIDTH)[None, :]
     at = row.to(tl.int64)[:, None]
-    total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION).to(
-        tl.float32
-    )
+    total = tl.load(x_ptr + at * x_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION)
+    total = widened(total, NVIDIA)
     for part in tl.static_range(1, PARTS):
         total += tl.load(x_ptr + (part * rows + at) * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if PARTS > 1:
-        total = rounded(total, dtype)
+        total = rounded(total, dtype, NVIDIA)
     if ADDS:
-        total += tl.load(
+        residual = tl.load(
             residual_ptr + at * residual_row + column[None, :], mask=inside, other=0.0, eviction_policy=EVICTION
-        ).to(tl.float32)
-        tl.store(total_ptr + at * WIDTH + column[None, :], total.to(total_ptr.dtype.element_ty), mask=inside)
+        )
+        total += widened(residual, NVIDIA)
+        tl.store(
+            total_ptr + at * WIDTH + column[None, :], narrowed(total, total_ptr.dtype.element_ty, NVIDIA), mask=inside
+        )
         if ROUNDS_SUM:
-            total = rounded(total, dtype)
-    y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE)
+            total = rounded(total, dtype, NVIDIA)
+    y = normalized(total, weight, eps, dtype, WIDTH, ROUNDS_NORMED, ADDS_ONE, NVIDIA)
     if KEEPS:
-        tl.store(y_ptr + at * WIDTH + column[None, :], y.to(dtype), mask=inside)
+        tl.store(y_ptr + at * WIDTH + column[None, :], narrowed(y, dtype, NVIDIA), mask=inside)
     STORE(y, arguments, row, 0, row < rows, dtype, WIDTH, CONSTANTS, NVIDIA)
 
 

@@ -4,30 +4,50 @@ from fuseplan.providers.triton.language import cuda_capability_geq, tl, triton
 
 
 @triton.jit
+def narrowed(x, dtype: tl.constexpr, NVIDIA: tl.constexpr = False):
+    """x as `dtype`, to the nearest."""
+    # By twos; one at a time, as the compiler may take them, is the work of a unit with an eighth of the throughput.
+    BY_TWOS: tl.constexpr = NVIDIA and x.dtype == tl.float32 and cuda_capability_geq(8, 0)
+    if BY_TWOS and dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    elif BY_TWOS and dtype == tl.float16:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def widened(x, NVIDIA: tl.constexpr = False):
+    """x in float32."""
+    if NVIDIA and x.dtype == tl.bfloat16:
+        # By twos, an instruction each; the compiler takes the upper one of two by a shift down and one up.
+        y = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr, NVIDIA: tl.constexpr = False):
     """x as `dtype` holds it, in float32."""
-    if NVIDIA and x.dtype == tl.float32 and dtype != tl.float32 and cuda_capability_geq(8, 0):
-        # By twos; one at a time, as the compiler may take them, is the work of a unit with an eighth of the throughput.
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2; shl.b32 $0, two, 16; and.b32 $1, two, 0xffff0000; }",
-                "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
-            )  # fmt: skip
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 two; .reg .b16 low, high; cvt.rn.f16x2.f32 two, $3, $2; mov.b32 {low, high}, two; "
-            "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
-            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    return x.to(dtype).to(tl.float32)
+    return widened(narrowed(x, dtype, NVIDIA), NVIDIA)
 
 
 @triton.jit
 def quotient(
-    y, scale, DTYPE: tl.constexpr, OVERFLOWS: tl.constexpr, UNDERFLOWS: tl.constexpr, NVIDIA: tl.constexpr
+    y, scale, DTYPE: tl.constexpr, OVERFLOWS: tl.constexpr, UNDERFLOWS: tl.constexpr, NVIDIA: tl.constexpr,
+    SHORT: tl.constexpr = True,
 ):  # fmt: skip
     """y / scale to the nearest float32, of y that DTYPE holds, where that is at least 2^-18; below, nothing but its
     sign and its being below is sure. Only where it OVERFLOWS it may be 2^20 or more, and is then any such number; only
-    where the scale UNDERFLOWS it may be below 2^-85.
+    where the scale UNDERFLOWS it may be below 2^-85. The same by fewer instructions where it is SHORT.
     """
     if not NVIDIA or tl.float32 == DTYPE:
         return tl.div_rn(y, scale)
@@ -38,7 +58,12 @@ def quotient(
         unit = tl.where(tl.abs(scale) < 2.5849394142282115e-26, 18446744073709551616.0, 1.0)  # 2^-85, 2^64
         scale *= unit
         y *= unit
-    reciprocal = tl.broadcast_to(tl.div_rn(1.0, scale), y.shape)
+    if SHORT and tl.bfloat16 == DTYPE:
+        # The instruction alone, off by a unit in the last place: by it no quotient of bfloat16 is another one, either.
+        reciprocal = tl.inline_asm_elementwise("rcp.approx.f32 $0, $1;", "=f,f", [scale], tl.float32, True, 1)
+    else:
+        reciprocal = tl.div_rn(1.0, scale)
+    reciprocal = tl.broadcast_to(reciprocal, y.shape)
     # So that a finite number over infinity is 0, not NaN.
     divisor = tl.broadcast_to(tl.where(tl.abs(scale) > 3.4028234663852886e38, 3.4028234663852886e38, scale), y.shape)
     first = y * reciprocal
@@ -74,15 +99,17 @@ def silu(x, NVIDIA: tl.constexpr):
 def quantized(
     y, scale, dtype: tl.constexpr, MOST: tl.constexpr, MULTIPLIES: tl.constexpr, ROUNDS: tl.constexpr,
     DTYPE: tl.constexpr, OVERFLOWS: tl.constexpr, UNDERFLOWS: tl.constexpr, NVIDIA: tl.constexpr,
+    SHORT: tl.constexpr = True,
 ):  # fmt: skip
-    """clamp(y / scale, -MOST, MOST) as `dtype`, of y that DTYPE holds, the quotient rounded to DTYPE or not; NaN stays
-    NaN. Unless it OVERFLOWS, the quotient is at most MOST, but for its rounding; unless it UNDERFLOWS, the scale is
-    2^-85 at least.
+    """clamp(y / scale, -MOST, MOST) as `dtype`, of y, in DTYPE or in float32 as DTYPE holds it, the quotient rounded to
+    DTYPE or not; NaN stays NaN. Unless it OVERFLOWS, the quotient is at most MOST, but for its rounding; unless it
+    UNDERFLOWS, the scale is 2^-85 at least.
     """
-    if MULTIPLIES:  # noqa: SIM108 - chosen when the kernel is compiled
+    y = widened(y, NVIDIA)
+    if MULTIPLIES:
         scaled = y * tl.div_rn(1.0, scale)
     else:
-        scaled = quotient(y, scale, DTYPE, OVERFLOWS, UNDERFLOWS, NVIDIA)
+        scaled = quotient(y, scale, DTYPE, OVERFLOWS, UNDERFLOWS, NVIDIA, SHORT)
     if ROUNDS:
         scaled = rounded(scaled, DTYPE, NVIDIA)
     return codes_of(scaled, dtype, MOST, NVIDIA)
@@ -119,19 +146,34 @@ def e5m2_of(x):
 
 
 @triton.jit
-def largest_bits(y):
-    """The bits of amax(|y|) over the last dimension of y, float32, as integers."""
-    # Without their sign, numbers are in order as integers too, and NaN is the largest.
-    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1)
+def _larger(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
-def scaled_by_exponents(y, MOST: tl.constexpr, TOP: tl.constexpr, HALF: tl.constexpr, SCALING: tl.constexpr):
+def largest_bits(y, NVIDIA: tl.constexpr):
+    """The bits of amax(|y|) over the last dimension of y, of any dtype, in float32, as integers."""
+    # Without their sign, numbers are in order as integers too, and NaN is the largest.
+    if NVIDIA and y.dtype != tl.float32 and cuda_capability_geq(9, 0):
+        # As integers of 16 bits, of which the compiler compares two at a time; `tl.max` would make them wider.
+        sizes = y.to(tl.int16, bitcast=True) & 0x7FFF
+        largest = tl.reduce(sizes, len(y.shape) - 1, _larger).to(y.dtype, bitcast=True)
+        bits = largest.to(tl.float32).to(tl.int32, bitcast=True)
+    else:
+        bits = tl.max(y.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1)
+    return bits
+
+
+@triton.jit
+def scaled_by_exponents(
+    y, MOST: tl.constexpr, TOP: tl.constexpr, HALF: tl.constexpr, SCALING: tl.constexpr, NVIDIA: tl.constexpr
+):
     """Groups [ROWS, groups, GROUP] as a power of two by the largest of each scales them, clamped or not, and its biased
     exponents, 255 of NaN. The largest code is MOST, of exponent TOP, and HALF of its last digit's unit is that in
     float32's.
     """
-    bits = largest_bits(y)
+    bits = largest_bits(y, NVIDIA)
+    y = widened(y, NVIDIA)
     if SCALING == "rceil":
         wanted = tl.div_rn(bits.to(tl.float32, bitcast=True), MOST).to(tl.int32, bitcast=True)
         # 2^-127 has no exponent of its own, nor has what is below it.
@@ -234,51 +276,76 @@ def store_pairs(codes, y_ptr, row, first, valid, WIDTH: tl.constexpr, BLOCK: tl.
 def in_groups(
     y, row, first, valid, DTYPE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Rows [ROWS, COLUMNS] from column `first` on, rounded to DTYPE, as [ROWS, groups, GROUP] with zeros outside, and
+    """Rows [ROWS, COLUMNS] from column `first` on, as DTYPE, as [ROWS, groups, GROUP] with zeros outside, and
     where they are put, [ROWS, COLUMNS]: elements from the first one, and which of these there are.
     """
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
-    y = tl.reshape(rounded(y, DTYPE, NVIDIA), [y.shape[0], y.shape[1] // GROUP, GROUP])
+    y = tl.reshape(narrowed(y, DTYPE, NVIDIA), [y.shape[0], y.shape[1] // GROUP, GROUP])
     return y, out, inside
 
 
 @triton.jit
 def dynamic_scale(
     y, min_scale, max_scale, upper_ptr, MOST: tl.constexpr, ROUNDS: tl.constexpr, IS_BOUNDED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    OVERFLOWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """clamp(amax(|y|) / MOST, min_scale, max_scale) over the last dimension of y, NaN where y has one; the quotient
-    rounded to DTYPE or not, the largest bounded by what is at a pointer or not.
+    """clamp(amax(|y|) / MOST, min_scale, max_scale) over the last dimension of y, in float32, NaN where y has one; the
+    quotient rounded to y's dtype or not, the largest bounded by what is at a pointer or not. Unless it OVERFLOWS, there
+    is no max_scale.
     """
-    largest = largest_bits(y).to(tl.float32, bitcast=True)
+    largest = largest_bits(y, NVIDIA).to(tl.float32, bitcast=True)
     if IS_BOUNDED:
         upper = tl.load(upper_ptr).to(tl.float32)
         largest = tl.where(largest > upper, upper, largest)
         largest = tl.where(upper == upper, largest, upper)
-    scale = tl.div_rn(largest, MOST)
+    if NVIDIA and y.dtype != tl.float32 and not IS_BOUNDED:
+        # To the nearest of all numbers of 16 bits, by the remainder as in `quotient`.
+        ONCE: tl.constexpr = 1.0 / MOST
+        first = largest * ONCE
+        scale = tl.fma(tl.fma(first, -MOST, largest), ONCE, first)
+        scale = tl.where(largest > 3.4028234663852886e38, largest, scale)
+    else:
+        scale = tl.div_rn(largest, MOST)
     if ROUNDS:
-        scale = rounded(scale, DTYPE)
+        scale = rounded(scale, y.dtype)
     scale = tl.where(scale < min_scale, min_scale, scale)
-    return tl.where(scale > max_scale, max_scale, scale)
+    if OVERFLOWS:
+        scale = tl.where(scale > max_scale, max_scale, scale)
+    return scale
+
+
+@triton.jit
+def reciprocal_root(x, NVIDIA: tl.constexpr):
+    """1 / sqrt(x), off by at most a unit in the last place of float32."""
+    if NVIDIA:
+        # The instruction is off by up to two: one step of Newton's method, which makes NaN of 0 and infinity.
+        first = tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        nearest = tl.fma(tl.fma(x * first, first * -1.0, 1.0), first * 0.5, first)
+        root = tl.where(nearest == nearest, nearest, first)
+    else:
+        root = tl.div_rn(1.0, tl.sqrt_rn(x))
+    return root
 
 
 @triton.jit
 def normalized(
     total, weight, eps, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """total * rsqrt(mean(total^2) + eps) * weight of rows [ROWS, BLOCK], float32, 0 beyond WIDTH; as DTYPE where it is
     rounded before, too.
     """
     mean = tl.sum(total * total, axis=1) / WIDTH
-    # To the nearest: the instruction for reciprocal square roots is off by up to two units in the last place.
-    y = total * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
+    y = total * reciprocal_root(mean + eps, NVIDIA)[:, None]
     if ROUNDS_NORMED:
         y = rounded(y, DTYPE)
+    # Widened behind the change of its layout, which then moves half as many bytes.
+    weight = widened(weight[None, :], NVIDIA)
     if ADDS_ONE:
         weight = weight + 1.0
-    y *= weight[None, :]
+    y *= weight
     if ROUNDS_NORMED:  # the compiler then multiplies two numbers of 16 bits at a time
         y = y.to(DTYPE)
     return y

@@ -56,6 +56,7 @@ _KERNELS = Found(
     source="other choices' figures were not kept; benchmarks/results/kernels_h100.json is of this one",
 )
 _ROWS = replace(_KERNELS, device="NVIDIA H200", date="2026-11-29")
+_AGAIN = replace(_ROWS, date="2026-11-30")
 _ROTARY = replace(
     _KERNELS,
     command="PYTHONPATH=src:. python benchmarks/kernel_times.py --only 'QK norm + RoPE'",
@@ -80,27 +81,28 @@ NORM_THREAD: Final[Mapping[str, Found]] = {
         _KERNELS, "Elements of a thread, by rows for each multiprocessor.", (1, 16), (inf, 32), source=_NORM_SOURCE
     ),
     "static_fp8_quant": _found(
-        _ROWS, "The same before static fp8 quantisation.", (16, 8), (inf, 32),
-        source="2,880 elements of bfloat16 a row, with a residual: 10.9 us with 8 and 11.0 with 32 for 2,048 rows, "
-        "174.2 and 157.3 for 32,768",
+        _AGAIN, "The same before static fp8 quantisation.", (16, 8), (inf, 64),
+        source="2,880 elements of bfloat16 a row, with a residual: 10.7 us with 8, 11.8 with 32 and 10.9 with 64 for "
+        "2,048 rows, 44.1, 41.9 and 41.1 for 8,192, 168, 157 and 157 for 32,768",
     ),
     "dynamic_fp8_quant": _found(
-        _ROWS, "The same before dynamic fp8 quantisation.", (4, 8), (inf, 32),
-        source="the same: 1.55 us with 8 and 1.79 with 32 for a row, 5.06 and 5.07 for 512, 13.8 and 11.2 for 2,048, "
-        "211 and 160 for 32,768; with 64 in between, but for 512 rows, 4.73, and 32,768, 157",
+        _AGAIN, "The same before dynamic fp8 quantisation.", (2, 8), (inf, 64),
+        source="the same: 1.97 us with 8, 2.00 with 32 and 2.24 with 64 for 64 rows, 4.38, 4.05 and 4.05 for 512, "
+        "12.2, 11.9 and 10.6 for 2,048, 181, 158 and 158 for 32,768",
     ),
     "group_fp8_quant": _found(
-        _ROWS, "The same before fp8 quantisation of groups.", (4, 8), (inf, 32),
-        source="4,096 elements of bfloat16 a row: 1.47 us with 8 and 1.60 with 32 for a row, 4.53 and 4.60 for 512, "
-        "12.3 and 10.1 for 2,048, 180 and 127 for 32,768; 16 between them but for 512 rows, 4.21",
+        _AGAIN, "The same before fp8 quantisation of groups.", (1, 16), (2, 32), (inf, 64),
+        source="4,096 elements of bfloat16 a row: 1.35 us with 16, 1.35 with 32 and 1.62 with 64 for a row, 2.02, 2.05 "
+        "and 2.27 for 128, 4.45, 3.63 and 3.64 for 512, 122, 108 and 109 for 32,768; with a residual 2.44, 2.48 and "
+        "2.79 for 128, 6.26, 7.06 and 5.09 for 512",
     ),
 }  # fmt: skip
 """Of the norm kernel, by epilogue."""
 ONE_ROW: Final = _found(_KERNELS, "Rows of a program of the norm kernel.", (inf, 1), source="not measured otherwise")
 GROUPED_ROWS: Final = _found(
-    _ROWS, "The same before fp8 quantisation of groups, without a residual.", (4, 1), (inf, 2),
-    source="4,096 elements of bfloat16 a row: 119.6 us with 2 and 127.0 with 1 for 32,768 rows, 9.8 and 10.1 for "
-    "2,048; with a residual 17.0 and 15.6",
+    _AGAIN, "The same before fp8 quantisation of groups, without a residual.", (2, 1), (inf, 2),
+    source="4,096 elements of bfloat16 a row, 64 a thread: 3.64 us with 1 and 3.58 with 2 for 512 rows, 30.8 and 28.1 "
+    "for 8,192, 108.6 and 99.7 for 32,768",
 )  # fmt: skip
 
 PART: Final = _found(

@@ -44,7 +44,7 @@ the weight.
 COUNTED = 2**31 - 1
 """Elements that kernels with addresses in 32 bits can count."""
 
-TIMES: Final = 2.84
+TIMES: Final = 2.89
 """How many times as long as fuseplan's own its kernels take: the median of 48 measurements on an H200, of 1.08 to 11.4
 (benchmarks/results/kernels_h200.json, vLLM 0.22, 1 to 32,768 rows).
 """

@@ -94,7 +94,7 @@ class GroupBytes(Epilogue):
         all_rows: how many there are; 0: as many as codes.
     """
 
-    elements: ClassVar[Found] = replace(NORM_THREAD["dynamic_fp8_quant"], source="as with a scale a row; not measured")
+    elements: ClassVar[Found] = replace(NORM_THREAD["none"], source="as without an epilogue; not measured")
     group_size: int
     layout: str
     first_row: int = 0

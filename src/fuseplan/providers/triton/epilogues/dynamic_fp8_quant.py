@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fuseplan.providers.triton.epilogues import Epilogue, code_constants, extremes, scale_bounds, scales_for
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import dynamic_scale, quantized, rounded, within
+from fuseplan.providers.triton.rows import dynamic_scale, narrowed, quantized, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
 
 
@@ -29,9 +29,10 @@ def store_by_scale_of_row(
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = valid[:, None] & within(column, WIDTH)[None, :]
-    y = rounded(y, DTYPE, NVIDIA)
-    scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, DTYPE)
-    scale = tl.where(scale == 0, zero_scale, scale)
+    y = narrowed(y, DTYPE, NVIDIA)
+    scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, OVERFLOWS, NVIDIA)
+    if UNDERFLOWS:
+        scale = tl.where(scale == 0, zero_scale, scale)
     code: tl.constexpr = y_ptr.dtype.element_ty
     codes = quantized(y, scale[:, None], code, MOST, MULTIPLIES, ROUNDS_SCALED, DTYPE, OVERFLOWS, UNDERFLOWS, NVIDIA)
     tl.store(y_ptr + out, codes, mask=inside)

@@ -24,7 +24,7 @@ def store_pairs_by_exponents(
     SWIZZLES: tl.constexpr = CONSTANTS[2]
     BLOCK: tl.constexpr = y.shape[1]
     y, _, _ = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
-    scaled, exponent = scaled_by_exponents(y, 6.0, 2, 0x200000, SCALING)
+    scaled, exponent = scaled_by_exponents(y, 6.0, 2, 0x200000, SCALING, NVIDIA)
     store_pairs(e2m1_of(scaled), y_ptr, row, first, valid, WIDTH, BLOCK)
     store_bytes(exponent, exponent_ptr, row, first, valid, rows, first_row, WIDTH, GROUP, SWIZZLES)
 

@@ -27,7 +27,7 @@ def store_by_exponents(
     HALF: tl.constexpr = CONSTANTS[5]
     code: tl.constexpr = y_ptr.dtype.element_ty
     y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
-    scaled, exponent = scaled_by_exponents(y, MOST, TOP, HALF, SCALING)
+    scaled, exponent = scaled_by_exponents(y, MOST, TOP, HALF, SCALING, NVIDIA)
     tl.store(y_ptr + out, tl.reshape(codes_of(scaled, code, MOST, NVIDIA), out.shape), mask=inside)
     store_bytes(exponent, exponent_ptr, row, first, valid, rows, first_row, WIDTH, GROUP, SWIZZLES)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fuseplan.providers.triton.epilogues import GroupBytes, bytes_for
 from fuseplan.providers.triton.language import tl, triton
-from fuseplan.providers.triton.rows import e2m1_of, e4m3_of, in_groups, largest_bits, store_bytes, store_pairs
+from fuseplan.providers.triton.rows import e2m1_of, e4m3_of, in_groups, largest_bits, store_bytes, store_pairs, widened
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def store_pairs_by_scales(
     SWIZZLES: tl.constexpr = CONSTANTS[2]
     BLOCK: tl.constexpr = y.shape[1]
     y, _, _ = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
-    scale = tl.div_rn(largest_bits(y).to(tl.float32, bitcast=True), 6.0)
+    scale = tl.div_rn(largest_bits(y, NVIDIA).to(tl.float32, bitcast=True), 6.0)
     inverse = 1.0
     if IS_GLOBAL:
         whole = tl.load(global_ptr).to(tl.float32)
@@ -31,7 +31,7 @@ def store_pairs_by_scales(
         inverse = tl.div_rn(1.0, whole)
     scale = tl.where(scale < min_scale, min_scale, scale)
     scale, code = e4m3_of(tl.where(scale > 448.0, 448.0, scale))
-    scaled = y * tl.div_rn(tl.broadcast_to(inverse, scale.shape), scale)[:, :, None]
+    scaled = widened(y, NVIDIA) * tl.div_rn(tl.broadcast_to(inverse, scale.shape), scale)[:, :, None]
     scaled = tl.where(scaled > 6.0, 6.0, scaled)
     store_pairs(e2m1_of(tl.where(scaled < -6.0, -6.0, scaled)), y_ptr, row, first, valid, WIDTH, BLOCK)
     store_bytes(code, scale_ptr, row, first, valid, rows, first_row, WIDTH, GROUP, SWIZZLES)
