@@ -28,9 +28,9 @@ from scipy.optimize import minimize
 
 from benchmarks import calibrate_reduces
 from benchmarks.calibrate_reduces import with_values
-from benchmarks.measured_rows import LINEAR, RANKS, RESULTS, TABLES, Measured, linear_constants, rows
+from benchmarks.measured_rows import LINEAR, RANKS, Measured, linear_constants, rows
 from fuseplan.devices.errors import SIDES
-from fuseplan.planner.costs import HARDWARE, CostTable, Estimate, Hardware
+from fuseplan.planner.costs import HARDWARE, SHIPPED, CostTable, Estimate, Hardware
 from fuseplan.planner.costs.estimate import HALF_WIDTH
 from fuseplan.planner.costs.table import MEDIAN_OF_FIVE
 
@@ -237,10 +237,10 @@ def _share(counts: Any, *, what: str, family: str | None = None) -> dict[str, An
 
 
 def interpolated() -> dict[str, Any]:
-    """Of each row of the committed tables between two others, whether the interval of its neighbours holds it."""
+    """Of each row of the package's tables between two others, whether the interval of its neighbours holds it."""
     held = []
-    for name in dict.fromkeys(name for name, _ in TABLES.values()):
-        table = CostTable.load(RESULTS / f"{name}.json")
+    for path in sorted(SHIPPED.iterdir()):
+        table = CostTable.load(path)
         for row in table.rows:
             others = CostTable(device=table.device, rows=tuple(each for each in table.rows if each is not row))
             found = others.interpolate(row.key, row.tokens)

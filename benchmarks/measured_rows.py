@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.calibrate_reduces import REGIONS, kernels_of, regions
 from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, CostTable, Hardware, Kernel, Region
+from fuseplan.planner.costs import HARDWARE, SHIPPED, CostTable, Hardware, Kernel, Region
 from fuseplan.rules.parts.attention.traffic import AttentionRegion, grouped
 from fuseplan.rules.parts.dynamic_fp8 import DynamicFp8
 from fuseplan.rules.parts.group_fp8 import GroupFp8
@@ -103,27 +103,24 @@ def _regions() -> Iterator[Measured]:
 
 
 TABLES = {
-    "all_reduce[2] -> add -> rms_norm -> pad 2880:3072 2880 bfloat16 vllm_fp32_residual": (
-        "costs_gpt_oss_120b_h100x2", {"width": 2880, "residual": True, "tail": Padding(padded=3072)},
-    ),
-    "all_reduce[2] -> rms_norm 2880 bfloat16 llama": ("costs_gpt_oss_120b_h100x2", {"width": 2880}),
-    "all_reduce[2] -> add -> rms_norm 4096 bfloat16 llama": (
-        "costs_llama_3.1_8b_h100x2", {"width": 4096, "residual": True},
-    ),
+    "all_reduce[2] -> add -> rms_norm -> pad 2880:3072 2880 bfloat16 vllm_fp32_residual": {
+        "width": 2880, "residual": True, "tail": Padding(padded=3072),
+    },
+    "all_reduce[2] -> rms_norm 2880 bfloat16 llama": {"width": 2880},
+    "all_reduce[2] -> add -> rms_norm 4096 bfloat16 llama": {"width": 4096, "residual": True},
 }  # fmt: skip
-"""Sites of tables that `fuseplan tune` wrote, each with its file and the changes of a region."""
+"""Sites of the package's table of H100, each with the changes of a region."""
 
 
 def _tables() -> Iterator[Measured]:
     """In context, as `fuseplan tune` measured them."""
-    for key, (name, changes) in TABLES.items():
-        table = CostTable.load(RESULTS / f"{name}.json")
+    table = CostTable.load(SHIPPED / "h100.json")
+    for key, changes in TABLES.items():
         alternatives = sorted({row.key.removeprefix(f"{key}: ") for row in table.rows if row.key.startswith(f"{key}:")})
         ours = [each for each in alternatives if each.endswith(" triton")]
         for tokens in sorted({row.tokens for row in table.rows if row.key == f"{key}: unfused"}):
 
-            def side(alternative: str, key: str = key, tokens: int = tokens, changes: Any = changes,
-                     table: CostTable = table) -> Side:  # fmt: skip
+            def side(alternative: str, key: str = key, tokens: int = tokens, changes: Any = changes) -> Side:
                 row = table.lookup(f"{key}: {alternative}", tokens)
                 assert row is not None
                 whole = Region(core=RMS_NORM.traffic, tokens=tokens, reduce=True, ranks=2, **changes)

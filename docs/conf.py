@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import fuseplan
 from fuseplan.cli import app
-from fuseplan.planner.costs import HARDWARE
+from fuseplan.planner.costs import HARDWARE, SHIPPED, CostTable
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -334,6 +334,22 @@ def _bench() -> str:
     return _table(("policy", *(f"batch {each['batch']}" for each in batches)), rows)
 
 
+def _shipped_tables() -> str:
+    """Each site of the package's cost tables: its device, sizes, and what was run."""
+    rows: list[tuple[object, ...]] = []
+    for path in sorted(SHIPPED.iterdir()):
+        found: dict[str, list[Any]] = {}
+        for row in CostTable.load(path).rows:
+            found.setdefault(row.key.rpartition(": ")[0], []).append(row)
+        for site, each in found.items():
+            sizes = [row.tokens for row in each]
+            alternatives = len({row.key for row in each})
+            first = each[0]
+            ran = f"torch {first.torch}, Triton {first.triton}, {first.date}"
+            rows.append((path.stem, f"`{site}`", alternatives, f"{min(sizes):,} to {max(sizes):,}", ran))
+    return _table(("device", "site", "alternatives", "rows", "ran"), rows)
+
+
 def _table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
@@ -342,6 +358,7 @@ def _table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
 tables = {
     "h200_constants": _constants("h200"),
     "h200_errors": _errors(),
+    "shipped_tables": _shipped_tables(),
     "published_score": _published(),
     "left_out": _left_out(),
     "region_h100x2": _region(2),

@@ -1,5 +1,6 @@
 """Cost tables: what a row may hold, how times between rows are read, and what a file may be."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ship_costs import merged
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs import CostTable, Provenance, Row, table
+from fuseplan.planner import sources
+from fuseplan.planner.costs import SHIPPED, CostTable, Provenance, Row, shipped_table, table
 from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
 
@@ -189,7 +192,8 @@ def test_prices_come_from_the_model_of_the_device_and_the_table_that_is_named(tm
     CURVE.save(first)
     CostTable(device="h200", rows=(row(),)).save(second)
     plain = prices_of(PassConfig(), NOWHERE, H200)
-    assert (plain.model.name, plain.table, plain.source) == ("h200", None, "auto")
+    assert (plain.model.name, plain.table, plain.source) == ("h200", shipped_table("h200"), "auto")
+    assert prices_of(PassConfig(), NOWHERE, PROFILES["b200"]).table is None
     named = prices_of(PassConfig(cost_table=first), Environment(cost_table=second), H200).table
     assert named is not None
     assert named.digest == CURVE.digest
@@ -214,3 +218,52 @@ def test_a_table_is_needed_and_read_as_the_configuration_asks(tmp_path: Path) ->
     assert measured.table is not None
     with pytest.raises(ConfigError, match="it is of 'h200', not of 'h100'"):
         prices_of(PassConfig(cost_table=path), NOWHERE, PROFILES["h100"])
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.iterdir()), ids=lambda path: path.stem)
+def test_the_package_has_measured_rows_of_devices_that_it_knows(path: Path) -> None:
+    assert path.stem in PROFILES
+    table = shipped_table(path.stem)
+    assert table is not None
+    assert {row.provenance for row in table.rows} == {Provenance.MEASURED}
+    for row in table.rows:
+        assert row.torch
+        assert row.triton
+        assert row.spread_ns > 0
+        assert "fuseplan tune" in row.command
+    keys = {row.key for row in table.rows}
+    # An alternative alone says nothing.
+    assert {f"{key.rpartition(': ')[0]}: unfused" for key in keys} <= keys
+
+
+def test_what_was_measured_here_stands_before_what_the_package_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = shipped_table("h100")
+    assert shipped is not None
+    key = shipped.rows[0].key
+    ours = dataclasses.replace(shipped.rows[0], tokens=5, time_ns=7)
+    monkeypatch.setattr(sources, "local_profile", lambda: PROFILES["h100"])
+    monkeypatch.setattr(sources, "cached_table", lambda device: CostTable(device=device, rows=(ours,)))
+    table = prices_of(PassConfig(), NOWHERE, None).table
+    assert table is not None
+    # Times of one key are of one machine.
+    assert [row for row in table.rows if row.key == key] == [ours]
+    assert [row for row in table.rows if row.key != key] == [row for row in shipped.rows if row.key != key]
+    measured = prices_of(PassConfig(costs="measured"), NOWHERE, None).table
+    assert measured is not None
+    assert measured.rows == (ours,)
+    assert prices_of(PassConfig(costs="modelled"), NOWHERE, None).table is None
+
+
+def test_tables_are_merged_into_those_that_are_shipped(tmp_path: Path) -> None:
+    given, folder = tmp_path / "given.json", tmp_path / "shipped"
+    folder.mkdir()
+    CostTable(device="h200", rows=(row(8, 100, date="2026-11-20"), row(16, 300))).save(given)
+    assert merged(given, folder) == f"h200.json: 2 rows, 2 from {given}"
+    # A row that is older than the one there stays out, a later one takes its place.
+    CostTable(device="h200", rows=(row(8, 90, date="2026-11-19"), row(16, 290, date="2026-11-23"))).save(given)
+    assert merged(given, folder) == f"h200.json: 2 rows, 1 from {given}"
+    times = {each.tokens: each.time_ns for each in CostTable.load(folder / "h200.json").rows}
+    assert times == {8: 100, 16: 290}
+    CostTable(device="h200", rows=(row(provenance=Provenance.MODELLED),)).save(given)
+    with pytest.raises(ConfigError, match="'k' isn't measured; ship measured rows alone"):
+        merged(given, folder)

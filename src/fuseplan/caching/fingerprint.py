@@ -193,10 +193,10 @@ def fingerprint(**ingredients: Any) -> str:
 
 @cache
 def source_digest() -> str:
-    """A hash of every source file of this package, by relative path."""
+    """A hash of every source file and cost table of this package, by relative path."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.json")]):
         digest.update(f"{path.relative_to(root)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

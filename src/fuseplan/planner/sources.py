@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, cached_table, hardware_of
+from fuseplan.planner.costs import BUILT_IN_TIMINGS, CostModel, CostTable, cached_table, hardware_of, shipped_table
 from fuseplan.planner.prices import Prices
 from fuseplan.providers import PROFILES, DeviceProfile, Provider, local_profile
 
@@ -14,7 +14,8 @@ def prices_of(
     config: PassConfig, environment: Environment, device: DeviceProfile | None, providers: Sequence[Provider] = ()
 ) -> Prices:
     """Prices as a configuration asks for them: the device's model, and the cost table that it or the environment names,
-    or else what `fuseplan tune` has measured on this machine.
+    or else what `fuseplan tune` has measured on this machine, and, where the model may be asked too, what the package
+    has of the rest.
 
     Args:
         config: names the table, or says whether there is to be one.
@@ -29,7 +30,7 @@ def prices_of(
     path = config.cost_table or environment.cost_table
     table = None
     if config.costs != "modelled":
-        table = CostTable.load(Path(path), device=profile.name) if path else _cached(profile)
+        table = CostTable.load(Path(path), device=profile.name) if path else _unnamed(profile, config.costs)
     if table is None and config.costs == "measured":
         raise ConfigError(
             "costs='measured' needs a cost table: run fuseplan tune, or set cost_table or FUSEPLAN_COSTS to one"
@@ -42,6 +43,8 @@ def prices_of(
     return Prices(model=model, table=table, source=config.costs)
 
 
-def _cached(profile: DeviceProfile) -> CostTable | None:
-    """Measurements made here, if the device is this machine's."""
-    return cached_table(profile.name) if profile == local_profile() else None
+def _unnamed(profile: DeviceProfile, costs: str) -> CostTable | None:
+    """Measurements made here, if the device is this machine's, and those that the package has of the device."""
+    own = cached_table(profile.name) if profile == local_profile() else None
+    shipped = shipped_table(profile.name) if costs == "auto" else None
+    return own.before(shipped) if own is not None and shipped is not None else own or shipped

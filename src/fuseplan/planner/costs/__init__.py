@@ -2,7 +2,7 @@
 
 from fuseplan.devices import HARDWARE, Aiter, Constant, Gate, Hardware, Peers, Protocol
 from fuseplan.devices.amd import AITER_GATE_LATER, AITER_GATE_MAY_2026
-from fuseplan.planner.costs.cache import cached_path, cached_table
+from fuseplan.planner.costs.cache import SHIPPED, cached_path, cached_table, shipped_table
 from fuseplan.planner.costs.estimate import EXACT, ROW, Estimate, Exposure, combined, ends
 from fuseplan.planner.costs.hardware_of import assumptions, hardware_of
 from fuseplan.planner.costs.model import BUILT_IN_TIMINGS, REDUCED, CostModel
@@ -18,6 +18,7 @@ __all__ = [
     "HARDWARE",
     "REDUCED",
     "ROW",
+    "SHIPPED",
     "Aiter",
     "Constant",
     "CostModel",
@@ -41,5 +42,6 @@ __all__ = [
     "ends",
     "hardware_of",
     "record_path",
+    "shipped_table",
     "total_ns",
 ]

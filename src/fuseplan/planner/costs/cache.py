@@ -1,8 +1,9 @@
-"""The cost table of this machine's device, beside Inductor's cache: where `fuseplan tune` writes what no file is named
-for, and where prices without a named table are looked up.
+"""Cost tables that nobody has to name: this machine's, beside Inductor's cache, where `fuseplan tune` writes what no
+file is named for; and those that the package has, a file a device.
 """
 
 import logging
+from functools import cache
 from pathlib import Path
 
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -12,6 +13,9 @@ from fuseplan.errors import ConfigError
 from fuseplan.planner.costs.table import CostTable
 
 log = logging.getLogger("fuseplan")
+
+SHIPPED = Path(__file__).with_name("tables")
+"""Tables of the package, each called as its device's profile; `benchmarks/ship_costs.py` writes them."""
 
 
 def cached_path(device: str) -> Path:
@@ -32,3 +36,10 @@ def cached_table(device: str) -> CostTable | None:
         if not isinstance(error.__cause__, FileNotFoundError):
             warning_once(log, "measured costs are ignored: %s; delete it, and tune again", error)
         return None
+
+
+@cache
+def shipped_table(device: str) -> CostTable | None:
+    """The table that the package has of a device; None where it has none."""
+    path = SHIPPED / f"{device}.json"
+    return CostTable.load(path, device=device) if path.exists() else None

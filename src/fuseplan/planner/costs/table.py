@@ -162,7 +162,12 @@ class CostTable:
         merged = {**self._by_key, **{(row.key, row.tokens): row for row in rows}}
         return CostTable(device=self.device, rows=tuple(merged[name] for name in sorted(merged)))
 
-    @property
+    def before(self, other: "CostTable") -> "CostTable":
+        """The same table with the rows of `other` added whose keys it lacks: times of one key are of one machine."""
+        keys = {row.key for row in self.rows}
+        return self.updated(row for row in other.rows if row.key not in keys)
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of the content, whatever the order of rows or the layout of the file."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
