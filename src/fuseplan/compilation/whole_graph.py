@@ -47,7 +47,8 @@ def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
 
 CALLS_OPS: Final = "2.13"
 """The release of torch whose packages call ops as they were written, as far as that was tried, on CPUs. Those of 2.11
-hand them other dtypes (bfloat16 becomes quint8), and one with Triton's ops crashed on a GPU when it was loaded.
+hand them other dtypes (bfloat16 becomes quint8). On GPUs it couldn't be tried: the torch 2.11 there ended the process
+when it loaded any package, also one without fuseplan.
 """
 
 
