@@ -113,7 +113,7 @@ def test_infinity_and_nan_stay_where_they_are(interpreted: dict[str, Any]) -> No
     assert all(all(each) for each in interpreted["not finite"].values()), interpreted["not finite"]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.nightly)])
 def between_ranks(
     request: pytest.FixtureRequest, interpreting_forks: Forks, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
