@@ -11,23 +11,26 @@ from fuseplan.verification.compare import BLOCK, bits, compare, described, unit_
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_one_unit_in_the_last_place_is_allowed_and_two_are_not(dtype: torch.dtype) -> None:
+def fp8(*rows: list[int], dtype: torch.dtype = FP8[0]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.uint8).view(dtype)
+
+
+def packed(*codes: int) -> Tensor:
+    return torch.tensor([codes], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "most"),
+    [(torch.float16, 2.0, 1), (torch.bfloat16, 2.0, 1), (torch.float32, 2.0, 1), (torch.float32, 8.0, 5)],
+    ids=["float16", "bfloat16", "float32", "another order is allowed: half a unit of the reference"],
+)
+def test_so_many_units_in_the_last_place_are_allowed(dtype: torch.dtype, factor: float, most: int) -> None:
     exact = torch.tensor([[1.0, -1.5, 3.0, 1000.0]], dtype=torch.float64)
     reference = exact.to(dtype)
-    for steps, passes in ((1, True), (2, False)):
+    for steps, passes in ((most, True), (most + 1, False)):
         actual = reference.clone()
         actual[0, 2] += steps * 2 * torch.finfo(dtype).eps
-        assert (compare(actual, reference, exact, 2.0).share <= 1) is passes
-
-
-def test_a_lucky_reference_is_half_a_unit_off_where_another_order_is_allowed() -> None:
-    exact = torch.tensor([[1.0, -1.5, 3.0]], dtype=torch.float64)
-    reference = exact.float()
-    for steps, passes in ((5, True), (6, False)):
-        actual = reference.clone()
-        actual[0, 2] += steps * 2 * torch.finfo(torch.float32).eps
-        assert (compare(actual, reference, exact, 8.0).share <= 1) is passes
+        assert (compare(actual, reference, exact, factor).share <= 1) is passes
 
 
 @given(st.floats(min_value=2.0**-120, max_value=2.0**120), st.booleans())
@@ -52,14 +55,37 @@ def test_errors_are_measured_by_those_of_the_reference_in_the_same_row() -> None
 
 
 @pytest.mark.parametrize("dtype", FP8)
-def test_codes_may_be_one_apart(dtype: torch.dtype) -> None:
-    codes = torch.tensor([[1, 2, 0x38, 0x82]], dtype=torch.uint8)
-    exact = codes.view(dtype)
-    for steps, passes in ((1, True), (2, False)):
-        actual = codes.clone()
-        actual[0, 3] += steps
-        assert (compare(actual.view(dtype), exact, exact, 2.0).share <= 1) is passes
-    assert "codes" in compare(torch.full_like(codes, 0x48).view(dtype), exact, exact, 2.0).text
+@pytest.mark.parametrize(
+    ("actual", "exact", "share"),
+    [
+        ([1, 2, 0x38, 0x83], [1, 2, 0x38, 0x82], 1), ([1, 2, 0x38, 0x84], [1, 2, 0x38, 0x82], 2),
+        ([0x38, 1], [0x38, 0], 1), ([0x38, 2], [0x38, 0], 2), ([0x36], [0x38], 1), ([0x35], [0x38], 1.5),
+    ],
+    ids=["one", "two", "one from zero, as what pads a row", "two from it", "half as far below a power of 2", "three"],
+)  # fmt: skip
+def test_codes_may_be_one_apart(dtype: torch.dtype, actual: list[int], exact: list[int], share: float) -> None:
+    wanted = fp8(exact, dtype=dtype)
+    found = compare(fp8(actual, dtype=dtype), wanted, wanted, 2.0)
+    assert found.share == pytest.approx(share)
+    assert "codes" in found.text
+
+
+@pytest.mark.parametrize(
+    ("actual", "exact", "share"),
+    [
+        (fp8([0, 128]), fp8([128, 0]), 0),
+        (fp8([0x7E], dtype=FP8[1]), fp8([0x7F], dtype=FP8[1]), 1),
+        (fp8([0xFE], dtype=FP8[1]), fp8([0xFF], dtype=FP8[1]), 1),
+        (torch.arange(6), torch.arange(6), 0), (torch.tensor([3, 5]), torch.tensor([3, 4]), 2),
+        (torch.tensor([True, False]), torch.tensor([True, False]), 0),
+        (torch.tensor([True, False]), torch.tensor([False, True]), 2),
+        (torch.empty(0, 8), torch.empty(0, 8), 0), (torch.tensor(2.0), torch.tensor(2.0), 0),
+    ],
+    ids=["zero has two codes", "the largest without infinities", "the least", "integers", "another integer", "truths",
+         "other truths", "nothing", "a scalar"],
+)  # fmt: skip
+def test_what_is_told_by_codes_or_numbers(actual: Tensor, exact: Tensor, share: float) -> None:
+    assert compare(actual, exact, exact, 2.0).share == share
 
 
 def test_codes_near_zero_may_be_as_far_off_as_their_values() -> None:
@@ -77,29 +103,14 @@ def test_codes_near_zero_may_be_as_far_off_as_their_values() -> None:
     assert compare(lost, reference, true, 2.0).share > 1
 
 
-def test_zero_has_two_codes() -> None:
-    zeros, flipped = (
-        torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn) for codes in ([0, 128], [128, 0])
-    )
-    assert compare(zeros, flipped, flipped, 2.0).share == 0
-
-
 def test_codes_of_pairs_may_be_one_apart() -> None:
-    exact = torch.tensor([[0x80, 0x21, 0x9F]], dtype=torch.uint8)
+    exact = packed(0x80, 0x21, 0x9F)
     for pair, passes in ((0x00, True), (0x01, True), (0x90, True), (0x02, False), (0xA0, False)):
-        actual = exact.clone()
-        actual[0, 0] = pair
-        assert (compare(actual, exact, exact, 2.0, is_packed=True).share <= 1) is passes
-    worst = compare(torch.tensor([[0x80, 0x51, 0x9F]], dtype=torch.uint8), exact, exact, 2.0, is_packed=True)
+        assert (compare(packed(pair, 0x21, 0x9F), exact, exact, 2.0, is_packed=True).share <= 1) is passes
+    worst = compare(packed(0x80, 0x51, 0x9F), exact, exact, 2.0, is_packed=True)
     assert worst.text == "element [0, 3] is 5 where 2 is exact: off by 3 codes, allowed 1; 1 of 6 are wrong"
-    unlike = torch.tensor([[0x80, 0x41, 0x9F]], dtype=torch.uint8)
+    unlike = packed(0x80, 0x41, 0x9F)
     assert compare(unlike, unlike, exact, 2.0, is_packed=True).share <= 1
-
-
-def test_integers_are_equal_or_wrong() -> None:
-    numbers = torch.arange(6).view(2, 3)
-    assert compare(numbers, numbers, numbers, 2.0).share == 0
-    assert compare(numbers + (numbers == 4), numbers, numbers, 2.0).share > 1
 
 
 @pytest.mark.parametrize("got", [float("nan"), float("inf"), 1.0])
@@ -115,13 +126,6 @@ def test_the_worst_of_many_blocks_is_found_and_placed() -> None:
     actual = exact.float()
     actual[2, 3, 17] = 1.0
     assert compare(actual, exact.float(), exact, 2.0).text.startswith("element [2, 3, 17] is 1 where 0 is exact")
-
-
-def test_nothing_is_never_wrong() -> None:
-    empty = torch.empty(0, 8)
-    assert compare(empty, empty, empty.double(), 2.0).share == 0
-    scalar = torch.tensor(2.0)
-    assert compare(scalar, scalar, scalar.double(), 2.0).share == 0
 
 
 def worst(actual: list[float], reference: list[float], exact: list[float], factor: float = 2.0) -> float:
@@ -178,16 +182,6 @@ def test_next_to_zero_a_unit_is_the_least_number_there_is(dtype: torch.dtype) ->
     assert compare(actual, exact.to(dtype), exact, 2.0).share == 1
 
 
-@pytest.mark.parametrize("dtype", FP8)
-def test_what_is_exactly_zero_is_no_more_than_one_code_off(dtype: torch.dtype) -> None:
-    """Such as what pads a row."""
-    exact = torch.tensor([[0x38, 0]], dtype=torch.uint8)
-    for steps, passes in ((1, True), (2, False)):
-        actual = exact + torch.tensor([[0, steps]], dtype=torch.uint8)
-        true = exact.view(dtype)
-        assert (compare(actual.view(dtype), true, true, 2.0).share <= 1) is passes
-
-
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_codes_may_be_one_further_apart_than_those_of_the_reference_in_that_row(is_packed: bool) -> None:
     def codes(*rows: list[int]) -> Tensor:
@@ -205,13 +199,9 @@ def test_codes_may_be_one_further_apart_than_those_of_the_reference_in_that_row(
 
 
 def test_a_code_and_its_negative_are_as_far_apart_as_their_numbers() -> None:
-    positive, negative = (torch.tensor([[code]], dtype=torch.uint8).view(FP8[0]) for code in (2, 0x83))
-    found = compare(negative, positive, positive, 2.0)
-    assert "off by 5 codes, allowed 1" in found.text
-    pairs = torch.tensor([[0x10]], dtype=torch.uint8), torch.tensor([[0xF0]], dtype=torch.uint8)
-    assert "element [0, 1] is -7 where 1 is exact: off by 8 codes" in compare(
-        pairs[1], pairs[0], pairs[0], 2.0, is_packed=True
-    ).text  # fmt: skip
+    assert "off by 5 codes, allowed 1" in compare(fp8([0x83]), fp8([2]), fp8([2]), 2.0).text
+    found = compare(packed(0xF0), packed(0x10), packed(0x10), 2.0, is_packed=True)
+    assert "element [0, 1] is -7 where 1 is exact: off by 8 codes" in found.text
 
 
 def test_what_is_wrong_is_counted_over_all_blocks() -> None:
@@ -223,25 +213,15 @@ def test_what_is_wrong_is_counted_over_all_blocks() -> None:
     assert found.text.endswith(f"; 4 of {actual.numel()} are wrong")
 
 
-def test_truths_and_integers_are_told_by_their_numbers() -> None:
-    numbers = torch.tensor([[3, 4]])
-    found = compare(numbers + torch.tensor([[0, 3]]), numbers, numbers, 8.0)
-    assert (found.share, found.text) == (
-        2,
-        "element [0, 1] is 7 where 4 is exact: off by 1, allowed 0.5; 1 of 2 are wrong",
-    )
-    truths = torch.tensor([True, False])
-    assert compare(truths, truths, truths, 2.0).share == 0
-    assert compare(~truths, truths, truths, 2.0).share == 2
+def test_integers_are_told_by_their_numbers() -> None:
+    found = compare(torch.tensor([[3, 7]]), torch.tensor([[3, 4]]), torch.tensor([[3, 4]]), 8.0)
+    assert found.share == 2
+    assert found.text == "element [0, 1] is 7 where 4 is exact: off by 1, allowed 0.5; 1 of 2 are wrong"
 
 
 def test_tensors_are_described_by_dtype_sizes_and_strides() -> None:
     text = described([torch.zeros(2, 3).t(), torch.zeros(4, dtype=torch.uint8)])
     assert text == "float32[3, 2] with strides (1, 3); uint8[4] with strides (1,)"
-
-
-def fp8(*rows: list[int], dtype: torch.dtype = FP8[0]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.uint8).view(dtype)
 
 
 SIXTEEN, TWENTY, HALF = 0x58, 0x5A, 0x30
@@ -272,12 +252,6 @@ def test_a_row_in_which_the_reference_is_lucky_is_allowed_what_half_of_them_are(
     assert (compare(actual.view(FP8[0]), reference, exact, 2.0).share <= 1) is passes
 
 
-def test_below_a_power_of_two_codes_are_half_as_far_apart() -> None:
-    one, two_below, three_below = fp8([0x38]), fp8([0x36]), fp8([0x35])
-    assert compare(two_below, one, one, 2.0).share == 1
-    assert compare(three_below, one, one, 2.0).share == pytest.approx(1.5)
-
-
 def test_what_is_no_number_allows_nothing_elsewhere() -> None:
     nan_and_one, nan_and_two = fp8([0x7F, 0x38]), fp8([0x7F, 0x40])
     assert compare(nan_and_two, nan_and_one, nan_and_one, 2.0).share > 1
@@ -286,19 +260,11 @@ def test_what_is_no_number_allows_nothing_elsewhere() -> None:
     assert compare(fp8([0x7C, 0x3F], dtype=e5m2), reference, exact, 2.0).share == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("sign", [0, 0x80])
-def test_the_largest_codes_without_infinities_are_numbers(sign: int) -> None:
-    largest, below = (fp8([code | sign], dtype=FP8[1]) for code in (0x7F, 0x7E))
-    assert compare(below, largest, largest, 2.0).share == 1
-
-
 def test_what_is_as_far_off_as_allowed_is_not_wrong() -> None:
-    exact = torch.tensor([[0x20, 0x20]], dtype=torch.uint8)
-    actual = torch.tensor([[0x33, 0x42]], dtype=torch.uint8)
-    found = compare(actual, exact, exact, 2.0, is_packed=True)
+    exact = packed(0x20, 0x20)
+    found = compare(packed(0x33, 0x42), exact, exact, 2.0, is_packed=True)
     assert (found.share, found.text.split("; ")[1]) == (3, "3 of 4 are wrong")
-    actual = torch.tensor([[0x31, 0x42]], dtype=torch.uint8)
-    assert compare(actual, exact, exact, 2.0, is_packed=True).text.endswith("; 2 of 4 are wrong")
+    assert compare(packed(0x31, 0x42), exact, exact, 2.0, is_packed=True).text.endswith("; 2 of 4 are wrong")
 
 
 def test_a_kernel_that_rounds_a_little_otherwise_is_allowed_half_a_unit_more() -> None:

@@ -59,16 +59,13 @@ def fits(
     return bool(result)
 
 
-def test_a_scale_fits_that_is_one_step_off_and_between_both_ends() -> None:
-    exact, allowed = [0.95, -0.1], [0.1, 0.1]  # from 0.85, which is 8 tenths, to 1.05, which is 10
-    codes = [1.0, 0.0]
-    assert fits(exact, allowed, 10, 9, codes)
-    assert fits(exact, allowed, 8, 9, codes)
-    assert not fits(exact, allowed, 9, 9, codes)
-    assert not fits(exact, allowed, 10, 8, codes)
-    assert not fits(exact, allowed, 11, 10, codes)
-    assert not fits(exact, allowed, 7, 8, codes)
-    assert fits([-0.95, 0.1], allowed, 10, 9, [-1.0, 0.0]), "it is the size that counts"
+@pytest.mark.parametrize(
+    ("got", "own", "fit"), [(10, 9, True), (8, 9, True), (9, 9, False), (10, 8, False), (11, 10, False), (7, 8, False)]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_fits_that_is_one_step_off_and_between_both_ends(got: int, own: int, fit: bool, sign: int) -> None:
+    """Between 0.85, which is 8 tenths, and 1.05, which is 10; it is the size that counts."""
+    assert fits([sign * 0.95, sign * -0.1], [0.1, 0.1], got, own, [sign * 1.0, 0.0]) is fit
 
 
 def test_elements_that_may_be_zero_are_at_the_lower_end() -> None:
@@ -78,21 +75,18 @@ def test_elements_that_may_be_zero_are_at_the_lower_end() -> None:
     assert not fits([0.53, 0.0], [0.4, 0.9], 0, 1, [0.5, 0.0])
 
 
-def test_codes_are_one_code_and_what_is_allowed_from_what_is_exact() -> None:
-    near = {"got": 10, "own": 9}
-    exact, allowed = [0.96875, 0.0], [0.125, 0.125]
-    # The scale is 1.01, and codes below 2 are 0.5 apart.
+@pytest.mark.parametrize(
+    ("off", "beside", "fit"),
+    [
+        (1 - 1e-3, 0, True), (1 + 1e-3, 0, False), (-1 + 1e-3, 0, True), (-1 - 1e-3, 0, False), (0, 1 + 1e-3, False),
+        (0, -1 + 1e-3, True),
+    ],
+)  # fmt: skip
+def test_codes_are_one_code_and_what_is_allowed_from_what_is_exact(off: float, beside: float, fit: bool) -> None:
+    """The scale is 1.01, and codes below 2 are 0.5 apart."""
     most = 0.125 + 0.5 * 1.01
-
-    def with_codes(*codes: float) -> bool:
-        return fits(exact, allowed, near["got"], near["own"], [each / 1.01 for each in codes])
-
-    assert with_codes(0.96875 + most - 1e-3, 0.0)
-    assert not with_codes(0.96875 + most + 1e-3, 0.0)
-    assert with_codes(0.96875 - most + 1e-3, 0.0)
-    assert not with_codes(0.96875 - most - 1e-3, 0.0)
-    assert not with_codes(0.96875, most + 1e-3)
-    assert with_codes(0.96875, -most + 1e-3)
+    codes = [(0.96875 + off * most) / 1.01, beside * most / 1.01]
+    assert fits([0.96875, 0.0], [0.125, 0.125], 10, 9, codes) is fit
 
 
 def test_just_what_is_allowed_is() -> None:
@@ -104,13 +98,12 @@ def test_just_what_is_allowed_is() -> None:
         assert bool(found) is is_right
 
 
-def test_what_is_beyond_the_largest_code_is_that_code() -> None:
-    exact, allowed = [10.0, 0.0], [0.95, 0.1]
-    assert fits(exact, allowed, 100, 101, [0.4, 0.0], most=0.4)
-    assert fits(exact, allowed, 100, 101, [0.39, 0.0], most=0.4), "one code off"
-    assert not fits(exact, allowed, 100, 101, [0.39, 0.0], most=1.4)
-    assert fits(exact, allowed, 100, 101, [1.0, 0.0], most=100.0)
-    assert not fits(exact, allowed, 100, 101, [0.3, 0.0], most=100.0)
+@pytest.mark.parametrize(
+    ("code", "most", "fit"),
+    [(0.4, 0.4, True), (0.39, 0.4, True), (0.39, 1.4, False), (1.0, 100.0, True), (0.3, 100.0, False)],
+)
+def test_what_is_beyond_the_largest_code_is_that_code_or_one_code_off(code: float, most: float, fit: bool) -> None:
+    assert fits([10.0, 0.0], [0.95, 0.1], 100, 101, [code, 0.0], most=most) is fit
 
 
 @pytest.mark.parametrize("kind", sorted(FP8, key=str))
@@ -162,10 +155,9 @@ RIGHT = torch.tensor([[0.95, 0.3], [0.75, 0.05]])
 
 def settled(scales: Tensor | None, codes: Tensor | None = ROWS, *, op: Any = None, right: Tensor = RIGHT) -> Any:
     """What becomes of scales of two rows of two groups, and codes that differ from those of the graph by 0.01."""
-    given = [ROWS, 7]
     actual: list[Any] = ["first", scales, codes]
     expected: Any = ["first", right, ROWS + 0.01]
-    return actual, stepped(op or Tenths(), (2, 1)).settled(actual, expected, given, [EXACT, 7], 1.0)
+    return actual, stepped(op or Tenths(), (2, 1)).settled(actual, expected, [ROWS, 7], [EXACT, 7], 1.0)
 
 
 def with_scale(place: tuple[int, int], scale: float, right: Tensor = RIGHT) -> Tensor:
@@ -174,27 +166,22 @@ def with_scale(place: tuple[int, int], scale: float, right: Tensor = RIGHT) -> T
     return scales
 
 
-def test_what_is_as_in_the_graph_stays() -> None:
-    for scales, codes in ((RIGHT, ROWS), (None, ROWS), (RIGHT + 1, None), (RIGHT + 0.001, ROWS)):
-        actual, (found, wrong) = settled(scales, codes)
-        assert found is actual
-        assert wrong is None
+@pytest.mark.parametrize(("scales", "codes"), [(RIGHT, ROWS), (None, ROWS), (RIGHT + 1, None), (RIGHT + 0.001, ROWS)])
+def test_what_is_as_in_the_graph_stays(scales: Tensor | None, codes: Tensor | None) -> None:
+    actual, (found, wrong) = settled(scales, codes)
+    assert (found is actual, wrong) == (True, None)
 
 
-def test_scales_without_steps_are_left() -> None:
+@pytest.mark.parametrize("of_the_graph", [True, False])
+def test_scales_without_steps_are_left(of_the_graph: bool) -> None:
     class Plain(Tenths):
         """The scales of some have no steps."""
 
         def decode(self, codes: Tensor, scales: Tensor, *arguments: Any) -> Decoded | None:
-            return None if (scales is RIGHT) is self.of_the_graph else decoded(scales)
+            return None if (scales is RIGHT) is of_the_graph else decoded(scales)
 
-        of_the_graph = True
-
-    for of_the_graph in (True, False):
-        op = Plain()
-        op.of_the_graph = of_the_graph
-        actual, (found, wrong) = settled(with_scale((0, 0), 1.0), op=op)
-        assert (found is actual, wrong) == (True, None)
+    actual, (found, wrong) = settled(with_scale((0, 0), 1.0), op=Plain())
+    assert (found is actual, wrong) == (True, None)
 
 
 @pytest.mark.parametrize(("place", "scale"), [((0, 0), 1.0), ((1, 0), 0.8), ((1, 1), 0.1)])

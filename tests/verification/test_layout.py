@@ -1,5 +1,8 @@
 """What leaves a region is held against the graph's own values in how it lies in memory."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,22 +29,27 @@ def wrong(*actual: Tensor, wanted: tuple[Tensor | None, ...], free: tuple[int, .
     return misplaced(actual, wanted, {"x": X, "eps": 1e-6}, free)
 
 
-def test_results_that_lie_as_the_graphs_do_are_right() -> None:
-    assert wrong(OWN, wanted=(OWN.clone(),)) is None
-    assert wrong(X[1:], wanted=(X[1:],)) is None
-    assert wrong(OWN, OWN[1:], wanted=(X.clone(), None)) is None
+WIDE = torch.zeros(4, 16)[:, :8]
+
+
+@pytest.mark.parametrize(
+    ("actual", "wanted", "free"),
+    [
+        ((OWN,), (OWN.clone(),), ()), ((X[1:],), (X[1:],), ()), ((OWN, OWN[1:]), (X.clone(), None), ()),
+        ((WIDE[:1],), (OWN[:1].clone(),), ()), ((WIDE[:0],), (OWN[:0].clone(),), ()),
+        ((torch.zeros(4, 16), WIDE), (torch.zeros(4, 16), OWN), (1,)),
+    ],
+    ids=["alike", "the same", "nothing in the graph", "strides of one element", "of none", "nobody reads by layout"],
+)  # fmt: skip
+def test_results_that_lie_as_the_graphs_do_are_right(actual: Any, wanted: Any, free: tuple[int, ...]) -> None:
+    assert wrong(*actual, wanted=wanted, free=free) is None
 
 
 def test_strides_and_offsets_count() -> None:
-    assert wrong(torch.zeros(4, 16)[:, :8], wanted=(OWN,)) == (
+    assert wrong(WIDE, wanted=(OWN,)) == (
         "result 0 is float32[4, 8] with strides (16, 1), and the graph's own value is float32[4, 8] with strides (8, 1)"
     )
     assert "from element 8 on" in str(wrong(torch.zeros(5, 8)[1:], wanted=(OWN,)))
-
-
-def test_strides_of_one_element_and_of_none_mean_nothing() -> None:
-    assert wrong(torch.zeros(1, 16)[:, :8], wanted=(torch.zeros(1, 8),)) is None
-    assert wrong(torch.zeros(0, 16)[:, :8], wanted=(torch.zeros(0, 8),)) is None
 
 
 def test_strides_of_two_elements_and_more_count() -> None:
@@ -51,52 +59,41 @@ def test_strides_of_two_elements_and_more_count() -> None:
 
 
 def test_what_no_node_has_hides_nothing_behind_it() -> None:
-    wide = torch.zeros(4, 16)[:, :8]
-    assert str(wrong(OWN, wide, wanted=(None, OWN))).startswith("result 1 is float32[4, 8] with strides (16, 1)")
-    assert str(wrong(OWN, wide, wanted=(OWN, OWN), free=(0,))).startswith("result 1 is")
+    assert str(wrong(OWN, WIDE, wanted=(None, OWN))).startswith("result 1 is float32[4, 8] with strides (16, 1)")
+    assert str(wrong(OWN, WIDE, wanted=(OWN, OWN), free=(0,))).startswith("result 1 is")
     assert wrong(OWN, OWN, wanted=(None, OWN.clone())) is None, "nobody has the other one"
 
 
 def test_the_graphs_own_values_may_be_of_other_arguments() -> None:
     own = OWN.clone()
     before = {"x": own, "eps": 1e-6}
-    assert misplaced([X], [own], {"x": X, "eps": 1e-6}, (), before) is None
-    assert misplaced([X], [X], {"x": X, "eps": 1e-6}, (), before) == (
-        "result 0 shares memory with its argument x, and the graph's own value doesn't"
-    )
-    assert misplaced([OWN], [own], {"x": X, "eps": 1e-6}, (), before) == (
-        "result 0 shares no memory with its argument x, and the graph's own value does"
-    )
+    for actual, wanted, says in ((X, own, None), (X, X, SHARED.format("its argument x")),
+                                 (OWN, own, UNSHARED.format("its argument x"))):  # fmt: skip
+        assert misplaced([actual], [wanted], {"x": X, "eps": 1e-6}, (), before) == (says and f"result 0 {says}")
 
 
-def test_parts_of_one_memory_share_it_where_they_have_elements() -> None:
-    assert shares(X, X[2:])
-    assert shares(X[0, :1], X[3, 7:])
-    assert not shares(X, OWN)
-    assert not shares(X[0, :1], OWN[0, :1])
-    assert not shares(X, X[:0])
-    assert not shares(X[:0], X)
+@pytest.mark.parametrize(
+    ("left", "right", "is_shared"),
+    [
+        (X, X[2:], True), (X[0, :1], X[3, 7:], True), (X, OWN, False), (X[0, :1], OWN[0, :1], False),
+        (X, X[:0], False), (X[:0], X, False),
+    ],
+)  # fmt: skip
+def test_parts_of_one_memory_share_it_where_they_have_elements(left: Tensor, right: Tensor, is_shared: bool) -> None:
+    assert shares(left, right) is is_shared
+
+
+SHARED = "shares memory with {}, and the graph's own value doesn't"
+UNSHARED = "shares no memory with {}, and the graph's own value does"
 
 
 def test_memory_is_shared_where_the_graph_shares_it_and_nowhere_else() -> None:
-    assert wrong(X, wanted=(OWN,)) == "result 0 shares memory with its argument x, and the graph's own value doesn't"
-    assert wrong(OWN, wanted=(X,)) == "result 0 shares no memory with its argument x, and the graph's own value does"
-    inside = torch.zeros(6, 8)[1:5]
-    wanted = "result 0 shares memory with its argument x, and the graph's own value doesn't"
-    assert misplaced((inside,), (OWN,), {"x": inside}, (), {"x": X}) == wanted
-    other = OWN.clone()
-    assert (
-        wrong(OWN, OWN, wanted=(OWN, other))
-        == "result 1 shares memory with result 0, and the graph's own value doesn't"
-    )
-    assert wrong(OWN, other, wanted=(OWN, OWN)) == (
-        "result 1 shares no memory with result 0, and the graph's own value does"
-    )
-
-
-def test_what_nobody_reads_by_layout_may_lie_anywhere() -> None:
-    wide = torch.zeros(4, 16)
-    assert wrong(wide, wide[:, :8], wanted=(wide.clone(), OWN), free=(1,)) is None
+    assert wrong(X, wanted=(OWN,)) == f"result 0 {SHARED.format('its argument x')}"
+    assert wrong(OWN, wanted=(X,)) == f"result 0 {UNSHARED.format('its argument x')}"
+    inside, other = torch.zeros(6, 8)[1:5], OWN.clone()
+    assert misplaced((inside,), (OWN,), {"x": inside}, (), {"x": X}) == f"result 0 {SHARED.format('its argument x')}"
+    assert wrong(OWN, OWN, wanted=(OWN, other)) == f"result 1 {SHARED.format('result 0')}"
+    assert wrong(OWN, other, wanted=(OWN, OWN)) == f"result 1 {UNSHARED.format('result 0')}"
 
 
 def test_a_slice_where_a_dense_value_is_promised_fails_verification() -> None:

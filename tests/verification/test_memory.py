@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fuseplan.dialect import Indices, draw_activations
 from fuseplan.verification import memory
 from fuseplan.verification.memory import Poisoned, make_arguments, physical_memory, poison, unguarded
-from fuseplan.verification.specs import TensorSpec
+from tests.verification.made import spec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,12 +62,6 @@ def test_bytes_are_poisoned_with_what_is_no_number_or_large(dtype: torch.dtype, 
 def test_wide_integers_are_poisoned_with_the_largest() -> None:
     assert poison(torch.zeros(2, dtype=torch.int32)).tolist() == [2**31 - 1] * 2
     assert poison(torch.zeros(2, dtype=torch.int16)).tolist() == [2**15 - 1] * 2
-
-
-def spec(*shape: int, dtype: torch.dtype = torch.float32, stride: tuple[int, ...] = (), **more: Any) -> TensorSpec:
-    device = torch.device("cpu")
-    strides = stride or tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return TensorSpec(dtype=dtype, shape=shape, stride=strides, misalignment=more.pop("off", 0), device=device, **more)
 
 
 def drawn(arguments: dict[str, Any], seed: int = 0, **draws: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from fuseplan.caching import fingerprint
 from fuseplan.record import Verification
 from fuseplan.verification import outcomes
 from tests.helpers import HIDDEN, post_grad, randn
@@ -36,65 +37,53 @@ def traced() -> fx.Graph:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def _uncounted() -> None:
     CALLS.count = 0
-    return tmp_path / "fuseplan" / "verified"
 
 
 def test_a_second_compilation_runs_no_kernel(traced: fx.Graph) -> None:
-    mine = provider(counted)
+    mine, wrong = provider(counted), provider(yields_nan)
     _, first = fuse(traced, mine)
     assert CALLS.count == 5
     _, second = fuse(traced, mine)
     assert CALLS.count == 5
     assert [each.from_cache for each in (*first.verified, *second.verified)] == [False, True]
     assert (first.verified[0].worst, first.verified[0].tokens) == (second.verified[0].worst, second.verified[0].tokens)
-
-
-def test_always_runs_it_again(traced: fx.Graph) -> None:
-    mine = provider(counted)
-    fuse(traced, mine)
-    _, report = fuse(traced, mine, verify="always")
-    assert CALLS.count == 10
-    assert not report.verified[0].from_cache
-
-
-def test_a_wrong_result_is_remembered_too(traced: fx.Graph) -> None:
-    mine = provider(yields_nan)
-    fuse(traced, mine)
-    _, report = fuse(traced, mine)
-    assert report.verified[0].from_cache
-    assert not report.applied
+    fuse(traced, wrong)
+    _, report = fuse(traced, wrong)
+    assert (report.verified[0].from_cache, [*report.applied]) == (True, []), "what is wrong is remembered, too"
 
 
 @pytest.mark.parametrize("kernel", [raises, hangs])
-def test_what_may_be_otherwise_next_time_is_not_remembered(traced: fx.Graph, folder: Path, kernel: Any) -> None:
+def test_what_may_be_otherwise_next_time_is_not_remembered(traced: fx.Graph, cold: Path, kernel: Any) -> None:
     fuse(traced, provider(kernel), verify_timeout_s=0.2)
-    assert not list(folder.glob("*"))
+    assert not list(cold.glob("*"))
 
 
-@pytest.mark.parametrize("change", ["torch", "gpu", "capability"])
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (torch, "__version__", "99.0"), (fingerprint, "_local_devices", lambda: ["another GPU"]),
+        (torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024"),
+    ],
+    ids=["torch", "gpu", "capability"],
+)  # fmt: skip
 def test_other_hardware_and_versions_are_another_question(
-    traced: fx.Graph, monkeypatch: pytest.MonkeyPatch, change: str
+    traced: fx.Graph, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, value: Any
 ) -> None:
     mine = provider(counted)
     fuse(traced, mine)
-    if change == "torch":
-        monkeypatch.setattr(torch, "__version__", "99.0")
-    elif change == "gpu":
-        monkeypatch.setattr("fuseplan.caching.fingerprint._local_devices", lambda: ["another GPU"])
-    else:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
+    monkeypatch.setattr(where, name, value)
     _, report = fuse(traced, mine)
     assert not report.verified[0].from_cache
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"rule": 3}', b"[" * 40_000, b"x" * 2**17])
-def test_a_broken_file_is_no_outcome(traced: fx.Graph, folder: Path, content: bytes) -> None:
+def test_a_broken_file_is_no_outcome(traced: fx.Graph, cold: Path, content: bytes) -> None:
     mine = provider(counted)
     fuse(traced, mine)
-    (path,) = folder.glob("*.json")
+    (path,) = cold.glob("*.json")
+    assert json.loads(path.read_text())["passed"] is True
     path.write_bytes(content)
     _, report = fuse(traced, mine)
     assert report.verified[0].passed
@@ -102,15 +91,9 @@ def test_a_broken_file_is_no_outcome(traced: fx.Graph, folder: Path, content: by
     assert CALLS.count == 10
 
 
-def test_outcomes_are_plain_json(traced: fx.Graph, folder: Path) -> None:
-    fuse(traced, provider(right))
-    (path,) = folder.glob("*.json")
-    assert json.loads(path.read_text())["passed"] is True
-
-
-def test_a_cache_that_cannot_be_written_to_fails_nothing(traced: fx.Graph, folder: Path) -> None:
-    folder.parent.mkdir(parents=True)
-    folder.write_text("a file where the folder should be")
+def test_a_cache_that_cannot_be_written_to_fails_nothing(traced: fx.Graph, cold: Path) -> None:
+    cold.parent.mkdir(parents=True)
+    cold.write_text("a file where the folder should be")
     _, report = fuse(traced, provider(right))
     assert report.count(["add_norm_relu"]) == {"add_norm_relu": 1}
     outcomes.save("key", Verification(rule="r", op="o", provider="p", signature="s"))

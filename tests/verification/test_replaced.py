@@ -21,19 +21,14 @@ from fuseplan.verification.deadline import AttemptError
 from fuseplan.verification.foreign import DRAWS, FEWEST, Foreign, _Trial
 from fuseplan.verification.replaced import Replaced, Result, _arguments, _results, _versions, unverifiable
 from fuseplan.verification.sides import Side
-from fuseplan.verification.specs import Case, Sizes, TensorSpec
+from fuseplan.verification.specs import Case, Sizes
 from tests.helpers import HIDDEN, written
 from tests.verification import others
+from tests.verification.made import spec
 
 SPAN = 1, 64
 X, Y, W = torch.zeros(5, HIDDEN), torch.zeros(5, HIDDEN), torch.ones(HIDDEN)
 _numbers = itertools.count()
-
-
-@pytest.fixture(autouse=True)
-def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    return tmp_path / "fuseplan" / "verified"
 
 
 def op(kernel: Callable[..., Any], schema: str = "(Tensor x, Tensor y) -> Tensor", fake: Any = None) -> Any:
@@ -70,16 +65,14 @@ def add_relu_pass(kernel: Callable[..., Any] = others.add_relu_eager) -> Externa
     return of_two(lambda x, y: torch.relu(x + y), lambda x, y: fused(x, y))  # noqa: PLW0108 - named arguments
 
 
-def spec(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> TensorSpec:
-    stride = torch.empty(shape, device="meta").stride()
-    return TensorSpec(dtype=dtype, shape=shape, stride=stride, misalignment=0, device=torch.device("cpu"), **more)
-
-
 def node(value: Any, target: Any = None) -> fx.Node:
     graph = fx.Graph()
     made = graph.placeholder("x") if target is None else graph.call_function(target, ([2], 0.25))
     made.meta["val"] = value
     return made
+
+
+CLAMPED = of_two(lambda x, y: torch.relu(x + y), lambda x, y: (x + y).clamp_min(0.0))
 
 
 def test_a_question_has_the_results_that_are_read_and_arguments_at_every_size() -> None:
@@ -116,24 +109,25 @@ def test_a_graph_of_one_size_is_asked_about_at_that() -> None:
     assert (case.tokens, case.arguments["x"].shape) == (12, (3, 4, HIDDEN))
 
 
-def test_torchs_own_ops_are_run_at_small_sizes_alone() -> None:
-    clamped = of_two(lambda x, y: torch.relu(x + y), lambda x, y: (x + y).clamp_min(0.0))
-    assert [case.tokens for case in asked(add_relu, clamped, span=(1, 65)).cases] == [1, 5, 7, 33]
-    assert [case.tokens for case in asked(add_relu, clamped, span=(64, 8192)).cases] == [64]
-    assert [case.tokens for case in asked(add_relu, clamped, span=(70, 8192)).cases] == [70]
-    own = [case.tokens for case in asked(add_relu, add_relu_pass(), span=(70, 8192)).cases]
-    assert own == [70, 257, 389, 769, 1127, 8192]
+@pytest.mark.parametrize(
+    ("is_own", "span", "tokens"),
+    [
+        (False, (1, 65), [1, 5, 7, 33]), (False, (64, 8192), [64]), (False, (70, 8192), [70]),
+        (True, (70, 8192), [70, 257, 389, 769, 1127, 8192]),
+    ],
+)  # fmt: skip
+def test_torchs_own_ops_are_run_at_small_sizes_alone(is_own: bool, span: tuple[int, int], tokens: list[int]) -> None:
+    assert [case.tokens for case in asked(add_relu, add_relu_pass() if is_own else CLAMPED, span=span).cases] == tokens
 
 
 def test_a_second_length_varies_with_an_op_of_others_alone() -> None:
     def function(tokens: Any, x: Any, y: Any) -> Any:
         return aten.neg.default(tokens), add_relu(x, y)
 
-    clamped = of_two(lambda x, y: torch.relu(x + y), lambda x, y: (x + y).clamp_min(0.0))
     tokens = torch.zeros(3, 4, dtype=torch.int64)
     lengths = [
         {case.arguments["x"].shape[0] for case in asked(function, each, tokens=tokens, x=X, y=Y).cases}
-        for each in (clamped, add_relu_pass())
+        for each in (CLAMPED, add_relu_pass())
     ]
     assert lengths[0] == {5}
     assert len(lengths[1]) > 1
@@ -192,16 +186,8 @@ def test_a_tensor_is_a_result_and_promised_as_one() -> None:
     assert packed.promise is None
     with pytest.raises(ValueError, match=r"^its pattern has 2 results, and its replacement 1$"):
         results_of(function, [relu, sin], [ONE])
-
-
-def test_what_only_the_region_reads_is_no_result() -> None:
-    def function(x: Any) -> Any:
-        first = aten.relu.default(SPLIT(x)[0])
-        return (aten.sin.default(first),)
-
-    relu, sin = aten.relu.default, aten.sin.default
-    (result,) = results_of(function, [relu, sin], [ONE, TWO], inside=[relu, sin])
-    assert (result.output, result.node.target) == (1, sin)
+    (alone,) = results_of(lambda x: (sin(relu(SPLIT(x)[0])),), [relu, sin], [ONE, TWO], inside=[relu, sin])
+    assert (alone.output, alone.node.target) == (1, sin), "only the region reads the other one"
 
 
 def split_match() -> tuple[ExternalMatch, fx.Graph]:
@@ -222,7 +208,7 @@ def test_what_is_no_tensor_and_is_read_whole_can_not_be_asked_about() -> None:
     with pytest.raises(ValueError, match=r"^what it yields for asked_\w+ is no tensor$"):
         results_of(function, [SPLIT], [(ONE, TWO)])
     match, graph = split_match()
-    outcome = Stub("always", OUTCOME).verify(match, Sizes(graph), SPAN)
+    outcome = Stub("always").verify(match, Sizes(graph), SPAN)
     assert str(outcome.detail).startswith("not verified: what it yields for asked_")
 
 
@@ -245,36 +231,28 @@ def test_arguments_are_tensors_and_numbers() -> None:
 
 
 def kept(function: Callable[..., Any]) -> dict[str, tuple[str, str]]:
-    question = asked(function, add_relu_pass(), x=X, y=Y)
+    """Of a sum of x and sin(y)."""
+    question = asked(lambda x, y: function(x, aten.sin.default(y)), add_relu_pass(), x=X, y=Y)
     return {name: (each.op, str(each.target)) for name, each in question.kept.items()}
 
 
-def test_what_is_read_later_is_kept_also_through_views() -> None:
+COS = "call_function", "aten.cos.default"
 
-    def shifted(y: Any) -> Any:
-        return aten.sin.default(y)
 
-    own = ("placeholder", "x")
-    assert kept(lambda x, y: add_relu(x, shifted(y))) == {"x": own}
-    found = kept(lambda x, y: (z := shifted(y), add_relu(x, z), aten.cos.default(z))[1:])
-    assert found == {"x": own, "y": ("call_function", "aten.cos.default")}
-    found = kept(lambda x, y: (z := shifted(y), add_relu(x, z), z)[1:])
-    assert found["y"] == ("output", "output")
-
-    def viewed(x: Any, y: Any) -> Any:
-        z = shifted(y)
-        other = aten.view.default(z, [-1])
-        return add_relu(x, z), aten.cos.default(other)
-
-    assert kept(viewed)["y"] == ("call_function", "aten.cos.default")
-
-    def early(x: Any, y: Any) -> Any:
-        z = shifted(y)
-        before = aten.cos.default(z)
-        return before, add_relu(x, z)
-
-    assert "y" not in kept(early)
-    assert kept(lambda x, y: (add_relu(x, y), aten.cos.default(x)))["x"] == ("call_function", "aten.cos.default")
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (add_relu, {}),
+        (lambda x, z: (add_relu(x, z), aten.cos.default(z)), {"y": COS}),
+        (lambda x, z: (add_relu(x, z), z), {"y": ("output", "output")}),
+        (lambda x, z: (view := aten.view.default(z, [-1]), add_relu(x, z), aten.cos.default(view))[1:], {"y": COS}),
+        (lambda x, z: (aten.cos.default(z), add_relu(x, z)), {}),
+        (lambda x, z: (add_relu(x, z), aten.cos.default(x)), {"x": COS}),
+    ],
+    ids=["nobody", "a later op", "the caller", "through a view", "an earlier op", "of an input"],
+)
+def test_what_is_read_later_is_kept_also_through_views(function: Any, found: dict[str, tuple[str, str]]) -> None:
+    assert kept(function) == {"x": ("placeholder", "x"), **found}
 
 
 def test_a_question_is_known_by_all_that_an_outcome_depends_on() -> None:
@@ -301,11 +279,7 @@ def test_a_question_is_known_by_all_that_an_outcome_depends_on() -> None:
 
 def test_sizes_in_a_side_are_those_of_the_largest_case() -> None:
     """All that varies with tokens stands in it at least once."""
-
-    def function(x: Any, y: Any) -> Any:
-        return aten.neg.default(aten.relu.default(aten.add.Tensor(x, y)))
-
-    question = asked(function, add_relu_pass())
+    question = asked(add_relu, add_relu_pass())
     seen: list[Any] = []
     watched: Any = SimpleNamespace(text=seen.append)
     replace(question, before=watched, after=watched).key("")
@@ -410,13 +384,9 @@ def test_the_worst_of_all_results_counts() -> None:
     right = tried(kernels(added, subtracted))[1]
     found = [tried(kernels(*each))[1] for each in ((nudged(added), subtracted), (added, nudged(subtracted)))]
     assert all(right < share <= 1 for share in found)
-    both = tried(kernels(nudged(added), nudged(subtracted)))
-    assert both == (None, max(found))
-
-
-def test_what_nobody_reads_can_not_be_wrong() -> None:
-    question = replace(kernels(added, lambda x, y: x), results=())
-    assert tried(question) == (None, 0.0)
+    both = kernels(nudged(added), nudged(subtracted))
+    assert tried(both) == (None, max(found))
+    assert tried(replace(both, results=())) == (None, 0.0), "what nobody reads can't be wrong"
 
 
 def test_a_result_that_is_off_is_named_by_its_place() -> None:
@@ -477,23 +447,11 @@ def test_results_are_of_the_kind_of_the_graphs_and_of_what_was_promised(kernel: 
     other = _Trial(unpromised, question.cases[1], 3)
     other.expected = trial.expected
     assert (other._kind([kernel(x, y)]) is None) is ("its fake implementation" in says)
-
-
-def test_a_promise_of_another_dtype_is_broken() -> None:
-    question = asked(add_relu, add_relu_pass(added))
-    (result,) = question.results
+    other.expected = [torch.empty(0, HIDDEN)]
+    assert other._kind([torch.empty(HIDDEN, 0).t()]) is None, "what is empty has no strides"
     assert result.promise is not None
-    promised = replace(question, results=(replace(result, promise=result.promise.half()),))
-    trial = _Trial(promised, question.cases[1], 3)
-    trial.expect()
+    trial.question = replace(question, results=(replace(result, promise=result.promise.half()),))
     assert "and its fake implementation yields float16[5, 64]" in str(trial._kind(trial.expected))
-
-
-def test_what_is_empty_has_no_strides() -> None:
-    question = asked(add_relu, add_relu_pass(added))
-    trial = _Trial(question, question.cases[1], 3)
-    trial.expected = [torch.empty(0, HIDDEN)]
-    assert trial._kind([torch.empty(HIDDEN, 0).t()]) is None
 
 
 def writing(kernel: Callable[..., Any], later: bool = True) -> Replaced:
@@ -513,28 +471,26 @@ def test_writes_to_what_is_read_later_are_wrong() -> None:
         y.add_(1)
         return result
 
-    name = "y"
-    assert tried(writing(writes))[0] == f"it writes to its argument {name}, which cos_default reads later"
+    assert tried(writing(writes))[0] == "it writes to its argument y, which cos_default reads later"
     assert tried(writing(writes, later=False))[0] is None
     returned = asked(lambda x, y: (z := aten.sin.default(y), add_relu(x, z), z)[1:], add_relu_pass(writes))
-    assert tried(returned)[0] == f"it writes to its argument {name}, which the graph returns"
+    assert tried(returned)[0] == "it writes to its argument y, which the graph returns"
     assert tried(asked(add_relu, add_relu_pass(writes)))[0] == "it writes to its argument y, which the caller has"
 
     def beyond(x: Tensor, y: Tensor) -> Tensor:
         y.as_strided((1,), (1,), y.storage_offset() + y.numel()).fill_(0.0)
         return added(x, y)
 
-    assert tried(writing(beyond, later=False))[0] == f"it writes beyond the elements of its argument {name}"
+    assert tried(writing(beyond, later=False))[0] == "it writes beyond the elements of its argument y"
 
 
-@pytest.mark.parametrize("numbers", [False, True])
-def test_what_both_leave_in_an_argument_is_compared(numbers: bool) -> None:
+def test_what_both_leave_in_an_argument_is_compared() -> None:
     question = writing(added)
     trial = _Trial(question, question.cases[1], 3)
     trial.expect()
     for off, wrong in ((0.0, False), (1.0, True)):
         trial.given = trial.fresh()
-        made = {**({"size": 5} if numbers else {}), **trial.fresh()}
+        made = {"size": 5, **trial.fresh()}
         trial.given |= {"size": 5}
         trial.given["x"].tensor.add_(1.0)
         made["x"].tensor.add_(1.0 + off)
@@ -612,15 +568,12 @@ def test_it_is_drawn_until_enough_elements_have_changed(width: int) -> None:
     assert (wrong is not None) is (counted >= FEWEST)
     assert wrong is None or f"changes {counted} elements" in wrong
     assert (drawn == DRAWS, counted > 0) == {1: (True, True), 4: (False, True), 64: (False, True)}[width]
-    assert _Trial(weighted(lambda weight: weight, width=64), case_of(64), 3)._changed("w", BF16) == 0
+    untaken = weighted(lambda weight: weight)
+    assert _Trial(untaken, untaken.cases[0], 3)._changed("w", BF16) == 0
 
 
-def case_of(width: int) -> Case:
-    return weighted(lambda weight: weight, width=width).cases[0]
-
-
-def looked_at(monkeypatch: pytest.MonkeyPatch, changed: int) -> list[tuple[str, torch.dtype]]:
-    """The arguments that are rounded, and to what; each rounding is said to change so many elements."""
+def looked_at(monkeypatch: pytest.MonkeyPatch, changed: int, trial: _Trial) -> tuple[str | None, list[Any]]:
+    """What is said where each rounding changes so many elements, and which arguments are rounded, to what."""
     looked: list[tuple[str, torch.dtype]] = []
 
     def look(_: _Trial, name: str, dtype: torch.dtype) -> int:
@@ -628,25 +581,20 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, changed: int) -> list[tuple[str, 
         return changed
 
     monkeypatch.setattr(_Trial, "_changed", look)
-    return looked
+    return trial._rounded(), looked
 
 
-@pytest.mark.parametrize(("changed", "named"), [(FEWEST - 1, False), (FEWEST, True), (FEWEST + 1, True)])
-def test_few_changes_may_be_luck(changed: int, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_but_the_least_of_floats_are_looked_at_and_few_changes_may_be_luck(monkeypatch: pytest.MonkeyPatch) -> None:
     question = weighted(lambda weight: weight)
-    looked = looked_at(monkeypatch, changed)
-    assert (_Trial(question, question.cases[0], 3)._rounded() is not None) is named
-    assert looked == [("w", BF16)]
-
-
-def test_all_but_the_least_of_floats_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = looked_at(monkeypatch, 0)
+    for changed in (FEWEST - 1, FEWEST, FEWEST + 1):
+        said, looked = looked_at(monkeypatch, changed, _Trial(question, question.cases[0], 3))
+        assert (said is not None, looked) == (changed >= FEWEST, [("w", BF16)])
     arguments = {
         "a": spec(2, dtype=torch.float64), "b": spec(2), "c": spec(2, dtype=BF16), "d": spec(2, dtype=torch.int64),
         "e": spec(2, dtype=others.FP8), "f": 7,
     }  # fmt: skip
-    trial = _Trial(weighted(lambda weight: weight), Case(tokens=2, arguments=arguments), 3)
-    assert trial._rounded() is None
+    said, looked = looked_at(monkeypatch, 0, _Trial(question, Case(tokens=2, arguments=arguments), 3))
+    assert said is None
     assert sorted(looked, key=str) == sorted([("a", torch.float32), ("a", BF16), ("b", BF16)], key=str)
 
 
@@ -696,11 +644,8 @@ def test_each_size_is_run_and_the_largest_of_the_small_ones_thoroughly(scripted:
     assert 0 < outcome.time_ns < 60 * 10**9
     assert scripted({400: (None, 0.0), 401: (None, 0.0)})[1] == [(400, 9, False), (401, 9, True)]
     assert scripted({400: (None, 0.0)})[0].worst == 0.0
-
-
-def test_the_first_that_is_wrong_ends_it(scripted: Any) -> None:
     outcome, asked_of = scripted({1: (None, 0.25), 7: ("bad", 0.0), 33: (None, 0.0)})
-    assert [tokens for tokens, _, _ in asked_of] == [1, 7]
+    assert [tokens for tokens, _, _ in asked_of] == [1, 7], "the first that is wrong ends it"
     wanted = replace(OUTCOME, tokens=(1, 7), passed=False, detail="at 7 tokens: bad; told of m{'s': 7}")
     assert replace(outcome, time_ns=0) == wanted
     assert 0 < outcome.time_ns < 60 * 10**9
@@ -720,17 +665,13 @@ def test_what_comes_to_nothing_may_come_to_something_next_time(scripted: Any) ->
 class Stub(Foreign):
     """Whose runs are counted, and come to what is given."""
 
-    def __init__(self, mode: str, found: Verification) -> None:
+    def __init__(self, mode: str, **found: Any) -> None:
         super().__init__(mode, 60.0)
         self.found, self.seeds = found, list[int]()
 
     def _run(self, question: Replaced, seed: int, outcome: Verification) -> Verification:
         self.seeds.append(seed)
-        return replace(outcome, worst=0.5, time_ns=5, **self.changes)
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        return {"passed": self.found.passed, "detail": self.found.detail, "transient": self.found.transient}
+        return replace(outcome, worst=0.5, time_ns=5, **self.found)
 
 
 @pytest.mark.parametrize(
@@ -746,20 +687,19 @@ def test_what_is_settled_is_kept_for_others_where_the_pass_has_a_name(
     fused = op(added)
     external = others.replacing("kept", lambda x, y: torch.relu(x + y), lambda x, y: fused(x, y), X, Y.neg(), uuid=uuid)  # noqa: PLW0108
     match, graph = matched(add_relu, external)
-    found = replace(OUTCOME, passed=passed, detail=detail, transient=transient)
-    first = Stub(mode, found)
+    found: dict[str, Any] = {"passed": passed, "detail": detail, "transient": transient}
+    first = Stub(mode, **found)
     one, two = (first.verify(match, Sizes(graph), SPAN) for _ in range(2))
     signature = f"kept(x:float32[?x{HIDDEN}], y:float32[?x{HIDDEN}])"
     assert one == Verification(
-        rule="kept", op=" ".join(match.emits), provider="external", signature=signature, worst=0.5, time_ns=5,
-        passed=passed, detail=detail, transient=transient,
-    )  # fmt: skip
+        rule="kept", op=" ".join(match.emits), provider="external", signature=signature, worst=0.5, time_ns=5, **found
+    )
     known = replace(one, from_cache=True, time_ns=0)
     assert two == (known if mode == "first-use" else one)
     assert len(set(first.seeds)) == 1
     is_kept = uuid is not None and settled
     assert len(list(cold.glob("*.json"))) == is_kept
-    second = Stub(mode, found)
+    second = Stub(mode, **found)
     third = second.verify(match, Sizes(graph), SPAN)
     assert third == (known if is_kept and mode == "first-use" else one)
     assert second.seeds in ([], first.seeds[:1])
@@ -774,7 +714,7 @@ def test_another_pass_of_the_same_content_is_another() -> None:
         for _ in range(2)
     ]
     assert pass_content(made[0]).key is None
-    checks = Stub("first-use", OUTCOME)
+    checks = Stub("first-use")
     for external in (*made, made[0]):
         match, graph = matched(add_relu, external)
         checks.verify(match, Sizes(graph), SPAN)
@@ -785,7 +725,7 @@ def test_what_can_not_be_asked_says_so_and_is_not_run() -> None:
     noisy = op(added, "(Tensor x, Tensor y) -> Tensor")
     seeded = others.op("asked_seeded(Tensor x, Tensor y) -> Tensor", added, lambda x, y: torch.empty_like(x),
                        torch.Tag.nondeterministic_seeded)  # fmt: skip
-    checks = Stub("always", OUTCOME)
+    checks = Stub("always")
     external = of_two(lambda x, y: torch.relu(x + y), lambda x, y: seeded(x, noisy(x, y)))
     match, graph = matched(add_relu, external)
     outcome = checks.verify(match, Sizes(graph), SPAN)

@@ -1,5 +1,6 @@
 """Values for the symbols of a graph, and arguments of a match with them, on inputs that are written."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,16 +18,16 @@ from fuseplan.verification.specs import (
     UNKNOWN,
     Case,
     Sizes,
-    TensorSpec,
     _arguments,
     _rows_of,
     _traced_symbols,
     case_of,
     cases_of,
+    concrete,
     undrawn,
 )
+from tests.verification.made import spec
 
-CPU = torch.device("cpu")
 TOKENS = torch.int64
 
 
@@ -132,6 +133,9 @@ def test_batch_and_length_vary_together_and_no_token_is_lost(inputs: Inputs) -> 
     assert shape(24, traced=False) == (4, 6)
     assert shape(48, traced=False) == (6, 8)
     assert shape(257) == (traced[first], 257 // traced[first]), "no divisor: as traced"
+    assert sizes.tokens((1, 8193)) == (1, 7, 24, 33, 257, 389, 769, 1127, 8191, 8193)
+    assert sizes.tokens((1, 8192)) == (1, 7, 24, 33, 257, 389, 769, 1127, 8192)
+    assert sizes.tokens((1, 8192), traced=False) == (1, 7, 33, 257, 389, 769, 1127, 8192)
     assert sizes.varied(33) is sizes.varied(33)
 
 
@@ -145,6 +149,8 @@ def test_a_second_length_is_long_where_tokens_are_few(inputs: Inputs) -> None:
         1: 8191, 6: 5, 7: 8191, 33: 1127, 257: 389, 389: 257, 769: 33, 1127: 33, 8192: 7,
     }  # fmt: skip
     assert sizes.varied(6, traced=False)[other] == 8191
+    varying = [each for each in sizes.at(1) if len({sizes.at(tokens)[each] for tokens in found}) > 1]
+    assert len(varying) == 1, "what is measured and priced varies in tokens alone"
     assert sizes.varied(0)[other] == 8191
 
 
@@ -278,13 +284,12 @@ def test_arguments_are_as_in_the_graph_and_equal_ones_stay_equal(inputs: Inputs)
     full = inputs.graph.call_function(aten.full.default, ([2], 0.25))
     full.meta["val"] = torch.empty(2, dtype=torch.float16)
     given = {"x": x, "same": x, "size": number, "twice": value.shape[0] * 2, "plain": plain, "eps": 1e-5, "full": full}
-    own = TensorSpec(dtype=torch.float32, shape=(7, 8), stride=(8, 1), misalignment=0, device=CPU)
     assert _arguments(given, {rows: 7}) == {
-        "x": own,
-        "same": TensorSpec(**{**vars(own), "same_as": "x"}),
-        "size": 7, "twice": 14, "plain": "text", "eps": 1e-5,
-        "full": TensorSpec(dtype=torch.float16, shape=(2,), stride=(1,), misalignment=0, device=CPU, fill=0.25),
+        "x": spec(7, 8), "same": spec(7, 8, same_as="x"), "size": 7, "twice": 14, "plain": "text", "eps": 1e-5,
+        "full": spec(2, dtype=torch.float16, fill=0.25),
     }  # fmt: skip
+    assert [concrete(value.shape[0], known) for known in ({rows: 9}, {})] == [9, UNKNOWN]
+    assert concrete("x", {}) == "x"
     sizes = inputs.sizes
     case = case_of(match_of(inputs, x=x), sizes, 33)
     assert (case.tokens, case.symbols, case.arguments["x"].shape) == (33, {rows: 33}, (33, 8))
@@ -293,8 +298,8 @@ def test_arguments_are_as_in_the_graph_and_equal_ones_stay_equal(inputs: Inputs)
 
 
 def test_arguments_of_whatever_content_lie_as_those_that_are_drawn() -> None:
-    x = TensorSpec(dtype=torch.bfloat16, shape=(3, 4), stride=(1, 3), misalignment=0, device=torch.device("meta"))
-    made = undrawn(Case(tokens=3, arguments={"x": x, "y": TensorSpec(**{**vars(x), "same_as": "x"}), "eps": 0.5}))
+    x = spec(3, 4, dtype=torch.bfloat16, stride=(1, 3), device="meta")
+    made = undrawn(Case(tokens=3, arguments={"x": x, "y": replace(x, same_as="x"), "eps": 0.5}))
     assert (made["x"].shape, made["x"].stride(), made["x"].dtype, made["x"].device.type) == (
         (3, 4), (1, 3), torch.bfloat16, "meta",
     )  # fmt: skip
@@ -304,11 +309,10 @@ def test_arguments_of_whatever_content_lie_as_those_that_are_drawn() -> None:
 
 
 def test_a_tensor_reaches_from_its_first_element_to_its_last() -> None:
-    def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-        return TensorSpec(dtype=torch.float32, shape=shape, stride=stride, misalignment=0, device=CPU).extent
-
-    assert [extent((2, 3), (8, 2)), extent((4, 3), (0, 1)), extent((), ()), extent((0, 3), (3, 1))] == [13, 3, 1, 0]
-    assert extent((1, 5), (100, 2)) == 9
+    for shape, stride, extent in (
+        ((2, 3), (8, 2), 13), ((4, 3), (0, 1), 3), ((), (), 1), ((0, 3), (3, 1), 0), ((1, 5), (100, 2), 9),
+    ):  # fmt: skip
+        assert spec(*shape, stride=stride).extent == extent
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -3,7 +3,6 @@ some together in `tests/distributed`.
 """
 
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -26,11 +25,11 @@ from fuseplan.errors import CollectiveError
 from fuseplan.providers import Provider, provider_of
 from fuseplan.record import GraphReport, Nearness, Pending, PendingCase, Report, Verification, from_json, to_json
 from fuseplan.rules.families import BUILT_IN_RULES
-from fuseplan.verification import check, together, verifier, verify_together
+from fuseplan.verification import together, verifier, verify_together
 from fuseplan.verification.check import Finding
 from fuseplan.verification.region import Region
-from fuseplan.verification.specs import Case, TensorSpec
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn
+from tests.verification.made import spec
 
 OP = ops.all_reduce_fused_add_rms_norm
 
@@ -146,9 +145,7 @@ def test_what_is_kept_comes_back(graph: fx.Graph, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("fill", "kept"), [(1, 1.0), (0.25, 0.25), (float("inf"), None), (None, None)])
 def test_constants_stay_constants(fill: float | None, kept: float | None) -> None:
-    weight = TensorSpec(
-        dtype=torch.bfloat16, shape=(8,), stride=(1,), misalignment=0, device=torch.device("cpu"), fill=fill
-    )
+    weight = spec(8, dtype=torch.bfloat16, fill=fill)
     case = PendingCase(tokens=1, arguments=together._kept({"weight": weight}))
     again = from_json(PendingCase, json.loads(json.dumps(to_json(case))))
     assert together._arguments(again.arguments) == {"weight": dataclasses.replace(weight, fill=kept)}
@@ -169,7 +166,9 @@ def test_ranks_agree_on_what_they_verify_whatever_they_call_it(graph: fx.Graph) 
 
 
 @pytest.mark.usefixtures("others")
-def test_nothing_is_verified_while_a_graph_is_captured(graph: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_verified_while_a_graph_is_captured_and_who_is_left_behind_is_an_error(
+    graph: fx.Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pending = decided(graph, settles=True).pending
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -185,16 +184,11 @@ def test_nothing_is_verified_while_a_graph_is_captured(graph: fx.Graph, monkeypa
         "failed: captures a graph, before which allreduce_rms by apart has to be verified: run the model once before"
     ]
 
-
-@pytest.mark.usefixtures("others")
-def test_a_rank_that_is_left_behind_is_an_error(graph: fx.Graph) -> None:
-    pending = decided(graph, settles=True).pending
-
-    def meet(said: str, awaited: str) -> Verdict:
+    def lost(said: str, awaited: str) -> Verdict:
         return Verdict(fused=False, reason="rank 1 is left in it", lost=True)
 
     with pytest.raises(CollectiveError, match=r"rank 1 is left in it; .* or forbid allreduce_rms:apart"):
-        verify_together(pending, BUILT_IN_RULES, meet, 60)
+        verify_together(pending, BUILT_IN_RULES, lost, 60)
 
 
 class Ranks:
@@ -233,15 +227,18 @@ class Ranks:
             return verify_together(pending, (), self.meet, seconds)
 
 
-ALONE = ["draw 1", "ready", "expect 1", "ready", "run 1"]
+ALONE, AGAIN = (
+    [f"draw {tokens}", "ready", f"expect {tokens}", "ready", f"run {tokens}"] for tokens in (1, 7)
+)  # fmt: skip
+RIGHT = Finding(wrong=None, worst=0.5)
 
 
 def test_ranks_meet_before_each_step_in_which_they_wait_for_each_other(one_rank: str) -> None:
-    ranks = Ranks(run_1=Finding(wrong=None, worst=0.5), run_7=Finding(wrong=None, worst=0.25))
+    ranks = Ranks(run_1=RIGHT, run_7=Finding(wrong=None, worst=0.25))
     first, second = ranks.verify(2, one_rank)
     assert (first.passed, first.detail, first.worst, first.tokens, first.ranks) == (True, None, 0.5, (1, 7), 1)
     assert (first.signature, second.signature, second.passed) == ("0", "1", True)
-    assert ranks.steps == 2 * [*ALONE, *(each.replace("1", "7") for each in ALONE), "ready"]
+    assert ranks.steps == 2 * [*ALONE, *AGAIN, "ready"]
     assert 0 < first.time_ns < 60e9
 
 
@@ -252,6 +249,7 @@ def test_ranks_meet_before_each_step_in_which_they_wait_for_each_other(one_rank:
         ({"run_1": lambda: 1 / 0}, ALONE, "the kernel raises ZeroDivisionError: division by zero", (1,)),
         ({"expect_1": lambda: 1 / 0}, ALONE[:3], "the kernel raises ZeroDivisionError: division by zero", ()),
         ({"draw_1": lambda: 1 / 0}, ALONE[:1], "the kernel raises ZeroDivisionError: division by zero", ()),
+        ({"run_1": RIGHT, "run_7": Finding(wrong="it is 3")}, [*ALONE, *AGAIN], "it is 3", (1, 7)),
     ],
 )
 def test_what_one_rank_finds_wrong_ends_the_verification_of_all(
@@ -260,16 +258,9 @@ def test_what_one_rank_finds_wrong_ends_the_verification_of_all(
     """At their next meeting, and nothing else is verified."""
     ranks = Ranks(**kernel)
     (outcome,) = ranks.verify(2, one_rank)
-    said = f"failed: found r by p wrong at 1 tokens: {why}"
+    said = f"failed: found r by p wrong at {tokens[-1] if tokens else 1} tokens: {why}"
     assert ranks.steps == [*steps, said]
     assert (outcome.passed, outcome.detail, outcome.worst, outcome.tokens) == (False, f"rank 0 {said}", None, tokens)
-
-
-def test_what_is_wrong_at_the_last_size_counts_too(one_rank: str) -> None:
-    ranks = Ranks(run_1=Finding(wrong=None, worst=0.5), run_7=Finding(wrong="it is 3"))
-    (outcome,) = ranks.verify(1, one_rank)
-    assert ranks.steps[-1] == "failed: found r by p wrong at 7 tokens: it is 3"
-    assert (outcome.passed, outcome.tokens) == (False, (1, 7))
 
 
 def test_a_rank_that_is_late_says_that_it_is_lost(one_rank: str) -> None:
@@ -277,20 +268,3 @@ def test_a_rank_that_is_late_says_that_it_is_lost(one_rank: str) -> None:
     ranks.verify(1, one_rank, seconds=0.05)
     said = "lost: is left in the verification of r by p at 1 tokens: the kernel did not end within 0.05 s"
     assert ranks.steps == [*ALONE, said]
-
-
-def test_only_what_is_summed_differs_among_ranks() -> None:
-    rule = next(rule for rule in BUILT_IN_RULES if rule.op is OP)
-    assert check._summed(rule) == ["x"]
-    wide = TensorSpec(dtype=torch.bfloat16, shape=(3, 8), stride=(8, 1), misalignment=0, device=torch.device("cpu"))
-    weight = dataclasses.replace(wide, shape=(8,), stride=(1,))
-    case = Case(tokens=3, arguments={"x": wide, "residual": wide, "weight": weight, "eps": 1e-6, "group_name": "0"})
-    alone, first, second, again = (check._fresh(rule, case, 5, rank) for rank in (None, 0, 1, 0))
-    for name in ("residual", "weight"):
-        assert all(torch.equal(each[0][name], alone[0][name]) for each in (first, second, again))
-    assert torch.equal(first[0]["x"], again[0]["x"])
-    different = [each[0]["x"] for each in (alone, first, second)]
-    assert not any(torch.equal(*pair) for pair in itertools.combinations(different, 2))
-    assert [len(guarded) for _, guarded in (alone, first)] == [3, 3]
-    assert all(any(each.tensor is first[0][name] for each in first[1]) for name in ("x", "residual", "weight"))
-    assert (first[0]["eps"], first[0]["group_name"]) == (1e-6, "0")

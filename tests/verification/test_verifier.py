@@ -34,12 +34,6 @@ SIZES = (1, 5, 7, 33, 64)
 RULE = AddNormRelu()
 
 
-@pytest.fixture(autouse=True)
-def cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    return tmp_path / "fuseplan" / "verified"
-
-
 def two_layers(x: Any, residual: Any, weight: Any) -> Any:
     found = []
     for _ in range(2):
@@ -96,8 +90,15 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
 def verified(
     canonical: CanonicalGraph, matches: Sequence[Match], *, own: Any, mode: str = "always", **more: Any
 ) -> list[Any]:
-    verifying = Verifier(mode=mode, providers=own, deadline_s=60.0, **more)
+    verifying = Verifier(mode=mode, providers=own, **{"deadline_s": 60.0, **more})
     return verifying.verify([candidate(each) for each in matches], canonical, SPAN)
+
+
+def alone(one: Any, **more: Any) -> Any:
+    """What becomes of one match."""
+    canonical = graph_of()
+    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one], **more)
+    return outcome
 
 
 @pytest.fixture
@@ -106,38 +107,28 @@ def one() -> Any:
 
 
 def test_the_largest_error_of_all_sizes_is_told(checks: Checks, one: Any) -> None:
-    canonical = graph_of()
-    shares = zip(SIZES, (0.25, 0.75, 0.5, 0.0, 0.5), strict=True)
-    checks.found = {tokens: Finding(wrong=None, worst=share) for tokens, share in shares}
-    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one])
-    assert replace(outcome, time_ns=0) == Verification(
-        rule="add_norm_relu", op="add_norm_relu", provider=one.name, signature="s", tokens=SIZES, worst=0.75
-    )
-    assert 0 < outcome.time_ns < 60 * 10**9
-    checks.found = dict.fromkeys(SIZES, Finding(wrong=None, worst=0.0))
-    assert verified(canonical, [match_at(canonical, 0, one.name)], own=[one])[0].worst == 0.0
-    checks.found = {33: Finding(wrong=None, worst=None), 64: Finding(wrong=None, worst=0.5)}
-    assert verified(canonical, [match_at(canonical, 0, one.name)], own=[one])[0].worst == 0.5
-    checks.found = {64: Finding(wrong=None, worst=None)}
-    assert verified(canonical, [match_at(canonical, 0, one.name)], own=[one])[0].worst is None
+    for shares, worst in (
+        ({1: 0.25, 5: 0.75, 7: 0.5, 33: 0.0, 64: 0.5}, 0.75), (dict.fromkeys(SIZES, 0.0), 0.0),
+        ({33: None, 64: 0.5}, 0.5), ({64: None}, None),
+    ):  # fmt: skip
+        checks.found = {tokens: Finding(wrong=None, worst=share) for tokens, share in shares.items()}
+        outcome = alone(one)
+        assert replace(outcome, time_ns=0) == Verification(
+            rule="add_norm_relu", op="add_norm_relu", provider=one.name, signature="s", tokens=SIZES, worst=worst
+        )
+        assert 0 < outcome.time_ns < 60 * 10**9
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_the_first_size_that_is_wrong_ends_it_but_in_lock_step(checks: Checks, one: Any, rank: int | None) -> None:
-    canonical = graph_of()
     checks.found = {7: Finding(wrong="bad", worst=3.0), 64: Finding(wrong="worse", worst=5.0)}
-    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one], rank=rank)
-    wanted = SIZES[:3] if rank is None else SIZES
+    outcome, wanted = alone(one, rank=rank), SIZES[:3] if rank is None else SIZES
     assert (outcome.tokens, tuple(checks.tokens)) == (wanted, wanted)
     assert (outcome.passed, outcome.detail, outcome.transient) == (False, "at 7 tokens: bad", False)
     assert outcome.worst == (3.0 if rank is None else 5.0)
     assert all(how["rank"] is None for _, how in checks.asked)
-
-
-def test_what_comes_to_nothing_is_transient(checks: Checks, one: Any) -> None:
-    canonical = graph_of()
     checks.found = {5: ZeroDivisionError("by zero")}
-    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one], rank=0)
+    outcome = alone(one, rank=0)
     assert (outcome.passed, outcome.transient, outcome.tokens, outcome.worst) == (False, True, SIZES, 0.25)
     assert outcome.detail == "at 5 tokens: the kernel raises ZeroDivisionError: by zero"
 
@@ -153,12 +144,9 @@ def test_how_the_graph_was_read_is_checked_once_and_rounding_as_the_graph_has_it
     assert {(how["rule"], how["provider"], how["free"]) for _, how in checks.asked} == {(RULE, one.name, frozenset())}
     checks.asked.clear()
     relu, total = match.outputs
-    assert relu is not None
-    assert total is not None
-    elsewhere: list[tuple[dict[str, Any], set[int]]] = [
+    for more, free in (
         ({"copied": (total,)}, {1}), ({"loose": (relu,)}, {0}), ({"copied": (relu,), "loose": (total,)}, {0, 1}),
-    ]  # fmt: skip
-    for more, free in elsewhere:
+    ):  # fmt: skip
         verified(canonical, [match_at(canonical, 0, one.name, **more)], own=[one])
         assert checks.asked.pop()[1]["free"] == free
     assert all(how["unfused"] == {} for _, how in checks.asked)
@@ -242,9 +230,7 @@ def test_a_size_has_its_deadline(monkeypatch: pytest.MonkeyPatch, one: Any) -> N
 
     canonical = graph_of(dynamic=False)
     monkeypatch.setattr(verifier, "check", late)
-    verifying = Verifier(mode="always", providers=[one], deadline_s=0.01)
-    (outcome,) = verifying.verify([candidate(match_at(canonical, 0, one.name))], canonical, SPAN)
-    assert isinstance(outcome, Verification)
+    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one], deadline_s=0.01)
     assert outcome.detail == "at 5 tokens: the kernel did not end within 0.01 s"
     assert outcome.transient
 
@@ -379,17 +365,26 @@ def test_kernels_are_compiled_ahead_on_gpus_and_their_faults_left_to_the_run(mon
     assert ahead == [("p", 3), ("q", 1)]
 
 
+def region_of(canonical: CanonicalGraph, match: Any) -> Region:
+    found = Region.of(canonical, match)
+    assert found is not None
+    return found
+
+
+def between(graph: fx.Graph, x: fx.Node, result: fx.Node) -> tuple[CanonicalGraph, Any]:
+    """A match of whatever computes one node of another."""
+    canonical = CanonicalGraph.copy_of(graph)
+    copies = {original: copy for copy, original in canonical.origin.items()}
+    return canonical, SimpleNamespace(values={"x": copies[x]}, outputs=(copies[result],))
+
+
 def test_a_region_is_what_computes_the_results() -> None:
     canonical = graph_of(dynamic=False)
     match = match_at(canonical, 1, "p")
-    found = Region.of(canonical, match)
-    assert found is not None
+    found = region_of(canonical, match)
     original = {each: canonical.origin[each] for each in canonical.graph.nodes}
     assert found.names == {original[match.values[name]]: name for name in ("x", "residual", "weight")}
-    relu, total = match.outputs
-    assert relu is not None
-    assert total is not None
-    assert found.outputs == (original[relu], original[total])
+    assert found.outputs == tuple(original[each] for each in match.outputs if each)
     assert found.nodes == tuple(sorted(original[each] for each in match.consumed))
     assert found.shaped == match.outputs
     x, residual = torch.randn(5, HIDDEN).bfloat16(), torch.randn(5, HIDDEN).bfloat16()
@@ -401,8 +396,7 @@ def test_a_region_is_what_computes_the_results() -> None:
 def test_a_dead_result_is_none() -> None:
     canonical = graph_of(dynamic=False)
     match = match_at(canonical, 0, "p")
-    found = Region.of(canonical, match.but(outputs=(match.outputs[0], None)))
-    assert found is not None
+    found = region_of(canonical, match.but(outputs=(match.outputs[0], None)))
     assert found.outputs == (canonical.origin[match.outputs[0]], None)  # type: ignore[index]
     values = found.evaluate({"x": X, "residual": X, "weight": WEIGHT}, {})
     assert values[1] is None
@@ -417,8 +411,7 @@ def test_where_there_is_no_region() -> None:
     assert Region.of(canonical, match.but(values={**match.values, "x": moved})) is None
     # A constant of fuseplan's own stands for nothing of the graph.
     ones = canonical.constant(1.0, (HIDDEN,), like=weight.meta["val"])
-    found = Region.of(canonical, match.but(values={**match.values, "other": ones}))
-    assert found is not None
+    found = region_of(canonical, match.but(values={**match.values, "other": ones}))
     assert "other" not in found.names.values()
     # The weight is no input then, and no node computes it.
     assert Region.of(canonical, match.but(values={k: v for k, v in match.values.items() if k != "weight"})) is None
@@ -433,10 +426,7 @@ def test_a_region_is_not_too_large(count: int, is_there: bool) -> None:
     for _ in range(count):
         last = graph.call_function(aten.relu.default, (last,))
     graph.output((last,))
-    canonical = CanonicalGraph.copy_of(graph)
-    copies = {original: copy for copy, original in canonical.origin.items()}
-    match: Any = SimpleNamespace(values={"x": copies[x]}, outputs=(copies[last],))
-    found = Region.of(canonical, match)
+    found = Region.of(*between(graph, x, last))
     assert (found is not None) is is_there
     assert found is None or len(found.nodes) == count
 
@@ -451,6 +441,14 @@ def test_no_rank_runs_a_collective_of_an_engine_or_a_higher_order_op_alone(monke
     (first, _) = canonical.original.find_nodes(op="call_function", target=aten.relu.default)
     first.target = torch.ops.higher_order.cond
     assert Region.of(canonical, match) is None
+    first.target, args = torch.ops.higher_order.auto_functionalized, first.args
+    for op, evaluated, is_there in (
+        (aten.relu.default, {"aten::relu"}, True), (aten.relu.default, {"aten::tanh"}, False),
+        (aten.tanh.default, {"aten::relu"}, False),
+    ):  # fmt: skip
+        first.args = (op, *args)
+        monkeypatch.setattr(region, "EVALUATED", frozenset(evaluated))
+        assert (Region.of(canonical, match) is not None) is is_there
 
 
 def test_sizes_are_no_part_of_a_region() -> None:
@@ -462,16 +460,11 @@ def test_sizes_are_no_part_of_a_region() -> None:
     for node in (expanded, result):
         node.meta["val"] = x.meta["val"]
     graph.output((result,))
-    canonical = CanonicalGraph.copy_of(graph)
-    copies = {original: copy for copy, original in canonical.origin.items()}
-    match: Any = SimpleNamespace(values={"x": copies[x]}, outputs=(copies[result],))
-    found = Region.of(canonical, match)
-    assert found is not None
-    assert found.nodes == (expanded, result)
-    size.meta["val"] = "no size"
-    assert Region.of(canonical, match) is None
-    size.meta["val"] = torch.zeros(1)
-    assert Region.of(canonical, match) is None
+    canonical, match = between(graph, x, result)
+    assert region_of(canonical, match).nodes == (expanded, result)
+    for no_size in ("no size", torch.zeros(1)):
+        size.meta["val"] = no_size
+        assert Region.of(canonical, match) is None
 
 
 def test_a_result_may_be_a_reshape_in_the_graph() -> None:
@@ -484,12 +477,9 @@ def test_a_result_may_be_a_reshape_in_the_graph() -> None:
     x = relu.args[0]
     match: Any = SimpleNamespace(values={"x": x}, outputs=(relu,))
     own, flat = canonical.origin[relu], canonical.original.find_nodes(op="call_function", target=aten.view.default)[0]
-    found = Region.of(canonical, match)
-    assert found is not None
-    assert found.outputs == (own,)
+    assert region_of(canonical, match).outputs == (own,)
     del canonical.origin[relu]
-    found = Region.of(canonical, match)
-    assert found is not None
+    found = region_of(canonical, match)
     assert found.outputs == (flat,)
     (value,) = found.evaluate({"x": torch.ones_like(X)}, {})
     assert value is not None
@@ -522,31 +512,15 @@ def test_what_a_match_sees_through_views_is_turned_back() -> None:
     shaped = canonical.insert_before(relu, aten.reshape.default, (x, [5, 1, HIDDEN]), X.reshape(5, 1, HIDDEN))
     turned = canonical.insert_before(relu, aten.permute.default, (shaped, [1, 2, 0]), cube)
     match: Any = SimpleNamespace(values={"y": turned, "eps": 1.0}, outputs=(result,))
-    found = Region.of(canonical, match)
-    assert found is not None
+    found = region_of(canonical, match)
     assert found.names == {canonical.origin[x]: "y"}
     assert found.views == {"y": (turned, shaped)}
     (value,) = found.evaluate({"y": cube, "eps": 1.0}, {})
     assert value is not None
     assert torch.equal(value, cube.permute(2, 0, 1).reshape(5, HIDDEN) * 2)
     match.values = {"y": relu}
-    found = Region.of(canonical, match)
-    assert found is not None
+    found = region_of(canonical, match)
     assert (found.views, [str(node.target) for node in found.nodes]) == ({"y": ()}, ["aten.mul.Tensor"])
     del canonical.origin[x]
     match.values = {"y": turned}
     assert Region.of(canonical, match) is None
-
-
-def test_a_higher_order_op_is_run_where_what_it_calls_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    canonical = graph_of(dynamic=False)
-    match = match_at(canonical, 0, "p")
-    (first, _) = canonical.original.find_nodes(op="call_function", target=aten.relu.default)
-    first.target, args = torch.ops.higher_order.auto_functionalized, first.args
-    for op, evaluated, is_there in (
-        (aten.relu.default, {"aten::relu"}, True), (aten.relu.default, {"aten::tanh"}, False),
-        (aten.tanh.default, {"aten::relu"}, False),
-    ):  # fmt: skip
-        first.args = (op, *args)
-        monkeypatch.setattr(region, "EVALUATED", frozenset(evaluated))
-        assert (Region.of(canonical, match) is not None) is is_there

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,14 +31,10 @@ from fuseplan.verification.compare import compare
 from fuseplan.verification.memory import Guarded, Poisoned, SeeingMode, make_arguments
 from fuseplan.verification.specs import Case, TensorSpec
 from tests.verification.fused_norm import AddNormRelu, add_norm_relu, provider, reference, right
+from tests.verification.made import spec
 
 CPU = torch.device("cpu")
 RULE: Any = AddNormRelu()
-
-
-def spec(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> TensorSpec:
-    stride = torch.empty(shape, device="meta").stride()
-    return TensorSpec(dtype=dtype, shape=shape, stride=stride, misalignment=0, device=CPU, **more)
 
 
 def normed(rows: int = 3, width: int = 16) -> Case:
@@ -247,7 +244,7 @@ def test_what_is_summed_over_ranks_differs_among_them(one_rank: str) -> None:
 
 def test_arguments_that_are_one_tensor_are_guarded_once_each() -> None:
     case = normed()
-    same = {**case.arguments, "residual": TensorSpec(**{**vars(case.arguments["x"]), "same_as": "x"})}
+    same = {**case.arguments, "residual": replace(case.arguments["x"], same_as="x")}
     inputs, _ = _fresh(RULE, Case(tokens=3, arguments=same), 0)
     assert inputs["x"] is inputs["residual"]
 
@@ -313,15 +310,14 @@ def trial(kernel: Callable[..., Any] = right, **unfused: Any) -> Trial:
     return made
 
 
-class Fixed:
-    """A region that yields what it is given."""
+def fixed(results: Any) -> Any:
+    """A region that yields what is given."""
 
-    def __init__(self, results: Any) -> None:
-        self.results = results
-
-    def evaluate(self, arguments: Any, symbols: Any) -> Any:
+    def evaluate(arguments: Any, symbols: Any) -> Any:
         assert set(arguments) == {"x", "residual", "weight", "eps", "rounding"}
-        return self.results
+        return results
+
+    return SimpleNamespace(evaluate=evaluate)
 
 
 def test_no_mode_sees_what_compares_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +330,7 @@ def test_no_mode_sees_what_compares_results(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(check, "compare", compared)
     tried = trial()
-    assert tried.run(Fixed(tried.expected)).wrong is None  # type: ignore[arg-type]
+    assert tried.run(fixed(tried.expected)).wrong is None
     assert modes == [0] * (2 * len(tried.expected))
 
 
@@ -343,33 +339,30 @@ def test_the_graph_is_held_against_the_same_values() -> None:
     found = made.run()
     assert (found.wrong, found.worst is not None) == (None, True)
     own: Any = made.expected
-    assert made.run(Fixed(own)) == found  # type: ignore[arg-type]
-    assert made.run(Fixed([own[0], None])) == found  # type: ignore[arg-type]
-    read = made.run(Fixed([own[0] + 1, own[1]]))  # type: ignore[arg-type]
+    assert made.run(fixed(own)) == found
+    assert made.run(fixed([own[0], None])) == found
+    read = made.run(fixed([own[0] + 1, own[1]]))
     assert str(read.wrong).startswith("the unfused ops don't compute what the graph does: result 0: element")
     assert read.worst == found.worst
-    read = made.run(Fixed([own[0].float(), own[1]]))  # type: ignore[arg-type]
+    read = made.run(fixed([own[0].float(), own[1]]))
     assert str(read.wrong).startswith("the unfused ops don't compute what the graph does: result 0 is float32[3, 16]")
-    turned = [own[0].t().contiguous().t(), own[1]]
-    assert "result 0 is bfloat16[3, 16] with strides (16, 1), and the graph's own value is" in str(
-        made.run(Fixed(turned)).wrong  # type: ignore[arg-type]
-    )
-    assert made.run(Fixed(turned), free={0}) == found  # type: ignore[arg-type]
-    assert made.run(Fixed(turned), free={1}).wrong is not None  # type: ignore[arg-type]
+    turned = fixed([own[0].t().contiguous().t(), own[1]])
+    read = made.run(turned)
+    assert "result 0 is bfloat16[3, 16] with strides (16, 1), and the graph's own value is" in str(read.wrong)
+    assert made.run(turned, free={0}) == found
+    assert made.run(turned, free={1}).wrong is not None
 
 
 def test_a_wrong_kernel_is_not_told_as_the_graph_read_wrong() -> None:
     made = trial(lambda x, *rest: tuple(each + 1 for each in reference(x, *rest)))
-    found = made.run(Fixed(None))  # type: ignore[arg-type]
+    found = made.run(fixed(None))
     assert str(found.wrong).startswith("result 0: element")
     assert found.worst is not None
     assert found.worst > 1
     made = trial(lambda x, *rest: reference(x, *rest)[0])
-    assert made.run(Fixed(None)) == Finding(  # type: ignore[arg-type]
-        wrong="the kernel yields 1 values (Tensor) where the schema has 2 tensors"
-    )
+    assert made.run(fixed(None)) == Finding(wrong=KINDS.format(1, "Tensor", 2))
     made = trial(lambda x, *rest: tuple(each.float() for each in reference(x, *rest)))
-    assert "and the unfused ops yield bfloat16" in str(made.run(Fixed(None)).wrong)  # type: ignore[arg-type]
+    assert "and the unfused ops yield bfloat16" in str(made.run(fixed(None)).wrong)
 
 
 def test_the_graph_may_round_elsewhere_than_the_kernel() -> None:
