@@ -7,7 +7,6 @@ from torch import fx
 
 from fuseplan.dialect import ops
 from fuseplan.graph.facts import aten, source_code
-from fuseplan.record import Refusal
 from fuseplan.rules.base import Rule
 
 
@@ -28,11 +27,6 @@ def line_of(graph: fx.Graph, name: str) -> str:
     return f"model.py:{[node.name for node in graph.nodes].index(name)}"
 
 
-def blamed(refusal: Refusal) -> str | None:
-    """The name of the node on whose line something is refused."""
-    return refusal.code
-
-
 class NormAdded(Rule):
     """rms_norm -> + other, with what the norm yields."""
 
@@ -41,3 +35,15 @@ class NormAdded(Rule):
     def pattern(self, x: Any, weight: Any, other: Any, eps: Any, rounding: Any) -> Any:
         y = ops.rms_norm(x, weight, eps, rounding)
         return aten.add.Tensor(y, other), y
+
+
+class NormTanh(Rule):
+    """rms_norm -> tanh, without what the norm yields."""
+
+    name, flags, op, core = "norm_tanh", (), ops.rms_norm_pad, ops.rms_norm
+
+    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return aten.tanh.default(ops.rms_norm(x, weight, eps, rounding))
+
+    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        return (ops.rms_norm_pad(x, weight, eps, rounding, 0),)

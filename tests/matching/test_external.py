@@ -67,6 +67,11 @@ def relu_neg_pass() -> PatternMatcherPass:
     return replacing("relu_neg", lambda x: -torch.relu(x), relu_neg_call, 1)
 
 
+def both_passes(add: float, neg: float) -> list[ExternalPass]:
+    """With what each of them saves, in us."""
+    return [ExternalPass(matcher=add_relu_pass(), saving_us=add), ExternalPass(matcher=relu_neg_pass(), saving_us=neg)]
+
+
 def fought_over(x: Tensor, y: Tensor) -> Tensor:
     """Both passes want the relu."""
     return -torch.relu(x + y)
@@ -85,15 +90,19 @@ def inputs_of(function: Callable[..., Any]) -> list[Tensor]:
     return [torch.linspace(-2, 2, 16).reshape(4, 4) + i for i in range(count)]
 
 
+def decided(graph: fx.Graph, external: Any) -> Any:
+    """What is known and chosen of a graph, on an H200."""
+    manager = PostGradPassManager(PassConfig(), passes=[external], device=PROFILES["h200"])
+    analysis = manager.analyze(graph)
+    return analysis, manager.decide(analysis, manager.config.chosen_policy, "graph_0")
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(("add", "neg", "winner"), [(3.0, 1.0, "add_relu"), (1.0, 3.0, "relu_neg")])
 def test_two_passes_that_fight_are_settled_by_what_they_save(
     swapped: bool, add: float, neg: float, winner: str
 ) -> None:
-    passes = [
-        ExternalPass(matcher=add_relu_pass(), saving_us=add),
-        ExternalPass(matcher=relu_neg_pass(), saving_us=neg),
-    ]
+    passes = both_passes(add, neg)
     output, (report,) = compiled(fought_over, passes[::-1] if swapped else passes)
     torch.testing.assert_close(output, fought_over(*inputs_of(fought_over)))
     (graph,) = report.graphs
@@ -122,18 +131,13 @@ def test_they_compete_with_rules() -> None:
         return torch.nn.functional.pad(llama(x, None, weight)[0], (0, 8))
 
     other = replacing(
-        "own_pad",
-        lambda x: aten.constant_pad_nd.default(x, [0, 8], 0.0),
-        lambda x: torch.cat([x, x.new_zeros(x.shape[0], 8)], -1),
-        1,
-    )
+        "own_pad", lambda x: aten.constant_pad_nd.default(x, [0, 8], 0.0),
+        lambda x: torch.cat([x, x.new_zeros(x.shape[0], 8)], -1), 1,
+    )  # fmt: skip
 
     graph = post_grad(padded, randn(4, HIDDEN), W)
     for saving, winner in ((1000.0, "own_pad"), (0.001, "act_padding")):
-        passes = [ExternalPass(matcher=other, saving_us=saving)]
-        manager = PostGradPassManager(PassConfig(), passes=passes, device=PROFILES["h200"])
-        analysis = manager.analyze(graph)
-        decision = manager.decide(analysis, manager.config.chosen_policy, "graph_0")
+        analysis, decision = decided(graph, ExternalPass(matcher=other, saving_us=saving))
         chosen = [analysis.problem.candidates[index].rule for index in decision.selected]
         assert chosen == [winner]
 
@@ -169,14 +173,9 @@ def test_ordered_and_off_leave_them_alone() -> None:
 
 
 def test_force_and_forbid_by_name() -> None:
-    passes = [
-        ExternalPass(matcher=add_relu_pass(), saving_us=3.0),
-        ExternalPass(matcher=relu_neg_pass(), saving_us=1.0),
-    ]
-    _, (report,) = compiled(fought_over, passes, forbid=["add_relu"])
-    assert (report.fused["add_relu"], report.fused["relu_neg"]) == (0, 1)
-    _, (report,) = compiled(fought_over, passes, force=["relu_neg"])
-    assert (report.fused["add_relu"], report.fused["relu_neg"]) == (0, 1)
+    for config in ({"forbid": ["add_relu"]}, {"force": ["relu_neg"]}):
+        _, (report,) = compiled(fought_over, both_passes(3.0, 1.0), **config)
+        assert (report.fused["add_relu"], report.fused["relu_neg"]) == (0, 1)
 
 
 def test_a_match_across_a_mutation_is_refused() -> None:
@@ -185,15 +184,11 @@ def test_a_match_across_a_mutation_is_refused() -> None:
         y.mul_(2)
         return torch.relu(total) + y
 
-    torch._dynamo.reset()
-    reports: list[Report] = []
-    x, y = torch.randn(4, 4), torch.randn(4, 4)
-    expected_y = y.clone()
-    expected = mutated(x, expected_y)
+    given, expected = inputs_of(mutated), inputs_of(mutated)
     with torch._inductor.utils.fresh_cache(), torch.inference_mode():
-        model = fuseplan.compile(mutated, on_report=reports.append, passes=[add_relu_pass()])
-        torch.testing.assert_close(model(x, y), expected)
-    torch.testing.assert_close(y, expected_y)
+        model = fuseplan.compile(mutated, passes=[add_relu_pass()])
+        torch.testing.assert_close(model(*given), mutated(*expected))
+    torch.testing.assert_close(given, expected)
 
 
 def test_passes_are_part_of_the_cache_key() -> None:
@@ -224,10 +219,7 @@ def test_patterns_whose_owner_says_nothing_of_them_have_no_key(wrap: Callable[[A
 
 @pytest.mark.parametrize(
     ("passes", "says"),
-    [
-        ([3], "neither a PatternMatcherPass"),
-        ([add_relu_pass(), add_relu_pass()], "two passes are named 'add_relu'"),
-    ],
+    [([3], "neither a PatternMatcherPass"), ([add_relu_pass(), add_relu_pass()], "two passes are named 'add_relu'")],
 )
 def test_what_is_no_pass_is_refused(passes: list[Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
@@ -249,9 +241,7 @@ def test_a_pass_whose_matches_overlap_each_other_conflicts_with_itself(length: i
         return x
 
     pairs = replacing("pairs", lambda x: torch.cos(torch.cos(x)), relu_neg_call, 1)
-    manager = PostGradPassManager(PassConfig(), passes=[pairs])
-    analysis = manager.analyze(post_grad(chain, torch.randn(4, 4)))
-    decision = manager.decide(analysis, manager.config.chosen_policy, "graph_0")
+    analysis, decision = decided(post_grad(chain, torch.randn(4, 4)), pairs)
     assert len(analysis.problem.candidates) == length - 1
     assert len(decision.selected) == fired
     assert all(lost.blocked_by for lost in decision.lost)

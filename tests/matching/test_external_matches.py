@@ -64,12 +64,17 @@ def names(nodes: Sequence[fx.Node | None]) -> list[str]:
     return [node.name if node is not None else "" for node in nodes]
 
 
-def test_what_a_match_is() -> None:
-    def model(x: Any, y: Any) -> Any:
-        return aten.cos.default(aten.sin.default(x)), aten.cos.default(aten.sin.default(y))
+def cosine(x: Any, y: Any) -> Any:
+    return aten.cos.default(aten.sin.default(x))
 
+
+def cosines(x: Any, y: Any) -> Any:
+    return aten.cos.default(aten.sin.default(x)), aten.cos.default(aten.sin.default(y))
+
+
+def test_what_a_match_is() -> None:
     matcher = cos_of_sin()
-    graph = graph_of(model)
+    graph = graph_of(cosines)
     first, second = find_external(graph, as_external([matcher])).candidates
     assert (first.owner.matcher, first.owner.name) == (matcher, "cos_of_sin")
     assert (first.ordinal, second.ordinal) == (0, 1)
@@ -80,27 +85,21 @@ def test_what_a_match_is() -> None:
     assert {node.name: name for node, name in second.variables.items()} == {"y": "x"}
     assert [node.name for node in first.arguments] == ["x"]
     assert names(first.outputs) == ["cos_default"]
-    targets = [node.target for node in first.replacement.graph.find_nodes(op="call_function", target=aten.tanh.default)]
-    assert targets == [aten.tanh.default]
+    assert first.replacement.graph.find_nodes(op="call_function", target=aten.tanh.default)
     assert str(first.written_at).startswith("cos_of_sin.<locals>.<lambda> (test_external_matches.py:")
 
 
-def test_a_match_is_applied_once() -> None:
-    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
+@pytest.mark.parametrize("still", [True, False])
+def test_a_match_is_applied_once_and_where_it_still_is_one(still: bool) -> None:
+    graph = graph_of(cosine)
     (match,) = find_external(graph, as_external([cos_of_sin()])).candidates
-    assert match.apply() is True
+    if not still:
+        (sin,) = graph.find_nodes(op="call_function", target=aten.sin.default)
+        sin.target = aten.exp.default
+    assert match.apply() is still
     called = [node.target for node in graph.nodes if node.op == "call_function"]
-    assert called == [aten.exp.default, aten.tanh.default]
+    assert called == [aten.exp.default, aten.tanh.default if still else aten.cos.default]
     assert match.apply() is False, "its anchor is gone"
-
-
-def test_a_match_that_no_longer_is_one_is_not_applied() -> None:
-    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
-    (match,) = find_external(graph, as_external([cos_of_sin()])).candidates
-    (sin,) = graph.find_nodes(op="call_function", target=aten.sin.default)
-    sin.target = aten.exp.default
-    assert match.apply() is False
-    assert graph.find_nodes(op="call_function", target=aten.cos.default)
 
 
 def test_what_the_owner_checks_is_asked() -> None:
@@ -110,10 +109,7 @@ def test_what_the_owner_checks_is_asked() -> None:
         asked.append(match)
         return bool(match.kwargs["x"].name == "y")
 
-    def model(x: Any, y: Any) -> Any:
-        return aten.cos.default(aten.sin.default(x)), aten.cos.default(aten.sin.default(y))
-
-    (match,) = found(model, cos_of_sin(extra_check=extra_check))
+    (match,) = found(cosines, cos_of_sin(extra_check=extra_check))
     assert (match.anchor.name, match.ordinal) == ("cos_default_1", 0)
     assert {each.kwargs["x"].name for each in asked} == {"x", "y"}
 
@@ -121,7 +117,7 @@ def test_what_the_owner_checks_is_asked() -> None:
 @pytest.mark.parametrize(("streams", "matches"), [((1, 1), 1), ((1, 2), 0), ((0, None), 1), ((None, 1), 0)])
 def test_ops_of_different_streams_are_no_match(streams: tuple[int | None, ...], matches: int) -> None:
     """Where nothing is noted it is the first one."""
-    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
+    graph = graph_of(cosine)
     calls = [node for node in graph.nodes if node.op == "call_function"]
     for node, stream in zip(calls, streams, strict=True):
         if stream is not None:
@@ -173,10 +169,7 @@ def test_nodes_are_taken_once_by_a_pass() -> None:
     register_replacement(yielding, lambda x: (x, x * 2), [torch.randn(4, 4)], fwd_only, matcher)
     assert len(ExternalPass(matcher=matcher).entries) == 2
 
-    def model(x: Any, y: Any) -> Any:
-        return aten.cos.default(aten.sin.default(x)), aten.cos.default(aten.sin.default(y))
-
-    matches = found(model, matcher)
+    matches = found(cosines, matcher)
     assert [match.ordinal for match in matches] == [0, 1]
     assert [names(match.consumed) for match in matches] == [
         ["sin_default", "cos_default"], ["sin_default_1", "cos_default_1"],
@@ -252,17 +245,19 @@ def test_a_pass_that_matches_what_an_earlier_one_puts_in_runs_after_it() -> None
     assert not graph.find_nodes(op="call_function", target=aten.neg.default)
 
 
-def test_one_that_stands_before_it_is_planned_itself() -> None:
-    external = find_external(graph_of(model_of_all), as_external([of_tanh(), cos_of_sin()]))
-    assert [match.owner.name for match in external.candidates] == ["of_tanh", "cos_of_sin"]
+@pytest.mark.parametrize(
+    ("model", "passes", "planned"),
+    [
+        (model_of_all, [of_tanh(), cos_of_sin()], ["of_tanh", "cos_of_sin"]),
+        (lambda x, y: aten.neg.default(aten.tanh.default(y)), [cos_of_sin(), of_tanh()], ["of_tanh"]),
+        (model_of_all, [], []),
+    ],
+    ids=["one that stands before it", "behind one that matches nothing", "no pass"],
+)
+def test_what_is_planned_itself(model: Model, passes: list[PatternMatcherPass], planned: list[str]) -> None:
+    external = find_external(graph_of(model), as_external(passes))
+    assert [match.owner.name for match in external.candidates] == planned
     assert external.before == external.after == ()
-
-
-def test_an_earlier_one_that_matches_nothing_puts_nothing_in() -> None:
-    external = find_external(
-        graph_of(lambda x, y: aten.neg.default(aten.tanh.default(y))), as_external([cos_of_sin(), of_tanh()])
-    )
-    assert [match.owner.name for match in external.candidates] == ["of_tanh"]
 
 
 def test_what_holds_ops_together_chains_nothing() -> None:
@@ -305,29 +300,21 @@ WRITTEN = {
 def test_an_op_anywhere_in_a_pattern_chains_it(place: str) -> None:
     chained = by_hand("chained", WRITTEN[place], lambda x: aten.neg(aten.abs(x)))
     other = by_hand("other", CallFunction(aten.neg.default, KeywordArg("x")), lambda x: aten.neg(aten.abs(x)))
-    graph = graph_of(lambda x, y: aten.cos.default(aten.sin.default(x)))
+    graph = graph_of(cosine)
     external = find_external(graph, as_external([cos_of_sin(), chained, other]))
     assert [each.owner.name for each in external.after if isinstance(each, ChainedPass)] == ["chained"]
     assert len(external.after) == 1
 
 
-def test_no_pass_finds_nothing() -> None:
-    external = find_external(graph_of(model_of_all), ())
-    assert (external.candidates, external.before, external.after) == ((), (), ())
-
-
 # What is a pass.
 
 
-@pytest.mark.parametrize("saving", [True, 0, -1.5, 3, None])
-def test_what_a_match_may_save(saving: Any) -> None:
-    assert ExternalPass(matcher=cos_of_sin(), saving_us=saving).saving_us is saving
-
-
-@pytest.mark.parametrize("saving", [float("inf"), float("nan"), "3", [1]])
-def test_what_it_may_not(saving: Any) -> None:
-    with pytest.raises(ConfigError, match="allowed are None and finite numbers of microseconds"):
-        ExternalPass(matcher=cos_of_sin(), saving_us=saving)
+def test_what_a_match_may_save_is_nothing_or_a_finite_number() -> None:
+    for saving in (True, 0, -1.5, 3, None):
+        assert ExternalPass(matcher=cos_of_sin(), saving_us=saving).saving_us is saving
+    for refused in (float("inf"), float("nan"), "3", [1]):
+        with pytest.raises(ConfigError, match="allowed are None and finite numbers of microseconds"):
+            ExternalPass(matcher=cos_of_sin(), saving_us=refused)  # type: ignore[arg-type]
 
 
 def test_what_a_pass_is_called() -> None:

@@ -152,6 +152,7 @@ def returns(view: Callable[[Tensor], Any]) -> Model:
 
 SEEN: dict[str, Callable[[Tensor], Any]] = {
     "itself": lambda y: y,
+    "two views, which share it": lambda y: (y, y[:, 1:], y.relu()),
     "a clone, which Inductor leaves out": lambda y: y.clone(),
     "rows": lambda y: y[1:],
     "columns": lambda y: y[:, 1:],
@@ -236,64 +237,28 @@ def test_without_the_copy_it_would_lie_elsewhere() -> None:
     assert layout(run(gm, (X, W))) != before
 
 
-def test_two_views_of_a_copy_share_it_as_two_views_of_the_value_did() -> None:
-    def model(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y = normed(x, w)
-        return padded(y), y, y[:, 1:], y.relu()
+Padded = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Any, Any, Any]]
 
-    check(model, (X, W), copies=1)
+IN_PLACE: dict[str, tuple[Padded, int]] = {
+    "the norm": (lambda y, total, wide, r: (torch.ops.layouts_test.stamp(y, r), total, y), 1),
+    "a view": (lambda y, total, wide, r: (torch.ops.layouts_test.stamp(y[1:, 2:], r), total, y), 1),
+    "two results": (lambda y, total, wide, r: (torch.ops.layouts_test.stamp_both(y, total), total, y), 1),
+    "the sum alone": (lambda y, total, wide, r: (torch.ops.layouts_test.stamp(total, r), total, y.relu()), 0),
+    # The norm is a slice of it, and is read after it.
+    "the padded one": (lambda y, total, wide, r: (torch.ops.layouts_test.stamp(wide, padded(r)), wide, y.relu()), 1),
+}
 
 
-def test_a_custom_op_works_in_place_on_what_it_worked_on() -> None:
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_a_custom_op_works_in_place_on_what_it_worked_on(what: str) -> None:
+    write, copies = IN_PLACE[what]
+
     def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         y, total = llama(x, r, w)
         wide = padded(y)
-        torch.ops.layouts_test.stamp(y, r)
-        return wide, total, y
+        return wide, *write(y, total, wide, r)[1:]
 
-    check(model, (X, R, W), copies=1)
-
-
-def test_a_custom_op_works_in_place_on_a_view() -> None:
-    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y, total = llama(x, r, w)
-        wide = padded(y)
-        torch.ops.layouts_test.stamp(y[1:, 2:], r)
-        return wide, total, y
-
-    check(model, (X, R, W), copies=1)
-
-
-def test_a_custom_op_works_in_place_on_two_results() -> None:
-    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y, total = llama(x, r, w)
-        wide = padded(y)
-        torch.ops.layouts_test.stamp_both(y, total)
-        return wide, total, y
-
-    check(model, (X, R, W), copies=1)
-
-
-def test_a_custom_op_works_in_place_on_the_sum_alone() -> None:
-    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y, total = llama(x, r, w)
-        wide = padded(y)
-        torch.ops.layouts_test.stamp(total, r)
-        return wide, total, y.relu()
-
-    check(model, (X, R, W), copies=0)
-
-
-def test_what_is_written_to_is_not_what_others_read() -> None:
-    """The norm is a slice of the padded one that an in-place op gets, and is read after it."""
-
-    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y, _ = llama(x, r, w)
-        wide = padded(y)
-        torch.ops.layouts_test.stamp(wide, F.pad(r, (0, 8)))
-        return wide, y.relu()
-
-    check(model, (X, R, W), copies=1)
+    check(model, (X, R, W), copies=copies)
 
 
 def test_loops_and_branches_get_what_they_were_traced_with() -> None:
@@ -348,27 +313,19 @@ def test_a_kernel_that_writes_elsewhere_does_not_write_to_what_is_padded() -> No
         graph.erase_node(kernel)
 
 
-@pytest.mark.parametrize("reader", ["itself", "columns", "transposed", "opaque"])
+@pytest.mark.parametrize("reader", ["itself", "columns", "transposed", "opaque", "matmul"])
 def test_sizes_that_vary(reader: str) -> None:
-    check(returns(SEEN[reader]), (X, W), copies=1, dynamic=True)
+    check(returns((SEEN | UNSEEN)[reader]), (X, W), copies=reader in SEEN, dynamic=True)
 
 
-def test_sizes_that_vary_cost_no_copy_where_nobody_sees_it() -> None:
-    check(returns(UNSEEN["matmul"]), (X, W), copies=0, dynamic=True)
-
-
-def test_ranks_reduce_norm_and_pad(one_rank: str) -> None:
+@pytest.mark.parametrize("is_read", [False, True])
+def test_ranks_reduce_norm_and_pad(is_read: bool, one_rank: str) -> None:
     def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         y, total = llama(all_reduce(x.sin(), one_rank), r, w)
-        return padded(y), y, total
-
-    def unread(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y, total = llama(all_reduce(x.sin(), one_rank), r, w)
-        return padded(y), y @ y.t(), total
+        return padded(y), y @ y.t() if is_read else y, total
 
     rules = {"allreduce_rms_padding": RULES["allreduce_rms_padding"]}
-    check(model, (X, R, W), copies=1, rules=rules)
-    check(unread, (X, R, W), copies=0, rules=rules)
+    check(model, (X, R, W), copies=not is_read, rules=rules)
 
 
 def test_results_of_turned_arguments_are_turned() -> None:
@@ -486,27 +443,20 @@ def own_match(finish: Finish, model: Callable[..., Any]) -> Match:
 
 
 @pytest.mark.parametrize("finish", FINISHES)
-def test_a_users_rule_is_held_to_the_same(finish: str) -> None:
+def test_a_users_rule_is_held_to_the_same_and_may_yield_anything_where_nobody_sees_it(finish: str) -> None:
     def returned(x: Any, r: Any, w: Any) -> Any:
         y, total = ops.fused_add_rms_norm(x, r, w, 1e-6, "llama")
         return aten.relu.default(y), total
 
-    yields, copied = FINISHES[finish]
-    match = own_match(yields, returned)
-    assert [match.outputs.index(node) for node in match.copied] == copied
-    assert match.loose == ()
-
-
-@pytest.mark.parametrize("finish", FINISHES)
-def test_a_users_rule_may_yield_anything_where_nobody_sees_it(finish: str) -> None:
     def read(x: Any, r: Any, w: Any) -> Any:
-        y, total = ops.fused_add_rms_norm(x, r, w, 1e-6, "llama")
-        return aten.mm.default(aten.relu.default(y), aten.permute.default(total, [1, 0]))
+        y, total = returned(x, r, w)
+        return aten.mm.default(y, aten.permute.default(total, [1, 0]))
 
-    yields, copied = FINISHES[finish]
-    match = own_match(yields, read)
-    assert match.copied == ()
-    assert [match.outputs.index(node) for node in match.loose] == copied
+    yields, elsewhere = FINISHES[finish]
+    for model, copied, loose in ((returned, elsewhere, []), (read, [], elsewhere)):
+        match = own_match(yields, model)
+        found = [[match.outputs.index(node) for node in nodes] for nodes in (match.copied, match.loose)]
+        assert found == [copied, loose]
 
 
 def test_strides_in_another_order_are_seen_through_pointwise_ops() -> None:

@@ -84,6 +84,10 @@ def to_float(y: Any) -> Any:
     return convert_element_type(y, torch.float32)
 
 
+def part_of_it(y: Any) -> Any:
+    return aten.slice.Tensor(y, 0, 0, 6)
+
+
 STEPS: dict[str, Callable[[Any], Any]] = {
     "in place": lambda y: in_place(aten.add.Tensor(y, 1.0)),
     "computed": aten.tanh.default,
@@ -123,32 +127,123 @@ def test_the_residual_add_that_a_rule_takes_along_is_blamed_last() -> None:
 # What is said.
 
 
-def test_what_computes_something_else_is_named_between_the_two() -> None:
-    edge = before_pad(aten.tanh.default)
+tanh, clone, exp, permute = aten.tanh.default, aten.clone.default, aten.exp.default, aten.permute.default
+BETWEEN, BEHIND = "{} stands between rms_norm and pad", "{} stands between all_reduce and rms_norm"
+
+
+def reshaped(*shape: int) -> Edge:
+    return before_pad(lambda y: aten.reshape.default(y, [*shape]))
+
+
+TOLD: dict[str, tuple[Edge, str, dict[str, Any]]] = {
+    "what computes something else": (
+        before_pad(tanh), "tanh_default",
+        {"reason": Reason.OP, "found": "aten.tanh.default", "detail": BETWEEN.format("aten.tanh.default"),
+         "mend": "do it after pad"},
+    ),
+    "a further one": (
+        before_pad(tanh, clone), "tanh_default",
+        {"detail": BETWEEN.format("aten.tanh.default") + "; so does aten.clone.default"},
+    ),
+    "further ones, once each": (
+        before_pad(tanh, clone, exp, tanh), "tanh_default",
+        {"detail": BETWEEN.format("aten.tanh.default") + "; so do aten.exp.default and aten.clone.default"},
+    ),
+    "what writes in place, by both of its names": (
+        before_pad(lambda y: in_place(aten.add.Tensor(y, 1.0))), "add_tensor",
+        {"reason": Reason.MUTATION, "found": "aten.add.Tensor",
+         "detail": BETWEEN.format("add_, an in-place op (aten.add.Tensor)")},
+    ),
+    "an operator that does": (
+        before_pad(lambda y: in_place(aten.mul.Tensor(y, 2.0), "imul_3")), "mul_tensor",
+        {"detail": BETWEEN.format("imul, an in-place op (aten.mul.Tensor)")},
+    ),
+    "a cast, with both dtypes": (
+        before_pad(to_float), "convert_element_type_default",
+        {"reason": Reason.DTYPE,
+         "detail": BETWEEN.format("prims.convert_element_type.default") + ": bfloat16 is cast to float32"},
+    ),
+    "a copy": (
+        before_pad(clone), "clone_default", {"reason": Reason.LAYOUT, "detail": BETWEEN.format("aten.clone.default")},
+    ),
+    "a reshape to shorter rows": (
+        reshaped(48, 16), "reshape_default",
+        {"reason": Reason.OP, "detail": BETWEEN.format("aten.reshape.default") + ": rows of 64 become rows of 16"},
+    ),
+    "to the same rows": (
+        reshaped(6, 2, 64), "reshape_default", {"reason": Reason.OP, "detail": BETWEEN.format("aten.reshape.default")},
+    ),
+    "to one row": (
+        reshaped(768), "reshape_default",
+        {"reason": Reason.OP, "detail": BETWEEN.format("aten.reshape.default") + ": rows of 64 become rows of 768"},
+    ),
+    "an addition that is no residual add": (
+        behind_reduce(lambda y, r, w: aten.add.Tensor(y, w)), "add_tensor",
+        {"reason": Reason.OP, "mend": "add the bias before all_reduce, on one rank alone",
+         "detail": BEHIND.format("aten.add.Tensor") + ": it adds a bias"},
+    ),
+    "hints together where there is one for each": (
+        behind_reduce(lambda y, r, w: aten.neg.default(aten.mul.Tensor(aten.mul.Tensor(y, 3.0), 2.0))), "mul_tensor",
+        {"mend": "negate before all_reduce; scale before all_reduce"},
+    ),
+    "and none where there isn't": (
+        behind_reduce(lambda y, r, w: aten.neg.default(tanh(y))), "tanh_default",
+        {"mend": None, "detail": BEHIND.format("aten.tanh.default") + "; so does aten.neg.default"},
+    ),
+    # Prologues.
+    "of two all-reduces in a row the first": (
+        behind_reduce(lambda y, r, w: ops.all_reduce(y, "g")), "all_reduce_default",
+        {"reason": Reason.OP, "found": "all_reduce", "mend": "reduce once, and multiply by the number of ranks before",
+         "detail": "the value reduced over group 'g' is reduced once more before rms_norm"},
+    ),
+    "and of another group": (
+        behind_reduce(lambda y, r, w: ops.all_reduce(y, "h")), "all_reduce_default",
+        {"reason": Reason.GROUP, "mend": None},
+    ),
+    "a view that could be moved if nothing else read the reduced value": (
+        behind_reduce(lambda y, r, w: (part_of_it(y), exp(y))), "exp_default",
+        {"reason": Reason.USERS, "found": "aten.exp.default", "mend": None, "detail": "all_reduce is also read by "
+         "aten.exp.default (exp_default), so that aten.slice.Tensor can't be moved before it"},
+    ),
+    "one that is returned, at the view": (
+        behind_reduce(lambda y, r, w: (part_of_it(y), y)), "slice_tensor",
+        {"reason": Reason.USERS, "found": "output", "detail": "all_reduce is returned from the graph, too, so that "
+         "aten.slice.Tensor can't be moved before it"},
+    ),
+    "of several readers the first that is no view": (
+        behind_reduce(lambda y, r, w: (part_of_it(y), permute(y, [1, 0]), exp(y), aten.sin.default(y))), "exp_default",
+        {"found": "aten.exp.default"},
+    ),
+    "where views alone read it, too, the view": (
+        behind_reduce(lambda y, r, w: (part_of_it(y), permute(y, [1, 0]))), "slice_tensor",
+        {"reason": Reason.OP, "found": "aten.slice.Tensor", "mend": "do it before all_reduce",
+         "detail": BEHIND.format("aten.slice.Tensor") + ", and can't be moved before it, since aten.permute.default "
+         "(permute_default) reads all_reduce too"},
+    ),
+    "a view that isn't next to the reduced value": (
+        behind_reduce(lambda y, r, w: (part_of_it(clone(y)), exp(y))), "clone_default",
+        {"reason": Reason.LAYOUT, "found": "aten.clone.default"},
+    ),
+    "a view of a view": (
+        behind_reduce(lambda y, r, w: (part_of_it(part_of_it(y)), exp(y))), "exp_default", {"reason": Reason.USERS},
+    ),
+    "what is no view itself, whoever reads the reduced value": (
+        behind_reduce(lambda y, r, w: (tanh(y), exp(y))), "tanh_default",
+        {"reason": Reason.OP, "found": "aten.tanh.default"},
+    ),
+    "a view of a norm, whatever else reads that": (
+        Edge(lambda x, r, w: (ops.pad(part_of_it(y := norm(x, w)), 28), exp(y)), ops.rms_norm, ops.pad), "slice_tensor",
+        {"reason": Reason.OP, "detail": BETWEEN.format("aten.slice.Tensor")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_what_is_blamed_and_said_of_it(what: str) -> None:
+    edge, blamed, fields = TOLD[what]
     found = edge.told()
-    assert found == Obstruction(
-        node=edge.way[0], reason=Reason.OP, found="aten.tanh.default",
-        detail="aten.tanh.default stands between rms_norm and pad", mend="do it after pad",
-    )  # fmt: skip
-
-
-def test_further_ones_are_named_once_each() -> None:
-    edge = before_pad(aten.tanh.default, aten.clone.default)
-    assert edge.told().detail == "aten.tanh.default stands between rms_norm and pad; so does aten.clone.default"
-    edge = before_pad(aten.tanh.default, aten.clone.default, aten.exp.default, aten.tanh.default)
-    found = edge.told()
-    assert found.node is edge.way[-1]
-    assert found.detail == (
-        "aten.tanh.default stands between rms_norm and pad; so do aten.exp.default and aten.clone.default"
-    )
-
-
-def test_what_writes_in_place_is_a_mutation_by_both_of_its_names() -> None:
-    found = before_pad(lambda y: in_place(aten.add.Tensor(y, 1.0))).told()
-    assert (found.reason, found.found) == (Reason.MUTATION, "aten.add.Tensor")
-    assert found.detail == "add_, an in-place op (aten.add.Tensor) stands between rms_norm and pad"
-    found = before_pad(lambda y: in_place(aten.mul.Tensor(y, 2.0), "imul_3")).told()
-    assert found.detail.startswith("imul, an in-place op (aten.mul.Tensor) stands")
+    assert found.node.name == blamed
+    assert {name: getattr(found, name) for name in fields} == fields
 
 
 def test_an_op_of_its_own_that_was_in_place_has_one_name() -> None:
@@ -166,28 +261,6 @@ def test_an_op_of_its_own_that_was_in_place_has_one_name() -> None:
     assert found.detail == "obstructed.bump_.default stands between rms_norm and pad"
 
 
-def test_a_cast_is_told_with_both_dtypes() -> None:
-    found = before_pad(to_float).told()
-    assert found.reason is Reason.DTYPE
-    assert found.detail.endswith("stands between rms_norm and pad: bfloat16 is cast to float32")
-
-
-def test_a_copy_is_a_matter_of_layout() -> None:
-    found = before_pad(aten.clone.default).told()
-    assert (found.reason, found.detail) == (Reason.LAYOUT, "aten.clone.default stands between rms_norm and pad")
-
-
-@pytest.mark.parametrize(
-    ("shape", "explained"),
-    [([48, 16], ": rows of 64 become rows of 16"), ([6, 2, 64], ""), ([768], ": rows of 64 become rows of 768")],
-)
-def test_a_reshape_to_other_rows_says_so(shape: list[int], explained: str) -> None:
-    found = before_pad(lambda y: aten.reshape.default(y, shape)).told()
-    assert (found.reason, found.detail) == (
-        Reason.OP, f"aten.reshape.default stands between rms_norm and pad{explained}",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("before", "after"), [([], [1]), ([1], []), ([64], [8, 8])])
 def test_a_scalar_has_no_rows(before: list[int], after: list[int]) -> None:
     graph = fx.Graph()
@@ -197,96 +270,3 @@ def test_a_scalar_has_no_rows(before: list[int], after: list[int]) -> None:
     explained = ": rows of 64 become rows of 8" if before and after else ""
     found = obstruction([reshape], goal, consumer)
     assert found.detail == f"aten.reshape.default stands between goal and consumer{explained}"
-
-
-def test_an_addition_that_is_no_residual_add_says_why() -> None:
-    found = behind_reduce(lambda y, r, w: aten.add.Tensor(y, w)).told()
-    assert (found.reason, found.mend) == (Reason.OP, "add the bias before all_reduce, on one rank alone")
-    assert found.detail == "aten.add.Tensor stands between all_reduce and rms_norm: it adds a bias"
-
-
-def test_hints_are_given_together_where_there_is_one_for_each() -> None:
-    found = behind_reduce(lambda y, r, w: aten.neg.default(aten.mul.Tensor(aten.mul.Tensor(y, 3.0), 2.0))).told()
-    assert found.mend == "negate before all_reduce; scale before all_reduce"
-    found = behind_reduce(lambda y, r, w: aten.neg.default(aten.tanh.default(y))).told()
-    assert found.mend is None
-    assert found.detail == "aten.tanh.default stands between all_reduce and rms_norm; so does aten.neg.default"
-
-
-# Prologues.
-
-
-def test_of_two_all_reduces_in_a_row_the_first_is_blamed() -> None:
-    edge = behind_reduce(lambda y, r, w: ops.all_reduce(y, "g"))
-    found = edge.told()
-    assert found == Obstruction(
-        node=edge.goal, reason=Reason.OP, found="all_reduce",
-        detail="the value reduced over group 'g' is reduced once more before rms_norm",
-        mend="reduce once, and multiply by the number of ranks before",
-    )  # fmt: skip
-    found = behind_reduce(lambda y, r, w: ops.all_reduce(y, "h")).told()
-    assert (found.reason, found.mend) == (Reason.GROUP, None)
-
-
-def part_of_it(y: Any) -> Any:
-    return aten.slice.Tensor(y, 0, 0, 6)
-
-
-def test_a_view_that_could_be_moved_if_nothing_else_read_the_reduced_value() -> None:
-    edge = behind_reduce(lambda y, r, w: (part_of_it(y), aten.exp.default(y)))
-    found = edge.told()
-    assert (found.reason, found.found, found.mend) == (Reason.USERS, "aten.exp.default", None)
-    assert found.node.name == "exp_default"
-    assert found.detail == (
-        "all_reduce is also read by aten.exp.default (exp_default), so that aten.slice.Tensor can't be moved before it"
-    )
-
-
-def test_one_that_is_returned_is_told_of_at_the_view() -> None:
-    edge = behind_reduce(lambda y, r, w: (part_of_it(y), y))
-    found = edge.told()
-    assert (found.reason, found.found) == (Reason.USERS, "output")
-    assert found.node is edge.way[0]
-    assert (
-        found.detail == "all_reduce is returned from the graph, too, so that aten.slice.Tensor can't be moved before it"
-    )
-
-
-def test_of_several_readers_the_first_that_is_no_view_is_told_of() -> None:
-    def model(y: Any, r: Any, w: Any) -> Any:
-        return part_of_it(y), aten.permute.default(y, [1, 0]), aten.exp.default(y), aten.sin.default(y)
-
-    found = behind_reduce(model).told()
-    assert found.found == "aten.exp.default"
-
-
-def test_where_views_alone_read_it_too_the_view_is_blamed() -> None:
-    edge = behind_reduce(lambda y, r, w: (part_of_it(y), aten.permute.default(y, [1, 0])))
-    found = edge.told()
-    assert (found.node, found.reason, found.found) == (edge.way[0], Reason.OP, "aten.slice.Tensor")
-    assert found.detail == (
-        "aten.slice.Tensor stands between all_reduce and rms_norm, and can't be moved before it, since "
-        "aten.permute.default (permute_default) reads all_reduce too"
-    )
-    assert found.mend == "do it before all_reduce"
-
-
-def test_a_view_behind_another_op_is_not_next_to_the_reduced_value() -> None:
-    found = behind_reduce(lambda y, r, w: (part_of_it(aten.clone.default(y)), aten.exp.default(y))).told()
-    assert (found.reason, found.found) == (Reason.LAYOUT, "aten.clone.default")
-    edge = behind_reduce(lambda y, r, w: (part_of_it(part_of_it(y)), aten.exp.default(y)))
-    assert edge.told().reason is Reason.USERS
-
-
-def test_what_else_reads_a_norm_is_no_matter_to_its_views() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = norm(x, w)
-        return ops.pad(part_of_it(y), 28), aten.exp.default(y)
-
-    found = Edge(model, ops.rms_norm, ops.pad).told()
-    assert (found.reason, found.detail) == (Reason.OP, "aten.slice.Tensor stands between rms_norm and pad")
-
-
-def test_what_is_no_view_is_blamed_itself_whoever_reads_the_reduced_value() -> None:
-    found = behind_reduce(lambda y, r, w: (aten.tanh.default(y), aten.exp.default(y))).told()
-    assert (found.reason, found.found) == (Reason.OP, "aten.tanh.default")

@@ -56,11 +56,8 @@ def the_refusal(*providers: Provider, **options: Any) -> Refusal:
     assert matches.candidates == ()
     (miss,) = matches.misses
     assert miss.refusal.nearness is Nearness.REFUSED
-    assert (miss.refusal.rule, miss.refusal.op, miss.refusal.nodes) == (
-        "act_padding",
-        "rms_norm",
-        ("rms_norm_default",),
-    )
+    assert (miss.refusal.rule, miss.refusal.op) == ("act_padding", "rms_norm")
+    assert miss.refusal.nodes == ("rms_norm_default",)
     return miss.refusal
 
 
@@ -126,32 +123,29 @@ def test_a_refusal_beside_a_match_is_no_more_than_declined() -> None:
 # What a kernel rounds.
 
 
-def test_a_kernel_of_the_graphs_own_convention_among_others_takes_it() -> None:
-    match = the_match(provider("a", offer=Offer(roundings=frozenset({"fp32", "llama"}))))
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_kernel_of_the_graphs_own_convention_among_others_takes_it(allowed: bool) -> None:
+    kernel = provider("a", offer=Offer(roundings=frozenset({"fp32", "llama"})))
+    match = the_match(kernel, allow_rounding_changes=allowed)
     assert (match.rounding_change, match.values["rounding"]) == (None, "llama")
-    match = the_match(provider("a", offer=Offer(roundings=frozenset({"fp32", "llama"}))), allow_rounding_changes=True)
-    assert match.rounding_change is None
 
 
 @pytest.mark.parametrize(
-    ("roundings", "computed", "mend"),
+    ("roundings", "computed", "may_help"),
     [
-        (("gpt_oss",), "gpt_oss", "set allow_rounding_changes"),
-        (("gpt_oss", "fp32"), "fp32 or gpt_oss", "set allow_rounding_changes"),
-        (("gemma", "gpt_oss"), "gpt_oss", "set allow_rounding_changes"),
-        (("gemma",), "gemma", None),
-        (("vllm_fp32_residual", "gemma"), "gemma or vllm_fp32_residual", None),
-        (("another",), "another", None),
+        (("gpt_oss",), "gpt_oss", True), (("gpt_oss", "fp32"), "fp32 or gpt_oss", True),
+        (("gemma", "gpt_oss"), "gpt_oss", True), (("gemma",), "gemma", False),
+        (("vllm_fp32_residual", "gemma"), "gemma or vllm_fp32_residual", False), (("another",), "another", False),
     ],
-)
-def test_a_kernel_that_rounds_otherwise_is_refused(
-    roundings: tuple[str, ...], computed: str, mend: str | None
-) -> None:  # fmt: skip
-    refusal = the_refusal(provider("a", offer=Offer(roundings=frozenset(roundings))))
-    assert refusal.reason is Reason.ROUNDING
-    assert refusal.detail == f"a's rms_norm_pad rounds as {computed}, and the graph as llama"
-    assert (refusal.expected, refusal.found, refusal.provider) == (computed, "llama", "a")
-    assert refusal.mend == mend
+)  # fmt: skip
+def test_a_kernel_that_rounds_otherwise_is_refused(roundings: tuple[str, ...], computed: str, may_help: bool) -> None:
+    kernel = provider("a", offer=Offer(roundings=frozenset(roundings)))
+    for allowed in (False,) if may_help else (False, True):
+        refusal = the_refusal(kernel, allow_rounding_changes=allowed)
+        assert refusal.reason is Reason.ROUNDING
+        assert refusal.detail == f"a's rms_norm_pad rounds as {computed}, and the graph as llama"
+        assert (refusal.expected, refusal.found, refusal.provider) == (computed, "llama", "a")
+        assert refusal.mend == ("set allow_rounding_changes" if may_help else None)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +156,6 @@ def test_where_it_may_the_nearest_by_name_takes_its_place(roundings: tuple[str, 
     assert match.rounding_change == ("llama", taken)
     assert match.values["rounding"] == taken
     assert match.values["right"] == 28
-
-
-@pytest.mark.parametrize("rounding", ["gemma", "vllm_fp32_residual", "another"])
-def test_another_formula_is_refused_whatever_is_allowed(rounding: str) -> None:
-    refusal = the_refusal(provider("a", offer=Offer(roundings=frozenset({rounding}))), allow_rounding_changes=True)
-    assert refusal.detail == f"a's rms_norm_pad rounds as {rounding}, and the graph as llama"
-    assert refusal.mend is None
 
 
 @pytest.mark.parametrize("roundings", [None, frozenset({"llama"})])
@@ -234,53 +221,55 @@ def up_to(most: Any, **more: Any) -> Provider:
     return provider("a", offer=Offer(most_rows=lambda m: most, **more))
 
 
-def test_a_kernel_takes_a_graph_of_as_many_rows_as_it_holds() -> None:
-    assert the_match(up_to(48), rows_of=rows(48, 48)).provider == "a"
-    refusal = the_refusal(up_to(48), rows_of=rows(49, 49))
-    assert (refusal.reason, refusal.provider) == (Reason.SIZE, "a")
-    assert refusal.detail == "a takes up to 48 rows of this width, and the range has up to 49"
-    assert (refusal.expected, refusal.found) == ("at most 48 rows", "up to 49 rows")
-    assert refusal.mend == "end a compile range at 48 tokens"
+UNLIMITED = "a takes up to 48 rows of this width, and nothing limits those of the graph"
+LIMITS: dict[str, tuple[Any, Any, bool, dict[str, Any] | None]] = {
+    "as many as it holds": (48, rows(48, 48), False, None),
+    "one more": (
+        48, rows(49, 49), False,
+        {"detail": "a takes up to 48 rows of this width, and the range has up to 49", "expected": "at most 48 rows",
+         "found": "up to 49 rows", "mend": "end a compile range at 48 tokens"},
+    ),
+    "more than planned, without a limit": (
+        48, rows(40, math.inf), False,
+        {"detail": UNLIMITED, "expected": "at most 48 rows", "found": "any number of rows"},
+    ),
+    "more than planned": (48, rows(40, 50), False, {"found": "up to 50 rows"}),
+    "where larger calls run the reference": (48, rows(48, math.inf), True, None),
+    "more than planned where they do": (
+        48, rows(49, math.inf), True, {"detail": UNLIMITED, "found": "up to 49 rows"}
+    ),
+    "within a limit where they do": (
+        48, rows(49, 60), True, {"detail": "a takes up to 48 rows of this width, and the range has up to 49"}
+    ),
+    "nobody asks for rows": (1, None, False, None),
+    "any will do": (math.inf, rows(99, math.inf), False, None),
+    "a limit that hangs on a dynamic width": (
+        object(), rows(1, 1), False,
+        {"detail": "a takes as many rows as their width lets it, and the width isn't known", "expected": None,
+         "found": None, "mend": "mark the width static"},
+    ),
+    "the same where larger calls run the reference": (object(), rows(1, 1), True, None),
+}  # fmt: skip
 
 
-def test_it_is_the_most_that_there_can_be_that_counts() -> None:
-    refusal = the_refusal(up_to(48), rows_of=rows(40, math.inf))
-    assert refusal.detail == "a takes up to 48 rows of this width, and nothing limits those of the graph"
-    assert (refusal.expected, refusal.found) == ("at most 48 rows", "any number of rows")
-    refusal = the_refusal(up_to(48), rows_of=rows(40, 50))
-    assert refusal.found == "up to 50 rows"
-
-
-def test_where_larger_calls_run_the_reference_it_is_the_most_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", LIMITS)
+def test_how_many_rows_a_kernel_takes(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    most, rows_of, is_replaced, refused = LIMITS[what]
     asked: list[tuple[str, str]] = []
 
     def falls_back(op: str, name: str) -> bool:
         asked.append((op, name))
-        return True
+        return is_replaced
 
     monkeypatch.setattr("fuseplan.matching.offers.falls_back", falls_back)
-    assert the_match(up_to(48), rows_of=rows(48, math.inf)).provider == "a"
-    assert asked == [("rms_norm_pad", "a")]
-    refusal = the_refusal(up_to(48), rows_of=rows(49, math.inf))
-    assert refusal.detail == "a takes up to 48 rows of this width, and nothing limits those of the graph"
-    assert refusal.found == "up to 49 rows"
-    refusal = the_refusal(up_to(48), rows_of=rows(49, 60))
-    assert refusal.detail == "a takes up to 48 rows of this width, and the range has up to 49"
-
-
-def test_where_nobody_asks_for_rows_or_any_will_do_none_are_counted() -> None:
-    assert the_match(up_to(1)).provider == "a"
-    assert the_match(provider("a"), rows_of=rows(99, math.inf)).provider == "a"
-
-
-def test_a_limit_that_hangs_on_a_dynamic_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    unknown = object()
-    refusal = the_refusal(up_to(unknown), rows_of=rows(1, 1))
-    assert (refusal.reason, refusal.mend) == (Reason.SIZE, "mark the width static")
-    assert refusal.detail == "a takes as many rows as their width lets it, and the width isn't known"
-    assert (refusal.expected, refusal.found) == (None, None)
-    monkeypatch.setattr("fuseplan.matching.offers.falls_back", lambda *names: True)
-    assert the_match(up_to(unknown), rows_of=rows(1, 1)).provider == "a"
+    kernel = provider("a") if most == math.inf else up_to(most)
+    if refused is None:
+        assert the_match(kernel, rows_of=rows_of).provider == "a"
+    else:
+        refusal = the_refusal(kernel, rows_of=rows_of)
+        assert (refusal.reason, refusal.provider) == (Reason.SIZE, "a")
+        assert {name: getattr(refusal, name) for name in refused} == refused
+    assert {*asked} <= {("rms_norm_pad", "a")}
 
 
 def test_the_limit_is_asked_with_the_arguments_of_the_match() -> None:

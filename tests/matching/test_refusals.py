@@ -20,23 +20,11 @@ from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Bindings, Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import llama, quickly_canonical, randn, written
-from tests.matching.placed import NormAdded, line_of, placed
+from tests.matching.placed import NormAdded, NormTanh, line_of, placed
 
 RULES = by_name(BUILT_IN_RULES)
 INPUTS = {"x": randn(12, 64), "r": randn(12, 64, seed=1), "w": torch.ones(64, dtype=torch.bfloat16)}
 Model = Callable[[Any, Any, Any], Any]
-
-
-class NormTanh(Rule):
-    """rms_norm -> tanh, without what the norm yields."""
-
-    name, flags, op, core = "norm_tanh", (), ops.rms_norm_pad, ops.rms_norm
-
-    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-        return aten.tanh.default(ops.rms_norm(x, weight, eps, rounding))
-
-    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-        return (ops.rms_norm_pad(x, weight, eps, rounding, 0),)
 
 
 class NormAlone(NormAdded):
@@ -71,8 +59,8 @@ def found(model: Model, *rules: Rule, providers: tuple[Provider, ...] = (), **op
     return find_matches(canonical_of(model), by_name(rules), providers or (provider(),), PROFILES["h200"], **options)
 
 
-def refused(model: Model, rule: Rule) -> Refusal:
-    """The only miss."""
+def refused(model: Model, rule: Rule, **fields: Any) -> Refusal:
+    """The only miss, which says this."""
     matches = found(model, rule)
     assert matches.candidates == ()
     (miss,) = matches.misses
@@ -81,92 +69,78 @@ def refused(model: Model, rule: Rule) -> Refusal:
     refusal = miss.refusal
     assert (refusal.rule, refusal.op, refusal.site) == (rule.name, "rms_norm", "layers.0.norm")
     assert (refusal.nearness, refusal.provider) == (Nearness.REFUSED, None)
+    assert {name: getattr(refusal, name) for name in fields} == fields
     return refusal
+
+
+tanh, add, exp = aten.tanh.default, aten.add.Tensor, aten.exp.default
+
+REFUSED: dict[str, tuple[Model, Rule, dict[str, Any]]] = {
+    "a value that another op reads": (
+        lambda x, r, w: (tanh(y := norm(x, w)), exp(y)),
+        NormTanh(),
+        {"reason": Reason.USERS, "detail": "rms_norm (rms_norm_default) is also read by aten.exp.default "
+         "(exp_default), and rms_norm_pad doesn't yield it", "nodes": ("exp_default", "rms_norm_default"),
+         "expected": "no other reader of rms_norm", "found": "aten.exp.default", "code": "exp_default",
+         "source": "model.py:5", "line": "model.py:5"},
+    ),
+    "a value that is returned, itself": (
+        lambda x, r, w: (tanh(y := norm(x, w)), y),
+        NormTanh(),
+        {"detail": "rms_norm (rms_norm_default) is returned from the graph, too, and rms_norm_pad doesn't yield it",
+         "nodes": ("output", "rms_norm_default"), "found": "output", "code": "rms_norm_default",
+         "source": "layers.0.norm"},
+    ),
+    "the first reader of the first value": (
+        lambda x, r, w: (
+            add(z := tanh(y := norm(x, w)), r), aten.sin.default(z), exp(y), aten.cos.default(y)
+        ),
+        NormAlone(),
+        {"nodes": ("exp_default", "rms_norm_default")},
+    ),
+    "a value inside that is an argument, too": (
+        lambda x, r, w: add(z := tanh(norm(x, w)), z),
+        NormAlone(),
+        {"reason": Reason.USERS, "found": "rms_norm", "expected": "no other reader of aten.tanh.default",
+         "detail": "aten.tanh.default (tanh_default) is the other of rms_norm_pad, too", "nodes": ("tanh_default",),
+         "code": "tanh_default"},
+    ),
+    "a reader by strides": (
+        lambda x, r, w: (add(y := norm(x, w), r), aten.as_strided.default(y, [3], [64], 1)),
+        NormAdded(),
+        {"reason": Reason.LAYOUT, "detail": "aten.as_strided.default (as_strided_default) reads the memory of rms_norm "
+         "(rms_norm_default) by its strides", "nodes": ("as_strided_default", "rms_norm_default"),
+         "code": "as_strided_default", "expected": "readers by shape", "found": "aten.as_strided.default",
+         "mend": "index, slice or reshape instead"},
+    ),
+    "an argument that depends on a result": (
+        lambda x, r, w: add(y := norm(x, w), exp(y)),
+        NormAdded(),
+        {"reason": Reason.CYCLE, "mend": None, "detail": "an input of the fused op depends on one of its results",
+         "nodes": ("rms_norm_default", "add_tensor"), "code": "add_tensor"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_is_told(what: str) -> None:
+    model, rule, fields = REFUSED[what]
+    refused(model, rule, **fields)
 
 
 # Who else reads what is inside.
 
 
-def test_a_value_that_another_op_reads() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = norm(x, w)
-        return aten.tanh.default(y), aten.exp.default(y)
-
-    refusal = refused(model, NormTanh())
-    assert refusal.reason is Reason.USERS
-    assert refusal.detail == (
-        "rms_norm (rms_norm_default) is also read by aten.exp.default (exp_default), and rms_norm_pad doesn't yield it"
-    )
-    assert refusal.nodes == ("exp_default", "rms_norm_default")
-    assert (refusal.expected, refusal.found) == ("no other reader of rms_norm", "aten.exp.default")
-    assert refusal.code == "exp_default"
-    assert refusal.source == refusal.line
-
-
-def test_a_value_that_is_returned_is_blamed_itself() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = norm(x, w)
-        return aten.tanh.default(y), y
-
-    refusal = refused(model, NormTanh())
-    assert refusal.detail == (
-        "rms_norm (rms_norm_default) is returned from the graph, too, and rms_norm_pad doesn't yield it"
-    )
-    assert (refusal.nodes, refusal.found) == (("output", "rms_norm_default"), "output")
-    assert (refusal.code, refusal.source) == ("rms_norm_default", "layers.0.norm")
-
-
-def test_it_is_the_first_reader_of_the_first_value_that_is_told_of() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = norm(x, w)
-        z = aten.tanh.default(y)
-        return aten.add.Tensor(z, r), aten.sin.default(z), aten.exp.default(y), aten.cos.default(y)
-
-    assert refused(model, NormAlone()).nodes == ("exp_default", "rms_norm_default")
-
-
 def test_what_a_rule_yields_others_may_read() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = norm(x, w)
-        return aten.add.Tensor(y, r), aten.exp.default(y), y
-
-    matches = [*matches_of(NormAdded(), canonical_of(model))]
-    ((match, refusal),) = matches
+    canonical = canonical_of(lambda x, r, w: (add(y := norm(x, w), r), exp(y), y))
+    ((match, refusal),) = matches_of(NormAdded(), canonical)
     assert refusal is None
     assert [node.name for node in match.consumed] == ["rms_norm_default", "add_tensor"]
     assert [node and node.name for node in match.outputs] == ["add_tensor", "rms_norm_default"]
     assert match.core.name == "rms_norm_default"
 
 
-def test_a_value_inside_that_is_an_argument_too() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        z = aten.tanh.default(norm(x, w))
-        return aten.add.Tensor(z, z)
-
-    refusal = refused(model, NormAlone())
-    assert (refusal.reason, refusal.found) == (Reason.USERS, "rms_norm")
-    assert refusal.detail == "aten.tanh.default (tanh_default) is the other of rms_norm_pad, too"
-    assert (refusal.nodes, refusal.code) == (("tanh_default",), "tanh_default")
-    assert refusal.expected == "no other reader of aten.tanh.default"
-
-
 # How it lies in memory.
-
-
-def test_a_reader_by_strides() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = norm(x, w)
-        return aten.add.Tensor(y, r), aten.as_strided.default(y, [3], [64], 1)
-
-    refusal = refused(model, NormAdded())
-    assert refusal.reason is Reason.LAYOUT
-    assert refusal.detail == (
-        "aten.as_strided.default (as_strided_default) reads the memory of rms_norm (rms_norm_default) by its strides"
-    )
-    assert refusal.nodes == ("as_strided_default", "rms_norm_default")
-    assert refusal.code == "as_strided_default"
-    assert (refusal.expected, refusal.found) == ("readers by shape", "aten.as_strided.default")
-    assert refusal.mend == "index, slice or reshape instead"
 
 
 # What writes.
@@ -192,19 +166,18 @@ def written_between(*, to: str, before: bool = False, later: bool = False) -> Mo
 
 @pytest.mark.parametrize("more", [{}, {"before": True}, {"later": True}, {"before": True, "later": True}])
 def test_the_first_in_place_op_between_two_nodes_is_named(more: dict[str, bool]) -> None:
-    refusal = refused(written_between(to="other", **more), NormTanh())
-    assert refusal.reason is Reason.MUTATION
-    assert refusal.detail == ("aten.mul_.Tensor (mul__tensor), an in-place op, stands between two nodes of the match")
-    assert refusal.nodes == ("mul__tensor", "rms_norm_default", "tanh_default")
-    assert (refusal.expected, refusal.found) == ("no in-place op", "aten.mul_.Tensor")
-    assert refusal.code == "mul__tensor"
-    assert refusal.mend == "write in place before or after all of them"
+    refused(
+        written_between(to="other", **more), NormTanh(), reason=Reason.MUTATION, code="mul__tensor",
+        detail="aten.mul_.Tensor (mul__tensor), an in-place op, stands between two nodes of the match",
+        nodes=("mul__tensor", "rms_norm_default", "tanh_default"), expected="no in-place op",
+        found="aten.mul_.Tensor", mend="write in place before or after all of them",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("to", ["x", "w"])
-def test_one_that_writes_to_what_is_read_can_not_be_moved(to: str) -> None:
-    assert refused(written_between(to=to), NormTanh()).mend is None
-    assert refused(written_between(to=to, later=True), NormTanh()).mend is None
+@pytest.mark.parametrize("later", [False, True])
+def test_one_that_writes_to_what_is_read_can_not_be_moved(to: str, later: bool) -> None:
+    refused(written_between(to=to, later=later), NormTanh(), mend=None)
 
 
 def test_in_place_ops_around_a_match_are_no_matter() -> None:
@@ -218,18 +191,6 @@ def test_in_place_ops_around_a_match_are_no_matter() -> None:
     assert refusal is None
 
 
-def test_an_argument_that_depends_on_a_result() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = norm(x, w)
-        return aten.add.Tensor(y, aten.exp.default(y))
-
-    refusal = refused(model, NormAdded())
-    assert (refusal.reason, refusal.mend) == (Reason.CYCLE, None)
-    assert refusal.detail == "an input of the fused op depends on one of its results"
-    assert refusal.nodes == ("rms_norm_default", "add_tensor")
-    assert refusal.code == "add_tensor"
-
-
 @pytest.mark.parametrize("known", [False, True])
 def test_a_group_of_other_processes(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = {"g": 4} if known else {}
@@ -240,13 +201,13 @@ def test_a_group_of_other_processes(known: bool, monkeypatch: pytest.MonkeyPatch
     assert match.values["group_name"] == "g"
     if known:
         assert refusal is None
-        return
-    assert refusal is not None
-    assert refusal.reason is Reason.GROUP
-    assert refusal.detail == "the process group 'g' of the all-reduce isn't known in this process"
-    assert (refusal.expected, refusal.found) == ("a group of this process", "group 'g'")
-    assert refusal.mend == "initialise torch.distributed and the group before the model is compiled"
-    assert (refusal.nodes, refusal.code) == (("rms_norm_default",), "rms_norm_default")
+    else:
+        assert refusal is not None
+        assert refusal.reason is Reason.GROUP
+        assert refusal.detail == "the process group 'g' of the all-reduce isn't known in this process"
+        assert (refusal.expected, refusal.found) == ("a group of this process", "group 'g'")
+        assert refusal.mend == "initialise torch.distributed and the group before the model is compiled"
+        assert (refusal.nodes, refusal.code) == (("rms_norm_default",), "rms_norm_default")
 
 
 # What a rule's own check says.
@@ -274,27 +235,22 @@ def checked_model(x: Any, r: Any, w: Any) -> Any:
 @pytest.mark.parametrize(
     ("variable", "nodes", "code"),
     [
-        ("x", ("x",), "rms_norm_default"),
-        ("weight", ("w",), "rms_norm_default"),
-        ("other", ("cos_default",), "add_tensor"),
-        ("eps", (), "rms_norm_default"),
+        ("x", ("x",), "rms_norm_default"), ("weight", ("w",), "rms_norm_default"),
+        ("other", ("cos_default",), "add_tensor"), ("eps", (), "rms_norm_default"),
     ],
-)
+)  # fmt: skip
 def test_what_a_check_refuses_is_told_on_the_line_that_reads_it(
     variable: str, nodes: tuple[str, ...], code: str
 ) -> None:  # fmt: skip
-    refusal = refused(checked_model, Checked(variable))
-    assert (refusal.reason, refusal.detail, refusal.mend) == (Reason.SIZE, f"it is {variable}", "take another")
-    assert (refusal.nodes, refusal.code, refusal.source) == (nodes, code, "layers.0.norm")
-    assert refusal.line == line_of(canonical_of(checked_model).original, code)
-    assert refused(checked_model, Checked(variable, source="elsewhere")).source == "elsewhere"
+    refused(
+        checked_model, Checked(variable), reason=Reason.SIZE, detail=f"it is {variable}", mend="take another",
+        nodes=nodes, code=code, source="layers.0.norm", line=line_of(canonical_of(checked_model).original, code),
+    )  # fmt: skip
+    refused(checked_model, Checked(variable, source="elsewhere"), source="elsewhere")
 
 
 def test_of_two_readers_it_is_the_first_one() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        return aten.add.Tensor(aten.tanh.default(norm(x, w)), x)
-
-    assert refused(model, Checked("x")).code == "rms_norm_default"
+    refused(lambda x, r, w: add(tanh(norm(x, w)), x), Checked("x"), code="rms_norm_default")
 
 
 def test_names_are_those_of_the_users_graph() -> None:
@@ -382,15 +338,13 @@ def test_what_is_for_another_rule_is_not_even_refused() -> None:
 
 
 def test_a_result_that_is_dead_is_none_of_a_matchs() -> None:
-    def model(*, read: bool) -> Model:
-        def function(x: Any, r: Any, w: Any) -> Any:
+    for read, total in ((False, None), (True, "getitem_1")):
+
+        def model(x: Any, r: Any, w: Any, read: bool = read) -> Any:
             results = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
             return ops.pad(results[0], 28), results[1] if read else None
 
-        return function
-
-    for read, total in ((False, None), (True, "getitem_1")):
-        matches = found(model(read=read), *RULES["act_padding"], providers=(provider("fused_add_rms_norm_pad"),))
+        matches = found(model, *RULES["act_padding"], providers=(provider("fused_add_rms_norm_pad"),))
         (match,) = matches.candidates
         assert [node and node.name for node in match.outputs] == ["pad_default", "getitem", total]
         assert len(match.consumed) == 3 + read

@@ -106,54 +106,60 @@ def test_a_layer_whose_norm_nothing_reads_lacks_what_comes_after_it() -> None:
     assert refusal.nodes == ("fused_add_rms_norm_default_2",)
 
 
-def test_a_norm_that_another_op_reads_is_meant_to_be_without_a_pad() -> None:
-    whole = both(padded(), OTHER)
-    assert lacking(whole, whole, both(read_by(aten.exp.default, "first"), OTHER)) == []
-    assert lacking(added(), added(), added(is_padded=False, is_read=True)) == []
-    others = both(read_by(aten.exp.default, "first"), OTHER)
-    refusals = lacking(whole, others, whole, both(OTHER), whole, whole)
-    assert [refusal.site for refusal in refusals] == ["layers.3.first"]
-    # Where the others' results are read by that op, too, the pad is what is gone.
-    read = added(is_read=True)
-    (refusal,) = lacking(read, added(is_padded=False, is_read=True), read)
-    assert (refusal.expected, refusal.site) == ("pad", "layers.1.first")
+def elsewhere(layer: str, x: Any, w: Any) -> list[Any]:
+    return [within(f"{layer}.mlp", aten.tanh.default(norm(f"{layer}.first", x, w)))]
 
 
-def test_one_that_the_same_op_reads_in_another_module_is_meant_to_be_as_it_is() -> None:
-    def elsewhere(layer: str, x: Any, w: Any) -> list[Any]:
-        return [within(f"{layer}.mlp", aten.tanh.default(norm(f"{layer}.first", x, w)))]
-
-    def read_here(layer: str, x: Any, w: Any) -> list[Any]:
-        y = norm(f"{layer}.first", x, w)
-        return [within(f"{layer}.first", ops.pad(y, 28)), within(f"{layer}.first", aten.tanh.default(y))]
-
-    assert lacking(read_here, elsewhere, read_here) == []
-    (refusal,) = lacking(read_here, read_by(aten.tanh.default, "first"), read_here)
-    assert refusal.site == "layers.1.first"
+def read_here(layer: str, x: Any, w: Any) -> list[Any]:
+    y = norm(f"{layer}.first", x, w)
+    return [within(f"{layer}.first", ops.pad(y, 28)), within(f"{layer}.first", aten.tanh.default(y))]
 
 
-def test_it_takes_a_majority_of_at_least_two() -> None:
-    whole = both(padded(), OTHER)
-    assert lacking(whole, OTHER) == []
-    assert lacking(whole, OTHER, OTHER) == []
-    assert lacking(whole, OTHER, whole, OTHER) == [], "every other layer is by design"
-    refusals = lacking(whole, OTHER, whole, OTHER, whole)
-    assert [refusal.site for refusal in refusals] == ["layers.1.first", "layers.3.first"]
-    assert lacking(whole, whole, whole) == []
+def outside(layer: str, x: Any, w: Any) -> list[Any]:
+    return padded("first")("final", x, w)
 
 
-def test_a_layer_with_as_many_norms_has_this_one_by_another_name() -> None:
-    whole = both(padded(), OTHER)
-    assert lacking(whole, both(read_by(aten.exp.default, "third"), OTHER), whole) == []
+def sum_read(layer: str, x: Any, w: Any) -> list[Any]:
+    """A sum that other layers' ops read says nothing of what reads the norm."""
+    total, *_ = added(is_padded=False)(layer, x, w)
+    return [within(f"{layer}.first", aten.exp.default(total))]
 
 
-def test_it_is_the_layer_with_the_most_norms_that_it_is_held_against() -> None:
-    third = read_by(aten.exp.default, "third")
-    lacks = both(OTHER, third)
-    (refusal,) = lacking(both(padded(), OTHER), lacks, both(padded(), OTHER, third))
-    assert refusal.site == "layers.1.first"
-    (refusal,) = lacking(both(padded(), OTHER, third), lacks, both(padded(), OTHER))
-    assert refusal.site == "layers.1.first"
+WHOLE, THIRD, READ = both(padded(), OTHER), read_by(aten.exp.default, "third"), added(is_read=True)
+BY_EXP, LACKS, MOST = both(read_by(aten.exp.default, "first"), OTHER), both(OTHER, THIRD), both(padded(), OTHER, THIRD)
+LACKING: dict[str, tuple[Sequence[Layer], list[tuple[str, str]]]] = {
+    "a norm that another op reads is meant to be without a pad": ([WHOLE, WHOLE, BY_EXP], []),
+    "and one with a sum": ([added(), added(), added(is_padded=False, is_read=True)], []),
+    "but none at all isn't": ([WHOLE, BY_EXP, WHOLE, both(OTHER), WHOLE, WHOLE], [("layers.3", "rms_norm")]),
+    "where the others' are read by that op, too, the pad is gone": (
+        [READ, added(is_padded=False, is_read=True), READ], [("layers.1", "pad")],
+    ),
+    "one that the same op reads in another module is meant to be as it is": ([read_here, elsewhere, read_here], []),
+    "and in the same module isn't": (
+        [read_here, read_by(aten.tanh.default, "first"), read_here], [("layers.1", "pad")],
+    ),
+    "one against one": ([WHOLE, OTHER], []),
+    "one against two": ([WHOLE, OTHER, OTHER], []),
+    "every other layer is by design": ([WHOLE, OTHER, WHOLE, OTHER], []),
+    "a majority of three": (
+        [WHOLE, OTHER, WHOLE, OTHER, WHOLE], [("layers.1", "rms_norm"), ("layers.3", "rms_norm")],
+    ),
+    "all alike": ([WHOLE, WHOLE, WHOLE], []),
+    "as many norms, this one by another name": ([WHOLE, both(THIRD, OTHER), WHOLE], []),
+    "held against the one with the most norms": ([WHOLE, LACKS, MOST], [("layers.1", "rms_norm")]),
+    "in any order": ([MOST, LACKS, WHOLE], [("layers.1", "rms_norm")]),
+    "what is outside of layers is held against nothing": ([outside, outside, outside], []),
+    "nor holds anything": ([outside, WHOLE, OTHER, WHOLE], [("layers.2", "rms_norm")]),
+    "readers are those of the norm and not of the sum": ([added(), sum_read, added()], [("layers.1", "pad")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_what_layers_lack(what: str) -> None:
+    layers, wanted = LACKING[what]
+    assert [(refusal.site, refusal.expected) for refusal in lacking(*layers)] == [
+        (f"{layer}.first", op) for layer, op in wanted
+    ]
 
 
 def test_what_only_looks_like_a_norm_is_one_of_them() -> None:
@@ -200,27 +206,6 @@ def test_every_place_of_a_layer_is_held_against_its_own() -> None:
     assert {refusal.detail.split(" have")[0] for refusal in refusals} == {"4 other layers"}
 
 
-def test_what_is_outside_of_layers_is_held_against_nothing() -> None:
-    def outside(layer: str, x: Any, w: Any) -> list[Any]:
-        return padded("first")("final", x, w)
-
-    whole = both(padded(), OTHER)
-    assert lacking(outside, outside, outside) == []
-    (refusal,) = lacking(outside, whole, OTHER, whole)
-    assert refusal.site == "layers.2.first"
-
-
-def test_readers_are_those_of_the_norm_and_not_of_the_sum() -> None:
-    """A sum that other layers' ops read says nothing of what reads the norm."""
-
-    def sum_read(layer: str, x: Any, w: Any) -> list[Any]:
-        total, *_ = added(is_padded=False)(layer, x, w)
-        return [within(f"{layer}.first", aten.exp.default(total))]
-
-    (refusal,) = lacking(added(), sum_read, added())
-    assert (refusal.expected, refusal.site) == ("pad", "layers.1.first")
-
-
 def test_what_the_same_ops_read_and_is_no_match_lacks_something() -> None:
     canonical = canonical_of([padded(), padded(), padded()])
     candidates = find_matches(canonical, PADDING, PROVIDERS, PROFILES["h200"]).candidates
@@ -232,18 +217,11 @@ def test_what_the_same_ops_read_and_is_no_match_lacks_something() -> None:
 @pytest.mark.parametrize(
     ("place", "layer"),
     [
-        ("layers.3.mlp", ("layers.", 3, ".mlp")),
-        ("model.layers.12", ("model.layers.", 12, "")),
-        ("0.norm", ("", 0, ".norm")),
-        ("7", ("", 7, "")),
-        ("blocks.2.experts.7.w", ("blocks.", 2, ".experts.7.w")),
-        ("layer3.norm", None),
-        ("layers.3b.norm", None),
-        ("model.norm", None),
-        ("model.py:12", None),
-        ("", None),
+        ("layers.3.mlp", ("layers.", 3, ".mlp")), ("model.layers.12", ("model.layers.", 12, "")),
+        ("0.norm", ("", 0, ".norm")), ("7", ("", 7, "")), ("blocks.2.experts.7.w", ("blocks.", 2, ".experts.7.w")),
+        ("layer3.norm", None), ("layers.3b.norm", None), ("model.norm", None), ("model.py:12", None), ("", None),
         (None, None),
     ],
-)
+)  # fmt: skip
 def test_the_layer_of_a_module_is_the_first_number_of_its_path(place: str | None, layer: Any) -> None:
     assert layer_of(place) == layer

@@ -14,9 +14,10 @@ from fuseplan.graph.facts import convert_element_type
 from fuseplan.matching import blame
 from fuseplan.matching.blame import Shared
 from fuseplan.matching.trial import Place, Way, decisive
-from fuseplan.rules import Rule, by_name
+from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import randn, written
+from tests.matching.placed import NormTanh
 
 aten = torch.ops.aten
 RULES = by_name(BUILT_IN_RULES)
@@ -26,15 +27,6 @@ INPUTS = {"x": randn(12, 64), "w": torch.ones(64, dtype=torch.bfloat16)}
 @pytest.fixture(autouse=True)
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuseplan.matching.candidates.group_size", {"g": 4}.get)
-
-
-class NormTanh(Rule):
-    """rms_norm -> tanh, without what the norm yields."""
-
-    name, flags, op, core = "norm_tanh", (), ops.rms_norm_pad, ops.rms_norm
-
-    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-        return aten.tanh.default(ops.rms_norm(x, weight, eps, rounding))
 
 
 RULES_HERE = {**RULES, "norm_tanh": (NormTanh(),)}
@@ -62,6 +54,12 @@ class Sketch:
         return [node.name for node in found.nodes], found.suffices
 
 
+def decided(function: Callable[..., Any], rule: str, anchor: str, *ways: Sequence[str]) -> tuple[list[str], bool]:
+    """What decides at a place, between which and what it should read some ways are: a goal and nodes."""
+    sketch = Sketch(function)
+    return sketch.decides(sketch.place(rule, anchor, *(sketch.way(*way) for way in ways)))
+
+
 def norm(x: Any, w: Any) -> Any:
     return ops.rms_norm(x, w, 1e-5, "llama")
 
@@ -77,12 +75,6 @@ def in_blocks(x: Any) -> Any:
 
 def half(x: Any) -> Any:
     return aten.split.Tensor(x, 6)[1]
-
-
-def test_what_computes_something_else_decides() -> None:
-    sketch = Sketch(lambda x, w: ops.pad(aten.sin.default(norm(x, w)), 28))
-    place = sketch.place("act_padding", "pad_default", sketch.way("rms_norm_default", "sin_default"))
-    assert sketch.decides(place) == (["sin_default"], True)
 
 
 def test_all_that_are_needed_decide_in_the_order_of_the_way() -> None:
@@ -109,25 +101,6 @@ def test_a_view_that_rules_see_through_does_not(view_first: bool) -> None:
         assert sketch.decides(sketch.place("act_padding", "pad_default", way), likely) == (["sin_default"], True)
 
 
-def test_a_view_that_makes_other_rows_does() -> None:
-    sketch = Sketch(lambda x, w: ops.pad(aten.sin.default(rows_of_eight(norm(x, w))), 28))
-    way = sketch.way("rms_norm_default", "sin_default", "reshape_default")
-    assert sketch.decides(sketch.place("act_padding", "pad_default", way)) == (["sin_default", "reshape_default"], True)
-
-
-def test_views_alone_are_all_in_the_way_where_nothing_has_to_go() -> None:
-    """Without any trial's change the rule matches what is copied: what else reads it is what keeps it from matching."""
-
-    def model(x: Any, w: Any) -> Any:
-        reduced = ops.all_reduce(x, "g")
-        return norm(in_blocks(reduced), w), aten.exp.default(reduced), aten.sin.default(reduced)
-
-    sketch = Sketch(model)
-    way = sketch.way("all_reduce_default", "reshape_default")
-    found = sketch.decides(sketch.place("allreduce_rms", "rms_norm_default", way))
-    assert found == (["reshape_default"], True)
-
-
 def test_one_of_several_results_goes_with_its_op() -> None:
     sketch = Sketch(lambda x, w: ops.pad(aten.sin.default(half(norm(x, w))), 28))
     way = sketch.way("rms_norm_default", "sin_default", "getitem", "split_tensor")
@@ -148,20 +121,71 @@ def test_steps_of_several_ops_with_several_results() -> None:
     assert Way(nodes=(), goal=way.goal).steps == []
 
 
-def read_by_exp(*, before: bool) -> Callable[..., Any]:
-    def model(x: Any, w: Any) -> Any:
-        y = norm(x, w)
-        z = aten.sin.default(y)
-        return aten.tanh.default(z), aten.exp.default(y if before else z)
-
-    return model
+def padded_norm_of_half(x: Any, w: Any) -> Any:
+    reduced = aten.exp.default(half(aten.cos.default(ops.all_reduce(x, "g"))))
+    return ops.pad(sin(norm(reduced, w)), 28)
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_where_others_read_what_is_between_too_the_obstacles_alone_do_not_suffice(before: bool) -> None:
-    sketch = Sketch(read_by_exp(before=before))
-    way = sketch.way("rms_norm_default", "sin_default")
-    assert sketch.decides(sketch.place("norm_tanh", "tanh_default", way)) == (["sin_default"], False)
+FAR = "all_reduce_default", "exp_default", "getitem", "split_tensor", "cos_default"
+NEAR = "rms_norm_default", "sin_default"
+PADDED, REDUCED = "allreduce_rms_padding", "all_reduce_default"
+sin = aten.sin.default
+
+
+def added(x: Any, r: Any, w: Any) -> Any:
+    return ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")[0]
+
+
+DECISIVE: dict[str, tuple[Callable[..., Any], str, str, list[Sequence[str]], list[str], bool]] = {
+    "what computes something else": (
+        lambda x, w: ops.pad(sin(norm(x, w)), 28), "act_padding", "pad_default", [NEAR], ["sin_default"], True,
+    ),
+    "a view that makes other rows": (
+        lambda x, w: ops.pad(sin(rows_of_eight(norm(x, w))), 28), "act_padding", "pad_default",
+        [(*NEAR, "reshape_default")], ["sin_default", "reshape_default"], True,
+    ),
+    # Without any trial's change the rule matches what is copied: what else reads it is what keeps it from matching.
+    "views alone, all of them, where nothing has to go": (
+        lambda x, w: (norm(in_blocks(y := ops.all_reduce(x, "g")), w), aten.exp.default(y), sin(y)),
+        "allreduce_rms", "rms_norm_default", [(REDUCED, "reshape_default")], ["reshape_default"], True,
+    ),
+    "the obstacles, which don't suffice where others read what is between": (
+        lambda x, w: (aten.tanh.default(z := sin(norm(x, w))), aten.exp.default(z)),
+        "norm_tanh", "tanh_default", [NEAR], ["sin_default"], False,
+    ),
+    "nor where others read what is before": (
+        lambda x, w: (aten.tanh.default(sin(y := norm(x, w))), aten.exp.default(y)),
+        "norm_tanh", "tanh_default", [NEAR], ["sin_default"], False,
+    ),
+    "those of the first of several edges": (padded_norm_of_half, PADDED, "pad_default", [FAR, NEAR], [*FAR[1:]], True),
+    "whichever it is": (padded_norm_of_half, PADDED, "pad_default", [NEAR, FAR], ["sin_default"], True),
+    "those behind an edge without any": (
+        padded_norm_of_half, PADDED, "pad_default", [NEAR, ("rms_norm_default",), FAR], ["sin_default"], True,
+    ),
+    "those before one": (
+        lambda x, w: ops.pad(norm(sin(ops.all_reduce(x, "g")), w), 28), PADDED, "pad_default",
+        [(REDUCED, "sin_default"), ("rms_norm_default",)], ["sin_default"], True,
+    ),
+    "what is between and as the rule has it is part of it": (
+        lambda x, w: ops.pad(norm(sin(ops.all_reduce(x, "g")), w), 28), PADDED, "pad_default",
+        [(REDUCED, "sin_default")], ["sin_default"], True,
+    ),
+    # The fused op yields what it adds, and not what it reduces.
+    "what is taken out reads nothing any more": (
+        lambda x, w: added(aten.tanh.default(sin(ops.all_reduce(aten.exp.default(x), "g"))), x, w),
+        "allreduce_rms", "getitem", [(REDUCED, "tanh_default", "sin_default")], ["tanh_default", "sin_default"], True,
+    ),
+    "one of the results of a norm is what should be read": (
+        lambda x, w: ops.pad(sin(added(x, aten.exp.default(x), w)), 28), "act_padding", "pad_default",
+        [("getitem", "sin_default")], ["sin_default"], True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DECISIVE)
+def test_what_decides(what: str) -> None:
+    function, rule, anchor, ways, nodes, suffices = DECISIVE[what]
+    assert decided(function, rule, anchor, *ways) == (nodes, suffices)
 
 
 def test_where_nothing_suffices_all_are_named() -> None:
@@ -181,67 +205,6 @@ def test_no_more_sets_are_tried_than_may_be(monkeypatch: pytest.MonkeyPatch) -> 
     assert sketch.decides(place, ["reshape_default"]) == (["sin_default", "reshape_default"], False)
     monkeypatch.setattr("fuseplan.matching.trial.MOST_TRIALS", 3)
     assert sketch.decides(place, ["reshape_default"]) == (["sin_default"], True)
-
-
-def padded_norm_of_half(x: Any, w: Any) -> Any:
-    reduced = aten.exp.default(half(aten.cos.default(ops.all_reduce(x, "g"))))
-    return ops.pad(aten.sin.default(norm(reduced, w)), 28)
-
-
-@pytest.mark.parametrize("first", ["before the norm", "behind it"])
-def test_what_stands_at_other_edges_is_no_part_of_the_question(first: str) -> None:
-    sketch = Sketch(padded_norm_of_half)
-    ways = [
-        sketch.way("all_reduce_default", "exp_default", "getitem", "split_tensor", "cos_default"),
-        sketch.way("rms_norm_default", "sin_default"),
-    ]
-    if first == "behind it":
-        ways.reverse()
-    place = sketch.place("allreduce_rms_padding", "pad_default", *ways)
-    assert sketch.decides(place) == ([node.name for node in ways[0].nodes], True)
-
-
-def test_an_edge_without_obstacles_is_as_the_rule_has_it() -> None:
-    sketch = Sketch(lambda x, w: ops.pad(norm(aten.sin.default(ops.all_reduce(x, "g")), w), 28))
-    ways = sketch.way("all_reduce_default", "sin_default"), sketch.way("rms_norm_default")
-    place = sketch.place("allreduce_rms_padding", "pad_default", *ways)
-    assert sketch.decides(place) == (["sin_default"], True)
-
-
-def test_edges_behind_one_without_obstacles_are_looked_at() -> None:
-    sketch = Sketch(padded_norm_of_half)
-    far = sketch.way("all_reduce_default", "exp_default", "getitem", "split_tensor", "cos_default")
-    near = sketch.way("rms_norm_default", "sin_default")
-    place = sketch.place("allreduce_rms_padding", "pad_default", near, sketch.way("rms_norm_default"), far)
-    assert sketch.decides(place) == (["sin_default"], True)
-
-
-def test_what_is_between_and_as_the_rule_has_it_is_part_of_it() -> None:
-    sketch = Sketch(lambda x, w: ops.pad(norm(aten.sin.default(ops.all_reduce(x, "g")), w), 28))
-    place = sketch.place("allreduce_rms_padding", "pad_default", sketch.way("all_reduce_default", "sin_default"))
-    assert sketch.decides(place) == (["sin_default"], True)
-
-
-def test_what_is_taken_out_reads_nothing_any_more() -> None:
-    """The fused op yields what it adds, and not what it reduces."""
-
-    def model(x: Any, w: Any) -> Any:
-        reduced = ops.all_reduce(aten.exp.default(x), "g")
-        return ops.fused_add_rms_norm(aten.tanh.default(aten.sin.default(reduced)), x, w, 1e-5, "llama")[0]
-
-    sketch = Sketch(model)
-    way = sketch.way("all_reduce_default", "tanh_default", "sin_default")
-    assert sketch.decides(sketch.place("allreduce_rms", "getitem", way)) == (["tanh_default", "sin_default"], True)
-
-
-def test_one_of_the_results_of_a_norm_is_what_should_be_read() -> None:
-    def model(x: Any, w: Any) -> Any:
-        results = ops.fused_add_rms_norm(x, aten.exp.default(x), w, 1e-5, "llama")
-        return ops.pad(aten.sin.default(results[0]), 28)
-
-    sketch = Sketch(model)
-    place = sketch.place("act_padding", "pad_default", sketch.way("getitem", "sin_default"))
-    assert sketch.decides(place) == (["sin_default"], True)
 
 
 def test_what_has_no_original_can_not_be_taken_out_of_it() -> None:
@@ -310,9 +273,7 @@ def test_places_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_of_several_edges_the_first_is_told_of() -> None:
     sketch = Sketch(padded_norm_of_half)
-    near = sketch.way("rms_norm_default", "sin_default")
-    far = sketch.way("all_reduce_default", "exp_default", "getitem", "split_tensor", "cos_default")
-    place = sketch.place("allreduce_rms_padding", "pad_default", near, far)
+    place = sketch.place(PADDED, "pad_default", sketch.way(*NEAR), sketch.way(*FAR))
     found = Shared(sketch.canonical).obstruction(place, sketch["pad_default"])
     assert found.detail == "aten.sin.default stands between rms_norm and pad"
 
@@ -338,16 +299,9 @@ def test_places_that_differ_are_tried_anew(what: str, monkeypatch: pytest.Monkey
 
 
 def test_a_hint_is_only_given_where_following_it_suffices() -> None:
-    def model(x: Any, w: Any) -> Any:
-        reduced = aten.mul.Tensor(ops.all_reduce(x, "g"), 2.0)
-        return norm(reduced, w)
-
-    sketch = Sketch(model)
-    place = sketch.place("allreduce_rms", "rms_norm_default", sketch.way("all_reduce_default", "mul_tensor"))
-    found = Shared(sketch.canonical).obstruction(place, sketch["rms_norm_default"])
-    assert found.mend == "scale before all_reduce"
-    sketch = Sketch(lambda x, w: norm(aten.mul.Tensor(ops.all_reduce(x, "unknown"), 2.0), w))
-    place = sketch.place("allreduce_rms", "rms_norm_default", sketch.way("all_reduce_default", "mul_tensor"))
-    found = Shared(sketch.canonical).obstruction(place, sketch["rms_norm_default"])
-    assert found.detail == "aten.mul.Tensor stands between all_reduce and rms_norm"
-    assert found.mend is None
+    for group, hint in (("g", "scale before all_reduce"), ("unknown", None)):
+        sketch = Sketch(lambda x, w, group=group: norm(aten.mul.Tensor(ops.all_reduce(x, group), 2.0), w))
+        place = sketch.place("allreduce_rms", "rms_norm_default", sketch.way("all_reduce_default", "mul_tensor"))
+        found = Shared(sketch.canonical).obstruction(place, sketch["rms_norm_default"])
+        assert found.detail == "aten.mul.Tensor stands between all_reduce and rms_norm"
+        assert found.mend == hint

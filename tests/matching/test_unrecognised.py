@@ -58,34 +58,42 @@ def only(*names: str) -> dict[str, Any]:
     return {name: RULES[name] for name in names}
 
 
-def test_the_rule_whose_core_it_is_tells_of_it() -> None:
-    assert told(ops.attention, only("grouped_attention")) == ["grouped_attention"]
-    assert told(ops.eager_attention, only("grouped_attention", "eager_attention")) == ["eager_attention"]
-    assert told(ops.attention, only("eager_attention", "act_padding")) == []
+BY_FLAGS = ["qk_norm_cached_attention", "cached_attention", "grouped_attention"]
+CACHING = ["qk_norm_cached_attention", "qk_norm_rope_cache"]
 
 
-def test_of_several_the_one_that_does_the_least_beside_it_tells() -> None:
-    by_flags = ["qk_norm_cached_attention", "cached_attention", "grouped_attention"]
-    assert [len(RULES[name][0].flags) for name in by_flags] == [4, 3, 1]
-    assert told(ops.attention, only(*by_flags)) == ["grouped_attention"]
-    assert told(ops.attention, only(*reversed(by_flags))) == ["grouped_attention"]
-    assert told(ops.attention, only(*by_flags[:2])) == ["cached_attention"]
-    assert told(ops.attention, only(by_flags[0])) == ["qk_norm_cached_attention"]
+def test_rules_of_attention_differ_in_what_they_do_beside_it() -> None:
+    assert [len(RULES[name][0].flags) for name in BY_FLAGS] == [4, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("op", "rules", "tells"),
+    [
+        # The rule whose core it is.
+        (ops.attention, ["grouped_attention"], ["grouped_attention"]),
+        (ops.eager_attention, ["grouped_attention", "eager_attention"], ["eager_attention"]),
+        (ops.attention, ["eager_attention", "act_padding"], []),
+        # Of several the one that does the least beside it.
+        (ops.attention, BY_FLAGS, ["grouped_attention"]), (ops.attention, BY_FLAGS[::-1], ["grouped_attention"]),
+        (ops.attention, BY_FLAGS[:2], ["cached_attention"]), (ops.attention, BY_FLAGS[:1], BY_FLAGS[:1]),
+        # Where it is no rule's core one that has it.
+        (ops.cache_write, [*CACHING, "rope_cache"], ["qk_norm_rope_cache"]),
+        (ops.cache_write, CACHING[:1], CACHING[:1]), (ops.cache_write, ["rope_cache"], []),
+        (ops.cached_rotary, ["rope_cache", "cached_attention"], ["rope_cache"]),
+        (ops.cached_rotary, ["cached_attention"], ["cached_attention"]),
+        # A further op of a part is the part's.
+        (ops.repeat_heads, ["grouped_attention"], ["grouped_attention"]),
+    ],
+    ids=lambda each: each.name if isinstance(each, DialectOp) else "-".join(each) or "none",
+)  # fmt: skip
+def test_which_rule_tells_of_an_op(op: DialectOp, rules: list[str], tells: list[str]) -> None:
+    assert told(op, only(*rules)) == tells
 
 
 def test_of_several_that_do_as_much_the_first_by_name_tells() -> None:
     (rule,) = RULES["grouped_attention"]
     rules = {name: [renamed(rule, name)] for name in ("b", "a", "c")}
     assert told(ops.attention, rules) == ["a"]
-
-
-def test_where_it_is_no_rules_core_one_that_has_it_tells() -> None:
-    caching = ["qk_norm_cached_attention", "qk_norm_rope_cache"]
-    assert told(ops.cache_write, only(*caching, "rope_cache")) == ["qk_norm_rope_cache"]
-    assert told(ops.cache_write, only(caching[0])) == caching[:1]
-    assert told(ops.cache_write, only("rope_cache")) == []
-    assert told(ops.cached_rotary, only("rope_cache", "cached_attention")) == ["rope_cache"]
-    assert told(ops.cached_rotary, only("cached_attention")) == ["cached_attention"]
 
 
 def test_whose_core_it_is_comes_before_those_that_have_it() -> None:
@@ -96,17 +104,10 @@ def test_whose_core_it_is_comes_before_those_that_have_it() -> None:
     assert told(ops.cached_rotary, {"rope_cache": [more], "less": [less]}) == ["rope_cache"]
 
 
-def test_what_looks_like_a_further_op_of_a_part_is_the_parts() -> None:
-    assert told(ops.repeat_heads, only("grouped_attention")) == ["grouped_attention"]
-
-
 def test_it_is_told_once_at_its_place_unless_a_rule_has_told_of_it() -> None:
     canonical = canonical_of(in_a_row)
     look_like(canonical, ops.rms_norm, "relu_default")  # whose part has it told whatever rules ask for
-    first, second = (
-        look_like(canonical, ops.attention, "sin_default"),
-        look_like(canonical, ops.attention, "tanh_default"),
-    )
+    first, second = (look_like(canonical, ops.attention, name) for name in ("sin_default", "tanh_default"))
     rules = only("grouped_attention", "act_padding")
     both = [*of_rules(canonical, rules, set())]
     assert [refusal.detail for refusal in both] == [first.detail, second.detail]
