@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
+from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.matching import find_matches
+from fuseplan.graph.facts import aten
+from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
 from fuseplan.planner.alternatives import alternative_name, row_key
 from fuseplan.planner.costs import CostModel, CostTable, Provenance, Row
 from fuseplan.planner.pose import Problem, pose
@@ -37,6 +40,49 @@ def twice(x: Any, r: Any, w: Any) -> Any:
     """Two norms whose pads contend with nobody."""
     y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
     return ops.pad(y, 28), ops.pad(ops.rms_norm(total, w, 1e-5, "llama"), 28)
+
+
+def pads_of(*widths: int) -> Any:
+    """Pads of one norm, which exclude each other."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = ops.rms_norm(x, w, 1e-5, "llama")
+        return tuple(ops.pad(y, width) for width in widths)
+
+    return model
+
+
+def pads(count: int) -> Any:
+    """So many norms in a row, each with a pad that contends with nobody, in graph order also by name."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        values = []
+        for _ in range(count):
+            x = ops.rms_norm(x, w, 1e-5, "llama")
+            values.append(ops.pad(x, 28))
+        return tuple(values)
+
+    return model
+
+
+def contested(x: Any, r: Any, w: Any) -> Any:
+    """An all-reduce, a norm and a pad: three rules want the norm."""
+    return norm_and_pad(ops.all_reduce(x, "g"), r, w)
+
+
+def crossing(x: Any, r: Any, w: Any) -> Any:
+    """Each norm reads what the other's all-reduce yields: as fused ops they would wait for each other."""
+    a, b = ops.all_reduce(aten.sin.default(x), "g"), ops.all_reduce(aten.cos.default(x), "g")
+    first = ops.rms_norm(a, aten.select.int(b, 0, 0), 1e-5, "llama")
+    return first, ops.rms_norm(b, aten.select.int(a, 0, 0), 1e-5, "llama"), aten.relu.default(r)
+
+
+def somebodys(*nodes: fx.Node, saving_us: float | None = None, **more: Any) -> ExternalMatch:
+    """A match of somebody's pass, of these nodes."""
+    owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"), saving_us=saving_us)
+    entry: Any = None
+    given: dict[str, Any] = {"ordinal": 0, "emits": (), **more}
+    return ExternalMatch(owner=owner, entry=entry, anchor=nodes[-1], consumed=nodes, found=entry, **given)
 
 
 def problem_of(

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
-from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.errors import ConfigError
 from fuseplan.graph.canonical import CanonicalGraph
-from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
+from fuseplan.matching import find_matches
 from fuseplan.planner.candidates import conflicts_of
 from fuseplan.planner.contradiction import ADVICE, ContradictionError, contradiction
 from fuseplan.planner.pose import Problem, check_selector, pose, selects
@@ -24,7 +22,21 @@ from fuseplan.providers import PROFILES
 from fuseplan.rules import Rule, by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import written
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, UNASKED, R, W, X, norm_and_pad, problem_of, twice
+from tests.planner.posing import (
+    MODEL,
+    PROVIDERS,
+    TORCH,
+    UNASKED,
+    R,
+    W,
+    X,
+    crossing,
+    norm_and_pad,
+    pads_of,
+    problem_of,
+    somebodys,
+    twice,
+)  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -33,19 +45,12 @@ def named(given: Problem, pairs: Any) -> set[tuple[str, ...]]:
     return {tuple(given.candidates[i].name for i in pair) for pair in pairs}
 
 
-@pytest.fixture
-def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("rules.families.sites", "matching.candidates"):
-        monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
-
-
 def test_candidates_are_known_by_place_rule_op_and_provider() -> None:
     given = problem_of(twice)
     assert [candidate.name for candidate in given.candidates] == [
-        "00000 act_padding fused_add_rms_norm_pad torch",
-        "00000 act_padding fused_add_rms_norm_pad triton",
-        "00001 act_padding rms_norm_pad torch",
-        "00001 act_padding rms_norm_pad triton",
+        f"{place} {provider}"
+        for place in ("00000 act_padding fused_add_rms_norm_pad", "00001 act_padding rms_norm_pad")
+        for provider in ("torch", "triton")
     ]
     first = given.candidates[0]
     assert (first.rule, first.op, first.provider) == ("act_padding", "fused_add_rms_norm_pad", "torch")
@@ -64,7 +69,7 @@ def test_what_a_candidate_takes_reads_and_yields() -> None:
     assert {node.name for node in first.re_emitted} == {"pad_default", "getitem", "getitem_1"}
 
 
-def test_signatures_say_dtypes_static_sizes_and_attributes(four_ranks: None) -> None:
+def test_signatures_say_dtypes_static_sizes_and_attributes() -> None:
     (first, _) = problem_of().candidates
     sizes = "x:bfloat16[10x100], weight:bfloat16[100]"
     assert first.signature == (
@@ -115,22 +120,12 @@ def test_a_candidate_conflicts_with_one_that_takes_what_it_reads() -> None:
     assert conflicts_of([first, replace(second, context=frozenset({own}))]) == frozenset()
 
 
-def somebodys(
-    graph: fx.Graph, *nodes: fx.Node, name: str = "somebody", ordinal: int = 0, emits: Sequence[str] = ()
-) -> Any:
-    entry: Any = None
-    return ExternalMatch(
-        owner=ExternalPass(matcher=PatternMatcherPass(pass_name=name)), entry=entry, anchor=nodes[-1], consumed=nodes,
-        ordinal=ordinal, emits=tuple(emits), found=entry,
-    )  # fmt: skip
-
-
 def with_somebody(function: Any, *targets: Any, providers: Any = TORCH, **more: Any) -> tuple[CanonicalGraph, Problem]:
     """A problem in which somebody's pass takes the calls of `targets`, a match each."""
     canonical = canonicalize(written(function, {"x": X, "r": R, "w": W}))
     found = find_matches(canonical, by_name(UNASKED), providers, PROFILES["h200"]).candidates
     nodes = [node for node in canonical.original.nodes if node.target in targets]
-    external = [somebodys(canonical.original, node, ordinal=i) for i, node in enumerate(nodes)]
+    external = [somebodys(node, ordinal=i) for i, node in enumerate(nodes)]
     return canonical, pose(canonical, found, external, Prices(model=MODEL), (10, 10), **more)
 
 
@@ -153,13 +148,9 @@ def test_somebodys_matches_are_candidates_that_conflict_by_what_they_take() -> N
 
 def together(name: str = "act_padding", **attributes: Any) -> list[Rule]:
     """The built-in rules of a name, each asking for more."""
-    rules = []
-    for rule in BUILT_IN_RULES:
-        if rule.name == name:
-            changed = copy(rule)
-            for key, value in attributes.items():
-                setattr(changed, key, value)
-            rules.append(changed)
+    rules = [copy(rule) for rule in BUILT_IN_RULES if rule.name == name]
+    for rule in rules:
+        vars(rule).update(attributes)
     return rules
 
 
@@ -173,7 +164,7 @@ def test_couplings_hold_between_candidates_of_one_provider() -> None:
     assert problem_of(twice).program.requires == frozenset()
 
 
-def test_a_rule_requires_those_that_it_shares_a_value_with(four_ranks: None) -> None:
+def test_a_rule_requires_those_that_it_shares_a_value_with() -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         """The second norm reads the sum of the first; the third reads nothing of theirs."""
         y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
@@ -197,19 +188,12 @@ def test_a_rule_requires_those_that_it_shares_a_value_with(four_ranks: None) -> 
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
-        ("act_padding", True),
-        ("act_padding:torch", True),
-        ("act_padding:triton", False),
-        ("allreduce_rms", False),
-        ("act_padding#1", True),
-        ("act_padding#1:torch", True),
-        ("act_padding#0", False),
-        ("act_padding@layers.3.*", True),
-        ("act_padding@layers.3", False),
+        ("act_padding", True), ("act_padding:torch", True), ("act_padding:triton", False), ("allreduce_rms", False),
+        ("act_padding#1", True), ("act_padding#1:torch", True), ("act_padding#0", False),
+        ("act_padding@layers.3.*", True), ("act_padding@layers.3", False), ("act_padding@LAYERS.3.*", False),
         ("act_padding@layers.?.norm:torch", True),
-        ("act_padding@LAYERS.3.*", False),
     ],
-)
+)  # fmt: skip
 def test_selectors_mean_rules_places_and_providers(text: str, meant: bool) -> None:
     candidate = problem_of(twice, providers=TORCH).candidates[1]
     object.__setattr__(candidate, "source", "layers.3.norm")
@@ -230,15 +214,15 @@ def test_selectors_of_that_form(text: str) -> None:
     check_selector(text, ["act_padding"])
 
 
-@pytest.mark.parametrize("text", ["", "act padding", "act_padding#x", "act_padding@", "act_padding:", "@a", "a#1@b"])
-def test_selectors_of_no_form(text: str) -> None:
-    with pytest.raises(ConfigError, match="isn't of the form RULE"):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(text, "isn't of the form RULE") for text in ("", "act padding", "act_padding#x", "act_padding@", "act_padding:",
+                                                   "@a", "a#1@b")]
+    + [("act_pading", "did you mean 'act_padding'")],
+)  # fmt: skip
+def test_selectors_of_no_form_or_of_an_unknown_rule(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
         check_selector(text, ["act_padding", "a"])
-
-
-def test_selectors_of_an_unknown_rule() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'act_padding'"):
-        check_selector("act_pading", ["act_padding"])
 
 
 def test_forcing_means_one_of_the_providers_at_each_place() -> None:
@@ -265,12 +249,9 @@ def test_candidates_at_one_place_that_do_not_exclude_each_other_are_all_forced()
 
     canonical = canonicalize(written(model, {"x": X, "r": R, "w": W}))
     nodes = [node for node in canonical.original.nodes if node.target is aten.relu.default]
-    external = [somebodys(canonical.original, node) for node in nodes]
+    external = [somebodys(node) for node in nodes]
     given = pose(canonical, [], external, Prices(model=MODEL), (10, 10), force=["somebody"])
-    assert [candidate.name for candidate in given.candidates] == [
-        "external somebody 00000 1",
-        "external somebody 00000 2",
-    ]
+    assert [candidate.name for candidate in given.candidates] == [f"external somebody 00000 {i}" for i in (1, 2)]
     assert given.program.forced == {0, 1}
     assert given.program.one_of == ()
 
@@ -281,19 +262,14 @@ def test_selectors_that_select_nothing_are_ineffective() -> None:
 
 
 def test_what_is_forced_and_forbidden_is_refused_with_all_that_forbids_it() -> None:
-    with pytest.raises(ContradictionError) as raised:
-        problem_of(
-            twice, force=["act_padding"], forbid=["act_padding#1:torch", "act_padding:triton", "act_padding#0:triton"]
-        )
-    assert raised.value.selectors == [
-        "force 'act_padding'",
-        "forbid 'act_padding#1:torch'",
-        "forbid 'act_padding:triton'",
-    ]
-    assert raised.value.why == "every fusion forced there is forbidden"
-    with pytest.raises(ContradictionError) as raised:
-        problem_of(twice, force=["act_padding#0:torch"], forbid=["act_padding"])
-    assert raised.value.selectors == ["force 'act_padding#0:torch'", "forbid 'act_padding'"]
+    for forced, forbidden, told in (
+        ("act_padding", ["act_padding#1:torch", "act_padding:triton", "act_padding#0:triton"], 2),
+        ("act_padding#0:torch", ["act_padding"], 1),
+    ):
+        with pytest.raises(ContradictionError) as raised:
+            problem_of(twice, force=[forced], forbid=forbidden)
+        assert raised.value.selectors == [f"force '{forced}'", *(f"forbid '{each}'" for each in forbidden[:told])]
+        assert raised.value.why == "every fusion forced there is forbidden"
     # One of the two is left at each place.
     problem_of(twice, force=["act_padding"], forbid=["act_padding:torch"])
 
@@ -331,24 +307,16 @@ def test_contradictions_name_the_selectors_and_places(
 @pytest.mark.parametrize(
     ("selectors", "sources", "text"),
     [
-        (
-            ["force 'p'", "forbid 'q'"],
-            ["a", "b", "a", None],
-            f"force 'p' and forbid 'q' contradict each other at a, b: so; {ADVICE}",
-        ),
+        (["force 'p'", "forbid 'q'"], ["a", "b", "a", None],
+         f"force 'p' and forbid 'q' contradict each other at a, b: so; {ADVICE}"),
         (["force 'p'"], [None], f"force 'p' contradicts itself: so; {ADVICE}"),
     ],
-)
+)  # fmt: skip
 def test_contradictions_in_one_line(selectors: list[str], sources: list[str | None], text: str) -> None:
     assert str(ContradictionError(selectors, sources, "so")) == text
 
 
-def test_cycles_are_found_in_the_canonical_graph_and_with_others_in_the_original(four_ranks: None) -> None:
-    def crossing(x: Any, r: Any, w: Any) -> Any:
-        a, b = ops.all_reduce(aten.sin.default(x), "g"), ops.all_reduce(aten.cos.default(x), "g")
-        first = ops.rms_norm(a, aten.select.int(b, 0, 0), 1e-5, "llama")
-        return first, ops.rms_norm(b, aten.select.int(a, 0, 0), 1e-5, "llama"), aten.relu.default(r)
-
+def test_cycles_are_found_in_the_canonical_graph_and_with_others_in_the_original() -> None:
     _, given = with_somebody(crossing, aten.relu.default)
     names = [candidate.name.split()[0] for candidate in given.candidates]
     assert names == ["00000", "00001", "external"]
@@ -371,7 +339,7 @@ def test_cycles_through_somebodys_match_are_found() -> None:
     before, other, after = [node for node in canonical.original.nodes if node.target is aten.relu.default]
     found = find_matches(canonical, by_name(UNASKED), TORCH, PROFILES["h200"]).candidates
     for nodes, cycles in (((before, after), [(0, 1)]), ((before, other), [])):
-        external = [somebodys(canonical.original, *nodes)]
+        external = [somebodys(*nodes)]
         given = pose(canonical, found, external, Prices(model=MODEL), (10, 10))
         assert given.find_cycles([0, 1]) == cycles
         assert given.find_cycles([0]) == []
@@ -379,8 +347,7 @@ def test_cycles_through_somebodys_match_are_found() -> None:
 
 def test_candidates_are_the_same_in_any_order_of_matches() -> None:
     def several(x: Any, r: Any, w: Any) -> Any:
-        y = ops.rms_norm(x, w, 1e-5, "llama")
-        return *twice(x, r, w), ops.pad(y, 28), ops.pad(y, 12), ops.pad(y, 4)
+        return *twice(x, r, w), *pads_of(28, 12, 4)(x, r, w)
 
     canonical = canonicalize(written(several, {"x": X, "r": R, "w": W}))
     found = find_matches(canonical, by_name(UNASKED), PROVIDERS, PROFILES["h200"]).candidates

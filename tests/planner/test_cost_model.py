@@ -71,14 +71,8 @@ def test_bytes_of_a_region(changes: dict[str, Any], read: int, written: int, res
         ({"residual": True}, Kernel(name="rms_norm", launch=1100, memory=82)),
         ({"tail": STATIC}, Kernel(name="rms_norm+static_fp8_quant", launch=1100, memory=32)),
         ({"core": SILU}, Kernel(name="silu_and_mul", launch=1000, memory=60)),
-        (
-            {"core": SILU, "tail": STATIC},
-            Kernel(name="silu_and_mul+static_fp8_quant", launch=1000, memory=50),
-        ),
-        (
-            {"core": SILU, "tail": DYNAMIC},
-            Kernel(name="silu_and_mul+dynamic_fp8_quant", launch=1100, memory=51),
-        ),
+        ({"core": SILU, "tail": STATIC}, Kernel(name="silu_and_mul+static_fp8_quant", launch=1000, memory=50)),
+        ({"core": SILU, "tail": DYNAMIC}, Kernel(name="silu_and_mul+dynamic_fp8_quant", launch=1100, memory=51)),
     ],
 )
 def test_a_core_is_one_generated_kernel(changes: dict[str, Any], expected: Kernel) -> None:
@@ -217,15 +211,9 @@ def test_unfused_parts_follow_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "kernels"),
-    [
-        ({}, 11),
-        ({"residual": True}, 15),
-        ({"tail": STATIC}, 16),
-        ({"tail": DYNAMIC}, 21),
-        ({"core": SILU}, 7),
-        ({"core": SILU, "tail": STATIC}, 12),
-    ],
-)
+    [({}, 11), ({"residual": True}, 15), ({"tail": STATIC}, 16), ({"tail": DYNAMIC}, 21), ({"core": SILU}, 7),
+     ({"core": SILU, "tail": STATIC}, 12)],
+)  # fmt: skip
 def test_a_reference_is_many_kernels(changes: dict[str, Any], kernels: int) -> None:
     eager = Kernel(name="eager", launch=1000, memory=80)
     assert MODEL.fused(region(**changes), "torch") == (eager,) * kernels
@@ -304,38 +292,39 @@ def test_a_part_of_a_region_keeps_the_rest() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"tokens": 0},
-        {"width": 0},
-        {"itemsize": 0},
-        {"ranks": 0},
-        {"tail": Padding(padded=99)},
-        {"reduce": True},
-        {"core": SILU, "residual": True},
-        {"core": SILU, **REDUCED},
-    ],
-)
+    [{"tokens": 0}, {"width": 0}, {"itemsize": 0}, {"ranks": 0}, {"tail": Padding(padded=99)}, {"reduce": True},
+     {"core": SILU, "residual": True}, {"core": SILU, **REDUCED}],
+)  # fmt: skip
 def test_a_region_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         region(**changes)
 
 
+KIB = 1024
+NARROW = replace(GATE, widths=frozenset({5}))
+assert HARDWARE["mi355x"].aiter is not None
+PLAIN = HARDWARE["mi355x"].aiter.plain
+"""Of AITER's all-reduce alone."""
+
+
 @pytest.mark.parametrize(
     ("gate", "tokens", "width", "nbytes", "ranks", "expected"),
     [
-        (GATE, 10, 5, 1, 2, True),
-        (GATE, 11, 5, 1, 2, False),
-        (GATE, 10, 5, 3999, 3, True),
-        (GATE, 10, 5, 3999, 4, True),
-        (GATE, 10, 5, 4000, 4, False),
-        (GATE, 10, 5, 4000, 2, True),
-        (GATE, 10, 5, 1, 5, False),
+        (GATE, 10, 5, 1, 2, True), (GATE, 11, 5, 1, 2, False),
+        (GATE, 10, 5, 3999, 3, True), (GATE, 10, 5, 3999, 4, True), (GATE, 10, 5, 4000, 4, False),
+        (GATE, 10, 5, 4000, 2, True), (GATE, 10, 5, 1, 5, False),
         (replace(GATE, max_tokens=None), 11, 5, 1, 2, True),
-        (replace(GATE, widths=frozenset({5})), 1, 5, 1, 2, True),
-        (replace(GATE, widths=frozenset({5})), 1, 6, 1, 2, False),
+        (NARROW, 1, 5, 1, 2, True), (NARROW, 1, 6, 1, 2, False),
         (Gate(source="no ranks"), 1, 1, 1, 2, False),
+        (AITER_GATE_MAY_2026, 80, 2048, 10**9, 2, True), (AITER_GATE_MAY_2026, 81, 2048, 1, 2, False),
+        (AITER_GATE_MAY_2026, 80, 2880, 1, 2, False),
+        (AITER_GATE_LATER, 80, 2880, 256 * KIB - 1, 4, True), (AITER_GATE_LATER, 80, 2880, 256 * KIB, 4, False),
+        (AITER_GATE_LATER, 80, 2880, 128 * KIB - 1, 8, True), (AITER_GATE_LATER, 80, 2880, 128 * KIB, 8, False),
+        (PLAIN, 10**6, 7, 10**9, 2, True),
+        (PLAIN, 10**6, 7, 160 * KIB - 1, 4, True), (PLAIN, 10**6, 7, 160 * KIB, 4, False),
+        (PLAIN, 10**6, 7, 80 * KIB - 1, 8, True), (PLAIN, 10**6, 7, 80 * KIB, 8, False),
     ],
-)
+)  # fmt: skip
 def test_a_gate_by_tokens_width_bytes_and_ranks(
     gate: Gate, tokens: int, width: int, nbytes: int, ranks: int, expected: bool
 ) -> None:
@@ -402,38 +391,3 @@ def test_links_and_staging_of_each_vendor() -> None:
         assert triton is not None
         assert aiter is not None
         assert (triton.mesh, triton.stages, aiter.peers.mesh, aiter.peers.stages) == (True, False, True, False)
-
-
-KIB = 1024
-
-
-@pytest.mark.parametrize(
-    ("gate", "tokens", "width", "nbytes", "ranks", "expected"),
-    [
-        (AITER_GATE_MAY_2026, 80, 2048, 10**9, 2, True),
-        (AITER_GATE_MAY_2026, 81, 2048, 1, 2, False),
-        (AITER_GATE_MAY_2026, 80, 2880, 1, 2, False),
-        (AITER_GATE_LATER, 80, 2880, 256 * KIB - 1, 4, True),
-        (AITER_GATE_LATER, 80, 2880, 256 * KIB, 4, False),
-        (AITER_GATE_LATER, 80, 2880, 128 * KIB - 1, 8, True),
-        (AITER_GATE_LATER, 80, 2880, 128 * KIB, 8, False),
-    ],
-)
-def test_gates_of_aiter(gate: Gate, tokens: int, width: int, nbytes: int, ranks: int, expected: bool) -> None:
-    assert gate.takes_one_stage(tokens=tokens, width=width, nbytes=nbytes, ranks=ranks) is expected
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "ranks", "expected"),
-    [
-        (10**9, 2, True),
-        (160 * KIB - 1, 4, True),
-        (160 * KIB, 4, False),
-        (80 * KIB - 1, 8, True),
-        (80 * KIB, 8, False),
-    ],
-)
-def test_gate_of_aiters_all_reduce_alone(nbytes: int, ranks: int, expected: bool) -> None:
-    aiter = HARDWARE["mi355x"].aiter
-    assert aiter is not None
-    assert aiter.plain.takes_one_stage(tokens=10**6, width=7, nbytes=nbytes, ranks=ranks) is expected

@@ -59,17 +59,9 @@ CURVE = CostTable(
 
 @pytest.mark.parametrize(
     ("tokens", "expected"),
-    [
-        (9, None),
-        (10, (1000, 5)),
-        (13, (1600, 9)),
-        (20, (3000, 9)),
-        (30, (2500, 9)),
-        (35, (2250, 9)),
-        (40, (2000, 2)),
-        (41, None),
-    ],
-)
+    [(9, None), (10, (1000, 5)), (13, (1600, 9)), (20, (3000, 9)), (30, (2500, 9)), (35, (2250, 9)), (40, (2000, 2)),
+     (41, None)],
+)  # fmt: skip
 def test_times_between_two_rows_are_on_a_line(tokens: int, expected: tuple[int, int] | None) -> None:
     assert CURVE.interpolate("k", tokens) == expected
 
@@ -146,10 +138,20 @@ def test_files_are_laid_out_for_people_and_diffs(tmp_path: Path) -> None:
     assert path.read_text().startswith('{\n "schema": 1,\n "device": "h200",\n "rows": [\n  {\n   "key": "k",')
     assert path.read_text().endswith("}\n")
     CostTable(device="h200").save(path)  # the folder is there
+    assert [each.name for each in path.parent.iterdir()] == ["costs.json"]
 
 
 def content(**changes: Any) -> bytes:
     return json.dumps({"schema": 1, "device": "h200", "rows": [], **changes}).encode()
+
+
+FIRST = "CostTable.rows[0]"
+
+
+def of_row(**changes: Any) -> bytes:
+    """A table of one row, of which a value is None that is left out."""
+    given = {name: value for name, value in {**vars(row()), **changes}.items() if value is not None}
+    return content(rows=[given])
 
 
 @pytest.mark.parametrize(
@@ -162,11 +164,23 @@ def content(**changes: Any) -> bytes:
         (b'{"device": "h200", "rows": []}', "it has schema None"),
         (b"[" * 100_000, "it is nested more than 64 deep"),
         (b'{"schema": 1, "device": "h200", "rows": [{"key": "a", "key": "b"}]}', "'key' is there twice in one object"),
+        (b'{"schema": 1, "schema": 1}', "'schema' is there twice in one object"),
+        (b'{"schema": 1, "device": "h200"}', "it has no rows"),
+        (b"[]", "it isn't a JSON object"),
+        (b"{", "it isn't JSON"),
+        (b"\xff", "it isn't UTF-8"),
+        (of_row(time_ns=-1), "row 'k' at 8 tokens: time_ns must be between 0"),
+        (of_row(time_ns=None), f"{FIRST}: expected a field 'time_ns'"),
+        (of_row(time_ns="fast"), f"{FIRST}.time_ns: expected int, found 'fast'"),
+        (of_row(time_ns=1.5), f"{FIRST}.time_ns: expected int, found '1.5'"),
+        (of_row(time_ns=True), f"{FIRST}.time_ns: expected int, found 'True'"),
+        (of_row(surprise=1), f"{FIRST}.surprise: expected one of the fields"),
+        (of_row(provenance="guessed"), f"{FIRST}.provenance: expected one of ['measured', 'modelled'"),
     ],
 )
 def test_files_that_are_no_table(given: bytes, says: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        CostTable.parse(given, name="costs.json")
+        CostTable.parse(given, name="costs.json", device="h200")
     assert str(raised.value).startswith(f"cost table 'costs.json': {says}")
     assert "\n" not in str(raised.value)
 

@@ -1,10 +1,8 @@
 """The cost model decides the contests that were measured, and broken cost tables are refused in one line."""
 
-import datetime
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +12,7 @@ from benchmarks.calibrate_reduces import REGIONS, overall, regions
 from benchmarks.contest import Contest
 from benchmarks.published import score
 from fuseplan.errors import ConfigError
-from fuseplan.planner.costs import HARDWARE, CostTable, Provenance, Region, Row
+from fuseplan.planner.costs import HARDWARE, CostTable, Region
 from fuseplan.providers import PROFILES
 from tests.planner.parts import NORM, Padding
 
@@ -88,11 +86,9 @@ def test_published_times_are_near_those_of_the_model() -> None:
     assert found["signs_right"] >= 0.94, found["wrong"]
     assert found["median_error"] <= 0.2
     assert sum(row["factor"] <= 2 for row in found["crossovers"]) >= 2, found["crossovers"]
-    assert {name: found[name] for name in ("signs_right", "median_error", "times")} == {
-        name: value
-        for name, value in json.loads((ROOT / "benchmarks/results/published.json").read_text()).items()
-        if name in ("signs_right", "median_error", "times")
-    }
+    published = json.loads((ROOT / "benchmarks/results/published.json").read_text())
+    for name in ("signs_right", "median_error", "times"):
+        assert found[name] == published[name]
     held_out = [f"#{number}" for number in ("1290", "37756", "44079", "53318", "773")]
     for hardware in HARDWARE.values():
         for name, constant in hardware.constants():
@@ -101,11 +97,9 @@ def test_published_times_are_near_those_of_the_model() -> None:
 
 @settings(max_examples=200)
 @given(
-    st.sampled_from(sorted(HARDWARE)),
-    st.integers(1, 8192),
-    st.integers(2, 8),
+    st.sampled_from(sorted(HARDWARE)), st.integers(1, 8192), st.integers(2, 8),
     st.sampled_from(["torch", "triton", "flashinfer", "aiter", "somebody"]),
-)
+)  # fmt: skip
 def test_prices_are_positive_integers_and_grow_with_tokens(device: str, tokens: int, ranks: int, provider: str) -> None:
     model = Contest(HARDWARE[device])
     for region in (site(tokens, ranks), site(tokens, ranks).without_reduce(), site(tokens, ranks).without_tail()):
@@ -113,71 +107,6 @@ def test_prices_are_positive_integers_and_grow_with_tokens(device: str, tokens: 
             assert isinstance(price, int)
             assert price > 0
         assert model.unfused_ns(replace(region, tokens=2 * tokens)) >= model.unfused_ns(region)
-
-
-def row(**changes: Any) -> dict[str, Any]:
-    plain = {
-        "key": "site: unfused",
-        "tokens": 8,
-        "time_ns": 12_000,
-        "spread_ns": 100,
-        "provenance": "measured",
-        "device": "h200",
-        "torch": "2.11.0",
-        "triton": "3.6.0",
-        "topology": "tp2 nvlink",
-        "date": "2026-11-22",
-        "command": "fuseplan tune",
-    }
-    return {**plain, **changes}
-
-
-def table(*rows: dict[str, Any], **changes: Any) -> bytes:
-    return json.dumps({"schema": 1, "device": "h200", "rows": list(rows), **changes}).encode()
-
-
-MISSING = {name: value for name, value in row().items() if name != "time_ns"}
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (table(row(time_ns=-1)), "time_ns must be between 0"),
-        (table(MISSING), "time_ns"),
-        (table(row(time_ns="fast")), "expected int, found 'fast'"),
-        (table(row(time_ns=1.5)), "expected int, found '1.5'"),
-        (table(row(time_ns=True)), "expected int"),
-        (table(row(surprise=1)), "surprise"),
-        (table(row(provenance="guessed")), "measured"),
-        (json.dumps({"schema": 1, "device": "h200"}).encode(), "no rows"),
-        (b"[]", "isn't a JSON object"),
-        (b"{", "isn't JSON"),
-        (b"\xff", "isn't UTF-8"),
-        (b'{"schema": 1, "schema": 1}', "is there twice in one object"),
-    ],
-)
-def test_a_broken_table_is_refused_in_one_line(content: bytes, says: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        CostTable.parse(content, name="costs.json", device="h200")
-    assert says in str(error.value)
-    assert str(error.value).startswith("cost table 'costs.json': ")
-    assert "\n" not in str(error.value)
-
-
-def test_saving_and_loading_give_the_same_table(tmp_path: Path) -> None:
-    rows = tuple(
-        Row(
-            key="site: unfused", tokens=tokens, time_ns=1000 * tokens, spread_ns=10, provenance=Provenance.MEASURED,
-            device="h200", torch="2.11.0", triton="", topology="tp1", date=datetime.date(2026, 11, 22).isoformat(),
-            command="",
-        )
-        for tokens in (64, 8)
-    )  # fmt: skip
-    saved = CostTable(device="h200", rows=rows)
-    saved.save(tmp_path / "deep" / "costs.json")
-    loaded = CostTable.load(tmp_path / "deep" / "costs.json")
-    assert loaded.digest == saved.digest == CostTable(device="h200", rows=rows[::-1]).digest
-    assert [each.name for each in (tmp_path / "deep").iterdir()] == ["costs.json"]
 
 
 def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig, Policy
-from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
 from fuseplan.planner.decide import Decision, decide_in_order, decide_off, decide_planned, limit, plan_record, replay
 from fuseplan.planner.pose import Problem
@@ -20,22 +19,9 @@ from fuseplan.record import Reason, Selected
 from fuseplan.rules import Rule
 from tests.compilation.test_manager import INPUTS, padded
 from tests.helpers import quickly_traced
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, problem_of
+from tests.planner.posing import MODEL, PROVIDERS, TORCH, measured, pads, problem_of, twice
 from tests.planner.test_candidates import together
 from tests.planner.test_decisions import priced
-
-
-def pads(count: int = 4) -> Any:
-    """So many norms, each with a pad that contends with nobody."""
-
-    def model(x: Any, r: Any, w: Any) -> Any:
-        values = []
-        for _ in range(count):
-            x = ops.rms_norm(x, w, 1e-5, "llama")
-            values.append(ops.pad(x, 28))
-        return tuple(values)
-
-    return model
 
 
 def tied(given: Problem, **ties: Any) -> Problem:
@@ -43,7 +29,7 @@ def tied(given: Problem, **ties: Any) -> Problem:
 
 
 def four(**ties: Any) -> Problem:
-    return tied(priced(problem_of(pads(), providers=TORCH), 1, 2, 4, 8), **ties)
+    return tied(priced(problem_of(pads(4), providers=TORCH), 1, 2, 4, 8), **ties)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +72,7 @@ def test_every_step_of_a_bisection_is_legal() -> None:
 def test_the_saving_of_a_limited_measured_component_is_what_was_measured() -> None:
     """Both pads at one norm: together they save less than the sum."""
 
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = ops.rms_norm(x, w, 1e-5, "llama")
-        z = ops.rms_norm(r, w, 1e-5, "llama")
-        return ops.pad(y, 28), ops.pad(z, 28)
-
-    given = tied(priced(problem_of(model, providers=TORCH), 10, 20))
+    given = tied(priced(problem_of(pads(2), providers=TORCH), 10, 20))
     whole, first, both = frozenset({0, 1}), frozenset({0}), frozenset({0, 1})
     table = {whole: {first: 7, frozenset({1}): 9, both: 12}}
     given = tied(given, alternatives=table)
@@ -107,12 +88,9 @@ def test_the_saving_of_a_limited_measured_component_is_what_was_measured() -> No
 
 
 def test_a_component_saves_at_each_size_what_was_measured_of_all_of_it() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        return (ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 28),)
-
-    given = problem_of(model, providers=TORCH)
+    given = problem_of(pads(1), providers=TORCH)
     table = measured(given, {"": [(5000, 10)], "torch": [(2000, 10)]})
-    given = problem_of(model, Prices(model=MODEL, table=table), providers=TORCH)
+    given = problem_of(pads(1), Prices(model=MODEL, table=table), providers=TORCH)
     assert given.saved_by_size((0,)) == [3000]
     given.priced.together[frozenset({0})] = {}
     assert given.saved_by_size((0,)) == [0]
@@ -177,10 +155,6 @@ def test_a_saved_plan_with_half_of_a_pair_is_refused() -> None:
 def test_what_a_required_rule_offers_by_another_provider_alone_is_given_up() -> None:
     """Triton's pad needs the norm behind it by Triton, which only the reference runs."""
 
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y, total = ops.fused_add_rms_norm(x, r, w, 1e-5, "llama")
-        return ops.pad(y, 28), ops.pad(ops.rms_norm(total, w, 1e-5, "llama"), 28)
-
     def called(name: str, op: str, **ties: Any) -> Rule:
         (rule,) = (rule for rule in together(**ties) if rule.op.name == op)
         rule.name = name
@@ -188,11 +162,11 @@ def test_what_a_required_rule_offers_by_another_provider_alone_is_given_up() -> 
 
     rules = [called("first", "fused_add_rms_norm_pad", requires=("second",)), called("second", "rms_norm_pad")]
     reference, triton = PROVIDERS
-    given = problem_of(model, providers=PROVIDERS, rules=rules)
+    given = problem_of(twice, providers=PROVIDERS, rules=rules)
     assert given.unmet == {}
 
     lacking = replace(triton, implements={k: v for k, v in triton.implements.items() if k != "rms_norm_pad"})
-    given = problem_of(model, providers=[reference, lacking], rules=rules)
+    given = problem_of(twice, providers=[reference, lacking], rules=rules)
     names = [(each.rule, each.provider) for each in given.candidates]
     assert names == [("first", "torch"), ("first", "triton"), ("second", "torch")]
     assert given.unmet == {1: "it needs second by triton, which matches there by torch alone"}

@@ -9,7 +9,6 @@ import torch
 
 from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
-from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.contradiction import ContradictionError
 from fuseplan.planner.decide import (
     Decision,
@@ -26,28 +25,9 @@ from fuseplan.planner.pose import Problem
 from fuseplan.planner.program import Solution
 from fuseplan.planner.solver import Solver
 from fuseplan.record import Rejected, Selected
-from tests.planner.posing import TORCH, problem_of, twice
+from tests.planner.posing import TORCH, contested, crossing, pads, problem_of, somebodys, twice
 
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("rules.families.sites", "matching.candidates"):
-        monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
-
-
-def contested(x: Any, r: Any, w: Any) -> Any:
-    """An all-reduce, a norm and a pad: three rules want the norm."""
-    y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
-    return ops.pad(y, 28), total
-
-
-def crossing(x: Any, r: Any, w: Any) -> Any:
-    """Each norm reads what the other's all-reduce yields: as fused ops they would wait for each other."""
-    a, b = ops.all_reduce(aten.sin.default(x), "g"), ops.all_reduce(aten.cos.default(x), "g")
-    first = ops.rms_norm(a, aten.select.int(b, 0, 0), 1e-5, "llama")
-    return first, ops.rms_norm(b, aten.select.int(a, 0, 0), 1e-5, "llama"), aten.relu.default(r)
 
 
 def priced(given: Problem, *savings: int, **changes: Any) -> Problem:
@@ -81,14 +61,9 @@ def test_in_order_the_first_rule_takes_what_it_wants() -> None:
 
 @pytest.mark.parametrize(
     ("savings", "forbidden", "winner"),
-    [
-        ((5, 7), (), "triton"),
-        ((7, 5), (), "torch"),
-        ((7, 7), (), "torch"),
-        ((5, 7), (1,), "torch"),
-        ((7, 5), (0,), "triton"),
-    ],
-)
+    [((5, 7), (), "triton"), ((7, 5), (), "torch"), ((7, 7), (), "torch"), ((5, 7), (1,), "torch"),
+     ((7, 5), (0,), "triton")],
+)  # fmt: skip
 def test_in_order_the_provider_that_saves_the_most_runs_a_match(
     savings: tuple[int, ...], forbidden: tuple[int, ...], winner: str
 ) -> None:
@@ -99,10 +74,23 @@ def test_in_order_the_provider_that_saves_the_most_runs_a_match(
     assert decide_in_order(priced(given, 5, 7, forbidden=frozenset({0, 1})), ["act_padding"]).selected == ()
 
 
-def test_in_order_what_would_be_cyclic_is_given_up() -> None:
-    given = priced(problem_of(crossing, providers=TORCH), 5, 7)
+def two_crossings(x: Any, r: Any, w: Any) -> Any:
+    first, second, _ = crossing(x, r, w)
+    return *crossing(aten.add.Tensor(first, second), r, w), w
+
+
+@pytest.mark.parametrize(
+    ("model", "savings", "selected", "cyclic"),
+    [(crossing, (5, 7), (1,), (0,)), (two_crossings, (1, 2, 4, 8), (1, 3), (0, 2))],
+)
+def test_in_order_what_would_be_cyclic_is_given_up(
+    model: Any, savings: tuple[int, ...], selected: tuple[int, ...], cyclic: tuple[int, ...]
+) -> None:
+    """Of several cycles the first in the graph is cut first."""
+    given = priced(problem_of(model, providers=TORCH), *savings)
     decision = decide_in_order(given, ["allreduce_rms"])
-    assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1,), (0,), 7)
+    assert (decision.selected, decision.cyclic) == (selected, cyclic)
+    assert decision.saving_ns == sum(savings[index] for index in selected)
 
 
 def test_in_order_what_is_given_up_stands_in_nobodys_way() -> None:
@@ -117,18 +105,7 @@ def test_in_order_what_is_given_up_stands_in_nobodys_way() -> None:
     assert [(each.candidate, each.blocked_by, each.lost_ns) for each in decision.lost] == [(0, (), -1), (3, (4,), 8)]
 
 
-def test_in_order_of_several_cycles_the_first_in_the_graph_is_cut_first() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        first, second, _ = crossing(x, r, w)
-        return *crossing(aten.add.Tensor(first, second), r, w), w
-
-    given = priced(problem_of(model, providers=TORCH), 1, 2, 4, 8)
-    decision = decide_in_order(given, ["allreduce_rms"])
-    assert (decision.selected, decision.cyclic, decision.saving_ns) == ((1, 3), (0, 2), 10)
-
-
 def test_losers_are_those_whose_nodes_are_taken() -> None:
-
     def model(x: Any, r: Any, w: Any) -> Any:
         y, total = ops.fused_add_rms_norm(ops.all_reduce(x, "g"), r, w, 1e-5, "llama")
         z = ops.rms_norm(ops.all_reduce(total, "g"), w, 1e-5, "llama")
@@ -148,7 +125,7 @@ def test_planned_every_other_candidate_knows_its_margin() -> None:
     given.priced.costs[:] = [100, 25, 7]
     decision = decide_planned(given, Solver())
     assert (decision.selected, decision.saving_ns) == ((2,), 50)
-    assert decision.solution is not None
+    assert decision.solution
     assert decision.solution.gap == 0.0
     assert decision.plan_ns > 0
     assert decision.lost == (
@@ -184,39 +161,21 @@ def test_planned_what_is_forced_and_can_not_be_is_a_contradiction() -> None:
     assert [each.lost_ns for each in decision.lost] == [None, None]
 
 
-def ordered_sites(count: int = 3) -> Problem:
-    """Pads whose names are in graph order, applied to all."""
-
-    def model(x: Any, r: Any, w: Any) -> Any:
-        values = []
-        for _ in range(count):
-            x = ops.rms_norm(x, w, 1e-5, "llama")
-            values.append(ops.pad(x, 28))
-        return tuple(values)
-
-    return priced(problem_of(model, providers=TORCH), *range(1, count + 1))
-
-
 @pytest.mark.parametrize(
     ("most", "selected", "limited", "saving"),
-    [
-        (None, (0, 1, 2), (), 6),
-        (3, (0, 1, 2), (), 6),
-        (2, (0, 1), (2,), 3),
-        (1, (0,), (1, 2), 1),
-        (0, (), (0, 1, 2), 0),
-    ],
-)
+    [(None, (0, 1, 2), (), 6), (3, (0, 1, 2), (), 6), (2, (0, 1), (2,), 3), (1, (0,), (1, 2), 1),
+     (0, (), (0, 1, 2), 0)],
+)  # fmt: skip
 def test_a_limit_keeps_the_first_in_graph_order(
     most: int | None, selected: tuple[int, ...], limited: tuple[int, ...], saving: int
 ) -> None:
-    given = ordered_sites()
+    given = priced(problem_of(pads(3), providers=TORCH), 1, 2, 3)
     decision = limit(given, decide_planned(given, Solver()), most)
     assert (decision.selected, decision.limited, decision.saving_ns) == (selected, limited, saving)
 
 
 def test_a_limit_counts_along_the_graph_and_not_along_the_names() -> None:
-    given = ordered_sites()
+    given = priced(problem_of(pads(3), providers=TORCH), 1, 2, 3)
     backwards = replace(given, candidates=given.candidates[::-1])
     decision = limit(backwards, Decision(selected=(0, 1, 2), saving_ns=6), 2)
     assert (decision.selected, decision.limited, decision.saving_ns) == ((1, 2), (0,), 5)
@@ -234,14 +193,9 @@ def test_the_record_of_a_fusion() -> None:
 
 
 def test_the_record_of_somebodys_match() -> None:
-    from torch._inductor.pattern_matcher import PatternMatcherPass
-
     given = problem_of(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH)
     node = next(node for node in given.canonical.original.nodes if node.target is aten.relu.default)
-    entry: Any = None
-    owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"))
-    match = ExternalMatch(owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=(), found=entry)
-    given = problem_of(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH, external=[match])
+    given = problem_of(lambda x, r, w: (aten.relu.default(x), r), providers=TORCH, external=[somebodys(node)])
     fusion = fusion_record(given, 0)
     assert (fusion.rule, fusion.contested_op, fusion.site) == ("somebody", "aten.relu.default", node.name)
     assert (fusion.rounding_change, fusion.site_class) == (None, None)

@@ -203,14 +203,8 @@ def test_no_fusion_of_ours_is_assumed() -> None:
         (graph,) = report.graphs
         assert graph.plan is not None
         assert graph.plan.prices == ("modelled",)
-    assert {each.name for each in BUILT_IN_PROVIDERS} == {
-        "aiter",
-        "flashinfer",
-        "sdpa",
-        "sdpa_packed",
-        "torch",
-        "triton",
-    }
+    names = {"aiter", "flashinfer", "sdpa", "sdpa_packed", "torch", "triton"}
+    assert {each.name for each in BUILT_IN_PROVIDERS} == names
 
 
 def test_compiling_applies_it_only_where_it_was_priced() -> None:
@@ -227,12 +221,10 @@ def test_compiling_applies_it_only_where_it_was_priced() -> None:
     ("cost", "text"),
     [
         (-1.0, "cost=-1.0: allowed are a KernelCost, microseconds from 0 to 3600000000, and a function"),
-        (math.nan, "cost=nan: allowed"),
-        ("1 us", "cost='1 us': allowed"),
-        (KernelCost, "allowed are a KernelCost"),
+        (math.nan, "cost=nan: allowed"), ("1 us", "cost='1 us': allowed"), (KernelCost, "allowed are a KernelCost"),
         (True, "cost=True: allowed"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_cost_is_refused(cost: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         provider(cost)
@@ -257,10 +249,7 @@ def test_what_is_no_kernel_is_refused(changes: dict[str, Any], text: str) -> Non
 @pytest.mark.parametrize(
     ("cost", "text"),
     [
-        (
-            lambda m: m.nothing,
-            r"of x\[16, 64\] .* can't be computed: AttributeError: .*'nothing'",
-        ),
+        (lambda m: m.nothing, r"of x\[16, 64\] .* can't be computed: AttributeError: .*'nothing'"),
         (lambda m: -3, r"is -3: allowed are microseconds from 0 to 3600000000"),
         (lambda m: None, r"is None: allowed are microseconds"),
     ],

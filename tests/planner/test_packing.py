@@ -69,15 +69,28 @@ def test_candidates_that_go_together_are_one_atom() -> None:
     assert packing.weights[0] == 6 * 32 - 16 + 4 + 1
 
 
-def test_an_atom_that_rules_itself_out_can_not_be_chosen() -> None:
-    assert alive(packed(5, 7, together=((0, 1),), conflicts=((0, 1),))) == []
-    assert alive(packed(5, 7, requires=((0, 1),), conflicts=((0, 1),))) == [(1,)]
-    # Neither can what needs two that exclude each other.
-    assert alive(packed(5, 7, 9, requires=((0, 1), (0, 2)), conflicts=((1, 2),))) == [(1,), (2,)]
+@pytest.mark.parametrize(
+    ("packing", "left"),
+    [
+        (packed(5, 7, together=((0, 1),), conflicts=((0, 1),)), []),
+        (packed(5, 7, requires=((0, 1),), conflicts=((0, 1),)), [(1,)]),
+        (packed(5, 7, 9, requires=((0, 1), (0, 2)), conflicts=((1, 2),)), [(1,), (2,)]),
+        (packed(5, 7, 9, together=((0, 1),), cuts=((0, 1),)), [(2,)]),
+    ],
+    ids=[
+        "two that exclude each other",
+        "what it needs excludes it",
+        "it needs two that do",
+        "it fills a cut by itself",
+    ],
+)
+def test_an_atom_that_rules_itself_out_can_not_be_chosen(packing: Packing, left: list[tuple[int, ...]]) -> None:
+    assert alive(packing) == left
 
 
 def test_an_atom_brings_all_that_it_needs() -> None:
     packing = packed(5, 7, 9, 1, requires=((0, 1), (1, 2)))
+    assert packed(5, 7, 9, requires=((0, 1), (1, 2), (2, 0))).closures == [{0, 1, 2}] * 3
     assert packing.closures == [{0, 1, 2}, {1, 2}, {2}, {3}]
     assert packing.dependents == [{0}, {0, 1}, {0, 1, 2}, {3}]
     assert packing.coupled
@@ -92,11 +105,6 @@ def test_an_atom_brings_all_that_it_needs() -> None:
     assert state.gain(0) == weights[0]
     assert state.take(0)
     assert state.weight == weights[0] + weights[1] + weights[2]
-
-
-def test_a_ring_of_needs_is_taken_as_a_whole() -> None:
-    packing = packed(5, 7, 9, requires=((0, 1), (1, 2), (2, 0)))
-    assert packing.closures == [{0, 1, 2}] * 3
 
 
 def test_taking_excludes_neighbours_and_whatever_needs_them() -> None:
@@ -137,9 +145,6 @@ def test_an_atom_with_several_candidates_of_a_cut_counts_as_many() -> None:
     pairs = packed(5, 7, 9, 1, together=((0, 1), (2, 3)), cuts=((0, 1, 2, 3),))
     assert pairs.neighbours == [{1}, {0}]
     assert pairs.limits == []
-    # One that fills a cut by itself can never be chosen.
-    full = packed(5, 7, 9, together=((0, 1),), cuts=((0, 1),))
-    assert alive(full) == [(2,)]
 
 
 def test_a_cut_whose_atoms_exclude_each_other_anyway_is_no_limit() -> None:
@@ -192,6 +197,7 @@ def test_what_is_forced_is_chosen_and_what_is_forbidden_is_gone(
         {"forced": (0, 1, 2), "cuts": ((0, 1, 2),)},
         {"forced": (2,), "one_of": ((0, 1),), "conflicts": ((0, 1), (0, 2), (1, 2))},
         {"one_of": ((0, 1),), "conflicts": ((0, 1),), "forbidden": (0, 1)},
+        {"tables": (((0, 1), (((0,), 3),)),), "forced": (1,)},
     ],
 )
 def test_what_is_forced_and_rules_itself_out_has_no_packing(constraints: dict[str, Any]) -> None:
@@ -227,15 +233,11 @@ def test_measured_alternatives_are_atoms_that_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     ("constraints", "left"),
     [
-        ({"forbidden": (0,)}, [(1,)]),
-        ({"conflicts": ((0, 1),)}, [(0,), (1,)]),
-        ({"requires": ((0, 1),)}, [(1,), (0, 1)]),
-        ({"together": ((0, 1),)}, [(0, 1)]),
-        ({"cuts": ((0, 1),)}, [(0,), (1,)]),
-        ({"forced": (1,)}, [(1,), (0, 1)]),
-        ({"forced": (0, 1)}, [(0, 1)]),
+        ({"forbidden": (0,)}, [(1,)]), ({"conflicts": ((0, 1),)}, [(0,), (1,)]),
+        ({"requires": ((0, 1),)}, [(1,), (0, 1)]), ({"together": ((0, 1),)}, [(0, 1)]),
+        ({"cuts": ((0, 1),)}, [(0,), (1,)]), ({"forced": (1,)}, [(1,), (0, 1)]), ({"forced": (0, 1)}, [(0, 1)]),
     ],
-)
+)  # fmt: skip
 def test_measured_alternatives_that_contradict_what_is_known_are_none(
     constraints: dict[str, Any], left: list[tuple[int, ...]]
 ) -> None:
@@ -243,10 +245,6 @@ def test_measured_alternatives_that_contradict_what_is_known_are_none(
     assert packing.members == left
     expected = [frozenset(range(len(left)))] if "forced" in constraints else []
     assert packing.mandatory == expected
-
-
-def test_a_table_without_what_is_forced_has_no_packing() -> None:
-    assert contract(Component(savings=(1, 1), tables=(((0, 1), (((0,), 3),)),), forced=(1,))) is None
 
 
 def test_completing_takes_what_fits_and_adds_weight() -> None:
@@ -320,26 +318,31 @@ def tie(*savings: int, **constraints: Any) -> IntegerProgram:
     return IntegerProgram(names=tuple(f"c{i}" for i in range(len(savings))), savings_ns=savings, **constraints)
 
 
-def test_simpler_ways_of_choosing() -> None:
-    star = tie(10, 9, 9, conflicts=frozenset({(0, 1), (0, 2)}))
-    assert greedy(star, heaviest).selected == (0,)
-    assert greedy(star, heaviest).objective_ns == 10
-    assert greedy(star, largest([1, 2, 2])).selected == (1, 2)
-    assert greedy(star, largest([1, 1, 1])).selected == (0,)  # of equals the first
-    assert greedy(tie(5, 5, conflicts=frozenset({(0, 1)})), heaviest).selected == (0,)
-    assert greedy(tie(5, -5, 0), heaviest).selected == (0,)
-    assert greedy(star, heaviest, among=[1, 2]).selected == (1, 2)
-    assert greedy(star, heaviest, among=[]).selected == ()
-    joined = tie(5, 5, 9, conflicts=frozenset({(1, 2)}), together=(frozenset({0, 1}),))
-    assert greedy(joined, heaviest).selected == (0, 1)
-    assert greedy(joined, heaviest, among=[0, 2]).selected == (2,)
+STAR = tie(10, 9, 9, conflicts=frozenset({(0, 1), (0, 2)}))
+JOINED = tie(5, 5, 9, conflicts=frozenset({(1, 2)}), together=(frozenset({0, 1}),))
+FORCED = tie(1, 9, 5, conflicts=frozenset({(0, 1), (0, 2)}), forced=frozenset({0}))
+ONE_OF = tie(1, 2, 9, conflicts=frozenset({(0, 1), (0, 2), (1, 2)}), one_of=(frozenset({0, 1}),))
 
 
-def test_simpler_ways_heed_what_is_forced_and_cycles() -> None:
-    forced = tie(1, 9, 5, conflicts=frozenset({(0, 1), (0, 2)}), forced=frozenset({0}))
-    assert greedy(forced, heaviest).selected == (0,)
-    one_of = tie(1, 2, 9, conflicts=frozenset({(0, 1), (0, 2), (1, 2)}), one_of=(frozenset({0, 1}),))
-    assert greedy(one_of, heaviest).selected == (1,)
+@pytest.mark.parametrize(
+    ("program", "preference", "among", "selected"),
+    [
+        (STAR, heaviest, None, (0,)), (STAR, largest([1, 2, 2]), None, (1, 2)),
+        (STAR, largest([1, 1, 1]), None, (0,)),  # of equals the first
+        (tie(5, 5, conflicts=frozenset({(0, 1)})), heaviest, None, (0,)), (tie(5, -5, 0), heaviest, None, (0,)),
+        (STAR, heaviest, [1, 2], (1, 2)), (STAR, heaviest, [], ()), (JOINED, heaviest, None, (0, 1)),
+        (JOINED, heaviest, [0, 2], (2,)), (FORCED, heaviest, None, (0,)), (ONE_OF, heaviest, None, (1,)),
+    ],
+)  # fmt: skip
+def test_simpler_ways_of_choosing(
+    program: IntegerProgram, preference: Any, among: list[int] | None, selected: tuple[int, ...]
+) -> None:
+    found = greedy(program, preference, among=among)
+    assert found.selected == selected
+    assert found.objective_ns == program.saving(selected)
+
+
+def test_simpler_ways_heed_cycles_and_say_what_is_impossible() -> None:
     cyclic = tie(9, 5, 3)
     assert greedy(cyclic, heaviest, lambda chosen: [(0, 1)] if {0, 1} <= set(chosen) else []).selected == (0, 2)
     impossible = tie(1, 2, conflicts=frozenset({(0, 1)}), forced=frozenset({0, 1}))

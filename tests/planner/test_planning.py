@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -24,9 +23,11 @@ from fuseplan.planner.pose import Problem
 from fuseplan.planner.program import Solution
 from fuseplan.planner.solver import Solver
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
-from fuseplan.record import Reason, SavedPlans, diff
-from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
+from fuseplan.record import GraphReport, Reason, SavedPlans, diff
+from fuseplan.rules import Rule
+from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule, find_sites
 from tests.helpers import needs_rounded_residual
+from tests.planner.test_candidates import together
 from tests.workload_graphs import workload_graph
 
 PLANNED = Policy(name="planned")
@@ -45,10 +46,13 @@ def manager(config: PassConfig | None = None, span: CompileRange = RANGES[0], **
     return PostGradPassManager(config or PassConfig(), compile_range=span, **options)
 
 
-def fused(planner: PostGradPassManager, graph: fx.Graph) -> dict[str, int]:
+def report_of(planner: PostGradPassManager, graph: fx.Graph) -> GraphReport:
     analysis = planner.analyze(graph)
-    decision = planner.decide(analysis, planner.config.chosen_policy, "graph_0")
-    return planner.report("graph_0", analysis, decision).count(planner.rules)
+    return planner.report("graph_0", analysis, planner.decide(analysis, planner.config.chosen_policy, "graph_0"))
+
+
+def fused(planner: PostGradPassManager, graph: fx.Graph) -> dict[str, int]:
+    return report_of(planner, graph).count(planner.rules)
 
 
 def check_never_worse(analysis: Analysis) -> None:
@@ -125,23 +129,23 @@ def test_every_loser_knows_its_margin(gpt_oss: fx.Graph) -> None:
     """What is lost by forcing a candidate is what the record says, and at `flips_at` the two are even."""
     planner = manager()
     analysis = planner.analyze(gpt_oss)
-    problem_of = analysis.problem
+    given = analysis.problem
     decision = planner.decide(analysis, PLANNED, "graph_0")
     assert decision.lost
     for lost in decision.lost:
-        forced = replace(problem_of.program, forced=frozenset({lost.candidate}))
-        best = Solver().solve(forced, problem_of.find_cycles).objective_ns
+        forced = replace(given.program, forced=frozenset({lost.candidate}))
+        best = Solver().solve(forced, given.find_cycles).objective_ns
         assert lost.lost_ns == decision.saving_ns - best
-        cost = problem_of.priced.costs[lost.candidate]
+        cost = given.priced.costs[lost.candidate]
         assert cost is not None
         if lost.flips_at_ns is not None:
-            savings = list(problem_of.program.savings_ns)
+            savings = list(given.program.savings_ns)
             savings[lost.candidate] += cost - lost.flips_at_ns
             flipped = replace(forced, savings_ns=tuple(savings))
-            assert Solver().solve(flipped, problem_of.find_cycles).objective_ns == decision.saving_ns
+            assert Solver().solve(flipped, given.find_cycles).objective_ns == decision.saving_ns
             savings[lost.candidate] += 1
-            cheaper = replace(problem_of.program, savings_ns=tuple(savings))
-            assert lost.candidate in Solver().solve(cheaper, problem_of.find_cycles).selected
+            cheaper = replace(given.program, savings_ns=tuple(savings))
+            assert lost.candidate in Solver().solve(cheaper, given.find_cycles).selected
 
 
 def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
@@ -166,31 +170,20 @@ def test_forcing_and_forbidding_by_rule_and_by_place(gpt_oss: fx.Graph) -> None:
     ("config", "error", "says"),
     [
         ({"force": ["act_padding"], "forbid": ["act_padding"]}, ConfigError, "'act_padding' is forced and forbidden"),
-        (
-            {"force": ["act_padding"], "forbid": ["allreduce_rms", "act_padding@*.1.*"]},
-            PlanError,
-            (
-                "force 'act_padding' and forbid 'act_padding@*.1.*' contradict each other at "
-                "layers.1.post_attention_norm: every fusion forced there is forbidden; drop one of them"
-            ),
-        ),
-        (
-            {"force": ["act_padding", "allreduce_rms"]},
-            PlanError,
-            (
-                "force 'act_padding' and force 'allreduce_rms' contradict each other at "
-                "layers.0-1.post_attention_norm: they want the same op there, which can be in one fusion only"
-            ),
-        ),
+        ({"force": ["act_padding"], "forbid": ["allreduce_rms", "act_padding@*.1.*"]}, PlanError,
+         ("force 'act_padding' and forbid 'act_padding@*.1.*' contradict each other at layers.1.post_attention_norm: "
+          "every fusion forced there is forbidden; drop one of them")),
+        ({"force": ["act_padding", "allreduce_rms"]}, PlanError,
+         ("force 'act_padding' and force 'allreduce_rms' contradict each other at layers.0-1.post_attention_norm: "
+          "they want the same op there, which can be in one fusion only")),
         ({"force": ["act_pading"]}, ConfigError, "did you mean 'act_padding'"),
-        ({"force": ["act_padding#x"]}, ConfigError, "isn't of the form RULE"),
         ({"force": "act_padding"}, ConfigError, "sequences of texts"),
         ({"force": ["act_padding"], "policy": "off"}, ConfigError, "force needs policy planned"),
         ({"node_budget": 0}, ConfigError, "integers of at least 1"),
         ({"costs": "measurd"}, ConfigError, "did you mean 'measured'"),
         ({"costs": "measured"}, ConfigError, "needs a cost table"),
     ],
-)
+)  # fmt: skip
 def test_requests_that_contradict_themselves_end_in_one_line(
     gpt_oss: fx.Graph, config: dict[str, Any], error: type[Exception], says: str
 ) -> None:
@@ -204,8 +197,7 @@ def test_requests_that_contradict_themselves_end_in_one_line(
 def test_requests_that_select_nothing_are_a_warning(gpt_oss: fx.Graph, request_: dict[str, Any]) -> None:
     """A model can have several graphs, and what is asked for need not be in all of them."""
     planner = manager(PassConfig(**request_))
-    analysis = planner.analyze(gpt_oss)
-    report = planner.report("graph_0", analysis, planner.decide(analysis, PLANNED, "graph_0"))
+    report = report_of(planner, gpt_oss)
     (refusal,) = [each for each in report.refusals if each.reason is Reason.NO_EFFECT]
     assert "selects no match in this graph" in refusal.detail
     assert fused(planner, gpt_oss) == fused(manager(), gpt_oss)
@@ -237,22 +229,20 @@ def test_a_plan_is_saved_replayed_and_compared(gpt_oss: fx.Graph, tmp_path: Path
 def test_a_replay_that_does_not_fit_names_the_first_difference(gpt_oss: fx.Graph, tmp_path: Path) -> None:
     planner = manager()
     analysis = planner.analyze(gpt_oss)
-    problem_of = analysis.problem
-    plan = plan_record(problem_of, planner.decide(analysis, PLANNED, "graph_0"), "graph_0", (1, 64), "h200")
-    fewer = replace(plan, sites=plan.sites[:-1])
-    with pytest.raises(PlanError, match=f"there were {len(fewer.sites)} sites and are {len(plan.sites)}"):
-        replay(problem_of, fewer)
-    with (
-        workload_graph("gpt-oss-20b", 1, LAYERS) as whole,
-        pytest.raises(PlanError, match=r"site 0 was all_reduce\[2\] .* and is rms_n"),
-    ):
-        replay(planner.analyze(whole).problem, plan)
-    gone = replace(plan.selected[0], name=plan.selected[0].name.replace("triton", "nobody"))
-    with pytest.raises(PlanError, match=r"nobody.*matches nothing here"):
-        replay(problem_of, replace(plan, selected=(gone,)))
-    other = replace(plan.selected[0], signature="something_else()")
-    with pytest.raises(PlanError, match=r"was something_else\(\) and is"):
-        replay(problem_of, replace(plan, selected=(other,)))
+    given = analysis.problem
+    plan = plan_record(given, planner.decide(analysis, PLANNED, "graph_0"), "graph_0", (1, 64), "h200")
+    first = plan.selected[0]
+    with workload_graph("gpt-oss-20b", 1, LAYERS) as whole:
+        another = planner.analyze(whole).problem
+    for problem, changed, says in (
+        (given, {"sites": plan.sites[:-1]}, f"there were {len(plan.sites) - 1} sites and are {len(plan.sites)}"),
+        (another, {}, r"site 0 was all_reduce\[2\] .* and is rms_n"),
+        (given, {"selected": (replace(first, name=first.name.replace("triton", "nobody")),)},
+         r"nobody.*matches nothing here"),
+        (given, {"selected": (replace(first, signature="something_else()"),)}, r"was something_else\(\) and is"),
+    ):  # fmt: skip
+        with pytest.raises(PlanError, match=says):
+            replay(problem, replace(plan, **changed))
     saved = SavedPlans(workload="w", tp=2, plans=(plan,))
     with pytest.raises(PlanError, match="none for graph_1 at 1:64 tokens; there are: graph_0 1:64"):
         saved.find("graph_1", (1, 64))
@@ -260,10 +250,10 @@ def test_a_replay_that_does_not_fit_names_the_first_difference(gpt_oss: fx.Graph
     saved.save(path)
     data = json.loads(path.read_text())
     data["plans"][0]["selected"][0]["name"] += "x"
-    path.write_text(json.dumps(data))
-    with pytest.raises(PlanError, match="was changed after it was saved"):
-        SavedPlans.load(path)
-    for content, says in (("{", "isn't JSON"), ('{"schema": 9}', "schema 9"), ("[]", "isn't a JSON object")):
+    for content, says in (
+        (json.dumps(data), "was changed after it was saved"), ("{", "isn't JSON"), ('{"schema": 9}', "schema 9"),
+        ("[]", "isn't a JSON object"),
+    ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(PlanError, match=says):
             SavedPlans.load(path)
@@ -271,7 +261,7 @@ def test_a_replay_that_does_not_fit_names_the_first_difference(gpt_oss: fx.Graph
         SavedPlans.load(tmp_path / "absent.json")
 
 
-def cost_rows(analysis: Analysis, prices: dict[str, int], spread: int = 0) -> list[dict[str, Any]]:
+def cost_rows(analysis: Analysis, prices: dict[str, int]) -> list[dict[str, Any]]:
     """Rows for every site of a graph: `prices` by rule, a slow 90 us for all other alternatives."""
     rows = {}
     for candidate in analysis.problem.candidates:
@@ -283,7 +273,7 @@ def cost_rows(analysis: Analysis, prices: dict[str, int], spread: int = 0) -> li
         for tokens in (1, 64):
             for key, time_ns in ((row_key(signature, name), wanted), (row_key(signature, UNFUSED), 20_000)):
                 rows[key, tokens] = {
-                    "key": key, "tokens": tokens, "time_ns": time_ns, "spread_ns": spread, "provenance": "measured",
+                    "key": key, "tokens": tokens, "time_ns": time_ns, "spread_ns": 0, "provenance": "measured",
                     "device": "h200", "torch": "", "triton": "", "topology": "tp2", "date": "2026-11-22", "command": "",
                 }  # fmt: skip
     return list(rows.values())
@@ -296,58 +286,23 @@ def with_table(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("winner", ["act_padding", "allreduce_rms", "allreduce_rms_padding"])
-def test_the_plan_follows_a_cost_table(gpt_oss: fx.Graph, tmp_path: Path, winner: str) -> None:
+def test_the_plan_follows_a_cost_table(
+    gpt_oss: fx.Graph, tmp_path: Path, winner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = cost_rows(manager().analyze(gpt_oss), {winner: 5_000})
-    counts = fused(manager(PassConfig(cost_table=with_table(tmp_path, rows))), gpt_oss)
-    contested = LAYERS
-    assert counts[winner] >= contested
+    monkeypatch.setenv("FUSEPLAN_COSTS", str(with_table(tmp_path, rows)))
+    counts = fused(manager(), gpt_oss)
+    assert counts[winner] >= LAYERS
     assert sum(counts.values()) == counts[winner]
-
-
-def test_the_environment_names_a_cost_table(gpt_oss: fx.Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = with_table(tmp_path, cost_rows(manager().analyze(gpt_oss), {"act_padding": 5_000}))
-    monkeypatch.setenv("FUSEPLAN_COSTS", str(path))
-    assert fused(manager(), gpt_oss)["act_padding"] == LAYERS
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="isn't JSON"):
-        manager()
-
-
-def test_margins_inside_the_noise_are_ties_toward_no_fusion(gpt_oss: fx.Graph, tmp_path: Path) -> None:
-    analysis = manager().analyze(gpt_oss)
-    quiet = cost_rows(analysis, {"allreduce_rms_padding": 19_000})
-    noisy = cost_rows(analysis, {"allreduce_rms_padding": 19_000}, spread=1_500)
-    assert fused(manager(PassConfig(cost_table=with_table(tmp_path, quiet))), gpt_oss)["allreduce_rms_padding"]
-    assert not any(fused(manager(PassConfig(cost_table=with_table(tmp_path, noisy))), gpt_oss).values())
-
-
-def test_a_component_is_never_priced_from_both(gpt_oss: fx.Graph, tmp_path: Path) -> None:
-    rows = cost_rows(manager().analyze(gpt_oss), {"act_padding": 5_000})
-    incomplete = [row for row in rows if "allreduce_rms_padding" not in row["key"]]
-    path = with_table(tmp_path, incomplete)
-    automatic = manager(PassConfig(cost_table=path)).analyze(gpt_oss)
-    contested = {c.site.ordinal for c in automatic.problem.candidates if c.rule == "act_padding" and c.site}
-    for candidate, provenance in zip(automatic.problem.candidates, automatic.problem.priced.provenance, strict=True):
-        assert candidate.site is not None
-        assert provenance == ("modelled" if candidate.site.ordinal in contested else "measured")
-    measured = manager(PassConfig(cost_table=path, costs="measured"))
-    assert fused(measured, gpt_oss)["act_padding"] == LAYERS
-    assert fused(manager(PassConfig(cost_table=path, costs="modelled")), gpt_oss)["allreduce_rms_padding"] == LAYERS
 
 
 def test_prices_tables_plans_and_requests_change_the_cache_key(gpt_oss: fx.Graph, tmp_path: Path) -> None:
     rows = cost_rows(manager().analyze(gpt_oss), {"act_padding": 5_000})
     path = with_table(tmp_path, rows)
     configs: list[dict[str, Any]] = [
-        {},
-        {"cost_table": path},
-        {"cost_table": path, "costs": "measured"},
-        {"costs": "modelled"},
-        {"force": ["act_padding"]},
-        {"forbid": ["act_padding"]},
-        {"node_budget": 7},
-        {"allow_rounding_changes": True},
-    ]
+        {}, {"cost_table": path}, {"cost_table": path, "costs": "measured"}, {"costs": "modelled"},
+        {"force": ["act_padding"]}, {"forbid": ["act_padding"]}, {"node_budget": 7}, {"allow_rounding_changes": True},
+    ]  # fmt: skip
     keys = {manager(PassConfig(**config)).uuid() for config in configs}
     keys.add(manager(device=PROFILES["b200"]).uuid())
     keys.add(manager(rules=[coupled("act_padding")]).uuid())
@@ -384,24 +339,13 @@ def test_sites_do_not_change_with_rules_that_are_off(gpt_oss: fx.Graph) -> None:
     every = manager().analyze(gpt_oss).problem.sites
     few = manager(PassConfig(fuse_act_padding=False)).analyze(gpt_oss).problem.sites
     assert every == few
-    assert len(every) == len(canonical.calls(*{site.core.target for site in _sites(canonical)}))
+    assert len(every) == len(canonical.calls(*{site.core.target for site in find_sites(canonical)}))
 
 
-def _sites(canonical: Any) -> Any:
-    from fuseplan.rules.families import find_sites
-
-    return find_sites(canonical)
-
-
-def coupled(name: str, **attributes: Any) -> Any:
+def coupled(name: str, **attributes: Any) -> Rule:
     """A rule of the built-in ones that asks for more."""
-    found = next(
-        rule for rule in BUILT_IN_RULES if rule.name == name and isinstance(rule, ComposedRule) and rule.member.residual
-    )
-    rule = copy(found)
-    for key, value in attributes.items():
-        setattr(rule, key, value)
-    return rule
+    rules = together(name, **attributes)
+    return next(rule for rule in rules if isinstance(rule, ComposedRule) and rule.member.residual)
 
 
 def test_a_rule_whose_matches_go_together(gpt_oss: fx.Graph) -> None:
@@ -431,8 +375,7 @@ def test_a_flag_whose_fusions_cost_more_than_they_save_is_a_warning(gpt_oss: fx.
     torch_alone = [provider for provider in BUILT_IN_PROVIDERS if provider.name == "torch"]
     for flag, warned in ((None, False), (True, True)):
         planner = manager(PassConfig(fuse_act_padding=flag), providers=torch_alone)
-        analysis = planner.analyze(gpt_oss)
-        report = planner.report("graph_0", analysis, planner.decide(analysis, PLANNED, "graph_0"))
+        report = report_of(planner, gpt_oss)
         assert not report.applied
         details = [each.detail for each in report.refusals if each.reason is Reason.NO_EFFECT]
         assert bool(details) is warned

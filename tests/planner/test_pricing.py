@@ -5,27 +5,36 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
-from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.caching.content import content_of
 from fuseplan.dialect import define, ops
 from fuseplan.dialect.raising import canonicalize
-from fuseplan.matching import ExternalMatch, ExternalPass
 from fuseplan.planner.alternatives import MAX_ENUMERATED, UNFUSED, alternative_name, break_ties, compatible, row_key
 from fuseplan.planner.components import components
 from fuseplan.planner.costs import ROW, Provenance
 from fuseplan.planner.doubt import weighted
-from fuseplan.planner.pose import pose
+from fuseplan.planner.pose import Problem, pose
 from fuseplan.planner.prices import Prices
 from fuseplan.planner.pricing import sizes_of
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.rows import Rows
 from fuseplan.providers import provider_of
 from fuseplan.rules import Rule
-from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import written
-from tests.planner.posing import MODEL, PROVIDERS, TORCH, X, by_provider, measured, norm_and_pad, problem_of, twice
+from tests.planner.posing import (
+    MODEL,
+    PROVIDERS,
+    TORCH,
+    X,
+    by_provider,
+    contested,
+    measured,
+    pads_of,
+    problem_of,
+    somebodys,
+    twice,
+)  # fmt: skip
+from tests.planner.test_candidates import together
 
 aten = torch.ops.aten
 
@@ -40,14 +49,9 @@ def test_a_range_is_priced_at_both_ends_and_the_geometric_middle(span: tuple[int
 
 @pytest.mark.parametrize(
     ("savings", "unfused", "expected"),
-    [
-        ([7], [1000], 7),
-        ([10, 30], [100, 300], 30),
-        ([0, 50, 10], [10, 100, 1000], 17),
-        ([2, 4], [0, 4], 6),
-        ([-10, -10, -10], [100, 100, 100], -10),
-    ],
-)
+    [([7], [1000], 7), ([10, 30], [100, 300], 30), ([0, 50, 10], [10, 100, 1000], 17), ([2, 4], [0, 4], 6),
+     ([-10, -10, -10], [100, 100, 100], -10)],
+)  # fmt: skip
 def test_savings_are_weighed_by_what_they_are_of(savings: list[int], unfused: list[int], expected: int) -> None:
     assert weighted(savings, unfused) == expected
 
@@ -116,19 +120,14 @@ def test_the_model_prices_a_site_with_and_without_a_fusion() -> None:
     assert by_provider(given, given.priced.savings) == {name: (value,) for name, value in saved.items()}
     assert given.priced.unfused == [UNFUSED_NS]
     assert given.unfused_ns == UNFUSED_NS
+    assert given.components == components(given.program) == [(0, 1)]
     assert set(given.priced.provenance) == {Provenance.MODELLED}
     assert given.priced.alternatives == {}
     # Of a static graph whose inputs are no token ids nobody knows the tokens.
     assert given.priced.tokens == (1,)
 
 
-def test_the_model_adds_what_a_fusion_leaves_of_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("rules.families.sites", "matching.candidates"):
-        monkeypatch.setattr(f"fuseplan.{place}.group_size", {"g": 4}.get)
-
-    def contested(x: Any, r: Any, w: Any) -> Any:
-        return norm_and_pad(ops.all_reduce(x, "g"), r, w)
-
+def test_the_model_adds_what_a_fusion_leaves_of_its_site() -> None:
     given = problem_of(contested, providers=PROVIDERS[1:])
     ring, pad = 3200 + 375, 1046
     unfused = ring + UNFUSED_NS
@@ -158,8 +157,7 @@ def test_a_dynamic_graph_is_priced_at_every_size_of_its_range() -> None:
 
 def test_sites_of_one_component_are_priced_together() -> None:
     """`together` ties both pads to one component, whose unfused time is that of both sites."""
-    rules = [_together(rule) for rule in BUILT_IN_RULES if rule.name == "act_padding"]
-    given = problem_of(twice, rules=rules, dynamic=True, span=(10, 1000), providers=TORCH)
+    given = problem_of(twice, rules=together(together=True), dynamic=True, span=(10, 1000), providers=TORCH)
     assert given.components == [(0, 1)]
     alone = problem_of(twice, dynamic=True, span=(10, 1000), providers=TORCH)
     assert alone.components == [(0,), (1,)]
@@ -168,15 +166,6 @@ def test_sites_of_one_component_are_priced_together() -> None:
         savings = given.priced.savings[index]
         assert savings == alone.priced.savings[index]
         assert given.program.savings_ns[index] == weighted(savings, given.priced.unfused)
-
-
-def _together(rule: Rule) -> Rule:
-    class Together(type(rule)):  # type: ignore[misc]
-        together = True
-
-    copied: Rule = Together.__new__(Together)
-    copied.__dict__.update(rule.__dict__)
-    return copied
 
 
 padded_relu = define(
@@ -210,19 +199,11 @@ def test_what_the_model_does_not_know_saves_a_launch_for_each_op_less() -> None:
     assert given.priced.unfused == [0, 0, 0]
 
 
-def somebodys(graph: fx.Graph, saving_us: float | None) -> ExternalMatch:
-    owner = ExternalPass(matcher=PatternMatcherPass(pass_name="somebody"), saving_us=saving_us)
-    node = graph.find_nodes(op="call_function", target=aten.relu.default)[0]
-    entry: Any = None
-    return ExternalMatch(
-        owner=owner, entry=entry, anchor=node, consumed=(node,), ordinal=0, emits=("theirs",), found=entry
-    )
-
-
 @pytest.mark.parametrize(("saving_us", "expected"), [(None, 1000), (2.5, 2500), (0.0, 0)])
 def test_somebodys_pass_saves_what_its_owner_says_or_a_launch(saving_us: float | None, expected: int) -> None:
     canonical = canonicalize(written(lambda x: (aten.relu.default(x),), {"x": X}, dynamic=True))
-    match = somebodys(canonical.original, saving_us)
+    (relu,) = canonical.original.find_nodes(op="call_function", target=aten.relu.default)
+    match = somebodys(relu, saving_us=saving_us, emits=("theirs",))
     given = pose(canonical, [], [match], Prices(model=MODEL), (1, 64))
     assert given.program.savings_ns == (expected,)
     assert given.priced.savings == [(expected,) * 3]
@@ -249,22 +230,28 @@ def test_a_table_prices_a_component_as_a_whole() -> None:
     assert given.program.alternatives == {frozenset({0, 1}): expected}
 
 
-def test_a_table_is_read_at_every_size() -> None:
-    rows = {"": [(1000, 0), (4000, 0)], "triton": [(500, 0), (1000, 0)], "torch": [(1000, 0), (4000, 0)]}
+def read_at_each(rows: Mapping[str, Any]) -> Problem:
+    """Of a table of 10 and 40 tokens."""
     plain = problem_of(dynamic=True, span=(10, 40))
-    given = problem_of(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
+    return problem_of(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
+
+
+def test_a_table_is_read_at_every_size() -> None:
+    given = read_at_each(
+        {"": [(1000, 0), (4000, 0)], "triton": [(500, 0), (1000, 0)], "torch": [(1000, 0), (4000, 0)]}
+    )  # fmt: skip
     assert given.priced.tokens == (10, 20, 40)
     assert by_provider(given, given.priced.savings)["triton"] == (500, 2000 - 667, 3000)
     assert by_provider(given, given.priced.costs)["triton"] == 667
     assert given.priced.unfused == [1000, 2000, 4000]
-    assert by_provider(given, given.program.savings_ns) == {"triton": weighted((500, 1333, 3000), (1000, 2000, 4000)),
-                                                            "torch": 0}  # fmt: skip
+    weighed = weighted((500, 1333, 3000), (1000, 2000, 4000))
+    assert by_provider(given, given.program.savings_ns) == {"triton": weighed, "torch": 0}
 
 
 def test_the_largest_spread_of_all_sizes_is_the_noise() -> None:
-    rows = {"": [(1000, 1), (4000, 7)], "triton": [(990, 300), (3960, 2)], "torch": [(2000, 0), (5000, 0)]}
-    plain = problem_of(dynamic=True, span=(10, 40))
-    given = problem_of(dynamic=True, span=(10, 40), prices=Prices(model=MODEL, table=measured(plain, rows, (10, 40))))
+    given = read_at_each(
+        {"": [(1000, 1), (4000, 7)], "triton": [(990, 300), (3960, 2)], "torch": [(2000, 0), (5000, 0)]}
+    )  # fmt: skip
     assert by_provider(given, given.program.savings_ns)["triton"] == 0
 
 
@@ -299,27 +286,15 @@ def test_a_difference_of_two_rows_errs_by_both_in_opposite_ways() -> None:
     assert 0 < first < second
 
 
-def test_a_table_may_be_there_and_not_be_asked() -> None:
-    given = problem_of(prices=Prices(model=MODEL, table=measured(problem_of(), ALL), source="modelled"))
-    assert given.program.savings_ns == problem_of().program.savings_ns
-
-
-def many(count: int) -> Any:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = ops.rms_norm(x, w, 1e-5, "llama")
-        return tuple(ops.pad(y, 28) for _ in range(count))
-
-    return model
-
-
 @pytest.mark.parametrize("count", [MAX_ENUMERATED, MAX_ENUMERATED + 1])
 def test_large_components_are_not_looked_up(count: int) -> None:
     """A table from which only the unfused row can be read, and that is all there is, is asked up to a number."""
     alone = [provider for provider in PROVIDERS if provider.name == "triton"]
-    plain = problem_of(many(count), providers=alone)
+    many = pads_of(*[28] * count)
+    plain = problem_of(many, providers=alone)
     assert [len(each) for each in plain.components] == [count]
     table = measured(plain, {"": [(5000, 10)]})
-    given = problem_of(many(count), providers=alone, prices=Prices(model=MODEL, table=table, source="measured"))
+    given = problem_of(many, providers=alone, prices=Prices(model=MODEL, table=table, source="measured"))
     expected = Provenance.MEASURED if count == MAX_ENUMERATED else Provenance.MODELLED
     assert set(given.priced.provenance) == {expected}
 
@@ -337,14 +312,9 @@ def test_names_of_alternatives() -> None:
 
 def test_prices_know_what_they_depend_on() -> None:
     table = measured(problem_of(), ALL)
-    assert Prices(model=MODEL).key == ["round", "inductor", content_of(MODEL.hardware).digest, "auto", ""]
-    assert Prices(model=MODEL, table=table, source="measured").key == [
-        "round",
-        "inductor",
-        content_of(MODEL.hardware).digest,
-        "measured",
-        table.digest,
-    ]
+    device = ["round", "inductor", content_of(MODEL.hardware).digest]
+    assert Prices(model=MODEL).key == [*device, "auto", ""]
+    assert Prices(model=MODEL, table=table, source="measured").key == [*device, "measured", table.digest]
     assert Prices(model=MODEL).launch_ns == 1000
 
 
@@ -357,8 +327,3 @@ def test_what_prices_and_rows_remember_is_no_part_of_them() -> None:
     rows.at(X.new_empty(3, 5), 7)
     assert rows == fresh
     assert repr(rows) == repr(fresh)
-
-
-def test_components_of_the_structure_are_what_is_priced() -> None:
-    given = problem_of()
-    assert given.components == components(given.program) == [(0, 1)]

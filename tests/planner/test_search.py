@@ -17,18 +17,19 @@ from fuseplan.planner.packing import Packing, contract
 from fuseplan.planner.program import IntegerProgram
 from fuseplan.planner.relaxation import Relaxation, elimination_order
 from fuseplan.planner.solver import Solver
-
-
-def packed(*savings: int, **constraints: Any) -> Packing:
-    packing = contract(Component(savings=savings, **constraints))
-    assert packing is not None
-    return packing
+from tests.planner.test_packing import packed, tie
 
 
 def path(*weights: int) -> tuple[list[int], list[frozenset[int]]]:
     """Each excludes the one before and the one after."""
     last = len(weights) - 1
     return [*weights], [frozenset(i for i in (place - 1, place + 1) if 0 <= i <= last) for place in range(last + 1)]
+
+
+def contracted(part: Component) -> Packing:
+    packing = contract(part)
+    assert packing is not None
+    return packing
 
 
 @pytest.mark.parametrize(
@@ -80,24 +81,22 @@ def test_later_neighbours_of_a_chordal_graph_are_cliques() -> None:
     assert len(given) == 4
 
 
-def ring(size: int, *savings: int) -> Component:
+def ring(size: int) -> Component:
     """An odd ring, whose relaxation has a gap, so that the search has to branch."""
     conflicts = tuple(sorted((min(i, (i + 1) % size), max(i, (i + 1) % size)) for i in range(size)))
-    return Component(savings=savings or (10,) * size, conflicts=conflicts)
+    return Component(savings=(10,) * size, conflicts=conflicts)
 
 
 @pytest.mark.parametrize(("size", "best"), [(3, 10), (5, 20), (7, 30), (9, 40)])
 def test_rings_are_branched_on_and_settled(size: int, best: int) -> None:
-    packing = contract(ring(size))
-    assert packing is not None
+    packing = contracted(ring(size))
     outcome = search(packing, 1000)
     assert outcome.is_optimal
     assert packing.saving(outcome.weight) == packing.saving(outcome.bound) == best
 
 
 def test_a_budget_leaves_the_best_found_and_a_bound() -> None:
-    packing = contract(_tangle(30, 0.3, 5))
-    assert packing is not None
+    packing = contracted(_tangle(30, 0.3, 5))
     full = search(packing, 10_000)
     assert full.is_optimal
     assert full.nodes > 2
@@ -141,8 +140,7 @@ def covers(packing: Packing, found: Iterable[Sequence[int]], atoms: Iterable[int
 
 def test_cliques_cover_every_conflict_and_nothing_else() -> None:
     for seed in range(8):
-        packing = contract(_tangle(12, 0.5, seed))
-        assert packing is not None
+        packing = contracted(_tangle(12, 0.5, seed))
         for atoms in (range(12), range(0, 12, 2)):
             found = list(cliques(packing, list(atoms)))
             assert covers(packing, found, atoms)
@@ -194,8 +192,7 @@ def linear(packing: Packing, budget: int = 10_000) -> tuple[int, int, int] | Non
 
 def test_what_a_linear_relaxation_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of all atoms of a ring of five make a bound of 25; branching on them makes it 20."""
-    packing = contract(ring(5))
-    assert packing is not None
+    packing = contracted(ring(5))
     branched, relaxed = linear(packing), (25, 20, 1)
     assert branched is not None
     assert branched[:2] == (20, 20)
@@ -222,29 +219,29 @@ def test_a_linear_relaxation_is_exact_or_isn_t_asked() -> None:
     assert linear(packed(most, most)) is None
 
 
-def test_a_linear_relaxation_of_what_excludes_nothing() -> None:
-    assert linear(packed(5, 7, -3, 0)) == (12, 12, 1)
-    assert linear(packed(5, 7, forced=(1,))) == (12, 12, 1)
-    assert linear(packed(4, 4, 9, conflicts=((0, 2), (1, 2)))) == (9, 9, 1)
-
-
-def chosen_by_linear(packing: Packing) -> tuple[int, ...]:
-    relaxed = solve_linear(packing, 10_000)
-    assert relaxed is not None
-    assert relaxed.chosen is not None
-    return packing.candidates(relaxed.chosen)
+@pytest.mark.parametrize(
+    ("packing", "bound"),
+    [
+        (packed(5, 7, -3, 0), 12), (packed(5, 7, forced=(1,)), 12),
+        (packed(4, 4, 9, conflicts=((0, 2), (1, 2))), 9),
+    ],
+)  # fmt: skip
+def test_a_linear_relaxation_of_what_excludes_nothing(packing: Packing, bound: int) -> None:
+    assert linear(packing) == (bound, bound, 1)
 
 
 def test_a_linear_relaxation_prefers_fewer_candidates() -> None:
-    assert chosen_by_linear(packed(5, 5, 10, conflicts=((0, 2), (1, 2)))) == (2,)
-    assert chosen_by_linear(packed(10, 5, 5, conflicts=((0, 1), (0, 2)))) == (0,)
+    for packing, chosen in (
+        (packed(5, 5, 10, conflicts=((0, 2), (1, 2))), (2,)), (packed(10, 5, 5, conflicts=((0, 1), (0, 2))), (0,)),
+    ):  # fmt: skip
+        relaxed = solve_linear(packing, 10_000)
+        assert relaxed is not None
+        assert packing.candidates(relaxed.chosen or ()) == chosen
 
 
 def star(*savings: int, centre: int, **constraints: Any) -> IntegerProgram:
     pairs = frozenset((min(centre, i), max(centre, i)) for i in range(len(savings)) if i != centre)
-    return IntegerProgram(
-        names=tuple(f"c{i}" for i in range(len(savings))), savings_ns=savings, conflicts=pairs, **constraints
-    )
+    return tie(*savings, conflicts=pairs, **constraints)
 
 
 def regrets(given: Solver, program: IntegerProgram, cuts: Sequence[tuple[int, ...]]) -> list[int | None]:
@@ -278,9 +275,7 @@ def test_regrets_of_large_components_are_what_neighbours_save(
 
 def test_regrets_of_large_components_count_neighbours_that_are_chosen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solver, "LARGE", 2)
-    program = IntegerProgram(
-        names=tuple("abcd"), savings_ns=(10, 1, 2, 20), conflicts=frozenset({(0, 1), (1, 2), (2, 3)})
-    )
+    program = tie(10, 1, 2, 20, conflicts=frozenset({(0, 1), (1, 2), (2, 3)}))
     given = Solver()
     assert given.solve(program).selected == (0, 3)
     assert regrets(given, program, ()) == [0, 9, 18, 0]
@@ -288,9 +283,7 @@ def test_regrets_of_large_components_count_neighbours_that_are_chosen_alone(monk
 
 def test_large_components_are_searched_a_little_and_then_relaxed(monkeypatch: pytest.MonkeyPatch) -> None:
     part = _tangle(30, 0.3, 5)
-    program = IntegerProgram(
-        names=tuple(f"c{i:02}" for i in range(30)), savings_ns=part.savings, conflicts=frozenset(part.conflicts)
-    )
+    program = tie(*part.savings, conflicts=frozenset(part.conflicts))
     exact = Solver().solve(program)
     assert exact.gap == 0.0
     for large, visits in ((29, solver.FIRST_VISITS), (29, 0), (30, 0)):
@@ -312,7 +305,7 @@ def test_large_components_are_searched_a_little_and_then_relaxed(monkeypatch: py
 
 def test_what_a_relaxation_adds_is_its_bound_its_nodes_and_a_better_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     part = ring(5)
-    program = IntegerProgram(names=tuple("abcde"), savings_ns=part.savings, conflicts=frozenset(part.conflicts))
+    program = tie(*part.savings, conflicts=frozenset(part.conflicts))
     monkeypatch.setattr(solver, "LARGE", 4)
     monkeypatch.setattr(solver, "FIRST_NODES", 1)
 
