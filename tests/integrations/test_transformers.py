@@ -16,45 +16,28 @@ from fuseplan.integrations import transformers as huggingface
 from fuseplan.integrations.splitting import BasePlan
 from fuseplan.record.report import MOST_LAYERS
 from tests.forks import Forks, Request
+from tests.integrations.planned import ranks
 from tests.ranks import leave
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 96}  # fmt: skip
+
+
+def config_of(model_type: str, layers: int = 2, **fields: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "num_hidden_layers": layers, **SIZES, **fields}
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "num_hidden_layers": 2, **SIZES},
-    "qwen3": {"model_type": "qwen3", "num_hidden_layers": 2, "head_dim": 16, **SIZES},
-    "mixtral": {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, **SIZES},
-    "phi3": {"model_type": "phi3", "num_hidden_layers": 2, "pad_token_id": 0, **SIZES},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe",
-        "num_hidden_layers": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        **SIZES,
-    },
-    "gpt_oss": {
-        "model_type": "gpt_oss",
-        "num_hidden_layers": 2,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        **SIZES,
-    },
+    "llama": config_of("llama"),
+    "qwen3": config_of("qwen3", head_dim=16),
+    "mixtral": config_of("mixtral", num_local_experts=4),
+    "phi3": config_of("phi3", pad_token_id=0),
+    "qwen3_moe": config_of("qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+    "gpt_oss": config_of("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2),
     "gemma3": {
-        "model_type": "gemma3",
-        "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2, "head_dim": 16, **SIZES},
-        "vision_config": {},
+        "model_type": "gemma3", "text_config": config_of("gemma3_text", head_dim=16), "vision_config": {},
     },
-}
-
-
+}  # fmt: skip
 ENDS = {**SIZES, "vocab_size": 97, "tie_word_embeddings": True}
 PLANS: dict[str, dict[str, str]] = {
     "rows of the embedding": {"model.embed_tokens": "embedding_rowwise", "lm_head": "colwise_gather_output"},
@@ -86,22 +69,16 @@ PLANS: dict[str, dict[str, str]] = {
 """Of models that are split by another plan than their own."""
 
 CONFIGS |= {
-    "rows of the embedding": {"model_type": "llama", "num_hidden_layers": 1, "pad_token_id": 96, **ENDS},
-    "columns of the embedding": {"model_type": "llama", "num_hidden_layers": 1, **ENDS},
-    "slices": {"model_type": "llama", "num_hidden_layers": 2, "attention_bias": True, **SIZES},
+    "rows of the embedding": config_of("llama", 1, pad_token_id=96, **ENDS),
+    "columns of the embedding": config_of("llama", 1, **ENDS),
+    "slices": config_of("llama", attention_bias=True),
     "names of transformers 5.0": CONFIGS["mixtral"],
     "by expert": CONFIGS["mixtral"],
-    "llama4": {
-        "model_type": "llama4_text",
-        "num_hidden_layers": 2,
-        "head_dim": 16,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_layers": [1],
-        "intermediate_size_mlp": 128,
-        **SIZES,
-    },
-}
+    "llama4": config_of(
+        "llama4_text", head_dim=16, num_local_experts=2, num_experts_per_tok=1, moe_layers=[1],
+        intermediate_size_mlp=128,
+    ),
+}  # fmt: skip
 
 
 def _logits(name: str, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -148,19 +125,6 @@ def test_two_ranks_agree_with_one(forks: Forks, tmp_path: Path) -> None:
         torch.testing.assert_close(split[name], _logits(name, None), rtol=1e-4, atol=1e-5)
 
 
-def test_heads_must_divide() -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
-    try:
-        with pytest.raises(
-            WorkloadError, match="tp=3 does not divide the 4 num_attention_heads of llama; use one of 1, 2, 4"
-        ):
-            huggingface.build(huggingface.config_from_dict(CONFIGS["llama"], "llama"), dist.group.WORLD, "llama")
-    finally:
-        dist.destroy_process_group()
-
-
 def test_of_models_that_see_the_language_model_alone_is_built() -> None:
     config = huggingface.config_from_dict(CONFIGS["gemma3"], "gemma3")
     assert (config.model_type, config.num_hidden_layers) == ("gemma3_text", 2)
@@ -197,29 +161,23 @@ def test_layers_are_cut_and_grown(model_type: str) -> None:
             assert config.layer_types[:shared] == kinds[:shared]
 
 
-def test_experts_must_divide() -> None:
-    if not is_split_by_expert():
+GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "tp", "says"),
+    [
+        (CONFIGS["llama"], 3, "tp=3 does not divide the 4 num_attention_heads of it; use one of 1, 2, 4"),
+        (CONFIGS["gpt_oss"], 3, r"tp=3 does not divide dimension 0 of gate_up_proj, \(4, 64, 256\)"),
+        (GPT2, 2, "has no tp_plan; use --tp 1"),
+    ],
+    ids=["heads", "experts", "no plan"],
+)
+def test_what_can_not_be_split_is_refused(config: dict[str, Any], tp: int, says: str) -> None:
+    if config is CONFIGS["gpt_oss"] and not is_split_by_expert():
         pytest.skip("this transformers splits GPT-OSS by another plan")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
-    try:
-        with pytest.raises(WorkloadError, match=r"tp=3 does not divide dimension 0 of gate_up_proj, \(4, 64, 256\)"):
-            huggingface.build(huggingface.config_from_dict(CONFIGS["gpt_oss"], ""), dist.group.WORLD, "gpt_oss")
-    finally:
-        dist.destroy_process_group()
-
-
-def test_models_without_a_plan_are_refused_by_name() -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    config = huggingface.config_from_dict({"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}, "gpt2")
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        with pytest.raises(WorkloadError, match="has no tp_plan; use --tp 1"):
-            huggingface.build(config, dist.group.WORLD, "gpt2")
-    finally:
-        dist.destroy_process_group()
+    with ranks(tp) as group, pytest.raises(WorkloadError, match=says):
+        huggingface.build(huggingface.config_from_dict(config, "it"), group, "it")
 
 
 def save(folder: Path, **fields: object) -> Path:
@@ -241,20 +199,16 @@ LIMITS: dict[str, tuple[str, Callable[[int], dict[str, Any]], int]] = {
     "layers": ("gemma3_text", lambda count: {"num_hidden_layers": count}, MOST_LAYERS),
     "layers by another name": ("gpt_neo", lambda count: {"num_layers": count}, MOST_LAYERS),
     "layers of the language model": (
-        "gemma3",
-        lambda count: {"text_config": {"num_hidden_layers": count}},
-        MOST_LAYERS,
+        "gemma3", lambda count: {"text_config": {"num_hidden_layers": count}}, MOST_LAYERS,
     ),
     "layers that predict": ("deepseek_v3", lambda count: {"num_nextn_predict_layers": count}, MOST_LAYERS),
     "layers as a float": ("llama", lambda count: {"num_hidden_layers": float(count)}, MOST_LAYERS),
     "depths": ("llama", lambda count: {"depths": [2, count]}, MOST_LAYERS),
     "labels": ("llama", lambda count: {"num_labels": count}, huggingface.MOST_COUNTED),
     "repetitions": (
-        "gpt_neo",
-        lambda count: {"attention_types": [[["global", "local"], count]]},
-        huggingface.MOST_COUNTED,
+        "gpt_neo", lambda count: {"attention_types": [[["global", "local"], count]]}, huggingface.MOST_COUNTED,
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LIMITS)

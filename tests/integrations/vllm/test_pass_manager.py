@@ -5,6 +5,7 @@ passes, so stand-ins with the same surface take their place.
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fuseplan.integrations.vllm.pass_manager import FuseplanPassManager, plannab
 from fuseplan.integrations.vllm.plugin import KEY
 from fuseplan.integrations.vllm.tuning import Tuning
 from fuseplan.matching import ExternalPass
+from fuseplan.record import Report
 from tests.helpers import written
 from tests.integrations.vllm import missing_ops
 
@@ -116,11 +118,17 @@ def targets(graph: fx.Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
-def test_a_pass_of_vllm_joins_the_plan() -> None:
-    graph = graph_of(normed)
-    with managed(lambda config: [NormRelu(config)]) as manager:
+def run(function: Any, *passes: Any, **settings: Any) -> tuple[fx.Graph, Report]:
+    """What a manager with passes of vLLM's makes of a graph, and its report."""
+    graph = graph_of(function)
+    with managed(lambda config: [each(config) for each in passes], **settings) as manager:
         manager(graph)
         (report,) = manager._journal.reports
+    return graph, report
+
+
+def test_a_pass_of_vllm_joins_the_plan() -> None:
+    graph, report = run(normed, NormRelu)
     assert report.fused["NormRelu"] == 1
     assert targets(graph) == ["fuseplan_stand_in.norm_relu.default"]
 
@@ -145,26 +153,20 @@ def test_what_is_measured_is_lowered_as_vllm_does_it(tmp_path: Path) -> None:
 
 
 def test_a_pass_of_vllm_can_be_forbidden() -> None:
-    graph = graph_of(normed)
-    with managed(lambda config: [NormRelu(config)], forbid=["NormRelu"]) as manager:
-        manager(graph)
+    graph, _ = run(normed, NormRelu, forbid=["NormRelu"])
     assert "fuseplan_stand_in.norm_relu.default" not in targets(graph)
     assert not [target for target in targets(graph) if target.startswith("vllm_ir")], "vLLM lowers what is left"
 
 
 def test_procedural_passes_run_where_vllm_has_them() -> None:
-    graph, ran = graph_of(normed), list[str]()
-    with managed(lambda config: [Procedural(config, ran), NormRelu(config)]) as manager:
-        manager(graph)
+    ran = list[str]()
+    run(normed, partial(Procedural, ran=ran), NormRelu)
     assert ran
     assert set(ran) == {"vllm_ir.rms_norm.default,aten.relu.default"}
 
 
 def test_passes_apply_to_their_compile_ranges() -> None:
-    graph = graph_of(normed)
-    with managed(lambda config: [OnlyLarge(config)]) as manager:
-        manager(graph)
-        (report,) = manager._journal.reports
+    _, report = run(normed, OnlyLarge)
     assert "OnlyLarge" not in report.fused
     assert report.graphs[0].range == (1, 64)
 
@@ -184,10 +186,7 @@ def test_the_key_is_of_vllm_and_of_fuseplan() -> None:
 
 
 def test_norms_of_vllm_are_recognised() -> None:
-    with managed(lambda config: []) as manager:
-        manager(graph_of(normed))
-        (report,) = manager._journal.reports
-    assert report.recognized == {f"rms_norm[{HIDDEN}]": 1}
+    assert run(normed)[1].recognized == {f"rms_norm[{HIDDEN}]": 1}
 
 
 def test_plannable() -> None:
@@ -278,20 +277,14 @@ CHAINED = patterned("ChainedFusionPass", lambda x: sin_of(reduced(x)), both)
 
 def test_independent_passes_of_vllm_are_chosen_between() -> None:
     """In vLLM's order the first takes what the second needs; all their graphs have `auto_functionalized` in common."""
-    graph = graph_of(two_in_a_row)
-    with managed(lambda config: [ALLREDUCE(config), QUANT(config)], force=["RMSNormQuantFusionPass"]) as manager:
-        manager(graph)
-        (report,) = manager._journal.reports
+    graph, report = run(two_in_a_row, ALLREDUCE, QUANT, force=["RMSNormQuantFusionPass"])
     assert report.matched["AllReduceFusionPass"] == report.matched["RMSNormQuantFusionPass"] == 1
     assert (report.fused["AllReduceFusionPass"], report.fused["RMSNormQuantFusionPass"]) == (0, 1)
     assert kernels(graph) == ["quantised"]
 
 
 def test_a_pass_that_matches_what_another_made_runs_behind_it() -> None:
-    graph = graph_of(two_in_a_row)
-    with managed(lambda config: [ALLREDUCE(config), CHAINED(config)]) as manager:
-        manager(graph)
-        (report,) = manager._journal.reports
+    graph, report = run(two_in_a_row, ALLREDUCE, CHAINED)
     assert report.fused["AllReduceFusionPass"] == 1
     assert kernels(graph) == ["both"]
 
@@ -308,10 +301,7 @@ def test_what_a_pass_does_beside_its_patterns_is_done() -> None:
             ran.append("clean-up")
 
     ran: list[str] = []
-    graph = graph_of(two_in_a_row)
-    with managed(lambda config: [Procedural(config, ran), Cleaning(config), CHAINED(config)]) as manager:
-        manager(graph)
-        (report,) = manager._journal.reports
+    graph, report = run(two_in_a_row, partial(Procedural, ran=ran), Cleaning, CHAINED)
     assert ran[-1] == "clean-up"
     assert len(ran) >= 2
     assert report.fused["ChainedFusionPass"] == 1, "it is planned on the graph that the other one left"
@@ -328,10 +318,8 @@ def test_a_pass_behind_code_behind_the_plan_stays_there() -> None:
                 node.target = torch.ops.aten.cos.default
 
     rope = patterned("RopeKVCacheFusionPass", cos_of, cached)
-    graph, ran = graph_of(two_in_a_row), list[str]()
-    with managed(lambda config: [ALLREDUCE(config), Coalescing(config, ran), rope(config)]) as manager:
-        manager(graph)
-        (report,) = manager._journal.reports
+    ran = list[str]()
+    graph, report = run(two_in_a_row, ALLREDUCE, partial(Coalescing, ran=ran), rope)
     assert len(ran) == 1
     assert report.fused["AllReduceFusionPass"] == 1
     assert kernels(graph) == ["cached", "reduced"]
@@ -339,17 +327,12 @@ def test_a_pass_behind_code_behind_the_plan_stays_there() -> None:
 
 @pytest.mark.parametrize("policy", ["off", "ordered(act_padding)"])
 def test_other_policies_leave_the_passes_of_vllm_on(policy: str) -> None:
-    graph = graph_of(two_in_a_row)
-    with managed(lambda config: [ALLREDUCE(config), CHAINED(config)], policy=policy) as manager:
-        manager(graph)
+    graph, _ = run(two_in_a_row, ALLREDUCE, CHAINED, policy=policy)
     assert kernels(graph) == ["both"]
 
 
 def test_two_passes_of_one_name_both_run() -> None:
-    other = patterned("AllReduceFusionPass", sin_of, split)
-    graph = graph_of(two_in_a_row)
-    with managed(lambda config: [ALLREDUCE(config), other(config)]) as manager:
-        manager(graph)
+    graph, _ = run(two_in_a_row, ALLREDUCE, patterned("AllReduceFusionPass", sin_of, split))
     assert kernels(graph) == ["reduced", "split"]
 
 
@@ -360,9 +343,7 @@ def test_a_pass_that_is_switched_off_for_lack_of_something_is_harmless() -> None
         def __call__(self, graph: fx.Graph) -> None:
             return
 
-    graph = graph_of(normed)
-    with managed(lambda config: [Disabled(config, []), NormRelu(config)]) as manager:
-        manager(graph)
+    graph, _ = run(normed, partial(Disabled, ran=[]), NormRelu)
     assert targets(graph) == ["fuseplan_stand_in.norm_relu.default"]
 
 

@@ -1,7 +1,6 @@
 """What the plugin makes of vLLM's configuration."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,15 +47,11 @@ def test_asked_for_by_name(configure: Configure, lines: list[logging.LogRecord])
 @pytest.mark.parametrize(
     ("settings", "is_on"),
     [
-        ({}, False),
-        ({"enable_qk_norm_rope_fusion": False}, False),
-        ({"enable_qk_norm_rope_fusion": True}, True),
-        ({"policy": "ordered(qk_norm_rope)"}, True),
-        ({"force": ("qk_norm_rope@layers.0.*:triton",)}, True),
-        ({"forbid": ("qk_norm_rope",)}, True),
-        ({"force": ("rope_cache",)}, False),
+        ({}, False), ({"enable_qk_norm_rope_fusion": False}, False), ({"enable_qk_norm_rope_fusion": True}, True),
+        ({"policy": "ordered(qk_norm_rope)"}, True), ({"force": ("qk_norm_rope@layers.0.*:triton",)}, True),
+        ({"forbid": ("qk_norm_rope",)}, True), ({"force": ("rope_cache",)}, False),
     ],
-)
+)  # fmt: skip
 def test_what_was_slower_in_vllm_is_on_where_it_is_named(settings: dict[str, Any], is_on: bool) -> None:
     manager = manager_for(fuseplan.PassConfig(**settings), None, lambda report: None)
     assert ("qk_norm_rope" in manager.rules) is is_on
@@ -64,13 +59,9 @@ def test_what_was_slower_in_vllm_is_on_where_it_is_named(settings: dict[str, Any
 
 def test_every_setting_is_a_part_of_the_key(configure: Configure) -> None:
     settings: list[dict[str, Any]] = [
-        {},
-        {"policy": "off"},
-        {"policy": "ordered(act_padding, allreduce_rms)"},
-        {"policy": "ordered(allreduce_rms, act_padding)"},
-        {"fuse_act_padding": False},
-        {"forbid": ["allreduce_rms"]},
-    ]
+        {}, {"policy": "off"}, {"policy": "ordered(act_padding, allreduce_rms)"},
+        {"policy": "ordered(allreduce_rms, act_padding)"}, {"fuse_act_padding": False}, {"forbid": ["allreduce_rms"]},
+    ]  # fmt: skip
     keys = [configure(additional_config={KEY: each}).compute_hash() for each in settings]
     assert len(set(keys)) == len(keys)
     again = configure(additional_config={KEY: settings[1]})
@@ -78,21 +69,23 @@ def test_every_setting_is_a_part_of_the_key(configure: Configure) -> None:
     assert asked_for(again) == fuseplan.PassConfig(policy="off")
 
 
-@pytest.mark.parametrize("variables", [{"FUSEPLAN": "0", "FUSEPLAN_VLLM": "1"}, {"FUSEPLAN_VLLM": "0"}])
+@pytest.mark.parametrize(
+    ("variables", "arguments"),
+    [
+        ({"FUSEPLAN": "0", "FUSEPLAN_VLLM": "1"}, {}), ({"FUSEPLAN_VLLM": "0"}, {}),
+        ({"FUSEPLAN": "0"}, {"compilation_config": NAMED}),
+    ],
+)  # fmt: skip
 def test_switched_off(
-    variables: dict[str, str], configure: Configure, lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    variables: dict[str, str], arguments: dict[str, Any], configure: Configure, lines: list[logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert asked_for(configure()) is None
-    assert not lines
-
-
-def test_switched_off_where_it_is_named(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEPLAN", "0")
-    config = configure(compilation_config=NAMED)
+    config = configure(**arguments)
     assert asked_for(config) is None
     assert HOOK not in config.compilation_config.inductor_compile_config
+    assert not lines
 
 
 @pytest.mark.parametrize("arguments", [{"enforce_eager": True}, {"compilation_config": {"mode": 0}}])
@@ -107,22 +100,20 @@ def test_an_engine_that_does_not_compile_says_so(
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "variable", "message"),
     [
-        ({"polcy": "planned"}, r"additional_config\['fuseplan'\] has 'polcy'; allowed are .*policy"),
-        ({"policy": "best"}, "policy"),
-        ({"compile_ranges": []}, "has 'compile_ranges'"),
+        ({"polcy": "planned"}, "1", r"additional_config\['fuseplan'\] has 'polcy'; allowed are .*policy"),
+        ({"policy": "best"}, "1", "policy"), ({"compile_ranges": []}, "1", "has 'compile_ranges'"),
+        ({"cost_table": "nowhere/costs.json"}, "1", r"costs\.json"),
+        (None, "yes", r"FUSEPLAN_VLLM='yes': allowed are 0 \(off\) and 1 \(on\)"),
     ],
-)
-def test_settings_that_do_not_exist(settings: dict[str, Any], message: str, configure: Configure) -> None:
+)  # fmt: skip
+def test_settings_that_do_not_exist(
+    settings: dict[str, Any] | None, variable: str, message: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSEPLAN_VLLM", variable)
     with pytest.raises(ValueError, match=message):
-        configure(additional_config={KEY: settings})
-
-
-def test_the_switch_has_two_values(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEPLAN_VLLM", "yes")
-    with pytest.raises(ValueError, match=r"FUSEPLAN_VLLM='yes': allowed are 0 \(off\) and 1 \(on\)"):
-        configure()
+        configure(**({} if settings is None else {"additional_config": {KEY: settings}}))
 
 
 def test_nothing_in_the_first_process_makes_a_context(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,11 +220,6 @@ def test_compile_ranges_of_a_user_stay(
     config.additional_config[KEY] = {"fuse_merged_linear": True}
     plugin.adopt(config)
     assert config.compilation_config.compile_ranges_endpoints == after
-
-
-def test_a_table_of_costs_that_is_not_there_is_told_at_once(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"costs\.json"):
-        configure(additional_config={KEY: {"cost_table": str(tmp_path / "costs.json")}})
 
 
 @pytest.mark.parametrize("listed", [True, False])
