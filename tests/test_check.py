@@ -17,6 +17,7 @@ from fuseplan.devices import known
 from fuseplan.planner.costs import CostTable
 from tests import regressing_model
 from tests.docs.commands import traced_once
+from tests.lines import one_line
 from tests.regressing_model import LAYERS, plant
 
 WORKLOAD = "regressing_model:build"
@@ -31,15 +32,6 @@ SCALE = "regressing_model.py:" + next(
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["check", *arguments])
-
-
-def one_line(result: Result) -> str:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("fuseplan: ")
-    assert not torch.distributed.is_initialized()
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +170,12 @@ def test_an_update_can_pin_another_question(model: Path, lock: Path) -> None:
         (["--forbid", "act_padding"], "pins forbid=none, and the command line says forbid=act_padding"),
         (["--provider", "triton"], "pins providers=all, and the command line says providers=triton"),
         (["--layers", "3"], "pins layers=none, and the command line says layers=3"),
-        (
-            ["--allow-rounding-changes"],
-            "pins allow_rounding_changes=False, and the command line says allow_rounding_changes=True",
-        ),
-        (
-            ["--tp", "4", "--policy", "off"],
-            "pins policy=planned and tp=2, and the command line says policy=off and tp=4",
-        ),
+        (["--allow-rounding-changes"],
+         "pins allow_rounding_changes=False, and the command line says allow_rounding_changes=True"),
+        (["--tp", "4", "--policy", "off"],
+         "pins policy=planned and tp=2, and the command line says policy=off and tp=4"),
     ],
-)
+)  # fmt: skip
 def test_options_that_contradict_the_lock_are_one_line(arguments: list[str], says: str, lock: Path) -> None:
     line = one_line(run(WORKLOAD, "--lock", str(lock), *arguments))
     assert says in line
@@ -207,6 +195,7 @@ def test_options_that_contradict_the_lock_are_one_line(arguments: list[str], say
         (["--tp", "2147483648"], "tp=2147483648: allowed are at most 65536 ranks"),
         (["--force", "act_padding", "--policy", "off"], "force needs policy planned"),
         (["--layers", "2"], "is a factory"),
+        (["--force", ""], "selector '' isn't of the form RULE"),
     ],
 )
 def test_requests_that_cannot_be_served_write_nothing(
@@ -228,16 +217,6 @@ def test_no_lock_says_how_to_write_one(model: Path, tmp_path: Path) -> None:
         assert line.endswith(f"can't be read: Is a directory; name a file, e.g. '{tmp_path / 'fusions.lock'}'")
 
 
-def test_forces_of_a_lock_that_contradict_each_other_name_the_lock(model: Path, lock: Path) -> None:
-    lock.write_text(changed(lock.read_text(), force=["act_padding", "allreduce_rms"]))
-    line = one_line(run(WORKLOAD, "--lock", str(lock), "--tp", "2"))
-    assert f"lock file '{lock}': force 'act_padding' and force 'allreduce_rms' contradict each other at" in line
-
-
-def test_an_empty_selector_is_told_as_one(model: Path, lock: Path) -> None:
-    assert "selector '' isn't of the form RULE" in one_line(run(WORKLOAD, "--lock", str(lock), "--force", ""))
-
-
 def changed(text: str, **settings: Any) -> str:
     data = json.loads(text)
     data["settings"].update(settings)
@@ -245,7 +224,7 @@ def changed(text: str, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("update", [False, True])
-def test_a_broken_lock_is_one_line(update: bool, lock: Path) -> None:
+def test_a_broken_lock_is_one_line(update: bool, model: Path, lock: Path) -> None:
     good = lock.read_text()
     for broken, says in (
         ("<<<<<<< HEAD\n" + good, "isn't JSON"),
@@ -261,7 +240,9 @@ def test_a_broken_lock_is_one_line(update: bool, lock: Path) -> None:
         (changed(good, policy="plan"), "unknown policy 'plan'"),
         (changed(good, flags={"fuse_everything": True}), "settings.flags: unknown name 'fuse_everything'"),
         (changed(good, limits={"fuse_act_padding": 1}), "settings.limits: unknown name 'fuse_act_padding'"),
-    ):
+        (changed(good, force=["act_padding", "allreduce_rms"]),
+         "force 'act_padding' and force 'allreduce_rms' contradict each other at"),
+    ):  # fmt: skip
         lock.write_text(broken)
         line = one_line(run(WORKLOAD, "--lock", str(lock), *(["--update"] if update else [])))
         assert says in line

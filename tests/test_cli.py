@@ -16,6 +16,7 @@ from fuseplan.errors import WorkloadError
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.workloads import catalog
 from tests.docs.commands import traced_once
+from tests.lines import one_line
 
 FACTORIES = """
 import sys
@@ -43,6 +44,9 @@ def exits(tp): sys.exit(0)
 def exits_later(tp): return Exits(), (torch.randn(4, 8),)
 def no_ops(tp): return (lambda x: 3), (torch.randn(2),)
 """
+
+
+EXPLAIN = ("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "1", "--range", "1:64")
 
 
 def run(*arguments: str) -> Result:
@@ -175,19 +179,15 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
     ("arguments", "expected"),
     [
         (["explain", "gpt-os-120b"], "did you mean 'gpt-oss-120b'"),
-        (
-            ["explain", "gpt-oss-120b", "--tp", "3"],
-            "tp=3 does not divide 64 query heads of gpt-oss-120b; use one of 1, 2",
-        ),
+        (["explain", "gpt-oss-120b", "--tp", "3"],
+         "tp=3 does not divide 64 query heads of gpt-oss-120b; use one of 1, 2"),
         (["explain", "llama-3.1-8b-tiny", "--tp", "3"], "use one of 1, 2, 4, 8"),
         (["explain", "gpt-oss-120b", "--tp", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--tp", "2147483648"], "tp=2147483648: give a number of ranks of at most 65536"),
         (["explain", "gpt-oss-120b", "--layers", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--device", "h20"], "did you mean 'h200'"),
-        (
-            ["explain", "gpt-oss-120b", "--policy", "planed"],
-            "unknown policy 'planed'; allowed: planned, off, ordered(RULE",
-        ),
+        (["explain", "gpt-oss-120b", "--policy", "planed"],
+         "unknown policy 'planed'; allowed: planned, off, ordered(RULE"),
         (["explain", "gpt-oss-120b", "--policy", "ordered(act_pading)"], "did you mean 'act_padding'"),
         (["explain", "gpt-oss-120b", "--policy", "ordered()"], "lists no rules"),
         (["explain", "gpt-oss-120b", "--policy", "ordered(act_padding, act_padding)"], "twice"),
@@ -206,16 +206,24 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "some_factories:raises"], "could not be traced: no such luck on two lines"),
         (["explain", "some_factories:no_ops"], "it runs no tensor op"),
         (["rules", "act_pading"], "did you mean 'act_padding'"),
+        (["providers", "flashinfr"], "did you mean 'flashinfer'?"),
+        ([*EXPLAIN, "--costs", "absent.json"], "can't be read"),
+        ([*EXPLAIN, "--plan", "absent.json"], "can't be read"),
+        ([*EXPLAIN, "--force", "act_pading"], "did you mean 'act_padding'"),
+        ([*EXPLAIN, "--force", "act_padding", "--forbid", "act_padding"], "is forced and forbidden"),
+        ([*EXPLAIN, "--provider", "tritonn"], "did you mean 'triton'"),
+        ([*EXPLAIN, "--save-plan", "nowhere/plan.json"], "can't be written"),
+        ([*EXPLAIN, "--html", "nowhere/report.html"],
+         "report 'nowhere/report.html' can't be written: No such file or directory"),
+        *(
+            ([*EXPLAIN, "--policy", policy, "--force", "act_padding"],
+             f"force 'act_padding' applies to policy planned only, and shown is {policy}; add planned, or leave it out")
+            for policy in ("off", "ordered(allreduce_rms)")
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expected: str, factories: Path) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("fuseplan: ")
-    assert expected in line
-    assert not torch.distributed.is_initialized()
+    assert expected in one_line(run(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -232,10 +240,7 @@ def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expecte
 def test_broken_configs_end_in_one_line_and_status_2(content: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
-    result = run("explain", str(path))
-    assert result.exit_code == 2
-    (line,) = result.stderr.strip().splitlines()
-    assert expected in line
+    assert expected in one_line(run("explain", str(path)))
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -265,12 +270,8 @@ def test_graph_breaks_of_a_config_are_named_with_their_lines(tmp_path: Path) -> 
 
 def test_old_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
-    result = run("explain", "gpt-oss-120b")
-    assert result.exit_code == 2
-    assert (
-        result.stderr
-        == "fuseplan: torch 2.10.1+cu128 is too old: fuseplan needs torch 2.11 or newer; pip install -U torch\n"
-    )
+    line = one_line(run("explain", "gpt-oss-120b"))
+    assert line == "torch 2.10.1+cu128 is too old: fuseplan needs torch 2.11 or newer; pip install -U torch"
     monkeypatch.setattr(torch, "__version__", "2.11.0a0+git1234")
     compatibility.require_supported_torch()
 
@@ -317,9 +318,6 @@ def test_a_provider_tells_what_its_kernels_take(monkeypatch: pytest.MonkeyPatch)
     assert "doesn't round the norm before it is quantised" in shown
     assert "least scale 4.36e-06" in shown
     assert "whatever the op takes" in run("providers", "torch").stdout
-    misspelled = run("providers", "flashinfr")
-    assert misspelled.exit_code == 2
-    assert "did you mean 'flashinfer'?" in misspelled.stderr
 
 
 def test_what_has_not_been_run_is_said() -> None:
@@ -329,9 +327,6 @@ def test_what_has_not_been_run_is_said() -> None:
     assert "not run on ROCm hardware" in run("providers").stdout
 
 
-EXPLAIN = ("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "1", "--range", "1:64")
-
-
 def test_plans_are_saved_replayed_and_compared(tmp_path: Path) -> None:
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     assert run(*EXPLAIN, "--save-plan", str(first)).exit_code == 0
@@ -339,15 +334,13 @@ def test_plans_are_saved_replayed_and_compared(tmp_path: Path) -> None:
     same = run("diff", str(first), str(first))
     assert (same.exit_code, same.stdout.strip()) == (0, "the same fusions at the same places")
     changed = run("diff", str(first), str(second))
-    assert changed.exit_code == 1
-    assert "allreduce_rms_padding" in changed.stdout
+    assert (changed.exit_code, "allreduce_rms_padding" in changed.stdout) == (1, True)
     assert json.loads(run("diff", str(first), str(second), "--json").stdout)["changes"]
     replayed = json.loads(run(*EXPLAIN, "--plan", str(second), "--policy", "planned", "--json").stdout)
     assert replayed["policies"][0]["fused"]["allreduce_rms_padding"] == 0
     assert replayed["policies"][0]["fused"]["allreduce_rms"] == 2
     other = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--plan", str(first))
-    assert other.exit_code == 2
-    assert "doesn't fit this graph: there were" in " ".join(other.stderr.split())
+    assert "doesn't fit this graph: there were" in one_line(other)
 
 
 def test_what_is_forced_stands_beside_the_plan_without_it() -> None:
@@ -360,11 +353,8 @@ def test_what_is_forced_stands_beside_the_plan_without_it() -> None:
     assert (other["force"], other["forbid"]) == (["act_padding"], [])
     assert other["without"]["fused"] == {**asked["fused"], "act_padding": 0, "allreduce_rms_padding": 1}
     (change,) = other["changes"]
-    assert (change["before"], change["after"], change["count"]) == (
-        "allreduce_rms_padding triton",
-        "act_padding triton",
-        1,
-    )
+    assert (change["before"], change["after"]) == ("allreduce_rms_padding triton", "act_padding triton")
+    assert change["count"] == 1
     (lost,) = other["lost_us"]
     assert lost["lost_us"] == pytest.approx(other["without"]["saved_us"] - asked["saved_us"])
     assert lost["lost_us"] > 0
@@ -388,13 +378,7 @@ def test_what_is_forbidden_is_held_against_the_first_order_too() -> None:
 
 
 @pytest.mark.parametrize("policy", ["off", "ordered(allreduce_rms)"])
-def test_what_is_forced_needs_a_policy_that_it_concerns(policy: str) -> None:
-    result = run(*EXPLAIN, "--policy", policy, "--force", "act_padding")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == (
-        f"fuseplan: force 'act_padding' applies to policy planned only, and shown is {policy}; "
-        "add planned, or leave it out\n"
-    )
+def test_what_is_forced_may_concern_one_policy_of_several(policy: str) -> None:
     assert run(*EXPLAIN, "--policy", policy, "--policy", "planned", "--force", "act_padding").exit_code == 0
 
 
@@ -419,43 +403,11 @@ def test_a_conflict_says_which_cost_would_flip_it() -> None:
 
 def test_devices_and_their_constants() -> None:
     rows = {row["device"]: row for row in json.loads(run("devices", "--json").stdout)["devices"]}
-    assert {
-        "a100",
-        "h100",
-        "h200",
-        "gh200",
-        "b200",
-        "b300",
-        "l40s",
-        "rtx4090",
-        "mi300x",
-        "mi325x",
-        "mi355x",
-        "cpu",
-    } <= set(rows)
+    assert {"a100", "h100", "h200", "gh200", "b200", "b300", "l40s", "rtx4090", "mi300x", "mi325x", "mi355x"} <= {*rows}
     assert [name for name, row in rows.items() if row["here"]] == ["cpu"]
     assert all(each["source"] for row in rows.values() for each in row["constants"])
     assert rows["mi355x"]["providers"] == ["aiter", "sdpa", "sdpa_packed", "torch", "triton"]
     assert "NVIDIA H200" in run("devices").stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--costs", "absent.json"), "can't be read"),
-        (("--plan", "absent.json"), "can't be read"),
-        (("--force", "act_pading"), "did you mean 'act_padding'"),
-        (("--force", "act_padding", "--forbid", "act_padding"), "is forced and forbidden"),
-        (("--provider", "tritonn"), "did you mean 'triton'"),
-        (("--save-plan", "nowhere/plan.json"), "can't be written"),
-        (("--html", "nowhere/report.html"), "report 'nowhere/report.html' can't be written: No such file or directory"),
-    ],
-)
-def test_bad_planning_requests_end_in_one_line_and_status_2(arguments: tuple[str, ...], says: str) -> None:
-    result = run(*EXPLAIN, *arguments)
-    assert result.exit_code == 2
-    assert says in " ".join(result.stderr.split())
-    assert result.stderr.startswith("fuseplan: ")
 
 
 def test_html_is_written_beside_what_is_printed(tmp_path: Path) -> None:
@@ -476,5 +428,4 @@ def test_html_is_written_beside_what_is_printed(tmp_path: Path) -> None:
 
 def test_html_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "build", None)
-    result = run(*EXPLAIN, "--html", "nowhere/report.html")
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert one_line(run(*EXPLAIN, "--html", "nowhere/report.html"))

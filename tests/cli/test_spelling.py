@@ -50,22 +50,23 @@ def test_names_are_those_that_there_are() -> None:
     assert list(spelling.PROVIDERS) == sorted(each.name for each in BUILT_IN_PROVIDERS)
 
 
-@pytest.mark.parametrize("arguments", TYPOS, ids=" ".join)
-def test_a_typo_is_answered_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
+def without_torch(*arguments: str) -> str:
+    """What a command that is wrong says on a machine that has no torch to import."""
     code = "import sys; sys.modules['torch'] = None; from fuseplan.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
-    assert re.search(r"(?i)did you mean|possible options: |allowed: ", done.stderr)
+    return done.stderr
+
+
+@pytest.mark.parametrize("arguments", TYPOS, ids=" ".join)
+def test_a_typo_is_answered_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
+    assert re.search(r"(?i)did you mean|possible options: |allowed: ", without_torch(*arguments))
 
 
 @pytest.mark.parametrize(("arguments", "expected"), MISSING, ids=lambda each: " ".join(each[:4]))
 def test_what_is_missing_is_said_before_torch_is_imported(arguments: tuple[str, ...], expected: str) -> None:
-    code = "import sys; sys.modules['torch'] = None; from fuseplan.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    (line,) = without_torch(*arguments).splitlines()
     assert line.startswith("fuseplan: ")
     assert expected in line
 
@@ -105,9 +106,6 @@ def test_versions() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
     assert re.fullmatch(r"fuseplan \S+, torch \S+\n", result.stdout)
-
-
-def test_completion_is_offered() -> None:
     assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
 
 
