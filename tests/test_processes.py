@@ -66,8 +66,7 @@ def test_two_models_of_other_shapes_and_configs_in_one_process() -> None:
         "padding": PAD,
         "off": fuseplan.PassConfig(policy="off"),
         "ranges": fuseplan.PassConfig(
-            policy="ordered(act_padding)",
-            compile_ranges=(CompileRange(start=1, end=8), CompileRange(start=9, end=64)),
+            policy="ordered(act_padding)", compile_ranges=(CompileRange(start=1, end=8), CompileRange(start=9, end=64))
         ),
     }
     models = {"padding": model_of(64), "off": model_of(72), "ranges": model_of(80, 2)}

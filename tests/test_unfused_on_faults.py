@@ -68,18 +68,35 @@ class Checked(AddNormRelu):
         raise KeyError("head_dim")
 
 
-def test_a_rule_whose_check_raises(traced: fx.Graph) -> None:
-    graph, report = fuse(traced, rules=[*BUILT_IN_RULES, Checked()], providers=[provider(right)])
-    assert_left_alone(graph, traced, report, "since check (test_unfused_on_faults.py:")
-    assert "raises KeyError: 'head_dim'" in report.refusals[0].detail
+def accepts(m: Bindings) -> Refusal | None:
+    raise AttributeError("no such\nattribute")
 
 
-def test_a_provider_whose_gate_raises(traced: fx.Graph) -> None:
-    def accepts(m: Bindings) -> Refusal | None:
-        raise AttributeError("no such\nattribute")
+def careless(graph: fx.Graph) -> None:
+    graph.erase_node(graph.output_node())
+    raise LookupError("not mine")
 
-    graph, report = fuse(traced, rules=[AddNormRelu()], providers=[provider(right, accepts=accepts)])
-    assert_left_alone(graph, traced, report, "AttributeError: no such attribute")
+
+def careless_in_torch(graph: fx.Graph) -> None:
+    torch.broadcast_shapes((2,), (3,))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: {"rules": [*BUILT_IN_RULES, Checked()], "providers": [provider(right)]},
+         "since check (test_unfused_on_faults.py:|raises KeyError: 'head_dim'"),
+        (lambda: {"rules": [AddNormRelu()], "providers": [provider(right, accepts=accepts)]},
+         "AttributeError: no such attribute"),
+        (lambda: {"passes": [careless]}, "since careless (test_unfused_on_faults.py:"),
+        (lambda: {"passes": [careless_in_torch]}, "since careless_in_torch (test_unfused_on_faults.py:"),
+    ],
+    ids=["a rule's check", "a provider's gate", "somebody's pass", "torch in somebody's pass"],
+)  # fmt: skip
+def test_what_others_brought_raises(traced: fx.Graph, make: Callable[[], dict[str, Any]], says: str) -> None:
+    graph, report = fuse(traced, **make())
+    for part in says.split("|"):
+        assert_left_alone(graph, traced, report, part)
 
 
 @pytest.mark.parametrize(
@@ -111,23 +128,6 @@ def test_a_rewriting_that_breaks_off_half_way(traced: fx.Graph, settled: int, mo
     monkeypatch.setattr(apply.__globals__["_Rewriter"], "_settle", breaks)
     graph, report = fuse(traced, rules=[AddNormRelu()], providers=[provider(right)])
     assert_left_alone(graph, traced, report, "half way")
-
-
-def test_somebodys_pass_that_raises(traced: fx.Graph) -> None:
-    def careless(graph: fx.Graph) -> None:
-        graph.erase_node(graph.output_node())
-        raise LookupError("not mine")
-
-    graph, report = fuse(traced, passes=[careless])
-    assert_left_alone(graph, traced, report, "since careless (test_unfused_on_faults.py:")
-
-
-def test_torch_raises_in_somebodys_pass(traced: fx.Graph) -> None:
-    def careless(graph: fx.Graph) -> None:
-        torch.broadcast_shapes((2,), (3,))
-
-    graph, report = fuse(traced, passes=[careless])
-    assert_left_alone(graph, traced, report, "since careless (test_unfused_on_faults.py:")
 
 
 def test_what_the_user_asked_for_and_cannot_have_is_an_error(traced: fx.Graph) -> None:

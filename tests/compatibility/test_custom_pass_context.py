@@ -4,7 +4,7 @@ which may not be entered while something else stands in the hook. A stand-in beh
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -89,19 +89,16 @@ def test_torch_refuses_what_stands_in_the_hook() -> None:
         torch.compile(model, options={HOOK: lambda graph: None})(*INPUTS)
 
 
-def test_a_pass_in_the_hook_runs_before_fuseplan() -> None:
+@pytest.mark.parametrize(
+    ("surround", "runs"),
+    [
+        (lambda given: inductor_config.patch({HOOK: given}), 1),
+        (lambda given: custom_pass_context(post_grad_post_passes=[given]), 1), (lambda given: nullcontext(), 0),
+    ],
+    ids=["in the hook", "of a surrounding context", "none"],
+)  # fmt: skip
+def test_passes_run_once_beside_fuseplan(surround: Callable[..., Any], runs: int) -> None:
     ran: list[int] = []
-    with inductor_config.patch({HOOK: lambda graph: ran.append(len(graph.nodes))}):
+    with surround(lambda graph: ran.append(len(graph.nodes))):
         assert fused() == 1
-    assert len(ran) == 1
-
-
-def test_passes_of_a_surrounding_context_run_once() -> None:
-    ran: list[int] = []
-    with custom_pass_context(post_grad_post_passes=[lambda graph: ran.append(len(graph.nodes))]):
-        assert fused() == 1
-    assert len(ran) == 1
-
-
-def test_without_other_passes() -> None:
-    assert fused() == 1
+    assert len(ran) == runs

@@ -55,6 +55,18 @@ def test_nothing_fused_nothing_changed(policy: str) -> None:
     assert code_of(fuseplan.compile(padded, config=PAD), *INPUTS) != plain
 
 
+def planned(
+    config: fuseplan.PassConfig, function: Callable[..., Any] = padded, inputs: tuple[Tensor, ...] = INPUTS,
+    **options: Any,
+) -> tuple[fx.Graph, str, Report]:  # fmt: skip
+    """A graph that the pass was given, its text before, and what was reported of it."""
+    reports, graph = list[Report](), post_grad(function, *inputs)
+    before = str(graph)
+    PostGradPassManager(config, on_report=reports.append, **options)(graph)
+    (report,) = reports
+    return graph, before, report
+
+
 def test_what_is_raised_and_not_fused_stays_as_it_was() -> None:
     graph = post_grad(padded, *INPUTS)
     config = dataclasses.replace(PAD, max_fusions=1)
@@ -68,24 +80,18 @@ def test_what_is_raised_and_not_fused_stays_as_it_was() -> None:
 
 
 def test_off_reports_what_would_match() -> None:
-    reports: list[Report] = []
-    graph = post_grad(padded, *INPUTS)
-    before = str(graph)
-    PostGradPassManager(fuseplan.PassConfig(policy="off"), on_report=reports.append)(graph)
+    graph, before, report = planned(fuseplan.PassConfig(policy="off"))
     assert str(graph) == before
-    assert reports[0].matched["act_padding"] == 2
-    assert set(reports[0].fused.values()) == {0}
-    assert not reports[0].graphs[0].rewritten
+    assert report.matched["act_padding"] == 2
+    assert set(report.fused.values()) == {0}
+    assert not report.graphs[0].rewritten
 
 
 def test_kill_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEPLAN", "0")
-    reports: list[Report] = []
-    graph = post_grad(padded, *INPUTS)
-    before = str(graph)
-    PostGradPassManager(PAD, on_report=reports.append)(graph)
+    graph, before, report = planned(PAD)
     assert str(graph) == before
-    assert [refusal.reason for refusal in reports[0].graphs[0].refusals] == [Reason.DISABLED]
+    assert [refusal.reason for refusal in report.graphs[0].refusals] == [Reason.DISABLED]
     monkeypatch.setenv("FUSEPLAN", "perhaps")
     with pytest.raises(ConfigError, match=r"FUSEPLAN='perhaps': allowed are 0 \(off\) and 1 \(on\)"):
         PostGradPassManager(PAD)
@@ -93,11 +99,9 @@ def test_kill_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5])
 def test_max_fusions_applies_the_first_n(limit: int) -> None:
-    reports: list[Report] = []
-    graph = post_grad(padded, *INPUTS)
-    PostGradPassManager(dataclasses.replace(PAD, max_fusions=limit), on_report=reports.append)(graph)
-    assert reports[0].fused == {"act_padding": min(limit, 2)}
-    given_up = [refusal for refusal in reports[0].graphs[0].refusals if refusal.reason is Reason.LIMIT]
+    graph, _, report = planned(dataclasses.replace(PAD, max_fusions=limit))
+    assert report.fused == {"act_padding": min(limit, 2)}
+    given_up = [refusal for refusal in report.graphs[0].refusals if refusal.reason is Reason.LIMIT]
     assert len(given_up) == max(0, 2 - limit)
     fused = graph.find_nodes(op="call_function", target=torch.ops.fuseplan.fused_add_rms_norm_pad.default)
     assert len(fused) == min(limit, 2)
@@ -139,11 +143,9 @@ def test_managers_of_equal_content_are_equal() -> None:
 
 
 def test_a_flag_that_no_rule_answers_to_is_a_warning() -> None:
-    reports: list[Report] = []
-    config = dataclasses.replace(PAD, enable_qk_norm_rope_fusion=True)
     rules = [rule for rule in BUILT_IN_RULES if "enable_qk_norm_rope_fusion" not in rule.flags]
-    PostGradPassManager(config, on_report=reports.append, rules=rules)(post_grad(padded, *INPUTS))
-    (warning,) = reports[0].warnings
+    _, _, report = planned(dataclasses.replace(PAD, enable_qk_norm_rope_fusion=True), rules=rules)
+    (warning,) = report.warnings
     expected = "none of the rules handed over answers to it"
     assert warning.detail == f"enable_qk_norm_rope_fusion=True has no effect: {expected}"
 
@@ -179,13 +181,11 @@ def test_fusions_that_would_form_a_cycle_together_are_given_up(one_rank: str) ->
         a, b = all_reduce(x.sin(), one_rank), all_reduce(x.cos(), one_rank)
         return llama(a, None, b[0])[0], llama(b, None, a[0])[0]
 
-    reports: list[Report] = []
-    graph = post_grad(crossing, *INPUTS[:1])
-    PostGradPassManager(fuseplan.PassConfig(policy="ordered(allreduce_rms)"), on_report=reports.append)(graph)
+    graph, _, report = planned(fuseplan.PassConfig(policy="ordered(allreduce_rms)"), crossing, INPUTS[:1])
     graph.lint()
-    assert reports[0].matched == {"allreduce_rms": 2}
-    assert reports[0].fused == {"allreduce_rms": 1}
-    assert [refusal.reason for refusal in reports[0].graphs[0].refusals] == [Reason.CYCLE]
+    assert report.matched == {"allreduce_rms": 2}
+    assert report.fused == {"allreduce_rms": 1}
+    assert [refusal.reason for refusal in report.graphs[0].refusals] == [Reason.CYCLE]
 
 
 def test_inputs_that_come_late_are_waited_for() -> None:
@@ -195,9 +195,8 @@ def test_inputs_that_come_late_are_waited_for() -> None:
         y = weight.sigmoid() * F.rms_norm(total, (HIDDEN,)).to(x.dtype)
         return F.pad(y, (0, 8)), early
 
-    reports: list[Report] = []
     with torch.inference_mode():
-        actual = fuseplan.compile(late, config=PAD, on_report=reports.append)(*INPUTS)
+        actual = fuseplan.compile(late, config=PAD)(*INPUTS)
     for left, right in zip(actual, late(*INPUTS), strict=True):
         torch.testing.assert_close(left, right, rtol=2**-6, atol=2**-6)
 
@@ -224,8 +223,6 @@ def test_a_fault_in_what_the_cpu_has_leaves_its_graph(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("fuseplan.compilation.home.local_vendor", lambda: "nvidia")
     monkeypatch.setattr("fuseplan.compilation.home.prices_of", fails)
-    graph, reports = post_grad(padded, *INPUTS), list[Report]()
-    before = str(graph)
-    PostGradPassManager(PAD, on_report=reports.append)(graph)
+    graph, before, report = planned(PAD)
     assert str(graph) == before
-    assert "a bug in prices" in reports[0].graphs[0].refusals[0].detail
+    assert "a bug in prices" in report.graphs[0].refusals[0].detail

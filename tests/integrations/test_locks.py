@@ -8,28 +8,14 @@ from fuseplan.errors import ConfigError, LockError
 from fuseplan.integrations.locks import config_of, pinned, settings_of
 
 OTHERS: dict[str, Any] = {
-    "fuse_act_padding": True,
-    "fuse_allreduce_rms": False,
-    "fuse_norm_quant": True,
-    "fuse_act_quant": False,
-    "enable_qk_norm_rope_fusion": False,
-    "fuse_rope_cache": False,
-    "fuse_grouped_attention": False,
-    "fuse_eager_attention": False,
-    "fuse_cached_attention": True,
-    "fuse_merged_linear": True,
-    "fuse_skinny_linear": True,
-    "fuse_scaled_linear": True,
-    "fuse_add_rms_norm": True,
-    "eliminate_noops": False,
-    "policy": "off",
-    "compile_ranges": (CompileRange(start=1, end=8), CompileRange(start=9, end=9)),
-    "max_fusions": 0,
-    "force": ("act_padding",),
-    "forbid": ("act_quant", "norm_quant"),
-    "node_budget": 7,
+    "fuse_act_padding": True, "fuse_allreduce_rms": False, "fuse_norm_quant": True, "fuse_act_quant": False,
+    "enable_qk_norm_rope_fusion": False, "fuse_rope_cache": False, "fuse_grouped_attention": False,
+    "fuse_eager_attention": False, "fuse_cached_attention": True, "fuse_merged_linear": True,
+    "fuse_skinny_linear": True, "fuse_scaled_linear": True, "fuse_add_rms_norm": True, "eliminate_noops": False,
+    "policy": "off", "compile_ranges": (CompileRange(start=1, end=8), CompileRange(start=9, end=9)),
+    "max_fusions": 0, "force": ("act_padding",), "forbid": ("act_quant", "norm_quant"), "node_budget": 7,
     "allow_rounding_changes": True,
-}
+}  # fmt: skip
 """Another value than the default of every setting that a lock can pin."""
 INEFFECTIVE = {"verify", "verify_timeout_s", "agreement_timeout_s"}
 """Settings of compilations alone: a lock compiles nothing."""

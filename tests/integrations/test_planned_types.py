@@ -27,9 +27,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
 }
 """Where the defaults of a configuration make no model that can be built, or sizes that two ranks don't divide."""
 
-REFUSED: Mapping[str, str] = {
-    "doge": "its tp_plan splits the heads and leaves `A`, which has an entry for each, whole",
-}
+REFUSED: Mapping[str, str] = {"doge": "its tp_plan splits the heads and leaves `A`, which has an entry for each, whole"}
 """What transformers itself can't split by its own plan."""
 
 if TorchVersion(transformers.__version__) < "5.1":

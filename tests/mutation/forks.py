@@ -20,18 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "fuseplan"
 FAMILIES = (
-    "torch",
-    "sympy",
-    "scipy",
-    "numpy",
-    "networkx",
-    "hypothesis",
-    "pytest",
-    "_pytest",
-    "typer",
-    "rich",
-    "jinja2",
-)
+    "torch", "sympy", "scipy", "numpy", "networkx", "hypothesis", "pytest", "_pytest", "typer", "rich", "jinja2",
+)  # fmt: skip
 BY_ALARM = -signal.SIGALRM
 # One thread a process, since there are as many processes as cores; and none of these tests needs a GPU.
 ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}

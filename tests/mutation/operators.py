@@ -13,45 +13,22 @@ Span = tuple[tuple[int, int], tuple[int, int]]
 # Of the many operators that one can be replaced with, those nearest to it: a bound that is off by one, and the
 # opposite. The others mostly raise at once, which any test notices.
 _COMPARISONS = {
-    "Eq": ("NotEq",),
-    "NotEq": ("Eq",),
-    "Lt": ("LtE", "GtE"),
-    "LtE": ("Lt", "Gt"),
-    "Gt": ("GtE", "LtE"),
-    "GtE": ("Gt", "Lt"),
-    "Is": ("IsNot",),
-    "IsNot": ("Is",),
-}
+    "Eq": ("NotEq",), "NotEq": ("Eq",), "Is": ("IsNot",), "IsNot": ("Is",),
+    "Lt": ("LtE", "GtE"), "LtE": ("Lt", "Gt"), "Gt": ("GtE", "LtE"), "GtE": ("Gt", "Lt"),
+}  # fmt: skip
 _ARITHMETIC = {
-    "Add": ("Sub",),
-    "Sub": ("Add",),
-    "Mul": ("Div", "Add"),
-    "Div": ("Mul", "FloorDiv"),
-    "FloorDiv": ("Mul",),
-    "Mod": ("Mul",),
-    "Pow": ("Mul",),
-    "LShift": ("RShift",),
-    "RShift": ("LShift",),
-    "BitOr": ("BitAnd",),
-    "BitAnd": ("BitOr",),
-    "BitXor": ("BitAnd",),
-}
+    "Add": ("Sub",), "Sub": ("Add",), "Mul": ("Div", "Add"), "Div": ("Mul", "FloorDiv"), "FloorDiv": ("Mul",),
+    "Mod": ("Mul",), "Pow": ("Mul",), "LShift": ("RShift",), "RShift": ("LShift",),
+    "BitOr": ("BitAnd",), "BitAnd": ("BitOr",), "BitXor": ("BitAnd",),
+}  # fmt: skip
 _NAMES = (
     *(f"ReplaceComparisonOperator_{old}_{new}" for old, news in _COMPARISONS.items() for new in news),
     *(f"ReplaceBinaryOperator_{old}_{new}" for old, news in _ARITHMETIC.items() for new in news),
-    "ReplaceUnaryOperator_USub_UAdd",
-    "ReplaceUnaryOperator_Delete_Not",
-    "AddNot",
-    "ReplaceAndWithOr",
-    "ReplaceOrWithAnd",
-    "ReplaceTrueWithFalse",
-    "ReplaceFalseWithTrue",
-    "ReplaceContinueWithBreak",
-    "ReplaceBreakWithContinue",
-    "ExceptionReplacer",
-    "NumberReplacer",
-    "ZeroIterationForLoop",
-)
+    "ReplaceUnaryOperator_USub_UAdd", "ReplaceUnaryOperator_Delete_Not", "AddNot",
+    "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue",
+    "ReplaceContinueWithBreak", "ReplaceBreakWithContinue",
+    "ExceptionReplacer", "NumberReplacer", "ZeroIterationForLoop",
+)  # fmt: skip
 
 
 class _Own(Operator):  # type: ignore[misc]

@@ -16,9 +16,7 @@ def subsets(count: int) -> Iterable[frozenset[int]]:
 
 
 def saving(
-    chosen: frozenset[int],
-    savings: Sequence[int],
-    tables: Mapping[frozenset[int], Mapping[frozenset[int], int]],
+    chosen: frozenset[int], savings: Sequence[int], tables: Mapping[frozenset[int], Mapping[frozenset[int], int]]
 ) -> int | None:
     """What a subset saves, None where a table doesn't list the part of it that it measures."""
     total = sum(savings[i] for i in chosen if not any(i in members for members in tables))
@@ -31,9 +29,7 @@ def saving(
 
 
 def best(
-    savings: Sequence[int],
-    legal: Legal,
-    tables: Mapping[frozenset[int], Mapping[frozenset[int], int]] | None = None,
+    savings: Sequence[int], legal: Legal, tables: Mapping[frozenset[int], Mapping[frozenset[int], int]] | None = None
 ) -> tuple[int, tuple[int, ...]] | None:
     """(saving, candidates) of the best legal subset: of equals the smallest, then the first; None if none is legal."""
     found: tuple[int, tuple[int, ...]] | None = None

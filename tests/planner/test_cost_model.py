@@ -7,15 +7,7 @@ import pytest
 
 from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import (
-    AITER_GATE_LATER,
-    AITER_GATE_MAY_2026,
-    HARDWARE,
-    Gate,
-    Kernel,
-    Region,
-    total_ns,
-)
+from fuseplan.planner.costs import AITER_GATE_LATER, AITER_GATE_MAY_2026, HARDWARE, Gate, Kernel, Region, total_ns
 from tests.planner.parts import DYNAMIC, NORM, SILU, STATIC, Padding
 from tests.planner.round_device import DEVICE, GATE, WITH_AITER
 

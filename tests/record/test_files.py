@@ -26,15 +26,20 @@ def test_others_may_read_it_as_they_may_any_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+FAILURES = [OSError(each, os.strerror(each)) for each in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO)]
+
+
 @pytest.mark.parametrize("step", ["open", "write", "flush", "fsync", "close", "replace"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
-def test_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> None:
-    """Root may write anywhere, and a test can't fill a disk: each call of the system fails once."""
+@pytest.mark.parametrize("error", [*FAILURES, KeyboardInterrupt("interrupted")], ids=repr)
+def test_failure_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
+) -> None:
+    """Root may write anywhere, and a test can't fill a disk: each call of the system fails once, or is interrupted."""
     path = tmp_path / "file"
     path.write_text("old")
 
     def fail(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(number, os.strerror(number))
+        raise error
 
     with monkeypatch.context() as patch:
         if step in ("fsync", "replace"):
@@ -48,7 +53,7 @@ def test_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monke
                 return _Broken(opened(self, *args, **kwargs), step, fail)
 
             patch.setattr(Path, "open", broken)
-        with pytest.raises(OSError, match=os.strerror(number)):
+        with pytest.raises(type(error), match=error.args[-1]):
             write_whole(path, "new")
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
@@ -72,20 +77,6 @@ class _Broken:
 
     def __getattr__(self, name: str) -> Any:
         return self.fail if name == self.step else getattr(self.file, name)
-
-
-def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def interrupt(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(path, "new")
-    assert path.read_text() == "old"
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -24,48 +25,23 @@ def beside(difference_ns: int, half_ns: int) -> Paired:
 
 
 def batch(size: int, planned_ns: int = 900_000) -> BatchTimes:
+    planned: dict[str, Any] = {"step_ns": planned_ns, "spread_ns": 4_000, "fused": {"act_padding": 4},
+                               "beside_plain": beside(planned_ns - 1_000_000, 4_000)}  # fmt: skip
     rows = (
-        PolicyTime(
-            policy="planned",
-            step_ns=planned_ns,
-            spread_ns=4_000,
-            fused={"act_padding": 4},
-            prices=("measured",),
-            beside_plain=beside(planned_ns - 1_000_000, 4_000),
-        ),
-        PolicyTime(
-            policy="ordered(act_padding)",
-            step_ns=planned_ns,
-            spread_ns=4_000,
-            fused={"act_padding": 4},
-            same_as="planned",
-            beside_plain=beside(planned_ns - 1_000_000, 4_000),
-        ),
-        PolicyTime(
-            policy=ORDERED,
-            step_ns=1_004_000,
-            spread_ns=5_000,
-            fused={"act_padding": 3, "allreduce_rms": 1},
-            beside_plain=beside(4_000, 5_000),
-        ),
+        PolicyTime(policy="planned", prices=("measured",), **planned),
+        PolicyTime(policy="ordered(act_padding)", same_as="planned", **planned),
+        PolicyTime(policy=ORDERED, step_ns=1_004_000, spread_ns=5_000, fused={"act_padding": 3, "allreduce_rms": 1},
+                   beside_plain=beside(4_000, 5_000)),
         PolicyTime(policy="off", step_ns=1_050_000, spread_ns=2_000, beside_plain=beside(50_000, 60_000)),
         PolicyTime(policy="torch.compile", step_ns=1_000_000, spread_ns=3_000),
-    )
+    )  # fmt: skip
     return BatchTimes(batch=size, steps=10, policies=rows)
 
 
 BENCH = Bench(
-    workload="a [model]",
-    tp=2,
-    device="h200",
-    torch="2.11.0",
-    triton="3.6.0",
-    date="2026-11-27",
-    command="as it was",
-    repeats=9,
-    batches=(batch(1), batch(8)),
-    notes=("mind",),
-)
+    workload="a [model]", tp=2, device="h200", torch="2.11.0", triton="3.6.0", date="2026-11-27", command="as it was",
+    repeats=9, batches=(batch(1), batch(8)), notes=("mind",),
+)  # fmt: skip
 
 
 def test_json_has_every_figure() -> None:
@@ -122,15 +98,9 @@ def test_an_unclear_difference_says_how_many_repeats_would_settle_it() -> None:
 
 @pytest.mark.parametrize(
     ("ns", "text"),
-    [
-        (0, "0.00 us"),
-        (5_100, "5.10 us"),
-        (999_960, "1000 us"),
-        (1_362_000, "1.36 ms"),
-        (127_400_000, "127 ms"),
-        (2 * 10**9, "2.00 s"),
-    ],
-)
+    [(0, "0.00 us"), (5_100, "5.10 us"), (999_960, "1000 us"), (1_362_000, "1.36 ms"), (127_400_000, "127 ms"),
+     (2 * 10**9, "2.00 s")],
+)  # fmt: skip
 def test_times_have_three_digits(ns: int, text: str) -> None:
     assert time_text(ns) == text
 
@@ -143,15 +113,8 @@ def test_a_picture_is_written_as_png_and_svg(tmp_path: Path, name: str) -> None:
     assert (png, svg) == (tmp_path / f"{stem}.png", tmp_path / f"{stem}.svg")
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     texts = "".join(ElementTree.fromstring(svg.read_text(encoding="utf-8")).itertext())
-    for expected in (
-        "a [model]: time of a step",
-        "batch 8",
-        "planned",
-        "-10.0 % (-10.4 to -9.6)",
-        "even",
-        "1.05 ms",
-        "torch.compile",
-    ):
+    for expected in ("a [model]: time of a step", "batch 8", "planned", "-10.0 % (-10.4 to -9.6)", "even", "1.05 ms",
+                     "torch.compile"):  # fmt: skip
         assert expected in texts
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({png.name, svg.name})
 
@@ -160,15 +123,11 @@ def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     first, second = (save_plot(BENCH, tmp_path / name) for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    with pytest.raises(ReportError, match=r"^plot '.*steps.png' can't be written: No such file or directory$"):
+        check_plot(tmp_path / "nowhere" / "steps")
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ReportError, match=r"^a plot needs matplotlib: pip install matplotlib$"):
         check_plot(tmp_path / "steps.png")
-
-
-def test_a_folder_that_is_not_there_is_found_early(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(ReportError, match=r"^plot '.*steps.png' can't be written: No such file or directory$"):
-        check_plot(tmp_path / "nowhere" / "steps")

@@ -14,7 +14,7 @@ from fuseplan.report.expectation import unmet
 from fuseplan.report.lock import FusionLock
 from fuseplan.report.paragraphs import Line, drift_paragraphs, plain
 from fuseplan.report.verdict import Verdict, render_verdict, verdict_to_json
-from tests.report.locked import SPANS, Place, applied, fusion, graph, lock_of, loss, norms, refusal, report, settings
+from tests.report.locked import SPANS, applied, fusion, graph, lock_of, loss, norms, refusal, report, settings
 
 PLACE = "layers.7.norm"
 ALL = applied("allreduce_rms_padding", norms(range(36)))
@@ -27,11 +27,16 @@ def only(lock: FusionLock, now: Report) -> Drift:
     return drift
 
 
-def cause_of(*graphs: GraphReport, place: Place = PLACE, before: Fusion | None = None) -> Absence:
+def why(lock: FusionLock, now: Report) -> Absence:
+    """Why the only fusion that isn't there any more isn't."""
+    cause = only(lock, now).cause
+    assert cause is not None
+    return cause
+
+
+def cause_of(*graphs: GraphReport, before: Fusion | None = None) -> Absence:
     """Why the fusion that was at a place is not there any more."""
-    drift = only(lock_of(before or fusion("allreduce_rms_padding", place)), report(*graphs))
-    assert drift.cause is not None
-    return drift.cause
+    return why(lock_of(before or fusion("allreduce_rms_padding", PLACE)), report(*graphs))
 
 
 def test_the_same_fusions_hold() -> None:
@@ -43,8 +48,8 @@ def test_what_is_lost_is_named_with_its_place_and_near_miss() -> None:
     drift = only(lock_of(*ALL), now)
     assert (drift.change, drift.count) == (DriftKind.LOST, 1)
     assert drift.where[0].places == (PLACE,)
-    assert drift.cause is not None
-    assert drift.cause.near_miss is not None
+    assert drift.cause
+    assert drift.cause.near_miss
     assert plain(drift_paragraphs([drift], 1)).splitlines() == [
         "lost    allreduce_rms_padding by triton, 1 place: layers.7.norm",
         "why     near miss: clone stands between",
@@ -101,19 +106,15 @@ def test_one_cause_of_two_rules_is_one_paragraph() -> None:
     refusals = [refusal("allreduce_rms", PLACE), refusal("allreduce_rms_padding", "layers.1.norm")]
     refusals += [refusal("allreduce_rms_padding", "layers.2.norm", "another"), refusal("act_padding", "layers.3.norm")]
     paragraphs = plain(drift_paragraphs(drifts(before, report(graph(refusals=refusals))), 1)).split("\n\n")
-    why = ["why     near miss: clone stands between", "        model.py:7: x = x.clone()", "fix     drop the copy"]
+    told = ["why     near miss: clone stands between", "        model.py:7: x = x.clone()", "fix     drop the copy"]
     assert [paragraph.splitlines() for paragraph in paragraphs] == [
         [
             "lost    act_padding by triton, 1 place: layers.3.norm",
             "lost    allreduce_rms by triton, 1 place: layers.7.norm",
             "lost    allreduce_rms_padding by triton, 1 place: layers.1.norm",
-            *why,
+            *told,
         ],
-        [
-            "lost    allreduce_rms_padding by triton, 1 place: layers.2.norm",
-            "why     near miss: another",
-            *why[1:],
-        ],
+        ["lost    allreduce_rms_padding by triton, 1 place: layers.2.norm", "why     near miss: another", *told[1:]],
     ]
 
 
@@ -165,18 +166,15 @@ BROKEN = (
     [
         ([], AbsenceKind.BROKEN),
         ([GUESS], AbsenceKind.BROKEN),
-        (
-            [refusal("allreduce_rms_padding", PLACE, nearness=Nearness.ABSENT, found="an input of the graph")],
-            AbsenceKind.BROKEN,
-        ),
+        ([refusal("allreduce_rms_padding", PLACE, nearness=Nearness.ABSENT, found="an input of the graph")],
+         AbsenceKind.BROKEN),
         ([refusal("allreduce_rms_padding", PLACE, nearness=Nearness.ABSENT, found="mm")], AbsenceKind.NEAR_MISS),
         ([refusal("allreduce_rms_padding", PLACE)], AbsenceKind.NEAR_MISS),
     ],
-)
+)  # fmt: skip
 def test_a_broken_graph_explains_what_nothing_else_does(there: list[Refusal], kind: AbsenceKind) -> None:
     now = report(graph(refusals=there), replace(graph(), graph="graph_1"), breaks=(BREAK,))
-    cause = only(lock_of(fusion("allreduce_rms_padding", PLACE)), now).cause
-    assert cause is not None
+    cause = why(lock_of(fusion("allreduce_rms_padding", PLACE)), now)
     assert cause.kind is kind
     if kind is AbsenceKind.BROKEN:
         assert (cause.detail, cause.line, cause.code) == (BROKEN, BREAK.line, BREAK.code)
@@ -225,8 +223,7 @@ def test_a_graph_that_is_left_alone_explains_all_of_it() -> None:
 
 
 def test_rules_and_providers_that_are_off() -> None:
-    cause = only(lock_of(fusion("gone_rule", PLACE)), report(graph())).cause
-    assert cause is not None
+    cause = why(lock_of(fusion("gone_rule", PLACE)), report(graph()))
     assert (cause.kind, cause.detail) == (AbsenceKind.OFF, "gone_rule isn't among the rules that are on")
     moved = cause_of(graph([fusion("act_padding", PLACE)]), before=fusion("act_padding", PLACE, provider="aiter"))
     assert (moved.kind, moved.detail) == (AbsenceKind.OFF, "it matches, and aiter has no kernel for it any more")
@@ -236,16 +233,13 @@ def test_rules_and_providers_that_are_off() -> None:
     ("policy", "says"),
     [
         ({"policy": "off"}, "the policy is off, which applies nothing"),
-        (
-            {"policy": "ordered", "order": ("act_padding", "allreduce_rms")},
-            "the policy ordered(act_padding, allreduce_rms) doesn't list allreduce_rms_padding",
-        ),
+        ({"policy": "ordered", "order": ("act_padding", "allreduce_rms")},
+         "the policy ordered(act_padding, allreduce_rms) doesn't list allreduce_rms_padding"),
     ],
-)
+)  # fmt: skip
 def test_a_policy_that_leaves_the_rule_out_is_the_cause_whatever_is_there(policy: dict[str, Any], says: str) -> None:
     now = report(graph(refusals=[refusal("allreduce_rms_padding", PLACE)]), rules=(), **policy)
-    cause = only(lock_of(*ALL), now).cause
-    assert cause is not None
+    cause = why(lock_of(*ALL), now)
     assert (cause.kind, cause.detail, cause.near_miss) == (AbsenceKind.OFF, says, None)
     (paragraph,) = unmet(now, {"allreduce_rms_padding": 36})
     assert paragraph[1:] == [Line("why", says)]
@@ -267,8 +261,9 @@ def test_names_of_several_places_of_a_layer_can_change() -> None:
     )
     drift = only(lock_of(*before), report(graph(after)))
     assert (drift.change, drift.count) == (DriftKind.MOVED, 4)
-    assert drift.cause is not None
-    assert drift.cause.detail == "the same fusions are there, now called layers.0-1.c, layers.0-1.d"
+    assert why(lock_of(*before), report(graph(after))).detail == (
+        "the same fusions are there, now called layers.0-1.c, layers.0-1.d"
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +309,7 @@ def test_what_other_kernels_lost_to_is_not_the_cause(
     far = refusal("allreduce_rms", PLACE, "far", nearness=Nearness.ABSENT)
     drift = only(lock_of(LOCKED), report(graph([there], lost=[other], refusals=[far]), **further))
     assert drift.change is DriftKind.MOVED
-    assert drift.cause is not None
+    assert drift.cause
     assert (drift.cause.kind, drift.cause.detail) == (kind, says)
 
 
@@ -322,8 +317,7 @@ def test_that_a_provider_declines_says_more_than_that_it_is_not_there() -> None:
     there = fusion("allreduce_rms", PLACE, op=LOCKED.op)
     facts = {"nearness": Nearness.DECLINED, "provider": "flashinfer"}
     declined = refusal("allreduce_rms", PLACE, "it takes rows", **facts)
-    cause = only(lock_of(LOCKED), report(graph([there], refusals=[declined]))).cause
-    assert cause is not None
+    cause = why(lock_of(LOCKED), report(graph([there], refusals=[declined])))
     assert (cause.kind, cause.detail) == (AbsenceKind.NEAR_MISS, "it takes rows")
 
 
@@ -333,8 +327,8 @@ def test_places_without_a_module_are_told_apart_by_number_alone() -> None:
     now = report(graph([fusion("allreduce_rms_padding", "f.py:9"), fusion("act_padding", "f.py:2")], refusals=refusals))
     lost, gained = drifts(before, now)
     assert (lost.change, lost.count, lost.where[0].places) == (DriftKind.LOST, 2, ("(no module) x2",))
-    assert lost.cause is not None
-    assert lost.cause.near_miss is not None
+    assert lost.cause
+    assert lost.cause.near_miss
     assert lost.cause.near_miss.count == 2
     assert (gained.change, gained.count) == (DriftKind.GAINED, 1)
 
@@ -351,9 +345,8 @@ def test_a_place_with_two_fusions_can_lose_one() -> None:
     both = applied("act_padding", [PLACE, PLACE])
     drift = only(lock_of(*both), report(graph(both[:1], refusals=[refusal("act_padding", PLACE)])))
     assert (drift.change, drift.count, drift.where[0].places) == (DriftKind.LOST, 1, (PLACE,))
-    drift = only(lock_of(*both), report(graph(both[:1])))
-    assert drift.cause is not None
-    assert drift.cause.kind is AbsenceKind.GONE  # its provider has a kernel, as the other one shows
+    cause = why(lock_of(*both), report(graph(both[:1])))
+    assert cause.kind is AbsenceKind.GONE  # its provider has a kernel, as the other one shows
 
 
 def verdict() -> Verdict:

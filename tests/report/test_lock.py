@@ -59,9 +59,8 @@ def test_ranges_stand_in_the_order_of_their_numbers_and_others_are_read(tmp_path
     ]
     lock = FusionLock.of(settings(*spans), report(*graphs))
     assert list(json.loads(lock.text())["fusions"]) == list(spans)
-    path = tmp_path / "fusions.lock"
-    path.write_text(json.dumps(json.loads(lock.text()), indent=1, sort_keys=True))  # as they were written before
-    read = FusionLock.load(path)
+    # As they were written before.
+    read = load(json.dumps(json.loads(lock.text()), indent=1, sort_keys=True).encode(), tmp_path)
     assert (read, read.text()) == (lock, lock.text())
     (lost,) = drifts(read, report(*(graph(span=each.range) for each in graphs)))
     assert [range_ for where in lost.where for range_ in where.ranges][:4] == list(spans)
@@ -124,17 +123,16 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_whatever_is_in_the_file_is_a_lock_or_one_line(data: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fusions.lock"
-        path.write_text(json.dumps({**data, "schema": 1} if isinstance(data, dict) else data))
-        with pytest.raises(LockError) as caught:
-            FusionLock.load(path)
+    text = json.dumps({**data, "schema": 1} if isinstance(data, dict) else data).encode()
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(LockError) as caught:
+        load(text, Path(folder))
     assert "\n" not in str(caught.value)
 
 
-def content() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(gpt_oss().text())
-    return data
+def load(text: bytes, folder: Path) -> FusionLock:
+    path = folder / "fusions.lock"
+    path.write_bytes(text)
+    return FusionLock.load(path)
 
 
 @pytest.mark.parametrize(
@@ -163,15 +161,14 @@ def content() -> dict[str, Any]:
     ],
 )
 def test_contradictions_are_one_line(part: tuple[str, ...], value: Any, says: str, tmp_path: Path) -> None:
-    data = place = content()
+    data: Any = json.loads(gpt_oss().text())
+    place = data
     for step in part[:-1]:
         place = place[step]
     place[part[-1]] = value
-    path = tmp_path / "fusions.lock"
-    path.write_text(json.dumps(data))
     with pytest.raises(LockError, match=says) as caught:
-        FusionLock.load(path)
-    assert str(path) in str(caught.value)
+        load(json.dumps(data).encode(), tmp_path)
+    assert str(tmp_path / "fusions.lock") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -180,25 +177,17 @@ def test_contradictions_are_one_line(part: tuple[str, ...], value: Any, says: st
     [
         ("", "isn't JSON"),
         ("<<<<<<< ours\n{}", "isn't JSON"),
-        ("[" * 100_000, "it is nested more than 64 deep"),
         ("[1]", "it isn't a JSON object"),
         ('{"schema": 1, "fusions": {}, "fusions": {}}', "'fusions' is there twice"),
         (" " * (LARGEST_BYTES + 1), "has more than 1048576 bytes"),
-        ("\udcff", "it isn't UTF-8"),
     ],
 )
 def test_broken_files_are_one_line(text: str, says: str, tmp_path: Path) -> None:
-    path = tmp_path / "fusions.lock"
-    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(LockError, match=says):
-        FusionLock.load(path)
+        load(text.encode(errors="surrogateescape"), tmp_path)
 
 
-def test_files_that_are_not_there_or_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(LockError, match="can't be read: No such file or directory"):
-        FusionLock.load(tmp_path / "fusions.lock")
-    with pytest.raises(LockError, match="can't be read: Is a directory"):
-        FusionLock.load(tmp_path)
+def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(LockError, match="can't be written: No such file or directory"):
         gpt_oss().save(tmp_path / "nowhere" / "fusions.lock")
     assert os.listdir(tmp_path) == []  # noqa: PTH208 - hidden files too
@@ -216,18 +205,14 @@ def test_settings_say_where_they_differ() -> None:
 
 @pytest.mark.parametrize(
     "kernels",
-    [
-        {"a b c": ["layers.0-19999.x"]},
-        {f"a b c{index}": [f"norm{index}.x"] for index in range(10_000)},
-    ],
+    [{"a b c": ["layers.0-19999.x"]}, {f"a b c{index}": [f"norm{index}.x"] for index in range(10_000)}],
     ids=["layers", "kernels"],
 )
 def test_a_lock_of_very_many_places_is_compared_in_seconds(kernels: dict[str, list[str]], tmp_path: Path) -> None:
-    path = tmp_path / "fusions.lock"
     asked = {"workload": "w", "device": "h200", "policy": "planned", "ranges": ["1:64"]}
-    path.write_text(json.dumps({"schema": 1, "settings": asked, "fusions": {"1:64": kernels}}))
+    text = json.dumps({"schema": 1, "settings": asked, "fusions": {"1:64": kernels}}).encode()
     fusions = [*applied("act_padding", norms(range(200))), *applied("allreduce_rms", norms(range(200)))]
     start = time.process_time()
-    lock = FusionLock.load(path)
+    lock = load(text, tmp_path)
     assert drifts(lock, report(graph(fusions, refusals=[refusal(None, place) for place in norms(range(200))])))
     assert time.process_time() - start < 8

@@ -89,11 +89,7 @@ def test_names_of_workloads_rules_and_places_are_shown_as_they_are(width: int) -
     whole = comparison()
     text = render(
         replace(
-            whole,
-            workload=NAMES[0],
-            reports=tuple(map(renamed, whole.reports)),
-            breaks=(NAMES[1],),
-            notes=(NAMES[2],),
+            whole, workload=NAMES[0], reports=tuple(map(renamed, whole.reports)), breaks=(NAMES[1],), notes=(NAMES[2],)
         ),
         width,
     )

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fuseplan.errors import ConfigError
 from fuseplan.measurement.costs import Measurement, tune
 from fuseplan.measurement.tuning import Skipped, Step
 from fuseplan.planner.costs import CostTable, Provenance, cached_path
-from fuseplan.record import Report
+from fuseplan.record import GraphReport, Report
 from tests.helpers import gpt_oss, randn
 from tests.measurement.tuning.sorting import CALLS, FAST, RAISING, SITE, SLOW, WIDTH, WRONG, NormSort, model
 
@@ -40,13 +41,29 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STEPS: list[Step] = []
 
 
+def measured(table: Path, **more: Any) -> Measurement:
+    """Of the model at 4 tokens, unless more is said."""
+    given: dict[str, Any] = {"tokens": [4], "repeats": 5, "rules": [NormSort()], **more}
+    return tune(model, (randn(16, WIDTH),), table=table, ranges=[RANGE], **given)
+
+
+def explained(*providers: Any, **config: Any) -> GraphReport:
+    report = fuseplan.explain(
+        model, randn(16, WIDTH), config=PassConfig(**config), device="cpu", rules=[NormSort()], providers=providers
+    )
+    (graph,) = report.graphs
+    return graph
+
+
+def prices_of(graph: GraphReport) -> tuple[str, ...]:
+    assert graph.plan is not None
+    return graph.plan.prices
+
+
 @pytest.fixture(scope="module")
 def tuned(path: Path) -> Measurement:
     CALLS.clear()
-    return tune(
-        model, (randn(16, WIDTH),), table=path, ranges=[RANGE], tokens=[4, 64], repeats=5, rules=[NormSort()],
-        providers=[FAST, SLOW, WRONG], command="a test", watch=STEPS.append,
-    )  # fmt: skip
+    return measured(path, tokens=[4, 64], providers=[FAST, SLOW, WRONG], command="a test", watch=STEPS.append)
 
 
 def test_each_alternative_is_run_and_has_a_row_at_each_size(tuned: Measurement, path: Path) -> None:
@@ -96,13 +113,8 @@ def test_plans_are_made_of_measured_rows_alone(quiet: Path, monkeypatch: pytest.
     """The kernel that is faster by its rows is chosen at both ends, and in between by interpolation."""
     monkeypatch.setenv("FUSEPLAN_COSTS", str(quiet))
     assert fastest(quiet, 4) == fastest(quiet, 64) == FAST.name
-    config = PassConfig(compile_ranges=[RANGE])
-    report = fuseplan.explain(
-        model, randn(16, WIDTH), config=config, device="cpu", rules=[NormSort()], providers=[FAST, SLOW]
-    )
-    (graph,) = report.graphs
-    assert graph.plan is not None
-    assert graph.plan.prices == ("measured",)
+    graph = explained(FAST, SLOW, compile_ranges=[RANGE])
+    assert prices_of(graph) == ("measured",)
     assert [fusion.provider for fusion in graph.applied] == [FAST.name]
     assert {loss.fusion.provider for loss in graph.lost} == {SLOW.name}
 
@@ -123,15 +135,8 @@ def test_compiled_models_run_what_was_measured_to_be_fastest(quiet: Path, monkey
 
 def test_a_missing_alternative_leaves_auto_to_the_model(tuned: Measurement, path: Path) -> None:
     """The wrong kernel has no row, so `auto` models the class, while `measured` leaves it out."""
-    prices = {}
-    for costs in ("auto", "measured"):
-        report = fuseplan.explain(
-            model, randn(16, WIDTH), config=PassConfig(cost_table=path, costs=costs), device="cpu", rules=[NormSort()],
-            providers=[FAST, SLOW, WRONG],
-        )  # fmt: skip
-        assert report.graphs[0].plan is not None
-        prices[costs] = report.graphs[0].plan.prices
-    assert prices == {"auto": ("assumed",), "measured": ("measured",)}
+    for costs, prices in (("auto", ("assumed",)), ("measured", ("measured",))):
+        assert prices_of(explained(FAST, SLOW, WRONG, cost_table=path, costs=costs)) == prices
 
 
 def layers(x: Tensor, residual: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,11 +149,11 @@ def layers(x: Tensor, residual: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
 def test_equal_components_are_measured_once(tmp_path: Path) -> None:
     table = tmp_path / "costs.json"
     inputs = randn(16, WIDTH), randn(16, WIDTH), randn(3, WIDTH)
-    measured = tune(layers, inputs, table=table, ranges=[RANGE], tokens=[16], repeats=5)
-    (site,) = measured.classes
-    assert measured.classes == {site: 3}
+    found = tune(layers, inputs, table=table, ranges=[RANGE], tokens=[16], repeats=5)
+    (site,) = found.classes
+    assert found.classes == {site: 3}
     assert site == f"add -> rms_norm -> pad {WIDTH}:{WIDTH + 16} {WIDTH} bfloat16 gpt_oss"
-    assert sorted(row.key for row in measured.rows) == [
+    assert sorted(row.key for row in found.rows) == [
         f"{site}: act_padding fused_add_rms_norm_pad torch", f"{site}: unfused",
     ]  # fmt: skip
 
@@ -158,19 +163,14 @@ def test_the_default_table_is_read_where_none_is_named(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
-    def prices() -> tuple[str, ...]:
-        report = fuseplan.explain(model, randn(16, WIDTH), device="cpu", rules=[NormSort()], providers=[FAST, SLOW])
-        assert report.graphs[0].plan is not None
-        return report.graphs[0].plan.prices
-
-    assert prices() == ("assumed",)
+    assert prices_of(explained(FAST, SLOW)) == ("assumed",)
     cached = cached_path("cpu")
     cached.parent.mkdir(parents=True)
     cached.write_bytes(path.read_bytes())
-    assert prices() == ("measured",)
+    assert prices_of(explained(FAST, SLOW)) == ("measured",)
     cached.write_text('{"schema": 1, "device"')
     with caplog.at_level(logging.WARNING, "fuseplan"):
-        assert prices() == ("assumed",)
+        assert prices_of(explained(FAST, SLOW)) == ("assumed",)
     assert [record.getMessage() for record in caplog.records if "measured costs are ignored" in record.getMessage()]
 
 
@@ -183,7 +183,7 @@ def test_the_default_table_is_read_where_none_is_named(
 )
 def test_what_can_not_be_measured_is_refused(tmp_path: Path, options: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        tune(model, (randn(16, WIDTH),), table=tmp_path / "costs.json", ranges=[RANGE], **options)  # type: ignore[arg-type]
+        measured(tmp_path / "costs.json", **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,22 +192,14 @@ def test_an_interruption_leaves_whole_rows_or_none(tmp_path: Path) -> None:
         if step.doing.startswith("timing"):
             raise KeyboardInterrupt
 
-    table = tmp_path / "costs.json"
-    measured = tune(
-        model, (randn(16, WIDTH),), table=table, ranges=[RANGE], tokens=[4], repeats=5, rules=[NormSort()],
-        providers=[FAST], watch=interrupt,
-    )  # fmt: skip
-    assert measured.stopped
-    assert measured.rows == ()
-    assert CostTable.load(table).rows == ()
+    found = measured(tmp_path / "costs.json", providers=[FAST], watch=interrupt)
+    assert found.stopped
+    assert found.rows == CostTable.load(tmp_path / "costs.json").rows == ()
 
 
 def test_what_a_kernel_raises_when_it_is_run_is_told(tmp_path: Path) -> None:
-    measured = tune(
-        model, (randn(16, WIDTH),), table=tmp_path / "costs.json", ranges=[RANGE], tokens=[4], repeats=5,
-        rules=[NormSort()], providers=[RAISING], config=PassConfig(verify="off"),
-    )  # fmt: skip
-    assert [row.key for row in measured.rows] == [f"{SITE}: unfused"]
+    found = measured(tmp_path / "costs.json", providers=[RAISING], config=PassConfig(verify="off"))
+    assert [row.key for row in found.rows] == [f"{SITE}: unfused"]
     alternative = f"norm_sort norm_sort {RAISING.name}"
     reason = "ZeroDivisionError: division by zero"
-    assert measured.skipped == (Skipped(site=SITE, alternative=alternative, tokens=4, reason=reason),)
+    assert found.skipped == (Skipped(site=SITE, alternative=alternative, tokens=4, reason=reason),)
