@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,21 @@ def run(compiled: Callable[..., Tensor], model: Callable[..., Tensor], inputs: S
 
 
 def test_two_models_of_other_shapes_and_configs_in_one_process() -> None:
-    reports: dict[str, list[Report]] = {"padding": [], "off": [], "ranges": []}
-    configs = {
-        "padding": PAD,
-        "off": fuseplan.PassConfig(policy="off"),
-        "ranges": fuseplan.PassConfig(
-            policy="ordered(act_padding)", compile_ranges=(CompileRange(start=1, end=8), CompileRange(start=9, end=64))
-        ),
+    spans = (CompileRange(start=1, end=8), CompileRange(start=9, end=64))
+    made = {
+        "padding": (64, model_of(64), PAD),
+        "off": (72, model_of(72), fuseplan.PassConfig(policy="off")),
+        "ranges": (80, model_of(80, 2), replace(PAD, compile_ranges=spans)),
     }
-    models = {"padding": model_of(64), "off": model_of(72), "ranges": model_of(80, 2)}
-    widths = {"padding": 64, "off": 72, "ranges": 80}
+    reports = {name: list[Report]() for name in made}
     compiled = {
-        name: fuseplan.compile(models[name], config=config, on_report=reports[name].append)
-        for name, config in configs.items()
+        name: fuseplan.compile(model, config=config, on_report=reports[name].append)
+        for name, (_, model, config) in made.items()
     }
     for rows in (4, 16, 4):
         for name in ("padding", "off", "ranges", "off", "padding"):
-            run(compiled[name], models[name], inputs_of(widths[name], rows))
+            width, model, _ = made[name]
+            run(compiled[name], model, inputs_of(width, rows))
     assert {report.fused["act_padding"] for report in reports["padding"]} == {2}
     assert {sum(report.fused.values()) for report in reports["off"]} == {0}
     assert [graph.range for report in reports["ranges"] for graph in report.graphs] == [(1, 8), (9, 64)]
@@ -194,12 +193,8 @@ def test_reports_that_cannot_be_stored_fail_no_compilation(
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, fail)
         for width in (64, 72):
-            reports: list[Report] = []
-            run(
-                fuseplan.compile(model_of(width), config=PAD, on_report=reports.append),
-                model_of(width),
-                inputs_of(width),
-            )
+            model, reports = model_of(width), list[Report]()
+            run(fuseplan.compile(model, config=PAD, on_report=reports.append), model, inputs_of(width))
             assert [report.fused["act_padding"] for report in reports] == [2]
     (line,) = [each for each in caplog.messages if "stored" in each]
     assert line == (
@@ -219,6 +214,7 @@ def test_dumps_that_cannot_be_written_fail_no_compilation(
     assert all("Not a directory" in each and each.isprintable() for each in warnings)
 
 
+REPORT = Report(policy="planned", order=(), rules=(), graphs=())
 GARBAGE = {
     "empty": b"",
     "half": b'{"policy": "ordered", "order": ["act_pad',
@@ -231,21 +227,20 @@ GARBAGE = {
 
 @pytest.mark.parametrize("name", GARBAGE)
 def test_a_stored_report_that_is_broken_is_none(name: str) -> None:
-    report = Report(policy="planned", order=(), rules=(), graphs=())
-    store.save("key", report)
-    assert store.load("key") == report
+    store.save("key", REPORT)
+    assert store.load("key") == REPORT
     (store._folder() / "key.json").write_bytes(GARBAGE[name])
     assert store.load("key") is None
-    store.save("key", report)
-    assert store.load("key") == report
+    store.save("key", REPORT)
+    assert store.load("key") == REPORT
 
 
 def test_what_killed_processes_left_in_the_cache_goes() -> None:
-    store.save("key", Report(policy="planned", order=(), rules=(), graphs=()))
+    store.save("key", REPORT)
     left = store._folder() / ".other.json.0123abcd.tmp"
     left.write_text("half")
     os.utime(left, (1, 1))
-    store.save("another", Report(policy="planned", order=(), rules=(), graphs=()))
+    store.save("another", REPORT)
     assert cached_files() == ["another.json", "key.json"]
 
 
@@ -267,34 +262,25 @@ def report_key(gm: fx.GraphModule, x: Tensor, *, manager: Any = "manager", **opt
 def test_reports_are_stored_under_all_that_shapes_a_graph() -> None:
     x = torch.randn(4, 8)
     held = graph_of("add", held=torch.zeros(8))
+    sin, shapes = graph_of("sin"), [torch.randn(8, 4).t(), torch.randn(5, 8)]
+    others = [torch.zeros(4, 8), torch.zeros(8, dtype=torch.int64)]
     keys = [
-        report_key(graph_of("sin"), x),
-        report_key(graph_of("cos"), x),
-        report_key(graph_of("sin"), x, manager="other"),
-        report_key(graph_of("sin"), x.double()),
-        report_key(graph_of("sin"), torch.randn(8, 4).t()),
-        report_key(graph_of("sin"), torch.randn(5, 8)),
-        report_key(held, x),
-        report_key(graph_of("add", held=torch.zeros(4, 8)), x),
-        report_key(graph_of("add", held=torch.zeros(8, dtype=torch.int64)), x),
-    ]
-    with torch.no_grad():
-        keys.append(report_key(graph_of("sin"), x))
-    with torch.inference_mode():
-        keys.append(report_key(graph_of("sin"), x))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        keys.append(report_key(graph_of("sin"), x))
-    with torch._inductor.config.patch(pattern_matcher=False):
-        keys.append(report_key(graph_of("sin"), x))
+        report_key(sin, x), report_key(graph_of("cos"), x), report_key(sin, x, manager="other"),
+        *(report_key(sin, each) for each in (x.double(), *shapes)), report_key(held, x),
+        *(report_key(graph_of("add", held=each), x) for each in others),
+    ]  # fmt: skip
+    contexts = [
+        torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16),
+        torch._inductor.config.patch(pattern_matcher=False),
+        *(torch._inductor.config.patch(joint_custom_pre_pass=Named(name)) for name in "12"),
+    ]  # fmt: skip
+    for context in contexts:
+        with context:
+            keys.append(report_key(graph_of("sin"), x))
     assert len(set(keys)) == len(keys)
     assert report_key(graph_of("sin"), torch.randn(4, 8)) == keys[0]
     assert report_key(graph_of("add", held=torch.ones(8)), x) == keys[6]
     assert report_key(graph_of("sin"), x, max_autotune=True) not in keys
-    with torch._inductor.config.patch(joint_custom_pre_pass=Named("1")):
-        keys.append(report_key(graph_of("sin"), x))
-    with torch._inductor.config.patch(joint_custom_pre_pass=Named("2")):
-        keys.append(report_key(graph_of("sin"), x))
-    assert len(set(keys)) == len(keys)
 
 
 class Named(CustomGraphPass):

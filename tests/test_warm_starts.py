@@ -211,29 +211,24 @@ def test_what_failed_once_for_another_reason_than_numbers_is_tried_again(
         assert (third.from_cache, len(third.applied)) == (True, 1)
 
 
-def test_what_fails_every_time_is_compiled_anew_every_time() -> None:
-    FAILURES[:] = [torch.OutOfMemoryError("CUDA out of memory")] * 3
-    mine = provider(fails_sometimes, uuid="1")
-    found = starts(compiled_by_fuseplan, 4, config=CONFIG, rules=[AddNormRelu()], providers=[mine])
-    assert [(each.from_cache, len(each.applied)) for each in found if each] == [*[(False, 0)] * 3, (False, 1)]
-
-
-def test_wrong_results_are_found_in_the_cache() -> None:
-    FAILURES[:] = [ArithmeticError(7.0)]
-    mine = provider(wrong_sometimes, uuid="1")
-    found = starts(compiled_by_fuseplan, 2, config=CONFIG, rules=[AddNormRelu()], providers=[mine])
-    assert [(each.from_cache, len(each.applied)) for each in found if each] == [(False, 0), (True, 0)]
-
-
-def test_a_fault_is_of_one_start_alone() -> None:
-    mine, rule = provider(fails_sometimes, uuid="1"), Faulty()
-    FAILURES[:] = [MemoryError("short of memory")]
-    first, second, third = starts(compiled_by_fuseplan, 3, config=CONFIG, rules=[rule], providers=[mine])
-    assert first is not None
-    assert [each.reason for each in first.refusals] == [Reason.FAULT]
-    assert second is not None
-    assert third is not None
-    assert [(each.from_cache, len(each.applied)) for each in (second, third)] == [(False, 1), (True, 1)]
+@pytest.mark.parametrize(
+    ("kernel", "rule", "failures", "found"),
+    [
+        (fails_sometimes, AddNormRelu, [TRANSIENT[0]] * 3, [*[(False, 0)] * 3, (False, 1)]),
+        (wrong_sometimes, AddNormRelu, [ArithmeticError(7.0)], [(False, 0), (True, 0)]),
+        (fails_sometimes, Faulty, [MemoryError("short of memory")], [(False, 0), (False, 1), (True, 1)]),
+    ],
+    ids=["what fails every time is compiled anew", "wrong results are found in the cache", "a fault is of one start"],
+)
+def test_what_went_wrong_in_a_start(
+    kernel: Callable[..., Any], rule: type[AddNormRelu], failures: list[Exception], found: list[tuple[bool, int]]
+) -> None:
+    FAILURES[:] = failures
+    mine = provider(kernel, uuid="1")
+    graphs = starts(compiled_by_fuseplan, len(found), config=CONFIG, rules=[rule()], providers=[mine])
+    assert [(each.from_cache, len(each.applied)) for each in graphs if each] == found
+    if rule is Faulty:
+        assert [each.reason for graph in graphs if graph for each in graph.refusals] == [Reason.FAULT]
 
 
 def test_kernels_without_a_uuid_are_verified_at_every_start() -> None:

@@ -56,13 +56,16 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_reference_launches_no_more_kernels_than_it_is_priced_at() -> None:
-    for op, most in ((ops.rotary_embedding, 0), (ops.qk_norm_rope, 2 * NORM.eager_kernels)):
-        for sample in op.samples:
-            arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
-            with Counted() as counted:
-                op.reference(*arguments)
-            assert 0 < counted.count <= most + Rotation.eager_kernels
+@pytest.mark.parametrize(
+    ("name", "norms", "writes"),
+    [("rotary_embedding", 0, 0), ("qk_norm_rope", 2, 0), ("rope_cache", 0, 4), ("qk_norm_rope_cache", 2, 4)],
+)
+def test_a_reference_launches_no_more_kernels_than_it_is_priced_at(name: str, norms: int, writes: int) -> None:
+    for sample in ops[name].samples:
+        arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+        with Counted() as counted:
+            ops[name].kernel("torch")(*arguments)
+        assert 0 < counted.count <= norms * NORM.eager_kernels + Rotation.eager_kernels + writes
 
 
 @pytest.mark.parametrize("layout", ["heads first", "heads last"])

@@ -1,5 +1,6 @@
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -30,6 +31,12 @@ def comparison(*, refusals: tuple[Refusal, ...] = ()) -> Comparison:
     return Comparison(workload="w", tp=2, device="h200", ranges=((1, 8),), reports=reports, trace_ns=1_500_000_000)
 
 
+def first(**changes: Any) -> Report:
+    """The first report of a comparison, with another graph."""
+    report = comparison().reports[0]
+    return replace(report, graphs=(replace(report.graphs[0], **changes),))
+
+
 def render(subject: Comparison | Report, width: int, color: bool = False, verbose: bool = True) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
     if isinstance(subject, Comparison):
@@ -55,12 +62,10 @@ def test_color_only_on_terminals() -> None:
 
 
 def test_what_ranks_have_yet_to_verify_is_told_and_of_two_reports_on_a_graph_the_last_counts() -> None:
-    (report, other), (graph, *_) = comparison().reports, comparison().reports[0].graphs
     pending = Pending(
         rule="allreduce_rms", op="fused", ops="", provider="flashinfer", signature="", group="0", cases=()
     )  # fmt: skip
-    waiting = replace(report, graphs=(replace(graph, pending=(pending,), digest="d"),))
-    settled = replace(report, graphs=(replace(graph, digest="d"),))
+    waiting, settled, other = first(pending=(pending,), digest="d"), first(digest="d"), comparison().reports[1]
     assert "flashinfer's fused: all ranks verify it together before the first run" in render(waiting, 200)
     assert "flashinfer" not in render(settled, 200)
     assert latest([waiting, other, settled]) == [settled, other]
@@ -87,12 +92,9 @@ def test_names_of_workloads_rules_and_places_are_shown_as_they_are(width: int) -
         return replace(report, order=NAMES, rules=NAMES, graphs=(graph,), warnings=(warning,))
 
     whole = comparison()
-    text = render(
-        replace(
-            whole, workload=NAMES[0], reports=tuple(map(renamed, whole.reports)), breaks=(NAMES[1],), notes=(NAMES[2],)
-        ),
-        width,
-    )
+    reports = tuple(map(renamed, whole.reports))
+    whole = replace(whole, workload=NAMES[0], reports=reports, breaks=(NAMES[1],), notes=(NAMES[2],))
+    text = render(whole, width)
     for shown in (
         f"{NAMES[0]}  TP=2", f"{', '.join(NAMES[:-1])} and {NAMES[-1]} want", f"warned of {NAMES[0]}",
         f"graph break: {NAMES[1]}", f"note  {NAMES[2]}", f"uncontested  {NAMES[0]} in 1 place: layers.0.{NAMES[1]}",
@@ -220,14 +222,12 @@ def test_conflicts_are_told_when_asked_for() -> None:
 
 
 def test_a_rule_whose_work_a_wider_fusion_does_is_not_starved() -> None:
-    (report, other) = comparison().reports
-    (graph,) = report.graphs
+    whole = comparison()
+    (graph,) = whole.reports[0].graphs
     wider = tuple(replace(each, consumed=("a", "b", "c")) for each in graph.applied)
     lost = tuple(replace(loss, blocked_by=(wider[index],)) for index, loss in enumerate(graph.lost))
-    report = replace(report, graphs=(replace(graph, applied=wider, lost=lost),))
-    text = render(replace(comparison(), reports=(report,)), 120)
-    assert "starved" not in text
-    assert "starved" in render(replace(comparison(), reports=(other,)), 120)
+    assert "starved" not in render(replace(whole, reports=(first(applied=wider, lost=lost),)), 120)
+    assert "starved" in render(replace(whole, reports=whole.reports[1:]), 120)
 
 
 def test_the_all_reduces_that_are_priced_have_names() -> None:
@@ -251,40 +251,30 @@ def test_the_all_reduces_that_are_priced_have_names() -> None:
 
 
 def test_one_size_is_not_called_one_token() -> None:
-    (report, _) = comparison().reports
-    (graph,) = report.graphs
     size = SizePrice(tokens=1, unfused_ns=100_000, saved_ns=40_000)
-    fixed = replace(report, graphs=(replace(graph, range=None, sizes=(size,), saved_ns=40_000, unfused_ns=100_000),))
+    fixed = first(range=None, sizes=(size,), saved_ns=40_000, unfused_ns=100_000)
     assert "token" not in render(fixed, 120)
 
 
 @pytest.mark.parametrize("policy", ["planned", "ordered"])
 @pytest.mark.parametrize("reason", [Reason.VERIFICATION, Reason.PACKAGE, Reason.LIMIT, Reason.COUPLED, Reason.UNPRICED])
 def test_what_keeps_a_match_out_is_said_where_nothing_is_fused(policy: str, reason: Reason) -> None:
-    (report, _) = comparison().reports
-    (graph,) = report.graphs
-    left = [
-        Refusal(reason=reason, detail="it is left out", rule="act_padding", op="norm", nodes=(f"pad_{i}",))
-        for i in (1, 2)
-    ]
-    whole = replace(left[0], nodes=(), detail="act_padding is not applied")
-    given = replace(graph, applied=(), lost=(), refusals=(whole, *left, left[0]))
-    text = render(replace(report, policy=policy, graphs=(given,)), 120)
+    one = Refusal(reason=reason, detail="it is left out", rule="act_padding", op="norm", nodes=("pad_1",))
+    other, whole = replace(one, nodes=("pad_2",)), replace(one, nodes=(), detail="act_padding is not applied")
+    report = first(applied=(), lost=(), refusals=(whole, one, other, one))
+    text = render(replace(report, policy=policy), 120)
     assert "fuses nothing: 2 places match; it is left out." in text
 
 
 def test_a_plan_that_fuses_nothing_and_a_model_without_matches_say_so() -> None:
-    (report, _) = comparison().reports
-    (graph,) = report.graphs
-    lost = tuple(Loss(fusion=each, blocked_by=(), lost_ns=1000) for each in graph.applied)
-    nothing = replace(report, policy="planned", order=(), graphs=(replace(graph, applied=(), lost=lost),))
-    assert render(nothing, 120).startswith(
-        "The plan fuses nothing: 3 places match, but fusing them costs more than it saves."
-    )
+    def planned(**changes: Any) -> str:
+        return render(replace(first(applied=(), **changes), policy="planned", order=()), 120, verbose=False)
+
+    lost = [Loss(fusion=fusion("act_padding", layer), blocked_by=(), lost_ns=1000) for layer in range(3)]
+    matches = "The plan fuses nothing: 3 places match, but"
+    assert planned(lost=(*lost,)).startswith(f"{matches} fusing them costs more than it saves.")
     forbidden = tuple(replace(each, forbidden=True) for each in lost)
-    ruled_out = replace(nothing, graphs=(replace(graph, applied=(), lost=forbidden),))
-    assert render(ruled_out, 120).startswith("The plan fuses nothing: 3 places match, but are forbidden.")
-    empty = replace(nothing, graphs=(replace(graph, applied=(), lost=(), matched={}),))
-    text = render(empty, 120, verbose=False)
+    assert planned(lost=forbidden).startswith(f"{matches} are forbidden.")
+    text = planned(lost=(), matched={})
     assert text.startswith("Nothing to fuse: no rule matches anywhere.")
     assert "recognised: 3 fused_add_rms_norm[64]" in text
