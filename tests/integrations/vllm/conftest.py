@@ -103,23 +103,14 @@ def engines(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     """
 
     def run(
-        model: str,
-        asked: list[tuple[dict[str, str], dict[str, Any]]],
-        cache: Path,
-        *,
-        forced: Any = None,
+        model: str, asked: list[tuple[dict[str, str], dict[str, Any]]], cache: Path, *, forced: Any = None,
         as_on_gpus: bool = False,
-    ) -> list[Run]:
+    ) -> list[Run]:  # fmt: skip
         folder = tmp_path_factory.mktemp("engines")
         request, answer = folder / "request.json", folder / "answer.json"
         starts = [{"variables": variables, "arguments": arguments} for variables, arguments in asked]
-        content: dict[str, Any] = {
-            "model": str(checkpoint(model)),
-            "prompts": PROMPTS,
-            "forced": forced,
-            "engines": starts,
-        }
-        content["as_on_gpus"] = as_on_gpus
+        content: dict[str, Any] = {"model": str(checkpoint(model)), "prompts": PROMPTS, "forced": forced}
+        content |= {"engines": starts, "as_on_gpus": as_on_gpus}
         request.write_text(json.dumps(content))
         done = subprocess.run(
             [sys.executable, "-m", ENGINE, str(request), str(answer)], cwd=ROOT, env=environment(cache),
