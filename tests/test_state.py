@@ -31,6 +31,7 @@ CACHES = {
     "integrations/vllm/plugin.py:_say_once": "text",
     "integrations/vllm/support.py:missing": "nothing: the vLLM that is there doesn't change while it runs",
     "matching/siblings.py:layer_of": "text",
+    "planner/costs/cache.py:shipped_table": "a device; the package has the files",
     "providers/triton/launches.py:_compiled": "text",
     "providers/triton/attention.py:result_strides": "names and sizes, of 256 calls",
     "providers/triton/epilogues/__init__.py:epilogue_of": "names of files, which don't change while it runs",
