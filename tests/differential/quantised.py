@@ -34,13 +34,9 @@ from tests.differential.vocabulary import (
 )
 from tests.helpers import SPELLINGS, all_reduce, quantize, quantize_rows
 from tests.rules.parts import test_group_fp8 as groups_fp8
-from tests.rules.parts import test_mx_fp4 as mx_fp4
-from tests.rules.parts import test_mx_fp8 as mx_fp8
-from tests.rules.parts import test_nv_fp4 as nv_fp4
 from tests.rules.parts import test_scale_layouts as layouts
-from tests.rules.parts.microscaling import SCALINGS
+from tests.rules.parts.microscaling import E5M2, FP8, LEAST, SCALINGS, mx_fp4, mx_fp8, nv_fp4, to_blocked
 
-FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 POLICY = "ordered(allreduce_rms_quant, norm_quant, act_quant)"
 ALONE = "ordered(norm_quant, act_quant)"
@@ -88,7 +84,7 @@ class Format:
             scales = torch.stack([scales >> shift & 255 for shift in (0, 8, 16, 24)], -1).flatten(-2)[:, :count]
             wide = torch.exp2(scales.double() - 127)
         elif self.lies == "swizzled":
-            places = nv_fp4.to_blocked(torch.arange(1, rows * count + 1).reshape(rows, count)).flatten()
+            places = to_blocked(torch.arange(1, rows * count + 1).reshape(rows, count)).flatten()
             wide = torch.empty(rows * count, dtype=torch.float64)
             wide[places[places > 0] - 1] = scales.flatten()[places > 0].double()
             if not bool((scales.flatten()[places == 0].view(torch.uint8) == 0).all()):
@@ -206,11 +202,11 @@ def _by_one(rng: random.Random, scale: Tensor) -> Format:
 
 
 def _microscaled(rng: random.Random, scale: Tensor) -> Format:
-    module, bits = rng.choice(((mx_fp8, 8), (mx_fp4, 4)))
+    bits = rng.choice((8, 4))
     scaling, code = rng.choice(SCALINGS), rng.choice((FP8, FP8, E5M2)) if bits == 8 else FP8
-    quantise = partial(module.quantised, scaling=scaling, **({"code": code} if bits == 8 else {}))
+    quantise = partial(mx_fp8, scaling=scaling, code=code) if bits == 8 else partial(mx_fp4, scaling=scaling)
     swizzles = rng.random() < 0.4
-    given = partial(laid_out, quantise, nv_fp4.to_blocked) if swizzles else quantise
+    given = partial(laid_out, quantise, to_blocked) if swizzles else quantise
     lies = "swizzled" if swizzles else "rows"
     return Format(
         name=f"mx_fp{bits} {code} {scaling} {lies}", kind=f"mx_fp{bits}{' swizzled' * swizzles}", quantise=given,
@@ -220,9 +216,9 @@ def _microscaled(rng: random.Random, scale: Tensor) -> Format:
 
 def _nv_fp4(rng: random.Random, scale: Tensor) -> Format:
     whole, swizzles = rng.choice((None, 0.02)), rng.random() < 0.5
-    least = rng.choice((nv_fp4.LEAST, 0.001))
-    quantise = partial(nv_fp4.quantised, whole=None if whole is None else torch.tensor(whole), least=least)
-    given = partial(laid_out, quantise, nv_fp4.to_blocked) if swizzles else quantise
+    least = rng.choice((LEAST, 0.001))
+    quantise = partial(nv_fp4, whole=None if whole is None else torch.tensor(whole), least=least)
+    given = partial(laid_out, quantise, to_blocked) if swizzles else quantise
     lies = "swizzled" if swizzles else "rows"
     return Format(
         name=f"nv_fp4 {whole} {least} {lies}", kind=f"nv_fp4{' swizzled' * swizzles}", quantise=given, group=16,

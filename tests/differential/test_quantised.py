@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.differential.quantised import FP8, KINDS, Block, all_of, differences
+from tests.differential.quantised import KINDS, Block, all_of, differences
 from tests.forks import Forks, Request
+from tests.rules.parts.microscaling import FP8
 
 MANY = 500
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")

@@ -65,49 +65,30 @@ def padded_by_copy(x: Tensor, width: int) -> Tensor:
     return result
 
 
-def quantize_with_bounds(x: Tensor, scale: Tensor) -> Tensor:
-    """Twice clamped: what is quantised is never negative."""
-    return (x.float() / scale).clamp(min=0.0).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-
-
-def quantize_within(x: Tensor, scale: Tensor) -> Tensor:
-    """Clamped to less than fp8 holds, and then to what it holds, by bounds that are named."""
-    return (x.float() / scale).clamp(max=30.0).clamp(max=448.0).clamp(min=-448.0).to(torch.float8_e4m3fn)
-
-
-def quantize_scaled(x: Tensor, scale: Tensor) -> Tensor:
-    return (x.float() * scale.reciprocal() * 0.5).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-
-
-def quantize_fnuz(x: Tensor, scale: Tensor) -> Tensor:
-    return (x.float() / scale).clamp(-240.0, 240.0).to(torch.float8_e4m3fnuz)
-
-
-def quantize_narrow(x: Tensor, scale: Tensor) -> Tensor:
-    """Scaled and clamped in the activation dtype."""
-    return (x / scale.to(x.dtype)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+def codes(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
 def quantize_all(x: Tensor) -> tuple[Tensor, Tensor]:
     """One scale for all rows, from their largest element."""
     scale = (x.abs().amax().float() / 448.0).clamp(min=1e-6)
-    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+    return codes(x.float() / scale), scale
 
 
 def quantize_rows_divided(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = (x.float().abs().amax(-1, keepdim=True) / 448.0).clamp(min=1e-6)
-    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+    return codes(x.float() / scale), scale
 
 
 def quantize_rows_by_others(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scales of half of the elements, for all of them."""
     scale = (x[..., ::2].abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6)
-    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+    return codes(x.float() / scale), scale
 
 
 def quantize_rows_max(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = (x.abs().max(-1, keepdim=True)[0].float() / 448.0).clamp(min=1e-6)
-    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+    return codes(x.float() / scale), scale
 
 
 def quantize_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,12 +97,12 @@ def quantize_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = torch.min(low, torch.zeros_like(low)), torch.max(high, torch.zeros_like(high))
     scale = torch.maximum(low.abs(), high.abs()) / 448.0
     scale = torch.where(scale == 0, 0.0078125, scale)
-    return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+    return codes(x / scale), scale
 
 
 def quantize_rows_bounded(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 2.0) / 448.0
-    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+    return codes(x.float() / scale), scale
 
 
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,76 +151,31 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.float() * scale).to(dtype)
 
 
-ROW_QUANTS = {
-    quant.__name__: quant
-    for quant in (
-        quantize_rows,
-        quantize_rows_divided,
-        quantize_rows_max,
-        quantize_rows_rounded,
-        quantize_rows_bounded,
-        quantize_groups,
-        quantize_groups_rounded,
-        quantize_groups_columns,
-        quantize_rows_by_others,
-        quantize_all,
-    )
-}
-QUANTS = {quant.__name__: quant for quant in (
-    quantize, quantize_with_bounds, quantize_within, quantize_scaled, quantize_fnuz, quantize_narrow
+ROW_QUANTS = {quant.__name__: quant for quant in (
+    quantize_rows, quantize_rows_divided, quantize_rows_max, quantize_rows_rounded, quantize_rows_bounded,
+    quantize_groups, quantize_groups_rounded, quantize_groups_columns, quantize_rows_by_others, quantize_all,
 )}  # fmt: skip
-
-
-def silu_llama(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def silu_swapped(gate: Tensor, up: Tensor) -> Tensor:
-    return up * (gate * torch.sigmoid(gate))
-
-
-def silu_wide(gate: Tensor, up: Tensor) -> Tensor:
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
-
-
-def silu_narrow(gate: Tensor, up: Tensor) -> Tensor:
-    """With a reciprocal of its own, rounded at each step."""
-    return gate / (1 + torch.exp(-gate)) * up
-
-
-def silu_half_wide(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate.float()).to(gate.dtype) * up
-
-
-def silu_scaled(gate: Tensor, up: Tensor) -> Tensor:
-    return gate / (torch.exp(-gate) + 2) * up
-
-
-def silu_of_itself(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * (gate + up.sin())
-
-
-def quick_gelu(gate: Tensor, up: Tensor) -> Tensor:
-    return gate * torch.sigmoid(1.702 * gate) * up
-
-
-def gelu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate) * up
-
-
-GATED = {
-    gated.__name__: gated
-    for gated in (
-        silu_llama,
-        silu_swapped,
-        silu_wide,
-        silu_half_wide,
-        silu_narrow,
-        silu_scaled,
-        silu_of_itself,
-        quick_gelu,
-        gelu,
-    )
+QUANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "quantize": quantize,
+    # Twice clamped: what is quantised is never negative, or less than fp8 holds, by bounds that are named.
+    "quantize_with_bounds": lambda x, scale: codes((x.float() / scale).clamp(min=0.0)),
+    "quantize_within": lambda x, scale: (
+        (x.float() / scale).clamp(max=30.0).clamp(max=448.0).clamp(min=-448.0).to(torch.float8_e4m3fn)
+    ),
+    "quantize_scaled": lambda x, scale: codes(x.float() * scale.reciprocal() * 0.5),
+    "quantize_fnuz": lambda x, scale: (x.float() / scale).clamp(-240.0, 240.0).to(torch.float8_e4m3fnuz),
+    "quantize_narrow": lambda x, scale: codes(x / scale.to(x.dtype)),
+}
+GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu_llama": lambda gate, up: F.silu(gate) * up,
+    "silu_swapped": lambda gate, up: up * (gate * torch.sigmoid(gate)),
+    "silu_wide": lambda gate, up: (F.silu(gate.float()) * up.float()).to(gate.dtype),
+    "silu_half_wide": lambda gate, up: F.silu(gate.float()).to(gate.dtype) * up,
+    "silu_narrow": lambda gate, up: gate / (1 + torch.exp(-gate)) * up,  # with a reciprocal of its own, rounded
+    "silu_scaled": lambda gate, up: gate / (torch.exp(-gate) + 2) * up,
+    "silu_of_itself": lambda gate, up: F.silu(gate) * (gate + up.sin()),
+    "quick_gelu": lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
 }
 
 

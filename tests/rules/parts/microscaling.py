@@ -14,6 +14,11 @@ from tests.interpreted import no_code
 
 SCALINGS = ("floor", "ceil", "even", "rceil")
 WIDTH, GROUP = 128, 32
+FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+NV_GROUP, LEAST = 16, 2.0**-6
+W = 1 + randn(WIDTH, seed=9) / 10
+CONFIG = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)")
+Convert = Callable[[Tensor], Tensor]
 
 
 def rounded_up(groups: Tensor, largest: Tensor, most: float) -> tuple[Tensor, Tensor]:
@@ -71,6 +76,54 @@ def packed(codes: Tensor) -> Tensor:
     return (flat[::2] | flat[1::2] << 4).view(*codes.shape[:-1], codes.shape[-1] // 2)
 
 
+def mx_fp4(
+    x: Tensor, scaling: str, *, top: int = 2, most: float = 6.0, size: int = GROUP, half: int = 1 << 21,
+    convert: Convert = e2m1, pack: Convert = packed,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    groups, exponent = scaled(x, scaling, most=most, top=top, half=half, size=size)
+    return pack(convert(groups.reshape(x.shape))), exponent
+
+
+def mx_fp8(
+    x: Tensor, scaling: str, *, top: int | None = None, size: int = GROUP, code: torch.dtype = FP8,
+    clamped: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    own, half = (8, 1 << 19) if code is FP8 else (15, 1 << 20)
+    most = torch.finfo(code).max
+    groups, exponent = scaled(x, scaling, most=most, top=own if top is None else top, half=half, size=size)
+    if clamped is None:
+        clamped = code is E5M2
+    groups = groups.clamp(-most, most) if clamped and scaling != "rceil" else groups
+    return groups.to(code).reshape(x.shape), exponent
+
+
+def nv_fp4(
+    x: Tensor, whole: Tensor | None = None, *, least: float = LEAST, size: int = NV_GROUP, limit: float = 6.0,
+    convert: Convert = e2m1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(codes, scales) as torchao's `nvfp4_quantize` computes them."""
+    groups = x.float().reshape(*x.shape[:-1], -1, size)
+    wanted = groups.abs().amax(-1) / limit
+    if whole is None:
+        scale = wanted.clamp(least, 448.0).to(FP8)
+        factor = 1.0 / scale.float()
+    else:
+        scale = (wanted / whole).clamp(least, 448.0).to(FP8)
+        factor = (1.0 / whole) / scale.float()
+    return packed(convert((groups * factor.unsqueeze(-1)).clamp(-limit, limit).view(x.shape))), scale
+
+
+def to_blocked(scale: Tensor, *, flat: bool = False) -> Tensor:
+    """As torchao's, compiled; flat, as it is itself, or as its callers view it."""
+    rows, groups = scale.shape
+    down, along = (rows + 127) // 128, (groups + 3) // 4
+    padded = torch.zeros((128 * down, 4 * along), dtype=scale.dtype)
+    padded[:rows, :groups] = scale
+    tiles = padded.view(down, 128, along, 4).permute(0, 2, 1, 3).reshape(-1, 4, 32, 4).transpose(1, 2)
+    blocked = tiles.reshape(-1, 32, 16).flatten()
+    return blocked if flat else blocked.view(32 * down, 16 * along)
+
+
 def bits(value: Tensor) -> Tensor:
     """NaN being one NaN."""
     if value.dtype in (torch.float8_e8m0fnu, torch.uint8):
@@ -100,32 +153,36 @@ def ties() -> Tensor:
     return (group.repeat(WIDTH // GROUP) * powers[:, None]).contiguous()
 
 
-def cores(quantised: Callable[[Tensor, str], tuple[Tensor, Tensor]], weight: Tensor) -> tuple[Callable[..., Any], ...]:
+def cores(quantised: Callable[[Tensor, str], tuple[Tensor, Tensor]]) -> dict[str, Callable[..., Any]]:
     """Each core with a quantisation behind it: a norm, one of a sum, one of a reduced sum, and an activation."""
 
     def norm(x: Tensor, r: Tensor, group: str) -> Any:
-        return quantised(llama(x, None, weight)[0], "floor")
+        return quantised(llama(x, None, W)[0], "floor")
 
     def add_norm(x: Tensor, r: Tensor, group: str) -> Any:
-        y, total = llama(x, r, weight)
+        y, total = llama(x, r, W)
         return *quantised(y, "even"), total * 2
 
     def reduced(x: Tensor, r: Tensor, group: str) -> Any:
-        y, total = llama(all_reduce(x, group), r, weight)
+        y, total = llama(all_reduce(x, group), r, W)
         return *quantised(y, "ceil"), total * 2
 
     def activated(x: Tensor, r: Tensor, group: str) -> Any:
         return quantised(F.silu(x) * r, "rceil")
 
-    return norm, add_norm, reduced, activated
+    return {"norm": norm, "add_norm": add_norm, "reduced": reduced, "activated": activated}
 
 
-def check_fused(function: Callable[..., Any], given: tuple[Tensor, ...], group: str, rule: str, config: Any) -> None:
+RULES = {"norm": "norm_quant", "add_norm": "norm_quant", "reduced": "allreduce_rms_quant", "activated": "act_quant"}
+"""The rule that fuses each core."""
+
+
+def check_fused(function: Callable[..., Any], given: tuple[Tensor, ...], group: str, rule: str) -> None:
     """One fusion, by this rule, and the same bits. Code is made of matrices; other graphs are interpreted."""
     reports: list[fuseplan.Report] = []
     torch._dynamo.reset()
     with torch.inference_mode(), nullcontext() if given[0].dim() == 2 else no_code():
-        compiled: Any = fuseplan.compile(lambda *x: function(*x, group), config=config, on_report=reports.append)
+        compiled: Any = fuseplan.compile(lambda *x: function(*x, group), config=CONFIG, on_report=reports.append)
         pairs = list(zip(compiled(*given), function(*given, group), strict=True))
     assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
     assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)

@@ -316,66 +316,50 @@ def test_scales_that_lie_column_after_column_still_do(shape: tuple[int, ...]) ->
         assert compiled(randn(*shape))[1].stride() == of_groups_by_columns(randn(*shape))[1].stride()
 
 
+JUST_ABOVE = 2.0**-20 * (1 + 2.0**-23)
+
+
+def by_rows(
+    scale_of: Callable[[Tensor], Tensor], codes_of: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Quantize:
+    """By a scale of rows; without more said, x is divided by it in float32."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = scale_of(x)
+        return codes_of(x, scale) if codes_of is not None else codes(x.float() / scale), scale
+
+    return quantize
+
+
+def by_groups(scale_of: Callable[[Tensor], Tensor]) -> Quantize:
+    """By a scale of each group, of its magnitudes."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.view(-1, WIDTH // GROUP, GROUP)
+        scale = scale_of(groups.abs().amax(-1, keepdim=True).float() / MOST)
+        return codes(groups / scale).view(x.shape), scale
+
+    return quantize
+
+
+def largest(x: Tensor) -> Tensor:
+    return x.abs().amax(-1, keepdim=True)
+
+
+def up_to_a_power(scale: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(scale)))
+
+
 def by_the_most(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.view(-1, WIDTH // GROUP, GROUP)
     largest = groups.abs().float().amax(dim=2).clamp(1e-4)
     return (groups * (MOST / largest.unsqueeze(2))).to(FP8).view(x.shape), largest / MOST
 
 
-def by_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.view(-1, WIDTH // GROUP, GROUP)
-    held = (groups.abs().float().amax(dim=2, keepdim=True).clamp(1e-4) / MOST).view(torch.int)
+def rounded_by_bits(scale: Tensor) -> Tensor:
+    held = scale.view(torch.int)
     exponent = ((held >> 23) & 0xFF) + (held & 0x7FFFFF).bool().int()
-    scale = (exponent.clamp(1, 254) << 23).view(torch.float)
-    return codes(groups / scale).view(x.shape), scale
-
-
-def of_powers_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = torch.exp2(torch.ceil(torch.log2((x.abs().amax(-1, keepdim=True) / MOST).float())))
-    return codes(x.float() / scale), scale
-
-
-def multiplied_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / MOST).float()
-    return codes(x.float() * scale.reciprocal()), scale
-
-
-def unclamped_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / MOST).float().clamp(min=LEAST)
-    return (x.float() / scale).to(FP8), scale
-
-
-def by_a_narrow_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(-1, keepdim=True) / MOST
-    return codes(x.float() / scale), scale
-
-
-def up_to_a_bound_a_row(x: Tensor) -> tuple[Tensor, Tensor]:
-    bound = x.float().mean(-1, keepdim=True).exp()
-    scale = (torch.minimum(x.abs().amax(-1, keepdim=True).float(), bound) / MOST).clamp(min=LEAST)
-    return codes(x.float() / scale), scale
-
-
-def up_to_a_bound_below_its_least(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True).float().clamp(max=1e-4) / MOST).clamp(min=0.1)
-    return codes(x.float() / scale), scale
-
-
-def up_to_a_power(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.view(-1, GROUP)
-    scale = torch.exp2(torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True).float() / MOST))).clamp(max=2.0)
-    return codes(groups / scale).view(x.shape), scale
-
-
-def up_to_a_bound_unclamped(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 6.0) / MOST
-    return (x.float() / scale).to(FP8), scale
-
-
-def chosen(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(-1, keepdim=True).float() / MOST
-    scale = torch.where(scale < 1e-6, 1.0, scale)
-    return codes(x.float() / scale), scale
+    return (exponent.clamp(1, 254) << 23).view(torch.float)
 
 
 def with_indices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -384,82 +368,86 @@ def with_indices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes(x.float() / scale), scale, index
 
 
-def unclamped(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(-1, keepdim=True).float() / MOST
-    return (x.float() / scale).to(FP8), scale
-
-
-def rows_by_powers(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = torch.exp2(torch.ceil(torch.log2(x.abs().amax(-1, keepdim=True).float() / MOST)))
-    return codes(x.float() / scale), scale
-
-
 def over_columns(x: Tensor) -> tuple[Tensor, Tensor]:
     squares = x.view(-1, 16, 16)
     scale = squares.abs().amax(1).unsqueeze(-1).float() / MOST
     return codes(squares / scale), scale
 
 
-def of_all(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().max().unsqueeze(-1).to(torch.float32) / MOST
-    return codes(x.float() / scale), scale
+def unclamped(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale).to(FP8)
 
 
-def at_least_nan(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True).float() / MOST).clamp(min=math.nan)
-    return codes(x.float() / scale), scale
+UNCLAMPED = "the value cast isn't clamped to +-448"
+LOW = "the scale is computed in bfloat16, and the op computes it in float32"
+NEAR_MISSES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], str]] = {
+    "by the most": (by_the_most, "x is multiplied by 448 / amax, which rounds otherwise than by 1 / (amax / 448)"),
+    "by bits": (
+        by_groups(lambda scale: rounded_by_bits(scale.clamp(1e-4 / MOST))),
+        "the scale is rounded by its bits, which makes an infinite one finite",
+    ),
+    "powers in low precision": (by_rows(lambda x: up_to_a_power((largest(x) / MOST).float())), LOW),
+    "multiplied in low precision": (
+        by_rows(lambda x: (largest(x) / MOST).float(), lambda x, scale: codes(x.float() * scale.reciprocal())), LOW,
+    ),
+    "unclamped in low precision": (
+        by_rows(lambda x: (largest(x) / MOST).float().clamp(min=LEAST), unclamped), UNCLAMPED,
+    ),
+    "a narrow scale": (by_rows(lambda x: largest(x) / MOST), "the scale is bfloat16, and the op takes float32"),
+    "a bound a row": (
+        by_rows(
+            lambda x: (torch.minimum(largest(x).float(), x.float().mean(-1, True).exp()) / MOST).clamp(min=LEAST)
+        ),
+        "the upper bound of the largest (aten.minimum.default) isn't one element in its dtype",
+    ),
+    "a bound below its least": (
+        by_rows(lambda x: (largest(x).float().clamp(max=1e-4) / MOST).clamp(min=0.1)),
+        "the scale has a least bound above its upper one",
+    ),
+    "a power with a bound": (
+        by_groups(lambda scale: up_to_a_power(scale).clamp(max=2.0)), "the power of two has an upper bound"
+    ),
+    "a bound, unclamped": (by_rows(lambda x: largest(x).float().clamp(1e-4, 6.0) / MOST, unclamped), UNCLAMPED),
+    "chosen": (
+        by_rows(lambda x: torch.where((scale := largest(x).float() / MOST) < 1e-6, 1.0, scale)),
+        "the scale is computed by aten.where.self",
+    ),
+    "with indices": (with_indices, "the indices of the largest are read, too"),
+    "unclamped": (by_rows(lambda x: largest(x).float() / MOST, unclamped), UNCLAMPED),
+    "rows by powers": (
+        by_rows(lambda x: up_to_a_power(largest(x).float() / MOST)),
+        "the scale is rounded up to a power of two, and the op's of whole rows isn't",
+    ),
+    "over columns": (over_columns, "not by amax over the last dimension"),
+    "at least NaN": (
+        by_rows(lambda x: (largest(x).float() / MOST).clamp(min=math.nan)), "the scale is computed by aten.clamp"
+    ),
+    "powers from just above one": (
+        by_groups(lambda scale: up_to_a_power(scale.clamp(min=JUST_ABOVE))),
+        "log2 rounds the smallest scale, 9.53674e-07, down to a power of two",
+    ),
+    "a dimension of the scale": (
+        by_rows(lambda x: torch.full((1,), 0.02).reshape(1, 1, 1), lambda x, scale: codes(x / scale)),
+        "the scale has the shape [1, 1, 1], which makes [1, 5, 256] of [5, 256]",
+    ),
+    "of all": (
+        by_rows(lambda x: x.abs().max().unsqueeze(-1).to(torch.float32) / MOST),
+        "the scale is computed from all rows at once",
+    ),
+    "signed": (
+        by_rows(lambda x: x.amax(-1, keepdim=True).float().abs() / MOST),
+        "neither one number nor computed from the largest value it scales",
+    ),
+}  # fmt: skip
 
 
-JUST_ABOVE = 2.0**-20 * (1 + 2.0**-23)
-
-
-def by_powers_from_just_above_one(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.view(-1, WIDTH // GROUP, GROUP)
-    scale = (groups.abs().amax(-1, keepdim=True).float() / MOST).clamp(min=JUST_ABOVE)
-    scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    return codes(groups / scale), scale
-
-
-def with_a_dimension_of_the_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = torch.full((1,), 0.02).reshape(1, 1, 1)
-    return codes(x / scale), scale
-
-
-def signed(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.amax(-1, keepdim=True).float().abs() / MOST
-    return codes(x.float() / scale), scale
-
-
-NEAR_MISSES: dict[Callable[[Tensor], tuple[Tensor, ...]], str] = {
-    by_the_most: "x is multiplied by 448 / amax, which rounds otherwise than by 1 / (amax / 448)",
-    by_bits: "the scale is rounded by its bits, which makes an infinite one finite",
-    of_powers_in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
-    multiplied_in_low_precision: "the scale is computed in bfloat16, and the op computes it in float32",
-    unclamped_in_low_precision: "the value cast isn't clamped to +-448",
-    by_a_narrow_scale: "the scale is bfloat16, and the op takes float32",
-    up_to_a_bound_a_row: "the upper bound of the largest (aten.minimum.default) isn't one element in its dtype",
-    up_to_a_bound_below_its_least: "the scale has a least bound above its upper one",
-    up_to_a_power: "the power of two has an upper bound",
-    up_to_a_bound_unclamped: "the value cast isn't clamped to +-448",
-    chosen: "the scale is computed by aten.where.self",
-    with_indices: "the indices of the largest are read, too",
-    unclamped: "the value cast isn't clamped to +-448",
-    rows_by_powers: "the scale is rounded up to a power of two, and the op's of whole rows isn't",
-    over_columns: "not by amax over the last dimension",
-    at_least_nan: "the scale is computed by aten.clamp",
-    by_powers_from_just_above_one: "log2 rounds the smallest scale, 9.53674e-07, down to a power of two",
-    with_a_dimension_of_the_scale: "the scale has the shape [1, 1, 1], which makes [1, 5, 256] of [5, 256]",
-    of_all: "the scale is computed from all rows at once",
-    signed: "neither one number nor computed from the largest value it scales",
-}
-
-
-@pytest.mark.parametrize("quantize", NEAR_MISSES, ids=name)
-def test_what_no_op_computes_is_named(quantize: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+@pytest.mark.parametrize("case", NEAR_MISSES)
+def test_what_no_op_computes_is_named(case: str) -> None:
+    quantize, says = NEAR_MISSES[case]
     graph = canonicalize(quickly_traced(lambda x: quantize(llama(x, None, W)[0]), randn(5, WIDTH)))
     assert not [found for found in graph.recognized() if "fp8" in found]
     (refusal,) = graph.refusals
-    assert NEAR_MISSES[quantize] in refusal.detail
+    assert says in refusal.detail
 
 
 def test_powers_of_two_of_float32_rows_are_left_alone() -> None:
@@ -473,21 +461,23 @@ def test_powers_of_two_of_float32_rows_are_left_alone() -> None:
     assert (scale.max().item(), exact.min().item()) == (1024.0, 2048.0)
 
 
-def test_what_is_rounded_between_is_named() -> None:
-    def scale_is_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = x.bfloat16().abs().amax(-1, keepdim=True).float() / MOST
-        return codes(x / scale), scale
-
-    def rows_are_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = x.abs().amax(-1, keepdim=True) / MOST
-        return codes(x.bfloat16() / scale), scale
-
-    for function, says in (
-        (scale_is_rounded, "the scale is computed from values rounded to bfloat16, and the scaled ones aren't"),
-        (rows_are_rounded, "the scaled value is rounded to bfloat16, and the scale is computed from unrounded values"),
-    ):
-        graph = canonicalize(post_grad(lambda x, f=function: f(F.silu(x) * x), randn(5, WIDTH, dtype=torch.float32)))
-        assert [says in refusal.detail for refusal in graph.refusals if "fp8" in refusal.detail] == [True]
+@pytest.mark.parametrize(
+    ("quantize", "says"),
+    [
+        (
+            by_rows(lambda x: largest(x.bfloat16()).float() / MOST, lambda x, scale: codes(x / scale)),
+            "the scale is computed from values rounded to bfloat16, and the scaled ones aren't",
+        ),
+        (
+            by_rows(lambda x: largest(x) / MOST, lambda x, scale: codes(x.bfloat16() / scale)),
+            "the scaled value is rounded to bfloat16, and the scale is computed from unrounded values",
+        ),
+    ],
+    ids=["the scale", "the rows"],
+)
+def test_what_is_rounded_between_is_named(quantize: Quantize, says: str) -> None:
+    graph = canonicalize(post_grad(lambda x: quantize(F.silu(x) * x), randn(5, WIDTH, dtype=torch.float32)))
+    assert [says in refusal.detail for refusal in graph.refusals if "fp8" in refusal.detail] == [True]
 
 
 def of_rows_up_to(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
