@@ -96,15 +96,19 @@ def test_it_fires_once_a_layer(n_layers: int) -> None:
     assert explain(layers, *flat(), forbid=[RULE]).fused[RULE] == 0
 
 
+def in_dtype(dtype: torch.dtype | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of which what is floating point is in another dtype."""
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in given.items()
+    }
+
+
 @pytest.mark.parametrize("rule", ROTARY_RULES, ids=["heads last", "heads first"])
 def test_the_reference_holds_in_float16_on_odd_sizes_and_layouts(rule: QkNormRope) -> None:
     torch_alone = [each for each in BUILT_IN_PROVIDERS if each.name == "torch"]
-    samples = [_in(torch.float16, each) for each in arguments_of(rule, torch.device("cpu"))]
+    samples = [in_dtype(torch.float16, each) for each in arguments_of(rule, torch.device("cpu"))]
     assert check_rule(rule, providers=torch_alone, samples=samples).cases["torch"] >= len(samples) + 12
-
-
-def _in(dtype: torch.dtype, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 REFUSED: dict[str, tuple[bool, dict[str, Any], str, str]] = {

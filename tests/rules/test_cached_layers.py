@@ -1,0 +1,476 @@
+"""Rotary embedding + writes into a static cache, alone and with the attention of a decode step behind them, with QK
+norm and without: it fires, it is right, it writes in place, it refuses by name, and off it isn't there.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch.utils._pytree import tree_leaves
+
+import fuseplan
+from fuseplan.explanation.capture import no_caches
+from fuseplan.planner.costs import HARDWARE
+from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.record import Nearness, Report
+from fuseplan.rules import Bindings
+from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
+from fuseplan.testing import check_rule
+from tests.cached import (
+    LENGTH,
+    Layer,
+    arguments,
+    assigned,
+    attending,
+    index_copy,
+    layer,
+    normed_layer,
+    on_copies,
+    visible,
+)
+from tests.helpers import gemma, gpt_oss
+from tests.interpreted import no_code
+from tests.matching.reported import near_misses
+from tests.rotary import HEAD, K_HEADS, Q_HEADS, broadcast, hugging_face_in_float32
+from tests.rules.test_rotary import in_dtype
+from tests.rules.test_rules import arguments_of, rule_id
+
+ROPE, NORMED_ROPE, ATTENTION, NORMED_ATTENTION = RULES = (
+    "rope_cache", "qk_norm_rope_cache", "cached_attention", "qk_norm_cached_attention",
+)  # fmt: skip
+OPS = dict(zip(RULES, (ROPE, NORMED_ROPE, "rope_cached_attention", "qk_norm_rope_cached_attention"), strict=True))
+FLAGS = {
+    **dict.fromkeys((ROPE, NORMED_ROPE), ("fuse_rope_cache",)),
+    **dict.fromkeys(
+        (ATTENTION, NORMED_ATTENTION), ("fuse_cached_attention", "fuse_grouped_attention", "fuse_rope_cache")
+    ),
+}
+APART: dict[str, tuple[str, ...]] = {
+    ROPE: (), NORMED_ROPE: ("qk_norm_rope",), ATTENTION: (ROPE, "grouped_attention"),
+    NORMED_ATTENTION: (NORMED_ROPE, "grouped_attention"),
+}  # fmt: skip
+"""What is fused where the rule is forbidden."""
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def attended(inner: Callable[..., Layer] = layer, write: Any = index_copy, mix: Any = None, **how: Any) -> Layer:
+    changes = {} if mix is None else {"mix": mix}
+    return attending(inner(write, read=lambda cache: cache, **how), **changes)
+
+
+def masked(*given: Any, first: int = 5, dtype: torch.dtype = torch.bfloat16, tokens: int = 1) -> list[Tensor]:
+    return [*arguments(tokens, dtype, first=first), visible(first, tokens, dtype=dtype)]
+
+
+def of_tokens_alone(tokens: int) -> list[Tensor]:
+    """Arguments whose cosines and sines are [S, D]."""
+    *given, cos, sin, positions = arguments(tokens)
+    return [*given, cos[0], sin[0], positions]
+
+
+MAKE: dict[str, Callable[..., Layer]] = {
+    ROPE: layer, NORMED_ROPE: normed_layer, ATTENTION: attended, NORMED_ATTENTION: partial(attended, normed_layer),
+}  # fmt: skip
+GIVEN: dict[str, Callable[..., list[Tensor]]] = {
+    ROPE: arguments, NORMED_ROPE: arguments, ATTENTION: masked, NORMED_ATTENTION: masked,
+}  # fmt: skip
+LAYERS: dict[str, tuple[str, Layer, list[Tensor]]] = {
+    "index_copy": (ROPE, layer(), arguments()),
+    "assigned, many tokens": (ROPE, layer(assigned), arguments(3)),
+    "in float32, narrow values": (
+        ROPE, layer(rotate=hugging_face_in_float32), arguments(2, torch.float16, value_width=8),
+    ),
+    "as many heads": (ROPE, layer(), arguments(k_heads=Q_HEADS)),
+    "the last place": (ROPE, layer(), arguments(first=LENGTH - 1)),
+    "counted from the end": (ROPE, layer(assigned), arguments(2, first=-2)),
+    "all of the cache": (ROPE, layer(), arguments(LENGTH, first=0)),
+    "normed": (NORMED_ROPE, normed_layer(), arguments()),
+    "angles of tokens alone": (ROPE, layer(rotate=broadcast), of_tokens_alone(3)),
+    "normed, angles of tokens alone": (NORMED_ROPE, normed_layer(rotate=broadcast), of_tokens_alone(3)),
+    "normed, many tokens": (NORMED_ROPE, normed_layer(), arguments(3)),
+    "normed behind the transposition": (NORMED_ROPE, normed_layer(tokens_first=False), arguments(3)),
+    "normed, weights in float32": (
+        NORMED_ROPE, layer(norm=lambda x, weight: gpt_oss(x, None, weight.to(x.dtype))[0]), arguments(2, torch.float16),
+    ),
+    "normed, 1 + weight": (
+        NORMED_ROPE, layer(norm=lambda x, weight: gemma(x, None, weight.to(x.dtype))[0]), arguments(),
+    ),
+    "attention, masked": (ATTENTION, attended(), masked()),
+    "attention, no mask": (ATTENTION, attended(), arguments()),
+    "attention, many tokens": (ATTENTION, attended(), masked(tokens=3)),
+    "attention in float32, narrow": (
+        ATTENTION, attended(rotate=hugging_face_in_float32), masked(dtype=torch.float16),
+    ),
+    "attention, float32": (ATTENTION, attended(), masked(dtype=torch.float32)),
+    "attention, the first place": (ATTENTION, attended(), masked(first=0)),
+    "attention, the last place": (ATTENTION, attended(), masked(first=LENGTH - 1)),
+    "attention, counted from the end": (ATTENTION, attended(write=assigned), masked(first=-2)),
+    "normed attention": (NORMED_ATTENTION, attended(normed_layer), masked()),
+    "normed attention, no mask": (NORMED_ATTENTION, attended(normed_layer), arguments()),
+    "normed attention behind the transposition": (
+        NORMED_ATTENTION, attended(normed_layer, tokens_first=False), masked(),
+    ),
+}  # fmt: skip
+
+
+def explain(function: Any, *inputs: Tensor, device: str = "h200", **config: Any) -> Report:
+    asked: dict[str, Any] = {"fuse_cached_attention": True, **config}
+    return fuseplan.explain(function, *inputs, config=fuseplan.PassConfig(**asked), device=device)
+
+
+def fused(report: Report) -> dict[str, int]:
+    return {rule: count for rule, count in report.fused.items() if count}
+
+
+def compiled(function: Layer, rule: str, reports: list[Report]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    config = fuseplan.PassConfig(policy=f"ordered({rule})")
+    return fuseplan.compile(function, config=config, on_report=reports.append)
+
+
+def check_close(found: Any, expected: Any, tolerance: float = 2**-7) -> None:
+    for got, wanted in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert got.shape == wanted.shape
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_it_computes_and_caches_what_the_model_does(name: str) -> None:
+    rule, function, given = LAYERS[name]
+    reports: list[Report] = []
+    expected = on_copies(function, given)
+    with no_code():
+        actual = on_copies(compiled(function, rule, reports), given)
+    assert reports[0].fused == {rule: 1}
+    assert not reports[0].warnings
+    check_close(actual, expected, 2**-8 if rule in (ROPE, NORMED_ROPE) else 2**-7)
+
+
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=[pytest.mark.nightly] * (rule in (NORMED_ROPE, ATTENTION))) for rule in RULES]
+)
+def test_the_code_writes_to_the_caches_themselves(rule: str) -> None:
+    """No copy of a cache is made, and whoever reads one afterwards reads what was written."""
+    given, reports, function = GIVEN[rule](), list[Report](), MAKE[rule]()
+    expected = on_copies(function, given)
+    own = [each.clone() for each in given]
+    pointers = [each.data_ptr() for each in own]
+    with torch.inference_mode(), no_caches():
+        actual, (code,) = run_and_get_code(compiled(function, rule, reports), *own)
+    assert reports[0].fused == {rule: 1}
+    check_close((actual, own), expected)
+    assert [each.data_ptr() for each in own] == pointers
+    lines = code.splitlines()
+    (call,) = [line for line in lines if re.search(rf"torch\.ops\.fuseplan\.{OPS[rule]}_\.default\(", line)]
+    assert len(re.findall(r"\barg\d+_1\b", call)) >= 3, call  # both caches, and the positions
+    made = [line for line in lines if f"empty_strided_cpu(({2}, {K_HEADS}, {LENGTH}, {HEAD})" in line]
+    # What stands for attention yields two tensors of a cache's size, and nothing else does.
+    assert len(made) == (2 if rule in (ROPE, NORMED_ROPE) else 0)
+
+
+@every_rule
+@pytest.mark.parametrize("n_layers", [pytest.param(1, marks=pytest.mark.nightly), 3])
+def test_it_fires_once_a_layer(n_layers: int, rule: str) -> None:
+    one = MAKE[rule]()
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *rest: Tensor) -> Any:
+        caches, mask = rest[: 2 * n_layers], rest[2 * n_layers :]
+        for index in range(n_layers):
+            found = one(q, k, v, *caches[2 * index : 2 * index + 2], cos, sin, positions, *mask)
+            q, *read = (2 * found,) if isinstance(found, Tensor) else (found[0].transpose(1, 2), *found[1:])
+            q = sum((each.mean() for each in read), q)
+        return q
+
+    q, k, v, *caches, cos, sin, positions = GIVEN[rule]()[:8]
+    own = [each.clone() for _ in range(n_layers) for each in caches]
+    given = (q, k, v, cos, sin, positions, *own, *GIVEN[rule]()[8:])
+    report = explain(layers, *given)
+    assert fused(report) == {rule: n_layers}
+    assert {fusion.provider for fusion in report.graphs[0].applied} == {"triton"}
+    for flag in FLAGS[rule]:
+        switched_off: dict[str, Any] = {flag: False}
+        off = explain(layers, *given, **switched_off)
+        assert not off.fused.get(rule)
+        disabled = [(miss.rule, miss.count) for miss in off.near_misses if miss.reason == "disabled"]
+        assert (rule, n_layers) in disabled
+        # With its own flag off nothing is missed but what it switches off.
+        assert disabled == [(rule, n_layers)] or len(FLAGS[rule]) > 1
+    assert fused(explain(layers, *given, forbid=[rule])) == dict.fromkeys(APART[rule], n_layers)
+
+
+@pytest.mark.parametrize("rule", [ROPE, ATTENTION])
+def test_off_is_identity(rule: str) -> None:
+    given, function = GIVEN[rule](), MAKE[rule]()
+    off: dict[str, Any] = dict.fromkeys(FLAGS[rule], False)
+    with no_code():
+        expected = on_copies(torch.compile(function), given)
+        torch._dynamo.reset()
+        actual = on_copies(fuseplan.compile(function, config=fuseplan.PassConfig(**off)), given)
+    for got, wanted in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(("rule", "launches"), [(NORMED_ROPE, 2), (ATTENTION, 1), (NORMED_ATTENTION, 1)])
+def test_it_saves_launches_beside_what_is_fused_without_it(rule: str, launches: int) -> None:
+    """Behind a norm and a rotation that are fused, writes are two kernels of their own; behind writes, attention is."""
+    joint, apart = (explain(MAKE[rule](), *GIVEN[rule](), forbid=forbid) for forbid in ([], [rule]))
+    (one,) = joint.graphs[0].applied
+    assert fused(apart) == dict.fromkeys(APART[rule], 1)
+    assert one.saving_ns is not None
+    more = one.saving_ns - sum(each.saving_ns or 0 for each in apart.graphs[0].applied)
+    assert more == pytest.approx(launches * HARDWARE["h200"].launch.value, rel=0.1)
+
+
+@every_rule
+def test_without_a_gpu_it_is_left_apart(rule: str) -> None:
+    report = explain(MAKE[rule](), *GIVEN[rule](), device="cpu")
+    assert not fused(report).keys() - {"grouped_attention"}
+
+
+# Whoever reads a cache sees what they saw.
+
+
+def writes_more(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    given[0].mul_(2)
+    return given[0] + 1, given[3] + 1
+
+
+READERS: dict[str, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {
+    "reads": lambda given: (given[3][:, :, 2:4] * 2, given[4].sum(), given[3] + given[4]),
+    "returned": lambda given: (given[3], given[4][:, :, 1:]),
+    "views": lambda given: (given[3].view(-1)[3:7], given[4].transpose(1, 2).reshape(-1)),
+    "writes more elsewhere": writes_more,
+}
+
+
+def read_after(rule: str, reader: str) -> Layer:
+    def function(*given: Tensor) -> Any:
+        found = MAKE[rule]()(*given)
+        return found if isinstance(found, Tensor) else found[0], *READERS[reader](given)
+
+    return function
+
+
+@pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("rule", [ROPE, ATTENTION])
+def test_readers_of_the_cache_see_what_they_saw(rule: str, reader: str, coded: bool) -> None:
+    given, reports, function = arguments(2) if rule == ROPE else masked(), list[Report](), read_after(rule, reader)
+    expected = on_copies(function, given)
+    with no_caches() if coded else no_code():
+        actual = on_copies(compiled(function, rule, reports), given)
+    assert reports[0].fused == {rule: 1}
+    check_close(actual, expected)
+
+
+def test_what_is_returned_is_the_cache_itself() -> None:
+    own, reports = arguments(), list[Report]()
+    with torch.inference_mode():
+        _, cache, _ = compiled(read_after(ROPE, "returned"), ROPE, reports)(*own)
+    assert reports[0].fused == {ROPE: 1}
+    assert cache.data_ptr() == own[3].data_ptr()
+
+
+@every_rule
+@pytest.mark.parametrize("position", [LENGTH, -LENGTH - 1])
+def test_a_cache_too_short_for_the_position_is_an_index_error(rule: str, position: int) -> None:
+    own = arguments(first=position) if rule in (ROPE, NORMED_ROPE) else [*arguments(first=position), visible()]
+    before = [each.clone() for each in own[3:5]]
+    reports: list[Report] = []
+    with no_code(), torch.inference_mode(), pytest.raises(IndexError, match=r"out of (range|bounds)"):
+        compiled(MAKE[rule](write=assigned), rule, reports)(*own)
+    assert reports[0].fused == {rule: 1}
+    assert all(torch.equal(a, b) for a, b in zip(own[3:5], before, strict=True))
+
+
+# What the rules refuse.
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "more"),
+    [
+        *((rule, torch.float16, 8) for rule in CACHED_ROTARY_RULES),
+        *((rule, None, 3) for rule in CACHED_ATTENTION_RULES),
+    ],
+    ids=lambda value: rule_id(value) if hasattr(value, "op") else "",
+)
+def test_the_reference_holds_on_odd_sizes_and_layouts(rule: Any, dtype: torch.dtype | None, more: int) -> None:
+    torch_alone = [each for each in BUILT_IN_PROVIDERS if each.name == "torch"]
+    samples = [in_dtype(dtype, each) for each in arguments_of(rule, torch.device("cpu"))]
+    assert check_rule(rule, providers=torch_alone, samples=samples).cases["torch"] >= len(samples) + more
+
+
+def bound(rule: str, **changed: Any) -> Bindings:
+    q, k, v, k_cache, v_cache, cos, sin, positions = arguments(3 if rule == ROPE else 1)
+    given: dict[str, Any] = {
+        **dict(zip("qkv", (each.transpose(1, 2) for each in (q, k, v)), strict=True)),
+        "k_cache": k_cache, "v_cache": v_cache, "cos": cos[:, None], "sin": sin[:, None], "positions": positions,
+        "rotary_rounding": "products",
+    }  # fmt: skip
+    if rule == ATTENTION:
+        given |= {"mask": visible(), "scale": 0.25, "is_causal": False, "kernel": "cudnn"}
+    return Bindings(rule, {**given, **changed})
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "q": (ROPE, {"q": empty(2, 4, 3, 16, dtype=torch.float64)}, "dtype", "q is float64; supported"),
+    "v": (ROPE, {"v": empty(2, 2, 3, 16, dtype=torch.float32)}, "dtype", "v is float32 and q is bfloat16; the"),
+    "a cache": (ROPE, {"k_cache": empty(2, 2, 12, 16, dtype=torch.float16)}, "dtype", "k_cache is float16 and q is bf"),
+    "no batch": (ROPE, {"q": empty(4, 3, 16)}, "size", "numbers of tokens that are known when it is compiled"),
+    "tokens": (ROPE, {"k": empty(2, 2, 4, 16)}, "size", "k is [2, 2, 4, 16], where q is [2, 4, 3, 16]"),
+    "heads of values": (ROPE, {"v": empty(2, 3, 3, 16)}, "size", "the fused op takes [2, 2, 3, 16]"),
+    "a short cache": (
+        ROPE, {"k_cache": empty(2, 2, 2, 16), "v_cache": empty(2, 2, 2, 16)}, "size",
+        "3 tokens are written into a cache of 2",
+    ),
+    "a cache of another length": (ROPE, {"v_cache": empty(2, 2, 11, 16)}, "size", "takes [2, 2, 12, 16]"),
+    "places": (ROPE, {"positions": torch.arange(2)}, "size", "positions is [2]"),
+    "gaps": (ROPE, {"v_cache": empty(2, 2, 12, 32)[..., :16]}, "layout", "v_cache has gaps or overlaps"),
+    "an expanded cache": (ROPE, {"k_cache": empty(1, 2, 12, 16).expand(2, -1, -1, -1)}, "layout", "k_cache has gaps"),
+    "angles of each head": (ROPE, {"cos": empty(2, 4, 3, 16)}, "size", "the same for all of its heads"),
+    "angles of other rows": (ROPE, {"cos": empty(3, 1, 3, 16)}, "size", "cos is [3, 1, 3, 16]"),
+    "dtype of values": (
+        ATTENTION, {"v": empty(2, 2, 1, 16, dtype=torch.float32)}, "dtype",
+        "v is float32 and q is bfloat16; the fused op takes one dtype",
+    ),
+    "heads of attended values": (ATTENTION, {"v": empty(2, 3, 1, 16)}, "size", "the fused op takes [2, 2, 1, 16]"),
+    "a mask": (ATTENTION, {"mask": empty(2, 1, 1, 11)}, "size", "attention reads 12 keys and a mask of 11"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_the_op_does_not_compute_is_refused(name: str) -> None:
+    rule_name, changes, reason, detail = REFUSED[name]
+    rule: Any = {ROPE: CACHED_ROTARY_RULES, ATTENTION: CACHED_ATTENTION_RULES}[rule_name][0]
+    assert rule.check(bound(rule_name)) is None
+    refusal = rule.check(bound(rule_name, **changes))
+    assert refusal is not None
+    assert refusal.reason.value == reason
+    assert detail in refusal.detail
+
+
+def test_a_mask_may_be_one_number() -> None:
+    assert CACHED_ATTENTION_RULES[0].check(bound(ATTENTION, mask=torch.zeros(2, 1, 1, 1))) is None
+
+
+def test_weights_of_another_dtype_are_refused() -> None:
+    weights = {"q_weight": empty(16), "k_weight": empty(16, dtype=torch.float32)}
+    refusal = CACHED_ROTARY_RULES[1].check(bound(ROPE, **weights))
+    assert refusal is not None
+    assert "k_weight is float32 and q is bfloat16" in refusal.detail
+
+
+def test_a_number_of_tokens_that_is_not_known_is_refused() -> None:
+    given = arguments(5)
+    for index in (0, 1, 2, 5, 6):
+        torch._dynamo.mark_dynamic(given[index], 1)
+    torch._dynamo.mark_dynamic(given[7], 0)
+    (row,) = near_misses(layer(), *given, rule=ROPE)
+    assert (row.nearness, row.reason) == (Nearness.REFUSED, "size")
+    assert "known when it is compiled" in row.detail
+
+
+def grows(*given: Tensor) -> Any:
+    def append(cache: Tensor, positions: Tensor, x: Tensor) -> None:
+        grown.append(torch.cat((cache, x), dim=-2))
+
+    grown: list[Tensor] = []
+    return layer(append)(*given)[0], *grown
+
+
+APART_MISSES: dict[str, tuple[str, Layer, str]] = {
+    "a cache that grows": (ROPE, grows, "keys are appended to a cache that grows"),
+    "read before": (
+        ROPE, lambda *given: (given[3] * 2, *layer()(*given)),
+        "write into a cache not recognised: the cache as it is before is also read",
+    ),
+    "normed and read before": (
+        NORMED_ROPE, lambda *given: (given[3] * 2, *normed_layer()(*given)),
+        "write into a cache not recognised: the cache as it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(APART_MISSES))
+def test_near_misses_of_writes_name_what_stands_in_the_way(name: str) -> None:
+    rule, function, detail = APART_MISSES[name]
+    (row,) = [row for row in near_misses(function, *arguments()) if row.rule in (ROPE, NORMED_ROPE)]
+    assert row.rule == rule
+    assert detail in row.detail
+
+
+def q_read_too(*given: Tensor) -> Any:
+    q, keys, values = layer(read=lambda cache: cache)(*given[:8])
+    return attending(lambda *_: (q, keys, values))(*given), q * 2
+
+
+def repeated_read_too(*given: Tensor) -> Any:
+    found: list[Tensor] = []
+
+    def mix(q: Tensor, keys: Tensor, *rest: Tensor) -> tuple[Any, ...]:
+        found.append(keys * 2)
+        return q, keys, *rest
+
+    return attended(mix=mix)(*given), *found
+
+
+MISSES: dict[str, tuple[Layer, str]] = {
+    "the queries are read, too": (q_read_too, "is also read by aten.mul.Tensor"),
+    "repeated keys are read, too": (repeated_read_too, "is also read by aten.mul.Tensor"),
+    "a mask of the keys": (
+        attended(mix=lambda q, keys, values, mask: (q, keys, values, mask + keys[:, :1, :1, :1] * 0)), "also read by"
+    ),
+    "a part of the caches": (
+        attended(mix=lambda q, keys, values, mask: (q, keys[:, :, :8], values[:, :, :8], mask[..., :8])),
+        "aten.slice.Tensor",
+    ),
+    "queries are scaled": (attended(mix=lambda q, *rest: (q * 2, *rest)), "aten.mul.Tensor"),
+    "keys for values": (attended(mix=lambda q, keys, values, mask: (q, values, keys, mask)), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(MISSES))
+def test_near_misses_of_attention_name_what_stands_in_the_way(name: str) -> None:
+    function, detail = MISSES[name]
+    report = explain(function, *masked())
+    assert report.fused[ROPE] == 1
+    assert not report.fused[ATTENTION]
+    (row,) = [each for each in report.near_misses if each.rule in (ATTENTION, NORMED_ATTENTION)]
+    assert row.rule == ATTENTION
+    assert detail in row.detail, row.detail
+
+
+def test_many_tokens_are_for_kernels_apart() -> None:
+    report = explain(attended(), *masked(tokens=3))
+    assert (report.fused[ROPE], report.fused["grouped_attention"], report.fused[ATTENTION]) == (1, 1, 0)
+    (row,) = [each for each in report.near_misses if each.rule == ATTENTION]
+    assert row.nearness is Nearness.DECLINED
+    assert "the kernel takes one query token; q has 3" in row.detail
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "silent"),
+    [
+        (layer(), arguments(), {NORMED_ROPE, "qk_norm_rope"}),
+        (normed_layer(), arguments(), {ROPE}),
+        *(
+            (attended(inner), masked(), {*RULES, "grouped_attention"})
+            for inner in (layer, normed_layer, partial(layer, rotate=hugging_face_in_float32))
+        ),
+    ],
+    ids=["rope", "normed rope", "attention", "normed attention", "attention in float32"],
+)
+def test_what_is_there_or_is_not_there_has_nothing_to_say(
+    function: Layer, given: list[Tensor], silent: set[str]
+) -> None:
+    assert not [row for row in near_misses(function, *given) if row.rule in silent]
