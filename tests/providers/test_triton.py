@@ -1,11 +1,7 @@
-"""fuseplan's Triton kernels: which there are, and that they compute what the references do.
-
-Here they run by Triton's interpreter, in a process of its own; tests/gpu has them on a GPU.
-"""
+"""fuseplan's Triton kernels: which there are, and what they do between ranks, by Triton's interpreter."""
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,11 +18,9 @@ from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.providers.triton import ACCEPTS
 from fuseplan.providers.triton.epilogues import SUFFIXES, epilogue_of
 from tests.forks import Forks
-from tests.providers.processes import printed_by
 from tests.ranks import seen_by_ranks
 
 TRITON = next(each for each in BUILT_IN_PROVIDERS if each.name == "triton")
-KEPT = ("_and_norm", "_and_activation")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
@@ -48,69 +42,6 @@ def test_fields_of_epilogues_are_the_arguments_of_their_ops() -> None:
         fields = dataclasses.fields(epilogue_of(suffix))
         # With a default: what a launch of some of the rows adds.
         assert {each.name for each in fields if each.default is dataclasses.MISSING} == own, op.name
-
-
-@pytest.fixture(scope="module")
-def interpreted(interpreting_forks: Forks) -> dict[str, Any]:
-    found: dict[str, Any] = printed_by(interpreting_forks, "run_interpreted")
-    return found
-
-
-@needs_triton
-def test_every_sample_gives_the_references_bits(interpreted: dict[str, Any]) -> None:
-    products = {name for name in TRITON.implements if "attention" in name or "linear" in name}
-    assert set(interpreted["differences"]) == set(TRITON.implements) - products
-    no_difference(interpreted["differences"], lambda op: 1 if op.endswith(KEPT) else None)
-
-
-@needs_triton
-@pytest.mark.nightly
-def test_every_sample_that_yields_what_is_quantised_too_gives_the_references_bits(interpreting_forks: Forks) -> None:
-    found = printed_by(interpreting_forks, "run_interpreted", "kept")
-    assert set(found) == {name for name in TRITON.implements if name.endswith(KEPT)}
-    no_difference(found, lambda op: None)
-
-
-def no_difference(found: dict[str, dict[str, float]], most: Callable[[str], int | None]) -> None:
-    """Asserts that there is none in each op's samples, or in so many of them, but for the order of sums."""
-    for op, differences in found.items():
-        assert set(differences) == {sample.name for sample in ops[op].samples[: most(op)]}
-        for name, difference in differences.items():
-            # In float32 sums of squares are added up in another order, which can move an fp8 code by a step.
-            allowed = 1 if "quant" in op and "float32" in name else 2e-6 if "float32" in name else 0
-            assert difference <= allowed, (op, name)
-
-
-@needs_triton
-def test_caches_are_written_and_nothing_else(interpreted: dict[str, Any]) -> None:
-    """Whatever the strides and positions; at a position that a cache doesn't have nothing is."""
-    assert len(interpreted["caches"]) == 9
-    assert all(interpreted["caches"].values()), interpreted["caches"]
-    assert len(interpreted["out of bounds"]) == 4
-    assert all(interpreted["out of bounds"].values()), interpreted["out of bounds"]
-
-
-@needs_triton
-def test_cached_rotary_holds_in_every_layout_and_dtype(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["cached"]) == 3
-    assert all(cases >= 12 for cases in interpreted["cached"]), interpreted["cached"]
-
-
-@needs_triton
-def test_rules_hold_in_every_layout_and_dtype(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["alone"]) == 2
-    assert all(cases >= 15 for cases in interpreted["alone"].values())
-
-
-@needs_triton
-def test_there_may_be_more_to_do_than_programs(interpreted: dict[str, Any]) -> None:
-    assert interpreted["more than programs"] is True
-
-
-@needs_triton
-def test_infinity_and_nan_stay_where_they_are(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["not finite"]) == 3
-    assert all(all(each) for each in interpreted["not finite"].values()), interpreted["not finite"]
 
 
 @pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.nightly)])
@@ -185,20 +116,3 @@ def test_what_comes_too_late_is_never_taken_for_another_calls(between_ranks: lis
         assert found["outcomes"][4:] == ["NaN"] * 3
         assert found["waits"][4:] == [0] * 3
         assert "results since then are NaN" in found["raised"]
-
-
-@needs_triton
-def test_it_holds_where_the_rule_does(interpreted: dict[str, Any]) -> None:
-    assert interpreted["cases"] == len(ops.qk_norm_rope.samples) + 11
-    assert interpreted["refused"] == []
-
-
-@needs_triton
-def test_sizes_that_no_tile_divides_and_any_strides(interpreted: dict[str, Any]) -> None:
-    assert len(interpreted["odd"]) == 5
-    assert all(interpreted["odd"].values()), interpreted["odd"]
-
-
-@needs_triton
-def test_what_it_declines(interpreted: dict[str, Any]) -> None:
-    assert interpreted["declined"] == "the kernel takes up to 2 dimensions before the heads; q has 3"
