@@ -1,5 +1,6 @@
 """Linear layers of few rows: which of them are read as one, where rules fire, and what they compute."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,21 +28,16 @@ def weights(*features: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]
     return [randn(count, WIDTH, dtype=dtype, seed=index + 1) / 8 for index, count in enumerate(features)]
 
 
-def recognized(function: Callable[..., Any], *inputs: Tensor) -> dict[str, int]:
+def recognized(function: Callable[..., Any], *inputs: Tensor, part: Any = PART) -> dict[str, int]:
     """How many of each op of linear layers there are."""
-    raised = canonicalize(quickly_traced(function, *inputs), asked=(PART,))
-    counts = {name.split("[")[0]: 0 for name in raised.recognized()}
-    for name, count in raised.recognized().items():
+    counts = Counter[str]()
+    for name, count in canonicalize(quickly_traced(function, *inputs), asked=(part,)).recognized().items():
         counts[name.split("[")[0]] += count
-    return {name: count for name, count in counts.items() if name.startswith("linear")}
+    return {name: count for name, count in counts.items() if "linear" in name}
 
 
 def several(x: Tensor, *own: Tensor) -> list[Tensor]:
     return [F.linear(x, weight) for weight in own]
-
-
-def one_of_another_input(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> list[Tensor]:
-    return [F.linear(x, first), F.linear(x.relu(), second), F.linear(x, third)]
 
 
 def mutated_between(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
@@ -50,73 +46,62 @@ def mutated_between(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
     return [y, F.linear(x, second)]
 
 
-def computed_weight(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
-    return [F.linear(x, first), F.linear(x, second * 2)]
-
-
-def columns_of_weights(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
-    """As GPT-2 has them."""
-    return [x @ first, x @ second]
-
-
-def other_views(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
-    return [F.linear(x, first), F.linear(x.reshape(-1, WIDTH), second)]
-
-
 def product_read_twice(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
     y = x.reshape(-1, WIDTH) @ first.T
     return [y.reshape(*x.shape[:-1], -1), y.sum(0), F.linear(x, second)]
 
 
-def one_behind_the_other(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> list[Tensor]:
-    y = F.linear(x, first)
-    return [F.linear(y, second), F.linear(y, third)]
+READ: dict[str, tuple[Callable[..., Any], tuple[int, ...], dict[str, int]]] = {
+    "one": (several, (32,), {"linear": 1}),
+    "two": (several, (32, 16), {"linear_pair": 1}),
+    "three": (several, (32, 16, 16), {"linear_triple": 1}),
+    "four": (several, (32, 16, 16, 8), {"linear_pair": 2}),
+    "five": (several, (32, 16, 16, 8, 8), {"linear_triple": 1, "linear_pair": 1}),
+    "one of another input": (
+        lambda x, first, second, third: [F.linear(x, first), F.linear(x.relu(), second), F.linear(x, third)],
+        (32, 16, 8), {"linear": 1, "linear_pair": 1},
+    ),
+    "mutated between": (mutated_between, (32, 16), {"linear": 1}),
+    "a computed weight": (
+        lambda x, first, second: [F.linear(x, first), F.linear(x, second * 2)], (32, 16), {"linear": 1}
+    ),
+    "columns of weights, as in GPT-2": (lambda x, first, second: [x @ first, x @ second], (WIDTH, WIDTH), {}),
+    "other views": (
+        lambda x, first, second: [F.linear(x, first), F.linear(x.reshape(-1, WIDTH), second)],
+        (32, 16), {"linear_pair": 1},
+    ),
+    "a product read twice": (product_read_twice, (32, 16), {"linear_pair": 1}),
+    "one behind the other": (
+        lambda x, first, *others: several(F.linear(x, first), *others), (WIDTH, 16, 16),
+        {"linear": 1, "linear_pair": 1},
+    ),
+    "one bias for all": (
+        lambda x, first, second: [
+            torch.addmm(first[0, :1].clone(), x.reshape(-1, WIDTH), first.T), F.linear(x, second)
+        ],
+        (32, 16), {"linear": 1},
+    ),
+}  # fmt: skip
 
 
-def one_bias_for_all(x: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
-    return [torch.addmm(first[0, :1].clone(), x.reshape(-1, WIDTH), first.T), F.linear(x, second)]
-
-
-def biased(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> list[Tensor]:
-    return [F.linear(x, first, bias), F.linear(x, second)]
-
-
-@pytest.mark.parametrize(
-    ("function", "features", "found"),
-    [
-        (several, (32,), {"linear": 1}),
-        (several, (32, 16), {"linear_pair": 1}),
-        (several, (32, 16, 16), {"linear_triple": 1}),
-        (several, (32, 16, 16, 8), {"linear_pair": 2}),
-        (several, (32, 16, 16, 8, 8), {"linear_triple": 1, "linear_pair": 1}),
-        (one_of_another_input, (32, 16, 8), {"linear": 1, "linear_pair": 1}),
-        (mutated_between, (32, 16), {"linear": 1}),
-        (computed_weight, (32, 16), {"linear": 1}),
-        (columns_of_weights, (WIDTH, WIDTH), {}),
-        (other_views, (32, 16), {"linear_pair": 1}),
-        (product_read_twice, (32, 16), {"linear_pair": 1}),
-        (one_behind_the_other, (WIDTH, 16, 16), {"linear": 1, "linear_pair": 1}),
-        (one_bias_for_all, (32, 16), {"linear": 1}),
-    ],
-)
+@pytest.mark.parametrize("case", READ)
 @pytest.mark.parametrize("shape", [(3, WIDTH), (2, 1, WIDTH)], ids=str)
-def test_layers_that_read_one_input_are_one_op(
-    function: Callable[..., Any], features: tuple[int, ...], found: dict[str, int], shape: tuple[int, ...]
-) -> None:
+def test_layers_that_read_one_input_are_one_op(case: str, shape: tuple[int, ...]) -> None:
+    function, features, found = READ[case]
     assert recognized(function, randn(*shape), *weights(*features)) == found
 
 
 def test_biases_are_inputs_of_the_op() -> None:
-    inputs = randn(3, WIDTH), *weights(32, 16), randn(32)
-    assert recognized(biased, *inputs) == {"linear_pair": 1}
+    def biased(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> list[Tensor]:
+        return [F.linear(x, first, bias), F.linear(x, second)]
+
+    assert recognized(biased, randn(3, WIDTH), *weights(32, 16), randn(32)) == {"linear_pair": 1}
 
 
 @pytest.mark.parametrize("size", [1, 32])
 def test_a_bias_has_a_number_for_each_feature(size: int) -> None:
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.addmm(bias, x, weight.T)
-
-    assert recognized(function, randn(3, WIDTH), *weights(32), randn(size)) == ({"linear": 1} if size == 32 else {})
+    found = recognized(lambda x, w, bias: torch.addmm(bias, x, w.T), randn(3, WIDTH), *weights(32), randn(size))
+    assert found == ({"linear": 1} if size == 32 else {})
 
 
 def test_layers_of_other_numbers_are_left() -> None:
@@ -311,53 +296,45 @@ def test_gate_and_up_may_be_halves_of_one_layer(
     torch.testing.assert_close(got, function(*inputs))
 
 
-def up_before_gate(x: Tensor, both: Tensor) -> Tensor:
-    up, gate = F.linear(x, both).chunk(2, dim=-1)
-    return F.silu(gate) * up
+def gated_halves(halves: Callable[[Tensor], tuple[Tensor, ...]], more: Any = None) -> Callable[..., Any]:
+    """Gate and up of one layer's result, and maybe more of it."""
+
+    def function(x: Tensor, both: Tensor) -> Any:
+        y = F.linear(x, both)
+        gate, up = halves(y)
+        return F.silu(gate) * up if more is None else (F.silu(gate) * up, more(y))
+
+    return function
 
 
-def gate_as_both(x: Tensor, both: Tensor) -> Tensor:
-    gate, _ = F.linear(x, both).chunk(2, dim=-1)
-    return F.silu(gate) * gate
+OTHER_HALVES = {
+    "up before gate": gated_halves(lambda y: y.chunk(2, dim=-1)[::-1]),
+    "gate as both": gated_halves(lambda y: (y.chunk(2, dim=-1)[0],) * 2),
+    "read as a whole": gated_halves(lambda y: y.chunk(2, dim=-1), lambda y: y * 2),
+    "a half returned": gated_halves(lambda y: y.chunk(2, dim=-1), lambda y: y.chunk(2, dim=-1)[1].sum(-1)),
+    "interleaved": gated_halves(lambda y: (y[..., ::2], y[..., 1::2])),
+    "halves of rows": gated_halves(lambda y: y.chunk(2, dim=0)),
+    "unequal": gated_halves(lambda y: (y[..., :32], y[..., 64:])),
+}
 
 
-def read_as_a_whole(x: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
-    y = F.linear(x, both)
-    gate, up = y.chunk(2, dim=-1)
-    return F.silu(gate) * up, y * 2
-
-
-def half_returned(x: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up = F.linear(x, both).chunk(2, dim=-1)
-    return F.silu(gate) * up, up.sum(-1)
-
-
-def interleaved(x: Tensor, both: Tensor) -> Tensor:
-    y = F.linear(x, both)
-    return F.silu(y[..., ::2]) * y[..., 1::2]
-
-
-def halves_of_rows(x: Tensor, both: Tensor) -> Tensor:
-    gate, up = F.linear(x, both).chunk(2, dim=0)
-    return F.silu(gate) * up
-
-
-def unequal(x: Tensor, both: Tensor) -> Tensor:
-    y = F.linear(x, both)
-    return F.silu(y[..., :32]) * y[..., 64:]
-
-
-@pytest.mark.parametrize(
-    "function",
-    [up_before_gate, gate_as_both, read_as_a_whole, half_returned, interleaved, halves_of_rows, unequal],
-)
-def test_a_layer_whose_halves_are_something_else_stays_alone(function: Callable[..., Any]) -> None:
-    assert fused(planned(quickly_traced(function, randn(4, WIDTH), *weights(96)), **ON)) == {"skinny_linear": 1}
+@pytest.mark.parametrize("case", OTHER_HALVES)
+def test_a_layer_whose_halves_are_something_else_stays_alone(case: str) -> None:
+    graph = quickly_traced(OTHER_HALVES[case], randn(4, WIDTH), *weights(96))
+    assert fused(planned(graph, **ON)) == {"skinny_linear": 1}
 
 
 def test_an_activation_whose_inputs_are_read_elsewhere_is_left() -> None:
     graph = quickly_traced(gated_and_returned, randn(3, WIDTH), *weights(32, 32))
     assert fused(planned(graph, **ON)) == {"merged_linear_pair": 1}
+
+
+def check_refused(report: GraphReport, rule: str, reason: Reason, says: str) -> None:
+    """Triton's kernel is, for one reason, and nothing is applied."""
+    assert not report.applied
+    (refusal,) = [each for each in report.refusals if (each.rule, each.provider) == (rule, "triton")]
+    assert refusal.reason is reason
+    assert says in refusal.detail
 
 
 @pytest.mark.parametrize(
@@ -371,11 +348,7 @@ def test_an_activation_whose_inputs_are_read_elsewhere_is_left() -> None:
 def test_what_the_kernel_does_not_take_is_refused_by_name(
     inputs: tuple[Tensor, ...], reason: Reason, says: str
 ) -> None:
-    report = planned(quickly_traced(several, *inputs), **ON)
-    assert not report.applied
-    refusals = [each for each in report.refusals if each.rule == "merged_linear" and each.provider == "triton"]
-    assert [each.reason for each in refusals] == [reason]
-    assert says in refusals[0].detail
+    check_refused(planned(quickly_traced(several, *inputs), **ON), "merged_linear", reason, says)
 
 
 class Layers(torch.nn.Module):
@@ -406,22 +379,14 @@ def test_a_saving_is_of_the_layers_and_the_activation() -> None:
     assert chosen.site_class == "linear 64 -> 32+32 -> silu_and_mul bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("rule", "function", "given"),
-    [
-        ("merged_linear", layer, LAYER),
-        ("merged_linear_silu_mul", layer, LAYER),
-        ("merged_linear_silu_mul", chunked, (randn(3, WIDTH), *weights(96), randn(96, seed=7))),
-        ("skinny_linear", layer, LAYER),
-    ],
-)
-def test_it_computes_what_the_model_does(rule: str, function: Callable[..., Any], given: tuple[Tensor, ...]) -> None:
+def check_computed(rule: str, model: Callable[..., Any], *given: Tensor) -> None:
+    """What a model computes, compiled with one rule, which fires."""
     reports: list[Any] = []
     torch._dynamo.reset()
     config = PassConfig(policy=f"ordered({rule})")
     with torch.inference_mode():
-        expected = function(*given)
-        compiled = fuseplan.compile(function, config=config, on_report=reports.append, fullgraph=True)
+        expected = model(*given)
+        compiled: Any = fuseplan.compile(model, config=config, on_report=reports.append, fullgraph=True)
         torch.testing.assert_close(compiled(*given), expected, atol=0.05, rtol=0.02)
     assert reports[-1].fused[rule] >= 1
 
@@ -451,23 +416,6 @@ def normed(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[T
     return llama(F.linear(x, weight), residual, norm)
 
 
-def sum_first(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    return llama(residual, F.linear(x, weight), norm)
-
-
-def read_twice(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
-    y = F.linear(x, weight)
-    return *llama(y, residual, norm), y
-
-
-def without_residual(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
-    return llama(F.linear(x, weight), None, norm)[0] + residual
-
-
-def rows_of_one(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    return llama(F.linear(x, weight), residual[:1].expand_as(residual), norm)
-
-
 def of_rows(*leading: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     return (
         randn(*leading, WIDTH, dtype=dtype), randn(*leading, 32, dtype=dtype, seed=1), *weights(32, dtype=dtype),
@@ -475,26 +423,34 @@ def of_rows(*leading: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("function", "config", "found"),
-    [
-        (normed, NORMED, TOGETHER),
-        (sum_first, NORMED, TOGETHER),
-        (rows_of_one, NORMED, TOGETHER),
-        (normed, {}, TOGETHER),
-        (normed, {"fuse_add_rms_norm": True}, TOGETHER),
-        (normed, {"fuse_skinny_linear": False}, {"add_rms_norm": 1}),
-        (normed, {"fuse_add_rms_norm": False}, {"skinny_linear": 1}),
-        (normed, NORMED | {"forbid": ("skinny_linear_add_rms_norm",)}, APART),
-        (normed, {"policy": "ordered(add_rms_norm, skinny_linear)"}, APART),
-        (normed, {"policy": "ordered(skinny_linear_add_rms_norm)"}, TOGETHER),
-        (read_twice, NORMED, APART),
-        (without_residual, NORMED, {"skinny_linear": 1}),
-    ],
-)  # fmt: skip
-def test_a_layer_is_one_op_with_the_norm_behind_it(
-    function: Callable[..., Any], config: dict[str, Any], found: dict[str, int]
-) -> None:
+def read_twice(x: Tensor, residual: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+    y = F.linear(x, weight)
+    return *llama(y, residual, norm), y
+
+
+BEHIND: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
+    "the layer's result first": (normed, NORMED, TOGETHER),
+    "the residual first": (lambda x, residual, w, norm: llama(residual, F.linear(x, w), norm), NORMED, TOGETHER),
+    "a residual of one row": (
+        lambda x, residual, w, norm: llama(F.linear(x, w), residual[:1].expand_as(residual), norm), NORMED, TOGETHER
+    ),
+    "by default": (normed, {}, TOGETHER),
+    "by one flag": (normed, {"fuse_add_rms_norm": True}, TOGETHER),
+    "no layers": (normed, {"fuse_skinny_linear": False}, {"add_rms_norm": 1}),
+    "no norms": (normed, {"fuse_add_rms_norm": False}, {"skinny_linear": 1}),
+    "forbidden": (normed, NORMED | {"forbid": ("skinny_linear_add_rms_norm",)}, APART),
+    "ordered apart": (normed, {"policy": "ordered(add_rms_norm, skinny_linear)"}, APART),
+    "ordered": (normed, {"policy": "ordered(skinny_linear_add_rms_norm)"}, TOGETHER),
+    "read twice": (read_twice, NORMED, APART),
+    "no residual": (
+        lambda x, residual, w, norm: llama(F.linear(x, w), None, norm)[0] + residual, NORMED, {"skinny_linear": 1}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BEHIND)
+def test_a_layer_is_one_op_with_the_norm_behind_it(case: str) -> None:
+    function, config, found = BEHIND[case]
     assert fused(planned(quickly_traced(function, *of_rows(2, 1)), **config)) == found
 
 
@@ -521,16 +477,18 @@ def test_few_tiles_are_read_slower_unless_programs_share_the_width(rows: int, fe
     assert alone.launch == shared.launch
 
 
-def test_with_a_norm_it_computes_what_the_model_does() -> None:
-    reports: list[Any] = []
-    torch._dynamo.reset()
-    config = PassConfig(policy="ordered(skinny_linear_add_rms_norm)")
-    given = of_rows(3, 1)
-    with torch.inference_mode():
-        compiled = fuseplan.compile(normed, config=config, on_report=reports.append, fullgraph=True)
-        for actual, expected in zip(compiled(*given), normed(*given), strict=True):
-            torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.02)
-    assert reports[-1].fused["skinny_linear_add_rms_norm"] == 1
+@pytest.mark.parametrize(
+    ("rule", "function", "given"),
+    [
+        ("merged_linear", layer, LAYER),
+        ("merged_linear_silu_mul", layer, LAYER),
+        ("merged_linear_silu_mul", chunked, (randn(3, WIDTH), *weights(96), randn(96, seed=7))),
+        ("skinny_linear", layer, LAYER),
+        ("skinny_linear_add_rms_norm", normed, of_rows(3, 1)),
+    ],
+)
+def test_it_computes_what_the_model_does(rule: str, function: Callable[..., Any], given: tuple[Tensor, ...]) -> None:
+    check_computed(rule, function, *given)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-import fuseplan
 from benchmarks.quantised import Rows
-from fuseplan.config import CompileRange, PassConfig
+from fuseplan.config import CompileRange
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.planner.costs import HARDWARE
@@ -17,15 +16,14 @@ from fuseplan.record import Reason
 from fuseplan.rules.parts.linear import LinearRegion
 from fuseplan.rules.parts.scaled_linear import PART, library_kernels, skinny_kernel
 from tests.helpers import post_grad, quantize_rows, quickly_traced, randn
-from tests.rules.test_linear import fused, planned
+from tests.rules.test_linear import check_computed, check_refused, fused, planned, recognized
 
 WIDTH = 64
 CODES = torch.float8_e4m3fn
-Weight = tuple[Tensor, Tensor]
 ON: dict[str, Any] = {"fuse_scaled_linear": True}
 
 
-def weight(features: int, width: int = WIDTH, seed: int = 1) -> Weight:
+def weight(features: int, width: int = WIDTH, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Codes [features, width], and scales [features, 1]."""
     return quantize_rows(randn(features, width, seed=seed) / 8)
 
@@ -41,35 +39,29 @@ def product(
     return torch._scaled_mm(x, codes.t(), scale, own.t(), bias, **options)
 
 
+def pairs(own: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of each layer."""
+    return list(zip(own[::2], own[1::2], strict=True))
+
+
 def several(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
-    return [product(x, scale, *each) for each in zip(own[::2], own[1::2], strict=True)]
+    return [product(x, scale, *each) for each in pairs(own)]
 
 
 def views_of_their_own(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
     deep, deep_scale = x[:, None], scale[:, None]
-    pairs = zip(own[::2], own[1::2], strict=True)
-    return [product(deep.reshape(-1, WIDTH), deep_scale.unsqueeze(-1).reshape(-1, 1), *each) for each in pairs]
+    return [product(deep.reshape(-1, WIDTH), deep_scale.unsqueeze(-1).reshape(-1, 1), *each) for each in pairs(own)]
 
 
 def quantised_apart(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
     """As torchao's layers have it."""
     wide = x.bfloat16() * scale.bfloat16()
-    return [product(*quantize_rows(wide), *each) for each in zip(own[::2], own[1::2], strict=True)]
-
-
-def other_scales(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
-    pairs = zip(own[::2], own[1::2], strict=True)
-    return [product(x, scale * (index + 1), *each) for index, each in enumerate(pairs)]
-
-
-def other_sums(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
-    pairs = zip(own[::2], own[1::2], strict=True)
-    return [product(x, scale, *each, use_fast_accum=bool(index)) for index, each in enumerate(pairs)]
+    return [product(*quantize_rows(wide), *each) for each in pairs(own)]
 
 
 def one_behind_the_other(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
     y = product(x, scale, *own[:2])
-    return [product(*quantize_rows(y), *each) for each in zip(own[2::2], own[3::2], strict=True)]
+    return [product(*quantize_rows(y), *each) for each in pairs(own[2:])]
 
 
 def mutated_between(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
@@ -78,71 +70,63 @@ def mutated_between(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
     return [y, product(x, scale, *own[2:])]
 
 
-def rows_that_share_no_width(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
-    """The same codes as rows of half a width."""
-    halves = product(x.reshape(-1, WIDTH // 2), scale.repeat_interleave(2, 0), own[2], own[3])
-    return [product(x, scale, *own[:2]), halves]
+READ: dict[str, tuple[Callable[..., Any], tuple[int, ...], dict[str, int]]] = {
+    "one": (several, (32,), {"scaled_linear": 1}),
+    "two": (several, (32, 16), {"scaled_linear_pair": 1}),
+    "three": (several, (32, 16, 16), {"scaled_linear_triple": 1}),
+    "four": (several, (32, 16, 16, 16), {"scaled_linear_pair": 2}),
+    "five": (several, (32, 16, 16, 16, 16), {"scaled_linear_triple": 1, "scaled_linear_pair": 1}),
+    "views of their own": (views_of_their_own, (32, 16), {"scaled_linear_pair": 1}),
+    "quantised apart": (quantised_apart, (32, 16), {"scaled_linear_pair": 1}),
+    "other scales": (
+        lambda x, scale, *own: [product(x, scale * number, *each) for number, each in enumerate(pairs(own), 1)],
+        (32, 16), {"scaled_linear": 2},
+    ),
+    "other sums": (
+        lambda x, scale, *own: [
+            product(x, scale, *each, use_fast_accum=bool(index)) for index, each in enumerate(pairs(own))
+        ],
+        (32, 16), {"scaled_linear": 2},
+    ),
+    "one behind the other": (one_behind_the_other, (WIDTH, 16, 16), {"scaled_linear": 1, "scaled_linear_pair": 1}),
+    "mutated between": (mutated_between, (32, 16), {"scaled_linear": 1}),
+}  # fmt: skip
 
 
-def recognized(function: Callable[..., Any], *inputs: Tensor) -> dict[str, int]:
-    counts = dict[str, int]()
-    for name, count in canonicalize(quickly_traced(function, *inputs), asked=(PART,)).recognized().items():
-        counts[name.split("[")[0]] = counts.get(name.split("[")[0], 0) + count
-    return {name: count for name, count in counts.items() if name.startswith("scaled_linear")}
-
-
-@pytest.mark.parametrize(
-    ("function", "features", "found"),
-    [
-        (several, (32,), {"scaled_linear": 1}),
-        (several, (32, 16), {"scaled_linear_pair": 1}),
-        (several, (32, 16, 16), {"scaled_linear_triple": 1}),
-        (several, (32, 16, 16, 16), {"scaled_linear_pair": 2}),
-        (several, (32, 16, 16, 16, 16), {"scaled_linear_triple": 1, "scaled_linear_pair": 1}),
-        (views_of_their_own, (32, 16), {"scaled_linear_pair": 1}),
-        (quantised_apart, (32, 16), {"scaled_linear_pair": 1}),
-        (other_scales, (32, 16), {"scaled_linear": 2}),
-        (other_sums, (32, 16), {"scaled_linear": 2}),
-        (one_behind_the_other, (WIDTH, 16, 16), {"scaled_linear": 1, "scaled_linear_pair": 1}),
-        (mutated_between, (32, 16), {"scaled_linear": 1}),
-    ],
-)
+@pytest.mark.parametrize("case", READ)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_layers_that_read_the_same_codes_are_one_op(
-    function: Callable[..., Any], features: tuple[int, ...], found: dict[str, int], rows: int
-) -> None:
-    assert recognized(function, *quantize_rows(randn(rows, WIDTH)), *weights(*features)) == found
+def test_layers_that_read_the_same_codes_are_one_op(case: str, rows: int) -> None:
+    function, features, found = READ[case]
+    assert recognized(function, *quantize_rows(randn(rows, WIDTH)), *weights(*features), part=PART) == found
 
 
 def test_codes_in_rows_of_another_width_are_others() -> None:
+    """The same codes as rows of half a width."""
+
+    def function(x: Tensor, scale: Tensor, *own: Tensor) -> list[Tensor]:
+        halves = product(x.reshape(-1, WIDTH // 2), scale.repeat_interleave(2, 0), own[2], own[3])
+        return [product(x, scale, *own[:2]), halves]
+
     inputs = *quantize_rows(randn(3, WIDTH)), *weight(32), *weight(16, WIDTH // 2)
-    assert recognized(rows_that_share_no_width, *inputs) == {"scaled_linear": 2}
+    assert recognized(function, *inputs, part=PART) == {"scaled_linear": 2}
 
 
-def in_float32(x: Tensor, scale: Tensor, codes: Tensor, own: Tensor) -> Tensor:
-    return product(x, scale, codes, own, out_dtype=torch.float32)
+OTHERS: dict[str, Callable[..., Any]] = {
+    "in float32": lambda x, scale, codes, own: product(x, scale, codes, own, out_dtype=torch.float32),
+    "one scale": lambda x, scale, codes, own: product(x, scale[:1], codes, own[:1]),
+    "a computed weight": lambda x, scale, codes, own: product(x, scale, (codes.bfloat16() * 2).to(CODES), own),
+    "a computed scale": lambda x, scale, codes, own: product(x, scale, codes, own * 2),
+}
 
 
-def of_one_scale(x: Tensor, scale: Tensor, codes: Tensor, own: Tensor) -> Tensor:
-    return product(x, scale[:1], codes, own[:1])
-
-
-def of_a_computed_weight(x: Tensor, scale: Tensor, codes: Tensor, own: Tensor) -> Tensor:
-    return product(x, scale, (codes.bfloat16() * 2).to(CODES), own)
-
-
-def of_a_computed_scale(x: Tensor, scale: Tensor, codes: Tensor, own: Tensor) -> Tensor:
-    return product(x, scale, codes, own * 2)
-
-
-@pytest.mark.parametrize("function", [in_float32, of_one_scale, of_a_computed_weight, of_a_computed_scale])
-def test_other_products_are_left(function: Callable[..., Any]) -> None:
-    assert recognized(function, *quantize_rows(randn(3, WIDTH)), *weight(32)) == {}
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_products_are_left(case: str) -> None:
+    assert recognized(OTHERS[case], *quantize_rows(randn(3, WIDTH)), *weight(32), part=PART) == {}
 
 
 def test_codes_of_another_format_are_left() -> None:
     x, scale = quantize_rows(randn(3, WIDTH))
-    assert recognized(product, x.to(torch.float8_e5m2), scale, *weight(32)) == {}
+    assert recognized(product, x.to(torch.float8_e5m2), scale, *weight(32), part=PART) == {}
 
 
 def test_layers_whose_every_size_is_a_symbol_are_refused_by_name() -> None:
@@ -159,7 +143,7 @@ def test_layers_whose_every_size_is_a_symbol_are_refused_by_name() -> None:
 
 def test_biases_are_inputs_of_the_op() -> None:
     inputs = *quantize_rows(randn(3, WIDTH)), *weight(32)
-    assert recognized(product, *inputs, randn(32)) == {"scaled_linear": 1}
+    assert recognized(product, *inputs, randn(32), part=PART) == {"scaled_linear": 1}
 
 
 def test_nobody_who_has_not_asked_gets_it() -> None:
@@ -263,25 +247,12 @@ def test_codes_are_quantised_once_and_read_by_one_op() -> None:
 def test_what_the_kernel_does_not_take_is_refused_by_name(
     inputs: tuple[Tensor, ...], reason: Reason, says: str
 ) -> None:
-    report = planned(quickly_traced(several, *inputs), **ON)
-    assert not report.applied
-    refusals = [each for each in report.refusals if each.rule == "merged_scaled_linear" and each.provider == "triton"]
-    assert [each.reason for each in refusals] == [reason]
-    assert says in refusals[0].detail
+    check_refused(planned(quickly_traced(several, *inputs), **ON), "merged_scaled_linear", reason, says)
 
 
 @pytest.mark.parametrize("rule", ["merged_scaled_linear", "skinny_scaled_linear"])
 def test_it_computes_what_the_model_does(rule: str) -> None:
-    reports: list[Any] = []
-    torch._dynamo.reset()
-    config = PassConfig(policy=f"ordered({rule})")
-    model, x = Block(), randn(3, 256)
-    with torch.inference_mode():
-        expected = model(x)
-        compiled = fuseplan.compile(model, config=config, on_report=reports.append, fullgraph=True)
-        for got, wanted in zip(compiled(x), expected, strict=True):
-            torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.02)
-    assert reports[-1].fused[rule] >= 1
+    check_computed(rule, Block(), randn(3, 256))
 
 
 def test_the_reference_is_torchs_product() -> None:
