@@ -9,33 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    CompileConfig,
-    DynamicCache,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StaticCache,
-)
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import fuseplan
 from tests.interpreted import no_code
+from tests.real_models import decoding
+from tests.real_models.decoding import COMMON
 
-ROWS, VOCABULARY, WINDOW = 3, 64, 6
-COMMON: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "initializer_range": 0.3,
-}  # fmt: skip
-MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+ROWS, WINDOW = 3, 6
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_hidden_layers": 1}),
+    "qwen3": ("qwen3", {"num_hidden_layers": 1}),
     "gemma3": (
-        Gemma3TextConfig, Gemma3ForCausalLM,
+        "gemma3_text",
         {
-            "num_hidden_layers": 2, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 16,
         },
     ),
@@ -56,10 +44,8 @@ def interpreted() -> Iterator[None]:
 
 
 def built(name: str, dtype: torch.dtype = torch.float32, **further: Any) -> Any:
-    """A model whose weights are as far apart as trained ones: with those that it begins with, all logits are near 0."""
-    config, model, own = MODELS[name]
-    torch.manual_seed(0)
-    return model(config(**{**COMMON, **own, **further})).eval().to(dtype)
+    model_type, own = MODELS[name]
+    return decoding.built(model_type, **{**own, **further}).to(dtype)
 
 
 def layers_of(model: Any) -> int:
@@ -73,7 +59,7 @@ def fused(model: Any, reports: list[fuseplan.Report], **how: Any) -> Any:
 
 
 def ids_of(tokens: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, (ROWS, tokens), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, COMMON["vocab_size"], (ROWS, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def decoded(call: Call, model: Any, parts: list[int], *, room: int = 96, padded: int = 0) -> tuple[Tensor, Any]:

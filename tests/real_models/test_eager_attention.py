@@ -8,41 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StaticCache,
-)
+from transformers import StaticCache
 
 import fuseplan
 from tests.interpreted import no_code
+from tests.real_models import decoding
+from tests.real_models.decoding import CACHE, LAYERS, PROMPT, check_generated
 from tests.traced import Traced
 
-LAYERS, CACHE, PROMPT, WINDOW = 2, 32, 7, 8
-COMMON: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "initializer_range": 0.3,
-    "attn_implementation": "eager",
-}  # fmt: skip
-GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": WINDOW}
-MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, GEMMA),
-    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA),
-    "gpt_oss": (
-        GptOssConfig, GptOssForCausalLM,
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
-    ),
-}  # fmt: skip
+GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 8}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3": ("gemma3_text", GEMMA),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+}
 OWN = ("gemma2", "gpt_oss")
 """Whose attention torch's kernels don't compute: soft-caps and sinks."""
 EITHER = ("eager_attention", "cached_eager_attention")
@@ -51,9 +32,8 @@ IDS = (torch.arange(2 * 12).reshape(2, 12) * 11) % 64
 
 
 def built(name: str, dtype: torch.dtype = torch.float32, **further: Any) -> Any:
-    config, model, own = MODELS[name]
-    torch.manual_seed(0)
-    return model(config(**{**COMMON, **own, **further})).eval().to(dtype)
+    model_type, own = MODELS[name]
+    return decoding.built(model_type, attn_implementation="eager", **own, **further).to(dtype)
 
 
 def step(model: Any, queries: int = 1, batch: int = 2, prompt: int = PROMPT, padded: int = 0) -> dict[str, Any]:
@@ -192,18 +172,9 @@ def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_do
 
 @pytest.mark.nightly
 def test_generation_gives_equal_tokens() -> None:
-    model = built("qwen3")
-    how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
-    expected = model.generate(IDS, **how, pad_token_id=0)
-    reports: list[fuseplan.Report] = []
-    config = fuseplan.PassConfig(force=("eager_attention",))
-    model.forward = fuseplan.compile(model.forward, config=config, on_report=reports.append)
-    actual = model.generate(IDS, **how, pad_token_id=0)
-    assert [report.fused["eager_attention"] for report in reports] == [
-        LAYERS,
-        LAYERS,
-    ]  # the prompt's graph and a step's
-    assert torch.equal(actual, expected)
+    reports = check_generated(built("qwen3"), IDS, config=fuseplan.PassConfig(force=("eager_attention",)))
+    # The prompt's graph and a step's.
+    assert [report.fused["eager_attention"] for report in reports] == [LAYERS, LAYERS]
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.nightly) for name in sorted(OWN))])

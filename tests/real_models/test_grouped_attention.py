@@ -9,38 +9,23 @@ from typing import Any
 import pytest
 import torch
 from torch.torch_version import TorchVersion
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StaticCache,
-)
+from transformers import StaticCache
 
 import fuseplan
 from fuseplan.providers.attention import EFFICIENT_SHARES
 from tests.interpreted import no_code
+from tests.real_models import decoding
+from tests.real_models.decoding import CACHE, IDS, LAYERS, PROMPT, check_generated
 from tests.traced import Traced
 
-LAYERS, CACHE, PROMPT = 2, 32, 7
-COMMON: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "initializer_range": 0.3,
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}), "qwen3": ("qwen3", {}), "sliding window": ("mistral", {"sliding_window": 5})
 }  # fmt: skip
-MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "sliding window": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
-}
-IDS = (torch.arange(3 * PROMPT).reshape(3, PROMPT) * 11) % 64
 
 
-def built(name: str, **further: Any) -> Any:
-    config, model, own = MODELS[name]
-    torch.manual_seed(0)
-    return model(config(**COMMON, **own, **further)).eval()
+def built(name: str) -> Any:
+    model_type, own = MODELS[name]
+    return decoding.built(model_type, **own)
 
 
 def step(model: Any, padded: int = 0) -> dict[str, Any]:
@@ -110,12 +95,6 @@ def test_a_padded_step_computes_and_caches_what_the_model_does(coded: bool) -> N
 
 @pytest.mark.nightly
 def test_generation_gives_equal_tokens() -> None:
-    model = built("llama")
-    how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
-    expected = model.generate(IDS, **how, pad_token_id=0)
-    reports: list[fuseplan.Report] = []
-    model.forward = fuseplan.compile(model.forward, on_report=reports.append)
     with no_code():
-        actual = model.generate(IDS, **how, pad_token_id=0)
+        reports = check_generated(built("llama"), IDS)
     assert any(report.fused["grouped_attention"] == LAYERS for report in reports)
-    assert torch.equal(actual, expected)
