@@ -1,5 +1,6 @@
 """What each rule takes, refuses and asks for: its table, its check, and the pieces that all rules are made of."""
 
+import inspect
 import operator
 from itertools import product
 from typing import Any
@@ -217,31 +218,25 @@ class Pads(Rule):
         return ops.rms_norm_pad(x, weight, eps, rounding, right)
 
 
-class YieldsNothing(Pads):
-    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
-        return ()
+def two_pieces(self: Any, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+    y = ops.rms_norm(x, weight, eps, rounding)
+    ops.silu_and_mul(ops.pad(x, right), x, rounding)
+    return ops.pad(y, right)
 
 
-class YieldsItsInput(Pads):
-    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
-        return x
+def another_piece(self: Any, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+    return ops.pad(ops.rms_norm(x, weight, eps, rounding), right), ops.pad(ops.pad(x, right), right)
 
 
-class YieldsItsEpsilon(Pads):
-    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
-        return 1e-5
+def padded_twice(self: Any, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
+    return (ops.rms_norm_pad(x, weight, eps, rounding, right),) * 2
 
 
-class InTwoPieces(Pads):
-    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
-        y = ops.rms_norm(x, weight, eps, rounding)
-        ops.silu_and_mul(ops.pad(x, right), x, rounding)
-        return ops.pad(y, right)
-
-
-class YieldsAnotherPiece(Pads):
-    def pattern(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
-        return ops.pad(ops.rms_norm(x, weight, eps, rounding), right), ops.pad(ops.pad(x, right), right)
+def broken(**members: Any) -> Rule:
+    for name, member in members.items():
+        if inspect.isfunction(member):
+            member.__name__ = name  # which messages have
+    return type("Broken", (Pads,), members)()  # type: ignore[no-any-return]
 
 
 class YieldsWhatItComputes(Pads):
@@ -256,29 +251,36 @@ class YieldsWhatItComputes(Pads):
         return padded, torch.ops.aten.relu.default(padded)
 
 
-class YieldsTooMuch(Pads):
-    def replacement(self, x: Any, weight: Any, eps: Any, rounding: Any, right: Any) -> Any:
-        padded = ops.rms_norm_pad(x, weight, eps, rounding, right)
-        return padded, padded
-
-
-class HasAnotherCore(Pads):
-    """The op that it contends for with others is none of its own."""
-
-    core = ops.silu_and_mul
+NOTHING = broken(pattern=lambda self, x, weight, eps, rounding, right: ())
 
 
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
-        (HasAnotherCore(), r"the pattern has no silu_and_mul, which the rule names as its core; it has rms_norm, pad$"),
-        (YieldsNothing(), r"rule pads \(YieldsNothing\): the pattern must yield a value that an op computes"),
-        (YieldsItsInput(), r"\(YieldsItsInput\): the pattern must yield a value that an op computes"),
-        (YieldsItsEpsilon(), r"\(YieldsItsEpsilon\): replacement must yield values that ops compute"),
-        (InTwoPieces(), r"\(InTwoPieces\): pad_default doesn't lead to the first value that the pattern yields"),
-        (YieldsAnotherPiece(), r"\(YieldsAnotherPiece\): pad_default_1 doesn't lead to the first value"),
-        (YieldsTooMuch(), r"the pattern yields 1, the replacement 2; both must yield the same values"),
+        (
+            broken(core=ops.silu_and_mul),
+            r"the pattern has no silu_and_mul, which the rule names as its core; it has rms_norm, pad$",
+        ),
+        (NOTHING, r"rule pads \(Broken\): the pattern must yield a value that an op computes"),
+        (
+            broken(pattern=lambda self, x, weight, eps, rounding, right: x),
+            r"\(Broken\): the pattern must yield a value that an op computes",
+        ),
+        (
+            broken(replacement=lambda self, x, weight, eps, rounding, right: 1e-5),
+            r"\(Broken\): replacement must yield values that ops compute",
+        ),
+        (
+            broken(pattern=two_pieces),
+            r"\(Broken\): pad_default doesn't lead to the first value that the p",
+        ),
+        (broken(pattern=another_piece), r"\(Broken\): pad_default_1 doesn't lead to the first value"),
+        (
+            broken(replacement=padded_twice),
+            r"the pattern yields 1, the replacement 2; both must yield the same values",
+        ),
     ],
+    ids=["core", "nothing", "its input", "its epsilon", "two pieces", "another piece", "too much"],
 )
 def test_a_rule_that_is_no_rule_is_refused_in_one_line(rule: Rule, says: str) -> None:
     with pytest.raises(RuleError, match=says):
@@ -412,6 +414,6 @@ def test_what_is_asked_for_may_be_switched_off_by_another_flag(asked: bool | Non
 
 def test_rules_are_validated_when_they_are_chosen() -> None:
     with pytest.raises(RuleError, match="must yield a value"):
-        enabled_rules(PassConfig(), [YieldsNothing()])
+        enabled_rules(PassConfig(), [NOTHING])
     assert enabled_rules(PassConfig(), [Pads()]).keys() == {"pads"}
     assert disabled_rules(PassConfig(), [Pads()]) == {}

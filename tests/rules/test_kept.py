@@ -1,4 +1,4 @@
-"""Norms that are quantised and read as they are, too, such as by the router of a mixture of experts."""
+"""Norms and activations that are quantised and read as they are, too, such as by the router of a mixture of experts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
-from fuseplan.dialect import KEPT_NORM_FAMILY, NORM_FAMILY, ops
+from fuseplan.dialect import ACTIVATION_FAMILY, KEPT_ACTIVATION_FAMILY, KEPT_NORM_FAMILY, NORM_FAMILY, ops
 from fuseplan.providers import provider_of
 from fuseplan.record import Nearness, Reason, Report
 from fuseplan.rules.families import BUILT_IN_RULES
@@ -50,6 +50,21 @@ def test_what_others_read_is_yielded_beside_the_codes(suffix: str, residual: boo
     assert not report.near_misses
 
 
+@pytest.mark.sampled
+@pytest.mark.parametrize("reads", ["product", "pointwise", "itself"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_others_read_of_an_activation_is_yielded_beside_the_codes(suffix: str, reads: str) -> None:
+    def model(gate: Tensor, up: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+        y = F.silu(gate) * up
+        read = {"product": F.linear(y, matrix), "pointwise": y.abs() + 1, "itself": y}
+        return *FORMATS[suffix](y), read[reads]
+
+    inputs = randn(7, HIDDEN), randn(7, HIDDEN, seed=1), randn(8, HIDDEN, seed=2)
+    report = compare(model, *inputs, rule="act_quant", ulps=8, coded=reads == "product")
+    assert applied(report) == [f"silu_and_mul_{suffix}_and_activation"]
+    assert not report.near_misses
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_behind_an_all_reduce(residual: bool, one_rank: str) -> None:
     def model(x: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -62,17 +77,20 @@ def test_behind_an_all_reduce(residual: bool, one_rank: str) -> None:
     assert applied(report) == [f"all_reduce_{core}_dynamic_fp8_quant_and_norm"]
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_where_nobody_reads_it_it_is_not_yielded(residual: bool) -> None:
+@pytest.mark.parametrize(
+    ("core", "rule"), [("rms_norm", "norm_quant"), ("fused_add_rms_norm", "norm_quant"), ("silu_and_mul", "act_quant")]
+)
+def test_where_nobody_reads_it_it_is_not_yielded(core: str, rule: str) -> None:
     """Nor is the op that yields it among the candidates."""
 
     def model(x: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        y, total = llama(x, r if residual else None, weight)
+        if core == "silu_and_mul":
+            return quantize_rows(F.silu(x) * r)
+        y, total = llama(x, r if "add" in core else None, weight)
         return *quantize_rows(y), total * 2
 
     graph = quickly_traced(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W)
-    matches = PostGradPassManager(ALONE["norm_quant"]).analyze(graph).matches
-    core = "fused_add_rms_norm" if residual else "rms_norm"
+    matches = PostGradPassManager(ALONE[rule]).analyze(graph).matches
     assert {match.rule.op.name for match in matches.candidates} == {f"{core}_dynamic_fp8_quant"}
 
 
@@ -94,14 +112,22 @@ def test_it_may_be_returned_in_other_strides_than_rows() -> None:
     assert [each.stride() for each in got] == [each.stride() for each in expected]
 
 
-def test_of_two_quantisations_one_is_fused_and_the_other_one_reads_the_norm() -> None:
-    def model(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        y = llama(x, None, weight)[0]
+@pytest.mark.parametrize(
+    ("value", "rule", "op"),
+    [
+        (lambda x, r: llama(x, None, W)[0], "norm_quant", "rms_norm_{}_fp8_quant_and_norm"),
+        (lambda x, r: F.silu(x) * r, "act_quant", "silu_and_mul_{}_fp8_quant_and_activation"),
+    ],
+    ids=["norm", "activation"],
+)
+def test_of_two_quantisations_one_is_fused_and_the_other_one_reads_the_value(value: Any, rule: str, op: str) -> None:
+    def model(x: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+        y = value(x, r)
         return *quantize_rows(y), *quantize_groups(y, group=32)
 
-    report = compare(model, randn(7, HIDDEN), W, rule="norm_quant", coded=False)
-    (op,) = applied(report)
-    assert op in ("rms_norm_dynamic_fp8_quant_and_norm", "rms_norm_group_fp8_quant_and_norm")
+    report = compare(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), rule=rule, coded=False)
+    (found,) = applied(report)
+    assert found in (op.format("dynamic"), op.format("group"))
 
 
 def test_a_reduced_value_that_is_read_elsewhere_is_one_near_miss(one_rank: str) -> None:
@@ -163,24 +189,26 @@ def test_every_layer_of_a_mixture_of_experts(suffix: str, quantise: Callable[[Te
     assert not [miss for miss in planned.near_misses if miss.rule == "norm_quant" and miss.nearness is Nearness.REFUSED]
 
 
-def checked(suffix: str, own: dict[str, Any], spoil: Callable[[list[Tensor]], None]) -> str | None:
-    """What verification says of an op by its reference, spoilt."""
-    op = KEPT_NORM_FAMILY[False, True, suffix]
-    rule = next(each for each in BUILT_IN_RULES if each.op is op)
+class Mlps(torch.nn.Module):
+    """Layers that yield their activations beside what their codes stand for, as taps for distillation do."""
 
-    def kernel(*arguments: Any) -> Any:
-        results = list(op.reference(*arguments))
-        spoil(results)
-        return tuple(results)
+    def forward(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+        taps = []
+        for _ in range(LAYERS):
+            gate, up = F.linear(x, matrix).chunk(2, -1)
+            y = F.silu(gate) * up
+            codes, scale = quantize_groups(y, group=128)
+            groups = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
+            taps.append(y)
+            x = groups.flatten(-2).bfloat16()
+        return x, *taps
 
-    name = f"kept_{suffix}_{spoil.__name__}"
-    provider_of(name, {op: kernel}, cost=0.0, uuid=name)
-    x, weight = (
-        TensorSpec(dtype=torch.bfloat16, shape=shape, stride=stride, misalignment=0, device=torch.device("cpu"))
-        for shape, stride in (((33, WIDE), (WIDE, 1)), ((WIDE,), (1,)))
-    )
-    given = {"x": x, "residual": x, "weight": weight, "eps": 1e-5, "rounding": "llama", **own}
-    return check(rule, name, Case(tokens=33, arguments=given), seed=3).wrong
+
+def test_every_layer_whose_activation_is_read_is_planned() -> None:
+    planned = fuseplan.explain(Mlps(), randn(64, WIDE), randn(2 * WIDE, WIDE) / 16, device="h200")
+    chosen = [(fusion.op, fusion.provider) for fusion in planned.graphs[0].applied if fusion.rule == "act_quant"]
+    assert chosen == [("silu_and_mul_group_fp8_quant_and_activation", "triton")] * LAYERS
+    assert not planned.near_misses
 
 
 def sound(results: list[Tensor]) -> None:
@@ -211,18 +239,59 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def checked(op: Any, spoil: Callable[[list[Tensor]], None], **given: Any) -> str | None:
+    """What verification says of an op by its reference, spoilt."""
+    rule = next(each for each in BUILT_IN_RULES if each.op is op)
+
+    def kernel(*arguments: Any) -> Any:
+        results = list(op.reference(*arguments))
+        spoil(results)
+        return tuple(results)
+
+    name = f"{op.name}_{spoil.__name__}"
+    provider_of(name, {op: kernel}, cost=0.0, uuid=name)
+    return check(rule, name, Case(tokens=33, arguments={**given, "rounding": "llama"}), seed=3).wrong
+
+
+def of_shape(*shape: int) -> TensorSpec:
+    stride = torch.empty(shape).stride()
+    return TensorSpec(dtype=torch.bfloat16, shape=shape, stride=stride, misalignment=0, device=torch.device("cpu"))
+
+
+X, WEIGHT = of_shape(33, WIDE), of_shape(WIDE)
+KEPT: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Callable[[list[Tensor]], None], ...]]] = {
+    "norm": (
+        {suffix: KEPT_NORM_FAMILY[False, True, suffix] for suffix in OWN},
+        {"x": X, "residual": X, "weight": WEIGHT, "eps": 1e-5}, (other_numbers, never_written, the_sum),
+    ),
+    "activation": (KEPT_ACTIVATION_FAMILY, {"gate": X, "up": X}, (other_numbers, never_written)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEPT)
 @pytest.mark.parametrize("suffix", OWN)
-def test_verification_holds_it_against_the_graphs(suffix: str) -> None:
-    assert checked(suffix, OWN[suffix], sound) is None
-    for spoil in (other_numbers, never_written, the_sum):
-        assert "result 2" in str(checked(suffix, OWN[suffix], spoil)), spoil.__name__
+def test_verification_holds_it_against_the_graphs(suffix: str, kind: str) -> None:
+    family, given, wrong = KEPT[kind]
+    assert checked(family[suffix], sound, **given, **OWN[suffix]) is None
+    for spoil in wrong:
+        assert "result 2" in str(checked(family[suffix], spoil, **given, **OWN[suffix])), spoil.__name__
 
 
-def test_codes_and_scales_have_the_places_that_they_have_without_it() -> None:
-    for key, op in KEPT_NORM_FAMILY.items():
-        plain, kept = (next(rule for rule in BUILT_IN_RULES if rule.op is each) for each in (NORM_FAMILY[key], op))
-        places = [found.places if (found := Stepped.of(rule)) else None for rule in (plain, kept)]
-        assert places[0] == places[1]
-        assert NORM_FAMILY[key].packed == op.packed
-        assert NORM_FAMILY[key].arguments == op.arguments
-        assert ops.of(op.overload) is op
+@pytest.mark.parametrize(
+    ("plain", "kept"),
+    [
+        *((NORM_FAMILY[key], op) for key, op in KEPT_NORM_FAMILY.items()),
+        *((ACTIVATION_FAMILY[key], op) for key, op in KEPT_ACTIVATION_FAMILY.items()),
+    ],
+    ids=lambda op: op.name,
+)
+def test_codes_and_scales_have_the_places_that_they_have_without_it(plain: Any, kept: Any) -> None:
+    rules = [next(rule for rule in BUILT_IN_RULES if rule.op is op) for op in (plain, kept)]
+    places = [found.places if (found := Stepped.of(rule)) else None for rule in rules]
+    assert places[0] == places[1]
+    assert (plain.packed, plain.arguments) == (kept.packed, kept.arguments)
+    assert ops.of(kept.overload) is kept
+
+
+def test_every_activation_has_one_that_is_kept() -> None:
+    assert set(KEPT_ACTIVATION_FAMILY) == set(ACTIVATION_FAMILY)
