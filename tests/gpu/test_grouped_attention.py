@@ -1,34 +1,27 @@
 """Attention over shared heads by each of torch's kernels, and a decode step in CUDA graphs. Skipped without a GPU."""
 
 import contextlib
-import copy
-from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fuseplan
 from fuseplan.rules.parts.attention.op import attention_reference
 from fuseplan.verification.layout import significant_strides
 from tests.attention import SPELLINGS, attend, hugging_face, inputs
+from tests.gpu.decoding import LAYERS, built, check_steps
 from tests.helpers import randn
 
 launch = pytest.importorskip("fuseplan.providers.triton.attention").launch
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
 }
-LAYERS = 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -123,65 +116,10 @@ def test_one_captured_graph_of_split_keys_serves_all_lengths() -> None:
         torch.testing.assert_close(result.double(), exact, rtol=2**-9, atol=2**-10)
 
 
-def _model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=256, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2,
-        vocab_size=128, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model: Any = LlamaForCausalLM(config)
-        return model.eval().bfloat16()
-
-
-STEPS = 40
-
-
-def _decoded(model: Any, step_of: Any, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Logits of `STEPS` steps behind a prompt of eight tokens, and what the cache holds then."""
-    ids = torch.arange(24, device="cuda").reshape(3, 8) % 128
-    cache: Any = StaticCache(config=model.config, max_cache_len=64)
-    model(input_ids=ids, attention_mask=mask[:, :8], past_key_values=cache)
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor):
-                torch._dynamo.mark_static_address(value)
-    logits = []
-    for step in range(STEPS):
-        torch.compiler.cudagraph_mark_step_begin()
-        shown = torch.nn.functional.pad(mask[:, : 9 + step], (0, 55 - step))
-        position = torch.full((3, 1), 8 + step, device="cuda")
-        out = step_of(
-            input_ids=ids[:, step % 8][:, None], attention_mask=shown, position_ids=position, past_key_values=cache
-        )
-        logits.append(out.logits[:, -1].float().clone())
-    return [
-        torch.stack(logits),
-        *(part.float().clone() for layer in cache.layers for part in (layer.keys, layer.values)),
-    ]
-
-
 @pytest.mark.parametrize("rule", ["grouped_attention", "cached_attention"])
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty", "ignore:TensorFloat32 tensor cores")
 def test_a_step_in_cuda_graphs_follows_growing_caches_with_padding_at_the_left(rule: str) -> None:
-    """Logits and caches are as near to float32 as those of plain torch.compile."""
-    config = fuseplan.PassConfig(fuse_cached_attention=rule == "cached_attention")
-    model, mask = _model(), torch.ones(3, 64, dtype=torch.long, device="cuda")
+    mask = torch.ones(3, 64, dtype=torch.long, device="cuda")
     mask[1, :3] = 0
-    reports: list[fuseplan.Report] = []
-    runs = []
-    with torch.inference_mode():
-        wide = copy.deepcopy(model).float()
-        exact = _decoded(wide, wide, mask)
-        compiled = torch.compile(model, mode="reduce-overhead")
-        planned = fuseplan.compile(model, mode="reduce-overhead", config=config, on_report=reports.append)
-        for each in (compiled, planned):
-            torch._dynamo.reset()
-            counters.clear()
-            runs.append(_decoded(model, each, mask))
-    assert reports[-1].fused[rule] == LAYERS
-    assert len(reports) == 1
-    assert counters["inductor"]["cudagraph_skips"] == 0
-    for true, plain, fused in zip(exact, *runs, strict=True):
-        off, allowed = ((each - true).abs().mean().item() for each in (fused, plain))
-        assert off <= 1.25 * allowed, f"{off} on average, and plain torch.compile {allowed}"
+    config = fuseplan.PassConfig(fuse_cached_attention=rule == "cached_attention")
+    assert check_steps(built("llama"), config, mask).fused[rule] == LAYERS

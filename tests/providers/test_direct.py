@@ -179,10 +179,7 @@ def test_hooks_of_triton_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     chain.add(lambda metadata: None)
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", chain)
     launch(64, 3)
-    assert seen == [
-        (5, 1, 1, 8, "function", "metadata", None, None, None, 64, 3),
-        ((5, 1, 1), "by Triton", 64, 3),
-    ]
+    assert seen == [(5, 1, 1, 8, "function", "metadata", None, None, None, 64, 3), ((5, 1, 1), "by Triton", 64, 3)]
 
 
 replay_launcher = launches.launcher

@@ -438,10 +438,7 @@ def test_a_kernel_that_leaves_a_rounding_out_waits_to_be_allowed() -> None:
     )
     _, taken = refusals(function, *inputs, allow=True)
     assert taken == [
-        (
-            "fused_add_rms_norm_static_fp8_quant",
-            ("gpt_oss", "fp32, not rounding the norm before it is quantised"),
-        )
+        ("fused_add_rms_norm_static_fp8_quant", ("gpt_oss", "fp32, not rounding the norm before it is quantised"))
     ]
 
 

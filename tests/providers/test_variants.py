@@ -266,7 +266,4 @@ def test_so_do_all_reduces(ranks: int, width: int, needed: Needed) -> None:
     )  # fmt: skip
     norm = all_reduce_norm.Norm(weight=of(width), eps=1e-5, rounding=Rounding.LLAMA)
     store = epilogue_of(None)()
-    check(
-        needed,
-        lambda rows: all_reduce_norm.launch(of(rows, width), of(rows, width), norm, store, workspace),
-    )
+    check(needed, lambda rows: all_reduce_norm.launch(of(rows, width), of(rows, width), norm, store, workspace))

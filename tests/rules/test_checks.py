@@ -270,15 +270,9 @@ NOTHING = broken(pattern=lambda self, x, weight, eps, rounding, right: ())
             broken(replacement=lambda self, x, weight, eps, rounding, right: 1e-5),
             r"\(Broken\): replacement must yield values that ops compute",
         ),
-        (
-            broken(pattern=two_pieces),
-            r"\(Broken\): pad_default doesn't lead to the first value that the p",
-        ),
+        (broken(pattern=two_pieces), r"\(Broken\): pad_default doesn't lead to the first value that the p"),
         (broken(pattern=another_piece), r"\(Broken\): pad_default_1 doesn't lead to the first value"),
-        (
-            broken(replacement=padded_twice),
-            r"the pattern yields 1, the replacement 2; both must yield the same values",
-        ),
+        (broken(replacement=padded_twice), r"the pattern yields 1, the replacement 2; both must yield the same values"),
     ],
     ids=["core", "nothing", "its input", "its epsilon", "two pieces", "another piece", "too much"],
 )

@@ -15,14 +15,7 @@ from fuseplan.graph.facts import tensor_of
 from fuseplan.record import Reason
 from tests.cached import LENGTH, WRITES, Layer, arguments, index_copy, layer, normed_layer
 from tests.helpers import quickly_canonical
-from tests.rotary import (
-    HEAD,
-    K_HEADS,
-    Q_HEADS,
-    hugging_face,
-    hugging_face_in_float32,
-    rotate_pairs,
-)
+from tests.rotary import HEAD, K_HEADS, Q_HEADS, hugging_face, hugging_face_in_float32, rotate_pairs
 
 RAISED = f"cached_rotary[{HEAD}]"
 
