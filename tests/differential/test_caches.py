@@ -23,7 +23,7 @@ from tests.helpers import llama
 
 VARIABLE = "DIFFERENTIAL_SCALE"
 HELD = {"scale": 1.0}
-HERE = Path(__file__).parent
+BY_DAY = 3
 
 
 class Slotted:
@@ -118,13 +118,26 @@ def seen(arguments: dict[str, Any]) -> tuple[list[Tensor], list[dict[str, int]]]
     return list(results), [{rule: count for rule, count in report.fused.items() if count} for report in reports]
 
 
-def check(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def untroubled() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize(
+    "index", [pytest.param(index, marks=[pytest.mark.nightly] * (index >= BY_DAY)) for index in range(60)]
+)
+def test_a_warm_cache_knows_the_circumstances(
+    index: int, first_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = first_seed + index
     rng = random.Random(seed)
     kind, door = rng.choice(Circumstances.KINDS), rng.choice(DOORS)
-    circumstances = Circumstances(kind, folder)
+    circumstances = Circumstances(kind, tmp_path)
     monkeypatch.setenv(VARIABLE, "1")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "fuseplan"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "fuseplan"))
     for scale in rng.sample((3.0, 5.0), 2):
         circumstances.set(scale)
         results, fused = seen(door(circumstances.look_up))
@@ -133,25 +146,3 @@ def check(seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert float(results[1][0, 0]) == pytest.approx(scale, rel=1e-3), case
         else:
             assert fused == [{"norm_relu": 1} if scale <= 4 else {}], case
-
-
-@pytest.fixture(autouse=True)
-def untroubled() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_a_warm_cache_knows_the_circumstances(
-    index: int, first_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check(first_seed + index, tmp_path, monkeypatch)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("index", range(3, 60))
-def test_a_warm_cache_knows_many_circumstances(
-    index: int, first_seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check(first_seed + index, tmp_path, monkeypatch)

@@ -8,6 +8,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from torch._dynamo.exc import BackendCompilerFailed
@@ -117,49 +118,40 @@ def tried(
     return tally
 
 
-def chunk_of(first_seed: int, chunk: int, size: int) -> range:
-    return range(first_seed + size * chunk, first_seed + size * (chunk + 1))
+def nightly(*parameters: Any) -> Any:
+    return pytest.param(*parameters, marks=pytest.mark.nightly)
 
 
-@pytest.mark.parametrize("chunk", [0, pytest.param(1, marks=pytest.mark.nightly)])
-def test_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 6), 4, interpreted, one_rank).check(least=0.25)
+def check(first_seed: int, chunk: int, size: int, *rest: Any, least: float) -> None:
+    start = first_seed + size * chunk
+    tried(range(start, start + size), *rest).check(least=least)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "size", "most"), [(0, 6, 4), nightly(1, 6, 4), *(nightly(chunk, 20, 9) for chunk in range(100))]
+)
+def test_random_models_interpreted(chunk: int, size: int, most: int, one_rank: str, first_seed: int) -> None:
+    check(first_seed, chunk, size, most, interpreted, one_rank, least=0.25)
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_random_ends_interpreted(theme: str, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, 100, 2), 2, interpreted, one_rank, theme).check(least=0.25)
+@pytest.mark.parametrize(("chunk", "size", "most"), [(100, 2, 2), *(nightly(chunk, 25, 5) for chunk in range(8))])
+def test_random_ends_interpreted(chunk: int, size: int, most: int, theme: str, one_rank: str, first_seed: int) -> None:
+    check(first_seed, chunk, size, most, interpreted, one_rank, theme, least=0.25)
 
 
-def test_random_uses(one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, 0, 2), 2, used, one_rank).check(least=0.25)
+@pytest.mark.parametrize(
+    ("chunk", "size", "most", "least"), [(0, 2, 2, 0.25), *(nightly(chunk, 20, 5, 0.05) for chunk in range(25))]
+)
+def test_random_uses(chunk: int, size: int, most: int, least: float, one_rank: str, first_seed: int) -> None:
+    check(first_seed, chunk, size, most, used, one_rank, least=least)
 
 
-def test_random_models_through_inductor(one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, 0, 1), 2, compiled, one_rank).check(least=0.4)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("chunk", range(100))
-def test_many_random_models_interpreted(chunk: int, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 20), 9, interpreted, one_rank).check(least=0.25)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("chunk", range(8))
-def test_many_random_ends_interpreted(chunk: int, theme: str, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 25), 5, interpreted, one_rank, theme).check(least=0.25)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("chunk", range(25))
-def test_many_random_uses(chunk: int, one_rank: str, first_seed: int) -> None:
-    tried(chunk_of(first_seed, chunk, 20), 5, used, one_rank).check(least=0.05)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("chunk", range(25))
-def test_many_random_models_through_inductor(chunk: int, one_rank: str, first_seed: int) -> None:
-    """500 models."""
-    tried(chunk_of(first_seed, chunk, 20), 6, compiled, one_rank).check(least=0.05)
+@pytest.mark.parametrize(
+    ("chunk", "size", "most", "least"), [(0, 1, 2, 0.4), *(nightly(chunk, 20, 6, 0.05) for chunk in range(25))]
+)
+def test_random_models_through_inductor(
+    chunk: int, size: int, most: int, least: float, one_rank: str, first_seed: int
+) -> None:
+    """500 models at night."""
+    check(first_seed, chunk, size, most, compiled, one_rank, least=least)
