@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx
 
+from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.dialect import ops
 from fuseplan.errors import ConfigError, RuleError
@@ -272,7 +273,10 @@ NOTHING = broken(pattern=lambda self, x, weight, eps, rounding, right: ())
         ),
         (broken(pattern=two_pieces), r"\(Broken\): pad_default doesn't lead to the first value that the p"),
         (broken(pattern=another_piece), r"\(Broken\): pad_default_1 doesn't lead to the first value"),
-        (broken(replacement=padded_twice), r"the pattern yields 1, the replacement 2; both must yield the same values"),
+        (
+            broken(replacement=padded_twice),
+            r"disagree in outputs: the pattern yields 1, the replacement 2; both must yield the same values",
+        ),
     ],
     ids=["core", "nothing", "its input", "its epsilon", "two pieces", "another piece", "too much"],
 )
@@ -409,5 +413,7 @@ def test_what_is_asked_for_may_be_switched_off_by_another_flag(asked: bool | Non
 def test_rules_are_validated_when_they_are_chosen() -> None:
     with pytest.raises(RuleError, match="must yield a value"):
         enabled_rules(PassConfig(), [NOTHING])
+    with pytest.raises(RuleError, match="must yield a value"):
+        PostGradPassManager(PassConfig(), rules=[NOTHING])
     assert enabled_rules(PassConfig(), [Pads()]).keys() == {"pads"}
     assert disabled_rules(PassConfig(), [Pads()]) == {}

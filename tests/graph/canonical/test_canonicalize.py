@@ -312,28 +312,6 @@ def test_a_new_node_is_as_deep_as_what_it_takes_the_place_of() -> None:
     assert [canonical.depth(node) for node in (copies[x], copies[shallow], first, second, third)] == [0, 1, 1, 3, 3]
 
 
-@pytest.mark.parametrize("written", ["source", "view of it", "copy", "view of the copy", "nothing"])
-def test_a_copy_is_seen_through_where_neither_is_written_to(written: str) -> None:
-    """What it is a copy of has another value then."""
-    graph = quickly_traced(lambda x, w: F.pad(llama(x, None, w)[0], (0, 8)), randn(5, HIDDEN), W)
-    x, readers = graph.find_nodes(op="placeholder")[0], list(graph.find_nodes(op="placeholder")[0].users)
-    with graph.inserting_before(readers[0]):
-        copy = graph.call_function(aten.clone.default, (x,))
-        copy.meta["val"] = aten.clone(x.meta["val"])
-        target = copy if "copy" in written else x
-        if "view" in written:
-            target = graph.call_function(aten.view.default, (target, [-1]))
-            target.meta["val"] = (copy if "copy" in written else x).meta["val"].view(-1)
-        if written != "nothing":
-            graph.call_function(aten.add_.Tensor, (target, 1)).meta["val"] = target.meta["val"]
-    for reader in readers:
-        reader.replace_input_with(x, copy)
-    raised = canonicalize(graph)
-    (norm,) = nodes(raised, "rms_norm")
-    assert raised.origin[norm.args[0]] is (x if written == "nothing" else copy)  # type: ignore[index]
-    assert bool(raised.calls(aten.clone.default)) is (written != "nothing")
-
-
 def residual_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return llama(x, residual, weight)
 
@@ -357,30 +335,11 @@ def test_a_raised_op_stands_for_all_that_computes_its_results() -> None:
     assert raised.depth(norm) == raised.depth(users[0]) > 0
 
 
-def test_an_op_stands_behind_the_last_of_its_arguments_that_come_late() -> None:
-    """What else reads its results comes after that once the graph is sorted."""
-    graph = quickly_traced(lambda x, w: (x.relu(), w * 2, w * 3), randn(5, HIDDEN), W)
-    canonical = CanonicalGraph.copy_of(graph)
-    first, second, third = returned(canonical.graph)
-    raised = canonical.raise_op(ops.rms_norm, (third, second, 1e-6, "llama"), [first])
-    assert third < raised
-    assert returned(canonical.graph) == [raised, second, third]
-    assert canonical.origin[raised] is returned(graph)[0]
-
-
 def test_a_copy_raises_others_as_it_was_raised_itself() -> None:
     graph = quickly_traced(lambda x, w: llama(x, None, w)[0], randn(5, HIDDEN), W)
     assert canonicalize(graph).raised_alike(graph).recognized() == {f"rms_norm[{HIDDEN}]": 1}
     assert CanonicalGraph.copy_of(graph).raised_alike(graph).recognized() == {}
     assert CanonicalGraph.copy_of(graph, canonicalize).raised_alike(graph).recognized() == {f"rms_norm[{HIDDEN}]": 1}
-
-
-def test_calls_of_several_ops_come_in_the_order_of_the_graph() -> None:
-    graph = quickly_traced(lambda x: (x.relu().abs() * 2).relu(), randn(5, HIDDEN))
-    canonical = CanonicalGraph.copy_of(graph)
-    called = [node for node in canonical.graph.nodes if node.op == "call_function" and node.target != aten.mul.Tensor]
-    assert canonical.calls(aten.abs.default, aten.relu.default) == called
-    assert canonical.calls(aten.relu.default) == called[::2]
 
 
 def test_a_constant_is_one_for_all_who_need_it_alike() -> None:

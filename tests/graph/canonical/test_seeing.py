@@ -98,13 +98,14 @@ def test_noops_are_replaced_by_their_inputs_one_after_the_other() -> None:
     assert canonical.calls(aten.view.default)[0].args[0] is negated
 
 
-@pytest.mark.parametrize("written_to", ["x", "y", "copy", "through a view", "other"])
+@pytest.mark.parametrize("written_to", ["x", "y", "copy", "a view of y", "a view of the copy", "other"])
 def test_a_copy_stays_where_one_of_the_two_is_written_to(written_to: str) -> None:
     def function(x: Any, other: Any) -> Any:
         y = aten.neg.default(x)
         copy = aten.clone.default(y)
         kept = aten.clone.default(aten.abs.default(x))
-        targets = {"x": x, "y": y, "copy": copy, "other": other, "through a view": aten.view.default(copy, [32])}
+        views = {f"a view of {name}": aten.view.default(each, [32]) for name, each in (("y", y), ("the copy", copy))}
+        targets = {"x": x, "y": y, "copy": copy, "other": other, **views}
         aten.add_.Tensor(targets[written_to], 1)
         return copy, kept
 

@@ -1,12 +1,12 @@
 """Codes in float8_e5m2, by each scale that there is for fp8: a digit less, for a range like float16's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.dialect import NORM_FAMILY, ops
@@ -14,12 +14,12 @@ from fuseplan.dialect.raising import canonicalize
 from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.record import Reason
 from fuseplan.rules import Bindings
-from tests.helpers import all_reduce, llama, post_grad, randn
+from tests.helpers import post_grad, randn
+from tests.rules.parts.microscaling import CONFIG, E5M2, RULES, WIDTH, cores
 from tests.rules.parts.test_fp8_spellings import inputs
 
-E5M2, MOST, WIDTH, GROUP = torch.float8_e5m2, 57344.0, 256, 64
+MOST, GROUP = 57344.0, 64
 SCALE = torch.tensor([0.02])
-W = 1 + randn(WIDTH, seed=9) / 10
 Quantise = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -62,7 +62,7 @@ def test_an_op_computes_what_the_graph_does(quantise: Quantise, dtype: torch.dty
     (node,) = raised.calls(ops[KINDS[quantise]].overload)
     assert E5M2 in node.args
     for name, value in inputs(dtype).items():
-        x = value.repeat(1, WIDTH // value.shape[-1])
+        x = value[:, :WIDTH]
         given = [x, SCALE][: len(graph.find_nodes(op="placeholder"))]
         ours, theirs = (fx.GraphModule({}, each)(*given) for each in (raised.graph, graph))
         for got, wanted in zip(ours, theirs, strict=True):
@@ -70,34 +70,18 @@ def test_an_op_computes_what_the_graph_does(quantise: Quantise, dtype: torch.dty
             assert bool(same.all()), name
 
 
-def norm(quantise: Quantise, x: Tensor, r: Tensor, group: str) -> tuple[Tensor, ...]:
-    y, total = llama(x, r, W)
-    return *quantise(y), total * 2
-
-
-def reduced(quantise: Quantise, x: Tensor, r: Tensor, group: str) -> tuple[Tensor, ...]:
-    return quantise(llama(all_reduce(x, group), None, W)[0])
-
-
-def activation(quantise: Quantise, x: Tensor, r: Tensor, group: str) -> tuple[Tensor, ...]:
-    return quantise(F.silu(x) * r)
-
-
 @pytest.mark.sampled
-@pytest.mark.parametrize(
-    ("function", "rule"), [(norm, "norm_quant"), (reduced, "allreduce_rms_quant"), (activation, "act_quant")]
-)
+@pytest.mark.parametrize("core", RULES)
 @every_kind
-def test_it_is_fused_with_every_core(quantise: Quantise, function: Any, rule: str, one_rank: str) -> None:
-    reports, given = list[fuseplan.Report](), (randn(7, WIDTH), randn(7, WIDTH, seed=1))
-    config = fuseplan.PassConfig(policy="ordered(allreduce_rms_quant, norm_quant, act_quant)", verify="always")
+def test_it_is_fused_with_every_core(quantise: Quantise, core: str, one_rank: str) -> None:
+    reports, given = list[fuseplan.Report](), (randn(7, WIDTH), randn(7, WIDTH, seed=1), one_rank)
+    function = cores(lambda x, scaling: quantise(x))[core]
+    config = replace(CONFIG, verify="always")
     torch._dynamo.reset()
     with torch.inference_mode():
-        compiled: Any = fuseplan.compile(
-            lambda x, r: function(quantise, x, r, one_rank), config=config, on_report=reports.append
-        )
-        pairs = list(zip(compiled(*given), function(quantise, *given, one_rank), strict=True))
-    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
+        compiled: Any = fuseplan.compile(function, config=config, on_report=reports.append)
+        pairs = list(zip(compiled(*given), function(*given), strict=True))
+    assert {name: count for name, count in reports[0].fused.items() if count} == {RULES[core]: 1}
     assert not [each for each in reports[0].graphs[0].refusals if each.reason in (Reason.FAULT, Reason.VERIFICATION)]
     for got, wanted in pairs:
         assert got.dtype is wanted.dtype
@@ -109,7 +93,8 @@ def test_it_is_fused_with_every_core(quantise: Quantise, function: Any, rule: st
 
 @every_kind
 def test_a_plan_takes_tritons_kernel(quantise: Quantise) -> None:
-    report = fuseplan.explain(lambda x, r: norm(quantise, x, r, ""), randn(7, WIDTH), randn(7, WIDTH), device="h200")
+    add_norm = cores(lambda x, scaling: quantise(x))["add_norm"]
+    report = fuseplan.explain(add_norm, randn(7, WIDTH), randn(7, WIDTH), "", device="h200")
     assert [(each.rule, each.provider) for each in report.graphs[0].applied] == [("norm_quant", "triton")]
 
 

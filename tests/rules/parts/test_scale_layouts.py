@@ -94,19 +94,22 @@ def test_a_layout_is_the_ops(layout: Layout, rows: int, dynamic: bool) -> None:
 @every_layout
 def test_it_is_fused_with_the_norm(layout: Layout, shape: tuple[int, ...]) -> None:
     """Scales are a matrix, whatever dimensions the rows have."""
-    reports: list[fuseplan.Report] = []
-    torch._dynamo.reset()
-    x = randn(*shape, WIDTH)
+    report = check_fused(lambda x: quantised(layout, llama(x, None, W)[0]), shape)
+    assert report.fused["norm_quant"] == 1
+
+
+def check_fused(function: Callable[[Tensor], Any], shape: tuple[int, ...]) -> fuseplan.Report:
+    """Results of rows of a shape are the same, bit for bit and in their layout."""
+    reports, x = list[fuseplan.Report](), randn(*shape, WIDTH)
     config = fuseplan.PassConfig(policy="ordered(norm_quant)")
+    torch._dynamo.reset()
     with torch.inference_mode(), nullcontext() if shape == CODED else no_code():
-        compiled: Any = fuseplan.compile(
-            lambda x: quantised(layout, llama(x, None, W)[0]), config=config, on_report=reports.append
-        )
-        pairs = list(zip(compiled(x), quantised(layout, llama(x, None, W)[0]), strict=True))
-    assert reports[0].fused["norm_quant"] == 1
+        compiled: Any = fuseplan.compile(function, config=config, on_report=reports.append)
+        pairs = list(zip(compiled(x), function(x), strict=True))
     for got, wanted in pairs:
         assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride())
         assert torch.equal(got.float(), wanted.float())
+    return reports[0]
 
 
 @torch.library.custom_op("scale_layout_tests::product", mutates_args=())
@@ -141,14 +144,9 @@ def test_layers_with_products_of_their_own_share_the_codes(layout: Layout, shape
         pairs = [quantised(layout, y) for _ in range(3)]
         return [product(codes.view(-1, WIDTH), scale) * number for number, (codes, scale) in enumerate(pairs, 1)]
 
-    reports, x = list[fuseplan.Report](), randn(*shape, WIDTH)
-    torch._dynamo.reset()
-    with torch.inference_mode(), nullcontext() if shape == CODED else no_code():
-        config = fuseplan.PassConfig(policy="ordered(norm_quant)")
-        got = fuseplan.compile(layers, config=config, on_report=reports.append)(x)
-        assert all(torch.equal(one, other) for one, other in zip(got, layers(x), strict=True))
-    assert reports[0].fused["norm_quant"] == 1
-    assert not reports[0].graphs[0].refusals
+    report = check_fused(layers, shape)
+    assert report.fused["norm_quant"] == 1
+    assert not report.graphs[0].refusals
 
 
 def test_codes_that_one_layer_writes_to_are_its_own() -> None:
@@ -172,19 +170,17 @@ def from_the_second(scale: Tensor) -> Tensor:
     return moved[: scale.shape[0]]
 
 
-def doubled(scale: Tensor) -> Tensor:
-    return columns(scale * 2)
+IN_ROWS: dict[str, Callable[[Tensor], Any]] = {
+    "shorter": lambda x: quantised(shorter, x),
+    "from the second row": lambda x: quantised(from_the_second, x),
+    "doubled": lambda x: quantised(lambda scale: columns(scale * 2), x),
+    "read in rows, too": lambda x: quantised(aligned, x, both=True),
+}
 
 
-@pytest.mark.parametrize("layout", [shorter, from_the_second, doubled], ids=lambda each: each.__name__)
-def test_another_layout_is_left_to_inductor(layout: Layout) -> None:
-    raised = canonicalize(quickly_traced(lambda x: quantised(layout, x), randn(7, WIDTH)))
-    (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
-    assert node.args[-1] == "rows"
-
-
-def test_scales_that_are_read_in_rows_too_lie_in_rows() -> None:
-    raised = canonicalize(quickly_traced(lambda x: quantised(aligned, x, both=True), randn(7, WIDTH)))
+@pytest.mark.parametrize("case", IN_ROWS)
+def test_what_is_no_layout_or_not_alone_lies_in_rows(case: str) -> None:
+    raised = canonicalize(quickly_traced(IN_ROWS[case], randn(7, WIDTH)))
     (node,) = raised.calls(ops.per_token_group_fp8_quant.overload)
     assert node.args[-1] == "rows"
 
