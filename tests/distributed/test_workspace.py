@@ -1,10 +1,11 @@
 """Workspaces: what fits, what is found out, when they are made and when they go."""
 
+import contextlib
 import datetime
 import gc
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +38,28 @@ from fuseplan.record import GraphReport, Report
 CPU = torch.device("cpu")
 
 
+@contextlib.contextmanager
+def world(**how: Any) -> Iterator[str]:
+    """The name of a gloo group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore(), **how)
+    assert dist.group.WORLD is not None
+    try:
+        yield dist.group.WORLD.group_name
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def others(rank: int, ranks: int) -> Iterator[str]:
+    """That of a group whose other ranks don't exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    assert dist.group.WORLD is not None
+    try:
+        yield dist.group.WORLD.group_name
+    finally:
+        dist.destroy_process_group()
+
+
 def made(group: str, capacity: int = 1024) -> Workspace:
     return Workspace(group, CPU, 2, capacity=capacity)
 
@@ -49,16 +72,11 @@ def test_memory_is_empty_and_nothing_is_remembered(one_rank: str) -> None:
     assert space.peer_offsets.tolist() == [0]
 
 
-def test_one_rank_alone_has_the_slots_of_all_and_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
-    try:
-        assert dist.group.WORLD is not None
-        space = Workspace(dist.group.WORLD.group_name, CPU, 4, capacity=4096, loopback=True)
-        assert (space.rank, space.ranks, space.one_shot) == (2, 4, False)
-        assert space.memory.local.numel() == HEADER_BYTES + SLOTS * (3 + 1) * 4096
-        assert space.peer_offsets.tolist() == [0] * 4
-    finally:
-        dist.destroy_process_group()
+def test_one_rank_alone_has_the_slots_of_all_and_the_sums(four_ranks: str) -> None:
+    space = Workspace(four_ranks, CPU, 4, capacity=4096, loopback=True)
+    assert (space.rank, space.ranks, space.one_shot) == (2, 4, False)
+    assert space.memory.local.numel() == HEADER_BYTES + SLOTS * (3 + 1) * 4096
+    assert space.peer_offsets.tolist() == [0] * 4
 
 
 class Met:
@@ -127,17 +145,13 @@ def test_one_rank_that_stands_for_four_sends_whole_messages(four_ranks: str) -> 
 
 @pytest.mark.parametrize(("ranks", "one_shot"), [(2, True), (3, False)])
 def test_two_ranks_need_no_sums(ranks: int, one_shot: bool) -> None:
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
-    try:
-        assert dist.group.WORLD is not None
-        space = Workspace(dist.group.WORLD.group_name, CPU, 2, capacity=4096, loopback=True, timeout_s=1e-9)
-        assert (space.one_shot, space.sums_words) == (one_shot, 0 if one_shot else 2048)
-        assert (space.shot_words, space.timeout) == (2048, 1)
-        assert [each.data_ptr() for each in space.tensors] == [
-            each.data_ptr() for each in (space.words, space.peer_offsets, space.state, space.failure)
-        ]
-    finally:
-        dist.destroy_process_group()
+    with others(1, ranks) as group:
+        space = Workspace(group, CPU, 2, capacity=4096, loopback=True, timeout_s=1e-9)
+    assert (space.one_shot, space.sums_words) == (one_shot, 0 if one_shot else 2048)
+    assert (space.shot_words, space.timeout) == (2048, 1)
+    assert [each.data_ptr() for each in space.tensors] == [
+        each.data_ptr() for each in (space.words, space.peer_offsets, space.state, space.failure)
+    ]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, LookupError])
@@ -195,14 +209,11 @@ def test_what_a_kernel_found_out_is_raised_from_then_on(one_rank: str, found: in
 def test_a_workspace_is_made_once_and_again_for_a_new_group() -> None:
     spaces = []
     for _ in range(2):
-        dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-        assert dist.group.WORLD is not None
-        name = dist.group.WORLD.group_name
-        first = workspace_of(name, CPU, torch.bfloat16, 1024)
-        assert workspace_of(name, CPU, torch.bfloat16, 1024) is first
-        assert workspace_of(name, CPU, torch.float16, 1024) is not first
-        spaces.append(first)
-        dist.destroy_process_group()
+        with world() as name:
+            first = workspace_of(name, CPU, torch.bfloat16, 1024)
+            assert workspace_of(name, CPU, torch.bfloat16, 1024) is first
+            assert workspace_of(name, CPU, torch.float16, 1024) is not first
+            spaces.append(first)
     assert spaces[0] is not spaces[1]
     SHARED.release()
     assert not SHARED.values(WORKSPACES)
@@ -212,15 +223,12 @@ def test_graphs_that_were_captured_keep_the_workspace_of_a_group_that_is_gone(mo
     """They are replayed in it. What no graph has captured is given back."""
     spaces = []
     for captures in (True, False, False):
-        dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-        assert dist.group.WORLD is not None
-        space = workspace_of(dist.group.WORLD.group_name, CPU, torch.bfloat16, 1024)
-        with monkeypatch.context() as patched:
+        with world() as name, monkeypatch.context() as patched:
+            space = workspace_of(name, CPU, torch.bfloat16, 1024)
             patched.setattr(registry, "capturing", lambda captures=captures: captures)
-            assert workspace_of(dist.group.WORLD.group_name, CPU, torch.bfloat16, 1024) is space
-        spaces.append(weakref.ref(space))
-        del space
-        dist.destroy_process_group()
+            assert workspace_of(name, CPU, torch.bfloat16, 1024) is space
+            spaces.append(weakref.ref(space))
+            del space
     gc.collect()
     assert [each() is not None for each in spaces] == [True, False, True]
     SHARED.release()
@@ -230,17 +238,15 @@ def test_graphs_that_were_captured_keep_the_workspace_of_a_group_that_is_gone(mo
 
 def test_what_failed_in_a_group_that_is_gone_hinders_nobody() -> None:
     for failed in (True, False):
-        dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-        assert dist.group.WORLD is not None
-        if not failed:
-            workspace.check_workspaces()
-        space = workspace_of(dist.group.WORLD.group_name, CPU, torch.bfloat16, 1024)
-        with space.held():
-            space.failure[0] = 1 if failed else 0
-        if failed:
-            with pytest.raises(CollectiveError):
+        with world() as name:
+            if not failed:
                 workspace.check_workspaces()
-        dist.destroy_process_group()
+            space = workspace_of(name, CPU, torch.bfloat16, 1024)
+            with space.held():
+                space.failure[0] = 1 if failed else 0
+            if failed:
+                with pytest.raises(CollectiveError):
+                    workspace.check_workspaces()
     SHARED.release()
 
 
@@ -308,10 +314,8 @@ def test_none_is_made_while_a_graph_is_captured(one_rank: str, monkeypatch: pyte
 
 
 def test_the_deadline_is_the_groups_own() -> None:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore(), timeout=datetime.timedelta(seconds=9))
-    group = dist.new_group(timeout=datetime.timedelta(seconds=4))
-    assert made(group.group_name).timeout_s == 4
-    dist.destroy_process_group()
+    with world(timeout=datetime.timedelta(seconds=9)):
+        assert made(dist.new_group(timeout=datetime.timedelta(seconds=4)).group_name).timeout_s == 4
 
 
 WANTED = ("0", "bfloat16", "cuda:3")

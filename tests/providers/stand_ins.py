@@ -3,6 +3,7 @@ and in each function what the real kernel computes, with its rounding points.
 """
 
 import ast
+import importlib.metadata
 import inspect
 import json
 import sys
@@ -98,6 +99,22 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(self, *args, **kwargs)
 
     return method
+
+
+def installed(
+    monkeypatch: pytest.MonkeyPatch, package: str, version: str | None, distribution: str | None = None
+) -> None:
+    """A package is there on NVIDIA's GPUs, of this version of its distribution; None: it is another distribution's."""
+
+    def version_of(name: str) -> str:
+        assert distribution in (None, name)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "nvidia")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == package)
+    monkeypatch.setattr("importlib.metadata.version", version_of)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """How FlashInfer is called, held against the signatures of its source by stand-ins that compute what its kernels do."""
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, flashinfer
 from fuseplan.rules import Bindings
 from fuseplan.verification.memory import Loopback, Poisoned
 from tests.helpers import all_reduce, gpt_oss, post_grad, quantize, randn
-from tests.providers.stand_ins import Library, is_aligned, normed, ranks, snapshot
+from tests.providers.stand_ins import Library, installed, is_aligned, normed, ranks, snapshot
 
 PROVIDER = next(each for each in BUILT_IN_PROVIDERS if each.name == "flashinfer")
 VERSIONS = tuple(f"flashinfer-{each}" for each in ("0.6.16.post3", "0.6.18.post1", "0.7.0.post1", "0.7.2.post1"))
@@ -316,9 +315,7 @@ def test_hidden_sizes_of_models_are_taken(hidden: int) -> None:
 
 @pytest.mark.parametrize("release", sorted(set(PINNED.values())))
 def test_releases_that_vllm_pins_will_do(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "nvidia")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flashinfer")
-    monkeypatch.setattr("importlib.metadata.version", lambda name: release)
+    installed(monkeypatch, "flashinfer", release)
     assert PROVIDER.unavailable() is None
     has_rows = TorchVersion(release) >= flashinfer.DYNAMIC_FROM
     same = {"0.6.13": "0.6.12", "0.6.14": "0.6.12", "0.6.18": "0.6.18.post1"}.get(release, release)
@@ -372,12 +369,7 @@ def test_what_older_releases_lack_is_declined(
     release: str | None, gate: Any, hidden: int, more: dict[str, Any], detail: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def installed(name: str) -> str:
-        if release is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return release
-
-    monkeypatch.setattr("importlib.metadata.version", installed)
+    installed(monkeypatch, "flashinfer", release)
     with ranks(2) as group:
         values = {"x": torch.empty(8, hidden, dtype=torch.bfloat16), "group_name": group, **more}
         refusal = gate(Bindings("r", values))
@@ -423,37 +415,34 @@ def test_a_range_beyond_the_capacity_is_declined() -> None:
         assert f"flashinfer takes up to {most} rows of this width, and the range has up to {most + 1}" in details
 
 
-def test_a_kernel_that_leaves_a_rounding_out_waits_to_be_allowed() -> None:
+UNROUNDED = "doesn't round the norm before it is quantised, as the graph does"
+
+
+@pytest.mark.parametrize(
+    ("adds", "says", "change"),
+    [
+        (
+            True,
+            f"rounds as fp32, and the graph as gpt_oss; it {UNROUNDED}",
+            "fp32, not rounding the norm before it is quantised",
+        ),
+        (
+            False, UNROUNDED,
+            "gpt_oss, not rounding the norm before it is quantised",
+        ),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_leaves_a_rounding_out_waits_to_be_allowed(adds: bool, says: str, change: str) -> None:
+    """One of the graph's convention says that alone."""
+    op = f"{'fused_add_' if adds else ''}rms_norm_static_fp8_quant"
+
     def function(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> Any:
-        y, total = gpt_oss(x, residual, weight)
-        return quantize(y, scale, reciprocal=True), total
+        y, total = gpt_oss(x, residual if adds else None, weight)
+        return quantize(y, scale, reciprocal=True), *([total] if adds else [])
 
     inputs = randn(16, 320), randn(16, 320), torch.ones(320, dtype=torch.bfloat16), torch.tensor([0.02])
-    details, taken = refusals(function, *inputs)
-    assert taken == []
-    (detail,) = details
-    assert detail == (
-        "flashinfer's fused_add_rms_norm_static_fp8_quant rounds as fp32, and the graph as gpt_oss; it doesn't round "
-        "the norm before it is quantised, as the graph does"
-    )
-    _, taken = refusals(function, *inputs, allow=True)
-    assert taken == [
-        ("fused_add_rms_norm_static_fp8_quant", ("gpt_oss", "fp32, not rounding the norm before it is quantised"))
-    ]
-
-
-def test_a_graph_of_the_kernels_convention_hears_of_the_rounding_alone() -> None:
-    def function(x: Tensor, weight: Tensor, scale: Tensor) -> Any:
-        return quantize(gpt_oss(x, None, weight)[0], scale, reciprocal=True)
-
-    inputs = randn(16, 320), torch.ones(320, dtype=torch.bfloat16), torch.tensor([0.02])
-    (detail,), _ = refusals(function, *inputs)
-    assert detail == (
-        "flashinfer's rms_norm_static_fp8_quant doesn't round the norm before it is quantised, as the graph does"
-    )
-    _, taken = refusals(function, *inputs, allow=True)
-    change = ("gpt_oss", "gpt_oss, not rounding the norm before it is quantised")
-    assert taken == [("rms_norm_static_fp8_quant", change)]
+    assert refusals(function, *inputs) == ([f"flashinfer's {op} {says}"], [])
+    assert refusals(function, *inputs, allow=True)[1] == [(op, ("gpt_oss", change))]
 
 
 @pytest.mark.parametrize(
@@ -467,15 +456,7 @@ def test_a_graph_of_the_kernels_convention_hears_of_the_rounding_alone() -> None
     ],
 )
 def test_an_old_release_will_not_do(monkeypatch: pytest.MonkeyPatch, version: str | None, why: str | None) -> None:
-    def installed(name: str) -> str:
-        assert name == "flashinfer-python"
-        if version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "nvidia")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flashinfer")
-    monkeypatch.setattr("importlib.metadata.version", installed)
+    installed(monkeypatch, "flashinfer", version, "flashinfer-python")
     refusal = PROVIDER.unavailable()
     assert (refusal.detail if refusal else None) == why
     assert dataclasses.replace(PROVIDER, oldest=None).unavailable() is None

@@ -3,7 +3,6 @@
 Nothing of this has been run on a GPU.
 """
 
-import importlib.metadata
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from fuseplan.rules import Bindings
 from fuseplan.verification.memory import Poisoned
 from tests.helpers import post_grad, randn
 from tests.planner.parts import NORM
-from tests.providers.stand_ins import snapshot
+from tests.providers.stand_ins import installed, snapshot
 
 (PROVIDER,) = ENGINE_PROVIDERS
 FN = torch.float8_e4m3fn
@@ -130,16 +129,9 @@ class VllmC:
 
 
 @pytest.fixture
-def library() -> Iterator[VllmC]:
-    yield from _registered(VllmC())
-
-
-@pytest.fixture
-def old_library() -> Iterator[VllmC]:
-    yield from _registered(VllmC(rounds_first=True))
-
-
-def _registered(stand_in: VllmC) -> Iterator[VllmC]:
+def library(request: pytest.FixtureRequest) -> Iterator[VllmC]:
+    """Its parameter is whether norms round first."""
+    stand_in = VllmC(rounds_first=getattr(request, "param", False))
     schemas = snapshot("vllm_c-0.33.0")["schemas"]
     assert schemas.keys() == set(vllm_c.KERNELS)
     with torch.library._scoped_library("_C", "FRAGMENT") as fragment:
@@ -220,8 +212,9 @@ def test_kernels_give_the_references_bits(
     assert len(library.inputs) == (shape[0] > 0)
 
 
+@pytest.mark.parametrize("library", [True], indirect=True)
 @pytest.mark.parametrize("name", ["rms_norm_static_fp8_quant", "fused_add_rms_norm_static_fp8_quant"])
-def test_one_release_rounds_before_the_weight(old_library: VllmC, name: str) -> None:
+def test_one_release_rounds_before_the_weight(library: VllmC, name: str) -> None:
     given = norm_arguments(name, BF16, (33, 320), rounding="llama")
     check_bits(name, given)
     other = ops[name].reference(*{**given, "rounding": "gpt_oss"}.values())
@@ -324,14 +317,7 @@ def test_what_is_declined(gate: Any, more: dict[str, Any], detail: str | None) -
 def test_why_a_process_has_not_the_kernels(
     library: VllmC, version: str | None, why: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def installed(name: str) -> str:
-        if version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr("fuseplan.providers.provider.local_vendor", lambda: "nvidia")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm")
-    monkeypatch.setattr("importlib.metadata.version", installed)
+    installed(monkeypatch, "vllm", version)
     refusal = PROVIDER.unavailable()
     assert refusal is None if why is None else refusal is not None and why in refusal.detail
     if version is not None and why is None:

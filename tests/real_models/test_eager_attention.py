@@ -11,6 +11,7 @@ import torch
 from transformers import StaticCache
 
 import fuseplan
+from fuseplan.record import Report
 from tests.interpreted import no_code
 from tests.real_models import decoding
 from tests.real_models.decoding import CACHE, LAYERS, PROMPT, check_generated
@@ -55,7 +56,7 @@ def traced(name: str, dtype: torch.dtype = torch.float32, **further: Any) -> Tra
     return Traced(model, **step(model, **further))
 
 
-def providers(report: fuseplan.Report) -> list[str]:
+def providers(report: Report) -> list[str]:
     return [each.provider for each in report.graphs[0].applied if each.rule in EITHER]
 
 
@@ -104,22 +105,29 @@ def test_steps_of_any_kind_are_recognised(name: str, batch: int, queries: int, p
     assert providers(report) == ["triton"] * LAYERS
 
 
+def check_computed(name: str, provider: str, how: dict[str, Any], *, coded: bool = False, **config: Any) -> Report:
+    """What a model computes in a step of three queries, by a provider's kernel in each layer, without warnings."""
+    model = built(name)
+    reports: list[Report] = []
+    passes = fuseplan.PassConfig(**config)
+    compiled = fuseplan.compile(model, fullgraph=True, config=passes, on_report=reports.append)
+    with torch.no_grad(), nullcontext() if coded else no_code():
+        plain, fused = step(model, 3, **how), step(model, 3, **how)
+        expected, actual = model(**plain).logits, compiled(**fused).logits
+    assert providers(reports[-1]) == [provider] * LAYERS, reports[-1].warnings
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    return reports[-1]
+
+
 @pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["interpreted", "coded"])
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.nightly] * (name != "llama")) for name in sorted(MODELS.keys() - OWN)],
 )
 def test_in_float32_a_cpus_kernel_is_planned_and_computes_what_the_model_does(name: str, coded: bool) -> None:
-    model = built(name)
-    reports: list[fuseplan.Report] = []
-    compiled = fuseplan.compile(model, fullgraph=True, on_report=reports.append)
-    with torch.no_grad(), nullcontext() if coded else no_code():
-        plain, fused = step(model, 3, padded=2), step(model, 3, padded=2)
-        expected, actual = model(**plain).logits, compiled(**fused).logits
-    assert providers(reports[-1]) == ["sdpa"] * LAYERS
-    assert not reports[-1].warnings
-    assert all(each.passed for graph in reports[-1].graphs for each in graph.verified)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    report = check_computed(name, "sdpa", {"padded": 2}, coded=coded)
+    assert not report.warnings
+    assert all(each.passed for graph in report.graphs for each in graph.verified)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -135,15 +143,7 @@ def test_soft_caps_and_sinks_are_left_alone_on_a_cpu(name: str) -> None:
 )
 def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str) -> None:
     """What a kernel is held to is the model's own attention: soft-caps, sinks and windows included."""
-    model = built(name)
-    config = fuseplan.PassConfig(force=("eager_attention:torch",), verify="always")
-    reports: list[fuseplan.Report] = []
-    compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
-    with torch.no_grad(), no_code():
-        plain, fused = step(model, 3, prompt=9, padded=3), step(model, 3, prompt=9, padded=3)
-        expected, actual = model(**plain).logits, compiled(**fused).logits
-    assert providers(reports[-1]) == ["torch"] * LAYERS, reports[-1].warnings
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    check_computed(name, "torch", {"prompt": 9, "padded": 3}, force=("eager_attention:torch",), verify="always")
 
 
 @pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["interpreted", "coded"])
@@ -153,7 +153,7 @@ def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str)
 def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_does(name: str, coded: bool) -> None:
     model = built(name)
     config = fuseplan.PassConfig(force=("cached_eager_attention",), fuse_cached_attention=True, verify="always")
-    reports: list[fuseplan.Report] = []
+    reports: list[Report] = []
     compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
     runs = []
     with torch.no_grad(), nullcontext() if coded else no_code():
@@ -197,7 +197,7 @@ def test_dropout_is_a_near_miss() -> None:
 @pytest.mark.nightly
 def test_steps_through_a_windows_edge_compute_what_the_model_does() -> None:
     model = built("gpt_oss")
-    reports: list[fuseplan.Report] = []
+    reports: list[Report] = []
     config = fuseplan.PassConfig(force=("eager_attention:torch",))
     compiled = fuseplan.compile(model, config=config, on_report=reports.append)
     runs = []
