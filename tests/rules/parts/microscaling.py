@@ -153,7 +153,7 @@ def ties() -> Tensor:
     return (group.repeat(WIDTH // GROUP) * powers[:, None]).contiguous()
 
 
-def cores(quantised: Callable[[Tensor, str], tuple[Tensor, Tensor]]) -> dict[str, Callable[..., Any]]:
+def cores(quantised: Callable[[Tensor, str], tuple[Tensor, ...]]) -> dict[str, Callable[..., Any]]:
     """Each core with a quantisation behind it: a norm, one of a sum, one of a reduced sum, and an activation."""
 
     def norm(x: Tensor, r: Tensor, group: str) -> Any:
