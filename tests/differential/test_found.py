@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from fuseplan.config import PassConfig
 from tests.differential.checking import Interpreted
-from tests.differential.norms import EPSILON, root
+from tests.differential.norms import NORMS, mean_square, of_sum
 from tests.differential.recording import record
 from tests.differential.settings import ONE_ROUNDING, Setting
 from tests.differential.vocabulary import turned
-from tests.helpers import HIDDEN, all_reduce, gemma, llama, quantize, quantize_rows, randn, vllm
+from tests.helpers import HIDDEN, Norm, all_reduce, gemma, llama, quantize, quantize_rows, randn, vllm
 
 X, R, W = randn(5, HIDDEN), randn(5, HIDDEN, seed=1), 1 + randn(HIDDEN, seed=2) / 5
 SCALE = torch.tensor([0.02])
@@ -41,68 +41,35 @@ def test_a_clamp_inside_the_one_to_what_fp8_holds_is_kept(bounds: dict[str, floa
     assert fused(model, X, W, SCALE) == {}
 
 
-def test_one_plus_a_weight_that_is_rounded_is_the_weight() -> None:
-    def model(x: Tensor, w: Tensor) -> Tensor:
-        wide = x.float()
-        return F.pad((wide * root(wide) * (1.0 + w)).to(x.dtype), (0, 8))
-
-    assert fused(model, X, W) == {"act_padding": 1}
-
-
-def test_one_plus_a_multiple_of_the_weight_is_no_convention() -> None:
-    def model(x: Tensor, w: Tensor) -> Tensor:
-        wide = x.float()
-        return F.pad((wide * root(wide) * torch.add(w.float(), 1, alpha=2)).to(x.dtype), (0, 8))
-
-    fused(model, X, W)
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-def test_a_multiple_of_epsilon_is_not_epsilon(scale: int) -> None:
-    def model(x: Tensor, w: Tensor) -> Tensor:
-        wide = x.float()
-        mean = torch.add(wide.pow(2).mean(-1, keepdim=True), 0.25, alpha=scale)
-        return F.pad(w * (wide * torch.rsqrt(mean)).to(x.dtype), (0, 8))
-
-    assert fused(model, X, W) == ({"act_padding": 1} if scale == 1 else {})
+PADDED: dict[str, tuple[Norm, dict[str, int] | None, dict[str, int] | None]] = {
+    # Rounded, one plus a weight is the weight; a multiple of it is no convention.
+    "one added": (NORMS["narrow_one_added"], {"act_padding": 1}, None),
+    "a multiple added": (NORMS["scaled_one_added"], None, None),
+    "epsilon": (
+        of_sum(lambda x, total, wide, w: w * (wide * torch.rsqrt(torch.add(mean_square(wide), 0.25))).to(x.dtype)),
+        {"act_padding": 1}, None,
+    ),
+    "twice epsilon": (NORMS["scaled_epsilon"], {}, None),
+    "two epsilons": (NORMS["two_epsilons"], {}, None),
+    "squared in bfloat16": (NORMS["narrow"], {}, {"act_padding": 1}),
+    "squared in bfloat16, summed in float32": (NORMS["narrow_square"], {}, {"act_padding": 1}),
+}  # fmt: skip
+"""Norms, and what of each with a pad is fused in bfloat16 and in float32; None: whatever computes the same."""
 
 
-def test_of_two_epsilons_none_is_dropped() -> None:
-    def model(x: Tensor, w: Tensor) -> Tensor:
-        wide = x.float()
-        mean = wide.pow(2).mean(-1, keepdim=True) + 0.25
-        return F.pad(w * (wide * torch.rsqrt(mean + 0.5)).to(x.dtype), (0, 8))
-
-    assert fused(model, X, W) == {}
-
-
-def narrow(x: Tensor, w: Tensor) -> Tensor:
-    return x * root(x) * w
+@pytest.mark.parametrize("case", PADDED)
+def test_norms_that_are_written_otherwise(case: str) -> None:
+    norm, narrow, wide = PADDED[case]
+    for dtype, expected in ((torch.bfloat16, narrow), (torch.float32, wide)):
+        found = fused(lambda x, w: F.pad(norm(x, None, w)[0], (0, 8)), X.to(dtype), W.to(dtype))
+        assert expected is None or found == expected
 
 
-def narrow_square(x: Tensor, w: Tensor) -> Tensor:
-    mean = x.pow(2).mean(-1, keepdim=True, dtype=torch.float32)
-    return (x * torch.rsqrt(mean + EPSILON)).to(x.dtype) * w
-
-
-@pytest.mark.parametrize("norm", [narrow, narrow_square])
-def test_a_norm_that_squares_in_bfloat16_is_none_of_ours(norm: Callable[..., Tensor]) -> None:
-    def model(x: Tensor, w: Tensor) -> Tensor:
-        return F.pad(norm(x, w), (0, 8))
-
-    assert fused(model, X, W) == {}
-    assert fused(model, X.float(), W.float()) == {"act_padding": 1}
-
-
-def silu_by_sigmoid(gate: Tensor) -> Tensor:
-    return gate * torch.sigmoid(gate)
-
-
-def silu_by_exp(gate: Tensor) -> Tensor:
-    return gate / (1 + torch.exp(-gate))
-
-
-@pytest.mark.parametrize("silu", [silu_by_sigmoid, silu_by_exp])
+@pytest.mark.parametrize(
+    "silu",
+    [lambda gate: gate * torch.sigmoid(gate), lambda gate: gate / (1 + torch.exp(-gate))],
+    ids=["by sigmoid", "by exp"],
+)
 def test_silu_that_is_computed_in_bfloat16_is_none_of_ours(silu: Callable[..., Tensor]) -> None:
     def model(gate: Tensor, up: Tensor, s: Tensor) -> Tensor:
         return quantize(silu(gate) * up, s)

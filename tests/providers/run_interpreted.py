@@ -122,6 +122,12 @@ class Recorded:
     def __getitem__(self, grid: Any) -> Any:
         return lambda *arguments, **constants: self.constants.append(constants)
 
+    @property
+    def unlike(self) -> int:
+        """Sets of constants, each of which the kernel is compiled for."""
+        assert len(self.constants) > 1
+        return len({json.dumps(each, sort_keys=True, default=str) for each in self.constants})
+
 
 def transposed(leading: tuple[int, ...], heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
     """Heads first in memory, so that no dimension of x follows another one."""

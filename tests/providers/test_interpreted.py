@@ -4,6 +4,7 @@ Here they run by Triton's interpreter, in processes of their own; tests/gpu has 
 `run_*_interpreted` of this folder says what it finds, and the table here what that has to be.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -178,17 +179,14 @@ FINDINGS: dict[str, dict[str, Check]] = {
 
 
 @pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest, interpreting_forks: Forks) -> tuple[str, dict[str, Any]]:
-    """(a script, what it prints)"""
-    return request.param, printed_by(interpreting_forks, request.param)
+def printed(interpreting_forks: Forks) -> Callable[[str], Any]:
+    """What a script prints, which runs once."""
+    return functools.cache(functools.partial(printed_by, interpreting_forks))
 
 
-@pytest.mark.parametrize(
-    ("found", "what"), [(script, what) for script in FINDINGS for what in FINDINGS[script]], indirect=["found"]
-)
-def test_kernels_do_as_the_references(found: tuple[str, dict[str, Any]], what: str) -> None:
-    script, printed = found
-    FINDINGS[script][what](printed[what])
+@pytest.mark.parametrize(("script", "what"), [(script, what) for script in FINDINGS for what in FINDINGS[script]])
+def test_kernels_do_as_the_references(printed: Callable[[str], Any], script: str, what: str) -> None:
+    FINDINGS[script][what](printed(script)[what])
 
 
 @pytest.mark.nightly

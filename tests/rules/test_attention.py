@@ -10,11 +10,8 @@ from torch import Tensor, fx
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.nn import functional as F
 
-from fuseplan.compilation.manager import PostGradPassManager
-from fuseplan.config import PassConfig
 from fuseplan.graph.facts import Call
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.providers import device_profile
 from fuseplan.providers.attention import Packs, Shared
 from fuseplan.record import GraphReport, Nearness, Reason, Refusal
 from fuseplan.rules import Bindings
@@ -33,6 +30,7 @@ from tests.attention import (
     tiled,
 )
 from tests.helpers import post_grad, quickly_canonical, quickly_traced, randn
+from tests.rules.planning import planned
 
 aten = torch.ops.aten
 ATTENTION = {
@@ -42,18 +40,6 @@ ATTENTION = {
     "cpu": aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 COPIES = (aten.clone.default, aten.repeat.default)
-
-
-def planned(graph: fx.Graph, device: str = "cpu", verify: str = "off", **config: Any) -> GraphReport:
-    """The report of a graph, which is rewritten."""
-    reports: list[Any] = []
-    manager = PostGradPassManager(
-        PassConfig(verify=verify, **config), device=device_profile(device), on_report=reports.append
-    )
-    manager(graph)
-    graph.lint()
-    report: GraphReport = reports[-1].graphs[0]
-    return report
 
 
 def called(graph: fx.Graph, kernel: str) -> Call:

@@ -21,7 +21,7 @@ from fuseplan.rules.parts.eager_attention.op import eager_attention_reference
 from tests.attention import HEAD_DIM, HEADS, SHARED, SPELLINGS, attend, hugging_face, inputs, tiled
 from tests.eager_attention import CAP, MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
 from tests.helpers import post_grad, quickly_traced, randn
-from tests.rules.test_attention import planned
+from tests.rules.planning import planned
 
 aten = torch.ops.aten
 NARROW = (torch.bfloat16, torch.float16)

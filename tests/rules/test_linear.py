@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from fuseplan.providers import device_profile
 from fuseplan.record import GraphReport, Reason
 from fuseplan.rules.parts.linear import PART, LinearRegion, skinny_kernel
 from tests.helpers import all_reduce, llama, quickly_traced, randn
+from tests.rules.planning import fused
+from tests.rules.planning import planned as planned_for
 
 WIDTH = 64
 ON: dict[str, Any] = {"fuse_merged_linear": True, "fuse_skinny_linear": True}
@@ -135,24 +138,7 @@ def layer(x: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, up: Tensor, 
 LAYER = (randn(3, WIDTH), *weights(32, 16, 16, 96, 96), randn(WIDTH, 96, seed=9) / 8)
 
 
-def planned(
-    graph: fx.Graph, device: str = "h200", compile_range: CompileRange | None = None, **config: Any
-) -> GraphReport:
-    """The report of a graph, which is rewritten as for a device."""
-    reports: list[Any] = []
-    manager = PostGradPassManager(
-        PassConfig(verify="off", **config), device=device_profile(device), compile_range=compile_range,
-        on_report=reports.append,
-    )  # fmt: skip
-    manager(graph)
-    graph.lint()
-    report: GraphReport = reports[-1].graphs[0]
-    return report
-
-
-def fused(report: GraphReport) -> dict[str, int]:
-    names = [fusion.op for fusion in report.applied]
-    return {name: names.count(name) for name in sorted(set(names))}
+planned = partial(planned_for, device="h200")
 
 
 def without(counts: dict[str, int], name: str) -> dict[str, int]:
@@ -203,7 +189,7 @@ def decoding(tokens: int) -> fx.Graph:
 def test_by_default_graphs_of_few_tokens_get_it_where_it_was_measured(
     tokens: int, device: str, compile_range: CompileRange | None, found: dict[str, int]
 ) -> None:
-    report = planned(decoding(tokens), device, compile_range)
+    report = planned(decoding(tokens), device=device, compile_range=compile_range)
     assert fused(report) == found
     assert [each for each in report.refusals if "linear" in str(each.rule)] == []
 

@@ -16,7 +16,8 @@ from fuseplan.record import Reason
 from fuseplan.rules.parts.linear import LinearRegion
 from fuseplan.rules.parts.scaled_linear import PART, library_kernels, skinny_kernel
 from tests.helpers import post_grad, quantize_rows, quickly_traced, randn
-from tests.rules.test_linear import check_computed, check_refused, fused, planned, recognized
+from tests.rules.planning import fused
+from tests.rules.test_linear import check_computed, check_refused, planned, recognized
 
 WIDTH = 64
 CODES = torch.float8_e4m3fn
@@ -210,7 +211,7 @@ def test_by_default_graphs_of_few_rows_get_it_where_it_was_measured(
     rows: int, device: str, compile_range: CompileRange | None, found: dict[str, int]
 ) -> None:
     """Rows of products count, since no input is of tokens."""
-    assert fused(planned(block(rows, 4096), device, compile_range)) == found
+    assert fused(planned(block(rows, 4096), device=device, compile_range=compile_range)) == found
 
 
 @pytest.mark.parametrize(("last", "found"), [(32, ALL), (33, QUANTISED)])
