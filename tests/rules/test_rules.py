@@ -268,6 +268,14 @@ def test_case_6_mixed_dtypes_are_refused_by_name_and_their_twins_fuse() -> None:
     assert compare(model, *inputs, W, rule="act_padding", coded=False).fused == {"act_padding": 1}
 
 
+def test_unsupported_dtype_is_refused() -> None:
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        return F.pad(llama(x, None, weight)[0], (0, 8))
+
+    wide = (randn(7, HIDDEN, dtype=torch.float64), W.double())
+    assert not PostGradPassManager(ALONE["act_padding"]).analyze(post_grad(model, *wide)).matches.candidates
+
+
 def test_a_reduced_value_that_is_read_elsewhere_is_refused_with_residual(one_rank: str) -> None:
     def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         reduced = all_reduce(x, one_rank)
