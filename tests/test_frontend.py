@@ -242,7 +242,7 @@ ANOTHER_TYPE: list[tuple[Sequence[Callable[..., Any]], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("doors", "given", "says"), ANOTHER_TYPE, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("doors", "given", "says"), ANOTHER_TYPE, ids=[says[:30] for *_, says in ANOTHER_TYPE])
 def test_what_is_of_another_type_is_one_line(
     doors: Sequence[Callable[..., Any]], given: dict[str, Any], says: str
 ) -> None:
