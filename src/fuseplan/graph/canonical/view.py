@@ -37,7 +37,7 @@ class CanonicalGraph:
 
     Attributes:
         original: the graph as Inductor handed it over.
-        graph: its copy, raised.
+        graph: its copy, raised. What is copied shares its `Node.meta` with the original: neither writes to it.
         origin: for a node of `graph` the node of `original` with the same value. Nodes without one, e.g. a slice that
             was hoisted over an all-reduce, come into being only when a fusion needs them.
         region: the number of mutations before a node; see `facts.mutation_regions`.
@@ -74,7 +74,7 @@ class CanonicalGraph:
             original: the graph.
             raised_alike: what raises others like it; None: nothing in them is raised, either.
         """
-        graph, origin = copy_graph(original)
+        graph, origin = copy_graph(original, shares_meta=True)
         return cls(
             original=original, graph=graph, origin=origin, region=mutation_regions(graph),
             raised_alike=raised_alike or cls.copy_of, _copied=dict(origin),
@@ -134,8 +134,8 @@ class CanonicalGraph:
         """
         live = [result for result in results if result is not None]
         place = min(live)
-        with self.graph.inserting_after(max([place, *(arg for arg in args if isinstance(arg, fx.Node))])):
-            node = call_function(self.graph, op.overload, tuple(args))
+        last = max([place, *(arg for arg in args if isinstance(arg, fx.Node))])
+        node = call_function(last, op.overload, tuple(args))
         if len(results) == 1:
             self._stand_in(node, place)
         else:
@@ -144,8 +144,7 @@ class CanonicalGraph:
             for index in reversed(range(len(results))):
                 result = results[index]
                 if result is not None:
-                    with self.graph.inserting_after(node):
-                        self._stand_in(call_function(self.graph, operator.getitem, (node, index)), result)
+                    self._stand_in(call_function(node, operator.getitem, (node, index)), result)
         self._claim(node, erase_dead(self.graph, live))
         return node
 
@@ -191,8 +190,7 @@ class CanonicalGraph:
         self, place: fx.Node, target: Any, args: Sequence[Any], value: Any, kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
         """A new node without an original: a value that no node of the original graph has."""
-        with self.graph.inserting_before(place):
-            node = call_function(self.graph, target, tuple(args), kwargs)
+        node = call_function(place, target, tuple(args), kwargs, before=True)
         node.meta.update(_provenance(place), val=value)
         self._take_place(node, place)
         return node
