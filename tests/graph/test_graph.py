@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fuseplan.graph.facts import depths, equal_size, is_pure, module_path, mutation_regions, source_line, targets_of
-from fuseplan.graph.legality import Contraction, external_inputs, is_convex
+from fuseplan.graph.legality import Contraction, external_inputs, is_computed_from, is_convex
 from fuseplan.graph.surgery import call_function, copy_graph, erase_dead, is_sorted, sort_topologically
 
 aten = torch.ops.aten
@@ -49,6 +49,24 @@ def diamond() -> tuple[fx.Graph, dict[str, fx.Node]]:
 def test_convexity(region: str, extra: str, convex: bool) -> None:
     _, nodes = diamond()
     assert is_convex([nodes[name] for name in region], [nodes[name] for name in extra]) is convex
+
+
+@pytest.mark.parametrize(
+    ("node", "other", "most", "found"),
+    [
+        ("d", "a", 100, True),
+        ("d", "x", 100, True),
+        ("a", "d", 100, False),
+        ("e", "d", 100, False),
+        ("e", "c", 100, False),
+        ("a", "a", 100, False),
+        ("d", "x", 3, False),
+        ("d", "x", 4, True),
+    ],
+)
+def test_what_a_node_is_computed_from(node: str, other: str, most: int, found: bool) -> None:
+    _, nodes = diamond()
+    assert is_computed_from(nodes[node], nodes[other], most) is found
 
 
 def test_external_inputs_in_order_of_use() -> None:

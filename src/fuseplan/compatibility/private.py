@@ -149,6 +149,7 @@ GRAPHS = (
     PrivateApi("torch.fx.graph:_Namespace._obj_to_name", ("graph",)),
     PrivateApi("torch.fx.graph:_Namespace._used_names", ("graph",)),
     PrivateApi("torch.fx:Node._erased", ("graph", "matching", "rewriting")),
+    PrivateApi("torch.fx:Node._input_nodes", ("graph",)),
     PrivateApi("torch.fx:Node._remove_from_list", ("graph",), 0),
     PrivateApi("torch.fx:Node._sort_key", ("matching", "planner")),
     PrivateApi("torch.fx:Node._update_args_kwargs", ("graph",), 2),

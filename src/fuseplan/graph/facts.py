@@ -247,7 +247,7 @@ def depths(graph: fx.Graph) -> dict[fx.Node, int]:
     result: dict[fx.Node, int] = {}
     depth_of = result.__getitem__
     for node in graph.nodes:
-        result[node] = 1 + max(map(depth_of, node.all_input_nodes), default=-1)
+        result[node] = 1 + max(map(depth_of, node._input_nodes), default=-1)
     return result
 
 

@@ -97,7 +97,7 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
             is_mutation(node) or (node.is_impure() and node.target not in COLLECTIVES and not drops_nothing(node))
         ):
             continue
-        stack += node.all_input_nodes
+        stack += node._input_nodes
         _erase(graph, node)
         erased.append(node)
     return erased
@@ -126,7 +126,7 @@ def is_sorted(graph: fx.Graph) -> bool:
     """Whether every node comes after its inputs."""
     seen: set[fx.Node] = set()
     for node in graph.nodes:
-        if not seen.issuperset(node.all_input_nodes):
+        if not seen.issuperset(node._input_nodes):
             return False
         seen.add(node)
     return True

@@ -25,6 +25,7 @@ from fuseplan.graph.facts import (
     targets_of,
     tensor_of,
 )
+from fuseplan.graph.legality import is_computed_from
 from fuseplan.graph.ops import DialectOp, ops
 from fuseplan.graph.reach import stays_inside
 from fuseplan.graph.surgery import call_function, copy_graph, erase_dead
@@ -150,20 +151,16 @@ class CanonicalGraph:
 
     def _claim(self, node: fx.Node, erased: Iterable[fx.Node]) -> None:
         """Notes that `node` replaces the erased nodes."""
-        claimed = set(self.interior.get(node, ()))
-        for each in erased:
-            claimed |= self.interior.get(each, frozenset())
-            if each in self.origin:
-                claimed.add(self.origin[each])
-        self.interior[node] = frozenset(claimed)
+        self.interior[node] = self.interior.get(node, frozenset()) | self.claims(erased)
 
     def claims(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """The nodes of the original graph that a set of canonical nodes replaces."""
         claimed: set[fx.Node] = set()
         for node in nodes:
-            claimed |= self.interior.get(node, frozenset())
-            if node in self.origin:
-                claimed.add(self.origin[node])
+            if inside := self.interior.get(node):
+                claimed |= inside
+            if (original := self.origin.get(node)) is not None:
+                claimed.add(original)
         return frozenset(claimed)
 
     def _stand_in(self, node: fx.Node, replaced: fx.Node) -> None:
@@ -201,6 +198,10 @@ class CanonicalGraph:
     def depth(self, node: fx.Node) -> int:
         """The longest path from an input to a node of `graph`, or to the one in whose place it is."""
         return self._depths[self._copied[node]]
+
+    def is_deeper(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether the depth of a node is greater than another one's: that of what is computed from the other one is."""
+        return is_computed_from(self._copied[node], self._copied[other]) or self.depth(node) > self.depth(other)
 
     @cached_property
     def _depths(self) -> dict[fx.Node, int]:
