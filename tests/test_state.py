@@ -20,6 +20,7 @@ from tests.test_architecture import Module, dotted, names_of, source_modules
 CACHES = {
     "compatibility/__init__.py:incompatibility": "nothing: the torch that is there doesn't change while it runs",
     "caching/fingerprint.py:source_digest": "nothing: the source doesn't change while it runs",
+    "devices/errors.py:sources_of": "kinds of kernels, which are few",
     "graph/facts.py:_clean_path": "text",
     "graph/facts.py:_in_place": "text",
     "graph/facts.py:_innermost": "text",

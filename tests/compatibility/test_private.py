@@ -60,6 +60,7 @@ def test_a_class_without_its_instances_attribute_is_found(can_be_made: bool, mon
 
     class Graph:
         _find_nodes_lookup_table = _graph_namespace = _len = None
+        _target_to_str = torch.fx.Graph._target_to_str
 
         def __init__(self) -> None:
             if not can_be_made:

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fuseplan.graph.facts import depths, equal_size, is_pure, module_path, mutation_regions, source_line, targets_of
-from fuseplan.graph.legality import Contraction, external_inputs, is_convex
+from fuseplan.graph.legality import Contraction, external_inputs, is_computed_from, is_convex
 from fuseplan.graph.surgery import call_function, copy_graph, erase_dead, is_sorted, sort_topologically
 
 aten = torch.ops.aten
@@ -49,6 +49,24 @@ def diamond() -> tuple[fx.Graph, dict[str, fx.Node]]:
 def test_convexity(region: str, extra: str, convex: bool) -> None:
     _, nodes = diamond()
     assert is_convex([nodes[name] for name in region], [nodes[name] for name in extra]) is convex
+
+
+@pytest.mark.parametrize(
+    ("node", "other", "most", "found"),
+    [
+        ("d", "a", 100, True),
+        ("d", "x", 100, True),
+        ("a", "d", 100, False),
+        ("e", "d", 100, False),
+        ("e", "c", 100, False),
+        ("a", "a", 100, False),
+        ("d", "x", 3, False),
+        ("d", "x", 4, True),
+    ],
+)
+def test_what_a_node_is_computed_from(node: str, other: str, most: int, found: bool) -> None:
+    _, nodes = diamond()
+    assert is_computed_from(nodes[node], nodes[other], most) is found
 
 
 def test_external_inputs_in_order_of_use() -> None:
@@ -174,19 +192,47 @@ def test_what_a_graph_calls_is_known_without_a_walk_over_its_nodes() -> None:
 
 def test_a_call_is_as_torch_makes_it() -> None:
     graph, nodes = diamond()
-    with graph.inserting_before(nodes["d"]):
-        args: tuple[Any, ...] = ([nodes["b"], nodes["c"]], -1)
-        ours, theirs = (
-            make(aten.cat.default, args) for make in (lambda *of: call_function(graph, *of), graph.call_function)
-        )
-    for node in (ours, theirs):
+    args: tuple[Any, ...] = ([nodes["b"], nodes["c"]], -1)
+    with graph.inserting_after(nodes["c"]):
+        theirs = graph.call_function(aten.cat.default, args)
+    before, after = (call_function(nodes[place], aten.cat.default, args, before=place == "d") for place in "dc")
+    for node in (before, after, theirs):
         assert (node.op, node.target, node.args, node.kwargs) == ("call_function", aten.cat.default, args, {})
         assert node in nodes["b"].users
         assert node in nodes["c"].users
-        assert node < nodes["d"]
-    assert type(ours.args[0]) is type(theirs.args[0])
-    assert call_function(graph, aten.cat.default, args[:1], {"dim": -1}).kwargs == {"dim": -1}
+        assert type(node.args[0]) is type(theirs.args[0])
+    assert [before.name, after.name, theirs.name] == ["cat_default_1", "cat_default_2", "cat_default"]
+    assert [nodes["c"].next, nodes["c"].next.next, nodes["d"].prev] == [after, theirs, before]
+    assert graph.find_nodes(op="call_function", target=aten.cat.default) == [after, theirs, before]
+    assert len(graph.nodes) == len([*graph.nodes])
+    assert call_function(nodes["d"], aten.cat.default, args[:1], {"dim": -1}).kwargs == {"dim": -1}
     graph.lint()
+
+
+def test_a_call_is_erased_as_torch_erases_it() -> None:
+    (ours, mine), (theirs, other) = diamond(), diamond()
+    hooked: list[str] = []
+    module = fx.GraphModule({}, ours)
+    for graph, nodes in ((ours, mine), (theirs, other)):
+        graph.output_node().args = ((nodes["e"], nodes["d"]),)
+        both = graph.call_function(aten.cat.default, ([nodes["b"], nodes["c"]],), {"dim": -1})
+        erase_dead(graph, [both]) if graph is ours else graph.erase_node(both)
+        assert both._erased
+        assert (both.args, both.kwargs, both.all_input_nodes) == (([None, None],), {"dim": -1}, [])
+        assert both not in nodes["b"].users
+        assert not graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert (str(ours), len(ours.nodes)) == (str(theirs), len(theirs.nodes))
+    module._erase_node_hooks = [lambda node: hooked.append(node.name)]
+    assert erase_dead(ours, [ours.create_node("call_function", aten.relu.default, (mine["x"],), name="unread")])
+    assert hooked == ["unread"]
+    ours.lint()
+
+
+def test_a_copy_that_shares_metadata_has_the_same_dictionaries() -> None:
+    graph, _ = diamond()
+    copy, origin = copy_graph(graph, shares_meta=True)
+    assert all(node.meta is origin[node].meta for node in copy.nodes)
+    copy.lint()
 
 
 def test_sizes_are_equal_whatever_their_symbols_are() -> None:

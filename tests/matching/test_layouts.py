@@ -504,3 +504,16 @@ def test_a_rewritten_graph_says_how_its_views_lie() -> None:
     values = [node.meta["val"] for node in after.graph.nodes if getattr(node.target, "is_view", False)]
     tensors = [each for value in values for each in (value if isinstance(value, list) else [value])]
     assert len({each.untyped_storage()._cdata for each in tensors}) == 1
+
+
+def test_rewriting_leaves_what_matching_read() -> None:
+    """Nodes that it copied share their metadata with the original's, of which some lie otherwise now."""
+    gm = graph_of(lambda x, w: (padded(y := normed(x, w)), y[:, 2:].t().relu()), (X, W))
+    canonical = canonicalize(gm.graph)
+    (match,) = find_matches(canonical, PADDING, BUILT_IN_PROVIDERS[:1]).candidates
+    known = {node: node.meta["val"] for node in canonical.graph.nodes if node.op == "call_function"}
+    originals = {node: known[copy] for copy, node in canonical.origin.items() if copy in known}
+    apply(canonical, [match])
+    assert match.loose
+    assert all(node.meta["val"] is value for node, value in known.items())
+    assert any(node.meta["val"] is not originals[node] for node in gm.graph.nodes if node in originals)

@@ -87,8 +87,9 @@ def test_exposures_are_weighted() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_errors(kind: str) -> None:
     for source in sources_of(kind):
-        for part in ("fixed", "moved"):
-            measured, other = (errors[f"{source}, {part}"] for errors in (HOPPER_ERRORS, UNMEASURED_ERRORS))
+        assert [part.rpartition(", ")[2] for part in source] == ["fixed", "moved"]
+        for part in source:
+            measured, other = (errors[part] for errors in (HOPPER_ERRORS, UNMEASURED_ERRORS))
             assert 0 < measured.more <= other.more
             assert measured.less <= other.less
 

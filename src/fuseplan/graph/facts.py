@@ -221,14 +221,20 @@ def is_training(graph: fx.Graph) -> bool:
     return any(str(node.target).startswith(("primals", "tangents")) for node in inputs)
 
 
+def mutations(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes that write to one of their arguments, in graph order."""
+    if not any(map(_writes, targets_of(graph))) and not graph.find_nodes(op="call_method"):
+        return {}  # as nearly all graphs
+    return dict.fromkeys(filter(is_mutation, graph.nodes))
+
+
 def mutation_regions(graph: fx.Graph) -> dict[fx.Node, int]:
     """For every node the number of mutations at or before it. A region of nodes may be moved only within one number."""
-    if not any(map(_writes, targets_of(graph))) and not graph.find_nodes(op="call_method"):
-        return dict.fromkeys(graph.nodes, 0)
-    regions, count = {}, 0
-    for node in graph.nodes:
-        count += is_mutation(node)
-        regions[node] = count
+    regions, count = dict.fromkeys(graph.nodes, 0), 0
+    if writers := mutations(graph):
+        for node in regions:
+            count += node in writers
+            regions[node] = count
     return regions
 
 
@@ -241,7 +247,7 @@ def depths(graph: fx.Graph) -> dict[fx.Node, int]:
     result: dict[fx.Node, int] = {}
     depth_of = result.__getitem__
     for node in graph.nodes:
-        result[node] = 1 + max(map(depth_of, node.all_input_nodes), default=-1)
+        result[node] = 1 + max(map(depth_of, node._input_nodes), default=-1)
     return result
 
 

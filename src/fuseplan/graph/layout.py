@@ -26,6 +26,7 @@ from fuseplan.graph.facts import (
     tensor_of,
 )
 from fuseplan.graph.ops import ALIGNED_ROWS
+from fuseplan.graph.ops.fakes import slice_of
 from fuseplan.graph.sizes import equal_rounded
 
 FRESH = (aten.addmm.default, aten.baddbmm.default, aten.bmm.default, aten.mm.default)
@@ -69,6 +70,10 @@ READ_ONLY = ("cond", "flex_attention", "invoke_subgraph")
 
 def computed(target: Any, args: Any, kwargs: Any) -> Any:
     """What a function yields, on fake tensors where its arguments are fake."""
+    if target is operator.getitem:
+        return target(*args)
+    if target is aten.slice.Tensor and not kwargs and (part := slice_of(*args)) is not None:
+        return part
     tensors = pytree.tree_leaves((args, kwargs))
     # Not that of a user who explains a model under a mode of their own.
     mode = next((each.fake_mode for each in tensors if isinstance(each, FakeTensor)), None) or detect_fake_mode()

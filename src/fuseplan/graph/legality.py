@@ -9,7 +9,7 @@ from torch import fx
 def external_inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
     """The nodes outside a region that it reads, each once, in the order of their first use."""
     region = set(nodes)
-    return list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in region))
+    return list(dict.fromkeys(s for node in nodes for s in node._input_nodes if s not in region))
 
 
 def is_convex(nodes: Collection[fx.Node], extra_inputs: Iterable[fx.Node] = ()) -> bool:
@@ -37,6 +37,25 @@ def is_convex(nodes: Collection[fx.Node], extra_inputs: Iterable[fx.Node] = ()) 
         seen.add(node)
         stack.extend(node.users)
     return True
+
+
+def is_computed_from(node: fx.Node, other: fx.Node, most: int = 100) -> bool:
+    """Whether a node of a sorted graph is known to depend on another one, from a look at up to so many nodes.
+
+    Args:
+        node: which may depend on it.
+        other: on which it may.
+        most: where more nodes than these lie between them, nothing is known.
+    """
+    stack, seen = [node], {node}
+    while stack and len(seen) <= most:
+        for source in stack.pop()._input_nodes:
+            if source is other:
+                return True
+            if source not in seen and other < source:
+                seen.add(source)
+                stack.append(source)
+    return False
 
 
 class Contraction:

@@ -13,36 +13,48 @@ from fuseplan.graph.facts import drops_nothing, is_mutation, is_pure
 COLLECTIVES = (torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)
 
 
-def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def copy_graph(graph: fx.Graph, *, shares_meta: bool = False) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of a graph, and the original of each of its nodes. The graphs share their owning module and fake
     tensors.
+
+    Args:
+        graph: the graph.
+        shares_meta: whether they share the dictionaries `Node.meta`, too, which neither may write to then.
     """
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    original: dict[fx.Node, fx.Node] = {}
-    copy_of, map_arg = copies.__getitem__, fx.map_arg
+    copy_of, map_arg, append, set_plainly = copies.__getitem__, fx.map_arg, copy._root.prepend, object.__setattr__
     for node in graph.nodes:
         # `Graph.create_node`, one by one, takes twice as long, and `Graph.graph_copy` four times.
-        args, kwargs = map_arg(node.args, copy_of), map_arg(node.kwargs, copy_of)
-        new = fx.Node(copy, node.name, node.op, node.target, args, kwargs, node.type)
-        copy._root.prepend(new)
-        new.meta.update(node.meta)
-        copies[node], original[new] = new, node
+        kwargs = node.kwargs
+        args, kwargs = map_arg(node.args, copy_of), map_arg(kwargs, copy_of) if kwargs else kwargs
+        copies[node] = new = fx.Node(copy, node.name, node.op, node.target, args, kwargs, node.type)
+        append(new)
+        set_plainly(new, "meta", node.meta if shares_meta else dict(node.meta))
     copy._len = len(copies)
-    copy._graph_namespace._obj_to_name = {new: new.name for new in original}
+    copy._graph_namespace._obj_to_name = {new: node.name for node, new in copies.items()}
     copy._graph_namespace._used_names = {node.name for node in copies}
     for called, nodes in graph._find_nodes_lookup_table.table.items():
         copy._find_nodes_lookup_table.table[called] = dict.fromkeys(map(copy_of, nodes))
     copy.owning_module = graph.owning_module
-    return copy, original
+    return copy, dict(zip(copies.values(), copies, strict=True))
 
 
-def call_function(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-    """`graph.call_function(target, args, kwargs)`, which takes twice as long: it looks for symbols among the
-    arguments.
+def call_function(
+    place: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, before: bool = False
+) -> fx.Node:
+    """A new call right after, or before, a node of a graph.
+
+    `Graph.call_function` at a point of insertion takes twice as long: it looks for symbols among the arguments.
     """
-    node = graph.create_node("call_function", target)
-    node._update_args_kwargs(args, kwargs or {})
+    graph = place.graph
+    names = graph._graph_namespace
+    name = names.create_name(graph._target_to_str(target), None)
+    node = fx.Node(graph, name, "call_function", target, args, kwargs or {})
+    names._obj_to_name[node] = name
+    (place.prepend if before else place.append)(node)
+    graph._find_nodes_lookup_table.table["call_function", target][node] = None
+    graph._len += 1
     return node
 
 
@@ -85,18 +97,36 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
             is_mutation(node) or (node.is_impure() and node.target not in COLLECTIVES and not drops_nothing(node))
         ):
             continue
-        sources = node.all_input_nodes
-        graph.erase_node(node)
+        stack += node._input_nodes
+        _erase(graph, node)
         erased.append(node)
-        stack.extend(sources)
     return erased
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """`graph.erase_node(node)` of a call that no other node uses, which takes 1.7 times as long: it looks for the node
+    each time that it sets one of its attributes.
+    """
+    if getattr(graph.owning_module, "_erase_node_hooks", None):
+        graph.erase_node(node)
+        return
+    del graph._find_nodes_lookup_table.table["call_function", node.target][node]
+    node._remove_from_list()
+    object.__setattr__(node, "_erased", True)
+    graph._len -= 1
+    kwargs = node.kwargs
+    node._update_args_kwargs(fx.map_arg(node.args, _nothing), fx.map_arg(kwargs, _nothing) if kwargs else kwargs)
+
+
+def _nothing(node: fx.Node) -> None:
+    return None
 
 
 def is_sorted(graph: fx.Graph) -> bool:
     """Whether every node comes after its inputs."""
     seen: set[fx.Node] = set()
     for node in graph.nodes:
-        if not seen.issuperset(node.all_input_nodes):
+        if not seen.issuperset(node._input_nodes):
             return False
         seen.add(node)
     return True

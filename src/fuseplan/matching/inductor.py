@@ -73,6 +73,10 @@ class CompiledPattern:
         """Whether all it calls are single overloads or items."""
         return all(node.target is operator.getitem or isinstance(node.target, OpOverload) for node in self._calls)
 
+    @cached_property
+    def _arguments(self) -> dict[fx.Node, tuple[Any, ...]]:
+        return {node: arguments(node) for node in self._calls}
+
     def _fits(self, expected: Any, found: Any, values: dict[str, Any], nodes: dict[fx.Node, fx.Node]) -> bool:
         """Holds a plain pattern against a graph as Inductor's matcher does, which takes several times as long, and
         doesn't look at arguments by name that the pattern leaves out.
@@ -91,7 +95,7 @@ class CompiledPattern:
             return nodes[expected] is found
         if not is_call(found, expected.target):
             return False
-        if not self._all_fit(arguments(expected), arguments(found), values, nodes):
+        if not self._all_fit(self._arguments[expected], arguments(found), values, nodes):
             return False
         nodes[expected] = found
         return True

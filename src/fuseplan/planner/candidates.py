@@ -102,13 +102,16 @@ def candidates_of(
     """
     by_core = {site.core: site for site in sites}
     spots, texts = dict[tuple[Rule, fx.Node, tuple[fx.Node, ...]], _Spot](), dict[fx.Node, str]()
+    signatures = dict[tuple[int, int], str]()  # providers of one match share its values
     result = []
     for match in matches:
         rule = match.rule
         key = rule, match.core, match.consumed
         if key not in spots:
             spots[key] = _Spot.of(match, canonical, by_core)
-        spot = spots[key]
+        spot, own = spots[key], (id(match.values), len(match.copied))
+        if own not in signatures:
+            signatures[own] = _signature(match, texts)
         result.append(
             Candidate(
                 name=f"{spot.place} {rule.name} {rule.op.name} {match.provider}",
@@ -122,7 +125,7 @@ def candidates_of(
                 context=spot.context,
                 re_emitted=spot.re_emitted,
                 source=spot.source,
-                signature=_signature(match, texts),
+                signature=signatures[own],
                 others=spot.others,
             )
         )

@@ -148,13 +148,15 @@ def decide_planned(problem: Problem, solver: Solver) -> Decision:
         raise contradiction(problem.program, problem.forced, [each.source for each in problem.candidates]) from None
     plan_ns = time.perf_counter_ns() - start
     program, chosen = problem.program, set(solution.selected)
-    neighbours: dict[int, set[int]] = {}
+    winners: dict[int, set[int]] = {}
     for i, j in program.conflicts:
-        neighbours.setdefault(i, set()).add(j)
-        neighbours.setdefault(j, set()).add(i)
+        if i in chosen:
+            winners.setdefault(j, set()).add(i)
+        elif j in chosen:
+            winners.setdefault(i, set()).add(j)
     for cut in solution.cuts:
         for i in cut:
-            neighbours.setdefault(i, set()).update(cut)
+            winners.setdefault(i, set()).update(chosen.intersection(cut))
     margins = Margins(problem, solver.rivals(program, solution.cuts))
     lost = []
     for index in range(len(problem.candidates)):
@@ -163,7 +165,7 @@ def decide_planned(problem: Problem, solver: Solver) -> Decision:
         margin, cost = margins[index], problem.priced.costs[index]
         regret = margin.ns if margin is not None else None
         flips = cost - regret if cost is not None and regret is not None and cost > regret else None
-        blocked = tuple(sorted(neighbours.get(index, set()) & chosen))
+        blocked = tuple(sorted(winners.get(index, ())))
         lost.append(
             Lost(
                 candidate=index, blocked_by=blocked, lost_ns=regret, flips_at_ns=flips,

@@ -81,4 +81,6 @@ class Prices:
 
 def of_fused_op(kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     """Kernels of a fused op, none of which Inductor generates."""
-    return tuple(replace(each, kind=each.kind.replace(GENERATED, FUSED)) for each in kernels)
+    return tuple(
+        replace(each, kind=each.kind.replace(GENERATED, FUSED)) if GENERATED in each.kind else each for each in kernels
+    )

@@ -339,6 +339,8 @@ class Pricing:
             return None
         signature, rows = self.signature(places), [self.rows_at(places, size) for size in self.tokens]
         unfused = prices.times(signature, UNFUSED, rows)
+        if unfused is None and prices.source == "auto":
+            return None
         times: dict[frozenset[int], list[tuple[int, int]]] = {}
         missing: list[frozenset[int]] = []
         for subset in compatible(component, structure):

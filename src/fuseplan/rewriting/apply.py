@@ -210,7 +210,8 @@ class _Rewriter:
         assert promise is not None and value is not None
         for reader in sorted(carriers(result, gone, reordered=is_reordered(value, promise))):
             if reader is not result and all("val" in source.meta for source in reader.all_input_nodes):
-                reader.meta["val"] = _fake_value(reader.target, reader.args, reader.kwargs)
+                value = _fake_value(reader.target, reader.args, reader.kwargs)
+                reader.meta = {**reader.meta, "val": value}  # the canonical graph has what it was
 
 
 class _Place:

@@ -204,11 +204,11 @@ class Rule:
         types = {argument.name: str(argument.type) for argument in self.op.overload._schema.arguments}
         self.trace_replacement({name: _STAND_INS.get(types.get(name, "Tensor"), _NODE) for name in self.variables})
 
-    @property
-    def calls(self) -> list[fx.Node]:
+    @cached_property
+    def calls(self) -> tuple[fx.Node, ...]:
         """The ops of the pattern, in its order; taking one of several results is no op."""
         nodes = self.traced_pattern.graph.nodes
-        return [node for node in nodes if node.op == "call_function" and node.target is not operator.getitem]
+        return tuple(node for node in nodes if node.op == "call_function" and node.target is not operator.getitem)
 
     @cached_property
     def required_ops(self) -> frozenset[Any]:

@@ -128,6 +128,15 @@ def test_a_refusal_is_where_the_node_in_the_way_is_or_else_where_the_op_is(
     ]  # fmt: skip
 
 
+def test_only_what_is_copied_shares_its_metadata_with_the_original() -> None:
+    canonical = copied(read)
+    assert all(node.meta is canonical.origin[node].meta for node in canonical.graph.nodes)
+    relu = copies(canonical)["relu_default"]
+    made = canonical.insert_before(relu, aten.sin.default, (relu.args[0],), relu.meta["val"])
+    raised = canonical.raise_op(ops.pad, (made, 1), [relu])
+    assert {id(node.meta) for node in (made, raised)}.isdisjoint(id(node.meta) for node in canonical.original.nodes)
+
+
 def test_one_result_takes_the_place_the_value_and_the_original_of_what_computed_it() -> None:
     canonical = copied(lambda x, w: read(aten.mul.Tensor(aten.tanh.default(x), w)), x=X, w=W)
     given = copies(canonical)

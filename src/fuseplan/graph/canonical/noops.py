@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from fuseplan.graph.canonical.view import CanonicalGraph
-from fuseplan.graph.facts import RESHAPES, aten, convert_element_type, equal_shape, is_mutation, tensor_of
+from fuseplan.graph.facts import RESHAPES, aten, convert_element_type, equal_shape, mutations, tensor_of
 from fuseplan.graph.layout import storage_of
 
 SHAPE_PRESERVING = (
@@ -34,8 +34,7 @@ def eliminate_noops(canonical: CanonicalGraph) -> None:
     """Replaces every no-op by its input. A copy is none where it is written to, or what it is a copy of, also through
     views of them: both differ then.
     """
-    writers = [node for node in canonical.graph.nodes if is_mutation(node)]
-    written = _storages(source for writer in writers for source in writer.all_input_nodes)
+    written = _storages(source for writer in mutations(canonical.graph) for source in writer.all_input_nodes)
     for node in canonical.calls(*SHAPE_PRESERVING, aten.permute.default):
         source = node.args[0]
         if isinstance(source, fx.Node) and is_noop(node) and written.isdisjoint(_storages([source, node])):

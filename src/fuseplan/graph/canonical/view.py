@@ -25,6 +25,7 @@ from fuseplan.graph.facts import (
     targets_of,
     tensor_of,
 )
+from fuseplan.graph.legality import is_computed_from
 from fuseplan.graph.ops import DialectOp, ops
 from fuseplan.graph.reach import stays_inside
 from fuseplan.graph.surgery import call_function, copy_graph, erase_dead
@@ -37,7 +38,7 @@ class CanonicalGraph:
 
     Attributes:
         original: the graph as Inductor handed it over.
-        graph: its copy, raised.
+        graph: its copy, raised. What is copied shares its `Node.meta` with the original: neither writes to it.
         origin: for a node of `graph` the node of `original` with the same value. Nodes without one, e.g. a slice that
             was hoisted over an all-reduce, come into being only when a fusion needs them.
         region: the number of mutations before a node; see `facts.mutation_regions`.
@@ -74,7 +75,7 @@ class CanonicalGraph:
             original: the graph.
             raised_alike: what raises others like it; None: nothing in them is raised, either.
         """
-        graph, origin = copy_graph(original)
+        graph, origin = copy_graph(original, shares_meta=True)
         return cls(
             original=original, graph=graph, origin=origin, region=mutation_regions(graph),
             raised_alike=raised_alike or cls.copy_of, _copied=dict(origin),
@@ -134,8 +135,8 @@ class CanonicalGraph:
         """
         live = [result for result in results if result is not None]
         place = min(live)
-        with self.graph.inserting_after(max([place, *(arg for arg in args if isinstance(arg, fx.Node))])):
-            node = call_function(self.graph, op.overload, tuple(args))
+        last = max([place, *(arg for arg in args if isinstance(arg, fx.Node))])
+        node = call_function(last, op.overload, tuple(args))
         if len(results) == 1:
             self._stand_in(node, place)
         else:
@@ -144,27 +145,22 @@ class CanonicalGraph:
             for index in reversed(range(len(results))):
                 result = results[index]
                 if result is not None:
-                    with self.graph.inserting_after(node):
-                        self._stand_in(call_function(self.graph, operator.getitem, (node, index)), result)
+                    self._stand_in(call_function(node, operator.getitem, (node, index)), result)
         self._claim(node, erase_dead(self.graph, live))
         return node
 
     def _claim(self, node: fx.Node, erased: Iterable[fx.Node]) -> None:
         """Notes that `node` replaces the erased nodes."""
-        claimed = set(self.interior.get(node, ()))
-        for each in erased:
-            claimed |= self.interior.get(each, frozenset())
-            if each in self.origin:
-                claimed.add(self.origin[each])
-        self.interior[node] = frozenset(claimed)
+        self.interior[node] = self.interior.get(node, frozenset()) | self.claims(erased)
 
     def claims(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """The nodes of the original graph that a set of canonical nodes replaces."""
         claimed: set[fx.Node] = set()
         for node in nodes:
-            claimed |= self.interior.get(node, frozenset())
-            if node in self.origin:
-                claimed.add(self.origin[node])
+            if inside := self.interior.get(node):
+                claimed |= inside
+            if (original := self.origin.get(node)) is not None:
+                claimed.add(original)
         return frozenset(claimed)
 
     def _stand_in(self, node: fx.Node, replaced: fx.Node) -> None:
@@ -191,8 +187,7 @@ class CanonicalGraph:
         self, place: fx.Node, target: Any, args: Sequence[Any], value: Any, kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
         """A new node without an original: a value that no node of the original graph has."""
-        with self.graph.inserting_before(place):
-            node = call_function(self.graph, target, tuple(args), kwargs)
+        node = call_function(place, target, tuple(args), kwargs, before=True)
         node.meta.update(_provenance(place), val=value)
         self._take_place(node, place)
         return node
@@ -203,6 +198,10 @@ class CanonicalGraph:
     def depth(self, node: fx.Node) -> int:
         """The longest path from an input to a node of `graph`, or to the one in whose place it is."""
         return self._depths[self._copied[node]]
+
+    def is_deeper(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether the depth of a node is greater than another one's: that of what is computed from the other one is."""
+        return is_computed_from(self._copied[node], self._copied[other]) or self.depth(node) > self.depth(other)
 
     @cached_property
     def _depths(self) -> dict[fx.Node, int]:

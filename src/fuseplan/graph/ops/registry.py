@@ -156,7 +156,7 @@ class DialectOp:
         """The arguments' names, in the schema's order."""
         return tuple(argument.name for argument in self.overload._schema.arguments)
 
-    @property
+    @functools.cached_property
     def overload(self) -> "torch._ops.OpOverload":
         """The op as called in a graph."""
         return _overload(f"{self.name}.default")

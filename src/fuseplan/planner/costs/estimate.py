@@ -39,8 +39,9 @@ class Estimate:
         """Kernels one after the other."""
         exposure: dict[str, float] = {}
         for kernel in kernels:
-            for source in sources_of(kernel.kind):
-                for part, ns in ((f"{source}, fixed", kernel.fixed), (f"{source}, moved", kernel.moved)):
+            times = kernel.fixed, kernel.moved
+            for names in sources_of(kernel.kind):
+                for part, ns in zip(names, times, strict=True):
                     if ns:
                         exposure[part] = exposure.get(part, 0.0) + ns
         return cls(total_ns(kernels), exposure)

@@ -300,7 +300,7 @@ def _is_output(canonical: CanonicalGraph, addend: fx.Node, other: fx.Node) -> bo
     doesn't depend on, and then the deeper one.
     """
     mine, others = _certainty(addend, other), _certainty(other, addend)
-    return mine > others if mine != others else canonical.depth(addend) > canonical.depth(other)
+    return mine > others if mine != others else canonical.is_deeper(addend, other)
 
 
 def _certainty(addend: fx.Node, other: fx.Node) -> int:
