@@ -6,7 +6,6 @@ from typing import Any
 
 from fuseplan.record import GraphBreak, Loss, Nearness, Reason, Refusal, Report
 from fuseplan.report.drift import drifts
-from fuseplan.report.expectation import unmet
 from fuseplan.report.lock import FusionLock
 from fuseplan.report.paragraphs import cause_lines, drift_paragraphs, plain
 from fuseplan.report.verdict import Verdict
@@ -178,7 +177,3 @@ def verdicts() -> Iterator[tuple[str, Verdict, Sequence[str]]]:
     resettled = {"tp": ("none", "2"), "device": ("h100", "h200")}
     written = Verdict(lock=ranks, found=ranks, resettled=resettled, written=True, **lost)
     yield "it is written", written, ("wrote", "pin it")
-
-
-def unmet_text(now: Report, counts: dict[str, int]) -> str:
-    return plain(unmet(now, counts)) or "met"

@@ -7,16 +7,19 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import TestCase
 
 from rich.console import Console, RenderableType
 
 from fuseplan.report import render_bench, render_verdict
 from fuseplan.report.bench import gain
+from fuseplan.report.expectation import unmet
+from fuseplan.report.paragraphs import plain
 from fuseplan.report.savings import verdict
 from fuseplan.report.summary import alone, summary
 from fuseplan.report.text import PLAIN
 from fuseplan.report.trace import publish
-from tests.report.drifting import cause_text, causes, drifting, expected, told, unmet_text, verdicts
+from tests.report.drifting import cause_text, causes, drifting, expected, told, verdicts
 from tests.report.screens import logged, outcomes, screens
 from tests.report.timed import gains, tuned, unclear
 
@@ -56,7 +59,7 @@ def drift() -> Titled:
         "the cause, of what was at one place",
         "\n".join(f"{title:<40}{cause_text(lock, now)}" for title, lock, now in causes()),
     )
-    yield from ((f"expected: {title}", unmet_text(now, counts)) for title, now, counts in expected())
+    yield from ((f"expected: {title}", plain(unmet(now, counts)) or "met") for title, now, counts in expected())
     yield from ((f"a lock: {title}", text_of(render_verdict(each), 80, starts)) for title, each, starts in verdicts())
 
 
@@ -69,20 +72,10 @@ def times() -> Titled:
 
 def logs() -> Titled:
     """What is logged of a compilation, at DEBUG."""
-    messages: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: messages.append(f"{record.levelname:<6}{record.getMessage()}")  # type: ignore[method-assign]
-    logger, level = logging.getLogger("fuseplan"), logging.getLogger("fuseplan").level
-    logger.addHandler(listener)
-    logger.setLevel(logging.DEBUG)
-    try:
-        for title, each in logged():
+    for title, each in logged():
+        with TestCase().assertLogs("fuseplan", logging.DEBUG) as seen:
             publish(each)
-            yield title, "\n".join(messages)
-            messages.clear()
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(listener)
+        yield title, "\n".join(f"{record.levelname:<6}{record.getMessage()}" for record in seen.records)
 
 
 GOLDENS: dict[str, Callable[[], Titled]] = {
@@ -91,8 +84,9 @@ GOLDENS: dict[str, Callable[[], Titled]] = {
 
 
 def golden(name: str) -> str:
-    """The content of a file."""
-    return "".join(f"### {title}\n{text}\n" for title, text in GOLDENS[name]())
+    """The content of a file: what is one line stands beside its title."""
+    sections = ((title, text, "\n" if "\n" in text else " ") for title, text in GOLDENS[name]())
+    return "".join(f"### {title}:{gap}{text}\n" for title, text, gap in sections)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ OBSTACLE: dict[str, Any] = {"found": "aten.mul.Tensor", "code": "y = y * [0.5]",
 
 def wide(place: str | None) -> Fusion:
     """A fusion that does the work of two others."""
-    return replace(fusion(BOTH, place), consumed=("a", "b"))
+    return replace(fusion(BOTH, place), consumed=("a", "b"), saving_ns=5000)
 
 
 def contest(winner: Fusion, *losers: str, lost_ns: int | None = 1000) -> list[Loss]:
@@ -57,15 +57,16 @@ def refusals() -> Iterator[Refusal]:
     for place in PLACES:
         yield from (refusal(rule, place, "aten.mul.Tensor stands between", **OBSTACLE) for rule in (BOTH, REDUCE))
     yield refusal(None, None, "no norm [it is]", op="rms_norm", reason=Reason.DTYPE, line=None, code=None, mend=None)
-    yield refusal(PAD, PLACES[0], "it rounds", nearness=Nearness.DECLINED, provider="flashinfer", mend="allow it")
+    declined: dict[str, Any] = {"nearness": Nearness.DECLINED, "provider": "flashinfer", "mend": "allow it"}
+    yield from (refusal(rule, PLACES[0], "it rounds", **declined) for rule in (PAD, REDUCE))
     for place, found in zip(PLACES, ("mm", "mm", "embedding"), strict=True):
         yield refusal(REDUCE, place, nearness=Nearness.ABSENT, found=found)
 
 
-def planned(**further: Any) -> Report:
+def planned(places: Sequence[str] = PLACES) -> Report:
     """A plan that differs by range, with all that can be said of one."""
     assumed = replace(fusion("[red]", "layers:smile:", provider="mine"), provenance=ASSUMED, saving_ns=500)
-    lost = [each for place in PLACES for each in contest(wide(place), PAD, REDUCE)]
+    lost = [each for place in places for each in contest(wide(place), PAD, REDUCE)]
     lost += [loss("act_quant", "head", lost_ns=1200, flips_at_ns=300), loss("norm_quant", None, forbidden=True)]
     unsure = Unsure(
         site="add -> rms_norm", places=3, alternatives=(BOTH, "unfused"), tokens=(1, 8), ahead_ns=300, low_ns=-200,
@@ -76,7 +77,7 @@ def planned(**further: Any) -> Report:
     pending = Pending(rule=REDUCE, op="fused", ops="", provider="flashinfer", signature="", group="0", cases=())
     skipped = Verification(rule="theirs", op="o", provider="external", signature="", detail="it couldn't be run")
     small = priced(
-        graph([*map(wide, PLACES), assumed], lost, refusals(), SPANS[0]), 40_000, unsure=(unsure, behind, unknown),
+        graph([*map(wide, places), assumed], lost, refusals(), SPANS[0]), 40_000, unsure=(unsure, behind, unknown),
         saved_low_ns=30_000, saved_high_ns=50_000, step_ns=2_000_000, pending=(pending, pending), verified=(skipped,),
     )  # fmt: skip
     names = (("NCCL ring LL",), ("NCCL ring LL",), ("NCCL NVLS", "NCCL ring LL"))
@@ -87,12 +88,12 @@ def planned(**further: Any) -> Report:
     large = graph(won, [each for winner in won for each in contest(winner, PAD)], [left, left, often], SPANS[1])
     large = priced(large, 20_000, step_ns=100_000)
     rules = (PAD, REDUCE, BOTH, "[red]", "act_quant", "norm_quant")
-    return report(replace(small, sizes=sizes), large, rules=rules, **further)
+    return report(replace(small, sizes=sizes), large, rules=rules)
 
 
 def ordered(first: str, second: str, saved_ns: int, lost_ns: int | None) -> Report:
     """An order whose first rule takes all places; what the other one would save differs by range, if it is known."""
-    won = [fusion(first, place) for place in PLACES]
+    won = [wide(place) if first == BOTH else fusion(first, place) for place in PLACES]
     graphs = []
     for index, span in enumerate(SPANS):
         margin = lost_ns * (1 + index) if lost_ns is not None else None
@@ -146,7 +147,11 @@ def screens() -> Iterator[tuple[str, RenderableType, int, Sequence[str]]]:
         160,
         ("block", "policy", "near miss"),
     )
-    yield "a report without matches", render_report(report(GraphReport(graph="graph_0"), rules=(PAD,))), 120, ()
+    none = report(GraphReport(graph="graph_0"), rules=(PAD,))
+    yield "a report without matches", render_report(none), 120, ()
+    yield "a comparison without matches", render_comparison(replace(whole, reports=(none,))), 120, ("recognised",)
+    wider = replace(two, reports=(ordered(BOTH, PAD, 40_000, 1000),))
+    yield "a wider fusion does its work", render_comparison(wider), 160, ("policy",)
     fixed = one_size(Synthetic(layers=2).report("planned"))
     beside = replace(everything(), reports=(fixed,))
     yield "one size", render_comparison(beside, verbose=True), 120, ("all-reduces", "policy")
@@ -186,7 +191,7 @@ def outcomes() -> Iterator[tuple[str, Report]]:
 
 def logged() -> Iterator[tuple[str, Report]]:
     """(title, report), whose logs are shown."""
-    plan = planned()
+    plan = planned(PLACES[:1])
     yield "a plan", replace(plan, graphs=plan.graphs[:1])
     disabled = Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off")
     left = graph(refusals=[disabled], span=(8, 8))
