@@ -21,11 +21,12 @@ def test_color_only_on_terminals() -> None:
         assert ("\x1b[" in shown.getvalue()) == color
 
 
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_line_is_wider_than_the_terminal_or_cut(width: int) -> None:
     for title, content, *_ in screens():
-        lines = text_of(content, width).splitlines()
-        assert max(map(len, lines)) <= width, title
+        text = text_of(content, width)
+        assert max(map(len, text.splitlines())) <= width, title
+        assert "…" not in text, title
 
 
 def test_of_two_reports_on_a_graph_the_last_counts() -> None:
