@@ -174,6 +174,7 @@ def outcomes() -> Iterator[tuple[str, Report]]:
     yield "every match costs more", of(lost=at_sites)
     yield "one match costs more", of(lost=at_sites[:1])
     yield "every match is forbidden", of(lost=[replace(each, forbidden=True) for each in at_sites])
+    yield "one is forbidden, and others cost more", of(lost=[replace(at_sites[0], forbidden=True), *at_sites[1:]])
     yield "a match may cost more", of(found=[unsure])
     yield "one costs more, and another may", of(lost=at_sites[:1], found=[unsure])
     yield "an order takes none", of(lost=at_sites, **orders)
