@@ -150,7 +150,7 @@ def told(lock: FusionLock, now: Report) -> str:
 def expected() -> Iterator[tuple[str, Report, dict[str, int]]]:
     """(title, report, expected counts)."""
     there = graph(ALL[:2], [loss(BOTH, PLACE, forbidden=True)], [refusal(BOTH, "layers.8.norm"), refusal(PAD, None)])
-    several = [refusal(PAD, PLACE, name, line=None, mend=None) for name in "abcdefg"]
+    several = [refusal(PAD, PLACE, name, line=None, mend=None) for name in "abcdefgg"]
     two = report(graph(), replace(graph(), graph="graph_1"), breaks=(BREAK,))
     yield "as many", report(there), {BOTH: 2}
     yield "too many", report(there), {BOTH: 1, PAD: 0}
