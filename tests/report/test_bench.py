@@ -31,7 +31,7 @@ def test_json_has_every_figure() -> None:
     assert [each["repeats_needed"] for each in first["policies"]] == [None] * 5
     assert first["policies"][1]["same_as"] == "planned"
     _, open_ones = bench_to_json(unclear())["batches"]
-    assert [each["repeats_needed"] for each in open_ones["policies"]] == [None, None, None, 16, None, None, None]
+    assert [each["repeats_needed"] for each in open_ones["policies"]] == [None, None, None, 16, 16, None, None, None]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def unclear() -> Bench:
     times: dict[str, Any] = {"step_ns": 1_050_000, "spread_ns": 2_000, "fused": {"act_quant": 1}}
     near = PolicyTime(policy="ordered(act_quant)", beside_plain=beside(50_000, 60_000), **times)
     far = PolicyTime(policy="ordered(norm_quant)", beside_plain=beside(0, 60_000), **times)
-    return replace(BENCH, batches=(batch(1), batch(8, near, far)))
+    same = replace(near, policy="ordered(act_quant, pad)", same_as="ordered(act_quant)")
+    return replace(BENCH, batches=(batch(1), batch(8, near, same, far)))
 
 
 def gains() -> Iterator[tuple[str, Bench]]:
