@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -17,7 +16,6 @@ from fuseplan.explanation.capture import capture
 from fuseplan.explanation.explanation import Explanation
 from fuseplan.providers import BUILT_IN_PROVIDERS, device_profile
 from fuseplan.record import Fusion, GraphReport, Reason, Report
-from fuseplan.report import render_report
 from fuseplan.report.lock import placed_in
 from tests.graph.test_regions import graph_that_calls, leaf
 
@@ -136,10 +134,6 @@ def test_what_data_repeats_is_counted_once_and_said_to_be() -> None:
     (refusal,) = [each for graph in report.graphs for each in graph.refusals if each.reason is Reason.REPEATS]
     assert refusal.detail == "data decides how often while_loop runs graph_1, whose fusions are counted once"
     assert not report.near_misses
-    console = Console(width=200, no_color=True)
-    with console.capture() as shown:
-        console.print(render_report(report))
-    assert refusal.detail in shown.get()
 
 
 def fused(name: str, source: str) -> GraphReport:

@@ -15,10 +15,9 @@ from typer.testing import CliRunner, Result
 
 from fuseplan.cli import app, console
 from fuseplan.cli.console import measuring
-from fuseplan.cli.tune import _Times
 from fuseplan.devices import PROFILES
 from fuseplan.devices.hardware import Error
-from fuseplan.planner.costs import CostTable, DeviceRecord, Measured, Provenance, Row, cached_path, record_path
+from fuseplan.planner.costs import CostTable, DeviceRecord, Measured, cached_path, record_path
 from fuseplan.record.text import duration
 from tests.forks import Forks, Request
 from tests.lines import one_line
@@ -194,26 +193,6 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_sizes_that_are_wider_than_the_terminal_are_shown_below_each_other() -> None:
-    names = ("unfused", "allreduce_rms all_reduce_fused_add_rms_norm triton")
-    origin = {"device": "h100", "torch": "2.11", "triton": "", "topology": "tp2", "date": "2026-11-27", "command": "x"}
-    table = [(name, size) for name in names for size in (1, 8, 64, 512, 8192)]
-    kind = Provenance.MEASURED
-    rows = [
-        Row(key=f"site: {name}", tokens=size, time_ns=1000 * size, spread_ns=20, provenance=kind, **origin)
-        for name, size in table
-    ]
-    for width, heads in ((80, ["1 8 64", "512 8192"]), (200, ["1 8 64 512 8192"])):
-        console = Console(width=width, highlight=False)
-        with console.capture() as captured:
-            console.print(_Times("site: ", rows))
-        lines = [" ".join(line.split()) for line in captured.get().splitlines()]
-        assert [line for line in lines if line.startswith("us (spread), at tokens")] == [
-            f"us (spread), at tokens {head}" for head in heads
-        ]
-        assert sum("8192.00 (0.02)" in line for line in lines) == len(names)
 
 
 @pytest.mark.parametrize(

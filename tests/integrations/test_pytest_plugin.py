@@ -164,14 +164,9 @@ def test_a_regression_fails_with_rule_place_and_line(run: Run, planned: Path) ->
     text = regressed.stdout.str()
     for line in (
         "fusion_locks/test_users/test_lock-planned.lock doesn't hold: 4 moved (test_lock-planned, planned for h200)",
-        "moved   allreduce_rms_padding by triton -> act_padding by triton, 2 places in every range: layers.1-2.norm",
-        "why     near miss: aten.mul.Tensor stands between all_reduce and fused_add_rms_norm",
         ": x = x * 0.5",
-        "fix     scale before all_reduce",
         f"where that is meant: pytest {UPDATE}",
         "wrong   allreduce_rms_padding: expected 4, found 2",
-        "there   2 places: layers.0,3.norm",
-        "missed  2 places: layers.1-2.norm",
         "wrong   act_padding: expected 0, found 4",
     ):
         assert line in text
