@@ -47,6 +47,8 @@ have in common is fitted. Nor does a quantisation in Inductor's own kernel take 
 more, by a share of the bytes."""
 OF_NINETY = 1.645 / 1.2816
 """Times as wide as an interval of 80 %: one of 90 %."""
+REGRET = 0.02
+"""Of the fastest alternative's time: what a choice may cost."""
 REST = 0.005
 """Of a time: what no repeats show."""
 
@@ -250,6 +252,26 @@ def interpolated() -> dict[str, Any]:
     return {"rows": len(held), "within": round(sum(held) / len(held), 3)}
 
 
+def regrets() -> dict[str, Any]:
+    """What choices cost that are made without a size: at each site and size of the package's tables, how much
+    longer the alternative takes that is the fastest by the sizes around it than the fastest one.
+    """
+    found = []
+    for path in sorted(SHIPPED.iterdir()):
+        table = CostTable.load(path)
+        sites: dict[tuple[str, int], dict[str, int]] = {}
+        for row in table.rows:
+            sites.setdefault((row.key.partition(": ")[0], row.tokens), {})[row.key] = row.time_ns
+        for (_, tokens), times in sites.items():
+            others = CostTable(device=table.device, rows=tuple(each for each in table.rows if each.tokens != tokens))
+            around = {key: others.interpolate(key, tokens) for key in times}
+            if all(around.values()):
+                chosen = min(times, key=lambda key: around[key] or (0, 0))
+                found.append(times[chosen] / min(times.values()) - 1)
+    within = sum(regret <= REGRET for regret in found) / len(found)
+    return {"choices": len(found), "within": round(within, 3), "most": round(max(found), 4)}
+
+
 def result() -> dict[str, Any]:
     """All of it."""
     found = rows()
@@ -266,6 +288,7 @@ def result() -> dict[str, Any]:
         "seen": {what: _share(_counted(seen, held), what=what) for what in ("times", "savings")},
         **tried(found),
         "rows of a table between two others": interpolated(),
+        f"choices by the sizes around, within {REGRET:.0%} of the fastest": regrets(),
     }
 
 
