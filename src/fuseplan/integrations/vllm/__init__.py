@@ -2,8 +2,8 @@
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes. Whatever is wrong with fuseplan, an engine that didn't ask for it
-    starts.
+    """Called by vLLM in each of its processes. An engine that didn't ask for fuseplan starts even if fuseplan is
+    broken.
     """
     from fuseplan.integrations.vllm.plugin import hook_into_vllm
 
