@@ -183,7 +183,8 @@ def _with_small_range(config: Any, chosen: PassConfig) -> str:
     """Gives batches of few tokens a compile range of their own, where linear layers of few rows are fused by default or
     because their flags say so. In vLLM's own range, which goes up to the largest batch, their kernels can't be chosen.
 
-    Returns: The addition to the log line about fuseplan.
+    Returns:
+        The addition to the log line about fuseplan.
     """
     compilation, most = config.compilation_config, DEFAULT_ON.most_tokens
     ends = compilation.compile_ranges_endpoints
