@@ -9,7 +9,7 @@ as long as its kernels one after the other, as they run inside a CUDA graph.
 How Inductor compiles ops that are not fused:
 
 - An all-reduce is a kernel: the communication library's, by the fastest of its algorithms, or where the graph has an
-engine's op or one of torch's over symmetric memory, the kernel that this op runs at the size. Its name says which.
+  engine's op or one of torch's over symmetric memory, the kernel that this op runs at the size. Its name says which.
 - Residual add and norm are one row reduction, SiLU-and-mul is one pointwise kernel.
 - fp8 quantisation joins the kernel before it: static is pointwise, and the row maximum of dynamic is a reduction over
   the rows that this kernel holds already. After an opaque fused op it is a kernel of its own.
