@@ -108,7 +108,7 @@ def graph_report(
     refusals += assumed_constants(problem.pricing.prices.model.hardware)
     if unmeasured := problem.program.unmeasured(decision.selected):
         names = " and ".join(sorted({problem.candidates[index].rule for index in unmeasured}))
-        detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
+        detail = f"the saving of {len(unmeasured)} fusions of {names} isn't known and counts as 0: they were measured "
         detail += "with others that aren't applied, and not without them"
         refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
     cycle = "together with fusions that were chosen it would make the graph cyclic"
@@ -213,7 +213,7 @@ def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
         reason = Reason.PACKAGE if UNCALLED in why else Reason.VERIFICATION
         if reason is Reason.VERIFICATION and UNVERIFIED not in why:
             mend = f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
-        whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"what pass {candidate.rule} puts in"
+        whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"the replacement of pass {candidate.rule}"
         place = _given_up(fusion, reason, f"{whose} {why}")
         places.append(_beside_others(candidate, applied, replace(place, mend=mend)))
     return _once_and_everywhere(places)

@@ -101,12 +101,12 @@ class Policies:
             lines.append(Text(policy_name(report), style="bold"))
             listed = [rule for rule in self.rules if not report.order or rule in report.order]
             lines += [indented(Text(f"{rule}  ").append_text(self._count(report, rule)), 4) for rule in listed]
-            lines += [indented(self._told(report, span), 4) for span in self.spans]
+            lines += [indented(self._in_words(report, span), 4) for span in self.spans]
         lines.append(Text("unfused", style="dim"))
         wholes = [Text(f"{self._at(span)}{self._whole(span)} us of a step", style="dim") for span in self.spans]
         return Group(*lines, *(indented(each, 4) for each in wholes))
 
-    def _told(self, report: Report, span: Span) -> Text:
+    def _in_words(self, report: Report, span: Span) -> Text:
         """A policy's saving, in words."""
         saved = Saved.of(report, span)
         step = f", {saved.step_share} of a step" if self._knows_steps else ""
