@@ -75,7 +75,7 @@ def renamed(hardware: Hardware, name: str, source: str, memory: float) -> Hardwa
     Args:
         hardware: the other device's.
         name: of this one.
-        source: the document that says what they share.
+        source: the document that says what the two share.
         memory: GB/s on paper.
     """
 

@@ -92,7 +92,7 @@ class Protocol:
         return self.latency.value + (steps - 2) * self.step.value
 
     def wire_ns(self, nbytes: float, ranks: int) -> float:
-        """What the bytes take beyond that."""
+        """The further time of the bytes."""
         crossing = {"ring": 2 * (ranks - 1) / ranks, "tree": 2.0, "nvls": (ranks + 1) / ranks}[self.algorithm]
         return crossing * nbytes / self.bandwidth.value
 
@@ -132,7 +132,7 @@ class Shots:
         return self.latency.value + math.log2(ranks / 2) * self.step.value
 
     def wire_ns(self, nbytes: float, ranks: int) -> float:
-        """What the bytes take beyond that."""
+        """The further time of the bytes."""
         crossing = {"one-shot": ranks - 1, "two-shot": 2 * (ranks - 1) / ranks, "multimem": (ranks + 1) / ranks}
         return crossing[self.algorithm] * nbytes / min(self.bandwidth.value, (ranks - 1) * self.peer.value)
 
