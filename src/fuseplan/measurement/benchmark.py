@@ -89,7 +89,7 @@ def bench(
         providers=providers, repeats=repeats, steps=steps, ranks=ranks or Ranks(),
     )  # fmt: skip
     found, sizes = [], sorted(set(batches))
-    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED), torch.no_grad(), _told(workload):
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED), torch.no_grad(), _errors_of(workload):
         for number, batch in enumerate(sizes):
             arguments = arguments_of(batch)
             chosen = [*(policies or runner.policies(arguments)), None]
@@ -235,7 +235,7 @@ def _device_of(arguments: Arguments) -> torch.device:
 
 
 @contextmanager
-def _told(workload: str) -> Iterator[None]:
+def _errors_of(workload: str) -> Iterator[None]:
     """Turns any error of the user's model into a one-line `WorkloadError`."""
     try:
         yield
