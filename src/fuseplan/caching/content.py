@@ -73,7 +73,7 @@ def content_of(value: Any, known: Known | None = None) -> Content:
 
 
 def own_key(thing: Any) -> str | None:
-    """A hash of what an object's `uuid()` returns; None where it has none."""
+    """A hash of the result of an object's `uuid()`; None where it has none."""
     return None if isinstance(said := _said(thing), str) else said[0].hex()
 
 

@@ -140,7 +140,7 @@ def tell_cold(users: Iterable[Any]) -> None:
 
 
 def renewed(key: str, folder: Path | None = None) -> str:
-    """A key, or the one that stands for it since it was last given up by `renew`.
+    """A key, or the one that has replaced it since `renew` last gave it up.
 
     Args:
         key: as `Identity.key` returns it.

@@ -207,7 +207,7 @@ def _ask(workload: str, settings: Any, source: Path | None) -> Any:
 
 def _name_in_lock(workload: str, lock: Path) -> str:
     """The name of a workload in a lock: a configuration by its path from the lock, so that both can move together. A
-    folder stands for the configuration in it.
+    folder means the configuration in it.
     """
     from fuseplan.workloads.catalog import path_of
 

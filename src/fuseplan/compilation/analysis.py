@@ -334,7 +334,7 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
     Args:
         policy: the one that chose.
         config: its settings; forcing only concerns plans.
-        rules: that were on.
+        rules: enabled ones.
         graphs: one record each.
     """
     warned_of = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT, Reason.PACKAGE)

@@ -92,7 +92,7 @@ def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, 
     Args:
         gm: the graph.
         report: on it.
-        digest: of what this rank applies, or `failed(why)`.
+        digest: of this rank's fusions, or `failed(why)`.
         config: has the deadlines.
         rules: contain the report's.
 

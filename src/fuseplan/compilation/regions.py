@@ -1,8 +1,9 @@
 """Regions: which entries in Dynamo's caches belong to which backends.
 
-Dynamo compiles a code object at most `recompile_limit` (eight) times and runs it uncompiled afterwards, whoever caused
-the entries. Compile ranges, several callbacks for reports, and norms whose epsilon is made a constant make more entries
-than the user's model needs. So equal backends share a region, and each region has the limit to itself.
+Dynamo compiles a code object at most `recompile_limit` (eight) times and runs it uncompiled afterwards, no matter which
+backend caused the entries. Compile ranges, several callbacks for reports, and norms whose epsilon is made a constant
+make more entries than the user's model needs. So equal backends share a region, and each region has the limit to
+itself.
 """
 
 import functools

@@ -85,7 +85,7 @@ def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
         return []
     users = sorted({f"rule {name}" for name in rules} - {f"rule {rule.name}" for rule in BUILT_IN_RULES})
     users += sorted({f"provider {each.provider}" for each in called} - {f"provider {each.name}" for each in _PROVIDERS})
-    further = f" and after importing what defines {' and '.join(users)}" if users else ""
+    further = f" and after importing the definition of {' and '.join(users)}" if users else ""
     detail = (
         f"the package calls fuseplan's ops ({', '.join(rules)}): load it in Python, after `import fuseplan.providers`"
         f"{further}"

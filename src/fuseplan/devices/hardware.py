@@ -160,7 +160,7 @@ class Dispatch:
     library.
 
     Attributes:
-        source: which version of which code.
+        source: the code, with its version.
         choices: in the order in which they are tried.
     """
 
@@ -196,7 +196,7 @@ class Gate:
     """When a library takes its one-stage kernel; elsewhere it takes two stages.
 
     Attributes:
-        source: which version of which code.
+        source: the code, with its version.
         max_tokens: rows above which it doesn't.
         widths: row widths it does so for, None for every width.
         max_bytes: by the largest number of ranks that it applies to, the size from which on it doesn't; None is no

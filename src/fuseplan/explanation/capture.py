@@ -245,7 +245,7 @@ _DYNAMO_SAYS = {
     "generic_jump": "a branch on the value of a tensor",
     "step_unsupported": "a call in which the graph breaks",
 }
-"""For everything else, the text of its source."""
+"""Texts for kinds of breaks; others have the text of their source."""
 
 
 def _first_line(text: str) -> str:

@@ -75,7 +75,7 @@ STYLES = {
     "gather": _SUM,
     "ep_router": _WHOLE,
 }
-"""By the names that transformers 5.0 to 5.24 use in their plans."""
+"""Styles by the names that transformers 5.0 to 5.24 use in their plans."""
 
 KEEPS_COLUMNS = frozenset(name for name, style in STYLES.items() if style.dim == -2 and style.output == "keep")
 

@@ -21,7 +21,7 @@ from fuseplan.record.report import MOST_LAYERS
 from fuseplan.record.text import one_line
 
 LARGEST_BYTES = 16 * 2**20
-"""Of a config.json; the largest list the labels of their classifiers."""
+"""The largest config.json that is read; the largest ones list the labels of their classifiers."""
 
 BUILT_IN_ATTENTION = ("eager", "sdpa")
 """Others may be fetched from the network, and run."""

@@ -39,7 +39,7 @@ class ExternalPass:
         matcher: a `torch._inductor.pattern_matcher.PatternMatcherPass`, unmodified.
         name: unique; default: the pass's own name.
         saving_us: the saving of each match; None: one kernel launch, since a replacement usually is one kernel less.
-        uuid: what tells its patterns, replacements, checks and kernels from former ones, or a function that returns it:
+        uuid: identifies the version of its patterns, replacements, checks and kernels, or a function that returns it:
             compiled graphs, and the results of verification, are cached under it. None: they are not cached, unless the
             matcher has a `uuid` of its own.
 

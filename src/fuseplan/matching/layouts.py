@@ -79,7 +79,7 @@ class _Yielded:
 
     Attributes:
         values: its results, as fake tensors.
-        places: how each of them lies, and its storage.
+        places: the layout number and the storage of each of them.
         variables: the pattern's variables that it was computed from, by storage.
     """
 
@@ -185,7 +185,7 @@ class Layouts:
             for node in traced.graph.nodes:
                 if node.op == "call_function":
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-                    # The dispatcher would call the same, and takes as long again.
+                    # The dispatcher would call the same, and doubles the time.
                     function = op.fake if node.target is op.overload else node.target
                     values[node] = computed(function, args, kwargs)
             results = tuple(values[node] for node in traced.outputs)
@@ -257,7 +257,7 @@ class Layouts:
                 yield name, layout, storages.setdefault(storage, len(storages))
 
     def _reader(self, landing: _Landing, match: Match, owner: int | None) -> fx.Node | None:
-        """Who can tell that a value isn't as promised; None: nobody."""
+        """The first node that can tell that a value isn't as promised, None if there is none."""
         claims = self._canonical.claims(match.consumed)
         reader = layout_reader(landing.original, claims, reordered=landing.is_reordered)
         if reader is None and self.outside:
@@ -279,8 +279,8 @@ def _made(user: fx.Node, given: Mapping[fx.Node, Tensor]) -> Any:
 
 
 def _ties(landing: _Landing, landings: Sequence[_Landing], storages: Mapping[str | int, int]) -> list[bool]:
-    """For each variable and each other result that a value shares memory with in the graph, whether it does so after
-    the fusion.
+    """For each variable and each other result that a value aliases in the graph, whether it does so after the
+    fusion.
     """
     mine = landing.promised
     ties = [storages.get(landing.memory) == mine for storage in storages.values() if storage == mine]

@@ -1,4 +1,4 @@
-"""`Match`: one place at which one rule fits, and what matching found in all."""
+"""`Match`: one place at which one rule matches, and `Matches`, the result of matching."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,7 +83,7 @@ class Miss:
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """What matching found.
+    """The result of matching.
 
     Attributes:
         candidates: all matches, in graph order, then by rule and fused op; the order of rules given has no influence.

@@ -50,11 +50,11 @@ class Gap:
 
 @dataclass(eq=False, kw_only=True)
 class Attempt:
-    """A pattern held against the graph at one anchor, as far as it goes.
+    """A pattern compared with the graph at one anchor, as far as it matches.
 
     Attributes:
         rule: the member of the rule's family.
-        anchor: where it was held.
+        anchor: the node where it was compared.
         core: the node of its core, if there is one.
         gaps: where the graph differs, from the anchor on.
         calls: the nodes that call its ops, as far as these are there.
@@ -79,7 +79,7 @@ class Attempt:
 def find_near_misses(
     canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], matches: Matches
 ) -> tuple[Refusal, ...]:
-    """Everything that a rule's match failed at, beside what `matches` says already.
+    """All causes why rules don't match, beside those in `matches`.
 
     Args:
         canonical: the graph.
@@ -102,7 +102,7 @@ def find_near_misses(
             settled |= search.anchors.keys()
         elif missing <= {member.core.name for member in members}:
             coreless.append(members)
-    # Without a core anywhere, a rule has nothing to say of what other rules match, or nearly do.
+    # Without a core anywhere, a rule doesn't report places that other rules match, or nearly match.
     for members in coreless:
         found += _Search(shared, members, matches, settled).refusals()
     return (*found, *unclaimed(canonical, claimed), *of_rules(canonical, rules, claimed))

@@ -17,10 +17,10 @@ from fuseplan.rules import Bindings
 
 @dataclass(frozen=True)
 class Taken:
-    """That a provider takes the arguments of a match.
+    """A provider that takes the arguments of a match.
 
     Attributes:
-        provider: which one.
+        provider: its name.
         cost: the cost of a call that it declares.
         shares: whether its kernel is collective and uses fuseplan's own workspaces.
         rounding: the convention that it computes, where it is another than the graph's.

@@ -70,7 +70,7 @@ class Difference:
     """An argument that keeps calls from matching whose ops are all those of the pattern.
 
     Attributes:
-        node: whose argument it is.
+        node: the node with the argument.
         detail: for a person.
         expected: the pattern's argument.
         found: the graph's argument.

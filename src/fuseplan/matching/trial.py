@@ -78,7 +78,7 @@ def decisive(canonical: CanonicalGraph, place: Place, likely: Sequence[fx.Node])
 
     Args:
         canonical: the graph.
-        place: where.
+        place: where the rule nearly matches.
         likely: the obstacles, in the order to try them.
     """
     part, (way, *others) = _Part(canonical, place), place.ways
@@ -120,7 +120,7 @@ class _Part:
         """
         graph, copies = self._copy(read_elsewhere)
         for way in self.place.ways:
-            if not way.nodes:  # the goal is next to what should read it, and is in the way itself
+            if not way.nodes:  # the goal is next to its reader, and is in the way itself
                 continue
             moved_before = isinstance(part_at(way.goal), Prologue)
             heads = [copies.get(self.canonical.origin.get(step[0], step[0])) for step in way.steps]

@@ -24,7 +24,7 @@ class Candidate:
         name: unique and the same on every rank and in every order of registration: place, rule, fused op, provider.
         rule: its rule, or the name of an external pass.
         op: the fused op.
-        provider: whose kernel, `external` for an external pass.
+        provider: runs the kernel; `external` for an external pass.
         match: the match.
         site: the site that it contends for; None for an external pass.
         taken: the parts of the site that it fuses; None where it fuses more than parts, or there is no site.

@@ -35,7 +35,7 @@ def ineffective_requests(
     """
     for flag in ineffective_flags:
         if getattr(config, flag) is True:
-            yield _no_effect(f"{flag}=True has no effect: none of the rules handed over answers to it")
+            yield _no_effect(f"{flag}=True has no effect: none of the given rules answers to it")
     for selector in problem.ineffective:
         if selector in config.forbid and re.split("[@#:]", selector)[0] not in rules:
             continue  # it is off in this graph anyway

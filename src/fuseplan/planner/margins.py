@@ -1,4 +1,4 @@
-"""By how much a plan's choice at a place is ahead of others there, and how sure that is."""
+"""How far a plan's choice at a place is ahead of others there, and how sure that is."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

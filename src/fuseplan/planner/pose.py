@@ -273,8 +273,8 @@ def _unpriced(
 
 
 class _Doubtful(NamedTuple):
-    """Candidates that a plan doesn't apply since they may not gain, and pairs of which it applies the first only with
-    the second, which surely gains.
+    """Candidates that a plan doesn't apply since they may not gain, and pairs whose first one it only applies with the
+    second, which surely gains.
     """
 
     unsure: frozenset[int]

@@ -70,7 +70,7 @@ class Rows:
         return self.at_each(value, (tokens,))[0]
 
     def at_each(self, value: torch.Tensor, tokens: Sequence[int]) -> tuple[int, ...]:
-        """The same at several numbers of tokens."""
+        """The rows of a tensor at several numbers of tokens."""
         sizes: list[Any] = list(value.shape[:-1])
         key = tuple(map(exact, sizes))
         if key not in self._known:

@@ -29,7 +29,7 @@ class Rival(NamedTuple):
     """The best selection of a component with a candidate that the optimum lacks, or without one that it has.
 
     Attributes:
-        lost_ns: how much less it saves; negative where it saves more, by candidates that aren't sure to.
+        lost_ns: how much less it saves; negative where it saves more, but with unsure candidates.
         best: candidates of the best selection of the component.
         selected: candidates of the rival.
     """

@@ -37,7 +37,7 @@ class BatchTimes:
     """All policies at one batch size.
 
     Attributes:
-        batch: sequences, each of which a step gives a token.
+        batch: sequences; a step decodes a token for each.
         steps: in one repeat.
         policies: in the order in which they are shown; the last is `torch.compile`.
     """
@@ -86,12 +86,12 @@ class Bench:
 
     Attributes:
         workload: its name.
-        tp: ranks of tensor parallelism, the slowest of which counts.
+        tp: ranks of tensor parallelism; the slowest one counts.
         device: as its maker names it.
         torch: torch's version.
         triton: Triton's, empty where it isn't installed.
         date: of the run, ISO 8601, in UTC.
-        repeats: interleaved, of which the median is taken.
+        repeats: interleaved ones; the median counts.
         batches: in ascending order.
         notes: caveats, one line each.
         command: the one that was run; empty where there was none.

@@ -10,7 +10,7 @@ class Fusion:
     Attributes:
         rule: the rule's name, e.g. `allreduce_rms`.
         op: the fused op, e.g. `all_reduce_fused_add_rms_norm`.
-        provider: whose kernel runs it.
+        provider: runs the kernel.
         anchor: the node of the graph as Inductor made it whose value the match is named after.
         consumed: the canonical nodes that the fusion takes, by name.
         contested_op: the dialect op that other fusions could want too: the core of the match.

@@ -10,7 +10,7 @@ MOST_DEPTH = 64
 """Objects and lists inside each other; fuseplan's own files have up to 8, and configurations of models a few more."""
 
 MOST_DIGITS = 40
-"""Of a whole number: more than any size or time has, and few enough to be a float too."""
+"""The most digits of a whole number: more than any size or time has, and few enough for a float, too."""
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 """A string, or the rest of the content where it doesn't end: each byte is looked at once."""

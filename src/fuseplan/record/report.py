@@ -250,10 +250,10 @@ class Report:
 
 
 MOST_RANKS = 65_536
-"""Of tensor parallelism: more than any system has; torch's process groups are limited by a C int."""
+"""The most ranks of tensor parallelism: more than any system has; torch's process groups are limited by a C int."""
 
 MOST_LAYERS = 10_000
-"""Of a model that is built from a number: more than any has, and building them ends within minutes."""
+"""The most layers of a model that is built from a number: more than any has, and building them ends within minutes."""
 
 ASSUMED = "assumed"
 """The provenance of a price that is neither measured, modelled nor declared."""

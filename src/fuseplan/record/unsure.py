@@ -8,7 +8,7 @@ SECONDS = {"cpu": 4.0}
 pad on two busy cores, 2026-11-29.
 """
 A_GPUS = 3.0
-"""The same on a GPU, by an order of magnitude: most of it is Inductor's, on the host."""
+"""The seconds on a GPU, an order of magnitude: most of it is Inductor's, on the host."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ class Verification:
     Attributes:
         rule: the fusion, or somebody's pass.
         op: the fused op.
-        provider: whose kernel was run; `external` of somebody's pass.
+        provider: ran the kernel; `external` for somebody's pass.
         signature: the op with dtypes, static sizes and attributes.
         tokens: the sizes that it was run at; empty where it couldn't be run here.
         passed: False: the fusion is not applied.
@@ -20,7 +20,7 @@ class Verification:
             compared.
         from_cache: whether the outcome is that of an earlier run with the same rule, kernel, versions and device.
         time_ns: how long it took, 0 where the outcome is from the cache.
-        ranks: how many ran it, each of them in the kernel of the others.
+        ranks: how many ran it together.
         transient: whether it failed for a reason that may be gone next time, i.e. for anything but wrong results: short
             memory, a deadline, an error. Such an outcome only holds for this run.
     """
@@ -98,7 +98,7 @@ class Pending:
         rule: the fusion.
         op: the fused op.
         ops: the rule's ops on one line, which distinguish it from others of its name.
-        provider: whose kernel is run.
+        provider: runs the kernel.
         signature: the op with dtypes, static sizes and attributes.
         group: the name of the process group.
         cases: the arguments that it is run on, the smallest size first.

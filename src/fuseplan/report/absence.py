@@ -307,7 +307,7 @@ def _of_contest(kind: AbsenceKind, losses: Sequence[Loss]) -> Absence:
 
 
 def _lead(lost_us: float | None) -> str:
-    """By how much the winners save more, or less where they came first of an order."""
+    """How much more the winners save, or less where they came first in an order."""
     if lost_us is None:
         return ""
     return f", {abs(lost_us):.1f} us a place {'behind' if lost_us < 0 else 'ahead'}"

@@ -168,7 +168,7 @@ class FusionLock:
         """The fusions of a report.
 
         Args:
-            settings: those of the check.
+            settings: of the check.
             report: the answer.
         """
         same: dict[frozenset[tuple[Any, int]], list[Span]] = {}

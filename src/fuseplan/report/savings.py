@@ -195,7 +195,7 @@ def share_text(report: Report, saved: Saved) -> str:
 
 
 def why_nothing(report: Report, span: Span) -> str:
-    """Of a report whose rules match somewhere: `2 places match, but fusing them costs more than it saves`"""
+    """Why a report with matches fuses nothing: `2 places match, but fusing them costs more than it saves`"""
     graphs = graphs_of(report, span)
     unsure = {(each.op, each.nodes) for g in graphs for each in g.refusals if each.reason is Reason.UNSURE}
     losses = [loss for graph in graphs for loss in graph.lost]

@@ -47,7 +47,7 @@ def engine_op(node: fx.Node) -> OpOverload | None:
 
 
 def engine_op_name(node: fx.Node) -> str:
-    """Its name, e.g. `_C::rms_norm`; empty where there is none."""
+    """The name of a node's engine op, e.g. `_C::rms_norm`; empty where there is none."""
     op = engine_op(node)
     return "" if op is None else op.name().removesuffix(".default")
 

@@ -30,7 +30,7 @@ class Sample:
     Attributes:
         name: for a person.
         make: makes them.
-        width: of the first one's rows, where somebody asks.
+        width: of the first argument's rows, where it matters.
     """
 
     name: str
@@ -304,7 +304,7 @@ def implement(
 
     Args:
         op: the fused op.
-        provider: who runs it.
+        provider: its name.
         kernel: by the op's own arguments; where the op `writes`, it does so, and yields the other results. Where it has
             an attribute `direct`, `direct(overload)` makes a function `(key, *arguments)` that Inductor's code calls
             instead of the overload, with equal keys for calls that differ only in addresses and tensor contents.

@@ -1,4 +1,4 @@
-"""fuseplan as a plugin of vLLM: the entry point `vllm.general_plugins`, inert until it is asked for."""
+"""fuseplan as a plugin of vLLM: the entry point `vllm.general_plugins`, inert until requested."""
 
 
 def register() -> None:

@@ -31,7 +31,7 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
     passes: list[Any]
 
     def configure(self, config: Any) -> None:
-        """Reads what vLLM's configuration asks for."""
+        """Reads vLLM's configuration."""
         super().configure(config)
         chosen = asked_for(config)
         assert chosen is not None

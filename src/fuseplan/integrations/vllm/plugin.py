@@ -242,7 +242,7 @@ def _measured() -> list[str]:
 
 
 def _folder() -> Path:
-    """Beside vLLM's compile cache."""
+    """The folder beside vLLM's compile cache."""
     from vllm import envs
 
     return Path(envs.VLLM_CACHE_ROOT) / "fuseplan"
@@ -295,9 +295,9 @@ def _announce(config: Any, chosen: PassConfig, further: str) -> None:
 
 
 def _left_uncompiled(config: Any) -> str | None:
-    """The name of what vLLM leaves uncompiled unless asked to, or None: the architecture, where it is on the list of
-    vLLM 0.29 and newer; or the model, where something else has chosen breakable CUDA graphs, as VLLM_BATCH_INVARIANT
-    does for some.
+    """The part that vLLM leaves uncompiled by default, or None: the architecture, where it is on the list of vLLM 0.29
+    and newer; or the model, where something else has chosen breakable CUDA graphs, as VLLM_BATCH_INVARIANT does for
+    some.
     """
     from vllm import envs
 

@@ -158,7 +158,7 @@ def _write(path: Path, report: Report) -> bool:
 
 
 def _paths(config: Any) -> tuple[Path, Path]:
-    """Beside vLLM's compile cache, and in `FUSEPLAN_REPORT_DIR`."""
+    """The paths beside vLLM's compile cache, and in `FUSEPLAN_REPORT_DIR`."""
     from vllm import envs
 
     model = getattr(config.model_config, "model", None)

@@ -42,7 +42,7 @@ class Ranks:
 
 
 class LockStep(Ranks):
-    """Several ranks, all of which enter `exchange` and `align` in the same order.
+    """Several ranks that all enter `exchange` and `align` in the same order.
 
     Args:
         store: the ranks' shared store.

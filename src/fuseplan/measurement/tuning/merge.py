@@ -20,7 +20,7 @@ def merge_into(path: Path, device: str, rows: Iterable[Row], *, replace_broken: 
 
     Args:
         path: of the file, which need not be there.
-        device: whose table it is.
+        device: the table's device.
         rows: of that device.
         replace_broken: whether a broken file is replaced.
 

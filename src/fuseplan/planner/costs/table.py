@@ -158,12 +158,12 @@ class CostTable:
         return curves
 
     def updated(self, rows: Iterable[Row]) -> "CostTable":
-        """The same table with `rows` added, each in the place of a row of its key and tokens."""
+        """The same table with `rows` added, each replacing a row with the same key and tokens."""
         merged = {**self._by_key, **{(row.key, row.tokens): row for row in rows}}
         return CostTable(device=self.device, rows=tuple(merged[name] for name in sorted(merged)))
 
     def before(self, other: "CostTable") -> "CostTable":
-        """The same table with the rows of `other` added whose keys it lacks: times of one key are of one machine."""
+        """The same table with those rows of `other` whose keys it lacks: all times of one key are from one machine."""
         keys = {row.key for row in self.rows}
         return self.updated(row for row in other.rows if row.key not in keys)
 

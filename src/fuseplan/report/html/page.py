@@ -21,7 +21,7 @@ SCRIPTS = (
     "dom", "format", "view", "state", "theme", "layout", "figure", "layer", "layers", "focus", "flips", "chart",
     "tokens", "policies", "contests", "misses", "costs", "details", "fusion", "places", "search", "main",
 )  # fmt: skip
-"""In the order in which they are put into one function, whose names they share."""
+"""Scripts in the order in which they are put into one function, so that they share names."""
 
 
 def render_html(comparison: Comparison) -> str:
