@@ -313,7 +313,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         return compile_by
 
     def _apart(self, why: str) -> "_Backend":
-        """A backend without fusions that share memory between ranks; all ranks settle on that plan again."""
+        """A backend without fusions that need memory shared between ranks; all ranks settle on that plan again."""
         config, compile_range, deliver, options, dynamic, (passes, rules, providers, _) = self._given
         apart = _Further(passes, rules, providers, why)
         backend = _Backend(config, compile_range, deliver, options, dynamic, apart)

@@ -80,7 +80,7 @@ _OF_A_WHOLE = frozenset(
 
 
 def cause_of(refusal: Refusal | NearMiss) -> tuple[object, ...]:
-    """The key that equal refusals share: all fields, without names of nodes and symbols of sizes.
+    """The key of a cause: equal for refusals that differ only in places, names of nodes and symbols of sizes.
 
     Two lines of the model with the same op in the way are two obstacles: both have to be changed. Where no node is in
     the way, lines don't count.
